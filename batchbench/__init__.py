@@ -1,0 +1,66 @@
+"""How much does continuous batching buy over static batching, on your hardware and workload?
+
+    from batchbench import Experiment, ServingSpec, conduct
+    outcome = conduct(Experiment(serving=ServingSpec(batch_size=8)))
+
+Names are imported on first use, so that ``import batchbench`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from batchbench.batching.conduct import Outcome, conduct
+    from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
+    from batchbench.batching.models.spec import ModelSpec
+    from batchbench.batching.policies import Policy, View
+    from batchbench.batching.recording import Recording
+    from batchbench.batching.watch import Watch
+    from batchbench.errors import BatchbenchError, UsageError
+    from batchbench.workloads.request import Request, Workload
+    from batchbench.workloads.spec import WorkloadSpec
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BatchbenchError": "errors",
+    "Experiment": "batching.experiment",
+    "ModelSpec": "batching.models.spec",
+    "Outcome": "batching.conduct",
+    "Policy": "batching.policies",
+    "Recording": "batching.recording",
+    "Request": "workloads.request",
+    "ServingSpec": "batching.experiment",
+    "TrialsSpec": "batching.experiment",
+    "UsageError": "errors",
+    "View": "batching.policies",
+    "Watch": "batching.watch",
+    "Workload": "workloads.request",
+    "WorkloadSpec": "workloads.spec",
+    "conduct": "batching.conduct",
+}
+
+__all__ = [
+    "BatchbenchError",
+    "Experiment",
+    "ModelSpec",
+    "Outcome",
+    "Policy",
+    "Recording",
+    "Request",
+    "ServingSpec",
+    "TrialsSpec",
+    "UsageError",
+    "View",
+    "Watch",
+    "Workload",
+    "WorkloadSpec",
+    "__version__",
+    "conduct",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
