@@ -1,0 +1,104 @@
+"""A request and a workload: what is asked, and when."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Request(NamedTuple):
+    """What a scheduler knows of a request: lengths and time, no text.
+
+    ``index`` is the request's position in its workload; ``due_ns`` counts nanoseconds from the
+    start of the trial; ``output_tokens`` is the number asked for.
+    """
+
+    index: int  # type: ignore[assignment]  # tuple.index gives way
+    prompt_tokens: int
+    output_tokens: int
+    due_ns: int
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """Requests in the order of their arrival, held as columns.
+
+    ``prompt_ids`` is the concatenation of all prompts, request ``i`` owning
+    ``prompt_ids[prompt_offsets[i]:prompt_offsets[i + 1]]``. A workload is *closed* when all
+    requests are there at the start and their output lengths are given: then steps and counters are
+    the same on every machine.
+    """
+
+    name: str
+    seed: int
+    prompt_ids: NDArray[np.int32]  # [total prompt tokens]
+    prompt_offsets: NDArray[np.int64]  # [requests + 1]
+    output_tokens: NDArray[np.int64]  # [requests]
+    due_ns: NDArray[np.int64]  # [requests], ascending
+    stop_at_eos: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        prompts: Sequence[Sequence[int]],
+        output_tokens: Sequence[int],
+        *,
+        due_ns: Sequence[int] | None = None,
+        seed: int = 0,
+        stop_at_eos: bool = False,
+    ) -> Workload:
+        """A workload from lists: prompts as token ids, one output length a prompt."""
+        lengths = [len(prompt) for prompt in prompts]
+        return cls(
+            name=name,
+            seed=seed,
+            prompt_ids=np.fromiter((i for p in prompts for i in p), np.int32, sum(lengths)),
+            prompt_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            output_tokens=np.asarray(output_tokens, np.int64),
+            due_ns=np.zeros(len(prompts), np.int64)
+            if due_ns is None
+            else np.asarray(due_ns, np.int64),
+            stop_at_eos=stop_at_eos,
+        )
+
+    def __len__(self) -> int:
+        return len(self.output_tokens)
+
+    def __iter__(self) -> Iterator[Request]:
+        columns = (self.prompt_tokens.tolist(), self.output_tokens.tolist(), self.due_ns.tolist())
+        return map(Request, range(len(self)), *columns)
+
+    @cached_property
+    def prompt_tokens(self) -> NDArray[np.int64]:
+        """Length of each prompt, ``[requests]``."""
+        return np.diff(self.prompt_offsets)
+
+    @property
+    def closed(self) -> bool:
+        """Whether all requests are there at the start and their lengths are given."""
+        return not self.stop_at_eos and not self.due_ns.any()
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Longest prompt + output, in tokens."""
+        return int((self.prompt_tokens + self.output_tokens).max())
+
+    def prompt(self, index: int) -> NDArray[np.int32]:
+        """Token ids of one request's prompt."""
+        return self.prompt_ids[self.prompt_offsets[index] : self.prompt_offsets[index + 1]]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all that is asked, and when; equal digests are the same workload."""
+        content = hashlib.sha256(b"batchbench workload 1\n")
+        for column in (self.prompt_ids, self.prompt_offsets, self.output_tokens, self.due_ns):
+            content.update(len(column).to_bytes(8, "little") + column.astype("<i8").tobytes())
+        content.update(bytes([self.stop_at_eos]))
+        return content.hexdigest()
