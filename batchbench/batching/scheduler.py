@@ -1,0 +1,261 @@
+"""The scheduler: queue, slots and lengths; the same for every policy and every engine.
+
+``plan`` decides, ``apply`` moves the requests, and the forward pass lies between. No torch here.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from batchbench.batching.plan import Chunk, Plan, Wait
+from batchbench.batching.policies import Policy
+from batchbench.batching.queue import WaitingQueue
+from batchbench.errors import UsageError
+from batchbench.workloads import Arrivals, Request
+
+
+@dataclass(slots=True)
+class _Newcomer:
+    """A request that holds a slot and whose prompt is not all computed."""
+
+    request: Request
+    slot: int
+    done: int = 0  # prompt tokens computed
+
+
+class Scheduler:
+    """Decides what each forward pass computes.
+
+    Args:
+        arrivals: where requests come from.
+        policy: who may join, and when a slot becomes free.
+        slots: the batch size.
+        order: how the queue is sorted, a key of :data:`batchbench.batching.queue.ORDERS`.
+        prefill: ``separate`` gives newcomers a pass of their own, in which running requests
+            stall; ``mixed`` lets their prompts ride along with the running requests.
+        max_batched_tokens: most tokens one mixed pass may compute; running requests come first.
+        lengths_known: whether a request ends exactly at its asked length. If not, each pass is
+            planned alone.
+    """
+
+    def __init__(
+        self,
+        arrivals: Arrivals,
+        policy: Policy,
+        slots: int,
+        *,
+        order: str = "fifo",
+        prefill: str = "separate",
+        max_batched_tokens: int = 2048,
+        lengths_known: bool = True,
+    ) -> None:
+        if prefill == "mixed" and max_batched_tokens <= slots:
+            raise UsageError(
+                f"--max-batched-tokens {max_batched_tokens}: must be above the batch size "
+                f"({slots}), or no prompt could ever join a full batch"
+            )
+        self.now = 0
+        self.waiting = WaitingQueue(order)
+        self.finished: dict[int, None] = {}  # slots, in the order in which they came to be done
+        self._released: list[int] = []  # since the last plan
+        self._arrivals = arrivals
+        self._policy = policy
+        self._mixed = prefill == "mixed"
+        self._max_batched_tokens = max_batched_tokens
+        self._lengths_known = lengths_known
+        self._free = list(range(slots))  # a heap: the lowest slot is taken first
+        self._admitted: deque[Request] = deque()  # by the policy, and not yet in a slot
+        self._newcomers: deque[_Newcomer] = deque()
+        self._occupant: list[Request | None] = [None] * slots
+        # Running requests all advance together, so a decode count replaces a length a slot:
+        # position = offset + growing × decodes, and who finishes next is the top of a heap.
+        self._decodes = 0
+        self._offset = np.zeros(slots, np.int64)
+        self._growing = np.zeros(slots, np.int64)
+        self._decoding = np.zeros(slots, np.bool_)  # running, or done and still held
+        self._rows = np.flatnonzero(self._decoding)
+        self._ends: list[tuple[int, int, int]] = []  # (decode count at the end, index, slot)
+        self._running = 0  # decoding and not done
+
+    # What a policy sees (policies.View)
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody holds and nobody has been promised."""
+        return len(self._free) - len(self._admitted)
+
+    @property
+    def running(self) -> int:
+        """Requests admitted and not done."""
+        return self._running + len(self._newcomers) + len(self._admitted)
+
+    @property
+    def more_to_come(self) -> bool:
+        """Whether requests may come that are not due yet."""
+        return self._arrivals.next_due is not None
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are due and not in a slot."""
+        return len(self.waiting) + len(self._admitted)
+
+    # The two halves of a step
+
+    def plan(self, now: int) -> Plan | Wait | None:
+        """What to compute next; a time to wait for; or None when all is done."""
+        self.now = now
+        if due := self._arrivals.due(now):
+            self.waiting.push(due)
+        if self.finished:
+            self._release()
+        ask_again = self._admit() if self.waiting and self.free else None
+        chunks = self._chunks() if self._newcomers or self._admitted else ()
+        if chunks and not self._mixed:
+            none = np.zeros(0, np.int64)
+            return Plan(chunks, none, none, none, self._given_up(), 1, None)
+        if not chunks and not self._running:
+            return self._idle(ask_again)
+        rows = self._rows
+        growing = self._growing[rows]
+        positions = self._offset[rows] + growing * self._decodes
+        repeat = 1
+        if self._lengths_known and not chunks:
+            repeat = self._ends[0][0] - self._decodes
+        # Also with no slot free: who waits is in the log, and a policy may answer to it.
+        times = [t for t in (ask_again, self._arrivals.next_due) if t is not None]
+        until = min(times, default=None)
+        return Plan(chunks, rows, positions, growing, self._given_up(), repeat, until)
+
+    def apply(
+        self, plan: Plan, launched: int, stopped: Collection[int] = ()
+    ) -> list[tuple[int, Request]]:
+        """Move the requests on by ``launched`` passes of ``plan``.
+
+        ``stopped`` names slots whose request ended its text in the last of these passes. Returns
+        (slot, request) of those that got their last token in it.
+        """
+        done: list[tuple[int, Request]] = []
+        if len(plan.slots):
+            self._decodes += launched
+            while self._ends and self._ends[0][0] <= self._decodes:
+                _, index, slot = heapq.heappop(self._ends)
+                occupant = self._occupant[slot]
+                if occupant is not None and occupant.index == index and self._growing[slot]:
+                    done.append((slot, self._finish(slot)))
+        for chunk in plan.chunks:
+            newcomer = self._newcomers[0]
+            newcomer.done = chunk.stop
+            if not chunk.yields:
+                continue
+            # Whoever is still reading its prompt stands in front: chunks are cut in this order.
+            self._newcomers.popleft()
+            self._start(chunk)
+            if chunk.request.output_tokens == 1:
+                done.append((chunk.slot, self._finish(chunk.slot)))
+        if plan.chunks and any(chunk.yields for chunk in plan.chunks):
+            self._rows = np.flatnonzero(self._decoding)
+        done += [(slot, self._finish(slot)) for slot in stopped if self._growing[slot]]
+        for _, request in done:
+            self._arrivals.finished(request, self.now)
+        return done
+
+    # Moves
+
+    def _release(self) -> None:
+        released = tuple(self._policy.release(self))
+        for slot in released:
+            if slot not in self.finished:
+                raise UsageError(f"a policy released slot {slot}, whose request is not done")
+            del self.finished[slot]
+            self._occupant[slot] = None
+            self._decoding[slot] = False
+            heapq.heappush(self._free, slot)
+        if released:
+            self._released.extend(released)
+            self._rows = np.flatnonzero(self._decoding)
+
+    def _given_up(self) -> tuple[int, ...]:
+        released, self._released = tuple(self._released), []
+        return released
+
+    def _admit(self) -> int | None:
+        chosen, ask_again = self._policy.admit(self)
+        if len(chosen) > self.free:
+            raise UsageError(f"a policy admitted {len(chosen)} requests into {self.free} slots")
+        if chosen:
+            chosen = list(chosen)  # it may be the queue itself
+            self.waiting.take(chosen)
+            self._admitted.extend(chosen)
+        if ask_again is not None and ask_again <= self.now:
+            raise UsageError("a policy asked to be asked again at a time that has passed")
+        return ask_again
+
+    def _chunks(self) -> tuple[Chunk, ...]:
+        """Pieces of prompts for this pass: all of them, or as many tokens as the budget has."""
+        if not self._mixed:
+            while self._admitted:
+                self._seat()
+            return tuple(
+                Chunk(n.request, n.slot, n.done, n.request.prompt_tokens) for n in self._newcomers
+            )
+        budget = self._max_batched_tokens - len(self._rows)
+        chunks: list[Chunk] = []
+        for newcomer in self._newcomers:
+            budget -= self._cut(newcomer, budget, chunks)
+        while budget > 0 and self._admitted:
+            budget -= self._cut(self._seat(), budget, chunks)
+        return tuple(chunks)
+
+    def _seat(self) -> _Newcomer:
+        """Give the next admitted request the lowest free slot."""
+        newcomer = _Newcomer(self._admitted.popleft(), heapq.heappop(self._free))
+        self._occupant[newcomer.slot] = newcomer.request
+        self._newcomers.append(newcomer)
+        return newcomer
+
+    @staticmethod
+    def _cut(newcomer: _Newcomer, budget: int, chunks: list[Chunk]) -> int:
+        size = min(budget, newcomer.request.prompt_tokens - newcomer.done)
+        if size > 0:
+            stop = newcomer.done + size
+            chunks.append(Chunk(newcomer.request, newcomer.slot, newcomer.done, stop))
+        return size
+
+    def _start(self, chunk: Chunk) -> None:
+        """A prompt is computed and its first token is there: from now on the slot decodes."""
+        request, slot = chunk.request, chunk.slot
+        self._offset[slot] = request.prompt_tokens - self._decodes
+        self._growing[slot] = 1
+        self._decoding[slot] = True
+        self._running += 1
+        if request.output_tokens > 1:
+            end = self._decodes + request.output_tokens - 1
+            heapq.heappush(self._ends, (end, request.index, slot))
+
+    def _finish(self, slot: int) -> Request:
+        """A request has its last token; held, it recomputes its last position and stays there."""
+        request = self._occupant[slot]
+        assert request is not None
+        self._offset[slot] += self._decodes - 1
+        self._growing[slot] = 0
+        self._running -= 1
+        self.finished[slot] = None
+        return request
+
+    def _idle(self, ask_again: int | None) -> Wait | None:
+        """Nobody runs: wait for somebody, or be done."""
+        times = [t for t in (ask_again, self._arrivals.next_due) if t is not None]
+        if times:
+            return Wait(min(times))
+        if self.waiting:
+            stuck = "admits nobody" if self.free else "releases no slot"
+            raise UsageError(
+                f"the policy {type(self._policy).__name__} {stuck} though nothing runs "
+                "and nothing more will come: it would wait for ever"
+            )
+        return None

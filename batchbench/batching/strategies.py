@@ -1,0 +1,88 @@
+"""Strategies: whatever serves a workload and tells how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from batchbench.batching.engines import Engine
+from batchbench.batching.plan import Plan, Wait
+from batchbench.batching.policies import make_policy
+from batchbench.batching.recording import Header, Recorder, Recording
+from batchbench.batching.scheduler import Scheduler
+from batchbench.batching.watch import Progress, Watch
+from batchbench.workloads import Timetable, Workload
+
+_TURN_NS = 100_000_000
+"""On a real clock no call of the engine is longer, for the display and for Ctrl-C."""
+
+
+class Strategy(Protocol):
+    """A way of serving."""
+
+    @property
+    def name(self) -> str:
+        """As in results."""
+
+    def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
+        """Serve every request of the workload once."""
+
+
+@dataclass(frozen=True)
+class Batcher:
+    """Our scheduler under one policy, on one engine."""
+
+    name: str
+    engine: Engine
+    slots: int
+    order: str = "fifo"
+    prefill: str = "separate"
+    max_batched_tokens: int = 2048
+    max_repeat: int | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
+        """Plan, run, apply, until all is done."""
+        engine, clock = self.engine, self.engine.clock
+        scheduler = Scheduler(
+            Timetable(workload),
+            make_policy(self.name),
+            self.slots,
+            order=self.order,
+            prefill=self.prefill,
+            max_batched_tokens=self.max_batched_tokens,
+            lengths_known=not workload.stop_at_eos,
+        )
+        recorder = Recorder(workload)
+        progress = Progress(self.name, trial, self.slots, len(workload))
+        engine.begin(workload)
+        while (plan := scheduler.plan(clock.now())) is not None:
+            if isinstance(plan, Wait):
+                clock.wait_until(plan.until)
+                continue
+            launched = engine.run(self._shortened(plan, recorder.steps, clock.now()))
+            recorder.launched(plan, launched, scheduler.num_waiting)
+            stopped = engine.stopped(plan) if workload.stop_at_eos else ()
+            finished = scheduler.apply(plan, launched, stopped)
+            for _, request in finished:
+                recorder.finished(request)
+            progress.advance(plan, launched, len(finished), clock.now())
+            watch.progressed(progress)
+        header = Header(
+            strategy=self.name,
+            trial=trial,
+            slots=self.slots,
+            simulated=engine.simulated,
+            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
+            about=dict(self.about),
+        )
+        return recorder.recording(header, engine.collect())
+
+    def _shortened(self, plan: Plan, steps: int, now: int) -> Plan:
+        """The plan with no more passes than fit a turn, going by the mean step so far."""
+        most = self.max_repeat
+        if not self.engine.simulated and plan.repeat > 1:
+            turn = max(1, _TURN_NS * steps // max(now, 1)) if steps else 1
+            most = turn if most is None else min(most, turn)
+        return plan if most is None or plan.repeat <= most else replace(plan, repeat=most)

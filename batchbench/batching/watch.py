@@ -1,0 +1,50 @@
+"""Watching a run: what the conductor tells while it works. A library call without one is silent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchbench.batching.plan import Plan
+
+
+@dataclass
+class Progress:
+    """How far one trial is."""
+
+    strategy: str
+    trial: int
+    slots: int
+    requests: int
+    done: int = 0
+    slots_in_use: int = 0
+    steps: int = 0
+    tokens: int = 0
+    now_ns: int = 0
+
+    def advance(self, plan: Plan, launched: int, finished: int, now_ns: int) -> None:
+        """Count ``launched`` passes of ``plan``."""
+        growing = int(plan.growing.sum()) if len(plan.slots) else 0
+        self.done += finished
+        self.slots_in_use = growing + len(plan.chunks)
+        self.steps += launched
+        self.tokens += growing * launched + sum(chunk.yields for chunk in plan.chunks)
+        self.now_ns = now_ns
+
+
+class Watch:
+    """Hears everything and says nothing."""
+
+    def note(self, line: str) -> None:
+        """Something that the user should know, in one line."""
+
+    def phase(self, name: str) -> None:
+        """What is being done now: loading, warming up, verifying."""
+
+    def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
+        """A trial of a strategy begins; ``trial`` counts from 0."""
+
+    def progressed(self, progress: Progress) -> None:
+        """Some steps were run."""
+
+    def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
+        """A trial is done."""

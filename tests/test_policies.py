@@ -1,0 +1,282 @@
+"""Policies: what they may decide, what they may not, and how one of yours is found."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from laws import STEP_NS, Config, Patient, configs, law, scheduler_of, serve, workload_of, workloads
+from test_scheduler import drive
+
+from batchbench.batching.policies import POLICIES, Continuous, Policy, Static, View, make_policy
+from batchbench.errors import UsageError
+from batchbench.workloads import Request, Workload
+
+PAIRS = """
+class Pairs:
+    \"\"\"Newcomers join two at a time, or alone when nothing runs.\"\"\"
+
+    def admit(self, view):
+        if view.free < 2 and view.running:
+            return (), None
+        return view.waiting[: view.free], None
+
+    def release(self, view):
+        return view.finished
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory; what is imported from it is forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    known = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - known:
+        del sys.modules[name]
+
+
+def served_by(policy: Policy, workload: Workload, slots: int = 3) -> list[int]:
+    """Who is finished, in order, under a policy that is given as an object."""
+    return drive(scheduler_of(workload, Config("given", slots), policy), lambda plan: None)
+
+
+FIVE = workload_of([(3, 4, 0), (2, 1, 0), (1, 7, 0), (3, 2, 0), (2, 5, 0)])
+
+
+# Policies that misbehave
+
+
+class TooMany(Continuous):
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        return view.waiting[: view.free + 1], None
+
+
+class Stranger(Continuous):
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        return [Request(99, 3, 3, 0)], None
+
+
+class Twice(Continuous):
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        return [view.waiting[0], view.waiting[0]], None
+
+
+class Again(Continuous):
+    """Admits whom it has admitted before."""
+
+    def __init__(self) -> None:
+        self._first: list[Request] = []
+
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        self._first = self._first or [view.waiting[0]]
+        return self._first, None
+
+
+class Shortens(Continuous):
+    """Admits not the request that waits but one that looks like it and asks for less."""
+
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        return [view.waiting[0]._replace(output_tokens=1)], None
+
+
+class ReleasesRunning(Continuous):
+    def release(self, view: View) -> Iterable[int]:
+        return range(3)
+
+
+class ReleasesTwice(Continuous):
+    def release(self, view: View) -> Iterable[int]:
+        return [*view.finished, *view.finished]
+
+
+class ReleasesUnheard(Continuous):
+    def release(self, view: View) -> Iterable[int]:
+        return [77]
+
+
+class Never(Continuous):
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        return (), None
+
+
+class Keeps(Continuous):
+    def release(self, view: View) -> Iterable[int]:
+        return ()
+
+
+class AsksNow(Continuous):
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        return (), view.now
+
+
+class AsksInThePast(Continuous):
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        return view.waiting[: view.free], view.now - 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (TooMany(), "admitted 4 requests into 3 slots"),
+        (Stranger(), "not waiting"),
+        (Twice(), "not waiting"),
+        (Again(), "not waiting"),
+        (Shortens(), "not waiting"),
+        (ReleasesRunning(), r"released slot \d, whose request is not done"),
+        (ReleasesTwice(), r"released slot \d"),
+        (ReleasesUnheard(), "released slot 77"),
+        (Never(), "Never admits nobody .* wait for ever"),
+        (Keeps(), "Keeps releases no slot .* wait for ever"),
+        (AsksNow(), "time that has passed"),
+        (AsksInThePast(), "time that has passed"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_a_policy_that_misbehaves_is_told_so(policy: Policy, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        served_by(policy, FIVE)
+
+
+def test_never_admitting_is_told_only_when_nothing_more_will_come() -> None:
+    arriving = workload_of([(1, 1, 0), (1, 1, 5 * STEP_NS)])
+    scheduler = scheduler_of(arriving, Config("given", 2), Never())
+    assert scheduler.plan(0) == (5 * STEP_NS,)
+    with pytest.raises(UsageError, match="wait for ever"):
+        scheduler.plan(5 * STEP_NS)
+
+
+# Policies that are unusual and right
+
+
+class WholeQueue(Continuous):
+    """Returns the queue that it is shown, and not a piece of it."""
+
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        return (view.waiting if len(view.waiting) <= view.free else ()), None
+
+
+class LastFirst(Continuous):
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        return view.waiting[::-1][: view.free], None
+
+
+class Miser(Continuous):
+    """Releases one slot at a time."""
+
+    def release(self, view: View) -> Iterable[int]:
+        return list(view.finished)[:1]
+
+
+def test_a_policy_may_admit_the_queue_that_it_is_shown() -> None:
+    assert sorted(served_by(WholeQueue(), FIVE, slots=5)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("policy", [LastFirst(), Miser(), Patient()])
+@given(workload=workloads())
+@law
+def test_under_unusual_policies_too_everybody_is_served_once(
+    policy: Policy, workload: Workload
+) -> None:
+    assert sorted(served_by(policy, workload)) == list(range(len(workload)))
+
+
+def test_a_policy_that_asks_to_be_asked_again_is_asked_then() -> None:
+    workload = workload_of([(3, 2, 7), (3, 2, 100 * STEP_NS)])
+    recording = serve(workload, Config("laws:Patient", 2))
+    admitted_ns = recording.step_starts_ns[recording.requests.admitted]
+    assert (admitted_ns - workload.due_ns).tolist() == [Patient.patience_ns] * 2
+
+
+def test_a_policy_is_asked_again_while_others_run() -> None:
+    running_for_long = [(3, 40, 0)] * 3
+    workload = workload_of([*running_for_long, (3, 2, 2 * STEP_NS)])
+    recording = serve(workload, Config("laws:Patient", 4))
+    # After 2 + 4.5 steps, so at the start of the eighth.
+    assert recording.requests.admitted.tolist() == [0, 0, 0, 7]
+
+
+# Policies by name
+
+
+def test_the_policies_by_name() -> None:
+    assert {name: type(make_policy(name)) for name in POLICIES} == {
+        "static": Static,
+        "continuous": Continuous,
+    }
+
+
+def test_each_call_makes_a_new_policy() -> None:
+    assert make_policy("static") is not make_policy("static")
+
+
+def test_a_policy_of_yours_is_found_in_the_working_directory(here: Path) -> None:
+    (here / "pairs_policy.py").write_text(PAIRS)
+    assert type(make_policy("pairs_policy:Pairs")).__name__ == "Pairs"
+
+
+def test_a_policy_of_yours_may_stand_in_a_package(here: Path) -> None:
+    (here / "my_package").mkdir()
+    (here / "my_package" / "__init__.py").touch()
+    (here / "my_package" / "pairs.py").write_text(PAIRS)
+    assert type(make_policy("my_package.pairs:Pairs")).__name__ == "Pairs"
+
+
+def test_a_policy_of_yours_serves_in_simulation_from_end_to_end(here: Path) -> None:
+    (here / "pairs_in_simulation.py").write_text(PAIRS)
+    workload = workload_of([(3, length, 0) for length in (9, 2, 5, 5, 3, 1, 4, 8, 2)])
+    log = serve(workload, Config("pairs_in_simulation:Pairs", 4)).requests
+    assert (log.last >= 0).all()
+    newcomers = np.bincount(log.admitted)
+    assert newcomers[0] == 4
+    assert set(newcomers[1:].tolist()) <= {0, 1, 2, 3, 4}
+    assert newcomers[newcomers > 0].min() >= 2 or newcomers[-1] == 1
+
+
+@given(workloads(), configs(policies=["laws:Patient"]))
+@law
+def test_a_policy_of_yours_serves_everybody_under_all_settings(
+    workload: Workload, config: Config
+) -> None:
+    log = serve(workload, config).requests
+    assert (log.last >= log.first).all()
+    assert (log.first >= log.admitted).all()
+    assert (log.admitted >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "dynamic", "Static", "static ", ":", "static:", ":Static", "no_such_module_here:Policy"],
+)
+def test_a_name_that_is_no_policy_is_refused_by_the_name_of_the_option(name: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        make_policy(name)
+    assert str(refused.value).startswith(" ".join(f"--strategy {name}:".split()))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "AttributeError"),
+        ("Policy = 7", "TypeError"),
+        ("def broken(:", "SyntaxError"),
+        ("import no_such_module_here", "ModuleNotFoundError"),
+        ("raise RuntimeError('no')", "RuntimeError: no"),
+        ("import sys; sys.exit(0)", "SystemExit"),
+        ("class Policy:\n    def __init__(self, size): ...", "TypeError"),
+        ("class Policy:\n    def admit(self, view): ...", r"needs a method release\(view\)"),
+        ("class Policy:\n    def release(self, view): ...", r"needs a method admit\(view\)"),
+        ("class Policy:\n    admit = release = 3", r"needs a method admit\(view\)"),
+    ],
+)
+def test_a_policy_of_yours_that_cannot_be_made_is_refused_with_the_reason(
+    here: Path, content: str, reason: str
+) -> None:
+    (here / "spoiled_policy.py").write_text(content)
+    with pytest.raises(UsageError, match=rf"^--strategy spoiled_policy:Policy: .*{reason}"):
+        make_policy("spoiled_policy:Policy")
