@@ -1,0 +1,288 @@
+"""Conducting an experiment: warm-up, trials in alternating order, verification."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from batchbench.batching.engines import Engine
+from batchbench.batching.engines.simulated import SimulatedEngine
+from batchbench.batching.environment import LoadMeter, environment, torch_environment
+from batchbench.batching.experiment import Experiment
+from batchbench.batching.models import Source, Tokenizer, find_model, find_tokenizer
+from batchbench.batching.recording import Recording
+from batchbench.batching.strategies import Batcher
+from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
+from batchbench.batching.watch import Watch
+from batchbench.errors import UsageError
+from batchbench.workloads import Workload, make_workload
+
+if TYPE_CHECKING:
+    from batchbench.batching.models.loading import LoadedModel
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """How the first steps went."""
+
+    rounds: int
+    settled: bool
+    last_change: float | None  # of the median step, between the last two rounds, as a share
+    step_ns: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """All that an experiment yields; what people read is a function of it."""
+
+    experiment: Experiment
+    workload: Workload
+    recordings: Mapping[str, Sequence[Recording]]  # by strategy, a recording a trial
+    verification: Verification
+    warm_up: WarmUp
+    model: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    texts: Sequence[tuple[str, str]] | None  # prompt and output of each request, if readable
+    stopped: str | None = None  # why there are fewer trials than asked, if so
+
+
+class Session:
+    """One experiment on this machine: workload made, model loaded, engine built.
+
+    Raises:
+        UsageError: what is asked cannot be done here.
+    """
+
+    def __init__(self, experiment: Experiment, watch: Watch) -> None:
+        self.experiment, self._watch = experiment, watch
+        serving = experiment.serving
+        self.source = find_model(experiment.model, weights=not experiment.simulated)
+        self.tokenizer: Tokenizer | None = find_tokenizer(self.source.folder)
+        self.workload = make_workload(
+            experiment.workload,
+            batch_size=serving.batch_size,
+            vocab_size=self.source.vocab_size,
+            encode=self.tokenizer.encode if self.tokenizer else None,
+        )
+        check_context(self.workload, self.source)
+        if experiment.simulated and self.workload.stop_at_eos:
+            raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; drop it")
+        if experiment.workload.prompts is not None and self.tokenizer is None:
+            watch.note("no tokenizer at hand: prompts are spelled in GPT-2's byte tokens")
+        self._loaded: LoadedModel | None = None
+        self.model: dict[str, Any] = {
+            "name": self.source.name,
+            "load_format": self.source.load_format,
+            "note": self.source.note,
+        }
+        self.environment = environment()
+        self.engine = self._engine()
+
+    def _engine(self) -> Engine:
+        if self.experiment.simulated:
+            self.model |= {"device": "simulated", "dtype": None, "parameters": None}
+            return SimulatedEngine()
+        self._watch.note(self.source.note)
+        self._watch.phase("loading")
+        # Threads that wait for one another should soon give way: beside a busy process they spin
+        # on the very core that the other needs (docs/log.md).
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        from batchbench.batching.engines.torch.making import make_engine
+        from batchbench.batching.models.loading import load_model, set_threads
+
+        serving = self.experiment.serving
+        set_threads(self.experiment.model)
+        loaded = load_model(self.source, self.experiment.model, self.workload.seed)
+        self._loaded = loaded
+        engine, memory = make_engine(
+            serving.engine, loaded, serving.batch_size, self.workload.max_total_tokens
+        )
+        self.model |= {
+            "device": str(loaded.device),
+            "dtype": loaded.dtype_name,
+            "parameters": sum(p.numel() for p in loaded.module.parameters()),
+            **memory,
+        }
+        self.environment |= torch_environment(str(loaded.device))
+        return engine
+
+    def strategies(self) -> list[Batcher]:
+        """The strategies of the experiment, on its one engine."""
+        serving = self.experiment.serving
+        return [
+            Batcher(
+                name,
+                self.engine,
+                serving.batch_size,
+                order=serving.order,
+                prefill=serving.prefill,
+                max_batched_tokens=serving.max_batched_tokens,
+                about={"engine": "simulated" if self.engine.simulated else serving.engine},
+            )
+            for name in serving.strategies
+        ]
+
+    def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
+        """Serve a short piece of the workload until the median step stays within 5 %."""
+        if self.engine.simulated:
+            return WarmUp(0, True, None, None)
+        self._watch.phase("warming up")
+        piece = beginning(self.workload, self.experiment.serving.batch_size, output_tokens=12)
+        batcher = replace(self.strategies()[-1], name="continuous")
+        medians: list[float] = []
+        change = None
+        while len(medians) < most:
+            recording = batcher.serve(piece, Watch())
+            spent = recording.step_ends_ns - recording.step_starts_ns
+            medians.append(float(np.median(spent[1:] if len(spent) > 1 else spent)))
+            if len(medians) > 1:
+                change = medians[-1] / medians[-2] - 1
+                if abs(change) < within:
+                    return WarmUp(len(medians), True, change, round(medians[-1]))
+        return WarmUp(len(medians), False, change, round(medians[-1]))
+
+    def rounds(self) -> Iterator[list[Recording]]:
+        """Each round serves the workload once under every strategy.
+
+        The order turns round from one to the next (AB BA AB BA …): what runs second is often
+        faster, and so that falls on both alike.
+        """
+        strategies, trials = self.strategies(), self.experiment.trials.trials
+        for trial in range(trials):
+            turn = strategies if trial % 2 == 0 else strategies[::-1]
+            done = {b.name: self._trial(b, trial, trials) for b in turn}
+            yield [done[b.name] for b in strategies]
+
+    def _trial(self, batcher: Batcher, trial: int, trials: int) -> Recording:
+        self._watch.trial_begins(batcher.name, trial, trials)
+        gc.collect()
+        gc.disable()
+        try:
+            load = LoadMeter()
+            recording = batcher.serve(self.workload, self._watch, trial=trial)
+            foreign = None if self.engine.simulated else load.foreign_cores()
+        finally:
+            gc.enable()
+        about = {**recording.header.about, "foreign_cores": foreign}
+        self._watch.trial_ends(batcher.name, trial, recording.duration_ns)
+        return replace(recording, header=replace(recording.header, about=about))
+
+    def verify(self, recordings: Sequence[Recording]) -> Verification:
+        """Check outputs against the model alone."""
+        limit = self.experiment.trials.verify_limit
+        if self._loaded is None or limit == 0:
+            return NOT_VERIFIED
+        self._watch.phase("verifying")
+        from batchbench.batching.engines.torch.reference import TeacherForced
+
+        reference = TeacherForced(self._loaded)
+        return verify(self.workload, recordings, reference, self.source.eos_token_ids, limit)
+
+    def texts(self, recording: Recording) -> list[tuple[str, str]] | None:
+        """Prompt and output of each request as text, where there is a tokenizer."""
+        if self.tokenizer is None or recording.tokens is None:
+            return None
+        return [
+            (
+                self.tokenizer.decode(self.workload.prompt(i).tolist()),
+                self.tokenizer.decode(recording.tokens_of(i).tolist()),
+            )
+            for i in range(len(self.workload))
+        ]
+
+
+def conduct(experiment: Experiment, watch: Watch | None = None) -> Outcome:
+    """Run an experiment: warm-up, trials in alternating order, verification.
+
+    Ctrl-C keeps the rounds that are finished.
+
+    Raises:
+        UsageError: what is asked cannot be done here.
+        KeyboardInterrupt: before the first round was finished.
+    """
+    watch = watch or Watch()
+    session = Session(experiment, watch)
+    warm_up = session.warm_up()
+    rounds: list[list[Recording]] = []
+    stopped = None
+    limit = experiment.trials.max_time
+    began = time.monotonic()
+    if limit is not None and warm_up.step_ns is not None:
+        expected = expected_round_s(session, warm_up.step_ns)
+        if expected > limit:
+            raise UsageError(
+                f"--max-time {limit:g}: one pair of trials takes about {expected:.0f} s here; "
+                "raise it, or lower --queue-size"
+            )
+    try:
+        for done in session.rounds():
+            rounds.append(done)
+            spent = time.monotonic() - began
+            left = experiment.trials.trials - len(rounds)
+            if limit is not None and left and spent * (len(rounds) + 1) / len(rounds) > limit:
+                stopped = f"--max-time {limit:g} s ended it after {len(rounds)} pairs"
+                break
+        verification = session.verify([r for done in rounds for r in done])
+    except KeyboardInterrupt:
+        if not rounds:
+            raise
+        stopped = f"interrupted after {len(rounds)} of {experiment.trials.trials} pairs"
+        verification = NOT_VERIFIED
+    names = experiment.serving.strategies
+    return Outcome(
+        experiment=experiment,
+        workload=session.workload,
+        recordings={name: [done[i] for done in rounds] for i, name in enumerate(names)},
+        verification=verification,
+        warm_up=warm_up,
+        model=session.model,
+        environment=session.environment,
+        texts=session.texts(rounds[0][-1]),
+        stopped=stopped,
+    )
+
+
+def expected_round_s(session: Session, step_ns: int) -> float:
+    """Seconds that one round should take, going by the steps of a simulation."""
+    planned = (
+        Session(replace(session.experiment, simulated=True), Watch())
+        if (session.workload.closed)
+        else None
+    )
+    if planned is None:
+        return 0.0
+    steps = sum(b.serve(planned.workload, Watch()).num_steps for b in planned.strategies())
+    return steps * step_ns / 1e9
+
+
+def beginning(workload: Workload, count: int, output_tokens: int) -> Workload:
+    """The first ``count`` requests, with outputs cut to ``output_tokens``."""
+    count = min(count, len(workload))
+    offsets = workload.prompt_offsets[: count + 1]
+    return Workload(
+        name=f"beginning of {workload.name}",
+        seed=workload.seed,
+        prompt_ids=workload.prompt_ids[: offsets[-1]],
+        prompt_offsets=offsets,
+        output_tokens=np.minimum(workload.output_tokens[:count], output_tokens),
+        due_ns=np.zeros(count, np.int64),
+    )
+
+
+def check_context(workload: Workload, source: Source) -> None:
+    """Raise UsageError where a request is longer than the model's context."""
+    total = workload.prompt_tokens + workload.output_tokens
+    context = source.context
+    longest = int(total.argmax())
+    if context is not None and total[longest] > context:
+        raise UsageError(
+            f"request {longest}: {workload.prompt_tokens[longest]} prompt + "
+            f"{workload.output_tokens[longest]} output tokens exceed the {context} that "
+            f"{source.name} takes; lower --long-tokens, --short-tokens or the prompts' length"
+        )

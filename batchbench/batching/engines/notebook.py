@@ -1,0 +1,132 @@
+"""The notebook engine: left padding, and past key-values rebuilt whenever the batch changes.
+
+The way that most people meet continuous batching first: prompts are padded on the left, newcomers
+are computed apart, their past key-values padded to equal length and concatenated with the others',
+and finished rows are filtered out. It follows the same plans as the slots engine and is its
+yardstick.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from batchbench.batching.engines.torch.base import TorchEngine, best_token
+from batchbench.batching.models.loading import LoadedModel
+from batchbench.batching.plan import Plan
+from batchbench.errors import UsageError
+from batchbench.workloads import Workload
+
+PastKeyValues = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of each layer, ``[rows, heads, columns, head_dim]`` each."""
+
+
+class NotebookEngine(TorchEngine):
+    """Any causal LM of transformers with its own growing cache."""
+
+    def __init__(self, model: LoadedModel, slots: int) -> None:
+        super().__init__(model, slots)
+        self._forget()
+
+    def begin(self, workload: Workload) -> None:
+        self._model.module.set_attn_implementation("sdpa")
+        super().begin(workload)
+
+    def _forget(self) -> None:
+        self._rows: list[int] = []  # slot of each row of the batch
+        self._mask = torch.zeros(0, 0, dtype=torch.int64, device=self._device)
+        self._past: PastKeyValues = []
+
+    def _prepare(self, plan: Plan) -> None:
+        if plan.chunks and (len(plan.slots) or any(c.start or not c.yields for c in plan.chunks)):
+            raise UsageError("--prefill mixed: the notebook engine computes prompts apart")
+        if plan.released:
+            self._filter([slot not in plan.released for slot in self._rows])
+        super()._prepare(plan)
+
+    def _forward(self, plan: Plan, step: int) -> torch.Tensor:
+        return self._prefill(plan) if plan.chunks else self._decode(plan, step)
+
+    def _prefill(self, plan: Plan) -> torch.Tensor:
+        """Compute the newcomers' prompts and merge them into the batch."""
+        prompts = [self._workload.prompt(chunk.request.index) for chunk in plan.chunks]
+        longest = max(map(len, prompts))
+        ids = np.zeros((len(prompts), longest), np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = prompt
+            mask[row, longest - len(prompt) :] = 1
+        positions = np.maximum(mask.cumsum(1) - 1, 0)
+        best, past = self._compute(ids, mask, positions, [])
+        newcomers = self._tensor(mask)
+        columns = max(longest, self._mask.shape[1])
+        self._mask = torch.cat([_left_padded(m, 1, columns) for m in (self._mask, newcomers)])
+        self._past = (
+            [
+                (
+                    torch.cat([_left_padded(k, 2, columns), _left_padded(new_k, 2, columns)]),
+                    torch.cat([_left_padded(v, 2, columns), _left_padded(new_v, 2, columns)]),
+                )
+                for (k, v), (new_k, new_v) in zip(self._past, past, strict=True)
+            ]
+            if self._rows
+            else past
+        )
+        self._rows += [chunk.slot for chunk in plan.chunks]
+        return best
+
+    def _decode(self, plan: Plan, step: int) -> torch.Tensor:
+        """One token for every row; what a finished one adds is masked and never seen again."""
+        row_of = {slot: row for row, slot in enumerate(self._rows)}
+        place = np.array([row_of[slot] for slot in plan.slots.tolist()], np.int64)
+        grows, positions = np.zeros((2, len(self._rows), 1), np.int64)
+        grows[place, 0], positions[place, 0] = plan.growing, plan.advanced(step)
+        self._mask = torch.cat([self._mask, self._tensor(grows)], 1)
+        ids = self._last[self._tensor(self._rows)].unsqueeze(1)
+        best, self._past = self._compute(ids, self._mask, positions, self._past)
+        return best[self._tensor(place)]
+
+    def _compute(
+        self,
+        ids: np.ndarray | torch.Tensor,
+        mask: np.ndarray | torch.Tensor,
+        positions: np.ndarray,
+        past: PastKeyValues,
+    ) -> tuple[torch.Tensor, PastKeyValues]:
+        """Next token of each row, and the past key-values with this pass in them."""
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(past):
+            cache.update(k, v, layer)
+        out = self._model.module(
+            input_ids=ids if isinstance(ids, torch.Tensor) else self._tensor(ids),
+            attention_mask=mask if isinstance(mask, torch.Tensor) else self._tensor(mask),
+            position_ids=self._tensor(positions),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        new = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        return best_token(out.logits[:, -1]), new
+
+    def _filter(self, keep: list[bool]) -> None:
+        """Drop the rows that left, and the columns on the left that nobody needs any more."""
+        if not any(keep):
+            self._forget()
+            return
+        rows = self._tensor(np.flatnonzero(keep))
+        self._rows = [slot for slot, kept in zip(self._rows, keep, strict=True) if kept]
+        self._mask = self._mask[rows]
+        first = int(self._mask.any(0).int().argmax())
+        self._mask = self._mask[:, first:]
+        self._past = [(k[rows][:, :, first:], v[rows][:, :, first:]) for k, v in self._past]
+
+
+def _left_padded(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """The tensor with zeros before it along ``dim``, up to ``size``."""
+    missing = size - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor.new_zeros(shape), tensor], dim)

@@ -1,0 +1,94 @@
+"""What both torch engines share: the loop over equal passes, the last tokens, times, the end."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import torch
+
+from batchbench.batching.clock import WallClock
+from batchbench.batching.engines.torch.timing import make_timer
+from batchbench.batching.models.loading import LoadedModel
+from batchbench.batching.plan import Plan
+from batchbench.batching.recording import Steps
+from batchbench.workloads import Workload
+
+
+class TorchEngine:
+    """Runs plans on a loaded model; what a pass computes is the subclass's business."""
+
+    simulated = False
+
+    def __init__(self, model: LoadedModel, slots: int) -> None:
+        self.clock = WallClock()
+        self._model = model
+        self._device = model.device
+        self._timer = make_timer(self.clock, model.device)
+        self._last = torch.zeros(slots, dtype=torch.int64, device=model.device)
+        self._log: list[torch.Tensor] = []  # the last tokens of all slots after each step
+        self._eos = set(model.source.eos_token_ids)
+
+    def begin(self, workload: Workload) -> None:
+        """A new trial."""
+        self._workload = workload
+        self._log = []
+        self._last.zero_()
+        self._forget()
+        self._timer.begin()
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> int:
+        """Compute the passes of a plan, up to the first that ends at or after ``plan.until``."""
+        self._timer.run_begins()
+        self._prepare(plan)
+        for step in range(plan.repeat):
+            self._last.index_copy_(0, self._yielding, self._forward(plan, step))
+            self._log.append(self._last.clone())
+            self._timer.step_launched()
+            if plan.until is not None and self.clock.now() >= plan.until:
+                return step + 1
+        return plan.repeat
+
+    def stopped(self, plan: Plan) -> Collection[int]:
+        """Slots of the plan that yielded an end-of-text token in the last step."""
+        last = self._last.tolist()  # waits for the device: the decision needs the value
+        return [slot for slot in yielding_slots(plan) if last[slot] in self._eos]
+
+    def collect(self) -> Steps:
+        """Times and tokens of the whole trial."""
+        starts, ends = self._timer.times()
+        tokens = torch.stack(self._log).to("cpu", torch.int32).numpy()
+        return Steps(starts, ends_ns=ends, tokens=tokens)
+
+    # What a subclass does
+
+    def _forget(self) -> None:
+        """Nothing is cached any more."""
+
+    def _prepare(self, plan: Plan) -> None:
+        """Set up what all passes of the plan share."""
+        self._yielding = self._tensor(yielding_slots(plan))
+
+    def _forward(self, plan: Plan, step: int) -> torch.Tensor:
+        """One pass; the next token of each yielding slot, ``[yielding]``."""
+        raise NotImplementedError
+
+    def _tensor(self, values: Collection[int] | np.ndarray) -> torch.Tensor:
+        """Integers on the device."""
+        array = np.asarray(values, np.int64)
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def yielding_slots(plan: Plan) -> list[int]:
+    """Slots that get a token: those that decode, then those whose prompt ends in this pass."""
+    decoding: list[int] = plan.slots.tolist()
+    return decoding + [chunk.slot for chunk in plan.chunks if chunk.yields]
+
+
+def best_token(logits: torch.Tensor) -> torch.Tensor:
+    """The greedy choice, ``[rows, vocabulary]`` to ``[rows]``.
+
+    Not ``argmax``: on a CPU and in bfloat16 that takes four times as long.
+    """
+    return logits.max(-1).indices

@@ -1,0 +1,93 @@
+"""Building an engine, after checking that it fits in memory."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from batchbench.batching.engines import Engine
+from batchbench.batching.engines.notebook import NotebookEngine
+from batchbench.batching.engines.torch.cache import kv_token_bytes
+from batchbench.batching.engines.torch.forward import TransformersForward, make_forward
+from batchbench.batching.engines.torch.reference import TeacherForced
+from batchbench.batching.engines.torch.slots import SlotsEngine
+from batchbench.batching.models.loading import LoadedModel, free_bytes
+from batchbench.batching.strategies import Batcher
+from batchbench.batching.verification import verify
+from batchbench.batching.watch import Watch
+from batchbench.errors import UsageError
+from batchbench.workloads import Workload
+
+_RESERVE = 0.1
+"""Share of the free memory that is left to others and to what cannot be foreseen."""
+
+
+def make_engine(
+    name: str, model: LoadedModel, slots: int, max_len: int
+) -> tuple[Engine, dict[str, int]]:
+    """The engine of that name, and what it takes: bytes of weights, packed weights and cache.
+
+    Raises:
+        UsageError: a batch of this size does not fit; names the largest that does.
+    """
+    config = model.module.config
+    memory = {"weight_bytes": model.weight_bytes, "packed_weight_bytes": 0}
+    try:
+        if name == "notebook":
+            per_slot = kv_token_bytes(config, model.dtype) * max_len
+            # While the batch changes, the notebook's way holds the old cache and the new one.
+            _check_room(model, slots, max_len, 2 * per_slot)
+            return NotebookEngine(model, slots), memory | {"kv_cache_bytes": slots * per_slot}
+        forward = make_forward(model)
+        per_slot = kv_token_bytes(config, forward.cache_dtype) * max_len
+        _check_room(model, slots, max_len, per_slot)
+        if isinstance(forward, TransformersForward):
+            _check_forward(model, forward)
+        memory |= {"packed_weight_bytes": forward.extra_bytes, "kv_cache_bytes": slots * per_slot}
+        return SlotsEngine(model, slots, max_len, forward), memory
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not re.search(
+            "allocate", str(error)
+        ):  # on the host torch says no more than that in a RuntimeError
+            raise
+        raise UsageError(
+            f"--batch-size {slots}: its cache does not fit on {model.device}; lower it"
+        ) from error
+
+
+def _check_forward(model: LoadedModel, forward: TransformersForward) -> None:
+    """Raise UsageError where a model does not attend as the slot cache needs it to.
+
+    Models differ in what they do around transformers' interfaces, so it is tried: two small
+    requests, in two passes with pieces of prompts and two without.
+    """
+    prompts = [[1, 2, 3, 4, 5], [6, 7, 8]]
+    ids = [[i % model.source.vocab_size for i in prompt] for prompt in prompts]
+    workload = Workload.of("probe", ids, [3, 4])
+    try:
+        engine = SlotsEngine(model, 2, 12, forward)
+        batcher = Batcher("continuous", engine, 2, prefill="mixed", max_batched_tokens=4)
+        found = verify(workload, [batcher.serve(workload, Watch())], TeacherForced(model))
+        fault = found.findings[0].reason if found.wrong else None
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        fault = f"{type(error).__name__}: {error}"
+    if fault is not None:
+        raise UsageError(
+            f"--engine slots: {model.source.name} does not attend through transformers' interfaces "
+            f"as the slot cache needs ({fault[:120]}); take --engine notebook"
+        )
+
+
+def _check_room(model: LoadedModel, slots: int, max_len: int, cached: int) -> None:
+    """Raise UsageError where ``slots`` times ``cached`` bytes, and their logits, do not fit."""
+    needed = cached + model.module.config.vocab_size * (model.dtype.itemsize + 4)
+    room = int(free_bytes(model.device) * (1 - _RESERVE))
+    if slots * needed <= room:
+        return
+    fits = room // needed
+    raise UsageError(
+        f"--batch-size {slots}: needs {slots * needed / 2**30:.1f} GiB of cache for requests "
+        f"of {max_len} tokens, and {model.device} has {room / 2**30:.1f} GiB to spare; "
+        + (f"the largest that fits is {fits}" if fits else "not even one slot fits")
+    )

@@ -1,0 +1,71 @@
+"""How large a model and its cache would be, and how long its matrix products take."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from batchbench.batching.engines.torch.cache import kv_token_bytes
+from batchbench.batching.engines.torch.forward import is_plain_gpt2
+from batchbench.batching.engines.torch.packed import PackedLinear, packed_ops
+from batchbench.batching.experiment import Experiment
+from batchbench.batching.models.loading import (
+    count_parameters,
+    model_config,
+    resolve_device,
+    resolve_dtype,
+    set_threads,
+)
+from batchbench.batching.models.source import Source
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of weights and cache, and seconds that a step's matrix products take."""
+
+    device: str
+    weight_bytes: int
+    kv_cache_bytes: int
+    step_s: float
+
+
+def size_up(experiment: Experiment, source: Source, max_len: int) -> Sizes:
+    """Sizes from the model's shape; time from one product timed here and now."""
+    set_threads(experiment.model)
+    device = resolve_device(experiment.model.device)
+    dtype = resolve_dtype(experiment.model.dtype, device)
+    config, slots = model_config(source), experiment.serving.batch_size
+    lean = experiment.serving.engine == "slots" and is_plain_gpt2(config) and device.type == "cpu"
+    packed = lean and packed_ops(dtype) is not None
+    weight_bytes = count_parameters(source) * dtype.itemsize
+    cached = kv_token_bytes(config, torch.float32 if lean else dtype)
+    matrix = torch.rand(2**26 // config.hidden_size, config.hidden_size, device=device).to(dtype)
+    product = PackedLinear(matrix, None) if packed else lambda x: x @ matrix.T
+    x = torch.rand(slots, config.hidden_size, device=device).to(dtype)
+    per_byte = _median_time(lambda: product(x), device) / (matrix.numel() * dtype.itemsize)
+    return Sizes(
+        device=str(device),
+        weight_bytes=weight_bytes * (1 + packed),
+        kv_cache_bytes=slots * max_len * cached,
+        step_s=weight_bytes * per_byte,
+    )
+
+
+def _median_time(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that ``work`` takes, over seven times after one that does not count."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter() - began
+
+    once()
+    return statistics.median(once() for _ in range(7))

@@ -1,0 +1,140 @@
+"""The slots engine: one preallocated cache, a request written into its slot and then forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from batchbench.batching.engines.torch.attention import Layout, Prompts
+from batchbench.batching.engines.torch.base import TorchEngine, best_token
+from batchbench.batching.engines.torch.cache import SlotCache
+from batchbench.batching.engines.torch.forward import Forward, make_forward
+from batchbench.batching.models.loading import LoadedModel
+from batchbench.batching.plan import Chunk, Plan
+from batchbench.errors import UsageError
+
+
+class SlotsEngine(TorchEngine):
+    """Any causal LM over a :class:`SlotCache`.
+
+    A pass may carry decoding rows and pieces of prompts together.
+
+    Args:
+        max_len: longest prompt + output of the workload, in tokens.
+        forward: the model's forward pass; by default the leanest that is right for it.
+    """
+
+    def __init__(
+        self, model: LoadedModel, slots: int, max_len: int, forward: Forward | None = None
+    ) -> None:
+        super().__init__(model, slots)
+        config = model.module.config
+        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+            raise UsageError(
+                f"--engine slots: {model.source.name} attends through a sliding window, which the "
+                "slot cache does not have; take --engine notebook"
+            )
+        self._forward_pass = forward or make_forward(model)
+        like = torch.empty(0, dtype=self._forward_pass.cache_dtype, device=model.device)
+        self._cache = SlotCache(config, slots, max_len, like)
+        self._written = np.zeros(slots, np.int64)  # positions of each slot that are not zero
+        self._positions_of_cache = torch.arange(max_len, device=model.device)
+
+    def _forget(self) -> None:
+        self._written[:] = self._cache.blocks[0].get_max_length()
+
+    def _erase_behind(self, plan: Plan) -> None:
+        """Zero what the slots' last occupants left beyond the newcomers' prompts.
+
+        It is masked wherever it is read, but a number that overflowed survives any mask.
+        """
+        for chunk in plan.chunks:
+            if chunk.start == 0 and chunk.stop < self._written[chunk.slot]:
+                for block in self._cache.blocks:
+                    block.erase(chunk.slot, chunk.stop, int(self._written[chunk.slot]))
+                self._written[chunk.slot] = chunk.stop
+        for chunk in plan.chunks:
+            self._written[chunk.slot] = max(self._written[chunk.slot], chunk.stop)
+        ends = plan.advanced(plan.repeat - 1) + 1
+        self._written[plan.slots] = np.maximum(self._written[plan.slots], ends)
+
+    def _prepare(self, plan: Plan) -> None:
+        super()._prepare(plan)
+        self._erase_behind(plan)
+        chunks = plan.chunks
+        lengths = [chunk.stop - chunk.start for chunk in chunks]
+        self._prompt_ids = self._tensor(
+            np.concatenate(
+                [self._workload.prompt(c.request.index)[c.start : c.stop] for c in chunks]
+            )
+            if chunks
+            else []
+        )
+        decoding = len(plan.slots)
+        ends = (decoding + np.cumsum(lengths)).astype(np.int64) if chunks else np.zeros(0, np.int64)
+        keep = [end - 1 for end, chunk in zip(ends.tolist(), chunks, strict=True) if chunk.yields]
+        self._keep = self._tensor([*range(decoding), *keep]) if chunks else None
+        slots = np.concatenate(
+            [plan.slots, *(np.full(n, c.slot) for n, c in zip(lengths, chunks, strict=True))]
+        )
+        positions = np.concatenate([plan.positions, *(np.arange(c.start, c.stop) for c in chunks)])
+        self._growing = self._tensor(plan.growing)
+        self._layout = Layout(self._cache, self._tensor(slots), self._tensor(positions), decoding)
+        if decoding:
+            low, high = int(plan.slots[0]), int(plan.slots[-1]) + 1
+            self._layout.low, self._layout.high = low, high
+            whole = high - low == decoding
+            self._layout.rows = None if whole else self._tensor(plan.slots - low)
+        firsts = dict(zip(map(id, chunks), (ends - lengths).tolist(), strict=True))
+        fresh = [c for c in chunks if c.start == 0]
+        self._layout.fresh = list(self._padded(fresh, [firsts[id(c)] for c in fresh]))
+        self._layout.continued = [(firsts[id(c)], c, self._after(c)) for c in chunks if c.start > 0]
+
+    def _forward(self, plan: Plan, step: int) -> torch.Tensor:
+        layout = self._layout
+        if layout.decoding:
+            if step:
+                layout.positions = layout.positions + self._growing
+            self._aim(plan, step)
+        ids = self._prompt_ids
+        if layout.decoding:
+            decoded = self._last[layout.slots[: layout.decoding]]
+            ids = torch.cat([decoded, ids]) if plan.chunks else decoded
+        return best_token(self._forward_pass(ids, layout, self._keep))
+
+    def _aim(self, plan: Plan, step: int) -> None:
+        """The decoding rows' mask: each sees its slot up to its own position."""
+        layout = self._layout
+        positions = layout.positions[: layout.decoding]
+        layout.length = int(plan.advanced(step).max()) + 1
+        if layout.rows is not None:  # a slot between that does not decode sees its first position
+            span = positions.new_zeros(layout.high - layout.low)
+            positions = span.index_copy_(0, layout.rows, positions)
+        unseen = self._positions_of_cache[: layout.length] > positions[:, None]
+        mask = torch.zeros(unseen.shape, dtype=self._forward_pass.cache_dtype, device=self._device)
+        # As numbers, not as truth values: the attention would make them so again in each layer.
+        layout.mask = mask.masked_fill_(unseen, float("-inf"))[:, None, None, :]
+
+    def _padded(self, chunks: Sequence[Chunk], firsts: Sequence[int]) -> Iterator[Prompts]:
+        """Fresh pieces in groups of like length (within a factor of two), padded on the right."""
+        pieces = sorted(
+            zip(firsts, (c.stop for c in chunks), strict=True), key=lambda piece: piece[1]
+        )
+        for _, group in groupby(pieces, key=lambda piece: (piece[1] - 1).bit_length()):
+            first, length = np.array(list(group), np.int64).T
+            offset = np.arange(length.max())
+            valid = offset < length[:, None]
+            gather = first[:, None] + np.minimum(offset, length[:, None] - 1)
+            yield Prompts(
+                self._tensor(gather),
+                torch.from_numpy(valid).to(self._device),
+                self._tensor(gather[valid]),
+            )
+
+    def _after(self, chunk: Chunk) -> torch.Tensor:
+        """Mask of a piece that is not its prompt's first: it sees what came before it."""
+        own = self._positions_of_cache[chunk.start : chunk.stop]
+        return self._positions_of_cache[: chunk.stop] <= own[:, None]

@@ -1,0 +1,66 @@
+"""What an experiment would take: steps exactly, memory exactly, time roughly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from batchbench.batching.conduct import Session
+from batchbench.batching.experiment import Experiment
+from batchbench.batching.watch import Watch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Steps of each strategy; bytes; seconds of all trials, counting matrix products alone."""
+
+    steps: Mapping[str, int]
+    trials: int
+    weight_bytes: int | None = None
+    kv_cache_bytes: int | None = None
+    device: str | None = None
+    seconds: float | None = None
+    exact: bool = True
+
+    def lines(self) -> list[str]:
+        """For people."""
+        about = "" if self.exact else "at most "
+        counts = ", ".join(f"{name} {about}{n:,}" for name, n in self.steps.items())
+        found = [f"steps   {counts} forward passes a trial, {self.trials} trials each"]
+        if self.weight_bytes is not None and self.kv_cache_bytes is not None:
+            found.append(
+                f"memory  {self.weight_bytes / 2**20:,.0f} MiB of weights + "
+                f"{self.kv_cache_bytes / 2**20:,.0f} MiB of KV cache on {self.device}"
+            )
+        if self.seconds is not None:
+            found.append(
+                f"time    {self.seconds:,.3g} s for the matrix products of all trials, as timed "
+                "just now; with attention and all else, half as much again"
+            )
+        return found
+
+
+def estimate(experiment: Experiment, watch: Watch) -> Estimate:
+    """Serve the workload in simulation and time one matrix product; load no model."""
+    once = replace(
+        experiment, simulated=True, workload=replace(experiment.workload, stop_at_eos=False)
+    )
+    session = Session(once, watch)
+    steps = {
+        batcher.name: batcher.serve(session.workload, Watch()).num_steps
+        for batcher in session.strategies()
+    }
+    found = Estimate(steps, experiment.trials.trials, exact=not experiment.workload.stop_at_eos)
+    if experiment.simulated:
+        return found
+    from batchbench.batching.engines.torch.sizing import size_up
+
+    sizes = size_up(experiment, session.source, session.workload.max_total_tokens)
+    passes = sum(steps.values()) * experiment.trials.trials
+    return replace(
+        found,
+        weight_bytes=sizes.weight_bytes,
+        kv_cache_bytes=sizes.kv_cache_bytes,
+        device=sizes.device,
+        seconds=passes * sizes.step_s,
+    )

@@ -1,0 +1,212 @@
+"""Loading a model onto a device: pretrained from safetensors, or made up."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from batchbench.batching.models.dummy import fill_with_dummy_weights
+from batchbench.batching.models.source import Source
+from batchbench.batching.models.spec import ModelSpec
+from batchbench.errors import UsageError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A causal LM on its device, ready to compute."""
+
+    source: Source
+    module: PreTrainedModel
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """float32, bfloat16 or float16."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters, tied ones once."""
+        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+
+
+def resolve_device(asked: str) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        UsageError: this machine has no such device.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if asked == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    there = ["cpu"] + ["mps"] * mps
+    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cuda else []
+    wanted = "cuda:0" if asked == "cuda" else asked
+    if wanted not in there:
+        raise UsageError(f"--device {asked}: not on this machine; it has {', '.join(there)}")
+    return torch.device(wanted)
+
+
+def resolve_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """The number format that ``--dtype`` names.
+
+    Raises:
+        UsageError: the device cannot compute in it.
+    """
+    if asked == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if _computes_in(torch.bfloat16, device) else torch.float16
+    dtype = _DTYPES[asked]
+    if not _computes_in(dtype, device):
+        able = [name for name, other in _DTYPES.items() if _computes_in(other, device)]
+        raise UsageError(f"--dtype {asked}: {device} lacks it; it has {', '.join(able)}")
+    return dtype
+
+
+def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        major, _ = torch.cuda.get_device_capability(device)
+        if major < 8:  # older ones emulate it, many times slower
+            return False
+    try:
+        x = torch.ones(2, 8, dtype=dtype, device=device)
+        h = torch.nn.functional.layer_norm(
+            torch.nn.functional.gelu(x @ x.T, approximate="tanh"), [2]
+        )
+        torch.nn.functional.scaled_dot_product_attention(h[None], h[None], h[None]).float().cpu()
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def set_threads(spec: ModelSpec) -> int:
+    """Give torch its CPU threads; the number it now has."""
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    return torch.get_num_threads()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def load_model(source: Source, spec: ModelSpec, seed: int) -> LoadedModel:
+    """Load or make up the weights.
+
+    Raises:
+        UsageError: no such device or dtype, a checkpoint that does not fit its configuration, or
+            too little memory.
+    """
+    _quiet()
+    device = resolve_device(spec.device)
+    dtype = resolve_dtype(spec.dtype, device)
+    _check_room(source, spec, dtype, device)
+    if source.load_format == "dummy":
+        module = _dummy(source, dtype, seed)
+    else:
+        module = _pretrained(source, spec, dtype)
+    try:
+        module = module.to(device).eval().requires_grad_(False)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"--model {spec.model}: its weights do not fit on {device}") from error
+    return LoadedModel(source, module, device, dtype)
+
+
+def count_parameters(source: Source) -> int:
+    """Number of the model's parameters, tied ones once; allocates nothing."""
+    config = model_config(source)
+    try:
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # a configuration that no causal language model can be made of
+        raise UsageError(f"--model {source.name}: is no causal language model: {error}") from error
+    shapes.tie_weights()
+    return sum(p.numel() for p in shapes.parameters())
+
+
+def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+    parameters = count_parameters(source)
+    # Made-up weights are drawn in float32 on the host.
+    on_host = parameters * (4 if source.load_format == "dummy" else dtype.itemsize)
+    for where, needed in ((torch.device("cpu"), on_host), (device, parameters * dtype.itemsize)):
+        if needed > (room := free_bytes(where)):
+            raise UsageError(
+                f"--model {spec.model}: its weights need {needed / 2**30:.1f} GiB and {where} has "
+                f"{room / 2**30:.1f} GiB to spare; take a smaller model"
+            )
+
+
+def _quiet() -> None:
+    """No progress bars and warnings of libraries among our own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def model_config(source: Source) -> Any:
+    """The model's configuration as transformers has it."""
+    options: Mapping[str, Any] = source.config
+    try:
+        if source.folder is not None:
+            return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        return AutoConfig.for_model(**options)
+    except Exception as error:  # whatever transformers makes of a spoiled configuration
+        raise UsageError(
+            f"--model {source.name}: its config.json is not usable: {error}"
+        ) from error
+
+
+def _dummy(source: Source, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    config = model_config(source)
+    try:
+        with no_init_weights():
+            module = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            )
+    except ValueError as error:  # its attention is not of the kind that can be exchanged
+        raise UsageError(f"--model {source.name}: cannot be served: {error}") from error
+    module.tie_weights()
+    fill_with_dummy_weights(module, seed)
+    made: PreTrainedModel = module.to(dtype)
+    return made
+
+
+def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        module, report = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise UsageError(f"--model {spec.model}: cannot be loaded: {error}") from error
+    for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape of")):
+        if report.get(kind):
+            first = sorted(k if isinstance(k, str) else str(k[0]) for k in report[kind])[0]
+            raise UsageError(
+                f"--model {spec.model}: the checkpoint {what} {first}, named by its config.json"
+            )
+    loaded: PreTrainedModel = module
+    return loaded

@@ -1,0 +1,138 @@
+"""What several test files share: no hub, a tiny checkpoint, and small models made up on the spot.
+
+Nothing here imports torch before a test asks for a model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from batchbench.batching.models.loading import LoadedModel
+
+# Read when torch is first imported. Passes of tiny models gain nothing from a second thread, and
+# threads that wait for one another on busy cores lose much.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TINY: Mapping[str, Any] = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 300,
+    "n_positions": 128,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+SENTENCES = (
+    "The quick brown fox jumped over the lazy dog.",
+    "A request is written into its slot and leaves by being forgotten.",
+    "Static batching waits for the longest request; continuous batching does not.",
+    "What the comparison shows is two decisions alone, and not two loops.",
+)
+
+MakeModel = Callable[..., "LoadedModel"]
+Alone = Callable[["LoadedModel", Sequence[int], int], list[int]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The hub is switched off and its cache is empty, whatever the user's own holds."""
+    home = tmp_path_factory.mktemp("hub")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(home))  # for subprocesses, and for whoever imports it later
+        patch.setenv("HF_HUB_CACHE", str(home / "hub"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.delenv("HF_TOKEN", raising=False)
+        from huggingface_hub import constants
+
+        # Test files that import transformers have imported it before the environment was set.
+        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_model() -> MakeModel:
+    """Makes a model up: settings on top of ``TINY``, or a whole configuration of another type."""
+    return _make_model
+
+
+def _make_model(
+    config: Mapping[str, Any] = TINY,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    seed: int = 0,
+    **settings: Any,
+) -> LoadedModel:
+    from batchbench.batching.models import ModelSpec, Source
+    from batchbench.batching.models.loading import load_model
+
+    source = Source("made-up", "dummy", {**config, **settings}, None, "made up for a test")
+    return load_model(source, ModelSpec(dtype=dtype, device=device), seed)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as ``save_pretrained`` leaves it, with a tokenizer. Copy it before you change it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    _make_model().module.save_pretrained(folder)
+    _save_tokenizer(folder / "tokenizer.json")
+    return folder
+
+
+def _save_tokenizer(file: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY["vocab_size"],
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.save(str(file))
+
+
+@pytest.fixture(scope="session")
+def tiny(checkpoint: Path) -> LoadedModel:
+    """The tiny checkpoint, loaded in float32 on the CPU. Not to be changed."""
+    from batchbench.batching.models import ModelSpec, find_model
+    from batchbench.batching.models.loading import load_model
+
+    spec = ModelSpec(model=str(checkpoint), dtype="float32", device="cpu")
+    return load_model(find_model(spec), spec, 0)
+
+
+@pytest.fixture(scope="session")
+def alone() -> Alone:
+    """Greedy generation of one prompt by the stock model with its own cache, nothing of ours."""
+    return _alone
+
+
+def _alone(model: LoadedModel, prompt: Sequence[int], count: int) -> list[int]:
+    import torch
+    from transformers import DynamicCache
+
+    module = model.module
+    module.set_attn_implementation("sdpa")
+    tokens: list[int] = []
+    ids = torch.tensor([list(prompt)], device=model.device)
+    cache = DynamicCache()
+    with torch.inference_mode():
+        while len(tokens) < count:
+            logits = module(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            ids = logits[:, -1:].argmax(-1)
+            tokens.append(int(ids))
+    return tokens
