@@ -1,0 +1,1 @@
+"""What it means: metrics, comparison, audit, result, figures; pure functions of Recordings."""

@@ -1,0 +1,97 @@
+"""The self-audit: whether a run can be believed, and if not, why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from batchbench.batching.conduct import WarmUp
+from batchbench.batching.recording import Recording
+from batchbench.batching.verification import Verification
+from batchbench.reports import metrics
+from batchbench.workloads import Workload
+
+LITTLE, HOST_SHARE, DRIFT, FOREIGN_CORES = 0.02, 0.03, 0.10, 0.2
+"""Limits: of Little's law, of time outside the steps, of change between the first and the last
+trials, and of other processes' use of the processor in cores."""
+
+
+def audit(
+    workload: Workload,
+    recordings: Mapping[str, Sequence[Recording]],
+    verification: Verification,
+    warm_up: WarmUp,
+    stopped: str | None,
+) -> list[str]:
+    """Reasons to suspect the run; none if it is valid."""
+    reasons = [stopped] if stopped else []
+    if verification.wrong:
+        reasons.append(f"{verification.wrong} requests got wrong tokens")
+    if not warm_up.settled and warm_up.last_change is not None:
+        reasons.append(
+            f"warm-up had not settled: the median step still changed by "
+            f"{warm_up.last_change:+.0%} after {warm_up.rounds} rounds"
+        )
+    for name, trials in recordings.items():
+        reasons += [f"{name}: {reason}" for reason in _of_strategy(workload, trials)]
+    return reasons
+
+
+def _of_strategy(workload: Workload, trials: Sequence[Recording]) -> list[str]:
+    reasons = []
+    for law, holds in (
+        ("every request was served once", all(_complete(r) for r in trials)),
+        ("tokens are conserved", all(_conserved(workload, r) for r in trials)),
+        ("slot-steps add up", all(_adds_up(r) for r in trials)),
+    ):
+        if not holds:
+            reasons.append(f"the log breaks a law: {law}")
+    if reasons:
+        return reasons
+    if (worst := max(abs(metrics.littles_law(r)) for r in trials)) > LITTLE:
+        reasons.append(f"Little's law is off by {worst:.1%}")
+    if workload.closed and len({tuple(metrics.counters(r).values()) for r in trials}) > 1:
+        reasons.append("counters differ between trials of a closed workload")
+    if (
+        not trials[0].header.simulated
+        and len({None if r.tokens is None else r.tokens.tobytes() for r in trials}) > 1
+    ):
+        reasons.append("outputs differ between trials")
+    if trials[0].header.simulated:
+        return reasons
+    share = float(np.median([metrics.host_share(r) for r in trials]))
+    if workload.closed and share > HOST_SHARE:
+        reasons.append(f"{share:.1%} of the time passed outside the steps")
+    durations = [r.duration_ns for r in trials]
+    if len(durations) >= 2:
+        half = len(durations) // 2
+        change = float(np.median(durations[-half:]) / np.median(durations[:half]) - 1)
+        if abs(change) > DRIFT:
+            slower = "slower" if change > 0 else "faster"
+            reasons.append(f"its trials became {abs(change):.0%} {slower} from first to last")
+    foreign = [r.header.about.get("foreign_cores") for r in trials]
+    busiest = max((f for f in foreign if f is not None), default=0.0)
+    if busiest > FOREIGN_CORES:
+        reasons.append(f"other processes kept {busiest:.1f} cores busy")
+    return reasons
+
+
+def _complete(r: Recording) -> bool:
+    q = r.requests
+    ordered = (q.admitted <= q.first) & (q.first <= q.last) & (q.last < q.released)
+    return bool((q.admitted >= 0).all() and ordered.all() and (q.released <= r.num_steps).all())
+
+
+def _conserved(workload: Workload, r: Recording) -> bool:
+    produced, asked = r.requests.output_tokens, workload.output_tokens
+    if workload.stop_at_eos:
+        return bool(((produced >= 1) & (produced <= asked)).all())
+    return bool((produced == asked).all())
+
+
+def _adds_up(r: Recording) -> bool:
+    c = metrics.counters(r)
+    kinds = ("useful", "prompt", "finished", "empty", "stalled")
+    parts = [c[f"{kind}_slot_steps"] for kind in kinds]
+    return min(parts) >= 0 and sum(parts) == c["slot_steps"]

@@ -1,0 +1,48 @@
+"""Where a result goes: named, and checked before the first measurement."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from batchbench.errors import UsageError
+
+
+def default_folder(model: str) -> Path:
+    """``batchbench-results/<time>-<model>``, with a number behind it where that is taken."""
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model.replace('/', '--')}"
+    folder = Path("batchbench-results") / name
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{name}-{number}")
+    return folder
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> list[Path]:
+    """See that a result can be written there; the folders that were made for it, inmost first.
+
+    Raises:
+        UsageError: it cannot be written, or holds a result and ``overwrite`` is not given.
+    """
+    if (folder / "result.json").exists() and not overwrite:
+        raise UsageError(f"--output {folder}: holds a result; give another folder or --overwrite")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        remove_if_empty(made)
+        raise UsageError(f"--output {folder}: cannot be written: {why}") from error
+    return made
+
+
+def remove_if_empty(folders: Sequence[Path]) -> None:
+    """Take folders away in which nothing was written, inmost first."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

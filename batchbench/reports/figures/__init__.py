@@ -1,0 +1,62 @@
+"""Pictures: what happened, drawn from recordings alone.
+
+Four pictures answer four questions at a glance: how much faster (throughput), how long people wait
+(latency), how full the slots are (occupancy), and why (timeline). Each is a card of its own with a
+headline, so that it can be shown alone, on a light page or a dark one.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from batchbench.batching.recording import Recording
+from batchbench.reports.figures.card import (
+    DPI,
+    MOST_BARS,
+    MOST_BARS_A_SLOT,
+    MOST_SLOTS,
+    clean_text,
+    house_style,
+    name_strategies,
+)
+from batchbench.reports.figures.latency import draw_latency
+from batchbench.reports.figures.occupancy import draw_occupancy
+from batchbench.reports.figures.throughput import draw_throughput
+from batchbench.reports.figures.timeline import draw_timeline
+
+
+def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str, Figure]:
+    """The four pictures, by name: throughput, latency, occupancy, timeline.
+
+    Args:
+        recordings: the trials of each strategy, at least one each; the first is the baseline, and
+            trials of equal index are pairs.
+        title: model, device and workload in a line; every picture carries it.
+    """
+    strategies = name_strategies(recordings)
+    pictures = {
+        "throughput": draw_throughput,
+        "latency": draw_latency,
+        "occupancy": draw_occupancy,
+        "timeline": draw_timeline,
+    }
+    with house_style():
+        return {name: picture(strategies, clean_text(title)) for name, picture in pictures.items()}
+
+
+def render(figure: Figure, format: str) -> bytes:
+    """A picture as a file: ``png`` (160 dots an inch) or ``svg`` (text stays text).
+
+    The same picture gives the same bytes, on one version of matplotlib.
+    """
+    out = io.BytesIO()
+    metadata = {"Date": None} if format == "svg" else None
+    with house_style():
+        figure.savefig(out, format=format, dpi=DPI, metadata=metadata)
+    return out.getvalue()
+
+
+__all__ = ["MOST_BARS", "MOST_BARS_A_SLOT", "MOST_SLOTS", "draw", "render"]

@@ -1,0 +1,202 @@
+"""How full the slots are over time, and who waits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from batchbench.batching.recording import Ints, Recording
+from batchbench.reports.figures.card import (
+    HELD,
+    INK,
+    MOST_LEVELS,
+    Entry,
+    Floats,
+    Strategy,
+    Unit,
+    add_legend,
+    make_card,
+    make_entry,
+    spell_percent,
+    strip_axes,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Levels:
+    """What is constant between edges: ``edges_ns`` is ``[levels + 1]``, the rest ``[levels]``."""
+
+    edges_ns: Floats
+    running: Floats  # slots whose request is not done
+    finished: Floats  # slots held by a request that is done
+    waiting: Floats  # requests that are due and not admitted
+    mean_over_ns: float = 0.0  # 0 where nothing was averaged
+
+    def thinned(self) -> _Levels:
+        """At most as many levels as can be seen: means over equal times, so areas stay."""
+        if len(self.running) <= MOST_LEVELS:
+            return self
+        edges = np.linspace(self.edges_ns[0], self.edges_ns[-1], MOST_LEVELS + 1)
+
+        def means(levels: Floats) -> Floats:
+            area = np.concatenate([[0.0], np.cumsum(levels * np.diff(self.edges_ns))])
+            mean: Floats = np.diff(np.interp(edges, self.edges_ns, area)) / np.diff(edges)
+            return mean
+
+        running, finished, waiting = (
+            means(levels) for levels in (self.running, self.finished, self.waiting)
+        )
+        return _Levels(edges, running, finished, waiting, float(edges[1] - edges[0]))
+
+
+def _levels(recording: Recording) -> _Levels:
+    """Slots and queue over time."""
+    held = Holdings.of(recording)
+    due = np.minimum(recording.requests.due_ns, held.admitted)
+    events = [np.sort(at) for at in (due, held.admitted, held.done, held.freed)]
+    edges = np.unique(np.concatenate([[0], *events]))
+    # How many came due, came in, were done and left by each edge.
+    arrived, admitted, done, left = (
+        np.searchsorted(at, edges[:-1], side="right").astype(np.float64) for at in events
+    )
+    return _Levels(edges.astype(np.float64), admitted - done, done - left, arrived - admitted)
+
+
+@dataclass(frozen=True, eq=False)
+class Holdings:
+    """When each request held its slot, in ns, ``[requests]`` each."""
+
+    request: Ints
+    slot: Ints
+    admitted: Ints  # start of the first step that computes it
+    first: Ints  # end of the step of its first token
+    done: Ints  # end of the step of its last token
+    freed: Ints  # end of the last step in which its slot is held
+
+    @classmethod
+    def of(cls, recording: Recording) -> Holdings:
+        """All requests of a trial, in the order of their index."""
+        r, ends = recording.requests, recording.step_ends_ns
+        return cls(
+            request=np.arange(len(r.slot)),
+            slot=r.slot,
+            admitted=recording.step_starts_ns[r.admitted],
+            first=ends[r.first],
+            done=ends[r.last],
+            freed=ends[r.released - 1],
+        )
+
+    def where(self, chosen: NDArray[np.bool_]) -> Holdings:
+        """Some of them."""
+        return Holdings(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+
+def draw_occupancy(strategies: Sequence[Strategy], title: str) -> Figure:
+    """Running, held and empty slots over one time axis, and the queue beneath."""
+    each = [_levels(strategy.typical).thinned() for strategy in strategies]
+    unit = Unit.of(strategies, max(levels.edges_ns[-1] for levels in each))
+    tall = float(np.clip(3.2 / len(strategies), 0.8, 1.35))
+    row = tall + 0.96
+    notes = _occupancy_notes(strategies, each, unit)
+    headline = _occupancy_headline(strategies)
+    card = make_card(headline, title, 0.3 + row * len(strategies) + 0.36, notes)
+    add_legend(card, _kinds_of_slots(strategies, any(levels.finished.any() for levels in each)))
+    panels = []
+    for strategy, levels in zip(strategies, each, strict=True):
+        top = 0.3 + row * strategy.index
+        done = unit.text(strategy.typical.duration_ns)
+        detail = f"{spell_percent(_useful(strategy))} of its slot-steps useful, done after {done}"
+        card.label(top + 0.18, strategy, detail)
+        panels += [
+            card.axes(0.5, top + 0.3, 6.8, tall),
+            card.axes(0.5, top + tall + 0.44, 6.8, 0.36),
+        ]
+        _slots(panels[-2], strategy, levels, unit)
+        _queue(panels[-1], levels, unit)
+    share_time(panels, max(levels.edges_ns[-1] for levels in each), unit)
+    return card.figure
+
+
+def share_time(panels: Sequence[Axes], until_ns: float, unit: Unit) -> None:
+    """One time axis for panels that stand one above the other, written under the lowest."""
+    for panel in panels:
+        panel.set_xlim(0, until_ns / unit.ns)
+        lowest = panel is panels[-1]
+        panel.tick_params(axis="x", labelbottom=lowest, length=3 if lowest else 0)
+    panels[-1].set_xlabel(f"time ({unit.name})")
+
+
+def _kinds_of_slots(strategies: Sequence[Strategy], held: bool) -> list[Entry]:
+    """What fills and hatches mean."""
+    entries = [make_entry("running", strategies, 0.25)]
+    if held:
+        entries.append(("done, slot still held", (Patch(**HELD),)))
+    return [*entries, ("empty", (Patch(fc="#ffffff", ec=INK, lw=0.8),))]
+
+
+def _slots(axes: Axes, strategy: Strategy, levels: _Levels, unit: Unit) -> None:
+    """Running slots filled, held ones hatched, and a box up to the number of slots."""
+    slots, edges = strategy.typical.header.slots, levels.edges_ns / unit.ns
+    axes.stairs(
+        levels.running,
+        edges,
+        fill=True,
+        color=strategy.tint(0.25),
+        lw=0,
+        gid=f"running-{strategy.index}",
+    )
+    axes.stairs(
+        levels.running + levels.finished,
+        edges,
+        baseline=levels.running,
+        fill=True,
+        gid=f"finished-{strategy.index}",
+        **HELD,
+    )
+    axes.plot([0, edges[-1], edges[-1], 0], [slots, slots, 0, 0], color=INK, lw=1, clip_on=False)
+    axes.set(ylim=(0, slots), yticks=sorted({0, slots // 2, slots}), ylabel="slots")
+    strip_axes(axes, "left")
+
+
+def _queue(axes: Axes, levels: _Levels, unit: Unit) -> None:
+    """Requests that wait for a slot."""
+    # At the very start all wait for an instant, which no eye sees and no axis should show.
+    spans = np.diff(levels.edges_ns)
+    seen = levels.waiting[spans > spans.sum() / (2 * MOST_LEVELS)]
+    longest = max(seen.max(), 1.0)
+    axes.stairs(levels.waiting, levels.edges_ns / unit.ns, color=INK, lw=1.1, baseline=None)
+    axes.set(ylim=(0, longest * 1.08), yticks=[0, round(longest)], ylabel="waiting")
+    strip_axes(axes, "left", "bottom")
+
+
+def _useful(strategy: Strategy) -> float:
+    """Utilisation: useful slot-steps in all slot-steps."""
+    counted = strategy.counted
+    return counted["useful_slot_steps"] / counted["slot_steps"]
+
+
+def _occupancy_headline(strategies: Sequence[Strategy]) -> str:
+    share = spell_percent(_useful(strategies[-1]))
+    text = f"{strategies[-1].called} makes use of {share} of its slot-steps"
+    if len(strategies) > 1:
+        text += f", {strategies[0].called} of {spell_percent(_useful(strategies[0]))}"
+    return text
+
+
+def _occupancy_notes(strategies: Sequence[Strategy], each: Sequence[_Levels], unit: Unit) -> str:
+    notes = "A slot-step is one slot in one forward pass; useful ones yield a token."
+    if coarse := max(levels.mean_over_ns for levels in each):
+        notes += f" Levels are means over {unit.text(coarse)}."
+    return notes + which_trial(strategies)
+
+
+def which_trial(strategies: Sequence[Strategy]) -> str:
+    """What a picture of one trial says about its choice."""
+    several = len(strategies[0].trials) > 1
+    return " Of each strategy the trial of median duration." if several else ""

@@ -1,0 +1,286 @@
+"""The result: what ``result.json`` holds, built from recordings and nothing else measured.
+
+Names and meaning are fixed: other tools read them (``result.schema.json`` is published with the
+package).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import batchbench
+from batchbench.batching.conduct import Outcome, WarmUp
+from batchbench.batching.recording import Recording
+from batchbench.batching.verification import Finding, Verification
+from batchbench.errors import UsageError
+from batchbench.reports import metrics
+from batchbench.reports.audit import audit
+from batchbench.reports.comparison import Ratio, paired_ratio
+from batchbench.workloads import Workload
+
+SCHEMA_VERSION = 1
+_FACTS = (
+    "created_at",
+    "command",
+    "simulated",
+    "config",
+    "environment",
+    "model",
+    "warm_up",
+    "workload",
+    "verification",
+    "stopped",
+    "outputs",
+)
+"""What was asked, met and observed; all else in a result is derived from the recordings."""
+
+SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
+
+Recordings = Mapping[str, Sequence[Recording]]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """``result.json`` as data, and the recordings that it was made from."""
+
+    data: Mapping[str, Any]
+    recordings: Recordings
+
+    @property
+    def names(self) -> list[str]:
+        """Strategies, the baseline first."""
+        return list(self.recordings)
+
+    @property
+    def title(self) -> str:
+        """Model, device, batch size and workload in a line."""
+        model, config = self.data["model"], self.data["config"]
+        slots, requests = config["serving"]["batch_size"], self.data["workload"]["num_requests"]
+        parts = [
+            model["name"],
+            "simulated" if self.data["simulated"] else f"{model['device']} {model['dtype']}",
+            f"{slots:,} slot{'s' * (slots != 1)}",
+            f"{requests:,} request{'s' * (requests != 1)}",
+        ]
+        if config["serving"]["engine"] != "slots" and not self.data["simulated"]:
+            parts.insert(2, f"{config['serving']['engine']} engine")
+        return " · ".join(parts)
+
+
+def make_result(outcome: Outcome, price_per_hour: float | None = None) -> Result:
+    """The result of an experiment that was just conducted."""
+    facts = {
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": outcome.experiment.command()
+        + (f" --price-per-hour {price_per_hour}" if price_per_hour is not None else ""),
+        "simulated": outcome.experiment.simulated,
+        "config": {**outcome.experiment.config(), "report": {"price_per_hour": price_per_hour}},
+        "environment": dict(outcome.environment),
+        "model": dict(outcome.model),
+        "warm_up": asdict(outcome.warm_up),
+        "workload": _workload(outcome.workload),
+        "verification": {
+            "passed": outcome.verification.passed,
+            **{k: v for k, v in asdict(outcome.verification).items() if k != "findings"},
+            "findings": [asdict(finding) for finding in outcome.verification.findings],
+        },
+        "stopped": outcome.stopped,
+        "outputs": None
+        if outcome.texts is None
+        else [
+            {"request": i, "prompt": prompt, "output": output}
+            for i, (prompt, output) in enumerate(outcome.texts)
+        ],
+    }
+    return _derived(facts, outcome.workload, outcome.recordings)
+
+
+def remake_result(result: Result) -> Result:
+    """The same result with everything derived anew from its recordings."""
+    data = result.data
+    recorded = data["workload"]
+    first = next(iter(result.recordings.values()))[0].requests
+    # Prompts are not in a recording; lengths and times are, and no figure needs more.
+    asked = recorded["output_lengths"]
+    workload = Workload(
+        name=recorded["name"],
+        seed=recorded["seed"],
+        prompt_ids=np.zeros(first.prompt_tokens.sum(), np.int32),
+        prompt_offsets=np.concatenate([[0], np.cumsum(first.prompt_tokens)]),
+        output_tokens=first.output_tokens if asked is None else np.array(asked, np.int64),
+        due_ns=first.due_ns,
+        stop_at_eos=data["config"]["workload"]["stop_at_eos"],
+    )
+    return _derived({key: data[key] for key in _FACTS}, workload, result.recordings)
+
+
+def _workload(workload: Workload) -> dict[str, Any]:
+    return {
+        "name": workload.name,
+        "seed": workload.seed,
+        "closed": workload.closed,
+        "num_requests": len(workload),
+        "total_input_tokens": int(workload.prompt_tokens.sum()),
+        "total_output_tokens": int(workload.output_tokens.sum()),
+        "digest": workload.digest,
+        # A recording knows what was produced; only where texts end early is this something else.
+        "output_lengths": workload.output_tokens.tolist() if workload.stop_at_eos else None,
+    }
+
+
+def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recordings) -> Result:
+    price = facts["config"]["report"]["price_per_hour"]
+    checked = facts["verification"]
+    verification = Verification(
+        **{
+            key: checked[key]
+            for key in (
+                "requests_checked",
+                "identical",
+                "numerical_ties",
+                "wrong",
+                "reference",
+                "max_logit_gap",
+            )
+        },
+        findings=tuple(Finding(**finding) for finding in checked["findings"]),
+    )
+    reasons = audit(
+        workload, recordings, verification, WarmUp(**facts["warm_up"]), facts["stopped"]
+    )
+    strategies = {name: _strategy(trials, price) for name, trials in recordings.items()}
+    names = list(recordings)
+    comparisons = [_comparison(names[0], name, strategies, recordings) for name in names[1:]]
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "batchbench_version": batchbench.__version__,
+        **facts,
+        "strategies": strategies,
+        "comparison": comparisons[-1] if comparisons else None,
+        "comparisons": comparisons,
+        "validity": {"status": "suspect" if reasons else "valid", "reasons": reasons},
+    }
+    return Result(data, recordings)
+
+
+def _strategy(trials: Sequence[Recording], price: float | None) -> dict[str, Any]:
+    summary = metrics.summary(trials)
+    per_second = summary["output_throughput"]
+    assert per_second is not None
+    cost = None if price is None else price / 3600 / per_second * 1e6
+    return {
+        "trials": [metrics.trial_summary(trial) for trial in trials],
+        "summary": {**summary, "cost_per_million_output_tokens": cost},
+        "counters": metrics.counters(trials[0]),
+        "output_digest": output_digest(trials[0]),
+    }
+
+
+def output_digest(recording: Recording) -> str | None:
+    """SHA-256 over every request's tokens; None where no model ran."""
+    if recording.tokens is None:
+        return None
+    content = hashlib.sha256(recording.requests.output_tokens.astype("<i8").tobytes())
+    content.update(recording.tokens.astype("<i4").tobytes())
+    return content.hexdigest()
+
+
+def ratio_of(
+    strategies: Mapping[str, Any], metric: str, numerator: str, denominator: str
+) -> Ratio | None:
+    """A metric of one strategy over that of another, pair by pair."""
+    above, below = (
+        [trial[metric] for trial in strategies[name]["trials"]] for name in (numerator, denominator)
+    )
+    return paired_ratio(above, below)
+
+
+def _comparison(
+    baseline: str, candidate: str, strategies: Mapping[str, Any], recordings: Recordings
+) -> dict[str, Any]:
+    speedup = ratio_of(strategies, "duration", baseline, candidate)
+    assert speedup is not None
+    # The counters' steps; with texts that end early they may vary from trial to trial.
+    steps = paired_ratio(
+        [r.num_steps for r in recordings[baseline]], [r.num_steps for r in recordings[candidate]]
+    )
+    assert steps is not None
+    return {
+        "baseline": baseline,
+        "candidate": candidate,
+        "speedup": speedup.as_dict(),
+        "step_ratio": steps.median,
+        "efficiency": speedup.median / steps.median,
+    }
+
+
+def to_json(result: Result) -> str:
+    """``result.json``; whatever has no meaning is null, never NaN."""
+    return json.dumps(result.data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def load_result(folder: Path) -> Result:
+    """Read a result's folder, or its ``result.json``.
+
+    Raises:
+        UsageError: there is no result, or it is torn or of another schema version.
+    """
+    file = folder if folder.suffix == ".json" else folder / "result.json"
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "holds no result.json" if folder.is_dir() else "no such folder"
+        raise UsageError(f"{folder}: {what}; give the folder that batchbench run wrote") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: is not readable JSON ({error})") from error
+    _check_schema(file, data)
+    recordings = {
+        name: [
+            Recording.load(file.parent / recording_file(i, trial))
+            for trial in range(len(strategy["trials"]))
+        ]
+        for i, (name, strategy) in enumerate(data["strategies"].items())
+    }
+    lengths = data["workload"]["output_lengths"]
+    counts = {len(r.requests.slot) for trials in recordings.values() for r in trials}
+    counts |= {data["workload"]["num_requests"]} | ({len(lengths)} if lengths else set())
+    if len(counts) > 1:
+        raise UsageError(f"{file}: its parts tell different numbers of requests")
+    return Result(data, recordings)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _check_schema(file: Path, data: Any) -> None:
+    """Raise UsageError where a result is not as the published schema says."""
+    import jsonschema
+
+    if not isinstance(data, dict) or "schema_version" not in data:
+        raise UsageError(f"{file}: is no result of batchbench")
+    if data["schema_version"] != SCHEMA_VERSION:
+        raise UsageError(
+            f"{file}: has schema version {data['schema_version']}, this batchbench reads "
+            f"{SCHEMA_VERSION}; read it with batchbench {data.get('batchbench_version')}"
+        )
+    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    error = jsonschema.exceptions.best_match(
+        jsonschema.Draft202012Validator(schema).iter_errors(data)
+    )
+    if error is not None:
+        where = ".".join(map(str, error.absolute_path)) or "it"
+        raise UsageError(f"{file}: is not a whole result: {where}: {error.message[:200]}")
+
+
+def recording_file(strategy: int, trial: int) -> str:
+    """Where a recording lies in the result's folder."""
+    return f"recordings/{strategy}-{trial}.npz"

@@ -1,0 +1,71 @@
+"""Frames: a row a request, a row a span, for spreadsheets and pandas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from batchbench.batching.recording import Recording
+from batchbench.reports import metrics
+from batchbench.reports.result import Result
+
+
+def requests_frame(result: Result) -> pd.DataFrame:
+    """A row a request, trial and strategy: its records and its latencies."""
+    frames = []
+    for name, trials in result.recordings.items():
+        for trial, recording in enumerate(trials):
+            frames.append(_requests(name, trial, recording))
+    frame = pd.concat(frames, ignore_index=True)
+    if result.data["outputs"] is not None:
+        texts = {row["request"]: row["output"] for row in result.data["outputs"]}
+        frame["output_text"] = frame["request"].map(texts)
+    return frame
+
+
+def _requests(name: str, trial: int, recording: Recording) -> pd.DataFrame:
+    r = recording.requests
+    return pd.DataFrame(
+        {
+            "strategy": name,
+            "trial": trial,
+            "request": np.arange(len(r.slot)),
+            "slot": r.slot,
+            "prompt_tokens": r.prompt_tokens,
+            "output_tokens": r.output_tokens,
+            "admitted_step": r.admitted,
+            "first_token_step": r.first,
+            "last_token_step": r.last,
+            "released_step": r.released,
+            "due_ms": r.due_ns / 1e6,
+            "admitted_ms": recording.step_starts_ns[r.admitted] / 1e6,
+            "ttft_ms": metrics.ttft_ms(recording),
+            "tpot_ms": metrics.tpot_ms(recording),
+            "e2el_ms": metrics.e2el_ms(recording),
+        }
+    )
+
+
+def steps_frame(result: Result) -> pd.DataFrame:
+    """A row a span of equal steps, trial and strategy."""
+    frames = []
+    for name, trials in result.recordings.items():
+        for trial, recording in enumerate(trials):
+            s = recording.spans
+            last = recording.first_steps + s.steps - 1
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "strategy": name,
+                        "trial": trial,
+                        "first_step": recording.first_steps,
+                        "steps": s.steps,
+                        "start_ms": s.start_ns / 1e6,
+                        "end_ms": recording.step_ends_ns[last] / 1e6,
+                        "decoding_slots": s.decoding,
+                        "prompt_chunks": s.chunks,
+                        "waiting": s.waiting,
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,270 @@
+"""The terminal's sentence and table."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from test_audit import PASSED, measured, trials_of
+from test_result import clean, result_of, simulated
+
+from batchbench.batching.recording import Recording
+from batchbench.batching.verification import NOT_VERIFIED, Finding
+from batchbench.reports.formats.terminal import number, render, sentence
+from batchbench.reports.result import Result
+
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+WIDTHS = (40, 60, 80, 120)
+
+
+def paced(policy: str, *steps_ms: float) -> list[Recording]:
+    """Trials with steps of the given lengths."""
+    return [measured(policy, i, step_ns=ms * 1e6) for i, ms in enumerate(steps_ms)]
+
+
+def shown(result: Result, width: int) -> str:
+    """What stands on a terminal of this width."""
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(render(result))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+# The sentence
+
+
+def test_faster() -> None:
+    result = result_of(
+        {
+            "static": paced("static", 10, 11, 10, 11),
+            "continuous": paced("continuous", 10, 10.5, 10.1, 11),
+        }
+    )
+    assert sentence(result) == (
+        "continuous batching was 3.03× faster (95 % CI 2.94–3.18); the schedules alone give 3.03×; "
+        "outputs identical for 32/32 requests; run valid."
+    )
+
+
+def test_slower_turns_the_ratio_and_its_interval_round() -> None:
+    result = result_of(
+        {
+            "static": paced("static", 10, 10.2, 10, 10.2),
+            "continuous": paced("continuous", 40, 41, 40, 42),
+        }
+    )
+    assert sentence(result).startswith("continuous batching was 1.32× slower (95 % CI 1.30–1.36);")
+
+
+def test_three_pairs_are_needed_for_an_interval() -> None:
+    pairs = {"static": paced("static", 10, 10), "continuous": paced("continuous", 10, 10)}
+    text = "3.03× faster (2 pairs of trials: too few for an interval); the schedules alone"
+    assert text in sentence(result_of(pairs))
+    one = {name: trials[:1] for name, trials in pairs.items()}
+    assert "3.03× faster (1 pair of trials: too few for an interval)" in sentence(result_of(one))
+
+
+def test_one_strategy_is_told_without_a_comparison() -> None:
+    assert sentence(result_of({"static": paced("static", 10, 10, 10)})) == (
+        "static batching served 32 requests in 4 s, 170 output tokens/s; "
+        "outputs identical for 32/32 requests; run valid."
+    )
+
+
+def test_large_and_small_numbers_are_spelled_without_exponents() -> None:
+    for step_ms in (0.001, 0.05, 10, 30_000):
+        assert not re.search(r"\de[+-]", sentence(result_of({"static": paced("static", step_ms)})))
+
+
+def test_of_three_strategies_the_first_and_the_last_are_compared() -> None:
+    own = [
+        replace(t, header=replace(t.header, strategy="mine:Own")) for t in trials_of("continuous")
+    ]
+    recordings = {
+        "static": trials_of("static"),
+        "continuous": trials_of("continuous"),
+        "mine:Own": own,
+    }
+    assert "mine:Own was 3.03× faster (95 % CI 3.03–3.03)" in sentence(result_of(recordings))
+
+
+def test_another_baseline_than_static_is_named() -> None:
+    turned = {"continuous": trials_of("continuous"), "static": trials_of("static")}
+    assert sentence(result_of(turned)).startswith(
+        "static batching was 3.03× slower than continuous (95 % CI 3.03–3.03); the schedules alone"
+    )
+
+
+def test_ties_are_counted_with_the_largest_gap() -> None:
+    some = replace(PASSED, identical=30, numerical_ties=2, max_logit_gap=0.00123)
+    assert (
+        "outputs identical for 30/32 requests, 2 numerical ties (logits 0.0012 apart at most)"
+        in sentence(result_of(verification=some))
+    )
+    one = replace(PASSED, identical=31, numerical_ties=1, max_logit_gap=0.1)
+    assert "31/32 requests, 1 numerical tie (" in sentence(result_of(verification=one))
+
+
+def test_wrong_outputs_are_shouted_with_the_first() -> None:
+    tie = Finding(1, "static", "numerical tie", 3, 0.1, 0.2, "is close")
+    bad = Finding(4, "continuous", "wrong", 9, 5.0, 0.2, "output token 9 is not the model's own")
+    found = replace(PASSED, identical=29, numerical_ties=1, wrong=2, findings=(tie, bad))
+    text = sentence(result_of(verification=found))
+    assert "identical for 29/32 requests, 1 numerical tie" in text
+    assert (
+        ", 2 WRONG (first: request 4 under continuous, output token 9 is not the model's own);"
+        in text
+    )
+    assert "run suspect (2 requests got wrong tokens)" in text
+
+
+def test_a_suspect_run_says_why() -> None:
+    result = result_of(
+        {"static": trials_of("static", foreign=0.9), "continuous": trials_of("continuous")},
+        stopped="interrupted after 4 of 8 pairs",
+    )
+    assert sentence(result).endswith(
+        "; run suspect (interrupted after 4 of 8 pairs; "
+        "static: other processes kept 0.9 cores busy)."
+    )
+
+
+def test_what_was_not_verified_says_so() -> None:
+    assert "; outputs not verified; run valid." in sentence(result_of(verification=NOT_VERIFIED))
+
+
+def test_a_simulation_says_that_it_is_one() -> None:
+    assert sentence(simulated()) == (
+        "in simulation, where every step costs the same, continuous batching was 3.03× faster; "
+        "run valid."
+    )
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "N/A"),
+        (0, "0"),
+        (0.0, "0"),
+        (400, "400"),
+        (3200, "3,200"),
+        (1234.5, "1,234"),
+        (12345.6, "12,346"),
+        (999.95, "1,000"),
+        (12.345, "12.35"),
+        (0.0012345, "0.001234"),
+        (2.0, "2"),
+        (1e7, "10,000,000"),
+    ],
+)
+def test_numbers_have_four_digits_and_commas(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+# The table
+
+
+def cells(result: Result) -> list[list[str]]:
+    """Each row of the table on a wide terminal."""
+    lines = shown(result, 200).splitlines()
+    return [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in lines
+        if line.startswith("│")
+    ]
+
+
+def test_the_table_holds_the_results_own_numbers() -> None:
+    result = result_of(price=3.6)
+    rows = {row[0]: row[1:] for row in cells(result)}
+    static = result.data["strategies"]["static"]
+    assert rows["Duration"][:2] == ["s", number(static["summary"]["duration"])]
+    assert rows["TTFT p99"][:2] == ["ms", number(static["summary"]["p99_ttft_ms"])]
+    assert rows["Forward passes"] == ["", "400", "132", "0.33×"]
+    assert rows["Slot utilisation"] == ["%", "21.25", "64.39", "3.03×"]
+    assert rows["Output throughput"][3].startswith("3.03× (3.03–3.03")
+    assert rows["Cost of 1M output tok"][0] == "$"
+
+
+def test_every_number_has_a_unit() -> None:
+    counts = {"Forward passes"}  # what is counted is its unit
+    for label, unit, *values in cells(result_of(price=3.6)):
+        assert unit or label in counts
+        assert values[-1] == "N/A" or "×" in values[-1]
+
+
+def test_a_row_without_any_value_is_left_out_and_one_without_meaning_is_na() -> None:
+    assert "Cost" not in shown(result_of(), 120)
+    result = replace(simulated(), data=deepcopy(simulated().data))
+    result.data["strategies"]["static"]["summary"]["mean_tpot_ms"] = None
+    rows = {row[0]: row[1:] for row in cells(result)}
+    assert rows["TPOT mean"][1] == "N/A"
+
+
+def test_the_title_names_model_device_engine_batch_and_workload() -> None:
+    assert "gpt2 · cpu float32 · 8 slots · 32 requests" in shown(result_of(), 120)
+    assert "gpt2 · simulated · 8 slots · 32 requests" in shown(simulated(), 120)
+
+
+def test_the_caption_tells_trials_and_interval() -> None:
+    told = "median and pool of 4 trials; ÷ is the median of paired trials (95 % CI)"
+    assert told in " ".join(shown(clean(), 120).split())
+    two = {"static": paced("static", 10, 10), "continuous": paced("continuous", 10, 10)}
+    text = shown(result_of(two), 120)
+    assert "median and pool of 2 trials" in text
+    assert "95 % CI" not in text
+    assert "simulated: a step counts as 1 ms" in shown(simulated(), 120)
+
+
+def slow(policies: Sequence[str] = ("static", "continuous")) -> Result:
+    """Large numbers: three minutes a step."""
+    return result_of(
+        {policy: paced(policy, 180_000, 181_000, 182_500, 180_700) for policy in policies},
+        price=1000.0,
+    )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("make", [clean, slow, simulated])
+def test_nothing_is_wider_than_the_terminal_or_cut_off(
+    width: int, make: Callable[[], Result]
+) -> None:
+    text = shown(make(), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("width", [w for w in WIDTHS if w >= 60])
+@pytest.mark.parametrize("make", [clean, slow, simulated])
+def test_no_number_is_cut_in_two(width: int, make: Callable[[], Result]) -> None:
+    result = make()
+    assert sorted(NUMBER.findall(shown(result, width))) == sorted(
+        NUMBER.findall(shown(result, 200))
+    )
+
+
+def test_no_color_leaves_no_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bold may stay, as https://no-color.org says."""
+    suspect = result_of(stopped="interrupted after 1 of 4 pairs")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    coloured = re.compile(r"\x1b\[[\d;]*(?:3|4)[0-9][\d;]*m")
+
+    def drawn() -> str:
+        console = Console(file=io.StringIO(), width=80, force_terminal=True)
+        console.print(render(suspect))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert coloured.search(drawn())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not coloured.search(drawn())
