@@ -1,0 +1,88 @@
+"""The program: commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from typing import Annotated
+
+import typer
+
+import batchbench
+from batchbench.cli import run as running
+from batchbench.errors import BatchbenchError
+
+app = typer.Typer(
+    name="batchbench",
+    help="How much does continuous batching buy over static batching, on your hardware and "
+    "workload, and why?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"batchbench {batchbench.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """How much does continuous batching buy over static batching, and why?"""
+
+
+app.command("run", help=running.RUN_HELP)(running.run)
+app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
+app.command("report", help=running.REPORT_HELP)(running.report)
+
+
+def main() -> None:
+    """Run the program and exit with its code."""
+    sys.exit(_guarded())
+
+
+def _guarded() -> int:
+    """The exit code; every error is one line on standard error."""
+    try:
+        code = app(standalone_mode=False, prog_name="batchbench")
+        sys.stdout.flush()
+        return int(code or 0)
+    except BatchbenchError as error:
+        return _say(str(error), error.exit_code)
+    except typer.TyperException as error:
+        return _say(error.format_message(), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a program that SIGPIPE ended
+    except Exception as error:
+        return _say(
+            f"a fault of batchbench itself: {type(error).__name__}: {error}; please report it with "
+            f"the traceback in {_save_traceback()}",
+            70,
+        )
+
+
+def _say(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    print(f"batchbench: {line}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _save_traceback() -> str:
+    handle, path = tempfile.mkstemp(prefix="batchbench-crash-", suffix=".txt")
+    with os.fdopen(handle, "w") as file:
+        traceback.print_exc(file=file)
+    return path
