@@ -1,0 +1,128 @@
+"""One decode step against its matrix products alone, and against transformers' own.
+
+    .venv/bin/python benchmarks/decode_step.py [--rows 8] [--rounds 25]
+
+GPT-2 124M with dummy weights on the CPU, requests 64 tokens long. All ways take turns in one
+process, so that a machine whose speed drifts treats them alike: quote the ratios.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn.functional import linear
+from transformers import DynamicCache
+
+from batchbench.batching.engines.torch.attention import Layout
+from batchbench.batching.engines.torch.base import best_token
+from batchbench.batching.engines.torch.cache import SlotCache
+from batchbench.batching.engines.torch.forward import GPT2Forward, TransformersForward
+from batchbench.batching.engines.torch.packed import PackedLinear
+from batchbench.batching.models import ModelSpec, find_model
+from batchbench.batching.models.loading import LoadedModel, load_model
+
+LENGTH = 64
+
+
+def products(model: LoadedModel, rows: int, make: Callable) -> Callable[[], object]:
+    """All matrix products of a step, nothing else."""
+    width = model.module.config.n_embd
+    body = model.module.transformer
+    layers = [
+        make(conv.weight.t().contiguous(), conv.bias)
+        for block in body.h
+        for conv in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+    ]
+    layers.append(make(model.module.lm_head.weight, None))
+    inputs = {n: torch.randn(rows, n).to(model.dtype) for n in (width, 4 * width)}
+    sizes = [*[width, width, width, 4 * width] * len(body.h), width]
+    return lambda: [layer(inputs[n]) for layer, n in zip(layers, sizes, strict=True)]
+
+
+def step(model: LoadedModel, rows: int, kind: type) -> Callable[[], object]:
+    """One decode step over a slot cache."""
+    forward = kind(model)
+    like = torch.empty(0, dtype=forward.cache_dtype)
+    slots = torch.arange(rows)
+    layout = Layout(
+        SlotCache(model.module.config, rows, 128, like),
+        slots,
+        torch.full((rows,), LENGTH - 1),
+        rows,
+        0,
+        rows,
+        LENGTH,
+        mask=torch.zeros(rows, 1, 1, LENGTH, dtype=forward.cache_dtype),
+    )
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 50257, rows))
+    return lambda: best_token(forward(ids, layout, None)).tolist()
+
+
+def eager(model: LoadedModel, rows: int) -> Callable[[], object]:
+    """transformers' own forward pass with its growing cache."""
+    cache = DynamicCache()
+    ids = torch.zeros(rows, LENGTH - 1, dtype=torch.int64)
+    model.module(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    def once() -> object:
+        model.module.set_attn_implementation("sdpa")
+        out = model.module(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+        return best_token(out.logits[:, -1]).tolist()
+
+    return once
+
+
+@torch.inference_mode()
+def measure(dtype: str, rows: int, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each way."""
+    spec = ModelSpec(model="gpt2", load_format="dummy", device="cpu", dtype=dtype)
+    model = load_model(find_model(spec), spec, seed=0)
+    plain = lambda w, b: lambda x: linear(x, w, b)  # noqa: E731
+    ways = {
+        "matrix products, packed": products(model, rows, PackedLinear),
+        "matrix products, F.linear": products(model, rows, plain),
+        "step: slots engine, GPT-2's own forward": step(model, rows, GPT2Forward),
+        "step: slots engine, transformers' forward": step(model, rows, TransformersForward),
+        "step: transformers alone": eager(model, rows),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 2):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if turn >= 2:
+                times[name].append((time.perf_counter() - began) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=25)
+    asked = parser.parse_args()
+    table = Table(title=f"GPT-2 124M, {asked.rows} rows, {torch.get_num_threads()} threads")
+    table.add_column("one decode step")
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        found[dtype] = measure(dtype, asked.rows, asked.rounds)
+        table.add_column(f"{dtype} ms", justify="right")
+        table.add_column("÷ packed", justify="right")
+    for name in found["float32"]:
+        cells = []
+        for times in found.values():
+            cells += [f"{times[name]:.1f}", f"{times[name] / next(iter(times.values())):.2f}"]
+        table.add_row(name, *cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

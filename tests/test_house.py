@@ -1,0 +1,349 @@
+"""The house: who imports whom, what is public and documented, and that the documents are true."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+import batchbench
+
+PACKAGE = Path(batchbench.__file__).parent
+ROOT = PACKAGE.parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = ("workloads", "batching", "reports", "studies", "cli")
+"""From the ground up: a room may import those before it."""
+
+NEEDS_TORCH = (
+    "batching.engines.torch",
+    "batching.engines.notebook",
+    "batching.models.loading",
+    "batching.models.dummy",
+)
+
+PUBLIC = {
+    "BatchbenchError",
+    "Experiment",
+    "ModelSpec",
+    "Outcome",
+    "Policy",
+    "Recording",
+    "Request",
+    "ServingSpec",
+    "TrialsSpec",
+    "UsageError",
+    "View",
+    "Watch",
+    "Workload",
+    "WorkloadSpec",
+    "__version__",
+    "conduct",
+}
+
+
+def module_of(file: Path) -> str:
+    """``batching.scheduler``, say."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def tree_of(file: Path) -> ast.Module:
+    """A file's syntax."""
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """Modules of ours that a file imports, anywhere in it."""
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms_of(file: Path) -> set[str]:
+    """Rooms that a file imports from."""
+    ours = (name.split(".")[1:] for name in imports_of(file) if name.startswith("batchbench."))
+    return {parts[0] for parts in ours if (PACKAGE / parts[0]).is_dir()}
+
+
+# Who may import whom
+
+
+def test_every_room_is_known() -> None:
+    rooms = {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()}
+    assert rooms <= set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
+    below = set(ROOMS[: ROOMS.index(room) + 1])
+    for file in (PACKAGE / room).rglob("*.py"):
+        assert rooms_of(file) <= below, file
+
+
+@pytest.mark.parametrize("name", ["settings.py", "errors.py"])
+def test_what_all_rooms_use_uses_no_room(name: str) -> None:
+    assert rooms_of(PACKAGE / name) == set()
+
+
+@pytest.mark.parametrize(
+    ("folder", "stranger"),
+    [("batching/models", "engines"), ("batching/engines", "scheduler")],
+)
+def test_models_know_no_engine_and_engines_no_scheduler(folder: str, stranger: str) -> None:
+    for file in (PACKAGE / folder).rglob("*.py"):
+        assert not any(f".{stranger}" in name for name in imports_of(file)), file
+
+
+def test_only_the_torch_engines_and_the_loading_of_models_need_torch() -> None:
+    """Everything else, all of reports included, is imported where torch cannot be."""
+    names = [module_of(file) for file in FILES]
+    free = [f"batchbench.{name}" for name in names if name and not name.startswith(NEEDS_TORCH)]
+    assert "batchbench.reports.formats.terminal" in free
+    script = f"""
+import importlib, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+for name in {[name for name in free if not name.endswith("__main__")]!r}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_or_a_spec_loads_not_even_numpy() -> None:
+    script = """
+import sys
+import tomllib
+from batchbench import Experiment, ModelSpec, ServingSpec, TrialsSpec, UsageError, WorkloadSpec
+Experiment()
+print([m for m in ("numpy", "torch", "pandas", "scipy", "matplotlib") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    names = {re.split(r"[^\w.-]", line)[0].lower().replace("-", "_") for line in asked}
+    imported = {name.split(".")[0] for file in FILES for name in imports_of(file)}
+    imported -= {"batchbench", *sys.stdlib_module_names}
+    # pynvml is the module of nvidia-ml-py.
+    assert {name if name != "pynvml" else "nvidia_ml_py" for name in imported} <= names
+
+
+# What is public
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(batchbench.__all__) == PUBLIC
+    assert batchbench.__all__ == sorted(batchbench.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {"__version__"}))
+def test_each_public_name_is_there_and_documented(name: str) -> None:
+    found = getattr(batchbench, name)
+    text = found.__doc__ or ""
+    assert text
+    assert not (dataclasses.is_dataclass(found) and text.startswith(f"{name}("))  # made up
+
+
+def test_other_names_are_not_there() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Serving'"):
+        batchbench.Serving  # noqa: B018
+
+
+@pytest.mark.parametrize("room", ["workloads", "batching.models"])
+def test_what_a_room_offers_is_there(room: str) -> None:
+    module = importlib.import_module(f"batchbench.{room}")
+    assert all(getattr(module, name) is not None for name in module.__all__)
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+# What the code looks like
+
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef
+
+
+def is_public(name: str) -> bool:
+    """Whether a name has no underscore in front."""
+    return not name.startswith("_")
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_modules_classes_and_functions_have_docstrings(file: Path) -> None:
+    tree = tree_of(file)
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and is_public(node.name):
+            assert ast.get_docstring(node), f"{file.name}: {node.name}"
+
+
+def methods() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Public methods of public classes, with their class."""
+    for file in FILES:
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.ClassDef) and is_public(node.name):
+                for method in node.body:
+                    if isinstance(method, ast.FunctionDef) and is_public(method.name):
+                        yield node.name, method
+
+
+def test_methods_are_documented_where_they_stand_or_at_their_seam() -> None:
+    documented = {method.name for _, method in methods() if ast.get_docstring(method)}
+    assert [f"{of}.{m.name}" for of, m in methods() if m.name not in documented] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_files_and_functions_are_short(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) < 450
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno + 1 <= 70, node.name
+
+
+def test_nothing_is_asserted_of_users_and_no_names_are_vague() -> None:
+    vague = re.compile("util|helper|common|manager", re.IGNORECASE)
+    assert [file.name for file in FILES if vague.search(file.name)] == []
+
+
+# What the documents say
+
+
+def fenced(file: Path, language: str) -> list[str]:
+    """Blocks of a language in a Markdown file."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def examples(file: Path) -> Iterator[tuple[list[str], str]]:
+    """Commands ``$ batchbench …`` in a document's blocks, each with the output shown for it."""
+    for block in fenced(file, r"\w*"):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            words = command.split("#")[0].split()
+            if words[0] == "batchbench" and output.strip():
+                yield words[1:], output
+
+
+def batchbench_says(words: list[str], folder: Path) -> str:
+    """Standard output of the program on a terminal of 80 columns."""
+    forced = ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "TERMINAL_WIDTH")
+    env = {name: value for name, value in os.environ.items() if name not in forced}
+    done = subprocess.run(
+        [sys.executable, "-m", "batchbench", *words],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**env, "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def comparable(text: str) -> list[str]:
+    """Lines without what differs from run to run."""
+    text = re.sub(r"\d{8}-\d{6}", "<time>", text)
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+def matches(shown: list[str], said: list[str]) -> bool:
+    """Whether the lines are the same; a line ``…`` stands for any number of them."""
+    pattern = "\n".join("*" if line.strip() == "…" else _escaped(line) for line in shown)
+    return fnmatchcase("\n".join(said), pattern)
+
+
+def _escaped(line: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", line)
+
+
+def documented_outputs() -> list[tuple[str, list[str], str]]:
+    """Outputs in README and docs that do not depend on the machine."""
+    return [
+        (file.name, words, output)
+        for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+        for words, output in examples(file)
+        if words[0] == "simulate" or words[-1] in ("--help", "--version")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "output"),
+    [
+        pytest.param(words, output, id=f"{name}: {' '.join(words)}")
+        for name, words, output in documented_outputs()
+    ],
+)
+def test_outputs_in_the_documents_are_the_programs_own(
+    words: list[str], output: str, tmp_path: Path
+) -> None:
+    said = comparable(batchbench_says(words, tmp_path))
+    shown = comparable(output)
+    assert shown == said or matches(shown, said)
+
+
+def test_the_readme_shows_the_help() -> None:
+    if not (ROOT / "README.md").read_text(encoding="utf-8").strip():
+        pytest.skip("README.md is not written yet")
+    assert ("README.md", ["--help"]) in [(name, words) for name, words, _ in documented_outputs()]
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    for file in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", file.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (file.parent / link).exists(), f"{file.name}: {link}"
+
+
+def test_the_example_of_the_policy_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = ROOT / "docs" / "write-your-own-policy.md"
+    if not page.exists():
+        pytest.skip("the page is not written yet")
+    (code,) = fenced(page, "python")
+    (command,) = fenced(page, "console")
+    (name,) = set(re.findall(r"`(\w+\.py)`", page.read_text(encoding="utf-8")))
+    (tmp_path / name).write_text(code)
+    words = command.removeprefix("$ batchbench ").split()
+    said = batchbench_says([*words, "--dry-run"], tmp_path)
+    assert re.match(r"steps +static 400, continuous 132, policies:\w+ \d+ forward passes", said)
+
+
+@pytest.mark.parametrize("target", ["run", "test", "lint", "clean"])
+def test_make_knows_the_target(target: str) -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:", text, re.MULTILINE)
+
+
+def test_the_architecture_page_names_every_room_and_part() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = [f for f in PACKAGE.rglob("*") if f.is_dir() and (f / "__init__.py").exists()]
+    for room in rooms:
+        assert room.name in text, room
+    for file in FILES:
+        if is_public(file.stem):
+            assert f"{file.stem}" in text, file
