@@ -405,21 +405,20 @@ def test_a_trial_that_was_broken_off_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(("length", "count"), [(8, 6), (20, 1)], ids=["in text", "in prompt"])
 def test_a_request_that_overflows_does_not_spoil_others(
-    name: str, make_model: MakeModel, alone: Alone
+    length: int, count: int, name: str, make_model: MakeModel, alone: Alone
 ) -> None:
     """In float16 numbers do overflow; who comes next into the slot must not see them."""
     model = make_model()
     model.module.transformer.wpe.weight[10:20] = float("nan")
-    innocent = {1: [PROMPTS[1][:3], 6], 2: [PROMPTS[2][:2], 7]}
-    workload = Workload.of(
-        "the first one overflows",
-        [PROMPTS[0][:8], *(prompt for prompt, _ in innocent.values()), PROMPTS[0][:20]],
-        [6, 6, 7, 12],
-    )
+    innocent = [(PROMPTS[1][:3], 6), (PROMPTS[2][:2], 7)]
+    overflowing = [(PROMPTS[0][:length], count), (PROMPTS[0], 12)]
+    asked = [*overflowing, *innocent]
+    workload = Workload.of("overflow", [prompt for prompt, _ in asked], [n for _, n in asked])
     recording = serve(name, model, workload, "continuous", 2)
-    for index, (prompt, count) in innocent.items():
-        assert recording.tokens_of(index).tolist() == alone(model, prompt, count)
+    expected = [alone(model, prompt, n) for prompt, n in innocent]
+    assert outputs(recording)[2:] == expected
 
 
 @pytest.mark.parametrize("left_behind", [1e4, float("nan")])

@@ -357,6 +357,17 @@ def test_a_config_that_no_model_is_made_of_is_a_usage_error(
         look_at_and_load(spec)
 
 
+@pytest.mark.parametrize("value", [0, -1, None, "300", [300]])
+@pytest.mark.parametrize("key", ["vocab_size", "n_positions"])
+def test_a_size_that_is_none_is_a_usage_error_without_loading(
+    folder: Path, key: str, value: object
+) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(UsageError, match=f"{key} = "):
+        find_model(ModelSpec(model=str(folder)), weights=False)
+
+
 def test_a_folder_without_weights_is_a_usage_error(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"no \*\.safetensors.*--load-format dummy"):

@@ -186,6 +186,50 @@ def test_under_unusual_policies_too_everybody_is_served_once(
     assert sorted(served_by(policy, workload)) == list(range(len(workload)))
 
 
+class Onlooker(Continuous):
+    """Holds what it is shown against what it has decided, and against the workload."""
+
+    def __init__(self, workload: Workload, slots: int) -> None:
+        self._workload, self._slots = workload, slots
+        self._admitted: set[Request] = set()
+
+    def look(self, view: View) -> None:
+        assert view.free + view.running + len(view.finished) == self._slots
+        there = {request for request in self._workload if request.due_ns <= view.now}
+        assert set(view.waiting) == there - self._admitted
+        assert view.more_to_come == (len(there) < len(self._workload))
+
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        self.look(view)
+        self._admitted.update(view.waiting[: view.free])
+        return super().admit(view)
+
+    def release(self, view: View) -> Iterable[int]:
+        self.look(view)
+        return super().release(view)
+
+
+@given(workloads(), configs())
+@law
+def test_a_policy_is_shown_who_waits_what_is_free_and_who_runs(
+    workload: Workload, config: Config
+) -> None:
+    policy = Onlooker(workload, config.slots)
+    drive(scheduler_of(workload, config, policy), lambda plan: None)
+
+
+def test_a_policy_is_shown_the_time() -> None:
+    times: list[int] = []
+
+    class Clockwatcher(Continuous):
+        def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+            times.append(view.now)
+            return super().admit(view)
+
+    served_by(Clockwatcher(), workload_of([(1, 1, 0), (1, 1, 7), (1, 1, 50)]))
+    assert times == [0, STEP_NS, 57]
+
+
 def test_a_policy_that_asks_to_be_asked_again_is_asked_then() -> None:
     workload = workload_of([(3, 2, 7), (3, 2, 100 * STEP_NS)])
     recording = serve(workload, Config("laws:Patient", 2))

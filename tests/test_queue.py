@@ -24,7 +24,7 @@ operations = st.one_of(
 
 def requests_of(lengths: list[int], first: int = 0) -> list[Request]:
     """Requests in the order of arrival, the first having index ``first``."""
-    return [Request(first + i, 3, length, 0) for i, length in enumerate(lengths)]
+    return [Request(first + i, 9 - (first + i) % 9, n, 0) for i, n in enumerate(lengths)]
 
 
 def assert_equal(queue: WaitingQueue, model: list[Request], piece: slice) -> None:

@@ -75,12 +75,13 @@ def report(
 ) -> None:
     """Show a result again."""
     from batchbench.reports.destination import check_folder
-    from batchbench.reports.folder import write_folder
     from batchbench.reports.result import load_result, remake_result
 
     folder = folder.parent if folder.name == "result.json" else folder
     result = remake_result(load_result(folder))
     check_folder(folder, overwrite=True)
+    from batchbench.reports.folder import write_folder  # pandas and matplotlib, only now
+
     files = write_folder(folder, result)
     _show(result, files, OutputSpec(json=json, quiet=quiet))
 
