@@ -405,20 +405,23 @@ def test_a_trial_that_was_broken_off_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("name", ENGINES)
-@pytest.mark.parametrize(("length", "count"), [(8, 6), (20, 1)], ids=["in text", "in prompt"])
+@pytest.mark.parametrize(
+    "before",
+    [[(8, 6), (20, 12)], [(20, 12), (2, 2), (20, 1)]],
+    ids=["in its text", "in its prompt"],
+)
 def test_a_request_that_overflows_does_not_spoil_others(
-    length: int, count: int, name: str, make_model: MakeModel, alone: Alone
+    before: list[tuple[int, int]], name: str, make_model: MakeModel, alone: Alone
 ) -> None:
     """In float16 numbers do overflow; who comes next into the slot must not see them."""
     model = make_model()
     model.module.transformer.wpe.weight[10:20] = float("nan")
     innocent = [(PROMPTS[1][:3], 6), (PROMPTS[2][:2], 7)]
-    overflowing = [(PROMPTS[0][:length], count), (PROMPTS[0], 12)]
-    asked = [*overflowing, *innocent]
+    asked = [*((PROMPTS[0][:length], count) for length, count in before), *innocent]
     workload = Workload.of("overflow", [prompt for prompt, _ in asked], [n for _, n in asked])
     recording = serve(name, model, workload, "continuous", 2)
     expected = [alone(model, prompt, n) for prompt, n in innocent]
-    assert outputs(recording)[2:] == expected
+    assert outputs(recording)[len(before) :] == expected
 
 
 @pytest.mark.parametrize("left_behind", [1e4, float("nan")])

@@ -69,8 +69,8 @@ class Listener(Watch):
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
         self._hear("ends", strategy, trial)
 
-    def all_of(self, kind: str) -> list[tuple[object, ...]]:
-        return [rest for first, *rest in map(tuple, self.heard) if first == kind]  # type: ignore[misc]
+    def all_of(self, kind: str) -> list[list[object]]:
+        return [rest for first, *rest in self.heard if first == kind]
 
 
 @pytest.fixture
