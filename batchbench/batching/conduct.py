@@ -250,13 +250,9 @@ def conduct(experiment: Experiment, watch: Watch | None = None) -> Outcome:
 
 def expected_round_s(session: Session, step_ns: int) -> float:
     """Seconds that one round should take, going by the steps of a simulation."""
-    planned = (
-        Session(replace(session.experiment, simulated=True), Watch())
-        if (session.workload.closed)
-        else None
-    )
-    if planned is None:
-        return 0.0
+    if not session.workload.closed:
+        return 0.0  # how many steps it takes is not known beforehand
+    planned = Session(replace(session.experiment, simulated=True), Watch())
     steps = sum(b.serve(planned.workload, Watch()).num_steps for b in planned.strategies())
     return steps * step_ns / 1e9
 

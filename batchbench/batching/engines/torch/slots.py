@@ -64,34 +64,39 @@ class SlotsEngine(TorchEngine):
     def _prepare(self, plan: Plan) -> None:
         super()._prepare(plan)
         self._erase_behind(plan)
-        chunks = plan.chunks
-        lengths = [chunk.stop - chunk.start for chunk in chunks]
-        self._prompt_ids = self._tensor(
-            np.concatenate(
-                [self._workload.prompt(c.request.index)[c.start : c.stop] for c in chunks]
-            )
-            if chunks
-            else []
-        )
-        decoding = len(plan.slots)
-        ends = (decoding + np.cumsum(lengths)).astype(np.int64) if chunks else np.zeros(0, np.int64)
-        keep = [end - 1 for end, chunk in zip(ends.tolist(), chunks, strict=True) if chunk.yields]
-        self._keep = self._tensor([*range(decoding), *keep]) if chunks else None
-        slots = np.concatenate(
-            [plan.slots, *(np.full(n, c.slot) for n, c in zip(lengths, chunks, strict=True))]
-        )
-        positions = np.concatenate([plan.positions, *(np.arange(c.start, c.stop) for c in chunks)])
+        chunks, decoding = plan.chunks, len(plan.slots)
+        pieces = [self._workload.prompt(c.request.index)[c.start : c.stop] for c in chunks]
+        self._prompt_ids = self._tensor(np.concatenate(pieces) if pieces else [])
+        lengths = np.array([len(piece) for piece in pieces], np.int64)
+        firsts = decoding + np.cumsum(lengths) - lengths  # where each piece begins in the pass
+        lasts = [
+            first + length - 1
+            for chunk, first, length in zip(chunks, firsts, lengths, strict=True)
+            if chunk.yields
+        ]
+        self._keep = self._tensor([*range(decoding), *lasts]) if chunks else None
         self._growing = self._tensor(plan.growing)
-        self._layout = Layout(self._cache, self._tensor(slots), self._tensor(positions), decoding)
+        self._layout = self._lay_out(plan, firsts.tolist())
+
+    def _lay_out(self, plan: Plan, firsts: Sequence[int]) -> Layout:
+        """Which request each token of the pass belongs to; ``firsts`` is one a chunk."""
+        chunks, decoding = plan.chunks, len(plan.slots)
+        slots = [plan.slots, *(np.full(c.stop - c.start, c.slot) for c in chunks)]
+        positions = [plan.positions, *(np.arange(c.start, c.stop) for c in chunks)]
+        layout = Layout(
+            self._cache,
+            self._tensor(np.concatenate(slots)),
+            self._tensor(np.concatenate(positions)),
+            decoding,
+        )
         if decoding:
-            low, high = int(plan.slots[0]), int(plan.slots[-1]) + 1
-            self._layout.low, self._layout.high = low, high
-            whole = high - low == decoding
-            self._layout.rows = None if whole else self._tensor(plan.slots - low)
-        firsts = dict(zip(map(id, chunks), (ends - lengths).tolist(), strict=True))
-        fresh = [c for c in chunks if c.start == 0]
-        self._layout.fresh = list(self._padded(fresh, [firsts[id(c)] for c in fresh]))
-        self._layout.continued = [(firsts[id(c)], c, self._after(c)) for c in chunks if c.start > 0]
+            layout.low, layout.high = int(plan.slots[0]), int(plan.slots[-1]) + 1
+            whole = layout.high - layout.low == decoding
+            layout.rows = None if whole else self._tensor(plan.slots - layout.low)
+        placed = list(zip(firsts, chunks, strict=True))
+        layout.fresh = list(self._padded([(first, c) for first, c in placed if c.start == 0]))
+        layout.continued = [(first, c, self._after(c)) for first, c in placed if c.start > 0]
+        return layout
 
     def _forward(self, plan: Plan, step: int) -> torch.Tensor:
         layout = self._layout
@@ -118,11 +123,9 @@ class SlotsEngine(TorchEngine):
         # As numbers, not as truth values: the attention would make them so again in each layer.
         layout.mask = mask.masked_fill_(unseen, float("-inf"))[:, None, None, :]
 
-    def _padded(self, chunks: Sequence[Chunk], firsts: Sequence[int]) -> Iterator[Prompts]:
+    def _padded(self, placed: Sequence[tuple[int, Chunk]]) -> Iterator[Prompts]:
         """Fresh pieces in groups of like length (within a factor of two), padded on the right."""
-        pieces = sorted(
-            zip(firsts, (c.stop for c in chunks), strict=True), key=lambda piece: piece[1]
-        )
+        pieces = sorted(((first, c.stop) for first, c in placed), key=lambda piece: piece[1])
         for _, group in groupby(pieces, key=lambda piece: (piece[1] - 1).bit_length()):
             first, length = np.array(list(group), np.int64).T
             offset = np.arange(length.max())
