@@ -82,7 +82,10 @@ def byte_tokens(text: str) -> list[int]:
     GPT-2's vocabulary begins with the bytes that print (``!`` to ``~``, ``¡`` to ``¬``, ``®`` to
     ``ÿ``), then come the others in order.
     """
-    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    order = printing + [byte for byte in range(256) if byte not in set(printing)]
-    rank = {byte: token for token, byte in enumerate(order)}
-    return [rank[byte] for byte in text.encode("utf-8")]
+    return [_BYTE_TOKENS[byte] for byte in text.encode("utf-8")]
+
+
+_PRINTING = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_TOKENS = {
+    byte: token for token, byte in enumerate(_PRINTING + sorted({*range(256)} - {*_PRINTING}))
+}
