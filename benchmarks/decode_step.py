@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from batchbench.batching.engines.torch.attention import Layout
 from batchbench.batching.engines.torch.base import best_token
-from batchbench.batching.engines.torch.cache import SlotCache
+from batchbench.batching.engines.torch.cache import SlotCache, cache_argument
 from batchbench.batching.engines.torch.forward import GPT2Forward, TransformersForward
 from batchbench.batching.engines.torch.packed import PackedLinear
 from batchbench.batching.models import ModelSpec, find_model
@@ -70,11 +70,12 @@ def eager(model: LoadedModel, rows: int) -> Callable[[], object]:
     """transformers' own forward pass with its growing cache."""
     cache = DynamicCache()
     ids = torch.zeros(rows, LENGTH - 1, dtype=torch.int64)
-    model.module(input_ids=ids, past_key_values=cache, use_cache=True)
+    held = {cache_argument(model.module): cache}
+    model.module(input_ids=ids, use_cache=True, **held)
 
     def once() -> object:
         model.module.set_attn_implementation("sdpa")
-        out = model.module(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        out = model.module(input_ids=ids[:, :1], use_cache=True, **held)
         cache.crop(-1)
         return best_token(out.logits[:, -1]).tolist()
 

@@ -125,14 +125,17 @@ def _alone(model: LoadedModel, prompt: Sequence[int], count: int) -> list[int]:
     import torch
     from transformers import DynamicCache
 
+    from batchbench.batching.engines.torch.cache import cache_argument
+
     module = model.module
     module.set_attn_implementation("sdpa")
     tokens: list[int] = []
     ids = torch.tensor([list(prompt)], device=model.device)
     cache = DynamicCache()
+    name = cache_argument(module)
     with torch.inference_mode():
         while len(tokens) < count:
-            logits = module(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            logits = module(input_ids=ids, use_cache=True, **{name: cache}).logits
             ids = logits[:, -1:].argmax(-1)
             tokens.append(int(ids))
     return tokens

@@ -32,7 +32,8 @@ class Workload:
     ``prompt_ids`` is the concatenation of all prompts, request ``i`` owning
     ``prompt_ids[prompt_offsets[i]:prompt_offsets[i + 1]]``. A workload is *closed* when all
     requests are there at the start and their output lengths are given: then steps and counters are
-    the same on every machine.
+    the same on every machine. With ``max_concurrency`` a request comes no sooner than fewer than
+    that many of those before it are unfinished.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Workload:
     output_tokens: NDArray[np.int64]  # [requests]
     due_ns: NDArray[np.int64]  # [requests], ascending
     stop_at_eos: bool = False
+    max_concurrency: int | None = None
 
     @classmethod
     def of(
@@ -53,6 +55,7 @@ class Workload:
         due_ns: Sequence[int] | None = None,
         seed: int = 0,
         stop_at_eos: bool = False,
+        max_concurrency: int | None = None,
     ) -> Workload:
         """A workload from lists: prompts as token ids, one output length a prompt."""
         lengths = [len(prompt) for prompt in prompts]
@@ -66,6 +69,7 @@ class Workload:
             if due_ns is None
             else np.asarray(due_ns, np.int64),
             stop_at_eos=stop_at_eos,
+            max_concurrency=max_concurrency,
         )
 
     def __len__(self) -> int:
@@ -83,7 +87,8 @@ class Workload:
     @property
     def closed(self) -> bool:
         """Whether all requests are there at the start and their lengths are given."""
-        return not self.stop_at_eos and not self.due_ns.any()
+        timed = self.max_concurrency is not None or self.due_ns.any()
+        return not self.stop_at_eos and not timed
 
     @property
     def max_total_tokens(self) -> int:
@@ -101,4 +106,6 @@ class Workload:
         for column in (self.prompt_ids, self.prompt_offsets, self.output_tokens, self.due_ns):
             content.update(len(column).to_bytes(8, "little") + column.astype("<i8").tobytes())
         content.update(bytes([self.stop_at_eos]))
+        if self.max_concurrency is not None:
+            content.update(self.max_concurrency.to_bytes(8, "little"))
         return content.hexdigest()

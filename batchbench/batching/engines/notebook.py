@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from batchbench.batching.engines.torch.base import TorchEngine, best_token
+from batchbench.batching.engines.torch.cache import cache_argument
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan
 from batchbench.errors import UsageError
@@ -27,6 +28,7 @@ class NotebookEngine(TorchEngine):
 
     def __init__(self, model: LoadedModel, slots: int) -> None:
         super().__init__(model, slots)
+        self._cache_argument = cache_argument(model.module)
         self._forget()
 
     def begin(self, workload: Workload) -> None:
@@ -102,11 +104,11 @@ class NotebookEngine(TorchEngine):
             input_ids=ids if isinstance(ids, torch.Tensor) else self._tensor(ids),
             attention_mask=mask if isinstance(mask, torch.Tensor) else self._tensor(mask),
             position_ids=self._tensor(positions),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: cache},
         )
-        new = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        new = [(layer.keys, layer.values) for layer in cache.layers]
         return best_token(out.logits[:, -1]), new
 
     def _filter(self, keep: list[bool]) -> None:

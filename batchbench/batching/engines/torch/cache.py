@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+def cache_argument(module: PreTrainedModel) -> str:
+    """What a model's forward pass calls its cache: renamed in transformers 5.2x."""
+    parameters = inspect.signature(module.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def kv_shape(config: PretrainedConfig) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ from torch.nn.functional import layer_norm
 from transformers import PretrainedConfig
 
 from batchbench.batching.engines.torch.attention import NAME, Layout, attend
+from batchbench.batching.engines.torch.cache import cache_argument
 from batchbench.batching.engines.torch.packed import PackedLinear, packed_ops
 from batchbench.batching.models.loading import LoadedModel
 
@@ -37,6 +38,7 @@ class TransformersForward:
 
     def __init__(self, model: LoadedModel) -> None:
         self._module = model.module
+        self._cache_argument = cache_argument(model.module)
         self.cache_dtype = model.dtype
 
     def __call__(
@@ -46,10 +48,10 @@ class TransformersForward:
         logits: torch.Tensor = self._module(
             input_ids=ids.unsqueeze(0),
             position_ids=layout.positions.unsqueeze(0),
-            past_key_values=layout.cache,
             use_cache=True,
             logits_to_keep=0 if keep is None else keep,
             layout=layout,
+            **{self._cache_argument: layout.cache},
         ).logits[0]
         return logits
 
