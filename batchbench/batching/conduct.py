@@ -121,8 +121,8 @@ class Session:
                 self.engine,
                 serving.batch_size,
                 order=serving.order,
-                prefill=serving.prefill,
-                max_batched_tokens=serving.max_batched_tokens,
+                prefill="mixed" if serving.mixes_prefill else "separate",
+                max_batched_tokens=serving.token_budget,
                 about={"engine": "simulated" if self.engine.simulated else serving.engine},
             )
             for name in serving.strategies
