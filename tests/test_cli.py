@@ -155,6 +155,8 @@ BAD_OPTIONS = [
     ("--strategy static,static", "--strategy static,static: names a strategy twice"),
     ("--order x", "--order x: must be one of fifo, longest-first, shortest-first"),
     ("--engine x", "--engine x: must be one of slots, notebook"),
+    ("--execution x", "--execution x: must be one of auto, eager, graph, compile"),
+    ("--engine notebook --execution graph", "take --execution auto or --engine slots"),
     ("--prefill x", "--prefill x: must be one of auto, separate, mixed"),
     ("--prefill mixed --engine notebook", "--prefill mixed: the notebook engine"),
     ("--prefill mixed --max-batched-tokens 8", "--max-batched-tokens 8: must be above the batch"),

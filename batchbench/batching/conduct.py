@@ -101,12 +101,17 @@ class Session:
         loaded = load_model(self.source, self.experiment.model, self.workload.seed)
         self._loaded = loaded
         engine, memory = make_engine(
-            serving.engine, loaded, serving.batch_size, self.workload.max_total_tokens
+            serving.engine,
+            loaded,
+            serving.batch_size,
+            self.workload.max_total_tokens,
+            serving.execution,
         )
         self.model |= {
             "device": str(loaded.device),
             "dtype": loaded.dtype_name,
             "parameters": sum(p.numel() for p in loaded.module.parameters()),
+            "execution": engine.execution,
             **memory,
         }
         self.environment |= torch_environment(str(loaded.device))

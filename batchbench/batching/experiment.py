@@ -17,6 +17,7 @@ from batchbench.workloads.spec import WorkloadSpec
 
 ENGINES = ("slots", "notebook")
 TOKEN_BUDGET = 2048
+EXECUTIONS = ("auto", "eager", "graph", "compile")
 PREFILLS = ("auto", "separate", "mixed")
 
 
@@ -56,6 +57,13 @@ class ServingSpec:
         min=2,
         default_text=f"{TOKEN_BUDGET}, or twice the batch size if that is more",
     )
+    execution: str = setting(
+        "auto",
+        "How passes that only decode are computed. eager: operation by operation; graph: replayed "
+        "as CUDA graphs; compile: by torch.compile; auto: graph on CUDA, else eager.",
+        "Serving",
+        choices=EXECUTIONS,
+    )
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -70,11 +78,16 @@ class ServingSpec:
                 "--prefill mixed: the notebook engine computes prompts apart; "
                 "take --prefill separate or --engine slots"
             )
+        if self.execution in ("graph", "compile") and self.engine == "notebook":
+            raise UsageError(
+                f"--execution {self.execution}: the notebook engine, whose tensors change shape at "
+                "each step, computes eagerly; take --execution auto or --engine slots"
+            )
         if self.mixes_prefill and self.token_budget <= self.batch_size:
             raise UsageError(
                 f"--max-batched-tokens {self.token_budget}: must be above the batch size "
-                f"({self.batch_size}), or no prompt could ever join a full batch; raise it, or take "
-                "--prefill separate"
+                f"({self.batch_size}), or no prompt could ever join a full batch; raise it, or "
+                "take --prefill separate"
             )
 
     @property
