@@ -146,11 +146,5 @@ class Experiment:
         defaults = Experiment(trials=TrialsSpec(trials=1)) if self.simulated else Experiment()
         for part in ("serving", "workload", "model", "trials"):
             spec, usual = getattr(self, part), getattr(defaults, part)
-            for f in fields(spec):
-                value = getattr(spec, f.name)
-                always = f.name in ("batch_size", "queue_size")
-                if value is True:
-                    words.append(settings.option_name(f.name))
-                elif value != getattr(usual, f.name) or always:
-                    words += [settings.option_name(f.name), str(value)]
+            words += settings.words_of(spec, usual, always=("batch_size", "queue_size"))
         return shlex.join(words)

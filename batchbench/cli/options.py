@@ -34,12 +34,6 @@ class OutputSpec:
     dry_run: bool = setting(
         False, "Say how many steps, how much memory and time it would take, and stop.", "Output"
     )
-    price_per_hour: float | None = setting(
-        None,
-        "Price of the machine an hour: adds the cost of a million output tokens.",
-        "Output",
-        min=0.0,
-    )
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -60,7 +54,9 @@ def with_options(
         def call(**values: Any) -> None:
             command(
                 **{
-                    name: spec(**{f.name: values[f.name] for f in dataclasses.fields(spec)})
+                    name: spec(
+                        **{f.name: _frozen(values[f.name]) for f in dataclasses.fields(spec)}
+                    )
                     for name, spec in specs.items()
                 }
             )
@@ -77,6 +73,11 @@ def with_options(
     return decorate
 
 
+def _frozen(value: Any) -> Any:
+    """An option that may be repeated comes as a list."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 _METAVARS: dict[Any, str] = {
     bool: " ",
     int: "N",
@@ -89,10 +90,12 @@ _METAVARS: dict[Any, str] = {
 def _parameter(spec: type, field: dataclasses.Field[Any], default: Any) -> inspect.Parameter:
     known = settings.about(field)
     hint = typing.get_type_hints(spec)[field.name]
+    if hint == tuple[str, ...]:  # given once a value
+        hint, default = list[str], list(default)
     help = known.help
     if known.choices and not all(choice in help for choice in known.choices):
         help = f"{help.rstrip('.')}: {', '.join(known.choices)}."
-    shown: bool | str = known.default_text or (default is not None and hint is not bool)
+    shown: bool | str = known.default_text or (default not in (None, []) and hint is not bool)
     option = typer.Option(
         default,
         settings.option_name(field.name),

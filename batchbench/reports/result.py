@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import batchbench
+from batchbench import settings
 from batchbench.batching.conduct import Outcome, WarmUp
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Finding, Verification
@@ -24,6 +25,7 @@ from batchbench.errors import UsageError
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import Ratio, paired_ratio
+from batchbench.reports.goals import NO_GOALS, GoalsSpec, as_config, from_config
 from batchbench.workloads import Workload
 
 SCHEMA_VERSION = 1
@@ -75,14 +77,14 @@ class Result:
         return " · ".join(parts)
 
 
-def make_result(outcome: Outcome, price_per_hour: float | None = None) -> Result:
-    """The result of an experiment that was just conducted."""
+def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
+    """The result of an experiment that was just conducted, held against ``goals``."""
+    words = settings.words_of(goals, NO_GOALS)
     facts = {
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": outcome.experiment.command()
-        + (f" --price-per-hour {price_per_hour}" if price_per_hour is not None else ""),
+        "command": " ".join([outcome.experiment.command(), *words]),
         "simulated": outcome.experiment.simulated,
-        "config": {**outcome.experiment.config(), "report": {"price_per_hour": price_per_hour}},
+        "config": {**outcome.experiment.config(), "goals": as_config(goals)},
         "environment": dict(outcome.environment),
         "model": dict(outcome.model),
         "warm_up": asdict(outcome.warm_up),
@@ -137,7 +139,7 @@ def _workload(workload: Workload) -> dict[str, Any]:
 
 
 def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recordings) -> Result:
-    price = facts["config"]["report"]["price_per_hour"]
+    goals = from_config(facts["config"]["goals"])
     checked = facts["verification"]
     verification = Verification(
         **{
@@ -156,7 +158,7 @@ def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recording
     reasons = audit(
         workload, recordings, verification, WarmUp(**facts["warm_up"]), facts["stopped"]
     )
-    strategies = {name: _strategy(trials, price) for name, trials in recordings.items()}
+    strategies = {name: _strategy(trials, goals) for name, trials in recordings.items()}
     names = list(recordings)
     comparisons = [_comparison(names[0], name, strategies, recordings) for name in names[1:]]
     data = {
@@ -171,10 +173,11 @@ def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recording
     return Result(data, recordings)
 
 
-def _strategy(trials: Sequence[Recording], price: float | None) -> dict[str, Any]:
+def _strategy(trials: Sequence[Recording], goals: GoalsSpec) -> dict[str, Any]:
     summary = metrics.summary(trials)
     per_second = summary["output_throughput"]
     assert per_second is not None
+    price = goals.price_per_hour
     cost = None if price is None else price / 3600 / per_second * 1e6
     return {
         "trials": [metrics.trial_summary(trial) for trial in trials],
