@@ -124,6 +124,12 @@ def remake_result(result: Result) -> Result:
     return _derived({key: data[key] for key in _FACTS}, workload, result.recordings)
 
 
+def regoaled(result: Result, goals: GoalsSpec) -> Result:
+    """The same result held against other goals, with everything derived anew."""
+    config = {**result.data["config"], "goals": as_config(goals)}
+    return remake_result(Result({**result.data, "config": config}, result.recordings))
+
+
 def _workload(workload: Workload) -> dict[str, Any]:
     return {
         "name": workload.name,
