@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.reports.cells import Cells
@@ -196,6 +197,7 @@ def _finish_frontier(
     for i, (_, axes) in enumerate(panels):
         if wide:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.set_xlim(x.min() / 1.3, x.max() * 1.3)
         else:
             axes.set_xlim(0, 1.08 * x.max())  # a difference of 1 % is to look like one
