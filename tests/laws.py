@@ -18,7 +18,7 @@ from batchbench.batching.recording import Recording, Steps, token_steps
 from batchbench.batching.scheduler import Scheduler
 from batchbench.batching.strategies import Batcher
 from batchbench.batching.watch import Watch
-from batchbench.workloads import Request, Timetable, Workload
+from batchbench.workloads import Request, Workload, make_arrivals
 
 STEP_NS = 10
 """What a step costs in these tests; due times fall on and between its multiples."""
@@ -66,8 +66,11 @@ def configs(
     return st.binary(min_size=5, max_size=5).map(config_of)
 
 
-def workloads(*, timed: bool = True, most: int = 14) -> st.SearchStrategy[Workload]:
-    """Up to ``most`` requests; with ``timed`` half of the workloads have arrivals over time.
+def workloads(
+    *, timed: bool = True, loops: bool = True, most: int = 14
+) -> st.SearchStrategy[Workload]:
+    """Up to ``most`` requests; with ``timed`` half of the workloads have arrivals over time, and
+    with ``loops`` too a third are closed loops.
 
     Drawn as bytes, which takes a quarter of the time that lists of tuples take.
     """
@@ -78,16 +81,25 @@ def workloads(*, timed: bool = True, most: int = 14) -> st.SearchStrategy[Worklo
             (prompt % 9 + 1, output % (40 if output < 64 else 6) + 1, gap % 91 if over_time else 0)
             for prompt, output, gap in zip(drawn[2::3], drawn[3::3], drawn[4::3], strict=True)
         ]
-        return workload_of(rows[: drawn[1] % most + 1])
+        loop = timed and loops and drawn[0] // 2 % 3 == 0
+        return workload_of(rows[: drawn[1] % most + 1], drawn[0] // 6 % 5 + 1 if loop else None)
 
     size = 3 * most + 2
     return st.binary(min_size=size, max_size=size).map(from_bytes)
 
 
-def workload_of(rows: Sequence[tuple[int, int, int]]) -> Workload:
+def workload_of(
+    rows: Sequence[tuple[int, int, int]], max_concurrency: int | None = None
+) -> Workload:
     """A workload from (prompt tokens, output tokens, ns since the request before)."""
     due = np.cumsum([gap for _, _, gap in rows]).tolist()
-    return Workload.of("random", [[0] * row[0] for row in rows], [r[1] for r in rows], due_ns=due)
+    return Workload.of(
+        "random",
+        [[0] * row[0] for row in rows],
+        [r[1] for r in rows],
+        due_ns=due,
+        max_concurrency=max_concurrency,
+    )
 
 
 def scheduler_of(
@@ -95,7 +107,7 @@ def scheduler_of(
 ) -> Scheduler:
     """A scheduler to be driven by hand."""
     return Scheduler(
-        Timetable(workload),
+        make_arrivals(workload),
         policy,
         config.slots,
         order=config.order,

@@ -209,7 +209,7 @@ class Onlooker(Continuous):
         return super().release(view)
 
 
-@given(workloads(), configs())
+@given(workloads(loops=False), configs())
 @law
 def test_a_policy_is_shown_who_waits_what_is_free_and_who_runs(
     workload: Workload, config: Config

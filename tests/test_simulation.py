@@ -31,7 +31,7 @@ from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan
 from batchbench.batching.recording import Recording, SpanLog
 from batchbench.batching.watch import Progress, Watch
-from batchbench.workloads import Request, Timetable, Workload
+from batchbench.workloads import ClosedLoop, Request, Timetable, Workload
 
 ALL_POLICIES = ("static", "continuous", "laws:Patient")
 
@@ -39,7 +39,7 @@ ALL_POLICIES = ("static", "continuous", "laws:Patient")
 def assert_same(one: Recording, other: Recording) -> None:
     """Equal in every column."""
     assert one.header == other.header
-    for name in ("requests", "spans", "chunks"):
+    for name in ("requests", "spans", "chunks", "waits"):
         log, other_log = getattr(one, name), getattr(other, name)
         for column in fields(log):
             values = getattr(log, column.name).tolist()
@@ -197,7 +197,7 @@ def test_a_run_ends_with_its_last_pass_or_the_first_that_ends_at_or_after_until(
 # Arrivals
 
 
-@given(workloads(), st.lists(st.integers(0, 30), max_size=40))
+@given(workloads(loops=False), st.lists(st.integers(0, 30), max_size=40))
 @law
 def test_a_timetable_gives_each_request_once_when_it_is_due(
     workload: Workload, waits: list[int]
@@ -210,6 +210,34 @@ def test_a_timetable_gives_each_request_once_when_it_is_due(
         left = [request.due_ns for request in workload if request.due_ns > now]
         assert timetable.next_due == min(left, default=None)
     assert timetable.due(now) == []
+
+
+@given(workloads(), configs(policies=ALL_POLICIES))
+@law
+def test_a_request_of_a_closed_loop_is_due_at_its_time_or_when_there_is_room(
+    workload: Workload, config: Config
+) -> None:
+    """No sooner than fewer than N of those before it are unfinished, and not a moment later."""
+    recording = serve(workload, config)
+    ends = recording.step_ends_ns[recording.requests.last].tolist()
+    most = workload.max_concurrency or len(workload)
+    for request in workload:
+        before = ends[: request.index]
+        room = min(t for t in [0, *before] if sum(end > t for end in before) < most)
+        assert recording.requests.due_ns[request.index] == max(request.due_ns, room)
+
+
+def test_a_closed_loop_keeps_so_many_in_the_system_and_no_more() -> None:
+    recording = serve(workload_of([(1, 3, 0)] * 20, 4), Config("continuous", 8))
+    log = recording.requests
+    ends = recording.step_ends_ns[log.last]
+    for t in range(0, recording.duration_ns - 3 * STEP_NS, STEP_NS):
+        assert ((log.due_ns <= t) & (ends > t)).sum() == 4
+
+
+def test_a_closed_loop_needs_to_know_how_many() -> None:
+    with pytest.raises(ValueError, match="max_concurrency"):
+        ClosedLoop(workload_of([(1, 1, 0)]))
 
 
 # Watching

@@ -43,7 +43,7 @@ class View(Protocol):
 
     @property
     def more_to_come(self) -> bool:
-        """Whether requests may come that are not due yet."""
+        """Whether requests will come that are not due yet, also if nobody is admitted."""
 
 
 class Policy(Protocol):

@@ -63,7 +63,7 @@ class Scheduler:
         self.waiting = WaitingQueue(order)
         self.finished: dict[int, None] = {}  # slots, in the order in which they came to be done
         self._released: list[int] = []  # since the last plan
-        self._arrivals = arrivals
+        self.arrivals = arrivals
         self._policy = policy
         self._mixed = prefill == "mixed"
         self._max_batched_tokens = max_batched_tokens
@@ -96,8 +96,9 @@ class Scheduler:
 
     @property
     def more_to_come(self) -> bool:
-        """Whether requests may come that are not due yet."""
-        return self._arrivals.next_due is not None
+        """Whether requests will come that are not due yet, also if nobody is admitted."""
+        arrivals = self.arrivals
+        return arrivals.next_due is not None or (arrivals.more and self.running > 0)
 
     @property
     def num_waiting(self) -> int:
@@ -109,7 +110,7 @@ class Scheduler:
     def plan(self, now: int) -> Plan | Wait | None:
         """What to compute next; a time to wait for; or None when all is done."""
         self.now = now
-        if due := self._arrivals.due(now):
+        if due := self.arrivals.due(now):
             self.waiting.push(due)
         if self.finished:
             self._release()
@@ -127,7 +128,7 @@ class Scheduler:
         if self._lengths_known and not chunks:
             repeat = self._ends[0][0] - self._decodes
         # Also with no slot free: who waits is in the log, and a policy may answer to it.
-        times = [t for t in (ask_again, self._arrivals.next_due) if t is not None]
+        times = [t for t in (ask_again, self.arrivals.next_due) if t is not None]
         until = min(times, default=None)
         return Plan(chunks, rows, positions, growing, self._given_up(), repeat, until)
 
@@ -160,8 +161,6 @@ class Scheduler:
         if plan.chunks and any(chunk.yields for chunk in plan.chunks):
             self._rows = np.flatnonzero(self._decoding)
         done += [(slot, self._finish(slot)) for slot in stopped if self._growing[slot]]
-        for _, request in done:
-            self._arrivals.finished(request, self.now)
         return done
 
     # Moves
@@ -249,7 +248,7 @@ class Scheduler:
 
     def _idle(self, ask_again: int | None) -> Wait | None:
         """Nobody runs: wait for somebody, or be done."""
-        times = [t for t in (ask_again, self._arrivals.next_due) if t is not None]
+        times = [t for t in (ask_again, self.arrivals.next_due) if t is not None]
         if times:
             return Wait(min(times))
         if self.waiting:
