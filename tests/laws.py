@@ -42,6 +42,7 @@ class Config:
     order: str = "fifo"
     prefill: str = "separate"
     max_batched_tokens: int = UNLIMITED
+    max_wait_ns: int = 0
 
 
 def configs(
@@ -50,8 +51,10 @@ def configs(
     orders: Sequence[str] = tuple(ORDERS),
     prefills: Sequence[str] = ("separate", "mixed"),
     rooms: Sequence[int] = (1, 2, 3, 5, 8, 12, UNLIMITED, UNLIMITED),
+    waits: Sequence[int] = (0,),
 ) -> st.SearchStrategy[Config]:
-    """Settings with 1 to 9 slots; ``rooms`` is what a pass may compute beyond a token a slot."""
+    """Settings with 1 to 9 slots; ``rooms`` is what a pass may compute beyond a token a slot,
+    ``waits`` how long (ns) static batching waits for a batch to fill."""
 
     def config_of(drawn: bytes) -> Config:
         slots = drawn[1] % 9 + 1
@@ -61,9 +64,10 @@ def configs(
             orders[drawn[2] % len(orders)],
             prefills[drawn[3] % len(prefills)],
             slots + rooms[drawn[4] % len(rooms)],
+            waits[drawn[5] % len(waits)],
         )
 
-    return st.binary(min_size=5, max_size=5).map(config_of)
+    return st.binary(min_size=6, max_size=6).map(config_of)
 
 
 def workloads(
@@ -133,6 +137,7 @@ def serve(
         order=config.order,
         prefill=config.prefill,
         max_batched_tokens=config.max_batched_tokens,
+        max_wait_ns=config.max_wait_ns,
         max_repeat=max_repeat,
     )
     return batcher.serve(workload, Watch() if watch is None else watch)
@@ -289,5 +294,6 @@ ORDER_KEYS: dict[str, Callable[[Request], tuple[int, int]]] = {
     "fifo": lambda r: (r.due_ns, r.index),
     "longest-first": lambda r: (-r.output_tokens, r.index),
     "shortest-first": lambda r: (r.output_tokens, r.index),
+    "longest-prompt-first": lambda r: (-r.prompt_tokens, r.index),
 }
 """What each order means, written down a second time."""

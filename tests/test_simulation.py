@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 import time
@@ -29,11 +30,13 @@ from laws import (
 
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan
+from batchbench.batching.policies import POLICIES
 from batchbench.batching.recording import Recording, SpanLog
 from batchbench.batching.watch import Progress, Watch
 from batchbench.workloads import ClosedLoop, Request, Timetable, Workload
 
-ALL_POLICIES = ("static", "continuous", "laws:Patient")
+ALL_POLICIES = ("static", "continuous", "laws:Patient", *POLICIES)
+some_wait = functools.partial(configs, policies=ALL_POLICIES, waits=(0, 0, 7, STEP_NS, 95))
 
 
 def assert_same(one: Recording, other: Recording) -> None:
@@ -53,7 +56,7 @@ def assert_same(one: Recording, other: Recording) -> None:
 
 
 @pytest.mark.parametrize("max_repeat", [1, 3])
-@given(workload=workloads(), config=configs(policies=ALL_POLICIES))
+@given(workload=workloads(), config=some_wait())
 @thorough
 def test_how_many_passes_are_planned_at_once_does_not_show_in_the_recording(
     max_repeat: int, workload: Workload, config: Config
@@ -72,7 +75,7 @@ def by_step(recording: Recording) -> list[list[int]]:
     return np.stack([*times, *of_spans], axis=1).tolist()
 
 
-@given(workloads(), configs(policies=ALL_POLICIES), st.integers(1, 4))
+@given(workloads(), some_wait(), st.integers(1, 4))
 @law
 def test_merging_equal_spans_changes_nothing_of_any_step(
     workload: Workload, config: Config, max_repeat: int
@@ -110,7 +113,7 @@ def test_equal_passes_become_one_call_of_the_engine() -> None:
 # What a span says of its steps
 
 
-@given(workloads(), configs(policies=ALL_POLICIES))
+@given(workloads(), some_wait())
 @law
 def test_waiting_counts_in_every_step_who_is_due_and_has_no_slot(
     workload: Workload, config: Config
@@ -122,7 +125,7 @@ def test_waiting_counts_in_every_step_who_is_due_and_has_no_slot(
     assert np.repeat(spans.waiting, spans.steps).tolist() == waiting.tolist()
 
 
-@given(workloads(), configs(policies=ALL_POLICIES))
+@given(workloads(), some_wait())
 @law
 def test_decoding_counts_in_every_pass_all_held_slots_that_have_read_their_prompt(
     workload: Workload, config: Config
@@ -140,7 +143,7 @@ def test_decoding_counts_in_every_pass_all_held_slots_that_have_read_their_promp
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-@given(workload=workloads(), config=configs(policies=ALL_POLICIES))
+@given(workload=workloads(), config=some_wait())
 @law
 def test_steps_follow_each_other_and_each_takes_its_cost(
     explicit: bool, workload: Workload, config: Config
@@ -156,7 +159,7 @@ def test_steps_follow_each_other_and_each_takes_its_cost(
     assert recording.duration_ns == ends[-1]
 
 
-@given(workloads(), configs(policies=ALL_POLICIES))
+@given(workloads(), some_wait())
 @law
 def test_ends_of_steps_are_the_same_as_a_formula_and_as_a_list(
     workload: Workload, config: Config
@@ -167,7 +170,7 @@ def test_ends_of_steps_are_the_same_as_a_formula_and_as_a_list(
     assert explicit.step_ends_ns.tolist() == formula.step_ends_ns.tolist()
 
 
-@given(workloads(), configs(policies=ALL_POLICIES))
+@given(workloads(), some_wait())
 @law
 def test_an_engine_serves_a_second_trial_as_it_did_the_first(
     workload: Workload, config: Config
@@ -212,7 +215,7 @@ def test_a_timetable_gives_each_request_once_when_it_is_due(
     assert timetable.due(now) == []
 
 
-@given(workloads(), configs(policies=ALL_POLICIES))
+@given(workloads(), some_wait())
 @law
 def test_a_request_of_a_closed_loop_is_due_at_its_time_or_when_there_is_room(
     workload: Workload, config: Config
@@ -253,7 +256,7 @@ class Witness(Watch):
         self.seen.append(replace(progress))
 
 
-@given(workloads(), configs(policies=ALL_POLICIES))
+@given(workloads(), some_wait())
 @law
 def test_progress_only_grows_and_ends_at_the_whole(workload: Workload, config: Config) -> None:
     watch = Witness()

@@ -14,7 +14,7 @@ import numpy as np
 
 from batchbench.batching.plan import Chunk, Plan, Wait
 from batchbench.batching.policies import Policy
-from batchbench.batching.queue import WaitingQueue
+from batchbench.batching.queue import ORDERS, WaitingQueue
 from batchbench.errors import UsageError
 from batchbench.workloads import Arrivals, Request
 
@@ -35,7 +35,8 @@ class Scheduler:
         arrivals: where requests come from.
         policy: who may join, and when a slot becomes free.
         slots: the batch size.
-        order: how the queue is sorted, a key of :data:`batchbench.batching.queue.ORDERS`.
+        order: how the queue is sorted, a key of :data:`batchbench.batching.queue.ORDERS`, if the
+            policy does not say it.
         prefill: ``separate`` gives newcomers a pass of their own, in which running requests
             stall; ``mixed`` lets their prompts ride along with the running requests.
         max_batched_tokens: most tokens one mixed pass may compute; running requests come first.
@@ -60,7 +61,7 @@ class Scheduler:
                 f"({slots}), or no prompt could ever join a full batch"
             )
         self.now = 0
-        self.waiting = WaitingQueue(order)
+        self.waiting = WaitingQueue(_own_order(policy) or order)
         self.finished: dict[int, None] = {}  # slots, in the order in which they came to be done
         self._released: list[int] = []  # since the last plan
         self.arrivals = arrivals
@@ -83,6 +84,11 @@ class Scheduler:
         self._running = 0  # decoding and not done
 
     # What a policy sees (policies.View)
+
+    @property
+    def oldest(self) -> Request:
+        """Who has waited longest; raises IndexError where nobody waits."""
+        return self.waiting.oldest
 
     @property
     def free(self) -> int:
@@ -258,3 +264,14 @@ class Scheduler:
                 "and nothing more will come: it would wait for ever"
             )
         return None
+
+
+def _own_order(policy: Policy) -> str | None:
+    """How a policy wants the queue sorted, if it says so."""
+    order: str | None = getattr(policy, "order", None)
+    if order is not None and order not in ORDERS:
+        raise UsageError(
+            f"the policy {type(policy).__name__} has order = {order!r}: must be one of "
+            f"{', '.join(ORDERS)}"
+        )
+    return order

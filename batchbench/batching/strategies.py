@@ -39,6 +39,7 @@ class Batcher:
     order: str = "fifo"
     prefill: str = "separate"
     max_batched_tokens: int = 2048
+    max_wait_ns: int = 0
     max_repeat: int | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -48,7 +49,7 @@ class Batcher:
         arrivals = make_arrivals(workload)
         scheduler = Scheduler(
             arrivals,
-            make_policy(self.name),
+            make_policy(self.name, max_wait_ns=self.max_wait_ns),
             self.slots,
             order=self.order,
             prefill=self.prefill,
