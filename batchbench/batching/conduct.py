@@ -125,6 +125,7 @@ class Session:
                 order=serving.order,
                 prefill=serving.prefill,
                 max_batched_tokens=serving.max_batched_tokens,
+                max_wait_ns=round(serving.max_wait * 1e6),
                 about={"engine": "simulated" if self.engine.simulated else serving.engine},
             )
             for name in serving.strategies

@@ -9,7 +9,7 @@ from typing import Any
 
 from batchbench import settings
 from batchbench.batching.models import ModelSpec
-from batchbench.batching.policies import make_policy
+from batchbench.batching.policies import WAITING, make_policy
 from batchbench.batching.queue import ORDERS
 from batchbench.errors import UsageError
 from batchbench.settings import setting
@@ -28,12 +28,27 @@ class ServingSpec:
     )
     strategy: str = setting(
         "static,continuous",
-        "Strategies to compare, the first being the baseline: static, continuous, or a class of "
-        "yours as package.module:Policy.",
+        "Strategies to compare, the first being the baseline: static (fixed batches of what is "
+        "there), static-fixed (waits for full batches), static-bucketed (sorted by prompt length), "
+        "static-oracle (sorted by output length, known beforehand: the best that static can do), "
+        "continuous, or a class of yours as package.module:Policy.",
         "Serving",
         metavar="NAMES",
     )
-    order: str = setting("fifo", "How the queue is sorted.", "Serving", choices=tuple(ORDERS))
+    max_wait: float = setting(
+        0.0,
+        "Milliseconds that a static batch which is not full waits for more, counted from when its "
+        "oldest request was due.",
+        "Serving",
+        min=0.0,
+        max=1e9,
+    )
+    order: str = setting(
+        "fifo",
+        "How the queue is sorted, where the strategy does not sort it itself.",
+        "Serving",
+        choices=tuple(ORDERS),
+    )
     engine: str = setting(
         "slots",
         "slots: one preallocated cache; notebook: left padding, past key-values rebuilt at each "
@@ -60,6 +75,11 @@ class ServingSpec:
             raise UsageError(f"--strategy {self.strategy}: names a strategy twice")
         for name in self.strategies:
             make_policy(name)
+        if self.max_wait and not any(name in WAITING for name in self.strategies):
+            raise UsageError(
+                f"--max-wait {self.max_wait:g}: none of --strategy {self.strategy} waits for a "
+                f"batch to fill; add one of {', '.join(WAITING)}"
+            )
         if self.prefill == "mixed":
             if self.engine == "notebook":
                 raise UsageError(
@@ -126,6 +146,13 @@ class Experiment:
     serving: ServingSpec = field(default_factory=ServingSpec)
     trials: TrialsSpec = field(default_factory=TrialsSpec)
     simulated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workload.stop_at_eos and "static-oracle" in self.serving.strategies:
+            raise UsageError(
+                "--strategy static-oracle: sorts by output length, which --stop-at-eos leaves to "
+                "the model; drop one of them"
+            )
 
     def config(self) -> dict[str, dict[str, Any]]:
         """All settings as JSON values, spec by spec."""
