@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from batchbench import settings
+from batchbench.batching.presets import Basis
 from batchbench.settings import setting
 
 
@@ -46,35 +47,64 @@ class OutputSpec:
 
 
 def with_options(
-    specs: Mapping[str, type], defaults: Mapping[str, Any] | None = None
+    specs: Mapping[str, type],
+    defaults: Mapping[str, Any] | None = None,
+    omit: Collection[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of several specs; it is called with the specs, parsed.
+
+    Where :class:`Basis` is among the specs, a setting is taken from the options if given there,
+    else from ``--workload``'s file, else from ``--preset``, else from the defaults. Parameters of
+    the command that are no specs (an argument, say) stay as they are.
 
     Args:
         specs: argument name of the command: dataclass whose fields are made with ``setting``.
         defaults: by field name, where a command's default is not the spec's.
+        omit: fields that the command has no use for, and so no option.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for name, p in inspect.signature(command).parameters.items() if name not in specs]
+
         @functools.wraps(command)
-        def call(**values: Any) -> None:
+        def call(context: typer.Context, **values: Any) -> None:
+            kept = {parameter.name: values.pop(parameter.name) for parameter in own}
+            given = {name: value for name, value in values.items() if _is_given(context, name)}
+            layers = settings.make_spec(Basis, given).layers() if Basis in specs.values() else []
+            found = settings.layered(specs.values(), defaults or {}, *layers, given)
             command(
-                **{
-                    name: spec(**{f.name: values[f.name] for f in dataclasses.fields(spec)})
-                    for name, spec in specs.items()
-                }
+                **kept, **{name: settings.make_spec(spec, found) for name, spec in specs.items()}
             )
 
         parameters = [
-            _parameter(spec, field, (defaults or {}).get(field.name, field.default))
-            for spec in specs.values()
-            for field in dataclasses.fields(spec)
+            inspect.Parameter(
+                "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+            ),
+            *(_evaluated(command, parameter) for parameter in own),
+            *(
+                _parameter(spec, field, (defaults or {}).get(field.name, field.default))
+                for spec in specs.values()
+                for field in dataclasses.fields(spec)
+                if field.name not in omit
+            ),
         ]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         return call
 
     return decorate
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed, even if what was typed is its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and not source.name.startswith("DEFAULT")
+
+
+def _evaluated(command: Callable[..., None], parameter: inspect.Parameter) -> inspect.Parameter:
+    """A command's own parameter, its annotation no longer text."""
+    hint = typing.get_type_hints(command, include_extras=True)[parameter.name]
+    return parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY)
 
 
 _METAVARS: dict[Any, str] = {
