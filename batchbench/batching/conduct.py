@@ -73,12 +73,10 @@ class Session:
             batch_size=serving.batch_size,
             vocab_size=self.source.vocab_size,
             encode=self.tokenizer.encode if self.tokenizer else None,
+            context=self.source.context,
+            note=watch.note,
         )
         check_context(self.workload, self.source)
-        if experiment.simulated and self.workload.stop_at_eos:
-            raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; drop it")
-        if experiment.workload.prompts is not None and self.tokenizer is None:
-            watch.note("no tokenizer at hand: prompts are spelled in GPT-2's byte tokens")
         self._loaded: LoadedModel | None = None
         self.model: dict[str, Any] = {
             "name": self.source.name,
@@ -217,6 +215,8 @@ def conduct(
     """
     watch = watch or Watch()
     session = Session(experiment, watch, models)
+    if experiment.simulated and session.workload.stop_at_eos:
+        raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; drop it")
     warm_up = session.warm_up()
     rounds: list[list[Recording]] = []
     stopped = None
@@ -261,8 +261,8 @@ def expected_round_s(session: Session, step_ns: int) -> float:
     """Seconds that one round should take, going by the steps of a simulation."""
     if not session.workload.closed:
         return 0.0  # how many steps it takes is not known beforehand
-    planned = Session(replace(session.experiment, simulated=True), Watch())
-    steps = sum(b.serve(planned.workload, Watch()).num_steps for b in planned.strategies())
+    planned = [replace(batcher, engine=SimulatedEngine()) for batcher in session.strategies()]
+    steps = sum(batcher.serve(session.workload, Watch()).num_steps for batcher in planned)
     return steps * step_ns / 1e9
 
 
@@ -289,5 +289,6 @@ def check_context(workload: Workload, source: Source) -> None:
         raise UsageError(
             f"request {longest}: {workload.prompt_tokens[longest]} prompt + "
             f"{workload.output_tokens[longest]} output tokens exceed the {context} that "
-            f"{source.name} takes; lower --long-tokens, --short-tokens or the prompts' length"
+            f"{source.name} takes; lower --long-tokens, --short-tokens or the prompts' length, "
+            "or say --overlong clip, scale or skip"
         )

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from batchbench import settings
+from batchbench.batching.presets import Basis
 from batchbench.settings import setting
 from batchbench.studies.numbers import parse_numbers
 
@@ -41,54 +42,49 @@ class OutputSpec:
 
 
 def with_options(
-    specs: Mapping[str, type], defaults: Mapping[str, Any] | None = None
+    specs: Mapping[str, type],
+    defaults: Mapping[str, Any] | None = None,
+    omit: Collection[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of several specs; it is called with the specs, parsed.
+
+    Where :class:`Basis` is among the specs, a setting is taken from the options if given there,
+    else from ``--workload``'s file, else from ``--preset``, else from the defaults. Parameters of
+    the command that are no specs (an argument, say) stay as they are.
 
     Args:
         specs: argument name of the command: dataclass whose fields are made with ``setting``.
         defaults: by field name, where a command's default is not the spec's.
+        omit: fields that the command has no use for, and so no option.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def call(**values: Any) -> None:
-            command(**_parsed(specs, values))
+        own = [p for name, p in inspect.signature(command).parameters.items() if name not in specs]
 
-        return _signed(call, _parameters(specs, defaults))
+        @functools.wraps(command)
+        def call(context: typer.Context, **values: Any) -> None:
+            kept = {parameter.name: values.pop(parameter.name) for parameter in own}
+            given = _given(context, values)
+            layers = settings.make_spec(Basis, given).layers() if Basis in specs.values() else []
+            found = settings.layered(specs.values(), defaults or {}, *layers, given)
+            command(
+                **kept, **{name: settings.make_spec(spec, found) for name, spec in specs.items()}
+            )
+
+        return _signed(
+            call,
+            [
+                *(_evaluated(command, parameter) for parameter in own),
+                *(
+                    _parameter(spec, field, (defaults or {}).get(field.name, field.default))
+                    for spec in specs.values()
+                    for field in dataclasses.fields(spec)
+                    if field.name not in omit
+                ),
+            ],
+        )
 
     return decorate
-
-
-def _parameters(
-    specs: Mapping[str, type], defaults: Mapping[str, Any] | None = None
-) -> list[inspect.Parameter]:
-    return [
-        _parameter(spec, field, (defaults or {}).get(field.name, field.default))
-        for spec in specs.values()
-        for field in dataclasses.fields(spec)
-    ]
-
-
-def _signed(
-    call: Callable[..., None], parameters: Sequence[inspect.Parameter]
-) -> Callable[..., None]:
-    """The function with the signature from which Typer makes its options."""
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    call.__annotations__ = {p.name: p.annotation for p in parameters}
-    return call
-
-
-def _parsed(specs: Mapping[str, type], values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: spec(**{f.name: _frozen(values[f.name]) for f in dataclasses.fields(spec)})
-        for name, spec in specs.items()
-    }
-
-
-def _frozen(value: Any) -> Any:
-    """An option that may be repeated comes as a list."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 def with_grid(
@@ -109,25 +105,56 @@ def with_grid(
         fields = [(spec, field) for spec in swept.values() for field in dataclasses.fields(spec)]
 
         @functools.wraps(command)
-        def call(**values: Any) -> None:
+        def call(context: typer.Context, **values: Any) -> None:
+            given = _given(context, values)
             axes = {
-                field.name: _axis(spec, field, values[field.name])
+                field.name: _axis(spec, field, given.pop(field.name))
                 for spec, field in fields
-                if values[field.name]
+                if field.name in given
             }
-            command(axes=axes, **_parsed(specs, values))
+            own = {name: settings.make_spec(spec, given) for name, spec in specs.items()}
+            command(axes=axes, **own)
 
         parameters = [_parameter(spec, field, field.default, swept=True) for spec, field in fields]
-        return _signed(call, [*parameters, *_parameters(specs)])
+        own = [
+            _parameter(spec, field, field.default)
+            for spec in specs.values()
+            for field in dataclasses.fields(spec)
+        ]
+        return _signed(call, [*parameters, *own])
 
     return decorate
 
 
-def _axis(spec: type, field: dataclasses.Field[Any], given: list[Any]) -> tuple[Any, ...]:
+def _signed(
+    call: Callable[..., None], parameters: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """The function with the signature from which Typer makes its options."""
+    context = inspect.Parameter(
+        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
+    signature = inspect.Signature([context, *parameters])
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return call
+
+
+def _given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were typed, even if what was typed is the default."""
+    sources = {name: context.get_parameter_source(name) for name in values}
+    return {
+        # An option that may be repeated comes as a list.
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if (source := sources[name]) is not None and not source.name.startswith("DEFAULT")
+    }
+
+
+def _axis(spec: type, field: dataclasses.Field[Any], given: tuple[Any, ...]) -> tuple[Any, ...]:
     """The values given to a swept option, each once."""
     hint = typing.get_type_hints(spec)[field.name]
     if hint == tuple[str, ...]:
-        return (tuple(given),)
+        return (given,)
     kind = _number(hint)
     if kind is None:
         return tuple(dict.fromkeys(Path(v) if hint == Path | None else v for v in given))
@@ -141,6 +168,12 @@ def _number(hint: Any) -> type[int] | type[float] | None:
     if hint in (int, int | None):
         return int
     return float if hint in (float, float | None) else None
+
+
+def _evaluated(command: Callable[..., None], parameter: inspect.Parameter) -> inspect.Parameter:
+    """A command's own parameter, its annotation no longer text."""
+    hint = typing.get_type_hints(command, include_extras=True)[parameter.name]
+    return parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY)
 
 
 _METAVARS: dict[Any, str] = {

@@ -119,7 +119,7 @@ def remake_result(result: Result) -> Result:
         prompt_offsets=np.concatenate([[0], np.cumsum(first.prompt_tokens)]),
         output_tokens=first.output_tokens if asked is None else np.array(asked, np.int64),
         due_ns=first.due_ns,
-        stop_at_eos=data["config"]["workload"]["stop_at_eos"],
+        stop_at_eos=asked is not None,
     )
     return _derived({key: data[key] for key in _FACTS}, workload, result.recordings)
 
