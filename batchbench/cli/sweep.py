@@ -15,7 +15,7 @@ from batchbench.cli.options import with_grid
 from batchbench.errors import UsageError
 from batchbench.reports.goals import GoalsSpec
 from batchbench.settings import setting
-from batchbench.studies.grid import PARTS, Grid
+from batchbench.studies.grid import SWEPT, Grid
 
 if TYPE_CHECKING:
     from batchbench.studies.findings import Findings
@@ -58,7 +58,7 @@ class SweepSpec:
         settings.check(self)
 
 
-@with_grid(PARTS, {"goals": GoalsSpec, "study": SweepSpec})
+@with_grid(SWEPT, {"goals": GoalsSpec, "study": SweepSpec})
 def sweep(axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpec) -> None:
     """Serve what is not finished, then show all."""
     grid = Grid(axes, study.simulated)
@@ -114,7 +114,11 @@ def _write_and_show(findings: Findings, folder: Path, study: SweepSpec) -> None:
         typer.echo(screen.sentence(findings, written.cells))
         return
     console = Console(highlight=False)
-    console.print(screen.render(findings, written.cells, screen.notes(findings, written.not_drawn)))
+    console.print(
+        screen.render(
+            findings, written.cells, screen.notes(findings, written.cells, written.not_drawn)
+        )
+    )
     console.print(f"\nAgain: {command}", markup=False, soft_wrap=True)
     names = [file.name for file in written.files if file.suffix in (".json", ".csv", ".png")]
     console.print(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from batchbench.reports.comparison import paired_ratio
@@ -38,13 +41,25 @@ class Cells:
         """Most trials that a cell has."""
         return int(self.frame["trial"].max()) + 1
 
+    @property
+    def timed(self) -> bool:
+        """Whether requests come over time in some cell, so that durations say little."""
+        columns = ("request_rate", "max_concurrency", "arrivals", "trace")
+        return any(self.frame[name].notna().any() for name in columns if name in self.frame)
+
+    @property
+    def share_follows(self) -> bool:
+        """Whether the share of long requests goes with another option (the batch size)."""
+        several = "long_every" in self.frame and self.frame["long_every"].nunique() > 1
+        return several and "long_every" not in self.varying
+
     @cached_property
     def typical(self) -> pd.DataFrame:
         """A row a cell and strategy: medians over its trials, and how it compares.
 
         Added are ``baseline`` (the first strategy of the cell), ``speedup`` with ``speedup_low``
         and ``speedup_high`` (95 %, where there are trials enough), ``step_ratio``, the
-        ``long_share`` of requests, and the ``load`` in requests/s or requests at a time.
+        ``wait_ratio`` of the p99s of TTFT, baseline over this, and the ``long_share`` of requests.
         """
         return pd.DataFrame(list(self._typical()))
 
@@ -71,29 +86,36 @@ def _against(base: pd.DataFrame, rows: pd.DataFrame, *, own: bool) -> dict[str, 
     """How much faster a strategy's trials were than the baseline's, pair by pair."""
     ratio = paired_ratio(base["duration"].tolist(), rows["duration"].tolist())
     if own or ratio is None:
-        return dict.fromkeys(("speedup", "speedup_low", "speedup_high", "step_ratio"))
+        names = ("speedup", "speedup_low", "speedup_high", "step_ratio", "wait_ratio")
+        return dict.fromkeys(names)
     steps = paired_ratio(base["forward_passes"].tolist(), rows["forward_passes"].tolist())
     return {
         "speedup": ratio.median,
         "speedup_low": ratio.low,
         "speedup_high": ratio.high,
         "step_ratio": None if steps is None else steps.median,
+        "wait_ratio": float(base["p99_ttft_ms"].median() / rows["p99_ttft_ms"].median()),
     }
 
 
 def _long_share(row: dict[str, Any]) -> float | None:
     """Share of long requests in the classic cycle, of which one in ``long_every`` is."""
     every = row.get("long_every")
-    every = row.get("batch_size") if every is None or pd.isna(every) else every
-    return None if every is None else 1 / every
+    return None if every is None or pd.isna(every) else 1 / every
 
 
 def spell_option(name: str, value: Any) -> str:
     """``batch size 8``; a flag is there or not."""
     words = name.replace("_", " ")
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.bool_):
         return words if value else f"not {words}"
     if name == "strategies":
         return str(value)
-    shown = f"{value:,.10g}" if isinstance(value, int | float) else str(value)
-    return f"{words} {shown}"
+    return f"{words} {spell_value(value)}"
+
+
+def spell_value(value: Any) -> str:
+    """A number with thousands apart, a text as it is, a dash for nothing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA:
+        return "–"
+    return f"{value:,.10g}" if isinstance(value, Real) else str(value)

@@ -75,16 +75,6 @@ class Findings:
         ]
         return list(dict.fromkeys(told))
 
-    @property
-    def workload_follows_batch(self) -> bool:
-        """Whether cells that differ in their batch size alone were not asked the same."""
-        asked: dict[tuple[Any, ...], set[str]] = {}
-        for found in self.cells:
-            if found.data is not None and "batch_size" in self.grid.varying:
-                others = tuple(v for k, v in found.cell.chosen.items() if k != "batch_size")
-                asked.setdefault(others, set()).add(found.data["workload"]["digest"])
-        return any(len(digests) > 1 for digests in asked.values())
-
 
 def read_findings(grid: Grid, store: Store, goals: GoalsSpec) -> Findings:
     """The grid's finished cells, held against ``goals``; cells of other grids are left alone."""

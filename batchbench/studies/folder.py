@@ -41,9 +41,12 @@ def cells_of(findings: Findings) -> Cells | None:
     """The table with a title; None where no cell was served."""
     if not findings.rows:
         return None
-    names = {"strategy": "strategies"}
-    varying = tuple(names.get(name, name) for name in findings.grid.varying)
-    return Cells(table_of(findings.rows), varying, findings.grid.simulated, _title(findings))
+    frame = table_of(findings.rows)
+    columns = {"strategy": "strategies"}
+    asked = (columns.get(name, name) for name in findings.grid.varying)
+    # Of an option all but one of whose values failed nothing can be drawn.
+    varying = tuple(n for n in asked if n in frame and frame[n].nunique(dropna=False) > 1)
+    return Cells(frame, varying, findings.grid.simulated, _title(findings))
 
 
 def _title(findings: Findings) -> str:

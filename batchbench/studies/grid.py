@@ -13,18 +13,12 @@ from typing import Any
 
 import batchbench
 from batchbench import settings
-from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
-from batchbench.batching.models import ModelSpec
+from batchbench.batching.experiment import PARTS, Experiment
+from batchbench.batching.presets import Basis
 from batchbench.errors import UsageError
-from batchbench.workloads.spec import WorkloadSpec
 
-PARTS: Mapping[str, type] = {
-    "serving": ServingSpec,
-    "workload": WorkloadSpec,
-    "model": ModelSpec,
-    "trials": TrialsSpec,
-}
-"""The specs whose fields may be swept, in the order of the table's columns."""
+SWEPT: Mapping[str, type] = {"basis": Basis, **PARTS}
+"""The specs whose fields may be swept."""
 
 MOST_CELLS = 100_000
 
@@ -123,25 +117,16 @@ class Grid:
 
 
 def make_experiment(chosen: Values, *, simulated: bool) -> Experiment:
-    """The experiment of these options; all others keep their defaults.
-
-    A simulation has no noise, so that one trial is all that it needs.
+    """The experiment of these options; all others are as the preset, the file or defaults say.
 
     Raises:
         UsageError: the options do not go together.
     """
-    usual: Values = {"trials": 1} if simulated else {}
-    parts = {
-        part: spec(
-            **{
-                field.name: {**usual, **chosen}[field.name]
-                for field in dataclasses.fields(spec)
-                if field.name in {**usual, **chosen}
-            }
-        )
-        for part, spec in PARTS.items()
-    }
-    return Experiment(**parts, simulated=simulated)
+    basis: Basis = settings.make_spec(Basis, chosen)
+    names = {field.name for field in dataclasses.fields(Basis)}
+    own = {name: value for name, value in chosen.items() if name not in names}
+    _, file = basis.layers()
+    return Experiment.of(file, own, preset=basis.preset, simulated=simulated)
 
 
 def _words(name: str, values: tuple[Any, ...]) -> Iterator[str]:
@@ -150,7 +135,7 @@ def _words(name: str, values: tuple[Any, ...]) -> Iterator[str]:
         for value in values:
             yield option if value else option.replace("--", "--no-", 1)
     elif all(isinstance(value, int | float) for value in values):
-        yield from (option, ",".join(f"{value}" for value in values))
+        yield from (option, ",".join(f"{value:.15g}" for value in values))
     else:
         for value in values:
             yield from (option, str(value))

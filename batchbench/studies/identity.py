@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import batchbench
+from batchbench import settings
 from batchbench.batching.experiment import Experiment
 from batchbench.reports.result import SCHEMA_VERSION
+from batchbench.workloads.lengths import parse_lengths
 
 LENGTH = 16
 """Hexadecimal digits: among a million cells two agree by chance once in 4 × 10⁷ such sets."""
@@ -45,8 +47,10 @@ def _named_files(experiment: Experiment) -> dict[str, Any]:
         spec = getattr(experiment, part)
         for field in fields(spec):
             value = getattr(spec, field.name)
-            if isinstance(value, Path) and value.is_file():
-                found[field.name] = hashlib.sha256(value.read_bytes()).hexdigest()
+            file = value if isinstance(value, Path) else _file_of_lengths(field.name, value)
+            if file is not None and file.is_file():
+                with file.open("rb") as content:
+                    found[field.name] = hashlib.file_digest(content, "sha256").hexdigest()
     folder = Path(experiment.model.model)
     if folder.is_dir():
         found["model"] = [
@@ -55,6 +59,14 @@ def _named_files(experiment: Experiment) -> dict[str, Any]:
             if file.is_file()
         ]
     return found
+
+
+def _file_of_lengths(name: str, value: Any) -> Path | None:
+    """The file of lengths that ``empirical:FILE`` names."""
+    if name not in ("prompt_tokens", "output_tokens") or value is None:
+        return None
+    file = getattr(parse_lengths(value, settings.option_name(name)), "file", None)
+    return None if file is None else Path(file)
 
 
 def _module(name: str) -> str | None:

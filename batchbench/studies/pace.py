@@ -10,15 +10,15 @@ from batchbench.batching.experiment import Experiment
 from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
 
-MOST_TOKENS = 10**7
+MOST_REQUESTS = 20_000
 """A larger workload is not simulated only to know how long it will take."""
 
 
 def work_of(experiment: Experiment) -> float:
     """Forward passes of all trials, by simulation; where that would take long, requests."""
     workload, trials = experiment.workload, experiment.trials.trials
-    if experiment.simulated or workload.queue_size * max(1, workload.short_tokens) > MOST_TOKENS:
-        return float(workload.queue_size * trials * len(experiment.serving.strategies))
+    if experiment.simulated or (workload.queue_size or 0) > MOST_REQUESTS:
+        return float((workload.queue_size or 1) * trials * len(experiment.serving.strategies))
     try:
         found = estimate(replace(experiment, simulated=True), Watch())
     except UsageError:  # it cannot be served, which the cell itself will say

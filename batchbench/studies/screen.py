@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from batchbench.reports.cells import Cells, spell_option
+from batchbench.reports.cells import Cells, spell_option, spell_value
 from batchbench.reports.formats.terminal import SUITED, number
 from batchbench.studies.findings import Findings
 
 MOST_CELLS = 40
 """A longer table is a file."""
+
+MOST_REASONS = 4
+"""Reasons to suspect cells that are told; sweep.json has all."""
 
 _COLUMNS = (
     ("tok/s", "output_throughput"),
@@ -38,23 +42,24 @@ def sentence(findings: Findings, cells: Cells | None) -> str:
 
 
 def _answer(cells: Cells) -> str:
-    """How much faster, from where to where; or how much comes of one strategy alone."""
+    """How much better, from where to where; or how much comes of one strategy alone."""
     typical = cells.typical
-    several = f"over {typical['cell'].nunique()} cells" if len(cells.varying) else "in one cell"
-    compared = typical[typical["speedup"].notna()]
+    count = typical["cell"].nunique()
+    over = f"over {count} cells" if count > 1 else "in its one cell"
     begin = "in simulation, where every step costs the same, " if cells.simulated else ""
+    name, candidate = (SUITED.get(s, s) for s in (cells.strategies[0], cells.strategies[-1]))
+    compared = typical[typical["speedup"].notna() & (typical["strategy"] == cells.strategies[-1])]
     if not len(compared):
         low, high, at = _range(cells, typical, "output_throughput")
-        name = SUITED.get(cells.strategies[0], cells.strategies[0])
-        return f"{begin}{name} yields {low} to {high} output tokens/s {several}{at}"
-    candidate = cells.strategies[-1]
-    compared = compared[compared["strategy"] == candidate]
+        span = low if low == high else f"{low} to {high}"
+        return f"{begin}{name} yields {span} output tokens/s {over}{at}"
+    if cells.timed:
+        low, high, at = _range(cells, compared, "wait_ratio", "×")
+        span = low if low == high else f"{low} to {high}"
+        return f"{begin}TTFT p99 was {span} as long under {name} as under {candidate} {over}{at}"
     low, high, at = _range(cells, compared, "speedup", "×")
-    than = f" than {SUITED.get(cells.strategies[0], cells.strategies[0])}"
-    text = f"{begin}{SUITED.get(candidate, candidate)} was "
-    if low == high:
-        return f"{text}{low} as fast as {than.removeprefix(' than ')} {several}"
-    return f"{text}{low} to {high} faster{than} {several}{at}"
+    span = low if low == high else f"{low} to {high}"
+    return f"{begin}{candidate} was {span} faster than {name} {over}{at}"
 
 
 def _range(cells: Cells, rows: pd.DataFrame, metric: str, sign: str = "") -> tuple[str, str, str]:
@@ -96,7 +101,7 @@ def _rows_of_cells(cells: Cells, grid: Table, shown: Sequence[str]) -> None:
     by_cell = cells.typical.set_index(["cell", "strategy"])
     for cell in shown:
         rows: list[Any] = [by_cell.loc[(cell, name)] for name in cells.strategies]
-        varying = [_value(rows[0][name]) for name in cells.varying]
+        varying = [spell_value(rows[0][name]) for name in cells.varying]
         values = [number(row[metric]) for _, metric in _COLUMNS for row in rows]
         grid.add_row(*varying, *values, *(_speedup(row) for row in rows[1:]))
 
@@ -112,7 +117,7 @@ def _rows_of_strategies(cells: Cells, grid: Table, shown: Sequence[str]) -> None
     for cell in shown:
         rows = cells.typical[cells.typical["cell"] == cell]
         for i, (_, row) in enumerate(rows.iterrows()):
-            varying = [_value(row[name]) if i == 0 else "" for name in cells.varying]
+            varying = [spell_value(row[name]) if i == 0 else "" for name in cells.varying]
             values = [number(row[metric]) for _, metric in columns]
             last = i == len(rows) - 1
             grid.add_row(*varying, row["strategy"], *values, _speedup(row), end_section=last)
@@ -129,12 +134,6 @@ def _caption(cells: Cells) -> str | None:
     return "; ".join(notes) or None
 
 
-def _value(value: Any) -> str:
-    if value is None or (isinstance(value, float) and pd.isna(value)):
-        return "–"
-    return f"{value:,.10g}" if isinstance(value, int | float) else str(value)
-
-
 def _speedup(row: pd.Series[Any]) -> str:
     if pd.isna(row["speedup"]):  # the baseline's own
         return "–"
@@ -144,14 +143,21 @@ def _speedup(row: pd.Series[Any]) -> str:
     return f"{text} ({row['speedup_low']:.2f}–{row['speedup_high']:.2f})"
 
 
-def notes(findings: Findings, not_drawn: dict[str, str]) -> list[str]:
+def notes(findings: Findings, cells: Cells | None, not_drawn: dict[str, str]) -> list[str]:
     """What else a reader should know, a line each."""
     lines = []
     for found in findings.failed:
         names = findings.grid.varying
         which = ", ".join(spell_option(name, found.cell.chosen[name]) for name in names)
         lines.append(f"failed: {which or 'the cell'}: {found.reason}")
-    if findings.workload_follows_batch:
+    reasons = Counter(
+        reason for found in findings.served for reason in (found.data or {})["validity"]["reasons"]
+    )
+    for reason, count in reasons.most_common(MOST_REASONS):
+        lines.append(f"suspect: {reason}" + (f" ({count} cells)" if count > 1 else ""))
+    if len(reasons) > MOST_REASONS:
+        lines.append(f"suspect: {len(reasons) - MOST_REASONS} more reasons; sweep.json has all")
+    if cells is not None and cells.share_follows:
         lines.append(
             "note: the workload changes with the batch size (one long request a batch); "
             "--long-every N would hold it"

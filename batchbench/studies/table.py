@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -10,6 +10,7 @@ import pandas as pd
 from batchbench.reports import metrics
 from batchbench.reports.result import Result
 from batchbench.studies.grid import Cell
+from batchbench.workloads.lengths import Cycle
 
 Row = dict[str, Any]
 
@@ -24,11 +25,12 @@ def rows_of(cell: Cell, result: Result) -> list[Row]:
     ``strategy`` is the row's own.
     """
     data = result.data
-    options: Row = {"cell": cell.digest}
+    options: Row = {"cell": cell.digest, "preset": data["config"]["preset"]}
     for part in OPTIONS:
         for name, value in data["config"].get(part, {}).items():
             told = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
             options["strategies" if name == "strategy" else name] = told
+    options |= _defaults(cell, result)
     checked = data["verification"]
     judged = {
         "validity": data["validity"]["status"],
@@ -47,6 +49,20 @@ def rows_of(cell: Cell, result: Result) -> list[Row]:
         for strategy, recordings in result.recordings.items()
         for trial, recording in enumerate(recordings)
     ]
+
+
+def _defaults(cell: Cell, result: Result) -> Row:
+    """What an option that was left to its default came to, where that depends on others."""
+    assert cell.experiment is not None
+    spec, slots = cell.experiment.workload, cell.experiment.serving.batch_size
+    found: Row = {"queue_size": result.data["workload"]["num_requests"]}
+    if spec.trace is None and isinstance(cycle := spec.output_lengths(slots), Cycle):
+        found |= {
+            "long_every": cycle.every,
+            "long_tokens": cycle.long,
+            "short_tokens": cycle.short,
+        }
+    return found
 
 
 def table_of(rows: Iterable[Row]) -> pd.DataFrame:
@@ -73,8 +89,3 @@ def to_csv(frame: pd.DataFrame) -> bytes:
     """The table as CSV; the same rows give the same bytes."""
     text: str = frame.to_csv(index=False, lineterminator="\n")
     return text.encode()
-
-
-def settings_of(row: Mapping[str, Any], names: Iterable[str]) -> Row:
-    """Some options of a row, by the name of its column."""
-    return {name: row["strategies" if name == "strategy" else name] for name in names}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -22,6 +23,7 @@ from batchbench.reports.figures.card import (
     make_card,
     name_strategies,
     strip_axes,
+    text_extent,
 )
 
 MOST_PANELS = 9
@@ -141,27 +143,53 @@ def finish_panels(
 ) -> None:
     """One scale for all panels, ticks at the values that were asked for, labels at the rim."""
     values = sorted(set(x))
-    ticks = values if len(values) <= 8 else values[:: -(-len(values) // 8)]
-    spread = len(values) > 2 and values[0] > 0 and values[-1] / values[0] >= 8
-    tops = [axes.get_ylim() for _, axes in sheet.panels]
-    low, high = min(t[0] for t in tops), max(t[1] for t in tops)
-    for i, (_, axes) in enumerate(sheet.panels):
-        if spread:
+    log_x = _geometric(values)
+    for _, axes in sheet.panels:
+        if log_x:
             axes.set_xscale("log", base=2)
         if log_y:
             axes.set_yscale("log")
+    spans = [axes.get_ylim() for _, axes in sheet.panels]
+    low, high = min(s[0] for s in spans), max(s[1] for s in spans)
+    for i, (_, axes) in enumerate(sheet.panels):
         axes.set_ylim(low if log_y else 0, high)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_minor_locator(NullLocator())
         axes.grid(axis="y", color=FAINT, lw=0.7)
         strip_axes(axes, "bottom")
-        axes.set_xticks(ticks, [f"{tick:,.0f}" if tick >= 1e3 else f"{tick:.3g}" for tick in ticks])
+        width = axes.get_position().width * sheet.card.figure.get_figwidth() * 72
+        ticks = _apart(values, width, log=log_x)
+        axes.set_xticks(ticks, [_tick(value) for value in ticks])
         axes.tick_params(axis="y", length=0)
         at_left, at_bottom = sheet.outer(i)
         if at_bottom:
             axes.set_xlabel(x_label)
         axes.set_ylabel(y_label if at_left else "")
         axes.tick_params(labelleft=at_left)
+
+
+def _geometric(values: Sequence[float]) -> bool:
+    """Whether values stand more evenly on a logarithmic scale."""
+    if len(values) < 3 or values[0] <= 0:
+        return False
+    plain, logs = np.diff(values), np.diff(np.log(values))
+    return bool(logs.std() / logs.mean() < plain.std() / plain.mean())
+
+
+def _apart(values: Sequence[float], width: float, *, log: bool) -> list[float]:
+    """Those values whose ticks do not run into one another on an axis of ``width`` points."""
+    places = np.log(values) if log else np.asarray(values, np.float64)
+    scale = width / max(float(places[-1] - places[0]), 1e-12)
+    kept = [len(values) - 1]
+    for i in range(len(values) - 2, -1, -1):
+        room = (text_extent(_tick(values[i]), 9) + text_extent(_tick(values[kept[-1]]), 9)) / 2
+        if (places[kept[-1]] - places[i]) * scale > room + 6:
+            kept.append(i)
+    return [values[i] for i in reversed(kept)]
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1e3 else f"{value:.3g}"
 
 
 def draw_lines(

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from batchbench.batching.engines.simulated import UNIT_NS
-from batchbench.reports.cells import Cells
+from batchbench.reports.cells import Cells, spell_option
 from batchbench.reports.figures.card import (
     FAINT,
     QUIET,
@@ -51,7 +51,7 @@ def draw_latency_by_load(cells: Cells) -> Figure:
     load = load_of(cells)
     assert load is not None
     panels = [
-        Facet(f"{name} · {facet.label}" if facet.label else name, facet.rows, key)
+        Facet(f"{name.partition(':')[0]} · {facet.label}" if facet.label else name, facet.rows, key)
         for facet in facets_of(cells, [load])
         for key, name in _WAITS
     ]
@@ -76,10 +76,10 @@ def draw_latency_by_load(cells: Cells) -> Figure:
     return sheet.card.figure
 
 
-_MARKS = (("D", 99), ("o", 50))
+_MARKS = (("o", 50), ("D", 99))
 _LOOKS: tuple[dict[str, Any], ...] = (
-    {"marker": "D", "ms": 5.5, "lw": 2},
     {"marker": "o", "ms": 4.5, "lw": 1},
+    {"marker": "D", "ms": 5.5, "lw": 2},
 )
 
 
@@ -112,7 +112,8 @@ def _longest_wait(cells: Cells, load: str) -> str:
 
 
 def _ms(value: float) -> str:
-    return f"{spell_number(value / 1e3)} s" if value >= 1e3 else f"{spell_number(value)} ms"
+    unit, ns = ("s", 1e3) if value >= 1e3 else ("ms", 1.0)
+    return f"{spell_number(value / ns)}\N{NO-BREAK SPACE}{unit}"
 
 
 def draw_frontier(cells: Cells) -> Figure:
@@ -129,10 +130,12 @@ def draw_frontier(cells: Cells) -> Figure:
     along = load_of(cells) or knobs[0]
     scale, unit = (UNIT_NS / 1e9, "step") if cells.simulated else (1.0, "s")
     facets = facets_of(cells, knobs)
+    others = [knob for knob in knobs if knob != along]
+    named = len(facets) == 1
     notes = [
         "Up and to the left is better. Dark points: no other cell of the strategy has more "
         f"throughput at as little latency. Thin lines: along {along.replace('_', ' ')}"
-        + (", which stands beside the points." if len(facets) == 1 else ".")
+        + (", which stands beside the points." if named and not others else ".")
     ]
     sheet = make_sheet(cells, facets, _frontier_lead(cells, metric, knobs), notes, tall=3.3)
     for facet, axes in sheet.panels:
@@ -140,23 +143,41 @@ def draw_frontier(cells: Cells) -> Figure:
         for strategy in sheet.strategies:
             own = rows[rows["strategy"] == strategy.name]
             best = own[beats_all(own, metric)].sort_values(metric)
-            _paths(axes, own, metric, along, [k for k in knobs if k != along], strategy)
+            _paths(axes, own, metric, along, others, strategy, named=named)
             look = {**strategy.line, "marker": "o", "ms": 6.5, "mec": "#ffffff", "mew": 0.7}
             axes.plot(best[metric], best["y"], gid=f"frontier-{strategy.index}", **look)
-            if len(facets) == 1:
+            if named and not others:
                 _name_points(axes, own, metric, along, strategy.tint(-0.2))
     _finish_frontier(sheet.panels, sheet.outer, cells, metric, called, f"output tokens/{unit}")
     return sheet.card.figure
 
 
 def _paths(
-    axes: Axes, rows: pd.DataFrame, metric: str, along: str, others: list[str], strategy: Strategy
+    axes: Axes,
+    rows: pd.DataFrame,
+    metric: str,
+    along: str,
+    others: list[str],
+    strategy: Strategy,
+    *,
+    named: bool,
 ) -> None:
-    """A thin line through cells that differ in one setting."""
-    for _, path in rows.groupby(others, sort=False) if others else [((), rows)]:
+    """A thin line through cells that differ in one setting, the others' values at its end."""
+    for values, path in rows.groupby(others, sort=False) if others else [((), rows)]:
         ordered = path.sort_values(along)
         look: dict[str, Any] = {"lw": 0.9, "marker": "o", "ms": 4, "zorder": 1.5}
         axes.plot(ordered[metric], ordered["y"], color=strategy.tint(0.5), **look)
+        if others and named:
+            told = ", ".join(map(spell_option, others, values))
+            end = ordered.iloc[-1]
+            _write_beside(axes, end[metric], end["y"], told, strategy.tint(-0.2))
+
+
+def _write_beside(
+    axes: Axes, x: float, y: float, text: str, colour: tuple[float, float, float]
+) -> None:
+    style: dict[str, Any] = {"textcoords": "offset points", "size": 8, "color": colour}
+    axes.annotate(text, (x, y), (5, 4), annotation_clip=False, **style)
 
 
 KNOBS = ("batch_size", "request_rate", "max_concurrency", "max_batched_tokens", "prefill")
@@ -172,19 +193,18 @@ def beats_all(rows: pd.DataFrame, metric: str) -> pd.Series[bool]:
     return kept
 
 
+MOST_NAMES = 12
+"""Points that are named; of more only the first and the last."""
+
+
 def _name_points(
     axes: Axes, rows: pd.DataFrame, metric: str, knob: str, colour: tuple[float, float, float]
 ) -> None:
-    for _, row in rows.iterrows():
-        shown = f"{row[knob]:,.10g}" if isinstance(row[knob], int | float) else str(row[knob])
-        axes.annotate(
-            shown,
-            (row[metric], row["y"]),
-            (5, -9),
-            textcoords="offset points",
-            size=8,
-            color=colour,
-        )
+    rows = rows.sort_values(knob)
+    named = rows if len(rows) <= MOST_NAMES else rows.iloc[[0, -1]]
+    for _, row in named.iterrows():
+        told = spell_option("", row[knob]).strip()
+        _write_beside(axes, row[metric], row["y"], told, colour)
 
 
 def _finish_frontier(
@@ -198,9 +218,9 @@ def _finish_frontier(
         if wide:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.set_xlim(x.min() / 1.3, x.max() * 1.3)
+            axes.set_xlim(x.min() / 1.3, x.max() * 2)  # room for names
         else:
-            axes.set_xlim(0, 1.08 * x.max())  # a difference of 1 % is to look like one
+            axes.set_xlim(0, 1.15 * x.max())  # a difference of 1 % is to look like one
         axes.set_ylim(0, top)
         axes.grid(color=FAINT, lw=0.7)
         strip_axes(axes, "left", "bottom")
@@ -212,29 +232,27 @@ def _finish_frontier(
 
 
 def _frontier_lead(cells: Cells, metric: str, knobs: list[str]) -> str:
-    """How much more the last strategy yields at no more latency than the baseline's."""
+    """What the last strategy yields within the latency at which the baseline yields most."""
     strategies = strategies_of(cells)
     baseline, candidate = strategies[0], strategies[-1]
-    if candidate is baseline:
-        return f"What {baseline.called} yields at which latency"
-    leads: list[float] = []
-    unmatched = 0
+    most, leads = 0.0, []
     for facet in facets_of(cells, knobs):
         base, other = (
             facet.rows[facet.rows["strategy"] == s.name].dropna(subset=[metric])
             for s in (baseline, candidate)
         )
-        for _, row in base[beats_all(base, metric)].iterrows():
-            within = other[other[metric] <= row[metric] * 1.02]
-            if len(within):
-                leads.append(within["output_throughput"].max() / row["output_throughput"])
-            else:
-                unmatched += 1
-    if not leads:
-        return f"{candidate.called} nowhere reaches the latency of {baseline.called}"
+        if not len(base):
+            continue
+        best: Any = base["output_throughput"].idxmax()
+        most = max(most, base.loc[best, metric])
+        within = other[other[metric] <= base.loc[best, metric]]["output_throughput"]
+        if len(within):
+            leads.append(within.max() / base.loc[best, "output_throughput"])
+    if candidate is baseline or not leads:
+        return f"{baseline.called} yields most at a latency of {_ms(most)}"
     low, high = f"{min(leads):.2f}×", f"{max(leads):.2f}×"
-    span = low if low == high else f"{low} to {high}"
-    text = f"At the same latency or less {candidate.called} yields {span} the output tokens of "
-    return f"{text}{baseline.called}" + (
-        f"; {unmatched} of its points it does not reach" if unmatched else ""
+    within_that = f"within {_ms(most)}" if len(leads) == 1 else "within the same latency"
+    return (
+        f"Where {baseline.called} yields most output tokens, {candidate.called} yields "
+        f"{low if low == high else f'{low} to {high}'} as many {within_that}"
     )

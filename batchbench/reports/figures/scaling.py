@@ -87,7 +87,7 @@ def _medians(cells: Cells) -> str:
 
 def _follows(cells: Cells) -> str:
     """That the workload is another one at each batch size, where it is."""
-    if "long_every" in cells.frame and cells.frame["long_every"].isna().all():
+    if cells.share_follows:
         return "One request in every batch size is long: the workload is another at each size."
     return ""
 
