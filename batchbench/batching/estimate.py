@@ -42,15 +42,13 @@ class Estimate:
 
 def estimate(experiment: Experiment, watch: Watch) -> Estimate:
     """Serve the workload in simulation and time one matrix product; load no model."""
-    once = replace(
-        experiment, simulated=True, workload=replace(experiment.workload, stop_at_eos=False)
-    )
-    session = Session(once, watch)
+    session = Session(replace(experiment, simulated=True), watch)
+    to_the_end = replace(session.workload, stop_at_eos=False)
     steps = {
-        batcher.name: batcher.serve(session.workload, Watch()).num_steps
+        batcher.name: batcher.serve(to_the_end, Watch()).num_steps
         for batcher in session.strategies()
     }
-    found = Estimate(steps, experiment.trials.trials, exact=not experiment.workload.stop_at_eos)
+    found = Estimate(steps, experiment.trials.trials, exact=not session.workload.stop_at_eos)
     if experiment.simulated:
         return found
     from batchbench.batching.engines.torch.sizing import size_up

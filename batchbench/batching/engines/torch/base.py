@@ -47,14 +47,21 @@ class TorchEngine:
             self._advance(plan, step)
             self._log.append(self._last.clone())
             self._timer.step_launched()
-            if plan.until is not None and self.clock.now() >= plan.until:
-                return step + 1
+            if plan.until is not None:
+                # Who has come by the end of this step may join the next: a host that ran ahead
+                # would have decided without them.
+                self._timer.settle()
+                if self.clock.now() >= plan.until:
+                    return step + 1
         return plan.repeat
 
     def stopped(self, plan: Plan) -> Collection[int]:
         """Slots of the plan that yielded an end-of-text token in the last step."""
         last = self._last.tolist()  # waits for the device: the decision needs the value
         return [slot for slot in yielding_slots(plan) if last[slot] in self._eos]
+
+    def wait(self) -> None:
+        self._timer.settle()
 
     def collect(self) -> Steps:
         """Times and tokens of the whole trial."""
