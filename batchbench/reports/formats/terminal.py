@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.reports.comparison import FEWEST_PAIRS, Ratio
+from batchbench.reports.formats.account import account_table, causes
 from batchbench.reports.result import Result, ratio_of
 
 SUITED = {"static": "static batching", "continuous": "continuous batching"}
@@ -172,8 +173,15 @@ def number(value: float | None) -> str:
 
 
 def render(result: Result) -> RenderableType:
-    """Sentence and table."""
+    """The sentence and what it comes from, the table, the account of the time."""
     status = result.data["validity"]["status"]
     wrong = result.data["verification"]["passed"] is False
     style = "bold red" if wrong else "bold" if status == "valid" else "bold yellow"
-    return Group(Text(sentence(result), style=style), Text(), table(result))
+    return Group(
+        Text(sentence(result), style=style),
+        *map(Text, causes(result)),
+        Text(),
+        table(result),
+        Text(),
+        account_table(result),
+    )
