@@ -1,4 +1,4 @@
-"""The account of the time on a terminal: a line on what saved the time, and a table of its parts."""
+"""The account of the time on a terminal: a line on what was saved, and a table of its parts."""
 
 from __future__ import annotations
 
@@ -94,8 +94,7 @@ def account_table(result: Result) -> Table:
             grid.add_column("%", justify="right", style="dim")
     if saved:
         grid.add_column("saved", justify="right")
-    longest = max((a["wall_s"] for a in accounts.values() if a), default=0.0)
-    decimals = decimals_of(longest)
+    decimals = decimals_of(min((a["wall_s"] for a in accounts.values() if a), default=1.0))
     for part, label in {**LABELS, "wall_s": "Wall time"}.items():
         each = {name: _value(account, part) for name, account in accounts.items()}
         if part not in ("residual_s", "wall_s") and not any(each.values()):
@@ -110,7 +109,8 @@ def account_table(result: Result) -> Table:
                 cells.append("" if value is None or not whole else f"{100 * value / whole:.1f}")
         if saved:
             before, after = each.values()
-            assert before is not None and after is not None  # there is a waterfall
+            assert before is not None  # there is a waterfall
+            assert after is not None
             cells.append(fixed(before - after, decimals, sign="+"))
         grid.add_row(*cells)
     return grid
