@@ -10,11 +10,16 @@ from batchbench.batching.conduct import WarmUp
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Verification
 from batchbench.reports import metrics
+from batchbench.reports.account import account_of
 from batchbench.workloads import Workload
 
 LITTLE, HOST_SHARE, DRIFT, FOREIGN_CORES = 0.02, 0.03, 0.10, 0.2
 """Limits: of Little's law, of time outside the steps, of change between the first and the last
 trials, and of other processes' use of the processor in cores."""
+
+RESIDUAL, SMALLEST_RESIDUAL_S = 0.01, 0.001
+"""Limit of the time that the account leaves over, as a share of the wall time; what is below the
+other is how finely two clocks agree."""
 
 
 def audit(
@@ -63,6 +68,9 @@ def _of_strategy(workload: Workload, trials: Sequence[Recording]) -> list[str]:
     share = float(np.median([metrics.host_share(r) for r in trials]))
     if workload.closed and share > HOST_SHARE:
         reasons.append(f"{share:.1%} of the time passed outside the steps")
+    found = account_of(trials)
+    if found and abs(found.residual_s) > max(RESIDUAL * found.wall_s, SMALLEST_RESIDUAL_S):
+        reasons.append(f"{found.residual_s / found.wall_s:.1%} of the time is not accounted for")
     durations = [r.duration_ns for r in trials]
     if len(durations) >= 2:
         half = len(durations) // 2

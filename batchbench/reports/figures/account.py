@@ -117,7 +117,7 @@ def _stacks(
         card.label(top + strategy.index * _ROW + 0.2, strategy, detail)
         y, left = (strategy.index + 1) * _ROW - _BAR / 2, 0.0
         for part in _STACKED:
-            width = getattr(account, part) * scale
+            width = max(getattr(account, part), 0.0) * scale
             gid = f"{part}-{strategy.index}"
             axes.barh(y, width, _BAR, left=left, gid=gid, **_look(part, strategy))
             _share(axes, part, (left, y, width), width / longest / scale, account.wall_s * scale)
@@ -199,7 +199,8 @@ class _Fall:
         names = fit_text(f"From {first.name} to {last.name}", 300, 10.5, "bold")
         card.write(0, top, names, size=10.5, weight="bold", va="baseline")
         saved = before.wall_s - after.wall_s
-        what = f"{unit.text(round(abs(saved) * 1e9))} {'saved' if saved >= 0 else 'lost'}"
+        difference = unit.text(round(abs(saved) * 1e9))
+        what = f"{difference} {'saved' if saved > 0 else 'lost'}" if saved else "no difference"
         behind = (text_extent(names, 10.5, "bold") + 10) / 72
         card.write(behind, top, what, size=9.5, color=QUIET, va="baseline")
         rows = len(self.effects) + 2

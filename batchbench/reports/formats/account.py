@@ -57,7 +57,7 @@ def causes(result: Result) -> list[str]:
 def _cause(fall: Mapping[str, Any], *, several: bool) -> str:
     whole = fall["saved_s"]
     sign = 1 if whole > 0 else -1
-    decimals = decimals_of(abs(whole))
+    decimals = decimals_of(max(abs(whole), *(abs(step["saved_s"]) for step in fall["steps"])))
 
     def spelt(sign: int, words: Mapping[str, str]) -> str:
         effects = sorted((-sign * step["saved_s"], step["part"]) for step in fall["steps"])
@@ -91,9 +91,9 @@ def account_table(result: Result) -> Table:
     for name in accounts:
         grid.add_column(name.replace("-", "-\n"), justify="right", overflow="fold")
         if shares:
-            grid.add_column("%", justify="right", style="dim")
+            grid.add_column("%", justify="right", style="dim", overflow="fold")
     if saved:
-        grid.add_column("saved", justify="right")
+        grid.add_column("saved", justify="right", overflow="fold")
     decimals = decimals_of(min((a["wall_s"] for a in accounts.values() if a), default=1.0))
     for part, label in {**LABELS, "wall_s": "Wall time"}.items():
         each = {name: _value(account, part) for name, account in accounts.items()}
