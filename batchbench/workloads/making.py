@@ -79,7 +79,8 @@ def make_outline(
     if process.kind != "trace":
         due = process.due_ns(stream(spec.seed, "arrivals"), len(outline))
         outline = replace(outline, due_ns=due)
-    return outline
+    told = f"{process}" + (f", {spec.speed:g} times faster" if spec.speed != 1.0 else "")
+    return replace(outline, arrivals=told)
 
 
 def _drawn(spec: WorkloadSpec, batch_size: int, encode: Encode | None) -> Outline:

@@ -158,8 +158,8 @@ class _Columns:
         if not len(due):
             return Trace(format, prompt, output, None, prompts, blocks, about, whole)
         if format != "batchbench":  # ours counts from the start of the trial
-            due = due - due.min()
-        if (np.diff(due) < 0).any():
+            due -= due.min()  # in the array that was filled
+        if (due[1:] < due[:-1]).any():
             order = np.argsort(due, kind="stable")
             due, prompt, output = due[order], prompt[order], output[order]
             prompts, blocks = (r and r.take(order) for r in (prompts, blocks))
