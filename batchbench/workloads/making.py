@@ -76,6 +76,7 @@ def make_outline(
     outline, told = fit(outline, context, spec.overlong, bound)
     if told:
         note(told)
+        outline = replace(outline, name=f"{outline.name}; {told}")
     if process.kind != "trace":
         due = process.due_ns(stream(spec.seed, "arrivals"), len(outline))
         outline = replace(outline, due_ns=due)

@@ -145,10 +145,17 @@ class _Columns:
         if row.ids is not None:
             self.ids.extend(row.ids)
         if row.blocks:
+            self._fill_block_counts(len(self) - 1)
             self.blocks.extend(row.blocks)
-        self.block_counts.append(len(row.blocks))
+            self.block_counts.append(len(row.blocks))
+
+    def _fill_block_counts(self, rows: int) -> None:
+        """Say of rows so far that they name no blocks; a trace without blocks has no such column."""
+        self.block_counts.extend(bytes(rows - len(self.block_counts)))
 
     def trace(self, format: str, about: Mapping[str, Any], *, whole: bool) -> Trace:
+        if self.blocks:
+            self._fill_block_counts(len(self))
         prompt, output, due, counts = (
             np.frombuffer(column, np.int64)
             for column in (self.prompt_tokens, self.output_tokens, self.due_ns, self.block_counts)
