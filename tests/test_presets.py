@@ -298,7 +298,9 @@ def test_from_python_a_setting_that_is_none_is_named() -> None:
             wrong()
 
 
-def test_the_ci_preset_runs_on_its_made_up_model() -> None:
+def test_the_ci_preset_runs_on_its_made_up_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up = Session.warm_up
+    monkeypatch.setattr(Session, "warm_up", lambda session: warm_up(session, most=1))
     given_settings = {"trials": 1, "device": "cpu", "queue_size": 9, "long_tokens": 20}
     outcome = conduct(Experiment.of(given_settings, preset="ci"))
     assert outcome.workload.closed
