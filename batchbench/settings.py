@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,3 +131,19 @@ def check_value(field: dataclasses.Field[Any], value: Any, asked: str) -> None:
         raise UsageError(f"{asked}: must be at most {known.max}")
     if known.choices and value not in known.choices:
         raise UsageError(f"{asked}: must be one of {', '.join(known.choices)}")
+
+
+def words_of(spec: Any, usual: Any, always: Collection[str] = ()) -> list[str]:
+    """What to type for a spec: its options that differ from ``usual``, and those named."""
+    words: list[str] = []
+    for field in dataclasses.fields(spec):
+        value, option = getattr(spec, field.name), option_name(field.name)
+        if value == getattr(usual, field.name) and field.name not in always:
+            continue
+        if value is True:
+            words.append(option)
+        elif isinstance(value, tuple):
+            words += [word for each in value for word in (option, str(each))]
+        else:
+            words += [option, str(value)]
+    return words

@@ -40,6 +40,7 @@ from batchbench.cli.display import LiveDisplay, PlainDisplay
 from batchbench.cli.main import _guarded, app
 from batchbench.cli.options import OutputSpec
 from batchbench.reports import folder as folders
+from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
 COMMANDS = ("run", "simulate", "report")
@@ -146,7 +147,16 @@ BAD_OPTIONS = [
     ("--prompts latin.txt", "--prompts latin.txt: is not UTF-8"),
     ("--prompts good.txt --prompt-tokens 7", "--prompts and --prompt-tokens exclude each other"),
     ("--seed -1", "--seed -1: must be at least 0"),
-    ("--strategy nope", "--strategy nope: must be one of static, continuous"),
+    ("--slo ttft", "--slo ttft: must be one of ttft, tpot, e2el, a colon and milliseconds"),
+    ("--slo itl:50", "--slo itl:50: must be one of ttft, tpot, e2el"),
+    ("--slo ttft:0", "--slo ttft:0: must be"),
+    ("--slo ttft:-5", "--slo ttft:-5: must be"),
+    ("--slo ttft:nan", "--slo ttft:nan: must be"),
+    ("--slo ttft:5 --slo ttft:6", "--slo ttft:6: ttft has a limit already"),
+    ("--strategy nope", "--strategy nope: must be one of static, static-fixed, static-b"),
+    ("--strategy static-oracle --stop-at-eos", "--strategy static-oracle: sorts by output length"),
+    ("--max-wait 5 --strategy continuous", "--max-wait 5: none of --strategy continuous waits"),
+    ("--max-wait -1", "--max-wait -1.0: must be at least 0"),
     ("--strategy os:getcwd", "--strategy os:getcwd: the class needs a method admit"),
     ("--strategy os:nope", "--strategy os:nope: "),
     ("--strategy nowhere:Policy", "--strategy nowhere:Policy: ModuleNotFoundError"),
@@ -156,7 +166,9 @@ BAD_OPTIONS = [
     ("--strategy static,static", "--strategy static,static: names a strategy twice"),
     ("--order x", "--order x: must be one of fifo, longest-first, shortest-first"),
     ("--engine x", "--engine x: must be one of slots, notebook"),
-    ("--prefill x", "--prefill x: must be one of separate, mixed"),
+    ("--execution x", "--execution x: must be one of auto, eager, graph, compile"),
+    ("--engine notebook --execution graph", "take --execution auto or --engine slots"),
+    ("--prefill x", "--prefill x: must be one of auto, separate, mixed"),
     ("--prefill mixed --engine notebook", "--prefill mixed: the notebook engine"),
     ("--prefill mixed --max-batched-tokens 8", "--max-batched-tokens 8: must be above the batch"),
     ("--trials 0", "--trials 0: must be at least 1"),
@@ -427,7 +439,7 @@ def test_help_of_a_command_has_an_example_that_parses(command: str, program: Pro
 @pytest.mark.parametrize("command", ["run", "simulate"])
 def test_help_tells_every_option_once_and_its_default(command: str, program: Program) -> None:
     text = program(command, "--help").out
-    for spec in (Basis, ServingSpec, WorkloadSpec, ModelSpec, TrialsSpec, OutputSpec):
+    for spec in (Basis, ServingSpec, WorkloadSpec, ModelSpec, TrialsSpec, GoalsSpec, OutputSpec):
         for name in spec.__dataclass_fields__:
             option = "--" + name.replace("_", "-")
             assert len(re.findall(rf"^│ {option}\s", text, re.MULTILINE)) == 1, option
@@ -464,7 +476,7 @@ def test_simulate_ends_with_sentence_table_command_and_files(program: Program, h
     places = [
         text.index(part)
         for part in (
-            "in simulation, where every step costs the same, continuous batching was 3.03× faster;",
+            "in simulation, where every step costs the same, continuous batching was 3.08× faster;",
             "Forward passes",
             "Again: batchbench simulate --batch-size 8 --queue-size 32",
             "Files: mine/ with result.json",
@@ -486,7 +498,7 @@ def test_simulate_counts_the_classic_workload(program: Program, here: Path) -> N
     data = json.loads((here / "mine" / "result.json").read_text(encoding="utf-8"))
     static, continuous = (data["strategies"][name]["counters"] for name in data["strategies"])
     assert (static["forward_passes"], static["slot_steps"]) == (400, 3200)
-    assert (static["useful_slot_steps"], continuous["forward_passes"]) == (680, 132)
+    assert (static["useful_slot_steps"], continuous["forward_passes"]) == (680, 130)
     assert data["simulated"] is True
 
 
@@ -545,9 +557,9 @@ def test_a_policy_in_a_file_here_is_served_like_ours(program: Program, here: Pat
     (here / "own_policy.py").write_text(OWN)
     said = program("simulate", "--strategy", "static,own_policy:Own", "--output", "mine")
     assert said.code == 0
-    assert "own_policy:Own was 3.03× faster" in said.out
+    assert "own_policy:Own was 3.08× faster" in said.out
     data = json.loads((here / "mine" / "result.json").read_text(encoding="utf-8"))
-    assert data["strategies"]["own_policy:Own"]["counters"]["forward_passes"] == 132
+    assert data["strategies"]["own_policy:Own"]["counters"]["forward_passes"] == 130
     assert program("report", "mine").code == 0
 
 
@@ -562,7 +574,7 @@ def test_a_policy_that_would_wait_for_ever_is_answered(program: Program, here: P
 def test_a_dry_run_of_simulate_tells_steps_and_writes_nothing(program: Program, here: Path) -> None:
     said = program("simulate", "--dry-run", "--trials", "3")
     assert said == Said(
-        0, "steps   static 400, continuous 132 forward passes a trial, 3 trials each\n", ""
+        0, "steps   static 400, continuous 130 forward passes a trial, 3 trials each\n", ""
     )
     assert found_in(here) == []
 
@@ -573,7 +585,7 @@ def test_a_dry_run_tells_steps_memory_and_time_and_writes_nothing(
     said = program("run", "--dry-run", "--model", str(checkpoint), "--device", "cpu")
     assert (said.code, said.err) == (0, "")
     steps, memory, seconds = said.out.splitlines()
-    assert steps == "steps   static 400, continuous 132 forward passes a trial, 4 trials each"
+    assert steps == "steps   static 400, continuous 130 forward passes a trial, 4 trials each"
     assert re.fullmatch(r"memory  \d+ MiB of weights \+ \d+ MiB of KV cache on cpu", memory)
     assert re.match(r"time    [\d.e-]+ s for the matrix products of all trials", seconds)
     assert found_in(here) == []
@@ -582,9 +594,9 @@ def test_a_dry_run_tells_steps_memory_and_time_and_writes_nothing(
 # Again
 
 
-def parsed(words: list[str]) -> tuple[Experiment, OutputSpec]:
+def parsed(words: list[str]) -> tuple[Experiment, GoalsSpec, OutputSpec]:
     """What a command line asks for."""
-    found: list[tuple[Experiment, OutputSpec]] = []
+    found: list[tuple[Experiment, GoalsSpec, OutputSpec]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "_conduct", lambda *asked: found.append(asked))
         patch.setattr(sys, "argv", words)
@@ -648,6 +660,7 @@ def test_the_command_of_an_experiment_asks_for_the_same_experiment(asked: Experi
         "--trials 1 --prompt-tokens 4:9 --seed 3 --order longest-first --price-per-hour 1.2345678",
         "--trials 4 --batch-size 3 --strategy continuous,static --price-per-hour 0",
         "--model gpt2-xl --prefill mixed --max-batched-tokens 99",
+        "--slo ttft:500 --slo tpot:0.5 --slo e2el:3000",
     ],
 )
 def test_the_command_that_is_printed_asks_for_the_same_again(words: str, program: Program) -> None:
@@ -656,7 +669,7 @@ def test_the_command_that_is_printed_asks_for_the_same_again(words: str, program
     assert found
     again, asked = parsed(shlex.split(found[1])), parsed(["", "simulate", *words.split()])
     assert again[0] == asked[0]
-    assert again[1].price_per_hour == asked[1].price_per_hour
+    assert again[1] == asked[1]
 
 
 # Crashes, interruptions, wrong outputs
@@ -886,10 +899,12 @@ def test_the_notebook_engine_takes_the_same_steps_and_gives_the_same_tokens(
     assert said.code == 0
     assert notebook["config"]["serving"]["engine"] == "notebook"
     assert notebook["verification"]["identical"] == 10
+    said = program("simulate", *ASKED, "--model", str(checkpoint), "--engine", "notebook", "--json")
+    simulated = json.loads(said.out)["strategies"]
     for name, strategy in notebook["strategies"].items():
-        other = served.data["strategies"][name]
-        assert strategy["counters"] == other["counters"]
-        assert strategy["output_digest"] == other["output_digest"]
+        assert strategy["counters"] == simulated[name]["counters"]
+        assert strategy["counters"]["mixed_passes"] == 0
+        assert strategy["output_digest"] == served.data["strategies"][name]["output_digest"]
 
 
 WITHOUT_TORCH = """

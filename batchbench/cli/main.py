@@ -12,6 +12,7 @@ import typer
 
 import batchbench
 from batchbench.cli import run as running
+from batchbench.cli import sweep as sweeping
 from batchbench.cli import workload
 from batchbench.errors import BatchbenchError
 
@@ -45,6 +46,7 @@ def _root(
 
 app.command("run", help=running.RUN_HELP)(running.run)
 app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
+app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
 app.command("report", help=running.REPORT_HELP)(running.report)
 app.add_typer(workload.app, name="workload")
 

@@ -15,6 +15,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import OutputSpec, with_options
 from batchbench.errors import Interrupted
+from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _SPECS = {
     "workload": WorkloadSpec,
     "model": ModelSpec,
     "trials": TrialsSpec,
+    "goals": GoalsSpec,
     "output": OutputSpec,
 }
 
@@ -49,10 +51,12 @@ def run(
     workload: WorkloadSpec,
     model: ModelSpec,
     trials: TrialsSpec,
+    goals: GoalsSpec,
     output: OutputSpec,
 ) -> None:
     """Measure on the model."""
-    _conduct(Experiment(workload, model, serving, trials, preset=basis.preset), output)
+    asked = Experiment(workload, model, serving, trials, preset=basis.preset)
+    _conduct(asked, goals, output)
 
 
 @with_options(_SPECS, defaults={"trials": 1})
@@ -62,11 +66,12 @@ def simulate(
     workload: WorkloadSpec,
     model: ModelSpec,
     trials: TrialsSpec,
+    goals: GoalsSpec,
     output: OutputSpec,
 ) -> None:
     """Measure nothing: count steps."""
     asked = Experiment(workload, model, serving, trials, simulated=True, preset=basis.preset)
-    _conduct(asked, output)
+    _conduct(asked, goals, output)
 
 
 def report(
@@ -91,7 +96,7 @@ def report(
     _show(result, files, OutputSpec(json=json, quiet=quiet))
 
 
-def _conduct(experiment: Experiment, output: OutputSpec) -> None:
+def _conduct(experiment: Experiment, goals: GoalsSpec, output: OutputSpec) -> None:
     if output.dry_run:
         _dry_run(experiment)
         return
@@ -100,7 +105,7 @@ def _conduct(experiment: Experiment, output: OutputSpec) -> None:
     folder = output.output or default_folder(experiment.model.model)
     made = check_folder(folder, overwrite=output.overwrite)
     try:
-        code = _measure_and_write(experiment, output, folder)
+        code = _measure_and_write(experiment, goals, output, folder)
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted; nothing was kept") from error
     finally:
@@ -109,7 +114,9 @@ def _conduct(experiment: Experiment, output: OutputSpec) -> None:
         raise typer.Exit(code)
 
 
-def _measure_and_write(experiment: Experiment, output: OutputSpec, folder: Path) -> int:
+def _measure_and_write(
+    experiment: Experiment, goals: GoalsSpec, output: OutputSpec, folder: Path
+) -> int:
     from batchbench.batching.conduct import conduct
     from batchbench.cli.display import make_display
 
@@ -124,7 +131,7 @@ def _measure_and_write(experiment: Experiment, output: OutputSpec, folder: Path)
     from batchbench.reports.folder import write_folder
     from batchbench.reports.result import make_result
 
-    result = make_result(outcome, output.price_per_hour)
+    result = make_result(outcome, goals)
     files = write_folder(folder, result)
     _show(result, files, replace(output, output=folder))
     if outcome.stopped and outcome.stopped.startswith("interrupted"):
