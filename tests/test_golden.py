@@ -1,4 +1,4 @@
-"""A second simulation, written from the definitions alone: every metric must be the same to the bit.
+"""A second simulation, written from the definitions: every metric must be the same to the bit.
 
 It walks step by step over lists and knows nothing of the package's scheduler, Recorder, spans or
 distributions; what it finds is compared with tolerance zero.
