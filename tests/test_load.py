@@ -387,7 +387,7 @@ def test_requests_over_time_are_served_verified_and_reported(
     for (recording,) in outcome.recordings.values():
         assert recording.requests.due_ns.tolist() == outcome.workload.due_ns.tolist()
         assert recording.duration_ns >= 55_000_000
-        again = replay(recording, prefill=experiment.serving.prefill)
+        again = replay(recording, prefill="mixed")
         assert again.requests.last.tolist() == recording.requests.last.tolist()
     result = make_result(outcome, GoalsSpec(slo=("ttft:60000",)))
     assert result.data["workload"]["arrival_rate"] == pytest.approx(200)

@@ -56,12 +56,9 @@ class Estimate:
 
 def estimate(experiment: Experiment, watch: Watch) -> Estimate:
     """Serve the workload in simulation and time one matrix product; load no model."""
-    once = replace(
-        experiment, simulated=True, workload=replace(experiment.workload, stop_at_eos=False)
-    )
-    session = Session(once, watch)
+    session = Session(replace(experiment, simulated=True), watch)
     workload, trials = session.workload, experiment.trials.trials
-    exact, timed = not experiment.workload.stop_at_eos, not workload.closed
+    exact, timed = not workload.stop_at_eos, not replace(workload, stop_at_eos=False).closed
     if experiment.simulated:
         steps = {r.header.strategy: r.num_steps for r in _served(session, UNIT_NS)}
         return Estimate(steps, trials, exact=exact)
@@ -85,5 +82,6 @@ def estimate(experiment: Experiment, watch: Watch) -> Estimate:
 def _served(session: Session, step_ns: int) -> list[Recording]:
     """Each strategy's simulation, with steps of ``step_ns``."""
     engine = SimulatedEngine(max(step_ns, 1))
+    to_the_end = replace(session.workload, stop_at_eos=False)
     batchers = [replace(batcher, engine=engine) for batcher in session.strategies()]
-    return [batcher.serve(session.workload, Watch()) for batcher in batchers]
+    return [batcher.serve(to_the_end, Watch()) for batcher in batchers]

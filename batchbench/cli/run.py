@@ -12,6 +12,7 @@ import typer
 
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
+from batchbench.batching.presets import Basis
 from batchbench.cli.options import OutputSpec, with_options
 from batchbench.errors import Interrupted
 from batchbench.reports.goals import GoalsSpec
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from batchbench.reports.result import Result
 
 _SPECS = {
+    "basis": Basis,
     "serving": ServingSpec,
     "workload": WorkloadSpec,
     "model": ModelSpec,
@@ -44,6 +46,7 @@ Example: batchbench report batchbench-results/my-run"""
 
 @with_options(_SPECS)
 def run(
+    basis: Basis,
     serving: ServingSpec,
     workload: WorkloadSpec,
     model: ModelSpec,
@@ -52,11 +55,13 @@ def run(
     output: OutputSpec,
 ) -> None:
     """Measure on the model."""
-    _conduct(Experiment(workload, model, serving, trials), goals, output)
+    asked = Experiment(workload, model, serving, trials, preset=basis.preset)
+    _conduct(asked, goals, output)
 
 
 @with_options(_SPECS, defaults={"trials": 1})
 def simulate(
+    basis: Basis,
     serving: ServingSpec,
     workload: WorkloadSpec,
     model: ModelSpec,
@@ -65,7 +70,8 @@ def simulate(
     output: OutputSpec,
 ) -> None:
     """Measure nothing: count steps."""
-    _conduct(Experiment(workload, model, serving, trials, simulated=True), goals, output)
+    asked = Experiment(workload, model, serving, trials, simulated=True, preset=basis.preset)
+    _conduct(asked, goals, output)
 
 
 def report(

@@ -127,10 +127,16 @@ def remake_result(result: Result) -> Result:
         prompt_offsets=np.concatenate([[0], np.cumsum(first.prompt_tokens)]),
         output_tokens=first.output_tokens if asked is None else np.array(asked, np.int64),
         due_ns=first.due_ns,
-        stop_at_eos=data["config"]["workload"]["stop_at_eos"],
+        stop_at_eos=asked is not None,
         max_concurrency=recorded["max_concurrency"],
     )
     return _derived({key: data[key] for key in _FACTS}, workload, result.recordings)
+
+
+def regoaled(result: Result, goals: GoalsSpec) -> Result:
+    """The same result held against other goals, with everything derived anew."""
+    config = {**result.data["config"], "goals": as_config(goals)}
+    return remake_result(Result({**result.data, "config": config}, result.recordings))
 
 
 def _workload(workload: Workload) -> dict[str, Any]:
@@ -305,3 +311,12 @@ def _check_schema(file: Path, data: Any) -> None:
 def recording_file(strategy: int, trial: int) -> str:
     """Where a recording lies in the result's folder."""
     return f"recordings/{strategy}-{trial}.npz"
+
+
+def recording_files(result: Result) -> dict[str, bytes]:
+    """The recordings by the names under which :func:`load_result` finds them."""
+    return {
+        recording_file(i, trial): recording.save()
+        for i, trials in enumerate(result.recordings.values())
+        for trial, recording in enumerate(trials)
+    }

@@ -1,4 +1,4 @@
-"""What is asked, and when: requests, workloads, lengths, arrivals. Knows nothing of serving."""
+"""What is asked, and when: requests, lengths, arrivals, traces. Knows nothing of serving."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
