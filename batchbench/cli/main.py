@@ -13,6 +13,7 @@ import typer
 import batchbench
 from batchbench.cli import run as running
 from batchbench.cli import sweep as sweeping
+from batchbench.cli import workload
 from batchbench.errors import BatchbenchError
 
 app = typer.Typer(
@@ -47,6 +48,7 @@ app.command("run", help=running.RUN_HELP)(running.run)
 app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
 app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
 app.command("report", help=running.REPORT_HELP)(running.report)
+app.add_typer(workload.app, name="workload")
 
 
 def main() -> None:
@@ -63,7 +65,8 @@ def _guarded() -> int:
     except BatchbenchError as error:
         return _say(str(error), error.exit_code)
     except typer.TyperException as error:
-        return _say(error.format_message(), 2)
+        message = error.format_message()
+        return _say(message, 2) if message else 2  # without: the help has been shown
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", 130)
     except BrokenPipeError:

@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
-
-Floats = NDArray[np.float64]
+from batchbench.reports.distribution import Floats
+from batchbench.reports.timekeeping import waited_by
 
 
 @dataclass(frozen=True)
@@ -154,25 +153,13 @@ def _between(recording: Recording) -> tuple[int, int, int]:
     starts, ends = recording.spans.start_ns, recording.span_ends_ns
     before = np.concatenate([[0], ends[:-1]])
     starts_or_later = np.maximum(starts, before)
-    waited = int((_waited_by(recording, starts_or_later) - _waited_by(recording, before)).sum())
+    w = recording.waits
+    # A wait lasts until what it waited for; what it oversleeps is the host's.
+    over = np.maximum(np.minimum(w.end_ns, w.until_ns), w.start_ns)
+    by_start = waited_by(recording, starts_or_later, over)
+    waited = int((by_start - waited_by(recording, before, over)).sum())
     gaps = int((starts_or_later - before).sum())
     return waited, gaps - waited, int(np.minimum(starts - before, 0).sum())
-
-
-def _waited_by(recording: Recording, times: Ints) -> Ints:
-    """How long was waited up to each of these times, in ns.
-
-    A wait lasts until what it waited for; what it oversleeps is the host's.
-    """
-    w = recording.waits
-    if not len(w.step):
-        return np.zeros(len(times), np.int64)
-    stop = np.maximum(np.minimum(w.end_ns, w.until_ns), w.start_ns)
-    wait = np.searchsorted(w.start_ns, times, side="right") - 1
-    spent = np.concatenate([[0], np.cumsum(stop - w.start_ns)])
-    in_last = np.minimum(times, stop[wait]) - w.start_ns[wait]
-    waited: Ints = np.where(wait >= 0, spent[wait] + np.maximum(in_last, 0), 0)
-    return waited
 
 
 def explain(
