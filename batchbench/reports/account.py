@@ -41,6 +41,27 @@ class Account:
 
 PARTS = tuple(f.name for f in fields(Account))
 
+NAMES = {
+    "useful_decode_s": "useful decode",
+    "finished_s": "finished, slot held",
+    "empty_s": "empty slots",
+    "prefill_useful_s": "prefill",
+    "prefill_padding_s": "prefill padding",
+    "stalled_s": "stalled by a prefill",
+    "waiting_s": "waiting for requests",
+    "host_s": "host work",
+    "residual_s": "residual",
+}
+"""What people read of each part."""
+
+CAUSES = NAMES | {
+    "useful_decode_s": "the cost of the same useful steps",
+    "finished_s": "finished requests that held slots",
+    "stalled_s": "requests stalled by a prefill",
+    "residual_s": "what is not accounted for",
+}
+"""The same as what time was saved on, within a sentence."""
+
 
 def account_of(trials: Sequence[Recording]) -> Account | None:
     """Of the trial of median duration; of an even number the mean of the middle two.

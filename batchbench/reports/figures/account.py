@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from batchbench.reports.account import PARTS, Account, account_of
+from batchbench.reports.account import CAUSES, NAMES, PARTS, Account, account_of
 from batchbench.reports.figures.card import (
     FAINT,
     HELD,
@@ -38,18 +38,6 @@ _LABELS = 2.05  # inches left of a waterfall's bars
 
 _SHOWN = 0.005
 """Effects smaller than this share of the baseline's time are drawn together."""
-
-NAMES = {
-    "useful_decode_s": "useful decode",
-    "finished_s": "finished, slot held",
-    "empty_s": "empty slots",
-    "prefill_useful_s": "prefill",
-    "prefill_padding_s": "prefill padding",
-    "stalled_s": "stalled by a prefill",
-    "waiting_s": "waiting for requests",
-    "host_s": "host work",
-    "residual_s": "residual",
-}
 
 _LOOKS: dict[str, dict[str, Any]] = {
     "finished_s": HELD,
@@ -263,9 +251,9 @@ def _headline(accounts: Sequence[Accounted]) -> str:
     if saved > 0:
         whole = unit.text(round(account.wall_s * 1e9))
         text = f"{candidate.called} saves {difference} of {strategy.called}'s {whole}"
-        return f"{text}, above all on {_CAUSES[most]}"
+        return f"{text}, above all on {CAUSES[most]}"
     text = f"{candidate.called} takes {difference} longer than {strategy.called}"
-    return f"{text}, above all for {_CAUSES[most]}"
+    return f"{text}, above all for {CAUSES[most]}"
 
 
 def _effect(part: str, saved: float) -> str:
@@ -273,19 +261,6 @@ def _effect(part: str, saved: float) -> str:
     if part != "useful_decode_s":
         return NAMES[part]
     return "cheaper decode steps" if saved >= 0 else "dearer decode steps"
-
-
-_CAUSES = {
-    "useful_decode_s": "the steps of the same useful tokens",
-    "finished_s": "finished requests that held slots",
-    "empty_s": "empty slots",
-    "prefill_useful_s": "prefill",
-    "prefill_padding_s": "prefill padding",
-    "stalled_s": "requests stalled by a prefill",
-    "waiting_s": "waiting for requests",
-    "host_s": "host work",
-    "residual_s": "what is not accounted for",
-}
 
 
 def _notes(strategies: Sequence[Strategy], falls: Sequence[_Fall]) -> str:
