@@ -14,10 +14,10 @@ import numpy as np
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.environment import LoadMeter, environment, torch_environment
-from batchbench.batching.experiment import Experiment
+from batchbench.batching.experiment import GENERATE_BATCH, Experiment
 from batchbench.batching.models import Source, Tokenizer, find_model, find_tokenizer
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher
+from batchbench.batching.strategies import Batcher, Strategy
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
 from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
@@ -83,6 +83,7 @@ class Session:
         }
         self.environment = environment()
         self.engine = self._engine()
+        self._of_their_own = self._schedulers_of_their_own()
 
     def _engine(self) -> Engine:
         if self.experiment.simulated:
@@ -112,21 +113,39 @@ class Session:
         self.environment |= torch_environment(str(loaded.device))
         return engine
 
-    def strategies(self) -> list[Batcher]:
-        """The strategies of the experiment, on its one engine."""
+    def _schedulers_of_their_own(self) -> dict[str, Strategy]:
+        """Strategies that are no policy of ours, by name, on the same loaded model."""
         serving = self.experiment.serving
-        return [
-            Batcher(
-                name,
-                self.engine,
-                serving.batch_size,
-                order=serving.order,
-                prefill=serving.prefill,
-                max_batched_tokens=serving.max_batched_tokens,
-                about={"engine": "simulated" if self.engine.simulated else serving.engine},
-            )
-            for name in serving.strategies
-        ]
+        if self._loaded is None or GENERATE_BATCH not in serving.strategies:
+            return {}
+        from batchbench.batching.engines.generate_batch import GenerateBatch
+
+        theirs = GenerateBatch(
+            self._loaded,
+            serving.batch_size,
+            self.workload.max_total_tokens,
+            order=serving.order,
+            max_batched_tokens=serving.max_batched_tokens,
+        )
+        return {GENERATE_BATCH: theirs}
+
+    def strategies(self) -> list[Strategy]:
+        """The strategies of the experiment: ours on its one engine, and others on their own."""
+        names = self.experiment.serving.strategies
+        return [self._of_their_own.get(name) or self.batcher(name) for name in names]
+
+    def batcher(self, policy: str) -> Batcher:
+        """Our scheduler under a policy."""
+        serving = self.experiment.serving
+        return Batcher(
+            policy,
+            self.engine,
+            serving.batch_size,
+            order=serving.order,
+            prefill=serving.prefill,
+            max_batched_tokens=serving.max_batched_tokens,
+            about={"engine": "simulated" if self.engine.simulated else serving.engine},
+        )
 
     def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
         """Serve a short piece of the workload until the median step stays within 5 %."""
@@ -134,7 +153,9 @@ class Session:
             return WarmUp(0, True, None, None)
         self._watch.phase("warming up")
         piece = beginning(self.workload, self.experiment.serving.batch_size, output_tokens=12)
-        batcher = replace(self.strategies()[-1], name="continuous")
+        for theirs in self._of_their_own.values():
+            theirs.serve(piece, Watch())
+        batcher = self.batcher("continuous")
         medians: list[float] = []
         change = None
         while len(medians) < most:
@@ -159,18 +180,18 @@ class Session:
             done = {b.name: self._trial(b, trial, trials) for b in turn}
             yield [done[b.name] for b in strategies]
 
-    def _trial(self, batcher: Batcher, trial: int, trials: int) -> Recording:
-        self._watch.trial_begins(batcher.name, trial, trials)
+    def _trial(self, strategy: Strategy, trial: int, trials: int) -> Recording:
+        self._watch.trial_begins(strategy.name, trial, trials)
         gc.collect()
         gc.disable()
         try:
             load = LoadMeter()
-            recording = batcher.serve(self.workload, self._watch, trial=trial)
+            recording = strategy.serve(self.workload, self._watch, trial=trial)
             foreign = None if self.engine.simulated else load.foreign_cores()
         finally:
             gc.enable()
         about = {**recording.header.about, "foreign_cores": foreign}
-        self._watch.trial_ends(batcher.name, trial, recording.duration_ns)
+        self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
         return replace(recording, header=replace(recording.header, about=about))
 
     def verify(self, recordings: Sequence[Recording]) -> Verification:
@@ -207,6 +228,11 @@ def conduct(experiment: Experiment, watch: Watch | None = None) -> Outcome:
         KeyboardInterrupt: before the first round was finished.
     """
     watch = watch or Watch()
+    if experiment.simulated and GENERATE_BATCH in experiment.serving.strategies:
+        raise UsageError(
+            f"--strategy {GENERATE_BATCH}: it schedules for itself, so its steps show only in "
+            "batchbench run; drop it"
+        )
     session = Session(experiment, watch)
     warm_up = session.warm_up()
     rounds: list[list[Recording]] = []
@@ -253,7 +279,10 @@ def expected_round_s(session: Session, step_ns: int) -> float:
     if not session.workload.closed:
         return 0.0  # how many steps it takes is not known beforehand
     planned = Session(replace(session.experiment, simulated=True), Watch())
-    steps = sum(b.serve(planned.workload, Watch()).num_steps for b in planned.strategies())
+    steps = 0
+    for name in session.experiment.serving.strategies:
+        policy = "continuous" if name == GENERATE_BATCH else name
+        steps += planned.batcher(policy).serve(planned.workload, Watch()).num_steps
     return steps * step_ns / 1e9
 
 

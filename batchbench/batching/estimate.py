@@ -21,12 +21,15 @@ class Estimate:
     device: str | None = None
     seconds: float | None = None
     exact: bool = True
+    uncounted: tuple[str, ...] = ()  # strategies that schedule for themselves
 
     def lines(self) -> list[str]:
         """For people."""
         about = "" if self.exact else "at most "
         counts = ", ".join(f"{name} {about}{n:,}" for name, n in self.steps.items())
-        found = [f"steps   {counts} forward passes a trial, {self.trials} trials each"]
+        found = [f"steps   {counts or 'no'} forward passes a trial, {self.trials} trials each"]
+        if self.uncounted:
+            found[0] += f"; {', '.join(self.uncounted)} schedules for itself and is not counted"
         if self.weight_bytes is not None and self.kv_cache_bytes is not None:
             found.append(
                 f"memory  {self.weight_bytes / 2**20:,.0f} MiB of weights + "
@@ -47,10 +50,15 @@ def estimate(experiment: Experiment, watch: Watch) -> Estimate:
     )
     session = Session(once, watch)
     steps = {
-        batcher.name: batcher.serve(session.workload, Watch()).num_steps
-        for batcher in session.strategies()
+        name: session.batcher(name).serve(session.workload, Watch()).num_steps
+        for name in experiment.serving.policies
     }
-    found = Estimate(steps, experiment.trials.trials, exact=not experiment.workload.stop_at_eos)
+    found = Estimate(
+        steps,
+        experiment.trials.trials,
+        exact=not experiment.workload.stop_at_eos,
+        uncounted=tuple(name for name in experiment.serving.strategies if name not in steps),
+    )
     if experiment.simulated:
         return found
     from batchbench.batching.engines.torch.sizing import size_up

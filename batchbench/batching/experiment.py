@@ -15,6 +15,9 @@ from batchbench.errors import UsageError
 from batchbench.settings import setting
 from batchbench.workloads.spec import WorkloadSpec
 
+GENERATE_BATCH = "generate_batch"
+"""transformers' own continuous batching: a strategy that schedules for itself."""
+
 ENGINES = ("slots", "notebook")
 PREFILLS = ("separate", "mixed")
 
@@ -28,8 +31,8 @@ class ServingSpec:
     )
     strategy: str = setting(
         "static,continuous",
-        "Strategies to compare, the first being the baseline: static, continuous, or a class of "
-        "yours as package.module:Policy.",
+        "Strategies to compare, the first being the baseline: static, continuous, generate_batch "
+        "(transformers' own continuous batching), or a class of yours as package.module:Policy.",
         "Serving",
         metavar="NAMES",
     )
@@ -58,7 +61,7 @@ class ServingSpec:
             raise UsageError("--strategy: name at least one, such as static,continuous")
         if len(set(self.strategies)) < len(self.strategies):
             raise UsageError(f"--strategy {self.strategy}: names a strategy twice")
-        for name in self.strategies:
+        for name in self.policies:
             make_policy(name)
         if self.prefill == "mixed":
             if self.engine == "notebook":
@@ -76,6 +79,11 @@ class ServingSpec:
     def strategies(self) -> tuple[str, ...]:
         """The names in ``strategy``."""
         return tuple(name.strip() for name in self.strategy.split(",") if name.strip())
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Those of ``strategies`` that are policies of our own scheduler."""
+        return tuple(name for name in self.strategies if name != GENERATE_BATCH)
 
 
 @dataclass(frozen=True)

@@ -99,15 +99,13 @@ class Latencies:
 
 def ttft_ms(recording: Recording) -> Floats:
     """Time from arrival to the first output token, ``[requests]``."""
-    r = recording.requests
-    first: Floats = (recording.step_ends_ns[r.first] - r.due_ns) / 1e6
+    first: Floats = (recording.first_token_ns - recording.requests.due_ns) / 1e6
     return first
 
 
 def e2el_ms(recording: Recording) -> Floats:
     """Time from arrival to the last output token, ``[requests]``."""
-    r = recording.requests
-    last: Floats = (recording.step_ends_ns[r.last] - r.due_ns) / 1e6
+    last: Floats = (recording.last_token_ns - recording.requests.due_ns) / 1e6
     return last
 
 
@@ -125,6 +123,8 @@ def itl(recording: Recording) -> Distribution:
     All requests that run get a token at every step that decodes, so a gap from one such step to
     the next belongs to all of them; only the gap after a first token may begin elsewhere.
     """
+    if recording.token_ends_ns is not None:
+        return Distribution.of(token_gaps_ms(recording)[0])
     r, ends = recording.requests, recording.step_ends_ns
     decoding = np.flatnonzero(np.repeat(recording.spans.decoding > 0, recording.spans.steps))
     several = r.last > r.first
@@ -141,6 +141,16 @@ def itl(recording: Recording) -> Distribution:
     return Distribution.of(
         np.concatenate([own, gaps]), np.concatenate([np.ones(len(own), np.int64), shared])
     )
+
+
+def token_gaps_ms(recording: Recording) -> tuple[Floats, Ints]:
+    """Gaps between successive tokens where each token has a time, and when each gap ended (ns)."""
+    ends, offsets = recording.token_ends_ns, recording.token_offsets
+    assert ends is not None
+    within = np.ones(len(ends), bool)
+    within[offsets[:-1]] = False  # a first token ends no gap
+    later = np.flatnonzero(within)
+    return (ends[later] - ends[later - 1]) / 1e6, ends[later]
 
 
 def latencies(recording: Recording) -> Latencies:
@@ -169,7 +179,7 @@ def summary(recordings: Sequence[Recording]) -> Summary:
 def _summary(recording: Recording, duration_s: float, found: Latencies) -> Summary:
     requests = recording.requests
     inputs, outputs = int(requests.prompt_tokens.sum()), int(requests.output_tokens.sum())
-    completed = int((requests.last >= 0).sum())
+    completed = int((requests.last >= 0).sum()) if recording.has_steps else len(requests.last)
     figures: Summary = {
         "duration": duration_s,
         "completed": completed,
@@ -193,7 +203,7 @@ def _summary(recording: Recording, duration_s: float, found: Latencies) -> Summa
 
 
 def counters(recording: Recording) -> dict[str, int]:
-    """Exact counts of the work done, from the plans alone.
+    """Exact counts of the work done, from the plans alone, of a recording that has steps.
 
     In each step each slot is exactly one of useful, prompt, finished, empty, stalled.
     """

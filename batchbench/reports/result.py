@@ -179,7 +179,7 @@ def _strategy(trials: Sequence[Recording], price: float | None) -> dict[str, Any
     return {
         "trials": [metrics.trial_summary(trial) for trial in trials],
         "summary": {**summary, "cost_per_million_output_tokens": cost},
-        "counters": metrics.counters(trials[0]),
+        "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
         "output_digest": output_digest(trials[0]),
     }
 
@@ -209,16 +209,16 @@ def _comparison(
     speedup = ratio_of(strategies, "duration", baseline, candidate)
     assert speedup is not None
     # The counters' steps; with texts that end early they may vary from trial to trial.
+    # None where one of the two schedules for itself and shows no steps.
     steps = paired_ratio(
         [r.num_steps for r in recordings[baseline]], [r.num_steps for r in recordings[candidate]]
     )
-    assert steps is not None
     return {
         "baseline": baseline,
         "candidate": candidate,
         "speedup": speedup.as_dict(),
-        "step_ratio": steps.median,
-        "efficiency": speedup.median / steps.median,
+        "step_ratio": steps.median if steps else None,
+        "efficiency": speedup.median / steps.median if steps else None,
     }
 
 

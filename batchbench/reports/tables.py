@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
-from batchbench.batching.recording import Recording
+from batchbench.batching.recording import Ints, Recording
 from batchbench.reports import metrics
 from batchbench.reports.result import Result
 
@@ -25,20 +27,27 @@ def requests_frame(result: Result) -> pd.DataFrame:
 
 def _requests(name: str, trial: int, recording: Recording) -> pd.DataFrame:
     r = recording.requests
+
+    def shown(values: Ints) -> Any:
+        """Empty where the strategy shows no steps."""
+        return values if recording.has_steps else None
+
     return pd.DataFrame(
         {
             "strategy": name,
             "trial": trial,
             "request": np.arange(len(r.slot)),
-            "slot": r.slot,
+            "slot": shown(r.slot),
             "prompt_tokens": r.prompt_tokens,
             "output_tokens": r.output_tokens,
-            "admitted_step": r.admitted,
-            "first_token_step": r.first,
-            "last_token_step": r.last,
-            "released_step": r.released,
+            "admitted_step": shown(r.admitted),
+            "first_token_step": shown(r.first),
+            "last_token_step": shown(r.last),
+            "released_step": shown(r.released),
             "due_ms": r.due_ns / 1e6,
-            "admitted_ms": recording.step_starts_ns[r.admitted] / 1e6,
+            "admitted_ms": recording.step_starts_ns[r.admitted] / 1e6
+            if recording.has_steps
+            else None,
             "ttft_ms": metrics.ttft_ms(recording),
             "tpot_ms": metrics.tpot_ms(recording),
             "e2el_ms": metrics.e2el_ms(recording),

@@ -56,7 +56,8 @@ def _speed(result: Result) -> str:
     else:
         low, high = sorted(bound**sign for bound in interval)
         text += f" (95 % CI {low:.2f}–{high:.2f})"
-    return f"{text}; the schedules alone give {comparison['step_ratio']:.2f}×"
+    alone = comparison["step_ratio"]
+    return text if alone is None else f"{text}; the schedules alone give {alone:.2f}×"
 
 
 def _outputs(checked: dict[str, Any]) -> str:
@@ -86,7 +87,9 @@ def _of_summary(label: str, unit: str, metric: str) -> _Row:
 
 
 def _of_counters(label: str, unit: str, value: Callable[[dict[str, int]], float]) -> _Row:
-    return _Row(label, unit, None, lambda strategy: value(strategy["counters"]))
+    return _Row(
+        label, unit, None, lambda strategy: value(c) if (c := strategy["counters"]) else None
+    )
 
 
 _ROWS = (
