@@ -125,7 +125,7 @@ class Session:
             serving.batch_size,
             self.workload.max_total_tokens,
             order=serving.order,
-            max_batched_tokens=serving.max_batched_tokens,
+            max_batched_tokens=serving.token_budget,
         )
         return {GENERATE_BATCH: theirs}
 
@@ -142,8 +142,8 @@ class Session:
             self.engine,
             serving.batch_size,
             order=serving.order,
-            prefill=serving.prefill,
-            max_batched_tokens=serving.max_batched_tokens,
+            prefill="mixed" if serving.mixes_prefill else "separate",
+            max_batched_tokens=serving.token_budget,
             about={"engine": "simulated" if self.engine.simulated else serving.engine},
         )
 

@@ -19,7 +19,8 @@ GENERATE_BATCH = "generate_batch"
 """transformers' own continuous batching: a strategy that schedules for itself."""
 
 ENGINES = ("slots", "notebook")
-PREFILLS = ("separate", "mixed")
+TOKEN_BUDGET = 2048
+PREFILLS = ("auto", "separate", "mixed")
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,18 @@ class ServingSpec:
         choices=ENGINES,
     )
     prefill: str = setting(
-        "separate",
-        "separate: newcomers' prompts get a pass of their own; mixed: they ride along with the "
-        "running requests (slots engine only).",
+        "auto",
+        "mixed: newcomers' prompts ride along with the running requests (chunked prefill; slots "
+        "engine only); separate: they get a pass of their own; auto: mixed where the engine can.",
         "Serving",
         choices=PREFILLS,
     )
-    max_batched_tokens: int = setting(
-        2048, "Most tokens that one pass computes with --prefill mixed.", "Serving", min=2
+    max_batched_tokens: int | None = setting(
+        None,
+        "Most tokens that one pass computes with mixed prefill.",
+        "Serving",
+        min=2,
+        default_text=f"{TOKEN_BUDGET}, or twice the batch size if that is more",
     )
 
     def __post_init__(self) -> None:
@@ -63,17 +68,27 @@ class ServingSpec:
             raise UsageError(f"--strategy {self.strategy}: names a strategy twice")
         for name in self.policies:
             make_policy(name)
-        if self.prefill == "mixed":
-            if self.engine == "notebook":
-                raise UsageError(
-                    "--prefill mixed: the notebook engine computes prompts apart; "
-                    "take --prefill separate or --engine slots"
-                )
-            if self.max_batched_tokens <= self.batch_size:
-                raise UsageError(
-                    f"--max-batched-tokens {self.max_batched_tokens}: must be above the batch "
-                    f"size ({self.batch_size}), or no prompt could ever join a full batch"
-                )
+        if self.prefill == "mixed" and self.engine == "notebook":
+            raise UsageError(
+                "--prefill mixed: the notebook engine computes prompts apart; "
+                "take --prefill separate or --engine slots"
+            )
+        if self.mixes_prefill and self.token_budget <= self.batch_size:
+            raise UsageError(
+                f"--max-batched-tokens {self.token_budget}: must be above the batch size "
+                f"({self.batch_size}), or no prompt could ever join a full batch; raise it, or take "
+                "--prefill separate"
+            )
+
+    @property
+    def mixes_prefill(self) -> bool:
+        """Whether pieces of prompts may ride along with the running requests."""
+        return self.prefill == "mixed" or (self.prefill == "auto" and self.engine != "notebook")
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens that one pass computes with mixed prefill."""
+        return self.max_batched_tokens or max(TOKEN_BUDGET, 2 * self.batch_size)
 
     @property
     def strategies(self) -> tuple[str, ...]:
