@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from batchbench.batching.energy import Counter, EnergyMeter, counters_for
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.environment import LoadMeter, environment, torch_environment
@@ -76,6 +77,7 @@ class Session:
         if experiment.workload.prompts is not None and self.tokenizer is None:
             watch.note("no tokenizer at hand: prompts are spelled in GPT-2's byte tokens")
         self._loaded: LoadedModel | None = None
+        self._energy: Sequence[Counter] = ()
         self.model: dict[str, Any] = {
             "name": self.source.name,
             "load_format": self.source.load_format,
@@ -111,6 +113,7 @@ class Session:
             **memory,
         }
         self.environment |= torch_environment(str(loaded.device))
+        self._energy = counters_for(str(loaded.device), self.environment["gpu_uuid"])
         return engine
 
     def _schedulers_of_their_own(self) -> dict[str, Strategy]:
@@ -186,11 +189,12 @@ class Session:
         gc.disable()
         try:
             load = LoadMeter()
-            recording = strategy.serve(self.workload, self._watch, trial=trial)
+            with EnergyMeter(self._energy) as energy:
+                recording = strategy.serve(self.workload, self._watch, trial=trial)
             foreign = None if self.engine.simulated else load.foreign_cores()
         finally:
             gc.enable()
-        about = {**recording.header.about, "foreign_cores": foreign}
+        about = {**recording.header.about, "foreign_cores": foreign, **energy.about()}
         self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
         return replace(recording, header=replace(recording.header, about=about))
 

@@ -166,18 +166,25 @@ def latencies(recording: Recording) -> Latencies:
 
 def trial_summary(recording: Recording) -> Summary:
     """The summary of one trial, under the serving benchmarks' names."""
-    return _summary(recording, recording.duration_ns / 1e9, latencies(recording))
+    return _summary([recording], latencies(recording))
 
 
 def summary(recordings: Sequence[Recording]) -> Summary:
     """Over all trials: the median duration, and the latencies of all requests pooled."""
-    duration = float(np.median([r.duration_ns for r in recordings])) / 1e9
-    pooled = Latencies.pooled([latencies(r) for r in recordings])
-    return _summary(recordings[0], duration, pooled)
+    return _summary(recordings, Latencies.pooled([latencies(r) for r in recordings]))
 
 
-def _summary(recording: Recording, duration_s: float, found: Latencies) -> Summary:
-    requests = recording.requests
+def energy_joules(recordings: Sequence[Recording]) -> float | None:
+    """What a trial took, the median of several; None where some trial's was not counted."""
+    told = [r.header.about.get("energy_joules") for r in recordings]
+    counted = [float(joules) for joules in told if joules is not None]
+    return float(np.median(counted)) if len(counted) == len(told) else None
+
+
+def _summary(recordings: Sequence[Recording], found: Latencies) -> Summary:
+    recording, requests = recordings[0], recordings[0].requests
+    duration_s = float(np.median([r.duration_ns for r in recordings])) / 1e9
+    joules = energy_joules(recordings)
     inputs, outputs = int(requests.prompt_tokens.sum()), int(requests.output_tokens.sum())
     completed = int((requests.last >= 0).sum()) if recording.has_steps else len(requests.last)
     figures: Summary = {
@@ -188,6 +195,8 @@ def _summary(recording: Recording, duration_s: float, found: Latencies) -> Summa
         "request_throughput": completed / duration_s,
         "output_throughput": outputs / duration_s,
         "total_token_throughput": (inputs + outputs) / duration_s,
+        "energy_joules": joules,
+        "joules_per_output_token": None if joules is None else joules / outputs,
     }
     for name in ("ttft", "tpot", "itl", "e2el"):
         values: Distribution = getattr(found, name)

@@ -106,6 +106,8 @@ _ROWS = (
     _of_counters("Forward passes", "", lambda c: c["forward_passes"]),
     _of_counters("Slot utilisation", "%", lambda c: 100 * c["useful_slot_steps"] / c["slot_steps"]),
     _of_counters("KV cache peak", "tok", lambda c: c["kv_tokens_peak"]),
+    _of_summary("Energy", "J", "energy_joules"),
+    _of_summary("Energy an output token", "J", "joules_per_output_token"),
     _of_summary("Cost of 1M output tok", "$", "cost_per_million_output_tokens"),
 )
 
