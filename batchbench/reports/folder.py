@@ -1,36 +1,53 @@
-"""The result's folder, written whole or not at all."""
+"""Files of a result or of a study, written whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from batchbench.errors import UsageError
 from batchbench.reports.figures import draw, render
-from batchbench.reports.result import Result, recording_file, to_json
+from batchbench.reports.result import Result, recording_files, to_json
 from batchbench.reports.tables import requests_frame, steps_frame
 
 
 def write_folder(folder: Path, result: Result) -> list[Path]:
-    """Write recordings, frames, pictures and ``result.json``; the paths, ``result.json`` first.
+    """Write recordings, frames, pictures and ``result.json``; the paths, ``result.json`` first."""
+    return write_whole(folder, _contents(result), stale=["recordings"])
+
+
+def write_whole(
+    folder: Path, contents: Mapping[str, bytes], stale: Collection[str] = ()
+) -> list[Path]:
+    """Write files so that wherever it is cut off, the first stands only among its own; the paths.
 
     Everything is made in a hidden folder beside its place and moved there when all of it is
-    whole; an old result goes first and the new ``result.json`` comes last, so that wherever this
-    is cut off, a result.json stands only among its own files.
+    whole; an old first file goes first and the new one comes last.
+
+    Args:
+        contents: by name; the first is what tells readers that the rest is there.
+        stale: files and folders of an older writing that must not stay beside this one.
+
+    Raises:
+        UsageError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    first = next(iter(contents))
     try:
-        contents = _contents(result)
         for name, content in contents.items():
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).write_bytes(content)
-        (folder / "result.json").unlink(missing_ok=True)
-        shutil.rmtree(folder / "recordings", ignore_errors=True)
-        for name in sorted(contents, key=lambda name: name == "result.json"):
+        (folder / first).unlink(missing_ok=True)
+        for name in stale:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name, ignore_errors=True)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        for name in sorted(contents, key=lambda name: name == first):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / name, folder / name)
     except OSError as error:
@@ -50,7 +67,4 @@ def _contents(result: Result) -> Mapping[str, bytes]:
             files[f"{name}.{format}"] = render(figure, format)
     files["requests.csv"] = requests_frame(result).to_csv(index=False).encode()
     files["steps.csv"] = steps_frame(result).to_csv(index=False).encode()
-    for i, trials in enumerate(result.recordings.values()):
-        for trial, recording in enumerate(trials):
-            files[recording_file(i, trial)] = recording.save()
-    return files
+    return files | recording_files(result)

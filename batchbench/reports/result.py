@@ -284,3 +284,12 @@ def _check_schema(file: Path, data: Any) -> None:
 def recording_file(strategy: int, trial: int) -> str:
     """Where a recording lies in the result's folder."""
     return f"recordings/{strategy}-{trial}.npz"
+
+
+def recording_files(result: Result) -> dict[str, bytes]:
+    """The recordings by the names under which :func:`load_result` finds them."""
+    return {
+        recording_file(i, trial): recording.save()
+        for i, trials in enumerate(result.recordings.values())
+        for trial, recording in enumerate(trials)
+    }
