@@ -185,18 +185,9 @@ class Session:
 
     def _trial(self, strategy: Strategy, trial: int, trials: int) -> Recording:
         self._watch.trial_begins(strategy.name, trial, trials)
-        gc.collect()
-        gc.disable()
-        try:
-            load = LoadMeter()
-            with EnergyMeter(self._energy) as energy:
-                recording = strategy.serve(self.workload, self._watch, trial=trial)
-            foreign = None if self.engine.simulated else load.foreign_cores()
-        finally:
-            gc.enable()
-        about = {**recording.header.about, "foreign_cores": foreign, **energy.about()}
+        recording = observe(strategy, self.workload, self._watch, trial, self._energy)
         self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
-        return replace(recording, header=replace(recording.header, about=about))
+        return recording
 
     def verify(self, recordings: Sequence[Recording]) -> Verification:
         """Check outputs against the model alone."""
@@ -276,6 +267,27 @@ def conduct(experiment: Experiment, watch: Watch | None = None) -> Outcome:
         texts=session.texts(rounds[0][-1]),
         stopped=stopped,
     )
+
+
+def observe(
+    strategy: Strategy,
+    workload: Workload,
+    watch: Watch,
+    trial: int = 0,
+    energy: Sequence[Counter] = (),
+) -> Recording:
+    """One trial, undisturbed by the garbage collector; its header tells what else went on."""
+    gc.collect()
+    gc.disable()
+    try:
+        load = LoadMeter()
+        with EnergyMeter(energy) as meter:
+            recording = strategy.serve(workload, watch, trial=trial)
+        foreign = None if recording.header.simulated else load.foreign_cores()
+    finally:
+        gc.enable()
+    about = {**recording.header.about, "foreign_cores": foreign, **meter.about()}
+    return replace(recording, header=replace(recording.header, about=about))
 
 
 def expected_round_s(session: Session, step_ns: int) -> float:

@@ -168,12 +168,18 @@ class Experiment:
         words = ["batchbench", "simulate" if self.simulated else "run"]
         defaults = Experiment(trials=TrialsSpec(trials=1)) if self.simulated else Experiment()
         for part in ("serving", "workload", "model", "trials"):
-            spec, usual = getattr(self, part), getattr(defaults, part)
-            for f in fields(spec):
-                value = getattr(spec, f.name)
-                always = f.name in ("batch_size", "queue_size")
-                if value is True:
-                    words.append(settings.option_name(f.name))
-                elif value != getattr(usual, f.name) or always:
-                    words += [settings.option_name(f.name), str(value)]
+            words += spell_options(getattr(self, part), getattr(defaults, part))
         return shlex.join(words)
+
+
+def spell_options(spec: Any, usual: Any) -> list[str]:
+    """The options of a spec that differ from the usual one, as words of a command line."""
+    words = []
+    for f in fields(spec):
+        value = getattr(spec, f.name)
+        always = f.name in ("batch_size", "queue_size")
+        if value is True:
+            words.append(settings.option_name(f.name))
+        elif value != getattr(usual, f.name) or always:
+            words += [settings.option_name(f.name), str(value)]
+    return words

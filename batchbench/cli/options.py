@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,21 +46,29 @@ class OutputSpec:
 
 
 def with_options(
-    specs: Mapping[str, type], defaults: Mapping[str, Any] | None = None
+    specs: Mapping[str, type],
+    defaults: Mapping[str, Any] | None = None,
+    without: Collection[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of several specs; it is called with the specs, parsed.
 
     Args:
         specs: argument name of the command: dataclass whose fields are made with ``setting``.
         defaults: by field name, where a command's default is not the spec's.
+        without: names of fields that the command decides itself; they have no option.
     """
+
+    def offered(field: dataclasses.Field[Any]) -> bool:
+        return field.name not in without
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def call(**values: Any) -> None:
             command(
                 **{
-                    name: spec(**{f.name: values[f.name] for f in dataclasses.fields(spec)})
+                    name: spec(
+                        **{f.name: values[f.name] for f in dataclasses.fields(spec) if offered(f)}
+                    )
                     for name, spec in specs.items()
                 }
             )
@@ -69,6 +77,7 @@ def with_options(
             _parameter(spec, field, (defaults or {}).get(field.name, field.default))
             for spec in specs.values()
             for field in dataclasses.fields(spec)
+            if offered(field)
         ]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters}

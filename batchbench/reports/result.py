@@ -86,7 +86,7 @@ def make_result(outcome: Outcome, price_per_hour: float | None = None) -> Result
         "environment": dict(outcome.environment),
         "model": dict(outcome.model),
         "warm_up": asdict(outcome.warm_up),
-        "workload": _workload(outcome.workload),
+        "workload": workload_facts(outcome.workload),
         "verification": {
             "passed": outcome.verification.passed,
             **{k: v for k, v in asdict(outcome.verification).items() if k != "findings"},
@@ -122,7 +122,8 @@ def remake_result(result: Result) -> Result:
     return _derived({key: data[key] for key in _FACTS}, workload, result.recordings)
 
 
-def _workload(workload: Workload) -> dict[str, Any]:
+def workload_facts(workload: Workload) -> dict[str, Any]:
+    """What a result tells of the workload that was served."""
     return {
         "name": workload.name,
         "seed": workload.seed,

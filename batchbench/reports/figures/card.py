@@ -59,7 +59,7 @@ HELD: dict[str, Any] = {
 
 _VERMILLION, _BLUE = "#D55E00", "#0072B2"
 
-_COLOURS = (_VERMILLION, _BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b")
+COLOURS = (_VERMILLION, _BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b")
 
 """Okabe and Ito's colours, which colour-blind people can tell apart; then grey."""
 
@@ -142,7 +142,7 @@ def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strat
     """Static is always vermillion and continuous blue; others get what is left, in order."""
     fixed = {"static": _VERMILLION, "continuous": _BLUE}
     taken = {fixed[name] for name in recordings if name in fixed}
-    left = [colour for colour in _COLOURS if colour not in taken]
+    left = [colour for colour in COLOURS if colour not in taken]
     others = [name for name in recordings if name not in fixed]
     colours = fixed | {name: left[i % len(left)] for i, name in enumerate(others)}
     return [

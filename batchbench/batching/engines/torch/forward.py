@@ -78,27 +78,27 @@ class GPT2Forward:
     """GPT-2 (Radford et al. 2019) with nothing between its products that need not be there.
 
     On a CPU the weights are packed, which takes as much memory again: the plain ones stay, for
-    the reference that outputs are verified against.
+    the reference that outputs are verified against. ``pack=False`` leaves them as they are.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, *, pack: bool = True) -> None:
         body = model.module.transformer
         self._heads = model.module.config.n_head
         self._tokens, self._positions = body.wte.weight, body.wpe.weight
         self._blocks = [
             _Block(
                 _norm(block.ln_1),
-                _conv1d(block.attn.c_attn),
-                _conv1d(block.attn.c_proj),
+                _conv1d(block.attn.c_attn, pack),
+                _conv1d(block.attn.c_proj, pack),
                 _norm(block.ln_2),
-                _conv1d(block.mlp.c_fc),
-                _conv1d(block.mlp.c_proj),
+                _conv1d(block.mlp.c_fc, pack),
+                _conv1d(block.mlp.c_proj, pack),
             )
             for block in body.h
         ]
         self._norm = _norm(body.ln_f)
-        self._head = PackedLinear(model.module.lm_head.weight, None)
-        packed = model.device.type == "cpu" and packed_ops(model.dtype) is not None
+        self._head = PackedLinear(model.module.lm_head.weight, None, pack=pack)
+        packed = pack and model.device.type == "cpu" and packed_ops(model.dtype) is not None
         self.extra_bytes = model.weight_bytes if packed else 0
         # Single queries take the CPU's attention kernel longer in bfloat16 than in float32,
         # by more than the doubled cache costs (docs/log.md).
@@ -123,12 +123,12 @@ def _norm(module: torch.nn.LayerNorm) -> _Norm:
     return _Norm(module.weight, module.bias, module.eps)
 
 
-def _conv1d(module: torch.nn.Module) -> PackedLinear:
+def _conv1d(module: torch.nn.Module, pack: bool) -> PackedLinear:
     """transformers' Conv1D holds its weight as ``[inputs, outputs]``."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, torch.Tensor)
     assert isinstance(bias, torch.Tensor)
-    return PackedLinear(weight.t(), bias)
+    return PackedLinear(weight.t(), bias, pack=pack)
 
 
 def is_plain_gpt2(config: PretrainedConfig) -> bool:

@@ -9,7 +9,11 @@ import torch
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.notebook import NotebookEngine
 from batchbench.batching.engines.torch.cache import kv_token_bytes
-from batchbench.batching.engines.torch.forward import TransformersForward, make_forward
+from batchbench.batching.engines.torch.forward import (
+    Forward,
+    TransformersForward,
+    make_forward,
+)
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.models.loading import LoadedModel, free_bytes
@@ -24,9 +28,12 @@ _RESERVE = 0.1
 
 
 def make_engine(
-    name: str, model: LoadedModel, slots: int, max_len: int
+    name: str, model: LoadedModel, slots: int, max_len: int, forward: Forward | None = None
 ) -> tuple[Engine, dict[str, int]]:
     """The engine of that name, and what it takes: bytes of weights, packed weights and cache.
+
+    Args:
+        forward: the slots engine's pass; None for the leanest that is right for the model.
 
     Raises:
         UsageError: a batch of this size does not fit; names the largest that does.
@@ -39,7 +46,7 @@ def make_engine(
             # While the batch changes, the notebook's way holds the old cache and the new one.
             _check_room(model, slots, max_len, 2 * per_slot)
             return NotebookEngine(model, slots), memory | {"kv_cache_bytes": slots * per_slot}
-        forward = make_forward(model)
+        forward = forward or make_forward(model)
         per_slot = kv_token_bytes(config, forward.cache_dtype) * max_len
         _check_room(model, slots, max_len, per_slot)
         if isinstance(forward, TransformersForward):

@@ -1,0 +1,1 @@
+"""What runs experiments and reads their metrics: the ladder."""
