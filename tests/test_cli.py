@@ -41,7 +41,7 @@ from batchbench.cli.options import OutputSpec
 from batchbench.reports import folder as folders
 from batchbench.workloads.spec import WorkloadSpec
 
-COMMANDS = ("run", "simulate", "report")
+COMMANDS = ("run", "simulate", "ladder", "report")
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 
 

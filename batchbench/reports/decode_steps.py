@@ -41,7 +41,10 @@ def decode_steps(recording: Recording) -> DecodeSteps:
 
 
 def _of_tokens(recording: Recording, times: Ints) -> DecodeSteps:
-    """Tokens of one step come together: far closer than the shortest gap within a request."""
+    """Tokens of one step come together: far closer than the shortest gap within a request.
+
+    A piece of a prompt that yields no token does not show; its step counts among the others.
+    """
     firsts = np.zeros(len(times), bool)
     firsts[recording.token_offsets[:-1]] = True
     later = np.flatnonzero(~firsts)
@@ -49,7 +52,7 @@ def _of_tokens(recording: Recording, times: Ints) -> DecodeSteps:
         return DecodeSteps(times[:0], times[:0])
     shortest = int((times[later] - times[later - 1]).min())
     order = np.argsort(times, kind="stable")
-    begins = np.flatnonzero(np.diff(times[order], prepend=-(2**62)) > shortest / 2)
+    begins = np.flatnonzero(np.diff(times[order], prepend=-(2**62)) > shortest / 4)
     ends = np.maximum.reduceat(times[order], begins)
     rows = np.diff(begins, append=len(times))
     newcomers = np.add.reduceat(firsts[order].astype(np.int64), begins)
