@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class Setting:
     choices: tuple[str, ...] = ()
     metavar: str | None = None
     default_text: str | None = None  # what None means, for the help
+    excludes: tuple[str, ...] = ()  # fields that say the same in another way
+    resets: tuple[str, ...] = ()  # fields that mean nothing any more once this one is set anew
 
 
 def setting(
@@ -40,9 +42,21 @@ def setting(
     choices: Sequence[str] = (),
     metavar: str | None = None,
     default_text: str | None = None,
+    excludes: Sequence[str] = (),
+    resets: Sequence[str] = (),
 ) -> Any:
-    """A dataclass field that carries its option's help text, bounds and choices."""
-    about = Setting(help, panel, min, max, tuple(choices), metavar, default_text)
+    """A dataclass field that carries its option's help text, bounds, choices and rivals."""
+    about = Setting(
+        help,
+        panel,
+        min,
+        max,
+        tuple(choices),
+        metavar,
+        default_text,
+        tuple(excludes),
+        tuple(resets),
+    )
     return dataclasses.field(default=default, metadata={_KEY: about})
 
 
@@ -57,18 +71,79 @@ def option_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+def layered(specs: Iterable[type], *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by field name, each from the last layer that gives it.
+
+    A preset, a file and the options of a command line are such layers: partial settings of several
+    specs, whose fields have names of their own. What a layer says in one way takes out what the
+    layers below it say in another: ``--output-tokens 7`` leaves nothing of a classic cycle.
+    """
+    rivals: dict[str, set[str]] = {}
+    for spec in specs:
+        for field in dataclasses.fields(spec):
+            known = about(field)
+            rivals.setdefault(field.name, set()).update(known.excludes, known.resets)
+            for other in known.excludes:
+                rivals.setdefault(other, set()).add(field.name)
+    found: dict[str, Any] = {}
+    for layer in layers:
+        gone = {rival for name in layer for rival in rivals.get(name, ())} - layer.keys()
+        found = {name: value for name, value in found.items() if name not in gone} | {**layer}
+    return found
+
+
+def make_spec(spec: Any, given: Mapping[str, Any]) -> Any:
+    """A spec with the settings that are its own; the rest as its fields say."""
+    names = {field.name for field in dataclasses.fields(spec)}
+    return spec(**{name: value for name, value in given.items() if name in names})
+
+
 def check(spec: Any) -> None:
-    """Raise :class:`UsageError` for the first field of a spec that breaks its bounds or choices."""
+    """Raise :class:`UsageError` for the first field of a spec that breaks what is known of it.
+
+    That is its bounds, its choices, or that another way of saying the same is set too.
+    """
     for field in dataclasses.fields(spec):
-        known, value = about(field), getattr(spec, field.name)
-        if value is None:
+        value = getattr(spec, field.name)
+        check_value(field, value, f"{option_name(field.name)} {value}")
+    defaults = {field.name: field.default for field in dataclasses.fields(spec)}
+    for field in dataclasses.fields(spec):
+        for other in about(field).excludes:
+            pair = (field.name, other)
+            if all(getattr(spec, name) != defaults[name] for name in pair):
+                one, two = map(option_name, pair)
+                raise UsageError(f"{one} and {two} exclude each other: give one of them")
+
+
+def check_value(field: dataclasses.Field[Any], value: Any, asked: str) -> None:
+    """Raise :class:`UsageError` where a value breaks a field's bounds or choices.
+
+    The message begins with ``asked``, which says where the value stands.
+    """
+    known = about(field)
+    if value is None:
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{asked}: must be a finite number")
+    if known.min is not None and value < known.min:
+        raise UsageError(f"{asked}: must be at least {known.min}")
+    if known.max is not None and value > known.max:
+        raise UsageError(f"{asked}: must be at most {known.max}")
+    if known.choices and value not in known.choices:
+        raise UsageError(f"{asked}: must be one of {', '.join(known.choices)}")
+
+
+def words_of(spec: Any, usual: Any, always: Collection[str] = ()) -> list[str]:
+    """What to type for a spec: its options that differ from ``usual``, and those named."""
+    words: list[str] = []
+    for field in dataclasses.fields(spec):
+        value, option = getattr(spec, field.name), option_name(field.name)
+        if value == getattr(usual, field.name) and field.name not in always:
             continue
-        asked = f"{option_name(field.name)} {value}"
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{asked}: must be a finite number")
-        if known.min is not None and value < known.min:
-            raise UsageError(f"{asked}: must be at least {known.min}")
-        if known.max is not None and value > known.max:
-            raise UsageError(f"{asked}: must be at most {known.max}")
-        if known.choices and value not in known.choices:
-            raise UsageError(f"{asked}: must be one of {', '.join(known.choices)}")
+        if value is True:
+            words.append(option)
+        elif isinstance(value, tuple):
+            words += [word for each in value for word in (option, str(each))]
+        else:
+            words += [option, str(value)]
+    return words

@@ -42,11 +42,12 @@ def step(model: LoadedModel, rows: int, kind: type) -> Callable[[], object]:
         slots,
         torch.full((rows,), LENGTH - 1),
         rows,
-        0,
-        rows,
-        LENGTH,
+        low=0,
+        high=rows,
+        length=LENGTH,
         mask=torch.zeros(rows, 1, 1, LENGTH, dtype=forward.cache_dtype),
     )
+    layout.place()
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 50257, rows))
     return lambda: best_token(forward(ids, layout, None)).tolist()
 
@@ -72,7 +73,7 @@ def measure(dtype: str, rows: int, rounds: int) -> dict[str, float]:
     """Median milliseconds of each way."""
     spec = ModelSpec(model="gpt2", load_format="dummy", device="cpu", dtype=dtype)
     model = load_model(find_model(spec), spec, seed=0)
-    plain = lambda w, b: PackedLinear(w.contiguous(), b, pack=False)  # noqa: E731
+    plain = lambda w, b: PackedLinear(w.contiguous(), b, packed=False)  # noqa: E731
     ways = {
         "matrix products, packed": products(model, rows),
         "matrix products, F.linear": products(model, rows, plain),

@@ -18,7 +18,7 @@ from batchbench.batching.recording import Recording, Steps, token_steps
 from batchbench.batching.scheduler import Scheduler
 from batchbench.batching.strategies import Batcher
 from batchbench.batching.watch import Watch
-from batchbench.workloads import Request, Timetable, Workload
+from batchbench.workloads import Request, Workload, make_arrivals
 
 STEP_NS = 10
 """What a step costs in these tests; due times fall on and between its multiples."""
@@ -42,6 +42,7 @@ class Config:
     order: str = "fifo"
     prefill: str = "separate"
     max_batched_tokens: int = UNLIMITED
+    max_wait_ns: int = 0
 
 
 def configs(
@@ -50,8 +51,10 @@ def configs(
     orders: Sequence[str] = tuple(ORDERS),
     prefills: Sequence[str] = ("separate", "mixed"),
     rooms: Sequence[int] = (1, 2, 3, 5, 8, 12, UNLIMITED, UNLIMITED),
+    waits: Sequence[int] = (0,),
 ) -> st.SearchStrategy[Config]:
-    """Settings with 1 to 9 slots; ``rooms`` is what a pass may compute beyond a token a slot."""
+    """Settings with 1 to 9 slots; ``rooms`` is what a pass may compute beyond a token a slot,
+    ``waits`` how long (ns) static batching waits for a batch to fill."""
 
     def config_of(drawn: bytes) -> Config:
         slots = drawn[1] % 9 + 1
@@ -61,13 +64,17 @@ def configs(
             orders[drawn[2] % len(orders)],
             prefills[drawn[3] % len(prefills)],
             slots + rooms[drawn[4] % len(rooms)],
+            waits[drawn[5] % len(waits)],
         )
 
-    return st.binary(min_size=5, max_size=5).map(config_of)
+    return st.binary(min_size=6, max_size=6).map(config_of)
 
 
-def workloads(*, timed: bool = True, most: int = 14) -> st.SearchStrategy[Workload]:
-    """Up to ``most`` requests; with ``timed`` half of the workloads have arrivals over time.
+def workloads(
+    *, timed: bool = True, loops: bool = True, most: int = 14
+) -> st.SearchStrategy[Workload]:
+    """Up to ``most`` requests; with ``timed`` half of the workloads have arrivals over time, and
+    with ``loops`` too a third are closed loops.
 
     Drawn as bytes, which takes a quarter of the time that lists of tuples take.
     """
@@ -78,16 +85,25 @@ def workloads(*, timed: bool = True, most: int = 14) -> st.SearchStrategy[Worklo
             (prompt % 9 + 1, output % (40 if output < 64 else 6) + 1, gap % 91 if over_time else 0)
             for prompt, output, gap in zip(drawn[2::3], drawn[3::3], drawn[4::3], strict=True)
         ]
-        return workload_of(rows[: drawn[1] % most + 1])
+        loop = timed and loops and drawn[0] // 2 % 3 == 0
+        return workload_of(rows[: drawn[1] % most + 1], drawn[0] // 6 % 5 + 1 if loop else None)
 
     size = 3 * most + 2
     return st.binary(min_size=size, max_size=size).map(from_bytes)
 
 
-def workload_of(rows: Sequence[tuple[int, int, int]]) -> Workload:
+def workload_of(
+    rows: Sequence[tuple[int, int, int]], max_concurrency: int | None = None
+) -> Workload:
     """A workload from (prompt tokens, output tokens, ns since the request before)."""
     due = np.cumsum([gap for _, _, gap in rows]).tolist()
-    return Workload.of("random", [[0] * row[0] for row in rows], [r[1] for r in rows], due_ns=due)
+    return Workload.of(
+        "random",
+        [[0] * row[0] for row in rows],
+        [r[1] for r in rows],
+        due_ns=due,
+        max_concurrency=max_concurrency,
+    )
 
 
 def scheduler_of(
@@ -95,7 +111,7 @@ def scheduler_of(
 ) -> Scheduler:
     """A scheduler to be driven by hand."""
     return Scheduler(
-        Timetable(workload),
+        make_arrivals(workload),
         policy,
         config.slots,
         order=config.order,
@@ -121,6 +137,7 @@ def serve(
         order=config.order,
         prefill=config.prefill,
         max_batched_tokens=config.max_batched_tokens,
+        max_wait_ns=config.max_wait_ns,
         max_repeat=max_repeat,
     )
     return batcher.serve(workload, Watch() if watch is None else watch)
@@ -277,5 +294,6 @@ ORDER_KEYS: dict[str, Callable[[Request], tuple[int, int]]] = {
     "fifo": lambda r: (r.due_ns, r.index),
     "longest-first": lambda r: (-r.output_tokens, r.index),
     "shortest-first": lambda r: (r.output_tokens, r.index),
+    "longest-prompt-first": lambda r: (-r.prompt_tokens, r.index),
 }
 """What each order means, written down a second time."""

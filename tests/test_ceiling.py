@@ -175,12 +175,12 @@ WORKLOAD = Workload.of("two", [[1, 2, 3], [4, 5]], [6, 3])
 
 def test_plain_weights_compute_what_packed_ones_do(tiny: LoadedModel) -> None:
     outputs = []
-    for pack in (True, False):
-        forward = GPT2Forward(tiny, pack=pack)
-        engine, _ = make_engine("slots", tiny, 2, WORKLOAD.max_total_tokens, forward)
+    for packed in (True, False):
+        forward = GPT2Forward(tiny, packed=packed)
+        engine, _ = make_engine("slots", tiny, 2, WORKLOAD.max_total_tokens, forward=forward)
         outputs.append(Batcher("continuous", engine, 2).serve(WORKLOAD, Watch()).tokens)
     assert np.array_equal(*outputs)
-    assert GPT2Forward(tiny, pack=False).extra_bytes == 0
+    assert GPT2Forward(tiny, packed=False).extra_bytes == 0
 
 
 @pytest.mark.parametrize("kind", [GPT2Forward, TransformersForward])
@@ -188,7 +188,7 @@ def test_the_clock_runs_while_the_model_does_and_once(tiny: LoadedModel, kind: t
     """A model that takes long to answer takes that long by the clock; nothing is counted twice."""
     clock, times = ModelClock(), iter(range(0, 10**9, 1000))
     forward = clock.timed(kind(tiny))
-    engine, _ = make_engine("slots", tiny, 2, WORKLOAD.max_total_tokens, forward)
+    engine, _ = make_engine("slots", tiny, 2, WORKLOAD.max_total_tokens, forward=forward)
     batcher = Batcher("continuous", engine, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

@@ -39,6 +39,7 @@ from batchbench.cli.display import LiveDisplay, PlainDisplay
 from batchbench.cli.main import _guarded, app
 from batchbench.cli.options import OutputSpec
 from batchbench.reports import folder as folders
+from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
 COMMANDS = ("run", "simulate", "ladder", "report")
@@ -145,7 +146,16 @@ BAD_OPTIONS = [
     ("--prompts latin.txt", "--prompts latin.txt: is not UTF-8"),
     ("--prompts good.txt --prompt-tokens 7", "--prompts and --prompt-tokens exclude each other"),
     ("--seed -1", "--seed -1: must be at least 0"),
-    ("--strategy nope", "--strategy nope: must be one of static, continuous"),
+    ("--slo ttft", "--slo ttft: must be one of ttft, tpot, e2el, a colon and milliseconds"),
+    ("--slo itl:50", "--slo itl:50: must be one of ttft, tpot, e2el"),
+    ("--slo ttft:0", "--slo ttft:0: must be"),
+    ("--slo ttft:-5", "--slo ttft:-5: must be"),
+    ("--slo ttft:nan", "--slo ttft:nan: must be"),
+    ("--slo ttft:5 --slo ttft:6", "--slo ttft:6: ttft has a limit already"),
+    ("--strategy nope", "--strategy nope: must be one of static, static-fixed, static-b"),
+    ("--strategy static-oracle --stop-at-eos", "--strategy static-oracle: sorts by output length"),
+    ("--max-wait 5 --strategy continuous", "--max-wait 5: none of --strategy continuous waits"),
+    ("--max-wait -1", "--max-wait -1.0: must be at least 0"),
     ("--strategy os:getcwd", "--strategy os:getcwd: the class needs a method admit"),
     ("--strategy os:nope", "--strategy os:nope: "),
     ("--strategy nowhere:Policy", "--strategy nowhere:Policy: ModuleNotFoundError"),
@@ -155,6 +165,8 @@ BAD_OPTIONS = [
     ("--strategy static,static", "--strategy static,static: names a strategy twice"),
     ("--order x", "--order x: must be one of fifo, longest-first, shortest-first"),
     ("--engine x", "--engine x: must be one of slots, notebook"),
+    ("--execution x", "--execution x: must be one of auto, eager, graph, compile"),
+    ("--engine notebook --execution graph", "take --execution auto or --engine slots"),
     ("--prefill x", "--prefill x: must be one of auto, separate, mixed"),
     ("--prefill mixed --engine notebook", "--prefill mixed: the notebook engine"),
     ("--prefill mixed --max-batched-tokens 8", "--max-batched-tokens 8: must be above the batch"),
@@ -417,7 +429,7 @@ def test_help_of_a_command_has_an_example_that_parses(command: str, program: Pro
 @pytest.mark.parametrize("command", ["run", "simulate"])
 def test_help_tells_every_option_once_and_its_default(command: str, program: Program) -> None:
     text = program(command, "--help").out
-    for spec in (ServingSpec, WorkloadSpec, ModelSpec, TrialsSpec, OutputSpec):
+    for spec in (ServingSpec, WorkloadSpec, ModelSpec, TrialsSpec, GoalsSpec, OutputSpec):
         for name in spec.__dataclass_fields__:
             option = "--" + name.replace("_", "-")
             assert len(re.findall(rf"^│ {option}\s", text, re.MULTILINE)) == 1, option
@@ -572,9 +584,9 @@ def test_a_dry_run_tells_steps_memory_and_time_and_writes_nothing(
 # Again
 
 
-def parsed(words: list[str]) -> tuple[Experiment, OutputSpec]:
+def parsed(words: list[str]) -> tuple[Experiment, GoalsSpec, OutputSpec]:
     """What a command line asks for."""
-    found: list[tuple[Experiment, OutputSpec]] = []
+    found: list[tuple[Experiment, GoalsSpec, OutputSpec]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "_conduct", lambda *asked: found.append(asked))
         patch.setattr(sys, "argv", words)
@@ -638,6 +650,7 @@ def test_the_command_of_an_experiment_asks_for_the_same_experiment(asked: Experi
         "--trials 1 --prompt-tokens 4:9 --seed 3 --order longest-first --price-per-hour 1.2345678",
         "--trials 4 --batch-size 3 --strategy continuous,static --price-per-hour 0",
         "--model gpt2-xl --prefill mixed --max-batched-tokens 99",
+        "--slo ttft:500 --slo tpot:0.5 --slo e2el:3000",
     ],
 )
 def test_the_command_that_is_printed_asks_for_the_same_again(words: str, program: Program) -> None:
@@ -646,7 +659,7 @@ def test_the_command_that_is_printed_asks_for_the_same_again(words: str, program
     assert found
     again, asked = parsed(shlex.split(found[1])), parsed(["", "simulate", *words.split()])
     assert again[0] == asked[0]
-    assert again[1].price_per_hour == asked[1].price_per_hour
+    assert again[1] == asked[1]
 
 
 # Crashes, interruptions, wrong outputs

@@ -413,7 +413,7 @@ def test_a_config_is_plain_json(ask: Ask, tmp_path: Path) -> None:
     file.write_text("one\n")
     config = ask(prompts=file).config()
     assert json.loads(json.dumps(config, allow_nan=False)) == config
-    assert list(config) == ["workload", "model", "serving", "trials"]
+    assert list(config) == ["preset", "workload", "model", "serving", "trials"]
     assert config["workload"]["prompts"] == str(file)
 
 
@@ -441,8 +441,8 @@ def parsed(command: str) -> Experiment:
 
 
 def test_the_command_of_the_defaults_is_short() -> None:
-    assert Experiment().command() == "batchbench run --batch-size 8 --queue-size 32"
-    simulated = Experiment(trials=TrialsSpec(trials=1), simulated=True)
+    assert Experiment().command() == "batchbench run --batch-size 8"
+    simulated = Experiment(WorkloadSpec(queue_size=32), trials=TrialsSpec(trials=1), simulated=True)
     assert simulated.command() == "batchbench simulate --batch-size 8 --queue-size 32"
 
 

@@ -24,7 +24,14 @@ from matplotlib.text import Text
 from PIL import Image
 
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
-from batchbench.batching.recording import ChunkLog, Header, Recording, RequestLog, SpanLog
+from batchbench.batching.recording import (
+    ChunkLog,
+    Header,
+    Recording,
+    RequestLog,
+    SpanLog,
+    WaitLog,
+)
 from batchbench.batching.strategies import Batcher
 from batchbench.batching.watch import Watch
 from batchbench.reports import metrics
@@ -298,6 +305,7 @@ def continuous_by_hand(requests: int, slots: int) -> Recording:
             ones, np.arange(steps) * 10**7, ones * slots, 0 * ones, np.bincount(start, None, steps)
         ),
         chunks=ChunkLog(np.argsort(start, kind="stable"), zeros, zeros + 7),
+        waits=WaitLog(*np.zeros((5, 0), np.int64)),
         ends_ns=np.arange(1, steps + 1) * 10**7,
         step_ns=None,
         tokens=None,

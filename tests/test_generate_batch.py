@@ -264,9 +264,10 @@ def test_files_keep_it(tmp_path: Path) -> None:
 
 
 def test_a_request_without_tokens_or_a_token_without_time_is_no_recording() -> None:
-    with pytest.raises(ValueError, match="at least one token"):
-        tokens_only([[1], []])
     header = Header("other", 0, 2, False, {})
+    two = Workload.of("w", [[1], [1]], [1, 1])
+    with pytest.raises(ValueError, match="at least one token"):
+        Recording.of_tokens(header, two, [[7], []], [[1], []])
     with pytest.raises(ValueError, match="a time for each"):
         Recording.of_tokens(header, Workload.of("w", [[1]], [2]), [[7, 7]], [[1]])
 

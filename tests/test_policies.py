@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
-from laws import STEP_NS, Config, Patient, configs, law, scheduler_of, serve, workload_of, workloads
+from hypothesis import strategies as st
+from laws import (
+    STEP_NS,
+    UNLIMITED,
+    Config,
+    Patient,
+    configs,
+    law,
+    scheduler_of,
+    serve,
+    workload_of,
+    workloads,
+)
 from test_scheduler import drive
 
-from batchbench.batching.policies import POLICIES, Continuous, Policy, Static, View, make_policy
+from batchbench.batching.policies import (
+    POLICIES,
+    Bucketed,
+    Continuous,
+    Oracle,
+    Policy,
+    Static,
+    View,
+    make_policy,
+)
+from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError
 from batchbench.workloads import Request, Workload
 
@@ -209,7 +233,7 @@ class Onlooker(Continuous):
         return super().release(view)
 
 
-@given(workloads(), configs())
+@given(workloads(loops=False), configs())
 @law
 def test_a_policy_is_shown_who_waits_what_is_free_and_who_runs(
     workload: Workload, config: Config
@@ -245,12 +269,130 @@ def test_a_policy_is_asked_again_while_others_run() -> None:
     assert recording.requests.admitted.tolist() == [0, 0, 0, 7]
 
 
+def test_a_policy_may_say_how_the_queue_is_sorted() -> None:
+    class Eager(Continuous):
+        order = "longest-first"
+
+    assert served_by(Eager(), FIVE, slots=1) == [2, 4, 0, 3, 1]
+
+
+def test_an_order_that_nobody_knows_is_refused() -> None:
+    class Odd(Continuous):
+        order = "lifo"
+
+    with pytest.raises(UsageError, match="the policy Odd has order = 'lifo': must be one of fifo"):
+        served_by(Odd(), FIVE)
+
+
+# Static batches, better and worse
+
+STATICS = ("static", "static-fixed", "static-bucketed", "static-oracle")
+WAITS = (0, 1, STEP_NS, 4 * STEP_NS + 3, 10**9)
+static_configs = configs(policies=STATICS, waits=WAITS)
+
+
+def batches_of(recording: Recording) -> list[list[int]]:
+    """Requests of each batch, in the order in which the batches began."""
+    admitted = recording.requests.admitted
+    return [np.flatnonzero(admitted == step).tolist() for step in np.unique(admitted)]
+
+
+@given(workloads(), static_configs)
+@law
+def test_nobody_waits_for_ever(workload: Workload, config: Config) -> None:
+    assert (serve(workload, config).requests.last >= 0).all()
+
+
+@given(workloads(), configs(policies=["static"], rooms=[UNLIMITED], waits=WAITS))
+@law
+def test_a_batch_closes_when_it_is_full_or_its_oldest_has_waited_enough(
+    workload: Workload, config: Config
+) -> None:
+    config = replace(config, order="fifo")
+    recording = serve(workload, config)
+    log, ends = recording.requests, recording.step_ends_ns
+    free_at = 0  # when the batch before was done
+    for batch in batches_of(recording):
+        begins = recording.step_starts_ns[log.admitted[batch[0]]]
+        due = log.due_ns[batch]
+        full_at = due.max() if len(batch) == config.slots else np.inf
+        assert begins == max(free_at, min(full_at, due.min() + config.max_wait_ns))
+        free_at = ends[log.last[batch]].max()
+
+
+def test_a_lone_request_waits_as_long_as_it_is_told() -> None:
+    recording = serve(workload_of([(1, 2, 7)]), Config("static", 4, max_wait_ns=35))
+    assert recording.step_starts_ns[0] == 7 + 35
+
+
+@given(workloads(), configs(policies=["static-fixed"], rooms=[UNLIMITED]))
+@law
+def test_fixed_batches_are_full_while_more_will_come(workload: Workload, config: Config) -> None:
+    recording = serve(workload, config)
+    for batch in batches_of(recording)[:-1]:
+        begins = recording.step_starts_ns[recording.requests.admitted[batch[0]]]
+        later = recording.requests.due_ns > begins
+        # In a closed loop with fewer clients than slots no batch can ever be full.
+        assert len(batch) == config.slots or workload.max_concurrency or not later.any()
+
+
+def test_fixed_batches_do_not_wait_for_clients_that_wait_for_them() -> None:
+    recording = serve(workload_of([(1, 3, 0)] * 7, 3), Config("static-fixed", 8))
+    assert batches_of(recording) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize(
+    ("policy", "key"), [("static-bucketed", "prompt_tokens"), ("static-oracle", "output_tokens")]
+)
+@given(workload=workloads(timed=False), slots=st.integers(1, 5))
+@law
+def test_sorted_batches_are_the_sorted_queue_cut_into_pieces(
+    policy: str, key: str, workload: Workload, slots: int
+) -> None:
+    queue = sorted(workload, key=lambda r: (-getattr(r, key), r.index))
+    pieces = [sorted(r.index for r in queue[i : i + slots]) for i in range(0, len(queue), slots)]
+    assert sorted(batches_of(serve(workload, Config(policy, slots)))) == sorted(pieces)
+
+
+@given(workloads(), configs(policies=STATICS[2:], rooms=[UNLIMITED], waits=WAITS))
+@law
+def test_whoever_has_waited_longest_is_in_the_next_batch(
+    workload: Workload, config: Config
+) -> None:
+    served: set[int] = set()
+    for batch in batches_of(serve(workload, config)):
+        assert min(set(range(len(workload))) - served) in batch
+        served |= set(batch)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 3))
+@law
+def test_no_way_to_cut_a_queue_into_batches_has_fewer_steps_than_the_oracle(
+    lengths: list[int], slots: int
+) -> None:
+    def fewest(left: tuple[int, ...]) -> int:
+        if not left:
+            return 0
+        return min(
+            max(lengths[i] for i in batch) + fewest(tuple(i for i in left if i not in batch))
+            for size in range(1, slots + 1)
+            for batch in combinations(left, size)
+        )
+
+    workload = workload_of([(1, length, 0) for length in lengths])
+    steps = serve(workload, Config("static-oracle", slots)).num_steps
+    assert steps == fewest(tuple(range(len(lengths))))
+
+
 # Policies by name
 
 
 def test_the_policies_by_name() -> None:
     assert {name: type(make_policy(name)) for name in POLICIES} == {
         "static": Static,
+        "static-fixed": Static,
+        "static-bucketed": Bucketed,
+        "static-oracle": Oracle,
         "continuous": Continuous,
     }
 

@@ -35,6 +35,9 @@ def assert_equal(queue: WaitingQueue, model: list[Request], piece: slice) -> Non
     assert list(reversed(queue)) == model[::-1]
     for at in range(-len(model), len(model)):
         assert queue[at] is model[at]
+        assert queue.index(model[at]) == at % len(model)
+    if model:
+        assert queue.oldest is min(model, key=lambda request: request.index)
     for beyond in (len(model), -len(model) - 1):
         with pytest.raises(IndexError):
             queue[beyond]
@@ -60,6 +63,21 @@ def test_it_equals_a_sorted_list(
             queue.take(leaving)
             model = [request for request in model if request not in leaving]
         assert_equal(queue, model, piece)
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_who_does_not_wait_has_no_place(order: str) -> None:
+    queue = WaitingQueue(order)
+    with pytest.raises(IndexError):
+        _ = queue.oldest
+    waiting, gone = requests_of([3, 5])
+    queue.push([waiting, gone])
+    queue.take([gone])
+    for stranger in (gone, waiting._replace(index=7), "a word"):
+        with pytest.raises(ValueError, match="does not wait"):
+            queue.index(stranger)
+    with pytest.raises(ValueError, match="does not wait"):
+        queue.index(waiting, 1)
 
 
 @pytest.mark.parametrize("order", list(ORDERS))

@@ -55,7 +55,7 @@ def arrays_of(recording: Recording) -> dict[str, Any]:
     """All columns by name; None where there is none."""
     logs = {
         f"{name}.{column.name}": getattr(getattr(recording, name), column.name)
-        for name in ("requests", "spans", "chunks")
+        for name in ("requests", "spans", "chunks", "waits")
         for column in fields(getattr(recording, name))
     }
     return logs | {name: getattr(recording, name) for name in ("ends_ns", "step_ns", "tokens")}
@@ -213,7 +213,7 @@ def zip_of(name: str, content: bytes) -> bytes:
         npz(a=np.arange(3)),
         npz(header=np.arange(3)),
         npz(header=np.frombuffer(b"[]", np.uint8)),
-        npz(header=np.frombuffer(b'{"format": 1}', np.uint8)),
+        npz(header=np.frombuffer(b'{"format": 2}', np.uint8)),
         npz(header=np.array([{}], dtype=object)),
         zip_of("header.npy", b"spoiled"),
         zip_of("readme.txt", b"hello"),

@@ -30,6 +30,7 @@ from batchbench.reports import folder as folders
 from batchbench.reports import metrics
 from batchbench.reports.destination import check_folder, default_folder
 from batchbench.reports.folder import write_folder
+from batchbench.reports.goals import GoalsSpec
 from batchbench.reports.result import (
     SCHEMA_FILE,
     Result,
@@ -47,6 +48,7 @@ def result_of(
     recordings: Mapping[str, Sequence[Recording]] | None = None,
     *,
     price: float | None = None,
+    slo: tuple[str, ...] = (),
     workload: Workload = CLASSIC,
     verification: Verification = PASSED,
     warm_up: WarmUp = SETTLED,
@@ -75,7 +77,7 @@ def result_of(
         texts=texts,
         stopped=stopped,
     )
-    return make_result(outcome, price)
+    return make_result(outcome, GoalsSpec(slo=slo, price_per_hour=price))
 
 
 @functools.cache
@@ -308,7 +310,7 @@ def test_lengths_asked_are_told_only_where_texts_may_end_early() -> None:
 
 def test_what_is_no_number_is_never_written() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        to_json(result_of(price=float("nan")))
+        to_json(replace(clean(), data={**clean().data, "stopped": float("nan")}))
 
 
 def test_a_spoiled_run_is_stamped_suspect() -> None:
@@ -603,8 +605,8 @@ def test_a_result_that_lacks_a_fact_is_refused(name: str, written: Path) -> None
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("config.report.price_per_hour", float("nan")),
-        ("config.report.price_per_hour", "3"),
+        ("config.goals.price_per_hour", float("nan")),
+        ("config.goals.price_per_hour", "3"),
         ("config.report", {}),
         ("warm_up.last_change", float("inf")),
         ("warm_up", {"surprise": 1}),

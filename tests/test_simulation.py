@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 import time
@@ -29,17 +30,19 @@ from laws import (
 
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan
+from batchbench.batching.policies import POLICIES
 from batchbench.batching.recording import Recording, SpanLog
 from batchbench.batching.watch import Progress, Watch
-from batchbench.workloads import Request, Timetable, Workload
+from batchbench.workloads import ClosedLoop, Request, Timetable, Workload
 
-ALL_POLICIES = ("static", "continuous", "laws:Patient")
+ALL_POLICIES = ("static", "continuous", "laws:Patient", *POLICIES)
+some_wait = functools.partial(configs, policies=ALL_POLICIES, waits=(0, 0, 7, STEP_NS, 95))
 
 
 def assert_same(one: Recording, other: Recording) -> None:
     """Equal in every column."""
     assert one.header == other.header
-    for name in ("requests", "spans", "chunks"):
+    for name in ("requests", "spans", "chunks", "waits"):
         log, other_log = getattr(one, name), getattr(other, name)
         for column in fields(log):
             values = getattr(log, column.name).tolist()
@@ -53,7 +56,7 @@ def assert_same(one: Recording, other: Recording) -> None:
 
 
 @pytest.mark.parametrize("max_repeat", [1, 3])
-@given(workload=workloads(), config=configs(policies=ALL_POLICIES))
+@given(workload=workloads(), config=some_wait())
 @thorough
 def test_how_many_passes_are_planned_at_once_does_not_show_in_the_recording(
     max_repeat: int, workload: Workload, config: Config
@@ -72,7 +75,7 @@ def by_step(recording: Recording) -> list[list[int]]:
     return np.stack([*times, *of_spans], axis=1).tolist()
 
 
-@given(workloads(), configs(policies=ALL_POLICIES), st.integers(1, 4))
+@given(workloads(), some_wait(), st.integers(1, 4))
 @law
 def test_merging_equal_spans_changes_nothing_of_any_step(
     workload: Workload, config: Config, max_repeat: int
@@ -110,7 +113,7 @@ def test_equal_passes_become_one_call_of_the_engine() -> None:
 # What a span says of its steps
 
 
-@given(workloads(), configs(policies=ALL_POLICIES))
+@given(workloads(), some_wait())
 @law
 def test_waiting_counts_in_every_step_who_is_due_and_has_no_slot(
     workload: Workload, config: Config
@@ -122,7 +125,7 @@ def test_waiting_counts_in_every_step_who_is_due_and_has_no_slot(
     assert np.repeat(spans.waiting, spans.steps).tolist() == waiting.tolist()
 
 
-@given(workloads(), configs(policies=ALL_POLICIES))
+@given(workloads(), some_wait())
 @law
 def test_decoding_counts_in_every_pass_all_held_slots_that_have_read_their_prompt(
     workload: Workload, config: Config
@@ -140,7 +143,7 @@ def test_decoding_counts_in_every_pass_all_held_slots_that_have_read_their_promp
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-@given(workload=workloads(), config=configs(policies=ALL_POLICIES))
+@given(workload=workloads(), config=some_wait())
 @law
 def test_steps_follow_each_other_and_each_takes_its_cost(
     explicit: bool, workload: Workload, config: Config
@@ -156,7 +159,7 @@ def test_steps_follow_each_other_and_each_takes_its_cost(
     assert recording.duration_ns == ends[-1]
 
 
-@given(workloads(), configs(policies=ALL_POLICIES))
+@given(workloads(), some_wait())
 @law
 def test_ends_of_steps_are_the_same_as_a_formula_and_as_a_list(
     workload: Workload, config: Config
@@ -167,7 +170,7 @@ def test_ends_of_steps_are_the_same_as_a_formula_and_as_a_list(
     assert explicit.step_ends_ns.tolist() == formula.step_ends_ns.tolist()
 
 
-@given(workloads(), configs(policies=ALL_POLICIES))
+@given(workloads(), some_wait())
 @law
 def test_an_engine_serves_a_second_trial_as_it_did_the_first(
     workload: Workload, config: Config
@@ -197,7 +200,7 @@ def test_a_run_ends_with_its_last_pass_or_the_first_that_ends_at_or_after_until(
 # Arrivals
 
 
-@given(workloads(), st.lists(st.integers(0, 30), max_size=40))
+@given(workloads(loops=False), st.lists(st.integers(0, 30), max_size=40))
 @law
 def test_a_timetable_gives_each_request_once_when_it_is_due(
     workload: Workload, waits: list[int]
@@ -210,6 +213,34 @@ def test_a_timetable_gives_each_request_once_when_it_is_due(
         left = [request.due_ns for request in workload if request.due_ns > now]
         assert timetable.next_due == min(left, default=None)
     assert timetable.due(now) == []
+
+
+@given(workloads(), some_wait())
+@law
+def test_a_request_of_a_closed_loop_is_due_at_its_time_or_when_there_is_room(
+    workload: Workload, config: Config
+) -> None:
+    """No sooner than fewer than N of those before it are unfinished, and not a moment later."""
+    recording = serve(workload, config)
+    ends = recording.step_ends_ns[recording.requests.last].tolist()
+    most = workload.max_concurrency or len(workload)
+    for request in workload:
+        before = ends[: request.index]
+        room = min(t for t in [0, *before] if sum(end > t for end in before) < most)
+        assert recording.requests.due_ns[request.index] == max(request.due_ns, room)
+
+
+def test_a_closed_loop_keeps_so_many_in_the_system_and_no_more() -> None:
+    recording = serve(workload_of([(1, 3, 0)] * 20, 4), Config("continuous", 8))
+    log = recording.requests
+    ends = recording.step_ends_ns[log.last]
+    for t in range(0, recording.duration_ns - 3 * STEP_NS, STEP_NS):
+        assert ((log.due_ns <= t) & (ends > t)).sum() == 4
+
+
+def test_a_closed_loop_needs_to_know_how_many() -> None:
+    with pytest.raises(ValueError, match="max_concurrency"):
+        ClosedLoop(workload_of([(1, 1, 0)]))
 
 
 # Watching
@@ -225,7 +256,7 @@ class Witness(Watch):
         self.seen.append(replace(progress))
 
 
-@given(workloads(), configs(policies=ALL_POLICIES))
+@given(workloads(), some_wait())
 @law
 def test_progress_only_grows_and_ends_at_the_whole(workload: Workload, config: Config) -> None:
     watch = Witness()

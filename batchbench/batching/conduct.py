@@ -16,7 +16,7 @@ from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.environment import LoadMeter, environment, torch_environment
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment
-from batchbench.batching.models import Source, Tokenizer, find_model, find_tokenizer
+from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
 from batchbench.batching.recording import Recording
 from batchbench.batching.strategies import Batcher, Strategy
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
@@ -56,26 +56,28 @@ class Outcome:
 class Session:
     """One experiment on this machine: workload made, model loaded, engine built.
 
+    Args:
+        models: where the model comes from; experiments that share a shelf load it once.
+
     Raises:
         UsageError: what is asked cannot be done here.
     """
 
-    def __init__(self, experiment: Experiment, watch: Watch) -> None:
+    def __init__(self, experiment: Experiment, watch: Watch, models: Shelf | None = None) -> None:
         self.experiment, self._watch = experiment, watch
+        self._models = models or Shelf()
         serving = experiment.serving
-        self.source = find_model(experiment.model, weights=not experiment.simulated)
+        self.source = self._models.find(experiment.model, weights=not experiment.simulated)
         self.tokenizer: Tokenizer | None = find_tokenizer(self.source.folder)
         self.workload = make_workload(
             experiment.workload,
             batch_size=serving.batch_size,
             vocab_size=self.source.vocab_size,
             encode=self.tokenizer.encode if self.tokenizer else None,
+            context=self.source.context,
+            note=watch.note,
         )
         check_context(self.workload, self.source)
-        if experiment.simulated and self.workload.stop_at_eos:
-            raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; drop it")
-        if experiment.workload.prompts is not None and self.tokenizer is None:
-            watch.note("no tokenizer at hand: prompts are spelled in GPT-2's byte tokens")
         self._loaded: LoadedModel | None = None
         self._energy: Sequence[Counter] = ()
         self.model: dict[str, Any] = {
@@ -97,19 +99,22 @@ class Session:
         # on the very core that the other needs (docs/log.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         from batchbench.batching.engines.torch.making import make_engine
-        from batchbench.batching.models.loading import load_model, set_threads
 
         serving = self.experiment.serving
-        set_threads(self.experiment.model)
-        loaded = load_model(self.source, self.experiment.model, self.workload.seed)
+        loaded = self._models.load(self.source, self.experiment.model, self.workload.seed)
         self._loaded = loaded
         engine, memory = make_engine(
-            serving.engine, loaded, serving.batch_size, self.workload.max_total_tokens
+            serving.engine,
+            loaded,
+            serving.batch_size,
+            self.workload.max_total_tokens,
+            serving.execution,
         )
         self.model |= {
             "device": str(loaded.device),
             "dtype": loaded.dtype_name,
             "parameters": sum(p.numel() for p in loaded.module.parameters()),
+            "execution": engine.execution,
             **memory,
         }
         self.environment |= torch_environment(str(loaded.device))
@@ -147,6 +152,7 @@ class Session:
             order=serving.order,
             prefill="mixed" if serving.mixes_prefill else "separate",
             max_batched_tokens=serving.token_budget,
+            max_wait_ns=round(serving.max_wait * 1e6),
             about={"engine": "simulated" if self.engine.simulated else serving.engine},
         )
 
@@ -185,7 +191,14 @@ class Session:
 
     def _trial(self, strategy: Strategy, trial: int, trials: int) -> Recording:
         self._watch.trial_begins(strategy.name, trial, trials)
-        recording = observe(strategy, self.workload, self._watch, trial, self._energy)
+        recording = observe(
+            strategy,
+            self.workload,
+            self._watch,
+            trial,
+            self._energy,
+            simulated=self.engine.simulated,
+        )
         self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
         return recording
 
@@ -213,10 +226,15 @@ class Session:
         ]
 
 
-def conduct(experiment: Experiment, watch: Watch | None = None) -> Outcome:
+def conduct(
+    experiment: Experiment, watch: Watch | None = None, models: Shelf | None = None
+) -> Outcome:
     """Run an experiment: warm-up, trials in alternating order, verification.
 
     Ctrl-C keeps the rounds that are finished.
+
+    Args:
+        models: shared by experiments on the same model, so that it is loaded once.
 
     Raises:
         UsageError: what is asked cannot be done here.
@@ -228,7 +246,9 @@ def conduct(experiment: Experiment, watch: Watch | None = None) -> Outcome:
             f"--strategy {GENERATE_BATCH}: it schedules for itself, so its steps show only in "
             "batchbench run; drop it"
         )
-    session = Session(experiment, watch)
+    session = Session(experiment, watch, models)
+    if experiment.simulated and session.workload.stop_at_eos:
+        raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; drop it")
     warm_up = session.warm_up()
     rounds: list[list[Recording]] = []
     stopped = None
@@ -275,15 +295,18 @@ def observe(
     watch: Watch,
     trial: int = 0,
     energy: Sequence[Counter] = (),
+    *,
+    simulated: bool = False,
 ) -> Recording:
     """One trial, undisturbed by the garbage collector; its header tells what else went on."""
-    gc.collect()
+    if not simulated:  # a collection takes 0.1 s, and nothing is timed
+        gc.collect()
     gc.disable()
     try:
         load = LoadMeter()
         with EnergyMeter(energy) as meter:
             recording = strategy.serve(workload, watch, trial=trial)
-        foreign = None if recording.header.simulated else load.foreign_cores()
+        foreign = None if simulated else load.foreign_cores()
     finally:
         gc.enable()
     about = {**recording.header.about, "foreign_cores": foreign, **meter.about()}
@@ -294,11 +317,11 @@ def expected_round_s(session: Session, step_ns: int) -> float:
     """Seconds that one round should take, going by the steps of a simulation."""
     if not session.workload.closed:
         return 0.0  # how many steps it takes is not known beforehand
-    planned = Session(replace(session.experiment, simulated=True), Watch())
     steps = 0
     for name in session.experiment.serving.strategies:
         policy = "continuous" if name == GENERATE_BATCH else name
-        steps += planned.batcher(policy).serve(planned.workload, Watch()).num_steps
+        planned = replace(session.batcher(policy), engine=SimulatedEngine())
+        steps += planned.serve(session.workload, Watch()).num_steps
     return steps * step_ns / 1e9
 
 
@@ -325,5 +348,6 @@ def check_context(workload: Workload, source: Source) -> None:
         raise UsageError(
             f"request {longest}: {workload.prompt_tokens[longest]} prompt + "
             f"{workload.output_tokens[longest]} output tokens exceed the {context} that "
-            f"{source.name} takes; lower --long-tokens, --short-tokens or the prompts' length"
+            f"{source.name} takes; lower --long-tokens, --short-tokens or the prompts' length, "
+            "or say --overlong clip, scale or skip"
         )

@@ -45,18 +45,16 @@ class Estimate:
 
 def estimate(experiment: Experiment, watch: Watch) -> Estimate:
     """Serve the workload in simulation and time one matrix product; load no model."""
-    once = replace(
-        experiment, simulated=True, workload=replace(experiment.workload, stop_at_eos=False)
-    )
-    session = Session(once, watch)
+    session = Session(replace(experiment, simulated=True), watch)
+    to_the_end = replace(session.workload, stop_at_eos=False)
     steps = {
-        name: session.batcher(name).serve(session.workload, Watch()).num_steps
+        name: session.batcher(name).serve(to_the_end, Watch()).num_steps
         for name in experiment.serving.policies
     }
     found = Estimate(
         steps,
         experiment.trials.trials,
-        exact=not experiment.workload.stop_at_eos,
+        exact=not session.workload.stop_at_eos,
         uncounted=tuple(name for name in experiment.serving.strategies if name not in steps),
     )
     if experiment.simulated:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from batchbench import settings
 from batchbench.batching.models import ModelSpec
-from batchbench.batching.policies import make_policy
+from batchbench.batching.policies import WAITING, make_policy
+from batchbench.batching.presets import NOTEBOOK, PRESETS, check_preset
 from batchbench.batching.queue import ORDERS
 from batchbench.errors import UsageError
 from batchbench.settings import setting
@@ -20,6 +22,7 @@ GENERATE_BATCH = "generate_batch"
 
 ENGINES = ("slots", "notebook")
 TOKEN_BUDGET = 2048
+EXECUTIONS = ("auto", "eager", "graph", "compile")
 PREFILLS = ("auto", "separate", "mixed")
 
 
@@ -32,12 +35,28 @@ class ServingSpec:
     )
     strategy: str = setting(
         "static,continuous",
-        "Strategies to compare, the first being the baseline: static, continuous, generate_batch "
-        "(transformers' own continuous batching), or a class of yours as package.module:Policy.",
+        "Strategies to compare, the first being the baseline: static (fixed batches of what is "
+        "there), static-fixed (waits for full batches), static-bucketed (sorted by prompt length), "
+        "static-oracle (sorted by output length, known beforehand: the best that static can do), "
+        "continuous, generate_batch (transformers' own continuous batching), or a class of yours "
+        "as package.module:Policy.",
         "Serving",
         metavar="NAMES",
     )
-    order: str = setting("fifo", "How the queue is sorted.", "Serving", choices=tuple(ORDERS))
+    max_wait: float = setting(
+        0.0,
+        "Milliseconds that a static batch which is not full waits for more, counted from when its "
+        "oldest request was due.",
+        "Serving",
+        min=0.0,
+        max=1e9,
+    )
+    order: str = setting(
+        "fifo",
+        "How the queue is sorted, where the strategy does not sort it itself.",
+        "Serving",
+        choices=tuple(ORDERS),
+    )
     engine: str = setting(
         "slots",
         "slots: one preallocated cache; notebook: left padding, past key-values rebuilt at each "
@@ -59,6 +78,13 @@ class ServingSpec:
         min=2,
         default_text=f"{TOKEN_BUDGET}, or twice the batch size if that is more",
     )
+    execution: str = setting(
+        "auto",
+        "How passes that only decode are computed. eager: operation by operation; graph: replayed "
+        "as CUDA graphs; compile: by torch.compile; auto: graph on CUDA, else eager.",
+        "Serving",
+        choices=EXECUTIONS,
+    )
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -68,16 +94,26 @@ class ServingSpec:
             raise UsageError(f"--strategy {self.strategy}: names a strategy twice")
         for name in self.policies:
             make_policy(name)
+        if self.max_wait and not any(name in WAITING for name in self.strategies):
+            raise UsageError(
+                f"--max-wait {self.max_wait:g}: none of --strategy {self.strategy} waits for a "
+                f"batch to fill; add one of {', '.join(WAITING)}"
+            )
         if self.prefill == "mixed" and self.engine == "notebook":
             raise UsageError(
                 "--prefill mixed: the notebook engine computes prompts apart; "
                 "take --prefill separate or --engine slots"
             )
+        if self.execution in ("graph", "compile") and self.engine == "notebook":
+            raise UsageError(
+                f"--execution {self.execution}: the notebook engine, whose tensors change shape at "
+                "each step, computes eagerly; take --execution auto or --engine slots"
+            )
         if self.mixes_prefill and self.token_budget <= self.batch_size:
             raise UsageError(
                 f"--max-batched-tokens {self.token_budget}: must be above the batch size "
-                f"({self.batch_size}), or no prompt could ever join a full batch; raise it, or take "
-                "--prefill separate"
+                f"({self.batch_size}), or no prompt could ever join a full batch; raise it, or "
+                "take --prefill separate"
             )
 
     @property
@@ -142,44 +178,102 @@ class TrialsSpec:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is asked, composed of specs and never written after parsing."""
+    """What is asked, composed of specs and never written after parsing.
+
+    ``preset`` is what the specs started from (see :meth:`of`); it shortens :meth:`command`.
+    """
 
     workload: WorkloadSpec = field(default_factory=WorkloadSpec)
     model: ModelSpec = field(default_factory=ModelSpec)
     serving: ServingSpec = field(default_factory=ServingSpec)
     trials: TrialsSpec = field(default_factory=TrialsSpec)
     simulated: bool = False
+    preset: str = NOTEBOOK
 
-    def config(self) -> dict[str, dict[str, Any]]:
-        """All settings as JSON values, spec by spec."""
-        return {
+    def __post_init__(self) -> None:
+        if self.workload.stop_at_eos and "static-oracle" in self.serving.strategies:
+            raise UsageError(
+                "--strategy static-oracle: sorts by output length, which --stop-at-eos leaves to "
+                "the model; drop one of them"
+            )
+        check_preset(self.preset)
+
+    @classmethod
+    def of(
+        cls, *layers: Mapping[str, Any], preset: str = NOTEBOOK, simulated: bool = False
+    ) -> Experiment:
+        """The experiment of a preset, with the settings of each layer over those before it.
+
+        A layer holds settings by the names of their fields, of any spec:
+        ``Experiment.of({"batch_size": 32}, preset="chat")``.
+
+        Raises:
+            UsageError: there is no such preset or setting, or settings contradict each other.
+        """
+        check_preset(preset)
+        usual = {"trials": 1} if simulated else {}
+        given = settings.layered(PARTS.values(), usual, PRESETS[preset].settings, *layers)
+        for name in given:
+            if not any(name == f.name for spec in PARTS.values() for f in fields(spec)):
+                raise UsageError(f"{name}: an experiment has no such setting")
+        parts = {name: settings.make_spec(spec, given) for name, spec in PARTS.items()}
+        return cls(**parts, simulated=simulated, preset=preset)
+
+    def config(self) -> dict[str, Any]:
+        """The preset's name, and all settings as JSON values, spec by spec."""
+        return {"preset": self.preset} | {
             part.name: {
                 f.name: str(value) if isinstance(value, Path) else value
                 for f in fields(spec)
                 for value in [getattr(spec, f.name)]
             }
             for part in fields(self)
-            if part.name != "simulated"
+            if part.name in PARTS
             for spec in [getattr(self, part.name)]
         }
 
-    def command(self) -> str:
-        """The command line that runs it again: only what differs from the defaults."""
-        words = ["batchbench", "simulate" if self.simulated else "run"]
-        defaults = Experiment(trials=TrialsSpec(trials=1)) if self.simulated else Experiment()
-        for part in ("serving", "workload", "model", "trials"):
-            words += spell_options(getattr(self, part), getattr(defaults, part))
+    def command(self, name: str | None = None) -> str:
+        """The command line that runs it again: only what differs from its preset.
+
+        Where an option cannot say the difference (a preset's setting taken away), everything that
+        differs from the defaults. ``name`` is the command's, unless it is run or simulate.
+        """
+        for preset in dict.fromkeys((self.preset, NOTEBOOK)):
+            given = self._differences(preset)
+            if self._is_asked_by(given, preset):
+                break
+        words = ["batchbench", name or ("simulate" if self.simulated else "run")]
+        words += ["--preset", preset] * (preset != NOTEBOOK)
+        for name, value in given.items():
+            option = settings.option_name(name)
+            words += [option] if value is True else [option, str(value)]
         return shlex.join(words)
 
+    def _is_asked_by(self, given: Mapping[str, Any], preset: str) -> bool:
+        try:
+            again = Experiment.of(given, preset=preset, simulated=self.simulated)
+        except UsageError:  # the rest of the preset contradicts it, or a file is gone by now
+            return False
+        return replace(again, preset=self.preset) == self
 
-def spell_options(spec: Any, usual: Any) -> list[str]:
-    """The options of a spec that differ from the usual one, as words of a command line."""
-    words = []
-    for f in fields(spec):
-        value = getattr(spec, f.name)
-        always = f.name in ("batch_size", "queue_size")
-        if value is True:
-            words.append(settings.option_name(f.name))
-        elif value != getattr(usual, f.name) or always:
-            words += [settings.option_name(f.name), str(value)]
-    return words
+    def _differences(self, preset: str) -> dict[str, Any]:
+        """Settings that differ from a preset's; the two that everybody asks for are among them."""
+        usual = Experiment.of(preset=preset, simulated=self.simulated)
+        return {
+            f.name: value
+            for part in ("serving", "workload", "model", "trials")
+            for f in fields(PARTS[part])
+            for value in [getattr(getattr(self, part), f.name)]
+            if value is not None and value is not False
+            if value != getattr(getattr(usual, part), f.name)
+            or f.name in ("batch_size", "queue_size")
+        }
+
+
+PARTS: Mapping[str, Any] = {
+    "workload": WorkloadSpec,
+    "model": ModelSpec,
+    "serving": ServingSpec,
+    "trials": TrialsSpec,
+}
+"""An experiment's specs; no two have a field of one name."""

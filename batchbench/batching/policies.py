@@ -30,6 +30,14 @@ class View(Protocol):
         """Requests that are due and not admitted, in the order of the queue."""
 
     @property
+    def oldest(self) -> Request:
+        """Of ``waiting`` the one that has waited longest.
+
+        Raises:
+            IndexError: nobody waits.
+        """
+
+    @property
     def free(self) -> int:
         """Number of slots that nobody holds."""
 
@@ -43,11 +51,15 @@ class View(Protocol):
 
     @property
     def more_to_come(self) -> bool:
-        """Whether requests may come that are not due yet."""
+        """Whether requests will come that are not due yet, also if nobody is admitted."""
 
 
 class Policy(Protocol):
-    """The two decisions."""
+    """The two decisions.
+
+    A policy may have an attribute ``order``, a key of :data:`batchbench.batching.queue.ORDERS`: the
+    queue is then sorted so, whatever ``--order`` says.
+    """
 
     def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
         """The waiting requests that join now, at most ``view.free``; and a time (ns) at which to
@@ -61,15 +73,58 @@ class Static:
     """Requests are served in batches; a batch runs until its longest request is done.
 
     A finished request holds its slot, and goes on being computed, until the whole batch is done.
+    A batch closes when it is full, or else ``max_wait_ns`` after its oldest request was due (as in
+    Triton's dynamic batcher): 0 takes what is there. None waits for a full batch for as long as
+    more requests will come.
     """
+
+    def __init__(self, max_wait_ns: int | None = 0) -> None:
+        self._max_wait_ns = max_wait_ns
 
     def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
         """A new batch when no request is running."""
-        return ((), None) if view.running else (view.waiting[: view.free], None)
+        if view.running:
+            return (), None
+        if len(view.waiting) < view.free:
+            if self._max_wait_ns is None:
+                if view.more_to_come:
+                    return (), None
+            elif view.now < (closes := view.oldest.due_ns + self._max_wait_ns):
+                return (), closes
+        return self._batch(view), None
 
     def release(self, view: View) -> Iterable[int]:
         """The whole batch at once."""
         return () if view.running else view.finished
+
+    def _batch(self, view: View) -> Sequence[Request]:
+        return view.waiting[: view.free]
+
+
+class _Sorted(Static):
+    """The queue is sorted and cut into batches; the one that holds the oldest request is served.
+
+    So batches hold requests that are alike, and nobody waits for ever.
+    """
+
+    def _batch(self, view: View) -> Sequence[Request]:
+        begin = view.waiting.index(view.oldest) // view.free * view.free
+        return view.waiting[begin : begin + view.free]
+
+
+class Bucketed(_Sorted):
+    """Static batches of prompts of like length, so that little is computed for padding."""
+
+    order = "longest-prompt-first"
+
+
+class Oracle(_Sorted):
+    """Static batches of outputs of like length, known beforehand: the best that static can do.
+
+    Of all ways to cut a queue into batches this one has the fewest steps.
+    """
+
+    order = "longest-first"
 
 
 class Continuous:
@@ -85,11 +140,21 @@ class Continuous:
         return view.finished
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {"static": Static, "continuous": Continuous}
+POLICIES: dict[str, Callable[[int], Policy]] = {
+    "static": Static,
+    "static-fixed": lambda max_wait_ns: Static(None),
+    "static-bucketed": Bucketed,
+    "static-oracle": Oracle,
+    "continuous": lambda max_wait_ns: Continuous(),
+}
+"""Each made with the time in ns that it may wait for a batch to fill."""
+
+WAITING = ("static", "static-bucketed", "static-oracle")
+"""Those that wait as long as they are told."""
 
 
-def make_policy(name: str) -> Policy:
-    """A policy by name, or one of yours as ``package.module:Class``.
+def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
+    """A policy by name, or one of yours as ``package.module:Class``, made without arguments.
 
     Raises:
         UsageError: no such policy, or it cannot be imported or made, or lacks a method.
@@ -100,7 +165,7 @@ def make_policy(name: str) -> Policy:
                 f"--strategy {name}: must be one of {', '.join(POLICIES)}, generate_batch, "
                 "or a class of yours as package.module:Class"
             )
-        return POLICIES[name]()
+        return POLICIES[name](max_wait_ns)
     module_name, _, class_name = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:  # as `python -m` does, so that a file beside you can be named

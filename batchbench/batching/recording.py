@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from batchbench.workloads import Request, Workload
 
 Ints = NDArray[np.int64]
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file format that :meth:`Recording.save` writes."""
 
 
@@ -48,7 +49,7 @@ class RequestLog:
     Slot and steps are -1 where a strategy that schedules for itself does not show them.
     """
 
-    due_ns: Ints
+    due_ns: Ints  # when it truly was due: in a closed loop not before there was room
     prompt_tokens: Ints
     output_tokens: Ints  # produced
     slot: Ints
@@ -79,6 +80,20 @@ class ChunkLog:
 
 
 @dataclass(frozen=True, eq=False)
+class WaitLog:
+    """A row a wait, ``[waits]`` each: nothing could be computed before some time.
+
+    It tells the time in which there was nothing to do from the time that the loop itself took.
+    """
+
+    step: Ints  # steps launched before it
+    start_ns: Ints
+    until_ns: Ints  # what was waited for: a request, or a time at which to ask the policy again
+    end_ns: Ints
+    waiting: Ints  # requests that are due and not in a slot
+
+
+@dataclass(frozen=True, eq=False)
 class Recording:
     """One trial.
 
@@ -93,6 +108,7 @@ class Recording:
     requests: RequestLog
     spans: SpanLog
     chunks: ChunkLog
+    waits: WaitLog
     ends_ns: Ints | None
     step_ns: Ints | None
     tokens: NDArray[np.int32] | None
@@ -139,6 +155,35 @@ class Recording:
             starts = starts + nth * np.repeat(self.step_ns, self.spans.steps)
         return starts
 
+    def ends_of(self, steps: Ints) -> Ints:
+        """End of each of these steps, given by number: without a list of all steps."""
+        if self.ends_ns is not None:
+            return self.ends_ns[steps]
+        assert self.step_ns is not None
+        span = self.spans_of(steps)
+        nth = steps - self.first_steps[span]
+        ends: Ints = self.spans.start_ns[span] + (nth + 1) * self.step_ns[span]
+        return ends
+
+    def starts_of(self, steps: Ints) -> Ints:
+        """Start of each of these steps, given by number: without a list of all steps."""
+        span = self.spans_of(steps)
+        nth = steps - self.first_steps[span]
+        starts = self.spans.start_ns[span]
+        if self.ends_ns is not None:
+            return np.where(nth > 0, self.ends_ns[steps - 1], starts)
+        assert self.step_ns is not None
+        return starts + nth * self.step_ns[span]
+
+    def spans_of(self, steps: Ints) -> Ints:
+        """Number of the span in which each of these steps lies."""
+        return np.searchsorted(self.first_steps, steps, side="right") - 1
+
+    @cached_property
+    def span_ends_ns(self) -> Ints:
+        """End of each span's last step, ``[spans]``."""
+        return self.ends_of(self.first_steps + self.spans.steps - 1)
+
     @property
     def duration_ns(self) -> int:
         """Start of the trial to the last token of the last request."""
@@ -149,14 +194,14 @@ class Recording:
         """When each request had its first token, ``[requests]``."""
         if self.token_ends_ns is not None:
             return self.token_ends_ns[self.token_offsets[:-1]]
-        return self.step_ends_ns[self.requests.first]
+        return self.ends_of(self.requests.first)
 
     @cached_property
     def last_token_ns(self) -> Ints:
         """When each request had its last token, ``[requests]``."""
         if self.token_ends_ns is not None:
             return self.token_ends_ns[self.token_offsets[1:] - 1]
-        return self.step_ends_ns[self.requests.last]
+        return self.ends_of(self.requests.last)
 
     @cached_property
     def token_offsets(self) -> Ints:
@@ -199,18 +244,20 @@ class Recording:
         workload: Workload,
         tokens: Sequence[Sequence[int]],
         ends_ns: Sequence[Sequence[int]],
+        due_ns: Ints | None = None,
     ) -> Recording:
         """Of a strategy that shows no steps: each request's tokens, and when each was there.
 
         Args:
             ends_ns: a list a request, as long as its tokens; nanoseconds since the trial's start.
+            due_ns: when each request truly was due; None where that is as the workload says.
         """
         counts = np.array([len(of_request) for of_request in tokens], np.int64)
         if not counts.all() or [len(of_request) for of_request in ends_ns] != counts.tolist():
             raise ValueError("each request needs at least one token, and a time for each")
         unknown, none = np.full(len(workload), -1, np.int64), np.zeros(0, np.int64)
         requests = RequestLog(
-            due_ns=workload.due_ns,
+            due_ns=workload.due_ns if due_ns is None else due_ns,
             prompt_tokens=workload.prompt_tokens,
             output_tokens=counts,
             **dict.fromkeys(("slot", "admitted", "first", "last", "released"), unknown),
@@ -220,6 +267,7 @@ class Recording:
             requests=requests,
             spans=SpanLog(none, none, none, none, none),
             chunks=ChunkLog(none, none, none),
+            waits=WaitLog(none, none, none, none, none),
             ends_ns=None,
             step_ns=None,
             tokens=np.fromiter(chain.from_iterable(tokens), np.int32, counts.sum()),
@@ -236,7 +284,7 @@ class Recording:
                 json.dumps({"format": FORMAT, **header}, allow_nan=False).encode(), np.uint8
             )
         }
-        for log in ("requests", "spans", "chunks"):
+        for log in ("requests", "spans", "chunks", "waits"):
             for column in fields(getattr(self, log)):
                 arrays[f"{log}.{column.name}"] = getattr(getattr(self, log), column.name)
         for name in ("ends_ns", "step_ns", "tokens", "token_ends_ns"):
@@ -264,6 +312,7 @@ class Recording:
                         ("requests", RequestLog),
                         ("spans", SpanLog),
                         ("chunks", ChunkLog),
+                        ("waits", WaitLog),
                     )
                 }
                 times = ("ends_ns", "step_ns", "token_ends_ns")
@@ -300,13 +349,12 @@ class Recorder:
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
-        count = len(workload)
-        self._slot, self._admitted, self._first, self._last, self._released = (
-            np.full(count, -1, np.int64) for _ in range(5)
+        # Arrays of machine integers: a million requests leave millions of rows.
+        self._due, self._slot, self._admitted, self._first, self._last, self._released = (
+            array("q", [-1]) * len(workload) for _ in range(6)
         )
         self._occupant: dict[int, int] = {}  # slot -> index of the request
-        self._spans: list[tuple[int, int, int, int]] = []
-        self._chunks: list[tuple[int, int, int]] = []
+        self._spans, self._chunks, self._waits = (array("q") for _ in range(3))
         self.steps = 0
 
     def launched(self, plan: Plan, steps: int, waiting: int) -> None:
@@ -316,13 +364,18 @@ class Recorder:
         for request, slot, start, stop in plan.chunks:
             index = request.index
             if start == 0:
+                self._due[index] = request.due_ns
                 self._slot[index], self._admitted[index] = slot, self.steps
                 self._occupant[slot] = index
             if stop == request.prompt_tokens:
                 self._first[index] = self.steps
-            self._chunks.append((index, start, stop))
-        self._spans.append((steps, len(plan.slots), waiting, len(plan.chunks)))
+            self._chunks.extend((index, start, stop))
+        self._spans.extend((steps, len(plan.slots), waiting, len(plan.chunks)))
         self.steps += steps
+
+    def waited(self, start_ns: int, until_ns: int, end_ns: int, waiting: int) -> None:
+        """Nothing was computed from ``start_ns`` to ``end_ns``, while ``waiting`` waited."""
+        self._waits.extend((self.steps, start_ns, until_ns, end_ns, waiting))
 
     def finished(self, request: Request) -> None:
         """``request`` got its last token in the last step launched."""
@@ -332,33 +385,41 @@ class Recorder:
         """The log, with the times and tokens that the engine tells."""
         for index in self._occupant.values():
             self._released[index] = self.steps
-        spans = np.array(self._spans, np.int64).reshape(-1, 4)
-        chunks = np.array(self._chunks, np.int64).reshape(-1, 3)
-        span_log = SpanLog(spans[:, 0], ran.start_ns, spans[:, 1], spans[:, 2], spans[:, 3])
+        spans, chunks, waits = (
+            np.array(log, np.int64).reshape(-1, width)
+            for log, width in ((self._spans, 4), (self._chunks, 3), (self._waits, 5))
+        )
+        span_log = SpanLog(*np.insert(spans, 1, ran.start_ns, axis=1).T.copy())
         produced, tokens = self._workload.output_tokens, None
         if ran.tokens is not None:
             produced, tokens = self._tokens(span_log, ran.tokens)
         requests = RequestLog(
-            due_ns=self._workload.due_ns,
+            due_ns=np.array(self._due),
             prompt_tokens=self._workload.prompt_tokens,
             output_tokens=produced,
-            slot=self._slot,
-            admitted=self._admitted,
-            first=self._first,
-            last=self._last,
-            released=self._released,
+            slot=np.array(self._slot),
+            admitted=np.array(self._admitted),
+            first=np.array(self._first),
+            last=np.array(self._last),
+            released=np.array(self._released),
         )
-        chunk_log = ChunkLog(chunks[:, 0], chunks[:, 1], chunks[:, 2])
-        return Recording(header, requests, span_log, chunk_log, ran.ends_ns, ran.step_ns, tokens)
+        return Recording(
+            header,
+            requests,
+            span_log,
+            ChunkLog(*chunks.T.copy()),
+            WaitLog(*waits.T.copy()),
+            ran.ends_ns,
+            ran.step_ns,
+            tokens,
+        )
 
     def _tokens(self, spans: SpanLog, by_step: NDArray[np.int32]) -> tuple[Ints, NDArray[np.int32]]:
         """Number and values of each request's tokens, picked out of ``[steps, slots]``."""
         decodes = np.repeat(spans.decoding > 0, spans.steps)
         picked = [
             by_step[token_steps(decodes, first, last), slot]
-            for first, last, slot in zip(
-                self._first.tolist(), self._last.tolist(), self._slot.tolist(), strict=True
-            )
+            for first, last, slot in zip(self._first, self._last, self._slot, strict=True)
         ]
         counts = np.array([len(tokens) for tokens in picked], np.int64)
         return counts, np.concatenate(picked)

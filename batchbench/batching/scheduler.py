@@ -11,10 +11,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchbench.batching.plan import Chunk, Plan, Wait
 from batchbench.batching.policies import Policy
-from batchbench.batching.queue import WaitingQueue
+from batchbench.batching.queue import ORDERS, WaitingQueue
 from batchbench.errors import UsageError
 from batchbench.workloads import Arrivals, Request
 
@@ -35,7 +36,8 @@ class Scheduler:
         arrivals: where requests come from.
         policy: who may join, and when a slot becomes free.
         slots: the batch size.
-        order: how the queue is sorted, a key of :data:`batchbench.batching.queue.ORDERS`.
+        order: how the queue is sorted, a key of :data:`batchbench.batching.queue.ORDERS`, if the
+            policy does not say it.
         prefill: ``separate`` gives newcomers a pass of their own, in which running requests
             stall; ``mixed`` lets their prompts ride along with the running requests.
         max_batched_tokens: most tokens one mixed pass may compute; running requests come first.
@@ -60,10 +62,10 @@ class Scheduler:
                 f"({slots}), or no prompt could ever join a full batch"
             )
         self.now = 0
-        self.waiting = WaitingQueue(order)
+        self.waiting = WaitingQueue(_own_order(policy) or order)
         self.finished: dict[int, None] = {}  # slots, in the order in which they came to be done
         self._released: list[int] = []  # since the last plan
-        self._arrivals = arrivals
+        self.arrivals = arrivals
         self._policy = policy
         self._mixed = prefill == "mixed"
         self._max_batched_tokens = max_batched_tokens
@@ -78,11 +80,16 @@ class Scheduler:
         self._offset = np.zeros(slots, np.int64)
         self._growing = np.zeros(slots, np.int64)
         self._decoding = np.zeros(slots, np.bool_)  # running, or done and still held
-        self._rows = np.flatnonzero(self._decoding)
+        self._rows: NDArray[np.int64] | None = None  # where that is so; None: to be found anew
         self._ends: list[tuple[int, int, int]] = []  # (decode count at the end, index, slot)
         self._running = 0  # decoding and not done
 
     # What a policy sees (policies.View)
+
+    @property
+    def oldest(self) -> Request:
+        """Who has waited longest; raises IndexError where nobody waits."""
+        return self.waiting.oldest
 
     @property
     def free(self) -> int:
@@ -96,8 +103,9 @@ class Scheduler:
 
     @property
     def more_to_come(self) -> bool:
-        """Whether requests may come that are not due yet."""
-        return self._arrivals.next_due is not None
+        """Whether requests will come that are not due yet, also if nobody is admitted."""
+        arrivals = self.arrivals
+        return arrivals.next_due is not None or (arrivals.more and self.running > 0)
 
     @property
     def num_waiting(self) -> int:
@@ -109,7 +117,7 @@ class Scheduler:
     def plan(self, now: int) -> Plan | Wait | None:
         """What to compute next; a time to wait for; or None when all is done."""
         self.now = now
-        if due := self._arrivals.due(now):
+        if due := self.arrivals.due(now):
             self.waiting.push(due)
         if self.finished:
             self._release()
@@ -120,14 +128,14 @@ class Scheduler:
             return Plan(chunks, none, none, none, self._given_up(), 1, None)
         if not chunks and not self._running:
             return self._idle(ask_again)
-        rows = self._rows
+        rows = self._rows_now()
         growing = self._growing[rows]
         positions = self._offset[rows] + growing * self._decodes
         repeat = 1
         if self._lengths_known and not chunks:
             repeat = self._ends[0][0] - self._decodes
         # Also with no slot free: who waits is in the log, and a policy may answer to it.
-        times = [t for t in (ask_again, self._arrivals.next_due) if t is not None]
+        times = [t for t in (ask_again, self.arrivals.next_due) if t is not None]
         until = min(times, default=None)
         return Plan(chunks, rows, positions, growing, self._given_up(), repeat, until)
 
@@ -157,14 +165,16 @@ class Scheduler:
             self._start(chunk)
             if chunk.request.output_tokens == 1:
                 done.append((chunk.slot, self._finish(chunk.slot)))
-        if plan.chunks and any(chunk.yields for chunk in plan.chunks):
-            self._rows = np.flatnonzero(self._decoding)
         done += [(slot, self._finish(slot)) for slot in stopped if self._growing[slot]]
-        for _, request in done:
-            self._arrivals.finished(request, self.now)
         return done
 
     # Moves
+
+    def _rows_now(self) -> NDArray[np.int64]:
+        """Slots that decode."""
+        if self._rows is None:
+            self._rows = self._decoding.nonzero()[0]
+        return self._rows
 
     def _release(self) -> None:
         released = tuple(self._policy.release(self))
@@ -177,7 +187,7 @@ class Scheduler:
             heapq.heappush(self._free, slot)
         if released:
             self._released.extend(released)
-            self._rows = np.flatnonzero(self._decoding)
+            self._rows = None
 
     def _given_up(self) -> tuple[int, ...]:
         released, self._released = tuple(self._released), []
@@ -203,7 +213,7 @@ class Scheduler:
             return tuple(
                 Chunk(n.request, n.slot, n.done, n.request.prompt_tokens) for n in self._newcomers
             )
-        budget = self._max_batched_tokens - len(self._rows)
+        budget = self._max_batched_tokens - len(self._rows_now())
         chunks: list[Chunk] = []
         for newcomer in self._newcomers:
             budget -= self._cut(newcomer, budget, chunks)
@@ -232,6 +242,7 @@ class Scheduler:
         self._offset[slot] = request.prompt_tokens - self._decodes
         self._growing[slot] = 1
         self._decoding[slot] = True
+        self._rows = None
         self._running += 1
         if request.output_tokens > 1:
             end = self._decodes + request.output_tokens - 1
@@ -249,7 +260,7 @@ class Scheduler:
 
     def _idle(self, ask_again: int | None) -> Wait | None:
         """Nobody runs: wait for somebody, or be done."""
-        times = [t for t in (ask_again, self._arrivals.next_due) if t is not None]
+        times = [t for t in (ask_again, self.arrivals.next_due) if t is not None]
         if times:
             return Wait(min(times))
         if self.waiting:
@@ -259,3 +270,14 @@ class Scheduler:
                 "and nothing more will come: it would wait for ever"
             )
         return None
+
+
+def _own_order(policy: Policy) -> str | None:
+    """How a policy wants the queue sorted, if it says so."""
+    order: str | None = getattr(policy, "order", None)
+    if order is not None and order not in ORDERS:
+        raise UsageError(
+            f"the policy {type(policy).__name__} has order = {order!r}: must be one of "
+            f"{', '.join(ORDERS)}"
+        )
+    return order

@@ -12,7 +12,7 @@ from batchbench.batching.policies import make_policy
 from batchbench.batching.recording import Header, Recorder, Recording
 from batchbench.batching.scheduler import Scheduler
 from batchbench.batching.watch import Progress, Watch
-from batchbench.workloads import Timetable, Workload
+from batchbench.workloads import Workload, make_arrivals
 
 _TURN_NS = 100_000_000
 """On a real clock no call of the engine is longer, for the display and for Ctrl-C."""
@@ -39,15 +39,17 @@ class Batcher:
     order: str = "fifo"
     prefill: str = "separate"
     max_batched_tokens: int = 2048
+    max_wait_ns: int = 0
     max_repeat: int | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
         """Plan, run, apply, until all is done."""
         engine, clock = self.engine, self.engine.clock
+        arrivals = make_arrivals(workload)
         scheduler = Scheduler(
-            Timetable(workload),
-            make_policy(self.name),
+            arrivals,
+            make_policy(self.name, max_wait_ns=self.max_wait_ns),
             self.slots,
             order=self.order,
             prefill=self.prefill,
@@ -59,15 +61,23 @@ class Batcher:
         engine.begin(workload)
         while (plan := scheduler.plan(clock.now())) is not None:
             if isinstance(plan, Wait):
+                began = clock.now()
+                progress.idle(began, plan.until)
+                watch.idles(progress)
                 clock.wait_until(plan.until)
+                recorder.waited(began, plan.until, clock.now(), scheduler.num_waiting)
                 continue
             launched = engine.run(self._shortened(plan, recorder.steps, clock.now()))
             recorder.launched(plan, launched, scheduler.num_waiting)
             stopped = engine.stopped(plan) if workload.stop_at_eos else ()
             finished = scheduler.apply(plan, launched, stopped)
+            if finished and arrivals.closed_loop:
+                engine.wait()  # whoever comes next is due at the end of this step
+            ended = clock.now()
             for _, request in finished:
                 recorder.finished(request)
-            progress.advance(plan, launched, len(finished), clock.now())
+                arrivals.finished(request, ended)
+            progress.advance(plan, launched, len(finished), ended)
             watch.progressed(progress)
         header = Header(
             strategy=self.name,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from batchbench.batching.plan import Plan
 
 
@@ -20,15 +22,22 @@ class Progress:
     steps: int = 0
     tokens: int = 0
     now_ns: int = 0
+    idle_until_ns: int | None = None  # while nothing can be computed before then
 
     def advance(self, plan: Plan, launched: int, finished: int, now_ns: int) -> None:
         """Count ``launched`` passes of ``plan``."""
-        growing = int(plan.growing.sum()) if len(plan.slots) else 0
+        self.idle_until_ns = None
+        growing = np.count_nonzero(plan.growing)
         self.done += finished
         self.slots_in_use = growing + len(plan.chunks)
         self.steps += launched
         self.tokens += growing * launched + sum(chunk.yields for chunk in plan.chunks)
         self.now_ns = now_ns
+
+    def idle(self, now_ns: int, until_ns: int) -> None:
+        """Nothing can be computed before ``until_ns``."""
+        self.slots_in_use = 0
+        self.now_ns, self.idle_until_ns = now_ns, until_ns
 
 
 class Watch:
@@ -45,6 +54,9 @@ class Watch:
 
     def progressed(self, progress: Progress) -> None:
         """Some steps were run."""
+
+    def idles(self, progress: Progress) -> None:
+        """Nothing can be computed before ``progress.idle_until_ns``."""
 
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
         """A trial is done."""

@@ -12,6 +12,7 @@ import typer
 
 from batchbench.batching.experiment import ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
+from batchbench.batching.presets import Basis
 from batchbench.cli.options import OutputSpec, with_options
 from batchbench.errors import Interrupted
 from batchbench.studies.climb import Climb, LadderSpec
@@ -26,6 +27,7 @@ LADDER_HELP = """Serve one workload in ever faster ways, beside what this machin
 Example: batchbench ladder --rungs notebook,generate_batch,packed"""
 
 _SPECS = {
+    "basis": Basis,
     "serving": ServingSpec,
     "workload": WorkloadSpec,
     "model": ModelSpec,
@@ -37,18 +39,20 @@ _SPECS = {
 _DECIDED = (
     "strategy",
     "engine",
+    "max_wait",
     "prefill",
+    "execution",
     "stop_at_eos",
     "trials",
     "max_time",
     "dry_run",
-    "price_per_hour",
 )
 """Options of a run that are what the rungs differ in, or that a ladder has no use for."""
 
 
-@with_options(_SPECS, without=_DECIDED)
+@with_options(_SPECS, omit=_DECIDED)
 def ladder(
+    basis: Basis,
     serving: ServingSpec,
     workload: WorkloadSpec,
     model: ModelSpec,
@@ -59,7 +63,7 @@ def ladder(
     """Climb it."""
     from batchbench.reports.destination import check_folder, default_folder, remove_if_empty
 
-    asked = Climb(workload, model, serving, trials, ladder)
+    asked = Climb(workload, model, serving, trials, ladder, basis.preset)
     folder = output.output or default_folder(model.model, "-ladder")
     made = check_folder(folder, overwrite=output.overwrite, holds="ladder.json")
     try:

@@ -13,6 +13,7 @@ import typer
 import batchbench
 from batchbench.cli import ladder as climbing
 from batchbench.cli import run as running
+from batchbench.cli import sweep as sweeping
 from batchbench.errors import BatchbenchError
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ def _root(
 
 app.command("run", help=running.RUN_HELP)(running.run)
 app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
+app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
 app.command("ladder", help=climbing.LADDER_HELP)(climbing.ladder)
 app.command("report", help=running.REPORT_HELP)(running.report)
 

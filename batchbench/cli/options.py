@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import typer
 
 from batchbench import settings
+from batchbench.batching.presets import Basis
 from batchbench.settings import setting
+from batchbench.studies.numbers import parse_numbers
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,6 @@ class OutputSpec:
     dry_run: bool = setting(
         False, "Say how many steps, how much memory and time it would take, and stop.", "Output"
     )
-    price_per_hour: float | None = setting(
-        None,
-        "Price of the machine an hour: adds the cost of a million output tokens.",
-        "Output",
-        min=0.0,
-    )
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -48,42 +44,136 @@ class OutputSpec:
 def with_options(
     specs: Mapping[str, type],
     defaults: Mapping[str, Any] | None = None,
-    without: Collection[str] = (),
+    omit: Collection[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of several specs; it is called with the specs, parsed.
+
+    Where :class:`Basis` is among the specs, a setting is taken from the options if given there,
+    else from ``--workload``'s file, else from ``--preset``, else from the defaults. Parameters of
+    the command that are no specs (an argument, say) stay as they are.
 
     Args:
         specs: argument name of the command: dataclass whose fields are made with ``setting``.
         defaults: by field name, where a command's default is not the spec's.
-        without: names of fields that the command decides itself; they have no option.
+        omit: fields that the command has no use for, and so no option.
     """
 
-    def offered(field: dataclasses.Field[Any]) -> bool:
-        return field.name not in without
-
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for name, p in inspect.signature(command).parameters.items() if name not in specs]
+
         @functools.wraps(command)
-        def call(**values: Any) -> None:
+        def call(context: typer.Context, **values: Any) -> None:
+            kept = {parameter.name: values.pop(parameter.name) for parameter in own}
+            given = _given(context, values)
+            layers = settings.make_spec(Basis, given).layers() if Basis in specs.values() else []
+            found = settings.layered(specs.values(), defaults or {}, *layers, given)
             command(
-                **{
-                    name: spec(
-                        **{f.name: values[f.name] for f in dataclasses.fields(spec) if offered(f)}
-                    )
-                    for name, spec in specs.items()
-                }
+                **kept, **{name: settings.make_spec(spec, found) for name, spec in specs.items()}
             )
 
-        parameters = [
-            _parameter(spec, field, (defaults or {}).get(field.name, field.default))
-            for spec in specs.values()
-            for field in dataclasses.fields(spec)
-            if offered(field)
-        ]
-        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        call.__annotations__ = {p.name: p.annotation for p in parameters}
-        return call
+        return _signed(
+            call,
+            [
+                *(_evaluated(command, parameter) for parameter in own),
+                *(
+                    _parameter(spec, field, (defaults or {}).get(field.name, field.default))
+                    for spec in specs.values()
+                    for field in dataclasses.fields(spec)
+                    if field.name not in omit
+                ),
+            ],
+        )
 
     return decorate
+
+
+def with_grid(
+    swept: Mapping[str, type], specs: Mapping[str, type]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of several specs, each of which may have many values.
+
+    It is called with ``axes``: the values of each option that was given, by field name; an option
+    that is given once has one. Numbers come as lists and ranges, a flag as ``--flag --no-flag``,
+    other options are repeated; an option that ``run`` too takes several times is one value.
+
+    Args:
+        swept: specs whose fields may have many values.
+        specs: argument name of the command: specs of its own, parsed as by :func:`with_options`.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        fields = [(spec, field) for spec in swept.values() for field in dataclasses.fields(spec)]
+
+        @functools.wraps(command)
+        def call(context: typer.Context, **values: Any) -> None:
+            given = _given(context, values)
+            axes = {
+                field.name: _axis(spec, field, given.pop(field.name))
+                for spec, field in fields
+                if field.name in given
+            }
+            own = {name: settings.make_spec(spec, given) for name, spec in specs.items()}
+            command(axes=axes, **own)
+
+        parameters = [_parameter(spec, field, field.default, swept=True) for spec, field in fields]
+        own = [
+            _parameter(spec, field, field.default)
+            for spec in specs.values()
+            for field in dataclasses.fields(spec)
+        ]
+        return _signed(call, [*parameters, *own])
+
+    return decorate
+
+
+def _signed(
+    call: Callable[..., None], parameters: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """The function with the signature from which Typer makes its options."""
+    context = inspect.Parameter(
+        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
+    signature = inspect.Signature([context, *parameters])
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return call
+
+
+def _given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were typed, even if what was typed is the default."""
+    sources = {name: context.get_parameter_source(name) for name in values}
+    return {
+        # An option that may be repeated comes as a list.
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if (source := sources[name]) is not None and not source.name.startswith("DEFAULT")
+    }
+
+
+def _axis(spec: type, field: dataclasses.Field[Any], given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values given to a swept option, each once."""
+    hint = typing.get_type_hints(spec)[field.name]
+    if hint == tuple[str, ...]:
+        return (given,)
+    kind = _number(hint)
+    if kind is None:
+        return tuple(dict.fromkeys(Path(v) if hint == Path | None else v for v in given))
+    option = settings.option_name(field.name)
+    found = [number for text in given for number in parse_numbers(text, kind, option)]
+    return tuple(dict.fromkeys(found))
+
+
+def _number(hint: Any) -> type[int] | type[float] | None:
+    """The kind of number that a field holds, if it does."""
+    if hint in (int, int | None):
+        return int
+    return float if hint in (float, float | None) else None
+
+
+def _evaluated(command: Callable[..., None], parameter: inspect.Parameter) -> inspect.Parameter:
+    """A command's own parameter, its annotation no longer text."""
+    hint = typing.get_type_hints(command, include_extras=True)[parameter.name]
+    return parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY)
 
 
 _METAVARS: dict[Any, str] = {
@@ -95,19 +185,33 @@ _METAVARS: dict[Any, str] = {
 }
 
 
-def _parameter(spec: type, field: dataclasses.Field[Any], default: Any) -> inspect.Parameter:
+def _parameter(
+    spec: type, field: dataclasses.Field[Any], default: Any, *, swept: bool = False
+) -> inspect.Parameter:
+    """An option; ``swept`` ones have no default of their own, so that it shows which were given."""
     known = settings.about(field)
     hint = typing.get_type_hints(spec)[field.name]
+    name, metavar = settings.option_name(field.name), known.metavar or _METAVARS.get(hint)
+    if hint == tuple[str, ...]:  # given once a value
+        hint, default = list[str], list(default)
     help = known.help
     if known.choices and not all(choice in help for choice in known.choices):
         help = f"{help.rstrip('.')}: {', '.join(known.choices)}."
-    shown: bool | str = known.default_text or (default is not None and hint is not bool)
+    shown: bool | str = known.default_text or (default not in (None, []) and hint is not bool)
+    if swept:
+        shown = str(default) if shown is True else shown
+        if hint is bool:
+            name, hint = f"{name}/{name.replace('--', '--no-', 1)}", list[bool] | None
+        elif hint != list[str]:
+            metavar = f"{metavar},…" if _number(hint) else metavar
+            hint = list[str] | None
+        default = None
     option = typer.Option(
         default,
-        settings.option_name(field.name),
+        name,
         help=help,
         rich_help_panel=known.panel,
-        metavar=known.metavar or _METAVARS.get(hint, field.name.upper()),
+        metavar=metavar or field.name.upper(),
         show_default=shown,
     )
     return inspect.Parameter(

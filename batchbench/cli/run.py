@@ -12,18 +12,22 @@ import typer
 
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
+from batchbench.batching.presets import Basis
 from batchbench.cli.options import OutputSpec, with_options
 from batchbench.errors import Interrupted
+from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
     from batchbench.reports.result import Result
 
 _SPECS = {
+    "basis": Basis,
     "serving": ServingSpec,
     "workload": WorkloadSpec,
     "model": ModelSpec,
     "trials": TrialsSpec,
+    "goals": GoalsSpec,
     "output": OutputSpec,
 }
 
@@ -42,26 +46,32 @@ Example: batchbench report batchbench-results/my-run"""
 
 @with_options(_SPECS)
 def run(
+    basis: Basis,
     serving: ServingSpec,
     workload: WorkloadSpec,
     model: ModelSpec,
     trials: TrialsSpec,
+    goals: GoalsSpec,
     output: OutputSpec,
 ) -> None:
     """Measure on the model."""
-    _conduct(Experiment(workload, model, serving, trials), output)
+    asked = Experiment(workload, model, serving, trials, preset=basis.preset)
+    _conduct(asked, goals, output)
 
 
 @with_options(_SPECS, defaults={"trials": 1})
 def simulate(
+    basis: Basis,
     serving: ServingSpec,
     workload: WorkloadSpec,
     model: ModelSpec,
     trials: TrialsSpec,
+    goals: GoalsSpec,
     output: OutputSpec,
 ) -> None:
     """Measure nothing: count steps."""
-    _conduct(Experiment(workload, model, serving, trials, simulated=True), output)
+    asked = Experiment(workload, model, serving, trials, simulated=True, preset=basis.preset)
+    _conduct(asked, goals, output)
 
 
 def report(
@@ -86,7 +96,7 @@ def report(
     _show(result, files, OutputSpec(json=json, quiet=quiet))
 
 
-def _conduct(experiment: Experiment, output: OutputSpec) -> None:
+def _conduct(experiment: Experiment, goals: GoalsSpec, output: OutputSpec) -> None:
     if output.dry_run:
         _dry_run(experiment)
         return
@@ -95,7 +105,7 @@ def _conduct(experiment: Experiment, output: OutputSpec) -> None:
     folder = output.output or default_folder(experiment.model.model)
     made = check_folder(folder, overwrite=output.overwrite)
     try:
-        code = _measure_and_write(experiment, output, folder)
+        code = _measure_and_write(experiment, goals, output, folder)
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted; nothing was kept") from error
     finally:
@@ -104,7 +114,9 @@ def _conduct(experiment: Experiment, output: OutputSpec) -> None:
         raise typer.Exit(code)
 
 
-def _measure_and_write(experiment: Experiment, output: OutputSpec, folder: Path) -> int:
+def _measure_and_write(
+    experiment: Experiment, goals: GoalsSpec, output: OutputSpec, folder: Path
+) -> int:
     from batchbench.batching.conduct import conduct
     from batchbench.cli.display import make_display
 
@@ -119,7 +131,7 @@ def _measure_and_write(experiment: Experiment, output: OutputSpec, folder: Path)
     from batchbench.reports.folder import write_folder
     from batchbench.reports.result import make_result
 
-    result = make_result(outcome, output.price_per_hour)
+    result = make_result(outcome, goals)
     files = write_folder(folder, result)
     _show(result, files, replace(output, output=folder))
     if outcome.stopped and outcome.stopped.startswith("interrupted"):

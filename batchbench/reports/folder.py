@@ -13,7 +13,7 @@ from batchbench.reports.figures import draw, render
 from batchbench.reports.figures.ladder import draw_ladder
 from batchbench.reports.ladder import LadderResult
 from batchbench.reports.ladder import to_json as ladder_json
-from batchbench.reports.result import Result, recording_file, recording_files, to_json
+from batchbench.reports.result import Result, recording_files, to_json
 from batchbench.reports.tables import requests_frame, steps_frame
 
 
@@ -27,9 +27,7 @@ def write_ladder(folder: Path, result: LadderResult) -> list[Path]:
     contents = {"ladder.json": ladder_json(result).encode()}
     figure = draw_ladder(result)
     contents |= {f"ladder.{format}": render(figure, format) for format in ("png", "svg")}
-    for i, trials in enumerate(result.recordings.values()):
-        for trial, recording in enumerate(trials):
-            contents[recording_file(i, trial)] = recording.save()
+    contents |= recording_files(result.recordings)
     return write_whole(folder, contents, stale=["recordings"])
 
 
@@ -81,4 +79,4 @@ def _contents(result: Result) -> Mapping[str, bytes]:
             files[f"{name}.{format}"] = render(figure, format)
     files["requests.csv"] = requests_frame(result).to_csv(index=False).encode()
     files["steps.csv"] = steps_frame(result).to_csv(index=False).encode()
-    return files | recording_files(result)
+    return files | recording_files(result.recordings)

@@ -89,7 +89,9 @@ def make_ladder(
     climbed = [
         {
             **about,
-            **_figures(recordings[about["name"]], ceilings[about["dtype"]]),
+            **_figures(
+                recordings[about["name"]], ceilings[about["dtype"]], on_cpu=model["device"] == "cpu"
+            ),
             "speedup": {
                 yardstick: _speedup(recordings, yardstick, about["name"])
                 for yardstick in YARDSTICKS
@@ -140,7 +142,7 @@ def make_card(ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
     }
 
 
-def _figures(trials: Sequence[Recording], ceiling: Ceiling) -> dict[str, Any]:
+def _figures(trials: Sequence[Recording], ceiling: Ceiling, *, on_cpu: bool) -> dict[str, Any]:
     """A rung's own figures; of several trials the median."""
     steps = [decode_steps(trial) for trial in trials]
     step_ms = _median([found.full_ms for found in steps])
@@ -154,22 +156,22 @@ def _figures(trials: Sequence[Recording], ceiling: Ceiling) -> dict[str, Any]:
         "decode_step_rows": steps[0].full_rows,
         "floor_share": None if per_s is None else ceiling.floor_s * per_s,
         "times_products": None if step_ms is None else step_ms / ceiling.reading.products_s / 1e3,
-        "outside_model": _median([outside_model(trial) for trial in trials]),
+        "outside_model": _median([outside_model(trial, on_cpu) for trial in trials]),
         # The first trial touches what later ones find touched.
         "peak_growth_bytes": _most([t.header.about.get("peak_growth_bytes") for t in trials]),
     }
 
 
-def outside_model(recording: Recording) -> float | None:
+def outside_model(recording: Recording, on_cpu: bool) -> float | None:
     """Share of the trial that passed outside the model's forward pass.
 
-    Where the model's own time cannot be told, as on a GPU, it is the time between steps, and of a
-    strategy that shows no steps none.
+    On a GPU, where the host's clock cannot tell that, the share in which no step was under way.
+    None where neither is known.
     """
     spent = recording.header.about.get("model_ns")
     if spent is not None:
         return max(0.0, 1 - float(spent) / recording.duration_ns)
-    return metrics.host_share(recording) if recording.has_steps else None
+    return metrics.host_share(recording) if recording.has_steps and not on_cpu else None
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import batchbench
+from batchbench import settings
 from batchbench.batching.conduct import Outcome, WarmUp
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Finding, Verification
@@ -24,6 +25,7 @@ from batchbench.errors import UsageError
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import Ratio, paired_ratio
+from batchbench.reports.goals import NO_GOALS, GoalsSpec, as_config, from_config
 from batchbench.workloads import Workload
 
 SCHEMA_VERSION = 1
@@ -75,14 +77,14 @@ class Result:
         return " · ".join(parts)
 
 
-def make_result(outcome: Outcome, price_per_hour: float | None = None) -> Result:
-    """The result of an experiment that was just conducted."""
+def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
+    """The result of an experiment that was just conducted, held against ``goals``."""
+    words = settings.words_of(goals, NO_GOALS)
     facts = {
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": outcome.experiment.command()
-        + (f" --price-per-hour {price_per_hour}" if price_per_hour is not None else ""),
+        "command": " ".join([outcome.experiment.command(), *words]),
         "simulated": outcome.experiment.simulated,
-        "config": {**outcome.experiment.config(), "report": {"price_per_hour": price_per_hour}},
+        "config": {**outcome.experiment.config(), "goals": as_config(goals)},
         "environment": dict(outcome.environment),
         "model": dict(outcome.model),
         "warm_up": asdict(outcome.warm_up),
@@ -117,9 +119,15 @@ def remake_result(result: Result) -> Result:
         prompt_offsets=np.concatenate([[0], np.cumsum(first.prompt_tokens)]),
         output_tokens=first.output_tokens if asked is None else np.array(asked, np.int64),
         due_ns=first.due_ns,
-        stop_at_eos=data["config"]["workload"]["stop_at_eos"],
+        stop_at_eos=asked is not None,
     )
     return _derived({key: data[key] for key in _FACTS}, workload, result.recordings)
+
+
+def regoaled(result: Result, goals: GoalsSpec) -> Result:
+    """The same result held against other goals, with everything derived anew."""
+    config = {**result.data["config"], "goals": as_config(goals)}
+    return remake_result(Result({**result.data, "config": config}, result.recordings))
 
 
 def workload_facts(workload: Workload) -> dict[str, Any]:
@@ -138,7 +146,7 @@ def workload_facts(workload: Workload) -> dict[str, Any]:
 
 
 def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recordings) -> Result:
-    price = facts["config"]["report"]["price_per_hour"]
+    goals = from_config(facts["config"]["goals"])
     checked = facts["verification"]
     verification = Verification(
         **{
@@ -157,7 +165,7 @@ def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recording
     reasons = audit(
         workload, recordings, verification, WarmUp(**facts["warm_up"]), facts["stopped"]
     )
-    strategies = {name: _strategy(trials, price) for name, trials in recordings.items()}
+    strategies = {name: _strategy(trials, goals) for name, trials in recordings.items()}
     names = list(recordings)
     comparisons = [_comparison(names[0], name, strategies, recordings) for name in names[1:]]
     data = {
@@ -172,10 +180,11 @@ def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recording
     return Result(data, recordings)
 
 
-def _strategy(trials: Sequence[Recording], price: float | None) -> dict[str, Any]:
+def _strategy(trials: Sequence[Recording], goals: GoalsSpec) -> dict[str, Any]:
     summary = metrics.summary(trials)
     per_second = summary["output_throughput"]
     assert per_second is not None
+    price = goals.price_per_hour
     cost = None if price is None else price / 3600 / per_second * 1e6
     return {
         "trials": [metrics.trial_summary(trial) for trial in trials],
@@ -287,10 +296,10 @@ def recording_file(strategy: int, trial: int) -> str:
     return f"recordings/{strategy}-{trial}.npz"
 
 
-def recording_files(result: Result) -> dict[str, bytes]:
+def recording_files(recordings: Recordings) -> dict[str, bytes]:
     """The recordings by the names under which :func:`load_result` finds them."""
     return {
         recording_file(i, trial): recording.save()
-        for i, trials in enumerate(result.recordings.values())
+        for i, trials in enumerate(recordings.values())
         for trial, recording in enumerate(trials)
     }

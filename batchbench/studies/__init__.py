@@ -1,1 +1,1 @@
-"""What runs experiments and reads their metrics: the ladder."""
+"""What runs experiments and reads their metrics: sweeps, capacity, the ladder."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from batchbench import settings
-from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec, spell_options
+from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
+from batchbench.batching.presets import NOTEBOOK
 from batchbench.settings import setting
 from batchbench.studies.rungs import ALL, RUNGS, choose_rungs
 from batchbench.workloads.spec import WorkloadSpec
@@ -49,15 +50,21 @@ class Climb:
     serving: ServingSpec = field(default_factory=ServingSpec)
     trials: TrialsSpec = field(default_factory=TrialsSpec)
     ladder: LadderSpec = field(default_factory=LadderSpec)
+    preset: str = NOTEBOOK
+
+    @property
+    def served(self) -> Experiment:
+        """What is asked but for the rungs: an experiment."""
+        return Experiment(self.workload, self.model, self.serving, self.trials, preset=self.preset)
 
     def command(self) -> str:
         """The command line that climbs it again."""
-        usual, words = Climb(), ["batchbench", "ladder"]
-        for part in ("serving", "workload", "model", "trials", "ladder"):
-            words += spell_options(getattr(self, part), getattr(usual, part))
-        return shlex.join(words)
+        words, usual = self.served.command("ladder"), LadderSpec()
+        for name, value in asdict(self.ladder).items():
+            if value != getattr(usual, name):
+                words += " " + shlex.join([settings.option_name(name), str(value)])
+        return words
 
-    def config(self) -> dict[str, dict[str, Any]]:
+    def config(self) -> dict[str, Any]:
         """All settings as JSON values, spec by spec."""
-        served = Experiment(self.workload, self.model, self.serving, self.trials).config()
-        return {**served, "ladder": {"rungs": self.ladder.rungs, "rounds": self.ladder.rounds}}
+        return {**self.served.config(), "ladder": asdict(self.ladder)}

@@ -17,7 +17,7 @@ from batchbench.batching.environment import environment, torch_environment
 from batchbench.batching.experiment import (
     GENERATE_BATCH,
 )
-from batchbench.batching.models import ModelSpec, find_model, find_tokenizer
+from batchbench.batching.models import find_model, find_tokenizer
 from batchbench.batching.peak_memory import PeakMemory
 from batchbench.batching.recording import Recording
 from batchbench.batching.strategies import Batcher, Strategy
@@ -74,6 +74,10 @@ class _Renamed(Watch):
         progress.strategy = self._name
         self._watch.progressed(progress)
 
+    def idles(self, progress: Progress) -> None:
+        progress.strategy = self._name
+        self._watch.idles(progress)
+
 
 class Ladder:
     """Made ready: workload made, models loaded, every rung's engine built.
@@ -91,8 +95,15 @@ class Ladder:
             batch_size=asked.serving.batch_size,
             vocab_size=self.source.vocab_size,
             encode=tokenizer.encode if tokenizer else None,
+            context=self.source.context,
+            note=watch.note,
         )
         check_context(self.workload, self.source)
+        if not self.workload.closed:
+            raise UsageError(
+                "a ladder tells how fast a queue is served: all requests must be there at the "
+                "start and run to their asked length; drop what lets them come over time"
+            )
         watch.note(self.source.note)
         watch.phase("loading")
         # As in a run: threads that wait for one another should soon give way (docs/log.md).
@@ -145,10 +156,17 @@ class Ladder:
 
     def _offers(self, rung: Rung, base: LoadedModel) -> bool:
         """Whether this device has that rung; if it was asked for by name, an error says why not."""
-        why = _lacking(rung, base, self.asked.model)
+        why, by_name = _lacking(rung, base), self.asked.ladder.rungs != ALL
+        if (
+            why is None
+            and rung.execution == "compile"
+            and base.device.type == "cpu"
+            and not by_name
+        ):
+            why = "compiling takes half a minute a size; name it in --rungs to see"
         if why is None:
             return True
-        if self.asked.ladder.rungs != ALL:
+        if by_name:
             raise UsageError(f"--rungs {rung.name}: {why}")
         self.left_out[rung.name] = why
         return False
@@ -172,8 +190,12 @@ class Ladder:
             cached = theirs.cache_tokens * kv_token_bytes(model.module.config, model.dtype)
             memory = {"weight_bytes": model.weight_bytes, "kv_cache_bytes": cached}
             return _Standing(rung, model, theirs, clock, memory)
-        forward = None if rung.forward is None else clock.timed(_forward(rung, model))
-        engine, memory = make_engine(rung.engine, model, serving.batch_size, longest, forward)
+        forward = None if rung.forward is None else _forward(rung, model)
+        if forward is not None and rung.execution != "compile":  # which takes it apart
+            forward = clock.timed(forward)
+        engine, memory = make_engine(
+            rung.engine, model, serving.batch_size, longest, rung.execution, forward
+        )
         batcher = Batcher(
             rung.policy,
             engine,
@@ -208,8 +230,9 @@ class Ladder:
             serving.batch_size,
             order=serving.order,
             prefill="mixed",
+            max_batched_tokens=serving.token_budget,
         )
-        planned = batcher.serve(replace(self.workload, stop_at_eos=False), Watch())
+        planned = batcher.serve(self.workload, Watch())
         rows = np.repeat(planned.spans.decoding, planned.spans.steps)
         pure = (rows > 0) & (np.repeat(planned.spans.chunks, planned.spans.steps) == 0)
         if not pure.any():
@@ -258,7 +281,7 @@ class Ladder:
         about = {
             **found.header.about,
             "rung": name,
-            "model_ns": clock.ns if device.type == "cpu" else None,
+            "model_ns": clock.ns if device.type == "cpu" and clock.ns else None,
             "peak_growth_bytes": peak.growth_bytes,
         }
         return replace(found, header=replace(found.header, strategy=name, about=about))
@@ -287,7 +310,7 @@ class Ladder:
         return found
 
 
-def _lacking(rung: Rung, base: LoadedModel, spec: ModelSpec) -> str | None:
+def _lacking(rung: Rung, base: LoadedModel) -> str | None:
     """Why this model on this device has no such rung; None where it has."""
     from batchbench.batching.engines.torch.forward import is_plain_gpt2
     from batchbench.batching.engines.torch.packed import packed_ops
@@ -303,6 +326,8 @@ def _lacking(rung: Rung, base: LoadedModel, spec: ModelSpec) -> str | None:
     own = is_plain_gpt2(base.module.config)
     if rung.forward in ("lean", "packed") and not own and rung.dtype is None:
         return "only the GPT-2 family has a forward pass of its own"
+    if rung.execution == "graph" and base.device.type != "cuda":
+        return "CUDA graphs need a CUDA device"
     if rung.forward == "packed" and rung.dtype is None:
         if base.device.type != "cpu":
             return "weights are packed on a CPU only"
@@ -320,4 +345,4 @@ def _forward(rung: Rung, model: LoadedModel) -> Forward:
 
     if rung.forward == "transformers":
         return TransformersForward(model)
-    return GPT2Forward(model, pack=False) if rung.forward == "lean" else make_forward(model)
+    return GPT2Forward(model, packed=False) if rung.forward == "lean" else make_forward(model)

@@ -16,7 +16,8 @@ class Rung:
     """One way to serve.
 
     ``forward`` is the pass that the slots engine makes: ``transformers``, or GPT-2's own with its
-    weights as they are (``lean``) or ``packed``. ``dtype`` is None where it is the model's.
+    weights as they are (``lean``) or ``packed``. ``execution`` is how its decode passes are
+    computed. ``dtype`` is None where it is the model's.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Rung:
     engine: str = "slots"
     prefill: str = "mixed"
     forward: str | None = None
+    execution: str = "eager"
     dtype: str | None = None
 
 
@@ -35,8 +37,10 @@ RUNGS: Sequence[Rung] = (
     Rung("slots", "one lasting cache", prefill="separate", forward="transformers"),
     Rung("mixed", "prompts alongside", forward="transformers"),
     Rung("lean", "own forward pass", forward="lean"),
+    Rung("compile", "compiled code", forward="lean", execution="compile"),
+    Rung("graph", "CUDA graphs", forward="lean", execution="graph"),
     Rung("packed", "weights packed", forward="packed"),
-    Rung("bfloat16", "half the bytes", forward="packed", dtype="bfloat16"),
+    Rung("bfloat16", "half the bytes", forward="packed", execution="auto", dtype="bfloat16"),
 )
 """From the ground up. ``generate_batch`` stands beside the others: it is somebody else's."""
 

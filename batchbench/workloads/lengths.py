@@ -1,53 +1,303 @@
-"""Distributions of lengths, and the small grammar in which options name them."""
+"""Distributions of lengths, and the small grammar in which options and files name them.
+
+A length is drawn in two steps: a value of the distribution (``values``, not rounded), which is
+then rounded to the nearest whole number and clipped to ``min`` and ``max``. Nothing is drawn again:
+what lies beyond a bound counts as the bound, so the bounds carry the weight of the tails. Means and
+medians are those of the distribution before either step.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from batchbench.errors import UsageError
+from batchbench.workloads.text import open_binary
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-GRAMMAR = "a number (7), a range (4:64) or uniform:min=4,max=64"
+GRAMMAR = (
+    "a number (7), a range (4:64), uniform:min=1,max=30, normal:mean=128,std=32, "
+    "lognormal:mean=128,sigma=0.8 (or median=), exponential:mean=128, zipf:alpha=1.8,max=50, "
+    "cycle:every=8,long=100,short=10 or empirical:FILE; normal, lognormal, exponential and zipf "
+    "take min= (1 if not given) and max="
+)
+
+LONGEST = 10**9
+"""Tokens that no length exceeds."""
+
+
+class Lengths(ABC):
+    """A distribution of lengths in tokens."""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int | None:
+        """The largest length that can come; None where there is no bound."""
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
+        """``size`` lengths, in tokens. More of them begin with the same ones."""
+
+    @abstractmethod
+    def pmf(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Exact probability of each of ``lengths``, after rounding and clipping."""
 
 
 @dataclass(frozen=True)
-class Uniform:
-    """Integers from ``min`` to ``max``, both included, all equally likely."""
+class Cycle(Lengths):
+    """``long`` at every position divisible by ``every``, else ``short``: drawn of no chance."""
 
-    min: int
-    max: int
+    every: int
+    long: int
+    short: int
+
+    @property
+    def longest(self) -> int:
+        return max(self.long, self.short)
 
     def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
-        """``size`` lengths, in tokens."""
-        return rng.integers(self.min, self.max, size=size, endpoint=True)
+        import numpy as np
+
+        return np.where(np.arange(size) % self.every == 0, self.long, self.short).astype(np.int64)
+
+    def pmf(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Shares of a whole cycle."""
+        import numpy as np
+
+        long = np.where(lengths == self.long, 1 / self.every, 0.0)
+        return long + np.where(lengths == self.short, 1 - 1 / self.every, 0.0)
 
     def __str__(self) -> str:
-        return f"uniform:min={self.min},max={self.max}" if self.min < self.max else f"{self.min}"
+        return f"cycle:every={self.every},long={self.long},short={self.short}"
 
 
-def parse_lengths(text: str, option: str) -> Uniform:
+@dataclass(frozen=True)
+class Drawn(Lengths):
+    """A family of distributions with its parameters, rounded and clipped to ``min`` … ``max``.
+
+    ``uniform`` has whole numbers from ``min`` to ``max``, both included, all equally likely;
+    ``zipf`` has P(n) ∝ n^-alpha over n = 1, 2, 3 …, of which what is beyond ``max`` counts as
+    ``max``. A lognormal's ``sigma`` is the standard deviation of the logarithm.
+    """
+
+    family: str
+    parameters: tuple[tuple[str, float], ...]
+    min: int = 1
+    max: int | None = None
+
+    @property
+    def longest(self) -> int | None:
+        return self.max
+
+    def frozen(self) -> Any:
+        """The distribution before rounding and clipping, as scipy has it."""
+        from scipy import stats
+
+        p = dict(self.parameters)
+        if self.family == "uniform":
+            assert self.max is not None
+            return stats.uniform(self.min - 0.5, self.max - self.min + 1)
+        if self.family == "normal":
+            return stats.norm(p["mean"], p["std"])
+        if self.family == "lognormal":
+            sigma = p["sigma"]
+            median = p["median"] if "median" in p else p["mean"] * math.exp(-(sigma**2) / 2)
+            return stats.lognorm(sigma, scale=median)
+        if self.family == "exponential":
+            return stats.expon(scale=p["mean"])
+        return stats.zipf(p["alpha"])
+
+    def values(self, rng: np.random.Generator, size: int) -> NDArray[np.float64]:
+        """``size`` values before rounding and clipping (zipf's are clipped to ``max``).
+
+        One uniform number each, through the inverse of the distribution function: the stream of
+        plain uniform numbers stays the same from one NumPy to the next, others need not.
+        """
+        import numpy as np
+
+        uniform = rng.random(size)
+        if self.family == "zipf":
+            ranks = np.searchsorted(self._zipf_distribution(), uniform, side="right")
+            return (ranks + 1).astype(np.float64)
+        return np.asarray(self.frozen().ppf(uniform), np.float64)
+
+    def _zipf_distribution(self) -> NDArray[np.float64]:
+        """P(N ≤ n) for n = 1 … max − 1."""
+        import numpy as np
+        from scipy.special import zeta
+
+        assert self.max is not None
+        alpha = dict(self.parameters)["alpha"]
+        above: NDArray[np.float64] = zeta(alpha, np.arange(2.0, self.max + 1)) / zeta(alpha)
+        return 1.0 - above
+
+    def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
+        import numpy as np
+
+        top = LONGEST if self.max is None else self.max
+        rounded = np.floor(self.values(rng, size) + 0.5)
+        return np.clip(rounded, self.min, top).astype(np.int64)
+
+    def pmf(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+        import numpy as np
+
+        frozen, n = self.frozen(), np.asarray(lengths, np.float64)
+        top = LONGEST if self.max is None else self.max
+        below = np.where(n <= self.min, 0.0, frozen.cdf(n - 0.5))
+        upto = np.where(n >= top, 1.0, frozen.cdf(n + 0.5))
+        found: NDArray[np.float64] = np.where((n < self.min) | (n > top), 0.0, upto - below)
+        return found
+
+    def __str__(self) -> str:
+        if self.family == "uniform":
+            assert self.max is not None
+            if self.min == self.max:
+                return f"{self.min}"
+        keys = [f"{key}={value:.15g}" for key, value in self.parameters]
+        keys += [f"min={self.min}"] * (self.family == "uniform" or self.min > 1)
+        keys += [f"max={self.max}"] * (self.max is not None)
+        return f"{self.family}:{','.join(keys)}"
+
+
+@dataclass(frozen=True)
+class Empirical(Lengths):
+    """The lengths in a file, one a line, all lines equally likely; drawn with replacement."""
+
+    file: Path
+    option: str
+
+    @property
+    def longest(self) -> int | None:
+        """Not known before the file is read."""
+        return
+
+    def lengths(self) -> NDArray[np.int64]:
+        """The file's lengths in ascending order.
+
+        Raises:
+            UsageError: it cannot be read, or a line is no length; names the line.
+        """
+        import numpy as np
+
+        found = []
+        where = f"{self.option} empirical:{self.file}"
+        with open_binary(self.file, where) as lines:
+            for number, line in enumerate(lines, 1):
+                word = line.strip()
+                if not word and not line.strip(b"\r\n"):
+                    continue
+                if not re.fullmatch(rb"\d{1,9}", word) or int(word) < 1:
+                    shown = word[:40].decode("utf-8", "replace")
+                    raise UsageError(
+                        f"{where}: line {number}: {shown!r} is no length: must be a "
+                        "whole number of tokens, at least 1"
+                    )
+                found.append(int(word))
+        if not found:
+            raise UsageError(f"{where}: holds no length; write one a line")
+        return np.sort(np.array(found, np.int64))
+
+    def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
+        import numpy as np
+
+        lengths = self.lengths()
+        return lengths[np.floor(rng.random(size) * len(lengths)).astype(np.int64)]
+
+    def pmf(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+        import numpy as np
+
+        ours = self.lengths()
+        counts = np.searchsorted(ours, lengths, "right") - np.searchsorted(ours, lengths, "left")
+        return counts / len(ours)
+
+    def __str__(self) -> str:
+        return f"empirical:{self.file}"
+
+
+_NUMBER = r"\d{1,12}(\.\d{1,15})?(e[+-]?\d{1,2})?"
+
+_BOUNDS = ("min", "max")
+
+_FAMILIES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "normal": (("mean", "std"),),
+    "lognormal": (("mean", "sigma"), ("median", "sigma")),
+    "exponential": (("mean",),),
+    "zipf": (("alpha",),),
+}
+"""Name of a family: the sets of parameters that describe it."""
+
+
+def parse_lengths(text: str, option: str) -> Lengths:
     """The distribution that ``text`` names.
 
     Raises:
         UsageError: the text is not of the grammar, or its bounds are empty; names ``option``.
     """
-    found = re.fullmatch(
-        r"(?P<one>\d{1,9})|(?P<lo>\d{1,9}):(?P<hi>\d{1,9})"
-        r"|uniform:min=(?P<min>\d{1,9}),max=(?P<max>\d{1,9})",
-        text.strip(),
-    )
-    if found is None:
-        raise UsageError(f"{option} {text}: must be {GRAMMAR}")
-    low, high = (
-        int(found[a] or found[b] or found["one"]) for a, b in (("lo", "min"), ("hi", "max"))
-    )
+    text = text.strip()
+    if found := re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", text):
+        return _uniform(text, option, int(found[1]), int(found[2] or found[1]))
+    family, _, rest = text.partition(":")
+    if family == "empirical" and rest:
+        return Empirical(Path(rest), option)
+    given = _pairs(text, option, rest)
+    wrong = UsageError(f"{option} {text[:80]}: must be {GRAMMAR}")
+    if family in ("uniform", "cycle"):
+        keys = _BOUNDS if family == "uniform" else ("every", "long", "short")
+        if given.keys() != set(keys):
+            raise wrong
+        whole = [_whole(text, option, key, given[key]) for key in keys]
+        return _uniform(text, option, *whole) if family == "uniform" else Cycle(*whole)
+    bounds = {key: _whole(text, option, key, given.pop(key)) for key in _BOUNDS if key in given}
+    described = next((k for k in _FAMILIES.get(family, ()) if given.keys() == set(k)), ())
+    if not described or (family == "zipf" and "max" not in bounds):
+        raise wrong
+    numbers = tuple((key, _number(text, option, key, given[key])) for key in described)
+    _check_bounds(text, option, **bounds)
+    if family == "zipf" and bounds["max"] > 10**6:
+        raise UsageError(f"{option} {text}: max of zipf must be at most 1000000")
+    return Drawn(family, numbers, **bounds)
+
+
+def _pairs(text: str, option: str, rest: str) -> dict[str, str]:
+    """``key=value`` by ``key``."""
+    given: dict[str, str] = {}
+    for part in rest.split(","):
+        key, _, value = part.partition("=")
+        if not re.fullmatch(_NUMBER, value.strip()) or key.strip() in given:
+            raise UsageError(f"{option} {text[:80]}: must be {GRAMMAR}")
+        given[key.strip()] = value.strip()
+    return given
+
+
+def _whole(text: str, option: str, key: str, value: str) -> int:
+    if not value.isdecimal():
+        raise UsageError(f"{option} {text}: {key} must be a whole number")
+    if not 1 <= int(value) <= LONGEST:
+        raise UsageError(f"{option} {text}: {key} must be at least 1 and at most {LONGEST}")
+    return int(value)
+
+
+def _number(text: str, option: str, key: str, value: str) -> float:
+    low, high = {"sigma": (0, 10), "alpha": (1, 100)}.get(key, (0, LONGEST))
+    if not low < float(value) <= high:
+        raise UsageError(f"{option} {text}: {key} must be above {low} and at most {high}")
+    return float(value)
+
+
+def _uniform(text: str, option: str, low: int, high: int) -> Drawn:
     if low < 1:
         raise UsageError(f"{option} {text}: a length is at least 1 token")
-    if high < low:
-        raise UsageError(f"{option} {text}: the smaller bound comes first ({high}:{low})")
-    return Uniform(low, high)
+    _check_bounds(text, option, low, high)
+    return Drawn("uniform", (), low, high)
+
+
+def _check_bounds(text: str, option: str, min: int = 1, max: int | None = None) -> None:
+    if max is not None and max < min:
+        raise UsageError(f"{option} {text}: the smaller bound comes first ({max}:{min})")

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from batchbench.errors import UsageError
+
 
 class Request(NamedTuple):
     """What a scheduler knows of a request: lengths and time, no text.
@@ -57,8 +59,14 @@ class Workload:
         stop_at_eos: bool = False,
         max_concurrency: int | None = None,
     ) -> Workload:
-        """A workload from lists: prompts as token ids, one output length a prompt."""
+        """A workload from lists: prompts as token ids, one output length a prompt.
+
+        Raises:
+            UsageError: a prompt is empty, a request asks for no token, times do not ascend from 0
+                or more, or the lists are not of one length.
+        """
         lengths = [len(prompt) for prompt in prompts]
+        _check(lengths, output_tokens, due_ns, max_concurrency)
         return cls(
             name=name,
             seed=seed,
@@ -109,3 +117,31 @@ class Workload:
         if self.max_concurrency is not None:
             content.update(self.max_concurrency.to_bytes(8, "little"))
         return content.hexdigest()
+
+
+def _check(
+    prompt_tokens: Sequence[int],
+    output_tokens: Sequence[int],
+    due_ns: Sequence[int] | None,
+    max_concurrency: int | None,
+) -> None:
+    """Raise UsageError for the first request that cannot be served."""
+    due = [0] * len(prompt_tokens) if due_ns is None else due_ns
+    if not len(prompt_tokens) == len(output_tokens) == len(due):
+        raise UsageError(
+            f"a workload needs as many lengths and times as prompts, not {len(prompt_tokens)} "
+            f"prompts, {len(output_tokens)} output_tokens and {len(due)} due_ns"
+        )
+    before = 0
+    for i, (prompt, output, at) in enumerate(zip(prompt_tokens, output_tokens, due, strict=True)):
+        if prompt < 1:
+            raise UsageError(f"request {i}: its prompt is empty; give it at least 1 token")
+        if output < 1:
+            raise UsageError(f"request {i}: output_tokens is {output}; ask for at least 1 token")
+        if at < before:
+            raise UsageError(
+                f"request {i}: due_ns is {at}, before {before}; sort requests by their times"
+            )
+        before = at
+    if max_concurrency is not None and max_concurrency < 1:
+        raise UsageError(f"max_concurrency is {max_concurrency}; must be at least 1")

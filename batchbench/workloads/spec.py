@@ -8,16 +8,39 @@ from pathlib import Path
 from batchbench import settings
 from batchbench.errors import UsageError
 from batchbench.settings import setting
-from batchbench.workloads.lengths import GRAMMAR, parse_lengths
+from batchbench.workloads import arrival_times
+from batchbench.workloads.arrival_times import ArrivalProcess, arrival_process
+from batchbench.workloads.lengths import Cycle, Lengths, parse_lengths
+from batchbench.workloads.text import check_there
 
 _PANEL = "Workload"
+_ARRIVALS = "Arrivals"
+_TRACE = "Trace files"
+
+TRACE_FORMATS = ("sharegpt", "azure", "burstgpt", "mooncake", "batchbench")
+
+LENGTHS = (
+    "7, 4:64, uniform:min=,max=, normal:mean=,std=, lognormal:mean=,sigma=, exponential:mean=, "
+    "zipf:alpha=,max=, cycle:every=,long=,short= or empirical:FILE; bounds with min= and max="
+)
+"""The grammar, shorter than in errors."""
+
+_CLASSIC = ("long_every", "long_tokens", "short_tokens")
+_OF_TRACE = ("trace_format", "on_bad_row", "speed")
 
 
 @dataclass(frozen=True)
 class WorkloadSpec:
-    """What is asked: how many requests, how long, with which prompts."""
+    """What is asked: how many requests, how long, with which prompts, and when."""
 
-    queue_size: int = setting(32, "Number of requests.", _PANEL, min=1, max=10**8)
+    queue_size: int | None = setting(
+        None,
+        "Number of requests; of a trace, how many of its first rows.",
+        _PANEL,
+        min=1,
+        max=10**8,
+        default_text="32; of a trace all rows",
+    )
     long_every: int | None = setting(
         None,
         "One long request at every position divisible by this.",
@@ -25,22 +48,56 @@ class WorkloadSpec:
         min=1,
         default_text="the batch size",
     )
-    long_tokens: int = setting(100, "Output tokens of a long request.", _PANEL, min=1, max=10**9)
-    short_tokens: int = setting(
-        10, "Output tokens of every other request.", _PANEL, min=1, max=10**9
+    long_tokens: int | None = setting(
+        None, "Output tokens of a long request.", _PANEL, min=1, max=10**9, default_text="100"
+    )
+    short_tokens: int | None = setting(
+        None,
+        "Output tokens of every other request.",
+        _PANEL,
+        min=1,
+        max=10**9,
+        default_text="10",
+    )
+    output_tokens: str | None = setting(
+        None,
+        f"Lengths of outputs: {LENGTHS}.",
+        _PANEL,
+        metavar="LENGTHS",
+        default_text="the classic cycle of long and short",
+        excludes=(*_CLASSIC, "trace"),
+        resets=_OF_TRACE,
     )
     prompt_tokens: str | None = setting(
         None,
-        f"Prompts of random tokens, with lengths as {GRAMMAR}; both ends included.",
+        "Prompts of random tokens, with lengths as for --output-tokens.",
         _PANEL,
         metavar="LENGTHS",
         default_text="the same 7-token prompt for all",
+        excludes=("trace",),
+        resets=_OF_TRACE,
     )
     prompts: Path | None = setting(
         None,
         "Your own prompts, a line a prompt, used in turn until the queue is full.",
         _PANEL,
         metavar="FILE",
+        excludes=("prompt_tokens", "trace", "shared_prefix_tokens"),
+        resets=_OF_TRACE,
+    )
+    shared_prefix_tokens: int = setting(
+        0,
+        "Random prompts begin with the same tokens, this many; lengths stay as asked.",
+        _PANEL,
+        min=0,
+        max=10**9,
+    )
+    overlong: str = setting(
+        "error",
+        "Requests longer than the model's context: error; clip (outputs first); scale (all "
+        "lengths by one factor, so that the longest fits); skip.",
+        _PANEL,
+        choices=("error", "clip", "scale", "skip"),
     )
     stop_at_eos: bool = setting(
         False,
@@ -48,32 +105,115 @@ class WorkloadSpec:
         _PANEL,
     )
     seed: int = setting(
-        0, "Seed of random prompts and dummy weights.", _PANEL, min=0, max=2**63 - 1
+        0,
+        "Seed of lengths, prompts, arrivals (each has a stream of its own) and dummy weights.",
+        _PANEL,
+        min=0,
+        max=2**63 - 1,
+    )
+    request_rate: float | None = setting(
+        None,
+        "Requests a second; alone it means Poisson arrivals.",
+        _ARRIVALS,
+        min=1e-6,
+        max=1e9,
+        default_text="all at once; of a trace, its own times",
+        excludes=("speed",),
+    )
+    burstiness: float = setting(
+        1.0,
+        "Shape of gamma-distributed gaps: 1 is Poisson, below 1 burstier, above 1 more even.",
+        _ARRIVALS,
+        min=0.01,
+        max=1000.0,
+    )
+    arrivals: str | None = setting(
+        None,
+        f"{arrival_times.GRAMMAR}.",
+        _ARRIVALS,
+        metavar="PROCESS",
+        default_text="as rate and trace say",
+        resets=("request_rate", "burstiness", "speed"),
+    )
+    max_concurrency: int | None = setting(
+        None,
+        "Closed loop: at most this many requests are in the system, whenever they are due.",
+        _ARRIVALS,
+        min=1,
+        max=10**8,
+    )
+    trace: Path | None = setting(
+        None,
+        "Replay a trace: ShareGPT, Azure, BurstGPT, Mooncake, or what workload save wrote.",
+        _TRACE,
+        metavar="FILE",
+        excludes=_CLASSIC,
+    )
+    trace_format: str | None = setting(
+        None,
+        "Format of the trace.",
+        _TRACE,
+        choices=TRACE_FORMATS,
+        metavar="FORMAT",
+        default_text="told by its content",
+    )
+    speed: float = setting(
+        1.0, "A trace's own times run this many times faster.", _TRACE, min=1e-6, max=1e9
+    )
+    on_bad_row: str | None = setting(
+        None,
+        "Rows of a trace that are wrong: error, or skip and say how many.",
+        _TRACE,
+        choices=("error", "skip"),
+        metavar="WHAT",
+        default_text="error",
     )
 
     def __post_init__(self) -> None:
         settings.check(self)
-        if self.prompts is not None and self.prompt_tokens is not None:
-            raise UsageError("--prompts and --prompt-tokens exclude each other: give one of them")
-        if self.prompt_tokens is not None:
-            parse_lengths(self.prompt_tokens, "--prompt-tokens")
-        if self.prompts is not None:
-            read_prompts(self.prompts)
+        self._check_trace()
+        _ = self.process
+        for option, text in (
+            ("--prompt-tokens", self.prompt_tokens),
+            ("--output-tokens", self.output_tokens),
+        ):
+            if text is not None:
+                lengths = parse_lengths(text, option)
+                if file := getattr(lengths, "file", None):
+                    check_there(file, f"{option} {text}")
+        for option, file in (("--prompts", self.prompts), ("--trace", self.trace)):
+            if file is not None:
+                check_there(file, f"{option} {file}")
+        if self.shared_prefix_tokens and self.prompt_tokens is None and self.trace is None:
+            raise UsageError(
+                f"--shared-prefix-tokens {self.shared_prefix_tokens}: needs random prompts; "
+                "give --prompt-tokens"
+            )
 
+    def _check_trace(self) -> None:
+        if self.trace is None:
+            for name, usual in (("trace_format", None), ("on_bad_row", None), ("speed", 1.0)):
+                if (value := getattr(self, name)) != usual:
+                    raise UsageError(
+                        f"{settings.option_name(name)} {value}: there is no trace; "
+                        "give --trace FILE"
+                    )
+        elif self.speed != 1.0 and self.process.kind != "trace":
+            raise UsageError(
+                f"--speed {self.speed:g}: is of the trace's own times; drop --arrivals"
+            )
 
-def read_prompts(file: Path) -> list[str]:
-    """The prompts in a text file, a line each; empty lines are skipped.
+    @property
+    def process(self) -> ArrivalProcess:
+        """How requests come in."""
+        return arrival_process(
+            self.arrivals, self.request_rate, self.burstiness, trace=self.trace is not None
+        )
 
-    Raises:
-        UsageError: the file cannot be read as UTF-8 text, or holds no prompt.
-    """
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"--prompts {file}: {(error.strerror or str(error)).lower()}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--prompts {file}: is not UTF-8 text; save it as UTF-8") from error
-    lines = [line for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise UsageError(f"--prompts {file}: holds no prompt; write a line a prompt")
-    return lines
+    def output_lengths(self, batch_size: int) -> Lengths:
+        """Lengths of outputs; the classic cycle has a long request a batch."""
+        if self.output_tokens is not None:
+            return parse_lengths(self.output_tokens, "--output-tokens")
+        return Cycle(
+            self.long_every or batch_size, self.long_tokens or 100, self.short_tokens or 10
+        )

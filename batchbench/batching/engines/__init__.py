@@ -31,5 +31,8 @@ class Engine(Protocol):
     def stopped(self, plan: Plan) -> Collection[int]:
         """Slots of ``plan`` whose last token ends its text; waits for that token."""
 
+    def wait(self) -> None:
+        """Return when all that was launched is computed."""
+
     def collect(self) -> Steps:
         """Wait for all that was launched, and tell times and tokens of the whole trial."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import GenerationConfig
@@ -26,7 +27,7 @@ from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Header, Recording
 from batchbench.batching.watch import Progress, Watch
 from batchbench.errors import UsageError
-from batchbench.workloads import Request, Timetable, Workload
+from batchbench.workloads import Request, Workload, make_arrivals
 
 PAGE = 256
 """Tokens a page of its cache holds: the default of transformers."""
@@ -79,7 +80,10 @@ class GenerateBatch:
         progress = Progress(self.name, trial, self._slots, len(workload))
         with torch.inference_mode(), self._running(workload) as manager:
             clock = WallClock()
-            outputs = dict(self._served(manager, workload, clock, progress, watch))
+            served = {
+                request.index: (request, result)
+                for request, result in self._served(manager, workload, clock, progress, watch)
+            }
             about = {"engine": f"transformers {transformers.__version__}", **self._settings()}
         zero = clock.zero_ns
         header = Header(
@@ -90,12 +94,13 @@ class GenerateBatch:
             workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
             about=about,
         )
-        results = [outputs[i] for i in range(len(workload))]
+        requests, results = zip(*(served[i] for i in range(len(workload))), strict=True)
         return Recording.of_tokens(
             header,
             workload,
             [result.generated_tokens for result in results],
             [[round(t * 1e9) - zero for t in result.timestamps] for result in results],
+            due_ns=np.array([request.due_ns for request in requests], np.int64),
         )
 
     def _served(
@@ -105,11 +110,11 @@ class GenerateBatch:
         clock: WallClock,
         progress: Progress,
         watch: Watch,
-    ) -> Iterator[tuple[int, Any]]:
-        """Each request's index and result, in the order in which they are done."""
-        arrivals = Timetable(workload)
+    ) -> Iterator[tuple[Request, Any]]:
+        """Each request and its result, in the order in which they are done."""
+        arrivals = make_arrivals(workload)
         asked: dict[int, Request] = {}
-        while asked or arrivals.next_due is not None:
+        while asked or arrivals.more:
             for request in sorted(arrivals.due(clock.now()), key=ORDERS[self._order]):
                 asked[request.index] = request
                 self._ask(manager, workload, request)
@@ -126,14 +131,15 @@ class GenerateBatch:
                 continue
             if result.error is not None:
                 raise UsageError(_failed(result.error))
-            index = int(result.request_id)
-            arrivals.finished(asked.pop(index), clock.now())
+            request = asked.pop(int(result.request_id))
+            ended = round(result.timestamps[-1] * 1e9) - clock.zero_ns
+            arrivals.finished(request, ended)
             progress.done += 1
             progress.tokens += len(result.generated_tokens)
             progress.slots_in_use = min(len(asked), self._slots)
             progress.now_ns = clock.now()
             watch.progressed(progress)
-            yield index, result
+            yield request, result
 
     def _ask(self, manager: Any, workload: Workload, request: Request) -> None:
         eos = list(self._model.source.eos_token_ids) if workload.stop_at_eos else []

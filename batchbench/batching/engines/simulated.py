@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection
 
 import numpy as np
@@ -23,11 +24,11 @@ class SimulatedEngine:
     def __init__(self, step_ns: int = UNIT_NS) -> None:
         self.clock = VirtualClock()
         self._step_ns = step_ns
-        self._starts: list[int] = []
+        self._starts = array("q")
 
     def begin(self, workload: Workload) -> None:
         self.clock.restart()
-        self._starts = []
+        self._starts = array("q")
 
     def run(self, plan: Plan) -> int:
         now, steps = self.clock.now(), plan.repeat
@@ -40,6 +41,9 @@ class SimulatedEngine:
     def stopped(self, plan: Plan) -> Collection[int]:
         """Nobody: without a model no text ends."""
         return ()
+
+    def wait(self) -> None:
+        """Nothing: what was run is done."""
 
     def collect(self) -> Steps:
         starts = np.array(self._starts, np.int64)

@@ -44,6 +44,9 @@ KNOWN: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Short name: hub id, and the shape as in the hub's config.json."""
 
+MADE_UP: Mapping[str, Mapping[str, Any]] = {"toy-gpt2": _shape(256, 4, 4)}
+"""Shapes like GPT-2's that nobody has trained: small enough for a quick run on any machine."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -94,6 +97,8 @@ def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
     if is_there or spec.model.startswith((".", "/", "~")):
         what = "is a file" if is_there else "no such folder"
         raise UsageError(f"--model {spec.model}: {what}; give a checkpoint's folder or a hub id")
+    if spec.model in MADE_UP:
+        return _made_up(spec)
     return _from_hub(spec, weights)
 
 
@@ -141,6 +146,15 @@ def _check_safetensors(model: str, file: Path) -> None:
         raise UsageError(
             f"--model {model}: {file.name} is torn or no safetensors file ({error}); fetch it again"
         ) from error
+
+
+def _made_up(spec: ModelSpec) -> Source:
+    if spec.load_format == "pretrained":
+        raise UsageError(
+            f"--model {spec.model}: is a shape that nobody has trained; take --load-format dummy"
+        )
+    line = f"{spec.model}: a made-up small GPT-2 shape, dummy weights (seeded random values)"
+    return Source(spec.model, "dummy", MADE_UP[spec.model], None, line)
 
 
 def _from_hub(spec: ModelSpec, weights: bool) -> Source:

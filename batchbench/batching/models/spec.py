@@ -21,7 +21,7 @@ class ModelSpec:
     model: str = setting(
         "openai-community/gpt2",
         "A hub id or a local folder; gpt2, distilgpt2, gpt2-medium, gpt2-large and gpt2-xl need "
-        "no network, see --load-format.",
+        "no network, see --load-format; toy-gpt2 is a small shape with made-up weights.",
         _PANEL,
         metavar="ID|FOLDER",
     )

@@ -153,9 +153,10 @@ def sentence(result: LadderResult) -> str:
     if faster:
         parts[-1] += f", {' and '.join(faster)}"
     if best["decode_step_ms"] is not None:
+        share = _percent(best["floor_share"], 0)
         parts.append(
             f"its decode step of {_ms(best['decode_step_ms'])} ms is {best['times_products']:.2f}× "
-            f"its matrix products alone and reaches {_percent(best['floor_share'], 0)} % of the floor"
+            f"its matrix products alone and reaches {share} % of the floor"
         )
     wrong = [rung["name"] for rung in rungs if rung["verification"]["wrong"]]
     checked = all(rung["verification"]["requests_checked"] for rung in rungs)

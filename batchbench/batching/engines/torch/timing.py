@@ -23,6 +23,9 @@ class Timer(Protocol):
     def step_launched(self) -> None:
         """A step was launched."""
 
+    def settle(self) -> None:
+        """Return when all steps that were launched are done."""
+
     def times(self) -> tuple[Ints, Ints]:
         """Starts, one a run, and ends, one a step, in ns since ``begin``; waits for the device."""
 
@@ -48,6 +51,9 @@ class HostTimer:
         if self._wait:
             self._wait()
         self._ends.append(self._clock.now())
+
+    def settle(self) -> None:
+        """Nothing: they are."""
 
     def times(self) -> tuple[Ints, Ints]:
         return np.array(self._starts, np.int64), np.array(self._ends, np.int64)
@@ -83,6 +89,10 @@ class CudaTimer:
 
     def step_launched(self) -> None:
         self._ends.append(self._event())
+
+    def settle(self) -> None:
+        if self._ends:
+            self._ends[-1].synchronize()
 
     def times(self) -> tuple[Ints, Ints]:
         torch.cuda.synchronize(self._device)

@@ -1,0 +1,136 @@
+"""Presets: named partial experiments, each with where its figures come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchbench import settings
+from batchbench.errors import UsageError
+from batchbench.settings import setting
+from batchbench.workloads.file import read_workload_file
+from batchbench.workloads.text import check_there
+
+NOTEBOOK = "notebook"
+"""The default."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings by the names of their fields (of any spec of an experiment)."""
+
+    about: str
+    source: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+PRESETS: Mapping[str, Preset] = {
+    NOTEBOOK: Preset(
+        "one request of 100 output tokens a batch, the others of 10; one prompt of 7 tokens",
+        "the notebook that the notebook engine follows",
+    ),
+    "anyscale": Preset(
+        "prompts of 512 tokens, exponential outputs, mean 128",
+        "Anyscale, How continuous batching enables 23x throughput in LLM inference (2023): 512 "
+        "prompt tokens, exponential outputs; the bound of 512 is chosen so that gpt2 holds them",
+        {
+            "queue_size": 64,
+            "prompt_tokens": "512",
+            "output_tokens": "exponential:mean=128,max=512",
+            "overlong": "scale",
+        },
+    ),
+    "chat": Preset(
+        "questions of 161 tokens on average, answers of 338",
+        "means of ShareGPT in the vLLM paper (Kwon et al., 2023): 161.31 and 337.99; log-normal "
+        "shape and bounds chosen for batchbench",
+        {
+            "queue_size": 64,
+            "prompt_tokens": "lognormal:mean=161.31,sigma=1,max=1024",
+            "output_tokens": "lognormal:mean=337.99,sigma=0.8,max=1024",
+            "overlong": "scale",
+        },
+    ),
+    "summarize": Preset(
+        "articles of 781 tokens on average, summaries of 56",
+        "means of CNN/Daily Mail in See et al. (2017): 781 and 56, counted in words there; "
+        "log-normal shape and bounds chosen for batchbench",
+        {
+            "queue_size": 64,
+            "prompt_tokens": "lognormal:mean=781,sigma=0.5,max=1792",
+            "output_tokens": "lognormal:mean=56,sigma=0.4,max=256",
+            "overlong": "scale",
+        },
+    ),
+    "code": Preset(
+        "long prompts (median 1,500 tokens), short completions (median 13)",
+        "medians of Azure's code trace in Splitwise (Patel et al., 2024): 1,500 and 13; "
+        "log-normal shape and bounds chosen for batchbench",
+        {
+            "queue_size": 64,
+            "prompt_tokens": "lognormal:median=1500,sigma=0.7,max=3840",
+            "output_tokens": "lognormal:median=13,sigma=1,max=256",
+            "overlong": "scale",
+        },
+    ),
+    "burst": Preset(
+        "short chats that come in bursts, 4 a second on average",
+        "gamma-distributed gaps as in BurstGPT (Wang et al., 2024); rate, shape 0.25 and lengths "
+        "chosen for batchbench",
+        {
+            "queue_size": 64,
+            "prompt_tokens": "lognormal:mean=64,sigma=0.8,max=256",
+            "output_tokens": "lognormal:mean=32,sigma=0.8,max=128",
+            "overlong": "scale",
+            "request_rate": 4.0,
+            "burstiness": 0.25,
+        },
+    ),
+    "ci": Preset(
+        "the classic workload on toy-gpt2, a small made-up model: seconds on two cores",
+        "chosen for batchbench; all requests there at the start, so that steps are exact",
+        {"model": "toy-gpt2"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the options of an experiment start from: each overrides its own part of it."""
+
+    preset: str = setting(
+        NOTEBOOK,
+        "A named workload and setting, listed by batchbench workload list; options override it.",
+        "Start from",
+        choices=tuple(PRESETS),
+        metavar="NAME",
+    )
+    workload: Path | None = setting(
+        None,
+        "A TOML file with options of the workload, written with underscores; it overrides the "
+        "preset, and options override it.",
+        "Start from",
+        metavar="FILE.toml",
+    )
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+        if self.workload is not None:
+            check_there(self.workload, f"--workload {self.workload}")
+
+    def layers(self) -> list[Mapping[str, Any]]:
+        """The preset's settings, then the file's.
+
+        Raises:
+            UsageError: the file cannot be read, or is wrong.
+        """
+        file = {} if self.workload is None else read_workload_file(self.workload)
+        return [PRESETS[self.preset].settings, file]
+
+
+def check_preset(name: str) -> None:
+    """Raise :class:`UsageError` where there is no such preset."""
+    if name not in PRESETS:
+        raise UsageError(f"--preset {name}: must be one of {', '.join(PRESETS)}")

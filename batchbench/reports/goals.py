@@ -1,0 +1,82 @@
+"""Goals: what latency is good enough, and what the machine costs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from batchbench import settings
+from batchbench.errors import UsageError
+from batchbench.settings import setting
+
+LATENCIES = ("ttft", "tpot", "e2el")
+"""What a service-level objective may limit, under the names of ``vllm bench serve --goodput``."""
+
+
+@dataclass(frozen=True)
+class GoalsSpec:
+    """What a result is held against; it changes nothing of what is measured.
+
+    ``slo`` holds service-level objectives as ``METRIC:MS``, such as ``ttft:500``: a request is
+    good if it meets all of them.
+    """
+
+    slo: tuple[str, ...] = setting(
+        (),
+        "A limit on the latency of each request, such as ttft:500, tpot:50 or e2el:3000 "
+        "(milliseconds); give it once a limit. Adds the share and rate of requests within all.",
+        "Goals",
+        metavar="METRIC:MS",
+    )
+    price_per_hour: float | None = setting(
+        None,
+        "Price of the machine an hour: adds the cost of a million output tokens.",
+        "Goals",
+        min=0.0,
+    )
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+        parse_slos(self.slo)
+
+    @property
+    def limits_ms(self) -> dict[str, float]:
+        """Limit of each latency that has one, in milliseconds."""
+        return parse_slos(self.slo)
+
+
+def parse_slos(texts: tuple[str, ...]) -> dict[str, float]:
+    """``("ttft:500", "tpot:50")`` as limits by latency.
+
+    Raises:
+        UsageError: a text is not of this form, or limits a latency a second time.
+    """
+    limits: dict[str, float] = {}
+    for text in texts:
+        found = re.fullmatch(r"(\w+):(\d{1,12}(?:\.\d+)?|\.\d+)", text.strip())
+        if found is None or found[1] not in LATENCIES or not float(found[2]):
+            raise UsageError(
+                f"--slo {text}: must be one of {', '.join(LATENCIES)}, a colon and "
+                "milliseconds above 0, such as --slo ttft:500"
+            )
+        if found[1] in limits:
+            raise UsageError(f"--slo {text}: {found[1]} has a limit already; drop one of them")
+        limits[found[1]] = float(found[2])
+    return limits
+
+
+NO_GOALS = GoalsSpec()
+
+
+def as_config(goals: GoalsSpec) -> Mapping[str, object]:
+    """The goals as JSON values."""
+    return {"slo": list(goals.slo), "price_per_hour": goals.price_per_hour}
+
+
+def from_config(config: Mapping[str, object]) -> GoalsSpec:
+    """The goals that :func:`as_config` wrote."""
+    slo, price = config["slo"], config["price_per_hour"]
+    assert isinstance(slo, list)
+    assert price is None or isinstance(price, int | float)
+    return GoalsSpec(tuple(slo), price)

@@ -1,0 +1,48 @@
+"""The small grammar of swept numbers: ``1,2,4``, ``1:16:2``, and both mixed."""
+
+from __future__ import annotations
+
+from decimal import Decimal, InvalidOperation
+
+from batchbench.errors import UsageError
+
+GRAMMAR = "a number (8), a list (1,2,4) or start:stop:step (1:16:5 is 1, 6, 11, 16)"
+
+MOST = 10_000
+"""Values of one option; a longer range is a slip of the pen."""
+
+
+def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> list[int | float]:
+    """The numbers that ``text`` names, in its order; a stop that is hit is one of them.
+
+    Raises:
+        UsageError: the text is not of the grammar, or names too many numbers; names ``option``.
+    """
+    found: list[int | float] = []
+    for part in text.split(","):
+        for number in _range(part, f"{option} {text}"):
+            value = kind(number)
+            if value != number and kind is int:
+                raise UsageError(f"{option} {text}: {number} must be a whole number")
+            found.append(value)
+    return found
+
+
+def _range(part: str, asked: str) -> list[Decimal]:
+    """One number, or those of a range; decimals, since 0.1 + 0.2 must be 0.3."""
+    try:
+        numbers = [Decimal(piece.strip()) for piece in part.split(":")]
+    except InvalidOperation as error:
+        raise UsageError(f"{asked}: must be {GRAMMAR}") from error
+    if not all(number.is_finite() for number in numbers):
+        raise UsageError(f"{asked}: must be finite numbers")
+    if len(numbers) == 1:
+        return numbers
+    if len(numbers) != 3:
+        raise UsageError(f"{asked}: must be {GRAMMAR}")
+    start, stop, step = numbers
+    if step == 0 or (stop - start) / step < 0:
+        raise UsageError(f"{asked}: a step of {step} does not lead from {start} to {stop}")
+    if (stop - start) / step >= MOST:
+        raise UsageError(f"{asked}: more than {MOST:,} values; take a larger step")
+    return [start + i * step for i in range(int((stop - start) / step) + 1)]

@@ -1,0 +1,93 @@
+"""A sweep: every cell of a grid is served once, and what is finished is never served again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from batchbench.batching.conduct import Outcome, conduct
+from batchbench.batching.experiment import Experiment
+from batchbench.batching.models import Shelf
+from batchbench.batching.watch import Watch
+from batchbench.errors import Interrupted, UsageError
+from batchbench.reports.result import make_result
+from batchbench.studies.grid import Cell, Grid
+from batchbench.studies.pace import Pace, work_of
+from batchbench.studies.store import Store
+
+Conduct = Callable[[Experiment, Watch, Shelf], Outcome]
+
+
+class SweepWatch(Watch):
+    """Hears of cells as well; says nothing of them."""
+
+    def cells_begin(self, cells: int, kept: int) -> None:
+        """``cells`` are asked for, of which ``kept`` are finished already."""
+
+    def cell_begins(self, number: int, cells: int, cell: Cell) -> None:
+        """The ``number``-th of ``cells`` is served now; counts from 1, kept ones included."""
+
+    def cell_ends(self, cell: Cell, reason: str | None, left_s: float | None) -> None:
+        """It is kept; ``reason`` says why it failed, ``left_s`` how long the others take."""
+
+
+def run_cells(
+    grid: Grid, store: Store, watch: SweepWatch | None = None, serve: Conduct = conduct
+) -> None:
+    """Serve the cells that are not finished, and keep each as soon as it is.
+
+    Cells on the same model are served one after the other, so that it is loaded once.
+
+    Raises:
+        Interrupted: by Ctrl-C; the cell that was being served is not kept.
+    """
+    watch = watch or SweepWatch()
+    possible = list({c.digest: c for c in grid.cells if c.experiment is not None}.values())
+    to_do = _by_model([cell for cell in possible if not store.holds(cell)])
+    watch.cells_begin(len(possible), len(possible) - len(to_do))
+    pace, models = Pace({cell.digest: work_of(_asked(cell)) for cell in to_do}), Shelf()
+    done = len(possible) - len(to_do)
+    for number, cell in enumerate(to_do, done + 1):
+        watch.cell_begins(number, len(possible), cell)
+        began = time.monotonic()
+        try:
+            reason = _serve(cell, store, watch, serve, models)
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                f"interrupted; {number - 1} of {len(possible)} cells are kept in {store.folder}: "
+                "the same command goes on from there"
+            ) from error
+        pace.done(cell.digest, time.monotonic() - began)
+        watch.cell_ends(cell, reason, pace.left_s())
+
+
+def _serve(cell: Cell, store: Store, watch: Watch, serve: Conduct, models: Shelf) -> str | None:
+    """Serve one cell and keep what came of it; why it failed, if so."""
+    try:
+        outcome = serve(_asked(cell), watch, models)
+    except UsageError as error:
+        reason = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        reason = "it ran out of memory; lower --batch-size or the lengths of requests"
+    else:
+        if outcome.stopped is not None and outcome.stopped.startswith("interrupted"):
+            raise KeyboardInterrupt  # what is there of the cell would look like all of it
+        store.keep(cell, make_result(outcome))
+        return None
+    store.keep_failure(cell, reason)
+    return reason
+
+
+def _asked(cell: Cell) -> Experiment:
+    assert cell.experiment is not None
+    return cell.experiment
+
+
+def _by_model(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells with those on the same model together, else in their order."""
+    seen: dict[object, int] = {}
+    for cell in cells:
+        seen.setdefault((_asked(cell).model, _asked(cell).workload.seed), len(seen))
+    return sorted(cells, key=lambda c: seen[(_asked(c).model, _asked(c).workload.seed)])

@@ -1,0 +1,130 @@
+"""Arrival times: when requests come in, as processes of a given rate."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from batchbench.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+GRAMMAR = "at-once, poisson, gamma, constant, trace or ramp:from=1,to=16"
+
+PROCESSES = ("at-once", "poisson", "gamma", "constant", "trace", "ramp")
+
+
+@dataclass(frozen=True)
+class ArrivalProcess:
+    """How requests come in.
+
+    ``rate`` is in requests a second, None where there is none (at once, or a trace's own times).
+    Gaps of ``gamma`` have the shape ``burstiness`` and the mean 1 / rate, so that their
+    coefficient of variation is burstiness ** -0.5; shape 1 is ``poisson``. A ``ramp`` is a Poisson
+    (or gamma) process whose rate goes in a straight line from ``rate`` to ``end_rate``, which it
+    reaches when the number of requests that are expected has come.
+    """
+
+    kind: str
+    rate: float | None = None
+    end_rate: float | None = None
+    burstiness: float = 1.0
+
+    def gaps(self, rng: np.random.Generator, size: int) -> NDArray[np.float64]:
+        """``size`` gaps of mean 1, before the rate is applied to them."""
+        import numpy as np
+        from scipy import stats
+
+        if self.kind == "constant":
+            return np.ones(size)
+        uniform = rng.random(size)
+        if self.burstiness == 1.0:
+            return -np.log1p(-uniform)
+        found: NDArray[np.float64] = stats.gamma.ppf(
+            uniform, self.burstiness, scale=1 / self.burstiness
+        )
+        return found
+
+    def due_ns(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
+        """``size`` times in ns, ascending; the first request comes at 0.
+
+        More of them begin with the same ones, but on a ramp, which the number of requests
+        stretches.
+        """
+        import numpy as np
+
+        if self.rate is None:
+            return np.zeros(size, np.int64)
+        sums = np.concatenate([[0.0], np.cumsum(self.gaps(rng, size - 1))])
+        return np.rint(self._times(sums, size) * 1e9).astype(np.int64)
+
+    def _times(self, sums: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+        """When the integral of the rate reaches ``sums``, in s."""
+        import numpy as np
+
+        assert self.rate is not None
+        begin, end = self.rate, self.rate if self.end_rate is None else self.end_rate
+        last = 2 * size / (begin + end)  # when size requests are expected
+        slope = (end - begin) / last
+        if slope == 0:
+            return sums / begin
+        # begin t + slope t² / 2 = sum, solved without cancellation; then at the end's rate.
+        root = np.sqrt(np.maximum(begin**2 + 2 * slope * np.minimum(sums, size), 0.0))
+        return 2 * np.minimum(sums, size) / (begin + root) + np.maximum(sums - size, 0) / end
+
+    def __str__(self) -> str:
+        if self.kind == "ramp":
+            text = f"ramp from {self.rate:g} to {self.end_rate:g} requests/s"
+        elif self.rate is None:
+            return "all at once" if self.kind == "at-once" else "the trace's own times"
+        else:
+            text = f"{self.kind}, {self.rate:g} requests/s"
+        return text + (f", burstiness {self.burstiness:g}" if self.burstiness != 1.0 else "")
+
+
+def arrival_process(
+    arrivals: str | None, request_rate: float | None, burstiness: float, *, trace: bool
+) -> ArrivalProcess:
+    """The process that ``--arrivals``, ``--request-rate`` and ``--burstiness`` name together.
+
+    Raises:
+        UsageError: they contradict each other, or one lacks another.
+    """
+    asked = "" if arrivals is None else arrivals.strip()
+    kind = asked.partition(":")[0] or _usual(request_rate, burstiness, trace)
+    if kind not in PROCESSES or (":" in asked and kind != "ramp"):
+        raise UsageError(f"--arrivals {arrivals}: must be {GRAMMAR}")
+    if kind == "trace" and not trace:
+        raise UsageError(f"--arrivals {kind}: there is none; give --trace FILE")
+    if kind in ("poisson", "gamma", "constant") and request_rate is None:
+        raise UsageError(f"--arrivals {kind}: needs a rate; give --request-rate")
+    if kind in ("at-once", "trace", "ramp") and request_rate is not None:
+        raise UsageError(f"--arrivals {asked}: has no rate besides; drop --request-rate")
+    if burstiness != 1.0 and kind in ("at-once", "trace", "constant", "poisson"):
+        told = {"poisson": "is 1 for poisson; take --arrivals gamma"}.get(
+            kind, "needs random arrivals; give --request-rate"
+        )
+        raise UsageError(f"--burstiness {burstiness:g}: {told}")
+    if kind == "ramp":
+        return ArrivalProcess(kind, *_ramp(asked), burstiness)
+    return ArrivalProcess(kind, request_rate, None, burstiness)
+
+
+def _usual(request_rate: float | None, burstiness: float, trace: bool) -> str:
+    if request_rate is not None:
+        return "gamma" if burstiness != 1.0 else "poisson"
+    return "trace" if trace else "at-once"
+
+
+def _ramp(text: str) -> tuple[float, float]:
+    number = r"(\d{1,9}(?:\.\d{1,9})?)"
+    found = re.fullmatch(rf"ramp:from={number},to={number}", text)
+    if found is None:
+        raise UsageError(f"--arrivals {text}: must be {GRAMMAR}")
+    begin, end = float(found[1]), float(found[2])
+    if not (begin > 0 and end > 0):
+        raise UsageError(f"--arrivals {text}: both rates must be above 0 requests/s")
+    return begin, end

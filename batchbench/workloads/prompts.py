@@ -1,0 +1,135 @@
+"""Prompts: the classic one, those of a file, and random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from batchbench.errors import UsageError
+from batchbench.workloads.ragged import Ints, Ragged
+from batchbench.workloads.streams import stream
+from batchbench.workloads.text import open_binary
+
+CLASSIC_PROMPT = "The quick brown fox jumped over the"
+CLASSIC_PROMPT_IDS = (464, 2068, 7586, 21831, 11687, 625, 262)
+"""``CLASSIC_PROMPT`` in GPT-2's tokens."""
+
+BLOCK_TOKENS = 512
+"""Tokens of a block that a Mooncake trace names."""
+
+Encode = Callable[[str], Sequence[int]]
+
+
+def classic_prompts(count: int, encode: Encode | None) -> Ragged:
+    """The same prompt for all."""
+    ids = CLASSIC_PROMPT_IDS if encode is None else encode(CLASSIC_PROMPT)
+    return in_turn([ids], count)
+
+
+def prompts_of_file(file: Path, count: int, encode: Encode | None) -> Ragged:
+    """A file's prompts, used in turn.
+
+    Raises:
+        UsageError: the file cannot be read as UTF-8 text, or holds no prompt or an empty one.
+    """
+    texts = read_prompts(file)[:count]
+    distinct = [(encode or byte_tokens)(text) for text in texts]
+    for text, ids in zip(texts, distinct, strict=True):
+        if not len(ids):
+            raise UsageError(f"--prompts {file}: {text!r} has no tokens")
+    return in_turn(distinct, count)
+
+
+def in_turn(distinct: Sequence[Sequence[int]], count: int) -> Ragged:
+    """``count`` prompts, beginning again at the first as often as needed."""
+    ids = np.concatenate([np.asarray(ids, np.int32) for ids in distinct])
+    return Ragged.of(ids, np.array([len(ids) for ids in distinct])).take(
+        np.arange(count) % len(distinct)
+    )
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts in a text file or a pipe, a line each; empty lines are skipped.
+
+    Raises:
+        UsageError: it cannot be read as UTF-8 text, or holds no prompt.
+    """
+    where = f"--prompts {file}"
+    try:
+        with open_binary(file, where) as content:
+            text = content.read().decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"{where}: {(error.strerror or str(error)).lower()}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: is not UTF-8 text; save it as UTF-8") from error
+    # Not splitlines(): it would cut prompts at form feeds, U+2028 and the like as well.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"{where}: holds no prompt; write one a line")
+    return prompts
+
+
+def random_prompts(
+    lengths: Ints, *, seed: int, vocab_size: int, shared: int, blocks: Ragged | None
+) -> NDArray[np.int32]:
+    """Ids of random prompts, end to end.
+
+    Args:
+        lengths: of each prompt, ``[requests]``.
+        shared: so many tokens at the beginning are the same in all prompts; a shorter prompt is
+            all beginning.
+        blocks: names of each prompt's blocks of 512 tokens: equal names are equal tokens.
+
+    Raises:
+        UsageError: they do not fit in memory.
+    """
+    total = int(lengths.sum())
+    if total * 8 > (room := psutil.virtual_memory().available):
+        raise UsageError(
+            f"--queue-size {len(lengths)}: the prompts are {total:,} tokens together, more than "
+            f"{room / 2**30:.1f} GiB of memory hold; lower it"
+        )
+    ids = stream(seed, "ids").integers(0, vocab_size, total, dtype=np.int32)
+    begins = np.cumsum(lengths) - lengths
+    if blocks is not None:
+        for i in np.flatnonzero(blocks.lengths).tolist():
+            _fill_blocks(ids[begins[i] : begins[i] + lengths[i]], blocks.row(i), seed, vocab_size)
+    if shared:
+        beginning = stream(seed, "prefix").integers(
+            0, vocab_size, min(shared, int(lengths.max())), dtype=np.int32
+        )
+        for begin, length in zip(begins.tolist(), lengths.tolist(), strict=True):
+            ids[begin : begin + min(shared, length)] = beginning[:length]
+    return ids
+
+
+def _fill_blocks(
+    prompt: NDArray[np.int32], names: NDArray[np.int64], seed: int, vocab_size: int
+) -> None:
+    for nth, name in enumerate(names.tolist()):
+        place = prompt[nth * BLOCK_TOKENS : (nth + 1) * BLOCK_TOKENS]
+        if len(place):
+            drawn = stream(seed, "blocks", name).integers(
+                0, vocab_size, BLOCK_TOKENS, dtype=np.int32
+            )
+            place[:] = drawn[: len(place)]
+
+
+def byte_tokens(text: str) -> list[int]:
+    """A text spelled in GPT-2's 256 byte tokens: what can be done without its tokenizer.
+
+    GPT-2's vocabulary begins with the bytes that print (``!`` to ``~``, ``¡`` to ``¬``, ``®`` to
+    ``ÿ``), then come the others in order.
+    """
+    return [_BYTE_TOKENS[byte] for byte in text.encode("utf-8", "surrogatepass")]
+
+
+_PRINTING = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_TOKENS = {
+    byte: token for token, byte in enumerate(_PRINTING + sorted({*range(256)} - {*_PRINTING}))
+}
