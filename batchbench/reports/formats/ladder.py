@@ -25,7 +25,7 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
         "What this machine allows",
         f"  memory     {number(speed['bytes_per_s'] / _GB)} GB/s read{threads}; measured on a "
         f"buffer of {number(speed['buffer_bytes'] / _MIB)} MiB,",
-        f"             {_cache(speed)} ({speed['method']}, median of {speed['passes']})",
+        f"             {_cache(speed)}: {speed['method']}, median of {speed['passes']}",
     ]
     for dtype, known in card["formats"].items():
         cached = card["kv_tokens"] * known["kv_token_bytes"]
@@ -34,7 +34,7 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
             f"    weights  {number(known['weight_bytes'] / _MIB)} MiB, "
             f"{number(known['step_weight_bytes'] / _MIB)} MiB of them read in each step",
             f"    KV       {number(known['kv_token_bytes'] / 1024)} KiB a token, "
-            f"{number(cached / _MIB)} MiB for the {number(card['kv_tokens'])} tokens cached by "
+            f"{number(cached / _MIB)} MiB for the {number(card['kv_tokens'])} tokens of "
             f"{card['rows']} requests",
             f"    floor    {_ms(known['floor_ms'])} ms a decode step: "
             "(weights + KV read) / bandwidth",
@@ -49,7 +49,7 @@ def _cache(speed: Mapping[str, Any]) -> str:
     if speed["cache_bytes"] is None:
         return "size of the last-level cache unknown"
     times = speed["buffer_bytes"] / speed["cache_bytes"]
-    fits = "" if speed["beyond_cache"] else ", too little to be sure"
+    fits = "" if speed["beyond_cache"] else " (too little)"
     return f"{times:.2g} × the last-level cache{fits}"
 
 
