@@ -12,7 +12,7 @@ import torch
 from conftest import MakeModel
 
 from batchbench.batching.caches import last_level_cache_bytes
-from batchbench.batching.ceiling import Bandwidth, Ceiling, Reading
+from batchbench.batching.ceiling import Bandwidth, Ceiling, Reading, middle
 from batchbench.batching.engines.torch import bandwidth as measuring
 from batchbench.batching.engines.torch.bandwidth import measure_bandwidth
 from batchbench.batching.engines.torch.forward import GPT2Forward, TransformersForward
@@ -163,6 +163,9 @@ def test_the_floor_is_bytes_over_bandwidth_and_the_ceiling_what_binds() -> None:
     assert weak.floor_s == pytest.approx(1e-6)
     assert weak.bound == "arithmetic"
     assert weak.tokens_per_s == pytest.approx(8 / 3e-6)
+    other = replace(weak, bandwidth=replace(speed, bytes_per_s=3e9))
+    assert middle([weak, other]).floor_s == pytest.approx(0.5e-6)
+    assert middle([weak, other]).reading == weak.reading
     strong = replace(weak, reading=replace(reading, products_s=5e-7))
     assert strong.bound == "memory"
     assert strong.tokens_per_s == pytest.approx(8e6)

@@ -26,6 +26,7 @@ from batchbench.batching.verification import Remembered, Verification
 from batchbench.batching.watch import Progress, Watch
 from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
+from batchbench.reports.decode_steps import decode_steps
 from batchbench.reports.figures.ladder import draw_ladder
 from batchbench.reports.folder import write_ladder
 from batchbench.reports.formats.ladder import card_lines, render, sentence
@@ -60,14 +61,14 @@ def asked(checkpoint: Path | str, rungs: str = "all", rounds: int = 1, **setting
     )
 
 
-def result_of(made: Ladder, climbed: Climbed, ceilings: Any) -> LadderResult:
+def result_of(made: Ladder, climbed: Climbed) -> LadderResult:
     return make_ladder(
         command=made.asked.command(),
         config=made.asked.config(),
         environment=made.environment,
         model=made.model,
         workload=made.workload,
-        ceilings=ceilings,
+        ceilings=climbed.ceilings,
         rungs=[
             {"name": r.name, "change": r.change, "engine": r.engine, "dtype": r.dtype}
             for r in climbed.rungs
@@ -86,9 +87,8 @@ def climbed(checkpoint: Path) -> Iterator[tuple[Ladder, Climbed, LadderResult]]:
         patch.setattr(measuring, "_cache_bytes", lambda device: 2**18)
         patch.setattr(measuring, "_LEAST_BYTES", 2**20)
         made = Ladder(asked(checkpoint, rounds=2), Watch())
-        ceilings = made.measure(Watch())
-        found = made.climb(Watch())
-        yield made, found, result_of(made, found, ceilings)
+        found = made.climb(Watch(), made.measure(Watch()))
+        yield made, found, result_of(made, found)
 
 
 # What is asked
@@ -210,12 +210,18 @@ def test_figures_of_a_rung_are_those_of_its_recordings(
     climbed: tuple[Ladder, Climbed, LadderResult],
 ) -> None:
     _, found, result = climbed
-    formats = result.data["card"]["formats"]
+    assert len(found.ceilings) == 3  # before, between and after two rounds
     for rung in result.data["rungs"]:
-        known, step = formats[rung["dtype"]], rung["decode_step_ms"]
+        steps = [decode_steps(trial).full_ms or 0 for trial in found.recordings[rung["name"]]]
+        assert rung["decode_step_ms"] == pytest.approx(sum(steps) / 2)
         assert rung["decode_step_rows"] == 3
-        assert rung["floor_share"] == pytest.approx(known["floor_ms"] / step)
-        assert rung["times_products"] == pytest.approx(step / known["products_ms"])
+        alone = [measured[rung["dtype"]].reading.products_s * 1e3 for measured in found.ceilings]
+        times = [steps[i] / ((alone[i] + alone[i + 1]) / 2) for i in range(2)]
+        assert rung["times_products"] == pytest.approx(sum(times) / 2)
+        known = result.data["card"]["formats"][rung["dtype"]]
+        assert rung["floor_share"] == pytest.approx(
+            known["floor_ms"] / rung["decode_step_ms"], rel=2
+        )
         assert 0 < rung["outside_model"] < 1
         first, last = found.recordings[rung["name"]]
         for yardstick, speedup in rung["speedup"].items():
@@ -242,7 +248,8 @@ def test_rungs_take_turns_in_alternating_order(checkpoint: Path) -> None:
             self.told.add(progress.strategy)
 
     watch = Order()
-    Ladder(asked(checkpoint, "slots,mixed,lean", 2, verify="none"), Watch()).climb(watch)
+    made = Ladder(asked(checkpoint, "slots,mixed,lean", 2, verify="none"), Watch())
+    made.climb(watch, made.measure(Watch()))
     up = ["slots", "mixed", "lean"]
     assert watch.begun == [*((n, 0) for n in up), *((n, 1) for n in reversed(up))]
     assert watch.told == set(up)
@@ -259,8 +266,7 @@ def test_wrong_tokens_of_one_rung_are_told_of_that_one(
 
     monkeypatch.setattr(NotebookEngine, "_compute", leaking)
     made = Ladder(asked(checkpoint, "notebook,lean"), Watch())
-    ceilings = made.measure(Watch())
-    result = result_of(made, made.climb(Watch()), ceilings)
+    result = result_of(made, made.climb(Watch(), made.measure(Watch())))
     wrong = {rung["name"]: rung["verification"]["wrong"] for rung in result.data["rungs"]}
     assert wrong["lean"] == 0
     assert wrong["notebook"] > 0
@@ -279,13 +285,14 @@ def test_ctrl_c_keeps_whole_rounds(checkpoint: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(climbing, "observe", impatient)
     made = Ladder(asked(checkpoint, "slots,lean", 5), Watch())
-    found = made.climb(Watch())
+    allowed = made.measure(Watch())
+    found = made.climb(Watch(), allowed)
     assert [len(trials) for trials in found.recordings.values()] == [1, 1]
     assert found.stopped == "interrupted after 1 of 5 rounds"
     assert not any(v.requests_checked for v in found.verifications.values())
     calls = iter([3])
     with pytest.raises(KeyboardInterrupt):
-        made.climb(Watch())
+        made.climb(Watch(), allowed)
 
 
 def test_a_reference_is_asked_once_for_all_rungs() -> None:

@@ -7,7 +7,9 @@ processor is too weak for its memory arithmetic binds first, and the matrix prod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 TIMES_THE_CACHE = 4
 """A buffer this many times the last-level cache is read from memory."""
@@ -67,3 +69,15 @@ class Ceiling:
     def tokens_per_s(self) -> float:
         """With all rows in use, of a step that takes no longer than what binds."""
         return self.rows / max(self.floor_s, self.reading.products_s)
+
+
+def middle(ceilings: Sequence[Ceiling]) -> Ceiling:
+    """Of the same step measured at several times, the medians: a machine's speed drifts."""
+    first = ceilings[0]
+    speed = statistics.median(c.bandwidth.bytes_per_s for c in ceilings)
+    alone = statistics.median(c.reading.products_s for c in ceilings)
+    return replace(
+        first,
+        bandwidth=replace(first.bandwidth, bytes_per_s=speed),
+        reading=replace(first.reading, products_s=alone),
+    )

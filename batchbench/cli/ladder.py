@@ -86,23 +86,23 @@ def _climb(asked: Climb, output: OutputSpec, folder: Path) -> int:
     display = make_display(rungs, asked.ladder.rounds, quiet=output.quiet)
     with display:
         made = Ladder(asked, display)
-        ceilings = made.measure(display)
+        allowed = made.measure(display)
     # Only now: an error about what is asked should not wait for scipy and matplotlib.
     from batchbench.reports.folder import write_ladder
     from batchbench.reports.formats.ladder import card_lines
     from batchbench.reports.ladder import make_card, make_ladder
 
     if not silent:
-        typer.echo("\n".join([*card_lines(make_card(ceilings)), ""]))
+        typer.echo("\n".join([*card_lines(make_card(allowed)), ""]))
     with display:
-        climbed = made.climb(display)
+        climbed = made.climb(display, allowed)
     result = make_ladder(
         command=asked.command(),
         config=asked.config(),
         environment=made.environment,
         model=made.model,
         workload=made.workload,
-        ceilings=ceilings,
+        ceilings=climbed.ceilings,
         rungs=[{**asdict(rung), "memory": made.memory[rung.name]} for rung in climbed.rungs],
         recordings=climbed.recordings,
         verifications=climbed.verifications,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import batchbench
-from batchbench.batching.ceiling import Ceiling
+from batchbench.batching.ceiling import Ceiling, middle
 from batchbench.batching.conduct import WarmUp
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Verification
@@ -72,7 +72,7 @@ def make_ladder(
     environment: Mapping[str, Any],
     model: Mapping[str, Any],
     workload: Workload,
-    ceilings: Mapping[str, Ceiling],
+    ceilings: Sequence[Mapping[str, Ceiling]],
     rungs: Sequence[Mapping[str, Any]],
     recordings: Mapping[str, Sequence[Recording]],
     verifications: Mapping[str, Verification],
@@ -82,15 +82,20 @@ def make_ladder(
     """The result of a ladder that was just climbed.
 
     Args:
-        ceilings: by number format.
+        ceilings: by number format, as measured before each round and after the last.
         rungs: what each is, from the ground up; ``name``, ``change`` and ``dtype`` at least.
         left_out: rungs that this device does not offer, and why.
     """
+    rounds = len(next(iter(recordings.values())))
+    during = {
+        dtype: [middle([ceilings[i][dtype], ceilings[i + 1][dtype]]) for i in range(rounds)]
+        for dtype in ceilings[0]
+    }
     climbed = [
         {
             **about,
             **_figures(
-                recordings[about["name"]], ceilings[about["dtype"]], on_cpu=model["device"] == "cpu"
+                recordings[about["name"]], during[about["dtype"]], on_cpu=model["device"] == "cpu"
             ),
             "speedup": {
                 yardstick: _speedup(recordings, yardstick, about["name"])
@@ -112,7 +117,8 @@ def make_ladder(
         "environment": dict(environment),
         "model": dict(model),
         "workload": workload_facts(workload),
-        "card": make_card(ceilings),
+        "card": make_card({dtype: middle(each) for dtype, each in during.items()}),
+        "measured": [make_card(each) for each in ceilings],
         "rungs": climbed,
         "left_out": dict(left_out),
         "validity": {"status": "suspect" if reasons else "valid", "reasons": reasons},
@@ -142,20 +148,22 @@ def make_card(ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
     }
 
 
-def _figures(trials: Sequence[Recording], ceiling: Ceiling, *, on_cpu: bool) -> dict[str, Any]:
-    """A rung's own figures; of several trials the median."""
+def _figures(
+    trials: Sequence[Recording], ceilings: Sequence[Ceiling], *, on_cpu: bool
+) -> dict[str, Any]:
+    """A rung's own figures; of several trials the median, each beside its own round's ceiling."""
     steps = [decode_steps(trial) for trial in trials]
-    step_ms = _median([found.full_ms for found in steps])
-    per_s = None if step_ms is None else 1e3 / step_ms
+    took = [found.full_ms for found in steps]
+    pairs = list(zip(took, ceilings, strict=True))
     return {
         "trials": [metrics.trial_summary(trial) for trial in trials],
         "summary": metrics.summary(trials),
         "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
         "output_digest": output_digest(trials[0]),
-        "decode_step_ms": step_ms,
+        "decode_step_ms": _median(took),
         "decode_step_rows": steps[0].full_rows,
-        "floor_share": None if per_s is None else ceiling.floor_s * per_s,
-        "times_products": None if step_ms is None else step_ms / ceiling.reading.products_s / 1e3,
+        "floor_share": _median([ms and c.floor_s * 1e3 / ms for ms, c in pairs]),
+        "times_products": _median([ms and ms / (c.reading.products_s * 1e3) for ms, c in pairs]),
         "outside_model": _median([outside_model(trial, on_cpu) for trial in trials]),
         # The first trial touches what later ones find touched.
         "peak_growth_bytes": _most([t.header.about.get("peak_growth_bytes") for t in trials]),

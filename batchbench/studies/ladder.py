@@ -50,6 +50,7 @@ class Climbed:
     rungs: Sequence[Rung]
     recordings: Mapping[str, Sequence[Recording]]  # by rung, one a round
     verifications: Mapping[str, Verification]
+    ceilings: Sequence[Mapping[str, Ceiling]]  # before each round, and after the last
     stopped: str | None
 
 
@@ -208,7 +209,7 @@ class Ladder:
         return _Standing(rung, model, batcher, clock, memory)
 
     def measure(self, watch: Watch) -> Mapping[str, Ceiling]:
-        """What this machine allows, by number format; measured now, before anything is served."""
+        """What this machine allows, by number format, measured now."""
         from batchbench.batching.engines.torch.bandwidth import measure_bandwidth
         from batchbench.batching.engines.torch.products import measure_reading
 
@@ -243,8 +244,14 @@ class Ladder:
         most = decode_steps(planned).full_rows
         return most, float(np.median(kv_tokens_read(planned)[pure & (rows == most)]))
 
-    def climb(self, watch: Watch) -> Climbed:
-        """Warm up, serve in turns, verify. Ctrl-C keeps the rounds that are finished."""
+    def climb(self, watch: Watch, allowed: Mapping[str, Ceiling]) -> Climbed:
+        """Warm up, serve in turns, verify. Ctrl-C keeps the rounds that are finished.
+
+        What the machine allows is measured again after each round, since its speed may drift.
+
+        Args:
+            allowed: what :meth:`measure` told before.
+        """
         watch.phase("warming up")
         piece = beginning(self.workload, self.asked.serving.batch_size, _WARM_UP_TOKENS)
         for standing in self._standing:
@@ -252,11 +259,14 @@ class Ladder:
                 standing.strategy.serve(piece, Watch())
         rounds = self.asked.ladder.rounds
         done: list[dict[str, Recording]] = []
+        ceilings = [allowed]
         stopped = None
         try:
             for number in range(rounds):
                 turn = self._standing if number % 2 == 0 else self._standing[::-1]
-                done.append({s.rung.name: self._serve(s, watch, number) for s in turn})
+                served = {s.rung.name: self._serve(s, watch, number) for s in turn}
+                ceilings.append(self.measure(watch))
+                done.append(served)
         except KeyboardInterrupt:
             if not done:
                 raise
@@ -267,7 +277,7 @@ class Ladder:
         verifications = dict.fromkeys(recordings, NOT_VERIFIED)
         if stopped is None:
             verifications = self._verify(recordings, watch)
-        return Climbed(self.rungs, recordings, verifications, stopped)
+        return Climbed(self.rungs, recordings, verifications, ceilings, stopped)
 
     def _serve(self, standing: _Standing, watch: Watch, number: int) -> Recording:
         name = standing.rung.name
