@@ -56,7 +56,9 @@ def test_token_times_alone_show_the_same_full_steps(workload: Workload, config: 
         for i, steps in enumerate(steps_with_tokens(stepped))
     ]
     header = Header("theirs", 0, config.slots, False, {})
-    told = Recording.of_tokens(header, workload, [[0] * len(t) for t in times], times)
+    told = Recording.of_tokens(
+        header, workload, [[0] * len(t) for t in times], times, [0] * len(times)
+    )
     seen, known = decode_steps(told), decode_steps(stepped)
     assert seen.full_rows == known.full_rows
     if known.full_rows:
@@ -76,6 +78,6 @@ def test_a_workload_of_single_tokens_has_none() -> None:
     recording = serve(workload_of([(3, 1, 0), (2, 1, 0)]), Config("continuous", 2))
     header = Header("theirs", 0, 2, False, {})
     workload = Workload.of("w", [[1], [1]], [1, 1])
-    told = Recording.of_tokens(header, workload, [[5], [5]], [[3], [4]])
+    told = Recording.of_tokens(header, workload, [[5], [5]], [[3], [4]], [0, 0])
     for found in (decode_steps(recording), decode_steps(told)):
         assert (found.full_rows, found.full_ms) == (0, None)

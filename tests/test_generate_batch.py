@@ -28,6 +28,8 @@ from batchbench.reports import metrics
 from batchbench.reports.audit import audit
 from batchbench.reports.figures import draw
 from batchbench.reports.formats.terminal import sentence
+from batchbench.reports.gaps import gaps_ms
+from batchbench.reports.latencies import e2el_ms, queue_ms, tpot_ms, ttft_ms
 from batchbench.reports.result import _check_schema, make_result, remake_result, to_json
 from batchbench.reports.tables import requests_frame, steps_frame
 from batchbench.workloads import Workload
@@ -97,6 +99,8 @@ def test_it_tells_when_each_token_was_there_and_shows_no_steps(tiny: LoadedModel
         assert recording.first_token_ns[i] == own[0]
         assert recording.last_token_ns[i] == own[-1]
     assert recording.duration_ns == recording.token_ends_ns.max()
+    assert (recording.admitted_ns < recording.first_token_ns).all()
+    assert (queue_ms(recording) >= 0).all()
     assert recording.header.about["engine"].startswith("transformers ")
 
 
@@ -116,8 +120,16 @@ def test_a_queue_that_is_sorted_is_served_so(tiny: LoadedModel) -> None:
 def test_requests_come_when_they_are_due(tiny: LoadedModel) -> None:
     due = [0, 0, 30_000_000, 60_000_000, 400_000_000]
     recording = served(tiny, replace(WORKLOAD, due_ns=np.array(due)))
+    assert (recording.admitted_ns >= due).all()
     assert (recording.first_token_ns > due).all()
-    assert (metrics.ttft_ms(recording) > 0).all()
+    assert (ttft_ms(recording) > 0).all()
+
+
+def test_in_a_closed_loop_the_next_comes_when_one_is_done(tiny: LoadedModel) -> None:
+    recording = served(tiny, replace(WORKLOAD, max_concurrency=1))
+    due, last = recording.requests.due_ns, recording.last_token_ns
+    assert due[0] == 0
+    assert due[1:].tolist() == last[:-1].tolist()
 
 
 def test_the_model_and_the_process_are_left_as_they_were(tiny: LoadedModel) -> None:
@@ -193,6 +205,8 @@ def test_it_stands_beside_ours_in_a_result(outcome: Outcome, tmp_path: Path) -> 
     _check_schema(tmp_path, data)
     theirs = data["strategies"]["generate_batch"]
     assert theirs["counters"] is None
+    assert theirs["stalls"] == []
+    assert theirs["summary"]["mean_queue_ms"] >= 0
     assert theirs["output_digest"] == data["strategies"]["static"]["output_digest"]
     assert theirs["summary"]["median_ttft_ms"] > 0
     assert theirs["summary"]["completed"] == 6
@@ -240,16 +254,18 @@ def test_a_session_makes_it_once(checkpoint: Path) -> None:
 def tokens_only(times: Sequence[Sequence[int]]) -> Recording:
     workload = Workload.of("given", [[1, 2]] * len(times), [len(t) for t in times])
     header = Header("other", 0, 2, False, {"name": "given"}, {"foreign_cores": 0.0})
-    return Recording.of_tokens(header, workload, [[7] * len(t) for t in times], times)
+    return Recording.of_tokens(
+        header, workload, [[7] * len(t) for t in times], times, [1] * len(times)
+    )
 
 
 def test_latencies_are_those_of_the_tokens() -> None:
     recording = tokens_only([[2_000_000, 5_000_000, 6_000_000], [4_000_000]])
-    assert metrics.ttft_ms(recording).tolist() == [2, 4]
-    assert metrics.e2el_ms(recording).tolist() == [6, 4]
-    assert metrics.tpot_ms(recording)[0] == 2
-    assert np.isnan(metrics.tpot_ms(recording)[1])
-    assert metrics.itl(recording).values.tolist() == [1, 3]  # the gap between requests is none
+    assert ttft_ms(recording).tolist() == [2, 4]
+    assert e2el_ms(recording).tolist() == [6, 4]
+    assert tpot_ms(recording)[0] == 2
+    assert np.isnan(tpot_ms(recording)[1])
+    assert gaps_ms(recording).values.tolist() == [1, 3]  # the gap between requests is none
     assert metrics.trial_summary(recording)["completed"] == 2
 
 
@@ -259,6 +275,7 @@ def test_files_keep_it(tmp_path: Path) -> None:
     loaded = Recording.load(file)
     assert loaded.token_ends_ns is not None
     assert loaded.token_ends_ns.tolist() == [2, 5, 4]
+    assert loaded.admitted_ns.tolist() == [1, 1]
     assert not loaded.has_steps
     assert loaded.header == recording.header
 
@@ -267,9 +284,9 @@ def test_a_request_without_tokens_or_a_token_without_time_is_no_recording() -> N
     header = Header("other", 0, 2, False, {})
     two = Workload.of("w", [[1], [1]], [1, 1])
     with pytest.raises(ValueError, match="at least one token"):
-        Recording.of_tokens(header, two, [[7], []], [[1], []])
+        Recording.of_tokens(header, two, [[7], []], [[1], []], [0, 0])
     with pytest.raises(ValueError, match="a time for each"):
-        Recording.of_tokens(header, Workload.of("w", [[1]], [2]), [[7, 7]], [[1]])
+        Recording.of_tokens(header, Workload.of("w", [[1]], [2]), [[7, 7]], [[1]], [0])
 
 
 def test_the_audit_holds_its_laws(tiny: LoadedModel) -> None:

@@ -314,15 +314,15 @@ def observe(
 
 
 def expected_round_s(session: Session, step_ns: int) -> float:
-    """Seconds that one round should take, going by the steps of a simulation."""
-    if not session.workload.closed:
+    """Seconds that one round should take, going by a simulation with steps of ``step_ns``."""
+    if session.workload.stop_at_eos:
         return 0.0  # how many steps it takes is not known beforehand
-    steps = 0
+    engine, spent = SimulatedEngine(step_ns), 0
     for name in session.experiment.serving.strategies:
-        policy = "continuous" if name == GENERATE_BATCH else name
-        planned = replace(session.batcher(policy), engine=SimulatedEngine())
-        steps += planned.serve(session.workload, Watch()).num_steps
-    return steps * step_ns / 1e9
+        policy = "continuous" if name == GENERATE_BATCH else name  # which is what it does
+        planned = replace(session.batcher(policy), engine=engine)
+        spent += planned.serve(session.workload, Watch()).duration_ns
+    return spent / 1e9
 
 
 def beginning(workload: Workload, count: int, output_tokens: int) -> Workload:

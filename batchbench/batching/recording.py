@@ -101,7 +101,8 @@ class Recording:
     (``ends_ns``, ``[steps]``) or, in simulation, a formula (``step_ns``, ``[spans]``: what each
     step of a span costs). ``tokens`` is ``[sum of output_tokens]``, request after request; None
     where no model ran. A strategy that shows no steps has no spans, and tells instead when each
-    token was there: ``token_ends_ns``, ``[sum of output_tokens]``.
+    token was there, ``token_ends_ns``, ``[sum of output_tokens]``, and when it began with each
+    request, ``begun_ns``, ``[requests]``.
     """
 
     header: Header
@@ -113,6 +114,7 @@ class Recording:
     step_ns: Ints | None
     tokens: NDArray[np.int32] | None
     token_ends_ns: Ints | None = None
+    begun_ns: Ints | None = None
 
     @property
     def has_steps(self) -> bool:
@@ -190,6 +192,11 @@ class Recording:
         return int(self.last_token_ns.max())
 
     @cached_property
+    def admitted_ns(self) -> Ints:
+        """Start of the first step that computes each request, ``[requests]``."""
+        return self.starts_of(self.requests.admitted) if self.begun_ns is None else self.begun_ns
+
+    @cached_property
     def first_token_ns(self) -> Ints:
         """When each request had its first token, ``[requests]``."""
         if self.token_ends_ns is not None:
@@ -244,12 +251,14 @@ class Recording:
         workload: Workload,
         tokens: Sequence[Sequence[int]],
         ends_ns: Sequence[Sequence[int]],
+        begun_ns: Sequence[int],
         due_ns: Ints | None = None,
     ) -> Recording:
         """Of a strategy that shows no steps: each request's tokens, and when each was there.
 
         Args:
             ends_ns: a list a request, as long as its tokens; nanoseconds since the trial's start.
+            begun_ns: when computing each request began.
             due_ns: when each request truly was due; None where that is as the workload says.
         """
         counts = np.array([len(of_request) for of_request in tokens], np.int64)
@@ -272,6 +281,7 @@ class Recording:
             step_ns=None,
             tokens=np.fromiter(chain.from_iterable(tokens), np.int32, counts.sum()),
             token_ends_ns=np.fromiter(chain.from_iterable(ends_ns), np.int64, counts.sum()),
+            begun_ns=np.asarray(begun_ns, np.int64),
         )
 
     # Files
@@ -287,7 +297,7 @@ class Recording:
         for log in ("requests", "spans", "chunks", "waits"):
             for column in fields(getattr(self, log)):
                 arrays[f"{log}.{column.name}"] = getattr(getattr(self, log), column.name)
-        for name in ("ends_ns", "step_ns", "tokens", "token_ends_ns"):
+        for name in ("ends_ns", "step_ns", "tokens", "token_ends_ns", "begun_ns"):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)
         out = io.BytesIO()
@@ -316,8 +326,10 @@ class Recording:
                     )
                 }
                 times = ("ends_ns", "step_ns", "token_ends_ns")
-                rest = {n: arrays.get(n) for n in (*times, "tokens")}
-                if sum(rest[name] is not None for name in times) != 1:
+                rest = {n: arrays.get(n) for n in (*times, "tokens", "begun_ns")}
+                if sum(rest[name] is not None for name in times) != 1 or (
+                    (rest["begun_ns"] is None) is not (rest["token_ends_ns"] is None)
+                ):
                     raise KeyError("times of steps or tokens")
                 return cls(header=Header(**header), **logs, **rest)
         except UsageError:

@@ -23,6 +23,7 @@ from batchbench.reports.audit import audit
 from batchbench.reports.comparison import paired_ratio
 from batchbench.reports.decode_steps import decode_steps
 from batchbench.reports.result import output_digest, workload_facts
+from batchbench.reports.timekeeping import host_share
 from batchbench.workloads import Workload
 
 SCHEMA_VERSION = 1
@@ -179,7 +180,7 @@ def outside_model(recording: Recording, on_cpu: bool) -> float | None:
     spent = recording.header.about.get("model_ns")
     if spent is not None:
         return max(0.0, 1 - float(spent) / recording.duration_ns)
-    return metrics.host_share(recording) if recording.has_steps and not on_cpu else None
+    return host_share(recording) if recording.has_steps and not on_cpu else None
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -100,6 +100,7 @@ class GenerateBatch:
             workload,
             [result.generated_tokens for result in results],
             [[round(t * 1e9) - zero for t in result.timestamps] for result in results],
+            [round(result.lifespan[0] * 1e9) - zero for result in results],
             due_ns=np.array([request.due_ns for request in requests], np.int64),
         )
 

@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from batchbench.reports.figures.card import (
-    COLOURS,
     INK,
     QUIET,
     Card,
@@ -31,9 +30,9 @@ _NAMES, _RATES, _STEPS = 1.55, 2.4, 2.7  # inches: the three columns
 _GAP = 0.35
 
 _KINDS = {
-    "notebook": ("the notebook's way", COLOURS[0]),
-    "generate_batch": ("transformers' generate_batch", COLOURS[3]),
-    "slots": ("slots engine", COLOURS[1]),
+    "notebook": ("the notebook's way", "#D55E00"),
+    "generate_batch": ("transformers' generate_batch", "#CC79A7"),
+    "slots": ("slots engine", "#0072B2"),
 }
 
 Rung = Mapping[str, Any]
