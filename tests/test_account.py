@@ -296,8 +296,13 @@ def test_of_several_trials_it_is_the_one_of_median_duration() -> None:
 
 def without_steps(recording: Recording) -> Recording:
     """As a strategy that schedules for itself leaves it, but for its times."""
-    none = np.zeros(0, np.int64)
-    return replace(recording, spans=SpanLog(none, none, none, none, none), ends_ns=none)
+    none, r = np.zeros(0, np.int64), recording.requests
+    return replace(
+        recording,
+        spans=SpanLog(none, none, none, none, none),
+        ends_ns=None,
+        token_ends_ns=np.repeat(recording.ends_of(r.last), r.output_tokens),
+    )
 
 
 def test_a_strategy_that_shows_no_steps_has_no_account() -> None:

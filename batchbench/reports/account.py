@@ -69,7 +69,7 @@ def account_of(trials: Sequence[Recording]) -> Account | None:
     Means are linear, so the parts add up, and to the median duration. None where the strategy
     shows no steps.
     """
-    if not all(len(trial.spans.steps) for trial in trials):
+    if not all(trial.has_steps for trial in trials):
         return None
     ranked = sorted(trials, key=lambda trial: trial.duration_ns)
     middle = [account(trial) for trial in ranked[(len(ranked) - 1) // 2 : len(ranked) // 2 + 1]]
