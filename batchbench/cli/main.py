@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import batchbench
+from batchbench.cli import capacity as capacities
 from batchbench.cli import run as running
 from batchbench.cli import sweep as sweeping
 from batchbench.errors import BatchbenchError
@@ -46,6 +47,7 @@ def _root(
 app.command("run", help=running.RUN_HELP)(running.run)
 app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
 app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
+app.command("capacity", help=capacities.CAPACITY_HELP)(capacities.capacity)
 app.command("report", help=running.REPORT_HELP)(running.report)
 
 

@@ -87,6 +87,42 @@ def with_options(
     return decorate
 
 
+def with_given(
+    parts: Mapping[str, type], specs: Mapping[str, type], omit: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options that it puts together itself: it is called with those ``given``.
+
+    Args:
+        parts: specs whose options come as they were typed, by field name, and only if they were.
+        specs: argument name of the command: specs of its own, parsed as by :func:`with_options`.
+        omit: fields of ``parts`` that the command has no use for, and so no option.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        fields = [
+            (spec, field)
+            for spec in parts.values()
+            for field in dataclasses.fields(spec)
+            if field.name not in omit
+        ]
+
+        @functools.wraps(command)
+        def call(context: typer.Context, **values: Any) -> None:
+            typed = _given(context, values)
+            given = {
+                field.name: typed.pop(field.name) for _, field in fields if field.name in typed
+            }
+            command(
+                given=given,
+                **{name: settings.make_spec(spec, typed) for name, spec in specs.items()},
+            )
+
+        own = [(spec, field) for spec in specs.values() for field in dataclasses.fields(spec)]
+        return _signed(call, [_parameter(*pair, pair[1].default) for pair in [*fields, *own]])
+
+    return decorate
+
+
 def with_grid(
     swept: Mapping[str, type], specs: Mapping[str, type]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
