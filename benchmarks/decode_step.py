@@ -57,11 +57,12 @@ def step(model: LoadedModel, rows: int, kind: type) -> Callable[[], object]:
         slots,
         torch.full((rows,), LENGTH - 1),
         rows,
-        0,
-        rows,
-        LENGTH,
+        low=0,
+        high=rows,
+        length=LENGTH,
         mask=torch.zeros(rows, 1, 1, LENGTH, dtype=forward.cache_dtype),
     )
+    layout.place()
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 50257, rows))
     return lambda: best_token(forward(ids, layout, None)).tolist()
 

@@ -330,7 +330,7 @@ def test_the_example_of_the_policy_page_runs(
     (tmp_path / name).write_text(code)
     words = command.removeprefix("$ batchbench ").split()
     said = batchbench_says([*words, "--dry-run"], tmp_path)
-    assert re.match(r"steps +static 400, continuous 132, policies:\w+ \d+ forward passes", said)
+    assert re.match(r"steps +static 400, continuous 130, policies:\w+ \d+ forward passes", said)
 
 
 @pytest.mark.parametrize("target", ["run", "test", "lint", "clean"])

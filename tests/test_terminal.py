@@ -140,7 +140,7 @@ def test_what_was_not_verified_says_so() -> None:
 
 def test_a_simulation_says_that_it_is_one() -> None:
     assert sentence(simulated()) == (
-        "in simulation, where every step costs the same, continuous batching was 3.03× faster; "
+        "in simulation, where every step costs the same, continuous batching was 3.08× faster; "
         "run valid."
     )
 

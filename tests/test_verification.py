@@ -212,11 +212,12 @@ def slot_not_forgotten(patch: pytest.MonkeyPatch) -> None:
         layer: SlotLayer,
         slots: torch.Tensor,
         positions: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        rows: torch.Tensor | None,
+        states: torch.Tensor,
     ) -> None:
-        prompt = bool((positions == 0).any())
-        write(layer, slots, positions + prompt, keys, values)
+        if (positions == 0).any():
+            positions, rows = positions + 1, None
+        write(layer, slots, positions, rows, states)
 
     patch.setattr(SlotLayer, "write", shifted)
 

@@ -116,11 +116,18 @@ class Session:
         serving = self.experiment.serving
         loaded = self._models.load(self.source, self.experiment.model, self.workload.seed)
         self._loaded = loaded
-        engine, memory = make_engine(serving.engine, loaded, serving.batch_size, self._max_len)
+        engine, memory = make_engine(
+            serving.engine,
+            loaded,
+            serving.batch_size,
+            self._max_len,
+            serving.execution,
+        )
         self.model |= {
             "device": str(loaded.device),
             "dtype": loaded.dtype_name,
             "parameters": sum(p.numel() for p in loaded.module.parameters()),
+            "execution": engine.execution,
             **memory,
         }
         self.environment |= torch_environment(str(loaded.device))
@@ -135,8 +142,8 @@ class Session:
                 self.engine,
                 serving.batch_size,
                 order=serving.order,
-                prefill=serving.prefill,
-                max_batched_tokens=serving.max_batched_tokens,
+                prefill="mixed" if serving.mixes_prefill else "separate",
+                max_batched_tokens=serving.token_budget,
                 max_wait_ns=round(serving.max_wait * 1e6),
                 about={"engine": "simulated" if self.engine.simulated else serving.engine},
             )

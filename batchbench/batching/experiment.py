@@ -18,7 +18,9 @@ from batchbench.settings import setting
 from batchbench.workloads.spec import WorkloadSpec
 
 ENGINES = ("slots", "notebook")
-PREFILLS = ("separate", "mixed")
+TOKEN_BUDGET = 2048
+EXECUTIONS = ("auto", "eager", "graph", "compile")
+PREFILLS = ("auto", "separate", "mixed")
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,25 @@ class ServingSpec:
         choices=ENGINES,
     )
     prefill: str = setting(
-        "separate",
-        "separate: newcomers' prompts get a pass of their own; mixed: they ride along with the "
-        "running requests (slots engine only).",
+        "auto",
+        "mixed: newcomers' prompts ride along with the running requests (chunked prefill; slots "
+        "engine only); separate: they get a pass of their own; auto: mixed where the engine can.",
         "Serving",
         choices=PREFILLS,
     )
-    max_batched_tokens: int = setting(
-        2048, "Most tokens that one pass computes with --prefill mixed.", "Serving", min=2
+    max_batched_tokens: int | None = setting(
+        None,
+        "Most tokens that one pass computes with mixed prefill.",
+        "Serving",
+        min=2,
+        default_text=f"{TOKEN_BUDGET}, or twice the batch size if that is more",
+    )
+    execution: str = setting(
+        "auto",
+        "How passes that only decode are computed. eager: operation by operation; graph: replayed "
+        "as CUDA graphs; compile: by torch.compile; auto: graph on CUDA, else eager.",
+        "Serving",
+        choices=EXECUTIONS,
     )
 
     def __post_init__(self) -> None:
@@ -82,17 +95,32 @@ class ServingSpec:
                 f"--max-wait {self.max_wait:g}: none of --strategy {self.strategy} waits for a "
                 f"batch to fill; add one of {', '.join(WAITING)}"
             )
-        if self.prefill == "mixed":
-            if self.engine == "notebook":
-                raise UsageError(
-                    "--prefill mixed: the notebook engine computes prompts apart; "
-                    "take --prefill separate or --engine slots"
-                )
-            if self.max_batched_tokens <= self.batch_size:
-                raise UsageError(
-                    f"--max-batched-tokens {self.max_batched_tokens}: must be above the batch "
-                    f"size ({self.batch_size}), or no prompt could ever join a full batch"
-                )
+        if self.prefill == "mixed" and self.engine == "notebook":
+            raise UsageError(
+                "--prefill mixed: the notebook engine computes prompts apart; "
+                "take --prefill separate or --engine slots"
+            )
+        if self.execution in ("graph", "compile") and self.engine == "notebook":
+            raise UsageError(
+                f"--execution {self.execution}: the notebook engine, whose tensors change shape at "
+                "each step, computes eagerly; take --execution auto or --engine slots"
+            )
+        if self.mixes_prefill and self.token_budget <= self.batch_size:
+            raise UsageError(
+                f"--max-batched-tokens {self.token_budget}: must be above the batch size "
+                f"({self.batch_size}), or no prompt could ever join a full batch; raise it, or "
+                "take --prefill separate"
+            )
+
+    @property
+    def mixes_prefill(self) -> bool:
+        """Whether pieces of prompts may ride along with the running requests."""
+        return self.prefill == "mixed" or (self.prefill == "auto" and self.engine != "notebook")
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens that one pass computes with mixed prefill."""
+        return self.max_batched_tokens or max(TOKEN_BUDGET, 2 * self.batch_size)
 
     @property
     def strategies(self) -> tuple[str, ...]:

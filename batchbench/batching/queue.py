@@ -71,9 +71,11 @@ class WaitingQueue(Sequence["Request"]):
         if not count:
             return
         # Policies mostly take neighbours, and these from the front.
-        first = self._head + self._place(chosen[0])
-        run = islice(self._items, first, first + count)
-        if first + count <= len(self._items) and all(map(operator.is_, chosen, run)):
+        first = self._head
+        if not len(self) or chosen[0] is not self._items[first]:
+            first += self._place(chosen[0])
+        run = self._items[first : first + count]
+        if len(run) == count and all(map(operator.is_, chosen, run)):
             if first == self._head:
                 self._head += count
             else:

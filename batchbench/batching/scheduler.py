@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchbench.batching.plan import Chunk, Plan, Wait
 from batchbench.batching.policies import Policy
@@ -79,7 +80,7 @@ class Scheduler:
         self._offset = np.zeros(slots, np.int64)
         self._growing = np.zeros(slots, np.int64)
         self._decoding = np.zeros(slots, np.bool_)  # running, or done and still held
-        self._rows = np.flatnonzero(self._decoding)
+        self._rows: NDArray[np.int64] | None = None  # where that is so; None: to be found anew
         self._ends: list[tuple[int, int, int]] = []  # (decode count at the end, index, slot)
         self._running = 0  # decoding and not done
 
@@ -127,7 +128,7 @@ class Scheduler:
             return Plan(chunks, none, none, none, self._given_up(), 1, None)
         if not chunks and not self._running:
             return self._idle(ask_again)
-        rows = self._rows
+        rows = self._rows_now()
         growing = self._growing[rows]
         positions = self._offset[rows] + growing * self._decodes
         repeat = 1
@@ -164,12 +165,16 @@ class Scheduler:
             self._start(chunk)
             if chunk.request.output_tokens == 1:
                 done.append((chunk.slot, self._finish(chunk.slot)))
-        if plan.chunks and any(chunk.yields for chunk in plan.chunks):
-            self._rows = np.flatnonzero(self._decoding)
         done += [(slot, self._finish(slot)) for slot in stopped if self._growing[slot]]
         return done
 
     # Moves
+
+    def _rows_now(self) -> NDArray[np.int64]:
+        """Slots that decode."""
+        if self._rows is None:
+            self._rows = self._decoding.nonzero()[0]
+        return self._rows
 
     def _release(self) -> None:
         released = tuple(self._policy.release(self))
@@ -182,7 +187,7 @@ class Scheduler:
             heapq.heappush(self._free, slot)
         if released:
             self._released.extend(released)
-            self._rows = np.flatnonzero(self._decoding)
+            self._rows = None
 
     def _given_up(self) -> tuple[int, ...]:
         released, self._released = tuple(self._released), []
@@ -208,7 +213,7 @@ class Scheduler:
             return tuple(
                 Chunk(n.request, n.slot, n.done, n.request.prompt_tokens) for n in self._newcomers
             )
-        budget = self._max_batched_tokens - len(self._rows)
+        budget = self._max_batched_tokens - len(self._rows_now())
         chunks: list[Chunk] = []
         for newcomer in self._newcomers:
             budget -= self._cut(newcomer, budget, chunks)
@@ -237,6 +242,7 @@ class Scheduler:
         self._offset[slot] = request.prompt_tokens - self._decodes
         self._growing[slot] = 1
         self._decoding[slot] = True
+        self._rows = None
         self._running += 1
         if request.output_tokens > 1:
             end = self._decodes + request.output_tokens - 1

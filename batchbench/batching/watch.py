@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from batchbench.batching.plan import Plan
 
 
@@ -25,7 +27,7 @@ class Progress:
     def advance(self, plan: Plan, launched: int, finished: int, now_ns: int) -> None:
         """Count ``launched`` passes of ``plan``."""
         self.idle_until_ns = None
-        growing = int(plan.growing.sum()) if len(plan.slots) else 0
+        growing = np.count_nonzero(plan.growing)
         self.done += finished
         self.slots_in_use = growing + len(plan.chunks)
         self.steps += launched

@@ -133,7 +133,8 @@ class Bench:
         taken = np.nanpercentile(latency_ms(recording, name), 100 * attainment)
         return (
             f"--slo {name}:{limits[name]:g}: no rate is low enough, since even alone requests take "
-            f"{taken:.4g} ms (p{100 * attainment:g} of {name}, one at a time); raise the limit above that, or lower --slo-attainment"
+            f"{taken:.4g} ms (p{100 * attainment:g} of {name}, one at a time); "
+            "raise the limit above that, or lower --slo-attainment"
         )
 
     def probe(self, batcher: Batcher, rate: float) -> Probe:

@@ -38,13 +38,14 @@ class Layout:
     each token's keys and values are written, ``[tokens]``. Decoding rows attend to the slots
     ``low`` to ``high`` (excluded) of the cache, its first ``length`` positions, under ``mask``,
     ``[high - low, 1, 1, length]`` (0 or −∞, added); ``rows`` places them in that range, None when
-    they fill it.
+    they fill it. Whoever changes ``positions`` calls :meth:`place`.
     """
 
     cache: SlotCache
     slots: torch.Tensor
     positions: torch.Tensor
     decoding: int
+    rows_of_cache: torch.Tensor | None = None
     low: int = 0
     high: int = 0
     length: int = 0
@@ -53,28 +54,45 @@ class Layout:
     fresh: Sequence[Prompts] = ()
     continued: Sequence[tuple[int, Chunk, torch.Tensor]] = ()  # first token, chunk, mask
 
+    def place(self) -> None:
+        """Find where the keys and values of this pass are written."""
+        self.rows_of_cache = self.cache.rows(self.slots, self.positions)
+
+
+def causal_mask(positions: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """What each row may see of ``length`` cached positions, ``[rows, 1, 1, length]``: 0 up to its
+    own position, −∞ beyond.
+
+    Numbers, not truth values: the attention would make them so again in each layer.
+    """
+    at = torch.arange(length, device=positions.device)
+    mask = torch.zeros(len(positions), length, dtype=dtype, device=positions.device)
+    return mask.masked_fill_(at > positions[:, None], float("-inf"))[:, None, None, :]
+
 
 def attend(
     block: SlotLayer,
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    kv: torch.Tensor,
     layout: Layout,
     *,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention of one layer, ``[tokens, heads, head_dim]`` in and out; writes ``k`` and ``v``.
+    """Attention of one layer, ``[tokens, heads, head_dim]`` in and out; writes keys and values.
 
-    ``scale`` is what scores are multiplied by, 1 / √head_dim if None.
+    Args:
+        kv: ``[tokens, 2, heads, head_dim]``.
+        scale: what scores are multiplied by, 1 / √head_dim if None.
     """
-    block.write(layout.slots, layout.positions, k, v)
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    block.write(layout.slots, layout.positions, layout.rows_of_cache, kv)
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != kv.shape[2]}
     n = layout.decoding
     if n and n == len(q):
         return _decode(q, block, layout, options)
     out = torch.empty_like(q)
     if n:
         out[:n] = _decode(q[:n], block, layout, options)
+    k, v = kv.unbind(1)
     for prompts in layout.fresh:
         pq, pk, pv = (states[prompts.gather].transpose(1, 2) for states in (q, k, v))
         seen = scaled_dot_product_attention(pq, pk, pv, is_causal=True, **options)
@@ -104,7 +122,8 @@ def attend_for_transformers(
     index = module.layer_idx
     assert isinstance(index, int)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    seen = attend(layout.cache.blocks[index], q, k, v, layout, scale=scaling)
+    kv = torch.stack([k, v], 1)
+    seen = attend(layout.cache.blocks[index], q, kv, layout, scale=scaling)
     return seen.unsqueeze(0), None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
-from torch.nn.functional import layer_norm
+from torch.nn.functional import embedding, layer_norm
 from transformers import PretrainedConfig
 
 from batchbench.batching.engines.torch.attention import NAME, Layout, attend
@@ -77,28 +77,28 @@ class _Block(NamedTuple):
 class GPT2Forward:
     """GPT-2 (Radford et al. 2019) with nothing between its products that need not be there.
 
-    On a CPU the weights are packed, which takes as much memory again: the plain ones stay, for
-    the reference that outputs are verified against.
+    On a CPU the weights are packed, unless asked not to, which takes as much memory again: the
+    plain ones stay, for the reference that outputs are verified against.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, *, packed: bool = True) -> None:
+        packed = packed and model.device.type == "cpu" and packed_ops(model.dtype) is not None
         body = model.module.transformer
         self._heads = model.module.config.n_head
         self._tokens, self._positions = body.wte.weight, body.wpe.weight
         self._blocks = [
             _Block(
                 _norm(block.ln_1),
-                _conv1d(block.attn.c_attn),
-                _conv1d(block.attn.c_proj),
+                _conv1d(block.attn.c_attn, packed),
+                _conv1d(block.attn.c_proj, packed),
                 _norm(block.ln_2),
-                _conv1d(block.mlp.c_fc),
-                _conv1d(block.mlp.c_proj),
+                _conv1d(block.mlp.c_fc, packed),
+                _conv1d(block.mlp.c_proj, packed),
             )
             for block in body.h
         ]
         self._norm = _norm(body.ln_f)
-        self._head = PackedLinear(model.module.lm_head.weight, None)
-        packed = model.device.type == "cpu" and packed_ops(model.dtype) is not None
+        self._head = PackedLinear(model.module.lm_head.weight, None, packed=packed)
         self.extra_bytes = model.weight_bytes if packed else 0
         # Single queries take the CPU's attention kernel longer in bfloat16 than in float32,
         # by more than the doubled cache costs (docs/log.md).
@@ -107,11 +107,11 @@ class GPT2Forward:
     def __call__(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
     ) -> torch.Tensor:
-        x = self._tokens[ids] + self._positions[layout.positions]
+        x = embedding(ids, self._tokens) + embedding(layout.positions, self._positions)
         for layer, block in zip(layout.cache.blocks, self._blocks, strict=True):
             qkv = block.qkv(block.norm_1(x)).view(len(x), 3, self._heads, -1)
-            q, k, v = qkv.to(self.cache_dtype).unbind(1)
-            seen = attend(layer, q, k, v, layout).reshape(x.shape).to(x.dtype)
+            qkv = qkv.to(self.cache_dtype)
+            seen = attend(layer, qkv[:, 0], qkv[:, 1:], layout).reshape(x.shape).to(x.dtype)
             x = block.attention_out.plus(seen, x)
             x = block.mlp_out.plus(block.mlp_in.gelu(block.norm_2(x)), x)
         if keep is not None:
@@ -123,12 +123,12 @@ def _norm(module: torch.nn.LayerNorm) -> _Norm:
     return _Norm(module.weight, module.bias, module.eps)
 
 
-def _conv1d(module: torch.nn.Module) -> PackedLinear:
+def _conv1d(module: torch.nn.Module, packed: bool) -> PackedLinear:
     """transformers' Conv1D holds its weight as ``[inputs, outputs]``."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, torch.Tensor)
     assert isinstance(bias, torch.Tensor)
-    return PackedLinear(weight.t(), bias)
+    return PackedLinear(weight.t(), bias, packed=packed)
 
 
 def is_plain_gpt2(config: PretrainedConfig) -> bool:
@@ -143,6 +143,8 @@ def is_plain_gpt2(config: PretrainedConfig) -> bool:
     )
 
 
-def make_forward(model: LoadedModel) -> Forward:
+def make_forward(model: LoadedModel, *, packed: bool = True) -> Forward:
     """The leanest forward pass that is right for the model."""
-    return GPT2Forward(model) if is_plain_gpt2(model.module.config) else TransformersForward(model)
+    if is_plain_gpt2(model.module.config):
+        return GPT2Forward(model, packed=packed)
+    return TransformersForward(model)

@@ -6,10 +6,10 @@ import re
 
 import torch
 
-from batchbench.batching.engines import Engine
 from batchbench.batching.engines.notebook import NotebookEngine
+from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.cache import kv_token_bytes
-from batchbench.batching.engines.torch.forward import TransformersForward, make_forward
+from batchbench.batching.engines.torch.forward import Forward, TransformersForward, make_forward
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.models.loading import LoadedModel, free_bytes
@@ -24,12 +24,13 @@ _RESERVE = 0.1
 
 
 def make_engine(
-    name: str, model: LoadedModel, slots: int, max_len: int
-) -> tuple[Engine, dict[str, int]]:
+    name: str, model: LoadedModel, slots: int, max_len: int, execution: str = "auto"
+) -> tuple[TorchEngine, dict[str, int]]:
     """The engine of that name, and what it takes: bytes of weights, packed weights and cache.
 
     Raises:
-        UsageError: a batch of this size does not fit; names the largest that does.
+        UsageError: a batch of this size does not fit (names the largest that does), or the model
+            cannot be computed as ``execution`` says.
     """
     config = model.module.config
     memory = {"weight_bytes": model.weight_bytes, "packed_weight_bytes": 0}
@@ -39,13 +40,17 @@ def make_engine(
             # While the batch changes, the notebook's way holds the old cache and the new one.
             _check_room(model, slots, max_len, 2 * per_slot)
             return NotebookEngine(model, slots), memory | {"kv_cache_bytes": slots * per_slot}
-        forward = make_forward(model)
+        chosen = _execution(execution, model.device)
+        forward = make_forward(model, packed=chosen != "compile")
         per_slot = kv_token_bytes(config, forward.cache_dtype) * max_len
         _check_room(model, slots, max_len, per_slot)
         if isinstance(forward, TransformersForward):
             _check_forward(model, forward)
         memory |= {"packed_weight_bytes": forward.extra_bytes, "kv_cache_bytes": slots * per_slot}
-        return SlotsEngine(model, slots, max_len, forward), memory
+        engine = _slots_engine(
+            model, slots, max_len, forward, chosen, fall_back=execution == "auto"
+        )
+        return engine, memory
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not re.search(
             "allocate", str(error)
@@ -53,6 +58,47 @@ def make_engine(
             raise
         raise UsageError(
             f"--batch-size {slots}: its cache does not fit on {model.device}; lower it"
+        ) from error
+
+
+def _execution(asked: str, device: torch.device) -> str:
+    """What ``--execution`` means on a device.
+
+    Raises:
+        UsageError: the device cannot.
+    """
+    cuda = device.type == "cuda"
+    if asked == "graph" and not cuda:
+        raise UsageError(
+            f"--execution graph: CUDA graphs need a CUDA device, and the model is on {device}; "
+            "take --execution auto"
+        )
+    return ("graph" if cuda else "eager") if asked == "auto" else asked
+
+
+def _slots_engine(
+    model: LoadedModel,
+    slots: int,
+    max_len: int,
+    forward: Forward,
+    execution: str,
+    *,
+    fall_back: bool,
+) -> SlotsEngine:
+    """The slots engine with its decode passes prepared; eager where that fails and may."""
+    try:
+        return SlotsEngine(model, slots, max_len, forward, execution)
+    except (MemoryError, torch.OutOfMemoryError, UsageError):
+        raise
+    except Exception as error:  # a model's own code, or a compiler's: whatever they raise
+        if execution == "eager":
+            raise
+        if fall_back:
+            return SlotsEngine(model, slots, max_len, forward)
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UsageError(
+            f"--execution {execution}: {model.source.name} cannot be computed so on "
+            f"{model.device} ({why}); take --execution eager"
         ) from error
 
 

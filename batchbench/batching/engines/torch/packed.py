@@ -73,10 +73,13 @@ class PackedLinear:
     Args:
         weight: ``[outputs, inputs]``; any strides.
         bias: ``[outputs]``, or None.
+        packed: False to leave the weight as it is.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._ops = packed_ops(weight.dtype) if weight.device.type == "cpu" else None
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, packed: bool = True
+    ) -> None:
+        self._ops = packed_ops(weight.dtype) if packed and weight.device.type == "cpu" else None
         self._bias = bias
         # Packed for no number of rows in particular: packed for one it would be slow for eight.
         self._weight = self._ops.reorder(weight.contiguous(), None) if self._ops else weight

@@ -8,10 +8,11 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from batchbench.batching.engines.torch.attention import Layout, Prompts
+from batchbench.batching.engines.torch.attention import Layout, Prompts, causal_mask
 from batchbench.batching.engines.torch.base import TorchEngine, best_token
 from batchbench.batching.engines.torch.cache import SlotCache
 from batchbench.batching.engines.torch.forward import Forward, make_forward
+from batchbench.batching.engines.torch.graphs import Capture, Compile, PreparedDecode
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Chunk, Plan
 from batchbench.errors import UsageError
@@ -25,12 +26,22 @@ class SlotsEngine(TorchEngine):
     Args:
         max_len: longest prompt + output of the workload, in tokens.
         forward: the model's forward pass; by default the leanest that is right for it.
+        execution: ``eager``, or ``graph`` or ``compile`` for passes that only decode.
+
+    Raises:
+        RuntimeError: the passes cannot be prepared as ``execution`` says.
     """
 
     def __init__(
-        self, model: LoadedModel, slots: int, max_len: int, forward: Forward | None = None
+        self,
+        model: LoadedModel,
+        slots: int,
+        max_len: int,
+        forward: Forward | None = None,
+        execution: str = "eager",
     ) -> None:
         super().__init__(model, slots)
+        self.execution = execution
         config = model.module.config
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             raise UsageError(
@@ -42,6 +53,15 @@ class SlotsEngine(TorchEngine):
         self._cache = SlotCache(config, slots, max_len, like)
         self._written = np.zeros(slots, np.int64)  # positions of each slot that are not zero
         self._positions_of_cache = torch.arange(max_len, device=model.device)
+        self._prepared = self._prepare_decode(max_len) if execution != "eager" else None
+
+    @torch.inference_mode()
+    def _prepare_decode(self, max_len: int) -> PreparedDecode:
+        graphs = self.execution == "graph"
+        prepare = Capture(self._device) if graphs else Compile(self._device)
+        args = (self._forward_pass, self._cache, self._last, max_len, prepare)
+        # To compile takes half a minute a size.
+        return PreparedDecode(*args, every_batch=graphs)
 
     def _forget(self) -> None:
         for block in self._cache.blocks:  # before the clock starts, not at the first prefill
@@ -67,6 +87,10 @@ class SlotsEngine(TorchEngine):
     def _prepare(self, plan: Plan) -> None:
         super()._prepare(plan)
         self._erase_behind(plan)
+        self._replayed = self._prepared is not None and not plan.chunks
+        if self._prepared is not None and self._replayed:
+            self._prepared.aim(plan)
+            return
         chunks, decoding = plan.chunks, len(plan.slots)
         pieces = [self._workload.prompt(c.request.index)[c.start : c.stop] for c in chunks]
         self._prompt_ids = self._tensor(np.concatenate(pieces) if pieces else [])
@@ -99,13 +123,21 @@ class SlotsEngine(TorchEngine):
         placed = list(zip(firsts, chunks, strict=True))
         layout.fresh = list(self._padded([(first, c) for first, c in placed if c.start == 0]))
         layout.continued = [(first, c, self._after(c)) for first, c in placed if c.start > 0]
+        layout.place()
         return layout
+
+    def _advance(self, plan: Plan, step: int) -> None:
+        if self._prepared is not None and self._replayed:
+            self._prepared.run(plan, step)
+        else:
+            super()._advance(plan, step)
 
     def _forward(self, plan: Plan, step: int) -> torch.Tensor:
         layout = self._layout
         if layout.decoding:
             if step:
                 layout.positions = layout.positions + self._growing
+                layout.place()
             self._aim(plan, step)
         ids = self._prompt_ids
         if layout.decoding:
@@ -121,10 +153,7 @@ class SlotsEngine(TorchEngine):
         if layout.rows is not None:  # a slot between that does not decode sees its first position
             span = positions.new_zeros(layout.high - layout.low)
             positions = span.index_copy_(0, layout.rows, positions)
-        unseen = self._positions_of_cache[: layout.length] > positions[:, None]
-        mask = torch.zeros(unseen.shape, dtype=self._forward_pass.cache_dtype, device=self._device)
-        # As numbers, not as truth values: the attention would make them so again in each layer.
-        layout.mask = mask.masked_fill_(unseen, float("-inf"))[:, None, None, :]
+        layout.mask = causal_mask(positions, layout.length, self._forward_pass.cache_dtype)
 
     def _padded(self, placed: Sequence[tuple[int, Chunk]]) -> Iterator[Prompts]:
         """Fresh pieces in groups of like length (within a factor of two), padded on the right."""
