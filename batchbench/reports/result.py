@@ -25,7 +25,10 @@ from batchbench.errors import UsageError
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import Ratio, paired_ratio
+from batchbench.reports.fairness import Class, by_length, length_classes
+from batchbench.reports.gaps import stalls
 from batchbench.reports.goals import NO_GOALS, GoalsSpec, as_config, from_config
+from batchbench.reports.timekeeping import rate_of
 from batchbench.workloads import Workload
 
 SCHEMA_VERSION = 1
@@ -72,6 +75,11 @@ class Result:
             f"{slots:,} slot{'s' * (slots != 1)}",
             f"{requests:,} request{'s' * (requests != 1)}",
         ]
+        workload = self.data["workload"]
+        if workload["arrival_rate"] is not None:
+            parts.append(f"{workload['arrival_rate']:.3g} req/s")
+        if workload["max_concurrency"] is not None:
+            parts.append(f"at most {workload['max_concurrency']:,} at once")
         if config["serving"]["engine"] != "slots" and not self.data["simulated"]:
             parts.insert(2, f"{config['serving']['engine']} engine")
         return " · ".join(parts)
@@ -120,6 +128,7 @@ def remake_result(result: Result) -> Result:
         output_tokens=first.output_tokens if asked is None else np.array(asked, np.int64),
         due_ns=first.due_ns,
         stop_at_eos=asked is not None,
+        max_concurrency=recorded["max_concurrency"],
     )
     return _derived({key: data[key] for key in _FACTS}, workload, result.recordings)
 
@@ -139,6 +148,8 @@ def _workload(workload: Workload) -> dict[str, Any]:
         "total_input_tokens": int(workload.prompt_tokens.sum()),
         "total_output_tokens": int(workload.output_tokens.sum()),
         "digest": workload.digest,
+        "max_concurrency": workload.max_concurrency,
+        "arrival_rate": rate_of(workload.due_ns),
         # A recording knows what was produced; only where texts end early is this something else.
         "output_lengths": workload.output_tokens.tolist() if workload.stop_at_eos else None,
     }
@@ -164,8 +175,9 @@ def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recording
     reasons = audit(
         workload, recordings, verification, WarmUp(**facts["warm_up"]), facts["stopped"]
     )
-    strategies = {name: _strategy(trials, goals) for name, trials in recordings.items()}
     names = list(recordings)
+    classes = length_classes(recordings[names[0]][0].requests.output_tokens)
+    strategies = {name: _strategy(trials, goals, classes) for name, trials in recordings.items()}
     comparisons = [_comparison(names[0], name, strategies, recordings) for name in names[1:]]
     data = {
         "schema_version": SCHEMA_VERSION,
@@ -179,15 +191,21 @@ def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recording
     return Result(data, recordings)
 
 
-def _strategy(trials: Sequence[Recording], goals: GoalsSpec) -> dict[str, Any]:
-    summary = metrics.summary(trials)
+def _strategy(
+    trials: Sequence[Recording], goals: GoalsSpec, classes: Sequence[Class]
+) -> dict[str, Any]:
+    limits = goals.limits_ms
+    each = [metrics.trial_summary(trial, limits) for trial in trials]
+    summary = each[0] if len(trials) == 1 else metrics.summary(trials, limits)
     per_second = summary["output_throughput"]
     assert per_second is not None
     price = goals.price_per_hour
     cost = None if price is None else price / 3600 / per_second * 1e6
     return {
-        "trials": [metrics.trial_summary(trial) for trial in trials],
+        "trials": each,
         "summary": {**summary, "cost_per_million_output_tokens": cost},
+        "by_output_length": by_length(trials, classes),
+        "stalls": stalls(trials),
         "counters": metrics.counters(trials[0]),
         "output_digest": output_digest(trials[0]),
     }

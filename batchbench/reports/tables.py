@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from batchbench.batching.recording import Recording
-from batchbench.reports import metrics
+from batchbench.reports.latencies import e2el_ms, queue_ms, tpot_ms, ttft_ms
 from batchbench.reports.result import Result
 
 
@@ -38,10 +38,11 @@ def _requests(name: str, trial: int, recording: Recording) -> pd.DataFrame:
             "last_token_step": r.last,
             "released_step": r.released,
             "due_ms": r.due_ns / 1e6,
-            "admitted_ms": recording.step_starts_ns[r.admitted] / 1e6,
-            "ttft_ms": metrics.ttft_ms(recording),
-            "tpot_ms": metrics.tpot_ms(recording),
-            "e2el_ms": metrics.e2el_ms(recording),
+            "admitted_ms": recording.starts_of(r.admitted) / 1e6,
+            "queue_ms": queue_ms(recording),
+            "ttft_ms": ttft_ms(recording),
+            "tpot_ms": tpot_ms(recording),
+            "e2el_ms": e2el_ms(recording),
         }
     )
 
@@ -52,7 +53,6 @@ def steps_frame(result: Result) -> pd.DataFrame:
     for name, trials in result.recordings.items():
         for trial, recording in enumerate(trials):
             s = recording.spans
-            last = recording.first_steps + s.steps - 1
             frames.append(
                 pd.DataFrame(
                     {
@@ -61,7 +61,7 @@ def steps_frame(result: Result) -> pd.DataFrame:
                         "first_step": recording.first_steps,
                         "steps": s.steps,
                         "start_ms": s.start_ns / 1e6,
-                        "end_ms": recording.step_ends_ns[last] / 1e6,
+                        "end_ms": recording.span_ends_ns / 1e6,
                         "decoding_slots": s.decoding,
                         "prompt_chunks": s.chunks,
                         "waiting": s.waiting,

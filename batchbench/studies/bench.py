@@ -16,6 +16,7 @@ from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
 from batchbench.reports.audit import audit
 from batchbench.reports.goals import GoalsSpec
+from batchbench.reports.latencies import within
 from batchbench.studies.judging import (
     Interval,
     TrialFigures,
@@ -25,7 +26,6 @@ from batchbench.studies.judging import (
     judge,
     latency_ms,
     mean_of,
-    within,
 )
 from batchbench.workloads import Workload, WorkloadSpec
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from batchbench.batching.recording import Recording
-from batchbench.reports import metrics
+from batchbench.reports import latencies
+from batchbench.reports.distribution import Floats
 
 CONFIDENCE = 0.95
 
@@ -55,19 +55,11 @@ class TrialFigures:
         return self.met / self.requests
 
 
-def within(recording: Recording, limits_ms: Mapping[str, float]) -> NDArray[np.bool_]:
-    """Which requests meet all limits, ``[requests]``; a single token has no TPOT to miss."""
-    met = np.ones(len(recording.requests.slot), bool)
-    for name, limit in limits_ms.items():
-        met &= ~(latency_ms(recording, name) > limit)
-    return met
-
-
 def figures_of(
     recording: Recording, limits_ms: Mapping[str, float], attainment: float
 ) -> TrialFigures:
     """What a trial shows; percentiles are those that ``attainment`` asks to be within limits."""
-    met = within(recording, limits_ms)
+    met = latencies.within(recording, limits_ms)
     return TrialFigures(
         requests=len(met),
         met=int(met.sum()),
@@ -80,9 +72,9 @@ def figures_of(
     )
 
 
-def latency_ms(recording: Recording, name: str) -> metrics.Floats:
+def latency_ms(recording: Recording, name: str) -> Floats:
     """A latency of each request by the name that ``--slo`` has for it, ``[requests]``."""
-    of = {"ttft": metrics.ttft_ms, "tpot": metrics.tpot_ms, "e2el": metrics.e2el_ms}
+    of = {"ttft": latencies.ttft_ms, "tpot": latencies.tpot_ms, "e2el": latencies.e2el_ms}
     return of[name](recording)
 
 
@@ -95,7 +87,7 @@ def queue_growth(recording: Recording) -> float:
     """
     r = recording.requests
     due = np.sort(r.due_ns)
-    admitted = np.sort(recording.step_starts_ns[r.admitted])
+    admitted = np.sort(recording.starts_of(r.admitted))
     waiting = np.arange(1, len(due) + 1) - np.searchsorted(admitted, due, side="right")
     third = len(due) // 3
     if not third:

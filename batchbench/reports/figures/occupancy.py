@@ -82,14 +82,14 @@ class Holdings:
     @classmethod
     def of(cls, recording: Recording) -> Holdings:
         """All requests of a trial, in the order of their index."""
-        r, ends = recording.requests, recording.step_ends_ns
+        r = recording.requests
         return cls(
             request=np.arange(len(r.slot)),
             slot=r.slot,
-            admitted=recording.step_starts_ns[r.admitted],
-            first=ends[r.first],
-            done=ends[r.last],
-            freed=ends[r.released - 1],
+            admitted=recording.starts_of(r.admitted),
+            first=recording.ends_of(r.first),
+            done=recording.ends_of(r.last),
+            freed=recording.ends_of(r.released - 1),
         )
 
     def where(self, chosen: NDArray[np.bool_]) -> Holdings:
