@@ -18,7 +18,7 @@ import batchbench
 from batchbench.reports.figures import render as render_figure
 from batchbench.reports.figures.capacity import draw_capacity
 from batchbench.reports.folder import write_whole
-from batchbench.reports.formats.terminal import SUITED, number
+from batchbench.reports.formats.terminal import called, number
 from batchbench.reports.goals import as_config
 from batchbench.studies.bench import Probe
 from batchbench.studies.capacity import Capacity, CapacityFindings
@@ -60,7 +60,7 @@ def sentence(found: CapacityFindings) -> str:
 
 
 def _suited(capacity: Capacity) -> str:
-    return SUITED.get(capacity.strategy, capacity.strategy)
+    return called(capacity.strategy)
 
 
 def _range(capacity: Capacity) -> str:
