@@ -110,27 +110,27 @@ def table(found: CapacityFindings) -> Table:
     grid.add_column("strategy", no_wrap=True)
     grid.add_column("req/s", justify="right")
     grid.add_column("trials", justify="right")
-    grid.add_column("within limits\n%", justify="right")
-    grid.add_column("queue\ngrowth %", justify="right")
+    grid.add_column("% of requests\nwithin limits", justify="right")
+    grid.add_column("queue\ngrows %", justify="right")
     for name in found.asked.goals.limits_ms:
         grid.add_column(f"{_CALLED[name]}\np{share:g} ms", justify="right")
-    grid.add_column("verdict", no_wrap=True)
+    grid.add_column("sus-\ntained", no_wrap=True)
     for capacity in found.capacities:
         probes = sorted(capacity.probes, key=lambda probe: probe.rate)
         for i, probe in enumerate(probes):
             grid.add_row(
                 capacity.strategy if i == 0 else "",
                 *_cells(probe, list(found.asked.goals.limits_ms)),
-                Text(str(probe.verdict), style=_STYLES[probe.verdict]),
+                Text(*_SUSTAINED[probe.verdict]),
                 end_section=i == len(probes) - 1,
             )
     return grid
 
 
-_STYLES = {
-    Verdict.SUSTAINED: "green",
-    Verdict.NOT_SUSTAINED: "red",
-    Verdict.BORDER: "yellow",
+_SUSTAINED = {
+    Verdict.SUSTAINED: ("yes", "green"),
+    Verdict.NOT_SUSTAINED: ("no", "red"),
+    Verdict.BORDER: ("border", "yellow"),
 }
 
 

@@ -94,7 +94,7 @@ def table(cells: Cells) -> Table:
 
 def _rows_of_cells(cells: Cells, grid: Table, shown: Sequence[str]) -> None:
     """A row a cell."""
-    columns = [*_COLUMNS, _GOOD] if _held_to_goals(cells) else _COLUMNS
+    columns = [_COLUMNS[0], _GOOD] if _held_to_goals(cells) else _COLUMNS
     for label, _ in columns:
         for name in cells.strategies:
             grid.add_column(f"{label}\n{name}", justify="right")
