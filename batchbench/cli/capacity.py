@@ -22,12 +22,12 @@ from batchbench.studies.grid import SWEPT, make_experiment, words_of_axes
 if TYPE_CHECKING:
     from batchbench.studies.bench import Asked
 
-CAPACITY_HELP = """Find the highest request rate that each strategy sustains within --slo.
-
-A rate is sustained if enough requests meet all limits and the queue does not grow; rates are
-doubled until one is not, then bisected, and each is repeated until the verdict is sure.
-
-Example: batchbench capacity --slo ttft:500 --slo tpot:50"""
+CAPACITY_HELP = (
+    "Find the highest request rate that each strategy sustains within --slo.\n\n"
+    "A rate is sustained if enough requests meet all limits and the queue does not grow. Rates are "
+    "doubled until one is not, then bisected; each is repeated until the verdict is sure.\n\n"
+    "Example: batchbench capacity --slo ttft:500 --slo tpot:50"
+)
 
 ENOUGH = 5
 """Requests of a trial that may miss a limit; with fewer the share that may is no share."""
