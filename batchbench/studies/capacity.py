@@ -86,10 +86,11 @@ def find_capacity(
         turn.reverse()
     requests = len(bench.session.workload)
     for name, search in searches.items():
-        if math.isinf(search.high):
+        # All of them within the time that one takes is a burst, and no load.
+        if math.isinf(search.high) or requests / search.high < lone_ms["e2el"] / 1e3:
             raise UsageError(
-                f"--queue-size {requests}: {name} sustains every rate, since so few requests do "
-                f"not fill {experiment.serving.batch_size} slots for long; raise it"
+                f"--queue-size {requests}: {name} still holds out where all of them come at once: "
+                f"so few do not keep {experiment.serving.batch_size} slots busy; raise it"
             )
     verification, reasons = bench.check_outputs()
     return CapacityFindings(
