@@ -17,8 +17,10 @@ from laws import Config, configs, law, serve, workload_of, workloads
 
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan
+from batchbench.batching.policies import POLICIES as BY_NAME
 from batchbench.batching.policies import View
 from batchbench.batching.recording import Recording, Steps
+from batchbench.batching.replay import replay
 from batchbench.batching.strategies import Batcher
 from batchbench.batching.watch import Watch
 from batchbench.reports import metrics, timekeeping
@@ -431,6 +433,27 @@ def test_littles_law_holds_exactly_also_when_requests_come_over_time(
 
 
 # Arrivals
+
+
+@law
+@given(workloads(), configs(policies=(*POLICIES, *BY_NAME), waits=(0, 15, 40)), st.booleans())
+def test_replaying_the_recorded_admissions_gives_the_same_steps(
+    workload: Workload, config: Config, uneven: bool
+) -> None:
+    """Who waits depends on the machine's speed; what is made of the decisions does not."""
+    _, recording = witnessed(workload, config, uneven)
+    again = replay(recording, prefill=config.prefill, max_batched_tokens=config.max_batched_tokens)
+    for name in ("slot", "admitted", "first", "last", "released", "output_tokens"):
+        column, other = getattr(again.requests, name), getattr(recording.requests, name)
+        assert column.tolist() == other.tolist(), name
+    for name in ("request", "start", "stop"):
+        assert getattr(again.chunks, name).tolist() == getattr(recording.chunks, name).tolist()
+    for name in ("decoding", "chunks"):
+        found, expected = (
+            np.repeat(getattr(r.spans, name), r.spans.steps).tolist() for r in (again, recording)
+        )
+        assert found == expected, name
+    assert metrics.counters(again) == metrics.counters(recording)
 
 
 @law

@@ -280,12 +280,12 @@ def conduct(
 
 
 def expected_round_s(session: Session, step_ns: int) -> float:
-    """Seconds that one round should take, going by the steps of a simulation."""
-    if not session.workload.closed:
+    """Seconds that one round should take, going by a simulation with steps of ``step_ns``."""
+    if session.workload.stop_at_eos:
         return 0.0  # how many steps it takes is not known beforehand
-    planned = [replace(batcher, engine=SimulatedEngine()) for batcher in session.strategies()]
-    steps = sum(batcher.serve(session.workload, Watch()).num_steps for batcher in planned)
-    return steps * step_ns / 1e9
+    engine = SimulatedEngine(step_ns)
+    planned = [replace(batcher, engine=engine) for batcher in session.strategies()]
+    return sum(b.serve(session.workload, Watch()).duration_ns for b in planned) / 1e9
 
 
 def beginning(workload: Workload, count: int, output_tokens: int) -> Workload:
