@@ -4,8 +4,8 @@
 
 Each format is written to a temporary folder and read in a process of its own. "Beyond" is the
 growth of the peak resident memory over what it was before reading, less the columns: what a row
-took while it was read is gone with it, and what remains is a twelfth that growing arrays hold in
-reserve.
+took while it was read is gone with it. (Mooncake's include how many blocks each row names, which
+become their offsets.)
 """
 
 from __future__ import annotations

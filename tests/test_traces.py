@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
+import re
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import law
 
+from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 from batchbench.workloads.prompts import byte_tokens
@@ -554,23 +556,29 @@ def test_a_line_without_an_end_is_wrong_and_is_not_held_in_memory(
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
-@pytest.mark.parametrize("option", ["--trace", "--prompts", "--output-tokens", "--workload"])
-def test_what_is_read_may_be_a_pipe(option: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "content", "steps"),
+    [
+        ("--trace {}", AZURE, 208),
+        ("--prompts {}", "one\ntwo\n", 132),
+        ("--output-tokens empirical:{} --queue-size 8", "4\n4\n", 4),
+        ("--workload {}", "queue_size = 8\nlong_tokens = 20", 20),
+    ],
+)
+def test_what_is_read_may_be_a_pipe(
+    words: str,
+    content: str,
+    steps: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    content = {
-        "--trace": AZURE,
-        "--prompts": "one\ntwo\n",
-        "--output-tokens": "3\n4\n",
-        "--workload": "queue_size = 5\n",
-    }[option]
-    named = f"empirical:{pipe}" if option == "--output-tokens" else str(pipe)
-    words = [sys.executable, "-m", "batchbench", "simulate", option, named, "--json", "--overlong"]
-    with subprocess.Popen(
-        [*words, "clip"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as served:
-        pipe.write_text(content)  # waits for its reader
-        out, err = served.communicate(timeout=60)
-    assert served.returncode == 0, err
-    count = {"--trace": 3, "--workload": 5}.get(option, 32)
-    assert json.loads(out)["workload"]["num_requests"] == count
+    asked = ["simulate", "--dry-run", "--overlong", "clip", *words.format(pipe).split()]
+    monkeypatch.setattr(sys, "argv", ["batchbench", *asked])
+    writer = threading.Thread(target=pipe.write_text, args=(content,), daemon=True)
+    writer.start()  # waits for its reader
+    assert _guarded() == 0
+    writer.join(timeout=10)
+    assert re.search(rf"continuous {steps} forward passes", capsys.readouterr().out)

@@ -150,7 +150,7 @@ class _Columns:
             self.block_counts.append(len(row.blocks))
 
     def _fill_block_counts(self, rows: int) -> None:
-        """Say of rows so far that they name no blocks; a trace without blocks has no such column."""
+        """Say of rows so far that they name no blocks; without blocks there is no such column."""
         self.block_counts.extend(bytes(rows - len(self.block_counts)))
 
     def trace(self, format: str, about: Mapping[str, Any], *, whole: bool) -> Trace:
