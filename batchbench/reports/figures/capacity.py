@@ -47,18 +47,21 @@ def _draw(data: Mapping[str, Any], headline: str, title: str) -> Figure:
     strategies = name_strategies(dict.fromkeys(data["strategies"], ()))
     limits: Mapping[str, float] = data["limits_ms"]
     panels: Sequence[str] = ["attainment", *limits]
-    columns = 1 if len(panels) == 1 else 2
-    rows = -(-len(panels) // columns)
+    # An odd panel would stand alone below; then the first takes the width of two.
+    wide_first = len(panels) % 2 == 1
+    rows = -(-(len(panels) + wide_first) // 2)
     height, step = 2.1, 2.1 + 0.95
     notes = (
         "Filled: sustained; hollow: not; diamond: the trials do not tell. Whisker: 95 % interval. "
         "Dotted: what is asked. Vertical line: the highest rate that is sustained."
     )
-    card = make_card(headline, title, 0.62 + rows * step - 0.45, notes)
+    card = make_card(headline, title, 0.72 + rows * step - 0.45, notes)
     add_line_legend(card, strategies)
-    width = (WIDE - 0.62 - (columns - 1) * 0.75) / columns
-    for i, what in enumerate(panels):
-        left, top = 0.62 + (i % columns) * (width + 0.75), 0.62 + (i // columns) * step
+    half = (WIDE - 0.62 - 0.75) / 2
+    for k, what in enumerate(panels):
+        row, column = divmod(k + wide_first if k else 0, 2)
+        width = WIDE - 0.62 if wide_first and not k else half
+        left, top = 0.62 + column * (half + 0.75), 0.72 + row * step
         axes = card.axes(left, top, width, height)
         _panel(axes, data, strategies, what)
         _finish(axes, data, width * 72)
