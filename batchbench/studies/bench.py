@@ -116,8 +116,7 @@ class Bench:
         count = len(session.workload) if session.engine.simulated else LONE
         alone = beginning(session.workload, count, output_tokens=session.workload.max_total_tokens)
         one = replace(alone, max_concurrency=1)
-        batcher = replace(self.batchers[0], name="continuous")
-        recording = session.on(one).serve(batcher, 0, 1)
+        recording = session.on(one).serve(session.batcher("continuous"), 0, 1)
         goals, attainment = self._asked.goals, self._asked.attainment
         figures = figures_of(recording, goals.limits_ms, attainment)
         if attained([figures]).value < attainment:
