@@ -413,6 +413,33 @@ def test_strategies_look_different() -> None:
     assert len({str(line.get_linestyle()) for line in lines[:4]}) > 1
 
 
+def test_our_own_strategies_look_the_same_whoever_stands_beside_them() -> None:
+    (recording,) = SIMULATED["continuous"]
+    every = ["static", "static-fixed", "static-bucketed", "static-oracle", "continuous"]
+
+    def looks(names: list[str]) -> dict[str, tuple[str, str]]:
+        figure = draw({name: [recording] for name in names}, TITLE)["latency"]
+        ttft = figure.axes[0].lines
+        lines = [next(x for x in ttft if x.get_gid() == f"cdf-{i}") for i in range(len(names))]
+        return {
+            name: (line.get_color(), str(line._dash_pattern))
+            for name, line in zip(names, lines, strict=True)
+        }
+
+    together = looks(every)
+    assert len(set(together.values())) == len({dashes for _, dashes in together.values()}) == 5
+    assert (
+        looks(["mine:P", "static-oracle", "static"])["static-oracle"] == together["static-oracle"]
+    )
+
+
+def test_under_load_the_occupancy_tells_how_many_wait() -> None:
+    workload = replace(classic(), due_ns=np.arange(32) * 20 * UNIT_NS)
+    assert "wait at once under continuous batching, " in " ".join(
+        " ".join(texts(draw(both(workload, 2), TITLE)["occupancy"])).split()
+    )
+
+
 # Files
 
 

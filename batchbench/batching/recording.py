@@ -184,6 +184,8 @@ class Recording:
     @cached_property
     def span_ends_ns(self) -> Ints:
         """End of each span's last step, ``[spans]``."""
+        if not self.has_steps:
+            return np.zeros(0, np.int64)
         return self.ends_of(self.first_steps + self.spans.steps - 1)
 
     @property

@@ -202,7 +202,7 @@ def table(result: Result) -> Table:
         collapse_padding=len(names) > 2,
     )
     grid.add_column("Metric", overflow="fold")
-    grid.add_column("Unit", style="dim")
+    grid.add_column("Unit", style="dim", overflow="fold")
     for name in names:
         # A name of several words takes a line a word: five strategies fit into 80 columns.
         grid.add_column(name.replace("-", "-\n"), justify="right", overflow="fold")
@@ -241,7 +241,6 @@ _COMPARED = (
     _of_summary("Duration", "", "duration"),
     _of_counters("Passes", "", lambda c: c["forward_passes"]),
     _of_summary("TTFT p99", "", "p99_ttft_ms"),
-    _of_summary("ITL p99", "", "p99_itl_ms"),
     _of_summary("E2E p99", "", "p99_e2el_ms"),
 )
 
@@ -249,10 +248,10 @@ _COMPARED = (
 def comparisons(result: Result) -> Table:
     """Each strategy's ratios to the baseline, a line a strategy."""
     strategies, names = result.data["strategies"], result.names
-    paired = not result.data["simulated"]
+    trials = len(result.recordings[names[0]])
     grid = Table(
         title=f"÷ {names[0]}",
-        caption="medians of paired trials" if paired else None,
+        caption="medians of paired trials" if trials > 1 else None,
         title_style="bold",
         caption_style="dim",
         pad_edge=False,
