@@ -40,7 +40,7 @@ from batchbench.reports.figures import MOST_BARS, MOST_BARS_A_SLOT, MOST_SLOTS, 
 from batchbench.reports.latencies import e2el_ms, ttft_ms
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
-PICTURES = ["throughput", "latency", "occupancy", "timeline"]
+PICTURES = ["throughput", "latency", "occupancy", "timeline", "account"]
 TITLE = "gpt2 · cpu float32 · 8 slots · 32 requests"
 Recordings = Mapping[str, Sequence[Recording]]
 
@@ -81,7 +81,7 @@ def measured(recording: Recording, seed: int, step_s: float = 0.0115) -> Recordi
     starts = np.concatenate([[0], ends[:-1]])[recording.first_steps]
     return replace(
         recording,
-        header=replace(recording.header, simulated=False),
+        header=replace(recording.header, simulated=False, about={}),
         spans=replace(spans, start_ns=starts),
         ends_ns=ends,
         step_ns=None,
@@ -139,7 +139,7 @@ def seconds() -> dict[str, Figure]:
 # What is drawn
 
 
-def test_four_pictures(steps: dict[str, Figure]) -> None:
+def test_five_pictures(steps: dict[str, Figure]) -> None:
     assert list(steps) == PICTURES
 
 

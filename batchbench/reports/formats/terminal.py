@@ -13,6 +13,7 @@ from rich.text import Text
 
 from batchbench.batching.policies import POLICIES
 from batchbench.reports.comparison import FEWEST_PAIRS, Ratio
+from batchbench.reports.formats.account import account_table, causes
 from batchbench.reports.result import Result, ratio_of
 
 
@@ -313,13 +314,15 @@ def number(value: float | None) -> str:
 
 
 def render(result: Result) -> RenderableType:
-    """Sentence, tables, stalls."""
+    """The sentence and what it comes from, tables, the account of the time, stalls."""
     status = result.data["validity"]["status"]
     wrong = result.data["verification"]["passed"] is False
     style = "bold red" if wrong else "bold" if status == "valid" else "bold yellow"
-    parts: list[RenderableType] = [Text(sentence(result), style=style), Text(), table(result)]
+    parts: list[RenderableType] = [Text(sentence(result), style=style)]
+    parts += [*map(Text, causes(result)), Text(), table(result)]
     if len(result.names) > 2:
         parts += [Text(), comparisons(result)]
+    parts += [Text(), account_table(result)]
     if lines := stall_lines(result):
         parts += [Text(), *map(Text, lines)]
     return Group(*parts)
