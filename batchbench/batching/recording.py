@@ -174,6 +174,11 @@ class Recording:
         """Start of the trial to the last token of the last request."""
         return int(self.ends_of(self.requests.last.max(keepdims=True))[0])
 
+    @property
+    def wall_ns(self) -> int:
+        """Start of the trial to when the loop knew that all was done, on the host's own clock."""
+        return int(self.header.about.get("wall_ns", self.duration_ns))
+
     @cached_property
     def token_offsets(self) -> Ints:
         """Where each request's tokens begin in ``tokens``, ``[requests + 1]``."""
