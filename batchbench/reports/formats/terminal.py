@@ -22,8 +22,8 @@ def called(name: str) -> str:
     return f"{name} batching" if name in POLICIES else name
 
 
-def sentence(result: Result) -> str:
-    """The answer in one sentence."""
+def sentence(result: Result, *, reasons: bool = True) -> str:
+    """The answer in one sentence; ``reasons`` of a suspect run may be told elsewhere."""
     data = result.data
     parts = [_speed(result)]
     checked = data["verification"]
@@ -33,7 +33,7 @@ def sentence(result: Result) -> str:
         parts.append("outputs not verified")
     validity = data["validity"]
     parts.append(f"run {validity['status']}")
-    if validity["reasons"]:
+    if validity["reasons"] and reasons:
         parts[-1] += f" ({'; '.join(validity['reasons'])})"
     return "; ".join(parts) + "."
 
