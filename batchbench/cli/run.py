@@ -41,8 +41,9 @@ Example: batchbench simulate --batch-size 8 --queue-size 32"""
 
 REPORT_HELP = """Show results again: here, as a page for the browser, or as Markdown.
 
-Of one result tables, pictures and report.html are derived again from its recordings. Several are
-set side by side, with the settings in which they differ.
+Of one result, tables, pictures and report.html are derived again from its recordings.
+
+Several results are set side by side, with the settings in which they differ.
 
 Example: batchbench report batchbench-results/my-run --format html"""
 
@@ -82,7 +83,7 @@ def report(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RESULT...", help="Folders that run or simulate wrote.", show_default=False
+            metavar="RESULT", help="Folders that run or simulate wrote.", show_default=False
         ),
     ],
     output: ReportSpec,

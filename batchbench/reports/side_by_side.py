@@ -20,6 +20,11 @@ _TOLD_APART = ("batchbench_version", "simulated", "config", "environment", "mode
 _OBSERVED = (
     "model.note",
     "environment.gpu_clock_mhz",
+    "model.weight_bytes",
+    "model.packed_weight_bytes",
+    "model.kv_cache_bytes",
+    "workload.total_input_tokens",
+    "workload.total_output_tokens",
     "workload.arrival_rate",
     "workload.output_lengths",
     "config.preset",

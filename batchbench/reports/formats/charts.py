@@ -97,7 +97,7 @@ def nice_ticks(until: float, unit: str, most: int = 5) -> tuple[Tick, ...]:
     step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough * (1 - 1e-9))
     count = int(until / step + 1e-9)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    texts = [f"{i * step:,.{decimals}f}" for i in range(count + 1)]
+    texts = ["0", *(f"{i * step:,.{decimals}f}" for i in range(1, count + 1))]
     texts[-1] += f" {unit}"
     return tuple(Tick(i * step / until, text) for i, text in enumerate(texts))
 

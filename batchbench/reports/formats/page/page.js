@@ -77,7 +77,7 @@ document.documentElement.classList.add("js");
       for (let n = Math.ceil(from / unit / step - 1e-9); n * step * unit <= to * (1 + 1e-9); n++) labels.push(n * step);
       axis.replaceChildren(...labels.map((value, n) => {
         const label = document.createElement("span");
-        const text = value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
+        const text = value === 0 ? "0" : value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
         label.textContent = n === labels.length - 1 ? `${text} ${group.dataset.unitName}` : text;
         label.style.left = `${((value * unit - from) / (to - from)) * 100}%`;
         return label;
