@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import batchbench
+from batchbench.cli import reproduce as reproducing
 from batchbench.cli import run as running
 from batchbench.cli import sweep as sweeping
 from batchbench.errors import BatchbenchError
@@ -47,6 +48,7 @@ app.command("run", help=running.RUN_HELP)(running.run)
 app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
 app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
 app.command("report", help=running.REPORT_HELP)(running.report)
+app.command("reproduce", help=reproducing.REPRODUCE_HELP)(reproducing.reproduce)
 
 
 def main() -> None:

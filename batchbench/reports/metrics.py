@@ -154,6 +154,12 @@ def latencies(recording: Recording) -> Latencies:
     )
 
 
+def typical_trial(trials: Sequence[Recording]) -> Recording:
+    """The trial of median duration; of an even number the shorter of the middle two."""
+    ranked = sorted(trials, key=lambda trial: trial.duration_ns)
+    return ranked[(len(ranked) - 1) // 2]
+
+
 def trial_summary(recording: Recording) -> Summary:
     """The summary of one trial, under the serving benchmarks' names."""
     return _summary(recording, recording.duration_ns / 1e9, latencies(recording))

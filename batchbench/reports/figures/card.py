@@ -107,9 +107,8 @@ class Strategy:
 
     @cached_property
     def typical(self) -> Recording:
-        """The trial of median duration; of an even number the shorter of the middle two."""
-        ranked = sorted(self.trials, key=lambda trial: trial.duration_ns)
-        return ranked[(len(ranked) - 1) // 2]
+        """The trial that pictures of one trial show."""
+        return metrics.typical_trial(self.trials)
 
     @property
     def simulated(self) -> bool:
