@@ -14,6 +14,7 @@ import batchbench
 from batchbench.cli import reproduce as reproducing
 from batchbench.cli import run as running
 from batchbench.cli import sweep as sweeping
+from batchbench.cli import watch as watching
 from batchbench.errors import BatchbenchError
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
 app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
 app.command("report", help=running.REPORT_HELP)(running.report)
 app.command("reproduce", help=reproducing.REPRODUCE_HELP)(reproducing.reproduce)
+app.command("watch", help=watching.WATCH_HELP)(watching.watch)
 
 
 def main() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from batchbench.batching.clock import Clock
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Ints, Recording
 from batchbench.reports.metrics import typical_trial
@@ -31,6 +33,7 @@ class Scene:
     request: Ints
     tokens: Ints  # that the slot's request has
     asked: Ints  # that it will have
+    held: Ints  # steps that decoded since it was done
     waiting: int  # requests that are due and not in a slot
     finished: int
     requests: int
@@ -123,7 +126,7 @@ class Reel:
         passed = (t_ns - int(log.spans.start_ns[span])) // max(int(log.step_ns[span]), 1)
         return int(log.first_steps[span] + min(passed, int(log.spans.steps[span]))) - 1
 
-    def _tokens(self, requests: Ints, step: int) -> Ints:
+    def _tokens(self, requests: NDArray[np.intp], step: int) -> Ints:
         """Tokens that each of some admitted requests has after ``step``."""
         r = self.recording.requests
         if step < 0:
@@ -132,6 +135,13 @@ class Reel:
         until = np.minimum(step, r.last[requests])
         count = 1 + self._decodes_to(until) - self._decodes_to(np.minimum(first, until))
         return np.where(first <= step, np.minimum(count, r.output_tokens[requests]), 0)
+
+    def _held(self, requests: NDArray[np.intp], step: int) -> Ints:
+        """Steps after the last of each of some requests that decoded, up to ``step``."""
+        if not len(requests) or step < 0:
+            return np.zeros(len(requests), np.int64)
+        last = np.minimum(self.recording.requests.last[requests], step)
+        return self._decodes_to(np.full(len(requests), step)) - self._decodes_to(last)
 
     def _inside(self, t_ns: int) -> NDArray[np.intp]:
         """Requests that hold a slot, in the order in which they came in."""
@@ -153,11 +163,12 @@ class Reel:
         # What is held at the very end is held for nobody.
         inside = self._inside(now) if not over else np.empty(0, np.intp)
         slot = self.recording.requests.slot[inside]
-        request, tokens, asked, state = (np.zeros(self.slots, np.int64) for _ in range(4))
+        request, tokens, asked, held, state = (np.zeros(self.slots, np.int64) for _ in range(5))
         request[:] = -1
         request[slot] = inside
         tokens[slot] = self._tokens(inside, self._last_step(now))
         asked[slot] = self.recording.requests.output_tokens[inside]
+        held[slot] = self._held(inside, self._last_step(now))
         state[slot] = np.select([now < self.first[inside], now < self.done[inside]], [1, 2], HELD)
         admitted, done, _ = self._sorted
         arrived, came_in, finished = (
@@ -173,30 +184,37 @@ class Reel:
             request=request,
             tokens=tokens,
             asked=asked,
+            held=held,
             waiting=arrived - came_in,
             finished=finished,
             requests=len(admitted),
             tokens_per_s=(self.tokens_at(now) - self.tokens_at(since) * (since > 0)) / passed_s,
         )
 
-    def levels(self, until_ns: int, columns: int, end_ns: int) -> NDArray[np.float64]:
-        """Share of the slots that run in each of ``columns`` equal parts of ``end_ns``.
+    def levels(
+        self, until_ns: int, columns: int, end_ns: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Shares of the slots that run, and that are held, in ``columns`` equal parts of a time.
 
-        Means over time; NaN in parts after ``until_ns`` or after the end of the trial.
+        Means over each part of ``end_ns``; NaN in parts after ``until_ns`` or the trial's end.
         """
         edges = np.linspace(0, end_ns, columns + 1)
-        level = np.diff(self._area(edges)) / np.diff(edges) / self.slots
-        level[edges[:-1] >= min(until_ns, self.end_ns)] = np.nan
-        return level
+        came_in, done, freed = (
+            _passed(at, edges) for at in (self.admitted, self.done, np.minimum(self.freed, end_ns))
+        )
+        later = edges[:-1] >= min(until_ns, self.end_ns)
+        width = end_ns / columns * self.slots
+        running, held = (np.diff(area) / width for area in (came_in - done, done - freed))
+        return np.where(later, np.nan, running), np.where(later, np.nan, held)
 
-    def _area(self, edges: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Slot-nanoseconds of running requests up to each edge."""
-        area = np.zeros(len(edges))
-        for at, sign in ((np.sort(self.admitted), 1.0), (np.sort(self.done), -1.0)):
-            before = np.searchsorted(at, edges, side="right")
-            sums = np.concatenate([[0], np.cumsum(at, dtype=np.float64)])
-            area += sign * (before * edges - sums[before])
-        return area
+
+def _passed(at: Ints, edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Nanoseconds that have passed since these times, summed, up to each edge."""
+    at = np.sort(at)
+    before = np.searchsorted(at, edges, side="right")
+    sums = np.concatenate([[0], np.cumsum(at, dtype=np.float64)])
+    passed: NDArray[np.float64] = before * edges - sums[before]
+    return passed
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,16 +256,46 @@ class Film:
         scenes = tuple(reel.at(t_ns, window) for reel in self.reels)
         return Frame(t_ns, self.end_ns, scenes)
 
+    @cached_property
+    def longest_output(self) -> int:
+        """Most tokens of a request."""
+        return max(int(reel.recording.requests.output_tokens.max()) for reel in self.reels)
+
     @property
     def verdict(self) -> str:
-        """What it came to, in a sentence."""
+        """What it came to: ``continuous was 3.08× faster``."""
         first, last = self.reels[0], self.reels[-1]
-        text = f"{last.name} done after {self.spell(last.end_ns)}"
         if first is last:
-            return text
+            return f"{last.name} done after {self.spell(last.end_ns)}"
         ratio = first.end_ns / last.end_ns
         how = f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
-        return f"{text}, {first.name} after {self.spell(first.end_ns)}: {how}"
+        return f"{last.name} was {how} than {first.name}"
+
+
+FRAMES_A_SECOND = 20
+_LASTS_S = 12.0
+
+
+def usual_speed(film: Film) -> float:
+    """Seconds of the trial that pass in a second, so that all of it lasts about 12 s.
+
+    True speed where that lasts 10 to 15 s.
+    """
+    speed = film.end_ns / 1e9 / _LASTS_S
+    return 1.0 if 10 <= film.end_ns / 1e9 <= 15 else float(f"{speed:.2g}")
+
+
+def moments(film: Film, speed: float, clock: Clock) -> Iterator[int]:
+    """The times to show, from 0 to the end, each when it has come on ``clock``.
+
+    Where drawing is too slow for all of them, some are left out.
+    """
+    clock.restart()
+    period = 10**9 // FRAMES_A_SECOND
+    while (t_ns := int(clock.now() * speed)) < film.end_ns:
+        yield t_ns
+        clock.wait_until((clock.now() // period + 1) * period)
+    yield film.end_ns
 
 
 def frame_at(result: Result, t_ns: int) -> Frame:

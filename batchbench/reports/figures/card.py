@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Recording
 from batchbench.reports import metrics
+from batchbench.reports.colours import colours_of
 
 Floats = NDArray[np.float64]
 
@@ -56,12 +57,6 @@ HELD: dict[str, Any] = {
     "hatch": "/////",
     "linewidth": 0.0,
 }
-
-_VERMILLION, _BLUE = "#D55E00", "#0072B2"
-
-_COLOURS = (_VERMILLION, _BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b")
-
-"""Okabe and Ito's colours, which colour-blind people can tell apart; then grey."""
 
 _DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.4)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 
@@ -138,12 +133,8 @@ class Strategy:
 
 
 def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strategy]:
-    """Static is always vermillion and continuous blue; others get what is left, in order."""
-    fixed = {"static": _VERMILLION, "continuous": _BLUE}
-    taken = {fixed[name] for name in recordings if name in fixed}
-    left = [colour for colour in _COLOURS if colour not in taken]
-    others = [name for name in recordings if name not in fixed]
-    colours = fixed | {name: left[i % len(left)] for i, name in enumerate(others)}
+    """The strategies with their colours and dashes, in order."""
+    colours = colours_of(recordings)
     return [
         Strategy(i, clean_text(name), trials, colours[name])
         for i, (name, trials) in enumerate(recordings.items())
