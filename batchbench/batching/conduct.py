@@ -193,7 +193,9 @@ class Session:
         from batchbench.batching.engines.torch.reference import TeacherForced
 
         reference = TeacherForced(self._loaded)
-        return verify(self.workload, recordings, reference, self.source.eos_token_ids, limit, chosen)
+        return verify(
+            self.workload, recordings, reference, self.source.eos_token_ids, limit, chosen
+        )
 
     def texts(self, recording: Recording) -> list[tuple[str, str]] | None:
         """Prompt and output of each request as text, where there is a tokenizer."""

@@ -15,6 +15,7 @@ from batchbench.cli import reproduce as reproducing
 from batchbench.cli import run as running
 from batchbench.cli import sweep as sweeping
 from batchbench.cli import watch as watching
+from batchbench.cli import workload
 from batchbench.errors import BatchbenchError
 
 app = typer.Typer(
@@ -51,6 +52,7 @@ app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
 app.command("report", help=running.REPORT_HELP)(running.report)
 app.command("reproduce", help=reproducing.REPRODUCE_HELP)(reproducing.reproduce)
 app.command("watch", help=watching.WATCH_HELP)(watching.watch)
+app.add_typer(workload.app, name="workload")
 
 
 def main() -> None:
@@ -67,7 +69,8 @@ def _guarded() -> int:
     except BatchbenchError as error:
         return _say(str(error), error.exit_code)
     except typer.TyperException as error:
-        return _say(error.format_message(), 2)
+        message = error.format_message()
+        return _say(message, 2) if message else 2  # without: the help has been shown
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", 130)
     except BrokenPipeError:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from batchbench.batching.clock import Clock
     from batchbench.reports.replay import Film
+    from batchbench.reports.result import Result
 
 WATCH_HELP = """Replay a result: slots fill and empty as they did, the strategies side by side.
 
@@ -48,6 +49,12 @@ def watch(
             rich_help_panel="Output",
         ),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the file if it is there.", rich_help_panel="Output"
+        ),
+    ] = False,
 ) -> None:
     """Show what happened as it happened."""
     if speed is not None and not 1e-9 <= speed <= 1e9:
@@ -57,10 +64,9 @@ def watch(
     from batchbench.reports.replay import Film, usual_speed
     from batchbench.reports.result import load_result
 
-    film = Film.of(load_result(folder))
-    speed = usual_speed(film) if speed is None else speed
+    result = load_result(folder)
     if gif is not None:
-        _write_gif(film, speed, gif)
+        _write_gif(result, speed, gif, overwrite=overwrite)
         return
     from rich.console import Console
 
@@ -69,7 +75,8 @@ def watch(
     console = Console(highlight=False)
     if console.is_dumb_terminal:
         raise UsageError("watch: this terminal cannot move its cursor; --gif FILE writes the film")
-    play(film, speed, console, WallClock())
+    film = Film.of(result)
+    play(film, usual_speed(film) if speed is None else speed, console, WallClock())
 
 
 def play(film: Film, speed: float, console: Console, clock: Clock) -> None:
@@ -102,9 +109,15 @@ def play(film: Film, speed: float, console: Console, clock: Clock) -> None:
             raise Interrupted(f"stopped at {film.spell(shown)}") from error
 
 
-def _write_gif(film: Film, speed: float, file: Path) -> None:
+def _write_gif(result: Result, speed: float | None, file: Path, *, overwrite: bool) -> None:
     """Draw the film and write it, whole or not at all."""
+    from batchbench.reports.destination import check_files, write_files
+
+    if file.suffix != ".gif":
+        raise UsageError(f"--gif {file}: must end in .gif, such as --gif film.gif")
+    check_files(file.parent, [file.name], overwrite=overwrite)
     from batchbench.reports.figures.film import draw_film
 
-    content = draw_film(film, speed)
-    file.write_bytes(content)
+    content = draw_film(result, speed)
+    write_files(file.parent, {file.name: content})
+    typer.echo(f"{file}: {len(content) / 1e6:.1f} MB")

@@ -301,4 +301,3 @@ def moments(film: Film, speed: float, clock: Clock) -> Iterator[int]:
 def frame_at(result: Result, t_ns: int) -> Frame:
     """The strategies of a result side by side, ``t_ns`` after the start of their trials."""
     return Film.of(result).frame_at(t_ns)
-

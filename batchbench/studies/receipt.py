@@ -107,7 +107,7 @@ def differences_of(
     return [
         Difference(name, then.get(name), now.get(name))
         for name in {**then, **now}
-        if name != "gpu_clock_mhz" and then.get(name) != now.get(name)
+        if name not in ("gpu_clock_mhz", "packages") and then.get(name) != now.get(name)
     ]
 
 
@@ -116,8 +116,8 @@ def _about(data: Mapping[str, Any], version: str) -> dict[str, Any]:
 
 
 def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:
-    flat = dict(environment)
-    return flat | flat.pop("packages", {})
+    packages: Mapping[str, Any] = environment.get("packages", {})
+    return {**environment, **packages}
 
 
 def is_alike(differences: Sequence[Difference]) -> bool:

@@ -76,10 +76,12 @@ def make_outline(
     outline, told = fit(outline, context, spec.overlong, bound)
     if told:
         note(told)
+        outline = replace(outline, name=f"{outline.name}; {told}")
     if process.kind != "trace":
         due = process.due_ns(stream(spec.seed, "arrivals"), len(outline))
         outline = replace(outline, due_ns=due)
-    return outline
+    told = f"{process}" + (f", {spec.speed:g} times faster" if spec.speed != 1.0 else "")
+    return replace(outline, arrivals=told)
 
 
 def _drawn(spec: WorkloadSpec, batch_size: int, encode: Encode | None) -> Outline:

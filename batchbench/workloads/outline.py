@@ -28,6 +28,7 @@ class Outline:
     prompts: Ragged | None = None
     blocks: Ragged | None = None
     shared: int = 0
+    arrivals: str = "all at once"  # for people
     stop_at_eos: bool = False
     max_concurrency: int | None = None
 
@@ -61,6 +62,18 @@ class Outline:
             stop_at_eos=self.stop_at_eos,
             max_concurrency=self.max_concurrency,
         )
+
+    def beyond(self, context: int | None, model: str) -> list[str]:
+        """A line where requests are longer than a model's context; none where all fit."""
+        long = (
+            0 if context is None else int((self.prompt_tokens + self.output_tokens > context).sum())
+        )
+        if not long:
+            return []
+        return [
+            f"{long:,} of {len(self):,} requests exceed the {context:,} tokens that {model} takes; "
+            "say --overlong clip, scale or skip"
+        ]
 
     def with_lengths(self, prompt_tokens: Ints, output_tokens: Ints) -> Outline:
         """The same requests, shorter: known prompts keep their beginnings."""

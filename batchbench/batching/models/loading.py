@@ -18,6 +18,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from batchbench.batching.cores import usable_cores
 from batchbench.batching.models.dummy import fill_with_dummy_weights
 from batchbench.batching.models.source import Source
 from batchbench.batching.models.spec import ModelSpec
@@ -112,9 +113,11 @@ def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def set_threads(spec: ModelSpec) -> int:
-    """Give torch its CPU threads; the number it now has."""
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
+    """Give torch its CPU threads: as many as asked for, else as OMP_NUM_THREADS says, else one a
+    core that this process may use. The number it now has."""
+    users = os.environ.get("OMP_NUM_THREADS", "")
+    usual = int(users) if users.isdecimal() and int(users) else usable_cores()
+    torch.set_num_threads(spec.threads or usual)
     return torch.get_num_threads()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -62,7 +64,8 @@ def draw_film(result: Result, speed: float | None = None) -> bytes:
     """
     strategies = name_strategies(result.recordings)
     film = Film.of(result)
-    with house_style():
+    # At so few dots an inch, hinting turns sans-serif letters into others.
+    with house_style(), rc_context({"text.hinting": "none"}):
         scene = scene_of(strategies, tallest=3.2)
         lasts = LASTS_S if speed is None else scene.window_ns / 1e9 / speed
         if lasts > MOST_S:
@@ -87,7 +90,7 @@ class _Camera:
     def __init__(self, figure: Figure) -> None:
         self._figure = figure
         figure.set_dpi(DPI)
-        self._canvas = FigureCanvasAgg(figure)
+        self._canvas: Any = FigureCanvasAgg(figure)  # it is not annotated
         self._canvas.draw()
         self._still = self._canvas.copy_from_bbox(figure.bbox)
         moving = figure.findobj(lambda artist: artist.get_animated())
@@ -109,7 +112,13 @@ class _Camera:
         stay = [1000 // FPS] * (len(frames) - 1) + [round(STAYS_S * 1000)]
         out = io.BytesIO()
         frames[0].save(
-            out, "GIF", save_all=True, append_images=frames[1:], duration=stay, loop=0, optimize=True
+            out,
+            "GIF",
+            save_all=True,
+            append_images=frames[1:],
+            duration=stay,
+            loop=0,
+            optimize=True,
         )
         return out.getvalue()
 
@@ -117,7 +126,8 @@ class _Camera:
 def _packed(shot: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Each pixel's colour as one number."""
     red, green, blue = np.moveaxis(shot.astype(np.int64), -1, 0)
-    return red << 16 | green << 8 | blue
+    packed: NDArray[np.int64] = red << 16 | green << 8 | blue
+    return packed
 
 
 class _Palette:

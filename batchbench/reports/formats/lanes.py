@@ -103,8 +103,9 @@ def _head(film: Film, scene: Scene, layout: _Layout, colour: str) -> list[Text]:
     told = f"{_short(scene.finished)}/{_short(scene.requests)} · queue {_short(scene.waiting)}"
     room = layout.panel - len(scene.name) - 1
     if layout.beside:
-        asides, below = [state], _first_that_fits(
-            [f"done {told} · {rate}", f"{told} · {rate}"], layout.panel
+        asides, below = (
+            [state],
+            _first_that_fits([f"done {told} · {rate}", f"{told} · {rate}"], layout.panel),
         )
     else:
         told = state if scene.over else told
@@ -237,4 +238,3 @@ def _short(count: int) -> str:
     if count < 10_000:
         return f"{count:,}"
     return f"{count / 1e3:,.0f}k" if count < 999_500 else f"{count / 1e6:,.1f}M"
-
