@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,10 +138,10 @@ def _typed(hint: Any, name: str, value: Any) -> Any:
         return str(value)
     if kind is str and isinstance(value, list | tuple):
         return ",".join(map(str, value))
-    if kind is float and type(value) is int:
-        return float(value)
-    fits = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
-    if not fits:
+    number = {int: numbers.Integral, float: numbers.Real}.get(kind)  # NumPy's are among them
+    if number is not None and isinstance(value, number) and not isinstance(value, bool):
+        return kind(value)
+    if kind in (int, float) or not isinstance(value, kind):
         raise UsageError(f"{option_name(name)} {value!r}: must be {_KINDS[kind]}")
     return value
 

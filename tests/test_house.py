@@ -39,6 +39,7 @@ PUBLIC = {
     "Policy",
     "Recording",
     "Request",
+    "Result",
     "ServingSpec",
     "TrialsSpec",
     "UsageError",
@@ -48,6 +49,9 @@ PUBLIC = {
     "WorkloadSpec",
     "__version__",
     "conduct",
+    "load",
+    "run",
+    "simulate",
 }
 
 

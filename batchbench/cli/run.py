@@ -79,9 +79,16 @@ def report(
         Path, typer.Argument(metavar="DIR", help="The folder of a result.", show_default=False)
     ],
     json: Annotated[
-        bool, typer.Option("--json", help="Print result.json on standard output, and nothing else.")
+        bool,
+        typer.Option(
+            "--json",
+            help="Print result.json on standard output, and nothing else.",
+            rich_help_panel="Output",
+        ),
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show only the sentence.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Show only the sentence.", rich_help_panel="Output")
+    ] = False,
 ) -> None:
     """Show a result again."""
     from batchbench.reports.destination import check_folder

@@ -22,7 +22,7 @@ WATCH_HELP = """Replay a result: slots fill and empty as they did, the strategie
 Of each strategy the trial of median duration is shown, at a speed at which the longest lasts about
 12 s. The last picture stays; Ctrl-C stops. For slides, --gif writes the film to a file.
 
-Example: batchbench watch batchbench-results/my-run"""
+Example: batchbench watch batchbench-results/my-run --speed 4"""
 
 
 def watch(

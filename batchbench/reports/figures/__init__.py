@@ -8,7 +8,7 @@ headline, so that it can be shown alone, on a light page or a dark one.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -18,6 +18,7 @@ from batchbench.reports.figures.card import (
     MOST_BARS,
     MOST_BARS_A_SLOT,
     MOST_SLOTS,
+    Strategy,
     clean_text,
     house_style,
     name_strategies,
@@ -27,24 +28,30 @@ from batchbench.reports.figures.occupancy import draw_occupancy
 from batchbench.reports.figures.throughput import draw_throughput
 from batchbench.reports.figures.timeline import draw_timeline
 
+PICTURES: Mapping[str, Callable[[Sequence[Strategy], str], Figure]] = {
+    "throughput": draw_throughput,
+    "latency": draw_latency,
+    "occupancy": draw_occupancy,
+    "timeline": draw_timeline,
+}
+"""What draws each picture of a result, from its strategies and its title."""
+
 
 def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str, Figure]:
-    """The four pictures, by name: throughput, latency, occupancy, timeline.
+    """All pictures, by name: throughput, latency, occupancy, timeline.
 
     Args:
         recordings: the trials of each strategy, at least one each; the first is the baseline, and
             trials of equal index are pairs.
         title: model, device and workload in a line; every picture carries it.
     """
-    strategies = name_strategies(recordings)
-    pictures = {
-        "throughput": draw_throughput,
-        "latency": draw_latency,
-        "occupancy": draw_occupancy,
-        "timeline": draw_timeline,
-    }
+    return {name: draw_one(name, recordings, title) for name in PICTURES}
+
+
+def draw_one(name: str, recordings: Mapping[str, Sequence[Recording]], title: str) -> Figure:
+    """The picture of that name; arguments as above."""
     with house_style():
-        return {name: picture(strategies, clean_text(title)) for name, picture in pictures.items()}
+        return PICTURES[name](name_strategies(recordings), clean_text(title))
 
 
 def render(figure: Figure, format: str) -> bytes:
@@ -59,4 +66,4 @@ def render(figure: Figure, format: str) -> bytes:
     return out.getvalue()
 
 
-__all__ = ["MOST_BARS", "MOST_BARS_A_SLOT", "MOST_SLOTS", "draw", "render"]
+__all__ = ["MOST_BARS", "MOST_BARS_A_SLOT", "MOST_SLOTS", "PICTURES", "draw", "draw_one", "render"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -217,6 +218,16 @@ def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[
     return [line for line in lines if line] or [""]
 
 
+class Picture(Figure):
+    """A figure that a notebook shows by itself, in the house style."""
+
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        with house_style():
+            self.savefig(out, format="png", dpi=DPI // 2)
+        return out.getvalue()
+
+
 @dataclass(frozen=True, eq=False)
 class Card:
     """A figure that places things by inches from its body's upper left corner."""
@@ -265,7 +276,7 @@ def make_card(headline: str, title: str, body: float, notes: str) -> Card:
     ]
     tall = [size * 1.3 * lines / 72 for _, size, _, _, lines in blocks]
     head = 0.27 + tall[0] + 0.06 + tall[1] + 0.2
-    figure = Figure(
+    figure = Picture(
         (_WIDTH, head + body + 0.14 + tall[2] + 0.24),
         facecolor="#ffffff",
         edgecolor="#c4c4c4",  # the card's rim on a white page

@@ -90,7 +90,7 @@ class _Camera:
     def __init__(self, figure: Figure) -> None:
         self._figure = figure
         figure.set_dpi(DPI)
-        self._canvas: Any = FigureCanvasAgg(figure)  # it is not annotated
+        self._canvas = _canvas_of(figure)
         self._canvas.draw()
         self._still = self._canvas.copy_from_bbox(figure.bbox)
         moving = figure.findobj(lambda artist: artist.get_animated())
@@ -121,6 +121,11 @@ class _Camera:
             optimize=True,
         )
         return out.getvalue()
+
+
+def _canvas_of(figure: Figure) -> Any:
+    """The canvas, whose methods are not annotated."""
+    return FigureCanvasAgg(figure)
 
 
 def _packed(shot: NDArray[np.uint8]) -> NDArray[np.int64]:
