@@ -227,10 +227,12 @@ def interval_of_ratio(then: Any, now: Any) -> tuple[float, float]:
     """The 95 % interval of now / then, ratio of geometric means; both ends are equal where all
     values are."""
     a, b = np.log(now), np.log(then)
-    if a.std() == b.std() == 0:
-        return (float(np.exp(a[0] - b[0])),) * 2
+    first = a[0] - b[0]
+    a, b = a - a[0], b - b[0]  # scipy warns of values that hardly differ and are not near 0
+    if not (a.any() or b.any()):
+        return (float(np.exp(first)),) * 2
     low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
-    return float(np.exp(low)), float(np.exp(high))
+    return float(np.exp(first + low)), float(np.exp(first + high))
 
 
 # On a terminal
