@@ -134,7 +134,7 @@ def _typed(hint: Any, name: str, value: Any) -> Any:
         return Path(value)
     if kind is tuple and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
         return tuple(value)
-    if kind is str and type(value) is int:  # output_tokens=7
+    if kind is str and (type(value) is int or isinstance(value, Path)):  # output_tokens=7
         return str(value)
     if kind is str and isinstance(value, list | tuple):
         return ",".join(map(str, value))

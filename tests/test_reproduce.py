@@ -60,7 +60,7 @@ def test_files_come_back_as_paths(tmp_path: Path) -> None:
 
 def test_a_setting_that_is_not_known_is_named_and_one_that_lacks_is_as_usual() -> None:
     config = Experiment().config()
-    with pytest.raises(UsageError, match="^--warp: this batchbench has no such option"):
+    with pytest.raises(UsageError, match=r"^--warp: this batchbench has no such option"):
         Experiment.from_config({**config, "serving": {**config["serving"], "warp": 9}})
     del config["serving"]["max_wait"]
     assert Experiment.from_config(config) == Experiment()

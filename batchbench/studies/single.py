@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,10 @@ def _conduct(
     file = basis.layers()[1:]  # the preset's own settings are laid below by Experiment.of
     asked = {option: value for option, value in given.items() if option in own}
     experiment = Experiment.of(*file, asked, preset=basis.preset, simulated=simulated)
-    return make_result(conduct(experiment, watch), goals)
+    with warnings.catch_warnings():
+        # tqdm's, when a library imports it in a notebook that has no widgets.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        return make_result(conduct(experiment, watch), goals)
 
 
 def _typed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

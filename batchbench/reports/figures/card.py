@@ -224,7 +224,7 @@ class Picture(Figure):
     def _repr_png_(self) -> bytes:
         out = io.BytesIO()
         with house_style():
-            self.savefig(out, format="png", dpi=DPI // 2)
+            self.savefig(out, format="png", dpi=100)
         return out.getvalue()
 
 
