@@ -138,9 +138,11 @@ def _typed(hint: Any, name: str, value: Any) -> Any:
         return str(value)
     if kind is str and isinstance(value, list | tuple):
         return ",".join(map(str, value))
-    number = {int: numbers.Integral, float: numbers.Real}.get(kind)  # NumPy's are among them
-    if number is not None and isinstance(value, number) and not isinstance(value, bool):
-        return kind(value)
+    if not isinstance(value, bool):  # which counts as a number; NumPy's numbers do as well
+        if kind is int and isinstance(value, numbers.Integral):
+            return int(value)
+        if kind is float and isinstance(value, numbers.Real):
+            return float(value)
     if kind in (int, float) or not isinstance(value, kind):
         raise UsageError(f"{option_name(name)} {value!r}: must be {_KINDS[kind]}")
     return value

@@ -17,7 +17,7 @@ import typer
 
 from batchbench.cli.main import _guarded, app
 
-MEASURES = ("run",)
+MEASURES = ("run", "ladder")
 """Commands whose examples measure a real model for minutes: they are run with ``--dry-run``."""
 
 ON_A_TERMINAL = ("watch",)

@@ -27,6 +27,7 @@ ROOMS = ("workloads", "batching", "reports", "studies", "cli")
 NEEDS_TORCH = (
     "batching.engines.torch",
     "batching.engines.notebook",
+    "batching.engines.generate_batch",
     "batching.models.loading",
     "batching.models.dummy",
 )

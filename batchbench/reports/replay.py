@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from batchbench.batching.clock import Clock
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Ints, Recording
+from batchbench.errors import UsageError
 from batchbench.reports.metrics import typical_trial
 from batchbench.reports.result import Result
 
@@ -226,9 +227,16 @@ class Film:
 
     @classmethod
     def of(cls, result: Result) -> Film:
-        """The film of a result."""
-        reels = (Reel(name, typical_trial(trials)) for name, trials in result.recordings.items())
-        return cls(result.title, tuple(reels))
+        """The film of a result, without strategies that show no steps.
+
+        Raises:
+            UsageError: none of them does.
+        """
+        typical = {name: typical_trial(trials) for name, trials in result.recordings.items()}
+        reels = tuple(Reel(name, trial) for name, trial in typical.items() if trial.has_steps)
+        if not reels:
+            raise UsageError(f"{', '.join(typical)} schedules for itself, so no slots are known")
+        return cls(result.title, reels)
 
     @property
     def end_ns(self) -> int:

@@ -36,22 +36,40 @@ PICTURES: Mapping[str, Callable[[Sequence[Strategy], str], Figure]] = {
 }
 """What draws each picture of a result, from its strategies and its title."""
 
+OF_STEPS = ("occupancy", "timeline")
+"""Pictures of steps, in which strategies that show none are left out."""
+
 
 def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str, Figure]:
     """All pictures, by name: throughput, latency, occupancy, timeline.
+
+    The last two only of the strategies that show steps; without any they are not drawn.
 
     Args:
         recordings: the trials of each strategy, at least one each; the first is the baseline, and
             trials of equal index are pairs.
         title: model, device and workload in a line; every picture carries it.
     """
-    return {name: draw_one(name, recordings, title) for name in PICTURES}
+    stepped = any(trials[0].has_steps for trials in recordings.values())
+    names = [name for name in PICTURES if stepped or name not in OF_STEPS]
+    return {name: draw_one(name, recordings, title) for name in names}
 
 
 def draw_one(name: str, recordings: Mapping[str, Sequence[Recording]], title: str) -> Figure:
-    """The picture of that name; arguments as above."""
+    """The picture of that name; arguments as above.
+
+    Raises:
+        ValueError: it shows steps, and no strategy does.
+    """
+    strategies, title = name_strategies(recordings), clean_text(title)
+    if name in OF_STEPS:
+        hidden = [strategy.name for strategy in strategies if not strategy.typical.has_steps]
+        strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
+        if not strategies:
+            raise ValueError(f"no {name}: {', '.join(hidden)} schedules for itself, shows no steps")
+        title = f"{title} · no steps known of {', '.join(hidden)}" if hidden else title
     with house_style():
-        return PICTURES[name](name_strategies(recordings), clean_text(title))
+        return PICTURES[name](strategies, title)
 
 
 def render(figure: Figure, format: str) -> bytes:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Recording
 from batchbench.reports import metrics
-from batchbench.reports.colours import colours_of
+from batchbench.reports.looks import LOOKS, looks_of
 
 Floats = NDArray[np.float64]
 
@@ -59,7 +59,6 @@ HELD: dict[str, Any] = {
     "linewidth": 0.0,
 }
 
-_DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.4)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 
 _STYLE = {
     "font.family": "sans-serif",
@@ -100,6 +99,7 @@ class Strategy:
     name: str
     trials: Sequence[Recording]
     colour: str
+    dashes: Any
 
     @cached_property
     def typical(self) -> Recording:
@@ -114,7 +114,7 @@ class Strategy:
     @property
     def line(self) -> dict[str, Any]:
         """How a line of it looks: told apart by its dashes where colours are not seen."""
-        return {"color": self.colour, "ls": _DASHES[self.index % len(_DASHES)], "lw": 2}
+        return {"color": self.colour, "ls": self.dashes, "lw": 2}
 
     @cached_property
     def counted(self) -> dict[str, int]:
@@ -124,7 +124,7 @@ class Strategy:
     @property
     def called(self) -> str:
         """The name within a sentence."""
-        name = f"{self.name} batching" if self.name in ("static", "continuous") else self.name
+        name = f"{self.name} batching" if self.name in LOOKS else self.name
         return fit_text(name, 200, 13)
 
     def tint(self, by: float) -> tuple[float, float, float]:
@@ -134,10 +134,10 @@ class Strategy:
 
 
 def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strategy]:
-    """The strategies with their colours and dashes, in order."""
-    colours = colours_of(recordings)
+    """The strategies with their looks, in order."""
+    looks = looks_of(recordings)
     return [
-        Strategy(i, clean_text(name), trials, colours[name])
+        Strategy(i, clean_text(name), trials, *looks[name])
         for i, (name, trials) in enumerate(recordings.items())
     ]
 
@@ -184,7 +184,8 @@ def clean_text(text: str) -> str:
 
 def _sentence(text: str) -> str:
     """With a capital, unless it begins with somebody's own name."""
-    return text[0].upper() + text[1:] if text.startswith(("static b", "continuous b")) else text
+    ours = tuple(f"{name} batching" for name in LOOKS)
+    return text[0].upper() + text[1:] if text.startswith(ours) else text
 
 
 @lru_cache(maxsize=4096)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,11 @@ def draw_film(result: Result, speed: float | None = None) -> bytes:
     Raises:
         UsageError: at this speed it would last longer than 30 s.
     """
-    strategies = name_strategies(result.recordings)
     film = Film.of(result)
+    stepped = [
+        strategy for strategy in name_strategies(result.recordings) if strategy.typical.has_steps
+    ]
+    strategies = [replace(strategy, index=i) for i, strategy in enumerate(stepped)]
     # At so few dots an inch, hinting turns sans-serif letters into others.
     with house_style(), rc_context({"text.hinting": "none"}):
         scene = scene_of(strategies, tallest=3.2)

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.batching.engines.simulated import UNIT_NS
-from batchbench.reports.colours import colours_of
+from batchbench.reports.looks import looks_of
 from batchbench.reports.replay import EMPTY, HELD, PROMPT, RUNNING, Film, Frame, Reel, Scene
 
 _GLYPHS = {PROMPT: "▓", RUNNING: "█", HELD: "╱", EMPTY: "·"}
@@ -63,9 +63,9 @@ def render(
     """
     slots = max(reel.slots for reel in film.reels)
     layout = _Layout.of(slots, len(film.reels), width, height)
-    colours = colours_of(scene.name for scene in frame.scenes)
+    looks = looks_of([scene.name for scene in frame.scenes])
     panels = [
-        _panel(film, reel, scene, layout, colours[scene.name])
+        _panel(film, reel, scene, layout, looks[scene.name][0])
         for reel, scene in zip(film.reels, frame.scenes, strict=True)
     ]
     title = Text(film.title, "dim", no_wrap=True, overflow="ellipsis")
