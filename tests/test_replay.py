@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from laws import Config, configs, law, serve, workloads
 from PIL import Image
 from rich.console import Console
-from test_audit import trials_of
+from test_audit import CLASSIC, trials_of
 from test_help import on_a_terminal
+from test_reproduce import verdicts
 from test_result import clean, result_of, simulated
 
 from batchbench.batching.clock import VirtualClock
@@ -40,6 +42,7 @@ from batchbench.reports.replay import (
     usual_speed,
 )
 from batchbench.reports.result import Result
+from batchbench.studies.receipt import check_counters
 from batchbench.workloads import Workload
 
 MS = 1_000_000
@@ -379,3 +382,52 @@ def test_watch_on_a_terminal_leaves_its_last_frame(folder: Path) -> None:
     assert code == 0
     assert "continuous was 3.08× faster than static" in said
     assert "Traceback" not in said
+
+
+# Strategies that show no steps
+
+
+def without_steps(recording: Recording) -> Recording:
+    """The same trial as a strategy that schedules for itself would tell it."""
+    workload = CLASSIC
+    counts = recording.requests.output_tokens.tolist()
+    return Recording.of_tokens(
+        replace(recording.header, strategy="own"),
+        workload,
+        [[1] * n for n in counts],
+        [[(i + 1) * 10 * MS for i in range(n)] for n in counts],
+        [0] * len(workload),
+    )
+
+
+@functools.cache
+def with_own() -> Result:
+    """A result in which the first of two strategies shows no steps."""
+    trials = trials_of("continuous")
+    return result_of({"own": [without_steps(t) for t in trials], "continuous": trials})
+
+
+def test_a_strategy_that_shows_no_steps_is_left_out() -> None:
+    film = Film.of(with_own())
+    assert [reel.name for reel in film.reels] == ["continuous"]
+    assert draw_film(with_own(), speed=10)[:3] == b"GIF"
+    assert "own" not in " ".join(shown(with_own(), 0, 80, 24)[1:])
+
+
+def test_nothing_can_be_replayed_where_no_strategy_shows_steps() -> None:
+    own = result_of({"own": with_own().recordings["own"]})
+    with pytest.raises(UsageError, match="own schedules for itself, so no slots are known"):
+        Film.of(own)
+
+
+def test_its_frames_and_pictures_say_what_is_known() -> None:
+    summary = with_own().summary
+    assert np.isnan(summary.loc["own", "forward_passes"])
+    assert np.isnan(summary.loc["own", "utilisation"])
+    assert summary.loc["own", "completed"] == 32
+    assert with_own().plot.throughput().axes
+    assert with_own().plot.timeline().axes
+    own = result_of({"own": with_own().recordings["own"]})
+    with pytest.raises(ValueError, match="no timeline: own schedules for itself"):
+        own.plot.timeline()
+    assert verdicts(check_counters(with_own(), with_own())) == {"counters, continuous": "agrees"}
