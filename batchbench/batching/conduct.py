@@ -120,6 +120,7 @@ class Session:
         serving = self.experiment.serving
         loaded = self._models.load(self.source, self.experiment.model, self.workload.seed)
         self._loaded = loaded
+        digest = loaded.weights_digest  # before an engine packs or moves any of them
         engine, memory = make_engine(
             serving.engine,
             loaded,
@@ -132,6 +133,7 @@ class Session:
             "dtype": loaded.dtype_name,
             "parameters": sum(p.numel() for p in loaded.module.parameters()),
             "execution": engine.execution,
+            "weights_digest": digest,
             **memory,
         }
         self.environment |= torch_environment(str(loaded.device))
@@ -223,16 +225,20 @@ class Session:
         self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
         return recording
 
-    def verify(self, recordings: Sequence[Recording]) -> Verification:
-        """Check outputs against the model alone."""
+    def verify(
+        self, recordings: Sequence[Recording], chosen: Sequence[int] | None = None
+    ) -> Verification:
+        """Check outputs against the model alone: of ``chosen`` requests, or as the trials say."""
         limit = self.experiment.trials.verify_limit
-        if self._loaded is None or limit == 0:
+        if self._loaded is None or (limit == 0 and chosen is None):
             return NOT_VERIFIED
         self._watch.phase("verifying")
         from batchbench.batching.engines.torch.reference import TeacherForced
 
         reference = TeacherForced(self._loaded)
-        return verify(self.workload, recordings, reference, self.source.eos_token_ids, limit)
+        return verify(
+            self.workload, recordings, reference, self.source.eos_token_ids, limit, chosen
+        )
 
     def texts(self, recording: Recording) -> list[tuple[str, str]] | None:
         """Prompt and output of each request as text, where there is a tokenizer."""
@@ -267,7 +273,12 @@ def conduct(
             f"--strategy {GENERATE_BATCH}: it schedules for itself, so its steps show only in "
             "batchbench run; drop it"
         )
-    session = Session(experiment, watch, models)
+    return conduct_session(Session(experiment, watch, models))
+
+
+def conduct_session(session: Session) -> Outcome:
+    """As :func:`conduct`, where the workload is made and the model loaded already."""
+    experiment = session.experiment
     if experiment.simulated and session.workload.stop_at_eos:
         raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; drop it")
     warm_up = session.warm_up()

@@ -232,6 +232,25 @@ class Experiment:
             for spec in [getattr(self, part.name)]
         }
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, simulated: bool = False) -> Experiment:
+        """The experiment whose :meth:`config` was kept; settings that it lacks are as usual.
+
+        Raises:
+            UsageError: it holds a setting that this version does not know, or one that cannot be
+                (a file that is gone, say).
+        """
+        parts = {}
+        for name, spec in PARTS.items():
+            kept = config[name]
+            if unknown := kept.keys() - {f.name for f in fields(spec)}:
+                raise UsageError(
+                    f"{settings.option_name(min(unknown))}: this batchbench has no such option; "
+                    "the result is from a newer one"
+                )
+            parts[name] = spec(**settings.typed(spec, kept))
+        return cls(**parts, simulated=simulated, preset=config.get("preset", NOTEBOOK))
+
     def command(self, name: str | None = None) -> str:
         """The command line that runs it again: only what differs from its preset.
 

@@ -13,8 +13,10 @@ import typer
 import batchbench
 from batchbench.cli import capacity as capacities
 from batchbench.cli import ladder as climbing
+from batchbench.cli import reproduce as reproducing
 from batchbench.cli import run as running
 from batchbench.cli import sweep as sweeping
+from batchbench.cli import watch as watching
 from batchbench.cli import workload
 from batchbench.errors import BatchbenchError
 
@@ -52,6 +54,8 @@ app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
 app.command("ladder", help=climbing.LADDER_HELP)(climbing.ladder)
 app.command("capacity", help=capacities.CAPACITY_HELP)(capacities.capacity)
 app.command("report", help=running.REPORT_HELP)(running.report)
+app.command("reproduce", help=reproducing.REPRODUCE_HELP)(reproducing.reproduce)
+app.command("watch", help=watching.WATCH_HELP)(watching.watch)
 app.add_typer(workload.app, name="workload")
 
 

@@ -11,8 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +32,11 @@ from batchbench.reports.gaps import stalls
 from batchbench.reports.goals import NO_GOALS, GoalsSpec, as_config, from_config
 from batchbench.reports.timekeeping import rate_of
 from batchbench.workloads import Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from batchbench.reports.plots import Plots
 
 SCHEMA_VERSION = 1
 _FACTS = (
@@ -84,6 +90,60 @@ class Result:
         if config["serving"]["engine"] != "slots" and not self.data["simulated"]:
             parts.insert(2, f"{config['serving']['engine']} engine")
         return " · ".join(parts)
+
+    # For notebooks and scripts; what they need is imported when it is asked for.
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """A row a request, trial and strategy: slot, lengths, steps, times and latencies."""
+        from batchbench.reports.tables import requests_frame
+
+        return requests_frame(self)
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """A row a run of equal steps, trial and strategy."""
+        from batchbench.reports.tables import steps_frame
+
+        return steps_frame(self)
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """A row a strategy: medians and pools of its trials, counters, and how it compares."""
+        from batchbench.reports.tables import summary_frame
+
+        return summary_frame(self)
+
+    @property
+    def plot(self) -> Plots:
+        """The pictures: ``result.plot.timeline()`` and so on; each is a matplotlib figure."""
+        from batchbench.reports.plots import Plots
+
+        return Plots(self)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write what ``batchbench run --output`` writes; the folder.
+
+        Raises:
+            UsageError: it cannot be written, or holds a result and ``overwrite`` is not given.
+        """
+        from batchbench.reports.destination import check_folder
+        from batchbench.reports.folder import write_folder
+
+        folder = Path(folder)
+        check_folder(folder, overwrite=overwrite)
+        write_folder(folder, self)
+        return folder
+
+    def __repr__(self) -> str:
+        from batchbench.reports.formats.terminal import sentence
+
+        return f"<batchbench result: {self.title}: {sentence(self)}>"
+
+    def _repr_html_(self) -> str:
+        from batchbench.reports.formats.notebook import render
+
+        return render(self)
 
 
 def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
