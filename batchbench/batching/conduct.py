@@ -14,7 +14,7 @@ import numpy as np
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.environment import LoadMeter, environment, torch_environment
-from batchbench.batching.experiment import Experiment
+from batchbench.batching.experiment import Experiment, ServingSpec
 from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
 from batchbench.batching.recording import Recording
 from batchbench.batching.strategies import Batcher
@@ -89,7 +89,8 @@ class Session:
     def _engine(self) -> Engine:
         if self.experiment.simulated:
             self.model |= {"device": "simulated", "dtype": None, "parameters": None}
-            return SimulatedEngine()
+            cost = self.experiment.cost
+            return SimulatedEngine(cost.cost) if cost else SimulatedEngine()
         self._watch.note(self.source.note)
         self._watch.phase("loading")
         # Threads that wait for one another should soon give way: beside a busy process they spin
@@ -119,20 +120,9 @@ class Session:
 
     def strategies(self) -> list[Batcher]:
         """The strategies of the experiment, on its one engine."""
-        serving = self.experiment.serving
-        return [
-            Batcher(
-                name,
-                self.engine,
-                serving.batch_size,
-                order=serving.order,
-                prefill="mixed" if serving.mixes_prefill else "separate",
-                max_batched_tokens=serving.token_budget,
-                max_wait_ns=round(serving.max_wait * 1e6),
-                about={"engine": "simulated" if self.engine.simulated else serving.engine},
-            )
-            for name in serving.strategies
-        ]
+        cost = self.experiment.cost
+        about = {"cost": cost.as_dict()} if cost and self.engine.simulated else {}
+        return make_batchers(self.experiment.serving, self.engine, about)
 
     def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
         """Serve a short piece of the workload until the median step stays within 5 %."""
@@ -202,6 +192,26 @@ class Session:
             )
             for i in range(len(self.workload))
         ]
+
+
+def make_batchers(
+    serving: ServingSpec, engine: Engine, about: Mapping[str, Any] | None = None
+) -> list[Batcher]:
+    """The strategies that ``serving`` names, on one engine."""
+    told = {"engine": "simulated" if engine.simulated else serving.engine, **(about or {})}
+    return [
+        Batcher(
+            name,
+            engine,
+            serving.batch_size,
+            order=serving.order,
+            prefill="mixed" if serving.mixes_prefill else "separate",
+            max_batched_tokens=serving.token_budget,
+            max_wait_ns=round(serving.max_wait * 1e6),
+            about=told,
+        )
+        for name in serving.strategies
+    ]
 
 
 def conduct(

@@ -49,7 +49,12 @@ def _speed(result: Result) -> str:
     than = "" if comparison["baseline"] == "static" else f" than {comparison['baseline']}"
     text = f"{who} was {median**sign:.2f}× {faster}{than}"
     if result.data["simulated"]:
-        return f"in simulation, where every step costs the same, {text}"
+        cost = result.data.get("cost")
+        how = (
+            f"on the step costs of {cost['source']}" if cost else "where every step costs the same"
+        )
+        text = f"in simulation, {how}, {text}"
+        return f"{text}; the schedules alone give {comparison['step_ratio']:.2f}×" if cost else text
     if interval is None:
         pairs = len(result.recordings[comparison["candidate"]])
         text += f" ({pairs} pair{'s' * (pairs > 1)} of trials: too few for an interval)"
@@ -113,7 +118,8 @@ def table(result: Result) -> Table:
     trials = len(result.recordings[names[0]])
     notes = []
     if result.data["simulated"]:
-        notes.append("simulated: a step counts as 1 ms")
+        fitted = result.data.get("cost") is not None
+        notes.append(f"simulated: {'step costs are fitted' if fitted else 'a step counts as 1 ms'}")
     elif len(names) > 1:
         notes.append(f"median and pool of {trials} trial{'s' * (trials > 1)}")
         notes.append("÷ is the median of paired trials" + " (95 % CI)" * (trials >= FEWEST_PAIRS))
@@ -176,4 +182,33 @@ def render(result: Result) -> RenderableType:
     status = result.data["validity"]["status"]
     wrong = result.data["verification"]["passed"] is False
     style = "bold red" if wrong else "bold" if status == "valid" else "bold yellow"
-    return Group(Text(sentence(result), style=style), Text(), table(result))
+    shown: list[RenderableType] = [Text(sentence(result), style=style), Text(), table(result)]
+    told = prediction_lines(result)
+    return Group(*shown, *([Text(), *map(Text, told)] if told else []))
+
+
+def prediction_lines(result: Result) -> list[str]:
+    """Predicted beside measured, and how well the cost of a step is known."""
+    found = result.data.get("prediction")
+    lines = _extrapolation((result.data.get("cost") or {}).get("extrapolates", []))
+    if found is None:
+        return lines
+    others = [s for s in found["strategies"] if s["strategy"] != found["fitted_on"]]
+    for told in others or found["strategies"]:
+        lines.append(
+            f"Predicted from the steps of {found['fitted_on']}: {told['strategy']} takes "
+            f"{number(told['duration'])} s; measured {number(told['measured_duration'])} s "
+            f"({told['error']:+.1%})."
+        )
+        lines += _extrapolation(told["extrapolates"])
+    held = found["held_out"]
+    r2 = "" if held["r2"] is None else f"R² {held['r2']:.2f}, "
+    lines.append(
+        f"Of its {held['steps']:,} steps, held out in turn: {r2}a step is off by "
+        f"{held['median_error']:.1%} (median), all together by {held['total_error']:+.1%}."
+    )
+    return lines
+
+
+def _extrapolation(reasons: list[str]) -> list[str]:
+    return [f"Beyond what the fit saw: {'; '.join(reasons)}."] if reasons else []

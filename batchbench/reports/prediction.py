@@ -1,0 +1,63 @@
+"""Prediction: what one strategy's steps say of another, beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from batchbench.batching.conduct import Outcome, make_batchers
+from batchbench.batching.cost import KnownCost
+from batchbench.batching.engines.simulated import SimulatedEngine
+from batchbench.batching.experiment import ServingSpec
+from batchbench.batching.recording import Recording
+from batchbench.batching.watch import Watch
+from batchbench.errors import UsageError
+from batchbench.reports import metrics
+from batchbench.reports.fitting import beyond, known_cost
+from batchbench.workloads import Workload
+
+
+def predict_outcome(outcome: Outcome) -> dict[str, Any] | None:
+    """What the first strategy's trials predict of every strategy; for ``result.json``.
+
+    None of a simulation, where texts end as the model likes, and where too few steps were timed.
+    """
+    if outcome.experiment.simulated or outcome.workload.stop_at_eos:
+        return None
+    teacher, trials = next(iter(outcome.recordings.items()))
+    try:
+        known, quality = known_cost(teacher, trials)
+    except UsageError:
+        return None
+    told = predict(known, outcome.experiment.serving, outcome.workload)
+    return {
+        "fitted_on": teacher,
+        "cost": known.as_dict(),
+        "held_out": quality.as_dict(),
+        "strategies": [_beside(known, r, outcome.recordings[r.header.strategy]) for r in told],
+    }
+
+
+def predict(known: KnownCost, serving: ServingSpec, workload: Workload) -> list[Recording]:
+    """A recording a strategy: the workload under the same scheduler, on a virtual clock."""
+    engine = SimulatedEngine(known.cost)
+    about = {"cost": known.as_dict()}
+    return [b.serve(workload, Watch()) for b in make_batchers(serving, engine, about)]
+
+
+def _beside(known: KnownCost, told: Recording, trials: Sequence[Recording]) -> dict[str, Any]:
+    duration = told.duration_ns / 1e9
+    measured = float(np.median([trial.duration_ns for trial in trials])) / 1e9
+    ttft = np.mean([metrics.ttft_ms(trial).mean() for trial in trials])
+    return {
+        "strategy": told.header.strategy,
+        "duration": duration,
+        "measured_duration": measured,
+        "error": duration / measured - 1,
+        "output_throughput": int(told.requests.output_tokens.sum()) / duration,
+        "mean_ttft_ms": float(metrics.ttft_ms(told).mean()),
+        "measured_mean_ttft_ms": float(ttft),
+        "extrapolates": beyond(known, [told]),
+    }
