@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 import batchbench
+from batchbench.cli import breakeven as mapping
+from batchbench.cli import predict as predicting
 from batchbench.cli import run as running
 from batchbench.cli import sweep as sweeping
 from batchbench.errors import BatchbenchError
@@ -45,6 +47,8 @@ def _root(
 
 app.command("run", help=running.RUN_HELP)(running.run)
 app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
+app.command("predict", help=predicting.PREDICT_HELP)(predicting.predict)
+app.command("breakeven", help=mapping.BREAKEVEN_HELP)(mapping.breakeven)
 app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
 app.command("report", help=running.REPORT_HELP)(running.report)
 

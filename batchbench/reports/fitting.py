@@ -53,8 +53,8 @@ class Work:
         real = [r for r in recordings if r.ends_ns is not None and r.num_steps]
         if sum(r.num_steps for r in real) < FEWEST_STEPS:
             raise UsageError(
-                f"the cost of a step is fitted on measured steps, at least {FEWEST_STEPS}; "
-                "this result has fewer: give one that batchbench run wrote, with more requests"
+                f"has too few measured steps (below {FEWEST_STEPS}) to tell what a step costs; "
+                "give the result of a batchbench run with more requests, no simulation"
             )
         counts = [counts_of(r) for r in real]
         return cls(
@@ -166,7 +166,7 @@ def fit_cost(work: Work) -> StepCost:
     told = work.counts @ found
     trials = np.unique(work.trial)
     level = [work.spent_ns[work.trial == t].sum() / told[work.trial == t].sum() for t in trials]
-    return StepCost(*found.tolist(), host_ns=work.host_ns).scaled(float(np.median(level)))
+    return StepCost(*found.tolist(), work.host_ns).scaled(float(np.median(level)))
 
 
 def _median(values: Floats, size: Floats) -> float:

@@ -26,8 +26,8 @@ from batchbench.reports import metrics
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import Ratio, paired_ratio
 from batchbench.reports.fitting import beyond
-from batchbench.reports.prediction import predict_outcome
 from batchbench.reports.goals import NO_GOALS, GoalsSpec, as_config, from_config
+from batchbench.reports.prediction import predict_outcome
 from batchbench.workloads import Workload
 
 SCHEMA_VERSION = 1

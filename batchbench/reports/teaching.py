@@ -14,7 +14,6 @@ from batchbench.errors import UsageError
 from batchbench.reports.fitting import Quality, known_cost
 from batchbench.reports.result import Result, load_result
 
-
 Spec = TypeVar("Spec")
 
 
