@@ -299,7 +299,8 @@ class Steps:
     """What an engine tells of the steps that it ran since it was last asked.
 
     ``start_ns`` is one a call of ``run``; ``ends_ns`` one a step (or ``step_ns`` one a call, in
-    simulation, with the ``growth`` of its steps); ``tokens`` is ``[steps, slots]``, defined where a slot was computed.
+    simulation, with the ``growth`` of its steps); ``tokens`` is ``[steps, slots]``, defined where
+    a slot was computed.
     """
 
     start_ns: Ints

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from batchbench import settings
-from batchbench.batching.experiment import Experiment
+from batchbench.batching.experiment import PREFILLS, Experiment
 from batchbench.batching.models import ModelSpec
 from batchbench.cli.options import with_options
 from batchbench.errors import UsageError
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 BREAKEVEN_HELP = """Map where continuous batching wins, where static does, and the border between.
 
-Batch size × spread of output lengths × load, on throughput, TTFT and goodput: simulated on the step
-costs of a run (--cost, or a run made for it now); a few cells, drawn with the seed, are then run for
-real.
+Batch size × spread of output lengths × load, on throughput, TTFT and goodput: simulated on the
+step costs of a run (--cost, or a run made for it now); a few cells, drawn with the seed, are then
+run for real.
 
 Example: batchbench breakeven --model toy-gpt2 --batch-size 2,4,8 --measure 3"""
 
@@ -67,6 +67,13 @@ class BreakevenSpec:
     )
     engine: str = setting(
         "slots", "Engine of the run made now.", _PANEL, choices=("slots", "notebook")
+    )
+    prefill: str = setting(
+        "auto",
+        "As of run. With separate, every admission stalls the others for a pass: the more static "
+        "wins.",
+        _PANEL,
+        choices=PREFILLS,
     )
     seed: int = setting(
         0,
@@ -169,6 +176,7 @@ def _spec(study: BreakevenSpec, teacher: Teacher) -> MapSpec:
         batches=study.batches,
         seed=study.seed,
         engine=teacher.engine,
+        prefill=study.prefill,
         model=teacher.model,
         context=find_model(teacher.model, weights=False).context,
     )
@@ -193,6 +201,7 @@ def _teacher(study: BreakevenSpec, model: ModelSpec, folder: Path, watch: Watch)
                 "output_tokens": f"uniform:min=1,max={2 * study.mean_tokens}",
                 "prompt_tokens": str(study.prompt_tokens),
                 "engine": study.engine,
+                "prefill": study.prefill,
                 "seed": study.seed,
                 "trials": 3,
                 "verify": "none",

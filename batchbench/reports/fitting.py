@@ -166,7 +166,9 @@ def fit_cost(work: Work) -> StepCost:
     told = work.counts @ found
     trials = np.unique(work.trial)
     level = [work.spent_ns[work.trial == t].sum() / told[work.trial == t].sum() for t in trials]
-    return StepCost(*found.tolist(), work.host_ns).scaled(float(np.median(level)))
+    step, row, cached, prompt, chunk = found.tolist()
+    cost = StepCost(step, row, cached, prompt, chunk, work.host_ns)
+    return cost.scaled(float(np.median(level)))
 
 
 def _median(values: Floats, size: Floats) -> float:

@@ -81,10 +81,12 @@ def notes(found: BreakEven) -> list[str]:
         "requests offered ÷ what continuous batching can serve.",
         f"Goodput: requests within {limits}.",
     ]
-    far = sorted({p.batch_size for p in found.places if p.beyond})
+    far = [place for place in found.places if place.beyond]
     if far:
+        worst = max(far, key=lambda p: (len(p.beyond), p.batch_size, p.spread))
         told.append(
-            f"Beyond what the fit saw: batch size {', '.join(f'{size:,}' for size in far)}."
+            f"Beyond what the fit saw in {len(far)} of {len(found.places)} cells, furthest at "
+            f"batch size {worst.batch_size:,}, spread {worst.spread:g}: {'; '.join(worst.beyond)}."
         )
     return told
 
@@ -111,7 +113,7 @@ def _table(found: BreakEven, metric: str) -> Table:
     grid.add_column("slots", justify="right")
     for spread in spec.spreads:
         grid.add_column(f"{spread:g}", justify="right", no_wrap=True)
-    grid.add_column("border", justify="right", no_wrap=True)
+    grid.add_column("continuous\nwins", justify="right", no_wrap=True)
     for load in spec.loads:
         for i, batch in enumerate(spec.batch_sizes):
             cells = []
@@ -130,12 +132,9 @@ def _table(found: BreakEven, metric: str) -> Table:
 def _border(found: BreakEven, metric: str, batch: int, load: str) -> str:
     """From which spread on continuous is better."""
     at = found.border(metric, batch, load)
-    if at is not None:
-        return f"{at:.2f}"
-    winners = {
-        found.by_axes[batch, spread, load].contests[metric].winner for spread in found.spec.spreads
-    }
-    return next(iter(winners)) if len(winners) == 1 else "–"
+    if at == found.spec.spreads[0]:
+        return "all"
+    return "none" if at is None else f"from {at:.2f}"
 
 
 def spell(ratio: float | None, winner: str) -> str:

@@ -43,6 +43,7 @@ class MapSpec:
     batches: int  # requests over slots
     seed: int
     engine: str
+    prefill: str
     model: ModelSpec
     context: int | None  # of the model
 
@@ -71,6 +72,7 @@ class MapSpec:
             "queue_size": max(2 * batch, self.batches * batch),
             "strategy": STRATEGIES,
             "engine": self.engine,
+            "prefill": self.prefill,
             "seed": self.seed,
             **model,
             **{name: value for name, value in options.items() if value is not None},
@@ -101,13 +103,18 @@ class Contest:
         return cls(static, continuous, above / below if below else None)
 
     @property
+    def height(self) -> float:
+        """Logarithm of the ratio: above 0 where continuous is better, infinite over nothing."""
+        if self.ratio is None:
+            return math.inf if self.continuous else 0.0
+        return math.log(self.ratio) if self.ratio else -math.inf
+
+    @property
     def winner(self) -> str:
         """``static``, ``continuous`` or ``even``."""
-        if self.ratio is None:
-            return "continuous" if self.continuous else "even"
-        if abs(math.log(self.ratio)) <= math.log1p(EVEN) if self.ratio else False:
+        if abs(self.height) <= math.log1p(EVEN):
             return "even"
-        return "continuous" if self.ratio > 1 else "static"
+        return "continuous" if self.height > 0 else "static"
 
     def agrees(self, other: Contest) -> bool:
         """Whether both are on one side of the border, or one of them on it."""
@@ -168,21 +175,24 @@ class BreakEven:
         return found
 
     def border(self, metric: str, batch: int, load: str) -> float | None:
-        """The spread from which on continuous is better; None where it is nowhere or everywhere.
+        """The spread from which on continuous wins; 0 or more, None where it does not at the end.
 
         Between two spreads of the map by the straight line of the ratio's logarithm.
         """
-        last: tuple[float, float] | None = None
-        for spread in self.spec.spreads:
-            ratio = self.by_axes[batch, spread, load].contests[metric].ratio
-            if not ratio:
-                last = None
-                continue
-            height = math.log(ratio)
-            if last is not None and last[1] <= 0 < height:
-                return last[0] + (spread - last[0]) * -last[1] / (height - last[1])
-            last = (spread, height)
-        return None
+        heights = [
+            self.by_axes[batch, spread, load].contests[metric].height - math.log1p(EVEN)
+            for spread in self.spec.spreads
+        ]
+        if heights[-1] <= 0:
+            return None
+        lost = [i for i, height in enumerate(heights) if height <= 0]
+        if not lost:
+            return self.spec.spreads[0]
+        low, high = lost[-1], lost[-1] + 1
+        if math.isinf(heights[low]) or math.isinf(heights[high]):
+            return self.spec.spreads[high]
+        step = self.spec.spreads[high] - self.spec.spreads[low]
+        return self.spec.spreads[low] + step * -heights[low] / (heights[high] - heights[low])
 
 
 def usual_goals(cost: StepCost, spec: MapSpec) -> GoalsSpec:

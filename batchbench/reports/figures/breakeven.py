@@ -82,9 +82,9 @@ def _panel(
         "sides", [static.colour, "#ffffff", continuous.colour]
     )
     heights = np.full((len(sizes), len(spreads)), np.nan)
-    for row in cells.itertuples():
-        place = sizes.index(row.batch_size), spreads.index(row.spread)
-        heights[place] = _height(row.advantage, str(row.winner))
+    for row in cells.to_dict("records"):
+        place = sizes.index(row["batch_size"]), spreads.index(row["spread"])
+        heights[place] = _height(row["advantage"], str(row["winner"]))
     limit = float(np.log(_MOST))
     axes.pcolormesh(
         np.arange(len(spreads) + 1),
@@ -95,21 +95,21 @@ def _panel(
         edgecolors="#ffffff",
         lw=0.6,
     )
-    for row in cells.itertuples():
-        x, y = spreads.index(row.spread), sizes.index(row.batch_size)
+    for row in cells.to_dict("records"):
+        x, y = spreads.index(row["spread"]), sizes.index(row["batch_size"])
         dark = abs(heights[y, x]) > 0.75 * limit
         axes.text(
             x + 0.5,
             y + 0.5,
-            _spell(row.advantage, str(row.winner)),
+            _spell(row["advantage"], str(row["winner"])),
             ha="center",
             va="center",
             size=6 if narrow else 7.5,
             color="#ffffff" if dark else INK,
         )
-        if pd.notna(row.measured_winner):
+        if pd.notna(row["measured_winner"]):
             look: dict[str, Any] = {"fc": "none", "ec": INK, "lw": 1.8}
-            look["ls"] = "solid" if row.same_side else (0, (2, 1.2))
+            look["ls"] = "solid" if row["same_side"] else (0, (2, 1.2))
             box = Rectangle((x + 0.06, y + 0.08), 0.88, 0.84, zorder=4, **look)
             axes.add_patch(box)
     _border(axes, heights)
