@@ -1,28 +1,52 @@
 """Predicted wall time against measured: 20 varied closed workloads, half of them held out.
 
-    .venv/bin/python benchmarks/prediction.py [--rounds 5] [--model toy-gpt2] [--requests 24]
+    .venv/bin/python benchmarks/prediction.py [--rounds 5] [--model FOLDER] [--requests 24]
 
 Each round serves every workload once under each strategy, in an order that turns round, so that
-what else the machine does falls on all alike. The cost of a step is fitted on the trials of one
-half of the workloads; the other half is predicted and set beside the median of its measured times.
+what else the machine does falls on all alike. The cost of a step is fitted on one half of the
+workloads; the other half is predicted and set beside what was measured, in two ways:
+
+wall    fitted on all trials; measured is the median wall time over the rounds;
+quiet   on a machine that others use as well, most of what differs from trial to trial is theirs. As
+        the steps of a closed workload are the same in every round, the least that each of them took
+        in any round, and each pause between them, makes a trial that nobody disturbed. On a machine
+        of one's own the two agree.
 """
 
 import argparse
 import gc
+import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from batchbench.batching.conduct import Session
+from batchbench.batching.cost import KnownCost, StepCost
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import Shelf
+from batchbench.batching.recording import Recording
 from batchbench.batching.watch import Watch
 from batchbench.reports.fitting import counts_of, known_cost
 from batchbench.reports.prediction import predict
 
 COUNT = 20
+
+SMALL = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 4096,
+    "n_positions": 512,
+    "n_embd": 128,
+    "n_layer": 4,
+    "n_head": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+"""A GPT-2 of 1.4 million parameters, with dummy weights."""
 
 
 def experiments(model: str, requests: int) -> list[Experiment]:
@@ -39,6 +63,7 @@ def experiments(model: str, requests: int) -> list[Experiment]:
         Experiment.of(
             {
                 "model": model,
+                "load_format": "dummy",
                 "batch_size": (8, 4, 6, 8, 2)[(i * 3 + i // 5) % 5],
                 "queue_size": requests + 4 * (i % 3),
                 "output_tokens": outputs[i % 5],
@@ -50,6 +75,9 @@ def experiments(model: str, requests: int) -> list[Experiment]:
         )
         for i in range(COUNT)
     ]
+
+
+UNIT = KnownCost("none", StepCost(1e6), (), 0, 0)
 
 
 def measure(sessions: list[Session], rounds: int) -> list[list[list]]:
@@ -69,47 +97,80 @@ def measure(sessions: list[Session], rounds: int) -> list[list[list]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--model", default="toy-gpt2")
+    parser.add_argument("--model", help="a folder, or a name as run takes; a small GPT-2 if not")
     parser.add_argument("--requests", type=int, default=24)
     asked = parser.parse_args()
-    models, sessions = Shelf(), []
-    for experiment in experiments(asked.model, asked.requests):
-        # One seed of weights, so that the model is loaded once.
-        workload = replace(experiment.workload)
-        sessions.append(Session(replace(experiment, workload=workload), Watch(), models))
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
+        models = Shelf()
+        asked_for = experiments(asked.model or folder, asked.requests)
+        sessions = [Session(experiment, Watch(), models) for experiment in asked_for]
     for session in sessions[:3]:
         session.warm_up()
     found = measure(sessions, asked.rounds)
-    taught = [r for i in range(0, COUNT, 2) for trials in found[i] for r in trials]
+    quiet = [[[undisturbed(trials)] for trials in each] for each in found]
+    console = Console(width=110)
+    same = sum(
+        all(np.array_equal(counts_of(told), counts_of(real)) for real in trials)
+        for session, each in zip(sessions, found, strict=True)
+        for told, trials in zip(predicted(session, UNIT), each, strict=True)
+    )
+    console.print(f"simulated and real steps are the same in {same} of {2 * COUNT} cases")
+    report(console, "wall", sessions, found)
+    report(console, "quiet", sessions, quiet)
+
+
+def predicted(session: Session, known: KnownCost) -> list[Recording]:
+    """What a session's workload would take, strategy by strategy."""
+    return predict(known, session.experiment.serving, session.workload)
+
+
+def undisturbed(trials: list[Recording]) -> Recording:
+    """One trial of the least that each step and each pause took in any of them."""
+    ends = np.stack([r.step_ends_ns for r in trials])
+    starts = np.stack([r.step_starts_ns for r in trials])
+    before = np.concatenate([np.zeros((len(trials), 1), np.int64), ends[:, :-1]], axis=1)
+    least_pause, least_step = (starts - before).min(0), (ends - starts).min(0)
+    # In a call of several passes one begins where the last ends; calls are cut differently in each
+    # trial, by what the clock says, so a pause that only some have is none.
+    new_ends = np.cumsum(least_pause + least_step)
+    first = trials[0]
+    new_starts = (new_ends - least_step)[first.first_steps]
+    spans = replace(first.spans, start_ns=new_starts)
+    return replace(first, spans=spans, ends_ns=new_ends)
+
+
+def report(
+    console: Console, name: str, sessions: list[Session], found: list[list[list[Recording]]]
+) -> None:
+    """Fit on the even workloads, predict all, and print predicted beside measured."""
+    taught = [r for each in found[::2] for trials in each for r in trials]
     known, quality = known_cost("benchmark", taught)
-    table = Table(title=f"{asked.model}, {asked.rounds} rounds; fitted on the even workloads")
-    for name in ("workload", "strategy", "steps", "same steps", "predicted s", "measured s"):
-        table.add_column(name, justify="right")
-    table.add_column("error", justify="right")
+    table = Table(title=f"{name}: fitted on the even workloads")
+    for head in ("workload", "slots", "strategy", "steps", "predicted s", "measured s", "error"):
+        table.add_column(head, justify="right")
     errors = {True: [], False: []}
-    for i, session in enumerate(sessions):
-        told = predict(known, session.experiment.serving, session.workload)
-        for recording, trials in zip(told, found[i], strict=True):
+    for i, (session, each) in enumerate(zip(sessions, found, strict=True)):
+        for told, trials in zip(predicted(session, known), each, strict=True):
             measured = float(np.median([r.duration_ns for r in trials]))
-            error = recording.duration_ns / measured - 1
+            error = told.duration_ns / measured - 1
             errors[i % 2 == 1].append(abs(error))
-            same = all(np.array_equal(counts_of(recording), counts_of(r)) for r in trials)
             table.add_row(
                 f"{i}{'' if i % 2 else ' (fitted)'}",
-                recording.header.strategy,
-                f"{recording.num_steps:,}",
-                "yes" if same else "NO",
-                f"{recording.duration_ns / 1e9:.3f}",
+                f"{told.header.slots}",
+                told.header.strategy,
+                f"{told.num_steps:,}",
+                f"{told.duration_ns / 1e9:.3f}",
                 f"{measured / 1e9:.3f}",
                 f"{error:+.1%}",
             )
-    console = Console(width=100)
     console.print(table)
     console.print(known.cost)
     console.print(quality)
-    for held_out, name in ((True, "held out"), (False, "fitted")):
-        each = errors[held_out]
-        console.print(f"{name}: median {np.median(each):.1%}, worst {max(each):.1%} of {len(each)}")
+    for held_out, which in ((True, "held out"), (False, "fitted")):
+        values = errors[held_out]
+        median, worst = np.median(values), max(values)
+        console.print(f"{name}, {which}: median {median:.1%}, worst {worst:.1%} of {len(values)}\n")
 
 
 if __name__ == "__main__":

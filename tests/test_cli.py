@@ -42,7 +42,7 @@ from batchbench.reports import folder as folders
 from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
-COMMANDS = ("run", "simulate", "report")
+COMMANDS = ("run", "simulate", "predict", "breakeven", "sweep", "report")
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 
 

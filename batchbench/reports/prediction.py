@@ -36,7 +36,11 @@ def predict_outcome(outcome: Outcome) -> dict[str, Any] | None:
         "fitted_on": teacher,
         "cost": known.as_dict(),
         "held_out": quality.as_dict(),
-        "strategies": [_beside(known, r, outcome.recordings[r.header.strategy]) for r in told],
+        "strategies": [
+            _beside(known, recording, outcome.recordings[recording.header.strategy])
+            for recording in told
+            if recording.header.strategy in outcome.recordings
+        ],
     }
 
 
