@@ -91,7 +91,7 @@ def main() -> None:
             for found in (static, continuous):
                 cells += [f"{found['steps']:,}", f"{found['seconds']:.0f}", f"{found['mib']:.0f}"]
             table.add_row(*cells)
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from batchbench.batching.watch import Watch
 from batchbench.reports import metrics
 from batchbench.reports.comparison import paired_ratio
 from batchbench.reports.figures import MOST_BARS, MOST_BARS_A_SLOT, MOST_SLOTS, draw, render
+from batchbench.reports.latencies import e2el_ms, ttft_ms
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
 PICTURES = ["throughput", "latency", "occupancy", "timeline"]
@@ -245,7 +246,7 @@ def test_cdfs_are_distribution_functions(workload: Workload, config: Config) -> 
     recording = simulated(workload, config)
     figure = draw({config.policy: [recording, recording]}, TITLE)["latency"]
     lines = figure.findobj(lambda artist: artist.get_gid() == "cdf-0")
-    both_kinds = (metrics.ttft_ms(recording), metrics.e2el_ms(recording))
+    both_kinds = (ttft_ms(recording), e2el_ms(recording))
     for line, values in zip(lines, both_kinds, strict=True):
         x, y = line.get_xdata(), line.get_ydata()
         assert line.get_drawstyle() == "steps-post"

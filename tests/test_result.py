@@ -27,10 +27,10 @@ from batchbench.batching.recording import Recording
 from batchbench.batching.verification import NOT_VERIFIED, Finding, Verification
 from batchbench.errors import UsageError
 from batchbench.reports import folder as folders
-from batchbench.reports import metrics
 from batchbench.reports.destination import check_folder, default_folder
 from batchbench.reports.folder import write_folder
 from batchbench.reports.goals import GoalsSpec
+from batchbench.reports.latencies import ttft_ms
 from batchbench.reports.result import (
     SCHEMA_FILE,
     Result,
@@ -183,7 +183,7 @@ def validator() -> Draft202012Validator:
 LATENCIES = {
     f"{statistic}_{name}_ms"
     for statistic in ("mean", "median", "std", "p90", "p99")
-    for name in ("ttft", "tpot", "itl", "e2el")
+    for name in ("queue", "ttft", "tpot", "itl", "e2el")
 }
 NAMES: Mapping[str, set[str]] = {
     "": {
@@ -192,12 +192,15 @@ NAMES: Mapping[str, set[str]] = {
     },
     "workload": {
         *("name", "seed", "closed", "num_requests", "total_input_tokens"),
-        *("total_output_tokens", "digest"),
+        *("total_output_tokens", "digest", "max_concurrency", "arrival_rate"),
     },
-    "strategies.static": {"trials", "summary", "counters", "output_digest"},
+    "strategies.static": {
+        *("trials", "summary", "counters", "output_digest", "by_output_length", "stalls"),
+    },
     "strategies.static.summary": {
         *("duration", "completed", "total_input_tokens", "total_output_tokens"),
         *("request_throughput", "output_throughput", "total_token_throughput"),
+        *("request_goodput", "slo_attainment", "arrival_rate"),
         *LATENCIES,
     },
     "strategies.static.counters": {
@@ -329,7 +332,7 @@ def test_requests_csv_has_a_row_a_request_trial_and_strategy(make: Callable[[], 
     assert len(frame) == sum(len(trial.requests.slot) for trial in trials)
     assert not frame.duplicated(["strategy", "trial", "request"]).any()
     first = frame[(frame.strategy == result.names[0]) & (frame.trial == 0)]
-    ttft = metrics.ttft_ms(result.recordings[result.names[0]][0])
+    ttft = ttft_ms(result.recordings[result.names[0]][0])
     assert first.ttft_ms.tolist() == ttft.tolist()
 
 

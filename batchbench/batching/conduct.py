@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from batchbench.batching.energy import Counter, EnergyMeter, counters_for
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.environment import LoadMeter, environment, torch_environment
-from batchbench.batching.experiment import Experiment, ServingSpec
+from batchbench.batching.experiment import GENERATE_BATCH, Experiment, ServingSpec
 from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher
+from batchbench.batching.strategies import Batcher, Strategy
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
 from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
@@ -78,6 +79,7 @@ class Session:
         )
         check_context(self.workload, self.source)
         self._loaded: LoadedModel | None = None
+        self._energy: Sequence[Counter] = ()
         self.model: dict[str, Any] = {
             "name": self.source.name,
             "load_format": self.source.load_format,
@@ -85,6 +87,7 @@ class Session:
         }
         self.environment = environment()
         self.engine = self._engine()
+        self._of_their_own = self._schedulers_of_their_own()
 
     def _engine(self) -> Engine:
         if self.experiment.simulated:
@@ -116,13 +119,35 @@ class Session:
             **memory,
         }
         self.environment |= torch_environment(str(loaded.device))
+        self._energy = counters_for(str(loaded.device), self.environment["gpu_uuid"])
         return engine
 
-    def strategies(self) -> list[Batcher]:
-        """The strategies of the experiment, on its one engine."""
+    def _schedulers_of_their_own(self) -> dict[str, Strategy]:
+        """Strategies that are no policy of ours, by name, on the same loaded model."""
+        serving = self.experiment.serving
+        if self._loaded is None or GENERATE_BATCH not in serving.strategies:
+            return {}
+        from batchbench.batching.engines.generate_batch import GenerateBatch
+
+        theirs = GenerateBatch(
+            self._loaded,
+            serving.batch_size,
+            self.workload.max_total_tokens,
+            order=serving.order,
+            max_batched_tokens=serving.token_budget,
+        )
+        return {GENERATE_BATCH: theirs}
+
+    def strategies(self) -> list[Strategy]:
+        """The strategies of the experiment: ours on its one engine, and others on their own."""
+        names = self.experiment.serving.strategies
+        return [self._of_their_own.get(name) or self.batcher(name) for name in names]
+
+    def batcher(self, policy: str) -> Batcher:
+        """Our scheduler under a policy."""
         cost = self.experiment.cost
         about = {"cost": cost.as_dict()} if cost and self.engine.simulated else {}
-        return make_batchers(self.experiment.serving, self.engine, about)
+        return make_batcher(policy, self.experiment.serving, self.engine, about)
 
     def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
         """Serve a short piece of the workload until the median step stays within 5 %."""
@@ -130,7 +155,9 @@ class Session:
             return WarmUp(0, True, None, None)
         self._watch.phase("warming up")
         piece = beginning(self.workload, self.experiment.serving.batch_size, output_tokens=12)
-        batcher = replace(self.strategies()[-1], name="continuous")
+        for theirs in self._of_their_own.values():
+            theirs.serve(piece, Watch())
+        batcher = self.batcher("continuous")
         medians: list[float] = []
         change = None
         while len(medians) < most:
@@ -155,20 +182,18 @@ class Session:
             done = {b.name: self._trial(b, trial, trials) for b in turn}
             yield [done[b.name] for b in strategies]
 
-    def _trial(self, batcher: Batcher, trial: int, trials: int) -> Recording:
-        self._watch.trial_begins(batcher.name, trial, trials)
-        if not self.engine.simulated:  # a collection takes 0.1 s, and nothing is timed
-            gc.collect()
-        gc.disable()
-        try:
-            load = LoadMeter()
-            recording = batcher.serve(self.workload, self._watch, trial=trial)
-            foreign = None if self.engine.simulated else load.foreign_cores()
-        finally:
-            gc.enable()
-        about = {**recording.header.about, "foreign_cores": foreign}
-        self._watch.trial_ends(batcher.name, trial, recording.duration_ns)
-        return replace(recording, header=replace(recording.header, about=about))
+    def _trial(self, strategy: Strategy, trial: int, trials: int) -> Recording:
+        self._watch.trial_begins(strategy.name, trial, trials)
+        recording = observe(
+            strategy,
+            self.workload,
+            self._watch,
+            trial,
+            self._energy,
+            simulated=self.engine.simulated,
+        )
+        self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
+        return recording
 
     def verify(self, recordings: Sequence[Recording]) -> Verification:
         """Check outputs against the model alone."""
@@ -194,24 +219,20 @@ class Session:
         ]
 
 
-def make_batchers(
-    serving: ServingSpec, engine: Engine, about: Mapping[str, Any] | None = None
-) -> list[Batcher]:
-    """The strategies that ``serving`` names, on one engine."""
-    told = {"engine": "simulated" if engine.simulated else serving.engine, **(about or {})}
-    return [
-        Batcher(
-            name,
-            engine,
-            serving.batch_size,
-            order=serving.order,
-            prefill="mixed" if serving.mixes_prefill else "separate",
-            max_batched_tokens=serving.token_budget,
-            max_wait_ns=round(serving.max_wait * 1e6),
-            about=told,
-        )
-        for name in serving.strategies
-    ]
+def make_batcher(
+    policy: str, serving: ServingSpec, engine: Engine, about: Mapping[str, Any]
+) -> Batcher:
+    """Our scheduler under a policy, as ``serving`` says; ``about`` goes into its recordings."""
+    return Batcher(
+        policy,
+        engine,
+        serving.batch_size,
+        order=serving.order,
+        prefill="mixed" if serving.mixes_prefill else "separate",
+        max_batched_tokens=serving.token_budget,
+        max_wait_ns=round(serving.max_wait * 1e6),
+        about={"engine": "simulated" if engine.simulated else serving.engine, **about},
+    )
 
 
 def conduct(
@@ -229,6 +250,11 @@ def conduct(
         KeyboardInterrupt: before the first round was finished.
     """
     watch = watch or Watch()
+    if experiment.simulated and GENERATE_BATCH in experiment.serving.strategies:
+        raise UsageError(
+            f"--strategy {GENERATE_BATCH}: it schedules for itself, so its steps show only in "
+            "batchbench run; drop it"
+        )
     session = Session(experiment, watch, models)
     if experiment.simulated and session.workload.stop_at_eos:
         raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; drop it")
@@ -272,13 +298,40 @@ def conduct(
     )
 
 
+def observe(
+    strategy: Strategy,
+    workload: Workload,
+    watch: Watch,
+    trial: int = 0,
+    energy: Sequence[Counter] = (),
+    *,
+    simulated: bool = False,
+) -> Recording:
+    """One trial, undisturbed by the garbage collector; its header tells what else went on."""
+    if not simulated:  # a collection takes 0.1 s, and nothing is timed
+        gc.collect()
+    gc.disable()
+    try:
+        load = LoadMeter()
+        with EnergyMeter(energy) as meter:
+            recording = strategy.serve(workload, watch, trial=trial)
+        foreign = None if simulated else load.foreign_cores()
+    finally:
+        gc.enable()
+    about = {**recording.header.about, "foreign_cores": foreign, **meter.about()}
+    return replace(recording, header=replace(recording.header, about=about))
+
+
 def expected_round_s(session: Session, step_ns: int) -> float:
-    """Seconds that one round should take, going by the steps of a simulation."""
-    if not session.workload.closed:
+    """Seconds that one round should take, going by a simulation with steps of ``step_ns``."""
+    if session.workload.stop_at_eos:
         return 0.0  # how many steps it takes is not known beforehand
-    planned = [replace(batcher, engine=SimulatedEngine()) for batcher in session.strategies()]
-    steps = sum(batcher.serve(session.workload, Watch()).num_steps for batcher in planned)
-    return steps * step_ns / 1e9
+    engine, spent = SimulatedEngine(step_ns), 0
+    for name in session.experiment.serving.strategies:
+        policy = "continuous" if name == GENERATE_BATCH else name  # which is what it does
+        planned = replace(session.batcher(policy), engine=engine)
+        spent += planned.serve(session.workload, Watch()).duration_ns
+    return spent / 1e9
 
 
 def beginning(workload: Workload, count: int, output_tokens: int) -> Workload:

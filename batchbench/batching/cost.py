@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from batchbench import settings
 from batchbench.settings import setting
@@ -63,26 +64,31 @@ class StepCost:
         told = {name: value * by for name, value in asdict(self).items()}
         return StepCost(**told | {"host_ns": self.host_ns})
 
+    @cached_property
+    def _cached_ps(self) -> int:
+        """Whole, so that passes of growing requests add up to the same however they are cut."""
+        return round(self.cached_ns * PS)
+
     def of_plan(self, plan: Plan) -> Passes:
         """What the passes of a plan cost."""
         rows = len(plan.slots)
-        ps = self.step_ns + self.row_ns * rows
+        ns = self.step_ns + self.row_ns * rows
         for _, _, start, stop in plan.chunks:
-            ps += self.chunk_ns + self.prompt_ns * (stop - start)
-        longest, growth, alike = 0, 0, plan.repeat
-        if rows and self.cached_ns:
-            longest = int(plan.positions.max()) + 1
-            growth = rows * round(self.cached_ns * PS)
-            growing = plan.positions[plan.growing > 0]
-            short_by = longest - 1 - int(growing.max()) if len(growing) else alike
-            if short_by:  # a request that is done and held is the longest, for so many passes
-                growth, alike = 0, min(alike, short_by)
-        first = round(ps * PS) + longest * rows * round(self.cached_ns * PS)
+            ns += self.chunk_ns + self.prompt_ns * (stop - start)
+        first, growth, alike = round(ns * PS), 0, plan.repeat
+        if rows and self._cached_ps:
+            reading = rows * self._cached_ps
+            longest = int(plan.positions.max())
+            first += (longest + 1) * reading
+            growth = 0 if plan.chunks else reading  # no other pass is like one with a prompt
+            if growth and not plan.growing.all():
+                short_by = longest - int(plan.positions[plan.growing > 0].max())
+                if short_by:  # a request that is done and held is the longest, for so many passes
+                    growth, alike = 0, min(alike, short_by)
         return Passes(max(first, PS), growth, alike)
 
 
-@dataclass(frozen=True)
-class Passes:
+class Passes(NamedTuple):
     """Passes in a row: what the first costs, and each after it more than the one before.
 
     Integers (picoseconds), so that passes added one by one and at once are the same.

@@ -6,13 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from batchbench.batching.conduct import Session
+from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
 from batchbench.batching.experiment import Experiment
+from batchbench.batching.recording import Recording
 from batchbench.batching.watch import Watch
+
+_BESIDE_PRODUCTS = 1.5
+"""How much longer a step takes than its matrix products (docs/log.md)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Steps of each strategy; bytes; seconds of all trials, counting matrix products alone."""
+    """Steps of each strategy; bytes; seconds of all trials, counting matrix products alone.
+
+    Where requests come over time, both follow from how long a step takes here, which is guessed.
+    """
 
     steps: Mapping[str, int]
     trials: int
@@ -21,18 +29,27 @@ class Estimate:
     device: str | None = None
     seconds: float | None = None
     exact: bool = True
+    timed: bool = False
+    uncounted: tuple[str, ...] = ()  # strategies that schedule for themselves
 
     def lines(self) -> list[str]:
         """For people."""
-        about = "" if self.exact else "at most "
+        about = "about " if self.timed else "" if self.exact else "at most "
         counts = ", ".join(f"{name} {about}{n:,}" for name, n in self.steps.items())
-        found = [f"steps   {counts} forward passes a trial, {self.trials} trials each"]
+        found = [f"steps   {counts or 'no'} forward passes a trial, {self.trials} trials each"]
+        if self.uncounted:
+            found[0] += f"; {', '.join(self.uncounted)} schedules for itself and is not counted"
         if self.weight_bytes is not None and self.kv_cache_bytes is not None:
             found.append(
                 f"memory  {self.weight_bytes / 2**20:,.0f} MiB of weights + "
                 f"{self.kv_cache_bytes / 2**20:,.0f} MiB of KV cache on {self.device}"
             )
-        if self.seconds is not None:
+        if self.seconds is not None and self.timed:
+            found.append(
+                f"time    {self.seconds:,.3g} s for all trials, waiting for requests included, if "
+                "a step takes half as long again as its matrix products, timed just now"
+            )
+        elif self.seconds is not None:
             found.append(
                 f"time    {self.seconds:,.3g} s for the matrix products of all trials, as timed "
                 "just now; with attention and all else, half as much again"
@@ -43,22 +60,37 @@ class Estimate:
 def estimate(experiment: Experiment, watch: Watch) -> Estimate:
     """Serve the workload in simulation and time one matrix product; load no model."""
     session = Session(replace(experiment, simulated=True), watch)
-    to_the_end = replace(session.workload, stop_at_eos=False)
-    steps = {
-        batcher.name: batcher.serve(to_the_end, Watch()).num_steps
-        for batcher in session.strategies()
-    }
-    found = Estimate(steps, experiment.trials.trials, exact=not session.workload.stop_at_eos)
+    workload, trials = session.workload, experiment.trials.trials
+    exact, timed = not workload.stop_at_eos, not replace(workload, stop_at_eos=False).closed
     if experiment.simulated:
-        return found
+        steps = {r.header.strategy: r.num_steps for r in _served(session, UNIT_NS)}
+        return Estimate(steps, trials, exact=exact)
     from batchbench.batching.engines.torch.sizing import size_up
 
-    sizes = size_up(experiment, session.source, session.workload.max_total_tokens)
-    passes = sum(steps.values()) * experiment.trials.trials
-    return replace(
-        found,
+    sizes = size_up(experiment, session.source, workload.max_total_tokens)
+    step_ns = round(sizes.step_s * (_BESIDE_PRODUCTS if timed else 1.0) * 1e9)
+    served = _served(session, step_ns)
+    return Estimate(
+        {r.header.strategy: r.num_steps for r in served},
+        trials,
         weight_bytes=sizes.weight_bytes,
         kv_cache_bytes=sizes.kv_cache_bytes,
         device=sizes.device,
-        seconds=passes * sizes.step_s,
+        seconds=sum(r.duration_ns for r in served) / 1e9 * trials,
+        exact=exact,
+        timed=timed,
+        uncounted=tuple(
+            name
+            for name in experiment.serving.strategies
+            if name not in experiment.serving.policies
+        ),
     )
+
+
+def _served(session: Session, step_ns: int) -> list[Recording]:
+    """Each strategy's simulation, with steps of ``step_ns``."""
+    engine = SimulatedEngine(max(step_ns, 1))
+    to_the_end = replace(session.workload, stop_at_eos=False)
+    names = session.experiment.serving.policies
+    batchers = [replace(session.batcher(name), engine=engine) for name in names]
+    return [batcher.serve(to_the_end, Watch()) for batcher in batchers]

@@ -9,15 +9,17 @@ from __future__ import annotations
 import io
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from batchbench.batching.growth import GrowthLog, goes_on
 from batchbench.batching.plan import Plan
 from batchbench.errors import UsageError
 from batchbench.workloads import Request, Workload
@@ -43,7 +45,10 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class RequestLog:
-    """A row a request, ``[requests]`` each; step numbers count forward passes from 0."""
+    """A row a request, ``[requests]`` each; step numbers count forward passes from 0.
+
+    Slot and steps are -1 where a strategy that schedules for itself does not show them.
+    """
 
     due_ns: Ints  # when it truly was due: in a closed loop not before there was room
     prompt_tokens: Ints
@@ -90,35 +95,16 @@ class WaitLog:
 
 
 @dataclass(frozen=True, eq=False)
-class GrowthLog:
-    """How the steps of a simulated span differ, ``[spans]`` each, in picoseconds.
-
-    Step i of a span costs ``1000 × step_ns + rest + i × growth``, and its first begins ``beyond``
-    after ``start_ns``. In integers, since floats added one by one and at once differ.
-    """
-
-    beyond_ps: Ints
-    rest_ps: Ints
-    growth_ps: Ints
-
-    def of(self, spans: Ints) -> GrowthLog:
-        """A row for each of these spans."""
-        return GrowthLog(self.beyond_ps[spans], self.rest_ps[spans], self.growth_ps[spans])
-
-    def after(self, steps: Ints) -> Ints:
-        """Picoseconds beyond the whole nanoseconds of so many steps, ``[spans]``."""
-        grown: Ints = self.growth_ps * (steps * (steps - 1) // 2)
-        return self.beyond_ps + steps * self.rest_ps + grown
-
-
-@dataclass(frozen=True, eq=False)
 class Recording:
     """One trial.
 
     Times are nanoseconds since the start of the trial. The end of each step is either measured
     (``ends_ns``, ``[steps]``) or, in simulation, a formula (``step_ns``, ``[spans]``: what each
     step of a span costs, or the first of them where ``growth`` tells how the others differ).
-    ``tokens`` is ``[sum of output_tokens]``, request after request; None where no model ran.
+    ``tokens`` is ``[sum of output_tokens]``, request after request; None where no model ran. A
+    strategy that shows no steps has no spans, and tells instead when each token was there,
+    ``token_ends_ns``, ``[sum of output_tokens]``, and when it began with each request,
+    ``begun_ns``, ``[requests]``.
     """
 
     header: Header
@@ -130,11 +116,18 @@ class Recording:
     step_ns: Ints | None
     tokens: NDArray[np.int32] | None
     growth: GrowthLog | None = None
+    token_ends_ns: Ints | None = None
+    begun_ns: Ints | None = None
 
     @property
     def in_steps(self) -> bool:
         """Whether time is only counted: of a simulation in which every step costs one unit."""
         return self.header.simulated and "cost" not in self.header.about
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether steps are known; without them there are no counters and no timeline."""
+        return self.token_ends_ns is None
 
     @property
     def num_steps(self) -> int:
@@ -189,7 +182,26 @@ class Recording:
     @property
     def duration_ns(self) -> int:
         """Start of the trial to the last token of the last request."""
-        return int(self.ends_of(self.requests.last.max(keepdims=True))[0])
+        return int(self.last_token_ns.max())
+
+    @cached_property
+    def admitted_ns(self) -> Ints:
+        """Start of the first step that computes each request, ``[requests]``."""
+        return self.starts_of(self.requests.admitted) if self.begun_ns is None else self.begun_ns
+
+    @cached_property
+    def first_token_ns(self) -> Ints:
+        """When each request had its first token, ``[requests]``."""
+        if self.token_ends_ns is not None:
+            return self.token_ends_ns[self.token_offsets[:-1]]
+        return self.ends_of(self.requests.first)
+
+    @cached_property
+    def last_token_ns(self) -> Ints:
+        """When each request had its last token, ``[requests]``."""
+        if self.token_ends_ns is not None:
+            return self.token_ends_ns[self.token_offsets[1:] - 1]
+        return self.ends_of(self.requests.last)
 
     @cached_property
     def token_offsets(self) -> Ints:
@@ -203,10 +215,7 @@ class Recording:
         return self.tokens[self.token_offsets[request] : self.token_offsets[request + 1]]
 
     def merged(self) -> Recording:
-        """The same trial with neighbouring spans joined where one goes on as the other did.
-
-        How often the loop came back to decide does not show in it.
-        """
+        """The same trial, spans joined that go on alike: how often the loop decided is gone."""
         if self.step_ns is None:
             raise ValueError("only a simulation has steps of equal cost to merge")
         s, cost, growth = self.spans, self.step_ns, self.growth
@@ -215,13 +224,7 @@ class Recording:
         equal = (s.decoding[1:] == s.decoding[:-1]) & (s.waiting[1:] == s.waiting[:-1])
         equal &= (s.chunks[1:] == 0) & (s.chunks[:-1] == 0)
         equal &= s.start_ns[1:] == self.span_ends_ns[:-1]
-        if growth is None:
-            equal &= cost[1:] == cost[:-1]
-        else:
-            first = 1000 * cost + growth.rest_ps
-            equal &= first[1:] == (first + s.steps * growth.growth_ps)[:-1]
-            equal &= growth.growth_ps[1:] == growth.growth_ps[:-1]
-            equal &= growth.beyond_ps[1:] == growth.after(s.steps)[:-1] % 1000
+        equal &= goes_on(s.steps, cost, growth)
         begins = np.flatnonzero(np.concatenate([[True], ~equal]))
         spans = SpanLog(
             steps=np.add.reduceat(s.steps, begins),
@@ -232,6 +235,46 @@ class Recording:
         )
         kept = None if growth is None else growth.of(begins)
         return replace(self, spans=spans, step_ns=cost[begins], growth=kept)
+
+    @classmethod
+    def of_tokens(
+        cls,
+        header: Header,
+        workload: Workload,
+        tokens: Sequence[Sequence[int]],
+        ends_ns: Sequence[Sequence[int]],
+        begun_ns: Sequence[int],
+        due_ns: Ints | None = None,
+    ) -> Recording:
+        """Of a strategy that shows no steps: each request's tokens, and when each was there.
+
+        Args:
+            ends_ns: a list a request, as long as its tokens; nanoseconds since the trial's start.
+            begun_ns: when computing each request began.
+            due_ns: when each request truly was due; None where that is as the workload says.
+        """
+        counts = np.array([len(of_request) for of_request in tokens], np.int64)
+        if not counts.all() or [len(of_request) for of_request in ends_ns] != counts.tolist():
+            raise ValueError("each request needs at least one token, and a time for each")
+        unknown, none = np.full(len(workload), -1, np.int64), np.zeros(0, np.int64)
+        requests = RequestLog(
+            due_ns=workload.due_ns if due_ns is None else due_ns,
+            prompt_tokens=workload.prompt_tokens,
+            output_tokens=counts,
+            **dict.fromkeys(("slot", "admitted", "first", "last", "released"), unknown),
+        )
+        return cls(
+            header=header,
+            requests=requests,
+            spans=SpanLog(none, none, none, none, none),
+            chunks=ChunkLog(none, none, none),
+            waits=WaitLog(none, none, none, none, none),
+            ends_ns=None,
+            step_ns=None,
+            tokens=np.fromiter(chain.from_iterable(tokens), np.int32, counts.sum()),
+            token_ends_ns=np.fromiter(chain.from_iterable(ends_ns), np.int64, counts.sum()),
+            begun_ns=np.asarray(begun_ns, np.int64),
+        )
 
     # Files
 
@@ -247,7 +290,7 @@ class Recording:
         for log in logs:
             for column in fields(getattr(self, log)):
                 arrays[f"{log}.{column.name}"] = getattr(getattr(self, log), column.name)
-        for name in ("ends_ns", "step_ns", "tokens"):
+        for name in ("ends_ns", "step_ns", "tokens", "token_ends_ns", "begun_ns"):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)
         out = io.BytesIO()
@@ -271,9 +314,12 @@ class Recording:
                     for name, kind in _LOGS.items()
                     if name != "growth" or "growth.growth_ps" in arrays
                 }
-                rest = {n: arrays.get(n) for n in ("ends_ns", "step_ns", "tokens")}
-                if (rest["ends_ns"] is None) is (rest["step_ns"] is None):
-                    raise KeyError("times of the steps")
+                times = ("ends_ns", "step_ns", "token_ends_ns")
+                rest = {n: arrays.get(n) for n in (*times, "tokens", "begun_ns")}
+                if sum(rest[name] is not None for name in times) != 1 or (
+                    (rest["begun_ns"] is None) is not (rest["token_ends_ns"] is None)
+                ):
+                    raise KeyError("times of steps or tokens")
                 return cls(header=Header(**header), **logs, **rest)
         except UsageError:
             raise

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from batchbench.batching.engines import Engine
 from batchbench.batching.plan import Plan, Wait
-from batchbench.batching.policies import make_policy
+from batchbench.batching.policies import Policy, make_policy
 from batchbench.batching.recording import Header, Recorder, Recording
 from batchbench.batching.scheduler import Scheduler
 from batchbench.batching.watch import Progress, Watch
@@ -42,6 +42,8 @@ class Batcher:
     max_wait_ns: int = 0
     max_repeat: int | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    policy: Policy | None = None
+    """One that is made already, where the name does not tell which."""
 
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
         """Plan, run, apply, until all is done."""
@@ -49,7 +51,7 @@ class Batcher:
         arrivals = make_arrivals(workload)
         scheduler = Scheduler(
             arrivals,
-            make_policy(self.name, max_wait_ns=self.max_wait_ns),
+            self.policy or make_policy(self.name, max_wait_ns=self.max_wait_ns),
             self.slots,
             order=self.order,
             prefill=self.prefill,

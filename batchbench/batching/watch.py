@@ -27,7 +27,7 @@ class Progress:
     def advance(self, plan: Plan, launched: int, finished: int, now_ns: int) -> None:
         """Count ``launched`` passes of ``plan``."""
         self.idle_until_ns = None
-        growing = np.count_nonzero(plan.growing)
+        growing = int(np.count_nonzero(plan.growing))
         self.done += finished
         self.slots_in_use = growing + len(plan.chunks)
         self.steps += launched

@@ -93,8 +93,12 @@ class LiveDisplay(Watch):
             self._rates[progress.strategy].update(progress)
             self._draw()
 
+    def idles(self, progress: Progress) -> None:
+        self.progressed(progress)
+
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
         self._lanes[strategy].now_ns = duration_ns
+        self._lanes[strategy].idle_until_ns = None
         self._lanes[strategy].slots_in_use = 0
         self._draw()
 
@@ -115,6 +119,7 @@ class LiveDisplay(Watch):
     def _lane(self, name: str) -> list[Text | ProgressBar]:
         lane = self._lanes[name]
         in_use = Text(_slots(lane.slots_in_use, lane.slots), style="cyan")
+        idle = lane.idle_until_ns
         rate = self._rates[name].per_second or lane.tokens / max(lane.now_ns / 1e9, 1e-9)
         return [
             Text(name, style="bold"),
@@ -122,7 +127,7 @@ class LiveDisplay(Watch):
             in_use,
             ProgressBar(total=lane.requests, completed=lane.done),
             Text(f"{lane.done}/{lane.requests}"),
-            Text(f"{rate:,.0f} tok/s"),
+            Text(f"{rate:,.0f} tok/s" if idle is None else f"idle to {idle / 1e9:,.1f} s"),
         ]
 
 

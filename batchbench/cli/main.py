@@ -12,9 +12,11 @@ import typer
 
 import batchbench
 from batchbench.cli import breakeven as mapping
+from batchbench.cli import ladder as climbing
 from batchbench.cli import predict as predicting
 from batchbench.cli import run as running
 from batchbench.cli import sweep as sweeping
+from batchbench.cli import workload
 from batchbench.errors import BatchbenchError
 
 app = typer.Typer(
@@ -50,7 +52,9 @@ app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
 app.command("predict", help=predicting.PREDICT_HELP)(predicting.predict)
 app.command("breakeven", help=mapping.BREAKEVEN_HELP)(mapping.breakeven)
 app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
+app.command("ladder", help=climbing.LADDER_HELP)(climbing.ladder)
 app.command("report", help=running.REPORT_HELP)(running.report)
+app.add_typer(workload.app, name="workload")
 
 
 def main() -> None:
@@ -67,7 +71,8 @@ def _guarded() -> int:
     except BatchbenchError as error:
         return _say(str(error), error.exit_code)
     except typer.TyperException as error:
-        return _say(error.format_message(), 2)
+        message = error.format_message()
+        return _say(message, 2) if message else 2  # without: the help has been shown
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", 130)
     except BrokenPipeError:

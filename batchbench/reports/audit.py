@@ -9,12 +9,18 @@ import numpy as np
 from batchbench.batching.conduct import WarmUp
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Verification
-from batchbench.reports import metrics
+from batchbench.reports import metrics, timekeeping
+from batchbench.reports.distribution import Distribution
+from batchbench.reports.gaps import gaps_ms
+from batchbench.reports.latencies import ttft_ms
 from batchbench.workloads import Workload
 
 LITTLE, HOST_SHARE, DRIFT, FOREIGN_CORES = 0.02, 0.03, 0.10, 0.2
 """Limits: of Little's law, of time outside the steps, of change between the first and the last
 trials, and of other processes' use of the processor in cores."""
+
+LAG = 0.05
+"""Limit of the lag of arrivals as a share of TTFT, and of their rate's distance from the asked."""
 
 
 def audit(
@@ -43,15 +49,16 @@ def _of_strategy(workload: Workload, trials: Sequence[Recording]) -> list[str]:
     for law, holds in (
         ("every request was served once", all(_complete(r) for r in trials)),
         ("tokens are conserved", all(_conserved(workload, r) for r in trials)),
-        ("slot-steps add up", all(_adds_up(r) for r in trials)),
+        ("slot-steps add up", all(_adds_up(r) for r in trials if r.has_steps)),
     ):
         if not holds:
             reasons.append(f"the log breaks a law: {law}")
     if reasons:
         return reasons
-    if (worst := max(abs(metrics.littles_law(r)) for r in trials)) > LITTLE:
+    shown = [r for r in trials if r.has_steps]  # a strategy may schedule for itself and show none
+    if (worst := max((abs(timekeeping.littles_law(r)) for r in shown), default=0.0)) > LITTLE:
         reasons.append(f"Little's law is off by {worst:.1%}")
-    if workload.closed and len({tuple(metrics.counters(r).values()) for r in trials}) > 1:
+    if workload.closed and len({tuple(metrics.counters(r).values()) for r in shown}) > 1:
         reasons.append("counters differ between trials of a closed workload")
     if (
         not trials[0].header.simulated
@@ -60,9 +67,10 @@ def _of_strategy(workload: Workload, trials: Sequence[Recording]) -> list[str]:
         reasons.append("outputs differ between trials")
     if trials[0].header.simulated:
         return reasons
-    share = float(np.median([metrics.host_share(r) for r in trials]))
-    if workload.closed and share > HOST_SHARE:
+    share = float(np.median([timekeeping.host_share(r) for r in shown])) if shown else 0.0
+    if share > HOST_SHARE:
         reasons.append(f"{share:.1%} of the time passed outside the steps")
+    reasons += _late(workload, trials)
     durations = [r.duration_ns for r in trials]
     if len(durations) >= 2:
         half = len(durations) // 2
@@ -77,7 +85,36 @@ def _of_strategy(workload: Workload, trials: Sequence[Recording]) -> list[str]:
     return reasons
 
 
+def _late(workload: Workload, trials: Sequence[Recording]) -> list[str]:
+    """Arrivals that the loop noticed too late, or that came slower than asked."""
+    lags = [lag for r in trials if (lag := timekeeping.arrival_lag_ms(r)) is not None]
+    if not lags:
+        return []
+    reasons = []
+    found = Distribution.of(np.concatenate(lags))
+    ttft = Distribution.of(np.concatenate([ttft_ms(r) for r in trials]))
+    for what, late, whole in (
+        ("on average", found.mean(), ttft.mean()),
+        ("at p99", found.percentile(99), ttft.percentile(99)),
+    ):
+        if late and whole and late > LAG * whole:
+            reasons.append(
+                f"arrivals were noticed {late:.3g} ms late {what}, {late / whole:.0%} of TTFT"
+            )
+    asked = timekeeping.rate_of(workload.due_ns)
+    if workload.max_concurrency is None and asked is not None:
+        achieved = float(np.median([timekeeping.arrival_rate(r) or 0.0 for r in trials]))
+        if abs(achieved / asked - 1) > LAG:
+            reasons.append(f"requests came at {achieved:.3g}/s where {asked:.3g}/s were asked")
+    return reasons
+
+
 def _complete(r: Recording) -> bool:
+    if r.token_ends_ns is not None:  # each request began when it was due, and then token by token
+        begun = r.admitted_ns >= r.requests.due_ns
+        gaps = gaps_ms(r)
+        forward = not gaps.count or gaps.values[0] >= 0
+        return bool(begun.all() and (r.first_token_ns >= r.admitted_ns).all() and forward)
     q = r.requests
     ordered = (q.admitted <= q.first) & (q.first <= q.last) & (q.last < q.released)
     return bool((q.admitted >= 0).all() and ordered.all() and (q.released <= r.num_steps).all())

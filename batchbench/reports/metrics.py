@@ -2,174 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
+from batchbench.reports.distribution import Distribution, Floats
+from batchbench.reports.latencies import Latencies, within
+from batchbench.reports.timekeeping import arrival_lag_ms, arrival_rate
 
-Floats = NDArray[np.float64]
 Summary = dict[str, float | int | None]
 
 PERCENTILES = (90.0, 99.0, 99.9)
 ENOUGH_FOR_P999 = 1000
 """Fewer values than this do not tell a 99.9th percentile from the maximum."""
 
-
-@dataclass(frozen=True, eq=False)
-class Distribution:
-    """Values with integer weights: ``weights[i]`` observations of ``values[i]``.
-
-    Exactly what the expanded list would give, without the list: a million requests share their
-    gaps between tokens.
-    """
-
-    values: Floats
-    weights: Ints
-
-    @classmethod
-    def of(cls, values: NDArray[Any], weights: NDArray[Any] | None = None) -> Distribution:
-        """From unsorted values; without weights each counts once."""
-        weights = np.ones(len(values), np.int64) if weights is None else weights
-        order = np.argsort(values, kind="stable")
-        order = order[weights[order] > 0]
-        return cls(values[order].astype(np.float64), weights[order].astype(np.int64))
-
-    @classmethod
-    def pooled(cls, parts: Sequence[Distribution]) -> Distribution:
-        """All observations of several distributions."""
-        return cls.of(
-            np.concatenate([p.values for p in parts]), np.concatenate([p.weights for p in parts])
-        )
-
-    @cached_property
-    def _cumulated(self) -> Ints:
-        return np.cumsum(self.weights)
-
-    @property
-    def count(self) -> int:
-        """Number of observations."""
-        return int(self._cumulated[-1]) if len(self.weights) else 0
-
-    def mean(self) -> float | None:
-        """Arithmetic mean; None of nothing."""
-        return float(np.average(self.values, weights=self.weights)) if self.count else None
-
-    def std(self) -> float | None:
-        """Standard deviation of these observations (not an estimate for others)."""
-        if not self.count:
-            return None
-        centre = np.average(self.values, weights=self.weights)
-        return float(np.sqrt(np.average((self.values - centre) ** 2, weights=self.weights)))
-
-    def percentile(self, q: float) -> float | None:
-        """The q-th percentile, linear between neighbours (NumPy's default)."""
-        if not self.count:
-            return None
-        rank = (self.count - 1) * q / 100
-        low = int(rank)
-        at = np.searchsorted(self._cumulated, [low, min(low + 1, self.count - 1)], side="right")
-        below, above = self.values[at]
-        return float(below + (above - below) * (rank - low))
+NO_LIMITS: Mapping[str, float] = {}
 
 
-@dataclass(frozen=True, eq=False)
-class Latencies:
-    """Latencies of one trial in milliseconds, or of several pooled."""
-
-    ttft: Distribution
-    tpot: Distribution
-    itl: Distribution
-    e2el: Distribution
-
-    @classmethod
-    def pooled(cls, parts: Sequence[Latencies]) -> Latencies:
-        """All observations of several trials."""
-        return cls(
-            *(
-                Distribution.pooled([getattr(part, name) for part in parts])
-                for name in ("ttft", "tpot", "itl", "e2el")
-            )
-        )
-
-
-def ttft_ms(recording: Recording) -> Floats:
-    """Time from arrival to the first output token, ``[requests]``."""
-    r = recording.requests
-    first: Floats = (recording.step_ends_ns[r.first] - r.due_ns) / 1e6
-    return first
-
-
-def e2el_ms(recording: Recording) -> Floats:
-    """Time from arrival to the last output token, ``[requests]``."""
-    r = recording.requests
-    last: Floats = (recording.step_ends_ns[r.last] - r.due_ns) / 1e6
-    return last
-
-
-def tpot_ms(recording: Recording) -> Floats:
-    """(E2E − TTFT) / (output tokens − 1), ``[requests]``; NaN for outputs of one token."""
-    gaps = recording.requests.output_tokens - 1.0
-    gaps[gaps == 0] = np.nan
-    per_token: Floats = (e2el_ms(recording) - ttft_ms(recording)) / gaps
-    return per_token
-
-
-def itl(recording: Recording) -> Distribution:
-    """Each gap between successive tokens of one request, in ms, none averaged away.
-
-    All requests that run get a token at every step that decodes, so a gap from one such step to
-    the next belongs to all of them; only the gap after a first token may begin elsewhere.
-    """
-    r, ends = recording.requests, recording.step_ends_ns
-    decoding = np.flatnonzero(np.repeat(recording.spans.decoding > 0, recording.spans.steps))
-    several = r.last > r.first
-    first, last = r.first[several], r.last[several]
-    second = decoding[np.searchsorted(decoding, first, side="right")]
-    own = (ends[second] - ends[first]) / 1e6
-    # Tokens at each decoding step, less those that are somebody's second.
-    begins = np.searchsorted(decoding, second, side="right")
-    ceases = np.searchsorted(decoding, last, side="right")
-    change = np.bincount(begins, minlength=len(decoding) + 1).astype(np.int64)
-    change -= np.bincount(ceases, minlength=len(decoding) + 1)
-    shared = np.cumsum(change)[1 : len(decoding)] if len(decoding) else change[:0]
-    gaps = np.diff(ends[decoding]) / 1e6
-    return Distribution.of(
-        np.concatenate([own, gaps]), np.concatenate([np.ones(len(own), np.int64), shared])
-    )
-
-
-def latencies(recording: Recording) -> Latencies:
-    """All four latencies of one trial."""
-    tpot = tpot_ms(recording)
-    return Latencies(
-        Distribution.of(ttft_ms(recording)),
-        Distribution.of(tpot[~np.isnan(tpot)]),
-        itl(recording),
-        Distribution.of(e2el_ms(recording)),
-    )
-
-
-def trial_summary(recording: Recording) -> Summary:
+def trial_summary(recording: Recording, limits_ms: Mapping[str, float] = NO_LIMITS) -> Summary:
     """The summary of one trial, under the serving benchmarks' names."""
-    return _summary(recording, recording.duration_ns / 1e9, latencies(recording))
+    return _summary([recording], recording.duration_ns / 1e9, limits_ms)
 
 
-def summary(recordings: Sequence[Recording]) -> Summary:
+def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO_LIMITS) -> Summary:
     """Over all trials: the median duration, and the latencies of all requests pooled."""
     duration = float(np.median([r.duration_ns for r in recordings])) / 1e9
-    pooled = Latencies.pooled([latencies(r) for r in recordings])
-    return _summary(recordings[0], duration, pooled)
+    return _summary(recordings, duration, limits_ms)
 
 
-def _summary(recording: Recording, duration_s: float, found: Latencies) -> Summary:
-    requests = recording.requests
+def energy_joules(recordings: Sequence[Recording]) -> float | None:
+    """What a trial took, the median of several; None where some trial's was not counted."""
+    told = [r.header.about.get("energy_joules") for r in recordings]
+    counted = [float(joules) for joules in told if joules is not None]
+    return float(np.median(counted)) if len(counted) == len(told) else None
+
+
+def _summary(
+    recordings: Sequence[Recording], duration_s: float, limits_ms: Mapping[str, float]
+) -> Summary:
+    requests = recordings[0].requests
     inputs, outputs = int(requests.prompt_tokens.sum()), int(requests.output_tokens.sum())
-    completed = int((requests.last >= 0).sum())
+    stepped = recordings[0].has_steps
+    completed = int((requests.last >= 0).sum()) if stepped else len(requests.last)
+    joules = energy_joules(recordings)
     figures: Summary = {
         "duration": duration_s,
         "completed": completed,
@@ -178,8 +55,12 @@ def _summary(recording: Recording, duration_s: float, found: Latencies) -> Summa
         "request_throughput": completed / duration_s,
         "output_throughput": outputs / duration_s,
         "total_token_throughput": (inputs + outputs) / duration_s,
+        "energy_joules": joules,
+        "joules_per_output_token": None if joules is None else joules / outputs,
+        **_goodput(recordings, duration_s, limits_ms),
     }
-    for name in ("ttft", "tpot", "itl", "e2el"):
+    found = Latencies.pooled([Latencies.of(r) for r in recordings])
+    for name in ("queue", "ttft", "tpot", "itl", "e2el"):
         values: Distribution = getattr(found, name)
         figures |= {
             f"mean_{name}_ms": values.mean(),
@@ -189,11 +70,38 @@ def _summary(recording: Recording, duration_s: float, found: Latencies) -> Summa
         for q in PERCENTILES:
             enough = q < 99.9 or values.count >= ENOUGH_FOR_P999
             figures[f"p{q:g}_{name}_ms"] = values.percentile(q) if enough else None
-    return figures
+    return figures | _arrivals(recordings)
+
+
+def _goodput(
+    recordings: Sequence[Recording], duration_s: float, limits_ms: Mapping[str, float]
+) -> Summary:
+    """Share and rate of the requests that meet all limits; null without any."""
+    if not limits_ms:
+        return {"request_goodput": None, "slo_attainment": None}
+    good = np.concatenate([within(r, limits_ms) for r in recordings])
+    count = int(good.sum())
+    return {
+        "request_goodput": count / len(recordings) / duration_s,
+        "slo_attainment": count / len(good),
+    }
+
+
+def _arrivals(recordings: Sequence[Recording]) -> Summary:
+    """How requests came in; null where all are there at the start."""
+    lags = [lag for r in recordings if (lag := arrival_lag_ms(r)) is not None]
+    rates = [rate for r in recordings if (rate := arrival_rate(r)) is not None]
+    late = Distribution.of(np.concatenate(lags)) if lags else Distribution.of(np.zeros(0))
+    return {
+        "arrival_rate": float(np.median(rates)) if rates else None,
+        "mean_arrival_lag_ms": late.mean(),
+        "p99_arrival_lag_ms": late.percentile(99),
+        "max_arrival_lag_ms": late.max,
+    }
 
 
 def counters(recording: Recording) -> dict[str, int]:
-    """Exact counts of the work done, from the plans alone.
+    """Exact counts of the work done, from the plans alone, of a recording that has steps.
 
     In each step each slot is exactly one of useful, prompt, finished, empty, stalled.
     """
@@ -276,28 +184,3 @@ def occupancy(recording: Recording) -> Occupancy:
         finished=between(r.last + 1, r.released),
         waiting=np.repeat(recording.spans.waiting, recording.spans.steps),
     )
-
-
-def host_share(recording: Recording) -> float:
-    """Share of the trial in which no step was under way: scheduling, logging, display."""
-    starts, ends = recording.step_starts_ns, recording.step_ends_ns
-    between = starts - np.concatenate([[0], ends[:-1]])
-    return float(np.maximum(between, 0).sum() / max(recording.duration_ns, 1))
-
-
-def littles_law(recording: Recording) -> float:
-    """L / (λW) − 1: requests in the system as the steps saw them, against what latencies imply.
-
-    The one comes from the numbers waiting and running in each step, the other from each request's
-    arrival and end; a log in which they differ is wrong.
-    """
-    seen, r = occupancy(recording), recording.requests
-    starts, ends = recording.step_starts_ns, recording.step_ends_ns
-    within = ((seen.waiting + seen.running) * (ends - starts).astype(np.float64)).sum()
-    # Between two steps are those that were due when the first of them ended, less who was done.
-    ended = np.concatenate([[0], ends[:-1]])
-    there = np.searchsorted(np.sort(r.due_ns), ended, side="right")
-    there = there - np.searchsorted(np.sort(r.last), np.arange(len(ends)))
-    between = (there * (starts - ended).astype(np.float64)).sum()
-    from_requests = (ends[r.last] - r.due_ns).astype(np.float64).sum()
-    return float((within + between) / from_requests - 1)

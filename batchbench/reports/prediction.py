@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from batchbench.batching.conduct import Outcome, make_batchers
+from batchbench.batching.conduct import Outcome, make_batcher
 from batchbench.batching.cost import KnownCost
 from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.experiment import ServingSpec
+from batchbench.batching.experiment import GENERATE_BATCH, ServingSpec
 from batchbench.batching.recording import Recording
 from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
-from batchbench.reports import metrics
 from batchbench.reports.fitting import beyond, known_cost
+from batchbench.reports.latencies import ttft_ms
 from batchbench.workloads import Workload
 
 
@@ -45,23 +45,30 @@ def predict_outcome(outcome: Outcome) -> dict[str, Any] | None:
 
 
 def predict(known: KnownCost, serving: ServingSpec, workload: Workload) -> list[Recording]:
-    """A recording a strategy: the workload under the same scheduler, on a virtual clock."""
+    """A recording a strategy: the workload under the same scheduler, on a virtual clock.
+
+    Not of a strategy that schedules for itself, which no simulation knows.
+    """
     engine = SimulatedEngine(known.cost)
     about = {"cost": known.as_dict()}
-    return [b.serve(workload, Watch()) for b in make_batchers(serving, engine, about)]
+    return [
+        make_batcher(name, serving, engine, about).serve(workload, Watch())
+        for name in serving.strategies
+        if name != GENERATE_BATCH
+    ]
 
 
 def _beside(known: KnownCost, told: Recording, trials: Sequence[Recording]) -> dict[str, Any]:
     duration = told.duration_ns / 1e9
     measured = float(np.median([trial.duration_ns for trial in trials])) / 1e9
-    ttft = np.mean([metrics.ttft_ms(trial).mean() for trial in trials])
+    ttft = np.mean([ttft_ms(trial).mean() for trial in trials])
     return {
         "strategy": told.header.strategy,
         "duration": duration,
         "measured_duration": measured,
         "error": duration / measured - 1,
         "output_throughput": int(told.requests.output_tokens.sum()) / duration,
-        "mean_ttft_ms": float(metrics.ttft_ms(told).mean()),
+        "mean_ttft_ms": float(ttft_ms(told).mean()),
         "measured_mean_ttft_ms": float(ttft),
         "extrapolates": beyond(known, [told]),
     }

@@ -25,9 +25,12 @@ from batchbench.errors import UsageError
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import Ratio, paired_ratio
+from batchbench.reports.fairness import Class, by_length, length_classes
 from batchbench.reports.fitting import beyond
+from batchbench.reports.gaps import stalls
 from batchbench.reports.goals import NO_GOALS, GoalsSpec, as_config, from_config
 from batchbench.reports.prediction import predict_outcome
+from batchbench.reports.timekeeping import rate_of
 from batchbench.workloads import Workload
 
 SCHEMA_VERSION = 1
@@ -84,6 +87,11 @@ class Result:
             f"{slots:,} slot{'s' * (slots != 1)}",
             f"{requests:,} request{'s' * (requests != 1)}",
         ]
+        workload = self.data["workload"]
+        if workload["arrival_rate"] is not None:
+            parts.append(f"{workload['arrival_rate']:.3g} req/s")
+        if workload["max_concurrency"] is not None:
+            parts.append(f"at most {workload['max_concurrency']:,} at once")
         if config["serving"]["engine"] != "slots" and not self.data["simulated"]:
             parts.insert(2, f"{config['serving']['engine']} engine")
         return " · ".join(parts)
@@ -100,7 +108,7 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
         "environment": dict(outcome.environment),
         "model": dict(outcome.model),
         "warm_up": asdict(outcome.warm_up),
-        "workload": _workload(outcome.workload),
+        "workload": workload_facts(outcome.workload),
         "verification": {
             "passed": outcome.verification.passed,
             **{k: v for k, v in asdict(outcome.verification).items() if k != "findings"},
@@ -134,6 +142,7 @@ def remake_result(result: Result) -> Result:
         output_tokens=first.output_tokens if asked is None else np.array(asked, np.int64),
         due_ns=first.due_ns,
         stop_at_eos=asked is not None,
+        max_concurrency=recorded["max_concurrency"],
     )
     return _derived({key: data.get(key) for key in _FACTS}, workload, result.recordings)
 
@@ -153,7 +162,8 @@ def _cost(outcome: Outcome) -> dict[str, Any] | None:
     return {**cost.as_dict(), "extrapolates": beyond(cost, trials)}
 
 
-def _workload(workload: Workload) -> dict[str, Any]:
+def workload_facts(workload: Workload) -> dict[str, Any]:
+    """What a result tells of the workload that was served."""
     return {
         "name": workload.name,
         "seed": workload.seed,
@@ -162,6 +172,8 @@ def _workload(workload: Workload) -> dict[str, Any]:
         "total_input_tokens": int(workload.prompt_tokens.sum()),
         "total_output_tokens": int(workload.output_tokens.sum()),
         "digest": workload.digest,
+        "max_concurrency": workload.max_concurrency,
+        "arrival_rate": rate_of(workload.due_ns),
         # A recording knows what was produced; only where texts end early is this something else.
         "output_lengths": workload.output_tokens.tolist() if workload.stop_at_eos else None,
     }
@@ -187,8 +199,9 @@ def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recording
     reasons = audit(
         workload, recordings, verification, WarmUp(**facts["warm_up"]), facts["stopped"]
     )
-    strategies = {name: _strategy(trials, goals) for name, trials in recordings.items()}
     names = list(recordings)
+    classes = length_classes(recordings[names[0]][0].requests.output_tokens)
+    strategies = {name: _strategy(trials, goals, classes) for name, trials in recordings.items()}
     comparisons = [_comparison(names[0], name, strategies, recordings) for name in names[1:]]
     data = {
         "schema_version": SCHEMA_VERSION,
@@ -202,16 +215,22 @@ def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recording
     return Result(data, recordings)
 
 
-def _strategy(trials: Sequence[Recording], goals: GoalsSpec) -> dict[str, Any]:
-    summary = metrics.summary(trials)
+def _strategy(
+    trials: Sequence[Recording], goals: GoalsSpec, classes: Sequence[Class]
+) -> dict[str, Any]:
+    limits = goals.limits_ms
+    each = [metrics.trial_summary(trial, limits) for trial in trials]
+    summary = each[0] if len(trials) == 1 else metrics.summary(trials, limits)
     per_second = summary["output_throughput"]
     assert per_second is not None
     price = goals.price_per_hour
     cost = None if price is None else price / 3600 / per_second * 1e6
     return {
-        "trials": [metrics.trial_summary(trial) for trial in trials],
+        "trials": each,
         "summary": {**summary, "cost_per_million_output_tokens": cost},
-        "counters": metrics.counters(trials[0]),
+        "by_output_length": by_length(trials, classes),
+        "stalls": stalls(trials),
+        "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
         "output_digest": output_digest(trials[0]),
     }
 
@@ -241,16 +260,16 @@ def _comparison(
     speedup = ratio_of(strategies, "duration", baseline, candidate)
     assert speedup is not None
     # The counters' steps; with texts that end early they may vary from trial to trial.
+    # None where one of the two schedules for itself and shows no steps.
     steps = paired_ratio(
         [r.num_steps for r in recordings[baseline]], [r.num_steps for r in recordings[candidate]]
     )
-    assert steps is not None
     return {
         "baseline": baseline,
         "candidate": candidate,
         "speedup": speedup.as_dict(),
-        "step_ratio": steps.median,
-        "efficiency": speedup.median / steps.median,
+        "step_ratio": steps.median if steps else None,
+        "efficiency": speedup.median / steps.median if steps else None,
     }
 
 
@@ -318,10 +337,10 @@ def recording_file(strategy: int, trial: int) -> str:
     return f"recordings/{strategy}-{trial}.npz"
 
 
-def recording_files(result: Result) -> dict[str, bytes]:
+def recording_files(recordings: Recordings) -> dict[str, bytes]:
     """The recordings by the names under which :func:`load_result` finds them."""
     return {
         recording_file(i, trial): recording.save()
-        for i, trials in enumerate(result.recordings.values())
+        for i, trials in enumerate(recordings.values())
         for trial, recording in enumerate(trials)
     }

@@ -12,8 +12,8 @@ import numpy as np
 
 from batchbench.batching.cost import StepCost
 from batchbench.batching.models import ModelSpec
-from batchbench.reports import metrics
 from batchbench.reports.goals import GoalsSpec
+from batchbench.reports.latencies import within
 from batchbench.reports.result import Result
 from batchbench.reports.teaching import Teacher
 from batchbench.studies.grid import Cell, make_experiment
@@ -279,13 +279,10 @@ def contests_of(result: Result, goals: GoalsSpec) -> tuple[dict[str, Contest], d
 
 def goodput(result: Result, strategy: str, goals: GoalsSpec) -> float:
     """Requests a second within all limits: the median over trials."""
-    rates = []
-    for recording in result.recordings[strategy]:
-        within = np.ones(len(recording.requests.slot), np.bool_)
-        for name, limit in goals.limits_ms.items():
-            values = getattr(metrics, f"{name}_ms")(recording)
-            within &= ~(values > limit)  # an output of one token has no TPOT, and breaks none
-        rates.append(float(within.sum()) / (recording.duration_ns / 1e9))
+    rates = [
+        float(within(recording, goals.limits_ms).sum()) / (recording.duration_ns / 1e9)
+        for recording in result.recordings[strategy]
+    ]
     return float(np.median(rates))
 
 

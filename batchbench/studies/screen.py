@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.reports.cells import Cells, spell_option, spell_value
-from batchbench.reports.formats.terminal import SUITED, number
+from batchbench.reports.formats.terminal import called, number
 from batchbench.studies.findings import Findings
 
 MOST_CELLS = 40
@@ -47,7 +47,7 @@ def _answer(cells: Cells) -> str:
     count = typical["cell"].nunique()
     over = f"over {count} cells" if count > 1 else "in its one cell"
     begin = "in simulation, where every step costs the same, " if cells.simulated else ""
-    name, candidate = (SUITED.get(s, s) for s in (cells.strategies[0], cells.strategies[-1]))
+    name, candidate = (called(s) for s in (cells.strategies[0], cells.strategies[-1]))
     compared = typical[typical["speedup"].notna() & (typical["strategy"] == cells.strategies[-1])]
     if not len(compared):
         low, high, at = _range(cells, typical, "output_throughput")

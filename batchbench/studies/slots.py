@@ -16,7 +16,7 @@ from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError
 from batchbench.reports import metrics
 from batchbench.reports.fitting import beyond
-from batchbench.reports.formats.terminal import SUITED
+from batchbench.reports.formats.terminal import called
 from batchbench.reports.prediction import predict
 from batchbench.reports.teaching import Teacher, read_spec
 from batchbench.workloads import Workload
@@ -181,7 +181,7 @@ def headline(curve: Curve) -> str:
     name = curve.strategies[-1]
     enough, doubling = curve.enough(name).batch_size, curve.last_doubling(name)
     text = (
-        f"{SUITED.get(name, name)} has {1 - PAYS:.0%} of its best throughput with {enough:,} "
+        f"{called(name)} has {1 - PAYS:.0%} of its best throughput with {enough:,} "
         f"slot{'s' * (enough != 1)}"
     )
     if doubling is None:

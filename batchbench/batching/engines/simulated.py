@@ -9,8 +9,9 @@ import numpy as np
 
 from batchbench.batching.clock import VirtualClock
 from batchbench.batching.cost import PS, StepCost
+from batchbench.batching.growth import GrowthLog
 from batchbench.batching.plan import Plan
-from batchbench.batching.recording import GrowthLog, Steps
+from batchbench.batching.recording import Steps
 from batchbench.workloads import Workload
 
 UNIT_NS = 1_000_000
@@ -63,10 +64,11 @@ class SimulatedEngine:
 
         Not whether it is a new call: how many passes are planned at once must not show.
         """
-        growing, chunks = int(plan.growing.sum()), len(plan.chunks)
-        same = growing == self._growing and not (chunks or self._chunks or plan.released)
-        self._growing, self._chunks = growing, chunks
-        return not same
+        chunks, self._chunks = self._chunks, len(plan.chunks)
+        if plan.chunks:
+            return True
+        growing, self._growing = self._growing, int(plan.growing.sum())
+        return bool(chunks or plan.released) or growing != self._growing
 
     def stopped(self, plan: Plan) -> Collection[int]:
         """Nobody: without a model no text ends."""

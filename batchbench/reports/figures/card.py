@@ -57,13 +57,23 @@ HELD: dict[str, Any] = {
     "linewidth": 0.0,
 }
 
-_VERMILLION, _BLUE = "#D55E00", "#0072B2"
+_LOOKS: dict[str, tuple[str, Any]] = {
+    "static": ("#D55E00", "solid"),
+    "continuous": ("#0072B2", (0, (4, 1.4))),
+    "static-fixed": ("#009E73", (0, (1.2, 1.2))),
+    "static-bucketed": ("#CC79A7", (0, (6, 1.5, 1.2, 1.5))),
+    "static-oracle": ("#E69F00", (0, (8, 2))),
+}
 
-_COLOURS = (_VERMILLION, _BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b")
+"""Colour and dashes of our own strategies, the same in every picture."""
 
-"""Okabe and Ito's colours, which colour-blind people can tell apart; then grey."""
+_OTHER_LOOKS: tuple[tuple[str, Any], ...] = (
+    ("#56B4E9", (0, (3, 1, 1, 1, 1, 1))),
+    ("#6b6b6b", (0, (2.5, 2.5))),
+)
 
-_DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.4)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+"""Of the others, after those of ours that are free. Okabe and Ito's colours, which
+colour-blind people can tell apart; then grey."""
 
 _STYLE = {
     "font.family": "sans-serif",
@@ -104,6 +114,7 @@ class Strategy:
     name: str
     trials: Sequence[Recording]
     colour: str
+    dashes: Any
 
     @cached_property
     def typical(self) -> Recording:
@@ -119,7 +130,7 @@ class Strategy:
     @property
     def line(self) -> dict[str, Any]:
         """How a line of it looks: told apart by its dashes where colours are not seen."""
-        return {"color": self.colour, "ls": _DASHES[self.index % len(_DASHES)], "lw": 2}
+        return {"color": self.colour, "ls": self.dashes, "lw": 2}
 
     @cached_property
     def counted(self) -> dict[str, int]:
@@ -129,7 +140,7 @@ class Strategy:
     @property
     def called(self) -> str:
         """The name within a sentence."""
-        name = f"{self.name} batching" if self.name in ("static", "continuous") else self.name
+        name = f"{self.name} batching" if self.name in _LOOKS else self.name
         return fit_text(name, 200, 13)
 
     def tint(self, by: float) -> tuple[float, float, float]:
@@ -140,13 +151,12 @@ class Strategy:
 
 def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strategy]:
     """Static is always vermillion and continuous blue; others get what is left, in order."""
-    fixed = {"static": _VERMILLION, "continuous": _BLUE}
-    taken = {fixed[name] for name in recordings if name in fixed}
-    left = [colour for colour in _COLOURS if colour not in taken]
-    others = [name for name in recordings if name not in fixed]
-    colours = fixed | {name: left[i % len(left)] for i, name in enumerate(others)}
+    left = [look for name, look in _LOOKS.items() if name not in recordings]
+    left += _OTHER_LOOKS
+    others = [name for name in recordings if name not in _LOOKS]
+    looks = _LOOKS | {name: left[i % len(left)] for i, name in enumerate(others)}
     return [
-        Strategy(i, clean_text(name), trials, colours[name])
+        Strategy(i, clean_text(name), trials, *looks[name])
         for i, (name, trials) in enumerate(recordings.items())
     ]
 
@@ -193,7 +203,8 @@ def clean_text(text: str) -> str:
 
 def _sentence(text: str) -> str:
     """With a capital, unless it begins with somebody's own name."""
-    return text[0].upper() + text[1:] if text.startswith(("static b", "continuous b")) else text
+    ours = tuple(f"{name} batching" for name in _LOOKS)
+    return text[0].upper() + text[1:] if text.startswith(ours) else text
 
 
 @lru_cache(maxsize=4096)

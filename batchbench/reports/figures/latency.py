@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from batchbench.reports import metrics
+from batchbench.reports.distribution import Distribution
 from batchbench.reports.figures.card import (
     FAINT,
     MOST_LEVELS,
@@ -23,6 +23,7 @@ from batchbench.reports.figures.card import (
     make_card,
     strip_axes,
 )
+from batchbench.reports.latencies import e2el_ms, ttft_ms
 
 _MARKS = ((50, "o", "●"), (99, "D", "◆"))  # percentile, its marker in the plot and in text
 
@@ -30,11 +31,8 @@ _MARKS = ((50, "o", "●"), (99, "D", "◆"))  # percentile, its marker in the p
 def draw_latency(strategies: Sequence[Strategy], title: str) -> Figure:
     """CDFs of TTFT and E2E latency over the requests of all trials, with a table of p50 and p99."""
     found = [
-        [
-            metrics.Distribution.pooled([metrics.Distribution.of(of(t)) for t in s.trials])
-            for s in strategies
-        ]
-        for of in (metrics.ttft_ms, metrics.e2el_ms)
+        [Distribution.pooled([Distribution.of(of(t)) for t in s.trials]) for s in strategies]
+        for of in (ttft_ms, e2el_ms)
     ]
     units = [Unit.of(strategies, max(d.values[-1] for d in kind) * 1e6) for kind in found]
     body = 2.95 + 0.62 + 0.27 * len(strategies)
@@ -53,7 +51,7 @@ def draw_latency(strategies: Sequence[Strategy], title: str) -> Figure:
 
 
 def _cdfs(
-    axes: Axes, strategies: Sequence[Strategy], kind: Sequence[metrics.Distribution], unit: Unit
+    axes: Axes, strategies: Sequence[Strategy], kind: Sequence[Distribution], unit: Unit
 ) -> None:
     """A staircase a strategy."""
     for q, _, sign in _MARKS:
@@ -86,7 +84,7 @@ def _cdfs(
     strip_axes(axes, "left", "bottom")
 
 
-def _staircase(values: metrics.Distribution) -> tuple[Floats, Floats]:
+def _staircase(values: Distribution) -> tuple[Floats, Floats]:
     """Corners of the empirical distribution function, from (smallest, 0) to (largest, 1)."""
     x, where = np.unique(values.values, return_index=True)
     y = np.add.reduceat(values.weights, where).cumsum() / values.count
@@ -96,7 +94,7 @@ def _staircase(values: metrics.Distribution) -> tuple[Floats, Floats]:
     return np.concatenate([x[:1], x]), np.concatenate([[0.0], y])
 
 
-def _on_staircase(values: metrics.Distribution, q: float) -> tuple[float, float]:
+def _on_staircase(values: Distribution, q: float) -> tuple[float, float]:
     """The q-th percentile (ms), and the height (%) nearest to q that the staircase has there.
 
     A percentile between two observations is interpolated, and the staircase is flat there.
@@ -111,7 +109,7 @@ def _on_staircase(values: metrics.Distribution, q: float) -> tuple[float, float]
 def _percentiles(
     card: Card,
     strategies: Sequence[Strategy],
-    found: Sequence[Sequence[metrics.Distribution]],
+    found: Sequence[Sequence[Distribution]],
     units: Sequence[Unit],
     top: float,
 ) -> None:
@@ -140,7 +138,7 @@ def _sample(card: Card, top: float, strategy: Strategy) -> None:
 
 
 def _latency_headline(
-    strategies: Sequence[Strategy], ttft: Sequence[metrics.Distribution], unit: Unit
+    strategies: Sequence[Strategy], ttft: Sequence[Distribution], unit: Unit
 ) -> str:
     halves = [unit.text((values.percentile(50) or 0) * 1e6) for values in ttft]
     text = f"Half of the requests have their first token after {halves[-1]}"

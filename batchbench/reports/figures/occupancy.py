@@ -82,14 +82,14 @@ class Holdings:
     @classmethod
     def of(cls, recording: Recording) -> Holdings:
         """All requests of a trial, in the order of their index."""
-        r, ends = recording.requests, recording.step_ends_ns
+        r = recording.requests
         return cls(
             request=np.arange(len(r.slot)),
             slot=r.slot,
-            admitted=recording.step_starts_ns[r.admitted],
-            first=ends[r.first],
-            done=ends[r.last],
-            freed=ends[r.released - 1],
+            admitted=recording.starts_of(r.admitted),
+            first=recording.ends_of(r.first),
+            done=recording.ends_of(r.last),
+            freed=recording.ends_of(r.released - 1),
         )
 
     def where(self, chosen: NDArray[np.bool_]) -> Holdings:
@@ -108,8 +108,8 @@ def draw_occupancy(strategies: Sequence[Strategy], title: str) -> Figure:
     card = make_card(headline, title, 0.3 + row * len(strategies) + 0.36, notes)
     add_legend(card, _kinds_of_slots(strategies, any(levels.finished.any() for levels in each)))
     panels = []
-    for strategy, levels in zip(strategies, each, strict=True):
-        top = 0.3 + row * strategy.index
+    for place, (strategy, levels) in enumerate(zip(strategies, each, strict=True)):
+        top = 0.3 + row * place
         done = unit.text(strategy.typical.duration_ns)
         detail = f"{spell_percent(_useful(strategy))} of its slot-steps useful, done after {done}"
         card.label(top + 0.18, strategy, detail)

@@ -99,7 +99,7 @@ def _lanes(recording: Recording) -> int:
 def _bars_end(recording: Recording) -> float:
     """Time in ns up to which all bars can be drawn; infinite where they are few enough."""
     shown = recording.requests.slot < MOST_SLOTS
-    starts = np.sort(recording.step_starts_ns[recording.requests.admitted[shown]])
+    starts = np.sort(recording.starts_of(recording.requests.admitted[shown]))
     most = min(MOST_BARS, MOST_BARS_A_SLOT * _lanes(recording))
     return float(starts[most]) if len(starts) > most else np.inf
 

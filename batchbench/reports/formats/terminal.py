@@ -6,14 +6,19 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from batchbench.batching.policies import POLICIES
 from batchbench.reports.comparison import FEWEST_PAIRS, Ratio
 from batchbench.reports.result import Result, ratio_of
 
-SUITED = {"static": "static batching", "continuous": "continuous batching"}
+
+def called(name: str) -> str:
+    """A strategy's name within a sentence."""
+    return f"{name} batching" if name in POLICIES else name
 
 
 def sentence(result: Result) -> str:
@@ -33,35 +38,75 @@ def sentence(result: Result) -> str:
 
 
 def _speed(result: Result) -> str:
-    comparison = result.data["comparison"]
+    comparison, strategies = result.data["comparison"], result.data["strategies"]
     if comparison is None:
         name = result.names[0]
-        summary = result.data["strategies"][name]["summary"]
+        summary = strategies[name]["summary"]
         return (
-            f"{SUITED.get(name, name)} served {number(summary['completed'])} requests in "
+            f"{called(name)} served {number(summary['completed'])} requests in "
             f"{number(summary['duration'])} s, {number(summary['output_throughput'])} output "
             "tokens/s"
         )
+    if result.data["workload"]["arrival_rate"] is not None:
+        return _latency(result)
     speedup = comparison["speedup"]
-    who = SUITED.get(comparison["candidate"], comparison["candidate"])
+    who = called(comparison["candidate"])
     median, interval = speedup["median"], speedup["ci95"]
-    faster, sign = ("faster", 1) if median >= 1 else ("slower", -1)
     than = "" if comparison["baseline"] == "static" else f" than {comparison['baseline']}"
-    text = f"{who} was {median**sign:.2f}× {faster}{than}"
+    text = f"{who} was {_faster(median)}{than}"
     if result.data["simulated"]:
-        cost = result.data.get("cost")
-        how = (
-            f"on the step costs of {cost['source']}" if cost else "where every step costs the same"
-        )
-        text = f"in simulation, {how}, {text}"
-        return f"{text}; the schedules alone give {comparison['step_ratio']:.2f}×" if cost else text
-    if interval is None:
+        text = f"in simulation, {_simulated_how(result)}, {text}"
+    elif interval is None:
         pairs = len(result.recordings[comparison["candidate"]])
         text += f" ({pairs} pair{'s' * (pairs > 1)} of trials: too few for an interval)"
     else:
-        low, high = sorted(bound**sign for bound in interval)
+        low, high = sorted(bound ** (1 if median >= 1 else -1) for bound in interval)
         text += f" (95 % CI {low:.2f}–{high:.2f})"
-    return f"{text}; the schedules alone give {comparison['step_ratio']:.2f}×"
+    text += _against_the_best_static(result)
+    if result.data["simulated"] and not result.data.get("cost"):
+        return text
+    alone = comparison["step_ratio"]
+    return text if alone is None else f"{text}; the schedules alone give {alone:.2f}×"
+
+
+def _simulated_how(result: Result) -> str:
+    """Where a simulation has its time from."""
+    cost = result.data.get("cost")
+    return f"on the step costs of {cost['source']}" if cost else "where every step costs the same"
+
+
+def _faster(ratio: float) -> str:
+    return f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
+
+
+def _against_the_best_static(result: Result) -> str:
+    """What is left of the gain where static batching is at its best, if several forms ran."""
+    statics = [name for name in result.names if name in POLICIES and name.startswith("static")]
+    candidate = result.names[-1]
+    if len(statics) < 2 or candidate in statics:
+        return ""
+    strategies = result.data["strategies"]
+    best = min(statics, key=lambda name: float(strategies[name]["summary"]["duration"]))
+    ratio = ratio_of(strategies, "duration", best, candidate)
+    return "" if ratio is None else f", and {_faster(ratio.median)} than {best}, the best static"
+
+
+def _latency(result: Result) -> str:
+    """Of requests that come in their own time: how long they wait, which is what can differ."""
+    rate = result.data["workload"]["arrival_rate"]
+    strategies = result.data["strategies"]
+    baseline, candidate = result.names[0], result.names[-1]
+    low, high = (strategies[n]["summary"]["p99_ttft_ms"] for n in (candidate, baseline))
+    text = (
+        f"at {number(rate)} req/s p99 TTFT was {number(low)} ms under {called(candidate)}, "
+        f"{number(high)} ms under {called(baseline)}"
+    )
+    good = [strategies[n]["summary"]["slo_attainment"] for n in (candidate, baseline)]
+    if None in good:
+        return text
+    return (
+        f"{text}; {100 * good[0]:.0f} % against {100 * good[1]:.0f} % of requests within the SLOs"
+    )
 
 
 def _outputs(checked: dict[str, Any]) -> str:
@@ -91,13 +136,22 @@ def _of_summary(label: str, unit: str, metric: str) -> _Row:
 
 
 def _of_counters(label: str, unit: str, value: Callable[[dict[str, int]], float]) -> _Row:
-    return _Row(label, unit, None, lambda strategy: value(strategy["counters"]))
+    return _Row(
+        label, unit, None, lambda strategy: value(c) if (c := strategy["counters"]) else None
+    )
+
+
+def _share(summary: dict[str, Any]) -> float | None:
+    share = summary["slo_attainment"]
+    return None if share is None else 100 * share
 
 
 _ROWS = (
     _of_summary("Duration", "s", "duration"),
     _of_summary("Output throughput", "tok/s", "output_throughput"),
     _of_summary("Request throughput", "req/s", "request_throughput"),
+    _of_summary("Goodput", "req/s", "request_goodput"),
+    _Row("Within SLOs", "%", None, lambda strategy: _share(strategy["summary"])),
     _of_summary("TTFT mean", "ms", "mean_ttft_ms"),
     _of_summary("TTFT p99", "ms", "p99_ttft_ms"),
     _of_summary("TPOT mean", "ms", "mean_tpot_ms"),
@@ -108,45 +162,134 @@ _ROWS = (
     _of_counters("Forward passes", "", lambda c: c["forward_passes"]),
     _of_counters("Slot utilisation", "%", lambda c: 100 * c["useful_slot_steps"] / c["slot_steps"]),
     _of_counters("KV cache peak", "tok", lambda c: c["kv_tokens_peak"]),
+    _of_summary("Energy", "J", "energy_joules"),
+    _of_summary("Energy an output token", "J", "joules_per_output_token"),
     _of_summary("Cost of 1M output tok", "$", "cost_per_million_output_tokens"),
 )
+_ROWS_OF_ARRIVALS = (
+    _of_summary("Queue time mean", "ms", "mean_queue_ms"),
+    _of_summary("Queue time p99", "ms", "p99_queue_ms"),
+    _of_summary("Arrival rate", "req/s", "arrival_rate"),
+    _of_summary("Arrival lag mean", "ms", "mean_arrival_lag_ms"),
+    _of_summary("Arrival lag p99", "ms", "p99_arrival_lag_ms"),
+)
+"""Of workloads whose requests are not all there at the start."""
+
+
+def _rows_of_lengths(result: Result) -> list[_Row]:
+    """Mean slow-down of each class of output lengths, where there are several."""
+    classes = result.data["strategies"][result.names[0]]["by_output_length"]
+    rows = []
+    for i, found in enumerate(classes if len(classes) > 1 else []):
+        low, high = found["min_output_tokens"], found["max_output_tokens"]
+        name = f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+        def value(strategy: dict[str, Any], i: int = i) -> float | None:
+            mean: float | None = strategy["by_output_length"][i]["mean_slowdown"]
+            return mean
+
+        rows.append(_Row(f"Slow-down {name} tok", "×", None, value))
+    return rows
 
 
 def table(result: Result) -> Table:
-    """Metric × strategies, and each strategy's ratio to the baseline with its interval."""
+    """Metric × strategies; of two the second's ratio to the first stands beside it."""
     strategies, names = result.data["strategies"], result.names
-    trials = len(result.recordings[names[0]])
-    notes = []
-    if result.data["simulated"]:
-        fitted = result.data.get("cost") is not None
-        notes.append(f"simulated: {'step costs are fitted' if fitted else 'a step counts as 1 ms'}")
-    elif len(names) > 1:
-        notes.append(f"median and pool of {trials} trial{'s' * (trials > 1)}")
-        notes.append("÷ is the median of paired trials" + " (95 % CI)" * (trials >= FEWEST_PAIRS))
+    beside = len(names) == 2
     grid = Table(
         title=result.title,
-        caption="; ".join(notes) or None,
+        caption="; ".join(_notes(result, ratios=beside)) or None,
         title_style="bold",
         caption_style="dim",
         pad_edge=False,
+        box=box.HEAVY_HEAD if len(names) < 3 else box.SIMPLE_HEAD,
+        padding=(0, 1) if len(names) < 3 else (0, 1, 0, 0),
+        collapse_padding=len(names) > 2,
     )
     grid.add_column("Metric", overflow="fold")
     grid.add_column("Unit", style="dim")
     for name in names:
-        grid.add_column(name, justify="right", overflow="fold")
-        if name != names[0]:
+        # A name of several words takes a line a word: five strategies fit into 80 columns.
+        grid.add_column(name.replace("-", "-\n"), justify="right", overflow="fold")
+        if beside and name != names[0]:
             grid.add_column(f"÷ {names[0]}", justify="right", overflow="fold")
-    for row in _ROWS:
+    rows = [*_ROWS, *_rows_of_lengths(result)]
+    if not result.data["workload"]["closed"]:
+        rows += _ROWS_OF_ARRIVALS
+    for row in rows:
         values = {name: row.value(strategies[name]) for name in names}
         if all(value is None for value in values.values()):
             continue
         cells = [row.label, row.unit]
         for name in names:
             cells.append(number(values[name]))
-            if name != names[0]:
+            if beside and name != names[0]:
                 cells.append(_against(result, row, values, names[0], name))
         grid.add_row(*cells)
     return grid
+
+
+def _notes(result: Result, *, ratios: bool) -> list[str]:
+    """What a reader of a table should know of its numbers."""
+    trials = len(result.recordings[result.names[0]])
+    if result.data["simulated"]:
+        fitted = result.data.get("cost") is not None
+        return [f"simulated: {'step costs are fitted' if fitted else 'a step counts as 1 ms'}"]
+    if len(result.names) < 2:
+        return []
+    notes = [f"median and pool of {trials} trial{'s' * (trials > 1)}"]
+    if ratios:
+        notes.append("÷ is the median of paired trials" + " (95 % CI)" * (trials >= FEWEST_PAIRS))
+    return notes
+
+
+_COMPARED = (
+    _of_summary("Duration", "", "duration"),
+    _of_counters("Passes", "", lambda c: c["forward_passes"]),
+    _of_summary("TTFT p99", "", "p99_ttft_ms"),
+    _of_summary("ITL p99", "", "p99_itl_ms"),
+    _of_summary("E2E p99", "", "p99_e2el_ms"),
+)
+
+
+def comparisons(result: Result) -> Table:
+    """Each strategy's ratios to the baseline, a line a strategy."""
+    strategies, names = result.data["strategies"], result.names
+    paired = not result.data["simulated"]
+    grid = Table(
+        title=f"÷ {names[0]}",
+        caption="medians of paired trials" if paired else None,
+        title_style="bold",
+        caption_style="dim",
+        pad_edge=False,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        collapse_padding=True,
+    )
+    grid.add_column("Strategy", overflow="fold")
+    for row in _COMPARED:
+        grid.add_column(row.label, justify="right", overflow="fold")
+    for name in names[1:]:
+        cells = []
+        for row in _COMPARED:
+            values = {n: row.value(strategies[n]) for n in (names[0], name)}
+            cells.append(_against(result, row, values, names[0], name))
+        grid.add_row(name, *cells)
+    return grid
+
+
+def stall_lines(result: Result) -> list[str]:
+    """The longest stall of each strategy that has any, and which step it was."""
+    lines = []
+    for name in result.names:
+        for stall in result.data["strategies"][name]["stalls"][:1]:
+            whose = f"{stall['requests']:,} request{'s' * (stall['requests'] > 1)}"
+            at = "" if stall["step"] is None else f"step {stall['step']:,}, "
+            lines.append(
+                f"Longest stall, {name}: {number(stall['gap_ms'])} ms between two tokens of "
+                f"{whose}: {at}{stall['cause']}"
+            )
+    return lines
 
 
 def _against(
@@ -178,13 +321,16 @@ def number(value: float | None) -> str:
 
 
 def render(result: Result) -> RenderableType:
-    """Sentence and table."""
+    """Sentence, tables, stalls."""
     status = result.data["validity"]["status"]
     wrong = result.data["verification"]["passed"] is False
     style = "bold red" if wrong else "bold" if status == "valid" else "bold yellow"
-    shown: list[RenderableType] = [Text(sentence(result), style=style), Text(), table(result)]
-    told = prediction_lines(result)
-    return Group(*shown, *([Text(), *map(Text, told)] if told else []))
+    parts: list[RenderableType] = [Text(sentence(result), style=style), Text(), table(result)]
+    if len(result.names) > 2:
+        parts += [Text(), comparisons(result)]
+    for lines in (stall_lines(result), prediction_lines(result)):
+        parts += [Text(), *map(Text, lines)] if lines else []
+    return Group(*parts)
 
 
 def prediction_lines(result: Result) -> list[str]:
