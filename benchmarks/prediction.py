@@ -11,12 +11,17 @@ quiet   on a machine that others use as well, most of what differs from trial to
         the steps of a closed workload are the same in every round, the least that each of them took
         in any round, and each pause between them, makes a trial that nobody disturbed. On a machine
         of one's own the two agree.
+
+``--clock processor`` times steps by the processor time of this process instead of the wall's clock:
+what others compute meanwhile is then left out altogether (give OMP_NUM_THREADS=1 with it, as the time
+of several threads would be added).
 """
 
 import argparse
 import gc
 import json
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from batchbench.batching.clock import WallClock
 from batchbench.batching.conduct import Session
 from batchbench.batching.cost import KnownCost, StepCost
 from batchbench.batching.experiment import Experiment
@@ -77,6 +83,16 @@ def experiments(model: str, requests: int) -> list[Experiment]:
     ]
 
 
+class ProcessorClock(WallClock):
+    """Processor time of this process."""
+
+    def restart(self) -> None:
+        self._zero = time.process_time_ns()
+
+    def now(self) -> int:
+        return time.process_time_ns() - self._zero
+
+
 UNIT = KnownCost("none", StepCost(1e6), (), 0, 0)
 
 
@@ -99,7 +115,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", help="a folder, or a name as run takes; a small GPT-2 if not")
     parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     asked = parser.parse_args()
+    if asked.clock == "processor":
+        from batchbench.batching.engines.torch import base
+
+        base.WallClock = ProcessorClock  # of which each engine makes its own
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
         models = Shelf()
