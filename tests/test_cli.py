@@ -43,7 +43,7 @@ from batchbench.reports import folder as folders
 from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
-COMMANDS = ("run", "simulate", "ladder", "report", "reproduce", "watch")
+COMMANDS = ("run", "simulate", "predict", "breakeven", "ladder", "report", "reproduce", "watch")
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 
 

@@ -16,7 +16,7 @@ from batchbench.batching.energy import Counter, EnergyMeter, counters_for
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.environment import LoadMeter, environment, torch_environment
-from batchbench.batching.experiment import GENERATE_BATCH, Experiment
+from batchbench.batching.experiment import GENERATE_BATCH, Experiment, ServingSpec
 from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
 from batchbench.batching.recording import Recording
 from batchbench.batching.strategies import Batcher, Strategy
@@ -109,7 +109,8 @@ class Session:
     def _engine(self) -> Engine:
         if self.experiment.simulated:
             self.model |= {"device": "simulated", "dtype": None, "parameters": None}
-            return SimulatedEngine()
+            cost = self.experiment.cost
+            return SimulatedEngine(cost.cost) if cost else SimulatedEngine()
         self._watch.note(self.source.note)
         self._watch.phase("loading")
         # Threads that wait for one another should soon give way: beside a busy process they spin
@@ -163,17 +164,9 @@ class Session:
 
     def batcher(self, policy: str) -> Batcher:
         """Our scheduler under a policy."""
-        serving = self.experiment.serving
-        return Batcher(
-            policy,
-            self.engine,
-            serving.batch_size,
-            order=serving.order,
-            prefill="mixed" if serving.mixes_prefill else "separate",
-            max_batched_tokens=serving.token_budget,
-            max_wait_ns=round(serving.max_wait * 1e6),
-            about={"engine": "simulated" if self.engine.simulated else serving.engine},
-        )
+        cost = self.experiment.cost
+        about = {"cost": cost.as_dict()} if cost and self.engine.simulated else {}
+        return make_batcher(policy, self.experiment.serving, self.engine, about)
 
     def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
         """Serve a short piece of the workload until the median step stays within 5 %."""
@@ -251,6 +244,22 @@ class Session:
             )
             for i in range(len(self.workload))
         ]
+
+
+def make_batcher(
+    policy: str, serving: ServingSpec, engine: Engine, about: Mapping[str, Any]
+) -> Batcher:
+    """Our scheduler under a policy, as ``serving`` says; ``about`` goes into its recordings."""
+    return Batcher(
+        policy,
+        engine,
+        serving.batch_size,
+        order=serving.order,
+        prefill="mixed" if serving.mixes_prefill else "separate",
+        max_batched_tokens=serving.token_budget,
+        max_wait_ns=round(serving.max_wait * 1e6),
+        about={"engine": "simulated" if engine.simulated else serving.engine, **about},
+    )
 
 
 def conduct(

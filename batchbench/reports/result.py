@@ -28,8 +28,10 @@ from batchbench.reports.account import explain
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import Ratio, paired_ratio
 from batchbench.reports.fairness import Class, by_length, length_classes
+from batchbench.reports.fitting import beyond
 from batchbench.reports.gaps import stalls
 from batchbench.reports.goals import NO_GOALS, GoalsSpec, as_config, from_config
+from batchbench.reports.prediction import predict_outcome
 from batchbench.reports.timekeeping import rate_of
 from batchbench.workloads import Workload
 
@@ -51,6 +53,8 @@ _FACTS = (
     "verification",
     "stopped",
     "outputs",
+    "cost",
+    "prediction",
 )
 """What was asked, met and observed; all else in a result is derived from the recordings."""
 
@@ -72,13 +76,21 @@ class Result:
         return list(self.recordings)
 
     @property
+    def _place(self) -> str:
+        """Where it ran, or that it did not."""
+        model, cost = self.data["model"], self.data.get("cost")
+        if not self.data["simulated"]:
+            return f"{model['device']} {model['dtype']}"
+        return f"simulated on the costs of {cost['source']}" if cost else "simulated"
+
+    @property
     def title(self) -> str:
         """Model, device, batch size and workload in a line."""
         model, config = self.data["model"], self.data["config"]
         slots, requests = config["serving"]["batch_size"], self.data["workload"]["num_requests"]
         parts = [
             model["name"],
-            "simulated" if self.data["simulated"] else f"{model['device']} {model['dtype']}",
+            self._place,
             f"{slots:,} slot{'s' * (slots != 1)}",
             f"{requests:,} request{'s' * (requests != 1)}",
         ]
@@ -170,6 +182,8 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
             {"request": i, "prompt": prompt, "output": output}
             for i, (prompt, output) in enumerate(outcome.texts)
         ],
+        "cost": _cost(outcome),
+        "prediction": predict_outcome(outcome),
     }
     return _derived(facts, outcome.workload, outcome.recordings)
 
@@ -191,13 +205,22 @@ def remake_result(result: Result) -> Result:
         stop_at_eos=asked is not None,
         max_concurrency=recorded["max_concurrency"],
     )
-    return _derived({key: data[key] for key in _FACTS}, workload, result.recordings)
+    return _derived({key: data.get(key) for key in _FACTS}, workload, result.recordings)
 
 
 def regoaled(result: Result, goals: GoalsSpec) -> Result:
     """The same result held against other goals, with everything derived anew."""
     config = {**result.data["config"], "goals": as_config(goals)}
     return remake_result(Result({**result.data, "config": config}, result.recordings))
+
+
+def _cost(outcome: Outcome) -> dict[str, Any] | None:
+    """What a step cost in a simulation, and where that goes beyond what taught it."""
+    cost = outcome.experiment.cost
+    if cost is None:
+        return None
+    trials = [r for each in outcome.recordings.values() for r in each]
+    return {**cost.as_dict(), "extrapolates": beyond(cost, trials)}
 
 
 def workload_facts(workload: Workload) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def digest_of(experiment: Experiment) -> str:
         "schema": SCHEMA_VERSION,
         "simulated": experiment.simulated,
         "config": experiment.config(),
+        **({"cost": experiment.cost.as_dict()} if experiment.cost else {}),
         "files": {
             **named_files(experiment),
             **{n: _module(n.partition(":")[0]) for n in experiment.serving.strategies if ":" in n},

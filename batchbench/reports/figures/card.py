@@ -107,9 +107,9 @@ class Strategy:
         return metrics.typical_trial(self.trials)
 
     @property
-    def simulated(self) -> bool:
+    def in_steps(self) -> bool:
         """Whether its time is counted in steps."""
-        return self.trials[0].header.simulated
+        return self.trials[0].in_steps
 
     @property
     def line(self) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class Unit:
     @classmethod
     def of(cls, strategies: Sequence[Strategy], longest_ns: float) -> Unit:
         """Steps in simulation, else the unit in which ``longest_ns`` is at least 1."""
-        if strategies[0].simulated:
+        if strategies[0].in_steps:
             return cls(UNIT_NS, "steps")
         units = (cls(1e9, "s"), cls(1e6, "ms"), cls(1e3, "µs"))
         return next((unit for unit in units if longest_ns >= unit.ns), units[-1])
