@@ -9,7 +9,7 @@ one.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -20,6 +20,7 @@ from batchbench.reports.figures.card import (
     MOST_BARS,
     MOST_BARS_A_SLOT,
     MOST_SLOTS,
+    Strategy,
     clean_text,
     house_style,
     name_strategies,
@@ -28,6 +29,21 @@ from batchbench.reports.figures.latency import draw_latency
 from batchbench.reports.figures.occupancy import draw_occupancy
 from batchbench.reports.figures.throughput import draw_throughput
 from batchbench.reports.figures.timeline import draw_timeline
+
+PICTURES: Mapping[str, Callable[[Sequence[Strategy], str], Figure]] = {
+    "throughput": draw_throughput,
+    "latency": draw_latency,
+    "occupancy": draw_occupancy,
+    "timeline": draw_timeline,
+    "account": draw_account,
+}
+"""What draws each picture of a result, from its strategies and its title."""
+
+OF_STEPS = ("occupancy", "timeline")
+"""Pictures of steps, in which strategies that show none are left out."""
+
+NEED_STEPS = (*OF_STEPS, "account")
+"""Pictures that need a strategy that shows steps; the account says of whom there is none."""
 
 
 def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str, Figure]:
@@ -41,21 +57,26 @@ def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str,
             trials of equal index are pairs.
         title: model, device and workload in a line; every picture carries it.
     """
-    strategies = name_strategies(recordings)
-    title = clean_text(title)
-    stepped = [strategy for strategy in strategies if strategy.typical.has_steps]
+    stepped = any(trials[0].has_steps for trials in recordings.values())
+    names = [name for name in PICTURES if stepped or name not in NEED_STEPS]
+    return {name: draw_one(name, recordings, title) for name in names}
+
+
+def draw_one(name: str, recordings: Mapping[str, Sequence[Recording]], title: str) -> Figure:
+    """The picture of that name; arguments as above.
+
+    Raises:
+        ValueError: it shows steps, and no strategy does.
+    """
+    strategies, title = name_strategies(recordings), clean_text(title)
     hidden = [strategy.name for strategy in strategies if not strategy.typical.has_steps]
-    title_of_stepped = f"{title} · no steps known of {', '.join(hidden)}" if hidden else title
+    if name in NEED_STEPS and len(hidden) == len(strategies):
+        raise ValueError(f"no {name}: {', '.join(hidden)} schedules for itself, shows no steps")
+    if name in OF_STEPS:
+        strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
+        title = f"{title} · no steps known of {', '.join(hidden)}" if hidden else title
     with house_style():
-        pictures = {
-            "throughput": draw_throughput(strategies, title),
-            "latency": draw_latency(strategies, title),
-        }
-        if stepped:
-            pictures["occupancy"] = draw_occupancy(stepped, title_of_stepped)
-            pictures["timeline"] = draw_timeline(stepped, title_of_stepped)
-            pictures["account"] = draw_account(strategies, title)  # says of whom there is none
-        return pictures
+        return PICTURES[name](strategies, title)
 
 
 def render(figure: Figure, format: str) -> bytes:
@@ -70,4 +91,4 @@ def render(figure: Figure, format: str) -> bytes:
     return out.getvalue()
 
 
-__all__ = ["MOST_BARS", "MOST_BARS_A_SLOT", "MOST_SLOTS", "draw", "render"]
+__all__ = ["MOST_BARS", "MOST_BARS_A_SLOT", "MOST_SLOTS", "PICTURES", "draw", "draw_one", "render"]
