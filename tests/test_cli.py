@@ -31,6 +31,7 @@ import batchbench
 from batchbench.batching import conduct as conducting
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
+from batchbench.batching.presets import Basis
 from batchbench.batching.strategies import Batcher
 from batchbench.batching.verification import Finding, Verification
 from batchbench.batching.watch import Progress
@@ -42,7 +43,7 @@ from batchbench.reports import folder as folders
 from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
-COMMANDS = ("run", "simulate", "report")
+COMMANDS = ("run", "simulate", "ladder", "report")
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 
 
@@ -389,6 +390,14 @@ def test_errors_about_options_load_nothing_heavy(tmp_path: Path) -> None:
         "run --output old",
         "run --long-tokens 2000",
         "run --model ./nowhere",
+        "run --output-tokens nope",
+        "run --output-tokens 7 --long-tokens 9",
+        "run --burstiness 2",
+        "run --preset nope",
+        "run --trace nowhere",
+        "run --workload nowhere",
+        "workload show --preset nope",
+        "workload save file",
         "report nowhere",
     ]
     assert loaded_by(lines, tmp_path) == [(line, "2") for line in lines]
@@ -399,11 +408,12 @@ def test_errors_about_options_load_nothing_heavy(tmp_path: Path) -> None:
 
 def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
     lines = ["--help", "--version", *(f"{command} --help" for command in COMMANDS)]
+    lines += [f"workload {words}" for words in ("--help", "list", "show --help", "save --help")]
     assert loaded_by(lines, tmp_path) == [(line, "0") for line in lines]
 
 
 def test_these_are_the_commands() -> None:
-    assert set(typer.main.get_command(app).commands) == set(COMMANDS)  # type: ignore[attr-defined]
+    assert set(typer.main.get_command(app).commands) == {*COMMANDS, "capacity", "sweep", "workload"}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -429,7 +439,7 @@ def test_help_of_a_command_has_an_example_that_parses(command: str, program: Pro
 @pytest.mark.parametrize("command", ["run", "simulate"])
 def test_help_tells_every_option_once_and_its_default(command: str, program: Program) -> None:
     text = program(command, "--help").out
-    for spec in (ServingSpec, WorkloadSpec, ModelSpec, TrialsSpec, GoalsSpec, OutputSpec):
+    for spec in (Basis, ServingSpec, WorkloadSpec, ModelSpec, TrialsSpec, GoalsSpec, OutputSpec):
         for name in spec.__dataclass_fields__:
             option = "--" + name.replace("_", "-")
             assert len(re.findall(rf"^│ {option}\s", text, re.MULTILINE)) == 1, option

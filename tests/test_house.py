@@ -27,6 +27,7 @@ ROOMS = ("workloads", "batching", "reports", "studies", "cli")
 NEEDS_TORCH = (
     "batching.engines.torch",
     "batching.engines.notebook",
+    "batching.engines.generate_batch",
     "batching.models.loading",
     "batching.models.dummy",
 )
@@ -286,7 +287,7 @@ def documented_outputs() -> list[tuple[str, list[str], str]]:
         (file.name, words, output)
         for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
         for words, output in examples(file)
-        if words[0] == "simulate" or words[-1] in ("--help", "--version")
+        if words[0] in ("simulate", "workload") or words[-1] in ("--help", "--version")
     ]
 
 

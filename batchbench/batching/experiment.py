@@ -17,6 +17,9 @@ from batchbench.errors import UsageError
 from batchbench.settings import setting
 from batchbench.workloads.spec import WorkloadSpec
 
+GENERATE_BATCH = "generate_batch"
+"""transformers' own continuous batching: a strategy that schedules for itself."""
+
 ENGINES = ("slots", "notebook")
 TOKEN_BUDGET = 2048
 EXECUTIONS = ("auto", "eager", "graph", "compile")
@@ -35,7 +38,8 @@ class ServingSpec:
         "Strategies to compare, the first being the baseline: static (fixed batches of what is "
         "there), static-fixed (waits for full batches), static-bucketed (sorted by prompt length), "
         "static-oracle (sorted by output length, known beforehand: the best that static can do), "
-        "continuous, or a class of yours as package.module:Policy.",
+        "continuous, generate_batch (transformers' own continuous batching), or a class of yours "
+        "as package.module:Policy.",
         "Serving",
         metavar="NAMES",
     )
@@ -88,7 +92,7 @@ class ServingSpec:
             raise UsageError("--strategy: name at least one, such as static,continuous")
         if len(set(self.strategies)) < len(self.strategies):
             raise UsageError(f"--strategy {self.strategy}: names a strategy twice")
-        for name in self.strategies:
+        for name in self.policies:
             make_policy(name)
         if self.max_wait and not any(name in WAITING for name in self.strategies):
             raise UsageError(
@@ -126,6 +130,11 @@ class ServingSpec:
     def strategies(self) -> tuple[str, ...]:
         """The names in ``strategy``."""
         return tuple(name.strip() for name in self.strategy.split(",") if name.strip())
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Those of ``strategies`` that are policies of our own scheduler."""
+        return tuple(name for name in self.strategies if name != GENERATE_BATCH)
 
 
 @dataclass(frozen=True)
@@ -223,17 +232,17 @@ class Experiment:
             for spec in [getattr(self, part.name)]
         }
 
-    def command(self) -> str:
+    def command(self, name: str | None = None) -> str:
         """The command line that runs it again: only what differs from its preset.
 
         Where an option cannot say the difference (a preset's setting taken away), everything that
-        differs from the defaults.
+        differs from the defaults. ``name`` is the command's, unless it is run or simulate.
         """
         for preset in dict.fromkeys((self.preset, NOTEBOOK)):
             given = self._differences(preset)
             if self._is_asked_by(given, preset):
                 break
-        words = ["batchbench", "simulate" if self.simulated else "run"]
+        words = ["batchbench", name or ("simulate" if self.simulated else "run")]
         words += ["--preset", preset] * (preset != NOTEBOOK)
         for name, value in given.items():
             option = settings.option_name(name)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,10 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class RequestLog:
-    """A row a request, ``[requests]`` each; step numbers count forward passes from 0."""
+    """A row a request, ``[requests]`` each; step numbers count forward passes from 0.
+
+    Slot and steps are -1 where a strategy that schedules for itself does not show them.
+    """
 
     due_ns: Ints  # when it truly was due: in a closed loop not before there was room
     prompt_tokens: Ints
@@ -96,7 +100,9 @@ class Recording:
     Times are nanoseconds since the start of the trial. The end of each step is either measured
     (``ends_ns``, ``[steps]``) or, in simulation, a formula (``step_ns``, ``[spans]``: what each
     step of a span costs). ``tokens`` is ``[sum of output_tokens]``, request after request; None
-    where no model ran.
+    where no model ran. A strategy that shows no steps has no spans, and tells instead when each
+    token was there, ``token_ends_ns``, ``[sum of output_tokens]``, and when it began with each
+    request, ``begun_ns``, ``[requests]``.
     """
 
     header: Header
@@ -107,6 +113,13 @@ class Recording:
     ends_ns: Ints | None
     step_ns: Ints | None
     tokens: NDArray[np.int32] | None
+    token_ends_ns: Ints | None = None
+    begun_ns: Ints | None = None
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether steps are known; without them there are no counters and no timeline."""
+        return self.token_ends_ns is None
 
     @property
     def num_steps(self) -> int:
@@ -123,6 +136,8 @@ class Recording:
         """End of each step, ``[steps]``."""
         if self.ends_ns is not None:
             return self.ends_ns
+        if not self.has_steps:
+            return np.zeros(0, np.int64)
         assert self.step_ns is not None
         return self.step_starts_ns + np.repeat(self.step_ns, self.spans.steps)
 
@@ -130,6 +145,8 @@ class Recording:
     def step_starts_ns(self) -> Ints:
         """Start of each step, ``[steps]``: a span's own start, then the end of the step before."""
         starts = np.repeat(self.spans.start_ns, self.spans.steps)
+        if not self.has_steps:
+            return starts
         if self.ends_ns is not None:
             inner = np.ones(len(starts), bool)
             inner[self.first_steps] = False
@@ -167,12 +184,33 @@ class Recording:
     @cached_property
     def span_ends_ns(self) -> Ints:
         """End of each span's last step, ``[spans]``."""
+        if not self.has_steps:
+            return np.zeros(0, np.int64)
         return self.ends_of(self.first_steps + self.spans.steps - 1)
 
     @property
     def duration_ns(self) -> int:
         """Start of the trial to the last token of the last request."""
-        return int(self.ends_of(self.requests.last.max(keepdims=True))[0])
+        return int(self.last_token_ns.max())
+
+    @cached_property
+    def admitted_ns(self) -> Ints:
+        """Start of the first step that computes each request, ``[requests]``."""
+        return self.starts_of(self.requests.admitted) if self.begun_ns is None else self.begun_ns
+
+    @cached_property
+    def first_token_ns(self) -> Ints:
+        """When each request had its first token, ``[requests]``."""
+        if self.token_ends_ns is not None:
+            return self.token_ends_ns[self.token_offsets[:-1]]
+        return self.ends_of(self.requests.first)
+
+    @cached_property
+    def last_token_ns(self) -> Ints:
+        """When each request had its last token, ``[requests]``."""
+        if self.token_ends_ns is not None:
+            return self.token_ends_ns[self.token_offsets[1:] - 1]
+        return self.ends_of(self.requests.last)
 
     @cached_property
     def token_offsets(self) -> Ints:
@@ -208,6 +246,46 @@ class Recording:
         )
         return replace(self, spans=spans, step_ns=cost[begins])
 
+    @classmethod
+    def of_tokens(
+        cls,
+        header: Header,
+        workload: Workload,
+        tokens: Sequence[Sequence[int]],
+        ends_ns: Sequence[Sequence[int]],
+        begun_ns: Sequence[int],
+        due_ns: Ints | None = None,
+    ) -> Recording:
+        """Of a strategy that shows no steps: each request's tokens, and when each was there.
+
+        Args:
+            ends_ns: a list a request, as long as its tokens; nanoseconds since the trial's start.
+            begun_ns: when computing each request began.
+            due_ns: when each request truly was due; None where that is as the workload says.
+        """
+        counts = np.array([len(of_request) for of_request in tokens], np.int64)
+        if not counts.all() or [len(of_request) for of_request in ends_ns] != counts.tolist():
+            raise ValueError("each request needs at least one token, and a time for each")
+        unknown, none = np.full(len(workload), -1, np.int64), np.zeros(0, np.int64)
+        requests = RequestLog(
+            due_ns=workload.due_ns if due_ns is None else due_ns,
+            prompt_tokens=workload.prompt_tokens,
+            output_tokens=counts,
+            **dict.fromkeys(("slot", "admitted", "first", "last", "released"), unknown),
+        )
+        return cls(
+            header=header,
+            requests=requests,
+            spans=SpanLog(none, none, none, none, none),
+            chunks=ChunkLog(none, none, none),
+            waits=WaitLog(none, none, none, none, none),
+            ends_ns=None,
+            step_ns=None,
+            tokens=np.fromiter(chain.from_iterable(tokens), np.int32, counts.sum()),
+            token_ends_ns=np.fromiter(chain.from_iterable(ends_ns), np.int64, counts.sum()),
+            begun_ns=np.asarray(begun_ns, np.int64),
+        )
+
     # Files
 
     def save(self) -> bytes:
@@ -221,7 +299,7 @@ class Recording:
         for log in ("requests", "spans", "chunks", "waits"):
             for column in fields(getattr(self, log)):
                 arrays[f"{log}.{column.name}"] = getattr(getattr(self, log), column.name)
-        for name in ("ends_ns", "step_ns", "tokens"):
+        for name in ("ends_ns", "step_ns", "tokens", "token_ends_ns", "begun_ns"):
             if getattr(self, name) is not None:
                 arrays[name] = getattr(self, name)
         out = io.BytesIO()
@@ -249,9 +327,12 @@ class Recording:
                         ("waits", WaitLog),
                     )
                 }
-                rest = {n: arrays.get(n) for n in ("ends_ns", "step_ns", "tokens")}
-                if (rest["ends_ns"] is None) is (rest["step_ns"] is None):
-                    raise KeyError("times of the steps")
+                times = ("ends_ns", "step_ns", "token_ends_ns")
+                rest = {n: arrays.get(n) for n in (*times, "tokens", "begun_ns")}
+                if sum(rest[name] is not None for name in times) != 1 or (
+                    (rest["begun_ns"] is None) is not (rest["token_ends_ns"] is None)
+                ):
+                    raise KeyError("times of steps or tokens")
                 return cls(header=Header(**header), **logs, **rest)
         except UsageError:
             raise

@@ -134,6 +134,26 @@ def verify(
     )
 
 
+class Remembered:
+    """A reference that is asked once for each prompt and output, whoever else brings them."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+        self._known: dict[tuple[bytes, bytes], Sequence[Deviation]] = {}
+
+    @property
+    def name(self) -> str:
+        return self._reference.name
+
+    def deviations(
+        self, prompt: NDArray[np.int32], output: NDArray[np.int32]
+    ) -> Sequence[Deviation]:
+        key = prompt.tobytes(), output.tobytes()
+        if key not in self._known:
+            self._known[key] = self._reference.deviations(prompt, output)
+        return self._known[key]
+
+
 class _Checker:
     """Asks the reference once for all sequences of a prompt that begin one another."""
 

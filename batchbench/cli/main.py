@@ -11,8 +11,11 @@ from typing import Annotated
 import typer
 
 import batchbench
+from batchbench.cli import capacity as capacities
+from batchbench.cli import ladder as climbing
 from batchbench.cli import run as running
 from batchbench.cli import sweep as sweeping
+from batchbench.cli import workload
 from batchbench.errors import BatchbenchError
 
 app = typer.Typer(
@@ -46,7 +49,10 @@ def _root(
 app.command("run", help=running.RUN_HELP)(running.run)
 app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
 app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
+app.command("ladder", help=climbing.LADDER_HELP)(climbing.ladder)
+app.command("capacity", help=capacities.CAPACITY_HELP)(capacities.capacity)
 app.command("report", help=running.REPORT_HELP)(running.report)
+app.add_typer(workload.app, name="workload")
 
 
 def main() -> None:
@@ -63,7 +69,8 @@ def _guarded() -> int:
     except BatchbenchError as error:
         return _say(str(error), error.exit_code)
     except typer.TyperException as error:
-        return _say(error.format_message(), 2)
+        message = error.format_message()
+        return _say(message, 2) if message else 2  # without: the help has been shown
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", 130)
     except BrokenPipeError:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from batchbench.errors import UsageError
 
 
-def default_folder(model: str) -> Path:
-    """``batchbench-results/<time>-<model>``, with a number behind it where that is taken."""
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model.replace('/', '--')}"
+def default_folder(model: str, study: str = "") -> Path:
+    """``batchbench-results/<time>-<model>``, with a number behind it where that is taken.
+
+    A ``study`` that is no plain run stands between the two.
+    """
+    parts = (f"{datetime.now():%Y%m%d-%H%M%S}", study, model.replace("/", "--"))
+    name = "-".join(part for part in parts if part)
     folder = Path("batchbench-results") / name
     number = 1
     while folder.exists():
@@ -21,13 +26,16 @@ def default_folder(model: str) -> Path:
     return folder
 
 
-def check_folder(folder: Path, *, overwrite: bool) -> list[Path]:
+def check_folder(folder: Path, *, overwrite: bool, marker: str = "result.json") -> list[Path]:
     """See that a result can be written there; the folders that were made for it, inmost first.
+
+    Args:
+        marker: the file by which a result is known.
 
     Raises:
         UsageError: it cannot be written, or holds a result and ``overwrite`` is not given.
     """
-    if (folder / "result.json").exists() and not overwrite:
+    if (folder / marker).exists() and not overwrite:
         raise UsageError(f"--output {folder}: holds a result; give another folder or --overwrite")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -46,3 +54,46 @@ def remove_if_empty(folders: Sequence[Path]) -> None:
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
+    """See that files of these names can be written in a folder; leaves nothing behind.
+
+    Raises:
+        UsageError: they cannot be written, or one is there and ``overwrite`` is not given.
+    """
+    for file in (folder / name for name in names):
+        if file.exists() and not (overwrite and file.is_file()):
+            raise UsageError(f"{file}: is there already; give another name or --overwrite")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder / names[0]}: cannot be written: {_why(error)}") from error
+    finally:
+        remove_if_empty(made)
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes | Iterable[bytes]]) -> None:
+    """Write files by their names, each whole or not at all.
+
+    Raises:
+        UsageError: one cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        staging = folder / f".writing-{os.getpid()}-{name}"
+        try:
+            with staging.open("wb") as out:
+                out.writelines([content] if isinstance(content, bytes) else content)
+            os.replace(staging, folder / name)
+        except OSError as error:
+            raise UsageError(f"{folder / name}: cannot be written: {_why(error)}") from error
+        finally:
+            staging.unlink(missing_ok=True)
+
+
+def _why(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from batchbench.errors import UsageError
 from batchbench.reports.figures import draw, render
+from batchbench.reports.figures.ladder import draw_ladder
+from batchbench.reports.ladder import LadderResult
+from batchbench.reports.ladder import to_json as ladder_json
 from batchbench.reports.result import Result, recording_files, to_json
 from batchbench.reports.tables import requests_frame, steps_frame
 
@@ -17,6 +20,15 @@ from batchbench.reports.tables import requests_frame, steps_frame
 def write_folder(folder: Path, result: Result) -> list[Path]:
     """Write recordings, frames, pictures and ``result.json``; the paths, ``result.json`` first."""
     return write_whole(folder, _contents(result), stale=["recordings"])
+
+
+def write_ladder(folder: Path, result: LadderResult) -> list[Path]:
+    """Write ``ladder.json``, the picture and the recordings; the paths, ``ladder.json`` first."""
+    contents = {"ladder.json": ladder_json(result).encode()}
+    figure = draw_ladder(result)
+    contents |= {f"ladder.{format}": render(figure, format) for format in ("png", "svg")}
+    contents |= recording_files(result.recordings)
+    return write_whole(folder, contents, stale=["recordings"])
 
 
 def write_whole(
@@ -67,4 +79,4 @@ def _contents(result: Result) -> Mapping[str, bytes]:
             files[f"{name}.{format}"] = render(figure, format)
     files["requests.csv"] = requests_frame(result).to_csv(index=False).encode()
     files["steps.csv"] = steps_frame(result).to_csv(index=False).encode()
-    return files | recording_files(result)
+    return files | recording_files(result.recordings)

@@ -96,7 +96,7 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
         "environment": dict(outcome.environment),
         "model": dict(outcome.model),
         "warm_up": asdict(outcome.warm_up),
-        "workload": _workload(outcome.workload),
+        "workload": workload_facts(outcome.workload),
         "verification": {
             "passed": outcome.verification.passed,
             **{k: v for k, v in asdict(outcome.verification).items() if k != "findings"},
@@ -139,7 +139,8 @@ def regoaled(result: Result, goals: GoalsSpec) -> Result:
     return remake_result(Result({**result.data, "config": config}, result.recordings))
 
 
-def _workload(workload: Workload) -> dict[str, Any]:
+def workload_facts(workload: Workload) -> dict[str, Any]:
+    """What a result tells of the workload that was served."""
     return {
         "name": workload.name,
         "seed": workload.seed,
@@ -206,7 +207,7 @@ def _strategy(
         "summary": {**summary, "cost_per_million_output_tokens": cost},
         "by_output_length": by_length(trials, classes),
         "stalls": stalls(trials),
-        "counters": metrics.counters(trials[0]),
+        "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
         "output_digest": output_digest(trials[0]),
     }
 
@@ -236,16 +237,16 @@ def _comparison(
     speedup = ratio_of(strategies, "duration", baseline, candidate)
     assert speedup is not None
     # The counters' steps; with texts that end early they may vary from trial to trial.
+    # None where one of the two schedules for itself and shows no steps.
     steps = paired_ratio(
         [r.num_steps for r in recordings[baseline]], [r.num_steps for r in recordings[candidate]]
     )
-    assert steps is not None
     return {
         "baseline": baseline,
         "candidate": candidate,
         "speedup": speedup.as_dict(),
-        "step_ratio": steps.median,
-        "efficiency": speedup.median / steps.median,
+        "step_ratio": steps.median if steps else None,
+        "efficiency": speedup.median / steps.median if steps else None,
     }
 
 
@@ -313,10 +314,10 @@ def recording_file(strategy: int, trial: int) -> str:
     return f"recordings/{strategy}-{trial}.npz"
 
 
-def recording_files(result: Result) -> dict[str, bytes]:
+def recording_files(recordings: Recordings) -> dict[str, bytes]:
     """The recordings by the names under which :func:`load_result` finds them."""
     return {
         recording_file(i, trial): recording.save()
-        for i, trials in enumerate(result.recordings.values())
+        for i, trials in enumerate(recordings.values())
         for trial, recording in enumerate(trials)
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
-from batchbench.batching.recording import Recording
+from batchbench.batching.recording import Ints, Recording
 from batchbench.reports.latencies import e2el_ms, queue_ms, tpot_ms, ttft_ms
 from batchbench.reports.result import Result
 
@@ -25,20 +27,25 @@ def requests_frame(result: Result) -> pd.DataFrame:
 
 def _requests(name: str, trial: int, recording: Recording) -> pd.DataFrame:
     r = recording.requests
+
+    def shown(values: Ints) -> Any:
+        """Empty where the strategy shows no steps."""
+        return values if recording.has_steps else None
+
     return pd.DataFrame(
         {
             "strategy": name,
             "trial": trial,
             "request": np.arange(len(r.slot)),
-            "slot": r.slot,
+            "slot": shown(r.slot),
             "prompt_tokens": r.prompt_tokens,
             "output_tokens": r.output_tokens,
-            "admitted_step": r.admitted,
-            "first_token_step": r.first,
-            "last_token_step": r.last,
-            "released_step": r.released,
+            "admitted_step": shown(r.admitted),
+            "first_token_step": shown(r.first),
+            "last_token_step": shown(r.last),
+            "released_step": shown(r.released),
             "due_ms": r.due_ns / 1e6,
-            "admitted_ms": recording.starts_of(r.admitted) / 1e6,
+            "admitted_ms": recording.admitted_ns / 1e6,
             "queue_ms": queue_ms(recording),
             "ttft_ms": ttft_ms(recording),
             "tpot_ms": tpot_ms(recording),

@@ -80,14 +80,16 @@ def noticed_ns(recording: Recording) -> Ints:
 
 
 def arrival_lag_ms(recording: Recording) -> Floats | None:
-    """How late each request was noticed, ``[requests]``; None where all are there at the start.
+    """How late each request was noticed, ``[requests]``.
+
+    None where all are there at the start, or no steps are shown.
 
     From when it was due, or from the end of the step then under way, to the decision that first
     knew of it. So it counts what the loop did beside stepping and waiting, and waits that
     overslept; that nobody joins a step that has begun is batching and no lag.
     """
     due = recording.requests.due_ns
-    if not due.any():
+    if not due.any() or not recording.has_steps:
         return None
     late: Floats = np.maximum(noticed_ns(recording) - free_from(recording, due), 0) / 1e6
     return late

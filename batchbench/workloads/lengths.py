@@ -124,19 +124,22 @@ class Drawn(Lengths):
 
         uniform = rng.random(size)
         if self.family == "zipf":
-            ranks = np.searchsorted(self._zipf_distribution(), uniform, side="right")
+            assert self.max is not None
+            ranks = np.searchsorted(self.cdf(np.arange(1.0, self.max)), uniform, side="right")
             return (ranks + 1).astype(np.float64)
         return np.asarray(self.frozen().ppf(uniform), np.float64)
 
-    def _zipf_distribution(self) -> NDArray[np.float64]:
-        """P(N ≤ n) for n = 1 … max − 1."""
+    def cdf(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Probability of a value up to each of ``values``, before rounding and clipping."""
         import numpy as np
         from scipy.special import zeta
 
-        assert self.max is not None
+        if self.family != "zipf":
+            return np.asarray(self.frozen().cdf(values), np.float64)
+        # scipy's zipf sums its terms one by one; this is their closed form.
         alpha = dict(self.parameters)["alpha"]
-        above: NDArray[np.float64] = zeta(alpha, np.arange(2.0, self.max + 1)) / zeta(alpha)
-        return 1.0 - above
+        above = zeta(alpha, np.maximum(np.floor(values), 0.0) + 1.0) / zeta(alpha)
+        return np.asarray(1.0 - above, np.float64)
 
     def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
         import numpy as np
@@ -148,10 +151,10 @@ class Drawn(Lengths):
     def pmf(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
         import numpy as np
 
-        frozen, n = self.frozen(), np.asarray(lengths, np.float64)
+        n = np.asarray(lengths, np.float64)
         top = LONGEST if self.max is None else self.max
-        below = np.where(n <= self.min, 0.0, frozen.cdf(n - 0.5))
-        upto = np.where(n >= top, 1.0, frozen.cdf(n + 0.5))
+        below = np.where(n <= self.min, 0.0, self.cdf(n - 0.5))
+        upto = np.where(n >= top, 1.0, self.cdf(n + 0.5))
         found: NDArray[np.float64] = np.where((n < self.min) | (n > top), 0.0, upto - below)
         return found
 
@@ -160,7 +163,7 @@ class Drawn(Lengths):
             assert self.max is not None
             if self.min == self.max:
                 return f"{self.min}"
-        keys = [f"{key}={value:.15g}" for key, value in self.parameters]
+        keys = [f"{key}={_spelled(value)}" for key, value in self.parameters]
         keys += [f"min={self.min}"] * (self.family == "uniform" or self.min > 1)
         keys += [f"max={self.max}"] * (self.max is not None)
         return f"{self.family}:{','.join(keys)}"
@@ -176,7 +179,7 @@ class Empirical(Lengths):
     @property
     def longest(self) -> int | None:
         """Not known before the file is read."""
-        return
+        return None
 
     def lengths(self) -> NDArray[np.int64]:
         """The file's lengths in ascending order.
@@ -221,7 +224,7 @@ class Empirical(Lengths):
         return f"empirical:{self.file}"
 
 
-_NUMBER = r"\d{1,12}(\.\d{1,15})?(e[+-]?\d{1,2})?"
+_NUMBER = r"\d{1,12}(\.\d{1,30})?(e[+-]?\d{1,2})?"
 
 _BOUNDS = ("min", "max")
 
@@ -263,6 +266,11 @@ def parse_lengths(text: str, option: str) -> Lengths:
     if family == "zipf" and bounds["max"] > 10**6:
         raise UsageError(f"{option} {text}: max of zipf must be at most 1000000")
     return Drawn(family, numbers, **bounds)
+
+
+def _spelled(value: float) -> str:
+    """A number that reads as the same one, without a needless ``.0``."""
+    return f"{value:.0f}" if value == int(value) else repr(value)
 
 
 def _pairs(text: str, option: str, rest: str) -> dict[str, str]:

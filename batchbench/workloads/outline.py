@@ -28,6 +28,7 @@ class Outline:
     prompts: Ragged | None = None
     blocks: Ragged | None = None
     shared: int = 0
+    arrivals: str = "all at once"  # for people
     stop_at_eos: bool = False
     max_concurrency: int | None = None
 
@@ -61,6 +62,18 @@ class Outline:
             stop_at_eos=self.stop_at_eos,
             max_concurrency=self.max_concurrency,
         )
+
+    def beyond(self, context: int | None, model: str) -> list[str]:
+        """A line where requests are longer than a model's context; none where all fit."""
+        long = (
+            0 if context is None else int((self.prompt_tokens + self.output_tokens > context).sum())
+        )
+        if not long:
+            return []
+        return [
+            f"{long:,} of {len(self):,} requests exceed the {context:,} tokens that {model} takes; "
+            "say --overlong clip, scale or skip"
+        ]
 
     def with_lengths(self, prompt_tokens: Ints, output_tokens: Ints) -> Outline:
         """The same requests, shorter: known prompts keep their beginnings."""
@@ -116,11 +129,11 @@ def fit(
     if overlong == "clip":
         kept = np.minimum(prompt, context - 1)
         clipped = outline.with_lengths(kept, np.minimum(output, context - kept))
-        return clipped, f"{long:,} requests are clipped to the {context:,} tokens of the context"
+        return clipped, f"requests clipped to the {context:,} tokens of the context: {long:,}"
     if long == len(outline):
         raise UsageError(
             f"--overlong skip: every request exceeds the {context} tokens of the "
             "context; take --overlong clip or scale"
         )
-    told = f"{long:,} requests longer than the {context:,} tokens of the context are left out"
+    told = f"requests longer than the {context:,} tokens of the context, left out: {long:,}"
     return outline.take(np.flatnonzero(total <= context)), told

@@ -21,7 +21,9 @@ class Ragged:
     @classmethod
     def of(cls, values: NDArray[Any], lengths: NDArray[Any]) -> Ragged:
         """Rows of these lengths, ``[rows]``."""
-        return cls(values, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])  # in place: lengths may be those of a million rows
+        return cls(values, offsets)
 
     @property
     def lengths(self) -> Ints:

@@ -158,7 +158,12 @@ class WorkloadSpec:
         default_text="told by its content",
     )
     speed: float = setting(
-        1.0, "A trace's own times run this many times faster.", _TRACE, min=1e-6, max=1e9
+        1.0,
+        "A trace's own times run this many times faster.",
+        _TRACE,
+        min=1e-6,
+        max=1e9,
+        resets=("arrivals", "burstiness"),
     )
     on_bad_row: str | None = setting(
         None,

@@ -31,20 +31,27 @@ from batchbench.reports.figures.timeline import draw_timeline
 def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str, Figure]:
     """The four pictures, by name: throughput, latency, occupancy, timeline.
 
+    The last two only of the strategies that show steps; without any they are not drawn.
+
     Args:
         recordings: the trials of each strategy, at least one each; the first is the baseline, and
             trials of equal index are pairs.
         title: model, device and workload in a line; every picture carries it.
     """
     strategies = name_strategies(recordings)
-    pictures = {
-        "throughput": draw_throughput,
-        "latency": draw_latency,
-        "occupancy": draw_occupancy,
-        "timeline": draw_timeline,
-    }
+    title = clean_text(title)
+    stepped = [strategy for strategy in strategies if strategy.typical.has_steps]
+    hidden = [strategy.name for strategy in strategies if not strategy.typical.has_steps]
+    title_of_stepped = f"{title} · no steps known of {', '.join(hidden)}" if hidden else title
     with house_style():
-        return {name: picture(strategies, clean_text(title)) for name, picture in pictures.items()}
+        pictures = {
+            "throughput": draw_throughput(strategies, title),
+            "latency": draw_latency(strategies, title),
+        }
+        if stepped:
+            pictures["occupancy"] = draw_occupancy(stepped, title_of_stepped)
+            pictures["timeline"] = draw_timeline(stepped, title_of_stepped)
+        return pictures
 
 
 def render(figure: Figure, format: str) -> bytes:

@@ -109,8 +109,8 @@ def draw_occupancy(strategies: Sequence[Strategy], title: str) -> Figure:
     card = make_card(headline, title, 0.3 + row * len(strategies) + 0.36, notes)
     add_legend(card, _kinds_of_slots(strategies, any(levels.finished.any() for levels in each)))
     panels = []
-    for strategy, levels in zip(strategies, each, strict=True):
-        top = 0.3 + row * strategy.index
+    for place, (strategy, levels) in enumerate(zip(strategies, each, strict=True)):
+        top = 0.3 + row * place
         done = unit.text(strategy.typical.duration_ns)
         detail = f"{spell_percent(_useful(strategy))} of its slot-steps useful, done after {done}"
         card.label(top + 0.18, strategy, detail)

@@ -65,7 +65,8 @@ def _speed(result: Result) -> str:
     text += _against_the_best_static(result)
     if result.data["simulated"]:
         return text
-    return f"{text}; the schedules alone give {comparison['step_ratio']:.2f}×"
+    alone = comparison["step_ratio"]
+    return text if alone is None else f"{text}; the schedules alone give {alone:.2f}×"
 
 
 def _faster(ratio: float) -> str:
@@ -129,7 +130,9 @@ def _of_summary(label: str, unit: str, metric: str) -> _Row:
 
 
 def _of_counters(label: str, unit: str, value: Callable[[dict[str, int]], float]) -> _Row:
-    return _Row(label, unit, None, lambda strategy: value(strategy["counters"]))
+    return _Row(
+        label, unit, None, lambda strategy: value(c) if (c := strategy["counters"]) else None
+    )
 
 
 def _share(summary: dict[str, Any]) -> float | None:
@@ -153,6 +156,8 @@ _ROWS = (
     _of_counters("Forward passes", "", lambda c: c["forward_passes"]),
     _of_counters("Slot utilisation", "%", lambda c: 100 * c["useful_slot_steps"] / c["slot_steps"]),
     _of_counters("KV cache peak", "tok", lambda c: c["kv_tokens_peak"]),
+    _of_summary("Energy", "J", "energy_joules"),
+    _of_summary("Energy an output token", "J", "joules_per_output_token"),
     _of_summary("Cost of 1M output tok", "$", "cost_per_million_output_tokens"),
 )
 _ROWS_OF_ARRIVALS = (

@@ -145,10 +145,17 @@ class _Columns:
         if row.ids is not None:
             self.ids.extend(row.ids)
         if row.blocks:
+            self._fill_block_counts(len(self) - 1)
             self.blocks.extend(row.blocks)
-        self.block_counts.append(len(row.blocks))
+            self.block_counts.append(len(row.blocks))
+
+    def _fill_block_counts(self, rows: int) -> None:
+        """Say of rows so far that they name no blocks; without blocks there is no such column."""
+        self.block_counts.extend(bytes(rows - len(self.block_counts)))
 
     def trace(self, format: str, about: Mapping[str, Any], *, whole: bool) -> Trace:
+        if self.blocks:
+            self._fill_block_counts(len(self))
         prompt, output, due, counts = (
             np.frombuffer(column, np.int64)
             for column in (self.prompt_tokens, self.output_tokens, self.due_ns, self.block_counts)
@@ -158,8 +165,8 @@ class _Columns:
         if not len(due):
             return Trace(format, prompt, output, None, prompts, blocks, about, whole)
         if format != "batchbench":  # ours counts from the start of the trial
-            due = due - due.min()
-        if (np.diff(due) < 0).any():
+            due -= due.min()  # in the array that was filled
+        if (due[1:] < due[:-1]).any():
             order = np.argsort(due, kind="stable")
             due, prompt, output = due[order], prompt[order], output[order]
             prompts, blocks = (r and r.take(order) for r in (prompts, blocks))
