@@ -37,6 +37,7 @@ class WarmUp:
     settled: bool
     last_change: float | None  # of the median step, between the last two rounds, as a share
     step_ns: int | None
+    duration_s: float | None = None  # of all rounds; None where there were none
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +178,7 @@ class Session:
         if self.engine.simulated:
             return WarmUp(0, True, None, None)
         self._watch.phase("warming up")
+        began = time.monotonic()
         piece = beginning(self.workload, self.experiment.serving.batch_size, output_tokens=12)
         for theirs in self._of_their_own.values():
             theirs.serve(piece, Watch())
@@ -190,8 +192,10 @@ class Session:
             if len(medians) > 1:
                 change = medians[-1] / medians[-2] - 1
                 if abs(change) < within:
-                    return WarmUp(len(medians), True, change, round(medians[-1]))
-        return WarmUp(len(medians), False, change, round(medians[-1]))
+                    break
+        settled = change is not None and abs(change) < within
+        spent_s = time.monotonic() - began
+        return WarmUp(len(medians), settled, change, round(medians[-1]), spent_s)
 
     def rounds(self) -> Iterator[list[Recording]]:
         """Each round serves the workload once under every strategy.

@@ -67,7 +67,7 @@ class CapacitySpec:
         "Folder for capacity.json and the picture.",
         "Output",
         metavar="DIR",
-        default_text="batchbench-results/<time>-capacity-<model>",
+        default_text="batchbench-results/<time>-<model>-capacity",
     )
     overwrite: bool = setting(False, "Replace a result that the folder holds.", "Output")
     json: bool = setting(

@@ -1,8 +1,9 @@
 """Pictures: what happened, drawn from recordings alone.
 
-Four pictures answer four questions at a glance: how much faster (throughput), how long people wait
-(latency), how full the slots are (occupancy), and why (timeline). Each is a card of its own with a
-headline, so that it can be shown alone, on a light page or a dark one.
+Five pictures answer five questions at a glance: how much faster (throughput), how long people wait
+(latency), how full the slots are (occupancy), why (timeline), and where the time went (account).
+Each is a card of its own with a headline, so that it can be shown alone, on a light page or a dark
+one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from batchbench.batching.recording import Recording
+from batchbench.reports.figures.account import draw_account
 from batchbench.reports.figures.card import (
     DPI,
     MOST_BARS,
@@ -29,9 +31,10 @@ from batchbench.reports.figures.timeline import draw_timeline
 
 
 def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str, Figure]:
-    """The four pictures, by name: throughput, latency, occupancy, timeline.
+    """The five pictures, by name: throughput, latency, occupancy, timeline, account.
 
-    The last two only of the strategies that show steps; without any they are not drawn.
+    Occupancy and timeline only of the strategies that show steps; without any they and the
+    account are not drawn.
 
     Args:
         recordings: the trials of each strategy, at least one each; the first is the baseline, and
@@ -51,6 +54,7 @@ def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str,
         if stepped:
             pictures["occupancy"] = draw_occupancy(stepped, title_of_stepped)
             pictures["timeline"] = draw_timeline(stepped, title_of_stepped)
+            pictures["account"] = draw_account(strategies, title)  # says of whom there is none
         return pictures
 
 

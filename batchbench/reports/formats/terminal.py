@@ -13,6 +13,7 @@ from rich.text import Text
 
 from batchbench.batching.policies import POLICIES
 from batchbench.reports.comparison import FEWEST_PAIRS, Ratio
+from batchbench.reports.formats.account import account_table, causes
 from batchbench.reports.result import Result, ratio_of
 
 
@@ -21,8 +22,8 @@ def called(name: str) -> str:
     return f"{name} batching" if name in POLICIES else name
 
 
-def sentence(result: Result) -> str:
-    """The answer in one sentence."""
+def sentence(result: Result, *, reasons: bool = True) -> str:
+    """The answer in one sentence; ``reasons`` of a suspect run may be told elsewhere."""
     data = result.data
     parts = [_speed(result)]
     checked = data["verification"]
@@ -32,7 +33,7 @@ def sentence(result: Result) -> str:
         parts.append("outputs not verified")
     validity = data["validity"]
     parts.append(f"run {validity['status']}")
-    if validity["reasons"]:
+    if validity["reasons"] and reasons:
         parts[-1] += f" ({'; '.join(validity['reasons'])})"
     return "; ".join(parts) + "."
 
@@ -186,13 +187,30 @@ def _rows_of_lengths(result: Result) -> list[_Row]:
     return rows
 
 
-def table(result: Result) -> Table:
-    """Metric × strategies; of two the second's ratio to the first stands beside it."""
+def cells(result: Result) -> tuple[list[str], list[list[str]]]:
+    """The table as text: its head, and a row a metric; of two strategies their ratio beside."""
     strategies, names = result.data["strategies"], result.names
     beside = len(names) == 2
+    head = ["Metric", "Unit", *names, *([f"÷ {names[0]}"] if beside else [])]
+    rows = [*_ROWS, *_rows_of_lengths(result)]
+    if not result.data["workload"]["closed"]:
+        rows += _ROWS_OF_ARRIVALS
+    found = []
+    for row in rows:
+        values = {name: row.value(strategies[name]) for name in names}
+        if all(value is None for value in values.values()):
+            continue
+        texts = [row.label, row.unit, *(number(values[name]) for name in names)]
+        found.append([*texts, *([_against(result, row, values, *names)] if beside else [])])
+    return head, found
+
+
+def table(result: Result) -> Table:
+    """Metric × strategies; of two the second's ratio to the first stands beside it."""
+    names = result.names
     grid = Table(
         title=result.title,
-        caption="; ".join(_notes(result, ratios=beside)) or None,
+        caption="; ".join(notes(result)) or None,
         title_style="bold",
         caption_style="dim",
         pad_edge=False,
@@ -200,47 +218,35 @@ def table(result: Result) -> Table:
         padding=(0, 1) if len(names) < 3 else (0, 1, 0, 0),
         collapse_padding=len(names) > 2,
     )
+    head, rows = cells(result)
     grid.add_column("Metric", overflow="fold")
-    grid.add_column("Unit", style="dim")
-    for name in names:
+    grid.add_column("Unit", style="dim", overflow="fold")
+    for name in head[2:]:
         # A name of several words takes a line a word: five strategies fit into 80 columns.
-        grid.add_column(name.replace("-", "-\n"), justify="right", overflow="fold")
-        if beside and name != names[0]:
-            grid.add_column(f"÷ {names[0]}", justify="right", overflow="fold")
-    rows = [*_ROWS, *_rows_of_lengths(result)]
-    if not result.data["workload"]["closed"]:
-        rows += _ROWS_OF_ARRIVALS
+        name = name if name.startswith("÷") else name.replace("-", "-\n")
+        grid.add_column(name, justify="right", overflow="fold")
     for row in rows:
-        values = {name: row.value(strategies[name]) for name in names}
-        if all(value is None for value in values.values()):
-            continue
-        cells = [row.label, row.unit]
-        for name in names:
-            cells.append(number(values[name]))
-            if beside and name != names[0]:
-                cells.append(_against(result, row, values, names[0], name))
-        grid.add_row(*cells)
+        grid.add_row(*row)
     return grid
 
 
-def _notes(result: Result, *, ratios: bool) -> list[str]:
-    """What a reader of a table should know of its numbers."""
+def notes(result: Result) -> list[str]:
+    """What a reader of the table should know of its numbers."""
     trials = len(result.recordings[result.names[0]])
     if result.data["simulated"]:
         return ["simulated: a step counts as 1 ms"]
     if len(result.names) < 2:
         return []
-    notes = [f"median and pool of {trials} trial{'s' * (trials > 1)}"]
-    if ratios:
-        notes.append("÷ is the median of paired trials" + " (95 % CI)" * (trials >= FEWEST_PAIRS))
-    return notes
+    told = [f"median and pool of {trials} trial{'s' * (trials > 1)}"]
+    if len(result.names) == 2:
+        told.append("÷ is the median of paired trials" + " (95 % CI)" * (trials >= FEWEST_PAIRS))
+    return told
 
 
 _COMPARED = (
     _of_summary("Duration", "", "duration"),
     _of_counters("Passes", "", lambda c: c["forward_passes"]),
     _of_summary("TTFT p99", "", "p99_ttft_ms"),
-    _of_summary("ITL p99", "", "p99_itl_ms"),
     _of_summary("E2E p99", "", "p99_e2el_ms"),
 )
 
@@ -248,10 +254,10 @@ _COMPARED = (
 def comparisons(result: Result) -> Table:
     """Each strategy's ratios to the baseline, a line a strategy."""
     strategies, names = result.data["strategies"], result.names
-    paired = not result.data["simulated"]
+    trials = len(result.recordings[names[0]])
     grid = Table(
         title=f"÷ {names[0]}",
-        caption="medians of paired trials" if paired else None,
+        caption="medians of paired trials" if trials > 1 else None,
         title_style="bold",
         caption_style="dim",
         pad_edge=False,
@@ -314,13 +320,15 @@ def number(value: float | None) -> str:
 
 
 def render(result: Result) -> RenderableType:
-    """Sentence, tables, stalls."""
+    """The sentence and what it comes from, tables, the account of the time, stalls."""
     status = result.data["validity"]["status"]
     wrong = result.data["verification"]["passed"] is False
     style = "bold red" if wrong else "bold" if status == "valid" else "bold yellow"
-    parts: list[RenderableType] = [Text(sentence(result), style=style), Text(), table(result)]
+    parts: list[RenderableType] = [Text(sentence(result), style=style)]
+    parts += [*map(Text, causes(result)), Text(), table(result)]
     if len(result.names) > 2:
         parts += [Text(), comparisons(result)]
+    parts += [Text(), account_table(result)]
     if lines := stall_lines(result):
         parts += [Text(), *map(Text, lines)]
     return Group(*parts)
