@@ -203,11 +203,6 @@ class Recording:
             return self.token_ends_ns[self.token_offsets[1:] - 1]
         return self.ends_of(self.requests.last)
 
-    @property
-    def wall_ns(self) -> int:
-        """Start of the trial to when the loop knew that all was done, on the host's own clock."""
-        return int(self.header.about.get("wall_ns", self.duration_ns))
-
     @cached_property
     def token_offsets(self) -> Ints:
         """Where each request's tokens begin in ``tokens``, ``[requests + 1]``."""
