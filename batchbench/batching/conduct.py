@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import time
@@ -22,7 +23,7 @@ from batchbench.batching.strategies import Batcher, Strategy
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
 from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
-from batchbench.workloads import Workload, make_workload
+from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
 if TYPE_CHECKING:
     from batchbench.batching.models.loading import LoadedModel
@@ -36,6 +37,7 @@ class WarmUp:
     settled: bool
     last_change: float | None  # of the median step, between the last two rounds, as a share
     step_ns: int | None
+    duration_s: float | None = None  # of all rounds; None where there were none
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,26 +60,22 @@ class Session:
 
     Args:
         models: where the model comes from; experiments that share a shelf load it once.
+        max_len: tokens of the longest request of any workload that it will serve, if that is more
+            than the experiment's own.
 
     Raises:
         UsageError: what is asked cannot be done here.
     """
 
-    def __init__(self, experiment: Experiment, watch: Watch, models: Shelf | None = None) -> None:
+    def __init__(
+        self, experiment: Experiment, watch: Watch, models: Shelf | None = None, max_len: int = 0
+    ) -> None:
         self.experiment, self._watch = experiment, watch
         self._models = models or Shelf()
-        serving = experiment.serving
         self.source = self._models.find(experiment.model, weights=not experiment.simulated)
         self.tokenizer: Tokenizer | None = find_tokenizer(self.source.folder)
-        self.workload = make_workload(
-            experiment.workload,
-            batch_size=serving.batch_size,
-            vocab_size=self.source.vocab_size,
-            encode=self.tokenizer.encode if self.tokenizer else None,
-            context=self.source.context,
-            note=watch.note,
-        )
-        check_context(self.workload, self.source)
+        self.workload = self.make(experiment.workload)
+        self._max_len = max(max_len, self.workload.max_total_tokens)
         self._loaded: LoadedModel | None = None
         self._energy: Sequence[Counter] = ()
         self.model: dict[str, Any] = {
@@ -88,6 +86,25 @@ class Session:
         self.environment = environment()
         self.engine = self._engine()
         self._of_their_own = self._schedulers_of_their_own()
+
+    def make(self, spec: WorkloadSpec) -> Workload:
+        """The workload that a spec describes, for the experiment's model."""
+        workload = make_workload(
+            spec,
+            batch_size=self.experiment.serving.batch_size,
+            vocab_size=self.source.vocab_size,
+            encode=self.tokenizer.encode if self.tokenizer else None,
+            context=self.source.context,
+            note=self._watch.note,
+        )
+        check_context(workload, self.source)
+        return workload
+
+    def on(self, workload: Workload) -> Session:
+        """The same model and engine, for another workload with no longer requests."""
+        other = copy.copy(self)
+        other.workload = workload
+        return other
 
     def _engine(self) -> Engine:
         if self.experiment.simulated:
@@ -108,7 +125,7 @@ class Session:
             serving.engine,
             loaded,
             serving.batch_size,
-            self.workload.max_total_tokens,
+            self._max_len,
             serving.execution,
         )
         self.model |= {
@@ -133,7 +150,7 @@ class Session:
         theirs = GenerateBatch(
             self._loaded,
             serving.batch_size,
-            self.workload.max_total_tokens,
+            self._max_len,
             order=serving.order,
             max_batched_tokens=serving.token_budget,
         )
@@ -163,6 +180,7 @@ class Session:
         if self.engine.simulated:
             return WarmUp(0, True, None, None)
         self._watch.phase("warming up")
+        began = time.monotonic()
         piece = beginning(self.workload, self.experiment.serving.batch_size, output_tokens=12)
         for theirs in self._of_their_own.values():
             theirs.serve(piece, Watch())
@@ -176,8 +194,10 @@ class Session:
             if len(medians) > 1:
                 change = medians[-1] / medians[-2] - 1
                 if abs(change) < within:
-                    return WarmUp(len(medians), True, change, round(medians[-1]))
-        return WarmUp(len(medians), False, change, round(medians[-1]))
+                    break
+        settled = change is not None and abs(change) < within
+        spent_s = time.monotonic() - began
+        return WarmUp(len(medians), settled, change, round(medians[-1]), spent_s)
 
     def rounds(self) -> Iterator[list[Recording]]:
         """Each round serves the workload once under every strategy.
@@ -188,10 +208,11 @@ class Session:
         strategies, trials = self.strategies(), self.experiment.trials.trials
         for trial in range(trials):
             turn = strategies if trial % 2 == 0 else strategies[::-1]
-            done = {b.name: self._trial(b, trial, trials) for b in turn}
+            done = {b.name: self.serve(b, trial, trials) for b in turn}
             yield [done[b.name] for b in strategies]
 
-    def _trial(self, strategy: Strategy, trial: int, trials: int) -> Recording:
+    def serve(self, strategy: Strategy, trial: int, trials: int) -> Recording:
+        """Serve the workload once."""
         self._watch.trial_begins(strategy.name, trial, trials)
         recording = observe(
             strategy,

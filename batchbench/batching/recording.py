@@ -184,6 +184,8 @@ class Recording:
     @cached_property
     def span_ends_ns(self) -> Ints:
         """End of each span's last step, ``[spans]``."""
+        if not self.has_steps:
+            return np.zeros(0, np.int64)
         return self.ends_of(self.first_steps + self.spans.steps - 1)
 
     @property
@@ -209,6 +211,11 @@ class Recording:
         if self.token_ends_ns is not None:
             return self.token_ends_ns[self.token_offsets[1:] - 1]
         return self.ends_of(self.requests.last)
+
+    @property
+    def wall_ns(self) -> int:
+        """Start of the trial to when the loop knew that all was done, on the host's own clock."""
+        return int(self.header.about.get("wall_ns", self.duration_ns))
 
     @cached_property
     def token_offsets(self) -> Ints:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import batchbench
+from batchbench.cli import capacity as capacities
 from batchbench.cli import ladder as climbing
 from batchbench.cli import reproduce as reproducing
 from batchbench.cli import run as running
@@ -51,6 +52,7 @@ app.command("run", help=running.RUN_HELP)(running.run)
 app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
 app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
 app.command("ladder", help=climbing.LADDER_HELP)(climbing.ladder)
+app.command("capacity", help=capacities.CAPACITY_HELP)(capacities.capacity)
 app.command("report", help=running.REPORT_HELP)(running.report)
 app.command("reproduce", help=reproducing.REPRODUCE_HELP)(reproducing.reproduce)
 app.command("watch", help=watching.WATCH_HELP)(watching.watch)

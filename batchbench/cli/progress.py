@@ -14,6 +14,7 @@ from rich.text import Text
 
 from batchbench.batching.watch import Progress
 from batchbench.reports.cells import spell_option
+from batchbench.studies.bench import CapacityWatch, Probe
 from batchbench.studies.grid import Cell, Grid
 from batchbench.studies.sweep import SweepWatch
 
@@ -136,7 +137,38 @@ def spell_time(seconds: float) -> str:
 
 def make_sweep_display(grid: Grid, *, quiet: bool) -> PlainSweep:
     """The display that suits standard error; silent where asked."""
-    console = Console(stderr=True, quiet=quiet)
+    console = make_console(quiet=quiet)
     if sys.stderr.isatty() and not console.is_dumb_terminal and not quiet:
         return LiveSweep(console, grid)
     return PlainSweep(console, grid)
+
+
+class CapacityDisplay(CapacityWatch):
+    """A line a verdict."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._told: set[str] = set()
+
+    def note(self, line: str) -> None:
+        if line not in self._told:  # every probe makes its workload
+            self._told.add(line)
+            self._print(line)
+
+    def phase(self, name: str) -> None:
+        self._print(f"{name} …")
+
+    def probe_ends(self, probe: Probe) -> None:
+        count = len(probe.trials)
+        self._print(
+            f"{probe.strategy:<12} {probe.rate:>9.4g} req/s  {100 * probe.attainment.value:5.1f} % "
+            f"within, {count} trial{'s' * (count > 1)}: {probe.verdict}"
+        )
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def make_console(*, quiet: bool) -> Console:
+    """Standard error; silent where asked."""
+    return Console(stderr=True, quiet=quiet)

@@ -24,6 +24,7 @@ from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Finding, Verification
 from batchbench.errors import UsageError
 from batchbench.reports import metrics
+from batchbench.reports.account import explain
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import Ratio, paired_ratio
 from batchbench.reports.fairness import Class, by_length, length_classes
@@ -247,6 +248,7 @@ def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recording
         "strategies": strategies,
         "comparison": comparisons[-1] if comparisons else None,
         "comparisons": comparisons,
+        "explain": explain(recordings, facts["warm_up"].get("duration_s")),
         "validity": {"status": "suspect" if reasons else "valid", "reasons": reasons},
     }
     return Result(data, recordings)

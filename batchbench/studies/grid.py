@@ -108,7 +108,7 @@ class Grid:
 
     def words(self) -> list[str]:
         """The options that give this grid again."""
-        return [word for name, values in self.axes.items() for word in _words(name, values)]
+        return words_of_axes(self.axes)
 
     def command(self, *more: str) -> str:
         """The command line that sweeps it again."""
@@ -127,6 +127,11 @@ def make_experiment(chosen: Values, *, simulated: bool) -> Experiment:
     own = {name: value for name, value in chosen.items() if name not in names}
     _, file = basis.layers()
     return Experiment.of(file, own, preset=basis.preset, simulated=simulated)
+
+
+def words_of_axes(axes: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """What to type for the values of options."""
+    return [word for name, values in axes.items() for word in _words(name, values)]
 
 
 def _words(name: str, values: tuple[Any, ...]) -> Iterator[str]:

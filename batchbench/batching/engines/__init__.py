@@ -22,6 +22,10 @@ class Engine(Protocol):
     def simulated(self) -> bool:
         """Whether time is virtual and no model runs."""
 
+    @property
+    def pads_prompts(self) -> bool:
+        """Whether prompts that are computed together are all computed as long as the longest."""
+
     def begin(self, workload: Workload) -> None:
         """A new trial: forget everything, and set the clock to 0."""
 

@@ -20,6 +20,7 @@ class SimulatedEngine:
     """Lets time pass as if it computed."""
 
     simulated = True
+    pads_prompts = False
 
     def __init__(self, step_ns: int = UNIT_NS) -> None:
         self.clock = VirtualClock()

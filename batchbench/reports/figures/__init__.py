@@ -1,8 +1,9 @@
 """Pictures: what happened, drawn from recordings alone.
 
-Four pictures answer four questions at a glance: how much faster (throughput), how long people wait
-(latency), how full the slots are (occupancy), and why (timeline). Each is a card of its own with a
-headline, so that it can be shown alone, on a light page or a dark one.
+Five pictures answer five questions at a glance: how much faster (throughput), how long people wait
+(latency), how full the slots are (occupancy), why (timeline), and where the time went (account).
+Each is a card of its own with a headline, so that it can be shown alone, on a light page or a dark
+one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from matplotlib.figure import Figure
 
 from batchbench.batching.recording import Recording
+from batchbench.reports.figures.account import draw_account
 from batchbench.reports.figures.card import (
     DPI,
     MOST_BARS,
@@ -33,17 +35,22 @@ PICTURES: Mapping[str, Callable[[Sequence[Strategy], str], Figure]] = {
     "latency": draw_latency,
     "occupancy": draw_occupancy,
     "timeline": draw_timeline,
+    "account": draw_account,  # says of whom there is none
 }
 """What draws each picture of a result, from its strategies and its title."""
 
-OF_STEPS = ("occupancy", "timeline")
-"""Pictures of steps, in which strategies that show none are left out."""
+OF_STEPS = ("occupancy", "timeline", "account")
+"""Pictures of steps: there are none where no strategy shows any."""
+
+_OF_STEPS_ALONE = ("occupancy", "timeline")
+"""Those in which strategies that show none are left out."""
 
 
 def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str, Figure]:
-    """All pictures, by name: throughput, latency, occupancy, timeline.
+    """All pictures, by name: throughput, latency, occupancy, timeline, account.
 
-    The last two only of the strategies that show steps; without any they are not drawn.
+    Occupancy and timeline only of the strategies that show steps; without any they and the
+    account are not drawn.
 
     Args:
         recordings: the trials of each strategy, at least one each; the first is the baseline, and
@@ -64,10 +71,11 @@ def draw_one(name: str, recordings: Mapping[str, Sequence[Recording]], title: st
     strategies, title = name_strategies(recordings), clean_text(title)
     if name in OF_STEPS:
         hidden = [strategy.name for strategy in strategies if not strategy.typical.has_steps]
-        strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
-        if not strategies:
+        if len(hidden) == len(strategies):
             raise ValueError(f"no {name}: {', '.join(hidden)} schedules for itself, shows no steps")
-        title = f"{title} · no steps known of {', '.join(hidden)}" if hidden else title
+        if hidden and name in _OF_STEPS_ALONE:
+            strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
+            title = f"{title} · no steps known of {', '.join(hidden)}"
     with house_style():
         return PICTURES[name](strategies, title)
 

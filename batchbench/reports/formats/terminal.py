@@ -13,6 +13,7 @@ from rich.text import Text
 
 from batchbench.batching.policies import POLICIES
 from batchbench.reports.comparison import FEWEST_PAIRS, Ratio
+from batchbench.reports.formats.account import account_table, causes
 from batchbench.reports.result import Result, ratio_of
 
 
@@ -201,7 +202,7 @@ def table(result: Result) -> Table:
         collapse_padding=len(names) > 2,
     )
     grid.add_column("Metric", overflow="fold")
-    grid.add_column("Unit", style="dim")
+    grid.add_column("Unit", style="dim", overflow="fold")
     for name in names:
         # A name of several words takes a line a word: five strategies fit into 80 columns.
         grid.add_column(name.replace("-", "-\n"), justify="right", overflow="fold")
@@ -240,7 +241,6 @@ _COMPARED = (
     _of_summary("Duration", "", "duration"),
     _of_counters("Passes", "", lambda c: c["forward_passes"]),
     _of_summary("TTFT p99", "", "p99_ttft_ms"),
-    _of_summary("ITL p99", "", "p99_itl_ms"),
     _of_summary("E2E p99", "", "p99_e2el_ms"),
 )
 
@@ -248,10 +248,10 @@ _COMPARED = (
 def comparisons(result: Result) -> Table:
     """Each strategy's ratios to the baseline, a line a strategy."""
     strategies, names = result.data["strategies"], result.names
-    paired = not result.data["simulated"]
+    trials = len(result.recordings[names[0]])
     grid = Table(
         title=f"÷ {names[0]}",
-        caption="medians of paired trials" if paired else None,
+        caption="medians of paired trials" if trials > 1 else None,
         title_style="bold",
         caption_style="dim",
         pad_edge=False,
@@ -314,13 +314,15 @@ def number(value: float | None) -> str:
 
 
 def render(result: Result) -> RenderableType:
-    """Sentence, tables, stalls."""
+    """The sentence and what it comes from, tables, the account of the time, stalls."""
     status = result.data["validity"]["status"]
     wrong = result.data["verification"]["passed"] is False
     style = "bold red" if wrong else "bold" if status == "valid" else "bold yellow"
-    parts: list[RenderableType] = [Text(sentence(result), style=style), Text(), table(result)]
+    parts: list[RenderableType] = [Text(sentence(result), style=style)]
+    parts += [*map(Text, causes(result)), Text(), table(result)]
     if len(result.names) > 2:
         parts += [Text(), comparisons(result)]
+    parts += [Text(), account_table(result)]
     if lines := stall_lines(result):
         parts += [Text(), *map(Text, lines)]
     return Group(*parts)

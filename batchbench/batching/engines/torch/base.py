@@ -19,6 +19,7 @@ class TorchEngine:
     """Runs plans on a loaded model; what a pass computes is the subclass's business."""
 
     simulated = False
+    pads_prompts = False
     execution = "eager"
 
     def __init__(self, model: LoadedModel, slots: int) -> None:
