@@ -13,7 +13,7 @@ quiet   on a machine that others use as well, most of what differs from trial to
         of one's own the two agree.
 
 ``--clock processor`` times steps by the processor time of this process instead of the wall's clock:
-what others compute meanwhile is then left out altogether (give OMP_NUM_THREADS=1 with it, as the time
+what others compute meanwhile is then left out (give OMP_NUM_THREADS=1 with it, as the time
 of several threads would be added).
 """
 

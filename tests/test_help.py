@@ -17,7 +17,7 @@ import typer
 
 from batchbench.cli.main import _guarded, app
 
-MEASURES = ("run", "ladder")
+MEASURES = ("run", "ladder", "capacity")
 """Commands whose examples measure a real model for minutes: they are run with ``--dry-run``, and
 only parsed where there is no such option."""
 

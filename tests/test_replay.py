@@ -21,7 +21,8 @@ from test_reproduce import verdicts
 from test_result import clean, result_of, simulated
 
 from batchbench.batching.clock import VirtualClock
-from batchbench.batching.recording import Recording, token_steps
+from batchbench.batching.recorder import token_steps
+from batchbench.batching.recording import Recording
 from batchbench.cli.main import _guarded
 from batchbench.cli.watch import play
 from batchbench.errors import Interrupted, UsageError

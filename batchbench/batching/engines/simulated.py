@@ -11,7 +11,7 @@ from batchbench.batching.clock import VirtualClock
 from batchbench.batching.cost import PS, StepCost
 from batchbench.batching.growth import GrowthLog
 from batchbench.batching.plan import Plan
-from batchbench.batching.recording import Steps
+from batchbench.batching.recorder import Steps
 from batchbench.workloads import Workload
 
 UNIT_NS = 1_000_000

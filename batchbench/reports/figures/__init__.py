@@ -35,19 +35,19 @@ PICTURES: Mapping[str, Callable[[Sequence[Strategy], str], Figure]] = {
     "latency": draw_latency,
     "occupancy": draw_occupancy,
     "timeline": draw_timeline,
-    "account": draw_account,
+    "account": draw_account,  # says of whom there is none
 }
 """What draws each picture of a result, from its strategies and its title."""
 
-OF_STEPS = ("occupancy", "timeline")
-"""Pictures of steps, in which strategies that show none are left out."""
+OF_STEPS = ("occupancy", "timeline", "account")
+"""Pictures of steps: there are none where no strategy shows any."""
 
-NEED_STEPS = (*OF_STEPS, "account")
-"""Pictures that need a strategy that shows steps; the account says of whom there is none."""
+_OF_STEPS_ALONE = ("occupancy", "timeline")
+"""Those in which strategies that show none are left out."""
 
 
 def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str, Figure]:
-    """The five pictures, by name: throughput, latency, occupancy, timeline, account.
+    """All pictures, by name: throughput, latency, occupancy, timeline, account.
 
     Occupancy and timeline only of the strategies that show steps; without any they and the
     account are not drawn.
@@ -58,7 +58,7 @@ def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str,
         title: model, device and workload in a line; every picture carries it.
     """
     stepped = any(trials[0].has_steps for trials in recordings.values())
-    names = [name for name in PICTURES if stepped or name not in NEED_STEPS]
+    names = [name for name in PICTURES if stepped or name not in OF_STEPS]
     return {name: draw_one(name, recordings, title) for name in names}
 
 
@@ -69,12 +69,13 @@ def draw_one(name: str, recordings: Mapping[str, Sequence[Recording]], title: st
         ValueError: it shows steps, and no strategy does.
     """
     strategies, title = name_strategies(recordings), clean_text(title)
-    hidden = [strategy.name for strategy in strategies if not strategy.typical.has_steps]
-    if name in NEED_STEPS and len(hidden) == len(strategies):
-        raise ValueError(f"no {name}: {', '.join(hidden)} schedules for itself, shows no steps")
     if name in OF_STEPS:
-        strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
-        title = f"{title} · no steps known of {', '.join(hidden)}" if hidden else title
+        hidden = [strategy.name for strategy in strategies if not strategy.typical.has_steps]
+        if len(hidden) == len(strategies):
+            raise ValueError(f"no {name}: {', '.join(hidden)} schedules for itself, shows no steps")
+        if hidden and name in _OF_STEPS_ALONE:
+            strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
+            title = f"{title} · no steps known of {', '.join(hidden)}"
     with house_style():
         return PICTURES[name](strategies, title)
 
