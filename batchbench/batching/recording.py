@@ -199,8 +199,9 @@ class Recording:
     @cached_property
     def last_token_ns(self) -> Ints:
         """When each request had its last token, ``[requests]``."""
-        told, offsets = self.token_ends_ns, self.token_offsets
-        return self.ends_of(self.requests.last) if told is None else told[offsets[1:] - 1]
+        if self.token_ends_ns is not None:
+            return self.token_ends_ns[self.token_offsets[1:] - 1]
+        return self.ends_of(self.requests.last)
 
     @cached_property
     def token_offsets(self) -> Ints:
