@@ -43,7 +43,7 @@ from batchbench.reports import folder as folders
 from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
-COMMANDS = ("run", "simulate", "ladder", "report")
+COMMANDS = ("run", "simulate", "predict", "breakeven", "ladder", "report", "reproduce", "watch")
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 
 
@@ -862,13 +862,13 @@ def test_a_run_ends_with_sentence_table_command_and_files(served: Served, checkp
     assert re.findall(r"^trial", served.done.stderr, re.MULTILINE) == ["trial"] * 6
 
 
-def test_a_run_writes_result_frames_recordings_and_four_pictures(served: Served) -> None:
+def test_a_run_writes_result_frames_recordings_and_five_pictures(served: Served) -> None:
     files = found_in(served.folder)
     assert {"result.json", "requests.csv", "steps.csv"} < set(files)
     assert len([f for f in files if f.endswith(".npz")]) == 6
     for format in (".png", ".svg"):
-        assert len([f for f in files if f.endswith(format)]) == 4
-    assert len(files) == 3 + 1 + 6 + 8
+        assert len([f for f in files if f.endswith(format)]) == 5
+    assert len(files) == 3 + 1 + 6 + 10
 
 
 def test_requests_csv_of_a_run_carries_the_texts(served: Served) -> None:

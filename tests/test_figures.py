@@ -24,14 +24,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
-from batchbench.batching.recording import (
-    ChunkLog,
-    Header,
-    Recording,
-    RequestLog,
-    SpanLog,
-    WaitLog,
-)
+from batchbench.batching.recording import ChunkLog, Header, Recording, RequestLog, SpanLog, WaitLog
 from batchbench.batching.strategies import Batcher
 from batchbench.batching.watch import Watch
 from batchbench.reports import metrics

@@ -208,6 +208,8 @@ def test_it_stands_beside_ours_in_a_result(outcome: Outcome, tmp_path: Path) -> 
     theirs = data["strategies"]["generate_batch"]
     assert theirs["counters"] is None
     assert theirs["stalls"] == []
+    assert data["explain"]["strategies"]["generate_batch"] is None
+    assert [w["candidate"] for w in data["explain"]["waterfall"]] == ["continuous"]
     assert theirs["summary"]["mean_queue_ms"] >= 0
     assert theirs["output_digest"] == data["strategies"]["static"]["output_digest"]
     assert theirs["summary"]["median_ttft_ms"] > 0

@@ -248,7 +248,7 @@ def _given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _spellings(spec: type, field: dataclasses.Field[Any]) -> list[str]:
     """The parameters that give values to a swept option: a flag has a second, that it is not."""
-    flag = typing.get_type_hints(spec)[field.name] is bool
+    flag = _hints(spec)[field.name] is bool
     return [field.name, f"no_{field.name}"] if flag else [field.name]
 
 
@@ -270,7 +270,7 @@ def _no(spec: type, field: dataclasses.Field[Any]) -> Iterator[inspect.Parameter
 
 def _axis(spec: type, field: dataclasses.Field[Any], typed: Mapping[str, Any]) -> tuple[Any, ...]:
     """The values given to a swept option, each once; ``typed`` is by spelling."""
-    hint = typing.get_type_hints(spec)[field.name]
+    hint = _hints(spec)[field.name]
     if hint is bool:
         return tuple(spelling == field.name for spelling in typed)
     given = typed[field.name]
@@ -282,6 +282,12 @@ def _axis(spec: type, field: dataclasses.Field[Any], typed: Mapping[str, Any]) -
     option = settings.option_name(field.name)
     found = [number for text in given for number in parse_numbers(text, kind, option)]
     return tuple(dict.fromkeys(found))
+
+
+@functools.cache
+def _hints(spec: type) -> dict[str, Any]:
+    """Types of a spec's fields; to evaluate them anew for each option took half of ``--help``."""
+    return typing.get_type_hints(spec)
 
 
 def _number(hint: Any) -> type[int] | type[float] | None:
@@ -311,7 +317,7 @@ def _parameter(
 ) -> inspect.Parameter:
     """An option; ``swept`` ones have no default of their own, so that it shows which were given."""
     known = settings.about(field)
-    hint = typing.get_type_hints(spec)[field.name]
+    hint = _hints(spec)[field.name]
     name, metavar = settings.option_name(field.name), known.metavar or _METAVARS.get(hint)
     if hint == tuple[str, ...]:  # given once a value
         hint, default = list[str], list(default)

@@ -88,7 +88,7 @@ def account(recording: Recording) -> Account:
     stalled = share * slots.stalled + prompt * slots.sitting_out / wanting
     padding = prefill * _padding(recording)
     waiting, host, overlap = _between(recording)
-    residual = recording.wall_ns - int(recording.span_ends_ns[-1]) + overlap
+    residual = wall_ns(recording) - int(recording.span_ends_ns[-1]) + overlap
     parts = (
         share @ slots.useful,
         share @ slots.finished,
@@ -101,6 +101,11 @@ def account(recording: Recording) -> Account:
         residual,
     )
     return Account(*(float(ns) / 1e9 for ns in parts))
+
+
+def wall_ns(recording: Recording) -> int:
+    """Start of the trial to when the loop knew that all was done, on the host's own clock."""
+    return int(recording.header.about.get("wall_ns", recording.duration_ns))
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,7 +96,7 @@ class Bench:
         )
         self.session = Session(experiment, watch, max_len=longest)
         self.warm_up = self.session.warm_up()
-        self.batchers = self.session.strategies()
+        self.strategies = self.session.strategies()
         self._kept: dict[str, tuple[float, Workload, Recording]] = {}
 
     def _seeded(self, trial: int, rate: float | None = None) -> WorkloadSpec:
@@ -136,23 +136,23 @@ class Bench:
             "raise the limit above that, or lower --slo-attainment"
         )
 
-    def probe(self, batcher: Strategy, rate: float) -> Probe:
+    def probe(self, strategy: Strategy, rate: float) -> Probe:
         """Serve trials at a rate until they tell, or are as many as may be."""
-        self._watch.probe_begins(batcher.name, rate)
+        self._watch.probe_begins(strategy.name, rate)
         asked, trials = self._asked, list[TrialFigures]()
         verdict: Verdict | None = None
         first: tuple[Workload, Recording] | None = None
         while verdict is None:
             workload = self.session.make(self._seeded(len(trials), rate))
             session = self.session.on(workload)
-            recording = session.serve(batcher, len(trials), asked.most_trials)
+            recording = session.serve(strategy, len(trials), asked.most_trials)
             trials.append(figures_of(recording, asked.goals.limits_ms, asked.attainment))
             first = first or (workload, recording)
             verdict = judge(trials, asked.attainment, asked.most_trials)
-        kept = self._kept.get(batcher.name)
+        kept = self._kept.get(strategy.name)
         if verdict is Verdict.SUSTAINED and first and (kept is None or rate > kept[0]):
-            self._kept[batcher.name] = (rate, *first)
-        probe = Probe(batcher.name, rate, trials, verdict)
+            self._kept[strategy.name] = (rate, *first)
+        probe = Probe(strategy.name, rate, trials, verdict)
         self._watch.probe_ends(probe)
         return probe
 

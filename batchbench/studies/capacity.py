@@ -71,18 +71,18 @@ def find_capacity(
         raise UsageError("--slo: within which limits? Give one or more, such as --slo ttft:500")
     bench = Bench(experiment, asked, watch or CapacityWatch())
     lone_ms = bench.check_alone()
-    searches = {b.name: Search(1e3 / lone_ms["e2el"], precision) for b in bench.batchers}
+    searches = {b.name: Search(1e3 / lone_ms["e2el"], precision) for b in bench.strategies}
     probes: dict[str, list[Probe]] = {name: [] for name in searches}
-    turn = list(bench.batchers)
+    turn = list(bench.strategies)
     while turn:
-        for batcher in list(turn):
-            rate = searches[batcher.name].next_rate()
+        for strategy in list(turn):
+            rate = searches[strategy.name].next_rate()
             if rate is None:
-                turn.remove(batcher)
+                turn.remove(strategy)
                 continue
-            probe = bench.probe(batcher, rate)
-            searches[batcher.name].tell(rate, probe.verdict)
-            probes[batcher.name].append(probe)
+            probe = bench.probe(strategy, rate)
+            searches[strategy.name].tell(rate, probe.verdict)
+            probes[strategy.name].append(probe)
         turn.reverse()
     requests = len(bench.session.workload)
     for name, search in searches.items():

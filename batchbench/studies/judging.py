@@ -87,7 +87,9 @@ def queue_growth(recording: Recording) -> float:
     """
     r = recording.requests
     due = np.sort(r.due_ns)
-    admitted = np.sort(recording.starts_of(r.admitted))
+    # Who schedules for himself shows no admissions: there one waits until the first token.
+    begun = recording.starts_of(r.admitted) if recording.has_steps else recording.ends_of(r.first)
+    admitted = np.sort(begun)
     waiting = np.arange(1, len(due) + 1) - np.searchsorted(admitted, due, side="right")
     third = len(due) // 3
     if not third:

@@ -56,7 +56,7 @@ def _speed(result: Result) -> str:
     than = "" if comparison["baseline"] == "static" else f" than {comparison['baseline']}"
     text = f"{who} was {_faster(median)}{than}"
     if result.data["simulated"]:
-        text = f"in simulation, where every step costs the same, {text}"
+        text = f"in simulation, {_simulated_how(result)}, {text}"
     elif interval is None:
         pairs = len(result.recordings[comparison["candidate"]])
         text += f" ({pairs} pair{'s' * (pairs > 1)} of trials: too few for an interval)"
@@ -64,10 +64,16 @@ def _speed(result: Result) -> str:
         low, high = sorted(bound ** (1 if median >= 1 else -1) for bound in interval)
         text += f" (95 % CI {low:.2f}–{high:.2f})"
     text += _against_the_best_static(result)
-    if result.data["simulated"]:
+    if result.data["simulated"] and not result.data.get("cost"):
         return text
     alone = comparison["step_ratio"]
     return text if alone is None else f"{text}; the schedules alone give {alone:.2f}×"
+
+
+def _simulated_how(result: Result) -> str:
+    """Where a simulation has its time from."""
+    cost = result.data.get("cost")
+    return f"on the step costs of {cost['source']}" if cost else "where every step costs the same"
 
 
 def _faster(ratio: float) -> str:
@@ -234,7 +240,8 @@ def notes(result: Result) -> list[str]:
     """What a reader of the table should know of its numbers."""
     trials = len(result.recordings[result.names[0]])
     if result.data["simulated"]:
-        return ["simulated: a step counts as 1 ms"]
+        fitted = result.data.get("cost") is not None
+        return [f"simulated: {'step costs are fitted' if fitted else 'a step counts as 1 ms'}"]
     if len(result.names) < 2:
         return []
     told = [f"median and pool of {trials} trial{'s' * (trials > 1)}"]
@@ -329,6 +336,33 @@ def render(result: Result) -> RenderableType:
     if len(result.names) > 2:
         parts += [Text(), comparisons(result)]
     parts += [Text(), account_table(result)]
-    if lines := stall_lines(result):
-        parts += [Text(), *map(Text, lines)]
+    for lines in (stall_lines(result), prediction_lines(result)):
+        parts += [Text(), *map(Text, lines)] if lines else []
     return Group(*parts)
+
+
+def prediction_lines(result: Result) -> list[str]:
+    """Predicted beside measured, and how well the cost of a step is known."""
+    found = result.data.get("prediction")
+    lines = _extrapolation((result.data.get("cost") or {}).get("extrapolates", []))
+    if found is None:
+        return lines
+    others = [s for s in found["strategies"] if s["strategy"] != found["fitted_on"]]
+    for told in others or found["strategies"]:
+        lines.append(
+            f"Predicted from the steps of {found['fitted_on']}: {told['strategy']} takes "
+            f"{number(told['duration'])} s; measured {number(told['measured_duration'])} s "
+            f"({told['error']:+.1%})."
+        )
+        lines += _extrapolation(told["extrapolates"])
+    held = found["held_out"]
+    r2 = "" if held["r2"] is None else f"R² {held['r2']:.2f}, "
+    lines.append(
+        f"Of its {held['steps']:,} steps, held out in turn: {r2}a step is off by "
+        f"{held['median_error']:.1%} (median), all together by {held['total_error']:+.1%}."
+    )
+    return lines
+
+
+def _extrapolation(reasons: list[str]) -> list[str]:
+    return [f"Beyond what the fit saw: {'; '.join(reasons)}."] if reasons else []
