@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.nn.functional import linear
 from transformers import DynamicCache
 
 from batchbench.batching.engines.torch.attention import Layout
@@ -26,25 +25,11 @@ from batchbench.batching.engines.torch.base import best_token
 from batchbench.batching.engines.torch.cache import SlotCache, cache_argument
 from batchbench.batching.engines.torch.forward import GPT2Forward, TransformersForward
 from batchbench.batching.engines.torch.packed import PackedLinear
+from batchbench.batching.engines.torch.products import products
 from batchbench.batching.models import ModelSpec, find_model
 from batchbench.batching.models.loading import LoadedModel, load_model
 
 LENGTH = 64
-
-
-def products(model: LoadedModel, rows: int, make: Callable) -> Callable[[], object]:
-    """All matrix products of a step, nothing else."""
-    width = model.module.config.n_embd
-    body = model.module.transformer
-    layers = [
-        make(conv.weight.t().contiguous(), conv.bias)
-        for block in body.h
-        for conv in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-    ]
-    layers.append(make(model.module.lm_head.weight, None))
-    inputs = {n: torch.randn(rows, n).to(model.dtype) for n in (width, 4 * width)}
-    sizes = [*[width, width, width, 4 * width] * len(body.h), width]
-    return lambda: [layer(inputs[n]) for layer, n in zip(layers, sizes, strict=True)]
 
 
 def step(model: LoadedModel, rows: int, kind: type) -> Callable[[], object]:
@@ -88,9 +73,9 @@ def measure(dtype: str, rows: int, rounds: int) -> dict[str, float]:
     """Median milliseconds of each way."""
     spec = ModelSpec(model="gpt2", load_format="dummy", device="cpu", dtype=dtype)
     model = load_model(find_model(spec), spec, seed=0)
-    plain = lambda w, b: lambda x: linear(x, w, b)  # noqa: E731
+    plain = lambda w, b: PackedLinear(w.contiguous(), b, packed=False)  # noqa: E731
     ways = {
-        "matrix products, packed": products(model, rows, PackedLinear),
+        "matrix products, packed": products(model, rows),
         "matrix products, F.linear": products(model, rows, plain),
         "step: slots engine, GPT-2's own forward": step(model, rows, GPT2Forward),
         "step: slots engine, transformers' forward": step(model, rows, TransformersForward),

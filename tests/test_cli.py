@@ -43,7 +43,7 @@ from batchbench.reports import folder as folders
 from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
-COMMANDS = ("run", "simulate", "report")
+COMMANDS = ("run", "simulate", "predict", "breakeven", "ladder", "report", "reproduce", "watch")
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 
 
@@ -413,7 +413,7 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_these_are_the_commands() -> None:
-    assert set(typer.main.get_command(app).commands) == {*COMMANDS, "sweep", "workload"}  # type: ignore[attr-defined]
+    assert set(typer.main.get_command(app).commands) == {*COMMANDS, "capacity", "sweep", "workload"}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

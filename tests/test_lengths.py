@@ -472,7 +472,7 @@ def test_clip_cuts_outputs_first_skip_leaves_the_rest_and_each_says_so() -> None
     scaled = outline(replace(spec, overlong="scale"), context=50, note=told.append)
     assert (scaled.prompt_tokens[0], scaled.output_tokens[0]) == (10 * 50 // 105, 95 * 50 // 105)
     assert len(told) == 3
-    assert told[0].startswith("2 requests are clipped to the 50 tokens")
+    assert told[0] == "requests clipped to the 50 tokens of the context: 2"
     assert "left out" in told[1]
     assert "scaled by 0.476" in told[2]
 

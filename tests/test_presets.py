@@ -482,7 +482,7 @@ def test_show_tells_what_is_too_long_or_was_made_shorter(program: Program) -> No
     assert (said.code, said.err.count("\n")) == (0, 1)
     assert "4 of 32 requests exceed the 1,024 tokens that gpt2 takes; say --overlong" in said.err
     clipped = program("workload", "show", "--long-tokens", "2000", "--overlong", "clip")
-    assert "4 requests are clipped to the 1,024 tokens of the context" in clipped.err
+    assert "requests clipped to the 1,024 tokens of the context: 4" in clipped.err
 
 
 def test_show_draws_where_asked_and_replaces_nothing_unasked(program: Program, here: Path) -> None:

@@ -29,7 +29,8 @@ from laws import (
 )
 
 from batchbench.batching import recording as module
-from batchbench.batching.recording import Header, Recording, token_steps
+from batchbench.batching.recorder import token_steps
+from batchbench.batching.recording import Header, Recording
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 

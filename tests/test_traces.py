@@ -451,7 +451,7 @@ def test_skipping_says_how_many_and_names_the_first(file: Path) -> None:
     workload = made(WorkloadSpec(trace=file, on_bad_row="skip"), note=told.append)
     assert len(workload) == 3
     assert told == [
-        f"{file}: 1,500 wrong rows are left out: "
+        f"{file}: wrong rows left out: 1,500, "
         + "; ".join(f"line {n}: has 1 columns, the first line 3" for n in (5, 6, 7))
         + "; and 1,497 more"
     ]
@@ -560,7 +560,7 @@ def test_a_line_without_an_end_is_wrong_and_is_not_held_in_memory(
     ("words", "content", "steps"),
     [
         ("--trace {}", AZURE, 208),
-        ("--prompts {}", "one\ntwo\n", 132),
+        ("--prompts {}", "one\ntwo\n", 130),
         ("--output-tokens empirical:{} --queue-size 8", "4\n4\n", 4),
         ("--workload {}", "queue_size = 8\nlong_tokens = 20", 20),
     ],
@@ -575,7 +575,8 @@ def test_what_is_read_may_be_a_pipe(
 ) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    asked = ["simulate", "--dry-run", "--overlong", "clip", *words.format(pipe).split()]
+    asked = ["simulate", "--dry-run", "--prefill", "separate", "--overlong", "clip"]
+    asked += [*words.format(pipe).split()]
     monkeypatch.setattr(sys, "argv", ["batchbench", *asked])
     writer = threading.Thread(target=pipe.write_text, args=(content,), daemon=True)
     writer.start()  # waits for its reader

@@ -32,6 +32,11 @@ class WallClock:
     def restart(self) -> None:
         self._zero = time.perf_counter_ns()
 
+    @property
+    def zero_ns(self) -> int:
+        """What ``time.perf_counter_ns`` told when the trial began."""
+        return self._zero
+
     def now(self) -> int:
         return time.perf_counter_ns() - self._zero
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import time
@@ -11,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from batchbench.batching.energy import Counter, EnergyMeter, counters_for
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.environment import LoadMeter, environment, torch_environment
-from batchbench.batching.experiment import Experiment
+from batchbench.batching.experiment import GENERATE_BATCH, Experiment, ServingSpec
 from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher
+from batchbench.batching.strategies import Batcher, Strategy
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
 from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
-from batchbench.workloads import Workload, make_workload
+from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
 if TYPE_CHECKING:
     from batchbench.batching.models.loading import LoadedModel
@@ -58,27 +60,24 @@ class Session:
 
     Args:
         models: where the model comes from; experiments that share a shelf load it once.
+        max_len: tokens of the longest request of any workload that it will serve, if that is more
+            than the experiment's own.
 
     Raises:
         UsageError: what is asked cannot be done here.
     """
 
-    def __init__(self, experiment: Experiment, watch: Watch, models: Shelf | None = None) -> None:
+    def __init__(
+        self, experiment: Experiment, watch: Watch, models: Shelf | None = None, max_len: int = 0
+    ) -> None:
         self.experiment, self._watch = experiment, watch
         self._models = models or Shelf()
-        serving = experiment.serving
         self.source = self._models.find(experiment.model, weights=not experiment.simulated)
         self.tokenizer: Tokenizer | None = find_tokenizer(self.source.folder)
-        self.workload = make_workload(
-            experiment.workload,
-            batch_size=serving.batch_size,
-            vocab_size=self.source.vocab_size,
-            encode=self.tokenizer.encode if self.tokenizer else None,
-            context=self.source.context,
-            note=watch.note,
-        )
-        check_context(self.workload, self.source)
+        self.workload = self.make(experiment.workload)
+        self._max_len = max(max_len, self.workload.max_total_tokens)
         self._loaded: LoadedModel | None = None
+        self._energy: Sequence[Counter] = ()
         self.model: dict[str, Any] = {
             "name": self.source.name,
             "load_format": self.source.load_format,
@@ -86,11 +85,32 @@ class Session:
         }
         self.environment = environment()
         self.engine = self._engine()
+        self._of_their_own = self._schedulers_of_their_own()
+
+    def make(self, spec: WorkloadSpec) -> Workload:
+        """The workload that a spec describes, for the experiment's model."""
+        workload = make_workload(
+            spec,
+            batch_size=self.experiment.serving.batch_size,
+            vocab_size=self.source.vocab_size,
+            encode=self.tokenizer.encode if self.tokenizer else None,
+            context=self.source.context,
+            note=self._watch.note,
+        )
+        check_context(workload, self.source)
+        return workload
+
+    def on(self, workload: Workload) -> Session:
+        """The same model and engine, for another workload with no longer requests."""
+        other = copy.copy(self)
+        other.workload = workload
+        return other
 
     def _engine(self) -> Engine:
         if self.experiment.simulated:
             self.model |= {"device": "simulated", "dtype": None, "parameters": None}
-            return SimulatedEngine()
+            cost = self.experiment.cost
+            return SimulatedEngine(cost.cost) if cost else SimulatedEngine()
         self._watch.note(self.source.note)
         self._watch.phase("loading")
         # Threads that wait for one another should soon give way: beside a busy process they spin
@@ -101,11 +121,12 @@ class Session:
         serving = self.experiment.serving
         loaded = self._models.load(self.source, self.experiment.model, self.workload.seed)
         self._loaded = loaded
+        digest = loaded.weights_digest  # before an engine packs or moves any of them
         engine, memory = make_engine(
             serving.engine,
             loaded,
             serving.batch_size,
-            self.workload.max_total_tokens,
+            self._max_len,
             serving.execution,
         )
         self.model |= {
@@ -113,27 +134,39 @@ class Session:
             "dtype": loaded.dtype_name,
             "parameters": sum(p.numel() for p in loaded.module.parameters()),
             "execution": engine.execution,
+            "weights_digest": digest,
             **memory,
         }
         self.environment |= torch_environment(str(loaded.device))
+        self._energy = counters_for(str(loaded.device), self.environment["gpu_uuid"])
         return engine
 
-    def strategies(self) -> list[Batcher]:
-        """The strategies of the experiment, on its one engine."""
+    def _schedulers_of_their_own(self) -> dict[str, Strategy]:
+        """Strategies that are no policy of ours, by name, on the same loaded model."""
         serving = self.experiment.serving
-        return [
-            Batcher(
-                name,
-                self.engine,
-                serving.batch_size,
-                order=serving.order,
-                prefill="mixed" if serving.mixes_prefill else "separate",
-                max_batched_tokens=serving.token_budget,
-                max_wait_ns=round(serving.max_wait * 1e6),
-                about={"engine": "simulated" if self.engine.simulated else serving.engine},
-            )
-            for name in serving.strategies
-        ]
+        if self._loaded is None or GENERATE_BATCH not in serving.strategies:
+            return {}
+        from batchbench.batching.engines.generate_batch import GenerateBatch
+
+        theirs = GenerateBatch(
+            self._loaded,
+            serving.batch_size,
+            self._max_len,
+            order=serving.order,
+            max_batched_tokens=serving.token_budget,
+        )
+        return {GENERATE_BATCH: theirs}
+
+    def strategies(self) -> list[Strategy]:
+        """The strategies of the experiment: ours on its one engine, and others on their own."""
+        names = self.experiment.serving.strategies
+        return [self._of_their_own.get(name) or self.batcher(name) for name in names]
+
+    def batcher(self, policy: str) -> Batcher:
+        """Our scheduler under a policy."""
+        cost = self.experiment.cost
+        about = {"cost": cost.as_dict()} if cost and self.engine.simulated else {}
+        return make_batcher(policy, self.experiment.serving, self.engine, about)
 
     def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
         """Serve a short piece of the workload until the median step stays within 5 %."""
@@ -142,7 +175,9 @@ class Session:
         self._watch.phase("warming up")
         began = time.monotonic()
         piece = beginning(self.workload, self.experiment.serving.batch_size, output_tokens=12)
-        batcher = replace(self.strategies()[-1], name="continuous")
+        for theirs in self._of_their_own.values():
+            theirs.serve(piece, Watch())
+        batcher = self.batcher("continuous")
         medians: list[float] = []
         change = None
         while len(medians) < most:
@@ -166,34 +201,37 @@ class Session:
         strategies, trials = self.strategies(), self.experiment.trials.trials
         for trial in range(trials):
             turn = strategies if trial % 2 == 0 else strategies[::-1]
-            done = {b.name: self._trial(b, trial, trials) for b in turn}
+            done = {b.name: self.serve(b, trial, trials) for b in turn}
             yield [done[b.name] for b in strategies]
 
-    def _trial(self, batcher: Batcher, trial: int, trials: int) -> Recording:
-        self._watch.trial_begins(batcher.name, trial, trials)
-        if not self.engine.simulated:  # a collection takes 0.1 s, and nothing is timed
-            gc.collect()
-        gc.disable()
-        try:
-            load = LoadMeter()
-            recording = batcher.serve(self.workload, self._watch, trial=trial)
-            foreign = None if self.engine.simulated else load.foreign_cores()
-        finally:
-            gc.enable()
-        about = {**recording.header.about, "foreign_cores": foreign}
-        self._watch.trial_ends(batcher.name, trial, recording.duration_ns)
-        return replace(recording, header=replace(recording.header, about=about))
+    def serve(self, strategy: Strategy, trial: int, trials: int) -> Recording:
+        """Serve the workload once."""
+        self._watch.trial_begins(strategy.name, trial, trials)
+        recording = observe(
+            strategy,
+            self.workload,
+            self._watch,
+            trial,
+            self._energy,
+            simulated=self.engine.simulated,
+        )
+        self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
+        return recording
 
-    def verify(self, recordings: Sequence[Recording]) -> Verification:
-        """Check outputs against the model alone."""
+    def verify(
+        self, recordings: Sequence[Recording], chosen: Sequence[int] | None = None
+    ) -> Verification:
+        """Check outputs against the model alone: of ``chosen`` requests, or as the trials say."""
         limit = self.experiment.trials.verify_limit
-        if self._loaded is None or limit == 0:
+        if self._loaded is None or (limit == 0 and chosen is None):
             return NOT_VERIFIED
         self._watch.phase("verifying")
         from batchbench.batching.engines.torch.reference import TeacherForced
 
         reference = TeacherForced(self._loaded)
-        return verify(self.workload, recordings, reference, self.source.eos_token_ids, limit)
+        return verify(
+            self.workload, recordings, reference, self.source.eos_token_ids, limit, chosen
+        )
 
     def texts(self, recording: Recording) -> list[tuple[str, str]] | None:
         """Prompt and output of each request as text, where there is a tokenizer."""
@@ -206,6 +244,22 @@ class Session:
             )
             for i in range(len(self.workload))
         ]
+
+
+def make_batcher(
+    policy: str, serving: ServingSpec, engine: Engine, about: Mapping[str, Any]
+) -> Batcher:
+    """Our scheduler under a policy, as ``serving`` says; ``about`` goes into its recordings."""
+    return Batcher(
+        policy,
+        engine,
+        serving.batch_size,
+        order=serving.order,
+        prefill="mixed" if serving.mixes_prefill else "separate",
+        max_batched_tokens=serving.token_budget,
+        max_wait_ns=round(serving.max_wait * 1e6),
+        about={"engine": "simulated" if engine.simulated else serving.engine, **about},
+    )
 
 
 def conduct(
@@ -223,7 +277,17 @@ def conduct(
         KeyboardInterrupt: before the first round was finished.
     """
     watch = watch or Watch()
-    session = Session(experiment, watch, models)
+    if experiment.simulated and GENERATE_BATCH in experiment.serving.strategies:
+        raise UsageError(
+            f"--strategy {GENERATE_BATCH}: it schedules for itself, so its steps show only in "
+            "batchbench run; drop it"
+        )
+    return conduct_session(Session(experiment, watch, models))
+
+
+def conduct_session(session: Session) -> Outcome:
+    """As :func:`conduct`, where the workload is made and the model loaded already."""
+    experiment = session.experiment
     if experiment.simulated and session.workload.stop_at_eos:
         raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; drop it")
     warm_up = session.warm_up()
@@ -266,13 +330,40 @@ def conduct(
     )
 
 
+def observe(
+    strategy: Strategy,
+    workload: Workload,
+    watch: Watch,
+    trial: int = 0,
+    energy: Sequence[Counter] = (),
+    *,
+    simulated: bool = False,
+) -> Recording:
+    """One trial, undisturbed by the garbage collector; its header tells what else went on."""
+    if not simulated:  # a collection takes 0.1 s, and nothing is timed
+        gc.collect()
+    gc.disable()
+    try:
+        load = LoadMeter()
+        with EnergyMeter(energy) as meter:
+            recording = strategy.serve(workload, watch, trial=trial)
+        foreign = None if simulated else load.foreign_cores()
+    finally:
+        gc.enable()
+    about = {**recording.header.about, "foreign_cores": foreign, **meter.about()}
+    return replace(recording, header=replace(recording.header, about=about))
+
+
 def expected_round_s(session: Session, step_ns: int) -> float:
     """Seconds that one round should take, going by a simulation with steps of ``step_ns``."""
     if session.workload.stop_at_eos:
         return 0.0  # how many steps it takes is not known beforehand
-    engine = SimulatedEngine(step_ns)
-    planned = [replace(batcher, engine=engine) for batcher in session.strategies()]
-    return sum(b.serve(session.workload, Watch()).duration_ns for b in planned) / 1e9
+    engine, spent = SimulatedEngine(step_ns), 0
+    for name in session.experiment.serving.strategies:
+        policy = "continuous" if name == GENERATE_BATCH else name  # which is what it does
+        planned = replace(session.batcher(policy), engine=engine)
+        spent += planned.serve(session.workload, Watch()).duration_ns
+    return spent / 1e9
 
 
 def beginning(workload: Workload, count: int, output_tokens: int) -> Workload:

@@ -42,6 +42,7 @@ def torch_environment(device_name: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "gpu": None,
+        "gpu_uuid": None,
         "gpu_memory_bytes": None,
         "gpu_driver": None,
         "gpu_clock_mhz": None,
@@ -50,6 +51,7 @@ def torch_environment(device_name: str) -> dict[str, Any]:
     if device_name.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device_name)
         found["gpu"] = properties.name
+        found["gpu_uuid"] = str(properties.uuid)
         found["gpu_memory_bytes"] = properties.total_memory
         found |= _nvml(torch.device(device_name).index or 0)
     return found

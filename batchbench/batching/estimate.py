@@ -30,12 +30,15 @@ class Estimate:
     seconds: float | None = None
     exact: bool = True
     timed: bool = False
+    uncounted: tuple[str, ...] = ()  # strategies that schedule for themselves
 
     def lines(self) -> list[str]:
         """For people."""
         about = "about " if self.timed else "" if self.exact else "at most "
         counts = ", ".join(f"{name} {about}{n:,}" for name, n in self.steps.items())
-        found = [f"steps   {counts} forward passes a trial, {self.trials} trials each"]
+        found = [f"steps   {counts or 'no'} forward passes a trial, {self.trials} trials each"]
+        if self.uncounted:
+            found[0] += f"; {', '.join(self.uncounted)} schedules for itself and is not counted"
         if self.weight_bytes is not None and self.kv_cache_bytes is not None:
             found.append(
                 f"memory  {self.weight_bytes / 2**20:,.0f} MiB of weights + "
@@ -76,6 +79,11 @@ def estimate(experiment: Experiment, watch: Watch) -> Estimate:
         seconds=sum(r.duration_ns for r in served) / 1e9 * trials,
         exact=exact,
         timed=timed,
+        uncounted=tuple(
+            name
+            for name in experiment.serving.strategies
+            if name not in experiment.serving.policies
+        ),
     )
 
 
@@ -83,5 +91,6 @@ def _served(session: Session, step_ns: int) -> list[Recording]:
     """Each strategy's simulation, with steps of ``step_ns``."""
     engine = SimulatedEngine(max(step_ns, 1))
     to_the_end = replace(session.workload, stop_at_eos=False)
-    batchers = [replace(batcher, engine=engine) for batcher in session.strategies()]
+    names = session.experiment.serving.policies
+    batchers = [replace(session.batcher(name), engine=engine) for name in names]
     return [batcher.serve(to_the_end, Watch()) for batcher in batchers]

@@ -162,7 +162,7 @@ def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
     if ":" not in name:
         if name not in POLICIES:
             raise UsageError(
-                f"--strategy {name}: must be one of {', '.join(POLICIES)}, "
+                f"--strategy {name}: must be one of {', '.join(POLICIES)}, generate_batch, "
                 "or a class of yours as package.module:Class"
             )
         return POLICIES[name](max_wait_ns)

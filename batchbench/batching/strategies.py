@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from batchbench.batching.engines import Engine
 from batchbench.batching.plan import Plan, Wait
 from batchbench.batching.policies import Policy, make_policy
-from batchbench.batching.recording import Header, Recorder, Recording
+from batchbench.batching.recorder import Recorder
+from batchbench.batching.recording import Header, Recording
 from batchbench.batching.scheduler import Scheduler
 from batchbench.batching.watch import Progress, Watch
 from batchbench.workloads import Workload, make_arrivals

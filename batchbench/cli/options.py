@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,42 @@ def with_options(
     return decorate
 
 
+def with_given(
+    parts: Mapping[str, type], specs: Mapping[str, type], omit: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options that it puts together itself: it is called with those ``given``.
+
+    Args:
+        parts: specs whose options come as they were typed, by field name, and only if they were.
+        specs: argument name of the command: specs of its own, parsed as by :func:`with_options`.
+        omit: fields of ``parts`` that the command has no use for, and so no option.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        fields = [
+            (spec, field)
+            for spec in parts.values()
+            for field in dataclasses.fields(spec)
+            if field.name not in omit
+        ]
+
+        @functools.wraps(command)
+        def call(context: typer.Context, **values: Any) -> None:
+            typed = _given(context, values)
+            given = {
+                field.name: typed.pop(field.name) for _, field in fields if field.name in typed
+            }
+            command(
+                given=given,
+                **{name: settings.make_spec(spec, typed) for name, spec in specs.items()},
+            )
+
+        own = [(spec, field) for spec in specs.values() for field in dataclasses.fields(spec)]
+        return _signed(call, [_parameter(*pair, pair[1].default) for pair in [*fields, *own]])
+
+    return decorate
+
+
 def with_grid(
     swept: Mapping[str, type], specs: Mapping[str, type]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -163,15 +199,19 @@ def with_grid(
         @functools.wraps(command)
         def call(context: typer.Context, **values: Any) -> None:
             given = _given(context, values)
-            axes = {
-                field.name: _axis(spec, field, given.pop(field.name))
-                for spec, field in fields
-                if field.name in given
-            }
+            axes = {}
+            for spec, field in fields:
+                typed = {n: given.pop(n) for n in _spellings(spec, field) if n in given}
+                if typed:
+                    axes[field.name] = _axis(spec, field, typed)
             own = {name: settings.make_spec(spec, given) for name, spec in specs.items()}
             command(axes=axes, **own)
 
-        parameters = [_parameter(spec, field, field.default, swept=True) for spec, field in fields]
+        parameters = [
+            parameter
+            for spec, field in fields
+            for parameter in (_parameter(spec, field, field.default, swept=True), *_no(spec, field))
+        ]
         own = [
             _parameter(spec, field, field.default)
             for spec in specs.values()
@@ -206,9 +246,34 @@ def _given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _axis(spec: type, field: dataclasses.Field[Any], given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values given to a swept option, each once."""
-    hint = typing.get_type_hints(spec)[field.name]
+def _spellings(spec: type, field: dataclasses.Field[Any]) -> list[str]:
+    """The parameters that give values to a swept option: a flag has a second, that it is not."""
+    flag = _hints(spec)[field.name] is bool
+    return [field.name, f"no_{field.name}"] if flag else [field.name]
+
+
+def _no(spec: type, field: dataclasses.Field[Any]) -> Iterator[inspect.Parameter]:
+    """The second option of a flag."""
+    for name in _spellings(spec, field)[1:]:
+        option = typer.Option(
+            False,
+            settings.option_name(name),
+            help=f"Cells without {settings.option_name(field.name)}, as well if both are given.",
+            rich_help_panel=settings.about(field).panel,
+            metavar=" ",
+            show_default=False,
+        )
+        yield inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=bool
+        )
+
+
+def _axis(spec: type, field: dataclasses.Field[Any], typed: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The values given to a swept option, each once; ``typed`` is by spelling."""
+    hint = _hints(spec)[field.name]
+    if hint is bool:
+        return tuple(spelling == field.name for spelling in typed)
+    given = typed[field.name]
     if hint == tuple[str, ...]:
         return (given,)
     kind = _number(hint)
@@ -217,6 +282,12 @@ def _axis(spec: type, field: dataclasses.Field[Any], given: tuple[Any, ...]) -> 
     option = settings.option_name(field.name)
     found = [number for text in given for number in parse_numbers(text, kind, option)]
     return tuple(dict.fromkeys(found))
+
+
+@functools.cache
+def _hints(spec: type) -> dict[str, Any]:
+    """Types of a spec's fields; to evaluate them anew for each option took half of ``--help``."""
+    return typing.get_type_hints(spec)
 
 
 def _number(hint: Any) -> type[int] | type[float] | None:
@@ -246,7 +317,7 @@ def _parameter(
 ) -> inspect.Parameter:
     """An option; ``swept`` ones have no default of their own, so that it shows which were given."""
     known = settings.about(field)
-    hint = typing.get_type_hints(spec)[field.name]
+    hint = _hints(spec)[field.name]
     name, metavar = settings.option_name(field.name), known.metavar or _METAVARS.get(hint)
     if hint == tuple[str, ...]:  # given once a value
         hint, default = list[str], list(default)
@@ -256,12 +327,9 @@ def _parameter(
     shown: bool | str = known.default_text or (default not in (None, []) and hint is not bool)
     if swept:
         shown = str(default) if shown is True else shown
-        if hint is bool:
-            name, hint = f"{name}/{name.replace('--', '--no-', 1)}", list[bool] | None
-        elif hint != list[str]:
+        if hint is not bool:
             metavar = f"{metavar},…" if _number(hint) else metavar
-            hint = list[str] | None
-        default = None
+            hint, default = list[str] | None, None
     option = typer.Option(
         default,
         name,

@@ -14,14 +14,15 @@ from rich.text import Text
 
 from batchbench.batching.watch import Progress
 from batchbench.reports.cells import spell_option
-from batchbench.studies.grid import Cell, Grid
-from batchbench.studies.sweep import SweepWatch
+from batchbench.studies.bench import CapacityWatch, Probe
+from batchbench.studies.grid import Cell
+from batchbench.studies.sweep import Asked, SweepWatch
 
 
 class PlainSweep(SweepWatch):
     """A line a finished cell; in between, silence."""
 
-    def __init__(self, console: Console, grid: Grid) -> None:
+    def __init__(self, console: Console, grid: Asked) -> None:
         self._console, self._grid = console, grid
         self._told: set[str] = set()
         self._number = self._cells = 0
@@ -69,7 +70,7 @@ class PlainSweep(SweepWatch):
 class LiveSweep(PlainSweep):
     """The plain lines scroll by above a bar: cells, time left, and what is served now."""
 
-    def __init__(self, console: Console, grid: Grid) -> None:
+    def __init__(self, console: Console, grid: Asked) -> None:
         super().__init__(console, grid)
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._cell = self._doing = ""
@@ -134,9 +135,40 @@ def spell_time(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def make_sweep_display(grid: Grid, *, quiet: bool) -> PlainSweep:
+def make_sweep_display(grid: Asked, *, quiet: bool) -> PlainSweep:
     """The display that suits standard error; silent where asked."""
-    console = Console(stderr=True, quiet=quiet)
+    console = make_console(quiet=quiet)
     if sys.stderr.isatty() and not console.is_dumb_terminal and not quiet:
         return LiveSweep(console, grid)
     return PlainSweep(console, grid)
+
+
+class CapacityDisplay(CapacityWatch):
+    """A line a verdict."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._told: set[str] = set()
+
+    def note(self, line: str) -> None:
+        if line not in self._told:  # every probe makes its workload
+            self._told.add(line)
+            self._print(line)
+
+    def phase(self, name: str) -> None:
+        self._print(f"{name} …")
+
+    def probe_ends(self, probe: Probe) -> None:
+        count = len(probe.trials)
+        self._print(
+            f"{probe.strategy:<12} {probe.rate:>9.4g} req/s  {100 * probe.attainment.value:5.1f} % "
+            f"within, {count} trial{'s' * (count > 1)}: {probe.verdict}"
+        )
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def make_console(*, quiet: bool) -> Console:
+    """Standard error; silent where asked."""
+    return Console(stderr=True, quiet=quiet)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from batchbench.batching.cost import CostSpec
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
@@ -37,6 +38,9 @@ Example: batchbench run --batch-size 8 --queue-size 32"""
 
 SIMULATE_HELP = """Do what run does on a virtual clock: no model, every step costs one unit (1 ms).
 
+With --cost RESULT a step costs what the steps of a run teach: times are then predictions, of any
+batch size, rate or length.
+
 Example: batchbench simulate --batch-size 8 --queue-size 32"""
 
 REPORT_HELP = """Show results again: here, as a page for the browser, or as Markdown.
@@ -63,8 +67,9 @@ def run(
     _conduct(asked, goals, output)
 
 
-@with_options(_SPECS, defaults={"trials": 1})
+@with_options({"cost": CostSpec, **_SPECS}, defaults={"trials": 1})
 def simulate(
+    cost: CostSpec,
     basis: Basis,
     serving: ServingSpec,
     workload: WorkloadSpec,
@@ -75,7 +80,19 @@ def simulate(
 ) -> None:
     """Measure nothing: count steps."""
     asked = Experiment(workload, model, serving, trials, simulated=True, preset=basis.preset)
+    if cost.cost is not None:
+        asked = _on_cost(asked, cost.cost)
     _conduct(asked, goals, output)
+
+
+def _on_cost(asked: Experiment, folder: Path) -> Experiment:
+    """The experiment with the costs that a result teaches, on its model."""
+    from batchbench.reports.teaching import check_engine, read_teacher
+
+    teacher = read_teacher(folder, "--cost")
+    check_engine(teacher, asked.serving, "--cost")
+    model = teacher.model if asked.model == ModelSpec() else asked.model
+    return replace(asked, model=model, cost=teacher.known)
 
 
 @with_options({"output": ReportSpec})

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from batchbench.studies.findings import Findings
     from batchbench.studies.store import Store
 
-SWEEP_HELP = """Run a grid of experiments: any option of run may have many values.
-
-Numbers are lists and ranges (--batch-size 1,2,4,8 --queue-size 16:64:16, the stop included where it
-is hit), a flag is --flag --no-flag, other options are repeated (--dtype float32 --dtype bfloat16).
---strategy names what runs side by side in each cell. Finished cells are kept: the same command goes
-on where it was.
-
-Example: batchbench sweep --batch-size 1,2,4,8,16,32 --long-every 8 --simulated"""
+SWEEP_HELP = (
+    "Run a grid of experiments: any option of run may have many values.\n\n"
+    "Numbers are lists and ranges (--batch-size 1,2,4,8 --queue-size 16:64:16, the stop included "
+    "where it is hit), a flag is --flag --no-flag, other options are repeated (--dtype float32 "
+    "--dtype bfloat16). --strategy names what runs side by side in each cell. Finished cells are "
+    "kept: the same command goes on where it was.\n\n"
+    "Example: batchbench sweep --batch-size 1,2,4,8,16,32 --long-every 8 --simulated"
+)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
-
-Floats = NDArray[np.float64]
+from batchbench.reports.distribution import Floats
+from batchbench.reports.timekeeping import waited_by
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,27 @@ class Account:
 
 PARTS = tuple(f.name for f in fields(Account))
 
+NAMES = {
+    "useful_decode_s": "useful decode",
+    "finished_s": "finished, slot held",
+    "empty_s": "empty slots",
+    "prefill_useful_s": "prefill",
+    "prefill_padding_s": "prefill padding",
+    "stalled_s": "stalled by a prefill",
+    "waiting_s": "waiting for requests",
+    "host_s": "host work",
+    "residual_s": "residual",
+}
+"""What people read of each part."""
+
+CAUSES = NAMES | {
+    "useful_decode_s": "the cost of the same useful steps",
+    "finished_s": "finished requests that held slots",
+    "stalled_s": "requests stalled by a prefill",
+    "residual_s": "what is not accounted for",
+}
+"""The same as what time was saved on, within a sentence."""
+
 
 def account_of(trials: Sequence[Recording]) -> Account | None:
     """Of the trial of median duration; of an even number the mean of the middle two.
@@ -49,7 +69,7 @@ def account_of(trials: Sequence[Recording]) -> Account | None:
     Means are linear, so the parts add up, and to the median duration. None where the strategy
     shows no steps.
     """
-    if not all(len(trial.spans.steps) for trial in trials):
+    if not all(trial.has_steps for trial in trials):
         return None
     ranked = sorted(trials, key=lambda trial: trial.duration_ns)
     middle = [account(trial) for trial in ranked[(len(ranked) - 1) // 2 : len(ranked) // 2 + 1]]
@@ -68,7 +88,7 @@ def account(recording: Recording) -> Account:
     stalled = share * slots.stalled + prompt * slots.sitting_out / wanting
     padding = prefill * _padding(recording)
     waiting, host, overlap = _between(recording)
-    residual = recording.wall_ns - int(recording.span_ends_ns[-1]) + overlap
+    residual = wall_ns(recording) - int(recording.span_ends_ns[-1]) + overlap
     parts = (
         share @ slots.useful,
         share @ slots.finished,
@@ -81,6 +101,11 @@ def account(recording: Recording) -> Account:
         residual,
     )
     return Account(*(float(ns) / 1e9 for ns in parts))
+
+
+def wall_ns(recording: Recording) -> int:
+    """Start of the trial to when the loop knew that all was done, on the host's own clock."""
+    return int(recording.header.about.get("wall_ns", recording.duration_ns))
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,25 +179,13 @@ def _between(recording: Recording) -> tuple[int, int, int]:
     starts, ends = recording.spans.start_ns, recording.span_ends_ns
     before = np.concatenate([[0], ends[:-1]])
     starts_or_later = np.maximum(starts, before)
-    waited = int((_waited_by(recording, starts_or_later) - _waited_by(recording, before)).sum())
+    w = recording.waits
+    # A wait lasts until what it waited for; what it oversleeps is the host's.
+    over = np.maximum(np.minimum(w.end_ns, w.until_ns), w.start_ns)
+    by_start = waited_by(recording, starts_or_later, over)
+    waited = int((by_start - waited_by(recording, before, over)).sum())
     gaps = int((starts_or_later - before).sum())
     return waited, gaps - waited, int(np.minimum(starts - before, 0).sum())
-
-
-def _waited_by(recording: Recording, times: Ints) -> Ints:
-    """How long was waited up to each of these times, in ns.
-
-    A wait lasts until what it waited for; what it oversleeps is the host's.
-    """
-    w = recording.waits
-    if not len(w.step):
-        return np.zeros(len(times), np.int64)
-    stop = np.maximum(np.minimum(w.end_ns, w.until_ns), w.start_ns)
-    wait = np.searchsorted(w.start_ns, times, side="right") - 1
-    spent = np.concatenate([[0], np.cumsum(stop - w.start_ns)])
-    in_last = np.minimum(times, stop[wait]) - w.start_ns[wait]
-    waited: Ints = np.where(wait >= 0, spent[wait] + np.maximum(in_last, 0), 0)
-    return waited
 
 
 def explain(

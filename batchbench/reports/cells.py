@@ -88,7 +88,9 @@ def _against(base: pd.DataFrame, rows: pd.DataFrame, *, own: bool) -> dict[str, 
     if own or ratio is None:
         names = ("speedup", "speedup_low", "speedup_high", "step_ratio", "wait_ratio")
         return dict.fromkeys(names)
-    steps = paired_ratio(base["forward_passes"].tolist(), rows["forward_passes"].tolist())
+    # A strategy that schedules for itself shows no passes.
+    passes = [[None if pd.isna(n) else n for n in part["forward_passes"]] for part in (base, rows)]
+    steps = paired_ratio(*passes)
     return {
         "speedup": ratio.median,
         "speedup_low": ratio.low,

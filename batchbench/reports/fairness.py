@@ -8,6 +8,7 @@ import numpy as np
 
 from batchbench.batching.recording import Ints, Recording
 from batchbench.reports.distribution import Distribution, Floats
+from batchbench.reports.gaps import gaps_ms
 from batchbench.reports.latencies import e2el_ms, queue_ms, ttft_ms
 
 MOST_CLASSES = 4
@@ -39,7 +40,10 @@ def slowdown(recording: Recording) -> Floats:
 
 
 def median_step_ms(recording: Recording) -> float:
-    """Median duration of a step."""
+    """Median duration of a step, or of the gaps between tokens where no steps are shown."""
+    if not recording.has_steps:
+        gaps = gaps_ms(recording).percentile(50)
+        return float(np.median(ttft_ms(recording))) if gaps is None else gaps
     if recording.ends_ns is None:
         assert recording.step_ns is not None
         steps = Distribution.of(recording.step_ns / 1e6, recording.spans.steps)

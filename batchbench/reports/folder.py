@@ -10,7 +10,10 @@ from pathlib import Path
 
 from batchbench.errors import UsageError
 from batchbench.reports.figures import draw, render
+from batchbench.reports.figures.ladder import draw_ladder
 from batchbench.reports.formats import html
+from batchbench.reports.ladder import LadderResult
+from batchbench.reports.ladder import to_json as ladder_json
 from batchbench.reports.result import Result, recording_files, to_json
 from batchbench.reports.side_by_side import Labelled
 from batchbench.reports.tables import requests_frame, steps_frame
@@ -19,6 +22,15 @@ from batchbench.reports.tables import requests_frame, steps_frame
 def write_folder(folder: Path, result: Result) -> list[Path]:
     """Write everything of a result; the paths, ``result.json`` first."""
     return write_whole(folder, _contents(result), stale=["recordings"])
+
+
+def write_ladder(folder: Path, result: LadderResult) -> list[Path]:
+    """Write ``ladder.json``, the picture and the recordings; the paths, ``ladder.json`` first."""
+    contents = {"ladder.json": ladder_json(result).encode()}
+    figure = draw_ladder(result)
+    contents |= {f"ladder.{format}": render(figure, format) for format in ("png", "svg")}
+    contents |= recording_files(result.recordings)
+    return write_whole(folder, contents, stale=["recordings"])
 
 
 def write_whole(
@@ -70,4 +82,4 @@ def _contents(result: Result) -> Mapping[str, bytes]:
     files["requests.csv"] = requests_frame(result).to_csv(index=False).encode()
     files["steps.csv"] = steps_frame(result).to_csv(index=False).encode()
     files["report.html"] = html.render([Labelled("", result)]).encode()
-    return files | recording_files(result)
+    return files | recording_files(result.recordings)

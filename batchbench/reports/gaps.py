@@ -46,6 +46,17 @@ class Gaps:
         return Distribution.of(self.ns / 1e6, self.count)
 
 
+def gaps_ms(recording: Recording) -> Distribution:
+    """ITL in milliseconds, also where no steps are shown but when each token was there."""
+    if recording.token_ends_ns is None:
+        return Gaps.of(recording).distribution
+    within = np.ones(len(recording.token_ends_ns), bool)
+    within[recording.token_offsets[:-1]] = False  # a first token ends no gap
+    later = np.flatnonzero(within)
+    gaps = recording.token_ends_ns[later] - recording.token_ends_ns[later - 1]
+    return Distribution.of(gaps / 1e6)
+
+
 Columns = tuple[Ints, Ints, Ints, Ints, Ints]
 
 
@@ -127,10 +138,13 @@ def _shared_gaps(recording: Recording) -> list[Columns]:
 def stalls(recordings: Sequence[Recording]) -> list[dict[str, Any]]:
     """The longest gaps that are 1.5 times the median one or more, longest first.
 
-    Each names the step that took the most of it, and what that step did.
+    Each names the step that took the most of it, and what that step did; a strategy that shows no
+    steps has none to name.
     """
     found = []
     for trial, recording in enumerate(recordings):
+        if not recording.has_steps:
+            continue
         gaps = Gaps.of(recording)
         median = gaps.distribution.percentile(50)
         if median is None:

@@ -10,36 +10,32 @@ from numpy.typing import NDArray
 
 from batchbench.batching.recording import Recording
 from batchbench.reports.distribution import Distribution, Floats
-from batchbench.reports.gaps import Gaps
+from batchbench.reports.gaps import gaps_ms
 
 
 def queue_ms(recording: Recording) -> Floats:
     """Time from arrival to the start of the first step that computes the request."""
-    r = recording.requests
-    queued: Floats = (recording.starts_of(r.admitted) - r.due_ns) / 1e6
+    queued: Floats = (recording.admitted_ns - recording.requests.due_ns) / 1e6
     return queued
 
 
 def ttft_ms(recording: Recording) -> Floats:
     """Time from arrival to the first output token."""
-    r = recording.requests
-    first: Floats = (recording.ends_of(r.first) - r.due_ns) / 1e6
+    first: Floats = (recording.first_token_ns - recording.requests.due_ns) / 1e6
     return first
 
 
 def e2el_ms(recording: Recording) -> Floats:
     """Time from arrival to the last output token."""
-    r = recording.requests
-    last: Floats = (recording.ends_of(r.last) - r.due_ns) / 1e6
+    last: Floats = (recording.last_token_ns - recording.requests.due_ns) / 1e6
     return last
 
 
 def tpot_ms(recording: Recording) -> Floats:
     """(E2E − TTFT) / (output tokens produced − 1); NaN for outputs of one token."""
-    r = recording.requests
-    gaps = r.output_tokens - 1.0
+    gaps = recording.requests.output_tokens - 1.0
     gaps[gaps == 0] = np.nan
-    per_token: Floats = (recording.ends_of(r.last) - recording.ends_of(r.first)) / (gaps * 1e6)
+    per_token: Floats = (recording.last_token_ns - recording.first_token_ns) / (gaps * 1e6)
     return per_token
 
 
@@ -74,7 +70,7 @@ class Latencies:
             queue=Distribution.of(queue_ms(recording)),
             ttft=Distribution.of(ttft_ms(recording)),
             tpot=Distribution.of(tpot[~np.isnan(tpot)]),
-            itl=Gaps.of(recording).distribution,
+            itl=gaps_ms(recording),
             e2el=Distribution.of(e2el_ms(recording)),
         )
 

@@ -21,6 +21,12 @@ ENOUGH_FOR_P999 = 1000
 NO_LIMITS: Mapping[str, float] = {}
 
 
+def typical_trial(trials: Sequence[Recording]) -> Recording:
+    """The trial of median duration; of an even number the shorter of the middle two."""
+    ranked = sorted(trials, key=lambda trial: trial.duration_ns)
+    return ranked[(len(ranked) - 1) // 2]
+
+
 def trial_summary(recording: Recording, limits_ms: Mapping[str, float] = NO_LIMITS) -> Summary:
     """The summary of one trial, under the serving benchmarks' names."""
     return _summary([recording], recording.duration_ns / 1e9, limits_ms)
@@ -32,12 +38,21 @@ def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO
     return _summary(recordings, duration, limits_ms)
 
 
+def energy_joules(recordings: Sequence[Recording]) -> float | None:
+    """What a trial took, the median of several; None where some trial's was not counted."""
+    told = [r.header.about.get("energy_joules") for r in recordings]
+    counted = [float(joules) for joules in told if joules is not None]
+    return float(np.median(counted)) if len(counted) == len(told) else None
+
+
 def _summary(
     recordings: Sequence[Recording], duration_s: float, limits_ms: Mapping[str, float]
 ) -> Summary:
     requests = recordings[0].requests
     inputs, outputs = int(requests.prompt_tokens.sum()), int(requests.output_tokens.sum())
-    completed = int((requests.last >= 0).sum())
+    stepped = recordings[0].has_steps
+    completed = int((requests.last >= 0).sum()) if stepped else len(requests.last)
+    joules = energy_joules(recordings)
     figures: Summary = {
         "duration": duration_s,
         "completed": completed,
@@ -46,6 +61,8 @@ def _summary(
         "request_throughput": completed / duration_s,
         "output_throughput": outputs / duration_s,
         "total_token_throughput": (inputs + outputs) / duration_s,
+        "energy_joules": joules,
+        "joules_per_output_token": None if joules is None else joules / outputs,
         **_goodput(recordings, duration_s, limits_ms),
     }
     found = Latencies.pooled([Latencies.of(r) for r in recordings])
@@ -90,7 +107,7 @@ def _arrivals(recordings: Sequence[Recording]) -> Summary:
 
 
 def counters(recording: Recording) -> dict[str, int]:
-    """Exact counts of the work done, from the plans alone.
+    """Exact counts of the work done, from the plans alone, of a recording that has steps.
 
     In each step each slot is exactly one of useful, prompt, finished, empty, stalled.
     """

@@ -11,8 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,10 +28,17 @@ from batchbench.reports.account import explain
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import Ratio, paired_ratio
 from batchbench.reports.fairness import Class, by_length, length_classes
+from batchbench.reports.fitting import beyond
 from batchbench.reports.gaps import stalls
 from batchbench.reports.goals import NO_GOALS, GoalsSpec, as_config, from_config
+from batchbench.reports.prediction import predict_outcome
 from batchbench.reports.timekeeping import rate_of
 from batchbench.workloads import Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from batchbench.reports.plots import Plots
 
 SCHEMA_VERSION = 1
 _FACTS = (
@@ -45,6 +53,8 @@ _FACTS = (
     "verification",
     "stopped",
     "outputs",
+    "cost",
+    "prediction",
 )
 """What was asked, met and observed; all else in a result is derived from the recordings."""
 
@@ -66,13 +76,21 @@ class Result:
         return list(self.recordings)
 
     @property
+    def _place(self) -> str:
+        """Where it ran, or that it did not."""
+        model, cost = self.data["model"], self.data.get("cost")
+        if not self.data["simulated"]:
+            return f"{model['device']} {model['dtype']}"
+        return f"simulated on the costs of {cost['source']}" if cost else "simulated"
+
+    @property
     def title(self) -> str:
         """Model, device, batch size and workload in a line."""
         model, config = self.data["model"], self.data["config"]
         slots, requests = config["serving"]["batch_size"], self.data["workload"]["num_requests"]
         parts = [
             model["name"],
-            "simulated" if self.data["simulated"] else f"{model['device']} {model['dtype']}",
+            self._place,
             f"{slots:,} slot{'s' * (slots != 1)}",
             f"{requests:,} request{'s' * (requests != 1)}",
         ]
@@ -84,6 +102,60 @@ class Result:
         if config["serving"]["engine"] != "slots" and not self.data["simulated"]:
             parts.insert(2, f"{config['serving']['engine']} engine")
         return " · ".join(parts)
+
+    # For notebooks and scripts; what they need is imported when it is asked for.
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """A row a request, trial and strategy: slot, lengths, steps, times and latencies."""
+        from batchbench.reports.tables import requests_frame
+
+        return requests_frame(self)
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """A row a run of equal steps, trial and strategy."""
+        from batchbench.reports.tables import steps_frame
+
+        return steps_frame(self)
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """A row a strategy: medians and pools of its trials, counters, and how it compares."""
+        from batchbench.reports.tables import summary_frame
+
+        return summary_frame(self)
+
+    @property
+    def plot(self) -> Plots:
+        """The pictures: ``result.plot.timeline()`` and so on; each is a matplotlib figure."""
+        from batchbench.reports.plots import Plots
+
+        return Plots(self)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write what ``batchbench run --output`` writes; the folder.
+
+        Raises:
+            UsageError: it cannot be written, or holds a result and ``overwrite`` is not given.
+        """
+        from batchbench.reports.destination import check_folder
+        from batchbench.reports.folder import write_folder
+
+        folder = Path(folder)
+        check_folder(folder, overwrite=overwrite)
+        write_folder(folder, self)
+        return folder
+
+    def __repr__(self) -> str:
+        from batchbench.reports.formats.terminal import sentence
+
+        return f"<batchbench result: {self.title}: {sentence(self)}>"
+
+    def _repr_html_(self) -> str:
+        from batchbench.reports.formats.notebook import render
+
+        return render(self)
 
 
 def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
@@ -97,7 +169,7 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
         "environment": dict(outcome.environment),
         "model": dict(outcome.model),
         "warm_up": asdict(outcome.warm_up),
-        "workload": _workload(outcome.workload),
+        "workload": workload_facts(outcome.workload),
         "verification": {
             "passed": outcome.verification.passed,
             **{k: v for k, v in asdict(outcome.verification).items() if k != "findings"},
@@ -110,6 +182,8 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
             {"request": i, "prompt": prompt, "output": output}
             for i, (prompt, output) in enumerate(outcome.texts)
         ],
+        "cost": _cost(outcome),
+        "prediction": predict_outcome(outcome),
     }
     return _derived(facts, outcome.workload, outcome.recordings)
 
@@ -131,7 +205,7 @@ def remake_result(result: Result) -> Result:
         stop_at_eos=asked is not None,
         max_concurrency=recorded["max_concurrency"],
     )
-    return _derived({key: data[key] for key in _FACTS}, workload, result.recordings)
+    return _derived({key: data.get(key) for key in _FACTS}, workload, result.recordings)
 
 
 def regoaled(result: Result, goals: GoalsSpec) -> Result:
@@ -140,7 +214,17 @@ def regoaled(result: Result, goals: GoalsSpec) -> Result:
     return remake_result(Result({**result.data, "config": config}, result.recordings))
 
 
-def _workload(workload: Workload) -> dict[str, Any]:
+def _cost(outcome: Outcome) -> dict[str, Any] | None:
+    """What a step cost in a simulation, and where that goes beyond what taught it."""
+    cost = outcome.experiment.cost
+    if cost is None:
+        return None
+    trials = [r for each in outcome.recordings.values() for r in each]
+    return {**cost.as_dict(), "extrapolates": beyond(cost, trials)}
+
+
+def workload_facts(workload: Workload) -> dict[str, Any]:
+    """What a result tells of the workload that was served."""
     return {
         "name": workload.name,
         "seed": workload.seed,
@@ -208,7 +292,7 @@ def _strategy(
         "summary": {**summary, "cost_per_million_output_tokens": cost},
         "by_output_length": by_length(trials, classes),
         "stalls": stalls(trials),
-        "counters": metrics.counters(trials[0]),
+        "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
         "output_digest": output_digest(trials[0]),
     }
 
@@ -238,16 +322,16 @@ def _comparison(
     speedup = ratio_of(strategies, "duration", baseline, candidate)
     assert speedup is not None
     # The counters' steps; with texts that end early they may vary from trial to trial.
+    # None where one of the two schedules for itself and shows no steps.
     steps = paired_ratio(
         [r.num_steps for r in recordings[baseline]], [r.num_steps for r in recordings[candidate]]
     )
-    assert steps is not None
     return {
         "baseline": baseline,
         "candidate": candidate,
         "speedup": speedup.as_dict(),
-        "step_ratio": steps.median,
-        "efficiency": speedup.median / steps.median,
+        "step_ratio": steps.median if steps else None,
+        "efficiency": speedup.median / steps.median if steps else None,
     }
 
 
@@ -315,10 +399,10 @@ def recording_file(strategy: int, trial: int) -> str:
     return f"recordings/{strategy}-{trial}.npz"
 
 
-def recording_files(result: Result) -> dict[str, bytes]:
+def recording_files(recordings: Recordings) -> dict[str, bytes]:
     """The recordings by the names under which :func:`load_result` finds them."""
     return {
         recording_file(i, trial): recording.save()
-        for i, trials in enumerate(result.recordings.values())
+        for i, trials in enumerate(recordings.values())
         for trial, recording in enumerate(trials)
     }

@@ -15,19 +15,24 @@ def host_share(recording: Recording) -> float:
     """
     starts, ends = recording.spans.start_ns, recording.span_ends_ns
     before = np.concatenate([[0], ends[:-1]])
-    waited = _waited_by(recording, starts) - _waited_by(recording, before)
+    over = recording.waits.end_ns
+    waited = waited_by(recording, starts, over) - waited_by(recording, before, over)
     outside = np.maximum(starts - before, 0).sum() - waited.sum()
     return float(outside / max(recording.duration_ns - waited.sum(), 1))
 
 
-def _waited_by(recording: Recording, times: Ints) -> Ints:
-    """How long was waited up to each of these times, in ns."""
+def waited_by(recording: Recording, times: Ints, over_ns: Ints) -> Ints:
+    """How long was waited up to each of these times, in ns.
+
+    Args:
+        over_ns: when each wait is taken to be over, ``[waits]``.
+    """
     w = recording.waits
     if not len(w.step):
         return np.zeros(len(times), np.int64)
     wait = np.searchsorted(w.start_ns, times, side="right") - 1
-    spent = np.concatenate([[0], np.cumsum(w.end_ns - w.start_ns)])
-    in_last = np.minimum(times, w.end_ns[wait]) - w.start_ns[wait]
+    spent = np.concatenate([[0], np.cumsum(over_ns - w.start_ns)])
+    in_last = np.minimum(times, over_ns[wait]) - w.start_ns[wait]
     waited: Ints = np.where(wait >= 0, spent[wait] + np.maximum(in_last, 0), 0)
     return waited
 
@@ -80,14 +85,16 @@ def noticed_ns(recording: Recording) -> Ints:
 
 
 def arrival_lag_ms(recording: Recording) -> Floats | None:
-    """How late each request was noticed, ``[requests]``; None where all are there at the start.
+    """How late each request was noticed, ``[requests]``.
+
+    None where all are there at the start, or no steps are shown.
 
     From when it was due, or from the end of the step then under way, to the decision that first
     knew of it. So it counts what the loop did beside stepping and waiting, and waits that
     overslept; that nobody joins a step that has begun is batching and no lag.
     """
     due = recording.requests.due_ns
-    if not due.any():
+    if not due.any() or not recording.has_steps:
         return None
     late: Floats = np.maximum(noticed_ns(recording) - free_from(recording, due), 0) / 1e6
     return late

@@ -1,1 +1,1 @@
-"""What runs experiments and reads their metrics: sweeps, capacity."""
+"""What runs experiments and reads their metrics: sweeps, capacity, the ladder."""

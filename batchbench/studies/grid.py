@@ -13,6 +13,7 @@ from typing import Any
 
 import batchbench
 from batchbench import settings
+from batchbench.batching.cost import KnownCost
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.presets import Basis
 from batchbench.errors import UsageError
@@ -108,7 +109,7 @@ class Grid:
 
     def words(self) -> list[str]:
         """The options that give this grid again."""
-        return [word for name, values in self.axes.items() for word in _words(name, values)]
+        return words_of_axes(self.axes)
 
     def command(self, *more: str) -> str:
         """The command line that sweeps it again."""
@@ -116,7 +117,9 @@ class Grid:
         return shlex.join(["batchbench", "sweep", *self.words(), *simulated, *more])
 
 
-def make_experiment(chosen: Values, *, simulated: bool) -> Experiment:
+def make_experiment(
+    chosen: Values, *, simulated: bool, cost: KnownCost | None = None
+) -> Experiment:
     """The experiment of these options; all others are as the preset, the file or defaults say.
 
     Raises:
@@ -126,7 +129,12 @@ def make_experiment(chosen: Values, *, simulated: bool) -> Experiment:
     names = {field.name for field in dataclasses.fields(Basis)}
     own = {name: value for name, value in chosen.items() if name not in names}
     _, file = basis.layers()
-    return Experiment.of(file, own, preset=basis.preset, simulated=simulated)
+    return Experiment.of(file, own, preset=basis.preset, simulated=simulated, cost=cost)
+
+
+def words_of_axes(axes: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """What to type for the values of options."""
+    return [word for name, values in axes.items() for word in _words(name, values)]
 
 
 def _words(name: str, values: tuple[Any, ...]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +26,7 @@ _COLUMNS = (
     ("TTFT p99 ms", "p99_ttft_ms"),
 )
 _MORE = ("E2E p99 ms", "p99_e2el_ms")
+_GOOD = ("within SLO %", "slo_attainment")
 
 
 def sentence(findings: Findings, cells: Cells | None) -> str:
@@ -59,7 +60,7 @@ def _answer(cells: Cells) -> str:
         return f"{begin}TTFT p99 was {span} as long under {name} as under {candidate} {over}{at}"
     low, high, at = _range(cells, compared, "speedup", "×")
     span = low if low == high else f"{low} to {high}"
-    return f"{begin}{candidate} was {span} faster than {name} {over}{at}"
+    return f"{begin}{candidate} was {span} as fast as {name} {over}{at}"
 
 
 def _range(cells: Cells, rows: pd.DataFrame, metric: str, sign: str = "") -> tuple[str, str, str]:
@@ -93,22 +94,24 @@ def table(cells: Cells) -> Table:
 
 def _rows_of_cells(cells: Cells, grid: Table, shown: Sequence[str]) -> None:
     """A row a cell."""
-    for label, _ in _COLUMNS:
+    columns = [_COLUMNS[0], _GOOD] if _held_to_goals(cells) else _COLUMNS
+    for label, _ in columns:
         for name in cells.strategies:
             grid.add_column(f"{label}\n{name}", justify="right")
-    if len(cells.strategies) > 1:
+    compared = len(cells.strategies) > 1 and not cells.timed
+    if compared:
         grid.add_column(f"speed-up\nover {cells.strategies[0]}", justify="right")
     by_cell = cells.typical.set_index(["cell", "strategy"])
     for cell in shown:
         rows: list[Any] = [by_cell.loc[(cell, name)] for name in cells.strategies]
         varying = [spell_value(rows[0][name]) for name in cells.varying]
-        values = [number(row[metric]) for _, metric in _COLUMNS for row in rows]
-        grid.add_row(*varying, *values, *(_speedup(row) for row in rows[1:]))
+        values = [_metric(row, metric) for _, metric in columns for row in rows]
+        grid.add_row(*varying, *values, *(_speedup(row) for row in rows[1:] if compared))
 
 
 def _rows_of_strategies(cells: Cells, grid: Table, shown: Sequence[str]) -> None:
     """A row a cell and strategy."""
-    columns = (*_COLUMNS, _MORE)
+    columns = [*_COLUMNS, _GOOD if _held_to_goals(cells) else _MORE]
     grid.add_column("strategy", no_wrap=True)
     for label, _ in columns:
         head = label.replace(" ", "\n", 1)
@@ -118,9 +121,20 @@ def _rows_of_strategies(cells: Cells, grid: Table, shown: Sequence[str]) -> None
         rows = cells.typical[cells.typical["cell"] == cell]
         for i, (_, row) in enumerate(rows.iterrows()):
             varying = [spell_value(row[name]) if i == 0 else "" for name in cells.varying]
-            values = [number(row[metric]) for _, metric in columns]
+            values = [_metric(row, metric) for _, metric in columns]
             last = i == len(rows) - 1
             grid.add_row(*varying, row["strategy"], *values, _speedup(row), end_section=last)
+
+
+def _held_to_goals(cells: Cells) -> bool:
+    return "slo_attainment" in cells.frame and bool(cells.frame["slo_attainment"].notna().any())
+
+
+def _metric(row: Any, name: str) -> str:
+    value = row[name]
+    if value is None or pd.isna(value):
+        return "N/A"
+    return f"{100 * value:.1f}" if name == "slo_attainment" else number(value)
 
 
 def _caption(cells: Cells) -> str | None:
@@ -150,13 +164,7 @@ def notes(findings: Findings, cells: Cells | None, not_drawn: dict[str, str]) ->
         names = findings.grid.varying
         which = ", ".join(spell_option(name, found.cell.chosen[name]) for name in names)
         lines.append(f"failed: {which or 'the cell'}: {found.reason}")
-    reasons = Counter(
-        reason for found in findings.served for reason in (found.data or {})["validity"]["reasons"]
-    )
-    for reason, count in reasons.most_common(MOST_REASONS):
-        lines.append(f"suspect: {reason}" + (f" ({count} cells)" if count > 1 else ""))
-    if len(reasons) > MOST_REASONS:
-        lines.append(f"suspect: {len(reasons) - MOST_REASONS} more reasons; sweep.json has all")
+    lines += _reasons(findings)
     if cells is not None and cells.share_follows:
         lines.append(
             "note: the workload changes with the batch size (one long request a batch); "
@@ -173,6 +181,22 @@ def notes(findings: Findings, cells: Cells | None, not_drawn: dict[str, str]) ->
             "no table and no picture"
         )
     lines += [f"not drawn: {name}: {why}" for name, why in not_drawn.items()]
+    return lines
+
+
+def _reasons(findings: Findings) -> list[str]:
+    """Why cells are suspect; reasons that differ in their numbers are told once."""
+    told = [r for found in findings.served for r in (found.data or {})["validity"]["reasons"]]
+    kinds: dict[str, list[str]] = {}
+    for reason in told:
+        kinds.setdefault(re.sub(r"[\d.,]+", "#", reason), []).append(reason)
+    ranked = sorted(kinds.values(), key=len, reverse=True)
+    lines = [
+        f"suspect: {kind[0]}" + (f", and {len(kind) - 1} more like it" if len(kind) > 1 else "")
+        for kind in ranked[:MOST_REASONS]
+    ]
+    if len(ranked) > MOST_REASONS:
+        lines.append(f"suspect: {len(ranked) - MOST_REASONS} other reasons; sweep.json has all")
     return lines
 
 

@@ -95,7 +95,9 @@ class Store:
 
     def keep(self, cell: Cell, result: Result) -> None:
         """Keep a result with its recordings."""
-        self._keep(cell, {"result.json": to_json(result).encode(), **recording_files(result)})
+        self._keep(
+            cell, {"result.json": to_json(result).encode(), **recording_files(result.recordings)}
+        )
 
     def keep_failure(self, cell: Cell, reason: str) -> None:
         """Keep the reason why a cell cannot be served."""

@@ -43,7 +43,7 @@ def rows_of(cell: Cell, result: Result) -> list[Row]:
             "strategy": strategy,
             "trial": trial,
             **data["strategies"][strategy]["trials"][trial],
-            **metrics.counters(recording),
+            **(metrics.counters(recording) if recording.has_steps else {}),
             **judged,
         }
         for strategy, recordings in result.recordings.items()

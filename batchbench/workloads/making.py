@@ -168,7 +168,7 @@ def _of_trace(spec: WorkloadSpec, encode: Encode, note: Note) -> tuple[Outline, 
     )
     if skipped:
         more = f"; and {skipped - len(bad):,} more" if skipped > len(bad) else ""
-        note(f"{spec.trace}: {skipped:,} wrong rows are left out: {'; '.join(map(str, bad))}{more}")
+        note(f"{spec.trace}: wrong rows left out: {skipped:,}, {'; '.join(map(str, bad))}{more}")
     count = len(trace.output_tokens)
     if spec.queue_size is not None and count < spec.queue_size:
         note(f"{spec.trace}: holds {count:,} requests, fewer than --queue-size {spec.queue_size}")
@@ -188,7 +188,8 @@ def _of_trace(spec: WorkloadSpec, encode: Encode, note: Note) -> tuple[Outline, 
 def _outline_of(spec: WorkloadSpec, trace: Trace, due_ns: Ints) -> Outline:
     assert spec.trace is not None
     most = spec.max_concurrency
-    name = f"{trace.format} trace {os.path.basename(spec.trace)}: {len(due_ns)} requests"
+    requests = f"{len(due_ns)} request{'s' * (len(due_ns) != 1)}"
+    name = f"{trace.format} trace {os.path.basename(spec.trace)}: {requests}"
     if spec.speed != 1.0:
         name += f", {spec.speed:g} times faster"
     return Outline(

@@ -129,11 +129,11 @@ def fit(
     if overlong == "clip":
         kept = np.minimum(prompt, context - 1)
         clipped = outline.with_lengths(kept, np.minimum(output, context - kept))
-        return clipped, f"{long:,} requests are clipped to the {context:,} tokens of the context"
+        return clipped, f"requests clipped to the {context:,} tokens of the context: {long:,}"
     if long == len(outline):
         raise UsageError(
             f"--overlong skip: every request exceeds the {context} tokens of the "
             "context; take --overlong clip or scale"
         )
-    told = f"{long:,} requests longer than the {context:,} tokens of the context are left out"
+    told = f"requests longer than the {context:,} tokens of the context, left out: {long:,}"
     return outline.take(np.flatnonzero(total <= context)), told

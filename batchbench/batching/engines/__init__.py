@@ -7,7 +7,7 @@ from typing import Protocol
 
 from batchbench.batching.clock import Clock
 from batchbench.batching.plan import Plan
-from batchbench.batching.recording import Steps
+from batchbench.batching.recorder import Steps
 from batchbench.workloads import Workload
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from batchbench.reports.account import PARTS, Account, account_of
+from batchbench.reports.account import CAUSES, NAMES, PARTS, Account, account_of
 from batchbench.reports.figures.card import (
     FAINT,
     HELD,
@@ -38,18 +38,6 @@ _LABELS = 2.05  # inches left of a waterfall's bars
 
 _SHOWN = 0.005
 """Effects smaller than this share of the baseline's time are drawn together."""
-
-NAMES = {
-    "useful_decode_s": "useful decode",
-    "finished_s": "finished, slot held",
-    "empty_s": "empty slots",
-    "prefill_useful_s": "prefill",
-    "prefill_padding_s": "prefill padding",
-    "stalled_s": "stalled by a prefill",
-    "waiting_s": "waiting for requests",
-    "host_s": "host work",
-    "residual_s": "residual",
-}
 
 _LOOKS: dict[str, dict[str, Any]] = {
     "finished_s": HELD,
@@ -117,7 +105,7 @@ def _stacks(
         card.label(top + strategy.index * _ROW + 0.2, strategy, detail)
         y, left = (strategy.index + 1) * _ROW - _BAR / 2, 0.0
         for part in _STACKED:
-            width = getattr(account, part) * scale
+            width = max(getattr(account, part), 0.0) * scale
             gid = f"{part}-{strategy.index}"
             axes.barh(y, width, _BAR, left=left, gid=gid, **_look(part, strategy))
             _share(axes, part, (left, y, width), width / longest / scale, account.wall_s * scale)
@@ -199,7 +187,8 @@ class _Fall:
         names = fit_text(f"From {first.name} to {last.name}", 300, 10.5, "bold")
         card.write(0, top, names, size=10.5, weight="bold", va="baseline")
         saved = before.wall_s - after.wall_s
-        what = f"{unit.text(round(abs(saved) * 1e9))} {'saved' if saved >= 0 else 'lost'}"
+        difference = unit.text(round(abs(saved) * 1e9))
+        what = f"{difference} {'saved' if saved > 0 else 'lost'}" if saved else "no difference"
         behind = (text_extent(names, 10.5, "bold") + 10) / 72
         card.write(behind, top, what, size=9.5, color=QUIET, va="baseline")
         rows = len(self.effects) + 2
@@ -262,9 +251,9 @@ def _headline(accounts: Sequence[Accounted]) -> str:
     if saved > 0:
         whole = unit.text(round(account.wall_s * 1e9))
         text = f"{candidate.called} saves {difference} of {strategy.called}'s {whole}"
-        return f"{text}, above all on {_CAUSES[most]}"
+        return f"{text}, above all on {CAUSES[most]}"
     text = f"{candidate.called} takes {difference} longer than {strategy.called}"
-    return f"{text}, above all for {_CAUSES[most]}"
+    return f"{text}, above all for {CAUSES[most]}"
 
 
 def _effect(part: str, saved: float) -> str:
@@ -272,19 +261,6 @@ def _effect(part: str, saved: float) -> str:
     if part != "useful_decode_s":
         return NAMES[part]
     return "cheaper decode steps" if saved >= 0 else "dearer decode steps"
-
-
-_CAUSES = {
-    "useful_decode_s": "the steps of the same useful tokens",
-    "finished_s": "finished requests that held slots",
-    "empty_s": "empty slots",
-    "prefill_useful_s": "prefill",
-    "prefill_padding_s": "prefill padding",
-    "stalled_s": "requests stalled by a prefill",
-    "waiting_s": "waiting for requests",
-    "host_s": "host work",
-    "residual_s": "what is not accounted for",
-}
 
 
 def _notes(strategies: Sequence[Strategy], falls: Sequence[_Fall]) -> str:

@@ -158,8 +158,8 @@ def finish_panels(
         axes.grid(axis="y", color=FAINT, lw=0.7)
         strip_axes(axes, "bottom")
         width = axes.get_position().width * sheet.card.figure.get_figwidth() * 72
-        ticks = _apart(values, width, log=log_x)
-        axes.set_xticks(ticks, [_tick(value) for value in ticks])
+        ticks = ticks_apart(values, width, log=log_x)
+        axes.set_xticks(ticks, [write_tick(value) for value in ticks])
         axes.tick_params(axis="y", length=0)
         at_left, at_bottom = sheet.outer(i)
         if at_bottom:
@@ -176,19 +176,22 @@ def _geometric(values: Sequence[float]) -> bool:
     return bool(logs.std() / logs.mean() < plain.std() / plain.mean())
 
 
-def _apart(values: Sequence[float], width: float, *, log: bool) -> list[float]:
+def ticks_apart(values: Sequence[float], width: float, *, log: bool = True) -> list[float]:
     """Those values whose ticks do not run into one another on an axis of ``width`` points."""
     places = np.log(values) if log else np.asarray(values, np.float64)
     scale = width / max(float(places[-1] - places[0]), 1e-12)
     kept = [len(values) - 1]
     for i in range(len(values) - 2, -1, -1):
-        room = (text_extent(_tick(values[i]), 9) + text_extent(_tick(values[kept[-1]]), 9)) / 2
+        room = (
+            text_extent(write_tick(values[i]), 9) + text_extent(write_tick(values[kept[-1]]), 9)
+        ) / 2
         if (places[kept[-1]] - places[i]) * scale > room + 6:
             kept.append(i)
     return [values[i] for i in reversed(kept)]
 
 
-def _tick(value: float) -> str:
+def write_tick(value: float) -> str:
+    """A number beside an axis."""
     return f"{value:,.0f}" if value >= 1e3 else f"{value:.3g}"
 
 

@@ -249,10 +249,20 @@ def _frontier_lead(cells: Cells, metric: str, knobs: list[str]) -> str:
         if len(within):
             leads.append(within.max() / base.loc[best, "output_throughput"])
     if candidate is baseline or not leads:
-        return f"{baseline.called} yields most at a latency of {_ms(most)}"
+        ends = (_most(cells, strategy.name, metric) for strategy in strategies)
+        told = [f"{s.called} yields most {end}" for s, end in zip(strategies, ends, strict=True)]
+        return ", ".join(told)
     low, high = f"{min(leads):.2f}×", f"{max(leads):.2f}×"
     within_that = f"within {_ms(most)}" if len(leads) == 1 else "within the same latency"
     return (
         f"Where {baseline.called} yields most output tokens, {candidate.called} yields "
         f"{low if low == high else f'{low} to {high}'} as many {within_that}"
     )
+
+
+def _most(cells: Cells, strategy: str, metric: str) -> str:
+    """At which latency a strategy's throughput is the highest."""
+    rows = cells.typical[cells.typical["strategy"] == strategy].dropna(subset=[metric])
+    best: Any = rows["output_throughput"].idxmax()
+    throughput, latency = rows.loc[best, "output_throughput"], rows.loc[best, metric]
+    return f"({spell_number(throughput)} tokens/s) at {_ms(latency)}"

@@ -99,17 +99,18 @@ class Holdings:
 
 def draw_occupancy(strategies: Sequence[Strategy], title: str) -> Figure:
     """Running, held and empty slots over one time axis, and the queue beneath."""
-    each = [levels_of(strategy.typical).thinned() for strategy in strategies]
+    exact = [levels_of(strategy.typical) for strategy in strategies]
+    each = [levels.thinned() for levels in exact]
     unit = Unit.of(strategies, max(levels.edges_ns[-1] for levels in each))
     tall = float(np.clip(3.2 / len(strategies), 0.8, 1.35))
     row = tall + 0.96
     notes = _occupancy_notes(strategies, each, unit)
-    headline = _occupancy_headline(strategies)
+    headline = _occupancy_headline(strategies, exact)
     card = make_card(headline, title, 0.3 + row * len(strategies) + 0.36, notes)
     add_legend(card, _kinds_of_slots(strategies, any(levels.finished.any() for levels in each)))
     panels = []
-    for strategy, levels in zip(strategies, each, strict=True):
-        top = 0.3 + row * strategy.index
+    for place, (strategy, levels) in enumerate(zip(strategies, each, strict=True)):
+        top = 0.3 + row * place
         done = unit.text(strategy.typical.duration_ns)
         detail = f"{spell_percent(_useful(strategy))} of its slot-steps useful, done after {done}"
         card.label(top + 0.18, strategy, detail)
@@ -181,7 +182,15 @@ def _useful(strategy: Strategy) -> float:
     return counted["useful_slot_steps"] / counted["slot_steps"]
 
 
-def _occupancy_headline(strategies: Sequence[Strategy]) -> str:
+def _occupancy_headline(strategies: Sequence[Strategy], exact: Sequence[Levels]) -> str:
+    if strategies[0].typical.requests.due_ns.any():
+        # Requests come in their own time: slots are empty when nobody comes, whatever is done.
+        longest = [round(levels.waiting.max()) for levels in exact]
+        text = f"At most {longest[-1]:,} request{'s' * (longest[-1] != 1)} wait at once under "
+        text += strategies[-1].called
+        if len(strategies) > 1:
+            text += f", {longest[0]:,} under {strategies[0].called}"
+        return text
     share = spell_percent(_useful(strategies[-1]))
     text = f"{strategies[-1].called} makes use of {share} of its slot-steps"
     if len(strategies) > 1:

@@ -122,7 +122,10 @@ def draw_speedup_by_share(cells: Cells) -> Figure:
             look: dict[str, Any] = {"lw": 1, "ls": ":", "color": QUIET, "marker": ""}
             draw_lines(axes, rows, compared, "long_share", "step_ratio", **look)
         draw_lines(axes, rows, compared, "long_share", "speedup", ls="solid")
-        axes.set_ylim(0, max(1.15, *(1.08 * rows["speedup"].dropna())))
+        top = float(rows["speedup"].max())
+        whiskers = rows["speedup_high"].astype(float).max()
+        # A whisker that is far beyond the points would leave them no room.
+        axes.set_ylim(0, max(1.15, 1.08 * top, min(1.03 * whiskers, 1.8 * top)))
     finish_panels(
         sheet, shares, "share of long requests (%)", f"speed-up over {cells.strategies[0]} (×)"
     )
@@ -134,11 +137,13 @@ def _best_share(cells: Cells) -> str:
     rows = cells.typical[cells.typical["strategy"] == strategies[-1].name]
     ends: tuple[Any, Any] = (rows["speedup"].idxmax(), rows["speedup"].idxmin())
     most, least = (
-        f"{rows.loc[at, 'speedup']:.2f}× where {_percent(rows.loc[at, 'long_share'])} of the "
-        f"requests are long{_others(cells, rows.loc[at])}"
+        f"{rows.loc[at, 'speedup']:.2f}× as fast as {strategies[0].called} where "
+        f"{_percent(rows.loc[at, 'long_share'])} of the requests are long"
+        f"{_others(cells, rows.loc[at])}"
         for at in ends
     )
-    return f"{strategies[-1].called} gains most, {most}, and least, {least}"
+    least = least.replace(f" as fast as {strategies[0].called}", "").replace(" of the requests", "")
+    return f"{strategies[-1].called} is {most}, {least}"
 
 
 def _others(cells: Cells, row: pd.Series[Any]) -> str:

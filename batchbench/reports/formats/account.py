@@ -9,32 +9,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from batchbench.reports.account import CAUSES, NAMES
 from batchbench.reports.result import Result
 
-LABELS = {
-    "useful_decode_s": "Useful decode",
-    "finished_s": "Finished, slot held",
-    "empty_s": "Empty slots",
-    "prefill_useful_s": "Prefill",
-    "prefill_padding_s": "Prefill padding",
-    "stalled_s": "Stalled by a prefill",
-    "waiting_s": "Waiting for requests",
-    "host_s": "Host, outside the steps",
-    "residual_s": "Residual",
-}
-
-_SAVED = {
-    "useful_decode_s": "cheaper steps for the same tokens",
-    "finished_s": "finished requests that held slots",
-    "empty_s": "empty slots",
-    "prefill_useful_s": "prefill",
-    "prefill_padding_s": "prefill padding",
-    "stalled_s": "requests stalled by a prefill",
-    "waiting_s": "waiting for requests",
-    "host_s": "host work",
-    "residual_s": "residual",
-}
-_LOST = _SAVED | {"useful_decode_s": "dearer steps for the same tokens"}
+_SAVED = CAUSES | {"useful_decode_s": "cheaper steps for the same tokens"}
+_LOST = CAUSES | {"useful_decode_s": "dearer steps for the same tokens"}
 
 MENTIONED = 0.05
 """Effects smaller than this share of the whole difference are not put into words."""
@@ -57,7 +36,7 @@ def causes(result: Result) -> list[str]:
 def _cause(fall: Mapping[str, Any], *, several: bool) -> str:
     whole = fall["saved_s"]
     sign = 1 if whole > 0 else -1
-    decimals = decimals_of(abs(whole))
+    decimals = decimals_of(max(abs(whole), *(abs(step["saved_s"]) for step in fall["steps"])))
 
     def spelt(sign: int, words: Mapping[str, str]) -> str:
         effects = sorted((-sign * step["saved_s"], step["part"]) for step in fall["steps"])
@@ -91,17 +70,18 @@ def account_table(result: Result) -> Table:
     for name in accounts:
         grid.add_column(name.replace("-", "-\n"), justify="right", overflow="fold")
         if shares:
-            grid.add_column("%", justify="right", style="dim")
+            grid.add_column("%", justify="right", style="dim", overflow="fold")
     if saved:
-        grid.add_column("saved", justify="right")
-    decimals = decimals_of(min((a["wall_s"] for a in accounts.values() if a), default=1.0))
-    for part, label in {**LABELS, "wall_s": "Wall time"}.items():
+        grid.add_column("saved", justify="right", overflow="fold")
+    shortest = min((a["wall_s"] for a in accounts.values() if a), default=1.0)
+    decimals = max(2, decimals_of(shortest))
+    for part, label in {**NAMES, "wall_s": "wall time"}.items():
         each = {name: _value(account, part) for name, account in accounts.items()}
         if part not in ("residual_s", "wall_s") and not any(each.values()):
             continue
         if part == "wall_s":
             grid.add_section()
-        cells = [label]
+        cells = [label.capitalize()]
         for name, value in each.items():
             cells.append("N/A" if value is None else fixed(value, decimals))
             if shares:

@@ -16,10 +16,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from batchbench.reports.account import NAMES
 from batchbench.reports.figures.card import clean_text, name_strategies
 from batchbench.reports.figures.occupancy import which_trial
 from batchbench.reports.formats import charts
-from batchbench.reports.formats.account import LABELS, causes, decimals_of, fixed
+from batchbench.reports.formats.account import causes, decimals_of, fixed
 from batchbench.reports.formats.terminal import cells, notes, number, sentence, stall_lines
 from batchbench.reports.latencies import Latencies
 from batchbench.reports.result import Result
@@ -214,12 +215,12 @@ def _accounts(result: Result) -> list[dict[str, Any]]:
         parts = [
             _Part(
                 key.removesuffix("_s"),
-                label,
+                label.capitalize(),
                 max(0.0, known[name]["parts"][key]) / longest,
                 f"{fixed(known[name]['parts'][key], decimals)} s, "
                 f"{100 * known[name]['parts'][key] / (wall or 1.0):.1f} %",
             )
-            for key, label in LABELS.items()
+            for key, label in NAMES.items()
             if abs(known[name]["parts"][key]) >= 0.0005 * longest
         ]
         shown.append({"name": name, "series": i, "wall": number(wall), "parts": parts})
@@ -246,7 +247,7 @@ def _falls(result: Result) -> list[dict[str, Any]]:
             low = min(at, at - saved)
             rows.append(
                 _Fall(
-                    LABELS[step["part"]],
+                    NAMES[step["part"]].capitalize(),
                     "saved" if saved > 0 else "lost",
                     max(0.0, low) / widest,
                     abs(saved) / widest,

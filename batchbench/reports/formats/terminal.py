@@ -56,7 +56,7 @@ def _speed(result: Result) -> str:
     than = "" if comparison["baseline"] == "static" else f" than {comparison['baseline']}"
     text = f"{who} was {_faster(median)}{than}"
     if result.data["simulated"]:
-        text = f"in simulation, where every step costs the same, {text}"
+        text = f"in simulation, {_simulated_how(result)}, {text}"
     elif interval is None:
         pairs = len(result.recordings[comparison["candidate"]])
         text += f" ({pairs} pair{'s' * (pairs > 1)} of trials: too few for an interval)"
@@ -64,9 +64,16 @@ def _speed(result: Result) -> str:
         low, high = sorted(bound ** (1 if median >= 1 else -1) for bound in interval)
         text += f" (95 % CI {low:.2f}–{high:.2f})"
     text += _against_the_best_static(result)
-    if result.data["simulated"]:
+    if result.data["simulated"] and not result.data.get("cost"):
         return text
-    return f"{text}; the schedules alone give {comparison['step_ratio']:.2f}×"
+    alone = comparison["step_ratio"]
+    return text if alone is None else f"{text}; the schedules alone give {alone:.2f}×"
+
+
+def _simulated_how(result: Result) -> str:
+    """Where a simulation has its time from."""
+    cost = result.data.get("cost")
+    return f"on the step costs of {cost['source']}" if cost else "where every step costs the same"
 
 
 def _faster(ratio: float) -> str:
@@ -130,7 +137,9 @@ def _of_summary(label: str, unit: str, metric: str) -> _Row:
 
 
 def _of_counters(label: str, unit: str, value: Callable[[dict[str, int]], float]) -> _Row:
-    return _Row(label, unit, None, lambda strategy: value(strategy["counters"]))
+    return _Row(
+        label, unit, None, lambda strategy: value(c) if (c := strategy["counters"]) else None
+    )
 
 
 def _share(summary: dict[str, Any]) -> float | None:
@@ -154,6 +163,8 @@ _ROWS = (
     _of_counters("Forward passes", "", lambda c: c["forward_passes"]),
     _of_counters("Slot utilisation", "%", lambda c: 100 * c["useful_slot_steps"] / c["slot_steps"]),
     _of_counters("KV cache peak", "tok", lambda c: c["kv_tokens_peak"]),
+    _of_summary("Energy", "J", "energy_joules"),
+    _of_summary("Energy an output token", "J", "joules_per_output_token"),
     _of_summary("Cost of 1M output tok", "$", "cost_per_million_output_tokens"),
 )
 _ROWS_OF_ARRIVALS = (
@@ -215,7 +226,7 @@ def table(result: Result) -> Table:
     )
     head, rows = cells(result)
     grid.add_column("Metric", overflow="fold")
-    grid.add_column("Unit", style="dim")
+    grid.add_column("Unit", style="dim", overflow="fold")
     for name in head[2:]:
         # A name of several words takes a line a word: five strategies fit into 80 columns.
         name = name if name.startswith("÷") else name.replace("-", "-\n")
@@ -229,7 +240,8 @@ def notes(result: Result) -> list[str]:
     """What a reader of the table should know of its numbers."""
     trials = len(result.recordings[result.names[0]])
     if result.data["simulated"]:
-        return ["simulated: a step counts as 1 ms"]
+        fitted = result.data.get("cost") is not None
+        return [f"simulated: {'step costs are fitted' if fitted else 'a step counts as 1 ms'}"]
     if len(result.names) < 2:
         return []
     told = [f"median and pool of {trials} trial{'s' * (trials > 1)}"]
@@ -242,7 +254,6 @@ _COMPARED = (
     _of_summary("Duration", "", "duration"),
     _of_counters("Passes", "", lambda c: c["forward_passes"]),
     _of_summary("TTFT p99", "", "p99_ttft_ms"),
-    _of_summary("ITL p99", "", "p99_itl_ms"),
     _of_summary("E2E p99", "", "p99_e2el_ms"),
 )
 
@@ -250,10 +261,10 @@ _COMPARED = (
 def comparisons(result: Result) -> Table:
     """Each strategy's ratios to the baseline, a line a strategy."""
     strategies, names = result.data["strategies"], result.names
-    paired = not result.data["simulated"]
+    trials = len(result.recordings[names[0]])
     grid = Table(
         title=f"÷ {names[0]}",
-        caption="medians of paired trials" if paired else None,
+        caption="medians of paired trials" if trials > 1 else None,
         title_style="bold",
         caption_style="dim",
         pad_edge=False,
@@ -316,7 +327,7 @@ def number(value: float | None) -> str:
 
 
 def render(result: Result) -> RenderableType:
-    """The sentence and what it comes from, tables, stalls, the account of the time."""
+    """The sentence and what it comes from, tables, the account of the time, stalls."""
     status = result.data["validity"]["status"]
     wrong = result.data["verification"]["passed"] is False
     style = "bold red" if wrong else "bold" if status == "valid" else "bold yellow"
@@ -324,6 +335,34 @@ def render(result: Result) -> RenderableType:
     parts += [*map(Text, causes(result)), Text(), table(result)]
     if len(result.names) > 2:
         parts += [Text(), comparisons(result)]
-    if lines := stall_lines(result):
-        parts += [Text(), *map(Text, lines)]
-    return Group(*parts, Text(), account_table(result))
+    parts += [Text(), account_table(result)]
+    for lines in (stall_lines(result), prediction_lines(result)):
+        parts += [Text(), *map(Text, lines)] if lines else []
+    return Group(*parts)
+
+
+def prediction_lines(result: Result) -> list[str]:
+    """Predicted beside measured, and how well the cost of a step is known."""
+    found = result.data.get("prediction")
+    lines = _extrapolation((result.data.get("cost") or {}).get("extrapolates", []))
+    if found is None:
+        return lines
+    others = [s for s in found["strategies"] if s["strategy"] != found["fitted_on"]]
+    for told in others or found["strategies"]:
+        lines.append(
+            f"Predicted from the steps of {found['fitted_on']}: {told['strategy']} takes "
+            f"{number(told['duration'])} s; measured {number(told['measured_duration'])} s "
+            f"({told['error']:+.1%})."
+        )
+        lines += _extrapolation(told["extrapolates"])
+    held = found["held_out"]
+    r2 = "" if held["r2"] is None else f"R² {held['r2']:.2f}, "
+    lines.append(
+        f"Of its {held['steps']:,} steps, held out in turn: {r2}a step is off by "
+        f"{held['median_error']:.1%} (median), all together by {held['total_error']:+.1%}."
+    )
+    return lines
+
+
+def _extrapolation(reasons: list[str]) -> list[str]:
+    return [f"Beyond what the fit saw: {'; '.join(reasons)}."] if reasons else []

@@ -11,7 +11,7 @@ from batchbench.batching.clock import WallClock
 from batchbench.batching.engines.torch.timing import make_timer
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan
-from batchbench.batching.recording import Steps
+from batchbench.batching.recorder import Steps
 from batchbench.workloads import Workload
 
 

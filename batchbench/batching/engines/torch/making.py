@@ -24,9 +24,17 @@ _RESERVE = 0.1
 
 
 def make_engine(
-    name: str, model: LoadedModel, slots: int, max_len: int, execution: str = "auto"
+    name: str,
+    model: LoadedModel,
+    slots: int,
+    max_len: int,
+    execution: str = "auto",
+    forward: Forward | None = None,
 ) -> tuple[TorchEngine, dict[str, int]]:
     """The engine of that name, and what it takes: bytes of weights, packed weights and cache.
+
+    Args:
+        forward: the slots engine's pass; None for the leanest that is right for the model.
 
     Raises:
         UsageError: a batch of this size does not fit (names the largest that does), or the model
@@ -41,7 +49,7 @@ def make_engine(
             _check_room(model, slots, max_len, 2 * per_slot)
             return NotebookEngine(model, slots), memory | {"kv_cache_bytes": slots * per_slot}
         chosen = _execution(execution, model.device)
-        forward = make_forward(model, packed=chosen != "compile")
+        forward = forward or make_forward(model, packed=chosen != "compile")
         per_slot = kv_token_bytes(config, forward.cache_dtype) * max_len
         _check_room(model, slots, max_len, per_slot)
         if isinstance(forward, TransformersForward):

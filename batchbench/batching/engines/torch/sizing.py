@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +9,7 @@ import torch
 from batchbench.batching.engines.torch.cache import kv_token_bytes
 from batchbench.batching.engines.torch.forward import is_plain_gpt2
 from batchbench.batching.engines.torch.packed import PackedLinear, packed_ops
+from batchbench.batching.engines.torch.stopwatch import median_s
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models.loading import (
     count_parameters,
@@ -46,26 +44,10 @@ def size_up(experiment: Experiment, source: Source, max_len: int) -> Sizes:
     matrix = torch.rand(2**26 // config.hidden_size, config.hidden_size, device=device).to(dtype)
     product = PackedLinear(matrix, None) if packed else lambda x: x @ matrix.T
     x = torch.rand(slots, config.hidden_size, device=device).to(dtype)
-    per_byte = _median_time(lambda: product(x), device) / (matrix.numel() * dtype.itemsize)
+    per_byte = median_s(lambda: product(x), device, 7) / (matrix.numel() * dtype.itemsize)
     return Sizes(
         device=str(device),
         weight_bytes=weight_bytes * (1 + packed),
         kv_cache_bytes=slots * max_len * cached,
         step_s=weight_bytes * per_byte,
     )
-
-
-def _median_time(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that ``work`` takes, over seven times after one that does not count."""
-
-    def once() -> float:
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
-        return time.perf_counter() - began
-
-    once()
-    return statistics.median(once() for _ in range(7))

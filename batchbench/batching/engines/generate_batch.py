@@ -1,0 +1,226 @@
+"""transformers' own continuous batching, the one behind ``model.generate_batch``, as a strategy.
+
+It schedules for itself, over a paged cache and in a thread of its own, so it shows no steps; but it
+tells when each token was there. ``generate_batch`` gives all requests one output length and takes
+them all at once; here the same manager is asked request by request, each with its own length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from batchbench.batching.clock import WallClock
+from batchbench.batching.experiment import GENERATE_BATCH
+from batchbench.batching.models.loading import LoadedModel
+from batchbench.batching.queue import ORDERS
+from batchbench.batching.recording import Header, Recording
+from batchbench.batching.watch import Progress, Watch
+from batchbench.errors import UsageError
+from batchbench.workloads import Request, Workload, make_arrivals
+
+PAGE = 256
+"""Tokens a page of its cache holds: the default of transformers."""
+
+_PATIENCE_S = 0.5  # between two looks at whether its thread still lives
+
+
+class GenerateBatch:
+    """Serves with transformers' continuous batching on the model that is loaded anyway.
+
+    It computes as it would for a user who asks for speed: CUDA graphs on a GPU, flash attention
+    where the model's number format allows and the library is there. Cache, graphs and manager are
+    kept from one trial to the next, and are ready before a trial's clock starts.
+
+    Args:
+        slots: most requests that it may compute together.
+        max_len: longest prompt + output, in tokens; its cache holds ``slots`` of these.
+        max_batched_tokens: most tokens that a step of it may compute.
+    """
+
+    name = GENERATE_BATCH
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        slots: int,
+        max_len: int,
+        *,
+        order: str = "fifo",
+        max_batched_tokens: int = 2048,
+    ) -> None:
+        self._model, self._slots, self._order = model, slots, order
+        # A page more a request, and a quarter of all: below 15 % of free pages it admits nobody.
+        self._blocks = math.ceil(slots * (math.ceil(max_len / PAGE) + 1) * 1.25) + 1
+        self._config = {
+            "num_blocks": self._blocks,
+            "max_batch_tokens": max(slots, min(max_batched_tokens, slots * max_len)),
+            "max_requests_per_batch": slots,
+            "use_cuda_graph": True if model.device.type == "cuda" else None,
+        }
+        self._manager: Any = None
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that its paged cache holds."""
+        return self._blocks * PAGE
+
+    def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
+        """Hand requests over when they are due, and take what comes."""
+        progress = Progress(self.name, trial, self._slots, len(workload))
+        with torch.inference_mode(), self._running(workload) as manager:
+            clock = WallClock()
+            served = {
+                request.index: (request, result)
+                for request, result in self._served(manager, workload, clock, progress, watch)
+            }
+            about = {"engine": f"transformers {transformers.__version__}", **self._settings()}
+        zero = clock.zero_ns
+        header = Header(
+            strategy=self.name,
+            trial=trial,
+            slots=self._slots,
+            simulated=False,
+            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
+            about=about,
+        )
+        requests, results = zip(*(served[i] for i in range(len(workload))), strict=True)
+        return Recording.of_tokens(
+            header,
+            workload,
+            [result.generated_tokens for result in results],
+            [[round(t * 1e9) - zero for t in result.timestamps] for result in results],
+            [round(result.lifespan[0] * 1e9) - zero for result in results],
+            due_ns=np.array([request.due_ns for request in requests], np.int64),
+        )
+
+    def _served(
+        self,
+        manager: Any,
+        workload: Workload,
+        clock: WallClock,
+        progress: Progress,
+        watch: Watch,
+    ) -> Iterator[tuple[Request, Any]]:
+        """Each request and its result, in the order in which they are done."""
+        arrivals = make_arrivals(workload)
+        asked: dict[int, Request] = {}
+        while asked or arrivals.more:
+            for request in sorted(arrivals.due(clock.now()), key=ORDERS[self._order]):
+                asked[request.index] = request
+                self._ask(manager, workload, request)
+            if not asked:
+                assert arrivals.next_due is not None
+                clock.wait_until(arrivals.next_due)
+                continue
+            result = manager.get_result(timeout=_until(arrivals.next_due, clock))
+            if result is None:
+                if not manager.is_running():
+                    raise UsageError(_failed("its thread ended early"))
+                continue
+            if not result.is_finished():
+                continue
+            if result.error is not None:
+                raise UsageError(_failed(result.error))
+            request = asked.pop(int(result.request_id))
+            ended = round(result.timestamps[-1] * 1e9) - clock.zero_ns
+            arrivals.finished(request, ended)
+            progress.done += 1
+            progress.tokens += len(result.generated_tokens)
+            progress.slots_in_use = min(len(asked), self._slots)
+            progress.now_ns = clock.now()
+            watch.progressed(progress)
+            yield request, result
+
+    def _ask(self, manager: Any, workload: Workload, request: Request) -> None:
+        eos = list(self._model.source.eos_token_ids) if workload.stop_at_eos else []
+        manager.add_request(
+            workload.prompt(request.index).tolist(),
+            request_id=str(request.index),
+            max_new_tokens=request.output_tokens,
+            record_timestamps=True,
+            eos_token_id=eos or -1,  # -1: none
+        )
+
+    @contextmanager
+    def _running(self, workload: Workload) -> Iterator[Any]:
+        """Its manager with the thread running and the cache there; the model as before, after."""
+        module = self._model.module
+        before = module.config._attn_implementation
+        flash = self._flash_allowed()
+        module.set_attn_implementation("sdpa" if flash or _SPARES_FLASH else "paged|sdpa")
+        try:
+            if self._manager is not None:
+                setattr(module, _KEPT, self._manager)
+            manager = self._made()
+            if manager is not self._manager:
+                self._manager = manager
+                if self._model.device.type == "cuda":
+                    manager.warmup()
+            manager.start()
+            try:
+                while manager.batch_processor is None and manager.is_running():
+                    time.sleep(0.001)
+                yield manager
+            except BaseException:
+                manager.stop(block=True, hard_stop=True)
+                self._manager = None
+                raise
+            manager.stop(block=True, keep_for_next_session=True)
+        finally:
+            module.set_attn_implementation(before)
+            # It holds threads' locks, and a model that is copied must not.
+            vars(module).pop(_KEPT, None)
+
+    def _made(self) -> Any:
+        """The manager that the model keeps, or a new one."""
+        options = dict(self._config)
+        if _SPARES_FLASH:
+            options["auto_switch_to_flash"] = self._flash_allowed()
+        return self._model.module.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(**options),
+        )
+
+    def _flash_allowed(self) -> bool:
+        half = self._model.dtype in (torch.float16, torch.bfloat16)
+        return half and self._model.device.type == "cuda"
+
+    def _settings(self) -> Mapping[str, Any]:
+        """What it decided, for the header."""
+        decided = self._manager.continuous_batching_config
+        graphs = decided.use_cuda_graph
+        return {
+            "attention": self._model.module.config._attn_implementation,
+            "cuda_graphs": any(graphs) if isinstance(graphs, Sequence) else bool(graphs),
+        }
+
+
+_KEPT = "_cached_continuous_batching_manager"
+"""Where a model keeps the manager of the last session for the next."""
+
+_SPARES_FLASH = "auto_switch_to_flash" in {
+    field.name for field in dataclasses.fields(ContinuousBatchingConfig)
+}
+"""Whether this transformers lets one say so; before, naming paged attention meant the same."""
+
+
+def _until(due: int | None, clock: WallClock) -> float:
+    """Seconds to wait for a result: no longer than until the next request is due."""
+    if due is None:
+        return _PATIENCE_S
+    return min(_PATIENCE_S, max(0.0001, (due - clock.now()) / 1e9))
+
+
+def _failed(why: str) -> str:
+    return f"--strategy {GENERATE_BATCH}: transformers' continuous batching failed: {why}"

@@ -1,0 +1,158 @@
+"""The command capacity."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from batchbench import settings
+from batchbench.batching.experiment import Experiment
+from batchbench.cli.options import with_given
+from batchbench.errors import Interrupted, UsageError
+from batchbench.reports.goals import GoalsSpec
+from batchbench.settings import setting
+from batchbench.studies.grid import SWEPT, make_experiment, words_of_axes
+
+if TYPE_CHECKING:
+    from batchbench.studies.bench import Asked
+
+CAPACITY_HELP = (
+    "Find the highest request rate that each strategy sustains within --slo.\n\n"
+    "A rate is sustained if enough requests meet all limits and the queue does not grow. Rates are "
+    "doubled until one is not, then bisected; each is repeated until the verdict is sure.\n\n"
+    "Example: batchbench capacity --slo ttft:500 --slo tpot:50"
+)
+
+ENOUGH = 5
+"""Requests of a trial that may miss a limit; with fewer the share that may is no share."""
+
+FEWEST, MOST = 100, 10_000
+
+
+@dataclass(frozen=True)
+class CapacitySpec:
+    """When a rate is sustained, and how closely the highest is looked for."""
+
+    slo_attainment: float = setting(
+        0.95,
+        "Share of the requests that must be within all limits.",
+        "Capacity",
+        min=0.01,
+        max=0.9999,
+    )
+    precision: float = setting(
+        0.05,
+        "How far apart the highest rate that is sustained and the lowest that is not may stay, as "
+        "a share.",
+        "Capacity",
+        min=0.0001,
+        max=1.0,
+    )
+    max_trials: int = setting(
+        8,
+        "Most trials of one rate, each with other arrivals; 1 takes what it shows for true.",
+        "Capacity",
+        min=1,
+        max=1000,
+    )
+    simulated: bool = setting(False, "Serve on a virtual clock, as simulate does.", "Capacity")
+    output: Path | None = setting(
+        None,
+        "Folder for capacity.json and the picture.",
+        "Output",
+        metavar="DIR",
+        default_text="batchbench-results/<time>-<model>-capacity",
+    )
+    overwrite: bool = setting(False, "Replace a result that the folder holds.", "Output")
+    json: bool = setting(
+        False, "Print capacity.json on standard output, and nothing else.", "Output"
+    )
+    quiet: bool = setting(False, "No progress, and of the report only the sentence.", "Output")
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+@with_given(
+    SWEPT,
+    {"goals": GoalsSpec, "study": CapacitySpec},
+    omit=("request_rate", "max_concurrency", "speed", "trials", "max_time"),
+)
+def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) -> None:
+    """Search, then show."""
+    experiment = _experiment(given, study)
+    if not goals.slo:
+        raise UsageError("--slo: within which limits? Give one or more, such as --slo ttft:500")
+    from batchbench.reports.destination import check_folder, default_folder, remove_if_empty
+    from batchbench.studies.bench import Asked
+
+    folder = study.output or default_folder(experiment.model.model, "capacity")
+    made = check_folder(folder, overwrite=study.overwrite, marker="capacity.json")
+    asked = Asked(goals, study.slo_attainment, study.max_trials)
+    try:
+        code = _search_and_write(experiment, asked, study, folder, _command(given, goals, study))
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; nothing was kept") from error
+    finally:
+        remove_if_empty(made)
+    if code:
+        raise typer.Exit(code)
+
+
+def _experiment(given: Mapping[str, Any], study: CapacitySpec) -> Experiment:
+    """What is served, at a rate that the search will replace."""
+    process = str(given.get("arrivals", "poisson"))
+    if process.partition(":")[0] in ("at-once", "trace", "ramp"):
+        raise UsageError(
+            f"--arrivals {process}: has no rate to search for; take poisson, gamma or constant"
+        )
+    enough = math.ceil(ENOUGH / (1 - study.slo_attainment)) * (10 if study.simulated else 1)
+    sizes = {} if "trace" in given else {"queue_size": min(max(enough, FEWEST), MOST)}
+    asked = make_experiment({**sizes, "request_rate": 1.0, **given}, simulated=study.simulated)
+    if asked.workload.max_concurrency is not None:  # of a file or a preset
+        asked = replace(asked, workload=replace(asked.workload, max_concurrency=None))
+    return asked
+
+
+def _command(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) -> str:
+    """The command line that searches again."""
+    words = words_of_axes({name: (value,) for name, value in given.items()})
+    own = settings.words_of(study, CapacitySpec())
+    return shlex.join(
+        ["batchbench", "capacity", *words, *settings.words_of(goals, GoalsSpec()), *own]
+    )
+
+
+def _search_and_write(
+    experiment: Experiment, asked: Asked, study: CapacitySpec, folder: Path, command: str
+) -> int:
+    from batchbench.cli.progress import CapacityDisplay, make_console
+    from batchbench.studies.capacity import find_capacity
+
+    display = CapacityDisplay(make_console(quiet=study.quiet))
+    found = find_capacity(experiment, asked, study.precision, display)
+    from rich.console import Console
+
+    from batchbench.studies import capacity_report as report
+
+    data = report.data_of(found, command)
+    files = report.write_capacity(folder, found, data)
+    if study.json:
+        typer.echo(report.to_json(data), nl=False)
+    elif study.quiet:
+        typer.echo(report.sentence(found))
+    else:
+        console = Console(highlight=False)
+        console.print(report.render(found))
+        console.print(f"\nAgain: {command}", markup=False, soft_wrap=True)
+        names = ", ".join(file.name for file in files)
+        console.print(
+            f"Files: {shlex.quote(str(folder))}/ with {names}", markup=False, soft_wrap=True
+        )
+    return 1 if found.verification.wrong else 0

@@ -1,0 +1,137 @@
+"""The command ladder."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from batchbench.batching.experiment import ServingSpec, TrialsSpec
+from batchbench.batching.models import ModelSpec
+from batchbench.batching.presets import Basis
+from batchbench.cli.options import OutputSpec, with_options
+from batchbench.errors import Interrupted
+from batchbench.studies.climb import Climb, LadderSpec
+from batchbench.studies.rungs import choose_rungs
+from batchbench.workloads.spec import WorkloadSpec
+
+if TYPE_CHECKING:
+    from batchbench.reports.ladder import LadderResult
+
+LADDER_HELP = """Serve one workload in ever faster ways, beside what this machine allows.
+
+Example: batchbench ladder --rungs notebook,generate_batch,packed"""
+
+_SPECS = {
+    "basis": Basis,
+    "serving": ServingSpec,
+    "workload": WorkloadSpec,
+    "model": ModelSpec,
+    "trials": TrialsSpec,
+    "ladder": LadderSpec,
+    "output": OutputSpec,
+}
+
+_DECIDED = (
+    "strategy",
+    "engine",
+    "max_wait",
+    "prefill",
+    "execution",
+    "stop_at_eos",
+    "trials",
+    "max_time",
+    "dry_run",
+)
+"""Options of a run that are what the rungs differ in, or that a ladder has no use for."""
+
+
+@with_options(_SPECS, omit=_DECIDED)
+def ladder(
+    basis: Basis,
+    serving: ServingSpec,
+    workload: WorkloadSpec,
+    model: ModelSpec,
+    trials: TrialsSpec,
+    ladder: LadderSpec,
+    output: OutputSpec,
+) -> None:
+    """Climb it."""
+    from batchbench.reports.destination import check_folder, default_folder, remove_if_empty
+
+    asked = Climb(workload, model, serving, trials, ladder, basis.preset)
+    folder = output.output or default_folder(model.model, "ladder")
+    made = check_folder(folder, overwrite=output.overwrite, marker="ladder.json")
+    try:
+        code = _climb(asked, output, folder)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; nothing was kept") from error
+    finally:
+        remove_if_empty(made)
+    if code:
+        raise typer.Exit(code)
+
+
+def _climb(asked: Climb, output: OutputSpec, folder: Path) -> int:
+    """Measure the machine, say what it allows, climb, write and show; the exit code."""
+    from batchbench.cli.display import make_display
+    from batchbench.studies.ladder import Ladder
+
+    silent = output.quiet or output.json
+    rungs = tuple(rung.name for rung in choose_rungs(asked.ladder.rungs))
+    display = make_display(rungs, asked.ladder.rounds, quiet=output.quiet)
+    with display:
+        made = Ladder(asked, display)
+        allowed = made.measure(display)
+    # Only now: an error about what is asked should not wait for scipy and matplotlib.
+    from batchbench.reports.folder import write_ladder
+    from batchbench.reports.formats.ladder import card_lines
+    from batchbench.reports.ladder import make_card, make_ladder
+
+    if not silent:
+        typer.echo("\n".join([*card_lines(make_card(allowed)), ""]))
+    with display:
+        climbed = made.climb(display, allowed)
+    result = make_ladder(
+        command=asked.command(),
+        config=asked.config(),
+        environment=made.environment,
+        model=made.model,
+        workload=made.workload,
+        ceilings=climbed.ceilings,
+        rungs=[{**asdict(rung), "memory": made.memory[rung.name]} for rung in climbed.rungs],
+        recordings=climbed.recordings,
+        verifications=climbed.verifications,
+        left_out=made.left_out,
+        stopped=climbed.stopped,
+    )
+    files = write_ladder(folder, result)
+    _show(result, files, output)
+    if climbed.stopped:
+        return 130
+    return 0 if result.passed else 1
+
+
+def _show(result: LadderResult, files: Iterable[Path], output: OutputSpec) -> None:
+    from rich.console import Console
+
+    from batchbench.reports.formats.ladder import render, sentence
+    from batchbench.reports.ladder import to_json
+
+    if output.json:
+        typer.echo(to_json(result), nl=False)
+        return
+    if output.quiet:
+        typer.echo(sentence(result))
+        return
+    console = Console(highlight=False)
+    console.print(render(result))
+    console.print(f"\nAgain: {result.data['command']}", markup=False, soft_wrap=True)
+    written = list(files)
+    names = ", ".join(f.name for f in written if f.parent == written[0].parent)
+    folder = shlex.quote(str(written[0].parent))
+    console.print(f"Files: {folder}/ with {names} …", markup=False, soft_wrap=True)
