@@ -27,7 +27,9 @@ from batchbench.errors import UsageError
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
 from batchbench.reports.figures import draw
+from batchbench.reports.formats.html import Labelled, render
 from batchbench.reports.formats.terminal import sentence
+from batchbench.reports.formats.trace_events import _cut, trace_events
 from batchbench.reports.gaps import gaps_ms
 from batchbench.reports.latencies import e2el_ms, queue_ms, tpot_ms, ttft_ms
 from batchbench.reports.result import _check_schema, make_result, remake_result, to_json
@@ -233,6 +235,20 @@ def test_pictures_of_slots_leave_it_out_and_say_so(outcome: Outcome) -> None:
         assert ("no steps known of generate_batch" in text) == (name in ("occupancy", "timeline"))
     alone = {"generate_batch": outcome.recordings["generate_batch"]}
     assert list(draw(alone, "here")) == ["throughput", "latency"]
+
+
+def test_pages_and_traces_leave_it_out_and_say_so(outcome: Outcome) -> None:
+    for names in (("static", "continuous", "generate_batch"), ("generate_batch",)):
+        kept = {name: outcome.recordings[name] for name in names}
+        serving = replace(outcome.experiment.serving, strategy=",".join(names))
+        asked = replace(outcome.experiment, serving=serving)
+        result = make_result(replace(outcome, experiment=asked, recordings=kept))
+        page = render([Labelled("", result)])
+        assert ("A row is a slot" in page) == (len(names) > 1)
+        assert "generate_batch shows no steps, so its slots are not known." in page
+        processes = {e["args"]["name"] for e in trace_events(result) if e["name"] == "process_name"}
+        assert processes == set(names) - {"generate_batch"}
+        assert "generate_batch, which shows no steps" in _cut(result)["left_out"]
 
 
 def test_what_needs_its_steps_beforehand_is_refused_or_says_so(checkpoint: Path) -> None:

@@ -107,9 +107,15 @@ def draw_timelines(
 ) -> tuple[list[Timeline], int, tuple[Tick, ...], Unit]:
     """The lanes of each strategy, the window that they share in ns, its ticks and its unit.
 
+    Only of those that show steps: the others' slots are not known.
+
     Args:
         most_bars: bars of one strategy; where there are more, the window ends before them.
     """
+    unit = Unit.of(strategies, 1)
+    strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
+    if not strategies:
+        return [], 1, (), unit
     trials = [strategy.typical for strategy in strategies]
     longest = max(trial.duration_ns for trial in trials)
     window = min([longest, *(_bars_end(trial, most_bars) for trial in trials)])
@@ -229,7 +235,10 @@ def _down(shares: Floats) -> Ints:
 
 
 def draw_levels(strategies: Sequence[Strategy]) -> tuple[list[Levels], tuple[Tick, ...]]:
-    """Occupancy and queue of each strategy, over one time axis, and its ticks."""
+    """Occupancy and queue of each strategy that shows steps, over one time axis, and its ticks."""
+    strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
+    if not strategies:
+        return [], ()
     each = [levels_of(strategy.typical).thinned() for strategy in strategies]
     until = max(float(levels.edges_ns[-1]) for levels in each)
     unit = Unit.of(strategies, until)

@@ -162,8 +162,10 @@ def _tiles(result: Result) -> list[tuple[str, str, str]]:
             spread = "simulated"
         tiles = [
             ("Speed-up", f"{compared['speedup']['median']:.2f}×", spread),
-            ("By the schedules alone", f"{compared['step_ratio']:.2f}×", "fewer forward passes"),
         ]
+        if compared["step_ratio"] is not None:
+            alone = f"{compared['step_ratio']:.2f}×"
+            tiles.append(("By the schedules alone", alone, "fewer forward passes"))
     first = data["strategies"][result.names[0]]
 
     def beside(text: str) -> str:
@@ -176,8 +178,8 @@ def _tiles(result: Result) -> list[tuple[str, str, str]]:
         value, other = (f"{number(s['summary'][metric])} {unit}" for s in (last, first))
         tiles.append((name, value, beside(other)))
     shares = [
-        f"{100 * s['counters']['useful_slot_steps'] / s['counters']['slot_steps']:.0f} %"
-        for s in (last, first)
+        f"{100 * c['useful_slot_steps'] / c['slot_steps']:.0f} %" if c else "N/A"
+        for c in (last["counters"], first["counters"])
     ]
     tiles.append(("Slot utilisation", shares[0], beside(shares[1])))
     return tiles
@@ -185,8 +187,12 @@ def _tiles(result: Result) -> list[tuple[str, str, str]]:
 
 def _left_out(result: Result, timelines: Sequence[charts.Timeline], window: int) -> str:
     """What a timeline does not show, in words."""
-    told = []
-    slots = max(timeline.slots for timeline in timelines)
+    told = [
+        f"{name} shows no steps, so its slots are not known."
+        for name, trials in result.recordings.items()
+        if not trials[0].has_steps
+    ]
+    slots = max((timeline.slots for timeline in timelines), default=0)
     if slots > charts.MOST_LANES:
         told.append(f"Shown are slots 0 to {charts.MOST_LANES - 1} of {slots:,}.")
     longest = max(r.duration_ns for trials in result.recordings.values() for r in trials)

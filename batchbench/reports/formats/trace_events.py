@@ -98,9 +98,11 @@ def _write(out: io.TextIOWrapper, result: Result) -> None:
 def _cut(result: Result) -> dict[str, str]:
     """What is left out, in words, where something is."""
     requests = result.data["workload"]["num_requests"]
-    if requests <= MOST_REQUESTS:
-        return {}
-    return {"left_out": f"of {requests} requests the first {MOST_REQUESTS} to be admitted"}
+    hidden = [name for name, trials in result.recordings.items() if not trials[0].has_steps]
+    left_out = [f"{name}, which shows no steps" for name in hidden]
+    if requests > MOST_REQUESTS:
+        left_out.append(f"of {requests} requests the first {MOST_REQUESTS} to be admitted")
+    return {"left_out": "; ".join(left_out)} if left_out else {}
 
 
 def trace_events(result: Result) -> Iterator[dict[str, Any]]:
@@ -108,6 +110,8 @@ def trace_events(result: Result) -> Iterator[dict[str, Any]]:
     for i, (name, trials) in enumerate(result.recordings.items()):
         pid = i + 1
         recording = sorted(trials, key=lambda r: r.duration_ns)[(len(trials) - 1) // 2]
+        if not recording.has_steps:  # it has no slots to show
+            continue
         yield from _names(pid, name, recording)
         yield from _slices(pid, recording)
         yield from _counters(pid, recording)
