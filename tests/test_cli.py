@@ -247,7 +247,7 @@ def test_what_cannot_be_served_is_answered_with_one_line(
         ("", "Missing command"),
         ("nope", "'nope'"),
         ("--nope", "--nope"),
-        ("report", "'DIR'"),
+        ("report", "'RESULT"),
         ("report nowhere", "nowhere: no such folder; give the folder that batchbench run wrote"),
         ("report .", "holds no result.json"),
         ("simulate --stop-at-eos", "--stop-at-eos: a simulation runs no model"),
@@ -466,7 +466,7 @@ def test_help_is_quick(tmp_path: Path) -> None:
 
 # simulate, from option to files
 
-FILES = {"result.json", "requests.csv", "steps.csv", "timeline.png", "timeline.svg"}
+FILES = {"result.json", "report.html", "requests.csv", "steps.csv", "timeline.png", "timeline.svg"}
 
 
 def test_simulate_ends_with_sentence_table_command_and_files(program: Program, here: Path) -> None:
@@ -862,13 +862,16 @@ def test_a_run_ends_with_sentence_table_command_and_files(served: Served, checkp
     assert re.findall(r"^trial", served.done.stderr, re.MULTILINE) == ["trial"] * 6
 
 
-def test_a_run_writes_result_frames_recordings_and_five_pictures(served: Served) -> None:
+PICTURES = 5
+
+
+def test_a_run_writes_result_page_frames_recordings_and_pictures(served: Served) -> None:
     files = found_in(served.folder)
-    assert {"result.json", "requests.csv", "steps.csv"} < set(files)
+    assert {"result.json", "report.html", "requests.csv", "steps.csv"} < set(files)
     assert len([f for f in files if f.endswith(".npz")]) == 6
     for format in (".png", ".svg"):
-        assert len([f for f in files if f.endswith(format)]) == 5
-    assert len(files) == 3 + 1 + 6 + 10
+        assert len([f for f in files if f.endswith(format)]) == PICTURES
+    assert len(files) == 4 + 1 + 6 + 2 * PICTURES
 
 
 def test_requests_csv_of_a_run_carries_the_texts(served: Served) -> None:
