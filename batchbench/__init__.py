@@ -1,7 +1,8 @@
 """How much does continuous batching buy over static batching, on your hardware and workload?
 
-    from batchbench import Experiment, ServingSpec, conduct
-    outcome = conduct(Experiment(serving=ServingSpec(batch_size=8)))
+    import batchbench
+    r = batchbench.run(batch_size=8, queue_size=32)
+    r.summary, r.requests, r.plot.timeline()
 
 Names are imported on first use, so that ``import batchbench`` costs nothing.
 """
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from batchbench.batching.recording import Recording
     from batchbench.batching.watch import Watch
     from batchbench.errors import BatchbenchError, UsageError
+    from batchbench.reports.result import Result
+    from batchbench.studies.single import load, run, simulate
     from batchbench.workloads.request import Request, Workload
     from batchbench.workloads.spec import WorkloadSpec
 
@@ -30,6 +33,7 @@ _HOMES = {
     "Policy": "batching.policies",
     "Recording": "batching.recording",
     "Request": "workloads.request",
+    "Result": "reports.result",
     "ServingSpec": "batching.experiment",
     "TrialsSpec": "batching.experiment",
     "UsageError": "errors",
@@ -38,6 +42,9 @@ _HOMES = {
     "Workload": "workloads.request",
     "WorkloadSpec": "workloads.spec",
     "conduct": "batching.conduct",
+    "load": "studies.single",
+    "run": "studies.single",
+    "simulate": "studies.single",
 }
 
 __all__ = [
@@ -48,6 +55,7 @@ __all__ = [
     "Policy",
     "Recording",
     "Request",
+    "Result",
     "ServingSpec",
     "TrialsSpec",
     "UsageError",
@@ -57,6 +65,9 @@ __all__ = [
     "WorkloadSpec",
     "__version__",
     "conduct",
+    "load",
+    "run",
+    "simulate",
 ]
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from batchbench.errors import UsageError
@@ -96,6 +99,53 @@ def make_spec(spec: Any, given: Mapping[str, Any]) -> Any:
     """A spec with the settings that are its own; the rest as its fields say."""
     names = {field.name for field in dataclasses.fields(spec)}
     return spec(**{name: value for name, value in given.items() if name in names})
+
+
+_KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    Path: "the name of a file or folder",
+    tuple: "texts",
+}
+
+
+def typed(spec: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a spec's fields as JSON or a caller writes them, in the types of the fields.
+
+    A path may come as text, several texts as a list, lengths as a number, ``static,continuous``
+    as a list of names.
+
+    Raises:
+        UsageError: a value is not of its field's kind.
+    """
+    hints = typing.get_type_hints(spec)
+    return {name: _typed(hints[name], name, value) for name, value in given.items()}
+
+
+def _typed(hint: Any, name: str, value: Any) -> Any:
+    kinds = set(typing.get_args(hint)) if typing.get_origin(hint) is not tuple else {tuple}
+    kinds = kinds or {hint}
+    if value is None and type(None) in kinds:
+        return None
+    (kind,) = kinds - {type(None)}
+    if kind is Path and isinstance(value, str) and value:
+        return Path(value)
+    if kind is tuple and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    if kind is str and (type(value) is int or isinstance(value, Path)):  # output_tokens=7
+        return str(value)
+    if kind is str and isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    if not isinstance(value, bool):  # which counts as a number; NumPy's numbers do as well
+        if kind is int and isinstance(value, numbers.Integral):
+            return int(value)
+        if kind is float and isinstance(value, numbers.Real):
+            return float(value)
+    if kind in (int, float) or not isinstance(value, kind):
+        raise UsageError(f"{option_name(name)} {value!r}: must be {_KINDS[kind]}")
+    return value
 
 
 def check(spec: Any) -> None:

@@ -14,7 +14,8 @@ from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan
 from batchbench.batching.policies import Policy, View
 from batchbench.batching.queue import ORDERS
-from batchbench.batching.recording import Recording, Steps, token_steps
+from batchbench.batching.recorder import Steps, token_steps
+from batchbench.batching.recording import Recording
 from batchbench.batching.scheduler import Scheduler
 from batchbench.batching.strategies import Batcher
 from batchbench.batching.watch import Watch

@@ -43,7 +43,7 @@ from batchbench.reports import folder as folders
 from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
-COMMANDS = ("run", "simulate", "ladder", "report")
+COMMANDS = ("run", "simulate", "predict", "breakeven", "ladder", "report", "reproduce", "watch")
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 
 
@@ -862,13 +862,13 @@ def test_a_run_ends_with_sentence_table_command_and_files(served: Served, checkp
     assert re.findall(r"^trial", served.done.stderr, re.MULTILINE) == ["trial"] * 6
 
 
-def test_a_run_writes_result_frames_recordings_and_four_pictures(served: Served) -> None:
+def test_a_run_writes_result_frames_recordings_and_five_pictures(served: Served) -> None:
     files = found_in(served.folder)
     assert {"result.json", "requests.csv", "steps.csv"} < set(files)
     assert len([f for f in files if f.endswith(".npz")]) == 6
     for format in (".png", ".svg"):
-        assert len([f for f in files if f.endswith(format)]) == 4
-    assert len(files) == 3 + 1 + 6 + 8
+        assert len([f for f in files if f.endswith(format)]) == 5
+    assert len(files) == 3 + 1 + 6 + 10
 
 
 def test_requests_csv_of_a_run_carries_the_texts(served: Served) -> None:
@@ -932,6 +932,88 @@ def test_report_draws_everything_again_without_torch(served: Served, tmp_path: P
     for name in found_in(folder):
         if name.endswith((".json", ".csv", ".npz")):
             assert (folder / name).read_bytes() == (served.folder / name).read_bytes(), name
+
+
+def test_report_writes_a_page_or_markdown_where_it_is_told(
+    served: Served, program: Program, here: Path
+) -> None:
+    shutil.copytree(served.folder, here / "mine")
+    (here / "mine" / "report.html").unlink()
+    assert program("report", "mine", "--format", "html") == Said(0, "File: mine/report.html\n", "")
+    assert "<h1>" in (here / "mine" / "report.html").read_text(encoding="utf-8")
+    assert program("report", "mine", "--output", "a page.html", "--quiet") == Said(0, "", "")
+    assert (here / "a page.html").read_bytes() == (here / "mine" / "report.html").read_bytes()
+    said = program("report", "mine", "--format", "markdown", "--output", "-")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith("**continuous batching")
+    assert "](mine/timeline.png)" in said.out
+    assert program("report", "mine", "--format", "markdown").out == "File: mine/report.md\n"
+    assert "](timeline.png)" in (here / "mine" / "report.md").read_text(encoding="utf-8")
+
+
+def test_report_sets_several_results_side_by_side(program: Program, here: Path) -> None:
+    for name, slots in (("four", "4"), ("eight", "8")):
+        words = ("--batch-size", slots, "--queue-size", "16", "--long-every", "4", "--quiet")
+        assert program("simulate", *words, "--output", name).code == 0
+    before = found_in(here)
+    said = program("report", "four", "eight")
+    assert (said.code, said.err) == (0, "")
+    assert re.search(r"^ batch size +4 +8 *$", said.out, re.MULTILINE)
+    assert said.out.startswith("2 results side by side: most output tokens a second")
+    assert found_in(here) == before
+    assert program("report", "four", "eight", "--format", "html").out == "File: report.html\n"
+    assert program("report", "four", "eight", "--quiet").out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("mine --format pdf", "--format pdf: must be one of terminal, html, markdown"),
+        ("mine --output x.txt", "--output x.txt: tells no format; name it .html or .md"),
+        ("mine --output mine --format html", "--output mine: is a directory"),
+        ("mine --output mine/requests.csv/x.html", "cannot be written into"),
+        ("mine --json --format html", "--json and --format html: give one of them"),
+        ("mine mine", "mine: is named twice"),
+        ("mine nowhere --json", "--json: shows one result"),
+        ("mine nowhere --trace-out x", "--trace-out x: holds one result"),
+        ("mine nowhere", "nowhere: no such folder"),
+        ("mine --trace-out nowhere/x", "--trace-out nowhere/x: no such folder as nowhere"),
+        ("mine --trace-out mine", "--trace-out mine: is a directory"),
+    ],
+)
+def test_report_answers_a_bad_question_with_one_line(
+    words: str, told: str, served: Served, program: Program, here: Path
+) -> None:
+    shutil.copytree(served.folder, here / "mine")
+    before = found_in(here)
+    said = program("report", *words.split())
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert told in said.error
+    assert found_in(here) == before
+
+
+@pytest.mark.parametrize("command", ["run", "simulate"])
+def test_a_trace_that_cannot_be_written_is_told_before_anything_runs(
+    command: str, program: Program, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> NoReturn:
+        raise AssertionError
+
+    monkeypatch.setattr(conducting, "conduct", never)
+    said = program(command, "--trace-out", "nowhere/trace.json")
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "--trace-out nowhere/trace.json: no such folder as nowhere; make it first" in said.error
+    assert found_in(here / "batchbench-results") == []
+
+
+@pytest.mark.parametrize("name", ["mine/trace.json", "trace.json.gz"])
+def test_a_trace_is_written_beside_the_result(name: str, program: Program, here: Path) -> None:
+    words = ("simulate", "--queue-size", "8", "--output", "mine", "--quiet")
+    assert program(*words, "--trace-out", name).code == 0
+    first = (here / name).read_bytes()
+    assert program("report", "mine", "--trace-out", name, "--quiet").code == 0
+    assert (here / name).read_bytes() == first
+    assert (first[:2] == b"\x1f\x8b") is name.endswith(".gz")
 
 
 def test_report_has_json_and_quiet_too(served: Served, program: Program, here: Path) -> None:

@@ -24,14 +24,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
-from batchbench.batching.recording import (
-    ChunkLog,
-    Header,
-    Recording,
-    RequestLog,
-    SpanLog,
-    WaitLog,
-)
+from batchbench.batching.recording import ChunkLog, Header, Recording, RequestLog, SpanLog, WaitLog
 from batchbench.batching.strategies import Batcher
 from batchbench.batching.watch import Watch
 from batchbench.reports import metrics
@@ -40,7 +33,7 @@ from batchbench.reports.figures import MOST_BARS, MOST_BARS_A_SLOT, MOST_SLOTS, 
 from batchbench.reports.latencies import e2el_ms, ttft_ms
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
-PICTURES = ["throughput", "latency", "occupancy", "timeline"]
+PICTURES = ["throughput", "latency", "occupancy", "timeline", "account"]
 TITLE = "gpt2 · cpu float32 · 8 slots · 32 requests"
 Recordings = Mapping[str, Sequence[Recording]]
 
@@ -81,7 +74,7 @@ def measured(recording: Recording, seed: int, step_s: float = 0.0115) -> Recordi
     starts = np.concatenate([[0], ends[:-1]])[recording.first_steps]
     return replace(
         recording,
-        header=replace(recording.header, simulated=False),
+        header=replace(recording.header, simulated=False, about={}),
         spans=replace(spans, start_ns=starts),
         ends_ns=ends,
         step_ns=None,
@@ -139,7 +132,7 @@ def seconds() -> dict[str, Figure]:
 # What is drawn
 
 
-def test_four_pictures(steps: dict[str, Figure]) -> None:
+def test_five_pictures(steps: dict[str, Figure]) -> None:
     assert list(steps) == PICTURES
 
 
@@ -411,6 +404,33 @@ def test_strategies_look_different() -> None:
     lines = figure.findobj(lambda artist: str(artist.get_gid()).startswith("cdf-"))
     assert len({line.get_color() for line in lines}) == 5
     assert len({str(line.get_linestyle()) for line in lines[:4]}) > 1
+
+
+def test_our_own_strategies_look_the_same_whoever_stands_beside_them() -> None:
+    (recording,) = SIMULATED["continuous"]
+    every = ["static", "static-fixed", "static-bucketed", "static-oracle", "continuous"]
+
+    def looks(names: list[str]) -> dict[str, tuple[str, str]]:
+        figure = draw({name: [recording] for name in names}, TITLE)["latency"]
+        ttft = figure.axes[0].lines
+        lines = [next(x for x in ttft if x.get_gid() == f"cdf-{i}") for i in range(len(names))]
+        return {
+            name: (line.get_color(), str(line._dash_pattern))
+            for name, line in zip(names, lines, strict=True)
+        }
+
+    together = looks(every)
+    assert len(set(together.values())) == len({dashes for _, dashes in together.values()}) == 5
+    assert (
+        looks(["mine:P", "static-oracle", "static"])["static-oracle"] == together["static-oracle"]
+    )
+
+
+def test_under_load_the_occupancy_tells_how_many_wait() -> None:
+    workload = replace(classic(), due_ns=np.arange(32) * 20 * UNIT_NS)
+    assert "wait at once under continuous batching, " in " ".join(
+        " ".join(texts(draw(both(workload, 2), TITLE)["occupancy"])).split()
+    )
 
 
 # Files

@@ -206,6 +206,8 @@ def test_it_stands_beside_ours_in_a_result(outcome: Outcome, tmp_path: Path) -> 
     theirs = data["strategies"]["generate_batch"]
     assert theirs["counters"] is None
     assert theirs["stalls"] == []
+    assert data["explain"]["strategies"]["generate_batch"] is None
+    assert [w["candidate"] for w in data["explain"]["waterfall"]] == ["continuous"]
     assert theirs["summary"]["mean_queue_ms"] >= 0
     assert theirs["output_digest"] == data["strategies"]["static"]["output_digest"]
     assert theirs["summary"]["median_ttft_ms"] > 0
@@ -225,7 +227,7 @@ def test_it_stands_beside_ours_in_a_result(outcome: Outcome, tmp_path: Path) -> 
 
 def test_pictures_of_slots_leave_it_out_and_say_so(outcome: Outcome) -> None:
     figures = draw(outcome.recordings, "here")
-    assert list(figures) == ["throughput", "latency", "occupancy", "timeline"]
+    assert list(figures) == ["throughput", "latency", "occupancy", "timeline", "account"]
     for name, figure in figures.items():
         text = " ".join(t.get_text() for t in figure.texts)
         assert ("no steps known of generate_batch" in text) == (name in ("occupancy", "timeline"))

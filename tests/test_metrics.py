@@ -19,7 +19,8 @@ from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan
 from batchbench.batching.policies import POLICIES as BY_NAME
 from batchbench.batching.policies import View
-from batchbench.batching.recording import Recording, Steps
+from batchbench.batching.recorder import Steps
+from batchbench.batching.recording import Recording
 from batchbench.batching.replay import replay
 from batchbench.batching.strategies import Batcher
 from batchbench.batching.watch import Watch

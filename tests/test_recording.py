@@ -29,7 +29,8 @@ from laws import (
 )
 
 from batchbench.batching import recording as module
-from batchbench.batching.recording import Header, Recording, token_steps
+from batchbench.batching.recorder import token_steps
+from batchbench.batching.recording import Header, Recording
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 
@@ -130,6 +131,7 @@ def test_the_header_tells_what_was_served() -> None:
         slots=3,
         simulated=True,
         workload={"name": "random", "seed": 0, "digest": workload.digest},
+        about={"pads_prompts": False, "wall_ns": STEP_NS},
     )
 
 

@@ -397,11 +397,11 @@ def test_write_folder_tells_the_files_that_it_wrote(tmp_path: Path) -> None:
     )
 
 
-def test_the_four_pictures_are_written(tmp_path: Path) -> None:
+def test_the_five_pictures_are_written(tmp_path: Path) -> None:
     written = write_folder(tmp_path, simulated())
     for format, begins in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         pictures = [file for file in written if file.suffix == f".{format}"]
-        assert len(pictures) == 4
+        assert len(pictures) == 5
         assert all(file.read_bytes().startswith(begins) for file in pictures)
 
 

@@ -13,10 +13,14 @@ from rich.console import Console
 from test_audit import PASSED, measured, trials_of
 from test_result import clean, result_of, simulated
 
+from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.recording import Recording
+from batchbench.batching.strategies import Batcher
 from batchbench.batching.verification import NOT_VERIFIED, Finding
+from batchbench.batching.watch import Watch
 from batchbench.reports.formats.terminal import number, render, sentence
 from batchbench.reports.result import Result
+from batchbench.workloads import Workload
 
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 WIDTHS = (40, 60, 80, 120)
@@ -232,8 +236,96 @@ def slow(policies: Sequence[str] = ("static", "continuous")) -> Result:
     )
 
 
+STATICS = ("static", "static-fixed", "static-bucketed", "static-oracle")
+
+
+def five() -> Result:
+    """All our strategies, with goals and a price."""
+    names = (*STATICS, "continuous")
+    return result_of(
+        {name: trials_of(name) for name in names}, price=2.5, slo=("ttft:900", "e2el:2500")
+    )
+
+
+def under_load() -> Result:
+    """Requests come in their own time, to a static batching that cannot keep up."""
+    workload = Workload.of(
+        "timed", [[7] * 7] * 40, [9, 40, 4, 17, 80] * 8, due_ns=[i * 4 * 10**7 for i in range(40)]
+    )
+    recordings = {
+        name: [Batcher(name, SimulatedEngine(), 4).serve(workload, Watch())]
+        for name in (*STATICS, "continuous")
+    }
+    return result_of(recordings, workload=workload, slo=("ttft:20",))
+
+
+def test_five_strategies_are_told_apart_in_80_columns() -> None:
+    text = shown(five(), 80)
+    heads = [line for line in text.splitlines() if "bucketed" in line and "oracle" in line]
+    assert len(heads) == 2  # of the table, and of the account of the time
+    for head in heads:
+        assert head.split()[-3:] == ["bucketed", "oracle", "continuous"]
+    rows = [line for line in text.splitlines() if line.startswith(" Duration")]
+    assert len(rows[0].split()) == 7
+    for name in STATICS[1:]:
+        assert re.search(rf"^ {name} +\d", text, re.MULTILINE), name
+
+
+def test_the_comparison_of_many_has_the_paired_ratios() -> None:
+    result = five()
+    text = shown(result, 120)
+    (line,) = (line for line in text.splitlines() if line.startswith(" continuous"))
+    speedup = result.data["comparison"]["speedup"]["median"]
+    assert line.split()[1] == f"{1 / speedup:.2f}×"
+    assert "÷ static" in text
+
+
+def test_the_sentence_names_the_best_static_where_several_ran() -> None:
+    assert re.search(
+        r"continuous batching was 3\.\d\d× faster .*, and 1\.\d\d× \w+er than static-oracle, the "
+        "best static;",
+        sentence(five()),
+    )
+    assert "the best static" not in sentence(clean())
+
+
+def test_under_load_the_sentence_tells_how_long_people_wait() -> None:
+    result = under_load()
+    static, continuous = (
+        result.data["strategies"][name]["summary"] for name in ("static", "continuous")
+    )
+    assert sentence(result).startswith(
+        f"at 25 req/s p99 TTFT was {number(continuous['p99_ttft_ms'])} ms under continuous "
+        f"batching, {number(static['p99_ttft_ms'])} ms under static batching; "
+        f"{100 * continuous['slo_attainment']:.0f} % against "
+        f"{100 * static['slo_attainment']:.0f} % of requests within the SLOs; "
+    )
+    assert continuous["slo_attainment"] > static["slo_attainment"] > 0
+
+
+def test_rows_of_arrivals_are_shown_where_requests_arrive() -> None:
+    for label in ("Queue time p99", "Arrival rate", "Arrival lag p99"):
+        assert label in shown(under_load(), 120)
+        assert label not in shown(clean(), 120)
+
+
+def test_slow_down_is_shown_by_length_where_lengths_differ() -> None:
+    assert "Slow-down 100 tok" in shown(clean(), 120)
+    equal = Workload.of("equal", [[7] * 7] * 9, [5] * 9)
+    trials = {p: [measured(p, workload=equal)] for p in ("static", "continuous")}
+    assert "Slow-down" not in shown(result_of(trials, workload=equal), 120)
+
+
+def test_a_stall_is_told_with_its_step() -> None:
+    text = " ".join(shown(under_load(), 120).split())
+    told = (
+        r"Longest stall, continuous: \d+ ms between two tokens of \d+ requests?: step \d+, prefill"
+    )
+    assert re.search(told, text)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("make", [clean, slow, simulated])
+@pytest.mark.parametrize("make", [clean, slow, simulated, five, under_load])
 def test_nothing_is_wider_than_the_terminal_or_cut_off(
     width: int, make: Callable[[], Result]
 ) -> None:

@@ -16,7 +16,7 @@ from batchbench.batching.energy import Counter, EnergyMeter, counters_for
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.environment import LoadMeter, environment, torch_environment
-from batchbench.batching.experiment import GENERATE_BATCH, Experiment
+from batchbench.batching.experiment import GENERATE_BATCH, Experiment, ServingSpec
 from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
 from batchbench.batching.recording import Recording
 from batchbench.batching.strategies import Batcher, Strategy
@@ -37,6 +37,7 @@ class WarmUp:
     settled: bool
     last_change: float | None  # of the median step, between the last two rounds, as a share
     step_ns: int | None
+    duration_s: float | None = None  # of all rounds; None where there were none
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,8 @@ class Session:
     def _engine(self) -> Engine:
         if self.experiment.simulated:
             self.model |= {"device": "simulated", "dtype": None, "parameters": None}
-            return SimulatedEngine()
+            cost = self.experiment.cost
+            return SimulatedEngine(cost.cost) if cost else SimulatedEngine()
         self._watch.note(self.source.note)
         self._watch.phase("loading")
         # Threads that wait for one another should soon give way: beside a busy process they spin
@@ -119,6 +121,7 @@ class Session:
         serving = self.experiment.serving
         loaded = self._models.load(self.source, self.experiment.model, self.workload.seed)
         self._loaded = loaded
+        digest = loaded.weights_digest  # before an engine packs or moves any of them
         engine, memory = make_engine(
             serving.engine,
             loaded,
@@ -131,6 +134,7 @@ class Session:
             "dtype": loaded.dtype_name,
             "parameters": sum(p.numel() for p in loaded.module.parameters()),
             "execution": engine.execution,
+            "weights_digest": digest,
             **memory,
         }
         self.environment |= torch_environment(str(loaded.device))
@@ -160,23 +164,16 @@ class Session:
 
     def batcher(self, policy: str) -> Batcher:
         """Our scheduler under a policy."""
-        serving = self.experiment.serving
-        return Batcher(
-            policy,
-            self.engine,
-            serving.batch_size,
-            order=serving.order,
-            prefill="mixed" if serving.mixes_prefill else "separate",
-            max_batched_tokens=serving.token_budget,
-            max_wait_ns=round(serving.max_wait * 1e6),
-            about={"engine": "simulated" if self.engine.simulated else serving.engine},
-        )
+        cost = self.experiment.cost
+        about = {"cost": cost.as_dict()} if cost and self.engine.simulated else {}
+        return make_batcher(policy, self.experiment.serving, self.engine, about)
 
     def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
         """Serve a short piece of the workload until the median step stays within 5 %."""
         if self.engine.simulated:
             return WarmUp(0, True, None, None)
         self._watch.phase("warming up")
+        began = time.monotonic()
         piece = beginning(self.workload, self.experiment.serving.batch_size, output_tokens=12)
         for theirs in self._of_their_own.values():
             theirs.serve(piece, Watch())
@@ -190,8 +187,10 @@ class Session:
             if len(medians) > 1:
                 change = medians[-1] / medians[-2] - 1
                 if abs(change) < within:
-                    return WarmUp(len(medians), True, change, round(medians[-1]))
-        return WarmUp(len(medians), False, change, round(medians[-1]))
+                    break
+        settled = change is not None and abs(change) < within
+        spent_s = time.monotonic() - began
+        return WarmUp(len(medians), settled, change, round(medians[-1]), spent_s)
 
     def rounds(self) -> Iterator[list[Recording]]:
         """Each round serves the workload once under every strategy.
@@ -219,16 +218,20 @@ class Session:
         self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
         return recording
 
-    def verify(self, recordings: Sequence[Recording]) -> Verification:
-        """Check outputs against the model alone."""
+    def verify(
+        self, recordings: Sequence[Recording], chosen: Sequence[int] | None = None
+    ) -> Verification:
+        """Check outputs against the model alone: of ``chosen`` requests, or as the trials say."""
         limit = self.experiment.trials.verify_limit
-        if self._loaded is None or limit == 0:
+        if self._loaded is None or (limit == 0 and chosen is None):
             return NOT_VERIFIED
         self._watch.phase("verifying")
         from batchbench.batching.engines.torch.reference import TeacherForced
 
         reference = TeacherForced(self._loaded)
-        return verify(self.workload, recordings, reference, self.source.eos_token_ids, limit)
+        return verify(
+            self.workload, recordings, reference, self.source.eos_token_ids, limit, chosen
+        )
 
     def texts(self, recording: Recording) -> list[tuple[str, str]] | None:
         """Prompt and output of each request as text, where there is a tokenizer."""
@@ -241,6 +244,22 @@ class Session:
             )
             for i in range(len(self.workload))
         ]
+
+
+def make_batcher(
+    policy: str, serving: ServingSpec, engine: Engine, about: Mapping[str, Any]
+) -> Batcher:
+    """Our scheduler under a policy, as ``serving`` says; ``about`` goes into its recordings."""
+    return Batcher(
+        policy,
+        engine,
+        serving.batch_size,
+        order=serving.order,
+        prefill="mixed" if serving.mixes_prefill else "separate",
+        max_batched_tokens=serving.token_budget,
+        max_wait_ns=round(serving.max_wait * 1e6),
+        about={"engine": "simulated" if engine.simulated else serving.engine, **about},
+    )
 
 
 def conduct(
@@ -263,7 +282,12 @@ def conduct(
             f"--strategy {GENERATE_BATCH}: it schedules for itself, so its steps show only in "
             "batchbench run; drop it"
         )
-    session = Session(experiment, watch, models)
+    return conduct_session(Session(experiment, watch, models))
+
+
+def conduct_session(session: Session) -> Outcome:
+    """As :func:`conduct`, where the workload is made and the model loaded already."""
+    experiment = session.experiment
     if experiment.simulated and session.workload.stop_at_eos:
         raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; drop it")
     warm_up = session.warm_up()

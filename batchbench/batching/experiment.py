@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchbench import settings
+from batchbench.batching.cost import KnownCost
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.policies import WAITING, make_policy
 from batchbench.batching.presets import NOTEBOOK, PRESETS, check_preset
@@ -180,7 +181,8 @@ class TrialsSpec:
 class Experiment:
     """What is asked, composed of specs and never written after parsing.
 
-    ``preset`` is what the specs started from (see :meth:`of`); it shortens :meth:`command`.
+    ``preset`` is what the specs started from (see :meth:`of`); it shortens :meth:`command`. A
+    simulated one takes its time from ``cost``; without it every step costs one unit.
     """
 
     workload: WorkloadSpec = field(default_factory=WorkloadSpec)
@@ -189,6 +191,7 @@ class Experiment:
     trials: TrialsSpec = field(default_factory=TrialsSpec)
     simulated: bool = False
     preset: str = NOTEBOOK
+    cost: KnownCost | None = None
 
     def __post_init__(self) -> None:
         if self.workload.stop_at_eos and "static-oracle" in self.serving.strategies:
@@ -200,7 +203,11 @@ class Experiment:
 
     @classmethod
     def of(
-        cls, *layers: Mapping[str, Any], preset: str = NOTEBOOK, simulated: bool = False
+        cls,
+        *layers: Mapping[str, Any],
+        preset: str = NOTEBOOK,
+        simulated: bool = False,
+        cost: KnownCost | None = None,
     ) -> Experiment:
         """The experiment of a preset, with the settings of each layer over those before it.
 
@@ -217,7 +224,7 @@ class Experiment:
             if not any(name == f.name for spec in PARTS.values() for f in fields(spec)):
                 raise UsageError(f"{name}: an experiment has no such setting")
         parts = {name: settings.make_spec(spec, given) for name, spec in PARTS.items()}
-        return cls(**parts, simulated=simulated, preset=preset)
+        return cls(**parts, simulated=simulated, preset=preset, cost=cost)
 
     def config(self) -> dict[str, Any]:
         """The preset's name, and all settings as JSON values, spec by spec."""
@@ -232,6 +239,25 @@ class Experiment:
             for spec in [getattr(self, part.name)]
         }
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, simulated: bool = False) -> Experiment:
+        """The experiment whose :meth:`config` was kept; settings that it lacks are as usual.
+
+        Raises:
+            UsageError: it holds a setting that this version does not know, or one that cannot be
+                (a file that is gone, say).
+        """
+        parts = {}
+        for name, spec in PARTS.items():
+            kept = config[name]
+            if unknown := kept.keys() - {f.name for f in fields(spec)}:
+                raise UsageError(
+                    f"{settings.option_name(min(unknown))}: this batchbench has no such option; "
+                    "the result is from a newer one"
+                )
+            parts[name] = spec(**settings.typed(spec, kept))
+        return cls(**parts, simulated=simulated, preset=config.get("preset", NOTEBOOK))
+
     def command(self, name: str | None = None) -> str:
         """The command line that runs it again: only what differs from its preset.
 
@@ -243,6 +269,7 @@ class Experiment:
             if self._is_asked_by(given, preset):
                 break
         words = ["batchbench", name or ("simulate" if self.simulated else "run")]
+        words += ["--cost", self.cost.source] if self.cost else []
         words += ["--preset", preset] * (preset != NOTEBOOK)
         for name, value in given.items():
             option = settings.option_name(name)
@@ -254,7 +281,7 @@ class Experiment:
             again = Experiment.of(given, preset=preset, simulated=self.simulated)
         except UsageError:  # the rest of the preset contradicts it, or a file is gone by now
             return False
-        return replace(again, preset=self.preset) == self
+        return replace(again, preset=self.preset, cost=self.cost) == self
 
     def _differences(self, preset: str) -> dict[str, Any]:
         """Settings that differ from a preset's; the two that everybody asks for are among them."""

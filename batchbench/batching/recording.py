@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -19,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchbench.batching.plan import Plan
+from batchbench.batching.growth import GrowthLog, goes_on
 from batchbench.errors import UsageError
-from batchbench.workloads import Request, Workload
+from batchbench.workloads import Workload
 
 Ints = NDArray[np.int64]
 
@@ -99,10 +98,11 @@ class Recording:
 
     Times are nanoseconds since the start of the trial. The end of each step is either measured
     (``ends_ns``, ``[steps]``) or, in simulation, a formula (``step_ns``, ``[spans]``: what each
-    step of a span costs). ``tokens`` is ``[sum of output_tokens]``, request after request; None
-    where no model ran. A strategy that shows no steps has no spans, and tells instead when each
-    token was there, ``token_ends_ns``, ``[sum of output_tokens]``, and when it began with each
-    request, ``begun_ns``, ``[requests]``.
+    step of a span costs, or the first of them where ``growth`` tells how the others differ).
+    ``tokens`` is ``[sum of output_tokens]``, request after request; None where no model ran. A
+    strategy that shows no steps has no spans, and tells instead when each token was there,
+    ``token_ends_ns``, ``[sum of output_tokens]``, and when it began with each request,
+    ``begun_ns``, ``[requests]``.
     """
 
     header: Header
@@ -113,8 +113,14 @@ class Recording:
     ends_ns: Ints | None
     step_ns: Ints | None
     tokens: NDArray[np.int32] | None
+    growth: GrowthLog | None = None
     token_ends_ns: Ints | None = None
     begun_ns: Ints | None = None
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether time is only counted: of a simulation in which every step costs one unit."""
+        return self.header.simulated and "cost" not in self.header.about
 
     @property
     def has_steps(self) -> bool:
@@ -134,48 +140,33 @@ class Recording:
     @cached_property
     def step_ends_ns(self) -> Ints:
         """End of each step, ``[steps]``."""
-        if self.ends_ns is not None:
-            return self.ends_ns
-        if not self.has_steps:
-            return np.zeros(0, np.int64)
-        assert self.step_ns is not None
-        return self.step_starts_ns + np.repeat(self.step_ns, self.spans.steps)
+        return self.ends_of(np.arange(self.num_steps)) if self.ends_ns is None else self.ends_ns
 
     @cached_property
     def step_starts_ns(self) -> Ints:
         """Start of each step, ``[steps]``: a span's own start, then the end of the step before."""
-        starts = np.repeat(self.spans.start_ns, self.spans.steps)
-        if not self.has_steps:
-            return starts
-        if self.ends_ns is not None:
-            inner = np.ones(len(starts), bool)
-            inner[self.first_steps] = False
-            starts[inner] = self.ends_ns[np.flatnonzero(inner) - 1]
-        else:
-            assert self.step_ns is not None
-            nth = np.arange(len(starts)) - np.repeat(self.first_steps, self.spans.steps)
-            starts = starts + nth * np.repeat(self.step_ns, self.spans.steps)
-        return starts
+        return self.starts_of(np.arange(self.num_steps))
 
     def ends_of(self, steps: Ints) -> Ints:
         """End of each of these steps, given by number: without a list of all steps."""
         if self.ends_ns is not None:
             return self.ends_ns[steps]
-        assert self.step_ns is not None
         span = self.spans_of(steps)
-        nth = steps - self.first_steps[span]
-        ends: Ints = self.spans.start_ns[span] + (nth + 1) * self.step_ns[span]
-        return ends
+        return self._after(span, steps - self.first_steps[span] + 1)
 
     def starts_of(self, steps: Ints) -> Ints:
         """Start of each of these steps, given by number: without a list of all steps."""
         span = self.spans_of(steps)
         nth = steps - self.first_steps[span]
-        starts = self.spans.start_ns[span]
         if self.ends_ns is not None:
-            return np.where(nth > 0, self.ends_ns[steps - 1], starts)
+            return np.where(nth > 0, self.ends_ns[steps - 1], self.spans.start_ns[span])
+        return self._after(span, nth)
+
+    def _after(self, span: Ints, steps: Ints) -> Ints:
+        """When so many steps of each of these spans are over, in simulation."""
         assert self.step_ns is not None
-        return starts + nth * self.step_ns[span]
+        ends: Ints = self.spans.start_ns[span] + steps * self.step_ns[span]
+        return ends if self.growth is None else ends + self.growth.of(span).after(steps) // 1000
 
     def spans_of(self, steps: Ints) -> Ints:
         """Number of the span in which each of these steps lies."""
@@ -184,6 +175,8 @@ class Recording:
     @cached_property
     def span_ends_ns(self) -> Ints:
         """End of each span's last step, ``[spans]``."""
+        if not self.has_steps:
+            return np.zeros(0, np.int64)
         return self.ends_of(self.first_steps + self.spans.steps - 1)
 
     @property
@@ -222,18 +215,16 @@ class Recording:
         return self.tokens[self.token_offsets[request] : self.token_offsets[request + 1]]
 
     def merged(self) -> Recording:
-        """The same trial with neighbouring equal spans joined, of a simulation.
-
-        How often the loop came back to decide does not show in it.
-        """
+        """The same trial, spans joined that go on alike: how often the loop decided is gone."""
         if self.step_ns is None:
             raise ValueError("only a simulation has steps of equal cost to merge")
-        s, cost = self.spans, self.step_ns
+        s, cost, growth = self.spans, self.step_ns, self.growth
         if not len(s.steps):
             return self
         equal = (s.decoding[1:] == s.decoding[:-1]) & (s.waiting[1:] == s.waiting[:-1])
-        equal &= (s.chunks[1:] == 0) & (s.chunks[:-1] == 0) & (cost[1:] == cost[:-1])
-        equal &= s.start_ns[1:] == (s.start_ns + s.steps * cost)[:-1]
+        equal &= (s.chunks[1:] == 0) & (s.chunks[:-1] == 0)
+        equal &= s.start_ns[1:] == self.span_ends_ns[:-1]
+        equal &= goes_on(s.steps, cost, growth)
         begins = np.flatnonzero(np.concatenate([[True], ~equal]))
         spans = SpanLog(
             steps=np.add.reduceat(s.steps, begins),
@@ -242,7 +233,8 @@ class Recording:
             waiting=s.waiting[begins],
             chunks=s.chunks[begins],
         )
-        return replace(self, spans=spans, step_ns=cost[begins])
+        kept = None if growth is None else growth.of(begins)
+        return replace(self, spans=spans, step_ns=cost[begins], growth=kept)
 
     @classmethod
     def of_tokens(
@@ -294,7 +286,8 @@ class Recording:
                 json.dumps({"format": FORMAT, **header}, allow_nan=False).encode(), np.uint8
             )
         }
-        for log in ("requests", "spans", "chunks", "waits"):
+        logs = ["requests", "spans", "chunks", "waits", *["growth"] * (self.growth is not None)]
+        for log in logs:
             for column in fields(getattr(self, log)):
                 arrays[f"{log}.{column.name}"] = getattr(getattr(self, log), column.name)
         for name in ("ends_ns", "step_ns", "tokens", "token_ends_ns", "begun_ns"):
@@ -318,12 +311,8 @@ class Recording:
                     raise UsageError(f"{file}: written by another version; record it again")
                 logs: dict[str, Any] = {
                     name: kind(**{c.name: arrays[f"{name}.{c.name}"] for c in fields(kind)})
-                    for name, kind in (
-                        ("requests", RequestLog),
-                        ("spans", SpanLog),
-                        ("chunks", ChunkLog),
-                        ("waits", WaitLog),
-                    )
+                    for name, kind in _LOGS.items()
+                    if name != "growth" or "growth.growth_ps" in arrays
                 }
                 times = ("ends_ns", "step_ns", "token_ends_ns")
                 rest = {n: arrays.get(n) for n in (*times, "tokens", "begun_ns")}
@@ -342,106 +331,10 @@ class Recording:
             ) from error
 
 
-@dataclass(frozen=True, eq=False)
-class Steps:
-    """What an engine tells of the steps that it ran since it was last asked.
-
-    ``start_ns`` is one a call of ``run``; ``ends_ns`` one a step (or ``step_ns`` one a call, in
-    simulation); ``tokens`` is ``[steps, slots]``, defined where a slot was computed.
-    """
-
-    start_ns: Ints
-    ends_ns: Ints | None = None
-    step_ns: Ints | None = None
-    tokens: NDArray[np.int32] | None = None
-
-
-class Recorder:
-    """Writes the log of one trial from plans alone."""
-
-    def __init__(self, workload: Workload) -> None:
-        self._workload = workload
-        # Arrays of machine integers: a million requests leave millions of rows.
-        self._due, self._slot, self._admitted, self._first, self._last, self._released = (
-            array("q", [-1]) * len(workload) for _ in range(6)
-        )
-        self._occupant: dict[int, int] = {}  # slot -> index of the request
-        self._spans, self._chunks, self._waits = (array("q") for _ in range(3))
-        self.steps = 0
-
-    def launched(self, plan: Plan, steps: int, waiting: int) -> None:
-        """``steps`` passes of ``plan`` were launched while ``waiting`` requests waited."""
-        for slot in plan.released:
-            self._released[self._occupant.pop(slot)] = self.steps
-        for request, slot, start, stop in plan.chunks:
-            index = request.index
-            if start == 0:
-                self._due[index] = request.due_ns
-                self._slot[index], self._admitted[index] = slot, self.steps
-                self._occupant[slot] = index
-            if stop == request.prompt_tokens:
-                self._first[index] = self.steps
-            self._chunks.extend((index, start, stop))
-        self._spans.extend((steps, len(plan.slots), waiting, len(plan.chunks)))
-        self.steps += steps
-
-    def waited(self, start_ns: int, until_ns: int, end_ns: int, waiting: int) -> None:
-        """Nothing was computed from ``start_ns`` to ``end_ns``, while ``waiting`` waited."""
-        self._waits.extend((self.steps, start_ns, until_ns, end_ns, waiting))
-
-    def finished(self, request: Request) -> None:
-        """``request`` got its last token in the last step launched."""
-        self._last[request.index] = self.steps - 1
-
-    def recording(self, header: Header, ran: Steps) -> Recording:
-        """The log, with the times and tokens that the engine tells."""
-        for index in self._occupant.values():
-            self._released[index] = self.steps
-        spans, chunks, waits = (
-            np.array(log, np.int64).reshape(-1, width)
-            for log, width in ((self._spans, 4), (self._chunks, 3), (self._waits, 5))
-        )
-        span_log = SpanLog(*np.insert(spans, 1, ran.start_ns, axis=1).T.copy())
-        produced, tokens = self._workload.output_tokens, None
-        if ran.tokens is not None:
-            produced, tokens = self._tokens(span_log, ran.tokens)
-        requests = RequestLog(
-            due_ns=np.array(self._due),
-            prompt_tokens=self._workload.prompt_tokens,
-            output_tokens=produced,
-            slot=np.array(self._slot),
-            admitted=np.array(self._admitted),
-            first=np.array(self._first),
-            last=np.array(self._last),
-            released=np.array(self._released),
-        )
-        return Recording(
-            header,
-            requests,
-            span_log,
-            ChunkLog(*chunks.T.copy()),
-            WaitLog(*waits.T.copy()),
-            ran.ends_ns,
-            ran.step_ns,
-            tokens,
-        )
-
-    def _tokens(self, spans: SpanLog, by_step: NDArray[np.int32]) -> tuple[Ints, NDArray[np.int32]]:
-        """Number and values of each request's tokens, picked out of ``[steps, slots]``."""
-        decodes = np.repeat(spans.decoding > 0, spans.steps)
-        picked = [
-            by_step[token_steps(decodes, first, last), slot]
-            for first, last, slot in zip(self._first, self._last, self._slot, strict=True)
-        ]
-        counts = np.array([len(tokens) for tokens in picked], np.int64)
-        return counts, np.concatenate(picked)
-
-
-def token_steps(decodes: NDArray[np.bool_], first: int, last: int) -> Ints:
-    """Steps in which a request got its tokens.
-
-    Its first, and from then on every step in which anybody decodes (``decodes``, ``[steps]``):
-    running requests are computed together or, in a prefill of others, not at all.
-    """
-    later = np.flatnonzero(decodes[first + 1 : last + 1]) + first + 1
-    return np.concatenate([[first], later])
+_LOGS: dict[str, Any] = {
+    "requests": RequestLog,
+    "spans": SpanLog,
+    "chunks": ChunkLog,
+    "waits": WaitLog,
+    "growth": GrowthLog,
+}

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from batchbench.batching.engines import Engine
 from batchbench.batching.plan import Plan, Wait
 from batchbench.batching.policies import Policy, make_policy
-from batchbench.batching.recording import Header, Recorder, Recording
+from batchbench.batching.recorder import Recorder
+from batchbench.batching.recording import Header, Recording
 from batchbench.batching.scheduler import Scheduler
 from batchbench.batching.watch import Progress, Watch
 from batchbench.workloads import Workload, make_arrivals
@@ -73,7 +74,8 @@ class Batcher:
             recorder.launched(plan, launched, scheduler.num_waiting)
             stopped = engine.stopped(plan) if workload.stop_at_eos else ()
             finished = scheduler.apply(plan, launched, stopped)
-            if finished and arrivals.closed_loop:
+            all_done = progress.done + len(finished) == len(workload)
+            if finished and (arrivals.closed_loop or all_done):
                 engine.wait()  # whoever comes next is due at the end of this step
             ended = clock.now()
             for _, request in finished:
@@ -87,7 +89,7 @@ class Batcher:
             slots=self.slots,
             simulated=engine.simulated,
             workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
-            about=dict(self.about),
+            about={**self.about, "pads_prompts": engine.pads_prompts, "wall_ns": progress.now_ns},
         )
         return recorder.recording(header, engine.collect())
 

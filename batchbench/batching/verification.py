@@ -89,16 +89,18 @@ def verify(
     reference: Reference,
     eos: Iterable[int] = (),
     limit: int | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> Verification:
     """Check the outputs of all recordings against the model alone.
 
     A sequence that begins another one of the same prompt is checked with it. With ``limit``, that
-    many requests are checked, spread evenly over the queue.
+    many requests are checked, spread evenly over the queue; with ``chosen``, these.
     """
-    count = len(workload) if limit is None else min(limit, len(workload))
-    if count == 0:
+    if chosen is None:
+        count = len(workload) if limit is None else min(limit, len(workload))
+        chosen = np.unique(np.linspace(0, len(workload) - 1, count).round().astype(int)).tolist()
+    if not chosen:
         return NOT_VERIFIED
-    chosen = np.unique(np.linspace(0, len(workload) - 1, count).round().astype(int)).tolist()
     checker = _Checker(reference)
     wanted = {(request, id(r)): r.tokens_of(request) for request in chosen for r in recordings}
     # Longest first, so that what begins another sequence finds it checked.

@@ -92,8 +92,8 @@ def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) ->
     from batchbench.reports.destination import check_folder, default_folder, remove_if_empty
     from batchbench.studies.bench import Asked
 
-    folder = study.output or default_folder(experiment.model.model, "-capacity")
-    made = check_folder(folder, overwrite=study.overwrite, holds="capacity.json")
+    folder = study.output or default_folder(experiment.model.model, "capacity")
+    made = check_folder(folder, overwrite=study.overwrite, marker="capacity.json")
     asked = Asked(goals, study.slo_attainment, study.max_trials)
     try:
         code = _search_and_write(experiment, asked, study, folder, _command(given, goals, study))

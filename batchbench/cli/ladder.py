@@ -64,8 +64,8 @@ def ladder(
     from batchbench.reports.destination import check_folder, default_folder, remove_if_empty
 
     asked = Climb(workload, model, serving, trials, ladder, basis.preset)
-    folder = output.output or default_folder(model.model, "-ladder")
-    made = check_folder(folder, overwrite=output.overwrite, holds="ladder.json")
+    folder = output.output or default_folder(model.model, "ladder")
+    made = check_folder(folder, overwrite=output.overwrite, marker="ladder.json")
     try:
         code = _climb(asked, output, folder)
     except KeyboardInterrupt as error:

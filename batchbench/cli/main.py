@@ -11,10 +11,14 @@ from typing import Annotated
 import typer
 
 import batchbench
+from batchbench.cli import breakeven as mapping
 from batchbench.cli import capacity as capacities
 from batchbench.cli import ladder as climbing
+from batchbench.cli import predict as predicting
+from batchbench.cli import reproduce as reproducing
 from batchbench.cli import run as running
 from batchbench.cli import sweep as sweeping
+from batchbench.cli import watch as watching
 from batchbench.cli import workload
 from batchbench.errors import BatchbenchError
 
@@ -48,10 +52,14 @@ def _root(
 
 app.command("run", help=running.RUN_HELP)(running.run)
 app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
+app.command("predict", help=predicting.PREDICT_HELP)(predicting.predict)
+app.command("breakeven", help=mapping.BREAKEVEN_HELP)(mapping.breakeven)
 app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
-app.command("capacity", help=capacities.CAPACITY_HELP)(capacities.capacity)
 app.command("ladder", help=climbing.LADDER_HELP)(climbing.ladder)
+app.command("capacity", help=capacities.CAPACITY_HELP)(capacities.capacity)
 app.command("report", help=running.REPORT_HELP)(running.report)
+app.command("reproduce", help=reproducing.REPRODUCE_HELP)(reproducing.reproduce)
+app.command("watch", help=watching.WATCH_HELP)(watching.watch)
 app.add_typer(workload.app, name="workload")
 
 

@@ -15,8 +15,14 @@ import typer
 
 from batchbench import settings
 from batchbench.batching.presets import Basis
+from batchbench.errors import UsageError
 from batchbench.settings import setting
 from batchbench.studies.numbers import parse_numbers
+
+TRACE_HELP = (
+    "Write the requests in their slots as trace events, which ui.perfetto.dev and chrome://tracing "
+    "open; a name that ends in .gz is compressed."
+)
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,13 @@ class OutputSpec:
 
     output: Path | None = setting(
         None,
-        "Folder for result.json, recordings, frames and pictures.",
+        "Folder for result.json, report.html, recordings, frames and pictures.",
         "Output",
         metavar="DIR",
         default_text="batchbench-results/<time>-<model>",
     )
     overwrite: bool = setting(False, "Replace a result that the folder holds.", "Output")
+    trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
     json: bool = setting(False, "Print result.json on standard output, and nothing else.", "Output")
     quiet: bool = setting(False, "No progress, and of the report only the sentence.", "Output")
     dry_run: bool = setting(
@@ -39,6 +46,55 @@ class OutputSpec:
 
     def __post_init__(self) -> None:
         settings.check(self)
+
+
+@dataclass(frozen=True)
+class ReportSpec:
+    """How results are shown again, and where to."""
+
+    format: str | None = setting(
+        None,
+        "terminal: tables, shown here; html: one page that holds everything; markdown: for a pull "
+        "request.",
+        "Output",
+        choices=("terminal", "html", "markdown"),
+        metavar="FORMAT",
+        default_text="as the ending of --output says, else terminal",
+    )
+    output: Path | None = setting(
+        None,
+        "File for html and markdown; - is standard output.",
+        "Output",
+        metavar="FILE",
+        default_text="report.html or report.md in DIR; of several results in this folder",
+    )
+    trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
+    json: bool = setting(False, "Print result.json on standard output, and nothing else.", "Output")
+    quiet: bool = setting(False, "Show only the sentence.", "Output")
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+        if self.chosen == "terminal" and self.output is not None:
+            raise UsageError(
+                f"--output {self.output}: tells no format; name it .html or .md, or give --format"
+            )
+        if self.json and self.chosen != "terminal":
+            raise UsageError(f"--json and --format {self.chosen}: give one of them")
+
+    @property
+    def chosen(self) -> str:
+        """The format: as given, else as the output's name says."""
+        if self.format is not None:
+            return self.format
+        endings = {".html": "html", ".htm": "html", ".md": "markdown"}
+        return endings.get(self.output.suffix if self.output else "", "terminal")
+
+    def file(self, folders: Sequence[Path]) -> Path | None:
+        """Where the document goes; None for standard output."""
+        if self.output is not None:
+            return None if str(self.output) == "-" else self.output
+        name = "report.html" if self.chosen == "html" else "report.md"
+        return folders[0] / name if len(folders) == 1 else Path(name)
 
 
 def with_options(

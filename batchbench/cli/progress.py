@@ -15,14 +15,14 @@ from rich.text import Text
 from batchbench.batching.watch import Progress
 from batchbench.reports.cells import spell_option
 from batchbench.studies.bench import CapacityWatch, Probe
-from batchbench.studies.grid import Cell, Grid
-from batchbench.studies.sweep import SweepWatch
+from batchbench.studies.grid import Cell
+from batchbench.studies.sweep import Asked, SweepWatch
 
 
 class PlainSweep(SweepWatch):
     """A line a finished cell; in between, silence."""
 
-    def __init__(self, console: Console, grid: Grid) -> None:
+    def __init__(self, console: Console, grid: Asked) -> None:
         self._console, self._grid = console, grid
         self._told: set[str] = set()
         self._number = self._cells = 0
@@ -70,7 +70,7 @@ class PlainSweep(SweepWatch):
 class LiveSweep(PlainSweep):
     """The plain lines scroll by above a bar: cells, time left, and what is served now."""
 
-    def __init__(self, console: Console, grid: Grid) -> None:
+    def __init__(self, console: Console, grid: Asked) -> None:
         super().__init__(console, grid)
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._cell = self._doing = ""
@@ -135,7 +135,7 @@ def spell_time(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def make_sweep_display(grid: Grid, *, quiet: bool) -> PlainSweep:
+def make_sweep_display(grid: Asked, *, quiet: bool) -> PlainSweep:
     """The display that suits standard error; silent where asked."""
     console = make_console(quiet=quiet)
     if sys.stderr.isatty() and not console.is_dumb_terminal and not quiet:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from batchbench.batching.cost import CostSpec
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
-from batchbench.cli.options import OutputSpec, with_options
-from batchbench.errors import Interrupted
+from batchbench.cli.options import OutputSpec, ReportSpec, with_options
+from batchbench.errors import Interrupted, UsageError
 from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
@@ -37,11 +38,18 @@ Example: batchbench run --batch-size 8 --queue-size 32"""
 
 SIMULATE_HELP = """Do what run does on a virtual clock: no model, every step costs one unit (1 ms).
 
+With --cost RESULT a step costs what the steps of a run teach: times are then predictions, of any
+batch size, rate or length.
+
 Example: batchbench simulate --batch-size 8 --queue-size 32"""
 
-REPORT_HELP = """Derive tables and pictures of a result again from its recordings, and show them.
+REPORT_HELP = """Show results again: here, as a page for the browser, or as Markdown.
 
-Example: batchbench report batchbench-results/my-run"""
+Of one result, tables, pictures and report.html are derived again from its recordings.
+
+Several results are set side by side, with the settings in which they differ.
+
+Example: batchbench report batchbench-results/my-run --format html"""
 
 
 @with_options(_SPECS)
@@ -59,8 +67,9 @@ def run(
     _conduct(asked, goals, output)
 
 
-@with_options(_SPECS, defaults={"trials": 1})
+@with_options({"cost": CostSpec, **_SPECS}, defaults={"trials": 1})
 def simulate(
+    cost: CostSpec,
     basis: Basis,
     serving: ServingSpec,
     workload: WorkloadSpec,
@@ -71,29 +80,97 @@ def simulate(
 ) -> None:
     """Measure nothing: count steps."""
     asked = Experiment(workload, model, serving, trials, simulated=True, preset=basis.preset)
+    if cost.cost is not None:
+        asked = _on_cost(asked, cost.cost)
     _conduct(asked, goals, output)
 
 
+def _on_cost(asked: Experiment, folder: Path) -> Experiment:
+    """The experiment with the costs that a result teaches, on its model."""
+    from batchbench.reports.teaching import check_engine, read_teacher
+
+    teacher = read_teacher(folder, "--cost")
+    check_engine(teacher, asked.serving, "--cost")
+    model = teacher.model if asked.model == ModelSpec() else asked.model
+    return replace(asked, model=model, cost=teacher.known)
+
+
+@with_options({"output": ReportSpec})
 def report(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The folder of a result.", show_default=False)
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULT", help="Folders that run or simulate wrote.", show_default=False
+        ),
     ],
-    json: Annotated[
-        bool, typer.Option("--json", help="Print result.json on standard output, and nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show only the sentence.")] = False,
+    output: ReportSpec,
 ) -> None:
-    """Show a result again."""
-    from batchbench.reports.destination import check_folder
+    """Show results again."""
+    from batchbench.reports.documents import check_document, check_number
     from batchbench.reports.result import load_result, remake_result
 
-    folder = folder.parent if folder.name == "result.json" else folder
-    result = remake_result(load_result(folder))
+    folders = [folder.parent if folder.name == "result.json" else folder for folder in folders]
+    one = len(folders) == 1
+    if not one and output.json:
+        raise UsageError("--json: shows one result; give one folder")
+    if not one and output.trace_out:
+        raise UsageError(f"--trace-out {output.trace_out}: holds one result; give one folder")
+    check_number(folders)
+    file = None if output.chosen == "terminal" else output.file(folders)
+    if file is not None:
+        check_document(file)
+    if output.trace_out is not None:
+        from batchbench.reports.formats.trace_events import check_trace_file
+
+        check_trace_file(output.trace_out)
+    results = [remake_result(load_result(folder)) for folder in folders]
+    if output.trace_out is not None:
+        from batchbench.reports.formats.trace_events import write_trace
+
+        write_trace(output.trace_out, results[0])
+    if output.chosen != "terminal":
+        _write_document(folders, results, file, output)
+    elif one:
+        _show_again(folders[0], results[0], output)
+    else:
+        _show_together(folders, results, output)
+
+
+def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
+    from batchbench.reports.destination import check_folder
+
     check_folder(folder, overwrite=True)
     from batchbench.reports.folder import write_folder  # pandas and matplotlib, only now
 
     files = write_folder(folder, result)
-    _show(result, files, OutputSpec(json=json, quiet=quiet))
+    _show(result, files, OutputSpec(json=output.json, quiet=output.quiet))
+
+
+def _show_together(folders: list[Path], results: list[Result], output: ReportSpec) -> None:
+    from rich.console import Console
+
+    from batchbench.reports.formats.side_by_side import render
+    from batchbench.reports.side_by_side import SideBySide, label_results
+
+    together = SideBySide(label_results(folders, results))
+    if output.quiet:
+        typer.echo(together.sentence)
+        return
+    Console(highlight=False).print(render(together))
+
+
+def _write_document(
+    folders: list[Path], results: list[Result], file: Path | None, output: ReportSpec
+) -> None:
+    from batchbench.reports.documents import make_document, write_document
+
+    document = make_document(output.chosen, folders, results, file)
+    if file is None:
+        typer.echo(document, nl=False)
+        return
+    write_document(file, document)
+    if not output.quiet:
+        typer.echo(f"File: {shlex.quote(str(file))}")
 
 
 def _conduct(experiment: Experiment, goals: GoalsSpec, output: OutputSpec) -> None:
@@ -105,6 +182,10 @@ def _conduct(experiment: Experiment, goals: GoalsSpec, output: OutputSpec) -> No
     folder = output.output or default_folder(experiment.model.model)
     made = check_folder(folder, overwrite=output.overwrite)
     try:
+        if output.trace_out is not None:
+            from batchbench.reports.formats.trace_events import check_trace_file
+
+            check_trace_file(output.trace_out)
         code = _measure_and_write(experiment, goals, output, folder)
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted; nothing was kept") from error
@@ -133,6 +214,10 @@ def _measure_and_write(
 
     result = make_result(outcome, goals)
     files = write_folder(folder, result)
+    if output.trace_out is not None:
+        from batchbench.reports.formats.trace_events import write_trace
+
+        write_trace(output.trace_out, result)
     _show(result, files, replace(output, output=folder))
     if outcome.stopped and outcome.stopped.startswith("interrupted"):
         return 130
@@ -155,7 +240,7 @@ def _show(result: Result, files: Iterable[Path], output: OutputSpec) -> None:
     console.print(render(result))
     console.print(f"\nAgain: {result.data['command']}", markup=False, soft_wrap=True)
     written = list(files)
-    names = [f.name for f in written if f.suffix in (".json", ".csv", ".png")]
+    names = [f.name for f in written if f.suffix in (".json", ".html", ".csv", ".png")]
     console.print(
         f"Files: {shlex.quote(str(written[0].parent))}/ with {', '.join(names)} …",
         markup=False,

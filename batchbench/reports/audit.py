@@ -10,6 +10,7 @@ from batchbench.batching.conduct import WarmUp
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Verification
 from batchbench.reports import metrics, timekeeping
+from batchbench.reports.account import account_of
 from batchbench.reports.distribution import Distribution
 from batchbench.reports.gaps import gaps_ms
 from batchbench.reports.latencies import ttft_ms
@@ -18,6 +19,10 @@ from batchbench.workloads import Workload
 LITTLE, HOST_SHARE, DRIFT, FOREIGN_CORES = 0.02, 0.03, 0.10, 0.2
 """Limits: of Little's law, of time outside the steps, of change between the first and the last
 trials, and of other processes' use of the processor in cores."""
+
+RESIDUAL, SMALLEST_RESIDUAL_S = 0.01, 0.001
+"""Limit of the time that the account leaves over, as a share of the wall time; what is below the
+other is how finely two clocks agree."""
 
 LAG = 0.05
 """Limit of the lag of arrivals as a share of TTFT, and of their rate's distance from the asked."""
@@ -70,6 +75,9 @@ def _of_strategy(workload: Workload, trials: Sequence[Recording]) -> list[str]:
     share = float(np.median([timekeeping.host_share(r) for r in shown])) if shown else 0.0
     if share > HOST_SHARE:
         reasons.append(f"{share:.1%} of the time passed outside the steps")
+    found = account_of(trials)
+    if found and abs(found.residual_s) > max(RESIDUAL * found.wall_s, SMALLEST_RESIDUAL_S):
+        reasons.append(f"{found.residual_s / found.wall_s:.1%} of the time is not accounted for")
     reasons += _late(workload, trials)
     durations = [r.duration_ns for r in trials]
     if len(durations) >= 2:

@@ -11,9 +11,13 @@ from pathlib import Path
 from batchbench.errors import UsageError
 
 
-def default_folder(model: str, kind: str = "") -> Path:
-    """``batchbench-results/<time>-<model>``, with a number behind it where that is taken."""
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{model.replace('/', '--')}{kind}"
+def default_folder(model: str, study: str = "") -> Path:
+    """``batchbench-results/<time>-<model>``, with a number behind it where that is taken.
+
+    A ``study`` that is no plain run stands between the two.
+    """
+    parts = (f"{datetime.now():%Y%m%d-%H%M%S}", study, model.replace("/", "--"))
+    name = "-".join(part for part in parts if part)
     folder = Path("batchbench-results") / name
     number = 1
     while folder.exists():
@@ -22,16 +26,16 @@ def default_folder(model: str, kind: str = "") -> Path:
     return folder
 
 
-def check_folder(folder: Path, *, overwrite: bool, holds: str = "result.json") -> list[Path]:
+def check_folder(folder: Path, *, overwrite: bool, marker: str = "result.json") -> list[Path]:
     """See that a result can be written there; the folders that were made for it, inmost first.
 
     Args:
-        holds: the file by which an older result is known.
+        marker: the file by which a result is known.
 
     Raises:
         UsageError: it cannot be written, or holds a result and ``overwrite`` is not given.
     """
-    if (folder / holds).exists() and not overwrite:
+    if (folder / marker).exists() and not overwrite:
         raise UsageError(f"--output {folder}: holds a result; give another folder or --overwrite")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

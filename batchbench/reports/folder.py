@@ -11,14 +11,16 @@ from pathlib import Path
 from batchbench.errors import UsageError
 from batchbench.reports.figures import draw, render
 from batchbench.reports.figures.ladder import draw_ladder
+from batchbench.reports.formats import html
 from batchbench.reports.ladder import LadderResult
 from batchbench.reports.ladder import to_json as ladder_json
 from batchbench.reports.result import Result, recording_files, to_json
+from batchbench.reports.side_by_side import Labelled
 from batchbench.reports.tables import requests_frame, steps_frame
 
 
 def write_folder(folder: Path, result: Result) -> list[Path]:
-    """Write recordings, frames, pictures and ``result.json``; the paths, ``result.json`` first."""
+    """Write everything of a result; the paths, ``result.json`` first."""
     return write_whole(folder, _contents(result), stale=["recordings"])
 
 
@@ -79,4 +81,5 @@ def _contents(result: Result) -> Mapping[str, bytes]:
             files[f"{name}.{format}"] = render(figure, format)
     files["requests.csv"] = requests_frame(result).to_csv(index=False).encode()
     files["steps.csv"] = steps_frame(result).to_csv(index=False).encode()
+    files["report.html"] = html.render([Labelled("", result)]).encode()
     return files | recording_files(result.recordings)

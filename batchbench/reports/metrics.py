@@ -21,6 +21,12 @@ ENOUGH_FOR_P999 = 1000
 NO_LIMITS: Mapping[str, float] = {}
 
 
+def typical_trial(trials: Sequence[Recording]) -> Recording:
+    """The trial of median duration; of an even number the shorter of the middle two."""
+    ranked = sorted(trials, key=lambda trial: trial.duration_ns)
+    return ranked[(len(ranked) - 1) // 2]
+
+
 def trial_summary(recording: Recording, limits_ms: Mapping[str, float] = NO_LIMITS) -> Summary:
     """The summary of one trial, under the serving benchmarks' names."""
     return _summary([recording], recording.duration_ns / 1e9, limits_ms)

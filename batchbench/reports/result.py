@@ -11,8 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,13 +24,21 @@ from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Finding, Verification
 from batchbench.errors import UsageError
 from batchbench.reports import metrics
+from batchbench.reports.account import explain
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import Ratio, paired_ratio
 from batchbench.reports.fairness import Class, by_length, length_classes
+from batchbench.reports.fitting import beyond
 from batchbench.reports.gaps import stalls
 from batchbench.reports.goals import NO_GOALS, GoalsSpec, as_config, from_config
+from batchbench.reports.prediction import predict_outcome
 from batchbench.reports.timekeeping import rate_of
 from batchbench.workloads import Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from batchbench.reports.plots import Plots
 
 SCHEMA_VERSION = 1
 _FACTS = (
@@ -44,6 +53,8 @@ _FACTS = (
     "verification",
     "stopped",
     "outputs",
+    "cost",
+    "prediction",
 )
 """What was asked, met and observed; all else in a result is derived from the recordings."""
 
@@ -65,13 +76,21 @@ class Result:
         return list(self.recordings)
 
     @property
+    def _place(self) -> str:
+        """Where it ran, or that it did not."""
+        model, cost = self.data["model"], self.data.get("cost")
+        if not self.data["simulated"]:
+            return f"{model['device']} {model['dtype']}"
+        return f"simulated on the costs of {cost['source']}" if cost else "simulated"
+
+    @property
     def title(self) -> str:
         """Model, device, batch size and workload in a line."""
         model, config = self.data["model"], self.data["config"]
         slots, requests = config["serving"]["batch_size"], self.data["workload"]["num_requests"]
         parts = [
             model["name"],
-            "simulated" if self.data["simulated"] else f"{model['device']} {model['dtype']}",
+            self._place,
             f"{slots:,} slot{'s' * (slots != 1)}",
             f"{requests:,} request{'s' * (requests != 1)}",
         ]
@@ -83,6 +102,60 @@ class Result:
         if config["serving"]["engine"] != "slots" and not self.data["simulated"]:
             parts.insert(2, f"{config['serving']['engine']} engine")
         return " · ".join(parts)
+
+    # For notebooks and scripts; what they need is imported when it is asked for.
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """A row a request, trial and strategy: slot, lengths, steps, times and latencies."""
+        from batchbench.reports.tables import requests_frame
+
+        return requests_frame(self)
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """A row a run of equal steps, trial and strategy."""
+        from batchbench.reports.tables import steps_frame
+
+        return steps_frame(self)
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """A row a strategy: medians and pools of its trials, counters, and how it compares."""
+        from batchbench.reports.tables import summary_frame
+
+        return summary_frame(self)
+
+    @property
+    def plot(self) -> Plots:
+        """The pictures: ``result.plot.timeline()`` and so on; each is a matplotlib figure."""
+        from batchbench.reports.plots import Plots
+
+        return Plots(self)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write what ``batchbench run --output`` writes; the folder.
+
+        Raises:
+            UsageError: it cannot be written, or holds a result and ``overwrite`` is not given.
+        """
+        from batchbench.reports.destination import check_folder
+        from batchbench.reports.folder import write_folder
+
+        folder = Path(folder)
+        check_folder(folder, overwrite=overwrite)
+        write_folder(folder, self)
+        return folder
+
+    def __repr__(self) -> str:
+        from batchbench.reports.formats.terminal import sentence
+
+        return f"<batchbench result: {self.title}: {sentence(self)}>"
+
+    def _repr_html_(self) -> str:
+        from batchbench.reports.formats.notebook import render
+
+        return render(self)
 
 
 def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
@@ -109,6 +182,8 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
             {"request": i, "prompt": prompt, "output": output}
             for i, (prompt, output) in enumerate(outcome.texts)
         ],
+        "cost": _cost(outcome),
+        "prediction": predict_outcome(outcome),
     }
     return _derived(facts, outcome.workload, outcome.recordings)
 
@@ -130,13 +205,22 @@ def remake_result(result: Result) -> Result:
         stop_at_eos=asked is not None,
         max_concurrency=recorded["max_concurrency"],
     )
-    return _derived({key: data[key] for key in _FACTS}, workload, result.recordings)
+    return _derived({key: data.get(key) for key in _FACTS}, workload, result.recordings)
 
 
 def regoaled(result: Result, goals: GoalsSpec) -> Result:
     """The same result held against other goals, with everything derived anew."""
     config = {**result.data["config"], "goals": as_config(goals)}
     return remake_result(Result({**result.data, "config": config}, result.recordings))
+
+
+def _cost(outcome: Outcome) -> dict[str, Any] | None:
+    """What a step cost in a simulation, and where that goes beyond what taught it."""
+    cost = outcome.experiment.cost
+    if cost is None:
+        return None
+    trials = [r for each in outcome.recordings.values() for r in each]
+    return {**cost.as_dict(), "extrapolates": beyond(cost, trials)}
 
 
 def workload_facts(workload: Workload) -> dict[str, Any]:
@@ -187,6 +271,7 @@ def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recording
         "strategies": strategies,
         "comparison": comparisons[-1] if comparisons else None,
         "comparisons": comparisons,
+        "explain": explain(recordings, facts["warm_up"].get("duration_s")),
         "validity": {"status": "suspect" if reasons else "valid", "reasons": reasons},
     }
     return Result(data, recordings)

@@ -1,4 +1,4 @@
-"""Frames: a row a request, a row a span, for spreadsheets and pandas."""
+"""Frames: a row a strategy, a request or a span, for spreadsheets and pandas."""
 
 from __future__ import annotations
 
@@ -10,6 +10,34 @@ import pandas as pd
 from batchbench.batching.recording import Ints, Recording
 from batchbench.reports.latencies import e2el_ms, queue_ms, tpot_ms, ttft_ms
 from batchbench.reports.result import Result
+
+
+def summary_frame(result: Result) -> pd.DataFrame:
+    """A row a strategy: its summary, its counters, and how it compares with the first.
+
+    Added are ``utilisation`` (useful slot-steps in all), ``speedup`` with the ends of its 95 %
+    interval (where there are trials enough), and ``step_ratio``; they are empty of the baseline,
+    as counters are of a strategy that shows no steps.
+    """
+    rows = {}
+    compared = {found["candidate"]: found for found in result.data["comparisons"]}
+    for name, strategy in result.data["strategies"].items():
+        counted = strategy["counters"]
+        against = compared.get(name, {"speedup": {"median": None, "ci95": None}})
+        low, high = against["speedup"]["ci95"] or (None, None)
+        rows[name] = {
+            **strategy["summary"],
+            **(counted or {}),
+            "utilisation": counted and counted["useful_slot_steps"] / counted["slot_steps"],
+            "speedup": against["speedup"]["median"],
+            "speedup_low": low,
+            "speedup_high": high,
+            "step_ratio": against.get("step_ratio"),
+        }
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    frame.index.name = "strategy"
+    # What has no meaning is None, and a column of nothing else would be of no number's kind.
+    return frame.astype({name: float for name in frame if frame[name].dtype == object})
 
 
 def requests_frame(result: Result) -> pd.DataFrame:

@@ -15,19 +15,24 @@ def host_share(recording: Recording) -> float:
     """
     starts, ends = recording.spans.start_ns, recording.span_ends_ns
     before = np.concatenate([[0], ends[:-1]])
-    waited = _waited_by(recording, starts) - _waited_by(recording, before)
+    over = recording.waits.end_ns
+    waited = waited_by(recording, starts, over) - waited_by(recording, before, over)
     outside = np.maximum(starts - before, 0).sum() - waited.sum()
     return float(outside / max(recording.duration_ns - waited.sum(), 1))
 
 
-def _waited_by(recording: Recording, times: Ints) -> Ints:
-    """How long was waited up to each of these times, in ns."""
+def waited_by(recording: Recording, times: Ints, over_ns: Ints) -> Ints:
+    """How long was waited up to each of these times, in ns.
+
+    Args:
+        over_ns: when each wait is taken to be over, ``[waits]``.
+    """
     w = recording.waits
     if not len(w.step):
         return np.zeros(len(times), np.int64)
     wait = np.searchsorted(w.start_ns, times, side="right") - 1
-    spent = np.concatenate([[0], np.cumsum(w.end_ns - w.start_ns)])
-    in_last = np.minimum(times, w.end_ns[wait]) - w.start_ns[wait]
+    spent = np.concatenate([[0], np.cumsum(over_ns - w.start_ns)])
+    in_last = np.minimum(times, over_ns[wait]) - w.start_ns[wait]
     waited: Ints = np.where(wait >= 0, spent[wait] + np.maximum(in_last, 0), 0)
     return waited
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import batchbench
 from batchbench import settings
+from batchbench.batching.cost import KnownCost
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.presets import Basis
 from batchbench.errors import UsageError
@@ -116,7 +117,9 @@ class Grid:
         return shlex.join(["batchbench", "sweep", *self.words(), *simulated, *more])
 
 
-def make_experiment(chosen: Values, *, simulated: bool) -> Experiment:
+def make_experiment(
+    chosen: Values, *, simulated: bool, cost: KnownCost | None = None
+) -> Experiment:
     """The experiment of these options; all others are as the preset, the file or defaults say.
 
     Raises:
@@ -126,7 +129,7 @@ def make_experiment(chosen: Values, *, simulated: bool) -> Experiment:
     names = {field.name for field in dataclasses.fields(Basis)}
     own = {name: value for name, value in chosen.items() if name not in names}
     _, file = basis.layers()
-    return Experiment.of(file, own, preset=basis.preset, simulated=simulated)
+    return Experiment.of(file, own, preset=basis.preset, simulated=simulated, cost=cost)
 
 
 def words_of_axes(axes: Mapping[str, tuple[Any, ...]]) -> list[str]:

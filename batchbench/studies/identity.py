@@ -31,8 +31,9 @@ def digest_of(experiment: Experiment) -> str:
         "schema": SCHEMA_VERSION,
         "simulated": experiment.simulated,
         "config": experiment.config(),
+        **({"cost": experiment.cost.as_dict()} if experiment.cost else {}),
         "files": {
-            **_named_files(experiment),
+            **named_files(experiment),
             **{n: _module(n.partition(":")[0]) for n in experiment.serving.strategies if ":" in n},
         },
     }
@@ -40,7 +41,7 @@ def digest_of(experiment: Experiment) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
-def _named_files(experiment: Experiment) -> dict[str, Any]:
+def named_files(experiment: Experiment) -> dict[str, Any]:
     """Of every setting that is a path, and of a model that is a folder."""
     found: dict[str, Any] = {}
     for part in ("workload", "serving", "trials", "model"):

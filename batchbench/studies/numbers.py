@@ -1,4 +1,4 @@
-"""The small grammar of swept numbers: ``1,2,4``, ``1:16:2``, and both mixed."""
+"""The small grammar of swept numbers: ``1,2,4``, ``1:16``, ``1:16:2``, and all mixed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from decimal import Decimal, InvalidOperation
 
 from batchbench.errors import UsageError
 
-GRAMMAR = "a number (8), a list (1,2,4) or start:stop:step (1:16:5 is 1, 6, 11, 16)"
+GRAMMAR = (
+    "a number (8), a list (1,2,4), start:stop (1:3 is 1, 2, 3) or start:stop:step (1:16:5 is 1, 6, "
+    "11, 16)"
+)
 
 MOST = 10_000
 """Values of one option; a longer range is a slip of the pen."""
@@ -38,9 +41,9 @@ def _range(part: str, asked: str) -> list[Decimal]:
         raise UsageError(f"{asked}: must be finite numbers")
     if len(numbers) == 1:
         return numbers
-    if len(numbers) != 3:
+    if len(numbers) > 3:
         raise UsageError(f"{asked}: must be {GRAMMAR}")
-    start, stop, step = numbers
+    start, stop, step = numbers if len(numbers) == 3 else (*numbers, Decimal(1))
     if step == 0 or (stop - start) / step < 0:
         raise UsageError(f"{asked}: a step of {step} does not lead from {start} to {stop}")
     if (stop - start) / step >= MOST:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from batchbench.batching.conduct import Outcome, conduct
 from batchbench.batching.experiment import Experiment
@@ -11,11 +12,23 @@ from batchbench.batching.models import Shelf
 from batchbench.batching.watch import Watch
 from batchbench.errors import Interrupted, UsageError
 from batchbench.reports.result import make_result
-from batchbench.studies.grid import Cell, Grid
+from batchbench.studies.grid import Cell
 from batchbench.studies.pace import Pace, work_of
 from batchbench.studies.store import Store
 
 Conduct = Callable[[Experiment, Watch, Shelf], Outcome]
+
+
+class Asked(Protocol):
+    """What is swept: a grid, or cells chosen otherwise."""
+
+    @property
+    def cells(self) -> Sequence[Cell]:
+        """The experiments."""
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """Options with more than one value, by which a cell is called."""
 
 
 class SweepWatch(Watch):
@@ -32,7 +45,7 @@ class SweepWatch(Watch):
 
 
 def run_cells(
-    grid: Grid, store: Store, watch: SweepWatch | None = None, serve: Conduct = conduct
+    grid: Asked, store: Store, watch: SweepWatch | None = None, serve: Conduct = conduct
 ) -> None:
     """Serve the cells that are not finished, and keep each as soon as it is.
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from batchbench.batching.clock import Clock
 from batchbench.batching.plan import Plan
-from batchbench.batching.recording import Steps
+from batchbench.batching.recorder import Steps
 from batchbench.workloads import Workload
 
 
@@ -21,6 +21,10 @@ class Engine(Protocol):
     @property
     def simulated(self) -> bool:
         """Whether time is virtual and no model runs."""
+
+    @property
+    def pads_prompts(self) -> bool:
+        """Whether prompts that are computed together are all computed as long as the longest."""
 
     def begin(self, workload: Workload) -> None:
         """A new trial: forget everything, and set the clock to 0."""

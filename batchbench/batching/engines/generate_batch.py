@@ -160,10 +160,11 @@ class GenerateBatch:
         flash = self._flash_allowed()
         module.set_attn_implementation("sdpa" if flash or _SPARES_FLASH else "paged|sdpa")
         try:
+            if self._manager is not None:
+                setattr(module, _KEPT, self._manager)
             manager = self._made()
             if manager is not self._manager:
-                module.destroy_cached_continuous_batching_manager()  # another's, of another size
-                manager = self._manager = self._made()
+                self._manager = manager
                 if self._model.device.type == "cuda":
                     manager.warmup()
             manager.start()
@@ -178,6 +179,8 @@ class GenerateBatch:
             manager.stop(block=True, keep_for_next_session=True)
         finally:
             module.set_attn_implementation(before)
+            # It holds threads' locks, and a model that is copied must not.
+            vars(module).pop(_KEPT, None)
 
     def _made(self) -> Any:
         """The manager that the model keeps, or a new one."""
@@ -202,6 +205,9 @@ class GenerateBatch:
             "cuda_graphs": any(graphs) if isinstance(graphs, Sequence) else bool(graphs),
         }
 
+
+_KEPT = "_cached_continuous_batching_manager"
+"""Where a model keeps the manager of the last session for the next."""
 
 _SPARES_FLASH = "auto_switch_to_flash" in {
     field.name for field in dataclasses.fields(ContinuousBatchingConfig)

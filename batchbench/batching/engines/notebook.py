@@ -26,6 +26,8 @@ PastKeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 class NotebookEngine(TorchEngine):
     """Any causal LM of transformers with its own growing cache."""
 
+    pads_prompts = True
+
     def __init__(self, model: LoadedModel, slots: int) -> None:
         super().__init__(model, slots)
         self._cache_argument = cache_argument(model.module)

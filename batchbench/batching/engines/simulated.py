@@ -1,4 +1,4 @@
-"""An engine with a virtual clock: every step costs the same, and no model runs."""
+"""An engine with a virtual clock: no model runs; a step costs one unit, or what a fit says."""
 
 from __future__ import annotations
 
@@ -8,35 +8,68 @@ from collections.abc import Collection
 import numpy as np
 
 from batchbench.batching.clock import VirtualClock
+from batchbench.batching.cost import PS, StepCost
+from batchbench.batching.growth import GrowthLog
 from batchbench.batching.plan import Plan
-from batchbench.batching.recording import Steps
+from batchbench.batching.recorder import Steps
 from batchbench.workloads import Workload
 
 UNIT_NS = 1_000_000
-"""What a step costs in simulation: one unit, shown as a millisecond."""
+"""What a step costs in simulation if nothing else is said: one unit, shown as a millisecond."""
 
 
 class SimulatedEngine:
-    """Lets time pass as if it computed."""
+    """Lets time pass as if it computed.
+
+    Args:
+        cost: nanoseconds of every step, or what a step costs by what it computes.
+    """
 
     simulated = True
+    pads_prompts = False
 
-    def __init__(self, step_ns: int = UNIT_NS) -> None:
+    def __init__(self, cost: int | StepCost = UNIT_NS) -> None:
         self.clock = VirtualClock()
-        self._step_ns = step_ns
+        self._cost = StepCost(cost) if isinstance(cost, int) else cost
+        self._host_ns = round(self._cost.host_ns)
+        self._restart()
+
+    def _restart(self) -> None:
         self._starts = array("q")
+        self._spans = array("q")  # beyond, first, growth of each call, in ps
+        self._ended, self._beyond_ps = 0, 0  # the clock counts whole nanoseconds
+        self._growing = self._chunks = -1  # of the last call
 
     def begin(self, workload: Workload) -> None:
         self.clock.restart()
-        self._starts = array("q")
+        self._restart()
 
     def run(self, plan: Plan) -> int:
-        now, steps = self.clock.now(), plan.repeat
+        start = self.clock.now()
+        beyond = self._beyond_ps if start == self._ended else 0
+        if self._host_ns and self._is_new(plan):
+            start += self._host_ns
+        passes = self._cost.of_plan(plan)
+        steps = min(plan.repeat, passes.alike)
         if plan.until is not None:  # up to the first step that ends at or after it
-            steps = min(steps, max(1, -((now - plan.until) // self._step_ns)))
-        self._starts.append(now)
-        self.clock.wait_until(now + steps * self._step_ns)
+            steps = min(steps, passes.until_ps((plan.until - start) * PS - beyond))
+        self._starts.append(start)
+        self._spans.extend((beyond, passes.first_ps, passes.growth_ps))
+        spent, self._beyond_ps = divmod(beyond + passes.total_ps(steps), PS)
+        self._ended = start + spent
+        self.clock.wait_until(self._ended)
         return steps
+
+    def _is_new(self, plan: Plan) -> bool:
+        """Whether something had to be decided: who joins, or who is done.
+
+        Not whether it is a new call: how many passes are planned at once must not show.
+        """
+        chunks, self._chunks = self._chunks, len(plan.chunks)
+        if plan.chunks:
+            return True
+        growing, self._growing = self._growing, int(plan.growing.sum())
+        return bool(chunks or plan.released) or growing != self._growing
 
     def stopped(self, plan: Plan) -> Collection[int]:
         """Nobody: without a model no text ends."""
@@ -47,4 +80,7 @@ class SimulatedEngine:
 
     def collect(self) -> Steps:
         starts = np.array(self._starts, np.int64)
-        return Steps(starts, step_ns=np.full(len(starts), self._step_ns, np.int64))
+        beyond, first, growth = np.array(self._spans, np.int64).reshape(-1, 3).T.copy()
+        whole = beyond.any() or growth.any() or (first % PS).any()
+        log = GrowthLog(beyond, first % PS, growth) if whole else None
+        return Steps(starts, step_ns=first // PS, growth=log)

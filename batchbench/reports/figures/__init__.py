@@ -1,23 +1,26 @@
 """Pictures: what happened, drawn from recordings alone.
 
-Four pictures answer four questions at a glance: how much faster (throughput), how long people wait
-(latency), how full the slots are (occupancy), and why (timeline). Each is a card of its own with a
-headline, so that it can be shown alone, on a light page or a dark one.
+Five pictures answer five questions at a glance: how much faster (throughput), how long people wait
+(latency), how full the slots are (occupancy), why (timeline), and where the time went (account).
+Each is a card of its own with a headline, so that it can be shown alone, on a light page or a dark
+one.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
 from batchbench.batching.recording import Recording
+from batchbench.reports.figures.account import draw_account
 from batchbench.reports.figures.card import (
     DPI,
     MOST_BARS,
     MOST_BARS_A_SLOT,
     MOST_SLOTS,
+    Strategy,
     clean_text,
     house_style,
     name_strategies,
@@ -27,31 +30,54 @@ from batchbench.reports.figures.occupancy import draw_occupancy
 from batchbench.reports.figures.throughput import draw_throughput
 from batchbench.reports.figures.timeline import draw_timeline
 
+PICTURES: Mapping[str, Callable[[Sequence[Strategy], str], Figure]] = {
+    "throughput": draw_throughput,
+    "latency": draw_latency,
+    "occupancy": draw_occupancy,
+    "timeline": draw_timeline,
+    "account": draw_account,  # says of whom there is none
+}
+"""What draws each picture of a result, from its strategies and its title."""
+
+OF_STEPS = ("occupancy", "timeline", "account")
+"""Pictures of steps: there are none where no strategy shows any."""
+
+_OF_STEPS_ALONE = ("occupancy", "timeline")
+"""Those in which strategies that show none are left out."""
+
 
 def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str, Figure]:
-    """The four pictures, by name: throughput, latency, occupancy, timeline.
+    """All pictures, by name: throughput, latency, occupancy, timeline, account.
 
-    The last two only of the strategies that show steps; without any they are not drawn.
+    Occupancy and timeline only of the strategies that show steps; without any they and the
+    account are not drawn.
 
     Args:
         recordings: the trials of each strategy, at least one each; the first is the baseline, and
             trials of equal index are pairs.
         title: model, device and workload in a line; every picture carries it.
     """
-    strategies = name_strategies(recordings)
-    title = clean_text(title)
-    stepped = [strategy for strategy in strategies if strategy.typical.has_steps]
-    hidden = [strategy.name for strategy in strategies if not strategy.typical.has_steps]
-    title_of_stepped = f"{title} · no steps known of {', '.join(hidden)}" if hidden else title
+    stepped = any(trials[0].has_steps for trials in recordings.values())
+    names = [name for name in PICTURES if stepped or name not in OF_STEPS]
+    return {name: draw_one(name, recordings, title) for name in names}
+
+
+def draw_one(name: str, recordings: Mapping[str, Sequence[Recording]], title: str) -> Figure:
+    """The picture of that name; arguments as above.
+
+    Raises:
+        ValueError: it shows steps, and no strategy does.
+    """
+    strategies, title = name_strategies(recordings), clean_text(title)
+    if name in OF_STEPS:
+        hidden = [strategy.name for strategy in strategies if not strategy.typical.has_steps]
+        if len(hidden) == len(strategies):
+            raise ValueError(f"no {name}: {', '.join(hidden)} schedules for itself, shows no steps")
+        if hidden and name in _OF_STEPS_ALONE:
+            strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
+            title = f"{title} · no steps known of {', '.join(hidden)}"
     with house_style():
-        pictures = {
-            "throughput": draw_throughput(strategies, title),
-            "latency": draw_latency(strategies, title),
-        }
-        if stepped:
-            pictures["occupancy"] = draw_occupancy(stepped, title_of_stepped)
-            pictures["timeline"] = draw_timeline(stepped, title_of_stepped)
-        return pictures
+        return PICTURES[name](strategies, title)
 
 
 def render(figure: Figure, format: str) -> bytes:
@@ -66,4 +92,4 @@ def render(figure: Figure, format: str) -> bytes:
     return out.getvalue()
 
 
-__all__ = ["MOST_BARS", "MOST_BARS_A_SLOT", "MOST_SLOTS", "draw", "render"]
+__all__ = ["MOST_BARS", "MOST_BARS_A_SLOT", "MOST_SLOTS", "PICTURES", "draw", "draw_one", "render"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Recording
 from batchbench.reports import metrics
+from batchbench.reports.looks import LOOKS, looks_of
 
 Floats = NDArray[np.float64]
 
@@ -57,23 +59,6 @@ HELD: dict[str, Any] = {
     "linewidth": 0.0,
 }
 
-_LOOKS: dict[str, tuple[str, Any]] = {
-    "static": ("#D55E00", "solid"),
-    "continuous": ("#0072B2", (0, (4, 1.4))),
-    "static-fixed": ("#009E73", (0, (1.2, 1.2))),
-    "static-bucketed": ("#CC79A7", (0, (6, 1.5, 1.2, 1.5))),
-    "static-oracle": ("#E69F00", (0, (8, 2))),
-}
-
-"""Colour and dashes of our own strategies, the same in every picture."""
-
-_OTHER_LOOKS: tuple[tuple[str, Any], ...] = (
-    ("#56B4E9", (0, (3, 1, 1, 1, 1, 1))),
-    ("#6b6b6b", (0, (2.5, 2.5))),
-)
-
-"""Of the others, after those of ours that are free. Okabe and Ito's colours, which
-colour-blind people can tell apart; then grey."""
 
 _STYLE = {
     "font.family": "sans-serif",
@@ -118,14 +103,13 @@ class Strategy:
 
     @cached_property
     def typical(self) -> Recording:
-        """The trial of median duration; of an even number the shorter of the middle two."""
-        ranked = sorted(self.trials, key=lambda trial: trial.duration_ns)
-        return ranked[(len(ranked) - 1) // 2]
+        """The trial that pictures of one trial show."""
+        return metrics.typical_trial(self.trials)
 
     @property
-    def simulated(self) -> bool:
+    def in_steps(self) -> bool:
         """Whether its time is counted in steps."""
-        return self.trials[0].header.simulated
+        return self.trials[0].in_steps
 
     @property
     def line(self) -> dict[str, Any]:
@@ -140,7 +124,7 @@ class Strategy:
     @property
     def called(self) -> str:
         """The name within a sentence."""
-        name = f"{self.name} batching" if self.name in _LOOKS else self.name
+        name = f"{self.name} batching" if self.name in LOOKS else self.name
         return fit_text(name, 200, 13)
 
     def tint(self, by: float) -> tuple[float, float, float]:
@@ -150,11 +134,8 @@ class Strategy:
 
 
 def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strategy]:
-    """Static is always vermillion and continuous blue; others get what is left, in order."""
-    left = [look for name, look in _LOOKS.items() if name not in recordings]
-    left += _OTHER_LOOKS
-    others = [name for name in recordings if name not in _LOOKS]
-    looks = _LOOKS | {name: left[i % len(left)] for i, name in enumerate(others)}
+    """The strategies with their looks, in order."""
+    looks = looks_of(recordings)
     return [
         Strategy(i, clean_text(name), trials, *looks[name])
         for i, (name, trials) in enumerate(recordings.items())
@@ -171,7 +152,7 @@ class Unit:
     @classmethod
     def of(cls, strategies: Sequence[Strategy], longest_ns: float) -> Unit:
         """Steps in simulation, else the unit in which ``longest_ns`` is at least 1."""
-        if strategies[0].simulated:
+        if strategies[0].in_steps:
             return cls(UNIT_NS, "steps")
         units = (cls(1e9, "s"), cls(1e6, "ms"), cls(1e3, "µs"))
         return next((unit for unit in units if longest_ns >= unit.ns), units[-1])
@@ -203,7 +184,7 @@ def clean_text(text: str) -> str:
 
 def _sentence(text: str) -> str:
     """With a capital, unless it begins with somebody's own name."""
-    ours = tuple(f"{name} batching" for name in _LOOKS)
+    ours = tuple(f"{name} batching" for name in LOOKS)
     return text[0].upper() + text[1:] if text.startswith(ours) else text
 
 
@@ -236,6 +217,16 @@ def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[
         else:
             lines.append(fit_text(word, width, size, weight))
     return [line for line in lines if line] or [""]
+
+
+class Picture(Figure):
+    """A figure that a notebook shows by itself, in the house style."""
+
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        with house_style():
+            self.savefig(out, format="png", dpi=100)
+        return out.getvalue()
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,7 +277,7 @@ def make_card(headline: str, title: str, body: float, notes: str) -> Card:
     ]
     tall = [size * 1.3 * lines / 72 for _, size, _, _, lines in blocks]
     head = 0.27 + tall[0] + 0.06 + tall[1] + 0.2
-    figure = Figure(
+    figure = Picture(
         (_WIDTH, head + body + 0.14 + tall[2] + 0.24),
         facecolor="#ffffff",
         edgecolor="#c4c4c4",  # the card's rim on a white page

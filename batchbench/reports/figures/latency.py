@@ -66,7 +66,7 @@ def _cdfs(
             color=QUIET,
         )
     for strategy, values in zip(strategies, kind, strict=True):
-        x, y = _staircase(values)
+        x, y = staircase(values)
         axes.plot(
             x * 1e6 / unit.ns,
             y * 100,
@@ -84,7 +84,7 @@ def _cdfs(
     strip_axes(axes, "left", "bottom")
 
 
-def _staircase(values: Distribution) -> tuple[Floats, Floats]:
+def staircase(values: Distribution) -> tuple[Floats, Floats]:
     """Corners of the empirical distribution function, from (smallest, 0) to (largest, 1)."""
     x, where = np.unique(values.values, return_index=True)
     y = np.add.reduceat(values.weights, where).cumsum() / values.count

@@ -29,7 +29,7 @@ from batchbench.reports.figures.card import (
 
 
 @dataclass(frozen=True, eq=False)
-class _Levels:
+class Levels:
     """What is constant between edges: ``edges_ns`` is ``[levels + 1]``, the rest ``[levels]``."""
 
     edges_ns: Floats
@@ -38,7 +38,7 @@ class _Levels:
     waiting: Floats  # requests that are due and not admitted
     mean_over_ns: float = 0.0  # 0 where nothing was averaged
 
-    def thinned(self) -> _Levels:
+    def thinned(self) -> Levels:
         """At most as many levels as can be seen: means over equal times, so areas stay."""
         if len(self.running) <= MOST_LEVELS:
             return self
@@ -52,10 +52,10 @@ class _Levels:
         running, finished, waiting = (
             means(levels) for levels in (self.running, self.finished, self.waiting)
         )
-        return _Levels(edges, running, finished, waiting, float(edges[1] - edges[0]))
+        return Levels(edges, running, finished, waiting, float(edges[1] - edges[0]))
 
 
-def _levels(recording: Recording) -> _Levels:
+def levels_of(recording: Recording) -> Levels:
     """Slots and queue over time."""
     held = Holdings.of(recording)
     due = np.minimum(recording.requests.due_ns, held.admitted)
@@ -65,7 +65,7 @@ def _levels(recording: Recording) -> _Levels:
     arrived, admitted, done, left = (
         np.searchsorted(at, edges[:-1], side="right").astype(np.float64) for at in events
     )
-    return _Levels(edges.astype(np.float64), admitted - done, done - left, arrived - admitted)
+    return Levels(edges.astype(np.float64), admitted - done, done - left, arrived - admitted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +99,13 @@ class Holdings:
 
 def draw_occupancy(strategies: Sequence[Strategy], title: str) -> Figure:
     """Running, held and empty slots over one time axis, and the queue beneath."""
-    each = [_levels(strategy.typical).thinned() for strategy in strategies]
+    exact = [levels_of(strategy.typical) for strategy in strategies]
+    each = [levels.thinned() for levels in exact]
     unit = Unit.of(strategies, max(levels.edges_ns[-1] for levels in each))
     tall = float(np.clip(3.2 / len(strategies), 0.8, 1.35))
     row = tall + 0.96
     notes = _occupancy_notes(strategies, each, unit)
-    headline = _occupancy_headline(strategies)
+    headline = _occupancy_headline(strategies, exact)
     card = make_card(headline, title, 0.3 + row * len(strategies) + 0.36, notes)
     add_legend(card, _kinds_of_slots(strategies, any(levels.finished.any() for levels in each)))
     panels = []
@@ -140,7 +141,7 @@ def _kinds_of_slots(strategies: Sequence[Strategy], held: bool) -> list[Entry]:
     return [*entries, ("empty", (Patch(fc="#ffffff", ec=INK, lw=0.8),))]
 
 
-def _slots(axes: Axes, strategy: Strategy, levels: _Levels, unit: Unit) -> None:
+def _slots(axes: Axes, strategy: Strategy, levels: Levels, unit: Unit) -> None:
     """Running slots filled, held ones hatched, and a box up to the number of slots."""
     slots, edges = strategy.typical.header.slots, levels.edges_ns / unit.ns
     axes.stairs(
@@ -164,7 +165,7 @@ def _slots(axes: Axes, strategy: Strategy, levels: _Levels, unit: Unit) -> None:
     strip_axes(axes, "left")
 
 
-def _queue(axes: Axes, levels: _Levels, unit: Unit) -> None:
+def _queue(axes: Axes, levels: Levels, unit: Unit) -> None:
     """Requests that wait for a slot."""
     # At the very start all wait for an instant, which no eye sees and no axis should show.
     spans = np.diff(levels.edges_ns)
@@ -181,7 +182,15 @@ def _useful(strategy: Strategy) -> float:
     return counted["useful_slot_steps"] / counted["slot_steps"]
 
 
-def _occupancy_headline(strategies: Sequence[Strategy]) -> str:
+def _occupancy_headline(strategies: Sequence[Strategy], exact: Sequence[Levels]) -> str:
+    if strategies[0].typical.requests.due_ns.any():
+        # Requests come in their own time: slots are empty when nobody comes, whatever is done.
+        longest = [round(levels.waiting.max()) for levels in exact]
+        text = f"At most {longest[-1]:,} request{'s' * (longest[-1] != 1)} wait at once under "
+        text += strategies[-1].called
+        if len(strategies) > 1:
+            text += f", {longest[0]:,} under {strategies[0].called}"
+        return text
     share = spell_percent(_useful(strategies[-1]))
     text = f"{strategies[-1].called} makes use of {share} of its slot-steps"
     if len(strategies) > 1:
@@ -189,7 +198,7 @@ def _occupancy_headline(strategies: Sequence[Strategy]) -> str:
     return text
 
 
-def _occupancy_notes(strategies: Sequence[Strategy], each: Sequence[_Levels], unit: Unit) -> str:
+def _occupancy_notes(strategies: Sequence[Strategy], each: Sequence[Levels], unit: Unit) -> str:
     notes = "A slot-step is one slot in one forward pass; useful ones yield a token."
     if coarse := max(levels.mean_over_ns for levels in each):
         notes += f" Levels are means over {unit.text(coarse)}."

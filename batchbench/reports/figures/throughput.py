@@ -44,7 +44,7 @@ def draw_throughput(strategies: Sequence[Strategy], title: str) -> Figure:
 
 def _bars_of_rates(axes: Axes, strategies: Sequence[Strategy], what: str, width: float) -> None:
     """A bar a strategy in a panel ``width`` points wide; the y axis counts inches downwards."""
-    unit = f"{what}/{'step' if strategies[0].simulated else 's'}"
+    unit = f"{what}/{'step' if strategies[0].in_steps else 's'}"
     right = 0.0
     for strategy in strategies:
         y = (strategy.index + 1) * _ROW - _BAR / 2
@@ -92,7 +92,7 @@ def _typical_rate(strategy: Strategy, what: str) -> float:
 
 
 def _per(strategy: Strategy) -> float:
-    return UNIT_NS if strategy.simulated else 1e9
+    return UNIT_NS if strategy.in_steps else 1e9
 
 
 def _count(trial: Recording, what: str) -> int:
@@ -115,7 +115,7 @@ def _ratio(ratio: Ratio) -> str:
 
 
 def _throughput_headline(strategies: Sequence[Strategy]) -> str:
-    per = "step" if strategies[0].simulated else "second"
+    per = "step" if strategies[0].in_steps else "second"
     baseline, candidate = strategies[0], strategies[-1]
     ratio = _speedup(baseline, candidate)
     if candidate is baseline or ratio is None:

@@ -36,14 +36,14 @@ from batchbench.reports.figures.card import (
 )
 from batchbench.reports.figures.occupancy import Holdings, share_time, which_trial
 
-_ROOM = 0.95  # inches right of the lanes, for the end times
+ROOM = 0.95  # inches right of the lanes, for the end times
 
 _SMALLEST = 5.5  # points: a number that can still be read
 
 
 @dataclass(frozen=True, eq=False)
-class _Scene:
-    """What the panels of a timeline share."""
+class Scene:
+    """What the panels of a timeline, or of a film of it, share."""
 
     unit: Unit  # of the axis
     unit_of_ends: Unit
@@ -51,47 +51,58 @@ class _Scene:
     lane: float  # inches
     longer_than: float  # output tokens; what has more is drawn as long
     baseline_ns: int  # when the baseline is done
+    cut: bool  # whether only the beginning is drawn
 
     @property
     def points_a_ns(self) -> float:
         """Scale of the time axis."""
-        return (WIDE - 0.5 - _ROOM) * 72 / self.window_ns
+        return (WIDE - 0.5 - ROOM) * 72 / self.window_ns
 
 
 def draw_timeline(strategies: Sequence[Strategy], title: str) -> Figure:
     """A lane a slot, a bar a request, all strategies over one time axis."""
-    trials = [strategy.typical for strategy in strategies]
-    lanes = [_lanes(trial) for trial in trials]
-    longest = max(trial.duration_ns for trial in trials)
-    window = float(min([longest, *(_bars_end(trial) for trial in trials)]))
-    scene = _Scene(
-        unit=Unit.of(strategies, window),
-        unit_of_ends=Unit.of(strategies, longest),
-        window_ns=window,
-        lane=float(np.clip(7.0 / sum(lanes), 0.06, 0.25)),
-        longer_than=_middle_length(trials),
-        baseline_ns=trials[0].duration_ns,
-    )
-    tall = [max(count * scene.lane, 0.62) for count in lanes]
-    entries = _kinds_of_bars(strategies, scene)
+    scene = scene_of(strategies)
+    tall = [height_of(strategy, scene) for strategy in strategies]
+    entries = kinds_of_bars(strategies, scene)
     top = 0.24 * -(-len(entries) // 3) + 0.08
     body = top + sum(tall) + 0.46 * len(tall) + 0.36
-    notes = _timeline_notes(strategies, window < longest)
-    card = make_card(_timeline_headline(strategies), title, body, notes)
+    notes = timeline_notes(strategies, scene)
+    card = make_card(timeline_headline(strategies), title, body, notes)
     add_legend(card, entries)
     panels = []
     for strategy, height in zip(strategies, tall, strict=True):
         card.label(top + 0.22, strategy, _held_share(strategy))
-        panels.append(card.axes(0.5, top + 0.3, WIDE - 0.5 - _ROOM, height))
-        _lanes_of(panels[-1], strategy, scene)
-        _end(panels[-1], strategy, scene)
+        panels.append(card.axes(0.5, top + 0.3, WIDE - 0.5 - ROOM, height))
+        draw_lanes(panels[-1], strategy, scene)
+        draw_end(panels[-1], strategy, scene)
         top += height + 0.46
-    share_time(panels, window, scene.unit)
+    share_time(panels, scene.window_ns, scene.unit)
     panels[-1].spines["bottom"].set_visible(True)
     return card.figure
 
 
-def _lanes(recording: Recording) -> int:
+def scene_of(strategies: Sequence[Strategy], tallest: float = 7.0) -> Scene:
+    """Scales for these strategies, whose lanes take ``tallest`` inches together."""
+    trials = [strategy.typical for strategy in strategies]
+    longest = max(trial.duration_ns for trial in trials)
+    window = float(min([longest, *(_bars_end(trial) for trial in trials)]))
+    return Scene(
+        unit=Unit.of(strategies, window),
+        unit_of_ends=Unit.of(strategies, longest),
+        window_ns=window,
+        lane=float(np.clip(tallest / sum(map(count_lanes, trials)), 0.06, 0.25)),
+        longer_than=_middle_length(trials),
+        baseline_ns=trials[0].duration_ns,
+        cut=window < longest,
+    )
+
+
+def height_of(strategy: Strategy, scene: Scene) -> float:
+    """Inches of a strategy's lanes."""
+    return max(count_lanes(strategy.typical) * scene.lane, 0.62)
+
+
+def count_lanes(recording: Recording) -> int:
     """Number of slots that are drawn."""
     return min(recording.header.slots, MOST_SLOTS)
 
@@ -100,7 +111,7 @@ def _bars_end(recording: Recording) -> float:
     """Time in ns up to which all bars can be drawn; infinite where they are few enough."""
     shown = recording.requests.slot < MOST_SLOTS
     starts = np.sort(recording.starts_of(recording.requests.admitted[shown]))
-    most = min(MOST_BARS, MOST_BARS_A_SLOT * _lanes(recording))
+    most = min(MOST_BARS, MOST_BARS_A_SLOT * count_lanes(recording))
     return float(starts[most]) if len(starts) > most else np.inf
 
 
@@ -111,9 +122,9 @@ def _middle_length(trials: Sequence[Recording]) -> float:
     return (shortest + longest) / 2 if shortest < longest else 0.0
 
 
-def _lanes_of(axes: Axes, strategy: Strategy, scene: _Scene) -> None:
+def draw_lanes(axes: Axes, strategy: Strategy, scene: Scene) -> None:
     """Everything that one strategy's slots hold within the window."""
-    recording, lanes = strategy.typical, _lanes(strategy.typical)
+    recording, lanes = strategy.typical, count_lanes(strategy.typical)
     held = Holdings.of(recording)
     held = held.where((held.slot < lanes) & (held.admitted < scene.window_ns))
     end = min(recording.duration_ns, scene.window_ns) / scene.unit.ns
@@ -130,7 +141,7 @@ def _lanes_of(axes: Axes, strategy: Strategy, scene: _Scene) -> None:
 
 
 def _bodies(
-    axes: Axes, strategy: Strategy, scene: _Scene, held: Holdings, dark: NDArray[np.bool_]
+    axes: Axes, strategy: Strategy, scene: Scene, held: Holdings, dark: NDArray[np.bool_]
 ) -> None:
     """Bars of requests, their prompt's part on top, and what is held for nothing behind them."""
     late = held.where(held.freed > held.done)
@@ -150,7 +161,7 @@ def _bodies(
     axes.add_collection(PolyCollection(list(boxes), gid=f"prefill-{key}", **look))
 
 
-def _boxes(scene: _Scene, start: Ints, stop: Ints, slot: Ints) -> Floats:
+def _boxes(scene: Scene, start: Ints, stop: Ints, slot: Ints) -> Floats:
     """Corners of a box from ``start`` to ``stop`` in each slot's lane, ``[boxes, 4, 2]``."""
     left, right, y = start / scene.unit.ns, stop / scene.unit.ns, slot.astype(np.float64)
     low, high = y - 0.42, y + 0.42
@@ -158,7 +169,7 @@ def _boxes(scene: _Scene, start: Ints, stop: Ints, slot: Ints) -> Floats:
     return np.stack([np.stack(corner, -1) for corner in corners], axis=1)
 
 
-def _numbers(axes: Axes, scene: _Scene, held: Holdings, dark: NDArray[np.bool_]) -> None:
+def _numbers(axes: Axes, scene: Scene, held: Holdings, dark: NDArray[np.bool_]) -> None:
     """Requests' numbers in the bars that are wide enough."""
     most = min(8.0, scene.lane * 72 * 0.72)
     stop = np.minimum(held.done, scene.window_ns)
@@ -173,7 +184,7 @@ def _numbers(axes: Axes, scene: _Scene, held: Holdings, dark: NDArray[np.bool_])
             axes.text(middle[i], held.slot[i], number, color=colour, **style)
 
 
-def _end(axes: Axes, strategy: Strategy, scene: _Scene) -> None:
+def draw_end(axes: Axes, strategy: Strategy, scene: Scene) -> None:
     """When the strategy is done, and how much sooner than the baseline."""
     end, window = strategy.typical.duration_ns, scene.window_ns
     if scene.baseline_ns <= window:
@@ -193,7 +204,7 @@ def _end(axes: Axes, strategy: Strategy, scene: _Scene) -> None:
         _saved(axes, scene, end, saved)
 
 
-def _saved(axes: Axes, scene: _Scene, end: int, width: float) -> None:
+def _saved(axes: Axes, scene: Scene, end: int, width: float) -> None:
     """An arrow of ``width`` points from an end to the baseline's."""
     left, right = end / scene.unit.ns, scene.baseline_ns / scene.unit.ns
     across = axes.get_xaxis_transform()
@@ -215,7 +226,7 @@ def _held_share(strategy: Strategy) -> str:
     return f"{text}, {spell_percent(share)} of slot-steps held for nothing" if share else text
 
 
-def _kinds_of_bars(strategies: Sequence[Strategy], scene: _Scene) -> list[Entry]:
+def kinds_of_bars(strategies: Sequence[Strategy], scene: Scene) -> list[Entry]:
     """What the shades mean; only those that occur."""
     lengths = np.concatenate([s.typical.requests.output_tokens for s in strategies])
     entries = []
@@ -238,7 +249,8 @@ def _range(tokens: Ints) -> str:
     return f"{text} token{'s' * (high > 1)}"
 
 
-def _timeline_headline(strategies: Sequence[Strategy]) -> str:
+def timeline_headline(strategies: Sequence[Strategy]) -> str:
+    """Who is done when."""
     ends = [strategy.typical.duration_ns for strategy in strategies]
     unit = Unit.of(strategies, max(ends))
     text = f"{strategies[-1].called} is done after {unit.text(ends[-1])}"
@@ -250,11 +262,12 @@ def _timeline_headline(strategies: Sequence[Strategy]) -> str:
     return text
 
 
-def _timeline_notes(strategies: Sequence[Strategy], cut: bool) -> str:
+def timeline_notes(strategies: Sequence[Strategy], scene: Scene) -> str:
+    """What a reader should know of the drawing."""
     notes = ["A bar is one request, with its number where there is room."]
     slots = max(strategy.typical.header.slots for strategy in strategies)
     if slots > MOST_SLOTS:
         notes.append(f"Drawn are slots 0 to {MOST_SLOTS - 1} of {slots:,}.")
-    if cut:
+    if scene.cut:
         notes.append("Only the beginning is drawn; the ends are given at the right.")
     return " ".join(notes) + which_trial(strategies)

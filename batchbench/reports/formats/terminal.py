@@ -13,6 +13,7 @@ from rich.text import Text
 
 from batchbench.batching.policies import POLICIES
 from batchbench.reports.comparison import FEWEST_PAIRS, Ratio
+from batchbench.reports.formats.account import account_table, causes
 from batchbench.reports.result import Result, ratio_of
 
 
@@ -21,8 +22,8 @@ def called(name: str) -> str:
     return f"{name} batching" if name in POLICIES else name
 
 
-def sentence(result: Result) -> str:
-    """The answer in one sentence."""
+def sentence(result: Result, *, reasons: bool = True) -> str:
+    """The answer in one sentence; ``reasons`` of a suspect run may be told elsewhere."""
     data = result.data
     parts = [_speed(result)]
     checked = data["verification"]
@@ -32,7 +33,7 @@ def sentence(result: Result) -> str:
         parts.append("outputs not verified")
     validity = data["validity"]
     parts.append(f"run {validity['status']}")
-    if validity["reasons"]:
+    if validity["reasons"] and reasons:
         parts[-1] += f" ({'; '.join(validity['reasons'])})"
     return "; ".join(parts) + "."
 
@@ -55,7 +56,7 @@ def _speed(result: Result) -> str:
     than = "" if comparison["baseline"] == "static" else f" than {comparison['baseline']}"
     text = f"{who} was {_faster(median)}{than}"
     if result.data["simulated"]:
-        text = f"in simulation, where every step costs the same, {text}"
+        text = f"in simulation, {_simulated_how(result)}, {text}"
     elif interval is None:
         pairs = len(result.recordings[comparison["candidate"]])
         text += f" ({pairs} pair{'s' * (pairs > 1)} of trials: too few for an interval)"
@@ -63,10 +64,16 @@ def _speed(result: Result) -> str:
         low, high = sorted(bound ** (1 if median >= 1 else -1) for bound in interval)
         text += f" (95 % CI {low:.2f}–{high:.2f})"
     text += _against_the_best_static(result)
-    if result.data["simulated"]:
+    if result.data["simulated"] and not result.data.get("cost"):
         return text
     alone = comparison["step_ratio"]
     return text if alone is None else f"{text}; the schedules alone give {alone:.2f}×"
+
+
+def _simulated_how(result: Result) -> str:
+    """Where a simulation has its time from."""
+    cost = result.data.get("cost")
+    return f"on the step costs of {cost['source']}" if cost else "where every step costs the same"
 
 
 def _faster(ratio: float) -> str:
@@ -186,13 +193,30 @@ def _rows_of_lengths(result: Result) -> list[_Row]:
     return rows
 
 
-def table(result: Result) -> Table:
-    """Metric × strategies; of two the second's ratio to the first stands beside it."""
+def cells(result: Result) -> tuple[list[str], list[list[str]]]:
+    """The table as text: its head, and a row a metric; of two strategies their ratio beside."""
     strategies, names = result.data["strategies"], result.names
     beside = len(names) == 2
+    head = ["Metric", "Unit", *names, *([f"÷ {names[0]}"] if beside else [])]
+    rows = [*_ROWS, *_rows_of_lengths(result)]
+    if not result.data["workload"]["closed"]:
+        rows += _ROWS_OF_ARRIVALS
+    found = []
+    for row in rows:
+        values = {name: row.value(strategies[name]) for name in names}
+        if all(value is None for value in values.values()):
+            continue
+        texts = [row.label, row.unit, *(number(values[name]) for name in names)]
+        found.append([*texts, *([_against(result, row, values, *names)] if beside else [])])
+    return head, found
+
+
+def table(result: Result) -> Table:
+    """Metric × strategies; of two the second's ratio to the first stands beside it."""
+    names = result.names
     grid = Table(
         title=result.title,
-        caption="; ".join(_notes(result, ratios=beside)) or None,
+        caption="; ".join(notes(result)) or None,
         title_style="bold",
         caption_style="dim",
         pad_edge=False,
@@ -200,47 +224,36 @@ def table(result: Result) -> Table:
         padding=(0, 1) if len(names) < 3 else (0, 1, 0, 0),
         collapse_padding=len(names) > 2,
     )
+    head, rows = cells(result)
     grid.add_column("Metric", overflow="fold")
-    grid.add_column("Unit", style="dim")
-    for name in names:
+    grid.add_column("Unit", style="dim", overflow="fold")
+    for name in head[2:]:
         # A name of several words takes a line a word: five strategies fit into 80 columns.
-        grid.add_column(name.replace("-", "-\n"), justify="right", overflow="fold")
-        if beside and name != names[0]:
-            grid.add_column(f"÷ {names[0]}", justify="right", overflow="fold")
-    rows = [*_ROWS, *_rows_of_lengths(result)]
-    if not result.data["workload"]["closed"]:
-        rows += _ROWS_OF_ARRIVALS
+        name = name if name.startswith("÷") else name.replace("-", "-\n")
+        grid.add_column(name, justify="right", overflow="fold")
     for row in rows:
-        values = {name: row.value(strategies[name]) for name in names}
-        if all(value is None for value in values.values()):
-            continue
-        cells = [row.label, row.unit]
-        for name in names:
-            cells.append(number(values[name]))
-            if beside and name != names[0]:
-                cells.append(_against(result, row, values, names[0], name))
-        grid.add_row(*cells)
+        grid.add_row(*row)
     return grid
 
 
-def _notes(result: Result, *, ratios: bool) -> list[str]:
-    """What a reader of a table should know of its numbers."""
+def notes(result: Result) -> list[str]:
+    """What a reader of the table should know of its numbers."""
     trials = len(result.recordings[result.names[0]])
     if result.data["simulated"]:
-        return ["simulated: a step counts as 1 ms"]
+        fitted = result.data.get("cost") is not None
+        return [f"simulated: {'step costs are fitted' if fitted else 'a step counts as 1 ms'}"]
     if len(result.names) < 2:
         return []
-    notes = [f"median and pool of {trials} trial{'s' * (trials > 1)}"]
-    if ratios:
-        notes.append("÷ is the median of paired trials" + " (95 % CI)" * (trials >= FEWEST_PAIRS))
-    return notes
+    told = [f"median and pool of {trials} trial{'s' * (trials > 1)}"]
+    if len(result.names) == 2:
+        told.append("÷ is the median of paired trials" + " (95 % CI)" * (trials >= FEWEST_PAIRS))
+    return told
 
 
 _COMPARED = (
     _of_summary("Duration", "", "duration"),
     _of_counters("Passes", "", lambda c: c["forward_passes"]),
     _of_summary("TTFT p99", "", "p99_ttft_ms"),
-    _of_summary("ITL p99", "", "p99_itl_ms"),
     _of_summary("E2E p99", "", "p99_e2el_ms"),
 )
 
@@ -248,10 +261,10 @@ _COMPARED = (
 def comparisons(result: Result) -> Table:
     """Each strategy's ratios to the baseline, a line a strategy."""
     strategies, names = result.data["strategies"], result.names
-    paired = not result.data["simulated"]
+    trials = len(result.recordings[names[0]])
     grid = Table(
         title=f"÷ {names[0]}",
-        caption="medians of paired trials" if paired else None,
+        caption="medians of paired trials" if trials > 1 else None,
         title_style="bold",
         caption_style="dim",
         pad_edge=False,
@@ -314,13 +327,42 @@ def number(value: float | None) -> str:
 
 
 def render(result: Result) -> RenderableType:
-    """Sentence, tables, stalls."""
+    """The sentence and what it comes from, tables, the account of the time, stalls."""
     status = result.data["validity"]["status"]
     wrong = result.data["verification"]["passed"] is False
     style = "bold red" if wrong else "bold" if status == "valid" else "bold yellow"
-    parts: list[RenderableType] = [Text(sentence(result), style=style), Text(), table(result)]
+    parts: list[RenderableType] = [Text(sentence(result), style=style)]
+    parts += [*map(Text, causes(result)), Text(), table(result)]
     if len(result.names) > 2:
         parts += [Text(), comparisons(result)]
-    if lines := stall_lines(result):
-        parts += [Text(), *map(Text, lines)]
+    parts += [Text(), account_table(result)]
+    for lines in (stall_lines(result), prediction_lines(result)):
+        parts += [Text(), *map(Text, lines)] if lines else []
     return Group(*parts)
+
+
+def prediction_lines(result: Result) -> list[str]:
+    """Predicted beside measured, and how well the cost of a step is known."""
+    found = result.data.get("prediction")
+    lines = _extrapolation((result.data.get("cost") or {}).get("extrapolates", []))
+    if found is None:
+        return lines
+    others = [s for s in found["strategies"] if s["strategy"] != found["fitted_on"]]
+    for told in others or found["strategies"]:
+        lines.append(
+            f"Predicted from the steps of {found['fitted_on']}: {told['strategy']} takes "
+            f"{number(told['duration'])} s; measured {number(told['measured_duration'])} s "
+            f"({told['error']:+.1%})."
+        )
+        lines += _extrapolation(told["extrapolates"])
+    held = found["held_out"]
+    r2 = "" if held["r2"] is None else f"R² {held['r2']:.2f}, "
+    lines.append(
+        f"Of its {held['steps']:,} steps, held out in turn: {r2}a step is off by "
+        f"{held['median_error']:.1%} (median), all together by {held['total_error']:+.1%}."
+    )
+    return lines
+
+
+def _extrapolation(reasons: list[str]) -> list[str]:
+    return [f"Beyond what the fit saw: {'; '.join(reasons)}."] if reasons else []

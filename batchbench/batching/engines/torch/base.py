@@ -11,7 +11,7 @@ from batchbench.batching.clock import WallClock
 from batchbench.batching.engines.torch.timing import make_timer
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan
-from batchbench.batching.recording import Steps
+from batchbench.batching.recorder import Steps
 from batchbench.workloads import Workload
 
 
@@ -19,6 +19,7 @@ class TorchEngine:
     """Runs plans on a loaded model; what a pass computes is the subclass's business."""
 
     simulated = False
+    pads_prompts = False
     execution = "eager"
 
     def __init__(self, model: LoadedModel, slots: int) -> None:

@@ -1,0 +1,123 @@
+"""The command watch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from batchbench.errors import Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from batchbench.batching.clock import Clock
+    from batchbench.reports.replay import Film
+    from batchbench.reports.result import Result
+
+WATCH_HELP = """Replay a result: slots fill and empty as they did, the strategies side by side.
+
+Of each strategy the trial of median duration is shown, at a speed at which the longest lasts about
+12 s. The last picture stays; Ctrl-C stops. For slides, --gif writes the film to a file.
+
+Example: batchbench watch batchbench-results/my-run --speed 4"""
+
+
+def watch(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False),
+    ],
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            "--speed",
+            metavar="X",
+            help="Seconds of the trial that pass in one second.",
+            show_default="so that it lasts about 12 s",
+            rich_help_panel="Replay",
+        ),
+    ] = None,
+    gif: Annotated[
+        Path | None,
+        typer.Option(
+            "--gif",
+            metavar="FILE",
+            help="Write an animated GIF for slides instead.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the file if it is there.", rich_help_panel="Output"
+        ),
+    ] = False,
+) -> None:
+    """Show what happened as it happened."""
+    if speed is not None and not 1e-9 <= speed <= 1e9:
+        raise UsageError(f"--speed {speed:g}: must be between 1e-9 and 1e9")
+    if gif is None and not sys.stdout.isatty():
+        raise UsageError("watch: needs a terminal to play on; --gif FILE writes the film to a file")
+    from batchbench.reports.replay import Film, usual_speed
+    from batchbench.reports.result import load_result
+
+    result = load_result(folder)
+    if gif is not None:
+        _write_gif(result, speed, gif, overwrite=overwrite)
+        return
+    from rich.console import Console
+
+    from batchbench.batching.clock import WallClock
+
+    console = Console(highlight=False)
+    if console.is_dumb_terminal:
+        raise UsageError("watch: this terminal cannot move its cursor; --gif FILE writes the film")
+    film = Film.of(result)
+    play(film, usual_speed(film) if speed is None else speed, console, WallClock())
+
+
+def play(film: Film, speed: float, console: Console, clock: Clock) -> None:
+    """Show the film on a terminal, at the times that the clock tells; its last frame stays.
+
+    Raises:
+        Interrupted: Ctrl-C; the frame of that moment stays.
+    """
+    from rich.live import Live
+
+    from batchbench.reports.formats.lanes import render
+    from batchbench.reports.replay import moments
+
+    shown = 0
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        try:
+            for t_ns in moments(film, speed, clock):
+                shown = t_ns
+                width, height = console.size
+                frame = render(
+                    film,
+                    film.frame_at(t_ns),
+                    width,
+                    height,
+                    speed,
+                    ascii_only=console.options.ascii_only,
+                )
+                live.update(frame, refresh=True)
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"stopped at {film.spell(shown)}") from error
+
+
+def _write_gif(result: Result, speed: float | None, file: Path, *, overwrite: bool) -> None:
+    """Draw the film and write it, whole or not at all."""
+    from batchbench.reports.destination import check_files, write_files
+
+    if file.suffix != ".gif":
+        raise UsageError(f"--gif {file}: must end in .gif, such as --gif film.gif")
+    check_files(file.parent, [file.name], overwrite=overwrite)
+    from batchbench.reports.figures.film import draw_film
+
+    content = draw_film(result, speed)
+    write_files(file.parent, {file.name: content})
+    typer.echo(f"{file}: {len(content) / 1e6:.1f} MB")

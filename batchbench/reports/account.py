@@ -1,0 +1,226 @@
+"""The account of the time: where each second of a trial went, and what a candidate saved.
+
+Definitions and formulas are in docs/metrics.md, "Account of the time". The wall time of a trial is
+divided among parts that add up to it; from one strategy to another the differences of the parts
+add up to what was saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from batchbench.batching.recording import Ints, Recording
+from batchbench.reports.distribution import Floats
+from batchbench.reports.timekeeping import waited_by
+
+
+@dataclass(frozen=True)
+class Account:
+    """Parts of a trial's wall time, in seconds; they add up to it."""
+
+    useful_decode_s: float  # decoding slots that get a token which was asked for
+    finished_s: float  # slots held by requests that are done
+    empty_s: float  # slots without a request
+    prefill_useful_s: float  # prompts being read
+    prefill_padding_s: float  # what an engine computes to make prompts equally long
+    stalled_s: float  # running requests that sit out the prefill of others
+    waiting_s: float  # nothing to compute: for arrivals, or for a batch to fill
+    host_s: float  # no step under way though there was something to do
+    residual_s: float  # what neither the steps nor the gaps between them cover
+
+    @property
+    def wall_s(self) -> float:
+        """All of them."""
+        return math.fsum(asdict(self).values())
+
+
+PARTS = tuple(f.name for f in fields(Account))
+
+NAMES = {
+    "useful_decode_s": "useful decode",
+    "finished_s": "finished, slot held",
+    "empty_s": "empty slots",
+    "prefill_useful_s": "prefill",
+    "prefill_padding_s": "prefill padding",
+    "stalled_s": "stalled by a prefill",
+    "waiting_s": "waiting for requests",
+    "host_s": "host work",
+    "residual_s": "residual",
+}
+"""What people read of each part."""
+
+CAUSES = NAMES | {
+    "useful_decode_s": "the cost of the same useful steps",
+    "finished_s": "finished requests that held slots",
+    "stalled_s": "requests stalled by a prefill",
+    "residual_s": "what is not accounted for",
+}
+"""The same as what time was saved on, within a sentence."""
+
+
+def account_of(trials: Sequence[Recording]) -> Account | None:
+    """Of the trial of median duration; of an even number the mean of the middle two.
+
+    Means are linear, so the parts add up, and to the median duration. None where the strategy
+    shows no steps.
+    """
+    if not all(trial.has_steps for trial in trials):
+        return None
+    ranked = sorted(trials, key=lambda trial: trial.duration_ns)
+    middle = [account(trial) for trial in ranked[(len(ranked) - 1) // 2 : len(ranked) // 2 + 1]]
+    return Account(*(float(np.mean([getattr(a, part) for a in middle])) for part in PARTS))
+
+
+def account(recording: Recording) -> Account:
+    """Of one trial that has steps."""
+    spent = recording.span_ends_ns - recording.spans.start_ns
+    decode = _decode_phase(recording, spent.astype(np.float64))
+    prompt = spent - decode
+    slots = _Slots.of(recording)
+    share = decode / recording.header.slots  # of one slot
+    wanting = np.maximum(slots.prompts + slots.sitting_out, 1)  # never 0 where prompts are read
+    prefill = share * slots.prompts + prompt * slots.prompts / wanting
+    stalled = share * slots.stalled + prompt * slots.sitting_out / wanting
+    padding = prefill * _padding(recording)
+    waiting, host, overlap = _between(recording)
+    residual = wall_ns(recording) - int(recording.span_ends_ns[-1]) + overlap
+    parts = (
+        share @ slots.useful,
+        share @ slots.finished,
+        share @ slots.empty,
+        prefill.sum() - padding.sum(),
+        padding.sum(),
+        stalled.sum(),
+        waiting,
+        host,
+        residual,
+    )
+    return Account(*(float(ns) / 1e9 for ns in parts))
+
+
+def wall_ns(recording: Recording) -> int:
+    """Start of the trial to when the loop knew that all was done, on the host's own clock."""
+    return int(recording.header.about.get("wall_ns", recording.duration_ns))
+
+
+@dataclass(frozen=True, eq=False)
+class _Slots:
+    """What the slots do in each span, ``[spans]`` each; all but ``sitting_out`` add up to them."""
+
+    useful: Ints
+    finished: Ints
+    empty: Ints
+    prompts: Ints  # have a piece of their prompt computed
+    stalled: Ints  # hold a request that is not done, and nothing is computed for it
+
+    @property
+    def sitting_out(self) -> Ints:
+        """Requests that are not done and whose prompt is not computed now."""
+        return self.useful + self.stalled
+
+    @classmethod
+    def of(cls, recording: Recording) -> _Slots:
+        """Counted at the first step of each span: within one nobody comes, ends or leaves."""
+        r, s, step = recording.requests, recording.spans, recording.first_steps
+        released = np.searchsorted(np.sort(r.released), step, side="right")
+        held = np.searchsorted(np.sort(r.admitted), step, side="right") - released
+        finished = np.searchsorted(np.sort(r.last), step) - released
+        useful = np.where(s.decoding > 0, s.decoding - finished, 0)
+        empty = recording.header.slots - held
+        return cls(useful, finished, empty, s.chunks, held - finished - useful - s.chunks)
+
+
+def _decode_phase(recording: Recording, spent: Floats) -> Floats:
+    """How much of each span's time (``spent``, ns) goes to decoding, ``[spans]``.
+
+    All of it where no prompt is computed, nothing where nobody decodes. A pass with both decodes
+    for as long as the trial's passes without prompts took with as many rows (the median; between
+    numbers of rows linear), and what it takes beyond is the prompts'. Where the trial has no such
+    pass, nothing tells the two apart, and nothing is laid upon the prompts.
+    """
+    s = recording.spans
+    alone, mixed = s.chunks == 0, (s.chunks > 0) & (s.decoding > 0)
+    phase = np.where(s.decoding > 0, spent, 0.0)
+    if not mixed.any() or not alone.any():
+        return phase
+    rows, step = s.decoding[alone], (spent / s.steps)[alone]
+    order = np.argsort(rows, kind="stable")
+    counts, begins = np.unique(rows[order], return_index=True)
+    medians = [float(np.median(part)) for part in np.split(step[order], begins[1:])]
+    phase[mixed] = np.minimum(spent[mixed], np.interp(s.decoding[mixed], counts, medians))
+    return phase
+
+
+def _padding(recording: Recording) -> Floats:
+    """Share of each span's prefill that the engine spends on padding, ``[spans]``.
+
+    An engine that pads computes newcomers × longest prompt; the slots engine computes no more
+    tokens than there are.
+    """
+    s, c = recording.spans, recording.chunks
+    share = np.zeros(len(s.steps))
+    if not recording.header.about.get("pads_prompts", False) or not len(c.request):
+        return share
+    prefills = s.chunks > 0
+    begins = (np.cumsum(s.chunks) - s.chunks)[prefills]
+    size = c.stop - c.start
+    rectangle = s.chunks[prefills] * np.maximum.reduceat(size, begins)
+    share[prefills] = 1 - np.add.reduceat(size, begins) / rectangle
+    return share
+
+
+def _between(recording: Recording) -> tuple[int, int, int]:
+    """Time between the steps in ns: waited, spent by the host, and (negative) counted twice."""
+    starts, ends = recording.spans.start_ns, recording.span_ends_ns
+    before = np.concatenate([[0], ends[:-1]])
+    starts_or_later = np.maximum(starts, before)
+    w = recording.waits
+    # A wait lasts until what it waited for; what it oversleeps is the host's.
+    over = np.maximum(np.minimum(w.end_ns, w.until_ns), w.start_ns)
+    by_start = waited_by(recording, starts_or_later, over)
+    waited = int((by_start - waited_by(recording, before, over)).sum())
+    gaps = int((starts_or_later - before).sum())
+    return waited, gaps - waited, int(np.minimum(starts - before, 0).sum())
+
+
+def explain(
+    recordings: Mapping[str, Sequence[Recording]], warm_up_s: float | None
+) -> dict[str, Any]:
+    """``explain`` of the result: each strategy's account, and the waterfalls from the first.
+
+    Args:
+        recordings: the trials of each strategy; the first is the baseline.
+        warm_up_s: what the warm-up before all trials took; None where there was none.
+    """
+    accounts = {name: account_of(trials) for name, trials in recordings.items()}
+    baseline, *candidates = accounts
+    return {
+        "strategies": {
+            name: None
+            if found is None
+            else {"wall_s": found.wall_s, "parts": asdict(found), "warm_up_s": warm_up_s}
+            for name, found in accounts.items()
+        },
+        "waterfall": [
+            {"baseline": baseline, "candidate": name, **waterfall(before, after)}
+            for name in candidates
+            if (before := accounts[baseline]) is not None and (after := accounts[name]) is not None
+        ],
+    }
+
+
+def waterfall(baseline: Account, candidate: Account) -> dict[str, Any]:
+    """Seconds that each part gave to the difference, in the order of the parts.
+
+    Positive is saved, negative lost; they add up to the difference of the wall times.
+    """
+    steps = [
+        {"part": part, "saved_s": getattr(baseline, part) - getattr(candidate, part)}
+        for part in PARTS
+    ]
+    return {"saved_s": baseline.wall_s - candidate.wall_s, "steps": steps}

@@ -1,0 +1,79 @@
+"""Documents to pass on: one file of one or several results, as a page or as Markdown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from batchbench.errors import UsageError
+from batchbench.reports.result import Result
+
+MOST_RESULTS = 24
+"""Results of one document, which stays readable and small."""
+
+PICTURES = ("timeline", "latency", "account")
+"""Pictures that Markdown refers to, in this order."""
+
+
+def check_number(folders: Sequence[Path]) -> None:
+    """See that so many results can be shown side by side, each once.
+
+    Raises:
+        UsageError: they are too many, or one is named twice.
+    """
+    if len(folders) > MOST_RESULTS:
+        raise UsageError(f"{len(folders)} results: show at most {MOST_RESULTS} side by side")
+    seen: set[Path] = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise UsageError(f"{folder}: is named twice; name each result once")
+        seen.add(folder.resolve())
+
+
+def check_document(file: Path) -> None:
+    """See that a document can be written there.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if file.is_dir():
+        raise UsageError(f"--output {file}: is a directory; give a file, such as report.html")
+    parent = next(path for path in file.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"--output {file}: cannot be written into {parent}")
+
+
+def make_document(
+    format: str, folders: Sequence[Path], results: Sequence[Result], file: Path | None
+) -> str:
+    """The text of a document (``html`` or ``markdown``) that is to lie at ``file``."""
+    from batchbench.reports.formats import html, markdown
+    from batchbench.reports.side_by_side import label_results
+
+    shown = label_results(folders, results)
+    if format == "html":
+        return html.render(shown)
+    at = Path.cwd() if file is None else file.absolute().parent
+    return markdown.render(shown, [_pictures(folder, at) for folder in folders])
+
+
+def _pictures(folder: Path, at: Path) -> dict[str, str]:
+    """Pictures of a result that are there, by name, as seen from ``at``."""
+    files = {name: folder / f"{name}.png" for name in PICTURES}
+    return {
+        name: Path(os.path.relpath(file.absolute(), at)).as_posix()
+        for name, file in files.items()
+        if file.exists()
+    }
+
+
+def write_document(file: Path, text: str) -> None:
+    """Write it whole or not at all.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    from batchbench.reports.folder import write_whole
+
+    write_whole(file.parent, {file.name: text.encode()})

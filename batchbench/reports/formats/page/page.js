@@ -1,0 +1,204 @@
+"use strict";
+document.documentElement.classList.add("js");
+
+(() => {
+  const tip = document.querySelector(".tip");
+
+  // Times are µs since the start of the trial.
+  function spell(micro) {
+    const [size, name] = micro >= 1e6 ? [1e6, "s"] : micro >= 1e3 ? [1e3, "ms"] : [1, "µs"];
+    return `${(micro / size).toLocaleString("en", { maximumSignificantDigits: 4 })} ${name}`;
+  }
+
+  function rows(bars, i) {
+    const [due, came, first, done, freed] = ["due", "admitted", "first", "done", "freed"].map((c) => bars[c][i]);
+    const told = [
+      ["slot", bars.slot[i]],
+      ["prompt", `${bars.prompt[i].toLocaleString("en")} tokens`],
+      ["output", `${bars.output[i].toLocaleString("en")} tokens`],
+      ["due", spell(due)],
+      ["queued", spell(Math.max(0, came - due))],
+      ["prefill", spell(first - came)],
+      ["decode", spell(done - first)],
+    ];
+    if (freed > done) told.push(["slot held for nothing", spell(freed - done)]);
+    told.push(["TTFT", spell(first - due)], ["E2E latency", spell(done - due)], ["done at", spell(done)]);
+    return told;
+  }
+
+  function nice(span, most) {
+    const rough = span / most, size = 10 ** Math.floor(Math.log10(rough));
+    return size * [1, 2, 5, 10].find((m) => size * m >= rough * (1 - 1e-9));
+  }
+
+  // The last label must not stand out over the edge of the page.
+  function settle(axis) {
+    const labels = axis.querySelectorAll("span");
+    labels.forEach((label) => label.classList.toggle("last", label === labels[labels.length - 1] && labels.length > 1 && parseFloat(label.style.left) > 92));
+  }
+
+  function begin(group) {
+    const whole = Number(group.dataset.window), unit = Number(group.dataset.unit);
+    const section = group.closest("section"), told = section.querySelector(".told");
+    const axis = group.querySelector(".ticks");
+    let from = 0, to = whole, chosen = null;
+
+    const lanes = [...group.querySelectorAll(".lanes")].map((element) => {
+      const bars = JSON.parse(element.querySelector("script").textContent);
+      const bySlot = Array.from({ length: Number(element.dataset.lanes) }, () => []);
+      bars.request.forEach((_, i) => bySlot[bars.slot[i]].push(i));
+      bySlot.forEach((slot) => slot.sort((a, b) => bars.admitted[a] - bars.admitted[b]));
+      return { element, bars, bySlot, svg: element.querySelector("svg"), mark: element.querySelector(".mark"), end: element.querySelector(".end") };
+    });
+
+    function place() {
+      lanes.forEach((lane) => {
+        lane.svg.setAttribute("viewBox", `${(from / whole) * 1e4} 0 ${((to - from) / whole) * 1e4} 10000`);
+        if (lane.end) {
+          const at = (lane.end.dataset.at * whole - from) / (to - from);
+          lane.end.hidden = at < 0 || at > 1.001;
+          lane.end.style.left = `${at * 100}%`;
+        }
+        const i = chosen && chosen.lane === lane ? chosen.i : null;
+        lane.mark.hidden = i === null;
+        if (i !== null) {
+          const left = Math.max(0, (lane.bars.admitted[i] - from) / (to - from));
+          const right = Math.min(1, (lane.bars.freed[i] - from) / (to - from));
+          lane.mark.hidden = right < left;
+          const height = 100 / lane.bySlot.length;
+          Object.assign(lane.mark.style, { left: `${left * 100}%`, width: `max(4px, ${(right - left) * 100}%)`, top: `${lane.bars.slot[i] * height}%`, height: `${height}%` });
+        }
+      });
+    }
+
+    function scale() {
+      const step = nice((to - from) / unit, 5), labels = [];
+      const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+      for (let n = Math.ceil(from / unit / step - 1e-9); n * step * unit <= to * (1 + 1e-9); n++) labels.push(n * step);
+      axis.replaceChildren(...labels.map((value, n) => {
+        const label = document.createElement("span");
+        const text = value === 0 ? "0" : value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
+        label.textContent = n === labels.length - 1 ? `${text} ${group.dataset.unitName}` : text;
+        label.style.left = `${((value * unit - from) / (to - from)) * 100}%`;
+        return label;
+      }));
+      settle(axis);
+    }
+
+    function zoom(factor, centre) {
+      const span = Math.min(whole, Math.max(whole / 2000, (to - from) * factor));
+      const share = (centre - from) / (to - from);
+      from = Math.min(Math.max(0, centre - share * span), whole - span);
+      to = from + span;
+      place();
+      scale();
+    }
+
+    function middle() {
+      return chosen ? chosen.lane.bars.admitted[chosen.i] : (from + to) / 2;
+    }
+
+    function say(lane, i) {
+      told.textContent = `${lane.element.dataset.name}, request ${lane.bars.request[i].toLocaleString("en")}: ${rows(lane.bars, i).map((row) => row.join(" ")).join(" · ")}`;
+    }
+
+    function choose(lane, i) {
+      chosen = { lane, i };
+      const { admitted, freed } = lane.bars;
+      if (freed[i] < from || admitted[i] > to) {
+        const span = to - from;
+        from = Math.min(Math.max(0, admitted[i] - span / 4), whole - span);
+        to = from + span;
+        scale();
+      }
+      say(lane, i);
+      place();
+    }
+
+    function clear() {
+      chosen = null;
+      tip.hidden = true;
+      place();
+    }
+
+    function under(lane, event) {
+      const box = lane.element.getBoundingClientRect();
+      const time = from + ((event.clientX - box.left) / box.width) * (to - from);
+      const slot = Math.floor(((event.clientY - box.top) / box.height) * lane.bySlot.length);
+      const near = ((to - from) / box.width) * 3;
+      let best = null, distance = near;
+      for (const i of lane.bySlot[slot] || []) {
+        const gap = Math.max(lane.bars.admitted[i] - time, time - lane.bars.freed[i], 0);
+        if (gap < distance) [best, distance] = [i, gap];
+      }
+      return best;
+    }
+
+    function show(lane, i, event) {
+      const head = document.createElement("b");
+      head.textContent = `${lane.element.dataset.name}: request ${lane.bars.request[i].toLocaleString("en")}`;
+      tip.replaceChildren(head, ...rows(lane.bars, i).map(([name, value]) => {
+        const row = document.createElement("div");
+        row.append(Object.assign(document.createElement("span"), { textContent: name }), Object.assign(document.createElement("span"), { textContent: value }));
+        return row;
+      }));
+      tip.hidden = false;
+      const box = tip.getBoundingClientRect();
+      tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - box.width - 6))}px`;
+      tip.style.top = `${event.clientY + 18 + box.height < innerHeight ? event.clientY + 18 : Math.max(4, event.clientY - box.height - 14)}px`;
+    }
+
+    function step(lane, key) {
+      if (!chosen || chosen.lane !== lane) return lane.bars.request.length ? lane.bars.request.keys().next().value : null;
+      const { bars, bySlot } = lane, i = chosen.i;
+      const own = bySlot[bars.slot[i]], at = own.indexOf(i);
+      if (key === "ArrowRight") return own[Math.min(at + 1, own.length - 1)];
+      if (key === "ArrowLeft") return own[Math.max(at - 1, 0)];
+      if (key === "Home") return own[0];
+      if (key === "End") return own[own.length - 1];
+      const way = key === "ArrowDown" ? 1 : -1;
+      for (let slot = bars.slot[i] + way; bySlot[slot]; slot += way) {
+        if (bySlot[slot].length) {
+          return bySlot[slot].reduce((a, b) => (Math.abs(bars.admitted[b] - bars.admitted[i]) < Math.abs(bars.admitted[a] - bars.admitted[i]) ? b : a));
+        }
+      }
+      return i;
+    }
+
+    lanes.forEach((lane) => {
+      const { element } = lane;
+      element.addEventListener("pointermove", (event) => {
+        const i = under(lane, event);
+        if (i === null) return clear();
+        choose(lane, i);
+        show(lane, i, event);
+      });
+      element.addEventListener("pointerleave", clear);
+      element.addEventListener("blur", clear);
+      element.addEventListener("wheel", (event) => {
+        if (!event.ctrlKey) return;
+        event.preventDefault();
+        const box = element.getBoundingClientRect();
+        zoom(event.deltaY > 0 ? 1.25 : 0.8, from + ((event.clientX - box.left) / box.width) * (to - from));
+      }, { passive: false });
+      element.addEventListener("keydown", (event) => {
+        if (event.ctrlKey || event.metaKey || event.altKey) return;
+        if (event.key === "+" || event.key === "=") zoom(0.5, middle());
+        else if (event.key === "-") zoom(2, middle());
+        else if (event.key === "0") zoom(Infinity, middle());
+        else if (event.key === "Escape") clear();
+        else if (["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Home", "End"].includes(event.key)) {
+          const i = step(lane, event.key);
+          if (i !== null) choose(lane, i);
+        } else return;
+        event.preventDefault();
+      });
+    });
+    section.querySelectorAll("[data-zoom]").forEach((button) => button.addEventListener("click", () => {
+      zoom({ in: 0.5, out: 2, all: Infinity }[button.dataset.zoom], middle());
+    }));
+  }
+
+  document.querySelectorAll(".ticks").forEach(settle);
+  document.querySelectorAll(".timelines").forEach(begin);
+})();

@@ -1,0 +1,223 @@
+"""The break-even map on a terminal and in JSON: where the border runs, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+import batchbench
+from batchbench.reports.formats.terminal import number
+from batchbench.reports.goals import as_config
+from batchbench.studies.breakeven import ALL, EVEN, METRICS, BreakEven, Place, rows_of
+
+SCHEMA_VERSION = 1
+
+_CALLED = {"throughput": "throughput", "ttft": "TTFT", "goodput": "goodput"}
+_STYLES = {"continuous": "blue", "static": "red", "even": "dim"}
+
+
+def sentence(found: BreakEven) -> str:
+    """Who wins how many cells, metric by metric, and whether the real runs agree."""
+    total = len(found.places)
+    parts = []
+    for metric in METRICS:
+        wins = found.wins(metric)
+        told = f"on {_CALLED[metric]} continuous wins {len(wins['continuous'])} of {total} cells"
+        told += f", static {len(wins['static'])}{_most_static(metric, wins['static'])}"
+        parts.append(told)
+    if found.measured:
+        sides = [place.agrees(m) for place in found.measured for m in METRICS]
+        count = len(found.measured)
+        parts.append(
+            f"{sum(map(bool, sides))} of {len(sides)} comparisons in {count} cells run for real "
+            "fall on the side that the map says"
+        )
+    return "; ".join(parts) + "."
+
+
+def _most_static(metric: str, places: list[Place]) -> str:
+    """Where static's lead is largest."""
+    known = [p for p in places if p.contests[metric].ratio]
+    if not known:
+        return ""
+    best = min(known, key=lambda p: p.contests[metric].ratio or 1.0)
+    ratio = best.contests[metric].ratio
+    assert ratio
+    return (
+        f" (by {1 / ratio:.2f}× at most: batch size {best.batch_size:,}, spread "
+        f"{best.spread:g}, {load_of(best.load)})"
+    )
+
+
+def load_of(load: str) -> str:
+    """``load 0.9``."""
+    return "all there at once" if load == ALL else f"load {float(load):g}"
+
+
+def title(found: BreakEven) -> str:
+    """Model, device and what all cells share, in a line."""
+    spec = found.spec
+    return (
+        f"{found.teacher.place} · outputs of {spec.mean_tokens:,} tokens on average, prompts of "
+        f"{spec.prompt_tokens:,} · {spec.batches} × batch size requests"
+    )
+
+
+def notes(found: BreakEven) -> list[str]:
+    """What the numbers are."""
+    limits = ", ".join(
+        f"{name.upper()} {limit:g} ms" for name, limit in found.goals.limits_ms.items()
+    )
+    told = [
+        "Numbers: how many times better continuous is (throughput and goodput: continuous ÷ "
+        "static, TTFT: static ÷ continuous); simulated on fitted step costs.",
+        f"Even: within {EVEN:.0%}. Spread: standard deviation ÷ mean of output lengths. Load: "
+        "requests offered ÷ what continuous batching can serve.",
+        f"Goodput: requests within {limits}.",
+    ]
+    far = [place for place in found.places if place.beyond]
+    if far:
+        worst = max(far, key=lambda p: (len(p.beyond), p.batch_size, p.spread))
+        told.append(
+            f"Beyond what the fit saw in {len(far)} of {len(found.places)} cells, furthest at "
+            f"batch size {worst.batch_size:,}, spread {worst.spread:g}: {'; '.join(worst.beyond)}."
+        )
+    return told
+
+
+def render(found: BreakEven) -> RenderableType:
+    """Sentence, a table a metric, the real runs, notes."""
+    shown: list[RenderableType] = [Text(sentence(found), style="bold"), Text()]
+    for metric in METRICS:
+        shown += [_table(found, metric), Text()]
+    if found.measured:
+        shown += [_measured(found), Text()]
+    return Group(*shown, *(Text(note, style="dim") for note in notes(found)))
+
+
+def _table(found: BreakEven, metric: str) -> Table:
+    """Batch sizes by loads down, spreads to the right, then the border."""
+    spec = found.spec
+    grid = Table(
+        title=f"{_CALLED[metric]}: how many times better continuous is, by spread",
+        title_style="bold",
+        pad_edge=False,
+    )
+    grid.add_column("load", no_wrap=True)
+    grid.add_column("slots", justify="right")
+    for spread in spec.spreads:
+        grid.add_column(f"{spread:g}", justify="right", no_wrap=True)
+    grid.add_column("continuous\nwins", justify="right", no_wrap=True)
+    for load in spec.loads:
+        for i, batch in enumerate(spec.batch_sizes):
+            cells = []
+            for spread in spec.spreads:
+                place = found.by_axes[batch, spread, load]
+                contest = place.contests[metric]
+                text = spell(contest.ratio, contest.winner)
+                text += "*" if place.measured is not None else ""
+                cells.append(Text(text, style=_STYLES[contest.winner]))
+            last = i == len(spec.batch_sizes) - 1
+            border = _border(found, metric, batch, load)
+            grid.add_row(load if i == 0 else "", f"{batch:,}", *cells, border, end_section=last)
+    return grid
+
+
+def _border(found: BreakEven, metric: str, batch: int, load: str) -> str:
+    """From which spread on continuous is better."""
+    at = found.border(metric, batch, load)
+    if at == found.spec.spreads[0]:
+        return "all"
+    return "none" if at is None else f"from {at:.2f}"
+
+
+def spell(ratio: float | None, winner: str) -> str:
+    """``1.35``; ∞ where static has nothing, – where neither has."""
+    if ratio is None:
+        return "∞" if winner == "continuous" else "–"
+    return f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:,.0f}"
+
+
+def _measured(found: BreakEven) -> Table:
+    """The cells that were run, predicted beside measured."""
+    grid = Table(
+        title="* also run: how many times better continuous is",
+        title_style="bold",
+        pad_edge=False,
+    )
+    for name in ("load", "slots", "spread", "metric", "map", "run", "error", "same side"):
+        grid.add_column(name, justify="left" if name == "metric" else "right")
+    for place in found.measured:
+        assert place.measured is not None
+        for i, metric in enumerate(METRICS):
+            told, real, error = (
+                place.contests[metric],
+                place.measured[metric],
+                place.error(metric),
+            )
+            where = [place.load, f"{place.batch_size:,}", f"{place.spread:g}"]
+            grid.add_row(
+                *(where if i == 0 else ["", "", ""]),
+                _CALLED[metric],
+                spell(told.ratio, told.winner),
+                spell(real.ratio, real.winner),
+                "N/A" if error is None else f"{error:+.1%}",
+                "yes" if place.agrees(metric) else "NO",
+                end_section=i == len(METRICS) - 1,
+            )
+    return grid
+
+
+def to_json(found: BreakEven, command: str) -> str:
+    """``breakeven.json``."""
+    spec = found.spec
+    data: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "batchbench_version": batchbench.__version__,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "sentence": sentence(found),
+        "axes": {
+            "batch_size": spec.batch_sizes,
+            "spread": spec.spreads,
+            "load": spec.loads,
+        },
+        "mean_tokens": spec.mean_tokens,
+        "prompt_tokens": spec.prompt_tokens,
+        "goals": as_config(found.goals),
+        "even_within": EVEN,
+        "cost": found.teacher.known.as_dict(),
+        "held_out": found.teacher.quality.as_dict(),
+        "borders": [
+            {
+                "metric": metric,
+                "batch_size": batch,
+                "load": load,
+                "spread": found.border(metric, batch, load),
+            }
+            for metric in METRICS
+            for load in spec.loads
+            for batch in spec.batch_sizes
+        ],
+        "cells": list(rows_of(found)),
+    }
+    return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def headline(found: BreakEven) -> str:
+    """For the picture: the range of the advantage, and whether static ever wins."""
+    ratios = [p.contests["throughput"].ratio for p in found.places]
+    known = [ratio for ratio in ratios if ratio and math.isfinite(ratio)]
+    static = sum(len(found.wins(metric)["static"]) for metric in METRICS)
+    total = len(found.places) * len(METRICS)
+    won = sum(len(found.wins(metric)["continuous"]) for metric in METRICS)
+    return (
+        f"Continuous batching wins {won} of {total} comparisons, static {static}; throughput is "
+        f"{number(min(known))}× to {number(max(known))}×"
+    )

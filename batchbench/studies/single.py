@@ -1,0 +1,85 @@
+"""One experiment from Python: keywords in, a result out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from batchbench import settings
+from batchbench.batching.conduct import conduct
+from batchbench.batching.experiment import PARTS, Experiment
+from batchbench.batching.presets import Basis
+from batchbench.batching.watch import Watch
+from batchbench.reports.goals import GoalsSpec
+from batchbench.reports.result import Result, load_result, make_result
+
+_SPECS: Mapping[str, type] = {"basis": Basis, **PARTS, "goals": GoalsSpec}
+
+
+def run(*, watch: Watch | None = None, **options: Any) -> Result:
+    """Serve a workload under static and continuous batching, check the outputs, compare.
+
+        r = batchbench.run(batch_size=8, queue_size=32)
+        r.summary, r.requests, r.plot.timeline()
+
+    Args:
+        watch: is told how far it is; without one nothing is shown.
+        options: those of ``batchbench run``, with underscores; files may be texts or paths, several
+            strategies or limits a list. ``preset`` and ``workload`` (a TOML file) are what the
+            others start from.
+
+    Raises:
+        TypeError: there is no such option; the message names the nearest.
+        UsageError: what is asked cannot be done here.
+    """
+    return _conduct("run", options, watch, simulated=False)
+
+
+def simulate(*, watch: Watch | None = None, **options: Any) -> Result:
+    """Do what :func:`run` does on a virtual clock: no model, every step costs one unit (1 ms).
+
+    Arguments and errors are those of :func:`run`.
+    """
+    return _conduct("simulate", options, watch, simulated=True)
+
+
+def load(path: str | Path) -> Result:
+    """Read the result in a folder that ``batchbench run`` or :meth:`Result.save` wrote.
+
+    Raises:
+        UsageError: there is no result, or it is torn or of another schema version.
+    """
+    return load_result(Path(path))
+
+
+def _conduct(
+    name: str, options: Mapping[str, Any], watch: Watch | None, *, simulated: bool
+) -> Result:
+    given = _typed(name, options)
+    basis = settings.make_spec(Basis, given)
+    goals = settings.make_spec(GoalsSpec, given)
+    own = {field.name for spec in PARTS.values() for field in dataclasses.fields(spec)}
+    file = basis.layers()[1:]  # the preset's own settings are laid below by Experiment.of
+    asked = {option: value for option, value in given.items() if option in own}
+    experiment = Experiment.of(*file, asked, preset=basis.preset, simulated=simulated)
+    with warnings.catch_warnings():
+        # tqdm's, when a library imports it in a notebook that has no widgets.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        return make_result(conduct(experiment, watch), goals)
+
+
+def _typed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in the types of their fields."""
+    homes = {field.name: spec for spec in _SPECS.values() for field in dataclasses.fields(spec)}
+    found: dict[str, Any] = {}
+    for option, value in options.items():
+        if option not in homes:
+            near = difflib.get_close_matches(option.replace("-", "_"), homes, 1)
+            hint = f"; did you mean {near[0]}?" if near else "; batchbench run --help lists them"
+            raise TypeError(f"{name}() has no option {option!r}{hint}")
+        found |= settings.typed(homes[option], {option: value})
+    return found

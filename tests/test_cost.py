@@ -1,0 +1,229 @@
+"""The cost of a step: integers that add up, plans and logs that agree, fits that find it again."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from laws import Config, configs, law, serve, workload_of, workloads
+
+from batchbench.batching.cost import PS, KnownCost, Passes, StepCost
+from batchbench.batching.engines.simulated import SimulatedEngine
+from batchbench.batching.recording import Recording
+from batchbench.errors import UsageError
+from batchbench.reports.fitting import (
+    FEWEST_STEPS,
+    Work,
+    beyond,
+    changes_of,
+    counts_of,
+    fit_cost,
+    known_cost,
+    quality_of,
+    spent_of,
+)
+from batchbench.workloads import Workload
+
+TRUE = StepCost(10_000.0, 700.3, 12.7, 90.4, 450.0, host_ns=1_500.0)
+
+policies = functools.partial(configs, policies=("static", "continuous", "laws:Patient"))
+
+costs = st.builds(
+    StepCost,
+    *(st.floats(low, most) for low, most in ((1, 50), (0, 9), (0, 2), (0, 3), (0, 5), (0, 7))),
+)
+
+
+def run(workload: Workload, config: Config, cost: StepCost, **how: int) -> Recording:
+    """Served on fitted costs."""
+    return serve(workload, config, engine=SimulatedEngine(cost), **how)
+
+
+def measured(recording: Recording, noise: float = 0.0, seed: int = 0) -> Recording:
+    """The same trial as a machine would have logged it, each step off by a share."""
+    rng = np.random.default_rng(seed)
+    starts, ends = recording.step_starts_ns, recording.step_ends_ns
+    gaps = starts - np.concatenate([[0], ends[:-1]])
+    spent = ((ends - starts) * rng.lognormal(0, noise, len(ends))).round().astype(np.int64)
+    new_ends = np.cumsum(spent + gaps)
+    new_starts = new_ends - spent
+    return replace(
+        recording,
+        header=replace(recording.header, simulated=False),
+        spans=replace(recording.spans, start_ns=new_starts[recording.first_steps]),
+        ends_ns=new_ends,
+        step_ns=None,
+        growth=None,
+    )
+
+
+def varied(seed: int, requests: int = 40) -> Workload:
+    """A closed workload of many lengths."""
+    rng = np.random.default_rng(seed)
+    return workload_of(
+        [(int(rng.integers(1, 30)), int(rng.integers(1, 60)), 0) for _ in range(requests)]
+    )
+
+
+# Passes in a row
+
+
+@given(st.integers(1, 10**6), st.integers(0, 10**4), st.integers(1, 10**9))
+@law
+def test_passes_until_a_time_are_the_fewest_that_reach_it(
+    first: int, growth: int, time: int
+) -> None:
+    passes = Passes(first, growth, 10**9)
+    count = passes.until_ps(time)
+    assert passes.total_ps(count) >= time
+    assert count == 1 or passes.total_ps(count - 1) < time
+
+
+@given(st.integers(1, 10**6), st.integers(0, 10**4), st.integers(0, 40))
+@law
+def test_passes_at_once_cost_what_they_cost_one_by_one(first: int, growth: int, count: int) -> None:
+    one_by_one = sum(first + i * growth for i in range(count))
+    assert Passes(first, growth, count).total_ps(count) == one_by_one
+
+
+# Recordings of fitted simulations
+
+
+@pytest.mark.parametrize("max_repeat", [1, 3])
+@given(workload=workloads(), config=policies(), cost=costs)
+@law
+def test_how_many_passes_are_planned_at_once_does_not_show(
+    max_repeat: int, workload: Workload, config: Config, cost: StepCost
+) -> None:
+    at_once = run(workload, config, cost)
+    shortened = run(workload, config, cost, max_repeat=max_repeat)
+    assert shortened.step_ends_ns.tolist() == at_once.step_ends_ns.tolist()
+    assert shortened.step_starts_ns.tolist() == at_once.step_starts_ns.tolist()
+    one, other = shortened.merged(), at_once.merged()
+    for log in ("requests", "spans", "chunks", "waits", "growth"):
+        if getattr(other, log) is None:
+            assert getattr(one, log) is None
+            continue
+        for column in fields(getattr(other, log)):
+            ours, theirs = (getattr(getattr(r, log), column.name) for r in (one, other))
+            assert ours.tolist() == theirs.tolist(), f"{log}.{column.name}"
+
+
+@given(workload=workloads(), config=policies(), cost=costs)
+@law
+def test_each_step_costs_what_its_plan_computes(
+    workload: Workload, config: Config, cost: StepCost
+) -> None:
+    recording = run(workload, config, cost)
+    spent = recording.step_ends_ns - recording.step_starts_ns
+    told = spent_of(cost, counts_of(recording))
+    # Coefficients count in whole picoseconds, a step's time ends in whole nanoseconds.
+    rounding = 2 + counts_of(recording)[:, 2] / PS
+    assert (np.abs(spent - told) <= rounding).all()
+
+
+@given(workload=workloads(), config=policies())
+@law
+def test_the_host_takes_its_time_once_for_each_new_decision(
+    workload: Workload, config: Config
+) -> None:
+    recording = run(workload, config, StepCost(10.0, host_ns=7.0))
+    starts, ends = recording.step_starts_ns, recording.step_ends_ns
+    outside = (starts - np.concatenate([[0], ends[:-1]])).sum()
+    waited = (recording.waits.end_ns - recording.waits.start_ns).sum()
+    assert outside - waited == 7 * changes_of(recording)
+
+
+def test_a_step_grows_with_the_longest_request_and_not_while_a_held_one_is_longest() -> None:
+    workload = workload_of([(50, 2, 0), (3, 90, 0)])
+    recording = run(workload, Config("static", 2), StepCost(100.0, cached_ns=1.0))
+    spent = (recording.step_ends_ns - recording.step_starts_ns)[1:]
+    # The first is done after one decode, at 51 tokens; the other overtakes it at its 49th.
+    assert spent[:48].tolist() == [100 + 2 * 51] * 48
+    assert np.diff(spent[48:]).tolist() == [2] * 40
+
+
+def test_a_saved_recording_keeps_how_its_steps_grow(tmp_path: object) -> None:
+    recording = run(varied(1), Config("continuous", 4), TRUE)
+    file = tmp_path / "r.npz"  # type: ignore[operator]
+    file.write_bytes(recording.save())
+    again = Recording.load(file)
+    assert again.growth is not None
+    assert again.step_ends_ns.tolist() == recording.step_ends_ns.tolist()
+
+
+# Fits
+
+
+def test_a_fit_finds_the_coefficients_that_made_the_times() -> None:
+    trials = [
+        measured(run(varied(i), Config(policy, slots), TRUE))
+        for i, (policy, slots) in enumerate([("static", 8), ("continuous", 8), ("continuous", 3)])
+    ]
+    found = fit_cost(Work.of(trials))
+    for field in fields(StepCost):
+        true = getattr(TRUE, field.name)
+        assert getattr(found, field.name) == pytest.approx(true, rel=0.05), field.name
+    held_out = quality_of(Work.of(trials))
+    assert held_out.r2 is not None
+    assert held_out.r2 > 0.99
+    assert abs(held_out.total_error) < 0.01
+
+
+def test_steps_in_which_something_else_ran_do_not_bend_the_line() -> None:
+    trials = [measured(run(varied(i), Config("continuous", 8), TRUE), 0.05, i) for i in range(4)]
+    rng = np.random.default_rng(0)
+    hit = []
+    for trial in trials:
+        assert trial.ends_ns is not None
+        late = np.where(rng.random(len(trial.ends_ns)) < 0.02, 200_000, 0).cumsum()
+        ends = trial.ends_ns + late
+        starts = trial.spans.start_ns + np.concatenate([[0], late[:-1]])[trial.first_steps]
+        hit.append(replace(trial, ends_ns=ends, spans=replace(trial.spans, start_ns=starts)))
+    clean, found = fit_cost(Work.of(trials)), fit_cost(Work.of(hit))
+    assert found.row_ns / found.step_ns == pytest.approx(clean.row_ns / clean.step_ns, rel=0.3)
+    # What they took is still part of the whole.
+    work = Work.of(hit)
+    assert spent_of(found, work.counts).sum() == pytest.approx(work.spent_ns.sum(), rel=0.05)
+
+
+def test_what_the_steps_cannot_tell_apart_is_left_to_the_constant() -> None:
+    workload = workload_of([(5, 40, 0)] * 8)
+    found = fit_cost(Work.of([measured(run(workload, Config("static", 8, prefill="mixed"), TRUE))]))
+    assert found.row_ns * 8 < 0.02 * found.step_ns
+
+
+def test_a_fit_on_static_predicts_continuous() -> None:
+    workload = varied(7, 60)
+    trials = [measured(run(workload, Config("static", 8), TRUE), 0.05, i) for i in range(3)]
+    truth = run(workload, Config("continuous", 8), TRUE)
+    known, _ = known_cost("static", trials)
+    told = run(workload, Config("continuous", 8), known.cost)
+    assert told.requests.last.tolist() == truth.requests.last.tolist()
+    assert told.duration_ns == pytest.approx(truth.duration_ns, rel=0.05)
+
+
+def test_too_few_steps_teach_nothing() -> None:
+    trial = measured(run(workload_of([(1, FEWEST_STEPS - 2, 0)]), Config("static", 1), TRUE))
+    with pytest.raises(UsageError, match="too few measured steps"):
+        known_cost("short", [trial])
+
+
+def test_a_simulation_teaches_nothing() -> None:
+    with pytest.raises(UsageError, match="no simulation"):
+        known_cost("simulated", [run(varied(0), Config("static", 8), TRUE)])
+
+
+def test_going_beyond_what_was_seen_is_said() -> None:
+    known = KnownCost("seen", TRUE, (1, 2, 3, 4), 30, 20)
+    near = run(workload_of([(3, 9, 0)] * 8), Config("static", 4), TRUE)
+    assert beyond(known, [near]) == []
+    far = run(workload_of([(9, 40, 0)] * 16), Config("static", 8), TRUE)
+    rows, prompt, longest = beyond(known, [near, far])
+    assert "up to 8 rows" in rows
+    assert "up to 72 prompt tokens" in prompt
+    assert "up to 49 tokens" in longest
