@@ -71,11 +71,12 @@ def begun(log: Path) -> list[tuple[str, bool, float]]:
     return [(digest, held == "True", float(at)) for digest, held, at in map(str.split, lines)]
 
 
-def finished(folder: Path) -> set[str]:
-    """Cells that have their names; each is read, so that a torn one is found out."""
+def finished(folder: Path, read: set[str]) -> set[str]:
+    """Cells that have their names; those not ``read`` before are, so that a torn one is found."""
     cells = [place for place in (folder / "cells").glob("*") if not place.name.startswith(".")]
     for place in cells:
-        load_result(place)
+        if place.name not in read:
+            load_result(place)
     if (folder / "sweep.json").exists():
         json.loads((folder / "sweep.json").read_text())
     return {place.name for place in cells}
@@ -134,8 +135,9 @@ def main() -> int:
     print(f"undisturbed: {cells} cells in {end - began:.1f} s")
 
     faults: list[str] = []
+    before: set[str] = set()
     for kill in range(1, options.kills + 1):
-        before, lines = finished(killed), len(begun(log))
+        lines = len(begun(log))
         telling = kill > 0.8 * options.kills  # the last fifth: while it draws
         starting = not telling and chance.random() < 0.2
         most_s = times.telling_s if telling else times.serving_s * 3 / options.kills
@@ -146,13 +148,15 @@ def main() -> int:
             serving=not starting,
             cells=cells - len(before) if telling else 1,
         )
-        new, after = begun(log)[lines:], finished(killed)
+        new, after = begun(log)[lines:], finished(killed, before)
         faults += [f"kill {kill}: {d} was begun again" for d, held, _ in new if held or d in before]
         faults += [f"kill {kill}: {d} is gone" for d in before - after]
         print(f"kill {kill:>2}: {len(new):>2} cells begun, {len(after):>2} of {cells} finished")
-    before, lines = finished(killed), len(begun(log))
+        before = after
+    lines = len(begun(log))
     finish(killed, log)
     faults += [f"at the end {d} was begun again" for d, _, _ in begun(log)[lines:] if d in before]
+    finished(killed, set())
     if (alone / "sweep.csv").read_bytes() != (killed / "sweep.csv").read_bytes():
         faults.append("the tables differ")
     if lasting(alone) != lasting(killed):

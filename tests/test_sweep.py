@@ -323,7 +323,7 @@ def test_half_a_cell_is_not_kept(tmp_path: Path) -> None:
 
 def test_a_sweep_killed_at_random_moments_ends_with_the_same_table() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "sweep_kill.py", "--kills", "4"],
+        [sys.executable, ROOT / "benchmarks" / "sweep_kill.py", "--kills", "5"],
         capture_output=True,
         text=True,
         cwd=ROOT,
