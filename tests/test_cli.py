@@ -794,6 +794,19 @@ def test_live_lanes_tell_slots_requests_rate_and_trial(monkeypatch: pytest.Monke
         assert part in text
 
 
+def test_a_lane_tells_until_when_there_is_nothing_to_do() -> None:
+    terminal = console()
+    with LiveDisplay(terminal, ("static",), 1) as display:
+        display.trial_begins("static", 0, 1)
+        lane = progress(9)
+        lane.idle(1_000_000_000, 7_260_000_000)
+        display.idles(lane)
+    assert isinstance(terminal.file, io.StringIO)
+    text = terminal.file.getvalue()
+    assert "idle to 7.3 s" in text
+    assert "□" * 8 in text
+
+
 def test_many_slots_are_told_as_a_number() -> None:
     terminal = console()
     with LiveDisplay(terminal, ("static",), 1) as display:

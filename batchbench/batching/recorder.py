@@ -50,6 +50,7 @@ class Recorder:
         self._occupant: dict[int, int] = {}  # slot -> index of the request
         self._spans, self._chunks, self._waits = (array("q") for _ in range(3))
         self.steps = 0
+        self.waited_ns = 0
 
     def launched(self, plan: Plan, steps: int, waiting: int) -> None:
         """``steps`` passes of ``plan`` were launched while ``waiting`` requests waited."""
@@ -69,6 +70,7 @@ class Recorder:
 
     def waited(self, start_ns: int, until_ns: int, end_ns: int, waiting: int) -> None:
         """Nothing was computed from ``start_ns`` to ``end_ns``, while ``waiting`` waited."""
+        self.waited_ns += end_ns - start_ns
         self._waits.extend((self.steps, start_ns, until_ns, end_ns, waiting))
 
     def finished(self, request: Request) -> None:

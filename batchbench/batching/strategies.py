@@ -70,7 +70,9 @@ class Batcher:
                 clock.wait_until(plan.until)
                 recorder.waited(began, plan.until, clock.now(), scheduler.num_waiting)
                 continue
-            launched = engine.run(self._shortened(plan, recorder.steps, clock.now()))
+            launched = engine.run(
+                self._shortened(plan, recorder.steps, clock.now() - recorder.waited_ns)
+            )
             recorder.launched(plan, launched, scheduler.num_waiting)
             stopped = engine.stopped(plan) if workload.stop_at_eos else ()
             finished = scheduler.apply(plan, launched, stopped)
@@ -93,10 +95,10 @@ class Batcher:
         )
         return recorder.recording(header, engine.collect())
 
-    def _shortened(self, plan: Plan, steps: int, now: int) -> Plan:
+    def _shortened(self, plan: Plan, steps: int, spent_ns: int) -> Plan:
         """The plan with no more passes than fit a turn, going by the mean step so far."""
         most = self.max_repeat
         if not self.engine.simulated and plan.repeat > 1:
-            turn = max(1, _TURN_NS * steps // max(now, 1)) if steps else 1
+            turn = max(1, _TURN_NS * steps // max(spent_ns, 1)) if steps else 1
             most = turn if most is None else min(most, turn)
         return plan if most is None or plan.repeat <= most else replace(plan, repeat=most)
