@@ -109,7 +109,7 @@ def test_a_list_is_its_numbers_in_order(numbers: list[int]) -> None:
     [
         ("", "must be a number"),
         ("1,,2", "must be a number"),
-        ("1:4", "must be a number (8), a list (1,2,4) or start:stop:step"),
+        ("1:2:3:4", "or start:stop:step (1:16:5 is 1, 6, 11, 16)"),
         ("1:4:0", "does not lead from 1 to 4"),
         ("4:1:1", "a step of 1 does not lead from 4 to 1"),
         ("1.5", "must be a whole number"),
@@ -121,6 +121,10 @@ def test_what_is_no_number_is_named_with_its_option(text: str, said: str) -> Non
     with pytest.raises(UsageError, match=r"^--batch-size ") as found:
         parse_numbers(text, int, "--batch-size")
     assert said in str(found.value)
+
+
+def test_a_range_without_a_step_counts_by_one() -> None:
+    assert parse_numbers("1:3,7", int, "--x") == [1, 2, 3, 7]
 
 
 # Grids
