@@ -34,7 +34,7 @@ FEWEST_BARS = 200
 
 _CURVES = (
     ("ttft", "TTFT", "arrival to first token"),
-    ("tpot", "TPOT", "time per token after the first"),
+    ("tpot", "TPOT", "time per later token"),
     ("itl", "ITL", "gap between two tokens"),
     ("e2el", "E2E latency", "arrival to last token"),
 )
