@@ -13,7 +13,7 @@ run: .venv/ready
 	$(BIN)/batchbench run $(ARGS)
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 from rich.console import Console
 from rich.table import Table

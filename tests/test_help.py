@@ -17,6 +17,12 @@ import typer
 
 from batchbench.cli.main import _guarded, app
 
+MEASURED = (
+    "batchbench run --model toy-gpt2 --device cpu --batch-size 2 --queue-size 8 --trials 2 "
+    "--output batchbench-results/my-run --quiet"
+)
+"""The result that examples name: measured, since predictions are made from nothing else."""
+
 MEASURES = ("run", "ladder", "capacity")
 """Commands whose examples measure a real model for minutes: they are run with ``--dry-run``, and
 only parsed where there is no such option."""
@@ -62,7 +68,7 @@ def test_a_help_has_a_line_of_purpose_grouped_options_and_an_example(path: tuple
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the result that examples name."""
     folder = tmp_path_factory.mktemp("examples")
-    assert call("batchbench simulate --output batchbench-results/my-run --quiet", folder) == 0
+    assert call(MEASURED, folder) == 0
     return folder
 
 

@@ -131,7 +131,8 @@ class Witness(SimulatedEngine):
 
     def collect(self) -> Steps:
         if not self.uneven and not self.stops:
-            return super().collect()
+            starts = np.array(self._starts, np.int64)
+            return Steps(starts, step_ns=np.full(len(starts), 10, np.int64))
         ends = np.array([step.end for step in self.log], np.int64)
         tokens = np.zeros((len(ends), self.slots), np.int32)
         return Steps(np.array(self._starts, np.int64), ends, tokens=tokens)

@@ -560,7 +560,7 @@ def test_a_line_without_an_end_is_wrong_and_is_not_held_in_memory(
     ("words", "content", "steps"),
     [
         ("--trace {}", AZURE, 208),
-        ("--prompts {}", "one\ntwo\n", 130),
+        ("--prompts {}", "one\ntwo\n", 132),
         ("--output-tokens empirical:{} --queue-size 8", "4\n4\n", 4),
         ("--workload {}", "queue_size = 8\nlong_tokens = 20", 20),
     ],

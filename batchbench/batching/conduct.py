@@ -115,7 +115,7 @@ class Session:
         self._watch.phase("loading")
         # Threads that wait for one another should soon give way: beside a busy process they spin
         # on the very core that the other needs (docs/log.md).
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
         from batchbench.batching.engines.torch.making import make_engine
 
         serving = self.experiment.serving

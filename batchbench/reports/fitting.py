@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
@@ -82,6 +81,8 @@ class Work:
     @cached_property
     def alike(self) -> tuple[Ints, Floats, Floats]:
         """Steps that computed as much, as one: counts, their median time, how many they are."""
+        import pandas as pd  # an error about what is asked should not wait for it
+
         frame = pd.DataFrame(self.counts).assign(spent=self.spent_ns)
         grouped = frame.groupby(list(range(self.counts.shape[1])))["spent"].agg(["median", "size"])
         rows = np.array(grouped.index.tolist(), np.int64)

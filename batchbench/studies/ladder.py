@@ -108,7 +108,7 @@ class Ladder:
         watch.note(self.source.note)
         watch.phase("loading")
         # As in a run: threads that wait for one another should soon give way (docs/log.md).
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
         from batchbench.batching.models.loading import set_threads
 
         set_threads(asked.model)
