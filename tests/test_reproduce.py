@@ -22,6 +22,7 @@ from test_result import clean
 
 import batchbench
 from batchbench.batching.conduct import conduct
+from batchbench.batching.cost import KnownCost, StepCost
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.presets import PRESETS
@@ -152,6 +153,15 @@ def test_a_simulation_is_reproduced_exactly(options: dict[str, Any]) -> None:
     assert {c.verdict for c in receipt.checks} == {AGREES}
     assert all(check.exact for check in receipt.checks)
     assert receipt.agrees
+
+
+def test_a_simulation_on_fitted_costs_is_reproduced_on_the_same() -> None:
+    known = KnownCost("a-run", StepCost(1000.5, 7.25, 0.5, 3.0, 2.0, 11.0), (1, 8), 56, 107)
+    result = make_result(conduct(Experiment(simulated=True, cost=known)))
+    assert experiment_of(result).cost == known
+    assert reproduce(result).differences == []
+    costless = make_result(conduct(Experiment(simulated=True)))
+    assert costless.data["strategies"] != result.data["strategies"]
 
 
 def test_a_run_is_reproduced(served: Result) -> None:

@@ -135,3 +135,14 @@ class KnownCost:
             "most_prompt_tokens_seen": self.prompt_tokens,
             "longest_seen": self.longest,
         }
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> KnownCost:
+        """What :meth:`as_dict` told."""
+        return cls(
+            told["source"],
+            StepCost.of(told),
+            tuple(told["rows_seen"]),
+            told["most_prompt_tokens_seen"],
+            told["longest_seen"],
+        )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import batchbench
 from batchbench import settings
 from batchbench.batching.conduct import Session, conduct_session
+from batchbench.batching.cost import KnownCost
 from batchbench.batching.experiment import EXECUTIONS, Experiment
 from batchbench.batching.verification import NOT_VERIFIED
 from batchbench.batching.watch import Watch
@@ -31,7 +32,9 @@ def experiment_of(recorded: Result) -> Experiment:
     asked = Experiment.from_config(data["config"], simulated=data["simulated"])
     trials = replace(asked.trials, trials=len(recorded.recordings[recorded.names[0]]))
     if data["simulated"]:
-        return replace(asked, trials=trials)
+        cost = data.get("cost")
+        known = None if cost is None else KnownCost.of(cost)
+        return replace(asked, trials=trials, cost=known)
     model, execution = data["model"], data["model"].get("execution")
     serving = asked.serving
     if execution in EXECUTIONS and serving.engine != "notebook":
