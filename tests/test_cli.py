@@ -460,7 +460,7 @@ def test_help_is_quick(tmp_path: Path) -> None:
             spent.append(time.perf_counter() - began)
         return min(spent)
 
-    allowed = max(0.3, 6 * best_of_five("-c", "import typer"))
+    allowed = max(0.3, 4 * best_of_five("-c", "import typer"))
     assert best_of_five("-m", "batchbench", "--help") <= allowed
 
 
