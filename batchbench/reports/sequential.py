@@ -1,0 +1,268 @@
+"""Deciding from few noisy samples, with an error that holds however often one looks.
+
+A sample is the logarithm of a ratio, new over base, of one pair of fresh processes: what happens
+within a process scatters less than what differs from process to process, so that its own values
+are no samples. Nothing here knows what was measured.
+
+While samples still come in, evidence is a t e-process: a likelihood ratio of the t statistic, mixed
+over effects whose size in standard deviations is normal with variance :data:`PRIOR` (the t-test
+with a scale-invariant mixture of Wang and Ramdas 2024, Anytime-valid t-tests and confidence
+sequences for Gaussian means with unknown variance). Under its null it exceeds 1/α at any time with
+probability α at most. When there can be no more samples, one plain t-test may still be made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from scipy import optimize, stats
+
+PRIOR = 4.0
+FEWEST = 4
+"""Samples below which nothing is ever told."""
+
+POWER = 0.8
+"""What an effect must be found with, to be called one that could have been found."""
+
+_LEAST_SCATTER = 1e-9
+"""Samples that are all equal prove no more than that the clock is coarse."""
+
+
+class Verdict(StrEnum):
+    """What can be told of a quantity, new against base."""
+
+    SLOWER = "slower"
+    FASTER = "faster"
+    SAME = "same"
+    CHANGED = "changed"  # of counts and outputs, which no noise touches
+    UNKNOWN = "cannot tell"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a difference is one.
+
+    Attributes:
+        floor: log ratio that must be exceeded for *slower*; below its negative it is *faster*.
+        margin: log ratio within which, on both sides, it must lie for *same*.
+        alpha: probability of a false *slower* (and of a false *faster*), all looks together.
+    """
+
+    floor: float = 0.01
+    margin: float = 0.05
+    alpha: float = 0.001
+
+    def shared(self, metrics: int) -> Rule:
+        """The rule for one of several metrics that are looked at together (Bonferroni)."""
+        return Rule(self.floor, self.margin, self.alpha / max(metrics, 1))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict and what it rests on; log ratios, above 0 where new is slower.
+
+    ``low`` and ``high`` bound the mean with 95 % confidence; None where there are too few samples.
+    ``p_value`` is of the verdict's own null hypothesis, the larger of the two for *same*.
+    ``smallest`` is the least slowdown that so many samples of this scatter would have found.
+    ``needed`` is how many samples would probably do, where it cannot be told.
+    """
+
+    verdict: Verdict
+    samples: int
+    estimate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    smallest: float | None = None
+    needed: int | None = None
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether anything was shown."""
+        return self.verdict is not Verdict.UNKNOWN
+
+
+# One sample: pairs
+
+
+def log_e(samples: Sequence[float], null: float) -> float:
+    """Logarithm of the evidence that the mean is above ``null``; 0 at most where it seems not."""
+    n = len(samples)
+    mean, error = _mean_and_error(samples)
+    if n < 2 or mean <= null:
+        return 0.0
+    t, nu = (mean - null) / error, n - 1
+    spread = 1 + PRIOR * n
+    return -0.5 * math.log(spread) + n / 2 * (
+        math.log1p(t * t / nu) - math.log1p(t * t / (nu * spread))
+    )
+
+
+def decide(samples: Sequence[float], rule: Rule, *, last: bool) -> Decision:
+    """The verdict on paired samples so far.
+
+    *Same* is not told early of an estimate beyond the floor: whoever asks for a regression of 3 %
+    wants to know of it although it is within the margin.
+
+    Args:
+        last: there will be no more samples, so that the half of α that was kept for it is spent.
+    """
+    n = len(samples)
+    if n < 2:
+        return Decision(Verdict.UNKNOWN, n, float(samples[0]) if n else None)
+    mean, error = _mean_and_error(samples)
+    told = Verdict.UNKNOWN
+    if n >= FEWEST:
+        shown = _shows(samples, rule.alpha / 2, last=last)
+        if shown(1, rule.floor):
+            told = Verdict.SLOWER
+        elif shown(-1, rule.floor):
+            told = Verdict.FASTER
+        elif (
+            (abs(mean) <= rule.floor or last) and shown(1, -rule.margin) and shown(-1, -rule.margin)
+        ):
+            told = Verdict.SAME
+    return Decision(
+        told,
+        n,
+        mean,
+        *confidence_sequence(samples),
+        p_value=_p_value(told, mean, error, n - 1, rule),
+        smallest=rule.floor + _detectable(n, rule.alpha / 2) * error,
+        needed=_needed(mean, error * n**0.5, rule) if told is Verdict.UNKNOWN else None,
+    )
+
+
+def _shows(samples: Sequence[float], alpha: float, *, last: bool) -> Callable[[int, float], bool]:
+    """Whether sign × mean is shown to be above a bound."""
+
+    def shown(sign: int, bound: float) -> bool:
+        signed = [sign * value for value in samples]
+        if log_e(signed, bound) >= math.log(1 / alpha):
+            return True
+        mean, error = _mean_and_error(signed)
+        return last and stats.t.sf((mean - bound) / error, len(signed) - 1) < alpha
+
+    return shown
+
+
+def confidence_sequence(
+    samples: Sequence[float], confidence: float = 0.95
+) -> tuple[float | None, float | None]:
+    """Bounds of the mean that hold however often one looks; None where there are too few."""
+    n = len(samples)
+    need = math.log(2 / (1 - confidence))
+    if n < 2 or (n - 1) / 2 * math.log1p(PRIOR * n) <= need:  # what the evidence tends to
+        return None, None
+    mean, error = _mean_and_error(samples)
+    nu, spread = n - 1, 1 + PRIOR * n
+
+    def missing(log_t: float) -> float:
+        square = math.exp(2 * log_t)
+        gain = math.log1p(square / nu) - math.log1p(square / (nu * spread))
+        return n / 2 * gain - 0.5 * math.log(spread) - need
+
+    t = math.exp(float(optimize.brentq(missing, -20, 50)))
+    return mean - t * error, mean + t * error
+
+
+# Two samples: two sessions
+
+
+def compare_means(
+    base: Sequence[float],
+    new: Sequence[float],
+    rule: Rule,
+    *,
+    between: float = 0.0,
+) -> Decision:
+    """The verdict on two independent sets of logarithms, by Welch's t-test.
+
+    Args:
+        between: standard deviation that each set's mean has beyond what its values show, as when
+            all of a set come from one process.
+    """
+    n, m = len(base), len(new)
+    if min(n, m) < 2:
+        both = n and m
+        return Decision(
+            Verdict.UNKNOWN,
+            min(n, m),
+            float(np.mean(new) - np.mean(base)) if both else None,
+        )
+    mean = float(np.mean(new) - np.mean(base))
+    parts = [float(np.var(base, ddof=1)) / n, float(np.var(new, ddof=1)) / m]
+    error = max(math.sqrt(sum(parts) + 2 * between**2), _LEAST_SCATTER)
+    # The known part of the variance has no degrees of freedom to lose.
+    lost = parts[0] ** 2 / (n - 1) + parts[1] ** 2 / (m - 1)
+    nu = min(error**4 / lost, 1e6) if lost else 1e6
+    told = Verdict.UNKNOWN
+    for sign, verdict in ((1, Verdict.SLOWER), (-1, Verdict.FASTER)):
+        if stats.t.sf((sign * mean - rule.floor) / error, nu) < rule.alpha:
+            told = verdict
+    within = max(stats.t.sf((rule.margin - sign * mean) / error, nu) for sign in (1, -1))
+    if told is Verdict.UNKNOWN and within < rule.alpha:
+        told = Verdict.SAME
+    half = float(stats.t.ppf(0.975, nu)) * error
+    detectable = float(stats.t.isf(rule.alpha, nu) + stats.t.ppf(POWER, nu)) * error
+    known = 2 * between**2
+    distance = max(abs(mean) - rule.floor, rule.margin - abs(mean))
+    return Decision(
+        told,
+        min(n, m),
+        mean,
+        mean - half,
+        mean + half,
+        p_value=_p_value(told, mean, error, nu, rule),
+        smallest=rule.floor + detectable,
+        needed=_more(sum(parts) * min(n, m), known, distance, rule.alpha)
+        if told is Verdict.UNKNOWN
+        else None,
+    )
+
+
+def _more(scatter: float, known: float, distance: float, alpha: float) -> int | None:
+    """Samples a side with which a difference ``distance`` off would be told; None if no number."""
+    z = float(stats.norm.isf(alpha) + stats.norm.ppf(POWER))
+    room = (distance / z) ** 2 - known
+    return None if room <= 0 else max(FEWEST, math.ceil(scatter / room))
+
+
+def _mean_and_error(samples: Sequence[float]) -> tuple[float, float]:
+    mean = float(np.mean(samples))
+    if len(samples) < 2:
+        return mean, math.inf
+    return mean, max(float(np.std(samples, ddof=1)), _LEAST_SCATTER) / len(samples) ** 0.5
+
+
+def _p_value(told: Verdict, mean: float, error: float, nu: float, rule: Rule) -> float:
+    """Of the null hypothesis that the verdict refutes; of «not slower» where none was."""
+    if told is Verdict.FASTER:
+        return float(stats.t.sf((-mean - rule.floor) / error, nu))
+    if told is Verdict.SAME:
+        return max(float(stats.t.sf((rule.margin - s * mean) / error, nu)) for s in (1, -1))
+    return float(stats.t.sf((mean - rule.floor) / error, nu))
+
+
+def _detectable(n: int, alpha: float) -> float:
+    """How many standard errors above the floor an effect must lie to be found."""
+    return float(stats.t.isf(alpha, n - 1) + stats.t.ppf(POWER, n - 1))
+
+
+def _needed(mean: float, scatter: float, rule: Rule, most: int = 100_000) -> int | None:
+    """Samples that would tell, if the mean and the scatter stayed as they are."""
+    distance = max(abs(mean) - rule.floor, rule.margin - abs(mean))
+    if distance <= 0:
+        return None
+    low, high = FEWEST, most
+    while low < high:
+        middle = (low + high) // 2
+        if _detectable(middle, rule.alpha / 2) * scatter / middle**0.5 <= distance:
+            high = middle
+        else:
+            low = middle + 1
+    return low
