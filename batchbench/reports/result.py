@@ -341,20 +341,12 @@ def to_json(result: Result) -> str:
 
 
 def load_result(folder: Path) -> Result:
-    """Read a result's folder, or its ``result.json``.
+    """Read a result's folder, or its ``result.json`` with the recordings beside it.
 
     Raises:
         UsageError: there is no result, or it is torn or of another schema version.
     """
-    file = folder if folder.suffix == ".json" else folder / "result.json"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        what = "holds no result.json" if folder.is_dir() else "no such folder"
-        raise UsageError(f"{folder}: {what}; give the folder that batchbench run wrote") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: is not readable JSON ({error})") from error
-    _check_schema(file, data)
+    file, data = _file_of(folder), load_data(folder)
     recordings = {
         name: [
             Recording.load(file.parent / recording_file(i, trial))
@@ -368,6 +360,29 @@ def load_result(folder: Path) -> Result:
     if len(counts) > 1:
         raise UsageError(f"{file}: its parts tell different numbers of requests")
     return Result(data, recordings)
+
+
+def load_data(folder: Path) -> dict[str, Any]:
+    """What ``result.json`` holds, of a result's folder or the file alone.
+
+    Raises:
+        UsageError: there is no result, or it is torn or of another schema version.
+    """
+    file = _file_of(folder)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "holds no result.json" if folder.is_dir() else "no such folder"
+        raise UsageError(f"{folder}: {what}; give the folder that batchbench run wrote") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{file}: is not readable JSON ({error})") from error
+    _check_schema(file, data)
+    found: dict[str, Any] = data
+    return found
+
+
+def _file_of(folder: Path) -> Path:
+    return folder if folder.suffix == ".json" else folder / "result.json"
 
 
 def _refuse(constant: str) -> None:

@@ -13,6 +13,7 @@ from rich.text import Text
 from scipy import stats
 
 from batchbench.batching.verification import Verification
+from batchbench.reports.alike import flat
 from batchbench.reports.comparison import CONFIDENCE, FEWEST_PAIRS
 from batchbench.reports.result import Result
 
@@ -102,8 +103,8 @@ def differences_of(
         environment: as the session found it.
         model: as resolved here.
     """
-    then = _flat(recorded["environment"]) | _about(recorded, recorded["batchbench_version"])
-    now = _flat(environment) | _about({"model": model}, version)
+    then = flat(recorded["environment"]) | _about(recorded, recorded["batchbench_version"])
+    now = flat(environment) | _about({"model": model}, version)
     return [
         Difference(name, then.get(name), now.get(name))
         for name in {**then, **now}
@@ -113,11 +114,6 @@ def differences_of(
 
 def _about(data: Mapping[str, Any], version: str) -> dict[str, Any]:
     return {"batchbench": version, "execution": data["model"].get("execution")}
-
-
-def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:
-    packages: Mapping[str, Any] = environment.get("packages", {})
-    return {**environment, **packages}
 
 
 def is_alike(differences: Sequence[Difference]) -> bool:

@@ -1,0 +1,172 @@
+"""What makes a comparison fail: conditions such as ``output_throughput < -5%``, and their rule."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass
+
+from batchbench import settings
+from batchbench.errors import UsageError
+from batchbench.reports.measures import MEASURES, Measure
+from batchbench.settings import setting
+
+_COUNTS = ("_passes", "_steps", "prefill_tokens", "kv_tokens_peak", "outputs")
+"""How the names of what is counted exactly end."""
+
+_FORM = re.compile(r"(?P<name>[^<>\s]+)\s*(?P<sign>[<>])=?\s*(?P<share>[-+−]?\d+(?:\.\d+)?)\s*%")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A change that makes the answer bad where it is shown.
+
+    Attributes:
+        text: as it was typed.
+        strategy: whose metric; None where any strategy's counts.
+        falls: whether it is a fall that fails, and not a rise.
+        share: of the change beyond which it fails, above 0.
+    """
+
+    text: str
+    measure: Measure
+    strategy: str | None
+    falls: bool
+    share: float
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether what fails is for the worse; people may also wish to hear of a gain."""
+        return self.falls == self.measure.higher_is_better
+
+    @property
+    def floor(self) -> float:
+        """The share as the size of a log ratio."""
+        return -math.log1p(-self.share) if self.falls else math.log1p(self.share)
+
+
+def parse_condition(text: str) -> Condition:
+    """``continuous.output_throughput < -5%`` as a condition.
+
+    Raises:
+        UsageError: it is not of this form, names no metric, or its sign and threshold disagree.
+    """
+    option = f"--fail-if '{text}'"
+    found = _FORM.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(
+            f"{option}: must be a metric, < or >, and a change in percent, such as "
+            "'output_throughput < -5%' or 'continuous.p99_ttft_ms > 10%'"
+        )
+    strategy, metric = _split(found["name"])
+    if metric not in MEASURES:
+        raise UsageError(f"{option}: {_unknown(metric)}")
+    falls, share = found["sign"] == "<", float(found["share"].replace("−", "-")) / 100
+    if share == 0:
+        raise UsageError(
+            f"{option}: a change of 0 % leaves nothing between a loss and noise; give the least "
+            "that matters, such as 3%"
+        )
+    if falls != (share < 0):
+        sign = "-" if falls else ""
+        raise UsageError(
+            f"{option}: a {'fall is < and a negative' if falls else 'rise is > and a positive'} "
+            f"percentage; write '{found['name']} {found['sign']} {sign}{abs(share) * 100:g}%'"
+        )
+    if falls and share <= -1:
+        raise UsageError(f"{option}: nothing falls by 100 % or more; give less, such as -5%")
+    return Condition(text.strip(), MEASURES[metric], strategy, falls, abs(share))
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    """Strategy and metric; both may hold dots (``my.policies:Mine``, ``p99.9_ttft_ms``)."""
+    for metric in sorted(MEASURES, key=len, reverse=True):
+        if name.endswith(f".{metric}"):
+            return name.removesuffix(f".{metric}"), metric
+    if name in MEASURES:
+        return None, name
+    strategy, _, metric = name.rpartition(".")
+    return strategy or None, metric
+
+
+def _unknown(metric: str) -> str:
+    if metric.endswith(_COUNTS):
+        return f"{metric} is counted exactly, and any change of it fails without being asked for"
+    near = [name for name in MEASURES if metric in name.split("_") and MEASURES[name].shown]
+    near = near or difflib.get_close_matches(metric, MEASURES, 3, 0.5)
+    if near:
+        return f"no metric is called {metric}; near are {', '.join(near)}"
+    shown = ", ".join(name for name, each in MEASURES.items() if each.shown)
+    return f"no metric is called {metric}; there are {shown} and the others of a summary"
+
+
+@dataclass(frozen=True)
+class CompareSpec:
+    """When two versions differ, and which differences make the answer bad."""
+
+    fail_if: tuple[str, ...] = setting(
+        (),
+        "Also fail where this change is shown: a metric of a summary (of one strategy: "
+        "continuous.p99_ttft_ms), < or >, and a percentage, such as 'output_throughput < -5%'. "
+        "Of speedup or efficiency it takes the place of --floor. Give it once a condition.",
+        "Gate",
+        metavar="CONDITION",
+    )
+    floor: float = setting(
+        5.0,
+        "Percent of a speed-up that must be shown to be lost for it to be slower. Less is within "
+        "what two builds of one code differ by, between processes and machines of one kind.",
+        "Gate",
+        min=0.1,
+        max=90.0,
+        metavar="PERCENT",
+    )
+    margin: float = setting(
+        10.0,
+        "Percent within which a change must be shown to lie, both ways, for it to be the same.",
+        "Gate",
+        min=0.1,
+        max=90.0,
+        metavar="PERCENT",
+    )
+    confidence: float = setting(
+        0.999,
+        "With which a change must be shown, all metrics that are gated taken together.",
+        "Gate",
+        min=0.5,
+        max=0.999999,
+    )
+    allow_improvement: bool = setting(
+        False,
+        "Pass where counts changed, if every count of that strategy that changed is better.",
+        "Gate",
+    )
+    allow_environment_mismatch: bool = setting(
+        False,
+        "Gate speed-ups although machine, versions or execution differ. Absolute times are not "
+        "compared even then.",
+        "Gate",
+    )
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+        seen: dict[tuple[str, str | None, bool], str] = {}
+        for condition in self.conditions:
+            key = (condition.measure.name, condition.strategy, condition.falls)
+            if key in seen:
+                raise UsageError(
+                    f"--fail-if '{condition.text}': '{seen[key]}' says already when that fails; "
+                    "give one of them"
+                )
+            seen[key] = condition.text
+
+    @property
+    def conditions(self) -> list[Condition]:
+        """What ``fail_if`` says."""
+        return [parse_condition(text) for text in self.fail_if]
+
+    @property
+    def alpha(self) -> float:
+        """Probability of any false alarm, for each side."""
+        return 1 - self.confidence
