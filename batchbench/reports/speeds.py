@@ -240,16 +240,16 @@ def _compare(one: Asked, base: Runs, new: Runs, rule: Rule) -> Evidence:
         why = f"cannot be told: {suspect.label} is stamped suspect: {suspect.runs[0].reasons[0]}"
         return _untold(one, then, now, why)
     if base.first["simulated"]:
-        return _fails(one, _weighed(one, then, now, _exact(then, now, rule), "simulated: exact"))
-    if list(then.logs) == list(now.logs):  # which no two measurements are
+        return _fails(one, _weighed(one, then, now, _exact(then, now, rule)))
+    if list(then.logs) == list(now.logs):  # one measurement, held against itself
         same = Decision(Verdict.SAME, len(then.logs), 0.0, 0.0, 0.0)
-        return _weighed(one, then, now, same, "is the same measurement, to the last digit")
+        return _weighed(one, then, now, same, "has the same values to the last digit")
     between = math.sqrt((then.known + now.known) / 2)
     decision = compare_means(then.logs, now.logs, rule, between=between)
     if decision.is_sure:
         return _fails(one, _weighed(one, then, now, decision, _failed(one)))
     few = min(len(base.valid), len(new.valid))
-    why = f"is too uncertain from {few} run{'s' * (few > 1)} a side"
+    why = f"is too uncertain from {few} run{'s' * (few > 1)} a side" if one.gated else None
     needed = _needed(then, now, decision, rule)
     return _weighed(one, then, now, decision, why, needed)
 
@@ -259,10 +259,10 @@ def _weighed(
     base: _Sample,
     new: _Sample,
     decision: Decision,
-    why: str | None,
+    why: str | None = None,
     needed: str | None = None,
 ) -> Evidence:
-    return weigh(
+    found = weigh(
         one.kind,
         one.measure.name,
         one.strategy,
@@ -276,6 +276,10 @@ def _weighed(
         needed=needed,
         why=why,
     )
+    if found.change == 0:  # which a sign may have made −0
+        ends = (0.0 if end == 0 else end for end in (found.low, found.high))
+        return replace(found, change=0.0, **dict(zip(("low", "high"), ends, strict=True)))
+    return found
 
 
 def _shown(one: Asked, sample: _Sample) -> float:
@@ -297,7 +301,7 @@ def _fails(one: Asked, found: Evidence) -> Evidence:
 def _exact(base: _Sample, new: _Sample, rule: Rule) -> Decision:
     """Of times that no noise touches."""
     change = new.mean - base.mean
-    beyond = abs(change) > rule.floor
+    beyond = abs(change) > rule.floor + 1e-12  # what a sum of logarithms is off by
     told = Verdict.SAME if not beyond else Verdict.SLOWER if change > 0 else Verdict.FASTER
     count = min(len(base.logs), len(new.logs))
     return Decision(told, count, change, change, change, smallest=rule.floor)

@@ -63,7 +63,9 @@ def _gravity(each: Evidence) -> tuple[bool, bool]:
 def _notes(
     base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Varying], work: Sequence[Evidence]
 ) -> Iterator[str]:
-    if not base.first["workload"]["closed"] and not base.first["simulated"]:
+    if base.first["simulated"]:
+        yield "Both are simulations: their times are exact, and no noise is weighed."
+    elif not base.first["workload"]["closed"]:
         yield (
             "Requests come over time: who waits depends on the machine's speed, so that counts are "
             "observations and fail nothing."
