@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,8 +99,8 @@ def cells(each: Evidence) -> tuple[str, ...]:
 def _counts(each: Evidence) -> tuple[str, ...]:
     return (
         each.name,
-        value(each.base),
-        value(each.new),
+        spell(each.base),
+        spell(each.new),
         _difference(each),
         _loud(each),
         standing(each),
@@ -123,8 +122,8 @@ def _measures(each: Evidence) -> tuple[str, ...]:
     unit = f" {each.unit}" if each.unit else ""
     return (
         each.name,
-        value(each.base) + unit * (each.base is not None),
-        value(each.new) + unit * (each.new is not None),
+        spell(each.base) + unit * (each.base is not None),
+        spell(each.new) + unit * (each.new is not None),
         percent(each.change),
         interval,
         _loud(each),
@@ -155,12 +154,6 @@ def percent(share: float | None, sign: str = "+") -> str:
     return "0.0%" if text in ("+0.0%", "-0.0%") else text
 
 
-def value(given: float | str | None) -> str:
-    """A value as people read it; of a digest the beginning, which tells it from others."""
-    text = spell(given)
-    return text[:12] if re.fullmatch("[0-9a-f]{32,}", text) else text
-
-
 def varying(each: Varying) -> tuple[str, str, str]:
     """A setting in which the sides differ: its name, and their values."""
     return each.name, _setting(each.base), _setting(each.new)
@@ -171,7 +164,7 @@ def _setting(given: Any) -> str:
         return "yes" if given else "no"
     if isinstance(given, list | tuple):
         return ", ".join(map(_setting, given))
-    text = value(given) if isinstance(given, int | float | str) or given is None else str(given)
+    text = spell(given) if isinstance(given, int | float | str) or given is None else str(given)
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 

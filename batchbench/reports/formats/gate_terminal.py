@@ -14,6 +14,9 @@ from batchbench.reports.evidence import CANNOT_TELL, Answer, Evidence, Gate, Kin
 from batchbench.reports.gate_rows import TITLES, Rows, last_lines, sides, tables, varying
 from batchbench.reports.sequential import Verdict
 
+_NAME = 12
+"""Columns that a metric's name gets even where the terminal is narrow."""
+
 _STYLES = {Answer.PASSED: "bold green", Answer.FAILED: "bold red", Answer.UNKNOWN: "bold yellow"}
 
 
@@ -46,7 +49,7 @@ def _answer(gate: Gate, *, strict: bool) -> RenderableType:
     text = Text(gate.sentence, style=style)
     if gate.answer is Answer.UNKNOWN:
         code = f"Exit code {CANNOT_TELL}." if strict else "Exit code 0; --strict makes it 3."
-        text.append(f"\nThis is no pass: nothing is known of the new version. {code}")
+        text.append(f"\nThis is no pass: a loss may be there that was not seen. {code}")
     return Panel(text, box=box.HEAVY, style=style, padding=(0, 1))
 
 
@@ -75,19 +78,18 @@ def _evidence(found: Rows) -> list[RenderableType]:
 
 def _measured(title: str, found: Rows) -> Table:
     """Two lines a row, so that it fits into 80 columns."""
-    needed = any(row.cells[-1] for row in found.rows)
-    head = ("Metric", "Base\nnew", "Change\n95 % CI", "Verdict", "Would\nfind", "Needed")
-    grid = _grid(title, head[: None if needed else -1], left=1)
+    head = ("Metric", "Base\nnew", "Change\n95 % CI", "Verdict", "Would find\nneeded")
+    grid = _grid(title, head, left=1)
     for row in found.rows:
-        name, base, new, change, interval, verdict, gate, smallest, more = row.cells
-        cells = [
+        name, base, new, change, interval, verdict, gate, smallest, needed = row.cells
+        grid.add_row(
             Text(name.replace(".", ".\n", 1)),
             Text(f"{base}\n{new}"),
             Text(f"{change}\n{interval}"),
             _told(row.evidence, verdict, gate),
-            Text(smallest),
-        ]
-        grid.add_row(*cells, *([Text(more)] if needed else []))
+            Text(f"{smallest}\n{needed}".rstrip()),
+        )
+    grid.columns[0].min_width = _NAME
     return grid
 
 
