@@ -81,8 +81,20 @@ def _cut(kind: Kind, head: tuple[str, ...], rows: Sequence[Row], below: Sequence
     left_out = len(ranked) - MOST
     more = [f"{left_out} more rows are in the JSON (--json)."] if left_out > 0 else []
     shown = ranked[:MOST]
-    whys = [f"{each.name}: {each.why}" for each in (row.evidence for row in shown) if each.why]
-    return Rows(kind, head, shown, [*more, *whys, *below])
+    return Rows(kind, head, shown, [*more, *_reasons([row.evidence for row in shown]), *below])
+
+
+def _reasons(shown: Sequence[Evidence]) -> list[str]:
+    """Why, once for all rows of which it is true; what a count's row shows is not told again."""
+    rows: dict[str, list[str]] = {}
+    for each in shown:
+        counted = each.kind is Kind.WORK and each.fails and isinstance(each.base, int)
+        if each.why and not counted:
+            rows.setdefault(each.why, []).append(each.name)
+    return [
+        f"{', '.join(names[:2])}{f' and {len(names) - 2} more' * (len(names) > 2)}: {why}"
+        for why, names in rows.items()
+    ]
 
 
 def _rank(each: Evidence) -> int:

@@ -276,9 +276,8 @@ def _weighed(
         needed=needed,
         why=why,
     )
-    if found.change == 0:  # which a sign may have made −0
-        ends = (0.0 if end == 0 else end for end in (found.low, found.high))
-        return replace(found, change=0.0, **dict(zip(("low", "high"), ends, strict=True)))
+    if found.change == found.low == found.high == 0:  # which a sign may have made −0
+        return replace(found, change=0.0, low=0.0, high=0.0)
     return found
 
 
