@@ -29,7 +29,7 @@ from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
 from batchbench.reports.conditions import CompareSpec, parse_condition
 from batchbench.reports.evidence import Answer, Evidence, Gate, Kind
-from batchbench.reports.measures import MEASURES
+from batchbench.reports.gauges import GAUGES
 from batchbench.reports.result import Result, output_digest
 from batchbench.reports.runs import Run, Runs, load_runs
 from batchbench.reports.sequential import Verdict
@@ -74,7 +74,7 @@ def paced(paces: Mapping[str, Sequence[float]], data: Mapping[str, Any] | None =
 
 def _paced(trial: Mapping[str, Any], factor: float) -> dict[str, Any]:
     def of(name: str, value: Any) -> Any:
-        if value is None or not (name in MEASURES or name == "duration"):
+        if value is None or not (name in GAUGES or name == "duration"):
             return value
         return value / factor if name.endswith("throughput") else value * factor
 
@@ -504,7 +504,7 @@ GOOD = {
 def test_a_condition_is_read(text: str) -> None:
     read = parse_condition(text)
     strategy, metric, falls, share = GOOD[text]
-    assert (read.strategy, read.measure.name, read.falls) == (strategy, metric, falls)
+    assert (read.strategy, read.gauge.name, read.falls) == (strategy, metric, falls)
     assert read.share == pytest.approx(share)
     assert math.expm1(-read.floor if falls else read.floor) == pytest.approx(
         -share if falls else share

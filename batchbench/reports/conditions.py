@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from batchbench import settings
 from batchbench.errors import UsageError
-from batchbench.reports.measures import MEASURES, Measure
+from batchbench.reports.gauges import GAUGES, Gauge
 from batchbench.settings import setting
 
 _COUNTS = ("_passes", "_steps", "prefill_tokens", "kv_tokens_peak", "outputs")
@@ -30,7 +30,7 @@ class Condition:
     """
 
     text: str
-    measure: Measure
+    gauge: Gauge
     strategy: str | None
     falls: bool
     share: float
@@ -38,7 +38,7 @@ class Condition:
     @property
     def is_loss(self) -> bool:
         """Whether what fails is for the worse; people may also wish to hear of a gain."""
-        return self.falls == self.measure.higher_is_better
+        return self.falls == self.gauge.higher_is_better
 
     @property
     def floor(self) -> float:
@@ -60,7 +60,7 @@ def parse_condition(text: str) -> Condition:
             "'output_throughput < -5%' or 'continuous.p99_ttft_ms > 10%'"
         )
     strategy, metric = _split(found["name"])
-    if metric not in MEASURES:
+    if metric not in GAUGES:
         raise UsageError(f"{option}: {_unknown(metric)}")
     falls, share = found["sign"] == "<", float(found["share"].replace("−", "-")) / 100
     if share == 0:
@@ -76,15 +76,15 @@ def parse_condition(text: str) -> Condition:
         )
     if falls and share <= -1:
         raise UsageError(f"{option}: nothing falls by 100 % or more; give less, such as -5%")
-    return Condition(text.strip(), MEASURES[metric], strategy, falls, abs(share))
+    return Condition(text.strip(), GAUGES[metric], strategy, falls, abs(share))
 
 
 def _split(name: str) -> tuple[str | None, str]:
     """Strategy and metric; both may hold dots (``my.policies:Mine``, ``p99.9_ttft_ms``)."""
-    for metric in sorted(MEASURES, key=len, reverse=True):
+    for metric in sorted(GAUGES, key=len, reverse=True):
         if name.endswith(f".{metric}"):
             return name.removesuffix(f".{metric}"), metric
-    if name in MEASURES:
+    if name in GAUGES:
         return None, name
     strategy, _, metric = name.rpartition(".")
     return strategy or None, metric
@@ -93,11 +93,11 @@ def _split(name: str) -> tuple[str | None, str]:
 def _unknown(metric: str) -> str:
     if metric.endswith(_COUNTS):
         return f"{metric} is counted exactly, and any change of it fails without being asked for"
-    near = [name for name in MEASURES if metric in name.split("_") and MEASURES[name].shown]
-    near = near or difflib.get_close_matches(metric, MEASURES, 3, 0.5)
+    near = [name for name in GAUGES if metric in name.split("_") and GAUGES[name].shown]
+    near = near or difflib.get_close_matches(metric, GAUGES, 3, 0.5)
     if near:
         return f"no metric is called {metric}; near are {', '.join(near)}"
-    shown = ", ".join(name for name, each in MEASURES.items() if each.shown)
+    shown = ", ".join(name for name, each in GAUGES.items() if each.shown)
     return f"no metric is called {metric}; there are {shown} and the others of a summary"
 
 
@@ -153,7 +153,7 @@ class CompareSpec:
         settings.check(self)
         seen: dict[tuple[str, str | None, bool], str] = {}
         for condition in self.conditions:
-            key = (condition.measure.name, condition.strategy, condition.falls)
+            key = (condition.gauge.name, condition.strategy, condition.falls)
             if key in seen:
                 raise UsageError(
                     f"--fail-if '{condition.text}': '{seen[key]}' says already when that fails; "

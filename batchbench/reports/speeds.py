@@ -18,7 +18,7 @@ from scipy import stats
 from batchbench.errors import UsageError
 from batchbench.reports.conditions import CompareSpec, Condition
 from batchbench.reports.evidence import Evidence, Kind, Varying, weigh
-from batchbench.reports.measures import MEASURES, Measure
+from batchbench.reports.gauges import GAUGES, Gauge
 from batchbench.reports.runs import Run, Runs
 from batchbench.reports.sequential import (
     FEWEST,
@@ -47,7 +47,7 @@ class Asked:
         condition: what ``--fail-if`` says of it, if it does.
     """
 
-    measure: Measure
+    gauge: Gauge
     strategy: str
     floor: float
     gated: bool
@@ -56,14 +56,14 @@ class Asked:
     @property
     def kind(self) -> Kind:
         """Ratio or time."""
-        return Kind.RATIO if self.measure.is_ratio else Kind.TIME
+        return Kind.RATIO if self.gauge.is_ratio else Kind.TIME
 
     @property
     def log_floor(self) -> float:
         """The floor as a log ratio, above 0."""
         if self.condition:
             return self.condition.floor
-        return -math.log1p(-self.floor) if self.measure.higher_is_better else math.log1p(self.floor)
+        return -math.log1p(-self.floor) if self.gauge.higher_is_better else math.log1p(self.floor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def compare_speeds(
     margin = math.log1p(spec.margin / 100)
     found = []
     for one in asked:
-        if unlike and not (spec.allow_environment_mismatch and one.measure.is_ratio):
+        if unlike and not (spec.allow_environment_mismatch and one.gauge.is_ratio):
             found.append(_refused(one, base, new, unlike))
             continue
         rule = Rule(one.log_floor, margin, spec.alpha).shared(counts[one.gated])
@@ -125,42 +125,42 @@ def _asked(base: Runs, new: Runs, spec: CompareSpec) -> Iterator[Asked]:
     conditions = spec.conditions
     for condition in conditions:
         _check_condition(condition, strategies, base, new)
-    for measure in MEASURES.values():
-        for name in strategies[1:] if measure.is_ratio else strategies:
-            if not all(_is_there(measure, name, side) for side in (base, new)):
+    for gauge in GAUGES.values():
+        for name in strategies[1:] if gauge.is_ratio else strategies:
+            if not all(_is_there(gauge, name, side) for side in (base, new)):
                 continue
-            told = [c for c in conditions if c.measure == measure and c.strategy in (None, name)]
-            yield from (Asked(measure, name, c.share, True, c) for c in told)
-            if not told and measure.shown:
-                yield Asked(measure, name, usual, measure.name == "speedup")
+            told = [c for c in conditions if c.gauge == gauge and c.strategy in (None, name)]
+            yield from (Asked(gauge, name, c.share, True, c) for c in told)
+            if not told and gauge.shown:
+                yield Asked(gauge, name, usual, gauge.name == "speedup")
 
 
 def _check_condition(
     condition: Condition, strategies: Sequence[str], base: Runs, new: Runs
 ) -> None:
-    option, measure = f"--fail-if '{condition.text}'", condition.measure
+    option, gauge = f"--fail-if '{condition.text}'", condition.gauge
     if condition.strategy is not None and condition.strategy not in strategies:
         raise UsageError(
             f"{option}: there is no strategy {condition.strategy}; the results have "
             f"{', '.join(strategies)}"
         )
-    if measure.is_ratio and (len(strategies) < 2 or condition.strategy == strategies[0]):
+    if gauge.is_ratio and (len(strategies) < 2 or condition.strategy == strategies[0]):
         raise UsageError(
-            f"{option}: {measure.name} is that of a strategy over the baseline {strategies[0]}; "
+            f"{option}: {gauge.name} is that of a strategy over the baseline {strategies[0]}; "
             + (f"name {strategies[1]}" if strategies[1:] else "the results have no other strategy")
         )
-    of = strategies[1:] if measure.is_ratio else strategies
+    of = strategies[1:] if gauge.is_ratio else strategies
     names = of if condition.strategy is None else [condition.strategy]
     for side in (base, new):
-        if not any(_is_there(measure, name, side) for name in names):
+        if not any(_is_there(gauge, name, side) for name in names):
             raise UsageError(
-                f"{option}: {side.label} holds no {measure.name}; name a metric that it holds, or "
+                f"{option}: {side.label} holds no {gauge.name}; name a metric that it holds, or "
                 "run it with the options that this one needs"
             )
 
 
-def _is_there(measure: Measure, strategy: str, side: Runs) -> bool:
-    return any(v is not None for run in side.runs for v in _values(measure, strategy, run.data))
+def _is_there(gauge: Gauge, strategy: str, side: Runs) -> bool:
+    return any(v is not None for run in side.runs for v in _values(gauge, strategy, run.data))
 
 
 def _check_alike(asked: Sequence[Asked], spec: CompareSpec, unlike: Sequence[Varying]) -> None:
@@ -168,11 +168,11 @@ def _check_alike(asked: Sequence[Asked], spec: CompareSpec, unlike: Sequence[Var
         return
     differ = spell_unlike(unlike)
     for one in asked:
-        if one.condition is None or (one.measure.is_ratio and spec.allow_environment_mismatch):
+        if one.condition is None or (one.gauge.is_ratio and spec.allow_environment_mismatch):
             continue
         way = (
             "compare runs of like environments, or give --allow-environment-mismatch"
-            if one.measure.is_ratio
+            if one.gauge.is_ratio
             else "compare runs of like environments, or ratios such as speedup"
         )
         raise UsageError(f"--fail-if '{one.condition.text}': {differ}; {way}")
@@ -193,13 +193,13 @@ def _spell(value: Any) -> str:
 # Values
 
 
-def _values(measure: Measure, strategy: str, data: Mapping[str, Any]) -> list[float | None]:
+def _values(gauge: Gauge, strategy: str, data: Mapping[str, Any]) -> list[float | None]:
     """A value a trial; None where it has no meaning."""
     trials = data["strategies"][strategy]["trials"]
-    if not measure.is_ratio:
-        return [trial.get(measure.name) for trial in trials]
+    if not gauge.is_ratio:
+        return [trial.get(gauge.name) for trial in trials]
     (told,) = [each for each in data["comparisons"] if each["candidate"] == strategy]
-    steps = told["step_ratio"] if measure.name == "efficiency" else 1.0
+    steps = told["step_ratio"] if gauge.name == "efficiency" else 1.0
     before = data["strategies"][told["baseline"]]["trials"]
     pairs = zip([t["duration"] for t in before], [t["duration"] for t in trials], strict=False)
     return [a / b / steps if b and steps else None for a, b in pairs]
@@ -207,8 +207,8 @@ def _values(measure: Measure, strategy: str, data: Mapping[str, Any]) -> list[fl
 
 def _logs(one: Asked, run: Run) -> list[float] | None:
     """Of each trial, above which is slower; None where one has no logarithm."""
-    values = _values(one.measure, one.strategy, run.data)
-    sign = -1 if one.measure.higher_is_better else 1
+    values = _values(one.gauge, one.strategy, run.data)
+    sign = -1 if one.gauge.higher_is_better else 1
     logs = [sign * math.log(v) for v in values if v and v > 0 and math.isfinite(v)]
     return logs if logs and len(logs) == len(values) else None
 
@@ -248,10 +248,11 @@ def _compare(one: Asked, base: Runs, new: Runs, rule: Rule) -> Evidence:
     decision = compare_means(then.logs, now.logs, rule, between=between)
     if decision.is_sure:
         return _fails(one, _weighed(one, then, now, decision, _failed(one)))
+    if not one.gated:
+        return _weighed(one, then, now, decision)
     few = min(len(base.valid), len(new.valid))
-    why = f"is too uncertain from {few} run{'s' * (few > 1)} a side" if one.gated else None
-    needed = _needed(then, now, decision, rule)
-    return _weighed(one, then, now, decision, why, needed)
+    uncertain = f"is too uncertain from {few} run{'s' * (few > 1)} a side"
+    return _weighed(one, then, now, decision, uncertain, _needed(then, now, decision, rule))
 
 
 def _weighed(
@@ -264,14 +265,14 @@ def _weighed(
 ) -> Evidence:
     found = weigh(
         one.kind,
-        one.measure.name,
+        one.gauge.name,
         one.strategy,
         (_shown(one, base), _shown(one, new)),
         decision,
-        higher_is_better=one.measure.higher_is_better,
+        higher_is_better=one.gauge.higher_is_better,
         gated=one.gated,
         floor=one.floor,
-        unit=one.measure.unit,
+        unit=one.gauge.unit,
         samples=(len(base.logs), len(new.logs)),
         needed=needed,
         why=why,
@@ -283,7 +284,7 @@ def _weighed(
 
 def _shown(one: Asked, sample: _Sample) -> float:
     """The geometric mean, so that the change is that of the values that stand beside it."""
-    return math.exp(-sample.mean if one.measure.higher_is_better else sample.mean)
+    return math.exp(-sample.mean if one.gauge.higher_is_better else sample.mean)
 
 
 def _failed(one: Asked) -> str | None:
@@ -337,14 +338,14 @@ def _untold(one: Asked, base: _Sample | None, new: _Sample | None, why: str) -> 
         change = _shown(one, new) / _shown(one, base) - 1
     return Evidence(
         one.kind,
-        one.measure.name,
+        one.gauge.name,
         one.strategy,
         None if base is None else _shown(one, base),
         None if new is None else _shown(one, new),
         Verdict.UNKNOWN,
         gated=one.gated,
-        unit=one.measure.unit,
-        higher_is_better=one.measure.higher_is_better,
+        unit=one.gauge.unit,
+        higher_is_better=one.gauge.higher_is_better,
         change=change,
         floor=one.floor,
         why=why,
@@ -354,8 +355,8 @@ def _untold(one: Asked, base: _Sample | None, new: _Sample | None, why: str) -> 
 def _refused(one: Asked, base: Runs, new: Runs, unlike: Sequence[Varying]) -> Evidence:
     """Of unlike environments: the values stay; a change of times is not even reckoned."""
     why = f"was not compared: the environments differ in {', '.join(v.name for v in unlike)}"
-    if one.measure.is_ratio:
+    if one.gauge.is_ratio:
         why += "; --allow-environment-mismatch compares it all the same"
     told = _untold(one, _sample(one, base.runs), _sample(one, new.runs), why)
-    change = told.change if one.measure.is_ratio else None
+    change = told.change if one.gauge.is_ratio else None
     return replace(told, change=change, gated=False)

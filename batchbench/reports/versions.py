@@ -94,10 +94,10 @@ def _notes(
         yield f"{text[0].upper()}{text[1:]}: absolute times are not compared. {ratios}"
     for condition in spec.conditions:
         if not condition.is_loss:
-            better = "rise" if condition.measure.higher_is_better else "fall"
+            better = "rise" if condition.gauge.higher_is_better else "fall"
             yield (
                 f"--fail-if '{condition.text}' can never mean a loss: a {better} of "
-                f"{condition.measure.name} is a gain."
+                f"{condition.gauge.name} is a gain."
             )
 
 

@@ -1,4 +1,4 @@
-"""What times can be compared by: each figure's name, unit, and which way is better."""
+"""What times can be compared by: each figure's name, unit, and which way is better; no numpy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Measure:
+class Gauge:
     """A figure of one strategy.
 
     Attributes:
@@ -26,21 +26,21 @@ class Measure:
 _LATENCIES = ("queue", "ttft", "tpot", "itl", "e2el")
 _STATISTICS = ("mean", "median", "std", "p90", "p99", "p99.9")
 
-MEASURES = {
-    measure.name: measure
-    for measure in (
-        Measure("speedup", "×", True, is_ratio=True, shown=True),
-        Measure("efficiency", None, True, is_ratio=True, shown=True),
-        Measure("output_throughput", "tok/s", True, shown=True),
-        Measure("request_throughput", "req/s", True, shown=True),
-        Measure("total_token_throughput", "tok/s", True),
-        Measure("duration", "s", False, shown=True),
-        Measure("request_goodput", "req/s", True),
-        Measure("slo_attainment", None, True),
-        Measure("energy_joules", "J", False),
-        Measure("joules_per_output_token", "J", False),
+GAUGES = {
+    gauge.name: gauge
+    for gauge in (
+        Gauge("speedup", "×", True, is_ratio=True, shown=True),
+        Gauge("efficiency", None, True, is_ratio=True, shown=True),
+        Gauge("output_throughput", "tok/s", True, shown=True),
+        Gauge("request_throughput", "req/s", True, shown=True),
+        Gauge("total_token_throughput", "tok/s", True),
+        Gauge("duration", "s", False, shown=True),
+        Gauge("request_goodput", "req/s", True),
+        Gauge("slo_attainment", None, True),
+        Gauge("energy_joules", "J", False),
+        Gauge("joules_per_output_token", "J", False),
         *(
-            Measure(
+            Gauge(
                 f"{statistic}_{latency}_ms",
                 "ms",
                 False,
