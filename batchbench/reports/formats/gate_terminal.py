@@ -14,9 +14,6 @@ from batchbench.reports.evidence import CANNOT_TELL, Answer, Evidence, Gate, Kin
 from batchbench.reports.gate_rows import TITLES, Rows, last_lines, sides, tables, varying
 from batchbench.reports.sequential import Verdict
 
-_NAME = 12
-"""Columns that a metric's name gets even where the terminal is narrow."""
-
 _STYLES = {Answer.PASSED: "bold green", Answer.FAILED: "bold red", Answer.UNKNOWN: "bold yellow"}
 
 
@@ -89,7 +86,6 @@ def _measured(title: str, found: Rows) -> Table:
             _told(row.evidence, verdict, gate),
             Text(f"{smallest}\n{needed}".rstrip()),
         )
-    grid.columns[0].min_width = _NAME
     return grid
 
 
