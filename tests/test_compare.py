@@ -699,6 +699,7 @@ def test_where_there_is_no_result_it_says_what_to_give(program: Program, tmp_pat
         "nowhere": "nowhere: no such folder",
         "notes.txt": "notes.txt: is no result.json",
         "base/other.json": "base/other.json: no such",
+        "x" * 5000: "cannot be read: file name too long",
     }.items():
         for words in (("base", path), (path, "base")):
             code, out, err = program("compare", *words)

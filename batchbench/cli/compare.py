@@ -15,13 +15,14 @@ from batchbench.reports.conditions import CompareSpec
 
 COMPARE_HELP = """Compare two versions by their results, and say which differences are real.
 
-First the work: the exact counts of closed workloads and the tokens, where any change fails. Then
-speed-ups within a run, which the machine's own speed cancels out of. Absolute times are compared
-only between like environments, and fail only where --fail-if asks for it. Four or more runs a side,
-each of a process of its own in a folder of them, tell far more than one.
+First the work: the exact counts of closed workloads, and the tokens, where
+any change fails. Then speed-ups within a run, which the machine's own speed
+cancels out of. Absolute times are compared only between like environments,
+and fail only where --fail-if asks for it. Four or more runs a side, each of
+a process of its own, in a folder that holds them, tell far more than one.
 
-Exit code 0: nothing is worse, or it cannot be told (--strict: 3); 1: something is; 2: the two
-cannot be compared.
+Exit code 0: nothing is worse, or it cannot be told (--strict makes that 3);
+1: something is worse, or the work changed; 2: the two cannot be compared.
 
 Example: batchbench compare batchbench-results/my-run batchbench-results/my-run
 Example: batchbench compare batchbench-results/my-run batchbench-results/my-run --fail-if 'output_throughput < -5%'"""  # noqa: E501

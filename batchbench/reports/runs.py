@@ -77,22 +77,31 @@ def load_runs(path: Path) -> Runs:
     Raises:
         UsageError: there is no result, one of them is spoiled, or they are not of one experiment.
     """
-    if path.is_file() and path.suffix != ".json":
-        raise UsageError(f"{path}: is no result.json; give that, or the folder that it lies in")
-    files = [path]
-    if path.is_dir() and not (path / "result.json").exists():
-        files = sorted(file.parent for file in path.glob("*/result.json"))
-        if not files:
-            raise UsageError(
-                f"{path}: holds no result.json, nor do the folders in it; give a folder that "
-                "batchbench run wrote, or one that holds several such"
-            )
+    try:
+        files = _files(path)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        why = (error.strerror or str(error)).lower()
+        raise UsageError(f"{path}: cannot be read: {why}") from error
     several = len(files) > 1
     runs = Runs(
         str(path), [Run(str(file) if several else str(path), load_data(file)) for file in files]
     )
     _check_runs(runs)
     return runs
+
+
+def _files(path: Path) -> list[Path]:
+    """Folders or files of the results that a path names; a file that is none is refused here."""
+    if path.is_file() and path.suffix != ".json":
+        raise UsageError(f"{path}: is no result.json; give that, or the folder that it lies in")
+    if not path.is_dir() or (path / "result.json").exists():
+        return [path]
+    if found := sorted(file.parent for file in path.glob("*/result.json")):
+        return found
+    raise UsageError(
+        f"{path}: holds no result.json, nor do the folders in it; give a folder that batchbench "
+        "run wrote, or one that holds several such"
+    )
 
 
 def _check_runs(side: Runs) -> None:

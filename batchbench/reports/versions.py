@@ -31,7 +31,10 @@ def compare_versions(base: Runs, new: Runs, spec: CompareSpec, typed: str) -> Ga
         evidence=[*work, *speeds],
         settings=varying_settings(base.first, new.first),
         environment=environment_differences(base.first, new.first),
-        notes=[*_notes(base, new, spec, unlike, work), *_warnings(speeds)],
+        notes=[
+            *_notes(base, new, spec, unlike, work),
+            *_warnings(speeds, simulated=base.first["simulated"]),
+        ],
     )
 
 
@@ -101,15 +104,18 @@ def _notes(
             )
 
 
-def _warnings(speeds: Sequence[Evidence]) -> Iterator[str]:
-    """Losses of times between sessions, which nobody asked to fail on."""
+def _warnings(speeds: Sequence[Evidence], *, simulated: bool) -> Iterator[str]:
+    """Losses of times that nobody asked to fail on."""
     lost = [
         e for e in speeds if e.kind is Kind.TIME and not e.gated and e.verdict is Verdict.SLOWER
     ]
-    if lost:
-        more = f", and {len(lost) - 3} more" if len(lost) > 3 else ""
-        yield (
-            f"Warning: {'; '.join(describe(e) for e in lost[:3])}{more}. Times of two sessions "
-            "also differ by what the machine did meanwhile, so that they fail only where --fail-if "
-            "asks for it."
-        )
+    if not lost:
+        return
+    more = f", and {len(lost) - 3} more" if len(lost) > 3 else ""
+    why = (
+        "Times fail only where --fail-if asks for it."
+        if simulated
+        else "Times of two sessions also differ by what the machine did meanwhile, so that they "
+        "fail only where --fail-if asks for it."
+    )
+    yield f"Warning: {'; '.join(describe(e) for e in lost[:3])}{more}. {why}"
