@@ -125,7 +125,8 @@ def conclude(gate: Gate, output: GateOutputSpec) -> None:
     code = gate.exit_code(strict=output.strict)
     report = gate_markdown.render(gate, strict=output.strict)
     contents: Mapping[str, bytes] = {
-        "--markdown": report.encode(),
+        # A name of a file may hold what is no text.
+        "--markdown": report.encode(errors="replace"),
         "--junit": junit.render(gate, strict=output.strict),
     }
     marks = annotations.render(gate, strict=output.strict) if output.on_github else ""
@@ -166,7 +167,7 @@ def _append(output: GateOutputSpec, variable: str, text: str) -> None:
     if file is None:
         return
     try:
-        with file.open("a", encoding="utf-8") as out:
+        with file.open("a", encoding="utf-8", errors="replace") as out:
             out.write(text)
     except OSError as error:
         why = (error.strerror or str(error)).lower()
