@@ -1,0 +1,338 @@
+"""Two installations in alternating turns, until it is sure which is slower, or neither.
+
+One long-lived worker process a side, a *process pair*; they take turns of about 0.2 s and are both
+replaced every few seconds, since what differs from process to process (where memory lies, which
+core it is on) is constant within one. The value of a pair is a median over its turns, and the pair
+is the sample (docs/regressions.md has the measurements behind this).
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import log1p
+from typing import Any
+
+from batchbench import settings
+from batchbench.batching.experiment import GENERATE_BATCH, Experiment
+from batchbench.errors import UsageError
+from batchbench.reports.sequential import FEWEST, Decision, Rule, Verdict, decide
+from batchbench.reports.turns import Pair, TurnPair, contamination
+from batchbench.settings import setting
+from batchbench.studies.processes import Installation, WorkerProcess, open_all
+
+TURN_S = 0.2
+"""Longer, and what others do in bursts falls on one side; shorter, and half of it is warm-up."""
+
+PAIR_S = 4.5
+"""Seconds of turns before both processes are replaced."""
+
+FEWEST_STEPS, FEWEST_TURNS = 4, 4
+"""Of a turn, one of which is not timed; and of a pair, the first of which is left out."""
+
+FIRST_SHARE = 0.65
+"""Of the time, for the run that finds a loss; the rest is for the one that confirms it."""
+
+CONFIRMING = 0.01
+"""Error of the confirming run, which has one question left to answer."""
+
+_PANEL = "Deciding"
+
+
+@dataclass(frozen=True)
+class DuetSpec:
+    """How long to look, and what counts as a difference."""
+
+    max_time: float = setting(
+        300.0,
+        "Seconds that all of it may take, the start of the processes included.",
+        _PANEL,
+        min=20,
+    )
+    floor: float = setting(
+        0.01,
+        "Loss that must be exceeded before anything is called slower, as a share.",
+        _PANEL,
+        min=0.0,
+        max=1.0,
+    )
+    margin: float = setting(
+        0.05,
+        "Loss that must be ruled out before anything is called the same, as a share.",
+        _PANEL,
+        min=0.001,
+        max=1.0,
+    )
+    confidence: float = setting(
+        0.999,
+        "Probability with which equal versions are not called slower, all looks together.",
+        _PANEL,
+        min=0.5,
+        max=0.999999,
+    )
+    timed: str | None = setting(
+        None,
+        "Strategies whose time is compared and gated; of the others only the work is.",
+        _PANEL,
+        metavar="NAMES",
+        default_text="the last of --strategy",
+    )
+    allow_improvement: bool = setting(
+        False, "Fewer passes, or less computed in vain, is no failure.", _PANEL
+    )
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+        if self.margin <= self.floor:
+            raise UsageError(
+                f"--margin {self.margin:g}: must be above --floor {self.floor:g}, or a loss in "
+                "between would be both slower and the same"
+            )
+
+    @property
+    def rule(self) -> Rule:
+        """The same in logarithms of a time's ratio."""
+        return Rule(log1p(self.floor), log1p(self.margin), 1 - self.confidence)
+
+
+class DuetWatch:
+    """Told of what happens; this one is silent."""
+
+    def note(self, line: str) -> None:
+        """Something that the reader should know of."""
+
+    def pair_begins(self, number: int, *, confirming: bool) -> None:
+        """Two processes are being started."""
+
+    def pair_ends(self, run: Run) -> None:
+        """They have ended; what can be told so far."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the two workers of a pair told of themselves and of the work."""
+
+    hello: tuple[Mapping[str, Any], Mapping[str, Any]]
+    told: tuple[Mapping[str, Any], Mapping[str, Any]]
+    varied: tuple[str | None, str | None] = (None, None)
+
+
+@dataclass
+class Run:
+    """Pairs under one rule, and what they tell of each lane so far."""
+
+    rule: Rule
+    lanes: Sequence[str]
+    confirming: bool = False
+    pairs: list[Pair] = field(default_factory=list)
+    opened: list[Opened] = field(default_factory=list)
+    decisions: Mapping[str, Decision] = field(default_factory=dict)
+
+    def add(self, pair: Pair, opened: Opened) -> None:
+        """One more pair."""
+        self.pairs.append(pair)
+        self.opened.append(opened)
+        self.look()
+
+    def look(self, *, last: bool = False) -> None:
+        """Decide anew."""
+        self.decisions = {
+            lane: decide([pair.value(lane) for pair in self.pairs], self.rule, last=last)
+            for lane in self.lanes
+        }
+
+    @property
+    def contamination(self) -> str | None:
+        """Why the times say nothing, if so."""
+        return contamination(self.pairs, self.rule.floor, on_cpu=is_on_cpu(self.opened[-1]))
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether there is nothing left to find out."""
+        return not self.contamination and all(d.is_sure for d in self.decisions.values())
+
+    @property
+    def pair_s(self) -> float:
+        """Seconds that one more pair may take."""
+        return 1.05 * max((pair.seconds for pair in self.pairs), default=0.0)
+
+
+@dataclass
+class Findings:
+    """All that a duet saw; the gate is made of it.
+
+    ``confirmation`` is the second run, of the lanes that were slower in the first.
+    """
+
+    first: Run
+    confirmation: Run | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every pair of a duet has in common."""
+
+    sides: tuple[Installation, Installation]
+    experiment: Experiment
+    also: Sequence[str]
+    chance: random.Random
+
+    def pair(self, lanes: Sequence[str], *, with_others: bool) -> tuple[Pair, Opened]:
+        """Start two processes, let them take turns, and end them."""
+        began = time.monotonic()
+        threads = self.experiment.model.threads or 1
+        new_first = self.chance.random() < 0.5
+        asked = {
+            "config": self.experiment.config(),
+            "lanes": list(lanes),
+            "also": list(self.also) if with_others else [],
+        }
+        with ExitStack() as stack:
+            both = [stack.enter_context(WorkerProcess(side, threads)) for side in self.sides]
+            hello = [worker.hello() for worker in both]
+            told = open_all(both, [asked, asked])
+            passes = {
+                lane: (told[0]["lanes"][lane]["steps"], told[1]["lanes"][lane]["steps"])
+                for lane in lanes
+            }
+            step_ns = {lane: min(t["lanes"][lane]["step_ns"] for t in told) for lane in lanes}
+            turns = take_turns(both[0], both[1], passes, step_ns, new_first=new_first)
+            for worker in both:
+                worker.tell({"do": "finish"})
+            varied = [next(filter(None, w.answer()["varied"].values()), None) for w in both]
+        seen = Opened((hello[0], hello[1]), (told[0], told[1]), (varied[0], varied[1]))
+        return Pair(turns, passes, time.monotonic() - began, new_first), seen
+
+
+def take_turns(
+    base: WorkerProcess,
+    new: WorkerProcess,
+    passes: Mapping[str, tuple[int, int]],
+    step_ns: Mapping[str, float],
+    *,
+    new_first: bool,
+) -> dict[str, list[TurnPair]]:
+    """Strict alternation, lane after lane, until there was :data:`PAIR_S` of it for each."""
+    found: dict[str, list[TurnPair]] = {lane: [] for lane in passes}
+    pieces = {
+        lane: (cut(steps[0], step_ns[lane]), cut(steps[1], step_ns[lane] * steps[0] / steps[1]))
+        for lane, steps in passes.items()
+    }
+    spent = 0
+    while spent < PAIR_S * 1e9 * len(passes) or len(next(iter(found.values()))) < FEWEST_TURNS:
+        for lane, (of_base, of_new) in pieces.items():
+            sizes = next(of_base), next(of_new)
+            if new_first:
+                second = new.turn(lane, sizes[1])
+                first = base.turn(lane, sizes[0])
+            else:
+                first = base.turn(lane, sizes[0])
+                second = new.turn(lane, sizes[1])
+            found[lane].append((first, second))
+            # What was not timed, the first step and the kernel, took its time as well.
+            spent += sum(round(t.step_ns * (t.steps + 1)) + t.kernel_ns for t in (first, second))
+    return found
+
+
+def cut(steps: int, step_ns: float) -> Iterator[int]:
+    """Sizes of turns, of about :data:`TURN_S`, that a trial of so many steps is cut into.
+
+    A short trial is served several times in a turn; each turn of two sides covers the same part of
+    the workload, though one may need more steps for it.
+    """
+    count = steps * step_ns / (TURN_S * 1e9)
+    if count < 1:
+        times = max(1, round(1 / max(count, 1e-6)), -(-FEWEST_STEPS // steps))
+        while True:
+            yield steps * times
+    pieces = max(1, min(round(count), steps // FEWEST_STEPS))
+    while True:
+        for i in range(pieces):
+            yield steps * (i + 1) // pieces - steps * i // pieces
+
+
+def lanes_of(experiment: Experiment, timed: str | None) -> tuple[list[str], list[str]]:
+    """Strategies whose time is compared, and the others.
+
+    Raises:
+        UsageError: ``timed`` names one that is not served, or one that has no turns to take.
+    """
+    ours = list(experiment.serving.policies)
+    if not ours:
+        raise UsageError(
+            f"--strategy {GENERATE_BATCH}: schedules for itself and cannot take turns; add one of "
+            "ours, such as continuous"
+        )
+    names = [name.strip() for name in timed.split(",") if name.strip()] if timed else ours[-1:]
+    for name in names:
+        if name not in ours:
+            raise UsageError(f"--timed {name}: is not among --strategy {','.join(ours)}; add it")
+    return names, [name for name in ours if name not in names]
+
+
+def conduct_duet(
+    base: Installation,
+    new: Installation,
+    experiment: Experiment,
+    spec: DuetSpec,
+    watch: DuetWatch,
+) -> Findings:
+    """Run pairs until all is sure, or the time is up; confirm what is slower with a second run.
+
+    Raises:
+        UsageError: what is asked cannot be done by one of the two.
+    """
+    began = time.monotonic()
+    lanes, others = lanes_of(experiment, spec.timed)
+    stage = Stage((base, new), experiment, others, random.Random())
+    first = Run(spec.rule.shared(len(lanes)), lanes)
+    for _ in paired(first, stage, watch, began + spec.max_time):
+        if len(first.pairs) == 2 and works_differ(first.opened[-1]):
+            break  # times would answer another question
+        loss_likely = any((d.estimate or 0) > first.rule.floor for d in first.decisions.values())
+        if loss_likely and time.monotonic() - began > FIRST_SHARE * spec.max_time:
+            first.look(last=True)
+            break
+    seen = Findings(first)
+    slower = [lane for lane, d in first.decisions.items() if d.verdict is Verdict.SLOWER]
+    left = spec.max_time - (time.monotonic() - began)
+    if slower and not first.contamination and left > FEWEST * first.pair_s:
+        second = Run(Rule(first.rule.floor, first.rule.margin, CONFIRMING), slower, confirming=True)
+        for _ in paired(second, stage, watch, began + spec.max_time):
+            pass
+        seen.confirmation = second
+    seen.seconds = time.monotonic() - began
+    return seen
+
+
+def paired(run: Run, stage: Stage, watch: DuetWatch, until: float) -> Iterator[Pair]:
+    """Pair after pair, until all is sure or another one would not end in time."""
+    while True:
+        watch.pair_begins(len(run.pairs) + 1, confirming=run.confirming)
+        pair, opened = stage.pair(run.lanes, with_others=not run.confirming and len(run.pairs) < 2)
+        run.add(pair, opened)
+        up = time.monotonic() + run.pair_s > until
+        if up:
+            run.look(last=True)
+        watch.pair_ends(run)
+        yield pair
+        # The work is counted twice, in different processes, whatever the times say.
+        if up or (run.is_sure and len(run.pairs) > 1):
+            return
+
+
+def works_differ(opened: Opened) -> bool:
+    """Whether the two sides need different numbers of steps for some strategy."""
+    base, new = (
+        {**t["also"], **{n: x["work"] for n, x in t["lanes"].items()}} for t in opened.told
+    )
+    return any(base[name].get("forward_passes") != new[name].get("forward_passes") for name in base)
+
+
+def is_on_cpu(opened: Opened) -> bool:
+    """Whether the model runs on the processor, on both sides."""
+    return all(str(told["model"]["device"]) == "cpu" for told in opened.told)
