@@ -1,0 +1,194 @@
+"""What was done, counted exactly: two versions' counters and outputs, strategy by strategy.
+
+Equal counts are equal and others are not: no statistics, and one look is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from batchbench.errors import UsageError
+from batchbench.reports.evidence import Evidence, Kind
+from batchbench.reports.sequential import Verdict
+
+OUTPUTS = "outputs"
+"""The metric under which a strategy's tokens are told."""
+
+_FIXED = ("prefill_tokens", "useful_slot_steps")
+"""What the workload asks for: fewer of them is work left out, and no improvement."""
+
+_COMPOSITION = ("prefill_passes", "mixed_passes", "decode_passes", "prompt_slot_steps")
+"""Parts of a whole: of themselves neither good nor bad, and better only where the whole is."""
+
+_WHOLE = "forward_passes"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one version.
+
+    Attributes:
+        counters: each strategy's counts by name, as ``result.json`` has them; None where it
+            schedules for itself and shows no steps.
+        digests: each strategy's digest of all tokens; None where no model ran.
+        closed: all requests were there at the start with given lengths, so that counts depend on
+            nothing but the schedule.
+        simulated: on a virtual clock.
+        dtype: the model's number format; None where no model ran.
+    """
+
+    counters: Mapping[str, Mapping[str, int] | None]
+    digests: Mapping[str, str | None]
+    closed: bool
+    simulated: bool
+    dtype: str | None
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Work:
+        """Of a result's data."""
+        strategies = data["strategies"]
+        return cls(
+            counters={name: each["counters"] for name, each in strategies.items()},
+            digests={name: each["output_digest"] for name, each in strategies.items()},
+            closed=data["workload"]["closed"],
+            simulated=data["simulated"],
+            dtype=data["model"]["dtype"],
+        )
+
+
+def compare_work(
+    base: Work, new: Work, *, alike: bool, allow_improvement: bool = False
+) -> list[Evidence]:
+    """Each strategy's counts and outputs, those of the base first and in its order.
+
+    Counts gate where the workload is closed, and in a simulation also where it is not, provided
+    that both took their time from the same cost. Outputs gate where the same tokens must come out
+    to the bit: a closed workload, like environments, float32. Elsewhere the precision may decide
+    between two tokens, and a difference is told but fails nothing.
+
+    Args:
+        alike: whether the environments (of simulations: the costs) are such that the same must
+            come out.
+        allow_improvement: a strategy may change where every count of it that changed is better.
+
+    Raises:
+        UsageError: a strategy of the base is missing.
+    """
+    if missing := [name for name in base.counters if name not in new.counters]:
+        raise UsageError(
+            f"strategy {missing[0]}: the base has it and the new version has not; run both with "
+            f"--strategy {','.join(base.counters)}"
+        )
+    closed = base.closed and new.closed
+    exact = closed or (base.simulated and new.simulated and alike)
+    single = base.dtype == new.dtype == "float32"
+    found: list[Evidence] = []
+    for name, counters in base.counters.items():
+        found += _of_counters(name, counters, new.counters[name], exact, allow_improvement)
+        digests = base.digests.get(name), new.digests.get(name)
+        found += _of_outputs(name, *digests, gated=closed and alike and single)
+    return found
+
+
+def _of_counters(
+    strategy: str,
+    base: Mapping[str, int] | None,
+    new: Mapping[str, int] | None,
+    exact: bool,
+    allow_improvement: bool,
+) -> Iterator[Evidence]:
+    if base is None and new is None:
+        yield Evidence(
+            Kind.WORK,
+            "counters",
+            strategy,
+            None,
+            None,
+            Verdict.UNKNOWN,
+            why="cannot be told, since the strategy schedules for itself and shows no steps",
+        )
+        return
+    if base is None or new is None:
+        yield Evidence(
+            Kind.WORK,
+            "counters",
+            strategy,
+            None if base is None else "counted",
+            None if new is None else "counted",
+            Verdict.CHANGED,
+            fails=exact,
+            gated=exact,
+            why="are there in one of the two only",
+        )
+        return
+    changed = {key for key in base.keys() & new.keys() if base[key] != new[key]}
+    better = {key for key in changed if _is_better(key, base, new)}
+    allowed = allow_improvement and better == changed
+    for key in [*base, *(key for key in new if key not in base)]:
+        if key not in base or key not in new:  # one of the two is of a version that counts more
+            side = "base" if key not in base else "new version"
+            yield Evidence(
+                Kind.WORK,
+                key,
+                strategy,
+                base.get(key),
+                new.get(key),
+                Verdict.UNKNOWN,
+                why=f"was not counted by the {side}",
+            )
+            continue
+        same = base[key] == new[key]
+        yield Evidence(
+            Kind.WORK,
+            key,
+            strategy,
+            base[key],
+            new[key],
+            Verdict.SAME if same else Verdict.CHANGED,
+            fails=exact and not same and not allowed,
+            gated=exact,
+            change=new[key] / base[key] - 1 if base[key] else None,
+            why=None if same else _spell_change(base[key], new[key], exact, allowed),
+        )
+
+
+def _is_better(key: str, base: Mapping[str, int], new: Mapping[str, int]) -> bool:
+    if key in _FIXED:
+        return False
+    if key in _COMPOSITION:
+        return new.get(_WHOLE, 0) < base.get(_WHOLE, 0)
+    return new[key] < base[key]
+
+
+def _spell_change(base: int, new: int, exact: bool, allowed: bool) -> str:
+    share = f" ({new / base - 1:+.1%})".replace("%", " %").replace("-", "−") if base else ""
+    text = f"{'grew' if new > base else 'fell'} by {abs(new - base):,}{share}"
+    if not exact:
+        return f"{text}, as it may where who waits depends on the machine's speed"
+    return f"{text}, an improvement, which was allowed" if allowed else text
+
+
+def _of_outputs(
+    strategy: str, base: str | None, new: str | None, *, gated: bool
+) -> Iterator[Evidence]:
+    if base is None and new is None:
+        return
+    same, missing = base == new, base is None or new is None
+    why = None
+    if missing:
+        why = "are there in one of the two only"
+    elif not same:
+        why = "differ" if gated else "differ, perhaps by no more than numerical ties"
+    yield Evidence(
+        Kind.WORK,
+        OUTPUTS,
+        strategy,
+        base and base[:12],
+        new and new[:12],
+        Verdict.SAME if same else Verdict.CHANGED,
+        fails=gated and not same,
+        gated=gated,
+        why=why,
+    )
