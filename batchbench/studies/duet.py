@@ -13,15 +13,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from math import log1p
 from typing import Any
 
-from batchbench import settings
-from batchbench.batching.experiment import GENERATE_BATCH, Experiment
-from batchbench.errors import UsageError
+from batchbench.batching.experiment import Experiment
 from batchbench.reports.sequential import FEWEST, Decision, Rule, Verdict, decide
 from batchbench.reports.turns import Pair, TurnPair, contamination
-from batchbench.settings import setting
+from batchbench.studies.deciding import DuetSpec, lanes_of, rule_of
 from batchbench.studies.processes import Installation, WorkerProcess, open_all
 
 TURN_S = 0.2
@@ -39,76 +36,15 @@ FIRST_SHARE = 0.65
 CONFIRMING = 0.01
 """Error of the confirming run, which has one question left to answer."""
 
-_PANEL = "Deciding"
 
-
-@dataclass(frozen=True)
-class DuetSpec:
-    """How long to look, and what counts as a difference."""
-
-    max_time: float = setting(
-        300.0,
-        "Seconds that all of it may take, the start of the processes included.",
-        _PANEL,
-        min=20,
-    )
-    floor: float = setting(
-        0.01,
-        "Loss that must be exceeded before anything is called slower, as a share.",
-        _PANEL,
-        min=0.0,
-        max=1.0,
-    )
-    margin: float = setting(
-        0.05,
-        "Loss that must be ruled out before anything is called the same, as a share.",
-        _PANEL,
-        min=0.001,
-        max=1.0,
-    )
-    confidence: float = setting(
-        0.999,
-        "Probability with which equal versions are not called slower, all looks together.",
-        _PANEL,
-        min=0.5,
-        max=0.999999,
-    )
-    timed: str | None = setting(
-        None,
-        "Strategies whose time is compared and gated; of the others only the work is.",
-        _PANEL,
-        metavar="NAMES",
-        default_text="the last of --strategy",
-    )
-    allow_improvement: bool = setting(
-        False, "Fewer passes, or less computed in vain, is no failure.", _PANEL
-    )
-
-    def __post_init__(self) -> None:
-        settings.check(self)
-        if self.margin <= self.floor:
-            raise UsageError(
-                f"--margin {self.margin:g}: must be above --floor {self.floor:g}, or a loss in "
-                "between would be both slower and the same"
-            )
-
-    @property
-    def rule(self) -> Rule:
-        """The same in logarithms of a time's ratio."""
-        return Rule(log1p(self.floor), log1p(self.margin), 1 - self.confidence)
-
-
-class DuetWatch:
+class TurnsWatch:
     """Told of what happens; this one is silent."""
 
-    def note(self, line: str) -> None:
-        """Something that the reader should know of."""
+    def begins(self, what: str) -> None:
+        """What is going on from now on."""
 
-    def pair_begins(self, number: int, *, confirming: bool) -> None:
-        """Two processes are being started."""
-
-    def pair_ends(self, run: Run) -> None:
-        """They have ended; what can be told so far."""
+    def told(self, label: str, decisions: Mapping[str, Decision], fault: str | None) -> None:
+        """What can be told so far: log ratios of a time, above 0 where new is slower."""
 
 
 @dataclass(frozen=True)
@@ -255,31 +191,12 @@ def cut(steps: int, step_ns: float) -> Iterator[int]:
             yield steps * (i + 1) // pieces - steps * i // pieces
 
 
-def lanes_of(experiment: Experiment, timed: str | None) -> tuple[list[str], list[str]]:
-    """Strategies whose time is compared, and the others.
-
-    Raises:
-        UsageError: ``timed`` names one that is not served, or one that has no turns to take.
-    """
-    ours = list(experiment.serving.policies)
-    if not ours:
-        raise UsageError(
-            f"--strategy {GENERATE_BATCH}: schedules for itself and cannot take turns; add one of "
-            "ours, such as continuous"
-        )
-    names = [name.strip() for name in timed.split(",") if name.strip()] if timed else ours[-1:]
-    for name in names:
-        if name not in ours:
-            raise UsageError(f"--timed {name}: is not among --strategy {','.join(ours)}; add it")
-    return names, [name for name in ours if name not in names]
-
-
 def conduct_duet(
     base: Installation,
     new: Installation,
     experiment: Experiment,
     spec: DuetSpec,
-    watch: DuetWatch,
+    watch: TurnsWatch,
 ) -> Findings:
     """Run pairs until all is sure, or the time is up; confirm what is slower with a second run.
 
@@ -289,7 +206,7 @@ def conduct_duet(
     began = time.monotonic()
     lanes, others = lanes_of(experiment, spec.timed)
     stage = Stage((base, new), experiment, others, random.Random())
-    first = Run(spec.rule.shared(len(lanes)), lanes)
+    first = Run(rule_of(spec).shared(len(lanes)), lanes)
     for _ in paired(first, stage, watch, began + spec.max_time):
         if len(first.pairs) == 2 and works_differ(first.opened[-1]):
             break  # times would answer another question
@@ -309,16 +226,17 @@ def conduct_duet(
     return seen
 
 
-def paired(run: Run, stage: Stage, watch: DuetWatch, until: float) -> Iterator[Pair]:
+def paired(run: Run, stage: Stage, watch: TurnsWatch, until: float) -> Iterator[Pair]:
     """Pair after pair, until all is sure or another one would not end in time."""
     while True:
-        watch.pair_begins(len(run.pairs) + 1, confirming=run.confirming)
+        what = f"{'confirming, ' if run.confirming else ''}pair {len(run.pairs) + 1}"
+        watch.begins(what)
         pair, opened = stage.pair(run.lanes, with_others=not run.confirming and len(run.pairs) < 2)
         run.add(pair, opened)
         up = time.monotonic() + run.pair_s > until
         if up:
             run.look(last=True)
-        watch.pair_ends(run)
+        watch.told(what, run.decisions, run.contamination)
         yield pair
         # The work is counted twice, in different processes, whatever the times say.
         if up or (run.is_sure and len(run.pairs) > 1):

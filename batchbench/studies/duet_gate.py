@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from math import expm1
 from statistics import median
 from typing import Any
 
+import batchbench
 from batchbench.reports.evidence import Evidence, Gate, Kind, Side, Varying, weigh
+from batchbench.reports.result import SCHEMA_VERSION
 from batchbench.reports.sequential import FEWEST, Verdict
 from batchbench.reports.work import Work, compare_work
 from batchbench.studies.duet import Findings, Opened, Run, is_on_cpu
@@ -207,3 +211,21 @@ def _side(label: str, installation: Installation, opened: Opened, side: int) -> 
             "machine": environment.get("gpu") or environment.get("cpu"),
         },
     )
+
+
+def record_of(found: Findings, gate: Gate) -> bytes:
+    """``duet.json``: the gate, and every turn from which it can be decided again."""
+    runs = {"first": found.first, "confirmation": found.confirmation}
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "batchbench_version": batchbench.__version__,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gate": gate.as_data(),
+        **{
+            name: None
+            if run is None
+            else {"rule": asdict(run.rule), "pairs": [pair.as_data() for pair in run.pairs]}
+            for name, run in runs.items()
+        },
+    }
+    return (json.dumps(data, allow_nan=False, ensure_ascii=False) + "\n").encode()

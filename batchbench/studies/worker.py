@@ -102,6 +102,11 @@ class Worker:
         for name in lanes:
             # Each lane has an engine of its own, whose cache holds its half-served batch.
             session = Session(_asked_by(name, experiment), Watch(), shelf)
+            if not session.workload.closed:
+                raise UsageError(
+                    "turns need requests that are all there at the start and of known lengths, "
+                    "so that both sides take the same steps; drop arrivals and --stop-at-eos"
+                )
             session.warm_up()
             sessions[name] = session
             self._lanes[name] = Lane(session.batcher(strategy_of(name)), session.workload)
