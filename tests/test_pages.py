@@ -15,7 +15,8 @@ import pytest
 from batchbench.batching.conduct import conduct
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.errors import UsageError
-from batchbench.reports.documents import check_document, check_number, make_document
+from batchbench.reports.destination import check_file
+from batchbench.reports.documents import check_number, make_document
 from batchbench.reports.formats import charts, markdown
 from batchbench.reports.formats.html import MOST_BARS, render
 from batchbench.reports.result import Result, make_result
@@ -322,9 +323,9 @@ def test_pictures_are_named_as_the_document_sees_them(small: Result, tmp_path: P
 def test_a_document_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"--output .*: is a directory"):
-        check_document(tmp_path)
+        check_file(tmp_path, "--output")
     with pytest.raises(UsageError, match=r"--output .*: cannot be written into .*file"):
-        check_document(tmp_path / "file" / "report.html")
+        check_file(tmp_path / "file" / "report.html", "--output")
 
 
 def test_ticks_are_round_and_end_within(small: Result) -> None:

@@ -20,6 +20,7 @@ from batchbench.studies.deciding import DuetSpec
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
+    from batchbench.reports.evidence import Gate
     from batchbench.studies.processes import Installation
 
 DUET_HELP = """Compare another installation of batchbench with this one, in alternating turns.
@@ -95,10 +96,9 @@ def duet(
 ) -> None:
     """Compare two installations."""
     from batchbench.reports.destination import check_folder, remove_if_empty
-    from batchbench.studies.deciding import check_closed, lanes_of
+    from batchbench.studies.deciding import lanes_of
 
     experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
-    check_closed(experiment, "duet")
     lanes_of(experiment, deciding.timed)
     check_outputs(output)
     marker = "duet.json"
@@ -122,7 +122,7 @@ def _compare(
     experiment: Experiment,
     record: RecordSpec,
     output: GateOutputSpec,
-):  # type: ignore[no-untyped-def]
+) -> Gate:
     from batchbench.cli.turns import make_turns_display
     from batchbench.studies.duet import conduct_duet
     from batchbench.studies.duet_gate import make_gate, record_of

@@ -106,7 +106,8 @@ def report(
     output: ReportSpec,
 ) -> None:
     """Show results again."""
-    from batchbench.reports.documents import check_document, check_number
+    from batchbench.reports.destination import check_file
+    from batchbench.reports.documents import check_number
     from batchbench.reports.result import load_result, remake_result
 
     folders = [folder.parent if folder.name == "result.json" else folder for folder in folders]
@@ -118,7 +119,7 @@ def report(
     check_number(folders)
     file = None if output.chosen == "terminal" else output.file(folders)
     if file is not None:
-        check_document(file)
+        check_file(file, "--output")
     if output.trace_out is not None:
         from batchbench.reports.formats.trace_events import check_trace_file
 

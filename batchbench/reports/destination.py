@@ -76,6 +76,20 @@ def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
         remove_if_empty(made)
 
 
+def check_file(file: Path, option: str) -> None:
+    """See that a file that an option names can be written, anew or again.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if file.exists() and not file.is_file():
+        what = "is a directory" if file.is_dir() else "is no file"
+        raise UsageError(f"{option} {file}: {what}; give a file, such as report.html")
+    parent = next(path for path in file.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"{option} {file}: cannot be written into {parent}")
+
+
 def write_files(folder: Path, contents: Mapping[str, bytes | Iterable[bytes]]) -> None:
     """Write files by their names, each whole or not at all.
 

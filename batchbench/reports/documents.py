@@ -31,19 +31,6 @@ def check_number(folders: Sequence[Path]) -> None:
         seen.add(folder.resolve())
 
 
-def check_document(file: Path) -> None:
-    """See that a document can be written there.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    if file.is_dir():
-        raise UsageError(f"--output {file}: is a directory; give a file, such as report.html")
-    parent = next(path for path in file.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UsageError(f"--output {file}: cannot be written into {parent}")
-
-
 def make_document(
     format: str, folders: Sequence[Path], results: Sequence[Result], file: Path | None
 ) -> str:

@@ -36,10 +36,10 @@ def _together(together: SideBySide) -> Iterator[str]:
     yield from (f"**{escape(together.sentence)}**", "")
     if together.settings:
         rows = [[name, *values] for name, values in together.settings]
-        yield from _table(["Differs", *together.labels], rows, left=len(together.labels) + 1)
+        yield from table(["Differs", *together.labels], rows, left=len(together.labels) + 1)
     head = ["Result", "Strategy", "Speed-up", *(name for name, _ in FIGURES), "Run"]
     rows = [[x.label, x.strategy, x.speedup, *x.figures, x.status] for x in together.lines]
-    yield from _table(head, rows, left=2)
+    yield from table(head, rows, left=2)
 
 
 def _of_result(one: Labelled, pictures: Mapping[str, str], *, several: bool) -> Iterator[str]:
@@ -50,7 +50,7 @@ def _of_result(one: Labelled, pictures: Mapping[str, str], *, several: bool) -> 
     for line in causes(result):
         yield from (escape(line), "")
     head, rows = cells(result)
-    yield from _table(head, rows, left=2)
+    yield from table(head, rows, left=2)
     if notes(result):
         yield from (escape("; ".join(notes(result))), "")
     for name, path in pictures.items():
@@ -64,13 +64,13 @@ def _again(result: Result) -> Iterator[str]:
     found = ", ".join(f"{name} {version}" for name, version in packages.items())
     machine = data["environment"].get("gpu") or data["environment"].get("cpu") or "N/A"
     yield from ("<details><summary>To do it again</summary>", "")
-    yield from (*_fenced(data["command"]), "")
+    yield from (*fenced(data["command"]), "")
     version = data["batchbench_version"]
     yield from (escape(f"{machine}; batchbench {version}, {found or 'packages N/A'}"), "")
     yield from ("</details>", "")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> Iterator[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> Iterator[str]:
     """The first ``left`` columns to the left, the others, numbers, to the right."""
     yield _row(head)
     yield _row(["---" if i < left else "---:" for i in range(len(head))], plain=True)
@@ -82,8 +82,8 @@ def _row(cells: Sequence[str], *, plain: bool = False) -> str:
     return "| " + " | ".join(cells if plain else map(escape, cells)) + " |"
 
 
-def _fenced(text: str) -> tuple[str, str, str]:
-    """A code block whose fence is longer than any within."""
+def fenced(text: str) -> tuple[str, str, str]:
+    """A command in a code block whose fence is longer than any within."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}console", " ".join(text.split()), fence

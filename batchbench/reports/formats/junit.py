@@ -1,0 +1,90 @@
+"""A gate as JUnit XML, which GitLab, Jenkins, Azure and others show beside the tests.
+
+Elements and attributes are those that Jenkins' xUnit plugin reads (its ``junit-10.xsd``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+from batchbench.reports.evidence import Answer, Evidence, Gate, Kind, describe
+from batchbench.reports.gate_rows import COUNTED, MEASURED, TITLES, cells
+from batchbench.reports.sequential import Verdict
+
+_NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def render(gate: Gate, *, strict: bool = False) -> bytes:
+    """A test suite a kind of evidence, a test case a piece of it; there is always one.
+
+    What fails is a failure; what was gated and cannot be told is skipped, or a failure where
+    ``strict``; all else passes and says in its output what was found. Where it cannot be told for a
+    reason that no evidence bears, a suite ``gate`` says so.
+    """
+    suites = [(kind.value, [_case(each, strict=strict) for each in gate.of(kind)]) for kind in Kind]
+    if gate.answer is Answer.UNKNOWN and (gate.unsure or not gate.untold):
+        suites.append(("gate", [_unknown("answer", "gate", gate.sentence, strict=strict)]))
+    root = ElementTree.Element("testsuites", name=_text(f"batchbench {gate.command}"))
+    if gate.seconds is not None:
+        root.set("time", f"{gate.seconds:.3f}")
+    for name, cases in suites:
+        if cases:
+            suite = ElementTree.SubElement(root, "testsuite", name=f"batchbench.{name}")
+            _count(suite, cases)
+            suite.extend(cases)
+    _count(root, [case for _, cases in suites for case in cases])
+    del root.attrib["skipped"]  # which testsuites has not
+    ElementTree.indent(root)
+    found: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return found + b"\n"
+
+
+def _count(element: ElementTree.Element, cases: Sequence[ElementTree.Element]) -> None:
+    element.set("tests", str(len(cases)))
+    element.set("failures", str(sum(case.find("failure") is not None for case in cases)))
+    element.set("errors", "0")
+    element.set("skipped", str(sum(case.find("skipped") is not None for case in cases)))
+
+
+def _case(each: Evidence, *, strict: bool) -> ElementTree.Element:
+    if each.gated and each.verdict is Verdict.UNKNOWN and not each.fails:
+        why = each.why or "is too uncertain"
+        return _unknown(each.name, each.kind.value, f"cannot tell: {why}", strict=strict, of=each)
+    case = _named(each.name, each.kind.value)
+    if each.fails:
+        _outcome(case, "failure", describe(each), _details(each))
+    else:
+        ElementTree.SubElement(case, "system-out").text = _text(_details(each))
+    return case
+
+
+def _unknown(
+    name: str, suite: str, why: str, *, strict: bool, of: Evidence | None = None
+) -> ElementTree.Element:
+    case = _named(name, suite)
+    _outcome(case, "failure" if strict else "skipped", why, why if of is None else _details(of))
+    return case
+
+
+def _named(name: str, suite: str) -> ElementTree.Element:
+    return ElementTree.Element("testcase", name=_text(name), classname=f"batchbench.{suite}")
+
+
+def _outcome(case: ElementTree.Element, tag: str, message: str, details: str) -> None:
+    element = ElementTree.SubElement(case, tag, message=_text(message), type="batchbench")
+    element.text = _text(details)
+
+
+def _details(each: Evidence) -> str:
+    """Its row of the table, a line a cell."""
+    head = COUNTED if each.kind is Kind.WORK else MEASURED
+    lines = [f"{TITLES[each.kind]}: {describe(each)}"]
+    lines += [f"{name}: {cell}" for name, cell in zip(head, cells(each), strict=True) if cell]
+    return "\n".join([*lines, *([each.why] if each.why else [])])
+
+
+def _text(text: str) -> str:
+    """Without the characters that XML cannot hold."""
+    return _NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", text)
