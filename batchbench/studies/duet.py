@@ -53,16 +53,24 @@ class Opened:
 
     hello: tuple[Mapping[str, Any], Mapping[str, Any]]
     told: tuple[Mapping[str, Any], Mapping[str, Any]]
-    varied: tuple[str | None, str | None] = (None, None)
+    done: tuple[Mapping[str, Any], Mapping[str, Any]]  # work of each lane, and what varied
+
+
+Learnt = tuple[Mapping[str, tuple[int, float]], Mapping[str, tuple[int, float]]]
+"""Of each side, steps of a trial and nanoseconds of a step, by lane."""
 
 
 @dataclass
 class Run:
-    """Pairs under one rule, and what they tell of each lane so far."""
+    """Pairs under one rule, and what they tell of each lane so far.
+
+    ``known`` is what processes need not learn anew.
+    """
 
     rule: Rule
     lanes: Sequence[str]
     confirming: bool = False
+    known: Learnt | None = None
     pairs: list[Pair] = field(default_factory=list)
     opened: list[Opened] = field(default_factory=list)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
@@ -71,6 +79,8 @@ class Run:
         """One more pair."""
         self.pairs.append(pair)
         self.opened.append(opened)
+        if len(self.pairs) == 2:  # all work is counted in two processes a side
+            self.known = learnt(pair)
         self.look()
 
     def look(self, *, last: bool = False) -> None:
@@ -117,30 +127,41 @@ class Stage:
     also: Sequence[str]
     chance: random.Random
 
-    def pair(self, lanes: Sequence[str], *, with_others: bool) -> tuple[Pair, Opened]:
-        """Start two processes, let them take turns, and end them."""
+    def pair(
+        self,
+        lanes: Sequence[str],
+        known: Learnt | None,
+        *,
+        with_others: bool,
+    ) -> tuple[Pair, Opened]:
+        """Start two processes, let them take turns, and end them.
+
+        Args:
+            known: what earlier processes have learnt of the lanes.
+        """
         began = time.monotonic()
         threads = self.experiment.model.threads or 1
         new_first = self.chance.random() < 0.5
-        asked = {
-            "config": self.experiment.config(),
-            "lanes": list(lanes),
-            "also": list(self.also) if with_others else [],
-        }
+        asked = [
+            {
+                "config": self.experiment.config(),
+                "lanes": {lane: known[i][lane] if known else None for lane in lanes},
+                "also": list(self.also) if with_others else [],
+            }
+            for i in range(2)
+        ]
         with ExitStack() as stack:
             both = [stack.enter_context(WorkerProcess(side, threads)) for side in self.sides]
             hello = [worker.hello() for worker in both]
-            told = open_all(both, [asked, asked])
+            told = open_all(both, asked)
             passes = {
                 lane: (told[0]["lanes"][lane]["steps"], told[1]["lanes"][lane]["steps"])
                 for lane in lanes
             }
             step_ns = {lane: min(t["lanes"][lane]["step_ns"] for t in told) for lane in lanes}
             turns = take_turns(both[0], both[1], passes, step_ns, new_first=new_first)
-            for worker in both:
-                worker.tell({"do": "finish"})
-            varied = [next(filter(None, w.answer()["varied"].values()), None) for w in both]
-        seen = Opened((hello[0], hello[1]), (told[0], told[1]), (varied[0], varied[1]))
+            done = [worker.finish() for worker in both]
+        seen = Opened((hello[0], hello[1]), (told[0], told[1]), (done[0], done[1]))
         return Pair(turns, passes, time.monotonic() - began, new_first), seen
 
 
@@ -218,7 +239,8 @@ def conduct_duet(
     slower = [lane for lane, d in first.decisions.items() if d.verdict is Verdict.SLOWER]
     left = spec.max_time - (time.monotonic() - began)
     if slower and not first.contamination and left > FEWEST * first.pair_s:
-        second = Run(Rule(first.rule.floor, first.rule.margin, CONFIRMING), slower, confirming=True)
+        rule = Rule(first.rule.floor, first.rule.margin, CONFIRMING)
+        second = Run(rule, slower, confirming=True, known=first.known)
         for _ in paired(second, stage, watch, began + spec.max_time):
             pass
         seen.confirmation = second
@@ -231,16 +253,24 @@ def paired(run: Run, stage: Stage, watch: TurnsWatch, until: float) -> Iterator[
     while True:
         what = f"{'confirming, ' if run.confirming else ''}pair {len(run.pairs) + 1}"
         watch.begins(what)
-        pair, opened = stage.pair(run.lanes, with_others=not run.confirming and len(run.pairs) < 2)
-        run.add(pair, opened)
+        run.add(*stage.pair(run.lanes, run.known, with_others=run.known is None))
         up = time.monotonic() + run.pair_s > until
         if up:
             run.look(last=True)
         watch.told(what, run.decisions, run.contamination)
-        yield pair
+        yield run.pairs[-1]
         # The work is counted twice, in different processes, whatever the times say.
         if up or (run.is_sure and len(run.pairs) > 1):
             return
+
+
+def learnt(pair: Pair) -> Learnt:
+    """What a pair tells of each side's lanes."""
+    base, new = (
+        {lane: (steps[side], pair.step_ns(lane)[side]) for lane, steps in pair.passes.items()}
+        for side in (0, 1)
+    )
+    return base, new
 
 
 def works_differ(opened: Opened) -> bool:

@@ -49,7 +49,7 @@ def make_gate(
         evidence=[*work, *times],
         environment=differing,
         notes=notes,
-        unsure=_varied(found.first.opened),
+        unsure=_varied(found),
         seconds=found.seconds,
     )
 
@@ -104,21 +104,24 @@ def work_of(told: Mapping[str, Any], opened: Sequence[Opened], side: int) -> Wor
 
 
 def _works(opened: Opened, side: int) -> dict[str, Any]:
-    told = opened.told[side]
-    return {**told["also"], **{name: lane["work"] for name, lane in told["lanes"].items()}}
+    """The work of each strategy that a process has counted."""
+    lanes = opened.done[side]["work"]
+    return {**opened.told[side]["also"], **{name: work for name, work in lanes.items() if work}}
 
 
 def _counts(work: Mapping[str, Any]) -> dict[str, int]:
     return {name: value for name, value in work.items() if name != "output_digest"}
 
 
-def _varied(opened: Sequence[Opened]) -> str | None:
+def _varied(found: Findings) -> str | None:
     """What one side did not do twice alike: then nothing it did can be held against the other."""
+    opened = [*found.first.opened, *(found.confirmation.opened if found.confirmation else ())]
     for side, label in enumerate(("base", "new")):
         first = _works(opened[0], side)
         for each in opened:
-            if each.varied[side]:
-                return f"{label}: {each.varied[side]} varies from trial to trial of one process"
+            for name, counter in each.done[side]["varied"].items():
+                if counter:
+                    return f"{label}: {name}.{counter} varies from trial to trial"
             for name, work in _works(each, side).items():
                 if name in first and work != first[name]:
                     other = next(key for key in work if work[key] != first[name].get(key))

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Generator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from batchbench.batching.recording import Recording
@@ -24,21 +25,27 @@ KERNEL_BYTES = 16 << 20
 """Hashed by the calibration kernel: 10 ms or more on any core of today."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """What an earlier process learnt of a lane: steps of a trial, and what one takes."""
+
+    steps: int
+    step_ns: float
+
+
 class Lane:
     """Serves one closed workload again and again.
 
-    Every trial must do the work of the first: ``counters`` and ``output_digest`` are held against
-    it each time that one ends.
+    Every trial must do the work of the first, which is held against it each time that one ends:
+    ``varied`` names what differed, a fault of ours. ``work`` is None before the first has ended.
     """
 
-    def __init__(self, batcher: Batcher, workload: Workload) -> None:
+    def __init__(self, batcher: Batcher, workload: Workload, known: Known | None = None) -> None:
         self._batcher, self._workload = batcher, workload
         self._trial = 0
-        first = self._serve_once()
-        self.steps = first.num_steps
-        self.step_ns = first.duration_ns / max(first.num_steps, 1)
-        self.work = work_of(first)
-        self.varied: str | None = None  # what differed in a later trial, which is a fault of ours
+        self.work: Mapping[str, Any] | None = None
+        self.varied: str | None = None
+        self.known = known or self._learn()
         self._begin()
 
     def turn(self, steps: int) -> Turn:
@@ -60,12 +67,11 @@ class Lane:
             timed, todo = timed + now, todo - now
         return Turn(timed, wall, cpu, kernel_ns)
 
-    def restart(self) -> None:
-        """Begin a new trial, after somebody else has used the engine."""
-        self._begin()
-
-    def _serve_once(self) -> Recording:
-        return self._batcher.serve(self._workload, Watch(), trial=self._trial)
+    def _learn(self) -> Known:
+        """Serve once."""
+        first = self._batcher.serve(self._workload, Watch(), trial=self._trial)
+        self.work = work_of(first)
+        return Known(first.num_steps, first.duration_ns / max(first.num_steps, 1))
 
     def _begin(self) -> None:
         gc.collect()
@@ -73,7 +79,7 @@ class Lane:
             self._workload, Watch(), trial=self._trial
         )
         self._done = next(self._serving)
-        self._left = self.steps
+        self._left = self.known.steps
 
     def _advance(self, steps: int) -> None:
         """Run so many steps of the trial, and wait until they are computed."""
@@ -81,20 +87,23 @@ class Lane:
         while self._done < goal:
             self._done = self._serving.send(goal - self._done)
         self._batcher.engine.wait()
-        self._left = self.steps - self._done
+        self._left = self.known.steps - self._done
 
     def _end(self) -> None:
         """Close the trial, and begin the next."""
         try:
             self._serving.send(None)
         except StopIteration as done:
-            now = work_of(done.value)
-            other = [name for name, value in self.work.items() if now[name] != value]
-            self.varied = self.varied or (other[0] if other else None)
+            self._hold_against_first(work_of(done.value))
         else:
-            self.varied = "forward_passes"  # it takes more steps than the first time
+            self.varied = "forward_passes"  # it takes more steps than it did
         self._trial += 1
         self._begin()
+
+    def _hold_against_first(self, now: Mapping[str, Any]) -> None:
+        self.work = self.work or now
+        other = [name for name, value in self.work.items() if now[name] != value]
+        self.varied = self.varied or (other[0] if other else None)
 
 
 def work_of(recording: Recording) -> dict[str, Any]:

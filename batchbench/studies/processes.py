@@ -125,6 +125,11 @@ class WorkerProcess:
         self.tell({"do": "turn", "lane": lane, "steps": steps})
         return Turn(*self.answer()["turn"])
 
+    def finish(self) -> Mapping[str, Any]:
+        """Let it end; what it tells of the work that was done."""
+        self.tell({"do": "finish"})
+        return self.answer()
+
     def _read(self) -> None:
         for line in self._process.stdout or ():
             self._lines.put(line)

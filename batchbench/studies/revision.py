@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import io
 import os
 import shutil
@@ -103,6 +104,7 @@ def _install(root: Path, commit: str, folder: Path) -> None:
             sysconfig.get_path("purelib"),
         ]
         (library / "present.pth").write_text("\n".join(dict.fromkeys(present)) + "\n")
+        compileall.compile_dir(library / "batchbench", quiet=2)
         (staging / _READY).touch()
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(staging, folder)

@@ -4,13 +4,14 @@ It is told what to do in lines of JSON on standard input and answers each with o
 output; whatever else would be printed there goes to standard error. Each installation brings its
 own worker, so that a comparison of two installations runs each with all of its own code.
 
-    {"do": "open", "config": …, "lanes": ["continuous", …], "also": ["static", …]}
-        make the workload, load the model, warm up, serve once in each lane, and once under each
-        strategy of "also"; a lane is a strategy, "notebook/continuous" one on that engine
+    {"do": "open", "config": …, "lanes": {"continuous": null, …}, "also": ["static", …]}
+        make the workload, load the model, warm up, serve once in each lane that comes without
+        [steps of a trial, nanoseconds of a step], and once under each strategy of "also"; a lane is
+        a strategy, "notebook/continuous" one on that engine
     {"do": "turn", "lane": "continuous", "steps": 40}
         run so many steps
     {"do": "finish"}
-        tell what varied from trial to trial, and end
+        tell what work each lane did and what of it varied from trial to trial, and end
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import batchbench
 from batchbench.errors import BatchbenchError, UsageError
+
+if TYPE_CHECKING:
+    from batchbench.studies.lanes import Lane
+    from batchbench.workloads import Workload
 
 PROTOCOL = 1
 
@@ -59,6 +64,9 @@ def _tell(out: TextIO, answer: Mapping[str, Any]) -> None:
 class Worker:
     """Serves one experiment's workload in one or several lanes."""
 
+    def __init__(self) -> None:
+        self._lanes: dict[str, Lane] = {}
+
     def hello(self) -> dict[str, Any]:
         """What this is, once everything heavy is imported."""
         import transformers  # noqa: F401
@@ -79,10 +87,17 @@ class Worker:
             return self.open(asked["config"], asked["lanes"], asked["also"])
         if asked["do"] == "turn":
             return {"turn": astuple(self._lanes[asked["lane"]].turn(asked["steps"]))}
-        return {"varied": {name: lane.varied for name, lane in self._lanes.items()}}
+        lanes = self._lanes.items()
+        return {
+            "varied": {name: lane.varied for name, lane in lanes},
+            "work": {name: lane.work for name, lane in lanes},
+        }
 
     def open(
-        self, config: Mapping[str, Any], lanes: Sequence[str], also: Sequence[str]
+        self,
+        config: Mapping[str, Any],
+        lanes: Mapping[str, Sequence[float] | None],
+        also: Sequence[str],
     ) -> dict[str, Any]:
         """Make ready; what the work is, and what it runs on.
 
@@ -94,31 +109,27 @@ class Worker:
         from batchbench.batching.models import Shelf
         from batchbench.batching.watch import Watch
         from batchbench.reports.result import workload_facts
-        from batchbench.studies.lanes import Lane, run_kernel, work_of
+        from batchbench.studies.lanes import Known, Lane, run_kernel, work_of
 
         experiment, shelf = Experiment.from_config(config), Shelf()
-        sessions: dict[str, Session] = {}
-        self._lanes: dict[str, Lane] = {}
+        sessions = {}
         for name in lanes:
             # Each lane has an engine of its own, whose cache holds its half-served batch.
-            session = Session(_asked_by(name, experiment), Watch(), shelf)
-            if not session.workload.closed:
-                raise UsageError(
-                    "turns need requests that are all there at the start and of known lengths, "
-                    "so that both sides take the same steps; drop arrivals and --stop-at-eos"
-                )
-            session.warm_up()
-            sessions[name] = session
-            self._lanes[name] = Lane(session.batcher(strategy_of(name)), session.workload)
+            sessions[name] = Session(_asked_by(name, experiment), Watch(), shelf)
+            _check_closed(sessions[name].workload)
+            sessions[name].warm_up()
         first = next(iter(sessions.values()))
-        others = (
-            {name: work_of(first.batcher(name).serve(first.workload, Watch())) for name in also}
-            if also
-            else {}
-        )
-        for lane, session in zip(self._lanes.values(), sessions.values(), strict=True):
-            if also and session is first:
-                lane.restart()  # its engine was used by others in between
+        others = {
+            name: work_of(first.batcher(name).serve(first.workload, Watch())) for name in also
+        }
+        self._lanes = {
+            name: Lane(
+                sessions[name].batcher(strategy_of(name)),
+                sessions[name].workload,
+                Known(int(known[0]), known[1]) if known else None,
+            )
+            for name, known in lanes.items()
+        }
         run_kernel()
         # What is there now stays; a collection between trials then has little to look through.
         gc.collect()
@@ -129,11 +140,19 @@ class Worker:
             "model": first.model,
             "environment": first.environment,
             "lanes": {
-                name: {"steps": lane.steps, "step_ns": lane.step_ns, "work": lane.work}
+                name: {"steps": lane.known.steps, "step_ns": lane.known.step_ns, "work": lane.work}
                 for name, lane in self._lanes.items()
             },
             "also": others,
         }
+
+
+def _check_closed(workload: Workload) -> None:
+    if not workload.closed:
+        raise UsageError(
+            "turns need requests that are all there at the start and of known lengths, so that "
+            "both sides take the same steps; drop arrivals and --stop-at-eos"
+        )
 
 
 def strategy_of(lane: str) -> str:
