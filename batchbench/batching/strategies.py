@@ -103,15 +103,21 @@ class Batcher:
             progress.advance(plan, launched, len(finished), ended)
             watch.progressed(progress)
             most = yield recorder.steps
+        ran = engine.collect()
         header = Header(
             strategy=self.name,
             trial=trial,
             slots=self.slots,
             simulated=engine.simulated,
             workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
-            about={**self.about, "pads_prompts": engine.pads_prompts, "wall_ns": progress.now_ns},
+            about={
+                **self.about,
+                "pads_prompts": engine.pads_prompts,
+                "wall_ns": progress.now_ns,
+                "computed_passes": ran.computed,
+            },
         )
-        return recorder.recording(header, engine.collect())
+        return recorder.recording(header, ran)
 
     def _shortened(self, plan: Plan, steps: int, spent_ns: int, most: int | None) -> Plan:
         """The plan with ``most`` passes, and no more than fit a turn by the mean step so far."""

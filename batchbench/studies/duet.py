@@ -229,7 +229,8 @@ def conduct_duet(
     stage = Stage((base, new), experiment, others, random.Random())
     first = Run(rule_of(spec).shared(len(lanes)), lanes)
     for _ in paired(first, stage, watch, began + spec.max_time):
-        if len(first.pairs) == 2 and works_differ(first.opened[-1]):
+        differ = len(first.pairs) == 2 and counts_differ(first.opened[-1])
+        if differ and not spec.allow_improvement:
             break  # times would answer another question
         loss_likely = any((d.estimate or 0) > first.rule.floor for d in first.decisions.values())
         if loss_likely and time.monotonic() - began > FIRST_SHARE * spec.max_time:
@@ -273,12 +274,18 @@ def learnt(pair: Pair) -> Learnt:
     return base, new
 
 
-def works_differ(opened: Opened) -> bool:
-    """Whether the two sides need different numbers of steps for some strategy."""
+def counts_differ(opened: Opened) -> bool:
+    """Whether the two sides do other work for some strategy."""
     base, new = (
-        {**t["also"], **{n: x["work"] for n, x in t["lanes"].items()}} for t in opened.told
+        {**told["also"], **done["work"]}
+        for told, done in zip(opened.told, opened.done, strict=True)
     )
-    return any(base[name].get("forward_passes") != new[name].get("forward_passes") for name in base)
+    return any(
+        value != new[name].get(counter)
+        for name, work in base.items()
+        for counter, value in work.items()
+        if counter != "output_digest"  # a tie may stand behind it
+    )
 
 
 def is_on_cpu(opened: Opened) -> bool:

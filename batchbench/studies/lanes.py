@@ -109,6 +109,8 @@ class Lane:
 def work_of(recording: Recording) -> dict[str, Any]:
     """The counters of a trial, flat, and the digest of its outputs."""
     told: Mapping[str, Any] = counters(recording) if recording.has_steps else {}
+    if (computed := recording.header.about.get("computed_passes")) is not None:
+        told = {**told, "computed_passes": computed}
     return {**told, "output_digest": output_digest(recording)}
 
 
