@@ -28,7 +28,8 @@ class Steps:
 
     ``start_ns`` is one a call of ``run``; ``ends_ns`` one a step (or ``step_ns`` one a call, in
     simulation, with the ``growth`` of its steps); ``tokens`` is ``[steps, slots]``, defined where
-    a slot was computed.
+    a slot was computed. ``computed`` are the forward passes of the model, counted where it is
+    called, which should be one a step.
     """
 
     start_ns: Ints
@@ -36,6 +37,7 @@ class Steps:
     step_ns: Ints | None = None
     tokens: NDArray[np.int32] | None = None
     growth: GrowthLog | None = None
+    computed: int | None = None
 
 
 class Recorder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -48,6 +48,22 @@ class Batcher:
 
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
         """Plan, run, apply, until all is done."""
+        paced = self.paced(workload, watch, trial=trial)
+        try:
+            while True:
+                next(paced)
+        except StopIteration as done:
+            recording: Recording = done.value
+            return recording
+
+    def paced(
+        self, workload: Workload, watch: Watch, *, trial: int = 0
+    ) -> Generator[int, int | None, Recording]:
+        """As :meth:`serve`, at the caller's pace.
+
+        Yields how many steps were launched so far: first 0, then after each call of the engine.
+        What is sent is the most steps that the next call may take; None leaves it to the plan.
+        """
         engine, clock = self.engine, self.engine.clock
         arrivals = make_arrivals(workload)
         scheduler = Scheduler(
@@ -62,6 +78,7 @@ class Batcher:
         recorder = Recorder(workload)
         progress = Progress(self.name, trial, self.slots, len(workload))
         engine.begin(workload)
+        most = yield 0
         while (plan := scheduler.plan(clock.now())) is not None:
             if isinstance(plan, Wait):
                 began = clock.now()
@@ -71,7 +88,7 @@ class Batcher:
                 recorder.waited(began, plan.until, clock.now(), scheduler.num_waiting)
                 continue
             launched = engine.run(
-                self._shortened(plan, recorder.steps, clock.now() - recorder.waited_ns)
+                self._shortened(plan, recorder.steps, clock.now() - recorder.waited_ns, most)
             )
             recorder.launched(plan, launched, scheduler.num_waiting)
             stopped = engine.stopped(plan) if workload.stop_at_eos else ()
@@ -85,20 +102,27 @@ class Batcher:
                 arrivals.finished(request, ended)
             progress.advance(plan, launched, len(finished), ended)
             watch.progressed(progress)
+            most = yield recorder.steps
+        ran = engine.collect()
         header = Header(
             strategy=self.name,
             trial=trial,
             slots=self.slots,
             simulated=engine.simulated,
             workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
-            about={**self.about, "pads_prompts": engine.pads_prompts, "wall_ns": progress.now_ns},
+            about={
+                **self.about,
+                "pads_prompts": engine.pads_prompts,
+                "wall_ns": progress.now_ns,
+                "computed_passes": ran.computed,
+            },
         )
-        return recorder.recording(header, engine.collect())
+        return recorder.recording(header, ran)
 
-    def _shortened(self, plan: Plan, steps: int, spent_ns: int) -> Plan:
-        """The plan with no more passes than fit a turn, going by the mean step so far."""
-        most = self.max_repeat
+    def _shortened(self, plan: Plan, steps: int, spent_ns: int, most: int | None) -> Plan:
+        """The plan with ``most`` passes, and no more than fit a turn by the mean step so far."""
+        limits = [limit for limit in (self.max_repeat, most) if limit is not None]
         if not self.engine.simulated and plan.repeat > 1:
-            turn = max(1, _TURN_NS * steps // max(spent_ns, 1)) if steps else 1
-            most = turn if most is None else min(most, turn)
-        return plan if most is None or plan.repeat <= most else replace(plan, repeat=most)
+            limits.append(max(1, _TURN_NS * steps // max(spent_ns, 1)) if steps else 1)
+        repeat = min([plan.repeat, *limits])
+        return plan if repeat == plan.repeat else replace(plan, repeat=repeat)

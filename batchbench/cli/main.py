@@ -14,6 +14,7 @@ import batchbench
 from batchbench.cli import breakeven as mapping
 from batchbench.cli import capacity as capacities
 from batchbench.cli import compare as comparing
+from batchbench.cli import duet as dueting
 from batchbench.cli import ladder as climbing
 from batchbench.cli import predict as predicting
 from batchbench.cli import reproduce as reproducing
@@ -58,6 +59,7 @@ app.command("breakeven", help=mapping.BREAKEVEN_HELP)(mapping.breakeven)
 app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
 app.command("ladder", help=climbing.LADDER_HELP)(climbing.ladder)
 app.command("capacity", help=capacities.CAPACITY_HELP)(capacities.capacity)
+app.command("duet", help=dueting.DUET_HELP)(dueting.duet)
 app.command("report", help=running.REPORT_HELP)(running.report)
 app.command("reproduce", help=reproducing.REPRODUCE_HELP)(reproducing.reproduce)
 app.command("compare", help=comparing.COMPARE_HELP)(comparing.compare)

@@ -63,6 +63,10 @@ def _of_strategy(workload: Workload, trials: Sequence[Recording]) -> list[str]:
     shown = [r for r in trials if r.has_steps]  # a strategy may schedule for itself and show none
     if (worst := max((abs(timekeeping.littles_law(r)) for r in shown), default=0.0)) > LITTLE:
         reasons.append(f"Little's law is off by {worst:.1%}")
+    for r in shown:
+        if (computed := r.header.about.get("computed_passes")) not in (None, r.num_steps):
+            reasons.append(f"the model computed {computed:,} passes for {r.num_steps:,} steps")
+            break
     if workload.closed and len({tuple(metrics.counters(r).values()) for r in shown}) > 1:
         reasons.append("counters differ between trials of a closed workload")
     if (

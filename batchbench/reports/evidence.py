@@ -272,6 +272,11 @@ def spell_interval(each: Evidence) -> str:
     return f"95 % CI {each.low:+.1%} to {each.high:+.1%}"
 
 
+def spell_share(log: float) -> str:
+    """A log ratio as a change in percent."""
+    return f"{math.expm1(log):+.1%}"
+
+
 def spell(value: float | str | None) -> str:
     """A value as people read it; of a digest the beginning, which tells it from others."""
     if value is None:

@@ -293,6 +293,7 @@ def _strategy(
         "by_output_length": by_length(trials, classes),
         "stalls": stalls(trials),
         "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
+        "computed_passes": trials[0].header.about.get("computed_passes"),
         "output_digest": output_digest(trials[0]),
     }
 

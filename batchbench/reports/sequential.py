@@ -67,7 +67,8 @@ class Decision:
 
     ``low`` and ``high`` bound the mean with 95 % confidence; None where there are too few samples.
     ``p_value`` is of the verdict's own null hypothesis, the larger of the two for *same*.
-    ``smallest`` is the least slowdown that so many samples of this scatter would have found.
+    ``smallest`` is the least slowdown that so many samples of this scatter would have found; None
+    where nothing is told of so few.
     ``needed`` is how many samples would probably do, where it cannot be told.
     """
 
@@ -132,7 +133,7 @@ def decide(samples: Sequence[float], rule: Rule, *, last: bool) -> Decision:
         mean,
         *confidence_sequence(samples),
         p_value=_p_value(told, mean, error, n - 1, rule),
-        smallest=rule.floor + _detectable(n, rule.alpha / 2) * error,
+        smallest=rule.floor + _detectable(n, rule.alpha / 2) * error if n >= FEWEST else None,
         needed=_needed(mean, error * n**0.5, rule) if told is Verdict.UNKNOWN else None,
     )
 

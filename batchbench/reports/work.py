@@ -50,12 +50,21 @@ class Work:
         """Of a result's data."""
         strategies = data["strategies"]
         return cls(
-            counters={name: each["counters"] for name, each in strategies.items()},
+            counters={name: _counts(each) for name, each in strategies.items()},
             digests={name: each["output_digest"] for name, each in strategies.items()},
             closed=data["workload"]["closed"],
             simulated=data["simulated"],
             dtype=data["model"]["dtype"],
         )
+
+
+def _counts(strategy: Mapping[str, Any]) -> Mapping[str, int] | None:
+    """The schedule's counters, and what the model computed where that is known."""
+    computed = strategy.get("computed_passes")
+    if strategy["counters"] is None or computed is None:
+        counters: Mapping[str, int] | None = strategy["counters"]
+        return counters
+    return {**strategy["counters"], "computed_passes": computed}
 
 
 def compare_work(

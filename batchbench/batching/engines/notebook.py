@@ -31,11 +31,16 @@ class NotebookEngine(TorchEngine):
     def __init__(self, model: LoadedModel, slots: int) -> None:
         super().__init__(model, slots)
         self._cache_argument = cache_argument(model.module)
+        self._calls = 0
         self._forget()
 
     def begin(self, workload: Workload) -> None:
         self._model.module.set_attn_implementation("sdpa")
         super().begin(workload)
+
+    @property
+    def _computed(self) -> int:
+        return self._calls
 
     def _forget(self) -> None:
         self._rows: list[int] = []  # slot of each row of the batch
@@ -102,6 +107,7 @@ class NotebookEngine(TorchEngine):
         cache = DynamicCache()
         for layer, (k, v) in enumerate(past):
             cache.update(k, v, layer)
+        self._calls += 1
         out = self._model.module(
             input_ids=ids if isinstance(ids, torch.Tensor) else self._tensor(ids),
             attention_mask=mask if isinstance(mask, torch.Tensor) else self._tensor(mask),

@@ -37,6 +37,7 @@ class TorchEngine:
         self._log = []
         self._last.zero_()
         self._forget()
+        self._computed_before = self._computed
         self._timer.begin()
 
     @torch.inference_mode()
@@ -68,9 +69,15 @@ class TorchEngine:
         """Times and tokens of the whole trial."""
         starts, ends = self._timer.times()
         tokens = torch.stack(self._log).to("cpu", torch.int32).numpy()
-        return Steps(starts, ends_ns=ends, tokens=tokens)
+        computed = self._computed - self._computed_before
+        return Steps(starts, ends_ns=ends, tokens=tokens, computed=computed)
 
     # What a subclass does
+
+    @property
+    def _computed(self) -> int:
+        """Forward passes that the model has computed so far, counted where it is called."""
+        raise NotImplementedError
 
     def _forget(self) -> None:
         """Nothing is cached any more."""

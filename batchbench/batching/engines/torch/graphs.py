@@ -51,6 +51,7 @@ class PreparedDecode:
     ) -> None:
         slots = len(last)
         self._forward, self._cache, self._last = forward, cache, last
+        self.calls = 0  # passes that were replayed
         self._slots = torch.arange(slots, device=last.device)
         self._positions = torch.zeros_like(last)
         self._growing = torch.zeros_like(last)
@@ -75,6 +76,7 @@ class PreparedDecode:
         rows = fitting(self.batches, int(plan.slots[-1]) + 1)
         length = fitting(self.lengths, int(plan.advanced(step).max()) + 1)
         self._passes[rows, length]()
+        self.calls += 1
 
     def _pass(self, rows: int, length: int) -> Pass:
         last, positions = self._last[:rows], self._positions[:rows]

@@ -11,7 +11,7 @@ import torch
 from batchbench.batching.engines.torch.attention import Layout, Prompts, causal_mask
 from batchbench.batching.engines.torch.base import TorchEngine, best_token
 from batchbench.batching.engines.torch.cache import SlotCache
-from batchbench.batching.engines.torch.forward import Forward, make_forward
+from batchbench.batching.engines.torch.forward import CountedForward, Forward, make_forward
 from batchbench.batching.engines.torch.graphs import Capture, Compile, PreparedDecode
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Chunk, Plan
@@ -48,7 +48,8 @@ class SlotsEngine(TorchEngine):
                 f"--engine slots: {model.source.name} attends through a sliding window, which the "
                 "slot cache does not have; take --engine notebook"
             )
-        self._forward_pass = forward or make_forward(model)
+        self._plain_pass = forward or make_forward(model)
+        self._forward_pass = CountedForward(self._plain_pass)
         like = torch.empty(0, dtype=self._forward_pass.cache_dtype, device=model.device)
         self._cache = SlotCache(config, slots, max_len, like)
         self._written = np.zeros(slots, np.int64)  # positions of each slot that are not zero
@@ -59,9 +60,14 @@ class SlotsEngine(TorchEngine):
     def _prepare_decode(self, max_len: int) -> PreparedDecode:
         graphs = self.execution == "graph"
         prepare = Capture(self._device) if graphs else Compile(self._device)
-        args = (self._forward_pass, self._cache, self._last, max_len, prepare)
+        args = (self._plain_pass, self._cache, self._last, max_len, prepare)
         # To compile takes half a minute a size.
         return PreparedDecode(*args, every_batch=graphs)
+
+    @property
+    def _computed(self) -> int:
+        replayed = self._prepared.calls if self._prepared else 0
+        return self._forward_pass.calls + replayed
 
     def _forget(self) -> None:
         for block in self._cache.blocks:  # before the clock starts, not at the first prefill

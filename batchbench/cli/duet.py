@@ -1,0 +1,176 @@
+"""The command duet."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batchbench import settings
+from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
+from batchbench.batching.models import ModelSpec
+from batchbench.batching.presets import Basis
+from batchbench.cli.options import with_options
+from batchbench.cli.verdict import GateOutputSpec, check_outputs, conclude
+from batchbench.errors import Interrupted, UsageError
+from batchbench.settings import setting
+from batchbench.studies.deciding import DuetSpec
+from batchbench.workloads.spec import WorkloadSpec
+
+if TYPE_CHECKING:
+    from batchbench.reports.evidence import Gate
+    from batchbench.studies.processes import Installation
+
+DUET_HELP = """Compare another installation of batchbench with this one, in alternating turns.
+
+Both serve the same workload in processes of their own that take turns of about 0.2 s on the machine
+and are replaced every few seconds, so that noise falls on both alike. It stops as soon as the
+answer is sure; a loss is confirmed by a second run. Exit code 1: slower, or other work done.
+
+Example: batchbench duet --base-ref HEAD --preset ci --max-time 60"""
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """With what this installation is compared."""
+
+    base_python: Path | None = setting(
+        None,
+        "Interpreter of an environment with another batchbench, as venv/bin/python.",
+        "Base",
+        metavar="PATH",
+        excludes=("base_ref",),
+    )
+    base_ref: str | None = setting(
+        None,
+        "Commit, branch or tag of batchbench's repository; it is installed in a cache.",
+        "Base",
+        metavar="REV",
+    )
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+        if self.base_python is None and self.base_ref is None:
+            raise UsageError(
+                "duet: needs a base to compare with; give --base-ref REV (such as main) or "
+                "--base-python PATH"
+            )
+
+
+@dataclass(frozen=True)
+class RecordSpec:
+    """What is kept of it."""
+
+    output: Path | None = setting(
+        None, "Folder for duet.json, with every turn.", "Output", metavar="DIR"
+    )
+    overwrite: bool = setting(False, "Replace a record that the folder holds.", "Output")
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+@with_options(
+    {
+        "base": BaseSpec,
+        "deciding": DuetSpec,
+        "basis": Basis,
+        "serving": ServingSpec,
+        "workload": WorkloadSpec,
+        "model": ModelSpec,
+        "record": RecordSpec,
+        "output": GateOutputSpec,
+    }
+)
+def duet(
+    base: BaseSpec,
+    deciding: DuetSpec,
+    basis: Basis,
+    serving: ServingSpec,
+    workload: WorkloadSpec,
+    model: ModelSpec,
+    record: RecordSpec,
+    output: GateOutputSpec,
+) -> None:
+    """Compare two installations."""
+    from batchbench.reports.destination import check_folder, remove_if_empty
+    from batchbench.studies.deciding import lanes_of
+
+    experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
+    lanes_of(experiment, deciding.timed)
+    check_outputs(output)
+    marker = "duet.json"
+    made = (
+        check_folder(record.output, overwrite=record.overwrite, marker=marker)
+        if record.output
+        else []
+    )
+    try:
+        gate = _compare(base, deciding, experiment, record, output)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; nothing was decided") from error
+    finally:
+        remove_if_empty(made)
+    conclude(gate, output)
+
+
+def _compare(
+    base: BaseSpec,
+    deciding: DuetSpec,
+    experiment: Experiment,
+    record: RecordSpec,
+    output: GateOutputSpec,
+) -> Gate:
+    from batchbench.cli.turns import make_turns_display
+    from batchbench.studies.duet import conduct_duet
+    from batchbench.studies.duet_gate import make_gate, record_of
+    from batchbench.studies.processes import Installation
+
+    label, installation = _base(base)
+    sides = (installation, Installation("new", Path(sys.executable), own=True))
+    with make_turns_display(deciding.max_time, quiet=output.quiet) as display:
+        found = conduct_duet(*sides, experiment, deciding, display)
+    gate = make_gate(
+        found,
+        sides,
+        (label, "this installation"),
+        _typed(base, deciding, experiment),
+        allow_improvement=deciding.allow_improvement,
+    )
+    if record.output is not None:
+        from batchbench.reports.folder import write_whole
+
+        write_whole(record.output, {"duet.json": record_of(found, gate)})
+    return gate
+
+
+def _base(base: BaseSpec) -> tuple[str, Installation]:
+    from batchbench.studies.processes import Installation
+
+    if base.base_ref is not None:
+        from batchbench.studies.revision import install_revision
+
+        python, commit = install_revision(base.base_ref)
+        label = base.base_ref
+        if not commit.startswith(label):
+            label = f"{label} ({commit[:12]})"
+        return label, Installation("base", python)
+    assert base.base_python is not None
+    if not base.base_python.is_file():
+        what = "is a folder" if base.base_python.is_dir() else "no such file"
+        raise UsageError(
+            f"--base-python {base.base_python}: {what}; give the interpreter, such as "
+            "venv/bin/python"
+        )
+    return str(base.base_python), Installation("base", base.base_python.absolute())
+
+
+def _typed(base: BaseSpec, deciding: DuetSpec, experiment: Experiment) -> str:
+    """The command line that does it again."""
+    words = settings.words_of(base, BaseSpec(base_ref="HEAD"), always=("base_ref",))
+    if base.base_ref is None:
+        words = ["--base-python", str(base.base_python)]
+    words += settings.words_of(deciding, DuetSpec())
+    return f"{experiment.command('duet')} {shlex.join(words)}"

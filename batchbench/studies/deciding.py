@@ -1,0 +1,94 @@
+"""How long a gate looks, and what counts as a difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log1p
+from typing import TYPE_CHECKING
+
+from batchbench import settings
+from batchbench.batching.experiment import GENERATE_BATCH, Experiment
+from batchbench.errors import UsageError
+from batchbench.settings import setting
+
+if TYPE_CHECKING:
+    from batchbench.reports.sequential import Rule
+
+_PANEL = "Deciding"
+
+
+@dataclass(frozen=True)
+class DuetSpec:
+    """How long to look, and what counts as a difference."""
+
+    max_time: float = setting(
+        300.0,
+        "Seconds that all of it may take, the start of the processes included.",
+        _PANEL,
+        min=20,
+    )
+    floor: float = setting(
+        0.01,
+        "Loss that must be exceeded before anything is called slower, as a share.",
+        _PANEL,
+        min=0.0,
+        max=1.0,
+    )
+    margin: float = setting(
+        0.05,
+        "Loss that must be ruled out before anything is called the same, as a share.",
+        _PANEL,
+        min=0.001,
+        max=1.0,
+    )
+    confidence: float = setting(
+        0.999,
+        "Probability with which equal versions are not called slower, all looks together.",
+        _PANEL,
+        min=0.5,
+        max=0.999999,
+    )
+    timed: str | None = setting(
+        None,
+        "Strategies whose time is compared and gated; of the others only the work is.",
+        _PANEL,
+        metavar="NAMES",
+        default_text="the last of --strategy",
+    )
+    allow_improvement: bool = setting(
+        False, "Fewer passes, or less computed in vain, is no failure.", _PANEL
+    )
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+        if self.margin <= self.floor:
+            raise UsageError(
+                f"--margin {self.margin:g}: must be above --floor {self.floor:g}, or a loss in "
+                "between would be both slower and the same"
+            )
+
+
+def rule_of(spec: DuetSpec) -> Rule:
+    """The same in logarithms of a time's ratio."""
+    from batchbench.reports.sequential import Rule
+
+    return Rule(log1p(spec.floor), log1p(spec.margin), 1 - spec.confidence)
+
+
+def lanes_of(experiment: Experiment, timed: str | None) -> tuple[list[str], list[str]]:
+    """Strategies whose time is compared, and the others.
+
+    Raises:
+        UsageError: ``timed`` names one that is not served, or one that has no turns to take.
+    """
+    ours = list(experiment.serving.policies)
+    if not ours:
+        raise UsageError(
+            f"--strategy {GENERATE_BATCH}: schedules for itself and cannot take turns; add one of "
+            "ours, such as continuous"
+        )
+    names = [name.strip() for name in timed.split(",") if name.strip()] if timed else ours[-1:]
+    for name in names:
+        if name not in ours:
+            raise UsageError(f"--timed {name}: is not among --strategy {','.join(ours)}; add it")
+    return names, [name for name in ours if name not in names]

@@ -1,0 +1,293 @@
+"""Two installations in alternating turns, until it is sure which is slower, or neither.
+
+One long-lived worker process a side, a *process pair*; they take turns of about 0.2 s and are both
+replaced every few seconds, since what differs from process to process (where memory lies, which
+core it is on) is constant within one. The value of a pair is a median over its turns, and the pair
+is the sample (docs/regressions.md has the measurements behind this).
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from batchbench.batching.experiment import Experiment
+from batchbench.reports.sequential import FEWEST, Decision, Rule, Verdict, decide
+from batchbench.reports.turns import Pair, TurnPair, contamination
+from batchbench.studies.deciding import DuetSpec, lanes_of, rule_of
+from batchbench.studies.processes import Installation, WorkerProcess, open_all
+
+TURN_S = 0.2
+"""Longer, and what others do in bursts falls on one side; shorter, and half of it is warm-up."""
+
+PAIR_S = 4.5
+"""Seconds of turns before both processes are replaced."""
+
+FEWEST_STEPS, FEWEST_TURNS = 4, 4
+"""Of a turn, one of which is not timed; and of a pair, the first of which is left out."""
+
+FIRST_SHARE = 0.65
+"""Of the time, for the run that finds a loss; the rest is for the one that confirms it."""
+
+CONFIRMING = 0.01
+"""Error of the confirming run, which has one question left to answer."""
+
+
+class TurnsWatch:
+    """Told of what happens; this one is silent."""
+
+    def begins(self, what: str) -> None:
+        """What is going on from now on."""
+
+    def told(self, label: str, decisions: Mapping[str, Decision], fault: str | None) -> None:
+        """What can be told so far: log ratios of a time, above 0 where new is slower."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the two workers of a pair told of themselves and of the work."""
+
+    hello: tuple[Mapping[str, Any], Mapping[str, Any]]
+    told: tuple[Mapping[str, Any], Mapping[str, Any]]
+    done: tuple[Mapping[str, Any], Mapping[str, Any]]  # work of each lane, and what varied
+
+
+Learnt = tuple[Mapping[str, tuple[int, float]], Mapping[str, tuple[int, float]]]
+"""Of each side, steps of a trial and nanoseconds of a step, by lane."""
+
+
+@dataclass
+class Run:
+    """Pairs under one rule, and what they tell of each lane so far.
+
+    ``known`` is what processes need not learn anew.
+    """
+
+    rule: Rule
+    lanes: Sequence[str]
+    confirming: bool = False
+    known: Learnt | None = None
+    pairs: list[Pair] = field(default_factory=list)
+    opened: list[Opened] = field(default_factory=list)
+    decisions: Mapping[str, Decision] = field(default_factory=dict)
+
+    def add(self, pair: Pair, opened: Opened) -> None:
+        """One more pair."""
+        self.pairs.append(pair)
+        self.opened.append(opened)
+        if len(self.pairs) == 2:  # all work is counted in two processes a side
+            self.known = learnt(pair)
+        self.look()
+
+    def look(self, *, last: bool = False) -> None:
+        """Decide anew."""
+        self.decisions = {
+            lane: decide([pair.value(lane) for pair in self.pairs], self.rule, last=last)
+            for lane in self.lanes
+        }
+
+    @property
+    def contamination(self) -> str | None:
+        """Why the times say nothing, if so."""
+        return contamination(self.pairs, self.rule.floor, on_cpu=is_on_cpu(self.opened[-1]))
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether there is nothing left to find out."""
+        return not self.contamination and all(d.is_sure for d in self.decisions.values())
+
+    @property
+    def pair_s(self) -> float:
+        """Seconds that one more pair may take."""
+        return 1.05 * max((pair.seconds for pair in self.pairs), default=0.0)
+
+
+@dataclass
+class Findings:
+    """All that a duet saw; the gate is made of it.
+
+    ``confirmation`` is the second run, of the lanes that were slower in the first.
+    """
+
+    first: Run
+    confirmation: Run | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every pair of a duet has in common."""
+
+    sides: tuple[Installation, Installation]
+    experiment: Experiment
+    also: Sequence[str]
+    chance: random.Random
+
+    def pair(
+        self,
+        lanes: Sequence[str],
+        known: Learnt | None,
+        *,
+        with_others: bool,
+    ) -> tuple[Pair, Opened]:
+        """Start two processes, let them take turns, and end them.
+
+        Args:
+            known: what earlier processes have learnt of the lanes.
+        """
+        began = time.monotonic()
+        threads = self.experiment.model.threads or 1
+        new_first = self.chance.random() < 0.5
+        asked = [
+            {
+                "config": self.experiment.config(),
+                "lanes": {lane: known[i][lane] if known else None for lane in lanes},
+                "also": list(self.also) if with_others else [],
+            }
+            for i in range(2)
+        ]
+        with ExitStack() as stack:
+            both = [stack.enter_context(WorkerProcess(side, threads)) for side in self.sides]
+            hello = [worker.hello() for worker in both]
+            told = open_all(both, asked)
+            passes = {
+                lane: (told[0]["lanes"][lane]["steps"], told[1]["lanes"][lane]["steps"])
+                for lane in lanes
+            }
+            step_ns = {lane: min(t["lanes"][lane]["step_ns"] for t in told) for lane in lanes}
+            turns = take_turns(both[0], both[1], passes, step_ns, new_first=new_first)
+            done = [worker.finish() for worker in both]
+        seen = Opened((hello[0], hello[1]), (told[0], told[1]), (done[0], done[1]))
+        return Pair(turns, passes, time.monotonic() - began, new_first), seen
+
+
+def take_turns(
+    base: WorkerProcess,
+    new: WorkerProcess,
+    passes: Mapping[str, tuple[int, int]],
+    step_ns: Mapping[str, float],
+    *,
+    new_first: bool,
+) -> dict[str, list[TurnPair]]:
+    """Strict alternation, lane after lane, until there was :data:`PAIR_S` of it for each."""
+    found: dict[str, list[TurnPair]] = {lane: [] for lane in passes}
+    pieces = {
+        lane: (cut(steps[0], step_ns[lane]), cut(steps[1], step_ns[lane] * steps[0] / steps[1]))
+        for lane, steps in passes.items()
+    }
+    spent = 0
+    while spent < PAIR_S * 1e9 * len(passes) or len(next(iter(found.values()))) < FEWEST_TURNS:
+        for lane, (of_base, of_new) in pieces.items():
+            sizes = next(of_base), next(of_new)
+            if new_first:
+                second = new.turn(lane, sizes[1])
+                first = base.turn(lane, sizes[0])
+            else:
+                first = base.turn(lane, sizes[0])
+                second = new.turn(lane, sizes[1])
+            found[lane].append((first, second))
+            # What was not timed, the first step and the kernel, took its time as well.
+            spent += sum(round(t.step_ns * (t.steps + 1)) + t.kernel_ns for t in (first, second))
+    return found
+
+
+def cut(steps: int, step_ns: float) -> Iterator[int]:
+    """Sizes of turns, of about :data:`TURN_S`, that a trial of so many steps is cut into.
+
+    A short trial is served several times in a turn; each turn of two sides covers the same part of
+    the workload, though one may need more steps for it.
+    """
+    count = steps * step_ns / (TURN_S * 1e9)
+    if count < 1:
+        times = max(1, round(1 / max(count, 1e-6)), -(-FEWEST_STEPS // steps))
+        while True:
+            yield steps * times
+    pieces = max(1, min(round(count), steps // FEWEST_STEPS))
+    while True:
+        for i in range(pieces):
+            yield steps * (i + 1) // pieces - steps * i // pieces
+
+
+def conduct_duet(
+    base: Installation,
+    new: Installation,
+    experiment: Experiment,
+    spec: DuetSpec,
+    watch: TurnsWatch,
+) -> Findings:
+    """Run pairs until all is sure, or the time is up; confirm what is slower with a second run.
+
+    Raises:
+        UsageError: what is asked cannot be done by one of the two.
+    """
+    began = time.monotonic()
+    lanes, others = lanes_of(experiment, spec.timed)
+    stage = Stage((base, new), experiment, others, random.Random())
+    first = Run(rule_of(spec).shared(len(lanes)), lanes)
+    for _ in paired(first, stage, watch, began + spec.max_time):
+        differ = len(first.pairs) == 2 and counts_differ(first.opened[-1])
+        if differ and not spec.allow_improvement:
+            break  # times would answer another question
+        loss_likely = any((d.estimate or 0) > first.rule.floor for d in first.decisions.values())
+        if loss_likely and time.monotonic() - began > FIRST_SHARE * spec.max_time:
+            first.look(last=True)
+            break
+    seen = Findings(first)
+    slower = [lane for lane, d in first.decisions.items() if d.verdict is Verdict.SLOWER]
+    left = spec.max_time - (time.monotonic() - began)
+    if slower and not first.contamination and left > FEWEST * first.pair_s:
+        rule = Rule(first.rule.floor, first.rule.margin, CONFIRMING)
+        second = Run(rule, slower, confirming=True, known=first.known)
+        for _ in paired(second, stage, watch, began + spec.max_time):
+            pass
+        seen.confirmation = second
+    seen.seconds = time.monotonic() - began
+    return seen
+
+
+def paired(run: Run, stage: Stage, watch: TurnsWatch, until: float) -> Iterator[Pair]:
+    """Pair after pair, until all is sure or another one would not end in time."""
+    while True:
+        what = f"{'confirming, ' if run.confirming else ''}pair {len(run.pairs) + 1}"
+        watch.begins(what)
+        run.add(*stage.pair(run.lanes, run.known, with_others=run.known is None))
+        up = time.monotonic() + run.pair_s > until
+        if up:
+            run.look(last=True)
+        watch.told(what, run.decisions, run.contamination)
+        yield run.pairs[-1]
+        # The work is counted twice, in different processes, whatever the times say.
+        if up or (run.is_sure and len(run.pairs) > 1):
+            return
+
+
+def learnt(pair: Pair) -> Learnt:
+    """What a pair tells of each side's lanes."""
+    base, new = (
+        {lane: (steps[side], pair.step_ns(lane)[side]) for lane, steps in pair.passes.items()}
+        for side in (0, 1)
+    )
+    return base, new
+
+
+def counts_differ(opened: Opened) -> bool:
+    """Whether the two sides do other work for some strategy."""
+    base, new = (
+        {**told["also"], **done["work"]}
+        for told, done in zip(opened.told, opened.done, strict=True)
+    )
+    return any(
+        value != new[name].get(counter)
+        for name, work in base.items()
+        for counter, value in work.items()
+        if counter != "output_digest"  # a tie may stand behind it
+    )
+
+
+def is_on_cpu(opened: Opened) -> bool:
+    """Whether the model runs on the processor, on both sides."""
+    return all(str(told["model"]["device"]) == "cpu" for told in opened.told)

@@ -1,0 +1,234 @@
+"""What a duet found, as a gate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from math import expm1
+from statistics import median
+from typing import Any
+
+import batchbench
+from batchbench.reports.evidence import Evidence, Gate, Kind, Side, Varying, weigh
+from batchbench.reports.result import SCHEMA_VERSION
+from batchbench.reports.sequential import FEWEST, Verdict
+from batchbench.reports.work import Work, compare_work
+from batchbench.studies.duet import Findings, Opened, Run, is_on_cpu
+from batchbench.studies.processes import Installation
+
+
+def make_gate(
+    found: Findings,
+    sides: tuple[Installation, Installation],
+    labels: tuple[str, str],
+    typed: str,
+    *,
+    allow_improvement: bool,
+) -> Gate:
+    """Weigh work first, then times.
+
+    Args:
+        labels: how the user named the two sides.
+        typed: the command line that does it again.
+    """
+    opened = found.first.opened[0]
+    differing = list(differences(opened))
+    alike = not any(each.name in TOKENS_DEPEND_ON for each in differing)
+    works = [work_of(told, found.first.opened, side) for side, told in enumerate(opened.told)]
+    work = compare_work(works[0], works[1], alike=alike, allow_improvement=allow_improvement)
+    changed = any(each.fails for each in work)
+    times = [] if changed else [_time(found, lane) for lane in found.first.lanes]
+    notes = list(_notes(found, changed=changed))
+    return Gate(
+        command="duet",
+        typed=typed,
+        base=_side(labels[0], sides[0], opened, 0),
+        new=_side(labels[1], sides[1], opened, 1),
+        evidence=[*work, *times],
+        environment=differing,
+        notes=notes,
+        unsure=_varied(found),
+        seconds=found.seconds,
+    )
+
+
+TOKENS_DEPEND_ON = (
+    "cpu",
+    "gpu",
+    "threads",
+    "python",
+    "torch",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "device",
+    "dtype",
+    "execution",
+    "weights_digest",
+)
+"""Of what is told of an installation: where these are alike, so are the tokens, to the bit."""
+
+
+def differences(opened: Opened) -> Iterator[Varying]:
+    """In what the two installations differ."""
+    base, new = (_facts(hello, told) for hello, told in zip(opened.hello, opened.told, strict=True))
+    for name in {**base, **new}:
+        if base.get(name) != new.get(name):
+            yield Varying(name, base.get(name), new.get(name))
+
+
+def _facts(hello: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    environment, model = told["environment"], told["model"]
+    shown = ("os", "hostname", "cpu", "gpu", "gpu_driver", "cuda", "threads", "python")
+    return {
+        "batchbench": hello["version"],
+        "commit": environment.get("git_commit"),
+        **{name: environment.get(name) for name in shown},
+        **environment["packages"],
+        **{name: model.get(name) for name in ("device", "dtype", "execution", "weights_digest")},
+    }
+
+
+def work_of(told: Mapping[str, Any], opened: Sequence[Opened], side: int) -> Work:
+    """Counters and outputs of one side, as its first processes told them."""
+    works = _works(opened[0], side)
+    return Work(
+        counters={name: _counts(work) or None for name, work in works.items()},
+        digests={name: work["output_digest"] for name, work in works.items()},
+        closed=told["workload"]["closed"],
+        simulated=False,
+        dtype=told["model"]["dtype"],
+    )
+
+
+def _works(opened: Opened, side: int) -> dict[str, Any]:
+    """The work of each strategy that a process has counted."""
+    lanes = opened.done[side]["work"]
+    return {**opened.told[side]["also"], **{name: work for name, work in lanes.items() if work}}
+
+
+def _counts(work: Mapping[str, Any]) -> dict[str, int]:
+    return {name: value for name, value in work.items() if name != "output_digest"}
+
+
+def _varied(found: Findings) -> str | None:
+    """What one side did not do twice alike: then nothing it did can be held against the other."""
+    opened = [*found.first.opened, *(found.confirmation.opened if found.confirmation else ())]
+    for side, label in enumerate(("base", "new")):
+        first = _works(opened[0], side)
+        for each in opened:
+            for name, counter in each.done[side]["varied"].items():
+                if counter:
+                    return f"{label}: {name}.{counter} varies from trial to trial"
+            for name, work in _works(each, side).items():
+                if name in first and work != first[name]:
+                    other = next(key for key in work if work[key] != first[name].get(key))
+                    return f"{label}: {name}.{other} varies from process to process"
+    return None
+
+
+def _time(found: Findings, lane: str) -> Evidence:
+    """Tokens a second, new against base."""
+    run, second = found.first, found.confirmation
+    decision, why = run.decisions[lane], None
+    if decision.verdict is Verdict.UNKNOWN:
+        why = _too_uncertain(run)
+    if fault := run.contamination:
+        decision, why = replace(decision, verdict=Verdict.UNKNOWN), fault
+    elif decision.verdict is Verdict.SLOWER:
+        told = second.decisions.get(lane) if second else None
+        if told is None or (second and second.contamination) or told.verdict is not Verdict.SLOWER:
+            why = "was slower in one run, and a second did not confirm it"
+            if told is not None and told.estimate is not None:
+                why += f" ({expm1(told.estimate):+.1%} time there)"
+            elif told is None:
+                why = "was slower in one run, and there was no time for a second to confirm it"
+            decision = replace(decision, verdict=Verdict.UNKNOWN)
+    pairs = run.pairs
+    return weigh(
+        Kind.TIME,
+        "output_throughput",
+        lane,
+        _throughput(run, lane),
+        decision,
+        higher_is_better=True,
+        gated=True,
+        floor=expm1(run.rule.floor),
+        unit="tok/s",
+        samples=(len(pairs), len(pairs)),
+        needed=_needed(run, decision.needed),
+        why=why,
+    )
+
+
+def _too_uncertain(run: Run) -> str:
+    if len(run.pairs) < FEWEST:
+        return f"cannot be told from {len(run.pairs)} pairs of processes; raise --max-time"
+    return "is too uncertain in this time"
+
+
+def _needed(run: Run, pairs: int | None) -> str | None:
+    """How long it would take."""
+    if pairs is None:
+        return None
+    seconds = pairs * sum(pair.seconds for pair in run.pairs) / len(run.pairs)
+    return f"{pairs} pairs of processes, about {max(1, round(seconds / 60))} min"
+
+
+def _throughput(run: Run, lane: str) -> tuple[float, float]:
+    """Useful tokens a second of the median step, base and new."""
+    rates = []
+    for side, told in enumerate(run.opened[0].told):
+        steps = run.pairs[0].passes[lane][side]
+        step_ns = median(pair.step_ns(lane)[side] for pair in run.pairs)
+        rates.append(told["workload"]["total_output_tokens"] / (steps * step_ns / 1e9))
+    return rates[0], rates[1]
+
+
+def _notes(found: Findings, *, changed: bool) -> Iterator[str]:
+    opened, run = found.first.opened[0], found.first
+    if opened.hello[0]["file"] == opened.hello[1]["file"]:
+        yield "both sides are the same files: this tries the method, and compares nothing"
+    if changed:
+        yield "the work differs, so times would answer another question and are not compared"
+        return
+    confirmed = len(found.confirmation.pairs) if found.confirmation else 0
+    turns = sum(len(pair.turns[lane]) for pair in run.pairs for lane in run.lanes)
+    more = f", then {confirmed} to confirm" if confirmed else ""
+    yield f"{len(run.pairs)} pairs of fresh processes, {turns} pairs of turns{more}"
+    if not is_on_cpu(opened):
+        yield "times are the wall's, with the device waited for at the end of each turn"
+
+
+def _side(label: str, installation: Installation, opened: Opened, side: int) -> Side:
+    hello, told = opened.hello[side], opened.told[side]
+    environment = told["environment"]
+    return Side(
+        label,
+        {
+            "python": str(installation.python),
+            "batchbench": hello["version"],
+            "commit": environment.get("git_commit"),
+            "machine": environment.get("gpu") or environment.get("cpu"),
+        },
+    )
+
+
+def record_of(found: Findings, gate: Gate) -> bytes:
+    """``duet.json``: the gate, and every turn from which it can be decided again."""
+    runs = {"first": found.first, "confirmation": found.confirmation}
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "batchbench_version": batchbench.__version__,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gate": gate.as_data(),
+        **{
+            name: None
+            if run is None
+            else {"rule": asdict(run.rule), "pairs": [pair.as_data() for pair in run.pairs]}
+            for name, run in runs.items()
+        },
+    }
+    return (json.dumps(data, allow_nan=False, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,173 @@
+"""The process that serves in turns: ``python -P -m batchbench.studies.worker``.
+
+It is told what to do in lines of JSON on standard input and answers each with one on standard
+output; whatever else would be printed there goes to standard error. Each installation brings its
+own worker, so that a comparison of two installations runs each with all of its own code.
+
+    {"do": "open", "config": …, "lanes": {"continuous": null, …}, "also": ["static", …]}
+        make the workload, load the model, warm up, serve once in each lane that comes without
+        [steps of a trial, nanoseconds of a step], and once under each strategy of "also"; a lane is
+        a strategy, "notebook/continuous" one on that engine
+    {"do": "turn", "lane": "continuous", "steps": 40}
+        run so many steps
+    {"do": "finish"}
+        tell what work each lane did and what of it varied from trial to trial, and end
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
+from typing import TYPE_CHECKING, Any, TextIO
+
+import batchbench
+from batchbench.errors import BatchbenchError, UsageError
+
+if TYPE_CHECKING:
+    from batchbench.studies.lanes import Lane
+    from batchbench.workloads import Workload
+
+PROTOCOL = 1
+
+
+def main() -> None:
+    """Answer until told to finish, or until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    worker = Worker()
+    _tell(out, worker.hello())
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            answer = worker.answer(asked)
+        except BatchbenchError as error:
+            answer = {"error": str(error), "usage": isinstance(error, UsageError)}
+        except Exception:
+            answer = {"error": traceback.format_exc(), "usage": False}
+        _tell(out, answer)
+        if asked["do"] == "finish" or "error" in answer:
+            break
+
+
+def _tell(out: TextIO, answer: Mapping[str, Any]) -> None:
+    out.write(json.dumps(answer) + "\n")
+    out.flush()
+
+
+class Worker:
+    """Serves one experiment's workload in one or several lanes."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[str, Lane] = {}
+
+    def hello(self) -> dict[str, Any]:
+        """What this is, once everything heavy is imported."""
+        import transformers  # noqa: F401
+
+        from batchbench.batching.engines.torch import making  # noqa: F401
+        from batchbench.batching.environment import environment
+
+        return {
+            "protocol": PROTOCOL,
+            "version": batchbench.__version__,
+            "file": batchbench.__file__,
+            "environment": environment(),
+        }
+
+    def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Do what is asked."""
+        if asked["do"] == "open":
+            return self.open(asked["config"], asked["lanes"], asked["also"])
+        if asked["do"] == "turn":
+            return {"turn": astuple(self._lanes[asked["lane"]].turn(asked["steps"]))}
+        lanes = self._lanes.items()
+        return {
+            "varied": {name: lane.varied for name, lane in lanes},
+            "work": {name: lane.work for name, lane in lanes},
+        }
+
+    def open(
+        self,
+        config: Mapping[str, Any],
+        lanes: Mapping[str, Sequence[float] | None],
+        also: Sequence[str],
+    ) -> dict[str, Any]:
+        """Make ready; what the work is, and what it runs on.
+
+        Raises:
+            UsageError: what is asked cannot be done by this installation, or not here.
+        """
+        from batchbench.batching.conduct import Session
+        from batchbench.batching.experiment import Experiment
+        from batchbench.batching.models import Shelf
+        from batchbench.batching.watch import Watch
+        from batchbench.reports.result import workload_facts
+        from batchbench.studies.lanes import Known, Lane, run_kernel, work_of
+
+        experiment, shelf = Experiment.from_config(config), Shelf()
+        sessions = {}
+        for name in lanes:
+            # Each lane has an engine of its own, whose cache holds its half-served batch.
+            sessions[name] = Session(_asked_by(name, experiment), Watch(), shelf)
+            _check_closed(sessions[name].workload)
+            sessions[name].warm_up()
+        first = next(iter(sessions.values()))
+        others = {
+            name: work_of(first.batcher(name).serve(first.workload, Watch())) for name in also
+        }
+        self._lanes = {
+            name: Lane(
+                sessions[name].batcher(strategy_of(name)),
+                sessions[name].workload,
+                Known(int(known[0]), known[1]) if known else None,
+            )
+            for name, known in lanes.items()
+        }
+        run_kernel()
+        # What is there now stays; a collection between trials then has little to look through.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        return {
+            "workload": workload_facts(first.workload),
+            "model": first.model,
+            "environment": first.environment,
+            "lanes": {
+                name: {"steps": lane.known.steps, "step_ns": lane.known.step_ns, "work": lane.work}
+                for name, lane in self._lanes.items()
+            },
+            "also": others,
+        }
+
+
+def _check_closed(workload: Workload) -> None:
+    if not workload.closed:
+        raise UsageError(
+            "turns need requests that are all there at the start and of known lengths, so that "
+            "both sides take the same steps; drop arrivals and --stop-at-eos"
+        )
+
+
+def strategy_of(lane: str) -> str:
+    """The strategy of a lane: ``continuous`` of ``notebook/continuous``."""
+    return lane.rpartition("/")[2]
+
+
+def _asked_by(lane: str, experiment: Any) -> Any:
+    """The experiment with what a lane changes of it."""
+    engine, _, strategy = lane.rpartition("/")
+    serving = replace(experiment.serving, strategy=strategy)
+    if engine:
+        serving = replace(serving, engine=engine, prefill="auto", execution="auto")
+    return replace(experiment, serving=serving)
+
+
+if __name__ == "__main__":
+    main()

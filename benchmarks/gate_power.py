@@ -1,0 +1,370 @@
+"""The gate, measured: false alarms between equal versions, and losses found, on this machine.
+
+    .venv/bin/python benchmarks/gate_power.py [--state DIR] [--minutes 90] [--only quiet/none …]
+    .venv/bin/python benchmarks/gate_power.py --table      # what was recorded so far, no runs
+
+Builds two environments of the present commit, separately (``base`` and ``new`` under the state
+folder), and runs the real command, ``batchbench duet`` of the one against the other: as they are,
+with a fault planted into ``new``, and each of it on a quiet machine or beside a process that takes
+a core for 0.3 to 6 s, and leaves it for as long, over and over. Every run leaves its record, with
+each turn of it; a run that is there is not made again, so that it can be stopped and gone on with.
+
+``check`` is measured in the same way: baselines are saved first and last, so that they are of
+another session, with processes recorded as they are and with 15 % planted into the slots engine.
+
+The table has what came out live, and what comes out when 2,000 verdicts are decided on process
+pairs drawn at random (with replacement) from all that were recorded of a case, by the program's own
+rule, the time of each pair counted as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parents[1]
+BUDGET_S = 300.0
+
+FAULTS = {
+    "none": "",
+    # A busy wait in proportion to the step's own time, in every step.
+    "step 3 %": "slow_steps(TorchEngine, 0.03)",
+    "step 5 %": "slow_steps(TorchEngine, 0.05)",
+    "step 10 %": "slow_steps(TorchEngine, 0.10)",
+    "slots 15 %": "slow_steps(SlotsEngine, 0.15)",
+    "extra pass": "extra_pass(SlotsEngine)",
+    "late admission": "late_admission()",
+    "padded prefill": "padded_prefill(SlotsEngine)",
+}
+
+PLANTED = '''
+"""A fault planted by benchmarks/gate_power.py."""
+import sys
+import time
+
+
+def slow_steps(engine, share):
+    advance = engine._advance
+
+    def slow(self, plan, step):
+        began = time.perf_counter_ns()
+        advance(self, plan, step)
+        ends = time.perf_counter_ns()
+        ends += int(share * (ends - began))
+        while time.perf_counter_ns() < ends:
+            pass
+
+    engine._advance = slow
+
+
+def extra_pass(engine):
+    """Once a trial, the first pass is computed twice."""
+    prepare = engine._prepare
+
+    def twice(self, plan):
+        prepare(self, plan)
+        if not self._log:
+            with __import__("torch").inference_mode():
+                self._forward(plan, 0)
+
+    engine._prepare = twice
+
+
+def late_admission():
+    """Whoever could join, joins a step later."""
+    from batchbench.batching.policies import Continuous
+
+    admit = Continuous.admit
+
+    def late(self, view):
+        found, ask = admit(self, view)
+        if found and view.running and not getattr(self, "_seen", False):
+            self._seen = True
+            return (), view.now + 1
+        self._seen = False
+        return found, ask
+
+    Continuous.admit = late
+
+
+def padded_prefill(engine):
+    """Each prefill computes as many tokens as the context is long."""
+    import torch
+
+    forward = engine._forward
+
+    def padded(self, plan, step):
+        if plan.chunks:
+            ids = torch.zeros(1, self._model.module.config.n_positions, dtype=torch.int64)
+            self._model.module(input_ids=ids)
+        return forward(self, plan, step)
+
+    engine._forward = padded
+
+
+class Finder:
+    """Plants the fault when the engines have been imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "batchbench.studies.lanes":
+            return None
+        sys.meta_path.remove(self)
+        from batchbench.batching.engines.torch.base import TorchEngine
+        from batchbench.batching.engines.torch.slots import SlotsEngine
+
+        FAULT
+        return None
+
+
+sys.meta_path.insert(0, Finder())
+'''
+
+
+@dataclass(frozen=True)
+class Case:
+    """One condition and how many live runs it is to have."""
+
+    machine: str
+    fault: str
+    runs: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.machine}/{self.fault}"
+
+
+CASES = (
+    Case("quiet", "none", 12),
+    Case("quiet", "step 5 %", 12),
+    Case("hog", "none", 12),
+    Case("quiet", "step 10 %", 6),
+    Case("quiet", "step 3 %", 6),
+    Case("hog", "step 5 %", 4),
+    Case("quiet", "extra pass", 2),
+    Case("quiet", "late admission", 2),
+    Case("quiet", "padded prefill", 2),
+)
+
+
+# Environments
+
+
+def build(state: Path, name: str) -> Path:
+    """An environment of the present commit; its interpreter."""
+    folder = state / name
+    python = folder / "bin/python"
+    if not (folder / "built").exists():
+        print(f"building {folder}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        subprocess.run([*pip, "-c", ROOT / "constraints.txt", ROOT], check=True)
+        (folder / "built").touch()
+    return python
+
+
+def plant(python: Path, fault: str) -> None:
+    """Put a fault into an environment, or take it out."""
+    library = next((python.parents[1] / "lib").glob("python3*/site-packages"))
+    module, hook = library / "planted_fault.py", library / "planted_fault.pth"
+    for file in (module, hook):
+        file.unlink(missing_ok=True)
+    if FAULTS[fault]:
+        module.write_text(PLANTED.replace("FAULT\n", f"{FAULTS[fault]}\n"))
+        hook.write_text("import planted_fault\n")
+
+
+class Hog:
+    """A process that takes a core, and leaves it, at random."""
+
+    CODE = (
+        "import random, time\n"
+        "while True:\n"
+        "    ends = time.time() + random.uniform(0.3, 6)\n"
+        "    while time.time() < ends: sum(range(10000))\n"
+        "    time.sleep(random.uniform(0.3, 6))\n"
+    )
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+
+    def __enter__(self) -> None:
+        if self._wanted:
+            self._process = subprocess.Popen([sys.executable, "-c", self.CODE])
+
+    def __exit__(self, *_: object) -> None:
+        if self._wanted:
+            self._process.kill()
+            self._process.wait()
+
+
+# Runs
+
+
+def todo(state: Path, only: Sequence[str]) -> Iterator[tuple[Case, int]]:
+    """What is not there yet, case after case in turn, so that whatever time there is serves all."""
+    for number in range(max(case.runs for case in CASES)):
+        for case in CASES:
+            wanted = number < case.runs and (not only or case.name in only)
+            if wanted and not record(state, case, number).exists():
+                yield case, number
+
+
+def record(state: Path, case: Case, number: int) -> Path:
+    return state / "runs" / case.machine / case.fault.replace(" ", "-") / f"{number:02}"
+
+
+def run_duet(state: Path, case: Case, number: int) -> None:
+    base, new = build(state, "base"), build(state, "new")
+    plant(new, case.fault)
+    folder = record(state, case, number)
+    staging = folder.with_name(f".{folder.name}")
+    command = [new.with_name("batchbench"), "duet", "--base-python", base, "--preset", "ci"]
+    began = time.monotonic()
+    with Hog(case.machine == "hog"):
+        done = subprocess.run(
+            [*command, "--max-time", str(BUDGET_S), "--output", staging, "--overwrite", "--quiet"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        )
+    spent = time.monotonic() - began
+    plant(new, "none")
+    if done.returncode not in (0, 1):
+        sys.exit(f"{case.name}: exit {done.returncode}: {done.stderr}")
+    (staging / "run.json").write_text(
+        json.dumps({"seconds": spent, "exit": done.returncode, "said": done.stdout.strip()})
+    )
+    staging.rename(folder)
+    print(f"{case.name} {number}: exit {done.returncode} in {spent:.0f} s: {done.stdout.strip()}")
+
+
+# Tables
+
+
+def table(state: Path) -> str:
+    """What was found, as Markdown."""
+    rows = [
+        "| machine | planted | live runs | failed | passed | cannot tell | median s | longest s "
+        "| resampled: failed | passed | cannot tell | median s |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for case in CASES:
+        folders = [record(state, case, n) for n in range(case.runs)]
+        done = [folder for folder in folders if folder.exists()]
+        if not done:
+            continue
+        told = [json.loads((folder / "run.json").read_text()) for folder in done]
+        gates = [json.loads((folder / "duet.json").read_text()) for folder in done]
+        answers = [gate["gate"]["answer"] for gate in gates]
+        live = [f"{answers.count(a)}" for a in ("failed", "passed", "cannot tell")]
+        seconds = [t["seconds"] for t in told]
+        rows.append(
+            f"| {case.machine} | {case.fault} | {len(done)} | {' | '.join(live)} "
+            f"| {median(seconds):.0f} | {max(seconds):.0f} | {resampled(gates)} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def resampled(gates: Sequence[dict], verdicts: int = 2000) -> str:
+    """Shares of verdicts on pairs drawn from all of a case; N/A where the work itself differs."""
+    from batchbench.reports.turns import Pair
+
+    pairs = [
+        Pair.of(pair)
+        for gate in gates
+        for run in ("first", "confirmation")
+        if gate[run]
+        for pair in gate[run]["pairs"]
+    ]
+    if any(e["kind"] == "work" and e["fails"] for gate in gates for e in gate["gate"]["evidence"]):
+        return "by counts | N/A | N/A | N/A"
+    if len(pairs) < 20:
+        return "too few pairs | N/A | N/A | N/A"
+    found = replayed(pairs, verdicts)
+    answers = [answer for answer, _ in found]
+    shares = [f"{answers.count(a) / verdicts:.2%}" for a in ("failed", "passed", "cannot tell")]
+    return f"{' | '.join(shares)} | {median(s for _, s in found):.0f}"
+
+
+def replayed(pairs: Sequence, verdicts: int) -> list[tuple[str, float]]:
+    """Verdicts and seconds of duets whose processes are drawn from those that were recorded."""
+    from batchbench.batching.experiment import Experiment
+    from batchbench.studies import duet
+    from batchbench.studies.deciding import DuetSpec
+
+    chance = random.Random(1)
+    told = {"model": {"device": "cpu"}, "also": {}, "lanes": {}}
+    seen = duet.Opened(({}, {}), (told, told), ({}, {}))
+    clock = [0.0]
+
+    class Drawn(duet.Stage):
+        def pair(self, lanes, known, *, with_others):
+            drawn = chance.choice(pairs)
+            clock[0] += drawn.seconds
+            return drawn, seen
+
+    real_stage, real_time = duet.Stage, duet.time.monotonic
+    duet.Stage = Drawn
+    duet.time = type("Clock", (), {"monotonic": staticmethod(lambda: clock[0])})
+    found = []
+    try:
+        for _ in range(verdicts):
+            clock[0] = 0.0
+            result = duet.conduct_duet(
+                None, None, Experiment(), DuetSpec(max_time=BUDGET_S), duet.TurnsWatch()
+            )
+            found.append((answer_of(result), clock[0]))
+    finally:
+        duet.Stage = real_stage
+        duet.time = type("Clock", (), {"monotonic": staticmethod(real_time)})
+    return found
+
+
+def answer_of(found) -> str:
+    """What the gate would say of the one lane."""
+    from batchbench.reports.sequential import Verdict
+
+    first, second = found.first, found.confirmation
+    (decision,) = first.decisions.values()
+    if first.contamination or not decision.is_sure:
+        return "cannot tell"
+    if decision.verdict is not Verdict.SLOWER:
+        return "passed"
+    if second is None or second.contamination:
+        return "cannot tell"
+    (again,) = second.decisions.values()
+    return "failed" if again.verdict is Verdict.SLOWER else "cannot tell"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--state", type=Path, default=Path("gate-power"))
+    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--only", nargs="*", default=())
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
+    state = asked.state.absolute()
+    began = time.monotonic()
+    if not asked.table:
+        for case, number in todo(state, asked.only):
+            if time.monotonic() - began > 60 * asked.minutes:
+                print("the time is up; run it again to go on")
+                break
+            run_duet(state, case, number)
+    print(table(state))
+
+
+if __name__ == "__main__":
+    main()
