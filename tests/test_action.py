@@ -118,9 +118,10 @@ if words[0] == "report":
     after("--output").write_text("the report\\n")
     sys.exit(0)
 code = int(os.environ["CODE"])
-if words[0] == "run" and code < 2:
-    after("--output").mkdir()
-    (after("--output") / "result.json").touch()
+if words[0] == "run":
+    if code < 2:
+        after("--output").mkdir()
+        (after("--output") / "result.json").touch()
 elif code in (0, 1, 3):
     after("--markdown").touch()
     after("--junit").touch()
@@ -199,6 +200,7 @@ def test_a_run_is_reported_in_the_summary(run: Runner) -> None:
     ran = run(1, command="run")
     assert [words[0] for words in ran.calls] == ["run", "report"]
     assert (ran.summary, ran.outputs["answer"]) == ("the report\n", "failed")
+    assert (Path(ran.outputs["result"]) / "result.json").is_file()
 
 
 @pytest.mark.parametrize("inputs", [{"command": "rm"}, {"command": "duet", "args": "it's"}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -258,6 +259,13 @@ def test_markdown_of_any_gate_keeps_its_tables_and_its_answer(gate: Gate) -> Non
     assert not re.search(r"(?<!\\)<", body.replace("<!--", ""))
 
 
+def test_what_others_named_is_no_markup() -> None:
+    odd = replace(UNSURE, unsure="<img src=x> | **bold**", notes=["[link](x) @somebody"])
+    text = gate_markdown.render(odd)
+    assert r"> **CANNOT TELL: \<img src=x\> \| \*\*bold\*\*.**" in text
+    assert r"- \[link\](x) \@somebody" in text
+
+
 # Annotations
 
 
@@ -408,6 +416,15 @@ def test_json_of_any_gate_is_json(gate: Gate, strict: bool) -> None:
     assert data["answer"] == gate.answer
     assert data["exit_code"] == gate.exit_code(strict=strict)
     assert len(data["evidence"]) == len(gate.evidence)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_null_and_not_shown_as_one(value: float) -> None:
+    given = {"base": value, "change": value, "low": value, "high": value, "smallest": value}
+    odd = gates.gate(replace(throughput(Verdict.UNKNOWN), **given))
+    (told,) = json.loads(gate_json.render(odd))["evidence"]
+    assert [told[name] for name in given] == [None] * len(given)
+    assert "N/A to N/A" in shown(odd)
 
 
 @law

@@ -28,7 +28,9 @@ MEASURED = (
     "Would find",
     "Needed",
 )
-"""Of ratios and times. *Would find* is the least loss that so many samples would probably show."""
+"""Of ratios and times."""
+
+_FINDS = "Would find: the least loss that so many samples would probably have shown."
 
 MOST = 30
 """Rows of a table; a step summary and a comment have an end, and so has patience."""
@@ -72,7 +74,9 @@ def _counted(gate: Gate) -> Rows:
 
 
 def _measured(gate: Gate, kind: Kind) -> Rows:
-    return _cut(kind, MEASURED, [Row(each, cells(each)) for each in gate.of(kind)], [])
+    found = gate.of(kind)
+    told = any(each.smallest is not None for each in found)
+    return _cut(kind, MEASURED, [Row(each, cells(each)) for each in found], [_FINDS] * told)
 
 
 def _cut(kind: Kind, head: tuple[str, ...], rows: Sequence[Row], below: Sequence[str]) -> Rows:
