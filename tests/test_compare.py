@@ -334,13 +334,26 @@ def test_a_loss_of_one_strategy_alone_fails_by_the_speed_up() -> None:
 
 
 def test_a_pass_hidden_from_the_plans_shows_in_time_alone() -> None:
-    """An engine that computes one pass in eight twice: no count knows of it."""
+    """As by an engine that computes one pass in eight twice, where nobody counts its calls."""
     paces = {"static": [1.0] * 4, "continuous": [1.125] * 4}
     base = runs_of(6, 3)
     new = Runs("new", [Run(f"new/{i}", paced(paces, r.data)) for i, r in enumerate(base.runs)])
     gate = gate_of(base, new)
     assert {e.verdict for e in gate.of(Kind.WORK)} == {Verdict.SAME}
     assert [e.name for e in gate.failures] == ["continuous.speedup"]
+
+
+def test_a_pass_that_the_model_computes_beside_the_plans_is_counted() -> None:
+    data = deepcopy(dict(clean().data))
+    for strategy in data["strategies"].values():
+        strategy["computed_passes"] = strategy["counters"]["forward_passes"]
+    new = deepcopy(data)
+    new["strategies"]["continuous"]["computed_passes"] += 1
+    assert gate_of(side(data), side(data)).answer is Answer.PASSED
+    (failed,) = gate_of(side(data), side(new)).failures
+    assert failed.name == "continuous.computed_passes"
+    told = found(gate_of(side(data), side(clean().data)), "continuous.computed_passes")
+    assert (told.verdict, told.why) == (Verdict.UNKNOWN, "was not counted by the new version")
 
 
 def test_one_process_is_never_called_lightly() -> None:
@@ -355,9 +368,10 @@ def test_the_effect_that_could_have_been_found_is_found() -> None:
     base = runs_of(5, 1)
     told = found(gate_of(base, runs_of(5, 2)), "continuous.speedup")
     assert told.smallest is not None
+    assert 0.05 < told.smallest < 0.5  # a share of the speed-up
     calls = 0
     for seed in range(40):
-        loss = 1 + 1.1 * told.smallest
+        loss = 1 / (1 - 1.1 * told.smallest)
         new = runs_of(5, 100 + seed, continuous=loss)
         calls += gate_of(runs_of(5, 300 + seed), new).answer is Answer.FAILED
     assert calls >= 20

@@ -245,7 +245,7 @@ def weigh(
         high=ends[-1] if ends else None,
         p_value=decision.p_value,
         floor=floor,
-        smallest=None if decision.smallest is None else math.expm1(decision.smallest),
+        smallest=None if decision.smallest is None else abs(math.expm1(sign * decision.smallest)),
         needed=needed,
         samples=samples or (decision.samples, decision.samples),
         why=why,

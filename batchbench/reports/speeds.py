@@ -304,7 +304,7 @@ def _exact(base: _Sample, new: _Sample, rule: Rule) -> Decision:
     beyond = abs(change) > rule.floor + 1e-12  # what a sum of logarithms is off by
     told = Verdict.SAME if not beyond else Verdict.SLOWER if change > 0 else Verdict.FASTER
     count = min(len(base.logs), len(new.logs))
-    return Decision(told, count, change, change, change, smallest=rule.floor)
+    return Decision(told, count, change, change, change)
 
 
 def _needed(base: _Sample, new: _Sample, decision: Decision, rule: Rule) -> str | None:
