@@ -24,6 +24,16 @@ TRACE_HELP = (
     "open; a name that ends in .gz is compressed."
 )
 
+DOCUMENTS = {
+    "html": "report.html",
+    "markdown": "report.md",
+    "github-bigger": "github-bigger.json",
+    "github-smaller": "github-smaller.json",
+    "bencher": "bencher.json",
+    "pytest-benchmark": "pytest-benchmark.json",
+}
+"""Formats of a report that are files, and what these are called."""
+
 
 @dataclass(frozen=True)
 class OutputSpec:
@@ -55,18 +65,19 @@ class ReportSpec:
     format: str | None = setting(
         None,
         "terminal: tables, shown here; html: one page that holds everything; markdown: for a pull "
-        "request.",
+        "request. For dashboards, as JSON: github-bigger and github-smaller for "
+        "github-action-benchmark, bencher for bencher.dev, pytest-benchmark.",
         "Output",
-        choices=("terminal", "html", "markdown"),
+        choices=("terminal", *DOCUMENTS),
         metavar="FORMAT",
         default_text="as the ending of --output says, else terminal",
     )
     output: Path | None = setting(
         None,
-        "File for html and markdown; - is standard output.",
+        "File for the document; - is standard output.",
         "Output",
         metavar="FILE",
-        default_text="report.html or report.md in DIR; of several results in this folder",
+        default_text="report.html, report.md, bencher.json … in RESULT; of several in this folder",
     )
     trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
     json: bool = setting(False, "Print result.json on standard output, and nothing else.", "Output")
@@ -93,7 +104,7 @@ class ReportSpec:
         """Where the document goes; None for standard output."""
         if self.output is not None:
             return None if str(self.output) == "-" else self.output
-        name = "report.html" if self.chosen == "html" else "report.md"
+        name = DOCUMENTS[self.chosen]
         return folders[0] / name if len(folders) == 1 else Path(name)
 
 

@@ -43,7 +43,7 @@ batch size, rate or length.
 
 Example: batchbench simulate --batch-size 8 --queue-size 32"""
 
-REPORT_HELP = """Show results again: here, as a page for the browser, or as Markdown.
+REPORT_HELP = """Show results again: here, as a page, as Markdown, or as JSON for a dashboard.
 
 Of one result, tables, pictures and report.html are derived again from its recordings.
 

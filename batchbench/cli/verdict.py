@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from batchbench.reports.evidence import Gate
 
 STANDARD_OUTPUT = Path("-")
-STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
+STEP_SUMMARY, STEP_OUTPUT = "GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT"
+"""Variables by which GitHub names the files that a step may append to."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class GateOutputSpec:
     )
     github: str = setting(
         "auto",
-        "Annotations, and a report in the summary of the job: on, off, or auto, where "
-        "GITHUB_ACTIONS is true.",
+        "Annotations, a report in the summary of the job, and the outputs answer and exit-code of "
+        "the step: on, off, or auto, where GITHUB_ACTIONS is true.",
         "Output",
         choices=("auto", "on", "off"),
         metavar="WHEN",
@@ -82,10 +83,9 @@ class GateOutputSpec:
             return os.environ.get("GITHUB_ACTIONS") == "true"
         return self.github == "on"
 
-    @property
-    def summary(self) -> Path | None:
-        """The file to which GitHub has the summary of a step appended, if it is to be."""
-        named = os.environ.get(STEP_SUMMARY)
+    def github_file(self, variable: str) -> Path | None:
+        """The file that GitHub names by a variable, if it is to be written to."""
+        named = os.environ.get(variable)
         return Path(named) if self.on_github and named else None
 
     @property
@@ -104,8 +104,10 @@ def check_outputs(output: GateOutputSpec) -> None:
 
     for option, file in output.files.items():
         check_file(file, option)
-    if output.summary is not None:
-        check_file(output.summary, STEP_SUMMARY)
+    for variable in (STEP_SUMMARY, STEP_OUTPUT):
+        named = output.github_file(variable)
+        if named is not None:
+            check_file(named, variable)
 
 
 def conclude(gate: Gate, output: GateOutputSpec) -> None:
@@ -123,7 +125,8 @@ def conclude(gate: Gate, output: GateOutputSpec) -> None:
     code = gate.exit_code(strict=output.strict)
     report = gate_markdown.render(gate, strict=output.strict)
     contents: Mapping[str, bytes] = {
-        "--markdown": report.encode(),
+        # A name of a file may hold what is no text.
+        "--markdown": report.encode(errors="replace"),
         "--junit": junit.render(gate, strict=output.strict),
     }
     marks = annotations.render(gate, strict=output.strict) if output.on_github else ""
@@ -132,8 +135,8 @@ def conclude(gate: Gate, output: GateOutputSpec) -> None:
         write_files(file.parent, {file.name: contents[option]})
     # The runner reads workflow commands on both streams; a document keeps its own to itself.
     print(marks, end="", file=sys.stderr if output.holds_standard_output else sys.stdout)
-    if output.summary is not None:
-        _append(output.summary, report)
+    _append(output, STEP_SUMMARY, report)
+    _append(output, STEP_OUTPUT, f"answer={gate.answer}\nexit-code={code}\n")
     raise typer.Exit(code)
 
 
@@ -159,12 +162,15 @@ def _show(gate: Gate, output: GateOutputSpec, report: str) -> None:
             console.print(f"Files: {names}", markup=False, soft_wrap=True)
 
 
-def _append(file: Path, text: str) -> None:
+def _append(output: GateOutputSpec, variable: str, text: str) -> None:
+    file = output.github_file(variable)
+    if file is None:
+        return
     try:
-        with file.open("a", encoding="utf-8") as out:
+        with file.open("a", encoding="utf-8", errors="replace") as out:
             out.write(text)
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise UsageError(
-            f"{STEP_SUMMARY} {file}: cannot be written: {why}; give --github off"
+            f"{variable} {file}: cannot be written: {why}; give --github off"
         ) from error

@@ -1,4 +1,4 @@
-"""Documents to pass on: one file of one or several results, as a page or as Markdown."""
+"""Documents to pass on: one file of one or several results, for people or for dashboards."""
 
 from __future__ import annotations
 
@@ -34,13 +34,20 @@ def check_number(folders: Sequence[Path]) -> None:
 def make_document(
     format: str, folders: Sequence[Path], results: Sequence[Result], file: Path | None
 ) -> str:
-    """The text of a document (``html`` or ``markdown``) that is to lie at ``file``."""
-    from batchbench.reports.formats import html, markdown
+    """The text of a document, in the format of ``report --format``, that is to lie at ``file``."""
+    from batchbench.reports.formats import bencher, github_benchmark, html, markdown
+    from batchbench.reports.formats import pytest_benchmark as pytest_json
     from batchbench.reports.side_by_side import label_results
 
     shown = label_results(folders, results)
     if format == "html":
         return html.render(shown)
+    if format.startswith("github-"):
+        return github_benchmark.render(shown, bigger=format == "github-bigger")
+    if format == "bencher":
+        return bencher.render(shown)
+    if format == "pytest-benchmark":
+        return pytest_json.render(shown)
     at = Path.cwd() if file is None else file.absolute().parent
     return markdown.render(shown, [_pictures(folder, at) for folder in folders])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -257,7 +258,8 @@ def describe(each: Evidence) -> str:
         if each.verdict is Verdict.SAME:
             return f"{each.name} is the same"
         return f"{each.name} {each.why or 'changed'}: {spell(each.base)} → {spell(each.new)}"
-    told = f"{each.name} is {each.verdict}"
+    verdict = "uncertain" if each.verdict is Verdict.UNKNOWN else each.verdict
+    told = f"{each.name} is {verdict}"
     if each.change is None:
         return told
     return f"{told}: {each.change:+.1%} ({spell_interval(each)})"
@@ -276,9 +278,9 @@ def spell_share(log: float) -> str:
 
 
 def spell(value: float | str | None) -> str:
-    """A value as people read it."""
+    """A value as people read it; of a digest the beginning, which tells it from others."""
     if value is None:
         return "N/A"
     if isinstance(value, str):
-        return value
+        return value[:12] if re.fullmatch("[0-9a-f]{32,}", value) else value
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

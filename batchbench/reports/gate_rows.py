@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,9 @@ MEASURED = (
     "Would find",
     "Needed",
 )
-"""Of ratios and times. *Would find* is the least loss that so many samples would probably show."""
+"""Of ratios and times."""
+
+_FINDS = "Would find: the least loss that so many samples would probably have shown."
 
 MOST = 30
 """Rows of a table; a step summary and a comment have an end, and so has patience."""
@@ -73,7 +74,9 @@ def _counted(gate: Gate) -> Rows:
 
 
 def _measured(gate: Gate, kind: Kind) -> Rows:
-    return _cut(kind, MEASURED, [Row(each, cells(each)) for each in gate.of(kind)], [])
+    found = gate.of(kind)
+    told = any(each.smallest is not None for each in found)
+    return _cut(kind, MEASURED, [Row(each, cells(each)) for each in found], [_FINDS] * told)
 
 
 def _cut(kind: Kind, head: tuple[str, ...], rows: Sequence[Row], below: Sequence[str]) -> Rows:
@@ -100,8 +103,8 @@ def cells(each: Evidence) -> tuple[str, ...]:
 def _counts(each: Evidence) -> tuple[str, ...]:
     return (
         each.name,
-        value(each.base),
-        value(each.new),
+        spell(each.base),
+        spell(each.new),
         _difference(each),
         _loud(each),
         standing(each),
@@ -123,8 +126,8 @@ def _measures(each: Evidence) -> tuple[str, ...]:
     unit = f" {each.unit}" if each.unit else ""
     return (
         each.name,
-        value(each.base) + unit * (each.base is not None),
-        value(each.new) + unit * (each.new is not None),
+        spell(each.base) + unit * (each.base is not None),
+        spell(each.new) + unit * (each.new is not None),
         percent(each.change),
         interval,
         _loud(each),
@@ -155,12 +158,6 @@ def percent(share: float | None, sign: str = "+") -> str:
     return "0.0%" if text in ("+0.0%", "-0.0%") else text
 
 
-def value(given: float | str | None) -> str:
-    """A value as people read it; of a digest the beginning, which tells it from others."""
-    text = spell(given)
-    return text[:12] if re.fullmatch("[0-9a-f]{32,}", text) else text
-
-
 def varying(each: Varying) -> tuple[str, str, str]:
     """A setting in which the sides differ: its name, and their values."""
     return each.name, _setting(each.base), _setting(each.new)
@@ -171,7 +168,7 @@ def _setting(given: Any) -> str:
         return "yes" if given else "no"
     if isinstance(given, list | tuple):
         return ", ".join(map(_setting, given))
-    text = value(given) if isinstance(given, int | float | str) or given is None else str(given)
+    text = spell(given) if isinstance(given, int | float | str) or given is None else str(given)
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 

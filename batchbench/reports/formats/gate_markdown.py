@@ -24,16 +24,16 @@ def render(gate: Gate, *, strict: bool = False) -> str:
 def _lines(gate: Gate, *, strict: bool) -> Iterator[str]:
     # By this line a comment of an earlier run is found again and replaced.
     yield from (
-        f"<!-- batchbench {_word(gate.command)} -->",
-        f"### batchbench {_word(gate.command)}",
+        f"<!-- batchbench {gate.command} -->",
+        f"### batchbench {gate.command}",
         "",
     )
     yield from (f"> [!{_ALERTS[gate.answer]}]", f"> **{escape(gate.sentence)}**")
     if gate.answer is Answer.UNKNOWN:
         code = "Exit code 3." if strict else "Exit code 0; `--strict` makes it 3."
-        yield from (">", f"> This is no pass: nothing is known of the new version. {code}")
+        yield from (">", f"> This is no pass: a loss may be there that was not seen. {code}")
     yield ""
-    yield from table(["Side", "What it is"], [list(row) for row in sides(gate)], left=2)
+    yield from table(["Side", "What it is"], sides(gate), left=2)
     for title, rows in (("Settings", gate.settings), ("Environment", gate.environment)):
         if rows:
             yield from (f"**{title} that differ**", "")
@@ -55,7 +55,3 @@ def _lines(gate: Gate, *, strict: bool) -> Iterator[str]:
         yield from (f"- {escape(line)}",)
     yield from ("", "<details><summary>To do it again</summary>", "")
     yield from (*fenced(gate.typed), "", "</details>")
-
-
-def _word(command: str) -> str:
-    return escape(command).replace("-->", "")

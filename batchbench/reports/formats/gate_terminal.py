@@ -46,7 +46,7 @@ def _answer(gate: Gate, *, strict: bool) -> RenderableType:
     text = Text(gate.sentence, style=style)
     if gate.answer is Answer.UNKNOWN:
         code = f"Exit code {CANNOT_TELL}." if strict else "Exit code 0; --strict makes it 3."
-        text.append(f"\nThis is no pass: nothing is known of the new version. {code}")
+        text.append(f"\nThis is no pass: a loss may be there that was not seen. {code}")
     return Panel(text, box=box.HEAVY, style=style, padding=(0, 1))
 
 
@@ -75,19 +75,17 @@ def _evidence(found: Rows) -> list[RenderableType]:
 
 def _measured(title: str, found: Rows) -> Table:
     """Two lines a row, so that it fits into 80 columns."""
-    needed = any(row.cells[-1] for row in found.rows)
-    head = ("Metric", "Base\nnew", "Change\n95 % CI", "Verdict", "Would\nfind", "Needed")
-    grid = _grid(title, head[: None if needed else -1], left=1)
+    head = ("Metric", "Base\nnew", "Change\n95 % CI", "Verdict", "Would find\nneeded")
+    grid = _grid(title, head, left=1)
     for row in found.rows:
-        name, base, new, change, interval, verdict, gate, smallest, more = row.cells
-        cells = [
+        name, base, new, change, interval, verdict, gate, smallest, needed = row.cells
+        grid.add_row(
             Text(name.replace(".", ".\n", 1)),
             Text(f"{base}\n{new}"),
             Text(f"{change}\n{interval}"),
             _told(row.evidence, verdict, gate),
-            Text(smallest),
-        ]
-        grid.add_row(*cells, *([Text(more)] if needed else []))
+            Text(f"{smallest}\n{needed}".rstrip()),
+        )
     return grid
 
 
