@@ -296,37 +296,33 @@ def resampled(gates: Sequence[dict], verdicts: int = 2000) -> str:
     return f"{' | '.join(shares)} | {median(s for _, s in found):.0f}"
 
 
+class Drawn:
+    """Pairs drawn from those that were recorded, and the time that they took."""
+
+    def __init__(self, pairs: Sequence) -> None:
+        self._pairs, self._chance = pairs, random.Random(1)
+        self.seconds = 0.0
+
+    def pair(self, lanes: Sequence[str], known: object, *, with_others: bool) -> tuple:
+        from batchbench.studies.duet import Opened
+
+        pair = self._chance.choice(self._pairs)
+        self.seconds += pair.seconds
+        told, done = {"model": {"device": "cpu"}, "also": {}}, {"work": {}}
+        return pair, Opened(({}, {}), (told, told), (done, done))
+
+
 def replayed(pairs: Sequence, verdicts: int) -> list[tuple[str, float]]:
     """Verdicts and seconds of duets whose processes are drawn from those that were recorded."""
-    from batchbench.batching.experiment import Experiment
-    from batchbench.studies import duet
     from batchbench.studies.deciding import DuetSpec
+    from batchbench.studies.duet import TurnsWatch, conduct_duet
 
-    chance = random.Random(1)
-    told = {"model": {"device": "cpu"}, "also": {}, "lanes": {}}
-    seen = duet.Opened(({}, {}), (told, told), ({}, {}))
-    clock = [0.0]
-
-    class Drawn(duet.Stage):
-        def pair(self, lanes, known, *, with_others):
-            drawn = chance.choice(pairs)
-            clock[0] += drawn.seconds
-            return drawn, seen
-
-    real_stage, real_time = duet.Stage, duet.time.monotonic
-    duet.Stage = Drawn
-    duet.time = type("Clock", (), {"monotonic": staticmethod(lambda: clock[0])})
+    drawn, spec, watch = Drawn(pairs), DuetSpec(max_time=BUDGET_S), TurnsWatch()
+    lanes = list(pairs[0].passes)
     found = []
-    try:
-        for _ in range(verdicts):
-            clock[0] = 0.0
-            result = duet.conduct_duet(
-                None, None, Experiment(), DuetSpec(max_time=BUDGET_S), duet.TurnsWatch()
-            )
-            found.append((answer_of(result), clock[0]))
-    finally:
-        duet.Stage = real_stage
-        duet.time = type("Clock", (), {"monotonic": staticmethod(real_time)})
+    for _ in range(verdicts):
+        result = conduct_duet(drawn, lanes, spec, watch, clock=lambda: drawn.seconds)
+        found.append((answer_of(result), result.seconds))
     return found
 
 

@@ -124,14 +124,16 @@ def _compare(
     output: GateOutputSpec,
 ) -> Gate:
     from batchbench.cli.turns import make_turns_display
-    from batchbench.studies.duet import conduct_duet
+    from batchbench.studies.deciding import lanes_of
+    from batchbench.studies.duet import Stage, conduct_duet
     from batchbench.studies.duet_gate import make_gate, record_of
     from batchbench.studies.processes import Installation
 
     label, installation = _base(base)
     sides = (installation, Installation("new", Path(sys.executable), own=True))
     with make_turns_display(deciding.max_time, quiet=output.quiet) as display:
-        found = conduct_duet(*sides, experiment, deciding, display)
+        lanes, others = lanes_of(experiment, deciding.timed)
+        found = conduct_duet(Stage(sides, experiment, others), lanes, deciding, display)
     gate = make_gate(
         found,
         sides,

@@ -13,6 +13,7 @@ import typer
 import batchbench
 from batchbench.cli import breakeven as mapping
 from batchbench.cli import capacity as capacities
+from batchbench.cli import check as checking
 from batchbench.cli import compare as comparing
 from batchbench.cli import duet as dueting
 from batchbench.cli import ladder as climbing
@@ -60,10 +61,12 @@ app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
 app.command("ladder", help=climbing.LADDER_HELP)(climbing.ladder)
 app.command("capacity", help=capacities.CAPACITY_HELP)(capacities.capacity)
 app.command("duet", help=dueting.DUET_HELP)(dueting.duet)
+app.command("check", help=checking.CHECK_HELP)(checking.check)
 app.command("report", help=running.REPORT_HELP)(running.report)
 app.command("reproduce", help=reproducing.REPRODUCE_HELP)(reproducing.reproduce)
 app.command("compare", help=comparing.COMPARE_HELP)(comparing.compare)
 app.command("watch", help=watching.WATCH_HELP)(watching.watch)
+app.add_typer(checking.app, name="baseline")
 app.add_typer(workload.app, name="workload")
 
 

@@ -49,10 +49,15 @@ class TurnsDisplay(TurnsWatch):
             spent = time.monotonic() - self._began
             self._status.update(f"{what} · {spell_time(spent)} of {spell_time(self._max_time)}")
 
+    def measured(self, label: str, what: str) -> None:
+        """Something was measured of which nothing is decided yet."""
+        line = f"{label:<12} {what}".rstrip()
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def told(self, label: str, decisions: Mapping[str, Decision], fault: str | None) -> None:
         """What can be told so far: log ratios of a time, above 0 where new is slower."""
         parts = [f"{name} {describe(decision)}" for name, decision in decisions.items()]
-        line = f"{label:<8} {'; '.join(parts)}{f'; {fault}' if fault else ''}"
+        line = f"{label:<12} {'; '.join(parts)}{f'; {fault}' if fault else ''}"
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log1p
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchbench import settings
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment
+from batchbench.batching.presets import PRESETS
 from batchbench.errors import UsageError
 from batchbench.settings import setting
 
@@ -66,6 +68,79 @@ class DuetSpec:
                 f"--margin {self.margin:g}: must be above --floor {self.floor:g}, or a loss in "
                 "between would be both slower and the same"
             )
+
+
+@dataclass(frozen=True)
+class CheckSpec:
+    """With what this version is compared, how long to look, and what counts as a difference."""
+
+    baseline: Path | None = setting(
+        None, "The file that batchbench baseline save wrote.", "Base", metavar="FILE"
+    )
+    preset: str | None = setting(
+        None,
+        "Refuse a baseline that was made with another preset.",
+        "Base",
+        metavar="NAME",
+        choices=tuple(PRESETS),
+    )
+    max_time: float = setting(
+        240.0,
+        "Seconds that all of it may take, the start of the processes included.",
+        _PANEL,
+        min=20,
+    )
+    floor: float | None = setting(
+        None,
+        "Loss that must be exceeded before anything is called slower, as a share.",
+        _PANEL,
+        min=0.0,
+        max=1.0,
+        default_text="0.05, on a machine that is not the baseline's 0.1",
+    )
+    margin: float = setting(
+        0.15,
+        "Loss that must be ruled out before anything is called the same, as a share.",
+        _PANEL,
+        min=0.001,
+        max=1.0,
+    )
+    confidence: float = setting(
+        0.999,
+        "Probability with which equal versions are not called slower, all looks together.",
+        _PANEL,
+        min=0.5,
+        max=0.999999,
+    )
+    allow_improvement: bool = setting(
+        False, "Fewer passes, or less computed in vain, is no failure.", _PANEL
+    )
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+        if self.baseline is None:
+            raise UsageError(
+                "--baseline: name the file to compare with; batchbench baseline save makes one"
+            )
+
+
+@dataclass(frozen=True)
+class BaselineSpec:
+    """What a baseline is made of, and where it goes."""
+
+    processes: int = setting(
+        12,
+        "Fresh processes that are measured; each is a sample.",
+        "Measuring",
+        min=8,
+        max=1000,
+    )
+    output: Path = setting(Path("baseline.json"), "File of the baseline.", "Output", metavar="FILE")
+    overwrite: bool = setting(False, "Replace a baseline that is there.", "Output")
+    quiet: bool = setting(False, "No progress.", "Output")
+
+    def __post_init__(self) -> None:
+        settings.check(self)
 
 
 def rule_of(spec: DuetSpec) -> Rule:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from batchbench.batching.experiment import Experiment
 from batchbench.reports.sequential import FEWEST, Decision, Rule, Verdict, decide
 from batchbench.reports.turns import Pair, TurnPair, contamination
-from batchbench.studies.deciding import DuetSpec, lanes_of, rule_of
+from batchbench.studies.deciding import DuetSpec, rule_of
 from batchbench.studies.processes import Installation, WorkerProcess, open_all
 
 TURN_S = 0.2
@@ -42,6 +42,9 @@ class TurnsWatch:
 
     def begins(self, what: str) -> None:
         """What is going on from now on."""
+
+    def measured(self, label: str, what: str) -> None:
+        """Something was measured of which nothing is decided yet."""
 
     def told(self, label: str, decisions: Mapping[str, Decision], fault: str | None) -> None:
         """What can be told so far: log ratios of a time, above 0 where new is slower."""
@@ -118,14 +121,28 @@ class Findings:
     seconds: float = 0.0
 
 
+class Pairs(Protocol):
+    """Where pairs come from."""
+
+    def pair(
+        self, lanes: Sequence[str], known: Learnt | None, *, with_others: bool
+    ) -> tuple[Pair, Opened]:
+        """One more pair of processes, which serve ``lanes`` in turns.
+
+        Args:
+            known: what earlier processes have learnt of the lanes.
+            with_others: count the work of the strategies that are not timed as well.
+        """
+
+
 @dataclass(frozen=True)
 class Stage:
-    """What every pair of a duet has in common."""
+    """Pairs of fresh processes on this machine."""
 
     sides: tuple[Installation, Installation]
     experiment: Experiment
     also: Sequence[str]
-    chance: random.Random
+    chance: random.Random = field(default_factory=random.Random)
 
     def pair(
         self,
@@ -134,11 +151,7 @@ class Stage:
         *,
         with_others: bool,
     ) -> tuple[Pair, Opened]:
-        """Start two processes, let them take turns, and end them.
-
-        Args:
-            known: what earlier processes have learnt of the lanes.
-        """
+        """Start two processes, let them take turns, and end them."""
         began = time.monotonic()
         threads = self.experiment.model.threads or 1
         new_first = self.chance.random() < 0.5
@@ -213,49 +226,64 @@ def cut(steps: int, step_ns: float) -> Iterator[int]:
 
 
 def conduct_duet(
-    base: Installation,
-    new: Installation,
-    experiment: Experiment,
+    source: Pairs,
+    lanes: Sequence[str],
     spec: DuetSpec,
     watch: TurnsWatch,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Findings:
     """Run pairs until all is sure, or the time is up; confirm what is slower with a second run.
+
+    Args:
+        lanes: strategies whose time is compared.
+        clock: seconds, as the time is counted.
 
     Raises:
         UsageError: what is asked cannot be done by one of the two.
     """
-    began = time.monotonic()
-    lanes, others = lanes_of(experiment, spec.timed)
-    stage = Stage((base, new), experiment, others, random.Random())
+    began = clock()
+    until = began + spec.max_time
     first = Run(rule_of(spec).shared(len(lanes)), lanes)
-    for _ in paired(first, stage, watch, began + spec.max_time):
+    looked = False
+    for _ in paired(first, source, watch, clock, until):
         differ = len(first.pairs) == 2 and counts_differ(first.opened[-1])
         if differ and not spec.allow_improvement:
             break  # times would answer another question
-        loss_likely = any((d.estimate or 0) > first.rule.floor for d in first.decisions.values())
-        if loss_likely and time.monotonic() - began > FIRST_SHARE * spec.max_time:
-            first.look(last=True)
-            break
+        if not looked and clock() - began > FIRST_SHARE * spec.max_time:
+            looked = True  # once: the error of this look is spent
+            if is_slower_at_last(first):
+                break  # what is left of the time is for confirming it
     seen = Findings(first)
     slower = [lane for lane, d in first.decisions.items() if d.verdict is Verdict.SLOWER]
-    left = spec.max_time - (time.monotonic() - began)
+    left = until - clock()
     if slower and not first.contamination and left > FEWEST * first.pair_s:
         rule = Rule(first.rule.floor, first.rule.margin, CONFIRMING)
         second = Run(rule, slower, confirming=True, known=first.known)
-        for _ in paired(second, stage, watch, began + spec.max_time):
+        for _ in paired(second, source, watch, clock, until):
             pass
         seen.confirmation = second
-    seen.seconds = time.monotonic() - began
+    seen.seconds = clock() - began
     return seen
 
 
-def paired(run: Run, stage: Stage, watch: TurnsWatch, until: float) -> Iterator[Pair]:
+def is_slower_at_last(run: Run) -> bool:
+    """Whether the look that is kept for the end shows a loss already."""
+    run.look(last=True)
+    if any(decision.verdict is Verdict.SLOWER for decision in run.decisions.values()):
+        return True
+    run.look()
+    return False
+
+
+def paired(
+    run: Run, source: Pairs, watch: TurnsWatch, clock: Callable[[], float], until: float
+) -> Iterator[Pair]:
     """Pair after pair, until all is sure or another one would not end in time."""
     while True:
         what = f"{'confirming, ' if run.confirming else ''}pair {len(run.pairs) + 1}"
         watch.begins(what)
-        run.add(*stage.pair(run.lanes, run.known, with_others=run.known is None))
-        up = time.monotonic() + run.pair_s > until
+        run.add(*source.pair(run.lanes, run.known, with_others=run.known is None))
+        up = clock() + run.pair_s > until
         if up:
             run.look(last=True)
         watch.told(what, run.decisions, run.contamination)

@@ -73,17 +73,20 @@ TOKENS_DEPEND_ON = (
 
 def differences(opened: Opened) -> Iterator[Varying]:
     """In what the two installations differ."""
-    base, new = (_facts(hello, told) for hello, told in zip(opened.hello, opened.told, strict=True))
+    base, new = (
+        facts(hello["version"], told["environment"], told["model"])
+        for hello, told in zip(opened.hello, opened.told, strict=True)
+    )
     for name in {**base, **new}:
         if base.get(name) != new.get(name):
             yield Varying(name, base.get(name), new.get(name))
 
 
-def _facts(hello: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    environment, model = told["environment"], told["model"]
-    shown = ("os", "hostname", "cpu", "gpu", "gpu_driver", "cuda", "threads", "python")
+def facts(version: str, environment: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """What is worth telling of where something ran, by name."""
+    shown = ["os", "hostname", "cpu", "cpu_cores", "gpu", "gpu_driver", "cuda", "threads", "python"]
     return {
-        "batchbench": hello["version"],
+        "batchbench": version,
         "commit": environment.get("git_commit"),
         **{name: environment.get(name) for name in shown},
         **environment["packages"],

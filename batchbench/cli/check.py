@@ -1,0 +1,112 @@
+"""The commands check and baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
+from batchbench.batching.models import ModelSpec
+from batchbench.batching.presets import Basis
+from batchbench.cli.options import with_options
+from batchbench.cli.verdict import GateOutputSpec, check_outputs, conclude
+from batchbench.errors import Interrupted
+from batchbench.studies.deciding import BaselineSpec, CheckSpec
+from batchbench.workloads.spec import WorkloadSpec
+
+CHECK_HELP = """Hold this version against a kept baseline: its work exactly, its speed by ratios.
+
+It runs the baseline's experiment in fresh processes, each with its twins in turns (static batching,
+and the notebook engine), whose ratio the machine's speed cancels out of. Absolute times are told
+and gate nothing. It stops as soon as the answer is sure. Exit code 1: slower, or other work done.
+
+Example: batchbench check --baseline baseline.json"""
+
+BASELINE_HELP = "Keep what this version does, to hold later ones against."
+
+SAVE_HELP = """Measure an experiment in fresh processes and keep it as a baseline.
+
+Example: batchbench baseline save --preset ci --output baseline.json"""
+
+SHOW_HELP = """Say what a baseline holds, how old it is and what it was made on.
+
+Example: batchbench baseline show baseline.json"""
+
+app = typer.Typer(help=BASELINE_HELP, no_args_is_help=True)
+
+
+@with_options({"asked": CheckSpec, "output": GateOutputSpec})
+def check(asked: CheckSpec, output: GateOutputSpec) -> None:
+    """Compare with a baseline."""
+    from batchbench.reports.baseline import load_baseline
+
+    assert asked.baseline is not None
+    baseline = load_baseline(asked.baseline)
+    check_outputs(output)
+    from batchbench.cli.turns import make_turns_display
+    from batchbench.studies.check import conduct_check
+
+    try:
+        with make_turns_display(asked.max_time, quiet=output.quiet) as display:
+            gate = conduct_check(baseline, asked.baseline, asked, display)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; nothing was decided") from error
+    conclude(gate, output)
+
+
+@app.command("save", help=SAVE_HELP)
+@with_options(
+    {
+        "kept": BaselineSpec,
+        "basis": Basis,
+        "serving": ServingSpec,
+        "workload": WorkloadSpec,
+        "model": ModelSpec,
+    }
+)
+def save(
+    kept: BaselineSpec,
+    basis: Basis,
+    serving: ServingSpec,
+    workload: WorkloadSpec,
+    model: ModelSpec,
+) -> None:
+    """Make a baseline."""
+    from batchbench.cli.turns import make_turns_display
+    from batchbench.reports.baseline import to_json
+    from batchbench.reports.destination import check_files, write_files
+    from batchbench.reports.formats.baseline import render
+    from batchbench.studies.check import make_baseline
+
+    experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
+    folder, name = kept.output.parent, kept.output.name
+    check_files(folder, [name], overwrite=kept.overwrite)
+    try:
+        with make_turns_display(0, quiet=kept.quiet) as display:
+            baseline = make_baseline(experiment, kept.processes, display)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; no baseline was kept") from error
+    write_files(folder, {name: to_json(baseline).encode()})
+    if not kept.quiet:
+        from rich.console import Console
+
+        Console(highlight=False).print(render(baseline))
+        typer.echo(f"File: {kept.output}")
+
+
+@app.command("show", help=SHOW_HELP)
+def show(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="What baseline save wrote.", show_default=False),
+    ],
+) -> None:
+    """Tell of a baseline."""
+    from rich.console import Console
+
+    from batchbench.reports.baseline import load_baseline
+    from batchbench.reports.formats.baseline import render
+
+    Console(highlight=False).print(render(load_baseline(file)))
