@@ -666,6 +666,10 @@ SPOILED: dict[str, tuple[Callable[[Any], str], str]] = {
     "nested": (lambda data: "[" * 100_000, "new/result.json: is not readable JSON"),
     "list": (lambda data: "[]", "new/result.json: is no result of batchbench"),
     "schema": (spoil(schema_version=99), "has schema version 99, this batchbench reads 1"),
+    "baseline": (
+        lambda data: '{"schema_version": 1, "kind": "baseline"}',
+        "is a baseline; give it to batchbench check --baseline",
+    ),
     "part": (inside("strategies", value=None), "is not a whole result"),
     "strategy": (
         inside("strategies", "continuous", value=None),

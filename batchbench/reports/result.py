@@ -396,6 +396,8 @@ def _check_schema(file: Path, data: Any) -> None:
 
     if not isinstance(data, dict) or "schema_version" not in data:
         raise UsageError(f"{file}: is no result of batchbench")
+    if data.get("kind") == "baseline":
+        raise UsageError(f"{file}: is a baseline; give it to batchbench check --baseline {file}")
     if data["schema_version"] != SCHEMA_VERSION:
         raise UsageError(
             f"{file}: has schema version {data['schema_version']}, this batchbench reads "
