@@ -248,6 +248,26 @@ def run_duet(state: Path, case: Case, number: int) -> None:
     print(f"{case.name} {number}: exit {done.returncode} in {spent:.0f} s: {done.stdout.strip()}")
 
 
+SESSIONS = ("none-1", "slots 15 %-1", "none-2", "hog-none", "slots 15 %-2", "none-3")
+"""Baselines that are saved, in this order, each a session of its own; 16 processes each."""
+
+
+def save_session(state: Path, session: str) -> None:
+    """Measure what ``check`` measures, in 16 fresh processes."""
+    file = state / "sessions" / f"{session.replace(' ', '-')}.json"
+    if file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = build(state, "new")
+    fault = session.removeprefix("hog-").rpartition("-")[0] or "none"
+    plant(new, fault)
+    command = [new.with_name("batchbench"), "baseline", "save", "--preset", "ci", "--quiet"]
+    with Hog(session.startswith("hog")):
+        subprocess.run([*command, "--processes", "16", "--output", file], check=True)
+    plant(new, "none")
+    print(f"session {session} is saved", flush=True)
+
+
 # Tables
 
 
@@ -294,6 +314,54 @@ def resampled(gates: Sequence[dict], verdicts: int = 2000) -> str:
     answers = [answer for answer, _ in found]
     shares = [f"{answers.count(a) / verdicts:.2%}" for a in ("failed", "passed", "cannot tell")]
     return f"{' | '.join(shares)} | {median(s for _, s in found):.0f}"
+
+
+def table_of_checks(state: Path, verdicts: int = 2000) -> str:
+    """Verdicts of ``check`` on processes drawn from sessions that were saved at other times."""
+    from batchbench.reports.baseline import load_baseline
+
+    rows = [
+        "| baseline of | checked | verdicts | failed | passed | cannot tell | median processes |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    found = {
+        session: load_baseline(file).processes
+        for session in SESSIONS
+        if (file := state / "sessions" / f"{session.replace(' ', '-')}.json").exists()
+    }
+    for base in found:
+        for new in found:
+            if base == new or "15" in base or "hog" in base:
+                continue
+            told = [checked(found[base], found[new], seed) for seed in range(verdicts)]
+            answers = [answer for answer, _ in told]
+            shares = [
+                f"{answers.count(a) / verdicts:.2%}" for a in ("failed", "passed", "cannot tell")
+            ]
+            rows.append(
+                f"| {base} | {new} | {verdicts} | {' | '.join(shares)} "
+                f"| {median(n for _, n in told):.0f} |"
+            )
+    return "\n".join(rows) + "\n"
+
+
+def checked(base: Sequence, new: Sequence, seed: int, most: int = 24) -> tuple[str, int]:
+    """One verdict, and how many processes it took."""
+    from batchbench.reports.sequential import Verdict
+    from batchbench.studies.check import FIRST_LOOK, NEXT_LOOK, decide_ratios, rule_of
+    from batchbench.studies.deciding import CheckSpec
+
+    chance = random.Random(seed)
+    kept = chance.choices(base, k=12)
+    rule = rule_of(CheckSpec(baseline=Path("x")), len(kept[0].ratios), other=False)
+    drawn = chance.choices(new, k=most)
+    for look, count in enumerate(range(FIRST_LOOK, most + 1, NEXT_LOOK), start=1):
+        told = decide_ratios(kept, drawn[:count], rule, look).values()
+        if all(decision.is_sure for decision in told):
+            break
+    if any(decision.verdict is Verdict.SLOWER for decision in told):
+        return "failed", count
+    return ("passed" if all(d.is_sure for d in told) else "cannot tell"), count
 
 
 class Drawn:
@@ -349,17 +417,24 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=Path("gate-power"))
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--only", nargs="*", default=())
+    parser.add_argument("--sessions", action="store_true", help="measure check as well")
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     state = asked.state.absolute()
     began = time.monotonic()
     if not asked.table:
+        sessions = iter(SESSIONS if asked.sessions else ())
         for case, number in todo(state, asked.only):
             if time.monotonic() - began > 60 * asked.minutes:
                 print("the time is up; run it again to go on")
                 break
+            if number % 3 == 0 and case is CASES[0] and (session := next(sessions, None)):
+                save_session(state, session)
             run_duet(state, case, number)
+        for session in sessions:
+            save_session(state, session)
     print(table(state))
+    print(table_of_checks(state))
 
 
 if __name__ == "__main__":

@@ -268,7 +268,8 @@ class Experiment:
             given = self._differences(preset)
             if self._is_asked_by(given, preset):
                 break
-        words = ["batchbench", name or ("simulate" if self.simulated else "run")]
+        usual = "simulate" if self.simulated else "run"
+        words = ["batchbench", *(name or usual).split()]
         words += ["--cost", self.cost.source] if self.cost else []
         words += ["--preset", preset] * (preset != NOTEBOOK)
         for name, value in given.items():
