@@ -18,6 +18,7 @@ from batchbench.cli import predict as predicting
 from batchbench.cli import reproduce as reproducing
 from batchbench.cli import run as running
 from batchbench.cli import sweep as sweeping
+from batchbench.cli import trend as looking_back
 from batchbench.cli import watch as watching
 from batchbench.cli import workload
 from batchbench.errors import BatchbenchError
@@ -59,6 +60,7 @@ app.command("ladder", help=climbing.LADDER_HELP)(climbing.ladder)
 app.command("capacity", help=capacities.CAPACITY_HELP)(capacities.capacity)
 app.command("report", help=running.REPORT_HELP)(running.report)
 app.command("reproduce", help=reproducing.REPRODUCE_HELP)(reproducing.reproduce)
+app.command("trend", help=looking_back.TREND_HELP)(looking_back.trend)
 app.command("watch", help=watching.WATCH_HELP)(watching.watch)
 app.add_typer(workload.app, name="workload")
 
