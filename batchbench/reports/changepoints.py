@@ -3,11 +3,12 @@
 Matteson and James 2014 (A nonparametric approach for multiple change point analysis of
 multivariate data, JASA 109): the split of a segment whose two sides differ most in the energy
 statistic is a change point if permuting the values *within* the segments found so far hardly ever
-gives as large a one; then the parts are looked at in the same way. As in Daly et al. 2020 (change
-point detection at MongoDB) a side ends where its segment ends: the paper's second search, for an
-end before that, is left out. Hunter (Fleming et al. 2023) replaces the permutations by a t-test,
-which is quicker but forgets that the split was chosen; a test holds here that the rate of false
-alarms is the one asked for.
+gives as large a one; then the parts are looked at in the same way. Daly et al. 2020 (Change point
+detection in software performance testing) brought it to histories of benchmarks. Both sides of a
+split end where their segment ends: the paper's search for an end before that is left out. Hunter
+(Fleming et al. 2023, arXiv:2301.03034) takes a t-test in place of the permutations, as theirs were
+not deterministic; but the split was chosen, which a t-test does not know of. Here they are seeded
+and as many as the level needs, and a test counts that false alarms are as rare as was asked.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ class Change:
 
     @property
     def word(self) -> str:
-        """Loss or gain."""
-        return "loss" if self.is_loss else "gain"
+        """Which way it went: the sign alone does not say."""
+        return "worse" if self.is_loss else "better"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Trend:
         worst = max(each.smallest or 0 for each in told)
         return (
             f"no change found in {many} series over {self.results} results; one of {worst:.1%} in "
-            "the middle would probably have been."
+            "the middle would probably have been found."
         )
 
     def _lost(self) -> Iterator[str]:
@@ -330,7 +330,7 @@ def _first(texts: Sequence[str], most: int) -> list[str]:
 def describe(change: Change) -> str:
     """A change in a few words."""
     interval = f"95 % CI {change.low:+.1%} to {change.high:+.1%}"
-    return f"{change.share:+.1%} ({interval}), a {change.word}, {between(change)}"
+    return f"{change.word} by {change.share:+.1%} ({interval}), {between(change)}"
 
 
 def between(change: Change | Recount) -> str:

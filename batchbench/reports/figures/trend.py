@@ -31,8 +31,8 @@ from batchbench.reports.trend_spec import higher_is_better
 MOST_PANELS = 8
 """More would be a poster; the table has all."""
 
-_TALL, _HEAD, _LEFT = 1.1, 0.42, 0.62  # inches: a panel, its name, the numbers at its left
-_TOP, _FOOT = 0.28, 0.38
+_TALL, _HEAD, _LEFT = 1.1, 0.5, 0.62  # inches: a panel, its name, the numbers at its left
+_TOP, _FOOT = 0.08, 0.38
 
 
 def draw_trend(judged: Judged) -> Figure | None:
@@ -66,11 +66,13 @@ def _name(card: Card, top: float, told: Told, colour: str) -> None:
     name = fit_text(clean_text(told.series.strategy), 200, 10.5, "bold")
     better = "higher" if higher_is_better(told.series.metric) else "lower"
     style: dict[str, Any] = {"va": "baseline", "size": 10.5, "weight": "bold"}
-    card.write(0, top + 0.16, name, color=colour, **style)
+    card.write(0, top + _HEAD - 0.1, name, color=colour, **style)
     behind = (text_extent(name, 10.5, "bold") + 7) / 72
-    card.write(behind, top + 0.16, told.series.metric, **style)
+    card.write(behind, top + _HEAD - 0.1, told.series.metric, **style)
     behind += (text_extent(told.series.metric, 10.5, "bold") + 7) / 72
-    card.write(behind, top + 0.16, f"{better} is better", va="baseline", size=8.5, color=QUIET)
+    card.write(
+        behind, top + _HEAD - 0.1, f"{better} is better", va="baseline", size=8.5, color=QUIET
+    )
 
 
 def _panel(axes: Axes, told: Told, entries: Sequence[Entry], colour: str, index: int) -> None:
@@ -120,18 +122,18 @@ def _fit_height(axes: Axes, told: Told) -> None:
 def _mark_changes(axes: Axes, told: Told, place: dict[int, int], count: int) -> None:
     top = axes.get_ylim()[1]
     width = (WIDE - _LEFT) * 72
-    taken = -1e9
-    for change in (change for change in told.changes if change.counts):
+    taken: list[tuple[float, float]] = []
+    for change in reversed([change for change in told.changes if change.counts]):
         x = place[id(change.after)] - 0.5
         axes.axvline(x, color=INK, lw=1.2, ls="-" if change.is_loss else ":")
         text = f"{change.word} {change.share:+.1%}  {change.after.label}"
-        points = (x + 0.8) / (count + 0.6) * width
-        long = text_extent(text, 9.5, "bold") + 8
-        left = points + long > width
-        start = points - long if left else points
-        if start < taken:  # its place is taken by the one before: the table has it
-            continue
-        taken = start + long
+        at = (x + 0.8) / (count + 0.6) * width
+        long = text_extent(text, 9.5, "bold") + 6
+        left = at + long > width + 4
+        start, end = (at - long, at) if left else (at, at + long)
+        if any(start < other_end and other < end for other, other_end in taken):
+            continue  # a newer change has the place; the table has this one
+        taken.append((start, end))
         style: dict[str, Any] = {"size": 9.5, "weight": "bold", "va": "top"}
         axes.annotate(
             text,
@@ -174,7 +176,7 @@ def _legend(card: Card, judged: Judged) -> None:
     found = [c for told in judged.series for c in told.changes if c.counts]
     for is_loss, style in ((True, "-"), (False, ":")):
         if any(change.is_loss is is_loss for change in found):
-            name = "loss" if is_loss else "gain"
+            name = "worse" if is_loss else "better"
             handles.append(
                 Line2D([], [], ls="", marker="|", ms=11, mew=1.3, color=INK, label=name)
                 if is_loss

@@ -17,8 +17,8 @@ from batchbench.reports.history import Line
 from batchbench.reports.trend import Change, Judged, Told, Trend, between, describe_recount
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_SPARK = 16  # characters
-_HEAD = ("", "metric", "over time", "level", "newest change", "drift", "could find")
+_SPARK = 12  # characters
+_HEAD = ("", "metric", "over time", "level", "newest change", "at", "drift")
 _MOST_RECOUNTS = 12
 
 
@@ -46,8 +46,8 @@ def render_markdown(trend: Trend) -> str:
         lines += [f"{escape(judged.line.caption)} ({escape(_span(judged.line))})", ""]
         if judged.series:
             lines += [
-                "| Strategy | Metric | Over time | Level | Newest change | Drift | Could find |",
-                "| --- | --- | --- | ---: | --- | ---: | ---: |",
+                "| Strategy | Metric | Over time | Level | Newest change | At | Drift |",
+                "| --- | --- | --- | ---: | --- | --- | ---: |",
             ]
             lines += [f"| {' | '.join(map(escape, row))} |" for row in map(_row, judged.series)]
             lines.append("")
@@ -75,7 +75,7 @@ def _span(line: Line) -> str:
 def _table(judged: Judged) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for name in _HEAD:
-        right = name in ("level", "drift", "could find")
+        right = name in ("level", "drift")
         grid.add_column(name, justify="right" if right else "left", no_wrap=name == "over time")
     for told in judged.series:
         grid.add_row(*map(Text, _row(told)))
@@ -83,22 +83,18 @@ def _table(judged: Judged) -> Table:
 
 
 def _row(told: Told) -> tuple[str, ...]:
-    series = told.series
+    series, newest = told.series, told.newest
     level = number(told.segments[-1].mean) if told.segments else "N/A"
+    at, drift = "", "N/A"
     if told.too_few:
-        have = len(series.told)
-        newest, drift, smallest = f"cannot tell: {have} of {told.too_few} results", "", ""
+        change = f"{len(series.told)} of {told.too_few} results"
+    elif newest is None:
+        change = f"none ≥ {told.smallest:.1%}"
     else:
-        newest = "none found" if told.newest is None else _short(told.newest)
-        drift = "N/A" if told.drift is None else f"{told.drift.share:+.1%}"
-        drift += "!" if told.drift is not None and told.drift.counts else ""
-        smallest = "N/A" if told.smallest is None else f"{told.smallest:.1%}"
-    return series.strategy, series.metric, sparkline(told), level, newest, drift, smallest
-
-
-def _short(change: Change) -> str:
-    accepted = ", accepted" if change.accepted else ""
-    return f"{change.word} {change.share:+.1%} at {change.after.label}{accepted}"
+        change, at = f"{newest.word} {newest.share:+.1%}", newest.after.label
+    if told.drift is not None:
+        drift = f"{told.drift.share:+.1%}{'!' if told.drift.counts else ''}"
+    return series.strategy, series.metric, sparkline(told), level, change, at, drift
 
 
 def sparkline(told: Told) -> str:
@@ -122,7 +118,7 @@ def changes(judged: Judged) -> Iterator[str]:
         yield f"{change.word} {told.name} {_short_between(change)}"
     for told in judged.series:
         if (drift := told.drift) is not None and drift.counts:
-            yield f"drift {told.name} {_short_between(drift)}, a {drift.word}"
+            yield f"drift, {drift.word}: {told.name} {_short_between(drift)}"
     recounts = list(reversed(judged.recounts))
     for recount in recounts[:_MOST_RECOUNTS]:
         word = "more work" if recount in judged.lost_work else "count"
@@ -143,10 +139,10 @@ def notes(trend: Trend) -> Sequence[str]:
     """What the reader should know of."""
     asked = trend.asked
     told = [
-        f"A change is significant (in all series together {1 - asked.confidence:.2g} false alarms) "
-        f"and beyond {asked.floor:g} %; in brackets its 95 % interval",
-        "Drift: newest against oldest quarter; ! where it counts",
-        "Could find: about the least change in the middle that would have been",
+        f"A change is significant and beyond {asked.floor:g} %: of histories without one "
+        f"{100 * (1 - asked.confidence):.2g} % at most show any. Brackets: 95 % interval",
+        "none ≥: about the least change in the middle that would have been found",
+        "Drift: newest quarter of the results against the oldest; ! where it counts",
     ]
     if len(trend.lines) > 1:
         told.append(
