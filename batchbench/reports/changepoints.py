@@ -41,12 +41,13 @@ class ChangePoint:
 
 
 def fewest_values(alpha: float) -> int:
-    """Values from which on a test at ``alpha`` can be significant at all.
+    """Values from which on the clearest change is found at ``alpha``.
 
-    The most extreme order has all small values before all large ones, or the other way round.
+    In the most extreme order all small values come before all large ones, or after them. Its
+    p-value must be a quarter of α, as so few permutations tell it only roughly.
     """
     n = 2 * SHORTEST
-    while 2 / math.comb(n, n // 2) > alpha:
+    while 2 / math.comb(n, n // 2) > alpha / 4:
         n += 1
     return n
 
