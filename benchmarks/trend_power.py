@@ -1,6 +1,6 @@
 """How often batchbench trend finds a step of known size in noise, and one where there is none.
 
-    .venv/bin/python benchmarks/trend_power.py [--repeats 200] [--histories 500] [--seed 0]
+    .venv/bin/python benchmarks/trend_power.py [--repeats 100] [--histories 200] [--seed 0]
 
 Series are drawn: a level, normal noise, and a step after 60 % of the results. They are judged as
 one of the seven series of a history at the defaults (confidence 99 %, floor 2 %). *Found*: a loss
@@ -74,8 +74,8 @@ def alarms_in(length: int, noise: float, histories: int, random) -> tuple[int, i
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--histories", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--histories", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     random, began = np.random.default_rng(asked.seed), time.perf_counter()

@@ -43,7 +43,17 @@ from batchbench.reports import folder as folders
 from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
-COMMANDS = ("run", "simulate", "predict", "breakeven", "ladder", "report", "reproduce", "watch")
+COMMANDS = (
+    "run",
+    "simulate",
+    "predict",
+    "breakeven",
+    "ladder",
+    "report",
+    "reproduce",
+    "trend",
+    "watch",
+)
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 
 

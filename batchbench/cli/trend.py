@@ -76,6 +76,9 @@ def _look(folders: list[Path], asked: TrendSpec) -> Trend:
         )
     for line in spoiled:
         typer.echo(f"left out: {line}", err=True)
+    commits = [entry.commit for entry in entries if entry.commit is not None]
+    if asked.accept and not any(commit.startswith(asked.accept) for commit in commits):
+        typer.echo(f"--accept {asked.accept}: is the commit of no result", err=True)
     _check_strategies(entries, asked)
     return judge(make_lines(entries, asked.last), asked, spoiled)
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -203,8 +204,9 @@ def judge(lines: Sequence[Line], asked: TrendSpec, spoiled: Sequence[str] = ()) 
     judged = []
     for line, found in zip(lines, series, strict=True):
         recounts = line.recounts(asked.strategy)
-        told = [judge_series(each, alpha, asked.floor / 100, asked.accept) for each in found]
-        judged.append(Judged(line, told, recounts, _lost_work(recounts, asked.accept)))
+        known = _known_until(line, asked.accept)
+        told = [judge_series(each, alpha, asked.floor / 100, known) for each in found]
+        judged.append(Judged(line, told, recounts, _lost_work(recounts, known)))
     return Trend(judged, asked, spoiled, alpha)
 
 
@@ -214,7 +216,7 @@ def judge_series(series: Series, alpha: float, floor: float, accepted: Sequence[
     Args:
         alpha: probability of any change point without a change, and of a drift without one.
         floor: share beyond which a change counts.
-        accepted: commits whose change is known; a drift is told from the newest of them on.
+        known_until: changes up to then are accepted, and a drift is told from then on.
     """
     entries = [series.entries[i] for i in series.told]
     logs = np.log([series.values[i].value for i in series.told])
@@ -229,9 +231,10 @@ def judge_series(series: Series, alpha: float, floor: float, accepted: Sequence[
         middle = place.index
         pair = entries[middle - 1], entries[middle]
         change = _change(series.metric, pair, (logs[a:middle], logs[middle:b]), floor)
-        known = _is_accepted(pair[1], accepted)
-        changes.append(replace(change, p_value=place.p_value, accepted=known))
-    start = max((p.index for p, c in zip(places, changes, strict=True) if c.accepted), default=0)
+        accepted = _is_known(pair[1], known_until)
+        changes.append(replace(change, p_value=place.p_value, accepted=accepted))
+    known = sum(_is_known(entry, known_until) for entry in entries)
+    start = max(known - 1, 0)  # the newest of them is of the level that is known
     scatter = np.concatenate([logs[a:b] - logs[a:b].mean() for a, b in _pairs(edges)])
     return Told(
         series,
@@ -304,11 +307,21 @@ def _pairs(edges: Sequence[int]) -> Iterator[tuple[int, int]]:
     return itertools.pairwise(edges)
 
 
-def _is_accepted(entry: Entry, accepted: Sequence[str]) -> bool:
-    return entry.commit is not None and entry.commit.startswith(tuple(accepted))
+def _known_until(line: Line, accepted: str | None) -> datetime | None:
+    """When the newest result of the accepted commit was made; None without."""
+    made = [
+        entry.created
+        for entry in line.entries
+        if accepted is not None and entry.commit is not None and entry.commit.startswith(accepted)
+    ]
+    return max(made, default=None)
 
 
-def _lost_work(recounts: Sequence[Recount], accepted: Sequence[str]) -> list[Recount]:
+def _is_known(entry: Entry, known_until: datetime | None) -> bool:
+    return known_until is not None and entry.created <= known_until
+
+
+def _lost_work(recounts: Sequence[Recount], known_until: datetime | None) -> list[Recount]:
     """Of each counter that can only be work, the newest change if it is one for the worse."""
     newest = {(each.counter, each.strategy): each for each in recounts}
     return [
@@ -318,7 +331,7 @@ def _lost_work(recounts: Sequence[Recount], accepted: Sequence[str]) -> list[Rec
         and not isinstance(each.new, str)
         and not isinstance(each.old, str)
         and each.new > each.old
-        and not _is_accepted(each.after, accepted)
+        and not _is_known(each.after, known_until)
     ]
 
 

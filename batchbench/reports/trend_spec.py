@@ -69,10 +69,10 @@ class TrendSpec:
         "length.",
         "Gate",
     )
-    accept: tuple[str, ...] = setting(
-        (),
-        "Commit (its first letters) whose change is known: it is shown and fails nothing; may be "
-        "repeated.",
+    accept: str | None = setting(
+        None,
+        "Commit (its first letters) up to which all changes are known: they are shown and fail "
+        "nothing.",
         "Gate",
         metavar="COMMIT",
         default_text="none",
@@ -98,8 +98,7 @@ class TrendSpec:
             raise UsageError("--metric: give at least one, such as output_throughput")
         for metric in self.metric:
             higher_is_better(metric)
-        for commit in self.accept:
-            if len(commit) < 4:
-                raise UsageError(f"--accept {commit!r}: give at least 4 letters of the commit")
+        if self.accept is not None and len(self.accept) < 4:
+            raise UsageError(f"--accept {self.accept}: give at least 4 letters of the commit")
         if self.json and str(self.markdown) == "-":
             raise UsageError("--json and --markdown -: give one of them")
