@@ -210,7 +210,9 @@ def judge(lines: Sequence[Line], asked: TrendSpec, spoiled: Sequence[str] = ()) 
     return Trend(judged, asked, spoiled, alpha)
 
 
-def judge_series(series: Series, alpha: float, floor: float, accepted: Sequence[str] = ()) -> Told:
+def judge_series(
+    series: Series, alpha: float, floor: float, known_until: datetime | None = None
+) -> Told:
     """Split a series where its level changed, and compare its ends.
 
     Args:
