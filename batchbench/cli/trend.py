@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from batchbench.reports.history import Entry
     from batchbench.reports.trend import Trend
 
-TREND_HELP = """Find the commits at which kept results changed for good, and what small losses add up to.
+TREND_HELP = """Find the commits at which kept results changed for good.
 
-Results are put in order of time and apart by workload, configuration, machine and versions. Exit
-code 0, unless --fail-on-loss asks for 1; 2: there is no result to look at.
+Results are put in order of time, apart by workload, configuration, machine and versions; small
+losses that add up are told too. Exit code 0; with --fail-on-loss 1 after a loss; 2: there is no
+result to look at.
 
-Example: batchbench trend batchbench-results"""  # noqa: E501
+Example: batchbench trend batchbench-results"""
 
 
 @with_options({"asked": TrendSpec})
