@@ -334,7 +334,7 @@ def make_lines(entries: Sequence[Entry], last: int) -> list[Line]:
     lines = [
         Line(
             group[-last:],
-            {name: own.get(name) for name in varying},
+            {name: own[name] for name in varying if name in own},
             goes_on(group),
             max(0, len(group) - last),
         )
