@@ -44,8 +44,8 @@ from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
 COMMANDS = (
-    *("run", "simulate", "predict", "breakeven", "ladder", "report", "reproduce", "compare"),
-    "watch",
+    *("run", "simulate", "predict", "breakeven", "ladder", "report", "reproduce", "watch"),
+    *("compare", "duet", "check", "trend"),
 )
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 

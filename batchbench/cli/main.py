@@ -21,6 +21,7 @@ from batchbench.cli import predict as predicting
 from batchbench.cli import reproduce as reproducing
 from batchbench.cli import run as running
 from batchbench.cli import sweep as sweeping
+from batchbench.cli import trend as looking_back
 from batchbench.cli import watch as watching
 from batchbench.cli import workload
 from batchbench.errors import BatchbenchError
@@ -60,12 +61,13 @@ app.command("breakeven", help=mapping.BREAKEVEN_HELP)(mapping.breakeven)
 app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
 app.command("ladder", help=climbing.LADDER_HELP)(climbing.ladder)
 app.command("capacity", help=capacities.CAPACITY_HELP)(capacities.capacity)
-app.command("duet", help=dueting.DUET_HELP)(dueting.duet)
-app.command("check", help=checking.CHECK_HELP)(checking.check)
 app.command("report", help=running.REPORT_HELP)(running.report)
 app.command("reproduce", help=reproducing.REPRODUCE_HELP)(reproducing.reproduce)
-app.command("compare", help=comparing.COMPARE_HELP)(comparing.compare)
 app.command("watch", help=watching.WATCH_HELP)(watching.watch)
+app.command("compare", help=comparing.COMPARE_HELP)(comparing.compare)
+app.command("duet", help=dueting.DUET_HELP)(dueting.duet)
+app.command("check", help=checking.CHECK_HELP)(checking.check)
+app.command("trend", help=looking_back.TREND_HELP)(looking_back.trend)
 app.add_typer(checking.app, name="baseline")
 app.add_typer(workload.app, name="workload")
 

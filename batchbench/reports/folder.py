@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -11,12 +12,14 @@ from pathlib import Path
 from batchbench.errors import UsageError
 from batchbench.reports.figures import draw, render
 from batchbench.reports.figures.ladder import draw_ladder
+from batchbench.reports.figures.trend import draw_trend
 from batchbench.reports.formats import html
 from batchbench.reports.ladder import LadderResult
 from batchbench.reports.ladder import to_json as ladder_json
 from batchbench.reports.result import Result, recording_files, to_json
 from batchbench.reports.side_by_side import Labelled
 from batchbench.reports.tables import requests_frame, steps_frame
+from batchbench.reports.trend import Trend
 
 
 def write_folder(folder: Path, result: Result) -> list[Path]:
@@ -31,6 +34,18 @@ def write_ladder(folder: Path, result: LadderResult) -> list[Path]:
     contents |= {f"ladder.{format}": render(figure, format) for format in ("png", "svg")}
     contents |= recording_files(result.recordings)
     return write_whole(folder, contents, stale=["recordings"])
+
+
+def write_trend(folder: Path, trend: Trend) -> list[Path]:
+    """Write ``trend.json`` and a picture of each line that has one; those of an older look go."""
+    data = json.dumps(trend.as_data(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    contents = {"trend.json": data.encode()}
+    drawn = [figure for judged in trend.lines if (figure := draw_trend(judged)) is not None]
+    for i, figure in enumerate(drawn, 1):
+        name = "trend" if i == 1 else f"trend-{i}"
+        contents |= {f"{name}.{format}": render(figure, format) for format in ("png", "svg")}
+    older = {path.name for path in folder.glob("trend*") if path.suffix in (".png", ".svg")}
+    return write_whole(folder, contents, stale=sorted(older - contents.keys()))
 
 
 def write_whole(
