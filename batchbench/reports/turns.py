@@ -31,6 +31,11 @@ class Turn:
         """Mean time of a step."""
         return self.wall_ns / self.steps
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody else had the core for a sixth of the time or more."""
+        return self.wall_ns > BUSY * self.cpu_ns
+
 
 TurnPair = tuple[Turn, Turn]
 
@@ -71,7 +76,7 @@ class Pair:
     def busy(self) -> float:
         """Share of the turns in which somebody else had the core for a sixth of the time."""
         told = [turn for turns in self.turns.values() for pair in turns[1:] for turn in pair]
-        return fmean(turn.wall_ns > BUSY * turn.cpu_ns for turn in told)
+        return fmean(turn.is_busy for turn in told)
 
     def step_ns(self, lane: str) -> tuple[float, float]:
         """Median time of a step, base and new."""

@@ -33,7 +33,7 @@ FEWEST_STEPS, FEWEST_TURNS = 4, 4
 FIRST_SHARE = 0.65
 """Of the time, for the run that finds a loss; the rest is for the one that confirms it."""
 
-CONFIRMING = 0.01
+CONFIRMING = 0.05
 """Error of the confirming run, which has one question left to answer."""
 
 

@@ -1,0 +1,425 @@
+"""Two installations in turns: the rule on made-up pairs, and real processes on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import batchbench
+from batchbench.batching.experiment import Experiment
+from batchbench.cli.main import _guarded
+from batchbench.errors import BatchbenchError, UsageError
+from batchbench.reports.evidence import Answer, Gate
+from batchbench.reports.sequential import Verdict
+from batchbench.reports.turns import Pair, Turn, contamination
+from batchbench.studies import duet
+from batchbench.studies.deciding import DuetSpec, lanes_of
+from batchbench.studies.duet import Findings, Opened, Stage, TurnsWatch, conduct_duet, cut
+from batchbench.studies.duet_gate import make_gate
+from batchbench.studies.processes import Installation, WorkerProcess
+from batchbench.studies.revision import install_revision
+
+PACKAGE = Path(batchbench.__file__).parent
+WORK = {"forward_passes": 10, "slot_steps": 80, "output_digest": "a" * 64}
+
+
+# The rule, on pairs that are made up
+
+
+def turn(step_ns: float, *, busy: float = 1.0, kernel_ns: int = 20_000_000) -> Turn:
+    wall = round(10 * step_ns)
+    return Turn(10, wall, round(wall / busy), kernel_ns)
+
+
+def made_up(log: float, *, busy: float = 1.0, kernel: float = 0.0, seconds: float = 10.0) -> Pair:
+    """A pair in which new takes exp(log) times as long."""
+    told = (
+        turn(1e6, busy=busy),
+        turn(1e6 * math.exp(log), busy=busy, kernel_ns=round(20e6 * math.exp(kernel))),
+    )
+    cold = (turn(9e6), turn(1e6))  # the first pair of turns is left out
+    return Pair({"continuous": [cold, told, told, told]}, {"continuous": (10, 10)}, seconds, False)
+
+
+class MadeUp:
+    """Pairs from a function, and the clock that they move."""
+
+    def __init__(self, pair: Callable[[int], Pair], works: Sequence[Mapping[str, Any]]) -> None:
+        self._pair, self._works = pair, works
+        self.count, self.seconds = 0, 0.0
+        self.learnt: list[object] = []
+
+    def pair(self, lanes: Sequence[str], known: object, *, with_others: bool) -> Any:
+        pair = self._pair(self.count)
+        self.count += 1
+        self.seconds += pair.seconds
+        self.learnt.append(known)
+        environment = {"packages": {"torch": "2"}, "cpu": "a cpu", "git_commit": None}
+        told = tuple(
+            {
+                "model": {"device": "cpu", "dtype": "float32"},
+                "workload": {"closed": True, "total_output_tokens": 100},
+                "environment": environment,
+                "also": {"static": dict(work)} if with_others else {},
+            }
+            for work in self._works
+        )
+        hello = tuple({"version": "1", "file": name} for name in "ab")
+        done = tuple(
+            {"work": {"continuous": dict(work)}, "varied": {"continuous": work.get("varied")}}
+            for work in self._works
+        )
+        return pair, Opened(hello, told, done)  # type: ignore[arg-type]
+
+
+def found_of(
+    pair: Callable[[int], Pair],
+    spec: DuetSpec | None = None,
+    works: Sequence[Mapping[str, Any]] = (WORK, WORK),
+) -> tuple[Findings, Gate, MadeUp]:
+    source = MadeUp(pair, works)
+    asked = spec or DuetSpec()
+    found = conduct_duet(source, ["continuous"], asked, TurnsWatch(), clock=lambda: source.seconds)
+    sides = (Installation("base", Path("a")), Installation("new", Path("b"), own=True))
+    gate = make_gate(
+        found, sides, ("base", "new"), "again", allow_improvement=asked.allow_improvement
+    )
+    return found, gate, source
+
+
+def scattered(mean: float, sd: float, seed: int = 0) -> Callable[[int], Pair]:
+    chance = random.Random(seed)
+    return lambda _: made_up(chance.gauss(mean, sd))
+
+
+def test_equal_versions_pass() -> None:
+    _, gate, source = found_of(scattered(0.0, 0.005))
+    assert gate.answer is Answer.PASSED
+    assert source.seconds <= 120
+
+
+def test_a_loss_fails_when_a_second_run_has_confirmed_it() -> None:
+    found, gate, source = found_of(scattered(0.05, 0.005))
+    assert gate.answer is Answer.FAILED
+    assert found.confirmation is not None
+    assert len(found.confirmation.pairs) >= 4
+    assert source.seconds <= 300
+    evidence = gate.failures[0]
+    assert evidence.name == "continuous.output_throughput"
+    assert evidence.change == pytest.approx(math.expm1(-0.05), abs=0.01)
+
+
+def test_a_gain_passes() -> None:
+    _, gate, _ = found_of(scattered(-0.1, 0.005))
+    assert gate.answer is Answer.PASSED
+    assert "faster" in gate.sentence
+
+
+def test_a_loss_that_only_one_run_has_is_no_failure() -> None:
+    # As where memory lies badly for one side for as long as the first run takes.
+    loss = scattered(0.05, 0.005)
+    first_run = len(found_of(loss)[0].first.pairs)
+    loss, none = scattered(0.05, 0.005), scattered(0.0, 0.005)
+    found, gate, _ = found_of(lambda n: loss(n) if n < first_run else none(n))
+    assert found.first.decisions["continuous"].verdict is Verdict.SLOWER
+    assert gate.answer is Answer.UNKNOWN
+    assert "did not confirm" in gate.sentence
+
+
+def test_noise_cannot_be_told_and_says_what_would_do() -> None:
+    _, gate, source = found_of(scattered(0.0, 0.10), DuetSpec(max_time=200))
+    assert gate.answer is Answer.UNKNOWN
+    assert "min would do" in gate.sentence
+    assert gate.exit_code(strict=False) == 0
+    assert gate.exit_code(strict=True) == 3
+    assert source.seconds <= 200
+
+
+def test_a_kernel_that_differs_makes_the_times_say_nothing() -> None:
+    _, gate, _ = found_of(lambda _: made_up(0.08, kernel=0.05), DuetSpec(max_time=100))
+    assert gate.answer is Answer.UNKNOWN
+    assert "calibration kernel" in gate.sentence
+
+
+def test_a_core_that_others_had_makes_the_times_say_nothing() -> None:
+    _, gate, _ = found_of(lambda _: made_up(0.08, busy=1.5), DuetSpec(max_time=100))
+    assert gate.answer is Answer.UNKNOWN
+    assert "others had the core" in gate.sentence
+    assert contamination([made_up(0.08, busy=1.5)], 0.01, on_cpu=False) is None
+
+
+def test_too_little_time_is_no_pass() -> None:
+    _, gate, _ = found_of(scattered(0.0, 0.001), DuetSpec(max_time=25))
+    assert gate.answer is Answer.UNKNOWN
+    assert "raise --max-time" in gate.sentence
+
+
+def test_the_time_is_kept() -> None:
+    for mean in (0.0, 0.02, 0.03, 0.05):
+        for seed in range(5):
+            assert found_of(scattered(mean, 0.02, seed))[2].seconds <= 300
+
+
+def test_other_work_fails_at_once_and_is_counted_twice() -> None:
+    more = {**WORK, "forward_passes": 11}
+    _, gate, source = found_of(scattered(0.0, 0.005), works=(WORK, more))
+    assert gate.answer is Answer.FAILED
+    assert "forward_passes grew by 1" in gate.sentence
+    assert source.count == 2
+    assert all(each.kind == "work" for each in gate.evidence)
+
+
+def test_less_work_may_be_allowed_and_is_then_timed() -> None:
+    less = {**WORK, "forward_passes": 9, "slot_steps": 72}
+    fewer = DuetSpec(allow_improvement=True)
+    assert found_of(scattered(-0.1, 0.005), works=(WORK, less))[1].answer is Answer.FAILED
+    assert found_of(scattered(-0.1, 0.005), fewer, (WORK, less))[1].answer is Answer.PASSED
+
+
+def test_work_that_varies_is_no_pass() -> None:
+    unsteady = {**WORK, "varied": "forward_passes"}
+    _, gate, _ = found_of(scattered(0.0, 0.005), works=(WORK, unsteady))
+    assert gate.answer is not Answer.PASSED
+
+
+def test_what_the_first_processes_learnt_the_others_are_told() -> None:
+    source = found_of(scattered(0.0, 0.005))[2]
+    assert source.learnt[:2] == [None, None]
+    assert all(known is not None for known in source.learnt[2:])
+
+
+# How trials are cut
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7, 130, 400])
+@pytest.mark.parametrize("step_ns", [1e4, 1e6, 5e6, 5e7, 1e9])
+def test_turns_cover_whole_trials(steps: int, step_ns: float) -> None:
+    sizes = cut(steps, step_ns)
+    total, turns = 0, []
+    for _ in range(200):
+        turns.append(next(sizes))
+        total += turns[-1]
+        if total % steps == 0:
+            break
+    assert total % steps == 0
+    assert min(turns) >= min(4, total)
+    if steps * step_ns > 4e8 and step_ns < 2e7:
+        assert 0.1e9 < max(turns) * step_ns < 0.4e9
+
+
+def test_a_pair_comes_back_from_its_record() -> None:
+    pair = made_up(0.03)
+    again = Pair.of(json.loads(json.dumps(pair.as_data())))
+    assert again.value("continuous") == pair.value("continuous")
+    assert again.as_data() == pair.as_data()
+
+
+# What is asked
+
+
+def test_lanes_are_the_last_strategy_or_those_asked_for() -> None:
+    asked = Experiment.of({"strategy": "static,continuous"})
+    assert lanes_of(asked, None) == (["continuous"], ["static"])
+    assert lanes_of(asked, "static,continuous") == (["static", "continuous"], [])
+    with pytest.raises(UsageError, match="--timed static-oracle: is not among --strategy"):
+        lanes_of(asked, "static-oracle")
+    with pytest.raises(UsageError, match="cannot take turns"):
+        lanes_of(Experiment.of({"strategy": "generate_batch"}), None)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give --base-ref REV"),
+        (["--base-python", "/nowhere/python"], "no such file"),
+        (["--base-python", "/"], "is a folder"),
+        (["--base-python", "a", "--base-ref", "b"], "exclude each other"),
+        (["--base-ref", "no-such-revision"], "has no such commit"),
+        (["--base-ref", "HEAD", "--margin", "0.005"], "must be above --floor"),
+        (["--base-ref", "HEAD", "--timed", "what"], "--timed what"),
+        (["--base-ref", "HEAD", "--max-time", "1"], "must be at least 20"),
+    ],
+)
+def test_bad_questions_are_answered_in_a_line(
+    words: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["batchbench", "duet", *words])
+    assert _guarded() == 2
+    told = capsys.readouterr()
+    assert said in told.err
+    assert told.err.count("\n") == 1
+    assert told.out == ""
+
+
+# Real processes
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns and pairs as short as they can be: what is tried is not how exact they are."""
+    monkeypatch.setattr(duet, "PAIR_S", 0.05)
+    monkeypatch.setattr(duet, "TURN_S", 0.01)
+
+
+@pytest.fixture
+def experiment(checkpoint: Path) -> Experiment:
+    return Experiment.of(
+        {
+            "model": str(checkpoint),
+            "device": "cpu",
+            "queue_size": 6,
+            "batch_size": 2,
+            "output_tokens": "cycle:every=3,long=12,short=4",
+            "prompt_tokens": "5",
+        }
+    )
+
+
+def installed(folder: Path, changes: Mapping[str, tuple[str, str]]) -> Path:
+    """The interpreter of an environment with a batchbench in which texts are changed, by file."""
+    venv.create(folder, symlinks=os.name != "nt")
+    library = next(folder.glob("[Ll]ib/**/site-packages"))
+    shutil.copytree(PACKAGE, library / "batchbench", ignore=shutil.ignore_patterns("__pycache__"))
+    (library / "rest.pth").write_text("\n".join(p for p in sys.path if "site-packages" in p))
+    for name, (old, new) in changes.items():
+        file = library / "batchbench" / name
+        text = file.read_text(encoding="utf-8")
+        assert text.count(old) == 1
+        file.write_text(text.replace(old, new), encoding="utf-8")
+    return folder / "bin/python"
+
+
+def gate_of(base: Path, experiment: Experiment, pairs: int = 2) -> Gate:
+    """Two pairs of processes: enough to compare the work."""
+    sides = (
+        Installation("base", base),
+        Installation("new", Path(sys.executable), own=True),
+    )
+    run = duet.Run(duet.Rule(), ["continuous"])
+    stage = Stage(sides, experiment, ["static"])
+    for _ in range(pairs):
+        run.add(*stage.pair(run.lanes, run.known, with_others=run.known is None))
+    return make_gate(Findings(run), sides, ("base", "new"), "again", allow_improvement=False)
+
+
+@pytest.mark.usefixtures("short", "no_hub")
+def test_an_installation_does_the_work_of_its_like(experiment: Experiment, tmp_path: Path) -> None:
+    gate = gate_of(installed(tmp_path / "base", {}), experiment)
+    work = gate.of("work")  # type: ignore[arg-type]
+    assert {each.strategy for each in work} == {"static", "continuous"}
+    assert all(each.verdict is Verdict.SAME for each in work)
+    assert {"computed_passes", "forward_passes", "outputs"} <= {each.metric for each in work}
+    assert gate.unsure is None
+    assert not gate.failures
+    assert gate.answer is Answer.UNKNOWN  # two pairs are no proof of anything else
+
+
+@pytest.mark.usefixtures("short", "no_hub")
+@pytest.mark.parametrize(
+    ("file", "old", "new", "metric"),
+    [
+        (  # a request holds its slot a step longer
+            "batching/policies.py",
+            '        """At once."""\n        return view.finished\n',
+            '        """Late."""\n        return () if view.running else view.finished\n',
+            "continuous.forward_passes",
+        ),
+        (  # the engine computes each prefill twice, which no plan tells
+            "batching/engines/torch/slots.py",
+            "        return best_token(self._forward_pass(ids, layout, self._keep))\n",
+            "        if plan.chunks:\n"
+            "            self._forward_pass(ids, layout, self._keep)\n"
+            "        return best_token(self._forward_pass(ids, layout, self._keep))\n",
+            "continuous.computed_passes",
+        ),
+        (  # other tokens
+            "batching/engines/torch/base.py",
+            "        self._last.index_copy_(0, self._yielding, self._forward(plan, step))\n",
+            "        self._last.index_copy_(0, self._yielding, self._forward(plan, step) ^ 1)\n",
+            "continuous.outputs",
+        ),
+    ],
+)
+def test_faults_of_the_work_are_found(
+    experiment: Experiment, tmp_path: Path, file: str, old: str, new: str, metric: str
+) -> None:
+    gate = gate_of(installed(tmp_path / "base", {file: (old, new)}), experiment)
+    assert gate.answer is Answer.FAILED
+    assert metric in {each.name for each in gate.failures}
+
+
+def test_an_environment_without_batchbench_is_named(tmp_path: Path) -> None:
+    venv.create(tmp_path / "empty", symlinks=os.name != "nt")
+    with (
+        WorkerProcess(Installation("base", tmp_path / "empty/bin/python"), 1) as worker,
+        pytest.raises(UsageError, match="has no batchbench that can take turns"),
+    ):
+        worker.hello()
+
+
+def test_what_a_worker_cannot_do_is_a_usage_error(experiment: Experiment) -> None:
+    open_loop = Experiment.of({"model": experiment.model.model, "request_rate": 5.0})
+    with WorkerProcess(Installation("new", Path(sys.executable), own=True), 1) as worker:
+        worker.hello()
+        worker.tell(
+            {
+                "do": "open",
+                "config": open_loop.config(),
+                "lanes": {"continuous": None},
+                "also": [],
+            }
+        )
+        with pytest.raises(UsageError, match="new: turns need requests that are all there"):
+            worker.answer()
+
+
+def test_a_worker_that_breaks_is_a_fault_and_no_verdict(tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho '{\"protocol\": 1}'\necho out of order >&2\nexit 9\n")
+    broken.chmod(0o755)
+    with WorkerProcess(Installation("base", broken), 1) as worker:
+        worker.hello()
+        with pytest.raises(BatchbenchError, match="base: ended by itself: out of order") as raised:
+            worker.answer()
+    assert raised.value.exit_code == 70
+
+
+# Revisions
+
+
+def test_a_revision_is_installed_as_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "repository"
+    (root / "batchbench").mkdir(parents=True)
+    marker = root / "batchbench" / "__init__.py"
+    git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e@x"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    for version in ("1", "2"):
+        marker.write_text(f"__version__ = '{version}'\n")
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-qm", version], check=True)
+    marker.write_text("__version__ = 'not committed'\n")
+    monkeypatch.setattr(batchbench, "__file__", str(marker))
+    python, commit = install_revision("HEAD~1", tmp_path / "cache")
+    asked = "import batchbench, torch; print(batchbench.__version__)"
+    done = subprocess.run([python, "-P", "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+    assert len(commit) == 40
+    before = (python.parents[1] / "ready").stat().st_mtime_ns
+    assert install_revision("HEAD~1", tmp_path / "cache")[0] == python
+    assert (python.parents[1] / "ready").stat().st_mtime_ns == before  # once a commit
