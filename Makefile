@@ -1,13 +1,14 @@
 # make run    the main job: static against continuous batching, on this machine
 # make test   all tests
 # make lint   ruff and mypy
+# make gate   what schedules compute, against what was kept (.ci/gate --renew keeps it anew)
 # Each sets .venv up by itself and does so again only when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?= --batch-size 8 --queue-size 32
 
-.PHONY: run test lint clean
+.PHONY: run test lint gate clean
 
 run: .venv/ready
 	$(BIN)/batchbench run $(ARGS)
@@ -19,6 +20,9 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+gate: .venv/ready
+	.ci/gate
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("batchbench needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'

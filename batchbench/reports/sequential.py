@@ -5,10 +5,11 @@ within a process scatters less than what differs from process to process, so tha
 are no samples. Nothing here knows what was measured.
 
 While samples still come in, evidence is a t e-process: a likelihood ratio of the t statistic, mixed
-over effects whose size in standard deviations is normal with variance :data:`PRIOR` (the t-test
-with a scale-invariant mixture of Wang and Ramdas 2024, Anytime-valid t-tests and confidence
-sequences for Gaussian means with unknown variance). Under its null it exceeds 1/α at any time with
-probability α at most. When there can be no more samples, one plain t-test may still be made.
+over effects whose size in standard deviations is normal with variance :data:`PRIOR` (the test
+martingale with a Gaussian mixture in Wang and Ramdas, Anytime-valid t-tests and confidence
+sequences for Gaussian means with unknown variance, arXiv:2310.03722). Under its null it exceeds 1/α
+at any time with probability α at most. When there can be no more samples, one plain t-test may
+still be made.
 """
 
 from __future__ import annotations

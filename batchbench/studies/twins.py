@@ -160,9 +160,9 @@ def _process(
 ) -> Process:
     """What a process measured, the first turn of each lane left out.
 
-    Of the ratios of turns the mean is taken, not the median: all pieces of a trial are there equally
-    often, and as pieces differ far more than their noise, a median would jump between them (standard
-    deviation between processes 6 to 7 % against 4 %, where it was tried).
+    Of the ratios of turns the mean is taken, not the median: all pieces of a trial are there
+    equally often, and as pieces differ far more than their noise, a median would jump between them
+    (docs/log.md).
     """
     candidate, *twins = passes
     counted = {lane: told[1:] for lane, told in turns.items()}

@@ -21,7 +21,14 @@ from batchbench.reports.figures.card import clean_text, name_strategies
 from batchbench.reports.figures.occupancy import which_trial
 from batchbench.reports.formats import charts
 from batchbench.reports.formats.account import causes, decimals_of, fixed
-from batchbench.reports.formats.terminal import cells, notes, number, sentence, stall_lines
+from batchbench.reports.formats.terminal import (
+    cells,
+    fit_lines,
+    notes,
+    number,
+    sentence,
+    stall_lines,
+)
 from batchbench.reports.latencies import Latencies
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import FIGURES, Labelled, SideBySide
@@ -140,6 +147,7 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "accounts": _accounts(result),
         "falls": _falls(result),
         "prediction": data.get("prediction"),
+        "fit": fit_lines(result),
         "settings": _settings(data["config"]),
         "environment": _environment_rows(data),
         "verification": _verification(data["verification"]),

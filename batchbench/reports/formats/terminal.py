@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from rich import box
@@ -344,24 +344,36 @@ def render(result: Result) -> RenderableType:
 def prediction_lines(result: Result) -> list[str]:
     """Predicted beside measured, and how well the cost of a step is known."""
     found = result.data.get("prediction")
+    told = [
+        f"Predicted from the steps of {found['fitted_on']}: {each['strategy']} takes "
+        f"{number(each['duration'])} s; measured {number(each['measured_duration'])} s "
+        f"({each['error']:+.1%})."
+        for each in (_predicted(found) if found else ())
+    ]
+    return told + fit_lines(result)
+
+
+def fit_lines(result: Result) -> list[str]:
+    """Where a prediction goes beyond what taught it, and how well the fit tells steps held out."""
+    found = result.data.get("prediction")
     lines = _extrapolation((result.data.get("cost") or {}).get("extrapolates", []))
     if found is None:
         return lines
-    others = [s for s in found["strategies"] if s["strategy"] != found["fitted_on"]]
-    for told in others or found["strategies"]:
-        lines.append(
-            f"Predicted from the steps of {found['fitted_on']}: {told['strategy']} takes "
-            f"{number(told['duration'])} s; measured {number(told['measured_duration'])} s "
-            f"({told['error']:+.1%})."
-        )
+    for told in _predicted(found):
         lines += _extrapolation(told["extrapolates"])
     held = found["held_out"]
     r2 = "" if held["r2"] is None else f"R² {held['r2']:.2f}, "
     lines.append(
-        f"Of its {held['steps']:,} steps, held out in turn: {r2}a step is off by "
-        f"{held['median_error']:.1%} (median), all together by {held['total_error']:+.1%}."
+        f"Of the {held['steps']:,} steps of {found['fitted_on']}, held out in turn: {r2}a step is "
+        f"off by {held['median_error']:.1%} (median), all together by {held['total_error']:+.1%}."
     )
     return lines
+
+
+def _predicted(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The strategies that were not fitted themselves; if there are none, the one that was."""
+    strategies: list[Mapping[str, Any]] = found["strategies"]
+    return [s for s in strategies if s["strategy"] != found["fitted_on"]] or strategies
 
 
 def _extrapolation(reasons: list[str]) -> list[str]:
