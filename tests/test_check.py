@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import sys
@@ -223,7 +224,7 @@ def _no_room(*_: object, **__: object) -> None:
 def test_a_baseline_says_how_old_it_is_and_what_it_was_made_on(tmp_path: Path) -> None:
     shown = {}
     for days in (0.5, 1, 200):
-        console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console = Console(width=80, record=True, file=io.StringIO())
         console.print(render(load_baseline(write_baseline(tmp_path / "b.json", days=days))))
         shown[days] = console.export_text()
     assert "12.0 hours old" in shown[0.5]

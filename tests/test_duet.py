@@ -20,7 +20,7 @@ import batchbench
 from batchbench.batching.experiment import Experiment
 from batchbench.cli.main import _guarded
 from batchbench.errors import BatchbenchError, UsageError
-from batchbench.reports.evidence import Answer, Gate
+from batchbench.reports.evidence import Answer, Gate, Kind
 from batchbench.reports.sequential import Verdict
 from batchbench.reports.turns import Pair, Turn, contamination
 from batchbench.studies import duet
@@ -303,8 +303,8 @@ def installed(folder: Path, changes: Mapping[str, tuple[str, str]]) -> Path:
     return folder / "bin/python"
 
 
-def gate_of(base: Path, experiment: Experiment, pairs: int = 2) -> Gate:
-    """Two pairs of processes: enough to compare the work."""
+def gate_of(base: Path, experiment: Experiment, *, pairs: int) -> Gate:
+    """Pairs of processes: enough to compare the work."""
     sides = (
         Installation("base", base),
         Installation("new", Path(sys.executable), own=True),
@@ -318,8 +318,8 @@ def gate_of(base: Path, experiment: Experiment, pairs: int = 2) -> Gate:
 
 @pytest.mark.usefixtures("short", "no_hub")
 def test_an_installation_does_the_work_of_its_like(experiment: Experiment, tmp_path: Path) -> None:
-    gate = gate_of(installed(tmp_path / "base", {}), experiment)
-    work = gate.of("work")  # type: ignore[arg-type]
+    gate = gate_of(installed(tmp_path / "base", {}), experiment, pairs=2)
+    work = gate.of(Kind.WORK)
     assert {each.strategy for each in work} == {"static", "continuous"}
     assert all(each.verdict is Verdict.SAME for each in work)
     assert {"computed_passes", "forward_passes", "outputs"} <= {each.metric for each in work}
@@ -357,7 +357,7 @@ def test_an_installation_does_the_work_of_its_like(experiment: Experiment, tmp_p
 def test_faults_of_the_work_are_found(
     experiment: Experiment, tmp_path: Path, file: str, old: str, new: str, metric: str
 ) -> None:
-    gate = gate_of(installed(tmp_path / "base", {file: (old, new)}), experiment)
+    gate = gate_of(installed(tmp_path / "base", {file: (old, new)}), experiment, pairs=1)
     assert gate.answer is Answer.FAILED
     assert metric in {each.name for each in gate.failures}
 

@@ -69,7 +69,8 @@ class WorkerProcess:
             why = (error.strerror or str(error)).lower()
             raise UsageError(f"{installation.python}: cannot be started: {why}") from error
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def __enter__(self) -> WorkerProcess:
         return self
@@ -79,6 +80,8 @@ class WorkerProcess:
             self._process.stdin.close()  # type: ignore[union-attr]
         self._process.kill()
         self._process.wait()
+        self._reader.join()
+        self._process.stdout.close()  # type: ignore[union-attr]
         self._errors.close()
 
     def hello(self) -> Mapping[str, Any]:

@@ -343,7 +343,7 @@ def render(result: Result) -> RenderableType:
 
 def prediction_lines(result: Result) -> list[str]:
     """Predicted beside measured, and how well the cost of a step is known."""
-    found = result.data.get("prediction")
+    found: Any = result.data.get("prediction")
     told = [
         f"Predicted from the steps of {found['fitted_on']}: {each['strategy']} takes "
         f"{number(each['duration'])} s; measured {number(each['measured_duration'])} s "
