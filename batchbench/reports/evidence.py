@@ -258,8 +258,8 @@ def describe(each: Evidence) -> str:
         if each.verdict is Verdict.SAME:
             return f"{each.name} is the same"
         return f"{each.name} {each.why or 'changed'}: {spell(each.base)} → {spell(each.new)}"
-    verdict = "uncertain" if each.verdict is Verdict.UNKNOWN else each.verdict
-    told = f"{each.name} is {verdict}"
+    spelled = {Verdict.UNKNOWN: "uncertain", Verdict.SAME: "the same"}
+    told = f"{each.name} is {spelled.get(each.verdict, each.verdict)}"
     if each.change is None:
         return told
     return f"{told}: {each.change:+.1%} ({spell_interval(each)})"

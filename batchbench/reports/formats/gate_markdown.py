@@ -34,9 +34,9 @@ def _lines(gate: Gate, *, strict: bool) -> Iterator[str]:
         yield from (">", f"> This is no pass: a loss may be there that was not seen. {code}")
     yield ""
     yield from table(["Side", "What it is"], sides(gate), left=2)
-    for title, rows in (("Settings", gate.settings), ("Environment", gate.environment)):
+    for title, rows in (("settings", gate.settings), ("environment", gate.environment)):
         if rows:
-            yield from (f"**{title} that differ**", "")
+            yield from (f"**What differs in the {title}**", "")
             yield from table(
                 ["Name", "Base", "New"], [list(varying(each)) for each in rows], left=3
             )

@@ -28,9 +28,9 @@ def render(gate: Gate, *, strict: bool = False) -> RenderableType:
     for role, text in sides(gate):
         identity.add_row(Text(role, style="bold"), Text(text, overflow="fold"))
     parts += [identity, Text()]
-    for title, rows in (("Settings", gate.settings), ("Environment", gate.environment)):
+    for title, rows in (("settings", gate.settings), ("environment", gate.environment)):
         if rows:
-            parts += [_differences(f"{title} that differ", rows), Text()]
+            parts += [_differences(f"What differs in the {title}", rows), Text()]
     for found in tables(gate):
         parts += [*_evidence(found), Text()]
     if not gate.evidence:
