@@ -11,6 +11,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,15 @@ from batchbench.reports.sequential import Verdict
 from batchbench.reports.turns import Pair, Turn, contamination
 from batchbench.studies import duet
 from batchbench.studies.deciding import DuetSpec, lanes_of
-from batchbench.studies.duet import Findings, Opened, Stage, TurnsWatch, conduct_duet, cut
+from batchbench.studies.duet import (
+    Findings,
+    Opened,
+    Stage,
+    TurnsWatch,
+    conduct_duet,
+    cut,
+    sizes_of,
+)
 from batchbench.studies.duet_gate import make_gate
 from batchbench.studies.processes import Installation, WorkerProcess
 from batchbench.studies.revision import install_revision
@@ -49,7 +58,8 @@ def made_up(log: float, *, busy: float = 1.0, kernel: float = 0.0, seconds: floa
         turn(1e6 * math.exp(log), busy=busy, kernel_ns=round(20e6 * math.exp(kernel))),
     )
     cold = (turn(9e6), turn(1e6))  # the first pair of turns is left out
-    return Pair({"continuous": [cold, told, told, told]}, {"continuous": (10, 10)}, seconds, False)
+    turns, passes = {"continuous": [cold, told, told, told]}, {"continuous": (10, 10)}
+    return Pair(turns, passes, {"continuous": 1}, seconds, False)
 
 
 class MadeUp:
@@ -205,17 +215,30 @@ def test_what_the_first_processes_learnt_the_others_are_told() -> None:
 @pytest.mark.parametrize("steps", [1, 4, 7, 130, 400])
 @pytest.mark.parametrize("step_ns", [1e4, 1e6, 5e6, 5e7, 1e9])
 def test_turns_cover_whole_trials(steps: int, step_ns: float) -> None:
-    sizes = cut(steps, step_ns)
-    total, turns = 0, []
-    for _ in range(200):
-        turns.append(next(sizes))
-        total += turns[-1]
-        if total % steps == 0:
-            break
-    assert total % steps == 0
-    assert min(turns) >= min(4, total)
-    if steps * step_ns > 4e8 and step_ns < 2e7:
-        assert 0.1e9 < max(turns) * step_ns < 0.4e9
+    pieces = cut(steps, step_ns)
+    sizes = list(islice(sizes_of(steps, pieces, step_ns), 3 * pieces))
+    assert sum(sizes) % (3 * steps) == 0
+    assert sizes[:pieces] == sizes[pieces : 2 * pieces]
+    assert min(sizes) >= min(4, steps)
+    if step_ns < 2e7:
+        assert 0.1e9 < max(sizes) * step_ns < 0.4e9
+
+
+def test_a_loss_in_a_few_passes_is_not_lost_among_the_others() -> None:
+    # Three turns make a trial; new takes twice as long for the first, and as long for the others.
+    one, two = turn(1e6), turn(2e6)
+    turns = [(one, two), (one, one), (one, one)] * 4
+    pair = Pair({"continuous": turns}, {"continuous": (30, 30)}, {"continuous": 3}, 10.0, False)
+    assert pair.value("continuous") == pytest.approx(math.log(4 / 3))
+
+
+def test_a_burst_in_one_turn_bends_nothing() -> None:
+    one, burst = turn(1e6), turn(9e6)
+    turns = [(one, one)] * 12
+    turns[5] = (one, burst)
+    turns[10] = (burst, one)
+    pair = Pair({"continuous": turns}, {"continuous": (30, 30)}, {"continuous": 3}, 10.0, False)
+    assert pair.value("continuous") == 0
 
 
 def test_a_pair_comes_back_from_its_record() -> None:

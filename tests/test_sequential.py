@@ -52,6 +52,21 @@ def test_evidence_is_the_ratio_of_the_two_likelihoods_of_t() -> None:
     assert log_e(samples, 0.0) == pytest.approx(math.log(mixed / stats.t.pdf(t, n - 1)), rel=1e-4)
 
 
+def test_probabilities_are_those_of_scipys_t_tests() -> None:
+    from scipy import stats
+
+    base, new = paths(2, 9, 0.0, 0.02)[0], paths(2, 7, 0.06, 0.03, seed=5)[1]
+    told = decide(new.tolist(), RULE, last=True)
+    assert told.verdict in (Verdict.SLOWER, Verdict.UNKNOWN)
+    asked = stats.ttest_1samp(new, RULE.floor, alternative="greater")
+    assert told.p_value == pytest.approx(asked.pvalue)
+    both = compare_means(base.tolist(), new.tolist(), RULE)
+    welch = stats.ttest_ind(new - RULE.floor, base, equal_var=False, alternative="greater")
+    assert both.p_value == pytest.approx(welch.pvalue)
+    usual = stats.ttest_ind(new, base, equal_var=False).confidence_interval(0.95)
+    assert (both.low, both.high) == pytest.approx((usual.low, usual.high))
+
+
 def test_who_looks_after_every_sample_raises_no_more_false_alarms_than_alpha() -> None:
     rule = Rule(floor=0.01, margin=0.5, alpha=0.05)  # nothing is ever the same: all may alarm
     at_the_border = paths(400, 30, 0.01, 0.02)

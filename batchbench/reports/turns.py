@@ -17,8 +17,8 @@ class Turn:
     """What one turn took.
 
     ``steps`` are those that were timed, in ``wall_ns``, of which the process computed for
-    ``cpu_ns``; the first step after another process had the machine is not among them. The
-    calibration kernel before it took ``kernel_ns``.
+    ``cpu_ns``; the first step after another process had the machine is not among them, unless it
+    is the first of a trial. The calibration kernel before it took ``kernel_ns``.
     """
 
     steps: int
@@ -47,23 +47,38 @@ class Pair:
     Attributes:
         turns: of each lane, its pairs of turns, in order.
         passes: steps of one trial of each lane, on the first side and on the second.
+        pieces: how many turns of each lane make a trial.
         seconds: from the start of the processes to their end.
         new_first: whether the second side began.
     """
 
     turns: Mapping[str, Sequence[TurnPair]]
     passes: Mapping[str, tuple[int, int]]
+    pieces: Mapping[str, int]
     seconds: float
     new_first: bool
 
     def value(self, lane: str) -> float:
-        """Median log ratio of what a trial takes, new over base, over the pairs of turns.
+        """Log ratio of what a trial takes, new over base.
 
-        The first pair is left out: there the caches are cold.
+        Of each piece of the trial the median over its pairs of turns, and of the pieces the mean,
+        weighted by the time that the base takes for them: a burst of somebody else's work bends no
+        median, and a loss in a few passes, such as those that prefill, is not lost among the
+        others. The first pair of turns is left out: there the caches are cold.
         """
-        base, new = self.passes[lane]
-        told = self.turns[lane][1:]
-        return median(math.log(n.step_ns / b.step_ns) for b, n in told) + math.log(new / base)
+        count = self.pieces[lane]
+        weight = total = 0.0
+        for piece in range(count):
+            told = [pair for i, pair in enumerate(self.turns[lane]) if i and i % count == piece]
+            if told:
+                share = median(base.wall_ns for base, _ in told)
+                ratio = median(math.log(new.wall_ns / base.wall_ns) for base, new in told)
+                weight, total = weight + share, total + share * math.exp(ratio)
+        return math.log(total / weight)
+
+    def covers(self, lane: str) -> float:
+        """Share of a trial's pieces that were timed."""
+        return min(1.0, (len(self.turns[lane]) - 1) / self.pieces[lane])
 
     def kernel(self) -> float:
         """The same of the calibration kernel, which is one code on both sides."""
@@ -92,6 +107,7 @@ class Pair:
             "seconds": self.seconds,
             "new_first": self.new_first,
             "passes": {lane: list(steps) for lane, steps in self.passes.items()},
+            "pieces": dict(self.pieces),
             "turns": {
                 lane: [[[t.steps, t.wall_ns, t.cpu_ns, t.kernel_ns] for t in pair] for pair in told]
                 for lane, told in self.turns.items()
@@ -107,6 +123,7 @@ class Pair:
                 for lane, told in data["turns"].items()
             },
             {lane: (base, new) for lane, (base, new) in data["passes"].items()},
+            data["pieces"],
             data["seconds"],
             data["new_first"],
         )

@@ -24,11 +24,14 @@ from batchbench.studies.processes import Installation, WorkerProcess, open_all
 TURN_S = 0.2
 """Longer, and what others do in bursts falls on one side; shorter, and half of it is warm-up."""
 
-PAIR_S = 4.5
-"""Seconds of turns before both processes are replaced."""
+PAIR_S = 4.0
+"""Seconds of turns, at least, before both processes are replaced."""
 
-FEWEST_STEPS, FEWEST_TURNS = 4, 4
-"""Of a turn, one of which is not timed; and of a pair, the first of which is left out."""
+LONGEST_PAIR_S = 20.0
+"""Where a trial takes longer than this, only its beginning is compared."""
+
+FEWEST_STEPS, FEWEST_TURNS = 4, 3
+"""Of a turn, one of which is not timed; and of a pair, beside the first, which is left out."""
 
 FIRST_SHARE = 0.65
 """Of the time, for the run that finds a loss; the rest is for the one that confirms it."""
@@ -172,10 +175,11 @@ class Stage:
                 for lane in lanes
             }
             step_ns = {lane: min(t["lanes"][lane]["step_ns"] for t in told) for lane in lanes}
+            pieces = {lane: cut(min(passes[lane]), step_ns[lane]) for lane in lanes}
             turns = take_turns(both[0], both[1], passes, step_ns, new_first=new_first)
             done = [worker.finish() for worker in both]
         seen = Opened((hello[0], hello[1]), (told[0], told[1]), (done[0], done[1]))
-        return Pair(turns, passes, time.monotonic() - began, new_first), seen
+        return Pair(turns, passes, pieces, time.monotonic() - began, new_first), seen
 
 
 def take_turns(
@@ -186,43 +190,51 @@ def take_turns(
     *,
     new_first: bool,
 ) -> dict[str, list[TurnPair]]:
-    """Strict alternation, lane after lane, until there was :data:`PAIR_S` of it for each."""
+    """Strict alternation, lane after lane, for about :data:`PAIR_S` a lane, in whole trials."""
     found: dict[str, list[TurnPair]] = {lane: [] for lane in passes}
-    pieces = {
-        lane: (cut(steps[0], step_ns[lane]), cut(steps[1], step_ns[lane] * steps[0] / steps[1]))
-        for lane, steps in passes.items()
-    }
-    spent = 0
-    while spent < PAIR_S * 1e9 * len(passes) or len(next(iter(found.values()))) < FEWEST_TURNS:
-        for lane, (of_base, of_new) in pieces.items():
-            sizes = next(of_base), next(of_new)
+    for lane, steps in passes.items():
+        pieces, trial_ns = cut(min(steps), step_ns[lane]), steps[0] * step_ns[lane]
+        sizes = [sizes_of(count, pieces, trial_ns / count) for count in steps]
+        spent = 0.0
+        while not _is_enough(len(found[lane]) - 1, pieces, spent):
+            size = next(sizes[0]), next(sizes[1])
             if new_first:
-                second = new.turn(lane, sizes[1])
-                first = base.turn(lane, sizes[0])
+                second = new.turn(lane, size[1])
+                first = base.turn(lane, size[0])
             else:
-                first = base.turn(lane, sizes[0])
-                second = new.turn(lane, sizes[1])
+                first = base.turn(lane, size[0])
+                second = new.turn(lane, size[1])
             found[lane].append((first, second))
-            # What was not timed, the first step and the kernel, took its time as well.
-            spent += sum(round(t.step_ns * (t.steps + 1)) + t.kernel_ns for t in (first, second))
+            spent += sum(turn.wall_ns + turn.kernel_ns for turn in (first, second)) / 1e9
     return found
 
 
-def cut(steps: int, step_ns: float) -> Iterator[int]:
-    """Sizes of turns, of about :data:`TURN_S`, that a trial of so many steps is cut into.
+def _is_enough(counted: int, pieces: int, spent: float) -> bool:
+    """Whether a pair may end: after whole trials."""
+    if counted < FEWEST_TURNS:
+        return False
+    if counted % pieces:
+        return spent > LONGEST_PAIR_S
+    return spent >= PAIR_S
 
-    A short trial is served several times in a turn; each turn of two sides covers the same part of
-    the workload, though one may need more steps for it.
+
+def cut(steps: int, step_ns: float) -> int:
+    """How many turns of about :data:`TURN_S` make a trial of so many steps; 1 for short trials."""
+    return max(1, min(round(steps * step_ns / (TURN_S * 1e9)), steps // FEWEST_STEPS))
+
+
+def sizes_of(steps: int, pieces: int, step_ns: float) -> Iterator[int]:
+    """Steps of one turn after another; where a trial is short, a turn holds several.
+
+    Each turn of two sides covers the same part of the workload, though one may need more steps for
+    it.
     """
-    count = steps * step_ns / (TURN_S * 1e9)
-    if count < 1:
-        times = max(1, round(1 / max(count, 1e-6)), -(-FEWEST_STEPS // steps))
-        while True:
-            yield steps * times
-    pieces = max(1, min(round(count), steps // FEWEST_STEPS))
+    trials = 1
+    if pieces == 1:
+        trials = max(1, round(TURN_S * 1e9 / (steps * step_ns)), -(-FEWEST_STEPS // steps))
     while True:
         for i in range(pieces):
-            yield steps * (i + 1) // pieces - steps * i // pieces
+            yield (steps * (i + 1) // pieces - steps * i // pieces) * trials
 
 
 def conduct_duet(

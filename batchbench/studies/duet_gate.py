@@ -201,6 +201,9 @@ def _notes(found: Findings, *, changed: bool) -> Iterator[str]:
     turns = sum(len(pair.turns[lane]) for pair in run.pairs for lane in run.lanes)
     more = f", then {confirmed} to confirm" if confirmed else ""
     yield f"{len(run.pairs)} pairs of fresh processes, {turns} pairs of turns{more}"
+    for lane in run.lanes:
+        if (covered := min(pair.covers(lane) for pair in run.pairs)) < 1:
+            yield f"a trial takes so long that only its first {covered:.0%} were timed"
     if not is_on_cpu(opened):
         yield "times are the wall's, with the device waited for at the end of each turn"
 

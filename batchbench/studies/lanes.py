@@ -53,9 +53,11 @@ class Lane:
         kernel_ns = run_kernel()
         if self._left == 0:
             self._end()
-        self._advance(1)
         timed = wall = cpu = 0
-        todo = steps - 1
+        todo = steps
+        if self._done:  # the first pass of a trial is timed, cold as it is: it prefills
+            self._advance(1)
+            todo -= 1
         while todo:
             if self._left == 0:
                 self._end()  # the next trial is set up between the times that count
