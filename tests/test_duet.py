@@ -404,6 +404,7 @@ def test_what_a_worker_cannot_do_is_a_usage_error(experiment: Experiment) -> Non
                 "config": open_loop.config(),
                 "lanes": {"continuous": None},
                 "also": [],
+                "core": None,
             }
         )
         with pytest.raises(UsageError, match="new: turns need requests that are all there"):

@@ -19,12 +19,12 @@ from batchbench.batching.experiment import Experiment
 from batchbench.reports.sequential import FEWEST, Decision, Rule, Verdict, decide
 from batchbench.reports.turns import Pair, TurnPair, contamination
 from batchbench.studies.deciding import DuetSpec, rule_of
-from batchbench.studies.processes import Installation, WorkerProcess, open_all
+from batchbench.studies.processes import Installation, WorkerProcess, draw_core, open_all
 
 TURN_S = 0.2
 """Longer, and what others do in bursts falls on one side; shorter, and half of it is warm-up."""
 
-PAIR_S = 4.0
+PAIR_S = 5.0
 """Seconds of turns, at least, before both processes are replaced."""
 
 LONGEST_PAIR_S = 20.0
@@ -158,11 +158,13 @@ class Stage:
         began = time.monotonic()
         threads = self.experiment.model.threads or 1
         new_first = self.chance.random() < 0.5
+        core = draw_core(threads, self.chance)
         asked = [
             {
                 "config": self.experiment.config(),
                 "lanes": {lane: known[i][lane] if known else None for lane in lanes},
                 "also": list(self.also) if with_others else [],
+                "core": core,
             }
             for i in range(2)
         ]

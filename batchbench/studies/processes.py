@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import random
 import subprocess
 import tempfile
 import threading
@@ -153,6 +154,17 @@ class WorkerProcess:
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").split("\n")
         return next((w for w in reversed(words) if w.strip()), f"exit {self._process.returncode}")
+
+
+def draw_core(threads: int, chance: random.Random) -> int | None:
+    """A processor core for all that take turns; None where they compute on several, or it is not
+    known which there are.
+
+    On cores of their own, two sides would have other neighbours, beyond what turns can cancel.
+    """
+    if threads > 1 or not hasattr(os, "sched_getaffinity"):
+        return None
+    return chance.choice(sorted(os.sched_getaffinity(0)))
 
 
 def open_all(

@@ -19,7 +19,7 @@ from batchbench.batching.experiment import Experiment
 from batchbench.errors import UsageError
 from batchbench.reports.baseline import Process
 from batchbench.reports.turns import Turn
-from batchbench.studies.processes import Installation, WorkerProcess
+from batchbench.studies.processes import Installation, WorkerProcess, draw_core
 
 TURN_S = 0.3
 """Of the slowest lane; the others' turns cover the same part of the workload and are shorter."""
@@ -119,15 +119,16 @@ def observe_process(
         cut: as an earlier process cut it; None to choose.
     """
     began = time.monotonic()
-    lanes = lanes_of(experiment)
+    lanes, threads = lanes_of(experiment), experiment.model.threads or 1
     others = [name for name in experiment.serving.policies if name not in lanes]
     asked = {
         "do": "open",
         "config": experiment.config(),
         "lanes": {lane: known[lane] if known else None for lane in lanes},
         "also": [] if known else others,
+        "core": draw_core(threads, chance),
     }
-    with WorkerProcess(installation, experiment.model.threads or 1) as worker:
+    with WorkerProcess(installation, threads) as worker:
         hello = worker.hello()
         worker.tell(asked)
         told = worker.answer()

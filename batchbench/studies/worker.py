@@ -7,7 +7,8 @@ own worker, so that a comparison of two installations runs each with all of its 
     {"do": "open", "config": …, "lanes": {"continuous": null, …}, "also": ["static", …]}
         make the workload, load the model, warm up, serve once in each lane that comes without
         [steps of a trial, nanoseconds of a step], and once under each strategy of "also"; a lane is
-        a strategy, "notebook/continuous" one on that engine
+        a strategy, "notebook/continuous" one on that engine; "core": the processor core to stay
+        on from then on, or null
     {"do": "turn", "lane": "continuous", "steps": 40}
         run so many steps
     {"do": "finish"}
@@ -85,7 +86,9 @@ class Worker:
     def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Do what is asked."""
         if asked["do"] == "open":
-            return self.open(asked["config"], asked["lanes"], asked["also"])
+            told = self.open(asked["config"], asked["lanes"], asked["also"])
+            stay_on(asked["core"])
+            return told
         if asked["do"] == "turn":
             return {"turn": astuple(self._lanes[asked["lane"]].turn(asked["steps"]))}
         lanes = self._lanes.items()
@@ -154,6 +157,12 @@ def _check_closed(workload: Workload) -> None:
             "turns need requests that are all there at the start and of known lengths, so that "
             "both sides take the same steps; drop arrivals and --stop-at-eos"
         )
+
+
+def stay_on(core: int | None) -> None:
+    """Keep this thread, the only one that computes, on a core; where the system can."""
+    if core is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {core})
 
 
 def strategy_of(lane: str) -> str:
