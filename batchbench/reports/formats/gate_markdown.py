@@ -36,7 +36,7 @@ def _lines(gate: Gate, *, strict: bool) -> Iterator[str]:
     yield from table(["Side", "What it is"], sides(gate), left=2)
     for title, rows in (("settings", gate.settings), ("environment", gate.environment)):
         if rows:
-            yield from (f"**What differs in the {title}**", "")
+            yield from (f"**Differing {title}**", "")
             yield from table(
                 ["Name", "Base", "New"], [list(varying(each)) for each in rows], left=3
             )

@@ -30,7 +30,7 @@ def render(gate: Gate, *, strict: bool = False) -> RenderableType:
     parts += [identity, Text()]
     for title, rows in (("settings", gate.settings), ("environment", gate.environment)):
         if rows:
-            parts += [_differences(f"What differs in the {title}", rows), Text()]
+            parts += [_differences(f"Differing {title}", rows), Text()]
     for found in tables(gate):
         parts += [*_evidence(found), Text()]
     if not gate.evidence:
