@@ -416,7 +416,9 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_these_are_the_commands() -> None:
-    assert set(typer.main.get_command(app).commands) == {*COMMANDS, "capacity", "sweep", "workload"}  # type: ignore[attr-defined]
+    assert set(typer.main.get_command(app).commands) == {
+        *(*COMMANDS, "baseline", "capacity", "sweep", "workload")
+    }  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
