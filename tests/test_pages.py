@@ -198,11 +198,21 @@ def test_one_strategy_and_equal_tiny_requests_can_be_shown() -> None:
 
 
 def test_a_prediction_is_shown_where_there_is_one(small: Result) -> None:
-    told = {"strategy": "continuous", "duration": 1.5, "measured_duration": 1.25, "error": 0.2}
-    data = {**small.data, "prediction": {"fitted_on": "static", "strategies": [told]}}
+    told = {
+        "strategy": "continuous",
+        "duration": 1.5,
+        "measured_duration": 1.25,
+        "error": 0.2,
+        "extrapolates": ["9 rows in a step"],
+    }
+    held_out = {"steps": 1600, "r2": 0.5, "median_error": 0.05, "total_error": -0.002}
+    prediction = {"fitted_on": "static", "strategies": [told], "held_out": held_out}
+    data = {**small.data, "prediction": prediction}
     page = Page(render([Labelled("", Result(data, small.recordings))]))
     assert "Predicted and measured" in page.words
     assert "continuous 1.5 1.25 +20.0 %" in page.words
+    assert "Beyond what the fit saw: 9 rows in a step." in page.words
+    assert "Of the 1,600 steps of static, held out in turn: R² 0.50" in page.words
 
 
 def test_a_large_run_gives_a_small_page() -> None:

@@ -131,7 +131,7 @@ def test_the_header_tells_what_was_served() -> None:
         slots=3,
         simulated=True,
         workload={"name": "random", "seed": 0, "digest": workload.digest},
-        about={"pads_prompts": False, "wall_ns": STEP_NS},
+        about={"pads_prompts": False, "wall_ns": STEP_NS, "computed_passes": None},
     )
 
 
