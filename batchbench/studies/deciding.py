@@ -96,14 +96,15 @@ class CheckSpec:
         _PANEL,
         min=0.0,
         max=1.0,
-        default_text="0.05, on a machine that is not the baseline's 0.1",
+        default_text="0.1, on a machine that is not the baseline's 0.2",
     )
-    margin: float = setting(
-        0.15,
+    margin: float | None = setting(
+        None,
         "Loss that must be ruled out before anything is called the same, as a share.",
         _PANEL,
         min=0.001,
         max=1.0,
+        default_text="1.5 times the floor",
     )
     confidence: float = setting(
         0.999,
