@@ -207,7 +207,7 @@ def conduct_check(baseline: Baseline, file: Path, spec: CheckSpec, watch: TurnsW
 
 FLOOR, FLOOR_ELSEWHERE, MARGIN = 0.10, 0.20, 1.5
 """Losses below which nothing is called slower, where it was measured and on another machine; and
-how many floors *same* may be apart. Between two sessions of one machine a quarter of an hour apart
+how many floors *same* may be apart. Between two sessions of one machine half an hour apart
 the ratio to the notebook engine moved by 7 % (docs/regressions.md)."""
 
 
