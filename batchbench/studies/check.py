@@ -197,7 +197,8 @@ def conduct_check(baseline: Baseline, file: Path, spec: CheckSpec, watch: TurnsW
         if last or (count >= FIRST_LOOK and (count - FIRST_LOOK) % NEXT_LOOK == 0):
             looks += 1
             decisions = decide_ratios(baseline.processes, observed.processes, rule, looks)
-            watch.told(f"process {count}", decisions, None)
+            against = {f"beside {twin}:": decision for twin, decision in decisions.items()}
+            watch.told(f"process {count}", against, None)
             if last or all(decision.is_sure for decision in decisions.values()):
                 break
         else:
