@@ -6,6 +6,7 @@ Nothing here imports torch before a test asks for a model.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,3 +140,22 @@ def _alone(model: LoadedModel, prompt: Sequence[int], count: int) -> list[int]:
             ids = logits[:, -1:].argmax(-1)
             tokens.append(int(ids))
     return tokens
+
+
+@pytest.fixture
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Calls the program with words that it must refuse: exit code 2, and the one line it says."""
+
+    def call(*words: str) -> str:
+        from batchbench.cli.main import _guarded
+
+        monkeypatch.setattr(sys, "argv", ["batchbench", *words])
+        assert _guarded() == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert told.err.count("\n") == 1
+        return told.err
+
+    return call

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from baselines import COUNTS, ENVIRONMENT, MODEL, WORK, baseline, process, seen,
 from rich.console import Console
 
 from batchbench.batching.experiment import Experiment
-from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
 from batchbench.reports.baseline import Baseline, load_baseline
 from batchbench.reports.evidence import Answer, Gate
@@ -175,20 +173,12 @@ SPOILED = {
 
 @pytest.mark.parametrize("name", SPOILED)
 def test_spoiled_baselines_are_named(
-    name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     content, said = SPOILED[name]
     file = tmp_path / "baseline.json"
     file.write_text(content, encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["batchbench", "check", "--baseline", str(file)])
-    assert _guarded() == 2
-    told = capsys.readouterr()
-    assert said in told.err
-    assert told.err.strip().count("\n") == 0
-    assert told.out == ""
+    assert said in refused("check", "--baseline", str(file))
 
 
 @pytest.mark.parametrize(
@@ -203,18 +193,11 @@ def test_spoiled_baselines_are_named(
     ],
 )
 def test_bad_questions_are_answered_in_a_line(
-    words: list[str],
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], said: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "cannot be written" in said:
         monkeypatch.setattr(Path, "mkdir", _no_room)
-    monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-    assert _guarded() == 2
-    told = capsys.readouterr()
-    assert said in told.err
-    assert told.err.strip().count("\n") == 0
+    assert said in refused(*words)
 
 
 def _no_room(*_: object, **__: object) -> None:

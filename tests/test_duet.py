@@ -19,7 +19,6 @@ import pytest
 
 import batchbench
 from batchbench.batching.experiment import Experiment
-from batchbench.cli.main import _guarded
 from batchbench.errors import BatchbenchError, UsageError
 from batchbench.reports.evidence import Answer, Gate, Kind
 from batchbench.reports.sequential import Verdict
@@ -36,7 +35,7 @@ from batchbench.studies.duet import (
     sizes_of,
 )
 from batchbench.studies.duet_gate import make_gate
-from batchbench.studies.processes import Installation, WorkerProcess
+from batchbench.studies.processes import Installation, WorkerProcess, draw_core
 from batchbench.studies.revision import install_revision
 
 PACKAGE = Path(batchbench.__file__).parent
@@ -275,17 +274,9 @@ def test_lanes_are_the_last_strategy_or_those_asked_for() -> None:
     ],
 )
 def test_bad_questions_are_answered_in_a_line(
-    words: list[str],
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], said: str, refused: Callable[..., str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["batchbench", "duet", *words])
-    assert _guarded() == 2
-    told = capsys.readouterr()
-    assert said in told.err
-    assert told.err.count("\n") == 1
-    assert told.out == ""
+    assert said in refused("duet", *words)
 
 
 # Real processes
@@ -420,6 +411,14 @@ def test_a_worker_that_breaks_is_a_fault_and_no_verdict(tmp_path: Path) -> None:
         with pytest.raises(BatchbenchError, match="base: ended by itself: out of order") as raised:
             worker.answer()
     assert raised.value.exit_code == 70
+
+
+def test_who_takes_turns_sits_on_a_core_that_it_may_use() -> None:
+    chance = random.Random(0)
+    drawn = {draw_core(1, chance) for _ in range(100)}
+    if hasattr(os, "sched_getaffinity"):
+        assert drawn == os.sched_getaffinity(0)
+    assert draw_core(2, chance) is None
 
 
 # Revisions

@@ -13,7 +13,7 @@ from typing import Any
 
 import batchbench
 from batchbench.errors import UsageError
-from batchbench.reports.work import Work
+from batchbench.reports.work import Work, work_told
 
 SCHEMA_VERSION = 1
 OLD_DAYS = 90
@@ -115,14 +115,7 @@ class Baseline:
     @property
     def work(self) -> Work:
         """Counters and outputs."""
-        works = self.data["work"]
-        return Work(
-            counters={name: counts_of(work) for name, work in works.items()},
-            digests={name: work["output_digest"] for name, work in works.items()},
-            closed=self.data["workload"]["closed"],
-            simulated=False,
-            dtype=self.data["model"]["dtype"],
-        )
+        return work_told(self.data["work"], self.data)
 
     @property
     def age_days(self) -> float:
@@ -160,11 +153,6 @@ def throughput(processes: Sequence[Process], lane: str, tokens: int) -> float:
 def speedup(processes: Sequence[Process], twin: str) -> float:
     """How many times faster the candidate is than its twin: the geometric mean over processes."""
     return exp(-fmean(each.ratios[twin] for each in processes))
-
-
-def counts_of(work: Mapping[str, Any]) -> dict[str, int] | None:
-    """The counters among what a worker tells of its work."""
-    return {name: value for name, value in work.items() if name != "output_digest"} or None
 
 
 def to_json(baseline: Baseline) -> str:

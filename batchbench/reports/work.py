@@ -58,6 +58,25 @@ class Work:
         )
 
 
+def work_told(works: Mapping[str, Mapping[str, Any]], told: Mapping[str, Any]) -> Work:
+    """What a measured version did.
+
+    Args:
+        works: by strategy, its counters and ``output_digest`` in one mapping.
+        told: its ``workload`` and ``model``, as a result tells of them.
+    """
+    return Work(
+        counters={
+            name: {key: count for key, count in work.items() if key != "output_digest"} or None
+            for name, work in works.items()
+        },
+        digests={name: work["output_digest"] for name, work in works.items()},
+        closed=told["workload"]["closed"],
+        simulated=False,
+        dtype=told["model"]["dtype"],
+    )
+
+
 def _counts(strategy: Mapping[str, Any]) -> Mapping[str, int] | None:
     """The schedule's counters, and what the model computed where that is known."""
     computed = strategy.get("computed_passes")

@@ -16,25 +16,25 @@ from typing import Any
 import numpy as np
 
 import batchbench
-from batchbench.batching.experiment import EXECUTIONS, Experiment
+from batchbench.batching.experiment import Experiment
 from batchbench.errors import UsageError
 from batchbench.reports.baseline import (
     SCHEMA_VERSION,
     Baseline,
     Process,
-    counts_of,
     speedup,
     throughput,
 )
 from batchbench.reports.evidence import Evidence, Gate, Kind, Side, Varying, weigh
 from batchbench.reports.sequential import Decision, Rule, Verdict, compare_means
-from batchbench.reports.work import Work, compare_work
+from batchbench.reports.work import compare_work
 from batchbench.studies import twins
 from batchbench.studies.deciding import CheckSpec
 from batchbench.studies.duet import TurnsWatch
 from batchbench.studies.duet_gate import TOKENS_DEPEND_ON, facts
 from batchbench.studies.identity import named_files
 from batchbench.studies.processes import Installation
+from batchbench.studies.reproduce import pinned
 from batchbench.studies.twins import Cut, Seen
 
 FIRST_LOOK, NEXT_LOOK = 8, 4
@@ -148,23 +148,6 @@ def make_baseline(experiment: Experiment, processes: int, watch: TurnsWatch) -> 
     )
 
 
-def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
-    """The experiment with what ``auto`` meant here."""
-    serving, execution = experiment.serving, model.get("execution")
-    if execution in EXECUTIONS and serving.engine != "notebook":
-        serving = replace(serving, execution=execution)
-    return replace(
-        experiment,
-        serving=serving,
-        model=replace(
-            experiment.model,
-            device=model["device"],
-            dtype=model["dtype"],
-            load_format=model["load_format"],
-        ),
-    )
-
-
 # Checks
 
 
@@ -265,19 +248,12 @@ def _is_other(differing: Sequence[Varying]) -> bool:
     return any(each.name in MACHINE for each in differing)
 
 
-def _work_of(seen: Seen) -> Work:
-    return Work(
-        counters={name: counts_of(work) for name, work in seen.work.items()},
-        digests={name: work["output_digest"] for name, work in seen.work.items()},
-        closed=seen.told["workload"]["closed"],
-        simulated=False,
-        dtype=seen.told["model"]["dtype"],
-    )
-
-
 def _works_differ(baseline: Baseline, seen: Seen, allow_improvement: bool) -> bool:
     found = compare_work(
-        baseline.work, _work_of(seen), alike=False, allow_improvement=allow_improvement
+        baseline.work,
+        seen.counted,
+        alike=False,
+        allow_improvement=allow_improvement,
     )
     return any(each.fails for each in found)
 
@@ -295,7 +271,10 @@ def _gate(
     seen, data = observed.first, baseline.data
     alike = not any(each.name in TOKENS_DEPEND_ON for each in differing)
     work = compare_work(
-        baseline.work, _work_of(seen), alike=alike, allow_improvement=spec.allow_improvement
+        baseline.work,
+        seen.counted,
+        alike=alike,
+        allow_improvement=spec.allow_improvement,
     )
     changed = any(each.fails for each in work)
     times: list[Evidence] = []

@@ -2,8 +2,9 @@
 
 One long-lived worker process a side, a *process pair*; they take turns of about 0.2 s and are both
 replaced every few seconds, since what differs from process to process (where memory lies, which
-core it is on) is constant within one. The value of a pair is a median over its turns, and the pair
-is the sample (docs/regressions.md has the measurements behind this).
+core it is on) is constant within one. The value of a pair is the ratio
+of what a trial takes, and the pair is the sample (docs/regressions.md has the measurements behind
+this).
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class Stage:
             }
             step_ns = {lane: min(t["lanes"][lane]["step_ns"] for t in told) for lane in lanes}
             pieces = {lane: cut(min(passes[lane]), step_ns[lane]) for lane in lanes}
-            turns = take_turns(both[0], both[1], passes, step_ns, new_first=new_first)
+            turns = take_turns(both[0], both[1], passes, pieces, step_ns, new_first=new_first)
             done = [worker.finish() for worker in both]
         seen = Opened((hello[0], hello[1]), (told[0], told[1]), (done[0], done[1]))
         return Pair(turns, passes, pieces, time.monotonic() - began, new_first), seen
@@ -188,6 +189,7 @@ def take_turns(
     base: WorkerProcess,
     new: WorkerProcess,
     passes: Mapping[str, tuple[int, int]],
+    pieces: Mapping[str, int],
     step_ns: Mapping[str, float],
     *,
     new_first: bool,
@@ -195,10 +197,10 @@ def take_turns(
     """Strict alternation, lane after lane, for about :data:`PAIR_S` a lane, in whole trials."""
     found: dict[str, list[TurnPair]] = {lane: [] for lane in passes}
     for lane, steps in passes.items():
-        pieces, trial_ns = cut(min(steps), step_ns[lane]), steps[0] * step_ns[lane]
-        sizes = [sizes_of(count, pieces, trial_ns / count) for count in steps]
+        trial_ns = steps[0] * step_ns[lane]
+        sizes = [sizes_of(count, pieces[lane], trial_ns / count) for count in steps]
         spent = 0.0
-        while not _is_enough(len(found[lane]) - 1, pieces, spent):
+        while not _is_enough(len(found[lane]) - 1, pieces[lane], spent):
             size = next(sizes[0]), next(sizes[1])
             if new_first:
                 second = new.turn(lane, size[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from math import expm1
@@ -11,10 +11,11 @@ from statistics import median
 from typing import Any
 
 import batchbench
+from batchbench.reports.alike import FOR_TOKENS
 from batchbench.reports.evidence import Evidence, Gate, Kind, Side, Varying, weigh
 from batchbench.reports.result import SCHEMA_VERSION
 from batchbench.reports.sequential import FEWEST, Verdict
-from batchbench.reports.work import Work, compare_work
+from batchbench.reports.work import compare_work, work_told
 from batchbench.studies.duet import Findings, Opened, Run, is_on_cpu
 from batchbench.studies.processes import Installation
 
@@ -36,7 +37,7 @@ def make_gate(
     opened = found.first.opened[0]
     differing = list(differences(opened))
     alike = not any(each.name in TOKENS_DEPEND_ON for each in differing)
-    works = [work_of(told, found.first.opened, side) for side, told in enumerate(opened.told)]
+    works = [work_told(_works(opened, side), told) for side, told in enumerate(opened.told)]
     work = compare_work(works[0], works[1], alike=alike, allow_improvement=allow_improvement)
     changed = any(each.fails for each in work)
     times = [] if changed else [_time(found, lane) for lane in found.first.lanes]
@@ -54,20 +55,7 @@ def make_gate(
     )
 
 
-TOKENS_DEPEND_ON = (
-    "cpu",
-    "gpu",
-    "threads",
-    "python",
-    "torch",
-    "transformers",
-    "numpy",
-    "safetensors",
-    "device",
-    "dtype",
-    "execution",
-    "weights_digest",
-)
+TOKENS_DEPEND_ON = (*FOR_TOKENS, "python", "safetensors", "weights_digest")
 """Of what is told of an installation: where these are alike, so are the tokens, to the bit."""
 
 
@@ -94,26 +82,10 @@ def facts(version: str, environment: Mapping[str, Any], model: Mapping[str, Any]
     }
 
 
-def work_of(told: Mapping[str, Any], opened: Sequence[Opened], side: int) -> Work:
-    """Counters and outputs of one side, as its first processes told them."""
-    works = _works(opened[0], side)
-    return Work(
-        counters={name: _counts(work) or None for name, work in works.items()},
-        digests={name: work["output_digest"] for name, work in works.items()},
-        closed=told["workload"]["closed"],
-        simulated=False,
-        dtype=told["model"]["dtype"],
-    )
-
-
 def _works(opened: Opened, side: int) -> dict[str, Any]:
     """The work of each strategy that a process has counted."""
     lanes = opened.done[side]["work"]
     return {**opened.told[side]["also"], **{name: work for name, work in lanes.items() if work}}
-
-
-def _counts(work: Mapping[str, Any]) -> dict[str, int]:
-    return {name: value for name, value in work.items() if name != "output_digest"}
 
 
 def _varied(found: Findings) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import batchbench
 from batchbench import settings
@@ -35,16 +37,19 @@ def experiment_of(recorded: Result) -> Experiment:
         cost = data.get("cost")
         known = None if cost is None else KnownCost.of(cost)
         return replace(asked, trials=trials, cost=known)
-    model, execution = data["model"], data["model"].get("execution")
-    serving = asked.serving
+    return pinned(replace(asked, trials=trials), data["model"])
+
+
+def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
+    """The experiment with what ``auto`` meant where ``model`` was resolved."""
+    serving, execution = experiment.serving, model.get("execution")
     if execution in EXECUTIONS and serving.engine != "notebook":
         serving = replace(serving, execution=execution)
     return replace(
-        asked,
-        trials=trials,
+        experiment,
         serving=serving,
         model=replace(
-            asked.model,
+            experiment.model,
             device=model["device"],
             dtype=model["dtype"],
             load_format=model["load_format"],

@@ -19,6 +19,7 @@ from batchbench.batching.experiment import Experiment
 from batchbench.errors import UsageError
 from batchbench.reports.baseline import Process
 from batchbench.reports.turns import Turn
+from batchbench.reports.work import Work, work_told
 from batchbench.studies.processes import Installation, WorkerProcess, draw_core
 
 TURN_S = 0.3
@@ -79,6 +80,11 @@ class Seen:
     hello: Mapping[str, Any]
     work: Mapping[str, Any]
     varied: str | None
+
+    @property
+    def counted(self) -> Work:
+        """Its work, to be compared."""
+        return work_told(self.work, self.told)
 
 
 def lanes_of(experiment: Experiment) -> list[str]:
