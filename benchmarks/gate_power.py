@@ -155,7 +155,7 @@ CASES = (
     Case("quiet", "late admission", 1),
     Case("quiet", "padded prefill", 1, after=1),
     Case("quiet", "step 10 %", 2, after=3, every=6),
-    Case("quiet", "step 3 %", 2, after=5, every=6),
+    Case("quiet", "step 3 %", 1, after=5),
 )
 
 
@@ -262,8 +262,8 @@ def run_duet(state: Path, case: Case, number: int) -> None:
     print(f"{case.name} {number}: exit {done.returncode} in {spent:.0f} s: {done.stdout.strip()}")
 
 
-SESSIONS = ("none-1", "slots 15 %-1", "none-2")
-"""Baselines that are saved, in this order, each a session of its own; 12 processes each."""
+SESSIONS = {1: "none-1", 4: "slots 15 %-1", 7: "none-2", 10: "none-3"}
+"""Baselines that are saved, by the round before which, far apart; 12 processes each."""
 
 
 def session_file(state: Path, session: str) -> Path:
@@ -351,7 +351,7 @@ def table_of_checks(state: Path, verdicts: int = 2000) -> str:
     ]
     found = {
         session: load_baseline(file).processes
-        for session in SESSIONS
+        for session in SESSIONS.values()
         if (file := session_file(state, session)).exists()
     }
     for base in found:
@@ -416,6 +416,9 @@ class Drawn:
         self.seconds += pair.seconds
         told, done = {"model": {"device": "cpu"}, "also": {}}, {"work": {}}
         return pair, Opened(({}, {}), (told, told), (done, done))
+
+    def afresh(self) -> None:
+        """All were drawn apart already."""
 
 
 def replayed(pairs: Sequence, verdicts: int) -> list[tuple[str, float]]:
@@ -507,17 +510,15 @@ def main() -> None:
     state = asked.state.absolute()
     began = time.monotonic()
     if not asked.table:
-        missing = [name for name in SESSIONS if not session_file(state, name).exists()]
-        sessions = iter(missing if asked.sessions else ())
+        missing = {n: s for n, s in SESSIONS.items() if not session_file(state, s).exists()}
+        sessions = missing if asked.sessions else {}
         for case, number in todo(state, asked.only):
             if time.monotonic() - began > 60 * asked.minutes:
                 print("the time is up; run it again to go on")
                 break
-            if number in (1, 2, 3) and case is CASES[0] and (session := next(sessions, None)):
-                save_session(state, session)
+            for due in [each for each in sessions if each <= number]:
+                save_session(state, sessions.pop(due))
             run_duet(state, case, number)
-        for session in sessions:
-            save_session(state, session)
     print(table(state))
     print(table_of_checks(state))
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -23,7 +24,8 @@ from batchbench.errors import BatchbenchError, UsageError
 from batchbench.reports.evidence import Answer, Gate, Kind
 from batchbench.reports.sequential import Verdict
 from batchbench.reports.turns import Pair, Turn, contamination
-from batchbench.studies import duet
+from batchbench.studies import duet, processes, worker
+from batchbench.studies.check import here
 from batchbench.studies.deciding import DuetSpec, lanes_of
 from batchbench.studies.duet import (
     Findings,
@@ -35,7 +37,7 @@ from batchbench.studies.duet import (
     sizes_of,
 )
 from batchbench.studies.duet_gate import make_gate
-from batchbench.studies.processes import Installation, WorkerProcess, draw_core
+from batchbench.studies.processes import Installation, Workers, draw_core
 from batchbench.studies.revision import install_revision
 
 PACKAGE = Path(batchbench.__file__).parent
@@ -68,6 +70,10 @@ class MadeUp:
         self._pair, self._works = pair, works
         self.count, self.seconds = 0, 0.0
         self.learnt: list[object] = []
+        self.afresh_at: list[int] = []
+
+    def afresh(self) -> None:
+        self.afresh_at.append(self.count)
 
     def pair(self, lanes: Sequence[str], known: object, *, with_others: bool) -> Any:
         pair = self._pair(self.count)
@@ -202,6 +208,11 @@ def test_work_that_varies_is_no_pass() -> None:
     assert gate.answer is not Answer.PASSED
 
 
+def test_what_confirms_has_nothing_in_common_with_what_found() -> None:
+    found, _, source = found_of(scattered(0.05, 0.005))
+    assert source.afresh_at == [len(found.first.pairs)]
+
+
 def test_what_the_first_processes_learnt_the_others_are_told() -> None:
     source = found_of(scattered(0.0, 0.005))[2]
     assert source.learnt[:2] == [None, None]
@@ -324,9 +335,10 @@ def gate_of(base: Path, experiment: Experiment, *, pairs: int) -> Gate:
         Installation("new", Path(sys.executable), own=True),
     )
     run = duet.Run(duet.Rule(), ["continuous"])
-    stage = Stage(sides, experiment, ["static"])
-    for _ in range(pairs):
-        run.add(*stage.pair(run.lanes, run.known, with_others=run.known is None))
+    with Workers(sides[0], 1) as base_workers, Workers(sides[1], 1) as new_workers:
+        stage = Stage((base_workers, new_workers), experiment, ["static"])
+        for _ in range(pairs):
+            run.add(*stage.pair(run.lanes, run.known, with_others=run.known is None))
     return make_gate(Findings(run), sides, ("base", "new"), "again", allow_improvement=False)
 
 
@@ -379,37 +391,94 @@ def test_faults_of_the_work_are_found(
 def test_an_environment_without_batchbench_is_named(tmp_path: Path) -> None:
     venv.create(tmp_path / "empty", symlinks=os.name != "nt")
     with (
-        WorkerProcess(Installation("base", tmp_path / "empty/bin/python"), 1) as worker,
+        Workers(Installation("base", tmp_path / "empty/bin/python"), 1) as workers,
         pytest.raises(UsageError, match="has no batchbench that can take turns"),
     ):
-        worker.hello()
+        workers.begin()
 
 
 def test_what_a_worker_cannot_do_is_a_usage_error(experiment: Experiment) -> None:
     open_loop = Experiment.of({"model": experiment.model.model, "request_rate": 5.0})
-    with WorkerProcess(Installation("new", Path(sys.executable), own=True), 1) as worker:
-        worker.hello()
-        worker.tell(
-            {
-                "do": "open",
-                "config": open_loop.config(),
-                "lanes": {"continuous": None},
-                "also": [],
-                "core": None,
-            }
-        )
-        with pytest.raises(UsageError, match="new: turns need requests that are all there"):
-            worker.answer()
+    asked = {
+        "do": "open",
+        "config": open_loop.config(),
+        "lanes": {"continuous": None},
+        "also": [],
+        "core": None,
+    }
+    with Workers(here(), 1) as workers:
+        for _ in range(2):  # it spoils nothing for those that come after it
+            workers.begin()
+            workers.tell(asked)
+            with pytest.raises(UsageError, match="here: turns need requests that are all there"):
+                workers.answer()
+
+
+CANNOT_FORK = """#!/bin/sh
+exec {python} -P -c "
+from batchbench.studies import worker
+worker.can_fork = lambda: False
+worker.main()
+"
+"""
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_each_worker_is_a_process_of_its_own(
+    forks: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(processes, "OF_ONE", 2)
+    installation = here()
+    if forks and not worker.can_fork():
+        pytest.skip("beside a GPU nothing forks")
+    if not forks:
+        python = tmp_path / "python"
+        python.write_text(CANNOT_FORK.format(python=sys.executable))
+        python.chmod(0o755)
+        installation = Installation("here", python, own=True)
+    pids = []
+    with Workers(installation, 1) as workers:
+        for _ in range(3):
+            told = workers.begin()
+            assert told["forks"] is forks
+            pids.append((told["pid"], told["parent"]))
+            workers.finish()
+    assert len({pid for pid, _ in pids}) == 3
+    # Those of one parent, that has imported everything, are two at most.
+    assert len({parent for _, parent in pids}) == (2 if forks else 1)
+
+
+def test_no_worker_is_left_behind() -> None:
+    with Workers(here(), 1) as workers:
+        pid = workers.begin()["pid"]
+        assert state_of(pid) not in GONE
+    for _ in range(100):
+        if state_of(pid) in GONE:
+            break
+        time.sleep(0.05)
+    assert state_of(pid) in GONE
+
+
+GONE = ("", "Z")
+"""Ended, and perhaps not yet seen to by whoever sees to orphans."""
+
+
+def state_of(pid: int) -> str:
+    told = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip()[:1]
 
 
 def test_a_worker_that_breaks_is_a_fault_and_no_verdict(tmp_path: Path) -> None:
     broken = tmp_path / "python"
-    broken.write_text("#!/bin/sh\necho '{\"protocol\": 1}'\necho out of order >&2\nexit 9\n")
+    hello = json.dumps({"protocol": worker.PROTOCOL, "forks": True})
+    broken.write_text(f"#!/bin/sh\nread line\necho '{hello}'\necho out of order >&2\nexit 9\n")
     broken.chmod(0o755)
-    with WorkerProcess(Installation("base", broken), 1) as worker:
-        worker.hello()
+    with Workers(Installation("base", broken), 1) as workers:
+        workers.begin()
         with pytest.raises(BatchbenchError, match="base: ended by itself: out of order") as raised:
-            worker.answer()
+            workers.answer()
     assert raised.value.exit_code == 70
 
 

@@ -127,13 +127,19 @@ def _compare(
     from batchbench.studies.deciding import lanes_of
     from batchbench.studies.duet import Stage, conduct_duet
     from batchbench.studies.duet_gate import make_gate, record_of
-    from batchbench.studies.processes import Installation
+    from batchbench.studies.processes import Installation, Workers
 
     label, installation = _base(base)
     sides = (installation, Installation("new", Path(sys.executable), own=True))
-    with make_turns_display(deciding.max_time, quiet=output.quiet) as display:
-        lanes, others = lanes_of(experiment, deciding.timed)
-        found = conduct_duet(Stage(sides, experiment, others), lanes, deciding, display)
+    lanes, others = lanes_of(experiment, deciding.timed)
+    threads = experiment.model.threads or 1
+    with (
+        Workers(sides[0], threads) as base_workers,
+        Workers(sides[1], threads) as new_workers,
+        make_turns_display(deciding.max_time, quiet=output.quiet) as display,
+    ):
+        stage = Stage((base_workers, new_workers), experiment, others)
+        found = conduct_duet(stage, lanes, deciding, display)
     gate = make_gate(
         found,
         sides,

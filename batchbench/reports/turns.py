@@ -138,7 +138,8 @@ def contamination(pairs: Sequence[Pair], floor: float, *, on_cpu: bool) -> str |
     """
     if not pairs:
         return None
-    off = fmean(pair.kernel() for pair in pairs)
+    # The median, since a burst in one pair is noise, which the pairs' scatter accounts for.
+    off = median(pair.kernel() for pair in pairs)
     if abs(off) > floor:
         differs = f"{math.expm1(off):+.1%}"
         return f"the calibration kernel, the same code on both sides, differs by {differs}"

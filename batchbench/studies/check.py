@@ -33,7 +33,7 @@ from batchbench.studies.deciding import CheckSpec
 from batchbench.studies.duet import TurnsWatch
 from batchbench.studies.duet_gate import TOKENS_DEPEND_ON, facts
 from batchbench.studies.identity import named_files
-from batchbench.studies.processes import Installation
+from batchbench.studies.processes import Installation, Workers
 from batchbench.studies.reproduce import pinned
 from batchbench.studies.twins import Cut, Seen
 
@@ -99,11 +99,12 @@ def observe(
     chance: random.Random,
 ) -> Iterator[int]:
     """Fresh processes until there are ``count``; how many there are, after each."""
-    while len(observed.processes) < count:
-        watch.begins(f"process {len(observed.processes) + 1}")
-        usual = observed.first.cut if observed.seen else cut
-        observed.add(twins.observe_process(here(), experiment, observed.known, usual, chance))
-        yield len(observed.processes)
+    with Workers(here(), experiment.model.threads or 1) as workers:
+        while len(observed.processes) < count:
+            watch.begins(f"process {len(observed.processes) + 1}")
+            usual = observed.first.cut if observed.seen else cut
+            observed.add(twins.observe_process(workers, experiment, observed.known, usual, chance))
+            yield len(observed.processes)
 
 
 # Baselines

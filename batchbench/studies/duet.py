@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ from batchbench.batching.experiment import Experiment
 from batchbench.reports.sequential import FEWEST, Decision, Rule, Verdict, decide
 from batchbench.reports.turns import Pair, TurnPair, contamination
 from batchbench.studies.deciding import DuetSpec, rule_of
-from batchbench.studies.processes import Installation, WorkerProcess, draw_core, open_all
+from batchbench.studies.processes import Workers, draw_core, open_all
 
 TURN_S = 0.2
 """Longer, and what others do in bursts falls on one side; shorter, and half of it is warm-up."""
@@ -138,12 +137,15 @@ class Pairs(Protocol):
             with_others: count the work of the strategies that are not timed as well.
         """
 
+    def afresh(self) -> None:
+        """Let the next pair have nothing in common with those before."""
+
 
 @dataclass(frozen=True)
 class Stage:
     """Pairs of fresh processes on this machine."""
 
-    sides: tuple[Installation, Installation]
+    sides: tuple[Workers, Workers]
     experiment: Experiment
     also: Sequence[str]
     chance: random.Random = field(default_factory=random.Random)
@@ -169,25 +171,31 @@ class Stage:
             }
             for i in range(2)
         ]
-        with ExitStack() as stack:
-            both = [stack.enter_context(WorkerProcess(side, threads)) for side in self.sides]
-            hello = [worker.hello() for worker in both]
-            told = open_all(both, asked)
-            passes = {
-                lane: (told[0]["lanes"][lane]["steps"], told[1]["lanes"][lane]["steps"])
-                for lane in lanes
-            }
-            step_ns = {lane: min(t["lanes"][lane]["step_ns"] for t in told) for lane in lanes}
-            pieces = {lane: cut(min(passes[lane]), step_ns[lane]) for lane in lanes}
-            turns = take_turns(both[0], both[1], passes, pieces, step_ns, new_first=new_first)
-            done = [worker.finish() for worker in both]
+        both = self.sides
+        for workers in both:
+            workers.ready()
+        hello = [workers.begin() for workers in both]
+        told = open_all(both, asked)
+        passes = {
+            lane: (told[0]["lanes"][lane]["steps"], told[1]["lanes"][lane]["steps"])
+            for lane in lanes
+        }
+        step_ns = {lane: min(t["lanes"][lane]["step_ns"] for t in told) for lane in lanes}
+        pieces = {lane: cut(min(passes[lane]), step_ns[lane]) for lane in lanes}
+        turns = take_turns(both[0], both[1], passes, pieces, step_ns, new_first=new_first)
+        done = [workers.finish() for workers in both]
         seen = Opened((hello[0], hello[1]), (told[0], told[1]), (done[0], done[1]))
         return Pair(turns, passes, pieces, time.monotonic() - began, new_first), seen
 
+    def afresh(self) -> None:
+        """End the processes that those of the pairs were forked from."""
+        for workers in self.sides:
+            workers.end()
+
 
 def take_turns(
-    base: WorkerProcess,
-    new: WorkerProcess,
+    base: Workers,
+    new: Workers,
     passes: Mapping[str, tuple[int, int]],
     pieces: Mapping[str, int],
     step_ns: Mapping[str, float],
@@ -274,6 +282,7 @@ def conduct_duet(
     left = until - clock()
     if slower and not first.contamination and left > FEWEST * first.pair_s:
         rule = Rule(first.rule.floor, first.rule.margin, CONFIRMING)
+        source.afresh()
         second = Run(rule, slower, confirming=True, known=first.known)
         for _ in paired(second, source, watch, clock, until):
             pass

@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import random
+import signal
 import subprocess
 import tempfile
 import threading
@@ -21,6 +22,10 @@ from batchbench.studies.worker import PROTOCOL
 
 PATIENCE_S = 600.0
 """An answer that takes longer will not come."""
+
+OF_ONE = 8
+"""Fresh processes that are forked from one, before everything is imported anew: what they have in
+common must not be all that is ever looked at."""
 
 
 @dataclass(frozen=True)
@@ -47,69 +52,67 @@ class Installation:
         return found
 
 
-class WorkerProcess:
-    """A worker of an installation; ends with the ``with`` block, whatever happens."""
+class Workers:
+    """Fresh processes of one installation, one after another; none outlives the ``with`` block.
+
+    Where the system can, :data:`OF_ONE` of them are forked from one process that has imported
+    everything (:mod:`batchbench.studies.worker`), which takes seconds.
+    """
 
     def __init__(self, installation: Installation, threads: int | None) -> None:
-        self._from = installation
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
-        try:
-            # -P: the folder that one stands in, a checkout perhaps, must not come before what is
-            # installed.
-            self._process = subprocess.Popen(
-                [str(installation.python), "-P", "-m", "batchbench.studies.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                env=installation.environment(threads),
-                text=True,
-                encoding="utf-8",
-            )
-        except OSError as error:
-            self._errors.close()
-            why = (error.strerror or str(error)).lower()
-            raise UsageError(f"{installation.python}: cannot be started: {why}") from error
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.installation, self._threads = installation, threads
+        self._running: _Running | None = None
+        self._left = 0
 
-    def __enter__(self) -> WorkerProcess:
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()  # type: ignore[union-attr]
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
-        self._process.stdout.close()  # type: ignore[union-attr]
-        self._errors.close()
+        self.end()
 
-    def hello(self) -> Mapping[str, Any]:
-        """Who it is, once it has started.
+    def end(self) -> None:
+        """End whatever runs; what begins next imports everything anew."""
+        if self._running:
+            self._running.end()
+            self._running = None
+
+    def ready(self) -> None:
+        """Let one import everything, where the next has none to come from; without waiting."""
+        if self._left == 0:
+            self.end()
+        if self._running is None:
+            self._running, self._left = _Running(self.installation, self._threads), OF_ONE
+
+    def begin(self) -> Mapping[str, Any]:
+        """A fresh process that answers from now on; who it is.
 
         Raises:
-            UsageError: it has no batchbench, or one that cannot be compared with this.
+            UsageError: it cannot be started, or has no batchbench that can be compared with this.
         """
+        self.ready()
+        self._left -= 1
+        python = self.installation.python
+        self.tell({"do": "begin"})
         try:
             told = self._answer()
         except BatchbenchError as error:
             raise UsageError(
-                f"{self._from.python}: has no batchbench that can take turns ({error}); install "
-                "this or a later version there"
+                f"{python}: has no batchbench that can take turns ({error}); install this or a "
+                "later version there"
             ) from error
         if told.get("protocol") != PROTOCOL:
             raise UsageError(
-                f"{self._from.python}: its batchbench {told.get('version')} takes turns in another "
-                "way than this one; compare neighbouring versions"
+                f"{python}: its batchbench {told.get('version')} takes turns in another way than this "
+                "one; compare neighbouring versions"
             )
+        if not told["forks"]:
+            self._left = 0
         return told
 
     def tell(self, asked: Mapping[str, Any]) -> None:
         """Ask, without waiting for the answer."""
-        with contextlib.suppress(OSError):  # it has ended: the answer will say why
-            self._process.stdin.write(json.dumps(asked) + "\n")  # type: ignore[union-attr]
-            self._process.stdin.flush()  # type: ignore[union-attr]
+        assert self._running is not None
+        self._running.write(json.dumps(asked) + "\n")
 
     def answer(self) -> Mapping[str, Any]:
         """What it answers.
@@ -121,7 +124,7 @@ class WorkerProcess:
         told = self._answer()
         if "error" not in told:
             return told
-        message = f"{self._from.label}: {told['error']}"
+        message = f"{self.installation.label}: {told['error']}"
         raise UsageError(message) if told["usage"] else BatchbenchError(message)
 
     def turn(self, lane: str, steps: int) -> Turn:
@@ -134,26 +137,81 @@ class WorkerProcess:
         self.tell({"do": "finish"})
         return self.answer()
 
-    def _read(self) -> None:
-        for line in self._process.stdout or ():
-            self._lines.put(line)
-        self._lines.put("")
-
     def _answer(self) -> Mapping[str, Any]:
+        assert self._running is not None
         try:
-            line = self._lines.get(timeout=PATIENCE_S)
+            line = self._running.lines.get(timeout=PATIENCE_S)
         except queue.Empty:
-            raise BatchbenchError(f"{self._from.label}: no answer in {PATIENCE_S:g} s") from None
+            raise BatchbenchError(
+                f"{self.installation.label}: no answer in {PATIENCE_S:g} s"
+            ) from None
         if not line:
-            raise BatchbenchError(f"{self._from.label}: ended by itself: {self._last_words()}")
+            why = self._running.last_words()
+            raise BatchbenchError(f"{self.installation.label}: ended by itself: {why}")
         told: Mapping[str, Any] = json.loads(line)
         return told
 
-    def _last_words(self) -> str:
+
+class _Running:
+    """An operating system's process and its pipes; ``lines`` are what it says, empty at the end."""
+
+    def __init__(self, installation: Installation, threads: int | None) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by end
+        try:
+            # -P: the folder that one stands in, a checkout perhaps, must not come before what is
+            # installed.
+            self._process = subprocess.Popen(
+                [str(installation.python), "-P", "-m", "batchbench.studies.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=installation.environment(threads),
+                text=True,
+                encoding="utf-8",
+                start_new_session=True,  # so that what it forks ends with it
+            )
+        except OSError as error:
+            self._errors.close()
+            why = (error.strerror or str(error)).lower()
+            raise UsageError(f"{installation.python}: cannot be started: {why}") from error
+        self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nobody to talk to any more."""
+        return self._process.poll() is not None
+
+    def write(self, line: str) -> None:
+        """Say something."""
+        with contextlib.suppress(OSError):  # it has ended: the answer will say why
+            self._process.stdin.write(line)  # type: ignore[union-attr]
+            self._process.stdin.flush()  # type: ignore[union-attr]
+
+    def end(self) -> None:
+        """End it and all that it forked, and tidy up."""
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        if hasattr(os, "killpg") and not self.has_ended:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        self._process.stdout.close()  # type: ignore[union-attr]
+        self._errors.close()
+
+    def last_words(self) -> str:
+        """What it wrote last to standard error, once it has ended."""
         self._process.wait()
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").split("\n")
         return next((w for w in reversed(words) if w.strip()), f"exit {self._process.returncode}")
+
+    def _read(self) -> None:
+        for line in self._process.stdout or ():
+            self.lines.put(line)
+        self.lines.put("")
 
 
 def draw_core(threads: int, chance: random.Random) -> int | None:
@@ -168,7 +226,7 @@ def draw_core(threads: int, chance: random.Random) -> int | None:
 
 
 def open_all(
-    workers: Sequence[WorkerProcess], asked: Sequence[Mapping[str, Any]]
+    workers: Sequence[Workers], asked: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
     """Make workers ready at the same time; what each tells."""
     for worker, message in zip(workers, asked, strict=True):

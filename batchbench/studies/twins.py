@@ -20,12 +20,12 @@ from batchbench.errors import UsageError
 from batchbench.reports.baseline import Process
 from batchbench.reports.turns import Turn
 from batchbench.reports.work import Work, work_told
-from batchbench.studies.processes import Installation, WorkerProcess, draw_core
+from batchbench.studies.processes import Workers, draw_core
 
 TURN_S = 0.3
 """Of the slowest lane; the others' turns cover the same part of the workload and are shorter."""
 
-PROCESS_S = 8.0
+PROCESS_S = 5.0
 """Seconds of turns in a process: whole trials, as near to it as they come."""
 
 FEWEST_STEPS = 4
@@ -111,7 +111,7 @@ def lanes_of(experiment: Experiment) -> list[str]:
 
 
 def observe_process(
-    installation: Installation,
+    workers: Workers,
     experiment: Experiment,
     known: Mapping[str, Any] | None,
     cut: Cut | None,
@@ -134,13 +134,12 @@ def observe_process(
         "also": [] if known else others,
         "core": draw_core(threads, chance),
     }
-    with WorkerProcess(installation, threads) as worker:
-        hello = worker.hello()
-        worker.tell(asked)
-        told = worker.answer()
-        cut = cut or make_cut(told["lanes"])
-        turns = _turns(worker, {lane: told["lanes"][lane]["steps"] for lane in lanes}, cut, chance)
-        done = worker.finish()
+    hello = workers.begin()
+    workers.tell(asked)
+    told = workers.answer()
+    cut = cut or make_cut(told["lanes"])
+    turns = _turns(workers, {lane: told["lanes"][lane]["steps"] for lane in lanes}, cut, chance)
+    done = workers.finish()
     passes = {lane: told["lanes"][lane]["steps"] for lane in lanes}
     process = _process(turns, passes, time.monotonic() - began)
     work = {**told["also"], **{lane: work for lane, work in done["work"].items() if work}}
@@ -149,7 +148,7 @@ def observe_process(
 
 
 def _turns(
-    worker: WorkerProcess, passes: Mapping[str, int], cut: Cut, chance: random.Random
+    workers: Workers, passes: Mapping[str, int], cut: Cut, chance: random.Random
 ) -> dict[str, list[Turn]]:
     """Lane after lane, in an order that is drawn once a process."""
     order = list(passes)
@@ -158,7 +157,7 @@ def _turns(
     found: dict[str, list[Turn]] = {lane: [] for lane in order}
     for _ in range(cut.turns):
         for lane in order:
-            found[lane].append(worker.turn(lane, next(sizes[lane])))
+            found[lane].append(workers.turn(lane, next(sizes[lane])))
     return found
 
 

@@ -4,6 +4,12 @@ It is told what to do in lines of JSON on standard input and answers each with o
 output; whatever else would be printed there goes to standard error. Each installation brings its
 own worker, so that a comparison of two installations runs each with all of its own code.
 
+It first imports whatever takes long, seconds of it, and then waits. For each "begin" it forks a
+fresh process that answers until it is told to finish, or serves and ends itself where it cannot
+fork.
+
+    {"do": "begin"}
+        tell who it is
     {"do": "open", "config": …, "lanes": {"continuous": null, …}, "also": ["static", …]}
         make the workload, load the model, warm up, serve once in each lane that comes without
         [steps of a trial, nanoseconds of a step], and once under each strategy of "also"; a lane is
@@ -19,7 +25,9 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
+import random
 import signal
 import sys
 import traceback
@@ -34,15 +42,46 @@ if TYPE_CHECKING:
     from batchbench.studies.lanes import Lane
     from batchbench.workloads import Workload
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 def main() -> None:
-    """Answer until told to finish, or until nobody asks any more."""
+    """Serve, in a fresh process each time that somebody asks."""
     gc.disable()  # what is imported stays; to look through it time and again takes half a second
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    _import_all()
+    gc.freeze()
+    while sys.stdin.readline():  # no more than a line is there until it has been answered
+        if not can_fork() or os.fork() == 0:
+            _serve(out)
+            sys.stderr.flush()
+            os._exit(0)  # there is nothing to tidy up
+        status = os.waitstatus_to_exitcode(os.wait()[1])
+        if status:
+            sys.exit(status)
+
+
+def can_fork() -> bool:
+    """Whether a forked process can do all that a fresh one can.
+
+    Not beside a GPU, whose driver does not survive it, and nowhere but on Linux, where no library
+    starts threads when it is imported.
+    """
+    drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+    return sys.platform == "linux" and not any(map(os.path.exists, drivers))
+
+
+def _import_all() -> None:
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+
+    import batchbench.batching.conduct
+    import batchbench.batching.engines.torch.making  # noqa: F401
+
+
+def _serve(out: TextIO) -> None:
+    """Answer until told to finish, or until nobody asks any more."""
     worker = Worker()
     _tell(out, worker.hello())
     for line in sys.stdin:
@@ -58,6 +97,19 @@ def main() -> None:
             break
 
 
+def elsewhere() -> list[object]:
+    """Memory of random sizes: while it is kept, what is allocated lies elsewhere each time.
+
+    Forked processes would otherwise all lay out their memory alike, and where a model lies makes it
+    a little faster or slower (Curtsinger and Berger 2013, Stabilizer).
+    """
+    chance = random.SystemRandom()  # any other generator would be a copy of the parent's
+    return [
+        bytearray(chance.randrange(1, 1 << 16)),
+        mmap.mmap(-1, chance.randrange(1, 1 << 9) * mmap.PAGESIZE),
+    ]
+
+
 def _tell(out: TextIO, answer: Mapping[str, Any]) -> None:
     out.write(json.dumps(answer) + "\n")
     out.flush()
@@ -68,16 +120,17 @@ class Worker:
 
     def __init__(self) -> None:
         self._lanes: dict[str, Lane] = {}
+        self._elsewhere = elsewhere()
 
     def hello(self) -> dict[str, Any]:
-        """What this is, once everything heavy is imported."""
-        import transformers  # noqa: F401
-
-        from batchbench.batching.engines.torch import making  # noqa: F401
+        """What this is."""
         from batchbench.batching.environment import environment
 
         return {
             "protocol": PROTOCOL,
+            "forks": can_fork(),
+            "pid": os.getpid(),
+            "parent": os.getppid(),
             "version": batchbench.__version__,
             "file": batchbench.__file__,
             "environment": environment(),
