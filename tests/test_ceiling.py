@@ -18,7 +18,7 @@ from batchbench.batching.engines.torch.bandwidth import measure_bandwidth
 from batchbench.batching.engines.torch.forward import GPT2Forward, TransformersForward
 from batchbench.batching.engines.torch.making import make_engine
 from batchbench.batching.engines.torch.model_clock import ModelClock
-from batchbench.batching.engines.torch.products import measure_reading, products
+from batchbench.batching.engines.torch.products import measure_products, products, reading_of
 from batchbench.batching.peak_memory import PeakMemory
 from batchbench.batching.strategies import Batcher
 from batchbench.batching.watch import Watch
@@ -147,26 +147,26 @@ def test_all_products_of_a_step_are_made_once(make_model: MakeModel, config: dic
 
 def test_a_step_reads_all_but_tables_that_are_looked_up(make_model: MakeModel) -> None:
     gpt2, llama = make_model(), make_model(LLAMA)
-    found = measure_reading(gpt2, 4, turns=1)
+    found = reading_of(gpt2)
     positions = 128 * 32 * 4  # tokens' embeddings are tied to the last product
     assert found.step_weight_bytes == found.weight_bytes - positions
     assert found.kv_token_bytes == 2 * 2 * 32 * 4
-    assert found.products_s > 0
-    untied = measure_reading(llama, 4, turns=1)
+    assert measure_products(gpt2, 4, turns=1) > 0
+    untied = reading_of(llama)
     assert untied.step_weight_bytes == untied.weight_bytes - 300 * 64 * 4
 
 
 def test_the_floor_is_bytes_over_bandwidth_and_the_ceiling_what_binds() -> None:
     speed = Bandwidth(1e9, "sum", 2**30, 2**20, 7, 2)
-    reading = Reading("float32", 500, 400, 10, products_s=3e-6)
-    weak = Ceiling(speed, reading, rows=8, kv_tokens=60)
+    reading = Reading("float32", 500, 400, 10)
+    weak = Ceiling(speed, reading, products_s=3e-6, rows=8, kv_tokens=60)
     assert weak.floor_s == pytest.approx(1e-6)
     assert weak.bound == "arithmetic"
     assert weak.tokens_per_s == pytest.approx(8 / 3e-6)
     other = replace(weak, bandwidth=replace(speed, bytes_per_s=3e9))
     assert middle([weak, other]).floor_s == pytest.approx(0.5e-6)
     assert middle([weak, other]).reading == weak.reading
-    strong = replace(weak, reading=replace(reading, products_s=5e-7))
+    strong = replace(weak, products_s=5e-7)
     assert strong.bound == "memory"
     assert strong.tokens_per_s == pytest.approx(8e6)
 

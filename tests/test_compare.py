@@ -33,7 +33,6 @@ from batchbench.reports.gauges import GAUGES
 from batchbench.reports.result import Result, output_digest
 from batchbench.reports.runs import Run, Runs, load_runs
 from batchbench.reports.sequential import Verdict
-from batchbench.reports.speeds import BETWEEN_PROCESSES
 from batchbench.reports.versions import compare_versions
 from batchbench.reports.work import Work, compare_work
 from batchbench.workloads import Request
@@ -356,9 +355,28 @@ def test_a_pass_that_the_model_computes_beside_the_plans_is_counted() -> None:
     assert (told.verdict, told.why) == (Verdict.UNKNOWN, "was not counted by the new version")
 
 
+def test_the_share_of_the_floor_is_compared_of_each_strategy_and_gates_where_asked() -> None:
+    def with_shares(scale: float) -> Any:
+        data = deepcopy(dict(clean().data))
+        for name, strategy in data["strategies"].items():
+            for i, trial in enumerate(strategy["trials"]):
+                trial["floor_share"] = scale * (0.5 + 0.01 * i) * (name == "static" or scale)
+        return data
+
+    gate = gate_of(side(with_shares(1.0)), side(with_shares(0.7)))
+    for name in ("static", "continuous"):
+        told = found(gate, f"{name}.floor_share")
+        assert (told.kind, told.gated) == (Kind.RATIO, False)
+        assert told.change is not None
+        assert told.change < -0.2
+    asked = gate_of(side(with_shares(1.0)), side(with_shares(0.3)), fail_if=("floor_share < -10%",))
+    assert {e.name for e in asked.failures} == {"static.floor_share", "continuous.floor_share"}
+    assert asked.answer is Answer.FAILED
+
+
 def test_one_process_is_never_called_lightly() -> None:
     """Of equal code, processes that scatter as documented raise no alarm."""
-    spread = BETWEEN_PROCESSES[Kind.RATIO]
+    spread = GAUGES["speedup"].between
     for seed in range(0, 120, 2):
         base, new = (runs_of(1, seed + i, scatter=spread / 2**0.5) for i in range(2))
         assert gate_of(base, new).failures == []

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import given
 from laws import (
     STEP_NS,
@@ -17,7 +21,7 @@ from laws import (
 )
 
 from batchbench.batching.recording import Header, Recording
-from batchbench.reports.decode_steps import decode_steps, kv_tokens_read
+from batchbench.reports.decode_steps import beside_floor, decode_steps, kv_tokens_read
 from batchbench.reports.metrics import kv_tokens_peak
 from batchbench.workloads import Workload
 
@@ -81,3 +85,31 @@ def test_a_workload_of_single_tokens_has_none() -> None:
     told = Recording.of_tokens(header, workload, [[5], [5]], [[3], [4]], [0, 0])
     for found in (decode_steps(recording), decode_steps(told)):
         assert (found.full_rows, found.full_ms) == (0, None)
+
+
+def about(recording: Recording, told: Mapping[str, object]) -> Recording:
+    header = replace(recording.header, about={**recording.header.about, **told})
+    return replace(recording, header=header)
+
+
+MEMORY = {"memory": {"bytes_per_s": 2e9, "step_weight_bytes": 880, "kv_token_bytes": 10}}
+
+
+def test_a_step_stands_beside_what_it_reads() -> None:
+    # Of two requests, each of 3 prompt tokens, the n-th decode step reads 2 × (3 + n), n to 5.
+    recording = serve(workload_of([(3, 6, 0), (3, 6, 0)]), Config("continuous", 2))
+    found = beside_floor(about(recording, MEMORY))
+    assert found is not None
+    assert (found.rows, found.read_bytes) == (2, 880 + 12 * 10)
+    assert found.floor_ms == pytest.approx(1000 / 2e9 * 1e3)
+    assert found.floor_share == pytest.approx(found.floor_ms / (STEP_NS / 1e6))
+
+
+def test_there_is_no_floor_without_memory_or_decode_steps() -> None:
+    recording = serve(workload_of([(3, 6, 0)]), Config("continuous", 2))
+    assert beside_floor(recording) is None
+    single = serve(workload_of([(3, 1, 0), (2, 1, 0)]), Config("continuous", 2))
+    assert beside_floor(about(single, MEMORY)) is None
+    header = Header("theirs", 0, 1, False, MEMORY)
+    workload = Workload.of("w", [[1]], [2])
+    assert beside_floor(Recording.of_tokens(header, workload, [[5, 5]], [[3, 4]], [0])) is None

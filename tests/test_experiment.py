@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -12,13 +13,18 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 
 from batchbench.batching import conduct as conducting
+from batchbench.batching.ceiling import Bandwidth
 from batchbench.batching.conduct import Session, WarmUp, beginning, check_context, conduct
+from batchbench.batching.engines.torch import bandwidth
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.watch import Progress, Watch
 from batchbench.errors import UsageError
+from batchbench.reports.formats.terminal import floor_lines
+from batchbench.reports.result import SCHEMA_FILE, make_result
 from batchbench.settings import option_name
 from batchbench.workloads import Workload
 from batchbench.workloads.spec import WorkloadSpec
@@ -473,3 +479,43 @@ def test_a_command_names_files_as_a_shell_reads_them(ask: Ask, tmp_path: Path) -
     file.write_text("one\n")
     experiment = ask(prompts=file)
     assert parsed(experiment.command()) == experiment
+
+
+# What memory allows
+
+
+@pytest.mark.parametrize("cache", [1, 2**40])
+def test_memory_is_measured_before_each_round_where_no_cache_holds_the_weights(
+    cache: int, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = iter([1e9, 2e9])
+    monkeypatch.setattr(bandwidth, "cache_bytes", lambda device: cache)
+    monkeypatch.setattr(
+        bandwidth,
+        "measure_bandwidth",
+        lambda device: Bandwidth(next(speeds), "sum", 2**30, cache, 7, 1),
+    )
+    result = make_result(conduct(ask(prompt_tokens="1:20")))
+    for name, strategy in result.data["strategies"].items():
+        shares = [trial["floor_share"] for trial in strategy["trials"]]
+        if cache > 1:
+            assert shares == [None, None]
+            assert strategy["decode_step"] is None
+            continue
+        told = [r.header.about["memory"]["bytes_per_s"] for r in result.recordings[name]]
+        assert told == [1e9, 2e9]
+        assert all(share > 0 for share in shares)
+        assert strategy["decode_step"]["floor_share"] == pytest.approx(np.median(shares))
+        assert strategy["summary"]["floor_share"] == pytest.approx(np.median(shares))
+    assert len(floor_lines(result)) == (2 if cache == 1 else 0)
+    assert Draft202012Validator(json.loads(SCHEMA_FILE.read_text())).is_valid(result.data)
+
+
+def test_a_buffer_that_found_no_room_tells_no_floor(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = Bandwidth(1e9, "sum", 2**10, 2**20, 7, 1)
+    monkeypatch.setattr(bandwidth, "cache_bytes", lambda device: 1)
+    monkeypatch.setattr(bandwidth, "measure_bandwidth", lambda device: small)
+    (told,) = conduct(ask(strategy="continuous", trials=1)).recordings["continuous"]
+    assert "memory" not in told.header.about

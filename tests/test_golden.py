@@ -265,7 +265,8 @@ class Golden:
         }
         good = sum(map(self._good, lives))
         found |= {"request_goodput": good / duration, "slo_attainment": good / len(lives)}
-        found |= {"energy_joules": None, "joules_per_output_token": None}  # nothing was spent
+        # Nothing was spent, and no memory read.
+        found |= {"energy_joules": None, "joules_per_output_token": None, "floor_share": None}
         gaps = [later - sooner for life in lives for sooner, later in pairwise(life.tokens)]
         for name, values in (
             ("queue", [(life.began - life.due) / 1e6 for life in lives]),

@@ -215,7 +215,7 @@ def test_figures_of_a_rung_are_those_of_its_recordings(
         steps = [decode_steps(trial).full_ms or 0 for trial in found.recordings[rung["name"]]]
         assert rung["decode_step_ms"] == pytest.approx(sum(steps) / 2)
         assert rung["decode_step_rows"] == 3
-        alone = [measured[rung["dtype"]].reading.products_s * 1e3 for measured in found.ceilings]
+        alone = [measured[rung["dtype"]].products_s * 1e3 for measured in found.ceilings]
         times = [steps[i] / ((alone[i] + alone[i + 1]) / 2) for i in range(2)]
         assert rung["times_products"] == pytest.approx(sum(times) / 2)
         known = result.data["card"]["formats"][rung["dtype"]]
@@ -321,10 +321,10 @@ def test_the_card_stands_on_its_own() -> None:
     speed = Bandwidth(31.7e9, "sum", 2**30, 260 * 2**20, 7, 2)
     ceilings = {
         "float32": Ceiling(
-            speed, Reading("float32", 497_759_232, 494_613_504, 73_728, 0.0247), 8, 300
+            speed, Reading("float32", 497_759_232, 494_613_504, 73_728), 0.0247, 8, 300
         ),
         "bfloat16": Ceiling(
-            speed, Reading("bfloat16", 248_879_616, 247_306_752, 36_864, 0.0061), 8, 300
+            speed, Reading("bfloat16", 248_879_616, 247_306_752, 36_864), 0.0061, 8, 300
         ),
     }
     lines = card_lines(make_card(ceilings))

@@ -36,48 +36,54 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a decode step of a model has to read, and how long its products take alone."""
+    """What a decode step of a model has to read."""
 
     dtype: str
     weight_bytes: int  # all of them
     step_weight_bytes: int  # those that a step reads: of a table of embeddings it reads some rows
     kv_token_bytes: int
-    products_s: float
+
+    def floor_s(self, bytes_per_s: float, kv_tokens: float) -> float:
+        """(weights + KV read) / bandwidth."""
+        return (self.step_weight_bytes + kv_tokens * self.kv_token_bytes) / bytes_per_s
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Both together, for a decode step of ``rows`` requests with ``kv_tokens`` cached tokens."""
+    """Both together, for a decode step of ``rows`` requests with ``kv_tokens`` cached tokens.
+
+    ``products_s`` is how long its matrix products take alone.
+    """
 
     bandwidth: Bandwidth
     reading: Reading
+    products_s: float
     rows: int
     kv_tokens: float
 
     @property
     def floor_s(self) -> float:
-        """(weights + KV read) / bandwidth."""
-        read = self.reading.step_weight_bytes + self.kv_tokens * self.reading.kv_token_bytes
-        return read / self.bandwidth.bytes_per_s
+        """As far as memory goes, the least that the step can take."""
+        return self.reading.floor_s(self.bandwidth.bytes_per_s, self.kv_tokens)
 
     @property
     def bound(self) -> str:
         """What binds: memory, or arithmetic."""
-        return "memory" if self.floor_s >= self.reading.products_s else "arithmetic"
+        return "memory" if self.floor_s >= self.products_s else "arithmetic"
 
     @property
     def tokens_per_s(self) -> float:
         """With all rows in use, of a step that takes no longer than what binds."""
-        return self.rows / max(self.floor_s, self.reading.products_s)
+        return self.rows / max(self.floor_s, self.products_s)
 
 
 def middle(ceilings: Sequence[Ceiling]) -> Ceiling:
     """Of the same step measured at several times, the medians: a machine's speed drifts."""
     first = ceilings[0]
     speed = statistics.median(c.bandwidth.bytes_per_s for c in ceilings)
-    alone = statistics.median(c.reading.products_s for c in ceilings)
+    alone = statistics.median(c.products_s for c in ceilings)
     return replace(
         first,
         bandwidth=replace(first.bandwidth, bytes_per_s=speed),
-        reading=replace(first.reading, products_s=alone),
+        products_s=alone,
     )

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,6 +79,7 @@ class Session:
         self._max_len = max(max_len, self.workload.max_total_tokens)
         self._loaded: LoadedModel | None = None
         self._energy: Sequence[Counter] = ()
+        self._memory: Mapping[str, Any] = {}
         self.model: dict[str, Any] = {
             "name": self.source.name,
             "load_format": self.source.load_format,
@@ -200,6 +202,7 @@ class Session:
         """
         strategies, trials = self.strategies(), self.experiment.trials.trials
         for trial in range(trials):
+            self._memory = self._measure_memory()
             turn = strategies if trial % 2 == 0 else strategies[::-1]
             done = {b.name: self.serve(b, trial, trials) for b in turn}
             yield [done[b.name] for b in strategies]
@@ -214,9 +217,35 @@ class Session:
             trial,
             self._energy,
             simulated=self.engine.simulated,
+            about=self._memory,
         )
         self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
         return recording
+
+    def _measure_memory(self) -> dict[str, Any]:
+        """What a decode step has to read and how fast memory is read now, for a trial's header.
+
+        Nothing where the last-level cache holds all that is read: memory then sets no floor.
+        """
+        if self._loaded is None:
+            return {}
+        from batchbench.batching.engines.torch.bandwidth import cache_bytes, measure_bandwidth
+        from batchbench.batching.engines.torch.products import reading_of
+
+        reading, device = reading_of(self._loaded), self._loaded.device
+        if reading.step_weight_bytes <= (cache_bytes(device) or 0):
+            return {}
+        self._watch.phase("measuring memory")
+        bandwidth = measure_bandwidth(device)
+        if bandwidth.beyond_cache is False:  # there was no room for a buffer that large
+            return {}
+        return {
+            "memory": {
+                "bytes_per_s": bandwidth.bytes_per_s,
+                "step_weight_bytes": reading.step_weight_bytes,
+                "kv_token_bytes": reading.kv_token_bytes,
+            }
+        }
 
     def verify(
         self, recordings: Sequence[Recording], chosen: Sequence[int] | None = None
@@ -338,8 +367,13 @@ def observe(
     energy: Sequence[Counter] = (),
     *,
     simulated: bool = False,
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> Recording:
-    """One trial, undisturbed by the garbage collector; its header tells what else went on."""
+    """One trial, undisturbed by the garbage collector; its header tells what else went on.
+
+    Args:
+        about: what the header is to tell besides.
+    """
     if not simulated:  # a collection takes 0.1 s, and nothing is timed
         gc.collect()
     gc.disable()
@@ -350,8 +384,8 @@ def observe(
         foreign = None if simulated else load.foreign_cores()
     finally:
         gc.enable()
-    about = {**recording.header.about, "foreign_cores": foreign, **meter.about()}
-    return replace(recording, header=replace(recording.header, about=about))
+    told = {**recording.header.about, **about, "foreign_cores": foreign, **meter.about()}
+    return replace(recording, header=replace(recording.header, about=told))
 
 
 def expected_round_s(session: Session, step_ns: int) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,11 +35,60 @@ def decode_steps(recording: Recording) -> DecodeSteps:
     """Of a trial, also of one that shows no steps but when each token was there."""
     if recording.token_ends_ns is not None:
         return _of_tokens(recording, recording.token_ends_ns)
-    ends, spans = recording.step_ends_ns, recording.spans
-    rows, chunks = (np.repeat(column, spans.steps) for column in (spans.decoding, spans.chunks))
-    took = np.diff(ends, prepend=0)
-    pure = (rows > 0) & (chunks == 0)
-    return DecodeSteps(took[pure], rows[pure])
+    rows = _decoding_rows(recording)
+    took = np.diff(recording.step_ends_ns, prepend=0)
+    return DecodeSteps(took[rows > 0], rows[rows > 0])
+
+
+def _decoding_rows(recording: Recording) -> Ints:
+    """Rows of each step, ``[steps]``; 0 of those that compute a piece of a prompt as well."""
+    spans = recording.spans
+    return np.repeat(np.where(spans.chunks == 0, spans.decoding, 0), spans.steps)
+
+
+def full_kv_tokens(recording: Recording) -> float | None:
+    """Cached tokens that a decode step with the most rows reads, the median; None without any."""
+    rows = _decoding_rows(recording)
+    if not rows.any():
+        return None
+    return float(np.median(kv_tokens_read(recording)[rows == rows.max()]))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A trial's decode steps with the most rows beside what memory allows.
+
+    Attributes:
+        rows: requests that each computes a token of.
+        took_ms: what one takes, the median.
+        floor_ms: (weights + KV read) / bandwidth, as measured before the trial.
+        read_bytes: weights and keys and values that it reads.
+        bytes_per_s: the bandwidth.
+    """
+
+    rows: int
+    took_ms: float
+    floor_ms: float
+    read_bytes: float
+    bytes_per_s: float
+
+    @property
+    def floor_share(self) -> float:
+        """How near it comes: 1 where a step does nothing but read."""
+        return self.floor_ms / self.took_ms
+
+
+def beside_floor(recording: Recording) -> Beside | None:
+    """None where memory was not measured (its cache holds what is read), or no step shows."""
+    memory: Mapping[str, Any] | None = recording.header.about.get("memory")
+    if memory is None or not recording.has_steps:
+        return None
+    cached, steps = full_kv_tokens(recording), decode_steps(recording)
+    if cached is None or not steps.full_ms:
+        return None
+    read = memory["step_weight_bytes"] + cached * memory["kv_token_bytes"]
+    speed = memory["bytes_per_s"]
+    return Beside(steps.full_rows, steps.full_ms, read / speed * 1e3, read, speed)
 
 
 def _of_tokens(recording: Recording, times: Ints) -> DecodeSteps:

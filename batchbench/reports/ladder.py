@@ -140,7 +140,7 @@ def make_card(ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
                 "step_weight_bytes": ceiling.reading.step_weight_bytes,
                 "kv_token_bytes": ceiling.reading.kv_token_bytes,
                 "floor_ms": ceiling.floor_s * 1e3,
-                "products_ms": ceiling.reading.products_s * 1e3,
+                "products_ms": ceiling.products_s * 1e3,
                 "bound": ceiling.bound,
                 "ceiling_tokens_per_s": ceiling.tokens_per_s,
             }
@@ -164,7 +164,7 @@ def _figures(
         "decode_step_ms": _median(took),
         "decode_step_rows": steps[0].full_rows,
         "floor_share": _median([ms and c.floor_s * 1e3 / ms for ms, c in pairs]),
-        "times_products": _median([ms and ms / (c.reading.products_s * 1e3) for ms, c in pairs]),
+        "times_products": _median([ms and ms / (c.products_s * 1e3) for ms, c in pairs]),
         "outside_model": _median([outside_model(trial, on_cpu) for trial in trials]),
         # The first trial touches what later ones find touched.
         "peak_growth_bytes": _most([t.header.about.get("peak_growth_bytes") for t in trials]),

@@ -16,6 +16,7 @@ BIGGER = {
     "total_token_throughput": "tokens/s",
     "request_throughput": "requests/s",
     "request_goodput": "requests/s",
+    "floor_share": "of the floor",
 }
 """Of the summary, by unit: what is good to have more of."""
 

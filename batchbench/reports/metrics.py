@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from batchbench.batching.recording import Ints, Recording
+from batchbench.reports.decode_steps import beside_floor
 from batchbench.reports.distribution import Distribution, Floats
 from batchbench.reports.latencies import Latencies, within
 from batchbench.reports.timekeeping import arrival_lag_ms, arrival_rate
@@ -45,6 +46,12 @@ def energy_joules(recordings: Sequence[Recording]) -> float | None:
     return float(np.median(counted)) if len(counted) == len(told) else None
 
 
+def floor_share(recordings: Sequence[Recording]) -> float | None:
+    """How near a full decode step comes to what memory allows, the median over trials."""
+    told = [found.floor_share for r in recordings if (found := beside_floor(r)) is not None]
+    return float(np.median(told)) if told else None
+
+
 def _summary(
     recordings: Sequence[Recording], duration_s: float, limits_ms: Mapping[str, float]
 ) -> Summary:
@@ -63,6 +70,7 @@ def _summary(
         "total_token_throughput": (inputs + outputs) / duration_s,
         "energy_joules": joules,
         "joules_per_output_token": None if joules is None else joules / outputs,
+        "floor_share": floor_share(recordings),
         **_goodput(recordings, duration_s, limits_ms),
     }
     found = Latencies.pooled([Latencies.of(r) for r in recordings])

@@ -27,6 +27,7 @@ from batchbench.reports import metrics
 from batchbench.reports.account import explain
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import Ratio, paired_ratio
+from batchbench.reports.decode_steps import beside_floor
 from batchbench.reports.fairness import Class, by_length, length_classes
 from batchbench.reports.fitting import beyond
 from batchbench.reports.gaps import stalls
@@ -292,10 +293,23 @@ def _strategy(
         "summary": {**summary, "cost_per_million_output_tokens": cost},
         "by_output_length": by_length(trials, classes),
         "stalls": stalls(trials),
+        "decode_step": _decode_step(trials),
         "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
         "computed_passes": trials[0].header.about.get("computed_passes"),
         "output_digest": output_digest(trials[0]),
     }
+
+
+def _decode_step(trials: Sequence[Recording]) -> dict[str, Any] | None:
+    """A full decode step beside what memory allows, the medians over trials; None if not known."""
+    found = [each for trial in trials if (each := beside_floor(trial)) is not None]
+    if not found:
+        return None
+    middle = {
+        field: float(np.median([getattr(each, field) for each in found]))
+        for field in ("took_ms", "floor_ms", "floor_share", "read_bytes", "bytes_per_s")
+    }
+    return {"rows": found[0].rows, **middle}
 
 
 def output_digest(recording: Recording) -> str | None:

@@ -2,7 +2,7 @@
 
 The process is the sample: what trials of one process scatter by says little about what the next
 process will measure. Where a side has fewer than :data:`FEWEST` runs, its trials stand in for them,
-and :data:`BETWEEN_PROCESSES` adds what they cannot show.
+and :attr:`Gauge.between` adds what they cannot show.
 """
 
 from __future__ import annotations
@@ -28,11 +28,6 @@ from batchbench.reports.sequential import (
     Verdict,
     compare_means,
 )
-
-BETWEEN_PROCESSES = {Kind.RATIO: 0.02, Kind.TIME: 0.20}
-"""Standard deviation of the logarithm that a fresh process adds to what its trials show: of a ratio
-within a run (layout of memory, who runs after whom), and of a time in another session (the clock,
-the neighbours: on a shared machine one step took 4.7, 8.0 and 6.1 ms within an hour)."""
 
 _MOST = 10_000
 """Runs beyond which nobody is told how many would do."""
@@ -126,7 +121,7 @@ def _asked(base: Runs, new: Runs, spec: CompareSpec) -> Iterator[Asked]:
     for condition in conditions:
         _check_condition(condition, strategies, base, new)
     for gauge in GAUGES.values():
-        for name in strategies[1:] if gauge.is_ratio else strategies:
+        for name in strategies[1:] if gauge.of_pair else strategies:
             if not all(_is_there(gauge, name, side) for side in (base, new)):
                 continue
             told = [c for c in conditions if c.gauge == gauge and c.strategy in (None, name)]
@@ -144,12 +139,12 @@ def _check_condition(
             f"{option}: there is no strategy {condition.strategy}; the results have "
             f"{', '.join(strategies)}"
         )
-    if gauge.is_ratio and (len(strategies) < 2 or condition.strategy == strategies[0]):
+    if gauge.of_pair and (len(strategies) < 2 or condition.strategy == strategies[0]):
         raise UsageError(
             f"{option}: {gauge.name} is that of a strategy over the baseline {strategies[0]}; "
             + (f"name {strategies[1]}" if strategies[1:] else "the results have no other strategy")
         )
-    of = strategies[1:] if gauge.is_ratio else strategies
+    of = strategies[1:] if gauge.of_pair else strategies
     names = of if condition.strategy is None else [condition.strategy]
     for side in (base, new):
         if not any(_is_there(gauge, name, side) for name in names):
@@ -196,7 +191,7 @@ def _spell(value: Any) -> str:
 def _values(gauge: Gauge, strategy: str, data: Mapping[str, Any]) -> list[float | None]:
     """A value a trial; None where it has no meaning."""
     trials = data["strategies"][strategy]["trials"]
-    if not gauge.is_ratio:
+    if not gauge.of_pair:
         return [trial.get(gauge.name) for trial in trials]
     (told,) = [each for each in data["comparisons"] if each["candidate"] == strategy]
     steps = told["step_ratio"] if gauge.name == "efficiency" else 1.0
@@ -222,7 +217,7 @@ def _sample(one: Asked, runs: Sequence[Run]) -> _Sample | None:
     if len(there) >= FEWEST:
         means = [float(np.mean(each)) for each in there]
         return _Sample(means, 0.0, True, float(np.var(means, ddof=1)))
-    between = BETWEEN_PROCESSES[one.kind] ** 2
+    between = one.gauge.between**2
     within = float(np.var(pooled, ddof=1)) if len(pooled) > 1 else 0.0
     of_run = between + within * len(there) / len(pooled)
     return _Sample(pooled, between / len(there), False, of_run)

@@ -12,7 +12,15 @@ from batchbench.settings import setting
 METRICS = ("output_throughput", "speedup", "median_e2el_ms", "p99_itl_ms")
 """What is looked at unless something else is asked for."""
 
-_HIGHER = ("_throughput", "_goodput", "slo_attainment", "speedup", "efficiency", "step_ratio")
+_HIGHER = (
+    "_throughput",
+    "_goodput",
+    "slo_attainment",
+    "floor_share",
+    "speedup",
+    "efficiency",
+    "step_ratio",
+)
 _LOWER = ("_ms", "duration", "energy_joules", "joules_per_output_token", "cost_per_million")
 _COMPARED = ("speedup", "efficiency", "step_ratio")
 

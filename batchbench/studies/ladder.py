@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from batchbench.batching.ceiling import Ceiling
 from batchbench.batching.conduct import beginning, check_context, observe
 from batchbench.batching.energy import counters_for
@@ -30,7 +28,7 @@ from batchbench.batching.verification import (
 )
 from batchbench.batching.watch import Progress, Watch
 from batchbench.errors import UsageError
-from batchbench.reports.decode_steps import decode_steps, kv_tokens_read
+from batchbench.reports.decode_steps import decode_steps, full_kv_tokens
 from batchbench.studies.climb import Climb
 from batchbench.studies.rungs import ALL, Rung, choose_rungs
 from batchbench.workloads import make_workload
@@ -211,14 +209,16 @@ class Ladder:
     def measure(self, watch: Watch) -> Mapping[str, Ceiling]:
         """What this machine allows, by number format, measured now."""
         from batchbench.batching.engines.torch.bandwidth import measure_bandwidth
-        from batchbench.batching.engines.torch.products import measure_reading
+        from batchbench.batching.engines.torch.products import measure_products, reading_of
 
         watch.phase("measuring what this machine allows")
         rows, cached = self._full_step()
         models = {s.model.dtype_name: s.model for s in self._standing}
         bandwidth = measure_bandwidth(next(iter(models.values())).device)
         return {
-            dtype: Ceiling(bandwidth, measure_reading(model, rows), rows, cached)
+            dtype: Ceiling(
+                bandwidth, reading_of(model), measure_products(model, rows), rows, cached
+            )
             for dtype, model in models.items()
         }
 
@@ -234,15 +234,13 @@ class Ladder:
             max_batched_tokens=serving.token_budget,
         )
         planned = batcher.serve(self.workload, Watch())
-        rows = np.repeat(planned.spans.decoding, planned.spans.steps)
-        pure = (rows > 0) & (np.repeat(planned.spans.chunks, planned.spans.steps) == 0)
-        if not pure.any():
+        cached = full_kv_tokens(planned)
+        if cached is None:
             raise UsageError(
                 "this workload has no decode step to measure: every request asks for one token; "
                 "raise --long-tokens"
             )
-        most = decode_steps(planned).full_rows
-        return most, float(np.median(kv_tokens_read(planned)[pure & (rows == most)]))
+        return decode_steps(planned).full_rows, cached
 
     def climb(self, watch: Watch, allowed: Mapping[str, Ceiling]) -> Climbed:
         """Warm up, serve in turns, verify. Ctrl-C keeps the rounds that are finished.

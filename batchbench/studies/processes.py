@@ -102,8 +102,8 @@ class Workers:
             ) from error
         if told.get("protocol") != PROTOCOL:
             raise UsageError(
-                f"{python}: its batchbench {told.get('version')} takes turns in another way than this "
-                "one; compare neighbouring versions"
+                f"{python}: its batchbench {told.get('version')} takes turns in another way than "
+                "this one; compare neighbouring versions"
             )
         if not told["forks"]:
             self._left = 0

@@ -24,6 +24,7 @@ from batchbench.reports.formats.account import causes, decimals_of, fixed
 from batchbench.reports.formats.terminal import (
     cells,
     fit_lines,
+    floor_lines,
     notes,
     number,
     sentence,
@@ -132,7 +133,7 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "head": head,
         "rows": rows,
         "notes": notes(result),
-        "stalls": stall_lines(result),
+        "notes": [*floor_lines(result), *stall_lines(result)],
         "timelines": timelines,
         "cut": _left_out(result, timelines, window),
         "axis": {"window": window / 1000, "unit": unit.ns / 1000, "name": unit.name},

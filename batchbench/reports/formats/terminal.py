@@ -298,6 +298,22 @@ def stall_lines(result: Result) -> list[str]:
     return lines
 
 
+def floor_lines(result: Result) -> list[str]:
+    """How near each strategy's decode steps come to what memory allows, where that is known."""
+    lines = []
+    for name in result.names:
+        found = result.data["strategies"][name].get("decode_step")
+        if found is not None:
+            rows = f"{found['rows']:,} row{'s' * (found['rows'] != 1)}"
+            read, speed = found["read_bytes"] / 1e6, number(found["bytes_per_s"] / 1e9)
+            lines.append(
+                f"Decode step, {name}: {number(found['took_ms'])} ms for {rows}; to read its "
+                f"{read:,.0f} MB at {speed} GB/s takes {number(found['floor_ms'])} ms, "
+                f"{found['floor_share']:.0%} of that"
+            )
+    return lines
+
+
 def _against(
     result: Result, row: _Row, values: dict[str, float | None], baseline: str, name: str
 ) -> str:
@@ -336,7 +352,7 @@ def render(result: Result) -> RenderableType:
     if len(result.names) > 2:
         parts += [Text(), comparisons(result)]
     parts += [Text(), account_table(result)]
-    for lines in (stall_lines(result), prediction_lines(result)):
+    for lines in (floor_lines(result), stall_lines(result), prediction_lines(result)):
         parts += [Text(), *map(Text, lines)] if lines else []
     return Group(*parts)
 

@@ -21,7 +21,7 @@ def measure_bandwidth(device: torch.device, *, turns: int = 7) -> Bandwidth:
     Each way's figure is the median of its turns, and the fastest way's is taken: a slow one tells
     of its own arithmetic and not of the memory.
     """
-    cache = _cache_bytes(device)
+    cache = cache_bytes(device)
     wanted = max(TIMES_THE_CACHE * (cache or 0), _LEAST_BYTES)
     room = int(free_bytes(device) * _SHARE_OF_MEMORY)
     rows = max(1, -(-min(wanted, room) // (4 * _WIDTH)))
@@ -39,7 +39,8 @@ def measure_bandwidth(device: torch.device, *, turns: int = 7) -> Bandwidth:
     return Bandwidth(speeds[best], best, size, cache, turns, threads)
 
 
-def _cache_bytes(device: torch.device) -> int | None:
+def cache_bytes(device: torch.device) -> int | None:
+    """Of the last level; None where the machine does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     return last_level_cache_bytes()

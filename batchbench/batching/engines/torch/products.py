@@ -17,16 +17,20 @@ from batchbench.batching.models.loading import LoadedModel
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
-@torch.inference_mode()
-def measure_reading(model: LoadedModel, rows: int, *, turns: int = 15) -> Reading:
-    """What a decode step of ``rows`` requests reads, and its products timed alone."""
+def reading_of(model: LoadedModel) -> Reading:
+    """What a decode step reads."""
     return Reading(
         dtype=model.dtype_name,
         weight_bytes=model.weight_bytes,
         step_weight_bytes=model.weight_bytes - _looked_up_bytes(model.module),
         kv_token_bytes=kv_token_bytes(model.module.config, model.dtype),
-        products_s=median_s(products(model, rows), model.device, turns),
     )
+
+
+@torch.inference_mode()
+def measure_products(model: LoadedModel, rows: int, *, turns: int = 15) -> float:
+    """Seconds that the matrix products of a decode step of ``rows`` requests take alone."""
+    return median_s(products(model, rows), model.device, turns)
 
 
 def products(
