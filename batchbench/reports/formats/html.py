@@ -133,7 +133,7 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "head": head,
         "rows": rows,
         "notes": notes(result),
-        "notes": [*floor_lines(result), *stall_lines(result)],
+        "lines": [*floor_lines(result), *stall_lines(result)],
         "timelines": timelines,
         "cut": _left_out(result, timelines, window),
         "axis": {"window": window / 1000, "unit": unit.ns / 1000, "name": unit.name},
