@@ -553,7 +553,7 @@ BAD = {
     "ttft > 5%": "near are median_ttft_ms, p99_ttft_ms",
     "continuous.p99_ttft > 5%": "near are p99_ttft_ms",
     "output_thruput < -5%": "near are output_throughput",
-    "zzz < -5%": "no metric is called zzz; there are speedup, efficiency, output_throughput",
+    "zzz < -5%": "no metric is called zzz; there are speedup, efficiency, floor_share, output",
     "forward_passes > 1%": "is counted exactly, and any change of it fails",
     "duration < 5%": "a fall is < and a negative percentage; write 'duration < -5%'",
     "duration > -5%": "a rise is > and a positive percentage; write 'duration > 5%'",

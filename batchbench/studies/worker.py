@@ -66,8 +66,8 @@ def main() -> None:
 def can_fork() -> bool:
     """Whether a forked process can do all that a fresh one can.
 
-    Not beside a GPU, whose driver does not survive it, and nowhere but on Linux, where no library
-    starts threads when it is imported.
+    Not beside a GPU, whose driver does not survive it, and nowhere but on Linux: elsewhere what the
+    system's libraries have set up does not survive it either.
     """
     drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
     return sys.platform == "linux" and not any(map(os.path.exists, drivers))
