@@ -307,9 +307,9 @@ def floor_lines(result: Result) -> list[str]:
             rows = f"{found['rows']:,} row{'s' * (found['rows'] != 1)}"
             read, speed = found["read_bytes"] / 1e6, number(found["bytes_per_s"] / 1e9)
             lines.append(
-                f"Decode step, {name}: {number(found['took_ms'])} ms for {rows}; to read its "
-                f"{read:,.0f} MB at {speed} GB/s takes {number(found['floor_ms'])} ms, "
-                f"{found['floor_share']:.0%} of that"
+                f"Decode step, {name}: {number(found['took_ms'])} ms for {rows}, "
+                f"{found['floor_share']:.0%} of the floor: its {read:,.0f} MB take at least "
+                f"{number(found['floor_ms'])} ms at {speed} GB/s"
             )
     return lines
 
