@@ -100,7 +100,7 @@ def test_the_buffer_is_larger_than_the_cache_where_memory_allows(
     buffer: int,
     beyond: bool | None,
 ) -> None:
-    monkeypatch.setattr(measuring, "_cache_bytes", lambda device: cache_bytes)
+    monkeypatch.setattr(measuring, "cache_bytes", lambda device: cache_bytes)
     monkeypatch.setattr(measuring, "free_bytes", lambda device: free)
     monkeypatch.setattr(measuring, "_LEAST_BYTES", 2**21)
     found = measure_bandwidth(torch.device("cpu"), turns=2)
@@ -112,7 +112,7 @@ def test_the_buffer_is_larger_than_the_cache_where_memory_allows(
 
 def test_the_fastest_way_of_reading_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.4, 0.1, 0.2])
-    monkeypatch.setattr(measuring, "_cache_bytes", lambda device: 0)
+    monkeypatch.setattr(measuring, "cache_bytes", lambda device: 0)
     monkeypatch.setattr(measuring, "_LEAST_BYTES", 2**20)
     monkeypatch.setattr(measuring, "median_s", lambda *asked: next(times))
     found = measure_bandwidth(torch.device("cpu"))

@@ -47,7 +47,7 @@ NAMES = ["notebook-static", "notebook", "generate_batch", "slots", "mixed", "lea
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bandwidth of a cache will do here."""
-    monkeypatch.setattr(measuring, "_cache_bytes", lambda device: 2**18)
+    monkeypatch.setattr(measuring, "cache_bytes", lambda device: 2**18)
     monkeypatch.setattr(measuring, "_LEAST_BYTES", 2**20)
 
 
@@ -84,7 +84,7 @@ def result_of(made: Ladder, climbed: Climbed) -> LadderResult:
 def climbed(checkpoint: Path) -> Iterator[tuple[Ladder, Climbed, LadderResult]]:
     """All rungs, two rounds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "_cache_bytes", lambda device: 2**18)
+        patch.setattr(measuring, "cache_bytes", lambda device: 2**18)
         patch.setattr(measuring, "_LEAST_BYTES", 2**20)
         made = Ladder(asked(checkpoint, rounds=2), Watch())
         found = made.climb(Watch(), made.measure(Watch()))
