@@ -92,7 +92,13 @@ def about(recording: Recording, told: Mapping[str, object]) -> Recording:
     return replace(recording, header=header)
 
 
-MEMORY = {"memory": {"bytes_per_s": 2e9, "step_weight_bytes": 880, "kv_token_bytes": 10}}
+READING = {
+    "dtype": "float32",
+    "weight_bytes": 900,
+    "step_weight_bytes": 880,
+    "kv_token_bytes": 10,
+}
+MEMORY = {"memory": {"bytes_per_s": 2e9, "reading": READING}}
 
 
 def test_a_step_stands_beside_what_it_reads() -> None:

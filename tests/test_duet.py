@@ -167,6 +167,14 @@ def test_a_kernel_that_differs_makes_the_times_say_nothing() -> None:
     assert "calibration kernel" in gate.sentence
 
 
+def test_a_burst_in_one_pairs_kernel_is_no_contamination() -> None:
+    pairs = [made_up(0.0) for _ in range(5)]
+    assert contamination([*pairs, made_up(0.0, kernel=0.2)], 0.01, on_cpu=True) is None
+    differs = contamination([made_up(0.0, kernel=0.02)] * 5, 0.01, on_cpu=True)
+    assert differs is not None
+    assert "calibration kernel" in differs
+
+
 def test_a_core_that_others_had_makes_the_times_say_nothing() -> None:
     _, gate, _ = found_of(lambda _: made_up(0.08, busy=1.5), DuetSpec(max_time=100))
     assert gate.answer is Answer.UNKNOWN

@@ -43,9 +43,9 @@ class Reading:
     step_weight_bytes: int  # those that a step reads: of a table of embeddings it reads some rows
     kv_token_bytes: int
 
-    def floor_s(self, bytes_per_s: float, kv_tokens: float) -> float:
-        """(weights + KV read) / bandwidth."""
-        return (self.step_weight_bytes + kv_tokens * self.kv_token_bytes) / bytes_per_s
+    def step_bytes(self, kv_tokens: float) -> float:
+        """Weights, and keys and values of so many cached tokens."""
+        return self.step_weight_bytes + kv_tokens * self.kv_token_bytes
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Ceiling:
 
     @property
     def floor_s(self) -> float:
-        """As far as memory goes, the least that the step can take."""
-        return self.reading.floor_s(self.bandwidth.bytes_per_s, self.kv_tokens)
+        """(weights + KV read) / bandwidth."""
+        return self.reading.step_bytes(self.kv_tokens) / self.bandwidth.bytes_per_s
 
     @property
     def bound(self) -> str:

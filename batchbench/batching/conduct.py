@@ -7,7 +7,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -239,13 +239,7 @@ class Session:
         bandwidth = measure_bandwidth(device)
         if bandwidth.beyond_cache is False:  # there was no room for a buffer that large
             return {}
-        return {
-            "memory": {
-                "bytes_per_s": bandwidth.bytes_per_s,
-                "step_weight_bytes": reading.step_weight_bytes,
-                "kv_token_bytes": reading.kv_token_bytes,
-            }
-        }
+        return {"memory": {"bytes_per_s": bandwidth.bytes_per_s, "reading": asdict(reading)}}
 
     def verify(
         self, recordings: Sequence[Recording], chosen: Sequence[int] | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from batchbench.batching.ceiling import Reading
 from batchbench.batching.recording import Ints, Recording
 
 
@@ -86,8 +87,7 @@ def beside_floor(recording: Recording) -> Beside | None:
     cached, steps = full_kv_tokens(recording), decode_steps(recording)
     if cached is None or not steps.full_ms:
         return None
-    read = memory["step_weight_bytes"] + cached * memory["kv_token_bytes"]
-    speed = memory["bytes_per_s"]
+    read, speed = Reading(**memory["reading"]).step_bytes(cached), memory["bytes_per_s"]
     return Beside(steps.full_rows, steps.full_ms, read / speed * 1e3, read, speed)
 
 

@@ -2,9 +2,8 @@
 
 One long-lived worker process a side, a *process pair*; they take turns of about 0.2 s and are both
 replaced every few seconds, since what differs from process to process (where memory lies, which
-core it is on) is constant within one. The value of a pair is the ratio
-of what a trial takes, and the pair is the sample (docs/regressions.md has the measurements behind
-this).
+core it is on) is constant within one. The value of a pair is the ratio of what a trial takes, and
+the pair is the sample (docs/regressions.md has the measurements behind this).
 """
 
 from __future__ import annotations
