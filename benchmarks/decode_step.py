@@ -23,8 +23,8 @@ from transformers import DynamicCache
 from batchbench.batching.engines.torch.attention import Layout
 from batchbench.batching.engines.torch.base import best_token
 from batchbench.batching.engines.torch.cache import SlotCache, cache_argument
-from batchbench.batching.engines.torch.forward import GPT2Forward, TransformersForward
-from batchbench.batching.engines.torch.packed import PackedLinear
+from batchbench.batching.engines.torch.forward import Forward, GPT2Forward, TransformersForward
+from batchbench.batching.engines.torch.linear import Kernels, make_linear
 from batchbench.batching.engines.torch.products import products
 from batchbench.batching.models import ModelSpec, find_model
 from batchbench.batching.models.loading import LoadedModel, load_model
@@ -32,9 +32,8 @@ from batchbench.batching.models.loading import LoadedModel, load_model
 LENGTH = 64
 
 
-def step(model: LoadedModel, rows: int, kind: type) -> Callable[[], object]:
+def step(model: LoadedModel, rows: int, forward: Forward) -> Callable[[], object]:
     """One decode step over a slot cache."""
-    forward = kind(model)
     like = torch.empty(0, dtype=forward.cache_dtype)
     slots = torch.arange(rows)
     layout = Layout(
@@ -45,11 +44,9 @@ def step(model: LoadedModel, rows: int, kind: type) -> Callable[[], object]:
         low=0,
         high=rows,
         length=LENGTH,
-        mask=torch.zeros(rows, 1, 1, LENGTH, dtype=forward.cache_dtype),
     )
-    layout.place()
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 50257, rows))
-    return lambda: best_token(forward(ids, layout, None)).tolist()
+    return lambda: best_token(forward(ids, layout.moved(layout.positions, LENGTH), None)).tolist()
 
 
 def eager(model: LoadedModel, rows: int) -> Callable[[], object]:
@@ -73,12 +70,19 @@ def measure(dtype: str, rows: int, rounds: int) -> dict[str, float]:
     """Median milliseconds of each way."""
     spec = ModelSpec(model="gpt2", load_format="dummy", device="cpu", dtype=dtype)
     model = load_model(find_model(spec), spec, seed=0)
-    plain = lambda w, b: PackedLinear(w.contiguous(), b, packed=False)  # noqa: E731
+
+    def through(most: Kernels) -> Callable[[], object]:
+        return products(model, rows, lambda w, b: make_linear(w.contiguous(), b, most))
+
     ways = {
-        "matrix products, packed": products(model, rows),
-        "matrix products, F.linear": products(model, rows, plain),
-        "step: slots engine, GPT-2's own forward": step(model, rows, GPT2Forward),
-        "step: slots engine, transformers' forward": step(model, rows, TransformersForward),
+        "matrix products, own kernels": through(Kernels.OWN),
+        "matrix products, oneDNN packed": through(Kernels.PACKED),
+        "matrix products, F.linear": through(Kernels.PLAIN),
+        "step: GPT-2's own forward, own kernels": step(model, rows, GPT2Forward(model)),
+        "step: GPT-2's own forward, oneDNN packed": step(
+            model, rows, GPT2Forward(model, Kernels.PACKED)
+        ),
+        "step: slots engine, transformers' forward": step(model, rows, TransformersForward(model)),
         "step: transformers alone": eager(model, rows),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -102,7 +106,7 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         found[dtype] = measure(dtype, asked.rows, asked.rounds)
         table.add_column(f"{dtype} ms", justify="right")
-        table.add_column("÷ packed", justify="right")
+        table.add_column("÷ first", justify="right")
     for name in found["float32"]:
         cells = []
         for times in found.values():

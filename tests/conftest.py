@@ -159,3 +159,12 @@ def refused(
         return told.err
 
     return call
+
+
+@pytest.fixture
+def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which batchbench cannot have kernels of its own."""
+    from batchbench.batching.engines.torch import base, forward, linear
+
+    for module in (base, forward, linear):
+        monkeypatch.setattr(module, "native", lambda: None)

@@ -16,6 +16,7 @@ from batchbench.batching.ceiling import Bandwidth, Ceiling, Reading, middle
 from batchbench.batching.engines.torch import bandwidth as measuring
 from batchbench.batching.engines.torch.bandwidth import measure_bandwidth
 from batchbench.batching.engines.torch.forward import GPT2Forward, TransformersForward
+from batchbench.batching.engines.torch.linear import Kernels
 from batchbench.batching.engines.torch.making import make_engine
 from batchbench.batching.engines.torch.model_clock import ModelClock
 from batchbench.batching.engines.torch.products import measure_products, products, reading_of
@@ -176,14 +177,14 @@ def test_the_floor_is_bytes_over_bandwidth_and_the_ceiling_what_binds() -> None:
 WORKLOAD = Workload.of("two", [[1, 2, 3], [4, 5]], [6, 3])
 
 
-def test_plain_weights_compute_what_packed_ones_do(tiny: LoadedModel) -> None:
+def test_all_kernels_give_the_same_tokens(tiny: LoadedModel) -> None:
     outputs = []
-    for packed in (True, False):
-        forward = GPT2Forward(tiny, packed=packed)
+    for most in Kernels:
+        forward = GPT2Forward(tiny, most)
         engine, _ = make_engine("slots", tiny, 2, WORKLOAD.max_total_tokens, forward=forward)
         outputs.append(Batcher("continuous", engine, 2).serve(WORKLOAD, Watch()).tokens)
-    assert np.array_equal(*outputs)
-    assert GPT2Forward(tiny, packed=False).extra_bytes == 0
+    assert all(np.array_equal(outputs[0], other) for other in outputs)
+    assert GPT2Forward(tiny, Kernels.PLAIN).extra_bytes == 0
 
 
 @pytest.mark.parametrize("kind", [GPT2Forward, TransformersForward])

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.engines.torch import forward, packed
+from batchbench.batching.engines.torch import linear as layers
+from batchbench.batching.engines.torch.linear import Kernels, make_linear
 from batchbench.batching.engines.torch.making import make_engine
-from batchbench.batching.engines.torch.packed import PackedLinear
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.models.loading import LoadedModel
@@ -507,7 +507,7 @@ def test_the_cache_is_never_copied(policy: str, prefill: str, tiny: LoadedModel)
 
 
 def test_a_step_reads_no_more_of_the_cache_than_the_longest_request_needs(
-    tiny: LoadedModel,
+    tiny: LoadedModel, torch_kernels: None
 ) -> None:
     engine = slots_engine(tiny, 4, 128)
     workload = Workload.of("two of four slots", prompts(5, 8), [3, 5])
@@ -567,18 +567,19 @@ def test_a_model_is_served_right_or_refused(
     assert outputs(recording) == expected
 
 
-# Packed weights
+# Weights laid out anew
 
 
+@pytest.mark.parametrize("most", Kernels)
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_a_packed_product_is_the_product(dtype: torch.dtype, rows: int) -> None:
+def test_a_linear_layer_is_the_product(dtype: torch.dtype, rows: int, most: Kernels) -> None:
     numbers = torch.Generator().manual_seed(1)
     weight, bias, x, y = (
         torch.randn(*shape, generator=numbers).to(dtype)
         for shape in ((6, 9), (6,), (rows, 9), (rows, 6))
     )
-    layer = PackedLinear(weight.t().contiguous().t(), bias)  # strides as those of a Conv1D
+    layer = make_linear(weight.t().contiguous().t(), bias, most)  # strides as those of a Conv1D
     product = torch.nn.functional.linear(x, weight, bias).float()
     close = {"atol": 0.1 if dtype.itemsize == 2 else 1e-5, "rtol": 0.0}
     assert torch.allclose(layer(x).float(), product, **close)
@@ -590,10 +591,9 @@ def test_a_packed_product_is_the_product(dtype: torch.dtype, rows: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_torch_that_cannot_pack_gives_the_right_tokens(
-    dtype: str, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+    dtype: str, make_model: MakeModel, torch_kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (packed, forward):
-        monkeypatch.setattr(module, "packed_ops", lambda dtype: None)
+    monkeypatch.setattr(layers, "onednn", lambda dtype: None)
     model = make_model(dtype=dtype)
     engine, memory = make_engine("slots", model, 3, MIXTURE.max_total_tokens)
     recording = Batcher("continuous", engine, 3).serve(MIXTURE, Watch())

@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.engines.torch import making
+from batchbench.batching.engines.torch import base, making
 from batchbench.batching.engines.torch.base import best_token
+from batchbench.batching.engines.torch.forward import make_forward
 from batchbench.batching.engines.torch.graphs import Pass, PreparedDecode, fitting, sizes
+from batchbench.batching.engines.torch.linear import Kernels
 from batchbench.batching.engines.torch.making import make_engine
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
@@ -53,8 +55,8 @@ def workloads(draw: st.DrawFn) -> Workload:
 def replaying(
     model: LoadedModel, slots: int, max_len: int, *, every_batch: bool = True
 ) -> SlotsEngine:
-    """A slots engine whose decode passes run on fixed buffers."""
-    engine = SlotsEngine(model, slots, max_len)
+    """A slots engine whose decode passes run on fixed buffers, on torch's attention as on a GPU."""
+    engine = SlotsEngine(model, slots, max_len, make_forward(model, Kernels.PACKED))
     args = (engine._forward_pass, engine._cache, engine._last, max_len, lambda run: run)
     engine._prepared = PreparedDecode(*args, every_batch=every_batch)
     return engine
@@ -202,11 +204,17 @@ def test_the_best_token_is_the_first_of_the_largest(
 ) -> None:
     numbers = torch.Generator().manual_seed(seed)
     logits = torch.randint(-3, 4, (rows, vocabulary), generator=numbers).to(dtype)
-    said = best_token(logits)
-    assert said.tolist() == logits.float().numpy().argmax(-1).tolist()
+    assert best_token(logits).tolist() == logits.float().numpy().argmax(-1).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "native", lambda: None)
+        assert best_token(logits).tolist() == logits.float().numpy().argmax(-1).tolist()
 
 
 def test_a_number_that_is_none_is_found() -> None:
     logits = torch.zeros(2, 1000)
     logits[0, 700] = torch.nan
     assert best_token(logits).tolist() == [700, 0]
+
+
+def test_a_number_that_is_none_is_found_by_torch_too(torch_kernels: None) -> None:
+    test_a_number_that_is_none_is_found()

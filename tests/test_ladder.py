@@ -153,7 +153,7 @@ def test_other_families_climb_what_is_there_for_them(make_model: MakeModel, tmp_
     made = Ladder(asked(tmp_path / "llama"), Watch())
     names = [rung.name for rung in made.rungs]
     assert names == ["notebook-static", "notebook", "generate_batch", "slots", "mixed", "bfloat16"]
-    assert set(made.left_out) == {"lean", "compile", "graph", "packed"}
+    assert set(made.left_out) == {"lean", "compile", "graph", "packed", "kernels"}
     assert "GPT-2 family" in made.left_out["lean"]
 
 

@@ -20,6 +20,7 @@ from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.engines.torch import attention
 from batchbench.batching.engines.torch.cache import SlotLayer
 from batchbench.batching.engines.torch.making import make_engine
+from batchbench.batching.engines.torch.native import Native, native
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan
@@ -154,6 +155,7 @@ def test_an_engine_works_on_after_verification(make_model: MakeModel) -> None:
 # Faults, each made on purpose
 
 Fault = Callable[[pytest.MonkeyPatch], None]
+Attend = Callable[..., torch.Tensor]
 
 
 def positions_off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -188,15 +190,17 @@ def _neighbour(block: Any, layout: attention.Layout) -> tuple[Any, attention.Lay
         torch.cat([cached[:, :, : layout.length], cached[:, :, : layout.length].roll(1, 0)], 2)
         for cached in (block.keys, block.values)
     )
-    assert layout.mask is not None
-    mask = torch.cat([layout.mask, layout.mask], -1)
-    twice = replace(layout, length=2 * layout.length, mask=mask)
+    mask = layout.mask(block.keys.dtype)
+    twice = replace(layout, length=2 * layout.length)
+    twice._mask = torch.cat([mask, mask], -1)
     return SimpleNamespace(keys=keys, values=values), twice
 
 
 def _beyond_own_length(block: Any, layout: attention.Layout) -> tuple[Any, attention.Layout]:
     """Each row sees as much as the longest: whatever an earlier occupant of its slot left."""
-    return block, replace(layout, mask=None)
+    blind = replace(layout)
+    blind._mask = torch.zeros_like(layout.mask(block.keys.dtype))
+    return block, blind
 
 
 def _another_slot(block: Any, layout: attention.Layout) -> tuple[Any, attention.Layout]:
@@ -272,6 +276,7 @@ def test_a_broken_engine_is_caught(
     engine: str,
     fault: Fault,
     make_model: MakeModel,
+    torch_kernels: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = make_model(dtype=dtype) if config is None else make_model(config, dtype=dtype)
@@ -283,6 +288,55 @@ def test_a_broken_engine_is_caught(
     assert found.wrong > 0
     assert found.passed is False
     assert all(f.strategy == "continuous" and f.reason for f in found.findings)
+
+
+def _kernel_reads_another_slot(attend: Attend) -> Attend:
+    """Each row writes to its slot and sees the one before it."""
+
+    def changed(own: Native, qkv: Any, block: Any, *rest: Any) -> torch.Tensor:
+        attend(own, qkv, block, *rest)
+        return attend(own, qkv, block.roll(1, 1), *rest)
+
+    return changed
+
+
+def _kernel_reads_too_far(attend: Attend) -> Attend:
+    """Each row sees one position beyond its own."""
+
+    def changed(own: Native, qkv: Any, block: Any, slots: Any, positions: Any, n: int) -> Any:
+        attend(own, qkv, block, slots, positions, n)
+        return attend(own, qkv, block.clone(), slots, positions + 1, n)
+
+    return changed
+
+
+def _kernel_writes_too_far(attend: Attend) -> Attend:
+    """A prompt's first position is still the earlier occupant's."""
+
+    def changed(own: Native, qkv: Any, block: Any, slots: Any, positions: Any, n: int) -> Any:
+        later = positions + 1 if (positions == 0).any() else positions
+        return attend(own, qkv, block, slots, later, n)
+
+    return changed
+
+
+@pytest.mark.skipif(native() is None, reason="no kernels of our own on this machine")
+@pytest.mark.parametrize(
+    "fault", [_kernel_reads_another_slot, _kernel_reads_too_far, _kernel_writes_too_far]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_broken_kernel_is_caught(
+    dtype: str,
+    fault: Callable[[Attend], Attend],
+    make_model: MakeModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model(dtype=dtype)
+    batcher = batcher_for(model, engine="slots")
+    with monkeypatch.context() as patch:
+        patch.setattr(Native, "attention", fault(Native.attention))
+        recording = batcher.serve(WORKLOAD, Watch())
+    assert verify(WORKLOAD, [recording], TeacherForced(model)).wrong > 0
 
 
 @pytest.mark.parametrize("request_", range(len(WORKLOAD)))

@@ -36,11 +36,14 @@ def environment() -> dict[str, Any]:
 
 
 def torch_environment(device_name: str) -> dict[str, Any]:
-    """Device, driver, clocks where readable, and threads, as torch sees them."""
+    """Device, driver, clocks where readable, threads, and whose kernels a CPU computes with."""
     import torch
+
+    from batchbench.batching.engines.torch.native import native
 
     found: dict[str, Any] = {
         "threads": torch.get_num_threads(),
+        "cpu_kernels": None,
         "gpu": None,
         "gpu_uuid": None,
         "gpu_memory_bytes": None,
@@ -54,6 +57,8 @@ def torch_environment(device_name: str) -> dict[str, Any]:
         found["gpu_uuid"] = str(properties.uuid)
         found["gpu_memory_bytes"] = properties.total_memory
         found |= _nvml(torch.device(device_name).index or 0)
+    elif device_name == "cpu":
+        found["cpu_kernels"] = "torch's" if native() is None else "batchbench's"
     return found
 
 

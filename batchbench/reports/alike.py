@@ -9,7 +9,7 @@ from batchbench.reports.evidence import Varying
 
 FOR_TOKENS = (
     *("device", "cpu", "threads", "gpu", "gpu_driver", "cuda", "torch", "transformers", "numpy"),
-    *("dtype", "engine", "execution"),
+    *("dtype", "engine", "execution", "cpu_kernels"),
 )
 """What the last bit of a logit depends on, and with it a token that is nearly tied."""
 

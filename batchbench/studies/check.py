@@ -40,7 +40,10 @@ from batchbench.studies.twins import Cut, Seen
 FIRST_LOOK, NEXT_LOOK = 8, 4
 """Processes before the first verdict, and between one and the next."""
 
-MACHINE = ("cpu", "gpu", "cpu_cores", "threads", "device", "dtype", "execution")
+MACHINE = (
+    *("cpu", "gpu", "cpu_cores", "threads"),
+    *("cpu_kernels", "device", "dtype", "execution"),
+)
 """What makes a machine another one, on which ratios may differ for its own reasons."""
 
 BUSY = 0.5

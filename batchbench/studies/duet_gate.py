@@ -72,11 +72,11 @@ def differences(opened: Opened) -> Iterator[Varying]:
 
 def facts(version: str, environment: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
     """What is worth telling of where something ran, by name."""
-    shown = ["os", "hostname", "cpu", "cpu_cores", "gpu", "gpu_driver", "cuda", "threads", "python"]
+    shown = ("os", "hostname", "cpu", "cpu_cores", "cpu_kernels", "gpu", "gpu_driver", "cuda")
     return {
         "batchbench": version,
         "commit": environment.get("git_commit"),
-        **{name: environment.get(name) for name in shown},
+        **{name: environment.get(name) for name in (*shown, "threads", "python")},
         **environment["packages"],
         **{name: model.get(name) for name in ("device", "dtype", "execution", "weights_digest")},
     }

@@ -321,7 +321,8 @@ class Ladder:
 def _lacking(rung: Rung, base: LoadedModel) -> str | None:
     """Why this model on this device has no such rung; None where it has."""
     from batchbench.batching.engines.torch.forward import is_plain_gpt2
-    from batchbench.batching.engines.torch.packed import packed_ops
+    from batchbench.batching.engines.torch.native import native
+    from batchbench.batching.engines.torch.onednn import onednn
     from batchbench.batching.models.loading import resolve_dtype
 
     if rung.dtype is not None:
@@ -332,25 +333,29 @@ def _lacking(rung: Rung, base: LoadedModel) -> str | None:
         except UsageError as error:
             return str(error)
     own = is_plain_gpt2(base.module.config)
-    if rung.forward in ("lean", "packed") and not own and rung.dtype is None:
+    if rung.forward in _MOST and not own and rung.dtype is None:
         return "only the GPT-2 family has a forward pass of its own"
     if rung.execution == "graph" and base.device.type != "cuda":
         return "CUDA graphs need a CUDA device"
-    if rung.forward == "packed" and rung.dtype is None:
-        if base.device.type != "cpu":
-            return "weights are packed on a CPU only"
-        if packed_ops(base.dtype) is None:
-            return f"this build of torch packs no {base.dtype_name} weights"
+    if rung.dtype is not None or rung.forward not in ("packed", "own"):
+        return None
+    if base.device.type != "cpu":
+        return "weights are laid out anew on a CPU only"
+    if rung.forward == "packed" and onednn(base.dtype) is None:
+        return f"this build of torch packs no {base.dtype_name} weights"
+    if rung.forward == "own" and native() is None:
+        return "batchbench's own kernels need AVX-512, Linux and g++"
     return None
 
 
-def _forward(rung: Rung, model: LoadedModel) -> Forward:
-    from batchbench.batching.engines.torch.forward import (
-        GPT2Forward,
-        TransformersForward,
-        make_forward,
-    )
+_MOST = {"lean": "PLAIN", "packed": "PACKED", "own": "OWN"}
+"""What a rung's forward pass may compute with, by the names of ``Kernels``."""
 
-    if rung.forward == "transformers":
+
+def _forward(rung: Rung, model: LoadedModel) -> Forward:
+    from batchbench.batching.engines.torch.forward import TransformersForward, make_forward
+    from batchbench.batching.engines.torch.linear import Kernels
+
+    if rung.forward is None or rung.forward == "transformers":
         return TransformersForward(model)
-    return GPT2Forward(model, packed=False) if rung.forward == "lean" else make_forward(model)
+    return make_forward(model, Kernels[_MOST[rung.forward]])

@@ -15,9 +15,9 @@ ALL = "all"
 class Rung:
     """One way to serve.
 
-    ``forward`` is the pass that the slots engine makes: ``transformers``, or GPT-2's own with its
-    weights as they are (``lean``) or ``packed``. ``execution`` is how its decode passes are
-    computed. ``dtype`` is None where it is the model's.
+    ``forward`` is the pass that the slots engine makes: ``transformers``, or GPT-2's own on torch's
+    kernels (``lean``), on oneDNN's (``packed``) or on the best there are (``own``). ``execution``
+    is how its decode passes are computed. ``dtype`` is None where it is the model's.
     """
 
     name: str
@@ -40,7 +40,8 @@ RUNGS: Sequence[Rung] = (
     Rung("compile", "compiled code", forward="lean", execution="compile"),
     Rung("graph", "CUDA graphs", forward="lean", execution="graph"),
     Rung("packed", "weights packed", forward="packed"),
-    Rung("bfloat16", "half the bytes", forward="packed", execution="auto", dtype="bfloat16"),
+    Rung("kernels", "own kernels", forward="own"),
+    Rung("bfloat16", "half the bytes", forward="own", execution="auto", dtype="bfloat16"),
 )
 """From the ground up. ``generate_batch`` stands beside the others: it is somebody else's."""
 

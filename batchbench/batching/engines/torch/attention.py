@@ -7,7 +7,8 @@ model carry no padding; only here does it matter which request a token belongs t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from batchbench.batching.engines.torch.cache import SlotCache, SlotLayer
+from batchbench.batching.engines.torch.native import Native
 from batchbench.batching.plan import Chunk
 
 NAME = "batchbench_slots"
@@ -36,27 +38,43 @@ class Layout:
 
     Decoding rows come first in the pass, then the chunks. ``slots`` and ``positions`` say where
     each token's keys and values are written, ``[tokens]``. Decoding rows attend to the slots
-    ``low`` to ``high`` (excluded) of the cache, its first ``length`` positions, under ``mask``,
-    ``[high - low, 1, 1, length]`` (0 or −∞, added); ``rows`` places them in that range, None when
-    they fill it. Whoever changes ``positions`` calls :meth:`place`.
+    ``low`` to ``high`` (excluded) of the cache, its first ``length`` positions, each up to its own;
+    ``rows`` places them in that range, None when they fill it.
     """
 
     cache: SlotCache
     slots: torch.Tensor
     positions: torch.Tensor
     decoding: int
-    rows_of_cache: torch.Tensor | None = None
     low: int = 0
     high: int = 0
     length: int = 0
     rows: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
     fresh: Sequence[Prompts] = ()
     continued: Sequence[tuple[int, Chunk, torch.Tensor]] = ()  # first token, chunk, mask
+    _mask: torch.Tensor | None = field(default=None, init=False)
 
-    def place(self) -> None:
-        """Find where the keys and values of this pass are written."""
-        self.rows_of_cache = self.cache.rows(self.slots, self.positions)
+    def moved(self, positions: torch.Tensor, length: int) -> Layout:
+        """The same requests in another pass."""
+        return replace(self, positions=positions, length=length)
+
+    @cached_property
+    def rows_of_cache(self) -> torch.Tensor | None:
+        """Where the keys and values of this pass are written, as :meth:`SlotCache.rows` tells."""
+        return self.cache.rows(self.slots, self.positions)
+
+    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """What the decoding rows may see, ``[high - low, 1, 1, length]``: 0 or −∞, to be added.
+
+        A slot between them that does not decode sees its first position.
+        """
+        if self._mask is None:
+            positions = self.positions[: self.decoding]
+            if self.rows is not None:
+                span = positions.new_zeros(self.high - self.low)
+                positions = span.index_copy_(0, self.rows, positions)
+            self._mask = causal_mask(positions, self.length, dtype)
+        return self._mask
 
 
 def causal_mask(positions: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
@@ -92,6 +110,34 @@ def attend(
     out = torch.empty_like(q)
     if n:
         out[:n] = _decode(q[:n], block, layout, options)
+    _attend_prompts(q, kv, block, layout, options, out)
+    return out
+
+
+def attend_natively(
+    own: Native, block: SlotLayer, qkv: torch.Tensor, layout: Layout
+) -> torch.Tensor:
+    """:func:`attend` with the decoding rows in batchbench's own kernel, which reads of each slot
+    only what its request has written.
+
+    Args:
+        qkv: ``[tokens, 3, heads, head_dim]``.
+    """
+    out = own.attention(qkv, block.block, layout.slots, layout.positions, layout.decoding)
+    if layout.decoding < qkv.shape[0]:
+        _attend_prompts(qkv[:, 0], qkv[:, 1:], block, layout, {}, out)
+    return out
+
+
+def _attend_prompts(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block: SlotLayer,
+    layout: Layout,
+    options: dict[str, Any],
+    out: torch.Tensor,
+) -> None:
+    """Attention of the pieces of prompts, whose keys and values are in the cache; into ``out``."""
     k, v = kv.unbind(1)
     for prompts in layout.fresh:
         pq, pk, pv = (states[prompts.gather].transpose(1, 2) for states in (q, k, v))
@@ -104,7 +150,6 @@ def attend(
         held_v = block.values[chunk.slot, None, :, : chunk.stop]
         seen = scaled_dot_product_attention(asked, held_k, held_v, attn_mask=mask, **options)
         out[piece] = seen[0].transpose(0, 1)
-    return out
 
 
 def attend_for_transformers(
@@ -142,7 +187,7 @@ def _decode(
         q.unsqueeze(2),
         block.keys[low:high, :, :length],
         block.values[low:high, :, :length],
-        attn_mask=layout.mask,
+        attn_mask=layout.mask(block.keys.dtype),
         **options,
     ).squeeze(2)
     return seen if layout.rows is None else seen[layout.rows]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from batchbench.batching.clock import WallClock
+from batchbench.batching.engines.torch.native import native
 from batchbench.batching.engines.torch.timing import make_timer
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan
@@ -113,8 +114,13 @@ def best_token(logits: torch.Tensor) -> torch.Tensor:
     """The greedy choice, ``[rows, vocabulary]`` to ``[rows]``; the first of equals.
 
     Not ``argmax``, nor ``max`` with its indices: neither is vectorised on a CPU, and both take
-    several times as long as finding the largest value, then its place in the window that has it.
+    several times as long as finding the largest value, then its place in the window that has it,
+    which is what is done where there is no kernel of our own.
     """
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        own = native()
+        if own is not None and own.chooses(logits):
+            return own.greedy(logits)
     width = logits.shape[1]
     if logits.device.type != "cpu" or width <= _WINDOW:
         return logits.max(-1).indices

@@ -8,9 +8,10 @@ import torch
 from torch.nn.functional import embedding, layer_norm
 from transformers import PretrainedConfig
 
-from batchbench.batching.engines.torch.attention import NAME, Layout, attend
+from batchbench.batching.engines.torch.attention import NAME, Layout, attend, attend_natively
 from batchbench.batching.engines.torch.cache import cache_argument
-from batchbench.batching.engines.torch.packed import PackedLinear, packed_ops
+from batchbench.batching.engines.torch.linear import Kernels, Linear, make_linear
+from batchbench.batching.engines.torch.native import Native, native
 from batchbench.batching.models.loading import LoadedModel
 
 
@@ -82,68 +83,93 @@ class _Norm(NamedTuple):
 
 class _Block(NamedTuple):
     norm_1: _Norm
-    qkv: PackedLinear
-    attention_out: PackedLinear
+    qkv: Linear
+    attention_out: Linear
     norm_2: _Norm
-    mlp_in: PackedLinear
-    mlp_out: PackedLinear
+    mlp_in: Linear
+    mlp_out: Linear
 
 
 class GPT2Forward:
     """GPT-2 (Radford et al. 2019) with nothing between its products that need not be there.
 
-    On a CPU the weights are packed, unless asked not to, which takes as much memory again: the
+    On a CPU the weights are laid out anew for the kernels, which takes as much memory again: the
     plain ones stay, for the reference that outputs are verified against.
     """
 
-    def __init__(self, model: LoadedModel, *, packed: bool = True) -> None:
-        packed = packed and model.device.type == "cpu" and packed_ops(model.dtype) is not None
-        body = model.module.transformer
-        self._heads = model.module.config.n_head
+    def __init__(self, model: LoadedModel, most: Kernels = Kernels.OWN) -> None:
+        config, body = model.module.config, model.module.transformer
+        self._heads = config.n_head
         self._tokens, self._positions = body.wte.weight, body.wpe.weight
         self._blocks = [
             _Block(
                 _norm(block.ln_1),
-                _conv1d(block.attn.c_attn, packed),
-                _conv1d(block.attn.c_proj, packed),
+                _conv1d(block.attn.c_attn, most),
+                _conv1d(block.attn.c_proj, most),
                 _norm(block.ln_2),
-                _conv1d(block.mlp.c_fc, packed),
-                _conv1d(block.mlp.c_proj, packed),
+                _conv1d(block.mlp.c_fc, most),
+                _conv1d(block.mlp.c_proj, most),
             )
             for block in body.h
         ]
         self._norm = _norm(body.ln_f)
-        self._head = PackedLinear(model.module.lm_head.weight, None, packed=packed)
-        self.extra_bytes = model.weight_bytes if packed else 0
-        # Single queries take the CPU's attention kernel longer in bfloat16 than in float32,
-        # by more than the doubled cache costs (docs/log.md).
-        self.cache_dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+        self._head = make_linear(model.module.lm_head.weight, None, most)
+        layers = [layer for block in self._blocks for layer in (block[1], block[2], *block[4:])]
+        self.extra_bytes = sum(layer.extra_bytes for layer in (*layers, self._head))
+        self._own = own_attention(config, model.device, model.dtype, most)
+        self.cache_dtype = cache_dtype(config, model.device, model.dtype, most)
 
     def __call__(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
     ) -> torch.Tensor:
         x = embedding(ids, self._tokens) + embedding(layout.positions, self._positions)
+        tokens = x.shape[0]
         for layer, block in zip(layout.cache.blocks, self._blocks, strict=True):
-            qkv = block.qkv(block.norm_1(x)).view(len(x), 3, self._heads, -1)
-            qkv = qkv.to(self.cache_dtype)
-            seen = attend(layer, qkv[:, 0], qkv[:, 1:], layout).reshape(x.shape).to(x.dtype)
-            x = block.attention_out.plus(seen, x)
+            qkv = block.qkv(block.norm_1(x)).view(tokens, 3, self._heads, -1)
+            if self._own is not None:
+                seen = attend_natively(self._own, layer, qkv, layout)
+            else:
+                qkv = qkv.to(self.cache_dtype)
+                seen = attend(layer, qkv[:, 0], qkv[:, 1:], layout)
+            x = block.attention_out.plus(seen.reshape(x.shape).to(x.dtype), x)
             x = block.mlp_out.plus(block.mlp_in.gelu(block.norm_2(x)), x)
         if keep is not None:
             x = x[keep]
         return self._head(self._norm(x))
 
 
+def own_attention(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, most: Kernels = Kernels.OWN
+) -> Native | None:
+    """batchbench's attention over the slot cache, where it can compute what GPT-2 asks."""
+    own = native() if most >= Kernels.OWN and device.type == "cpu" else None
+    size = config.hidden_size // config.num_attention_heads
+    return own if own is not None and own.attends(size, dtype) else None
+
+
+def cache_dtype(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, most: Kernels = Kernels.OWN
+) -> torch.dtype:
+    """What :class:`GPT2Forward` caches keys and values in.
+
+    Single queries take torch's attention kernel on the CPU longer in bfloat16 than in float32, by
+    more than the doubled cache costs (docs/log.md).
+    """
+    if device.type != "cpu" or own_attention(config, device, dtype, most) is not None:
+        return dtype
+    return torch.float32
+
+
 def _norm(module: torch.nn.LayerNorm) -> _Norm:
     return _Norm(module.weight, module.bias, module.eps)
 
 
-def _conv1d(module: torch.nn.Module, packed: bool) -> PackedLinear:
+def _conv1d(module: torch.nn.Module, most: Kernels) -> Linear:
     """transformers' Conv1D holds its weight as ``[inputs, outputs]``."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, torch.Tensor)
     assert isinstance(bias, torch.Tensor)
-    return PackedLinear(weight.t(), bias, packed=packed)
+    return make_linear(weight.t(), bias, most)
 
 
 def is_plain_gpt2(config: PretrainedConfig) -> bool:
@@ -158,8 +184,8 @@ def is_plain_gpt2(config: PretrainedConfig) -> bool:
     )
 
 
-def make_forward(model: LoadedModel, *, packed: bool = True) -> Forward:
+def make_forward(model: LoadedModel, most: Kernels = Kernels.OWN) -> Forward:
     """The leanest forward pass that is right for the model."""
     if is_plain_gpt2(model.module.config):
-        return GPT2Forward(model, packed=packed)
+        return GPT2Forward(model, most)
     return TransformersForward(model)

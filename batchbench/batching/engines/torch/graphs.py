@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from batchbench.batching.engines.torch.attention import Layout, causal_mask
+from batchbench.batching.engines.torch.attention import Layout
 from batchbench.batching.engines.torch.base import best_token
 from batchbench.batching.engines.torch.cache import SlotCache
 from batchbench.batching.engines.torch.forward import Forward
@@ -84,8 +84,6 @@ class PreparedDecode:
 
         def decode() -> None:
             layout = Layout(self._cache, slots, positions, rows, low=0, high=rows, length=length)
-            layout.mask = causal_mask(positions, length, self._forward.cache_dtype)
-            layout.place()
             last.copy_(best_token(self._forward(last, layout, None)))
             positions.add_(growing)
 

@@ -10,6 +10,7 @@ from batchbench.batching.engines.notebook import NotebookEngine
 from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.cache import kv_token_bytes
 from batchbench.batching.engines.torch.forward import Forward, TransformersForward, make_forward
+from batchbench.batching.engines.torch.linear import Kernels
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.models.loading import LoadedModel, free_bytes
@@ -49,7 +50,9 @@ def make_engine(
             _check_room(model, slots, max_len, 2 * per_slot)
             return NotebookEngine(model, slots), memory | {"kv_cache_bytes": slots * per_slot}
         chosen = _execution(execution, model.device)
-        forward = forward or make_forward(model, packed=chosen != "compile")
+        # What is compiled is taken apart, down to torch's own operators.
+        most = Kernels.PLAIN if chosen == "compile" else Kernels.OWN
+        forward = forward or make_forward(model, most)
         per_slot = kv_token_bytes(config, forward.cache_dtype) * max_len
         _check_room(model, slots, max_len, per_slot)
         if isinstance(forward, TransformersForward):

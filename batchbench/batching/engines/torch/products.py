@@ -10,11 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from batchbench.batching.ceiling import Reading
 from batchbench.batching.engines.torch.cache import kv_token_bytes
-from batchbench.batching.engines.torch.packed import PackedLinear
+from batchbench.batching.engines.torch.linear import Linear, make_linear
 from batchbench.batching.engines.torch.stopwatch import Work, median_s
 from batchbench.batching.models.loading import LoadedModel
-
-Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
 def reading_of(model: LoadedModel) -> Reading:
@@ -36,7 +34,7 @@ def measure_products(model: LoadedModel, rows: int, *, turns: int = 15) -> float
 def products(
     model: LoadedModel,
     rows: int,
-    make: Callable[[torch.Tensor, torch.Tensor | None], Linear] = PackedLinear,
+    make: Callable[[torch.Tensor, torch.Tensor | None], Linear] = make_linear,
 ) -> Work:
     """All matrix products of one decode step and nothing else, weights laid out as served.
 

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from batchbench.batching.engines.torch.attention import Layout, Prompts, causal_mask
+from batchbench.batching.engines.torch.attention import Layout, Prompts
 from batchbench.batching.engines.torch.base import TorchEngine, best_token
 from batchbench.batching.engines.torch.cache import SlotCache
 from batchbench.batching.engines.torch.forward import CountedForward, Forward, make_forward
@@ -129,7 +129,6 @@ class SlotsEngine(TorchEngine):
         placed = list(zip(firsts, chunks, strict=True))
         layout.fresh = list(self._padded([(first, c) for first, c in placed if c.start == 0]))
         layout.continued = [(first, c, self._after(c)) for first, c in placed if c.start > 0]
-        layout.place()
         return layout
 
     def _advance(self, plan: Plan, step: int) -> None:
@@ -141,25 +140,14 @@ class SlotsEngine(TorchEngine):
     def _forward(self, plan: Plan, step: int) -> torch.Tensor:
         layout = self._layout
         if layout.decoding:
-            if step:
-                layout.positions = layout.positions + self._growing
-                layout.place()
-            self._aim(plan, step)
+            positions = layout.positions + self._growing if step else layout.positions
+            layout = layout.moved(positions, int(plan.advanced(step).max()) + 1)
+            self._layout = layout
         ids = self._prompt_ids
         if layout.decoding:
             decoded = self._last[layout.slots[: layout.decoding]]
             ids = torch.cat([decoded, ids]) if plan.chunks else decoded
         return best_token(self._forward_pass(ids, layout, self._keep))
-
-    def _aim(self, plan: Plan, step: int) -> None:
-        """The decoding rows' mask: each sees its slot up to its own position."""
-        layout = self._layout
-        positions = layout.positions[: layout.decoding]
-        layout.length = int(plan.advanced(step).max()) + 1
-        if layout.rows is not None:  # a slot between that does not decode sees its first position
-            span = positions.new_zeros(layout.high - layout.low)
-            positions = span.index_copy_(0, layout.rows, positions)
-        layout.mask = causal_mask(positions, layout.length, self._forward_pass.cache_dtype)
 
     def _padded(self, placed: Sequence[tuple[int, Chunk]]) -> Iterator[Prompts]:
         """Fresh pieces in groups of like length (within a factor of two), padded on the right."""

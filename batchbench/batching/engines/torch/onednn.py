@@ -1,4 +1,4 @@
-"""Linear layers whose weights are laid out once in the order in which the CPU's kernels read them.
+"""oneDNN's products on weights that are laid out once in the order in which they are read.
 
 With the few rows of a decode step a product is bound by reading its weights, and a plain
 ``F.linear`` reorders them at each call. The operators are those that torch's own inductor emits
@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import gelu, linear
 
 
-class PackedOps(NamedTuple):
+class OneDNN(NamedTuple):
     """The operators."""
 
     reorder: Callable[..., torch.Tensor]
@@ -25,7 +25,7 @@ class PackedOps(NamedTuple):
 
 
 @cache
-def packed_ops(dtype: torch.dtype) -> PackedOps | None:
+def onednn(dtype: torch.dtype) -> OneDNN | None:
     """The operators, if this build of torch has them and they compute what they should."""
     if dtype not in (torch.float32, torch.bfloat16) or not _has_onednn():
         return None
@@ -33,7 +33,7 @@ def packed_ops(dtype: torch.dtype) -> PackedOps | None:
         names = torch.ops.mkldnn
         if dtype is torch.bfloat16 and not names._is_mkldnn_bf16_supported():
             return None
-        ops = PackedOps(
+        ops = OneDNN(
             names._reorder_linear_weight.default,
             names._linear_pointwise.default,
             names._linear_pointwise.binary,
@@ -48,7 +48,7 @@ def _has_onednn() -> bool:
 
 
 @torch.no_grad()
-def _right(ops: PackedOps, dtype: torch.dtype) -> bool:
+def _right(ops: OneDNN, dtype: torch.dtype) -> bool:
     """Whether all three agree with plain arithmetic on a small product."""
     numbers = torch.Generator().manual_seed(0)
     shapes = ((48, 32), (48,), (3, 32), (3, 48))
@@ -65,39 +65,3 @@ def _right(ops: PackedOps, dtype: torch.dtype) -> bool:
         got.dtype is dtype and torch.allclose(got.float(), want, atol=within, rtol=0)
         for got, want in pairs
     )
-
-
-class PackedLinear:
-    """``x @ weight.T + bias`` with the weight packed where that is possible.
-
-    Args:
-        weight: ``[outputs, inputs]``; any strides.
-        bias: ``[outputs]``, or None.
-        packed: False to leave the weight as it is.
-    """
-
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, *, packed: bool = True
-    ) -> None:
-        self._ops = packed_ops(weight.dtype) if packed and weight.device.type == "cpu" else None
-        self._bias = bias
-        # Packed for no number of rows in particular: packed for one it would be slow for eight.
-        self._weight = self._ops.reorder(weight.contiguous(), None) if self._ops else weight
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """``[rows, inputs]`` to ``[rows, outputs]``."""
-        if self._ops is None:
-            return linear(x, self._weight, self._bias)
-        return self._ops.product(x, self._weight, self._bias, "none", [], "")
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """The product, then GPT-2's GELU (its tanh form), in one kernel where packed."""
-        if self._ops is None:
-            return gelu(linear(x, self._weight, self._bias), approximate="tanh")
-        return self._ops.product(x, self._weight, self._bias, "gelu", [], "tanh")
-
-    def plus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The product plus ``y``, ``[rows, outputs]``, in one kernel where packed."""
-        if self._ops is None:
-            return y + linear(x, self._weight, self._bias)
-        return self._ops.product_and_sum(x, y, self._weight, self._bias, "add")

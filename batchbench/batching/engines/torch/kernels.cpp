@@ -1,0 +1,362 @@
+// The operations of a decode step on a processor with AVX-512: the product of a few rows with a
+// large matrix, attention over the slot cache, and the greedy choice. native.py compiles this file
+// and says what each function takes.
+//
+// A step reads every weight once, from memory, so the products ask for them well before they are
+// needed: the processor's own prefetcher stops at the end of each page of 4 KiB. Numbers are
+// bfloat16 or float32 in memory and float32 in registers.
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+
+namespace {
+
+constexpr long LANES = 16;       // floats in a vector
+constexpr long COLUMNS = 32;     // outputs whose weights lie together: a panel
+constexpr long ROWS = 8;         // rows at once: ROWS x COLUMNS sums fill half of the registers
+constexpr long AHEAD = 4096;     // bytes between the weights in use and those asked for
+constexpr long POSITIONS = 128;  // cached positions between two corrections of the softmax
+constexpr long HEAD_VECTORS = 16;  // head sizes up to 256
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline __mmask16 first(long n) { return n >= LANES ? 0xffff : (1u << n) - 1; }
+
+inline __m512 load(const float* p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
+
+inline __m512 load(const bfloat16* p, __mmask16 lanes) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+inline void store(float* p, __mmask16 lanes, __m512 x) { _mm512_mask_storeu_ps(p, lanes, x); }
+
+// Rounds to the nearest, to the even one of two; NaN stays NaN.
+inline void store(bfloat16* p, __mmask16 lanes, __m512 x) {
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i round = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    bits = _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fc00000), number, bits, round);
+    _mm256_mask_storeu_epi16(p, lanes, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+}
+
+// 2^(x log2 e): the power's whole part goes into the exponent, its rest through a polynomial
+// (Taylor's, exact to float32 on +-ln(2)/2).
+inline __m512 exponential(__m512 x) {
+    // The second operand is what a NaN comes through.
+    x = _mm512_min_ps(_mm512_set1_ps(89.f), _mm512_max_ps(_mm512_set1_ps(-104.f), x));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 sum = _mm512_set1_ps(1.f / 5040);
+    const float rest[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f};
+    for (float c : rest)
+        sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(sum, n);
+}
+
+// GPT-2's: x/2 (1 + tanh u) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3).
+inline __m512 gelu(__m512 x) {
+    __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+    __m512 u = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
+    __m512 power = exponential(_mm512_mul_ps(u, _mm512_set1_ps(-1.59576912f)));
+    return _mm512_div_ps(x, _mm512_add_ps(power, _mm512_set1_ps(1.f)));
+}
+
+// ---- products
+
+template <class T>
+struct Product {
+    const T* weight;  // [panels, inputs, COLUMNS]; of bfloat16 [panels, inputs / 2, COLUMNS, 2]
+    const T* bias;    // [outputs] or null
+    const T* add;     // [rows, outputs] or null
+    T* out;           // [rows, outputs]
+    long rows, inputs, outputs;
+    bool through_gelu;
+};
+
+inline void ask_for(const void* weight) {
+    _mm_prefetch(static_cast<const char*>(weight) + AHEAD, _MM_HINT_T0);
+}
+
+// How a panel is multiplied with R rows of x, `inputs` apart. Each adds into sums[R][2].
+
+struct Float32 {
+    using Weight = float;
+    using Input = float;
+    template <int R>
+    static inline void multiply(const float* x, const float* w, long inputs, __m512 (*sums)[2]) {
+        for (long k = 0; k < inputs; k++, w += COLUMNS) {
+            __m512 left = _mm512_loadu_ps(w), right = _mm512_loadu_ps(w + LANES);
+            ask_for(w);
+            ask_for(w + LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                __m512 a = _mm512_set1_ps(x[r * inputs + k]);
+                sums[r][0] = _mm512_fmadd_ps(left, a, sums[r][0]);
+                sums[r][1] = _mm512_fmadd_ps(right, a, sums[r][1]);
+            }
+        }
+    }
+};
+
+// bfloat16 weights, widened in registers: on Intel's processors without AMX their own product
+// instruction computes no more a cycle than float32's, and on some much less.
+struct Widened {
+    using Weight = bfloat16;
+    using Input = float;
+    template <int R>
+    static inline void multiply(const float* x, const bfloat16* w, long inputs, __m512 (*sums)[2]) {
+        const __m512i upper = _mm512_set1_epi32(0xffff0000);
+        for (long k = 0; k < inputs; k += 2, w += 2 * COLUMNS) {
+            __m512i left = _mm512_loadu_si512(w), right = _mm512_loadu_si512(w + COLUMNS);
+            ask_for(w);
+            ask_for(w + COLUMNS);
+            __m512 left_0 = _mm512_castsi512_ps(_mm512_slli_epi32(left, 16));
+            __m512 right_0 = _mm512_castsi512_ps(_mm512_slli_epi32(right, 16));
+            __m512 left_1 = _mm512_castsi512_ps(_mm512_and_si512(left, upper));
+            __m512 right_1 = _mm512_castsi512_ps(_mm512_and_si512(right, upper));
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                __m512 a = _mm512_set1_ps(x[r * inputs + k]);
+                sums[r][0] = _mm512_fmadd_ps(left_0, a, sums[r][0]);
+                sums[r][1] = _mm512_fmadd_ps(right_0, a, sums[r][1]);
+                __m512 b = _mm512_set1_ps(x[r * inputs + k + 1]);
+                sums[r][0] = _mm512_fmadd_ps(left_1, b, sums[r][0]);
+                sums[r][1] = _mm512_fmadd_ps(right_1, b, sums[r][1]);
+            }
+        }
+    }
+};
+
+// bfloat16 by its own instruction, twice as fast as float32 where the processor has it in full.
+struct Dotted {
+    using Weight = bfloat16;
+    using Input = bfloat16;
+    template <int R>
+    static inline void multiply(
+        const bfloat16* x, const bfloat16* w, long inputs, __m512 (*sums)[2]) {
+        for (long k = 0; k < inputs; k += 2, w += 2 * COLUMNS) {
+            __m512bh left = (__m512bh)_mm512_loadu_si512(w);
+            __m512bh right = (__m512bh)_mm512_loadu_si512(w + COLUMNS);
+            ask_for(w);
+            ask_for(w + COLUMNS);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                int pair;
+                __builtin_memcpy(&pair, x + r * inputs + k, sizeof pair);
+                __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
+                sums[r][0] = _mm512_dpbf16_ps(sums[r][0], left, a);
+                sums[r][1] = _mm512_dpbf16_ps(sums[r][1], right, a);
+            }
+        }
+    }
+};
+
+template <class Way, int R>
+void tile(const Product<typename Way::Weight>& p, const typename Way::Input* x, long row, long panel) {
+    __m512 sums[R][2];
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    const long inputs = p.inputs;
+    Way::template multiply<R>(x + row * inputs, p.weight + panel * inputs * COLUMNS, inputs, sums);
+    for (int half = 0; half < 2; half++) {
+        long column = panel * COLUMNS + half * LANES;
+        if (column >= p.outputs) break;
+        __mmask16 lanes = first(p.outputs - column);
+        __m512 bias = p.bias ? load(p.bias + column, lanes) : _mm512_setzero_ps();
+        for (int r = 0; r < R; r++) {
+            long at = (row + r) * p.outputs + column;
+            __m512 y = _mm512_add_ps(sums[r][half], bias);
+            if (p.through_gelu) y = gelu(y);
+            if (p.add) y = _mm512_add_ps(y, load(p.add + at, lanes));
+            store(p.out + at, lanes, y);
+        }
+    }
+}
+
+// The rows are the inner loop: a panel comes from memory for the first of them and from the cache
+// for the rest. Each thread has a run of panels that lie end to end.
+template <class Way>
+void multiply(const Product<typename Way::Weight>& p, const typename Way::Input* x) {
+    const long panels = (p.outputs + COLUMNS - 1) / COLUMNS;
+#pragma omp for schedule(static)
+    for (long panel = 0; panel < panels; panel++) {
+        long row = 0;
+        for (; row + ROWS <= p.rows; row += ROWS) tile<Way, ROWS>(p, x, row, panel);
+        switch (p.rows - row) {
+            case 1: tile<Way, 1>(p, x, row, panel); break;
+            case 2: tile<Way, 2>(p, x, row, panel); break;
+            case 3: tile<Way, 3>(p, x, row, panel); break;
+            case 4: tile<Way, 4>(p, x, row, panel); break;
+            case 5: tile<Way, 5>(p, x, row, panel); break;
+            case 6: tile<Way, 6>(p, x, row, panel); break;
+            case 7: tile<Way, 7>(p, x, row, panel); break;
+        }
+    }
+}
+
+// ---- attention
+
+// The sum over the lanes of each of `vectors` products.
+inline float dot(const __m512* a, const __m512* b, long vectors) {
+    __m512 sum = _mm512_mul_ps(a[0], b[0]);
+    for (long v = 1; v < vectors; v++) sum = _mm512_fmadd_ps(a[v], b[v], sum);
+    return _mm512_reduce_add_ps(sum);
+}
+
+// One query over the first `length` cached positions of its slot and head, [length, size] each of
+// keys and values: a softmax that is corrected every POSITIONS (Milakov and Gimelshein 2018).
+template <class T>
+void attend(const T* q, const T* keys, const T* values, long length, long size, float scale, T* out) {
+    const long vectors = (size + LANES - 1) / LANES;
+    __m512 query[HEAD_VECTORS], sums[HEAD_VECTORS], row[HEAD_VECTORS];
+    for (long v = 0; v < vectors; v++) {
+        __m512 loaded = load(q + v * LANES, first(size - v * LANES));
+        query[v] = _mm512_mul_ps(loaded, _mm512_set1_ps(scale));
+        sums[v] = _mm512_setzero_ps();
+    }
+    float scores[POSITIONS], highest = -INFINITY, total = 0;
+    for (long from = 0; from < length; from += POSITIONS) {
+        const long n = length - from < POSITIONS ? length - from : POSITIONS;
+        float top = highest;
+        for (long i = 0; i < n; i++) {
+            const T* key = keys + (from + i) * size;
+            ask_for(key);
+            for (long v = 0; v < vectors; v++) row[v] = load(key + v * LANES, first(size - v * LANES));
+            scores[i] = dot(query, row, vectors);
+            top = scores[i] > top ? scores[i] : top;
+        }
+        const float shrink = expf(highest - top);
+        __m512 added = _mm512_setzero_ps();
+        for (long i = 0; i < n; i += LANES) {
+            __mmask16 lanes = first(n - i);
+            __m512 below = _mm512_sub_ps(load(scores + i, lanes), _mm512_set1_ps(top));
+            __m512 weight = _mm512_maskz_mov_ps(lanes, exponential(below));
+            store(scores + i, lanes, weight);
+            added = _mm512_add_ps(added, weight);
+        }
+        total = total * shrink + _mm512_reduce_add_ps(added);
+        for (long v = 0; v < vectors; v++) sums[v] = _mm512_mul_ps(sums[v], _mm512_set1_ps(shrink));
+        for (long i = 0; i < n; i++) {
+            const T* value = values + (from + i) * size;
+            ask_for(value);
+            __m512 weight = _mm512_set1_ps(scores[i]);
+            for (long v = 0; v < vectors; v++) {
+                __m512 loaded = load(value + v * LANES, first(size - v * LANES));
+                sums[v] = _mm512_fmadd_ps(weight, loaded, sums[v]);
+            }
+        }
+        highest = top;
+    }
+    for (long v = 0; v < vectors; v++)
+        store(out + v * LANES, first(size - v * LANES), _mm512_div_ps(sums[v], _mm512_set1_ps(total)));
+}
+
+// One pass over a layer: each token's keys and values go to their slot and position, then each of
+// the first `decoding` tokens attends to its slot up to itself. A slot that decodes gets no other
+// token in the same pass, so nobody waits for anybody.
+template <class T>
+void attention(
+    const T* qkv, T* block, const int64_t* slots, const int64_t* positions, T* out, long tokens,
+    long decoding, long heads, long size, long all_slots, long max_len, float scale) {
+    const long width = heads * size, values = all_slots * heads * max_len * size;
+#pragma omp parallel for schedule(static)
+    for (long i = 0; i < heads * tokens; i++) {
+        const long head = i / tokens, token = i % tokens;
+        const T* q = qkv + token * 3 * width + head * size;
+        T* keys = block + (slots[token] * heads + head) * max_len * size;
+        T* at = keys + positions[token] * size;
+        __builtin_memcpy(at, q + width, size * sizeof(T));
+        __builtin_memcpy(at + values, q + 2 * width, size * sizeof(T));
+        if (token < decoding)
+            attend(q, keys, keys + values, positions[token] + 1, size, scale,
+                   out + token * width + head * size);
+    }
+}
+
+// ---- the greedy choice
+
+// The first of the largest numbers, NaN being larger than any, as torch has it.
+template <class T>
+int64_t largest(const T* row, long n) {
+    const __m512i step = _mm512_set1_epi32(LANES);
+    __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i place = at;
+    __m512 best = _mm512_set1_ps(-INFINITY);
+    for (long i = 0; i < n; i += LANES, at = _mm512_add_epi32(at, step)) {
+        __mmask16 lanes = first(n - i);
+        __m512 x = load(row + i, lanes);
+        if (__mmask16 none = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q)) return i + __builtin_ctz(none);
+        __mmask16 larger = _mm512_mask_cmp_ps_mask(lanes, x, best, _CMP_GT_OQ);
+        best = _mm512_mask_mov_ps(best, larger, x);
+        place = _mm512_mask_mov_epi32(place, larger, at);
+    }
+    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(best));
+    const __mmask16 equal = _mm512_cmp_ps_mask(best, top, _CMP_EQ_OQ);
+    return _mm512_mask_reduce_min_epi32(equal, place);
+}
+
+template <class T>
+void greedy(const T* logits, int64_t* out, long rows, long vocabulary) {
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < rows; r++) out[r] = largest(logits + r * vocabulary, vocabulary);
+}
+
+}  // namespace
+
+extern "C" {
+
+void product_float32(
+    const float* x, const float* weight, const float* bias, const float* add, float* out, float*,
+    long rows, long inputs, long outputs, long through_gelu) {
+    const Product<float> p{weight, bias, add, out, rows, inputs, outputs, through_gelu != 0};
+#pragma omp parallel
+    multiply<Float32>(p, x);
+}
+
+// `widened`, [rows, inputs], is room for x in float32; null to use the processor's own bfloat16.
+void product_bfloat16(
+    const bfloat16* x, const bfloat16* weight, const bfloat16* bias, const bfloat16* add,
+    bfloat16* out, float* widened, long rows, long inputs, long outputs, long through_gelu) {
+    const Product<bfloat16> p{weight, bias, add, out, rows, inputs, outputs, through_gelu != 0};
+#pragma omp parallel
+    if (widened) {
+#pragma omp for schedule(static)
+        for (long i = 0; i < (rows * inputs + LANES - 1) / LANES; i++) {
+            __mmask16 lanes = first(rows * inputs - i * LANES);
+            store(widened + i * LANES, lanes, load(x + i * LANES, lanes));
+        }
+        multiply<Widened>(p, widened);
+    } else {
+        multiply<Dotted>(p, x);
+    }
+}
+
+void attention_float32(
+    const float* qkv, float* block, const int64_t* slots, const int64_t* positions, float* out,
+    long tokens, long decoding, long heads, long size, long all_slots, long max_len, float scale) {
+    attention(qkv, block, slots, positions, out, tokens, decoding, heads, size, all_slots, max_len,
+              scale);
+}
+
+void attention_bfloat16(
+    const bfloat16* qkv, bfloat16* block, const int64_t* slots, const int64_t* positions,
+    bfloat16* out, long tokens, long decoding, long heads, long size, long all_slots, long max_len,
+    float scale) {
+    attention(qkv, block, slots, positions, out, tokens, decoding, heads, size, all_slots, max_len,
+              scale);
+}
+
+void greedy_float32(const float* logits, int64_t* out, long rows, long vocabulary) {
+    greedy(logits, out, rows, vocabulary);
+}
+
+void greedy_bfloat16(const bfloat16* logits, int64_t* out, long rows, long vocabulary) {
+    greedy(logits, out, rows, vocabulary);
+}
+
+}  // extern "C"

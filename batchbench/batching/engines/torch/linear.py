@@ -1,0 +1,116 @@
+"""Linear layers: three ways to compute one product, and which of them a machine should take."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from torch.nn.functional import gelu, linear
+
+from batchbench.batching.engines.torch.native import Native, native
+from batchbench.batching.engines.torch.onednn import OneDNN, onednn
+
+
+class Kernels(IntEnum):
+    """Whose products a forward pass may take; each may fall back on those before it."""
+
+    PLAIN = 0
+    """torch's, on the weights as they are."""
+    PACKED = 1
+    """oneDNN's, on weights that are laid out for it."""
+    OWN = 2
+    """batchbench's, compiled on this machine, on weights laid out for them."""
+
+
+class Linear(Protocol):
+    """``x @ weight.T + bias``, and what GPT-2 does next, in one kernel where there is one."""
+
+    @property
+    def extra_bytes(self) -> int:
+        """What it holds beside the weight that it was made of."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``[rows, inputs]`` to ``[rows, outputs]``."""
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """The product, then GPT-2's GELU (its tanh form)."""
+
+    def plus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The product plus ``y``, ``[rows, outputs]``."""
+
+
+def make_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None, most: Kernels = Kernels.OWN
+) -> Linear:
+    """The fastest layer for this weight, on its device and in its number format.
+
+    Args:
+        weight: ``[outputs, inputs]``; any strides.
+        bias: ``[outputs]``, or None.
+        most: what may be taken.
+    """
+    if weight.device.type == "cpu":
+        own = native() if most >= Kernels.OWN else None
+        if own is not None and own.multiplies(weight):
+            return OwnLinear(own, weight, bias)
+        ops = onednn(weight.dtype) if most >= Kernels.PACKED else None
+        if ops is not None:
+            return PackedLinear(ops, weight, bias)
+    return PlainLinear(weight, bias)
+
+
+class PlainLinear:
+    """torch's, on the weight as it is."""
+
+    extra_bytes = 0
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self._weight, self._bias)
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        return gelu(linear(x, self._weight, self._bias), approximate="tanh")
+
+    def plus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + linear(x, self._weight, self._bias)
+
+
+class PackedLinear:
+    """oneDNN's, on the weight laid out for it."""
+
+    def __init__(self, ops: OneDNN, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._ops, self._bias = ops, bias
+        # Packed for no number of rows in particular: packed for one it would be slow for eight.
+        self._weight = ops.reorder(weight.contiguous(), None)
+        self.extra_bytes = weight.numel() * weight.element_size()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._ops.product(x, self._weight, self._bias, "none", [], "")
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        return self._ops.product(x, self._weight, self._bias, "gelu", [], "tanh")
+
+    def plus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self._ops.product_and_sum(x, y, self._weight, self._bias, "add")
+
+
+class OwnLinear:
+    """batchbench's, on the weight laid out in panels."""
+
+    def __init__(self, own: Native, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._own, self._bias = own, bias
+        self._outputs = len(weight)
+        self._weight = own.pack(weight)
+        self.extra_bytes = self._weight.numel() * self._weight.element_size()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._own.product(x, self._weight, self._outputs, self._bias)
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        return self._own.product(x, self._weight, self._outputs, self._bias, through_gelu=True)
+
+    def plus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self._own.product(x, self._weight, self._outputs, self._bias, add=y)

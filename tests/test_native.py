@@ -1,0 +1,226 @@
+"""batchbench's own kernels: what they compute, where there are any, and what happens without."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+
+from batchbench.batching.engines.torch import native as compiling
+from batchbench.batching.engines.torch.native import Native, Processor, native
+
+needs_kernels = pytest.mark.skipif(native() is None, reason="no kernels of our own here")
+laws = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+WAYS = (
+    Processor("GenuineIntel", frozenset({"avx512_bf16"})),
+    Processor("AuthenticAMD", frozenset({"avx512_bf16"})),
+)
+"""bfloat16 widened to float32, and by the processor's own instruction."""
+
+
+@pytest.fixture(params=WAYS, ids=lambda processor: processor.maker)
+def own(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Native:
+    """This machine's kernels, made to think that another maker made the processor."""
+    found = native()
+    assert found is not None
+    processor: Processor = request.param
+    if processor.multiplies_bfloat16 and "avx512_bf16" not in Processor.here().features:
+        pytest.skip("this processor does not multiply bfloat16")
+    monkeypatch.setattr(found, "processor", processor)
+    return found
+
+
+def drawn(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(got: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Within rounding: a unit in the last place of the outcome, and of the terms it sums."""
+    last = 2**-8 if dtype is torch.bfloat16 else 2**-18
+    return got.dtype is dtype and bool(
+        ((got.double() - exact).abs() <= last * (1 + exact.abs())).all()
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [*range(1, 10), 16, 21])
+def test_a_product_is_the_product(own: Native, rows: int, dtype: torch.dtype) -> None:
+    """Of any number of rows, and of outputs that fill no panel."""
+    for outputs, inputs in ((1, 2), (15, 8), (33, 64), (300, 32), (64, 770)):
+        weight = drawn(1, outputs, inputs, dtype=dtype) * inputs**-0.5
+        bias, x = drawn(2, outputs, dtype=dtype), drawn(3, rows, inputs, dtype=dtype)
+        y, packed = drawn(4, rows, outputs, dtype=dtype), own.pack(weight)
+        exact = linear(x.double(), weight.double())
+        biased = exact + bias.double()
+        assert own.multiplies(weight)
+        assert close(own.product(x, packed, outputs, None), exact, dtype)
+        assert close(own.product(x, packed, outputs, bias), biased, dtype)
+        bent = own.product(x, packed, outputs, bias, through_gelu=True)
+        assert close(bent, gelu(biased, approximate="tanh"), dtype)
+        assert close(own.product(x, packed, outputs, bias, add=y), biased + y.double(), dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_reads_rows_that_do_not_lie_together(own: Native, dtype: torch.dtype) -> None:
+    weight, x = drawn(1, 40, 16, dtype=dtype), drawn(2, 16, 6, dtype=dtype).t()
+    y = drawn(3, 40, 6, dtype=dtype).t()
+    exact = linear(x.double(), weight.double()) + y.double()
+    assert close(own.product(x, own.pack(weight), 40, None, add=y) / 8, exact / 8, dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gelu_is_right_far_from_zero_too(own: Native, dtype: torch.dtype) -> None:
+    x = torch.tensor(
+        [[0.0, 1e-30, -1e-4, 3.0, -3.0, 8.0, -8.0, 50.0, -50.0, 1e30, -1e30, torch.inf]]
+    )
+    x = x.to(dtype).t().contiguous()
+    one = torch.ones(1, 2, dtype=dtype)
+    pairs = torch.cat([x, torch.zeros_like(x)], 1)
+    bent = own.product(pairs, own.pack(one), 1, None, through_gelu=True)
+    assert close(bent[:-1], gelu(x[:-1].double(), approximate="tanh"), dtype)
+    assert bent[-1] == torch.inf
+
+
+@needs_kernels
+def test_what_is_no_number_stays_none(own: Native) -> None:
+    """A fault must show, not be rounded away."""
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = own.pack(torch.eye(16).to(dtype))
+        x = torch.zeros(3, 16, dtype=dtype)
+        x[1, 5] = torch.nan
+        for bent in (False, True):
+            out = own.product(x, weight, 16, None, through_gelu=bent)
+            assert out[1].isnan().all()
+            assert not out[[0, 2]].isnan().any()
+        qkv = torch.zeros(1, 3, 1, 16, dtype=dtype)
+        qkv[0, 1] = torch.nan
+        block = torch.zeros(2, 1, 1, 4, 16, dtype=dtype)
+        zero = torch.zeros(1, dtype=torch.int64)
+        assert own.attention(qkv, block, zero, zero, 1).isnan().all()
+
+
+@needs_kernels
+@laws
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=5),
+    prompts=st.integers(0, 3),
+    heads=st.integers(1, 3),
+    size=st.sampled_from([1, 8, 16, 20, 64, 80, 256]),
+    dtype=DTYPES,
+    seed=st.integers(0, 2**31),
+)
+def test_attention_is_attention_up_to_each_rows_own_position(
+    lengths: list[int], prompts: int, heads: int, size: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Whatever else the cache holds, be it no number; and only the new positions are written."""
+    own = native()
+    assert own is not None
+    rows, max_len = len(lengths), 301
+    block = drawn(seed, 2, rows + 2, heads, max_len, size, dtype=dtype)
+    slots = torch.randperm(rows + 1, generator=torch.Generator().manual_seed(seed))[:rows]
+    for slot, length in zip(slots.tolist(), lengths, strict=True):
+        block[:, slot, :, length:] = torch.nan
+    qkv = drawn(seed + 1, rows + prompts, 3, heads, size, dtype=dtype)
+    places = torch.cat([slots, torch.full((prompts,), rows + 1)])
+    positions = torch.tensor([n - 1 for n in lengths] + [*range(prompts)])
+    expected = block.clone()
+    expected[0][places, :, positions], expected[1][places, :, positions] = qkv[:, 1:].unbind(1)
+    out = own.attention(qkv, block, places, positions, rows)
+    assert torch.equal(block.nan_to_num(7.0), expected.nan_to_num(7.0))
+    for i, (slot, length) in enumerate(zip(slots.tolist(), lengths, strict=True)):
+        q = qkv[i, 0].double()[None, :, None]
+        keys, values = expected[:, slot, None, :, :length].double()
+        exact = scaled_dot_product_attention(q, keys, values)[0, :, 0]
+        assert close(out[i], exact, dtype)
+
+
+@needs_kernels
+def test_large_scores_do_not_overflow() -> None:
+    own = native()
+    assert own is not None
+    qkv = torch.full((1, 3, 1, 16), 100.0)
+    block = torch.zeros(2, 1, 1, 200, 16)
+    block[0, 0, 0, 150] = 90.0
+    block[1, 0, 0, 150] = 5.0
+    position = torch.tensor([199])
+    assert (
+        own.attention(qkv, block, torch.tensor([0]), position, 1).flatten().tolist() == [100.0] * 16
+    )
+
+
+# Where there are kernels
+
+
+def test_the_processor_says_what_it_can(tmp_path: Path) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text(
+        "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fma avx512_bf16\n\nflags: amx_bf16\n"
+    )
+    found = Processor.here(told)
+    assert (found.maker, found.features) == ("AuthenticAMD", {"fma", "avx512_bf16"})
+    assert (found.multiplies_bfloat16, found.has_amx) == (True, False)
+    assert not WAYS[0].multiplies_bfloat16
+    assert Processor.here(tmp_path / "none").features == frozenset()
+
+
+@needs_kernels
+def test_tiles_and_odd_widths_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = native()
+    assert own is not None
+    even, odd = torch.zeros(4, 6), torch.zeros(4, 5)
+    for weight, taken in ((even, True), (odd, True), (even.bfloat16(), True)):
+        assert own.multiplies(weight) is taken
+    assert not own.multiplies(odd.bfloat16())
+    assert not own.multiplies(even.half())
+    monkeypatch.setattr(own, "processor", Processor("GenuineIntel", frozenset({"amx_bf16"})))
+    assert own.multiplies(even)
+    assert not own.multiplies(even.bfloat16())
+
+
+def _fails(*_: object, **__: object) -> None:
+    raise subprocess.CalledProcessError(1, "g++")
+
+
+@pytest.mark.parametrize("lacking", ["processor", "compiler", "system", "compiles", "cache"])
+def test_a_machine_without_kernels_does_without(
+    lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if lacking == "processor":
+        monkeypatch.setattr(
+            Processor, "here", lambda: Processor("GenuineIntel", frozenset({"fma"}))
+        )
+    elif lacking == "compiler":
+        monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    elif lacking == "system":
+        monkeypatch.setattr(compiling.sys, "platform", "darwin")
+    elif lacking == "compiles":
+        monkeypatch.setattr(compiling, "_compile", _fails)
+    else:
+        (tmp_path / "cache").write_text("a file stands where the folder should be")
+    assert compiling.native.__wrapped__() is None
+
+
+@needs_kernels
+def test_the_source_is_compiled_once_and_kept_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiling.native.__wrapped__() is not None
+    (file,) = (tmp_path / "batchbench").iterdir()
+    monkeypatch.setattr(compiling, "_compile", _fails)
+    assert compiling.native.__wrapped__() is not None  # from the cache
+    monkeypatch.setattr(compiling, "SOURCE", tmp_path / "changed.cpp")
+    (tmp_path / "changed.cpp").write_text("// other kernels")
+    assert compiling.native.__wrapped__() is None  # that file is not taken for these
+    assert list((tmp_path / "batchbench").iterdir()) == [file]
