@@ -19,7 +19,7 @@ from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
 from batchbench.batching.engines.torch.base import best_token
-from batchbench.batching.engines.torch.packed import PackedLinear
+from batchbench.batching.engines.torch.linear import make_linear
 
 SLOTS, HEADS, SIZE, WIDTH = 8, 12, 64, 768
 Way = Callable[[], object]
@@ -27,7 +27,7 @@ Way = Callable[[], object]
 
 def medians(ways: dict[str, Way], rounds: int = 200) -> dict[str, float]:
     """Microseconds of each way behind a product, less the product's own."""
-    product, x = PackedLinear(torch.randn(WIDTH, WIDTH), None), torch.randn(SLOTS, WIDTH)
+    product, x = make_linear(torch.randn(WIDTH, WIDTH), None), torch.randn(SLOTS, WIDTH)
     times: dict[str, list[float]] = {name: [] for name in ("", *ways)}
     for _ in range(rounds):
         for name, way in {"": lambda: None, **ways}.items():
@@ -64,7 +64,7 @@ def choosing() -> dict[str, Way]:
     return {
         "argmax": lambda: logits.argmax(-1),
         "max with its index": lambda: logits.max(-1).indices,
-        "largest value, then its place (kept)": lambda: best_token(logits),
+        "as the engines choose": lambda: best_token(logits),
     }
 
 

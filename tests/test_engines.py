@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.engines.torch import linear as layers
+from batchbench.batching.engines.torch import onednn as onednn_file
 from batchbench.batching.engines.torch.linear import Kernels, make_linear
 from batchbench.batching.engines.torch.making import make_engine
 from batchbench.batching.engines.torch.reference import TeacherForced
@@ -587,6 +588,22 @@ def test_a_linear_layer_is_the_product(dtype: torch.dtype, rows: int, most: Kern
     bent = torch.nn.functional.gelu(product, approximate="tanh")
     assert torch.allclose(layer.gelu(x).float(), bent, **close)
     assert not torch.allclose(bent, torch.nn.functional.gelu(product), atol=1e-6)
+
+
+@pytest.mark.skipif(not onednn_file._has_onednn(), reason="this build of torch has no oneDNN")
+def test_a_torch_with_onednn_packs() -> None:
+    """Its operators' names are private: were they lost, all would go on working, slower."""
+    assert onednn_file.onednn(torch.float32) is not None
+
+
+@pytest.mark.parametrize("part", ["product", "product_and_sum"])
+def test_operators_that_compute_something_else_are_not_taken(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = onednn_file.onednn(torch.float32)
+    assert ops is not None
+    changed = ops._replace(**{part: lambda *args: getattr(ops, part)(*args) + 1e-3})
+    assert not onednn_file._right(changed, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

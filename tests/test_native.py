@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from batchbench.batching.engines.torch import native as compiling
 from batchbench.batching.engines.torch.native import Native, Processor, native
+from batchbench.batching.environment import torch_environment
 
 needs_kernels = pytest.mark.skipif(native() is None, reason="no kernels of our own here")
 laws = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -159,6 +161,18 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 # Where there are kernels
+
+
+def test_a_machine_that_can_have_kernels_has_them() -> None:
+    """Were they lost, all would go on working, slower."""
+    able = Processor.here().features >= compiling._NEEDED and shutil.which("g++")
+    assert (native() is not None) == bool(able)
+
+
+def test_results_say_whose_kernels_computed() -> None:
+    own = native() is not None
+    assert torch_environment("cpu")["cpu_kernels"] == ("batchbench's" if own else "torch's")
+    assert torch_environment("meta")["cpu_kernels"] is None
 
 
 def test_the_processor_says_what_it_can(tmp_path: Path) -> None:

@@ -12,16 +12,24 @@
 
 namespace {
 
-constexpr long LANES = 16;       // floats in a vector
-constexpr long COLUMNS = 32;     // outputs whose weights lie together: a panel
-constexpr long ROWS = 8;         // rows at once: ROWS x COLUMNS sums fill half of the registers
-constexpr long AHEAD = 4096;     // bytes between the weights in use and those asked for
-constexpr long POSITIONS = 128;  // cached positions between two corrections of the softmax
+constexpr long LANES = 16;    // floats in a vector
+constexpr long COLUMNS = 32;  // outputs whose weights lie together: a panel
+constexpr long ROWS = 8;      // rows at once: ROWS x COLUMNS sums fill half of the registers
+
+constexpr long POSITIONS = 128;    // cached positions between two corrections of the softmax
 constexpr long HEAD_VECTORS = 16;  // head sizes up to 256
+
+constexpr long LINE = 64;             // bytes that come from memory together
+constexpr long WEIGHTS_AHEAD = 4096;  // bytes from what is in use to what is asked for
+constexpr long KEYS_AHEAD = 2048;
 
 struct bfloat16 {
     uint16_t bits;
 };
+
+inline void ask_for(const void* p, long ahead) {
+    _mm_prefetch(static_cast<const char*>(p) + ahead, _MM_HINT_T0);
+}
 
 inline __mmask16 first(long n) { return n >= LANES ? 0xffff : (1u << n) - 1; }
 
@@ -79,10 +87,6 @@ struct Product {
     bool through_gelu;
 };
 
-inline void ask_for(const void* weight) {
-    _mm_prefetch(static_cast<const char*>(weight) + AHEAD, _MM_HINT_T0);
-}
-
 // How a panel is multiplied with R rows of x, `inputs` apart. Each adds into sums[R][2].
 
 struct Float32 {
@@ -92,8 +96,8 @@ struct Float32 {
     static inline void multiply(const float* x, const float* w, long inputs, __m512 (*sums)[2]) {
         for (long k = 0; k < inputs; k++, w += COLUMNS) {
             __m512 left = _mm512_loadu_ps(w), right = _mm512_loadu_ps(w + LANES);
-            ask_for(w);
-            ask_for(w + LANES);
+            ask_for(w, WEIGHTS_AHEAD);
+            ask_for(w + LANES, WEIGHTS_AHEAD);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 __m512 a = _mm512_set1_ps(x[r * inputs + k]);
@@ -114,8 +118,8 @@ struct Widened {
         const __m512i upper = _mm512_set1_epi32(0xffff0000);
         for (long k = 0; k < inputs; k += 2, w += 2 * COLUMNS) {
             __m512i left = _mm512_loadu_si512(w), right = _mm512_loadu_si512(w + COLUMNS);
-            ask_for(w);
-            ask_for(w + COLUMNS);
+            ask_for(w, WEIGHTS_AHEAD);
+            ask_for(w + COLUMNS, WEIGHTS_AHEAD);
             __m512 left_0 = _mm512_castsi512_ps(_mm512_slli_epi32(left, 16));
             __m512 right_0 = _mm512_castsi512_ps(_mm512_slli_epi32(right, 16));
             __m512 left_1 = _mm512_castsi512_ps(_mm512_and_si512(left, upper));
@@ -143,8 +147,8 @@ struct Dotted {
         for (long k = 0; k < inputs; k += 2, w += 2 * COLUMNS) {
             __m512bh left = (__m512bh)_mm512_loadu_si512(w);
             __m512bh right = (__m512bh)_mm512_loadu_si512(w + COLUMNS);
-            ask_for(w);
-            ask_for(w + COLUMNS);
+            ask_for(w, WEIGHTS_AHEAD);
+            ask_for(w + COLUMNS, WEIGHTS_AHEAD);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 int pair;
@@ -201,22 +205,19 @@ void multiply(const Product<typename Way::Weight>& p, const typename Way::Input*
 
 // ---- attention
 
-// The sum over the lanes of each of `vectors` products.
-inline float dot(const __m512* a, const __m512* b, long vectors) {
-    __m512 sum = _mm512_mul_ps(a[0], b[0]);
-    for (long v = 1; v < vectors; v++) sum = _mm512_fmadd_ps(a[v], b[v], sum);
-    return _mm512_reduce_add_ps(sum);
-}
-
 // One query over the first `length` cached positions of its slot and head, [length, size] each of
-// keys and values: a softmax that is corrected every POSITIONS (Milakov and Gimelshein 2018).
-template <class T>
-void attend(const T* q, const T* keys, const T* values, long length, long size, float scale, T* out) {
-    const long vectors = (size + LANES - 1) / LANES;
-    __m512 query[HEAD_VECTORS], sums[HEAD_VECTORS], row[HEAD_VECTORS];
+// keys and values: a softmax that is corrected every POSITIONS (Milakov and Gimelshein 2018). Where
+// SIZE is known it is `size`, and a head stays in registers.
+template <class T, long SIZE>
+void attend(
+    const T* q, const T* keys, const T* values, long length, long some_size, float scale, T* out) {
+    constexpr long MOST = SIZE ? SIZE / LANES : HEAD_VECTORS;
+    const long size = SIZE ? SIZE : some_size;
+    const long vectors = SIZE ? MOST : (size + LANES - 1) / LANES;
+    auto lanes = [size](long v) { return SIZE ? first(LANES) : first(size - v * LANES); };
+    __m512 query[MOST], sums[MOST];
     for (long v = 0; v < vectors; v++) {
-        __m512 loaded = load(q + v * LANES, first(size - v * LANES));
-        query[v] = _mm512_mul_ps(loaded, _mm512_set1_ps(scale));
+        query[v] = _mm512_mul_ps(load(q + v * LANES, lanes(v)), _mm512_set1_ps(scale));
         sums[v] = _mm512_setzero_ps();
     }
     float scores[POSITIONS], highest = -INFINITY, total = 0;
@@ -225,35 +226,38 @@ void attend(const T* q, const T* keys, const T* values, long length, long size, 
         float top = highest;
         for (long i = 0; i < n; i++) {
             const T* key = keys + (from + i) * size;
-            ask_for(key);
-            for (long v = 0; v < vectors; v++) row[v] = load(key + v * LANES, first(size - v * LANES));
-            scores[i] = dot(query, row, vectors);
+            for (long v = 0; v < vectors; v += LINE / (LANES * sizeof(T))) {
+                ask_for(key + v * LANES, KEYS_AHEAD);
+                ask_for(values + (from + i) * size + v * LANES, 0);  // wanted next
+            }
+            __m512 sum = _mm512_mul_ps(query[0], load(key, lanes(0)));
+            for (long v = 1; v < vectors; v++)
+                sum = _mm512_fmadd_ps(query[v], load(key + v * LANES, lanes(v)), sum);
+            scores[i] = _mm512_reduce_add_ps(sum);
             top = scores[i] > top ? scores[i] : top;
         }
         const float shrink = expf(highest - top);
         __m512 added = _mm512_setzero_ps();
         for (long i = 0; i < n; i += LANES) {
-            __mmask16 lanes = first(n - i);
-            __m512 below = _mm512_sub_ps(load(scores + i, lanes), _mm512_set1_ps(top));
-            __m512 weight = _mm512_maskz_mov_ps(lanes, exponential(below));
-            store(scores + i, lanes, weight);
+            __mmask16 there = first(n - i);
+            __m512 below = _mm512_sub_ps(load(scores + i, there), _mm512_set1_ps(top));
+            __m512 weight = _mm512_maskz_mov_ps(there, exponential(below));
+            store(scores + i, there, weight);
             added = _mm512_add_ps(added, weight);
         }
         total = total * shrink + _mm512_reduce_add_ps(added);
         for (long v = 0; v < vectors; v++) sums[v] = _mm512_mul_ps(sums[v], _mm512_set1_ps(shrink));
         for (long i = 0; i < n; i++) {
             const T* value = values + (from + i) * size;
-            ask_for(value);
             __m512 weight = _mm512_set1_ps(scores[i]);
-            for (long v = 0; v < vectors; v++) {
-                __m512 loaded = load(value + v * LANES, first(size - v * LANES));
-                sums[v] = _mm512_fmadd_ps(weight, loaded, sums[v]);
-            }
+            for (long v = 0; v < vectors; v++)
+                sums[v] = _mm512_fmadd_ps(weight, load(value + v * LANES, lanes(v)), sums[v]);
         }
         highest = top;
     }
+    const __m512 whole = _mm512_set1_ps(total);
     for (long v = 0; v < vectors; v++)
-        store(out + v * LANES, first(size - v * LANES), _mm512_div_ps(sums[v], _mm512_set1_ps(total)));
+        store(out + v * LANES, lanes(v), _mm512_div_ps(sums[v], whole));
 }
 
 // One pass over a layer: each token's keys and values go to their slot and position, then each of
@@ -272,9 +276,11 @@ void attention(
         T* at = keys + positions[token] * size;
         __builtin_memcpy(at, q + width, size * sizeof(T));
         __builtin_memcpy(at + values, q + 2 * width, size * sizeof(T));
-        if (token < decoding)
-            attend(q, keys, keys + values, positions[token] + 1, size, scale,
-                   out + token * width + head * size);
+        if (token < decoding) {
+            auto one = size == 64 ? attend<T, 64> : attend<T, 0>;  // 64: all of the GPT-2 family
+            one(q, keys, keys + values, positions[token] + 1, size, scale,
+                out + token * width + head * size);
+        }
     }
 }
 
