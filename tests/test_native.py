@@ -205,7 +205,13 @@ def _fails(*_: object, **__: object) -> None:
     raise subprocess.CalledProcessError(1, "g++")
 
 
-@pytest.mark.parametrize("lacking", ["processor", "compiler", "system", "compiles", "cache"])
+def _nowhere() -> None:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize(
+    "lacking", ["processor", "compiler", "system", "compiles", "cache", "home"]
+)
 def test_a_machine_without_kernels_does_without(
     lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +226,9 @@ def test_a_machine_without_kernels_does_without(
         monkeypatch.setattr(compiling.sys, "platform", "darwin")
     elif lacking == "compiles":
         monkeypatch.setattr(compiling, "_compile", _fails)
+    elif lacking == "home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(compiling.Path, "home", _nowhere)
     else:
         (tmp_path / "cache").write_text("a file stands where the folder should be")
     assert compiling.native.__wrapped__() is None

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -47,12 +48,12 @@ def native() -> Native | None:
     return None if library is None else Native(library, processor)
 
 
+@dataclass(frozen=True)
 class Processor:
     """What decides between ways of computing: the maker, and the sets of instructions."""
 
-    def __init__(self, maker: str, features: frozenset[str]) -> None:
-        self.maker = maker
-        self.features = features
+    maker: str
+    features: frozenset[str]
 
     @classmethod
     def here(cls, told: Path = Path("/proc/cpuinfo")) -> Processor:
@@ -233,7 +234,7 @@ def _compiled() -> ctypes.CDLL | None:
         if not file.exists():
             _compile(compiler, file)
         return ctypes.CDLL(str(file))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: no home
         return None
 
 
