@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.engines.torch import base, making
@@ -128,8 +129,10 @@ def test_compiled_passes_give_the_tokens_of_eager_ones(make_model: MakeModel) ->
     workload = Workload.of(
         "few", [p[:n] for p, n in zip(PROMPTS, (9, 2, 5, 1), strict=True)], [7] * 4
     )
+    counters.clear()
     engine, memory = make_engine("slots", model, 3, 32, "compile")
     assert (engine.execution, memory["packed_weight_bytes"]) == ("compile", 0)
+    assert not counters["graph_break"]  # nothing in a pass makes the compiler stop
     recording = Batcher("continuous", engine, 3).serve(workload, Watch())
     assert verify(workload, [recording], TeacherForced(model)).identical == 4
 

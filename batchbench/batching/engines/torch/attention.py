@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,16 +51,21 @@ class Layout:
     rows: torch.Tensor | None = None
     fresh: Sequence[Prompts] = ()
     continued: Sequence[tuple[int, Chunk, torch.Tensor]] = ()  # first token, chunk, mask
+    _rows_of_cache: torch.Tensor | None = field(default=None, init=False)
     _mask: torch.Tensor | None = field(default=None, init=False)
 
     def moved(self, positions: torch.Tensor, length: int) -> Layout:
         """The same requests in another pass."""
         return replace(self, positions=positions, length=length)
 
-    @cached_property
+    # No cached_property: up to Python 3.11 it takes a lock, at which torch.compile stops.
+
+    @property
     def rows_of_cache(self) -> torch.Tensor | None:
         """Where the keys and values of this pass are written, as :meth:`SlotCache.rows` tells."""
-        return self.cache.rows(self.slots, self.positions)
+        if self._rows_of_cache is None:
+            self._rows_of_cache = self.cache.rows(self.slots, self.positions)
+        return self._rows_of_cache
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
         """What the decoding rows may see, ``[high - low, 1, 1, length]``: 0 or −∞, to be added.

@@ -114,8 +114,10 @@ class GPT2Forward:
         ]
         self._norm = _norm(body.ln_f)
         self._head = make_linear(model.module.lm_head.weight, None, most)
-        layers = [layer for block in self._blocks for layer in (block[1], block[2], *block[4:])]
-        self.extra_bytes = sum(layer.extra_bytes for layer in (*layers, self._head))
+        layers = [self._head]
+        for b in self._blocks:
+            layers += [b.qkv, b.attention_out, b.mlp_in, b.mlp_out]
+        self.extra_bytes = sum(layer.extra_bytes for layer in layers)
         self._own = own_attention(config, model.device, model.dtype, most)
         self.cache_dtype = cache_dtype(config, model.device, model.dtype, most)
 

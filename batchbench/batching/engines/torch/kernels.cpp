@@ -162,7 +162,8 @@ struct Dotted {
 };
 
 template <class Way, int R>
-void tile(const Product<typename Way::Weight>& p, const typename Way::Input* x, long row, long panel) {
+void tile(
+    const Product<typename Way::Weight>& p, const typename Way::Input* x, long row, long panel) {
     __m512 sums[R][2];
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     const long inputs = p.inputs;
