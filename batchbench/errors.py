@@ -9,6 +9,39 @@ A bad answer is no exception: a run whose outputs are wrong is written and shown
 ends with 1.
 """
 
+LONGEST_VALUE = 80
+"""Characters of a value that a message shows."""
+
+_LONGEST_WORD, _LONGEST_LINE = 255, 2000
+"""Characters of a word, such as the name of a file, and of a whole message."""
+
+
+def shown(value: object, most: int = LONGEST_VALUE) -> str:
+    """Return a value as a message shows it: cut to ``most`` characters, its controls escaped."""
+    try:
+        text = _escaped(str(value)[: most + 1])
+    except ValueError:  # an integer of more digits than Python spells
+        return "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def one_line(message: str) -> str:
+    """Return a message on one line, without control characters and of bounded length."""
+    line = " ".join(_cut(_escaped(word), _LONGEST_WORD) for word in message.split())
+    return _cut(line, _LONGEST_LINE)
+
+
+def _escaped(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _cut(text: str, most: int) -> str:
+    """Return the text without its middle where it is too long: both ends of a path tell most."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
 
 class BatchbenchError(Exception):
     """Root of all errors that batchbench raises on purpose."""
@@ -16,7 +49,7 @@ class BatchbenchError(Exception):
     exit_code = 70
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        return one_line(super().__str__())
 
 
 class UsageError(BatchbenchError):

@@ -6,13 +6,17 @@ loop and no queue: it is asked, and answers from what it is shown.
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import inspect
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from batchbench.errors import UsageError
+from batchbench.batching.queue import ORDERS
+from batchbench.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from batchbench.workloads import Request
@@ -157,25 +161,106 @@ def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
     """A policy by name, or one of yours as ``package.module:Class``, made without arguments.
 
     Raises:
-        UsageError: no such policy, or it cannot be imported or made, or lacks a method.
+        UsageError: no such policy, or it is no class of a policy, or cannot be imported or made.
     """
-    if ":" not in name:
-        if name not in POLICIES:
-            raise UsageError(
-                f"--strategy {name}: must be one of {', '.join(POLICIES)}, generate_batch, "
-                "or a class of yours as package.module:Class"
-            )
-        return POLICIES[name](max_wait_ns)
+    if ":" in name:
+        return _make_own(name)
+    if name not in POLICIES:
+        raise UsageError(
+            f"--strategy {shown(name)}: must be one of {', '.join(POLICIES)}, generate_batch, "
+            "or a class of yours as package.module:Class"
+        )
+    return POLICIES[name](max_wait_ns)
+
+
+def _make_own(name: str) -> Policy:
+    """Make the user's policy; nothing is called that is not a class with a policy's methods."""
+    place = f"--strategy {shown(name)}"
+    kind = _class_of(name, place)
+    for method in ("admit", "release"):
+        if not callable(getattr(kind, method, None)):
+            raise UsageError(f"{place}: has no method {method}(view); a policy has {_METHODS}")
+    if inspect.isabstract(kind) or getattr(kind, "_is_protocol", False):
+        raise UsageError(f"{place}: is abstract; give a class that can be made")
+    if not _takes(kind):
+        raise UsageError(f"{place}: is made without arguments; give its constructor defaults")
+    try:
+        policy: Policy = kind()
+    except (Exception, SystemExit) as error:  # the user's code: whatever it raises is an answer
+        raise UsageError(f"{place}: cannot be made: {_spell(error)}") from error
+    if not (_takes(policy.admit, "view") and _takes(policy.release, "view")):
+        raise UsageError(f"{place}: its methods must be admit(view) and release(view)")
+    order = getattr(policy, "order", None)
+    if order is not None and order not in ORDERS:
+        raise UsageError(
+            f"{place}: its order is '{shown(order)}'; it must be one of {', '.join(ORDERS)}"
+        )
+    return policy
+
+
+def _class_of(name: str, place: str) -> type:
+    """The class that ``package.module:Class`` names.
+
+    Raises:
+        UsageError: there is none.
+    """
     module_name, _, class_name = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
+        raise UsageError(f"{place}: must be package.module:Class, such as my_policies:Mine")
     here = str(Path.cwd())
     if here not in sys.path:  # as `python -m` does, so that a file beside you can be named
         sys.path.insert(0, here)
     try:
-        policy = getattr(importlib.import_module(module_name), class_name)()
-    except (Exception, SystemExit) as error:  # the user's code: whatever it raises is an answer
-        raise UsageError(f"--strategy {name}: {type(error).__name__}: {error}") from error
-    for method in ("admit", "release"):
-        if not callable(getattr(policy, method, None)):
-            raise UsageError(f"--strategy {name}: the class needs a method {method}(view)")
-    found: Policy = policy
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise UsageError(
+                f"{place}: no module {shown(error.name)} is here or installed"
+            ) from error
+        raise UsageError(f"{place}: cannot be imported: {_spell(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{place}: cannot be imported: {_spell(error)}") from error
+    try:
+        found = getattr(module, class_name)
+    except Exception as error:  # a module may have a __getattr__ of its own
+        classes = [each for each, value in vars(module).items() if isinstance(value, type)]
+        near = difflib.get_close_matches(class_name, classes, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(
+            f"{place}: the module {module_name} has no class {class_name}{hint}"
+        ) from error
+    if not isinstance(found, type):
+        what = "a function" if inspect.isroutine(found) else f"of type {type(found).__name__}"
+        raise UsageError(f"{place}: is not a class but {what}; a policy is a class with {_METHODS}")
     return found
+
+
+_METHODS = "admit(view) and release(view)"
+
+
+def _takes(function: Callable[..., object], *arguments: str) -> bool:
+    """Whether a function can be called with so many arguments, as far as it says."""
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # one in C that does not say
+        return True
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def fault_of(policy: Policy, method: str, error: Exception) -> UsageError:
+    """The error to raise where a method of a policy raised one: it says in which line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}, line {place.lineno}"
+    return UsageError(
+        f"the policy {type(policy).__name__} fails in {method}: {_spell(error)} ({where})"
+    )
+
+
+def _spell(error: BaseException) -> str:
+    """An exception of the user's code, on a line."""
+    text = shown(" ".join(str(error).split()), 200)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

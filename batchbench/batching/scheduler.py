@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.plan import Chunk, Plan, Wait
-from batchbench.batching.policies import Policy
+from batchbench.batching.policies import Policy, fault_of
 from batchbench.batching.queue import ORDERS, WaitingQueue
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 from batchbench.workloads import Arrivals, Request
 
 
@@ -177,7 +177,10 @@ class Scheduler:
         return self._rows
 
     def _release(self) -> None:
-        released = tuple(self._policy.release(self))
+        try:
+            released = tuple(self._policy.release(self))
+        except Exception as error:  # the user's code
+            raise fault_of(self._policy, "release", error) from error
         for slot in released:
             if slot not in self.finished:
                 raise UsageError(f"a policy released slot {slot}, whose request is not done")
@@ -194,13 +197,21 @@ class Scheduler:
         return released
 
     def _admit(self) -> int | None:
-        chosen, ask_again = self._policy.admit(self)
-        if len(chosen) > self.free:
-            raise UsageError(f"a policy admitted {len(chosen)} requests into {self.free} slots")
+        try:
+            chosen, ask_again = self._policy.admit(self)
+            count = len(chosen)
+        except Exception as error:  # the user's code
+            raise fault_of(self._policy, "admit", error) from error
+        if count > self.free:
+            raise UsageError(f"a policy admitted {count} requests into {self.free} slots")
         if chosen:
             chosen = list(chosen)  # it may be the queue itself
+            if not all(isinstance(request, Request) for request in chosen):
+                raise UsageError("a policy admitted something that is no request")
             self.waiting.take(chosen)
             self._admitted.extend(chosen)
+        if not isinstance(ask_again, int | np.integer | None):
+            raise UsageError(f"a policy asked to be asked again at {shown(ask_again)}: give ns")
         if ask_again is not None and ask_again <= self.now:
             raise UsageError("a policy asked to be asked again at a time that has passed")
         return ask_again
