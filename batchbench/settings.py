@@ -6,7 +6,9 @@ its options from them and :func:`check` holds the same bounds for callers from P
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import numbers
 import typing
@@ -15,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
+from batchbench.values import UNITS, parse_float, parse_whole
 
 _KEY = "batchbench"
 
@@ -33,6 +36,7 @@ class Setting:
     default_text: str | None = None  # what None means, for the help
     excludes: tuple[str, ...] = ()  # fields that say the same in another way
     resets: tuple[str, ...] = ()  # fields that mean nothing any more once this one is set anew
+    unit: str = ""  # of a number: a key of values.UNITS
 
 
 def setting(
@@ -47,8 +51,10 @@ def setting(
     default_text: str | None = None,
     excludes: Sequence[str] = (),
     resets: Sequence[str] = (),
+    unit: str = "",
 ) -> Any:
-    """A dataclass field that carries its option's help text, bounds, choices and rivals."""
+    """A dataclass field that carries its option's help text, bounds, unit, choices and rivals."""
+    assert unit in UNITS
     about = Setting(
         help,
         panel,
@@ -59,6 +65,7 @@ def setting(
         default_text,
         tuple(excludes),
         tuple(resets),
+        unit,
     )
     return dataclasses.field(default=default, metadata={_KEY: about})
 
@@ -101,6 +108,21 @@ def make_spec(spec: Any, given: Mapping[str, Any]) -> Any:
     return spec(**{name: value for name, value in given.items() if name in names})
 
 
+@functools.cache
+def hints_of(spec: type) -> dict[str, Any]:
+    """Types of a spec's fields; to evaluate them anew for each option took half of ``--help``."""
+    return typing.get_type_hints(spec)
+
+
+def kind_of(hint: Any) -> type:
+    """The type of a field's values that are not None: ``int`` of ``int | None``."""
+    if typing.get_origin(hint) is tuple:
+        return tuple
+    (kind,) = set(typing.get_args(hint) or {hint}) - {type(None)}
+    found: type = kind
+    return found
+
+
 _KINDS = {
     bool: "True or False",
     int: "a whole number",
@@ -109,6 +131,29 @@ _KINDS = {
     Path: "the name of a file or folder",
     tuple: "texts",
 }
+
+
+def parse(spec: type, field: dataclasses.Field[Any], text: str) -> Any:
+    """Return the value that a text on a command line gives to a field.
+
+    Raises:
+        UsageError: the text is empty, or no value of the field's kind, or beyond its bounds.
+    """
+    known, kind = about(field), kind_of(hints_of(spec)[field.name])
+    place = f"{option_name(field.name)} {shown(text)}"
+    value: Any = text
+    if not text.strip():
+        option = option_name(field.name)
+        raise UsageError(f"{option} '{shown(text)}': is empty; give a value, or drop {option}")
+    if kind is int:
+        value = parse_whole(text, place)
+    elif kind is float:
+        value = parse_float(text, place, known.unit)
+    elif kind is Path:
+        value = Path(text)
+    if kind is not tuple:
+        check_value(field, value, place)
+    return value
 
 
 def typed(spec: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,16 +165,14 @@ def typed(spec: type, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: a value is not of its field's kind.
     """
-    hints = typing.get_type_hints(spec)
+    hints = hints_of(spec)
     return {name: _typed(hints[name], name, value) for name, value in given.items()}
 
 
 def _typed(hint: Any, name: str, value: Any) -> Any:
-    kinds = set(typing.get_args(hint)) if typing.get_origin(hint) is not tuple else {tuple}
-    kinds = kinds or {hint}
-    if value is None and type(None) in kinds:
+    kind = kind_of(hint)
+    if value is None and type(None) in typing.get_args(hint):
         return None
-    (kind,) = kinds - {type(None)}
     if kind is Path and isinstance(value, str) and value:
         return Path(value)
     if kind is tuple and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
@@ -141,10 +184,14 @@ def _typed(hint: Any, name: str, value: Any) -> Any:
     if not isinstance(value, bool):  # which counts as a number; NumPy's numbers do as well
         if kind is int and isinstance(value, numbers.Integral):
             return int(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            return int(value)
         if kind is float and isinstance(value, numbers.Real):
-            return float(value)
+            with contextlib.suppress(OverflowError):  # an integer of 400 digits
+                return float(value)
     if kind in (int, float) or not isinstance(value, kind):
-        raise UsageError(f"{option_name(name)} {value!r}: must be {_KINDS[kind]}")
+        text = f"'{shown(value)}'" if isinstance(value, str) else shown(value)
+        raise UsageError(f"{option_name(name)} {text}: must be {_KINDS[kind]}")
     return value
 
 
@@ -155,7 +202,7 @@ def check(spec: Any) -> None:
     """
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
-        check_value(field, value, f"{option_name(field.name)} {value}")
+        check_value(field, value, f"{option_name(field.name)} {shown(value)}")
     defaults = {field.name: field.default for field in dataclasses.fields(spec)}
     for field in dataclasses.fields(spec):
         for other in about(field).excludes:
@@ -175,12 +222,18 @@ def check_value(field: dataclasses.Field[Any], value: Any, asked: str) -> None:
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{asked}: must be a finite number")
+    unit = " percent" if known.unit == "percent" else ""
     if known.min is not None and value < known.min:
-        raise UsageError(f"{asked}: must be at least {known.min}")
+        raise UsageError(f"{asked}: must be at least {_spell(known.min)}{unit}")
     if known.max is not None and value > known.max:
-        raise UsageError(f"{asked}: must be at most {known.max}")
+        raise UsageError(f"{asked}: must be at most {_spell(known.max)}{unit}")
     if known.choices and value not in known.choices:
         raise UsageError(f"{asked}: must be one of {', '.join(known.choices)}")
+
+
+def _spell(bound: float) -> str:
+    """A bound without a needless ``.0``."""
+    return str(int(bound)) if bound == int(bound) else str(bound)
 
 
 def words_of(spec: Any, usual: Any, always: Collection[str] = ()) -> list[str]:
@@ -190,7 +243,9 @@ def words_of(spec: Any, usual: Any, always: Collection[str] = ()) -> list[str]:
         value, option = getattr(spec, field.name), option_name(field.name)
         if value == getattr(usual, field.name) and field.name not in always:
             continue
-        if value is True:
+        if about(field).unit == "percent":
+            words += [option, f"{value}%"]
+        elif value is True:
             words.append(option)
         elif isinstance(value, tuple):
             words += [word for each in value for word in (option, str(each))]

@@ -287,7 +287,7 @@ def test_lanes_are_the_last_strategy_or_those_asked_for() -> None:
         (["--base-python", "/"], "is a folder"),
         (["--base-python", "a", "--base-ref", "b"], "exclude each other"),
         (["--base-ref", "no-such-revision"], "has no such commit"),
-        (["--base-ref", "HEAD", "--margin", "0.005"], "must be above --floor"),
+        (["--base-ref", "HEAD", "--margin", "0.5%"], "must be above --floor"),
         (["--base-ref", "HEAD", "--timed", "what"], "--timed what"),
         (["--base-ref", "HEAD", "--max-time", "1"], "must be at least 20"),
     ],

@@ -8,15 +8,14 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from baselines import write_baseline
+from commands import ALL
 
-from batchbench.cli.main import _guarded, app
+from batchbench.cli.main import _guarded
 
 MEASURED = (
     "batchbench run --model toy-gpt2 --device cpu --batch-size 2 --queue-size 8 --trials 2 "
@@ -29,18 +28,6 @@ MEASURES = ("run", "ladder", "capacity", "duet", "check", "baseline save")
 only parsed where there is no such option."""
 
 ON_A_TERMINAL = ("watch",)
-
-
-def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """All commands of the program that do something, with the words that call them."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*path, name))
-        else:
-            yield (*path, name), command
-
-
-ALL = dict(commands(typer.main.get_command(app)))
 
 
 def examples_of(command: Any) -> list[str]:

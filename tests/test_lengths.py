@@ -249,7 +249,7 @@ def test_what_is_not_of_the_grammar_is_answered_with_it(option: str, text: str, 
     [
         (b"", "holds no length"),
         (b"\n\n", "holds no length"),
-        (b"3\n0\n", "line 2: '0' is no length"),
+        (b"3\n0\n", "line 2: 0 is no length"),
         (b"3\n4\n-1\n", "line 3: '-1' is no length"),
         (b"3\nfour\n", "line 2: 'four' is no length"),
         (b"3.5\n", "line 1: '3.5' is no length"),

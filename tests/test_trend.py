@@ -480,7 +480,7 @@ def test_the_files_are_written_whole_and_older_pictures_go(write: Writer, tmp_pa
         (("nowhere",), "nowhere: no such folder"),
         ((".",), "no result to look at"),
         ((".", "--metric", "completed"), "--metric completed: has no better and worse"),
-        ((".", "--floor", "-1"), "--floor -1.0: must be at least 0"),
+        ((".", "--floor", "-1"), "--floor -1: must be at least 0 percent"),
         ((".", "--accept", "ab"), "at least 4 letters"),
         ((".", "--json", "--markdown", "-"), "give one of them"),
     ],

@@ -14,8 +14,9 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.policies import WAITING, make_policy
 from batchbench.batching.presets import NOTEBOOK, PRESETS, check_preset
 from batchbench.batching.queue import ORDERS
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 from batchbench.settings import setting
+from batchbench.values import parse_whole
 from batchbench.workloads.spec import WorkloadSpec
 
 GENERATE_BATCH = "generate_batch"
@@ -51,6 +52,7 @@ class ServingSpec:
         "Serving",
         min=0.0,
         max=1e9,
+        unit="milliseconds",
     )
     order: str = setting(
         "fifo",
@@ -92,13 +94,13 @@ class ServingSpec:
         if not self.strategies:
             raise UsageError("--strategy: name at least one, such as static,continuous")
         if len(set(self.strategies)) < len(self.strategies):
-            raise UsageError(f"--strategy {self.strategy}: names a strategy twice")
+            raise UsageError(f"--strategy {shown(self.strategy)}: names a strategy twice")
         for name in self.policies:
             make_policy(name)
         if self.max_wait and not any(name in WAITING for name in self.strategies):
             raise UsageError(
-                f"--max-wait {self.max_wait:g}: none of --strategy {self.strategy} waits for a "
-                f"batch to fill; add one of {', '.join(WAITING)}"
+                f"--max-wait {self.max_wait:g}: none of --strategy {shown(self.strategy)} waits "
+                f"for a batch to fill; add one of {', '.join(WAITING)}"
             )
         if self.prefill == "mixed" and self.engine == "notebook":
             raise UsageError(
@@ -160,21 +162,23 @@ class TrialsSpec:
         "Seconds that the trials may take: no pair is begun that would end later.",
         "Measuring",
         min=0.001,
+        unit="seconds",
     )
 
     def __post_init__(self) -> None:
         settings.check(self)
-        if self.verify_limit is not None and self.verify_limit < 0:
-            raise UsageError(
-                f"--verify {self.verify}: must be all, none or how many requests to check"
-            )
+        _ = self.verify_limit
 
     @property
     def verify_limit(self) -> int | None:
-        """How many requests to check; None means all, below 0 that it says something else."""
+        """Number of requests to check; None means all."""
         if self.verify in ("all", "none"):
             return None if self.verify == "all" else 0
-        return int(self.verify) if self.verify.isdecimal() else -1
+        place, must = f"--verify {shown(self.verify)}", "must be all, none or a number of requests"
+        limit = parse_whole(self.verify, place, must)
+        if limit < 0:
+            raise UsageError(f"{place}: {must}")
+        return limit
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from batchbench import settings
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
+from batchbench.inputs import check_there
 from batchbench.settings import setting
 from batchbench.workloads.file import read_workload_file
-from batchbench.workloads.text import check_there
 
 NOTEBOOK = "notebook"
 """The default."""
@@ -134,4 +134,4 @@ class Basis:
 def check_preset(name: str) -> None:
     """Raise :class:`UsageError` where there is no such preset."""
     if name not in PRESETS:
-        raise UsageError(f"--preset {name}: must be one of {', '.join(PRESETS)}")
+        raise UsageError(f"--preset {shown(name)}: must be one of {', '.join(PRESETS)}")

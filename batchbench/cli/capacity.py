@@ -14,7 +14,7 @@ import typer
 from batchbench import settings
 from batchbench.batching.experiment import Experiment
 from batchbench.cli.options import with_given
-from batchbench.errors import Interrupted, UsageError
+from batchbench.errors import Interrupted, UsageError, shown
 from batchbench.reports.goals import GoalsSpec
 from batchbench.settings import setting
 from batchbench.studies.grid import SWEPT, make_experiment, words_of_axes
@@ -45,6 +45,7 @@ class CapacitySpec:
         "Capacity",
         min=0.01,
         max=0.9999,
+        unit="share",
     )
     precision: float = setting(
         0.05,
@@ -53,6 +54,7 @@ class CapacitySpec:
         "Capacity",
         min=0.0001,
         max=1.0,
+        unit="share",
     )
     max_trials: int = setting(
         8,
@@ -110,7 +112,8 @@ def _experiment(given: Mapping[str, Any], study: CapacitySpec) -> Experiment:
     process = str(given.get("arrivals", "poisson"))
     if process.partition(":")[0] in ("at-once", "trace", "ramp"):
         raise UsageError(
-            f"--arrivals {process}: has no rate to search for; take poisson, gamma or constant"
+            f"--arrivals {shown(process)}: has no rate to search for; take poisson, gamma or "
+            "constant"
         )
     enough = math.ceil(ENOUGH / (1 - study.slo_attainment)) * (10 if study.simulated else 1)
     sizes = {} if "trace" in given else {"queue_size": min(max(enough, FEWEST), MOST)}

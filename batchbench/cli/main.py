@@ -24,7 +24,8 @@ from batchbench.cli import sweep as sweeping
 from batchbench.cli import trend as looking_back
 from batchbench.cli import watch as watching
 from batchbench.cli import workload
-from batchbench.errors import BatchbenchError
+from batchbench.cli.usage import spell_usage
+from batchbench.errors import BatchbenchError, one_line
 
 app = typer.Typer(
     name="batchbench",
@@ -86,7 +87,7 @@ def _guarded() -> int:
     except BatchbenchError as error:
         return _say(str(error), error.exit_code)
     except typer.TyperException as error:
-        message = error.format_message()
+        message = spell_usage(error)
         return _say(message, 2) if message else 2  # without: the help has been shown
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", 130)
@@ -102,8 +103,7 @@ def _guarded() -> int:
 
 
 def _say(message: str, code: int) -> int:
-    line = " ".join(message.split())
-    print(f"batchbench: {line}", file=sys.stderr)  # noqa: T201
+    print(f"batchbench: {one_line(message)}", file=sys.stderr)  # noqa: T201
     return code
 
 

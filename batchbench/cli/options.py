@@ -127,11 +127,12 @@ def with_options(
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for name, p in inspect.signature(command).parameters.items() if name not in specs]
+        fields = [pair for pair in _fields(specs) if pair[1].name not in omit]
 
         @functools.wraps(command)
         def call(context: typer.Context, **values: Any) -> None:
             kept = {parameter.name: values.pop(parameter.name) for parameter in own}
-            given = _given(context, values)
+            given = _given(context, values, fields)
             layers = settings.make_spec(Basis, given).layers() if Basis in specs.values() else []
             found = settings.layered(specs.values(), defaults or {}, *layers, given)
             command(
@@ -144,11 +145,10 @@ def with_options(
                 *(_evaluated(command, parameter) for parameter in own),
                 *(
                     _parameter(spec, field, (defaults or {}).get(field.name, field.default))
-                    for spec in specs.values()
-                    for field in dataclasses.fields(spec)
-                    if field.name not in omit
+                    for spec, field in fields
                 ),
             ],
+            fields,
         )
 
     return decorate
@@ -166,26 +166,18 @@ def with_given(
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        fields = [
-            (spec, field)
-            for spec in parts.values()
-            for field in dataclasses.fields(spec)
-            if field.name not in omit
-        ]
+        names = {field.name for _, field in _fields(parts)} - {*omit}
+        fields = [*(pair for pair in _fields(parts) if pair[1].name in names), *_fields(specs)]
 
         @functools.wraps(command)
         def call(context: typer.Context, **values: Any) -> None:
-            typed = _given(context, values)
-            given = {
-                field.name: typed.pop(field.name) for _, field in fields if field.name in typed
-            }
-            command(
-                given=given,
-                **{name: settings.make_spec(spec, typed) for name, spec in specs.items()},
-            )
+            typed = _given(context, values, fields)
+            given = {name: typed.pop(name) for name in names & typed.keys()}
+            own = {name: settings.make_spec(spec, typed) for name, spec in specs.items()}
+            command(given=given, **own)
 
-        own = [(spec, field) for spec in specs.values() for field in dataclasses.fields(spec)]
-        return _signed(call, [_parameter(*pair, pair[1].default) for pair in [*fields, *own]])
+        parameters = [_parameter(spec, field, field.default) for spec, field in fields]
+        return _signed(call, parameters, fields)
 
     return decorate
 
@@ -205,11 +197,11 @@ def with_grid(
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        fields = [(spec, field) for spec in swept.values() for field in dataclasses.fields(spec)]
+        fields, others = _fields(swept), _fields(specs)
 
         @functools.wraps(command)
         def call(context: typer.Context, **values: Any) -> None:
-            given = _given(context, values)
+            given = _given(context, values, others)
             axes = {}
             for spec, field in fields:
                 typed = {n: given.pop(n) for n in _spellings(spec, field) if n in given}
@@ -223,43 +215,64 @@ def with_grid(
             for spec, field in fields
             for parameter in (_parameter(spec, field, field.default, swept=True), *_no(spec, field))
         ]
-        own = [
-            _parameter(spec, field, field.default)
-            for spec in specs.values()
-            for field in dataclasses.fields(spec)
-        ]
-        return _signed(call, [*parameters, *own])
+        parameters += [_parameter(spec, field, field.default) for spec, field in others]
+        return _signed(call, parameters, [*fields, *others])
 
     return decorate
 
 
+Field = tuple[type, dataclasses.Field[Any]]
+"""A spec and one of its fields."""
+
+
+def _fields(specs: Mapping[str, type]) -> list[Field]:
+    return [(spec, field) for spec in specs.values() for field in dataclasses.fields(spec)]
+
+
 def _signed(
-    call: Callable[..., None], parameters: Sequence[inspect.Parameter]
+    call: Callable[..., None], parameters: Sequence[inspect.Parameter], fields: Sequence[Field]
 ) -> Callable[..., None]:
-    """The function with the signature from which Typer makes its options."""
+    """Return the function with the signature from which Typer makes its options.
+
+    Its attribute ``fields`` says from which fields these were derived.
+    """
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
     )
     signature = inspect.Signature([context, *parameters])
     call.__signature__ = signature  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    call.fields = fields  # type: ignore[attr-defined]
     return call
 
 
-def _given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were typed, even if what was typed is the default."""
-    sources = {name: context.get_parameter_source(name) for name in values}
-    return {
-        # An option that may be repeated comes as a list.
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in values.items()
-        if (source := sources[name]) is not None and not source.name.startswith("DEFAULT")
-    }
+def _given(
+    context: typer.Context, values: Mapping[str, Any], fields: Sequence[Field]
+) -> dict[str, Any]:
+    """Return the options that were typed, even if what was typed is the default.
+
+    Typer hands over texts, so that what is no number or no choice is refused by words of our own.
+    """
+    homes = {field.name: (spec, field) for spec, field in fields}
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        source = context.get_parameter_source(name)
+        if source is None or source.name.startswith("DEFAULT"):
+            continue
+        if isinstance(value, list):  # of an option that may be repeated
+            if name in homes:
+                value = [settings.parse(*homes[name], text) for text in value]
+            given[name] = tuple(value)
+        elif isinstance(value, str) and name in homes:
+            given[name] = settings.parse(*homes[name], value)
+        else:
+            given[name] = value
+    return given
 
 
 def _spellings(spec: type, field: dataclasses.Field[Any]) -> list[str]:
     """The parameters that give values to a swept option: a flag has a second, that it is not."""
-    flag = _hints(spec)[field.name] is bool
+    flag = settings.hints_of(spec)[field.name] is bool
     return [field.name, f"no_{field.name}"] if flag else [field.name]
 
 
@@ -281,7 +294,7 @@ def _no(spec: type, field: dataclasses.Field[Any]) -> Iterator[inspect.Parameter
 
 def _axis(spec: type, field: dataclasses.Field[Any], typed: Mapping[str, Any]) -> tuple[Any, ...]:
     """The values given to a swept option, each once; ``typed`` is by spelling."""
-    hint = _hints(spec)[field.name]
+    hint = settings.hints_of(spec)[field.name]
     if hint is bool:
         return tuple(spelling == field.name for spelling in typed)
     given = typed[field.name]
@@ -289,23 +302,18 @@ def _axis(spec: type, field: dataclasses.Field[Any], typed: Mapping[str, Any]) -
         return (given,)
     kind = _number(hint)
     if kind is None:
-        return tuple(dict.fromkeys(Path(v) if hint == Path | None else v for v in given))
+        return tuple(dict.fromkeys(settings.parse(spec, field, text) for text in given))
     option = settings.option_name(field.name)
     found = [number for text in given for number in parse_numbers(text, kind, option)]
+    for number in found:
+        settings.check_value(field, number, f"{option} {number}")
     return tuple(dict.fromkeys(found))
-
-
-@functools.cache
-def _hints(spec: type) -> dict[str, Any]:
-    """Types of a spec's fields; to evaluate them anew for each option took half of ``--help``."""
-    return typing.get_type_hints(spec)
 
 
 def _number(hint: Any) -> type[int] | type[float] | None:
     """The kind of number that a field holds, if it does."""
-    if hint in (int, int | None):
-        return int
-    return float if hint in (float, float | None) else None
+    kind = settings.kind_of(hint)
+    return kind if kind in (int, float) else None
 
 
 def _evaluated(command: Callable[..., None], parameter: inspect.Parameter) -> inspect.Parameter:
@@ -314,13 +322,7 @@ def _evaluated(command: Callable[..., None], parameter: inspect.Parameter) -> in
     return parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY)
 
 
-_METAVARS: dict[Any, str] = {
-    bool: " ",
-    int: "N",
-    int | None: "N",
-    float: "X",
-    float | None: "X",
-}
+_METAVARS: Mapping[type, str] = {bool: " ", int: "N", float: "X"}
 
 
 def _parameter(
@@ -328,19 +330,22 @@ def _parameter(
 ) -> inspect.Parameter:
     """An option; ``swept`` ones have no default of their own, so that it shows which were given."""
     known = settings.about(field)
-    hint = _hints(spec)[field.name]
-    name, metavar = settings.option_name(field.name), known.metavar or _METAVARS.get(hint)
-    if hint == tuple[str, ...]:  # given once a value
+    kind: type = settings.kind_of(settings.hints_of(spec)[field.name])
+    name, metavar = settings.option_name(field.name), known.metavar or _METAVARS.get(kind)
+    hint: Any = bool if kind is bool else str | None  # _given parses the text
+    if kind is tuple:  # given once a value
         hint, default = list[str], list(default)
     help = known.help
     if known.choices and not all(choice in help for choice in known.choices):
         help = f"{help.rstrip('.')}: {', '.join(known.choices)}."
-    shown: bool | str = known.default_text or (default not in (None, []) and hint is not bool)
+    shown: bool | str = known.default_text or (default not in (None, []) and kind is not bool)
     if swept:
         shown = str(default) if shown is True else shown
-        if hint is not bool:
-            metavar = f"{metavar},…" if _number(hint) else metavar
+        if kind is not bool:
+            metavar = f"{metavar},…" if kind in (int, float) else metavar
             hint, default = list[str] | None, None
+    elif kind not in (bool, tuple) and default is not None:
+        default = str(default)
     option = typer.Option(
         default,
         name,

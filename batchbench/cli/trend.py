@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchbench.cli.options import with_options
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 from batchbench.reports.trend_spec import TrendSpec
 
 if TYPE_CHECKING:
@@ -90,11 +90,12 @@ def _check_strategies(entries: list[Entry], asked: TrendSpec) -> None:
     metrics, there = {metric for metric, _ in keys}, {strategy for _, strategy in keys}
     for metric in asked.metric:
         if metric not in metrics and metric not in TrendSpec.metric:
-            raise UsageError(f"--metric {metric}: no result has a value of it")
+            raise UsageError(f"--metric {shown(metric)}: no result has a value of it")
     for strategy in asked.strategy:
         if strategy not in there:
             raise UsageError(
-                f"--strategy {strategy}: is in no result; there are {', '.join(sorted(there))}"
+                f"--strategy {shown(strategy)}: is in no result; there are "
+                f"{', '.join(sorted(there))}"
             )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from batchbench import settings
+from batchbench.cli.options import with_options
 from batchbench.errors import Interrupted, UsageError
+from batchbench.settings import setting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,40 +29,37 @@ Of each strategy the trial of median duration is shown, at a speed at which the 
 Example: batchbench watch batchbench-results/my-run --speed 4"""
 
 
+@dataclass(frozen=True)
+class WatchSpec:
+    """How fast the replay is, and where it goes."""
+
+    speed: float | None = setting(
+        None,
+        "Seconds of the trial that pass in one second.",
+        "Replay",
+        min=1e-9,
+        max=1e9,
+        default_text="so that it lasts about 12 s",
+    )
+    gif: Path | None = setting(
+        None, "Write an animated GIF for slides instead.", "Output", metavar="FILE"
+    )
+    overwrite: bool = setting(False, "Replace the file if it is there.", "Output")
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+@with_options({"asked": WatchSpec})
 def watch(
     folder: Annotated[
         Path,
         typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False),
     ],
-    speed: Annotated[
-        float | None,
-        typer.Option(
-            "--speed",
-            metavar="X",
-            help="Seconds of the trial that pass in one second.",
-            show_default="so that it lasts about 12 s",
-            rich_help_panel="Replay",
-        ),
-    ] = None,
-    gif: Annotated[
-        Path | None,
-        typer.Option(
-            "--gif",
-            metavar="FILE",
-            help="Write an animated GIF for slides instead.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace the file if it is there.", rich_help_panel="Output"
-        ),
-    ] = False,
+    asked: WatchSpec,
 ) -> None:
     """Show what happened as it happened."""
-    if speed is not None and not 1e-9 <= speed <= 1e9:
-        raise UsageError(f"--speed {speed:g}: must be between 1e-9 and 1e9")
+    speed, gif = asked.speed, asked.gif
     if gif is None and not sys.stdout.isatty():
         raise UsageError("watch: needs a terminal to play on; --gif FILE writes the film to a file")
     from batchbench.reports.replay import Film, usual_speed
@@ -66,7 +67,7 @@ def watch(
 
     result = load_result(folder)
     if gif is not None:
-        _write_gif(result, speed, gif, overwrite=overwrite)
+        _write_gif(result, speed, gif, overwrite=asked.overwrite)
         return
     from rich.console import Console
 

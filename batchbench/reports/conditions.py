@@ -8,14 +8,15 @@ import re
 from dataclasses import dataclass
 
 from batchbench import settings
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 from batchbench.reports.gauges import GAUGES, Gauge
 from batchbench.settings import setting
+from batchbench.values import parse_number
 
 _COUNTS = ("_passes", "_steps", "prefill_tokens", "kv_tokens_peak", "outputs")
 """How the names of what is counted exactly end."""
 
-_FORM = re.compile(r"(?P<name>[^<>\s]+)\s*(?P<sign>[<>])=?\s*(?P<share>[-+−]?\d+(?:\.\d+)?)\s*%")
+_FORM = re.compile(r"(?P<name>[^<>\s]+)\s*(?P<sign>[<>])=?\s*(?P<percent>[^<>=]+)%")
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,18 @@ def parse_condition(text: str) -> Condition:
     Raises:
         UsageError: it is not of this form, names no metric, or its sign and threshold disagree.
     """
-    option = f"--fail-if '{text}'"
+    option = f"--fail-if '{shown(text)}'"
     found = _FORM.fullmatch(text.strip())
+    must = (
+        "must be a metric, < or >, and a change in percent, such as 'output_throughput < -5%' or "
+        "'continuous.p99_ttft_ms > 10%'"
+    )
     if found is None:
-        raise UsageError(
-            f"{option}: must be a metric, < or >, and a change in percent, such as "
-            "'output_throughput < -5%' or 'continuous.p99_ttft_ms > 10%'"
-        )
+        raise UsageError(f"{option}: {must}")
     strategy, metric = _split(found["name"])
     if metric not in GAUGES:
         raise UsageError(f"{option}: {_unknown(metric)}")
-    falls, share = found["sign"] == "<", float(found["share"].replace("−", "-")) / 100
+    falls, share = found["sign"] == "<", float(parse_number(found["percent"], option, must)) / 100
     if share == 0:
         raise UsageError(
             f"{option}: a change of 0 % leaves nothing between a loss and noise; give the least "
@@ -72,8 +74,11 @@ def parse_condition(text: str) -> Condition:
         sign = "-" if falls else ""
         raise UsageError(
             f"{option}: a {'fall is < and a negative' if falls else 'rise is > and a positive'} "
-            f"percentage; write '{found['name']} {found['sign']} {sign}{abs(share) * 100:g}%'"
+            f"percentage; write '{shown(found['name'])} {found['sign']} "
+            f"{sign}{abs(share) * 100:g}%'"
         )
+    if abs(share) < 1e-6:
+        raise UsageError(f"{option}: no change is so small; give the least that matters, as 3%")
     if falls and share <= -1:
         raise UsageError(f"{option}: nothing falls by 100 % or more; give less, such as -5%")
     return Condition(text.strip(), GAUGES[metric], strategy, falls, abs(share))
@@ -91,14 +96,24 @@ def _split(name: str) -> tuple[str | None, str]:
 
 
 def _unknown(metric: str) -> str:
+    name = shown(metric)
     if metric.endswith(_COUNTS):
-        return f"{metric} is counted exactly, and any change of it fails without being asked for"
+        return f"{name} is counted exactly, and any change of it fails without being asked for"
     near = [name for name in GAUGES if metric in name.split("_") and GAUGES[name].shown]
     near = near or difflib.get_close_matches(metric, GAUGES, 3, 0.5)
     if near:
-        return f"no metric is called {metric}; near are {', '.join(near)}"
-    shown = ", ".join(name for name, each in GAUGES.items() if each.shown)
-    return f"no metric is called {metric}; there are {shown} and the others of a summary"
+        return f"no metric is called {name}; near are {', '.join(near)}"
+    usual = ", ".join(name for name, each in GAUGES.items() if each.shown)
+    return f"no metric is called {name}; there are {usual} and the others of a summary"
+
+
+def check_margin(floor: float, margin: float) -> None:
+    """Raise :class:`UsageError` where a loss could be both slower and the same; in percent."""
+    if margin <= floor:
+        raise UsageError(
+            f"--margin {margin:g}: must be above --floor {floor:g} (both in percent), or a loss in "
+            "between would be both slower and the same"
+        )
 
 
 @dataclass(frozen=True)
@@ -118,9 +133,10 @@ class CompareSpec:
         "Percent of a speed-up that must be shown to be lost for it to be slower. Less is within "
         "what two builds of one code differ by, between processes and machines of one kind.",
         "Gate",
-        min=0.1,
+        min=0.0,
         max=90.0,
         metavar="PERCENT",
+        unit="percent",
     )
     margin: float = setting(
         10.0,
@@ -129,13 +145,15 @@ class CompareSpec:
         min=0.1,
         max=90.0,
         metavar="PERCENT",
+        unit="percent",
     )
     confidence: float = setting(
         0.999,
-        "With which a change must be shown, all metrics that are gated taken together.",
+        "Confidence level required to report a change, over all gated metrics together.",
         "Gate",
         min=0.5,
         max=0.999999,
+        unit="share",
     )
     allow_improvement: bool = setting(
         False,
@@ -156,8 +174,8 @@ class CompareSpec:
             key = (condition.gauge.name, condition.strategy, condition.falls)
             if key in seen:
                 raise UsageError(
-                    f"--fail-if '{condition.text}': '{seen[key]}' says already when that fails; "
-                    "give one of them"
+                    f"--fail-if '{shown(condition.text)}': '{shown(seen[key])}' says already when "
+                    "that fails; give one of them"
                 )
             seen[key] = condition.text
 

@@ -196,6 +196,7 @@ class Gate:
             "new": asdict(self.new),
             "settings": [asdict(each) for each in self.settings],
             "environment": [asdict(each) for each in self.environment],
+            "shares": ["change", "low", "high", "floor", "smallest"],  # 0.05 of evidence is 5 %
             "evidence": [{"name": each.name, **asdict(each)} for each in self.evidence],
             "notes": list(self.notes),
             "unsure": self.unsure,

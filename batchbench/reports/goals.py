@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from batchbench import settings
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 from batchbench.settings import setting
+from batchbench.values import parse_float
 
 LATENCIES = ("ttft", "tpot", "e2el")
 """What a service-level objective may limit, under the names of ``vllm bench serve --goodput``."""
@@ -54,15 +54,18 @@ def parse_slos(texts: tuple[str, ...]) -> dict[str, float]:
     """
     limits: dict[str, float] = {}
     for text in texts:
-        found = re.fullmatch(r"(\w+):(\d{1,12}(?:\.\d+)?|\.\d+)", text.strip())
-        if found is None or found[1] not in LATENCIES or not float(found[2]):
+        place = f"--slo {shown(text)}"
+        metric, colon, limit = (part.strip() for part in text.partition(":"))
+        if metric not in LATENCIES or not colon:
             raise UsageError(
-                f"--slo {text}: must be one of {', '.join(LATENCIES)}, a colon and "
-                "milliseconds above 0, such as --slo ttft:500"
+                f"{place}: must be one of {', '.join(LATENCIES)}, a colon and milliseconds, such "
+                "as --slo ttft:500"
             )
-        if found[1] in limits:
-            raise UsageError(f"--slo {text}: {found[1]} has a limit already; drop one of them")
-        limits[found[1]] = float(found[2])
+        if metric in limits:
+            raise UsageError(f"{place}: {metric} has a limit already; drop one of them")
+        limits[metric] = parse_float(limit, place, "milliseconds")
+        if limits[metric] <= 0:
+            raise UsageError(f"{place}: must be above 0 milliseconds, such as {metric}:500")
     return limits
 
 

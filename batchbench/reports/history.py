@@ -163,9 +163,13 @@ def find_results(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
     found: dict[Path, Path] = {}
     without = []
     for folder in folders:
-        if not folder.exists():
-            raise UsageError(f"{folder}: no such folder; give folders that hold results")
-        files = sorted(folder.rglob("result.json")) if folder.is_dir() else [folder]
+        try:
+            if not folder.exists():
+                raise UsageError(f"{folder}: no such folder; give folders that hold results")
+            files = sorted(folder.rglob("result.json")) if folder.is_dir() else [folder]
+        except OSError as error:  # its name is too long, or nobody may read it
+            why = (error.strerror or str(error)).lower()
+            raise UsageError(f"{folder}: cannot be read: {why}") from error
         # What a run that was cut off had begun to write is no result.
         files = [f for f in files if not any(p.startswith(".writing-") for p in f.parts)]
         if not files:

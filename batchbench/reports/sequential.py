@@ -61,6 +61,14 @@ class Rule:
         """The rule for one of several metrics that are looked at together (Bonferroni)."""
         return Rule(self.floor, self.margin, self.alpha / max(metrics, 1))
 
+    def as_data(self) -> dict[str, float]:
+        """Return the rule as JSON values, its bounds in percent as options give them."""
+        return {
+            "floor_percent": 100 * math.expm1(self.floor),
+            "margin_percent": 100 * math.expm1(self.margin),
+            "alpha": self.alpha,
+        }
+
 
 @dataclass(frozen=True)
 class Decision:

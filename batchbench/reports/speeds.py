@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 from batchbench.reports.conditions import CompareSpec, Condition
 from batchbench.reports.evidence import Evidence, Kind, Varying, weigh
 from batchbench.reports.gauges import GAUGES, Gauge
@@ -133,7 +133,7 @@ def _asked(base: Runs, new: Runs, spec: CompareSpec) -> Iterator[Asked]:
 def _check_condition(
     condition: Condition, strategies: Sequence[str], base: Runs, new: Runs
 ) -> None:
-    option, gauge = f"--fail-if '{condition.text}'", condition.gauge
+    option, gauge = f"--fail-if '{shown(condition.text)}'", condition.gauge
     if condition.strategy is not None and condition.strategy not in strategies:
         raise UsageError(
             f"{option}: there is no strategy {condition.strategy}; the results have "

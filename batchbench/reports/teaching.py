@@ -55,7 +55,7 @@ def read_teacher(folder: Path, option: str) -> Teacher:
         known, quality = known_cost(str(folder), trials)
     except UsageError as error:
         raise UsageError(
-            f"{option} {error}" if str(folder) in str(error) else f"{option} {folder}: {error}"
+            f"{option} {error}" if str(folder) in error.args[0] else f"{option} {folder}: {error}"
         ) from error
     return Teacher(result, known, quality)
 

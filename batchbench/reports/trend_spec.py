@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchbench import settings
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 from batchbench.settings import setting
 
 METRICS = ("output_throughput", "speedup", "median_e2el_ms", "p99_itl_ms")
@@ -41,7 +41,7 @@ def higher_is_better(metric: str) -> bool:
     if any(part in metric for part in _LOWER) and "arrival" not in metric:
         return False
     raise UsageError(
-        f"--metric {metric}: has no better and worse; give output_throughput, speedup, "
+        f"--metric {shown(metric)}: has no better and worse; give output_throughput, speedup, "
         "p99_ttft_ms or another rate, ratio or time of docs/metrics.md"
     )
 
@@ -62,14 +62,21 @@ class TrendSpec:
     )
     last: int = setting(200, "Look at the newest N results of each series.", "History", min=2)
     floor: float = setting(
-        2.0, "Percent that a change must exceed, beside being significant.", "History", min=0
+        2.0,
+        "Percent that a change must exceed, beside being significant.",
+        "History",
+        min=0.0,
+        max=90.0,
+        metavar="PERCENT",
+        unit="percent",
     )
     confidence: float = setting(
         0.99,
-        "That nothing is called a change, in all series together, where there is none.",
+        "Confidence level required to report a change, over all series together.",
         "History",
         min=0.5,
         max=0.9999,
+        unit="share",
     )
     fail_on_loss: bool = setting(
         False,
@@ -107,6 +114,8 @@ class TrendSpec:
         for metric in self.metric:
             higher_is_better(metric)
         if self.accept is not None and len(self.accept) < 4:
-            raise UsageError(f"--accept {self.accept}: give at least 4 letters of the commit")
+            raise UsageError(
+                f"--accept {shown(self.accept)}: give at least 4 letters of the commit"
+            )
         if self.json and str(self.markdown) == "-":
             raise UsageError("--json and --markdown -: give one of them")

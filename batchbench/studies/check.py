@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import time
@@ -25,6 +26,7 @@ from batchbench.reports.baseline import (
     speedup,
     throughput,
 )
+from batchbench.reports.conditions import check_margin
 from batchbench.reports.evidence import Evidence, Gate, Kind, Side, Varying, weigh
 from batchbench.reports.sequential import Decision, Rule, Verdict, compare_means
 from batchbench.reports.work import compare_work
@@ -155,8 +157,17 @@ def make_baseline(experiment: Experiment, processes: int, watch: TurnsWatch) -> 
 # Checks
 
 
-def conduct_check(baseline: Baseline, file: Path, spec: CheckSpec, watch: TurnsWatch) -> Gate:
+def conduct_check(
+    baseline: Baseline,
+    file: Path,
+    spec: CheckSpec,
+    watch: TurnsWatch,
+    observed: Observed | None = None,
+) -> Gate:
     """Run the baseline's experiment here, in fresh processes, until it can be told or time is up.
+
+    Args:
+        observed: takes what each process measured, for :func:`record_of`.
 
     Raises:
         UsageError: it cannot be run here, or the workload or the weights are others.
@@ -169,7 +180,8 @@ def conduct_check(baseline: Baseline, file: Path, spec: CheckSpec, watch: TurnsW
             f"--preset {spec.preset}: {file} was made with --preset {experiment.preset}; make one "
             f"with batchbench baseline save --preset {spec.preset}"
         )
-    observed, cut, chance = Observed(), Cut(**data["cut"]), random.Random()
+    observed = Observed() if observed is None else observed
+    cut, chance = Cut(**data["cut"]), random.Random()
     decisions: dict[str, Decision] = {}
     rule, looks, differing = Rule(), 0, []
     for count in observe(experiment, observed, 10_000, cut, watch, chance):
@@ -193,22 +205,19 @@ def conduct_check(baseline: Baseline, file: Path, spec: CheckSpec, watch: TurnsW
     return _gate(baseline, file, spec, observed, decisions, differing, rule, began)
 
 
-FLOOR, FLOOR_ELSEWHERE, MARGIN = 0.10, 0.20, 1.5
-"""Losses below which nothing is called slower, where it was measured and on another machine; and
-how many floors *same* may be apart. Between two sessions of one machine half an hour apart
-the ratio to the notebook engine moved by 7 % (docs/regressions.md)."""
+FLOOR, FLOOR_ELSEWHERE, MARGIN = 10.0, 20.0, 1.5
+"""Losses in percent below which nothing is called slower, where it was measured and on another
+machine; and how many floors *same* may be apart. Between two sessions of one machine half an hour
+apart the ratio to the notebook engine moved by 7 % (docs/regressions.md)."""
 
 
 def rule_of(spec: CheckSpec, ratios: int, *, other: bool) -> Rule:
     """The rule for each of so many ratios; ``other``: the machine is not the baseline's."""
     floor = spec.floor if spec.floor is not None else FLOOR_ELSEWHERE if other else FLOOR
     margin = spec.margin if spec.margin is not None else MARGIN * floor
-    if margin <= floor:
-        raise UsageError(
-            f"--margin {margin:g}: must be above the floor of {floor:g}; raise it, or give another "
-            "--floor"
-        )
-    return Rule(log1p(floor), log1p(margin), 1 - spec.confidence).shared(ratios)
+    check_margin(floor, margin)
+    rule = Rule(log1p(floor / 100), log1p(margin / 100), 1 - spec.confidence)
+    return rule.shared(ratios)
 
 
 def decide_ratios(
@@ -296,7 +305,7 @@ def _gate(
         )
     if _is_other(differing) and spec.floor is None:
         notes.append(
-            f"the machine is not the baseline's: losses count beyond {FLOOR_ELSEWHERE:.0%} only"
+            f"the machine is not the baseline's: losses count beyond {FLOOR_ELSEWHERE:g} % only"
         )
     commit = data["environment"].get("git_commit")
     return Gate(
@@ -325,6 +334,18 @@ def _gate(
         unsure=observed.varied,
         seconds=time.monotonic() - began,
     )
+
+
+def record_of(observed: Observed, gate: Gate) -> bytes:
+    """``check.json``: the gate, and what each process measured."""
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "batchbench_version": batchbench.__version__,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gate": gate.as_data(),
+        "processes": [twins.as_data(process) for process in observed.processes],
+    }
+    return (json.dumps(data, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def typed(file: Path, spec: CheckSpec) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from batchbench import settings
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment
 from batchbench.batching.presets import PRESETS
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
+from batchbench.reports.conditions import check_margin
 from batchbench.settings import setting
 
 if TYPE_CHECKING:
@@ -28,20 +29,25 @@ class DuetSpec:
         "Seconds that all of it may take, the start of the processes included.",
         _PANEL,
         min=20,
+        unit="seconds",
     )
     floor: float = setting(
-        0.01,
-        "Loss that must be exceeded before anything is called slower, as a share.",
+        1.0,
+        "Percent of loss that must be exceeded before anything is called slower.",
         _PANEL,
         min=0.0,
-        max=1.0,
+        max=90.0,
+        metavar="PERCENT",
+        unit="percent",
     )
     margin: float = setting(
-        0.05,
-        "Loss that must be ruled out before anything is called the same, as a share.",
+        5.0,
+        "Percent of loss that must be ruled out before anything is called the same.",
         _PANEL,
-        min=0.001,
-        max=1.0,
+        min=0.1,
+        max=90.0,
+        metavar="PERCENT",
+        unit="percent",
     )
     confidence: float = setting(
         0.999,
@@ -49,6 +55,7 @@ class DuetSpec:
         _PANEL,
         min=0.5,
         max=0.999999,
+        unit="share",
     )
     timed: str | None = setting(
         None,
@@ -63,11 +70,7 @@ class DuetSpec:
 
     def __post_init__(self) -> None:
         settings.check(self)
-        if self.margin <= self.floor:
-            raise UsageError(
-                f"--margin {self.margin:g}: must be above --floor {self.floor:g}, or a loss in "
-                "between would be both slower and the same"
-            )
+        check_margin(self.floor, self.margin)
 
 
 @dataclass(frozen=True)
@@ -89,21 +92,26 @@ class CheckSpec:
         "Seconds that all of it may take, the start of the processes included.",
         _PANEL,
         min=20,
+        unit="seconds",
     )
     floor: float | None = setting(
         None,
-        "Loss that must be exceeded before anything is called slower, as a share.",
+        "Percent of loss that must be exceeded before anything is called slower.",
         _PANEL,
         min=0.0,
-        max=1.0,
-        default_text="0.1, on a machine that is not the baseline's 0.2",
+        max=90.0,
+        metavar="PERCENT",
+        unit="percent",
+        default_text="10, on a machine that is not the baseline's 20",
     )
     margin: float | None = setting(
         None,
-        "Loss that must be ruled out before anything is called the same, as a share.",
+        "Percent of loss that must be ruled out before anything is called the same.",
         _PANEL,
-        min=0.001,
-        max=1.0,
+        min=0.1,
+        max=90.0,
+        metavar="PERCENT",
+        unit="percent",
         default_text="1.5 times the floor",
     )
     confidence: float = setting(
@@ -112,6 +120,7 @@ class CheckSpec:
         _PANEL,
         min=0.5,
         max=0.999999,
+        unit="share",
     )
     allow_improvement: bool = setting(
         False, "Fewer passes, or less computed in vain, is no failure.", _PANEL
@@ -119,6 +128,8 @@ class CheckSpec:
 
     def __post_init__(self) -> None:
         settings.check(self)
+        if self.floor is not None and self.margin is not None:
+            check_margin(self.floor, self.margin)
         if self.baseline is None:
             raise UsageError(
                 "--baseline: name the file to compare with; batchbench baseline save makes one"
@@ -148,7 +159,7 @@ def rule_of(spec: DuetSpec) -> Rule:
     """The same in logarithms of a time's ratio."""
     from batchbench.reports.sequential import Rule
 
-    return Rule(log1p(spec.floor), log1p(spec.margin), 1 - spec.confidence)
+    return Rule(log1p(spec.floor / 100), log1p(spec.margin / 100), 1 - spec.confidence)
 
 
 def lanes_of(experiment: Experiment, timed: str | None) -> tuple[list[str], list[str]]:
@@ -166,5 +177,7 @@ def lanes_of(experiment: Experiment, timed: str | None) -> tuple[list[str], list
     names = [name.strip() for name in timed.split(",") if name.strip()] if timed else ours[-1:]
     for name in names:
         if name not in ours:
-            raise UsageError(f"--timed {name}: is not among --strategy {','.join(ours)}; add it")
+            raise UsageError(
+                f"--timed {shown(name)}: is not among --strategy {','.join(ours)}; add it"
+            )
     return names, [name for name in ours if name not in names]

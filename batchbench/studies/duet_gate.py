@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from math import expm1
 from statistics import median
@@ -205,7 +205,7 @@ def record_of(found: Findings, gate: Gate) -> bytes:
         **{
             name: None
             if run is None
-            else {"rule": asdict(run.rule), "pairs": [pair.as_data() for pair in run.pairs]}
+            else {"rule": run.rule.as_data(), "pairs": [pair.as_data() for pair in run.pairs]}
             for name, run in runs.items()
         },
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
+from batchbench.values import parse_number
 
 GRAMMAR = (
     "a number (8), a list (1,2,4), start:stop (1:3 is 1, 2, 3) or start:stop:step (1:16:5 is 1, 6, "
@@ -22,30 +23,30 @@ def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> list
         UsageError: the text is not of the grammar, or names too many numbers; names ``option``.
     """
     found: list[int | float] = []
+    place = f"{option} {shown(text)}"
     for part in text.split(","):
-        for number in _range(part, f"{option} {text}"):
+        for number in _range(part, place):
             value = kind(number)
             if value != number and kind is int:
-                raise UsageError(f"{option} {text}: {number} must be a whole number")
+                raise UsageError(f"{place}: {shown(number)} must be a whole number")
             found.append(value)
+        if len(found) > MOST:
+            raise UsageError(f"{place}: more than {MOST:,} values; give fewer")
     return found
 
 
 def _range(part: str, asked: str) -> list[Decimal]:
     """One number, or those of a range; decimals, since 0.1 + 0.2 must be 0.3."""
-    try:
-        numbers = [Decimal(piece.strip()) for piece in part.split(":")]
-    except InvalidOperation as error:
-        raise UsageError(f"{asked}: must be {GRAMMAR}") from error
-    if not all(number.is_finite() for number in numbers):
-        raise UsageError(f"{asked}: must be finite numbers")
+    numbers = [parse_number(piece, asked, f"must be {GRAMMAR}") for piece in part.split(":")]
     if len(numbers) == 1:
         return numbers
     if len(numbers) > 3:
         raise UsageError(f"{asked}: must be {GRAMMAR}")
     start, stop, step = numbers if len(numbers) == 3 else (*numbers, Decimal(1))
     if step == 0 or (stop - start) / step < 0:
-        raise UsageError(f"{asked}: a step of {step} does not lead from {start} to {stop}")
+        raise UsageError(
+            f"{asked}: a step of {shown(step)} does not lead from {shown(start)} to {shown(stop)}"
+        )
     if (stop - start) / step >= MOST:
         raise UsageError(f"{asked}: more than {MOST:,} values; take a larger step")
     return [start + i * step for i in range(int((stop - start) / step) + 1)]

@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 import batchbench
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 
 _READY = "ready"
 
@@ -40,8 +40,8 @@ def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, st
     )
     if not commit:
         raise UsageError(
-            f"--base-ref {revision}: {root} has no such commit; fetch it (in a shallow clone: git "
-            "fetch --unshallow), or name one that git log shows"
+            f"--base-ref {shown(revision)}: {root} has no such commit; fetch it (in a "
+            "shallow clone: git fetch --unshallow), or name one that git log shows"
         )
     folder = (cache or cache_folder()) / f"{commit[:16]}-{_present()}"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchbench.batching.experiment import GENERATE_BATCH
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 
 ALL = "all"
 
@@ -59,8 +59,8 @@ def choose_rungs(asked: str) -> Sequence[Rung]:
     for name in names:
         if name not in known:
             raise UsageError(
-                f"--rungs {name}: no such rung; they are {', '.join(r.name for r in RUNGS)}"
+                f"--rungs {shown(name)}: no such rung; they are {', '.join(r.name for r in RUNGS)}"
             )
     if not names or len(set(names)) < len(names):
-        raise UsageError(f"--rungs {asked}: name each rung once, such as notebook,packed")
+        raise UsageError(f"--rungs {shown(asked)}: name each rung once, such as notebook,packed")
     return [rung for rung in RUNGS if rung.name in names]

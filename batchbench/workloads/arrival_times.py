@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
+from batchbench.values import parse_float
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 GRAMMAR = "at-once, poisson, gamma, constant, trace or ramp:from=1,to=16"
+
+FASTEST = 1e9
+"""Requests a second that no rate exceeds."""
 
 PROCESSES = ("at-once", "poisson", "gamma", "constant", "trace", "ramp")
 
@@ -96,13 +99,13 @@ def arrival_process(
     asked = "" if arrivals is None else arrivals.strip()
     kind = asked.partition(":")[0] or _usual(request_rate, burstiness, trace)
     if kind not in PROCESSES or (":" in asked and kind != "ramp"):
-        raise UsageError(f"--arrivals {arrivals}: must be {GRAMMAR}")
+        raise UsageError(f"--arrivals {shown(asked)}: must be {GRAMMAR}")
     if kind == "trace" and not trace:
         raise UsageError(f"--arrivals {kind}: there is none; give --trace FILE")
     if kind in ("poisson", "gamma", "constant") and request_rate is None:
         raise UsageError(f"--arrivals {kind}: needs a rate; give --request-rate")
     if kind in ("at-once", "trace", "ramp") and request_rate is not None:
-        raise UsageError(f"--arrivals {asked}: has no rate besides; drop --request-rate")
+        raise UsageError(f"--arrivals {shown(asked)}: has no rate besides; drop --request-rate")
     if burstiness != 1.0 and kind in ("at-once", "trace", "constant", "poisson"):
         told = {"poisson": "is 1 for poisson; take --arrivals gamma"}.get(
             kind, "needs random arrivals; give --request-rate"
@@ -120,11 +123,15 @@ def _usual(request_rate: float | None, burstiness: float, trace: bool) -> str:
 
 
 def _ramp(text: str) -> tuple[float, float]:
-    number = r"(\d{1,9}(?:\.\d{1,9})?)"
-    found = re.fullmatch(rf"ramp:from={number},to={number}", text)
-    if found is None:
-        raise UsageError(f"--arrivals {text}: must be {GRAMMAR}")
-    begin, end = float(found[1]), float(found[2])
-    if not (begin > 0 and end > 0):
-        raise UsageError(f"--arrivals {text}: both rates must be above 0 requests/s")
+    place = f"--arrivals {shown(text)}"
+    names, numbers = [], []
+    for part in text.partition(":")[2].split(","):
+        name, _, number = part.partition("=")
+        names.append(name.strip())
+        numbers.append(number)
+    if names != ["from", "to"]:
+        raise UsageError(f"{place}: must be {GRAMMAR}")
+    begin, end = (parse_float(number, place) for number in numbers)
+    if not (0 < begin <= FASTEST and 0 < end <= FASTEST):
+        raise UsageError(f"{place}: both rates must be above 0 and at most {FASTEST:g} requests/s")
     return begin, end

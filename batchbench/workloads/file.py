@@ -9,10 +9,16 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
+from batchbench.inputs import read_binary
 from batchbench.settings import check_value
 from batchbench.workloads.spec import WorkloadSpec
-from batchbench.workloads.text import open_binary
+
+LIMIT = 2**16
+"""Bytes of a workload file: it has a line for each of some twenty keys."""
+
+_MOST_DOTS = 100
+"""Dots of a line: the parser takes time as the square of the parts of a dotted key."""
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -26,22 +32,33 @@ def read_workload_file(file: Path) -> dict[str, Any]:
         UsageError: it is no TOML, has an unknown key, or a value that is not of its key.
     """
     where = f"--workload {file}"
-    with open_binary(file, where) as content:
-        try:
-            table = tomllib.load(content)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise UsageError(f"{where}: is no TOML: {error}") from error
-        except OSError as error:
-            raise UsageError(f"{where}: {error.strerror}") from error
+    try:
+        text = read_binary(file, where, LIMIT).decode("utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.count(".") > _MOST_DOTS and not line.lstrip().startswith("#"):
+                raise UsageError(f"{where}: line {number}: has more than {_MOST_DOTS} dots")
+        table = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: is not UTF-8 text; save it as UTF-8") from error
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: is not TOML: {shown(error, 200)}") from error
     hints = typing.get_type_hints(WorkloadSpec)
     known = {field.name: field for field in dataclasses.fields(WorkloadSpec)}
     found = {}
     for key, value in table.items():
         if key not in known:
-            raise UsageError(f"{where}: unknown key {key}; it takes {', '.join(known)}")
-        found[key] = _value(f"{where}: {key} = {value!r}", hints[key], value, file.parent)
-        check_value(known[key], found[key], f"{where}: {key} = {value!r}")
+            raise UsageError(f"{where}: unknown key {shown(key)}; it takes {', '.join(known)}")
+        place = f"{where}: {key} = {_spelled(value)}"
+        found[key] = _value(place, hints[key], value, file.parent)
+        check_value(known[key], found[key], place)
     return found
+
+
+def _spelled(value: object) -> str:
+    """Return a value about as TOML writes it, cut."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"'{shown(value)}'" if isinstance(value, str) else shown(value)
 
 
 def _value(where: str, hint: Any, value: Any, folder: Path) -> Any:
@@ -55,7 +72,9 @@ def _value(where: str, hint: Any, value: Any, folder: Path) -> Any:
         raise UsageError(f"{where}: must be the name of a file, in quotes")
     if kind is str and type(value) is int:  # output_tokens = 7
         value = str(value)
-    if kind is float and type(value) is int:
+    if kind is int and type(value) is float and value.is_integer():  # queue_size = 1e2
+        value = int(value)
+    if kind is float and type(value) is int and abs(value) < 10**300:
         value = float(value)
     if type(value) is not kind:
         raise UsageError(f"{where}: must be {_KINDS[kind]}")

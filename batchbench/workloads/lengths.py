@@ -9,14 +9,15 @@ medians are those of the distribution before either step.
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchbench.errors import UsageError
-from batchbench.workloads.text import open_binary
+from batchbench.errors import UsageError, shown
+from batchbench.inputs import MIB, open_binary
+from batchbench.values import parse_number, parse_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +32,12 @@ GRAMMAR = (
 
 LONGEST = 10**9
 """Tokens that no length exceeds."""
+
+LIMIT = 16 * MIB
+"""Bytes of a file of lengths."""
+
+_LONGEST_LINE = 100
+"""Bytes of a line that holds one number; no file of numbers has longer ones."""
 
 
 class Lengths(ABC):
@@ -189,20 +196,14 @@ class Empirical(Lengths):
         """
         import numpy as np
 
-        found = []
+        found = array("q")
         where = f"{self.option} empirical:{self.file}"
-        with open_binary(self.file, where) as lines:
-            for number, line in enumerate(lines, 1):
-                word = line.strip()
-                if not word and not line.strip(b"\r\n"):
-                    continue
-                if not re.fullmatch(rb"\d{1,9}", word) or int(word) < 1:
-                    shown = word[:40].decode("utf-8", "replace")
-                    raise UsageError(
-                        f"{where}: line {number}: {shown!r} is no length: must be a "
-                        "whole number of tokens, at least 1"
-                    )
-                found.append(int(word))
+        with open_binary(self.file, where, LIMIT) as lines:
+            number = 0
+            while line := lines.readline(_LONGEST_LINE):
+                number += 1
+                if line.strip(b"\r\n"):
+                    found.append(_length(line, f"{where}: line {number}"))
         if not found:
             raise UsageError(f"{where}: holds no length; write one a line")
         return np.sort(np.array(found, np.int64))
@@ -224,7 +225,25 @@ class Empirical(Lengths):
         return f"empirical:{self.file}"
 
 
-_NUMBER = r"\d{1,12}(\.\d{1,30})?(e[+-]?\d{1,2})?"
+def _length(line: bytes, where: str) -> int:
+    """Return the length in a line of a file.
+
+    Raises:
+        UsageError: it is none.
+    """
+    word = line.strip()
+    if word.isdigit() and len(word) < 10:  # ASCII, for these are bytes; nearly all lines
+        length = int(word)
+    else:
+        text = word.decode("utf-8", "replace")
+        where = f"{where}: '{shown(text, 40)}' is no length"
+        length = parse_whole(text, where, _MUST)
+    if not 1 <= length <= LONGEST:
+        raise UsageError(f"{where}: {length} is no length: {_MUST}")
+    return length
+
+
+_MUST = f"must be a whole number of tokens, from 1 to {LONGEST}"
 
 _BOUNDS = ("min", "max")
 
@@ -244,28 +263,38 @@ def parse_lengths(text: str, option: str) -> Lengths:
         UsageError: the text is not of the grammar, or its bounds are empty; names ``option``.
     """
     text = text.strip()
-    if found := re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", text):
-        return _uniform(text, option, int(found[1]), int(found[2] or found[1]))
+    place = f"{option} {shown(text)}"
+    wrong = UsageError(f"{place}: must be {GRAMMAR}")
     family, _, rest = text.partition(":")
     if family == "empirical" and rest:
         return Empirical(Path(rest), option)
-    given = _pairs(text, option, rest)
-    wrong = UsageError(f"{option} {text[:80]}: must be {GRAMMAR}")
+    if "=" not in text:
+        return _range(text, place)
+    given = _pairs(rest, wrong)
     if family in ("uniform", "cycle"):
         keys = _BOUNDS if family == "uniform" else ("every", "long", "short")
         if given.keys() != set(keys):
             raise wrong
-        whole = [_whole(text, option, key, given[key]) for key in keys]
-        return _uniform(text, option, *whole) if family == "uniform" else Cycle(*whole)
-    bounds = {key: _whole(text, option, key, given.pop(key)) for key in _BOUNDS if key in given}
+        whole = [_whole(place, key, given[key]) for key in keys]
+        return _uniform(place, *whole) if family == "uniform" else Cycle(*whole)
+    bounds = {key: _whole(place, key, given.pop(key)) for key in _BOUNDS if key in given}
     described = next((k for k in _FAMILIES.get(family, ()) if given.keys() == set(k)), ())
     if not described or (family == "zipf" and "max" not in bounds):
         raise wrong
-    numbers = tuple((key, _number(text, option, key, given[key])) for key in described)
-    _check_bounds(text, option, **bounds)
+    numbers = tuple((key, _number(place, key, given[key])) for key in described)
+    _check_bounds(place, **bounds)
     if family == "zipf" and bounds["max"] > 10**6:
-        raise UsageError(f"{option} {text}: max of zipf must be at most 1000000")
+        raise UsageError(f"{place}: max of zipf must be at most 1000000")
     return Drawn(family, numbers, **bounds)
+
+
+def _range(text: str, place: str) -> Drawn:
+    """Return the distribution of ``7`` or ``4:64``."""
+    parts = text.split(":")
+    if len(parts) > 2 or not any(char.isdecimal() for char in text):
+        raise UsageError(f"{place}: must be {GRAMMAR}")
+    whole = [_whole(place, "a length", part) for part in parts]
+    return _uniform(place, whole[0], whole[-1])
 
 
 def _spelled(value: float) -> str:
@@ -273,39 +302,37 @@ def _spelled(value: float) -> str:
     return f"{value:.0f}" if value == int(value) else repr(value)
 
 
-def _pairs(text: str, option: str, rest: str) -> dict[str, str]:
+def _pairs(rest: str, wrong: UsageError) -> dict[str, str]:
     """``key=value`` by ``key``."""
     given: dict[str, str] = {}
     for part in rest.split(","):
-        key, _, value = part.partition("=")
-        if not re.fullmatch(_NUMBER, value.strip()) or key.strip() in given:
-            raise UsageError(f"{option} {text[:80]}: must be {GRAMMAR}")
+        key, equals, value = part.partition("=")
+        if not equals or key.strip() in given:
+            raise wrong
         given[key.strip()] = value.strip()
     return given
 
 
-def _whole(text: str, option: str, key: str, value: str) -> int:
-    if not value.isdecimal():
-        raise UsageError(f"{option} {text}: {key} must be a whole number")
-    if not 1 <= int(value) <= LONGEST:
-        raise UsageError(f"{option} {text}: {key} must be at least 1 and at most {LONGEST}")
-    return int(value)
+def _whole(place: str, key: str, value: str) -> int:
+    number = parse_whole(value, place, f"{key} must be a whole number")
+    if not 1 <= number <= LONGEST:
+        raise UsageError(f"{place}: {key} must be at least 1 and at most {LONGEST}")
+    return number
 
 
-def _number(text: str, option: str, key: str, value: str) -> float:
+def _number(place: str, key: str, value: str) -> float:
+    number = float(parse_number(value, place, f"{key} must be a number"))
     low, high = {"sigma": (0, 10), "alpha": (1, 100)}.get(key, (0, LONGEST))
-    if not low < float(value) <= high:
-        raise UsageError(f"{option} {text}: {key} must be above {low} and at most {high}")
-    return float(value)
+    if not low < number <= high:
+        raise UsageError(f"{place}: {key} must be above {low} and at most {high}")
+    return number
 
 
-def _uniform(text: str, option: str, low: int, high: int) -> Drawn:
-    if low < 1:
-        raise UsageError(f"{option} {text}: a length is at least 1 token")
-    _check_bounds(text, option, low, high)
+def _uniform(place: str, low: int, high: int) -> Drawn:
+    _check_bounds(place, low, high)
     return Drawn("uniform", (), low, high)
 
 
-def _check_bounds(text: str, option: str, min: int = 1, max: int | None = None) -> None:
+def _check_bounds(place: str, min: int = 1, max: int | None = None) -> None:
     if max is not None and max < min:
-        raise UsageError(f"{option} {text}: the smaller bound comes first ({max}:{min})")
+        raise UsageError(f"{place}: the smaller bound comes first ({max}:{min})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,14 +11,17 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
+from batchbench.inputs import MIB, read_binary
 from batchbench.workloads.ragged import Ints, Ragged
 from batchbench.workloads.streams import stream
-from batchbench.workloads.text import open_binary
 
 CLASSIC_PROMPT = "The quick brown fox jumped over the"
 CLASSIC_PROMPT_IDS = (464, 2068, 7586, 21831, 11687, 625, 262)
 """``CLASSIC_PROMPT`` in GPT-2's tokens."""
+
+LIMIT = 16 * MIB
+"""Bytes of a file of prompts."""
 
 BLOCK_TOKENS = 512
 """Tokens of a block that a Mooncake trace names."""
@@ -36,11 +41,11 @@ def prompts_of_file(file: Path, count: int, encode: Encode | None) -> Ragged:
     Raises:
         UsageError: the file cannot be read as UTF-8 text, or holds no prompt or an empty one.
     """
-    texts = read_prompts(file)[:count]
+    texts = read_prompts(file, count)
     distinct = [(encode or byte_tokens)(text) for text in texts]
     for text, ids in zip(texts, distinct, strict=True):
         if not len(ids):
-            raise UsageError(f"--prompts {file}: {text!r} has no tokens")
+            raise UsageError(f"--prompts {file}: '{shown(text)}' has no tokens")
     return in_turn(distinct, count)
 
 
@@ -52,23 +57,22 @@ def in_turn(distinct: Sequence[Sequence[int]], count: int) -> Ragged:
     )
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The prompts in a text file or a pipe, a line each; empty lines are skipped.
+def read_prompts(file: Path, most: int) -> list[str]:
+    """Read the first ``most`` prompts of a text file or a pipe, a line each.
+
+    Empty lines are skipped.
 
     Raises:
-        UsageError: it cannot be read as UTF-8 text, or holds no prompt.
+        UsageError: it cannot be read as UTF-8 text, is too long, or holds no prompt.
     """
     where = f"--prompts {file}"
     try:
-        with open_binary(file, where) as content:
-            text = content.read().decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"{where}: {(error.strerror or str(error)).lower()}") from error
+        text = read_binary(file, where, LIMIT).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{where}: is not UTF-8 text; save it as UTF-8") from error
     # Not splitlines(): it would cut prompts at form feeds, U+2028 and the like as well.
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    prompts = [line for line in lines if line.strip()]
+    lines = (line[0] for line in re.finditer(r"[^\r\n]+", text))
+    prompts = list(itertools.islice((line for line in lines if line.strip()), most))
     if not prompts:
         raise UsageError(f"{where}: holds no prompt; write one a line")
     return prompts

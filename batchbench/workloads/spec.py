@@ -7,11 +7,11 @@ from pathlib import Path
 
 from batchbench import settings
 from batchbench.errors import UsageError
+from batchbench.inputs import check_there
 from batchbench.settings import setting
 from batchbench.workloads import arrival_times
 from batchbench.workloads.arrival_times import ArrivalProcess, arrival_process
 from batchbench.workloads.lengths import Cycle, Lengths, parse_lengths
-from batchbench.workloads.text import check_there
 
 _PANEL = "Workload"
 _ARRIVALS = "Arrivals"

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from batchbench import settings
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 from batchbench.settings import setting
 
 _PANEL = "Model"
@@ -50,5 +50,5 @@ class ModelSpec:
         settings.check(self)
         if not self.model.strip():
             raise UsageError("--model: must be a hub id or a local folder, such as gpt2")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise UsageError(f"--device {self.device}: must be {DEVICES}")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", self.device):
+            raise UsageError(f"--device {shown(self.device)}: must be {DEVICES}")

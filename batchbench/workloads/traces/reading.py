@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.errors import UsageError
+from batchbench.inputs import open_binary
 from batchbench.workloads.ragged import Ragged
 from batchbench.workloads.spec import TRACE_FORMATS
-from batchbench.workloads.text import open_binary
 from batchbench.workloads.traces.documents import Encode, read_mooncake, read_sharegpt
 from batchbench.workloads.traces.own import read_own
 from batchbench.workloads.traces.rows import BadRow, Row
