@@ -419,7 +419,7 @@ def test_it_says_what_it_found_and_the_same_again(program: Program, tmp_path: Pa
         (("--slo", "ttft:9", "--arrivals", "ramp:from=1,to=2"), "--arrivals ramp:from=1,to=2: has "
          "no rate to search for; take poisson, gamma or constant"),
         (("--slo", "ttft:9", "--max-trials", "0"), "--max-trials 0: must be at least 1"),
-        (("--slo", "ttft:9", "--batch-size", "1,2"), "Invalid value for '--batch-size'"),
+        (("--slo", "ttft:9", "--batch-size", "1,2"), "--batch-size 1,2: must be a whole number"),
     ],
 )  # fmt: skip
 def test_a_question_without_an_answer_is_one_line_and_leaves_nothing(

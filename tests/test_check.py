@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from baselines import COUNTS, ENVIRONMENT, MODEL, WORK, baseline, process, seen,
 from rich.console import Console
 
 from batchbench.batching.experiment import Experiment
+from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
 from batchbench.reports.baseline import Baseline, load_baseline
 from batchbench.reports.evidence import Answer, Gate
@@ -268,3 +270,21 @@ def test_a_baseline_is_made_of_real_processes(
     assert kept.data["config"]["model"]["device"] == "cpu"
     assert Experiment.from_config(kept.data["config"]).serving.execution == "eager"
     assert isinstance(Cut(**kept.data["cut"]), Cut)
+
+
+def test_a_check_keeps_what_each_process_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chance = random.Random(3)
+    monkeypatch.setattr(twins, "observe_process", lambda *_: seen(process(chance)))
+    file, folder = write_baseline(tmp_path / "baseline.json"), tmp_path / "kept"
+    words = ["batchbench", "check", "--baseline", str(file), "--output", str(folder), "--quiet"]
+    for more, code in (([], 0), ([], 2), (["--overwrite"], 0)):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        assert _guarded() == code, capsys.readouterr()
+    assert "holds a result; give another folder or --overwrite" in capsys.readouterr().err
+    data = json.loads((folder / "check.json").read_text())
+    assert len(data["processes"]) == FIRST_LOOK
+    assert data["gate"]["answer"] == "passed"
+    assert {"floor", "change"} <= set(data["gate"]["shares"])
+    assert [path.name for path in folder.iterdir()] == ["check.json"]

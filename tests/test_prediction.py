@@ -237,8 +237,11 @@ def test_predict_tells_each_batch_size_and_what_the_fit_saw(
     assert {file.name for file in folder.iterdir()} == {
         *("predict.json", "predict.csv", "slots.png", "slots.svg")
     }
-    # The same command writes over its own files.
-    code, out, _ = say("predict", taught, "--batch-size", "2", "--json", "--output", folder)
+    words = ["predict", taught, "--batch-size", "2", "--json", "--output", folder]
+    code, _, told = say(*words)
+    assert code == 2
+    assert told.endswith("holds a result; give another folder or --overwrite\n")
+    code, out, _ = say(*words, "--overwrite")
     assert code == 0
     assert [p["batch_size"] for p in json.loads(out)["points"]] == [2, 2]
 
@@ -272,7 +275,8 @@ def test_breakeven_maps_who_wins_and_runs_some_cells_for_real(
     assert (folder / "breakeven.png").exists()
     # What is finished is kept: nothing is served again.
     before = {file: file.stat().st_mtime_ns for file in (folder / "cells").rglob("*")}
-    assert say(*words, "--quiet")[0] == 0
+    assert say(*words, "--quiet")[0] == 2
+    assert say(*words, "--quiet", "--overwrite")[0] == 0
     assert {file: file.stat().st_mtime_ns for file in (folder / "cells").rglob("*")} == before
 
 

@@ -363,8 +363,8 @@ def test_watch_writes_a_film(
     [
         ("mine", "needs a terminal to play on; --gif FILE writes"),
         ("mine --gif film.png", "--gif film.png: must end in .gif"),
-        ("mine --speed 0", "--speed 0: must be between"),
-        ("mine --speed nan", "--speed nan: must be between"),
+        ("mine --speed 0", "--speed 0: must be at least 1e-09"),
+        ("mine --speed nan", "--speed nan: must be a number"),
         ("nowhere --gif film.gif", "nowhere: no such folder"),
         ("mine --gif mine/result.json/film.gif", "cannot be written"),
     ],

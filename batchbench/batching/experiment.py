@@ -79,6 +79,7 @@ class ServingSpec:
         "Most tokens that one pass computes with mixed prefill.",
         "Serving",
         min=2,
+        max=10**9,
         default_text=f"{TOKEN_BUDGET}, or twice the batch size if that is more",
     )
     execution: str = setting(
@@ -162,6 +163,7 @@ class TrialsSpec:
         "Seconds that the trials may take: no pair is begun that would end later.",
         "Measuring",
         min=0.001,
+        max=1e9,
         unit="seconds",
     )
 

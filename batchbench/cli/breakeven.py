@@ -13,7 +13,7 @@ from batchbench import settings
 from batchbench.batching.experiment import PREFILLS, Experiment
 from batchbench.batching.models import ModelSpec
 from batchbench.cli.options import with_options
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 from batchbench.reports.goals import GoalsSpec
 from batchbench.settings import setting
 from batchbench.studies.numbers import parse_numbers
@@ -93,6 +93,9 @@ class BreakevenSpec:
         metavar="DIR",
         default_text="batchbench-results/<time>-breakeven",
     )
+    overwrite: bool = setting(
+        False, "Replace a map that the folder holds; its finished cells are used again.", "Output"
+    )
     json: bool = setting(
         False, "Print breakeven.json on standard output, and nothing else.", "Output"
     )
@@ -101,9 +104,9 @@ class BreakevenSpec:
     def __post_init__(self) -> None:
         settings.check(self)
         if min(self.sizes) < 1:
-            raise UsageError(f"--batch-size {self.batch_size}: must be at least 1")
+            raise UsageError(f"--batch-size {shown(self.batch_size)}: must be at least 1")
         if not all(0 <= spread <= 10 for spread in self.spreads):
-            raise UsageError(f"--spread {self.spread}: must be at least 0 and at most 10")
+            raise UsageError(f"--spread {shown(self.spread)}: must be at least 0 and at most 10")
         _ = self.loads
 
     @property
@@ -123,7 +126,9 @@ class BreakevenSpec:
         numbers = ",".join(part for part in parts if part != "all")
         found = {float(n) for n in _numbers(numbers, float, "--load")} if numbers else set()
         if any(not 0.01 <= load <= 100 for load in found):
-            raise UsageError(f"--load {self.load}: must be all, or from 0.01 to 100, such as 0.9")
+            raise UsageError(
+                f"--load {shown(self.load)}: must be all, or from 0.01 to 100, such as 0.9"
+            )
         return (*(f"{load:g}" for load in sorted(found)), *["all"] * ("all" in parts))
 
 
@@ -140,7 +145,7 @@ def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
     if study.cost is not None and model != ModelSpec():
         raise UsageError("--cost: the model is that of the result; drop --model and its options")
     folder = study.output or default_folder("breakeven")
-    made = check_folder(folder, overwrite=False)
+    made = check_folder(folder, overwrite=study.overwrite, marker="breakeven.json")
     try:
         with Store(folder).opened() as store:
             found = _map(study, model, goals, store)
@@ -151,20 +156,36 @@ def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
 
 def _map(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec, store: object) -> BreakEven:
     from batchbench.cli.progress import make_sweep_display
-    from batchbench.studies.breakeven import Chosen, make_map, measure, usual_goals
+    from batchbench.studies.breakeven import Chosen, make_map, measure, usual_limits
     from batchbench.studies.store import Store
 
     assert isinstance(store, Store)
     with make_sweep_display(Chosen(()), quiet=study.quiet) as display:
         teacher = _teacher(study, model, store.folder, display)
         spec = _spec(study, teacher)
-        limits = goals if goals.slo else usual_goals(teacher.known.cost, spec)
+        limits = goals.limits_ms or usual_limits(teacher.known.cost, spec)
         found = make_map(spec, teacher, limits, store, display)
         return measure(found, study.measure, study.trials, store, display)
 
 
-def _spec(study: BreakevenSpec, teacher: Teacher) -> MapSpec:
+def _context(study: BreakevenSpec, model: ModelSpec) -> int | None:
+    """The context of the model.
+
+    Raises:
+        UsageError: a request of mean length does not fit.
+    """
     from batchbench.batching.models import find_model
+
+    source = find_model(model, weights=False)
+    if source.context is not None and study.prompt_tokens + study.mean_tokens > source.context:
+        raise UsageError(
+            f"--mean-tokens {study.mean_tokens}: with --prompt-tokens {study.prompt_tokens} "
+            f"exceeds the {source.context} tokens that {source.name} takes; lower one of them"
+        )
+    return source.context
+
+
+def _spec(study: BreakevenSpec, teacher: Teacher) -> MapSpec:
     from batchbench.studies.breakeven import MapSpec
 
     return MapSpec(
@@ -178,7 +199,7 @@ def _spec(study: BreakevenSpec, teacher: Teacher) -> MapSpec:
         engine=teacher.engine,
         prefill=study.prefill,
         model=teacher.model,
-        context=find_model(teacher.model, weights=False).context,
+        context=_context(study, teacher.model),
     )
 
 
@@ -191,6 +212,7 @@ def _teacher(study: BreakevenSpec, model: ModelSpec, folder: Path, watch: Watch)
 
     if study.cost is not None:
         return read_teacher(study.cost, "--cost")
+    _context(study, model)
     own = folder / "teacher"
     if not (own / "result.json").exists():
         largest = max(study.sizes)
@@ -200,6 +222,7 @@ def _teacher(study: BreakevenSpec, model: ModelSpec, folder: Path, watch: Watch)
                 "queue_size": 4 * largest,
                 "output_tokens": f"uniform:min=1,max={2 * study.mean_tokens}",
                 "prompt_tokens": str(study.prompt_tokens),
+                "overlong": "clip",
                 "engine": study.engine,
                 "prefill": study.prefill,
                 "seed": study.seed,

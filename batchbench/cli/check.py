@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from batchbench import settings
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import with_options
 from batchbench.cli.verdict import GateOutputSpec, check_outputs, conclude
 from batchbench.errors import Interrupted
+from batchbench.settings import setting
 from batchbench.studies.deciding import BaselineSpec, CheckSpec
 from batchbench.workloads.spec import WorkloadSpec
+
+if TYPE_CHECKING:
+    from batchbench.reports.baseline import Baseline
+    from batchbench.reports.evidence import Gate
 
 CHECK_HELP = """Hold this version against a kept baseline: its work exactly, its speed by ratios.
 
@@ -37,23 +44,55 @@ Example: batchbench baseline show baseline.json"""
 app = typer.Typer(help=BASELINE_HELP, no_args_is_help=True)
 
 
-@with_options({"asked": CheckSpec, "output": GateOutputSpec})
-def check(asked: CheckSpec, output: GateOutputSpec) -> None:
+RECORD = "check.json"
+
+
+@dataclass(frozen=True)
+class CheckRecordSpec:
+    """What is kept of a check."""
+
+    output: Path | None = setting(
+        None, f"Folder for {RECORD}, with every process.", "Output", metavar="DIR"
+    )
+    overwrite: bool = setting(False, "Replace a record that the folder holds.", "Output")
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+@with_options({"asked": CheckSpec, "record": CheckRecordSpec, "output": GateOutputSpec})
+def check(asked: CheckSpec, record: CheckRecordSpec, output: GateOutputSpec) -> None:
     """Compare with a baseline."""
     from batchbench.reports.baseline import load_baseline
+    from batchbench.reports.destination import check_folder, remove_if_empty
 
     assert asked.baseline is not None
     baseline = load_baseline(asked.baseline)
     check_outputs(output)
-    from batchbench.cli.turns import make_turns_display
-    from batchbench.studies.check import conduct_check
-
+    folder = record.output
+    made = check_folder(folder, overwrite=record.overwrite, marker=RECORD) if folder else []
     try:
-        with make_turns_display(asked.max_time, quiet=output.quiet) as display:
-            gate = conduct_check(baseline, asked.baseline, asked, display)
+        gate = _check(baseline, asked, folder, quiet=output.quiet)
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted; nothing was decided") from error
+    finally:
+        remove_if_empty(made)
     conclude(gate, output)
+
+
+def _check(baseline: Baseline, asked: CheckSpec, folder: Path | None, *, quiet: bool) -> Gate:
+    from batchbench.cli.turns import make_turns_display
+    from batchbench.studies.check import Observed, conduct_check, record_of
+
+    assert asked.baseline is not None
+    observed = Observed()
+    with make_turns_display(asked.max_time, quiet=quiet) as display:
+        gate = conduct_check(baseline, asked.baseline, asked, display, observed)
+    if folder is not None:
+        from batchbench.reports.folder import write_whole
+
+        write_whole(folder, {RECORD: record_of(observed, gate)})
+    return gate
 
 
 @app.command("save", help=SAVE_HELP)

@@ -11,7 +11,7 @@ import typer
 
 from batchbench import settings
 from batchbench.cli.options import with_options
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 from batchbench.settings import setting
 from batchbench.studies.numbers import parse_numbers
 
@@ -51,8 +51,9 @@ class SlotsSpec:
         "Folder for predict.json, predict.csv and the picture.",
         "Output",
         metavar="DIR",
-        default_text="predict in the result's folder",
+        default_text="predict in the result's folder, which is replaced",
     )
+    overwrite: bool = setting(False, "Replace a prediction that --output holds.", "Output")
     json: bool = setting(
         False, "Print predict.json on standard output, and nothing else.", "Output"
     )
@@ -76,14 +77,15 @@ def predict(
     """Predict, write, show."""
     sizes = sorted({int(n) for n in parse_numbers(study.batch_size, int, "--batch-size")})
     if sizes[0] < 1:
-        raise UsageError(f"--batch-size {study.batch_size}: must be at least 1")
+        raise UsageError(f"--batch-size {shown(study.batch_size)}: must be at least 1")
     from batchbench.reports.destination import check_folder, remove_if_empty
     from batchbench.reports.teaching import read_teacher
     from batchbench.studies.slots import predict_slots
 
     teacher = read_teacher(folder, "predict")
     output = study.output or Path(teacher.known.source) / "predict"
-    made = check_folder(output, overwrite=True)
+    overwrite = study.overwrite or study.output is None
+    made = check_folder(output, overwrite=overwrite, marker="predict.json")
     try:
         curve = predict_slots(teacher, sizes, study.queue_size)
         _write_and_show(curve, output, study)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json as json_format
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from batchbench import settings
+from batchbench.cli.options import with_options
 from batchbench.errors import Interrupted
+from batchbench.settings import setting
 
 REPRODUCE_HELP = """Run the experiment of a result again, and say what agrees.
 
@@ -19,34 +23,34 @@ that is exact agrees; 1: something does not; 2: it cannot be run here.
 Example: batchbench reproduce batchbench-results/my-run"""
 
 
+@dataclass(frozen=True)
+class ReproduceSpec:
+    """What is kept of the second run, and what is shown."""
+
+    output: Path | None = setting(
+        None,
+        "Folder for the result of the second run.",
+        "Output",
+        metavar="DIR",
+        default_text="it is not kept",
+    )
+    overwrite: bool = setting(False, "Replace a result that the folder holds.", "Output")
+    json: bool = setting(
+        False, "Print the receipt as JSON on standard output, and nothing else.", "Output"
+    )
+    quiet: bool = setting(False, "No progress, and only the sentence.", "Output")
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+@with_options({"asked": ReproduceSpec})
 def reproduce(
     folder: Annotated[
         Path,
         typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False),
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            metavar="DIR",
-            help="Write the result of the second run there; else it is not kept.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print the receipt as JSON on standard output, and nothing else.",
-            rich_help_panel="Output",
-        ),
-    ] = False,
-    quiet: Annotated[
-        bool,
-        typer.Option(
-            "--quiet", help="No progress, and only the sentence.", rich_help_panel="Output"
-        ),
-    ] = False,
+    asked: ReproduceSpec,
 ) -> None:
     """Hold a result against the same experiment, run again."""
     from batchbench.cli.display import make_display
@@ -55,11 +59,12 @@ def reproduce(
     from batchbench.studies import receipt as receipts
     from batchbench.studies.reproduce import reproduce as run_again
 
+    output = asked.output
     recorded = load_result(folder)
-    made = check_folder(output, overwrite=False) if output else []
+    made = check_folder(output, overwrite=asked.overwrite) if output else []
     trials = len(recorded.recordings[recorded.names[0]])
     try:
-        with make_display(tuple(recorded.names), trials, quiet=quiet) as display:
+        with make_display(tuple(recorded.names), trials, quiet=asked.quiet) as display:
             receipt = run_again(recorded, display)
         if output and receipt.again is not None:
             from batchbench.reports.folder import write_folder
@@ -69,9 +74,9 @@ def reproduce(
         raise Interrupted("interrupted; nothing was compared") from error
     finally:
         remove_if_empty(made)
-    if json:
-        typer.echo(json_format.dumps(receipt.as_data(), indent=2, ensure_ascii=False))
-    elif quiet:
+    if asked.json:
+        typer.echo(json.dumps(receipt.as_data(), indent=2, ensure_ascii=False))
+    elif asked.quiet:
         typer.echo(receipt.sentence)
     else:
         from rich.console import Console

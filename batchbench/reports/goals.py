@@ -14,6 +14,10 @@ LATENCIES = ("ttft", "tpot", "e2el")
 """What a service-level objective may limit, under the names of ``vllm bench serve --goodput``."""
 
 
+LONGEST_MS = 1e12
+"""Milliseconds that no limit exceeds: thirty years."""
+
+
 @dataclass(frozen=True)
 class GoalsSpec:
     """What a result is held against; it changes nothing of what is measured.
@@ -34,6 +38,7 @@ class GoalsSpec:
         "Price of the machine an hour: adds the cost of a million output tokens.",
         "Goals",
         min=0.0,
+        max=1e9,
     )
 
     def __post_init__(self) -> None:
@@ -64,8 +69,11 @@ def parse_slos(texts: tuple[str, ...]) -> dict[str, float]:
         if metric in limits:
             raise UsageError(f"{place}: {metric} has a limit already; drop one of them")
         limits[metric] = parse_float(limit, place, "milliseconds")
-        if limits[metric] <= 0:
-            raise UsageError(f"{place}: must be above 0 milliseconds, such as {metric}:500")
+        if not 0 < limits[metric] <= LONGEST_MS:
+            raise UsageError(
+                f"{place}: must be above 0 and at most {LONGEST_MS:g} milliseconds, such as "
+                f"{metric}:500"
+            )
     return limits
 
 

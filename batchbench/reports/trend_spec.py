@@ -60,7 +60,9 @@ class TrendSpec:
     strategy: tuple[str, ...] = setting(
         (), "Only this strategy's; may be repeated.", "History", metavar="NAME", default_text="all"
     )
-    last: int = setting(200, "Look at the newest N results of each series.", "History", min=2)
+    last: int = setting(
+        200, "Look at the newest N results of each series.", "History", min=2, max=10**6
+    )
     floor: float = setting(
         2.0,
         "Percent that a change must exceed, beside being significant.",

@@ -13,7 +13,6 @@ from rich.text import Text
 
 import batchbench
 from batchbench.reports.formats.terminal import number
-from batchbench.reports.goals import as_config
 from batchbench.studies.breakeven import ALL, EVEN, METRICS, BreakEven, Place, rows_of
 
 SCHEMA_VERSION = 1
@@ -71,9 +70,7 @@ def title(found: BreakEven) -> str:
 
 def notes(found: BreakEven) -> list[str]:
     """What the numbers are."""
-    limits = ", ".join(
-        f"{name.upper()} {limit:g} ms" for name, limit in found.goals.limits_ms.items()
-    )
+    limits = ", ".join(f"{name.upper()} {limit:g} ms" for name, limit in found.limits_ms.items())
     told = [
         "Numbers: how many times better continuous is (throughput and goodput: continuous ÷ "
         "static, TTFT: static ÷ continuous); simulated on fitted step costs.",
@@ -190,7 +187,7 @@ def to_json(found: BreakEven, command: str) -> str:
         },
         "mean_tokens": spec.mean_tokens,
         "prompt_tokens": spec.prompt_tokens,
-        "goals": as_config(found.goals),
+        "limits_ms": dict(found.limits_ms),
         "even_within": EVEN,
         "cost": found.teacher.known.as_dict(),
         "held_out": found.teacher.quality.as_dict(),

@@ -12,7 +12,6 @@ import numpy as np
 
 from batchbench.batching.cost import StepCost
 from batchbench.batching.models import ModelSpec
-from batchbench.reports.goals import GoalsSpec
 from batchbench.reports.latencies import within
 from batchbench.reports.result import Result
 from batchbench.reports.teaching import Teacher
@@ -58,6 +57,8 @@ class MapSpec:
         if self.context is not None:
             most = max(1, min(most, self.context - self.prompt_tokens))
         sigma = math.sqrt(math.log1p(spread**2))
+        if not sigma:  # of a spread whose square is 0
+            return str(self.mean_tokens)
         return f"lognormal:mean={self.mean_tokens},sigma={sigma:.6g},max={most}"
 
     def chosen(self, batch: int, spread: float, rate: float | None) -> dict[str, Any]:
@@ -154,7 +155,7 @@ class BreakEven:
 
     spec: MapSpec
     teacher: Teacher
-    goals: GoalsSpec
+    limits_ms: Mapping[str, float]  # of goodput, by latency
     places: Sequence[Place]
 
     @property
@@ -195,8 +196,8 @@ class BreakEven:
         return self.spec.spreads[low] + step * -heights[low] / (heights[high] - heights[low])
 
 
-def usual_goals(cost: StepCost, spec: MapSpec) -> GoalsSpec:
-    """Limits where none are given, for goodput: as patient as a reader is of this machine.
+def usual_limits(cost: StepCost, spec: MapSpec) -> dict[str, float]:
+    """Limits in ms where none are given, for goodput: as patient as a reader is of this machine.
 
     The first token within the time that a request of mean length takes alone, and a token's time
     within twice that of a step of the largest batch.
@@ -205,11 +206,20 @@ def usual_goals(cost: StepCost, spec: MapSpec) -> GoalsSpec:
     rows = max(spec.batch_sizes)
     longest = spec.prompt_tokens + spec.mean_tokens
     step = cost.step_ns + rows * (cost.row_ns + cost.cached_ns * longest)
-    return GoalsSpec((f"ttft:{alone / 1e6:.3g}", f"tpot:{2 * step / 1e6:.3g}"))
+    return {"ttft": _rounded(alone / 1e6), "tpot": _rounded(2 * step / 1e6)}
+
+
+def _rounded(value: float) -> float:
+    """Three digits, which is what such a limit is worth."""
+    return float(f"{value:.3g}")
 
 
 def make_map(
-    spec: MapSpec, teacher: Teacher, goals: GoalsSpec, store: Store, watch: SweepWatch
+    spec: MapSpec,
+    teacher: Teacher,
+    limits_ms: Mapping[str, float],
+    store: Store,
+    watch: SweepWatch,
 ) -> BreakEven:
     """Simulate every cell; those that the store holds are not simulated again."""
     asked = {
@@ -230,11 +240,11 @@ def make_map(
     places = []
     for (batch, spread, load), cell in cells.items():
         result = store.load(cell)
-        contests, durations = contests_of(result, goals)
+        contests, durations = contests_of(result, limits_ms)
         outside = tuple(result.data["cost"]["extrapolates"])
         rate = rates[batch, spread, load]
         places.append(Place(batch, spread, load, rate, cell, contests, durations, outside))
-    return BreakEven(spec, teacher, goals, places)
+    return BreakEven(spec, teacher, limits_ms, places)
 
 
 def _cell(spec: MapSpec, teacher: Teacher, batch: int, spread: float, rate: float | None) -> Cell:
@@ -259,16 +269,18 @@ def measure(
         real[i] = Cell(shown, make_experiment(chosen, simulated=False))
     run_cells(Chosen(tuple(real.values())), store, watch)
     for i, cell in real.items():
-        contests, durations = contests_of(store.load(cell), found.goals)
+        contests, durations = contests_of(store.load(cell), found.limits_ms)
         places[i] = replace(places[i], measured=contests, measured_durations=durations)
     return replace(found, places=places)
 
 
-def contests_of(result: Result, goals: GoalsSpec) -> tuple[dict[str, Contest], dict[str, float]]:
+def contests_of(
+    result: Result, limits_ms: Mapping[str, float]
+) -> tuple[dict[str, Contest], dict[str, float]]:
     """All metrics of one cell, and how long each strategy took."""
     told = {name: result.data["strategies"][name]["summary"] for name in STRATEGIES.split(",")}
     static, continuous = told["static"], told["continuous"]
-    good = {name: goodput(result, name, goals) for name in told}
+    good = {name: goodput(result, name, limits_ms) for name in told}
     contests = {
         "throughput": Contest.of(static["output_throughput"], continuous["output_throughput"]),
         "ttft": Contest.of(static["mean_ttft_ms"], continuous["mean_ttft_ms"], less_is_better=True),
@@ -277,10 +289,10 @@ def contests_of(result: Result, goals: GoalsSpec) -> tuple[dict[str, Contest], d
     return contests, {name: summary["duration"] for name, summary in told.items()}
 
 
-def goodput(result: Result, strategy: str, goals: GoalsSpec) -> float:
+def goodput(result: Result, strategy: str, limits_ms: Mapping[str, float]) -> float:
     """Requests a second within all limits: the median over trials."""
     rates = [
-        float(within(recording, goals.limits_ms).sum()) / (recording.duration_ns / 1e9)
+        float(within(recording, limits_ms).sum()) / (recording.duration_ns / 1e9)
         for recording in result.recordings[strategy]
     ]
     return float(np.median(rates))

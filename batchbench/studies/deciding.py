@@ -29,6 +29,7 @@ class DuetSpec:
         "Seconds that all of it may take, the start of the processes included.",
         _PANEL,
         min=20,
+        max=1e9,
         unit="seconds",
     )
     floor: float = setting(
@@ -92,6 +93,7 @@ class CheckSpec:
         "Seconds that all of it may take, the start of the processes included.",
         _PANEL,
         min=20,
+        max=1e9,
         unit="seconds",
     )
     floor: float | None = setting(

@@ -137,13 +137,19 @@ def words_of_axes(axes: Mapping[str, tuple[Any, ...]]) -> list[str]:
     return [word for name, values in axes.items() for word in _words(name, values)]
 
 
+def _spelled(value: float) -> str:
+    """A number that is read as the same one, as short as it can be."""
+    short = f"{value:.15g}"
+    return short if type(value)(float(short)) == value else repr(value)
+
+
 def _words(name: str, values: tuple[Any, ...]) -> Iterator[str]:
     option = settings.option_name(name)
     if all(isinstance(value, bool) for value in values):
         for value in values:
             yield option if value else option.replace("--", "--no-", 1)
     elif all(isinstance(value, int | float) for value in values):
-        yield from (option, ",".join(f"{value:.15g}" for value in values))
+        yield from (option, ",".join(map(_spelled, values)))
     else:
         for value in values:
             yield from (option, str(value))

@@ -46,6 +46,7 @@ class WorkloadSpec:
         "One long request at every position divisible by this.",
         _PANEL,
         min=1,
+        max=10**9,
         default_text="the batch size",
     )
     long_tokens: int | None = setting(
