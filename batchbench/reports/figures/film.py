@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from numpy.typing import NDArray
 from PIL import Image
 
 from batchbench.errors import UsageError
@@ -99,64 +98,27 @@ class _Camera:
         self._still = self._canvas.copy_from_bbox(figure.bbox)
         moving = figure.findobj(lambda artist: artist.get_animated())
         self._moving = sorted(moving, key=lambda artist: artist.get_zorder())
-        self._taken: list[NDArray[np.uint8]] = []
+        self._taken: list[Image.Image] = []
 
     def shoot(self) -> None:
         """Take a picture of how it is now."""
         self._canvas.restore_region(self._still)
         for artist in self._moving:
             artist.draw(self._canvas.get_renderer())
-        self._taken.append(np.asarray(self._canvas.buffer_rgba())[..., :3].copy())
+        self._taken.append(Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB"))
 
     def developed(self) -> bytes:
-        """The pictures as a GIF, in the colours of the last, which shows all there is."""
-        colours, counts = np.unique(_packed(self._taken[-1]), return_counts=True)
-        palette = _Palette(colours[np.argsort(-counts)[:256]])
-        frames = [palette.paint(_packed(shot)) for shot in self._taken]
-        stay = [1000 // FPS] * (len(frames) - 1) + [round(STAYS_S * 1000)]
+        """Return the pictures as a GIF; the last one stays longer."""
+        first, *others = self._taken
+        stay = [1000 // FPS] * len(others) + [round(STAYS_S * 1000)]
         out = io.BytesIO()
-        frames[0].save(
-            out,
-            "GIF",
-            save_all=True,
-            append_images=frames[1:],
-            duration=stay,
-            loop=0,
-            optimize=True,
-        )
+        first.save(out, "GIF", save_all=True, append_images=others, duration=stay, loop=0)
         return out.getvalue()
 
 
 def _canvas_of(figure: Figure) -> Any:
     """The canvas, whose methods are not annotated."""
     return FigureCanvasAgg(figure)
-
-
-def _packed(shot: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Each pixel's colour as one number."""
-    red, green, blue = np.moveaxis(shot.astype(np.int64), -1, 0)
-    packed: NDArray[np.int64] = red << 16 | green << 8 | blue
-    return packed
-
-
-class _Palette:
-    """At most 256 colours, and for any other the nearest of them.
-
-    (Pillow looks colours up by their upper six bits, which turns white into nearly white.)
-    """
-
-    def __init__(self, colours: NDArray[np.int64]) -> None:
-        self._parts = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1)
-        self._place = np.full(2**24, -1, np.int16)
-
-    def paint(self, packed: NDArray[np.int64]) -> Image.Image:
-        """A picture in these colours."""
-        for colour in np.unique(packed[self._place[packed] < 0]):
-            parts = np.array([colour >> 16, colour >> 8 & 255, colour & 255])
-            self._place[colour] = np.abs(self._parts - parts).sum(1).argmin()
-        picture = Image.fromarray(self._place[packed].astype(np.uint8), "P")
-        picture.putpalette(self._parts.astype(np.uint8).tobytes())
-        return picture
 
 
 def _times(end_ns: float, lasts_s: float) -> list[int]:
