@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 CONFIDENCE = 0.95
@@ -43,5 +45,14 @@ def paired_ratio(
     median = float(np.exp(np.median(logs)))
     if len(logs) < FEWEST_PAIRS:
         return Ratio(median, None, None)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5
-    return Ratio(median, float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half)))
+    low, high = mean_interval(logs)
+    return Ratio(median, math.exp(low), math.exp(high))
+
+
+def mean_interval(values: ArrayLike) -> tuple[float, float]:
+    """Return Student's 95 % interval of the mean; it is unbounded for fewer than two values."""
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stats.sem(values)
+    return float(values.mean() - half), float(values.mean() + half)

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from batchbench.reports.changepoints import SHORTEST, fewest_values, find_changes
+from batchbench.reports.comparison import mean_interval
 from batchbench.reports.evidence import Answer
 from batchbench.reports.history import Entry, Line, Recount, Series
 from batchbench.reports.sequential import POWER, Rule, compare_means
@@ -295,13 +296,10 @@ def _smallest(scatter: Any, changes: int, alpha: float, floor: float) -> float:
 def _segments(series: Series, logs: Any, places: Sequence[int]) -> list[Segment]:
     found = []
     for a, b in _pairs([0, *places, len(logs)]):
-        mean, count = float(logs[a:b].mean()), b - a
-        half = 0.0
-        if count > 1:
-            error = float(logs[a:b].std(ddof=1)) / count**0.5
-            half = float(stats.t.ppf(0.975, count - 1)) * error
+        mean = float(logs[a:b].mean())
+        low, high = mean_interval(logs[a:b]) if b - a > 1 else (mean, mean)
         ends = series.told[a], series.told[b - 1]
-        found.append(Segment(*ends, *(math.exp(x) for x in (mean, mean - half, mean + half))))
+        found.append(Segment(*ends, *(math.exp(x) for x in (mean, low, high))))
     return found
 
 

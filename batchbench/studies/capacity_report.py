@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import batchbench
+from batchbench.reports.comparison import CONFIDENCE
 from batchbench.reports.figures import render as render_figure
 from batchbench.reports.figures.capacity import draw_capacity
 from batchbench.reports.folder import write_whole
@@ -22,7 +23,7 @@ from batchbench.reports.formats.terminal import called, number
 from batchbench.reports.goals import as_config
 from batchbench.studies.bench import Probe
 from batchbench.studies.capacity import Capacity, CapacityFindings
-from batchbench.studies.judging import CONFIDENCE, GROWTH, Verdict
+from batchbench.studies.judging import GROWTH, Verdict
 
 SCHEMA_VERSION = 1
 

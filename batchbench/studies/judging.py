@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,9 +11,8 @@ from scipy import stats
 
 from batchbench.batching.recording import Recording
 from batchbench.reports import latencies
+from batchbench.reports.comparison import CONFIDENCE, mean_interval
 from batchbench.reports.distribution import Floats
-
-CONFIDENCE = 0.95
 
 GROWTH = 0.1
 """A queue grows if more than one in ten of those that come stays in it."""
@@ -116,13 +114,8 @@ def attained(trials: Sequence[TrialFigures]) -> Interval:
 
 
 def mean_of(values: Sequence[float]) -> Interval:
-    """Mean of trials with Student's t interval; of one trial there is none to be told."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Interval(mean, -math.inf, math.inf)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
-    half = float(half * np.std(values, ddof=1) / len(values) ** 0.5)
-    return Interval(mean, mean - half, mean + half)
+    """Return the mean of trials with its interval."""
+    return Interval(float(np.mean(values)), *mean_interval(values))
 
 
 def judge(trials: Sequence[TrialFigures], attainment: float, most_trials: int) -> Verdict | None:
