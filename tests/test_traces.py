@@ -18,96 +18,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import law
+from trace_samples import AZURE, BURSTGPT, MOONCAKE, OWN, SAMPLES, SHAREGPT, read, write
 
 from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 from batchbench.workloads.prompts import byte_tokens
 from batchbench.workloads.spec import TRACE_FORMATS
-from batchbench.workloads.traces import Trace, read_trace
+from batchbench.workloads.traces import read_trace
 from batchbench.workloads.traces.own import write_workload
 from batchbench.workloads.traces.rows import BadRow
-
-AZURE = """\
-TIMESTAMP,ContextTokens,GeneratedTokens
-2023-11-16 18:15:46.6805900,374,44
-2023-11-16 18:15:50.9951690,396,109
-2023-11-16 18:15:51.2224670,879,55
-"""
-
-AZURE_2024 = """\
-TIMESTAMP,ContextTokens,GeneratedTokens
-2024-05-10 00:00:00.009930+00:00,2162,5
-2024-05-10 00:00:00.017335+00:00,2399,6
-2024-05-10 02:00:01+02:00,76,15
-"""
-
-BURSTGPT = """\
-Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
-5,ChatGPT,472,18,490,Conversation log
-45.5,ChatGPT,1087,230,1317,Conversation log
-118,GPT-4,417,276,693,API log
-"""
-
-MOONCAKE = """\
-{"timestamp": 0, "input_length": 1100, "output_length": 500, "hash_ids": [0, 1, 2]}
-{"timestamp": 3052, "input_length": 1000, "output_length": 490, "hash_ids": [0, 14]}
-{"timestamp": 3052, "input_length": 700, "output_length": 794, "hash_ids": [28, 1]}
-"""
-
-SHAREGPT = json.dumps(
-    [
-        {
-            "id": "QWJhYvA_0",
-            "conversations": [
-                {"from": "human", "value": "Why is the sky blue?"},
-                {"from": "gpt", "value": "It scatters."},
-                {"from": "human", "value": "And red?"},
-                {"from": "gpt", "value": "Later."},
-            ],
-        },
-        {
-            "id": "i6IyJda_0",
-            "conversations": [
-                {"from": "system", "value": "Be kind."},
-                {"from": "human", "value": "Größe?"},
-                {"from": "gpt", "value": "1,80 m"},
-            ],
-        },
-    ],
-    indent=2,
-    ensure_ascii=False,
-)
-
-OWN = """\
-{"due_ns": 0, "output_tokens": 10, "prompt_ids": [464, 2068]}
-{"due_ns": 1500000000, "output_tokens": 3, "prompt_ids": [7, 8, 9]}
-"""
-
-SAMPLES = {
-    "azure": (AZURE, [374, 396, 879], [44, 109, 55], [0, 4_314_579_000, 4_541_877_000]),
-    "azure 2024": (AZURE_2024, [2162, 2399, 76], [5, 6, 15], [0, 7_405_000, 990_070_000]),
-    "burstgpt": (BURSTGPT, [472, 1087, 417], [18, 230, 276], [0, 40_500_000_000, 113 * 10**9]),
-    "mooncake": (MOONCAKE, [1100, 1000, 700], [500, 490, 794], [0, 3_052 * 10**6, 3_052 * 10**6]),
-    "sharegpt": (SHAREGPT, [20, 8], [12, 6], None),
-    "batchbench": (OWN, [2, 3], [10, 3], [0, 1_500_000_000]),
-}
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "trace"
-
-
-def write(file: Path, content: str | bytes) -> Path:
-    """The file, with this content."""
-    file.write_bytes(content.encode() if isinstance(content, str) else content)
-    return file
-
-
-def read(file: Path, **more: object) -> Trace:
-    """A trace, texts spelled in bytes."""
-    return read_trace(file, byte_tokens, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -211,9 +136,10 @@ def test_a_queue_size_takes_the_first_rows_and_too_large_a_one_is_told(file: Pat
     spec = WorkloadSpec(trace=write(file, AZURE))
     assert len(made(spec, note=told.append)) == 3
     assert made(replace(spec, queue_size=2), note=told.append).prompt_tokens.tolist() == [374, 396]
-    assert told == []
+    assert told == [f"{file}: azure, 3 requests", f"{file}: azure, 2 requests"]
+    told.clear()
     assert len(made(replace(spec, queue_size=9), note=told.append)) == 3
-    assert told == [f"{file}: holds 3 requests, fewer than --queue-size 9"]
+    assert told[1:] == [f"{file}: holds 3 requests, fewer than --queue-size 9"]
 
 
 def test_a_row_beyond_the_queue_size_is_not_looked_at(file: Path) -> None:
@@ -337,18 +263,18 @@ WRONG: Sequence[tuple[str, str, str]] = [
     ("mooncake", "[" * 100_000, "is not JSON"),
     ("mooncake", "[]", "is []: must be a JSON object"),
     ("mooncake", HUGE, "is not JSON"),
-    ("mooncake", '{"timestamp": 0, "input_length": 7}', "output_length is None: must be a whole"),
+    ("mooncake", '{"timestamp": 0, "input_length": 7}', "output_length is missing: must be"),
     ("mooncake", '{"timestamp": 0, "input_length": true, "output_length": 7}', "input_length is"),
     ("mooncake", '{"timestamp": NaN, "input_length": 7, "output_length": 7}', "timestamp is nan"),
     ("mooncake", '{"timestamp": -1, "input_length": 7, "output_length": 7}', "timestamp is -1"),
     ("mooncake", '{"timestamp": 1e400, "input_length": 7, "output_length": 7}', "timestamp is inf"),
-    ("mooncake", '{"input_length": 7, "output_length": 7}', "timestamp is None: must be a number"),
+    ("mooncake", '{"input_length": 7, "output_length": 7}', "timestamp is missing: must be a"),
     (
         "mooncake",
         '{"timestamp": 0, "input_length": 7, "output_length": 7, "hash_ids": ["a"]}',
         "hash_ids is ['a']: must be a list",
     ),
-    ("batchbench", '{"output_tokens": 7}', "prompt_tokens is None: must be a whole number"),
+    ("batchbench", '{"output_tokens": 7}', "prompt_tokens is missing: must be"),
     ("batchbench", '{"output_tokens": 7, "prompt_ids": []}', "prompt_ids is []: must be a list"),
     ("batchbench", '{"output_tokens": 7, "prompt_ids": [-1]}', "prompt_ids is [-1]"),
     ("batchbench", '{"output_tokens": 0, "prompt_ids": [1]}', "output_tokens is 0: must be at"),
@@ -377,7 +303,7 @@ def test_a_wrong_line_is_named_with_what_is_wrong(
 
 
 ELEMENTS: Sequence[tuple[str, str]] = [
-    ("7", "has no list of conversations"),
+    ("7", "is 7: must be a JSON object"),
     ('{"id": "x"}', "has no list of conversations"),
     ('{"conversations": []}', "has no turn of a human with an answer of gpt behind it"),
     ('{"conversations": [{"from": "human", "value": "a"}]}', "has no turn of a human with"),
@@ -414,14 +340,15 @@ def test_an_array_that_breaks_off_is_told_and_read_so_far_if_asked(file: Path) -
 @pytest.mark.parametrize(
     ("content", "format", "told"),
     [
-        (b"", None, "is of no known format (sharegpt, azure, burstgpt, mooncake, batchbench)"),
-        (b"\x89PNG\r\n", None, "is of no known format"),
+        (b"", None, "is an empty file; give a file with requests"),
+        (b"\x89PNG\r\n", None, "is a picture"),
+        (b"a,b\n", None, "of no known format (sharegpt, azure, burstgpt, mooncake, batchbench)"),
         (b"a,b,c\n1,2,3\n", None, "name it with --trace-format"),
         (b"a,b,c\n1,2,3\n", "azure", "line 1: lacks the column TIMESTAMP"),
-        (b"", "azure", "holds no row of the format azure"),
+        (b"", "azure", "is an empty file"),
         (AZURE.splitlines(keepends=True)[0].encode(), None, "holds no row of the format azure"),
         (b"[]", None, "holds no row of the format sharegpt"),
-        (b'{"a": 1}', "sharegpt", "holds no row of the format sharegpt"),
+        (b'{"a": 1}', "sharegpt", "line 1: has no list of conversations"),
         (b'{"batchbench_workload": 9}', None, "line 1: is of version 9, this batchbench reads 1"),
         (b'{"batchbench_workload": 1, "max_concurrency": 0}', None, "line 1: stop_at_eos or max"),
         (b'{"batchbench_workload": 1}', None, "holds no row of the format batchbench"),
@@ -451,7 +378,7 @@ def test_skipping_says_how_many_and_names_the_first(file: Path) -> None:
     workload = made(WorkloadSpec(trace=file, on_bad_row="skip"), note=told.append)
     assert len(workload) == 3
     assert told == [
-        f"{file}: wrong rows left out: 1,500, "
+        f"{file}: azure, 3 requests; wrong rows left out: 1,500, "
         + "; ".join(f"line {n}: has 1 columns, the first line 3" for n in (5, 6, 7))
         + "; and 1,497 more"
     ]

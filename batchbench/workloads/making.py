@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +13,13 @@ from batchbench.errors import UsageError
 from batchbench.workloads.arrival_times import ArrivalProcess
 from batchbench.workloads.lengths import parse_lengths
 from batchbench.workloads.outline import Outline, fit
-from batchbench.workloads.prompts import Encode, byte_tokens, classic_prompts, prompts_of_file
+from batchbench.workloads.prompts import (
+    BLOCK_TOKENS,
+    Encode,
+    byte_tokens,
+    classic_prompts,
+    prompts_of_file,
+)
 from batchbench.workloads.ragged import Ints
 from batchbench.workloads.request import Workload
 from batchbench.workloads.spec import WorkloadSpec
@@ -148,28 +155,45 @@ def _bound(spec: WorkloadSpec, batch_size: int, outline: Outline) -> int | None:
 # Traces
 
 
+class _LeftOut:
+    """Rows that were left out as wrong: their numbers, and the first of each kind."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, list[BadRow]] = {}
+
+    def __call__(self, row: BadRow) -> None:
+        if not row.harmless:  # those are remarks of the trace
+            self._counts[row.kind] += 1
+            if self._counts[row.kind] <= _NAMED:
+                self._first.setdefault(row.kind, []).append(row)
+
+    @property
+    def told(self) -> list[str]:
+        """A part of a sentence for each kind."""
+        parts = []
+        for kind, count in self._counts.items():
+            first = self._first[kind]
+            more = f"; and {count - len(first):,} more" if count > len(first) else ""
+            parts.append(f"{kind} left out: {count:,}, {'; '.join(map(str, first))}{more}")
+        return parts
+
+
 def _of_trace(spec: WorkloadSpec, encode: Encode, note: Note) -> tuple[Outline, ArrivalProcess]:
     assert spec.trace is not None
-    bad: list[BadRow] = []
-    skipped = 0
-
-    def skip(row: BadRow) -> None:
-        nonlocal skipped
-        skipped += 1
-        if len(bad) < _NAMED:
-            bad.append(row)
-
+    left_out = _LeftOut()
     trace = read_trace(
         spec.trace,
         encode,
         format=spec.trace_format,
         limit=spec.queue_size,
-        on_bad_row=skip if spec.on_bad_row == "skip" else None,
+        on_bad_row=left_out if spec.on_bad_row == "skip" else None,
+        block_tokens=spec.trace_block_size,
+        time_unit=spec.trace_time_unit,
     )
-    if skipped:
-        more = f"; and {skipped - len(bad):,} more" if skipped > len(bad) else ""
-        note(f"{spec.trace}: wrong rows left out: {skipped:,}, {'; '.join(map(str, bad))}{more}")
     count = len(trace.output_tokens)
+    kept = f"{trace.format}, {count:,} request{'s' * (count != 1)}"
+    note(f"{spec.trace}: {'; '.join([kept, *trace.remarks, *left_out.told])}")
     if spec.queue_size is not None and count < spec.queue_size:
         note(f"{spec.trace}: holds {count:,} requests, fewer than --queue-size {spec.queue_size}")
     _check_digest(spec, trace)
@@ -190,6 +214,8 @@ def _outline_of(spec: WorkloadSpec, trace: Trace, due_ns: Ints) -> Outline:
     most = spec.max_concurrency
     requests = f"{len(due_ns)} request{'s' * (len(due_ns) != 1)}"
     name = f"{trace.format} trace {os.path.basename(spec.trace)}: {requests}"
+    if trace.blocks is not None and trace.block_tokens != BLOCK_TOKENS:
+        name += f", blocks of {trace.block_tokens} tokens"
     if spec.speed != 1.0:
         name += f", {spec.speed:g} times faster"
     return Outline(
@@ -200,6 +226,7 @@ def _outline_of(spec: WorkloadSpec, trace: Trace, due_ns: Ints) -> Outline:
         due_ns=due_ns,
         prompts=trace.prompts,
         blocks=trace.blocks,
+        block_tokens=trace.block_tokens,
         shared=spec.shared_prefix_tokens,
         stop_at_eos=spec.stop_at_eos or trace.about.get("stop_at_eos", False),
         max_concurrency=trace.about.get("max_concurrency") if most is None else most,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from batchbench.errors import UsageError
-from batchbench.workloads.prompts import random_prompts
+from batchbench.workloads.prompts import BLOCK_TOKENS, random_prompts
 from batchbench.workloads.ragged import Ints, Ragged
 from batchbench.workloads.request import Workload
 
@@ -17,7 +17,7 @@ class Outline:
     """What is asked but for the ids of random prompts; columns are ``[requests]``.
 
     ``prompts`` are known (a text's tokens) or None: random ones, the first ``shared`` tokens of
-    which are the same in all, and whose ``blocks`` of 512 tokens may have names.
+    which are the same in all, and whose ``blocks`` of ``block_tokens`` tokens may have names.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Outline:
     due_ns: Ints
     prompts: Ragged | None = None
     blocks: Ragged | None = None
+    block_tokens: int = BLOCK_TOKENS
     shared: int = 0
     arrivals: str = "all at once"  # for people
     stop_at_eos: bool = False
@@ -51,6 +52,7 @@ class Outline:
                 vocab_size=vocab_size,
                 shared=self.shared,
                 blocks=self.blocks,
+                block_tokens=self.block_tokens,
             )
         return Workload(
             name=self.name,

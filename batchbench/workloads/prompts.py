@@ -24,7 +24,7 @@ LIMIT = 16 * MIB
 """Bytes of a file of prompts."""
 
 BLOCK_TOKENS = 512
-"""Tokens of a block that a Mooncake trace names."""
+"""Tokens of a block that a Mooncake trace names, unless its rows say otherwise."""
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -79,7 +79,13 @@ def read_prompts(file: Path, most: int) -> list[str]:
 
 
 def random_prompts(
-    lengths: Ints, *, seed: int, vocab_size: int, shared: int, blocks: Ragged | None
+    lengths: Ints,
+    *,
+    seed: int,
+    vocab_size: int,
+    shared: int,
+    blocks: Ragged | None,
+    block_tokens: int = BLOCK_TOKENS,
 ) -> NDArray[np.int32]:
     """Ids of random prompts, end to end.
 
@@ -87,7 +93,8 @@ def random_prompts(
         lengths: of each prompt, ``[requests]``.
         shared: so many tokens at the beginning are the same in all prompts; a shorter prompt is
             all beginning.
-        blocks: names of each prompt's blocks of 512 tokens: equal names are equal tokens.
+        blocks: names of each prompt's blocks of ``block_tokens`` tokens: equal names are equal
+            tokens.
 
     Raises:
         UsageError: they do not fit in memory.
@@ -102,7 +109,12 @@ def random_prompts(
     begins = np.cumsum(lengths) - lengths
     if blocks is not None:
         for i in np.flatnonzero(blocks.lengths).tolist():
-            _fill_blocks(ids[begins[i] : begins[i] + lengths[i]], blocks.row(i), seed, vocab_size)
+            prompt = ids[begins[i] : begins[i] + lengths[i]]
+            for nth, name in enumerate(blocks.row(i).tolist()):
+                place = prompt[nth * block_tokens : (nth + 1) * block_tokens]
+                if len(place):  # a prompt that was cut has fewer blocks than names
+                    drawn = stream(seed, "blocks", name)
+                    place[:] = drawn.integers(0, vocab_size, block_tokens, np.int32)[: len(place)]
     if shared:
         beginning = stream(seed, "prefix").integers(
             0, vocab_size, min(shared, int(lengths.max())), dtype=np.int32
@@ -110,18 +122,6 @@ def random_prompts(
         for begin, length in zip(begins.tolist(), lengths.tolist(), strict=True):
             ids[begin : begin + min(shared, length)] = beginning[:length]
     return ids
-
-
-def _fill_blocks(
-    prompt: NDArray[np.int32], names: NDArray[np.int64], seed: int, vocab_size: int
-) -> None:
-    for nth, name in enumerate(names.tolist()):
-        place = prompt[nth * BLOCK_TOKENS : (nth + 1) * BLOCK_TOKENS]
-        if len(place):
-            drawn = stream(seed, "blocks", name).integers(
-                0, vocab_size, BLOCK_TOKENS, dtype=np.int32
-            )
-            place[:] = drawn[: len(place)]
 
 
 def byte_tokens(text: str) -> list[int]:

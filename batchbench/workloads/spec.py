@@ -19,6 +19,9 @@ _TRACE = "Trace files"
 
 TRACE_FORMATS = ("sharegpt", "azure", "burstgpt", "mooncake", "batchbench")
 
+TIME_UNITS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+"""Units that the times of a trace may have, in ns."""
+
 LENGTHS = (
     "7, 4:64, uniform:min=,max=, normal:mean=,std=, lognormal:mean=,sigma=, exponential:mean=, "
     "zipf:alpha=,max=, cycle:every=,long=,short= or empirical:FILE; bounds with min= and max="
@@ -26,7 +29,7 @@ LENGTHS = (
 """The grammar, shorter than in errors."""
 
 _CLASSIC = ("long_every", "long_tokens", "short_tokens")
-_OF_TRACE = ("trace_format", "on_bad_row", "speed")
+_OF_TRACE = ("trace_format", "trace_block_size", "trace_time_unit", "on_bad_row", "speed")
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,22 @@ class WorkloadSpec:
         metavar="FORMAT",
         default_text="told by its content",
     )
+    trace_block_size: int | None = setting(
+        None,
+        "Tokens of a block that a Mooncake trace names in hash_ids.",
+        _TRACE,
+        min=1,
+        max=10**9,
+        default_text="inferred from its rows; 512 if that fits",
+    )
+    trace_time_unit: str | None = setting(
+        None,
+        "Unit of the times of a Mooncake trace.",
+        _TRACE,
+        choices=tuple(TIME_UNITS),
+        metavar="UNIT",
+        default_text="inferred from its rows; ms if that is plausible",
+    )
     speed: float = setting(
         1.0,
         "A trace's own times run this many times faster.",
@@ -198,8 +217,8 @@ class WorkloadSpec:
 
     def _check_trace(self) -> None:
         if self.trace is None:
-            for name, usual in (("trace_format", None), ("on_bad_row", None), ("speed", 1.0)):
-                if (value := getattr(self, name)) != usual:
+            for name in _OF_TRACE:
+                if (value := getattr(self, name)) != (1.0 if name == "speed" else None):
                     raise UsageError(
                         f"{settings.option_name(name)} {value}: there is no trace; "
                         "give --trace FILE"

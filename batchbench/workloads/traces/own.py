@@ -14,13 +14,12 @@ from typing import Any, BinaryIO
 
 from batchbench.errors import UsageError
 from batchbench.workloads.request import Workload
-from batchbench.workloads.traces.documents import parse_object
+from batchbench.workloads.traces.objects import read_objects
 from batchbench.workloads.traces.rows import (
     BadRow,
     Row,
     WrongError,
     nanoseconds_of,
-    read_lines,
     shown,
     tokens_of,
 )
@@ -50,21 +49,20 @@ def write_workload(workload: Workload) -> Iterator[str]:
 
 
 def read_own(
-    content: BinaryIO, where: str, about: MutableMapping[str, Any]
+    content: BinaryIO, head: bytes, where: str, about: MutableMapping[str, Any]
 ) -> Iterator[Row | BadRow]:
-    """The requests; what the first line tells is written to ``about``.
+    """Yield the requests; what the first line tells is written to ``about``.
 
     Raises:
         UsageError: the first line is of another version, or torn.
     """
     with_ids: bool | None = None
-    for number, line in read_lines(content):
-        if isinstance(line, BadRow):
-            yield line
+    for place, found in read_objects(content, head):
+        if isinstance(found, BadRow):
+            yield found
             continue
         try:
-            found = parse_object(line)
-            if number == 1 and "batchbench_workload" in found:
+            if place.number == 1 and "batchbench_workload" in found:
                 about.update(_about(found, where))
                 continue
             row = _request(found)
@@ -73,7 +71,7 @@ def read_own(
             with_ids = row.ids is not None
             yield row
         except WrongError as error:
-            yield BadRow(number, str(error))
+            yield error.at(place)
 
 
 def _about(found: dict[str, Any], where: str) -> dict[str, Any]:

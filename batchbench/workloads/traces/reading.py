@@ -1,4 +1,4 @@
-"""Reading a trace: its format told, its rows streamed into columns."""
+"""Reading a trace: its format is found, its rows are streamed into columns."""
 
 from __future__ import annotations
 
@@ -9,26 +9,36 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from batchbench.errors import UsageError
-from batchbench.inputs import open_binary
+from batchbench.workloads.prompts import BLOCK_TOKENS
 from batchbench.workloads.ragged import Ragged
-from batchbench.workloads.spec import TRACE_FORMATS
-from batchbench.workloads.traces.documents import Encode, read_mooncake, read_sharegpt
+from batchbench.workloads.traces.contents import described, format_of, is_hopeless
+from batchbench.workloads.traces.documents import Encode, read_sharegpt
+from batchbench.workloads.traces.mooncake import read_mooncake
+from batchbench.workloads.traces.opening import open_trace
 from batchbench.workloads.traces.own import read_own
-from batchbench.workloads.traces.rows import BadRow, Row
-from batchbench.workloads.traces.tables import AZURE, BURSTGPT, read_azure, read_burstgpt
+from batchbench.workloads.traces.rows import BadRow, Dialect, HopelessError, Row
+from batchbench.workloads.traces.tables import read_azure, read_burstgpt
 
 Ints = NDArray[np.int64]
+
+MEMORY_STEP = 2**26
+"""Bytes that columns grow by before it is looked again whether there is memory left."""
+
+_MOST_WRONG_ROWS = 50_000
+"""Wrong rows without a single right one, after which none is expected any more."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """A trace's requests as columns, ``[requests]`` each, in the order of their times.
+    """The requests of a trace as columns, ``[requests]`` each, in the order of their times.
 
-    ``due_ns`` counts from the first request, None where the trace tells no times. ``prompts`` are
-    the tokens of prompts where they are known, ``blocks`` the names of their blocks of 512.
+    ``due_ns`` counts from the first request; it is None if the trace has no times. ``prompts`` are
+    the tokens of prompts if they are known, ``blocks`` the names of their blocks of
+    ``block_tokens`` tokens.
     """
 
     format: str
@@ -39,6 +49,18 @@ class Trace:
     blocks: Ragged | None
     about: Mapping[str, Any]  # what our own format tells of the workload
     whole: bool  # no row was left out, at the end or as a bad one
+    block_tokens: int = BLOCK_TOKENS
+    remarks: tuple[str, ...] = ()  # what was assumed or left out, for the user
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The options of :func:`read_trace` that a format may need."""
+
+    where: str
+    encode: Encode
+    block_tokens: int | None
+    time_unit: str | None
 
 
 def read_trace(
@@ -48,76 +70,124 @@ def read_trace(
     format: str | None = None,
     limit: int | None = None,
     on_bad_row: Callable[[BadRow], None] | None = None,
+    block_tokens: int | None = None,
+    time_unit: str | None = None,
 ) -> Trace:
     """Read a trace row by row; memory grows with the columns that are kept, and nothing else.
 
+    The file may be compressed (gzip, bzip2, xz, zstd), and UTF-8, UTF-16 or UTF-32.
+
     Args:
         encode: text to token ids, for traces that hold texts.
-        format: of ``TRACE_FORMATS``; None tells it by its content.
-        limit: rows to read; good ones are counted.
-        on_bad_row: is told each wrong row, which is then left out; without it the first one ends
-            the reading.
+        format: one of ``TRACE_FORMATS``; None finds it by the content.
+        limit: number of right rows after which the reading ends.
+        on_bad_row: is given each row that is left out. Without it, the first wrong row ends the
+            reading; harmless ones, such as blank lines, do not.
+        block_tokens: tokens of a block of a Mooncake trace; None infers it.
+        time_unit: unit of the times of a Mooncake trace, of ``TIME_UNITS``; None infers it.
 
     Raises:
         UsageError: it cannot be read, is of no known format, has a wrong row, or no row at all.
     """
     where = f"--trace {file}"
+    asked = _Asked(where, encode, block_tokens, time_unit)
     about: dict[str, Any] = {}
-    columns, bad, more = _Columns(), 0, False
-    with open_binary(file, where) as content:
+    dialect = Dialect()
+    with open_trace(file, where) as (content, head, archive):
+        format = _format(head, where, archive, format)
+        _check_asked(asked, format)
+        rows = _rows(content, head, format, asked, dialect, about)
         try:
-            format = format or _told_by(content, where)
-            for row in _rows(content, where, format, encode, about):
-                if isinstance(row, Row):
-                    if limit is not None and len(columns) == limit:
-                        more = True
-                        break
-                    columns.append(row)
-                else:
-                    bad += 1
-                    if on_bad_row is None:
-                        raise UsageError(
-                            f"{where}: {row}; mend it, or leave such rows out with "
-                            "--on-bad-row skip"
-                        )
-                    on_bad_row(row)
-        except OSError as error:
-            why = (error.strerror or str(error)).lower()
-            raise UsageError(f"{where}: cannot be read: {why}") from error
+            columns, whole = _columns_of(rows, where, limit, on_bad_row, dialect)
+        except HopelessError as error:
+            raise UsageError(f"{where}: {error}") from error
     if not len(columns):
-        raise UsageError(f"{where}: holds no {'right ' * bool(bad)}row of the format {format}")
-    return columns.trace(format, about, whole=not bad and not more)
+        raise UsageError(f"{where}: holds no {'right ' * (not whole)}row of the format {format}")
+    return columns.trace(format, about, whole=whole, dialect=dialect)
 
 
-def _told_by(content: BinaryIO, where: str) -> str:
-    """The format, by the first 64 KiB."""
-    begin: bytes = content.peek(2**16).lstrip()  # type: ignore[attr-defined]
-    if begin.startswith(b"["):
-        return "sharegpt"
-    if b"batchbench_workload" in begin or b'"output_tokens"' in begin:
-        return "batchbench"
-    if b'"input_length"' in begin:
-        return "mooncake"
-    header = begin.partition(b"\n")[0]
-    for name, columns in (("azure", AZURE), ("burstgpt", BURSTGPT)):
-        if all(column.encode() in header for column in columns[-2:]):
-            return name
-    raise UsageError(
-        f"{where}: is of no known format ({', '.join(TRACE_FORMATS)}); if it is one of them, name "
-        "it with --trace-format"
-    )
+def _format(head: bytes, where: str, archive: str, format: str | None) -> str:
+    """Return the format that is given, or else that of the content.
+
+    Raises:
+        UsageError: it is of none.
+    """
+    if is_hopeless(head) or not (format := format or format_of(head)):
+        raise UsageError(f"{where}: is {archive and f'{archive} of '}{described(head)}")
+    return format
+
+
+def _check_asked(asked: _Asked, format: str) -> None:
+    """Raise UsageError for an option that says nothing about this format."""
+    for option, value in (
+        ("--trace-block-size", asked.block_tokens),
+        ("--trace-time-unit", asked.time_unit),
+    ):
+        if value is not None and format != "mooncake":
+            raise UsageError(
+                f"{option} {value}: is for Mooncake traces, and {asked.where} is of the format "
+                f"{format}; drop it"
+            )
 
 
 def _rows(
-    content: BinaryIO, where: str, format: str, encode: Encode, about: dict[str, Any]
+    content: BinaryIO,
+    head: bytes,
+    format: str,
+    asked: _Asked,
+    dialect: Dialect,
+    about: dict[str, Any],
 ) -> Iterator[Row | BadRow]:
     if format == "sharegpt":
-        return read_sharegpt(content, encode)
+        return read_sharegpt(content, head, asked.encode, dialect)
     if format == "mooncake":
-        return read_mooncake(content)
+        return read_mooncake(
+            content,
+            head,
+            asked.where,
+            asked.encode,
+            dialect,
+            block_tokens=asked.block_tokens,
+            time_unit=asked.time_unit,
+        )
     if format == "batchbench":
-        return read_own(content, where, about)
-    return (read_azure if format == "azure" else read_burstgpt)(content, where)
+        return read_own(content, head, asked.where, about)
+    return (read_azure if format == "azure" else read_burstgpt)(content, asked.where)
+
+
+def _columns_of(
+    rows: Iterator[Row | BadRow],
+    where: str,
+    limit: int | None,
+    on_bad_row: Callable[[BadRow], None] | None,
+    dialect: Dialect,
+) -> tuple[_Columns, bool]:
+    """Return the columns of the right rows, and True if they are all rows of the file."""
+    columns, wrong = _Columns(), 0
+    for row in rows:
+        if limit is not None and len(columns) == limit:
+            return columns, False
+        if isinstance(row, Row):
+            columns.append(row)
+            if not columns.fit_memory():
+                raise UsageError(
+                    f"{where}: its first {len(columns):,} requests fill the memory; take fewer "
+                    "with --queue-size"
+                )
+            continue
+        if row.harmless:
+            dialect.counts[row.kind] += 1
+        else:
+            wrong += 1
+            if on_bad_row is None:
+                raise UsageError(
+                    f"{where}: {row}; mend it, or leave such rows out with --on-bad-row skip"
+                )
+            if wrong == _MOST_WRONG_ROWS and not len(columns):
+                raise UsageError(f"{where}: its first {wrong:,} rows are all wrong, such as {row}")
+        if on_bad_row is not None:
+            on_bad_row(row)
+    return columns, not wrong
 
 
 @dataclass
@@ -131,6 +201,7 @@ class _Columns:
     blocks: array[int] = field(default_factory=lambda: array("q"))
     block_counts: array[int] = field(default_factory=lambda: array("q"))
     with_ids: bool = False
+    next_check: int = field(default_factory=lambda: MEMORY_STEP)
 
     def __len__(self) -> int:
         return len(self.output_tokens)
@@ -149,11 +220,22 @@ class _Columns:
             self.blocks.extend(row.blocks)
             self.block_counts.append(len(row.blocks))
 
+    def fit_memory(self) -> bool:
+        """Return False if the columns are larger than the memory that is left."""
+        size = 24 * len(self) + 4 * len(self.ids) + 8 * len(self.blocks)
+        if size < self.next_check:
+            return True
+        self.next_check = size + MEMORY_STEP
+        return size < psutil.virtual_memory().available
+
     def _fill_block_counts(self, rows: int) -> None:
         """Say of rows so far that they name no blocks; without blocks there is no such column."""
         self.block_counts.extend(bytes(rows - len(self.block_counts)))
 
-    def trace(self, format: str, about: Mapping[str, Any], *, whole: bool) -> Trace:
+    def trace(
+        self, format: str, about: Mapping[str, Any], *, whole: bool, dialect: Dialect
+    ) -> Trace:
+        """Return the trace of these columns, sorted by time."""
         if self.blocks:
             self._fill_block_counts(len(self))
         prompt, output, due, counts = (
@@ -162,12 +244,21 @@ class _Columns:
         )
         prompts = Ragged.of(np.frombuffer(self.ids, np.int32), prompt) if self.with_ids else None
         blocks = Ragged.of(np.frombuffer(self.blocks, np.int64), counts) if self.blocks else None
-        if not len(due):
-            return Trace(format, prompt, output, None, prompts, blocks, about, whole)
-        if format != "batchbench":  # ours counts from the start of the trial
+        if len(due) and format != "batchbench":  # ours counts from the start of the trial
             due -= due.min()  # in the array that was filled
         if (due[1:] < due[:-1]).any():
             order = np.argsort(due, kind="stable")
             due, prompt, output = due[order], prompt[order], output[order]
             prompts, blocks = (r and r.take(order) for r in (prompts, blocks))
-        return Trace(format, prompt, output, due, prompts, blocks, about, whole)
+        return Trace(
+            format,
+            prompt,
+            output,
+            due if len(due) else None,
+            prompts,
+            blocks,
+            about,
+            whole,
+            dialect.block_tokens,
+            dialect.remarks,
+        )

@@ -1,24 +1,32 @@
-"""A row of a trace, good or bad, and what all formats check of one."""
+"""A row of a trace, good or bad, and the checks that all formats share."""
 
 from __future__ import annotations
 
+import re
+import reprlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 from batchbench.workloads.lengths import LONGEST
+from batchbench.workloads.prompts import BLOCK_TOKENS
 
-LONGEST_LINE = 2**26
+LONGEST_LINE = 2**24
 """Bytes of a line; a longer one is wrong, and is not held in memory."""
+
+MOST_BLANK_LINES = 10**6
+"""Blank lines in a row after which nothing more is expected of a file."""
 
 _LAST_NS = 2**62
 
 
 class Row(NamedTuple):
-    """A request as a trace tells it.
+    """A request of a trace.
 
-    ``due_ns`` counts from any moment, None where the trace tells no times. ``ids`` are the prompt's
-    tokens where they are known; ``blocks`` name its blocks of 512 tokens, equal names meaning equal
-    content.
+    ``due_ns`` counts from any moment; it is None if the trace has no times. ``ids`` are the
+    prompt's tokens if they are known; ``blocks`` name its blocks of tokens, equal names meaning
+    equal content.
     """
 
     prompt_tokens: int
@@ -28,70 +36,155 @@ class Row(NamedTuple):
     blocks: Sequence[int] = ()
 
 
+class Place(NamedTuple):
+    """A place in a file: a line, or a row of a JSON array; both count from 1."""
+
+    number: int
+    unit: str = "line"
+
+
 class BadRow(NamedTuple):
-    """A row that is wrong: its place, such as ``line 7``, and what is wrong with it."""
+    """A row that is left out: its place, such as ``line 7``, the reason, and the kind of reason.
+
+    ``harmless`` ones, such as blank lines, never end the reading.
+    """
 
     number: int
     reason: str
     unit: str = "line"
+    kind: str = "wrong rows"
+    harmless: bool = False
 
     def __str__(self) -> str:
         return f"{self.unit} {self.number}: {self.reason}"
 
 
 class WrongError(ValueError):
-    """What is wrong with a row, in words."""
+    """A fault of a row, in words; ``kind`` names the group that a summary counts it in."""
+
+    def __init__(self, reason: str, kind: str = "wrong rows") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+    def at(self, place: Place) -> BadRow:
+        """The row that has this fault."""
+        return BadRow(place.number, str(self), place.unit, self.kind)
+
+
+class HopelessError(ValueError):
+    """A fault that ends the reading of a file even if wrong rows are left out."""
+
+
+@dataclass
+class Dialect:
+    """Properties of a trace that a reader assumed or found, beyond its rows."""
+
+    block_tokens: int = BLOCK_TOKENS
+    inferred: list[str] = field(default_factory=list)  # in words, for the user
+    counts: Counter[str] = field(default_factory=Counter)  # parts left out, by their names
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences for the user: assumptions, and parts of the file that were left out."""
+        return (*self.inferred, *(f"{what}: {count:,}" for what, count in self.counts.items()))
 
 
 def read_lines(content: BinaryIO) -> Iterator[tuple[int, bytes | BadRow]]:
-    """Lines and their numbers, from 1; empty ones at the end are left out, others are wrong."""
-    number, empty = 0, 0
-    while line := content.readline(LONGEST_LINE):
+    """Lines and their numbers, from 1; blank ones at the end of the file are not reported.
+
+    Raises:
+        HopelessError: a line or a run of blank lines does not end.
+    """
+    number, blank = 0, 0
+    while line := content.readline(LONGEST_LINE + 1):
         number += 1
-        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-            while (rest := content.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
-                pass
-            line = b"\0"  # no format takes it
-        if not line.strip():
-            empty += 1
+        if len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+            yield number, BadRow(number, f"is longer than {LONGEST_LINE:,} bytes")
+            _skip_line(content, number)
             continue
-        for before in range(number - empty, number):
-            yield before, BadRow(before, "is empty")
-        empty = 0
+        if not line.strip():
+            blank += 1
+            if blank > MOST_BLANK_LINES:
+                raise HopelessError(f"line {number}: follows {MOST_BLANK_LINES:,} blank lines")
+            continue
+        for before in range(number - blank, number):
+            yield before, BadRow(before, "is blank", kind="blank lines left out", harmless=True)
+        blank = 0
         yield number, line
 
 
-def tokens_of(what: str, value: Any) -> int:
-    """A number of tokens, given as a JSON number or as text.
+def _skip_line(content: BinaryIO, number: int) -> None:
+    """Read to the end of a line that is too long."""
+    for _ in range(4):
+        rest = content.readline(LONGEST_LINE)
+        if not rest or rest.endswith(b"\n"):
+            return
+    raise HopelessError(f"line {number}: is longer than {5 * LONGEST_LINE:,} bytes")
+
+
+def tokens_of(what: str, value: object) -> int:
+    """Return a number of tokens, given as a JSON number or as text.
 
     Raises:
         WrongError: it is none.
     """
-    if isinstance(value, str) and value.isascii() and value.strip().isdecimal():
-        value = int(value[:20])
-    if type(value) is not int:
+    if value is None:
+        raise WrongError(f"{what} is missing: must be a whole number of tokens")
+    number = whole_of(value)
+    if number is None:
         raise WrongError(f"{what} is {shown(value)}: must be a whole number of tokens")
-    if not 1 <= value <= LONGEST:
-        raise WrongError(
-            f"{what} is {shown(value)}: must be at least 1 token and at most {LONGEST}"
-        )
-    return value
+    if not 1 <= number <= LONGEST:
+        text = shown(value if number > LONGEST else number)
+        raise WrongError(f"{what} is {text}: must be at least 1 token and at most {LONGEST}")
+    return number
 
 
-def nanoseconds_of(what: str, value: float, unit_ns: int) -> int:
-    """A time in ns.
+_WHOLE = re.compile(r"\d++(?:\.0*+)?", re.ASCII)
+
+
+def whole_of(value: object) -> int | None:
+    """Return the whole number that a JSON value or a cell is, such as 472, "472" or "472.0".
+
+    Numbers of more than 20 digits come back as some number above all bounds.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return None
+    text = value.strip(" \t")
+    if len(text) <= 20 and text.isascii() and text.isdecimal():
+        return int(text)
+    if not _WHOLE.fullmatch(text):
+        return None
+    digits = text.partition(".")[0].lstrip("0") or "0"
+    return int(digits) if len(digits) <= 20 else 10**20
+
+
+def nanoseconds_of(what: str, value: object, unit_ns: int) -> int:
+    """Return a time in ns.
 
     Raises:
         WrongError: it is negative, or no number that a clock could show.
     """
+    if value is None:
+        raise WrongError(f"{what} is missing: must be a number")
     if type(value) is bool or not isinstance(value, int | float):
         raise WrongError(f"{what} is {shown(value)}: must be a number")
-    if not 0 <= value * unit_ns < _LAST_NS:  # NaN, too, is not
+    if not value >= 0:  # NaN is not, either
         raise WrongError(f"{what} is {shown(value)}: must be a time of at least 0")
+    if not value * unit_ns < _LAST_NS:
+        raise WrongError(f"{what} is {shown(value)}: must be a time within 146 years")
     return value * unit_ns if isinstance(value, int) else round(value * unit_ns)
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 40
+_SHORT.maxlevel = 2
+
+
 def shown(value: Any) -> str:
-    """A value, short enough for a line."""
-    text = repr(value)
+    """Return a value as text that is short enough for a line."""
+    text = _SHORT.repr(value)
     return text if len(text) <= 40 else f"{text[:39]}…"
