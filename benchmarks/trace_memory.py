@@ -46,13 +46,14 @@ def burstgpt(rng: random.Random, rows: int) -> Iterator[str]:
 
 
 def mooncake(rng: random.Random, rows: int) -> Iterator[str]:
-    """As in conversation_trace.jsonl, without the blocks' names after the first."""
+    """As in conversation_trace.jsonl; all prompts begin with the same block."""
     for i in range(rows):
+        asked = rng.randint(1, 4000)
         row = {
             "timestamp": i * 300,
-            "input_length": rng.randint(1, 4000),
+            "input_length": asked,
             "output_length": rng.randint(1, 1000),
-            "hash_ids": [0],
+            "hash_ids": [0, *range(8 * i + 1, 8 * i + (asked + 511) // 512)],
         }
         yield json.dumps(row) + "\n"
 
