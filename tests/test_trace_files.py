@@ -166,6 +166,7 @@ OTHERS: dict[str, bytes] = {
     "an xz archive of a tar archive; ": lzma.compress(b"t".ljust(257, b"\0") + b"ustar\0"),
     "a zstd archive of a parquet file; ": zstd.compress(b"PAR1" + bytes(99)),
     "a bzip2 archive of an empty file; ": bz2.compress(b""),
+    "UTF-16 text without a byte-order mark; save it": AZURE.encode("utf-16-le"),
     "binary data of no known kind; ": bytes(range(256)) * 40,
     "JSON with the keys model, prompt, of no known format": b'{"model": "a", "prompt": "b"}\n',
     "text that begins with 'Model,Tokens', of no known format": b"Model,Tokens\na,1\n",

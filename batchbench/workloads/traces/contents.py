@@ -112,6 +112,9 @@ def _kind_of(head: bytes) -> str | None:
     for pattern, kind, advice in _KINDS:
         if re.match(pattern, head, re.DOTALL):
             return f"{kind}; {advice}"
+    start = head[:200]
+    if 0 in (start[::2].count(0), start[1::2].count(0)) and start.count(0) * 3 > len(start):
+        return "UTF-16 text without a byte-order mark; save it as UTF-8"
     controls = len(head.translate(None, _TEXT))
     if controls * 20 > len(head):
         return "binary data of no known kind; give a file of text"

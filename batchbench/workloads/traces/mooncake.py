@@ -90,6 +90,8 @@ def read_mooncake(
         unit = time_unit or _time_unit(good, where)
         how = "" if time_unit or unit == "ms" else " (inferred)"
         dialect.inferred.append(f"times in {unit}{how}")
+    elif good and time_unit:
+        raise UsageError(f"--trace-time-unit {time_unit}: {where} has no times; drop it")
     with_text = bool(good) and good[0].ids is not None
     for row in chain(first, rows):
         if isinstance(row, BadRow):
@@ -119,7 +121,9 @@ def _request(place: Place, found: dict[str, Any], encode: Encode) -> _Request:
         and set(map(type, blocks)) == {int}
         and 0 <= min(blocks) <= max(blocks) < 2**63
     ):
-        raise WrongError(f"hash_ids is {shown(blocks)}: must be a list of whole numbers")
+        raise WrongError(
+            f"hash_ids is {shown(blocks)}: must be a list of whole numbers below 2**63"
+        )
     text, ids = found.get("text_input"), None
     if text is not None:
         ids, blocks = ids_of("text_input", text, encode), ()  # the text says what the blocks hold
