@@ -119,6 +119,12 @@ def test_block_sizes_that_cannot_be_told_are_asked_for(file: Path) -> None:
     assert refusal(file, rows).startswith("hash_ids of the first rows fit no block size; give")
 
 
+def test_one_block_a_prompt_says_nothing_of_a_larger_size(file: Path) -> None:
+    assert read(write(file, lines(*mooncake(100, 400, block=4096)))).block_tokens == 512
+    told = refusal(file, lines(*mooncake(100, 600, 700, block=4096)))
+    assert told.startswith("line 2: hash_ids names 1 blocks, but 600 tokens are 2 blocks of 512")
+
+
 def test_blocks_of_another_size_hold_the_same_tokens(file: Path) -> None:
     rows = mooncake(40, 40, block=16)
     rows[1]["hash_ids"][:2] = rows[0]["hash_ids"][:2]
