@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
 from batchbench.errors import UsageError
+from batchbench.inputs import open_binary
 from batchbench.workloads.traces.contents import HEAD_BYTES
 
 if sys.version_info >= (3, 14):
@@ -48,7 +49,7 @@ def open_trace(file: Path, where: str) -> Iterator[tuple[BinaryIO, bytes, str]]:
     """
     archive = ""
     try:
-        with _open(file, where) as raw:
+        with open_binary(file, where) as raw:
             head, stream = _looked_at(raw)
             for magic, kind, unpacked in _ARCHIVES:
                 if head.startswith(magic):
@@ -65,14 +66,6 @@ def open_trace(file: Path, where: str) -> Iterator[tuple[BinaryIO, bytes, str]]:
         what = f"is {archive} that " if archive else ""
         why = (error.strerror or str(error)).lower()
         raise UsageError(f"{where}: {what}cannot be read: {why}") from error
-
-
-def _open(file: Path, where: str) -> io.FileIO:
-    try:
-        return file.open("rb", buffering=0)
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UsageError(f"{where}: {why.lower()}") from error
 
 
 def _looked_at(source: io.RawIOBase | BinaryIO) -> tuple[bytes, BinaryIO]:
