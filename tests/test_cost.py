@@ -7,12 +7,12 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from costs import costs, run
 from hypothesis import given
 from hypothesis import strategies as st
-from laws import Config, configs, law, serve, workload_of, workloads
+from laws import Config, configs, law, workload_of, workloads
 
 from batchbench.batching.cost import PS, KnownCost, Passes, StepCost
-from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError
 from batchbench.reports.fitting import (
@@ -31,16 +31,6 @@ from batchbench.workloads import Workload
 TRUE = StepCost(10_000.0, 700.3, 12.7, 90.4, 450.0, host_ns=1_500.0)
 
 policies = functools.partial(configs, policies=("static", "continuous", "laws:Patient"))
-
-costs = st.builds(
-    StepCost,
-    *(st.floats(low, most) for low, most in ((1, 50), (0, 9), (0, 2), (0, 3), (0, 5), (0, 7))),
-)
-
-
-def run(workload: Workload, config: Config, cost: StepCost, **how: int) -> Recording:
-    """Served on fitted costs."""
-    return serve(workload, config, engine=SimulatedEngine(cost), **how)
 
 
 def measured(recording: Recording, noise: float = 0.0, seed: int = 0) -> Recording:

@@ -30,7 +30,7 @@ from batchbench.reports.comparison import paired_ratio
 from batchbench.reports.fairness import by_length, length_classes
 from batchbench.reports.folder import write_folder
 from batchbench.reports.formats.terminal import sentence
-from batchbench.reports.gaps import Gaps, stalls
+from batchbench.reports.gaps import gaps_ms, stalls
 from batchbench.reports.goals import GoalsSpec
 from batchbench.reports.latencies import tpot_ms, ttft_ms
 from batchbench.reports.result import load_result, make_result, remake_result
@@ -165,7 +165,7 @@ def test_ttft_is_not_counted_into_itl() -> None:
     workload = workload_of([(3, 4, 0)] * 8)
     recording = serve(workload, Config("static", 2))
     assert ttft_ms(recording).max() > 10 * STEP_NS / 1e6
-    gaps = Gaps.of(recording).distribution
+    gaps = gaps_ms(recording)
     assert gaps.values.tolist() == [STEP_NS / 1e6]
     assert gaps.count == 8 * 3
 
@@ -173,7 +173,7 @@ def test_ttft_is_not_counted_into_itl() -> None:
 def test_gaps_are_not_averaged_within_a_request_so_that_stalls_vanish() -> None:
     """vllm-project/guidellm#1145"""
     recording = stalled_by_a_prefill()
-    gaps = Gaps.of(recording).distribution
+    gaps = gaps_ms(recording)
     assert gaps.max == 10 * STEP_NS / 1e6
     assert tpot_ms(recording)[0] < 2 * STEP_NS / 1e6
     assert metrics.trial_summary(recording)["p99_itl_ms"] > 5 * STEP_NS / 1e6  # type: ignore[operator]
@@ -358,7 +358,7 @@ def test_of_many_stalls_the_longest_are_told() -> None:
     told = [stall["gap_ms"] for stall in found]
     assert len(told) == 5
     assert told == sorted(told, reverse=True)
-    assert told[0] == Gaps.of(recording).distribution.max
+    assert told[0] == gaps_ms(recording).max
 
 
 # What is said beforehand

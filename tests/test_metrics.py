@@ -26,7 +26,7 @@ from batchbench.batching.strategies import Batcher
 from batchbench.batching.watch import Watch
 from batchbench.reports import metrics, timekeeping
 from batchbench.reports.distribution import Distribution
-from batchbench.reports.gaps import Gaps
+from batchbench.reports.gaps import gaps_ms
 from batchbench.reports.latencies import Latencies, e2el_ms, tpot_ms, ttft_ms
 from batchbench.workloads import Request, Workload
 
@@ -213,7 +213,7 @@ def test_itl_pools_every_gap_of_every_request(
         for times in engine.token_times.values()
         for sooner, later in pairwise(times)
     ]
-    assert expanded(Gaps.of(recording).distribution) == sorted(gaps)
+    assert expanded(gaps_ms(recording)) == sorted(gaps)
 
 
 @some
@@ -366,7 +366,7 @@ def test_texts_that_end_early_are_counted_as_far_as_they_go(
     assert metrics.counters(recording) == naive_counters(engine)
     assert found["total_output_tokens"] == sum(stops.values())
     gaps = [(b - a) / 1e6 for times in engine.token_times.values() for a, b in pairwise(times)]
-    assert expanded(Gaps.of(recording).distribution) == sorted(gaps)
+    assert expanded(gaps_ms(recording)) == sorted(gaps)
 
 
 @some

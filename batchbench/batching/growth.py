@@ -26,6 +26,12 @@ class GrowthLog:
         """A row for each of these spans."""
         return GrowthLog(self.beyond_ps[spans], self.rest_ps[spans], self.growth_ps[spans])
 
+    @property
+    def is_none(self) -> NDArray[np.bool_]:
+        """Which spans have steps of the same whole number of nanoseconds."""
+        none: NDArray[np.bool_] = (self.rest_ps == 0) & (self.growth_ps == 0)
+        return none
+
     def after(self, steps: Ints) -> Ints:
         """Picoseconds beyond the whole nanoseconds of so many steps, ``[spans]``."""
         grown: Ints = self.growth_ps * (steps * (steps - 1) // 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
@@ -93,12 +93,28 @@ class WaitLog:
 
 
 @dataclass(frozen=True, eq=False)
+class StepTimes:
+    """How long steps take, ``[rows]`` each. Successive equal steps of one span share a row."""
+
+    span: Ints
+    step: Ints  # number of the row's first step
+    count: Ints  # steps, from that one on
+    ns: Ints  # start to end of each of them
+
+
+BLOCK = 1 << 18
+"""Steps of which :meth:`Recording.step_times` holds the times at once."""
+
+
+@dataclass(frozen=True, eq=False)
 class Recording:
     """One trial.
 
     Times are nanoseconds since the start of the trial. The end of each step is either measured
     (``ends_ns``, ``[steps]``) or, in simulation, a formula (``step_ns``, ``[spans]``: what each
     step of a span costs, or the first of them where ``growth`` tells how the others differ).
+    Only this class reads these: to others it gives the times of steps (``ends_of``, ``starts_of``,
+    ``step_times``) and the steps at times (``step_at``, ``free_from``).
     ``tokens`` is ``[sum of output_tokens]``, request after request; None where no model ran. A
     strategy that shows no steps has no spans, and tells instead when each token was there,
     ``token_ends_ns``, ``[sum of output_tokens]``, and when it began with each request,
@@ -149,9 +165,12 @@ class Recording:
 
     def ends_of(self, steps: Ints) -> Ints:
         """End of each of these steps, given by number: without a list of all steps."""
+        return self._ends_in(self.spans_of(steps) if self.ends_ns is None else steps, steps)
+
+    def _ends_in(self, span: Ints, steps: Ints) -> Ints:
+        """End of each of these steps; where it is a formula, ``span`` is where each lies."""
         if self.ends_ns is not None:
             return self.ends_ns[steps]
-        span = self.spans_of(steps)
         return self._after(span, steps - self.first_steps[span] + 1)
 
     def starts_of(self, steps: Ints) -> Ints:
@@ -171,6 +190,75 @@ class Recording:
     def spans_of(self, steps: Ints) -> Ints:
         """Number of the span in which each of these steps lies."""
         return np.searchsorted(self.first_steps, steps, side="right") - 1
+
+    def step_at(self, times: Ints) -> Ints:
+        """Number of steps that are over at each of these times (ns).
+
+        This is also the number of the step that is under way or comes next.
+        """
+        if self.ends_ns is not None:
+            return np.searchsorted(self.ends_ns, times, side="right").astype(np.int64)
+        span = np.searchsorted(self.span_ends_ns, times, side="right")
+        span = np.minimum(span, len(self.spans.steps) - 1)
+        low, high = np.zeros(len(times), np.int64), self.spans.steps[span]
+        while (low < high).any():  # bisect the span's steps, all times together
+            middle = (low + high + 1) // 2
+            over = self._after(span, middle) <= times
+            low, high = np.where(over, middle, low), np.where(over, high, middle - 1)
+        return self.first_steps[span] + low
+
+    def free_from(self, times: Ints) -> Ints:
+        """When the engine is next free, at each of these times (ns).
+
+        The end of the step that is under way then; the time itself where none is.
+        """
+        step = np.minimum(self.step_at(times), self.num_steps - 1)
+        ends = self.ends_of(step)
+        return np.where((self.starts_of(step) < times) & (times < ends), ends, times)
+
+    def step_times(self, spans: Ints | None = None, skip: int = 0) -> Iterator[StepTimes]:
+        """How long steps take, in blocks, so that memory stays bounded.
+
+        Args:
+            spans: numbers of the spans whose steps are asked for, ascending; None for all.
+            skip: how many steps at the beginning of each span are left out.
+        """
+        chosen = np.arange(len(self.spans.steps)) if spans is None else spans
+        chosen = chosen[self.spans.steps[chosen] > skip]
+        equal = self._are_equal(chosen)
+        alike = chosen[equal]
+        first = self.first_steps[alike] + skip
+        ns = self._ends_in(alike, first) - self.starts_of(first)
+        yield StepTimes(alike, first, self.spans.steps[alike] - skip, ns)
+        yield from self._each_step(chosen[~equal], skip)
+
+    def _are_equal(self, spans: Ints) -> NDArray[np.bool_]:
+        """Which of these spans have steps that all take the same, to the nanosecond."""
+        if self.ends_ns is not None:
+            return self.spans.steps[spans] == 1
+        if self.growth is None:
+            return np.ones(len(spans), np.bool_)
+        return self.growth.of(spans).is_none
+
+    def _each_step(self, spans: Ints, skip: int) -> Iterator[StepTimes]:
+        """A row for each step of these spans, without the first ``skip`` of each span."""
+        steps = self.spans.steps[spans] - skip
+        upto = np.cumsum(steps)
+        total = int(upto[-1]) if len(upto) else 0
+        for begin in range(0, total, BLOCK):
+            stop = min(begin + BLOCK, total)
+            low, high = np.searchsorted(upto, [begin, stop - 1], side="right")
+            part = np.arange(low, high + 1)
+            before = np.maximum(upto[part] - steps[part], begin)
+            count = np.minimum(upto[part], stop) - before
+            span = np.repeat(spans[part], count)
+            first = self.first_steps[spans[part]] + skip + before - (upto - steps)[part]
+            heads = before - begin
+            step = np.arange(stop - begin) + np.repeat(first - heads, count)
+            ends = self._ends_in(span, step)
+            starts = np.concatenate([ends[:1], ends[:-1]])  # within a span no time lies between
+            starts[heads] = self.starts_of(first)
+            yield StepTimes(span, step, np.ones_like(step), ends - starts)
 
     @cached_property
     def span_ends_ns(self) -> Ints:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchbench.batching.recording import Ints
+from batchbench.batching.recording import Ints, Recording
 
 Floats = NDArray[np.float64]
 
@@ -80,3 +80,13 @@ class Distribution:
         at = np.searchsorted(self._cumulated, [low, min(low + 1, self.count - 1)], side="right")
         below, above = self.values[at]
         return float(below + (above - below) * (rank - low))
+
+
+def step_distribution_ms(recording: Recording, spans: Ints | None = None) -> Distribution:
+    """Distribution of how long steps take, in milliseconds.
+
+    Args:
+        spans: numbers of the spans whose steps are counted, ascending; None for all.
+    """
+    parts = [Distribution.of(part.ns / 1e6, part.count) for part in recording.step_times(spans)]
+    return Distribution.pooled(parts)

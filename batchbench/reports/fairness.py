@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.distribution import Distribution, Floats
+from batchbench.reports.distribution import Distribution, Floats, step_distribution_ms
 from batchbench.reports.gaps import gaps_ms
 from batchbench.reports.latencies import e2el_ms, queue_ms, ttft_ms
 
@@ -44,12 +44,7 @@ def median_step_ms(recording: Recording) -> float:
     if not recording.has_steps:
         gaps = gaps_ms(recording).percentile(50)
         return float(np.median(ttft_ms(recording))) if gaps is None else gaps
-    if recording.ends_ns is None:
-        assert recording.step_ns is not None
-        steps = Distribution.of(recording.step_ns / 1e6, recording.spans.steps)
-    else:
-        steps = Distribution.of((recording.ends_ns - recording.step_starts_ns) / 1e6)
-    median = steps.percentile(50)
+    median = step_distribution_ms(recording).percentile(50)
     assert median is not None
     return median
 

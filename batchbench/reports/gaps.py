@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,38 +18,39 @@ STALL = 1.5
 
 @dataclass(frozen=True, eq=False)
 class Gaps:
-    """All gaps of one trial, ``[kinds of gaps]`` each: equal ones that lie in one span share a row.
+    """Gaps between successive tokens of one request, ``[rows]`` each.
 
-    A gap reaches from the end of one step to that of another, in both of which a request got a
-    token and in none between.
+    A gap reaches from the end of one step to that of another: a request got a token in both and
+    in none between. ``times`` successive gaps of the same length, each one step long, share a row.
     """
 
     ns: Ints
-    count: Ints  # requests × times
-    requests: Ints  # that share it
-    from_step: Ints
-    to_step: Ints  # of one of them, where there are several
+    requests: Ints  # that share the gap
+    times: Ints
+    from_step: Ints  # of the row's first gap
+    to_step: Ints
 
     @classmethod
-    def of(cls, recording: Recording) -> Gaps:
-        """Every gap of every request.
+    def of(cls, recording: Recording) -> Iterator[Gaps]:
+        """All gaps of all requests, in blocks, so that memory stays bounded.
 
         All requests that run get a token at every step that decodes, so a gap from one such step
         to the next belongs to all of them; only the one after a first token may begin elsewhere.
         """
-        own = _first_gaps(recording)
-        return cls(*map(np.concatenate, zip(own, *_shared_gaps(recording), strict=True)))
-
-    @property
-    def distribution(self) -> Distribution:
-        """ITL in milliseconds, none averaged away."""
-        return Distribution.of(self.ns / 1e6, self.count)
+        decodes = _Decodes.of(recording)
+        yield _first_gaps(recording, decodes)
+        yield from _shared_gaps(recording, decodes)
 
 
 def gaps_ms(recording: Recording) -> Distribution:
     """ITL in milliseconds, also where no steps are shown but when each token was there."""
     if recording.token_ends_ns is None:
-        return Gaps.of(recording).distribution
+        return Distribution.pooled(
+            [
+                Distribution.of(part.ns / 1e6, part.requests * part.times)
+                for part in Gaps.of(recording)
+            ]
+        )
     within = np.ones(len(recording.token_ends_ns), bool)
     within[recording.token_offsets[:-1]] = False  # a first token ends no gap
     later = np.flatnonzero(within)
@@ -57,22 +58,20 @@ def gaps_ms(recording: Recording) -> Distribution:
     return Distribution.of(gaps / 1e6)
 
 
-Columns = tuple[Ints, Ints, Ints, Ints, Ints]
-
-
 @dataclass(frozen=True, eq=False)
 class _Decodes:
     """Numbering of the steps that decode, without a list of them."""
 
-    first: Ints  # step, of each span that decodes
+    span: Ints  # numbers of the spans that decode
+    first: Ints  # step of each of these spans
     steps: Ints
     upto: Ints  # steps that decode, up to the span and with it
 
     @classmethod
     def of(cls, recording: Recording) -> _Decodes:
-        decoding = recording.spans.decoding > 0
+        decoding = np.flatnonzero(recording.spans.decoding > 0)
         steps = recording.spans.steps[decoding]
-        return cls(recording.first_steps[decoding], steps, np.cumsum(steps))
+        return cls(decoding, recording.first_steps[decoding], steps, np.cumsum(steps))
 
     def numbered(self, step: Ints) -> Ints:
         """How many steps decode up to these and with them."""
@@ -87,23 +86,21 @@ class _Decodes:
         return self.first[span] + number - (self.upto - self.steps)[span]
 
 
-def _first_gaps(recording: Recording) -> Columns:
-    """From each request's first token to its second."""
+def _first_gaps(recording: Recording, decodes: _Decodes) -> Gaps:
+    """Gaps from each request's first token to its second."""
     r = recording.requests
     several = r.last > r.first
     first, shared = np.unique(r.first[several], return_counts=True)
-    decodes = _Decodes.of(recording)
     second = decodes.step(decodes.numbered(first))
     gaps = recording.ends_of(second) - recording.ends_of(first)
-    return gaps, shared, shared, first, second
+    return Gaps(gaps, shared, np.ones_like(gaps), first, second)
 
 
-def _shared_gaps(recording: Recording) -> list[Columns]:
-    """From a step that decodes to the next: for all that got a token in both."""
+def _shared_gaps(recording: Recording, decodes: _Decodes) -> Iterator[Gaps]:
+    """Gaps from a step that decodes to the next: for all that got a token in both."""
     r = recording.requests
-    decodes = _Decodes.of(recording)
     if not len(decodes.first):
-        return []
+        return
     several = r.last > r.first
     # A request shares gaps from its second token on: from that step's number to its last's.
     begins = np.sort(decodes.numbered(r.first[several]) + 1)
@@ -115,24 +112,14 @@ def _shared_gaps(recording: Recording) -> list[Columns]:
         return begun - np.searchsorted(ceases, number, side="right")
 
     # Between spans that decode …
-    number = decodes.upto[:-1]
     before, after = (decodes.first + decodes.steps - 1)[:-1], decodes.first[1:]
-    shared = sharing(number)
     gaps = recording.ends_of(after) - recording.ends_of(before)
-    between = (gaps, shared, shared, before, after)
+    yield Gaps(gaps, sharing(decodes.upto[:-1]), np.ones_like(gaps), before, after)
     # … and within them, where the same requests share all.
-    inner = np.flatnonzero(decodes.steps > 1)
-    first, steps = decodes.first[inner], decodes.steps[inner]
-    shared = sharing((decodes.upto - decodes.steps)[inner] + 1)
-    if recording.ends_ns is None:  # they are equal
-        gaps = recording.ends_of(first + 1) - recording.ends_of(first)
-        return [between, (gaps, shared * (steps - 1), shared, first, first + 1)]
-    after = np.repeat(first - np.cumsum(steps - 1) + steps, steps - 1) + np.arange(
-        int((steps - 1).sum())
-    )
-    shared = np.repeat(shared, steps - 1)
-    gaps = recording.ends_ns[after] - recording.ends_ns[after - 1]
-    return [between, (gaps, shared, shared, after - 1, after)]
+    inner = np.zeros(len(recording.spans.steps), np.int64)
+    inner[decodes.span] = sharing(decodes.upto - decodes.steps + 1)
+    for part in recording.step_times(decodes.span, skip=1):
+        yield Gaps(part.ns, inner[part.span], part.count, part.step - 1, part.step)
 
 
 def stalls(recordings: Sequence[Recording]) -> list[dict[str, Any]]:
@@ -143,22 +130,46 @@ def stalls(recordings: Sequence[Recording]) -> list[dict[str, Any]]:
     """
     found = []
     for trial, recording in enumerate(recordings):
-        if not recording.has_steps:
-            continue
-        gaps = Gaps.of(recording)
-        median = gaps.distribution.percentile(50)
-        if median is None:
-            continue
-        long = np.flatnonzero((gaps.count > 0) & (gaps.ns >= STALL * median * 1e6))
-        longest = long[np.argsort(-gaps.ns[long], kind="stable")[:MOST_STALLS]]
-        found += [_stall(trial, recording, gaps, int(i)) for i in longest]
+        if recording.has_steps:
+            found += [_stall(trial, recording, gap) for gap in _longest(recording)]
     return sorted(found, key=lambda stall: -stall["gap_ms"])[:MOST_STALLS]
 
 
-def _stall(trial: int, recording: Recording, gaps: Gaps, i: int) -> dict[str, Any]:
-    steps = np.arange(gaps.from_step[i] + 1, gaps.to_step[i] + 1)
+class _Gap(NamedTuple):
+    """A gap that several requests share."""
+
+    ns: int
+    requests: int
+    from_step: int
+    to_step: int
+
+
+def _longest(recording: Recording) -> list[_Gap]:
+    """The longest gaps of a trial that are stalls; of equal ones the earliest."""
+    median = gaps_ms(recording).percentile(50)
+    if median is None:
+        return []
+    found: dict[tuple[int, int], _Gap] = {}
+    for part in Gaps.of(recording):
+        long = np.flatnonzero((part.requests > 0) & (part.ns >= STALL * median * 1e6))
+        order = np.lexsort((part.from_step[long], -part.ns[long]))[:MOST_STALLS]
+        columns = (part.ns, part.requests, part.times, part.from_step)
+        rows = zip(*(column[long[order]].tolist() for column in columns), strict=True)
+        for (ns, requests, times, first), to_step in zip(
+            rows, part.to_step[long[order]].tolist(), strict=True
+        ):
+            for later in range(min(times, MOST_STALLS)):
+                steps = first + later, to_step + later
+                # Who had a first token at the step is told apart from who had another.
+                others = found[steps].requests if steps in found else 0
+                found[steps] = _Gap(ns, others + requests, *steps)
+    return sorted(found.values(), key=lambda gap: (-gap.ns, gap.from_step))[:MOST_STALLS]
+
+
+def _stall(trial: int, recording: Recording, gap: _Gap) -> dict[str, Any]:
+    steps = np.arange(gap.from_step + 1, gap.to_step + 1)
     spent = recording.ends_of(steps) - recording.starts_of(steps)
-    outside = int(gaps.ns[i] - spent.sum())
+    outside = int(gap.ns - spent.sum())
     longest = int(spent.argmax())
     step: int | None = int(steps[longest])
     cause = what_happened(recording, int(steps[longest]))
@@ -166,9 +177,9 @@ def _stall(trial: int, recording: Recording, gaps: Gaps, i: int) -> dict[str, An
         step, cause = None, "time outside the steps"
     return {
         "trial": trial,
-        "gap_ms": gaps.ns[i] / 1e6,
-        "requests": int(gaps.requests[i]),
-        "start_ms": int(recording.ends_of(gaps.from_step[i : i + 1])[0]) / 1e6,
+        "gap_ms": gap.ns / 1e6,
+        "requests": gap.requests,
+        "start_ms": int(recording.ends_of(np.array([gap.from_step]))[0]) / 1e6,
         "step": step,
         "cause": cause,
     }

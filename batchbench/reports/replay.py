@@ -117,15 +117,7 @@ class Reel:
 
     def _last_step(self, t_ns: int) -> int:
         """Number of the last step that has ended; −1 before the first."""
-        log = self.recording
-        if log.ends_ns is not None:
-            return int(np.searchsorted(log.ends_ns, t_ns, side="right")) - 1
-        assert log.step_ns is not None
-        span = int(np.searchsorted(log.spans.start_ns, t_ns, side="right")) - 1
-        if span < 0:
-            return -1
-        passed = (t_ns - int(log.spans.start_ns[span])) // max(int(log.step_ns[span]), 1)
-        return int(log.first_steps[span] + min(passed, int(log.spans.steps[span]))) - 1
+        return int(self.recording.step_at(np.array([t_ns]))[0]) - 1
 
     def _tokens(self, requests: NDArray[np.intp], step: int) -> Ints:
         """Tokens that each of some admitted requests has after ``step``."""
@@ -246,8 +238,7 @@ class Film:
     @property
     def in_steps(self) -> bool:
         """Whether time counts steps: a simulation in which every step costs one unit."""
-        costs = (reel.recording.step_ns for reel in self.reels)
-        return all(cost is not None and (cost == UNIT_NS).all() for cost in costs)
+        return all(reel.recording.in_steps for reel in self.reels)
 
     def spell(self, ns: float) -> str:
         """A time with its unit."""

@@ -37,26 +37,6 @@ def waited_by(recording: Recording, times: Ints, over_ns: Ints) -> Ints:
     return waited
 
 
-def free_from(recording: Recording, times: Ints) -> Ints:
-    """When the engine is next free, at each of these times (ns).
-
-    The end of the step that is under way then; the time itself where none is.
-    """
-    ends, starts = recording.span_ends_ns, recording.spans.start_ns
-    span = np.minimum(np.searchsorted(ends, times, side="right"), len(ends) - 1)
-    if recording.ends_ns is not None:
-        steps = recording.ends_ns
-        step = np.minimum(np.searchsorted(steps, times, side="right"), len(steps) - 1)
-        begins, stops = recording.starts_of(step), steps[step]
-    else:
-        assert recording.step_ns is not None
-        cost = recording.step_ns[span]
-        begins = starts[span] + (times - starts[span]) // cost * cost
-        stops = begins + cost
-    under_way = (begins < times) & (times < stops) & (starts[span] < times)
-    return np.where(under_way, stops, times)
-
-
 def noticed_ns(recording: Recording) -> Ints:
     """When the scheduler knew of each request, ``[requests]``.
 
@@ -96,7 +76,7 @@ def arrival_lag_ms(recording: Recording) -> Floats | None:
     due = recording.requests.due_ns
     if not due.any() or not recording.has_steps:
         return None
-    late: Floats = np.maximum(noticed_ns(recording) - free_from(recording, due), 0) / 1e6
+    late: Floats = np.maximum(noticed_ns(recording) - recording.free_from(due), 0) / 1e6
     return late
 
 
@@ -130,7 +110,7 @@ def littles_law(recording: Recording) -> float:
     running = np.searchsorted(np.sort(r.admitted), first_steps, side="right") - done
     seen = ((s.waiting + running) * (ends - starts).astype(np.float64)).sum()
     # Whoever came while a step was under way was seen at its end.
-    free = free_from(recording, r.due_ns)
+    free = recording.free_from(r.due_ns)
     seen += (free - r.due_ns).astype(np.float64).sum()
     # Between two runs are those that were due when the first ended, less who was done, and whoever
     # came then.

@@ -1,0 +1,29 @@
+"""Costs of a step, and simulations with them: shared by the tests of what such costs change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import strategies as st
+from laws import Config, serve
+
+from batchbench.batching.cost import StepCost
+from batchbench.batching.engines.simulated import SimulatedEngine
+from batchbench.batching.recording import Recording
+from batchbench.workloads import Workload
+
+costs = st.builds(
+    StepCost,
+    *(st.floats(low, most) for low, most in ((1, 50), (0, 9), (0, 2), (0, 3), (0, 5), (0, 7))),
+)
+"""Any cost: fractions of a nanosecond, growth with the cache, time of the host."""
+
+
+def run(workload: Workload, config: Config, cost: StepCost, **how: int) -> Recording:
+    """The recording of a simulation with this cost."""
+    return serve(workload, config, engine=SimulatedEngine(cost), **how)
+
+
+def with_listed_ends(recording: Recording) -> Recording:
+    """The same trial with the end of each step listed, as an engine with a real clock has it."""
+    return replace(recording, ends_ns=recording.step_ends_ns, step_ns=None, growth=None)
