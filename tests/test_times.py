@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
 import numpy as np
 import pytest
 from costs import costs, run, with_listed_ends
@@ -11,6 +15,16 @@ from laws import Config, configs, law, workloads
 
 from batchbench.batching import recording as module
 from batchbench.batching.cost import StepCost
+from batchbench.batching.recording import Recording, SpanLog
+from batchbench.reports import metrics
+from batchbench.reports.account import account
+from batchbench.reports.decode_steps import decode_steps, full_kv_tokens
+from batchbench.reports.fairness import by_length, length_classes
+from batchbench.reports.fitting import changes_of, counts_of
+from batchbench.reports.gaps import stalls
+from batchbench.reports.replay import Reel
+from batchbench.reports.timekeeping import arrival_lag_ms, arrival_rate, host_share, littles_law
+from batchbench.studies.judging import queue_growth
 from batchbench.workloads import Workload
 
 POLICIES = ("static", "static-fixed", "static-bucketed", "static-oracle", "continuous")
@@ -68,3 +82,59 @@ def test_step_times_are_those_of_each_step(
                     assert step not in found
                     found[step] = (span, ns)
     assert found == expected
+
+
+def cut(recording: Recording) -> Recording:
+    """The same trial, each step logged as a span of its own."""
+    s = recording.spans
+    each = {column.name: np.repeat(getattr(s, column.name), s.steps) for column in fields(s)}
+    spans = SpanLog(
+        **each
+        | {"steps": np.ones(recording.num_steps, np.int64), "start_ns": recording.step_starts_ns}
+    )
+    return replace(with_listed_ends(recording), spans=spans)
+
+
+def everything(recording: Recording, limits_ms: Mapping[str, float]) -> dict[str, Any]:
+    """All that is derived of a trial."""
+    classes = length_classes(recording.requests.output_tokens)
+    reel = Reel("mine", recording)
+    lag = arrival_lag_ms(recording)
+    end = recording.duration_ns
+    steps = decode_steps(recording)
+    return {
+        "summary": metrics.trial_summary(recording, limits_ms),
+        "counters": metrics.counters(recording),
+        "fairness": by_length([recording], classes),
+        "stalls": stalls([recording]),
+        "lag": None if lag is None else lag.tolist(),
+        "rate": arrival_rate(recording),
+        "host": host_share(recording),
+        "little": pytest.approx(littles_law(recording), abs=1e-12),
+        "account": account(recording),
+        "growth": queue_growth(recording),
+        "decode steps": (steps.took_ns.tolist(), steps.rows.tolist()),
+        "cached": full_kv_tokens(recording),
+        "scenes": [
+            {name: np.asarray(value).tolist() for name, value in vars(scene).items()}
+            for scene in (reel.at(t, end // 16) for t in range(0, end + 3, max(end // 97, 1)))
+        ],
+        "levels": [each.tolist() for each in reel.levels(end, 7, end)],
+        "occupancy": [column.tolist() for column in vars(metrics.occupancy(recording)).values()],
+        "work": counts_of(recording).tolist(),
+        "changes": changes_of(recording),
+    }
+
+
+@given(workload=workloads(), config=configs(policies=POLICIES, waits=(0, 25)), cost=costs)
+@settings(law, max_examples=200)
+def test_how_many_steps_are_planned_at_once_changes_no_metric(
+    workload: Workload, config: Config, cost: StepCost
+) -> None:
+    at_once = run(workload, config, cost)
+    limits = {"ttft": at_once.duration_ns / 3e6, "tpot": cost.step_ns / 5e5}
+    expected = everything(at_once, limits)
+    for other in (run(workload, config, cost, max_repeat=1), cut(at_once)):
+        found = everything(other, limits)
+        for name, value in expected.items():
+            assert found[name] == value, name

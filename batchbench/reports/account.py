@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.distribution import Floats
+from batchbench.reports.distribution import Distribution, Floats
 from batchbench.reports.timekeeping import waited_by
 
 
@@ -77,30 +78,41 @@ def account_of(trials: Sequence[Recording]) -> Account | None:
 
 
 def account(recording: Recording) -> Account:
-    """Of one trial that has steps."""
+    """Return the account of one trial that has steps."""
     spent = recording.span_ends_ns - recording.spans.start_ns
-    decode = _decode_phase(recording, spent.astype(np.float64))
-    prompt = spent - decode
-    slots = _Slots.of(recording)
-    share = decode / recording.header.slots  # of one slot
-    wanting = np.maximum(slots.prompts + slots.sitting_out, 1)  # never 0 where prompts are read
-    prefill = share * slots.prompts + prompt * slots.prompts / wanting
-    stalled = share * slots.stalled + prompt * slots.sitting_out / wanting
+    reads = recording.spans.chunks > 0  # these spans have one step each
+    slots, few = _Slots.of(recording), recording.header.slots
+    # Whole nanoseconds × slots, so that it does not matter where the log cuts equal steps apart.
+    useful, finished, empty, idle_rows = (
+        _product(spent[~reads], kind[~reads]) / few
+        for kind in (slots.useful, slots.finished, slots.empty, slots.stalled)
+    )
+    decode = _decode_phase(recording, spent[reads], reads)
+    prompt, share, reading = spent[reads] - decode, decode / few, slots.where(reads)
+    wanting = reading.prompts + reading.sitting_out  # never 0 where prompts are read
+    prefill = share * reading.prompts + prompt * reading.prompts / wanting
+    stalled = share * reading.stalled + prompt * reading.sitting_out / wanting
     padding = prefill * _padding(recording)
     waiting, host, overlap = _between(recording)
     residual = wall_ns(recording) - int(recording.span_ends_ns[-1]) + overlap
     parts = (
-        share @ slots.useful,
-        share @ slots.finished,
-        share @ slots.empty,
+        useful + share @ reading.useful,
+        finished + share @ reading.finished,
+        empty + share @ reading.empty,
         prefill.sum() - padding.sum(),
         padding.sum(),
-        stalled.sum(),
+        idle_rows + stalled.sum(),
         waiting,
         host,
         residual,
     )
     return Account(*(float(ns) / 1e9 for ns in parts))
+
+
+def _product(ns: Ints, slots: Ints) -> int | float:
+    """Sum of nanoseconds × slots, exact where 64 bits hold it."""
+    fits = float(ns.sum()) * float(slots.max(initial=0)) < 2**62
+    return int(ns @ slots) if fits else math.fsum(ns * slots.astype(np.float64))
 
 
 def wall_ns(recording: Recording) -> int:
@@ -123,6 +135,10 @@ class _Slots:
         """Requests that are not done and whose prompt is not computed now."""
         return self.useful + self.stalled
 
+    def where(self, chosen: NDArray[np.bool_]) -> _Slots:
+        """The spans that are chosen."""
+        return _Slots(*(getattr(self, f.name)[chosen] for f in fields(self)))
+
     @classmethod
     def of(cls, recording: Recording) -> _Slots:
         """Counted at the first step of each span: within one nobody comes, ends or leaves."""
@@ -135,42 +151,50 @@ class _Slots:
         return cls(useful, finished, empty, s.chunks, held - finished - useful - s.chunks)
 
 
-def _decode_phase(recording: Recording, spent: Floats) -> Floats:
-    """How much of each span's time (``spent``, ns) goes to decoding, ``[spans]``.
+def _decode_phase(recording: Recording, spent: Ints, reads: NDArray[np.bool_]) -> Floats:
+    """How much of the time of passes that read prompts goes to decoding.
 
-    All of it where no prompt is computed, nothing where nobody decodes. A pass with both decodes
-    for as long as the trial's passes without prompts took with as many rows (the median; between
-    numbers of rows linear), and what it takes beyond is the prompts'. Where the trial has no such
-    pass, nothing tells the two apart, and nothing is laid upon the prompts.
+    Nothing where nobody decodes. A mixed pass decodes for as long as the trial's steps without
+    prompts took with as many rows (the median; between numbers of rows linear), and what it takes
+    beyond is the prompts'. Where the trial has no such step, nothing tells the two apart, and
+    nothing is laid upon the prompts.
+
+    Args:
+        spent: time of each of these passes, in ns.
+        reads: which spans they are, ``[spans]``.
     """
-    s = recording.spans
-    alone, mixed = s.chunks == 0, (s.chunks > 0) & (s.decoding > 0)
-    phase = np.where(s.decoding > 0, spent, 0.0)
-    if not mixed.any() or not alone.any():
+    rows, alone = recording.spans.decoding, np.flatnonzero(~reads)
+    mixed = rows[reads] > 0
+    phase = np.where(mixed, spent, 0.0)
+    if not mixed.any() or not len(alone):
         return phase
-    rows, step = s.decoding[alone], (spent / s.steps)[alone]
-    order = np.argsort(rows, kind="stable")
-    counts, begins = np.unique(rows[order], return_index=True)
-    medians = [float(np.median(part)) for part in np.split(step[order], begins[1:])]
-    phase[mixed] = np.minimum(spent[mixed], np.interp(s.decoding[mixed], counts, medians))
+    counts = np.unique(rows[alone])
+    medians = [_median_ns(recording, alone[rows[alone] == count]) for count in counts]
+    usual = np.interp(rows[reads][mixed], counts, medians)
+    phase[mixed] = np.minimum(phase[mixed], usual)
     return phase
 
 
+def _median_ns(recording: Recording, spans: Ints) -> float:
+    """Median time of the steps of these spans."""
+    parts = [Distribution.of(part.ns, part.count) for part in recording.step_times(spans)]
+    median = Distribution.pooled(parts).percentile(50)
+    assert median is not None  # a span has a step
+    return median
+
+
 def _padding(recording: Recording) -> Floats:
-    """Share of each span's prefill that the engine spends on padding, ``[spans]``.
+    """Share of each prefill that the engine spends on padding, a row a span that reads prompts.
 
     An engine that pads computes newcomers × longest prompt; the slots engine computes no more
     tokens than there are.
     """
-    s, c = recording.spans, recording.chunks
-    share = np.zeros(len(s.steps))
-    if not recording.header.about.get("pads_prompts", False) or not len(c.request):
-        return share
-    prefills = s.chunks > 0
-    begins = (np.cumsum(s.chunks) - s.chunks)[prefills]
-    size = c.stop - c.start
-    rectangle = s.chunks[prefills] * np.maximum.reduceat(size, begins)
-    share[prefills] = 1 - np.add.reduceat(size, begins) / rectangle
+    chunks, c = recording.spans.chunks[recording.spans.chunks > 0], recording.chunks
+    if not recording.header.about.get("pads_prompts", False) or not len(chunks):
+        return np.zeros(len(chunks))
+    begins, size = np.cumsum(chunks) - chunks, c.stop - c.start
+    rectangle = chunks * np.maximum.reduceat(size, begins)
+    share: Floats = 1 - np.add.reduceat(size, begins) / rectangle
     return share
 
 
