@@ -114,6 +114,43 @@ def test_models_know_no_engine_and_engines_no_scheduler(folder: str, stranger: s
         assert not any(f".{stranger}" in name for name in imports_of(file)), file
 
 
+TIMES = ("ends_ns", "step_ns", "growth", "beyond_ps", "rest_ps", "growth_ps")
+"""Fields from which the Recording derives the times of steps."""
+
+KEEPERS = ("batching/recording.py", "batching/growth.py", "batching/recorder.py")
+
+NAMESAKES = {
+    "batching/cost.py": {"self.step_ns", "self.growth_ps"},  # of a StepCost
+    "batching/engines/simulated.py": {"passes.growth_ps"},
+    "reports/fitting.py": {"cost.step_ns"},
+    "studies/breakeven.py": {"cost.step_ns"},
+    "batching/conduct.py": {"warm_up.step_ns"},  # the median of the warm-up
+    "reports/baseline.py": {"each.step_ns"},  # the mean of one lane of duet and check
+    "reports/turns.py": {"base.step_ns", "new.step_ns"},
+    "studies/check.py": {"p.step_ns", "process.step_ns"},
+    "studies/duet.py": {"pair.step_ns"},
+    "studies/duet_gate.py": {"pair.step_ns"},
+    "studies/twins.py": {"other.step_ns", "own.step_ns", "turn.step_ns"},
+    "studies/worker.py": {"lane.known.step_ns"},
+    "studies/bench.py": {"trial.growth"},  # of a queue
+    "studies/capacity_report.py": {"probe.growth", "trial.growth"},
+    "studies/judging.py": {"t.growth", "trials[0].growth"},
+}
+"""Attributes of other classes that have such a name."""
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_only_the_recording_derives_times_within_a_span(file: Path) -> None:
+    """The steps of a span differ where a fitted cost grows, so nobody else may reckon with them."""
+    name = file.relative_to(PACKAGE).as_posix()
+    read = {
+        ast.unparse(node)
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.Attribute) and node.attr in TIMES
+    }
+    assert name in KEEPERS or read == NAMESAKES.get(name, set())
+
+
 def test_only_the_torch_engines_and_the_loading_of_models_need_torch() -> None:
     """Everything else, all of reports included, is imported where torch cannot be."""
     names = [module_of(file) for file in FILES]

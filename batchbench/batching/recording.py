@@ -139,6 +139,11 @@ class Recording:
         return self.header.simulated and "cost" not in self.header.about
 
     @property
+    def measured(self) -> bool:
+        """Whether the end of each step was measured; in simulation it is a formula."""
+        return self.ends_ns is not None
+
+    @property
     def has_steps(self) -> bool:
         """Whether steps are known; without them there are no counters and no timeline."""
         return self.token_ends_ns is None
@@ -238,7 +243,8 @@ class Recording:
             return self.spans.steps[spans] == 1
         if self.growth is None:
             return np.ones(len(spans), np.bool_)
-        return self.growth.of(spans).is_none
+        equal: NDArray[np.bool_] = self.growth.of(spans).is_none
+        return equal
 
     def _each_step(self, spans: Ints, skip: int) -> Iterator[StepTimes]:
         """A row for each step of these spans, without the first ``skip`` of each span."""

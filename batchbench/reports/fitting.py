@@ -49,7 +49,7 @@ class Work:
         Raises:
             UsageError: they tell no steps, or too few.
         """
-        real = [r for r in recordings if r.ends_ns is not None and r.num_steps]
+        real = [r for r in recordings if r.measured and r.num_steps]
         if sum(r.num_steps for r in real) < FEWEST_STEPS:
             raise UsageError(
                 f"has too few measured steps (below {FEWEST_STEPS}) to tell what a step costs; "
