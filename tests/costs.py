@@ -19,7 +19,7 @@ costs = st.builds(
 """Any cost: fractions of a nanosecond, growth with the cache, time of the host."""
 
 
-def run(workload: Workload, config: Config, cost: StepCost, **how: int) -> Recording:
+def run(workload: Workload, config: Config, cost: StepCost, **how: int | None) -> Recording:
     """The recording of a simulation with this cost."""
     return serve(workload, config, engine=SimulatedEngine(cost), **how)
 

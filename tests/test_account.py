@@ -187,7 +187,9 @@ def trial(
     return replace(
         base,
         header=replace(base.header, simulated=False, about=about),
-        requests=RequestLog(zeros, sizes, last - first + 1, zeros, admitted, first, last, released),
+        requests=RequestLog(
+            zeros, sizes, last - first + 1, zeros, admitted, admitted, first, last, released
+        ),
         spans=SpanLog(ones, start, decoding, 0 * ones, chunks),
         chunks=ChunkLog(of, 0 * of, tokens),
         waits=WaitLog(0 * begun, begun, until, over, 0 * begun),
@@ -211,6 +213,20 @@ def test_a_mixed_pass_charges_prompts_with_what_it_takes_longer() -> None:
     assert found.empty_s == seconds(10 / 2)
     assert found.prefill_useful_s == seconds(20 + 10 / 2 + 6 / 2)
     assert found.stalled_s == seconds(6 / 2)
+
+
+def test_what_decoding_takes_beside_a_prompt_is_the_median_of_steps_and_not_of_spans() -> None:
+    """Steps of one slot take 10, 10, 10, 10, 50 and 60; the first four are one span."""
+    passes = [(0, 20, 0, 1), *[(20 + 10 * i, 30 + 10 * i, 1, 0) for i in range(4)]]
+    passes += [(60, 110, 1, 0), (110, 170, 1, 0), (170, 186, 1, 1)]
+    each = trial(*passes, requests=[(0, 0, 7, 8), (7, 7, 7, 8)], prompts=[(0, 5), (1, 5)])
+    keep = np.array([0, 1, 5, 6, 7])
+    columns = {name: column[keep] for name, column in vars(each.spans).items()}
+    columns["steps"] = np.array([1, 4, 1, 1, 1])
+    joined = replace(each, spans=SpanLog(**columns))
+    assert account(each) == account(joined)
+    # The pass with a prompt took 16, of which decoding alone takes 10.
+    assert account(joined).stalled_s == seconds(6 / 2)
 
 
 def test_a_mixed_pass_is_laid_upon_decode_where_nothing_tells_what_that_costs_alone() -> None:

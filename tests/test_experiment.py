@@ -187,7 +187,7 @@ def test_a_simulation_takes_the_same_steps(ask: Ask, prefill: str) -> None:
     for name in BOTH:
         [one], [other] = real.recordings[name], simulated.recordings[name]
         assert one.num_steps == other.num_steps
-        for column in ("slot", "admitted", "first", "last", "released"):
+        for column in ("slot", "admitted", "started", "first", "last", "released"):
             assert np.array_equal(getattr(one.requests, column), getattr(other.requests, column))
 
 

@@ -152,7 +152,7 @@ class Golden:
         self.held: list[Life | None] = [None] * case.slots
         self.come = 0
         self.waiting: list[int] = []
-        self.chosen: list[int] = []  # admitted, and not in a slot yet
+        self.reading: list[Life] = []  # whose prompt is not all computed, in order of admission
         self.passes: list[Pass] = []
         self.clock_ps = 0
         self.last: tuple[int, bool] = -1, False  # rows that get a token, prompts read
@@ -179,7 +179,7 @@ class Golden:
         return max(own, room)
 
     def running(self) -> int:
-        return len(self.chosen) + sum(life is not None and not life.done for life in self.held)
+        return sum(life is not None and not life.done for life in self.held)
 
     def _step(self) -> None:
         while (due := self.next_due()) is not None and due <= self.now:
@@ -206,7 +206,7 @@ class Golden:
 
     def _admit(self) -> int | None:
         """Let requests in; when to look again, if the batch waits for more."""
-        case, free = self.case, self.held.count(None) - len(self.chosen)
+        case, free = self.case, self.held.count(None)
         if not self.waiting or not free:
             return None
         if case.strategy == "continuous":
@@ -223,7 +223,10 @@ class Golden:
                     return closes
             batch = self._batch()
         self.waiting = [i for i in self.waiting if i not in batch]
-        self.chosen += batch
+        for i in batch:
+            self.lives[i].slot = self.held.index(None)
+            self.held[self.lives[i].slot] = self.lives[i]
+            self.reading.append(self.lives[i])
         return None
 
     def _batch(self) -> list[int]:
@@ -236,31 +239,23 @@ class Golden:
         pieces = [queue[i : i + size] for i in range(0, len(queue), size)]
         return next(piece for piece in pieces if min(self.waiting) in piece)
 
-    def _seat(self) -> Life:
-        life = self.lives[self.chosen.pop(0)]
-        life.slot = self.held.index(None)
-        self.held[life.slot] = life
-        return life
-
     def _compute(self) -> None:
         """One forward pass."""
-        # At most one: whoever comes after it gets no tokens before it has all of its own.
-        reading = [life for life in self.held if life is not None and life.read < life.prompt]
         decoding = [life for life in self.held if life is not None and life.read == life.prompt]
         kinds: Counter[str] = Counter()
         pieces = []
         newcomers = []
         if self.case.mixed:
             room = self.case.room - len(decoding)
-            while room > 0 and (reading or self.chosen):
-                life = reading.pop(0) if reading else self._seat()
+            for life in self.reading:
+                if not room:
+                    break
                 size = min(room, life.prompt - life.read)
                 room -= size
                 pieces.append(size)
                 newcomers.append((life, size))
         else:
-            while self.chosen:
-                life = self._seat()
+            for life in self.reading:
                 pieces.append(life.prompt)
                 newcomers.append((life, life.prompt))
         active = decoding if self.case.mixed or not newcomers else []
@@ -283,6 +278,7 @@ class Golden:
             if life.read == life.prompt:
                 life.tokens.append(end)
             kinds["useful" if life.read == life.prompt else "prompt"] += 1
+        self.reading = [life for life in self.reading if life.read < life.prompt]
         cached = sum(
             life.read + max(len(life.tokens) - 1, 0) for life in self.held if life is not None
         )

@@ -231,7 +231,7 @@ def test_steps_are_those_of_a_simulation(
     real = batcher.serve(WORKLOAD, Watch())
     simulated = replace(batcher, engine=SimulatedEngine()).serve(WORKLOAD, Watch())
     assert real.num_steps == simulated.num_steps
-    for column in ("slot", "admitted", "first", "last", "released"):
+    for column in ("slot", "admitted", "started", "first", "last", "released"):
         one, other = getattr(real.requests, column), getattr(simulated.requests, column)
         assert np.array_equal(one, other), column
 

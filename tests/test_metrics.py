@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import Config, configs, law, serve, workload_of, workloads
+from laws import STEP_NS, Config, configs, law, serve, workload_of, workloads
 
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan
@@ -25,9 +25,11 @@ from batchbench.batching.replay import replay
 from batchbench.batching.strategies import Batcher
 from batchbench.batching.watch import Watch
 from batchbench.reports import metrics, timekeeping
+from batchbench.reports.account import account
 from batchbench.reports.distribution import Distribution
 from batchbench.reports.gaps import gaps_ms
-from batchbench.reports.latencies import Latencies, e2el_ms, tpot_ms, ttft_ms
+from batchbench.reports.latencies import Latencies, e2el_ms, queue_ms, tpot_ms, ttft_ms
+from batchbench.reports.replay import PROMPT, Reel
 from batchbench.workloads import Request, Workload
 
 KINDS = ("useful", "prompt", "finished", "empty", "stalled")
@@ -89,6 +91,8 @@ class Witness(SimulatedEngine):
         self._starts.append(now)
         for slot in plan.released:
             del self.held[slot], self.cached[slot]
+        for request, slot in plan.admitted:
+            self.held[slot], self.cached[slot] = request, 0
         for i in range(steps):
             self._pass(plan, Step(now, now := now + costs[i % 10]))
         self.clock.wait_until(now)
@@ -97,8 +101,7 @@ class Witness(SimulatedEngine):
     def _pass(self, plan: Plan, step: Step) -> None:
         doing: dict[int, str] = {}
         for chunk in plan.chunks:
-            if chunk.start == 0:
-                self.held[chunk.slot] = chunk.request
+            assert self.held[chunk.slot] is chunk.request
             self.cached[chunk.slot] = chunk.stop
             step.chunks.append(chunk.stop - chunk.start)
             doing[chunk.slot] = "useful" if chunk.stop == chunk.request.prompt_tokens else "prompt"
@@ -388,6 +391,32 @@ def test_counters_of_the_classic_workload() -> None:
     assert static["kv_tokens_peak"] == (7 + 99) + 7 * (7 + 9)
 
 
+@pytest.mark.parametrize(
+    ("policy", "stalled", "empty"),
+    # One token of the budget of 16 goes to the first request while it decodes or is held.
+    [("static", 60, 0), ("static-fixed", 60, 0), ("continuous", 57, 57)],
+)
+def test_a_batch_that_waits_for_the_budget_stalls_in_its_slots(
+    policy: str, stalled: int, empty: int
+) -> None:
+    long = workload_of([(10, 4, 0), (900, 4, 0), (10, 4, 0)])
+    recording = serve(long, Config(policy, 3, prefill="mixed", max_batched_tokens=16))
+    found = metrics.counters(recording)
+    assert (found["stalled_slot_steps"], found["empty_slot_steps"]) == (stalled, empty)
+    assert not recording.spans.waiting.any()
+    assert recording.requests.admitted.tolist() == [0, 0, 0]
+    parts = account(recording)
+    assert parts.stalled_s > 0
+    assert (parts.empty_s > 0) == (empty > 0)
+    # It waits to be computed: that is queue time, as before.
+    third = int(recording.requests.started[2])
+    assert third > 50
+    assert queue_ms(recording).tolist() == [0, 0, third * STEP_NS / 1e6]
+    assert timekeeping.littles_law(recording) == pytest.approx(0, abs=1e-12)
+    scene = Reel("mine", recording).at(20 * STEP_NS, STEP_NS)
+    assert (scene.waiting, scene.request[2], scene.state[2]) == (0, 2, PROMPT)
+
+
 # Occupancy
 
 
@@ -445,7 +474,7 @@ def test_replaying_the_recorded_admissions_gives_the_same_steps(
     """Who waits depends on the machine's speed; what is made of the decisions does not."""
     _, recording = witnessed(workload, config, uneven)
     again = replay(recording, prefill=config.prefill, max_batched_tokens=config.max_batched_tokens)
-    for name in ("slot", "admitted", "first", "last", "released", "output_tokens"):
+    for name in ("slot", "admitted", "started", "first", "last", "released", "output_tokens"):
         column, other = getattr(again.requests, name), getattr(recording.requests, name)
         assert column.tolist() == other.tolist(), name
     for name in ("request", "start", "stop"):

@@ -87,7 +87,7 @@ def test_simulated_and_real_runs_take_identical_steps(tiny: LoadedModel, seed: i
     for policy in ("static", "continuous"):
         real = Batcher(policy, engine, **how).serve(workload, Watch())
         told = Batcher(policy, SimulatedEngine(cost), **how).serve(workload, Watch())
-        for column in ("slot", "admitted", "first", "last", "released", "output_tokens"):
+        for column in ("slot", "admitted", "started", "first", "last", "released", "output_tokens"):
             ours, theirs = (getattr(r.requests, column) for r in (told, real))
             assert ours.tolist() == theirs.tolist(), column
         for column in ("request", "start", "stop"):

@@ -173,6 +173,19 @@ def test_a_file_of_another_format_is_refused(file: Path, monkeypatch: pytest.Mon
     assert "another version" in refused(file)
 
 
+def test_a_file_of_version_2_is_read_as_if_requests_started_when_they_were_admitted(
+    file: Path,
+) -> None:
+    recording = simulated()
+    with np.load(io.BytesIO(recording.save())) as saved:
+        arrays = {name: saved[name] for name in saved.files if name != "requests.started"}
+    header = json.loads(arrays["header"].tobytes()) | {"format": 2}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    np.savez(file, allow_pickle=False, **arrays)
+    requests = replace(recording.requests, started=recording.requests.admitted)
+    assert_same(Recording.load(file), replace(recording, requests=requests))
+
+
 def test_a_missing_file_is_refused(file: Path) -> None:
     assert "no such recording" in refused(file)
 

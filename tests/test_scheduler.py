@@ -228,6 +228,20 @@ def test_static_holds_a_wave_until_its_longest_is_done(workload: Workload, confi
         assert before[0][2] <= after[0][0]
 
 
+@pytest.mark.parametrize("policy", ["static", "static-fixed", "static-bucketed", "static-oracle"])
+@given(workloads(), configs(policies=["static"], waits=(0, 25)))
+@law
+def test_the_members_of_a_batch_take_their_slots_in_one_step_whatever_a_pass_may_compute(
+    policy: str, workload: Workload, config: Config
+) -> None:
+    log = serve(workload, replace(config, policy=policy)).requests
+    for step in np.unique(log.admitted):
+        batch = np.flatnonzero(log.admitted == step)
+        assert sorted(log.slot[batch].tolist()) == list(range(len(batch)))
+        assert len(set(log.released[batch].tolist())) == 1
+        assert (log.started[batch] >= step).all()
+
+
 @pytest.mark.parametrize(
     ("policy", "prefill", "steps"),
     [
@@ -244,7 +258,7 @@ def test_steps_of_the_classic_workload(policy: str, prefill: str, steps: int) ->
 # Continuous
 
 
-@given(workloads(), configs(policies=["continuous"], rooms=[UNLIMITED]))
+@given(workloads(), configs(policies=["continuous"]))
 @law
 def test_continuous_never_leaves_a_slot_empty_while_someone_waits(
     workload: Workload, config: Config
@@ -311,32 +325,32 @@ def test_with_mixed_prefill_continuous_keeps_grahams_bound_of_list_scheduling(
 
 
 def naive(workload: Workload, config: Config) -> list[list[int]]:
-    """Slot, admitted, first, last and released of each request: lists walked step by step."""
+    """Slot and steps of each request, in the order of its log: lists walked step by step."""
     requests, slots = list(workload), config.slots
     produced, read = [0] * len(requests), [0] * len(requests)
-    log = [[-1] * 5 for _ in requests]
+    log = [[-1] * 6 for _ in requests]
     held: list[int | None] = [None] * slots
-    to_come, waiting, chosen, reading = list(requests), list[Request](), list[Request](), []
+    to_come, waiting, reading = list(requests), list[Request](), list[int]()
     step = now = 0
     while True:
         while to_come and to_come[0].due_ns <= now:
             waiting.append(to_come.pop(0))
         waiting.sort(key=ORDER_KEYS[config.order])
         done = [i is not None and produced[i] == requests[i].output_tokens for i in held]
-        running = sum(i is not None for i in held) - sum(done) + len(chosen)
+        running = sum(i is not None for i in held) - sum(done)
         if config.policy == "continuous" or not running:
             for slot, i in enumerate(held):
                 if i is not None and done[slot]:
-                    log[i][4], held[slot] = step, None
-            free = held.count(None) - len(chosen)
-            chosen, waiting = chosen + waiting[:free], waiting[free:]
+                    log[i][5], held[slot] = step, None
+            free = held.count(None)
+            for request in waiting[:free]:
+                slot = held.index(None)
+                held[slot] = request.index
+                log[request.index][:2] = slot, step
+                reading.append(request.index)
+            waiting = waiting[free:]
         decoding = [i for i in held if i is not None and produced[i]]
         budget = config.max_batched_tokens - len(decoding) if config.prefill == "mixed" else 10**9
-        while chosen and budget > sum(requests[i].prompt_tokens - read[i] for i in reading):
-            slot, request = held.index(None), chosen.pop(0)
-            held[slot] = request.index
-            log[request.index][:2] = slot, step
-            reading.append(request.index)
         if config.prefill == "separate" and reading:
             decoding = []
         if not reading and all(produced[i] == requests[i].output_tokens for i in decoding):
@@ -347,15 +361,17 @@ def naive(workload: Workload, config: Config) -> list[list[int]]:
         tokens_for = [i for i in decoding if produced[i] < requests[i].output_tokens]
         for i in list(reading):
             piece = min(budget, requests[i].prompt_tokens - read[i])
+            if piece and not read[i]:
+                log[i][2] = step
             read[i], budget = read[i] + piece, budget - piece
             if read[i] == requests[i].prompt_tokens:
-                log[i][2] = step
+                log[i][3] = step
                 reading.remove(i)
                 tokens_for.append(i)
         for i in tokens_for:
             produced[i] += 1
             if produced[i] == requests[i].output_tokens:
-                log[i][3] = step
+                log[i][4] = step
         step, now = step + 1, now + STEP_NS
 
 
@@ -365,7 +381,7 @@ def test_a_naive_scheduler_that_walks_every_step_agrees_slot_for_slot(
     workload: Workload, config: Config
 ) -> None:
     log = serve(workload, config).requests
-    columns = (log.slot, log.admitted, log.first, log.last, log.released)
+    columns = (log.slot, log.admitted, log.started, log.first, log.last, log.released)
     assert np.stack(columns, axis=1).tolist() == naive(workload, config)
 
 

@@ -11,7 +11,7 @@ import pytest
 from costs import costs, run, with_listed_ends
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import Config, configs, law, workloads
+from laws import Config, configs, law, workload_of, workloads
 
 from batchbench.batching import recording as module
 from batchbench.batching.cost import StepCost
@@ -30,6 +30,33 @@ from batchbench.workloads import Workload
 POLICIES = ("static", "static-fixed", "static-bucketed", "static-oracle", "continuous")
 
 some = settings(law, max_examples=60)
+
+
+@pytest.mark.parametrize(
+    ("cached_ns", "mean_ms", "p99_ms"),
+    [(0.0, 1.0, 1.0), (100.0, 1.164, 1.320), (1000.0, 2.640, 4.200)],
+)
+@pytest.mark.parametrize("max_repeat", [None, 1])
+def test_gaps_grow_with_the_cache(
+    cached_ns: float, mean_ms: float, p99_ms: float, max_repeat: int | None
+) -> None:
+    """Eight rows that read up to 5 + 400 tokens: 1 ms + 8 × 205 × 1 µs on average."""
+    workload = workload_of([(5, 400, 0)] * 8)
+    cost = StepCost(1e6, cached_ns=cached_ns)
+    found = metrics.trial_summary(run(workload, Config("static", 8), cost, max_repeat=max_repeat))
+    assert found["mean_itl_ms"] == pytest.approx(mean_ms, rel=1e-9)
+    assert found["mean_tpot_ms"] == pytest.approx(mean_ms, rel=1e-9)
+    assert found["p99_itl_ms"] == pytest.approx(p99_ms, rel=2e-3)
+
+
+def test_a_replay_is_never_ahead() -> None:
+    """One slot, 5 µs a cached token: taken as equal, its steps were 53 too many."""
+    recording = run(workload_of([(5, 400, 0)]), Config("static", 1), StepCost(1e6, cached_ns=5e3))
+    reel, ends = Reel("mine", recording), recording.step_ends_ns
+    for step in range(0, 400, 7):
+        for t, tokens in ((ends[step] - 1, step), (ends[step], step + 1)):
+            assert reel.at(int(t), 1).tokens.tolist() == [tokens % 400]
+            assert reel.tokens_at(int(t)) == tokens
 
 
 @pytest.mark.parametrize("measured", [False, True])

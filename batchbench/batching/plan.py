@@ -34,6 +34,8 @@ class Plan:
     pass from those whose request is done: these recompute their last position. ``released`` are
     the slots given up since the last plan. ``repeat`` passes may run with no decision between
     them, ending with the first that ends at or after ``until`` (ns) where that is given.
+    ``admitted`` are (request, slot) of those that were given a slot since the last plan; where a
+    pass has a token budget, the first piece of a prompt may come later.
     """
 
     chunks: tuple[Chunk, ...]
@@ -43,6 +45,7 @@ class Plan:
     released: tuple[int, ...]
     repeat: int
     until: int | None
+    admitted: tuple[tuple[Request, int], ...] = ()
 
     def advanced(self, steps: int) -> NDArray[np.int64]:
         """Positions of the inputs after ``steps`` passes."""

@@ -46,9 +46,10 @@ class Recorder:
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
         # Arrays of machine integers: a million requests leave millions of rows.
-        self._due, self._slot, self._admitted, self._first, self._last, self._released = (
+        self._due, self._slot, self._admitted, self._started, self._first, self._last = (
             array("q", [-1]) * len(workload) for _ in range(6)
         )
+        self._released = array("q", [-1]) * len(workload)
         self._occupant: dict[int, int] = {}  # slot -> index of the request
         self._spans, self._chunks, self._waits = (array("q") for _ in range(3))
         self.steps = 0
@@ -58,12 +59,15 @@ class Recorder:
         """``steps`` passes of ``plan`` were launched while ``waiting`` requests waited."""
         for slot in plan.released:
             self._released[self._occupant.pop(slot)] = self.steps
-        for request, slot, start, stop in plan.chunks:
+        for request, slot in plan.admitted:
+            index = request.index
+            self._due[index] = request.due_ns
+            self._slot[index], self._admitted[index] = slot, self.steps
+            self._occupant[slot] = index
+        for request, _, start, stop in plan.chunks:
             index = request.index
             if start == 0:
-                self._due[index] = request.due_ns
-                self._slot[index], self._admitted[index] = slot, self.steps
-                self._occupant[slot] = index
+                self._started[index] = self.steps
             if stop == request.prompt_tokens:
                 self._first[index] = self.steps
             self._chunks.extend((index, start, stop))
@@ -97,6 +101,7 @@ class Recorder:
             output_tokens=produced,
             slot=np.array(self._slot),
             admitted=np.array(self._admitted),
+            started=np.array(self._started),
             first=np.array(self._first),
             last=np.array(self._last),
             released=np.array(self._released),

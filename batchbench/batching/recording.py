@@ -24,8 +24,11 @@ from batchbench.workloads import Workload
 
 Ints = NDArray[np.int64]
 
-FORMAT = 2
-"""Version of the file format that :meth:`Recording.save` writes."""
+FORMAT = 3
+"""Version of the file format that :meth:`Recording.save` writes.
+
+Version 2, which is read as well, does not tell apart when a request was admitted and started.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class RequestLog:
     prompt_tokens: Ints
     output_tokens: Ints  # produced
     slot: Ints
-    admitted: Ints  # first step that computes it
+    admitted: Ints  # first step in which it holds its slot
+    started: Ints  # first step that computes it: later where a token budget makes it stall
     first: Ints  # step that yields its first token
     last: Ints  # step that yields its last token
     released: Ints  # first step in which its slot is free again
@@ -113,8 +117,8 @@ class Recording:
     Times are nanoseconds since the start of the trial. The end of each step is either measured
     (``ends_ns``, ``[steps]``) or, in simulation, a formula (``step_ns``, ``[spans]``: what each
     step of a span costs, or the first of them where ``growth`` tells how the others differ).
-    Only this class reads these: to others it gives the times of steps (``ends_of``, ``starts_of``,
-    ``step_times``) and the steps at times (``step_at``, ``free_from``).
+    No other class reads these: use ``ends_of``, ``starts_of``, ``step_times``, ``step_at`` and
+    ``free_from``.
     ``tokens`` is ``[sum of output_tokens]``, request after request; None where no model ran. A
     strategy that shows no steps has no spans, and tells instead when each token was there,
     ``token_ends_ns``, ``[sum of output_tokens]``, and when it began with each request,
@@ -140,7 +144,7 @@ class Recording:
 
     @property
     def measured(self) -> bool:
-        """Whether the end of each step was measured; in simulation it is a formula."""
+        """True where the end of each step was measured; in simulation it is a formula."""
         return self.ends_ns is not None
 
     @property
@@ -173,7 +177,7 @@ class Recording:
         return self._ends_in(self.spans_of(steps) if self.ends_ns is None else steps, steps)
 
     def _ends_in(self, span: Ints, steps: Ints) -> Ints:
-        """End of each of these steps; where it is a formula, ``span`` is where each lies."""
+        """End of each of these steps, each in one of these spans."""
         if self.ends_ns is not None:
             return self.ends_ns[steps]
         return self._after(span, steps - self.first_steps[span] + 1)
@@ -238,29 +242,27 @@ class Recording:
         yield from self._each_step(chosen[~equal], skip)
 
     def _are_equal(self, spans: Ints) -> NDArray[np.bool_]:
-        """Which of these spans have steps that all take the same, to the nanosecond."""
-        if self.ends_ns is not None:
-            return self.spans.steps[spans] == 1
-        if self.growth is None:
-            return np.ones(len(spans), np.bool_)
-        equal: NDArray[np.bool_] = self.growth.of(spans).is_none
+        """True for each of these spans whose steps all take the same, to the nanosecond."""
+        equal: NDArray[np.bool_] = self.spans.steps[spans] == 1
+        if self.ends_ns is None:
+            equal |= True if self.growth is None else self.growth.of(spans).is_none
         return equal
 
     def _each_step(self, spans: Ints, skip: int) -> Iterator[StepTimes]:
         """A row for each step of these spans, without the first ``skip`` of each span."""
         steps = self.spans.steps[spans] - skip
         upto = np.cumsum(steps)
-        total = int(upto[-1]) if len(upto) else 0
+        total = int(steps.sum())
         for begin in range(0, total, BLOCK):
             stop = min(begin + BLOCK, total)
             low, high = np.searchsorted(upto, [begin, stop - 1], side="right")
             part = np.arange(low, high + 1)
-            before = np.maximum(upto[part] - steps[part], begin)
+            before = np.maximum((upto - steps)[part], begin)
             count = np.minimum(upto[part], stop) - before
             span = np.repeat(spans[part], count)
             first = self.first_steps[spans[part]] + skip + before - (upto - steps)[part]
             heads = before - begin
-            step = np.arange(stop - begin) + np.repeat(first - heads, count)
+            step = np.repeat(first - heads, count) + np.arange(stop - begin)
             ends = self._ends_in(span, step)
             starts = np.concatenate([ends[:1], ends[:-1]])  # within a span no time lies between
             starts[heads] = self.starts_of(first)
@@ -280,8 +282,13 @@ class Recording:
 
     @cached_property
     def admitted_ns(self) -> Ints:
-        """Start of the first step that computes each request, ``[requests]``."""
+        """Start of the first step in which each request holds its slot, ``[requests]``."""
         return self.starts_of(self.requests.admitted) if self.begun_ns is None else self.begun_ns
+
+    @cached_property
+    def started_ns(self) -> Ints:
+        """Start of the first step that computes each request, ``[requests]``."""
+        return self.starts_of(self.requests.started) if self.begun_ns is None else self.begun_ns
 
     @cached_property
     def first_token_ns(self) -> Ints:
@@ -311,7 +318,7 @@ class Recording:
     def merged(self) -> Recording:
         """The same trial, spans joined that go on alike: how often the loop decided is gone."""
         if self.step_ns is None:
-            raise ValueError("only a simulation has steps of equal cost to merge")
+            raise ValueError("only a simulation tells which steps go on alike")
         s, cost, growth = self.spans, self.step_ns, self.growth
         if not len(s.steps):
             return self
@@ -355,7 +362,7 @@ class Recording:
             due_ns=workload.due_ns if due_ns is None else due_ns,
             prompt_tokens=workload.prompt_tokens,
             output_tokens=counts,
-            **dict.fromkeys(("slot", "admitted", "first", "last", "released"), unknown),
+            **dict.fromkeys(("slot", "admitted", "started", "first", "last", "released"), unknown),
         )
         return cls(
             header=header,
@@ -401,10 +408,12 @@ class Recording:
         try:
             with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
                 header = json.loads(arrays["header"].tobytes())
-                if header.pop("format") != FORMAT:
+                if (version := header.pop("format")) not in (2, FORMAT):
                     raise UsageError(f"{file}: written by another version; record it again")
                 logs: dict[str, Any] = {
-                    name: kind(**{c.name: arrays[f"{name}.{c.name}"] for c in fields(kind)})
+                    name: kind(
+                        **{c.name: arrays[_column(version, name, c.name)] for c in fields(kind)}
+                    )
                     for name, kind in _LOGS.items()
                     if name != "growth" or "growth.growth_ps" in arrays
                 }
@@ -423,6 +432,12 @@ class Recording:
             raise UsageError(
                 f"{file}: is not a whole recording ({type(error).__name__})"
             ) from error
+
+
+def _column(version: int, log: str, column: str) -> str:
+    """Return the name of a column in a file of this version."""
+    name = f"{log}.{column}"
+    return "requests.admitted" if version == 2 and name == "requests.started" else name
 
 
 _LOGS: dict[str, Any] = {

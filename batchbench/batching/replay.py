@@ -33,7 +33,7 @@ class _Recorded:
             self._stays.setdefault(slot, []).append((admitted, released))
 
     def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
-        """All: requests are made due at the step that first computed them."""
+        """All: requests are made due at the step that first held a slot for them."""
         return view.waiting[:], None
 
     def release(self, view: View) -> Iterable[int]:

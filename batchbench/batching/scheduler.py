@@ -71,7 +71,7 @@ class Scheduler:
         self._max_batched_tokens = max_batched_tokens
         self._lengths_known = lengths_known
         self._free = list(range(slots))  # a heap: the lowest slot is taken first
-        self._admitted: deque[Request] = deque()  # by the policy, and not yet in a slot
+        self._admitted: list[tuple[Request, int]] = []  # and their slots, since the last plan
         self._newcomers: deque[_Newcomer] = deque()
         self._occupant: list[Request | None] = [None] * slots
         # Running requests all advance together, so a decode count replaces a length a slot:
@@ -93,13 +93,13 @@ class Scheduler:
 
     @property
     def free(self) -> int:
-        """Slots that nobody holds and nobody has been promised."""
-        return len(self._free) - len(self._admitted)
+        """Slots that nobody holds."""
+        return len(self._free)
 
     @property
     def running(self) -> int:
         """Requests admitted and not done."""
-        return self._running + len(self._newcomers) + len(self._admitted)
+        return self._running + len(self._newcomers)
 
     @property
     def more_to_come(self) -> bool:
@@ -110,7 +110,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that are due and not in a slot."""
-        return len(self.waiting) + len(self._admitted)
+        return len(self.waiting)
 
     # The two halves of a step
 
@@ -122,10 +122,10 @@ class Scheduler:
         if self.finished:
             self._release()
         ask_again = self._admit() if self.waiting and self.free else None
-        chunks = self._chunks() if self._newcomers or self._admitted else ()
+        chunks = self._chunks() if self._newcomers else ()
         if chunks and not self._mixed:
             none = np.zeros(0, np.int64)
-            return Plan(chunks, none, none, none, self._given_up(), 1, None)
+            return self._planned(chunks, none, none, none)
         if not chunks and not self._running:
             return self._idle(ask_again)
         rows = self._rows_now()
@@ -137,7 +137,7 @@ class Scheduler:
         # Also with no slot free: who waits is in the log, and a policy may answer to it.
         times = [t for t in (ask_again, self.arrivals.next_due) if t is not None]
         until = min(times, default=None)
-        return Plan(chunks, rows, positions, growing, self._given_up(), repeat, until)
+        return self._planned(chunks, rows, positions, growing, repeat, until)
 
     def apply(
         self, plan: Plan, launched: int, stopped: Collection[int] = ()
@@ -192,9 +192,19 @@ class Scheduler:
             self._released.extend(released)
             self._rows = None
 
-    def _given_up(self) -> tuple[int, ...]:
+    def _planned(
+        self,
+        chunks: tuple[Chunk, ...],
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        growing: NDArray[np.int64],
+        repeat: int = 1,
+        until: int | None = None,
+    ) -> Plan:
+        """Return the plan, with the slots given up and taken since the last one."""
         released, self._released = tuple(self._released), []
-        return released
+        admitted, self._admitted = tuple(self._admitted), []
+        return Plan(chunks, slots, positions, growing, released, repeat, until, admitted)
 
     def _admit(self) -> int | None:
         try:
@@ -209,7 +219,8 @@ class Scheduler:
             if not all(isinstance(request, Request) for request in chosen):
                 raise UsageError("a policy admitted something that is no request")
             self.waiting.take(chosen)
-            self._admitted.extend(chosen)
+            for request in chosen:
+                self._seat(request)
         if not isinstance(ask_again, int | np.integer | None):
             raise UsageError(f"a policy asked to be asked again at {shown(ask_again)}: give ns")
         if ask_again is not None and ask_again <= self.now:
@@ -219,33 +230,26 @@ class Scheduler:
     def _chunks(self) -> tuple[Chunk, ...]:
         """Pieces of prompts for this pass: all of them, or as many tokens as the budget has."""
         if not self._mixed:
-            while self._admitted:
-                self._seat()
             return tuple(
                 Chunk(n.request, n.slot, n.done, n.request.prompt_tokens) for n in self._newcomers
             )
         budget = self._max_batched_tokens - len(self._rows_now())
         chunks: list[Chunk] = []
-        for newcomer in self._newcomers:
-            budget -= self._cut(newcomer, budget, chunks)
-        while budget > 0 and self._admitted:
-            budget -= self._cut(self._seat(), budget, chunks)
-        return tuple(chunks)
-
-    def _seat(self) -> _Newcomer:
-        """Give the next admitted request the lowest free slot."""
-        newcomer = _Newcomer(self._admitted.popleft(), heapq.heappop(self._free))
-        self._occupant[newcomer.slot] = newcomer.request
-        self._newcomers.append(newcomer)
-        return newcomer
-
-    @staticmethod
-    def _cut(newcomer: _Newcomer, budget: int, chunks: list[Chunk]) -> int:
-        size = min(budget, newcomer.request.prompt_tokens - newcomer.done)
-        if size > 0:
+        for newcomer in self._newcomers:  # those behind the last piece stall in their slots
+            size = min(budget, newcomer.request.prompt_tokens - newcomer.done)
             stop = newcomer.done + size
             chunks.append(Chunk(newcomer.request, newcomer.slot, newcomer.done, stop))
-        return size
+            budget -= size
+            if not budget:
+                break
+        return tuple(chunks)
+
+    def _seat(self, request: Request) -> None:
+        """Give an admitted request the lowest free slot, which it holds from now on."""
+        slot = heapq.heappop(self._free)
+        self._occupant[slot] = request
+        self._admitted.append((request, slot))
+        self._newcomers.append(_Newcomer(request, slot))
 
     def _start(self, chunk: Chunk) -> None:
         """A prompt is computed and its first token is there: from now on the slot decodes."""

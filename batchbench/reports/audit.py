@@ -128,7 +128,12 @@ def _complete(r: Recording) -> bool:
         forward = not gaps.count or gaps.values[0] >= 0
         return bool(begun.all() and (r.first_token_ns >= r.admitted_ns).all() and forward)
     q = r.requests
-    ordered = (q.admitted <= q.first) & (q.first <= q.last) & (q.last < q.released)
+    ordered = (
+        (q.admitted <= q.started)
+        & (q.started <= q.first)
+        & (q.first <= q.last)
+        & (q.last < q.released)
+    )
     return bool((q.admitted >= 0).all() and ordered.all() and (q.released <= r.num_steps).all())
 
 

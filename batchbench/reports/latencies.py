@@ -15,7 +15,7 @@ from batchbench.reports.gaps import gaps_ms
 
 def queue_ms(recording: Recording) -> Floats:
     """Time from arrival to the start of the first step that computes the request."""
-    queued: Floats = (recording.admitted_ns - recording.requests.due_ns) / 1e6
+    queued: Floats = (recording.started_ns - recording.requests.due_ns) / 1e6
     return queued
 
 

@@ -73,8 +73,8 @@ class Reel:
 
     @cached_property
     def admitted(self) -> Ints:
-        """Start of the first step that computes each request, ``[requests]``."""
-        return self.recording.starts_of(self.recording.requests.admitted)
+        """Start of the first step in which each request holds its slot, ``[requests]``."""
+        return self.recording.admitted_ns
 
     @cached_property
     def first(self) -> Ints:

@@ -74,7 +74,7 @@ class Holdings:
 
     request: Ints
     slot: Ints
-    admitted: Ints  # start of the first step that computes it
+    admitted: Ints  # start of the first step in which it holds its slot
     first: Ints  # end of the step of its first token
     done: Ints  # end of the step of its last token
     freed: Ints  # end of the last step in which its slot is held

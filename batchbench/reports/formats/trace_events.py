@@ -134,14 +134,14 @@ def _slices(pid: int, recording: Recording) -> Iterator[dict[str, Any]]:
     """A slice a request, and its parts inside it."""
     r = recording.requests
     order = np.argsort(r.admitted, kind="stable")[:MOST_REQUESTS]
-    admitted = recording.starts_of(r.admitted[order])
+    admitted, started = (recording.starts_of(steps[order]) for steps in (r.admitted, r.started))
     first, done, freed = (
         recording.ends_of(steps[order]) for steps in (r.first, r.last, r.released - 1)
     )
-    columns = (order, r.slot[order], r.due_ns[order], admitted, first, done, freed)
+    columns = (order, r.slot[order], r.due_ns[order], admitted, started, first, done, freed)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     for i, slot, due, *times in rows:
-        start, first_at, done_at, freed_at = times
+        begin_at, start, first_at, done_at, freed_at = times
         args = {
             "request": i,
             "prompt_tokens": int(r.prompt_tokens[i]),
@@ -152,7 +152,7 @@ def _slices(pid: int, recording: Recording) -> Iterator[dict[str, Any]]:
             "e2el_ms": (done_at - due) / 1e6,
         }
         track = {"ph": "X", "pid": pid, "tid": slot + 1}
-        whole = _span(start, freed_at)
+        whole = _span(begin_at, freed_at)
         yield {**track, "name": f"request {i}", "cat": "request", **whole, "args": args}
         parts = (
             ("prefill", start, first_at),
