@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.distribution import Distribution, Floats
+from batchbench.reports.distribution import Floats, step_distribution
 from batchbench.reports.timekeeping import waited_by
 
 
@@ -169,18 +169,11 @@ def _decode_phase(recording: Recording, spent: Ints, reads: NDArray[np.bool_]) -
     if not mixed.any() or not len(alone):
         return phase
     counts = np.unique(rows[alone])
-    medians = [_median_ns(recording, alone[rows[alone] == count]) for count in counts]
+    steps = [step_distribution(recording, alone[rows[alone] == count]) for count in counts]
+    medians = [float(of_count.percentile(50) or 0) for of_count in steps]
     usual = np.interp(rows[reads][mixed], counts, medians)
     phase[mixed] = np.minimum(phase[mixed], usual)
     return phase
-
-
-def _median_ns(recording: Recording, spans: Ints) -> float:
-    """Median time of the steps of these spans."""
-    parts = [Distribution.of(part.ns, part.count) for part in recording.step_times(spans)]
-    median = Distribution.pooled(parts).percentile(50)
-    assert median is not None  # a span has a step
-    return median
 
 
 def _padding(recording: Recording) -> Floats:

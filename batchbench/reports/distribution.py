@@ -15,6 +15,9 @@ from batchbench.batching.recording import Ints, Recording
 
 Floats = NDArray[np.float64]
 
+_DENSE = 16
+"""Whole numbers whose range is at most this many times their number are counted, not sorted."""
+
 
 @dataclass(frozen=True, eq=False)
 class Distribution:
@@ -33,9 +36,15 @@ class Distribution:
         """From unsorted values; without weights each counts once."""
         if weights is not None:
             values, weights = values[weights > 0], weights[weights > 0]
+        if values.dtype.kind == "i" and len(values):
+            low, high = int(values.min()), int(values.max())
+            if high - low < _DENSE * len(values):  # counting takes a tenth of the time of sorting
+                counts = np.bincount(values - low, weights)  # exact up to 2**53
+                found = np.flatnonzero(counts)
+                return cls((found + low).astype(np.float64), counts[found].astype(np.int64))
         distinct, first, counts = np.unique(values, return_inverse=True, return_counts=True)
         if weights is not None:
-            counts = np.bincount(first, weights, len(distinct))  # exact up to 2**53
+            counts = np.bincount(first, weights, len(distinct))
         return cls(distinct.astype(np.float64), counts.astype(np.int64))
 
     @classmethod
@@ -44,6 +53,10 @@ class Distribution:
         return cls.of(
             np.concatenate([p.values for p in parts]), np.concatenate([p.weights for p in parts])
         )
+
+    def in_units_of(self, unit: float) -> Distribution:
+        """The same observations as multiples of a unit."""
+        return Distribution(self.values / unit, self.weights)
 
     @cached_property
     def _cumulated(self) -> Ints:
@@ -82,11 +95,11 @@ class Distribution:
         return float(below + (above - below) * (rank - low))
 
 
-def step_distribution_ms(recording: Recording, spans: Ints | None = None) -> Distribution:
-    """Distribution of how long steps take, in milliseconds.
+def step_distribution(recording: Recording, spans: Ints | None = None) -> Distribution:
+    """Distribution of how long steps take, in ns.
 
     Args:
         spans: numbers of the spans whose steps are counted, ascending; None for all.
     """
-    parts = [Distribution.of(part.ns / 1e6, part.count) for part in recording.step_times(spans)]
+    parts = [Distribution.of(part.ns, part.count) for part in recording.step_times(spans)]
     return Distribution.pooled(parts)

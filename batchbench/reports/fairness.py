@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.distribution import Distribution, Floats, step_distribution_ms
+from batchbench.reports.distribution import Distribution, Floats, step_distribution
 from batchbench.reports.gaps import gaps_ms
 from batchbench.reports.latencies import e2el_ms, queue_ms, ttft_ms
 
@@ -44,7 +44,7 @@ def median_step_ms(recording: Recording) -> float:
     if not recording.has_steps:
         gaps = gaps_ms(recording).percentile(50)
         return float(np.median(ttft_ms(recording))) if gaps is None else gaps
-    median = step_distribution_ms(recording).percentile(50)
+    median = step_distribution(recording).in_units_of(1e6).percentile(50)
     assert median is not None
     return median
 

@@ -45,12 +45,8 @@ class Gaps:
 def gaps_ms(recording: Recording) -> Distribution:
     """ITL in milliseconds, also where no steps are shown but when each token was there."""
     if recording.token_ends_ns is None:
-        return Distribution.pooled(
-            [
-                Distribution.of(part.ns / 1e6, part.requests * part.times)
-                for part in Gaps.of(recording)
-            ]
-        )
+        parts = [Distribution.of(g.ns, g.requests * g.times) for g in Gaps.of(recording)]
+        return Distribution.pooled(parts).in_units_of(1e6)
     within = np.ones(len(recording.token_ends_ns), bool)
     within[recording.token_offsets[:-1]] = False  # a first token ends no gap
     later = np.flatnonzero(within)
