@@ -293,7 +293,7 @@ def continuous_by_hand(requests: int, slots: int) -> Recording:
     return Recording(
         header=Header("continuous", 0, slots, False, {}),
         requests=RequestLog(
-            zeros, zeros + 7, stop - start, index % slots, start, start, stop - 1, stop
+            zeros, zeros + 7, stop - start, index % slots, start, start, start, stop - 1, stop
         ),
         spans=SpanLog(
             ones, np.arange(steps) * 10**7, ones * slots, 0 * ones, np.bincount(start, None, steps)

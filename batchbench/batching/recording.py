@@ -1,7 +1,7 @@
 """The Recording: the log of one trial, from which everything that people read is derived.
 
-A record a request holds step numbers; a span is a run of equal steps with the end time of each.
-Times, latencies, occupancy, timeline and counters are functions of these (``reports.metrics``).
+A record a request holds step numbers; a span is a run of steps that compute the same slots. Times,
+latencies, occupancy, timeline and counters are functions of these (``reports.metrics``).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RequestLog:
 
 @dataclass(frozen=True, eq=False)
 class SpanLog:
-    """A row a run of equal steps, ``[spans]`` each."""
+    """A row a run of steps that compute the same slots, ``[spans]`` each."""
 
     steps: Ints
     start_ns: Ints  # start of the span's first step
