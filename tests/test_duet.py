@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import site
 import subprocess
 import sys
 import time
@@ -515,8 +516,15 @@ def test_a_revision_is_installed_as_committed(
         subprocess.run([*git, "commit", "-qm", version], check=True)
     marker.write_text("__version__ = 'not committed'\n")
     monkeypatch.setattr(batchbench, "__file__", str(marker))
+    # A further folder of packages, which leads to another, as an editable installation does.
+    (tmp_path / "packages of 'all'").mkdir()
+    (tmp_path / "packages of 'all'" / "more.pth").write_text(str(tmp_path / "beyond"))
+    (tmp_path / "beyond").mkdir()
+    (tmp_path / "beyond" / "added_beyond.py").touch()
+    packages = [*site.getsitepackages(), str(tmp_path / "packages of 'all'")]
+    monkeypatch.setattr(site, "getsitepackages", lambda: packages)
     python, commit = install_revision("HEAD~1", tmp_path / "cache")
-    asked = "import batchbench, torch; print(batchbench.__version__)"
+    asked = "import batchbench, torch, added_beyond; print(batchbench.__version__)"
     done = subprocess.run([python, "-P", "-c", asked], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
     assert len(commit) == 40

@@ -97,13 +97,15 @@ def _install(root: Path, commit: str, folder: Path) -> None:
         library = next(staging.glob("[Ll]ib/**/site-packages"))
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             files.extractall(library, filter="data")
-        # Behind its own batchbench, everything that the present environment has installed.
+        # Behind its own batchbench, everything that the present environment has installed, with
+        # what its .pth files add. The line is ASCII, since Python reads it by the locale.
         present = [
             *site.getsitepackages(),
             site.getusersitepackages(),
             sysconfig.get_path("purelib"),
         ]
-        (library / "present.pth").write_text("\n".join(dict.fromkeys(present)) + "\n")
+        lines = [f"import site; site.addsitedir({place!a})\n" for place in dict.fromkeys(present)]
+        (library / "present.pth").write_text("".join(lines), encoding="ascii")
         compileall.compile_dir(library / "batchbench", quiet=2)
         (staging / _READY).touch()
         shutil.rmtree(folder, ignore_errors=True)
