@@ -1,24 +1,65 @@
-"""What several test files share: no hub, a tiny checkpoint, and small models made up on the spot.
+"""What several test files share: a machine, a tiny checkpoint, and small models made on the spot.
 
 Nothing here imports torch before a test asks for a model.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.configuration import set_hypothesis_home_dir
+from machine import settle, shuffle
 
 if TYPE_CHECKING:
     from batchbench.batching.models.loading import LoadedModel
 
-# Read when torch is first imported. Passes of tiny models gain nothing from a second thread, and
-# threads that wait for one another on busy cores lose much.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+_tidy_up: Callable[[], None] | None = None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the machine that tests see, before any of their files is imported."""
+    global _tidy_up
+    if config.pluginmanager.has_plugin("terminalreporter"):
+        writer = config.get_terminal_writer()
+        writer.fullwidth = writer.fullwidth  # pytest's lines stay as wide as the user's terminal
+    _tidy_up = settle()
+    # Examples do not depend on the day, nor on how busy the machine is.
+    calm = settings(
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.register_profile("anywhere", calm)
+    settings.load_profile("anywhere")
+    set_hypothesis_home_dir(os.environ["HOME"])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let ``TEST_ORDER`` put the tests in another order."""
+    shuffle(items)
+
+
+def pytest_unconfigure() -> None:
+    """Delete the home folder of the tests."""
+    if _tidy_up is not None:
+        _tidy_up()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light_garbage() -> None:
+    """Keep what is imported out of garbage collection, which precedes each trial of a run."""
+    gc.collect()
+    gc.freeze()
+
 
 TINY: Mapping[str, Any] = {
     "model_type": "gpt2",
@@ -41,23 +82,6 @@ SENTENCES = (
 
 MakeModel = Callable[..., "LoadedModel"]
 Alone = Callable[["LoadedModel", Sequence[int], int], list[int]]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The hub is switched off and its cache is empty, whatever the user's own holds."""
-    home = tmp_path_factory.mktemp("hub")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(home))  # for subprocesses, and for whoever imports it later
-        patch.setenv("HF_HUB_CACHE", str(home / "hub"))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.delenv("HF_TOKEN", raising=False)
-        from huggingface_hub import constants
-
-        # Test files that import transformers have imported it before the environment was set.
-        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        yield
 
 
 @pytest.fixture(scope="session")

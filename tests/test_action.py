@@ -38,7 +38,7 @@ def validate(schema: str, file: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", file],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -152,7 +152,7 @@ def run(tmp_path: Path) -> Runner:
         done = subprocess.run(
             ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             env={
                 "PATH": f"{tools}:{os.environ['PATH']}",
                 "RUNNER_TEMP": str(tmp_path),

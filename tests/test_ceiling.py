@@ -28,6 +28,8 @@ from batchbench.workloads import Workload
 if TYPE_CHECKING:
     from batchbench.batching.models.loading import LoadedModel
 
+pytestmark = pytest.mark.machine
+
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 300,

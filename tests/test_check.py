@@ -242,7 +242,6 @@ def test_a_process_goes_through_whole_trials(step_ms: float) -> None:
     assert cut.turns > 4
 
 
-@pytest.mark.usefixtures("no_hub")
 def test_a_baseline_is_made_of_real_processes(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

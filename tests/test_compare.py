@@ -603,8 +603,6 @@ def program(
     """The command line in a folder with the results ``base`` and ``new``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    for name in ("GITHUB_ACTIONS", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
     for name in ("base", "new"):
         put(tmp_path / name, clean().data)
 

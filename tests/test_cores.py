@@ -13,6 +13,8 @@ from batchbench.batching.cores import usable_cores
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.models.loading import set_threads
 
+pytestmark = pytest.mark.machine
+
 
 @pytest.fixture
 def eight_threads_of_four_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

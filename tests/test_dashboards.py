@@ -159,7 +159,7 @@ def compare(*words: str, folder: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code, "compare", *words],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr

@@ -38,6 +38,8 @@ from batchbench.workloads import Timetable, Workload
 if TYPE_CHECKING:
     from conftest import Alone, MakeModel
 
+pytestmark = pytest.mark.machine
+
 POLICIES = ("static", "continuous")
 ENGINES = ("slots", "notebook")
 

@@ -36,6 +36,8 @@ from batchbench.workloads import Workload
 if TYPE_CHECKING:
     from conftest import MakeModel
 
+pytestmark = pytest.mark.machine
+
 some = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 
 PROMPTS = np.random.default_rng(3).integers(1, 300, (4, 70)).tolist()

@@ -15,6 +15,7 @@ import pytest
 from baselines import write_baseline
 from commands import ALL
 
+from batchbench.batching.models import source
 from batchbench.cli.main import _guarded
 
 MEASURED = (
@@ -26,6 +27,9 @@ MEASURED = (
 MEASURES = ("run", "ladder", "capacity", "duet", "check", "baseline save")
 """Commands whose examples measure a real model for minutes: they are run with ``--dry-run``, and
 only parsed where there is no such option."""
+
+SMALLER = {"n_embd": 32, "n_layer": 2, "vocab_size": 500}
+"""The shape that toy-gpt2 has here: what an example computes is beside the point."""
 
 ON_A_TERMINAL = ("watch",)
 
@@ -67,7 +71,7 @@ def call(line: str, folder: Path) -> int:
     assert words[0] == "batchbench"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("COLUMNS", "80")
+        patch.setitem(source.MADE_UP, "toy-gpt2", {**source.MADE_UP["toy-gpt2"], **SMALLER})
         patch.setattr(sys, "argv", words)
         patch.setattr(sys, "path", list(sys.path))
         return _guarded()
@@ -98,7 +102,6 @@ def on_a_terminal(line: str, folder: Path) -> tuple[int, str]:
     started = subprocess.Popen(
         words,
         cwd=folder,
-        env={**os.environ, "COLUMNS": "80", "TERM": "xterm", "PYTHONIOENCODING": "utf-8"},
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -166,7 +165,7 @@ sys.meta_path.insert(0, Absent())
 for name in {[name for name in free if not name.endswith("__main__")]!r}:
     importlib.import_module(name)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
 
 
@@ -178,7 +177,7 @@ from batchbench import Experiment, ModelSpec, ServingSpec, TrialsSpec, UsageErro
 Experiment()
 print([m for m in ("numpy", "torch", "pandas", "scipy", "matplotlib") if m in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
@@ -294,14 +293,11 @@ def examples(file: Path) -> Iterator[tuple[list[str], str]]:
 
 def batchbench_says(words: list[str], folder: Path) -> str:
     """Standard output of the program on a terminal of 80 columns."""
-    forced = ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "TERMINAL_WIDTH")
-    env = {name: value for name, value in os.environ.items() if name not in forced}
     done = subprocess.run(
         [sys.executable, "-m", "batchbench", *words],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=folder,
-        env={**env, "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -59,7 +59,7 @@ print((resident("VmHWM") - before) / cache)
 def peak(*words: str) -> float:
     """Most memory taken beside the model, as a multiple of the cache (256 MiB)."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *words], capture_output=True, text=True, check=True
+        [sys.executable, "-c", SCRIPT, *words], capture_output=True, encoding="utf-8", check=True
     )
     return float(done.stdout)
 

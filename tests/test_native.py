@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import PROCESSORS
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
+from batchbench.batching import environment as environments
+from batchbench.batching import processor as processor_file
+from batchbench.batching.engines.torch import linear as layers
 from batchbench.batching.engines.torch import native as compiling
-from batchbench.batching.engines.torch.native import Native, Processor, native
+from batchbench.batching.engines.torch.native import Native, native
+from batchbench.batching.engines.torch.onednn import OneDNN
 from batchbench.batching.environment import torch_environment
+from batchbench.batching.processor import Processor
 
+pytestmark = pytest.mark.machine
+
+
+def compiles() -> bool:
+    """Tell if there is a g++ that knows the instructions of the kernels."""
+    compiler = compiling.find_compiler()
+    if compiler is None:
+        return False
+    command = [compiler, *compiling._FLAGS, "-x", "c++", "-fsyntax-only", "-"]
+    return not subprocess.run(command, input=b"", capture_output=True, check=False).returncode
+
+
+needs_compiler = pytest.mark.skipif(not compiles(), reason="no g++ here that knows AVX-512")
 needs_kernels = pytest.mark.skipif(native() is None, reason="no kernels of our own here")
 laws = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -165,40 +185,103 @@ def test_large_scores_do_not_overflow() -> None:
 
 def test_a_machine_that_can_have_kernels_has_them() -> None:
     """Were they lost, all would go on working, slower."""
-    able = Processor.here().features >= compiling._NEEDED and shutil.which("g++")
-    assert (native() is not None) == bool(able)
+    assert (native() is not None) == (Processor.here().runs_kernels and compiles())
 
 
-def test_results_say_whose_kernels_computed() -> None:
-    own = native() is not None
-    assert torch_environment("cpu")["cpu_kernels"] == ("batchbench's" if own else "torch's")
-    assert torch_environment("meta")["cpu_kernels"] is None
+MADE_UP = [*PROCESSORS, "no description"]
+WITH_KERNELS = {"skylake", "cooperlake", "sapphirerapids", "zen4"}
 
 
-def test_the_processor_says_what_it_can(tmp_path: Path) -> None:
+@pytest.fixture(params=MADE_UP)
+def made_up(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a made-up processor that the code finds on this machine."""
+    name: str = request.param
+    file = tmp_path / "cpuinfo"
+    if name in PROCESSORS:
+        file.write_text(PROCESSORS[name], encoding="utf-8")
+    monkeypatch.setattr(processor_file, "CPUINFO", file)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    return name
+
+
+class Library(dict[str, Any]):
+    """A compiled file whose functions do nothing."""
+
+    def __missing__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace()
+
+
+def pretended(processor: Processor) -> Native:
+    """Kernels that decide as they would on a processor; they cannot compute."""
+    return Native(Library(), processor)  # type: ignore[arg-type]
+
+
+def test_kernels_are_for_processors_with_avx512_and_a_compiler(
+    made_up: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "find_compiler", lambda: "g++")
+    monkeypatch.setattr(compiling, "_compiled", Library)
+    assert (compiling.native.__wrapped__() is not None) == (made_up in WITH_KERNELS)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert compiling.native.__wrapped__() is None
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx512")
+    monkeypatch.setattr(compiling, "_compiled", lambda: None)
+    assert compiling.native.__wrapped__() is None
+
+
+@pytest.mark.parametrize("packs", [True, False], ids=["with oneDNN", "without oneDNN"])
+@pytest.mark.parametrize("width", [6, 5], ids=["even", "odd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_weight_goes_to_the_kernels_that_suit_the_processor(
+    made_up: str, dtype: torch.dtype, width: int, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours multiply float32, and pairs of bfloat16 where no AMX does so; oneDNN has the rest."""
+    own = pretended(Processor.here()) if made_up in WITH_KERNELS else None
+    ops = OneDNN(lambda weight, rows: weight, _fails, _fails) if packs else None
+    monkeypatch.setattr(layers, "native", lambda: own)
+    monkeypatch.setattr(layers, "onednn", lambda dtype: ops)
+    pairs = dtype is torch.bfloat16 and width % 2 == 0 and made_up != "sapphirerapids"
+    ours = own is not None and (dtype is torch.float32 or pairs)
+    without = layers.PackedLinear if packs else layers.PlainLinear
+    weight = torch.zeros(4, width, dtype=dtype)
+    for most, expected in (
+        (layers.Kernels.OWN, layers.OwnLinear if ours else without),
+        (layers.Kernels.PACKED, without),
+        (layers.Kernels.PLAIN, layers.PlainLinear),
+    ):
+        assert type(layers.make_linear(weight, None, most)) is expected
+
+
+def test_the_bfloat16_instruction_is_taken_where_it_is_fast(made_up: str) -> None:
+    assert Processor.here().multiplies_bfloat16 == (made_up == "zen4")
+    assert Processor.here().has_amx == (made_up == "sapphirerapids")
+
+
+def test_results_say_whose_kernels_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for own, name in ((pretended(WAYS[0]), "batchbench's"), (None, "torch's")):
+        monkeypatch.setattr(compiling, "native", lambda own=own: own)
+        assert torch_environment("cpu")["cpu_kernels"] == name
+        assert torch_environment("meta")["cpu_kernels"] is None
+
+
+def test_the_first_processor_of_the_description_counts(tmp_path: Path) -> None:
     told = tmp_path / "cpuinfo"
-    told.write_text(
+    text = (
         "processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fma avx512_bf16\n\nflags: amx_bf16\n"
     )
-    found = Processor.here(told)
-    assert (found.maker, found.features) == ("AuthenticAMD", {"fma", "avx512_bf16"})
-    assert (found.multiplies_bfloat16, found.has_amx) == (True, False)
-    assert not WAYS[0].multiplies_bfloat16
-    assert Processor.here(tmp_path / "none").features == frozenset()
+    told.write_text(text, encoding="utf-8")
+    assert Processor.here(told).maker == "AuthenticAMD"
+    assert Processor.here(told).features >= {"fma"}
+    assert not Processor.here(told).has_amx
+    assert Processor.here(tmp_path / "none") == Processor("", frozenset())
 
 
-@needs_kernels
-def test_tiles_and_odd_widths_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = native()
-    assert own is not None
-    even, odd = torch.zeros(4, 6), torch.zeros(4, 5)
-    for weight, taken in ((even, True), (odd, True), (even.bfloat16(), True)):
-        assert own.multiplies(weight) is taken
-    assert not own.multiplies(odd.bfloat16())
-    assert not own.multiplies(even.half())
-    monkeypatch.setattr(own, "processor", Processor("GenuineIntel", frozenset({"amx_bf16"})))
-    assert own.multiplies(even)
-    assert not own.multiplies(even.bfloat16())
+def test_the_model_of_the_processor_is_named(made_up: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments.sys, "platform", "linux")
+    monkeypatch.setattr(environments.platform, "processor", lambda: "")
+    monkeypatch.setattr(environments.platform, "machine", lambda: "its architecture")
+    described = made_up not in ("arm64", "unknown", "no description")
+    assert environments.cpu_name() == ("made up" if described else "its architecture")
 
 
 def _fails(*_: object, **__: object) -> None:
@@ -209,6 +292,14 @@ def _nowhere() -> None:
     raise RuntimeError("Could not determine home directory.")
 
 
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor with AVX-512."""
+    features = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})
+    monkeypatch.setattr(Processor, "here", lambda: Processor("GenuineIntel", features))
+
+
+@pytest.mark.usefixtures("able")
 @pytest.mark.parametrize(
     "lacking", ["processor", "compiler", "system", "compiles", "cache", "home"]
 )
@@ -234,10 +325,12 @@ def test_a_machine_without_kernels_does_without(
     assert compiling.native.__wrapped__() is None
 
 
-@needs_kernels
+@needs_compiler
+@pytest.mark.usefixtures("able")
 def test_the_source_is_compiled_once_and_kept_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On any processor: nothing is computed here."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compiling.native.__wrapped__() is not None
     (file,) = (tmp_path / "batchbench").iterdir()

@@ -207,7 +207,7 @@ r = batchbench.simulate()
 repr(r)
 assert not {"torch", "transformers", "pandas", "matplotlib"} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -329,7 +329,7 @@ def test_a_sweep_killed_at_random_moments_ends_with_the_same_table() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "sweep_kill.py", "--kills", "5"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -21,13 +21,13 @@ def usable_cores(cpus: Path = _CPUS, cgroup: Path = _CGROUP) -> int:
 
     ``cpus`` and ``cgroup`` are where the kernel tells of them.
     """
-    allowed = _allowed()
-    cores = _physical(allowed, cpus)
+    cores = _physical(allowed_cpus(), cpus)
     quota = _quota(cgroup)
     return max(1, cores if quota is None else min(cores, math.floor(quota)))
 
 
-def _allowed() -> Collection[int]:
+def allowed_cpus() -> Collection[int]:
+    """The logical processors that this process may run on, by the system's numbers."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return range(psutil.cpu_count(logical=False) or os.cpu_count() or 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from typing import Any
 import psutil
 
 import batchbench
+from batchbench.batching.cores import allowed_cpus
+from batchbench.batching.processor import cpu_facts
 
 
 def environment() -> dict[str, Any]:
@@ -23,9 +24,7 @@ def environment() -> dict[str, Any]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "cpu": cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpu_cores": len(allowed_cpus()),
         "memory_bytes": psutil.virtual_memory().total,
         "packages": {
             name: importlib.metadata.version(name)
@@ -82,12 +81,8 @@ def _nvml(index: int) -> dict[str, Any]:
 
 def cpu_name() -> str:
     """The processor's model name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    if name := cpu_facts().get("model name"):
+        return name
     if sys.platform == "darwin":
         asked = subprocess.run(
             ["sysctl", "-n", "machdep.cpu.brand_string"],

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from batchbench.batching.cores import allowed_cpus
 from batchbench.errors import BatchbenchError, UsageError
 from batchbench.reports.turns import Turn
 from batchbench.studies.worker import PROTOCOL
@@ -220,9 +221,9 @@ def draw_core(threads: int, chance: random.Random) -> int | None:
 
     On cores of their own, two sides would have other neighbours, beyond what turns can cancel.
     """
-    if threads > 1 or not hasattr(os, "sched_getaffinity"):
+    if threads > 1 or not hasattr(os, "sched_setaffinity"):
         return None
-    return chance.choice(sorted(os.sched_getaffinity(0)))
+    return chance.choice(sorted(allowed_cpus()))
 
 
 def open_all(

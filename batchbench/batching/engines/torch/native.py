@@ -2,7 +2,7 @@
 
 oneDNN's products wait for memory: they ask for a weight when they need it, and the processor's
 prefetcher stops at the end of each page. Products that ask ahead are up to twice as fast
-(docs/performance.md). What is needed is a processor with AVX-512 and GCC (``g++``); without them
+(docs/performance.md). They need a processor with AVX-512 and GCC (``g++``); without them
 :func:`native` is None, and torch's own operators do the work. The compiled file is kept in
 ``$XDG_CACHE_HOME/batchbench``, by default ``~/.cache/batchbench``, and found again by what it was
 made from.
@@ -18,18 +18,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from batchbench.batching.processor import Processor
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 PANEL = 32
 """Outputs whose weights lie together."""
 MAX_HEAD_SIZE = 256
 
-_NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})
 _FLAGS = (
     *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
@@ -42,41 +42,10 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 def native() -> Native | None:
     """The compiled operations, if this machine can have them."""
     processor = Processor.here()
-    if not processor.features >= _NEEDED:
+    if not processor.runs_kernels:
         return None
     library = _compiled()
     return None if library is None else Native(library, processor)
-
-
-@dataclass(frozen=True)
-class Processor:
-    """What decides between ways of computing: the maker, and the sets of instructions."""
-
-    maker: str
-    features: frozenset[str]
-
-    @classmethod
-    def here(cls, told: Path = Path("/proc/cpuinfo")) -> Processor:
-        """This machine's; one without features where the kernel does not tell."""
-        try:
-            lines = told.read_text().partition("\n\n")[0].splitlines()
-        except OSError:
-            return cls("", frozenset())
-        facts = {key.strip(): value for key, _, value in (line.partition(":") for line in lines)}
-        return cls(facts.get("vendor_id", "").strip(), frozenset(facts.get("flags", "").split()))
-
-    @property
-    def multiplies_bfloat16(self) -> bool:
-        """Whether its bfloat16 product is worth taking.
-
-        Intel's, without AMX, does no more multiplications a cycle than float32's.
-        """
-        return "avx512_bf16" in self.features and self.maker == "AuthenticAMD"
-
-    @property
-    def has_amx(self) -> bool:
-        """Whether it has tiles for bfloat16, which are oneDNN's business."""
-        return "amx_bf16" in self.features
 
 
 class Native:
@@ -222,8 +191,8 @@ def _functions(
 
 def _compiled() -> ctypes.CDLL | None:
     """The compiled source: from the cache, or made now; None where that cannot be."""
-    compiler = shutil.which("g++")
-    if compiler is None or not sys.platform.startswith("linux"):
+    compiler = find_compiler()
+    if compiler is None:
         return None
     try:
         version = subprocess.run(
@@ -236,6 +205,11 @@ def _compiled() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(file))
     except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: no home
         return None
+
+
+def find_compiler() -> str | None:
+    """The path of ``g++``; None without one, and on systems other than Linux."""
+    return shutil.which("g++") if sys.platform.startswith("linux") else None
 
 
 def _compile(compiler: str, file: Path) -> None:
