@@ -1,5 +1,6 @@
 # make run    the main job: static against continuous batching, on this machine
 # make test   all tests
+# make older  the tests that depend on the machine, with its features hidden (.ci/anywhere.py: more)
 # make lint   ruff and mypy
 # make gate   what schedules compute, against what was kept (.ci/gate --renew keeps it anew)
 # Each sets .venv up by itself and does so again only when pyproject.toml or constraints.txt change.
@@ -8,13 +9,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?= --batch-size 8 --queue-size 32
 
-.PHONY: run test lint gate clean
+.PHONY: run test older lint gate clean
 
 run: .venv/ready
 	$(BIN)/batchbench run $(ARGS)
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+older: .venv/ready
+	$(BIN)/python .ci/anywhere.py --only older -- -n auto --dist loadfile \
+		$$(grep -l "mark.machine" tests/test_*.py)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
