@@ -174,7 +174,7 @@ def test_pytest_benchmark_compares_our_files(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     said = compare(*results, "--csv=table.csv", "--sort=name", folder=tmp_path)
     assert clean().title in said
-    with (tmp_path / "table.csv").open() as file:
+    with (tmp_path / "table.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
     durations = {
@@ -222,7 +222,7 @@ def test_report_writes_them(format: str, program: Program, here: Path) -> None:
     assert made.code == 0, made.err
     said = program("report", "r", "--format", format)
     assert (said.code, said.out) == (0, f"File: r/{DOCUMENTS[format]}\n")
-    written = (here / "r" / DOCUMENTS[format]).read_text()
+    written = (here / "r" / DOCUMENTS[format]).read_text(encoding="utf-8")
     assert program("report", "r", "--format", format, "--output", "-").out == written
     assert json.loads(written)
 

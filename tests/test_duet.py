@@ -281,6 +281,23 @@ def test_lanes_are_the_last_strategy_or_those_asked_for() -> None:
         lanes_of(Experiment.of({"strategy": "generate_batch"}), None)
 
 
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of a batchbench of two commits, from which this one believes to run."""
+    root = tmp_path / "repository"
+    (root / "batchbench").mkdir(parents=True)
+    marker = root / "batchbench" / "__init__.py"
+    git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e@x"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    for version in ("1", "2"):
+        marker.write_text(f"__version__ = '{version}'\n")
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-qm", version], check=True)
+    marker.write_text("__version__ = 'not committed'\n")
+    monkeypatch.setattr(batchbench, "__file__", str(marker))
+    return root
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -294,6 +311,7 @@ def test_lanes_are_the_last_strategy_or_those_asked_for() -> None:
         (["--base-ref", "HEAD", "--max-time", "1"], "must be at least 20"),
     ],
 )
+@pytest.mark.usefixtures("repository")
 def test_bad_questions_are_answered_in_a_line(
     words: list[str], said: str, refused: Callable[..., str]
 ) -> None:
@@ -334,6 +352,7 @@ def installed(folder: Path, changes: Mapping[str, tuple[str, str]]) -> Path:
         file = library / "batchbench" / name
         text = file.read_text(encoding="utf-8")
         assert text.count(old) == 1
+        file.chmod(0o644)  # the tree that it was copied from may be read-only
         file.write_text(text.replace(old, new), encoding="utf-8")
     return folder / "bin/python"
 
@@ -509,20 +528,10 @@ def test_who_takes_turns_sits_on_a_core_that_it_may_use(
 # Revisions
 
 
+@pytest.mark.usefixtures("repository")
 def test_a_revision_is_installed_as_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = tmp_path / "repository"
-    (root / "batchbench").mkdir(parents=True)
-    marker = root / "batchbench" / "__init__.py"
-    git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e@x"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    for version in ("1", "2"):
-        marker.write_text(f"__version__ = '{version}'\n")
-        subprocess.run([*git, "add", "."], check=True)
-        subprocess.run([*git, "commit", "-qm", version], check=True)
-    marker.write_text("__version__ = 'not committed'\n")
-    monkeypatch.setattr(batchbench, "__file__", str(marker))
     # A further folder of packages, which leads to another, as an editable installation does.
     (tmp_path / "packages of 'all'").mkdir()
     (tmp_path / "packages of 'all'" / "more.pth").write_text(str(tmp_path / "beyond"))
@@ -533,7 +542,11 @@ def test_a_revision_is_installed_as_committed(
     python, commit = install_revision("HEAD~1", tmp_path / "cache")
     asked = "import batchbench, torch, added_beyond; print(batchbench.__version__)"
     done = subprocess.run(
-        [python, "-P", "-c", asked], capture_output=True, encoding="utf-8", check=True
+        [python, "-P", "-c", asked],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+        env=Installation("base", python).environment(None),
     )
     assert done.stdout.strip() == "1"
     assert len(commit) == 40

@@ -621,7 +621,7 @@ def test_a_sweep_says_what_came_of_it_and_goes_on(program: Program, tmp_path: Pa
     code, second, err = program(*shlex.split(again)[2:])
     assert (code, second) == (0, out)
     assert err == "6 of 6 cells are finished already; nothing to do but the report\n"
-    told = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    told = json.loads((tmp_path / "s" / "sweep.json").read_text(encoding="utf-8"))
     assert [cell["status"] for cell in told["cells"]] == ["done"] * 6
     assert told["axes"] == {
         "queue_size": [12],
@@ -641,7 +641,7 @@ def test_the_same_command_finds_its_own_folder(program: Program, tmp_path: Path)
 def test_json_is_all_that_is_printed(program: Program, tmp_path: Path) -> None:
     code, out, _ = program(*SMALL, "--json", "--output", "s")
     assert code == 0
-    assert out == (tmp_path / "s" / "sweep.json").read_text()
+    assert out == (tmp_path / "s" / "sweep.json").read_text(encoding="utf-8")
 
 
 def test_failed_cells_are_shown_and_end_with_1(program: Program, tmp_path: Path) -> None:
@@ -658,7 +658,7 @@ def test_failed_cells_are_shown_and_end_with_1(program: Program, tmp_path: Path)
         )
         == 2
     )
-    told = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    told = json.loads((tmp_path / "s" / "sweep.json").read_text(encoding="utf-8"))
     assert [c["status"] for c in told["cells"]].count("failed") == 2
 
 

@@ -466,10 +466,10 @@ def test_the_files_are_written_whole_and_older_pictures_go(write: Writer, tmp_pa
     assert call(*words)[0] == 0
     assert sorted(f.name for f in out.iterdir()) == ["trend.json", "trend.png", "trend.svg"]
     first = (out / "trend.svg").read_bytes()
-    data = json.loads((out / "trend.json").read_text())
+    data = json.loads((out / "trend.json").read_text(encoding="utf-8"))
     assert data["answer"] == "failed"
     assert len(data["lines"][0]["series"][0]["points"]) == 20
-    assert "| static | output\\_throughput |" in page.read_text()
+    assert "| static | output\\_throughput |" in page.read_text(encoding="utf-8")
     assert call(*words)[0] == 0
     assert (out / "trend.svg").read_bytes() == first
 

@@ -110,7 +110,7 @@ def test_files_are_written_whole_and_standard_output_is_the_documents_own(
     assert json.loads(said.out)["answer"] == "failed"
     assert said.err.startswith("::error ")
     assert sorted(file.name for file in Path("out").iterdir()) == ["j.xml", "r.md"]
-    assert Path("out/r.md").read_text() == gate_markdown.render(FAILED)
+    assert Path("out/r.md").read_text(encoding="utf-8") == gate_markdown.render(FAILED)
     assert Path("out/j.xml").read_bytes() == junit.render(FAILED)
 
 
@@ -119,7 +119,7 @@ def test_names_that_are_no_text_stop_no_report() -> None:
     assert (
         concluded(odd, GateOutputSpec(markdown=Path("r.md"), junit=Path("j.xml"), quiet=True)) == 0
     )
-    assert "folder ?" in Path("r.md").read_text()
+    assert "folder ?" in Path("r.md").read_text(encoding="utf-8")
 
 
 def test_markdown_and_the_sentence_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,14 +136,16 @@ def test_on_github_the_summary_is_appended_and_the_outputs_are_set(
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary")
     monkeypatch.setenv("GITHUB_OUTPUT", "outputs")
     concluded(UNKNOWN, GateOutputSpec())
-    assert Path("summary").read_text() == "before\n"
+    assert Path("summary").read_text(encoding="utf-8") == "before\n"
     assert "::" not in capsys.readouterr().out
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     concluded(UNKNOWN, GateOutputSpec(github="off"))
-    assert Path("summary").read_text() == "before\n"
+    assert Path("summary").read_text(encoding="utf-8") == "before\n"
     concluded(UNKNOWN, GateOutputSpec(strict=True))
-    assert Path("summary").read_text() == "before\n" + gate_markdown.render(UNKNOWN, strict=True)
-    assert Path("outputs").read_text() == "answer=cannot tell\nexit-code=3\n"
+    assert Path("summary").read_text(encoding="utf-8") == "before\n" + gate_markdown.render(
+        UNKNOWN, strict=True
+    )
+    assert Path("outputs").read_text(encoding="utf-8") == "answer=cannot tell\nexit-code=3\n"
     assert capsys.readouterr().out.rstrip().splitlines()[-1].startswith("::error title=batchbench")
 
 
