@@ -2,7 +2,9 @@
 
     BatchbenchError            70   a fault of ours, as is any other exception
     ├── UsageError              2   the question is bad: an option, a file, a batch too large
-    └── Interrupted           130   Ctrl-C, with nothing to keep
+    │   └── OutputError         2   standard output cannot be written
+    ├── ClosedPipe            141   nobody reads standard output any more
+    └── Interrupted           130   Ctrl-C; 143 for SIGTERM, 129 for SIGHUP
 
 ``str(error)`` is one line that names the option or the file and says what would be right.
 A bad answer is no exception: a run whose outputs are wrong is written and shown as any other, and
@@ -58,7 +60,17 @@ class UsageError(BatchbenchError):
     exit_code = 2
 
 
+class OutputError(UsageError):
+    """Standard output is closed, or its disk is full."""
+
+
+class ClosedPipe(BatchbenchError):  # noqa: N818  # the reader has what it wanted
+    """The reader of standard output has gone, as ``head -1`` does; the program ends quietly."""
+
+    exit_code = 141
+
+
 class Interrupted(BatchbenchError):  # noqa: N818  # it is none
-    """Ctrl-C before anything was finished that could be kept."""
+    """Ctrl-C, SIGTERM or SIGHUP; the message says what was kept."""
 
     exit_code = 130

@@ -976,7 +976,7 @@ def test_report_sets_several_results_side_by_side(program: Program, here: Path) 
         ("mine --format pdf", "--format pdf: must be one of terminal, html, markdown"),
         ("mine --output x.txt", "--output x.txt: tells no format; name it .html or .md"),
         ("mine --output mine --format html", "--output mine: is a directory"),
-        ("mine --output mine/requests.csv/x.html", "cannot be written into"),
+        ("mine --output mine/requests.csv/x.html", "cannot be written: not a directory"),
         ("mine --json --format html", "--json and --format html: give one of them"),
         ("mine mine", "mine: is named twice"),
         ("mine nowhere --json", "--json: shows one result"),

@@ -25,9 +25,10 @@ from batchbench.batching.conduct import Outcome, WarmUp, conduct
 from batchbench.batching.experiment import Experiment, ServingSpec
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import NOT_VERIFIED, Finding, Verification
+from batchbench.cli.output import output_folder
 from batchbench.errors import UsageError
 from batchbench.reports import folder as folders
-from batchbench.reports.destination import check_folder, default_folder
+from batchbench.reports.destination import check_folder, default_folders
 from batchbench.reports.folder import write_folder
 from batchbench.reports.goals import GoalsSpec
 from batchbench.reports.latencies import ttft_ms
@@ -498,11 +499,11 @@ def test_the_default_folder_is_never_one_that_is_there(
     monkeypatch.chdir(tmp_path)
     made = set()
     for _ in range(3):
-        folder = default_folder("openai-community/gpt2")
-        assert folder.parent.name == "batchbench-results"
-        assert "openai-community--gpt2" in folder.name
-        folder.mkdir(parents=True)
-        made.add(folder)
+        with output_folder(None, default_folders("openai-community/gpt2")) as folder:
+            assert folder.parent.name == "batchbench-results"
+            assert "openai-community--gpt2" in folder.name
+            folder.mkdir(parents=True)
+            made.add(folder)
     assert len(made) == 3
 
 

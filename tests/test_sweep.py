@@ -76,9 +76,9 @@ class Counting:
 
 def swept(folder: Path, grid: Grid, serve: Callable[..., Outcome] = conduct) -> bytes:
     """The table of a sweep, run to its end."""
-    with Store(folder).opened() as store:
-        run_cells(grid, store, serve=serve)
-        return to_csv(table_of(read_findings(grid, store, GoalsSpec()).rows))
+    store = Store(folder)
+    run_cells(grid, store, serve=serve)
+    return to_csv(table_of(read_findings(grid, store, GoalsSpec()).rows))
 
 
 # Numbers
@@ -223,12 +223,12 @@ def test_a_cell_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     cell = grid_of().cells[0]
     assert cell.experiment is not None
     result = make_result(conduct(cell.experiment))
-    with Store(tmp_path).opened() as store:
-        assert not store.holds(cell)
-        store.keep(cell, result)
-        assert store.holds(cell)
-        assert store.load(cell).data == json.loads(json.dumps(result.data))
-        assert len(store) == 1
+    store = Store(tmp_path)
+    assert not store.holds(cell)
+    store.keep(cell, result)
+    assert store.holds(cell)
+    assert store.load(cell).data == json.loads(json.dumps(result.data))
+    assert len(store) == 1
     names = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file())
     folder = f"cells/{cell.digest}"
     assert names == [
@@ -238,33 +238,13 @@ def test_a_cell_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     ]
 
 
-def test_a_cell_that_is_not_whole_has_no_name_and_goes_when_the_folder_is_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a kill between any two writes leaves it: here the last step does not happen."""
-    cell = grid_of().cells[0]
-    assert cell.experiment is not None
-    result = make_result(conduct(cell.experiment))
-    with Store(tmp_path).opened() as store, monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda self, target: None)
-        store.keep(cell, result)
-        assert not store.holds(cell)
-        assert len(list((tmp_path / "cells").glob(".writing-*"))) == 1
-    (tmp_path / ".writing-report").mkdir()
-    with Store(tmp_path).opened() as store:
-        assert len(store) == 0
+def test_a_cell_that_a_killed_sweep_left_half_written_is_removed(tmp_path: Path) -> None:
+    half = tmp_path / "cells" / ".writing-1"
+    half.mkdir(parents=True)
+    (half / "result.json").write_text("{", encoding="utf-8")
+    assert len(Store(tmp_path)) == 0
+    Store(tmp_path).tidy()
     assert [f.name for f in tmp_path.rglob("*")] == ["cells"]
-
-
-def test_a_folder_is_for_one_sweep_at_a_time(tmp_path: Path) -> None:
-    with (
-        Store(tmp_path).opened(),
-        pytest.raises(UsageError, match="another sweep is writing there"),
-        Store(tmp_path).opened(),
-    ):
-        pass
-    with Store(tmp_path).opened():
-        pass
 
 
 def test_a_spoiled_cell_is_named(tmp_path: Path) -> None:
@@ -297,9 +277,9 @@ def test_what_is_finished_is_never_served_again(tmp_path: Path) -> None:
     swept(tmp_path, grid_of(batch_size=(2, 4, 8)), larger)
     assert [e.serving.batch_size for e in larger.served] == [8, 8]
     # Another grid's cells stay, and are in no table.
-    with Store(tmp_path).opened() as store:
-        findings = read_findings(grid_of(), store, GoalsSpec())
-        assert (len(findings.rows), findings.others) == (8, 2)
+    store = Store(tmp_path)
+    findings = read_findings(grid_of(), store, GoalsSpec())
+    assert (len(findings.rows), findings.others) == (8, 2)
 
 
 @pytest.mark.parametrize("stop", range(4))
@@ -344,17 +324,17 @@ def test_a_cell_that_cannot_be_served_does_not_lose_the_others(tmp_path: Path) -
     grid = grid_of(long_tokens=(5, 5000))
     counting = Counting()
     swept(tmp_path, grid, counting)
-    with Store(tmp_path).opened() as store:
-        findings = read_findings(grid, store, GoalsSpec())
+    store = Store(tmp_path)
+    findings = read_findings(grid, store, GoalsSpec())
     assert len(counting.served) == 8
     assert (len(findings.served), len(findings.failed), len(findings.rows)) == (4, 4, 8)
     assert all("exceed the 1024 that gpt2 takes" in str(f.reason) for f in findings.failed)
     again = Counting()
     swept(tmp_path, grid, again)
     assert again.served == []
-    with Store(tmp_path).opened() as store:
-        for cell in grid.cells:
-            store.forget_failure(cell)
+    store = Store(tmp_path)
+    for cell in grid.cells:
+        store.forget_failure(cell)
     swept(tmp_path, grid, again)
     assert len(again.served) == 4
 
@@ -362,8 +342,8 @@ def test_a_cell_that_cannot_be_served_does_not_lose_the_others(tmp_path: Path) -
 @pytest.mark.parametrize("error", [MemoryError, type("OutOfMemoryError", (RuntimeError,), {})])
 def test_a_batch_that_does_not_fit_is_a_failed_cell(error: type[Exception], tmp_path: Path) -> None:
     swept(tmp_path, grid_of(), Counting(3, error))
-    with Store(tmp_path).opened() as store:
-        (failed,) = read_findings(grid_of(), store, GoalsSpec()).failed
+    store = Store(tmp_path)
+    (failed,) = read_findings(grid_of(), store, GoalsSpec()).failed
     assert failed.reason == "it ran out of memory; lower --batch-size or the lengths of requests"
 
 
@@ -414,8 +394,8 @@ def test_defaults_that_follow_others_are_told(tmp_path: Path) -> None:
     assert frame["queue_size"].unique().tolist() == [32]
     assert frame["long_every"].tolist() == [2, 2, 4, 4]
     assert frame["long_tokens"].unique().tolist() == [100]
-    with Store(tmp_path).opened() as store:
-        cells = cells_of(read_findings(grid, store, GoalsSpec()))
+    store = Store(tmp_path)
+    cells = cells_of(read_findings(grid, store, GoalsSpec()))
     assert cells is not None
     assert cells.share_follows
 
@@ -423,10 +403,10 @@ def test_defaults_that_follow_others_are_told(tmp_path: Path) -> None:
 def test_goals_are_held_against_kept_cells_without_serving_them(tmp_path: Path) -> None:
     grid = grid_of(request_rate=(50.0,))
     swept(tmp_path, grid)
-    with Store(tmp_path).opened() as store:
-        for limit in (1, 10**6):
-            rows = read_findings(grid, store, GoalsSpec(slo=(f"e2el:{limit}",))).rows
-            assert {row["slo_attainment"] for row in rows} == {0.0 if limit == 1 else 1.0}
+    store = Store(tmp_path)
+    for limit in (1, 10**6):
+        rows = read_findings(grid, store, GoalsSpec(slo=(f"e2el:{limit}",))).rows
+        assert {row["slo_attainment"] for row in rows} == {0.0 if limit == 1 else 1.0}
 
 
 def test_whole_numbers_stay_whole_beside_nothing() -> None:
@@ -465,8 +445,8 @@ def test_a_model_is_loaded_once_and_another_number_format_is_another(
     )
     swept(tmp_path, grid)
     assert loads == ["float32", "bfloat16"]
-    with Store(tmp_path).opened() as store:
-        findings = read_findings(grid, store, GoalsSpec())
+    store = Store(tmp_path)
+    findings = read_findings(grid, store, GoalsSpec())
     assert [f.data["verification"]["requests_checked"] for f in findings.served if f.data] == [
         5
     ] * 4
@@ -500,9 +480,9 @@ def test_a_watch_hears_of_every_cell(tmp_path: Path) -> None:
         def cell_ends(self, cell: Any, reason: str | None, left_s: float | None) -> None:
             heard.append(("ends", 0 if left_s else 1))
 
-    with Store(tmp_path).opened() as store:
-        store.keep_failure(grid_of().cells[0], "made up")
-        run_cells(grid_of(), store, Listening())
+    store = Store(tmp_path)
+    store.keep_failure(grid_of().cells[0], "made up")
+    run_cells(grid_of(), store, Listening())
     ends = [("begins", 2), ("ends", 0), ("begins", 3), ("ends", 0), ("begins", 4), ("ends", 1)]
     assert heard == [("of", 3), *ends]
 
@@ -514,8 +494,8 @@ def cells_for(tmp_path: Path, **axes: tuple[Any, ...]) -> Cells:
     """The table of a small simulated sweep."""
     grid = Grid({"queue_size": (24,), **axes}, simulated=True)
     swept(tmp_path, grid)
-    with Store(tmp_path).opened() as store:
-        cells = cells_of(read_findings(grid, store, GoalsSpec()))
+    store = Store(tmp_path)
+    cells = cells_of(read_findings(grid, store, GoalsSpec()))
     assert cells is not None
     return cells
 
@@ -576,8 +556,8 @@ def test_pictures_of_another_grid_do_not_stay(tmp_path: Path) -> None:
     ):
         grid = Grid({"queue_size": (12,), **axes}, simulated=True)
         swept(tmp_path, grid)
-        with Store(tmp_path).opened() as store:
-            write_sweep(tmp_path, read_findings(grid, store, GoalsSpec()), "batchbench sweep")
+        store = Store(tmp_path)
+        write_sweep(tmp_path, read_findings(grid, store, GoalsSpec()), "batchbench sweep")
         assert {f.stem for f in tmp_path.glob("*.png")} == names
         assert {f.stem for f in tmp_path.glob("*.svg")} == names
     assert [f.name for f in tmp_path.rglob("*.csv")] == ["sweep.csv"]
@@ -758,8 +738,8 @@ def test_the_listing_sums_all_trials() -> None:
 def test_a_long_table_is_cut_and_says_so(tmp_path: Path) -> None:
     grid = Grid({"queue_size": (1,), "seed": tuple(range(41))}, simulated=True)
     swept(tmp_path, grid)
-    with Store(tmp_path).opened() as store:
-        findings = read_findings(grid, store, GoalsSpec())
+    store = Store(tmp_path)
+    findings = read_findings(grid, store, GoalsSpec())
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(screen.table(cells_of(findings)))  # type: ignore[arg-type]
     text = console.export_text()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from batchbench.batching.watch import Watch
     from batchbench.reports.teaching import Teacher
     from batchbench.studies.breakeven import BreakEven, MapSpec
+    from batchbench.studies.store import Store
 
 BREAKEVEN_HELP = """Map where continuous batching wins, where static does, and the border between.
 
@@ -139,27 +140,25 @@ def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[int 
 @with_options({"study": BreakevenSpec, "model": ModelSpec, "goals": GoalsSpec})
 def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
     """Teach, simulate, measure, write, show."""
-    from batchbench.reports.destination import check_folder, default_folder, remove_if_empty
+    from batchbench.cli.output import output_folder
+    from batchbench.reports.destination import default_folders
     from batchbench.studies.store import Store
 
     if study.cost is not None and model != ModelSpec():
         raise UsageError("--cost: the model is that of the result; drop --model and its options")
-    folder = study.output or default_folder("breakeven")
-    made = check_folder(folder, overwrite=study.overwrite, marker="breakeven.json")
-    try:
-        with Store(folder).opened() as store:
-            found = _map(study, model, goals, store)
-            _write_and_show(found, folder, study, model, goals)
-    finally:
-        remove_if_empty([folder / "cells", *made])
+    defaults = default_folders("breakeven")
+    lost = "the same command with the same --output goes on from the cells that are kept"
+    with output_folder(
+        study.output, defaults, overwrite=study.overwrite, marker="breakeven.json", lost=lost
+    ) as folder:
+        found = _map(study, model, goals, Store(folder))
+        _write_and_show(found, folder, study, model, goals)
 
 
-def _map(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec, store: object) -> BreakEven:
+def _map(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec, store: Store) -> BreakEven:
     from batchbench.cli.progress import make_sweep_display
     from batchbench.studies.breakeven import Chosen, make_map, measure, usual_limits
-    from batchbench.studies.store import Store
 
-    assert isinstance(store, Store)
     with make_sweep_display(Chosen(()), quiet=study.quiet) as display:
         teacher = _teacher(study, model, store.folder, display)
         spec = _spec(study, teacher)
@@ -241,9 +240,9 @@ def _write_and_show(
     import pandas as pd
     from rich.console import Console
 
+    from batchbench.files import write_whole
     from batchbench.reports.figures import render as render_figure
     from batchbench.reports.figures.breakeven import draw_breakeven
-    from batchbench.reports.folder import write_whole
     from batchbench.studies import border
     from batchbench.studies.breakeven import rows_of
 
@@ -256,8 +255,8 @@ def _write_and_show(
     frame, text = pd.DataFrame(list(rows_of(found))), border.to_json(found, command)
     title, notes = border.title(found), border.notes(found)
     figure = draw_breakeven(frame, border.headline(found), title, notes)
-    contents = {"breakeven.json": text.encode()}
-    contents["breakeven.csv"] = frame.to_csv(index=False).encode()
+    contents: dict[str, bytes | str] = {"breakeven.json": text}
+    contents["breakeven.csv"] = frame.to_csv(index=False)
     contents |= {f"breakeven.{format}": render_figure(figure, format) for format in ("png", "svg")}
     files = write_whole(folder, contents)
     if study.json:

@@ -14,7 +14,8 @@ import typer
 from batchbench import settings
 from batchbench.batching.experiment import Experiment
 from batchbench.cli.options import with_given
-from batchbench.errors import Interrupted, UsageError, shown
+from batchbench.errors import UsageError, shown
+from batchbench.files import undisturbed
 from batchbench.reports.goals import GoalsSpec
 from batchbench.settings import setting
 from batchbench.studies.grid import SWEPT, make_experiment, words_of_axes
@@ -91,20 +92,20 @@ def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) ->
     experiment = _experiment(given, study)
     if not goals.slo:
         raise UsageError("--slo: within which limits? Give one or more, such as --slo ttft:500")
-    from batchbench.reports.destination import check_folder, default_folder, remove_if_empty
+    from batchbench.cli.output import output_folder
+    from batchbench.reports.destination import default_folders
     from batchbench.studies.bench import Asked
 
-    folder = study.output or default_folder(experiment.model.model, "capacity")
-    made = check_folder(folder, overwrite=study.overwrite, marker="capacity.json")
     asked = Asked(goals, study.slo_attainment, study.max_trials)
-    try:
+    with output_folder(
+        study.output,
+        default_folders(experiment.model.model, "capacity"),
+        overwrite=study.overwrite,
+        marker="capacity.json",
+    ) as folder:
         code = _search_and_write(experiment, asked, study, folder, _command(given, goals, study))
-    except KeyboardInterrupt as error:
-        raise Interrupted("interrupted; nothing was kept") from error
-    finally:
-        remove_if_empty(made)
-    if code:
-        raise typer.Exit(code)
+        if code:
+            raise typer.Exit(code)
 
 
 def _experiment(given: Mapping[str, Any], study: CapacitySpec) -> Experiment:
@@ -144,8 +145,9 @@ def _search_and_write(
 
     from batchbench.studies import capacity_report as report
 
-    data = report.data_of(found, command)
-    files = report.write_capacity(folder, found, data)
+    with undisturbed():  # All that was asked for is measured: keep it.
+        data = report.data_of(found, command)
+        files = report.write_capacity(folder, found, data)
     if study.json:
         typer.echo(report.to_json(data), nl=False)
     elif study.quiet:

@@ -14,7 +14,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import with_options
 from batchbench.cli.verdict import GateOutputSpec, check_outputs, conclude
-from batchbench.errors import Interrupted
+from batchbench.files import claimed, write_file
 from batchbench.settings import setting
 from batchbench.studies.deciding import BaselineSpec, CheckSpec
 from batchbench.workloads.spec import WorkloadSpec
@@ -64,20 +64,20 @@ class CheckRecordSpec:
 def check(asked: CheckSpec, record: CheckRecordSpec, output: GateOutputSpec) -> None:
     """Compare with a baseline."""
     from batchbench.reports.baseline import load_baseline
-    from batchbench.reports.destination import check_folder, remove_if_empty
 
     assert asked.baseline is not None
     baseline = load_baseline(asked.baseline)
     check_outputs(output)
-    folder = record.output
-    made = check_folder(folder, overwrite=record.overwrite, marker=RECORD) if folder else []
-    try:
-        gate = _check(baseline, asked, folder, quiet=output.quiet)
-    except KeyboardInterrupt as error:
-        raise Interrupted("interrupted; nothing was decided") from error
-    finally:
-        remove_if_empty(made)
-    conclude(gate, output)
+    from batchbench.cli.output import interruptible, output_folder
+
+    lost = "nothing was decided"
+    with (
+        output_folder(record.output, overwrite=record.overwrite, marker=RECORD, lost=lost)
+        if record.output
+        else interruptible(lost)
+    ):
+        gate = _check(baseline, asked, record.output, quiet=output.quiet)
+        conclude(gate, output)
 
 
 def _check(baseline: Baseline, asked: CheckSpec, folder: Path | None, *, quiet: bool) -> Gate:
@@ -113,21 +113,22 @@ def save(
     model: ModelSpec,
 ) -> None:
     """Make a baseline."""
+    from batchbench.cli.output import interruptible
     from batchbench.cli.turns import make_turns_display
     from batchbench.reports.baseline import to_json
-    from batchbench.reports.destination import check_files, write_files
+    from batchbench.reports.destination import check_files
     from batchbench.reports.formats.baseline import render
     from batchbench.studies.check import make_baseline
 
     experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
-    folder, name = kept.output.parent, kept.output.name
-    check_files(folder, [name], overwrite=kept.overwrite)
-    try:
+    with (
+        interruptible("no baseline was kept"),
+        claimed(kept.output, f"--output {kept.output}"),
+    ):
+        check_files(kept.output.parent, [kept.output.name], overwrite=kept.overwrite)
         with make_turns_display(0, quiet=kept.quiet) as display:
             baseline = make_baseline(experiment, kept.processes, display)
-    except KeyboardInterrupt as error:
-        raise Interrupted("interrupted; no baseline was kept") from error
-    write_files(folder, {name: to_json(baseline).encode()})
+        write_file(kept.output, to_json(baseline))
     if not kept.quiet:
         from rich.console import Console
 

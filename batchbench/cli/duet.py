@@ -14,7 +14,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import with_options
 from batchbench.cli.verdict import GateOutputSpec, check_outputs, conclude
-from batchbench.errors import Interrupted, UsageError
+from batchbench.errors import UsageError
 from batchbench.settings import setting
 from batchbench.studies.deciding import DuetSpec
 from batchbench.workloads.spec import WorkloadSpec
@@ -95,25 +95,19 @@ def duet(
     output: GateOutputSpec,
 ) -> None:
     """Compare two installations."""
-    from batchbench.reports.destination import check_folder, remove_if_empty
+    from batchbench.cli.output import interruptible, output_folder
     from batchbench.studies.deciding import lanes_of
 
     experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
     lanes_of(experiment, deciding.timed)
     check_outputs(output)
-    marker = "duet.json"
-    made = (
-        check_folder(record.output, overwrite=record.overwrite, marker=marker)
+    lost = "nothing was decided"
+    with (
+        output_folder(record.output, overwrite=record.overwrite, marker="duet.json", lost=lost)
         if record.output
-        else []
-    )
-    try:
-        gate = _compare(base, deciding, experiment, record, output)
-    except KeyboardInterrupt as error:
-        raise Interrupted("interrupted; nothing was decided") from error
-    finally:
-        remove_if_empty(made)
-    conclude(gate, output)
+        else interruptible(lost)
+    ):
+        conclude(_compare(base, deciding, experiment, record, output), output)
 
 
 def _compare(
@@ -148,7 +142,7 @@ def _compare(
         allow_improvement=deciding.allow_improvement,
     )
     if record.output is not None:
-        from batchbench.reports.folder import write_whole
+        from batchbench.files import write_whole
 
         write_whole(record.output, {"duet.json": record_of(found, gate)})
     return gate

@@ -15,6 +15,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import OutputSpec, with_options
 from batchbench.errors import Interrupted
+from batchbench.files import undisturbed
 from batchbench.studies.climb import Climb, LadderSpec
 from batchbench.studies.rungs import choose_rungs
 from batchbench.workloads.spec import WorkloadSpec
@@ -61,23 +62,22 @@ def ladder(
     output: OutputSpec,
 ) -> None:
     """Climb it."""
-    from batchbench.reports.destination import check_folder, default_folder, remove_if_empty
+    from batchbench.cli.output import output_folder
+    from batchbench.reports.destination import default_folders
 
     asked = Climb(workload, model, serving, trials, ladder, basis.preset)
-    folder = output.output or default_folder(model.model, "ladder")
-    made = check_folder(folder, overwrite=output.overwrite, marker="ladder.json")
-    try:
-        code = _climb(asked, output, folder)
-    except KeyboardInterrupt as error:
-        raise Interrupted("interrupted; nothing was kept") from error
-    finally:
-        remove_if_empty(made)
-    if code:
-        raise typer.Exit(code)
+    with output_folder(
+        output.output,
+        default_folders(model.model, "ladder"),
+        overwrite=output.overwrite,
+        marker="ladder.json",
+    ) as folder:
+        if not _climb(asked, output, folder):
+            raise typer.Exit(1)
 
 
-def _climb(asked: Climb, output: OutputSpec, folder: Path) -> int:
-    """Measure the machine, say what it allows, climb, write and show; the exit code."""
+def _climb(asked: Climb, output: OutputSpec, folder: Path) -> bool:
+    """Measure the machine, say what it allows, climb, write and show; whether outputs are right."""
     from batchbench.cli.display import make_display
     from batchbench.studies.ladder import Ladder
 
@@ -96,24 +96,25 @@ def _climb(asked: Climb, output: OutputSpec, folder: Path) -> int:
         typer.echo("\n".join([*card_lines(make_card(allowed)), ""]))
     with display:
         climbed = made.climb(display, allowed)
-    result = make_ladder(
-        command=asked.command(),
-        config=asked.config(),
-        environment=made.environment,
-        model=made.model,
-        workload=made.workload,
-        ceilings=climbed.ceilings,
-        rungs=[{**asdict(rung), "memory": made.memory[rung.name]} for rung in climbed.rungs],
-        recordings=climbed.recordings,
-        verifications=climbed.verifications,
-        left_out=made.left_out,
-        stopped=climbed.stopped,
-    )
-    files = write_ladder(folder, result)
+    with undisturbed():  # All that was asked for is measured: keep it.
+        result = make_ladder(
+            command=asked.command(),
+            config=asked.config(),
+            environment=made.environment,
+            model=made.model,
+            workload=made.workload,
+            ceilings=climbed.ceilings,
+            rungs=[{**asdict(rung), "memory": made.memory[rung.name]} for rung in climbed.rungs],
+            recordings=climbed.recordings,
+            verifications=climbed.verifications,
+            left_out=made.left_out,
+            stopped=climbed.stopped,
+        )
+        files = write_ladder(folder, result)
     _show(result, files, output)
     if climbed.stopped:
-        return 130
-    return 0 if result.passed else 1
+        raise Interrupted(f"{climbed.stopped}; the results are in {folder}")
+    return result.passed
 
 
 def _show(result: LadderResult, files: Iterable[Path], output: OutputSpec) -> None:

@@ -78,27 +78,24 @@ def predict(
     sizes = sorted({int(n) for n in parse_numbers(study.batch_size, int, "--batch-size")})
     if sizes[0] < 1:
         raise UsageError(f"--batch-size {shown(study.batch_size)}: must be at least 1")
-    from batchbench.reports.destination import check_folder, remove_if_empty
+    from batchbench.cli.output import output_folder
     from batchbench.reports.teaching import read_teacher
     from batchbench.studies.slots import predict_slots
 
     teacher = read_teacher(folder, "predict")
-    output = study.output or Path(teacher.known.source) / "predict"
+    place = study.output or Path(teacher.known.source) / "predict"
     overwrite = study.overwrite or study.output is None
-    made = check_folder(output, overwrite=overwrite, marker="predict.json")
-    try:
+    with output_folder(place, overwrite=overwrite, marker="predict.json") as output:
         curve = predict_slots(teacher, sizes, study.queue_size)
         _write_and_show(curve, output, study)
-    finally:
-        remove_if_empty(made)
 
 
 def _write_and_show(curve: Curve, output: Path, study: SlotsSpec) -> None:
     from rich.console import Console
 
+    from batchbench.files import write_whole
     from batchbench.reports.figures import render
     from batchbench.reports.figures.slots import draw_slots
-    from batchbench.reports.folder import write_whole
     from batchbench.studies.slots import headline, sentence, table_of, to_json
 
     words = settings.words_of(study, SlotsSpec(), always=["batch_size"])
@@ -108,7 +105,8 @@ def _write_and_show(curve: Curve, output: Path, study: SlotsSpec) -> None:
     measured = curve.teacher.result.data["config"]["serving"]["batch_size"]
     said = sentence(curve)
     figure = draw_slots(frame, enough, headline(curve), curve.title, measured)
-    contents = {"predict.json": text.encode(), "predict.csv": frame.to_csv(index=False).encode()}
+    contents: dict[str, bytes | str] = {"predict.json": text}
+    contents["predict.csv"] = frame.to_csv(index=False)
     contents |= {f"slots.{format}": render(figure, format) for format in ("png", "svg")}
     files = write_whole(output, contents)
     if study.json:

@@ -11,7 +11,6 @@ import typer
 
 from batchbench import settings
 from batchbench.cli.options import with_options
-from batchbench.errors import Interrupted
 from batchbench.settings import setting
 
 REPRODUCE_HELP = """Run the experiment of a result again, and say what agrees.
@@ -54,33 +53,33 @@ def reproduce(
 ) -> None:
     """Hold a result against the same experiment, run again."""
     from batchbench.cli.display import make_display
-    from batchbench.reports.destination import check_folder, remove_if_empty
+    from batchbench.cli.output import interruptible, output_folder
     from batchbench.reports.result import load_result
     from batchbench.studies import receipt as receipts
     from batchbench.studies.reproduce import reproduce as run_again
 
     output = asked.output
     recorded = load_result(folder)
-    made = check_folder(output, overwrite=asked.overwrite) if output else []
     trials = len(recorded.recordings[recorded.names[0]])
-    try:
+    lost = "nothing was compared"
+    with (
+        output_folder(output, overwrite=asked.overwrite, lost=lost)
+        if output
+        else interruptible(lost)
+    ):
         with make_display(tuple(recorded.names), trials, quiet=asked.quiet) as display:
             receipt = run_again(recorded, display)
         if output and receipt.again is not None:
             from batchbench.reports.folder import write_folder
 
             write_folder(output, receipt.again)
-    except KeyboardInterrupt as error:
-        raise Interrupted("interrupted; nothing was compared") from error
-    finally:
-        remove_if_empty(made)
-    if asked.json:
-        typer.echo(json.dumps(receipt.as_data(), indent=2, ensure_ascii=False))
-    elif asked.quiet:
-        typer.echo(receipt.sentence)
-    else:
-        from rich.console import Console
+        if asked.json:
+            typer.echo(json.dumps(receipt.as_data(), indent=2, ensure_ascii=False))
+        elif asked.quiet:
+            typer.echo(receipt.sentence)
+        else:
+            from rich.console import Console
 
-        Console(highlight=False).print(receipts.render(receipt))
+            Console(highlight=False).print(receipts.render(receipt))
     if not receipt.agrees:
         raise typer.Exit(1)

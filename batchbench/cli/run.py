@@ -16,6 +16,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import OutputSpec, ReportSpec, with_options
 from batchbench.errors import Interrupted, UsageError
+from batchbench.files import claimed, undisturbed, write_file
 from batchbench.reports.goals import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
@@ -138,13 +139,13 @@ def report(
 
 
 def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
-    from batchbench.reports.destination import check_folder
+    from batchbench.cli.output import output_folder
 
-    check_folder(folder, overwrite=True)
-    from batchbench.reports.folder import write_folder  # pandas and matplotlib, only now
+    with output_folder(folder, overwrite=True):
+        from batchbench.reports.folder import write_folder  # pandas and matplotlib, only now
 
-    files = write_folder(folder, result)
-    _show(result, files, OutputSpec(json=output.json, quiet=output.quiet))
+        files = write_folder(folder, result)
+        _show(result, files, OutputSpec(json=output.json, quiet=output.quiet))
 
 
 def _show_together(folders: list[Path], results: list[Result], output: ReportSpec) -> None:
@@ -163,13 +164,14 @@ def _show_together(folders: list[Path], results: list[Result], output: ReportSpe
 def _write_document(
     folders: list[Path], results: list[Result], file: Path | None, output: ReportSpec
 ) -> None:
-    from batchbench.reports.documents import make_document, write_document
+    from batchbench.reports.documents import make_document
 
     document = make_document(output.chosen, folders, results, file)
     if file is None:
         typer.echo(document, nl=False)
         return
-    write_document(file, document)
+    with claimed(file, f"--output {file}"):
+        write_file(file, document)
     if not output.quiet:
         typer.echo(f"File: {shlex.quote(str(file))}")
 
@@ -178,27 +180,23 @@ def _conduct(experiment: Experiment, goals: GoalsSpec, output: OutputSpec) -> No
     if output.dry_run:
         _dry_run(experiment)
         return
-    from batchbench.reports.destination import check_folder, default_folder, remove_if_empty
+    from batchbench.cli.output import output_folder
+    from batchbench.reports.destination import default_folders
 
-    folder = output.output or default_folder(experiment.model.model)
-    made = check_folder(folder, overwrite=output.overwrite)
-    try:
+    defaults = default_folders(experiment.model.model)
+    with output_folder(output.output, defaults, overwrite=output.overwrite) as folder:
         if output.trace_out is not None:
             from batchbench.reports.formats.trace_events import check_trace_file
 
-            check_trace_file(output.trace_out)
-        code = _measure_and_write(experiment, goals, output, folder)
-    except KeyboardInterrupt as error:
-        raise Interrupted("interrupted; nothing was kept") from error
-    finally:
-        remove_if_empty(made)
-    if code:
-        raise typer.Exit(code)
+            check_trace_file(output.trace_out, folder)
+        if not _measure_and_write(experiment, goals, output, folder):
+            raise typer.Exit(1)
 
 
 def _measure_and_write(
     experiment: Experiment, goals: GoalsSpec, output: OutputSpec, folder: Path
-) -> int:
+) -> bool:
+    """Measure, write and show; return whether the outputs are right."""
     from batchbench.batching.conduct import conduct
     from batchbench.cli.display import make_display
 
@@ -213,16 +211,17 @@ def _measure_and_write(
     from batchbench.reports.folder import write_folder
     from batchbench.reports.result import make_result
 
-    result = make_result(outcome, goals)
-    files = write_folder(folder, result)
-    if output.trace_out is not None:
-        from batchbench.reports.formats.trace_events import write_trace
+    with undisturbed():  # All that was asked for is measured: keep it.
+        result = make_result(outcome, goals)
+        files = write_folder(folder, result)
+        if output.trace_out is not None:
+            from batchbench.reports.formats.trace_events import write_trace
 
-        write_trace(output.trace_out, result)
+            write_trace(output.trace_out, result)
     _show(result, files, replace(output, output=folder))
     if outcome.stopped and outcome.stopped.startswith("interrupted"):
-        return 130
-    return 1 if result.data["verification"]["passed"] is False else 0
+        raise Interrupted(f"{outcome.stopped}; the results are in {folder}")
+    return result.data["verification"]["passed"] is not False
 
 
 def _show(result: Result, files: Iterable[Path], output: OutputSpec) -> None:

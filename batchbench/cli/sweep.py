@@ -65,18 +65,16 @@ def sweep(axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpe
     if study.dry_run:
         _dry_run(grid)
         return
-    from batchbench.reports.destination import check_folder, remove_if_empty
+    from batchbench.cli.output import output_folder
     from batchbench.studies.store import Store
 
-    folder = study.output or Path("batchbench-results") / f"sweep-{grid.digest}"
-    made = check_folder(folder, overwrite=False)
-    try:
-        with Store(folder).opened() as store:
-            code = _serve_and_write(grid, store, goals, study)
-    finally:
-        remove_if_empty([folder / "cells", *made])
-    if code:
-        raise typer.Exit(code)
+    place = study.output or Path("batchbench-results") / f"sweep-{grid.digest}"
+    with output_folder(
+        place, lost="the same command goes on from the cells that are kept"
+    ) as folder:
+        code = _serve_and_write(grid, Store(folder), goals, study)
+        if code:
+            raise typer.Exit(code)
 
 
 def _serve_and_write(grid: Grid, store: Store, goals: GoalsSpec, study: SweepSpec) -> int:

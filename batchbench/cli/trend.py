@@ -10,6 +10,7 @@ import typer
 
 from batchbench.cli.options import with_options
 from batchbench.errors import UsageError, shown
+from batchbench.files import claimed, write_file
 from batchbench.reports.trend_spec import TrendSpec
 
 if TYPE_CHECKING:
@@ -38,19 +39,21 @@ def trend(
     asked: TrendSpec,
 ) -> None:
     """Show a history."""
-    from batchbench.reports.destination import check_files, check_folder, remove_if_empty
+    from batchbench.cli.output import interruptible, output_folder
+    from batchbench.reports.destination import check_files
     from batchbench.reports.evidence import CANNOT_TELL, Answer
 
     to_stdout = str(asked.markdown) == "-"
     if asked.markdown is not None and not to_stdout:
         check_files(asked.markdown.parent, [asked.markdown.name], overwrite=True)
-    made = check_folder(asked.output, overwrite=True, marker="trend.json") if asked.output else []
-    try:
+    with (
+        output_folder(asked.output, overwrite=True, marker="trend.json")
+        if asked.output
+        else interruptible("nothing was written")
+    ):
         found = _look(folders, asked)
         _write(found, asked)
-    finally:
-        remove_if_empty(made)
-    _show(found, asked)
+        _show(found, asked)
     if asked.fail_on_loss and found.answer is Answer.FAILED:
         raise typer.Exit(1)
     if asked.fail_on_loss and asked.strict and found.answer is Answer.UNKNOWN:
@@ -100,12 +103,11 @@ def _check_strategies(entries: list[Entry], asked: TrendSpec) -> None:
 
 
 def _write(found: Trend, asked: TrendSpec) -> None:
-    from batchbench.reports.destination import write_files
     from batchbench.reports.formats.trend import render_markdown
 
     if asked.markdown is not None and str(asked.markdown) != "-":
-        text = render_markdown(found).encode()
-        write_files(asked.markdown.parent, {asked.markdown.name: text})
+        with claimed(asked.markdown, f"--markdown {asked.markdown}"):
+            write_file(asked.markdown, render_markdown(found))
     if asked.output is not None:
         from batchbench.reports.folder import write_trend  # matplotlib, only now
 

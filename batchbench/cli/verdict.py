@@ -14,6 +14,7 @@ import typer
 
 from batchbench import settings
 from batchbench.errors import UsageError
+from batchbench.files import claimed, reason_of, write_file
 from batchbench.settings import setting
 
 if TYPE_CHECKING:
@@ -119,20 +120,19 @@ def conclude(gate: Gate, output: GateOutputSpec) -> None:
         UsageError: a file cannot be written.
         typer.Exit: always, otherwise.
     """
-    from batchbench.reports.destination import write_files
     from batchbench.reports.formats import annotations, gate_markdown, junit
 
     code = gate.exit_code(strict=output.strict)
     report = gate_markdown.render(gate, strict=output.strict)
-    contents: Mapping[str, bytes] = {
-        # A name of a file may hold what is no text.
-        "--markdown": report.encode(errors="replace"),
+    contents: Mapping[str, bytes | str] = {
+        "--markdown": report,
         "--junit": junit.render(gate, strict=output.strict),
     }
     marks = annotations.render(gate, strict=output.strict) if output.on_github else ""
     _show(gate, output, report)
     for option, file in output.files.items():
-        write_files(file.parent, {file.name: contents[option]})
+        with claimed(file, f"{option} {file}"):
+            write_file(file, contents[option])
     # The runner reads workflow commands on both streams; a document keeps its own to itself.
     print(marks, end="", file=sys.stderr if output.holds_standard_output else sys.stdout)
     _append(output, STEP_SUMMARY, report)
@@ -170,7 +170,6 @@ def _append(output: GateOutputSpec, variable: str, text: str) -> None:
         with file.open("a", encoding="utf-8", errors="replace") as out:
             out.write(text)
     except OSError as error:
-        why = (error.strerror or str(error)).lower()
         raise UsageError(
-            f"{variable} {file}: cannot be written: {why}; give --github off"
+            f"{variable} {file}: cannot be written: {reason_of(error)}; give --github off"
         ) from error

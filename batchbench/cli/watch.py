@@ -12,6 +12,7 @@ import typer
 from batchbench import settings
 from batchbench.cli.options import with_options
 from batchbench.errors import Interrupted, UsageError
+from batchbench.files import claimed, write_file
 from batchbench.settings import setting
 
 if TYPE_CHECKING:
@@ -112,13 +113,14 @@ def play(film: Film, speed: float, console: Console, clock: Clock) -> None:
 
 def _write_gif(result: Result, speed: float | None, file: Path, *, overwrite: bool) -> None:
     """Draw the film and write it, whole or not at all."""
-    from batchbench.reports.destination import check_files, write_files
+    from batchbench.reports.destination import check_files
 
     if file.suffix != ".gif":
         raise UsageError(f"--gif {file}: must end in .gif, such as --gif film.gif")
-    check_files(file.parent, [file.name], overwrite=overwrite)
     from batchbench.reports.figures.film import draw_film
 
-    content = draw_film(result, speed)
-    write_files(file.parent, {file.name: content})
+    with claimed(file, f"--gif {file}"):
+        check_files(file.parent, [file.name], overwrite=overwrite)
+        content = draw_film(result, speed)
+        write_file(file, content)
     typer.echo(f"{file}: {len(content) / 1e6:.1f} MB")

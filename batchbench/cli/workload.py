@@ -14,6 +14,7 @@ from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import PRESETS, Basis, Preset
 from batchbench.cli.options import with_options
+from batchbench.files import claimed, write_file, write_files
 from batchbench.settings import setting
 from batchbench.workloads.spec import WorkloadSpec
 
@@ -103,7 +104,7 @@ def show(
     """Numbers and bars; a picture where asked."""
     from rich.console import Console
 
-    from batchbench.reports.destination import check_files, write_files
+    from batchbench.reports.destination import check_files
 
     names = [f"workload.{format}" for format in ("png", "svg")]
     if picture.output is not None:
@@ -119,7 +120,8 @@ def show(
 
         figure = draw_portrait(outline)
         files = {name: render_figure(figure, name.partition(".")[2]) for name in names}
-        write_files(picture.output, files)
+        with claimed(picture.output, f"--output {picture.output}"):
+            write_files(picture.output, files)
         folder = shlex.quote(str(picture.output))
         console.print(f"\nFiles: {folder}/ with {', '.join(names)}", markup=False, soft_wrap=True)
 
@@ -137,14 +139,15 @@ def save(
     saving: SavingSpec,
 ) -> None:
     """A line a request, with its token ids."""
-    from batchbench.reports.destination import check_files, write_files
+    from batchbench.reports.destination import check_files
 
-    check_files(file.parent, [file.name], overwrite=saving.overwrite)
-    outline, vocab_size = _outline(workload, serving, model)
-    from batchbench.workloads.traces.own import write_workload
+    with claimed(file, str(file)):
+        check_files(file.parent, [file.name], overwrite=saving.overwrite)
+        outline, vocab_size = _outline(workload, serving, model)
+        from batchbench.workloads.traces.own import write_workload
 
-    made = outline.workload(vocab_size)
-    write_files(file.parent, {file.name: (line.encode() for line in write_workload(made))})
+        made = outline.workload(vocab_size)
+        write_file(file, (line.encode() for line in write_workload(made)))
     typer.echo(f"{file}: {len(made):,} requests, digest {made.digest}")
     typer.echo(f"Serve it: batchbench run --trace {shlex.quote(str(file))}")
 

@@ -60,14 +60,3 @@ def _pictures(folder: Path, at: Path) -> dict[str, str]:
         for name, file in files.items()
         if file.exists()
     }
-
-
-def write_document(file: Path, text: str) -> None:
-    """Write it whole or not at all.
-
-    Raises:
-        UsageError: the file cannot be written.
-    """
-    from batchbench.reports.folder import write_whole
-
-    write_whole(file.parent, {file.name: text.encode()})

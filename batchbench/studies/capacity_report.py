@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 import batchbench
+from batchbench.files import write_whole
 from batchbench.reports.comparison import CONFIDENCE
 from batchbench.reports.figures import render as render_figure
 from batchbench.reports.figures.capacity import draw_capacity
-from batchbench.reports.folder import write_whole
 from batchbench.reports.formats.terminal import called, number
 from batchbench.reports.goals import as_config
 from batchbench.studies.bench import Probe
@@ -232,7 +232,7 @@ def to_json(data: Mapping[str, Any]) -> str:
 def write_capacity(folder: Path, found: CapacityFindings, data: Mapping[str, Any]) -> list[Path]:
     """Write ``capacity.json`` and the picture; the paths."""
     figure = draw_capacity(data, headline(found), title_of(found))
-    contents = {"capacity.json": to_json(data).encode()}
+    contents: dict[str, bytes | str] = {"capacity.json": to_json(data)}
     for format in ("png", "svg"):
         contents[f"capacity.{format}"] = render_figure(figure, format)
     return write_whole(folder, contents)

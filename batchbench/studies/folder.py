@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from batchbench.files import write_whole
 from batchbench.reports.cells import Cells, spell_option
 from batchbench.reports.figures import render
 from batchbench.reports.figures.sweeps import PICTURES, draw_sweep
-from batchbench.reports.folder import write_whole
 from batchbench.studies.findings import Findings, to_json
 from batchbench.studies.table import table_of, to_csv
 
@@ -29,7 +29,8 @@ def write_sweep(folder: Path, findings: Findings, command: str) -> Written:
     cells = cells_of(findings)
     figures, not_drawn = draw_sweep(cells) if cells is not None else ({}, {})
     json = to_json(findings, command, not_drawn)
-    contents = {"sweep.json": json.encode(), "sweep.csv": to_csv(table_of(findings.rows))}
+    contents: dict[str, bytes | str] = {"sweep.json": json}
+    contents["sweep.csv"] = to_csv(table_of(findings.rows))
     for name, figure in figures.items():
         for format in ("png", "svg"):
             contents[f"{name}.{format}"] = render(figure, format)

@@ -11,12 +11,12 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import tempfile
 import venv
 from pathlib import Path
 
 import batchbench
 from batchbench.errors import UsageError, shown
+from batchbench.files import reason_of, replacing
 
 _READY = "ready"
 
@@ -85,33 +85,33 @@ def _install(root: Path, commit: str, folder: Path) -> None:
     if not archive:
         raise UsageError(f"--base-ref {commit[:12]}: has no package batchbench")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".installing-", dir=folder.parent))
+        with replacing(folder, folder=True) as staging:
+            _fill(staging, archive)
+            shutil.rmtree(folder, ignore_errors=True)  # what is there is not whole
     except OSError as error:
-        why = (error.strerror or str(error)).lower()
         raise UsageError(
-            f"{folder.parent}: cannot be written: {why}; set BATCHBENCH_CACHE to another folder"
+            f"{folder.parent}: cannot be written: {reason_of(error)}; set BATCHBENCH_CACHE to "
+            "another folder"
         ) from error
-    try:
-        venv.create(staging, symlinks=os.name != "nt")
-        library = next(staging.glob("[Ll]ib/**/site-packages"))
-        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-            files.extractall(library, filter="data")
-        # Behind its own batchbench, everything that the present environment has installed, with
-        # what its .pth files add. The line is ASCII, since Python reads it by the locale.
-        present = [
-            *site.getsitepackages(),
-            site.getusersitepackages(),
-            sysconfig.get_path("purelib"),
-        ]
-        lines = [f"import site; site.addsitedir({place!a})\n" for place in dict.fromkeys(present)]
-        (library / "present.pth").write_text("".join(lines), encoding="ascii")
-        compileall.compile_dir(library / "batchbench", quiet=2)
-        (staging / _READY).touch()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _fill(staging: Path, archive: bytes) -> None:
+    """Make the environment in an empty folder."""
+    venv.create(staging, symlinks=os.name != "nt")
+    library = next(staging.glob("[Ll]ib/**/site-packages"))
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(library, filter="data")
+    # Behind its own batchbench, everything that the present environment has installed, with
+    # what its .pth files add. The line is ASCII, since Python reads it by the locale.
+    present = [
+        *site.getsitepackages(),
+        site.getusersitepackages(),
+        sysconfig.get_path("purelib"),
+    ]
+    lines = [f"import site; site.addsitedir({place!a})\n" for place in dict.fromkeys(present)]
+    (library / "present.pth").write_text("".join(lines), encoding="ascii")
+    compileall.compile_dir(library / "batchbench", quiet=2)
+    (staging / _READY).touch()
 
 
 def _git(root: Path, *words: str) -> bytes:

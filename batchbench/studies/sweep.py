@@ -49,12 +49,14 @@ def run_cells(
 ) -> None:
     """Serve the cells that are not finished, and keep each as soon as it is.
 
-    Cells on the same model are served one after the other, so that it is loaded once.
+    Cells on the same model are served one after the other, so that it is loaded once. The caller
+    has claimed the store's folder.
 
     Raises:
         Interrupted: by Ctrl-C; the cell that was being served is not kept.
     """
     watch = watch or SweepWatch()
+    store.tidy()
     possible = list({c.digest: c for c in grid.cells if c.experiment is not None}.values())
     to_do = _by_model([cell for cell in possible if not store.holds(cell)])
     watch.cells_begin(len(possible), len(possible) - len(to_do))

@@ -11,8 +11,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import numpy as np
 
 from batchbench.batching.recording import Ints, Recording
 from batchbench.errors import UsageError
+from batchbench.files import check_place, reason_of, replacing
 from batchbench.reports.result import Result
 
 MOST_REQUESTS = 200_000
@@ -33,21 +32,20 @@ _QUEUE_TRACK = 0
 """Thread of the counters; slots follow, for thread 0 is no slot."""
 
 
-def check_trace_file(file: Path) -> None:
-    """See that a trace can be written there, before anything is measured.
+def check_trace_file(file: Path, output: Path | None = None) -> None:
+    """Check that a trace can be written there, before anything is measured.
+
+    Args:
+        output: the result's folder, which need not exist yet.
 
     Raises:
         UsageError: it cannot.
     """
     if file.is_dir():
         raise UsageError(f"--trace-out {file}: is a directory; give a file, such as trace.json.gz")
-    if not file.parent.is_dir():
+    if not file.parent.is_dir() and file.parent != output:
         raise UsageError(f"--trace-out {file}: no such folder as {file.parent}; make it first")
-    try:
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        raise _unwritable(file, error) from error
+    check_place(file, f"--trace-out {file}")
 
 
 def write_trace(file: Path, result: Result) -> None:
@@ -56,25 +54,16 @@ def write_trace(file: Path, result: Result) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
-    staging = file.with_name(f".{file.name}.{os.getpid()}.writing")
     try:
-        with staging.open("wb") as raw:
+        with replacing(file) as staging, staging.open("wb") as raw:
             if file.suffix == ".gz":
                 # Neither name nor time: the same trace gives the same bytes.
                 with gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
                     _write(io.TextIOWrapper(packed, encoding="utf-8"), result)
             else:
                 _write(io.TextIOWrapper(raw, encoding="utf-8"), result)
-        os.replace(staging, file)
     except OSError as error:
-        raise _unwritable(file, error) from error
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def _unwritable(file: Path, error: OSError) -> UsageError:
-    why = (error.strerror or str(error)).lower()
-    return UsageError(f"--trace-out {file}: cannot be written: {why}")
+        raise UsageError(f"--trace-out {file}: cannot be written: {reason_of(error)}") from error
 
 
 def _write(out: io.TextIOWrapper, result: Result) -> None:

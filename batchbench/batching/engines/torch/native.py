@@ -16,7 +16,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 from batchbench.batching.processor import Processor
+from batchbench.files import replacing
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 PANEL = 32
@@ -214,12 +214,9 @@ def find_compiler() -> str | None:
 
 def _compile(compiler: str, file: Path) -> None:
     """Put the compiled source there whole: other processes may be at it too."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as aside:
-        made = Path(aside) / file.name
+    with replacing(file) as made:
         command = [compiler, *_FLAGS, str(SOURCE), "-o", str(made)]
         subprocess.run(command, capture_output=True, check=True, timeout=_COMPILING_S)
-        made.replace(file)
 
 
 def _cache() -> Path:

@@ -1,0 +1,95 @@
+"""The output folder of a command: named, checked, claimed, and said on Ctrl-C or a full screen."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from batchbench.errors import Interrupted, OutputError
+from batchbench.files import ClaimedError, claimed
+from batchbench.reports.destination import check_folder
+
+
+@contextmanager
+def interruptible(lost: str) -> Iterator[None]:
+    """Turn Ctrl-C in the block into one line that says what was ``lost``.
+
+    Raises:
+        Interrupted: by Ctrl-C, or by another signal that asks the program to stop.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted; {lost}") from error
+
+
+@contextmanager
+def output_folder(
+    given: Path | None,
+    defaults: Iterable[Path] = (),
+    *,
+    overwrite: bool = False,
+    marker: str = "result.json",
+    lost: str = "nothing was kept",
+) -> Iterator[Path]:
+    """Yield the folder that a command writes to; no other process writes there meanwhile.
+
+    Nothing is made before :func:`~batchbench.files.write_whole` has something whole to write. What
+    the block prints is flushed before the folder is released.
+
+    Args:
+        given: the folder of ``--output``; None to take the first of ``defaults`` that is free.
+        overwrite: replace a result that the folder holds.
+        marker: the file by which a result is known.
+        lost: the line about Ctrl-C says so, where no result was written.
+
+    Raises:
+        UsageError: it cannot be written, holds a result, or another process writes there.
+        Interrupted: by Ctrl-C, or by another signal that asks the program to stop.
+        OutputError: standard output cannot be written; the message says where the result is.
+    """
+    with ExitStack() as stack:
+        folder = _claim_free(defaults, stack) if given is None else given
+        if given is not None:
+            stack.enter_context(claimed(folder, f"--output {folder}"))
+        check_folder(folder, overwrite=overwrite, marker=marker)
+        before = _stamp(folder / marker)
+        try:
+            try:
+                yield folder
+            finally:
+                sys.stdout.flush()
+        except KeyboardInterrupt as error:
+            kept = _stamp(folder / marker) != before
+            end = f"the results are in {folder}" if kept else lost
+            raise Interrupted(f"interrupted; {end}") from error
+        except OutputError as error:
+            if _stamp(folder / marker) == before:
+                raise
+            raise OutputError(f"{error}; the results are in {folder}") from error
+
+
+def _claim_free(defaults: Iterable[Path], stack: ExitStack) -> Path:
+    """Claim the first folder that does not exist and that no other process has claimed."""
+    for folder in defaults:
+        claim = ExitStack()
+        try:
+            claim.enter_context(claimed(folder, f"--output {folder}"))
+        except ClaimedError:
+            continue
+        if not folder.exists():
+            stack.enter_context(claim)
+            return folder
+        claim.close()
+    raise AssertionError("the defaults never end")
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is written anew; None where there is none."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns

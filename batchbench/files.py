@@ -1,0 +1,298 @@
+"""The one writer of files: claim a place, then write files and folders whole or not at all.
+
+Content is written to a hidden path beside its target and moved there in one step, together with
+parent folders that are missing. A process that ends at any moment, by Ctrl-C, SIGKILL or a full
+disk, leaves the old content or the new, and no empty folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from batchbench.errors import UsageError
+
+Content = bytes | str | Iterable[bytes]
+"""Content of a file; text is written as UTF-8 whatever the locale."""
+
+STAGING = ".writing-"
+"""Prefix of hidden paths whose content is not complete."""
+
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+"""Signals that ask the program to stop."""
+
+
+class ClaimedError(UsageError):
+    """Another process writes to the place."""
+
+
+def reason_of(error: OSError) -> str:
+    """Return the system's reason, such as ``no space left on device``."""
+    return (error.strerror or str(error)).lower()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold back signals that ask the program to stop, and deliver the first at the end.
+
+    Python runs signal handlers in the main thread alone; in other threads this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+
+    def hold(number: int, _: FrameType | None) -> None:
+        pending.append(number)
+
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if pending:
+            signal.raise_signal(pending[0])
+
+
+@contextmanager
+def claimed(place: Path, named: str) -> Iterator[None]:
+    """Keep other processes of this machine from writing to ``place`` until the block ends.
+
+    The claim is a lock on a file in the folder for temporary files. The system releases it however
+    the process ends, so a killed run blocks nobody.
+
+    Args:
+        named: the place as the message names it, with the option if there is one.
+
+    Raises:
+        ClaimedError: another process writes there.
+    """
+    from filelock import FileLock, Timeout  # its import takes 60 ms
+
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    try:
+        locks = Path(tempfile.gettempdir()) / f"batchbench-locks-{user}"
+        locks.mkdir(mode=0o700, exist_ok=True)
+        lock = FileLock(locks / _digest(place))
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise ClaimedError(
+            f"{named}: another batchbench is writing there; wait for it, or give another name"
+        ) from error
+    except OSError:  # No folder for temporary files: the final move still replaces no result.
+        yield
+        return
+    try:
+        remove_leftovers(place)
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def replacing(target: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Yield a hidden path to write to, and move it to ``target`` if the block succeeds.
+
+    Folders that are missing above the target appear in the same move.
+
+    Args:
+        folder: the target is a folder; the hidden path is then a folder that exists.
+
+    Raises:
+        OSError: it cannot be written, or a folder with content stands there.
+    """
+    top = _topmost_missing(target)
+    staging = top.parent / f"{_staging_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}"
+    inner = staging / target.relative_to(top)
+    try:
+        (inner if folder else inner.parent).mkdir(parents=True, exist_ok=True)
+        yield inner
+        try:
+            os.replace(staging, top)
+        except OSError as error:
+            if top == target or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            target.parent.mkdir(parents=True, exist_ok=True)  # somebody made a folder above it
+            os.replace(inner, target)
+    finally:
+        _remove(staging)
+
+
+def write_whole(
+    folder: Path,
+    contents: Mapping[str, bytes | str],
+    stale: Collection[str] = (),
+    *,
+    durable: bool = False,
+) -> list[Path]:
+    """Write the files of a result into a folder; return their paths.
+
+    A folder that is missing appears with all files in one move. In a folder that exists, the old
+    first file is removed before anything else and the new one comes last, so that it only ever
+    stands among its own.
+
+    Args:
+        contents: files by name; the first tells readers that the others are there.
+        stale: files and folders of an older result that must not stay beside this one.
+        durable: wait until a power cut could lose nothing, about 10 ms a file.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    try:
+        with undisturbed():
+            if os.path.lexists(folder):
+                _write_within(folder, contents, stale, durable=durable)
+            else:
+                with replacing(folder, folder=True) as staging:
+                    _fill(staging, contents, durable=durable)
+                if durable:
+                    _sync(folder.parent)
+    except OSError as error:
+        taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+        why = "another run wrote there meanwhile" if taken else reason_of(error)
+        raise UsageError(f"--output {folder}: cannot be written: {why}") from error
+    return [folder / name for name in contents]
+
+
+def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
+    """Write files by their names, each whole or not at all.
+
+    Raises:
+        UsageError: one cannot be written.
+    """
+    for name, content in contents.items():
+        write_file(folder / name, content)
+
+
+def write_file(file: Path, content: Content) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        with undisturbed(), replacing(file) as staging:
+            _write(staging, content)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written: {reason_of(error)}") from error
+
+
+def check_place(place: Path, named: str) -> None:
+    """Check that a file or folder of this name can be made; leave nothing behind.
+
+    Args:
+        named: the place as the message names it, with the option if there is one.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    top = _topmost_missing(place)
+    try:
+        if place.is_dir():
+            with tempfile.TemporaryFile(dir=place):
+                return
+        with tempfile.TemporaryDirectory(prefix=STAGING, dir=top.parent) as trial:
+            (Path(trial) / place.relative_to(top.parent)).mkdir(parents=True)
+    except (OSError, ValueError) as error:
+        why = reason_of(error) if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{named}: cannot be written: {why}") from error
+
+
+def _write_within(
+    folder: Path,
+    contents: Mapping[str, bytes | str],
+    stale: Collection[str],
+    *,
+    durable: bool,
+) -> None:
+    staging = Path(tempfile.mkdtemp(prefix=_staging_prefix(folder), dir=folder))
+    first = next(iter(contents))
+    try:
+        _fill(staging, contents, durable=durable)
+        (folder / first).unlink(missing_ok=True)
+        for name in stale:
+            _remove(folder / name)
+        for name in sorted(contents, key=lambda name: name == first):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / name, folder / name)
+    finally:
+        _remove(staging)
+
+
+def _fill(staging: Path, contents: Mapping[str, bytes | str], *, durable: bool) -> None:
+    for name, content in contents.items():
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        _write(staging / name, content)
+    if durable:
+        for path in [*staging.rglob("*"), staging]:
+            _sync(path)
+
+
+def _write(file: Path, content: Content) -> None:
+    if isinstance(content, str):
+        # A name of a file may hold bytes that are no text.
+        content = content.encode("utf-8", "backslashreplace")
+    with file.open("wb") as out:
+        out.writelines([content] if isinstance(content, bytes) else content)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content, or the names in a folder, on the disk."""
+    if os.name != "posix" and path.is_dir():
+        return  # only POSIX can do this for folders
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _topmost_missing(target: Path) -> Path:
+    """Return the target, or the topmost of the folders above it that are missing."""
+    top = target
+    while not os.path.lexists(top.parent):
+        top = top.parent
+    return top
+
+
+def _staging_prefix(target: Path) -> str:
+    """Return the prefix of hidden paths that only writers of this target use."""
+    return f"{STAGING}{_digest(target)[:12]}-"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
+
+
+def remove_leftovers(place: Path) -> None:
+    """Remove what killed processes left half-written for a place that is claimed."""
+    above = _topmost_missing(place).parent
+    prefix = _staging_prefix(place)
+    for leftover in [*above.glob(f"{prefix}*"), *place.glob(f"{prefix}*")]:
+        _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
