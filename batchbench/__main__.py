@@ -1,6 +1,18 @@
-"""``python -m batchbench``."""
+"""``batchbench`` and ``python -m batchbench``."""
 
-from batchbench.cli.main import main
+import sys
+
+
+def main() -> None:
+    """Run the program; Ctrl-C while it is still being imported is one line, too."""
+    try:
+        from batchbench.cli.main import main as program
+
+        program()
+    except KeyboardInterrupt:
+        sys.stderr.write("batchbench: interrupted\n")
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from batchbench import settings
 from batchbench.batching.experiment import PREFILLS, Experiment
 from batchbench.batching.models import ModelSpec
 from batchbench.cli.options import with_options
+from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError, shown
 from batchbench.reports.goals import GoalsSpec
 from batchbench.settings import setting
@@ -260,10 +259,10 @@ def _write_and_show(
     contents |= {f"breakeven.{format}": render_figure(figure, format) for format in ("png", "svg")}
     files = write_whole(folder, contents)
     if study.json:
-        typer.echo(text, nl=False)
+        echo_json(text)
         return
     if study.quiet:
-        typer.echo(border.sentence(found))
+        echo(border.sentence(found))
         return
     console = Console(highlight=False)
     console.print(border.render(found))

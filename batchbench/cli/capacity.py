@@ -14,6 +14,7 @@ import typer
 from batchbench import settings
 from batchbench.batching.experiment import Experiment
 from batchbench.cli.options import with_given
+from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError, shown
 from batchbench.files import undisturbed
 from batchbench.reports.goals import GoalsSpec
@@ -149,9 +150,9 @@ def _search_and_write(
         data = report.data_of(found, command)
         files = report.write_capacity(folder, found, data)
     if study.json:
-        typer.echo(report.to_json(data), nl=False)
+        echo_json(report.to_json(data))
     elif study.quiet:
-        typer.echo(report.sentence(found))
+        echo(report.sentence(found))
     else:
         console = Console(highlight=False)
         console.print(report.render(found))

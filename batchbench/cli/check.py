@@ -13,8 +13,9 @@ from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import with_options
+from batchbench.cli.streams import echo
 from batchbench.cli.verdict import GateOutputSpec, check_outputs, conclude
-from batchbench.files import claimed, write_file
+from batchbench.files import claimed, write_file, write_whole
 from batchbench.settings import setting
 from batchbench.studies.deciding import BaselineSpec, CheckSpec
 from batchbench.workloads.spec import WorkloadSpec
@@ -89,8 +90,6 @@ def _check(baseline: Baseline, asked: CheckSpec, folder: Path | None, *, quiet: 
     with make_turns_display(asked.max_time, quiet=quiet) as display:
         gate = conduct_check(baseline, asked.baseline, asked, display, observed)
     if folder is not None:
-        from batchbench.reports.folder import write_whole
-
         write_whole(folder, {RECORD: record_of(observed, gate)})
     return gate
 
@@ -133,7 +132,7 @@ def save(
         from rich.console import Console
 
         Console(highlight=False).print(render(baseline))
-        typer.echo(f"File: {kept.output}")
+        echo(f"File: {kept.output}")
 
 
 @app.command("show", help=SHOW_HELP)

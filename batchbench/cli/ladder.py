@@ -14,6 +14,7 @@ from batchbench.batching.experiment import ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import OutputSpec, with_options
+from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import Interrupted
 from batchbench.files import undisturbed
 from batchbench.studies.climb import Climb, LadderSpec
@@ -93,7 +94,7 @@ def _climb(asked: Climb, output: OutputSpec, folder: Path) -> bool:
     from batchbench.reports.ladder import make_card, make_ladder
 
     if not silent:
-        typer.echo("\n".join([*card_lines(make_card(allowed)), ""]))
+        echo("\n".join([*card_lines(make_card(allowed)), ""]))
     with display:
         climbed = made.climb(display, allowed)
     with undisturbed():  # All that was asked for is measured: keep it.
@@ -124,10 +125,10 @@ def _show(result: LadderResult, files: Iterable[Path], output: OutputSpec) -> No
     from batchbench.reports.ladder import to_json
 
     if output.json:
-        typer.echo(to_json(result), nl=False)
+        echo_json(to_json(result))
         return
     if output.quiet:
-        typer.echo(sentence(result))
+        echo(sentence(result))
         return
     console = Console(highlight=False)
     console.print(render(result))

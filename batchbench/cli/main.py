@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
+import errno
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
+from collections.abc import Sequence
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -20,12 +26,14 @@ from batchbench.cli import ladder as climbing
 from batchbench.cli import predict as predicting
 from batchbench.cli import reproduce as reproducing
 from batchbench.cli import run as running
+from batchbench.cli import streams, workload
 from batchbench.cli import sweep as sweeping
 from batchbench.cli import trend as looking_back
 from batchbench.cli import watch as watching
-from batchbench.cli import workload
+from batchbench.cli.streams import echo
 from batchbench.cli.usage import spell_usage
-from batchbench.errors import BatchbenchError, one_line
+from batchbench.errors import BatchbenchError, ClosedPipe, UsageError, one_line
+from batchbench.files import STOPPING, reason_of
 
 app = typer.Typer(
     name="batchbench",
@@ -41,7 +49,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"batchbench {batchbench.__version__}")
+        echo(f"batchbench {batchbench.__version__}")
         raise typer.Exit
 
 
@@ -75,15 +83,66 @@ app.add_typer(workload.app, name="workload")
 
 def main() -> None:
     """Run the program and exit with its code."""
-    sys.exit(_guarded())
+    streams.prepare()
+    received = _interrupt_on_signals()
+    try:
+        code = _guarded()
+    except KeyboardInterrupt:  # while another error was being said
+        code = 130
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    if received and code not in _ANSWERS:
+        code = 128 + received[0]
+    if code > 128:
+        # After Ctrl-C within an import, the interpreter would end itself with the signal instead.
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+_ANSWERS = (0, 1, 3)
+"""Exit codes of a command that came to its end."""
+
+
+def _interrupt_on_signals() -> Sequence[int]:
+    """Let SIGTERM and SIGHUP do what Ctrl-C does; return those that arrive, as they arrive.
+
+    One that is ignored, as ``nohup`` sets SIGHUP, stays ignored.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in STOPPING:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, interrupt)
+    sys.unraisablehook = _interrupt_again
+    return received
+
+
+def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
+    """Interrupt once more where Python dropped the exception, as in a finalizer."""
+    if isinstance(dropped.exc_value, KeyboardInterrupt):
+        again = threading.Timer(0.05, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def _guarded() -> int:
-    """The exit code; every error is one line on standard error."""
+    """Return the exit code; every error is one line on standard error."""
     try:
+        _check_current_folder()
         code = app(standalone_mode=False, prog_name="batchbench")
         sys.stdout.flush()
+        if code == 130:  # Ctrl-C that typer has caught
+            return _say("interrupted", 130)
         return int(code or 0)
+    except ClosedPipe as error:
+        return error.exit_code
     except BatchbenchError as error:
         return _say(str(error), error.exit_code)
     except typer.TyperException as error:
@@ -91,24 +150,45 @@ def _guarded() -> int:
         return _say(message, 2) if message else 2  # without: the help has been shown
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as a program that SIGPIPE ended
     except Exception as error:
+        if isinstance(error, OSError) and (refusal := _of_the_system(error)):
+            return _say(refusal, 2)
         return _say(
             f"a fault of batchbench itself: {type(error).__name__}: {error}; please report it with "
-            f"the traceback in {_save_traceback()}",
+            f"the traceback {_save_traceback()}",
             70,
         )
 
 
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError("the current folder was deleted; change to one that exists") from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def _of_the_system(error: OSError) -> str | None:
+    """Return the line for what the machine refuses; None where the fault may be ours."""
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {reason_of(error)}"
+    return f"a file cannot be written: {reason_of(error)}" if error.errno in _FULL else None
+
+
 def _say(message: str, code: int) -> int:
-    print(f"batchbench: {one_line(message)}", file=sys.stderr)  # noqa: T201
+    streams.echo(f"batchbench: {one_line(message)}", err=True)
     return code
 
 
 def _save_traceback() -> str:
-    handle, path = tempfile.mkstemp(prefix="batchbench-crash-", suffix=".txt")
-    with os.fdopen(handle, "w") as file:
-        traceback.print_exc(file=file)
-    return path
+    """Save the traceback to a file, or print it where no file can be written; say where it is."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="batchbench-crash-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            traceback.print_exc(file=file)
+    except OSError:
+        traceback.print_exc()
+        return "above"
+    return f"in {path}"

@@ -11,6 +11,7 @@ import typer
 
 from batchbench import settings
 from batchbench.cli.options import with_options
+from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError, shown
 from batchbench.settings import setting
 from batchbench.studies.numbers import parse_numbers
@@ -110,10 +111,10 @@ def _write_and_show(curve: Curve, output: Path, study: SlotsSpec) -> None:
     contents |= {f"slots.{format}": render(figure, format) for format in ("png", "svg")}
     files = write_whole(output, contents)
     if study.json:
-        typer.echo(text, nl=False)
+        echo_json(text)
         return
     if study.quiet:
-        typer.echo(said)
+        echo(said)
         return
     console = Console(highlight=False)
     console.print(said, markup=False, style="bold")

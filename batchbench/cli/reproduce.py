@@ -11,6 +11,7 @@ import typer
 
 from batchbench import settings
 from batchbench.cli.options import with_options
+from batchbench.cli.streams import echo, echo_json
 from batchbench.settings import setting
 
 REPRODUCE_HELP = """Run the experiment of a result again, and say what agrees.
@@ -74,9 +75,9 @@ def reproduce(
 
             write_folder(output, receipt.again)
         if asked.json:
-            typer.echo(json.dumps(receipt.as_data(), indent=2, ensure_ascii=False))
+            echo_json(json.dumps(receipt.as_data(), indent=2, ensure_ascii=False) + "\n")
         elif asked.quiet:
-            typer.echo(receipt.sentence)
+            echo(receipt.sentence)
         else:
             from rich.console import Console
 

@@ -15,6 +15,7 @@ from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import OutputSpec, ReportSpec, with_options
+from batchbench.cli.streams import echo, echo_html, echo_json
 from batchbench.errors import Interrupted, UsageError
 from batchbench.files import claimed, undisturbed, write_file
 from batchbench.reports.goals import GoalsSpec
@@ -156,7 +157,7 @@ def _show_together(folders: list[Path], results: list[Result], output: ReportSpe
 
     together = SideBySide(label_results(folders, results))
     if output.quiet:
-        typer.echo(together.sentence)
+        echo(together.sentence)
         return
     Console(highlight=False).print(render(together))
 
@@ -168,12 +169,17 @@ def _write_document(
 
     document = make_document(output.chosen, folders, results, file)
     if file is None:
-        typer.echo(document, nl=False)
+        if output.chosen == "html":
+            echo_html(document)
+        elif output.chosen == "markdown":
+            echo(document, end="")
+        else:
+            echo_json(document)
         return
     with claimed(file, f"--output {file}"):
         write_file(file, document)
     if not output.quiet:
-        typer.echo(f"File: {shlex.quote(str(file))}")
+        echo(f"File: {shlex.quote(str(file))}")
 
 
 def _conduct(experiment: Experiment, goals: GoalsSpec, output: OutputSpec) -> None:
@@ -231,10 +237,10 @@ def _show(result: Result, files: Iterable[Path], output: OutputSpec) -> None:
     from batchbench.reports.result import to_json
 
     if output.json:
-        typer.echo(to_json(result), nl=False)
+        echo_json(to_json(result))
         return
     if output.quiet:
-        typer.echo(sentence(result))
+        echo(sentence(result))
         return
     console = Console(highlight=False)
     console.print(render(result))
@@ -255,4 +261,4 @@ def _dry_run(experiment: Experiment) -> None:
     with make_display((), 1, quiet=True) as silent:
         found = estimate(experiment, silent)
     for line in found.lines():
-        typer.echo(line)
+        echo(line)

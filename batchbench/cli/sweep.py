@@ -12,6 +12,7 @@ import typer
 
 from batchbench import settings
 from batchbench.cli.options import with_grid
+from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError
 from batchbench.reports.goals import GoalsSpec
 from batchbench.settings import setting
@@ -106,10 +107,10 @@ def _write_and_show(findings: Findings, folder: Path, study: SweepSpec) -> None:
     command = findings.grid.command(*goals, *output)
     written = write_sweep(folder, findings, command)
     if study.json:
-        typer.echo(written.json, nl=False)
+        echo_json(written.json)
         return
     if study.quiet:
-        typer.echo(screen.sentence(findings, written.cells))
+        echo(screen.sentence(findings, written.cells))
         return
     console = Console(highlight=False)
     console.print(
@@ -130,4 +131,4 @@ def _dry_run(grid: Grid) -> None:
     from batchbench.studies.listing import lines_of
 
     for line in lines_of(grid):
-        typer.echo(line)
+        echo(line)

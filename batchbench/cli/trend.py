@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchbench.cli.options import with_options
+from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError, shown
 from batchbench.files import claimed, write_file
 from batchbench.reports.trend_spec import TrendSpec
@@ -79,10 +80,10 @@ def _look(folders: list[Path], asked: TrendSpec) -> Trend:
             "batchbench run --output wrote"
         )
     for line in spoiled:
-        typer.echo(f"left out: {line}", err=True)
+        echo(f"left out: {line}", err=True)
     commits = [entry.commit for entry in entries if entry.commit is not None]
     if asked.accept and not any(commit.startswith(asked.accept) for commit in commits):
-        typer.echo(f"--accept {asked.accept}: is the commit of no result", err=True)
+        echo(f"--accept {asked.accept}: is the commit of no result", err=True)
     _check_strategies(entries, asked)
     return judge(make_lines(entries, asked.last), asked, spoiled)
 
@@ -120,11 +121,11 @@ def _show(found: Trend, asked: TrendSpec) -> None:
     from batchbench.reports.formats.trend import render, render_markdown
 
     if asked.json:
-        typer.echo(json_format.dumps(found.as_data(), indent=2, ensure_ascii=False))
+        echo_json(json_format.dumps(found.as_data(), indent=2, ensure_ascii=False) + "\n")
     elif str(asked.markdown) == "-":
-        typer.echo(render_markdown(found), nl=False)
+        echo(render_markdown(found), end="")
     elif asked.quiet:
-        typer.echo(found.sentence)
+        echo(found.sentence)
     else:
         console = Console(highlight=False)
         console.print(render(found))

@@ -26,7 +26,7 @@ class TurnsDisplay(TurnsWatch):
     def __init__(self, console: Console, max_time: float) -> None:
         self._console, self._max_time = console, max_time
         self._began = time.monotonic()
-        self._status = Status("", console=console) if console.is_terminal else None
+        self._status = _status(console) if console.is_terminal else None
 
     def __enter__(self) -> TurnsDisplay:
         if self._status:
@@ -53,6 +53,10 @@ class TurnsDisplay(TurnsWatch):
         parts = [f"{name} {describe(decision)}" for name, decision in decisions.items()]
         line = f"{label:<12} {'; '.join(parts)}{f'; {fault}' if fault else ''}"
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _status(console: Console) -> Status:
+    return Status("", console=console, spinner="line" if console.options.ascii_only else "dots")
 
 
 def describe(decision: Decision) -> str:

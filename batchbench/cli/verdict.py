@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from batchbench import settings
+from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError
 from batchbench.files import claimed, reason_of, write_file
 from batchbench.settings import setting
@@ -144,11 +145,11 @@ def _show(gate: Gate, output: GateOutputSpec, report: str) -> None:
     if output.json:
         from batchbench.reports.formats import gate_json
 
-        typer.echo(gate_json.render(gate, strict=output.strict), nl=False)
+        echo_json(gate_json.render(gate, strict=output.strict))
     elif output.markdown == STANDARD_OUTPUT:
-        typer.echo(report, nl=False)
+        echo(report, end="")
     elif output.quiet:
-        typer.echo(gate.sentence)
+        echo(gate.sentence)
     else:
         from rich.console import Console
 

@@ -11,6 +11,7 @@ import typer
 
 from batchbench import settings
 from batchbench.cli.options import with_options
+from batchbench.cli.streams import echo
 from batchbench.errors import Interrupted, UsageError
 from batchbench.files import claimed, write_file
 from batchbench.settings import setting
@@ -123,4 +124,4 @@ def _write_gif(result: Result, speed: float | None, file: Path, *, overwrite: bo
         check_files(file.parent, [file.name], overwrite=overwrite)
         content = draw_film(result, speed)
         write_file(file, content)
-    typer.echo(f"{file}: {len(content) / 1e6:.1f} MB")
+    echo(f"{file}: {len(content) / 1e6:.1f} MB")

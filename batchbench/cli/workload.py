@@ -14,6 +14,7 @@ from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import PRESETS, Basis, Preset
 from batchbench.cli.options import with_options
+from batchbench.cli.streams import echo
 from batchbench.files import claimed, write_file, write_files
 from batchbench.settings import setting
 from batchbench.workloads.spec import WorkloadSpec
@@ -148,8 +149,8 @@ def save(
 
         made = outline.workload(vocab_size)
         write_file(file, (line.encode() for line in write_workload(made)))
-    typer.echo(f"{file}: {len(made):,} requests, digest {made.digest}")
-    typer.echo(f"Serve it: batchbench run --trace {shlex.quote(str(file))}")
+    echo(f"{file}: {len(made):,} requests, digest {made.digest}")
+    echo(f"Serve it: batchbench run --trace {shlex.quote(str(file))}")
 
 
 def _outline(workload: WorkloadSpec, serving: ServingSpec, model: ModelSpec) -> tuple[Outline, int]:
@@ -164,8 +165,8 @@ def _outline(workload: WorkloadSpec, serving: ServingSpec, model: ModelSpec) -> 
         batch_size=serving.batch_size,
         encode=tokenizer.encode if tokenizer else None,
         context=source.context,
-        note=lambda line: typer.echo(line, err=True),
+        note=lambda line: echo(line, err=True),
     )
     for line in outline.beyond(source.context, source.name):
-        typer.echo(line, err=True)
+        echo(line, err=True)
     return outline, source.vocab_size

@@ -24,11 +24,12 @@ def check_number(folders: Sequence[Path]) -> None:
     """
     if len(folders) > MOST_RESULTS:
         raise UsageError(f"{len(folders)} results: show at most {MOST_RESULTS} side by side")
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for folder in folders:
-        if folder.resolve() in seen:
+        real = os.path.realpath(folder)  # Path.resolve fails on a link that leads to itself
+        if real in seen:
             raise UsageError(f"{folder}: is named twice; name each result once")
-        seen.add(folder.resolve())
+        seen.add(real)
 
 
 def make_document(

@@ -18,6 +18,7 @@ from typing import Any
 
 from batchbench.batching.cores import allowed_cpus
 from batchbench.errors import BatchbenchError, UsageError
+from batchbench.files import reason_of, undisturbed
 from batchbench.reports.turns import Turn
 from batchbench.studies.worker import PROTOCOL
 
@@ -82,7 +83,9 @@ class Workers:
         if self._left == 0:
             self.end()
         if self._running is None:
-            self._running, self._left = _Running(self.installation, self._threads), OF_ONE
+            with undisturbed():  # a process that nobody knows of would not be ended
+                self._running = _Running(self.installation, self._threads)
+            self._left = OF_ONE
 
     def begin(self) -> Mapping[str, Any]:
         """A fresh process that answers from now on; who it is.
@@ -173,8 +176,9 @@ class _Running:
             )
         except OSError as error:
             self._errors.close()
-            why = (error.strerror or str(error)).lower()
-            raise UsageError(f"{installation.python}: cannot be started: {why}") from error
+            raise UsageError(
+                f"{installation.python}: cannot be started: {reason_of(error)}"
+            ) from error
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -65,10 +65,22 @@ def repository() -> Path:
 
 
 def cache_folder() -> Path:
-    """``$BATCHBENCH_CACHE``, else ``batchbench`` in the user's cache."""
+    """Return the folder of environments, in ``$BATCHBENCH_CACHE`` or else the user's cache.
+
+    Raises:
+        UsageError: the user has no home folder.
+    """
     given = os.environ.get("BATCHBENCH_CACHE")
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchbench"
-    return (Path(given) if given else usual) / "revisions"
+    if given:
+        return Path(given) / "revisions"
+    try:
+        usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise UsageError(
+            "--base-ref: there is no home folder to keep environments in; set BATCHBENCH_CACHE to "
+            "a folder"
+        ) from error
+    return usual / "batchbench" / "revisions"
 
 
 def _present() -> str:

@@ -4,9 +4,9 @@ document.documentElement.classList.add("js");
 (() => {
   const tip = document.querySelector(".tip");
 
-  // Times are µs since the start of the trial.
+  // Times are microseconds since the start of the trial.
   function spell(micro) {
-    const [size, name] = micro >= 1e6 ? [1e6, "s"] : micro >= 1e3 ? [1e3, "ms"] : [1, "µs"];
+    const [size, name] = micro >= 1e6 ? [1e6, "s"] : micro >= 1e3 ? [1e3, "ms"] : [1, "\u00b5s"];
     return `${(micro / size).toLocaleString("en", { maximumSignificantDigits: 4 })} ${name}`;
   }
 
@@ -99,7 +99,7 @@ document.documentElement.classList.add("js");
     }
 
     function say(lane, i) {
-      told.textContent = `${lane.element.dataset.name}, request ${lane.bars.request[i].toLocaleString("en")}: ${rows(lane.bars, i).map((row) => row.join(" ")).join(" · ")}`;
+      told.textContent = `${lane.element.dataset.name}, request ${lane.bars.request[i].toLocaleString("en")}: ${rows(lane.bars, i).map((row) => row.join(" ")).join(" \u00b7 ")}`;
     }
 
     function choose(lane, i) {
