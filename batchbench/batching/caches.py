@@ -21,7 +21,7 @@ def last_level_cache_bytes(tree: Path = CPUS) -> int | None:
         for index in sorted(cpu.glob("cache/index[0-9]*")):
             try:
                 kind, level, shared, size = (
-                    (index / name).read_text().strip()
+                    (index / name).read_text("utf-8", "replace").strip()
                     for name in ("type", "level", "shared_cpu_list", "size")
                 )
             except OSError:  # a processor that is switched off

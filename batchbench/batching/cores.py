@@ -56,6 +56,6 @@ def _quota(cgroup: Path) -> float | None:
 
 def _read(file: Path) -> str | None:
     try:
-        return file.read_text().strip()
+        return file.read_text("utf-8", "replace").strip()
     except OSError:
         return None

@@ -75,7 +75,7 @@ def _micro(file: Path) -> float:
         OSError: it cannot be read, or holds something else.
     """
     try:
-        return int(file.read_text()) / 1e6
+        return int(file.read_text("utf-8", "replace")) / 1e6
     except ValueError as error:
         raise OSError(f"{file}: is no number") from error
 
@@ -91,7 +91,7 @@ def rapl_packages(tree: Path = POWERCAP) -> list[RaplPackage]:
         for folder in sorted(tree.iterdir()):
             if not re.fullmatch(r"intel-rapl:\d+", folder.name):
                 continue
-            name = (folder / "name").read_text().strip()
+            name = (folder / "name").read_text("utf-8", "replace").strip()
             if not name.startswith("package"):
                 continue
             package = RaplPackage(f"rapl {name}", folder, _micro(folder / "max_energy_range_uj"))

@@ -44,7 +44,7 @@ class PeakMemory:
         if self._device != "cpu":
             return None
         try:
-            (self._process / "clear_refs").write_text("5")  # proc(5): resets the mark
+            (self._process / "clear_refs").write_text("5", "utf-8")  # proc(5): resets the mark
         except OSError:  # not Linux, or not allowed
             return None
         return self._status("VmRSS")
@@ -58,7 +58,7 @@ class PeakMemory:
 
     def _status(self, name: str) -> int | None:
         try:
-            text = (self._process / "status").read_text()
+            text = (self._process / "status").read_text("utf-8", "replace")
         except OSError:
             return None
         found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import errno
+import logging
 import os
 import signal
 import sys
@@ -84,6 +85,8 @@ app.add_typer(workload.app, name="workload")
 def main() -> None:
     """Run the program and exit with its code."""
     streams.prepare()
+    # That a cache of fonts cannot be written is no news: it is made anew each time.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     received = _interrupt_on_signals()
     try:
         code = _guarded()

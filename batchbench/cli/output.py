@@ -1,4 +1,4 @@
-"""The output folder of a command: named, checked, claimed, and said on Ctrl-C or a full screen."""
+"""The output folder of a command: named, checked, claimed, and released when all is printed."""
 
 from __future__ import annotations
 

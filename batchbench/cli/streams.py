@@ -39,11 +39,16 @@ _LOOK_ALIKES = dict(
 
 def prepare() -> None:
     """Replace the two streams by ones that can fail in no other way than stated here."""
-    codecs.register_error(STAND_INS, _stand_in)
-    codecs.register_error(JSON_ESCAPES, _json_escape)
+    register()
     _fill_closed()
     sys.stdout = _wrapped(_Output, sys.stdout, 1)
     sys.stderr = _wrapped(_Messages, sys.stderr, 2)
+
+
+def register() -> None:
+    """Let text be encoded with :data:`STAND_INS` and :data:`JSON_ESCAPES`."""
+    codecs.register_error(STAND_INS, _stand_in)
+    codecs.register_error(JSON_ESCAPES, _json_escape)
 
 
 def echo(text: str = "", *, err: bool = False, end: str = "\n") -> None:
@@ -55,7 +60,7 @@ def echo(text: str = "", *, err: bool = False, end: str = "\n") -> None:
 
 def echo_json(text: str) -> None:
     """Print a JSON document, the same to its readers in any encoding."""
-    codecs.register_error(JSON_ESCAPES, _json_escape)
+    register()
     encoding = sys.stdout.encoding or "utf-8"
     echo(text.encode(encoding, JSON_ESCAPES).decode(encoding), end="")
 

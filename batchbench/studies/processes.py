@@ -170,7 +170,6 @@ class _Running:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 env=installation.environment(threads),
-                text=True,
                 encoding="utf-8",
                 start_new_session=True,  # so that what it forks ends with it
             )
