@@ -49,7 +49,7 @@ def printed_in(name: str, taught: Path, folder: Path, *few: str, **variables: st
     for file in folder.rglob("*.json"):
         json.loads(file.read_text(encoding="utf-8"))
     # Files are UTF-8 whatever the streams are.
-    assert "1.50×" in (folder / "one" / "report.md").read_text(encoding="utf-8")
+    assert "×" in (folder / "one" / "report.md").read_text(encoding="utf-8")
     return out.decode(name)
 
 
