@@ -99,7 +99,7 @@ def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
         assert rooms_of(file) <= below, file
 
 
-@pytest.mark.parametrize("name", ["settings.py", "errors.py", "files.py"])
+@pytest.mark.parametrize("name", ["settings.py", "errors.py", "files.py", "json_file.py"])
 def test_what_all_rooms_use_uses_no_room(name: str) -> None:
     assert rooms_of(PACKAGE / name) == set()
 

@@ -6,8 +6,6 @@ latencies, occupancy, timeline and counters are functions of these (``reports.me
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -19,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.growth import GrowthLog, goes_on
+from batchbench.batching.recording_file import NotWholeError, read_columns, write_columns
+from batchbench.batching.recording_laws import check_laws
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 
@@ -382,56 +382,50 @@ class Recording:
     def save(self) -> bytes:
         """The recording as a NumPy ``.npz`` archive: its header as JSON and its columns."""
         header = {f.name: getattr(self.header, f.name) for f in fields(Header)}
-        arrays: dict[str, NDArray[Any]] = {
-            "header": np.frombuffer(
-                json.dumps({"format": FORMAT, **header}, allow_nan=False).encode(), np.uint8
-            )
-        }
+        columns: dict[str, NDArray[Any]] = {}
         logs = ["requests", "spans", "chunks", "waits", *["growth"] * (self.growth is not None)]
         for log in logs:
             for column in fields(getattr(self, log)):
-                arrays[f"{log}.{column.name}"] = getattr(getattr(self, log), column.name)
-        for name in ("ends_ns", "step_ns", "tokens", "token_ends_ns", "begun_ns"):
+                columns[f"{log}.{column.name}"] = getattr(getattr(self, log), column.name)
+        for name in _ROWS:
             if getattr(self, name) is not None:
-                arrays[name] = getattr(self, name)
-        out = io.BytesIO()
-        np.savez_compressed(out, allow_pickle=False, **arrays)
-        return out.getvalue()
+                columns[name] = getattr(self, name)
+        return write_columns({"format": FORMAT, **header}, columns)
 
     @classmethod
     def load(cls, file: Path) -> Recording:
         """Read what :meth:`save` wrote.
 
         Raises:
-            UsageError: the file is missing, torn, or of another format.
+            UsageError: the file is missing, torn, of another format, or breaks a law of the log.
         """
         try:
-            with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
-                header = json.loads(arrays["header"].tobytes())
-                if (version := header.pop("format")) not in (2, FORMAT):
-                    raise UsageError(f"{file}: written by another version; record it again")
-                logs: dict[str, Any] = {
-                    name: kind(
-                        **{c.name: arrays[_column(version, name, c.name)] for c in fields(kind)}
-                    )
-                    for name, kind in _LOGS.items()
-                    if name != "growth" or "growth.growth_ps" in arrays
-                }
-                times = ("ends_ns", "step_ns", "token_ends_ns")
-                rest = {n: arrays.get(n) for n in (*times, "tokens", "begun_ns")}
-                if sum(rest[name] is not None for name in times) != 1 or (
-                    (rest["begun_ns"] is None) is not (rest["token_ends_ns"] is None)
-                ):
-                    raise KeyError("times of steps or tokens")
-                return cls(header=Header(**header), **logs, **rest)
-        except UsageError:
-            raise
-        except FileNotFoundError as error:
-            raise UsageError(f"{file}: no such recording") from error
-        except Exception as error:  # zip, JSON, missing arrays: however a file can be spoiled
-            raise UsageError(
-                f"{file}: is not a whole recording ({type(error).__name__})"
-            ) from error
+            header, columns = read_columns(file, _DTYPES)
+            if (version := header.pop("format", None)) not in (2, FORMAT):
+                raise UsageError(f"{file}: written by another version; record it again")
+            recording = cls._of(version, header, columns)
+            check_laws(recording)
+        except NotWholeError as error:
+            raise UsageError(f"{file}: is not a whole recording: {error}") from error
+        return recording
+
+    @classmethod
+    def _of(
+        cls, version: int, header: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]
+    ) -> Recording:
+        """Return the recording of what a file of this version holds."""
+        if fault := header.keys() ^ {f.name for f in fields(Header)}:
+            raise NotWholeError(f"its header lacks {min(fault)}, or should not have it")
+        logs: dict[str, Any] = {}
+        for name, kind in _LOGS.items():
+            names = {c.name: _column(version, name, c.name) for c in fields(kind)}
+            if name == "growth" and not columns.keys() & names.values():
+                continue
+            if missing := names.values() - columns.keys():
+                raise NotWholeError(f"{min(missing)} is missing")
+            logs[name] = kind(**{own: columns[told] for own, told in names.items()})
+        rows: dict[str, Any] = {name: columns.get(name) for name in _ROWS}
+        return cls(header=Header(**header), **logs, **rows)
 
 
 def _column(version: int, log: str, column: str) -> str:
@@ -447,3 +441,13 @@ _LOGS: dict[str, Any] = {
     "waits": WaitLog,
     "growth": GrowthLog,
 }
+
+_ROWS = ("ends_ns", "step_ns", "tokens", "token_ends_ns", "begun_ns")
+"""The columns that belong to no log."""
+
+_DTYPES = {
+    **{f"{log}.{c.name}": np.dtype(np.int64) for log, kind in _LOGS.items() for c in fields(kind)},
+    **dict.fromkeys(_ROWS, np.dtype(np.int64)),
+    "tokens": np.dtype(np.int32),
+}
+"""The columns that a file may have, and the type of their values."""

@@ -1,0 +1,149 @@
+"""The bounded reader of JSON files: it limits size, depth and numbers, and allows no key twice.
+
+Every JSON file that a user names is read here, so that a spoiled or hostile one costs neither much
+memory nor much time, and is refused in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from batchbench.errors import UsageError
+
+MOST_BYTES = 64 * 2**20
+"""A result that holds the texts of 10,000 long requests is of about this size."""
+
+MOST_VALUES = 1_000_000
+"""A value takes up to 180 bytes of memory where its text takes as few as three."""
+
+MOST_DEPTH = 64
+"""A result is 8 deep. Python's parser fails at about 1,000, and what walks the data before that."""
+
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+
+
+def read_json(file: Path, *, pipes: bool = False) -> Any:
+    """Read a JSON file.
+
+    Args:
+        pipes: accept a pipe, as of ``<(git show main:baseline.json)``.
+
+    Raises:
+        OSError: the file is missing, is a folder, or cannot be read.
+        UsageError: it is too large, no JSON, or holds what no file of ours holds.
+    """
+    try:
+        return parse_json(_read(file, pipes=pipes))
+    except ValueError as error:
+        raise UsageError(f"{file}: is not readable JSON ({error})") from error
+
+
+def _read(file: Path, *, pipes: bool) -> bytes:
+    mode = file.stat().st_mode  # before it is opened: a pipe would wait for its writer
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (pipes and stat.S_ISFIFO(mode))):
+        raise ValueError("it is a device or a pipe; give a file")
+    with file.open("rb") as content:
+        found = content.read(MOST_BYTES + 1)
+    if len(found) > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
+    return found
+
+
+def parse_json(content: bytes) -> Any:
+    """Parse JSON in UTF-8; a byte-order mark at its beginning is passed over.
+
+    Raises:
+        ValueError: it is no JSON, or goes beyond the limits of this module.
+    """
+    _check_count(content)
+    try:
+        data = json.loads(
+            content.decode("utf-8-sig"),
+            parse_constant=_refuse,
+            parse_int=_int,
+            parse_float=_float,
+            object_pairs_hook=_object,
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8 text") from error
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    _check_values(data, escaped=b"\\u" in content)
+    return data
+
+
+_TOO_DEEP = f"it is nested more than {MOST_DEPTH} deep"
+
+
+def _check_count(content: bytes) -> None:
+    """Raise ValueError where there are too many values; found before they take memory."""
+    if _count(content) > MOST_VALUES and _count(_STRING.sub(b"", content)) > MOST_VALUES:
+        raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+
+
+def _count(content: bytes) -> int:
+    """An upper bound of the number of values."""
+    return sum(map(content.count, (b",", b"[", b"{")))
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _int(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= (value := int(text)) < 2**63:
+        raise ValueError(f"the number {text[:12]}… is too large")
+    return value
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:24]} is too large")
+    return value
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"it names {max(counts, key=counts.__getitem__)[:40]!r} twice")
+    return found
+
+
+def _check_values(data: Any, *, escaped: bool) -> None:
+    """Raise ValueError for too deep a nesting, and for text that no file can hold.
+
+    Args:
+        escaped: the text holds escapes, which may stand for half a character.
+    """
+    level, depth = [data], 0
+    while level:
+        if depth > MOST_DEPTH:
+            raise ValueError(_TOO_DEEP)
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value.values()
+                if escaped:
+                    inner += value.keys()
+            elif isinstance(value, list):
+                inner += value
+            elif escaped and isinstance(value, str) and not _is_text(value):
+                raise ValueError("it holds half a surrogate pair, which is no character")
+        level, depth = inner, depth + 1
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
