@@ -7,7 +7,6 @@ memory nor much time, and is refused in one line.
 from __future__ import annotations
 
 import json
-import math
 import re
 import stat
 from collections import Counter
@@ -29,18 +28,23 @@ MOST_DEPTH = 64
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
-def read_json(file: Path, *, pipes: bool = False) -> Any:
+LARGEST, SMALLEST = 1e50, 1e-50
+"""Sizes of numbers other than 0: what is reckoned with them stays within a double's range."""
+
+
+def read_json(file: Path, *, pipes: bool = False, constants: bool = False) -> Any:
     """Read a JSON file.
 
     Args:
         pipes: accept a pipe, as of ``<(git show main:baseline.json)``.
+        constants: accept ``Infinity`` and ``NaN``, which configurations of models hold.
 
     Raises:
         OSError: the file is missing, is a folder, or cannot be read.
         UsageError: it is too large, no JSON, or holds what no file of ours holds.
     """
     try:
-        return parse_json(_read(file, pipes=pipes))
+        return parse_json(_read(file, pipes=pipes), constants=constants)
     except ValueError as error:
         raise UsageError(f"{file}: is not readable JSON ({error})") from error
 
@@ -56,8 +60,11 @@ def _read(file: Path, *, pipes: bool) -> bytes:
     return found
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes, *, constants: bool = False) -> Any:
     """Parse JSON in UTF-8; a byte-order mark at its beginning is passed over.
+
+    Args:
+        constants: accept ``Infinity`` and ``NaN``.
 
     Raises:
         ValueError: it is no JSON, or goes beyond the limits of this module.
@@ -66,7 +73,7 @@ def parse_json(content: bytes) -> Any:
     try:
         data = json.loads(
             content.decode("utf-8-sig"),
-            parse_constant=_refuse,
+            parse_constant=float if constants else _refuse,
             parse_int=_int,
             parse_float=_float,
             object_pairs_hook=_object,
@@ -105,8 +112,8 @@ def _int(text: str) -> int:
 
 def _float(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text[:24]} is too large")
+    if value and not SMALLEST < abs(value) < LARGEST:
+        raise ValueError(f"the number {text[:24]} is beyond what any file of ours holds")
     return value
 
 

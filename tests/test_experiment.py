@@ -24,7 +24,8 @@ from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.watch import Progress, Watch
 from batchbench.errors import UsageError
 from batchbench.reports.formats.terminal import floor_lines
-from batchbench.reports.result import SCHEMA_FILE, make_result
+from batchbench.reports.result import make_result
+from batchbench.reports.result_file import SCHEMA_FILE
 from batchbench.settings import option_name
 from batchbench.workloads import Workload
 from batchbench.workloads.spec import WorkloadSpec

@@ -32,7 +32,9 @@ from batchbench.reports.formats.terminal import sentence
 from batchbench.reports.formats.trace_events import _cut, trace_events
 from batchbench.reports.gaps import gaps_ms
 from batchbench.reports.latencies import e2el_ms, queue_ms, tpot_ms, ttft_ms
-from batchbench.reports.result import _check_schema, make_result, remake_result, to_json
+from batchbench.reports.result import make_result, remake_result, to_json
+from batchbench.reports.result_file import SCHEMA_FILE
+from batchbench.reports.schema import fault_of
 from batchbench.reports.tables import requests_frame, steps_frame
 from batchbench.workloads import Workload
 from batchbench.workloads.spec import WorkloadSpec
@@ -204,7 +206,7 @@ def outcome(checkpoint: Path) -> Outcome:
 def test_it_stands_beside_ours_in_a_result(outcome: Outcome, tmp_path: Path) -> None:
     result = make_result(outcome)
     data = json.loads(to_json(result))
-    _check_schema(tmp_path, data)
+    assert fault_of(data, json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))) is None
     theirs = data["strategies"]["generate_batch"]
     assert theirs["counters"] is None
     assert theirs["stalls"] == []

@@ -35,10 +35,7 @@ from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 
 json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(1e-9, 1e9),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=3,
 )

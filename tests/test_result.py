@@ -33,13 +33,13 @@ from batchbench.reports.folder import write_folder
 from batchbench.reports.goals import GoalsSpec
 from batchbench.reports.latencies import ttft_ms
 from batchbench.reports.result import (
-    SCHEMA_FILE,
     Result,
     load_result,
     make_result,
     remake_result,
     to_json,
 )
+from batchbench.reports.result_file import SCHEMA_FILE
 from batchbench.reports.tables import requests_frame, steps_frame
 from batchbench.workloads import Workload
 from batchbench.workloads.spec import WorkloadSpec

@@ -445,7 +445,7 @@ _LOGS: dict[str, Any] = {
 _ROWS = ("ends_ns", "step_ns", "tokens", "token_ends_ns", "begun_ns")
 """The columns that belong to no log."""
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     **{f"{log}.{c.name}": np.dtype(np.int64) for log, kind in _LOGS.items() for c in fields(kind)},
     **dict.fromkeys(_ROWS, np.dtype(np.int64)),
     "tokens": np.dtype(np.int32),

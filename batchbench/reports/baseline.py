@@ -12,68 +12,93 @@ from statistics import fmean
 from typing import Any
 
 import batchbench
+from batchbench.batching.experiment import PARTS
 from batchbench.errors import UsageError
+from batchbench.json_file import read_json
+from batchbench.reports.result_file import read_time
+from batchbench.reports.schema import fault_of
 from batchbench.reports.work import Work, work_told
 
 SCHEMA_VERSION = 1
 OLD_DAYS = 90
 """A baseline older than this says so: machines, drivers and libraries have moved on."""
 
-_NUMBERS: Mapping[str, Any] = {"type": "object", "additionalProperties": {"type": "number"}}
-_OBJECT: Mapping[str, Any] = {"type": "object"}
-_TEXT: Mapping[str, Any] = {"type": "string"}
+Schema = Mapping[str, Any]
 
-SCHEMA: Mapping[str, Any] = {
+_TEXT: Schema = {"type": "string"}
+_WORDS: Schema = {"type": ["string", "null"]}
+
+
+def _object(
+    properties: Schema | None = None, rest: Schema | bool = True, optional: Sequence[str] = ()
+) -> Schema:
+    """An object that has these properties, all but the optional ones, and others of ``rest``."""
+    properties = properties or {}
+    required = [name for name in properties if name not in optional]
+    return {
+        "type": "object",
+        "required": required,
+        "properties": properties,
+        "additionalProperties": rest,
+    }
+
+
+_FACTS: Schema = {"type": ["string", "number", "boolean", "null", "object"]}
+_RATIO: Schema = {"type": "number", "minimum": -20, "maximum": 20}
+_COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 2**60}
+_PASSES: Schema = {"type": "integer", "minimum": 1, "maximum": 2**60}
+_STEP: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": 1e18}
+_AMOUNT: Schema = {"type": "number", "minimum": 0, "maximum": 1e18}
+
+SCHEMA: Schema = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "type": "object",
-    "required": [
-        "schema_version",
-        "kind",
-        "batchbench_version",
-        "created_at",
-        "command",
-        "config",
-        "environment",
-        "model",
-        "workload",
-        "work",
-        "cut",
-        "lanes",
-        "processes",
-    ],
-    "properties": {
-        "kind": {"const": "baseline"},
-        "batchbench_version": _TEXT,
-        "created_at": {"type": "string", "format": "date-time"},
-        "command": _TEXT,
-        "config": _OBJECT,
-        "environment": {"type": "object", "required": ["packages", "cpu"]},
-        "model": {"type": "object", "required": ["name", "device", "dtype"]},
-        "workload": {"type": "object", "required": ["digest", "closed", "total_output_tokens"]},
-        "work": {"type": "object", "minProperties": 1, "additionalProperties": _OBJECT},
-        "cut": {
-            "type": "object",
-            "required": ["pieces", "times", "cycles"],
-            "additionalProperties": {"type": "integer", "minimum": 1},
-        },
-        "lanes": {"type": "array", "items": _TEXT, "minItems": 1},
-        "processes": {
-            "type": "array",
-            "minItems": 2,
-            "items": {
-                "type": "object",
-                "required": ["ratios", "step_ns", "passes", "busy", "seconds"],
-                "properties": {
-                    "ratios": _NUMBERS,
-                    "step_ns": _NUMBERS,
-                    "passes": _NUMBERS,
-                    "busy": {"type": "number"},
-                    "seconds": {"type": "number"},
+    **_object(
+        {
+            "schema_version": {"const": SCHEMA_VERSION},
+            "kind": {"const": "baseline"},
+            "batchbench_version": _TEXT,
+            "created_at": {"type": "string", "format": "date-time"},
+            "command": _TEXT,
+            "config": _object({part: {"type": "object"} for part in PARTS}),
+            "environment": _object(
+                {
+                    "packages": _object(rest=_WORDS),
+                    "cpu": _TEXT,
+                    "gpu": _WORDS,
+                    "python": _WORDS,
+                    "git_commit": _WORDS,
                 },
+                _FACTS,
+                optional=("gpu", "python", "git_commit"),
+            ),
+            "model": _object({"name": _TEXT, "device": _TEXT, "dtype": _TEXT}, _FACTS),
+            "workload": _object(
+                {"digest": _TEXT, "closed": {"type": "boolean"}, "total_output_tokens": _PASSES}
+            ),
+            "work": {
+                **_object(rest=_object({"output_digest": _WORDS}, _COUNT)),
+                "minProperties": 1,
             },
-        },
-    },
+            "cut": _object(dict.fromkeys(("pieces", "times", "cycles"), _PASSES), _PASSES),
+            "lanes": {"type": "array", "items": _TEXT, "minItems": 1},
+            "processes": {
+                "type": "array",
+                "minItems": 2,
+                "items": _object(
+                    {
+                        "ratios": _object(rest=_RATIO),
+                        "step_ns": _object(rest=_STEP),
+                        "passes": _object(rest=_PASSES),
+                        "busy": _AMOUNT,
+                        "seconds": _AMOUNT,
+                    },
+                    rest=False,
+                ),
+            },
+        }
+    ),
 }
+"""Numbers are bounded so that what is derived from them is finite: a ratio is e²⁰ at most."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +145,14 @@ class Baseline:
     @property
     def age_days(self) -> float:
         """Since it was made."""
-        made = datetime.fromisoformat(self.data["created_at"])
-        return (datetime.now(UTC) - made).total_seconds() / 86400
+        return (datetime.now(UTC) - read_time(self.data["created_at"])).total_seconds() / 86400
 
     @property
     def age(self) -> str:
         """The same in words."""
         days = self.age_days
+        if days < 0:
+            return "made later than now by this machine's clock"
         if days < 1:
             return f"{days * 24:.1f} hours old"
         old = "; renew it" if days > OLD_DAYS else ""
@@ -168,13 +194,14 @@ def load_baseline(file: Path) -> Baseline:
     """
     again = "make one with batchbench baseline save"
     try:
-        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
+        data = read_json(file, pipes=True)
     except FileNotFoundError as error:
         raise UsageError(f"{file}: no such file; {again}") from error
     except IsADirectoryError as error:
         raise UsageError(f"{file}: is a folder; give the file that baseline save wrote") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: is not readable JSON ({error}); {again}") from error
+    except (OSError, UsageError) as error:
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else error
+        raise UsageError(f"{file}: cannot be read: {why}; {again}") from error
     if not isinstance(data, dict) or data.get("kind") != "baseline":
         what = "a result, for batchbench compare" if _is_result(data) else "no baseline"
         raise UsageError(f"{file}: is {what}; {again}")
@@ -183,25 +210,28 @@ def load_baseline(file: Path) -> Baseline:
             f"{file}: has schema version {data.get('schema_version')}, and batchbench "
             f"{batchbench.__version__} reads {SCHEMA_VERSION}; {again}"
         )
-    import jsonschema
-
-    fault = jsonschema.exceptions.best_match(
-        jsonschema.Draft202012Validator(SCHEMA).iter_errors(data)
-    )
+    fault = fault_of(data, SCHEMA) or _contradiction(data)
     if fault is not None:
-        where = ".".join(map(str, fault.absolute_path)) or "it"
-        what = f"{where}: {fault.message[:160]}"
-        raise UsageError(f"{file}: is not a whole baseline: {what}; {again}")
-    found = Baseline(data)
-    twins = data["lanes"][1:]
-    if any(name not in each.ratios for each in found.processes for name in twins):
-        raise UsageError(f"{file}: its processes lack lanes that it names; {again}")
-    return found
+        raise UsageError(f"{file}: is not a whole baseline: {fault}; {again}")
+    return Baseline(data)
+
+
+def _contradiction(data: Mapping[str, Any]) -> str | None:
+    """The first two parts that are each of the schema and do not fit together."""
+    try:
+        read_time(data["created_at"])
+    except ValueError as error:
+        return f"created_at: {error}"
+    candidate, *twins = data["lanes"]
+    for number, each in enumerate(data["processes"]):
+        if not each["ratios"].keys() >= set(twins):
+            return f"processes.{number}.ratios lack lanes that it names"
+        if any(not each[name].keys() >= set(data["lanes"]) for name in ("step_ns", "passes")):
+            return f"processes.{number} lacks lanes that it names"
+    if candidate not in data["work"]:
+        return f"work.{candidate[:40]} is missing"
+    return None
 
 
 def _is_result(data: Any) -> bool:
     return isinstance(data, dict) and "strategies" in data
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")

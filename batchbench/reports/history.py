@@ -7,14 +7,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from batchbench.errors import UsageError
 from batchbench.reports.comparison import paired_ratio
-from batchbench.reports.result import SCHEMA_VERSION
+from batchbench.reports.result_file import read_data, read_time
 from batchbench.reports.trend_spec import is_compared
 
 OUTPUTS = "outputs"
@@ -188,17 +188,7 @@ def read_entry(file: Path, metrics: Sequence[str]) -> Entry:
     Raises:
         UsageError: it is torn, of another schema version, or not whole.
     """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file}: is not readable JSON ({error})") from error
-    if not isinstance(data, dict) or "schema_version" not in data:
-        raise UsageError(f"{file}: is no result of batchbench")
-    if data["schema_version"] != SCHEMA_VERSION:
-        raise UsageError(
-            f"{file}: has schema version {data['schema_version']}, this batchbench reads "
-            f"{SCHEMA_VERSION}; read it with batchbench {data.get('batchbench_version')}"
-        )
+    data = read_data(file)
     try:
         return _entry(file, data, metrics)
     except KeyError as error:
@@ -207,12 +197,7 @@ def read_entry(file: Path, metrics: Sequence[str]) -> Entry:
         raise UsageError(f"{file}: is not a whole result: {error}") from error
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
 def _entry(file: Path, data: Mapping[str, Any], metrics: Sequence[str]) -> Entry:
-    created = datetime.fromisoformat(data["created_at"])
     strategies, validity = data["strategies"], data["validity"]
     if not strategies:
         raise ValueError("it has no strategy")
@@ -225,7 +210,7 @@ def _entry(file: Path, data: Mapping[str, Any], metrics: Sequence[str]) -> Entry
     commit = data["environment"].get("git_commit")
     return Entry(
         file=file,
-        created=created if created.tzinfo else created.replace(tzinfo=UTC),
+        created=read_time(data["created_at"]),
         commit=None if commit is None else str(commit),
         asked=_asked(data),
         machine=_machine(data),

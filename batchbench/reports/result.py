@@ -22,7 +22,6 @@ from batchbench import settings
 from batchbench.batching.conduct import Outcome, WarmUp
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Finding, Verification
-from batchbench.errors import UsageError
 from batchbench.reports import metrics
 from batchbench.reports.account import explain
 from batchbench.reports.audit import audit
@@ -33,6 +32,7 @@ from batchbench.reports.fitting import beyond
 from batchbench.reports.gaps import stalls
 from batchbench.reports.goals import NO_GOALS, GoalsSpec, as_config, from_config
 from batchbench.reports.prediction import predict_outcome
+from batchbench.reports.result_file import SCHEMA_VERSION, check_recordings, file_of, load_data
 from batchbench.reports.timekeeping import rate_of
 from batchbench.workloads import Workload
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
     from batchbench.reports.plots import Plots
 
-SCHEMA_VERSION = 1
 _FACTS = (
     "created_at",
     "command",
@@ -58,8 +57,6 @@ _FACTS = (
     "prediction",
 )
 """What was asked, met and observed; all else in a result is derived from the recordings."""
-
-SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
 
 Recordings = Mapping[str, Sequence[Recording]]
 
@@ -361,7 +358,7 @@ def load_result(folder: Path) -> Result:
     Raises:
         UsageError: there is no result, or it is torn or of another schema version.
     """
-    file, data = _file_of(folder), load_data(folder)
+    file, data = file_of(folder), load_data(folder)
     recordings = {
         name: [
             Recording.load(file.parent / recording_file(i, trial))
@@ -369,61 +366,8 @@ def load_result(folder: Path) -> Result:
         ]
         for i, (name, strategy) in enumerate(data["strategies"].items())
     }
-    lengths = data["workload"]["output_lengths"]
-    counts = {len(r.requests.slot) for trials in recordings.values() for r in trials}
-    counts |= {data["workload"]["num_requests"]} | ({len(lengths)} if lengths else set())
-    if len(counts) > 1:
-        raise UsageError(f"{file}: its parts tell different numbers of requests")
+    check_recordings(file, data, recordings)
     return Result(data, recordings)
-
-
-def load_data(folder: Path) -> dict[str, Any]:
-    """What ``result.json`` holds, of a result's folder or the file alone.
-
-    Raises:
-        UsageError: there is no result, or it is torn or of another schema version.
-    """
-    file = _file_of(folder)
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        what = "holds no result.json" if folder.is_dir() else "no such folder"
-        raise UsageError(f"{folder}: {what}; give the folder that batchbench run wrote") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file}: is not readable JSON ({error})") from error
-    _check_schema(file, data)
-    found: dict[str, Any] = data
-    return found
-
-
-def _file_of(folder: Path) -> Path:
-    return folder if folder.suffix == ".json" else folder / "result.json"
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def _check_schema(file: Path, data: Any) -> None:
-    """Raise UsageError where a result is not as the published schema says."""
-    import jsonschema
-
-    if not isinstance(data, dict) or "schema_version" not in data:
-        raise UsageError(f"{file}: is no result of batchbench")
-    if data.get("kind") == "baseline":
-        raise UsageError(f"{file}: is a baseline; give it to batchbench check --baseline {file}")
-    if data["schema_version"] != SCHEMA_VERSION:
-        raise UsageError(
-            f"{file}: has schema version {data['schema_version']}, this batchbench reads "
-            f"{SCHEMA_VERSION}; read it with batchbench {data.get('batchbench_version')}"
-        )
-    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
-    error = jsonschema.exceptions.best_match(
-        jsonschema.Draft202012Validator(schema).iter_errors(data)
-    )
-    if error is not None:
-        where = ".".join(map(str, error.absolute_path)) or "it"
-        raise UsageError(f"{file}: is not a whole result: {where}: {error.message[:200]}")
 
 
 def recording_file(strategy: int, trial: int) -> str:

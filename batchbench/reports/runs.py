@@ -10,7 +10,7 @@ from typing import Any
 
 from batchbench.errors import UsageError
 from batchbench.reports.evidence import Side, Varying
-from batchbench.reports.result import load_data
+from batchbench.reports.result_file import load_data
 from batchbench.reports.work import Work, compare_work
 
 _PARTS = ("workload", "serving", "model", "trials", "goals")

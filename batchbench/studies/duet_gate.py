@@ -13,7 +13,7 @@ from typing import Any
 import batchbench
 from batchbench.reports.alike import FOR_TOKENS
 from batchbench.reports.evidence import Evidence, Gate, Kind, Side, Varying, weigh
-from batchbench.reports.result import SCHEMA_VERSION
+from batchbench.reports.result_file import SCHEMA_VERSION
 from batchbench.reports.sequential import FEWEST, Verdict
 from batchbench.reports.work import compare_work, work_told
 from batchbench.studies.duet import Findings, Opened, Run, is_on_cpu

@@ -13,7 +13,7 @@ from typing import Any
 import batchbench
 from batchbench import settings
 from batchbench.batching.experiment import Experiment
-from batchbench.reports.result import SCHEMA_VERSION
+from batchbench.reports.result_file import SCHEMA_VERSION
 from batchbench.workloads.lengths import parse_lengths
 
 LENGTH = 16

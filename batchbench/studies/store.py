@@ -10,6 +10,7 @@ from pathlib import Path
 
 from batchbench.errors import UsageError
 from batchbench.files import STAGING, write_whole
+from batchbench.json_file import read_json
 from batchbench.reports.result import Result, load_result, recording_files, to_json
 from batchbench.studies.grid import Cell
 
@@ -49,10 +50,10 @@ class Store:
         """Why the cell could not be served, if so."""
         file = self.place(cell) / "failed.json"
         try:
-            return str(json.loads(file.read_text(encoding="utf-8"))["reason"])
+            return str(read_json(file)["reason"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, UsageError, KeyError, TypeError) as error:
             raise UsageError(f"{file}: is not readable; remove {file.parent}") from error
 
     def load(self, cell: Cell) -> Result:
