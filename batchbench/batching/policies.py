@@ -251,7 +251,7 @@ def _takes(function: Callable[..., object], *arguments: str) -> bool:
     return True
 
 
-def fault_of(policy: Policy, method: str, error: Exception) -> UsageError:
+def fault_of(policy: Policy, method: str, error: BaseException) -> UsageError:
     """The error to raise where a method of a policy raised one: it says in which line."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}, line {place.lineno}"

@@ -20,6 +20,10 @@ from batchbench.errors import UsageError, shown
 from batchbench.workloads import Arrivals, Request
 
 
+MOST_ASKS = 100_000
+"""A policy that admits nobody so many times in a row, though nothing runs, waits for ever."""
+
+
 @dataclass(slots=True)
 class _Newcomer:
     """A request that holds a slot and whose prompt is not all computed."""
@@ -83,6 +87,7 @@ class Scheduler:
         self._rows: NDArray[np.int64] | None = None  # where that is so; None: to be found anew
         self._ends: list[tuple[int, int, int]] = []  # (decode count at the end, index, slot)
         self._running = 0  # decoding and not done
+        self._asks = 0  # in a row that admitted nobody while nothing ran
 
     # What a policy sees (policies.View)
 
@@ -179,7 +184,7 @@ class Scheduler:
     def _release(self) -> None:
         try:
             released = tuple(self._policy.release(self))
-        except Exception as error:  # the user's code
+        except (Exception, SystemExit) as error:  # the user's code
             raise fault_of(self._policy, "release", error) from error
         for slot in released:
             if slot not in self.finished:
@@ -210,7 +215,7 @@ class Scheduler:
         try:
             chosen, ask_again = self._policy.admit(self)
             count = len(chosen)
-        except Exception as error:  # the user's code
+        except (Exception, SystemExit) as error:  # the user's code
             raise fault_of(self._policy, "admit", error) from error
         if count > self.free:
             raise UsageError(f"a policy admitted {count} requests into {self.free} slots")
@@ -225,6 +230,12 @@ class Scheduler:
             raise UsageError(f"a policy asked to be asked again at {shown(ask_again)}: give ns")
         if ask_again is not None and ask_again <= self.now:
             raise UsageError("a policy asked to be asked again at a time that has passed")
+        self._asks = 0 if chosen or self._running or ask_again is None else self._asks + 1
+        if self._asks > MOST_ASKS:
+            raise UsageError(
+                f"the policy {type(self._policy).__name__} admitted nobody {MOST_ASKS:,} times in "
+                "a row though nothing runs: it would wait for ever"
+            )
         return ask_again
 
     def _chunks(self) -> tuple[Chunk, ...]:
