@@ -197,9 +197,10 @@ def model_config(source: Source) -> Any:
             return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         return AutoConfig.for_model(**options)
     except Exception as error:  # whatever transformers makes of a spoiled configuration
-        raise UsageError(
-            f"--model {source.name}: its config.json is not usable: {error}"
-        ) from error
+        why = str(error)
+        if "auto_map" in source.config:
+            why = "it needs code of its own (auto_map), which is never run; take another model"
+        raise UsageError(f"--model {source.name}: its config.json is not usable: {why}") from error
 
 
 def _dummy(source: Source, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -229,7 +230,7 @@ def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrain
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
         )
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+    except Exception as error:  # whatever transformers makes of spoiled files
         raise UsageError(f"--model {spec.model}: cannot be loaded: {error}") from error
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape of")):
         if report.get(kind):

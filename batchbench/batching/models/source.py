@@ -5,13 +5,13 @@ No torch here, so that a wrong name is answered at once.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from batchbench.batching.models.checking import check_index, read_config
 from batchbench.batching.models.spec import ModelSpec
 from batchbench.errors import UsageError
 
@@ -103,26 +103,7 @@ def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
 
 
 def _from_folder(spec: ModelSpec, folder: Path, name: str, weights: bool) -> Source:
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"--model {spec.model}: is no checkpoint: it holds no config.json"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model {spec.model}: its config.json is not readable JSON") from error
-    if not isinstance(config, dict) or not {"model_type", "vocab_size"} <= config.keys():
-        raise UsageError(
-            f"--model {spec.model}: its config.json names no model_type and vocab_size"
-        )
-    for key in ("vocab_size", "n_positions", "max_position_embeddings"):
-        value = config.get(key)
-        if key in config and not (isinstance(value, int) and value > 0):
-            raise UsageError(
-                f"--model {spec.model}: its config.json says {key} = {json.dumps(value)}; "
-                "it must be a number above 0"
-            )
+    config = read_config(spec.model, folder)
     if spec.load_format == "dummy" or not weights:
         return Source(name, "dummy", config, folder, f"{name}: dummy weights, shape of {folder}")
     files = sorted(folder.glob("*.safetensors"))
@@ -131,6 +112,7 @@ def _from_folder(spec: ModelSpec, folder: Path, name: str, weights: bool) -> Sou
             f"--model {spec.model}: holds no *.safetensors file (other formats are not loaded); "
             "--load-format dummy makes weights of its shape up"
         )
+    check_index(spec.model, folder)
     for file in files:
         _check_safetensors(spec.model, file)
     return Source(name, "pretrained", config, folder, f"{name}: pretrained weights from {folder}")
