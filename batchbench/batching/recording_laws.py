@@ -25,6 +25,9 @@ MOST_SLOTS = 2**20
 MOST_NS = 2**60
 """36 years. Sums and differences of two times then fit 64 bits."""
 
+MOST_APART_NS, MOST_APART = 10**6, 1.01
+"""The host's clock and a GPU's may tell times that differ by so much, and by this ratio."""
+
 MOST_STEPS = 2**31
 """Steps of one span: more than the longest output has tokens. Their square fits 64 bits."""
 
@@ -50,6 +53,10 @@ def check_laws(recording: Recording) -> None:
     else:
         _check_of_steps(r)
     _check(r.duration_ns > 0, "it takes no time")
+    # A GPU tells its times in 32 bits, so after hours two clocks may be a millisecond apart.
+    slack = MOST_APART_NS + r.first_token_ns * MOST_APART
+    _check(r.requests.due_ns <= slack, "a request has a token before it is due")
+    _check(r.first_token_ns <= r.last_token_ns, "a request's tokens are out of order")
 
 
 def _check(holds: bool | np.bool_ | NDArray[np.bool_], fault: str) -> None:
@@ -231,12 +238,24 @@ def _check_waits(r: Recording) -> None:
 def _check_times(r: Recording) -> None:
     s = r.spans
     _check_range("spans.start_ns", s.start_ns, MOST_NS)
-    _check(np.diff(s.start_ns) >= 0, "spans.start_ns is out of order")
     if r.ends_ns is not None:
         _check(len(r.ends_ns) == r.num_steps, "ends_ns is not one a step")
         _check_range("ends_ns", r.ends_ns, MOST_NS)
         _check(np.diff(r.ends_ns) >= 0, "ends_ns is out of order")
-        return
+        _check(s.start_ns <= r.ends_ns[r.first_steps], "a span begins after its first step")
+    else:
+        _check_costs(r)
+    _check(s.start_ns[1:] >= r.span_ends_ns[:-1], "spans overlap")
+    last = int(r.span_ends_ns[-1])
+    wall = r.header.about.get("wall_ns", last)
+    _check(last <= wall * MOST_APART + MOST_APART_NS, "about.wall_ns is before the last step")
+    waited = r.waits.end_ns <= last * MOST_APART + MOST_APART_NS
+    _check(waited, "a wait ends after the last step")
+
+
+def _check_costs(r: Recording) -> None:
+    """Check the times of a simulation, which are a formula."""
+    s = r.spans
     assert r.step_ns is not None
     _check(r.header.about.get("memory") is None, "a simulation measured no memory")
     _check_range("step_ns", r.step_ns, MOST_NS, start=1)
@@ -252,4 +271,3 @@ def _check_times(r: Recording) -> None:
         _check(last > 0, "growth makes a step shorter than nothing")
         ends += grown / 1000
     _check(ends < MOST_NS, "it takes too long")
-    _check(s.start_ns[1:] >= r.span_ends_ns[:-1], "spans overlap")

@@ -264,7 +264,7 @@ def _write_and_show(
     if study.quiet:
         echo(border.sentence(found))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(border.render(found))
     console.print(f"\nAgain: {command}", markup=False, soft_wrap=True)
     names = ", ".join(file.name for file in files)

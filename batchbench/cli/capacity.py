@@ -154,7 +154,7 @@ def _search_and_write(
     elif study.quiet:
         echo(report.sentence(found))
     else:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, emoji=False)
         console.print(report.render(found))
         console.print(f"\nAgain: {command}", markup=False, soft_wrap=True)
         names = ", ".join(file.name for file in files)

@@ -131,7 +131,7 @@ def save(
     if not kept.quiet:
         from rich.console import Console
 
-        Console(highlight=False).print(render(baseline))
+        Console(highlight=False, markup=False, emoji=False).print(render(baseline))
         echo(f"File: {kept.output}")
 
 
@@ -148,4 +148,4 @@ def show(
     from batchbench.reports.baseline import load_baseline
     from batchbench.reports.formats.baseline import render
 
-    Console(highlight=False).print(render(load_baseline(file)))
+    Console(highlight=False, markup=False, emoji=False).print(render(load_baseline(file)))

@@ -130,7 +130,7 @@ def _show(result: LadderResult, files: Iterable[Path], output: OutputSpec) -> No
     if output.quiet:
         echo(sentence(result))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(render(result))
     console.print(f"\nAgain: {result.data['command']}", markup=False, soft_wrap=True)
     written = list(files)

@@ -116,7 +116,7 @@ def _write_and_show(curve: Curve, output: Path, study: SlotsSpec) -> None:
     if study.quiet:
         echo(said)
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(said, markup=False, style="bold")
     console.print()
     console.print(_table(curve, measured))

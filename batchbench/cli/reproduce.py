@@ -81,6 +81,6 @@ def reproduce(
         else:
             from rich.console import Console
 
-            Console(highlight=False).print(receipts.render(receipt))
+            Console(highlight=False, markup=False, emoji=False).print(receipts.render(receipt))
     if not receipt.agrees:
         raise typer.Exit(1)

@@ -159,7 +159,7 @@ def _show_together(folders: list[Path], results: list[Result], output: ReportSpe
     if output.quiet:
         echo(together.sentence)
         return
-    Console(highlight=False).print(render(together))
+    Console(highlight=False, markup=False, emoji=False).print(render(together))
 
 
 def _write_document(
@@ -242,7 +242,7 @@ def _show(result: Result, files: Iterable[Path], output: OutputSpec) -> None:
     if output.quiet:
         echo(sentence(result))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(render(result))
     console.print(f"\nAgain: {result.data['command']}", markup=False, soft_wrap=True)
     written = list(files)

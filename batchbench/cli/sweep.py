@@ -112,7 +112,7 @@ def _write_and_show(findings: Findings, folder: Path, study: SweepSpec) -> None:
     if study.quiet:
         echo(screen.sentence(findings, written.cells))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(
         screen.render(
             findings, written.cells, screen.notes(findings, written.cells, written.not_drawn)

@@ -127,7 +127,7 @@ def _show(found: Trend, asked: TrendSpec) -> None:
     elif asked.quiet:
         echo(found.sentence)
     else:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, emoji=False)
         console.print(render(found))
         if asked.output is not None:
             names = ", ".join(sorted(path.name for path in asked.output.glob("trend*")))

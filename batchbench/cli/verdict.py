@@ -155,7 +155,7 @@ def _show(gate: Gate, output: GateOutputSpec, report: str) -> None:
 
         from batchbench.reports.formats import gate_terminal
 
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, emoji=False)
         console.print(gate_terminal.render(gate, strict=output.strict))
         console.print(f"Again: {gate.typed}", markup=False, soft_wrap=True)
         if output.files:

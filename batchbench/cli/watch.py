@@ -75,7 +75,7 @@ def watch(
 
     from batchbench.batching.clock import WallClock
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if console.is_dumb_terminal:
         raise UsageError("watch: this terminal cannot move its cursor; --gif FILE writes the film")
     film = Film.of(result)

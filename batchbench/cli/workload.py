@@ -85,7 +85,7 @@ def list_presets() -> None:
         options = f"{_options(preset)}\n" if preset.settings else ""
         told = Text.assemble(f"{preset.about}\n", (options, "cyan"), (preset.source, "dim"))
         grid.add_row(name, told)
-    Console(highlight=False).print(grid)
+    Console(highlight=False, markup=False, emoji=False).print(grid)
 
 
 def _options(preset: Preset) -> str:
@@ -113,7 +113,7 @@ def show(
     outline, _ = _outline(workload, serving, model)
     from batchbench.reports.formats.portrait import render  # NumPy and scipy, only now
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(render(outline))
     if picture.output is not None:
         from batchbench.reports.figures import render as render_figure

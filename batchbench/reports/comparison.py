@@ -33,12 +33,13 @@ class Ratio:
 def paired_ratio(
     numerators: Sequence[float | None], denominators: Sequence[float | None]
 ) -> Ratio | None:
-    """numerator / denominator pair by pair; None where one has no meaning or is zero.
+    """numerator / denominator pair by pair; None where one has no meaning or is not above 0.
 
     The interval is Student's t interval of the mean log ratio (ratios multiply, so their logs
     are what scatters evenly).
     """
-    pairs = [(a, b) for a, b in zip(numerators, denominators, strict=True) if a and b]
+    both = zip(numerators, denominators, strict=True)
+    pairs = [(a, b) for a, b in both if a is not None and b is not None and a > 0 and b > 0]
     if not pairs or len(pairs) < len(numerators):
         return None
     logs = np.log([a / b for a, b in pairs])

@@ -90,6 +90,11 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:
     strategies = data["strategies"]
     if len({len(each["trials"]) for each in strategies.values()}) > 1:
         yield "its strategies have different numbers of trials"
+    candidates = [compared["candidate"] for compared in data["comparisons"]]
+    if any(candidates.count(name) != 1 for name in list(strategies)[1:]):
+        yield "comparisons are not one for each strategy but the first"
+    if any(compared["baseline"] not in strategies for compared in data["comparisons"]):
+        yield "comparisons name a baseline that is no strategy of it"
     lengths = data["workload"]["output_lengths"]
     if lengths is not None and len(lengths) != data["workload"]["num_requests"]:
         yield "workload.output_lengths are not one a request"
