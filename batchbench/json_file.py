@@ -6,7 +6,9 @@ memory nor much time, and is refused in one line.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import stat
 from collections import Counter
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from batchbench.errors import UsageError
+from batchbench.inputs import read_binary
 
 MOST_BYTES = 64 * 2**20
 """A result that holds the texts of 10,000 long requests is of about this size."""
@@ -32,32 +35,22 @@ LARGEST, SMALLEST = 1e50, 1e-50
 """Sizes of numbers other than 0: what is reckoned with them stays within a double's range."""
 
 
-def read_json(file: Path, *, pipes: bool = False, constants: bool = False) -> Any:
-    """Read a JSON file.
+def read_json(file: Path, *, constants: bool = False) -> Any:
+    """Read a JSON file, or a pipe such as ``<(git show main:baseline.json)``.
 
     Args:
-        pipes: accept a pipe, as of ``<(git show main:baseline.json)``.
         constants: accept ``Infinity`` and ``NaN``, which configurations of models hold.
 
     Raises:
-        OSError: the file is missing, is a folder, or cannot be read.
-        UsageError: it is too large, no JSON, or holds what no file of ours holds.
+        OSError: the file is missing or is a folder.
+        UsageError: it cannot be read, is too large, no JSON, or holds what no file of ours holds.
     """
+    if stat.S_ISDIR(file.stat().st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     try:
-        return parse_json(_read(file, pipes=pipes), constants=constants)
+        return parse_json(read_binary(file, str(file), MOST_BYTES), constants=constants)
     except ValueError as error:
         raise UsageError(f"{file}: is not readable JSON ({error})") from error
-
-
-def _read(file: Path, *, pipes: bool) -> bytes:
-    mode = file.stat().st_mode  # before it is opened: a pipe would wait for its writer
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (pipes and stat.S_ISFIFO(mode))):
-        raise ValueError("it is a device or a pipe; give a file")
-    with file.open("rb") as content:
-        found = content.read(MOST_BYTES + 1)
-    if len(found) > MOST_BYTES:
-        raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
-    return found
 
 
 def parse_json(content: bytes, *, constants: bool = False) -> Any:

@@ -19,7 +19,6 @@ from batchbench.batching.queue import ORDERS, WaitingQueue
 from batchbench.errors import UsageError, shown
 from batchbench.workloads import Arrivals, Request
 
-
 MOST_ASKS = 100_000
 """A policy that admits nobody so many times in a row, though nothing runs, waits for ever."""
 

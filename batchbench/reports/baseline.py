@@ -194,7 +194,7 @@ def load_baseline(file: Path) -> Baseline:
     """
     again = "make one with batchbench baseline save"
     try:
-        data = read_json(file, pipes=True)
+        data = read_json(file)
     except FileNotFoundError as error:
         raise UsageError(f"{file}: no such file; {again}") from error
     except IsADirectoryError as error:

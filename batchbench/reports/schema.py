@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+from batchbench.errors import shown
+
 _KINDS = {
     "array": "a list",
     "boolean": "true or false",
@@ -61,7 +63,8 @@ def _kinds(rule: str | list[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, dict | list) else ""
-    if isinstance(value, dict | list):
-        text = ("{…}" if value else "{}") if isinstance(value, dict) else "[…]" if value else "[]"
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    if isinstance(value, dict):
+        return "{…}" if value else "{}"
+    if isinstance(value, list):
+        return "[…]" if value else "[]"
+    return shown(json.dumps(value, ensure_ascii=False))

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from batchbench.errors import shown
 from batchbench.reports.cells import spell_value
 from batchbench.reports.comparison import Ratio
 from batchbench.reports.formats.terminal import number
@@ -57,7 +58,7 @@ def label_results(folders: Sequence[Path], results: Sequence[Result]) -> list[La
     while len(set(labels)) < len(labels) and depth < max(map(len, paths)):
         depth += 1
         labels = ["/".join(path[-depth:]) for path in paths]
-    return [Labelled(label, r) for label, r in zip(labels, results, strict=True)]
+    return [Labelled(shown(label, 255), r) for label, r in zip(labels, results, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
 from batchbench.json_file import read_json
 
 _NEEDED = (
@@ -77,7 +77,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    return json.dumps(value)[:60]
+    return shown(json.dumps(value))
 
 
 def check_index(model: str, folder: Path) -> None:
