@@ -116,7 +116,10 @@ def test_models_know_no_engine_and_engines_no_scheduler(folder: str, stranger: s
 TIMES = ("ends_ns", "step_ns", "growth", "beyond_ps", "rest_ps", "growth_ps")
 """Fields from which the Recording derives the times of steps."""
 
-KEEPERS = ("batching/recording.py", "batching/growth.py", "batching/recorder.py")
+KEEPERS = (
+    *("batching/recording.py", "batching/recording_laws.py"),
+    *("batching/growth.py", "batching/recorder.py"),
+)
 
 NAMESAKES = {
     "batching/cost.py": {"self.step_ns", "self.growth_ps"},  # of a StepCost

@@ -383,10 +383,9 @@ class Recording:
         """The recording as a NumPy ``.npz`` archive: its header as JSON and its columns."""
         header = {f.name: getattr(self.header, f.name) for f in fields(Header)}
         columns: dict[str, NDArray[Any]] = {}
-        logs = ["requests", "spans", "chunks", "waits", *["growth"] * (self.growth is not None)]
-        for log in logs:
-            for column in fields(getattr(self, log)):
-                columns[f"{log}.{column.name}"] = getattr(getattr(self, log), column.name)
+        for name in _LOGS:
+            if (log := getattr(self, name)) is not None:
+                columns |= {f"{name}.{c.name}": getattr(log, c.name) for c in fields(log)}
         for name in _ROWS:
             if getattr(self, name) is not None:
                 columns[name] = getattr(self, name)
@@ -403,35 +402,29 @@ class Recording:
             header, columns = read_columns(file, _DTYPES)
             if (version := header.pop("format", None)) not in (2, FORMAT):
                 raise UsageError(f"{file}: written by another version; record it again")
-            recording = cls._of(version, header, columns)
+            if version == 2 and "requests.admitted" in columns:
+                columns["requests.started"] = columns["requests.admitted"]
+            recording = _made_of(header, columns)
             check_laws(recording)
         except NotWholeError as error:
             raise UsageError(f"{file}: is not a whole recording: {error}") from error
         return recording
 
-    @classmethod
-    def _of(
-        cls, version: int, header: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]
-    ) -> Recording:
-        """Return the recording of what a file of this version holds."""
-        if fault := header.keys() ^ {f.name for f in fields(Header)}:
-            raise NotWholeError(f"its header lacks {min(fault)}, or should not have it")
-        logs: dict[str, Any] = {}
-        for name, kind in _LOGS.items():
-            names = {c.name: _column(version, name, c.name) for c in fields(kind)}
-            if name == "growth" and not columns.keys() & names.values():
-                continue
-            if missing := names.values() - columns.keys():
-                raise NotWholeError(f"{min(missing)} is missing")
-            logs[name] = kind(**{own: columns[told] for own, told in names.items()})
-        rows: dict[str, Any] = {name: columns.get(name) for name in _ROWS}
-        return cls(header=Header(**header), **logs, **rows)
 
-
-def _column(version: int, log: str, column: str) -> str:
-    """Return the name of a column in a file of this version."""
-    name = f"{log}.{column}"
-    return "requests.admitted" if version == 2 and name == "requests.started" else name
+def _made_of(header: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> Recording:
+    """Return the recording of what a file holds."""
+    if fault := header.keys() ^ {f.name for f in fields(Header)}:
+        raise NotWholeError(f"its header lacks {min(fault)}, or should not have it")
+    logs: dict[str, Any] = {}
+    for name, kind in _LOGS.items():
+        names = {c.name: f"{name}.{c.name}" for c in fields(kind)}
+        if name == "growth" and not columns.keys() & names.values():
+            continue
+        if missing := names.values() - columns.keys():
+            raise NotWholeError(f"{min(missing)} is missing")
+        logs[name] = kind(**{own: columns[told] for own, told in names.items()})
+    rows: dict[str, Any] = {name: columns.get(name) for name in _ROWS}
+    return Recording(header=Header(**header), **logs, **rows)
 
 
 _LOGS: dict[str, Any] = {

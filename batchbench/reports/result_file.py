@@ -120,8 +120,6 @@ def _strangers(
             header, where = recording.header, f"recording {trial} of {name[:40]}"
             if (header.strategy, header.trial) != (name, trial):
                 yield f"{where} is of {header.strategy[:40]}, trial {header.trial}"
-            if header.simulated != data["simulated"]:
-                yield f"{where} is {'a simulation' if header.simulated else 'no simulation'}"
             if len(recording.requests.slot) != len(first.requests.slot):
                 yield "they tell different numbers of requests"
             elif not np.array_equal(recording.requests.prompt_tokens, first.requests.prompt_tokens):
