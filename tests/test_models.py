@@ -20,7 +20,13 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from batchbench.batching.models import (
     KNOWN,
@@ -453,6 +459,47 @@ def test_a_tokenizer_reads_what_it_wrote(checkpoint: Path) -> None:
     ids = tokenizer.encode("The quick brown fox jumped over the – ü")
     assert tokenizer.decode(ids) == "The quick brown fox jumped over the – ü"
     assert max(ids) < 300
+
+
+CHAT = ("<|im_start|>", "<|im_end|>")
+
+
+def chat_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer whose chat markers are special tokens, as those of Qwen are."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        special_tokens=list(CHAT), initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(["assistant answers the user ."], trainer)
+    return made
+
+
+@pytest.mark.parametrize("saved", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Yes.<|im_end|>\n<|im_start|>assistant\nNo .<|im_end|>",
+        "<|im_end|><|im_end|>",
+        "a 'm b n't c , d ?",
+    ],
+)
+def test_decoded_text_keeps_special_tokens(
+    tmp_path: Path, saved: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if saved == "tokenizer.json":
+        chat_tokenizer().save(str(tmp_path / saved))
+    else:  # transformers reads the other kinds of file
+        (tmp_path / saved).write_text("{}")
+        theirs = PreTrainedTokenizerFast(
+            tokenizer_object=chat_tokenizer(), clean_up_tokenization_spaces=True
+        )
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: theirs)
+    tokenizer = find_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_a_folder_without_tokenizer_has_none(tmp_path: Path) -> None:

@@ -10,7 +10,12 @@ from batchbench.errors import UsageError
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back; no special tokens are added."""
+    """Text to token ids and back.
+
+    Encoding adds no special tokens. Decoding keeps those that the ids hold: without ``<|im_end|>``
+    and ``<|im_start|>`` the role between two turns, ``assistant``, would stand in the text as if
+    the model had written it to the user.
+    """
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -29,7 +34,7 @@ class _Fast:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids)))
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 class _Transformers:
@@ -44,7 +49,10 @@ class _Transformers:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids)))
+        text = self._tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(text)
 
 
 def find_tokenizer(folder: Path | None) -> Tokenizer | None:
