@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from batchbench.reports.gaps import gaps_ms, stalls
 from batchbench.reports.goals import GoalsSpec
 from batchbench.reports.latencies import tpot_ms, ttft_ms
 from batchbench.reports.result import load_result, make_result, remake_result
-from batchbench.workloads import Workload
+from batchbench.workloads import Workload, make_workload
 from batchbench.workloads.spec import WorkloadSpec
 
 # A loop that is late
@@ -106,6 +106,36 @@ def test_a_slow_loop_shows_as_lag_and_stamps_the_run_suspect() -> None:
     said = " ".join(reasons(OVER_TIME, slow))
     assert "arrivals were noticed" in said
     assert "of the time passed outside the steps" in said
+
+
+def test_the_rate_that_counts_is_the_one_that_the_user_asked() -> None:
+    """A schedule of another rate is suspect even where the loop keeps to it."""
+    ran = {"continuous": [as_measured(dawdled(OVER_TIME, 0))]}
+    rate = timekeeping.rate_of(OVER_TIME.due_ns)
+    assert rate is not None
+    for share, suspect in ((1.04, False), (0.96, False), (1.18, True), (0.85, True)):
+        said = audit(OVER_TIME, ran, PASSED, SETTLED, None, share * rate)
+        assert len(said) == suspect
+        if suspect:
+            assert said == [
+                f"continuous: requests came at {rate:.3g}/s where {share * rate:.3g}/s were asked"
+            ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"request_rate": 60.0, "queue_size": 48},
+        {"request_rate": 60.0, "queue_size": 2, "burstiness": 0.01},
+        {"request_rate": 60.0, "queue_size": 3, "arrivals": "constant"},
+        {"arrivals": "ramp:from=20,to=100", "queue_size": 5},
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_drawn_schedule_has_the_rate_asked(options: Mapping[str, Any], seed: int) -> None:
+    spec = WorkloadSpec(**options, seed=seed)
+    made = make_workload(spec, batch_size=4, vocab_size=100, encode=None)
+    assert timekeeping.rate_of(made.due_ns) == pytest.approx(60, rel=1e-6)
 
 
 def test_a_late_server_does_not_slow_the_arrivals_and_pays_for_its_lateness() -> None:

@@ -34,8 +34,14 @@ def audit(
     verification: Verification,
     warm_up: WarmUp,
     stopped: str | None,
+    asked_rate: float | None = None,
 ) -> list[str]:
-    """Reasons to suspect the run; none if it is valid."""
+    """Reasons to suspect the run; none if it is valid.
+
+    Args:
+        asked_rate: requests a second that the user asked for; None where the workload's own times
+            are what was asked, as of a trace.
+    """
     reasons = [stopped] if stopped else []
     if verification.wrong:
         reasons.append(f"{verification.wrong} requests got wrong tokens")
@@ -45,11 +51,13 @@ def audit(
             f"{warm_up.last_change:+.0%} after {warm_up.rounds} rounds"
         )
     for name, trials in recordings.items():
-        reasons += [f"{name}: {reason}" for reason in _of_strategy(workload, trials)]
+        reasons += [f"{name}: {reason}" for reason in _of_strategy(workload, trials, asked_rate)]
     return reasons
 
 
-def _of_strategy(workload: Workload, trials: Sequence[Recording]) -> list[str]:
+def _of_strategy(
+    workload: Workload, trials: Sequence[Recording], asked_rate: float | None
+) -> list[str]:
     reasons = []
     for law, holds in (
         ("every request was served once", all(_complete(r) for r in trials)),
@@ -82,7 +90,7 @@ def _of_strategy(workload: Workload, trials: Sequence[Recording]) -> list[str]:
     found = account_of(trials)
     if found and abs(found.residual_s) > max(RESIDUAL * found.wall_s, SMALLEST_RESIDUAL_S):
         reasons.append(f"{found.residual_s / found.wall_s:.1%} of the time is not accounted for")
-    reasons += _late(workload, trials)
+    reasons += _late(workload, trials, asked_rate)
     durations = [r.duration_ns for r in trials]
     if len(durations) >= 2:
         half = len(durations) // 2
@@ -97,8 +105,8 @@ def _of_strategy(workload: Workload, trials: Sequence[Recording]) -> list[str]:
     return reasons
 
 
-def _late(workload: Workload, trials: Sequence[Recording]) -> list[str]:
-    """Arrivals that the loop noticed too late, or that came slower than asked."""
+def _late(workload: Workload, trials: Sequence[Recording], asked_rate: float | None) -> list[str]:
+    """Arrivals that the loop noticed too late, or that came at another rate than asked."""
     lags = [lag for r in trials if (lag := timekeeping.arrival_lag_ms(r)) is not None]
     if not lags:
         return []
@@ -113,7 +121,7 @@ def _late(workload: Workload, trials: Sequence[Recording]) -> list[str]:
             reasons.append(
                 f"arrivals were noticed {late:.3g} ms late {what}, {late / whole:.0%} of TTFT"
             )
-    asked = timekeeping.rate_of(workload.due_ns)
+    asked = asked_rate or timekeeping.rate_of(workload.due_ns)
     if workload.max_concurrency is None and asked is not None:
         achieved = float(np.median([timekeeping.arrival_rate(r) or 0.0 for r in trials]))
         if abs(achieved / asked - 1) > LAG:

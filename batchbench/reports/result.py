@@ -256,7 +256,12 @@ def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recording
         findings=tuple(Finding(**finding) for finding in checked["findings"]),
     )
     reasons = audit(
-        workload, recordings, verification, WarmUp(**facts["warm_up"]), facts["stopped"]
+        workload,
+        recordings,
+        verification,
+        WarmUp(**facts["warm_up"]),
+        facts["stopped"],
+        facts["config"]["workload"].get("request_rate"),
     )
     names = list(recordings)
     classes = length_classes(recordings[names[0]][0].requests.output_tokens)

@@ -166,8 +166,10 @@ class Bench:
         verification = session.verify([recording for _, _, recording in kept])
         reasons: Sequence[str] = [
             reason
-            for name, (_, workload, recording) in self._kept.items()
-            for reason in audit(workload, {name: [recording]}, NOT_VERIFIED, self.warm_up, None)
+            for name, (rate, workload, recording) in self._kept.items()
+            for reason in audit(
+                workload, {name: [recording]}, NOT_VERIFIED, self.warm_up, None, rate
+            )
         ]
         if verification.wrong:
             reasons = [f"{verification.wrong} requests got wrong tokens", *reasons]

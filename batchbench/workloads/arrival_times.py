@@ -27,8 +27,7 @@ class ArrivalProcess:
     ``rate`` is in requests a second, None where there is none (at once, or a trace's own times).
     Gaps of ``gamma`` have the shape ``burstiness`` and the mean 1 / rate, so that their
     coefficient of variation is burstiness ** -0.5; shape 1 is ``poisson``. A ``ramp`` is a Poisson
-    (or gamma) process whose rate goes in a straight line from ``rate`` to ``end_rate``, which it
-    reaches when the number of requests that are expected has come.
+    (or gamma) process whose rate goes in a straight line from ``rate`` to ``end_rate``.
     """
 
     kind: str
@@ -52,31 +51,36 @@ class ArrivalProcess:
         return found
 
     def due_ns(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
-        """``size`` times in ns, ascending; the first request comes at 0.
+        """``size`` times in ns, ascending.
 
-        More of them begin with the same ones, but on a ramp, which the number of requests
-        stretches.
+        The first request comes at 0 and the last after ``size`` - 1 gaps that are 1 / rate on
+        average: all gaps are scaled by one factor, so that a short run offers the rate that was
+        asked (``vllm bench serve`` scales its gaps likewise). Of a ramp, the last request comes
+        when the rate reaches ``end_rate``.
         """
         import numpy as np
 
-        if self.rate is None:
+        if self.rate is None or size < 2:
             return np.zeros(size, np.int64)
         sums = np.concatenate([[0.0], np.cumsum(self.gaps(rng, size - 1))])
-        return np.rint(self._times(sums, size) * 1e9).astype(np.int64)
+        if sums[-1] > 0:
+            sums = sums / sums[-1] * (size - 1)
+        sums[-1] = size - 1  # not rounded; and all gaps of a very bursty process may underflow
+        return np.rint(self._times(sums) * 1e9).astype(np.int64)
 
-    def _times(self, sums: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-        """When the integral of the rate reaches ``sums``, in s."""
+    def _times(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        """When the integral of the rate reaches ``sums``, in s; at the last, the ramp ends."""
         import numpy as np
 
         assert self.rate is not None
         begin, end = self.rate, self.rate if self.end_rate is None else self.end_rate
-        last = 2 * size / (begin + end)  # when size requests are expected
-        slope = (end - begin) / last
+        slope = (end**2 - begin**2) / (2 * sums[-1])
         if slope == 0:
             return sums / begin
-        # begin t + slope t² / 2 = sum, solved without cancellation; then at the end's rate.
-        root = np.sqrt(np.maximum(begin**2 + 2 * slope * np.minimum(sums, size), 0.0))
-        return 2 * np.minimum(sums, size) / (begin + root) + np.maximum(sums - size, 0) / end
+        # begin t + slope t² / 2 = sum, solved without cancellation.
+        root = np.sqrt(np.maximum(begin**2 + 2 * slope * sums, 0.0))
+        times: NDArray[np.float64] = 2 * sums / (begin + root)
+        return times
 
     def __str__(self) -> str:
         if self.kind == "ramp":
