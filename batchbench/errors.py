@@ -4,6 +4,7 @@
     ├── UsageError              2   the question is bad: an option, a file, a batch too large
     │   └── OutputError         2   standard output cannot be written
     ├── ClosedPipe            141   nobody reads standard output any more
+    ├── OutOfTimeError         70   --max-time is up; caught, and what is finished is kept
     └── Interrupted           130   Ctrl-C; 143 for SIGTERM, 129 for SIGHUP
 
 ``str(error)`` is one line that names the option or the file and says what would be right.
@@ -68,6 +69,17 @@ class ClosedPipe(BatchbenchError):  # noqa: N818  # the reader has what it wante
     """The reader of standard output has gone, as ``head -1`` does; the program ends quietly."""
 
     exit_code = 141
+
+
+class OutOfTimeError(BatchbenchError):
+    """The time that the user allowed is up, and a piece of work is not finished.
+
+    ``waited_s`` is how long somebody had been waited for.
+    """
+
+    def __init__(self, why: str, waited_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.waited_s = waited_s
 
 
 class Interrupted(BatchbenchError):  # noqa: N818  # it is none

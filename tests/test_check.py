@@ -16,7 +16,7 @@ from rich.console import Console
 
 from batchbench.batching.experiment import Experiment
 from batchbench.cli.main import _guarded
-from batchbench.errors import UsageError
+from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.reports.baseline import Baseline, load_baseline
 from batchbench.reports.evidence import Answer, Gate
 from batchbench.reports.formats.baseline import render
@@ -102,6 +102,46 @@ def test_a_busy_machine_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     gate, _ = gate_of(monkeypatch, lambda chance: seen(process(chance, busy=0.9)))
     assert gate.answer is Answer.UNKNOWN
     assert "others had the core" in gate.sentence
+
+
+def cut_off_after(
+    monkeypatch: pytest.MonkeyPatch, finished: int, waited_s: float, sd: float = 0.02
+) -> Gate:
+    """The gate where the time is up in a process after so many."""
+    count = [0]
+
+    def make(chance: random.Random) -> Seen:
+        count[0] += 1
+        if count[0] > finished:
+            raise OutOfTimeError("here had been silent for a while", waited_s)
+        return seen(process(chance, sd=sd))
+
+    return gate_of(monkeypatch, make)[0]
+
+
+def test_without_a_finished_process_nothing_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = cut_off_after(monkeypatch, 0, 240.0)
+    assert gate.answer is Answer.UNKNOWN
+    assert gate.evidence == []
+    assert "no process was finished in --max-time (here had been silent" in gate.sentence
+
+
+@pytest.mark.parametrize("finished", range(1, FIRST_LOOK))
+def test_finished_processes_count_where_the_last_was_cut_off(
+    monkeypatch: pytest.MonkeyPatch, finished: int
+) -> None:
+    gate = cut_off_after(monkeypatch, finished, 3.0)
+    assert gate.answer is not Answer.FAILED
+    assert gate.unsure is None
+    assert any("was not finished when --max-time was up" in note for note in gate.notes)
+    ratios = [each for each in gate.evidence if each.kind == "ratio"]
+    assert {each.samples for each in ratios} == {(12, finished)}
+
+
+def test_a_process_that_hangs_never_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = cut_off_after(monkeypatch, FIRST_LOOK - 1, 100.0, sd=0.001)
+    assert gate.answer is Answer.UNKNOWN
+    assert "longer than any process took" in gate.sentence
 
 
 def test_on_another_machine_only_large_losses_are_called(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -19,11 +20,19 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 import batchbench
 from batchbench.batching.experiment import Experiment
-from batchbench.errors import BatchbenchError, UsageError
+from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError
 from batchbench.reports.evidence import Answer, Gate, Kind
+from batchbench.reports.formats import (
+    annotations,
+    gate_json,
+    gate_markdown,
+    gate_terminal,
+    junit,
+)
 from batchbench.reports.sequential import Verdict
 from batchbench.reports.turns import Pair, Turn, contamination
 from batchbench.studies import duet, processes, worker
@@ -38,7 +47,7 @@ from batchbench.studies.duet import (
     cut,
     sizes_of,
 )
-from batchbench.studies.duet_gate import make_gate
+from batchbench.studies.duet_gate import make_gate, record_of
 from batchbench.studies.processes import Installation, Workers, draw_core
 from batchbench.studies.revision import install_revision
 
@@ -229,6 +238,76 @@ def test_what_the_first_processes_learnt_the_others_are_told() -> None:
     assert all(known is not None for known in source.learnt[2:])
 
 
+# The time is up
+
+
+class RunsOut(MadeUp):
+    """Pairs until some number of them, then a side that owes an answer until the time is up."""
+
+    def __init__(self, pair: Callable[[int], Pair], finished: int, waited_s: float) -> None:
+        super().__init__(pair, (WORK, WORK))
+        self._finished, self._waited_s = finished, waited_s
+
+    def pair(self, lanes: Sequence[str], known: object, *, with_others: bool) -> Any:
+        if self.count >= self._finished:
+            self.seconds += self._waited_s
+            raise OutOfTimeError("new had been silent for a while", self._waited_s)
+        return super().pair(lanes, known, with_others=with_others)
+
+
+def cut_off_at(
+    finished: int, waited_s: float, mean: float = 0.0, sd: float = 0.1
+) -> tuple[Findings, Gate]:
+    source = RunsOut(scattered(mean, sd), finished, waited_s)
+    found = conduct_duet(source, ["continuous"], DuetSpec(), TurnsWatch(), lambda: source.seconds)
+    sides = (Installation("base", Path("a")), Installation("new", Path("b"), own=True))
+    gate = make_gate(found, sides, ("base", "new"), "again", allow_improvement=False)
+    json.loads(record_of(found, gate))
+    return found, gate
+
+
+def test_without_a_finished_pair_nothing_can_be_told() -> None:
+    found, gate = cut_off_at(0, 40.0)
+    assert gate.answer is Answer.UNKNOWN
+    assert gate.evidence == []
+    assert gate.sentence == (
+        "CANNOT TELL: no pair of processes was finished in --max-time (new had been silent for "
+        "a while); raise it."
+    )
+    assert found.first.pairs == []
+    for render in (gate_markdown.render, gate_json.render, junit.render, annotations.render):
+        assert render(gate, strict=False) is not None
+    Console(file=io.StringIO()).print(gate_terminal.render(gate, strict=True))
+
+
+def test_finished_pairs_count_where_the_last_was_cut_off() -> None:
+    found, gate = cut_off_at(12, 3.0)
+    assert len(found.first.pairs) == 12
+    assert gate.evidence
+    assert any("was not finished when --max-time was up" in note for note in gate.notes)
+    assert gate.unsure is None
+
+
+def test_a_side_that_hangs_never_passes() -> None:
+    """Equal so far, which the last look would call the same."""
+    _, quick = cut_off_at(8, 3.0, sd=0.02)
+    assert quick.answer is Answer.PASSED
+    _, hung = cut_off_at(8, 60.0, sd=0.02)
+    assert hung.answer is Answer.UNKNOWN
+    assert "longer than any pair of processes took" in hung.sentence
+
+
+def test_a_loss_that_could_not_be_confirmed_is_not_called() -> None:
+    for finished in range(4, 20):
+        found, gate = cut_off_at(finished, 3.0, mean=0.2, sd=0.005)
+        if found.confirmation is not None and not found.confirmation.pairs:
+            assert gate.answer is Answer.UNKNOWN
+            assert "no time for a second to confirm it" in gate.sentence
+            break
+    else:
+        pytest.fail("the confirming run was never cut off")
+
+
 # How trials are cut
 
 
@@ -355,6 +434,91 @@ def installed(folder: Path, changes: Mapping[str, tuple[str, str]]) -> Path:
         file.chmod(0o644)  # the tree that it was copied from may be read-only
         file.write_text(text.replace(old, new), encoding="utf-8")
     return folder / "bin/python"
+
+
+HELLO = {
+    "protocol": worker.PROTOCOL, "forks": False, "pid": 1, "parent": 1, "version": "1", "file": "x",
+    "environment": {"packages": {}},
+}  # fmt: skip
+
+SLOW_WORKER = """#!{python}
+import json, sys, time
+say = lambda told: print(json.dumps(told), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)["do"]
+    if asked == {silent!r}:
+        time.sleep(3600)
+    time.sleep({pause})
+    if asked == "begin":
+        say({hello})
+    elif asked == "turn":
+        say({{"turn": [10, 1000000, 1000000, 1000000]}})
+    elif asked == "open":
+        lane = {{"steps": 10, "step_ns": 100000.0, "work": None}}
+        say({{"lanes": {{"continuous": lane}}, "also": {{}}, "workload": {{}}, "environment": {{}},
+             "model": {{}}}})
+"""
+
+
+def slow_worker(folder: Path, *, silent: str = "", pause: float = 0.0) -> Installation:
+    """An interpreter that answers as a worker does: late, and to one question never."""
+    file = folder / "python"
+    hello, python = repr(HELLO), sys.executable
+    file.write_text(
+        SLOW_WORKER.format(python=python, silent=silent, pause=pause, hello=hello), encoding="utf-8"
+    )
+    file.chmod(0o755)
+    return Installation("base", file)
+
+
+@pytest.mark.parametrize(
+    ("silent", "pause"),
+    [("begin", 0.0), ("open", 0.0), ("turn", 0.0), ("finish", 0.0), ("", 0.2)],
+)
+def test_a_slow_or_silent_side_ends_with_the_time(
+    silent: str, pause: float, experiment: Experiment, tmp_path: Path
+) -> None:
+    """Turns of 2 ms, of which a pair takes seconds' worth, each of them late."""
+    spec = DuetSpec()
+    began = time.monotonic()
+    side = slow_worker(tmp_path, silent=silent, pause=pause)
+    with Workers(side, 1, began + 2.0) as base, Workers(side, 1, began + 2.0) as new:
+        stage = Stage((base, new), experiment, [])
+        found = conduct_duet(stage, ["continuous"], spec, TurnsWatch())
+    assert time.monotonic() - began < 30  # not 3600, nor the 500 turns of a pair
+    assert found.first.cut_off is not None
+    assert not found.first.pairs
+    gate = make_gate(found, (side, side), ("a", "b"), "again", allow_improvement=False)
+    assert gate.answer is Answer.UNKNOWN
+
+
+@pytest.mark.parametrize("said", ["no JSON at all", "[1, 2]", "{", "\x00"])
+def test_an_answer_that_is_no_object_is_told(said: str, tmp_path: Path) -> None:
+    file = tmp_path / "python"
+    file.write_text(f"#!{sys.executable}\ninput()\nprint({said!r}, flush=True)\ninput()\n")
+    file.chmod(0o755)
+    with (
+        Workers(Installation("base", file), 1) as workers,
+        pytest.raises(UsageError, match="has no batchbench that can take turns"),
+    ):
+        workers.begin()
+
+
+def test_a_worker_that_closes_its_output_and_stays_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "ENDING_S", 0.2)
+    file = tmp_path / "python"
+    file.write_text(
+        f"#!{sys.executable}\nimport os, time\ninput()\nos.close(1)\nos.close(2)\n"
+        "time.sleep(3600)\n"
+    )
+    file.chmod(0o755)
+    with (
+        Workers(Installation("base", file), 1) as workers,
+        pytest.raises(UsageError, match="ended by itself"),
+    ):
+        workers.begin()
 
 
 def gate_of(base: Path, experiment: Experiment, *, pairs: int) -> Gate:

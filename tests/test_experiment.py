@@ -21,8 +21,8 @@ from batchbench.batching.conduct import Session, WarmUp, beginning, check_contex
 from batchbench.batching.engines.torch import bandwidth
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec, Source
-from batchbench.batching.watch import Progress, Watch
-from batchbench.errors import UsageError
+from batchbench.batching.watch import Limited, Progress, Watch
+from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.reports.formats.terminal import floor_lines
 from batchbench.reports.result import make_result
 from batchbench.reports.result_file import SCHEMA_FILE
@@ -318,6 +318,61 @@ def test_time_enough_stops_nothing(ask: Ask, monkeypatch: pytest.MonkeyPatch) ->
     outcome = conduct(ask(trials=3, max_time=30.0, verify="none"), watch)
     assert [len(rs) for rs in outcome.recordings.values()] == [3, 3]
     assert outcome.stopped is None
+
+
+class Slowing(Listener):
+    """A clock that stands still but for ``trials`` trials and, after them, in one endless trial."""
+
+    def __init__(self, trials: int) -> None:
+        super().__init__()
+        self.trials, self.now = trials, 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
+        super().trial_ends(strategy, trial, duration_ns)
+        self.now += 5.0
+
+    def progressed(self, progress: Progress) -> None:
+        super().progressed(progress)
+        if len(self.all_of("ends")) >= self.trials:
+            self.now += 8.0
+
+
+@pytest.mark.parametrize("trials", [2, 3, 5])
+def test_a_trial_that_takes_far_too_long_is_given_up(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, trials: int
+) -> None:
+    """The finished rounds are kept, and the engine can serve again."""
+    watch = Slowing(trials)
+    monkeypatch.setattr(conducting, "time", watch)
+    outcome = conduct(ask(trials=50, max_time=60.0), watch)
+    finished = trials // len(BOTH)
+    assert [len(rs) for rs in outcome.recordings.values()] == [finished] * len(BOTH)
+    assert outcome.stopped == f"--max-time 60 s ended it after {finished} pairs"
+    assert watch.now <= 66 + 8
+    assert outcome.verification.passed
+    assert gc.isenabled()
+
+
+def test_where_not_one_round_is_finished_in_time_nothing_is_kept(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Slowing(1)
+    monkeypatch.setattr(conducting, "time", watch)
+    with pytest.raises(UsageError, match="--max-time 60: the first pair of trials was not finish"):
+        conduct(ask(trials=5, max_time=60.0), watch)
+
+
+def test_no_wait_is_begun_that_would_end_too_late() -> None:
+    told = Progress("continuous", 0, 1, 1)
+    told.idle(0, 10**11)
+    limited = Limited(Watch(), 50.0, lambda: 0.0, real=True)
+    limited.progressed(told)
+    with pytest.raises(OutOfTimeError):
+        limited.idles(told)
+    Limited(Watch(), 50.0, lambda: 0.0, real=False).idles(told)  # on a virtual clock nobody waits
 
 
 def test_a_time_in_which_no_round_ends_is_a_usage_error(ask: Ask) -> None:

@@ -22,8 +22,8 @@ from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
 from batchbench.batching.recording import Recording
 from batchbench.batching.strategies import Batcher, Strategy
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
-from batchbench.batching.watch import Watch
-from batchbench.errors import UsageError
+from batchbench.batching.watch import Limited, Watch
+from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
 if TYPE_CHECKING:
@@ -194,6 +194,14 @@ class Session:
         spent_s = time.monotonic() - began
         return WarmUp(len(medians), settled, change, round(medians[-1]), spent_s)
 
+    def within(self, limit: float | None) -> Session:
+        """The same session, whose trials raise OutOfTimeError when the time is up."""
+        if limit is None:
+            return self
+        other, until = copy.copy(self), time.monotonic() + _GRACE * limit
+        other._watch = Limited(self._watch, until, time.monotonic, real=not self.engine.simulated)
+        return other
+
     def rounds(self) -> Iterator[list[Recording]]:
         """Each round serves the workload once under every strategy.
 
@@ -290,7 +298,7 @@ def conduct(
 ) -> Outcome:
     """Run an experiment: warm-up, trials in alternating order, verification.
 
-    Ctrl-C keeps the rounds that are finished.
+    Ctrl-C and ``--max-time`` keep the rounds that are finished.
 
     Args:
         models: shared by experiments on the same model, so that it is loaded once.
@@ -313,11 +321,7 @@ def conduct_session(session: Session) -> Outcome:
     experiment = session.experiment
     if experiment.simulated and session.workload.stop_at_eos:
         raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; drop it")
-    warm_up = session.warm_up()
-    rounds: list[list[Recording]] = []
-    stopped = None
-    limit = experiment.trials.max_time
-    began = time.monotonic()
+    warm_up, limit = session.warm_up(), experiment.trials.max_time
     if limit is not None and warm_up.step_ns is not None:
         expected = expected_round_s(session, warm_up.step_ns)
         if expected > limit:
@@ -325,20 +329,13 @@ def conduct_session(session: Session) -> Outcome:
                 f"--max-time {limit:g}: one pair of trials takes about {expected:.0f} s here; "
                 "raise it, or lower --queue-size"
             )
-    try:
-        for done in session.rounds():
-            rounds.append(done)
-            spent = time.monotonic() - began
-            left = experiment.trials.trials - len(rounds)
-            if limit is not None and left and spent * (len(rounds) + 1) / len(rounds) > limit:
-                stopped = f"--max-time {limit:g} s ended it after {len(rounds)} pairs"
-                break
-        verification = session.verify([r for done in rounds for r in done])
-    except KeyboardInterrupt:
-        if not rounds:
-            raise
-        stopped = f"interrupted after {len(rounds)} of {experiment.trials.trials} pairs"
-        verification = NOT_VERIFIED
+    rounds, stopped = _finished_rounds(session, limit)
+    verification = NOT_VERIFIED
+    if stopped is None or not stopped.startswith(_INTERRUPTED):
+        try:
+            verification = session.verify([r for done in rounds for r in done])
+        except KeyboardInterrupt:
+            stopped = f"{_INTERRUPTED} after {len(rounds)} of {experiment.trials.trials} pairs"
     names = experiment.serving.strategies
     return Outcome(
         experiment=experiment,
@@ -351,6 +348,38 @@ def conduct_session(session: Session) -> Outcome:
         texts=session.texts(rounds[0][-1]),
         stopped=stopped,
     )
+
+
+_INTERRUPTED = "interrupted"
+
+_GRACE = 1.1
+"""Times ``--max-time`` after which a trial is given up: a pair that is a little late counts."""
+
+
+def _finished_rounds(
+    session: Session, limit: float | None
+) -> tuple[list[list[Recording]], str | None]:
+    """The rounds that were finished, and why they are fewer than asked, if so."""
+    rounds: list[list[Recording]] = []
+    began, trials = time.monotonic(), session.experiment.trials.trials
+    try:
+        for done in session.within(limit).rounds():
+            rounds.append(done)
+            spent, more = time.monotonic() - began, len(rounds) < trials
+            if limit is not None and more and spent * (len(rounds) + 1) / len(rounds) > limit:
+                return rounds, f"--max-time {limit:g} s ended it after {len(rounds)} pairs"
+    except OutOfTimeError as late:
+        if not rounds:
+            raise UsageError(
+                f"--max-time {limit:g}: the first pair of trials was not finished in it; raise it, "
+                "or lower --queue-size"
+            ) from late
+        return rounds, f"--max-time {limit:g} s ended it after {len(rounds)} pairs"
+    except KeyboardInterrupt:
+        if not rounds:
+            raise
+        return rounds, f"{_INTERRUPTED} after {len(rounds)} of {trials} pairs"
+    return rounds, None
 
 
 def observe(

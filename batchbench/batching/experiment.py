@@ -160,7 +160,8 @@ class TrialsSpec:
     )
     max_time: float | None = setting(
         None,
-        "Seconds that the trials may take: no pair is begun that would end later.",
+        "Seconds that the trials may take: no pair is begun that would end later, and one that is "
+        "a tenth too late is given up.",
         "Measuring",
         min=0.001,
         max=1e9,

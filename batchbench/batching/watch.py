@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from batchbench.batching.plan import Plan
+from batchbench.errors import OutOfTimeError
 
 
 @dataclass
@@ -60,3 +62,42 @@ class Watch:
 
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
         """A trial is done."""
+
+
+class Limited(Watch):
+    """Tells another watch everything, and raises OutOfTimeError when the time is up.
+
+    Args:
+        until: when it is up, in seconds of ``clock``.
+        real: waits pass on that clock, so that one that would end later is not begun.
+    """
+
+    def __init__(
+        self, watch: Watch, until: float, clock: Callable[[], float], *, real: bool
+    ) -> None:
+        self._watch, self._until, self._clock, self._real = watch, until, clock, real
+
+    def note(self, line: str) -> None:
+        self._watch.note(line)
+
+    def phase(self, name: str) -> None:
+        self._watch.phase(name)
+
+    def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
+        self._watch.trial_begins(strategy, trial, trials)
+
+    def progressed(self, progress: Progress) -> None:
+        self._watch.progressed(progress)
+        self._check(0.0)
+
+    def idles(self, progress: Progress) -> None:
+        self._watch.idles(progress)
+        until_ns = progress.idle_until_ns if self._real else None
+        self._check(0.0 if until_ns is None else (until_ns - progress.now_ns) / 1e9)
+
+    def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
+        self._watch.trial_ends(strategy, trial, duration_ns)
+
+    def _check(self, ahead_s: float) -> None:
+        if self._clock() + ahead_s > self._until:
+            raise OutOfTimeError("the time is up during a trial")

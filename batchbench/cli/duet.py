@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,9 +128,10 @@ def _compare(
     sides = (installation, Installation("new", Path(sys.executable), own=True))
     lanes, others = lanes_of(experiment, deciding.timed)
     threads = experiment.model.threads or 1
+    until = time.monotonic() + deciding.max_time
     with (
-        Workers(sides[0], threads) as base_workers,
-        Workers(sides[1], threads) as new_workers,
+        Workers(sides[0], threads, until) as base_workers,
+        Workers(sides[1], threads, until) as new_workers,
         make_turns_display(deciding.max_time, quiet=output.quiet) as display,
     ):
         stage = Stage((base_workers, new_workers), experiment, others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 import time
@@ -18,7 +19,7 @@ import numpy as np
 
 import batchbench
 from batchbench.batching.experiment import Experiment
-from batchbench.errors import UsageError
+from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.reports.baseline import (
     SCHEMA_VERSION,
     Baseline,
@@ -33,7 +34,7 @@ from batchbench.reports.work import compare_work
 from batchbench.studies import twins
 from batchbench.studies.deciding import CheckSpec
 from batchbench.studies.duet import TurnsWatch
-from batchbench.studies.duet_gate import TOKENS_DEPEND_ON, facts
+from batchbench.studies.duet_gate import TOKENS_DEPEND_ON, facts, no_time_for
 from batchbench.studies.identity import named_files
 from batchbench.studies.processes import Installation, Workers
 from batchbench.studies.reproduce import pinned
@@ -54,10 +55,14 @@ BUSY = 0.5
 
 @dataclass
 class Observed:
-    """Processes of one session, and what they have in common."""
+    """Processes of one session, and what they have in common.
+
+    ``cut_off`` is set where the time was up during a process, which does not count.
+    """
 
     processes: list[Process] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
+    cut_off: OutOfTimeError | None = None
 
     def add(self, seen: Seen) -> None:
         """One more process."""
@@ -76,6 +81,19 @@ class Observed:
             return None
         process = self.processes[0]
         return {lane: [steps, process.step_ns[lane]] for lane, steps in process.passes.items()}
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds that the longest process took."""
+        return max(process.seconds for process in self.processes)
+
+    @property
+    def hung(self) -> str | None:
+        """What may hang: it owed an answer for longer than any whole process took."""
+        late = self.cut_off
+        if late is None or late.waited_s <= self.longest_s:
+            return None
+        return f"{late} when --max-time was up, longer than any process took"
 
     @property
     def varied(self) -> str | None:
@@ -102,13 +120,22 @@ def observe(
     cut: Cut | None,
     watch: TurnsWatch,
     chance: random.Random,
+    until: float = math.inf,
 ) -> Iterator[int]:
-    """Fresh processes until there are ``count``; how many there are, after each."""
-    with Workers(here(), experiment.model.threads or 1) as workers:
+    """Fresh processes until there are ``count``, or it is ``until`` on ``time.monotonic``.
+
+    Yields how many there are, after each.
+    """
+    with Workers(here(), experiment.model.threads or 1, until) as workers:
         while len(observed.processes) < count:
             watch.begins(f"process {len(observed.processes) + 1}")
             usual = observed.first.cut if observed.seen else cut
-            observed.add(twins.observe_process(workers, experiment, observed.known, usual, chance))
+            try:
+                seen = twins.observe_process(workers, experiment, observed.known, usual, chance)
+            except OutOfTimeError as late:
+                observed.cut_off = late
+                return
+            observed.add(seen)
             yield len(observed.processes)
 
 
@@ -184,13 +211,13 @@ def conduct_check(
     cut, chance = Cut(**data["cut"]), random.Random()
     decisions: dict[str, Decision] = {}
     rule, looks, differing = Rule(), 0, []
-    for count in observe(experiment, observed, 10_000, cut, watch, chance):
+    until = began + spec.max_time
+    for count in observe(experiment, observed, 10_000, cut, watch, chance, until):
         if count == 1:
             _check_same_question(file, data, observed.first)
             differing = list(_differences(data, observed.first))
             rule = rule_of(spec, len(baseline.data["lanes"]) - 1, other=_is_other(differing))
-        up = time.monotonic() - began + 1.05 * max(p.seconds for p in observed.processes)
-        last = up > spec.max_time
+        last = time.monotonic() + 1.05 * observed.longest_s > until
         if count == 2 and _works_differ(baseline, observed.first, spec.allow_improvement):
             break  # ratios would answer another question
         if last or (count >= FIRST_LOOK and (count - FIRST_LOOK) % NEXT_LOOK == 0):
@@ -202,6 +229,10 @@ def conduct_check(
                 break
         else:
             watch.measured(f"process {count}", "")
+    if not observed.processes:
+        return _gate_of_nothing(baseline, file, spec, observed, began)
+    if observed.cut_off:
+        decisions = decide_ratios(baseline.processes, observed.processes, rule, looks + 1)
     return _gate(baseline, file, spec, observed, decisions, differing, rule, began)
 
 
@@ -271,6 +302,22 @@ def _works_differ(baseline: Baseline, seen: Seen, allow_improvement: bool) -> bo
     return any(each.fails for each in found)
 
 
+def _gate_of_nothing(
+    baseline: Baseline, file: Path, spec: CheckSpec, observed: Observed, began: float
+) -> Gate:
+    """The gate where no process was finished: nothing can be told."""
+    facts_of_base = {"created": baseline.data["created_at"], "machine": baseline.machine}
+    return Gate(
+        command="check",
+        typed=typed(file, spec),
+        base=Side(str(file), facts_of_base),
+        new=Side("this installation", {"batchbench": batchbench.__version__}),
+        evidence=[],
+        unsure=no_time_for("process", observed.cut_off),
+        seconds=time.monotonic() - began,
+    )
+
+
 def _gate(
     baseline: Baseline,
     file: Path,
@@ -303,6 +350,8 @@ def _gate(
             f"{len(observed.processes)} fresh processes here, {len(baseline.processes)} in the "
             "baseline"
         )
+    if observed.cut_off:
+        notes.append("the last process was not finished when --max-time was up, and does not count")
     if _is_other(differing) and spec.floor is None:
         notes.append(
             f"the machine is not the baseline's: losses count beyond {FLOOR_ELSEWHERE:g} % only"
@@ -331,7 +380,7 @@ def _gate(
         evidence=[*work, *times],
         environment=differing,
         notes=notes,
-        unsure=observed.varied,
+        unsure=observed.varied or observed.hung,
         seconds=time.monotonic() - began,
     )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from batchbench.batching.experiment import Experiment
+from batchbench.errors import OutOfTimeError
 from batchbench.reports.sequential import FEWEST, Decision, Rule, Verdict, decide
 from batchbench.reports.turns import Pair, TurnPair, contamination
 from batchbench.studies.deciding import DuetSpec, rule_of
@@ -69,7 +70,8 @@ Learnt = tuple[Mapping[str, tuple[int, float]], Mapping[str, tuple[int, float]]]
 class Run:
     """Pairs under one rule, and what they tell of each lane so far.
 
-    ``known`` is what processes need not learn anew.
+    ``known`` is what processes need not learn anew; ``cut_off`` is set where the time was up during
+    a pair, which does not count.
     """
 
     rule: Rule
@@ -79,6 +81,7 @@ class Run:
     pairs: list[Pair] = field(default_factory=list)
     opened: list[Opened] = field(default_factory=list)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
+    cut_off: OutOfTimeError | None = None
 
     def add(self, pair: Pair, opened: Opened) -> None:
         """One more pair."""
@@ -98,6 +101,8 @@ class Run:
     @property
     def contamination(self) -> str | None:
         """Why the times say nothing, if so."""
+        if not self.pairs:
+            return None
         return contamination(self.pairs, self.rule.floor, on_cpu=is_on_cpu(self.opened[-1]))
 
     @property
@@ -122,6 +127,11 @@ class Findings:
     confirmation: Run | None = None
     seconds: float = 0.0
 
+    @property
+    def runs(self) -> list[Run]:
+        """The one or two of them."""
+        return [self.first, *([self.confirmation] if self.confirmation else [])]
+
 
 class Pairs(Protocol):
     """Where pairs come from."""
@@ -134,6 +144,9 @@ class Pairs(Protocol):
         Args:
             known: what earlier processes have learnt of the lanes.
             with_others: count the work of the strategies that are not timed as well.
+
+        Raises:
+            OutOfTimeError: the time was up before it was finished.
         """
 
     def afresh(self) -> None:
@@ -302,11 +315,21 @@ def is_slower_at_last(run: Run) -> bool:
 def paired(
     run: Run, source: Pairs, watch: TurnsWatch, clock: Callable[[], float], until: float
 ) -> Iterator[Pair]:
-    """Pair after pair, until all is sure or another one would not end in time."""
+    """Pair after pair, until all is sure or another one would not end in time.
+
+    One during which the time is up does not count.
+    """
     while True:
         what = f"{'confirming, ' if run.confirming else ''}pair {len(run.pairs) + 1}"
         watch.begins(what)
-        run.add(*source.pair(run.lanes, run.known, with_others=run.known is None))
+        try:
+            pair, opened = source.pair(run.lanes, run.known, with_others=run.known is None)
+        except OutOfTimeError as late:
+            run.cut_off = late
+            if run.pairs:
+                run.look(last=True)
+            return
+        run.add(pair, opened)
         up = clock() + run.pair_s > until
         if up:
             run.look(last=True)

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import batchbench
+from batchbench.errors import OutOfTimeError
 from batchbench.reports.alike import FOR_TOKENS
 from batchbench.reports.evidence import Evidence, Gate, Kind, Side, Varying, weigh
 from batchbench.reports.result_file import SCHEMA_VERSION
@@ -34,6 +35,8 @@ def make_gate(
         labels: how the user named the two sides.
         typed: the command line that does it again.
     """
+    if not found.first.pairs:
+        return _gate_of_nothing(found, sides, labels, typed)
     opened = found.first.opened[0]
     differing = list(differences(opened))
     alike = not any(each.name in TOKENS_DEPEND_ON for each in differing)
@@ -50,9 +53,41 @@ def make_gate(
         evidence=[*work, *times],
         environment=differing,
         notes=notes,
-        unsure=_varied(found),
+        unsure=_varied(found) or _hung(found),
         seconds=found.seconds,
     )
+
+
+def _gate_of_nothing(
+    found: Findings, sides: tuple[Installation, Installation], labels: tuple[str, str], typed: str
+) -> Gate:
+    """The gate where no pair was finished: nothing can be told."""
+    base, new = (
+        Side(label, {"python": str(side.python)}) for label, side in zip(labels, sides, strict=True)
+    )
+    return Gate(
+        command="duet",
+        typed=typed,
+        base=base,
+        new=new,
+        evidence=[],
+        unsure=no_time_for("pair of processes", found.first.cut_off),
+        seconds=found.seconds,
+    )
+
+
+def no_time_for(what: str, late: OutOfTimeError | None) -> str:
+    """The reason for *cannot tell* where not even one ``what`` was finished."""
+    return f"no {what} was finished in --max-time ({late}); raise it"
+
+
+def _hung(found: Findings) -> str | None:
+    """The side that may hang: it owed an answer for longer than any whole pair took."""
+    longest = max(run.pair_s for run in found.runs)
+    late = next((run.cut_off for run in found.runs if run.cut_off), None)
+    if late is None or late.waited_s <= longest:
+        return None
+    return f"{late} when --max-time was up, longer than any pair of processes took"
 
 
 TOKENS_DEPEND_ON = (*FOR_TOKENS, "python", "safetensors", "weights_digest")
@@ -90,7 +125,7 @@ def _works(opened: Opened, side: int) -> dict[str, Any]:
 
 def _varied(found: Findings) -> str | None:
     """What one side did not do twice alike: then nothing it did can be held against the other."""
-    opened = [*found.first.opened, *(found.confirmation.opened if found.confirmation else ())]
+    opened = [opened for run in found.runs for opened in run.opened]
     for side, label in enumerate(("base", "new")):
         first = _works(opened[0], side)
         for each in opened:
@@ -173,6 +208,8 @@ def _notes(found: Findings, *, changed: bool) -> Iterator[str]:
     turns = sum(len(pair.turns[lane]) for pair in run.pairs for lane in run.lanes)
     more = f", then {confirmed} to confirm" if confirmed else ""
     yield f"{len(run.pairs)} pairs of fresh processes, {turns} pairs of turns{more}"
+    if any(run.cut_off for run in found.runs):
+        yield "the last pair was not finished when --max-time was up, and does not count"
     for lane in run.lanes:
         if (covered := min(pair.covers(lane) for pair in run.pairs)) < 1:
             yield f"a trial takes so long that only its first {covered:.0%} were timed"

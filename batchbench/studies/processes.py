@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import random
@@ -11,19 +12,23 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from batchbench.batching.cores import allowed_cpus
-from batchbench.errors import BatchbenchError, UsageError
+from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError
 from batchbench.files import reason_of, undisturbed
 from batchbench.reports.turns import Turn
 from batchbench.studies.worker import PROTOCOL
 
 PATIENCE_S = 600.0
 """An answer that takes longer will not come."""
+
+ENDING_S = 5.0
+"""Seconds that an ended process may take to be gone."""
 
 OF_ONE = 8
 """Fresh processes that are forked from one, before everything is imported anew: what they have in
@@ -59,10 +64,15 @@ class Workers:
 
     Where the system can, :data:`OF_ONE` of them are forked from one process that has imported
     everything (:mod:`batchbench.studies.worker`), which takes seconds.
+
+    Args:
+        until: the time, on ``time.monotonic``, from which no answer is waited for.
     """
 
-    def __init__(self, installation: Installation, threads: int | None) -> None:
-        self.installation, self._threads = installation, threads
+    def __init__(
+        self, installation: Installation, threads: int | None, until: float = math.inf
+    ) -> None:
+        self.installation, self._threads, self._until = installation, threads, until
         self._running: _Running | None = None
         self._left = 0
 
@@ -92,6 +102,7 @@ class Workers:
 
         Raises:
             UsageError: it cannot be started, or has no batchbench that can be compared with this.
+            OutOfTimeError: it had not answered when the time was up.
         """
         self.ready()
         self._left -= 1
@@ -99,6 +110,8 @@ class Workers:
         self.tell({"do": "begin"})
         try:
             told = self._answer()
+        except OutOfTimeError:
+            raise
         except BatchbenchError as error:
             raise UsageError(
                 f"{python}: has no batchbench that can take turns ({error}); install this or a "
@@ -123,6 +136,7 @@ class Workers:
 
         Raises:
             UsageError: it cannot do what is asked.
+            OutOfTimeError: it had not answered when the time was up.
             BatchbenchError: it broke.
         """
         told = self._answer()
@@ -143,16 +157,25 @@ class Workers:
 
     def _answer(self) -> Mapping[str, Any]:
         assert self._running is not None
+        label, asked_at = self.installation.label, time.monotonic()
+        left = max(0.0, self._until - asked_at)
         try:
-            line = self._running.lines.get(timeout=PATIENCE_S)
+            line = self._running.lines.get(timeout=min(PATIENCE_S, left))
         except queue.Empty:
-            raise BatchbenchError(
-                f"{self.installation.label}: no answer in {PATIENCE_S:g} s"
-            ) from None
+            if left < PATIENCE_S:
+                waited = time.monotonic() - asked_at
+                why = f"{label} had been silent for {waited:.0f} s"
+                raise OutOfTimeError(why, waited) from None
+            raise BatchbenchError(f"{label}: no answer in {PATIENCE_S:g} s") from None
         if not line:
             why = self._running.last_words()
-            raise BatchbenchError(f"{self.installation.label}: ended by itself: {why}")
-        told: Mapping[str, Any] = json.loads(line)
+            raise BatchbenchError(f"{label}: ended by itself: {why}")
+        try:
+            told = json.loads(line)
+        except ValueError:
+            told = None
+        if not isinstance(told, dict):
+            raise BatchbenchError(f"{label}: answered with no JSON object: {line[:80]!r}")
         return told
 
 
@@ -182,11 +205,6 @@ class _Running:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether there is nobody to talk to any more."""
-        return self._process.poll() is not None
-
     def write(self, line: str) -> None:
         """Say something."""
         with contextlib.suppress(OSError):  # it has ended: the answer will say why
@@ -197,20 +215,27 @@ class _Running:
         """End it and all that it forked, and tidy up."""
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
-        if hasattr(os, "killpg") and not self.has_ended:
-            os.killpg(self._process.pid, signal.SIGKILL)
+        # Until it is waited for, its number is nobody else's.
+        if hasattr(os, "killpg") and self._process.returncode is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
-        self._process.wait()
-        self._reader.join()
-        self._process.stdout.close()  # type: ignore[union-attr]
+        self._wait()
+        self._reader.join(ENDING_S)
+        if not self._reader.is_alive():  # else something that left the group holds the pipe open
+            self._process.stdout.close()  # type: ignore[union-attr]
         self._errors.close()
 
     def last_words(self) -> str:
-        """What it wrote last to standard error, once it has ended."""
-        self._process.wait()
+        """What it wrote last to standard error, once it has ended or closed its output."""
+        self._wait()
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").split("\n")
         return next((w for w in reversed(words) if w.strip()), f"exit {self._process.returncode}")
+
+    def _wait(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(ENDING_S)
 
     def _read(self) -> None:
         for line in self._process.stdout or ():

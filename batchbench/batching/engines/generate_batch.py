@@ -127,6 +127,7 @@ class GenerateBatch:
             if result is None:
                 if not manager.is_running():
                     raise UsageError(_failed("its thread ended early"))
+                watch.progressed(progress)
                 continue
             if not result.is_finished():
                 continue
