@@ -15,6 +15,9 @@ from batchbench.workloads import Workload
 costs = st.builds(
     StepCost,
     *(st.floats(low, most) for low, most in ((1, 50), (0, 9), (0, 2), (0, 3), (0, 5), (0, 7))),
+    bends=st.dictionaries(st.integers(1, 9), st.floats(0, 9), max_size=3).map(
+        lambda slopes: tuple(sorted(slopes.items()))
+    ),
 )
 """Any cost: fractions of a nanosecond, growth with the cache, time of the host."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from laws import Config, configs, law, workload_of, workloads
 
 from batchbench.batching.cost import PS, KnownCost, Passes, StepCost
 from batchbench.batching.recording import Recording
+from batchbench.batching.warming import SMALL_STEPS, small_batches
 from batchbench.errors import UsageError
 from batchbench.reports.fitting import (
     FEWEST_STEPS,
@@ -24,6 +27,7 @@ from batchbench.reports.fitting import (
     fit_cost,
     known_cost,
     quality_of,
+    small_batches_of,
     spent_of,
 )
 from batchbench.workloads import Workload
@@ -155,9 +159,9 @@ def test_a_fit_finds_the_coefficients_that_made_the_times() -> None:
         for i, (policy, slots) in enumerate([("static", 8), ("continuous", 8), ("continuous", 3)])
     ]
     found = fit_cost(Work.of(trials))
-    for field in fields(StepCost):
-        true = getattr(TRUE, field.name)
-        assert getattr(found, field.name) == pytest.approx(true, rel=0.05), field.name
+    for name, true in TRUE.as_dict().items():
+        if name != "bends":
+            assert getattr(found, name) == pytest.approx(true, rel=0.05), name
     held_out = quality_of(Work.of(trials))
     assert held_out.r2 is not None
     assert held_out.r2 > 0.99
@@ -217,3 +221,101 @@ def test_going_beyond_what_was_seen_is_said() -> None:
     assert "up to 8 rows" in rows
     assert "up to 72 prompt tokens" in prompt
     assert "up to 49 tokens" in longest
+
+
+# Fewer rows than static batching computes
+
+BENT = replace(TRUE, row_ns=0.0, bends=((4, 900.0), (16, 2_500.0)))
+"""Up to four rows cost nothing more, and then each costs more than those before."""
+
+CLASSIC = workload_of([(7, 40 if i % 32 == 0 else 10, 0) for i in range(64)])
+
+
+def small_steps(slots: int, cost: StepCost) -> list[list[int]]:
+    """The steps that a warm-up would have timed."""
+    piece = small_batches(CLASSIC, slots, CLASSIC.max_total_tokens, SMALL_STEPS)
+    assert piece is not None
+    return small_batches_of([measured(run(piece, Config("continuous", slots), cost))])
+
+
+@pytest.mark.parametrize("prefill", ["separate", "mixed"])
+def test_full_batches_and_a_few_smaller_ones_predict_continuous(prefill: str) -> None:
+    static, continuous = (Config(name, 32, prefill=prefill) for name in ("static", "continuous"))
+    trials = [measured(run(CLASSIC, static, BENT), 0.05, i) for i in range(3)]
+    truth = run(CLASSIC, continuous, BENT)
+
+    without, _ = known_cost("static", trials)
+    told = run(CLASSIC, continuous, without.cost)
+    assert told.duration_ns > 1.3 * truth.duration_ns
+    assert beyond(without, [told])[0] == (
+        "1–3 rows decode together (the fit saw no step of 1–31 rows)"
+    )
+
+    known, quality = known_cost("static", trials, small_steps(32, BENT))
+    told = run(CLASSIC, continuous, known.cost)
+    assert told.duration_ns == pytest.approx(truth.duration_ns, rel=0.05)
+    assert known.rows == (0, 1, 2, 4, 8, 16, 32)
+    assert beyond(known, [told]) == []
+    assert quality.steps == sum(trial.num_steps for trial in trials)
+
+
+def test_smaller_batches_teach_the_same_where_rows_cost_alike() -> None:
+    trials = [measured(run(CLASSIC, Config("static", 32), TRUE), 0.02, i) for i in range(3)]
+    known, _ = known_cost("static", trials, small_steps(32, TRUE))
+    for rows in (1, 3, 8, 20, 32):
+        ours, theirs = (c.step_ns + c.rows_ns(rows) for c in (known.cost, TRUE))
+        assert ours == pytest.approx(theirs, rel=0.1)
+
+
+def test_a_cost_with_bends_comes_back_from_its_record() -> None:
+    assert StepCost.of(json.loads(json.dumps(BENT.as_dict()))) == BENT
+    earlier = {name: value for name, value in BENT.as_dict().items() if name != "bends"}
+    assert StepCost.of(earlier) == replace(BENT, bends=())
+    assert BENT.scaled(2).rows_ns(20) == 2 * BENT.rows_ns(20) == 2 * (12 * 900 + 4 * 2_500)
+
+
+@given(
+    slots=st.integers(1, 70),
+    max_len=st.integers(2, 90),
+    steps=st.integers(1, 6),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+)
+@law
+def test_smaller_batches_halve_down_to_one_row_and_fit(
+    slots: int, max_len: int, steps: int, lengths: list[int]
+) -> None:
+    workload = workload_of([(length, 1, 0) for length in lengths])
+    piece = small_batches(workload, slots, max_len, steps)
+    if piece is None:
+        assert slots == 1 or max_len < 3
+        return
+    assert piece.max_total_tokens <= max_len
+    assert len(piece) == slots // 2
+    rows = counts_of(run(piece, Config("continuous", slots), TRUE))[:, 1]
+    decoded = [int(n) for n in rows if n]
+    assert decoded == sorted(decoded, reverse=True)
+    halves = [slots >> i for i in range(1, slots.bit_length())]
+    assert list(dict.fromkeys(decoded)) == halves[: len(set(decoded))]
+    if max_len > 16 + 1 + 6 * len(halves):
+        assert set(decoded) == set(halves)
+        assert len(decoded) == steps * len(halves)
+
+
+@given(st.sets(st.integers(0, 40), min_size=1), st.sets(st.integers(1, 50), min_size=1))
+@law
+def test_rows_that_were_never_near_any_that_was_fitted_are_told(
+    seen: set[int], decoding: set[int]
+) -> None:
+    known = KnownCost("seen", TRUE, tuple(sorted(seen)), 10**6, 10**6)
+    recording = run(workload_of([(1, 2, 0)]), Config("static", 1), TRUE)
+    rows = SimpleNamespace(decoding=np.array(sorted(decoding)), chunks=recording.spans.chunks)
+    log = SimpleNamespace(requests=recording.requests, chunks=recording.chunks, spans=rows)
+    told = beyond(known, [log])  # type: ignore[list-item]
+    positive = sorted(n for n in seen if n)
+
+    def near(rows: int) -> bool:
+        below = max((n for n in positive if n <= rows), default=0)
+        above = min((n for n in positive if n >= rows), default=None)
+        return above is not None and (rows == above or above <= 2 * below + 1)
+
+    assert bool(told) == (not all(map(near, decoding)))

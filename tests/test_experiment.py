@@ -17,10 +17,11 @@ from jsonschema import Draft202012Validator
 
 from batchbench.batching import conduct as conducting
 from batchbench.batching.ceiling import Bandwidth
-from batchbench.batching.conduct import Session, WarmUp, beginning, check_context, conduct
+from batchbench.batching.conduct import Session, beginning, check_context, conduct
 from batchbench.batching.engines.torch import bandwidth
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec, Source
+from batchbench.batching.warming import WarmUp
 from batchbench.batching.watch import Limited, Progress, Watch
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.reports.formats.terminal import floor_lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -16,13 +17,16 @@ import pandas as pd
 import pytest
 from laws import workload_of
 
+from batchbench.batching.conduct import Session, conduct
 from batchbench.batching.cost import StepCost
 from batchbench.batching.engines.simulated import SimulatedEngine
+from batchbench.batching.experiment import Experiment
 from batchbench.batching.strategies import Batcher
 from batchbench.batching.watch import Watch
 from batchbench.cli.main import _guarded
 from batchbench.reports.fitting import counts_of
-from batchbench.reports.result import load_result
+from batchbench.reports.metrics import counters
+from batchbench.reports.result import load_result, make_result
 from batchbench.studies.breakeven import Contest
 from batchbench.studies.numbers import parse_numbers
 from batchbench.workloads import Workload
@@ -114,10 +118,62 @@ def test_a_run_tells_predicted_beside_measured(taught: Path, say: Say) -> None:
     assert "held out in turn" in text
 
 
+def test_a_run_times_smaller_batches_and_predicts_with_them(taught: Path) -> None:
+    data = load_result(taught).data
+    steps = data["small_batches"]
+    assert sorted({step[0] for step in steps}) == [0, 1, 2]
+    assert data["prediction"]["cost"]["rows_seen"] == [0, 1, 2, 4]
+    assert [rows for rows, _ in data["prediction"]["cost"]["bends"]] == [1, 2]
+    for told in data["prediction"]["strategies"]:
+        assert told["extrapolates"] == []
+    assert data["warm_up"]["duration_s"] * 1e9 > sum(step[-1] for step in steps)
+
+
+@pytest.mark.parametrize("engine", ["slots", "notebook"])
+def test_smaller_batches_leave_no_trace_in_the_trials(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    asked = Experiment.of(
+        {"model": str(checkpoint), "device": "cpu", "batch_size": 4, "queue_size": 9,
+         "long_tokens": 20, "engine": engine, "trials": 1}
+    )  # fmt: skip
+    timed = conduct(asked)
+    assert timed.small_batches
+    monkeypatch.setattr(Session, "time_small_batches", lambda session: [])
+    untimed = conduct(asked)
+    assert timed.verification.passed
+    for name in ("static", "continuous"):
+        (ours,), (theirs,) = timed.recordings[name], untimed.recordings[name]
+        assert ours.tokens is not None
+        assert theirs.tokens is not None
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        assert counters(ours) == counters(theirs)
+        assert ours.header.about["computed_passes"] == ours.num_steps
+    assert make_result(untimed).data["small_batches"] == []
+
+
+def test_what_a_prediction_cannot_know_is_said_everywhere(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
+) -> None:
+    """In earlier results no smaller batches were timed."""
+    monkeypatch.setattr(Session, "time_small_batches", lambda session: [])
+    words = ["run", "--model", checkpoint, "--batch-size", 8, "--queue-size", 16, "--trials", 1]
+    code, out, _ = say(*words, "--long-tokens", 30, "--output", tmp_path / "run")
+    assert code == 0
+    told = load_result(tmp_path / "run").data["prediction"]["strategies"][-1]["extrapolates"]
+    assert told == ["1–3 rows decode together (the fit saw no step of 1–7 rows)"]
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert say("report", tmp_path / "run", "--format", "markdown")[0] == 0
+    markdown = (tmp_path / "run/report.md").read_text(encoding="utf-8")
+    for shown in (out, markdown, html.unescape(page)):
+        assert told[0] in " ".join(shown.split())
+
+
 def test_a_simulation_predicts_nothing_of_itself(tmp_path: Path, say: Say) -> None:
     assert say("simulate", "--quiet", "--output", tmp_path / "out")[0] == 0
     data = load_result(tmp_path / "out").data
     assert data["prediction"] is None
+    assert data["small_batches"] == []
     assert data["cost"] is None
 
 

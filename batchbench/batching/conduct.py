@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from batchbench.batching import warming
 from batchbench.batching.energy import Counter, EnergyMeter, counters_for
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
@@ -22,23 +23,13 @@ from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
 from batchbench.batching.recording import Recording
 from batchbench.batching.strategies import Batcher, Strategy
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
+from batchbench.batching.warming import WarmUp
 from batchbench.batching.watch import Limited, Watch
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
 if TYPE_CHECKING:
     from batchbench.batching.models.loading import LoadedModel
-
-
-@dataclass(frozen=True)
-class WarmUp:
-    """How the first steps went."""
-
-    rounds: int
-    settled: bool
-    last_change: float | None  # of the median step, between the last two rounds, as a share
-    step_ns: int | None
-    duration_s: float | None = None  # of all rounds; None where there were none
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +45,7 @@ class Outcome:
     environment: Mapping[str, Any]
     texts: Sequence[tuple[str, str]] | None  # prompt and output of each request, if readable
     stopped: str | None = None  # why there are fewer trials than asked, if so
+    small_batches: Sequence[Recording] = ()  # steps of fewer rows, timed in the warm-up
 
 
 class Session:
@@ -179,20 +171,15 @@ class Session:
         piece = beginning(self.workload, self.experiment.serving.batch_size, output_tokens=12)
         for theirs in self._of_their_own.values():
             theirs.serve(piece, Watch())
+        found = warming.warm_up(self.batcher("continuous"), piece, most=most, within=within)
+        return replace(found, duration_s=time.monotonic() - began)
+
+    def time_small_batches(self) -> list[Recording]:
+        """Steps of fewer rows than slots, for predictions; none in a simulation."""
+        if self.engine.simulated or not self.experiment.serving.policies:
+            return []
         batcher = self.batcher("continuous")
-        medians: list[float] = []
-        change = None
-        while len(medians) < most:
-            recording = batcher.serve(piece, Watch())
-            spent = recording.step_ends_ns - recording.step_starts_ns
-            medians.append(float(np.median(spent[1:] if len(spent) > 1 else spent)))
-            if len(medians) > 1:
-                change = medians[-1] / medians[-2] - 1
-                if abs(change) < within:
-                    break
-        settled = change is not None and abs(change) < within
-        spent_s = time.monotonic() - began
-        return WarmUp(len(medians), settled, change, round(medians[-1]), spent_s)
+        return warming.time_small_batches(batcher, self.workload, self._max_len)
 
     def within(self, limit: float | None) -> Session:
         """The same session, whose trials raise OutOfTimeError when the time is up."""
@@ -329,6 +316,11 @@ def conduct_session(session: Session) -> Outcome:
                 f"--max-time {limit:g}: one pair of trials takes about {expected:.0f} s here; "
                 "raise it, or lower --queue-size"
             )
+    began = time.monotonic()
+    small_batches = session.time_small_batches()
+    if warm_up.duration_s is not None:
+        spent_s = warm_up.duration_s + time.monotonic() - began
+        warm_up = replace(warm_up, duration_s=spent_s)
     rounds, stopped = _finished_rounds(session, limit)
     verification = NOT_VERIFIED
     if stopped is None or not stopped.startswith(_INTERRUPTED):
@@ -347,6 +339,7 @@ def conduct_session(session: Session) -> Outcome:
         environment=session.environment,
         texts=session.texts(rounds[0][-1]),
         stopped=stopped,
+        small_batches=small_batches,
     )
 
 

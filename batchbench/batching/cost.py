@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,25 +44,38 @@ class StepCost:
     """
 
     step_ns: float  # each pass
-    row_ns: float = 0.0  # each row that decodes
+    row_ns: float = 0.0  # each row that decodes, up to the first bend
     cached_ns: float = 0.0  # each cached token that is read
     prompt_ns: float = 0.0  # each token of a prompt
     chunk_ns: float = 0.0  # each piece of a prompt
     host_ns: float = 0.0  # before a pass that is not the last one's like: deciding, preparing
+    bends: tuple[tuple[int, float], ...] = ()
+    """Numbers of rows, ascending, beyond each of which a row costs another time, up to the next."""
 
     @classmethod
-    def of(cls, told: Mapping[str, float]) -> StepCost:
-        """What :meth:`as_dict` told."""
-        return cls(**{field.name: float(told[field.name]) for field in fields(cls)})
+    def of(cls, told: Mapping[str, Any]) -> StepCost:
+        """What :meth:`as_dict` told; results of earlier versions have no bends."""
+        bends = tuple((int(rows), float(ns)) for rows, ns in told.get("bends", ()))
+        numbers = {name: float(told[name]) for name in _numbers()}
+        return cls(**numbers, bends=bends)
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, Any]:
         """For a result."""
-        return asdict(self)
+        return asdict(self) | {"bends": [list(bend) for bend in self.bends]}
 
     def scaled(self, by: float) -> StepCost:
         """Passes as many times as long; the host's time stays."""
-        told = {name: value * by for name, value in asdict(self).items()}
-        return StepCost(**told | {"host_ns": self.host_ns})
+        numbers = {name: getattr(self, name) * by for name in _numbers() if name != "host_ns"}
+        return replace(self, **numbers, bends=tuple((rows, ns * by) for rows, ns in self.bends))
+
+    def rows_ns(self, rows: int) -> float:
+        """What so many rows that decode add to a pass."""
+        total, slope, since = 0.0, self.row_ns, 0
+        for bend, ns in self.bends:
+            if rows <= bend:
+                break
+            total, slope, since = total + slope * (bend - since), ns, bend
+        return total + slope * (rows - since)
 
     @cached_property
     def _cached_ps(self) -> int:
@@ -72,7 +85,7 @@ class StepCost:
     def of_plan(self, plan: Plan) -> Passes:
         """What the passes of a plan cost."""
         rows = len(plan.slots)
-        ns = self.step_ns + self.row_ns * rows
+        ns = self.step_ns + self.rows_ns(rows)
         for _, _, start, stop in plan.chunks:
             ns += self.chunk_ns + self.prompt_ns * (stop - start)
         first, growth, alike = round(ns * PS), 0, plan.repeat
@@ -86,6 +99,11 @@ class StepCost:
                 if short_by:  # a request that is done and held is the longest, for so many passes
                     growth, alike = 0, min(alike, short_by)
         return Passes(max(first, PS), growth, alike)
+
+
+def _numbers() -> list[str]:
+    """The coefficients that are one number each."""
+    return [field.name for field in fields(StepCost) if field.name != "bends"]
 
 
 class Passes(NamedTuple):

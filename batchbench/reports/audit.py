@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from batchbench.batching.conduct import WarmUp
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Verification
+from batchbench.batching.warming import WarmUp
 from batchbench.reports import metrics, timekeeping
 from batchbench.reports.account import account_of
 from batchbench.reports.distribution import Distribution

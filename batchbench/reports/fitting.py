@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,21 @@ _FIRM = 0.01
 """Weight of the wish that a coefficient be 0. It decides only where the steps do not: where every
 pass has eight rows, what a row costs cannot be told from what a pass costs, and is left to that."""
 
+SMALL_SHARE = 0.1
+"""Weight of the smaller batches that a warm-up timed, against all steps of the trials: there
+are few of them, and nothing else tells what fewer rows cost."""
+
 _HUBER = 1.5
 """Residuals beyond this many times their typical size count only in proportion (Huber 1964)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What each step of real trials computed, and how long it took; ``[steps]`` each."""
+    """What each step of real trials computed, and how long it took; ``[steps]`` each.
+
+    Steps of smaller batches, which belong to no trial, have -1 as their block and trial. ``bends``
+    are their numbers of rows, between which a row may cost another time.
+    """
 
     counts: Ints  # [steps, 5]: 1, rows, cached tokens read, prompt tokens, pieces of prompts
     spent_ns: Floats
@@ -41,10 +50,14 @@ class Work:
     trial: Ints
     longest: int  # tokens of the longest request
     host_ns: float  # outside the steps, for each new decision
+    bends: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, recordings: Iterable[Recording]) -> Work:
+    def of(cls, recordings: Iterable[Recording], small: SmallBatches = ()) -> Work:
         """All steps of some trials that were measured.
+
+        Args:
+            small: steps of smaller batches, as :func:`small_batches_of` tells them.
 
         Raises:
             UsageError: they tell no steps, or too few.
@@ -56,15 +69,27 @@ class Work:
                 "give the result of a batchbench run with more requests, no simulation"
             )
         counts = [counts_of(r) for r in real]
+        spent = [(r.step_ends_ns - r.step_starts_ns) for r in real]
+        block = [np.arange(len(c)) * BLOCKS // len(c) for c in counts]
+        trial = [np.full(len(c), i) for i, c in enumerate(counts)]
+        bends: list[int] = []
+        if len(small):
+            told = np.array(small, np.int64)
+            counts.append(np.concatenate([np.ones((len(told), 1), np.int64), told[:, :4]], axis=1))
+            spent.append(told[:, 4])
+            block.append(np.full(len(told), -1))
+            trial.append(np.full(len(told), -1))
+            bends = np.unique(told[told[:, 0] > 0, 0]).tolist()
         return cls(
             counts=np.concatenate(counts),
-            spent_ns=np.concatenate([(r.step_ends_ns - r.step_starts_ns) for r in real]) * 1.0,
-            block=np.concatenate([np.arange(len(c)) * BLOCKS // len(c) for c in counts]),
-            trial=np.repeat(np.arange(len(real)), [len(c) for c in counts]),
+            spent_ns=np.concatenate(spent) * 1.0,
+            block=np.concatenate(block),
+            trial=np.concatenate(trial),
             longest=max(
                 int((r.requests.prompt_tokens + r.requests.output_tokens).max()) for r in real
             ),
             host_ns=float(np.median([_host_ns(r) for r in real])),
+            bends=tuple(bends),
         )
 
     def where(self, chosen: NDArray[np.bool_]) -> Work:
@@ -76,17 +101,28 @@ class Work:
             self.trial[chosen],
             self.longest,
             self.host_ns,
+            self.bends,
         )
+
+    @property
+    def in_trials(self) -> NDArray[np.bool_]:
+        """The steps that are not of smaller batches."""
+        chosen: NDArray[np.bool_] = self.trial >= 0
+        return chosen
 
     @cached_property
     def alike(self) -> tuple[Ints, Floats, Floats]:
-        """Steps that computed as much, as one: counts, their median time, how many they are."""
+        """Steps that computed as much, as one: counts, their median time, their weight."""
         import pandas as pd  # an error about what is asked should not wait for it
 
-        frame = pd.DataFrame(self.counts).assign(spent=self.spent_ns)
-        grouped = frame.groupby(list(range(self.counts.shape[1])))["spent"].agg(["median", "size"])
-        rows = np.array(grouped.index.tolist(), np.int64)
-        return rows, grouped["median"].to_numpy(float), grouped["size"].to_numpy(float)
+        ours = self.in_trials
+        small = max(1.0, SMALL_SHARE * ours.sum() / max(1, (~ours).sum()))
+        frame = pd.DataFrame(self.counts).assign(
+            spent=self.spent_ns, weight=np.where(ours, 1.0, small)
+        )
+        grouped = frame.groupby(list(range(self.counts.shape[1])))
+        rows, medians = np.array(list(grouped.groups), np.int64), grouped["spent"].median()
+        return rows, medians.to_numpy(float), grouped["weight"].sum().to_numpy(float)
 
 
 def counts_of(recording: Recording) -> Ints:
@@ -111,6 +147,21 @@ def counts_of(recording: Recording) -> Ints:
     return np.stack(
         [np.ones_like(rows), rows, rows * longest, prompt, np.repeat(s.chunks, s.steps)], axis=1
     )
+
+
+SmallBatches = Sequence[Sequence[int]]
+"""Steps: rows that decode, cached tokens read, prompt tokens, pieces of prompts, nanoseconds."""
+
+
+def small_batches_of(recordings: Iterable[Recording]) -> list[list[int]]:
+    """The steps of smaller batches that a warm-up served, for a result."""
+    return [
+        [*counted[1:], spent]
+        for r in recordings
+        for counted, spent in zip(
+            counts_of(r).tolist(), (r.step_ends_ns - r.step_starts_ns).tolist(), strict=True
+        )
+    ]
 
 
 def _host_ns(recording: Recording) -> float:
@@ -153,23 +204,34 @@ def fit_cost(work: Work) -> StepCost:
     are part of what a run takes, the whole is then stretched to the time that trials took.
     """
     counts, spent, size = work.alike
-    scale = np.maximum(np.linalg.norm(counts * np.sqrt(size)[:, None], axis=0), 1e-12)
-    firm = np.diag(np.where(np.arange(counts.shape[1]) > 0, _FIRM, 0.0))
+    features = _features(counts, work.bends)
+    scale = np.maximum(np.linalg.norm(features * np.sqrt(size)[:, None], axis=0), 1e-12)
+    firm = np.diag(np.where(np.arange(features.shape[1]) > 0, _FIRM, 0.0))
     weight = np.ones(len(spent))
     for _ in range(20):
         root = np.sqrt(size * weight)
-        matrix = np.concatenate([counts / scale * root[:, None], firm])
+        matrix = np.concatenate([features / scale * root[:, None], firm])
         found, _ = nnls(matrix, np.concatenate([spent * root, np.zeros(len(firm))]))
-        off = np.abs(spent - counts @ (found / scale))
+        off = np.abs(spent - features @ (found / scale))
         typical = _median(off, size) / 0.6745  # a standard deviation, were they normal
         weight = np.minimum(1.0, _HUBER * typical / np.maximum(off, 1e-9)) if typical else weight
-    found = found / scale
-    told = work.counts @ found
-    trials = np.unique(work.trial)
-    level = [work.spent_ns[work.trial == t].sum() / told[work.trial == t].sum() for t in trials]
-    step, row, cached, prompt, chunk = found.tolist()
-    cost = StepCost(step, row, cached, prompt, chunk, work.host_ns)
+    step, cached, prompt, chunk, row, *rows = (found / scale).tolist()
+    bends = tuple(zip(work.bends, rows, strict=True))
+    cost = StepCost(step, row, cached, prompt, chunk, work.host_ns, bends)
+    told = spent_of(cost, work.counts)
+    level = [
+        work.spent_ns[work.trial == t].sum() / told[work.trial == t].sum()
+        for t in np.unique(work.trial[work.in_trials])
+    ]
     return cost.scaled(float(np.median(level)))
+
+
+def _features(counts: Ints, bends: Sequence[int]) -> Floats:
+    """``[steps, 5 + bends]``: 1, cached, prompt tokens, pieces; rows up to each bend and beyond."""
+    rows = counts[:, 1:2]
+    edges = np.array([0, *bends])
+    wide = np.diff(edges, append=np.iinfo(np.int64).max)
+    return np.concatenate([counts[:, [0, 2, 3, 4]], np.clip(rows - edges, 0, wide)], axis=1) * 1.0
 
 
 def _median(values: Floats, size: Floats) -> float:
@@ -180,18 +242,20 @@ def _median(values: Floats, size: Floats) -> float:
 
 def spent_of(cost: StepCost, counts: Ints) -> Floats:
     """What steps cost, ``[steps]`` in ns, without the host's time between them."""
-    line = [cost.step_ns, cost.row_ns, cost.cached_ns, cost.prompt_ns, cost.chunk_ns]
-    told: Floats = counts @ np.array(line)
+    line = [cost.step_ns, cost.cached_ns, cost.prompt_ns, cost.chunk_ns, cost.row_ns]
+    slopes = np.array([*line, *(ns for _, ns in cost.bends)])
+    told: Floats = _features(counts, [rows for rows, _ in cost.bends]) @ slopes
     return told
 
 
 def quality_of(work: Work) -> Quality:
-    """Each tenth of the trials told by a fit on the others."""
+    """Each tenth of the trials told by a fit on the others, and on the smaller batches."""
     told = np.empty(len(work.spent_ns))
     for fold in range(FOLDS):
-        held = work.block % FOLDS == fold
+        held = work.in_trials & (work.block % FOLDS == fold)
         if held.any() and not held.all():
             told[held] = spent_of(fit_cost(work.where(~held)), work.counts[held])
+    told, work = told[work.in_trials], work.where(work.in_trials)
     off = np.abs(told / work.spent_ns - 1)
     spread = ((work.spent_ns - work.spent_ns.mean()) ** 2).sum()
     return Quality(
@@ -204,31 +268,28 @@ def quality_of(work: Work) -> Quality:
     )
 
 
-def known_cost(source: str, recordings: Iterable[Recording]) -> tuple[KnownCost, Quality]:
-    """What these trials teach, and how well it tells steps held out.
+def known_cost(
+    source: str, recordings: Iterable[Recording], small: SmallBatches = ()
+) -> tuple[KnownCost, Quality]:
+    """The cost of a step in these trials, and how well it tells steps held out.
+
+    Args:
+        small: steps of smaller batches, as :func:`small_batches_of` tells them.
 
     Raises:
         UsageError: they tell no steps, or too few.
     """
-    work = Work.of(recordings)
+    work = Work.of(recordings, small)
     rows = tuple(np.unique(work.counts[:, 1]).tolist())
     most = int(work.counts[:, 3].max())
     return KnownCost(source, fit_cost(work), rows, most, work.longest), quality_of(work)
 
 
-def cost_of(source: str, recordings: Mapping[str, Sequence[Recording]]) -> KnownCost:
-    """What all trials of a result teach."""
-    return known_cost(source, (r for trials in recordings.values() for r in trials))[0]
-
-
-def beyond(known: KnownCost, recordings: Iterable[Recording]) -> list[str]:
-    """In what simulated trials go beyond the steps that the cost was fitted on."""
-    found = []
+def beyond(known: KnownCost, recordings: Sequence[Recording]) -> list[str]:
+    """Parts of simulated trials that go beyond the steps that the cost was fitted on."""
+    found = _unseen_rows(known, recordings)
     counts = [_extent(r) for r in recordings]
-    rows, prompt, longest = (max(c[i] for c in counts) for i in range(3))
-    seen = max(known.rows)
-    if rows > seen:
-        found.append(f"up to {rows:,} rows decode together (the fit saw up to {seen:,})")
+    prompt, longest = (max(c[i] for c in counts) for i in range(2))
     if prompt > known.prompt_tokens:
         found.append(
             f"up to {prompt:,} prompt tokens in a step (the fit saw up to {known.prompt_tokens:,})"
@@ -238,10 +299,38 @@ def beyond(known: KnownCost, recordings: Iterable[Recording]) -> list[str]:
     return found
 
 
-def _extent(recording: Recording) -> tuple[int, int, int]:
-    """Most rows and prompt tokens of a step, and the longest request."""
+def _unseen_rows(known: KnownCost, recordings: Sequence[Recording]) -> list[str]:
+    """The numbers of rows that no fitted step is near.
+
+    Between two numbers that were fitted, the larger of which is at most about twice the smaller,
+    the line is trusted.
+    """
+    seen = sorted({rows for rows in known.rows if rows})
+    decoding = np.unique(np.concatenate([r.spans.decoding for r in recordings]))
+    found = []
+    if decoding[-1] > max(known.rows):
+        found.append(
+            f"up to {decoding[-1]:,} rows decode together (the fit saw up to {max(known.rows):,})"
+        )
+    for low, high in pairwise([0, *seen]):
+        within = decoding[(decoding > low) & (decoding < high)].tolist()
+        if within and high > 2 * low + 1:
+            rows = f"{_spell_range(within[0], within[-1])} decode together"
+            found.append(f"{rows} (the fit saw no step of {_spell_range(low + 1, high - 1)})")
+    return found
+
+
+def _spell_range(low: int, high: int) -> str:
+    """``1–3 rows``."""
+    if low == high:
+        return f"{low:,} row{'s' * (low != 1)}"
+    return f"{low:,}–{high:,} rows"
+
+
+def _extent(recording: Recording) -> tuple[int, int]:
+    """Most prompt tokens of a step, and the longest request."""
     r, s, c = recording.requests, recording.spans, recording.chunks
     of_chunk = np.repeat(np.arange(len(s.chunks)), s.chunks)
     prompt = np.bincount(of_chunk, c.stop - c.start, minlength=1)
     longest = r.prompt_tokens + r.output_tokens
-    return int(s.decoding.max()), int(prompt.max()), int(longest.max())
+    return int(prompt.max()), int(longest.max())

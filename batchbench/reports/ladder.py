@@ -15,9 +15,9 @@ import numpy as np
 
 import batchbench
 from batchbench.batching.ceiling import Ceiling, middle
-from batchbench.batching.conduct import WarmUp
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Verification
+from batchbench.batching.warming import WarmUp
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import paired_ratio

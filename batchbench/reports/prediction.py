@@ -14,7 +14,7 @@ from batchbench.batching.experiment import GENERATE_BATCH, ServingSpec
 from batchbench.batching.recording import Recording
 from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
-from batchbench.reports.fitting import beyond, known_cost
+from batchbench.reports.fitting import beyond, known_cost, small_batches_of
 from batchbench.reports.latencies import ttft_ms
 from batchbench.workloads import Workload
 
@@ -28,7 +28,8 @@ def predict_outcome(outcome: Outcome) -> dict[str, Any] | None:
         return None
     teacher, trials = next(iter(outcome.recordings.items()))
     try:
-        known, quality = known_cost(teacher, trials)
+        small = small_batches_of(outcome.small_batches)
+        known, quality = known_cost(teacher, trials, small)
     except UsageError:
         return None
     told = predict(known, outcome.experiment.serving, outcome.workload)

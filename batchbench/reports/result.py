@@ -19,16 +19,17 @@ import numpy as np
 
 import batchbench
 from batchbench import settings
-from batchbench.batching.conduct import Outcome, WarmUp
+from batchbench.batching.conduct import Outcome
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Finding, Verification
+from batchbench.batching.warming import WarmUp
 from batchbench.reports import metrics
 from batchbench.reports.account import explain
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import Ratio, paired_ratio
 from batchbench.reports.decode_steps import beside_floor
 from batchbench.reports.fairness import Class, by_length, length_classes
-from batchbench.reports.fitting import beyond
+from batchbench.reports.fitting import beyond, small_batches_of
 from batchbench.reports.gaps import stalls
 from batchbench.reports.goals import NO_GOALS, GoalsSpec, as_config, from_config
 from batchbench.reports.prediction import predict_outcome
@@ -49,6 +50,7 @@ _FACTS = (
     "environment",
     "model",
     "warm_up",
+    "small_batches",
     "workload",
     "verification",
     "stopped",
@@ -167,6 +169,7 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
         "environment": dict(outcome.environment),
         "model": dict(outcome.model),
         "warm_up": asdict(outcome.warm_up),
+        "small_batches": small_batches_of(outcome.small_batches),
         "workload": workload_facts(outcome.workload),
         "verification": {
             "passed": outcome.verification.passed,

@@ -52,7 +52,8 @@ def read_teacher(folder: Path, option: str) -> Teacher:
     try:
         result = load_result(folder)
         trials = (r for each in result.recordings.values() for r in each)
-        known, quality = known_cost(str(folder), trials)
+        small = result.data.get("small_batches") or ()
+        known, quality = known_cost(str(folder), trials, small)
     except UsageError as error:
         raise UsageError(
             f"{option} {error}" if str(folder) in error.args[0] else f"{option} {folder}: {error}"

@@ -202,10 +202,10 @@ def usual_limits(cost: StepCost, spec: MapSpec) -> dict[str, float]:
     The first token within the time that a request of mean length takes alone, and a token's time
     within twice that of a step of the largest batch.
     """
-    alone = spec.mean_tokens * (cost.step_ns + cost.row_ns)
+    alone = spec.mean_tokens * (cost.step_ns + cost.rows_ns(1))
     rows = max(spec.batch_sizes)
     longest = spec.prompt_tokens + spec.mean_tokens
-    step = cost.step_ns + rows * (cost.row_ns + cost.cached_ns * longest)
+    step = cost.step_ns + cost.rows_ns(rows) + rows * cost.cached_ns * longest
     return {"ttft": _rounded(alone / 1e6), "tpot": _rounded(2 * step / 1e6)}
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batchbench.batching.conduct import WarmUp
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.verification import Verification
+from batchbench.batching.warming import WarmUp
 from batchbench.errors import UsageError
 from batchbench.studies.bench import Asked, Bench, CapacityWatch, Probe
 from batchbench.studies.judging import Interval

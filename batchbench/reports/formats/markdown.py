@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import quote
 
 from batchbench.reports.formats.account import causes
-from batchbench.reports.formats.terminal import cells, notes, sentence
+from batchbench.reports.formats.terminal import cells, notes, prediction_lines, sentence
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import FIGURES, Labelled, SideBySide
 
@@ -53,6 +53,8 @@ def _of_result(one: Labelled, pictures: Mapping[str, str], *, several: bool) -> 
     yield from table(head, rows, left=2)
     if notes(result):
         yield from (escape("; ".join(notes(result))), "")
+    for line in prediction_lines(result):
+        yield from (escape(line), "")
     for name, path in pictures.items():
         yield from (f"![{_TOLD[name]}]({quote(path)})", "")
     yield from _again(result)
