@@ -575,7 +575,11 @@ def test_a_dry_run_tells_steps_memory_and_time_and_writes_nothing(
     assert (said.code, said.err) == (0, "")
     steps, memory, seconds = said.out.splitlines()
     assert steps == "steps   static 400, continuous 130 forward passes a trial, 4 trials each"
-    assert re.fullmatch(r"memory  \d+ MiB of weights \+ \d+ MiB of KV cache on cpu", memory)
+    assert re.fullmatch(
+        r"memory  \d+ MiB of weights \+ \d+ MiB of KV cache on cpu; [\d,]+ MiB at the peak, with "
+        r"activations, copies and libraries",
+        memory,
+    )
     assert re.match(r"time    [\d.e-]+ s for the matrix products of all trials", seconds)
     assert found_in(here) == []
 

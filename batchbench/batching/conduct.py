@@ -122,6 +122,9 @@ class Session:
             serving.batch_size,
             self._max_len,
             serving.execution,
+            prompt=int(self.workload.prompt_tokens.max()),
+            mixes=serving.mixes_prefill,
+            budget=serving.max_batched_tokens,
         )
         self.model |= {
             "device": str(loaded.device),

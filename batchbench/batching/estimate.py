@@ -1,4 +1,4 @@
-"""What an experiment would take: steps exactly, memory exactly, time roughly."""
+"""The cost of an experiment that is not run: exact steps, memory within 15 %, rough time."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class Estimate:
     weight_bytes: int | None = None
     kv_cache_bytes: int | None = None
     device: str | None = None
+    peak_bytes: int | None = None
+    room_bytes: int | None = None  # what the machine has for it
+    fitting: int | None = None  # largest batch size that fits there; None where the asked one does
+    batch_size: int | None = None
     seconds: float | None = None
     exact: bool = True
     timed: bool = False
@@ -42,7 +46,16 @@ class Estimate:
         if self.weight_bytes is not None and self.kv_cache_bytes is not None:
             found.append(
                 f"memory  {self.weight_bytes / 2**20:,.0f} MiB of weights + "
-                f"{self.kv_cache_bytes / 2**20:,.0f} MiB of KV cache on {self.device}"
+                f"{self.kv_cache_bytes / 2**20:,.0f} MiB of KV cache on {self.device}; "
+                f"{(self.peak_bytes or 0) / 2**20:,.0f} MiB at the peak, with activations, copies "
+                "and libraries"
+            )
+        if self.fitting is not None and self.peak_bytes and self.room_bytes:
+            largest = f"the largest --batch-size that fits is {self.fitting}"
+            found.append(
+                f"warning {self.device} has {self.room_bytes / 2**20:,.0f} MiB for it, so "
+                f"--batch-size {self.batch_size} does not fit; "
+                + (largest if self.fitting else "not even one slot fits: take a smaller model")
             )
         if self.seconds is not None and self.timed:
             found.append(
@@ -67,7 +80,7 @@ def estimate(experiment: Experiment, watch: Watch) -> Estimate:
         return Estimate(steps, trials, exact=exact)
     from batchbench.batching.engines.torch.sizing import size_up
 
-    sizes = size_up(experiment, session.source, workload.max_total_tokens)
+    sizes = size_up(experiment, session.source, workload)
     step_ns = round(sizes.step_s * (_BESIDE_PRODUCTS if timed else 1.0) * 1e9)
     served = _served(session, step_ns)
     return Estimate(
@@ -76,6 +89,10 @@ def estimate(experiment: Experiment, watch: Watch) -> Estimate:
         weight_bytes=sizes.weight_bytes,
         kv_cache_bytes=sizes.kv_cache_bytes,
         device=sizes.device,
+        peak_bytes=sizes.peak_bytes,
+        room_bytes=sizes.room_bytes,
+        fitting=None if sizes.fits else sizes.fitting,
+        batch_size=experiment.serving.batch_size,
         seconds=sum(r.duration_ns for r in served) / 1e9 * trials,
         exact=exact,
         timed=timed,

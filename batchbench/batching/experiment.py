@@ -28,6 +28,11 @@ EXECUTIONS = ("auto", "eager", "graph", "compile")
 PREFILLS = ("auto", "separate", "mixed")
 
 
+def budget_of(slots: int) -> int:
+    """Most tokens of a pass of mixed prefill, where none is given."""
+    return max(TOKEN_BUDGET, 2 * slots)
+
+
 @dataclass(frozen=True)
 class ServingSpec:
     """How the workload is served."""
@@ -128,7 +133,7 @@ class ServingSpec:
     @property
     def token_budget(self) -> int:
         """Most tokens that one pass computes with mixed prefill."""
-        return self.max_batched_tokens or max(TOKEN_BUDGET, 2 * self.batch_size)
+        return self.max_batched_tokens or budget_of(self.batch_size)
 
     @property
     def strategies(self) -> tuple[str, ...]:

@@ -6,7 +6,38 @@ import re
 from pathlib import Path
 from types import TracebackType
 
+import psutil
+
 PROCESS = Path("/proc/self")
+
+CGROUP = Path("/sys/fs/cgroup")
+
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),  # version 2
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+"""Limit, use, and what of the use is cached files that give way."""
+
+
+def free_host_bytes(cgroup: Path = CGROUP) -> int:
+    """Memory of the host that can still be taken, within the limit of a container."""
+    free = int(psutil.virtual_memory().available)
+    for limit, used, stat, cached in _LIMITS:
+        try:
+            left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
+        except (OSError, ValueError):  # there is none, or it is "max"
+            continue
+        try:
+            told = re.search(rf"^{cached} (\d+)$", (cgroup / stat).read_text(), re.MULTILINE)
+        except OSError:
+            told = None
+        free = min(free, max(0, left + (int(told[1]) if told else 0)))
+    return free
 
 
 class PeakMemory:

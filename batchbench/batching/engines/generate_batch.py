@@ -35,6 +35,12 @@ PAGE = 256
 _PATIENCE_S = 0.5  # between two looks at whether its thread still lives
 
 
+def pages_of(slots: int, max_len: int) -> int:
+    """Pages of its cache: one more a request than it fills, and a quarter of all besides, since
+    below 15 % of free pages it admits nobody."""
+    return math.ceil(slots * (math.ceil(max_len / PAGE) + 1) * 1.25) + 1
+
+
 class GenerateBatch:
     """Serves with transformers' continuous batching on the model that is loaded anyway.
 
@@ -60,8 +66,7 @@ class GenerateBatch:
         max_batched_tokens: int = 2048,
     ) -> None:
         self._model, self._slots, self._order = model, slots, order
-        # A page more a request, and a quarter of all: below 15 % of free pages it admits nobody.
-        self._blocks = math.ceil(slots * (math.ceil(max_len / PAGE) + 1) * 1.25) + 1
+        self._blocks = pages_of(slots, max_len)
         self._config = {
             "num_blocks": self._blocks,
             "max_batch_tokens": max(slots, min(max_batched_tokens, slots * max_len)),

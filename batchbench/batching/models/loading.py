@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -22,6 +21,7 @@ from batchbench.batching.cores import usable_cores
 from batchbench.batching.models.dummy import fill_with_dummy_weights
 from batchbench.batching.models.source import Source
 from batchbench.batching.models.spec import ModelSpec
+from batchbench.batching.peak_memory import free_host_bytes
 from batchbench.errors import UsageError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -125,7 +125,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken on the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return free_host_bytes()
 
 
 def give_back_memory() -> None:

@@ -22,9 +22,7 @@ def measure_bandwidth(device: torch.device, *, turns: int = 7) -> Bandwidth:
     of its own arithmetic and not of the memory.
     """
     cache = cache_bytes(device)
-    wanted = max(TIMES_THE_CACHE * (cache or 0), _LEAST_BYTES)
-    room = int(free_bytes(device) * _SHARE_OF_MEMORY)
-    rows = max(1, -(-min(wanted, room) // (4 * _WIDTH)))
+    rows = max(1, -(-buffer_bytes(device) // (4 * _WIDTH)))
     buffer = torch.ones(rows, _WIDTH, device=device)
     vector, flat = torch.ones(_WIDTH, device=device), buffer.view(-1)
     ways: dict[str, Work] = {
@@ -37,6 +35,12 @@ def measure_bandwidth(device: torch.device, *, turns: int = 7) -> Bandwidth:
     best = max(speeds, key=lambda name: speeds[name])
     threads = torch.get_num_threads() if device.type == "cpu" else None
     return Bandwidth(speeds[best], best, size, cache, turns, threads)
+
+
+def buffer_bytes(device: torch.device) -> int:
+    """Size of the buffer that is read."""
+    wanted = max(TIMES_THE_CACHE * (cache_bytes(device) or 0), _LEAST_BYTES)
+    return min(wanted, int(free_bytes(device) * _SHARE_OF_MEMORY))
 
 
 def cache_bytes(device: torch.device) -> int | None:

@@ -8,7 +8,7 @@ import torch
 
 from batchbench.batching.engines.notebook import NotebookEngine
 from batchbench.batching.engines.torch.base import TorchEngine
-from batchbench.batching.engines.torch.cache import kv_token_bytes
+from batchbench.batching.engines.torch.footprint import HEADROOM, Served, largest_batch
 from batchbench.batching.engines.torch.forward import Forward, TransformersForward, make_forward
 from batchbench.batching.engines.torch.linear import Kernels
 from batchbench.batching.engines.torch.reference import TeacherForced
@@ -20,9 +20,6 @@ from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 
-_RESERVE = 0.1
-"""Share of the free memory that is left to others and to what cannot be foreseen."""
-
 
 def make_engine(
     name: str,
@@ -31,11 +28,18 @@ def make_engine(
     max_len: int,
     execution: str = "auto",
     forward: Forward | None = None,
+    *,
+    prompt: int = 0,
+    mixes: bool = True,
+    budget: int | None = None,
 ) -> tuple[TorchEngine, dict[str, int]]:
     """The engine of that name, and what it takes: bytes of weights, packed weights and cache.
 
     Args:
         forward: the slots engine's pass; None for the leanest that is right for the model.
+        prompt: tokens of the longest prompt.
+        mixes: prompts ride along with the running requests.
+        budget: most tokens of such a pass; None where it follows the number of slots.
 
     Raises:
         UsageError: a batch of this size does not fit (names the largest that does), or the model
@@ -45,19 +49,28 @@ def make_engine(
     memory = {"weight_bytes": model.weight_bytes, "packed_weight_bytes": 0}
     try:
         if name == "notebook":
-            per_slot = kv_token_bytes(config, model.dtype) * max_len
-            # While the batch changes, the notebook's way holds the old cache and the new one.
-            _check_room(model, slots, max_len, 2 * per_slot)
-            return NotebookEngine(model, slots), memory | {"kv_cache_bytes": slots * per_slot}
+            dtype = model.dtype
+            served = Served(config, dtype, dtype, name, prompt, max_len, False, None, lean=False)
+            _check_room(model, slots, served)
+            return NotebookEngine(model, slots), memory | {
+                "kv_cache_bytes": served.cache_bytes(slots)
+            }
         chosen = _execution(execution, model.device)
         # What is compiled is taken apart, down to torch's own operators.
         most = Kernels.PLAIN if chosen == "compile" else Kernels.OWN
         forward = forward or make_forward(model, most)
-        per_slot = kv_token_bytes(config, forward.cache_dtype) * max_len
-        _check_room(model, slots, max_len, per_slot)
+        lean = not isinstance(forward, TransformersForward)
+        cached = forward.cache_dtype
+        served = Served(
+            config, model.dtype, cached, name, prompt, max_len, mixes, budget, lean=lean
+        )
+        _check_room(model, slots, served)
         if isinstance(forward, TransformersForward):
             _check_forward(model, forward)
-        memory |= {"packed_weight_bytes": forward.extra_bytes, "kv_cache_bytes": slots * per_slot}
+        memory |= {
+            "packed_weight_bytes": forward.extra_bytes,
+            "kv_cache_bytes": served.cache_bytes(slots),
+        }
         engine = _slots_engine(
             model, slots, max_len, forward, chosen, fall_back=execution == "auto"
         )
@@ -136,15 +149,15 @@ def _check_forward(model: LoadedModel, forward: TransformersForward) -> None:
         )
 
 
-def _check_room(model: LoadedModel, slots: int, max_len: int, cached: int) -> None:
-    """Raise UsageError where ``slots`` times ``cached`` bytes, and their logits, do not fit."""
-    needed = cached + model.module.config.vocab_size * (model.dtype.itemsize + 4)
-    room = int(free_bytes(model.device) * (1 - _RESERVE))
-    if slots * needed <= room:
+def _check_room(model: LoadedModel, slots: int, served: Served) -> None:
+    """Raise UsageError where serving ``slots`` requests together does not fit."""
+    room = int(free_bytes(model.device) * (1 - HEADROOM))
+    needed = served.bytes(slots)
+    if needed <= room:
         return
-    fits = room // needed
+    fits = largest_batch(lambda fewer: served.bytes(fewer) <= room, slots)
     raise UsageError(
-        f"--batch-size {slots}: needs {slots * needed / 2**30:.1f} GiB of cache for requests "
-        f"of {max_len} tokens, and {model.device} has {room / 2**30:.1f} GiB to spare; "
-        + (f"the largest that fits is {fits}" if fits else "not even one slot fits")
+        f"--batch-size {slots}: needs {needed / 2**30:.1f} GiB of cache and activations for "
+        f"requests of {served.longest} tokens, and {model.device} has {room / 2**30:.1f} GiB to "
+        "spare; " + (f"the largest that fits is {fits}" if fits else "not even one slot fits")
     )
