@@ -34,7 +34,7 @@ from batchbench.reports.work import compare_work
 from batchbench.studies import twins
 from batchbench.studies.deciding import CheckSpec
 from batchbench.studies.duet import TurnsWatch
-from batchbench.studies.duet_gate import TOKENS_DEPEND_ON, facts, no_time_for
+from batchbench.studies.duet_gate import TOKENS_DEPEND_ON, facts, gate_of_nothing, no_time_for
 from batchbench.studies.identity import named_files
 from batchbench.studies.processes import Installation, Workers
 from batchbench.studies.reproduce import pinned
@@ -230,7 +230,11 @@ def conduct_check(
         else:
             watch.measured(f"process {count}", "")
     if not observed.processes:
-        return _gate_of_nothing(baseline, file, spec, observed, began)
+        base = Side(str(file), {"created": data["created_at"], "machine": baseline.machine})
+        here_now = Side("this installation", {"batchbench": batchbench.__version__})
+        why = no_time_for("process", observed.cut_off)
+        spent_s = time.monotonic() - began
+        return gate_of_nothing("check", typed(file, spec), base, here_now, why, spent_s)
     if observed.cut_off:
         decisions = decide_ratios(baseline.processes, observed.processes, rule, looks + 1)
     return _gate(baseline, file, spec, observed, decisions, differing, rule, began)
@@ -300,22 +304,6 @@ def _works_differ(baseline: Baseline, seen: Seen, allow_improvement: bool) -> bo
         allow_improvement=allow_improvement,
     )
     return any(each.fails for each in found)
-
-
-def _gate_of_nothing(
-    baseline: Baseline, file: Path, spec: CheckSpec, observed: Observed, began: float
-) -> Gate:
-    """The gate where no process was finished: nothing can be told."""
-    facts_of_base = {"created": baseline.data["created_at"], "machine": baseline.machine}
-    return Gate(
-        command="check",
-        typed=typed(file, spec),
-        base=Side(str(file), facts_of_base),
-        new=Side("this installation", {"batchbench": batchbench.__version__}),
-        evidence=[],
-        unsure=no_time_for("process", observed.cut_off),
-        seconds=time.monotonic() - began,
-    )
 
 
 def _gate(

@@ -36,7 +36,12 @@ def make_gate(
         typed: the command line that does it again.
     """
     if not found.first.pairs:
-        return _gate_of_nothing(found, sides, labels, typed)
+        base, new = (
+            Side(label, {"python": str(side.python)})
+            for label, side in zip(labels, sides, strict=True)
+        )
+        why = no_time_for("pair of processes", found.first.cut_off)
+        return gate_of_nothing("duet", typed, base, new, why, found.seconds)
     opened = found.first.opened[0]
     differing = list(differences(opened))
     alike = not any(each.name in TOKENS_DEPEND_ON for each in differing)
@@ -58,22 +63,11 @@ def make_gate(
     )
 
 
-def _gate_of_nothing(
-    found: Findings, sides: tuple[Installation, Installation], labels: tuple[str, str], typed: str
+def gate_of_nothing(
+    command: str, typed: str, base: Side, new: Side, why: str, seconds: float
 ) -> Gate:
-    """The gate where no pair was finished: nothing can be told."""
-    base, new = (
-        Side(label, {"python": str(side.python)}) for label, side in zip(labels, sides, strict=True)
-    )
-    return Gate(
-        command="duet",
-        typed=typed,
-        base=base,
-        new=new,
-        evidence=[],
-        unsure=no_time_for("pair of processes", found.first.cut_off),
-        seconds=found.seconds,
-    )
+    """The gate where nothing was finished in time, so that nothing can be told."""
+    return Gate(command, typed, base, new, evidence=[], unsure=why, seconds=seconds)
 
 
 def no_time_for(what: str, late: OutOfTimeError | None) -> str:
