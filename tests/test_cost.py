@@ -259,6 +259,14 @@ def test_full_batches_and_a_few_smaller_ones_predict_continuous(prefill: str) ->
     assert quality.steps == sum(trial.num_steps for trial in trials)
 
 
+def test_a_pass_of_prompts_alone_still_costs_a_pass() -> None:
+    """No step has so few rows that it could tell a pass from its first row."""
+    trials = [measured(run(CLASSIC, Config("static", 32), BENT), 0.02, i) for i in range(3)]
+    known, _ = known_cost("static", trials, small_steps(32, BENT))
+    assert known.cost.row_ns == 0
+    assert known.cost.step_ns == pytest.approx(BENT.step_ns, rel=0.2)
+
+
 def test_smaller_batches_teach_the_same_where_rows_cost_alike() -> None:
     trials = [measured(run(CLASSIC, Config("static", 32), TRUE), 0.02, i) for i in range(3)]
     known, _ = known_cost("static", trials, small_steps(32, TRUE))

@@ -205,6 +205,8 @@ def fit_cost(work: Work) -> StepCost:
     """
     counts, spent, size = work.alike
     features = _features(counts, work.bends)
+    if work.bends:  # a pass of prompts alone costs what one with the fewest rows does
+        features[:, 4] = 0.0
     scale = np.maximum(np.linalg.norm(features * np.sqrt(size)[:, None], axis=0), 1e-12)
     firm = np.diag(np.where(np.arange(features.shape[1]) > 0, _FIRM, 0.0))
     weight = np.ones(len(spent))
