@@ -116,7 +116,10 @@ def test_block_sizes_that_cannot_be_told_are_asked_for(file: Path) -> None:
     rows = lines(*mooncake(900, 700, block=100))
     assert refusal(file, rows).startswith("hash_ids fit blocks of 100 to 112 tokens; say which")
     rows = lines(*mooncake(900, block=100), *mooncake(900, block=300))
-    assert refusal(file, rows).startswith("hash_ids of the first rows fit no block size; give")
+    assert refusal(file, rows) == (
+        "line 1: hash_ids names 9 blocks for 900 tokens, and no block size fits most rows; give "
+        "--trace-block-size"
+    )
 
 
 def test_one_block_a_prompt_says_nothing_of_a_larger_size(file: Path) -> None:
@@ -165,7 +168,19 @@ def test_the_unit_of_times_is_inferred_with_a_word(
     assert trace.remarks == (f"times in {unit}" + " (inferred)" * (unit != "ms"),)
 
 
-@pytest.mark.parametrize("times", [[0, 0, 1, 1, 2], [3.5, 12.25, 20.5], [0, 40.5, 80.25]])
+@pytest.mark.parametrize("gap", [250_000, 10**6, 10**9])
+def test_times_that_may_be_us_or_ns_are_questioned(gap: int, file: Path) -> None:
+    rows = [{"timestamp": i * gap, "input_length": 7, "output_length": 7} for i in range(9)]
+    assert "in us; say which with --trace-time-unit" in refusal(file, lines(*rows))
+    due = read(file, time_unit="us").due_ns
+    assert due is not None
+    assert due[1] == gap * 1000
+
+
+@pytest.mark.parametrize(
+    "times",
+    [[0, 0, 1, 1, 2], [0, 1, 2, 3], [5, 12, 20], [3.5, 12.25, 20.5], [0, 40.5, 80.25]],
+)
 def test_times_that_may_be_ms_or_s_are_questioned(times: list[float], file: Path) -> None:
     rows = [{"timestamp": t, "input_length": 7, "output_length": 7} for t in times]
     told = refusal(file, lines(*rows))

@@ -181,8 +181,11 @@ def _block_tokens(rows: Sequence[_Request], where: str) -> int:
 
     best = max({BLOCK_TOKENS, *lows}, key=lambda size: (fitting(size), size == BLOCK_TOKENS))
     if fitting(best) * 2 <= len(named):
+        row = next(row for row in named if not row.fits(BLOCK_TOKENS))
         raise UsageError(
-            f"{where}: hash_ids of the first rows fit no block size; give --trace-block-size"
+            f"{where}: {row.place.unit} {row.place.number}: hash_ids names {len(row.blocks):,} "
+            f"blocks for {row.prompt_tokens:,} tokens, and no block size fits most rows; give "
+            "--trace-block-size"
         )
     within = [pair for pair in zip(lows, highs, strict=True) if pair[0] <= best <= pair[1]]
     low, high = max(low for low, _ in within), min(high for _, high in within)
@@ -201,11 +204,12 @@ def _block_tokens(rows: Sequence[_Request], where: str) -> int:
 def _time_unit(rows: Sequence[_Request], where: str) -> str:
     """Return the unit of the times: ms unless they speak against it.
 
-    Times of today, counted from 1970, have 10 digits in s, 13 in ms, and so on. Others are of ms
-    unless that makes more than 1,000 requests/s.
+    Times of today, counted from 1970, have 10 digits in s, 13 in ms, and so on. Others are in ms
+    unless that makes more than 1,000 requests/s of times with fractions.
 
     Raises:
-        UsageError: they may be of ms and of s.
+        UsageError: in ms, they make an implausible rate: over 100 requests/s (over 10, if they
+            have fractions), or fewer than one in 100 s.
     """
     if any(row.of_bailian for row in rows):
         return "s"
@@ -220,9 +224,16 @@ def _time_unit(rows: Sequence[_Request], where: str) -> str:
     fractional = any(time != int(time) for time in times)
     if fractional and gap < 1:
         return "s"
-    if gap < 1 or (fractional and gap < 100):
+    if gap < (100 if fractional else 10) or gap > 100_000:
+        other = "s" if gap < 100 else "us"
         raise UsageError(
-            f"{where}: times are {gap:.3g} apart on average, {1000 / gap:,.3g} requests/s in ms "
-            f"and {1 / gap:,.3g} in s; say which with --trace-time-unit"
+            f"{where}: times are {_short(gap)} apart on average, {_short(1000 / gap)} requests/s "
+            f"in ms and {_short(1e9 / (gap * TIME_UNITS[other]))} in {other}; say which with "
+            "--trace-time-unit"
         )
     return "ms"
+
+
+def _short(number: float) -> str:
+    """Return a number with three significant digits, such as ``1,000`` or ``0.0125``."""
+    return f"{float(f'{number:.3g}'):,.10g}"
