@@ -346,8 +346,22 @@ def test_an_array_that_breaks_off_is_told_and_read_so_far_if_asked(file: Path) -
         (b"a,b,c\n1,2,3\n", None, "name it with --trace-format"),
         (b"a,b,c\n1,2,3\n", "azure", "line 1: lacks the column TIMESTAMP"),
         (b"", "azure", "is an empty file"),
-        (AZURE.splitlines(keepends=True)[0].encode(), None, "holds no row of the format azure"),
+        (
+            AZURE.splitlines(keepends=True)[0].encode(),
+            None,
+            "holds no row of the format azure; give a file with requests",
+        ),
         (b"[]", None, "holds no row of the format sharegpt"),
+        (
+            b'[{"instruction": "a", "output": "b"}]',
+            None,
+            "is JSON with the keys instruction, output,",
+        ),
+        (
+            b'{"data": [{"text": "a"}]}',
+            None,
+            "is JSON with the keys data, text, of no known format",
+        ),
         (b'{"a": 1}', "sharegpt", "line 1: has no list of conversations"),
         (b'{"batchbench_workload": 9}', None, "line 1: is of version 9, this batchbench reads 1"),
         (b'{"batchbench_workload": 1, "max_concurrency": 0}', None, "line 1: stop_at_eos or max"),
@@ -400,7 +414,7 @@ def rows_of(format: str, count: int) -> list[str]:
                 "azure": f"2023-11-16 {i // 3600:02}:{i // 60 % 60:02}:{i % 60:02},"
                 f"{asked},{answered}",
                 "burstgpt": f"{i},GPT-4,{asked},{answered},{asked + answered},API log",
-                "mooncake": f'{{"timestamp": {i}, "input_length": {asked}, '
+                "mooncake": f'{{"timestamp": {1000 * i}, "input_length": {asked}, '
                 f'"output_length": {answered}}}',
                 "sharegpt": '{"conversations": [{"from": "human", "value": "why"}, '
                 f'{{"from": "gpt", "value": "{"x" * (answered // 100 + 1)}"}}]}}',

@@ -7,7 +7,7 @@ import re
 
 from batchbench.workloads.spec import TRACE_FORMATS
 from batchbench.workloads.traces.documents import TURNS
-from batchbench.workloads.traces.objects import is_document
+from batchbench.workloads.traces.objects import first_element, is_document
 from batchbench.workloads.traces.rows import shown
 from batchbench.workloads.traces.tables import AZURE, BURSTGPT, columns_of, plain
 
@@ -70,7 +70,8 @@ def format_of(head: bytes) -> str | None:
         for format, keys in _KEYS:
             if re.search(rb'"(?:%s)"\s*:' % "|".join(keys).encode(), begin):
                 return format
-        return "sharegpt" if is_document(begin) else None
+        first = first_element(begin)
+        return "sharegpt" if is_document(begin) and not isinstance(first, dict) else None
     line = begin.partition(b"\n")[0].decode("utf-8", "replace")
     try:
         _, names = columns_of(line)
@@ -92,7 +93,7 @@ def described(head: bytes) -> str:
     if kind := _kind_of(head):
         return kind
     begin = head.lstrip()
-    if begin.startswith(b"{"):
+    if begin.startswith((b"{", b"[")):
         keys = re.findall(rb'"([^"\\]{1,40})"\s*:', begin)
         names = [key.decode("utf-8", "replace") for key in dict.fromkeys(keys)]
         kind = f"JSON with the keys {', '.join(names[:5])}," if names else "JSON"

@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from batchbench.workloads.traces.rows import (
     LONGEST_LINE,
@@ -38,6 +38,21 @@ _SPACE = re.compile(r"[ \t\r\n]*+")
 def is_document(head: bytes) -> bool:
     """Return True for a file that is one array, or an object with an array ``data``."""
     return _ARRAY.match(head) is not None
+
+
+def first_element(head: bytes) -> object:
+    """Return the first element of an array of which this is the beginning; None if it ends later.
+
+    Args:
+        head: a beginning that is short enough to be parsed whole.
+    """
+    if not (begin := _ARRAY.match(head)):
+        return None
+    text = head[begin.end() :].decode("utf-8", "ignore").lstrip()
+    try:
+        return cast(object, json.JSONDecoder().raw_decode(text)[0])
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_objects(content: BinaryIO, head: bytes) -> Iterator[tuple[Place, dict[str, Any] | BadRow]]:

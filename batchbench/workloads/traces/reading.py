@@ -102,7 +102,10 @@ def read_trace(
         except HopelessError as error:
             raise UsageError(f"{where}: {error}") from error
     if not len(columns):
-        raise UsageError(f"{where}: holds no {'right ' * (not whole)}row of the format {format}")
+        right = "right " * (not whole)
+        raise UsageError(
+            f"{where}: holds no {right}row of the format {format}; give a file with requests"
+        )
     return columns.trace(format, about, whole=whole, dialect=dialect)
 
 
