@@ -213,7 +213,7 @@ def check_place(place: Path, named: str) -> None:
             (Path(trial) / place.relative_to(top.parent)).mkdir(parents=True)
     except (OSError, ValueError) as error:
         why = reason_of(error) if isinstance(error, OSError) else str(error)
-        raise UsageError(f"{named}: cannot be written: {why}") from error
+        raise UsageError(f"{named}: cannot be written: {why}; give another place") from error
 
 
 def _write_within(

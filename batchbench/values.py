@@ -65,7 +65,7 @@ def parse_float(text: str, place: str, unit: str = "") -> float:
     """Return the number that a text writes, in a unit of :data:`UNITS`.
 
     A percentage may carry a ``%``; so may a share, whose ``95%`` is 0.95. One below 1 percent must
-    carry it, since ``0.05`` may be the share 0.05, which is 5 percent.
+    carry it, since ``0.05`` may be the share 0.05, which is 5 percent; so must a share above 1.
 
     Raises:
         UsageError: it is no number of this unit.
@@ -81,4 +81,6 @@ def parse_float(text: str, place: str, unit: str = "") -> float:
             f"{place}: is below 1 percent; write {shown(bare)}% if you mean that, or "
             f"{shown(f'{100 * number:f}'.rstrip('0').rstrip('.'))}% for the share {shown(bare)}"
         )
+    if unit == "share" and 1 < number < 100:
+        raise UsageError(f"{place}: must be at most 1; write {shown(bare)}% for percent")
     return float(number)

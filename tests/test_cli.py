@@ -160,7 +160,10 @@ BAD_OPTIONS = [
     ("--max-wait -1", "--max-wait -1: must be at least 0"),
     ("--strategy os:getcwd", "--strategy os:getcwd: is not a class but a function"),
     ("--strategy os:nope", "--strategy os:nope: "),
-    ("--strategy nowhere:Policy", "--strategy nowhere:Policy: no module nowhere is here"),
+    (
+        "--strategy nowhere:Policy",
+        "--strategy nowhere:Policy: there is no module nowhere; give one",
+    ),
     ("--strategy broken:Policy", "--strategy broken:Policy: cannot be imported: ZeroDivisionError"),
     ("--strategy :", "--strategy :"),
     ("--strategy ,", "--strategy: name at least one"),
@@ -204,6 +207,7 @@ LATER = [
     ("--output good.txt", "--output good.txt: cannot be written: "),
     ("--output good.txt/below", "--output good.txt/below: cannot be written: not a directory"),
     ("--output /proc/nowhere", "--output /proc/nowhere: cannot be written: "),
+    ("--output /dev/null/x", "not a directory; give another place"),
 ]
 """Answered when the model's shape or the folder is looked at."""
 
@@ -251,6 +255,7 @@ def test_what_cannot_be_served_is_answered_with_one_line(
         ("report", "RESULT: is missing"),
         ("report nowhere", "nowhere: no such folder; give the folder that batchbench run wrote"),
         ("report .", "holds no result.json"),
+        ("report /dev/null", "/dev/null: is no folder; give the folder that batchbench run wrote"),
         ("simulate --stop-at-eos", "--stop-at-eos: a simulation runs no model"),
     ],
 )

@@ -135,6 +135,7 @@ def test_every_usual_form_of_a_number_is_read(option: Option) -> None:
             assert parse(option.spec, option.field, form) == 5.0, form
     if option.known.unit == "share":
         assert parse(option.spec, option.field, "96%") == parse(option.spec, option.field, "0.96")
+        assert "must be at most 1; write 96% for percent" in check_refused(option, "96")
 
 
 def test_every_number_is_bounded() -> None:

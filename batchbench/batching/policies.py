@@ -215,7 +215,8 @@ def _class_of(name: str, place: str) -> type:
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise UsageError(
-                f"{place}: no module {shown(error.name)} is here or installed"
+                f"{place}: there is no module {shown(error.name)}; give one that is installed, or "
+                "run this in the folder of its file"
             ) from error
         raise UsageError(f"{place}: cannot be imported: {_spell(error)}") from error
     except (Exception, SystemExit) as error:

@@ -12,6 +12,7 @@ import numpy as np
 
 from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError
+from batchbench.files import reason_of
 from batchbench.json_file import read_json
 from batchbench.reports.schema import fault_of
 
@@ -35,10 +36,13 @@ def read_data(folder: Path) -> dict[str, Any]:
     try:
         data = read_json(file)
     except (FileNotFoundError, NotADirectoryError) as error:
-        what = "holds no result.json" if folder.is_dir() else "no such folder"
+        absent = "is no folder" if folder.exists() else "no such folder"
+        what = "holds no result.json" if folder.is_dir() else absent
         raise UsageError(f"{folder}: {what}; give the folder that batchbench run wrote") from error
     except OSError as error:
-        raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise UsageError(
+            f"{file}: cannot be read: {reason_of(error)}; give the folder that batchbench run wrote"
+        ) from error
     if not isinstance(data, dict) or "schema_version" not in data:
         raise UsageError(f"{file}: is no result of batchbench")
     if data.get("kind") == "baseline":
