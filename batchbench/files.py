@@ -38,9 +38,12 @@ class ClaimedError(UsageError):
     """Another process writes to the place."""
 
 
-def reason_of(error: OSError) -> str:
-    """Return the system's reason, such as ``no space left on device``."""
-    return (error.strerror or str(error)).lower()
+def reason_of(error: OSError | ValueError) -> str:
+    """Return the system's reason, such as ``no space left on device``.
+
+    A name that holds a null character is a ValueError.
+    """
+    return (getattr(error, "strerror", None) or str(error)).lower()
 
 
 @contextmanager
@@ -212,8 +215,9 @@ def check_place(place: Path, named: str) -> None:
         with tempfile.TemporaryDirectory(prefix=STAGING, dir=top.parent) as trial:
             (Path(trial) / place.relative_to(top.parent)).mkdir(parents=True)
     except (OSError, ValueError) as error:
-        why = reason_of(error) if isinstance(error, OSError) else str(error)
-        raise UsageError(f"{named}: cannot be written: {why}; give another place") from error
+        raise UsageError(
+            f"{named}: cannot be written: {reason_of(error)}; give another place"
+        ) from error
 
 
 def _write_within(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from batchbench.errors import UsageError
+from batchbench.files import reason_of
 
 PATIENCE_S = 0.5
 """A pipe to which nobody writes for so long is refused."""
@@ -33,7 +34,7 @@ def open_binary(file: Path, where: str, limit: int | None = None) -> BinaryIO:
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         handle = os.open(file, flags)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{where}: {_why(error)}") from error
+        raise UsageError(f"{where}: {reason_of(error)}") from error
     source = _Source(handle, where, limit)
     try:
         source.begin()
@@ -102,7 +103,7 @@ class _Source(io.RawIOBase):
             try:
                 part = os.read(self._handle, len(place))
             except OSError as error:
-                raise UsageError(f"{self._where}: {_why(error)}") from error
+                raise UsageError(f"{self._where}: {reason_of(error)}") from error
         place[: len(part)] = part
         self._count += len(part)
         self._check_length(self._count)
@@ -119,10 +120,6 @@ class _Source(io.RawIOBase):
         super().close()
 
 
-def _why(error: OSError | ValueError) -> str:
-    return (getattr(error, "strerror", None) or str(error)).lower()
-
-
 def check_there(file: Path, where: str) -> None:
     """Raise :class:`UsageError` where there is nothing to read; reads nothing of it."""
     try:
@@ -131,4 +128,4 @@ def check_there(file: Path, where: str) -> None:
         if not file.exists():
             raise UsageError(f"{where}: no such file or directory")
     except (OSError, ValueError) as error:
-        raise UsageError(f"{where}: {_why(error)}") from error
+        raise UsageError(f"{where}: {reason_of(error)}") from error

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.errors import UsageError
+from batchbench.files import reason_of
 from batchbench.json_file import parse_json
 
 Column = NDArray[Any]
@@ -93,7 +94,7 @@ def read_columns(
     except FileNotFoundError as error:
         raise UsageError(f"{file}: no such recording") from error
     except OSError as error:
-        raise UsageError(f"{file}: cannot be read: {error.strerror or error}") from error
+        raise UsageError(f"{file}: cannot be read: {reason_of(error)}") from error
     except _TORN as error:
         raise NotWholeError("the archive is torn") from error
 

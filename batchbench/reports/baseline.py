@@ -14,6 +14,7 @@ from typing import Any
 import batchbench
 from batchbench.batching.experiment import PARTS
 from batchbench.errors import UsageError
+from batchbench.files import reason_of
 from batchbench.json_file import read_json
 from batchbench.reports.result_file import read_time
 from batchbench.reports.schema import fault_of
@@ -200,7 +201,7 @@ def load_baseline(file: Path) -> Baseline:
     except IsADirectoryError as error:
         raise UsageError(f"{file}: is a folder; give the file that baseline save wrote") from error
     except (OSError, UsageError) as error:
-        why = (error.strerror or str(error)) if isinstance(error, OSError) else error
+        why = reason_of(error) if isinstance(error, OSError) else error
         raise UsageError(f"{file}: cannot be read: {why}; {again}") from error
     if not isinstance(data, dict) or data.get("kind") != "baseline":
         what = "a result, for batchbench compare" if _is_result(data) else "no baseline"

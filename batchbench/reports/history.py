@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batchbench.errors import UsageError
+from batchbench.files import reason_of
 from batchbench.reports.comparison import paired_ratio
 from batchbench.reports.result_file import read_data, read_time
 from batchbench.reports.trend_spec import is_compared
@@ -168,8 +169,7 @@ def find_results(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
                 raise UsageError(f"{folder}: no such folder; give folders that hold results")
             files = sorted(folder.rglob("result.json")) if folder.is_dir() else [folder]
         except OSError as error:  # its name is too long, or nobody may read it
-            why = (error.strerror or str(error)).lower()
-            raise UsageError(f"{folder}: cannot be read: {why}") from error
+            raise UsageError(f"{folder}: cannot be read: {reason_of(error)}") from error
         # What a run that was cut off had begun to write is no result.
         files = [f for f in files if not any(p.startswith(".writing-") for p in f.parts)]
         if not files:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchbench.errors import UsageError
+from batchbench.files import reason_of
 from batchbench.reports.evidence import Side, Varying
 from batchbench.reports.result_file import load_data
 from batchbench.reports.work import Work, compare_work
@@ -80,8 +81,7 @@ def load_runs(path: Path) -> Runs:
     try:
         files = _files(path)
     except OSError as error:  # a name that is too long, a folder that may not be read
-        why = (error.strerror or str(error)).lower()
-        raise UsageError(f"{path}: cannot be read: {why}") from error
+        raise UsageError(f"{path}: cannot be read: {reason_of(error)}") from error
     several = len(files) > 1
     runs = Runs(
         str(path), [Run(str(file) if several else str(path), load_data(file)) for file in files]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-import types
-import typing
 from pathlib import Path
 from typing import Any
 
 from batchbench.errors import UsageError, shown
 from batchbench.inputs import read_binary
-from batchbench.settings import check_value
+from batchbench.settings import check_value, hints_of, kind_of
 from batchbench.workloads.spec import WorkloadSpec
 
 LIMIT = 2**16
@@ -42,7 +40,7 @@ def read_workload_file(file: Path) -> dict[str, Any]:
         raise UsageError(f"{where}: is not UTF-8 text; save it as UTF-8") from error
     except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
         raise UsageError(f"{where}: is not TOML: {shown(error, 200)}") from error
-    hints = typing.get_type_hints(WorkloadSpec)
+    hints = hints_of(WorkloadSpec)
     known = {field.name: field for field in dataclasses.fields(WorkloadSpec)}
     found = {}
     for key, value in table.items():
@@ -63,9 +61,7 @@ def _spelled(value: object) -> str:
 
 def _value(where: str, hint: Any, value: Any, folder: Path) -> Any:
     """A TOML value as a field of this type holds it."""
-    kinds = set(typing.get_args(hint) if isinstance(hint, types.UnionType) else [hint])
-    kinds.discard(type(None))
-    (kind,) = kinds
+    kind: Any = kind_of(hint)
     if kind is Path:
         if isinstance(value, str) and value:
             return folder / value

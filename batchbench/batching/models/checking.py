@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batchbench.errors import UsageError, shown
+from batchbench.files import reason_of
 from batchbench.json_file import read_json
 
 _NEEDED = (
@@ -44,7 +45,7 @@ def read_config(model: str, folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"--model {model}: is no checkpoint: it holds no config.json") from error
     except (OSError, UsageError) as error:
-        why = (error.strerror or str(error)) if isinstance(error, OSError) else error
+        why = reason_of(error) if isinstance(error, OSError) else error
         raise UsageError(f"--model {model}: its config.json cannot be read: {why}") from error
     if not isinstance(config, dict) or not {"model_type", "vocab_size"} <= config.keys():
         raise UsageError(f"--model {model}: its config.json names no model_type and vocab_size")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from batchbench.workloads.traces.objects import read_objects
+from batchbench.workloads.prompts import Encode
+from batchbench.workloads.traces.objects import read_rows
 from batchbench.workloads.traces.rows import BadRow, Dialect, Row, WrongError, shown
-
-Encode = Callable[[str], Sequence[int]]
 
 TURNS = ("conversations", "conversation", "messages", "items")
 """Keys under which a conversation has its turns."""
@@ -24,14 +23,7 @@ def read_sharegpt(
     content: BinaryIO, head: bytes, encode: Encode, dialect: Dialect
 ) -> Iterator[Row | BadRow]:
     """Yield the first question of each conversation, and the length of the first answer to it."""
-    for place, found in read_objects(content, head):
-        if isinstance(found, BadRow):
-            yield found
-            continue
-        try:
-            yield _conversation(found, encode, dialect)
-        except WrongError as error:
-            yield error.at(place)
+    return read_rows(content, head, lambda _, found: _conversation(found, encode, dialect))
 
 
 def _conversation(found: dict[str, Any], encode: Encode, dialect: Dialect) -> Row:

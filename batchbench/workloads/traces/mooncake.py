@@ -15,10 +15,10 @@ from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
 from batchbench.errors import UsageError
-from batchbench.workloads.prompts import BLOCK_TOKENS
+from batchbench.workloads.prompts import BLOCK_TOKENS, Encode
 from batchbench.workloads.spec import TIME_UNITS
-from batchbench.workloads.traces.documents import Encode, ids_of
-from batchbench.workloads.traces.objects import read_objects
+from batchbench.workloads.traces.documents import ids_of
+from batchbench.workloads.traces.objects import read_rows
 from batchbench.workloads.traces.rows import (
     BadRow,
     Dialect,
@@ -68,7 +68,7 @@ def read_mooncake(
     Raises:
         UsageError: the block size or the unit of times cannot be inferred.
     """
-    rows = _requests(content, head, encode)
+    rows = read_rows(content, head, lambda place, found: _request(place, found, encode))
     first: list[_Request | BadRow] = []
     numbers = 0
     for row in rows:
@@ -101,17 +101,6 @@ def read_mooncake(
             yield _row(row, dialect.block_tokens, unit, with_text=with_text)
         except WrongError as error:
             yield error.at(row.place)
-
-
-def _requests(content: BinaryIO, head: bytes, encode: Encode) -> Iterator[_Request | BadRow]:
-    for place, found in read_objects(content, head):
-        if isinstance(found, BadRow):
-            yield found
-            continue
-        try:
-            yield _request(place, found, encode)
-        except WrongError as error:
-            yield error.at(place)
 
 
 def _request(place: Place, found: dict[str, Any], encode: Encode) -> _Request:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
-from typing import Any, BinaryIO, cast
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar, cast
 
 from batchbench.workloads.traces.rows import (
     LONGEST_LINE,
@@ -16,6 +16,8 @@ from batchbench.workloads.traces.rows import (
     read_lines,
     shown,
 )
+
+T = TypeVar("T")
 
 _CHUNK = 2**17
 
@@ -77,6 +79,28 @@ def read_objects(content: BinaryIO, head: bytes) -> Iterator[tuple[Place, dict[s
             yield place, parser.object_of(line)
         except WrongError as error:
             yield place, error.at(place)
+
+
+def read_rows(
+    content: BinaryIO, head: bytes, parse: Callable[[Place, dict[str, Any]], T]
+) -> Iterator[T | BadRow]:
+    """Yield the rows that a function makes of a file's objects, and the bad rows.
+
+    Args:
+        head: the beginning of ``content``, which has not been read yet.
+        parse: takes the place of an object and the object; raises WrongError for a bad row.
+
+    Raises:
+        HopelessError: the rest cannot be read.
+    """
+    for place, found in read_objects(content, head):
+        if isinstance(found, BadRow):
+            yield found
+            continue
+        try:
+            yield parse(place, found)
+        except WrongError as error:
+            yield error.at(place)
 
 
 class _Parser:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
 from batchbench.errors import UsageError
+from batchbench.files import reason_of
 from batchbench.inputs import open_binary
 from batchbench.workloads.traces.contents import HEAD_BYTES
 
@@ -64,8 +65,7 @@ def open_trace(file: Path, where: str) -> Iterator[tuple[BinaryIO, bytes, str]]:
         raise UsageError(f"{where}: is not the text that its first bytes say: {error}") from error
     except OSError as error:
         what = f"is {archive} that " if archive else ""
-        why = (error.strerror or str(error)).lower()
-        raise UsageError(f"{where}: {what}cannot be read: {why}") from error
+        raise UsageError(f"{where}: {what}cannot be read: {reason_of(error)}") from error
 
 
 def _looked_at(source: io.RawIOBase | BinaryIO) -> tuple[bytes, BinaryIO]:
