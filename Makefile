@@ -2,7 +2,7 @@
 # make test   all tests
 # make older  the tests that depend on the machine, with its features hidden (.ci/anywhere.py: more)
 # make lint   ruff and mypy
-# make gate   what schedules compute, against what was kept (.ci/gate --renew keeps it anew)
+# make gate   counts of schedules, compared with the kept ones (.ci/gate --renew replaces them)
 # Each sets .venv up by itself and does so again only when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3

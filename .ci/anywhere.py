@@ -32,7 +32,7 @@ NOBODY = 65534
 
 @dataclass(frozen=True)
 class Variation:
-    """The differences of a machine from this one.
+    """The differences between a machine and this one.
 
     Attributes:
         set: environment variables.
@@ -115,7 +115,7 @@ VARIATIONS = {
 
 @contextmanager
 def path_without_compilers(path: str) -> Iterator[str]:
-    """A folder of links to all programs on a path but compilers."""
+    """Make a folder of links to all programs on a path except compilers."""
     with tempfile.TemporaryDirectory(prefix="anywhere-path-") as folder:
         os.chmod(folder, 0o755)
         for place in path.split(os.pathsep):
@@ -128,7 +128,7 @@ def path_without_compilers(path: str) -> Iterator[str]:
 
 @contextmanager
 def read_only_copy() -> Iterator[Path]:
-    """The files of the working tree, without their history, in a folder that all may read."""
+    """Copy the files of the working tree, without history, to a folder that all users may read."""
     with tempfile.TemporaryDirectory(prefix="anywhere-tree-") as folder:
         os.chmod(folder, 0o755)
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -146,7 +146,7 @@ def read_only_copy() -> Iterator[Path]:
 
 
 def as_nobody(command: list[str], stack: ExitStack) -> list[str]:
-    """A command that another user runs, to whom a closed folder around Python is opened.
+    """Return a command that another user runs, with access to a closed folder around Python.
 
     That happens within a view of the file system of the command's own; nothing else changes.
     """
@@ -166,7 +166,7 @@ def as_nobody(command: list[str], stack: ExitStack) -> list[str]:
 
 
 def run(variation: Variation, arguments: list[str], log: Path) -> int:
-    """The exit code of pytest under a variation; its output goes to ``log``."""
+    """Return the exit code of pytest under a variation; write its output to ``log``."""
     environment = {k: v for k, v in os.environ.items() if k not in variation.unset}
     environment |= {"PYTHONPATH": str(ROOT), **variation.set}
     command = [sys.executable, "-m", "pytest", *variation.arguments, *arguments]
@@ -196,7 +196,7 @@ def run(variation: Variation, arguments: list[str], log: Path) -> int:
 
 
 def impossible(variation: Variation) -> str:
-    """The reason why a variation cannot be shown here; empty if it can."""
+    """Return the reason why a variation cannot run here; empty if it can."""
     if variation.another_user and (not sys.platform.startswith("linux") or os.geteuid() != 0):
         return "needs Linux and root"
     if variation.one_core and not shutil.which("taskset"):
@@ -205,14 +205,14 @@ def impossible(variation: Variation) -> str:
 
 
 def last_line(log: Path) -> str:
-    """The last line that pytest wrote, without its rule and colours."""
+    """Return the last line of pytest's output, without its rule and colours."""
     text = log.read_text(encoding="utf-8", errors="replace").replace("\x1b", "")
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].strip(" =") if lines else "no output"
 
 
 def main() -> int:
-    """Run the variations that are asked for; the exit code is 1 if one failed."""
+    """Run the chosen variations; the exit code is 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--only",

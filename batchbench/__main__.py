@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the program; Ctrl-C while it is still being imported is one line, too."""
+    """Run the program; Ctrl-C during its imports prints one line, too."""
     try:
         from batchbench.cli.main import main as program
 

@@ -1,4 +1,4 @@
-"""Everything that can go wrong, and the exit code each of it ends with.
+"""The errors that batchbench raises, and their exit codes.
 
     BatchbenchError            70   a fault of ours, as is any other exception
     ├── UsageError              2   the question is bad: an option, a file, a batch too large
@@ -20,10 +20,10 @@ _LONGEST_WORD, _LONGEST_LINE = 255, 2000
 
 
 def shown(value: object, most: int = LONGEST_VALUE) -> str:
-    """Return a value as a message shows it: cut to ``most`` characters, its controls escaped."""
+    """Return a value for a message: at most ``most`` characters, control characters escaped."""
     try:
         text = _escaped(str(value)[: most + 1])
-    except ValueError:  # an integer of more digits than Python spells
+    except ValueError:  # Python refuses to convert an integer of so many digits
         return "a number of thousands of digits"
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
@@ -41,7 +41,7 @@ def _escaped(text: str) -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    """Return the text without its middle where it is too long: both ends of a path tell most."""
+    """Return the text, without its middle if it is too long."""
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 

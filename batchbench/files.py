@@ -1,4 +1,4 @@
-"""The one writer of files: claim a place, then write files and folders whole or not at all.
+"""The writer of files: claim a place, then write files and folders whole or not at all.
 
 Content is written to a hidden path beside its target and moved there in one step, together with
 parent folders that are missing. A process that ends at any moment, by Ctrl-C, SIGKILL or a full
@@ -132,7 +132,7 @@ def replacing(target: Path, *, folder: bool = False) -> Iterator[Path]:
         except OSError as error:
             if top == target or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            target.parent.mkdir(parents=True, exist_ok=True)  # somebody made a folder above it
+            target.parent.mkdir(parents=True, exist_ok=True)  # somebody made one above it
             os.replace(inner, target)
     finally:
         _remove(staging)
@@ -149,7 +149,7 @@ def write_whole(
 
     A folder that is missing appears with all files in one move. In a folder that exists, the old
     first file is removed before anything else and the new one comes last, so that it only ever
-    stands among its own.
+    stands beside its own files.
 
     Args:
         contents: files by name; the first tells readers that the others are there.
@@ -252,14 +252,14 @@ def _fill(staging: Path, contents: Mapping[str, bytes | str], *, durable: bool) 
 
 def _write(file: Path, content: Content) -> None:
     if isinstance(content, str):
-        # A name of a file may hold bytes that are no text.
+        # The name of a file may hold bytes that are not text.
         content = content.encode("utf-8", "backslashreplace")
     with file.open("wb") as out:
         out.writelines([content] if isinstance(content, bytes) else content)
 
 
 def _sync(path: Path) -> None:
-    """Have a file's content, or the names in a folder, on the disk."""
+    """Flush a file's content, or the names in a folder, to the disk."""
     if os.name != "posix" and path.is_dir():
         return  # only POSIX can do this for folders
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -287,7 +287,7 @@ def _digest(path: Path) -> str:
 
 
 def remove_leftovers(place: Path) -> None:
-    """Remove what killed processes left half-written for a place that is claimed."""
+    """Remove half-written files that killed processes left at a claimed place."""
     above = _topmost_missing(place).parent
     prefix = _staging_prefix(place)
     for leftover in [*above.glob(f"{prefix}*"), *place.glob(f"{prefix}*")]:

@@ -13,24 +13,24 @@ from batchbench.errors import UsageError
 from batchbench.files import reason_of
 
 PATIENCE_S = 0.5
-"""A pipe to which nobody writes for so long is refused."""
+"""Seconds to wait for the writer of a pipe."""
 
 MIB = 2**20
 _BUFFER = 2**16
 
 
 def open_binary(file: Path, where: str, limit: int | None = None) -> BinaryIO:
-    """Open a file or pipe for reading bytes, after a byte-order mark at its beginning.
+    """Open a file or pipe for reading bytes; skip a byte-order mark at its beginning.
 
     Args:
         where: the option and the file; each message begins with it.
-        limit: most bytes that are read of it, whether or not its size is known.
+        limit: largest number of bytes to read, even if its size is unknown.
 
     Raises:
-        UsageError: it cannot be opened, or, now or at a later read, cannot be read or is too long.
+        UsageError: it cannot be opened or read, or is too long; later reads may raise this too.
     """
     try:
-        # Not blocking, or the opening of a pipe would wait for somebody who writes to it.
+        # Not blocking, since the opening of a pipe would wait for its writer.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         handle = os.open(file, flags)
     except (OSError, ValueError) as error:
@@ -39,7 +39,7 @@ def open_binary(file: Path, where: str, limit: int | None = None) -> BinaryIO:
     try:
         source.begin()
         content = io.BufferedReader(source, _BUFFER)
-        # Looking ahead, for a pipe cannot go back.
+        # Look ahead, since a pipe cannot go back.
         if content.peek(3)[:3] == b"\xef\xbb\xbf":
             content.read(3)
     except BaseException:
@@ -49,7 +49,7 @@ def open_binary(file: Path, where: str, limit: int | None = None) -> BinaryIO:
 
 
 def read_binary(file: Path, where: str, limit: int) -> bytes:
-    """Read a whole file or pipe, after a byte-order mark at its beginning.
+    """Read a whole file or pipe; skip a byte-order mark at its beginning.
 
     Raises:
         UsageError: it cannot be read, or is longer than ``limit`` bytes.
@@ -59,14 +59,14 @@ def read_binary(file: Path, where: str, limit: int) -> bytes:
 
 
 class _Source(io.RawIOBase):
-    """Bytes of an open file, up to a limit; each fault of reading is a :class:`UsageError`."""
+    """An open file, read up to a limit; errors of reading are :class:`UsageError`."""
 
     def __init__(self, handle: int, where: str, limit: int | None) -> None:
         self._handle, self._where, self._limit = handle, where, limit
         self._first, self._count = b"", 0
 
     def begin(self) -> None:
-        """Refuse what cannot be read, and wait for the writer of a pipe."""
+        """Refuse folders and long files, and wait for the writer of a pipe."""
         status = os.fstat(self._handle)
         if stat.S_ISDIR(status.st_mode):
             raise UsageError(f"{self._where}: is a directory; give a file")
@@ -78,7 +78,7 @@ class _Source(io.RawIOBase):
             os.set_blocking(self._handle, True)
 
     def _await_writer(self) -> bytes:
-        """Return what is in the pipe; nothing where its writer is still silent."""
+        """Return the content of the pipe; nothing if its writer has written nothing yet."""
         until = time.monotonic() + PATIENCE_S
         while True:
             try:
@@ -121,7 +121,7 @@ class _Source(io.RawIOBase):
 
 
 def check_there(file: Path, where: str) -> None:
-    """Raise :class:`UsageError` where there is nothing to read; reads nothing of it."""
+    """Raise :class:`UsageError` if there is no such file; do not open it."""
     try:
         if file.is_dir():
             raise UsageError(f"{where}: is a directory; give a file")

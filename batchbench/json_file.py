@@ -1,7 +1,7 @@
-"""The bounded reader of JSON files: it limits size, depth and numbers, and allows no key twice.
+"""The bounded reader of JSON files: it limits size, depth and numbers, and refuses duplicate keys.
 
-Every JSON file that a user names is read here, so that a spoiled or hostile one costs neither much
-memory nor much time, and is refused in one line.
+Every JSON file that a user names is read here. A broken or hostile one takes little memory and
+time, and is refused in one line.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from batchbench.errors import UsageError
 from batchbench.inputs import read_binary
 
 MOST_BYTES = 64 * 2**20
-"""A result that holds the texts of 10,000 long requests is of about this size."""
+"""Largest file; a result with the texts of 10,000 long requests has about this size."""
 
 MOST_VALUES = 1_000_000
-"""A value takes up to 180 bytes of memory where its text takes as few as three."""
+"""Most values of a file; one takes up to 180 bytes of memory for 3 bytes of text."""
 
 MOST_DEPTH = 64
-"""A result is 8 deep. Python's parser fails at about 1,000, and what walks the data before that."""
+"""Most levels of nesting. A result has 8; code that walks the data fails before 1,000."""
 
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 LARGEST, SMALLEST = 1e50, 1e-50
-"""Sizes of numbers other than 0: what is reckoned with them stays within a double's range."""
+"""Bounds of numbers other than 0, so that results of arithmetic stay in a double's range."""
 
 
 def read_json(file: Path, *, constants: bool = False) -> Any:
@@ -43,7 +43,7 @@ def read_json(file: Path, *, constants: bool = False) -> Any:
 
     Raises:
         OSError: the file is missing or is a folder.
-        UsageError: it cannot be read, is too large, no JSON, or holds what no file of ours holds.
+        UsageError: it cannot be read, is not JSON, or goes beyond the limits of this module.
     """
     if stat.S_ISDIR(file.stat().st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
@@ -54,13 +54,13 @@ def read_json(file: Path, *, constants: bool = False) -> Any:
 
 
 def parse_json(content: bytes, *, constants: bool = False) -> Any:
-    """Parse JSON in UTF-8; a byte-order mark at its beginning is passed over.
+    """Parse JSON in UTF-8; skip a byte-order mark at its beginning.
 
     Args:
         constants: accept ``Infinity`` and ``NaN``.
 
     Raises:
-        ValueError: it is no JSON, or goes beyond the limits of this module.
+        ValueError: it is not JSON, or goes beyond the limits of this module.
     """
     _check_count(content)
     try:
@@ -83,18 +83,18 @@ _TOO_DEEP = f"it is nested more than {MOST_DEPTH} deep"
 
 
 def _check_count(content: bytes) -> None:
-    """Raise ValueError where there are too many values; found before they take memory."""
+    """Raise ValueError if there are too many values, before they take memory."""
     if _count(content) > MOST_VALUES and _count(_STRING.sub(b"", content)) > MOST_VALUES:
         raise ValueError(f"it holds more than {MOST_VALUES:,} values")
 
 
 def _count(content: bytes) -> int:
-    """An upper bound of the number of values."""
+    """Return an upper bound of the number of values."""
     return sum(map(content.count, (b",", b"[", b"{")))
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _int(text: str) -> int:
@@ -106,7 +106,7 @@ def _int(text: str) -> int:
 def _float(text: str) -> float:
     value = float(text)
     if value and not SMALLEST < abs(value) < LARGEST:
-        raise ValueError(f"the number {text[:24]} is beyond what any file of ours holds")
+        raise ValueError(f"the number {text[:24]} is out of range")
     return value
 
 
@@ -119,10 +119,10 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_values(data: Any, *, escaped: bool) -> None:
-    """Raise ValueError for too deep a nesting, and for text that no file can hold.
+    """Raise ValueError for nesting that is too deep, and for text that UTF-8 cannot hold.
 
     Args:
-        escaped: the text holds escapes, which may stand for half a character.
+        escaped: the text holds escapes, which may make half a character.
     """
     level, depth = [data], 0
     while level:
@@ -137,7 +137,7 @@ def _check_values(data: Any, *, escaped: bool) -> None:
             elif isinstance(value, list):
                 inner += value
             elif escaped and isinstance(value, str) and not _is_text(value):
-                raise ValueError("it holds half a surrogate pair, which is no character")
+                raise ValueError("it holds half a surrogate pair, which is not a character")
         level, depth = inner, depth + 1
 
 

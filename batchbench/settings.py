@@ -36,7 +36,7 @@ class Setting:
     default_text: str | None = None  # what None means, for the help
     excludes: tuple[str, ...] = ()  # fields that say the same in another way
     resets: tuple[str, ...] = ()  # fields that mean nothing any more once this one is set anew
-    unit: str = ""  # of a number: a key of values.UNITS
+    unit: str = ""  # a key of values.UNITS, for numbers
 
 
 def setting(
@@ -53,7 +53,7 @@ def setting(
     resets: Sequence[str] = (),
     unit: str = "",
 ) -> Any:
-    """A dataclass field that carries its option's help text, bounds, unit, choices and rivals."""
+    """Return a dataclass field with its option's help text, bounds, unit, choices and rivals."""
     assert unit in UNITS
     about = Setting(
         help,
@@ -110,12 +110,12 @@ def make_spec(spec: Any, given: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def hints_of(spec: type) -> dict[str, Any]:
-    """Types of a spec's fields; to evaluate them anew for each option took half of ``--help``."""
+    """Return the types of a spec's fields; without the cache they took half of ``--help``."""
     return typing.get_type_hints(spec)
 
 
 def kind_of(hint: Any) -> type:
-    """The type of a field's values that are not None: ``int`` of ``int | None``."""
+    """Return the type of a field's values that are not None: ``int`` for ``int | None``."""
     if typing.get_origin(hint) is tuple:
         return tuple
     (kind,) = set(typing.get_args(hint) or {hint}) - {type(None)}
@@ -137,7 +137,7 @@ def parse(spec: type, field: dataclasses.Field[Any], text: str) -> Any:
     """Return the value that a text on a command line gives to a field.
 
     Raises:
-        UsageError: the text is empty, or no value of the field's kind, or beyond its bounds.
+        UsageError: the text is empty, not of the field's kind, or out of its bounds.
     """
     known, kind = about(field), kind_of(hints_of(spec)[field.name])
     place = f"{option_name(field.name)} {shown(text)}"
@@ -232,7 +232,7 @@ def check_value(field: dataclasses.Field[Any], value: Any, asked: str) -> None:
 
 
 def _spell(bound: float) -> str:
-    """A bound without a needless ``.0``."""
+    """Return a bound as text, without ``.0``."""
     return str(int(bound)) if bound == int(bound) else str(bound)
 
 

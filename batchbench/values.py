@@ -1,7 +1,7 @@
-"""Numbers as people write them: one parser for options, their parts, and lines of files.
+"""The parser of numbers in options, their parts, and lines of files.
 
 All of these are numbers: ``7``, ``+8``, ``1_000``, ``.5``, ``5.``, ``1e3``, ``1.27e+03``, with
-blanks around them. Digits are those of ASCII; NaN and infinity are no numbers here.
+blanks around them. Only ASCII digits count; NaN and infinity are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _DIGITS = r"[0-9]+(?:_[0-9]+)*"
 _NUMBER = re.compile(rf"[+-]?(?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][+-]?[0-9]+)?")
 
 _LARGEST = 300
-"""Decimal exponent from which on a number is refused: about what a float can hold."""
+"""Decimal exponent at which numbers are refused, about the largest of a float."""
 
 UNITS = {
     "": "a number",
@@ -24,18 +24,18 @@ UNITS = {
     "percent": "a percentage, such as 5 or 5%",
     "share": "a share, such as 0.95 or 95%",
 }
-"""Units of options: what their values are called in messages."""
+"""Units of options, with the words for their values in messages."""
 
 
 def parse_number(text: str, place: str, must: str = f"must be {UNITS['']}") -> Decimal:
     """Return the number that a text writes, exactly.
 
     Args:
-        place: what the message begins with: where the text stands, and the text.
-        must: what the message says of a text that is no number.
+        place: the beginning of the message: the place of the text, and the text.
+        must: the rest of the message about a text that is not a number.
 
     Raises:
-        UsageError: it is no number, or too large for a float.
+        UsageError: it is not a number, or is too large for a float.
     """
     written = text.strip().replace("\N{MINUS SIGN}", "-", 1)
     if not _NUMBER.fullmatch(written):
@@ -53,7 +53,7 @@ def parse_whole(text: str, place: str, must: str = "must be a whole number") -> 
     """Return the whole number that a text writes: ``100``, ``1e2`` and ``100.0`` are the same.
 
     Raises:
-        UsageError: it is no whole number.
+        UsageError: it is not a whole number.
     """
     number = parse_number(text, place, must)
     if number != number.to_integral_value():
@@ -68,7 +68,7 @@ def parse_float(text: str, place: str, unit: str = "") -> float:
     carry it, since ``0.05`` may be the share 0.05, which is 5 percent; so must a share above 1.
 
     Raises:
-        UsageError: it is no number of this unit.
+        UsageError: it is not a number of this unit.
     """
     must = f"must be {UNITS[unit]}"
     bare = text.strip()

@@ -46,7 +46,7 @@ def burstgpt(rng: random.Random, rows: int) -> Iterator[str]:
 
 
 def mooncake(rng: random.Random, rows: int) -> Iterator[str]:
-    """As in conversation_trace.jsonl; all prompts begin with the same block."""
+    """Yield rows like those of conversation_trace.jsonl; all prompts begin with the same block."""
     for i in range(rows):
         asked = rng.randint(1, 4000)
         row = {

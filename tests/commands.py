@@ -1,4 +1,4 @@
-"""The commands of the program and their options, as tests walk them."""
+"""The commands of the program and their options, for tests that go through all of them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ JARGON = (
     "invalid literal",
     "could not convert",
 )
-"""Words of validators and of Python, which no message to a user may hold."""
+"""Words of validators and of Python, which no message to a user may contain."""
 
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """All commands of the program that do something, with the words that call them."""
+    """Return all commands of the program that do something, with the words that call them."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, (*path, name))
@@ -55,7 +55,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """As it is typed."""
+        """The option as it is typed."""
         return option_name(self.field.name)
 
     @property
@@ -65,7 +65,7 @@ class Option:
 
     @property
     def known(self) -> Setting:
-        """Its bounds, unit and choices."""
+        """The bounds, unit and choices."""
         return about(self.field)
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Option:
 
 
 def options_of(path: tuple[str, ...]) -> list[Option]:
-    """The options of a command."""
+    """Return the options of a command."""
     command = ALL[path]
     fields = getattr(command.callback, "fields", ())
     names = {parameter.name for parameter in command.params}
@@ -84,13 +84,13 @@ OPTIONS = [option for path in ALL for option in options_of(path)]
 
 
 def arguments_of(path: tuple[str, ...]) -> list[str]:
-    """Words that stand for the arguments of a command."""
+    """Return words that stand for the arguments of a command."""
     arguments = [p for p in ALL[path].params if p.param_type_name == "argument"]
     return [f"no-{argument.name}-here" for argument in arguments]
 
 
 def call(path: tuple[str, ...], words: Sequence[str]) -> tuple[int, str, str]:
-    """Exit code of a command, its standard output and the line that it would say of an error."""
+    """Return the exit code of a command, its standard output and its line about an error."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         try:
@@ -106,7 +106,7 @@ def call(path: tuple[str, ...], words: Sequence[str]) -> tuple[int, str, str]:
 
 
 def check_refused(option: Option, value: str, words: Sequence[str] = ()) -> str:
-    """The line with which a value is refused; it must be a good one."""
+    """Return the line that refuses a value, after a check of its form."""
     given = [*arguments_of(option.path), *words, f"{option.name}={value}"]
     code, out, line = call(option.path, given)
     assert (code, out) == (2, ""), (option.path, value, line)

@@ -1,4 +1,4 @@
-"""What several test files share: a machine, a tiny checkpoint, and small models made on the spot.
+"""Fixtures of several test files: a machine, a tiny checkpoint, and small models.
 
 Nothing here imports torch before a test asks for a model.
 """
@@ -56,7 +56,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def light_garbage() -> None:
-    """Keep what is imported out of garbage collection, which precedes each trial of a run."""
+    """Keep imported objects out of the garbage collection before each trial of a run."""
     gc.collect()
     gc.freeze()
 

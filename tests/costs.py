@@ -1,4 +1,4 @@
-"""Costs of a step, and simulations with them: shared by the tests of what such costs change."""
+"""Costs of a step, and simulations with them, for several test files."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ costs = st.builds(
 
 
 def run(workload: Workload, config: Config, cost: StepCost, **how: int | None) -> Recording:
-    """The recording of a simulation with this cost."""
+    """Return the recording of a simulation with this cost."""
     return serve(workload, config, engine=SimulatedEngine(cost), **how)
 
 
 def with_listed_ends(recording: Recording) -> Recording:
-    """The same trial with the end of each step listed, as an engine with a real clock has it."""
+    """Return the same trial with the measured end of each step, as a real engine records it."""
     return replace(recording, ends_ns=recording.step_ends_ns, step_ns=None, growth=None)

@@ -1,4 +1,4 @@
-"""The machine that tests see: processor, terminal, locale, home folder and network, set by them.
+"""The machine that tests see: processor, terminal, locale, home folder and network.
 
 ``conftest.py`` calls :func:`settle` before the first test file is imported, so that nothing of the
 user's own reaches a test, nor a process that a test starts.
@@ -76,7 +76,7 @@ CHOSEN = os.environ.get("TEST_PROCESSOR", "")
 
 
 def settle() -> Callable[[], None]:
-    """Set the machine for this process and for those it starts; the call that tidies up."""
+    """Set the machine for this process and those it starts; return a function that cleans up."""
     home, own = os.environ.get(HOME), None
     if home is None:
         home = own = tempfile.mkdtemp(prefix="batchbench-tests-")
@@ -92,14 +92,14 @@ def settle() -> Callable[[], None]:
 
 
 def environment(users: Mapping[str, str], home: str) -> dict[str, str]:
-    """The environment variables of tests, from the user's own."""
-    of_pytest = ("PYTEST_", "COV_", "COVERAGE_")  # by which its plugins speak to their processes
+    """Return the environment variables of tests, made from the user's own."""
+    of_pytest = ("PYTEST_", "COV_", "COVERAGE_")  # with which its plugins talk to their processes
     kept = {k: v for k, v in users.items() if k in KEPT or k.startswith(of_pytest)}
     return {**kept, **GIVEN, **_folders(home), HOME: home}
 
 
 def _folders(home: str) -> dict[str, str]:
-    """The variables that name the folders of programs, all below a home."""
+    """Return the variables that name the folders of programs, all below a home."""
     return {
         "HOME": home,
         "USERPROFILE": home,
@@ -115,7 +115,7 @@ _real_connect = socket.socket.connect
 
 
 def _connect(self: socket.socket, address: Any) -> None:
-    """Connect within this machine; a test that goes further is wrong."""
+    """Connect within this machine; refuse other addresses."""
     local = not isinstance(address, tuple) or address[0] in ("127.0.0.1", "::1", "localhost")
     if not local:
         raise OSError(f"tests have no network; one asked for {address}")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 
 class Change(NamedTuple):
-    """One change, as numbers that are taken modulo what there is to choose from."""
+    """One change, as numbers that are taken modulo the number of choices."""
 
     place: int
     kind: int
@@ -36,7 +36,7 @@ VALUES: Sequence[Any] = (
 
 
 def spoil_json(data: Any, spoiled: Sequence[Change]) -> bytes:
-    """The text of a JSON document after some changes of its structure."""
+    """Return the text of a JSON document after some changes of its structure."""
     data = copy.deepcopy(data)
     text = ""
     for change in spoiled:
@@ -51,7 +51,7 @@ def spoil_json(data: Any, spoiled: Sequence[Change]) -> bytes:
 
 
 def _place_in(data: Any, place: int) -> tuple[Any, Any]:
-    """A value within a document, as its container and its key.
+    """Return the container and the key of a value within a document.
 
     Each step down chooses among a container's own values, so that a short part that stands beside
     a long one is reached as often.
@@ -116,7 +116,7 @@ _CHANGES: Sequence[Callable[[Any, Any, int], str | None]] = (
 
 
 def spoil_bytes(content: bytes, spoiled: Sequence[Change]) -> bytes:
-    """The bytes of a file after some were flipped, cut out, doubled or overwritten."""
+    """Return the bytes of a file after some were flipped, removed, doubled or overwritten."""
     changed = bytearray(content)
     for place, kind, value in spoiled:
         at = place % max(len(changed), 1)
@@ -138,7 +138,7 @@ NUMBERS = (-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 5, 1000, 2**31, 2**40, 2**61,
 
 
 def spoil_recording(content: bytes, spoiled: Sequence[Change]) -> bytes:
-    """The archive of a recording after some changes of its columns, of types and lengths too."""
+    """Return the archive of a recording after some changes of its columns, types and lengths."""
     with np.load(io.BytesIO(content)) as arrays:
         columns: dict[str, Any] = {name: arrays[name] for name in arrays.files}
     for place, kind, value in spoiled:

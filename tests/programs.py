@@ -13,7 +13,7 @@ PLAIN = {
     for name, value in os.environ.items()
     if name.startswith(("HF_", "OMP_", "PATH", "HOME", "TMPDIR", "PYTHONPATH"))
 }
-"""An environment without what changes what the program prints."""
+"""Return an environment without variables that change what the program prints."""
 
 EVERY_COMMAND = """
 import sys

@@ -1,4 +1,4 @@
-"""Every number of a result again, from ``result.json`` and the recordings beside it alone.
+"""A second computation of a result, only from ``result.json`` and the recordings beside it.
 
 Written from docs/metrics.md, step by step and slot by slot. It imports nothing of batchbench, and
 runs as a program: ``python -I recount.py FOLDER [SLO …]`` prints what it finds as JSON.
@@ -106,7 +106,7 @@ class Trial:
         return [self.first[i], *(k for k in later if self.steps[k][2])]
 
     def latencies(self) -> dict[str, list[float]]:
-        """In ms; of requests, but for ``itl`` of gaps."""
+        """Return latencies in ms, one for each request; ``itl`` has one for each gap."""
         ends = [times[-1] for times in self.times]
         pairs = list(zip(self.times, self.due, strict=True))
         return {
@@ -122,7 +122,7 @@ class Trial:
         }
 
     def lags(self) -> list[float] | None:
-        """How late each request was noticed, in ms."""
+        """Return the delay until each request was noticed, in ms."""
         if not self.has_steps or not any(self.due):
             return None
         found = []
@@ -133,7 +133,7 @@ class Trial:
         return found
 
     def kinds(self) -> list[Counter[str]]:
-        """Number of slots of each kind, and of those that decode for a token, step by step."""
+        """Return the number of slots of each kind and of those that yield a token, step by step."""
         found = [Counter[str]() for _ in self.steps]
         reads = [{piece[0]: piece for piece in pieces} for _, _, _, pieces in self.steps]
         for i in self.requests:
@@ -152,7 +152,7 @@ class Trial:
         return found
 
     def cached_peak(self) -> int:
-        """Most cached tokens of held slots after a step."""
+        """Return the most cached tokens of held slots after a step."""
         cached: dict[int, int] = {}
         later = [set(steps[1:]) for steps in self.token_steps]
         peak = 0
@@ -165,7 +165,7 @@ class Trial:
         return peak
 
     def read(self, k: int) -> int:
-        """Cached tokens that the rows of a step attend to, their own among them."""
+        """Return the cached tokens that the rows of a step attend to, their own included."""
         total = 0
         for i in self.requests:
             if self.first[i] < k < self.released[i]:
@@ -175,7 +175,7 @@ class Trial:
 
 
 def columns_of(file: Path) -> dict[str, Any]:
-    """The arrays of an ``.npz`` file."""
+    """Read the arrays of an ``.npz`` file."""
     with zipfile.ZipFile(file) as archive:
         return {
             name.removesuffix(".npy"): np.lib.format.read_array(io.BytesIO(archive.read(name)))
@@ -184,7 +184,7 @@ def columns_of(file: Path) -> dict[str, Any]:
 
 
 def costs_of(arrays: Mapping[str, Any], span: int, count: int) -> Iterator[int]:
-    """Ends of the steps of a simulated span: picoseconds, of which the clock shows whole ns."""
+    """Yield the ends of a simulated span's steps in whole ns, computed in picoseconds."""
     rest, growth, beyond = (
         int(arrays[f"growth.{c}"][span]) if f"growth.{c}" in arrays else 0
         for c in ("rest_ps", "growth_ps", "beyond_ps")
@@ -199,7 +199,7 @@ def costs_of(arrays: Mapping[str, Any], span: int, count: int) -> Iterator[int]:
 
 
 def summary_of(trials: Sequence[Trial], limits: Mapping[str, float]) -> Numbers:
-    """Median duration, and latencies pooled over all requests of all trials."""
+    """Return the median duration, and latencies over all requests of all trials."""
     duration = statistics.median(trial.duration_ns for trial in trials) / 1e9
     inputs, outputs = sum(trials[0].prompt), sum(trials[0].output)
     count = len(trials[0].due)
@@ -235,7 +235,7 @@ def summary_of(trials: Sequence[Trial], limits: Mapping[str, float]) -> Numbers:
 
 
 def statistics_of(name: str, values: Sequence[float]) -> Numbers:
-    """Under the serving benchmarks' names."""
+    """Return metrics by the names of serving benchmarks."""
     keys = ("mean", "median", "std", "p90", "p99", "p99.9")
     if not values:
         return {f"{key}_{name}_ms": None for key in keys}
@@ -252,7 +252,7 @@ def statistics_of(name: str, values: Sequence[float]) -> Numbers:
 
 
 def goods(trial: Trial, limits: Mapping[str, float]) -> list[bool]:
-    """True for each request within all limits; one token has no TPOT that could be too long."""
+    """Return True for each request within all limits; TPOT of a single token has no limit."""
     found = []
     for times, due in zip(trial.times, trial.due, strict=True):
         told = {"ttft": (times[0] - due) / 1e6, "e2el": (times[-1] - due) / 1e6}
@@ -263,7 +263,7 @@ def goods(trial: Trial, limits: Mapping[str, float]) -> list[bool]:
 
 
 def rate_of(trial: Trial) -> float | None:
-    """Requests a second as they were noticed."""
+    """Return the requests a second, by the times at which they were noticed."""
     lags = trial.lags()
     if lags is None:
         return None
@@ -276,7 +276,7 @@ def rate_of(trial: Trial) -> float | None:
 
 
 def counters_of(trial: Trial) -> Numbers | None:
-    """Counts of the work that was done."""
+    """Return counts of the work."""
     if not trial.has_steps:
         return None
     total: Counter[str] = sum(trial.kinds(), Counter())
@@ -297,7 +297,7 @@ def counters_of(trial: Trial) -> Numbers | None:
 
 
 def decode_step(trial: Trial) -> Numbers | None:
-    """A decode step with the most rows beside what memory allows; None where that is not known."""
+    """Compare a decode step of the most rows with what memory allows; None if that is unknown."""
     memory = trial.about.get("memory")
     pure = [k for k, step in enumerate(trial.steps) if step[2] and not step[3]]
     if memory is None or not pure:
@@ -321,7 +321,7 @@ def decode_step(trial: Trial) -> Numbers | None:
 
 
 def middle_step(trials: Sequence[Trial]) -> Numbers | None:
-    """The medians over trials."""
+    """Return the medians over trials."""
     steps = [step for trial in trials if (step := decode_step(trial))]
     if not steps:
         return None
@@ -329,7 +329,7 @@ def middle_step(trials: Sequence[Trial]) -> Numbers | None:
 
 
 def stalls_of(trials: Sequence[Trial]) -> list[Numbers]:
-    """The five longest gaps of 1.5 times the trial's median one or more."""
+    """Return the five longest gaps of at least 1.5 times the trial's median gap."""
     found = []
     for number, trial in enumerate(trials):
         gaps = [pair for steps in getattr(trial, "token_steps", []) for pair in pairwise(steps)]
@@ -345,7 +345,7 @@ def stalls_of(trials: Sequence[Trial]) -> list[Numbers]:
 
 
 def stall_of(trial: Trial, number: int, a: int, b: int, requests: int) -> Numbers:
-    """A gap, and the step that took the most of it."""
+    """Return a gap and its longest step."""
     gap = trial.steps[b][1] - trial.steps[a][1]
     took = {k: trial.steps[k][1] - trial.steps[k][0] for k in range(a + 1, b + 1)}
     longest = max(took, key=lambda k: took[k])
@@ -361,7 +361,7 @@ def stall_of(trial: Trial, number: int, a: int, b: int, requests: int) -> Number
 
 
 def cause_of(trial: Trial, k: int) -> str:
-    """What a step computed, in words."""
+    """Return words for the work of a step."""
     _, _, rows, pieces = trial.steps[k]
     tokens = sum(stop - start for _, start, stop in pieces)
     words = []
@@ -374,7 +374,7 @@ def cause_of(trial: Trial, k: int) -> str:
 
 
 def fairness_of(trials: Sequence[Trial], asked: Sequence[int]) -> list[Numbers]:
-    """What requests met with, by classes of output lengths: each its own, or quarters."""
+    """Return metrics by class of output lengths: one for each length, or quarters."""
     lengths, distinct = sorted(asked), sorted(set(asked))
     classes = [(length, length) for length in distinct]
     if len(distinct) > 4:
@@ -399,7 +399,7 @@ def fairness_of(trials: Sequence[Trial], asked: Sequence[int]) -> list[Numbers]:
 
 
 def met_with(trial: Trial) -> Iterator[tuple[int, Numbers]]:
-    """Output tokens and latencies of each request."""
+    """Return the output tokens and latencies of each request."""
     told = trial.latencies()
     steps = [(end - start) / 1e6 for start, end, _, _ in trial.steps]
     usual = statistics.median(steps or told["itl"] or told["ttft"])
@@ -410,7 +410,7 @@ def met_with(trial: Trial) -> Iterator[tuple[int, Numbers]]:
 
 
 def digest_of(trial: Trial) -> str | None:
-    """SHA-256 of the numbers of tokens and the tokens."""
+    """Return the SHA-256 of the numbers of tokens and the tokens."""
     if trial.tokens is None:
         return None
     content = np.array(trial.output, "<i8").tobytes() + trial.tokens.astype("<i4").tobytes()
@@ -421,7 +421,7 @@ def digest_of(trial: Trial) -> str | None:
 
 
 def account_of(trial: Trial) -> dict[str, float]:
-    """Seconds of each part."""
+    """Return the seconds of each part."""
     alone: dict[int, list[int]] = {}
     for start, end, rows, pieces in trial.steps:
         if not pieces:
@@ -464,7 +464,7 @@ def account_of(trial: Trial) -> dict[str, float]:
 
 
 def explain_of(trials: Mapping[str, Sequence[Trial]]) -> Numbers:
-    """The account of each strategy's trial of median duration, and what candidates saved."""
+    """Return the account of each strategy's median trial, and the savings of candidates."""
     parts: dict[str, dict[str, float] | None] = {}
     for name, each in trials.items():
         ranked = sorted(each, key=lambda trial: trial.duration_ns)
@@ -498,7 +498,7 @@ def explain_of(trials: Mapping[str, Sequence[Trial]]) -> Numbers:
 
 
 def comparison_of(name: str, trials: Mapping[str, Sequence[Trial]]) -> Numbers:
-    """A candidate beside the first strategy, pair by pair."""
+    """Compare a candidate with the first strategy, pair by pair."""
     baseline = next(iter(trials))
     pairs = list(zip(trials[baseline], trials[name], strict=True))
     logs = [math.log(base.duration_ns / new.duration_ns) for base, new in pairs]
@@ -525,7 +525,7 @@ T = {2: 4.302652729911275, 3: 3.182446305284263, 4: 2.776445105197}
 
 
 def recount(folder: Path, slos: Sequence[str] = ()) -> Numbers:
-    """Everything of a result that follows from its recordings.
+    """Return all parts of a result that follow from its recordings.
 
     Args:
         slos: limits to hold requests against instead of those that the result names.

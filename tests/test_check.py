@@ -195,7 +195,7 @@ SPOILED = {
     "torn": (json.dumps(baseline())[:-40], "is not readable JSON"),
     "NaN": (
         spoil(lambda d: d["processes"][0]["ratios"].update(static=float("nan"))),
-        "NaN is no JSON",
+        "NaN is not JSON",
     ),
     "a list": ("[]", "is no baseline"),
     "a result": ('{"strategies": {}}', "is a result, for batchbench compare"),

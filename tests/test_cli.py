@@ -202,7 +202,7 @@ LATER = [
     ("--model nobody/nothing", "--model nobody/nothing: neither a folder nor in the local cache"),
     ("--model ./nowhere", "--model ./nowhere: no such folder; give a checkpoint's folder"),
     ("--model good.txt", "--model good.txt: is a file; give a checkpoint's folder"),
-    ("--model .", "--model .: is no checkpoint: it holds no config.json"),
+    ("--model .", "--model .: is not a checkpoint: config.json is missing"),
     ("--model 'a b/c/d'", "--model a b/c/d: "),
     ("--output good.txt", "--output good.txt: cannot be written: "),
     ("--output good.txt/below", "--output good.txt/below: cannot be written: not a directory"),

@@ -678,9 +678,9 @@ def first_nan(data: Any) -> str:
 SPOILED: dict[str, tuple[Callable[[Any], str], str]] = {
     "torn": (torn, "new/result.json: is not readable JSON"),
     "empty": (lambda data: "", "new/result.json: is not readable JSON"),
-    "nan": (first_nan, "NaN is no JSON"),
+    "nan": (first_nan, "NaN is not JSON"),
     "nested": (lambda data: "[" * 100_000, "new/result.json: is not readable JSON"),
-    "list": (lambda data: "[]", "new/result.json: is no result of batchbench"),
+    "list": (lambda data: "[]", "new/result.json: is not a result of batchbench"),
     "schema": (spoil(schema_version=99), "has schema version 99, this batchbench reads 1"),
     "baseline": (
         lambda data: '{"schema_version": 1, "kind": "baseline"}',

@@ -362,7 +362,7 @@ def test_lanes_are_the_last_strategy_or_those_asked_for() -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout of a batchbench of two commits, from which this one believes to run."""
+    """Make a checkout of two commits, from which batchbench seems to run."""
     root = tmp_path / "repository"
     (root / "batchbench").mkdir(parents=True)
     marker = root / "batchbench" / "__init__.py"
@@ -431,7 +431,7 @@ def installed(folder: Path, changes: Mapping[str, tuple[str, str]]) -> Path:
         file = library / "batchbench" / name
         text = file.read_text(encoding="utf-8")
         assert text.count(old) == 1
-        file.chmod(0o644)  # the tree that it was copied from may be read-only
+        file.chmod(0o644)  # the original tree may be read-only
         file.write_text(text.replace(old, new), encoding="utf-8")
     return folder / "bin/python"
 
@@ -657,7 +657,7 @@ GONE = ("", psutil.STATUS_ZOMBIE)
 
 
 def state_of(pid: int) -> str:
-    """A process's state; empty where there is none."""
+    """Return a process's state; empty if there is no such process."""
     try:
         return psutil.Process(pid).status()
     except psutil.NoSuchProcess:

@@ -25,14 +25,14 @@ CONTENTS = {"result.json": "{}", "recordings/0.npz": b"\x00", "requests.csv": "�
 
 
 def everything_in(folder: Path) -> list[str]:
-    """All files and folders, hidden ones too."""
+    """Return all files and folders, including hidden ones."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 # Whole or nothing
 
 
-def test_a_new_folder_appears_with_all_that_is_above_it(tmp_path: Path) -> None:
+def test_a_new_folder_appears_with_its_missing_parents(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b" / "c"
     assert write_whole(folder, CONTENTS) == [folder / name for name in CONTENTS]
     assert (folder / "requests.csv").read_bytes() == "é".encode()
@@ -43,7 +43,7 @@ def test_a_new_folder_appears_with_all_that_is_above_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("above", ["", "a/b"])
-def test_what_fails_leaves_nothing(above: str, tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing(above: str, tmp_path: Path) -> None:
     def fail(folder: bool) -> None:
         with replacing(tmp_path / above / "it", folder=folder) as staging:
             (staging / "part" if folder else staging).write_text("half", encoding="utf-8")
@@ -55,7 +55,7 @@ def test_what_fails_leaves_nothing(above: str, tmp_path: Path) -> None:
     assert everything_in(tmp_path) == []
 
 
-def test_a_folder_above_that_somebody_makes_meanwhile_is_used(tmp_path: Path) -> None:
+def test_a_parent_folder_made_meanwhile_is_used(tmp_path: Path) -> None:
     with replacing(tmp_path / "a" / "b", folder=True) as staging:
         (staging / "ours").touch()
         (tmp_path / "a").mkdir()
@@ -63,8 +63,8 @@ def test_a_folder_above_that_somebody_makes_meanwhile_is_used(tmp_path: Path) ->
     assert everything_in(tmp_path) == ["a", "a/b", "a/b/ours", "a/theirs"]
 
 
-def test_a_result_that_came_meanwhile_is_never_replaced(tmp_path: Path) -> None:
-    """As where two machines share a disk, so that neither sees the claim of the other."""
+def test_a_result_written_meanwhile_is_never_replaced(tmp_path: Path) -> None:
+    """Two machines that share a disk do not see each other's claims."""
     folder, fill = tmp_path / "mine", files._fill
 
     def meanwhile(*asked: object, **more: bool) -> None:
@@ -106,11 +106,11 @@ for place in range(0, 4000, 7):
         break
 print(place)
 """
-"""A result written again and again, killed a few calls later each time."""
+"""A program that writes a result again and again and is killed a few calls later each time."""
 
 
 @pytest.mark.parametrize("there", ["new", "over"])
-def test_killed_at_any_call_there_is_nothing_or_a_whole_result(there: str, tmp_path: Path) -> None:
+def test_a_kill_at_any_call_leaves_nothing_or_a_whole_result(there: str, tmp_path: Path) -> None:
     out, err = program(there, cwd=tmp_path, code=KILLED).communicate()
     last = int(out or err)
     assert 100 < last < 3900
@@ -150,7 +150,7 @@ def test_other_threads_write_too(tmp_path: Path) -> None:
 # Claims
 
 
-def test_a_place_is_for_one_at_a_time_by_whatever_path(tmp_path: Path) -> None:
+def test_a_place_has_one_claim_by_any_of_its_paths(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     for path in (tmp_path / "it", tmp_path / "link" / "it", tmp_path / "x" / ".." / "it"):
         with (
@@ -214,7 +214,7 @@ def test_two_default_folders_of_one_second_are_two(
         "breakeven",
     ],
 )
-def test_the_second_into_one_place_is_refused(
+def test_the_second_run_into_a_folder_is_refused(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -228,7 +228,7 @@ def test_the_second_into_one_place_is_refused(
     assert not Path("mine").exists()
 
 
-def test_of_two_that_start_together_one_is_refused(tmp_path: Path) -> None:
+def test_one_of_two_simultaneous_runs_is_refused(tmp_path: Path) -> None:
     words = ("simulate", "--queue-size", "8", "--output", "two", "--quiet")
     both = [program(*words, cwd=tmp_path) for _ in range(2)]
     said = [process.communicate()[1].decode() for process in both]
@@ -239,7 +239,7 @@ def test_of_two_that_start_together_one_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "two" / "result.json").exists()
 
 
-# What the context of a command says
+# The line of an interrupted command
 
 
 def test_the_context_says_what_is_lost_or_where_the_results_are(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_the_context_says_what_is_lost_or_where_the_results_are(tmp_path: Path) 
     ],
     ids=lambda value: value[:12].replace("\0", "0"),
 )
-def test_a_place_that_cannot_be_written_is_told_at_once(
+def test_an_unwritable_place_is_refused_before_the_run(
     place: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -297,7 +297,7 @@ def test_a_place_that_cannot_be_written_is_told_at_once(
 
 
 @pytest.mark.parametrize("name", ["a b", "line\nbreak", "🚀", "é", "\udcff", "-x", "a'b\"c"])
-def test_odd_names_are_names(name: str, tmp_path: Path) -> None:
+def test_unusual_names_work(name: str, tmp_path: Path) -> None:
     words = ("simulate", "--queue-size", "8", f"--output=./{name}")
     process = program(*words, cwd=tmp_path)
     out, err = process.communicate()
@@ -310,7 +310,7 @@ def test_odd_names_are_names(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("there", [False, True])
 def test_a_full_disk_is_one_line_and_keeps_the_old_result(there: bool, tmp_path: Path) -> None:
-    """Files may have 3,000 bytes, which the result's first file exceeds."""
+    """Limit files to 3,000 bytes, which the result's first file exceeds."""
     code = (
         "import resource, sys\nfrom batchbench.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\nmain()\n"
@@ -349,7 +349,7 @@ def test_a_deleted_current_folder_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("home", [None, "/proc/nowhere"])
-def test_no_home_and_no_cache_are_no_hindrance(home: str | None, tmp_path: Path) -> None:
+def test_a_simulation_needs_no_home_and_no_cache(home: str | None, tmp_path: Path) -> None:
     env = {"HOME": home} if home else {}
     words = ("simulate", "--queue-size", "8", "--output", "mine", "--quiet")
     code = (
@@ -370,7 +370,7 @@ PACKAGE = Path(batchbench.__file__).parent
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: file.name)
-def test_no_file_is_read_or_written_as_the_locale_says(file: Path) -> None:
+def test_no_file_is_opened_in_the_encoding_of_the_locale(file: Path) -> None:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue

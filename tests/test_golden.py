@@ -32,7 +32,7 @@ STEP = 7_300_017  # ns: no round number of milliseconds
 LIMITS = {"ttft": 40.0, "tpot": 7.5, "e2el": 120.0}
 
 CONSTANT = StepCost(STEP)
-"""Every step takes the same."""
+"""A cost of which every step takes the same time."""
 
 STRATEGIES = ("static", "static-fixed", "static-bucketed", "static-oracle", "continuous")
 
@@ -98,7 +98,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def cost_of(price: Sequence[int]) -> StepCost:
-    """A cost that grows with what is computed, from bytes; each part may be 0."""
+    """Return a growing cost made from bytes; each part may be 0."""
     step, row, cached, prompt, host = (byte - 64 if byte > 64 else 0 for byte in price)
     return StepCost(
         STEP // 9 + step * 1009,
@@ -152,7 +152,7 @@ class Golden:
         self.held: list[Life | None] = [None] * case.slots
         self.come = 0
         self.waiting: list[int] = []
-        self.reading: list[Life] = []  # whose prompt is not all computed, in order of admission
+        self.reading: list[Life] = []  # those with a partly computed prompt
         self.passes: list[Pass] = []
         self.clock_ps = 0
         self.last: tuple[int, bool] = -1, False  # rows that get a token, prompts read
@@ -162,7 +162,7 @@ class Golden:
 
     @property
     def now(self) -> int:
-        """The clock shows whole nanoseconds."""
+        """Return the time in whole nanoseconds, as a clock shows it."""
         return self.clock_ps // 1000
 
     def next_due(self) -> int | None:
@@ -200,7 +200,7 @@ class Golden:
         self.clock_ps = min(times) * 1000
 
     def _know(self) -> None:
-        """All that have come are known of now."""
+        """Note the requests that have arrived."""
         for life in self.lives[: self.come]:
             life.known = self.now if life.known < 0 else life.known
 
@@ -285,7 +285,7 @@ class Golden:
         self.passes.append(Pass(start, end, kinds, pieces, bool(active), cached))
 
     def _pass_time(self, active: Sequence[Life], pieces: Sequence[int]) -> tuple[int, int]:
-        """Start and end of a pass: the host decides first, if anything is new."""
+        """Return the start and end of a pass; the host decides first if anything is new."""
         cost = self.case.cost
         wanting, (before, read) = sum(not life.done for life in active), self.last
         if pieces or read or self.left or wanting != before:
@@ -343,7 +343,7 @@ class Golden:
         }
 
     def lags(self) -> list[float] | None:
-        """How late each request was known of; None where all are there at the start."""
+        """Return the delay until each request was known; None if all are there at the start."""
         if not any(life.due for life in self.lives):
             return None
         found = []

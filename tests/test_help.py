@@ -29,7 +29,7 @@ MEASURES = ("run", "ladder", "capacity", "duet", "check", "baseline save")
 only parsed where there is no such option."""
 
 SMALLER = {"n_embd": 32, "n_layer": 2, "vocab_size": 500}
-"""The shape that toy-gpt2 has here: what an example computes is beside the point."""
+"""The shape of toy-gpt2 in this test, small since results of examples do not matter."""
 
 ON_A_TERMINAL = ("watch",)
 

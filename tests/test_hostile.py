@@ -1,4 +1,4 @@
-"""Hostile files: whatever a file holds, the program ends with 0 or with 2 and one line.
+"""Hostile files: for any content, the program ends with 0 or with 2 and one line.
 
 ``BATCHBENCH_EXAMPLES=20000`` makes the mutation tests look for longer, and at new examples.
 """
@@ -36,14 +36,14 @@ MORE = int(os.environ.get("BATCHBENCH_EXAMPLES", "0"))
 
 
 def examples(usual: int) -> settings:
-    """The settings of a mutation test: ``usual`` examples, the same each time."""
+    """Return the settings of a mutation test: ``usual`` examples, the same each time."""
     if MORE:
         return settings(law, max_examples=MORE, derandomize=False, print_blob=True)
     return settings(law, max_examples=usual)
 
 
 def call(*words: str) -> tuple[int, str, str]:
-    """Call the program: its exit code, standard output and standard error."""
+    """Call the program; return its exit code, standard output and standard error."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["batchbench", *words])
@@ -65,7 +65,7 @@ def survives(*words: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def quiet_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A temporary folder of the system's kind, in which a traceback would be left."""
+    """Set the system's temporary folder, in which tracebacks are saved."""
     home = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(home))
@@ -96,7 +96,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, quiet_home: Path) -> Path:
 
 
 def readers(spoiled: Path, good: Path) -> Mapping[str, list[str]]:
-    """Every command that reads a result, and takes less than a second."""
+    """Return all fast commands that read a result."""
     page = str(spoiled.parent / "page.html")
     return {
         "markdown": ["report", str(spoiled), "--format", "markdown", "--output", "-"],
@@ -116,7 +116,7 @@ def readers(spoiled: Path, good: Path) -> Mapping[str, list[str]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_pictures() -> Iterator[None]:
-    """Pictures take seconds; those of spoiled results have a test of their own."""
+    """Leave out pictures, which take seconds and have another test."""
     from batchbench.reports import folder as folders
 
     with pytest.MonkeyPatch.context() as patch:
@@ -125,7 +125,7 @@ def no_pictures() -> Iterator[None]:
 
 
 def spoil(whole: Path, name: str, file: str, content: bytes) -> Path:
-    """A copy of a result in which one file is something else."""
+    """Return a copy of a result with another content of one file."""
     folder = whole.parent / "spoiled"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole / name, folder)
@@ -134,7 +134,7 @@ def spoil(whole: Path, name: str, file: str, content: bytes) -> Path:
 
 
 def check_one(whole: Path, folder: Path, spoiled: list[Change], home: Path) -> None:
-    """A command that reads the folder survives: another one for each example."""
+    """Run a command that reads the folder, another one for each example."""
     commands = list(readers(folder, whole / "other").values())
     survives(*commands[sum(map(sum, spoiled)) % len(commands)])
     assert list(home.glob("batchbench-crash-*")) == []
@@ -142,7 +142,7 @@ def check_one(whole: Path, folder: Path, spoiled: list[Change], home: Path) -> N
 
 @given(changes)
 @examples(30)
-def test_no_result_json_makes_the_program_crash(
+def test_a_changed_result_json_never_crashes_the_program(
     whole: Path, quiet_home: Path, spoiled: list[Change]
 ) -> None:
     for name in ("one", "closed"):
@@ -153,7 +153,7 @@ def test_no_result_json_makes_the_program_crash(
 
 @given(changes)
 @examples(30)
-def test_no_recording_makes_the_program_crash(
+def test_a_changed_recording_never_crashes_the_program(
     whole: Path, quiet_home: Path, spoiled: list[Change]
 ) -> None:
     file = "recordings/0-0.npz"
@@ -164,7 +164,7 @@ def test_no_recording_makes_the_program_crash(
 
 @given(changes)
 @examples(15)
-def test_no_torn_file_makes_the_program_crash(
+def test_a_damaged_file_never_crashes_the_program(
     whole: Path, quiet_home: Path, spoiled: list[Change]
 ) -> None:
     for file in ("recordings/0-0.npz", "result.json"):
@@ -178,7 +178,7 @@ def test_no_torn_file_makes_the_program_crash(
 
 @given(changes)
 @examples(25)
-def test_no_baseline_makes_the_program_crash(
+def test_a_changed_baseline_never_crashes_the_program(
     whole: Path, quiet_home: Path, spoiled: list[Change]
 ) -> None:
     file = whole.parent / "baseline.json"
@@ -194,7 +194,7 @@ def test_no_baseline_makes_the_program_crash(
         ("2020-01-01T00:00:00", "renew it"),
     ],
 )
-def test_a_wrong_clock_is_told(created: str, said: str, tmp_path: Path) -> None:
+def test_a_baseline_from_the_future_is_refused(created: str, said: str, tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
     file.write_text(json.dumps({**baseline(), "created_at": created}), encoding="utf-8")
     code, out, _ = call("baseline", "show", str(file))
@@ -212,7 +212,7 @@ CORPUS = Path(__file__).with_name("corpus")
 def test_files_that_once_failed_are_refused(
     file: Path, whole: Path, quiet_home: Path, refused: Callable[..., str]
 ) -> None:
-    """Each is named after its fault, with what it takes the place of in a result."""
+    """Each file is named after its fault and replaces a file of a result."""
     kind = "recordings/0-0.npz" if file.suffix == ".npz" else "result.json"
     folder = spoil(whole, "one", kind, file.read_bytes())
     for command in ("report", "compare", "reproduce", "predict", "watch"):
@@ -227,18 +227,18 @@ def test_files_that_once_failed_are_refused(
 
 
 def npy(header: bytes, version: bytes = b"\1\0") -> bytes:
-    """A member with this npy header and nothing behind it."""
+    """Return a member with this npy header and no data."""
     size = struct.pack("<H" if version == b"\1\0" else "<I", len(header))
     return b"\x93NUMPY" + version + size + header
 
 
 def claim(shape: str, kind: str = "'<i8'", order: str = "False") -> bytes:
-    """An npy header of this shape."""
+    """Return an npy header of this shape."""
     return f"{{'descr': {kind}, 'fortran_order': {order}, 'shape': {shape}, }}\n".encode()
 
 
 def archive_of(content: bytes, name: str, member: bytes | Callable[[IO[bytes]], None]) -> bytes:
-    """A recording's archive in which one column is another member."""
+    """Return a recording's archive with another member for one column."""
     out = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(content)) as old,
@@ -253,7 +253,7 @@ def archive_of(content: bytes, name: str, member: bytes | Callable[[IO[bytes]], 
 
 
 def zeros(count: int) -> Callable[[IO[bytes]], None]:
-    """Writes a column of so many zeros, a mebibyte at a time."""
+    """Return a function that writes a column of zeros, a mebibyte at a time."""
 
     def write(column: IO[bytes]) -> None:
         column.write(npy(claim(f"({count},)")))
@@ -300,7 +300,7 @@ def test_a_column_that_would_become_large_is_refused(
 def test_members_that_share_their_bytes_are_refused(
     whole: Path, refused: Callable[..., str]
 ) -> None:
-    """As in a zip bomb that overlaps: each member of the directory is the same content."""
+    """All members of the directory point to the same content, as in an overlapping zip bomb."""
     content = (whole / "one" / "recordings" / "0-0.npz").read_bytes()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = [info.filename for info in archive.infolist()]
@@ -331,7 +331,7 @@ JSON: Mapping[str, tuple[bytes, str]] = {
     "nested deep": (b"[" * 10**6, "nested more than 64 deep"),
     "nested and closed": (b'{"a":' * 200 + b"1" + b"}" * 200, "nested more than 64 deep"),
     "a number of 5,000 digits": (b'{"a": ' + b"1" * 5000 + b"}", "too large"),
-    "a number beyond a double": (b'{"a": 1e999}', "beyond what any file of ours holds"),
+    "a number beyond a double": (b'{"a": 1e999}', "is out of range"),
     "a key twice": (b'{"schema_version": 1, "schema_version": 1}', "names 'schema_version' twice"),
     "half a surrogate pair": (b'{"a": "\\ud800"}', "half a surrogate pair"),
     "another encoding": ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
@@ -364,7 +364,7 @@ def test_a_pipe_in_a_result_is_not_waited_for(whole: Path, refused: Callable[...
         shutil.copy(whole / "one" / file, folder / file)
 
 
-# What belongs to no one file
+# Results of several files
 
 
 def test_recordings_of_another_result_are_refused(whole: Path, refused: Callable[..., str]) -> None:
@@ -377,7 +377,7 @@ def test_recordings_of_another_result_are_refused(whole: Path, refused: Callable
     survives("report", str(folder), "--format", "markdown", "--output", "-")
 
 
-def test_odd_names_of_folders_are_shown_as_they_are(
+def test_unusual_names_of_folders_are_shown_unchanged(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Brackets are no markup, ``:smile:`` is no emoji, and a line break stays out of a line."""
@@ -395,7 +395,7 @@ def test_odd_names_of_folders_are_shown_as_they_are(
 
 
 class Forever:
-    """Asks again and again, and admits nobody."""
+    """A policy that asks again and again, and admits nobody."""
 
     def admit(self, view: View) -> tuple[list[Request], int]:
         return [], view.now + 1
@@ -405,14 +405,14 @@ class Forever:
 
 
 class Leaves(Forever):
-    """Ends the program."""
+    """A policy that ends the program."""
 
     def admit(self, view: View) -> tuple[list[Request], int]:
         raise SystemExit(0)
 
 
 @pytest.mark.parametrize(("name", "said"), [("Forever", "would wait for ever"), ("Leaves", "Exit")])
-def test_a_policy_that_never_decides_is_told_so(
+def test_a_policy_that_never_decides_is_refused(
     name: str, said: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     words = ["--strategy", f"test_hostile:{name}", "--batch-size", "2", "--queue-size", "4"]

@@ -15,12 +15,12 @@ Change = Callable[[Path], object]
 
 @pytest.fixture
 def spoiled(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of a checkpoint, to be spoiled."""
+    """Return a copy of a checkpoint."""
     return Path(shutil.copytree(checkpoint, tmp_path / "model"))
 
 
 def settings(**changes: Any) -> Change:
-    """Other settings in config.json."""
+    """Return a change of settings in config.json."""
 
     def change(folder: Path) -> None:
         file = folder / "config.json"
@@ -30,12 +30,12 @@ def settings(**changes: Any) -> Change:
 
 
 def text(name: str, content: str) -> Change:
-    """Another content of a file."""
+    """Return a change of a file to this content."""
     return lambda folder: (folder / name).write_text(content)
 
 
 def index(*names: Any) -> Change:
-    """Weights in several files, which the index names so."""
+    """Return a change that makes an index of weights in several files."""
 
     def change(folder: Path) -> None:
         shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
@@ -88,7 +88,7 @@ def test_a_spoiled_checkpoint_is_refused(
 def test_code_of_a_checkpoint_is_never_run(
     kind: str, spoiled: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    """Where the type is known its own class is taken; else the model is refused."""
+    """A known type uses its own class; other models are refused."""
     from batchbench.batching.models import ModelSpec, find_model
     from batchbench.batching.models.loading import load_model
 

@@ -143,7 +143,7 @@ NAMESAKES = {
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_only_the_recording_derives_times_within_a_span(file: Path) -> None:
-    """The steps of a span differ where a fitted cost grows, so nobody else may reckon with them."""
+    """With a fitted cost the steps of a span differ, so other files must not compute with them."""
     name = file.relative_to(PACKAGE).as_posix()
     read = {
         ast.unparse(node)

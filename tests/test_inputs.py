@@ -1,4 +1,4 @@
-"""Files that a user names: endless, huge and silent ones are refused before they cost anything."""
+"""Files that a user names: endless, huge and silent ones are refused early."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from batchbench.inputs import MIB, open_binary, read_binary
 ENDLESS = Path("/dev/zero")
 
 NEEDS = {"--prompts": "16 MiB", "--workload": "65,536 bytes"}
-"""Options whose file is read whole, and most that is read of it."""
+"""Options whose file is read whole, with their limits."""
 
 
 @pytest.fixture
 def pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A named pipe; nobody waits long for its writer."""
+    """Make a named pipe, and shorten the wait for its writer."""
     monkeypatch.setattr(inputs, "PATIENCE_S", 0.05)
     file = tmp_path / "pipe"
     os.mkfifo(file)
@@ -32,7 +32,7 @@ def pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_later(file: Path, content: bytes) -> threading.Thread:
-    """A writer of a pipe, in a thread: it goes on once somebody reads."""
+    """Write to a pipe in a thread, which starts when the pipe has a reader."""
     thread = threading.Thread(target=file.write_bytes, args=(content,))
     thread.start()
     return thread
@@ -110,7 +110,7 @@ def test_a_pipe_that_is_too_long_is_refused(pipe: Path) -> None:
         writer.wait()
 
 
-def test_a_silent_writer_is_waited_for(pipe: Path) -> None:
+def test_reading_waits_for_a_silent_writer(pipe: Path) -> None:
     writer = os.open(pipe, os.O_RDWR)  # both ends, so that neither waits for the other
     try:
         content = open_binary_later(pipe, writer)
@@ -120,7 +120,7 @@ def test_a_silent_writer_is_waited_for(pipe: Path) -> None:
 
 
 def open_binary_later(pipe: Path, writer: int) -> bytes:
-    """Open a pipe whose writer writes only once it is open."""
+    """Open a pipe whose writer waits until it is open."""
     timer = threading.Timer(0.2, os.write, (writer, b"late"))
     timer.start()
     try:
@@ -158,7 +158,7 @@ def test_a_hostile_workload_file_is_refused_in_a_line(
 
 
 @pytest.mark.parametrize("kind", ["folder", "missing", "loop", "long", "nul"])
-def test_what_is_no_file_is_named_as_what_it_is(kind: str, tmp_path: Path) -> None:
+def test_a_name_that_is_not_a_file_is_refused(kind: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to("loop")
     names = {"long": "x" * 400, "nul": "a\0b"}

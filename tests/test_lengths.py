@@ -249,10 +249,10 @@ def test_what_is_not_of_the_grammar_is_answered_with_it(option: str, text: str, 
     [
         (b"", "holds no length"),
         (b"\n\n", "holds no length"),
-        (b"3\n0\n", "line 2: 0 is no length"),
-        (b"3\n4\n-1\n", "line 3: '-1' is no length"),
-        (b"3\nfour\n", "line 2: 'four' is no length"),
-        (b"3.5\n", "line 1: '3.5' is no length"),
+        (b"3\n0\n", "line 2: 0 is not a length"),
+        (b"3\n4\n-1\n", "line 3: '-1' is not a length"),
+        (b"3\nfour\n", "line 2: 'four' is not a length"),
+        (b"3.5\n", "line 1: '3.5' is not a length"),
         (b"3\n\xff\n", "line 2: "),
     ],
 )
@@ -353,10 +353,13 @@ def test_times_ascend_from_zero_at_the_rate_asked_and_seeds_reproduce(
         ({"arrivals": "poisson"}, "--arrivals poisson: needs a rate"),
         ({"arrivals": "gamma"}, "--arrivals gamma: needs a rate"),
         ({"arrivals": "trace"}, "--arrivals trace: there is none; give --trace FILE"),
-        ({"arrivals": "at-once", "request_rate": 2.0}, "--arrivals at-once: has no rate besides"),
+        (
+            {"arrivals": "at-once", "request_rate": 2.0},
+            "--arrivals at-once: takes no separate rate",
+        ),
         (
             {"arrivals": "ramp:from=1,to=2", "request_rate": 2.0},
-            "--arrivals ramp:from=1,to=2: has no rate besides; drop --request-rate",
+            "--arrivals ramp:from=1,to=2: takes no separate rate; drop --request-rate",
         ),
         (
             {"arrivals": "poisson", "request_rate": 2.0, "burstiness": 2.0},

@@ -1,4 +1,4 @@
-"""The machine of the tests: nothing of the user's reaches them, and the code asks in one place."""
+"""The machine of the tests: it hides the user's own, and one file of the code reads it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLACES = {
     "ATEN_CPU_CAPABILITY": "batching/processor.py",
     "g++": "batching/engines/torch/native.py",
 }
-"""Words by which code asks about the machine, and the one file that may do so."""
+"""Words with which code reads the machine, each with the only file that may."""
 
 USERS = {
     *("NO_COLOR", "FORCE_COLOR", "LINES", "COLORTERM", "TTY_COMPATIBLE", "PAGER", "EDITOR"),
@@ -89,8 +89,8 @@ def test_torchs_own_variable_makes_an_older_processor(
 
 
 @pytest.mark.parametrize("word", PLACES)
-def test_one_file_asks_for_what_tells_machines_apart(word: str) -> None:
-    """So that a test can set it."""
+def test_one_file_reads_each_fact_about_the_machine(word: str) -> None:
+    """A test must be able to set each of these facts."""
     asking = {
         str(file.relative_to(PACKAGE))
         for file in PACKAGE.rglob("*.py")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.machine
 
 
 def compiles() -> bool:
-    """Tell if there is a g++ that knows the instructions of the kernels."""
+    """Return True if a g++ knows the instructions of the kernels."""
     compiler = compiling.find_compiler()
     if compiler is None:
         return False
@@ -235,7 +235,7 @@ def test_kernels_are_for_processors_with_avx512_and_a_compiler(
 def test_each_weight_goes_to_the_kernels_that_suit_the_processor(
     made_up: str, dtype: torch.dtype, width: int, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ours multiply float32, and pairs of bfloat16 where no AMX does so; oneDNN has the rest."""
+    """Our kernels multiply float32, and bfloat16 without AMX; oneDNN does the rest."""
     own = pretended(Processor.here()) if made_up in WITH_KERNELS else None
     ops = OneDNN(lambda weight, rows: weight, _fails, _fails) if packs else None
     monkeypatch.setattr(layers, "native", lambda: own)
@@ -330,7 +330,7 @@ def test_a_machine_without_kernels_does_without(
 def test_the_source_is_compiled_once_and_kept_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On any processor: nothing is computed here."""
+    """Run on any processor, since nothing is computed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compiling.native.__wrapped__() is not None
     (file,) = (tmp_path / "batchbench").iterdir()

@@ -37,7 +37,7 @@ LISTS_OF_NUMBERS = {
     ("breakeven", "spread"),
     ("breakeven", "load"),
 }
-"""Options whose text is a list of numbers, which their command reads."""
+"""Options with a list of numbers, which their command parses."""
 
 OTHER_MEANINGS = {
     ("predict", "batch_size"): "several sizes",
@@ -47,7 +47,7 @@ OTHER_MEANINGS = {
     ("baseline save", "output"): "never None",
     ("breakeven", "engine"): "no other engine",
 }
-"""Where a name is of another type than elsewhere, and why that misleads nobody."""
+"""Names with another type than elsewhere, each with the reason."""
 
 
 def is_number(option: Option) -> bool:
@@ -86,7 +86,7 @@ def test_a_percentage_is_one_by_its_name_and_says_so() -> None:
         assert not is_percent or "ercent" in option.known.help, option
 
 
-def test_whatever_writes_a_folder_of_its_own_takes_overwrite() -> None:
+def test_every_command_that_writes_a_folder_takes_overwrite() -> None:
     goes_on = {
         ("sweep",): "the same command goes on where it was",
         ("report",): "a document is derived again",
@@ -139,7 +139,7 @@ def test_every_usual_form_of_a_number_is_read(option: Option) -> None:
 
 
 def test_every_number_is_bounded() -> None:
-    """What is huge is refused as such, and never meets NumPy's integers."""
+    """Huge numbers are refused before they reach NumPy's integers."""
     for option in OPTIONS:
         if is_number(option):
             assert option.known.min is not None, option
@@ -169,7 +169,7 @@ NO_NUMBERS = (
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if holds_numbers(o)], ids=str)
-def test_what_is_no_number_is_refused_in_one_plain_line(option: Option) -> None:
+def test_a_text_that_is_not_a_number_is_refused_in_one_plain_line(option: Option) -> None:
     for value in NO_NUMBERS:
         check_refused(option, value)
     if option.kind is int:
@@ -178,7 +178,7 @@ def test_what_is_no_number_is_refused_in_one_plain_line(option: Option) -> None:
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if is_number(o)], ids=str)
-def test_what_is_beyond_a_bound_is_refused_and_the_bound_is_named(option: Option) -> None:
+def test_a_number_beyond_a_bound_is_refused_with_the_bound(option: Option) -> None:
     known = option.known
     if known.min is not None:
         assert "must be at least" in check_refused(option, str(known.min - 1))
@@ -195,7 +195,7 @@ def test_a_percentage_that_may_be_a_share_needs_its_sign(option: Option) -> None
 
 
 def test_five_is_five_percent_in_every_command() -> None:
-    """One loss in all of them: 5 % as each command's rule has it."""
+    """The same loss of 5 % in the rule of each command."""
     up, down = math.log1p(0.05), -math.log1p(-0.05)
     checked = CheckSpec(baseline=Path("b.json"), floor=5.0, margin=9.0)
     assert duet_rule(DuetSpec(floor=5.0, margin=9.0)).floor == pytest.approx(up)
@@ -213,7 +213,7 @@ def test_five_is_five_percent_in_every_command() -> None:
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.known.choices], ids=str)
-def test_what_is_no_choice_is_refused_and_the_choices_are_named(option: Option) -> None:
+def test_another_value_than_the_choices_is_refused_with_the_choices(option: Option) -> None:
     for value in ("nope", "x" * 400, "\x1b[31mred", "two\nlines", option.known.choices[0].upper()):
         if value not in option.known.choices:
             line = check_refused(option, value)
@@ -245,7 +245,7 @@ GRAMMARS = {
     "metric": ("nope", "x" * 400),
     "accept": ("abc",),
 }
-"""Options that are texts of a form of their own, and texts that are not of it."""
+"""Options with a form of their own, and texts that do not have it."""
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ GRAMMARS = {
     ],
     ids=str,
 )
-def test_what_is_not_of_a_form_is_refused_in_one_plain_line(option: Option) -> None:
+def test_a_text_of_another_form_is_refused_in_one_plain_line(option: Option) -> None:
     needs = {"duet": ["--base-ref=HEAD"], "check": ["--baseline=none.json"]}
     for value in GRAMMARS[option.field.name]:
         check_refused(option, value, needs.get(option.path[0], []))
@@ -369,11 +369,11 @@ def test_fields_of_one_name_within_a_command_are_one() -> None:
     assert dataclasses.is_dataclass(OPTIONS[0].spec)
 
 
-# What is generated is read again
+# Generated texts are read again
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if is_number(o)], ids=str)
-def test_a_command_that_is_printed_is_read_as_it_was(option: Option) -> None:
+def test_a_printed_command_is_parsed_back_unchanged(option: Option) -> None:
     low = option.known.min if option.known.min is not None else 0
     high = option.known.max if option.known.max is not None else 10**12
     numbers = (

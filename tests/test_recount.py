@@ -1,4 +1,4 @@
-"""An independent recomputation: every number of a result is found again from its files alone."""
+"""An independent recomputation of every number of a result, from its files alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ runpy.run_path({str(PROGRAM)!r}, run_name="__main__")
 
 
 def say(*words: object) -> None:
-    """Type a command, which must end well."""
+    """Run a command, which must succeed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["batchbench", *map(str, words), "--quiet"])
         assert _guarded() == 0
@@ -36,7 +36,7 @@ def say(*words: object) -> None:
 
 @functools.cache
 def recount(folder: Path, *slos: str) -> dict[str, Any]:
-    """What the other program finds of a result."""
+    """Return the numbers that the recount finds in a result."""
     words = [sys.executable, "-I", "-c", BLOCKED, str(folder), *slos]
     done = subprocess.run(words, capture_output=True, text=True, check=True, encoding="utf-8")
     found: dict[str, Any] = json.loads(done.stdout)
@@ -44,7 +44,7 @@ def recount(folder: Path, *slos: str) -> dict[str, Any]:
 
 
 def differences(one: Any, other: Any, place: str = "") -> Iterator[str]:
-    """Places at which two JSON values differ by more than the rounding of sums."""
+    """Yield places where two JSON values differ by more than the rounding of sums."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in one.keys() | other.keys():
             if key in one and key in other:
@@ -62,12 +62,12 @@ def differences(one: Any, other: Any, place: str = "") -> Iterator[str]:
 
 
 def compare(folder: Path) -> list[str]:
-    """Where a result and the recount of its recordings differ."""
+    """Return the places where a result and the recount of its recordings differ."""
     data = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     found = recount(folder)
     for account in data["explain"]["strategies"].values():
         if account is not None:
-            del account["warm_up_s"]  # no recording holds it
+            del account["warm_up_s"]  # it is not in any recording
     parts = ("strategies", "comparisons", "comparison", "explain")
     return [d for part in parts for d in differences(data[part], found[part], part)]
 

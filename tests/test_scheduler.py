@@ -325,7 +325,7 @@ def test_with_mixed_prefill_continuous_keeps_grahams_bound_of_list_scheduling(
 
 
 def naive(workload: Workload, config: Config) -> list[list[int]]:
-    """Slot and steps of each request, in the order of its log: lists walked step by step."""
+    """Return slot and steps of each request, found step by step."""
     requests, slots = list(workload), config.slots
     produced, read = [0] * len(requests), [0] * len(requests)
     log = [[-1] * 6 for _ in requests]

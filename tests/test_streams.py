@@ -1,4 +1,4 @@
-"""Streams: any encoding, closed, full or unread ones, and signals at any moment."""
+"""Tests of streams in any encoding, closed or full ones, and signals at any moment."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = ("simulate", "--queue-size", "8", "--output", "mine", "--quiet")
 
 @pytest.fixture(scope="module")
 def taught(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a real run on the tiny model."""
+    """Return the folder of a real run on the tiny model."""
     folder = tmp_path_factory.mktemp("taught") / "run"
     with pytest.MonkeyPatch.context() as patch:
         words = ["run", "--model", checkpoint, "--batch-size", 4, "--queue-size", 16]
@@ -41,7 +41,7 @@ def taught(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def printed_in(name: str, taught: Path, folder: Path, *few: str, **variables: str) -> str:
-    """What every command prints on standard output, or a few of them, all with exit code 0."""
+    """Return the output of every command, or of some; all end with 0."""
     process = program(str(taught), *few, cwd=folder, env=variables, code=EVERY_COMMAND)
     out, err = process.communicate()
     assert process.returncode == 0, err.decode(name, "replace")[-2000:]
@@ -54,9 +54,7 @@ def printed_in(name: str, taught: Path, folder: Path, *few: str, **variables: st
 
 
 @pytest.mark.parametrize("name", ["ascii", "cp1252"])
-def test_every_command_prints_in_an_encoding_that_lacks_much(
-    name: str, taught: Path, tmp_path: Path
-) -> None:
+def test_every_command_prints_in_a_small_encoding(name: str, taught: Path, tmp_path: Path) -> None:
     text = printed_in(name, taught, tmp_path, PYTHONIOENCODING=f"{name}:strict")
     assert "Where the time went" in text
 
@@ -84,7 +82,7 @@ def test_a_table_is_the_same_in_any_encoding(
 
 @law
 @given(st.text(), st.sampled_from(("ascii", "cp437", "cp1252", "latin-1", "utf-16", "utf-8")))
-def test_any_text_is_printed_in_any_encoding_and_what_it_has_is_kept(
+def test_any_text_is_printed_in_any_encoding_with_the_characters_that_it_has(
     text: str, encoding: str
 ) -> None:
     streams.register()
@@ -127,7 +125,7 @@ def test_stand_ins_look_like_what_they_stand_for(text: str, printed: str) -> Non
 
 
 def told_by(command: str, cwd: Path) -> tuple[int, str, str]:
-    """What a shell command that says ``batchbench`` ends with."""
+    """Run a shell command that calls ``batchbench``; return its exit code and both outputs."""
     done = subprocess.run(
         ["bash", "-c", command.replace("batchbench", f"{sys.executable} -m batchbench")],
         capture_output=True,
@@ -168,7 +166,7 @@ def test_a_closed_pipe_is_quiet_and_its_exit_code_is_141(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("where", ["2>&-", "2> /dev/full", "2> >(true)"])
-def test_progress_that_nobody_can_see_stops_nothing(where: str, tmp_path: Path) -> None:
+def test_a_closed_or_full_standard_error_stops_nothing(where: str, tmp_path: Path) -> None:
     code, out, err = told_by(f"batchbench {' '.join(SMALL[:-1])} {where}", tmp_path)
     assert (code, err) == (0, "")
     assert "Files: mine/ with result.json" in out
@@ -187,7 +185,7 @@ def test_errors_of_standard_output_are_ours(tmp_path: Path) -> None:
     pipe.write("text")
     with pytest.raises(ClosedPipe):
         pipe.flush()
-    pipe.close()  # what was buffered goes nowhere
+    pipe.close()  # buffered text is discarded
     full = streams._Output(open("/dev/full", "wb"), "utf-8")  # noqa: SIM115
     with pytest.raises(OutputError, match="cannot be written: no space left on device"):
         full.write("text" * 10_000)
@@ -299,10 +297,10 @@ for place in range(12):
         main.main()
     print(place, number, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-"""The program, again and again, with a signal at a random call or return of a function."""
+"""A program that runs again and again, with a signal at a random call or return."""
 
 CALLS = 2_000_000
-"""About as many calls and returns as a small simulation has whose imports are done."""
+"""About the number of calls and returns of a small simulation, without imports."""
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -1,4 +1,4 @@
-"""Times within a span: the Recording alone derives them, and spans may be cut anywhere."""
+"""Times within a span, which only the Recording derives; spans may be split anywhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ some = settings(law, max_examples=60)
 def test_gaps_grow_with_the_cache(
     cached_ns: float, mean_ms: float, p99_ms: float, max_repeat: int | None
 ) -> None:
-    """Eight rows that read up to 5 + 400 tokens: 1 ms + 8 × 205 × 1 µs on average."""
+    """The mean step of eight rows with up to 405 tokens is 1 ms + 8 × 205 × 1 µs."""
     workload = workload_of([(5, 400, 0)] * 8)
     cost = StepCost(1e6, cached_ns=cached_ns)
     found = metrics.trial_summary(run(workload, Config("static", 8), cost, max_repeat=max_repeat))
@@ -50,7 +50,7 @@ def test_gaps_grow_with_the_cache(
 
 
 def test_a_replay_is_never_ahead() -> None:
-    """One slot, 5 µs a cached token: taken as equal, its steps were 53 too many."""
+    """With one slot and 5 µs a cached token, equal steps would be 53 too many."""
     recording = run(workload_of([(5, 400, 0)]), Config("static", 1), StepCost(1e6, cached_ns=5e3))
     reel, ends = Reel("mine", recording), recording.step_ends_ns
     for step in range(0, 400, 7):
@@ -112,7 +112,7 @@ def test_step_times_are_those_of_each_step(
 
 
 def cut(recording: Recording) -> Recording:
-    """The same trial, each step logged as a span of its own."""
+    """Return the same trial with a span for each step."""
     s = recording.spans
     each = {column.name: np.repeat(getattr(s, column.name), s.steps) for column in fields(s)}
     spans = SpanLog(
@@ -123,7 +123,7 @@ def cut(recording: Recording) -> Recording:
 
 
 def everything(recording: Recording, limits_ms: Mapping[str, float]) -> dict[str, Any]:
-    """All that is derived of a trial."""
+    """Return everything that is derived from a trial."""
     classes = length_classes(recording.requests.output_tokens)
     reel = Reel("mine", recording)
     lag = arrival_lag_ms(recording)

@@ -1,4 +1,4 @@
-"""Dialects of trace files: what people have is read, and nothing is read as something else."""
+"""Dialects of trace files: all usual ones are read, and none is misread."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def lines(*rows: object) -> str:
-    """JSON lines."""
+    """Return JSON lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -45,7 +45,7 @@ def refusal(file: Path, content: str | bytes, **more: object) -> str:
 
 
 def mooncake(*lengths: int, block: int, gap: float = 1000) -> list[dict[str, Any]]:
-    """Rows of Mooncake with as many names of blocks as their lengths have."""
+    """Return rows of Mooncake with a name for each block."""
     return [
         {
             "timestamp": i * gap,
@@ -63,7 +63,7 @@ def mooncake(*lengths: int, block: int, gap: float = 1000) -> list[dict[str, Any
     limit=st.none() | st.integers(1, 3),
 )
 @law
-def test_a_block_size_is_inferred_right_or_asked_for(
+def test_a_block_size_is_inferred_correctly_or_must_be_given(
     block: int, lengths: list[int], limit: int | None, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     file = tmp_path_factory.mktemp("blocks") / "trace"
@@ -73,7 +73,7 @@ def test_a_block_size_is_inferred_right_or_asked_for(
     except UsageError as error:
         assert "--trace-block-size" in str(error)  # noqa: PT017
     else:
-        # Some other size is no error where these rows cannot tell it from theirs.
+        # Another size is right too if these rows fit it.
         size = trace.block_tokens
         assert [-(-n // size) for n in lengths] == [-(-n // block) for n in lengths]
         assert size in (block, 512)
@@ -92,7 +92,7 @@ def test_a_row_with_too_few_or_too_many_names_of_blocks_is_named(
 ) -> None:
     rows = mooncake(*[3 * block - 1] * 5, block=block)
     rows[wrong]["hash_ids"] = list(range(names))
-    if not names:  # which says nothing of blocks
+    if not names:  # such a row has no blocks to check
         assert len(read(write(file, lines(*rows))).prompt_tokens) == 5
         return
     told = refusal(file, lines(*rows))
@@ -112,7 +112,7 @@ def test_a_row_of_20_tokens_and_two_blocks_among_those_of_512_is_named(file: Pat
     assert refusal(file, lines(row) + MOONCAKE).startswith("line 1: hash_ids names 2 blocks")
 
 
-def test_block_sizes_that_cannot_be_told_are_asked_for(file: Path) -> None:
+def test_an_ambiguous_block_size_must_be_given(file: Path) -> None:
     rows = lines(*mooncake(900, 700, block=100))
     assert refusal(file, rows).startswith("hash_ids fit blocks of 100 to 112 tokens; say which")
     rows = lines(*mooncake(900, block=100), *mooncake(900, block=300))
@@ -122,7 +122,7 @@ def test_block_sizes_that_cannot_be_told_are_asked_for(file: Path) -> None:
     )
 
 
-def test_one_block_a_prompt_says_nothing_of_a_larger_size(file: Path) -> None:
+def test_prompts_of_one_block_keep_the_usual_size(file: Path) -> None:
     assert read(write(file, lines(*mooncake(100, 400, block=4096)))).block_tokens == 512
     told = refusal(file, lines(*mooncake(100, 600, 700, block=4096)))
     assert told.startswith("line 2: hash_ids names 1 blocks, but 600 tokens are 2 blocks of 512")
@@ -158,7 +158,7 @@ def test_blocks_of_another_size_hold_the_same_tokens(file: Path) -> None:
         ([0, 0, 0], "ms", [0, 0, 0]),
     ],
 )
-def test_the_unit_of_times_is_inferred_with_a_word(
+def test_an_inferred_unit_of_times_is_reported(
     times: list[float], unit: str, due_ns: list[int], file: Path
 ) -> None:
     rows = [{"timestamp": t, "input_length": 7, "output_length": 7} for t in times]
@@ -181,7 +181,7 @@ def test_times_that_may_be_us_or_ns_are_questioned(gap: int, file: Path) -> None
     "times",
     [[0, 0, 1, 1, 2], [0, 1, 2, 3], [5, 12, 20], [3.5, 12.25, 20.5], [0, 40.5, 80.25]],
 )
-def test_times_that_may_be_ms_or_s_are_questioned(times: list[float], file: Path) -> None:
+def test_an_ambiguous_unit_of_times_must_be_given(times: list[float], file: Path) -> None:
     rows = [{"timestamp": t, "input_length": 7, "output_length": 7} for t in times]
     told = refusal(file, lines(*rows))
     assert re.fullmatch(
@@ -291,11 +291,11 @@ def test_conversations_come_in_many_forms(
 
 
 def conversation(*turns: tuple[str, object]) -> dict[str, Any]:
-    """A row of ShareGPT."""
+    """Return a row of ShareGPT."""
     return {"conversations": [{"from": who, "value": text} for who, text in turns]}
 
 
-def test_turns_before_the_answer_are_one_prompt_and_others_are_told(file: Path) -> None:
+def test_turns_before_the_answer_are_one_prompt_and_others_are_counted(file: Path) -> None:
     rows = [
         conversation(("human", "a"), ("human", "bc"), ("gpt", "d")),
         conversation(("system", "Be kind."), ("human", "ab"), ("gpt", "c")),
@@ -309,7 +309,7 @@ def test_turns_before_the_answer_are_one_prompt_and_others_are_told(file: Path) 
     assert trace.remarks == ("prompts without their system and other turns: 2",)
 
 
-def test_half_of_a_surrogate_pair_is_no_crash(file: Path) -> None:
+def test_half_of_a_surrogate_pair_is_replaced(file: Path) -> None:
     write(
         file, r'[{"conversations":[{"from":"human","value":"a\ud83d"},{"from":"gpt","value":"b"}]}]'
     )
@@ -319,17 +319,17 @@ def test_half_of_a_surrogate_pair_is_no_crash(file: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ('[{"a": 1} {"a": 2}]', "row 2: is not JSON ('{' in the place of , or ]); nothing behind"),
-        ("[7", "row 2: is not JSON (the end of the file in the place of , or ])"),
-        ("[{}, ]", "row 2: is not JSON (Expecting value); nothing behind it can be read"),
-        ("[{}] [{}]", "row 2: follows the end of the array; nothing behind it can be read"),
+        ('[{"a": 1} {"a": 2}]', "row 2: is not JSON ('{' instead of , or ]); nothing after"),
+        ("[7", "row 2: is not JSON (the end of the file instead of , or ])"),
+        ("[{}, ]", "row 2: is not JSON (Expecting value); nothing after it can be read"),
+        ("[{}] [{}]", "row 2: follows the end of the array; nothing after it can be read"),
         ('{"data": [{}], "data": []}', "row 2: follows a second key data"),
-        ('{"data": [{}]', "row 2: is not JSON (the end of the file in the place of , or })"),
+        ('{"data": [{}]', "row 2: is not JSON (the end of the file instead of , or })"),
         ('{"data": {}}', "line 1: has no list of conversations"),
         ("[nul", "row 1: is not JSON"),
     ],
 )
-def test_an_array_that_is_torn_is_named_where_it_is(content: str, fault: str, file: Path) -> None:
+def test_a_broken_array_is_refused_with_the_row(content: str, fault: str, file: Path) -> None:
     bad: list[BadRow] = []
     with pytest.raises(UsageError):
         read(write(file, content), format="sharegpt", on_bad_row=bad.append)
@@ -402,7 +402,7 @@ def test_times_of_azure_in_their_variants(time: str, ns: int, file: Path) -> Non
     ["2023-11-16", "16.11.2023 18:15", "2023-11-16 18:15:60", "2023-11-16 18:15:46+99", "+02", "",
      "2023-11-16 18:15:46.", "2023-11-16 18:15:46 CET", "２023-11-16 18:15:46", "1700158546"],
 )  # fmt: skip
-def test_times_of_azure_that_are_none(time: str, file: Path) -> None:
+def test_invalid_times_of_azure_are_refused(time: str, file: Path) -> None:
     told = refusal(file, f"{AZURE}{time},1,2\n")
     assert told.startswith("line 5: TIMESTAMP is ")
 
@@ -424,7 +424,7 @@ def test_headers_in_their_variants(header: str, delimiter: str, file: Path) -> N
     assert trace.prompt_tokens.tolist() == [374, 396, 879]
 
 
-def test_blank_lines_and_repeated_headers_are_passed_over_and_told(file: Path) -> None:
+def test_blank_lines_and_repeated_headers_are_skipped_and_counted(file: Path) -> None:
     trace = read(write(file, AZURE + "\n  \r\n" + AZURE + "\n\n"))
     assert trace.prompt_tokens.tolist() == [374, 374, 396, 396, 879, 879]
     assert trace.remarks == ("blank lines left out: 2", "repeated headers left out: 1")
@@ -443,7 +443,7 @@ CELLS = st.text(st.sampled_from("0123456789.+-_eEx, \t\"'２²٣\u00a0\x00naif")
 @pytest.mark.parametrize("column", [0, 1])
 @given(cell=CELLS | st.from_regex(r" ?0{0,30}[0-9]{1,9}(\.0{0,30})?\t?", fullmatch=True))
 @law
-def test_a_number_of_tokens_is_read_right_or_named(
+def test_a_number_of_tokens_is_read_correctly_or_refused(
     column: int, cell: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     file = tmp_path_factory.mktemp("cells") / "trace"
@@ -470,7 +470,7 @@ def test_a_number_of_tokens_is_read_right_or_named(
      "9" * 30, "9" * 5000],
 )  # fmt: skip
 @pytest.mark.parametrize("format", ["mooncake", "batchbench"])
-def test_what_is_no_number_of_tokens_in_json_is_named(value: str, format: str, file: Path) -> None:
+def test_an_invalid_number_in_json_is_refused(value: str, format: str, file: Path) -> None:
     key, content = ("output_length", MOONCAKE) if format == "mooncake" else ("output_tokens", OWN)
     line = content.splitlines()[0]
     changed = re.sub(rf'"{key}": \d+', lambda _: f'"{key}": {value}', line)

@@ -1,4 +1,4 @@
-"""Files that traces come in: archives, encodings, pipes, other things, and hostile ones."""
+"""Files of traces: archives, encodings, pipes, other kinds of files, and hostile ones."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16 be", "crlf", "mac
 
 
 def encoded(text: str, encoding: str) -> bytes:
-    """A text as another system would have written it."""
+    """Return a text in the encoding of another system."""
     if encoding == "utf-16 be":
         return b"\xfe\xff" + text.encode("utf-16-be")
     if encoding in ("crlf", "mac"):
@@ -107,7 +107,7 @@ def test_an_archive_that_is_cut_off_or_damaged_is_named(kind: str, file: Path) -
         told = refusal(file, spoiled)
         assert told.startswith((f"is {kind} that cannot be read", "line "))
         with pytest.raises(UsageError, match=f"is {kind} that cannot be read"):
-            read(file, on_bad_row=lambda row: None)  # what is cut off is no wrong row
+            read(file, on_bad_row=lambda row: None)  # a cut archive is not a wrong row
 
 
 HUGE = [{"id": lzma.FILTER_LZMA2, "dict_size": 2**30}]
@@ -127,14 +127,14 @@ def test_an_archive_that_needs_a_gibibyte_is_refused(content: bytes, kind: str, 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 def test_a_text_that_is_cut_off_within_a_character_is_named(encoding: str, file: Path) -> None:
     told = refusal(file, AZURE.encode(encoding)[:-1])
-    assert told.startswith("is not the text that its first bytes say: ")
+    assert told.startswith("is not the text that its first bytes announce: ")
 
 
-# What is no trace
+# Files that are not traces
 
 
 def zipped(name: str) -> bytes:
-    """A zip archive with a file of this name."""
+    """Return a zip archive with a file of this name."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr(name, "x")
@@ -175,13 +175,13 @@ OTHERS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("told", OTHERS)
-def test_what_is_no_trace_is_named_as_what_it_is(told: str, file: Path) -> None:
+def test_another_kind_of_file_is_named(told: str, file: Path) -> None:
     assert refusal(file, OTHERS[told]).startswith(f"is {told}")
 
 
 @pytest.mark.parametrize("told", [told for told in OTHERS if " of" not in told])
 @pytest.mark.parametrize("format", ["azure", "sharegpt"])
-def test_it_is_so_named_whatever_format_is_given(told: str, format: str, file: Path) -> None:
+def test_another_kind_of_file_is_named_with_any_format(told: str, format: str, file: Path) -> None:
     assert refusal(file, OTHERS[told], format=format).startswith(f"is {told}")
 
 
@@ -189,13 +189,13 @@ def test_it_is_so_named_whatever_format_is_given(told: str, format: str, file: P
 
 
 def sorted_keys(ids: int) -> str:
-    """A line of Mooncake whose keys are sorted, so that its hash ids come first."""
+    """Return a line of Mooncake with sorted keys, so that its hash ids come first."""
     row = {"timestamp": 0, "input_length": ids * 512, "output_length": 9}
     return json.dumps({**row, "hash_ids": list(range(100_000, 100_000 + ids))}, sort_keys=True)
 
 
 @pytest.mark.parametrize("ids", [210, 2000, 20_000])
-def test_a_format_is_told_by_its_first_64_kib(ids: int, file: Path) -> None:
+def test_a_format_is_found_in_the_first_64_kib(ids: int, file: Path) -> None:
     line = sorted_keys(ids).encode() + b"\n"
     for content in (line, gzip.compress(line), zstd.compress(line)):
         assert read(write(file, content)).format == "mooncake"
@@ -205,7 +205,7 @@ def test_a_format_is_told_by_its_first_64_kib(ids: int, file: Path) -> None:
 
 @contextmanager
 def piped(path: Path, pieces: Iterator[bytes]) -> Iterator[Path]:
-    """A pipe into which a thread writes pieces, until its reader goes."""
+    """Write pieces to a pipe in a thread, until its reader closes it."""
     os.mkfifo(path)
 
     def feed() -> None:
@@ -313,7 +313,7 @@ DEEP = [
 @pytest.mark.parametrize("content", DEEP, ids=lambda content: content[:20].decode())
 def test_deep_nesting_takes_no_memory(content: bytes, file: Path) -> None:
     write(file, SHAREGPT)
-    read(file)  # what is imported once
+    read(file)  # imports happen now
     write(file, content)
     tracemalloc.start()
     try:
@@ -349,7 +349,7 @@ BOMB = bytes(64 * MIB)
 
 
 def hostile() -> Iterator[tuple[str, bytes]]:
-    """Files that take much memory if they are read without care."""
+    """Return files that take much memory in a careless reader."""
     header = AZURE.encode()
     yield "line", gzip.compress(header + b"9" * (64 * MIB), 1)
     yield "spaces", zstd.compress(header + b" " * (64 * MIB))
@@ -398,7 +398,7 @@ def test_requests_that_fill_the_memory_are_refused(
     assert len(read(file, limit=3).prompt_tokens) == 3
 
 
-def test_a_wrong_row_beyond_the_limit_is_not_looked_at(file: Path) -> None:
+def test_a_wrong_row_beyond_the_limit_is_not_read(file: Path) -> None:
     write(file, MOONCAKE + "spoiled\n")
     assert len(read(file, limit=3).prompt_tokens) == 3
     bad: list[BadRow] = []

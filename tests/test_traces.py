@@ -332,7 +332,7 @@ def test_a_wrong_conversation_is_named_by_its_row(element: str, told: str, file:
 
 def test_an_array_that_breaks_off_is_told_and_read_so_far_if_asked(file: Path) -> None:
     write(file, SHAREGPT[: SHAREGPT.index("i6IyJda_0")])
-    with pytest.raises(UsageError, match=r"row 2: is not JSON .* nothing behind it can be read"):
+    with pytest.raises(UsageError, match=r"row 2: is not JSON .* nothing after it can be read"):
         read(file)
     assert len(read(file, on_bad_row=lambda row: None).prompt_tokens) == 1
 

@@ -391,9 +391,9 @@ def test_a_result_is_read_without_its_recordings(write: Writer) -> None:
 SPOILED: dict[str, tuple[str, str]] = {
     "torn": ('{"schema_version": 1, "crea', "is not readable JSON"),
     "empty": ("", "is not readable JSON"),
-    "no result": ("[1, 2]", "is no result of batchbench"),
+    "no result": ("[1, 2]", "is not a result of batchbench"),
     "other version": ('{"schema_version": 99}', "has schema version 99"),
-    "NaN": ('{"schema_version": 1, "x": NaN}', "NaN is no JSON"),
+    "NaN": ('{"schema_version": 1, "x": NaN}', "NaN is not JSON"),
     "half": ('{"schema_version": 1, "created_at": "2026-01-01"}', "'strategies' is missing"),
     "deep": ("[" * 100_000, "is not readable JSON"),
 }

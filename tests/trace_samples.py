@@ -1,4 +1,4 @@
-"""Traces that several tests read: a small one of each format, and the way to read one."""
+"""Traces of several tests: a small one of each format, and a function to read one."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ SAMPLES = {
 
 
 def write(file: Path, content: str | bytes) -> Path:
-    """The file, with this content."""
+    """Write this content to the file; return the file."""
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     return file
 
 
 def read(file: Path, **more: object) -> Trace:
-    """A trace, texts spelled in bytes."""
+    """Read a trace with a token for each byte of a text."""
     return read_trace(file, byte_tokens, **more)  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ def usable_cores(cpus: Path = _CPUS, cgroup: Path = _CGROUP) -> int:
 
 
 def allowed_cpus() -> Collection[int]:
-    """The logical processors that this process may run on, by the system's numbers."""
+    """Return the numbers of the logical processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return range(psutil.cpu_count(logical=False) or os.cpu_count() or 1)

@@ -28,7 +28,7 @@ class GrowthLog:
 
     @property
     def is_none(self) -> NDArray[np.bool_]:
-        """True for each span whose steps take the same whole number of nanoseconds."""
+        """Return True for each span whose steps take the same whole number of nanoseconds."""
         none: NDArray[np.bool_] = (self.rest_ps == 0) & (self.growth_ps == 0)
         return none
 

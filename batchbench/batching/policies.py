@@ -158,10 +158,10 @@ WAITING = ("static", "static-bucketed", "static-oracle")
 
 
 def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
-    """A policy by name, or one of yours as ``package.module:Class``, made without arguments.
+    """Make a policy by its name, or by ``package.module:Class`` for one of yours.
 
     Raises:
-        UsageError: no such policy, or it is no class of a policy, or cannot be imported or made.
+        UsageError: there is no such policy, or it cannot be imported or made.
     """
     if ":" in name:
         return _make_own(name)
@@ -174,7 +174,7 @@ def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
 
 
 def _make_own(name: str) -> Policy:
-    """Make the user's policy; nothing is called that is not a class with a policy's methods."""
+    """Make the user's policy; only a class with a policy's methods is called."""
     place = f"--strategy {shown(name)}"
     kind = _class_of(name, place)
     for method in ("admit", "release"):
@@ -186,7 +186,7 @@ def _make_own(name: str) -> Policy:
         raise UsageError(f"{place}: is made without arguments; give its constructor defaults")
     try:
         policy: Policy = kind()
-    except (Exception, SystemExit) as error:  # the user's code: whatever it raises is an answer
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UsageError(f"{place}: cannot be made: {_spell(error)}") from error
     if not (_takes(policy.admit, "view") and _takes(policy.release, "view")):
         raise UsageError(f"{place}: its methods must be admit(view) and release(view)")
@@ -199,10 +199,10 @@ def _make_own(name: str) -> Policy:
 
 
 def _class_of(name: str, place: str) -> type:
-    """The class that ``package.module:Class`` names.
+    """Return the class that ``package.module:Class`` names.
 
     Raises:
-        UsageError: there is none.
+        UsageError: it cannot be imported, or is not a class.
     """
     module_name, _, class_name = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
@@ -223,7 +223,7 @@ def _class_of(name: str, place: str) -> type:
         raise UsageError(f"{place}: cannot be imported: {_spell(error)}") from error
     try:
         found = getattr(module, class_name)
-    except Exception as error:  # a module may have a __getattr__ of its own
+    except Exception as error:  # a module may define __getattr__
         classes = [each for each, value in vars(module).items() if isinstance(value, type)]
         near = difflib.get_close_matches(class_name, classes, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -240,10 +240,10 @@ _METHODS = "admit(view) and release(view)"
 
 
 def _takes(function: Callable[..., object], *arguments: str) -> bool:
-    """Whether a function can be called with so many arguments, as far as it says."""
+    """Return True if a function takes this many arguments, as far as its signature is known."""
     try:
         signature = inspect.signature(function)
-    except (ValueError, TypeError):  # one in C that does not say
+    except (ValueError, TypeError):  # a function in C without a signature
         return True
     try:
         signature.bind(*arguments)
@@ -253,7 +253,7 @@ def _takes(function: Callable[..., object], *arguments: str) -> bool:
 
 
 def fault_of(policy: Policy, method: str, error: BaseException) -> UsageError:
-    """The error to raise where a method of a policy raised one: it says in which line."""
+    """Return the error to raise after a method of a policy raised one; it names the line."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}, line {place.lineno}"
     return UsageError(
@@ -262,6 +262,6 @@ def fault_of(policy: Policy, method: str, error: BaseException) -> UsageError:
 
 
 def _spell(error: BaseException) -> str:
-    """An exception of the user's code, on a line."""
+    """Return the text of an exception of the user's code, on one line."""
     text = shown(" ".join(str(error).split()), 200)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""The processor: its model, its maker, and the sets of instructions that code may use on it."""
+"""The processor: its model, its maker, and the instruction sets that code may use."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _LIMITED = ("default", "avx2")
 
 @dataclass(frozen=True)
 class Processor:
-    """The maker of a processor and its sets of instructions, by Linux's names for them."""
+    """The maker of a processor and its instruction sets, by Linux's names for them."""
 
     maker: str
     features: frozenset[str]
 
     @classmethod
     def here(cls, cpuinfo: Path | None = None) -> Processor:
-        """This machine's processor; one without features where the system does not name any.
+        """Return this machine's processor; without features if the system does not name any.
 
         ``ATEN_CPU_CAPABILITY=avx2`` hides AVX-512 and AMX, as it does from torch.
         """
@@ -36,12 +36,12 @@ class Processor:
 
     @property
     def runs_kernels(self) -> bool:
-        """Tell if it has the instructions that batchbench's own kernels always use."""
+        """Return True if it has the instructions that batchbench's own kernels always use."""
         return self.features >= _FOR_KERNELS
 
     @property
     def multiplies_bfloat16(self) -> bool:
-        """Tell if its bfloat16 product is worth taking.
+        """Return True if its bfloat16 product is faster than that of float32.
 
         Intel's, without AMX, does no more multiplications a cycle than float32's.
         """
@@ -49,12 +49,12 @@ class Processor:
 
     @property
     def has_amx(self) -> bool:
-        """Tell if it has tiles for bfloat16, whose products are left to oneDNN."""
+        """Return True if it has AMX tiles for bfloat16; oneDNN uses them."""
         return "amx_bf16" in self.features
 
 
 def cpu_facts(cpuinfo: Path | None = None) -> Mapping[str, str]:
-    """The system's description of the first processor; empty where there is none."""
+    """Return the system's description of the first processor; empty if there is none."""
     try:
         text = (cpuinfo or CPUINFO).read_text(encoding="utf-8", errors="replace")
     except OSError:

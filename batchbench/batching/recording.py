@@ -27,7 +27,7 @@ Ints = NDArray[np.int64]
 FORMAT = 3
 """Version of the file format that :meth:`Recording.save` writes.
 
-Version 2, which is read as well, does not tell apart when a request was admitted and started.
+Version 2, which is read as well, has the same step for the admission and the start of a request.
 """
 
 
@@ -98,7 +98,7 @@ class WaitLog:
 
 @dataclass(frozen=True, eq=False)
 class StepTimes:
-    """How long steps take, ``[rows]`` each. Successive equal steps of one span share a row."""
+    """Durations of steps, ``[rows]`` each. Successive equal steps of one span share a row."""
 
     span: Ints
     step: Ints  # number of the row's first step
@@ -107,7 +107,7 @@ class StepTimes:
 
 
 BLOCK = 1 << 18
-"""Steps of which :meth:`Recording.step_times` holds the times at once."""
+"""Steps in each block that :meth:`Recording.step_times` yields."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +177,7 @@ class Recording:
         return self._ends_in(self.spans_of(steps) if self.ends_ns is None else steps, steps)
 
     def _ends_in(self, span: Ints, steps: Ints) -> Ints:
-        """End of each of these steps, each in one of these spans."""
+        """Return the end of each of these steps, each in one of these spans."""
         if self.ends_ns is not None:
             return self.ends_ns[steps]
         return self._after(span, steps - self.first_steps[span] + 1)
@@ -201,9 +201,9 @@ class Recording:
         return np.searchsorted(self.first_steps, steps, side="right") - 1
 
     def step_at(self, times: Ints) -> Ints:
-        """Number of steps that are over at each of these times (ns).
+        """Return the number of steps that are over at each of these times (ns).
 
-        This is also the number of the step that is under way or comes next.
+        This is also the number of the step that is running or comes next.
         """
         if self.ends_ns is not None:
             return np.searchsorted(self.ends_ns, times, side="right").astype(np.int64)
@@ -217,20 +217,20 @@ class Recording:
         return self.first_steps[span] + low
 
     def free_from(self, times: Ints) -> Ints:
-        """When the engine is next free, at each of these times (ns).
+        """Return the time at which the engine is next free, for each of these times (ns).
 
-        The end of the step that is under way then; the time itself where none is.
+        It is the end of the step that is running then, or the time itself if none is.
         """
         step = np.minimum(self.step_at(times), self.num_steps - 1)
         ends = self.ends_of(step)
         return np.where((self.starts_of(step) < times) & (times < ends), ends, times)
 
     def step_times(self, spans: Ints | None = None, skip: int = 0) -> Iterator[StepTimes]:
-        """How long steps take, in blocks, so that memory stays bounded.
+        """Yield the durations of steps in blocks, so that memory stays bounded.
 
         Args:
-            spans: numbers of the spans whose steps are asked for, ascending; None for all.
-            skip: how many steps at the beginning of each span are left out.
+            spans: numbers of the spans to read, ascending; None for all.
+            skip: number of steps to leave out at the beginning of each span.
         """
         chosen = np.arange(len(self.spans.steps)) if spans is None else spans
         chosen = chosen[self.spans.steps[chosen] > skip]
@@ -242,14 +242,14 @@ class Recording:
         yield from self._each_step(chosen[~equal], skip)
 
     def _are_equal(self, spans: Ints) -> NDArray[np.bool_]:
-        """True for each of these spans whose steps all take the same, to the nanosecond."""
+        """Return True for each of these spans whose steps all take the same time in ns."""
         equal: NDArray[np.bool_] = self.spans.steps[spans] == 1
         if self.ends_ns is None:
             equal |= True if self.growth is None else self.growth.of(spans).is_none
         return equal
 
     def _each_step(self, spans: Ints, skip: int) -> Iterator[StepTimes]:
-        """A row for each step of these spans, without the first ``skip`` of each span."""
+        """Yield a row for each step of these spans, without the first ``skip`` of each span."""
         steps = self.spans.steps[spans] - skip
         upto = np.cumsum(steps)
         total = int(steps.sum())
@@ -412,7 +412,7 @@ class Recording:
 
 
 def _made_of(header: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> Recording:
-    """Return the recording of what a file holds."""
+    """Return the recording that these columns of a file make."""
     if fault := header.keys() ^ {f.name for f in fields(Header)}:
         raise NotWholeError(f"its header lacks {min(fault)}, or should not have it")
     logs: dict[str, Any] = {}

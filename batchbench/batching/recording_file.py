@@ -27,10 +27,10 @@ from batchbench.json_file import parse_json
 Column = NDArray[Any]
 
 MOST_MEMBERS = 64
-"""A recording has at most 30."""
+"""Largest number of members of an archive; a recording has at most 30."""
 
 MOST_HEADER_BYTES = 2**20
-"""A header of ours takes 1 to 2 KB."""
+"""Largest size of a header; those that we write take 1 to 2 KB."""
 
 SURE_BYTES, MOST_RATIO = 64 * 2**20, 100
 """A file may inflate to ``SURE_BYTES`` and this many times its own size. Each log has a column that
@@ -43,7 +43,7 @@ _TORN = (
     *(zipfile.BadZipFile, zlib.error, struct.error),
     *(EOFError, NotImplementedError, RuntimeError, ValueError),
 )
-"""The errors with which ``zipfile`` meets an archive that is not whole."""
+"""Errors that ``zipfile`` raises for a damaged archive."""
 
 _UNCOMPRESSED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
@@ -53,7 +53,7 @@ class NotWholeError(ValueError):
 
 
 def write_columns(header: Mapping[str, Any], columns: Mapping[str, Column]) -> bytes:
-    """The archive's content."""
+    """Return the content of the archive."""
     text = json.dumps(header, allow_nan=False).encode()
     out = io.BytesIO()
     np.savez_compressed(
@@ -65,7 +65,7 @@ def write_columns(header: Mapping[str, Any], columns: Mapping[str, Column]) -> b
 def read_columns(
     file: Path, dtypes: Mapping[str, np.dtype[Any]]
 ) -> tuple[dict[str, Any], dict[str, Column]]:
-    """Read an archive: its header, and those of the columns that it has.
+    """Read an archive: its header and the columns that it has.
 
     Args:
         dtypes: the columns that a file may have, and the type of their values.
@@ -100,15 +100,15 @@ def read_columns(
 
 
 def _check_end(content: IO[bytes]) -> None:
-    """Raise NotWholeError unless the archive ends as ours do, with a small directory."""
+    """Raise NotWholeError unless the archive ends with a small directory and no comment."""
     size = content.seek(0, os.SEEK_END)
     content.seek(max(size - _END.size, 0))
     tail = content.read()
     if len(tail) < _END.size:
-        raise NotWholeError("it is no zip archive")
+        raise NotWholeError("it is not a zip archive")
     signature, _, _, _, members, directory, _, comment = _END.unpack(tail)
     if signature != b"PK\5\6" or comment:
-        raise NotWholeError("it is no zip archive, or a torn one")
+        raise NotWholeError("it is not a zip archive, or is torn")
     if members > MOST_MEMBERS or directory > 2**16:
         raise NotWholeError(f"it has {members} members; a recording has at most {MOST_MEMBERS}")
 
@@ -116,7 +116,7 @@ def _check_end(content: IO[bytes]) -> None:
 def _members(
     archive: zipfile.ZipFile, file_bytes: int, dtypes: Mapping[str, np.dtype[Any]]
 ) -> dict[str, zipfile.ZipInfo]:
-    """The members by column, after their names and sizes were found possible."""
+    """Return the members by column; refuse impossible names and sizes."""
     found: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
         name = member.filename.removesuffix(".npy")
@@ -149,20 +149,20 @@ def _read_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> dict[str,
     except ValueError as error:
         raise NotWholeError(f"its header is not readable JSON ({error})") from error
     if not isinstance(header, dict):
-        raise NotWholeError("its header is no object")
+        raise NotWholeError("its header is not an object")
     return header
 
 
 def _read_column(
     archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, dtype: np.dtype[Any]
 ) -> Column:
-    """One column; its npy header must be what the size of the member says."""
+    """Read one column, whose npy header must agree with the size of the member."""
     with archive.open(member) as content:
         try:
             if np.lib.format.read_magic(content) != (1, 0):
                 raise ValueError("another version of npy")
             shape, _, kind = np.lib.format.read_array_header_1_0(content)
-        except Exception as error:  # it is evaluated as Python's literal: any error may come
+        except Exception as error:  # NumPy evaluates it as a Python literal
             raise NotWholeError(f"{name} has no npy header of version 1.0") from error
         if kind != dtype or len(shape) != 1:
             raise NotWholeError(f"{name} is not a row of {dtype}")

@@ -1,8 +1,8 @@
-"""The laws of a recording's log: what must hold so that everything derived from it has a meaning.
+"""The laws of a recording's log, without which nothing derived from it has a meaning.
 
-A file may hold any numbers. Checked here is that indexes lie in their range, that lengths agree,
-that a slot never holds two requests, that prompts are read once and whole, and that the tokens of
-a request are those of its steps.
+A file may hold any numbers. This module checks that indexes are in range, that lengths agree, that
+a slot never holds two requests, that each prompt is read once and whole, and that each request has
+as many tokens as its steps yield.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ MOST_SLOTS = 2**20
 """The largest ``--batch-size``."""
 
 MOST_NS = 2**60
-"""36 years. Sums and differences of two times then fit 64 bits."""
+"""Latest time, 36 years; sums and differences of two times fit 64 bits."""
 
 MOST_APART_NS, MOST_APART = 10**6, 1.01
-"""The host's clock and a GPU's may tell times that differ by so much, and by this ratio."""
+"""Largest difference, in ns and as a ratio, between the clocks of the host and of a GPU."""
 
 MOST_STEPS = 2**31
-"""Steps of one span: more than the longest output has tokens. Their square fits 64 bits."""
+"""Most steps of a span, more than the longest output has; their square fits 64 bits."""
 
 
 def check_laws(recording: Recording) -> None:
-    """Raise NotWholeError where a recording's log breaks a law."""
+    """Raise NotWholeError if a recording's log breaks a law."""
     r = recording
     _check_header(r.header)
     _check_lengths(r)
@@ -53,7 +53,7 @@ def check_laws(recording: Recording) -> None:
     else:
         _check_of_steps(r)
     _check(r.duration_ns > 0, "it takes no time")
-    # A GPU tells its times in 32 bits, so after hours two clocks may be a millisecond apart.
+    # A GPU gives times in 32 bits, so after hours two clocks may be a millisecond apart.
     slack = MOST_APART_NS + r.first_token_ns * MOST_APART
     _check(r.requests.due_ns <= slack, "a request has a token before it is due")
     _check(r.first_token_ns <= r.last_token_ns, "a request's tokens are out of order")
@@ -100,14 +100,14 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_amount(value: Any, *, least: float = 1e-9) -> bool:
-    """Whether this is None or a positive number that leaves room to reckon with."""
+    """Return True for None and for a number from ``least`` to 1e30, which arithmetic can use."""
     if value is None:
         return True
     return isinstance(value, int | float) and type(value) is not bool and least <= value < 1e30
 
 
 def _is_memory(memory: Any) -> bool:
-    """Whether this is a measured bandwidth, with what a decode step reads."""
+    """Return True for a measured bandwidth with the bytes that a decode step reads."""
     if not isinstance(memory, Mapping) or not isinstance(memory.get("reading"), Mapping):
         return False
     reading = memory["reading"]
@@ -125,7 +125,7 @@ def _is_memory(memory: Any) -> bool:
 
 
 def _check_lengths(r: Recording) -> None:
-    """Columns of one log are equally long; each time is told in one way."""
+    """Check that the columns of each log are equally long, and that times have one form."""
     for name in ("requests", "spans", "chunks", "waits", "growth"):
         log = getattr(r, name)
         lengths = {len(getattr(log, c.name)) for c in fields(log)} if log is not None else {0}
@@ -134,7 +134,7 @@ def _check_lengths(r: Recording) -> None:
     told = [
         name for name in ("ends_ns", "step_ns", "token_ends_ns") if getattr(r, name) is not None
     ]
-    _check(len(told) == 1, "its times are missing, or told in two ways")
+    _check(len(told) == 1, "its times are missing, or given in two ways")
     _check((r.begun_ns is None) is (r.token_ends_ns is None), "begun_ns needs token_ends_ns")
     if r.begun_ns is not None:
         _check(len(r.begun_ns) == len(r.requests.slot), "begun_ns is not one a request")
@@ -190,7 +190,7 @@ def _check_requests(r: Recording) -> None:
 
 
 def _check_chunks(r: Recording) -> None:
-    """Each prompt is read once, from its beginning to its end, and then yields a token."""
+    """Check that each prompt is read once, from beginning to end, and then yields a token."""
     q, c, count = r.requests, r.chunks, len(r.requests.slot)
     _check_range("chunks.request", c.request, count)
     _check((c.start >= 0) & (c.start < c.stop), "a chunk has no token")
@@ -207,7 +207,7 @@ def _check_chunks(r: Recording) -> None:
 
 
 def _check_decoding(r: Recording) -> None:
-    """Rows that decode are the requests that run or are held; each gives the token it should."""
+    """Check that the rows that decode are those of the requests that hold a slot."""
     q, s, first_steps = r.requests, r.spans, r.first_steps
     rows = np.searchsorted(np.sort(q.first), first_steps)
     rows = rows - np.searchsorted(np.sort(q.released), first_steps, side="right")
@@ -217,7 +217,7 @@ def _check_decoding(r: Recording) -> None:
     before = np.cumsum(decodes) - decodes
 
     def up_to(step: Ints) -> Ints:
-        """The number of steps that decode up to each of these and with it."""
+        """Return the number of decode steps up to each of these steps, itself included."""
         span = r.spans_of(step)
         return before[span] + np.where(decodes[span] > 0, step - first_steps[span] + 1, 0)
 
@@ -268,6 +268,6 @@ def _check_costs(r: Recording) -> None:
         )
         _check(grown < 2**62, "growth is too large")
         last = 1000 * r.step_ns.astype(np.float64) + g.rest_ps + g.growth_ps * (steps - 1)
-        _check(last > 0, "growth makes a step shorter than nothing")
+        _check(last > 0, "growth makes a step shorter than 0 ns")
         ends += grown / 1000
     _check(ends < MOST_NS, "it takes too long")

@@ -33,7 +33,7 @@ class _Recorded:
             self._stays.setdefault(slot, []).append((admitted, released))
 
     def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
-        """All: requests are made due at the step that first held a slot for them."""
+        """Return all requests, each due at the first step that held a slot for it."""
         return view.waiting[:], None
 
     def release(self, view: View) -> Iterable[int]:

@@ -20,7 +20,7 @@ from batchbench.errors import UsageError, shown
 from batchbench.workloads import Arrivals, Request
 
 MOST_ASKS = 100_000
-"""A policy that admits nobody so many times in a row, though nothing runs, waits for ever."""
+"""Times in a row that a policy may admit nobody while nothing runs."""
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ class Scheduler:
         self._max_batched_tokens = max_batched_tokens
         self._lengths_known = lengths_known
         self._free = list(range(slots))  # a heap: the lowest slot is taken first
-        self._admitted: list[tuple[Request, int]] = []  # and their slots, since the last plan
+        self._admitted: list[tuple[Request, int]] = []  # with their slots, since the last plan
         self._newcomers: deque[_Newcomer] = deque()
         self._occupant: list[Request | None] = [None] * slots
         # Running requests all advance together, so a decode count replaces a length a slot:
@@ -86,7 +86,7 @@ class Scheduler:
         self._rows: NDArray[np.int64] | None = None  # where that is so; None: to be found anew
         self._ends: list[tuple[int, int, int]] = []  # (decode count at the end, index, slot)
         self._running = 0  # decoding and not done
-        self._asks = 0  # in a row that admitted nobody while nothing ran
+        self._asks = 0  # successive ones that admitted nobody while nothing ran
 
     # What a policy sees (policies.View)
 
@@ -221,19 +221,19 @@ class Scheduler:
         if chosen:
             chosen = list(chosen)  # it may be the queue itself
             if not all(isinstance(request, Request) for request in chosen):
-                raise UsageError("a policy admitted something that is no request")
+                raise UsageError("a policy admitted something that is not a request")
             self.waiting.take(chosen)
             for request in chosen:
                 self._seat(request)
         if not isinstance(ask_again, int | np.integer | None):
-            raise UsageError(f"a policy asked to be asked again at {shown(ask_again)}: give ns")
+            raise UsageError(f"admit returned {shown(ask_again)} as the next time: give ns")
         if ask_again is not None and ask_again <= self.now:
-            raise UsageError("a policy asked to be asked again at a time that has passed")
+            raise UsageError("admit returned a next time that has passed")
         self._asks = 0 if chosen or self._running or ask_again is None else self._asks + 1
         if self._asks > MOST_ASKS:
             raise UsageError(
                 f"the policy {type(self._policy).__name__} admitted nobody {MOST_ASKS:,} times in "
-                "a row though nothing runs: it would wait for ever"
+                "a row although nothing runs: it would wait for ever"
             )
         return ask_again
 
@@ -245,7 +245,7 @@ class Scheduler:
             )
         budget = self._max_batched_tokens - len(self._rows_now())
         chunks: list[Chunk] = []
-        for newcomer in self._newcomers:  # those behind the last piece stall in their slots
+        for newcomer in self._newcomers:  # requests after the last piece stall in their slots
             size = min(budget, newcomer.request.prompt_tokens - newcomer.done)
             stop = newcomer.done + size
             chunks.append(Chunk(newcomer.request, newcomer.slot, newcomer.done, stop))
@@ -255,7 +255,7 @@ class Scheduler:
         return tuple(chunks)
 
     def _seat(self, request: Request) -> None:
-        """Give an admitted request the lowest free slot, which it holds from now on."""
+        """Give an admitted request the lowest free slot."""
         slot = heapq.heappop(self._free)
         self._occupant[slot] = request
         self._admitted.append((request, slot))

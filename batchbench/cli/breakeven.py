@@ -146,7 +146,7 @@ def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
     if study.cost is not None and model != ModelSpec():
         raise UsageError("--cost: the model is that of the result; drop --model and its options")
     defaults = default_folders("breakeven")
-    lost = "the same command with the same --output goes on from the cells that are kept"
+    lost = "the same command with the same --output continues from the cells that are kept"
     with output_folder(
         study.output, defaults, overwrite=study.overwrite, marker="breakeven.json", lost=lost
     ) as folder:
@@ -167,7 +167,7 @@ def _map(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec, store: Store)
 
 
 def _context(study: BreakevenSpec, model: ModelSpec) -> int | None:
-    """The context of the model.
+    """Return the context of the model.
 
     Raises:
         UsageError: a request of mean length does not fit.

@@ -50,7 +50,7 @@ RECORD = "check.json"
 
 @dataclass(frozen=True)
 class CheckRecordSpec:
-    """What is kept of a check."""
+    """The record of a check."""
 
     output: Path | None = setting(
         None, f"Folder for {RECORD}, with every process.", "Output", metavar="DIR"

@@ -78,7 +78,7 @@ def ladder(
 
 
 def _climb(asked: Climb, output: OutputSpec, folder: Path) -> bool:
-    """Measure the machine, say what it allows, climb, write and show; whether outputs are right."""
+    """Measure the machine and its rungs, write and show; return True if outputs are right."""
     from batchbench.cli.display import make_display
     from batchbench.studies.ladder import Ladder
 

@@ -85,12 +85,12 @@ app.add_typer(workload.app, name="workload")
 def main() -> None:
     """Run the program and exit with its code."""
     streams.prepare()
-    # That a cache of fonts cannot be written is no news: it is made anew each time.
+    # matplotlib warns if its cache of fonts cannot be written; it works without one.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     received = _interrupt_on_signals()
     try:
         code = _guarded()
-    except KeyboardInterrupt:  # while another error was being said
+    except KeyboardInterrupt:  # while another error was being printed
         code = 130
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
@@ -104,13 +104,13 @@ def main() -> None:
 
 
 _ANSWERS = (0, 1, 3)
-"""Exit codes of a command that came to its end."""
+"""Exit codes of a command that was not interrupted."""
 
 
 def _interrupt_on_signals() -> Sequence[int]:
     """Let SIGTERM and SIGHUP do what Ctrl-C does; return those that arrive, as they arrive.
 
-    One that is ignored, as ``nohup`` sets SIGHUP, stays ignored.
+    An ignored signal, such as SIGHUP under ``nohup``, stays ignored.
     """
     received: list[int] = []
 
@@ -126,7 +126,7 @@ def _interrupt_on_signals() -> Sequence[int]:
 
 
 def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
-    """Interrupt once more where Python dropped the exception, as in a finalizer."""
+    """Interrupt again if Python dropped the exception, as it does in a finalizer."""
     if isinstance(dropped.exc_value, KeyboardInterrupt):
         again = threading.Timer(0.05, _thread.interrupt_main)
         again.daemon = True
@@ -150,7 +150,7 @@ def _guarded() -> int:
         return _say(str(error), error.exit_code)
     except typer.TyperException as error:
         message = spell_usage(error)
-        return _say(message, 2) if message else 2  # without: the help has been shown
+        return _say(message, 2) if message else 2  # an empty one: the help has been shown
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", 130)
     except Exception as error:
@@ -174,7 +174,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def _of_the_system(error: OSError) -> str | None:
-    """Return the line for what the machine refuses; None where the fault may be ours."""
+    """Return the line for an error of the system; None if the fault may be ours."""
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {reason_of(error)}"
     return f"a file cannot be written: {reason_of(error)}" if error.errno in _FULL else None
@@ -186,7 +186,7 @@ def _say(message: str, code: int) -> int:
 
 
 def _save_traceback() -> str:
-    """Save the traceback to a file, or print it where no file can be written; say where it is."""
+    """Save the traceback to a file, or print it if that fails; return words for the place."""
     try:
         handle, path = tempfile.mkstemp(prefix="batchbench-crash-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:

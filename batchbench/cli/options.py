@@ -222,7 +222,7 @@ def with_grid(
 
 
 Field = tuple[type, dataclasses.Field[Any]]
-"""A spec and one of its fields."""
+"""A pair of a spec and one of its fields."""
 
 
 def _fields(specs: Mapping[str, type]) -> list[Field]:
@@ -234,7 +234,7 @@ def _signed(
 ) -> Callable[..., None]:
     """Return the function with the signature from which Typer makes its options.
 
-    Its attribute ``fields`` says from which fields these were derived.
+    Its attribute ``fields`` has the fields from which these were derived.
     """
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
@@ -251,7 +251,7 @@ def _given(
 ) -> dict[str, Any]:
     """Return the options that were typed, even if what was typed is the default.
 
-    Typer hands over texts, so that what is no number or no choice is refused by words of our own.
+    Typer passes texts on, so that messages about wrong numbers and choices are our own.
     """
     homes = {field.name: (spec, field) for spec, field in fields}
     given: dict[str, Any] = {}
@@ -259,7 +259,7 @@ def _given(
         source = context.get_parameter_source(name)
         if source is None or source.name.startswith("DEFAULT"):
             continue
-        if isinstance(value, list):  # of an option that may be repeated
+        if isinstance(value, list):  # values of an option that may be repeated
             if name in homes:
                 value = [settings.parse(*homes[name], text) for text in value]
             given[name] = tuple(value)

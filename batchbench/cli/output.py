@@ -1,4 +1,4 @@
-"""The output folder of a command: named, checked, claimed, and released when all is printed."""
+"""The output folder of a command: checked, claimed, and released after everything is printed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batchbench.reports.destination import check_folder
 
 @contextmanager
 def interruptible(lost: str) -> Iterator[None]:
-    """Turn Ctrl-C in the block into one line that says what was ``lost``.
+    """Turn Ctrl-C in the block into one line that ends with ``lost``.
 
     Raises:
         Interrupted: by Ctrl-C, or by another signal that asks the program to stop.
@@ -36,14 +36,14 @@ def output_folder(
 ) -> Iterator[Path]:
     """Yield the folder that a command writes to; no other process writes there meanwhile.
 
-    Nothing is made before :func:`~batchbench.files.write_whole` has something whole to write. What
-    the block prints is flushed before the folder is released.
+    The folder is made only by :func:`~batchbench.files.write_whole`. The output of the block is
+    flushed before the folder is released.
 
     Args:
         given: the folder of ``--output``; None to take the first of ``defaults`` that is free.
         overwrite: replace a result that the folder holds.
-        marker: the file by which a result is known.
-        lost: the line about Ctrl-C says so, where no result was written.
+        marker: the file that shows that a folder holds a result.
+        lost: end of the line about Ctrl-C if no result was written.
 
     Raises:
         UsageError: it cannot be written, holds a result, or another process writes there.
@@ -87,7 +87,7 @@ def _claim_free(defaults: Iterable[Path], stack: ExitStack) -> Path:
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:
-    """Return what changes when a file is written anew; None where there is none."""
+    """Return a value that changes when a file is rewritten; None if there is no file."""
     try:
         facts = file.stat()
     except OSError:

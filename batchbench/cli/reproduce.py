@@ -25,7 +25,7 @@ Example: batchbench reproduce batchbench-results/my-run"""
 
 @dataclass(frozen=True)
 class ReproduceSpec:
-    """What is kept of the second run, and what is shown."""
+    """The output of ``reproduce``: the second run and the receipt."""
 
     output: Path | None = setting(
         None,

@@ -1,7 +1,7 @@
-"""Standard output and standard error: any encoding, and closed, full or unread without a traceback.
+"""Standard output and standard error: any encoding, and no traceback if they are closed or full.
 
-A character that the encoding lacks is replaced by one that looks like it, an error of the system
-becomes one of ours on standard output and is ignored on standard error, where progress is shown.
+A character that the encoding lacks is replaced by one that looks like it. An error of the system
+becomes one of ours on standard output. On standard error, which shows progress, it is ignored.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from batchbench.errors import BatchbenchError, ClosedPipe, OutputError
 from batchbench.files import reason_of
 
 STAND_INS = "batchbench"
-"""Error handler of encodings: what a character is replaced by in text for people."""
+"""Name of the error handler that replaces characters by similar ones, in text for people."""
 
 JSON_ESCAPES = "batchbench-json"
-"""Error handler of encodings: ``\\u00d7`` for ``×``, which is the same to a reader of JSON."""
+"""Name of the error handler that writes ``\\u00d7`` for ``×``, which JSON reads as the same."""
 
 _CHOSEN = ("ignore", "replace", "xmlcharrefreplace", "namereplace")
-"""Error handlers that somebody asked for with ``PYTHONIOENCODING``: they cannot fail either."""
+"""Error handlers of ``PYTHONIOENCODING`` that are kept, since they cannot fail."""
 
 _LOOK_ALIKES = dict(
     zip(
@@ -38,7 +38,7 @@ _LOOK_ALIKES = dict(
 
 
 def prepare() -> None:
-    """Replace the two streams by ones that can fail in no other way than stated here."""
+    """Replace the two streams by :class:`_Output` and :class:`_Messages`."""
     register()
     _fill_closed()
     sys.stdout = _wrapped(_Output, sys.stdout, 1)
@@ -46,7 +46,7 @@ def prepare() -> None:
 
 
 def register() -> None:
-    """Let text be encoded with :data:`STAND_INS` and :data:`JSON_ESCAPES`."""
+    """Register the error handlers :data:`STAND_INS` and :data:`JSON_ESCAPES`."""
     codecs.register_error(STAND_INS, _stand_in)
     codecs.register_error(JSON_ESCAPES, _json_escape)
 
@@ -59,14 +59,14 @@ def echo(text: str = "", *, err: bool = False, end: str = "\n") -> None:
 
 
 def echo_json(text: str) -> None:
-    """Print a JSON document, the same to its readers in any encoding."""
+    """Print a JSON document, which means the same in any encoding."""
     register()
     encoding = sys.stdout.encoding or "utf-8"
     echo(text.encode(encoding, JSON_ESCAPES).decode(encoding), end="")
 
 
 def echo_html(text: str) -> None:
-    """Print a page, the same to a browser in any encoding, although it says that it is UTF-8."""
+    """Print a page, which a browser shows the same in any encoding, although it claims UTF-8."""
     encoding = sys.stdout.encoding or "utf-8"
     if not encoding.lower().startswith("utf"):
         text = text.encode("ascii", "xmlcharrefreplace").decode("ascii")
@@ -103,7 +103,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Messages(io.TextIOWrapper):
-    """Standard error. A run of hours does not end because nobody can see its progress."""
+    """Standard error; its errors are ignored, so that they never end a run of hours."""
 
     def write(self, text: str) -> int:
         try:
@@ -120,22 +120,22 @@ class _Messages(io.TextIOWrapper):
 
 
 def _silence(descriptor: int) -> None:
-    """Let what is buffered, and all that follows, go nowhere."""
+    """Discard what is buffered and everything that follows."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 
 def _fill_closed() -> None:
-    """Open closed descriptors, so that no file of ours gets the number of a standard stream.
+    """Open closed descriptors, so that no other file gets the number of a standard stream.
 
-    Output that is closed is opened for reading: to write to it is an error, as it was before.
+    Closed output is opened for reading, so that writing to it is still an error.
     """
     for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, flags)  # the lowest number that is free
+            os.open(os.devnull, flags)  # takes the lowest free number
 
 
 def _wrapped(
@@ -143,7 +143,7 @@ def _wrapped(
 ) -> _Output | _Messages:
     """Return a stream like another one; None stands for a stream that was closed."""
     if stream is None:
-        raw = open(descriptor, "wb", closefd=False)  # noqa: SIM115  # lives as long as the program
+        raw = open(descriptor, "wb", closefd=False)  # noqa: SIM115  # open until the program ends
         return kind(raw, encoding="utf-8", errors=STAND_INS)
     assert isinstance(stream, io.TextIOWrapper)
     return kind(
@@ -156,7 +156,7 @@ def _wrapped(
 
 
 def _stand_in(error: UnicodeError) -> tuple[str, int]:
-    """Replace characters that an encoding lacks, each as wide as before where that can be."""
+    """Replace characters that an encoding lacks, each by one of the same width if there is one."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
@@ -165,7 +165,7 @@ def _stand_in(error: UnicodeError) -> tuple[str, int]:
 
 
 def _look_alike(character: str, before: str) -> str:
-    if character == "…" and before.endswith(" "):  # of a sentence, not of a cell that was cut
+    if character == "…" and before.endswith(" "):  # ends a sentence, not a cell that was cut
         return "..."
     known = _LOOK_ALIKES.get(character)
     if known is None:

@@ -71,7 +71,7 @@ def sweep(axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpe
 
     place = study.output or Path("batchbench-results") / f"sweep-{grid.digest}"
     with output_folder(
-        place, lost="the same command goes on from the cells that are kept"
+        place, lost="the same command continues from the cells that are kept"
     ) as folder:
         code = _serve_and_write(grid, Store(folder), goals, study)
         if code:

@@ -1,4 +1,4 @@
-"""Errors of Typer in words of our own: the option or argument, and what to type."""
+"""Messages for the errors of Typer: the option or argument, and what to type."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _COMMAND = re.compile(r"No such command '(?P<name>.*)'\.", re.DOTALL)
 def spell_usage(error: typer.TyperException) -> str:
     """Return the message of a command line that Typer cannot parse; empty if help was shown.
 
-    Typer's classes of errors are private. They are told apart by their attributes, and where they
-    have none by their texts.
+    Typer's classes of errors are private. Their attributes, or else their texts, tell them
+    apart.
     """
     context: Any = getattr(error, "ctx", None)
     command: str = context.command_path if context else "batchbench"

@@ -33,7 +33,7 @@ Example: batchbench watch batchbench-results/my-run --speed 4"""
 
 @dataclass(frozen=True)
 class WatchSpec:
-    """How fast the replay is, and where it goes."""
+    """The speed of the replay and its destination."""
 
     speed: float | None = setting(
         None,

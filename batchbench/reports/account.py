@@ -82,14 +82,14 @@ def account(recording: Recording) -> Account:
     spent = recording.span_ends_ns - recording.spans.start_ns
     reads = recording.spans.chunks > 0  # these spans have one step each
     slots, few = _Slots.of(recording), recording.header.slots
-    # Whole nanoseconds × slots, so that it does not matter where the log cuts equal steps apart.
+    # Whole nanoseconds × slots, so that it does not matter where the log splits equal steps.
     useful, finished, empty, idle_rows = (
         _product(spent[~reads], kind[~reads]) / few
         for kind in (slots.useful, slots.finished, slots.empty, slots.stalled)
     )
     decode = _decode_phase(recording, spent[reads], reads)
     prompt, share, reading = spent[reads] - decode, decode / few, slots.where(reads)
-    wanting = reading.prompts + reading.sitting_out  # never 0 where prompts are read
+    wanting = reading.prompts + reading.sitting_out  # above 0 if prompts are read
     prefill = share * reading.prompts + prompt * reading.prompts / wanting
     stalled = share * reading.stalled + prompt * reading.sitting_out / wanting
     padding = prefill * _padding(recording)
@@ -110,7 +110,7 @@ def account(recording: Recording) -> Account:
 
 
 def _product(ns: Ints, slots: Ints) -> int | float:
-    """Sum of nanoseconds × slots, exact where 64 bits hold it."""
+    """Return the sum of nanoseconds × slots, exactly if it fits 64 bits."""
     fits = float(ns.sum()) * float(slots.max(initial=0)) < 2**62
     return int(ns @ slots) if fits else math.fsum(ns * slots.astype(np.float64))
 
@@ -136,7 +136,7 @@ class _Slots:
         return self.useful + self.stalled
 
     def where(self, chosen: NDArray[np.bool_]) -> _Slots:
-        """The spans that are chosen."""
+        """Return the chosen spans."""
         return _Slots(*(getattr(self, f.name)[chosen] for f in fields(self)))
 
     @classmethod
@@ -152,16 +152,15 @@ class _Slots:
 
 
 def _decode_phase(recording: Recording, spent: Ints, reads: NDArray[np.bool_]) -> Floats:
-    """How much of the time of passes that read prompts goes to decoding.
+    """Return the time that goes to decoding in each pass that reads prompts.
 
-    Nothing where nobody decodes. A mixed pass decodes for as long as the trial's steps without
-    prompts took with as many rows (the median; between numbers of rows linear), and what it takes
-    beyond is the prompts'. Where the trial has no such step, nothing tells the two apart, and
-    nothing is laid upon the prompts.
+    It is 0 if nobody decodes. In a mixed pass it is the median time of the trial's steps without
+    prompts and with as many rows, interpolated between numbers of rows; the rest of the pass goes
+    to the prompts. If the trial has no step without prompts, all of the pass is decoding.
 
     Args:
         spent: time of each of these passes, in ns.
-        reads: which spans they are, ``[spans]``.
+        reads: True for these spans, ``[spans]``.
     """
     rows, alone = recording.spans.decoding, np.flatnonzero(~reads)
     mixed = rows[reads] > 0
@@ -177,7 +176,7 @@ def _decode_phase(recording: Recording, spent: Ints, reads: NDArray[np.bool_]) -
 
 
 def _padding(recording: Recording) -> Floats:
-    """Share of each prefill that the engine spends on padding, a row a span that reads prompts.
+    """Return the share of padding in each prefill, a row for each span that reads prompts.
 
     An engine that pads computes newcomers × longest prompt; the slots engine computes no more
     tokens than there are.

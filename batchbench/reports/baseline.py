@@ -33,7 +33,7 @@ _WORDS: Schema = {"type": ["string", "null"]}
 def _object(
     properties: Schema | None = None, rest: Schema | bool = True, optional: Sequence[str] = ()
 ) -> Schema:
-    """An object that has these properties, all but the optional ones, and others of ``rest``."""
+    """Return the schema of an object with these properties and others of ``rest``."""
     properties = properties or {}
     required = [name for name in properties if name not in optional]
     return {
@@ -99,7 +99,7 @@ SCHEMA: Schema = {
         }
     ),
 }
-"""Numbers are bounded so that what is derived from them is finite: a ratio is e²⁰ at most."""
+"""Bounds of numbers, so that results of arithmetic are finite: a ratio is at most e²⁰."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def load_baseline(file: Path) -> Baseline:
 
 
 def _contradiction(data: Mapping[str, Any]) -> str | None:
-    """The first two parts that are each of the schema and do not fit together."""
+    """Return words for the first two valid parts that do not fit together; None if all fit."""
     try:
         read_time(data["created_at"])
     except ValueError as error:

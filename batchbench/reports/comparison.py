@@ -33,7 +33,7 @@ class Ratio:
 def paired_ratio(
     numerators: Sequence[float | None], denominators: Sequence[float | None]
 ) -> Ratio | None:
-    """numerator / denominator pair by pair; None where one has no meaning or is not above 0.
+    """Return numerator / denominator, pair by pair; None if a value is missing or not above 0.
 
     The interval is Student's t interval of the mean log ratio (ratios multiply, so their logs
     are what scatters evenly).

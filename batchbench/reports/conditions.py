@@ -78,7 +78,9 @@ def parse_condition(text: str) -> Condition:
             f"{sign}{abs(share) * 100:g}%'"
         )
     if abs(share) < 1e-6:
-        raise UsageError(f"{option}: no change is so small; give the least that matters, as 3%")
+        raise UsageError(
+            f"{option}: must be larger; give the smallest change that matters, such as 3%"
+        )
     if falls and share <= -1:
         raise UsageError(f"{option}: nothing falls by 100 % or more; give less, such as -5%")
     return Condition(text.strip(), GAUGES[metric], strategy, falls, abs(share))
@@ -108,7 +110,7 @@ def _unknown(metric: str) -> str:
 
 
 def check_margin(floor: float, margin: float) -> None:
-    """Raise :class:`UsageError` where a loss could be both slower and the same; in percent."""
+    """Raise :class:`UsageError` if a loss could be both slower and the same; both in percent."""
     if margin <= floor:
         raise UsageError(
             f"--margin {margin:g}: must be above --floor {floor:g} (both in percent), or a loss in "

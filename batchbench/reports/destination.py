@@ -11,11 +11,11 @@ from batchbench.files import check_place
 
 
 def default_folders(model: str, study: str = "") -> Iterator[Path]:
-    """Yield ``batchbench-results/<time>-<model>``, then with 2, 3, … behind it.
+    """Yield ``batchbench-results/<time>-<model>``, then the same with 2, 3, … at the end.
 
     Args:
-        model: whose name is shown, with ``/`` as ``--``.
-        study: the kind of study, where it is no plain run; it stands between the two.
+        model: name of the model, shown with ``/`` as ``--``.
+        study: the kind of study, which goes between the two; empty for a plain run.
     """
     parts = (f"{datetime.now():%Y%m%d-%H%M%S}", study, model.replace("/", "--"))
     name = "-".join(part for part in parts if part)
@@ -29,7 +29,7 @@ def check_folder(folder: Path, *, overwrite: bool, marker: str = "result.json") 
     """Check that a result can be written to a folder; leave nothing behind.
 
     Args:
-        marker: the file by which a result is known.
+        marker: the file that shows that a folder holds a result.
 
     Raises:
         UsageError: it cannot be written, or holds a result and ``overwrite`` is not given.
@@ -52,10 +52,10 @@ def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
 
 
 def check_file(file: Path, option: str) -> None:
-    """Check that a file that an option names can be written, anew or again.
+    """Check that a file that an option names can be written.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it cannot be written.
     """
     check_place(file, f"{option} {file}")
     if file.exists() and not file.is_file():

@@ -16,7 +16,7 @@ from batchbench.batching.recording import Ints, Recording
 Floats = NDArray[np.float64]
 
 _DENSE = 16
-"""Whole numbers whose range is at most this many times their number are counted, not sorted."""
+"""Largest range, in multiples of the number of values, at which values are counted, not sorted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class Distribution:
         )
 
     def in_units_of(self, unit: float) -> Distribution:
-        """The same observations as multiples of a unit."""
+        """Return the same observations as multiples of a unit."""
         return Distribution(self.values / unit, self.weights)
 
     @cached_property
@@ -96,7 +96,7 @@ class Distribution:
 
 
 def step_distribution(recording: Recording, spans: Ints | None = None) -> Distribution:
-    """Distribution of how long steps take, in ns.
+    """Return the distribution of the durations of steps, in ns.
 
     Args:
         spans: numbers of the spans whose steps are counted, ascending; None for all.

@@ -34,7 +34,7 @@ def slowdown(recording: Recording) -> Floats:
 
     Alone it would take a step a token, of the trial's median step.
     """
-    step_ms = max(median_step_ms(recording), 1e-6)  # a clock may tell two steps as one
+    step_ms = max(median_step_ms(recording), 1e-6)  # a clock may show 0 for a step
     alone = recording.requests.output_tokens * step_ms
     found: Floats = e2el_ms(recording) / alone
     return found

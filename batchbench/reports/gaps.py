@@ -20,19 +20,19 @@ STALL = 1.5
 class Gaps:
     """Gaps between successive tokens of one request, ``[rows]`` each.
 
-    A gap reaches from the end of one step to that of another: a request got a token in both and
-    in none between. ``times`` successive gaps of the same length, each one step long, share a row.
+    A gap is the time between the ends of two steps, in both of which a request got a token and in
+    none between. ``times`` successive gaps of the same length, each one step long, share a row.
     """
 
     ns: Ints
-    requests: Ints  # that share the gap
+    requests: Ints  # number that share the gap
     times: Ints
-    from_step: Ints  # of the row's first gap
+    from_step: Ints  # step at which the row's first gap begins
     to_step: Ints
 
     @classmethod
     def of(cls, recording: Recording) -> Iterator[Gaps]:
-        """All gaps of all requests, in blocks, so that memory stays bounded.
+        """Yield all gaps of all requests in blocks, so that memory stays bounded.
 
         All requests that run get a token at every step that decodes, so a gap from one such step
         to the next belongs to all of them; only the one after a first token may begin elsewhere.
@@ -59,7 +59,7 @@ class _Decodes:
     """Numbering of the steps that decode, without a list of them."""
 
     span: Ints  # numbers of the spans that decode
-    first: Ints  # step of each of these spans
+    first: Ints  # first step of each of these spans
     steps: Ints
     upto: Ints  # steps that decode, up to the span and with it
 
@@ -83,7 +83,7 @@ class _Decodes:
 
 
 def _first_gaps(recording: Recording, decodes: _Decodes) -> Gaps:
-    """Gaps from each request's first token to its second."""
+    """Return the gaps from each request's first token to its second."""
     r = recording.requests
     several = r.last > r.first
     first, shared = np.unique(r.first[several], return_counts=True)
@@ -93,7 +93,7 @@ def _first_gaps(recording: Recording, decodes: _Decodes) -> Gaps:
 
 
 def _shared_gaps(recording: Recording, decodes: _Decodes) -> Iterator[Gaps]:
-    """Gaps from a step that decodes to the next: for all that got a token in both."""
+    """Yield gaps from a step that decodes to the next, for the requests with a token in both."""
     r = recording.requests
     if not len(decodes.first):
         return
@@ -141,7 +141,7 @@ class _Gap(NamedTuple):
 
 
 def _longest(recording: Recording) -> list[_Gap]:
-    """The longest gaps of a trial that are stalls; of equal ones the earliest."""
+    """Return the longest stalls of a trial; of equal ones the earliest."""
     median = gaps_ms(recording).percentile(50)
     if median is None:
         return []
@@ -156,7 +156,7 @@ def _longest(recording: Recording) -> list[_Gap]:
         ):
             for later in range(min(times, MOST_STALLS)):
                 steps = first + later, to_step + later
-                # Who had a first token at the step is told apart from who had another.
+                # Requests with their first token at the step differ from the others.
                 others = found[steps].requests if steps in found else 0
                 found[steps] = _Gap(ns, others + requests, *steps)
     return sorted(found.values(), key=lambda gap: (-gap.ns, gap.from_step))[:MOST_STALLS]

@@ -15,7 +15,7 @@ LATENCIES = ("ttft", "tpot", "e2el")
 
 
 LONGEST_MS = 1e12
-"""Milliseconds that no limit exceeds: thirty years."""
+"""Largest limit in milliseconds, thirty years."""
 
 
 @dataclass(frozen=True)

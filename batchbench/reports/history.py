@@ -168,7 +168,7 @@ def find_results(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
             if not folder.exists():
                 raise UsageError(f"{folder}: no such folder; give folders that hold results")
             files = sorted(folder.rglob("result.json")) if folder.is_dir() else [folder]
-        except OSError as error:  # its name is too long, or nobody may read it
+        except OSError as error:  # its name is too long, or it is not readable
             raise UsageError(f"{folder}: cannot be read: {reason_of(error)}") from error
         # What a run that was cut off had begun to write is no result.
         files = [f for f in files if not any(p.startswith(".writing-") for p in f.parts)]

@@ -1,4 +1,4 @@
-"""The one reader of ``result.json``: bounded, held against the published schema and its meaning."""
+"""The reader of ``result.json``: bounded, checked against the published schema and its meaning."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
 
 
 def file_of(folder: Path) -> Path:
-    """The ``result.json`` that a folder, or the file itself, names."""
+    """Return the path of ``result.json``, of a result's folder or the file itself."""
     return folder if folder.suffix == ".json" else folder / "result.json"
 
 
 def read_data(folder: Path) -> dict[str, Any]:
-    """Read a ``result.json`` of this version; its schema is not gone through.
+    """Read a ``result.json`` of this version without a check of its schema.
 
     Raises:
-        UsageError: there is no result, or it is torn or of another schema version.
+        UsageError: there is no result, or it is damaged or of another schema version.
     """
     file = file_of(folder)
     try:
@@ -44,7 +44,7 @@ def read_data(folder: Path) -> dict[str, Any]:
             f"{file}: cannot be read: {reason_of(error)}; give the folder that batchbench run wrote"
         ) from error
     if not isinstance(data, dict) or "schema_version" not in data:
-        raise UsageError(f"{file}: is no result of batchbench")
+        raise UsageError(f"{file}: is not a result of batchbench")
     if data.get("kind") == "baseline":
         raise UsageError(f"{file}: is a baseline; give it to batchbench check --baseline {file}")
     if data["schema_version"] != SCHEMA_VERSION or isinstance(data["schema_version"], bool):
@@ -57,10 +57,10 @@ def read_data(folder: Path) -> dict[str, Any]:
 
 
 def load_data(folder: Path) -> dict[str, Any]:
-    """What ``result.json`` holds, of a result's folder or the file alone.
+    """Read and check ``result.json``, of a result's folder or the file itself.
 
     Raises:
-        UsageError: there is no result, or it is torn, not whole, or of another schema version.
+        UsageError: there is no result, or it is damaged or of another schema version.
     """
     data = read_data(folder)
     schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
@@ -71,22 +71,24 @@ def load_data(folder: Path) -> dict[str, Any]:
 
 
 def read_time(text: object) -> datetime:
-    """A time as results and baselines keep it, with its zone; UTC where none is given.
+    """Return a time of a result or baseline with its zone; UTC if none is given.
 
     Raises:
-        ValueError: it is no such time.
+        ValueError: it is not a time in ISO format.
     """
     if not isinstance(text, str):
-        raise ValueError(f"{str(text)[:40]} is no time")
+        raise ValueError(f"{str(text)[:40]} is not a time")
     try:
         found = datetime.fromisoformat(text)
         return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{text[:40]!r} is no time such as 2026-01-31T12:00:00+00:00") from error
+        raise ValueError(
+            f"{text[:40]!r} is not a time such as 2026-01-31T12:00:00+00:00"
+        ) from error
 
 
 def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:
-    """Parts of a result that are each of the schema and do not fit together."""
+    """Yield words for valid parts of a result that do not fit together."""
     try:
         read_time(data["created_at"])
     except ValueError as error:
@@ -98,7 +100,7 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:
     if any(candidates.count(name) != 1 for name in list(strategies)[1:]):
         yield "comparisons are not one for each strategy but the first"
     if any(compared["baseline"] not in strategies for compared in data["comparisons"]):
-        yield "comparisons name a baseline that is no strategy of it"
+        yield "comparisons name a baseline that is not one of its strategies"
     lengths = data["workload"]["output_lengths"]
     if lengths is not None and len(lengths) != data["workload"]["num_requests"]:
         yield "workload.output_lengths are not one a request"
@@ -107,7 +109,7 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:
 def check_recordings(
     file: Path, data: Mapping[str, Any], recordings: Mapping[str, Sequence[Recording]]
 ) -> None:
-    """Raise UsageError where a result and the recordings beside it do not belong together."""
+    """Raise UsageError if a result and the recordings beside it do not belong together."""
     fault = next(_strangers(data, recordings), None)
     if fault is not None:
         raise UsageError(f"{file}: its parts do not belong together: {fault}")
@@ -118,17 +120,17 @@ def _strangers(
 ) -> Iterator[str]:
     first = next(iter(recordings.values()))[0]
     if len(first.requests.slot) != data["workload"]["num_requests"]:
-        yield "they tell different numbers of requests"
+        yield "they have different numbers of requests"
     for name, trials in recordings.items():
         for trial, recording in enumerate(trials):
             header, where = recording.header, f"recording {trial} of {name[:40]}"
             if (header.strategy, header.trial) != (name, trial):
                 yield f"{where} is of {header.strategy[:40]}, trial {header.trial}"
             if len(recording.requests.slot) != len(first.requests.slot):
-                yield "they tell different numbers of requests"
+                yield "they have different numbers of requests"
             elif not np.array_equal(recording.requests.prompt_tokens, first.requests.prompt_tokens):
                 yield f"{where} has other prompts"
             if recording.has_steps != trials[0].has_steps:
-                yield f"{where} shows its steps otherwise than the first"
+                yield f"{where} shows its steps, or does not, unlike the first"
             if (recording.tokens is None) != (first.tokens is None):
                 yield f"{where} has tokens where others have none"

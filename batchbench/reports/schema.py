@@ -20,12 +20,12 @@ _KINDS = {
 }
 
 _MOST_FAULTS = 50
-"""Faults among which the deepest is chosen; a long list of wrong values has as many."""
+"""Number of faults among which the deepest is chosen."""
 
 
 def fault_of(data: Any, schema: Mapping[str, Any]) -> str | None:
-    """Return what is wrong in the data, as "name is value; it must be …"; None if nothing is."""
-    import jsonschema  # 0.1 s: an error about what is asked should not wait for it
+    """Return the fault of the data, as "name is value; it must be …"; None if it has none."""
+    import jsonschema  # 0.1 s: errors of options should not wait for it
 
     faults = jsonschema.Draft202012Validator(schema).iter_errors(data)
     worst = jsonschema.exceptions.best_match(islice(faults, _MOST_FAULTS))

@@ -57,7 +57,7 @@ class MapSpec:
         if self.context is not None:
             most = max(1, min(most, self.context - self.prompt_tokens))
         sigma = math.sqrt(math.log1p(spread**2))
-        if not sigma:  # of a spread whose square is 0
+        if not sigma:  # the spread's square is 0
             return str(self.mean_tokens)
         return f"lognormal:mean={self.mean_tokens},sigma={sigma:.6g},max={most}"
 
@@ -197,10 +197,10 @@ class BreakEven:
 
 
 def usual_limits(cost: StepCost, spec: MapSpec) -> dict[str, float]:
-    """Limits in ms where none are given, for goodput: as patient as a reader is of this machine.
+    """Return the limits in ms that goodput takes if none are given.
 
-    The first token within the time that a request of mean length takes alone, and a token's time
-    within twice that of a step of the largest batch.
+    The limit of the first token is the time that a request of mean length takes alone. That of a
+    token is twice the time of a step of the largest batch.
     """
     alone = spec.mean_tokens * (cost.step_ns + cost.rows_ns(1))
     rows = max(spec.batch_sizes)
@@ -210,7 +210,7 @@ def usual_limits(cost: StepCost, spec: MapSpec) -> dict[str, float]:
 
 
 def _rounded(value: float) -> float:
-    """Three digits, which is what such a limit is worth."""
+    """Round to three digits."""
     return float(f"{value:.3g}")
 
 

@@ -191,13 +191,13 @@ def conduct_check(
     watch: TurnsWatch,
     observed: Observed | None = None,
 ) -> Gate:
-    """Run the baseline's experiment here, in fresh processes, until it can be told or time is up.
+    """Run the baseline's experiment in fresh processes until the answer is clear or time is up.
 
     Args:
-        observed: takes what each process measured, for :func:`record_of`.
+        observed: collects the values of each process, for :func:`record_of`.
 
     Raises:
-        UsageError: it cannot be run here, or the workload or the weights are others.
+        UsageError: it cannot be run here, or the workload or the weights differ.
     """
     began = time.monotonic()
     data = baseline.data
@@ -241,8 +241,8 @@ def conduct_check(
 
 
 FLOOR, FLOOR_ELSEWHERE, MARGIN = 10.0, 20.0, 1.5
-"""Losses in percent below which nothing is called slower, where it was measured and on another
-machine; and how many floors *same* may be apart. Between two sessions of one machine half an hour
+"""Losses in percent up to which nothing is called slower, on the baseline's machine and on another,
+and the margin of *same* in floors. Between two sessions of one machine half an hour
 apart the ratio to the notebook engine moved by 7 % (docs/regressions.md)."""
 
 
@@ -374,7 +374,7 @@ def _gate(
 
 
 def record_of(observed: Observed, gate: Gate) -> bytes:
-    """``check.json``: the gate, and what each process measured."""
+    """Return the content of ``check.json``: the gate, and the values of each process."""
     data = {
         "schema_version": SCHEMA_VERSION,
         "batchbench_version": batchbench.__version__,

@@ -138,7 +138,7 @@ def words_of_axes(axes: Mapping[str, tuple[Any, ...]]) -> list[str]:
 
 
 def _spelled(value: float) -> str:
-    """A number that is read as the same one, as short as it can be."""
+    """Return the shortest text that is read as the same number."""
     short = f"{value:.15g}"
     return short if type(value)(float(short)) == value else repr(value)
 

@@ -93,7 +93,7 @@ class Workers:
         if self._left == 0:
             self.end()
         if self._running is None:
-            with undisturbed():  # a process that nobody knows of would not be ended
+            with undisturbed():  # an unregistered process would never be ended
                 self._running = _Running(self.installation, self._threads)
             self._left = OF_ONE
 

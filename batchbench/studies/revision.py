@@ -99,7 +99,7 @@ def _install(root: Path, commit: str, folder: Path) -> None:
     try:
         with replacing(folder, folder=True) as staging:
             _fill(staging, archive)
-            shutil.rmtree(folder, ignore_errors=True)  # what is there is not whole
+            shutil.rmtree(folder, ignore_errors=True)  # an incomplete environment
     except OSError as error:
         raise UsageError(
             f"{folder.parent}: cannot be written: {reason_of(error)}; set BATCHBENCH_CACHE to "
@@ -113,8 +113,8 @@ def _fill(staging: Path, archive: bytes) -> None:
     library = next(staging.glob("[Ll]ib/**/site-packages"))
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(library, filter="data")
-    # Behind its own batchbench, everything that the present environment has installed, with
-    # what its .pth files add. The line is ASCII, since Python reads it by the locale.
+    # After its own batchbench come all packages of the present environment, with those that its
+    # .pth files add. The line is ASCII, since Python reads it in the locale's encoding.
     present = [
         *site.getsitepackages(),
         site.getusersitepackages(),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GRAMMAR = "at-once, poisson, gamma, constant, trace or ramp:from=1,to=16"
 
 FASTEST = 1e9
-"""Requests a second that no rate exceeds."""
+"""Largest rate, in requests a second."""
 
 PROCESSES = ("at-once", "poisson", "gamma", "constant", "trace", "ramp")
 
@@ -109,7 +109,7 @@ def arrival_process(
     if kind in ("poisson", "gamma", "constant") and request_rate is None:
         raise UsageError(f"--arrivals {kind}: needs a rate; give --request-rate")
     if kind in ("at-once", "trace", "ramp") and request_rate is not None:
-        raise UsageError(f"--arrivals {shown(asked)}: has no rate besides; drop --request-rate")
+        raise UsageError(f"--arrivals {shown(asked)}: takes no separate rate; drop --request-rate")
     if burstiness != 1.0 and kind in ("at-once", "trace", "constant", "poisson"):
         told = {"poisson": "is 1 for poisson; take --arrivals gamma"}.get(
             kind, "needs random arrivals; give --request-rate"

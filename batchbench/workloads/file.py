@@ -13,10 +13,10 @@ from batchbench.settings import check_value, hints_of, kind_of
 from batchbench.workloads.spec import WorkloadSpec
 
 LIMIT = 2**16
-"""Bytes of a workload file: it has a line for each of some twenty keys."""
+"""Largest size of a workload file, which has about twenty keys."""
 
 _MOST_DOTS = 100
-"""Dots of a line: the parser takes time as the square of the parts of a dotted key."""
+"""Most dots of a line: the parser's time grows with the square of a dotted key's parts."""
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -53,7 +53,7 @@ def read_workload_file(file: Path) -> dict[str, Any]:
 
 
 def _spelled(value: object) -> str:
-    """Return a value about as TOML writes it, cut."""
+    """Return a value for a message, as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"'{shown(value)}'" if isinstance(value, str) else shown(value)

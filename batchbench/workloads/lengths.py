@@ -34,10 +34,10 @@ LONGEST = 10**9
 """Tokens that no length exceeds."""
 
 LIMIT = 16 * MIB
-"""Bytes of a file of lengths."""
+"""Largest size of a file of lengths."""
 
 _LONGEST_LINE = 100
-"""Bytes of a line that holds one number; no file of numbers has longer ones."""
+"""Largest length of a line, which holds one number."""
 
 
 class Lengths(ABC):
@@ -229,17 +229,17 @@ def _length(line: bytes, where: str) -> int:
     """Return the length in a line of a file.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not a length.
     """
     word = line.strip()
-    if word.isdigit() and len(word) < 10:  # ASCII, for these are bytes; nearly all lines
+    if word.isdigit() and len(word) < 10:  # ASCII digits, which nearly all lines are
         length = int(word)
     else:
         text = word.decode("utf-8", "replace")
-        where = f"{where}: '{shown(text, 40)}' is no length"
+        where = f"{where}: '{shown(text, 40)}' is not a length"
         length = parse_whole(text, where, _MUST)
     if not 1 <= length <= LONGEST:
-        raise UsageError(f"{where}: {length} is no length: {_MUST}")
+        raise UsageError(f"{where}: {length} is not a length: {_MUST}")
     return length
 
 

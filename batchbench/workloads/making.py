@@ -156,21 +156,21 @@ def _bound(spec: WorkloadSpec, batch_size: int, outline: Outline) -> int | None:
 
 
 class _LeftOut:
-    """Rows that were left out as wrong: their numbers, and the first of each kind."""
+    """The rows that were left out as wrong: their numbers, and the first of each kind."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._first: dict[str, list[BadRow]] = {}
 
     def __call__(self, row: BadRow) -> None:
-        if not row.harmless:  # those are remarks of the trace
+        if not row.harmless:  # the remarks of the trace have those
             self._counts[row.kind] += 1
             if self._counts[row.kind] <= _NAMED:
                 self._first.setdefault(row.kind, []).append(row)
 
     @property
     def told(self) -> list[str]:
-        """A part of a sentence for each kind."""
+        """Return a part of a sentence for each kind."""
         parts = []
         for kind, count in self._counts.items():
             first = self._first[kind]

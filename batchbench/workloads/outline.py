@@ -14,7 +14,7 @@ from batchbench.workloads.request import Workload
 
 @dataclass(frozen=True, eq=False)
 class Outline:
-    """What is asked but for the ids of random prompts; columns are ``[requests]``.
+    """A workload without the ids of random prompts; columns are ``[requests]``.
 
     ``prompts`` are known (a text's tokens) or None: random ones, the first ``shared`` tokens of
     which are the same in all, and whose ``blocks`` of ``block_tokens`` tokens may have names.

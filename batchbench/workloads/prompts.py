@@ -21,10 +21,10 @@ CLASSIC_PROMPT_IDS = (464, 2068, 7586, 21831, 11687, 625, 262)
 """``CLASSIC_PROMPT`` in GPT-2's tokens."""
 
 LIMIT = 16 * MIB
-"""Bytes of a file of prompts."""
+"""Largest size of a file of prompts."""
 
 BLOCK_TOKENS = 512
-"""Tokens of a block that a Mooncake trace names, unless its rows say otherwise."""
+"""Usual number of tokens of a block that a Mooncake trace names."""
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -87,12 +87,11 @@ def random_prompts(
     blocks: Ragged | None,
     block_tokens: int = BLOCK_TOKENS,
 ) -> NDArray[np.int32]:
-    """Ids of random prompts, end to end.
+    """Return the ids of random prompts, end to end.
 
     Args:
-        lengths: of each prompt, ``[requests]``.
-        shared: so many tokens at the beginning are the same in all prompts; a shorter prompt is
-            all beginning.
+        lengths: tokens of each prompt, ``[requests]``.
+        shared: number of tokens at the beginning that are the same in all prompts.
         blocks: names of each prompt's blocks of ``block_tokens`` tokens: equal names are equal
             tokens.
 
@@ -112,7 +111,7 @@ def random_prompts(
             prompt = ids[begins[i] : begins[i] + lengths[i]]
             for nth, name in enumerate(blocks.row(i).tolist()):
                 place = prompt[nth * block_tokens : (nth + 1) * block_tokens]
-                if len(place):  # a prompt that was cut has fewer blocks than names
+                if len(place):  # a shortened prompt has fewer blocks than names
                     drawn = stream(seed, "blocks", name)
                     place[:] = drawn.integers(0, vocab_size, block_tokens, np.int32)[: len(place)]
     if shared:

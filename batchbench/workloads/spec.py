@@ -20,7 +20,7 @@ _TRACE = "Trace files"
 TRACE_FORMATS = ("sharegpt", "azure", "burstgpt", "mooncake", "batchbench")
 
 TIME_UNITS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
-"""Units that the times of a trace may have, in ns."""
+"""Units of the times of a trace, in ns."""
 
 LENGTHS = (
     "7, 4:64, uniform:min=,max=, normal:mean=,std=, lognormal:mean=,sigma=, exponential:mean=, "

@@ -20,30 +20,31 @@ _NEEDED = (
     *("vocab_size", "n_positions", "max_position_embeddings", "n_embd", "hidden_size"),
     *("n_layer", "num_hidden_layers", "n_head", "num_attention_heads"),
 )
-"""Names of settings that, where they are given, are above 0."""
+"""Names of settings that must be above 0 if they are given."""
 
 _SIZES = re.compile(
     r"(vocab|hidden|intermediate|ffn|d|n|num|max|moe|head)_\w*|n_ctx|d_model|head_dim|ffn_dim"
 )
-"""Names of settings that, where they are whole numbers, size something."""
+"""Names of settings that are sizes if they are whole numbers."""
 
 _COUNTS = re.compile(r"(n|num)_\w*(layer|head|expert|block|group|stage|codebook)\w*")
-"""Names of settings that say how often a part is built."""
+"""Names of settings that count the parts of a model."""
 
 MOST_SIZE, MOST_COUNT = 2**31 - 1, 10_000
-"""The largest model known has 126 layers, 160 experts and 10 million positions."""
+"""Largest size and count. The largest known model has 126 layers, 160 experts and 10 million
+positions."""
 
 
 def read_config(model: str, folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's ``config.json``, and refuse what no model could be made of.
+    """Read a checkpoint's ``config.json``, and check that a model can be made of it.
 
     Raises:
-        UsageError: it is missing, no JSON, or holds sizes that cannot be.
+        UsageError: it is missing, is not JSON, or holds impossible sizes.
     """
     try:
         config = read_json(folder / "config.json", constants=True)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"--model {model}: is no checkpoint: it holds no config.json") from error
+        raise UsageError(f"--model {model}: is not a checkpoint: config.json is missing") from error
     except (OSError, UsageError) as error:
         why = reason_of(error) if isinstance(error, OSError) else error
         raise UsageError(f"--model {model}: its config.json cannot be read: {why}") from error
@@ -85,7 +86,7 @@ def check_index(model: str, folder: Path) -> None:
     """Check the index of a checkpoint in several files: it may name files of its folder only.
 
     Raises:
-        UsageError: it is no index, or names a file outside the folder, or one that is not there.
+        UsageError: it is not an index, or names a file that is missing or outside the folder.
     """
     file = folder / "model.safetensors.index.json"
     if not file.exists() or (folder / "model.safetensors").exists():
@@ -102,8 +103,8 @@ def check_index(model: str, folder: Path) -> None:
     for name in sorted(set(names.values())):
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise UsageError(
-                f"--model {model}: its {file.name} names {name[:80]}, which is no safetensors file "
-                "of its folder; nothing outside the folder is read"
+                f"--model {model}: its {file.name} names {name[:80]}, which is not a safetensors "
+                "file of its folder; nothing outside the folder is read"
             )
         if not (folder / name).is_file():
             raise UsageError(f"--model {model}: lacks {name}, named by its {file.name}")

@@ -230,7 +230,7 @@ def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrain
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name
         )
-    except Exception as error:  # whatever transformers makes of spoiled files
+    except Exception as error:  # transformers raises many kinds for broken files
         raise UsageError(f"--model {spec.model}: cannot be loaded: {error}") from error
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape of")):
         if report.get(kind):

@@ -33,13 +33,13 @@ _QUEUE_TRACK = 0
 
 
 def check_trace_file(file: Path, output: Path | None = None) -> None:
-    """Check that a trace can be written there, before anything is measured.
+    """Check that a trace can be written, before anything is measured.
 
     Args:
-        output: the result's folder, which need not exist yet.
+        output: the result's folder; it may be missing.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it cannot be written.
     """
     if file.is_dir():
         raise UsageError(f"--trace-out {file}: is a directory; give a file, such as trace.json.gz")

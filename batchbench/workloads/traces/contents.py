@@ -12,7 +12,7 @@ from batchbench.workloads.traces.rows import shown
 from batchbench.workloads.traces.tables import AZURE, BURSTGPT, columns_of, plain
 
 HEAD_BYTES = 2**16
-"""Bytes from which the kind of a file is told."""
+"""Number of bytes from which the kind of a file is found."""
 
 _KEYS = (
     ("batchbench", ("batchbench_workload",)),
@@ -54,7 +54,7 @@ _KINDS = (
     (rb"Rar!\x1a\x07", "a rar archive", _UNPACK),
     (rb"\x04\x22\x4d\x18", "an lz4 archive", _UNPACK),
     (rb"\x1f\x9d", "a compress (.Z) archive", _UNPACK),
-    (rb"\x1f\x8b", "a gzip archive", _UNPACK),  # within another archive
+    (rb"\x1f\x8b", "a gzip archive", _UNPACK),  # inside another archive
     (rb"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
     (rb"\xfd7zXZ\x00", "an xz archive", _UNPACK),
     (rb"BZh[1-9]1AY&SY", "a bzip2 archive", _UNPACK),
@@ -64,7 +64,7 @@ _TEXT = bytes({7, 8, 9, 10, 12, 13, 27, *range(0x20, 0x100)})
 
 
 def format_of(head: bytes) -> str | None:
-    """Return the format of a trace that begins so, None if it is of none."""
+    """Return the format of a trace with this beginning; None if it has none."""
     begin = head.lstrip()
     if begin[:1] in (b"[", b"{"):
         for format, keys in _KEYS:
@@ -84,12 +84,12 @@ def format_of(head: bytes) -> str | None:
 
 
 def is_hopeless(head: bytes) -> bool:
-    """Return True for bytes that are no rows of any format, whatever it is called."""
+    """Return True for bytes that cannot be rows of any format."""
     return _kind_of(head) is not None
 
 
 def described(head: bytes) -> str:
-    """Return the kind of a file that is no trace, and the next thing to do, in words."""
+    """Return words for the kind of a file that is not a trace, and some advice."""
     if kind := _kind_of(head):
         return kind
     begin = head.lstrip()
@@ -107,7 +107,7 @@ def described(head: bytes) -> str:
 
 
 def _kind_of(head: bytes) -> str | None:
-    """Return the kind of a file that is certainly no trace, and some advice."""
+    """Return the kind of a file that cannot be a trace, and some advice; else None."""
     if not head.strip():
         return f"{'blank text' if head else 'an empty file'}; give a file with requests"
     for pattern, kind, advice in _KINDS:

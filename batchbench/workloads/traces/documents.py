@@ -1,4 +1,4 @@
-"""Conversations as JSON, in the forms that ShareGPT's are passed on in."""
+"""Conversations as JSON, in the dialects of ShareGPT."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from batchbench.workloads.traces.objects import read_rows
 from batchbench.workloads.traces.rows import BadRow, Dialect, Row, WrongError, shown
 
 TURNS = ("conversations", "conversation", "messages", "items")
-"""Keys under which a conversation has its turns."""
+"""Keys of a conversation's turns."""
 
 _ASKS = ("human", "user")
 _ANSWERS = ("gpt", "chatgpt", "assistant", "model", "bing", "bard")
 
 _LONGEST_TEXT = 2**22
-"""Characters of a question or an answer."""
+"""Most characters of a question or an answer."""
 
 
 def read_sharegpt(
@@ -54,12 +54,12 @@ def _conversation(found: dict[str, Any], encode: Encode, dialect: Dialect) -> Ro
 
 
 def _who(turn: object) -> str:
-    """Return who speaks in a turn."""
+    """Return the speaker of a turn."""
     if not isinstance(turn, dict):
         raise WrongError(f"a turn is {shown(turn)}: must be an object with from and value")
     who = turn.get("from", turn.get("role"))
     if not isinstance(who, str):
-        raise WrongError("a turn lacks from or value, or they are no texts")
+        raise WrongError("a turn lacks from or value, or they are not texts")
     return who.lower()
 
 
@@ -71,7 +71,7 @@ def _text(turn: dict[str, Any]) -> str:
         texts = [part for part in parts if isinstance(part, str)]
         text = "\n".join(texts) if len(texts) == len(parts) else None
     if not isinstance(text, str):
-        raise WrongError("a turn lacks from or value, or they are no texts")
+        raise WrongError("a turn lacks from or value, or they are not texts")
     return text
 
 
@@ -79,13 +79,13 @@ def ids_of(what: str, text: object, encode: Encode) -> Sequence[int]:
     """Return the tokens of a text.
 
     Raises:
-        WrongError: it is no text, or a very long one.
+        WrongError: it is not a text, or is too long.
     """
     if not isinstance(text, str):
         raise WrongError(f"{what} is {shown(text)}: must be a text")
     if len(text) > _LONGEST_TEXT:
         raise WrongError(f"{what} is longer than {_LONGEST_TEXT:,} characters")
     if not text.isascii():
-        # Half of a surrogate pair, as in "\ud83d", is no character that a tokenizer takes.
+        # Half of a surrogate pair, as in "\ud83d", is not a character that a tokenizer takes.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return encode(text)

@@ -1,6 +1,6 @@
 """Traces in the form of Mooncake: JSON objects with lengths, times and the names of blocks.
 
-The block size and the unit of times are no part of such a file. They are inferred from its first
+Such a file does not state the block size and the unit of times. They are inferred from its first
 rows, unless they are given. Mooncake itself has blocks of 512 tokens and times in ms
 (https://github.com/kvcache-ai/Mooncake), Bailian's traces of Qwen have blocks of 16 tokens, times
 in s, and a ``chat_id`` (https://github.com/alibaba-edu/qwen-bailian-usagetraces-anon).
@@ -34,7 +34,7 @@ _FIRST_ROWS = 1000
 """Rows from which the block size and the unit of times are inferred."""
 
 _FIRST_NUMBERS = 2**20
-"""Token ids and names of blocks that these rows may hold."""
+"""Most token ids and names of blocks in these rows."""
 
 
 class _Request(NamedTuple):
@@ -63,7 +63,7 @@ def read_mooncake(
     block_tokens: int | None = None,
     time_unit: str | None = None,
 ) -> Iterator[Row | BadRow]:
-    """Yield the rows; what is inferred of the file is written to ``dialect``.
+    """Yield the rows; add the inferred properties of the file to ``dialect``.
 
     Raises:
         UsageError: the block size or the unit of times cannot be inferred.
@@ -133,7 +133,7 @@ def _request(place: Place, found: dict[str, Any], encode: Encode) -> _Request:
 
 
 def _row(row: _Request, block_tokens: int, unit: str | None, *, with_text: bool) -> Row:
-    """Return the row as a request of the trace, if it is like the others."""
+    """Return the row as a request of the trace; refuse one that is unlike the others."""
     if (row.ids is not None) != with_text:
         verb = "lacks" if with_text else "has"
         raise WrongError(f"{verb} text_input, unlike the first row")
@@ -178,7 +178,7 @@ def _block_tokens(rows: Sequence[_Request], where: str) -> int:
         )
     within = [pair for pair in zip(lows, highs, strict=True) if pair[0] <= best <= pair[1]]
     low, high = max(low for low, _ in within), min(high for _, high in within)
-    if low <= BLOCK_TOKENS <= high or math.isinf(high):  # one block a prompt says nothing
+    if low <= BLOCK_TOKENS <= high or math.isinf(high):  # prompts of one block fit any larger size
         return BLOCK_TOKENS
     powers = [2**i for i in range(31) if low <= 2**i <= high]
     sizes = [low] if low == high else powers
@@ -191,7 +191,7 @@ def _block_tokens(rows: Sequence[_Request], where: str) -> int:
 
 
 def _time_unit(rows: Sequence[_Request], where: str) -> str:
-    """Return the unit of the times: ms unless they speak against it.
+    """Return the unit of the times: ms unless that is implausible.
 
     Times of today, counted from 1970, have 10 digits in s, 13 in ms, and so on. Others are in ms
     unless that makes more than 1,000 requests/s of times with fractions.

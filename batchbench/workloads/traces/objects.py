@@ -22,12 +22,12 @@ T = TypeVar("T")
 _CHUNK = 2**17
 
 _LONGEST_ELEMENT = LONGEST_LINE // 2
-"""Characters of an element of an array; each may take 4 bytes."""
+"""Most characters of an element of an array; each may take 4 bytes."""
 
 _MOST_BYTES = 2**26
-"""Memory that the values of one line or element may take, as estimated by :func:`_check_size`."""
+"""Most memory of the values of one line or element, as :func:`_check_size` estimates it."""
 
-_ENDS = "nothing behind it can be read"
+_ENDS = "nothing after it can be read"
 
 _ARRAY = re.compile(
     rb'\s*+(?:\[|\{(?:\s*+"[^"\\]*+"\s*+:\s*+(?:"(?:[^"\\]|\\.)*+"|[^\s",\[\]{}]++)\s*+,)*+'
@@ -38,7 +38,7 @@ _SPACE = re.compile(r"[ \t\r\n]*+")
 
 
 def is_document(head: bytes) -> bool:
-    """Return True for a file that is one array, or an object with an array ``data``."""
+    """Return True for a file that is an array, or an object with an array ``data``."""
     return _ARRAY.match(head) is not None
 
 
@@ -129,7 +129,7 @@ class _Parser:
             where = f"at character {error.pos + 1}"
             raise WrongError(f"is not JSON ({error.msg} {where})") from error
         if end != len(text):
-            raise WrongError(f"is not JSON (more behind its end at character {end + 1})")
+            raise WrongError(f"is not JSON (more text after its end at character {end + 1})")
         return self.checked(value)
 
     def checked(self, value: object) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class _Parser:
         return value
 
     def value_at(self, text: str, at: int) -> tuple[object, int]:
-        """Return the value at a place of a text, and the place behind it.
+        """Return the value at a position of a text, and the position after it.
 
         Raises:
             JSONDecodeError: there is no whole value.
@@ -155,7 +155,7 @@ class _Parser:
             raise WrongError("is not JSON that can be read: it is nested too deep") from error
         except json.JSONDecodeError:
             raise
-        except ValueError as error:  # int() takes 4,300 digits
+        except ValueError as error:  # int() takes at most 4,300 digits
             raise WrongError(
                 "is not JSON that can be read: a number has too many digits"
             ) from error
@@ -165,13 +165,13 @@ def _check_size(text: str, at: int) -> None:
     """Raise WrongError for a text whose values would take too much memory."""
     if len(text) - at < 2**20:
         return
-    costs = {",": 40, "[": 100, "{": 300, '"': 32}  # bytes of the Python objects behind each
+    costs = {",": 40, "[": 100, "{": 300, '"': 32}  # bytes of Python objects for each
     if sum(text.count(sign, at) * cost for sign, cost in costs.items()) > _MOST_BYTES:
         raise WrongError("is too large: it holds too many values")
 
 
 class _Text:
-    """The text of a file from the place that was reached on, read in pieces."""
+    """The rest of a file's text, read in pieces."""
 
     def __init__(self, content: BinaryIO) -> None:
         self._content = content
@@ -181,7 +181,7 @@ class _Text:
         self.at = 0
 
     def more(self) -> bool:
-        """Read as much again as is at hand; return False at the end of the file."""
+        """Read more, so that the text doubles; return False at the end of the file."""
         if self._ended:
             return False
         if len(self.text) - self.at > _LONGEST_ELEMENT:
@@ -211,11 +211,11 @@ class _Text:
         raise WrongError(f"follows {_LONGEST_ELEMENT:,} spaces")
 
     def take(self, signs: str) -> str:
-        """Pass over the next character, which must be one of ``signs``; return it."""
+        """Return the next character, which must be one of ``signs``, and skip it."""
         sign = self.next_sign()
         if not sign or sign not in signs:
             what = shown(sign) if sign else "the end of the file"
-            raise WrongError(f"is not JSON ({what} in the place of {' or '.join(signs)})")
+            raise WrongError(f"is not JSON ({what} instead of {' or '.join(signs)})")
         self.at += 1
         return sign
 
@@ -226,7 +226,7 @@ class _Text:
             try:
                 value, end = parser.value_at(self.text, self.at)
             except json.JSONDecodeError as error:
-                # An error far from the end of what is at hand is none of a piece that is missing.
+                # An error far from the end of the text is not due to a missing piece.
                 cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
                 if not cut or not self.more():
                     raise WrongError(f"is not JSON ({error.msg})") from error
@@ -240,7 +240,7 @@ class _Text:
 def _read_document(
     content: BinaryIO, parser: _Parser
 ) -> Iterator[tuple[Place, dict[str, Any] | BadRow]]:
-    """Yield the elements of the array that a file is, or of the array under its key ``data``."""
+    """Yield the elements of a file's array, or of the array under its key ``data``."""
     text = _Text(content)
     place = Place(1, "row")
     try:

@@ -1,4 +1,4 @@
-"""Trace files as streams of UTF-8 text: decompressed, decoded, their beginning looked at."""
+"""Trace files as streams of UTF-8 text: decompression, decoding, a look at the beginning."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ else:
     from backports import zstd
 
 _MOST_MEMORY = 2**27
-"""Bytes that a decompressor may take; xz -9 needs 65 MiB, zstd --long 128 MiB."""
+"""Most memory of a decompressor; xz -9 needs 65 MiB, zstd --long 128 MiB."""
 
 _ENCODINGS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins like that of UTF-16
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -41,12 +41,12 @@ def open_trace(file: Path, where: str) -> Iterator[tuple[BinaryIO, bytes, str]]:
     """Open a trace for reading UTF-8 text.
 
     Yields:
-        The stream, the first bytes that it will give (64 KiB, or all there are), and the kind of
-        archive that the file is, such as ``a gzip archive``, or "".
+        The stream, its first bytes (64 KiB, or all there are), and the kind of archive, such as
+        ``a gzip archive``, or "".
 
     Raises:
-        UsageError: it cannot be opened, or, in the body, cannot be read; the message begins with
-            ``where``.
+        UsageError: it cannot be opened or read; the message begins with ``where``. The body of the
+            with statement may raise it too.
     """
     archive = ""
     try:
@@ -62,14 +62,16 @@ def open_trace(file: Path, where: str) -> Iterator[tuple[BinaryIO, bytes, str]]:
     except (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError) as error:
         raise UsageError(f"{where}: is {archive} that cannot be read: {error}") from error
     except UnicodeError as error:
-        raise UsageError(f"{where}: is not the text that its first bytes say: {error}") from error
+        raise UsageError(
+            f"{where}: is not the text that its first bytes announce: {error}"
+        ) from error
     except OSError as error:
         what = f"is {archive} that " if archive else ""
         raise UsageError(f"{where}: {what}cannot be read: {reason_of(error)}") from error
 
 
 def _looked_at(source: io.RawIOBase | BinaryIO) -> tuple[bytes, BinaryIO]:
-    """Return the beginning of a stream, and a stream of all of it."""
+    """Return the beginning of a stream, and a stream of the whole."""
     head = b""
     while len(head) < HEAD_BYTES and (more := source.read(HEAD_BYTES - len(head))):
         head += more
@@ -78,7 +80,7 @@ def _looked_at(source: io.RawIOBase | BinaryIO) -> tuple[bytes, BinaryIO]:
 
 
 class _Chained(io.RawIOBase):
-    """Bytes that were read already, and the stream that they are from."""
+    """A stream of bytes that were read already and of the rest."""
 
     def __init__(self, head: bytes, rest: BinaryIO) -> None:
         self._head, self._rest = memoryview(head), rest
@@ -106,7 +108,7 @@ class _Decoder(Protocol):
 
 
 class _Unpacked(io.RawIOBase):
-    """The content of an xz or zstd archive, in bounded memory, which their files do not promise."""
+    """The content of an xz or zstd archive, in bounded memory."""
 
     def __init__(self, source: BinaryIO, new: Callable[[], _Decoder]) -> None:
         self._source, self._new = source, new
@@ -165,7 +167,7 @@ def _decoded(head: bytes, stream: BinaryIO) -> tuple[bytes, BinaryIO]:
         head, stream = _looked_at(
             _Translated(stream, lambda piece: decoder.decode(piece, not piece).encode())
         )
-    if b"\r" in head and b"\n" not in head:  # as old Macs wrote it
+    if b"\r" in head and b"\n" not in head:  # as old Macs write it
         return _looked_at(_Translated(stream, lambda piece: piece.replace(b"\r", b"\n")))
     return head, stream
 
@@ -193,5 +195,5 @@ _ARCHIVES: tuple[tuple[bytes, str, Callable[[BinaryIO], BinaryIO]], ...] = (
     (b"BZh", "a bzip2 archive", _of_bzip2),
     (b"\xfd7zXZ\x00", "an xz archive", _of_xz),
     (b"\x28\xb5\x2f\xfd", "a zstd archive", _of_zstd),
-    (b"\x50\x2a\x4d\x18", "a zstd archive", _of_zstd),  # of pzstd
+    (b"\x50\x2a\x4d\x18", "a zstd archive", _of_zstd),  # as pzstd writes
 )

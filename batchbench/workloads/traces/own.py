@@ -51,10 +51,10 @@ def write_workload(workload: Workload) -> Iterator[str]:
 def read_own(
     content: BinaryIO, head: bytes, where: str, about: MutableMapping[str, Any]
 ) -> Iterator[Row | BadRow]:
-    """Yield the requests; what the first line tells is written to ``about``.
+    """Yield the requests; add the content of the first line to ``about``.
 
     Raises:
-        UsageError: the first line is of another version, or torn.
+        UsageError: the first line is of another version, or damaged.
     """
     with_ids: bool | None = None
     for place, found in read_objects(content, head):
@@ -82,7 +82,7 @@ def _about(found: dict[str, Any], where: str) -> dict[str, Any]:
         )
     most, stop = found.get("max_concurrency"), found.get("stop_at_eos", False)
     if type(stop) is not bool or not (most is None or (type(most) is int and 1 <= most <= 10**8)):
-        raise UsageError(f"{where}: line 1: stop_at_eos or max_concurrency is not what it may be")
+        raise UsageError(f"{where}: line 1: stop_at_eos or max_concurrency has a wrong value")
     if not isinstance(found.get("name", ""), str):
         raise UsageError(f"{where}: line 1: name must be a text")
     return found

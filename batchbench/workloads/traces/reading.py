@@ -1,4 +1,4 @@
-"""Reading a trace: its format is found, its rows are streamed into columns."""
+"""The reader of traces: it finds the format and streams rows into columns."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from batchbench.workloads.traces.tables import read_azure, read_burstgpt
 Ints = NDArray[np.int64]
 
 MEMORY_STEP = 2**26
-"""Bytes that columns grow by before it is looked again whether there is memory left."""
+"""Growth of columns, in bytes, between two checks of the memory that is left."""
 
 _MOST_WRONG_ROWS = 50_000
-"""Wrong rows without a single right one, after which none is expected any more."""
+"""Number of wrong rows at the beginning after which reading ends."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Trace:
     about: Mapping[str, Any]  # what our own format tells of the workload
     whole: bool  # no row was left out, at the end or as a bad one
     block_tokens: int = BLOCK_TOKENS
-    remarks: tuple[str, ...] = ()  # what was assumed or left out, for the user
+    remarks: tuple[str, ...] = ()  # words for the user: assumptions, and parts left out
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read_trace(
     block_tokens: int | None = None,
     time_unit: str | None = None,
 ) -> Trace:
-    """Read a trace row by row; memory grows with the columns that are kept, and nothing else.
+    """Read a trace row by row; memory grows only with the columns.
 
     The file may be compressed (gzip, bzip2, xz, zstd), and UTF-8, UTF-16 or UTF-32.
 
@@ -81,13 +81,13 @@ def read_trace(
         encode: text to token ids, for traces that hold texts.
         format: one of ``TRACE_FORMATS``; None finds it by the content.
         limit: number of right rows after which the reading ends.
-        on_bad_row: is given each row that is left out. Without it, the first wrong row ends the
+        on_bad_row: called with each row that is left out. Without it, the first wrong row ends the
             reading; harmless ones, such as blank lines, do not.
         block_tokens: tokens of a block of a Mooncake trace; None infers it.
         time_unit: unit of the times of a Mooncake trace, of ``TIME_UNITS``; None infers it.
 
     Raises:
-        UsageError: it cannot be read, is of no known format, has a wrong row, or no row at all.
+        UsageError: it cannot be read, has no known format, has a wrong row, or has no rows.
     """
     where = f"--trace {file}"
     asked = _Asked(where, encode, block_tokens, time_unit)
@@ -113,7 +113,7 @@ def _format(head: bytes, where: str, archive: str, format: str | None) -> str:
     """Return the format that is given, or else that of the content.
 
     Raises:
-        UsageError: it is of none.
+        UsageError: the format is unknown.
     """
     if is_hopeless(head) or not (format := format or format_of(head)):
         raise UsageError(f"{where}: is {archive and f'{archive} of '}{described(head)}")
@@ -121,7 +121,7 @@ def _format(head: bytes, where: str, archive: str, format: str | None) -> str:
 
 
 def _check_asked(asked: _Asked, format: str) -> None:
-    """Raise UsageError for an option that says nothing about this format."""
+    """Raise UsageError for an option that this format does not take."""
     for option, value in (
         ("--trace-block-size", asked.block_tokens),
         ("--trace-time-unit", asked.time_unit),
@@ -232,7 +232,7 @@ class _Columns:
         return size < psutil.virtual_memory().available
 
     def _fill_block_counts(self, rows: int) -> None:
-        """Say of rows so far that they name no blocks; without blocks there is no such column."""
+        """Add a count of 0 for earlier rows; traces without blocks have no such column."""
         self.block_counts.extend(bytes(rows - len(self.block_counts)))
 
     def trace(

@@ -13,10 +13,10 @@ from batchbench.workloads.lengths import LONGEST
 from batchbench.workloads.prompts import BLOCK_TOKENS
 
 LONGEST_LINE = 2**24
-"""Bytes of a line; a longer one is wrong, and is not held in memory."""
+"""Most bytes of a line; a longer one is wrong, and is not kept in memory."""
 
 MOST_BLANK_LINES = 10**6
-"""Blank lines in a row after which nothing more is expected of a file."""
+"""Number of successive blank lines after which reading ends."""
 
 _LAST_NS = 2**62
 
@@ -67,7 +67,7 @@ class WrongError(ValueError):
         self.kind = kind
 
     def at(self, place: Place) -> BadRow:
-        """The row that has this fault."""
+        """Return the bad row with this fault."""
         return BadRow(place.number, str(self), place.unit, self.kind)
 
 
@@ -80,7 +80,7 @@ class Dialect:
     """Properties of a trace that a reader assumed or found, beyond its rows."""
 
     block_tokens: int = BLOCK_TOKENS
-    inferred: list[str] = field(default_factory=list)  # in words, for the user
+    inferred: list[str] = field(default_factory=list)  # words for the user
     counts: Counter[str] = field(default_factory=Counter)  # parts left out, by their names
 
     @property
@@ -90,7 +90,7 @@ class Dialect:
 
 
 def read_lines(content: BinaryIO) -> Iterator[tuple[int, bytes | BadRow]]:
-    """Lines and their numbers, from 1; blank ones at the end of the file are not reported.
+    """Yield lines and their numbers, from 1; blank ones at the end of the file are skipped.
 
     Raises:
         HopelessError: a line or a run of blank lines does not end.
@@ -126,7 +126,7 @@ def tokens_of(what: str, value: object) -> int:
     """Return a number of tokens, given as a JSON number or as text.
 
     Raises:
-        WrongError: it is none.
+        WrongError: it is not a whole number of tokens.
     """
     if value is None:
         raise WrongError(f"{what} is missing: must be a whole number of tokens")
@@ -143,9 +143,9 @@ _WHOLE = re.compile(r"\d++(?:\.0*+)?", re.ASCII)
 
 
 def whole_of(value: object) -> int | None:
-    """Return the whole number that a JSON value or a cell is, such as 472, "472" or "472.0".
+    """Return a JSON value or a cell, such as 472, "472" or "472.0", as a whole number.
 
-    Numbers of more than 20 digits come back as some number above all bounds.
+    Numbers of more than 20 digits become some number above all bounds.
     """
     if type(value) is int:
         return value
@@ -166,13 +166,13 @@ def nanoseconds_of(what: str, value: object, unit_ns: int) -> int:
     """Return a time in ns.
 
     Raises:
-        WrongError: it is negative, or no number that a clock could show.
+        WrongError: it is not a number, is negative, or is too large.
     """
     if value is None:
         raise WrongError(f"{what} is missing: must be a number")
     if type(value) is bool or not isinstance(value, int | float):
         raise WrongError(f"{what} is {shown(value)}: must be a number")
-    if not value >= 0:  # NaN is not, either
+    if not value >= 0:  # also refuses NaN
         raise WrongError(f"{what} is {shown(value)}: must be a time of at least 0")
     if not value * unit_ns < _LAST_NS:
         raise WrongError(f"{what} is {shown(value)}: must be a time within 146 years")
@@ -185,6 +185,6 @@ _SHORT.maxlevel = 2
 
 
 def shown(value: Any) -> str:
-    """Return a value as text that is short enough for a line."""
+    """Return a value as Python writes it, cut to 40 characters."""
     text = _SHORT.repr(value)
     return text if len(text) <= 40 else f"{text[:39]}…"

@@ -44,9 +44,9 @@ def columns_of(line: str) -> tuple[str, list[str]]:
     """Return the delimiter of a header and the names of its columns, without case and spaces.
 
     Raises:
-        csv.Error: the line is no row of a table.
+        csv.Error: the line is not a row of a table.
     """
-    delimiter = max(_DELIMITERS, key=line.count)  # the comma where there is none
+    delimiter = max(_DELIMITERS, key=line.count)  # the comma if there is none
     (cells,) = csv.reader([line], delimiter=delimiter, strict=True)
     return delimiter, [plain(cell) for cell in cells]
 
@@ -103,7 +103,7 @@ def _read(
                 delimiter, names = columns_of(text)
                 one, two, three = _places(names, columns, f"{where}: line {number}")
                 continue
-            # A line at a time, so that a stray quote cannot swallow the lines behind it.
+            # One line at a time, so that a stray quote does not swallow the next lines.
             (cells,) = csv.reader([text], delimiter=delimiter, strict=True)
             if len(cells) != len(names):
                 raise WrongError(f"has {len(cells)} columns, the first line {len(names)}")
@@ -114,7 +114,7 @@ def _read(
             inside = "new-line character" in str(error)
             yield BadRow(number, "has a carriage return in a row" if inside else str(error))
         except WrongError as error:
-            if [plain(cell) for cell in cells] == names:  # files put together with cat
+            if [plain(cell) for cell in cells] == names:  # files joined with cat
                 repeated = "repeated headers left out"
                 yield BadRow(number, "repeats the header", kind=repeated, harmless=True)
             else:
@@ -125,7 +125,7 @@ def _places(names: Sequence[str], columns: Sequence[str], where: str) -> list[in
     """Return the places of the columns in a row.
 
     Raises:
-        UsageError: one is not there, or twice.
+        UsageError: a column is missing or occurs twice.
     """
     for column in columns:
         count = names.count(plain(column))

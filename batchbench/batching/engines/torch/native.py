@@ -4,8 +4,8 @@ oneDNN's products wait for memory: they ask for a weight when they need it, and 
 prefetcher stops at the end of each page. Products that ask ahead are up to twice as fast
 (docs/performance.md). They need a processor with AVX-512 and GCC (``g++``); without them
 :func:`native` is None, and torch's own operators do the work. The compiled file is kept in
-``$XDG_CACHE_HOME/batchbench``, by default ``~/.cache/batchbench``, and found again by what it was
-made from.
+``$XDG_CACHE_HOME/batchbench``, by default ``~/.cache/batchbench``, under a digest of its source,
+flags and compiler.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _compiled() -> ctypes.CDLL | None:
 
 
 def find_compiler() -> str | None:
-    """The path of ``g++``; None without one, and on systems other than Linux."""
+    """Return the path of ``g++``; None if it is missing or the system is not Linux."""
     return shutil.which("g++") if sys.platform.startswith("linux") else None
 
 
