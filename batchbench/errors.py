@@ -72,9 +72,9 @@ class ClosedPipe(BatchbenchError):  # noqa: N818  # the reader has what it wante
 
 
 class OutOfTimeError(BatchbenchError):
-    """The time that the user allowed is up, and a piece of work is not finished.
+    """The time that the user allowed is up before some work is finished.
 
-    ``waited_s`` is how long somebody had been waited for.
+    ``waited_s`` is the time spent waiting for an answer.
     """
 
     def __init__(self, why: str, waited_s: float = 0.0) -> None:

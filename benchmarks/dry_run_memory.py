@@ -1,4 +1,4 @@
-"""Foretold peak memory against measured: `--dry-run` beside real runs, each in a fresh process.
+"""Predicted and measured peak memory: `--dry-run` and real runs, each in a fresh process.
 
     .venv/bin/python benchmarks/dry_run_memory.py [--only notebook] [--output FILE.json]
 

@@ -1,4 +1,4 @@
-"""The foretold memory: what it counts, what the machine has, and the largest batch that fits."""
+"""The predicted memory: its parts, the limits of the machine, and the largest batch that fits."""
 
 from __future__ import annotations
 

@@ -178,14 +178,14 @@ class Session:
         return replace(found, duration_s=time.monotonic() - began)
 
     def time_small_batches(self) -> list[Recording]:
-        """Steps of fewer rows than slots, for predictions; none in a simulation."""
+        """Time steps of fewer rows than slots, for predictions; none in a simulation."""
         if self.engine.simulated or not self.experiment.serving.policies:
             return []
         batcher = self.batcher("continuous")
         return warming.time_small_batches(batcher, self.workload, self._max_len)
 
     def within(self, limit: float | None) -> Session:
-        """The same session, whose trials raise OutOfTimeError when the time is up."""
+        """Return the same session; its trials raise OutOfTimeError when the time is up."""
         if limit is None:
             return self
         other, until = copy.copy(self), time.monotonic() + _GRACE * limit
@@ -349,13 +349,13 @@ def conduct_session(session: Session) -> Outcome:
 _INTERRUPTED = "interrupted"
 
 _GRACE = 1.1
-"""Times ``--max-time`` after which a trial is given up: a pair that is a little late counts."""
+"""Multiple of ``--max-time`` after which a trial is stopped; a slightly late pair counts."""
 
 
 def _finished_rounds(
     session: Session, limit: float | None
 ) -> tuple[list[list[Recording]], str | None]:
-    """The rounds that were finished, and why they are fewer than asked, if so."""
+    """Return the finished rounds, and the reason if they are fewer than planned."""
     rounds: list[list[Recording]] = []
     began, trials = time.monotonic(), session.experiment.trials.trials
     try:
@@ -367,7 +367,7 @@ def _finished_rounds(
     except OutOfTimeError as late:
         if not rounds:
             raise UsageError(
-                f"--max-time {limit:g}: the first pair of trials was not finished in it; raise it, "
+                f"--max-time {limit:g}: the first pair of trials took longer; raise it, "
                 "or lower --queue-size"
             ) from late
         return rounds, f"--max-time {limit:g} s ended it after {len(rounds)} pairs"

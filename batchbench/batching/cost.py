@@ -50,11 +50,11 @@ class StepCost:
     chunk_ns: float = 0.0  # each piece of a prompt
     host_ns: float = 0.0  # before a pass that is not the last one's like: deciding, preparing
     bends: tuple[tuple[int, float], ...] = ()
-    """Numbers of rows, ascending, beyond each of which a row costs another time, up to the next."""
+    """Numbers of rows, ascending, each with the time of a row beyond it, up to the next number."""
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> StepCost:
-        """What :meth:`as_dict` told; results of earlier versions have no bends."""
+        """Read what :meth:`as_dict` returned; results of earlier versions have no bends."""
         bends = tuple((int(rows), float(ns)) for rows, ns in told.get("bends", ()))
         numbers = {name: float(told[name]) for name in _numbers()}
         return cls(**numbers, bends=bends)
@@ -69,7 +69,7 @@ class StepCost:
         return replace(self, **numbers, bends=tuple((rows, ns * by) for rows, ns in self.bends))
 
     def rows_ns(self, rows: int) -> float:
-        """What so many rows that decode add to a pass."""
+        """Return the time that this many rows that decode add to a pass."""
         total, slope, since = 0.0, self.row_ns, 0
         for bend, ns in self.bends:
             if rows <= bend:
@@ -102,7 +102,7 @@ class StepCost:
 
 
 def _numbers() -> list[str]:
-    """The coefficients that are one number each."""
+    """Return the names of the coefficients that are one number each."""
     return [field.name for field in fields(StepCost) if field.name != "bends"]
 
 

@@ -28,8 +28,8 @@ class Estimate:
     kv_cache_bytes: int | None = None
     device: str | None = None
     peak_bytes: int | None = None
-    room_bytes: int | None = None  # what the machine has for it
-    fitting: int | None = None  # largest batch size that fits there; None where the asked one does
+    room_bytes: int | None = None  # memory that is available
+    fitting: int | None = None  # largest batch size that fits; None if this one fits
     batch_size: int | None = None
     seconds: float | None = None
     exact: bool = True

@@ -29,7 +29,7 @@ PREFILLS = ("auto", "separate", "mixed")
 
 
 def budget_of(slots: int) -> int:
-    """Most tokens of a pass of mixed prefill, where none is given."""
+    """Return the most tokens of a mixed pass if none are given."""
     return max(TOKEN_BUDGET, 2 * slots)
 
 

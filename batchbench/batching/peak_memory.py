@@ -21,16 +21,16 @@ _LIMITS = (
         "total_inactive_file",
     ),
 )
-"""Limit, use, and what of the use is cached files that give way."""
+"""Files with the limit and the use, and the entry for cached files that can be dropped."""
 
 
 def free_host_bytes(cgroup: Path = CGROUP) -> int:
-    """Memory of the host that can still be taken, within the limit of a container."""
+    """Return the free memory of the host, within the limit of a container."""
     free = int(psutil.virtual_memory().available)
     for limit, used, stat, cached in _LIMITS:
         try:
             left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
-        except (OSError, ValueError):  # there is none, or it is "max"
+        except (OSError, ValueError):  # there is no limit, or it is "max"
             continue
         try:
             told = re.search(rf"^{cached} (\d+)$", (cgroup / stat).read_text(), re.MULTILINE)

@@ -1,7 +1,7 @@
 """The warm-up before all trials, and steps of smaller batches, timed there for predictions.
 
-Static batching computes a full batch in every step, so that its trials cannot tell what fewer rows
-cost. A short piece of work shows it: half the slots decode, then a quarter of them, and so on.
+Static batching computes a full batch in every step, so its trials do not show the cost of fewer
+rows. A short workload shows it: half the slots decode, then a quarter of them, and so on.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from batchbench.batching.watch import Watch
 from batchbench.workloads import Workload
 
 SMALL_STEPS, SMALL_PROMPT = 6, 16
-"""Decode steps that are timed of each smaller number of rows, and most tokens of their prompts."""
+"""Decode steps to time for each smaller number of rows, and most tokens of their prompts."""
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """How the first steps went."""
+    """The outcome of the warm-up."""
 
     rounds: int
     settled: bool
     last_change: float | None  # of the median step, between the last two rounds, as a share
     step_ns: int | None
-    duration_s: float | None = None  # of all rounds; None where there were none
+    duration_s: float | None = None  # of all rounds; None if there were none
 
 
 def warm_up(batcher: Batcher, piece: Workload, *, most: int, within: float) -> WarmUp:
@@ -49,9 +49,9 @@ def warm_up(batcher: Batcher, piece: Workload, *, most: int, within: float) -> W
 
 
 def time_small_batches(batcher: Batcher, workload: Workload, max_len: int) -> list[Recording]:
-    """The steps of fewer rows than slots; nothing where there is one slot.
+    """Time steps of fewer rows than slots; none if there is one slot.
 
-    The work is served twice: libraries set themselves up for each new number of rows.
+    The work is served twice, since libraries set up each new number of rows.
     """
     pieces = [small_batches(workload, batcher.slots, max_len, steps) for steps in (1, SMALL_STEPS)]
     served = [batcher.serve(piece, Watch()) for piece in pieces if piece is not None]
@@ -59,11 +59,11 @@ def time_small_batches(batcher: Batcher, workload: Workload, max_len: int) -> li
 
 
 def small_batches(workload: Workload, slots: int, max_len: int, steps: int) -> Workload | None:
-    """Requests of which half the slots decode for ``steps`` steps, then a quarter, down to one.
+    """Return requests that let half the slots decode for ``steps`` steps, then a quarter, … one.
 
     Args:
-        workload: where the prompts are from; only their first tokens are taken.
-        max_len: tokens that a request may have.
+        workload: source of the prompts, of which only the first tokens are taken.
+        max_len: most tokens of a request.
     """
     halves, rows = list[int](), slots
     while rows := rows // 2:

@@ -65,11 +65,11 @@ class Watch:
 
 
 class Limited(Watch):
-    """Tells another watch everything, and raises OutOfTimeError when the time is up.
+    """A watch that passes everything on, and raises OutOfTimeError when the time is up.
 
     Args:
-        until: when it is up, in seconds of ``clock``.
-        real: waits pass on that clock, so that one that would end later is not begun.
+        until: end of the time, in seconds of ``clock``.
+        real: waits take time on that clock, so one that would end later raises at once.
     """
 
     def __init__(

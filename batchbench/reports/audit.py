@@ -39,8 +39,8 @@ def audit(
     """Reasons to suspect the run; none if it is valid.
 
     Args:
-        asked_rate: requests a second that the user asked for; None where the workload's own times
-            are what was asked, as of a trace.
+        asked_rate: requests a second that the user requested; None if the workload has its own
+            times, such as a trace.
     """
     reasons = [stopped] if stopped else []
     if verification.wrong:
@@ -106,7 +106,7 @@ def _of_strategy(
 
 
 def _late(workload: Workload, trials: Sequence[Recording], asked_rate: float | None) -> list[str]:
-    """Arrivals that the loop noticed too late, or that came at another rate than asked."""
+    """Yield reasons: arrivals that were noticed late, or came at another rate than requested."""
     lags = [lag for r in trials if (lag := timekeeping.arrival_lag_ms(r)) is not None]
     if not lags:
         return []

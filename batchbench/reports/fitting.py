@@ -29,8 +29,8 @@ _FIRM = 0.01
 pass has eight rows, what a row costs cannot be told from what a pass costs, and is left to that."""
 
 SMALL_SHARE = 0.1
-"""Weight of the smaller batches that a warm-up timed, against all steps of the trials: there
-are few of them, and nothing else tells what fewer rows cost."""
+"""Weight of the smaller batches of the warm-up, relative to all steps of the trials. They are few,
+and nothing else shows the cost of fewer rows."""
 
 _HUBER = 1.5
 """Residuals beyond this many times their typical size count only in proportion (Huber 1964)."""
@@ -38,7 +38,7 @@ _HUBER = 1.5
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What each step of real trials computed, and how long it took; ``[steps]`` each.
+    """The work of each step of real trials, and its duration; ``[steps]`` each.
 
     Steps of smaller batches, which belong to no trial, have -1 as their block and trial. ``bends``
     are their numbers of rows, between which a row may cost another time.
@@ -54,13 +54,13 @@ class Work:
 
     @classmethod
     def of(cls, recordings: Iterable[Recording], small: SmallBatches = ()) -> Work:
-        """All steps of some trials that were measured.
+        """Return all steps of some measured trials.
 
         Args:
-            small: steps of smaller batches, as :func:`small_batches_of` tells them.
+            small: steps of smaller batches, as :func:`small_batches_of` returns them.
 
         Raises:
-            UsageError: they tell no steps, or too few.
+            UsageError: they have no steps, or too few.
         """
         real = [r for r in recordings if r.measured and r.num_steps]
         if sum(r.num_steps for r in real) < FEWEST_STEPS:
@@ -106,13 +106,13 @@ class Work:
 
     @property
     def in_trials(self) -> NDArray[np.bool_]:
-        """The steps that are not of smaller batches."""
+        """Return the steps that are not of smaller batches."""
         chosen: NDArray[np.bool_] = self.trial >= 0
         return chosen
 
     @cached_property
     def alike(self) -> tuple[Ints, Floats, Floats]:
-        """Steps that computed as much, as one: counts, their median time, their weight."""
+        """Return steps of equal work as one: counts, their median time, their weight."""
         import pandas as pd  # an error about what is asked should not wait for it
 
         ours = self.in_trials
@@ -154,7 +154,7 @@ SmallBatches = Sequence[Sequence[int]]
 
 
 def small_batches_of(recordings: Iterable[Recording]) -> list[list[int]]:
-    """The steps of smaller batches that a warm-up served, for a result."""
+    """Return the steps of smaller batches of a warm-up, for a result."""
     return [
         [*counted[1:], spent]
         for r in recordings
@@ -251,7 +251,7 @@ def spent_of(cost: StepCost, counts: Ints) -> Floats:
 
 
 def quality_of(work: Work) -> Quality:
-    """Each tenth of the trials told by a fit on the others, and on the smaller batches."""
+    """Predict each tenth of the trials by a fit on the others and on the smaller batches."""
     told = np.empty(len(work.spent_ns))
     for fold in range(FOLDS):
         held = work.in_trials & (work.block % FOLDS == fold)
@@ -273,13 +273,13 @@ def quality_of(work: Work) -> Quality:
 def known_cost(
     source: str, recordings: Iterable[Recording], small: SmallBatches = ()
 ) -> tuple[KnownCost, Quality]:
-    """The cost of a step in these trials, and how well it tells steps held out.
+    """Return the cost of a step in these trials, and the quality of the fit on held-out steps.
 
     Args:
-        small: steps of smaller batches, as :func:`small_batches_of` tells them.
+        small: steps of smaller batches, as :func:`small_batches_of` returns them.
 
     Raises:
-        UsageError: they tell no steps, or too few.
+        UsageError: they have no steps, or too few.
     """
     work = Work.of(recordings, small)
     rows = tuple(np.unique(work.counts[:, 1]).tolist())
@@ -288,7 +288,7 @@ def known_cost(
 
 
 def beyond(known: KnownCost, recordings: Sequence[Recording]) -> list[str]:
-    """Parts of simulated trials that go beyond the steps that the cost was fitted on."""
+    """Return words for the parts of simulated trials beyond the steps that were fitted."""
     found = _unseen_rows(known, recordings)
     counts = [_extent(r) for r in recordings]
     prompt, longest = (max(c[i] for c in counts) for i in range(2))
@@ -302,10 +302,10 @@ def beyond(known: KnownCost, recordings: Sequence[Recording]) -> list[str]:
 
 
 def _unseen_rows(known: KnownCost, recordings: Sequence[Recording]) -> list[str]:
-    """The numbers of rows that no fitted step is near.
+    """Return words for numbers of rows that are far from every fitted step.
 
     Between two numbers that were fitted, the larger of which is at most about twice the smaller,
-    the line is trusted.
+    a straight line holds.
     """
     seen = sorted({rows for rows in known.rows if rows})
     decoding = np.unique(np.concatenate([r.spans.decoding for r in recordings]))
@@ -330,7 +330,7 @@ def _spell_range(low: int, high: int) -> str:
 
 
 def _extent(recording: Recording) -> tuple[int, int]:
-    """Most prompt tokens of a step, and the longest request."""
+    """Return the most prompt tokens of a step, and the longest request."""
     r, s, c = recording.requests, recording.spans, recording.chunks
     of_chunk = np.repeat(np.arange(len(s.chunks)), s.chunks)
     prompt = np.bincount(of_chunk, c.stop - c.start, minlength=1)

@@ -57,7 +57,7 @@ BUSY = 0.5
 class Observed:
     """Processes of one session, and what they have in common.
 
-    ``cut_off`` is set where the time was up during a process, which does not count.
+    ``cut_off`` is set if the time was up during a process, which does not count.
     """
 
     processes: list[Process] = field(default_factory=list)
@@ -84,12 +84,12 @@ class Observed:
 
     @property
     def longest_s(self) -> float:
-        """Seconds that the longest process took."""
+        """Return the seconds of the longest process."""
         return max(process.seconds for process in self.processes)
 
     @property
     def hung(self) -> str | None:
-        """What may hang: it owed an answer for longer than any whole process took."""
+        """Return words for a process that may hang: it was silent for longer than others ran."""
         late = self.cut_off
         if late is None or late.waited_s <= self.longest_s:
             return None
@@ -122,9 +122,9 @@ def observe(
     chance: random.Random,
     until: float = math.inf,
 ) -> Iterator[int]:
-    """Fresh processes until there are ``count``, or it is ``until`` on ``time.monotonic``.
+    """Run fresh processes until there are ``count``, or until ``time.monotonic`` is ``until``.
 
-    Yields how many there are, after each.
+    Yields the number of processes after each.
     """
     with Workers(here(), experiment.model.threads or 1, until) as workers:
         while len(observed.processes) < count:

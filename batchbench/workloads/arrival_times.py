@@ -22,12 +22,12 @@ PROCESSES = ("at-once", "poisson", "gamma", "constant", "trace", "ramp")
 
 @dataclass(frozen=True)
 class ArrivalProcess:
-    """How requests come in.
+    """The process by which requests arrive.
 
-    ``rate`` is in requests a second, None where there is none (at once, or a trace's own times).
+    ``rate`` is in requests a second, None if there is none (at once, or a trace's own times).
     Gaps of ``gamma`` have the shape ``burstiness`` and the mean 1 / rate, so that their
     coefficient of variation is burstiness ** -0.5; shape 1 is ``poisson``. A ``ramp`` is a Poisson
-    (or gamma) process whose rate goes in a straight line from ``rate`` to ``end_rate``.
+    (or gamma) process whose rate goes linearly from ``rate`` to ``end_rate``.
     """
 
     kind: str
@@ -51,12 +51,12 @@ class ArrivalProcess:
         return found
 
     def due_ns(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
-        """``size`` times in ns, ascending.
+        """Return ``size`` times in ns, ascending.
 
         The first request comes at 0 and the last after ``size`` - 1 gaps that are 1 / rate on
-        average: all gaps are scaled by one factor, so that a short run offers the rate that was
-        asked (``vllm bench serve`` scales its gaps likewise). Of a ramp, the last request comes
-        when the rate reaches ``end_rate``.
+        average: all gaps are scaled by one factor, so that a short run has the requested
+        rate, as in ``vllm bench serve``. The last request of a ramp comes when the rate reaches
+        ``end_rate``.
         """
         import numpy as np
 
@@ -69,7 +69,7 @@ class ArrivalProcess:
         return np.rint(self._times(sums) * 1e9).astype(np.int64)
 
     def _times(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        """When the integral of the rate reaches ``sums``, in s; at the last, the ramp ends."""
+        """Return the times in s at which the integral of the rate reaches ``sums``."""
         import numpy as np
 
         assert self.rate is not None

@@ -36,8 +36,8 @@ _PATIENCE_S = 0.5  # between two looks at whether its thread still lives
 
 
 def pages_of(slots: int, max_len: int) -> int:
-    """Pages of its cache: one more a request than it fills, and a quarter of all besides, since
-    below 15 % of free pages it admits nobody."""
+    """Return the pages of its cache: one more for each request than it fills, and another quarter,
+    since it admits nobody with less than 15 % of free pages."""
     return math.ceil(slots * (math.ceil(max_len / PAGE) + 1) * 1.25) + 1
 
 

@@ -38,7 +38,7 @@ def measure_bandwidth(device: torch.device, *, turns: int = 7) -> Bandwidth:
 
 
 def buffer_bytes(device: torch.device) -> int:
-    """Size of the buffer that is read."""
+    """Return the size of the buffer that is read."""
     wanted = max(TIMES_THE_CACHE * (cache_bytes(device) or 0), _LEAST_BYTES)
     return min(wanted, int(free_bytes(device) * _SHARE_OF_MEMORY))
 

@@ -1,6 +1,6 @@
-"""The memory that a run takes at its height, from the shape of its model and batch alone.
+"""The peak memory of a run, from the shape of its model and batch alone.
 
-``--dry-run`` foretells it, and an engine is refused that would not fit: both add up the same parts.
+``--dry-run`` predicts it, and an engine that would not fit is refused: both add up the same parts.
 The coefficients were measured (``benchmarks/dry_run_memory.py``).
 """
 
@@ -16,10 +16,10 @@ from batchbench.batching.engines.torch.cache import kv_token_bytes
 from batchbench.batching.experiment import budget_of
 
 HEADROOM = 0.1
-"""Share of the free memory that is left to others and to what cannot be foreseen."""
+"""Share of the free memory that stays unused."""
 
 LEAN_WIDTHS, EAGER_WIDTHS = 14, 37
-"""Activations of a token at once, in hidden sizes: of GPT-2's own pass, and of the modules of
+"""Peak activations of a token, in hidden sizes: of GPT-2's own pass, and of the modules of
 transformers, whose GELU alone keeps four tensors of the inner size (4 hidden sizes)."""
 
 REFERENCE_LOGITS = 3
@@ -33,8 +33,8 @@ class Served:
     Attributes:
         prompt: tokens of the longest prompt.
         longest: tokens of the longest request, prompt and output.
-        mixes: prompts ride along with the running requests.
-        budget: most tokens of such a pass; None where it follows the number of slots.
+        mixes: prompts are computed in passes with the running requests.
+        budget: most tokens of such a pass; None to derive it from the number of slots.
         lean: the pass is GPT-2's own.
     """
 
@@ -49,11 +49,11 @@ class Served:
     lean: bool
 
     def cache_bytes(self, slots: int) -> int:
-        """Keys and values of all slots."""
+        """Return the bytes of keys and values of all slots."""
         return slots * self.longest * kv_token_bytes(self.config, self.cached)
 
     def bytes(self, slots: int) -> int:
-        """All that serving so many slots takes beside weights."""
+        """Return the bytes that serving this many slots takes in addition to weights."""
         text = self.config.get_text_config()
         tokens = slots * self.prompt
         if self.mixes:
@@ -61,13 +61,13 @@ class Served:
         widths = LEAN_WIDTHS if self.lean else EAGER_WIDTHS
         passes = tokens * widths * text.hidden_size * self.dtype.itemsize
         logits = slots * text.vocab_size * (self.dtype.itemsize + 4)
-        # While the batch changes, the notebook's way holds the old cache and the new one.
+        # While the batch changes, the notebook engine holds the old cache and the new one.
         caches = 2 if self.engine == "notebook" else 1
         return int(caches * self.cache_bytes(slots) + passes + logits)
 
 
 def largest_batch(fits: Callable[[int], bool], most: int) -> int:
-    """The most slots below ``most`` that fit; 0 where not even one does."""
+    """Return the most slots below ``most`` that fit; 0 if not even one does."""
     low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2

@@ -38,8 +38,8 @@ def make_engine(
     Args:
         forward: the slots engine's pass; None for the leanest that is right for the model.
         prompt: tokens of the longest prompt.
-        mixes: prompts ride along with the running requests.
-        budget: most tokens of such a pass; None where it follows the number of slots.
+        mixes: prompts are computed in passes with the running requests.
+        budget: most tokens of such a pass; None to derive it from the number of slots.
 
     Raises:
         UsageError: a batch of this size does not fit (names the largest that does), or the model
@@ -150,7 +150,7 @@ def _check_forward(model: LoadedModel, forward: TransformersForward) -> None:
 
 
 def _check_room(model: LoadedModel, slots: int, served: Served) -> None:
-    """Raise UsageError where serving ``slots`` requests together does not fit."""
+    """Raise UsageError if serving ``slots`` requests together does not fit."""
     room = int(free_bytes(model.device) * (1 - HEADROOM))
     needed = served.bytes(slots)
     if needed <= room:

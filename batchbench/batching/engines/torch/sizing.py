@@ -1,4 +1,4 @@
-"""The memory that a run would take at its height, and how long its matrix products take."""
+"""The predicted peak memory of a run, and the time of its matrix products."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from batchbench.batching.models.source import Source
 from batchbench.workloads import Workload
 
 LEFT_BEHIND = 128 * 2**20
-"""Memory that the allocator keeps of what loading and packing took, and that torch's own libraries
-take when they first compute."""
+"""Memory that the allocator keeps after loading and packing, and that torch's libraries take when
+they first compute."""
 
 REPORTING = 64 * 2**20
-"""The libraries of tables and pictures, which are imported after the trials."""
+"""Memory of the libraries for tables and pictures, which are imported after the trials."""
 
 
 LARGEST_PRODUCT = 2**24
-"""Numbers that the timed product yields at most: of more rows the time is taken in proportion."""
+"""Most values of the timed product; the time of more rows is extrapolated in proportion."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of weights and cache, at the height, and that there are; seconds of a step's products.
+    """Bytes of weights and cache, peak and available bytes, and seconds of a step's products.
 
     ``peak_bytes`` and ``room_bytes`` are of the device that serves; on a CPU they count all that
     the process takes. ``fitting`` is the largest batch size that fits, 0 where none does.
@@ -60,7 +60,7 @@ class Sizes:
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits in the memory that is free."""
+        """Return True if the run fits in the free memory."""
         return self.peak_bytes <= self.room_bytes
 
 
@@ -113,7 +113,7 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
 
 @dataclass(frozen=True)
 class _Height:
-    """What a whole run takes at its height, for any number of slots."""
+    """The peak memory of a whole run, for any number of slots."""
 
     experiment: Experiment
     source: Source
@@ -125,7 +125,7 @@ class _Height:
     packs: bool
 
     def bytes(self, slots: int) -> int:
-        """The most of any stage: loading, packing, serving, verifying."""
+        """Return the largest of the stages: loading, packing, serving, verifying."""
         weights = self.parameters * self.served.dtype.itemsize
         kept = weights * (2 if self.packs else 1)
         serving = self.served.bytes(slots) + self._of_their_own(slots)
@@ -145,7 +145,7 @@ class _Height:
         return self.base + LEFT_BEHIND + max(stages)
 
     def _of_their_own(self, slots: int) -> int:
-        """The paged cache of a strategy that schedules for itself, and the logits of its passes."""
+        """Return the paged cache and logits of a strategy that schedules for itself."""
         serving = self.experiment.serving
         if GENERATE_BATCH not in serving.strategies:
             return 0
@@ -159,12 +159,12 @@ class _Height:
         return int(cache + logits)
 
     def _measuring(self, weights: int) -> int:
-        """The buffer with which memory is measured before a trial, where it is."""
+        """Return the size of the buffer that measures memory before a trial; 0 if there is none."""
         return buffer_bytes(self.device) if weights > (cache_bytes(self.device) or 0) else 0
 
     @property
     def _precise(self) -> int:
-        """What verifying takes: logits, and in a short format a float32 copy of the weights.
+        """Return the memory of verifying: logits, and in 16-bit formats a float32 copy of weights.
 
         In float32 differences are so rare that a float64 copy is not counted.
         """
