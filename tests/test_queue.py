@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -39,7 +40,7 @@ def assert_equal(queue: WaitingQueue, model: list[Request], piece: slice) -> Non
     if model:
         assert queue.oldest is min(model, key=lambda request: request.index)
     for beyond in (len(model), -len(model) - 1):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"^{beyond}$"):
             queue[beyond]
 
 
@@ -127,3 +128,24 @@ def test_taking_one_twice_is_refused(lengths: list[int], data: st.DataObject) ->
     with pytest.raises(UsageError, match="not waiting"):
         queue.take([twice, twice])
     assert len(queue) == len(lengths)
+
+
+class Walked(WaitingQueue):
+    """Counts how often it is walked from one end to the other."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[Request]:
+        self.walks += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_neighbours_are_shown_and_taken_without_a_walk_through_the_queue(order: str) -> None:
+    queue = Walked(order)
+    queue.push(requests_of([3, 1, 2, 5, 4, 1, 2, 3]))
+    for neighbours in (slice(0, 2), slice(2, 4), slice(1, 2)):
+        queue.take(queue[neighbours])
+    assert queue.walks == 0
+    queue.take([queue[0], queue[2]])
+    assert queue.walks == 1

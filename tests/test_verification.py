@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
+from outputs import recording_of
 
 from batchbench.batching.engines.notebook import NotebookEngine
-from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.engines.torch import attention
 from batchbench.batching.engines.torch.cache import SlotLayer
 from batchbench.batching.engines.torch.making import make_engine
@@ -26,7 +23,7 @@ from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan
 from batchbench.batching.recording import Recording
 from batchbench.batching.strategies import Batcher
-from batchbench.batching.verification import Deviation, Verification, verify
+from batchbench.batching.verification import Verification, verify
 from batchbench.batching.watch import Watch
 from batchbench.workloads import Workload
 
@@ -60,8 +57,6 @@ SERVED = [
     ("notebook", "separate", "continuous"),
 ]
 
-some = settings(max_examples=30, deadline=None, derandomize=True, database=None)
-
 
 def serve(
     model: LoadedModel,
@@ -84,19 +79,6 @@ def batcher_for(
     """With a position to spare in each slot, for faults that need it."""
     made, _ = make_engine(engine, model, 3, workload.max_total_tokens + 1)
     return Batcher(policy, made, 3, prefill=prefill, max_batched_tokens=8)
-
-
-def recording_of(
-    workload: Workload, outputs: Sequence[Sequence[int]], strategy: str = "static"
-) -> Recording:
-    """As if these outputs had been produced."""
-    simulated = Batcher(strategy, SimulatedEngine(), 2).serve(workload, Watch())
-    produced = np.array([len(tokens) for tokens in outputs], np.int64)
-    return replace(
-        simulated,
-        requests=replace(simulated.requests, output_tokens=produced),
-        tokens=np.array([token for tokens in outputs for token in tokens], np.int32),
-    )
 
 
 def outputs(recording: Recording) -> list[list[int]]:
@@ -494,145 +476,3 @@ def test_a_verdict_does_not_depend_on_a_longer_request_that_overflows(
     workload = Workload.of("two", [PROMPTS[0], PROMPTS[0]], [12, 6])
     found = verify(workload, [recording_of(workload, [said, said[:6]])], TeacherForced(model))
     assert (found.identical, found.wrong) == verdicts
-
-
-@pytest.mark.parametrize(
-    ("gap", "tolerance"), [(math.nan, 1.0), (0.0, math.nan), (math.inf, 1.0), (math.nan, math.nan)]
-)
-def test_a_gap_that_is_no_number_is_no_tie(gap: float, tolerance: float) -> None:
-    assert not Deviation(0, gap, tolerance).is_tie
-
-
-# The book-keeping, with a reference that says what it is told
-
-
-class Told:
-    """Finds the deviations that it is told of, and remembers what it was asked."""
-
-    name = "told"
-
-    def __init__(self, *deviations: Deviation) -> None:
-        self._deviations = deviations
-        self.asked: list[tuple[list[int], list[int]]] = []
-
-    def deviations(
-        self, prompt: NDArray[np.int32], output: NDArray[np.int32]
-    ) -> Sequence[Deviation]:
-        self.asked.append((prompt.tolist(), output.tolist()))
-        return [d for d in self._deviations if d.index < len(output)]
-
-
-TIE, FAULT = Deviation(1, 0.25, 0.5), Deviation(2, 0.75, 0.5)
-
-
-def same_prompts(*lengths: int) -> tuple[Workload, Recording]:
-    """Requests of one prompt that all say 10, 11, 12, …, for so many tokens."""
-    workload = Workload.of("alike", [[1, 2]] * len(lengths), lengths)
-    return workload, recording_of(workload, [range(10, 10 + n) for n in lengths])
-
-
-def test_requests_of_one_prompt_share_one_reference() -> None:
-    workload, recording = same_prompts(3, 6, 1, 6, 2)
-    reference = Told()
-    assert verify(workload, [recording] * 4, reference).identical == 5
-    assert reference.asked == [([1, 2], [10, 11, 12, 13, 14, 15])]
-
-
-def test_other_prompts_and_other_outputs_have_references_of_their_own() -> None:
-    workload = Workload.of("unlike", [[1, 2], [1, 3], [1, 2], [1]], [2, 2, 2, 3])
-    said = [[10, 11], [10, 11], [10, 12], [2, 10, 11]]
-    reference = Told()
-    verify(workload, [recording_of(workload, said)], reference)
-    asked = sorted(zip([[1, 2], [1, 3], [1, 2], [1]], said, strict=True))
-    assert sorted(reference.asked) == asked
-
-
-def test_only_what_a_request_said_is_held_against_it() -> None:
-    workload, recording = same_prompts(1, 2, 3)
-    found = verify(workload, [recording], Told(TIE, FAULT))
-    assert (found.identical, found.numerical_ties, found.wrong) == (1, 1, 1)
-    verdicts = [(f.request, f.verdict, f.index, f.gap) for f in found.findings]
-    assert verdicts == [(1, "numerical tie", 1, 0.25), (2, "wrong", 2, 0.75)]
-    assert found.max_logit_gap == 0.75
-
-
-def test_a_request_counts_once_with_its_worst_verdict() -> None:
-    workload = Workload.of("four", [[1], [2], [3], [4]], [3, 3, 3, 3])
-    right, tie, wrong = [7, 7, 7], [7, 8, 7], [7, 7, 9]
-
-    class ByOutput(Told):
-        def deviations(
-            self, prompt: NDArray[np.int32], output: NDArray[np.int32]
-        ) -> Sequence[Deviation]:
-            return [TIE] * int(output[1] == 8) + [FAULT] * int(output[2] == 9)
-
-    trials = [[right, right, wrong, tie], [right, tie, tie, wrong], [right, right, right, right]]
-    recordings = [
-        recording_of(workload, said, strategy)
-        for said in trials
-        for strategy in ("static", "continuous")
-    ]
-    found = verify(workload, recordings, ByOutput())
-    assert found.requests_checked == 4
-    assert (found.identical, found.numerical_ties, found.wrong) == (1, 1, 2)
-    assert found.reference == "told"
-    assert found.passed is False
-
-
-def test_a_fault_is_told_once_for_all_trials() -> None:
-    workload, recording = same_prompts(3)
-    found = verify(workload, [recording] * 5, Told(FAULT))
-    assert len(found.findings) == 1
-    assert "0.75" in found.findings[0].reason
-    assert "0.5" in found.findings[0].reason
-
-
-@pytest.mark.parametrize(
-    ("said", "wrong"),
-    [
-        ([5, 6, 0], False),  # ends with the end of text
-        ([5, 6, 7, 8, 9], False),  # as many as were asked for
-        ([5, 6, 7, 8, 0], False),  # both
-        ([5, 6], True),  # no reason to end
-        ([5, 0, 7], True),  # went on after the end
-        ([5, 6, 7, 8, 9, 0], True),  # more than were asked for
-    ],
-)
-def test_a_text_ends_where_it_ends_or_where_it_must(said: list[int], wrong: bool) -> None:
-    workload = Workload.of("ends", [[1]], [5], stop_at_eos=True)
-    found = verify(workload, [recording_of(workload, [said])], Told(), eos=[0, 299])
-    assert (found.wrong == 1) is wrong
-
-
-def test_an_end_of_text_ends_nothing_unless_asked_to() -> None:
-    workload = Workload.of("goes on", [[1]], [4])
-    assert verify(workload, [recording_of(workload, [[5, 0, 0, 7]])], Told(), eos=[0]).passed
-    assert not verify(workload, [recording_of(workload, [[5, 0]])], Told(), eos=[0]).passed
-
-
-@some
-@given(st.integers(1, 60), st.integers(1, 70))
-def test_a_limit_checks_so_many_requests_spread_over_the_queue(count: int, limit: int) -> None:
-    workload = Workload.of("alike", [[1]] * count, [3] * count)
-    recording = recording_of(workload, [[7, 7, 7]] * count)
-    found = verify(workload, [recording], Told(FAULT), limit=limit)
-    checked = [f.request for f in found.findings]  # all that are checked are wrong
-    assert found.requests_checked == found.wrong == len(checked) == min(limit, count)
-    if len(checked) > 1:
-        assert (checked[0], checked[-1]) == (0, count - 1)
-        gaps = np.diff(checked)
-        assert gaps.max() - gaps.min() <= 1
-
-
-def test_without_a_limit_every_request_is_checked() -> None:
-    workload, recording = same_prompts(*[3] * 9)
-    assert verify(workload, [recording], Told()).requests_checked == 9
-
-
-def test_nothing_checked_is_nothing_passed() -> None:
-    workload, recording = same_prompts(3, 3)
-    reference = Told(FAULT)
-    found = verify(workload, [recording], reference, limit=0)
-    assert found.passed is None
-    assert (found.requests_checked, found.reference, found.max_logit_gap) == (0, None, None)
-    assert not reference.asked

@@ -56,7 +56,7 @@ class WaitingQueue(Sequence["Request"]):
             self._head = 0
             return
         for request in requests:
-            if not len(self) or self._key(request) > self._key(self._items[-1]):
+            if self._key(request) > self._key(self._items[-1]):
                 self._items.append(request)
             else:
                 bisect.insort(self._items, request, lo=self._head, key=self._key)
