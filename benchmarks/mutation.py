@@ -76,14 +76,14 @@ BATCHING, REPORTS = "batchbench/batching", "batchbench/reports"
 SUBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "queue": (BATCHING, ("queue",)),
     "policies": (BATCHING, ("policy_decisions", "policies")),
-    "scheduler": (BATCHING, ("scheduler", "policies", "simulation")),
-    "growth": (BATCHING, ("simulation", "recording")),
-    "recorder": (BATCHING, ("recording", "simulation", "metrics")),
-    "recording": (BATCHING, ("recording", "simulation", "metrics")),
+    "scheduler": (BATCHING, ("plans", "scheduler", "policies")),
+    "growth": (BATCHING, ("simulation", "times")),
+    "recorder": (BATCHING, ("recording", "simulation")),
+    "recording": (BATCHING, ("recording", "times", "simulation")),
     "verification": (BATCHING, ("deviations",)),
-    "latencies": (REPORTS, ("metrics", "golden")),
-    "gaps": (REPORTS, ("metrics", "golden")),
-    "metrics": (REPORTS, ("metrics", "golden")),
+    "latencies": (REPORTS, ("by_hand", "metrics")),
+    "gaps": (REPORTS, ("by_hand", "metrics", "golden")),
+    "metrics": (REPORTS, ("by_hand", "metrics", "golden")),
     "sequential": (REPORTS, ("sequential_values",)),
 }
 """By name of the file: its folder, and the tests that must notice its mutants."""
