@@ -78,7 +78,7 @@ SUBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "policies": (BATCHING, ("policy_decisions", "policies")),
     "scheduler": (BATCHING, ("plans", "scheduler", "policies")),
     "growth": (BATCHING, ("span_times",)),
-    "recorder": (BATCHING, ("by_hand", "recording")),
+    "recorder": (BATCHING, ("recorder", "by_hand")),
     "recording": (BATCHING, ("span_times", "by_hand", "recording")),
     "verification": (BATCHING, ("deviations",)),
     "latencies": (REPORTS, ("by_hand", "metrics")),

@@ -131,6 +131,7 @@ def test_times_of_steps_are_those_of_a_walk(kind: str, log: list[Span]) -> None:
     assert recording.first_steps.tolist() == [numbers.index(n) for n in range(len(log))]
     assert recording.spans_of(steps).tolist() == numbers
     assert recording.step_ends_ns.tolist() == recording.ends_of(steps).tolist() == ends
+    assert {recording.ends_of(steps).dtype, recording.starts_of(steps).dtype} == {steps.dtype}
     assert recording.step_starts_ns.tolist() == recording.starts_of(steps).tolist() == starts
     assert recording.ends_of(steps[::-2]).tolist() == ends[::-2]
     assert recording.starts_of(steps[::-2]).tolist() == starts[::-2]
@@ -271,6 +272,11 @@ def test_spans_that_do_not_go_on_alike_stay_apart(change: dict[str, Any]) -> Non
     if "chunks" in change:
         swapped = recording_of([replace(other, chunks=1), NEXT])
         assert len(swapped.merged().spans.steps) == 2
+
+
+def test_spans_of_equal_steps_are_those_whose_cost_has_no_rest_and_does_not_grow() -> None:
+    beyond, rest, growth = np.array([0, 0, 0, 5]), np.array([0, 1, 0, 0]), np.array([0, 0, 1, 0])
+    assert GrowthLog(beyond, rest, growth).is_none.tolist() == [True, False, False, True]
 
 
 def test_equal_steps_of_another_cost_stay_apart() -> None:
