@@ -266,6 +266,12 @@ def test_the_arrivals_of_trials_are_their_median_rate_and_all_of_their_lags() ->
     assert found["max_arrival_lag_ms"] is not None
 
 
+def test_a_request_without_a_last_token_is_not_complete() -> None:
+    requests = replace(STATIC.requests, last=np.array([2, 0, -1]))
+    assert metrics.trial_summary(replace(STATIC, requests=requests))["completed"] == 2
+    assert metrics.trial_summary(STATIC)["completed"] == 3
+
+
 def test_without_steps_every_request_is_complete() -> None:
     workload = Workload.of("two", [[1, 2], [3]], [2, 1])
     header = Header("remote", 0, 2, False, {})

@@ -50,13 +50,11 @@ def columns(log: Any) -> dict[str, list[int]]:
 MEASURED = Steps(
     np.array([0, 10, 35]),
     ends_ns=np.array([9, 19, 40, 44]),
-    tokens=np.array([[-1, -1], [71, 81], [-1, 82], [-1, 83]], np.int32),
 )
 
 
 def test_what_is_logged() -> None:
-    ended = Steps(MEASURED.start_ns, ends_ns=MEASURED.ends_ns)
-    recorder, recording = recorded(ended)
+    recorder, recording = recorded(MEASURED)
     assert (recorder.steps, recorder.waited_ns) == (4, 13)
     assert recording.header is HEADER
     assert columns(recording.requests) == {
@@ -89,7 +87,7 @@ def test_what_is_logged() -> None:
         "end_ns": [28, 35],
         "waiting": [2, 0],
     }
-    assert recording.ends_ns is ended.ends_ns
+    assert recording.ends_ns is MEASURED.ends_ns
     assert (recording.step_ns, recording.growth, recording.tokens) == (None, None, None)
     for log in (recording.requests, recording.spans, recording.chunks, recording.waits):
         for column in fields(log):
@@ -108,19 +106,26 @@ def test_a_simulation_tells_the_costs_of_its_steps() -> None:
 
 
 def test_tokens_are_picked_out_of_the_steps_that_yield_them() -> None:
-    recorder = Recorder(Workload.of("two", [[1, 2, 3], [4]], [9, 9]))
-    both = ((FIRST, 1), (SECOND, 0))
-    recorder.launched(plan((Chunk(FIRST, 1, 0, 2),), admitted=both), 1, 0)
-    recorder.launched(plan((Chunk(FIRST, 1, 2, 3), Chunk(SECOND, 0, 0, 1))), 1, 0)
-    recorder.finished(SECOND)
+    """While the third request is read, the first stalls: that step yields no token of it."""
+    workload = Workload.of("three", [[1, 2, 3], [4], [5]], [9, 9, 9])
+    first, second, third = workload
+    recorder = Recorder(workload)
+    both = ((first, 1), (second, 0))
+    recorder.launched(plan((Chunk(first, 1, 0, 2),), admitted=both), 1, 0)
+    recorder.launched(plan((Chunk(first, 1, 2, 3), Chunk(second, 0, 0, 1))), 1, 0)
+    recorder.finished(second)
+    recorder.launched(plan((Chunk(third, 0, 0, 1),), (), (0,), ((third, 0),)), 1, 0)
+    recorder.finished(third)
     recorder.launched(plan(slots=(1,), released=(0,)), 2, 0)
-    recorder.finished(FIRST)
-    recording = recorder.recording(HEADER, MEASURED)
-    assert recording.requests.output_tokens.tolist() == [3, 1]
+    recorder.finished(first)
+    by_step = [[-1, -1], [71, 81], [91, -7], [-1, 82], [-1, 83]]
+    ran = Steps(np.arange(4), ends_ns=np.arange(1, 6), tokens=np.array(by_step, np.int32))
+    recording = recorder.recording(HEADER, ran)
+    assert recording.requests.output_tokens.tolist() == [3, 1, 1]
     assert recording.requests.output_tokens.dtype == np.int64
     assert recording.tokens is not None
     assert recording.tokens.dtype == np.int32
-    assert recording.tokens.tolist() == [81, 82, 83, 71]
+    assert recording.tokens.tolist() == [81, 82, 83, 71, 91]
 
 
 @pytest.mark.parametrize(
