@@ -362,7 +362,7 @@ def test_where_not_one_round_is_finished_in_time_nothing_is_kept(
 ) -> None:
     watch = Slowing(1)
     monkeypatch.setattr(conducting, "time", watch)
-    with pytest.raises(UsageError, match="--max-time 60: the first pair of trials was not finish"):
+    with pytest.raises(UsageError, match="--max-time 60: the first pair of trials took longer"):
         conduct(ask(trials=5, max_time=60.0), watch)
 
 

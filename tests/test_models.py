@@ -315,7 +315,7 @@ def test_a_file_is_no_model(checkpoint: Path) -> None:
 
 
 def test_a_folder_without_config_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no config\.json"):
+    with pytest.raises(UsageError, match=r"config\.json is missing"):
         find_model(ModelSpec(model=str(tmp_path)))
 
 

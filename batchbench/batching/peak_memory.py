@@ -29,15 +29,19 @@ def free_host_bytes(cgroup: Path = CGROUP) -> int:
     free = int(psutil.virtual_memory().available)
     for limit, used, stat, cached in _LIMITS:
         try:
-            left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
+            left = int(_text(cgroup / limit)) - int(_text(cgroup / used))
         except (OSError, ValueError):  # there is no limit, or it is "max"
             continue
         try:
-            told = re.search(rf"^{cached} (\d+)$", (cgroup / stat).read_text(), re.MULTILINE)
+            reclaimable = re.search(rf"^{cached} (\d+)$", _text(cgroup / stat), re.MULTILINE)
         except OSError:
-            told = None
-        free = min(free, max(0, left + (int(told[1]) if told else 0)))
+            reclaimable = None
+        free = min(free, max(0, left + (int(reclaimable[1]) if reclaimable else 0)))
     return free
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="ascii")
 
 
 class PeakMemory:
