@@ -75,8 +75,8 @@ PRELOADED = (
 BATCHING, REPORTS = "batchbench/batching", "batchbench/reports"
 SUBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "queue": (BATCHING, ("queue",)),
-    "policies": (BATCHING, ("policy_decisions", "policies")),
-    "scheduler": (BATCHING, ("plans", "scheduler", "policies")),
+    "policies": (BATCHING, ("policy_decisions", "own_policies", "policies")),
+    "scheduler": (BATCHING, ("plans", "own_policies", "scheduler", "policies")),
     "growth": (BATCHING, ("span_times",)),
     "recorder": (BATCHING, ("recorder", "by_hand")),
     "recording": (BATCHING, ("span_times", "by_hand", "recording")),
