@@ -260,7 +260,7 @@ class _Runner:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         # Processor time, so that a busy machine kills nobody; the default action ends the process.
-        limit = 5 + 10 * self._usual_s[nodeid] if self._usual_s else 600.0
+        limit = 5 + 10 * self._usual_s.get(nodeid, 1.0) if self._usual_s else 600.0
         signal.setitimer(signal.ITIMER_VIRTUAL, limit)
 
     @pytest.hookimpl(tryfirst=True)
@@ -305,7 +305,7 @@ class Job:
             os._exit(code)
 
     def _run(self, source: str, first: Sequence[str], write: int) -> int:
-        if not os.environ.get("SHOW"):
+        if "SHOW" not in os.environ:
             silent = os.open(os.devnull, os.O_RDWR)
             for stream in (0, 1, 2):
                 os.dup2(silent, stream)
@@ -328,6 +328,8 @@ def wait_for_one() -> tuple[int, str, float]:
     if os.WIFSIGNALED(status):
         stopped = os.WTERMSIG(status) in (signal.SIGVTALRM, signal.SIGALRM)
         return process, "timed out" if stopped else "killed", cpu_s
+    if os.WEXITSTATUS(status) in (70, int(pytest.ExitCode.INTERNAL_ERROR)):
+        sys.exit("a run of the tests broke down; SHOW=1 shows why")
     return process, "survived" if os.WEXITSTATUS(status) == 0 else "killed", cpu_s
 
 

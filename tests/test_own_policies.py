@@ -135,6 +135,10 @@ def test_a_policy_may_say_its_order_and_take_more_than_it_must(own: Path) -> Non
 
 
 def fails(*unused: object) -> None:
+    deeper()
+
+
+def deeper() -> None:
     raise ValueError("out\nof luck")
 
 
@@ -149,7 +153,7 @@ def test_an_error_in_a_policy_is_told_with_its_line(method: str) -> None:
     scheduler = Scheduler(make_arrivals(workload_of([(3, 1, 0), (3, 1, 0)])), policy, 1)
     with pytest.raises(UsageError) as error:
         finish(scheduler)
-    line = fails.__code__.co_firstlineno + 1
+    line = deeper.__code__.co_firstlineno + 1
     place = f"test_own_policies.py, line {line}"
     expected = f"the policy Mine fails in {method}: ValueError: out of luck ({place})"
     assert str(error.value) == expected

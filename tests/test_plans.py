@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from laws import workload_of
 
+from batchbench.batching import scheduler as module
 from batchbench.batching.plan import Plan, Wait
 from batchbench.batching.policies import Continuous, View
 from batchbench.batching.scheduler import Scheduler
@@ -127,6 +128,80 @@ def test_clients_that_wait_for_their_answers_bring_more_while_one_runs() -> None
     assert scheduler.running == 1
     assert scheduler.arrivals.next_due is None
     assert scheduler.more_to_come
+
+
+class Lingers(Continuous):
+    """Admits the first that wait where its script says so, and else asks again 1 ns later."""
+
+    def __init__(self, script: str) -> None:
+        self._script = iter(script)
+
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        word = next(self._script)
+        if word == "a":
+            return view.waiting[:1], None
+        return (), None if word == "n" else view.now + 1
+
+
+def lingering(
+    script: str, *rows: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> Scheduler:
+    """A scheduler that lets a policy admit nobody three times in a row."""
+    monkeypatch.setattr(module, "MOST_ASKS", 3)
+    return Scheduler(make_arrivals(workload_of(rows)), Lingers(script), 2)
+
+
+def test_a_policy_that_lingers_for_ever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = lingering("llll", (3, 1, 0), monkeypatch=monkeypatch)
+    assert [scheduler.plan(now) for now in range(3)] == [Wait(1), Wait(2), Wait(3)]
+    with pytest.raises(UsageError) as error:
+        scheduler.plan(3)
+    assert str(error.value) == (
+        "the policy Lingers admitted nobody 3 times in a row although nothing runs: "
+        "it would wait for ever"
+    )
+
+
+def test_a_policy_may_linger_again_once_it_has_admitted_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = lingering("lllalll", (3, 1, 0), (3, 1, 0), monkeypatch=monkeypatch)
+    assert [scheduler.plan(now) for now in range(3)] == [Wait(1), Wait(2), Wait(3)]
+    scheduler.apply(planned(scheduler, 3), 1)
+    assert [scheduler.plan(now) for now in range(4, 7)] == [Wait(5), Wait(6), Wait(7)]
+
+
+def test_a_policy_may_linger_while_a_request_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = lingering("alllllll", (3, 9, 0), (3, 1, 0), monkeypatch=monkeypatch)
+    scheduler.apply(planned(scheduler), 1)
+    for now in range(1, 8):
+        plan = planned(scheduler, now)
+        assert (plan.slots.tolist(), plan.until) == ([0], now + 1)
+        scheduler.apply(plan, 1)
+
+
+def test_a_policy_may_linger_again_once_it_has_waited_for_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = lingering("lllnlll", (3, 1, 0), (3, 1, 50), monkeypatch=monkeypatch)
+    assert [scheduler.plan(now) for now in range(4)] == [Wait(1), Wait(2), Wait(3), Wait(50)]
+    assert [scheduler.plan(now) for now in range(50, 53)] == [Wait(51), Wait(52), Wait(53)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((["first"], None), "a policy admitted something that is not a request"),
+        (((), "soon"), "admit returned soon as the next time: give ns"),
+        (((), 1.5), "admit returned 1.5 as the next time: give ns"),
+    ],
+)
+def test_what_a_policy_may_not_answer(answer: object, message: str) -> None:
+    policy = type("Mine", (Continuous,), {"admit": lambda self, view: answer})()
+    scheduler = Scheduler(make_arrivals(workload_of([(3, 1, 0)])), policy, 2)
+    with pytest.raises(UsageError) as error:
+        scheduler.plan(0)
+    assert str(error.value) == message
 
 
 def test_a_policy_that_releases_no_slot_is_told_so_when_it_would_wait_for_ever() -> None:
