@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from batchbench.api import load, run, simulate
     from batchbench.batching.conduct import Outcome, conduct
     from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
     from batchbench.batching.models.spec import ModelSpec
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from batchbench.batching.watch import Watch
     from batchbench.errors import BatchbenchError, UsageError
     from batchbench.reports.result import Result
-    from batchbench.studies.single import load, run, simulate
     from batchbench.workloads.request import Request, Workload
     from batchbench.workloads.spec import WorkloadSpec
 
@@ -42,9 +42,9 @@ _HOMES = {
     "Workload": "workloads.request",
     "WorkloadSpec": "workloads.spec",
     "conduct": "batching.conduct",
-    "load": "studies.single",
-    "run": "studies.single",
-    "simulate": "studies.single",
+    "load": "api",
+    "run": "api",
+    "simulate": "api",
 }
 
 __all__ = [

@@ -23,11 +23,11 @@ from matplotlib.figure import Figure
 from test_house import ROOT, fenced
 
 import batchbench
+from batchbench.api import _typed
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.presets import Basis
 from batchbench.reports.figures import PICTURES
 from batchbench.reports.goals import GoalsSpec
-from batchbench.studies.single import _typed
 
 DOCS = ROOT / "docs"
 
