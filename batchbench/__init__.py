@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batchbench.api import load, run, simulate
-    from batchbench.batching.conduct import Outcome, conduct
     from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
     from batchbench.batching.models.spec import ModelSpec
     from batchbench.batching.policies import Policy, View
+    from batchbench.batching.progress import Watch
     from batchbench.batching.recording import Recording
-    from batchbench.batching.watch import Watch
+    from batchbench.batching.session import Outcome, conduct
     from batchbench.errors import BatchbenchError, UsageError
     from batchbench.reports.result import Result
     from batchbench.workloads.request import Request, Workload
@@ -29,7 +29,7 @@ _HOMES = {
     "BatchbenchError": "errors",
     "Experiment": "batching.experiment",
     "ModelSpec": "batching.models.spec",
-    "Outcome": "batching.conduct",
+    "Outcome": "batching.session",
     "Policy": "batching.policies",
     "Recording": "batching.recording",
     "Request": "workloads.request",
@@ -38,10 +38,10 @@ _HOMES = {
     "TrialsSpec": "batching.experiment",
     "UsageError": "errors",
     "View": "batching.policies",
-    "Watch": "batching.watch",
+    "Watch": "batching.progress",
     "Workload": "workloads.request",
     "WorkloadSpec": "workloads.spec",
-    "conduct": "batching.conduct",
+    "conduct": "batching.session",
     "load": "api",
     "run": "api",
     "simulate": "api",

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from batchbench import settings
-from batchbench.batching.conduct import conduct
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.presets import Basis
-from batchbench.batching.watch import Watch
+from batchbench.batching.progress import Watch
+from batchbench.batching.session import conduct
 from batchbench.reports.goals import GoalsSpec
 from batchbench.reports.result import Result, load_result, make_result
 

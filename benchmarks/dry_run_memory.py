@@ -40,8 +40,8 @@ COMMON = "--load-format dummy --trials 1 --long-tokens 6 --short-tokens 4 --thre
 
 FORETELL = """
 import sys
-from batchbench.batching.estimate import estimate
-from batchbench.batching.watch import Watch
+from batchbench.batching.dry_run import estimate
+from batchbench.batching.progress import Watch
 from batchbench.cli import run
 run._dry_run = lambda experiment: print(estimate(experiment, Watch()).peak_bytes)
 from batchbench.cli.main import main

@@ -20,9 +20,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
+from batchbench.batching.progress import Watch
 from batchbench.workloads import Workload
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from batchbench import Experiment, ServingSpec, WorkloadSpec, conduct
-from batchbench.batching.cost import KnownCost, StepCost
+from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.reports.result import make_result
 
 COST = StepCost(step_ns=18e6, row_ns=2.5e6, prompt_ns=0.4e6)

@@ -18,10 +18,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from batchbench.batching.cost import StepCost
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
+from batchbench.batching.progress import Watch
+from batchbench.batching.step_cost import StepCost
 from batchbench.workloads import Workload
 
 COST = StepCost(8e6, 4e4, 11.3, 3e4, 2e5, host_ns=1.5e5)

@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.table import Table
 
 from batchbench.batching.clock import WallClock
-from batchbench.batching.conduct import Session
-from batchbench.batching.cost import KnownCost, StepCost
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import Shelf
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.watch import Watch
+from batchbench.batching.session import Session
+from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.reports.fitting import counts_of, known_cost
 from batchbench.reports.prediction import predict
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from laws import Config, serve
 
-from batchbench.batching.cost import StepCost
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.recording import Recording
+from batchbench.batching.step_cost import StepCost
 from batchbench.workloads import Workload
 
 costs = st.builds(

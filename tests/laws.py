@@ -9,16 +9,16 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.clock import VirtualClock
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan
 from batchbench.batching.policies import Policy, View
+from batchbench.batching.progress import Watch
 from batchbench.batching.queue import ORDERS
 from batchbench.batching.recorder import Steps, token_steps
 from batchbench.batching.recording import Recording
 from batchbench.batching.scheduler import Scheduler
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
 from batchbench.workloads import Request, Workload, make_arrivals
 
 STEP_NS = 10

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
 from batchbench.workloads import Workload
 
 

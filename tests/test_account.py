@@ -19,10 +19,10 @@ from rich.console import Console
 from test_audit import CLASSIC, measured, reasons, trials_of
 from test_result import result_of
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.plan import Plan
+from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import ChunkLog, Recording, RequestLog, SpanLog, WaitLog
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Progress, Watch
 from batchbench.reports import metrics
 from batchbench.reports.account import (
     PARTS,

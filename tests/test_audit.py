@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.batching.warming import WarmUp
-from batchbench.batching.watch import Watch
 from batchbench.reports.audit import audit
 from batchbench.workloads import Workload
 

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import law, thorough
 
-from batchbench.batching.conduct import Session
 from batchbench.batching.experiment import Experiment
+from batchbench.batching.progress import Watch
+from batchbench.batching.session import Session
 from batchbench.batching.verification import Verification
-from batchbench.batching.watch import Watch
 from batchbench.cli.main import _guarded
 from batchbench.reports.figures.capacity import draw_capacity
 from batchbench.reports.goals import GoalsSpec

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import MakeModel
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.caches import last_level_cache_bytes
-from batchbench.batching.ceiling import Bandwidth, Ceiling, Reading, middle
 from batchbench.batching.engines.torch import bandwidth as measuring
 from batchbench.batching.engines.torch.bandwidth import measure_bandwidth
 from batchbench.batching.engines.torch.forward import GPT2Forward, TransformersForward
@@ -21,8 +21,8 @@ from batchbench.batching.engines.torch.making import make_engine
 from batchbench.batching.engines.torch.model_clock import ModelClock
 from batchbench.batching.engines.torch.products import measure_products, products, reading_of
 from batchbench.batching.peak_memory import PeakMemory
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
+from batchbench.batching.progress import Watch
+from batchbench.batching.roofline import Bandwidth, Ceiling, Reading, middle
 from batchbench.workloads import Workload
 
 if TYPE_CHECKING:

@@ -27,13 +27,13 @@ from laws import law
 from rich.console import Console
 
 import batchbench
-from batchbench.batching import conduct as conducting
+from batchbench.batching import session as conducting
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
-from batchbench.batching.strategies import Batcher
+from batchbench.batching.progress import Progress
 from batchbench.batching.verification import Finding, Verification
-from batchbench.batching.watch import Progress
 from batchbench.cli import run as running
 from batchbench.cli.display import LiveDisplay, PlainDisplay
 from batchbench.cli.main import _guarded, app

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from laws import Config, configs, law, workload_of, workloads
 
-from batchbench.batching.cost import PS, KnownCost, Passes, StepCost
 from batchbench.batching.recording import Recording
+from batchbench.batching.step_cost import PS, KnownCost, Passes, StepCost
 from batchbench.batching.warming import SMALL_STEPS, small_batches
 from batchbench.errors import UsageError
 from batchbench.reports.fitting import (

@@ -15,12 +15,12 @@ from test_audit import trials_of
 from test_result import result_of
 from test_terminal import shown
 
-from batchbench.batching import conduct as conducting
-from batchbench.batching.conduct import conduct
+from batchbench.batching import session as conducting
 from batchbench.batching.energy import Counter, EnergyMeter, counters_for, nvml_gpu, rapl_packages
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.recording import Recording
+from batchbench.batching.session import conduct
 from batchbench.reports import metrics
 from batchbench.workloads.spec import WorkloadSpec
 

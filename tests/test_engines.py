@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.engines.torch import linear as layers
@@ -26,12 +27,11 @@ from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan
 from batchbench.batching.policies import make_policy
+from batchbench.batching.progress import Watch
 from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Recording
 from batchbench.batching.scheduler import Scheduler
-from batchbench.batching.strategies import Batcher
 from batchbench.batching.verification import verify
-from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
 from batchbench.workloads import Timetable, Workload
 

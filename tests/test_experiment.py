@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
-from batchbench.batching import conduct as conducting
-from batchbench.batching.ceiling import Bandwidth
-from batchbench.batching.conduct import Session, beginning, check_context, conduct
+from batchbench.batching import session as conducting
 from batchbench.batching.engines.torch import bandwidth
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec, Source
+from batchbench.batching.progress import Limited, Progress, Watch
+from batchbench.batching.roofline import Bandwidth
+from batchbench.batching.session import Session, beginning, check_context, conduct
 from batchbench.batching.warming import WarmUp
-from batchbench.batching.watch import Limited, Progress, Watch
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.reports.formats.terminal import floor_lines
 from batchbench.reports.result import make_result

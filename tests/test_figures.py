@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import ChunkLog, Header, Recording, RequestLog, SpanLog, WaitLog
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
 from batchbench.reports import metrics
 from batchbench.reports.comparison import paired_ratio
 from batchbench.reports.figures import MOST_BARS, MOST_BARS_A_SLOT, MOST_SLOTS, draw, render

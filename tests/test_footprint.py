@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from laws import law
 from transformers import GPT2Config
 
+from batchbench.batching.dry_run import Estimate, estimate
 from batchbench.batching.engines.torch.footprint import Served, largest_batch
-from batchbench.batching.estimate import Estimate, estimate
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.peak_memory import free_host_bytes
-from batchbench.batching.watch import Watch
+from batchbench.batching.progress import Watch
 
 MIB = 2**20
 

@@ -14,15 +14,15 @@ import pytest
 from conftest import Alone
 from test_audit import SETTLED
 
-from batchbench.batching.conduct import Outcome, Session, conduct
+from batchbench.batching.dry_run import estimate
 from batchbench.batching.engines.generate_batch import GenerateBatch
 from batchbench.batching.engines.torch.reference import TeacherForced
-from batchbench.batching.estimate import estimate
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
+from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Header, Recording
+from batchbench.batching.session import Outcome, Session, conduct
 from batchbench.batching.verification import verify
-from batchbench.batching.watch import Progress, Watch
 from batchbench.errors import UsageError
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit

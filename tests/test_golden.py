@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchbench.batching.cost import StepCost
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
+from batchbench.batching.step_cost import StepCost
 from batchbench.reports import metrics
 from batchbench.reports.fairness import by_length, length_classes
 from batchbench.reports.gaps import stalls

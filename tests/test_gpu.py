@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from batchbench.batching.conduct import conduct
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.engines.torch.making import make_engine
 from batchbench.batching.engines.torch.reference import TeacherForced
@@ -20,10 +20,10 @@ from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.models.loading import LoadedModel, resolve_device, resolve_dtype
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher
+from batchbench.batching.session import conduct
 from batchbench.batching.verification import verify
-from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 from batchbench.workloads.spec import WorkloadSpec

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.engines.torch import base, making
 from batchbench.batching.engines.torch.base import best_token
@@ -27,9 +28,8 @@ from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.models.loading import LoadedModel
-from batchbench.batching.strategies import Batcher
+from batchbench.batching.progress import Watch
 from batchbench.batching.verification import verify
-from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 

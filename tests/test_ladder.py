@@ -15,15 +15,15 @@ import torch
 from conftest import MakeModel
 from rich.console import Console
 
-from batchbench.batching.ceiling import Bandwidth, Ceiling, Reading
-from batchbench.batching.conduct import observe
 from batchbench.batching.engines.notebook import NotebookEngine
 from batchbench.batching.engines.torch import bandwidth as measuring
 from batchbench.batching.experiment import ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
+from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
+from batchbench.batching.roofline import Bandwidth, Ceiling, Reading
+from batchbench.batching.session import observe
 from batchbench.batching.verification import Remembered, Verification
-from batchbench.batching.watch import Progress, Watch
 from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
 from batchbench.reports.decode_steps import decode_steps

@@ -12,17 +12,17 @@ import pytest
 from laws import STEP_NS, Config, Ledger, ending_early, serve, workload_of
 from test_audit import PASSED, SETTLED
 
-from batchbench.batching import conduct as conducting
+from batchbench.batching import session as conducting
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.clock import VirtualClock
+from batchbench.batching.dry_run import estimate
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
-from batchbench.batching.estimate import estimate
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.plan import Plan
+from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.replay import replay
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Progress, Watch
 from batchbench.errors import UsageError
 from batchbench.reports import metrics, timekeeping
 from batchbench.reports.audit import audit

@@ -16,8 +16,8 @@ from batchbench.batching.engines.torch.cache import SlotLayer
 from batchbench.batching.engines.torch.making import make_engine
 from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.models.loading import load_model
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
+from batchbench.batching.batcher import Batcher
+from batchbench.batching.progress import Watch
 from batchbench.workloads import Workload
 
 def resident(key):

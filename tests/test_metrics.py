@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import STEP_NS, Config, configs, law, serve, workload_of, workloads
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan
 from batchbench.batching.policies import POLICIES as BY_NAME
 from batchbench.batching.policies import View
+from batchbench.batching.progress import Watch
 from batchbench.batching.recorder import Steps
 from batchbench.batching.recording import Recording
 from batchbench.batching.replay import replay
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
 from batchbench.reports import metrics, timekeeping
 from batchbench.reports.account import account
 from batchbench.reports.distribution import Distribution

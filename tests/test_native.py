@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from machine import PROCESSORS
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
-from batchbench.batching import environment as environments
+from batchbench.batching import machine as environments
 from batchbench.batching import processor as processor_file
 from batchbench.batching.engines.torch import linear as layers
 from batchbench.batching.engines.torch import native as compiling
 from batchbench.batching.engines.torch.native import Native, native
 from batchbench.batching.engines.torch.onednn import OneDNN
-from batchbench.batching.environment import torch_environment
+from batchbench.batching.machine import torch_environment
 from batchbench.batching.processor import Processor
 
 pytestmark = pytest.mark.machine

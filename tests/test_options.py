@@ -14,8 +14,8 @@ from commands import ALL, OPTIONS, Option, arguments_of, call, check_refused, op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchbench.batching.cost import StepCost
 from batchbench.batching.models import ModelSpec
+from batchbench.batching.step_cost import StepCost
 from batchbench.errors import UsageError, one_line, shown
 from batchbench.reports.conditions import CompareSpec, parse_condition
 from batchbench.reports.goals import parse_slos

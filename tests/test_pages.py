@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from batchbench.batching.conduct import conduct
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
+from batchbench.batching.session import conduct
 from batchbench.errors import UsageError
 from batchbench.reports.destination import check_file
 from batchbench.reports.documents import check_number, make_document

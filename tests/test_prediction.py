@@ -17,12 +17,12 @@ import pandas as pd
 import pytest
 from laws import workload_of
 
-from batchbench.batching.conduct import Session, conduct
-from batchbench.batching.cost import StepCost
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
+from batchbench.batching.progress import Watch
+from batchbench.batching.session import Session, conduct
+from batchbench.batching.step_cost import StepCost
 from batchbench.cli.main import _guarded
 from batchbench.reports.fitting import counts_of
 from batchbench.reports.metrics import counters

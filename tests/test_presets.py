@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import law
 
-from batchbench.batching.conduct import Session, conduct
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.models import MADE_UP, ModelSpec, find_model
 from batchbench.batching.presets import NOTEBOOK, PRESETS, Basis
-from batchbench.batching.watch import Watch
+from batchbench.batching.progress import Watch
+from batchbench.batching.session import Session, conduct
 from batchbench.cli import run as running
 from batchbench.cli.main import _guarded, app
 from batchbench.errors import UsageError

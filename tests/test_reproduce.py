@@ -21,11 +21,11 @@ from test_cli import experiments
 from test_result import clean
 
 import batchbench
-from batchbench.batching.conduct import conduct
-from batchbench.batching.cost import KnownCost, StepCost
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.presets import PRESETS
+from batchbench.batching.session import conduct
+from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError

@@ -21,9 +21,9 @@ from jsonschema import Draft202012Validator
 from laws import law
 from test_audit import CLASSIC, PASSED, SETTLED, measured, trials_of
 
-from batchbench.batching.conduct import Outcome, conduct
 from batchbench.batching.experiment import Experiment, ServingSpec
 from batchbench.batching.recording import Recording
+from batchbench.batching.session import Outcome, conduct
 from batchbench.batching.verification import NOT_VERIFIED, Finding, Verification
 from batchbench.batching.warming import WarmUp
 from batchbench.cli.output import output_folder

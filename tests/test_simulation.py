@@ -31,8 +31,8 @@ from laws import (
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan
 from batchbench.batching.policies import POLICIES
+from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording, SpanLog
-from batchbench.batching.watch import Progress, Watch
 from batchbench.workloads import ClosedLoop, Request, Timetable, Workload
 
 ALL_POLICIES = ("static", "continuous", "laws:Patient", *POLICIES)

@@ -199,7 +199,7 @@ STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 INTERRUPTED = """
 import os, signal, sys
-from batchbench.batching.strategies import Batcher
+from batchbench.batching.batcher import Batcher
 from batchbench.cli import main
 number, left = int(sys.argv[1]), int(sys.argv[2])
 serve = Batcher.serve
@@ -272,7 +272,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
 ANYWHERE = """
 import os, random, signal, sys
 from matplotlib.figure import Figure
-import batchbench.batching.conduct, batchbench.reports.folder, batchbench.reports.formats.terminal
+import batchbench.batching.session, batchbench.reports.folder, batchbench.reports.formats.terminal
 from batchbench.cli import display, main
 Figure.savefig = lambda self, out, **_: out.write(b"a picture")
 chance = random.Random(int(sys.argv[1]))

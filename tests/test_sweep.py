@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from laws import law
 from rich.console import Console
 
-from batchbench.batching.conduct import Outcome, conduct
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.models import Shelf
 from batchbench.batching.presets import Basis
+from batchbench.batching.progress import Watch
+from batchbench.batching.session import Outcome, conduct
 from batchbench.batching.verification import Verification
-from batchbench.batching.watch import Watch
 from batchbench.cli import sweep as sweeping
 from batchbench.cli.main import _guarded
 from batchbench.errors import Interrupted, UsageError

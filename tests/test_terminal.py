@@ -13,11 +13,11 @@ from rich.console import Console
 from test_audit import PASSED, measured, trials_of
 from test_result import clean, result_of, simulated
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher
 from batchbench.batching.verification import NOT_VERIFIED, Finding
-from batchbench.batching.watch import Watch
 from batchbench.reports.formats.terminal import number, render, sentence
 from batchbench.reports.result import Result
 from batchbench.workloads import Workload

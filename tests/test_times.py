@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from laws import Config, configs, law, workload_of, workloads
 
 from batchbench.batching import recording as module
-from batchbench.batching.cost import StepCost
 from batchbench.batching.recording import Recording, SpanLog
+from batchbench.batching.step_cost import StepCost
 from batchbench.reports import metrics
 from batchbench.reports.account import account
 from batchbench.reports.decode_steps import decode_steps, full_kv_tokens

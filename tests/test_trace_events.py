@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batchbench.batching.conduct import conduct
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
+from batchbench.batching.session import conduct
 from batchbench.errors import UsageError
 from batchbench.reports.formats import trace_events
 from batchbench.reports.formats.trace_events import check_trace_file, write_trace

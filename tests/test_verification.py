@@ -13,6 +13,7 @@ import pytest
 import torch
 from outputs import recording_of
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.notebook import NotebookEngine
 from batchbench.batching.engines.torch import attention
 from batchbench.batching.engines.torch.cache import SlotLayer
@@ -21,10 +22,9 @@ from batchbench.batching.engines.torch.native import Native, native
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher
 from batchbench.batching.verification import Verification, verify
-from batchbench.batching.watch import Watch
 from batchbench.workloads import Workload
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from batchbench import settings
-from batchbench.batching.cost import KnownCost
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.policies import WAITING, make_policy
 from batchbench.batching.presets import NOTEBOOK, PRESETS, check_preset
 from batchbench.batching.queue import ORDERS
+from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError, shown
 from batchbench.settings import setting
 from batchbench.values import parse_whole

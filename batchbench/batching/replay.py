@@ -13,11 +13,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
 from batchbench.batching.policies import View
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import ChunkLog, Recording, RequestLog
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
 from batchbench.workloads import Request, Workload
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from batchbench.batching.batcher import Batcher
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
 from batchbench.workloads import Workload
 
 SMALL_STEPS, SMALL_PROMPT = 6, 16

@@ -18,7 +18,7 @@ from batchbench.settings import setting
 from batchbench.studies.numbers import parse_numbers
 
 if TYPE_CHECKING:
-    from batchbench.batching.watch import Watch
+    from batchbench.batching.progress import Watch
     from batchbench.reports.teaching import Teacher
     from batchbench.studies.breakeven import BreakEven, MapSpec
     from batchbench.studies.store import Store
@@ -203,7 +203,7 @@ def _spec(study: BreakevenSpec, teacher: Teacher) -> MapSpec:
 
 def _teacher(study: BreakevenSpec, model: ModelSpec, folder: Path, watch: Watch) -> Teacher:
     """The result that teaches: the one that was given, or a run made now and kept."""
-    from batchbench.batching.conduct import conduct
+    from batchbench.batching.session import conduct
     from batchbench.reports.folder import write_folder
     from batchbench.reports.result import make_result
     from batchbench.reports.teaching import read_teacher

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from batchbench.batching.watch import Progress, Watch
+from batchbench.batching.progress import Progress, Watch
 
 
 class PlainDisplay(Watch):

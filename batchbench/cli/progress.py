@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from batchbench.batching.watch import Progress
+from batchbench.batching.progress import Progress
 from batchbench.reports.cells import spell_option
 from batchbench.studies.bench import CapacityWatch, Probe
 from batchbench.studies.grid import Cell

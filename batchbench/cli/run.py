@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchbench.batching.cost import CostSpec
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
+from batchbench.batching.step_cost import CostSpec
 from batchbench.cli.options import OutputSpec, ReportSpec, with_options
 from batchbench.cli.streams import echo, echo_html, echo_json
 from batchbench.errors import Interrupted, UsageError
@@ -203,7 +203,7 @@ def _measure_and_write(
     experiment: Experiment, goals: GoalsSpec, output: OutputSpec, folder: Path
 ) -> bool:
     """Measure, write and show; return whether the outputs are right."""
-    from batchbench.batching.conduct import conduct
+    from batchbench.batching.session import conduct
     from batchbench.cli.display import make_display
 
     display = make_display(
@@ -255,7 +255,7 @@ def _show(result: Result, files: Iterable[Path], output: OutputSpec) -> None:
 
 
 def _dry_run(experiment: Experiment) -> None:
-    from batchbench.batching.estimate import estimate
+    from batchbench.batching.dry_run import estimate
     from batchbench.cli.display import make_display
 
     with make_display((), 1, quiet=True) as silent:

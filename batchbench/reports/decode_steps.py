@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from batchbench.batching.ceiling import Reading
 from batchbench.batching.recording import Ints, Recording
+from batchbench.batching.roofline import Reading
 
 
 @dataclass(frozen=True, eq=False)

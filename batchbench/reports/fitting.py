@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from batchbench.batching.cost import KnownCost, StepCost
 from batchbench.batching.recording import Ints, Recording
+from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.errors import UsageError
 
 Floats = NDArray[np.float64]

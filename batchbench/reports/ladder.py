@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 import batchbench
-from batchbench.batching.ceiling import Ceiling, middle
 from batchbench.batching.recording import Recording
+from batchbench.batching.roofline import Ceiling, middle
 from batchbench.batching.verification import Verification
 from batchbench.batching.warming import WarmUp
 from batchbench.reports import metrics

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from batchbench.batching.conduct import Outcome, make_batcher
-from batchbench.batching.cost import KnownCost
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import GENERATE_BATCH, ServingSpec
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.watch import Watch
+from batchbench.batching.session import Outcome, make_batcher
+from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError
 from batchbench.reports.fitting import beyond, known_cost, small_batches_of
 from batchbench.reports.latencies import ttft_ms

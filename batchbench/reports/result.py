@@ -19,8 +19,8 @@ import numpy as np
 
 import batchbench
 from batchbench import settings
-from batchbench.batching.conduct import Outcome
 from batchbench.batching.recording import Recording
+from batchbench.batching.session import Outcome
 from batchbench.batching.verification import Finding, Verification
 from batchbench.batching.warming import WarmUp
 from batchbench.reports import metrics

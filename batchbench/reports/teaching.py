@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-from batchbench.batching.cost import KnownCost
 from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.models import ModelSpec
+from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError
 from batchbench.reports.fitting import Quality, known_cost
 from batchbench.reports.result import Result, load_result

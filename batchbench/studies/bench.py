@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from batchbench.batching.conduct import Session, beginning
+from batchbench.batching.batcher import Strategy
 from batchbench.batching.experiment import Experiment
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Strategy
+from batchbench.batching.session import Session, beginning
 from batchbench.batching.verification import NOT_VERIFIED, Verification
-from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
 from batchbench.reports.audit import audit
 from batchbench.reports.goals import GoalsSpec

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from batchbench.batching.cost import StepCost
 from batchbench.batching.models import ModelSpec
+from batchbench.batching.step_cost import StepCost
 from batchbench.reports.latencies import within
 from batchbench.reports.result import Result
 from batchbench.reports.teaching import Teacher

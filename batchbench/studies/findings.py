@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import batchbench
-from batchbench.batching.environment import environment
+from batchbench.batching.machine import environment
 from batchbench.reports.goals import GoalsSpec, as_config
 from batchbench.reports.result import regoaled
 from batchbench.studies.grid import Cell, Grid

@@ -13,9 +13,9 @@ from typing import Any
 
 import batchbench
 from batchbench import settings
-from batchbench.batching.cost import KnownCost
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.presets import Basis
+from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError
 
 SWEPT: Mapping[str, type] = {"basis": Basis, **PARTS}

@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from batchbench.batching.ceiling import Ceiling
-from batchbench.batching.conduct import beginning, check_context, observe
+from batchbench.batching.batcher import Batcher, Strategy
 from batchbench.batching.energy import counters_for
 from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.environment import environment, torch_environment
 from batchbench.batching.experiment import (
     GENERATE_BATCH,
 )
+from batchbench.batching.machine import environment, torch_environment
 from batchbench.batching.models import find_model, find_tokenizer
 from batchbench.batching.peak_memory import PeakMemory
+from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher, Strategy
+from batchbench.batching.roofline import Ceiling
+from batchbench.batching.session import beginning, check_context, observe
 from batchbench.batching.verification import (
     NOT_VERIFIED,
     Reference,
@@ -26,7 +27,6 @@ from batchbench.batching.verification import (
     Verification,
     verify,
 )
-from batchbench.batching.watch import Progress, Watch
 from batchbench.errors import UsageError
 from batchbench.reports.decode_steps import decode_steps, full_kv_tokens
 from batchbench.studies.climb import Climb

@@ -13,9 +13,9 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from batchbench.batching.batcher import Batcher
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher
-from batchbench.batching.watch import Watch
 from batchbench.reports.metrics import counters
 from batchbench.reports.result import output_digest
 from batchbench.reports.turns import Turn

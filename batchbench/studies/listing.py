@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from batchbench.batching.estimate import estimate
-from batchbench.batching.watch import Watch
+from batchbench.batching.dry_run import estimate
+from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError
 from batchbench.reports.cells import spell_option
 from batchbench.studies.grid import Cell, Grid

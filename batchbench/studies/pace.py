@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from batchbench.batching.estimate import estimate
+from batchbench.batching.dry_run import estimate
 from batchbench.batching.experiment import Experiment
-from batchbench.batching.watch import Watch
+from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError
 
 MOST_REQUESTS = 20_000

@@ -8,11 +8,11 @@ from typing import Any
 
 import batchbench
 from batchbench import settings
-from batchbench.batching.conduct import Session, conduct_session
-from batchbench.batching.cost import KnownCost
 from batchbench.batching.experiment import EXECUTIONS, Experiment
+from batchbench.batching.progress import Watch
+from batchbench.batching.session import Session, conduct_session
+from batchbench.batching.step_cost import KnownCost
 from batchbench.batching.verification import NOT_VERIFIED
-from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
 from batchbench.reports import goals
 from batchbench.reports.result import Result, make_result

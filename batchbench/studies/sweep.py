@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from batchbench.batching.conduct import Outcome, conduct
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import Shelf
-from batchbench.batching.watch import Watch
+from batchbench.batching.progress import Watch
+from batchbench.batching.session import Outcome, conduct
 from batchbench.errors import Interrupted, UsageError
 from batchbench.reports.result import make_result
 from batchbench.studies.grid import Cell

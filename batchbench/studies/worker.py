@@ -76,9 +76,6 @@ def can_fork() -> bool:
 def _import_all() -> None:
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
-    import batchbench.batching.conduct
-    import batchbench.batching.engines.torch.making  # noqa: F401
-
 
 def _serve(out: TextIO) -> None:
     """Answer until told to finish, or until nobody asks any more."""
@@ -124,7 +121,7 @@ class Worker:
 
     def hello(self) -> dict[str, Any]:
         """What this is."""
-        from batchbench.batching.environment import environment
+        from batchbench.batching.machine import environment
 
         return {
             "protocol": PROTOCOL,
@@ -161,10 +158,10 @@ class Worker:
         Raises:
             UsageError: what is asked cannot be done by this installation, or not here.
         """
-        from batchbench.batching.conduct import Session
         from batchbench.batching.experiment import Experiment
         from batchbench.batching.models import Shelf
-        from batchbench.batching.watch import Watch
+        from batchbench.batching.progress import Watch
+        from batchbench.batching.session import Session
         from batchbench.reports.result import workload_facts
         from batchbench.studies.lanes import Known, Lane, run_kernel, work_of
 

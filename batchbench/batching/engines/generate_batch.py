@@ -23,9 +23,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from batchbench.batching.clock import WallClock
 from batchbench.batching.experiment import GENERATE_BATCH
 from batchbench.batching.models.loading import LoadedModel
+from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Header, Recording
-from batchbench.batching.watch import Progress, Watch
 from batchbench.errors import UsageError
 from batchbench.workloads import Request, Workload, make_arrivals
 

@@ -8,10 +8,10 @@ from collections.abc import Collection
 import numpy as np
 
 from batchbench.batching.clock import VirtualClock
-from batchbench.batching.cost import PS, StepCost
 from batchbench.batching.growth import GrowthLog
 from batchbench.batching.plan import Plan
 from batchbench.batching.recorder import Steps
+from batchbench.batching.step_cost import PS, StepCost
 from batchbench.workloads import Workload
 
 UNIT_NS = 1_000_000

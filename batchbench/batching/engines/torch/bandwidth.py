@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from batchbench.batching.caches import last_level_cache_bytes
-from batchbench.batching.ceiling import TIMES_THE_CACHE, Bandwidth
 from batchbench.batching.engines.torch.stopwatch import Work, median_s
 from batchbench.batching.models.loading import free_bytes
+from batchbench.batching.roofline import TIMES_THE_CACHE, Bandwidth
 
 _LEAST_BYTES = 2**28  # also where the cache is small or its size is not told
 _SHARE_OF_MEMORY = 0.5  # of what is free: no measurement is worth swapping for

@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.notebook import NotebookEngine
 from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.footprint import HEADROOM, Served, largest_batch
@@ -14,9 +15,8 @@ from batchbench.batching.engines.torch.linear import Kernels
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.models.loading import LoadedModel, free_bytes
-from batchbench.batching.strategies import Batcher
+from batchbench.batching.progress import Watch
 from batchbench.batching.verification import verify
-from batchbench.batching.watch import Watch
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from batchbench.batching.ceiling import Reading
 from batchbench.batching.engines.torch.cache import kv_token_bytes
 from batchbench.batching.engines.torch.linear import Linear, make_linear
 from batchbench.batching.engines.torch.stopwatch import Work, median_s
 from batchbench.batching.models.loading import LoadedModel
+from batchbench.batching.roofline import Reading
 
 
 def reading_of(model: LoadedModel) -> Reading:

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 from batchbench.batching.engines import Engine
 from batchbench.batching.plan import Plan, Wait
 from batchbench.batching.policies import Policy, make_policy
+from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recorder import Recorder
 from batchbench.batching.recording import Header, Recording
 from batchbench.batching.scheduler import Scheduler
-from batchbench.batching.watch import Progress, Watch
 from batchbench.workloads import Workload, make_arrivals
 
 _TURN_NS = 100_000_000

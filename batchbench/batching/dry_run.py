@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from batchbench.batching.conduct import Session
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
 from batchbench.batching.experiment import Experiment
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.watch import Watch
+from batchbench.batching.session import Session
 
 _BESIDE_PRODUCTS = 1.5
 """How much longer a step takes than its matrix products (docs/log.md)."""

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from batchbench.batching import warming
+from batchbench.batching.batcher import Batcher, Strategy
 from batchbench.batching.energy import Counter, EnergyMeter, counters_for
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.environment import LoadMeter, environment, torch_environment
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment, ServingSpec
+from batchbench.batching.machine import LoadMeter, environment, torch_environment
 from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
+from batchbench.batching.progress import Limited, Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.strategies import Batcher, Strategy
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
 from batchbench.batching.warming import WarmUp
-from batchbench.batching.watch import Limited, Watch
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
