@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from batchbench.batching.engines.torch.making import make_engine
-from batchbench.batching.engines.torch.native import Native
+from batchbench.batching.engines.torch.build import make_engine
+from batchbench.batching.engines.torch.kernels import Native
 from batchbench.batching.models import ModelSpec, find_model
 from batchbench.batching.models.loading import load_model, set_threads
 from batchbench.batching.plan import Plan

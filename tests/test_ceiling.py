@@ -13,11 +13,11 @@ from conftest import MakeModel
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.caches import last_level_cache_bytes
-from batchbench.batching.engines.torch import bandwidth as measuring
-from batchbench.batching.engines.torch.bandwidth import measure_bandwidth
+from batchbench.batching.engines.torch import measure as measuring
+from batchbench.batching.engines.torch.build import make_engine
 from batchbench.batching.engines.torch.forward import GPT2Forward, TransformersForward
 from batchbench.batching.engines.torch.linear import Kernels
-from batchbench.batching.engines.torch.making import make_engine
+from batchbench.batching.engines.torch.measure import measure_bandwidth
 from batchbench.batching.engines.torch.model_clock import ModelClock
 from batchbench.batching.engines.torch.products import measure_products, products, reading_of
 from batchbench.batching.peak_memory import PeakMemory

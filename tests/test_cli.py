@@ -292,7 +292,7 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(
 def test_a_batch_that_does_not_fit_in_memory_is_told_the_largest_that_does(
     program: Program, here: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    making = importlib.import_module("batchbench.batching.engines.torch.making")
+    making = importlib.import_module("batchbench.batching.engines.torch.build")
     monkeypatch.setattr(making, "free_bytes", lambda device: 2**30)
     said = program("run", "--model", str(checkpoint), "--batch-size", "1000000", "--device", "cpu")
     assert said.code == 2

@@ -20,8 +20,8 @@ from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.engines.torch import linear as layers
 from batchbench.batching.engines.torch import onednn as onednn_file
+from batchbench.batching.engines.torch.build import make_engine
 from batchbench.batching.engines.torch.linear import Kernels, make_linear
-from batchbench.batching.engines.torch.making import make_engine
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.models.loading import LoadedModel
@@ -638,7 +638,7 @@ def test_the_notebook_refuses_mixed_prefill(tiny: LoadedModel) -> None:
 def test_a_batch_that_does_not_fit_names_the_largest_that_does(
     name: str, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    making = "batchbench.batching.engines.torch.making.free_bytes"
+    making = "batchbench.batching.engines.torch.build.free_bytes"
     monkeypatch.setattr(making, lambda device: 2**20)
     with pytest.raises(UsageError, match=r"--batch-size 1000: .*largest that fits is \d+$") as no:
         make_engine(name, tiny, 1000, 128)
@@ -655,7 +655,7 @@ def test_a_batch_that_does_not_fit_names_the_largest_that_does(
 def test_memory_that_was_gone_when_it_was_taken_is_a_usage_error(
     name: str, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    making = "batchbench.batching.engines.torch.making.free_bytes"
+    making = "batchbench.batching.engines.torch.build.free_bytes"
     monkeypatch.setattr(making, lambda device: 2**80)
     with pytest.raises(UsageError, match=f"--batch-size {2**45}: "):
         make_engine(name, tiny, 2**45, 128)  # more than there are addresses

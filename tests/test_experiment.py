@@ -16,7 +16,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from batchbench.batching import session as conducting
-from batchbench.batching.engines.torch import bandwidth
+from batchbench.batching.engines.torch import measure as bandwidth
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.progress import Limited, Progress, Watch
@@ -399,7 +399,7 @@ def test_a_request_may_be_as_long_as_the_context() -> None:
 def test_a_batch_too_large_for_the_memory_names_the_largest_that_fits(
     ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    making = "batchbench.batching.engines.torch.making.free_bytes"
+    making = "batchbench.batching.engines.torch.build.free_bytes"
     monkeypatch.setattr(making, lambda device: 2**20)
     with pytest.raises(UsageError, match=r"--batch-size 1000: .*largest that fits is \d+$") as no:
         conduct(ask(batch_size=1000))

@@ -14,7 +14,7 @@ import torch
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.engines.torch.making import make_engine
+from batchbench.batching.engines.torch.build import make_engine
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
@@ -313,7 +313,7 @@ def test_a_batch_that_does_not_fit_names_the_largest_that_does(
 def test_memory_that_was_gone_when_it_was_taken_is_a_usage_error(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    making = "batchbench.batching.engines.torch.making.free_bytes"
+    making = "batchbench.batching.engines.torch.build.free_bytes"
     monkeypatch.setattr(making, lambda device: 2**80)
     model = make_model(device="cuda", dtype="float32")
     slots = 2**30  # 8 GiB of last tokens, and 16 TiB of keys in each layer

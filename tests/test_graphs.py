@@ -18,12 +18,12 @@ from torch._dynamo.utils import counters
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.engines.torch import base, making
+from batchbench.batching.engines.torch import base, build
 from batchbench.batching.engines.torch.base import best_token
+from batchbench.batching.engines.torch.build import make_engine
 from batchbench.batching.engines.torch.forward import make_forward
 from batchbench.batching.engines.torch.graphs import Pass, PreparedDecode, fitting, sizes
 from batchbench.batching.engines.torch.linear import Kernels
-from batchbench.batching.engines.torch.making import make_engine
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.experiment import ServingSpec
@@ -188,9 +188,9 @@ def test_auto_falls_back_where_passes_cannot_be_recorded(
 ) -> None:
     """As on a GPU whose model waits for the device in the middle of a pass."""
     monkeypatch.setattr("batchbench.batching.engines.torch.slots.Capture", _refuse)
-    on_gpu = making._execution("auto", torch.device("cuda"))
+    on_gpu = build._execution("auto", torch.device("cuda"))
     assert on_gpu == "graph"
-    engine = making._slots_engine(tiny, 2, 20, making.make_forward(tiny), "graph", fall_back=True)
+    engine = build._slots_engine(tiny, 2, 20, build.make_forward(tiny), "graph", fall_back=True)
     assert engine.execution == "eager"
 
 

@@ -16,7 +16,7 @@ from conftest import MakeModel
 from rich.console import Console
 
 from batchbench.batching.engines.notebook import NotebookEngine
-from batchbench.batching.engines.torch import bandwidth as measuring
+from batchbench.batching.engines.torch import measure as measuring
 from batchbench.batching.experiment import ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.progress import Progress, Watch

@@ -13,7 +13,7 @@ import gc, sys
 from pathlib import Path
 import numpy as np
 from batchbench.batching.engines.torch.cache import SlotLayer
-from batchbench.batching.engines.torch.making import make_engine
+from batchbench.batching.engines.torch.build import make_engine
 from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.models.loading import load_model
 from batchbench.batching.batcher import Batcher

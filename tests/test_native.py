@@ -16,9 +16,9 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from batchbench.batching import machine as environments
 from batchbench.batching import processor as processor_file
+from batchbench.batching.engines.torch import kernels as compiling
 from batchbench.batching.engines.torch import linear as layers
-from batchbench.batching.engines.torch import native as compiling
-from batchbench.batching.engines.torch.native import Native, native
+from batchbench.batching.engines.torch.kernels import Native, native
 from batchbench.batching.engines.torch.onednn import OneDNN
 from batchbench.batching.machine import torch_environment
 from batchbench.batching.processor import Processor

@@ -16,9 +16,9 @@ from outputs import recording_of
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.notebook import NotebookEngine
 from batchbench.batching.engines.torch import attention
+from batchbench.batching.engines.torch.build import make_engine
 from batchbench.batching.engines.torch.cache import SlotLayer
-from batchbench.batching.engines.torch.making import make_engine
-from batchbench.batching.engines.torch.native import Native, native
+from batchbench.batching.engines.torch.kernels import Native, native
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan

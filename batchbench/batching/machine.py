@@ -38,7 +38,7 @@ def torch_environment(device_name: str) -> dict[str, Any]:
     """Device, driver, clocks where readable, threads, and whose kernels a CPU computes with."""
     import torch
 
-    from batchbench.batching.engines.torch.native import native
+    from batchbench.batching.engines.torch.kernels import native
 
     found: dict[str, Any] = {
         "threads": torch.get_num_threads(),

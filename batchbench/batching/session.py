@@ -110,7 +110,7 @@ class Session:
         # Threads that wait for one another should soon give way: beside a busy process they spin
         # on the very core that the other needs (docs/log.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-        from batchbench.batching.engines.torch.making import make_engine
+        from batchbench.batching.engines.torch.build import make_engine
 
         serving = self.experiment.serving
         loaded = self._models.load(self.source, self.experiment.model, self.workload.seed)
@@ -227,7 +227,7 @@ class Session:
         """
         if self._loaded is None:
             return {}
-        from batchbench.batching.engines.torch.bandwidth import cache_bytes, measure_bandwidth
+        from batchbench.batching.engines.torch.measure import cache_bytes, measure_bandwidth
         from batchbench.batching.engines.torch.products import reading_of
 
         reading, device = reading_of(self._loaded), self._loaded.device

@@ -172,8 +172,8 @@ class Ladder:
 
     def _stand(self, rung: Rung) -> _Standing:
         from batchbench.batching.engines.generate_batch import GenerateBatch
+        from batchbench.batching.engines.torch.build import make_engine
         from batchbench.batching.engines.torch.cache import kv_token_bytes
-        from batchbench.batching.engines.torch.making import make_engine
         from batchbench.batching.engines.torch.model_clock import ModelClock
 
         serving, longest = self.asked.serving, self.workload.max_total_tokens
@@ -208,7 +208,7 @@ class Ladder:
 
     def measure(self, watch: Watch) -> Mapping[str, Ceiling]:
         """What this machine allows, by number format, measured now."""
-        from batchbench.batching.engines.torch.bandwidth import measure_bandwidth
+        from batchbench.batching.engines.torch.measure import measure_bandwidth
         from batchbench.batching.engines.torch.products import measure_products, reading_of
 
         watch.phase("measuring what this machine allows")
@@ -321,7 +321,7 @@ class Ladder:
 def _lacking(rung: Rung, base: LoadedModel) -> str | None:
     """Why this model on this device has no such rung; None where it has."""
     from batchbench.batching.engines.torch.forward import is_plain_gpt2
-    from batchbench.batching.engines.torch.native import native
+    from batchbench.batching.engines.torch.kernels import native
     from batchbench.batching.engines.torch.onednn import onednn
     from batchbench.batching.models.loading import resolve_dtype
 

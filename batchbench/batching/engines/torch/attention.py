@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from batchbench.batching.engines.torch.cache import SlotCache, SlotLayer
-from batchbench.batching.engines.torch.native import Native
+from batchbench.batching.engines.torch.kernels import Native
 from batchbench.batching.plan import Chunk
 
 NAME = "batchbench_slots"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from batchbench.batching.clock import WallClock
-from batchbench.batching.engines.torch.native import native
+from batchbench.batching.engines.torch.kernels import native
 from batchbench.batching.engines.torch.timing import make_timer
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan

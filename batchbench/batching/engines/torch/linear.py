@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import gelu, linear
 
-from batchbench.batching.engines.torch.native import Native, native
+from batchbench.batching.engines.torch.kernels import Native, native
 from batchbench.batching.engines.torch.onednn import OneDNN, onednn
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from batchbench.batching.engines.torch.bandwidth import buffer_bytes, cache_bytes
 from batchbench.batching.engines.torch.cache import kv_token_bytes
 from batchbench.batching.engines.torch.footprint import (
     HEADROOM,
@@ -17,6 +16,7 @@ from batchbench.batching.engines.torch.footprint import (
 )
 from batchbench.batching.engines.torch.forward import cache_dtype, is_plain_gpt2
 from batchbench.batching.engines.torch.linear import Kernels, make_linear
+from batchbench.batching.engines.torch.measure import buffer_bytes, cache_bytes
 from batchbench.batching.engines.torch.stopwatch import median_s
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment, budget_of
 from batchbench.batching.models.loading import (
