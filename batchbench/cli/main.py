@@ -22,7 +22,7 @@ from batchbench.cli import breakeven as mapping
 from batchbench.cli import capacity as capacities
 from batchbench.cli import check as checking
 from batchbench.cli import compare as comparing
-from batchbench.cli import duet as dueting
+from batchbench.cli import gate as dueting
 from batchbench.cli import ladder as climbing
 from batchbench.cli import predict as predicting
 from batchbench.cli import reproduce as reproducing
