@@ -14,8 +14,8 @@ from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.presets import Basis
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import conduct
-from batchbench.reports.goals import GoalsSpec
 from batchbench.reports.result import Result, load_result, make_result
+from batchbench.reports.slo import GoalsSpec
 
 _SPECS: Mapping[str, type] = {"basis": Basis, **PARTS, "goals": GoalsSpec}
 

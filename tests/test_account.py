@@ -24,7 +24,11 @@ from batchbench.batching.plan import Plan
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import ChunkLog, Recording, RequestLog, SpanLog, WaitLog
 from batchbench.reports import metrics
-from batchbench.reports.account import (
+from batchbench.reports.figures import draw
+from batchbench.reports.formats.account import account_table, causes
+from batchbench.reports.formats.terminal import render
+from batchbench.reports.result import Result
+from batchbench.reports.time_budget import (
     PARTS,
     Account,
     account,
@@ -33,10 +37,6 @@ from batchbench.reports.account import (
     wall_ns,
     waterfall,
 )
-from batchbench.reports.figures import draw
-from batchbench.reports.formats.account import account_table, causes
-from batchbench.reports.formats.terminal import render
-from batchbench.reports.result import Result
 from batchbench.workloads import Workload
 
 if TYPE_CHECKING:

@@ -22,14 +22,7 @@ from laws import Config, serve, workload_of
 from batchbench.batching.recording import Header, Recording
 from batchbench.reports import metrics
 from batchbench.reports.gaps import gaps_ms, stalls, what_happened
-from batchbench.reports.latencies import (
-    Latencies,
-    e2el_ms,
-    queue_ms,
-    tpot_ms,
-    ttft_ms,
-    within,
-)
+from batchbench.reports.latency import Latencies, e2el_ms, queue_ms, tpot_ms, ttft_ms, within
 from batchbench.workloads import Workload
 
 ROWS = [(3, 3, 0), (2, 1, 0), (4, 2, 0)]

@@ -23,7 +23,7 @@ from batchbench.batching.session import Session
 from batchbench.batching.verification import Verification
 from batchbench.cli.main import _guarded
 from batchbench.reports.figures.capacity import draw_capacity
-from batchbench.reports.goals import GoalsSpec
+from batchbench.reports.slo import GoalsSpec
 from batchbench.studies import bench as benches
 from batchbench.studies import capacity_report as report
 from batchbench.studies.bench import Asked

@@ -38,8 +38,8 @@ from batchbench.cli import run as running
 from batchbench.cli.display import LiveDisplay, PlainDisplay
 from batchbench.cli.main import _guarded, app
 from batchbench.cli.options import OutputSpec
-from batchbench.reports import folder as folders
-from batchbench.reports.goals import GoalsSpec
+from batchbench.reports import output as folders
+from batchbench.reports.slo import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
 COMMANDS = (

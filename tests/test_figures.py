@@ -30,7 +30,7 @@ from batchbench.batching.recording import ChunkLog, Header, Recording, RequestLo
 from batchbench.reports import metrics
 from batchbench.reports.comparison import paired_ratio
 from batchbench.reports.figures import MOST_BARS, MOST_BARS_A_SLOT, MOST_SLOTS, draw, render
-from batchbench.reports.latencies import e2el_ms, ttft_ms
+from batchbench.reports.latency import e2el_ms, ttft_ms
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
 PICTURES = ["throughput", "latency", "occupancy", "timeline", "account"]

@@ -77,7 +77,7 @@ def quiet_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def whole(tmp_path_factory: pytest.TempPathFactory, quiet_home: Path) -> Path:
     """A folder with simulated results, not to be changed: ``one`` and ``other``, of timed
     arrivals, and a closed one."""
-    from batchbench.reports import folder as folders
+    from batchbench.reports import output as folders
 
     folder = tmp_path_factory.mktemp("whole")
     usual = ["--batch-size", "3", "--queue-size", "7", "--quiet"]
@@ -117,7 +117,7 @@ def readers(spoiled: Path, good: Path) -> Mapping[str, list[str]]:
 @pytest.fixture(scope="module", autouse=True)
 def no_pictures() -> Iterator[None]:
     """Leave out pictures, which take seconds and have another test."""
-    from batchbench.reports import folder as folders
+    from batchbench.reports import output as folders
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folders, "draw", lambda recordings, title: {})

@@ -28,9 +28,9 @@ from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
 from batchbench.reports.decode_steps import decode_steps
 from batchbench.reports.figures.ladder import draw_ladder
-from batchbench.reports.folder import write_ladder
 from batchbench.reports.formats.ladder import card_lines, render, sentence
 from batchbench.reports.ladder import LadderResult, make_card, make_ladder, to_json
+from batchbench.reports.output import write_ladder
 from batchbench.studies import ladder as climbing
 from batchbench.studies.climb import Climb, LadderSpec
 from batchbench.studies.ladder import Climbed, Ladder

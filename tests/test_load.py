@@ -28,12 +28,12 @@ from batchbench.reports import metrics, timekeeping
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import paired_ratio
 from batchbench.reports.fairness import by_length, length_classes
-from batchbench.reports.folder import write_folder
 from batchbench.reports.formats.terminal import sentence
 from batchbench.reports.gaps import gaps_ms, stalls
-from batchbench.reports.goals import GoalsSpec
-from batchbench.reports.latencies import tpot_ms, ttft_ms
+from batchbench.reports.latency import tpot_ms, ttft_ms
+from batchbench.reports.output import write_folder
 from batchbench.reports.result import load_result, make_result, remake_result
+from batchbench.reports.slo import GoalsSpec
 from batchbench.workloads import Workload, make_workload
 from batchbench.workloads.spec import WorkloadSpec
 

@@ -25,11 +25,11 @@ from batchbench.batching.recorder import Steps
 from batchbench.batching.recording import Recording
 from batchbench.batching.replay import replay
 from batchbench.reports import metrics, timekeeping
-from batchbench.reports.account import account
-from batchbench.reports.distribution import Distribution
 from batchbench.reports.gaps import gaps_ms
-from batchbench.reports.latencies import Latencies, e2el_ms, queue_ms, tpot_ms, ttft_ms
+from batchbench.reports.latency import Latencies, e2el_ms, queue_ms, tpot_ms, ttft_ms
 from batchbench.reports.replay import PROMPT, Reel
+from batchbench.reports.statistics import Distribution
+from batchbench.reports.time_budget import account
 from batchbench.workloads import Request, Workload
 
 KINDS = ("useful", "prompt", "finished", "empty", "stalled")

@@ -18,7 +18,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.step_cost import StepCost
 from batchbench.errors import UsageError, one_line, shown
 from batchbench.reports.conditions import CompareSpec, parse_condition
-from batchbench.reports.goals import parse_slos
+from batchbench.reports.slo import parse_slos
 from batchbench.settings import option_name, parse, words_of
 from batchbench.studies.breakeven import MapSpec, usual_limits
 from batchbench.studies.check import rule_of as check_rule

@@ -27,8 +27,8 @@ from batchbench.batching.session import Session, conduct
 from batchbench.cli import run as running
 from batchbench.cli.main import _guarded, app
 from batchbench.errors import UsageError
-from batchbench.reports import folder as folders
-from batchbench.reports.portrait import bars, pace, spread
+from batchbench.reports import output as folders
+from batchbench.reports.workload_profile import bars, pace, spread
 from batchbench.settings import layered
 from batchbench.workloads.making import make_outline
 from batchbench.workloads.spec import WorkloadSpec

@@ -27,7 +27,7 @@ from batchbench.api import _typed
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.presets import Basis
 from batchbench.reports.figures import PICTURES
-from batchbench.reports.goals import GoalsSpec
+from batchbench.reports.slo import GoalsSpec
 
 DOCS = ROOT / "docs"
 

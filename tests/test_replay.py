@@ -27,9 +27,9 @@ from batchbench.cli.main import _guarded
 from batchbench.cli.watch import play
 from batchbench.errors import Interrupted, UsageError
 from batchbench.reports.figures.film import FPS, LASTS_S, STAYS_S, draw_film
-from batchbench.reports.folder import write_folder
 from batchbench.reports.formats.lanes import render
 from batchbench.reports.metrics import occupancy
+from batchbench.reports.output import write_folder
 from batchbench.reports.replay import (
     EMPTY,
     FRAMES_A_SECOND,
@@ -291,7 +291,7 @@ def test_ctrl_c_ends_it_and_tells_when(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A result's folder in the working directory."""
-    from batchbench.reports import folder as folders
+    from batchbench.reports import output as folders
 
     monkeypatch.setattr(folders, "draw", lambda recordings, title: {})
     monkeypatch.chdir(tmp_path)

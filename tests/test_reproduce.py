@@ -333,7 +333,7 @@ def program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs the program in an empty folder."""
-    from batchbench.reports import folder as folders
+    from batchbench.reports import output as folders
 
     monkeypatch.setattr(folders, "draw", lambda recordings, title: {})
     monkeypatch.chdir(tmp_path)

@@ -28,11 +28,11 @@ from batchbench.batching.verification import NOT_VERIFIED, Finding, Verification
 from batchbench.batching.warming import WarmUp
 from batchbench.cli.output import output_folder
 from batchbench.errors import UsageError
-from batchbench.reports import folder as folders
+from batchbench.reports import output as folders
 from batchbench.reports.destination import check_folder, default_folders
-from batchbench.reports.folder import write_folder
-from batchbench.reports.goals import GoalsSpec
-from batchbench.reports.latencies import ttft_ms
+from batchbench.reports.frames import requests_frame, steps_frame
+from batchbench.reports.latency import ttft_ms
+from batchbench.reports.output import write_folder
 from batchbench.reports.result import (
     Result,
     load_result,
@@ -41,7 +41,7 @@ from batchbench.reports.result import (
     to_json,
 )
 from batchbench.reports.result_file import SCHEMA_FILE
-from batchbench.reports.tables import requests_frame, steps_frame
+from batchbench.reports.slo import GoalsSpec
 from batchbench.workloads import Workload
 from batchbench.workloads.spec import WorkloadSpec
 

@@ -272,7 +272,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
 ANYWHERE = """
 import os, random, signal, sys
 from matplotlib.figure import Figure
-import batchbench.batching.session, batchbench.reports.folder, batchbench.reports.formats.terminal
+import batchbench.batching.session, batchbench.reports.output, batchbench.reports.formats.terminal
 from batchbench.cli import display, main
 Figure.savefig = lambda self, out, **_: out.write(b"a picture")
 chance = random.Random(int(sys.argv[1]))

@@ -35,8 +35,8 @@ from batchbench.reports import metrics
 from batchbench.reports.cells import Cells, spell_option
 from batchbench.reports.figures.load import beats_all
 from batchbench.reports.figures.sweeps import PICTURES, draw_sweep
-from batchbench.reports.goals import GoalsSpec
 from batchbench.reports.result import make_result
+from batchbench.reports.slo import GoalsSpec
 from batchbench.studies import screen
 from batchbench.studies import sweep as sweeps
 from batchbench.studies.findings import read_findings

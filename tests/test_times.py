@@ -17,12 +17,12 @@ from batchbench.batching import recording as module
 from batchbench.batching.recording import Recording, SpanLog
 from batchbench.batching.step_cost import StepCost
 from batchbench.reports import metrics
-from batchbench.reports.account import account
 from batchbench.reports.decode_steps import decode_steps, full_kv_tokens
 from batchbench.reports.fairness import by_length, length_classes
 from batchbench.reports.fitting import changes_of, counts_of
 from batchbench.reports.gaps import stalls
 from batchbench.reports.replay import Reel
+from batchbench.reports.time_budget import account
 from batchbench.reports.timekeeping import arrival_lag_ms, arrival_rate, host_share, littles_law
 from batchbench.studies.judging import queue_growth
 from batchbench.workloads import Workload

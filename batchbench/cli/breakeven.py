@@ -13,7 +13,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.cli.options import with_options
 from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError, shown
-from batchbench.reports.goals import GoalsSpec
+from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
 from batchbench.studies.numbers import parse_numbers
 
@@ -204,7 +204,7 @@ def _spec(study: BreakevenSpec, teacher: Teacher) -> MapSpec:
 def _teacher(study: BreakevenSpec, model: ModelSpec, folder: Path, watch: Watch) -> Teacher:
     """The result that teaches: the one that was given, or a run made now and kept."""
     from batchbench.batching.session import conduct
-    from batchbench.reports.folder import write_folder
+    from batchbench.reports.output import write_folder
     from batchbench.reports.result import make_result
     from batchbench.reports.teaching import read_teacher
 

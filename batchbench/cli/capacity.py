@@ -17,7 +17,7 @@ from batchbench.cli.options import with_given
 from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError, shown
 from batchbench.files import undisturbed
-from batchbench.reports.goals import GoalsSpec
+from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
 from batchbench.studies.grid import SWEPT, make_experiment, words_of_axes
 

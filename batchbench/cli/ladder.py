@@ -89,9 +89,9 @@ def _climb(asked: Climb, output: OutputSpec, folder: Path) -> bool:
         made = Ladder(asked, display)
         allowed = made.measure(display)
     # Only now: an error about what is asked should not wait for scipy and matplotlib.
-    from batchbench.reports.folder import write_ladder
     from batchbench.reports.formats.ladder import card_lines
     from batchbench.reports.ladder import make_card, make_ladder
+    from batchbench.reports.output import write_ladder
 
     if not silent:
         echo("\n".join([*card_lines(make_card(allowed)), ""]))

@@ -71,7 +71,7 @@ def reproduce(
         with make_display(tuple(recorded.names), trials, quiet=asked.quiet) as display:
             receipt = run_again(recorded, display)
         if output and receipt.again is not None:
-            from batchbench.reports.folder import write_folder
+            from batchbench.reports.output import write_folder
 
             write_folder(output, receipt.again)
         if asked.json:

@@ -18,7 +18,7 @@ from batchbench.cli.options import OutputSpec, ReportSpec, with_options
 from batchbench.cli.streams import echo, echo_html, echo_json
 from batchbench.errors import Interrupted, UsageError
 from batchbench.files import claimed, undisturbed, write_file
-from batchbench.reports.goals import GoalsSpec
+from batchbench.reports.slo import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
     from batchbench.cli.output import output_folder
 
     with output_folder(folder, overwrite=True):
-        from batchbench.reports.folder import write_folder  # pandas and matplotlib, only now
+        from batchbench.reports.output import write_folder  # pandas and matplotlib, only now
 
         files = write_folder(folder, result)
         _show(result, files, OutputSpec(json=output.json, quiet=output.quiet))
@@ -214,7 +214,7 @@ def _measure_and_write(
     with display:
         outcome = conduct(experiment, display)
     # Only now: an error about what is asked should not wait for pandas and matplotlib.
-    from batchbench.reports.folder import write_folder
+    from batchbench.reports.output import write_folder
     from batchbench.reports.result import make_result
 
     with undisturbed():  # All that was asked for is measured: keep it.

@@ -14,7 +14,7 @@ from batchbench import settings
 from batchbench.cli.options import with_grid
 from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError
-from batchbench.reports.goals import GoalsSpec
+from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
 from batchbench.studies.grid import SWEPT, Grid
 

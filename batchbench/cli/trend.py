@@ -110,7 +110,7 @@ def _write(found: Trend, asked: TrendSpec) -> None:
         with claimed(asked.markdown, f"--markdown {asked.markdown}"):
             write_file(asked.markdown, render_markdown(found))
     if asked.output is not None:
-        from batchbench.reports.folder import write_trend  # matplotlib, only now
+        from batchbench.reports.output import write_trend  # matplotlib, only now
 
         write_trend(asked.output, found)
 

@@ -10,10 +10,10 @@ from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Verification
 from batchbench.batching.warming import WarmUp
 from batchbench.reports import metrics, timekeeping
-from batchbench.reports.account import account_of
-from batchbench.reports.distribution import Distribution
 from batchbench.reports.gaps import gaps_ms
-from batchbench.reports.latencies import ttft_ms
+from batchbench.reports.latency import ttft_ms
+from batchbench.reports.statistics import Distribution
+from batchbench.reports.time_budget import account_of
 from batchbench.workloads import Workload
 
 LITTLE, HOST_SHARE, DRIFT, FOREIGN_CORES = 0.02, 0.03, 0.10, 0.2

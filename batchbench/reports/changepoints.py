@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchbench.reports.distribution import Floats
+from batchbench.reports.statistics import Floats
 
 SHORTEST = 3
 """Values of a segment, at least: a single outlier is no change of level."""

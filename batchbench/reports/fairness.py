@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.distribution import Distribution, Floats, step_distribution
 from batchbench.reports.gaps import gaps_ms
-from batchbench.reports.latencies import e2el_ms, queue_ms, ttft_ms
+from batchbench.reports.latency import e2el_ms, queue_ms, ttft_ms
+from batchbench.reports.statistics import Distribution, Floats, step_distribution
 
 MOST_CLASSES = 4
 

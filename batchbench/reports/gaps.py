@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.distribution import Distribution
+from batchbench.reports.statistics import Distribution
 
 MOST_STALLS = 5
 STALL = 1.5

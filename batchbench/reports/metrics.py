@@ -9,8 +9,8 @@ import numpy as np
 
 from batchbench.batching.recording import Ints, Recording
 from batchbench.reports.decode_steps import beside_floor
-from batchbench.reports.distribution import Distribution, Floats
-from batchbench.reports.latencies import Latencies, within
+from batchbench.reports.latency import Latencies, within
+from batchbench.reports.statistics import Distribution, Floats
 from batchbench.reports.timekeeping import arrival_lag_ms, arrival_rate
 
 Summary = dict[str, float | int | None]

@@ -15,7 +15,7 @@ from batchbench.batching.session import Outcome, make_batcher
 from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError
 from batchbench.reports.fitting import beyond, known_cost, small_batches_of
-from batchbench.reports.latencies import ttft_ms
+from batchbench.reports.latency import ttft_ms
 from batchbench.workloads import Workload
 
 

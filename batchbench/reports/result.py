@@ -24,16 +24,16 @@ from batchbench.batching.session import Outcome
 from batchbench.batching.verification import Finding, Verification
 from batchbench.batching.warming import WarmUp
 from batchbench.reports import metrics
-from batchbench.reports.account import explain
 from batchbench.reports.audit import audit
 from batchbench.reports.comparison import Ratio, paired_ratio
 from batchbench.reports.decode_steps import beside_floor
 from batchbench.reports.fairness import Class, by_length, length_classes
 from batchbench.reports.fitting import beyond, small_batches_of
 from batchbench.reports.gaps import stalls
-from batchbench.reports.goals import NO_GOALS, GoalsSpec, as_config, from_config
 from batchbench.reports.prediction import predict_outcome
 from batchbench.reports.result_file import SCHEMA_VERSION, check_recordings, file_of, load_data
+from batchbench.reports.slo import NO_GOALS, GoalsSpec, as_config, from_config
+from batchbench.reports.time_budget import explain
 from batchbench.reports.timekeeping import rate_of
 from batchbench.workloads import Workload
 
@@ -108,21 +108,21 @@ class Result:
     @cached_property
     def requests(self) -> pd.DataFrame:
         """A row a request, trial and strategy: slot, lengths, steps, times and latencies."""
-        from batchbench.reports.tables import requests_frame
+        from batchbench.reports.frames import requests_frame
 
         return requests_frame(self)
 
     @cached_property
     def steps(self) -> pd.DataFrame:
         """A row a run of equal steps, trial and strategy."""
-        from batchbench.reports.tables import steps_frame
+        from batchbench.reports.frames import steps_frame
 
         return steps_frame(self)
 
     @cached_property
     def summary(self) -> pd.DataFrame:
         """A row a strategy: medians and pools of its trials, counters, and how it compares."""
-        from batchbench.reports.tables import summary_frame
+        from batchbench.reports.frames import summary_frame
 
         return summary_frame(self)
 
@@ -140,7 +140,7 @@ class Result:
             UsageError: it cannot be written, or holds a result and ``overwrite`` is not given.
         """
         from batchbench.reports.destination import check_folder
-        from batchbench.reports.folder import write_folder
+        from batchbench.reports.output import write_folder
 
         folder = Path(folder)
         check_folder(folder, overwrite=overwrite)

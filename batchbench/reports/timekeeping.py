@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.distribution import Floats
+from batchbench.reports.statistics import Floats
 
 
 def host_share(recording: Recording) -> float:

@@ -15,8 +15,8 @@ from batchbench.batching.session import Session, beginning
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
 from batchbench.reports.audit import audit
-from batchbench.reports.goals import GoalsSpec
-from batchbench.reports.latencies import within
+from batchbench.reports.latency import within
+from batchbench.reports.slo import GoalsSpec
 from batchbench.studies.judging import (
     Interval,
     TrialFigures,

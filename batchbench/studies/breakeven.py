@@ -12,7 +12,7 @@ import numpy as np
 
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.step_cost import StepCost
-from batchbench.reports.latencies import within
+from batchbench.reports.latency import within
 from batchbench.reports.result import Result
 from batchbench.reports.teaching import Teacher
 from batchbench.studies.grid import Cell, make_experiment

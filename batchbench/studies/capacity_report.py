@@ -20,7 +20,7 @@ from batchbench.reports.comparison import CONFIDENCE
 from batchbench.reports.figures import render as render_figure
 from batchbench.reports.figures.capacity import draw_capacity
 from batchbench.reports.formats.terminal import called, number
-from batchbench.reports.goals import as_config
+from batchbench.reports.slo import as_config
 from batchbench.studies.bench import Probe
 from batchbench.studies.capacity import Capacity, CapacityFindings
 from batchbench.studies.judging import GROWTH, Verdict

@@ -10,8 +10,8 @@ from typing import Any
 
 import batchbench
 from batchbench.batching.machine import environment
-from batchbench.reports.goals import GoalsSpec, as_config
 from batchbench.reports.result import regoaled
+from batchbench.reports.slo import GoalsSpec, as_config
 from batchbench.studies.grid import Cell, Grid
 from batchbench.studies.store import Store
 from batchbench.studies.table import Row, rows_of

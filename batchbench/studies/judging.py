@@ -10,9 +10,9 @@ import numpy as np
 from scipy import stats
 
 from batchbench.batching.recording import Recording
-from batchbench.reports import latencies
+from batchbench.reports import latency as latencies
 from batchbench.reports.comparison import CONFIDENCE, mean_interval
-from batchbench.reports.distribution import Floats
+from batchbench.reports.statistics import Floats
 
 GROWTH = 0.1
 """A queue grows if more than one in ten of those that come stays in it."""

@@ -14,7 +14,7 @@ from batchbench.batching.session import Session, conduct_session
 from batchbench.batching.step_cost import KnownCost
 from batchbench.batching.verification import NOT_VERIFIED
 from batchbench.errors import UsageError
-from batchbench.reports import goals
+from batchbench.reports import slo
 from batchbench.reports.result import Result, make_result
 from batchbench.studies import receipt
 from batchbench.studies.identity import named_files
@@ -84,7 +84,7 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Receipt:
         )
     if any(check.verdict == DIFFERS for check in checks):
         return Receipt(data["command"], differences, checks, None)
-    again = make_result(conduct_session(session), goals.from_config(data["config"]["goals"]))
+    again = make_result(conduct_session(session), slo.from_config(data["config"]["goals"]))
     checks += receipt.check_counters(recorded, again)
     if not data["simulated"]:
         alike = receipt.is_alike(differences)

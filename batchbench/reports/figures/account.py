@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from batchbench.reports.account import CAUSES, NAMES, PARTS, Account, account_of
 from batchbench.reports.figures.card import (
     FAINT,
     HELD,
@@ -29,6 +28,7 @@ from batchbench.reports.figures.card import (
     strip_axes,
     text_extent,
 )
+from batchbench.reports.time_budget import CAUSES, NAMES, PARTS, Account, account_of
 
 _ROW, _BAR = 0.62, 0.3  # inches: a strategy's row, and the bar at its lower end
 

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from batchbench.reports.distribution import Distribution
 from batchbench.reports.figures.card import (
     FAINT,
     MOST_LEVELS,
@@ -23,7 +22,8 @@ from batchbench.reports.figures.card import (
     make_card,
     strip_axes,
 )
-from batchbench.reports.latencies import e2el_ms, ttft_ms
+from batchbench.reports.latency import e2el_ms, ttft_ms
+from batchbench.reports.statistics import Distribution
 
 _MARKS = ((50, "o", "●"), (99, "D", "◆"))  # percentile, its marker in the plot and in text
 

@@ -26,7 +26,7 @@ from batchbench.reports.figures.facets import (
     make_sheet,
     strategies_of,
 )
-from batchbench.reports.goals import parse_slos
+from batchbench.reports.slo import parse_slos
 
 LOADS = {
     "request_rate": "load (requests/s)",

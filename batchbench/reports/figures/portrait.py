@@ -16,7 +16,7 @@ from batchbench.reports.figures.card import (
     spell_number,
     strip_axes,
 )
-from batchbench.reports.portrait import bars, pace, spread
+from batchbench.reports.workload_profile import bars, pace, spread
 from batchbench.workloads.outline import Outline
 from batchbench.workloads.ragged import Ints
 

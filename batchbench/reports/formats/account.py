@@ -9,8 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from batchbench.reports.account import CAUSES, NAMES
 from batchbench.reports.result import Result
+from batchbench.reports.time_budget import CAUSES, NAMES
 
 _SAVED = CAUSES | {"useful_decode_s": "cheaper steps for the same tokens"}
 _LOST = CAUSES | {"useful_decode_s": "dearer steps for the same tokens"}

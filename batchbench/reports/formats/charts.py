@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.distribution import Distribution, Floats
 from batchbench.reports.figures.card import Strategy, Unit
 from batchbench.reports.figures.latency import staircase
 from batchbench.reports.figures.occupancy import Holdings, levels_of
+from batchbench.reports.statistics import Distribution, Floats
 
 SCALE = 10_000
 """Width and height of a chart's box; whole numbers in it are finer than any screen's pixels."""

@@ -16,7 +16,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from batchbench.reports.account import NAMES
 from batchbench.reports.figures.card import clean_text, name_strategies
 from batchbench.reports.figures.occupancy import which_trial
 from batchbench.reports.formats import charts
@@ -30,9 +29,10 @@ from batchbench.reports.formats.terminal import (
     sentence,
     stall_lines,
 )
-from batchbench.reports.latencies import Latencies
+from batchbench.reports.latency import Latencies
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import FIGURES, Labelled, SideBySide
+from batchbench.reports.time_budget import NAMES
 
 MOST_BARS = 12_000
 """Bars of all timelines of a page together: 2 MB at most."""

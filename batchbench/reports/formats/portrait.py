@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.reports.formats.terminal import number
-from batchbench.reports.portrait import bars, pace, spread, title
+from batchbench.reports.workload_profile import bars, pace, spread, title
 from batchbench.workloads.outline import Outline
 from batchbench.workloads.ragged import Ints
 

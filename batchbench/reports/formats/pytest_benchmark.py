@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from batchbench.reports.distribution import Floats
 from batchbench.reports.measures import prefixes
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled
+from batchbench.reports.statistics import Floats
 
 
 def render(shown: Sequence[Labelled]) -> str:

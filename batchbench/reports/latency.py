@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Recording
-from batchbench.reports.distribution import Distribution, Floats
 from batchbench.reports.gaps import gaps_ms
+from batchbench.reports.statistics import Distribution, Floats
 
 
 def queue_ms(recording: Recording) -> Floats:

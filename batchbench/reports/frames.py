@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.latencies import e2el_ms, queue_ms, tpot_ms, ttft_ms
+from batchbench.reports.latency import e2el_ms, queue_ms, tpot_ms, ttft_ms
 from batchbench.reports.result import Result
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.distribution import Floats, step_distribution
+from batchbench.reports.statistics import Floats, step_distribution
 from batchbench.reports.timekeeping import waited_by
 
 
