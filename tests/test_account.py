@@ -607,8 +607,8 @@ def test_the_picture_of_the_waterfall_leads_from_one_end_to_the_other() -> None:
 def test_the_picture_says_who_shows_no_steps() -> None:
     from matplotlib.text import Text
 
-    from batchbench.reports.figures.account import draw_account
     from batchbench.reports.figures.card import house_style, name_strategies
+    from batchbench.reports.figures.time_budget import draw_account
 
     shy = {
         "theirs": [without_steps(measured("continuous"))],

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from matplotlib.figure import Figure
 
 from batchbench.batching.recording import Recording
-from batchbench.reports.figures.account import draw_account
 from batchbench.reports.figures.card import (
     DPI,
     MOST_BARS,
@@ -28,6 +27,7 @@ from batchbench.reports.figures.card import (
 from batchbench.reports.figures.latency import draw_latency
 from batchbench.reports.figures.occupancy import draw_occupancy
 from batchbench.reports.figures.throughput import draw_throughput
+from batchbench.reports.figures.time_budget import draw_account
 from batchbench.reports.figures.timeline import draw_timeline
 
 PICTURES: Mapping[str, Callable[[Sequence[Strategy], str], Figure]] = {
