@@ -26,7 +26,7 @@ from test_terminal import paced
 from batchbench.cli.options import DOCUMENTS, ReportSpec
 from batchbench.reports.documents import make_document
 from batchbench.reports.formats import pytest_benchmark
-from batchbench.reports.measures import Measure, measures
+from batchbench.reports.formats.dashboards import Measure, measures
 from batchbench.reports.result import Result
 
 JSON_FORMATS = ("github-bigger", "github-smaller", "bencher", "pytest-benchmark")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from batchbench.reports.measures import Measure, measures, prefixes
+from batchbench.reports.formats.dashboards import Measure, measures, prefixes
 from batchbench.reports.side_by_side import Labelled
 
 

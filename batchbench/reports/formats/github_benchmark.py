@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from batchbench.reports.measures import measures, prefixes
+from batchbench.reports.formats.dashboards import measures, prefixes
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from batchbench.reports.measures import prefixes
+from batchbench.reports.formats.dashboards import prefixes
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled
 from batchbench.reports.statistics import Floats
