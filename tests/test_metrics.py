@@ -27,7 +27,7 @@ from batchbench.batching.replay import replay
 from batchbench.reports import metrics, timekeeping
 from batchbench.reports.gaps import gaps_ms
 from batchbench.reports.latency import Latencies, e2el_ms, queue_ms, tpot_ms, ttft_ms
-from batchbench.reports.replay import PROMPT, Reel
+from batchbench.reports.replay.frames import PROMPT, Reel
 from batchbench.reports.statistics import Distribution
 from batchbench.reports.time_budget import account
 from batchbench.workloads import Request, Workload

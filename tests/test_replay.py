@@ -26,11 +26,9 @@ from batchbench.batching.recording import Recording
 from batchbench.cli.main import _guarded
 from batchbench.cli.watch import play
 from batchbench.errors import Interrupted, UsageError
-from batchbench.reports.figures.film import FPS, LASTS_S, STAYS_S, draw_film
-from batchbench.reports.formats.lanes import render
 from batchbench.reports.metrics import occupancy
 from batchbench.reports.output import write_folder
-from batchbench.reports.replay import (
+from batchbench.reports.replay.frames import (
     EMPTY,
     FRAMES_A_SECOND,
     HELD,
@@ -42,6 +40,8 @@ from batchbench.reports.replay import (
     moments,
     usual_speed,
 )
+from batchbench.reports.replay.gif import FPS, LASTS_S, STAYS_S, draw_film
+from batchbench.reports.replay.terminal import render
 from batchbench.reports.result import Result
 from batchbench.studies.receipt import check_counters
 from batchbench.workloads import Workload
@@ -339,7 +339,7 @@ def test_a_film_that_would_not_end_is_refused_with_the_speed_to_type() -> None:
 
 
 def test_a_film_lasts_as_long_whatever_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    from batchbench.reports.figures import film as films
+    from batchbench.reports.replay import gif as films
 
     taken: list[int] = []
     monkeypatch.setattr(films, "_times", lambda end, lasts: taken.append(lasts) or [0])

@@ -21,7 +21,7 @@ from batchbench.reports.decode_steps import decode_steps, full_kv_tokens
 from batchbench.reports.fairness import by_length, length_classes
 from batchbench.reports.fitting import changes_of, counts_of
 from batchbench.reports.gaps import stalls
-from batchbench.reports.replay import Reel
+from batchbench.reports.replay.frames import Reel
 from batchbench.reports.time_budget import account
 from batchbench.reports.timekeeping import arrival_lag_ms, arrival_rate, host_share, littles_law
 from batchbench.studies.judging import queue_growth

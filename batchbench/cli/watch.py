@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from batchbench.batching.clock import Clock
-    from batchbench.reports.replay import Film
+    from batchbench.reports.replay.frames import Film
     from batchbench.reports.result import Result
 
 WATCH_HELP = """Replay a result: slots fill and empty as they did, the strategies side by side.
@@ -64,7 +64,7 @@ def watch(
     speed, gif = asked.speed, asked.gif
     if gif is None and not sys.stdout.isatty():
         raise UsageError("watch: needs a terminal to play on; --gif FILE writes the film to a file")
-    from batchbench.reports.replay import Film, usual_speed
+    from batchbench.reports.replay.frames import Film, usual_speed
     from batchbench.reports.result import load_result
 
     result = load_result(folder)
@@ -90,8 +90,8 @@ def play(film: Film, speed: float, console: Console, clock: Clock) -> None:
     """
     from rich.live import Live
 
-    from batchbench.reports.formats.lanes import render
-    from batchbench.reports.replay import moments
+    from batchbench.reports.replay.frames import moments
+    from batchbench.reports.replay.terminal import render
 
     shown = 0
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
@@ -118,7 +118,7 @@ def _write_gif(result: Result, speed: float | None, file: Path, *, overwrite: bo
 
     if file.suffix != ".gif":
         raise UsageError(f"--gif {file}: must end in .gif, such as --gif film.gif")
-    from batchbench.reports.figures.film import draw_film
+    from batchbench.reports.replay.gif import draw_film
 
     with claimed(file, f"--gif {file}"):
         check_files(file.parent, [file.name], overwrite=overwrite)

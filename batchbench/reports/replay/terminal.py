@@ -16,7 +16,7 @@ from rich.text import Text
 
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.reports.looks import looks_of
-from batchbench.reports.replay import EMPTY, HELD, PROMPT, RUNNING, Film, Frame, Reel, Scene
+from batchbench.reports.replay.frames import EMPTY, HELD, PROMPT, RUNNING, Film, Frame, Reel, Scene
 
 _GLYPHS = {PROMPT: "▓", RUNNING: "█", HELD: "╱", EMPTY: "·"}
 _TO_COME = "░"

@@ -42,8 +42,8 @@ from batchbench.reports.figures.timeline import (
     timeline_headline,
     timeline_notes,
 )
-from batchbench.reports.replay import Film
-from batchbench.reports.replay import Scene as Moment
+from batchbench.reports.replay.frames import Film
+from batchbench.reports.replay.frames import Scene as Moment
 from batchbench.reports.result import Result
 
 FPS, DPI = 10, 100

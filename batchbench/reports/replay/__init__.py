@@ -1,0 +1,1 @@
+"""Replay of a trial: its frames, on a terminal and as a GIF."""
