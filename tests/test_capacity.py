@@ -25,10 +25,9 @@ from batchbench.cli.main import _guarded
 from batchbench.reports.figures.capacity import draw_capacity
 from batchbench.reports.slo import GoalsSpec
 from batchbench.studies import bench as benches
-from batchbench.studies import capacity_report as report
 from batchbench.studies.bench import Asked
-from batchbench.studies.capacity import CapacityFindings, find_capacity
-from batchbench.studies.judging import (
+from batchbench.studies.capacity import report
+from batchbench.studies.capacity.probe import (
     GROWTH,
     TrialFigures,
     Verdict,
@@ -38,6 +37,7 @@ from batchbench.studies.judging import (
     mean_of,
     queue_growth,
 )
+from batchbench.studies.capacity.search import CapacityFindings, find_capacity
 from batchbench.studies.search import MOST_PROBES, Search
 
 YES, NO, BORDER = Verdict.SUSTAINED, Verdict.NOT_SUSTAINED, Verdict.BORDER

@@ -24,7 +24,7 @@ from batchbench.reports.gaps import stalls
 from batchbench.reports.replay.frames import Reel
 from batchbench.reports.time_budget import account
 from batchbench.reports.timekeeping import arrival_lag_ms, arrival_rate, host_share, littles_law
-from batchbench.studies.judging import queue_growth
+from batchbench.studies.capacity.probe import queue_growth
 from batchbench.workloads import Workload
 
 POLICIES = ("static", "static-fixed", "static-bucketed", "static-oracle", "continuous")

@@ -138,13 +138,13 @@ def _search_and_write(
     experiment: Experiment, asked: Asked, study: CapacitySpec, folder: Path, command: str
 ) -> int:
     from batchbench.cli.progress import CapacityDisplay, make_console
-    from batchbench.studies.capacity import find_capacity
+    from batchbench.studies.capacity.search import find_capacity
 
     display = CapacityDisplay(make_console(quiet=study.quiet))
     found = find_capacity(experiment, asked, study.precision, display)
     from rich.console import Console
 
-    from batchbench.studies import capacity_report as report
+    from batchbench.studies.capacity import report
 
     with undisturbed():  # All that was asked for is measured: keep it.
         data = report.data_of(found, command)

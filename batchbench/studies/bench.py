@@ -17,7 +17,7 @@ from batchbench.errors import UsageError
 from batchbench.reports.audit import audit
 from batchbench.reports.latency import within
 from batchbench.reports.slo import GoalsSpec
-from batchbench.studies.judging import (
+from batchbench.studies.capacity.probe import (
     Interval,
     TrialFigures,
     Verdict,

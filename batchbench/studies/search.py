@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from batchbench.studies.judging import Verdict
+from batchbench.studies.capacity.probe import Verdict
 
 MOST_DOUBLINGS = 24
 """Up or down from the first rate: a factor of 16 million."""

@@ -22,8 +22,8 @@ from batchbench.reports.figures.capacity import draw_capacity
 from batchbench.reports.formats.terminal import called, number
 from batchbench.reports.slo import as_config
 from batchbench.studies.bench import Probe
-from batchbench.studies.capacity import Capacity, CapacityFindings
-from batchbench.studies.judging import GROWTH, Verdict
+from batchbench.studies.capacity.probe import GROWTH, Verdict
+from batchbench.studies.capacity.search import Capacity, CapacityFindings
 
 SCHEMA_VERSION = 1
 

@@ -12,7 +12,7 @@ from batchbench.batching.verification import Verification
 from batchbench.batching.warming import WarmUp
 from batchbench.errors import UsageError
 from batchbench.studies.bench import Asked, Bench, CapacityWatch, Probe
-from batchbench.studies.judging import Interval
+from batchbench.studies.capacity.probe import Interval
 from batchbench.studies.search import Search
 
 

@@ -1,0 +1,1 @@
+"""Capacity: the highest request rate that each strategy sustains."""
