@@ -320,7 +320,7 @@ def table(state: Path) -> str:
 
 def resampled(gates: Sequence[dict], verdicts: int = 2000, shift: float = 0.0) -> str:
     """Shares of verdicts on pairs drawn from all of a case; N/A where the work itself differs."""
-    from batchbench.reports.turns import Pair
+    from batchbench.studies.gate.turns import Pair
 
     pairs = [
         Pair.of(pair)
@@ -343,7 +343,7 @@ def resampled(gates: Sequence[dict], verdicts: int = 2000, shift: float = 0.0) -
 
 def table_of_checks(state: Path, verdicts: int = 2000) -> str:
     """Verdicts of ``check`` on processes drawn from sessions that were saved at other times."""
-    from batchbench.reports.baseline import load_baseline
+    from batchbench.studies.gate.baseline import load_baseline
 
     rows = [
         "| baseline of | checked | verdicts | failed | passed | cannot tell | median processes |",
@@ -373,8 +373,8 @@ def table_of_checks(state: Path, verdicts: int = 2000) -> str:
 def checked(base: Sequence, new: Sequence, seed: int, most: int = 24) -> tuple[str, int]:
     """One verdict, and how many processes it took."""
     from batchbench.reports.sequential import Verdict
-    from batchbench.studies.check import FIRST_LOOK, NEXT_LOOK, decide_ratios, rule_of
-    from batchbench.studies.deciding import CheckSpec
+    from batchbench.studies.gate.check import FIRST_LOOK, NEXT_LOOK, decide_ratios, rule_of
+    from batchbench.studies.gate.spec import CheckSpec
 
     chance = random.Random(seed)
     kept = chance.choices(base, k=12)
@@ -410,7 +410,7 @@ class Drawn:
         self.seconds = 0.0
 
     def pair(self, lanes: Sequence[str], known: object, *, with_others: bool) -> tuple:
-        from batchbench.studies.duet import Opened
+        from batchbench.studies.gate.duet import Opened
 
         pair = self._chance.choice(self._pairs)
         self.seconds += pair.seconds
@@ -423,8 +423,8 @@ class Drawn:
 
 def replayed(pairs: Sequence, verdicts: int) -> list[tuple[str, float]]:
     """Verdicts and seconds of duets whose processes are drawn from those that were recorded."""
-    from batchbench.studies.deciding import DuetSpec
-    from batchbench.studies.duet import TurnsWatch, conduct_duet
+    from batchbench.studies.gate.duet import TurnsWatch, conduct_duet
+    from batchbench.studies.gate.spec import DuetSpec
 
     drawn, spec, watch = Drawn(pairs), DuetSpec(max_time=BUDGET_S["quiet"]), TurnsWatch()
     lanes = list(pairs[0].passes)

@@ -16,10 +16,10 @@ from statistics import fmean, median, stdev
 from scipy import stats
 
 from batchbench.batching.experiment import Experiment
-from batchbench.studies import processes
-from batchbench.studies.check import here
-from batchbench.studies.duet import Stage, learnt
-from batchbench.studies.processes import Workers
+from batchbench.studies.gate import processes
+from batchbench.studies.gate.check import here
+from batchbench.studies.gate.duet import Stage, learnt
+from batchbench.studies.gate.processes import Workers
 
 LANE = "continuous"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchbench.batching.experiment import Experiment
-from batchbench.reports.baseline import Process
+from batchbench.studies.gate.baseline import Process
 from batchbench.studies.twins import Cut, Seen
 
 COUNTS = {

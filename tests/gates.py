@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from batchbench.reports.evidence import Evidence, Gate, Kind, Side, Varying
 from batchbench.reports.sequential import Verdict
+from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Side, Varying
 
 TYPED = "batchbench duet --base-ref main --preset ci"
 BASE = Side("main", {"commit": "8faaed2", "python": "3.12.4"})

@@ -17,13 +17,13 @@ from rich.console import Console
 from batchbench.batching.experiment import Experiment
 from batchbench.cli.main import _guarded
 from batchbench.errors import OutOfTimeError, UsageError
-from batchbench.reports.baseline import Baseline, load_baseline
-from batchbench.reports.evidence import Answer, Gate
 from batchbench.reports.formats.baseline import render
 from batchbench.studies import twins
-from batchbench.studies.check import FIRST_LOOK, conduct_check, make_baseline
-from batchbench.studies.deciding import CheckSpec
-from batchbench.studies.duet import TurnsWatch
+from batchbench.studies.gate.baseline import Baseline, load_baseline
+from batchbench.studies.gate.check import FIRST_LOOK, conduct_check, make_baseline
+from batchbench.studies.gate.duet import TurnsWatch
+from batchbench.studies.gate.evidence import Answer, Gate
+from batchbench.studies.gate.spec import CheckSpec
 from batchbench.studies.twins import Cut, Seen, lanes_of, make_cut
 
 FILE = Path("baseline.json")

@@ -28,13 +28,13 @@ from batchbench.batching.policies import Continuous, View
 from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
 from batchbench.reports.conditions import CompareSpec, parse_condition
-from batchbench.reports.evidence import Answer, Evidence, Gate, Kind
 from batchbench.reports.gauges import GAUGES
 from batchbench.reports.result import Result, output_digest
-from batchbench.reports.runs import Run, Runs, load_runs
 from batchbench.reports.sequential import Verdict
-from batchbench.reports.versions import compare_versions
-from batchbench.reports.work import Work, compare_work
+from batchbench.studies.gate.compare import compare_versions
+from batchbench.studies.gate.counts import Work, compare_work
+from batchbench.studies.gate.evidence import Answer, Evidence, Gate, Kind
+from batchbench.studies.gate.runs import Run, Runs, load_runs
 from batchbench.workloads import Request
 
 MIRRORED = {Verdict.SLOWER: Verdict.FASTER, Verdict.FASTER: Verdict.SLOWER}

@@ -25,20 +25,12 @@ from rich.console import Console
 import batchbench
 from batchbench.batching.experiment import Experiment
 from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError
-from batchbench.reports.evidence import Answer, Gate, Kind
-from batchbench.reports.formats import (
-    annotations,
-    gate_json,
-    gate_markdown,
-    gate_terminal,
-    junit,
-)
+from batchbench.reports.formats import annotations, gate_json, gate_markdown, gate_terminal
 from batchbench.reports.sequential import Verdict
-from batchbench.reports.turns import Pair, Turn, contamination
-from batchbench.studies import duet, processes, worker
-from batchbench.studies.check import here
-from batchbench.studies.deciding import DuetSpec, lanes_of
-from batchbench.studies.duet import (
+from batchbench.studies.duet_gate import make_gate, record_of
+from batchbench.studies.gate import ci, duet, processes, worker
+from batchbench.studies.gate.check import here
+from batchbench.studies.gate.duet import (
     Findings,
     Opened,
     Stage,
@@ -47,8 +39,10 @@ from batchbench.studies.duet import (
     cut,
     sizes_of,
 )
-from batchbench.studies.duet_gate import make_gate, record_of
-from batchbench.studies.processes import Installation, Workers, draw_core
+from batchbench.studies.gate.evidence import Answer, Gate, Kind
+from batchbench.studies.gate.processes import Installation, Workers, draw_core
+from batchbench.studies.gate.spec import DuetSpec, lanes_of
+from batchbench.studies.gate.turns import Pair, Turn, contamination
 from batchbench.studies.revision import install_revision
 
 PACKAGE = Path(batchbench.__file__).parent
@@ -275,7 +269,7 @@ def test_without_a_finished_pair_nothing_can_be_told() -> None:
         "a while); raise it."
     )
     assert found.first.pairs == []
-    for render in (gate_markdown.render, gate_json.render, junit.render, annotations.render):
+    for render in (gate_markdown.render, gate_json.render, ci.render, annotations.render):
         assert render(gate, strict=False) is not None
     Console(file=io.StringIO()).print(gate_terminal.render(gate, strict=True))
 

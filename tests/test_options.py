@@ -21,9 +21,9 @@ from batchbench.reports.conditions import CompareSpec, parse_condition
 from batchbench.reports.slo import parse_slos
 from batchbench.settings import option_name, parse, words_of
 from batchbench.studies.breakeven import MapSpec, usual_limits
-from batchbench.studies.check import rule_of as check_rule
-from batchbench.studies.deciding import CheckSpec, DuetSpec
-from batchbench.studies.deciding import rule_of as duet_rule
+from batchbench.studies.gate.check import rule_of as check_rule
+from batchbench.studies.gate.spec import CheckSpec, DuetSpec
+from batchbench.studies.gate.spec import rule_of as duet_rule
 from batchbench.studies.grid import SWEPT, words_of_axes
 from batchbench.studies.numbers import parse_numbers
 from batchbench.values import parse_float, parse_number, parse_whole

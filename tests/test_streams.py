@@ -327,7 +327,7 @@ ORPHANS = """
 import sys
 from pathlib import Path
 from batchbench.cli import main
-from batchbench.studies.processes import Installation, Workers
+from batchbench.studies.gate.processes import Installation, Workers
 
 def command():
     with Workers(Installation("new", Path(sys.argv[1]), own=True), 1) as workers:

@@ -26,15 +26,10 @@ from rich.console import Console
 from batchbench.cli import main
 from batchbench.cli.verdict import GateOutputSpec, check_outputs, conclude
 from batchbench.errors import UsageError
-from batchbench.reports.evidence import Answer, Gate
-from batchbench.reports.formats import (
-    annotations,
-    gate_json,
-    gate_markdown,
-    gate_terminal,
-    junit,
-)
+from batchbench.reports.formats import annotations, gate_json, gate_markdown, gate_terminal
 from batchbench.reports.sequential import Verdict
+from batchbench.studies.gate import ci as junit
+from batchbench.studies.gate.evidence import Answer, Gate
 
 NAMES = ("passed", "failed", "unknown", "unsure", "empty")
 ANSWERED = dict(zip(NAMES, (PASSED, FAILED, UNKNOWN, UNSURE, EMPTY), strict=True))

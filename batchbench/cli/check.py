@@ -17,12 +17,12 @@ from batchbench.cli.streams import echo
 from batchbench.cli.verdict import GateOutputSpec, check_outputs, conclude
 from batchbench.files import claimed, write_file, write_whole
 from batchbench.settings import setting
-from batchbench.studies.deciding import BaselineSpec, CheckSpec
+from batchbench.studies.gate.spec import BaselineSpec, CheckSpec
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
-    from batchbench.reports.baseline import Baseline
-    from batchbench.reports.evidence import Gate
+    from batchbench.studies.gate.baseline import Baseline
+    from batchbench.studies.gate.evidence import Gate
 
 CHECK_HELP = """Hold this version against a kept baseline: its work exactly, its speed by ratios.
 
@@ -64,7 +64,7 @@ class CheckRecordSpec:
 @with_options({"asked": CheckSpec, "record": CheckRecordSpec, "output": GateOutputSpec})
 def check(asked: CheckSpec, record: CheckRecordSpec, output: GateOutputSpec) -> None:
     """Compare with a baseline."""
-    from batchbench.reports.baseline import load_baseline
+    from batchbench.studies.gate.baseline import load_baseline
 
     assert asked.baseline is not None
     baseline = load_baseline(asked.baseline)
@@ -83,7 +83,7 @@ def check(asked: CheckSpec, record: CheckRecordSpec, output: GateOutputSpec) -> 
 
 def _check(baseline: Baseline, asked: CheckSpec, folder: Path | None, *, quiet: bool) -> Gate:
     from batchbench.cli.turns import make_turns_display
-    from batchbench.studies.check import Observed, conduct_check, record_of
+    from batchbench.studies.gate.check import Observed, conduct_check, record_of
 
     assert asked.baseline is not None
     observed = Observed()
@@ -114,10 +114,10 @@ def save(
     """Make a baseline."""
     from batchbench.cli.output import interruptible
     from batchbench.cli.turns import make_turns_display
-    from batchbench.reports.baseline import to_json
     from batchbench.reports.destination import check_files
     from batchbench.reports.formats.baseline import render
-    from batchbench.studies.check import make_baseline
+    from batchbench.studies.gate.baseline import to_json
+    from batchbench.studies.gate.check import make_baseline
 
     experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
     with (
@@ -145,7 +145,7 @@ def show(
     """Tell of a baseline."""
     from rich.console import Console
 
-    from batchbench.reports.baseline import load_baseline
     from batchbench.reports.formats.baseline import render
+    from batchbench.studies.gate.baseline import load_baseline
 
     Console(highlight=False, markup=False, emoji=False).print(render(load_baseline(file)))

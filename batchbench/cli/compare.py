@@ -47,8 +47,8 @@ def compare(
 ) -> None:
     """Hold two versions against each other."""
     check_outputs(output)
-    from batchbench.reports.runs import load_runs
-    from batchbench.reports.versions import compare_versions
+    from batchbench.studies.gate.compare import compare_versions
+    from batchbench.studies.gate.runs import load_runs
 
     words = ["batchbench", "compare", str(base), str(new)]
     typed = shlex.join([*words, *settings.words_of(question, CompareSpec())])

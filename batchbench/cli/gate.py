@@ -17,12 +17,12 @@ from batchbench.cli.options import with_options
 from batchbench.cli.verdict import GateOutputSpec, check_outputs, conclude
 from batchbench.errors import UsageError
 from batchbench.settings import setting
-from batchbench.studies.deciding import DuetSpec
+from batchbench.studies.gate.spec import DuetSpec
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
-    from batchbench.reports.evidence import Gate
-    from batchbench.studies.processes import Installation
+    from batchbench.studies.gate.evidence import Gate
+    from batchbench.studies.gate.processes import Installation
 
 DUET_HELP = """Compare another installation of batchbench with this one, in alternating turns.
 
@@ -97,7 +97,7 @@ def duet(
 ) -> None:
     """Compare two installations."""
     from batchbench.cli.output import interruptible, output_folder
-    from batchbench.studies.deciding import lanes_of
+    from batchbench.studies.gate.spec import lanes_of
 
     experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
     lanes_of(experiment, deciding.timed)
@@ -119,10 +119,10 @@ def _compare(
     output: GateOutputSpec,
 ) -> Gate:
     from batchbench.cli.turns import make_turns_display
-    from batchbench.studies.deciding import lanes_of
-    from batchbench.studies.duet import Stage, conduct_duet
     from batchbench.studies.duet_gate import make_gate, record_of
-    from batchbench.studies.processes import Installation, Workers
+    from batchbench.studies.gate.duet import Stage, conduct_duet
+    from batchbench.studies.gate.processes import Installation, Workers
+    from batchbench.studies.gate.spec import lanes_of
 
     label, installation = _base(base)
     sides = (installation, Installation("new", Path(sys.executable), own=True))
@@ -151,7 +151,7 @@ def _compare(
 
 
 def _base(base: BaseSpec) -> tuple[str, Installation]:
-    from batchbench.studies.processes import Installation
+    from batchbench.studies.gate.processes import Installation
 
     if base.base_ref is not None:
         from batchbench.studies.revision import install_revision

@@ -42,7 +42,7 @@ def trend(
     """Show a history."""
     from batchbench.cli.output import interruptible, output_folder
     from batchbench.reports.destination import check_files
-    from batchbench.reports.evidence import CANNOT_TELL, Answer
+    from batchbench.studies.gate.evidence import CANNOT_TELL, Answer
 
     to_stdout = str(asked.markdown) == "-"
     if asked.markdown is not None and not to_stdout:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.status import Status
 
 from batchbench.cli.progress import make_console, spell_time
-from batchbench.reports.evidence import spell_share
-from batchbench.studies.duet import TurnsWatch
+from batchbench.studies.gate.duet import TurnsWatch
+from batchbench.studies.gate.evidence import spell_share
 
 if TYPE_CHECKING:
     from batchbench.reports.sequential import Decision

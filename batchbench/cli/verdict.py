@@ -19,7 +19,7 @@ from batchbench.files import claimed, reason_of, write_file
 from batchbench.settings import setting
 
 if TYPE_CHECKING:
-    from batchbench.reports.evidence import Gate
+    from batchbench.studies.gate.evidence import Gate
 
 STANDARD_OUTPUT = Path("-")
 STEP_SUMMARY, STEP_OUTPUT = "GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT"
@@ -121,7 +121,8 @@ def conclude(gate: Gate, output: GateOutputSpec) -> None:
         UsageError: a file cannot be written.
         typer.Exit: always, otherwise.
     """
-    from batchbench.reports.formats import annotations, gate_markdown, junit
+    from batchbench.reports.formats import annotations, gate_markdown
+    from batchbench.studies.gate import ci as junit
 
     code = gate.exit_code(strict=output.strict)
     report = gate_markdown.render(gate, strict=output.strict)

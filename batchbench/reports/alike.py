@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from batchbench.reports.evidence import Varying
+from batchbench.studies.gate.evidence import Varying
 
 FOR_TOKENS = (
     *("device", "cpu", "threads", "gpu", "gpu_driver", "cuda", "torch", "transformers", "numpy"),

@@ -17,9 +17,7 @@ from scipy import stats
 
 from batchbench.errors import UsageError, shown
 from batchbench.reports.conditions import CompareSpec, Condition
-from batchbench.reports.evidence import Evidence, Kind, Varying, weigh
 from batchbench.reports.gauges import GAUGES, Gauge
-from batchbench.reports.runs import Run, Runs
 from batchbench.reports.sequential import (
     FEWEST,
     POWER,
@@ -28,6 +26,8 @@ from batchbench.reports.sequential import (
     Verdict,
     compare_means,
 )
+from batchbench.studies.gate.evidence import Evidence, Kind, Varying, weigh
+from batchbench.studies.gate.runs import Run, Runs
 
 _MOST = 10_000
 """Runs beyond which nobody is told how many would do."""

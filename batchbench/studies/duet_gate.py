@@ -13,12 +13,12 @@ from typing import Any
 import batchbench
 from batchbench.errors import OutOfTimeError
 from batchbench.reports.alike import FOR_TOKENS
-from batchbench.reports.evidence import Evidence, Gate, Kind, Side, Varying, weigh
 from batchbench.reports.result_file import SCHEMA_VERSION
 from batchbench.reports.sequential import FEWEST, Verdict
-from batchbench.reports.work import compare_work, work_told
-from batchbench.studies.duet import Findings, Opened, Run, is_on_cpu
-from batchbench.studies.processes import Installation
+from batchbench.studies.gate.counts import compare_work, work_told
+from batchbench.studies.gate.duet import Findings, Opened, Run, is_on_cpu
+from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Side, Varying, weigh
+from batchbench.studies.gate.processes import Installation
 
 
 def make_gate(

@@ -18,7 +18,7 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.reports.metrics import counters
 from batchbench.reports.result import output_digest
-from batchbench.reports.turns import Turn
+from batchbench.studies.gate.turns import Turn
 from batchbench.workloads import Workload
 
 KERNEL_BYTES = 16 << 20

@@ -17,10 +17,10 @@ from typing import Any
 
 from batchbench.batching.experiment import Experiment
 from batchbench.errors import UsageError
-from batchbench.reports.baseline import Process
-from batchbench.reports.turns import Turn
-from batchbench.reports.work import Work, work_told
-from batchbench.studies.processes import Workers, draw_core
+from batchbench.studies.gate.baseline import Process
+from batchbench.studies.gate.counts import Work, work_told
+from batchbench.studies.gate.processes import Workers, draw_core
+from batchbench.studies.gate.turns import Turn
 
 TURN_S = 0.3
 """Of the slowest lane; the others' turns cover the same part of the workload and are shorter."""

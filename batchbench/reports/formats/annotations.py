@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from batchbench.reports.evidence import Answer, Evidence, Gate, describe
 from batchbench.reports.sequential import Verdict
+from batchbench.studies.gate.evidence import Answer, Evidence, Gate, describe
 
 MOST = 5
 """Lines of one gate."""

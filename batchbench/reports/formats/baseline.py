@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from batchbench.reports.baseline import OLD_DAYS, Baseline, speedup
+from batchbench.studies.gate.baseline import OLD_DAYS, Baseline, speedup
 
 
 def render(baseline: Baseline) -> RenderableType:

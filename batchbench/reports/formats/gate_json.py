@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from batchbench.reports.evidence import Gate
+from batchbench.studies.gate.evidence import Gate
 
 
 def render(gate: Gate, *, strict: bool = False) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from batchbench.reports.evidence import Answer, Gate
 from batchbench.reports.formats.markdown import escape, fenced, table
-from batchbench.reports.gate_rows import TITLES, last_lines, sides, tables, varying
+from batchbench.studies.gate.evidence import Answer, Gate
+from batchbench.studies.gate.report import TITLES, last_lines, sides, tables, varying
 
 _ALERTS = {Answer.PASSED: "TIP", Answer.FAILED: "CAUTION", Answer.UNKNOWN: "WARNING"}
 """Coloured boxes, of GitHub's and GitLab's Markdown; elsewhere they are plain quotations."""

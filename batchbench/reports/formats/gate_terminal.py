@@ -10,9 +10,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from batchbench.reports.evidence import CANNOT_TELL, Answer, Evidence, Gate, Kind, Varying
-from batchbench.reports.gate_rows import TITLES, Rows, last_lines, sides, tables, varying
 from batchbench.reports.sequential import Verdict
+from batchbench.studies.gate.evidence import CANNOT_TELL, Answer, Evidence, Gate, Kind, Varying
+from batchbench.studies.gate.report import TITLES, Rows, last_lines, sides, tables, varying
 
 _STYLES = {Answer.PASSED: "bold green", Answer.FAILED: "bold red", Answer.UNKNOWN: "bold yellow"}
 

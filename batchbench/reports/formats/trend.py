@@ -10,11 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from batchbench.reports.evidence import Answer
 from batchbench.reports.formats.markdown import escape
 from batchbench.reports.formats.terminal import number
 from batchbench.reports.history import Line
 from batchbench.reports.trend import Change, Judged, Told, Trend, between, describe_recount
+from batchbench.studies.gate.evidence import Answer
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK = 12  # characters

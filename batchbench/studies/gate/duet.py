@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from batchbench.batching.experiment import Experiment
 from batchbench.errors import OutOfTimeError
 from batchbench.reports.sequential import FEWEST, Decision, Rule, Verdict, decide
-from batchbench.reports.turns import Pair, TurnPair, contamination
-from batchbench.studies.deciding import DuetSpec, rule_of
-from batchbench.studies.processes import Workers, draw_core, open_all
+from batchbench.studies.gate.processes import Workers, draw_core, open_all
+from batchbench.studies.gate.spec import DuetSpec, rule_of
+from batchbench.studies.gate.turns import Pair, TurnPair, contamination
 
 TURN_S = 0.2
 """Longer, and what others do in bursts falls on one side; shorter, and half of it is warm-up."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchbench.errors import UsageError
-from batchbench.reports.evidence import Evidence, Kind
 from batchbench.reports.sequential import Verdict
+from batchbench.studies.gate.evidence import Evidence, Kind
 
 OUTPUTS = "outputs"
 """The metric under which a strategy's tokens are told."""

@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
-from batchbench.reports.evidence import Answer, Evidence, Gate, Kind, describe
-from batchbench.reports.gate_rows import COUNTED, MEASURED, TITLES, cells
 from batchbench.reports.sequential import Verdict
+from batchbench.studies.gate.evidence import Answer, Evidence, Gate, Kind, describe
+from batchbench.studies.gate.report import COUNTED, MEASURED, TITLES, cells
 
 _NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

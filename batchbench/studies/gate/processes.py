@@ -21,8 +21,8 @@ from typing import Any
 from batchbench.batching.cores import allowed_cpus
 from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError
 from batchbench.files import reason_of, undisturbed
-from batchbench.reports.turns import Turn
-from batchbench.studies.worker import PROTOCOL
+from batchbench.studies.gate.turns import Turn
+from batchbench.studies.gate.worker import PROTOCOL
 
 PATIENCE_S = 600.0
 """An answer that takes longer will not come."""
@@ -63,7 +63,7 @@ class Workers:
     """Fresh processes of one installation, one after another; none outlives the ``with`` block.
 
     Where the system can, :data:`OF_ONE` of them are forked from one process that has imported
-    everything (:mod:`batchbench.studies.worker`), which takes seconds.
+    everything (:mod:`batchbench.studies.gate.worker`), which takes seconds.
 
     Args:
         until: the time, on ``time.monotonic``, from which no answer is waited for.
@@ -188,7 +188,7 @@ class _Running:
             # -P: the folder that one stands in, a checkout perhaps, must not come before what is
             # installed.
             self._process = subprocess.Popen(
-                [str(installation.python), "-P", "-m", "batchbench.studies.worker"],
+                [str(installation.python), "-P", "-m", "batchbench.studies.gate.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

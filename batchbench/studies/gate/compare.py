@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from batchbench.reports.alike import FOR_TIMES, FOR_TOKENS, differing, environment_differences
 from batchbench.reports.conditions import CompareSpec
-from batchbench.reports.evidence import Evidence, Gate, Kind, Varying, describe
-from batchbench.reports.runs import Runs, check_comparable, varying_settings
 from batchbench.reports.sequential import Verdict
 from batchbench.reports.speeds import compare_speeds, spell_unlike
-from batchbench.reports.work import OUTPUTS, Work, compare_work
+from batchbench.studies.gate.counts import OUTPUTS, Work, compare_work
+from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Varying, describe
+from batchbench.studies.gate.runs import Runs, check_comparable, varying_settings
 
 
 def compare_versions(base: Runs, new: Runs, spec: CompareSpec, typed: str) -> Gate:

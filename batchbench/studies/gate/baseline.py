@@ -18,7 +18,7 @@ from batchbench.files import reason_of
 from batchbench.json_file import read_json
 from batchbench.reports.result_file import read_time
 from batchbench.reports.schema import fault_of
-from batchbench.reports.work import Work, work_told
+from batchbench.studies.gate.counts import Work, work_told
 
 SCHEMA_VERSION = 1
 OLD_DAYS = 90

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batchbench.reports.evidence import Evidence, Gate, Kind, Varying, spell
 from batchbench.reports.sequential import Verdict
+from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Varying, spell
 
 TITLES: Mapping[Kind, str] = {
     Kind.WORK: "Work",

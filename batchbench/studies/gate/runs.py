@@ -10,9 +10,9 @@ from typing import Any
 
 from batchbench.errors import UsageError
 from batchbench.files import reason_of
-from batchbench.reports.evidence import Side, Varying
 from batchbench.reports.result_file import load_data
-from batchbench.reports.work import Work, compare_work
+from batchbench.studies.gate.counts import Work, compare_work
+from batchbench.studies.gate.evidence import Side, Varying
 
 _PARTS = ("workload", "serving", "model", "trials", "goals")
 _ASIDE = ("trials", "max_time", "verify")

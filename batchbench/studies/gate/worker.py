@@ -1,4 +1,4 @@
-"""The process that serves in turns: ``python -P -m batchbench.studies.worker``.
+"""The process that serves in turns: ``python -P -m batchbench.studies.gate.worker``.
 
 It is told what to do in lines of JSON on standard input and answers each with one on standard
 output; whatever else would be printed there goes to standard error. Each installation brings its

@@ -20,23 +20,17 @@ import numpy as np
 import batchbench
 from batchbench.batching.experiment import Experiment
 from batchbench.errors import OutOfTimeError, UsageError
-from batchbench.reports.baseline import (
-    SCHEMA_VERSION,
-    Baseline,
-    Process,
-    speedup,
-    throughput,
-)
 from batchbench.reports.conditions import check_margin
-from batchbench.reports.evidence import Evidence, Gate, Kind, Side, Varying, weigh
 from batchbench.reports.sequential import Decision, Rule, Verdict, compare_means
-from batchbench.reports.work import compare_work
 from batchbench.studies import twins
-from batchbench.studies.deciding import CheckSpec
-from batchbench.studies.duet import TurnsWatch
 from batchbench.studies.duet_gate import TOKENS_DEPEND_ON, facts, gate_of_nothing, no_time_for
+from batchbench.studies.gate.baseline import SCHEMA_VERSION, Baseline, Process, speedup, throughput
+from batchbench.studies.gate.counts import compare_work
+from batchbench.studies.gate.duet import TurnsWatch
+from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Side, Varying, weigh
+from batchbench.studies.gate.processes import Installation, Workers
+from batchbench.studies.gate.spec import CheckSpec
 from batchbench.studies.identity import named_files
-from batchbench.studies.processes import Installation, Workers
 from batchbench.studies.reproduce import pinned
 from batchbench.studies.twins import Cut, Seen
 

@@ -1,0 +1,1 @@
+"""The regression gate: compare, duet, check and baselines."""
