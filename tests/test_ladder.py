@@ -28,13 +28,13 @@ from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
 from batchbench.reports.decode_steps import decode_steps
 from batchbench.reports.figures.ladder import draw_ladder
-from batchbench.reports.formats.ladder import card_lines, render, sentence
-from batchbench.reports.ladder import LadderResult, make_card, make_ladder, to_json
 from batchbench.reports.output import write_ladder
-from batchbench.studies import ladder as climbing
 from batchbench.studies.climb import Climb, LadderSpec
-from batchbench.studies.ladder import Climbed, Ladder
-from batchbench.studies.rungs import RUNGS, choose_rungs
+from batchbench.studies.ladder import run as climbing
+from batchbench.studies.ladder.report import card_lines, render, sentence
+from batchbench.studies.ladder.result import LadderResult, make_card, make_ladder, to_json
+from batchbench.studies.ladder.run import Climbed, Ladder
+from batchbench.studies.ladder.rungs import RUNGS, choose_rungs
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
@@ -487,7 +487,7 @@ def test_wrong_tokens_are_exit_code_1(
 ) -> None:
     wrong = Verification(5, 4, 0, 1, "r", 1.0, ())
     monkeypatch.setattr(climbing, "verify", lambda *asked: wrong)
-    monkeypatch.setattr("batchbench.reports.formats.ladder._first_fault", lambda result: "why")
+    monkeypatch.setattr("batchbench.studies.ladder.run.report._first_fault", lambda result: "why")
     words = [*SMALL.split(), "--model", str(checkpoint), "--rungs", "lean"]
     code, out, _ = said([*words, "--quiet", "--output", str(tmp_path / "a")], monkeypatch, capsys)
     assert code == 1

@@ -18,11 +18,11 @@ from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import Interrupted
 from batchbench.files import undisturbed
 from batchbench.studies.climb import Climb, LadderSpec
-from batchbench.studies.rungs import choose_rungs
+from batchbench.studies.ladder.rungs import choose_rungs
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
-    from batchbench.reports.ladder import LadderResult
+    from batchbench.studies.ladder.result import LadderResult
 
 LADDER_HELP = """Serve one workload in ever faster ways, beside what this machine allows.
 
@@ -80,7 +80,7 @@ def ladder(
 def _climb(asked: Climb, output: OutputSpec, folder: Path) -> bool:
     """Measure the machine and its rungs, write and show; return True if outputs are right."""
     from batchbench.cli.display import make_display
-    from batchbench.studies.ladder import Ladder
+    from batchbench.studies.ladder.run import Ladder
 
     silent = output.quiet or output.json
     rungs = tuple(rung.name for rung in choose_rungs(asked.ladder.rungs))
@@ -89,9 +89,9 @@ def _climb(asked: Climb, output: OutputSpec, folder: Path) -> bool:
         made = Ladder(asked, display)
         allowed = made.measure(display)
     # Only now: an error about what is asked should not wait for scipy and matplotlib.
-    from batchbench.reports.formats.ladder import card_lines
-    from batchbench.reports.ladder import make_card, make_ladder
     from batchbench.reports.output import write_ladder
+    from batchbench.studies.ladder.report import card_lines
+    from batchbench.studies.ladder.result import make_card, make_ladder
 
     if not silent:
         echo("\n".join([*card_lines(make_card(allowed)), ""]))
@@ -121,8 +121,8 @@ def _climb(asked: Climb, output: OutputSpec, folder: Path) -> bool:
 def _show(result: LadderResult, files: Iterable[Path], output: OutputSpec) -> None:
     from rich.console import Console
 
-    from batchbench.reports.formats.ladder import render, sentence
-    from batchbench.reports.ladder import to_json
+    from batchbench.studies.ladder.report import render, sentence
+    from batchbench.studies.ladder.result import to_json
 
     if output.json:
         echo_json(to_json(result))

@@ -11,7 +11,7 @@ from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import NOTEBOOK
 from batchbench.settings import setting
-from batchbench.studies.rungs import ALL, RUNGS, choose_rungs
+from batchbench.studies.ladder.rungs import ALL, RUNGS, choose_rungs
 from batchbench.workloads.spec import WorkloadSpec
 
 _PANEL = "Measuring"

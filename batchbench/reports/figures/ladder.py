@@ -23,7 +23,7 @@ from batchbench.reports.figures.card import (
     strip_axes,
     text_extent,
 )
-from batchbench.reports.ladder import LadderResult
+from batchbench.studies.ladder.result import LadderResult
 
 _ROW, _BAR, _HEAD = 0.46, 0.3, 0.4  # inches: a rung's row, its bar, and legend and titles above
 _NAMES, _RATES, _STEPS = 1.55, 2.4, 2.7  # inches: the three columns

@@ -30,7 +30,7 @@ from batchbench.batching.verification import (
 from batchbench.errors import UsageError
 from batchbench.reports.decode_steps import decode_steps, full_kv_tokens
 from batchbench.studies.climb import Climb
-from batchbench.studies.rungs import ALL, Rung, choose_rungs
+from batchbench.studies.ladder.rungs import ALL, Rung, choose_rungs
 from batchbench.workloads import make_workload
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The ladder: engines from the notebook's loop to the hardware limit."""
