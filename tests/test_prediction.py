@@ -27,8 +27,8 @@ from batchbench.cli.main import _guarded
 from batchbench.reports.fitting import counts_of
 from batchbench.reports.metrics import counters
 from batchbench.reports.result import load_result, make_result
-from batchbench.studies.breakeven import Contest
 from batchbench.studies.numbers import parse_numbers
+from batchbench.studies.predict.breakeven import Contest
 from batchbench.workloads import Workload
 
 if TYPE_CHECKING:

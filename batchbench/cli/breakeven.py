@@ -19,8 +19,8 @@ from batchbench.studies.numbers import parse_numbers
 
 if TYPE_CHECKING:
     from batchbench.batching.progress import Watch
-    from batchbench.reports.teaching import Teacher
-    from batchbench.studies.breakeven import BreakEven, MapSpec
+    from batchbench.studies.predict.breakeven import BreakEven, MapSpec
+    from batchbench.studies.predict.teacher import Teacher
     from batchbench.studies.store import Store
 
 BREAKEVEN_HELP = """Map where continuous batching wins, where static does, and the border between.
@@ -156,7 +156,7 @@ def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
 
 def _map(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec, store: Store) -> BreakEven:
     from batchbench.cli.progress import make_sweep_display
-    from batchbench.studies.breakeven import Chosen, make_map, measure, usual_limits
+    from batchbench.studies.predict.breakeven import Chosen, make_map, measure, usual_limits
 
     with make_sweep_display(Chosen(()), quiet=study.quiet) as display:
         teacher = _teacher(study, model, store.folder, display)
@@ -184,7 +184,7 @@ def _context(study: BreakevenSpec, model: ModelSpec) -> int | None:
 
 
 def _spec(study: BreakevenSpec, teacher: Teacher) -> MapSpec:
-    from batchbench.studies.breakeven import MapSpec
+    from batchbench.studies.predict.breakeven import MapSpec
 
     return MapSpec(
         batch_sizes=study.sizes,
@@ -206,7 +206,7 @@ def _teacher(study: BreakevenSpec, model: ModelSpec, folder: Path, watch: Watch)
     from batchbench.batching.session import conduct
     from batchbench.reports.output import write_folder
     from batchbench.reports.result import make_result
-    from batchbench.reports.teaching import read_teacher
+    from batchbench.studies.predict.teacher import read_teacher
 
     if study.cost is not None:
         return read_teacher(study.cost, "--cost")
@@ -242,8 +242,8 @@ def _write_and_show(
     from batchbench.files import write_whole
     from batchbench.reports.figures import render as render_figure
     from batchbench.reports.figures.breakeven import draw_breakeven
-    from batchbench.studies import border
-    from batchbench.studies.breakeven import rows_of
+    from batchbench.studies.predict import breakeven_report as border
+    from batchbench.studies.predict.breakeven import rows_of
 
     words = [
         *settings.words_of(study, BreakevenSpec()),

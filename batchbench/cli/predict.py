@@ -19,7 +19,7 @@ from batchbench.studies.numbers import parse_numbers
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from batchbench.studies.slots import Curve
+    from batchbench.studies.predict.batch_sizes import Curve
 
 PREDICT_HELP = """Say from a result where more slots stop paying: other batch sizes, predicted.
 
@@ -80,8 +80,8 @@ def predict(
     if sizes[0] < 1:
         raise UsageError(f"--batch-size {shown(study.batch_size)}: must be at least 1")
     from batchbench.cli.output import output_folder
-    from batchbench.reports.teaching import read_teacher
-    from batchbench.studies.slots import predict_slots
+    from batchbench.studies.predict.batch_sizes import predict_slots
+    from batchbench.studies.predict.teacher import read_teacher
 
     teacher = read_teacher(folder, "predict")
     place = study.output or Path(teacher.known.source) / "predict"
@@ -97,7 +97,7 @@ def _write_and_show(curve: Curve, output: Path, study: SlotsSpec) -> None:
     from batchbench.files import write_whole
     from batchbench.reports.figures import render
     from batchbench.reports.figures.slots import draw_slots
-    from batchbench.studies.slots import headline, sentence, table_of, to_json
+    from batchbench.studies.predict.batch_sizes import headline, sentence, table_of, to_json
 
     words = settings.words_of(study, SlotsSpec(), always=["batch_size"])
     command = shlex.join(["batchbench", "predict", curve.teacher.known.source, *words])

@@ -89,7 +89,7 @@ def simulate(
 
 def _on_cost(asked: Experiment, folder: Path) -> Experiment:
     """The experiment with the costs that a result teaches, on its model."""
-    from batchbench.reports.teaching import check_engine, read_teacher
+    from batchbench.studies.predict.teacher import check_engine, read_teacher
 
     teacher = read_teacher(folder, "--cost")
     check_engine(teacher, asked.serving, "--cost")

@@ -13,7 +13,7 @@ from rich.text import Text
 
 import batchbench
 from batchbench.reports.formats.terminal import number
-from batchbench.studies.breakeven import ALL, EVEN, METRICS, BreakEven, Place, rows_of
+from batchbench.studies.predict.breakeven import ALL, EVEN, METRICS, BreakEven, Place, rows_of
 
 SCHEMA_VERSION = 1
 

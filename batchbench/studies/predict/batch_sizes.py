@@ -18,7 +18,7 @@ from batchbench.reports import metrics
 from batchbench.reports.fitting import beyond
 from batchbench.reports.formats.terminal import called
 from batchbench.reports.prediction import predict
-from batchbench.reports.teaching import Teacher, read_spec
+from batchbench.studies.predict.teacher import Teacher, read_spec
 from batchbench.workloads import Workload
 
 if TYPE_CHECKING:

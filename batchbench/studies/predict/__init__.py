@@ -1,0 +1,1 @@
+"""Predictions: other batch sizes, and where continuous batching breaks even."""
