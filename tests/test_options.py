@@ -23,9 +23,9 @@ from batchbench.settings import option_name, parse, words_of
 from batchbench.studies.gate.check import rule_of as check_rule
 from batchbench.studies.gate.spec import CheckSpec, DuetSpec
 from batchbench.studies.gate.spec import rule_of as duet_rule
-from batchbench.studies.grid import SWEPT, words_of_axes
 from batchbench.studies.numbers import parse_numbers
 from batchbench.studies.predict.breakeven import MapSpec, usual_limits
+from batchbench.studies.sweep.grid import SWEPT, words_of_axes
 from batchbench.values import parse_float, parse_number, parse_whole
 from batchbench.workloads.lengths import parse_lengths
 

@@ -34,21 +34,21 @@ from batchbench.errors import Interrupted, UsageError
 from batchbench.reports import metrics
 from batchbench.reports.cells import Cells, spell_option
 from batchbench.reports.figures.load import beats_all
-from batchbench.reports.figures.sweeps import PICTURES, draw_sweep
 from batchbench.reports.result import make_result
 from batchbench.reports.slo import GoalsSpec
 from batchbench.studies import screen
-from batchbench.studies import sweep as sweeps
-from batchbench.studies.findings import read_findings
 from batchbench.studies.folder import cells_of, write_sweep
-from batchbench.studies.grid import Grid
 from batchbench.studies.identity import digest_of
 from batchbench.studies.listing import lines_of
 from batchbench.studies.numbers import parse_numbers
 from batchbench.studies.pace import Pace
-from batchbench.studies.store import Store
-from batchbench.studies.sweep import SweepWatch, run_cells
-from batchbench.studies.table import table_of, to_csv
+from batchbench.studies.sweep import run as sweeps
+from batchbench.studies.sweep.figures import PICTURES, draw_sweep
+from batchbench.studies.sweep.grid import Grid
+from batchbench.studies.sweep.report import read_findings
+from batchbench.studies.sweep.run import SweepWatch, run_cells
+from batchbench.studies.sweep.store import Store
+from batchbench.studies.sweep.table import table_of, to_csv
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from batchbench.batching.progress import Watch
     from batchbench.studies.predict.breakeven import BreakEven, MapSpec
     from batchbench.studies.predict.teacher import Teacher
-    from batchbench.studies.store import Store
+    from batchbench.studies.sweep.store import Store
 
 BREAKEVEN_HELP = """Map where continuous batching wins, where static does, and the border between.
 
@@ -141,7 +141,7 @@ def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
     """Teach, simulate, measure, write, show."""
     from batchbench.cli.output import output_folder
     from batchbench.reports.destination import default_folders
-    from batchbench.studies.store import Store
+    from batchbench.studies.sweep.store import Store
 
     if study.cost is not None and model != ModelSpec():
         raise UsageError("--cost: the model is that of the result; drop --model and its options")

@@ -19,7 +19,7 @@ from batchbench.errors import UsageError, shown
 from batchbench.files import undisturbed
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
-from batchbench.studies.grid import SWEPT, make_experiment, words_of_axes
+from batchbench.studies.sweep.grid import SWEPT, make_experiment, words_of_axes
 
 if TYPE_CHECKING:
     from batchbench.studies.bench import Asked

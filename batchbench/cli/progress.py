@@ -14,8 +14,8 @@ from rich.text import Text
 from batchbench.batching.progress import Progress
 from batchbench.reports.cells import spell_option
 from batchbench.studies.bench import CapacityWatch, Probe
-from batchbench.studies.grid import Cell
-from batchbench.studies.sweep import Asked, SweepWatch
+from batchbench.studies.sweep.grid import Cell
+from batchbench.studies.sweep.run import Asked, SweepWatch
 
 
 class PlainSweep(SweepWatch):

@@ -16,11 +16,11 @@ from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
-from batchbench.studies.grid import SWEPT, Grid
+from batchbench.studies.sweep.grid import SWEPT, Grid
 
 if TYPE_CHECKING:
-    from batchbench.studies.findings import Findings
-    from batchbench.studies.store import Store
+    from batchbench.studies.sweep.report import Findings
+    from batchbench.studies.sweep.store import Store
 
 SWEEP_HELP = (
     "Run a grid of experiments: any option of run may have many values.\n\n"
@@ -67,7 +67,7 @@ def sweep(axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpe
         _dry_run(grid)
         return
     from batchbench.cli.output import output_folder
-    from batchbench.studies.store import Store
+    from batchbench.studies.sweep.store import Store
 
     place = study.output or Path("batchbench-results") / f"sweep-{grid.digest}"
     with output_folder(
@@ -80,14 +80,14 @@ def sweep(axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpe
 
 def _serve_and_write(grid: Grid, store: Store, goals: GoalsSpec, study: SweepSpec) -> int:
     from batchbench.cli.progress import make_sweep_display
-    from batchbench.studies.sweep import run_cells
+    from batchbench.studies.sweep.run import run_cells
 
     if study.retry_failed:
         for cell in grid.cells:
             store.forget_failure(cell)
     with make_sweep_display(grid, quiet=study.quiet) as display:
         run_cells(grid, store, display)
-    from batchbench.studies.findings import read_findings
+    from batchbench.studies.sweep.report import read_findings
 
     findings = read_findings(grid, store, goals)
     _write_and_show(findings, store.folder, study)

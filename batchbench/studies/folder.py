@@ -9,9 +9,9 @@ from pathlib import Path
 from batchbench.files import write_whole
 from batchbench.reports.cells import Cells, spell_option
 from batchbench.reports.figures import render
-from batchbench.reports.figures.sweeps import PICTURES, draw_sweep
-from batchbench.studies.findings import Findings, to_json
-from batchbench.studies.table import table_of, to_csv
+from batchbench.studies.sweep.figures import PICTURES, draw_sweep
+from batchbench.studies.sweep.report import Findings, to_json
+from batchbench.studies.sweep.table import table_of, to_csv
 
 
 @dataclass(frozen=True)

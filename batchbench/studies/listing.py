@@ -9,7 +9,7 @@ from batchbench.batching.dry_run import estimate
 from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError
 from batchbench.reports.cells import spell_option
-from batchbench.studies.grid import Cell, Grid
+from batchbench.studies.sweep.grid import Cell, Grid
 
 
 def lines_of(grid: Grid) -> Iterator[str]:

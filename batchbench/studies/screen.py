@@ -13,7 +13,7 @@ from rich.text import Text
 
 from batchbench.reports.cells import Cells, spell_option, spell_value
 from batchbench.reports.formats.terminal import called, number
-from batchbench.studies.findings import Findings
+from batchbench.studies.sweep.report import Findings
 
 MOST_CELLS = 40
 """A longer table is a file."""

@@ -22,7 +22,7 @@ from batchbench.reports.figures.card import (
     spell_number,
     strip_axes,
 )
-from batchbench.reports.figures.facets import add_line_legend, ticks_apart, write_tick
+from batchbench.studies.sweep.facets import add_line_legend, ticks_apart, write_tick
 
 _CALLED = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E latency"}
 

@@ -18,7 +18,8 @@ from batchbench.reports.figures.card import (
     spell_number,
     strip_axes,
 )
-from batchbench.reports.figures.facets import (
+from batchbench.reports.slo import parse_slos
+from batchbench.studies.sweep.facets import (
     Facet,
     draw_lines,
     facets_of,
@@ -26,7 +27,6 @@ from batchbench.reports.figures.facets import (
     make_sheet,
     strategies_of,
 )
-from batchbench.reports.slo import parse_slos
 
 LOADS = {
     "request_rate": "load (requests/s)",

@@ -22,7 +22,7 @@ from batchbench.reports.figures.card import (
     name_strategies,
     strip_axes,
 )
-from batchbench.reports.figures.facets import add_line_legend
+from batchbench.studies.sweep.facets import add_line_legend
 
 _PANELS = (
     ("output_throughput", "output tokens/s"),

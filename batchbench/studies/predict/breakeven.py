@@ -14,10 +14,10 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.step_cost import StepCost
 from batchbench.reports.latency import within
 from batchbench.reports.result import Result
-from batchbench.studies.grid import Cell, make_experiment
 from batchbench.studies.predict.teacher import Teacher
-from batchbench.studies.store import Store
-from batchbench.studies.sweep import SweepWatch, run_cells
+from batchbench.studies.sweep.grid import Cell, make_experiment
+from batchbench.studies.sweep.run import SweepWatch, run_cells
+from batchbench.studies.sweep.store import Store
 
 STRATEGIES = "static,continuous"
 

@@ -12,7 +12,7 @@ from batchbench.errors import UsageError
 from batchbench.files import STAGING, write_whole
 from batchbench.json_file import read_json
 from batchbench.reports.result import Result, load_result, recording_files, to_json
-from batchbench.studies.grid import Cell
+from batchbench.studies.sweep.grid import Cell
 
 
 @dataclass(frozen=True)

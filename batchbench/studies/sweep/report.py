@@ -12,9 +12,9 @@ import batchbench
 from batchbench.batching.machine import environment
 from batchbench.reports.result import regoaled
 from batchbench.reports.slo import GoalsSpec, as_config
-from batchbench.studies.grid import Cell, Grid
-from batchbench.studies.store import Store
-from batchbench.studies.table import Row, rows_of
+from batchbench.studies.sweep.grid import Cell, Grid
+from batchbench.studies.sweep.store import Store
+from batchbench.studies.sweep.table import Row, rows_of
 
 SCHEMA_VERSION = 1
 

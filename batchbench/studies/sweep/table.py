@@ -9,7 +9,7 @@ import pandas as pd
 
 from batchbench.reports import metrics
 from batchbench.reports.result import Result
-from batchbench.studies.grid import Cell
+from batchbench.studies.sweep.grid import Cell
 from batchbench.workloads.lengths import Cycle
 
 Row = dict[str, Any]

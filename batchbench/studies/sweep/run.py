@@ -12,9 +12,9 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, conduct
 from batchbench.errors import Interrupted, UsageError
 from batchbench.reports.result import make_result
-from batchbench.studies.grid import Cell
 from batchbench.studies.pace import Pace, work_of
-from batchbench.studies.store import Store
+from batchbench.studies.sweep.grid import Cell
+from batchbench.studies.sweep.store import Store
 
 Conduct = Callable[[Experiment, Watch, Shelf], Outcome]
 

@@ -1,0 +1,1 @@
+"""Sweeps: a grid of experiments, their table and pictures."""
