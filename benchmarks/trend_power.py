@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from batchbench.reports.history import Entry, Series, Value
-from batchbench.reports.trend import judge_series
+from batchbench.studies.trend.changes import judge_series
+from batchbench.studies.trend.history import Entry, Series, Value
 
 SERIES, CONFIDENCE, FLOOR = 7, 0.99, 0.02
 ALPHA = (1 - CONFIDENCE) / 2 / SERIES

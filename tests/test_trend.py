@@ -21,12 +21,19 @@ from batchbench.cli.main import app
 from batchbench.errors import UsageError
 from batchbench.reports.changepoints import SHORTEST, fewest_values, find_changes
 from batchbench.reports.figures.trend import MOST_PANELS, draw_trend
-from batchbench.reports.formats.trend import render_markdown, sparkline
-from batchbench.reports.history import Entry, Series, Value, find_results, make_lines, read_entry
 from batchbench.reports.result import make_result
-from batchbench.reports.trend import judge, judge_series
 from batchbench.reports.trend_spec import METRICS, TrendSpec, higher_is_better
 from batchbench.studies.gate.evidence import Answer
+from batchbench.studies.trend.changes import judge, judge_series
+from batchbench.studies.trend.history import (
+    Entry,
+    Series,
+    Value,
+    find_results,
+    make_lines,
+    read_entry,
+)
+from batchbench.studies.trend.report import render_markdown, sparkline
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 RATE, LATENCY = "output_throughput", "median_e2el_ms"

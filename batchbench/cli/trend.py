@@ -15,8 +15,8 @@ from batchbench.files import claimed, write_file
 from batchbench.reports.trend_spec import TrendSpec
 
 if TYPE_CHECKING:
-    from batchbench.reports.history import Entry
-    from batchbench.reports.trend import Trend
+    from batchbench.studies.trend.changes import Trend
+    from batchbench.studies.trend.history import Entry
 
 TREND_HELP = """Find the commits at which kept results changed for good.
 
@@ -63,8 +63,8 @@ def trend(
 
 def _look(folders: list[Path], asked: TrendSpec) -> Trend:
     """Read and judge; what cannot be read is told at once, a line a file."""
-    from batchbench.reports.history import find_results, make_lines, read_entry
-    from batchbench.reports.trend import judge
+    from batchbench.studies.trend.changes import judge
+    from batchbench.studies.trend.history import find_results, make_lines, read_entry
 
     files, spoiled = find_results(folders)
     entries: list[Entry] = []
@@ -104,7 +104,7 @@ def _check_strategies(entries: list[Entry], asked: TrendSpec) -> None:
 
 
 def _write(found: Trend, asked: TrendSpec) -> None:
-    from batchbench.reports.formats.trend import render_markdown
+    from batchbench.studies.trend.report import render_markdown
 
     if asked.markdown is not None and str(asked.markdown) != "-":
         with claimed(asked.markdown, f"--markdown {asked.markdown}"):
@@ -118,7 +118,7 @@ def _write(found: Trend, asked: TrendSpec) -> None:
 def _show(found: Trend, asked: TrendSpec) -> None:
     from rich.console import Console
 
-    from batchbench.reports.formats.trend import render, render_markdown
+    from batchbench.studies.trend.report import render, render_markdown
 
     if asked.json:
         echo_json(json_format.dumps(found.as_data(), indent=2, ensure_ascii=False) + "\n")

@@ -14,9 +14,9 @@ from batchbench.reports.formats import html
 from batchbench.reports.frames import requests_frame, steps_frame
 from batchbench.reports.result import Result, recording_files, to_json
 from batchbench.reports.side_by_side import Labelled
-from batchbench.reports.trend import Trend
 from batchbench.studies.ladder.result import LadderResult
 from batchbench.studies.ladder.result import to_json as ladder_json
+from batchbench.studies.trend.changes import Trend
 
 
 def write_folder(folder: Path, result: Result) -> list[Path]:

@@ -23,10 +23,10 @@ from batchbench.reports.figures.card import (
     strip_axes,
     text_extent,
 )
-from batchbench.reports.history import Entry
 from batchbench.reports.looks import looks_of
-from batchbench.reports.trend import Change, Judged, Told, describe
 from batchbench.reports.trend_spec import higher_is_better
+from batchbench.studies.trend.changes import Change, Judged, Told, describe
+from batchbench.studies.trend.history import Entry
 
 MOST_PANELS = 8
 """More would be a poster; the table has all."""

@@ -14,10 +14,10 @@ from scipy import stats
 
 from batchbench.reports.changepoints import SHORTEST, fewest_values, find_changes
 from batchbench.reports.comparison import mean_interval
-from batchbench.reports.history import Entry, Line, Recount, Series
 from batchbench.reports.sequential import POWER, Rule, compare_means
 from batchbench.reports.trend_spec import TrendSpec, higher_is_better
 from batchbench.studies.gate.evidence import Answer
+from batchbench.studies.trend.history import Entry, Line, Recount, Series
 
 _FEWEST_AT_AN_END, _MOST_AT_AN_END = 4, 20
 """Results at each end that a drift is told from: a quarter of them within these bounds."""

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from batchbench.reports.formats.markdown import escape
 from batchbench.reports.formats.terminal import number
-from batchbench.reports.history import Line
-from batchbench.reports.trend import Change, Judged, Told, Trend, between, describe_recount
 from batchbench.studies.gate.evidence import Answer
+from batchbench.studies.trend.changes import Change, Judged, Told, Trend, between, describe_recount
+from batchbench.studies.trend.history import Line
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK = 12  # characters

@@ -1,0 +1,1 @@
+"""Trends: the commits at which kept results changed."""
