@@ -16,10 +16,10 @@ from scipy import stats
 from batchbench.errors import UsageError
 from batchbench.workloads import WorkloadSpec, make_workload
 from batchbench.workloads.arrival_times import ArrivalProcess
+from batchbench.workloads.generate import make_outline
 from batchbench.workloads.lengths import LONGEST, Cycle, Drawn, Empirical, Lengths, parse_lengths
-from batchbench.workloads.making import make_outline
 from batchbench.workloads.outline import Outline
-from batchbench.workloads.streams import stream
+from batchbench.workloads.seeds import stream
 
 DRAWS = 100_000
 

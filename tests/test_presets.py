@@ -30,7 +30,7 @@ from batchbench.errors import UsageError
 from batchbench.reports import output as folders
 from batchbench.reports.workload_profile import bars, pace, spread
 from batchbench.settings import layered
-from batchbench.workloads.making import make_outline
+from batchbench.workloads.generate import make_outline
 from batchbench.workloads.spec import WorkloadSpec
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44\n"

@@ -156,7 +156,7 @@ def save(
 def _outline(workload: WorkloadSpec, serving: ServingSpec, model: ModelSpec) -> tuple[Outline, int]:
     """The workload's outline for the model, and the size of the model's vocabulary."""
     from batchbench.batching.models import find_model, find_tokenizer
-    from batchbench.workloads.making import make_outline
+    from batchbench.workloads.generate import make_outline
 
     source = find_model(model, weights=False)
     tokenizer = find_tokenizer(source.folder)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batchbench.workloads.arrivals import Arrivals, ClosedLoop, Timetable, make_arrivals
-    from batchbench.workloads.making import make_workload
+    from batchbench.workloads.generate import make_workload
     from batchbench.workloads.request import Request, Workload
     from batchbench.workloads.spec import WorkloadSpec
 
@@ -28,7 +28,7 @@ _HOMES = {
     "Workload": "request",
     "WorkloadSpec": "spec",
     "make_arrivals": "arrivals",
-    "make_workload": "making",
+    "make_workload": "generate",
 }
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from batchbench.errors import UsageError, shown
 from batchbench.inputs import MIB, read_binary
 from batchbench.workloads.ragged import Ints, Ragged
-from batchbench.workloads.streams import stream
+from batchbench.workloads.seeds import stream
 
 CLASSIC_PROMPT = "The quick brown fox jumped over the"
 CLASSIC_PROMPT_IDS = (464, 2068, 7586, 21831, 11687, 625, 262)

@@ -22,8 +22,8 @@ from batchbench.workloads.prompts import (
 )
 from batchbench.workloads.ragged import Ints
 from batchbench.workloads.request import Workload
+from batchbench.workloads.seeds import stream
 from batchbench.workloads.spec import WorkloadSpec
-from batchbench.workloads.streams import stream
 from batchbench.workloads.traces import Trace, read_trace
 from batchbench.workloads.traces.rows import BadRow
 
