@@ -32,10 +32,11 @@ from batchbench.cli import sweep as sweeping
 from batchbench.cli.main import _guarded
 from batchbench.errors import Interrupted, UsageError
 from batchbench.reports import metrics
-from batchbench.reports.cells import Cells, spell_option
+from batchbench.reports.cells import Cells
 from batchbench.reports.figures.load import beats_all
 from batchbench.reports.result import make_result
 from batchbench.reports.slo import GoalsSpec
+from batchbench.reports.text import spell_option
 from batchbench.studies import screen
 from batchbench.studies.folder import cells_of, write_sweep
 from batchbench.studies.identity import digest_of

@@ -18,8 +18,9 @@ from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import NOT_VERIFIED, Finding
-from batchbench.reports.formats.terminal import number, render, sentence
+from batchbench.reports.formats.terminal import render, sentence
 from batchbench.reports.result import Result
+from batchbench.reports.text import number
 from batchbench.workloads import Workload
 
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")

@@ -134,7 +134,7 @@ def _table(curve: Curve, measured: int) -> Table:
     """Batch sizes down, strategies side by side."""
     from rich.table import Table
 
-    from batchbench.reports.formats.terminal import number
+    from batchbench.reports.text import number
 
     grid = Table(
         title=curve.title,

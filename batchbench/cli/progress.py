@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.batching.progress import Progress
-from batchbench.reports.cells import spell_option
+from batchbench.reports.text import spell_option, spell_time
 from batchbench.studies.bench import CapacityWatch, Probe
 from batchbench.studies.sweep.grid import Cell
 from batchbench.studies.sweep.run import Asked, SweepWatch
@@ -114,14 +114,6 @@ class LiveSweep(PlainSweep):
         lines.add_row(grid)
         lines.add_row(Text(f"{self._cell}: {self._doing}", style="dim", overflow="ellipsis"))
         self._live.update(lines, refresh=True)
-
-
-def spell_time(seconds: float) -> str:
-    """A duration as one says it: 8 s, 3 min, 2 h 10 min."""
-    if seconds < 99.5:
-        return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def make_sweep_display(grid: Asked, *, quiet: bool) -> PlainSweep:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.status import Status
 
-from batchbench.cli.progress import make_console, spell_time
+from batchbench.cli.progress import make_console
+from batchbench.reports.text import spell_time
 from batchbench.studies.gate.duet import TurnsWatch
 from batchbench.studies.gate.evidence import spell_share
 

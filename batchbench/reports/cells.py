@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from batchbench.reports.comparison import paired_ratio
+from batchbench.reports.text import spell_option
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,20 +102,3 @@ def _long_share(row: dict[str, Any]) -> float | None:
     """Share of long requests in the classic cycle, of which one in ``long_every`` is."""
     every = row.get("long_every")
     return None if every is None or pd.isna(every) else 1 / every
-
-
-def spell_option(name: str, value: Any) -> str:
-    """``batch size 8``; a flag is there or not."""
-    words = name.replace("_", " ")
-    if isinstance(value, bool | np.bool_):
-        return words if value else f"not {words}"
-    if name == "strategies":
-        return str(value)
-    return f"{words} {spell_value(value)}"
-
-
-def spell_value(value: Any) -> str:
-    """A number with thousands apart, a text as it is, a dash for nothing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA:
-        return "–"
-    return f"{value:,.10g}" if isinstance(value, Real) else str(value)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from batchbench.errors import shown
-from batchbench.reports.cells import spell_value
 from batchbench.reports.comparison import Ratio
-from batchbench.reports.formats.terminal import number
 from batchbench.reports.result import Result, ratio_of
+from batchbench.reports.text import number, spell_value
 
 _TOLD_APART = ("batchbench_version", "simulated", "config", "environment", "model", "workload")
 """Parts of a result that say what was asked and met."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchbench.files import write_whole
-from batchbench.reports.cells import Cells, spell_option
+from batchbench.reports.cells import Cells
 from batchbench.reports.figures import render
+from batchbench.reports.text import spell_option
 from batchbench.studies.sweep.figures import PICTURES, draw_sweep
 from batchbench.studies.sweep.report import Findings, to_json
 from batchbench.studies.sweep.table import table_of, to_csv

@@ -8,7 +8,7 @@ from dataclasses import replace
 from batchbench.batching.dry_run import estimate
 from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError
-from batchbench.reports.cells import spell_option
+from batchbench.reports.text import spell_option
 from batchbench.studies.sweep.grid import Cell, Grid
 
 

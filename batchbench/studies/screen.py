@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from batchbench.reports.cells import Cells, spell_option, spell_value
-from batchbench.reports.formats.terminal import called, number
+from batchbench.reports.cells import Cells
+from batchbench.reports.text import called, number, spell_option, spell_value
 from batchbench.studies.sweep.report import Findings
 
 MOST_CELLS = 40

@@ -20,7 +20,6 @@ from batchbench.reports.figures.card import (
     MOST_BARS_A_SLOT,
     MOST_SLOTS,
     Strategy,
-    clean_text,
     house_style,
     name_strategies,
 )
@@ -29,6 +28,7 @@ from batchbench.reports.figures.occupancy import draw_occupancy
 from batchbench.reports.figures.throughput import draw_throughput
 from batchbench.reports.figures.time_budget import draw_account
 from batchbench.reports.figures.timeline import draw_timeline
+from batchbench.reports.text import clean_text
 
 PICTURES: Mapping[str, Callable[[Sequence[Strategy], str], Figure]] = {
     "throughput": draw_throughput,

@@ -19,12 +19,12 @@ from batchbench.reports.figures.card import (
     WIDE,
     Card,
     Floats,
-    clean_text,
     house_style,
     make_card,
     name_strategies,
     strip_axes,
 )
+from batchbench.reports.text import clean_text
 
 NAMES: Mapping[str, str] = {
     "throughput": "Throughput",

@@ -15,14 +15,14 @@ from batchbench.reports.figures.card import (
     INK,
     WIDE,
     Strategy,
-    clean_text,
+    add_line_legend,
     house_style,
     make_card,
     name_strategies,
-    spell_number,
     strip_axes,
 )
-from batchbench.studies.sweep.facets import add_line_legend, ticks_apart, write_tick
+from batchbench.reports.text import clean_text, spell_number
+from batchbench.studies.sweep.facets import ticks_apart, write_tick
 
 _CALLED = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E latency"}
 

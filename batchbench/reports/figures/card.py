@@ -17,6 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.legend_handler import HandlerTuple
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.textpath import text_to_path
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Recording
 from batchbench.reports import metrics
 from batchbench.reports.looks import LOOKS, looks_of
+from batchbench.reports.text import _NO_BREAK, clean_text, spell_number
 
 Floats = NDArray[np.float64]
 
@@ -42,15 +44,9 @@ MOST_BARS_A_SLOT = 200
 
 """Beyond this a lane's bars are narrower than 2 points."""
 
-MOST_LEVELS = 1_000
-
-"""Levels of a drawn line: more are narrower than a pixel."""
-
 _WIDTH, _EDGE, WIDE = 8.0, 0.35, 7.3  # inches: the card, its margin, what lies between margins
 
 INK, QUIET, FAINT = "#1a1a1a", "#5c5c5c", "#d9d9d9"
-
-_NO_BREAK = "\N{NO-BREAK SPACE}"  # between a number and its unit
 
 HELD: dict[str, Any] = {
     "facecolor": "#ececec",
@@ -162,24 +158,6 @@ class Unit:
         value = spell_number(ns / self.ns)
         name = "step" if (value, self.name) == ("1", "steps") else self.name
         return f"{value}{_NO_BREAK}{name}"
-
-
-def spell_number(value: float) -> str:
-    """At least three significant digits, thousands apart."""
-    if value == int(value) or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:#.3g}".rstrip(".")  # 99.99 would become "100."
-
-
-def spell_percent(share: float) -> str:
-    """A share in whole percent."""
-    return f"{100 * share:.0f}{_NO_BREAK}%"
-
-
-def clean_text(text: str) -> str:
-    """One line of characters that XML allows."""
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def _sentence(text: str) -> str:
@@ -325,4 +303,24 @@ def add_legend(card: Card, entries: Sequence[Entry]) -> None:
         borderaxespad=0,
         handlelength=2.2,
         columnspacing=2.0,
+    )
+
+
+def add_line_legend(card: Card, strategies: Sequence[Strategy], *more: Line2D) -> None:
+    """Which line is whose."""
+    handles = [
+        Line2D([], [], marker="o", ms=4, label=fit_text(s.name, 150, 9.5), **s.line)
+        for s in strategies
+    ]
+    card.figure.legend(
+        handles=[*handles, *more],
+        ncols=len(handles) + len(more),
+        loc="upper left",
+        bbox_to_anchor=card.at(0, 0),
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=3,
+        columnspacing=1.8,
+        fontsize=9.5,
     )

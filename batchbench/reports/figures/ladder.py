@@ -15,14 +15,12 @@ from batchbench.reports.figures.card import (
     INK,
     QUIET,
     Card,
-    clean_text,
     house_style,
     make_card,
-    spell_number,
-    spell_percent,
     strip_axes,
     text_extent,
 )
+from batchbench.reports.text import clean_text, spell_number, spell_percent
 from batchbench.studies.ladder.result import LadderResult
 
 _ROW, _BAR, _HEAD = 0.46, 0.3, 0.4  # inches: a rung's row, its bar, and legend and titles above

@@ -12,7 +12,6 @@ from matplotlib.lines import Line2D
 
 from batchbench.reports.figures.card import (
     FAINT,
-    MOST_LEVELS,
     QUIET,
     Card,
     Floats,
@@ -23,6 +22,7 @@ from batchbench.reports.figures.card import (
     strip_axes,
 )
 from batchbench.reports.latency import e2el_ms, ttft_ms
+from batchbench.reports.occupancy import MOST_LEVELS
 from batchbench.reports.statistics import Distribution
 
 _MARKS = ((50, "o", "●"), (99, "D", "◆"))  # percentile, its marker in the plot and in text

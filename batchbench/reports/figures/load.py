@@ -10,15 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from batchbench.batching.engines.simulated import UNIT_NS
-from batchbench.reports.cells import Cells, spell_option
-from batchbench.reports.figures.card import (
-    FAINT,
-    QUIET,
-    Strategy,
-    spell_number,
-    strip_axes,
-)
+from batchbench.reports.cells import Cells
+from batchbench.reports.figures.card import FAINT, QUIET, Strategy, strip_axes
 from batchbench.reports.slo import parse_slos
+from batchbench.reports.text import spell_number, spell_option
 from batchbench.studies.sweep.facets import (
     Facet,
     draw_lines,

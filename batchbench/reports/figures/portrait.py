@@ -6,16 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from batchbench.reports.figures.card import (
-    INK,
-    QUIET,
-    WIDE,
-    clean_text,
-    house_style,
-    make_card,
-    spell_number,
-    strip_axes,
-)
+from batchbench.reports.figures.card import INK, QUIET, WIDE, house_style, make_card, strip_axes
+from batchbench.reports.text import clean_text, spell_number
 from batchbench.reports.workload_profile import bars, pace, spread
 from batchbench.workloads.outline import Outline
 from batchbench.workloads.ragged import Ints

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.reports.cells import Cells
-from batchbench.reports.figures.card import INK, QUIET, Strategy, spell_number
+from batchbench.reports.figures.card import INK, QUIET, Strategy
+from batchbench.reports.text import spell_number
 from batchbench.studies.sweep.facets import (
     draw_lines,
     facets_of,

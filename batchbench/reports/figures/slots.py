@@ -16,13 +16,13 @@ from batchbench.reports.figures.card import (
     QUIET,
     WIDE,
     Strategy,
-    clean_text,
+    add_line_legend,
     house_style,
     make_card,
     name_strategies,
     strip_axes,
 )
-from batchbench.studies.sweep.facets import add_line_legend
+from batchbench.reports.text import clean_text
 
 _PANELS = (
     ("output_throughput", "output tokens/s"),

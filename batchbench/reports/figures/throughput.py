@@ -18,10 +18,10 @@ from batchbench.reports.figures.card import (
     Strategy,
     fit_text,
     make_card,
-    spell_number,
     strip_axes,
     text_extent,
 )
+from batchbench.reports.text import spell_number
 
 _ROW, _BAR = 0.74, 0.36  # inches: a strategy's row, and the bar at its lower end
 

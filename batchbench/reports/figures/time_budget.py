@@ -24,10 +24,10 @@ from batchbench.reports.figures.card import (
     fit_text,
     make_card,
     make_entry,
-    spell_percent,
     strip_axes,
     text_extent,
 )
+from batchbench.reports.text import spell_percent
 from batchbench.reports.time_budget import CAUSES, NAMES, PARTS, Account, account_of
 
 _ROW, _BAR = 0.62, 0.3  # inches: a strategy's row, and the bar at its lower end

@@ -30,11 +30,12 @@ from batchbench.reports.figures.card import (
     add_legend,
     make_card,
     make_entry,
-    spell_percent,
     strip_axes,
     text_extent,
 )
-from batchbench.reports.figures.occupancy import Holdings, share_time, which_trial
+from batchbench.reports.figures.occupancy import share_time, which_trial
+from batchbench.reports.occupancy import Holdings
+from batchbench.reports.text import spell_percent
 
 ROOM = 0.95  # inches right of the lanes, for the end times
 

@@ -16,7 +16,6 @@ from batchbench.reports.figures.card import (
     QUIET,
     WIDE,
     Card,
-    clean_text,
     fit_text,
     house_style,
     make_card,
@@ -24,6 +23,7 @@ from batchbench.reports.figures.card import (
     text_extent,
 )
 from batchbench.reports.looks import looks_of
+from batchbench.reports.text import clean_text
 from batchbench.reports.trend_spec import higher_is_better
 from batchbench.studies.trend.changes import Change, Judged, Told, describe
 from batchbench.studies.trend.history import Entry

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +9,11 @@ from rich import box
 from rich.table import Table
 
 from batchbench.reports.result import Result
+from batchbench.reports.text import decimals_of, fixed
 from batchbench.reports.time_budget import CAUSES, NAMES
 
 _SAVED = CAUSES | {"useful_decode_s": "cheaper steps for the same tokens"}
+
 _LOST = CAUSES | {"useful_decode_s": "dearer steps for the same tokens"}
 
 MENTIONED = 0.05
@@ -116,16 +117,3 @@ def _notes(result: Result) -> list[str]:
     if hidden:
         notes.append(f"{', '.join(hidden)} shows no steps")
     return notes
-
-
-def decimals_of(value: float) -> int:
-    """Decimals with which a number of this size has three significant digits or more."""
-    return max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
-
-
-def fixed(value: float, decimals: int, sign: str = "") -> str:
-    """A number with fixed decimals, and no sign before what is rounded to nothing."""
-    text = f"{value:,.{decimals}f}"
-    if not any(digit in "123456789" for digit in text):
-        return text.lstrip("-")
-    return f"{value:{sign},.{decimals}f}"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from batchbench.batching.recording import Ints, Recording
 from batchbench.reports.figures.card import Strategy, Unit
 from batchbench.reports.figures.latency import staircase
-from batchbench.reports.figures.occupancy import Holdings, levels_of
+from batchbench.reports.occupancy import Holdings, levels_of
 from batchbench.reports.statistics import Distribution, Floats
 
 SCALE = 10_000

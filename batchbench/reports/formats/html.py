@@ -16,22 +16,22 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from batchbench.reports.figures.card import clean_text, name_strategies
+from batchbench.reports.figures.card import name_strategies
 from batchbench.reports.figures.occupancy import which_trial
 from batchbench.reports.formats import charts
-from batchbench.reports.formats.account import causes, decimals_of, fixed
+from batchbench.reports.formats.account import causes
 from batchbench.reports.formats.terminal import (
     cells,
     fit_lines,
     floor_lines,
     notes,
-    number,
     sentence,
     stall_lines,
 )
 from batchbench.reports.latency import Latencies
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import FIGURES, Labelled, SideBySide
+from batchbench.reports.text import clean_text, decimals_of, fixed, number
 from batchbench.reports.time_budget import NAMES
 
 MOST_BARS = 12_000

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from batchbench.reports.formats.terminal import number
+from batchbench.reports.text import number
 from batchbench.reports.workload_profile import bars, pace, spread, title
 from batchbench.workloads.outline import Outline
 from batchbench.workloads.ragged import Ints

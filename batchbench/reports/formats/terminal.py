@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,11 +14,7 @@ from batchbench.batching.policies import POLICIES
 from batchbench.reports.comparison import FEWEST_PAIRS, Ratio
 from batchbench.reports.formats.account import account_table, causes
 from batchbench.reports.result import Result, ratio_of
-
-
-def called(name: str) -> str:
-    """A strategy's name within a sentence."""
-    return f"{name} batching" if name in POLICIES else name
+from batchbench.reports.text import called, number
 
 
 def sentence(result: Result, *, reasons: bool = True) -> str:
@@ -167,6 +162,7 @@ _ROWS = (
     _of_summary("Energy an output token", "J", "joules_per_output_token"),
     _of_summary("Cost of 1M output tok", "$", "cost_per_million_output_tokens"),
 )
+
 _ROWS_OF_ARRIVALS = (
     _of_summary("Queue time mean", "ms", "mean_queue_ms"),
     _of_summary("Queue time p99", "ms", "p99_queue_ms"),
@@ -330,16 +326,6 @@ def _ratio(ratio: Ratio) -> str:
     if ratio.low is None or ratio.high is None:
         return text
     return f"{text} ({ratio.low:.2f}–{ratio.high:.2f})"
-
-
-def number(value: float | None) -> str:
-    """Four significant digits, thousands apart; N/A where there is no meaning."""
-    if value is None:
-        return "N/A"
-    if value == int(value) or abs(value) >= 999.95:
-        return f"{value:,.0f}"
-    decimals = 3 - (math.floor(math.log10(abs(value))) if abs(value) >= 1e-6 else -6)
-    return f"{value:.{decimals}f}".rstrip("0").rstrip(".")
 
 
 def render(result: Result) -> RenderableType:

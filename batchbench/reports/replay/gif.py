@@ -24,11 +24,9 @@ from batchbench.reports.figures.card import (
     Card,
     Strategy,
     add_legend,
-    clean_text,
     house_style,
     make_card,
     name_strategies,
-    spell_number,
 )
 from batchbench.reports.figures.occupancy import share_time
 from batchbench.reports.figures.timeline import (
@@ -45,6 +43,7 @@ from batchbench.reports.figures.timeline import (
 from batchbench.reports.replay.frames import Film
 from batchbench.reports.replay.frames import Scene as Moment
 from batchbench.reports.result import Result
+from batchbench.reports.text import clean_text, spell_number
 
 FPS, DPI = 10, 100
 LASTS_S, STAYS_S, MOST_S = 12.0, 3.0, 30.0

@@ -19,8 +19,8 @@ from batchbench.files import write_whole
 from batchbench.reports.comparison import CONFIDENCE
 from batchbench.reports.figures import render as render_figure
 from batchbench.reports.figures.capacity import draw_capacity
-from batchbench.reports.formats.terminal import called, number
 from batchbench.reports.slo import as_config
+from batchbench.reports.text import called, number
 from batchbench.studies.bench import Probe
 from batchbench.studies.capacity.probe import GROWTH, Verdict
 from batchbench.studies.capacity.search import Capacity, CapacityFindings

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.reports.comparison import FEWEST_PAIRS
-from batchbench.reports.formats.terminal import number
+from batchbench.reports.text import number
 from batchbench.studies.ladder.result import LadderResult, count_threads
 
 _GB, _MIB = 1e9, 2**20

@@ -16,8 +16,8 @@ from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError
 from batchbench.reports import metrics
 from batchbench.reports.fitting import beyond
-from batchbench.reports.formats.terminal import called
 from batchbench.reports.prediction import predict
+from batchbench.reports.text import called
 from batchbench.studies.predict.teacher import Teacher, read_spec
 from batchbench.workloads import Workload
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 import batchbench
-from batchbench.reports.formats.terminal import number
+from batchbench.reports.text import number
 from batchbench.studies.predict.breakeven import ALL, EVEN, METRICS, BreakEven, Place, rows_of
 
 SCHEMA_VERSION = 1

@@ -12,19 +12,21 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from batchbench.reports.cells import Cells, spell_option
+from batchbench.reports.cells import Cells
 from batchbench.reports.figures.card import (
     FAINT,
     QUIET,
     WIDE,
     Card,
     Strategy,
+    add_line_legend,
     fit_text,
     make_card,
     name_strategies,
     strip_axes,
     text_extent,
 )
+from batchbench.reports.text import spell_option
 
 MOST_PANELS = 9
 """More would be stamps."""
@@ -116,26 +118,6 @@ def make_sheet(
             axes.set_title(text, size=9, weight="bold", loc="left", pad=5)
         panels.append((facet, axes))
     return Sheet(card, panels, strategies, columns)
-
-
-def add_line_legend(card: Card, strategies: Sequence[Strategy], *more: Line2D) -> None:
-    """Which line is whose."""
-    handles = [
-        Line2D([], [], marker="o", ms=4, label=fit_text(s.name, 150, 9.5), **s.line)
-        for s in strategies
-    ]
-    card.figure.legend(
-        handles=[*handles, *more],
-        ncols=len(handles) + len(more),
-        loc="upper left",
-        bbox_to_anchor=card.at(0, 0),
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=3,
-        columnspacing=1.8,
-        fontsize=9.5,
-    )
 
 
 def finish_panels(

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.reports.formats.markdown import escape
-from batchbench.reports.formats.terminal import number
+from batchbench.reports.text import number
 from batchbench.studies.gate.evidence import Answer
 from batchbench.studies.trend.changes import Change, Judged, Told, Trend, between, describe_recount
 from batchbench.studies.trend.history import Line
