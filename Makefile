@@ -19,7 +19,7 @@ test: .venv/ready
 
 older: .venv/ready
 	$(BIN)/python .ci/anywhere.py --only older -- -n auto --dist loadfile \
-		$$(grep -l "mark.machine" tests/test_*.py)
+		$$(grep -rl --include "test_*.py" "mark.machine" tests)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchbench.api import load, run, simulate
     from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
-    from batchbench.batching.models.spec import ModelSpec
+    from batchbench.batching.models.source import ModelSpec
     from batchbench.batching.policies import Policy, View
     from batchbench.batching.progress import Watch
     from batchbench.batching.recording import Recording
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BatchbenchError": "errors",
     "Experiment": "batching.experiment",
-    "ModelSpec": "batching.models.spec",
+    "ModelSpec": "batching.models.source",
     "Outcome": "batching.session",
     "Policy": "batching.policies",
     "Recording": "batching.recording",

@@ -5,17 +5,26 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
 
 from batchbench import settings
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.presets import Basis
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import conduct
+from batchbench.reports.formats.terminal import sentence, table
 from batchbench.reports.result import Result, load_result, make_result
 from batchbench.reports.slo import GoalsSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 _SPECS: Mapping[str, type] = {"basis": Basis, **PARTS, "goals": GoalsSpec}
 
@@ -83,3 +92,53 @@ def _typed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{name}() has no option {option!r}{hint}")
         found |= settings.typed(homes[option], {option: value})
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Plots:
+    """Pictures of a result, each a method: ``plots.timeline()`` is a matplotlib ``Figure``.
+
+    ``dir(plots)`` lists them: throughput, latency, occupancy, timeline …, the same that a run
+    writes. ``figure.savefig("timeline.svg")`` keeps one.
+    """
+
+    result: Result
+
+    def __getattr__(self, name: str) -> Callable[[], Figure]:
+        # Not before it is asked for: matplotlib takes half a second.
+        from batchbench.reports.figures import PICTURES, draw_one
+
+        if name not in PICTURES:
+            raise AttributeError(f"there is no picture {name}; there are {', '.join(PICTURES)}")
+
+        def picture() -> Figure:
+            return draw_one(name, self.result.recordings, self.result.title)
+
+        picture.__name__, picture.__doc__ = name, PICTURES[name].__doc__
+        return picture
+
+    def __dir__(self) -> list[str]:
+        from batchbench.reports.figures import PICTURES
+
+        return [*super().__dir__(), *PICTURES]
+
+
+def render(result: Result) -> str:
+    """Sentence and table."""
+    grid = table(result)
+    columns = [[_plain(column.header), *map(_plain, column.cells)] for column in grid.columns]
+    head, *rows = zip(*columns, strict=True)
+    lines = [
+        f"<p><b>{escape(sentence(result))}</b></p>",
+        f"<table><caption>{escape(result.title)}</caption>",
+        f"<thead><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr></thead><tbody>",
+        *(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows),
+        "</tbody></table>",
+    ]
+    if grid.caption is not None:
+        lines.append(f"<p><small>{escape(_plain(grid.caption))}</small></p>")
+    return "\n".join(lines)
+
+
+def _plain(cell: object) -> str:
+    return cell.plain if isinstance(cell, Text) else str(cell)

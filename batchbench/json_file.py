@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from batchbench.errors import UsageError
-from batchbench.inputs import read_binary
+from batchbench.files import read_binary
 
 MOST_BYTES = 64 * 2**20
 """Largest file; a result with the texts of 10,000 long requests has about this size."""

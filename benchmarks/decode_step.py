@@ -20,12 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
 
-from batchbench.batching.engines.torch.attention import Layout
+from batchbench.batching.engines.torch.attention import Layout, SlotCache, cache_argument
 from batchbench.batching.engines.torch.base import best_token
-from batchbench.batching.engines.torch.cache import SlotCache, cache_argument
 from batchbench.batching.engines.torch.forward import Forward, GPT2Forward, TransformersForward
 from batchbench.batching.engines.torch.linear import Kernels, make_linear
-from batchbench.batching.engines.torch.products import products
+from batchbench.batching.engines.torch.measure import products
 from batchbench.batching.models import ModelSpec, find_model
 from batchbench.batching.models.loading import LoadedModel, load_model
 

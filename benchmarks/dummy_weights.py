@@ -11,7 +11,8 @@ import copy
 import numpy as np
 import torch
 
-from batchbench.batching.models import ModelSpec, dummy, find_model
+from batchbench.batching.models import ModelSpec, find_model
+from batchbench.batching.models import loading as dummy
 from batchbench.batching.models.loading import load_model
 
 

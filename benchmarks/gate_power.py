@@ -118,7 +118,7 @@ class Finder:
     """Plants the fault when the engines have been imported."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != "batchbench.studies.lanes":
+        if name != "batchbench.studies.gate.worker":
             return None
         sys.meta_path.remove(self)
         from batchbench.batching.engines.torch.base import TorchEngine
@@ -372,7 +372,7 @@ def table_of_checks(state: Path, verdicts: int = 2000) -> str:
 
 def checked(base: Sequence, new: Sequence, seed: int, most: int = 24) -> tuple[str, int]:
     """One verdict, and how many processes it took."""
-    from batchbench.reports.sequential import Verdict
+    from batchbench.reports.statistics import Verdict
     from batchbench.studies.gate.check import FIRST_LOOK, NEXT_LOOK, decide_ratios, rule_of
     from batchbench.studies.gate.spec import CheckSpec
 
@@ -479,7 +479,7 @@ def table_of_simulations(verdicts: int = 1000) -> str:
 
 def answer_of(found) -> str:
     """What the gate would say of the one lane."""
-    from batchbench.reports.sequential import Verdict
+    from batchbench.reports.statistics import Verdict
 
     first, second = found.first, found.confirmation
     (decision,) = first.decisions.values()

@@ -390,8 +390,10 @@ def test_file(name: str, folder: str, names: Sequence[str], args: argparse.Names
     """Run all mutants of one file, or those that are left."""
     path = ROOT / folder / f"{name}.py"
     relative = str(path.relative_to(ROOT))
-    tests = [ROOT / "tests" / f"test_{n}.py" for n in names]
-    digest = digest_of([*tests, *(ROOT / "tests").glob("[!t]*.py")])
+    tests = [next((ROOT / "tests").rglob(f"test_{n}.py")) for n in names]
+    digest = digest_of(
+        [*tests, *(ROOT / "tests").glob("support/*.py"), ROOT / "tests" / "conftest.py"]
+    )
     kept = KEPT / f"{name}.json"
     before = json.loads(kept.read_text()) if kept.exists() else {"digest": "", "outcomes": {}}
     mutants = mutants_of(path.read_text())

@@ -29,15 +29,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from batchbench.batching.clock import WallClock
+from batchbench.batching.engines import WallClock
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import Shelf
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.session import Session
 from batchbench.batching.step_cost import KnownCost, StepCost
-from batchbench.reports.fitting import counts_of, known_cost
-from batchbench.reports.prediction import predict
+from batchbench.reports.prediction import counts_of, known_cost, predict
 
 COUNT = 20
 

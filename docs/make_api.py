@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from batchbench.reports.plots import Plots
+
 import batchbench
 from batchbench import settings
 from batchbench.reports.figures import PICTURES
-from batchbench.reports.plots import Plots
 
 PAGE = Path(__file__).with_name("api.md")
 

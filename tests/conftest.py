@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.configuration import set_hypothesis_home_dir
-from machine import settle, shuffle
+from support.machine import settle, shuffle
+from support.models import SENTENCES, TINY, Alone, MakeModel
 
 if TYPE_CHECKING:
     from batchbench.batching.models.loading import LoadedModel
@@ -59,29 +60,6 @@ def light_garbage() -> None:
     """Keep imported objects out of the garbage collection before each trial of a run."""
     gc.collect()
     gc.freeze()
-
-
-TINY: Mapping[str, Any] = {
-    "model_type": "gpt2",
-    "architectures": ["GPT2LMHeadModel"],
-    "vocab_size": 300,
-    "n_positions": 128,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-SENTENCES = (
-    "The quick brown fox jumped over the lazy dog.",
-    "A request is written into its slot and leaves by being forgotten.",
-    "Static batching waits for the longest request; continuous batching does not.",
-    "What the comparison shows is two decisions alone, and not two loops.",
-)
-
-MakeModel = Callable[..., "LoadedModel"]
-Alone = Callable[["LoadedModel", Sequence[int], int], list[int]]
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +128,7 @@ def _alone(model: LoadedModel, prompt: Sequence[int], count: int) -> list[int]:
     import torch
     from transformers import DynamicCache
 
-    from batchbench.batching.engines.torch.cache import cache_argument
+    from batchbench.batching.engines.torch.attention import cache_argument
 
     module = model.module
     module.set_attn_implementation("sdpa")

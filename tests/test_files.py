@@ -12,14 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from programs import PLAIN, program
+from support.programs import PLAIN, program
 
 import batchbench
 from batchbench import files
 from batchbench.cli.output import output_folder
 from batchbench.errors import Interrupted, OutputError, UsageError
-from batchbench.files import ClaimedError, claimed, replacing, undisturbed, write_file, write_whole
-from batchbench.reports.destination import check_file, check_folder, default_folders
+from batchbench.files import (
+    ClaimedError,
+    check_file,
+    check_folder,
+    claimed,
+    default_folders,
+    replacing,
+    undisturbed,
+    write_file,
+    write_whole,
+)
 
 CONTENTS = {"result.json": "{}", "recordings/0.npz": b"\x00", "requests.csv": "é"}
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from baselines import baseline
 from hypothesis import given, settings
-from laws import law
-from mutations import Change, changes, spoil_bytes, spoil_json, spoil_recording
+from support.baselines import baseline_data
+from support.laws import law
+from support.mutations import Change, changes, spoil_bytes, spoil_json, spoil_recording
 
 from batchbench.batching.policies import View
 from batchbench.cli.main import _guarded
@@ -182,7 +182,7 @@ def test_a_changed_baseline_never_crashes_the_program(
     whole: Path, quiet_home: Path, spoiled: list[Change]
 ) -> None:
     file = whole.parent / "baseline.json"
-    file.write_bytes(spoil_json(baseline(), spoiled))
+    file.write_bytes(spoil_json(baseline_data(), spoiled))
     survives("baseline", "show", str(file))
     assert list(quiet_home.glob("batchbench-crash-*")) == []
 
@@ -196,7 +196,7 @@ def test_a_changed_baseline_never_crashes_the_program(
 )
 def test_a_baseline_from_the_future_is_refused(created: str, said: str, tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
-    file.write_text(json.dumps({**baseline(), "created_at": created}), encoding="utf-8")
+    file.write_text(json.dumps({**baseline_data(), "created_at": created}), encoding="utf-8")
     code, out, _ = call("baseline", "show", str(file))
     assert code == 0
     assert said in " ".join(out.split())

@@ -28,7 +28,6 @@ NEEDS_TORCH = (
     "batching.engines.notebook",
     "batching.engines.generate_batch",
     "batching.models.loading",
-    "batching.models.dummy",
 )
 
 PUBLIC = {
@@ -99,7 +98,9 @@ def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
         assert rooms_of(file) <= below, file
 
 
-@pytest.mark.parametrize("name", ["settings.py", "errors.py", "files.py", "json_file.py"])
+@pytest.mark.parametrize(
+    "name", ["settings.py", "errors.py", "files.py", "json_file.py", "values.py"]
+)
 def test_what_all_rooms_use_uses_no_room(name: str) -> None:
     assert rooms_of(PACKAGE / name) == set()
 
@@ -117,26 +118,25 @@ TIMES = ("ends_ns", "step_ns", "growth", "beyond_ps", "rest_ps", "growth_ps")
 """Fields from which the Recording derives the times of steps."""
 
 KEEPERS = (
-    *("batching/recording.py", "batching/recording_laws.py"),
-    *("batching/growth.py", "batching/recorder.py"),
+    *("batching/recording.py", "batching/recording_file.py"),
+    "batching/recorder.py",
 )
 
 NAMESAKES = {
-    "batching/cost.py": {"self.step_ns", "self.growth_ps"},  # of a StepCost
+    "batching/step_cost.py": {"self.step_ns", "self.growth_ps"},  # of a StepCost
     "batching/engines/simulated.py": {"passes.growth_ps"},
-    "reports/fitting.py": {"cost.step_ns"},
-    "studies/breakeven.py": {"cost.step_ns"},
-    "batching/conduct.py": {"warm_up.step_ns"},  # the median of the warm-up
-    "reports/baseline.py": {"each.step_ns"},  # the mean of one lane of duet and check
-    "reports/turns.py": {"base.step_ns", "new.step_ns"},
-    "studies/check.py": {"p.step_ns", "process.step_ns"},
-    "studies/duet.py": {"pair.step_ns"},
-    "studies/duet_gate.py": {"pair.step_ns"},
-    "studies/twins.py": {"other.step_ns", "own.step_ns", "turn.step_ns"},
-    "studies/worker.py": {"lane.known.step_ns"},
-    "studies/bench.py": {"trial.growth"},  # of a queue
-    "studies/capacity_report.py": {"probe.growth", "trial.growth"},
-    "studies/judging.py": {"t.growth", "trials[0].growth"},
+    "reports/prediction.py": {"cost.step_ns"},
+    "studies/predict/breakeven.py": {"cost.step_ns"},
+    "batching/session.py": {"warm_up.step_ns"},  # the median of the warm-up
+    # the mean of one lane of duet and check
+    "studies/gate/baseline.py": {"each.step_ns", "other.step_ns", "own.step_ns", "turn.step_ns"},
+    "studies/gate/turns.py": {"base.step_ns", "new.step_ns"},
+    "studies/gate/check.py": {"p.step_ns", "process.step_ns"},
+    "studies/gate/duet.py": {"pair.step_ns"},
+    "studies/gate/worker.py": {"lane.known.step_ns"},
+    # of a queue
+    "studies/capacity/probe.py": {"trial.growth", "t.growth", "trials[0].growth"},
+    "studies/capacity/report.py": {"probe.growth", "trial.growth"},
 }
 """Attributes of other classes that have such a name."""
 
@@ -263,11 +263,11 @@ def test_methods_are_documented_where_they_stand_or_at_their_seam() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_files_and_functions_are_short(file: Path) -> None:
-    assert len(file.read_text(encoding="utf-8").splitlines()) < 450
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 600
     for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno + 1 <= 70, node.name
+            assert node.end_lineno - node.lineno + 1 <= 60, node.name
 
 
 def test_nothing_is_asserted_of_users_and_no_names_are_vague() -> None:

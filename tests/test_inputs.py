@@ -10,11 +10,11 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from commands import call
+from support.commands import call
 
-from batchbench import inputs
+from batchbench import files as inputs
 from batchbench.errors import UsageError
-from batchbench.inputs import MIB, open_binary, read_binary
+from batchbench.files import MIB, open_binary, read_binary
 
 ENDLESS = Path("/dev/zero")
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from machine import GIVEN, HOME, KEPT, environment
+from support.machine import GIVEN, HOME, KEPT, environment
 
 import batchbench
-from batchbench.batching import processor as processor_file
-from batchbench.batching.processor import Processor
+from batchbench.batching import machine as processor_file
+from batchbench.batching.machine import Processor
 
 pytestmark = pytest.mark.machine
 PACKAGE = Path(batchbench.__file__).parent

@@ -78,7 +78,7 @@ def estimate(experiment: Experiment, watch: Watch) -> Estimate:
     if experiment.simulated:
         steps = {r.header.strategy: r.num_steps for r in _served(session, UNIT_NS)}
         return Estimate(steps, trials, exact=exact)
-    from batchbench.batching.engines.torch.sizing import size_up
+    from batchbench.batching.engines.torch.build import size_up
 
     sizes = size_up(experiment, session.source, workload)
     step_ns = round(sizes.step_s * (_BESIDE_PRODUCTS if timed else 1.0) * 1e9)

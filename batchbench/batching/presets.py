@@ -9,9 +9,9 @@ from typing import Any
 
 from batchbench import settings
 from batchbench.errors import UsageError, shown
-from batchbench.inputs import check_there
+from batchbench.files import check_there
 from batchbench.settings import setting
-from batchbench.workloads.file import read_workload_file
+from batchbench.workloads.spec import read_workload_file
 
 NOTEBOOK = "notebook"
 """The default."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from batchbench.batching.growth import GrowthLog
 from batchbench.batching.plan import Plan
 from batchbench.batching.recording import (
     ChunkLog,
+    GrowthLog,
     Header,
     Ints,
     Recording,

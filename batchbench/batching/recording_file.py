@@ -14,8 +14,9 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,10 @@ from numpy.typing import NDArray
 from batchbench.errors import UsageError
 from batchbench.files import reason_of
 from batchbench.json_file import parse_json
+
+if TYPE_CHECKING:
+    from batchbench.batching.recording import Header, Ints, Recording
+
 
 Column = NDArray[Any]
 
@@ -173,3 +178,257 @@ def _read_column(
         if len(column) != shape[0] or content.read(1):  # reading to the end checks the checksum
             raise NotWholeError(f"{name} claims {shape[0]:,} values and has others")
     return column
+
+
+MOST_SLOTS = 2**20
+"""The largest ``--batch-size``."""
+
+MOST_NS = 2**60
+"""Latest time, 36 years; sums and differences of two times fit 64 bits."""
+
+MOST_APART_NS, MOST_APART = 10**6, 1.01
+"""Largest difference, in ns and as a ratio, between the clocks of the host and of a GPU."""
+
+MOST_STEPS = 2**31
+"""Most steps of a span, more than the longest output has; their square fits 64 bits."""
+
+
+def check_laws(recording: Recording) -> None:
+    """Raise NotWholeError if a recording's log breaks a law."""
+    r = recording
+    _check_header(r.header)
+    _check_lengths(r)
+    _check(r.requests.output_tokens >= 1, "a request has no output token")
+    _check(r.requests.prompt_tokens >= 1, "a request has no prompt")
+    _check_range("requests.output_tokens", r.requests.output_tokens, MOST_STEPS)
+    _check_range("requests.prompt_tokens", r.requests.prompt_tokens, MOST_STEPS)
+    _check_range("requests.due_ns", r.requests.due_ns, MOST_NS)
+    tokens = float(r.requests.output_tokens.sum(dtype=np.float64))
+    for name, column in (("tokens", r.tokens), ("token_ends_ns", r.token_ends_ns)):
+        if column is not None:
+            _check(len(column) == tokens, f"{name} are not as many as the requests have")
+    if r.tokens is not None:
+        _check(r.tokens >= 0, "a token is negative")
+    if r.token_ends_ns is not None:
+        _check_of_tokens(r)
+    else:
+        _check_of_steps(r)
+    _check(r.duration_ns > 0, "it takes no time")
+    # A GPU gives times in 32 bits, so after hours two clocks may be a millisecond apart.
+    slack = MOST_APART_NS + r.first_token_ns * MOST_APART
+    _check(r.requests.due_ns <= slack, "a request has a token before it is due")
+    _check(r.first_token_ns <= r.last_token_ns, "a request's tokens are out of order")
+
+
+def _check(holds: bool | np.bool_ | NDArray[np.bool_], fault: str) -> None:
+    if not np.all(holds):
+        raise NotWholeError(fault)
+
+
+def _check_range(name: str, column: Ints, stop: int, start: int = 0) -> None:
+    if len(column) and not start <= column.min() <= column.max() < stop:
+        worst = column.min() if column.min() < start else column.max()
+        raise NotWholeError(f"{name} holds {worst}; it must be {start} to {stop - 1}")
+
+
+# The header
+
+
+def _check_header(header: Header) -> None:
+    for name, fits in (
+        ("strategy", isinstance(header.strategy, str) and header.strategy.strip() != ""),
+        ("trial", _is_whole(header.trial)),
+        ("slots", _is_whole(header.slots) and 1 <= header.slots <= MOST_SLOTS),
+        ("simulated", isinstance(header.simulated, bool)),
+        ("workload", isinstance(header.workload, dict)),
+        ("about", isinstance(header.about, dict)),
+    ):
+        _check(fits, f"its header's {name} is wrong")
+    about = header.about
+    for name, fits in (
+        ("pads_prompts", isinstance(about.get("pads_prompts", False), bool)),
+        ("wall_ns", _is_whole(about.get("wall_ns", 0)) and about.get("wall_ns", 0) < MOST_NS),
+        ("computed_passes", _is_whole(about.get("computed_passes") or 0)),
+        ("energy_joules", _is_amount(about.get("energy_joules", 1))),
+        ("foreign_cores", _is_amount(about.get("foreign_cores", 1), least=0)),
+        ("memory", about.get("memory") is None or _is_memory(about["memory"])),
+    ):
+        _check(fits, f"its header's about.{name} is wrong")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_amount(value: Any, *, least: float = 1e-9) -> bool:
+    """Return True for None and for a number from ``least`` to 1e30, which arithmetic can use."""
+    if value is None:
+        return True
+    return isinstance(value, int | float) and type(value) is not bool and least <= value < 1e30
+
+
+def _is_memory(memory: Any) -> bool:
+    """Return True for a measured bandwidth with the bytes that a decode step reads."""
+    if not isinstance(memory, Mapping) or not isinstance(memory.get("reading"), Mapping):
+        return False
+    reading = memory["reading"]
+    sizes = ("weight_bytes", "step_weight_bytes", "kv_token_bytes")
+    return (
+        reading.keys() == {"dtype", *sizes}
+        and isinstance(reading["dtype"], str)
+        and all(_is_whole(reading[name]) and reading[name] > 0 for name in sizes)
+        and memory.get("bytes_per_s") is not None
+        and _is_amount(memory["bytes_per_s"])
+    )
+
+
+# Lengths
+
+
+def _check_lengths(r: Recording) -> None:
+    """Check that the columns of each log are equally long, and that times have one form."""
+    for name in ("requests", "spans", "chunks", "waits", "growth"):
+        log = getattr(r, name)
+        lengths = {len(getattr(log, c.name)) for c in fields(log)} if log is not None else {0}
+        _check(len(lengths) == 1, f"the columns of its {name} are not equally long")
+    _check(len(r.requests.slot) > 0, "it has no request")
+    told = [
+        name for name in ("ends_ns", "step_ns", "token_ends_ns") if getattr(r, name) is not None
+    ]
+    _check(len(told) == 1, "its times are missing, or given in two ways")
+    _check((r.begun_ns is None) is (r.token_ends_ns is None), "begun_ns needs token_ends_ns")
+    if r.begun_ns is not None:
+        _check(len(r.begun_ns) == len(r.requests.slot), "begun_ns is not one a request")
+    spans = len(r.spans.steps)
+    if r.step_ns is not None:
+        _check(len(r.step_ns) == spans, "step_ns is not one a span")
+    _check(
+        r.growth is None or (r.step_ns is not None and len(r.growth.rest_ps) == spans),
+        "growth is not one a span",
+    )
+
+
+def _check_of_tokens(r: Recording) -> None:
+    """Check a trial that shows no steps."""
+    assert r.token_ends_ns is not None
+    assert r.begun_ns is not None
+    _check(len(r.spans.steps) == len(r.chunks.start) == len(r.waits.step) == 0, "it has steps")
+    for name in ("slot", "admitted", "started", "first", "last", "released"):
+        _check(getattr(r.requests, name) == -1, f"requests.{name} is known though steps are not")
+    _check_range("token_ends_ns", r.token_ends_ns, MOST_NS)
+    _check_range("begun_ns", r.begun_ns, MOST_NS)
+
+
+def _check_of_steps(r: Recording) -> None:
+    """Check a trial that shows its steps."""
+    s = r.spans
+    _check(len(s.steps) > 0, "it has no step")
+    _check_range("spans.steps", s.steps, MOST_STEPS, start=1)
+    _check(s.steps.sum(dtype=np.float64) < 2**53, "it has too many steps")
+    _check_range("spans.waiting", s.waiting, len(r.requests.slot) + 1)
+    _check_range("spans.chunks", s.chunks, len(r.chunks.start) + 1)
+    _check(s.chunks.sum() == len(r.chunks.start), "spans.chunks is not the number of chunks")
+    _check((s.chunks == 0) | (s.steps == 1), "a span with chunks has several steps")
+    _check_requests(r)
+    _check_chunks(r)
+    _check_decoding(r)
+    _check_waits(r)
+    _check_times(r)
+
+
+def _check_requests(r: Recording) -> None:
+    q, steps = r.requests, r.num_steps
+    _check_range("requests.slot", q.slot, r.header.slots)
+    _check_range("requests.admitted", q.admitted, steps)
+    ordered = (q.admitted <= q.started) & (q.started <= q.first) & (q.first <= q.last)
+    _check(ordered, "a request's steps are out of order")
+    _check(q.last < q.released, "a request is released before its last token")
+    _check_range("requests.released", q.released, steps + 1)
+    order = np.lexsort((q.admitted, q.slot))
+    slot, admitted, released = q.slot[order], q.admitted[order], q.released[order]
+    alone = (slot[1:] != slot[:-1]) | (released[:-1] <= admitted[1:])
+    _check(alone, "a slot holds two requests at once")
+
+
+def _check_chunks(r: Recording) -> None:
+    """Check that each prompt is read once, from beginning to end, and then yields a token."""
+    q, c, count = r.requests, r.chunks, len(r.requests.slot)
+    _check_range("chunks.request", c.request, count)
+    _check((c.start >= 0) & (c.start < c.stop), "a chunk has no token")
+    step = np.repeat(r.first_steps, r.spans.chunks)
+    order = np.argsort(c.request, kind="stable")
+    request, start, stop, step = c.request[order], c.start[order], c.stop[order], step[order]
+    begins = np.concatenate([[True], request[1:] != request[:-1]])[: len(request)]
+    ends = np.concatenate([request[1:] != request[:-1], [True]])[: len(request)]
+    _check(np.array_equal(request[begins], np.arange(count)), "a request has no chunk")
+    whole = (start[begins] == 0).all() and (stop[ends] == q.prompt_tokens).all()
+    _check(whole and (start[1:] == stop[:-1])[~begins[1:]], "a prompt is not read once and whole")
+    _check(step[begins] == q.started, "a request starts at another step than its prompt")
+    _check(step[ends] == q.first, "a first token comes from another step than its prompt's last")
+
+
+def _check_decoding(r: Recording) -> None:
+    """Check that the rows that decode are those of the requests that hold a slot."""
+    q, s, first_steps = r.requests, r.spans, r.first_steps
+    rows = np.searchsorted(np.sort(q.first), first_steps)
+    rows = rows - np.searchsorted(np.sort(q.released), first_steps, side="right")
+    _check((s.decoding == 0) | (s.decoding == rows), "spans.decoding is not the rows that run")
+    _check((s.decoding > 0) | (s.chunks > 0), "a step computes nothing")
+    decodes = np.where(s.decoding > 0, s.steps, 0)
+    before = np.cumsum(decodes) - decodes
+
+    def up_to(step: Ints) -> Ints:
+        """Return the number of decode steps up to each of these steps, itself included."""
+        span = r.spans_of(step)
+        return before[span] + np.where(decodes[span] > 0, step - first_steps[span] + 1, 0)
+
+    tokens = 1 + up_to(q.last) - up_to(q.first)
+    _check(tokens == q.output_tokens, "a request has other tokens than its steps yield")
+
+
+def _check_waits(r: Recording) -> None:
+    w = r.waits
+    _check_range("waits.step", w.step, r.num_steps + 1)
+    _check_range("waits.waiting", w.waiting, len(r.requests.slot) + 1)
+    for name in ("start_ns", "until_ns", "end_ns"):
+        _check_range(f"waits.{name}", getattr(w, name), MOST_NS)
+    rising = (np.diff(w.step) >= 0) & (np.diff(w.start_ns) >= 0)
+    _check(rising.all() and (w.start_ns <= w.end_ns).all(), "its waits are out of order")
+
+
+def _check_times(r: Recording) -> None:
+    s = r.spans
+    _check_range("spans.start_ns", s.start_ns, MOST_NS)
+    if r.ends_ns is not None:
+        _check(len(r.ends_ns) == r.num_steps, "ends_ns is not one a step")
+        _check_range("ends_ns", r.ends_ns, MOST_NS)
+        _check(np.diff(r.ends_ns) >= 0, "ends_ns is out of order")
+        _check(s.start_ns <= r.ends_ns[r.first_steps], "a span begins after its first step")
+    else:
+        _check_costs(r)
+    _check(s.start_ns[1:] >= r.span_ends_ns[:-1], "spans overlap")
+    last = int(r.span_ends_ns[-1])
+    wall = r.header.about.get("wall_ns", last)
+    _check(last <= wall * MOST_APART + MOST_APART_NS, "about.wall_ns is before the last step")
+    waited = r.waits.end_ns <= last * MOST_APART + MOST_APART_NS
+    _check(waited, "a wait ends after the last step")
+
+
+def _check_costs(r: Recording) -> None:
+    """Check the times of a simulation, which are a formula."""
+    s = r.spans
+    assert r.step_ns is not None
+    _check(r.header.about.get("memory") is None, "a simulation measured no memory")
+    _check_range("step_ns", r.step_ns, MOST_NS, start=1)
+    ends = s.start_ns + s.steps.astype(np.float64) * r.step_ns
+    if r.growth is not None:
+        g, steps = r.growth, s.steps.astype(np.float64)
+        grown = np.abs(g.growth_ps) * (steps * steps / 2)
+        grown += (
+            np.abs(g.beyond_ps.astype(np.float64)) + np.abs(g.rest_ps.astype(np.float64)) * steps
+        )
+        _check(grown < 2**62, "growth is too large")
+        last = 1000 * r.step_ns.astype(np.float64) + g.rest_ps + g.growth_ps * (steps - 1)
+        _check(last > 0, "growth makes a step shorter than 0 ns")
+        ends += grown / 1000
+    _check(ends < MOST_NS, "it takes too long")

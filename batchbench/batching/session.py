@@ -227,8 +227,11 @@ class Session:
         """
         if self._loaded is None:
             return {}
-        from batchbench.batching.engines.torch.measure import cache_bytes, measure_bandwidth
-        from batchbench.batching.engines.torch.products import reading_of
+        from batchbench.batching.engines.torch.measure import (
+            cache_bytes,
+            measure_bandwidth,
+            reading_of,
+        )
 
         reading, device = reading_of(self._loaded), self._loaded.device
         if reading.step_weight_bytes <= (cache_bytes(device) or 0):

@@ -22,7 +22,7 @@ from batchbench.settings import setting
 from batchbench.studies.sweep.grid import SWEPT, make_experiment, words_of_axes
 
 if TYPE_CHECKING:
-    from batchbench.studies.bench import Asked
+    from batchbench.studies.capacity.probe import Asked
 
 CAPACITY_HELP = (
     "Find the highest request rate that each strategy sustains within --slo.\n\n"
@@ -94,8 +94,8 @@ def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) ->
     if not goals.slo:
         raise UsageError("--slo: within which limits? Give one or more, such as --slo ttft:500")
     from batchbench.cli.output import output_folder
-    from batchbench.reports.destination import default_folders
-    from batchbench.studies.bench import Asked
+    from batchbench.files import default_folders
+    from batchbench.studies.capacity.probe import Asked
 
     asked = Asked(goals, study.slo_attainment, study.max_trials)
     with output_folder(

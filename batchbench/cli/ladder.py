@@ -17,8 +17,7 @@ from batchbench.cli.options import OutputSpec, with_options
 from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import Interrupted
 from batchbench.files import undisturbed
-from batchbench.studies.climb import Climb, LadderSpec
-from batchbench.studies.ladder.rungs import choose_rungs
+from batchbench.studies.ladder.rungs import Climb, LadderSpec, choose_rungs
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def ladder(
 ) -> None:
     """Climb it."""
     from batchbench.cli.output import output_folder
-    from batchbench.reports.destination import default_folders
+    from batchbench.files import default_folders
 
     asked = Climb(workload, model, serving, trials, ladder, basis.preset)
     with output_folder(
@@ -79,7 +78,7 @@ def ladder(
 
 def _climb(asked: Climb, output: OutputSpec, folder: Path) -> bool:
     """Measure the machine and its rungs, write and show; return True if outputs are right."""
-    from batchbench.cli.display import make_display
+    from batchbench.cli.progress import make_display
     from batchbench.studies.ladder.run import Ladder
 
     silent = output.quiet or output.json
@@ -89,8 +88,7 @@ def _climb(asked: Climb, output: OutputSpec, folder: Path) -> bool:
         made = Ladder(asked, display)
         allowed = made.measure(display)
     # Only now: an error about what is asked should not wait for scipy and matplotlib.
-    from batchbench.reports.output import write_ladder
-    from batchbench.studies.ladder.report import card_lines
+    from batchbench.studies.ladder.report import card_lines, write_ladder
     from batchbench.studies.ladder.result import make_card, make_ladder
 
     if not silent:

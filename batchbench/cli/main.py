@@ -18,12 +18,12 @@ from typing import Annotated
 import typer
 
 import batchbench
-from batchbench.cli import breakeven as mapping
 from batchbench.cli import capacity as capacities
-from batchbench.cli import check as checking
-from batchbench.cli import compare as comparing
+from batchbench.cli import gate as checking
+from batchbench.cli import gate as comparing
 from batchbench.cli import gate as dueting
 from batchbench.cli import ladder as climbing
+from batchbench.cli import predict as mapping
 from batchbench.cli import predict as predicting
 from batchbench.cli import reproduce as reproducing
 from batchbench.cli import run as running

@@ -17,7 +17,7 @@ from batchbench import settings
 from batchbench.batching.presets import Basis
 from batchbench.errors import UsageError
 from batchbench.settings import setting
-from batchbench.studies.numbers import parse_numbers
+from batchbench.studies.sweep.grid import parse_numbers
 
 TRACE_HELP = (
     "Write the requests in their slots as trace events, which ui.perfetto.dev and chrome://tracing "

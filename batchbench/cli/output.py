@@ -8,8 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from batchbench.errors import Interrupted, OutputError
-from batchbench.files import ClaimedError, claimed
-from batchbench.reports.destination import check_folder
+from batchbench.files import ClaimedError, check_folder, claimed
 
 
 @contextmanager

@@ -53,10 +53,10 @@ def reproduce(
     asked: ReproduceSpec,
 ) -> None:
     """Hold a result against the same experiment, run again."""
-    from batchbench.cli.display import make_display
     from batchbench.cli.output import interruptible, output_folder
+    from batchbench.cli.progress import make_display
     from batchbench.reports.result import load_result
-    from batchbench.studies import receipt as receipts
+    from batchbench.studies import reproduce as receipts
     from batchbench.studies.reproduce import reproduce as run_again
 
     output = asked.output

@@ -108,8 +108,8 @@ def report(
     output: ReportSpec,
 ) -> None:
     """Show results again."""
-    from batchbench.reports.destination import check_file
-    from batchbench.reports.documents import check_number
+    from batchbench.files import check_file
+    from batchbench.reports.output import check_number
     from batchbench.reports.result import load_result, remake_result
 
     folders = [folder.parent if folder.name == "result.json" else folder for folder in folders]
@@ -152,20 +152,20 @@ def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
 def _show_together(folders: list[Path], results: list[Result], output: ReportSpec) -> None:
     from rich.console import Console
 
-    from batchbench.reports.formats.side_by_side import render
+    from batchbench.reports.formats.terminal import render_side_by_side
     from batchbench.reports.side_by_side import SideBySide, label_results
 
     together = SideBySide(label_results(folders, results))
     if output.quiet:
         echo(together.sentence)
         return
-    Console(highlight=False, markup=False, emoji=False).print(render(together))
+    Console(highlight=False, markup=False, emoji=False).print(render_side_by_side(together))
 
 
 def _write_document(
     folders: list[Path], results: list[Result], file: Path | None, output: ReportSpec
 ) -> None:
-    from batchbench.reports.documents import make_document
+    from batchbench.reports.output import make_document
 
     document = make_document(output.chosen, folders, results, file)
     if file is None:
@@ -187,7 +187,7 @@ def _conduct(experiment: Experiment, goals: GoalsSpec, output: OutputSpec) -> No
         _dry_run(experiment)
         return
     from batchbench.cli.output import output_folder
-    from batchbench.reports.destination import default_folders
+    from batchbench.files import default_folders
 
     defaults = default_folders(experiment.model.model)
     with output_folder(output.output, defaults, overwrite=output.overwrite) as folder:
@@ -204,7 +204,7 @@ def _measure_and_write(
 ) -> bool:
     """Measure, write and show; return whether the outputs are right."""
     from batchbench.batching.session import conduct
-    from batchbench.cli.display import make_display
+    from batchbench.cli.progress import make_display
 
     display = make_display(
         experiment.serving.strategies,
@@ -256,7 +256,7 @@ def _show(result: Result, files: Iterable[Path], output: OutputSpec) -> None:
 
 def _dry_run(experiment: Experiment) -> None:
     from batchbench.batching.dry_run import estimate
-    from batchbench.cli.display import make_display
+    from batchbench.cli.progress import make_display
 
     with make_display((), 1, quiet=True) as silent:
         found = estimate(experiment, silent)

@@ -99,8 +99,8 @@ def _serve_and_write(grid: Grid, store: Store, goals: GoalsSpec, study: SweepSpe
 def _write_and_show(findings: Findings, folder: Path, study: SweepSpec) -> None:
     from rich.console import Console
 
-    from batchbench.studies import screen
-    from batchbench.studies.folder import write_sweep
+    from batchbench.studies.sweep import report as screen
+    from batchbench.studies.sweep.report import write_sweep
 
     goals = settings.words_of(findings.goals, GoalsSpec())
     output = ["--output", str(study.output)] if study.output else []
@@ -114,7 +114,7 @@ def _write_and_show(findings: Findings, folder: Path, study: SweepSpec) -> None:
         return
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(
-        screen.render(
+        screen.render_screen(
             findings, written.cells, screen.notes(findings, written.cells, written.not_drawn)
         )
     )
@@ -128,7 +128,7 @@ def _write_and_show(findings: Findings, folder: Path, study: SweepSpec) -> None:
 
 
 def _dry_run(grid: Grid) -> None:
-    from batchbench.studies.listing import lines_of
+    from batchbench.studies.sweep.run import lines_of
 
     for line in lines_of(grid):
         echo(line)

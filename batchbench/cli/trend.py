@@ -12,7 +12,7 @@ from batchbench.cli.options import with_options
 from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError, shown
 from batchbench.files import claimed, write_file
-from batchbench.reports.trend_spec import TrendSpec
+from batchbench.studies.trend.history import TrendSpec
 
 if TYPE_CHECKING:
     from batchbench.studies.trend.changes import Trend
@@ -41,7 +41,7 @@ def trend(
 ) -> None:
     """Show a history."""
     from batchbench.cli.output import interruptible, output_folder
-    from batchbench.reports.destination import check_files
+    from batchbench.files import check_files
     from batchbench.studies.gate.evidence import CANNOT_TELL, Answer
 
     to_stdout = str(asked.markdown) == "-"
@@ -110,7 +110,7 @@ def _write(found: Trend, asked: TrendSpec) -> None:
         with claimed(asked.markdown, f"--markdown {asked.markdown}"):
             write_file(asked.markdown, render_markdown(found))
     if asked.output is not None:
-        from batchbench.reports.output import write_trend  # matplotlib, only now
+        from batchbench.studies.trend.report import write_trend  # matplotlib, only now
 
         write_trend(asked.output, found)
 

@@ -19,7 +19,7 @@ from batchbench.settings import setting
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from batchbench.batching.clock import Clock
+    from batchbench.batching.engines import Clock
     from batchbench.reports.replay.frames import Film
     from batchbench.reports.result import Result
 
@@ -73,7 +73,7 @@ def watch(
         return
     from rich.console import Console
 
-    from batchbench.batching.clock import WallClock
+    from batchbench.batching.engines import WallClock
 
     console = Console(highlight=False, markup=False, emoji=False)
     if console.is_dumb_terminal:
@@ -114,7 +114,7 @@ def play(film: Film, speed: float, console: Console, clock: Clock) -> None:
 
 def _write_gif(result: Result, speed: float | None, file: Path, *, overwrite: bool) -> None:
     """Draw the film and write it, whole or not at all."""
-    from batchbench.reports.destination import check_files
+    from batchbench.files import check_files
 
     if file.suffix != ".gif":
         raise UsageError(f"--gif {file}: must end in .gif, such as --gif film.gif")

@@ -20,7 +20,7 @@ from batchbench.settings import setting
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
-    from batchbench.workloads.outline import Outline
+    from batchbench.workloads.generate import Outline
 
 app = typer.Typer(
     help="Look at workloads without serving them: the presets, lengths and arrivals, and files.",
@@ -105,19 +105,19 @@ def show(
     """Numbers and bars; a picture where asked."""
     from rich.console import Console
 
-    from batchbench.reports.destination import check_files
+    from batchbench.files import check_files
 
     names = [f"workload.{format}" for format in ("png", "svg")]
     if picture.output is not None:
         check_files(picture.output, names, overwrite=picture.overwrite)
     outline, _ = _outline(workload, serving, model)
-    from batchbench.reports.formats.portrait import render  # NumPy and scipy, only now
+    from batchbench.reports.workload_profile import render  # NumPy and scipy, only now
 
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(render(outline))
     if picture.output is not None:
         from batchbench.reports.figures import render as render_figure
-        from batchbench.reports.figures.portrait import draw_portrait
+        from batchbench.reports.workload_profile import draw_portrait
 
         figure = draw_portrait(outline)
         files = {name: render_figure(figure, name.partition(".")[2]) for name in names}
@@ -140,7 +140,7 @@ def save(
     saving: SavingSpec,
 ) -> None:
     """A line a request, with its token ids."""
-    from batchbench.reports.destination import check_files
+    from batchbench.files import check_files
 
     with claimed(file, str(file)):
         check_files(file.parent, [file.name], overwrite=saving.overwrite)

@@ -9,9 +9,9 @@ import numpy as np
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import Verification
 from batchbench.batching.warming import WarmUp
-from batchbench.reports import metrics, timekeeping
-from batchbench.reports.gaps import gaps_ms
-from batchbench.reports.latency import ttft_ms
+from batchbench.reports import metrics
+from batchbench.reports import time_budget as timekeeping
+from batchbench.reports.latency import gaps_ms, ttft_ms
 from batchbench.reports.statistics import Distribution
 from batchbench.reports.time_budget import account_of
 from batchbench.workloads import Workload

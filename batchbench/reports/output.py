@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from batchbench.errors import UsageError
 from batchbench.files import write_whole
 from batchbench.reports.figures import draw, render
-from batchbench.reports.figures.ladder import draw_ladder
-from batchbench.reports.figures.trend import draw_trend
 from batchbench.reports.formats import html
 from batchbench.reports.frames import requests_frame, steps_frame
 from batchbench.reports.result import Result, recording_files, to_json
 from batchbench.reports.side_by_side import Labelled
-from batchbench.studies.ladder.result import LadderResult
-from batchbench.studies.ladder.result import to_json as ladder_json
-from batchbench.studies.trend.changes import Trend
 
 
 def write_folder(folder: Path, result: Result) -> list[Path]:
     """Write everything of a result; the paths, ``result.json`` first."""
     return write_whole(folder, _contents(result), stale=["recordings"])
-
-
-def write_ladder(folder: Path, result: LadderResult) -> list[Path]:
-    """Write ``ladder.json``, the picture and the recordings; the paths, ``ladder.json`` first."""
-    contents: dict[str, bytes | str] = {"ladder.json": ladder_json(result)}
-    figure = draw_ladder(result)
-    contents |= {f"ladder.{format}": render(figure, format) for format in ("png", "svg")}
-    contents |= recording_files(result.recordings)
-    return write_whole(folder, contents, stale=["recordings"])
-
-
-def write_trend(folder: Path, trend: Trend) -> list[Path]:
-    """Write ``trend.json`` and a picture of each line that has one; those of an older look go."""
-    data = json.dumps(trend.as_data(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    contents: dict[str, bytes | str] = {"trend.json": data}
-    drawn = [figure for judged in trend.lines if (figure := draw_trend(judged)) is not None]
-    for i, figure in enumerate(drawn, 1):
-        name = "trend" if i == 1 else f"trend-{i}"
-        contents |= {f"{name}.{format}": render(figure, format) for format in ("png", "svg")}
-    older = {path.name for path in folder.glob("trend*") if path.suffix in (".png", ".svg")}
-    return write_whole(folder, contents, stale=sorted(older - contents.keys()))
 
 
 def _contents(result: Result) -> Mapping[str, bytes | str]:
@@ -56,3 +31,57 @@ def _contents(result: Result) -> Mapping[str, bytes | str]:
     files["steps.csv"] = steps_frame(result).to_csv(index=False)
     files["report.html"] = html.render([Labelled("", result)])
     return files | recording_files(result.recordings)
+
+
+MOST_RESULTS = 24
+"""Results of one document, which stays readable and small."""
+
+PICTURES = ("timeline", "latency", "account")
+"""Pictures that Markdown refers to, in this order."""
+
+
+def check_number(folders: Sequence[Path]) -> None:
+    """See that so many results can be shown side by side, each once.
+
+    Raises:
+        UsageError: they are too many, or one is named twice.
+    """
+    if len(folders) > MOST_RESULTS:
+        raise UsageError(f"{len(folders)} results: show at most {MOST_RESULTS} side by side")
+    seen: set[str] = set()
+    for folder in folders:
+        real = os.path.realpath(folder)  # Path.resolve fails on a link that leads to itself
+        if real in seen:
+            raise UsageError(f"{folder}: is named twice; name each result once")
+        seen.add(real)
+
+
+def make_document(
+    format: str, folders: Sequence[Path], results: Sequence[Result], file: Path | None
+) -> str:
+    """The text of a document, in the format of ``report --format``, that is to lie at ``file``."""
+    from batchbench.reports.formats import dashboards, html, markdown
+    from batchbench.reports.formats import dashboards as pytest_json
+    from batchbench.reports.side_by_side import label_results
+
+    shown = label_results(folders, results)
+    if format == "html":
+        return html.render(shown)
+    if format.startswith("github-"):
+        return dashboards.render_github_benchmark(shown, bigger=format == "github-bigger")
+    if format == "bencher":
+        return dashboards.render_bencher(shown)
+    if format == "pytest-benchmark":
+        return pytest_json.render_pytest_benchmark(shown)
+    at = Path.cwd() if file is None else file.absolute().parent
+    return markdown.render(shown, [_pictures(folder, at) for folder in folders])
+
+
+def _pictures(folder: Path, at: Path) -> dict[str, str]:
+    """Pictures of a result that are there, by name, as seen from ``at``."""
+    files = {name: folder / f"{name}.png" for name in PICTURES}
+    return {
+        name: Path(os.path.relpath(file.absolute(), at)).as_posix()
+        for name, file in files.items()
+        if file.exists()
+    }

@@ -25,22 +25,19 @@ from batchbench.batching.verification import Finding, Verification
 from batchbench.batching.warming import WarmUp
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
-from batchbench.reports.comparison import Ratio, paired_ratio
-from batchbench.reports.decode_steps import beside_floor
-from batchbench.reports.fairness import Class, by_length, length_classes
-from batchbench.reports.fitting import beyond, small_batches_of
-from batchbench.reports.gaps import stalls
-from batchbench.reports.prediction import predict_outcome
+from batchbench.reports.latency import Class, by_length, length_classes, stalls
+from batchbench.reports.metrics import beside_floor
+from batchbench.reports.prediction import beyond, predict_outcome, small_batches_of
 from batchbench.reports.result_file import SCHEMA_VERSION, check_recordings, file_of, load_data
 from batchbench.reports.slo import NO_GOALS, GoalsSpec, as_config, from_config
-from batchbench.reports.time_budget import explain
-from batchbench.reports.timekeeping import rate_of
+from batchbench.reports.statistics import Ratio, paired_ratio
+from batchbench.reports.time_budget import explain, rate_of
 from batchbench.workloads import Workload
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from batchbench.reports.plots import Plots
+    from batchbench.api import Plots
 
 _FACTS = (
     "created_at",
@@ -129,7 +126,7 @@ class Result:
     @property
     def plot(self) -> Plots:
         """The pictures: ``result.plot.timeline()`` and so on; each is a matplotlib figure."""
-        from batchbench.reports.plots import Plots
+        from batchbench.api import Plots
 
         return Plots(self)
 
@@ -139,7 +136,7 @@ class Result:
         Raises:
             UsageError: it cannot be written, or holds a result and ``overwrite`` is not given.
         """
-        from batchbench.reports.destination import check_folder
+        from batchbench.files import check_folder
         from batchbench.reports.output import write_folder
 
         folder = Path(folder)
@@ -153,7 +150,7 @@ class Result:
         return f"<batchbench result: {self.title}: {sentence(self)}>"
 
     def _repr_html_(self) -> str:
-        from batchbench.reports.formats.notebook import render
+        from batchbench.api import render
 
         return render(self)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from batchbench.errors import shown
-from batchbench.reports.comparison import Ratio
 from batchbench.reports.result import Result, ratio_of
+from batchbench.reports.statistics import Ratio
 from batchbench.reports.text import number, spell_value
 
 _TOLD_APART = ("batchbench_version", "simulated", "config", "environment", "model", "workload")

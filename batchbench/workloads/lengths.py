@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchbench.errors import UsageError, shown
-from batchbench.inputs import MIB, open_binary
+from batchbench.files import MIB, open_binary
 from batchbench.values import parse_number, parse_whole
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import psutil
 from numpy.typing import NDArray
 
 from batchbench.errors import UsageError, shown
-from batchbench.inputs import MIB, read_binary
-from batchbench.workloads.ragged import Ints, Ragged
+from batchbench.files import MIB, read_binary
+from batchbench.workloads.request import Ints, Ragged
 from batchbench.workloads.seeds import stream
 
 CLASSIC_PROMPT = "The quick brown fox jumped over the"

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from batchbench import settings
-from batchbench.errors import UsageError
-from batchbench.inputs import check_there
-from batchbench.settings import setting
+from batchbench.errors import UsageError, shown
+from batchbench.files import check_there, read_binary
+from batchbench.settings import check_value, hints_of, kind_of, setting
 from batchbench.workloads import arrival_times
 from batchbench.workloads.arrival_times import ArrivalProcess, arrival_process
 from batchbench.workloads.lengths import Cycle, Lengths, parse_lengths
 
 _PANEL = "Workload"
+
 _ARRIVALS = "Arrivals"
+
 _TRACE = "Trace files"
 
 TRACE_FORMATS = ("sharegpt", "azure", "burstgpt", "mooncake", "batchbench")
@@ -29,6 +34,7 @@ LENGTHS = (
 """The grammar, shorter than in errors."""
 
 _CLASSIC = ("long_every", "long_tokens", "short_tokens")
+
 _OF_TRACE = ("trace_format", "trace_block_size", "trace_time_unit", "on_bad_row", "speed")
 
 
@@ -242,3 +248,71 @@ class WorkloadSpec:
         return Cycle(
             self.long_every or batch_size, self.long_tokens or 100, self.short_tokens or 10
         )
+
+
+LIMIT = 2**16
+"""Largest size of a workload file, which has about twenty keys."""
+
+_MOST_DOTS = 100
+"""Most dots of a line: the parser's time grows with the square of a dotted key's parts."""
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def read_workload_file(file: Path) -> dict[str, Any]:
+    """The settings that a TOML file gives, by field of :class:`WorkloadSpec`.
+
+    Files that it names are sought beside it.
+
+    Raises:
+        UsageError: it is no TOML, has an unknown key, or a value that is not of its key.
+    """
+    where = f"--workload {file}"
+    try:
+        text = read_binary(file, where, LIMIT).decode("utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.count(".") > _MOST_DOTS and not line.lstrip().startswith("#"):
+                raise UsageError(f"{where}: line {number}: has more than {_MOST_DOTS} dots")
+        table = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: is not UTF-8 text; save it as UTF-8") from error
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: is not TOML: {shown(error, 200)}") from error
+    hints = hints_of(WorkloadSpec)
+    known = {field.name: field for field in dataclasses.fields(WorkloadSpec)}
+    found = {}
+    for key, value in table.items():
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {shown(key)}; it takes {', '.join(known)}")
+        place = f"{where}: {key} = {_spelled(value)}"
+        found[key] = _value(place, hints[key], value, file.parent)
+        check_value(known[key], found[key], place)
+    return found
+
+
+def _spelled(value: object) -> str:
+    """Return a value for a message, as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"'{shown(value)}'" if isinstance(value, str) else shown(value)
+
+
+def _value(where: str, hint: Any, value: Any, folder: Path) -> Any:
+    """A TOML value as a field of this type holds it."""
+    kind: Any = kind_of(hint)
+    if kind is Path:
+        if isinstance(value, str) and value:
+            return folder / value
+        raise UsageError(f"{where}: must be the name of a file, in quotes")
+    if kind is str and type(value) is int:  # output_tokens = 7
+        value = str(value)
+    if kind is int and type(value) is float and value.is_integer():  # queue_size = 1e2
+        value = int(value)
+    if kind is float and type(value) is int and abs(value) < 10**300:
+        value = float(value)
+    if type(value) is not kind:
+        raise UsageError(f"{where}: must be {_KINDS[kind]}")
+    family, _, rest = value.partition(":") if kind is str else ("", "", "")
+    if family.strip() == "empirical" and rest:
+        return f"empirical:{folder / rest}"
+    return value

@@ -20,7 +20,7 @@ import transformers
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from batchbench.batching.clock import WallClock
+from batchbench.batching.engines import WallClock
 from batchbench.batching.experiment import GENERATE_BATCH
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.progress import Progress, Watch

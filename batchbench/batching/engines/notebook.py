@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from batchbench.batching.engines.torch.attention import cache_argument
 from batchbench.batching.engines.torch.base import TorchEngine, best_token
-from batchbench.batching.engines.torch.cache import cache_argument
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan
 from batchbench.errors import UsageError

@@ -7,10 +7,10 @@ from collections.abc import Collection
 
 import numpy as np
 
-from batchbench.batching.clock import VirtualClock
-from batchbench.batching.growth import GrowthLog
+from batchbench.batching.engines import VirtualClock
 from batchbench.batching.plan import Plan
 from batchbench.batching.recorder import Steps
+from batchbench.batching.recording import GrowthLog
 from batchbench.batching.step_cost import PS, StepCost
 from batchbench.workloads import Workload
 

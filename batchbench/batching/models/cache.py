@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from batchbench.batching.models.source import Source, find_model
-from batchbench.batching.models.spec import ModelSpec
+from batchbench.batching.models.source import ModelSpec, Source, find_model
 
 if TYPE_CHECKING:
     from batchbench.batching.models.loading import LoadedModel

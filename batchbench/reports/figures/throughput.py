@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Recording
-from batchbench.reports.comparison import FEWEST_PAIRS, Ratio, paired_ratio
 from batchbench.reports.figures.card import (
     INK,
     Floats,
@@ -21,6 +20,7 @@ from batchbench.reports.figures.card import (
     strip_axes,
     text_extent,
 )
+from batchbench.reports.statistics import FEWEST_PAIRS, Ratio, paired_ratio
 from batchbench.reports.text import spell_number
 
 _ROW, _BAR = 0.74, 0.36  # inches: a strategy's row, and the bar at its lower end

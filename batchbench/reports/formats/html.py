@@ -19,8 +19,8 @@ from markupsafe import Markup
 from batchbench.reports.figures.card import name_strategies
 from batchbench.reports.figures.occupancy import which_trial
 from batchbench.reports.formats import charts
-from batchbench.reports.formats.account import causes
 from batchbench.reports.formats.terminal import (
+    causes,
     cells,
     fit_lines,
     floor_lines,

@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import quote
 
-from batchbench.reports.formats.account import causes
-from batchbench.reports.formats.terminal import cells, notes, prediction_lines, sentence
+from batchbench.reports.formats.terminal import causes, cells, notes, prediction_lines, sentence
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import FIGURES, Labelled, SideBySide
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from batchbench.batching.clock import Clock
+from batchbench.batching.engines import Clock
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Ints, Recording
 from batchbench.errors import UsageError

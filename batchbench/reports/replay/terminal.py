@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.batching.engines.simulated import UNIT_NS
-from batchbench.reports.looks import looks_of
+from batchbench.reports.figures.card import looks_of
 from batchbench.reports.replay.frames import EMPTY, HELD, PROMPT, RUNNING, Film, Frame, Reel, Scene
 
 _GLYPHS = {PROMPT: "▓", RUNNING: "█", HELD: "╱", EMPTY: "·"}

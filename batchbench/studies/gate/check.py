@@ -20,19 +20,30 @@ import numpy as np
 import batchbench
 from batchbench.batching.experiment import Experiment
 from batchbench.errors import OutOfTimeError, UsageError
-from batchbench.reports.conditions import check_margin
-from batchbench.reports.sequential import Decision, Rule, Verdict, compare_means
-from batchbench.studies import twins
-from batchbench.studies.duet_gate import TOKENS_DEPEND_ON, facts, gate_of_nothing, no_time_for
-from batchbench.studies.gate.baseline import SCHEMA_VERSION, Baseline, Process, speedup, throughput
+from batchbench.reports.statistics import Decision, Rule, Verdict, compare_means
+from batchbench.studies.gate import baseline
+from batchbench.studies.gate.baseline import (
+    SCHEMA_VERSION,
+    Baseline,
+    Cut,
+    Process,
+    Seen,
+    speedup,
+    throughput,
+)
 from batchbench.studies.gate.counts import compare_work
-from batchbench.studies.gate.duet import TurnsWatch
+from batchbench.studies.gate.duet import (
+    TOKENS_DEPEND_ON,
+    TurnsWatch,
+    facts,
+    gate_of_nothing,
+    no_time_for,
+)
 from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Side, Varying, weigh
 from batchbench.studies.gate.processes import Installation, Workers
-from batchbench.studies.gate.spec import CheckSpec
-from batchbench.studies.identity import named_files
+from batchbench.studies.gate.spec import CheckSpec, check_margin
 from batchbench.studies.reproduce import pinned
-from batchbench.studies.twins import Cut, Seen
+from batchbench.studies.sweep.grid import named_files
 
 FIRST_LOOK, NEXT_LOOK = 8, 4
 """Processes before the first verdict, and between one and the next."""
@@ -125,7 +136,7 @@ def observe(
             watch.begins(f"process {len(observed.processes) + 1}")
             usual = observed.first.cut if observed.seen else cut
             try:
-                seen = twins.observe_process(workers, experiment, observed.known, usual, chance)
+                seen = baseline.observe_process(workers, experiment, observed.known, usual, chance)
             except OutOfTimeError as late:
                 observed.cut_off = late
                 return
@@ -169,8 +180,8 @@ def make_baseline(experiment: Experiment, processes: int, watch: TurnsWatch) -> 
                 "times": seen.cut.times,
                 "cycles": seen.cut.cycles,
             },
-            "lanes": twins.lanes_of(experiment),
-            "processes": [twins.as_data(process) for process in observed.processes],
+            "lanes": baseline.lanes_of(experiment),
+            "processes": [baseline.as_data(process) for process in observed.processes],
         }
     )
 
@@ -374,7 +385,7 @@ def record_of(observed: Observed, gate: Gate) -> bytes:
         "batchbench_version": batchbench.__version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "gate": gate.as_data(),
-        "processes": [twins.as_data(process) for process in observed.processes],
+        "processes": [baseline.as_data(process) for process in observed.processes],
     }
     return (json.dumps(data, allow_nan=False, ensure_ascii=False) + "\n").encode()
 

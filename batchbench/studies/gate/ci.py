@@ -6,17 +6,17 @@ Elements and attributes are those that Jenkins' xUnit plugin reads (its ``junit-
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from xml.etree import ElementTree
 
-from batchbench.reports.sequential import Verdict
+from batchbench.reports.statistics import Verdict
 from batchbench.studies.gate.evidence import Answer, Evidence, Gate, Kind, describe
 from batchbench.studies.gate.report import COUNTED, MEASURED, TITLES, cells
 
 _NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def render(gate: Gate, *, strict: bool = False) -> bytes:
+def render_junit(gate: Gate, *, strict: bool = False) -> bytes:
     """A test suite a kind of evidence, a test case a piece of it; there is always one.
 
     What fails is a failure; what was gated and cannot be told is skipped, or a failure where
@@ -88,3 +88,54 @@ def _details(each: Evidence) -> str:
 def _text(text: str) -> str:
     """Without the characters that XML cannot hold."""
     return _NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+MOST = 5
+"""Lines of one gate."""
+
+
+def render_annotations(gate: Gate, *, strict: bool = False) -> str:
+    """Errors for what fails, warnings for what cannot be told and for losses that were not gated.
+
+    Args:
+        strict: whether *cannot tell* is an error.
+    """
+    found = list(_found(gate, strict=strict))
+    shown, left_out = found[:MOST], len(found) - MOST
+    if left_out > 0:
+        kind, title, text = shown[-1]
+        shown[-1] = kind, title, f"{text}\n{left_out} more: see the report"
+    return "".join(command(kind, title, text) for kind, title, text in shown)
+
+
+def _found(gate: Gate, *, strict: bool) -> Iterator[tuple[str, str, str]]:
+    """Kind, title and text; errors first."""
+    name = f"batchbench {gate.command}"
+    for each in gate.failures:
+        yield "error", f"{name}: {_short(each)}", describe(each)
+    if gate.answer is Answer.UNKNOWN:
+        yield "error" if strict else "warning", f"{name}: cannot tell", gate.sentence
+    elif gate.untold:
+        which = ", ".join(each.name for each in gate.untold)
+        yield "warning", f"{name}: cannot tell", f"Of these nothing can be told: {which}."
+    for each in gate.evidence:
+        if each.verdict in (Verdict.SLOWER, Verdict.CHANGED) and not each.fails:
+            why = "allowed" if each.gated else "not gated"
+            yield "warning", f"{name}: {_short(each)}, {why}", describe(each)
+
+
+def _short(each: Evidence) -> str:
+    return f"{each.name} {'changed' if each.verdict is Verdict.CHANGED else f'is {each.verdict}'}"
+
+
+def command(kind: str, title: str, text: str) -> str:
+    """One workflow command, with its line end."""
+    return f"::{kind} title={_property(title)}::{_data(text)}\n"
+
+
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from batchbench.reports.sequential import Decision, Verdict
+from batchbench.reports.statistics import Decision, Verdict
 
 
 class Kind(StrEnum):

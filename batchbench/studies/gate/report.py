@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batchbench.reports.sequential import Verdict
-from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Varying, spell
+import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from batchbench.reports.formats.markdown import escape, fenced, table
+from batchbench.reports.statistics import Verdict
+from batchbench.studies.gate.baseline import OLD_DAYS, Baseline, speedup
+from batchbench.studies.gate.evidence import (
+    CANNOT_TELL,
+    Answer,
+    Evidence,
+    Gate,
+    Kind,
+    Varying,
+    spell,
+)
 
 TITLES: Mapping[Kind, str] = {
     Kind.WORK: "Work",
@@ -17,6 +36,7 @@ TITLES: Mapping[Kind, str] = {
 }
 
 COUNTED = ("Count or output", "Base", "New", "Change", "Verdict", "Gate")
+
 MEASURED = (
     "Metric",
     "Base",
@@ -205,3 +225,212 @@ def last_lines(gate: Gate) -> list[str]:
     """Notes, and how long it took."""
     took = [] if gate.seconds is None else [f"Took {gate.seconds:,.0f} s."]
     return [*gate.notes, *took]
+
+
+_STYLES = {Answer.PASSED: "bold green", Answer.FAILED: "bold red", Answer.UNKNOWN: "bold yellow"}
+
+
+def render_terminal(gate: Gate, *, strict: bool = False) -> RenderableType:
+    """The sentence, in a frame unless it passed, and all that it rests on.
+
+    Args:
+        strict: whether *cannot tell* ends with an exit code of its own.
+    """
+    parts: list[RenderableType] = [_answer(gate, strict=strict), Text()]
+    identity = Table.grid(padding=(0, 2, 0, 0))
+    for role, text in sides(gate):
+        identity.add_row(Text(role, style="bold"), Text(text, overflow="fold"))
+    parts += [identity, Text()]
+    for title, rows in (("settings", gate.settings), ("environment", gate.environment)):
+        if rows:
+            parts += [_differences(f"Differing {title}", rows), Text()]
+    for found in tables(gate):
+        parts += [*_evidence(found), Text()]
+    if not gate.evidence:
+        parts += [Text("Nothing was compared."), Text()]
+    parts += [Text(line, style="dim") for line in last_lines(gate)]
+    return Group(*parts)
+
+
+def _answer(gate: Gate, *, strict: bool) -> RenderableType:
+    style = _STYLES[gate.answer]
+    if gate.answer is Answer.PASSED:
+        return Text(gate.sentence, style=style)
+    text = Text(gate.sentence, style=style)
+    if gate.answer is Answer.UNKNOWN:
+        code = f"Exit code {CANNOT_TELL}." if strict else "Exit code 0; --strict makes it 3."
+        text.append(f"\nThis is no pass: a loss may be there that was not seen. {code}")
+    return Panel(text, box=box.HEAVY, style=style, padding=(0, 1))
+
+
+def _differences(title: str, rows: Sequence[Varying]) -> Table:
+    grid = _grid(title, ("Name", "Base", "New"), left=3)
+    for each in rows:
+        grid.add_row(*map(Text, varying(each)))
+    return grid
+
+
+def _evidence(found: Rows) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    title = TITLES[found.kind]
+    if found.rows and found.kind is Kind.WORK:
+        grid = _grid(title, ("Count\nor output", "Base", "New", "Change", "Verdict"), left=1)
+        for row in found.rows:
+            name, base, new, change, verdict, gate = row.cells
+            grid.add_row(
+                *map(Text, (name, base, new, change)), _reported(row.evidence, verdict, gate)
+            )
+        parts.append(grid)
+    elif found.rows:
+        parts.append(_measured_line(title, found))
+    else:
+        parts.append(Text(title, style="bold"))
+    return [*parts, *(Text(line) for line in found.below)]
+
+
+def _measured_line(title: str, found: Rows) -> Table:
+    """Two lines a row, so that it fits into 80 columns."""
+    head = ("Metric", "Base\nnew", "Change\n95 % CI", "Verdict", "Would find\nneeded")
+    grid = _grid(title, head, left=1)
+    for row in found.rows:
+        name, base, new, change, interval, verdict, gate, smallest, needed = row.cells
+        grid.add_row(
+            Text(name.replace(".", ".\n", 1)),
+            Text(f"{base}\n{new}"),
+            Text(f"{change}\n{interval}"),
+            _reported(row.evidence, verdict, gate),
+            Text(f"{smallest}\n{needed}".rstrip()),
+        )
+    return grid
+
+
+def _reported(each: Evidence, verdict: str, gate: str) -> Text:
+    text = Text(f"{verdict}\n{gate}")
+    if each.fails:
+        text.stylize("bold red")
+    elif each.verdict is Verdict.UNKNOWN:
+        text.stylize("bold yellow" if each.gated else "yellow")
+    elif each.verdict is Verdict.FASTER:
+        text.stylize("green")
+    return text
+
+
+def _grid(title: str, head: Sequence[str], *, left: int) -> Table:
+    grid = Table(
+        title=title,
+        title_style="bold",
+        title_justify="left",
+        pad_edge=False,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        collapse_padding=True,
+    )
+    for i, name in enumerate(head):
+        grid.add_column(Text(name), justify="left" if i < left else "right", overflow="fold")
+    return grid
+
+
+_ALERTS = {Answer.PASSED: "TIP", Answer.FAILED: "CAUTION", Answer.UNKNOWN: "WARNING"}
+"""Coloured boxes, of GitHub's and GitLab's Markdown; elsewhere they are plain quotations."""
+
+
+def render_markdown(gate: Gate, *, strict: bool = False) -> str:
+    """The sentence, what varies, the evidence, how to do it again.
+
+    Args:
+        strict: whether *cannot tell* ends with an exit code of its own.
+    """
+    return "\n".join(_lines(gate, strict=strict)).rstrip() + "\n"
+
+
+def _lines(gate: Gate, *, strict: bool) -> Iterator[str]:
+    # By this line a comment of an earlier run is found again and replaced.
+    yield from (
+        f"<!-- batchbench {gate.command} -->",
+        f"### batchbench {gate.command}",
+        "",
+    )
+    yield from (f"> [!{_ALERTS[gate.answer]}]", f"> **{escape(gate.sentence)}**")
+    if gate.answer is Answer.UNKNOWN:
+        code = "Exit code 3." if strict else "Exit code 0; `--strict` makes it 3."
+        yield from (">", f"> This is no pass: a loss may be there that was not seen. {code}")
+    yield ""
+    yield from table(["Side", "What it is"], sides(gate), left=2)
+    for title, rows in (("settings", gate.settings), ("environment", gate.environment)):
+        if rows:
+            yield from (f"**Differing {title}**", "")
+            yield from table(
+                ["Name", "Base", "New"], [list(varying(each)) for each in rows], left=3
+            )
+    for found in tables(gate):
+        yield from (f"**{TITLES[found.kind]}**", "")
+        if found.rows:
+            # A column that no row has anything in is not shown.
+            kept = [i for i in range(len(found.head)) if any(row.cells[i] for row in found.rows)]
+            rows_shown = [[row.cells[i] for i in kept] for row in found.rows]
+            yield from table([found.head[i] for i in kept], rows_shown, left=1)
+        for line in found.below:
+            yield from (escape(line), "")
+    if not gate.evidence:
+        yield from ("Nothing was compared.", "")
+    for line in last_lines(gate):
+        yield from (f"- {escape(line)}",)
+    yield from ("", "<details><summary>To do it again</summary>", "")
+    yield from (*fenced(gate.typed), "", "</details>")
+
+
+def render_json(gate: Gate, *, strict: bool = False) -> str:
+    """What has no meaning is null, never NaN; what JSON does not know is text."""
+    data = {**gate.as_data(), "exit_code": gate.exit_code(strict=strict)}
+    return json.dumps(_told(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _told(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(inner) for inner in value]
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
+
+
+def render_baseline(baseline: Baseline) -> RenderableType:
+    """Age, machine, the command that made it; then the work, and the ratios with their scatter."""
+    data, processes = baseline.data, baseline.processes
+    environment, model = data["environment"], data["model"]
+    packages = ", ".join(f"{n} {v}" for n, v in environment["packages"].items())
+    age = Text(f"Baseline, {baseline.age} ({data['created_at']})", "bold")
+    if baseline.age_days > OLD_DAYS:
+        age.stylize("bold yellow")
+    commit = environment.get("git_commit") or "N/A"
+    lines = (
+        f"{model['name']} · {model['device']} {model['dtype']} · {baseline.machine}",
+        f"batchbench {data['batchbench_version']} · commit {commit} · {packages}",
+        f"{len(processes)} fresh processes · {baseline.throughput(baseline.candidate):,.0f} "
+        f"tok/s under {baseline.candidate}",
+    )
+    grid = Table(pad_edge=False)
+    grid.add_column("Faster than", overflow="fold")
+    for title in ("Ratio", "Scatter", "Processes"):
+        grid.add_column(title, justify="right")
+    for twin in data["lanes"][1:]:
+        scatter = float(np.std([p.ratios[twin] for p in processes], ddof=1))
+        grid.add_row(
+            twin, f"{speedup(processes, twin):.3f}×", f"{scatter:.1%}", str(len(processes))
+        )
+    work = Table(pad_edge=False)
+    work.add_column("Counted of", overflow="fold")
+    for title in ("Forward passes", "Useful slot-steps", "Idle", "Outputs"):
+        work.add_column(title, justify="right")
+    for name, counts in data["work"].items():
+        figures = ("forward_passes", "useful_slot_steps", "idle_slot_steps")
+        told = [f"{counts[f]:,}" if f in counts else "N/A" for f in figures]
+        work.add_row(name, *told, (counts["output_digest"] or "N/A")[:8])
+    return Group(
+        age, *map(Text, lines), Text(), grid, Text(), work, Text(f"Again: {data['command']}")
+    )

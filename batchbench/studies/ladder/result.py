@@ -20,10 +20,10 @@ from batchbench.batching.verification import Verification
 from batchbench.batching.warming import WarmUp
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
-from batchbench.reports.comparison import paired_ratio
-from batchbench.reports.decode_steps import decode_steps
+from batchbench.reports.metrics import decode_steps
 from batchbench.reports.result import output_digest, workload_facts
-from batchbench.reports.timekeeping import host_share
+from batchbench.reports.statistics import paired_ratio
+from batchbench.reports.time_budget import host_share
 from batchbench.workloads import Workload
 
 SCHEMA_VERSION = 1

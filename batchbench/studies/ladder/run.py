@@ -13,9 +13,8 @@ from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import (
     GENERATE_BATCH,
 )
-from batchbench.batching.machine import environment, torch_environment
+from batchbench.batching.machine import PeakMemory, environment, torch_environment
 from batchbench.batching.models import find_model, find_tokenizer
-from batchbench.batching.peak_memory import PeakMemory
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.roofline import Ceiling
@@ -28,14 +27,13 @@ from batchbench.batching.verification import (
     verify,
 )
 from batchbench.errors import UsageError
-from batchbench.reports.decode_steps import decode_steps, full_kv_tokens
-from batchbench.studies.climb import Climb
-from batchbench.studies.ladder.rungs import ALL, Rung, choose_rungs
+from batchbench.reports.metrics import decode_steps, full_kv_tokens
+from batchbench.studies.ladder.rungs import ALL, Climb, Rung, choose_rungs
 from batchbench.workloads import make_workload
 
 if TYPE_CHECKING:
     from batchbench.batching.engines.torch.forward import Forward
-    from batchbench.batching.engines.torch.model_clock import ModelClock
+    from batchbench.batching.engines.torch.measure import ModelClock
     from batchbench.batching.models.loading import LoadedModel
 
 _WARM_UP_TOKENS, _WARM_UPS = 12, 2
@@ -172,9 +170,9 @@ class Ladder:
 
     def _stand(self, rung: Rung) -> _Standing:
         from batchbench.batching.engines.generate_batch import GenerateBatch
+        from batchbench.batching.engines.torch.attention import kv_token_bytes
         from batchbench.batching.engines.torch.build import make_engine
-        from batchbench.batching.engines.torch.cache import kv_token_bytes
-        from batchbench.batching.engines.torch.model_clock import ModelClock
+        from batchbench.batching.engines.torch.measure import ModelClock
 
         serving, longest = self.asked.serving, self.workload.max_total_tokens
         model, clock = self._model(rung.dtype), ModelClock()
@@ -208,8 +206,11 @@ class Ladder:
 
     def measure(self, watch: Watch) -> Mapping[str, Ceiling]:
         """What this machine allows, by number format, measured now."""
-        from batchbench.batching.engines.torch.measure import measure_bandwidth
-        from batchbench.batching.engines.torch.products import measure_products, reading_of
+        from batchbench.batching.engines.torch.measure import (
+            measure_bandwidth,
+            measure_products,
+            reading_of,
+        )
 
         watch.phase("measuring what this machine allows")
         rows, cached = self._full_step()
@@ -322,7 +323,7 @@ def _lacking(rung: Rung, base: LoadedModel) -> str | None:
     """Why this model on this device has no such rung; None where it has."""
     from batchbench.batching.engines.torch.forward import is_plain_gpt2
     from batchbench.batching.engines.torch.kernels import native
-    from batchbench.batching.engines.torch.onednn import onednn
+    from batchbench.batching.engines.torch.linear import onednn
     from batchbench.batching.models.loading import resolve_dtype
 
     if rung.dtype is not None:

@@ -11,7 +11,7 @@ from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError
-from batchbench.reports.fitting import Quality, known_cost
+from batchbench.reports.prediction import Quality, known_cost
 from batchbench.reports.result import Result, load_result
 
 Spec = TypeVar("Spec")

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from batchbench.reports.cells import Cells
 from batchbench.reports.figures.card import (
     FAINT,
     QUIET,
@@ -27,6 +26,7 @@ from batchbench.reports.figures.card import (
     text_extent,
 )
 from batchbench.reports.text import spell_option
+from batchbench.studies.sweep.table import Cells
 
 MOST_PANELS = 9
 """More would be stamps."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import itertools
+import json
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from decimal import Decimal
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import batchbench
@@ -16,7 +21,10 @@ from batchbench import settings
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.presets import Basis
 from batchbench.batching.step_cost import KnownCost
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, shown
+from batchbench.reports.result_file import SCHEMA_VERSION
+from batchbench.values import parse_number
+from batchbench.workloads.lengths import parse_lengths
 
 SWEPT: Mapping[str, type] = {"basis": Basis, **PARTS}
 """The specs whose fields may be swept."""
@@ -40,7 +48,7 @@ class Cell:
         """What the cell is kept under: equal digests give equal results."""
         if self.experiment is None:
             raise ValueError(f"no experiment: {self.fault}")
-        from batchbench.studies.identity import digest_of  # NumPy and SciPy, only now
+        # NumPy and SciPy, only now
 
         return digest_of(self.experiment)
 
@@ -153,3 +161,113 @@ def _words(name: str, values: tuple[Any, ...]) -> Iterator[str]:
     else:
         for value in values:
             yield from (option, str(value))
+
+
+GRAMMAR = (
+    "a number (8), a list (1,2,4), start:stop (1:3 is 1, 2, 3) or start:stop:step (1:16:5 is 1, 6, "
+    "11, 16)"
+)
+
+MOST = 10_000
+"""Values of one option; a longer range is a slip of the pen."""
+
+
+def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> list[int | float]:
+    """The numbers that ``text`` names, in its order; a stop that is hit is one of them.
+
+    Raises:
+        UsageError: the text is not of the grammar, or names too many numbers; names ``option``.
+    """
+    found: list[int | float] = []
+    place = f"{option} {shown(text)}"
+    for part in text.split(","):
+        for number in _range(part, place):
+            value = kind(number)
+            if value != number and kind is int:
+                raise UsageError(f"{place}: {shown(number)} must be a whole number")
+            found.append(value)
+        if len(found) > MOST:
+            raise UsageError(f"{place}: more than {MOST:,} values; give fewer")
+    return found
+
+
+def _range(part: str, asked: str) -> list[Decimal]:
+    """One number, or those of a range; decimals, since 0.1 + 0.2 must be 0.3."""
+    numbers = [parse_number(piece, asked, f"must be {GRAMMAR}") for piece in part.split(":")]
+    if len(numbers) == 1:
+        return numbers
+    if len(numbers) > 3:
+        raise UsageError(f"{asked}: must be {GRAMMAR}")
+    start, stop, step = numbers if len(numbers) == 3 else (*numbers, Decimal(1))
+    if step == 0 or (stop - start) / step < 0:
+        raise UsageError(
+            f"{asked}: a step of {shown(step)} does not lead from {shown(start)} to {shown(stop)}"
+        )
+    if (stop - start) / step >= MOST:
+        raise UsageError(f"{asked}: more than {MOST:,} values; take a larger step")
+    return [start + i * step for i in range(int((stop - start) / step) + 1)]
+
+
+LENGTH = 16
+"""Hexadecimal digits: among a million cells two agree by chance once in 4 × 10⁷ such sets."""
+
+
+def digest_of(experiment: Experiment) -> str:
+    """SHA-256, shortened, over all settings, the program's version, and the files that are named.
+
+    Files count with their content, a model's folder with names, sizes and times (its weights may
+    be many gigabytes), a policy of the user's own with its source.
+    """
+    depends = {
+        "batchbench": batchbench.__version__,
+        "schema": SCHEMA_VERSION,
+        "simulated": experiment.simulated,
+        "config": experiment.config(),
+        **({"cost": experiment.cost.as_dict()} if experiment.cost else {}),
+        "files": {
+            **named_files(experiment),
+            **{n: _module(n.partition(":")[0]) for n in experiment.serving.strategies if ":" in n},
+        },
+    }
+    text = json.dumps(depends, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def named_files(experiment: Experiment) -> dict[str, Any]:
+    """Of every setting that is a path, and of a model that is a folder."""
+    found: dict[str, Any] = {}
+    for part in ("workload", "serving", "trials", "model"):
+        spec = getattr(experiment, part)
+        for field in fields(spec):
+            value = getattr(spec, field.name)
+            file = value if isinstance(value, Path) else _file_of_lengths(field.name, value)
+            if file is not None and file.is_file():
+                with file.open("rb") as content:
+                    found[field.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    folder = Path(experiment.model.model)
+    if folder.is_dir():
+        found["model"] = [
+            (file.name, (about := file.stat()).st_size, about.st_mtime_ns)
+            for file in sorted(folder.iterdir())
+            if file.is_file()
+        ]
+    return found
+
+
+def _file_of_lengths(name: str, value: Any) -> Path | None:
+    """The file of lengths that ``empirical:FILE`` names."""
+    if name not in ("prompt_tokens", "output_tokens") or value is None:
+        return None
+    file = getattr(parse_lengths(value, settings.option_name(name)), "file", None)
+    return None if file is None else Path(file)
+
+
+def _module(name: str) -> str | None:
+    """Digest of a module's source, where it has a file."""
+    loaded = sys.modules.get(name)
+    origin = getattr(loaded, "__file__", None)
+    if origin is None:
+        spec = importlib.util.find_spec(name)
+        origin = spec.origin if spec is not None else None
+    file = Path(origin) if origin else None
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None

@@ -3,18 +3,57 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Protocol
 
+from batchbench.batching.dry_run import estimate
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import Shelf
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, conduct
 from batchbench.errors import Interrupted, UsageError
 from batchbench.reports.result import make_result
-from batchbench.studies.pace import Pace, work_of
-from batchbench.studies.sweep.grid import Cell
+from batchbench.reports.text import spell_option
+from batchbench.studies.sweep.grid import Cell, Grid
 from batchbench.studies.sweep.store import Store
+
+MOST_REQUESTS = 20_000
+"""A larger workload is not simulated only to know how long it will take."""
+
+
+def work_of(experiment: Experiment) -> float:
+    """Forward passes of all trials, by simulation; where that would take long, requests."""
+    workload, trials = experiment.workload, experiment.trials.trials
+    if experiment.simulated or (workload.queue_size or 0) > MOST_REQUESTS:
+        return float((workload.queue_size or 1) * trials * len(experiment.serving.strategies))
+    try:
+        found = estimate(replace(experiment, simulated=True), Watch())
+    except UsageError:  # it cannot be served, which the cell itself will say
+        return 0.0
+    return float(sum(found.steps.values()) * trials)
+
+
+@dataclass
+class Pace:
+    """Seconds a piece of work, and from it the time left."""
+
+    work: dict[str, float]  # of the cells that are not done, by digest
+    _seconds_each: list[float] = field(default_factory=list)
+
+    def done(self, digest: str, seconds: float) -> None:
+        """A cell is finished, after so long."""
+        work = self.work.pop(digest, 0.0)
+        if work:
+            self._seconds_each.append(seconds / work)
+
+    def left_s(self) -> float | None:
+        """Seconds until all is done; None before the first cell is."""
+        if not self._seconds_each:
+            return None
+        return median(self._seconds_each) * sum(self.work.values())
+
 
 Conduct = Callable[[Experiment, Watch, Shelf], Outcome]
 
@@ -106,3 +145,30 @@ def _by_model(cells: Sequence[Cell]) -> list[Cell]:
     for cell in cells:
         seen.setdefault((_asked(cell).model, _asked(cell).workload.seed), len(seen))
     return sorted(cells, key=lambda c: seen[(_asked(c).model, _asked(c).workload.seed)])
+
+
+def lines_of(grid: Grid) -> Iterator[str]:
+    """A line a cell, then the sum; each is simulated when its line is asked for."""
+    total = impossible = 0
+    for number, cell in enumerate(grid.cells, 1):
+        told, steps = _passes(cell)
+        total += steps
+        impossible += not steps
+        which = ", ".join(spell_option(name, cell.chosen[name]) for name in grid.varying)
+        yield f"{number:>{len(str(len(grid.cells)))}}  {which or 'the one cell'}: {told}"
+    failing = f", {impossible} of them cannot be served" if impossible else ""
+    yield f"{len(grid.cells)} cells{failing}; {total:,} forward passes with all trials"
+
+
+def _passes(cell: Cell) -> tuple[str, int]:
+    """What a cell takes, for people; and the passes of all its trials, 0 where it is impossible."""
+    try:
+        if cell.experiment is None:
+            raise UsageError(cell.fault)
+        found = estimate(replace(cell.experiment, simulated=True), Watch())
+    except UsageError as error:
+        return f"cannot be served: {error}", 0
+    about = "" if found.exact else "at most "
+    counts = ", ".join(f"{name} {about}{steps:,}" for name, steps in found.steps.items())
+    trials = f" × {found.trials} trials" if found.trials > 1 else ""
+    return f"{counts} forward passes{trials}", sum(found.steps.values()) * found.trials

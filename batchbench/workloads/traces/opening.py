@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
 from batchbench.errors import UsageError
-from batchbench.files import reason_of
-from batchbench.inputs import open_binary
+from batchbench.files import open_binary, reason_of
 from batchbench.workloads.traces.contents import HEAD_BYTES
 
 if sys.version_info >= (3, 14):

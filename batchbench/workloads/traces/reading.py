@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from batchbench.errors import UsageError
 from batchbench.workloads.prompts import BLOCK_TOKENS, Encode
-from batchbench.workloads.ragged import Ragged
+from batchbench.workloads.request import Ragged
 from batchbench.workloads.traces.contents import described, format_of, is_hopeless
 from batchbench.workloads.traces.documents import read_sharegpt
 from batchbench.workloads.traces.mooncake import read_mooncake

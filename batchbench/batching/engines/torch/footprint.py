@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from batchbench.batching.engines.torch.cache import kv_token_bytes
+from batchbench.batching.engines.torch.attention import kv_token_bytes
 from batchbench.batching.experiment import budget_of
 
 HEADROOM = 0.1

@@ -8,8 +8,13 @@ import torch
 from torch.nn.functional import embedding, layer_norm
 from transformers import PretrainedConfig
 
-from batchbench.batching.engines.torch.attention import NAME, Layout, attend, attend_natively
-from batchbench.batching.engines.torch.cache import cache_argument
+from batchbench.batching.engines.torch.attention import (
+    NAME,
+    Layout,
+    attend,
+    attend_natively,
+    cache_argument,
+)
 from batchbench.batching.engines.torch.kernels import Native, native
 from batchbench.batching.engines.torch.linear import Kernels, Linear, make_linear
 from batchbench.batching.models.loading import LoadedModel

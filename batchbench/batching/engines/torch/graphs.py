@@ -15,9 +15,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from batchbench.batching.engines.torch.attention import Layout
+from batchbench.batching.engines.torch.attention import Layout, SlotCache
 from batchbench.batching.engines.torch.base import best_token
-from batchbench.batching.engines.torch.cache import SlotCache
 from batchbench.batching.engines.torch.forward import Forward
 from batchbench.batching.plan import Plan
 

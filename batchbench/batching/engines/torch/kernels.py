@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from batchbench.batching.processor import Processor
+from batchbench.batching.machine import Processor
 from batchbench.files import replacing
 
 SOURCE = Path(__file__).with_name("kernels.cpp")

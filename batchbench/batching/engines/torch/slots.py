@@ -8,9 +8,8 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from batchbench.batching.engines.torch.attention import Layout, Prompts
+from batchbench.batching.engines.torch.attention import Layout, Prompts, SlotCache
 from batchbench.batching.engines.torch.base import TorchEngine, best_token
-from batchbench.batching.engines.torch.cache import SlotCache
 from batchbench.batching.engines.torch.forward import CountedForward, Forward, make_forward
 from batchbench.batching.engines.torch.graphs import Capture, Compile, PreparedDecode
 from batchbench.batching.models.loading import LoadedModel

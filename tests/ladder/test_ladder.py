@@ -1,0 +1,514 @@
+"""The ladder: what is asked, what is climbed, what is told of it, and what is written."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from rich.console import Console
+from support.models import MakeModel
+
+from batchbench.batching.engines.notebook import NotebookEngine
+from batchbench.batching.engines.torch import measure as measuring
+from batchbench.batching.experiment import ServingSpec, TrialsSpec
+from batchbench.batching.models import ModelSpec
+from batchbench.batching.progress import Progress, Watch
+from batchbench.batching.recording import Recording
+from batchbench.batching.roofline import Bandwidth, Ceiling, Reading
+from batchbench.batching.session import observe
+from batchbench.batching.verification import Remembered, Verification
+from batchbench.cli.main import _guarded
+from batchbench.errors import UsageError
+from batchbench.reports.metrics import decode_steps
+from batchbench.studies.ladder import run as climbing
+from batchbench.studies.ladder.report import card_lines, draw_ladder, render, sentence, write_ladder
+from batchbench.studies.ladder.result import LadderResult, make_card, make_ladder, to_json
+from batchbench.studies.ladder.run import Climbed, Ladder
+from batchbench.studies.ladder.rungs import RUNGS, Climb, LadderSpec, choose_rungs
+from batchbench.workloads.spec import WorkloadSpec
+
+if TYPE_CHECKING:
+    from batchbench.batching.models.loading import LoadedModel
+
+NAMES = ["notebook-static", "notebook", "generate_batch", "slots", "mixed", "lean"]
+"""What a CPU whose torch packs nothing would climb in float32."""
+
+
+@pytest.fixture(autouse=True)
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bandwidth of a cache will do here."""
+    monkeypatch.setattr(measuring, "cache_bytes", lambda device: 2**18)
+    monkeypatch.setattr(measuring, "_LEAST_BYTES", 2**20)
+
+
+def asked(checkpoint: Path | str, rungs: str = "all", rounds: int = 1, **settings: Any) -> Climb:
+    return Climb(
+        WorkloadSpec(queue_size=6, long_tokens=9, short_tokens=4),
+        ModelSpec(model=str(checkpoint), device="cpu", dtype=settings.pop("dtype", "auto")),
+        ServingSpec(batch_size=3),
+        TrialsSpec(**settings),
+        LadderSpec(rungs, rounds),
+    )
+
+
+def result_of(made: Ladder, climbed: Climbed) -> LadderResult:
+    return make_ladder(
+        command=made.asked.command(),
+        config=made.asked.config(),
+        environment=made.environment,
+        model=made.model,
+        workload=made.workload,
+        ceilings=climbed.ceilings,
+        rungs=[
+            {"name": r.name, "change": r.change, "engine": r.engine, "dtype": r.dtype}
+            for r in climbed.rungs
+        ],
+        recordings=climbed.recordings,
+        verifications=climbed.verifications,
+        left_out=made.left_out,
+        stopped=climbed.stopped,
+    )
+
+
+@pytest.fixture(scope="module")
+def climbed(checkpoint: Path) -> Iterator[tuple[Ladder, Climbed, LadderResult]]:
+    """All rungs, two rounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "cache_bytes", lambda device: 2**18)
+        patch.setattr(measuring, "_LEAST_BYTES", 2**20)
+        made = Ladder(asked(checkpoint, rounds=2), Watch())
+        found = made.climb(Watch(), made.measure(Watch()))
+        yield made, found, result_of(made, found)
+
+
+# What is asked
+
+
+@pytest.mark.parametrize(
+    ("rungs", "said"),
+    [
+        ("packd", r"--rungs packd: no such rung; they are notebook-static, notebook, generate_"),
+        ("lean,lean", r"--rungs lean,lean: name each rung once"),
+        (" , ", r"--rungs , : name each rung once, such as notebook,packed"),
+    ],
+)
+def test_rungs_that_are_not_there_are_named_with_those_that_are(rungs: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        LadderSpec(rungs)
+
+
+def test_rungs_are_climbed_from_the_ground_up_however_they_are_named() -> None:
+    assert [r.name for r in choose_rungs("packed, notebook")] == ["notebook", "packed"]
+    assert choose_rungs("all") == RUNGS
+    assert len({rung.name for rung in RUNGS}) == len(RUNGS)
+
+
+def test_the_command_asks_for_the_same_again(checkpoint: Path) -> None:
+    command = asked(checkpoint, "slots,lean", 5).command()
+    assert command == (
+        "batchbench ladder --batch-size 3 --queue-size 6 --long-tokens 9 --short-tokens 4 "
+        f"--model {checkpoint} --device cpu --rungs slots,lean --rounds 5"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rung", "said"),
+    [
+        ("graph", "--rungs graph: CUDA graphs need a CUDA device"),
+        ("bfloat16", "--rungs bfloat16: the model is in bfloat16 already; give --dtype float32"),
+    ],
+)
+def test_a_rung_that_this_device_lacks_is_refused_by_name(
+    checkpoint: Path, rung: str, said: str
+) -> None:
+    dtype = "bfloat16" if rung == "bfloat16" else "auto"
+    with pytest.raises(UsageError, match=said):
+        Ladder(asked(checkpoint, rung, dtype=dtype), Watch())
+
+
+def test_other_families_climb_what_is_there_for_them(make_model: MakeModel, tmp_path: Path) -> None:
+    llama = make_model(
+        {
+            "model_type": "llama",
+            "vocab_size": 300,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+        }
+    )
+    llama.module.save_pretrained(tmp_path / "llama")
+    made = Ladder(asked(tmp_path / "llama"), Watch())
+    names = [rung.name for rung in made.rungs]
+    assert names == ["notebook-static", "notebook", "generate_batch", "slots", "mixed", "bfloat16"]
+    assert set(made.left_out) == {"lean", "compile", "graph", "packed", "kernels"}
+    assert "GPT-2 family" in made.left_out["lean"]
+
+
+def test_what_comes_over_time_is_not_climbed(checkpoint: Path) -> None:
+    timed = replace(asked(checkpoint), workload=WorkloadSpec(queue_size=4, request_rate=5.0))
+    with pytest.raises(UsageError, match="all requests must be there at the start"):
+        Ladder(timed, Watch())
+
+
+def test_a_workload_without_decode_steps_has_no_floor(checkpoint: Path) -> None:
+    single = WorkloadSpec(queue_size=4, long_tokens=1, short_tokens=1)
+    made = Ladder(replace(asked(checkpoint, "slots"), workload=single), Watch())
+    with pytest.raises(UsageError, match="raise --long-tokens"):
+        made.measure(Watch())
+
+
+# What is climbed
+
+
+def test_every_rung_serves_the_same_with_the_models_own_tokens(
+    climbed: tuple[Ladder, Climbed, LadderResult],
+) -> None:
+    made, found, result = climbed
+    assert [r.name for r in found.rungs][: len(NAMES)] == NAMES
+    assert found.rungs[-1].dtype == "bfloat16"
+    assert {r.dtype for r in found.rungs[:-1]} == {"float32"}
+    outputs = {}
+    for rung in found.rungs:
+        trials = found.recordings[rung.name]
+        assert len(trials) == 2
+        for trial in trials:
+            assert trial.header.strategy == rung.name
+            assert trial.requests.output_tokens.tolist() == made.workload.output_tokens.tolist()
+        verified = found.verifications[rung.name]
+        assert (verified.requests_checked, verified.wrong) == (6, 0)
+        outputs.setdefault(rung.dtype, set()).add(trials[0].tokens.tobytes())
+    assert len(outputs["float32"]) == 1
+    assert result.passed
+
+
+def test_each_rung_changes_one_thing(climbed: tuple[Ladder, Climbed, LadderResult]) -> None:
+    """The steps tell policy and prefill apart; the tensors the rest."""
+    rungs = {rung["name"]: rung for rung in climbed[2].data["rungs"]}
+    passes = {n: r["counters"]["forward_passes"] for n, r in rungs.items() if r["counters"]}
+    assert passes["notebook-static"] > passes["notebook"] == passes["slots"] > passes["mixed"]
+    assert passes["lean"] == passes["mixed"] == passes["bfloat16"]
+    assert rungs["generate_batch"]["counters"] is None
+    memory = climbed[0].memory
+    assert memory["lean"]["packed_weight_bytes"] == 0
+    assert memory["bfloat16"]["weight_bytes"] * 2 == memory["lean"]["weight_bytes"]
+
+
+def test_figures_of_a_rung_are_those_of_its_recordings(
+    climbed: tuple[Ladder, Climbed, LadderResult],
+) -> None:
+    _, found, result = climbed
+    assert len(found.ceilings) == 3  # before, between and after two rounds
+    for rung in result.data["rungs"]:
+        steps = [decode_steps(trial).full_ms or 0 for trial in found.recordings[rung["name"]]]
+        assert rung["decode_step_ms"] == pytest.approx(sum(steps) / 2)
+        assert rung["decode_step_rows"] == 3
+        alone = [measured[rung["dtype"]].products_s * 1e3 for measured in found.ceilings]
+        times = [steps[i] / ((alone[i] + alone[i + 1]) / 2) for i in range(2)]
+        assert rung["times_products"] == pytest.approx(sum(times) / 2)
+        known = result.data["card"]["formats"][rung["dtype"]]
+        assert rung["floor_share"] == pytest.approx(
+            known["floor_ms"] / rung["decode_step_ms"], rel=2
+        )
+        assert 0 < rung["outside_model"] < 1
+        first, last = found.recordings[rung["name"]]
+        for yardstick, speedup in rung["speedup"].items():
+            if yardstick == rung["name"]:
+                assert speedup is None
+                continue
+            other = found.recordings[yardstick]
+            pairs = [
+                o.duration_ns / t.duration_ns for o, t in zip(other, (first, last), strict=True)
+            ]
+            assert min(pairs) <= speedup["median"] <= max(pairs)
+
+
+def test_rungs_take_turns_in_alternating_order(checkpoint: Path) -> None:
+    class Order(Watch):
+        def __init__(self) -> None:
+            self.begun: list[tuple[str, int]] = []
+            self.told: set[str] = set()
+
+        def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
+            self.begun.append((strategy, trial))
+
+        def progressed(self, progress: Progress) -> None:
+            self.told.add(progress.strategy)
+
+    watch = Order()
+    made = Ladder(asked(checkpoint, "slots,mixed,lean", 2, verify="none"), Watch())
+    made.climb(watch, made.measure(Watch()))
+    up = ["slots", "mixed", "lean"]
+    assert watch.begun == [*((n, 0) for n in up), *((n, 1) for n in reversed(up))]
+    assert watch.told == set(up)
+
+
+def test_wrong_tokens_of_one_rung_are_told_of_that_one(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook whose mask lets padding through gives wrong tokens; the slots engine does not."""
+    right = NotebookEngine._compute
+
+    def leaking(self: Any, ids: Any, mask: Any, positions: Any, past: Any) -> Any:
+        return right(self, ids, mask, positions + 1, past)
+
+    monkeypatch.setattr(NotebookEngine, "_compute", leaking)
+    made = Ladder(asked(checkpoint, "notebook,lean"), Watch())
+    result = result_of(made, made.climb(Watch(), made.measure(Watch())))
+    wrong = {rung["name"]: rung["verification"]["wrong"] for rung in result.data["rungs"]}
+    assert wrong["lean"] == 0
+    assert wrong["notebook"] > 0
+    assert not result.passed
+    assert "WRONG tokens on notebook: request" in sentence(result)
+    assert result.data["validity"]["status"] == "suspect"
+
+
+def test_ctrl_c_keeps_whole_rounds(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(100))
+
+    def impatient(*args: Any, **options: Any) -> Recording:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return observe(*args, **options)
+
+    monkeypatch.setattr(climbing, "observe", impatient)
+    made = Ladder(asked(checkpoint, "slots,lean", 5), Watch())
+    allowed = made.measure(Watch())
+    found = made.climb(Watch(), allowed)
+    assert [len(trials) for trials in found.recordings.values()] == [1, 1]
+    assert found.stopped == "interrupted after 1 of 5 rounds"
+    assert not any(v.requests_checked for v in found.verifications.values())
+    calls = iter([3])
+    with pytest.raises(KeyboardInterrupt):
+        made.climb(Watch(), allowed)
+
+
+def test_a_reference_is_asked_once_for_all_rungs() -> None:
+    import numpy as np
+
+    class Counting:
+        name, asked = "counting", 0
+
+        def deviations(self, prompt: Any, output: Any) -> Sequence[Any]:
+            self.asked += 1
+            return []
+
+    reference = Counting()
+    remembered = Remembered(reference)
+    assert remembered.name == "counting"
+    prompt = np.array([1, 2], np.int32)
+    for output in ([5], [5, 6], [5]):
+        remembered.deviations(prompt, np.array(output, np.int32))
+    assert reference.asked == 2
+
+
+# What is told
+
+
+def test_the_card_stands_on_its_own() -> None:
+    speed = Bandwidth(31.7e9, "sum", 2**30, 260 * 2**20, 7, 2)
+    ceilings = {
+        "float32": Ceiling(
+            speed, Reading("float32", 497_759_232, 494_613_504, 73_728), 0.0247, 8, 300
+        ),
+        "bfloat16": Ceiling(
+            speed, Reading("bfloat16", 248_879_616, 247_306_752, 36_864), 0.0061, 8, 300
+        ),
+    }
+    lines = card_lines(make_card(ceilings))
+    text = "\n".join(lines)
+    assert "31.7 GB/s read, 2 threads; measured on a buffer of 1,024 MiB," in text
+    assert "3.9 × the last-level cache (too little): sum, median of 7" in text
+    assert "floor    16.3 ms a decode step: (weights + KV read) / bandwidth" in text
+    assert "ceiling  324 tokens/s, where arithmetic binds" in text
+    assert "ceiling  982 tokens/s, where memory binds" in text
+    assert max(map(len, lines)) <= 80
+
+
+def shown(result: LadderResult, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(render(result))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_fits_and_cuts_nothing_off(
+    climbed: tuple[Ladder, Climbed, LadderResult], width: int
+) -> None:
+    text = shown(climbed[2], width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert "…" not in text
+    for rung in climbed[2].data["rungs"]:
+        assert rung["name"][: width // 12] in text
+    assert "Left out: graph: CUDA graphs need a CUDA device" in text.replace("\n", " ")
+
+
+def altered(result: LadderResult, name: str, **figures: Any) -> LadderResult:
+    rungs = [{**r, **figures} if r["name"] == name else r for r in result.data["rungs"]]
+    return LadderResult({**result.data, "rungs": rungs}, result.recordings)
+
+
+def test_what_is_not_known_is_not_made_up(climbed: tuple[Ladder, Climbed, LadderResult]) -> None:
+    unknown = altered(
+        climbed[2],
+        "lean",
+        decode_step_ms=None,
+        floor_share=None,
+        times_products=None,
+        outside_model=None,
+    )
+    row = next(line for line in shown(unknown, 120).splitlines() if line.startswith("lean  "))
+    assert row.count("N/A") == 4
+    draw_ladder(unknown)
+
+
+def test_ties_and_faults_stand_beside_their_rung(
+    climbed: tuple[Ladder, Climbed, LadderResult],
+) -> None:
+    verdict = {**climbed[2].data["rungs"][0]["verification"]}
+    tied = altered(
+        climbed[2], "slots", verification={**verdict, "identical": 5, "numerical_ties": 1}
+    )
+    lines = shown(tied, 80).splitlines()
+    row = next(i for i, line in enumerate(lines) if line.startswith("slots"))
+    assert lines[row].rstrip().endswith("5 same")
+    assert lines[row + 1].rstrip().endswith("1 tie")
+    unverified = altered(climbed[2], "slots", verification={**verdict, "requests_checked": 0})
+    assert "tokens not verified" in sentence(unverified)
+
+
+def test_the_picture_shows_every_rung_and_both_limits(
+    climbed: tuple[Ladder, Climbed, LadderResult],
+) -> None:
+    figure = draw_ladder(climbed[2])
+    rates, steps = figure.axes
+    rungs = climbed[2].data["rungs"]
+    assert [bar.get_gid() for bar in rates.patches] == [f"rate-{i}" for i in range(len(rungs))]
+    for bar, rung in zip(rates.patches, rungs, strict=True):
+        assert bar.get_width() == pytest.approx(rung["summary"]["output_throughput"])
+    for bar, rung in zip(steps.patches, rungs, strict=True):
+        assert bar.get_width() == pytest.approx(rung["decode_step_ms"])
+    limits = [line.get_xdata()[0] for line in steps.lines]
+    known = [climbed[2].data["card"]["formats"][rung["dtype"]] for rung in rungs]
+    assert limits == [k[name] for k in known for name in ("floor_ms", "products_ms")]
+    assert all(bar.get_width() < steps.get_xlim()[1] for bar in steps.patches)
+
+
+def test_files_are_written_whole_and_recordings_with_them(
+    climbed: tuple[Ladder, Climbed, LadderResult], tmp_path: Path
+) -> None:
+    files = write_ladder(tmp_path, climbed[2])
+    assert files[0] == tmp_path / "ladder.json"
+    assert {f.name for f in files[:3]} == {"ladder.json", "ladder.png", "ladder.svg"}
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads((tmp_path / "ladder.json").read_text())
+    assert data == json.loads(to_json(climbed[2]))
+    again = Recording.load(tmp_path / "recordings" / "2-1.npz")
+    assert again.header.strategy == "generate_batch"
+    assert again.header.trial == 1
+
+
+# The command
+
+
+def said(
+    words: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["batchbench", "ladder", *words])
+    code = _guarded()
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+SMALL = "--batch-size 3 --queue-size 5 --long-tokens 6 --short-tokens 3 --rounds 1 --device cpu"
+
+
+def test_the_command_says_what_the_machine_allows_before_it_measures(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before: list[str] = []
+
+    def listening(*args: Any, **options: Any) -> Recording:
+        before.append(capsys.readouterr().out)
+        return observe(*args, **options)
+
+    monkeypatch.setattr(climbing, "observe", listening)
+    folder = tmp_path / "ladder"
+    words = [*SMALL.split(), "--model", str(checkpoint), "--output", str(folder)]
+    code, out, _ = said([*words, "--rungs", "notebook,lean"], monkeypatch, capsys)
+    assert code == 0
+    assert before[0].startswith("What this machine allows\n")
+    assert "lean" in out
+    assert "Again: batchbench ladder --batch-size 3" in out
+    assert "with ladder.json, ladder.png, ladder.svg …" in out
+    code, _, err = said(words, monkeypatch, capsys)
+    assert (code, "holds a result" in err) == (2, True)
+
+
+def test_json_stands_alone_and_quiet_is_a_sentence(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL.split(), "--model", str(checkpoint), "--rungs", "lean"]
+    code, out, _ = said([*words, "--json", "--output", "a"], monkeypatch, capsys)
+    assert code == 0
+    assert json.loads(out)["rungs"][0]["name"] == "lean"
+    code, out, err = said([*words, "--quiet", "--output", "b"], monkeypatch, capsys)
+    assert (code, err) == (0, "")
+    assert out.startswith("lean yields ")
+    assert len(out.splitlines()) == 1
+
+
+def test_wrong_tokens_are_exit_code_1(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = Verification(5, 4, 0, 1, "r", 1.0, ())
+    monkeypatch.setattr(climbing, "verify", lambda *asked: wrong)
+    monkeypatch.setattr("batchbench.studies.ladder.run.report._first_fault", lambda result: "why")
+    words = [*SMALL.split(), "--model", str(checkpoint), "--rungs", "lean"]
+    code, out, _ = said([*words, "--quiet", "--output", str(tmp_path / "a")], monkeypatch, capsys)
+    assert code == 1
+    assert "WRONG tokens on lean: why" in out
+    assert (tmp_path / "a" / "ladder.json").exists()
+
+
+def test_a_wrong_rung_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (["--rungs", "top"], ["--model", "./absent"], ["--rounds", "0"]):
+        code, out, err = said(words, monkeypatch, capsys)
+        assert (code, out) == (2, "")
+        assert words[0] in err
+        assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_is_left_able_to_be_verified(tiny: LoadedModel) -> None:
+    """Every rung sets the attention that it needs; the reference sets its own again."""
+    from batchbench.batching.engines.torch.reference import TeacherForced
+
+    tiny.module.set_attn_implementation("eager")
+    TeacherForced(tiny)
+    assert tiny.module.config._attn_implementation == "sdpa"
+    assert torch.is_grad_enabled()

@@ -1,0 +1,31 @@
+"""The tiny model of the tests: its configuration, its sentences, and the types of its fixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from batchbench.batching.models.loading import LoadedModel
+
+TINY: Mapping[str, Any] = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 300,
+    "n_positions": 128,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+SENTENCES = (
+    "The quick brown fox jumped over the lazy dog.",
+    "A request is written into its slot and leaves by being forgotten.",
+    "Static batching waits for the longest request; continuous batching does not.",
+    "What the comparison shows is two decisions alone, and not two loops.",
+)
+
+MakeModel = Callable[..., "LoadedModel"]
+Alone = Callable[["LoadedModel", Sequence[int], int], list[int]]
