@@ -103,7 +103,7 @@ def _write_and_show(curve: Curve, output: Path, study: SlotsSpec) -> None:
     from rich.console import Console
 
     from batchbench.files import write_whole
-    from batchbench.reports.figures import render
+    from batchbench.reports.figures import figure_bytes
     from batchbench.studies.predict.batch_sizes import (
         draw_slots,
         headline,
@@ -121,7 +121,7 @@ def _write_and_show(curve: Curve, output: Path, study: SlotsSpec) -> None:
     figure = draw_slots(frame, enough, headline(curve), curve.title, measured)
     contents: dict[str, bytes | str] = {"predict.json": text}
     contents["predict.csv"] = frame.to_csv(index=False)
-    contents |= {f"slots.{format}": render(figure, format) for format in ("png", "svg")}
+    contents |= {f"slots.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
     files = write_whole(output, contents)
     if study.json:
         echo_json(text)
@@ -404,7 +404,7 @@ def _write_and_show_map(
     from rich.console import Console
 
     from batchbench.files import write_whole
-    from batchbench.reports.figures import render as render_figure
+    from batchbench.reports.figures import figure_bytes
     from batchbench.studies.predict import breakeven_report as border
     from batchbench.studies.predict.breakeven import rows_of
     from batchbench.studies.predict.breakeven_report import draw_breakeven
@@ -420,7 +420,7 @@ def _write_and_show_map(
     figure = draw_breakeven(frame, border.headline(found), title, notes)
     contents: dict[str, bytes | str] = {"breakeven.json": text}
     contents["breakeven.csv"] = frame.to_csv(index=False)
-    contents |= {f"breakeven.{format}": render_figure(figure, format) for format in ("png", "svg")}
+    contents |= {f"breakeven.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
     files = write_whole(folder, contents)
     if study.json:
         echo_json(text)

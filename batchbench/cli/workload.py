@@ -116,11 +116,11 @@ def show(
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(render(outline))
     if picture.output is not None:
-        from batchbench.reports.figures import render as render_figure
+        from batchbench.reports.figures import figure_bytes
         from batchbench.reports.workload_profile import draw_portrait
 
         figure = draw_portrait(outline)
-        files = {name: render_figure(figure, name.partition(".")[2]) for name in names}
+        files = {name: figure_bytes(figure, name.partition(".")[2]) for name in names}
         with claimed(picture.output, f"--output {picture.output}"):
             write_files(picture.output, files)
         folder = shlex.quote(str(picture.output))

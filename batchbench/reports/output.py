@@ -8,7 +8,7 @@ from pathlib import Path
 
 from batchbench.errors import UsageError
 from batchbench.files import write_whole
-from batchbench.reports.figures import draw, render
+from batchbench.reports.figures import draw, figure_bytes
 from batchbench.reports.formats import html
 from batchbench.reports.frames import requests_frame, steps_frame
 from batchbench.reports.result import Result, recording_files, to_json
@@ -26,7 +26,7 @@ def _contents(result: Result) -> Mapping[str, bytes | str]:
     figures = draw(result.recordings, result.title)
     for name, figure in figures.items():
         for format in ("png", "svg"):
-            files[f"{name}.{format}"] = render(figure, format)
+            files[f"{name}.{format}"] = figure_bytes(figure, format)
     files["requests.csv"] = requests_frame(result).to_csv(index=False)
     files["steps.csv"] = steps_frame(result).to_csv(index=False)
     files["report.html"] = html.render([Labelled("", result)])

@@ -28,7 +28,7 @@ from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import ChunkLog, Header, Recording, RequestLog, SpanLog, WaitLog
 from batchbench.reports import metrics
-from batchbench.reports.figures import MOST_BARS, MOST_BARS_A_SLOT, MOST_SLOTS, draw, render
+from batchbench.reports.figures import MOST_BARS, MOST_BARS_A_SLOT, MOST_SLOTS, draw, figure_bytes
 from batchbench.reports.latency import e2el_ms, ttft_ms
 from batchbench.reports.statistics import paired_ratio
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
@@ -276,7 +276,7 @@ def test_simulated_time_is_in_steps_and_measured_time_in_a_unit_that_suits(
 def test_few_and_many_slots(requests: int, slots: int) -> None:
     workload = classic(requests, slots)
     figures = draw(both(workload, slots), TITLE)
-    assert all(render(figure, "svg") for figure in figures.values())
+    assert all(figure_bytes(figure, "svg") for figure in figures.values())
     for i in range(2):
         assert len(boxes(figures["timeline"], f"requests-{i}")) == requests
 
@@ -439,8 +439,8 @@ def test_under_load_the_occupancy_tells_how_many_wait() -> None:
 def test_the_same_recordings_give_the_same_bytes(steps: dict[str, Figure]) -> None:
     again = draw(both(classic()), TITLE)
     for name in PICTURES:
-        assert render(steps[name], "svg") == render(again[name], "svg")
-    assert render(steps["timeline"], "png") == render(again["timeline"], "png")
+        assert figure_bytes(steps[name], "svg") == figure_bytes(again[name], "svg")
+    assert figure_bytes(steps["timeline"], "png") == figure_bytes(again["timeline"], "png")
 
 
 def test_ones_own_matplotlibrc_changes_nothing(steps: dict[str, Figure]) -> None:
@@ -448,13 +448,13 @@ def test_ones_own_matplotlibrc_changes_nothing(steps: dict[str, Figure]) -> None
     with mpl.rc_context(own):
         before = dict(mpl.rcParams)
         figure = draw(SIMULATED, TITLE)["timeline"]
-        assert render(figure, "svg") == render(steps["timeline"], "svg")
+        assert figure_bytes(figure, "svg") == figure_bytes(steps["timeline"], "svg")
         assert dict(mpl.rcParams) == before
 
 
 @pytest.mark.parametrize("name", ["throughput", "timeline"])
 def test_png_is_a_card_without_transparency(name: str, seconds: dict[str, Figure]) -> None:
-    image = Image.open(io.BytesIO(render(seconds[name], "png")))
+    image = Image.open(io.BytesIO(figure_bytes(seconds[name], "png")))
     assert image.format == "PNG"
     assert image.width == 1280
     assert 500 < image.height < 1500
@@ -463,7 +463,7 @@ def test_png_is_a_card_without_transparency(name: str, seconds: dict[str, Figure
 
 def test_svg_is_xml_and_its_text_is_text() -> None:
     for figure in draw(named(trials(3), *ODD), f"{TITLE} <&> $1").values():
-        root = ElementTree.fromstring(render(figure, "svg"))
+        root = ElementTree.fromstring(figure_bytes(figure, "svg"))
         written = ["".join(e.itertext()) for e in root.iter("{http://www.w3.org/2000/svg}text")]
         assert f"{TITLE} <&> $1" in written
         assert any(ODD[0] in text for text in written)

@@ -80,7 +80,7 @@ def draw_one(name: str, recordings: Mapping[str, Sequence[Recording]], title: st
         return PICTURES[name](strategies, title)
 
 
-def render(figure: Figure, format: str) -> bytes:
+def figure_bytes(figure: Figure, format: str) -> bytes:
     """A picture as a file: ``png`` (160 dots an inch) or ``svg`` (text stays text).
 
     The same picture gives the same bytes, on one version of matplotlib.
@@ -92,4 +92,12 @@ def render(figure: Figure, format: str) -> bytes:
     return out.getvalue()
 
 
-__all__ = ["MOST_BARS", "MOST_BARS_A_SLOT", "MOST_SLOTS", "PICTURES", "draw", "draw_one", "render"]
+__all__ = [
+    "MOST_BARS",
+    "MOST_BARS_A_SLOT",
+    "MOST_SLOTS",
+    "PICTURES",
+    "draw",
+    "draw_one",
+    "figure_bytes",
+]

@@ -20,7 +20,7 @@ from rich.text import Text
 
 import batchbench
 from batchbench.files import write_whole
-from batchbench.reports.figures import render as render_figure
+from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
     FAINT,
     INK,
@@ -358,5 +358,5 @@ def write_capacity(folder: Path, found: CapacityFindings, data: Mapping[str, Any
     figure = draw_capacity(data, headline(found), title_of(found))
     contents: dict[str, bytes | str] = {"capacity.json": to_json(data)}
     for format in ("png", "svg"):
-        contents[f"capacity.{format}"] = render_figure(figure, format)
+        contents[f"capacity.{format}"] = figure_bytes(figure, format)
     return write_whole(folder, contents)

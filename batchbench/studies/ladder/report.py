@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.files import write_whole
-from batchbench.reports.figures import render
+from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
     INK,
     QUIET,
@@ -345,6 +345,6 @@ def write_ladder(folder: Path, result: LadderResult) -> list[Path]:
     """Write ``ladder.json``, the picture and the recordings; the paths, ``ladder.json`` first."""
     contents: dict[str, bytes | str] = {"ladder.json": ladder_json(result)}
     figure = draw_ladder(result)
-    contents |= {f"ladder.{format}": render(figure, format) for format in ("png", "svg")}
+    contents |= {f"ladder.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
     contents |= recording_files(result.recordings)
     return write_whole(folder, contents, stale=["recordings"])

@@ -18,7 +18,7 @@ from rich.text import Text
 import batchbench
 from batchbench.batching.machine import environment
 from batchbench.files import write_whole
-from batchbench.reports.figures import render
+from batchbench.reports.figures import figure_bytes
 from batchbench.reports.result import regoaled
 from batchbench.reports.slo import GoalsSpec, as_config
 from batchbench.reports.text import called, number, spell_option, spell_value
@@ -359,7 +359,7 @@ def write_sweep(folder: Path, findings: Findings, command: str) -> Written:
     contents["sweep.csv"] = to_csv(table_of(findings.rows))
     for name, figure in figures.items():
         for format in ("png", "svg"):
-            contents[f"{name}.{format}"] = render(figure, format)
+            contents[f"{name}.{format}"] = figure_bytes(figure, format)
     stale = [f"{name}.{format}" for name in PICTURES for format in ("png", "svg")]
     return Written(write_whole(folder, contents, stale), json, cells, not_drawn)
 

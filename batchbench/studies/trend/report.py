@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.files import write_whole
-from batchbench.reports.figures import render
+from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
     FAINT,
     INK,
@@ -401,6 +401,6 @@ def write_trend(folder: Path, trend: Trend) -> list[Path]:
     drawn = [figure for judged in trend.lines if (figure := draw_trend(judged)) is not None]
     for i, figure in enumerate(drawn, 1):
         name = "trend" if i == 1 else f"trend-{i}"
-        contents |= {f"{name}.{format}": render(figure, format) for format in ("png", "svg")}
+        contents |= {f"{name}.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
     older = {path.name for path in folder.glob("trend*") if path.suffix in (".png", ".svg")}
     return write_whole(folder, contents, stale=sorted(older - contents.keys()))
