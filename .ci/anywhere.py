@@ -41,6 +41,7 @@ class Variation:
         one_core: only one processor core may be used.
         no_compiler: no C++ compiler is on the path.
         another_user: see above.
+        background: SIGINT and SIGHUP are ignored, as in a background job or under nohup.
         arguments: of pytest.
     """
 
@@ -50,6 +51,7 @@ class Variation:
     one_core: bool = False
     no_compiler: bool = False
     another_user: bool = False
+    background: bool = False
     arguments: tuple[str, ...] = ()
 
     def __or__(self, other: Variation) -> Variation:
@@ -60,6 +62,7 @@ class Variation:
             self.one_core or other.one_core,
             self.no_compiler or other.no_compiler,
             self.another_user or other.another_user,
+            self.background or other.background,
             self.arguments + other.arguments,
         )
 
@@ -101,6 +104,7 @@ VARIATIONS = {
     ),
     "umask": Variation(umask=0o077),
     "another-user": Variation(another_user=True),
+    "background": Variation(background=True),
     # The network
     "offline": Variation({"HF_HUB_OFFLINE": "1"}),
     "online": Variation(unset=("HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN")),
@@ -181,6 +185,8 @@ def run(variation: Variation, arguments: list[str], log: Path) -> int:
             command = as_nobody(command, stack)
         if variation.one_core:
             command = ["taskset", "-c", "0", *command]
+        if variation.background:
+            command = ["sh", "-c", 'trap "" INT HUP; exec "$@"', "sh", *command]
         with log.open("wb") as file:
             done = subprocess.run(
                 command,

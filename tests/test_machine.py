@@ -24,11 +24,11 @@ pytestmark = pytest.mark.machine
 PACKAGE = Path(batchbench.__file__).parent
 
 PLACES = {
-    "sched_getaffinity": "batching/cores.py",
-    "cpu_count": "batching/cores.py",
-    "/proc/cpuinfo": "batching/processor.py",
-    "ATEN_CPU_CAPABILITY": "batching/processor.py",
-    "g++": "batching/engines/torch/native.py",
+    "sched_getaffinity": "batching/machine.py",
+    "cpu_count": "batching/machine.py",
+    "/proc/cpuinfo": "batching/machine.py",
+    "ATEN_CPU_CAPABILITY": "batching/machine.py",
+    "g++": "batching/engines/torch/kernels.py",
 }
 """Words with which code reads the machine, each with the only file that may."""
 
@@ -66,6 +66,13 @@ def test_the_home_is_an_empty_folder_of_the_tests() -> None:
 def test_a_process_sees_the_same_home_encoding_and_terminal() -> None:
     done = subprocess.run([sys.executable, "-c", TELL], capture_output=True, check=True)
     assert json.loads(done.stdout) == [os.environ[HOME], "utf-8", "utf-8", 80]
+
+
+def test_a_process_handles_signals_as_in_the_foreground() -> None:
+    """A shell starts background jobs, and so a run of the tests, with SIGINT ignored."""
+    tell = "import signal; print(*[signal.getsignal(n) is signal.SIG_IGN for n in (1, 2, 15)])"
+    done = subprocess.run([sys.executable, "-c", tell], capture_output=True, check=True)
+    assert done.stdout.split() == [b"False"] * 3
 
 
 def test_there_is_no_network() -> None:

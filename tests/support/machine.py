@@ -1,4 +1,4 @@
-"""The machine that tests see: processor, terminal, locale, home folder and network.
+"""The machine that tests see: processor, terminal, locale, home folder, network and signals.
 
 ``conftest.py`` calls :func:`settle` before the first test file is imported, so that nothing of the
 user's own reaches a test, nor a process that a test starts.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -85,6 +86,7 @@ def settle() -> Callable[[], None]:
     os.environ.update(seen)
     if hasattr(time, "tzset"):
         time.tzset()
+    _restore_signals()
     socket.socket.connect = _connect  # type: ignore[method-assign,assignment]
     if CHOSEN:
         _choose(CHOSEN, Path(home))
@@ -109,6 +111,20 @@ def _folders(home: str) -> dict[str, str]:
         "MPLCONFIGDIR": f"{home}/matplotlib",
         "TORCHINDUCTOR_CACHE_DIR": f"{home}/inductor",
     }
+
+
+def _restore_signals() -> None:
+    """Handle signals as a program in the foreground does.
+
+    A shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP. The processes that
+    tests start would inherit that.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("SIGHUP", "SIGTERM"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 _real_connect = socket.socket.connect
