@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from test_house import ROOT, fenced
+from support.documents import ROOT, fenced
 
 import batchbench
 from batchbench.api import _typed

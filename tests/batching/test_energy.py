@@ -11,9 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_audit import trials_of
-from test_result import result_of
-from test_terminal import shown
+from support.results import result_of, shown, trials_of
 
 from batchbench.batching import session as conducting
 from batchbench.batching.energy import Counter, EnergyMeter, counters_for, nvml_gpu, rapl_packages

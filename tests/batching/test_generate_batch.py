@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from support.models import Alone
-from test_audit import SETTLED
+from support.results import SETTLED
 
 from batchbench.batching.dry_run import estimate
 from batchbench.batching.engines.generate_batch import GenerateBatch

@@ -18,13 +18,13 @@ from support.laws import (
     Config,
     Patient,
     configs,
+    drive,
     law,
     scheduler_of,
     serve,
     workload_of,
     workloads,
 )
-from test_scheduler import drive
 
 from batchbench.batching.policies import (
     POLICIES,

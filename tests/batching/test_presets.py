@@ -61,7 +61,7 @@ def program(
 ) -> Program:
     """Runs the program in this process, in ``here``, with pictures that cost nothing."""
     monkeypatch.setattr(folders, "draw", lambda recordings, title: {"timeline": None})
-    monkeypatch.setattr(folders, "render", lambda figure, format: format.encode())
+    monkeypatch.setattr(folders, "figure_bytes", lambda figure, format: format.encode())
     monkeypatch.setenv("COLUMNS", "100")
 
     def call(*words: str) -> Said:

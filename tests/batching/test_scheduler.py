@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby, pairwise
 
@@ -19,6 +18,7 @@ from support.laws import (
     Config,
     Ledger,
     configs,
+    drive,
     ending_early,
     law,
     scheduler_of,
@@ -386,29 +386,6 @@ def test_a_naive_scheduler_that_walks_every_step_agrees_slot_for_slot(
 
 
 # Driven by hand: positions
-
-
-def drive(
-    scheduler: Scheduler, look: Callable[[Plan], None], *, most: int | None = None
-) -> list[int]:
-    """Run every plan to its end, by at most ``most`` passes; who was finished, in order."""
-    now, finished = 0, []
-    while (plan := scheduler.plan(now)) is not None:
-        if isinstance(plan, Wait):
-            assert plan.until > now
-            now = plan.until
-            continue
-        look(plan)
-        assert plan.repeat >= 1
-        passes = min(plan.repeat, most or plan.repeat)
-        if plan.until is not None:
-            passes = min(passes, max(1, -((now - plan.until) // STEP_NS)))
-        done = scheduler.apply(plan, passes)
-        now += passes * STEP_NS
-        for _, request in done:
-            scheduler.arrivals.finished(request, now)
-            finished.append(request.index)
-    return finished
 
 
 @pytest.mark.parametrize("most", [None, 1, 3])

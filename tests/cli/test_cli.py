@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +21,11 @@ import pandas as pd
 import pytest
 import typer
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from rich.console import Console
 from support.laws import law
+from support.program import Program, Said, experiments
+from support.program import here as here
+from support.program import program as program
 
 import batchbench
 from batchbench.batching import session as conducting
@@ -38,7 +39,6 @@ from batchbench.cli import run as running
 from batchbench.cli.main import _guarded, app
 from batchbench.cli.options import OutputSpec
 from batchbench.cli.progress import LiveDisplay, PlainDisplay
-from batchbench.reports import output as folders
 from batchbench.reports.slo import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
 
@@ -47,61 +47,6 @@ COMMANDS = (
     *("compare", "duet", "check", "trend"),
 )
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
-
-
-@dataclass(frozen=True)
-class Said:
-    """What the program did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line of an error; progress may stand before it."""
-        *before, last = self.err.splitlines()
-        assert last.startswith("batchbench: ")
-        assert not any(line.startswith("batchbench: ") for line in before)
-        assert "Traceback" not in self.err
-        assert self.out == ""
-        return last
-
-
-Program = Callable[..., Said]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return folder
-
-
-@pytest.fixture
-def program(
-    here: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> Program:
-    """Runs the program in this process, in ``here``, with pictures that cost nothing."""
-    monkeypatch.setattr(folders, "draw", lambda recordings, title: {"timeline": None})
-    monkeypatch.setattr(folders, "render", lambda figure, format: format.encode())
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(conducting.gc, "collect", lambda: 0)  # this process holds much
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def call(*words: str) -> Said:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-        code = _guarded()
-        return Said(code, *capsys.readouterr())
-
-    return call
 
 
 def found_in(folder: Path) -> list[str]:
@@ -601,49 +546,6 @@ def parsed(words: list[str]) -> tuple[Experiment, GoalsSpec, OutputSpec]:
         assert _guarded() == 0
     (asked,) = found
     return asked
-
-
-texts = st.text("ab/.- '\"$éß\\", min_size=1, max_size=9).filter(
-    lambda text: text.strip() and not text.startswith("-")
-)
-experiments = st.builds(
-    Experiment,
-    serving=st.builds(
-        ServingSpec,
-        batch_size=st.integers(1, 20),
-        strategy=st.sampled_from(["static", "continuous,static", "static,laws:Patient"]),
-        order=st.sampled_from(["fifo", "longest-first", "shortest-first"]),
-        prefill=st.sampled_from(["separate", "mixed"]),
-        max_batched_tokens=st.integers(21, 4096),
-    )
-    | st.just(ServingSpec(engine="notebook")),
-    workload=st.builds(
-        WorkloadSpec,
-        queue_size=st.integers(1, 1000),
-        long_every=st.none() | st.integers(1, 9),
-        long_tokens=st.integers(1, 200),
-        short_tokens=st.integers(1, 200),
-        prompt_tokens=st.none() | st.sampled_from(["7", "4:64", "uniform:min=4,max=64"]),
-        stop_at_eos=st.booleans(),
-        seed=st.integers(0, 2**63 - 1),
-    ),
-    model=st.builds(
-        ModelSpec,
-        model=texts,
-        load_format=st.sampled_from(["auto", "dummy"]),
-        revision=st.none() | texts,
-        dtype=st.sampled_from(["auto", "bfloat16"]),
-        device=st.sampled_from(["auto", "cpu", "cuda:3"]),
-        threads=st.none() | st.integers(1, 64),
-    ),
-    trials=st.builds(
-        TrialsSpec,
-        trials=st.integers(1, 9),
-        verify=st.sampled_from(["all", "none", "12"]),
-        max_time=st.none() | st.floats(0.001, 1e9),
-    ),
-    simulated=st.booleans(),
-)
 
 
 @settings(law, max_examples=60, suppress_health_check=list(HealthCheck))

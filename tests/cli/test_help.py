@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 from support.baselines import write_baseline
 from support.commands import ALL
+from support.program import on_a_terminal
 
 from batchbench.batching.models import source
 from batchbench.cli.main import _guarded
@@ -93,25 +91,3 @@ def test_an_example_works_as_printed(
     code, said = call(line, here), capsys.readouterr()
     assert code == 0, said.err
     assert said.out
-
-
-def on_a_terminal(line: str, folder: Path) -> tuple[int, str]:
-    """The exit code of a command on a pseudo-terminal, and all that it wrote there."""
-    control, terminal = pty.openpty()
-    words = [sys.executable, "-m", "batchbench", *shlex.split(line)[1:]]
-    started = subprocess.Popen(
-        words,
-        cwd=folder,
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-    )
-    os.close(terminal)
-    said = b""
-    try:
-        while piece := os.read(control, 65536):
-            said += piece
-    except OSError:  # nobody writes there any more
-        pass
-    os.close(control)
-    return started.wait(), said.decode()

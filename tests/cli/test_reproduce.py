@@ -17,8 +17,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support.laws import law
-from test_cli import experiments
-from test_result import clean
+from support.program import experiments
+from support.results import clean, verdicts
 
 import batchbench
 from batchbench.batching.experiment import PARTS, Experiment
@@ -37,7 +37,6 @@ from batchbench.studies.reproduce import (
     NOT_RUN,
     OBSERVED,
     TIES,
-    Check,
     experiment_of,
     reproduce,
 )
@@ -138,11 +137,6 @@ def with_data(result: Result, *path: str, value: Any) -> Result:
         inner = inner[key]
     inner[path[-1]] = value
     return Result(data, result.recordings)
-
-
-def verdicts(checks: list[Check] | Any) -> dict[str, str]:
-    """Each check's verdict by its name."""
-    return {check.name: check.verdict for check in checks}
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.documents import comparable, fenced, matches
 from support.laws import law
-from test_audit import measured
-from test_house import comparable, fenced, matches
-from test_result import KINDS, clean, result_of, simulated
+from support.results import KINDS, clean, measured, result_of, simulated
 
 import batchbench
 from batchbench.batching import policies

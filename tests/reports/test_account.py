@@ -16,8 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from support.laws import STEP_NS, Config, configs, law, serve, thorough, workload_of, workloads
-from test_audit import CLASSIC, measured, reasons, trials_of
-from test_result import result_of
+from support.results import CLASSIC, measured, reasons, result_of, trials_of
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.plan import Plan

@@ -2,87 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
+from support.results import CLASSIC, PASSED, SETTLED, measured, reasons, trials_of
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.verification import NOT_VERIFIED, Verification
+from batchbench.batching.verification import NOT_VERIFIED
 from batchbench.batching.warming import WarmUp
 from batchbench.reports.audit import audit
 from batchbench.workloads import Workload
 
-CLASSIC = Workload.of("classic", [[7] * 7] * 32, [100 if i % 8 == 0 else 10 for i in range(32)])
-SETTLED = WarmUp(3, True, 0.01, 10_000_000)
-PASSED = Verification(32, 32, 0, 0, "teacher-forced", 0.0)
-
 Spoil = Callable[[list[Recording]], list[Recording]]
-
-
-def measured(
-    policy: str,
-    trial: int = 0,
-    *,
-    step_ns: float = 10_000_000,
-    share: float = 0.0,
-    foreign: float | None = 0.0,
-    workload: Workload = CLASSIC,
-    order: str = "fifo",
-) -> Recording:
-    """A trial as a real clock would have it: each step measured, tokens there.
-
-    ``share`` of the time passes between the steps; ``foreign`` cores were busy with others.
-    """
-    ran = Batcher(policy, SimulatedEngine(), 8, order=order).serve(workload, Watch(), trial=trial)
-    ends = (np.arange(1, ran.num_steps + 1) * step_ns).round().astype(np.int64)
-    starts = (ends[ran.first_steps] - step_ns * (1 - share)).round().astype(np.int64)
-    steps = ran.spans.steps
-    if share:  # a span of one step each, so that time can pass before every step
-        spans = replace(
-            ran.spans,
-            steps=np.ones(ran.num_steps, np.int64),
-            start_ns=(ends - step_ns * (1 - share)).round().astype(np.int64),
-            decoding=np.repeat(ran.spans.decoding, steps),
-            waiting=np.repeat(ran.spans.waiting, steps),
-            chunks=np.repeat(ran.spans.chunks, steps),
-        )
-    else:
-        spans = replace(ran.spans, start_ns=starts)
-    header = replace(
-        ran.header,
-        simulated=False,
-        about={"engine": "slots", "foreign_cores": foreign},
-    )
-    tokens = (np.arange(workload.output_tokens.sum()) % 251).astype(np.int32)
-    return replace(ran, header=header, spans=spans, ends_ns=ends, step_ns=None, tokens=tokens)
-
-
-def trials_of(policy: str, **settings: Any) -> list[Recording]:
-    """Four trials, each a little quicker or slower than the other."""
-    pace = (10_000_000, 10_100_000, 9_950_000, 10_050_000)
-    return [measured(policy, i, step_ns=step, **settings) for i, step in enumerate(pace)]
-
-
-def reasons(
-    static: Sequence[Recording] | None = None,
-    *,
-    workload: Workload = CLASSIC,
-    verification: Verification = PASSED,
-    warm_up: WarmUp = SETTLED,
-    stopped: str | None = None,
-) -> list[str]:
-    """What the audit says of a run that is clean but for what is given."""
-    recordings = {
-        "static": trials_of("static") if static is None else static,
-        "continuous": trials_of("continuous"),
-    }
-    return audit(workload, recordings, verification, warm_up, stopped)
 
 
 def test_a_clean_run_is_valid() -> None:

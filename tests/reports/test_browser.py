@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.browser import CHROMIUM, Browser
-from test_pages import HOSTILE, made, renamed
+from support.results import HOSTILE, made, renamed
 
 from batchbench.reports.formats.html import render
 from batchbench.reports.side_by_side import Labelled

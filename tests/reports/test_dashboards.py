@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 from pytest_benchmark.stats import Stats
 from support.laws import law
-from test_cli import Program
-from test_cli import here as here
-from test_cli import program as program
-from test_result import clean, result_of, simulated
-from test_terminal import paced
+from support.program import Program
+from support.program import here as here
+from support.program import program as program
+from support.results import clean, paced, result_of, simulated
 
 from batchbench.cli.options import DOCUMENTS, ReportSpec
 from batchbench.reports.formats import dashboards as pytest_benchmark

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.laws import STEP_NS, Config, Ledger, ending_early, serve, workload_of
-from test_audit import PASSED, SETTLED
+from support.results import PASSED, SETTLED
 
 from batchbench.batching import session as conducting
 from batchbench.batching.batcher import Batcher

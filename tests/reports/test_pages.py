@@ -5,68 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.results import HOSTILE, made, renamed
 
-from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
-from batchbench.batching.session import conduct
 from batchbench.errors import UsageError
 from batchbench.files import check_file
 from batchbench.reports.formats import charts, markdown
 from batchbench.reports.formats.html import MOST_BARS, render
 from batchbench.reports.output import check_number, make_document
-from batchbench.reports.result import Result, make_result
+from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled, SideBySide, label_results
-from batchbench.workloads.spec import WorkloadSpec
-
-HOSTILE = "</script><img src=x onerror=alert(1)>\"'`|*&amp;{{7*7}}\u2028<!--"
-"""A name that tries to get out of text, attribute, script, template, table and code."""
-
-
-def made(batch_size: int = 4, strategy: str = "static,continuous", **workload: Any) -> Result:
-    """A simulated result."""
-    return make_result(
-        conduct(
-            Experiment(
-                workload=WorkloadSpec(**workload),
-                serving=ServingSpec(batch_size=batch_size, strategy=strategy),
-                trials=TrialsSpec(trials=1),
-                simulated=True,
-            )
-        )
-    )
 
 
 @pytest.fixture(scope="module")
 def small() -> Result:
     """Twenty requests in four slots."""
     return made(queue_size=20)
-
-
-def renamed(result: Result, name: str) -> Result:
-    """The same result in which everything that users name is called ``name``."""
-    data = json.loads(json.dumps(result.data))
-    data["model"] |= {"name": name, "note": name}
-    data["workload"]["name"] = name
-    data["command"] = f"batchbench run --model {name}"
-    data["config"]["model"]["model"] = name
-    data["environment"] |= {"hostname": name, "packages": {name: name}}
-    data["validity"] = {"status": "suspect", "reasons": [name]}
-    for part in ("strategies", "explain"):
-        inner = data[part]["strategies"] if part == "explain" else data[part]
-        inner[name] = inner.pop("continuous")
-    for fall in data["explain"]["waterfall"]:
-        fall["candidate"] = name
-    data["comparison"]["candidate"] = name
-    recordings = dict(result.recordings)
-    recordings[name] = [
-        replace(r, header=replace(r.header, strategy=name)) for r in recordings.pop("continuous")
-    ]
-    return Result(data, recordings)
 
 
 class Page(HTMLParser):

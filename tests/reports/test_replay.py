@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 from support.laws import Config, configs, law, serve, workloads
-from test_audit import CLASSIC, trials_of
-from test_help import on_a_terminal
-from test_reproduce import verdicts
-from test_result import clean, result_of, simulated
+from support.program import on_a_terminal
+from support.results import CLASSIC, clean, result_of, simulated, trials_of, verdicts
 
 from batchbench.batching.engines import VirtualClock
 from batchbench.batching.recorder import token_steps

@@ -6,7 +6,7 @@ import functools
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +19,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from support.laws import law
-from test_audit import CLASSIC, PASSED, SETTLED, measured, trials_of
+from support.results import (
+    CLASSIC,
+    KINDS,
+    clean,
+    ending_early,
+    measured,
+    one_strategy,
+    result_of,
+    simulated,
+    trials_of,
+    with_findings,
+    with_texts,
+)
 
-from batchbench.batching.experiment import Experiment, ServingSpec
-from batchbench.batching.recording import Recording
-from batchbench.batching.session import Outcome, conduct
-from batchbench.batching.verification import NOT_VERIFIED, Finding, Verification
-from batchbench.batching.warming import WarmUp
+from batchbench.batching.verification import NOT_VERIFIED
 from batchbench.cli.output import output_folder
 from batchbench.errors import UsageError
 from batchbench.files import check_folder, default_folders
@@ -36,130 +44,11 @@ from batchbench.reports.output import write_folder
 from batchbench.reports.result import (
     Result,
     load_result,
-    make_result,
     remake_result,
     to_json,
 )
 from batchbench.reports.result_file import SCHEMA_FILE
-from batchbench.reports.slo import GoalsSpec
-from batchbench.workloads import Workload
-from batchbench.workloads.spec import WorkloadSpec
 
-
-def result_of(
-    recordings: Mapping[str, Sequence[Recording]] | None = None,
-    *,
-    price: float | None = None,
-    slo: tuple[str, ...] = (),
-    workload: Workload = CLASSIC,
-    verification: Verification = PASSED,
-    warm_up: WarmUp = SETTLED,
-    texts: Sequence[tuple[str, str]] | None = None,
-    stopped: str | None = None,
-) -> Result:
-    """The result of a run that nobody had to wait for."""
-    if recordings is None:
-        recordings = {"static": trials_of("static"), "continuous": trials_of("continuous")}
-    spec = WorkloadSpec(stop_at_eos=workload.stop_at_eos)
-    outcome = Outcome(
-        experiment=Experiment(workload=spec, serving=ServingSpec()),
-        workload=workload,
-        recordings=recordings,
-        verification=verification,
-        warm_up=warm_up,
-        model={
-            "name": "gpt2",
-            "load_format": "dummy",
-            "note": "gpt2: dummy weights, as asked",
-            "device": "cpu",
-            "dtype": "float32",
-            "parameters": 124_439_808,
-        },
-        environment={"python": "3.11"},
-        texts=texts,
-        stopped=stopped,
-    )
-    return make_result(outcome, GoalsSpec(slo=slo, price_per_hour=price))
-
-
-@functools.cache
-def clean() -> Result:
-    """Of a run in which all went well."""
-    return result_of()
-
-
-@functools.cache
-def simulated() -> Result:
-    """Of batchbench simulate."""
-    return make_result(conduct(Experiment(simulated=True)))
-
-
-@functools.cache
-def with_findings() -> Result:
-    """Some tied, some wrong."""
-    found = (
-        Finding(1, "static", "numerical tie", 3, 0.1, 0.2, "close"),
-        Finding(2, "continuous", "wrong", 0, None, None, "not finite"),
-    )
-    return result_of(
-        verification=Verification(32, 30, 1, 1, "teacher-forced", 0.1, found), stopped="interrupted"
-    )
-
-
-@functools.cache
-def ending_early() -> Result:
-    """Some texts end before their asked length."""
-    produced = Workload.of("as produced", [[7] * 7] * 32, [9] * 32)
-    return result_of(
-        {"continuous": [measured("continuous", i, workload=produced) for i in range(3)]},
-        workload=replace(CLASSIC, stop_at_eos=True),
-        verification=NOT_VERIFIED,
-    )
-
-
-@functools.cache
-def over_time() -> Result:
-    """Requests come over time, so that trials may differ in their steps."""
-    due = [i // 4 * 10**6 for i in range(24)]  # a step takes as long
-    timed = Workload.of("timed", [[7] * 7] * 24, [9, 4, 4] * 8, due_ns=due)
-    orders = ("fifo", "longest-first", "fifo")
-    trials = [
-        measured("continuous", i, step_ns=1e6, workload=timed, order=order)
-        for i, order in enumerate(orders)
-    ]
-    return result_of({"continuous": trials}, workload=timed)
-
-
-@functools.cache
-def of_one_token() -> Result:
-    """TPOT and ITL have no meaning."""
-    single = Workload.of("single", [[7] * 7] * 9, [1] * 9)
-    trials = {p: [measured(p, workload=single)] for p in ("static", "continuous")}
-    return result_of(trials, workload=single, price=0.0)
-
-
-@functools.cache
-def with_texts() -> Result:
-    """As with a tokenizer, and a price."""
-    return result_of(price=2.5, texts=[(f"p {i}", f"out, “{i}”\n") for i in range(32)])
-
-
-@functools.cache
-def one_strategy() -> Result:
-    """One trial, nothing to compare with."""
-    return result_of({"static": [measured("static")]})
-
-
-KINDS: tuple[Callable[[], Result], ...] = (
-    clean,
-    simulated,
-    with_findings,
-    ending_early,
-    over_time,
-    of_one_token,
-    with_texts,
-    one_strategy,
-)
 kinds = pytest.mark.parametrize("make", KINDS)
 
 
@@ -363,7 +252,7 @@ def test_steps_csv_has_a_row_a_span(make: Callable[[], Result]) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures that cost nothing."""
     monkeypatch.setattr(folders, "draw", lambda recordings, title: {"timeline": None})
-    monkeypatch.setattr(folders, "render", lambda figure, format: format.encode())
+    monkeypatch.setattr(folders, "figure_bytes", lambda figure, format: format.encode())
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

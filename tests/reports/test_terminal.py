@@ -10,13 +10,11 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from test_audit import PASSED, measured, trials_of
-from test_result import clean, result_of, simulated
+from support.results import PASSED, clean, measured, paced, result_of, shown, simulated, trials_of
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.progress import Watch
-from batchbench.batching.recording import Recording
 from batchbench.batching.verification import NOT_VERIFIED, Finding
 from batchbench.reports.formats.terminal import render, sentence
 from batchbench.reports.result import Result
@@ -25,19 +23,6 @@ from batchbench.workloads import Workload
 
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 WIDTHS = (40, 60, 80, 120)
-
-
-def paced(policy: str, *steps_ms: float) -> list[Recording]:
-    """Trials with steps of the given lengths."""
-    return [measured(policy, i, step_ns=ms * 1e6) for i, ms in enumerate(steps_ms)]
-
-
-def shown(result: Result, width: int) -> str:
-    """What stands on a terminal of this width."""
-    console = Console(file=io.StringIO(), width=width, highlight=False)
-    console.print(render(result))
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
 
 
 # The sentence

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines import VirtualClock
 from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.plan import Plan
+from batchbench.batching.plan import Plan, Wait
 from batchbench.batching.policies import Policy, View
 from batchbench.batching.progress import Watch
 from batchbench.batching.queue import ORDERS
@@ -298,3 +298,26 @@ ORDER_KEYS: dict[str, Callable[[Request], tuple[int, int]]] = {
     "longest-prompt-first": lambda r: (-r.prompt_tokens, r.index),
 }
 """What each order means, written down a second time."""
+
+
+def drive(
+    scheduler: Scheduler, look: Callable[[Plan], None], *, most: int | None = None
+) -> list[int]:
+    """Run every plan to its end, by at most ``most`` passes; who was finished, in order."""
+    now, finished = 0, []
+    while (plan := scheduler.plan(now)) is not None:
+        if isinstance(plan, Wait):
+            assert plan.until > now
+            now = plan.until
+            continue
+        look(plan)
+        assert plan.repeat >= 1
+        passes = min(plan.repeat, most or plan.repeat)
+        if plan.until is not None:
+            passes = min(passes, max(1, -((now - plan.until) // STEP_NS)))
+        done = scheduler.apply(plan, passes)
+        now += passes * STEP_NS
+        for _, request in done:
+            scheduler.arrivals.finished(request, now)
+            finished.append(request.index)
+    return finished

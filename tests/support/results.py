@@ -1,0 +1,271 @@
+"""Recordings and results as a real clock would have made them, and results of every kind."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from batchbench.batching.batcher import Batcher
+from batchbench.batching.engines.simulated import SimulatedEngine
+from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
+from batchbench.batching.progress import Watch
+from batchbench.batching.recording import Recording
+from batchbench.batching.session import Outcome, conduct
+from batchbench.batching.verification import NOT_VERIFIED, Finding, Verification
+from batchbench.batching.warming import WarmUp
+from batchbench.reports.audit import audit
+from batchbench.reports.formats.terminal import render
+from batchbench.reports.result import Result, make_result
+from batchbench.reports.slo import GoalsSpec
+from batchbench.studies.reproduce import Check
+from batchbench.workloads import Workload
+from batchbench.workloads.spec import WorkloadSpec
+
+CLASSIC = Workload.of("classic", [[7] * 7] * 32, [100 if i % 8 == 0 else 10 for i in range(32)])
+
+
+SETTLED = WarmUp(3, True, 0.01, 10_000_000)
+
+
+PASSED = Verification(32, 32, 0, 0, "teacher-forced", 0.0)
+
+
+def measured(
+    policy: str,
+    trial: int = 0,
+    *,
+    step_ns: float = 10_000_000,
+    share: float = 0.0,
+    foreign: float | None = 0.0,
+    workload: Workload = CLASSIC,
+    order: str = "fifo",
+) -> Recording:
+    """A trial as a real clock would have it: each step measured, tokens there.
+
+    ``share`` of the time passes between the steps; ``foreign`` cores were busy with others.
+    """
+    ran = Batcher(policy, SimulatedEngine(), 8, order=order).serve(workload, Watch(), trial=trial)
+    ends = (np.arange(1, ran.num_steps + 1) * step_ns).round().astype(np.int64)
+    starts = (ends[ran.first_steps] - step_ns * (1 - share)).round().astype(np.int64)
+    steps = ran.spans.steps
+    if share:  # a span of one step each, so that time can pass before every step
+        spans = replace(
+            ran.spans,
+            steps=np.ones(ran.num_steps, np.int64),
+            start_ns=(ends - step_ns * (1 - share)).round().astype(np.int64),
+            decoding=np.repeat(ran.spans.decoding, steps),
+            waiting=np.repeat(ran.spans.waiting, steps),
+            chunks=np.repeat(ran.spans.chunks, steps),
+        )
+    else:
+        spans = replace(ran.spans, start_ns=starts)
+    header = replace(
+        ran.header,
+        simulated=False,
+        about={"engine": "slots", "foreign_cores": foreign},
+    )
+    tokens = (np.arange(workload.output_tokens.sum()) % 251).astype(np.int32)
+    return replace(ran, header=header, spans=spans, ends_ns=ends, step_ns=None, tokens=tokens)
+
+
+def trials_of(policy: str, **settings: Any) -> list[Recording]:
+    """Four trials, each a little quicker or slower than the other."""
+    pace = (10_000_000, 10_100_000, 9_950_000, 10_050_000)
+    return [measured(policy, i, step_ns=step, **settings) for i, step in enumerate(pace)]
+
+
+def reasons(
+    static: Sequence[Recording] | None = None,
+    *,
+    workload: Workload = CLASSIC,
+    verification: Verification = PASSED,
+    warm_up: WarmUp = SETTLED,
+    stopped: str | None = None,
+) -> list[str]:
+    """What the audit says of a run that is clean but for what is given."""
+    recordings = {
+        "static": trials_of("static") if static is None else static,
+        "continuous": trials_of("continuous"),
+    }
+    return audit(workload, recordings, verification, warm_up, stopped)
+
+
+def result_of(
+    recordings: Mapping[str, Sequence[Recording]] | None = None,
+    *,
+    price: float | None = None,
+    slo: tuple[str, ...] = (),
+    workload: Workload = CLASSIC,
+    verification: Verification = PASSED,
+    warm_up: WarmUp = SETTLED,
+    texts: Sequence[tuple[str, str]] | None = None,
+    stopped: str | None = None,
+) -> Result:
+    """The result of a run that nobody had to wait for."""
+    if recordings is None:
+        recordings = {"static": trials_of("static"), "continuous": trials_of("continuous")}
+    spec = WorkloadSpec(stop_at_eos=workload.stop_at_eos)
+    outcome = Outcome(
+        experiment=Experiment(workload=spec, serving=ServingSpec()),
+        workload=workload,
+        recordings=recordings,
+        verification=verification,
+        warm_up=warm_up,
+        model={
+            "name": "gpt2",
+            "load_format": "dummy",
+            "note": "gpt2: dummy weights, as asked",
+            "device": "cpu",
+            "dtype": "float32",
+            "parameters": 124_439_808,
+        },
+        environment={"python": "3.11"},
+        texts=texts,
+        stopped=stopped,
+    )
+    return make_result(outcome, GoalsSpec(slo=slo, price_per_hour=price))
+
+
+@functools.cache
+def clean() -> Result:
+    """Of a run in which all went well."""
+    return result_of()
+
+
+@functools.cache
+def simulated() -> Result:
+    """Of batchbench simulate."""
+    return make_result(conduct(Experiment(simulated=True)))
+
+
+@functools.cache
+def with_findings() -> Result:
+    """Some tied, some wrong."""
+    found = (
+        Finding(1, "static", "numerical tie", 3, 0.1, 0.2, "close"),
+        Finding(2, "continuous", "wrong", 0, None, None, "not finite"),
+    )
+    return result_of(
+        verification=Verification(32, 30, 1, 1, "teacher-forced", 0.1, found), stopped="interrupted"
+    )
+
+
+@functools.cache
+def ending_early() -> Result:
+    """Some texts end before their asked length."""
+    produced = Workload.of("as produced", [[7] * 7] * 32, [9] * 32)
+    return result_of(
+        {"continuous": [measured("continuous", i, workload=produced) for i in range(3)]},
+        workload=replace(CLASSIC, stop_at_eos=True),
+        verification=NOT_VERIFIED,
+    )
+
+
+@functools.cache
+def over_time() -> Result:
+    """Requests come over time, so that trials may differ in their steps."""
+    due = [i // 4 * 10**6 for i in range(24)]  # a step takes as long
+    timed = Workload.of("timed", [[7] * 7] * 24, [9, 4, 4] * 8, due_ns=due)
+    orders = ("fifo", "longest-first", "fifo")
+    trials = [
+        measured("continuous", i, step_ns=1e6, workload=timed, order=order)
+        for i, order in enumerate(orders)
+    ]
+    return result_of({"continuous": trials}, workload=timed)
+
+
+@functools.cache
+def of_one_token() -> Result:
+    """TPOT and ITL have no meaning."""
+    single = Workload.of("single", [[7] * 7] * 9, [1] * 9)
+    trials = {p: [measured(p, workload=single)] for p in ("static", "continuous")}
+    return result_of(trials, workload=single, price=0.0)
+
+
+@functools.cache
+def with_texts() -> Result:
+    """As with a tokenizer, and a price."""
+    return result_of(price=2.5, texts=[(f"p {i}", f"out, “{i}”\n") for i in range(32)])
+
+
+@functools.cache
+def one_strategy() -> Result:
+    """One trial, nothing to compare with."""
+    return result_of({"static": [measured("static")]})
+
+
+KINDS: tuple[Callable[[], Result], ...] = (
+    clean,
+    simulated,
+    with_findings,
+    ending_early,
+    over_time,
+    of_one_token,
+    with_texts,
+    one_strategy,
+)
+
+
+def paced(policy: str, *steps_ms: float) -> list[Recording]:
+    """Trials with steps of the given lengths."""
+    return [measured(policy, i, step_ns=ms * 1e6) for i, ms in enumerate(steps_ms)]
+
+
+def shown(result: Result, width: int) -> str:
+    """What stands on a terminal of this width."""
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(render(result))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'`|*&amp;{{7*7}}\u2028<!--"
+"""A name that tries to get out of text, attribute, script, template, table and code."""
+
+
+def made(batch_size: int = 4, strategy: str = "static,continuous", **workload: Any) -> Result:
+    """A simulated result."""
+    return make_result(
+        conduct(
+            Experiment(
+                workload=WorkloadSpec(**workload),
+                serving=ServingSpec(batch_size=batch_size, strategy=strategy),
+                trials=TrialsSpec(trials=1),
+                simulated=True,
+            )
+        )
+    )
+
+
+def renamed(result: Result, name: str) -> Result:
+    """The same result in which everything that users name is called ``name``."""
+    data = json.loads(json.dumps(result.data))
+    data["model"] |= {"name": name, "note": name}
+    data["workload"]["name"] = name
+    data["command"] = f"batchbench run --model {name}"
+    data["config"]["model"]["model"] = name
+    data["environment"] |= {"hostname": name, "packages": {name: name}}
+    data["validity"] = {"status": "suspect", "reasons": [name]}
+    for part in ("strategies", "explain"):
+        inner = data[part]["strategies"] if part == "explain" else data[part]
+        inner[name] = inner.pop("continuous")
+    for fall in data["explain"]["waterfall"]:
+        fall["candidate"] = name
+    data["comparison"]["candidate"] = name
+    recordings = dict(result.recordings)
+    recordings[name] = [
+        replace(r, header=replace(r.header, strategy=name)) for r in recordings.pop("continuous")
+    ]
+    return Result(data, recordings)
+
+
+def verdicts(checks: list[Check] | Any) -> dict[str, str]:
+    """Each check's verdict by its name."""
+    return {check.name: check.verdict for check in checks}
