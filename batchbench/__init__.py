@@ -10,6 +10,8 @@ Names are imported on first use, so that ``import batchbench`` costs nothing.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from batchbench.version import __version__
+
 if TYPE_CHECKING:
     from batchbench.api import load, run, simulate
     from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from batchbench.reports.result import Result
     from batchbench.workloads.request import Request, Workload
     from batchbench.workloads.spec import WorkloadSpec
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "BatchbenchError": "errors",

@@ -17,7 +17,6 @@ from typing import Annotated
 
 import typer
 
-import batchbench
 from batchbench.cli import capacity as capacities
 from batchbench.cli import gate as checking
 from batchbench.cli import gate as comparing
@@ -35,6 +34,7 @@ from batchbench.cli.streams import echo
 from batchbench.cli.usage import spell_usage
 from batchbench.errors import BatchbenchError, ClosedPipe, UsageError, one_line
 from batchbench.files import STOPPING, reason_of
+from batchbench.version import __version__
 
 app = typer.Typer(
     name="batchbench",
@@ -50,7 +50,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        echo(f"batchbench {batchbench.__version__}")
+        echo(f"batchbench {__version__}")
         raise typer.Exit
 
 

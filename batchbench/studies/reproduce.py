@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 from scipy import stats
 
-import batchbench
 from batchbench import settings
 from batchbench.batching.experiment import EXECUTIONS, Experiment
 from batchbench.batching.progress import Watch
@@ -25,6 +24,7 @@ from batchbench.reports.result import Result, make_result
 from batchbench.reports.statistics import CONFIDENCE, FEWEST_PAIRS
 from batchbench.studies.gate.counts import flat
 from batchbench.studies.sweep.grid import named_files
+from batchbench.version import __version__
 
 AGREES, TIES, DIFFERS, OBSERVED, NOT_RUN = "agrees", "ties", "differs", "observed", "not compared"
 
@@ -329,7 +329,7 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Receipt:
     except UsageError as error:
         raise UsageError(f"the result cannot be run here: {error}") from error
     data = recorded.data
-    differences = differences_of(data, batchbench.__version__, session.environment, session.model)
+    differences = differences_of(data, __version__, session.environment, session.model)
     checks = [check_workload(recorded, session.workload.digest)]
     if not data["simulated"]:
         checks.append(check_weights(recorded, session.model))

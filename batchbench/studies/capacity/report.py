@@ -18,7 +18,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-import batchbench
 from batchbench.files import write_whole
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
@@ -38,6 +37,7 @@ from batchbench.reports.text import called, clean_text, number, spell_number
 from batchbench.studies.capacity.probe import GROWTH, Probe, Verdict
 from batchbench.studies.capacity.search import Capacity, CapacityFindings
 from batchbench.studies.sweep.facets import ticks_apart, write_tick
+from batchbench.version import __version__
 
 _LABELS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E latency"}
 
@@ -282,7 +282,7 @@ def data_of(found: CapacityFindings, command: str) -> dict[str, Any]:
     ratio = found.ratio
     return {
         "schema_version": SCHEMA_VERSION,
-        "batchbench_version": batchbench.__version__,
+        "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "simulated": found.experiment.simulated,

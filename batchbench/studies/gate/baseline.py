@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import batchbench
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.errors import UsageError
 from batchbench.files import reason_of
@@ -24,6 +23,7 @@ from batchbench.reports.schema import fault_of
 from batchbench.studies.gate.counts import Work, work_told
 from batchbench.studies.gate.processes import Workers, draw_core
 from batchbench.studies.gate.turns import Turn
+from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
@@ -221,7 +221,7 @@ def load_baseline(file: Path) -> Baseline:
     if data.get("schema_version") != SCHEMA_VERSION:
         raise UsageError(
             f"{file}: has schema version {data.get('schema_version')}, and batchbench "
-            f"{batchbench.__version__} reads {SCHEMA_VERSION}; {again}"
+            f"{__version__} reads {SCHEMA_VERSION}; {again}"
         )
     fault = fault_of(data, SCHEMA) or _contradiction(data)
     if fault is not None:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-import batchbench
 from batchbench.batching.experiment import Experiment
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.reports.statistics import Decision, Rule, Verdict, compare_means
@@ -44,6 +43,7 @@ from batchbench.studies.gate.processes import Installation, Workers
 from batchbench.studies.gate.spec import CheckSpec, check_margin
 from batchbench.studies.reproduce import pinned
 from batchbench.studies.sweep.grid import named_files
+from batchbench.version import __version__
 
 FIRST_LOOK, NEXT_LOOK = 8, 4
 """Processes before the first verdict, and between one and the next."""
@@ -166,7 +166,7 @@ def make_baseline(experiment: Experiment, processes: int, watch: TurnsWatch) -> 
         {
             "schema_version": SCHEMA_VERSION,
             "kind": "baseline",
-            "batchbench_version": batchbench.__version__,
+            "batchbench_version": __version__,
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": experiment.command("baseline save"),
             "config": pinned(experiment, model).config(),
@@ -236,7 +236,7 @@ def conduct_check(
             watch.measured(f"process {count}", "")
     if not observed.processes:
         base = Side(str(file), {"created": data["created_at"], "machine": baseline.machine})
-        here_now = Side("this installation", {"batchbench": batchbench.__version__})
+        here_now = Side("this installation", {"batchbench": __version__})
         why = no_time_for("process", observed.cut_off)
         spent_s = time.monotonic() - began
         return gate_of_nothing("check", typed(file, spec), base, here_now, why, spent_s)
@@ -382,7 +382,7 @@ def record_of(observed: Observed, gate: Gate) -> bytes:
     """Return the content of ``check.json``: the gate, and the values of each process."""
     data = {
         "schema_version": SCHEMA_VERSION,
-        "batchbench_version": batchbench.__version__,
+        "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "gate": gate.as_data(),
         "processes": [baseline.as_data(process) for process in observed.processes],

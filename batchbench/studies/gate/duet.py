@@ -18,7 +18,6 @@ from math import expm1
 from statistics import median
 from typing import Any, Protocol
 
-import batchbench
 from batchbench.batching.experiment import Experiment
 from batchbench.errors import OutOfTimeError
 from batchbench.reports.result_file import SCHEMA_VERSION
@@ -28,6 +27,7 @@ from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Side, Varying
 from batchbench.studies.gate.processes import Installation, Workers, draw_core, open_all
 from batchbench.studies.gate.spec import DuetSpec, rule_of
 from batchbench.studies.gate.turns import Pair, TurnPair, contamination
+from batchbench.version import __version__
 
 TURN_S = 0.2
 """Longer, and what others do in bursts falls on one side; shorter, and half of it is warm-up."""
@@ -585,7 +585,7 @@ def record_of(found: Findings, gate: Gate) -> bytes:
     runs = {"first": found.first, "confirmation": found.confirmation}
     data = {
         "schema_version": SCHEMA_VERSION,
-        "batchbench_version": batchbench.__version__,
+        "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "gate": gate.as_data(),
         **{

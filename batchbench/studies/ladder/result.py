@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-import batchbench
 from batchbench.batching.recording import Recording
 from batchbench.batching.roofline import Ceiling, middle
 from batchbench.batching.verification import Verification
@@ -24,6 +23,7 @@ from batchbench.reports.metrics import decode_steps
 from batchbench.reports.result import output_digest, workload_facts
 from batchbench.reports.statistics import paired_ratio
 from batchbench.reports.time_budget import host_share
+from batchbench.version import __version__
 from batchbench.workloads import Workload
 
 SCHEMA_VERSION = 1
@@ -111,7 +111,7 @@ def make_ladder(
         reasons += audit(workload, {name: trials}, verifications[name], _WARM, None)
     data = {
         "schema_version": SCHEMA_VERSION,
-        "batchbench_version": batchbench.__version__,
+        "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "config": config,

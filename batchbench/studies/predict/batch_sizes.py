@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-import batchbench
 from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError
@@ -34,6 +33,7 @@ from batchbench.reports.figures.card import (
 from batchbench.reports.prediction import beyond, predict
 from batchbench.reports.text import called, clean_text
 from batchbench.studies.predict.teacher import Teacher, read_spec
+from batchbench.version import __version__
 from batchbench.workloads import Workload
 
 SCHEMA_VERSION = 1
@@ -205,7 +205,7 @@ def to_json(curve: Curve, command: str) -> str:
     """``predict.json``."""
     data = {
         "schema_version": SCHEMA_VERSION,
-        "batchbench_version": batchbench.__version__,
+        "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "requests": curve.requests,

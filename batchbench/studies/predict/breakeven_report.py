@@ -19,7 +19,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-import batchbench
 from batchbench.reports.figures.card import (
     INK,
     QUIET,
@@ -33,6 +32,7 @@ from batchbench.reports.figures.card import (
 )
 from batchbench.reports.text import clean_text, number
 from batchbench.studies.predict.breakeven import ALL, EVEN, METRICS, BreakEven, Place, rows_of
+from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
@@ -196,7 +196,7 @@ def to_json(found: BreakEven, command: str) -> str:
     spec = found.spec
     data: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "batchbench_version": batchbench.__version__,
+        "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "sentence": sentence(found),

@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import batchbench
 from batchbench import settings
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.presets import Basis
@@ -24,6 +23,7 @@ from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError, shown
 from batchbench.reports.result_file import SCHEMA_VERSION
 from batchbench.values import parse_number
+from batchbench.version import __version__
 from batchbench.workloads.lengths import parse_lengths
 
 SWEPT: Mapping[str, type] = {"basis": Basis, **PARTS}
@@ -112,7 +112,7 @@ class Grid:
     @property
     def digest(self) -> str:
         """Of what was asked: the same command has the same."""
-        text = f"{batchbench.__version__} {self.command()}"
+        text = f"{__version__} {self.command()}"
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def words(self) -> list[str]:
@@ -219,7 +219,7 @@ def digest_of(experiment: Experiment) -> str:
     be many gigabytes), a policy of the user's own with its source.
     """
     depends = {
-        "batchbench": batchbench.__version__,
+        "batchbench": __version__,
         "schema": SCHEMA_VERSION,
         "simulated": experiment.simulated,
         "config": experiment.config(),

@@ -15,7 +15,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-import batchbench
 from batchbench.batching.machine import environment
 from batchbench.files import write_whole
 from batchbench.reports.figures import figure_bytes
@@ -26,6 +25,7 @@ from batchbench.studies.sweep.figures import PICTURES, draw_sweep
 from batchbench.studies.sweep.grid import Cell, Grid
 from batchbench.studies.sweep.store import Store
 from batchbench.studies.sweep.table import Cells, Row, rows_of, table_of, to_csv
+from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
@@ -110,7 +110,7 @@ def to_json(findings: Findings, command: str, not_drawn: Mapping[str, str]) -> s
     """``sweep.json``: what was asked and what came of each cell."""
     data = {
         "schema_version": SCHEMA_VERSION,
-        "batchbench_version": batchbench.__version__,
+        "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "simulated": findings.grid.simulated,

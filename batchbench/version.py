@@ -1,0 +1,3 @@
+"""The version of batchbench, in a file that imports nothing."""
+
+__version__ = "0.1.0"
