@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_SPECS: Mapping[str, type] = {"basis": Basis, **PARTS, "goals": GoalsSpec}
+_SPEC_OF: Mapping[str, type] = {
+    field.name: spec
+    for spec in (Basis, *PARTS.values(), GoalsSpec)
+    for field in dataclasses.fields(spec)
+}
 
 
 def run(*, watch: Watch | None = None, **options: Any) -> Result:
@@ -36,20 +40,20 @@ def run(*, watch: Watch | None = None, **options: Any) -> Result:
         r.summary, r.requests, r.plot.timeline()
 
     Args:
-        watch: is told how far it is; without one nothing is shown.
-        options: those of ``batchbench run``, with underscores; files may be texts or paths, several
-            strategies or limits a list. ``preset`` and ``workload`` (a TOML file) are what the
-            others start from.
+        watch: receives the progress; without one nothing is shown.
+        options: those of ``batchbench run``, with underscores. Files are texts or paths; several
+            strategies or limits are a list. ``preset`` and ``workload`` (a TOML file) hold
+            settings that the other options replace.
 
     Raises:
         TypeError: there is no such option; the message names the nearest.
-        UsageError: what is asked cannot be done here.
+        UsageError: an option is wrong, or cannot be carried out here.
     """
     return _conduct("run", options, watch, simulated=False)
 
 
 def simulate(*, watch: Watch | None = None, **options: Any) -> Result:
-    """Do what :func:`run` does on a virtual clock: no model, every step costs one unit (1 ms).
+    """Do what :func:`run` does on a virtual clock, without a model: every step takes 1 ms.
 
     Arguments and errors are those of :func:`run`.
     """
@@ -60,7 +64,7 @@ def load(path: str | Path) -> Result:
     """Read the result in a folder that ``batchbench run`` or :meth:`Result.save` wrote.
 
     Raises:
-        UsageError: there is no result, or it is torn or of another schema version.
+        UsageError: there is no result, it is damaged, or it has another schema version.
     """
     return load_result(Path(path))
 
@@ -68,44 +72,43 @@ def load(path: str | Path) -> Result:
 def _conduct(
     name: str, options: Mapping[str, Any], watch: Watch | None, *, simulated: bool
 ) -> Result:
-    given = _typed(name, options)
-    basis = settings.make_spec(Basis, given)
-    goals = settings.make_spec(GoalsSpec, given)
-    own = {field.name for spec in PARTS.values() for field in dataclasses.fields(spec)}
-    file = basis.layers()[1:]  # the preset's own settings are laid below by Experiment.of
-    asked = {option: value for option, value in given.items() if option in own}
-    experiment = Experiment.of(*file, asked, preset=basis.preset, simulated=simulated)
-    with warnings.catch_warnings():
-        # tqdm's, when a library imports it in a notebook that has no widgets.
-        warnings.filterwarnings("ignore", message="IProgress not found")
-        return make_result(conduct(experiment, watch), goals)
+    with settings.python_names(_SPEC_OF):
+        values = _typed(name, options)
+        basis = settings.make_spec(Basis, values)
+        goals = settings.make_spec(GoalsSpec, values)
+        own = {option: v for option, v in values.items() if _SPEC_OF[option] in PARTS.values()}
+        file = basis.layers()[1:]  # Experiment.of adds the preset's own settings below it
+        experiment = Experiment.of(*file, own, preset=basis.preset, simulated=simulated)
+        with warnings.catch_warnings():
+            # tqdm's, when a library imports it in a notebook that has no widgets.
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            return make_result(conduct(experiment, watch), goals)
 
 
 def _typed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in the types of their fields."""
-    homes = {field.name: spec for spec in _SPECS.values() for field in dataclasses.fields(spec)}
-    found: dict[str, Any] = {}
+    """Return the options in the types of their fields."""
+    values: dict[str, Any] = {}
     for option, value in options.items():
-        if option not in homes:
-            near = difflib.get_close_matches(option.replace("-", "_"), homes, 1)
+        if option not in _SPEC_OF:
+            near = difflib.get_close_matches(option.replace("-", "_"), _SPEC_OF, 1)
             hint = f"; did you mean {near[0]}?" if near else "; batchbench run --help lists them"
             raise TypeError(f"{name}() has no option {option!r}{hint}")
-        found |= settings.typed(homes[option], {option: value})
-    return found
+        values |= settings.typed(_SPEC_OF[option], {option: value})
+    return values
 
 
 @dataclass(frozen=True, eq=False)
 class Plots:
     """Pictures of a result, each a method: ``plots.timeline()`` is a matplotlib ``Figure``.
 
-    ``dir(plots)`` lists them: throughput, latency, occupancy, timeline …, the same that a run
-    writes. ``figure.savefig("timeline.svg")`` keeps one.
+    ``dir(plots)`` lists them: throughput, latency, occupancy, timeline …, those that a run writes.
+    ``figure.savefig("timeline.svg")`` saves one.
     """
 
     result: Result
 
     def __getattr__(self, name: str) -> Callable[[], Figure]:
-        # Not before it is asked for: matplotlib takes half a second.
+        # Imported here, since matplotlib takes half a second.
         from batchbench.reports.figures import PICTURES, draw_one
 
         if name not in PICTURES:
@@ -124,7 +127,7 @@ class Plots:
 
 
 def render(result: Result) -> str:
-    """Sentence and table."""
+    """Return the sentence and the table of a result as HTML, for a notebook."""
     grid = table(result)
     columns = [[_plain(column.header), *map(_plain, column.cells)] for column in grid.columns]
     head, *rows = zip(*columns, strict=True)

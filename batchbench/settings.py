@@ -1,7 +1,7 @@
-"""How a field of a spec says its option name, help text, bounds and choices.
+"""Specs: dataclasses whose fields become options, and their conversion to and from text and JSON.
 
-Each spec is a frozen dataclass whose fields are made with :func:`setting`; the command line derives
-its options from them and :func:`check` holds the same bounds for callers from Python.
+Each spec is a frozen dataclass whose fields are made with :func:`setting`. The command line derives
+its options from them, and :func:`check` applies the same bounds to calls from Python.
 """
 
 from __future__ import annotations
@@ -11,21 +11,31 @@ import dataclasses
 import functools
 import math
 import numbers
+import re
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from batchbench.errors import UsageError, shown
-from batchbench.values import UNITS, parse_float, parse_whole
 
 _KEY = "batchbench"
+
+UNITS = {
+    "": "a number",
+    "seconds": "a number of seconds, such as 60",
+    "milliseconds": "a number of milliseconds, such as 50",
+    "percent": "a percentage, such as 5 or 5%",
+    "share": "a share, such as 0.95 or 95%",
+}
+"""Units of options, with the words for their values in messages."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one field of a spec beyond its type and default."""
+    """The metadata of a spec's field: its help text, bounds and choices."""
 
     help: str
     panel: str
@@ -33,60 +43,34 @@ class Setting:
     max: float | None = None
     choices: tuple[str, ...] = ()
     metavar: str | None = None
-    default_text: str | None = None  # what None means, for the help
-    excludes: tuple[str, ...] = ()  # fields that say the same in another way
-    resets: tuple[str, ...] = ()  # fields that mean nothing any more once this one is set anew
-    unit: str = ""  # a key of values.UNITS, for numbers
+    default_text: str | None = None  # the meaning of None, for the help
+    excludes: tuple[str, ...] = ()  # fields that state the same in another way
+    resets: tuple[str, ...] = ()  # fields that lose their meaning when this one is set
+    unit: str = ""  # a key of UNITS, for numbers
 
 
-def setting(
-    default: Any,
-    help: str,
-    panel: str,
-    *,
-    min: float | None = None,
-    max: float | None = None,
-    choices: Sequence[str] = (),
-    metavar: str | None = None,
-    default_text: str | None = None,
-    excludes: Sequence[str] = (),
-    resets: Sequence[str] = (),
-    unit: str = "",
-) -> Any:
-    """Return a dataclass field with its option's help text, bounds, unit, choices and rivals."""
-    assert unit in UNITS
-    about = Setting(
-        help,
-        panel,
-        min,
-        max,
-        tuple(choices),
-        metavar,
-        default_text,
-        tuple(excludes),
-        tuple(resets),
-        unit,
-    )
-    return dataclasses.field(default=default, metadata={_KEY: about})
+def setting(default: Any, help: str, panel: str, **known: Any) -> Any:
+    """Return a dataclass field that is an option; ``known`` are fields of :class:`Setting`."""
+    return dataclasses.field(default=default, metadata={_KEY: Setting(help, panel, **known)})
 
 
 def about(field: dataclasses.Field[Any]) -> Setting:
-    """The :class:`Setting` of a field made with :func:`setting`."""
-    found: Setting = field.metadata[_KEY]
-    return found
+    """Return the :class:`Setting` of a field made with :func:`setting`."""
+    known: Setting = field.metadata[_KEY]
+    return known
 
 
 def option_name(field_name: str) -> str:
-    """``batch_size`` → ``--batch-size``."""
+    """Return ``--batch-size`` for ``batch_size``."""
     return "--" + field_name.replace("_", "-")
 
 
 def layered(specs: Iterable[type], *layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by field name, each from the last layer that gives it.
+    """Return settings by field name, each from the last layer that has it.
 
-    A preset, a file and the options of a command line are such layers: partial settings of several
-    specs, whose fields have names of their own. What a layer says in one way takes out what the
-    layers below it say in another: ``--output-tokens 7`` leaves nothing of a classic cycle.
+    A preset, a file and the options of a command line are such layers. A setting removes those of
+    the layers below that it excludes or resets: ``--output-tokens 7`` removes a preset's cycle of
+    long and short outputs.
     """
     rivals: dict[str, set[str]] = {}
     for spec in specs:
@@ -95,17 +79,51 @@ def layered(specs: Iterable[type], *layers: Mapping[str, Any]) -> dict[str, Any]
             rivals.setdefault(field.name, set()).update(known.excludes, known.resets)
             for other in known.excludes:
                 rivals.setdefault(other, set()).add(field.name)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for layer in layers:
-        gone = {rival for name in layer for rival in rivals.get(name, ())} - layer.keys()
-        found = {name: value for name, value in found.items() if name not in gone} | {**layer}
-    return found
+        removed = {rival for name in layer for rival in rivals.get(name, ())} - layer.keys()
+        values = {n: value for n, value in values.items() if n not in removed} | {**layer}
+    return values
 
 
-def make_spec(spec: Any, given: Mapping[str, Any]) -> Any:
-    """A spec with the settings that are its own; the rest as its fields say."""
+# Values of fields
+
+Spec = TypeVar("Spec")
+
+
+def make_spec(spec: Any, values: Mapping[str, Any]) -> Any:
+    """Return a spec with those of the values that are its fields; the rest are defaults."""
     names = {field.name for field in dataclasses.fields(spec)}
-    return spec(**{name: value for name, value in given.items() if name in names})
+    return spec(**{name: value for name, value in values.items() if name in names})
+
+
+def as_json(spec: Any) -> dict[str, Any]:
+    """Return the fields of a spec as JSON values, which :func:`from_json` reads."""
+    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return {
+        name: str(value)
+        if isinstance(value, Path)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for name, value in values.items()
+    }
+
+
+def from_json(spec: type[Spec], values: Mapping[str, Any], *, drop_unknown: bool = False) -> Spec:
+    """Return the spec whose :func:`as_json` is given; fields that it lacks are defaults.
+
+    Raises:
+        UsageError: a value is wrong, or a field is unknown and ``drop_unknown`` is not given.
+    """
+    names = {field.name for field in dataclasses.fields(typing.cast(Any, spec))}
+    if (unknown := values.keys() - names) and not drop_unknown:
+        raise UsageError(
+            f"{option_name(min(unknown))}: this batchbench has no such option; "
+            "the result is from a newer one"
+        )
+    own = {name: value for name, value in values.items() if name in names}
+    return spec(**typed(spec, own))
 
 
 @functools.cache
@@ -118,19 +136,72 @@ def kind_of(hint: Any) -> type:
     """Return the type of a field's values that are not None: ``int`` for ``int | None``."""
     if typing.get_origin(hint) is tuple:
         return tuple
-    (kind,) = set(typing.get_args(hint) or {hint}) - {type(None)}
-    found: type = kind
-    return found
+    kinds: set[type] = set(typing.get_args(hint) or {hint}) - {type(None)}
+    (kind,) = kinds
+    return kind
 
 
 _KINDS = {
-    bool: "True or False",
+    bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "a text",
     Path: "the name of a file or folder",
-    tuple: "texts",
+    tuple: "a list of texts",
 }
+
+
+def written(value: object) -> str:
+    """Return a value for a message, as Python and TOML write it."""
+    return f"'{shown(value)}'" if isinstance(value, str) else shown(value)
+
+
+def typed(
+    spec: type,
+    values: Mapping[str, Any],
+    place: Callable[[str, Any], str] = lambda name, value: f"{option_name(name)} {written(value)}",
+) -> dict[str, Any]:
+    """Return values from JSON, TOML or a Python call in the types of the spec's fields.
+
+    A path may be a text, a text a whole number or a list of texts, a whole number a float without
+    a fraction, and a tuple a list.
+
+    Args:
+        place: takes the name and the value of a field; returns the beginning of the message.
+
+    Raises:
+        UsageError: a value is not of its field's kind.
+    """
+    hints = hints_of(spec)
+    return {
+        name: _converted(hints[name], value, place(name, value)) for name, value in values.items()
+    }
+
+
+def _converted(hint: Any, value: Any, place: str) -> Any:
+    kind = kind_of(hint)
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    if kind is Path and isinstance(value, str) and value:
+        return Path(value)
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        if kind is tuple:
+            return tuple(value)
+        if kind is str and value:
+            return ",".join(value)
+    if kind is str and (type(value) is int or isinstance(value, Path)):  # output_tokens=7
+        return str(value)
+    if not isinstance(value, bool):  # which is a number in Python
+        if kind is int and isinstance(value, numbers.Integral):  # NumPy's, too
+            return int(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if kind is float and isinstance(value, numbers.Real):
+            with contextlib.suppress(OverflowError):  # an integer of 400 digits
+                return float(value)
+    if kind in (int, float) or not isinstance(value, kind):
+        raise UsageError(f"{place}: must be {_KINDS[kind]}")
+    return value
 
 
 def parse(spec: type, field: dataclasses.Field[Any], text: str) -> Any:
@@ -140,10 +211,10 @@ def parse(spec: type, field: dataclasses.Field[Any], text: str) -> Any:
         UsageError: the text is empty, not of the field's kind, or out of its bounds.
     """
     known, kind = about(field), kind_of(hints_of(spec)[field.name])
-    place = f"{option_name(field.name)} {shown(text)}"
+    option = option_name(field.name)
+    place = f"{option} {shown(text)}"
     value: Any = text
     if not text.strip():
-        option = option_name(field.name)
         raise UsageError(f"{option} '{shown(text)}': is empty; give a value, or drop {option}")
     if kind is int:
         value = parse_whole(text, place)
@@ -156,88 +227,51 @@ def parse(spec: type, field: dataclasses.Field[Any], text: str) -> Any:
     return value
 
 
-def typed(spec: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a spec's fields as JSON or a caller writes them, in the types of the fields.
-
-    A path may come as text, several texts as a list, lengths as a number, ``static,continuous``
-    as a list of names.
+def check(spec: Any) -> None:
+    """Check the bounds and choices of all fields, and that no field excludes another.
 
     Raises:
-        UsageError: a value is not of its field's kind.
+        UsageError: names the first field at fault.
     """
-    hints = hints_of(spec)
-    return {name: _typed(hints[name], name, value) for name, value in given.items()}
-
-
-def _typed(hint: Any, name: str, value: Any) -> Any:
-    kind = kind_of(hint)
-    if value is None and type(None) in typing.get_args(hint):
-        return None
-    if kind is Path and isinstance(value, str) and value:
-        return Path(value)
-    if kind is tuple and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    if kind is str and (type(value) is int or isinstance(value, Path)):  # output_tokens=7
-        return str(value)
-    if kind is str and isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    if not isinstance(value, bool):  # which counts as a number; NumPy's numbers do as well
-        if kind is int and isinstance(value, numbers.Integral):
-            return int(value)
-        if kind is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-        if kind is float and isinstance(value, numbers.Real):
-            with contextlib.suppress(OverflowError):  # an integer of 400 digits
-                return float(value)
-    if kind in (int, float) or not isinstance(value, kind):
-        text = f"'{shown(value)}'" if isinstance(value, str) else shown(value)
-        raise UsageError(f"{option_name(name)} {text}: must be {_KINDS[kind]}")
-    return value
-
-
-def check(spec: Any) -> None:
-    """Raise :class:`UsageError` for the first field of a spec that breaks what is known of it.
-
-    That is its bounds, its choices, or that another way of saying the same is set too.
-    """
-    for field in dataclasses.fields(spec):
+    fields = dataclasses.fields(spec)
+    for field in fields:
         value = getattr(spec, field.name)
         check_value(field, value, f"{option_name(field.name)} {shown(value)}")
-    defaults = {field.name: field.default for field in dataclasses.fields(spec)}
-    for field in dataclasses.fields(spec):
+    changed = {field.name for field in fields if getattr(spec, field.name) != field.default}
+    for field in fields:
         for other in about(field).excludes:
-            pair = (field.name, other)
-            if all(getattr(spec, name) != defaults[name] for name in pair):
-                one, two = map(option_name, pair)
+            if {field.name, other} <= changed:
+                one, two = option_name(field.name), option_name(other)
                 raise UsageError(f"{one} and {two} exclude each other: give one of them")
 
 
-def check_value(field: dataclasses.Field[Any], value: Any, asked: str) -> None:
-    """Raise :class:`UsageError` where a value breaks a field's bounds or choices.
+def check_value(field: dataclasses.Field[Any], value: Any, place: str) -> None:
+    """Check a value against a field's bounds and choices.
 
-    The message begins with ``asked``, which says where the value stands.
+    Raises:
+        UsageError: the message begins with ``place``.
     """
     known = about(field)
     if value is None:
         return
     if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"{asked}: must be a finite number")
+        raise UsageError(f"{place}: must be a finite number")
     unit = " percent" if known.unit == "percent" else ""
     if known.min is not None and value < known.min:
-        raise UsageError(f"{asked}: must be at least {_spell(known.min)}{unit}")
+        raise UsageError(f"{place}: must be at least {_without_zero(known.min)}{unit}")
     if known.max is not None and value > known.max:
-        raise UsageError(f"{asked}: must be at most {_spell(known.max)}{unit}")
+        raise UsageError(f"{place}: must be at most {_without_zero(known.max)}{unit}")
     if known.choices and value not in known.choices:
-        raise UsageError(f"{asked}: must be one of {', '.join(known.choices)}")
+        raise UsageError(f"{place}: must be one of {', '.join(known.choices)}")
 
 
-def _spell(bound: float) -> str:
+def _without_zero(bound: float) -> str:
     """Return a bound as text, without ``.0``."""
     return str(int(bound)) if bound == int(bound) else str(bound)
 
 
 def words_of(spec: Any, usual: Any, always: Collection[str] = ()) -> list[str]:
-    """What to type for a spec: its options that differ from ``usual``, and those named."""
+    """Return the words to type for a spec: options unlike ``usual``, and those in ``always``."""
     words: list[str] = []
     for field in dataclasses.fields(spec):
         value, option = getattr(spec, field.name), option_name(field.name)
@@ -248,7 +282,96 @@ def words_of(spec: Any, usual: Any, always: Collection[str] = ()) -> list[str]:
         elif value is True:
             words.append(option)
         elif isinstance(value, tuple):
-            words += [word for each in value for word in (option, str(each))]
+            words += [word for item in value for word in (option, str(item))]
         else:
             words += [option, str(value)]
     return words
+
+
+@contextlib.contextmanager
+def python_names(names: Collection[str] = ("overwrite",)) -> Iterator[None]:
+    """Let errors of a Python call name arguments, as in ``overwrite=True``, instead of options.
+
+    Args:
+        names: arguments of the call.
+    """
+    try:
+        yield
+    except UsageError as error:
+        message = str(error)
+        if "--overwrite" in message:  # the place is a positional argument
+            message = message.removeprefix("--output ")
+        message = re.sub(r"^(--[a-z][a-z-]*) (?=\S+:)", r"\1=", message)
+        for name in names:
+            argument = "overwrite=True" if name == "overwrite" else name
+            message = re.sub(rf"{option_name(name)}(?![\w-])", argument, message)
+        raise type(error)(message) from error
+
+
+# Numbers as text: 7, +8, 1_000, .5, 5., 1e3 and 1.27e+03, with blanks around them. Only ASCII
+# digits count; NaN and infinity are refused.
+
+_DIGITS = r"[0-9]+(?:_[0-9]+)*"
+_NUMBER = re.compile(rf"[+-]?(?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][+-]?[0-9]+)?")
+
+_LARGEST = 300
+"""Decimal exponent at which numbers are refused, about the largest of a float."""
+
+
+def parse_number(text: str, place: str, must: str = f"must be {UNITS['']}") -> Decimal:
+    """Return the number that a text writes, exactly.
+
+    Args:
+        place: the beginning of the message: the place of the text, and the text.
+        must: the rest of the message about a text that is not a number.
+
+    Raises:
+        UsageError: it is not a number, or is too large for a float.
+    """
+    digits = text.strip().replace("\N{MINUS SIGN}", "-", 1)
+    if not _NUMBER.fullmatch(digits):
+        raise UsageError(f"{place}: {must}")
+    try:
+        number = Decimal(digits.replace("_", ""))
+    except InvalidOperation as error:  # an exponent of 20 digits
+        raise UsageError(f"{place}: is too large a number") from error
+    if number and number.adjusted() >= _LARGEST:
+        raise UsageError(f"{place}: is too large a number")
+    return number if number.adjusted() >= -400 else Decimal(0)  # as a float does
+
+
+def parse_whole(text: str, place: str, must: str = "must be a whole number") -> int:
+    """Return the whole number that a text writes: ``100``, ``1e2`` and ``100.0`` are the same.
+
+    Raises:
+        UsageError: it is not a whole number.
+    """
+    number = parse_number(text, place, must)
+    if number != number.to_integral_value():
+        raise UsageError(f"{place}: {must}")
+    return int(number)
+
+
+def parse_float(text: str, place: str, unit: str = "") -> float:
+    """Return the number that a text writes, in a unit of :data:`UNITS`.
+
+    A percentage may carry a ``%``; so may a share, whose ``95%`` is 0.95. One below 1 percent must
+    carry it, since ``0.05`` may be the share 0.05, which is 5 percent; so must a share above 1.
+
+    Raises:
+        UsageError: it is not a number of this unit.
+    """
+    must = f"must be {UNITS[unit]}"
+    bare = text.strip()
+    if unit in ("percent", "share") and bare.endswith("%"):
+        number = parse_number(bare[:-1], place, must)
+        return float(number if unit == "percent" else number / 100)
+    number = parse_number(bare, place, must)
+    if unit == "percent" and 0 < number < 1:
+        raise UsageError(
+            f"{place}: is below 1 percent; write {shown(bare)}% if you mean that, or "
+            f"{shown(f'{100 * number:f}'.rstrip('0').rstrip('.'))}% for the share {shown(bare)}"
+        )
+    if unit == "share" and 1 < number < 100:
+        raise UsageError(f"{place}: must be at most 1; write {shown(bare)}% for percent")
+    return float(number)

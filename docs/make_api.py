@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from batchbench.reports.plots import Plots
+from batchbench.api import Plots
 
 import batchbench
 from batchbench import settings

@@ -94,16 +94,16 @@ def test_a_name_that_is_no_option_is_told_the_nearest(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "^--batch-size 0: must be at least 1$"),
-        ({"batch_size": "8"}, "^--batch-size '8': must be a whole number$"),
-        ({"batch_size": 8.5}, "^--batch-size 8.5: must be a whole number$"),
-        ({"trials": True}, "^--trials True: must be a whole number$"),
-        ({"max_wait": "long"}, "^--max-wait 'long': must be a number$"),
-        ({"stop_at_eos": 1}, "^--stop-at-eos 1: must be True or False$"),
-        ({"prompts": 3}, "^--prompts 3: must be the name of a file or folder$"),
-        ({"slo": "ttft:5"}, "^--slo 'ttft:5': must be texts$"),
-        ({"preset": "nope"}, "^--preset nope: must be one of"),
-        ({"workload": "nowhere.toml"}, "^--workload nowhere.toml: no such file"),
+        ({"batch_size": 0}, "^batch_size=0: must be at least 1$"),
+        ({"batch_size": "8"}, "^batch_size='8': must be a whole number$"),
+        ({"batch_size": 8.5}, "^batch_size=8.5: must be a whole number$"),
+        ({"trials": True}, "^trials=True: must be a whole number$"),
+        ({"max_wait": "long"}, "^max_wait='long': must be a number$"),
+        ({"stop_at_eos": 1}, "^stop_at_eos=1: must be true or false$"),
+        ({"prompts": 3}, "^prompts=3: must be the name of a file or folder$"),
+        ({"slo": "ttft:5"}, "^--slo 'ttft:5': must be a list of texts$"),
+        ({"preset": "nope"}, "^preset=nope: must be one of"),
+        ({"workload": "nowhere.toml"}, "^workload=nowhere.toml: no such file"),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(options: dict[str, Any], message: str) -> None:

@@ -15,8 +15,7 @@ from batchbench.batching.presets import NOTEBOOK, PRESETS, check_preset
 from batchbench.batching.queue import ORDERS
 from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError, shown
-from batchbench.settings import setting
-from batchbench.values import parse_whole
+from batchbench.settings import parse_whole, setting
 from batchbench.workloads.spec import WorkloadSpec
 
 GENERATE_BATCH = "generate_batch"

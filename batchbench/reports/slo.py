@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from batchbench import settings
 from batchbench.errors import UsageError, shown
-from batchbench.settings import setting
-from batchbench.values import parse_float
+from batchbench.settings import parse_float, setting
 
 LATENCIES = ("ttft", "tpot", "e2el")
 """What a service-level objective may limit, under the names of ``vllm bench serve --goodput``."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from batchbench.errors import UsageError, shown
-from batchbench.values import parse_float
+from batchbench.settings import parse_float
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchbench.errors import UsageError, shown
 from batchbench.files import MIB, open_binary
-from batchbench.values import parse_number, parse_whole
+from batchbench.settings import parse_number, parse_whole
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,8 +14,7 @@ from batchbench import settings
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment
 from batchbench.batching.presets import PRESETS
 from batchbench.errors import UsageError, shown
-from batchbench.settings import setting
-from batchbench.values import parse_number
+from batchbench.settings import parse_number, setting
 
 if TYPE_CHECKING:
     from batchbench.reports.statistics import Rule

@@ -22,7 +22,7 @@ from batchbench.batching.presets import Basis
 from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError, shown
 from batchbench.reports.result_file import SCHEMA_VERSION
-from batchbench.values import parse_number
+from batchbench.settings import parse_number
 from batchbench.version import __version__
 from batchbench.workloads.lengths import parse_lengths
 
