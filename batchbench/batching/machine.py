@@ -10,11 +10,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -305,6 +305,72 @@ def _nvml(index: int) -> dict[str, Any]:
         }
     except Exception:  # not installed, no permission, no such counter: then it is not told
         return {}
+
+
+# Comparing two machines
+
+HARDWARE = ("device", "cpu", "cpu_cores", "threads", "gpu", "gpu_memory_bytes")
+SOFTWARE = ("gpu_driver", "cuda", "torch", "transformers", "numpy", "python")
+EXECUTION = ("dtype", "engine", "execution", "cpu_kernels")
+
+MUST_MATCH_FOR_OUTPUTS = (
+    *("device", "cpu", "threads", "gpu", "gpu_driver", "cuda", "torch", "transformers", "numpy"),
+    *(*EXECUTION, "weights_digest"),
+)
+"""Facts on which the last bit of a logit depends, and with it a token that is nearly tied."""
+
+MUST_MATCH_FOR_TIMES = (
+    *(name for name in MUST_MATCH_FOR_OUTPUTS if name != "weights_digest"),
+    *("cpu_cores", "gpu_memory_bytes", "python"),
+)
+"""Facts on which times depend: ``HARDWARE``, ``SOFTWARE`` and ``EXECUTION`` together.
+
+The host's name and kernel are left out, because a CI pool has many hosts of one kind.
+"""
+
+
+class Difference(NamedTuple):
+    """A fact in which two environments differ; None where one of them lacks it."""
+
+    name: str
+    base: Any
+    new: Any
+
+
+def facts_of(
+    environment: Mapping[str, Any], model: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """Return every comparable fact of a machine, its packages and its resolved model, by name.
+
+    ``more`` holds facts that stand elsewhere, such as ``engine=`` and ``batchbench=``.
+    """
+    facts = {**environment, **environment.get("packages", {})}
+    for name in ("packages", "gpu_clock_mhz"):  # a clock changes from moment to moment
+        facts.pop(name, None)
+    resolved = ("device", "dtype", "execution", "weights_digest")
+    return {**facts, **{name: model.get(name) for name in resolved}, **more}
+
+
+def differences(
+    base: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None
+) -> list[Difference]:
+    """Return the facts in which two environments differ.
+
+    Args:
+        base: facts of one environment, as :func:`facts_of` returns them.
+        new: facts of the other.
+        names: facts to compare, such as :data:`MUST_MATCH_FOR_TIMES`; None for all.
+    """
+    return [
+        Difference(name, base.get(name), new.get(name))
+        for name in ({**base, **new} if names is None else names)
+        if _comparable(name, base.get(name)) != _comparable(name, new.get(name))
+    ]
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """Reduce a version of Python to its minor version, since a patch changes no time."""
+    return str(value).split(".")[:2] if name == "python" and value else value
 
 
 def cpu_name() -> str:

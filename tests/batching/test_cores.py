@@ -86,3 +86,30 @@ def test_threads_are_those_asked_for_else_the_users_else_a_core_each(
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert set_threads(ModelSpec()) == 3
     assert cores.usable_cores() >= 1
+
+
+# Comparing two machines
+
+
+def test_what_times_depend_on_is_hardware_software_and_execution() -> None:
+    groups = (*cores.HARDWARE, *cores.SOFTWARE, *cores.EXECUTION)
+    assert sorted(cores.MUST_MATCH_FOR_TIMES) == sorted(groups)
+
+
+def test_every_fact_that_must_match_is_one_that_a_run_records() -> None:
+    environment = cores.environment() | cores.torch_environment("cpu")
+    model = dict.fromkeys(("device", "dtype", "execution", "weights_digest"))
+    facts = cores.facts_of(environment, model, engine="slots")
+    assert facts.keys() >= {*cores.MUST_MATCH_FOR_TIMES, *cores.MUST_MATCH_FOR_OUTPUTS}
+
+
+def test_a_difference_names_the_fact_and_both_values() -> None:
+    base = {"python": "3.11.2", "cpu": "one", "hostname": "a"}
+    new = {"python": "3.11.9", "cpu": "two", "gpu": "H200"}
+    assert cores.differences(base, new) == [
+        ("cpu", "one", "two"),
+        ("hostname", "a", None),
+        ("gpu", None, "H200"),
+    ]
+    assert cores.differences(base, new, ("gpu", "python")) == [("gpu", None, "H200")]
+    assert cores.differences({"python": "3.11.2"}, {"python": "3.12.2"})
