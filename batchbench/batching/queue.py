@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import bisect
-import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
-from typing import TYPE_CHECKING, cast, overload
+from typing import overload
+
+from sortedcontainers import SortedKeyList
 
 from batchbench.errors import UsageError
-
-if TYPE_CHECKING:
-    from batchbench.workloads import Request
+from batchbench.workloads import Request
 
 ORDERS: dict[str, Callable[[Request], tuple[int, int]]] = {
     "fifo": lambda request: (0, request.index),
@@ -20,111 +17,73 @@ ORDERS: dict[str, Callable[[Request], tuple[int, int]]] = {
     "shortest-first": lambda request: (request.output_tokens, request.index),
     "longest-prompt-first": lambda request: (-request.prompt_tokens, request.index),
 }
-"""How each ``--order`` sorts; equals keep the order of arrival."""
+"""The sort key of each ``--order``; requests of equal length keep the order of arrival."""
 
 
-class WaitingQueue(Sequence["Request"]):
-    """A sorted sequence that is cheap to take from the front, also with a million in it."""
+class WaitingQueue(Sequence[Request]):
+    """A sorted sequence in which every operation takes O(log n) time for each request."""
 
     def __init__(self, order: str) -> None:
-        self._key = ORDERS[order]
-        self._items: list[Request] = []
-        self._head = 0  # items before it have left; they are dropped in bulk
-        self._in_order = order == "fifo"
-        self._arrived: deque[Request] = deque()  # in the order of arrival; who left goes lazily
-        self._left: set[int] = set()  # of those in ``_arrived``
+        self._items = SortedKeyList(key=ORDERS[order])
+        self._arrived: deque[Request] = deque()  # by age; requests that left go when they are met
 
     @property
     def oldest(self) -> Request:
-        """Whoever has waited longest.
+        """The request that has waited longest.
 
         Raises:
-            IndexError: nobody waits.
+            IndexError: no request waits.
         """
-        if self._in_order:
-            return self[0]
-        while self._arrived[0].index in self._left:
-            self._left.remove(self._arrived.popleft().index)
+        while self._arrived[0] not in self._items:
+            self._arrived.popleft()
         return self._arrived[0]
 
-    def push(self, requests: list[Request]) -> None:
-        """Add requests, which come in the order of their index, at their places."""
-        if not self._in_order:
-            self._arrived.extend(requests)
-        if len(requests) > len(self):
-            self._items = sorted(self._items[self._head :] + requests, key=self._key)
-            self._head = 0
-            return
-        for request in requests:
-            if self._key(request) > self._key(self._items[-1]):
-                self._items.append(request)
-            else:
-                bisect.insort(self._items, request, lo=self._head, key=self._key)
+    def push(self, requests: Sequence[Request]) -> None:
+        """Add requests, which come in the order of their index."""
+        self._items.update(requests)
+        self._arrived.extend(requests)
 
-    def take(self, chosen: Sequence[Request]) -> None:
-        """Remove the chosen ones.
+    def take(self, chosen: list[Request]) -> None:
+        """Remove the chosen requests.
 
         Raises:
-            UsageError: one of them is not waiting, or stands twice.
+            UsageError: a request is not waiting, or is chosen twice.
         """
-        count = len(chosen)
-        if not count:
+        if not chosen:
             return
+        items = self._items
         # Policies mostly take neighbours, and these from the front.
-        first = self._head
-        if not len(self) or chosen[0] is not self._items[first]:
-            first += self._place(chosen[0])
-        run = self._items[first : first + count]
-        if len(run) == count and all(map(operator.is_, chosen, run)):
-            if first == self._head:
-                self._head += count
-            else:
-                del self._items[first : first + count]
+        at_front = bool(items) and items[0] is chosen[0]
+        start = 0 if at_front else items.bisect_key_left(items.key(chosen[0]))
+        if items[start : start + len(chosen)] == chosen:
+            del items[start : start + len(chosen)]
+        elif len(set(chosen)) == len(chosen) and all(request in items for request in chosen):
+            for request in chosen:
+                items.remove(request)
         else:
-            leaving = {request.index: request for request in chosen}
-            kept = [item for item in self if leaving.get(item.index) is not item]
-            if len(kept) != len(self) - count:
-                raise UsageError("a policy admitted a request that is not waiting, or one twice")
-            self._items, self._head = kept, 0
-        if not self._in_order:
-            self._left.update(request.index for request in chosen)
-        if self._head > 1024 and self._head * 2 > len(self._items):
-            del self._items[: self._head]
-            self._head = 0
-
-    def _place(self, request: Request) -> int:
-        """Where a waiting request stands; where it would stand, if it does not wait."""
-        return bisect.bisect_left(self._items, self._key(request), self._head, key=self._key) - (
-            self._head
-        )
+            raise UsageError("a policy admitted a request that is not waiting, or one twice")
 
     def index(self, value: object, start: int = 0, stop: int | None = None) -> int:
-        """Place of a waiting request, found by its key.
+        """Return the position of a waiting request.
 
         Raises:
-            ValueError: it does not wait between these places.
+            ValueError: the request does not wait between these positions.
         """
-        place = self._place(cast("Request", value)) if isinstance(value, tuple) else len(self)
-        if place >= len(self) or self[place] != value or place not in range(len(self))[start:stop]:
-            raise ValueError(f"{value!r} does not wait here")
-        return place
+        if not isinstance(value, Request):
+            raise ValueError(f"{value!r} is not a request")
+        position: int = self._items.index(value, start, stop)
+        return position
 
     def __len__(self) -> int:
-        return len(self._items) - self._head
+        return len(self._items)
 
     def __iter__(self) -> Iterator[Request]:
-        return islice(self._items, self._head, None)
+        return iter(self._items)
 
     @overload
     def __getitem__(self, index: int) -> Request: ...
     @overload
     def __getitem__(self, index: slice) -> list[Request]: ...
     def __getitem__(self, index: int | slice) -> Request | list[Request]:
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise IndexError(index)
-            return self._items[index + self._head if index >= 0 else index]
-        start, stop, step = index.indices(len(self))
-        if step > 0:
-            return self._items[start + self._head : max(start, stop) + self._head : step]
-        return list(self)[index]
+        found: Request | list[Request] = self._items[index]
+        return found

