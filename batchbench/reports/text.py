@@ -1,86 +1,151 @@
-"""Numbers, units, plurals and intervals in words."""
+"""Numbers, units, plurals, percentages and intervals in words: the one home of their spelling."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from batchbench.batching.policies import POLICIES
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
+"""Separates a number from its unit in pictures."""
+
+MISSING = "N/A"
+
 
 def called(name: str) -> str:
-    """A strategy's name within a sentence."""
+    """Return a strategy's name as it reads within a sentence: ``static batching``."""
     return f"{name} batching" if name in POLICIES else name
 
 
+# Numbers
+
+
 def number(value: float | None) -> str:
-    """Four significant digits, thousands apart; N/A where there is no meaning."""
+    """Return four significant digits with thousands separated; N/A for None."""
     if value is None:
-        return "N/A"
+        return MISSING
     if value == int(value) or abs(value) >= 999.95:
         return f"{value:,.0f}"
     decimals = 3 - (math.floor(math.log10(abs(value))) if abs(value) >= 1e-6 else -6)
     return f"{value:.{decimals}f}".rstrip("0").rstrip(".")
 
 
+def spell_number(value: float) -> str:
+    """Return three significant digits or more with thousands separated, for pictures."""
+    if value == int(value) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".")  # 99.99 would become "100."
+
+
 def decimals_of(value: float) -> int:
-    """Decimals with which a number of this size has three significant digits or more."""
+    """Return the number of decimals that show three significant digits or more."""
     return max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
 
 
 def fixed(value: float, decimals: int, sign: str = "") -> str:
-    """A number with fixed decimals, and no sign before what is rounded to nothing."""
+    """Return a number with fixed decimals, without a sign if it rounds to 0."""
     text = f"{value:,.{decimals}f}"
     if not any(digit in "123456789" for digit in text):
         return text.lstrip("-")
     return f"{value:{sign},.{decimals}f}"
 
 
-_NO_BREAK = "\N{NO-BREAK SPACE}"  # between a number and its unit
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """Return a count and its noun: ``1 slot``, ``1,024 slots``, ``2 passes``."""
+    return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"
 
 
-def spell_number(value: float) -> str:
-    """At least three significant digits, thousands apart."""
-    if value == int(value) or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:#.3g}".rstrip(".")  # 99.99 would become "100."
+def span(low: int, high: int) -> str:
+    """Return a range of whole numbers: ``1–1,024``, or ``8`` if both ends are equal."""
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+# Shares and ratios
+
+
+def percent(share: float | None, decimals: int = 0, sign: str = "") -> str:
+    """Return a share in percent: ``80%``, or ``+4.1%`` with a sign; N/A for None or NaN."""
+    if share is None or not math.isfinite(share):
+        return MISSING
+    return f"{fixed(100 * share, decimals, sign)}%"
 
 
 def spell_percent(share: float) -> str:
-    """A share in whole percent."""
-    return f"{100 * share:.0f}{_NO_BREAK}%"
+    """Return a share in whole percent with a no-break space, for pictures."""
+    return f"{100 * share:.0f}{NO_BREAK}%"
+
+
+def times(ratio: float | None) -> str:
+    """Return a ratio: ``3.08×``; N/A for None."""
+    return MISSING if ratio is None else f"{ratio:.2f}×"
+
+
+def times_within(ratio: float | None, low: float | None, high: float | None) -> str:
+    """Return a ratio with its interval, if it has one: ``3.08× (2.95–3.21)``."""
+    if low is None or high is None:
+        return times(ratio)
+    return f"{times(ratio)} ({interval(low, high)})"
+
+
+def interval(low: float, high: float, decimals: int = 2) -> str:
+    """Return two bounds with fixed decimals: ``2.95–3.21``."""
+    return f"{fixed(low, decimals)}–{fixed(high, decimals)}"
+
+
+def interval_percent(low: float | None, high: float | None) -> str:
+    """Return an interval of a change: ``+1.2% to +3.4%``; N/A without bounds."""
+    if low is None or high is None:
+        return MISSING
+    return f"{percent(low, 1, '+')} to {percent(high, 1, '+')}"
+
+
+# Times
+
+
+def spell_time(seconds: float) -> str:
+    """Return a duration as one says it: ``8 s``, ``3 min``, ``2 h 10 min``."""
+    if seconds < 99.5:
+        return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def spell_ms(milliseconds: float) -> str:
+    """Return a latency in ms, from 1,000 ms on in s: ``12.3 ms``, ``1.20 s``."""
+    unit, value = ("s", milliseconds / 1e3) if milliseconds >= 1e3 else ("ms", milliseconds)
+    return f"{spell_number(value)}{NO_BREAK}{unit}"
+
+
+# Words
+
+
+def joined(words: Sequence[str], last: str = "and") -> str:
+    """Return words as an enumeration: ``a``, ``a and b``, ``a, b and c``."""
+    *most, end = words
+    return f"{', '.join(most)} {last} {end}" if most else end
 
 
 def clean_text(text: str) -> str:
-    """One line of characters that XML allows."""
+    """Return one line that has only characters which XML allows."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def spell_option(name: str, value: Any) -> str:
-    """``batch size 8``; a flag is there or not."""
+    """Return an option and its value: ``batch size 8``, ``verify``, ``not verify``."""
     words = name.replace("_", " ")
     if isinstance(value, bool | np.bool_):
         return words if value else f"not {words}"
-    if name == "strategies":
-        return str(value)
-    return f"{words} {spell_value(value)}"
+    return str(value) if name == "strategies" else f"{words} {spell_value(value)}"
 
 
 def spell_value(value: Any) -> str:
-    """A number with thousands apart, a text as it is, a dash for nothing."""
-    if value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA:
+    """Return a number with thousands separated, a text as it is, a dash for a missing value."""
+    if value is None or str(value) in ("nan", "<NA>"):  # pandas.NA, without pandas
         return "–"
     return f"{value:,.10g}" if isinstance(value, Real) else str(value)
-
-
-def spell_time(seconds: float) -> str:
-    """A duration as one says it: 8 s, 3 min, 2 h 10 min."""
-    if seconds < 99.5:
-        return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Recording
 from batchbench.reports import metrics
-from batchbench.reports.text import _NO_BREAK, clean_text, spell_number
+from batchbench.reports.text import NO_BREAK, clean_text, spell_number
 
 LOOKS: dict[str, tuple[str, Any]] = {
     "static": ("#D55E00", "solid"),
@@ -181,7 +181,7 @@ class Unit:
         """A time with its unit, three or more significant digits."""
         value = spell_number(ns / self.ns)
         name = "step" if (value, self.name) == ("1", "steps") else self.name
-        return f"{value}{_NO_BREAK}{name}"
+        return f"{value}{NO_BREAK}{name}"
 
 
 def _sentence(text: str) -> str:
