@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from batchbench.api import Plots
-
 import batchbench
 from batchbench import settings
+from batchbench.api import Plots
 from batchbench.reports.figures import PICTURES
 
 PAGE = Path(__file__).with_name("api.md")

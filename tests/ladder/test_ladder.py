@@ -484,7 +484,7 @@ def test_wrong_tokens_are_exit_code_1(
 ) -> None:
     wrong = Verification(5, 4, 0, 1, "r", 1.0, ())
     monkeypatch.setattr(climbing, "verify", lambda *asked: wrong)
-    monkeypatch.setattr("batchbench.studies.ladder.run.report._first_fault", lambda result: "why")
+    monkeypatch.setattr("batchbench.studies.ladder.report._first_fault", lambda result: "why")
     words = [*SMALL.split(), "--model", str(checkpoint), "--rungs", "lean"]
     code, out, _ = said([*words, "--quiet", "--output", str(tmp_path / "a")], monkeypatch, capsys)
     assert code == 1

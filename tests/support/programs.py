@@ -17,7 +17,7 @@ PLAIN = {
 
 EVERY_COMMAND = """
 import sys
-from batchbench.cli import main, options, streams, verdict
+from batchbench.cli import main, gate as gate_commands, options, streams
 from support.gates import FAILED, PASSED, UNKNOWN
 from matplotlib.figure import Figure
 Figure.savefig = lambda self, out, **_: out.write(b"a picture")
@@ -64,9 +64,9 @@ call("trend", "one", "two")
 call("reproduce", "one")
 call("watch", "one", "--gif", "film.gif")
 for gate in (PASSED, FAILED, UNKNOWN):
-    for how in ({}, {"json": True}, {"quiet": True}, {"markdown": verdict.STANDARD_OUTPUT}):
+    for how in ({}, {"json": True}, {"quiet": True}, {"markdown": gate_commands.STANDARD_OUTPUT}):
         try:
-            verdict.conclude(gate, verdict.GateOutputSpec(github="on", **how))
+            gate_commands.conclude(gate, gate_commands.GateOutputSpec(github="on", **how))
         except main.typer.Exit:
             pass
 sys.stdout.flush()
