@@ -20,9 +20,6 @@ import batchbench
 PACKAGE = Path(batchbench.__file__).parent
 ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-ROOMS = ("workloads", "batching", "reports", "studies", "cli")
-"""From the ground up: a room may import those before it."""
-
 NEEDS_TORCH = (
     "batching.engines.torch",
     "batching.engines.notebook",
@@ -75,34 +72,6 @@ def imports_of(file: Path) -> Iterator[str]:
             assert node.module is not None
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def rooms_of(file: Path) -> set[str]:
-    """Rooms that a file imports from."""
-    ours = (name.split(".")[1:] for name in imports_of(file) if name.startswith("batchbench."))
-    return {parts[0] for parts in ours if (PACKAGE / parts[0]).is_dir()}
-
-
-# Who may import whom
-
-
-def test_every_room_is_known() -> None:
-    rooms = {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()}
-    assert rooms <= set(ROOMS)
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
-    below = set(ROOMS[: ROOMS.index(room) + 1])
-    for file in (PACKAGE / room).rglob("*.py"):
-        assert rooms_of(file) <= below, file
-
-
-@pytest.mark.parametrize(
-    "name", ["settings.py", "errors.py", "files.py", "json_file.py", "values.py"]
-)
-def test_what_all_rooms_use_uses_no_room(name: str) -> None:
-    assert rooms_of(PACKAGE / name) == set()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = ("workloads", "batching", "reports", "studies", "api", "cli")
 """From the ground up; a layer imports those before it."""
 
-GROUND = ("version", "errors", "values", "settings", "json_file", "files")
+GROUND = ("version", "errors", "settings", "json_file", "files")
 """Modules that belong to no layer; they import only one another."""
 
 

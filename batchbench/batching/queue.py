@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from sortedcontainers import SortedKeyList
 
 from batchbench.errors import UsageError
-from batchbench.workloads import Request
+
+if TYPE_CHECKING:
+    from batchbench.workloads import Request
 
 ORDERS: dict[str, Callable[[Request], tuple[int, int]]] = {
     "fifo": lambda request: (0, request.index),
@@ -20,7 +22,7 @@ ORDERS: dict[str, Callable[[Request], tuple[int, int]]] = {
 """The sort key of each ``--order``; requests of equal length keep the order of arrival."""
 
 
-class WaitingQueue(Sequence[Request]):
+class WaitingQueue(Sequence["Request"]):
     """A sorted sequence in which every operation takes O(log n) time for each request."""
 
     def __init__(self, order: str) -> None:
@@ -69,7 +71,7 @@ class WaitingQueue(Sequence[Request]):
         Raises:
             ValueError: the request does not wait between these positions.
         """
-        if not isinstance(value, Request):
+        if not hasattr(value, "output_tokens"):
             raise ValueError(f"{value!r} is not a request")
         position: int = self._items.index(value, start, stop)
         return position

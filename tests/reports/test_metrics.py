@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -20,7 +19,6 @@ from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan
 from batchbench.batching.policies import POLICIES as BY_NAME
-from batchbench.batching.policies import View
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording, Steps
 from batchbench.reports import metrics
@@ -35,19 +33,7 @@ KINDS = ("useful", "prompt", "finished", "empty", "stalled")
 LATENCIES = ("queue", "ttft", "tpot", "itl", "e2el")
 
 
-class Lazy:
-    """Gives slots up in twos, or when nothing runs: requests stay held while others go on."""
-
-    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
-        """Whoever fits."""
-        return view.waiting[: view.free], None
-
-    def release(self, view: View) -> Sequence[int]:
-        """Two at a time."""
-        return list(view.finished) if len(view.finished) > 1 or not view.running else []
-
-
-POLICIES = ("static", "continuous", "test_metrics:Lazy", "laws:Patient")
+POLICIES = ("static", "continuous", "support.laws:Lazy", "support.laws:Patient")
 
 
 @dataclass

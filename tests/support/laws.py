@@ -290,6 +290,16 @@ class Patient:
         return list(view.finished)
 
 
+class Lazy:
+    """Gives slots up in twos, or when no request runs: requests stay held while others go on."""
+
+    def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
+        return view.waiting[: view.free], None
+
+    def release(self, view: View) -> Sequence[int]:
+        return list(view.finished) if len(view.finished) > 1 or not view.running else []
+
+
 ORDER_KEYS: dict[str, Callable[[Request], tuple[int, int]]] = {
     "fifo": lambda r: (r.due_ns, r.index),
     "longest-first": lambda r: (-r.output_tokens, r.index),
