@@ -1,8 +1,8 @@
-"""Strategies: whatever serves a workload and tells how it went."""
+"""Strategies, and the batcher: the loop that plans, runs and applies until all is served."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -10,21 +10,20 @@ from batchbench.batching.engines import Engine
 from batchbench.batching.plan import Plan, Wait
 from batchbench.batching.policies import Policy, make_policy
 from batchbench.batching.progress import Progress, Watch
-from batchbench.batching.recorder import Recorder
-from batchbench.batching.recording import Header, Recording
+from batchbench.batching.recording import Header, Recorder, Recording
 from batchbench.batching.scheduler import Scheduler
 from batchbench.workloads import Workload, make_arrivals
 
-_TURN_NS = 100_000_000
-"""On a real clock no call of the engine is longer, for the display and for Ctrl-C."""
+_CALL_NS = 100_000_000
+"""Longest call of the engine on a real clock, so that the display and Ctrl-C respond."""
 
 
 class Strategy(Protocol):
-    """A way of serving."""
+    """A way to serve a workload: our batcher, another engine's scheduler, or a remote server."""
 
     @property
     def name(self) -> str:
-        """As in results."""
+        """The name in results."""
 
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
         """Serve every request of the workload once."""
@@ -32,7 +31,10 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True)
 class Batcher:
-    """Our scheduler under one policy, on one engine."""
+    """Our scheduler under one policy, on one engine.
+
+    ``policy`` is used where it is given; otherwise ``name`` names the policy.
+    """
 
     name: str
     engine: Engine
@@ -44,85 +46,99 @@ class Batcher:
     max_repeat: int | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
     policy: Policy | None = None
-    """One that is made already, where the name does not tell which."""
 
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
-        """Plan, run, apply, until all is done."""
-        paced = self.paced(workload, watch, trial=trial)
-        try:
-            while True:
-                next(paced)
-        except StopIteration as done:
-            recording: Recording = done.value
-            return recording
+        serving = Serving(self, workload, watch, trial=trial)
+        while (recording := serving.advance()) is None:
+            pass
+        return recording
 
-    def paced(
-        self, workload: Workload, watch: Watch, *, trial: int = 0
-    ) -> Generator[int, int | None, Recording]:
-        """As :meth:`serve`, at the caller's pace.
 
-        Yields how many steps were launched so far: first 0, then after each call of the engine.
-        What is sent is the most steps that the next call may take; None leaves it to the plan.
-        """
-        engine, clock = self.engine, self.engine.clock
-        arrivals = make_arrivals(workload)
-        scheduler = Scheduler(
-            arrivals,
-            self.policy or make_policy(self.name, max_wait_ns=self.max_wait_ns),
-            self.slots,
-            order=self.order,
-            prefill=self.prefill,
-            max_batched_tokens=self.max_batched_tokens,
+class Serving:
+    """One trial under way. Each :meth:`advance` plans, runs and applies once.
+
+    A caller that sets the pace reads ``steps``, the number of steps launched so far.
+    """
+
+    def __init__(
+        self, batcher: Batcher, workload: Workload, watch: Watch, *, trial: int = 0
+    ) -> None:
+        self._batcher, self._engine, self._clock = batcher, batcher.engine, batcher.engine.clock
+        self._workload, self._watch = workload, watch
+        self._arrivals = make_arrivals(workload)
+        self._scheduler = Scheduler(
+            self._arrivals,
+            batcher.policy or make_policy(batcher.name, max_wait_ns=batcher.max_wait_ns),
+            batcher.slots,
+            order=batcher.order,
+            prefill=batcher.prefill,
+            max_batched_tokens=batcher.max_batched_tokens,
             lengths_known=not workload.stop_at_eos,
         )
-        recorder = Recorder(workload)
-        progress = Progress(self.name, trial, self.slots, len(workload))
-        engine.begin(workload)
-        most = yield 0
-        while (plan := scheduler.plan(clock.now())) is not None:
-            if isinstance(plan, Wait):
-                began = clock.now()
-                progress.idle(began, plan.until)
-                watch.idles(progress)
-                clock.wait_until(plan.until)
-                recorder.waited(began, plan.until, clock.now(), scheduler.num_waiting)
-                continue
-            launched = engine.run(
-                self._shortened(plan, recorder.steps, clock.now() - recorder.waited_ns, most)
-            )
-            recorder.launched(plan, launched, scheduler.num_waiting)
-            stopped = engine.stopped(plan) if workload.stop_at_eos else ()
-            finished = scheduler.apply(plan, launched, stopped)
-            all_done = progress.done + len(finished) == len(workload)
-            if finished and (arrivals.closed_loop or all_done):
-                engine.wait()  # whoever comes next is due at the end of this step
-            ended = clock.now()
-            for _, request in finished:
-                recorder.finished(request)
-                arrivals.finished(request, ended)
-            progress.advance(plan, launched, len(finished), ended)
-            watch.progressed(progress)
-            most = yield recorder.steps
-        ran = engine.collect()
-        header = Header(
-            strategy=self.name,
-            trial=trial,
-            slots=self.slots,
-            simulated=engine.simulated,
-            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
-            about={
-                **self.about,
-                "pads_prompts": engine.pads_prompts,
-                "wall_ns": progress.now_ns,
-                "computed_passes": ran.computed,
-            },
-        )
-        return recorder.recording(header, ran)
+        self._recorder = Recorder(workload)
+        self._progress = Progress(batcher.name, trial, batcher.slots, len(workload))
+        self._engine.begin(workload)
 
-    def _shortened(self, plan: Plan, steps: int, spent_ns: int, most: int | None) -> Plan:
-        """The plan with ``most`` passes, and no more than fit a turn by the mean step so far."""
-        limits = [limit for limit in (self.max_repeat, most) if limit is not None]
-        if not self.engine.simulated and plan.repeat > 1:
-            limits.append(max(1, _TURN_NS * steps // max(spent_ns, 1)) if steps else 1)
+    @property
+    def steps(self) -> int:
+        return self._recorder.steps
+
+    def advance(self, most: int | None = None) -> Recording | None:
+        """Run the next plan; return the recording if there is nothing left to run.
+
+        Args:
+            most: most steps to run; None for as many as the plan has.
+        """
+        plan = self._scheduler.plan(self._clock.now())
+        while isinstance(plan, Wait):
+            self._wait(plan.until)
+            plan = self._scheduler.plan(self._clock.now())
+        if plan is None:
+            return self._collect()
+        launched = self._engine.run(self._shortened(plan, most))
+        self._recorder.launched(plan, launched, self._scheduler.num_waiting)
+        stopped = self._engine.stopped(plan) if self._workload.stop_at_eos else ()
+        finished = self._scheduler.apply(plan, launched, stopped)
+        all_done = self._progress.done + len(finished) == len(self._workload)
+        if finished and (self._arrivals.closed_loop or all_done):
+            self._engine.wait()  # the next request of a closed loop is due at the end of this step
+        now = self._clock.now()
+        for _, request in finished:
+            self._recorder.finished(request)
+            self._arrivals.finished(request, now)
+        self._progress.advance(plan, launched, len(finished), now)
+        self._watch.progressed(self._progress)
+        return None
+
+    def _wait(self, until: int) -> None:
+        began = self._clock.now()
+        self._progress.idle(began, until)
+        self._watch.idles(self._progress)
+        self._clock.wait_until(until)
+        self._recorder.waited(began, until, self._clock.now(), self._scheduler.num_waiting)
+
+    def _shortened(self, plan: Plan, most: int | None) -> Plan:
+        """Limit the plan to ``most`` passes, and to ``_CALL_NS`` by the mean step so far."""
+        limits = [limit for limit in (self._batcher.max_repeat, most) if limit is not None]
+        if not self._engine.simulated and plan.repeat > 1:
+            spent = max(self._clock.now() - self._recorder.waited_ns, 1)
+            limits.append(max(1, _CALL_NS * self.steps // spent))
         repeat = min([plan.repeat, *limits])
         return plan if repeat == plan.repeat else replace(plan, repeat=repeat)
+
+    def _collect(self) -> Recording:
+        steps, workload = self._engine.collect(), self._workload
+        header = Header(
+            strategy=self._batcher.name,
+            trial=self._progress.trial,
+            slots=self._batcher.slots,
+            simulated=self._engine.simulated,
+            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
+            about={
+                **self._batcher.about,
+                "pads_prompts": self._engine.pads_prompts,
+                "wall_ns": self._progress.now_ns,
+                "computed_passes": steps.computed,
+            },
+        )
+        return self._recorder.recording(header, steps)

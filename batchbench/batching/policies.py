@@ -1,7 +1,7 @@
-"""Policies: who may join at this step, and when a finished request gives up its slot.
+"""Policies: which requests join at this step, and when a finished request gives up its slot.
 
-These two decisions are all in which static and continuous batching differ. A policy holds no
-loop and no queue: it is asked, and answers from what it is shown.
+Static and continuous batching differ in these two decisions only. A policy has no loop and no
+queue: it decides from the view that it gets.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class View(Protocol):
-    """What a policy may see when it is asked."""
+    """The state that a policy sees."""
 
     @property
     def now(self) -> int:
@@ -35,50 +35,50 @@ class View(Protocol):
 
     @property
     def oldest(self) -> Request:
-        """Of ``waiting`` the one that has waited longest.
+        """The request of ``waiting`` that has waited longest.
 
         Raises:
-            IndexError: nobody waits.
+            IndexError: no request waits.
         """
 
     @property
     def free(self) -> int:
-        """Number of slots that nobody holds."""
+        """Number of free slots."""
 
     @property
     def running(self) -> int:
-        """Number of requests that hold a slot and are not done."""
+        """Number of requests that hold a slot and are not finished."""
 
     @property
     def finished(self) -> Collection[int]:
-        """Slots held by requests that are done."""
+        """Slots held by finished requests."""
 
     @property
     def more_to_come(self) -> bool:
-        """Whether requests will come that are not due yet, also if nobody is admitted."""
+        """True if more requests will come even if none is admitted now."""
 
 
 class Policy(Protocol):
     """The two decisions.
 
-    A policy may have an attribute ``order``, a key of :data:`batchbench.batching.queue.ORDERS`: the
-    queue is then sorted so, whatever ``--order`` says.
+    A policy may have an attribute ``order``, a key of :data:`batchbench.batching.queue.ORDERS`,
+    which then replaces ``--order``.
     """
 
     def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
-        """The waiting requests that join now, at most ``view.free``; and a time (ns) at which to
-        ask again though nothing else has happened, or None."""
+        """Return the waiting requests that join now, at most ``view.free``; and the time (ns) at
+        which to ask again even if nothing else happens, or None."""
 
     def release(self, view: View) -> Iterable[int]:
-        """Which of ``view.finished`` become free now."""
+        """Return the slots of ``view.finished`` that become free now."""
 
 
 class Static:
-    """Requests are served in batches; a batch runs until its longest request is done.
+    """Serves fixed batches; a batch runs until its longest request is done.
 
-    A finished request holds its slot, and goes on being computed, until the whole batch is done.
-    A batch closes when it is full, or else ``max_wait_ns`` after its oldest request was due (as in
-    Triton's dynamic batcher): 0 takes what is there. None waits for a full batch for as long as
+    A finished request holds its slot, and is still computed, until the whole batch is done. A batch
+    closes when it is full, or ``max_wait_ns`` after its oldest request was due, as in Triton's
+    dynamic batcher: 0 takes the requests that are waiting. None waits for a full batch as long as
     more requests will come.
     """
 
@@ -86,7 +86,6 @@ class Static:
         self._max_wait_ns = max_wait_ns
 
     def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
-        """A new batch when no request is running."""
         if view.running:
             return (), None
         if len(view.waiting) < view.free:
@@ -98,7 +97,6 @@ class Static:
         return self._batch(view), None
 
     def release(self, view: View) -> Iterable[int]:
-        """The whole batch at once."""
         return () if view.running else view.finished
 
     def _batch(self, view: View) -> Sequence[Request]:
@@ -106,9 +104,9 @@ class Static:
 
 
 class _Sorted(Static):
-    """The queue is sorted and cut into batches; the one that holds the oldest request is served.
+    """Cuts the sorted queue into batches and serves the one with the oldest request.
 
-    So batches hold requests that are alike, and nobody waits for ever.
+    The requests of a batch are thus similar, and no request waits for ever.
     """
 
     def _batch(self, view: View) -> Sequence[Request]:
@@ -117,30 +115,28 @@ class _Sorted(Static):
 
 
 class Bucketed(_Sorted):
-    """Static batches of prompts of like length, so that little is computed for padding."""
+    """Static batches of prompts of similar length, so that little padding is computed."""
 
     order = "longest-prompt-first"
 
 
 class Oracle(_Sorted):
-    """Static batches of outputs of like length, known beforehand: the best that static can do.
+    """Static batches of outputs of similar length, known beforehand: the best that static can do.
 
-    Of all ways to cut a queue into batches this one has the fewest steps.
+    No other way to cut a queue into batches takes fewer steps.
     """
 
     order = "longest-first"
 
 
 class Continuous:
-    """At every step finished requests make room for waiting ones (Orca's iteration-level
-    scheduling: Yu et al., OSDI 2022)."""
+    """Replaces finished requests by waiting ones at every step (iteration-level scheduling, Orca:
+    Yu et al., OSDI 2022)."""
 
     def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
-        """As many as there are free slots."""
         return view.waiting[: view.free], None
 
     def release(self, view: View) -> Iterable[int]:
-        """At once."""
         return view.finished
 
 
@@ -151,14 +147,14 @@ POLICIES: dict[str, Callable[[int], Policy]] = {
     "static-oracle": Oracle,
     "continuous": lambda max_wait_ns: Continuous(),
 }
-"""Each made with the time in ns that it may wait for a batch to fill."""
+"""Constructors by name; each takes the time in ns that it may wait for a batch to fill."""
 
 WAITING = ("static", "static-bucketed", "static-oracle")
-"""Those that wait as long as they are told."""
+"""Policies that use ``--max-wait``."""
 
 
 def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
-    """Make a policy by its name, or by ``package.module:Class`` for one of yours.
+    """Return a policy by its name, or by ``package.module:Class`` for one of yours.
 
     Raises:
         UsageError: there is no such policy, or it cannot be imported or made.
@@ -174,7 +170,7 @@ def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
 
 
 def _make_own(name: str) -> Policy:
-    """Make the user's policy; only a class with a policy's methods is called."""
+    """Return the user's policy; only a class with a policy's methods is called."""
     place = f"--strategy {shown(name)}"
     kind = _class_of(name, place)
     for method in ("admit", "release"):
@@ -190,12 +186,22 @@ def _make_own(name: str) -> Policy:
         raise UsageError(f"{place}: cannot be made: {_spell(error)}") from error
     if not (_takes(policy.admit, "view") and _takes(policy.release, "view")):
         raise UsageError(f"{place}: its methods must be admit(view) and release(view)")
-    order = getattr(policy, "order", None)
+    own_order(policy, place)
+    return policy
+
+
+def own_order(policy: Policy, place: str) -> str | None:
+    """Return the order in which a policy wants the queue; None if it has none of its own.
+
+    Raises:
+        UsageError: there is no such order; the message begins with ``place``.
+    """
+    order: str | None = getattr(policy, "order", None)
     if order is not None and order not in ORDERS:
         raise UsageError(
             f"{place}: its order is '{shown(order)}'; it must be one of {', '.join(ORDERS)}"
         )
-    return policy
+    return order
 
 
 def _class_of(name: str, place: str) -> type:
@@ -208,7 +214,7 @@ def _class_of(name: str, place: str) -> type:
     if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
         raise UsageError(f"{place}: must be package.module:Class, such as my_policies:Mine")
     here = str(Path.cwd())
-    if here not in sys.path:  # as `python -m` does, so that a file beside you can be named
+    if here not in sys.path:  # as `python -m` does, so that a file of this folder can be named
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
@@ -222,25 +228,26 @@ def _class_of(name: str, place: str) -> type:
     except (Exception, SystemExit) as error:
         raise UsageError(f"{place}: cannot be imported: {_spell(error)}") from error
     try:
-        found = getattr(module, class_name)
+        policy_class = getattr(module, class_name)
     except Exception as error:  # a module may define __getattr__
-        classes = [each for each, value in vars(module).items() if isinstance(value, type)]
+        classes = [name for name, value in vars(module).items() if isinstance(value, type)]
         near = difflib.get_close_matches(class_name, classes, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(
             f"{place}: the module {module_name} has no class {class_name}{hint}"
         ) from error
-    if not isinstance(found, type):
-        what = "a function" if inspect.isroutine(found) else f"of type {type(found).__name__}"
-        raise UsageError(f"{place}: is not a class but {what}; a policy is a class with {_METHODS}")
-    return found
+    if not isinstance(policy_class, type):
+        is_function = inspect.isroutine(policy_class)
+        kind = "a function" if is_function else f"of type {type(policy_class).__name__}"
+        raise UsageError(f"{place}: is not a class but {kind}; a policy is a class with {_METHODS}")
+    return policy_class
 
 
 _METHODS = "admit(view) and release(view)"
 
 
 def _takes(function: Callable[..., object], *arguments: str) -> bool:
-    """Return True if a function takes this many arguments, as far as its signature is known."""
+    """Return True if a function takes these arguments, or if its signature is not known."""
     try:
         signature = inspect.signature(function)
     except (ValueError, TypeError):  # a function in C without a signature
@@ -253,7 +260,7 @@ def _takes(function: Callable[..., object], *arguments: str) -> bool:
 
 
 def fault_of(policy: Policy, method: str, error: BaseException) -> UsageError:
-    """Return the error to raise after a method of a policy raised one; it names the line."""
+    """Return the error to raise after a policy's method failed; it names the line of code."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}, line {place.lineno}"
     return UsageError(
@@ -262,6 +269,6 @@ def fault_of(policy: Policy, method: str, error: BaseException) -> UsageError:
 
 
 def _spell(error: BaseException) -> str:
-    """Return the text of an exception of the user's code, on one line."""
+    """Return the type and text of an exception of the user's code on one line."""
     text = shown(" ".join(str(error).split()), 200)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

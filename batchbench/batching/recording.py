@@ -1,13 +1,14 @@
-"""The Recording: the log of one trial, from which everything that people read is derived.
+"""The Recording: the log of one trial; and the Recorder that writes it from plans.
 
-A record a request holds step numbers; a span is a run of steps that compute the same slots. Times,
-latencies, occupancy, timeline and counters are functions of these (``reports.metrics``).
+The record of a request holds step numbers; a span is a run of steps that compute the same slots.
+Times, latencies, occupancy, timeline and counters are functions of these (``reports.metrics``).
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from batchbench.batching.plan import Plan
 from batchbench.batching.recording_file import (
     NotWholeError,
     check_laws,
@@ -23,17 +25,18 @@ from batchbench.batching.recording_file import (
     write_columns,
 )
 from batchbench.errors import UsageError
-from batchbench.workloads import Workload
+from batchbench.workloads import Request, Workload
 
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class GrowthLog:
-    """How the steps of a simulated span differ, ``[spans]`` each, in picoseconds.
+    """The differences between the steps of a simulated span, ``[spans]`` each, in picoseconds.
 
-    Step i of a span costs ``1000 × step_ns + rest + i × growth``, and its first begins ``beyond``
-    after ``start_ns``. In integers, since floats added one by one and at once differ.
+    Step i of a span takes ``1000 × step_ns + rest + i × growth``, and its first step begins
+    ``beyond`` after ``start_ns``. All are integers, so that adding steps one by one and adding
+    them at once give the same sum.
     """
 
     beyond_ps: Ints
@@ -41,7 +44,7 @@ class GrowthLog:
     growth_ps: Ints
 
     def of(self, spans: Ints) -> GrowthLog:
-        """A row for each of these spans."""
+        """Return the rows of these spans."""
         return GrowthLog(self.beyond_ps[spans], self.rest_ps[spans], self.growth_ps[spans])
 
     @property
@@ -51,33 +54,21 @@ class GrowthLog:
         return none
 
     def after(self, steps: Ints) -> Ints:
-        """Picoseconds beyond the whole nanoseconds of so many steps, ``[spans]``."""
+        """Return the picoseconds by which so many steps exceed ``steps × step_ns``, ``[spans]``."""
         grown: Ints = self.growth_ps * (steps * (steps - 1) // 2)
         return self.beyond_ps + steps * self.rest_ps + grown
-
-
-def goes_on(steps: Ints, step_ns: Ints, growth: GrowthLog | None) -> NDArray[np.bool_]:
-    """Whether each span's steps cost what they would as the last span's, ``[spans - 1]``."""
-    if growth is None:
-        same: NDArray[np.bool_] = step_ns[1:] == step_ns[:-1]
-        return same
-    first = 1000 * step_ns + growth.rest_ps
-    on: NDArray[np.bool_] = first[1:] == (first + steps * growth.growth_ps)[:-1]
-    on &= growth.growth_ps[1:] == growth.growth_ps[:-1]
-    on &= growth.beyond_ps[1:] == growth.after(steps)[:-1] % 1000
-    return on
 
 
 FORMAT = 3
 """Version of the file format that :meth:`Recording.save` writes.
 
-Version 2, which is read as well, has the same step for the admission and the start of a request.
+Version 2 can be read too; in it a request starts at the step at which it is admitted.
 """
 
 
 @dataclass(frozen=True)
 class Header:
-    """What one trial was: specs, resolved model and device, environment, observations."""
+    """The settings of one trial, and what was observed besides its steps."""
 
     strategy: str
     trial: int
@@ -85,41 +76,41 @@ class Header:
     simulated: bool
     workload: Mapping[str, Any]
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Model, device and engine as resolved, and what was observed beside the steps."""
+    """Engine, model and device as resolved, and observations: wall time, energy, load, …"""
 
 
 @dataclass(frozen=True, eq=False)
 class RequestLog:
-    """A row a request, ``[requests]`` each; step numbers count forward passes from 0.
+    """One row per request, ``[requests]`` each; step numbers count forward passes from 0.
 
-    Slot and steps are -1 where a strategy that schedules for itself does not show them.
+    Slot and steps are -1 if the strategy schedules by itself and does not report them.
     """
 
-    due_ns: Ints  # when it truly was due: in a closed loop not before there was room
+    due_ns: Ints  # the actual arrival, which a closed loop delays until there is room
     prompt_tokens: Ints
     output_tokens: Ints  # produced
     slot: Ints
-    admitted: Ints  # first step in which it holds its slot
-    started: Ints  # first step that computes it: later where a token budget makes it stall
-    first: Ints  # step that yields its first token
-    last: Ints  # step that yields its last token
-    released: Ints  # first step in which its slot is free again
+    admitted: Ints  # first step in which the request holds its slot
+    started: Ints  # first step that computes the request; later if the token budget stalls it
+    first: Ints  # step that yields the first token
+    last: Ints  # step that yields the last token
+    released: Ints  # first step in which the slot is free again
 
 
 @dataclass(frozen=True, eq=False)
 class SpanLog:
-    """A row a run of steps that compute the same slots, ``[spans]`` each."""
+    """One row per run of steps that compute the same slots, ``[spans]`` each."""
 
     steps: Ints
     start_ns: Ints  # start of the span's first step
-    decoding: Ints  # slots computed as decode, finished ones that are held included
-    waiting: Ints  # requests that are due and not in a slot
-    chunks: Ints  # pieces of prompts computed (only in spans of one step)
+    decoding: Ints  # slots that decode, including held slots of finished requests
+    waiting: Ints  # requests that are due and hold no slot
+    chunks: Ints  # pieces of prompts computed; only spans of one step have any
 
 
 @dataclass(frozen=True, eq=False)
 class ChunkLog:
-    """A row a piece of a prompt, ``[chunks]`` each, in the order of the spans."""
+    """One row per piece of a prompt, ``[chunks]`` each, in the order of the spans."""
 
     request: Ints
     start: Ints
@@ -128,16 +119,16 @@ class ChunkLog:
 
 @dataclass(frozen=True, eq=False)
 class WaitLog:
-    """A row a wait, ``[waits]`` each: nothing could be computed before some time.
+    """One row per time in which nothing could be computed, ``[waits]`` each.
 
-    It tells the time in which there was nothing to do from the time that the loop itself took.
+    It separates the time in which there was nothing to do from the time that the loop took.
     """
 
-    step: Ints  # steps launched before it
+    step: Ints  # steps launched before the wait
     start_ns: Ints
-    until_ns: Ints  # what was waited for: a request, or a time at which to ask the policy again
+    until_ns: Ints  # the next arrival, or the time at which the policy asked to be asked again
     end_ns: Ints
-    waiting: Ints  # requests that are due and not in a slot
+    waiting: Ints  # requests that are due and hold no slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +137,8 @@ class StepTimes:
 
     span: Ints
     step: Ints  # number of the row's first step
-    count: Ints  # steps, from that one on
-    ns: Ints  # start to end of each of them
+    count: Ints  # number of steps in the row
+    ns: Ints  # duration of each of them
 
 
 BLOCK = 1 << 18
@@ -156,17 +147,17 @@ BLOCK = 1 << 18
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """One trial.
+    """The log of one trial. Times are nanoseconds since the start of the trial.
 
-    Times are nanoseconds since the start of the trial. The end of each step is either measured
-    (``ends_ns``, ``[steps]``) or, in simulation, a formula (``step_ns``, ``[spans]``: what each
-    step of a span costs, or the first of them where ``growth`` tells how the others differ).
-    No other class reads these: use ``ends_of``, ``starts_of``, ``step_times``, ``step_at`` and
-    ``free_from``.
-    ``tokens`` is ``[sum of output_tokens]``, request after request; None where no model ran. A
-    strategy that shows no steps has no spans, and tells instead when each token was there,
-    ``token_ends_ns``, ``[sum of output_tokens]``, and when it began with each request,
-    ``begun_ns``, ``[requests]``.
+    The end of each step is either measured (``ends_ns``, ``[steps]``) or, in simulation, computed
+    from ``step_ns``, ``[spans]``: the duration of each step of a span, or of its first step if
+    there is ``growth``. No other class reads these columns: use ``ends_of``, ``starts_of``,
+    ``step_times``, ``step_at`` and ``free_from``.
+
+    ``tokens`` is ``[sum of output_tokens]``, request after request; None if no model ran. A
+    strategy that does not report steps has no spans. It reports the time of each token instead,
+    ``token_ends_ns``, ``[sum of output_tokens]``, and the time at which it began to compute each
+    request, ``begun_ns``, ``[requests]``.
     """
 
     header: Header
@@ -183,27 +174,26 @@ class Recording:
 
     @property
     def in_steps(self) -> bool:
-        """Whether time is only counted: of a simulation in which every step costs one unit."""
+        """True for a simulation without a cost, in which every step takes one unit of time."""
         return self.header.simulated and "cost" not in self.header.about
 
     @property
     def measured(self) -> bool:
-        """True where the end of each step was measured; in simulation it is a formula."""
+        """True if the end of each step was measured."""
         return self.ends_ns is not None
 
     @property
     def has_steps(self) -> bool:
-        """Whether steps are known; without them there are no counters and no timeline."""
+        """True if steps are known; without them there are no counters and no timeline."""
         return self.token_ends_ns is None
 
     @property
     def num_steps(self) -> int:
-        """Forward passes."""
         return int(self.spans.steps.sum())
 
     @cached_property
     def first_steps(self) -> Ints:
-        """Number of each span's first step, ``[spans]``."""
+        """Number of the first step of each span, ``[spans]``."""
         return np.cumsum(self.spans.steps) - self.spans.steps
 
     @cached_property
@@ -213,21 +203,21 @@ class Recording:
 
     @cached_property
     def step_starts_ns(self) -> Ints:
-        """Start of each step, ``[steps]``: a span's own start, then the end of the step before."""
+        """Start of each step, ``[steps]``: the end of the step before, or the span's start."""
         return self.starts_of(np.arange(self.num_steps))
 
     def ends_of(self, steps: Ints) -> Ints:
-        """End of each of these steps, given by number: without a list of all steps."""
+        """Return the end of each of these steps, without listing all steps."""
         return self._ends_in(self.spans_of(steps) if self.ends_ns is None else steps, steps)
 
     def _ends_in(self, span: Ints, steps: Ints) -> Ints:
-        """Return the end of each of these steps, each in one of these spans."""
+        """Return the ends of steps whose spans are known."""
         if self.ends_ns is not None:
             return self.ends_ns[steps]
         return self._after(span, steps - self.first_steps[span] + 1)
 
     def starts_of(self, steps: Ints) -> Ints:
-        """Start of each of these steps, given by number: without a list of all steps."""
+        """Return the start of each of these steps, without listing all steps."""
         span = self.spans_of(steps)
         nth = steps - self.first_steps[span]
         if self.ends_ns is not None:
@@ -235,13 +225,13 @@ class Recording:
         return self._after(span, nth)
 
     def _after(self, span: Ints, steps: Ints) -> Ints:
-        """When so many steps of each of these spans are over, in simulation."""
+        """Return the time at which so many steps of each of these spans are over."""
         assert self.step_ns is not None
         ends: Ints = self.spans.start_ns[span] + steps * self.step_ns[span]
         return ends if self.growth is None else ends + self.growth.of(span).after(steps) // 1000
 
     def spans_of(self, steps: Ints) -> Ints:
-        """Number of the span in which each of these steps lies."""
+        """Return the number of the span that holds each of these steps."""
         return np.searchsorted(self.first_steps, steps, side="right") - 1
 
     def step_at(self, times: Ints) -> Ints:
@@ -336,50 +326,28 @@ class Recording:
 
     @cached_property
     def first_token_ns(self) -> Ints:
-        """When each request had its first token, ``[requests]``."""
+        """Time of the first token of each request, ``[requests]``."""
         if self.token_ends_ns is not None:
             return self.token_ends_ns[self.token_offsets[:-1]]
         return self.ends_of(self.requests.first)
 
     @cached_property
     def last_token_ns(self) -> Ints:
-        """When each request had its last token, ``[requests]``."""
+        """Time of the last token of each request, ``[requests]``."""
         if self.token_ends_ns is not None:
             return self.token_ends_ns[self.token_offsets[1:] - 1]
         return self.ends_of(self.requests.last)
 
     @cached_property
     def token_offsets(self) -> Ints:
-        """Where each request's tokens begin in ``tokens``, ``[requests + 1]``."""
+        """Index in ``tokens`` of the first token of each request, ``[requests + 1]``."""
         return np.concatenate([[0], np.cumsum(self.requests.output_tokens)])
 
     def tokens_of(self, request: int) -> NDArray[np.int32]:
-        """Output tokens of one request."""
+        """Return the output tokens of one request."""
         if self.tokens is None:
             raise ValueError("no model ran: the recording holds no tokens")
         return self.tokens[self.token_offsets[request] : self.token_offsets[request + 1]]
-
-    def merged(self) -> Recording:
-        """The same trial, spans joined that go on alike: how often the loop decided is gone."""
-        if self.step_ns is None:
-            raise ValueError("only a simulation tells which steps go on alike")
-        s, cost, growth = self.spans, self.step_ns, self.growth
-        if not len(s.steps):
-            return self
-        equal = (s.decoding[1:] == s.decoding[:-1]) & (s.waiting[1:] == s.waiting[:-1])
-        equal &= (s.chunks[1:] == 0) & (s.chunks[:-1] == 0)
-        equal &= s.start_ns[1:] == self.span_ends_ns[:-1]
-        equal &= goes_on(s.steps, cost, growth)
-        begins = np.flatnonzero(np.concatenate([[True], ~equal]))
-        spans = SpanLog(
-            steps=np.add.reduceat(s.steps, begins),
-            start_ns=s.start_ns[begins],
-            decoding=s.decoding[begins],
-            waiting=s.waiting[begins],
-            chunks=s.chunks[begins],
-        )
-        kept = None if growth is None else growth.of(begins)
-        return replace(self, spans=spans, step_ns=cost[begins], growth=kept)
 
     @classmethod
     def of_tokens(
@@ -391,12 +359,15 @@ class Recording:
         begun_ns: Sequence[int],
         due_ns: Ints | None = None,
     ) -> Recording:
-        """Of a strategy that shows no steps: each request's tokens, and when each was there.
+        """Return the recording of a strategy that does not report steps.
 
         Args:
-            ends_ns: a list a request, as long as its tokens; nanoseconds since the trial's start.
-            begun_ns: when computing each request began.
-            due_ns: when each request truly was due; None where that is as the workload says.
+            header: as for any recording.
+            workload: the requests that were served.
+            tokens: output tokens of each request.
+            ends_ns: the time of each token, nanoseconds since the start of the trial.
+            begun_ns: the time at which computing each request began.
+            due_ns: the actual arrival of each request; None if it is the workload's.
         """
         counts = np.array([len(of_request) for of_request in tokens], np.int64)
         if not counts.all() or [len(of_request) for of_request in ends_ns] != counts.tolist():
@@ -424,7 +395,7 @@ class Recording:
     # Files
 
     def save(self) -> bytes:
-        """The recording as a NumPy ``.npz`` archive: its header as JSON and its columns."""
+        """Return the recording as a NumPy ``.npz`` archive: a header in JSON, and columns."""
         header = {f.name: getattr(self.header, f.name) for f in fields(Header)}
         columns: dict[str, NDArray[Any]] = {}
         for name in _LOGS:
@@ -440,7 +411,7 @@ class Recording:
         """Read what :meth:`save` wrote.
 
         Raises:
-            UsageError: the file is missing, torn, of another format, or breaks a law of the log.
+            UsageError: the file is missing, damaged, of another format, or breaks a law of the log.
         """
         try:
             header, columns = read_columns(file, _DTYPES)
@@ -448,15 +419,14 @@ class Recording:
                 raise UsageError(f"{file}: written by another version; record it again")
             if version == 2 and "requests.admitted" in columns:
                 columns["requests.started"] = columns["requests.admitted"]
-            recording = _made_of(header, columns)
+            recording = _from_columns(header, columns)
             check_laws(recording)
         except NotWholeError as error:
             raise UsageError(f"{file}: is not a whole recording: {error}") from error
         return recording
 
 
-def _made_of(header: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> Recording:
-    """Return the recording that these columns of a file make."""
+def _from_columns(header: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> Recording:
     if fault := header.keys() ^ {f.name for f in fields(Header)}:
         raise NotWholeError(f"its header lacks {min(fault)}, or should not have it")
     logs: dict[str, Any] = {}
@@ -466,7 +436,7 @@ def _made_of(header: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> 
             continue
         if missing := names.values() - columns.keys():
             raise NotWholeError(f"{min(missing)} is missing")
-        logs[name] = kind(**{own: columns[told] for own, told in names.items()})
+        logs[name] = kind(**{column: columns[names[column]] for column in names})
     rows: dict[str, Any] = {name: columns.get(name) for name in _ROWS}
     return Recording(header=Header(**header), **logs, **rows)
 
@@ -480,11 +450,123 @@ _LOGS: dict[str, Any] = {
 }
 
 _ROWS = ("ends_ns", "step_ns", "tokens", "token_ends_ns", "begun_ns")
-"""The columns that belong to no log."""
+"""Columns that belong to no log."""
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     **{f"{log}.{c.name}": np.dtype(np.int64) for log, kind in _LOGS.items() for c in fields(kind)},
     **dict.fromkeys(_ROWS, np.dtype(np.int64)),
     "tokens": np.dtype(np.int32),
 }
-"""The columns that a file may have, and the type of their values."""
+"""Columns that a file may have, and the type of their values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The report of an engine on the steps of one trial.
+
+    ``start_ns`` has one value per call of ``run``. ``ends_ns`` has one per step; in simulation
+    ``step_ns`` has one per call instead, with the ``growth`` of its steps. ``tokens`` is
+    ``[steps, slots]``, defined where a slot was computed. ``computed`` is the number of forward
+    passes counted in the model itself, which should be one per step.
+    """
+
+    start_ns: Ints
+    ends_ns: Ints | None = None
+    step_ns: Ints | None = None
+    tokens: NDArray[np.int32] | None = None
+    growth: GrowthLog | None = None
+    computed: int | None = None
+
+
+class Recorder:
+    """Writes the log of one trial from plans alone."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        # Arrays of machine integers: a million requests leave millions of rows.
+        names = ("due_ns", "slot", "admitted", "started", "first", "last", "released")
+        self._log = {name: array("q", [-1]) * len(workload) for name in names}
+        self._occupant: dict[int, int] = {}  # slot -> index of the request
+        self._spans, self._chunks, self._waits = (array("q") for _ in range(3))
+        self.steps = 0
+        self.waited_ns = 0
+
+    def launched(self, plan: Plan, steps: int, waiting: int) -> None:
+        """Log that ``steps`` passes of ``plan`` were launched while ``waiting`` requests waited."""
+        log = self._log
+        for slot in plan.released:
+            log["released"][self._occupant.pop(slot)] = self.steps
+        for request, slot in plan.admitted:
+            index = request.index
+            log["due_ns"][index] = request.due_ns
+            log["slot"][index] = slot
+            log["admitted"][index] = self.steps
+            self._occupant[slot] = index
+        for request, _, start, stop in plan.chunks:
+            index = request.index
+            if start == 0:
+                log["started"][index] = self.steps
+            if stop == request.prompt_tokens:
+                log["first"][index] = self.steps
+            self._chunks.extend((index, start, stop))
+        self._spans.extend((steps, len(plan.slots), waiting, len(plan.chunks)))
+        self.steps += steps
+
+    def waited(self, start_ns: int, until_ns: int, end_ns: int, waiting: int) -> None:
+        """Log that nothing was computed from ``start_ns`` to ``end_ns``."""
+        self.waited_ns += end_ns - start_ns
+        self._waits.extend((self.steps, start_ns, until_ns, end_ns, waiting))
+
+    def finished(self, request: Request) -> None:
+        """Log that ``request`` got its last token in the last step launched."""
+        self._log["last"][request.index] = self.steps - 1
+
+    def recording(self, header: Header, engine: Steps) -> Recording:
+        """Return the log with the times and tokens of the engine."""
+        for index in self._occupant.values():
+            self._log["released"][index] = self.steps
+        spans, chunks, waits = (
+            np.array(log, np.int64).reshape(-1, width)
+            for log, width in ((self._spans, 4), (self._chunks, 3), (self._waits, 5))
+        )
+        span_log = SpanLog(*np.insert(spans, 1, engine.start_ns, axis=1).T.copy())
+        produced, tokens = self._workload.output_tokens, None
+        if engine.tokens is not None:
+            produced, tokens = self._tokens(span_log, engine.tokens)
+        requests = RequestLog(
+            prompt_tokens=self._workload.prompt_tokens,
+            output_tokens=produced,
+            **{name: np.array(column) for name, column in self._log.items()},
+        )
+        return Recording(
+            header,
+            requests,
+            span_log,
+            ChunkLog(*chunks.T.copy()),
+            WaitLog(*waits.T.copy()),
+            engine.ends_ns,
+            engine.step_ns,
+            tokens,
+            engine.growth,
+        )
+
+    def _tokens(self, spans: SpanLog, by_step: NDArray[np.int32]) -> tuple[Ints, NDArray[np.int32]]:
+        """Pick the number and the values of each request's tokens from ``[steps, slots]``."""
+        decodes = np.repeat(spans.decoding > 0, spans.steps)
+        log = self._log
+        picked = [
+            by_step[token_steps(decodes, first, last), slot]
+            for first, last, slot in zip(log["first"], log["last"], log["slot"], strict=True)
+        ]
+        counts = np.array([len(tokens) for tokens in picked], np.int64)
+        return counts, np.concatenate(picked)
+
+
+def token_steps(decodes: NDArray[np.bool_], first: int, last: int) -> Ints:
+    """Return the steps in which a request got its tokens.
+
+    They are its first step, and every later step that decodes (``decodes``, ``[steps]``): running
+    requests are computed together, or not at all in a separate prefill of others.
+    """
+    later = np.flatnonzero(decodes[first + 1 : last + 1]) + first + 1
+    return np.concatenate([[first], later])

@@ -1,6 +1,6 @@
 """The scheduler: queue, slots and lengths; the same for every policy and every engine.
 
-``plan`` decides, ``apply`` moves the requests, and the forward pass lies between. No torch here.
+``plan`` decides, the engine runs the forward pass, and ``apply`` moves the requests.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.plan import Chunk, Plan, Wait
-from batchbench.batching.policies import Policy, fault_of
-from batchbench.batching.queue import ORDERS, WaitingQueue
+from batchbench.batching.policies import Policy, fault_of, own_order
+from batchbench.batching.queue import WaitingQueue
 from batchbench.errors import UsageError, shown
 from batchbench.workloads import Arrivals, Request
 
 MOST_ASKS = 100_000
-"""Times in a row that a policy may admit nobody while nothing runs."""
+"""Largest number of times in a row that a policy may admit no request while nothing runs."""
 
 
 @dataclass(slots=True)
 class _Newcomer:
-    """A request that holds a slot and whose prompt is not all computed."""
+    """A request that holds a slot and whose prompt is not fully computed."""
 
     request: Request
     slot: int
@@ -36,16 +36,16 @@ class Scheduler:
     """Decides what each forward pass computes.
 
     Args:
-        arrivals: where requests come from.
-        policy: who may join, and when a slot becomes free.
+        arrivals: the source of requests.
+        policy: decides which requests join, and when a slot becomes free.
         slots: the batch size.
-        order: how the queue is sorted, a key of :data:`batchbench.batching.queue.ORDERS`, if the
-            policy does not say it.
-        prefill: ``separate`` gives newcomers a pass of their own, in which running requests
-            stall; ``mixed`` lets their prompts ride along with the running requests.
-        max_batched_tokens: most tokens one mixed pass may compute; running requests come first.
-        lengths_known: whether a request ends exactly at its asked length. If not, each pass is
-            planned alone.
+        order: the order of the queue, a key of :data:`batchbench.batching.queue.ORDERS`, unless
+            the policy has its own.
+        prefill: ``separate`` computes the prompts of new requests in a pass of their own, in which
+            running requests stall; ``mixed`` computes them together with the running requests.
+        max_batched_tokens: most tokens that one mixed pass computes; running requests come first.
+        lengths_known: True if each request ends exactly at its requested length. If not, each
+            pass is planned alone.
     """
 
     def __init__(
@@ -62,64 +62,60 @@ class Scheduler:
         if prefill == "mixed" and max_batched_tokens <= slots:
             raise UsageError(
                 f"--max-batched-tokens {max_batched_tokens}: must be above the batch size "
-                f"({slots}), or no prompt could ever join a full batch"
+                f"({slots}), or no prompt could ever join a full batch; raise it"
             )
         self.now = 0
-        self.waiting = WaitingQueue(_own_order(policy) or order)
-        self.finished: dict[int, None] = {}  # slots, in the order in which they came to be done
+        self._name = f"the policy {type(policy).__name__}"
+        self.waiting = WaitingQueue(own_order(policy, self._name) or order)
+        self.finished: dict[int, None] = {}  # slots, in the order in which their requests ended
         self._released: list[int] = []  # since the last plan
         self.arrivals = arrivals
         self._policy = policy
         self._mixed = prefill == "mixed"
         self._max_batched_tokens = max_batched_tokens
         self._lengths_known = lengths_known
-        self._free = list(range(slots))  # a heap: the lowest slot is taken first
+        self._free = list(range(slots))  # a heap: the lowest free slot is given first
         self._admitted: list[tuple[Request, int]] = []  # with their slots, since the last plan
         self._newcomers: deque[_Newcomer] = deque()
         self._occupant: list[Request | None] = [None] * slots
-        # Running requests all advance together, so a decode count replaces a length a slot:
-        # position = offset + growing × decodes, and who finishes next is the top of a heap.
+        # Running requests all advance together, so one decode count replaces a length per slot:
+        # position = offset + growing × decodes. The request that ends next is on top of a heap.
         self._decodes = 0
         self._offset = np.zeros(slots, np.int64)
         self._growing = np.zeros(slots, np.int64)
-        self._decoding = np.zeros(slots, np.bool_)  # running, or done and still held
-        self._rows: NDArray[np.int64] | None = None  # where that is so; None: to be found anew
+        self._decoding = np.zeros(slots, np.bool_)  # running, or finished and held
+        self._rows: NDArray[np.int64] | None = None  # slots that decode; None if they changed
         self._ends: list[tuple[int, int, int]] = []  # (decode count at the end, index, slot)
-        self._running = 0  # decoding and not done
-        self._asks = 0  # successive ones that admitted nobody while nothing ran
+        self._running = 0  # decoding and not finished
+        self._asks = 0  # times in a row that the policy admitted no request while nothing ran
 
-    # What a policy sees (policies.View)
+    # The view of a policy (policies.View)
 
     @property
     def oldest(self) -> Request:
-        """Who has waited longest; raises IndexError where nobody waits."""
         return self.waiting.oldest
 
     @property
     def free(self) -> int:
-        """Slots that nobody holds."""
         return len(self._free)
 
     @property
     def running(self) -> int:
-        """Requests admitted and not done."""
         return self._running + len(self._newcomers)
 
     @property
     def more_to_come(self) -> bool:
-        """Whether requests will come that are not due yet, also if nobody is admitted."""
         arrivals = self.arrivals
         return arrivals.next_due is not None or (arrivals.more and self.running > 0)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that are due and not in a slot."""
         return len(self.waiting)
 
     # The two halves of a step
 
     def plan(self, now: int) -> Plan | Wait | None:
-        """What to compute next; a time to wait for; or None when all is done."""
+        """Return what to compute next; or a time to wait for; or None if all is done."""
         self.now = now
         if due := self.arrivals.due(now):
             self.waiting.push(due)
@@ -138,7 +134,7 @@ class Scheduler:
         repeat = 1
         if self._lengths_known and not chunks:
             repeat = self._ends[0][0] - self._decodes
-        # Also with no slot free: who waits is in the log, and a policy may answer to it.
+        # Also without a free slot: the log counts waiting requests, and a policy may react.
         times = [t for t in (ask_again, self.arrivals.next_due) if t is not None]
         until = min(times, default=None)
         return self._planned(chunks, rows, positions, growing, repeat, until)
@@ -146,10 +142,15 @@ class Scheduler:
     def apply(
         self, plan: Plan, launched: int, stopped: Collection[int] = ()
     ) -> list[tuple[int, Request]]:
-        """Move the requests on by ``launched`` passes of ``plan``.
+        """Advance the requests by ``launched`` passes of ``plan``.
 
-        ``stopped`` names slots whose request ended its text in the last of these passes. Returns
-        (slot, request) of those that got their last token in it.
+        Args:
+            plan: the plan that ran.
+            launched: number of its passes that were launched.
+            stopped: slots whose request ended its text in the last of these passes.
+
+        Returns:
+            (slot, request) for each request that got its last token.
         """
         done: list[tuple[int, Request]] = []
         if len(plan.slots):
@@ -164,8 +165,7 @@ class Scheduler:
             newcomer.done = chunk.stop
             if not chunk.yields:
                 continue
-            # Whoever is still reading its prompt stands in front: chunks are cut in this order.
-            self._newcomers.popleft()
+            self._newcomers.popleft()  # chunks are cut in the order of the newcomers
             self._start(chunk)
             if chunk.request.output_tokens == 1:
                 done.append((chunk.slot, self._finish(chunk.slot)))
@@ -175,7 +175,6 @@ class Scheduler:
     # Moves
 
     def _rows_now(self) -> NDArray[np.int64]:
-        """Slots that decode."""
         if self._rows is None:
             self._rows = self._decoding.nonzero()[0]
         return self._rows
@@ -205,7 +204,7 @@ class Scheduler:
         repeat: int = 1,
         until: int | None = None,
     ) -> Plan:
-        """Return the plan, with the slots given up and taken since the last one."""
+        """Return the plan, with the slots released and given since the last one."""
         released, self._released = tuple(self._released), []
         admitted, self._admitted = tuple(self._admitted), []
         return Plan(chunks, slots, positions, growing, released, repeat, until, admitted)
@@ -232,20 +231,20 @@ class Scheduler:
         self._asks = 0 if chosen or self._running or ask_again is None else self._asks + 1
         if self._asks > MOST_ASKS:
             raise UsageError(
-                f"the policy {type(self._policy).__name__} admitted nobody {MOST_ASKS:,} times in "
-                "a row although nothing runs: it would wait for ever"
+                f"{self._name} admitted no request {MOST_ASKS:,} times in a row although nothing "
+                "runs: it would wait for ever"
             )
         return ask_again
 
     def _chunks(self) -> tuple[Chunk, ...]:
-        """Pieces of prompts for this pass: all of them, or as many tokens as the budget has."""
+        """Return the pieces of prompts for this pass, within the token budget if it is mixed."""
         if not self._mixed:
             return tuple(
                 Chunk(n.request, n.slot, n.done, n.request.prompt_tokens) for n in self._newcomers
             )
         budget = self._max_batched_tokens - len(self._rows_now())
         chunks: list[Chunk] = []
-        for newcomer in self._newcomers:  # requests after the last piece stall in their slots
+        for newcomer in self._newcomers:  # those beyond the budget stall in their slots
             size = min(budget, newcomer.request.prompt_tokens - newcomer.done)
             stop = newcomer.done + size
             chunks.append(Chunk(newcomer.request, newcomer.slot, newcomer.done, stop))
@@ -255,14 +254,13 @@ class Scheduler:
         return tuple(chunks)
 
     def _seat(self, request: Request) -> None:
-        """Give an admitted request the lowest free slot."""
         slot = heapq.heappop(self._free)
         self._occupant[slot] = request
         self._admitted.append((request, slot))
         self._newcomers.append(_Newcomer(request, slot))
 
     def _start(self, chunk: Chunk) -> None:
-        """A prompt is computed and its first token is there: from now on the slot decodes."""
+        """Let the slot decode, now that its prompt is computed and its first token is known."""
         request, slot = chunk.request, chunk.slot
         self._offset[slot] = request.prompt_tokens - self._decodes
         self._growing[slot] = 1
@@ -274,7 +272,7 @@ class Scheduler:
             heapq.heappush(self._ends, (end, request.index, slot))
 
     def _finish(self, slot: int) -> Request:
-        """A request has its last token; held, it recomputes its last position and stays there."""
+        """Finish the request of a slot; while the slot is held, it recomputes its last position."""
         request = self._occupant[slot]
         assert request is not None
         self._offset[slot] += self._decodes - 1
@@ -284,25 +282,14 @@ class Scheduler:
         return request
 
     def _idle(self, ask_again: int | None) -> Wait | None:
-        """Nobody runs: wait for somebody, or be done."""
+        """Return the time of the next event, or None if all is done; nothing runs now."""
         times = [t for t in (ask_again, self.arrivals.next_due) if t is not None]
         if times:
             return Wait(min(times))
         if self.waiting:
-            stuck = "admits nobody" if self.free else "releases no slot"
+            fault = "admits no request" if self.free else "releases no slot"
             raise UsageError(
-                f"the policy {type(self._policy).__name__} {stuck} though nothing runs "
-                "and nothing more will come: it would wait for ever"
+                f"{self._name} {fault} although nothing runs and no "
+                "more requests will come: it would wait for ever"
             )
         return None
-
-
-def _own_order(policy: Policy) -> str | None:
-    """How a policy wants the queue sorted, if it says so."""
-    order: str | None = getattr(policy, "order", None)
-    if order is not None and order not in ORDERS:
-        raise UsageError(
-            f"the policy {type(policy).__name__} has order = {order!r}: must be one of "
-            f"{', '.join(ORDERS)}"
-        )
-    return order

@@ -1,30 +1,27 @@
-"""Conducting an experiment: warm-up, trials in alternating order, verification."""
+"""Running an experiment: warm-up, trials in alternating order, verification."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from batchbench.batching import warming
+from batchbench.batching import trials
 from batchbench.batching.batcher import Batcher, Strategy
-from batchbench.batching.energy import Counter, EnergyMeter, counters_for
+from batchbench.batching.energy import Counter, counters_for
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment, ServingSpec
-from batchbench.batching.machine import LoadMeter, environment, torch_environment
+from batchbench.batching.machine import environment, torch_environment
 from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
 from batchbench.batching.progress import Limited, Watch
 from batchbench.batching.recording import Recording
+from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
-from batchbench.batching.warming import WarmUp
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
@@ -32,32 +29,153 @@ if TYPE_CHECKING:
     from batchbench.batching.models.loading import LoadedModel
 
 
+class StopReason(StrEnum):
+    """The reason for which an experiment has fewer trials than planned."""
+
+    INTERRUPTED = "interrupted"
+    OUT_OF_TIME = "out of time"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """An early end of an experiment; ``text`` says why in a result."""
+
+    reason: StopReason
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """All that an experiment yields; what people read is a function of it."""
+    """The outcome of an experiment, from which every report is derived."""
 
     experiment: Experiment
     workload: Workload
-    recordings: Mapping[str, Sequence[Recording]]  # by strategy, a recording a trial
+    recordings: Mapping[str, Sequence[Recording]]  # by strategy, one recording per trial
     verification: Verification
     warm_up: WarmUp
     model: Mapping[str, Any]
     environment: Mapping[str, Any]
     texts: Sequence[tuple[str, str]] | None  # prompt and output of each request, if readable
-    stopped: str | None = None  # why there are fewer trials than asked, if so
+    stopped: Stop | None = None
     small_batches: Sequence[Recording] = ()  # steps of fewer rows, timed in the warm-up
 
 
-class Session:
-    """One experiment on this machine: workload made, model loaded, engine built.
+def run_experiment(
+    experiment: Experiment, watch: Watch | None = None, models: Shelf | None = None
+) -> Outcome:
+    """Run an experiment: warm-up, trials in alternating order, verification.
+
+    Ctrl-C and ``--max-time`` keep the rounds that are finished.
 
     Args:
-        models: where the model comes from; experiments that share a shelf load it once.
-        max_len: tokens of the longest request of any workload that it will serve, if that is more
-            than the experiment's own.
+        experiment: what to run.
+        watch: follows the progress; silent by default.
+        models: shared by experiments on the same model, so that it is loaded once.
 
     Raises:
-        UsageError: what is asked cannot be done here.
+        UsageError: the experiment cannot be run here.
+        KeyboardInterrupt: before the first round was finished.
+    """
+    if experiment.simulated and GENERATE_BATCH in experiment.serving.strategies:
+        raise UsageError(
+            f"--strategy {GENERATE_BATCH}: it schedules by itself, so its steps are known only in "
+            "batchbench run; remove it"
+        )
+    return run_session(Session(experiment, watch or Watch(), models))
+
+
+conduct = run_experiment
+"""The name of :func:`run_experiment` in the public API."""
+
+
+def run_session(session: Session) -> Outcome:
+    """Run the experiment of a session, like :func:`run_experiment`."""
+    experiment = session.experiment
+    if experiment.simulated and session.workload.stop_at_eos:
+        raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; remove it")
+    warm_up = session.warm_up()
+    session.check_time(warm_up)
+    began = time.monotonic()
+    small_batches = session.time_small_batches()
+    if warm_up.duration_s is not None:
+        warm_up = replace(warm_up, duration_s=warm_up.duration_s + time.monotonic() - began)
+    rounds, stopped = _finished_rounds(session)
+    verification = NOT_VERIFIED
+    if stopped is None or stopped.reason is not StopReason.INTERRUPTED:
+        try:
+            verification = session.verify([r for served in rounds for r in served])
+        except KeyboardInterrupt:
+            stopped = _interrupted(rounds, experiment.trials.trials)
+    names = experiment.serving.strategies
+    return Outcome(
+        experiment=experiment,
+        workload=session.workload,
+        recordings={name: [served[i] for served in rounds] for i, name in enumerate(names)},
+        verification=verification,
+        warm_up=warm_up,
+        model=session.model,
+        environment=session.environment,
+        texts=session.texts(rounds[0][-1]),
+        stopped=stopped,
+        small_batches=small_batches,
+    )
+
+
+_GRACE = 1.1
+"""Multiple of ``--max-time`` after which a trial is stopped; a slightly late pair counts."""
+
+
+def _finished_rounds(session: Session) -> tuple[list[list[Recording]], Stop | None]:
+    """Return the finished rounds, and the stop if they are fewer than planned."""
+    rounds: list[list[Recording]] = []
+    planned, limit = session.experiment.trials.trials, session.experiment.trials.max_time
+    began = time.monotonic()
+    try:
+        for served in session.within(limit).rounds():
+            rounds.append(served)
+            spent = time.monotonic() - began
+            next_end = spent * (len(rounds) + 1) / len(rounds)
+            if limit is not None and len(rounds) < planned and next_end > limit:
+                return rounds, _out_of_time(rounds, limit)
+    except OutOfTimeError as late:
+        assert limit is not None
+        if not rounds:
+            raise UsageError(
+                f"--max-time {limit:g}: the first pair of trials took longer; raise it, "
+                "or lower --queue-size"
+            ) from late
+        return rounds, _out_of_time(rounds, limit)
+    except KeyboardInterrupt:
+        if not rounds:
+            raise
+        return rounds, _interrupted(rounds, planned)
+    return rounds, None
+
+
+def _out_of_time(rounds: Sequence[object], limit: float) -> Stop:
+    text = f"--max-time {limit:g} s ended it after {len(rounds)} pairs"
+    return Stop(StopReason.OUT_OF_TIME, text)
+
+
+def _interrupted(rounds: Sequence[object], planned: int) -> Stop:
+    return Stop(StopReason.INTERRUPTED, f"interrupted after {len(rounds)} of {planned} pairs")
+
+
+class Session:
+    """An experiment on this machine: workload made, model loaded, engine built.
+
+    Args:
+        experiment: what to run.
+        watch: follows the progress.
+        models: source of models; experiments that share it load a model once.
+        max_len: tokens of the longest request of any workload that the session will serve, if that
+            is more than the experiment's own.
+
+    Raises:
+        UsageError: the experiment cannot be run here.
     """
 
     def __init__(
@@ -79,10 +197,10 @@ class Session:
         }
         self.environment = environment()
         self.engine = self._engine()
-        self._of_their_own = self._schedulers_of_their_own()
+        self._own_schedulers = self._strategies_with_own_scheduler()
 
     def make(self, spec: WorkloadSpec) -> Workload:
-        """The workload that a spec describes, for the experiment's model."""
+        """Return the workload of a spec, for the experiment's model."""
         workload = make_workload(
             spec,
             batch_size=self.experiment.serving.batch_size,
@@ -95,9 +213,17 @@ class Session:
         return workload
 
     def on(self, workload: Workload) -> Session:
-        """The same model and engine, for another workload with no longer requests."""
+        """Return a session with the same engine, for another workload with no longer requests."""
         other = copy.copy(self)
         other.workload = workload
+        return other
+
+    def within(self, limit: float | None) -> Session:
+        """Return the same session, whose trials raise OutOfTimeError when the time is up."""
+        if limit is None:
+            return self
+        other, until = copy.copy(self), time.monotonic() + _GRACE * limit
+        other._watch = Limited(self._watch, until, time.monotonic, real=not self.engine.simulated)
         return other
 
     def _engine(self) -> Engine:
@@ -107,15 +233,15 @@ class Session:
             return SimulatedEngine(cost.cost) if cost else SimulatedEngine()
         self._watch.note(self.source.note)
         self._watch.phase("loading")
-        # Threads that wait for one another should soon give way: beside a busy process they spin
-        # on the very core that the other needs (docs/log.md).
+        # Threads that wait for one another should soon yield: beside a busy process they spin on
+        # the core that the other process needs (docs/log.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
         from batchbench.batching.engines.torch.build import make_engine
 
         serving = self.experiment.serving
         loaded = self._models.load(self.source, self.experiment.model, self.workload.seed)
         self._loaded = loaded
-        digest = loaded.weights_digest  # before an engine packs or moves any of them
+        digest = loaded.weights_digest  # before an engine packs or moves any weights
         engine, memory = make_engine(
             serving.engine,
             loaded,
@@ -138,29 +264,28 @@ class Session:
         self._energy = counters_for(str(loaded.device), self.environment["gpu_uuid"])
         return engine
 
-    def _schedulers_of_their_own(self) -> dict[str, Strategy]:
-        """Strategies that are no policy of ours, by name, on the same loaded model."""
+    def _strategies_with_own_scheduler(self) -> dict[str, Strategy]:
         serving = self.experiment.serving
         if self._loaded is None or GENERATE_BATCH not in serving.strategies:
             return {}
         from batchbench.batching.engines.generate_batch import GenerateBatch
 
-        theirs = GenerateBatch(
+        strategy = GenerateBatch(
             self._loaded,
             serving.batch_size,
             self._max_len,
             order=serving.order,
             max_batched_tokens=serving.token_budget,
         )
-        return {GENERATE_BATCH: theirs}
+        return {GENERATE_BATCH: strategy}
 
     def strategies(self) -> list[Strategy]:
-        """The strategies of the experiment: ours on its one engine, and others on their own."""
+        """Return the strategies of the experiment."""
         names = self.experiment.serving.strategies
-        return [self._of_their_own.get(name) or self.batcher(name) for name in names]
+        return [self._own_schedulers.get(name) or self.batcher(name) for name in names]
 
     def batcher(self, policy: str) -> Batcher:
-        """Our scheduler under a policy."""
+        """Return our scheduler under a policy, on the session's engine."""
         cost = self.experiment.cost
         about = {"cost": cost.as_dict()} if cost and self.engine.simulated else {}
         return make_batcher(policy, self.experiment.serving, self.engine, about)
@@ -170,45 +295,50 @@ class Session:
         if self.engine.simulated:
             return WarmUp(0, True, None, None)
         self._watch.phase("warming up")
-        began = time.monotonic()
-        piece = beginning(self.workload, self.experiment.serving.batch_size, output_tokens=12)
-        for theirs in self._of_their_own.values():
-            theirs.serve(piece, Watch())
-        found = warming.warm_up(self.batcher("continuous"), piece, most=most, within=within)
-        return replace(found, duration_s=time.monotonic() - began)
+        batcher, others = self.batcher("continuous"), self._own_schedulers.values()
+        return trials.warm_up(batcher, others, self.workload, most=most, within=within)
+
+    def check_time(self, warm_up: WarmUp) -> None:
+        """Raise UsageError if one pair of trials takes longer than ``--max-time``."""
+        limit = self.experiment.trials.max_time
+        if limit is None or warm_up.step_ns is None or self.workload.stop_at_eos:
+            return
+        engine, expected = SimulatedEngine(warm_up.step_ns), 0.0
+        for name in self.experiment.serving.strategies:
+            policy = "continuous" if name == GENERATE_BATCH else name
+            batcher = replace(self.batcher(policy), engine=engine)
+            expected += batcher.serve(self.workload, Watch()).duration_ns / 1e9
+        if expected > limit:
+            raise UsageError(
+                f"--max-time {limit:g}: one pair of trials takes about {expected:.0f} s here; "
+                "raise it, or lower --queue-size"
+            )
 
     def time_small_batches(self) -> list[Recording]:
-        """Time steps of fewer rows than slots, for predictions; none in a simulation."""
+        """Time steps of fewer rows than slots, for predictions; a simulation has none."""
         if self.engine.simulated or not self.experiment.serving.policies:
             return []
         batcher = self.batcher("continuous")
-        return warming.time_small_batches(batcher, self.workload, self._max_len)
-
-    def within(self, limit: float | None) -> Session:
-        """Return the same session; its trials raise OutOfTimeError when the time is up."""
-        if limit is None:
-            return self
-        other, until = copy.copy(self), time.monotonic() + _GRACE * limit
-        other._watch = Limited(self._watch, until, time.monotonic, real=not self.engine.simulated)
-        return other
+        return trials.time_small_batches(batcher, self.workload, self._max_len)
 
     def rounds(self) -> Iterator[list[Recording]]:
-        """Each round serves the workload once under every strategy.
+        """Serve the workload once under every strategy in each round.
 
-        The order turns round from one to the next (AB BA AB BA …): what runs second is often
-        faster, and so that falls on both alike.
+        The order of strategies alternates (AB BA AB BA …), because the second trial of a round is
+        often faster, and so that each strategy is second equally often.
         """
-        strategies, trials = self.strategies(), self.experiment.trials.trials
-        for trial in range(trials):
-            self._memory = self._measure_memory()
-            turn = strategies if trial % 2 == 0 else strategies[::-1]
-            done = {b.name: self.serve(b, trial, trials) for b in turn}
-            yield [done[b.name] for b in strategies]
+        strategies, planned = self.strategies(), self.experiment.trials.trials
+        for trial in range(planned):
+            if self._loaded is not None:
+                self._memory = trials.measure_memory(self._loaded, self._watch)
+            order = strategies if trial % 2 == 0 else strategies[::-1]
+            served = {s.name: self.serve(s, trial, planned) for s in order}
+            yield [served[s.name] for s in strategies]
 
-    def serve(self, strategy: Strategy, trial: int, trials: int) -> Recording:
-        """Serve the workload once."""
-        self._watch.trial_begins(strategy.name, trial, trials)
-        recording = observe(
+    def serve(self, strategy: Strategy, trial: int, planned: int) -> Recording:
+        """Serve the workload once; ``trial`` counts from 0, of ``planned`` trials."""
+        self._watch.trial_begins(strategy.name, trial, planned)
+        recording = trials.observe(
             strategy,
             self.workload,
             self._watch,
@@ -220,32 +350,10 @@ class Session:
         self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
         return recording
 
-    def _measure_memory(self) -> dict[str, Any]:
-        """What a decode step has to read and how fast memory is read now, for a trial's header.
-
-        Nothing where the last-level cache holds all that is read: memory then sets no floor.
-        """
-        if self._loaded is None:
-            return {}
-        from batchbench.batching.engines.torch.measure import (
-            cache_bytes,
-            measure_bandwidth,
-            reading_of,
-        )
-
-        reading, device = reading_of(self._loaded), self._loaded.device
-        if reading.step_weight_bytes <= (cache_bytes(device) or 0):
-            return {}
-        self._watch.phase("measuring memory")
-        bandwidth = measure_bandwidth(device)
-        if bandwidth.beyond_cache is False:  # there was no room for a buffer that large
-            return {}
-        return {"memory": {"bytes_per_s": bandwidth.bytes_per_s, "reading": asdict(reading)}}
-
     def verify(
         self, recordings: Sequence[Recording], chosen: Sequence[int] | None = None
     ) -> Verification:
-        """Check outputs against the model alone: of ``chosen`` requests, or as the trials say."""
+        """Check the outputs of ``chosen`` requests, or of those that ``--verify`` asks for."""
         limit = self.experiment.trials.verify_limit
         if self._loaded is None or (limit == 0 and chosen is None):
             return NOT_VERIFIED
@@ -258,22 +366,20 @@ class Session:
         )
 
     def texts(self, recording: Recording) -> list[tuple[str, str]] | None:
-        """Prompt and output of each request as text, where there is a tokenizer."""
+        """Return the prompt and the output of each request as text; None without a tokenizer."""
         if self.tokenizer is None or recording.tokens is None:
             return None
+        decode, workload = self.tokenizer.decode, self.workload
         return [
-            (
-                self.tokenizer.decode(self.workload.prompt(i).tolist()),
-                self.tokenizer.decode(recording.tokens_of(i).tolist()),
-            )
-            for i in range(len(self.workload))
+            (decode(workload.prompt(i).tolist()), decode(recording.tokens_of(i).tolist()))
+            for i in range(len(workload))
         ]
 
 
 def make_batcher(
     policy: str, serving: ServingSpec, engine: Engine, about: Mapping[str, Any]
 ) -> Batcher:
-    """Our scheduler under a policy, as ``serving`` says; ``about`` goes into its recordings."""
+    """Return a batcher as ``serving`` says; ``about`` goes into its recordings."""
     return Batcher(
         policy,
         engine,
@@ -286,165 +392,14 @@ def make_batcher(
     )
 
 
-def conduct(
-    experiment: Experiment, watch: Watch | None = None, models: Shelf | None = None
-) -> Outcome:
-    """Run an experiment: warm-up, trials in alternating order, verification.
-
-    Ctrl-C and ``--max-time`` keep the rounds that are finished.
-
-    Args:
-        models: shared by experiments on the same model, so that it is loaded once.
-
-    Raises:
-        UsageError: what is asked cannot be done here.
-        KeyboardInterrupt: before the first round was finished.
-    """
-    watch = watch or Watch()
-    if experiment.simulated and GENERATE_BATCH in experiment.serving.strategies:
-        raise UsageError(
-            f"--strategy {GENERATE_BATCH}: it schedules for itself, so its steps show only in "
-            "batchbench run; drop it"
-        )
-    return conduct_session(Session(experiment, watch, models))
-
-
-def conduct_session(session: Session) -> Outcome:
-    """As :func:`conduct`, where the workload is made and the model loaded already."""
-    experiment = session.experiment
-    if experiment.simulated and session.workload.stop_at_eos:
-        raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; drop it")
-    warm_up, limit = session.warm_up(), experiment.trials.max_time
-    if limit is not None and warm_up.step_ns is not None:
-        expected = expected_round_s(session, warm_up.step_ns)
-        if expected > limit:
-            raise UsageError(
-                f"--max-time {limit:g}: one pair of trials takes about {expected:.0f} s here; "
-                "raise it, or lower --queue-size"
-            )
-    began = time.monotonic()
-    small_batches = session.time_small_batches()
-    if warm_up.duration_s is not None:
-        spent_s = warm_up.duration_s + time.monotonic() - began
-        warm_up = replace(warm_up, duration_s=spent_s)
-    rounds, stopped = _finished_rounds(session, limit)
-    verification = NOT_VERIFIED
-    if stopped is None or not stopped.startswith(_INTERRUPTED):
-        try:
-            verification = session.verify([r for done in rounds for r in done])
-        except KeyboardInterrupt:
-            stopped = f"{_INTERRUPTED} after {len(rounds)} of {experiment.trials.trials} pairs"
-    names = experiment.serving.strategies
-    return Outcome(
-        experiment=experiment,
-        workload=session.workload,
-        recordings={name: [done[i] for done in rounds] for i, name in enumerate(names)},
-        verification=verification,
-        warm_up=warm_up,
-        model=session.model,
-        environment=session.environment,
-        texts=session.texts(rounds[0][-1]),
-        stopped=stopped,
-        small_batches=small_batches,
-    )
-
-
-_INTERRUPTED = "interrupted"
-
-_GRACE = 1.1
-"""Multiple of ``--max-time`` after which a trial is stopped; a slightly late pair counts."""
-
-
-def _finished_rounds(
-    session: Session, limit: float | None
-) -> tuple[list[list[Recording]], str | None]:
-    """Return the finished rounds, and the reason if they are fewer than planned."""
-    rounds: list[list[Recording]] = []
-    began, trials = time.monotonic(), session.experiment.trials.trials
-    try:
-        for done in session.within(limit).rounds():
-            rounds.append(done)
-            spent, more = time.monotonic() - began, len(rounds) < trials
-            if limit is not None and more and spent * (len(rounds) + 1) / len(rounds) > limit:
-                return rounds, f"--max-time {limit:g} s ended it after {len(rounds)} pairs"
-    except OutOfTimeError as late:
-        if not rounds:
-            raise UsageError(
-                f"--max-time {limit:g}: the first pair of trials took longer; raise it, "
-                "or lower --queue-size"
-            ) from late
-        return rounds, f"--max-time {limit:g} s ended it after {len(rounds)} pairs"
-    except KeyboardInterrupt:
-        if not rounds:
-            raise
-        return rounds, f"{_INTERRUPTED} after {len(rounds)} of {trials} pairs"
-    return rounds, None
-
-
-def observe(
-    strategy: Strategy,
-    workload: Workload,
-    watch: Watch,
-    trial: int = 0,
-    energy: Sequence[Counter] = (),
-    *,
-    simulated: bool = False,
-    about: Mapping[str, Any] = MappingProxyType({}),
-) -> Recording:
-    """One trial, undisturbed by the garbage collector; its header tells what else went on.
-
-    Args:
-        about: what the header is to tell besides.
-    """
-    if not simulated:  # a collection takes 0.1 s, and nothing is timed
-        gc.collect()
-    gc.disable()
-    try:
-        load = LoadMeter()
-        with EnergyMeter(energy) as meter:
-            recording = strategy.serve(workload, watch, trial=trial)
-        foreign = None if simulated else load.foreign_cores()
-    finally:
-        gc.enable()
-    told = {**recording.header.about, **about, "foreign_cores": foreign, **meter.about()}
-    return replace(recording, header=replace(recording.header, about=told))
-
-
-def expected_round_s(session: Session, step_ns: int) -> float:
-    """Seconds that one round should take, going by a simulation with steps of ``step_ns``."""
-    if session.workload.stop_at_eos:
-        return 0.0  # how many steps it takes is not known beforehand
-    engine, spent = SimulatedEngine(step_ns), 0
-    for name in session.experiment.serving.strategies:
-        policy = "continuous" if name == GENERATE_BATCH else name  # which is what it does
-        planned = replace(session.batcher(policy), engine=engine)
-        spent += planned.serve(session.workload, Watch()).duration_ns
-    return spent / 1e9
-
-
-def beginning(workload: Workload, count: int, output_tokens: int) -> Workload:
-    """The first ``count`` requests, with outputs cut to ``output_tokens``."""
-    count = min(count, len(workload))
-    offsets = workload.prompt_offsets[: count + 1]
-    return Workload(
-        name=f"beginning of {workload.name}",
-        seed=workload.seed,
-        prompt_ids=workload.prompt_ids[: offsets[-1]],
-        prompt_offsets=offsets,
-        output_tokens=np.minimum(workload.output_tokens[:count], output_tokens),
-        due_ns=np.zeros(count, np.int64),
-    )
-
-
 def check_context(workload: Workload, source: Source) -> None:
-    """Raise UsageError where a request is longer than the model's context."""
-    total = workload.prompt_tokens + workload.output_tokens
-    context = source.context
+    """Raise UsageError if a request is longer than the model's context."""
+    total, context = workload.prompt_tokens + workload.output_tokens, source.context
     longest = int(total.argmax())
     if context is not None and total[longest] > context:
         raise UsageError(
             f"request {longest}: {workload.prompt_tokens[longest]} prompt + "
             f"{workload.output_tokens[longest]} output tokens exceed the {context} that "
-            f"{source.name} takes; lower --long-tokens, --short-tokens or the prompts' length, "
-            "or say --overlong clip, scale or skip"
+            f"{source.name} takes; lower --long-tokens, --short-tokens or the length of prompts, "
+            "or give --overlong clip, scale or skip"
         )

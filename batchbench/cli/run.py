@@ -203,7 +203,7 @@ def _measure_and_write(
     experiment: Experiment, goals: GoalsSpec, output: OutputSpec, folder: Path
 ) -> bool:
     """Measure, write and show; return whether the outputs are right."""
-    from batchbench.batching.session import conduct
+    from batchbench.batching.session import StopReason, conduct
     from batchbench.cli.progress import make_display
 
     display = make_display(
@@ -225,7 +225,7 @@ def _measure_and_write(
 
             write_trace(output.trace_out, result)
     _show(result, files, replace(output, output=folder))
-    if outcome.stopped and outcome.stopped.startswith("interrupted"):
+    if outcome.stopped and outcome.stopped.reason is StopReason.INTERRUPTED:
         raise Interrupted(f"{outcome.stopped}; the results are in {folder}")
     return result.data["verification"]["passed"] is not False
 

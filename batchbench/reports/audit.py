@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from batchbench.batching.recording import Recording
+from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Verification
-from batchbench.batching.warming import WarmUp
 from batchbench.reports import metrics
 from batchbench.reports import time_budget as timekeeping
 from batchbench.reports.latency import gaps_ms, ttft_ms

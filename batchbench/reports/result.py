@@ -21,8 +21,8 @@ import batchbench
 from batchbench import settings
 from batchbench.batching.recording import Recording
 from batchbench.batching.session import Outcome
+from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Finding, Verification
-from batchbench.batching.warming import WarmUp
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
 from batchbench.reports.latency import Class, by_length, length_classes, stalls
@@ -173,7 +173,7 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
             **{k: v for k, v in asdict(outcome.verification).items() if k != "findings"},
             "findings": [asdict(finding) for finding in outcome.verification.findings],
         },
-        "stopped": outcome.stopped,
+        "stopped": None if outcome.stopped is None else str(outcome.stopped),
         "outputs": None
         if outcome.texts is None
         else [

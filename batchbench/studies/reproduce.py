@@ -15,7 +15,7 @@ from scipy import stats
 from batchbench import settings
 from batchbench.batching.experiment import EXECUTIONS, Experiment
 from batchbench.batching.progress import Watch
-from batchbench.batching.session import Session, conduct_session
+from batchbench.batching.session import Session, run_session
 from batchbench.batching.step_cost import KnownCost
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
@@ -341,7 +341,7 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Receipt:
         )
     if any(check.verdict == DIFFERS for check in checks):
         return Receipt(data["command"], differences, checks, None)
-    again = make_result(conduct_session(session), slo.from_config(data["config"]["goals"]))
+    again = make_result(run_session(session), slo.from_config(data["config"]["goals"]))
     checks += check_counters(recorded, again)
     if not data["simulated"]:
         alike = is_alike(differences)

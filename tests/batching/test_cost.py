@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.costs import costs, run
 from support.laws import Config, configs, law, workload_of, workloads
+from support.replay import join_spans
 
 from batchbench.batching.recording import Recording
 from batchbench.batching.step_cost import PS, KnownCost, Passes, StepCost
-from batchbench.batching.warming import SMALL_STEPS, small_batches
+from batchbench.batching.trials import SMALL_STEPS, small_batches
 from batchbench.errors import UsageError
 from batchbench.reports.prediction import (
     FEWEST_STEPS,
@@ -97,7 +98,7 @@ def test_how_many_passes_are_planned_at_once_does_not_show(
     shortened = run(workload, config, cost, max_repeat=max_repeat)
     assert shortened.step_ends_ns.tolist() == at_once.step_ends_ns.tolist()
     assert shortened.step_starts_ns.tolist() == at_once.step_starts_ns.tolist()
-    one, other = shortened.merged(), at_once.merged()
+    one, other = join_spans(shortened), join_spans(at_once)
     for log in ("requests", "spans", "chunks", "waits", "growth"):
         if getattr(other, log) is None:
             assert getattr(one, log) is None

@@ -21,8 +21,8 @@ from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.progress import Limited, Progress, Watch
 from batchbench.batching.roofline import Bandwidth
-from batchbench.batching.session import Session, beginning, check_context, conduct
-from batchbench.batching.warming import WarmUp
+from batchbench.batching.session import Session, StopReason, check_context, conduct
+from batchbench.batching.trials import WarmUp, beginning
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.reports.formats.terminal import floor_lines
 from batchbench.reports.result import make_result
@@ -258,7 +258,9 @@ def test_the_order_of_rounds_does_not_show_in_the_recordings(ask: Ask) -> None:
 def test_an_interrupt_keeps_the_rounds_that_are_finished(ask: Ask, at: tuple[object, ...]) -> None:
     outcome = conduct(ask(trials=3), Listener(interrupt_at=at))
     assert {name: len(rs) for name, rs in outcome.recordings.items()} == dict.fromkeys(BOTH, 1)
-    assert outcome.stopped == "interrupted after 1 of 3 pairs"
+    assert outcome.stopped is not None
+    assert outcome.stopped.reason is StopReason.INTERRUPTED
+    assert str(outcome.stopped) == "interrupted after 1 of 3 pairs"
     assert outcome.verification.passed is None
 
 
@@ -266,7 +268,7 @@ def test_an_interrupt_of_the_verification_keeps_all_rounds(ask: Ask) -> None:
     outcome = conduct(ask(), Listener(interrupt_at=("phase", "verifying")))
     assert {name: len(rs) for name, rs in outcome.recordings.items()} == dict.fromkeys(BOTH, 2)
     assert outcome.stopped is not None
-    assert "interrupted" in outcome.stopped
+    assert outcome.stopped.reason is StopReason.INTERRUPTED
     assert outcome.verification.passed is None
 
 
@@ -308,7 +310,9 @@ def test_no_round_is_begun_that_would_end_too_late(
     monkeypatch.setattr(conducting, "time", now)  # ten seconds a round
     outcome = conduct(ask(trials=5, max_time=25.0), watch)
     assert {name: len(rs) for name, rs in outcome.recordings.items()} == dict.fromkeys(BOTH, 2)
-    assert outcome.stopped == "--max-time 25 s ended it after 2 pairs"
+    assert outcome.stopped is not None
+    assert outcome.stopped.reason is StopReason.OUT_OF_TIME
+    assert str(outcome.stopped) == "--max-time 25 s ended it after 2 pairs"
     assert outcome.verification.passed
 
 
@@ -351,7 +355,7 @@ def test_a_trial_that_takes_far_too_long_is_given_up(
     outcome = conduct(ask(trials=50, max_time=60.0), watch)
     finished = trials // len(BOTH)
     assert [len(rs) for rs in outcome.recordings.values()] == [finished] * len(BOTH)
-    assert outcome.stopped == f"--max-time 60 s ended it after {finished} pairs"
+    assert str(outcome.stopped) == f"--max-time 60 s ended it after {finished} pairs"
     assert watch.now <= 66 + 8
     assert outcome.verification.passed
     assert gc.isenabled()

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from batchbench.batching.plan import Chunk, Plan
-from batchbench.batching.recorder import Recorder, Steps, token_steps
-from batchbench.batching.recording import GrowthLog, Header, Recording
+from batchbench.batching.recording import GrowthLog, Header, Recorder, Recording, Steps, token_steps
 from batchbench.workloads import Request, Workload
 
 WORKLOAD = Workload.of("three", [[1, 2, 3], [4], [5, 6]], [3, 1, 2], due_ns=[0, 0, 90])

@@ -27,10 +27,10 @@ from support.laws import (
     workload_of,
     workloads,
 )
+from support.replay import join_spans
 
 from batchbench.batching import recording as module
-from batchbench.batching.recorder import token_steps
-from batchbench.batching.recording import Header, Recording
+from batchbench.batching.recording import Header, Recording, token_steps
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 
@@ -329,8 +329,8 @@ def test_a_simulation_has_no_tokens_and_says_so() -> None:
 
 
 def test_only_a_simulation_can_be_merged() -> None:
-    with pytest.raises(ValueError, match="only a simulation"):
-        real().merged()
+    with pytest.raises(ValueError, match="only in a simulation"):
+        join_spans(real())
 
 
 def test_the_duration_is_up_to_the_last_token_of_the_last_request() -> None:

@@ -27,6 +27,7 @@ from support.laws import (
     workload_of,
     workloads,
 )
+from support.replay import join_spans
 
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan
@@ -64,7 +65,7 @@ def test_how_many_passes_are_planned_at_once_does_not_show_in_the_recording(
     at_once = serve(workload, config)
     shortened = serve(workload, config, max_repeat=max_repeat)
     assert (shortened.spans.steps <= max_repeat).all()
-    assert_same(shortened.merged(), at_once.merged())
+    assert_same(join_spans(shortened), join_spans(at_once))
 
 
 def by_step(recording: Recording) -> list[list[int]]:
@@ -81,9 +82,9 @@ def test_merging_equal_spans_changes_nothing_of_any_step(
     workload: Workload, config: Config, max_repeat: int
 ) -> None:
     recording = serve(workload, config, max_repeat=max_repeat)
-    merged = recording.merged()
+    merged = join_spans(recording)
     assert by_step(merged) == by_step(recording)
-    assert_same(merged.merged(), merged)
+    assert_same(join_spans(merged), merged)
 
 
 @given(st.binary(min_size=1, max_size=12))
@@ -99,10 +100,10 @@ def test_spans_are_merged_only_where_they_follow_at_once_and_equal_each_other(dr
     *columns, costs = np.array(rows).T
     blank = serve(workload_of([(1, 1, 0)]), Config("static", 1))
     recording = replace(blank, spans=SpanLog(*columns), step_ns=costs)
-    merged = recording.merged()
+    merged = join_spans(recording)
     assert by_step(merged) == by_step(recording)
     assert merged.spans.steps[merged.spans.chunks > 0].max(initial=1) == 1
-    assert_same(merged.merged(), merged)
+    assert_same(join_spans(merged), merged)
 
 
 def test_equal_passes_become_one_call_of_the_engine() -> None:

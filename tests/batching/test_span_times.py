@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.laws import law
+from support.replay import join_spans
 
 from batchbench.batching import recording as module
 from batchbench.batching.recording import (
@@ -232,7 +233,7 @@ def test_a_span_that_was_cut_is_merged_again(kind: str, data: st.DataObject) -> 
     # Neighbours differ in what they do, so that only the cuts can be merged.
     log = [replace(span, decoding=n) for n, span in enumerate(data.draw(of_kind), 1)]
     pieces = [part for span in log for part in cut(span, data.draw(st.integers(0, 6)))]
-    merged, whole_log = recording_of(pieces, kind).merged(), recording_of(log, kind)
+    merged, whole_log = join_spans(recording_of(pieces, kind)), recording_of(log, kind)
     assert table(merged) == table(whole_log)
     for name in ("spans", "growth"):
         one, other = (getattr(each, name) for each in (merged, whole_log))
@@ -264,14 +265,14 @@ NEXT = cut(replace(FIRST, steps=5), 2)[1]
     ids=lambda change: next(iter(change)),
 )
 def test_spans_that_do_not_go_on_alike_stay_apart(change: dict[str, Any]) -> None:
-    assert len(recording_of([FIRST, NEXT]).merged().spans.steps) == 1
+    assert len(join_spans(recording_of([FIRST, NEXT])).spans.steps) == 1
     other = replace(NEXT, **change)
     apart = recording_of([FIRST, other])
-    assert table(apart.merged()) == table(apart)
-    assert len(apart.merged().spans.steps) == 2
+    assert table(join_spans(apart)) == table(apart)
+    assert len(join_spans(apart).spans.steps) == 2
     if "chunks" in change:
         swapped = recording_of([replace(other, chunks=1), NEXT])
-        assert len(swapped.merged().spans.steps) == 2
+        assert len(join_spans(swapped).spans.steps) == 2
 
 
 def test_spans_of_equal_steps_are_those_whose_cost_has_no_rest_and_does_not_grow() -> None:
@@ -281,14 +282,14 @@ def test_spans_of_equal_steps_are_those_whose_cost_has_no_rest_and_does_not_grow
 
 def test_equal_steps_of_another_cost_stay_apart() -> None:
     log = [Span(2, 1000), Span(3, 2000), Span(1, 2000)]
-    assert recording_of(log, "whole").merged().spans.steps.tolist() == [2, 4]
+    assert join_spans(recording_of(log, "whole")).spans.steps.tolist() == [2, 4]
 
 
 def test_nothing_is_merged_of_nothing_and_a_measured_trial_is_refused() -> None:
     empty = recording_of([], "growing")
-    assert empty.merged() is empty
-    with pytest.raises(ValueError, match="only a simulation"):
-        recording_of([FIRST], "measured").merged()
+    assert join_spans(empty) is empty
+    with pytest.raises(ValueError, match="only in a simulation"):
+        join_spans(recording_of([FIRST], "measured"))
 
 
 def requested(tokens: list[int] | None) -> Recording:

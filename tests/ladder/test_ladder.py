@@ -22,7 +22,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.roofline import Bandwidth, Ceiling, Reading
-from batchbench.batching.session import observe
+from batchbench.batching.trials import observe
 from batchbench.batching.verification import Remembered, Verification
 from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError

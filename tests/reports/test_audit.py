@@ -13,8 +13,8 @@ from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
+from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import NOT_VERIFIED
-from batchbench.batching.warming import WarmUp
 from batchbench.reports.audit import audit
 from batchbench.workloads import Workload
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.laws import STEP_NS, Config, Ledger, ending_early, serve, workload_of
+from support.replay import replay
 from support.results import PASSED, SETTLED
 
 from batchbench.batching import session as conducting
@@ -22,7 +23,6 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.plan import Plan
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.replay import replay
 from batchbench.errors import UsageError
 from batchbench.reports import metrics, time_budget
 from batchbench.reports.audit import audit

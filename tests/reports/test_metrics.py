@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.laws import STEP_NS, Config, configs, law, serve, workload_of, workloads
+from support.replay import replay
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
@@ -21,9 +22,7 @@ from batchbench.batching.plan import Plan
 from batchbench.batching.policies import POLICIES as BY_NAME
 from batchbench.batching.policies import View
 from batchbench.batching.progress import Watch
-from batchbench.batching.recorder import Steps
-from batchbench.batching.recording import Recording
-from batchbench.batching.replay import replay
+from batchbench.batching.recording import Recording, Steps
 from batchbench.reports import metrics
 from batchbench.reports import time_budget as timekeeping
 from batchbench.reports.latency import Latencies, e2el_ms, gaps_ms, queue_ms, tpot_ms, ttft_ms

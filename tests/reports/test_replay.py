@@ -19,8 +19,7 @@ from support.program import on_a_terminal
 from support.results import CLASSIC, clean, result_of, simulated, trials_of, verdicts
 
 from batchbench.batching.engines import VirtualClock
-from batchbench.batching.recorder import token_steps
-from batchbench.batching.recording import Recording
+from batchbench.batching.recording import Recording, token_steps
 from batchbench.cli.main import _guarded
 from batchbench.cli.watch import play
 from batchbench.errors import Interrupted, UsageError

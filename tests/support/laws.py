@@ -16,8 +16,7 @@ from batchbench.batching.plan import Plan, Wait
 from batchbench.batching.policies import Policy, View
 from batchbench.batching.progress import Watch
 from batchbench.batching.queue import ORDERS
-from batchbench.batching.recorder import Steps, token_steps
-from batchbench.batching.recording import Recording
+from batchbench.batching.recording import Recording, Steps, token_steps
 from batchbench.batching.scheduler import Scheduler
 from batchbench.workloads import Request, Workload, make_arrivals
 

@@ -18,8 +18,8 @@ from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.session import Outcome, conduct
+from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import NOT_VERIFIED, Finding, Verification
-from batchbench.batching.warming import WarmUp
 from batchbench.reports.audit import audit
 from batchbench.reports.formats.terminal import render
 from batchbench.reports.result import Result, make_result

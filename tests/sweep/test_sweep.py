@@ -26,7 +26,7 @@ from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.models import Shelf
 from batchbench.batching.presets import Basis
 from batchbench.batching.progress import Watch
-from batchbench.batching.session import Outcome, conduct
+from batchbench.batching.session import Outcome, Stop, StopReason, conduct
 from batchbench.batching.verification import Verification
 from batchbench.cli import sweep as sweeping
 from batchbench.cli.main import _guarded
@@ -292,7 +292,9 @@ def test_half_a_cell_is_not_kept(tmp_path: Path) -> None:
     """Ctrl-C within a cell keeps its finished pairs of a run; of a sweep they would be a lie."""
 
     def cut(experiment: Experiment, watch: Watch, models: Shelf) -> Outcome:
-        return replace(conduct(experiment, watch, models), stopped="interrupted after 1 of 4 pairs")
+        return replace(
+            conduct(experiment, watch, models), stopped=Stop(StopReason.INTERRUPTED, "interrupted")
+        )
 
     with pytest.raises(Interrupted):
         swept(tmp_path, grid_of(), cut)

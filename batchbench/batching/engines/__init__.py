@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 from batchbench.batching.plan import Plan
-from batchbench.batching.recorder import Steps
+from batchbench.batching.recording import Steps
 from batchbench.workloads import Workload
 
 

@@ -9,8 +9,7 @@ import numpy as np
 
 from batchbench.batching.engines import VirtualClock
 from batchbench.batching.plan import Plan
-from batchbench.batching.recorder import Steps
-from batchbench.batching.recording import GrowthLog
+from batchbench.batching.recording import GrowthLog, Steps
 from batchbench.batching.step_cost import PS, StepCost
 from batchbench.workloads import Workload
 

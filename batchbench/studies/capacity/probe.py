@@ -13,7 +13,8 @@ from batchbench.batching.batcher import Strategy
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.session import Session, beginning
+from batchbench.batching.session import Session
+from batchbench.batching.trials import beginning
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
 from batchbench.reports import latency as latencies

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchbench.batching.experiment import Experiment
+from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Verification
-from batchbench.batching.warming import WarmUp
 from batchbench.errors import UsageError
 from batchbench.studies.capacity.probe import Asked, Bench, CapacityWatch, Interval, Probe, Verdict
 

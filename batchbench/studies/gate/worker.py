@@ -33,12 +33,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any, TextIO
 
 import batchbench
-from batchbench.batching.batcher import Batcher
+from batchbench.batching.batcher import Batcher, Serving
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.errors import BatchbenchError, UsageError
@@ -292,28 +292,26 @@ class Lane:
 
     def _begin(self) -> None:
         gc.collect()
-        self._serving: Generator[int, int | None, Recording] = self._batcher.paced(
-            self._workload, Watch(), trial=self._trial
-        )
-        self._done = next(self._serving)
+        self._serving = Serving(self._batcher, self._workload, Watch(), trial=self._trial)
+        self._done = 0
         self._left = self.known.steps
 
     def _advance(self, steps: int) -> None:
         """Run so many steps of the trial, and wait until they are computed."""
         goal = self._done + steps
         while self._done < goal:
-            self._done = self._serving.send(goal - self._done)
+            self._serving.advance(goal - self._done)
+            self._done = self._serving.steps
         self._batcher.engine.wait()
         self._left = self.known.steps - self._done
 
     def _end(self) -> None:
         """Close the trial, and begin the next."""
-        try:
-            self._serving.send(None)
-        except StopIteration as done:
-            self._hold_against_first(work_of(done.value))
-        else:
+        recording = self._serving.advance()
+        if recording is None:
             self.varied = "forward_passes"  # it takes more steps than it did
+        else:
+            self._hold_against_first(work_of(recording))
         self._trial += 1
         self._begin()
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from batchbench.batching.recording import Recording
 from batchbench.batching.roofline import Ceiling, middle
+from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Verification
-from batchbench.batching.warming import WarmUp
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
 from batchbench.reports.metrics import decode_steps

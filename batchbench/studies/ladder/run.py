@@ -18,7 +18,8 @@ from batchbench.batching.models import find_model, find_tokenizer
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.roofline import Ceiling
-from batchbench.batching.session import beginning, check_context, observe
+from batchbench.batching.session import check_context
+from batchbench.batching.trials import beginning, observe
 from batchbench.batching.verification import (
     NOT_VERIFIED,
     Reference,

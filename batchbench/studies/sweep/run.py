@@ -12,7 +12,7 @@ from batchbench.batching.dry_run import estimate
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import Shelf
 from batchbench.batching.progress import Watch
-from batchbench.batching.session import Outcome, conduct
+from batchbench.batching.session import Outcome, StopReason, conduct
 from batchbench.errors import Interrupted, UsageError
 from batchbench.reports.result import make_result
 from batchbench.reports.text import spell_option
@@ -126,7 +126,7 @@ def _serve(cell: Cell, store: Store, watch: Watch, serve: Conduct, models: Shelf
             raise
         reason = "it ran out of memory; lower --batch-size or the lengths of requests"
     else:
-        if outcome.stopped is not None and outcome.stopped.startswith("interrupted"):
+        if outcome.stopped is not None and outcome.stopped.reason is StopReason.INTERRUPTED:
             raise KeyboardInterrupt  # what is there of the cell would look like all of it
         store.keep(cell, make_result(outcome))
         return None

@@ -12,8 +12,7 @@ from batchbench.batching.engines import WallClock
 from batchbench.batching.engines.torch.kernels import native
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan
-from batchbench.batching.recorder import Steps
-from batchbench.batching.recording import Ints
+from batchbench.batching.recording import Ints, Steps
 from batchbench.workloads import Workload
 
 
