@@ -35,7 +35,7 @@ from batchbench.workloads import Workload
 
 TRUE = StepCost(10_000.0, 700.3, 12.7, 90.4, 450.0, host_ns=1_500.0)
 
-policies = functools.partial(configs, policies=("static", "continuous", "laws:Patient"))
+policies = functools.partial(configs, policies=("static", "continuous", "support.laws:Patient"))
 
 
 def measured(recording: Recording, noise: float = 0.0, seed: int = 0) -> Recording:

@@ -157,7 +157,7 @@ def test_a_policy_that_lingers_for_ever_is_refused(monkeypatch: pytest.MonkeyPat
     with pytest.raises(UsageError) as error:
         scheduler.plan(3)
     assert str(error.value) == (
-        "the policy Lingers admitted nobody 3 times in a row although nothing runs: "
+        "the policy Lingers admitted no request 3 times in a row although nothing runs: "
         "it would wait for ever"
     )
 
@@ -206,7 +206,7 @@ def test_what_a_policy_may_not_answer(answer: object, message: str) -> None:
 
 def test_a_policy_that_releases_no_slot_is_told_so_when_it_would_wait_for_ever() -> None:
     scheduler = decoding((3, 1, 0), (3, 1, 0), slots=1, policy=Keeps())
-    with pytest.raises(UsageError, match=r"^the policy Keeps releases no slot though nothing runs"):
+    with pytest.raises(UsageError, match=r"^the policy Keeps releases no slot although nothing runs"):
         scheduler.plan(10)
 
 

@@ -155,7 +155,7 @@ class AsksInThePast(Continuous):
         (ReleasesRunning(), r"released slot \d, whose request is not done"),
         (ReleasesTwice(), r"released slot \d"),
         (ReleasesUnheard(), "released slot 77"),
-        (Never(), "Never admits nobody .* wait for ever"),
+        (Never(), "Never admits no request .* wait for ever"),
         (Keeps(), "Keeps releases no slot .* wait for ever"),
         (AsksNow(), "time that has passed"),
         (AsksInThePast(), "time that has passed"),
@@ -256,7 +256,7 @@ def test_a_policy_is_shown_the_time() -> None:
 
 def test_a_policy_that_asks_to_be_asked_again_is_asked_then() -> None:
     workload = workload_of([(3, 2, 7), (3, 2, 100 * STEP_NS)])
-    recording = serve(workload, Config("laws:Patient", 2))
+    recording = serve(workload, Config("support.laws:Patient", 2))
     admitted_ns = recording.step_starts_ns[recording.requests.admitted]
     assert (admitted_ns - workload.due_ns).tolist() == [Patient.patience_ns] * 2
 
@@ -264,7 +264,7 @@ def test_a_policy_that_asks_to_be_asked_again_is_asked_then() -> None:
 def test_a_policy_is_asked_again_while_others_run() -> None:
     running_for_long = [(3, 40, 0)] * 3
     workload = workload_of([*running_for_long, (3, 2, 2 * STEP_NS)])
-    recording = serve(workload, Config("laws:Patient", 4))
+    recording = serve(workload, Config("support.laws:Patient", 4))
     # After 2 + 4.5 steps, so at the start of the eighth.
     assert recording.requests.admitted.tolist() == [0, 0, 0, 7]
 
@@ -280,7 +280,7 @@ def test_an_order_that_nobody_knows_is_refused() -> None:
     class Odd(Continuous):
         order = "lifo"
 
-    with pytest.raises(UsageError, match="the policy Odd has order = 'lifo': must be one of fifo"):
+    with pytest.raises(UsageError, match="the policy Odd: its order is 'lifo'; it must be one of fifo"):
         served_by(Odd(), FIVE)
 
 
@@ -424,7 +424,7 @@ def test_a_policy_of_yours_serves_in_simulation_from_end_to_end(here: Path) -> N
     assert newcomers[newcomers > 0].min() >= 2 or newcomers[-1] == 1
 
 
-@given(workloads(), configs(policies=["laws:Patient"]))
+@given(workloads(), configs(policies=["support.laws:Patient"]))
 @law
 def test_a_policy_of_yours_serves_everybody_under_all_settings(
     workload: Workload, config: Config

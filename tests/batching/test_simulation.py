@@ -36,7 +36,7 @@ from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording, SpanLog
 from batchbench.workloads import ClosedLoop, Request, Timetable, Workload
 
-ALL_POLICIES = ("static", "continuous", "laws:Patient", *POLICIES)
+ALL_POLICIES = ("static", "continuous", "support.laws:Patient", *POLICIES)
 some_wait = functools.partial(configs, policies=ALL_POLICIES, waits=(0, 0, 7, STEP_NS, 95))
 
 

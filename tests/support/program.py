@@ -88,7 +88,7 @@ experiments = st.builds(
     serving=st.builds(
         ServingSpec,
         batch_size=st.integers(1, 20),
-        strategy=st.sampled_from(["static", "continuous,static", "static,laws:Patient"]),
+        strategy=st.sampled_from(["static", "continuous,static", "static,support.laws:Patient"]),
         order=st.sampled_from(["fifo", "longest-first", "shortest-first"]),
         prefill=st.sampled_from(["separate", "mixed"]),
         max_batched_tokens=st.integers(21, 4096),
