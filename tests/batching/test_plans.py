@@ -206,7 +206,7 @@ def test_what_a_policy_may_not_answer(answer: object, message: str) -> None:
 
 def test_a_policy_that_releases_no_slot_is_told_so_when_it_would_wait_for_ever() -> None:
     scheduler = decoding((3, 1, 0), (3, 1, 0), slots=1, policy=Keeps())
-    with pytest.raises(UsageError, match=r"^the policy Keeps releases no slot although nothing runs"):
+    with pytest.raises(UsageError, match=r"^the policy Keeps releases no slot although"):
         scheduler.plan(10)
 
 
