@@ -1,4 +1,5 @@
-"""The machine and the software that a result was made on, and how busy others kept it."""
+"""The machine: its cores, memory, processor and software; the differences between two machines;
+and meters of load and energy."""
 
 from __future__ import annotations
 
@@ -9,56 +10,24 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 
 import batchbench
 
-_CPUS, _CGROUP = Path("/sys/devices/system/cpu"), Path("/sys/fs/cgroup")
+CPUS = Path("/sys/devices/system/cpu")
+"""Topology and caches of the processors (Linux documentation, sysfs-devices-system-cpu)."""
 
+CGROUP, PROCESS, CPUINFO = Path("/sys/fs/cgroup"), Path("/proc/self"), Path("/proc/cpuinfo")
 
-def usable_cores(cpus: Path = _CPUS, cgroup: Path = _CGROUP) -> int:
-    """Physical cores among those this process may run on, within its quota; at least 1.
-
-    ``cpus`` and ``cgroup`` are where the kernel tells of them.
-    """
-    cores = _physical(allowed_cpus(), cpus)
-    quota = _quota(cgroup)
-    return max(1, cores if quota is None else min(cores, math.floor(quota)))
-
-
-def allowed_cpus() -> Collection[int]:
-    """Return the numbers of the logical processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return range(psutil.cpu_count(logical=False) or os.cpu_count() or 1)
-
-
-def _physical(allowed: Collection[int], cpus: Path) -> int:
-    """Cores that the allowed hyperthreads belong to."""
-    cores = set()
-    for cpu in allowed:
-        told = [_read(cpus / f"cpu{cpu}/topology/{n}") for n in ("physical_package_id", "core_id")]
-        cores.add(tuple(told) if None not in told else (cpu,))
-    return len(cores)
-
-
-def _quota(cgroup: Path) -> float | None:
-    """Cores' worth of time that a container may take; None where that is not limited."""
-    both = (_read(cgroup / "cpu.max") or "").split()  # version 2
-    if not both:
-        both = [_read(cgroup / "cpu" / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
-    try:
-        quota, period = map(int, both)
-    except ValueError:  # "max", or nothing told
-        return None
-    return quota / period if quota > 0 and period > 0 else None
+POWERCAP = Path("/sys/class/powercap")
+"""Energy counters (Linux documentation, power/powercap)."""
 
 
 def _read(file: Path) -> str | None:
@@ -68,39 +37,66 @@ def _read(file: Path) -> str | None:
         return None
 
 
-CPUS = Path("/sys/devices/system/cpu")
-"""Where Linux shows each processor's caches (kernel documentation, sysfs-devices-system-cpu)."""
+# Cores and memory
+
+
+def usable_cores(cpus: Path = CPUS, cgroup: Path = CGROUP) -> int:
+    """Return the number of physical cores that this process may use, at least 1.
+
+    A container's quota of time is a limit too.
+    """
+    cores = set()
+    for cpu in allowed_cpus():
+        names = ("physical_package_id", "core_id")
+        place = tuple(_read(cpus / f"cpu{cpu}/topology/{name}") for name in names)
+        cores.add((cpu,) if None in place else place)  # hyperthreads of a core have one place
+    quota = _quota(cgroup)
+    return max(1, len(cores) if quota is None else min(len(cores), math.floor(quota)))
+
+
+def allowed_cpus() -> Collection[int]:
+    """Return the numbers of the logical processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return range(psutil.cpu_count(logical=False) or os.cpu_count() or 1)
+
+
+def _quota(cgroup: Path) -> float | None:
+    """Return the number of cores whose time a container may use; None if it has no limit."""
+    values = (_read(cgroup / "cpu.max") or "").split()  # version 2
+    if not values:
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        values = [_read(cgroup / "cpu" / name) or "" for name in names]
+    try:
+        quota, period = map(int, values)
+    except ValueError:  # "max", or there is no such file
+        return None
+    return quota / period if quota > 0 and period > 0 else None
+
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def last_level_cache_bytes(tree: Path = CPUS) -> int | None:
-    """Bytes of all last-level caches together, each counted once; None where it is not shown.
+    """Return the size of all last-level caches together; None if it is not known.
 
-    Virtual machines tell the whole host's, which is then more than they get.
+    Virtual machines report the caches of the whole host, which is more than they get.
     """
-    found: dict[tuple[int, str], int] = {}
-    for cpu in sorted(tree.glob("cpu[0-9]*")):
-        for index in sorted(cpu.glob("cache/index[0-9]*")):
-            try:
-                kind, level, shared, size = (
-                    (index / name).read_text("utf-8", "replace").strip()
-                    for name in ("type", "level", "shared_cpu_list", "size")
-                )
-            except OSError:  # a processor that is switched off
-                continue
-            told = re.fullmatch(r"(\d+)([KMG]?)", size)
-            if kind != "Instruction" and told and level.isdecimal():
-                found[int(level), shared] = int(told[1]) * _UNITS[told[2]]
-    last = max((level for level, _ in found), default=None)
-    return sum(size for (level, _), size in found.items() if level == last) or None
+    sizes: dict[tuple[int, str], int] = {}  # by level and sharing processors: each cache once
+    for index in sorted(tree.glob("cpu[0-9]*/cache/index[0-9]*")):
+        kind, level, shared, size = (
+            _read(index / name) for name in ("type", "level", "shared_cpu_list", "size")
+        )
+        if kind is None or level is None or shared is None or size is None:
+            continue  # a processor that is switched off
+        amount = re.fullmatch(r"(\d+)([KMG]?)", size)
+        if kind != "Instruction" and amount and level.isdecimal():
+            sizes[int(level), shared] = int(amount[1]) * _UNITS[amount[2]]
+    last = max((level for level, _ in sizes), default=None)
+    return sum(size for (level, _), size in sizes.items() if level == last) or None
 
 
-PROCESS = Path("/proc/self")
-
-CGROUP = Path("/sys/fs/cgroup")
-
-_LIMITS = (
+_MEMORY_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),  # version 2
     (
         "memory/memory.limit_in_bytes",
@@ -109,34 +105,27 @@ _LIMITS = (
         "total_inactive_file",
     ),
 )
-"""Files with the limit and the use, and the entry for cached files that can be dropped."""
+"""Files of a container's limit and use, and the entry for cached files that can be dropped."""
 
 
 def free_host_bytes(cgroup: Path = CGROUP) -> int:
     """Return the free memory of the host, within the limit of a container."""
     free = int(psutil.virtual_memory().available)
-    for limit, used, stat, cached in _LIMITS:
+    for limit, used, stat, cached in _MEMORY_FILES:
         try:
-            left = int(_text(cgroup / limit)) - int(_text(cgroup / used))
-        except (OSError, ValueError):  # there is no limit, or it is "max"
+            left = int(_read(cgroup / limit) or "") - int(_read(cgroup / used) or "")
+        except ValueError:  # there is no limit, or it is "max"
             continue
-        try:
-            reclaimable = re.search(rf"^{cached} (\d+)$", _text(cgroup / stat), re.MULTILINE)
-        except OSError:
-            reclaimable = None
-        free = min(free, max(0, left + (int(reclaimable[1]) if reclaimable else 0)))
+        dropped = re.search(rf"^{cached} (\d+)$", _read(cgroup / stat) or "", re.MULTILINE)
+        free = min(free, max(0, left + (int(dropped[1]) if dropped else 0)))
     return free
 
 
-def _text(file: Path) -> str:
-    return file.read_text(encoding="ascii")
-
-
 class PeakMemory:
-    """Growth of the memory in use between entering and leaving, at its height.
+    """Largest growth of the memory in use between entering and leaving.
 
-    On the host it is resident memory, as Linux keeps its high-water mark; on a GPU what torch has
-    allocated. ``growth_bytes`` is None where neither can be told.
+    On the host it is the resident memory, whose high-water mark Linux keeps; on a GPU the memory
+    that torch has allocated. ``growth_bytes`` is None where neither is known.
     """
 
     def __init__(self, device: str, process: Path = PROCESS) -> None:
@@ -144,21 +133,16 @@ class PeakMemory:
         self.growth_bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        self._before = self._begin()
+        self._before = self._reset()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         peak = self._peak()
         if peak is not None and self._before is not None:
             self.growth_bytes = max(0, peak - self._before)
 
-    def _begin(self) -> int | None:
-        """Bytes in use now, from where the high-water mark begins anew."""
+    def _reset(self) -> int | None:
+        """Reset the high-water mark, and return the bytes in use now."""
         if self._device.startswith("cuda"):
             import torch
 
@@ -180,21 +164,18 @@ class PeakMemory:
         return self._status("VmHWM")
 
     def _status(self, name: str) -> int | None:
-        try:
-            text = (self._process / "status").read_text("utf-8", "replace")
-        except OSError:
-            return None
-        found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
-        return int(found[1]) * 1024 if found else None
+        status = _read(self._process / "status") or ""
+        value = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)
+        return int(value[1]) * 1024 if value else None
 
 
-CPUINFO = Path("/proc/cpuinfo")
-"""The file in which Linux describes the processors."""
+# Processor
 
-_FOR_KERNELS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})
 
-_LIMITED = ("default", "avx2")
-"""Values of ``ATEN_CPU_CAPABILITY``, torch's own variable, that rule AVX-512 out."""
+_KERNELS_NEED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})
+
+_WITHOUT_AVX512 = ("default", "avx2")
+"""Values of ``ATEN_CPU_CAPABILITY``, a variable of torch, that rule AVX-512 out."""
 
 
 @dataclass(frozen=True)
@@ -210,43 +191,67 @@ class Processor:
 
         ``ATEN_CPU_CAPABILITY=avx2`` hides AVX-512 and AMX, as it does from torch.
         """
-        facts = cpu_facts(cpuinfo)
-        features = frozenset(facts.get("flags", "").split())
-        if os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in _LIMITED:
+        description = _cpu_description(cpuinfo)
+        features = frozenset(description.get("flags", "").split())
+        if os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in _WITHOUT_AVX512:
             features = frozenset(f for f in features if not f.startswith(("avx512", "amx")))
-        return cls(facts.get("vendor_id", ""), features)
+        return cls(description.get("vendor_id", ""), features)
 
     @property
     def runs_kernels(self) -> bool:
-        """Return True if it has the instructions that batchbench's own kernels always use."""
-        return self.features >= _FOR_KERNELS
+        """True if it has the instructions that batchbench's own kernels always use."""
+        return self.features >= _KERNELS_NEED
 
     @property
     def multiplies_bfloat16(self) -> bool:
-        """Return True if its bfloat16 product is faster than that of float32.
+        """True if it multiplies bfloat16 faster than float32.
 
-        Intel's, without AMX, does no more multiplications a cycle than float32's.
+        Intel's processors without AMX do not.
         """
         return "avx512_bf16" in self.features and self.maker == "AuthenticAMD"
 
     @property
     def has_amx(self) -> bool:
-        """Return True if it has AMX tiles for bfloat16; oneDNN uses them."""
+        """True if it has AMX tiles for bfloat16; oneDNN uses them."""
         return "amx_bf16" in self.features
 
 
-def cpu_facts(cpuinfo: Path | None = None) -> Mapping[str, str]:
+def _cpu_description(cpuinfo: Path | None = None) -> Mapping[str, str]:
     """Return the system's description of the first processor; empty if there is none."""
-    try:
-        text = (cpuinfo or CPUINFO).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
+    text = _read(cpuinfo or CPUINFO) or ""
     pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def cpu_name() -> str:
+    """Return the processor's model name."""
+    name = _cpu_description().get("model name")
+    if not name and sys.platform == "darwin":
+        name = _output("sysctl", "-n", "machdep.cpu.brand_string")
+    return name or platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    """Return what a command prints; None if it fails or prints nothing."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+# Environment
+
+
 def environment() -> dict[str, Any]:
-    """What can be told without torch; the torch engines add their device."""
+    """Return the facts that are known without torch; the torch engines add their device."""
     return {
         "hostname": platform.node(),
         "os": platform.platform(),
@@ -263,34 +268,31 @@ def environment() -> dict[str, Any]:
 
 
 def torch_environment(device_name: str) -> dict[str, Any]:
-    """Device, driver, clocks where readable, threads, and whose kernels a CPU computes with."""
+    """Return the facts about torch's device: threads, kernels, GPU, driver and clocks."""
     import torch
 
     from batchbench.batching.engines.torch.kernels import native
 
-    found: dict[str, Any] = {
+    gpu = ("gpu", "gpu_uuid", "gpu_memory_bytes", "gpu_driver", "gpu_clock_mhz")
+    facts: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "cpu_kernels": None,
-        "gpu": None,
-        "gpu_uuid": None,
-        "gpu_memory_bytes": None,
-        "gpu_driver": None,
-        "gpu_clock_mhz": None,
+        **dict.fromkeys(gpu),
         "cuda": torch.version.cuda,
     }
     if device_name.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device_name)
-        found["gpu"] = properties.name
-        found["gpu_uuid"] = str(properties.uuid)
-        found["gpu_memory_bytes"] = properties.total_memory
-        found |= _nvml(torch.device(device_name).index or 0)
+        facts["gpu"] = properties.name
+        facts["gpu_uuid"] = str(properties.uuid)
+        facts["gpu_memory_bytes"] = properties.total_memory
+        facts |= _nvml_facts(torch.device(device_name).index or 0)
     elif device_name == "cpu":
-        found["cpu_kernels"] = "torch's" if native() is None else "batchbench's"
-    return found
+        facts["cpu_kernels"] = "torch's" if native() is None else "batchbench's"
+    return facts
 
 
-def _nvml(index: int) -> dict[str, Any]:
-    """Driver and clocks through nvidia-ml-py, where it is installed."""
+def _nvml_facts(index: int) -> dict[str, Any]:
+    """Return a GPU's driver and clocks; nothing if nvidia-ml-py is missing or cannot read them."""
     try:
         import pynvml
 
@@ -303,8 +305,16 @@ def _nvml(index: int) -> dict[str, Any]:
                 "memory": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
             },
         }
-    except Exception:  # not installed, no permission, no such counter: then it is not told
+    except Exception:  # not installed, no permission, no such counter
         return {}
+
+
+def git_commit() -> str | None:
+    """Return the commit of batchbench's checkout, with ``+`` if it is changed; None outside one."""
+    root = Path(batchbench.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    return _output("git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+")
 
 
 # Comparing two machines
@@ -373,57 +383,193 @@ def _comparable(name: str, value: Any) -> Any:
     return str(value).split(".")[:2] if name == "python" and value else value
 
 
-def cpu_name() -> str:
-    """The processor's model name."""
-    if name := cpu_facts().get("model name"):
-        return name
-    if sys.platform == "darwin":
-        asked = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-        )
-        if asked.stdout.strip():
-            return asked.stdout.strip()
-    return platform.processor() or platform.machine()
-
-
-def git_commit() -> str | None:
-    """The commit of batchbench's own checkout, with ``+`` if it is changed; None outside one."""
-    root = Path(batchbench.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        described = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip() or None
+# Load and energy between two moments
 
 
 class LoadMeter:
-    """How many cores other processes kept busy between two moments."""
+    """Counts the cores that other processes keep busy from its making on."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._before = self._read()
+        self._before = self._now()
 
-    def _read(self) -> tuple[float, float, float]:
+    def _now(self) -> tuple[float, float, float]:
         system, own = psutil.cpu_times(), self._process.cpu_times()
         idle = system.idle + getattr(system, "iowait", 0.0)
         return time.perf_counter(), sum(system[:8]) - idle, own.user + own.system
 
     def foreign_cores(self) -> float | None:
-        """Busy cores that were not ours, on average; None where the time was too short to tell."""
-        (t0, all0, own0), (t1, all1, own1) = self._before, self._read()
+        """Return the busy cores of other processes, on average; None after less than 0.5 s."""
+        (t0, all0, own0), (t1, all1, own1) = self._before, self._now()
         if t1 - t0 < 0.5:
             return None
         return max(0.0, ((all1 - all0) - (own1 - own0)) / (t1 - t0))
+
+
+class Counter(Protocol):
+    """A counter of energy that goes up only, or wraps."""
+
+    @property
+    def name(self) -> str:
+        """The name in results."""
+
+    @property
+    def range_j(self) -> float | None:
+        """Joules after which it starts at 0 again; None if it never does."""
+
+    def read_j(self) -> float:
+        """Return the joules so far.
+
+        Raises:
+            OSError: the counter cannot be read, or no longer.
+        """
+
+
+@dataclass(frozen=True)
+class RaplPackage:
+    """The counter of one processor package (RAPL)."""
+
+    name: str
+    folder: Path
+    range_j: float
+
+    def read_j(self) -> float:
+        return _microjoules(self.folder / "energy_uj")
+
+
+def _microjoules(file: Path) -> float:
+    try:
+        return int(file.read_text("utf-8", "replace")) / 1e6
+    except ValueError as error:
+        raise OSError(f"{file}: is not a number") from error
+
+
+@dataclass(frozen=True)
+class NvmlGpu:
+    """The counter of one NVIDIA GPU since its driver was loaded (Volta and later)."""
+
+    name: str
+    nvml: Any
+    handle: Any
+    range_j: float | None = None
+
+    def read_j(self) -> float:
+        try:
+            return float(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1e3
+        except self.nvml.NVMLError as error:
+            raise OSError(str(error)) from error
+
+
+def rapl_packages(tree: Path = POWERCAP) -> list[RaplPackage]:
+    """Return all processor packages; none if one of them cannot be read.
+
+    Their cores and memory controllers are parts of them, ``psys`` counts them again with all else,
+    and ``intel-rapl-mmio`` shows the same packages in another way.
+    """
+    packages = []
+    try:
+        for folder in sorted(tree.iterdir()):
+            if not re.fullmatch(r"intel-rapl:\d+", folder.name):
+                continue
+            name = (folder / "name").read_text("utf-8", "replace").strip()
+            if name.startswith("package"):
+                range_j = _microjoules(folder / "max_energy_range_uj")
+                packages.append(RaplPackage(f"rapl {name}", folder, range_j))
+                packages[-1].read_j()
+    except OSError:  # there is no such tree, or only root may read it
+        return []
+    return packages
+
+
+def nvml_gpu(uuid: str) -> NvmlGpu | None:
+    """Return the GPU with torch's id; None without nvidia-ml-py, a driver or a counter."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        name = f"GPU-{uuid.removeprefix('GPU-')}"
+        gpu = NvmlGpu(f"nvml {name}", pynvml, pynvml.nvmlDeviceGetHandleByUUID(name))
+        gpu.read_j()
+    except (pynvml.NVMLError, OSError):
+        return None
+    return gpu
+
+
+def counters_for(
+    device: str, gpu_uuid: str | None = None, tree: Path = POWERCAP
+) -> Sequence[Counter]:
+    """Return the counters of all that computes for a device, such as ``cpu`` or ``cuda:0``.
+
+    A GPU also needs the processors of the host that drives it, where these can be read.
+    """
+    packages = rapl_packages(tree)
+    if device == "cpu":
+        return packages
+    gpu = nvml_gpu(gpu_uuid) if gpu_uuid else None
+    return [gpu, *packages] if gpu else []
+
+
+_MOST_WATTS = 1000.0
+"""Most power that a package draws for long; it limits the time between two readings."""
+
+
+class EnergyMeter:
+    """Joules between entering and leaving; None if a counter fails, since none is estimated.
+
+    It reads the counters often enough in between not to miss a wrap.
+    """
+
+    def __init__(self, counters: Sequence[Counter]) -> None:
+        self._counters = counters
+        self._joules: float | None = None
+        ranges = [counter.range_j for counter in counters if counter.range_j is not None]
+        self._every_s = min(ranges) / _MOST_WATTS / 2 if ranges else None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> EnergyMeter:
+        self._done = threading.Event()
+        self._joules = 0.0 if self._counters else None
+        self._last: list[float] = []
+        self.look()
+        self._thread = threading.Thread(target=self._keep_looking, daemon=True)
+        if self._every_s is not None and self._joules is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.look()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def look(self) -> None:
+        """Read all counters, and add what they counted since the last reading."""
+        with self._lock:
+            if self._joules is None:
+                return
+            try:
+                now = [counter.read_j() for counter in self._counters]
+            except OSError:  # a sum without this counter would be too small
+                self._joules = None
+                return
+            for counter, before, after in zip(self._counters, self._last, now, strict=False):
+                joules = after - before
+                if joules < 0 and counter.range_j is not None:
+                    joules += counter.range_j
+                if joules < 0:  # it started again, as after a driver is loaded again
+                    self._joules = None
+                    return
+                self._joules += joules
+            self._last = now
+
+    def _keep_looking(self) -> None:
+        while not self._done.wait(self._every_s):
+            self.look()
+
+    def about(self) -> Mapping[str, Any]:
+        """Return the joules and their counters for a recording's header, or None for both."""
+        joules = self._joules or None  # a counter that did not move is too coarse for the time
+        names = [counter.name for counter in self._counters] if joules else None
+        return {"energy_joules": joules, "energy_counters": names}

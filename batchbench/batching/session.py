@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from batchbench.batching import trials
 from batchbench.batching.batcher import Batcher, Strategy
-from batchbench.batching.energy import Counter, counters_for
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment, ServingSpec
-from batchbench.batching.machine import environment, torch_environment
+from batchbench.batching.machine import Counter, counters_for, environment, torch_environment
 from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
 from batchbench.batching.progress import Limited, Watch
 from batchbench.batching.recording import Recording

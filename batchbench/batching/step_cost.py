@@ -1,8 +1,14 @@
-"""What a step costs: a line in what it computes, with coefficients fitted on a real run."""
+"""The cost of a step: coefficients fitted on a real run, and the least time the hardware allows.
+
+A decode step reads all weights and the cached keys and values of the running requests once, so with
+few rows (weights + KV read) / bandwidth is the least time that it can take, the memory-bandwidth
+limit. On a processor that is too weak for its memory, the matrix products are the limit instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,23 +18,23 @@ from batchbench import settings
 from batchbench.settings import setting
 
 if TYPE_CHECKING:
-    from batchbench.batching.plan import Plan  # NumPy, which no spec needs
+    from batchbench.batching.plan import Plan  # needs NumPy, which the specs do without
 
 PS = 1000
-"""Picoseconds a nanosecond: what a cached token adds may be a fraction of a nanosecond."""
+"""Picoseconds per nanosecond: a cached token may add a fraction of a nanosecond."""
 
 
 @dataclass(frozen=True)
 class CostSpec:
-    """Where a simulation takes its time from."""
+    """The source of a simulation's step times."""
 
     cost: Path | None = setting(
         None,
-        "Folder of a result that batchbench run wrote: a step costs what its steps teach, and "
-        "times are real ones. The model is the result's unless --model is given.",
+        "Folder of a result of batchbench run. Step times are fitted on its steps, so simulated "
+        "times are predictions. The model is the result's unless --model is given.",
         "Simulation",
         metavar="RESULT",
-        default_text="every step costs one unit, 1 ms",
+        default_text="every step takes 1 ms",
     )
 
     def __post_init__(self) -> None:
@@ -37,39 +43,38 @@ class CostSpec:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Time of one forward pass, in nanoseconds: the first five times what is counted of it.
+    """The time of one forward pass in nanoseconds, as a sum of coefficients times counts.
 
-    ``cached`` counts the rows that decode times the longest of them, since both engines read the
-    cache up to the longest, and rows of finished requests that are held are computed as well.
+    The count of ``cached_ns`` is the number of rows that decode times the length of the longest,
+    because both engines read the cache up to the longest, also for held rows of finished requests.
     """
 
-    step_ns: float  # each pass
-    row_ns: float = 0.0  # each row that decodes, up to the first bend
-    cached_ns: float = 0.0  # each cached token that is read
-    prompt_ns: float = 0.0  # each token of a prompt
-    chunk_ns: float = 0.0  # each piece of a prompt
-    host_ns: float = 0.0  # before a pass that is not the last one's like: deciding, preparing
+    step_ns: float  # per pass
+    row_ns: float = 0.0  # per row that decodes, up to the first bend
+    cached_ns: float = 0.0  # per cached token that is read
+    prompt_ns: float = 0.0  # per token of a prompt
+    chunk_ns: float = 0.0  # per piece of a prompt
+    host_ns: float = 0.0  # per new plan: time of the host before its first pass
     bends: tuple[tuple[int, float], ...] = ()
     """Numbers of rows, ascending, each with the time of a row beyond it, up to the next number."""
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> StepCost:
-        """Read what :meth:`as_dict` returned; results of earlier versions have no bends."""
-        bends = tuple((int(rows), float(ns)) for rows, ns in told.get("bends", ()))
-        numbers = {name: float(told[name]) for name in _numbers()}
-        return cls(**numbers, bends=bends)
+    def of(cls, values: Mapping[str, Any]) -> StepCost:
+        """Return the cost whose :meth:`as_dict` is given; earlier versions have no bends."""
+        bends = tuple((int(rows), float(ns)) for rows, ns in values.get("bends", ()))
+        return cls(**{name: float(values[name]) for name in _COEFFICIENTS}, bends=bends)
 
     def as_dict(self) -> dict[str, Any]:
-        """For a result."""
+        """Return the cost as JSON values."""
         return asdict(self) | {"bends": [list(bend) for bend in self.bends]}
 
     def scaled(self, by: float) -> StepCost:
-        """Passes as many times as long; the host's time stays."""
-        numbers = {name: getattr(self, name) * by for name in _numbers() if name != "host_ns"}
+        """Return the cost of passes that take ``by`` times as long; the host's time stays."""
+        numbers = {name: getattr(self, name) * by for name in _COEFFICIENTS if name != "host_ns"}
         return replace(self, **numbers, bends=tuple((rows, ns * by) for rows, ns in self.bends))
 
     def rows_ns(self, rows: int) -> float:
-        """Return the time that this many rows that decode add to a pass."""
+        """Return the time that this many decoding rows add to a pass."""
         total, slope, since = 0.0, self.row_ns, 0
         for bend, ns in self.bends:
             if rows <= bend:
@@ -79,49 +84,47 @@ class StepCost:
 
     @cached_property
     def _cached_ps(self) -> int:
-        """Whole, so that passes of growing requests add up to the same however they are cut."""
+        # An integer, so that passes add up to the same however they are cut into spans.
         return round(self.cached_ns * PS)
 
     def of_plan(self, plan: Plan) -> Passes:
-        """What the passes of a plan cost."""
+        """Return the cost of a plan's passes."""
         rows = len(plan.slots)
         ns = self.step_ns + self.rows_ns(rows)
         for _, _, start, stop in plan.chunks:
             ns += self.chunk_ns + self.prompt_ns * (stop - start)
-        first, growth, alike = round(ns * PS), 0, plan.repeat
+        first, growth, valid = round(ns * PS), 0, plan.repeat
         if rows and self._cached_ps:
             reading = rows * self._cached_ps
             longest = int(plan.positions.max())
             first += (longest + 1) * reading
-            growth = 0 if plan.chunks else reading  # no other pass is like one with a prompt
+            growth = 0 if plan.chunks else reading  # a pass with a prompt is not repeated
             if growth and not plan.growing.all():
                 short_by = longest - int(plan.positions[plan.growing > 0].max())
-                if short_by:  # a request that is done and held is the longest, for so many passes
-                    growth, alike = 0, min(alike, short_by)
-        return Passes(max(first, PS), growth, alike)
+                if short_by:  # a finished request is the longest for so many passes
+                    growth, valid = 0, min(valid, short_by)
+        return Passes(max(first, PS), growth, valid)
 
 
-def _numbers() -> list[str]:
-    """Return the names of the coefficients that are one number each."""
-    return [field.name for field in fields(StepCost) if field.name != "bends"]
+_COEFFICIENTS = tuple(field.name for field in fields(StepCost) if field.name != "bends")
 
 
 class Passes(NamedTuple):
-    """Passes in a row: what the first costs, and each after it more than the one before.
+    """Successive passes: the cost of the first, and the growth from each pass to the next.
 
-    Integers (picoseconds), so that passes added one by one and at once are the same.
+    The costs are integers (picoseconds), so that adding passes one by one or at once is the same.
     """
 
     first_ps: int
     growth_ps: int
-    alike: int  # for so many passes the growth is this
+    alike: int  # number of passes for which the growth holds
 
     def total_ps(self, count: int) -> int:
-        """What the first ``count`` cost together."""
+        """Return the cost of the first ``count`` passes together."""
         return count * self.first_ps + self.growth_ps * (count * (count - 1) // 2)
 
     def until_ps(self, time: int) -> int:
-        """How many passes it takes for their time to be at least ``time``; one at least."""
+        """Return the least number of passes, at least 1, that take ``time`` or longer."""
         low, high = 1, max(1, -(-time // self.first_ps))  # with growth fewer than without
         while low < high:
             middle = (low + high) // 2
@@ -131,21 +134,19 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class KnownCost:
-    """Cost of a step as a run taught it, and what that run saw.
+    """A cost that was fitted on a run, and the range of that run's steps.
 
-    ``rows`` are the numbers of rows that decoded together in the steps that were fitted, and
-    ``prompt_tokens`` and ``longest`` the most prompt tokens of a step and the longest request;
-    beyond them the line is an extrapolation.
+    Beyond the range the cost is an extrapolation.
     """
 
     source: str  # the result's folder, as typed
     cost: StepCost
-    rows: tuple[int, ...]
-    prompt_tokens: int
-    longest: int
+    rows: tuple[int, ...]  # numbers of rows that decoded together
+    prompt_tokens: int  # most prompt tokens of a step
+    longest: int  # tokens of the longest request
 
     def as_dict(self) -> dict[str, Any]:
-        """For a result."""
+        """Return the cost and its range as JSON values."""
         return {
             "source": self.source,
             **self.cost.as_dict(),
@@ -155,12 +156,86 @@ class KnownCost:
         }
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> KnownCost:
-        """What :meth:`as_dict` told."""
+    def of(cls, values: Mapping[str, Any]) -> KnownCost:
+        """Return the cost whose :meth:`as_dict` is given."""
         return cls(
-            told["source"],
-            StepCost.of(told),
-            tuple(told["rows_seen"]),
-            told["most_prompt_tokens_seen"],
-            told["longest_seen"],
+            values["source"],
+            StepCost.of(values),
+            tuple(values["rows_seen"]),
+            values["most_prompt_tokens_seen"],
+            values["longest_seen"],
         )
+
+
+TIMES_THE_CACHE = 4
+"""A buffer of this many times the last-level cache is read from memory."""
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """The measured speed of reading memory."""
+
+    bytes_per_s: float
+    method: str  # the fastest of several
+    buffer_bytes: int
+    cache_bytes: int | None  # of the last level; None if it is not known
+    passes: int
+    threads: int | None  # None on a GPU
+
+    @property
+    def beyond_cache(self) -> bool | None:
+        """True if the buffer was large enough; None if the size of the cache is not known."""
+        if self.cache_bytes is None:
+            return None
+        return self.buffer_bytes >= TIMES_THE_CACHE * self.cache_bytes
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The memory that a decode step of a model reads."""
+
+    dtype: str
+    weight_bytes: int  # all weights
+    step_weight_bytes: int  # those that a step reads: only some rows of an embedding table
+    kv_token_bytes: int
+
+    def step_bytes(self, kv_tokens: float) -> float:
+        """Return the bytes of the weights, and of the keys and values of the cached tokens."""
+        return self.step_weight_bytes + kv_tokens * self.kv_token_bytes
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The hardware limit for a decode step of ``rows`` requests with ``kv_tokens`` cached tokens.
+
+    ``products_s`` is the time of its matrix products alone.
+    """
+
+    bandwidth: Bandwidth
+    reading: Reading
+    products_s: float
+    rows: int
+    kv_tokens: float
+
+    @property
+    def floor_s(self) -> float:
+        """The memory-bandwidth limit: (weights + KV read) / bandwidth."""
+        return self.reading.step_bytes(self.kv_tokens) / self.bandwidth.bytes_per_s
+
+    @property
+    def bound(self) -> str:
+        """The slower of the two: memory, or arithmetic."""
+        return "memory" if self.floor_s >= self.products_s else "arithmetic"
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Most tokens per second with all rows in use."""
+        return self.rows / max(self.floor_s, self.products_s)
+
+
+def middle(ceilings: Sequence[Ceiling]) -> Ceiling:
+    """Return the median of one step's limit measured several times, since a machine drifts."""
+    speed = statistics.median(c.bandwidth.bytes_per_s for c in ceilings)
+    products_s = statistics.median(c.products_s for c in ceilings)
+    bandwidth = replace(ceilings[0].bandwidth, bytes_per_s=speed)
+    return replace(ceilings[0], bandwidth=bandwidth, products_s=products_s)

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from batchbench.batching.batcher import Batcher, Strategy
-from batchbench.batching.energy import Counter, EnergyMeter
-from batchbench.batching.machine import LoadMeter
+from batchbench.batching.machine import Counter, EnergyMeter, LoadMeter
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.workloads import Workload

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.batching.roofline import Reading
+from batchbench.batching.step_cost import Reading
 from batchbench.reports.latency import Latencies, within
 from batchbench.reports.statistics import Distribution, Floats
 from batchbench.reports.time_budget import arrival_lag_ms, arrival_rate

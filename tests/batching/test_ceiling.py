@@ -25,7 +25,7 @@ from batchbench.batching.engines.torch.measure import (
 )
 from batchbench.batching.machine import PeakMemory, last_level_cache_bytes
 from batchbench.batching.progress import Watch
-from batchbench.batching.roofline import Bandwidth, Ceiling, Reading, middle
+from batchbench.batching.step_cost import Bandwidth, Ceiling, Reading, middle
 from batchbench.workloads import Workload
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import pytest
 from support.results import result_of, shown, trials_of
 
 from batchbench.batching import session as conducting
-from batchbench.batching.energy import Counter, EnergyMeter, counters_for, nvml_gpu, rapl_packages
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
+from batchbench.batching.machine import Counter, EnergyMeter, counters_for, nvml_gpu, rapl_packages
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.recording import Recording
 from batchbench.batching.session import conduct

@@ -20,8 +20,8 @@ from batchbench.batching.engines.torch import measure as bandwidth
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.progress import Limited, Progress, Watch
-from batchbench.batching.roofline import Bandwidth
 from batchbench.batching.session import Session, StopReason, check_context, conduct
+from batchbench.batching.step_cost import Bandwidth
 from batchbench.batching.trials import WarmUp, beginning
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.reports.formats.terminal import floor_lines

@@ -280,7 +280,7 @@ def test_an_order_that_nobody_knows_is_refused() -> None:
     class Odd(Continuous):
         order = "lifo"
 
-    with pytest.raises(UsageError, match="its order is 'lifo'; it must be one of fifo"):
+    with pytest.raises(UsageError, match="the policy Odd: its order is 'lifo'; it must be one"):
         served_by(Odd(), FIVE)
 
 

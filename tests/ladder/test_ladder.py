@@ -21,7 +21,7 @@ from batchbench.batching.experiment import ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.roofline import Bandwidth, Ceiling, Reading
+from batchbench.batching.step_cost import Bandwidth, Ceiling, Reading
 from batchbench.batching.trials import observe
 from batchbench.batching.verification import Remembered, Verification
 from batchbench.cli.main import _guarded

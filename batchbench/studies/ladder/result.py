@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from batchbench.batching.recording import Recording
-from batchbench.batching.roofline import Ceiling, middle
+from batchbench.batching.step_cost import Ceiling, middle
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Verification
 from batchbench.reports import metrics

@@ -8,17 +8,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from batchbench.batching.batcher import Batcher, Strategy
-from batchbench.batching.energy import counters_for
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import (
     GENERATE_BATCH,
 )
-from batchbench.batching.machine import PeakMemory, environment, torch_environment
+from batchbench.batching.machine import PeakMemory, counters_for, environment, torch_environment
 from batchbench.batching.models import find_model, find_tokenizer
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.roofline import Ceiling
 from batchbench.batching.session import check_context
+from batchbench.batching.step_cost import Ceiling
 from batchbench.batching.trials import beginning, observe
 from batchbench.batching.verification import (
     NOT_VERIFIED,

@@ -17,7 +17,7 @@ from batchbench.batching.engines.torch.forward import Forward, TransformersForwa
 from batchbench.batching.engines.torch.linear import Linear, make_linear
 from batchbench.batching.machine import last_level_cache_bytes
 from batchbench.batching.models.loading import LoadedModel, free_bytes
-from batchbench.batching.roofline import TIMES_THE_CACHE, Bandwidth, Reading
+from batchbench.batching.step_cost import TIMES_THE_CACHE, Bandwidth, Reading
 
 Work = Callable[[], object]
 
