@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment, ServingSpec
 from batchbench.batching.machine import LoadMeter, environment, torch_environment
-from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
+from batchbench.batching.models import ModelCache, Source, Tokenizer, find_tokenizer
 from batchbench.batching.progress import Limited, Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
@@ -29,6 +28,7 @@ from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
 if TYPE_CHECKING:
+    from batchbench.batching.engines.torch.forward import Forward
     from batchbench.batching.models.loading import LoadedModel
 
 
@@ -52,19 +52,25 @@ class Session:
     """One experiment on this machine: workload made, model loaded, engine built.
 
     Args:
-        models: where the model comes from; experiments that share a shelf load it once.
+        models: where the model comes from; experiments that share a cache load it once.
         max_len: tokens of the longest request of any workload that it will serve, if that is more
             than the experiment's own.
+        forward: make the slots engine's forward pass; None for the leanest that is right.
 
     Raises:
         UsageError: what is asked cannot be done here.
     """
 
     def __init__(
-        self, experiment: Experiment, watch: Watch, models: Shelf | None = None, max_len: int = 0
+        self,
+        experiment: Experiment,
+        watch: Watch,
+        models: ModelCache | None = None,
+        max_len: int = 0,
+        forward: Callable[[LoadedModel], Forward] | None = None,
     ) -> None:
-        self.experiment, self._watch = experiment, watch
-        self._models = models or Shelf()
+        self.experiment, self._watch, self._forward = experiment, watch, forward
+        self._models = models or ModelCache()
         self.source = self._models.find(experiment.model, weights=not experiment.simulated)
         self.tokenizer: Tokenizer | None = find_tokenizer(self.source.folder)
         self.workload = self.make(experiment.workload)
@@ -107,9 +113,6 @@ class Session:
             return SimulatedEngine(cost.cost) if cost else SimulatedEngine()
         self._watch.note(self.source.note)
         self._watch.phase("loading")
-        # Threads that wait for one another should soon give way: beside a busy process they spin
-        # on the very core that the other needs (docs/log.md).
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
         from batchbench.batching.engines.torch.build import make_engine
 
         serving = self.experiment.serving
@@ -122,6 +125,7 @@ class Session:
             serving.batch_size,
             self._max_len,
             serving.execution,
+            self._forward and self._forward(loaded),
             prompt=int(self.workload.prompt_tokens.max()),
             mixes=serving.mixes_prefill,
             budget=serving.max_batched_tokens,
@@ -287,7 +291,7 @@ def make_batcher(
 
 
 def conduct(
-    experiment: Experiment, watch: Watch | None = None, models: Shelf | None = None
+    experiment: Experiment, watch: Watch | None = None, models: ModelCache | None = None
 ) -> Outcome:
     """Run an experiment: warm-up, trials in alternating order, verification.
 
