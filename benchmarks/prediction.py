@@ -31,7 +31,7 @@ from rich.table import Table
 
 from batchbench.batching.engines import WallClock
 from batchbench.batching.experiment import Experiment
-from batchbench.batching.models import Shelf
+from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.session import Session
@@ -122,7 +122,7 @@ def main() -> None:
         base.WallClock = ProcessorClock  # of which each engine makes its own
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
-        models = Shelf()
+        models = ModelCache()
         asked_for = experiments(asked.model or folder, asked.requests)
         sessions = [Session(experiment, Watch(), models) for experiment in asked_for]
     for session in sessions[:3]:

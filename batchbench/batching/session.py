@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment, ServingSpec
 from batchbench.batching.machine import Counter, counters_for, environment, torch_environment
-from batchbench.batching.models import Shelf, Source, Tokenizer, find_tokenizer
+from batchbench.batching.models import ModelCache, Source, Tokenizer, find_tokenizer
 from batchbench.batching.progress import Limited, Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.trials import WarmUp
@@ -25,6 +24,7 @@ from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
 if TYPE_CHECKING:
+    from batchbench.batching.engines.torch.forward import Forward
     from batchbench.batching.models.loading import LoadedModel
 
 
@@ -63,7 +63,7 @@ class Outcome:
 
 
 def run_experiment(
-    experiment: Experiment, watch: Watch | None = None, models: Shelf | None = None
+    experiment: Experiment, watch: Watch | None = None, models: ModelCache | None = None
 ) -> Outcome:
     """Run an experiment: warm-up, trials in alternating order, verification.
 
@@ -172,16 +172,22 @@ class Session:
         models: source of models; experiments that share it load a model once.
         max_len: tokens of the longest request of any workload that the session will serve, if that
             is more than the experiment's own.
+        forward: makes the forward pass of the slots engine; None for the leanest that is right.
 
     Raises:
         UsageError: the experiment cannot be run here.
     """
 
     def __init__(
-        self, experiment: Experiment, watch: Watch, models: Shelf | None = None, max_len: int = 0
+        self,
+        experiment: Experiment,
+        watch: Watch,
+        models: ModelCache | None = None,
+        max_len: int = 0,
+        forward: Callable[[LoadedModel], Forward] | None = None,
     ) -> None:
-        self.experiment, self._watch = experiment, watch
-        self._models = models or Shelf()
+        self.experiment, self._watch, self._forward = experiment, watch, forward
+        self._models = models or ModelCache()
         self.source = self._models.find(experiment.model, weights=not experiment.simulated)
         self.tokenizer: Tokenizer | None = find_tokenizer(self.source.folder)
         self.workload = self.make(experiment.workload)
@@ -232,9 +238,6 @@ class Session:
             return SimulatedEngine(cost.cost) if cost else SimulatedEngine()
         self._watch.note(self.source.note)
         self._watch.phase("loading")
-        # Threads that wait for one another should soon yield: beside a busy process they spin on
-        # the core that the other process needs (docs/log.md).
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
         from batchbench.batching.engines.torch.build import make_engine
 
         serving = self.experiment.serving
@@ -247,6 +250,7 @@ class Session:
             serving.batch_size,
             self._max_len,
             serving.execution,
+            self._forward and self._forward(loaded),
             prompt=int(self.workload.prompt_tokens.max()),
             mixes=serving.mixes_prefill,
             budget=serving.max_batched_tokens,

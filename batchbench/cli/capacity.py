@@ -22,24 +22,24 @@ from batchbench.settings import setting
 from batchbench.studies.sweep.grid import SWEPT, make_experiment, words_of_axes
 
 if TYPE_CHECKING:
-    from batchbench.studies.capacity.probe import Asked
+    from batchbench.studies.capacity.probe import CapacityQuery
 
 CAPACITY_HELP = (
     "Find the highest request rate that each strategy sustains within --slo.\n\n"
     "A rate is sustained if enough requests meet all limits and the queue does not grow. Rates are "
-    "doubled until one is not, then bisected; each is repeated until the verdict is sure.\n\n"
-    "Example: batchbench capacity --slo ttft:500 --slo tpot:50"
+    "doubled until one is not sustained, then bisected; each is repeated until the trials decide."
+    "\n\nExample: batchbench capacity --slo ttft:500 --slo tpot:50"
 )
 
-ENOUGH = 5
-"""Requests of a trial that may miss a limit; with fewer the share that may is no share."""
+ALLOWED_MISSES = 5
+"""Fewest requests of a trial that may miss a limit; with fewer, chance decides."""
 
 FEWEST, MOST = 100, 10_000
 
 
 @dataclass(frozen=True)
 class CapacitySpec:
-    """When a rate is sustained, and how closely the highest is looked for."""
+    """The requirements on a sustained rate, and the precision of the search."""
 
     slo_attainment: float = setting(
         0.95,
@@ -51,8 +51,7 @@ class CapacitySpec:
     )
     precision: float = setting(
         0.05,
-        "How far apart the highest rate that is sustained and the lowest that is not may stay, as "
-        "a share.",
+        "Largest gap between the highest sustained rate and the lowest that is not, as a share.",
         "Capacity",
         min=0.0001,
         max=1.0,
@@ -60,7 +59,7 @@ class CapacitySpec:
     )
     max_trials: int = setting(
         8,
-        "Most trials of one rate, each with other arrivals; 1 takes what it shows for true.",
+        "Most trials of one rate, each with other arrivals; a single one decides without intervals.",
         "Capacity",
         min=1,
         max=1000,
@@ -73,11 +72,9 @@ class CapacitySpec:
         metavar="DIR",
         default_text="batchbench-results/<time>-<model>-capacity",
     )
-    overwrite: bool = setting(False, "Replace a result that the folder holds.", "Output")
-    json: bool = setting(
-        False, "Print capacity.json on standard output, and nothing else.", "Output"
-    )
-    quiet: bool = setting(False, "No progress, and of the report only the sentence.", "Output")
+    overwrite: bool = setting(False, "Replace a result in the folder.", "Output")
+    json: bool = setting(False, "Print only capacity.json on standard output.", "Output")
+    quiet: bool = setting(False, "Show no progress, and only the sentence.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -89,44 +86,42 @@ class CapacitySpec:
     omit=("request_rate", "max_concurrency", "speed", "trials", "max_time"),
 )
 def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) -> None:
-    """Search, then show."""
     experiment = _experiment(given, study)
     if not goals.slo:
-        raise UsageError("--slo: within which limits? Give one or more, such as --slo ttft:500")
+        raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")
     from batchbench.cli.output import output_folder
     from batchbench.files import default_folders
-    from batchbench.studies.capacity.probe import Asked
+    from batchbench.studies.capacity.probe import CapacityQuery
 
-    asked = Asked(goals, study.slo_attainment, study.max_trials)
+    query = CapacityQuery(goals, study.slo_attainment, study.max_trials)
     with output_folder(
         study.output,
         default_folders(experiment.model.model, "capacity"),
         overwrite=study.overwrite,
         marker="capacity.json",
     ) as folder:
-        code = _search_and_write(experiment, asked, study, folder, _command(given, goals, study))
-        if code:
-            raise typer.Exit(code)
+        command = _command(given, goals, study)
+        if not _search_and_write(experiment, query, study, folder, command):
+            raise typer.Exit(1)
 
 
 def _experiment(given: Mapping[str, Any], study: CapacitySpec) -> Experiment:
-    """What is served, at a rate that the search will replace."""
+    """Return the experiment, at a rate that the search replaces."""
     process = str(given.get("arrivals", "poisson"))
     if process.partition(":")[0] in ("at-once", "trace", "ramp"):
         raise UsageError(
-            f"--arrivals {shown(process)}: has no rate to search for; take poisson, gamma or "
+            f"--arrivals {shown(process)}: has no rate to search for; use poisson, gamma or "
             "constant"
         )
-    enough = math.ceil(ENOUGH / (1 - study.slo_attainment)) * (10 if study.simulated else 1)
+    enough = math.ceil(ALLOWED_MISSES / (1 - study.slo_attainment)) * (10 if study.simulated else 1)
     sizes = {} if "trace" in given else {"queue_size": min(max(enough, FEWEST), MOST)}
-    asked = make_experiment({**sizes, "request_rate": 1.0, **given}, simulated=study.simulated)
-    if asked.workload.max_concurrency is not None:  # of a file or a preset
-        asked = replace(asked, workload=replace(asked.workload, max_concurrency=None))
-    return asked
+    experiment = make_experiment({**sizes, "request_rate": 1.0, **given}, simulated=study.simulated)
+    # A file or a preset may limit concurrency, which would hide a growing queue.
+    return replace(experiment, workload=replace(experiment.workload, max_concurrency=None))
 
 
 def _command(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) -> str:
-    """The command line that searches again."""
+    """Return the command line that repeats the search."""
     words = words_of_axes({name: (value,) for name, value in given.items()})
     own = settings.words_of(study, CapacitySpec())
     return shlex.join(
@@ -135,30 +130,31 @@ def _command(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) ->
 
 
 def _search_and_write(
-    experiment: Experiment, asked: Asked, study: CapacitySpec, folder: Path, command: str
-) -> int:
+    experiment: Experiment, query: CapacityQuery, study: CapacitySpec, folder: Path, command: str
+) -> bool:
+    """Search, write and show; return True if outputs are right."""
     from batchbench.cli.progress import CapacityDisplay, make_console
     from batchbench.studies.capacity.search import find_capacity
 
     display = CapacityDisplay(make_console(quiet=study.quiet))
-    found = find_capacity(experiment, asked, study.precision, display)
+    findings = find_capacity(experiment, query, study.precision, display)
     from rich.console import Console
 
     from batchbench.studies.capacity import report
 
-    with undisturbed():  # All that was asked for is measured: keep it.
-        data = report.data_of(found, command)
-        files = report.write_capacity(folder, found, data)
+    with undisturbed():  # the search is complete: keep it
+        data = report.data_of(findings, command)
+        files = report.write_capacity(folder, findings, data)
     if study.json:
         echo_json(report.to_json(data))
     elif study.quiet:
-        echo(report.sentence(found))
+        echo(report.sentence(findings))
     else:
         console = Console(highlight=False, markup=False, emoji=False)
-        console.print(report.render(found))
+        console.print(report.render(findings))
         console.print(f"\nAgain: {command}", markup=False, soft_wrap=True)
         names = ", ".join(file.name for file in files)
         console.print(
             f"Files: {shlex.quote(str(folder))}/ with {names}", markup=False, soft_wrap=True
         )
-    return 1 if found.verification.wrong else 0
+    return not findings.verification.wrong

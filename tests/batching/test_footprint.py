@@ -15,7 +15,7 @@ from support.laws import law
 from transformers import GPT2Config
 
 from batchbench.batching.dry_run import Estimate, estimate
-from batchbench.batching.engines.torch.footprint import Served, largest_batch
+from batchbench.batching.engines.torch.build import Served, largest_batch
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import free_host_bytes
 from batchbench.batching.progress import Watch

@@ -188,9 +188,9 @@ def test_auto_falls_back_where_passes_cannot_be_recorded(
 ) -> None:
     """As on a GPU whose model waits for the device in the middle of a pass."""
     monkeypatch.setattr("batchbench.batching.engines.torch.slots.Capture", _refuse)
-    on_gpu = build._execution("auto", torch.device("cuda"))
+    on_gpu = build._resolve_execution("auto", torch.device("cuda"))
     assert on_gpu == "graph"
-    engine = build._slots_engine(tiny, 2, 20, build.make_forward(tiny), "graph", fall_back=True)
+    engine = build._slots_engine(tiny, 2, 20, build.make_forward(tiny), "graph", falls_back=True)
     assert engine.execution == "eager"
 
 

@@ -27,7 +27,7 @@ from batchbench.studies.capacity import probe as benches
 from batchbench.studies.capacity import report
 from batchbench.studies.capacity.probe import (
     GROWTH,
-    Asked,
+    CapacityQuery,
     TrialFigures,
     Verdict,
     attained,
@@ -39,7 +39,7 @@ from batchbench.studies.capacity.probe import (
 from batchbench.studies.capacity.report import draw_capacity
 from batchbench.studies.capacity.search import MOST_PROBES, CapacityFindings, Search, find_capacity
 
-YES, NO, BORDER = Verdict.SUSTAINED, Verdict.NOT_SUSTAINED, Verdict.BORDER
+YES, NO, BORDER = Verdict.SUSTAINED, Verdict.NOT_SUSTAINED, Verdict.BORDERLINE
 
 
 def trial(met: int, requests: int = 100, growth: float = 0.0) -> TrialFigures:
@@ -150,7 +150,7 @@ def searched(search: Search, verdict: Callable[[float], Verdict]) -> list[float]
     rates = []
     while (rate := search.next_rate()) is not None:
         rates.append(rate)
-        search.tell(rate, verdict(rate))
+        search.record(rate, verdict(rate))
     return rates
 
 
@@ -182,7 +182,7 @@ def test_what_trials_cannot_tell_stays_between_the_ends(
     assert search.low <= begin
     assert end <= search.high * (1 + 1e-9)
     if search.probes < MOST_PROBES:
-        hit = bool(search.border)
+        hit = bool(search.borderline)
         slack = (1 + precision) ** (2 if hit else 1) * (1 + 1e-9)
         assert search.high / search.low <= (end / begin if hit else 1) * slack
 
@@ -198,14 +198,14 @@ def test_a_rate_that_is_never_or_always_sustained_ends_the_search() -> None:
 # Against brute force
 
 
-def asked_of(most_trials: int, attainment: float = 0.9, **limits: float) -> Asked:
+def asked_of(most_trials: int, attainment: float = 0.9, **limits: float) -> CapacityQuery:
     """Limits in ms."""
     slo = tuple(f"{name}:{limit:g}" for name, limit in limits.items())
-    return Asked(GoalsSpec(slo=slo), attainment, most_trials)
+    return CapacityQuery(GoalsSpec(slo=slo), attainment, most_trials)
 
 
 def brute_force(
-    experiment: Experiment, asked: Asked, strategy: str, rates: Sequence[float]
+    experiment: Experiment, asked: CapacityQuery, strategy: str, rates: Sequence[float]
 ) -> list[bool]:
     """Whether each rate is sustained, going by all trials together and no search."""
     session = Session(experiment, Watch())
@@ -276,8 +276,8 @@ def test_continuous_carries_more_and_trials_are_the_same_for_both() -> None:
     assert found.ratio is not None
     assert found.ratio.low <= found.ratio.value <= found.ratio.high
     assert found.ratio.value == continuous.low / static.low
-    assert found.lone_ms["tpot"] == 1.0
-    assert static.probes[0].rate == continuous.probes[0].rate == 1e3 / found.lone_ms["e2el"]
+    assert found.unloaded_ms["tpot"] == 1.0
+    assert static.probes[0].rate == continuous.probes[0].rate == 1e3 / found.unloaded_ms["e2el"]
 
 
 # What is told
@@ -297,13 +297,23 @@ def test_the_sentence_says_how_much_more(findings: CapacityFindings) -> None:
     assert "the load of static batching" in text
 
 
+def test_a_borderline_rate_says_why(findings: CapacityFindings) -> None:
+    for trials, why in (
+        ([trial(88), trial(93)] * 4, "90 % in interval"),
+        ([trial(100, growth=g) for g in (0.0, 0.2)] * 2, "queue may grow"),
+    ):
+        probe = benches.Probe("static", 8.0, trials, BORDER)
+        assert report._verdict(probe, 0.9).plain == f"borderline: {why}"
+        assert report._probe(probe)["verdict"] == "border"
+
+
 def test_one_strategy_or_one_that_carries_nothing_has_no_ratio(findings: CapacityFindings) -> None:
     static, continuous = findings.capacities
     alone = replace(findings, capacities=[continuous])
     assert alone.ratio is None
-    assert "continuous batching carries" in report.sentence(alone)
+    assert "continuous batching sustains" in report.sentence(alone)
     nothing = replace(findings, capacities=[replace(static, low=0.0), continuous])
-    assert "static batching carries less than" in report.sentence(nothing)
+    assert "static batching sustains less than" in report.sentence(nothing)
     data = report.data_of(nothing, "")
     assert data["comparison"] is None
     draw_capacity(data, report.headline(nothing), report.title_of(nothing))
@@ -408,15 +418,15 @@ def test_it_says_what_it_found_and_the_same_again(program: Program, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "--slo: within which limits? Give one or more, such as --slo ttft:500"),
-        (("--slo", "ttft:0.5"), "--slo ttft:0.5: no rate is low enough, since even alone requests "
-         "take 1 ms (p90 of ttft, one at a time); raise the limit above that, or lower "),
-        (("--slo", "e2el:50"), "--slo e2el:50: no rate is low enough, since even alone requests "
-         "take 100 ms (p90 of e2el"),
-        (("--slo", "ttft:9", "--batch-size", "64"), "--queue-size 60: continuous still holds out "
-         "where all of them come at once"),
+        ((), "--slo: give one or more latency limits, such as --slo ttft:500"),
+        (("--slo", "ttft:0.5"), "--slo ttft:0.5: no rate is low enough, since requests take "
+         "1 ms even without load (p90 of ttft, one at a time); raise the limit above that, or lower "),
+        (("--slo", "e2el:50"), "--slo e2el:50: no rate is low enough, since requests take "
+         "100 ms even without load (p90 of e2el"),
+        (("--slo", "ttft:9", "--batch-size", "64"), "--queue-size 60: continuous sustains even a "
+         "rate at which all arrive at once"),
         (("--slo", "ttft:9", "--arrivals", "ramp:from=1,to=2"), "--arrivals ramp:from=1,to=2: has "
-         "no rate to search for; take poisson, gamma or constant"),
+         "no rate to search for; use poisson, gamma or constant"),
         (("--slo", "ttft:9", "--max-trials", "0"), "--max-trials 0: must be at least 1"),
         (("--slo", "ttft:9", "--batch-size", "1,2"), "--batch-size 1,2: must be a whole number"),
     ],
@@ -442,7 +452,7 @@ def test_ctrl_c_keeps_nothing(
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benches.Bench, "probe", interrupted)
+    monkeypatch.setattr(benches.ProbeRunner, "probe", interrupted)
     code, _, err = program("capacity", "--simulated", "--slo", "ttft:80", *QUICK)
     assert (code, err.splitlines()[-1]) == (130, "batchbench: interrupted; nothing was kept")
     assert list(tmp_path.iterdir()) == []

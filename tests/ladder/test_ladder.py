@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 from support.models import MakeModel
 
+from batchbench.batching import session as sessions
 from batchbench.batching.engines.notebook import NotebookEngine
 from batchbench.batching.engines.torch import measure as measuring
-from batchbench.batching.experiment import ServingSpec, TrialsSpec
+from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
@@ -27,11 +28,20 @@ from batchbench.batching.verification import Remembered, Verification
 from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
 from batchbench.reports.metrics import decode_steps
-from batchbench.studies.ladder import run as climbing
-from batchbench.studies.ladder.report import card_lines, draw_ladder, render, sentence, write_ladder
-from batchbench.studies.ladder.result import LadderResult, make_card, make_ladder, to_json
-from batchbench.studies.ladder.run import Climbed, Ladder
-from batchbench.studies.ladder.rungs import RUNGS, Climb, LadderSpec, choose_rungs
+from batchbench.studies.ladder import report, run
+from batchbench.studies.ladder.report import (
+    LadderResult,
+    card_lines,
+    draw_ladder,
+    make_card,
+    make_ladder,
+    render,
+    sentence,
+    to_json,
+    write_ladder,
+)
+from batchbench.studies.ladder.run import Ladder, LadderOutcome
+from batchbench.studies.ladder.rungs import RUNGS, LadderSpec, choose_rungs
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
@@ -48,44 +58,31 @@ def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "_LEAST_BYTES", 2**20)
 
 
-def asked(checkpoint: Path | str, rungs: str = "all", rounds: int = 1, **settings: Any) -> Climb:
-    return Climb(
+def experiment(checkpoint: Path | str, **settings: Any) -> Experiment:
+    return Experiment(
         WorkloadSpec(queue_size=6, long_tokens=9, short_tokens=4),
         ModelSpec(model=str(checkpoint), device="cpu", dtype=settings.pop("dtype", "auto")),
         ServingSpec(batch_size=3),
         TrialsSpec(**settings),
-        LadderSpec(rungs, rounds),
     )
 
 
-def result_of(made: Ladder, climbed: Climbed) -> LadderResult:
-    return make_ladder(
-        command=made.asked.command(),
-        config=made.asked.config(),
-        environment=made.environment,
-        model=made.model,
-        workload=made.workload,
-        ceilings=climbed.ceilings,
-        rungs=[
-            {"name": r.name, "change": r.change, "engine": r.engine, "dtype": r.dtype}
-            for r in climbed.rungs
-        ],
-        recordings=climbed.recordings,
-        verifications=climbed.verifications,
-        left_out=made.left_out,
-        stopped=climbed.stopped,
-    )
+def made(checkpoint: Path | str, rungs: str = "all", rounds: int = 1, **settings: Any) -> Ladder:
+    return Ladder(experiment(checkpoint, **settings), LadderSpec(rungs, rounds), Watch())
+
+
+Run = tuple[Ladder, LadderOutcome, LadderResult]
 
 
 @pytest.fixture(scope="module")
-def climbed(checkpoint: Path) -> Iterator[tuple[Ladder, Climbed, LadderResult]]:
+def complete(checkpoint: Path) -> Iterator[Run]:
     """All rungs, two rounds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "cache_bytes", lambda device: 2**18)
         patch.setattr(measuring, "_LEAST_BYTES", 2**20)
-        made = Ladder(asked(checkpoint, rounds=2), Watch())
-        found = made.climb(Watch(), made.measure(Watch()))
-        yield made, found, result_of(made, found)
+        ladder = made(checkpoint, rounds=2)
+        outcome = ladder.run(ladder.measure())
+        yield ladder, outcome, make_ladder(outcome)
 
 
 # What is asked
@@ -94,7 +91,7 @@ def climbed(checkpoint: Path) -> Iterator[tuple[Ladder, Climbed, LadderResult]]:
 @pytest.mark.parametrize(
     ("rungs", "said"),
     [
-        ("packd", r"--rungs packd: no such rung; they are notebook-static, notebook, generate_"),
+        ("packd", r"--rungs packd: no such rung; choose from notebook-static, notebook, generate_"),
         ("lean,lean", r"--rungs lean,lean: name each rung once"),
         (" , ", r"--rungs , : name each rung once, such as notebook,packed"),
     ],
@@ -111,7 +108,7 @@ def test_rungs_are_climbed_from_the_ground_up_however_they_are_named() -> None:
 
 
 def test_the_command_asks_for_the_same_again(checkpoint: Path) -> None:
-    command = asked(checkpoint, "slots,lean", 5).command()
+    command = made(checkpoint, "slots,lean", 5).command()
     assert command == (
         "batchbench ladder --batch-size 3 --queue-size 6 --long-tokens 9 --short-tokens 4 "
         f"--model {checkpoint} --device cpu --rungs slots,lean --rounds 5"
@@ -130,7 +127,7 @@ def test_a_rung_that_this_device_lacks_is_refused_by_name(
 ) -> None:
     dtype = "bfloat16" if rung == "bfloat16" else "auto"
     with pytest.raises(UsageError, match=said):
-        Ladder(asked(checkpoint, rung, dtype=dtype), Watch())
+        made(checkpoint, rung, dtype=dtype)
 
 
 def test_other_families_climb_what_is_there_for_them(make_model: MakeModel, tmp_path: Path) -> None:
@@ -147,66 +144,67 @@ def test_other_families_climb_what_is_there_for_them(make_model: MakeModel, tmp_
         }
     )
     llama.module.save_pretrained(tmp_path / "llama")
-    made = Ladder(asked(tmp_path / "llama"), Watch())
-    names = [rung.name for rung in made.rungs]
+    ladder = made(tmp_path / "llama")
+    names = [opened.rung.name for opened in ladder.rungs]
     assert names == ["notebook-static", "notebook", "generate_batch", "slots", "mixed", "bfloat16"]
-    assert set(made.left_out) == {"lean", "compile", "graph", "packed", "kernels"}
-    assert "GPT-2 family" in made.left_out["lean"]
+    assert set(ladder.left_out) == {"lean", "compile", "graph", "packed", "kernels"}
+    assert "GPT-2 family" in ladder.left_out["lean"]
 
 
 def test_what_comes_over_time_is_not_climbed(checkpoint: Path) -> None:
-    timed = replace(asked(checkpoint), workload=WorkloadSpec(queue_size=4, request_rate=5.0))
+    timed = replace(experiment(checkpoint), workload=WorkloadSpec(queue_size=4, request_rate=5.0))
     with pytest.raises(UsageError, match="all requests must be there at the start"):
-        Ladder(timed, Watch())
+        Ladder(timed, LadderSpec(), Watch())
 
 
 def test_a_workload_without_decode_steps_has_no_floor(checkpoint: Path) -> None:
     single = WorkloadSpec(queue_size=4, long_tokens=1, short_tokens=1)
-    made = Ladder(replace(asked(checkpoint, "slots"), workload=single), Watch())
+    asked = replace(experiment(checkpoint), workload=single)
+    ladder = Ladder(asked, LadderSpec("slots"), Watch())
     with pytest.raises(UsageError, match="raise --long-tokens"):
-        made.measure(Watch())
+        ladder.measure()
 
 
 # What is climbed
 
 
-def test_every_rung_serves_the_same_with_the_models_own_tokens(
-    climbed: tuple[Ladder, Climbed, LadderResult],
-) -> None:
-    made, found, result = climbed
-    assert [r.name for r in found.rungs][: len(NAMES)] == NAMES
-    assert found.rungs[-1].dtype == "bfloat16"
-    assert {r.dtype for r in found.rungs[:-1]} == {"float32"}
+def test_every_rung_serves_the_same_with_the_models_own_tokens(complete: Run) -> None:
+    ladder, outcome, result = complete
+    rungs = [opened.rung for opened in ladder.rungs]
+    assert [rung.name for rung in rungs][: len(NAMES)] == NAMES
+    assert rungs[-1].dtype == "bfloat16"
+    assert {rung.dtype for rung in rungs[:-1]} == {"float32"}
     outputs = {}
-    for rung in found.rungs:
-        trials = found.recordings[rung.name]
+    for rung in rungs:
+        trials = outcome.recordings[rung.name]
         assert len(trials) == 2
         for trial in trials:
             assert trial.header.strategy == rung.name
-            assert trial.requests.output_tokens.tolist() == made.workload.output_tokens.tolist()
-        verified = found.verifications[rung.name]
+            assert trial.requests.output_tokens.tolist() == ladder.workload.output_tokens.tolist()
+        verified = outcome.verifications[rung.name]
         assert (verified.requests_checked, verified.wrong) == (6, 0)
         outputs.setdefault(rung.dtype, set()).add(trials[0].tokens.tobytes())
     assert len(outputs["float32"]) == 1
     assert result.passed
 
 
-def test_each_rung_changes_one_thing(climbed: tuple[Ladder, Climbed, LadderResult]) -> None:
+def test_each_rung_changes_one_thing(complete: Run) -> None:
     """The steps tell policy and prefill apart; the tensors the rest."""
-    rungs = {rung["name"]: rung for rung in climbed[2].data["rungs"]}
+    rungs = {rung["name"]: rung for rung in complete[2].data["rungs"]}
     passes = {n: r["counters"]["forward_passes"] for n, r in rungs.items() if r["counters"]}
     assert passes["notebook-static"] > passes["notebook"] == passes["slots"] > passes["mixed"]
     assert passes["lean"] == passes["mixed"] == passes["bfloat16"]
     assert rungs["generate_batch"]["counters"] is None
-    memory = climbed[0].memory
+    memory = {opened.rung.name: opened.memory for opened in complete[0].rungs}
+    assert set(memory["generate_batch"]) == {"weight_bytes", "kv_cache_bytes"}
     assert memory["lean"]["packed_weight_bytes"] == 0
     assert memory["bfloat16"]["weight_bytes"] * 2 == memory["lean"]["weight_bytes"]
 
 
 def test_figures_of_a_rung_are_those_of_its_recordings(
-    climbed: tuple[Ladder, Climbed, LadderResult],
+    complete: Run,
 ) -> None:
-    _, found, result = climbed
+    _, found, result = complete
     assert len(found.ceilings) == 3  # before, between and after two rounds
     for rung in result.data["rungs"]:
         steps = [decode_steps(trial).full_ms or 0 for trial in found.recordings[rung["name"]]]
@@ -245,8 +243,9 @@ def test_rungs_take_turns_in_alternating_order(checkpoint: Path) -> None:
             self.told.add(progress.strategy)
 
     watch = Order()
-    made = Ladder(asked(checkpoint, "slots,mixed,lean", 2, verify="none"), Watch())
-    made.climb(watch, made.measure(Watch()))
+    asked = experiment(checkpoint, verify="none")
+    ladder = Ladder(asked, LadderSpec("slots,mixed,lean", 2), watch)
+    ladder.run(ladder.measure())
     up = ["slots", "mixed", "lean"]
     assert watch.begun == [*((n, 0) for n in up), *((n, 1) for n in reversed(up))]
     assert watch.told == set(up)
@@ -262,8 +261,8 @@ def test_wrong_tokens_of_one_rung_are_told_of_that_one(
         return right(self, ids, mask, positions + 1, past)
 
     monkeypatch.setattr(NotebookEngine, "_compute", leaking)
-    made = Ladder(asked(checkpoint, "notebook,lean"), Watch())
-    result = result_of(made, made.climb(Watch(), made.measure(Watch())))
+    ladder = made(checkpoint, "notebook,lean")
+    result = make_ladder(ladder.run(ladder.measure()))
     wrong = {rung["name"]: rung["verification"]["wrong"] for rung in result.data["rungs"]}
     assert wrong["lean"] == 0
     assert wrong["notebook"] > 0
@@ -280,16 +279,58 @@ def test_ctrl_c_keeps_whole_rounds(checkpoint: Path, monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
         return observe(*args, **options)
 
-    monkeypatch.setattr(climbing, "observe", impatient)
-    made = Ladder(asked(checkpoint, "slots,lean", 5), Watch())
-    allowed = made.measure(Watch())
-    found = made.climb(Watch(), allowed)
-    assert [len(trials) for trials in found.recordings.values()] == [1, 1]
-    assert found.stopped == "interrupted after 1 of 5 rounds"
-    assert not any(v.requests_checked for v in found.verifications.values())
+    monkeypatch.setattr(sessions, "observe", impatient)
+    ladder = made(checkpoint, "slots,lean", 5)
+    ceilings = ladder.measure()
+    outcome = ladder.run(ceilings)
+    assert [len(trials) for trials in outcome.recordings.values()] == [1, 1]
+    assert outcome.stopped == "interrupted after 1 of 5 rounds"
+    assert not any(v.requests_checked for v in outcome.verifications.values())
     calls = iter([3])
     with pytest.raises(KeyboardInterrupt):
-        made.climb(Watch(), allowed)
+        ladder.run(ceilings)
+
+
+def test_ctrl_c_while_verifying_keeps_all_rounds(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Verification:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "verify", interrupted)
+    ladder = made(checkpoint, "lean", 2)
+    outcome = ladder.run(ladder.measure())
+    assert len(outcome.recordings["lean"]) == 2
+    assert outcome.stopped == "interrupted after 2 of 2 rounds"
+
+
+@pytest.mark.parametrize("stage", ["opening", "serving"])
+def test_a_rung_that_fails_is_left_out_and_the_others_go_on(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    calls = iter(range(3, -1, -1))  # two rounds of warming up, a trial, then it fails
+
+    def fails(*_: Any) -> Any:
+        if stage == "opening" or next(calls) == 0:
+            raise RuntimeError("out of memory")
+        return right(*_)
+
+    right = NotebookEngine._prefill
+    name = "__init__" if stage == "opening" else "_prefill"
+    monkeypatch.setattr(NotebookEngine, name, fails)
+    some = [rung for rung in RUNGS if rung.name in ("notebook", "lean")]
+    monkeypatch.setattr(run, "choose_rungs", lambda text: some)
+    ladder = made(checkpoint, rounds=2)
+    result = make_ladder(ladder.run(ladder.measure()))
+    assert [rung["name"] for rung in result.data["rungs"]] == ["lean"]
+    assert result.data["left_out"] == {"notebook": "out of memory"}
+    assert len(result.recordings["lean"]) == 2
+    calls = iter([0])
+    if stage == "serving":  # a named rung is an error
+        named = made(checkpoint, "notebook,lean")
+        ceilings = named.measure()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            named.run(ceilings)
 
 
 def test_a_reference_is_asked_once_for_all_rungs() -> None:
@@ -328,9 +369,9 @@ def test_the_card_stands_on_its_own() -> None:
     text = "\n".join(lines)
     assert "31.7 GB/s read, 2 threads; measured on a buffer of 1,024 MiB," in text
     assert "3.9 × the last-level cache (too little): sum, median of 7" in text
-    assert "floor    16.3 ms a decode step: (weights + KV read) / bandwidth" in text
-    assert "ceiling  324 tokens/s, where arithmetic binds" in text
-    assert "ceiling  982 tokens/s, where memory binds" in text
+    assert "limit    16.3 ms per decode step by memory: (weights + KV) / bandwidth" in text
+    assert "ceiling  324 tokens/s, limited by arithmetic" in text
+    assert "ceiling  982 tokens/s, limited by memory" in text
     assert max(map(len, lines)) <= 80
 
 
@@ -342,13 +383,11 @@ def shown(result: LadderResult, width: int) -> str:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_the_table_fits_and_cuts_nothing_off(
-    climbed: tuple[Ladder, Climbed, LadderResult], width: int
-) -> None:
-    text = shown(climbed[2], width)
+def test_the_table_fits_and_cuts_nothing_off(complete: Run, width: int) -> None:
+    text = shown(complete[2], width)
     assert max(len(line) for line in text.splitlines()) <= width
     assert "…" not in text
-    for rung in climbed[2].data["rungs"]:
+    for rung in complete[2].data["rungs"]:
         assert rung["name"][: width // 12] in text
     assert "Left out: graph: CUDA graphs need a CUDA device" in text.replace("\n", " ")
 
@@ -358,9 +397,9 @@ def altered(result: LadderResult, name: str, **figures: Any) -> LadderResult:
     return LadderResult({**result.data, "rungs": rungs}, result.recordings)
 
 
-def test_what_is_not_known_is_not_made_up(climbed: tuple[Ladder, Climbed, LadderResult]) -> None:
+def test_what_is_not_known_is_not_made_up(complete: Run) -> None:
     unknown = altered(
-        climbed[2],
+        complete[2],
         "lean",
         decode_step_ms=None,
         floor_share=None,
@@ -373,49 +412,76 @@ def test_what_is_not_known_is_not_made_up(climbed: tuple[Ladder, Climbed, Ladder
 
 
 def test_ties_and_faults_stand_beside_their_rung(
-    climbed: tuple[Ladder, Climbed, LadderResult],
+    complete: Run,
 ) -> None:
-    verdict = {**climbed[2].data["rungs"][0]["verification"]}
+    verdict = {**complete[2].data["rungs"][0]["verification"]}
     tied = altered(
-        climbed[2], "slots", verification={**verdict, "identical": 5, "numerical_ties": 1}
+        complete[2], "slots", verification={**verdict, "identical": 5, "numerical_ties": 1}
     )
     lines = shown(tied, 80).splitlines()
     row = next(i for i, line in enumerate(lines) if line.startswith("slots"))
     assert lines[row].rstrip().endswith("5 same")
     assert lines[row + 1].rstrip().endswith("1 tie")
-    unverified = altered(climbed[2], "slots", verification={**verdict, "requests_checked": 0})
+    unverified = altered(complete[2], "slots", verification={**verdict, "requests_checked": 0})
     assert "tokens not verified" in sentence(unverified)
 
 
 def test_the_picture_shows_every_rung_and_both_limits(
-    climbed: tuple[Ladder, Climbed, LadderResult],
+    complete: Run,
 ) -> None:
-    figure = draw_ladder(climbed[2])
+    figure = draw_ladder(complete[2])
     rates, steps = figure.axes
-    rungs = climbed[2].data["rungs"]
+    rungs = complete[2].data["rungs"]
     assert [bar.get_gid() for bar in rates.patches] == [f"rate-{i}" for i in range(len(rungs))]
     for bar, rung in zip(rates.patches, rungs, strict=True):
         assert bar.get_width() == pytest.approx(rung["summary"]["output_throughput"])
     for bar, rung in zip(steps.patches, rungs, strict=True):
         assert bar.get_width() == pytest.approx(rung["decode_step_ms"])
     limits = [line.get_xdata()[0] for line in steps.lines]
-    known = [climbed[2].data["card"]["formats"][rung["dtype"]] for rung in rungs]
+    known = [complete[2].data["card"]["formats"][rung["dtype"]] for rung in rungs]
     assert limits == [k[name] for k in known for name in ("floor_ms", "products_ms")]
     assert all(bar.get_width() < steps.get_xlim()[1] for bar in steps.patches)
 
 
-def test_files_are_written_whole_and_recordings_with_them(
-    climbed: tuple[Ladder, Climbed, LadderResult], tmp_path: Path
-) -> None:
-    files = write_ladder(tmp_path, climbed[2])
+def test_files_are_written_whole_and_recordings_with_them(complete: Run, tmp_path: Path) -> None:
+    files = write_ladder(tmp_path, complete[2])
     assert files[0] == tmp_path / "ladder.json"
     assert {f.name for f in files[:3]} == {"ladder.json", "ladder.png", "ladder.svg"}
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
     data = json.loads((tmp_path / "ladder.json").read_text())
-    assert data == json.loads(to_json(climbed[2]))
+    assert data == json.loads(to_json(complete[2]))
     again = Recording.load(tmp_path / "recordings" / "2-1.npz")
     assert again.header.strategy == "generate_batch"
     assert again.header.trial == 1
+
+
+def measured(result: LadderResult, status: str = "valid", **rates: list[float]) -> LadderResult:
+    """The result with other rates of its first rungs, in tokens/s by round."""
+    rungs = [
+        {
+            **rung,
+            "name": name,
+            "summary": {**rung["summary"], "output_throughput": sorted(values)[len(values) // 2]},
+            "trials": [{"output_throughput": value} for value in values],
+        }
+        for rung, (name, values) in zip(result.data["rungs"], rates.items(), strict=False)
+    ]
+    validity = {"status": status, "reasons": [] if status == "valid" else ["a busy machine"]}
+    return LadderResult({**result.data, "rungs": rungs, "validity": validity}, {})
+
+
+def test_only_a_valid_ladder_with_a_clear_lead_names_the_fastest(complete: Run) -> None:
+    clear = {"a": [10.0, 10.1, 9.9], "b": [20.0, 20.2, 19.9]}
+    assert sentence(measured(complete[2], **clear)).startswith("b is the fastest of 2 rungs")
+    for unclear, why in (
+        (measured(complete[2], "suspect", **clear), "the run is suspect"),
+        (measured(complete[2], a=[10.0, 10.1], b=[20.0, 20.2]), "intervals need 3 rounds"),
+        (measured(complete[2], a=[9.0, 15.0, 10.0], b=[14.0, 11.0, 16.0]), "b and a do not differ"),
+    ):
+        text = sentence(unclear)
+        assert text.startswith(f"no fastest rung of 2 is named: {why}")
+        assert "its decode step" not in text
+        draw_ladder(unclear)
 
 
 # The command
@@ -446,7 +512,7 @@ def test_the_command_says_what_the_machine_allows_before_it_measures(
         before.append(capsys.readouterr().out)
         return observe(*args, **options)
 
-    monkeypatch.setattr(climbing, "observe", listening)
+    monkeypatch.setattr(sessions, "observe", listening)
     folder = tmp_path / "ladder"
     words = [*SMALL.split(), "--model", str(checkpoint), "--output", str(folder)]
     code, out, _ = said([*words, "--rungs", "notebook,lean"], monkeypatch, capsys)
@@ -472,7 +538,7 @@ def test_json_stands_alone_and_quiet_is_a_sentence(
     assert json.loads(out)["rungs"][0]["name"] == "lean"
     code, out, err = said([*words, "--quiet", "--output", "b"], monkeypatch, capsys)
     assert (code, err) == (0, "")
-    assert out.startswith("lean yields ")
+    assert out.startswith("lean serves ")
     assert len(out.splitlines()) == 1
 
 
@@ -483,8 +549,8 @@ def test_wrong_tokens_are_exit_code_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     wrong = Verification(5, 4, 0, 1, "r", 1.0, ())
-    monkeypatch.setattr(climbing, "verify", lambda *asked: wrong)
-    monkeypatch.setattr("batchbench.studies.ladder.report._first_fault", lambda result: "why")
+    monkeypatch.setattr(run, "verify", lambda *asked: wrong)
+    monkeypatch.setattr(report, "_first_fault", lambda result: "why")
     words = [*SMALL.split(), "--model", str(checkpoint), "--rungs", "lean"]
     code, out, _ = said([*words, "--quiet", "--output", str(tmp_path / "a")], monkeypatch, capsys)
     assert code == 1

@@ -23,7 +23,7 @@ from rich.console import Console
 from support.laws import law
 
 from batchbench.batching.experiment import PARTS, Experiment
-from batchbench.batching.models import Shelf
+from batchbench.batching.models import ModelCache
 from batchbench.batching.presets import Basis
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, Stop, StopReason, conduct
@@ -61,7 +61,7 @@ class Counting:
         self.served: list[Experiment] = []
         self._stop, self._error = stop, error
 
-    def __call__(self, experiment: Experiment, watch: Watch, models: Shelf) -> Outcome:
+    def __call__(self, experiment: Experiment, watch: Watch, models: ModelCache) -> Outcome:
         if len(self.served) == self._stop:
             raise self._error
         self.served.append(experiment)
@@ -291,7 +291,7 @@ def test_interrupted_anywhere_it_goes_on_where_it_was(stop: int, tmp_path: Path)
 def test_half_a_cell_is_not_kept(tmp_path: Path) -> None:
     """Ctrl-C within a cell keeps its finished pairs of a run; of a sweep they would be a lie."""
 
-    def cut(experiment: Experiment, watch: Watch, models: Shelf) -> Outcome:
+    def cut(experiment: Experiment, watch: Watch, models: ModelCache) -> Outcome:
         return replace(
             conduct(experiment, watch, models), stopped=Stop(StopReason.INTERRUPTED, "interrupted")
         )
@@ -647,7 +647,7 @@ def test_no_cell_at_all_ends_with_2(program: Program) -> None:
 
 
 def test_wrong_outputs_end_with_1(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(experiment: Experiment, watch: Watch, models: Shelf) -> Outcome:
+    def wrong(experiment: Experiment, watch: Watch, models: ModelCache) -> Outcome:
         return replace(
             conduct(experiment, watch, models),
             verification=Verification(12, 11, 0, 1, "made up", None, ()),

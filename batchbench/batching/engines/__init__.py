@@ -12,34 +12,29 @@ from batchbench.workloads import Workload
 
 
 class Clock(Protocol):
-    """Time of one trial; the engine brings it along."""
+    """The time of one trial; it belongs to the engine."""
 
     def restart(self) -> None:
-        """A new trial begins: it is 0 now."""
+        """Begin a new trial: now is 0."""
 
     def now(self) -> int:
-        """Nanoseconds since the start of the trial."""
+        """Return nanoseconds since the start of the trial."""
 
     def wait_until(self, t: int) -> None:
         """Return when ``now() >= t``."""
 
 
 class WallClock:
-    """Real time."""
+    """Real time; ``zero_ns`` is ``time.perf_counter_ns`` at the start of the trial."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        self._zero = time.perf_counter_ns()
-
-    @property
-    def zero_ns(self) -> int:
-        """What ``time.perf_counter_ns`` told when the trial began."""
-        return self._zero
+        self.zero_ns = time.perf_counter_ns()
 
     def now(self) -> int:
-        return time.perf_counter_ns() - self._zero
+        return time.perf_counter_ns() - self.zero_ns
 
     def wait_until(self, t: int) -> None:
         while (left := t - self.now()) > 0:
@@ -47,10 +42,10 @@ class WallClock:
 
 
 class VirtualClock:
-    """Time that passes only when told to."""
+    """Time that passes only in :meth:`wait_until`."""
 
     def __init__(self) -> None:
-        self._now = 0
+        self.restart()
 
     def restart(self) -> None:
         self._now = 0
@@ -63,31 +58,31 @@ class VirtualClock:
 
 
 class Engine(Protocol):
-    """Computes plans and tells when each step ended."""
+    """Compute plans, and report when each step ended."""
 
     @property
     def clock(self) -> Clock:
-        """The clock of the trial: the wall's, or a virtual one."""
+        """The clock of the trial, real or virtual."""
 
     @property
     def simulated(self) -> bool:
-        """Whether time is virtual and no model runs."""
+        """True if time is virtual and no model runs."""
 
     @property
     def pads_prompts(self) -> bool:
-        """Whether prompts that are computed together are all computed as long as the longest."""
+        """True if prompts computed together are padded to the longest."""
 
     def begin(self, workload: Workload) -> None:
-        """A new trial: forget everything, and set the clock to 0."""
+        """Begin a new trial: empty the cache, and set the clock to 0."""
 
     def run(self, plan: Plan) -> int:
-        """Compute up to ``plan.repeat`` passes; the number of steps launched, at least 1."""
+        """Launch up to ``plan.repeat`` passes; return the number launched, at least 1."""
 
     def stopped(self, plan: Plan) -> Collection[int]:
-        """Slots of ``plan`` whose last token ends its text; waits for that token."""
+        """Wait for the last tokens; return the slots of ``plan`` whose token ends the text."""
 
     def wait(self) -> None:
-        """Return when all that was launched is computed."""
+        """Return when all launched passes are computed."""
 
     def collect(self) -> Steps:
-        """Wait for all that was launched, and tell times and tokens of the whole trial."""
+        """Wait for all launched passes; return times and tokens of the whole trial."""

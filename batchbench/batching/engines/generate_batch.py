@@ -1,8 +1,8 @@
-"""transformers' own continuous batching, the one behind ``model.generate_batch``, as a strategy.
+"""transformers' own continuous batching (``model.generate_batch``) as a strategy.
 
 It schedules for itself, over a paged cache and in a thread of its own, so it shows no steps; but it
-tells when each token was there. ``generate_batch`` gives all requests one output length and takes
-them all at once; here the same manager is asked request by request, each with its own length.
+reports the time of each token. ``generate_batch`` gives all requests one output length and takes
+them all at once; here the same manager gets one request at a time, each with its own length.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from batchbench.errors import UsageError
 from batchbench.workloads import Request, Workload, make_arrivals
 
 PAGE = 256
-"""Tokens a page of its cache holds: the default of transformers."""
+"""Tokens in a page of the cache: the default of transformers."""
 
-_PATIENCE_S = 0.5  # between two looks at whether its thread still lives
+_POLL_S = 0.5  # between two checks that its thread is alive
 
 
 def pages_of(slots: int, max_len: int) -> int:
-    """Return the pages of its cache: one more for each request than it fills, and another quarter,
-    since it admits nobody with less than 15 % of free pages."""
+    """Return the pages of the cache: for each request one more than it fills, and a quarter more,
+    since no request is admitted with less than 15 % of the pages free."""
     return math.ceil(slots * (math.ceil(max_len / PAGE) + 1) * 1.25) + 1
 
 
 class GenerateBatch:
-    """Serves with transformers' continuous batching on the model that is loaded anyway.
+    """Serve with transformers' continuous batching on the loaded model.
 
-    It computes as it would for a user who asks for speed: CUDA graphs on a GPU, flash attention
-    where the model's number format allows and the library is there. Cache, graphs and manager are
-    kept from one trial to the next, and are ready before a trial's clock starts.
+    It runs with the settings of a user who wants speed: CUDA graphs on a GPU, flash attention where
+    the model's number format and the installation allow it. Cache, graphs and manager stay from one
+    trial to the next, and are ready before a trial's clock starts.
 
     Args:
-        slots: most requests that it may compute together.
-        max_len: longest prompt + output, in tokens; its cache holds ``slots`` of these.
-        max_batched_tokens: most tokens that a step of it may compute.
+        slots: most requests computed together.
+        max_len: longest prompt + output, in tokens; the cache holds ``slots`` of these.
+        max_batched_tokens: most tokens of a step.
     """
 
     name = GENERATE_BATCH
@@ -66,22 +66,18 @@ class GenerateBatch:
         max_batched_tokens: int = 2048,
     ) -> None:
         self._model, self._slots, self._order = model, slots, order
-        self._blocks = pages_of(slots, max_len)
+        blocks = pages_of(slots, max_len)
+        self.cache_tokens = blocks * PAGE
         self._config = {
-            "num_blocks": self._blocks,
+            "num_blocks": blocks,
             "max_batch_tokens": max(slots, min(max_batched_tokens, slots * max_len)),
             "max_requests_per_batch": slots,
             "use_cuda_graph": True if model.device.type == "cuda" else None,
         }
         self._manager: Any = None
 
-    @property
-    def cache_tokens(self) -> int:
-        """Tokens that its paged cache holds."""
-        return self._blocks * PAGE
-
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
-        """Hand requests over when they are due, and take what comes."""
+        """Submit requests when they are due, and collect their tokens and times."""
         progress = Progress(self.name, trial, self._slots, len(workload))
         with torch.inference_mode(), self._running(workload) as manager:
             clock = WallClock()
@@ -90,7 +86,6 @@ class GenerateBatch:
                 for request, result in self._served(manager, workload, clock, progress, watch)
             }
             about = {"engine": f"transformers {transformers.__version__}", **self._settings()}
-        zero = clock.zero_ns
         header = Header(
             strategy=self.name,
             trial=trial,
@@ -104,8 +99,8 @@ class GenerateBatch:
             header,
             workload,
             [result.generated_tokens for result in results],
-            [[round(t * 1e9) - zero for t in result.timestamps] for result in results],
-            [round(result.lifespan[0] * 1e9) - zero for result in results],
+            [[_trial_ns(t, clock) for t in result.timestamps] for result in results],
+            [_trial_ns(result.lifespan[0], clock) for result in results],
             due_ns=np.array([request.due_ns for request in requests], np.int64),
         )
 
@@ -117,18 +112,18 @@ class GenerateBatch:
         progress: Progress,
         watch: Watch,
     ) -> Iterator[tuple[Request, Any]]:
-        """Each request and its result, in the order in which they are done."""
+        """Yield each request with its result, in the order in which they finish."""
         arrivals = make_arrivals(workload)
-        asked: dict[int, Request] = {}
-        while asked or arrivals.more:
+        running: dict[int, Request] = {}
+        while running or arrivals.more:
             for request in sorted(arrivals.due(clock.now()), key=ORDERS[self._order]):
-                asked[request.index] = request
-                self._ask(manager, workload, request)
-            if not asked:
+                running[request.index] = request
+                self._submit(manager, workload, request)
+            if not running:
                 assert arrivals.next_due is not None
                 clock.wait_until(arrivals.next_due)
                 continue
-            result = manager.get_result(timeout=_until(arrivals.next_due, clock))
+            result = manager.get_result(timeout=_timeout_s(arrivals.next_due, clock))
             if result is None:
                 if not manager.is_running():
                     raise UsageError(_failed("its thread ended early"))
@@ -138,17 +133,16 @@ class GenerateBatch:
                 continue
             if result.error is not None:
                 raise UsageError(_failed(result.error))
-            request = asked.pop(int(result.request_id))
-            ended = round(result.timestamps[-1] * 1e9) - clock.zero_ns
-            arrivals.finished(request, ended)
+            request = running.pop(int(result.request_id))
+            arrivals.finished(request, _trial_ns(result.timestamps[-1], clock))
             progress.done += 1
             progress.tokens += len(result.generated_tokens)
-            progress.slots_in_use = min(len(asked), self._slots)
+            progress.slots_in_use = min(len(running), self._slots)
             progress.now_ns = clock.now()
             watch.progressed(progress)
             yield request, result
 
-    def _ask(self, manager: Any, workload: Workload, request: Request) -> None:
+    def _submit(self, manager: Any, workload: Workload, request: Request) -> None:
         eos = list(self._model.source.eos_token_ids) if workload.stop_at_eos else []
         manager.add_request(
             workload.prompt(request.index).tolist(),
@@ -160,15 +154,15 @@ class GenerateBatch:
 
     @contextmanager
     def _running(self, workload: Workload) -> Iterator[Any]:
-        """Its manager with the thread running and the cache there; the model as before, after."""
+        """Yield the manager with its thread running and its cache ready; then restore the model."""
         module = self._model.module
         before = module.config._attn_implementation
         flash = self._flash_allowed()
-        module.set_attn_implementation("sdpa" if flash or _SPARES_FLASH else "paged|sdpa")
+        module.set_attn_implementation("sdpa" if flash or _HAS_FLASH_SWITCH else "paged|sdpa")
         try:
             if self._manager is not None:
-                setattr(module, _KEPT, self._manager)
-            manager = self._made()
+                setattr(module, _CACHED_MANAGER, self._manager)
+            manager = self._make_manager()
             if manager is not self._manager:
                 self._manager = manager
                 if self._model.device.type == "cuda":
@@ -185,13 +179,13 @@ class GenerateBatch:
             manager.stop(block=True, keep_for_next_session=True)
         finally:
             module.set_attn_implementation(before)
-            # It holds threads' locks, and a model that is copied must not.
-            vars(module).pop(_KEPT, None)
+            # The manager holds locks of threads, and verification copies the model.
+            vars(module).pop(_CACHED_MANAGER, None)
 
-    def _made(self) -> Any:
-        """The manager that the model keeps, or a new one."""
+    def _make_manager(self) -> Any:
+        """Return the manager that the model keeps, or a new one."""
         options = dict(self._config)
-        if _SPARES_FLASH:
+        if _HAS_FLASH_SWITCH:
             options["auto_switch_to_flash"] = self._flash_allowed()
         return self._model.module.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
@@ -203,29 +197,33 @@ class GenerateBatch:
         return half and self._model.device.type == "cuda"
 
     def _settings(self) -> Mapping[str, Any]:
-        """What it decided, for the header."""
-        decided = self._manager.continuous_batching_config
-        graphs = decided.use_cuda_graph
+        """Return the settings that transformers chose, for the header."""
+        graphs = self._manager.continuous_batching_config.use_cuda_graph
         return {
             "attention": self._model.module.config._attn_implementation,
             "cuda_graphs": any(graphs) if isinstance(graphs, Sequence) else bool(graphs),
         }
 
 
-_KEPT = "_cached_continuous_batching_manager"
-"""Where a model keeps the manager of the last session for the next."""
+_CACHED_MANAGER = "_cached_continuous_batching_manager"
+"""The attribute in which a model keeps the manager of the last session for the next."""
 
-_SPARES_FLASH = "auto_switch_to_flash" in {
+_HAS_FLASH_SWITCH = "auto_switch_to_flash" in {
     field.name for field in dataclasses.fields(ContinuousBatchingConfig)
 }
-"""Whether this transformers lets one say so; before, naming paged attention meant the same."""
+"""False before transformers had the option; there, naming paged attention has the same effect."""
 
 
-def _until(due: int | None, clock: WallClock) -> float:
-    """Seconds to wait for a result: no longer than until the next request is due."""
-    if due is None:
-        return _PATIENCE_S
-    return min(_PATIENCE_S, max(0.0001, (due - clock.now()) / 1e9))
+def _trial_ns(seconds: float, clock: WallClock) -> int:
+    """Return a time of ``time.perf_counter`` in nanoseconds since the start of the trial."""
+    return round(seconds * 1e9) - clock.zero_ns
+
+
+def _timeout_s(due_ns: int | None, clock: WallClock) -> float:
+    """Return how long to wait for a result: no longer than until the next request is due."""
+    if due_ns is None:
+        return _POLL_S
+    return min(_POLL_S, max(0.0001, (due_ns - clock.now()) / 1e9))
 
 
 def _failed(why: str) -> str:

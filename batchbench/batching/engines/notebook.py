@@ -1,9 +1,9 @@
 """The notebook engine: left padding, and past key-values rebuilt whenever the batch changes.
 
-The way that most people meet continuous batching first: prompts are padded on the left, newcomers
-are computed apart, their past key-values padded to equal length and concatenated with the others',
-and finished rows are filtered out. It follows the same plans as the slots engine and is its
-yardstick.
+It does what most tutorials on continuous batching do: prompts are padded on the left and computed
+in a pass of their own, their past key-values are padded to equal length and concatenated with those
+of the running requests, and finished rows are filtered out. It follows the same plans as the slots
+engine and is its baseline.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PastKeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class NotebookEngine(TorchEngine):
-    """Any causal LM of transformers with its own growing cache."""
+    """Any causal LM of transformers, with a cache that grows by one column a step."""
 
     pads_prompts = True
 
@@ -58,74 +58,65 @@ class NotebookEngine(TorchEngine):
         return self._prefill(plan) if plan.chunks else self._decode(plan, step)
 
     def _prefill(self, plan: Plan) -> torch.Tensor:
-        """Compute the newcomers' prompts and merge them into the batch."""
+        """Compute the new requests' prompts and merge them into the batch."""
         prompts = [self._workload.prompt(chunk.request.index) for chunk in plan.chunks]
         longest = max(map(len, prompts))
-        ids = np.zeros((len(prompts), longest), np.int64)
-        mask = np.zeros_like(ids)
+        ids, mask = np.zeros((2, len(prompts), longest), np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
         positions = np.maximum(mask.cumsum(1) - 1, 0)
-        best, past = self._compute(ids, mask, positions, [])
-        newcomers = self._tensor(mask)
+        new_mask = self._tensor(mask)
+        best, past = self._compute(self._tensor(ids), new_mask, positions, [])
         columns = max(longest, self._mask.shape[1])
-        self._mask = torch.cat([_left_padded(m, 1, columns) for m in (self._mask, newcomers)])
-        self._past = (
-            [
-                (
-                    torch.cat([_left_padded(k, 2, columns), _left_padded(new_k, 2, columns)]),
-                    torch.cat([_left_padded(v, 2, columns), _left_padded(new_v, 2, columns)]),
-                )
-                for (k, v), (new_k, new_v) in zip(self._past, past, strict=True)
-            ]
-            if self._rows
-            else past
-        )
+
+        def joined(dim: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            return torch.cat([_left_padded(part, dim, columns) for part in (old, new)])
+
+        self._mask = joined(1, self._mask, new_mask)
+        if self._rows:
+            pairs = zip(self._past, past, strict=True)
+            past = [(joined(2, k, new_k), joined(2, v, new_v)) for (k, v), (new_k, new_v) in pairs]
+        self._past = past
         self._rows += [chunk.slot for chunk in plan.chunks]
         return best
 
     def _decode(self, plan: Plan, step: int) -> torch.Tensor:
-        """One token for every row; what a finished one adds is masked and never seen again."""
+        """Compute one token for every row; columns that finished rows add are masked."""
         row_of = {slot: row for row, slot in enumerate(self._rows)}
-        place = np.array([row_of[slot] for slot in plan.slots.tolist()], np.int64)
+        rows = np.array([row_of[slot] for slot in plan.slots.tolist()], np.int64)
         grows, positions = np.zeros((2, len(self._rows), 1), np.int64)
-        grows[place, 0], positions[place, 0] = plan.growing, plan.advanced(step)
+        grows[rows, 0], positions[rows, 0] = plan.growing, plan.advanced(step)
         self._mask = torch.cat([self._mask, self._tensor(grows)], 1)
         ids = self._last[self._tensor(self._rows)].unsqueeze(1)
         best, self._past = self._compute(ids, self._mask, positions, self._past)
-        return best[self._tensor(place)]
+        return best[self._tensor(rows)]
 
     def _compute(
-        self,
-        ids: np.ndarray | torch.Tensor,
-        mask: np.ndarray | torch.Tensor,
-        positions: np.ndarray,
-        past: PastKeyValues,
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: np.ndarray, past: PastKeyValues
     ) -> tuple[torch.Tensor, PastKeyValues]:
-        """Next token of each row, and the past key-values with this pass in them."""
+        """Return the next token of each row, and the past key-values with this pass in them."""
         cache = DynamicCache()
         for layer, (k, v) in enumerate(past):
             cache.update(k, v, layer)
         self._calls += 1
         out = self._model.module(
-            input_ids=ids if isinstance(ids, torch.Tensor) else self._tensor(ids),
-            attention_mask=mask if isinstance(mask, torch.Tensor) else self._tensor(mask),
+            input_ids=ids,
+            attention_mask=mask,
             position_ids=self._tensor(positions),
             use_cache=True,
             logits_to_keep=1,
             **{self._cache_argument: cache},
         )
-        new = [(layer.keys, layer.values) for layer in cache.layers]
-        return best_token(out.logits[:, -1]), new
+        return best_token(out.logits[:, -1]), [(layer.keys, layer.values) for layer in cache.layers]
 
     def _filter(self, keep: list[bool]) -> None:
-        """Drop the rows that left, and the columns on the left that nobody needs any more."""
+        """Drop the rows that left, and the columns on the left that only they used."""
         if not any(keep):
             self._forget()
             return
         rows = self._tensor(np.flatnonzero(keep))
-        self._rows = [slot for slot, kept in zip(self._rows, keep, strict=True) if kept]
+        self._rows = [slot for slot, stays in zip(self._rows, keep, strict=True) if stays]
         self._mask = self._mask[rows]
         first = int(self._mask.any(0).int().argmax())
         self._mask = self._mask[:, first:]
@@ -133,7 +124,6 @@ class NotebookEngine(TorchEngine):
 
 
 def _left_padded(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """The tensor with zeros before it along ``dim``, up to ``size``."""
     missing = size - tensor.shape[dim]
     if not missing:
         return tensor

@@ -1,4 +1,4 @@
-"""An engine with a virtual clock: no model runs; a step costs one unit, or what a fit says."""
+"""An engine with a virtual clock: no model runs; a step costs one unit, or a fitted time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from batchbench.batching.step_cost import PS, StepCost
 from batchbench.workloads import Workload
 
 UNIT_NS = 1_000_000
-"""What a step costs in simulation if nothing else is said: one unit, shown as a millisecond."""
+"""Cost of a simulated step without a fitted cost: one unit, shown as a millisecond."""
 
 
 class SimulatedEngine:
-    """Lets time pass as if it computed.
+    """Advance a virtual clock as if passes were computed.
 
     Args:
-        cost: nanoseconds of every step, or what a step costs by what it computes.
+        cost: nanoseconds of every step, or the cost of a step by its work.
     """
 
     simulated = True
@@ -46,7 +46,7 @@ class SimulatedEngine:
     def run(self, plan: Plan) -> int:
         start = self.clock.now()
         beyond = self._beyond_ps if start == self._ended else 0
-        if self._host_ns and self._is_new(plan):
+        if self._host_ns and self._batch_changes(plan):
             start += self._host_ns
         passes = self._cost.of_plan(plan)
         steps = min(plan.repeat, passes.alike)
@@ -59,10 +59,11 @@ class SimulatedEngine:
         self.clock.wait_until(self._ended)
         return steps
 
-    def _is_new(self, plan: Plan) -> bool:
-        """Whether something had to be decided: who joins, or who is done.
+    def _batch_changes(self, plan: Plan) -> bool:
+        """Return True if requests join or finish, so that the host decides something.
 
-        Not whether it is a new call: how many passes are planned at once must not show.
+        Several calls for one unchanged batch cost no host time: the result does not depend on how
+        many passes are planned at once.
         """
         chunks, self._chunks = self._chunks, len(plan.chunks)
         if plan.chunks:
@@ -71,11 +72,10 @@ class SimulatedEngine:
         return bool(chunks or plan.released) or growing != self._growing
 
     def stopped(self, plan: Plan) -> Collection[int]:
-        """Nobody: without a model no text ends."""
-        return ()
+        return ()  # without a model no text ends
 
     def wait(self) -> None:
-        """Nothing: what was run is done."""
+        """Return at once."""
 
     def collect(self) -> Steps:
         starts = np.array(self._starts, np.int64)

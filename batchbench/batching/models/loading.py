@@ -1,4 +1,4 @@
-"""Loading a model onto a device: pretrained from safetensors, or made up."""
+"""Load a model onto a device: pretrained from safetensors, or with dummy weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,18 +25,18 @@ from batchbench.batching.models.source import ModelSpec, Source
 from batchbench.errors import UsageError
 
 _EMBEDDING, _POSITION, _GAIN = 0.1, 0.2, 2.0
-"""Spread of token and of position embeddings, and what a matrix multiplies the size of its input
-by. With tied embeddings a small gain repeats the input token for ever; a large one is chaotic: at
-4, rounding to bfloat16 changes two thirds of all next tokens, at 2 one in ten (docs/log.md)."""
+"""Standard deviation of token and position embeddings, and the factor by which a matrix scales its
+input. With tied embeddings a small gain repeats the input token for ever; a large one is chaotic:
+at 4, rounding to bfloat16 changes two thirds of all next tokens, at 2 one in ten (docs/log.md)."""
 
 
 @torch.no_grad()
 def fill_with_dummy_weights(model: nn.Module, seed: int) -> None:
-    """Overwrite all parameters: norms with 1 and 0, biases with 0, the rest at random."""
+    """Fill all parameters: norms with 1 and 0, biases with 0, the rest at random."""
     filled = set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
-            if id(parameter) in filled:  # tied to one that came before
+            if id(parameter) in filled:  # tied to an earlier one
                 continue
             filled.add(id(parameter))
             if "norm" in type(module).__name__.lower():
@@ -50,7 +49,6 @@ def fill_with_dummy_weights(model: nn.Module, seed: int) -> None:
 
 
 def _spread(module: nn.Module, path: str, parameter: nn.Parameter) -> float:
-    """Standard deviation of a matrix's values."""
     if isinstance(module, nn.Embedding):
         return _POSITION if path.endswith("wpe") else _EMBEDDING
     inputs_first = type(module).__name__ == "Conv1D"  # transformers': [inputs, outputs]
@@ -58,11 +56,11 @@ def _spread(module: nn.Module, path: str, parameter: nn.Parameter) -> float:
 
 
 def uniform(name: str, seed: int, count: int, spread: float) -> NDArray[np.float32]:
-    """``count`` float32 values of standard deviation ``spread``, uniform and centred.
+    """Return ``count`` uniform float32 values of mean 0 and standard deviation ``spread``.
 
-    Drawn as 16-bit integers from Philox, whose stream is fixed by its definition (Salmon et al.,
-    SC 2011), and scaled by one rounding of one product each: the same bits everywhere. The name of
-    a parameter is part of its key, so that the order of parameters does not matter.
+    They are drawn as 16-bit integers from Philox, whose stream is fixed by its definition (Salmon
+    et al., SC 2011), and scaled by one product each: the same bits everywhere. The name of a
+    parameter is part of the key, so the order of parameters does not matter.
     """
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
     raw = np.random.Philox(key=key).random_raw((count + 3) // 4)
@@ -78,7 +76,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A causal LM on its device, ready to compute."""
+    """A causal LM on its device."""
 
     source: Source
     module: PreTrainedModel
@@ -87,61 +85,60 @@ class LoadedModel:
 
     @property
     def dtype_name(self) -> str:
-        """float32, bfloat16 or float16."""
+        """The number format: float32, bfloat16 or float16."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all parameters, tied ones once."""
-        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+        """The bytes of all parameters, tied ones once."""
+        return sum(p.nbytes for p in self.module.parameters())
 
     @cached_property
     def weights_digest(self) -> str:
-        """SHA-256 over the name, shape, number format and CRC-32 of every parameter.
+        """The SHA-256 of name, shape, number format and CRC-32 of every parameter.
 
-        All bytes are read, and a CRC misses no change within 32 bits, so no weight can change
-        unnoticed. (SHA-256 of the weights themselves takes 1 s for gpt2 where this takes 0.4 s, and
-        a sweep over models would wait for it.)
+        A CRC misses no change within 32 bits, so no weight can change unnoticed. SHA-256 of the
+        weights themselves takes 1 s for gpt2, this 0.4 s.
         """
         content = hashlib.sha256()
         for name, tensor in sorted(self.module.named_parameters()):
             raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            about = f"{name} {tuple(tensor.shape)} {tensor.dtype} {zlib.crc32(raw):08x}\n"
-            content.update(about.encode())
+            line = f"{name} {tuple(tensor.shape)} {tensor.dtype} {zlib.crc32(raw):08x}\n"
+            content.update(line.encode())
         return content.hexdigest()
 
 
-def resolve_device(asked: str) -> torch.device:
-    """The device that ``--device`` names.
+def resolve_device(name: str) -> torch.device:
+    """Return the device that ``--device`` names.
 
     Raises:
         UsageError: this machine has no such device.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if asked == "auto":
+    if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     there = ["cpu"] + ["mps"] * mps
     there += [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cuda else []
-    wanted = "cuda:0" if asked == "cuda" else asked
+    wanted = "cuda:0" if name == "cuda" else name
     if wanted not in there:
-        raise UsageError(f"--device {asked}: not on this machine; it has {', '.join(there)}")
+        raise UsageError(f"--device {name}: not on this machine; it has {', '.join(there)}")
     return torch.device(wanted)
 
 
-def resolve_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """The number format that ``--dtype`` names.
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the number format that ``--dtype`` names.
 
     Raises:
         UsageError: the device cannot compute in it.
     """
-    if asked == "auto":
+    if name == "auto":
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if _computes_in(torch.bfloat16, device) else torch.float16
-    dtype = _DTYPES[asked]
+    dtype = _DTYPES[name]
     if not _computes_in(dtype, device):
         able = [name for name, other in _DTYPES.items() if _computes_in(other, device)]
-        raise UsageError(f"--dtype {asked}: {device} lacks it; it has {', '.join(able)}")
+        raise UsageError(f"--dtype {name}: {device} lacks it; it has {', '.join(able)}")
     return dtype
 
 
@@ -162,36 +159,40 @@ def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def set_threads(spec: ModelSpec) -> int:
-    """Give torch its CPU threads: as many as asked for, else as OMP_NUM_THREADS says, else one a
-    core that this process may use. The number it now has."""
-    users = os.environ.get("OMP_NUM_THREADS", "")
-    usual = int(users) if users.isdecimal() and int(users) else usable_cores()
-    torch.set_num_threads(spec.threads or usual)
+    """Set and return torch's CPU threads: the number given, else OMP_NUM_THREADS, else one for
+    each core that this process may use."""
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    default = int(variable) if variable.isdecimal() and int(variable) else usable_cores()
+    torch.set_num_threads(spec.threads or default)
     return torch.get_num_threads()
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device."""
+    """Return the free memory of the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_host_bytes()
 
 
 def give_back_memory() -> None:
-    """Return to the devices what torch keeps for itself of models and caches that are gone."""
+    """Free the memory of deleted models and caches that torch still holds."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def load_model(source: Source, spec: ModelSpec, seed: int) -> LoadedModel:
-    """Load or make up the weights.
+    """Load the weights, or draw dummy ones.
 
     Raises:
         UsageError: no such device or dtype, a checkpoint that does not fit its configuration, or
             too little memory.
     """
-    _quiet()
+    # No progress bars and warnings of libraries between our own lines.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     _check_room(source, spec, dtype, device)
@@ -207,12 +208,12 @@ def load_model(source: Source, spec: ModelSpec, seed: int) -> LoadedModel:
 
 
 def count_parameters(source: Source) -> int:
-    """Number of the model's parameters, tied ones once; allocates nothing."""
+    """Return the number of parameters, tied ones once; allocates nothing."""
     config = model_config(source)
     try:
         with torch.device("meta"):
             shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a configuration that no causal language model can be made of
+    except Exception as error:  # anything, for a configuration of another kind of model
         raise UsageError(f"--model {source.name}: is no causal language model: {error}") from error
     shapes.tie_weights()
     return sum(p.numel() for p in shapes.parameters())
@@ -220,7 +221,7 @@ def count_parameters(source: Source) -> int:
 
 def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
     parameters = count_parameters(source)
-    # Made-up weights are drawn in float32 on the host.
+    # Dummy weights are drawn in float32 on the host.
     on_host = parameters * (4 if source.load_format == "dummy" else dtype.itemsize)
     for where, needed in ((torch.device("cpu"), on_host), (device, parameters * dtype.itemsize)):
         if needed > (room := free_bytes(where)):
@@ -230,22 +231,13 @@ def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: tor
             )
 
 
-def _quiet() -> None:
-    """No progress bars and warnings of libraries among our own lines."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-
-
 def model_config(source: Source) -> Any:
-    """The model's configuration as transformers has it."""
-    options: Mapping[str, Any] = source.config
+    """Return the model's configuration as transformers has it."""
     try:
         if source.folder is not None:
             return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-        return AutoConfig.for_model(**options)
-    except Exception as error:  # whatever transformers makes of a spoiled configuration
+        return AutoConfig.for_model(**source.config)
+    except Exception as error:  # anything, for a damaged configuration
         why = str(error)
         if "auto_map" in source.config:
             why = "it needs code of its own (auto_map), which is never run; take another model"
@@ -259,12 +251,12 @@ def _dummy(source: Source, dtype: torch.dtype, seed: int) -> PreTrainedModel:
             module = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
             )
-    except ValueError as error:  # its attention is not of the kind that can be exchanged
+    except ValueError as error:  # its attention implementation cannot be chosen
         raise UsageError(f"--model {source.name}: cannot be served: {error}") from error
     module.tie_weights()
     fill_with_dummy_weights(module, seed)
-    made: PreTrainedModel = module.to(dtype)
-    return made
+    converted: PreTrainedModel = module.to(dtype)
+    return converted
 
 
 def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,20 +1,24 @@
-"""Finding a model: its configuration, its files, or the decision to make its weights up.
+"""Find a model: its configuration, files and tokenizer, or a known shape for dummy weights.
 
-No torch here, so that a wrong name is answered at once.
+There is no torch here, so that a wrong name is answered at once. A checkpoint may come from anyone:
+none of its code is run, nothing outside its folder is read, and sizes that no model has are refused
+before memory is taken for them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from batchbench import settings
-from batchbench.batching.models.checking import check_index, read_config
 from batchbench.errors import UsageError, shown
+from batchbench.files import reason_of
+from batchbench.json_file import read_json
 from batchbench.settings import setting
 
 _PANEL = "Model"
@@ -24,7 +28,7 @@ DEVICES = "auto, cuda, cuda:N, mps or cpu"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The model as asked for."""
+    """The model, its number format and its device."""
 
     model: str = setting(
         "openai-community/gpt2",
@@ -63,8 +67,8 @@ class ModelSpec:
 
 
 REACH_S = 1.0
-"""How long the hub may take to answer before it counts as out of reach. (The hub client's own
-retries take 23 s on a host without network.)"""
+"""Seconds to wait for the hub. (The hub client's own retries take 23 s on a host without
+network.)"""
 
 _GPT2 = {
     "model_type": "gpt2",
@@ -92,44 +96,44 @@ KNOWN: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Short name: hub id, and the shape as in the hub's config.json."""
 
 MADE_UP: Mapping[str, Mapping[str, Any]] = {"toy-gpt2": _shape(256, 4, 4)}
-"""Shapes like GPT-2's that nobody has trained: small enough for a quick run on any machine."""
+"""Small shapes like GPT-2's without trained weights, for a quick run on any machine."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from."""
+    """The place that a model comes from."""
 
     name: str  # the short name, the hub id, or the folder's name
     load_format: str  # pretrained or dummy, no longer auto
     config: Mapping[str, Any]  # as in config.json
     folder: Path | None  # checkpoint files; None for a built-in shape
-    note: str  # one line on what was decided
+    note: str  # one line on the decision
 
     @property
     def context(self) -> int | None:
-        """Longest sequence that the model takes, in tokens."""
-        found = self.config.get("n_positions") or self.config.get("max_position_embeddings")
-        return None if found is None else int(found)
+        """The model's longest sequence in tokens."""
+        context = self.config.get("n_positions") or self.config.get("max_position_embeddings")
+        return None if context is None else int(context)
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
+        """The number of token ids."""
         return int(self.config["vocab_size"])
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text."""
-        found = self.config.get("eos_token_id")
-        if found is None:
+        """The tokens that end a text."""
+        eos = self.config.get("eos_token_id")
+        if eos is None:
             return ()
-        return tuple(found) if isinstance(found, list) else (int(found),)
+        return tuple(eos) if isinstance(eos, list) else (int(eos),)
 
 
 def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
     """Decide where the model comes from.
 
     Args:
-        weights: whether weights will be loaded; a simulation needs the configuration only.
+        weights: weights will be loaded; a simulation needs the configuration only.
 
     Raises:
         UsageError: there is no such model, or its folder is no checkpoint.
@@ -144,9 +148,12 @@ def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
     if is_there or spec.model.startswith((".", "/", "~")):
         what = "is a file" if is_there else "no such folder"
         raise UsageError(f"--model {spec.model}: {what}; give a checkpoint's folder or a hub id")
-    if spec.model in MADE_UP:
-        return _made_up(spec)
-    return _from_hub(spec, weights)
+    if spec.model not in MADE_UP:
+        return _from_hub(spec, weights)
+    if spec.load_format == "pretrained":
+        raise UsageError(f"--model {spec.model}: has no trained weights; use --load-format dummy")
+    line = f"{spec.model}: a small shape like GPT-2's, dummy weights (seeded random values)"
+    return Source(spec.model, "dummy", MADE_UP[spec.model], None, line)
 
 
 def _from_folder(spec: ModelSpec, folder: Path, name: str, weights: bool) -> Source:
@@ -157,7 +164,7 @@ def _from_folder(spec: ModelSpec, folder: Path, name: str, weights: bool) -> Sou
     if not files:
         raise UsageError(
             f"--model {spec.model}: holds no *.safetensors file (other formats are not loaded); "
-            "--load-format dummy makes weights of its shape up"
+            "add --load-format dummy for random weights of its shape"
         )
     check_index(spec.model, folder)
     for file in files:
@@ -175,15 +182,6 @@ def _check_safetensors(model: str, file: Path) -> None:
         raise UsageError(
             f"--model {model}: {file.name} is torn or no safetensors file ({error}); fetch it again"
         ) from error
-
-
-def _made_up(spec: ModelSpec) -> Source:
-    if spec.load_format == "pretrained":
-        raise UsageError(
-            f"--model {spec.model}: is a shape that nobody has trained; take --load-format dummy"
-        )
-    line = f"{spec.model}: a made-up small GPT-2 shape, dummy weights (seeded random values)"
-    return Source(spec.model, "dummy", MADE_UP[spec.model], None, line)
 
 
 def _from_hub(spec: ModelSpec, weights: bool) -> Source:
@@ -209,7 +207,7 @@ def _from_hub(spec: ModelSpec, weights: bool) -> Source:
 
 
 def _snapshot(hub_id: str, revision: str | None, weights: bool, *, local: bool) -> Path | None:
-    """The model's files, from the local cache or the hub; None when they are not there."""
+    """Return the folder of the model's files in the local cache or the hub; None if absent."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -233,7 +231,7 @@ def _snapshot(hub_id: str, revision: str | None, weights: bool, *, local: bool) 
 
 
 def _ask_hub(hub_id: str, revision: str | None) -> str | None:
-    """Why the hub cannot give the model; None when it can. Takes :data:`REACH_S` at most."""
+    """Return why the hub cannot give the model; None if it can. Takes at most :data:`REACH_S`."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -252,8 +250,163 @@ def _ask_hub(hub_id: str, revision: str | None) -> str | None:
         except Exception as error:  # any transport's error means the same
             answer[0] = f"the hub cannot be reached ({type(error).__name__})"
 
-    # In a thread: a name server that is silent blocks for longer than any HTTP timeout.
+    # In a thread: a silent name server blocks for longer than any HTTP timeout.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(REACH_S)
     return answer[0] or None
+
+
+_NEEDED = (
+    *("vocab_size", "n_positions", "max_position_embeddings", "n_embd", "hidden_size"),
+    *("n_layer", "num_hidden_layers", "n_head", "num_attention_heads"),
+)
+"""Settings of config.json that must be above 0 if they are given."""
+
+_SIZES = re.compile(
+    r"(vocab|hidden|intermediate|ffn|d|n|num|max|moe|head)_\w*|n_ctx|d_model|head_dim|ffn_dim"
+)
+"""Names of settings that are sizes if they are whole numbers."""
+
+_COUNTS = re.compile(r"(n|num)_\w*(layer|head|expert|block|group|stage|codebook)\w*")
+"""Names of settings that count the parts of a model."""
+
+MOST_SIZE, MOST_COUNT = 2**31 - 1, 10_000
+"""Largest size and count. The largest known model has 126 layers, 160 experts and 10 million
+positions."""
+
+
+def read_config(model: str, folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's ``config.json``, and check that it can describe a model.
+
+    Raises:
+        UsageError: it is missing, is not JSON, or holds impossible sizes.
+    """
+    try:
+        config = read_json(folder / "config.json", constants=True)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"--model {model}: is not a checkpoint: config.json is missing") from error
+    except (OSError, UsageError) as error:
+        why = reason_of(error) if isinstance(error, OSError) else error
+        raise UsageError(f"--model {model}: its config.json cannot be read: {why}") from error
+    if not isinstance(config, dict) or not {"model_type", "vocab_size"} <= config.keys():
+        raise UsageError(f"--model {model}: its config.json names no model_type and vocab_size")
+    if fault := _fault(config):
+        raise UsageError(f"--model {model}: its config.json says {fault}")
+    return config
+
+
+def _fault(config: Mapping[str, Any]) -> str | None:
+    def spell(value: object) -> str:
+        return shown(json.dumps(value))
+
+    if not isinstance(config["model_type"], str):
+        return f"model_type = {spell(config['model_type'])}; it must be a text"
+    for name in _NEEDED:
+        if name in config and not (_is_whole(config[name]) and config[name] > 0):
+            return f"{name} = {spell(config[name])}; it must be a number above 0"
+    for name, value in config.items():
+        most = MOST_COUNT if _COUNTS.fullmatch(name) else MOST_SIZE
+        if _is_whole(value) and _SIZES.fullmatch(name) and not -1 <= value <= most:
+            return f"{name} = {value}; it must be 0 to {most}"
+    eos = config.get("eos_token_id")
+    tokens = eos if isinstance(eos, list) else [eos] if eos is not None else []
+    if not all(_is_whole(token) and -1 <= token <= MOST_SIZE for token in tokens):
+        return f"eos_token_id = {spell(eos)}; it must be a token's number or a list of them"
+    return None
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_index(model: str, folder: Path) -> None:
+    """Check the index of a checkpoint in several files: it may name files of its folder only.
+
+    Raises:
+        UsageError: it is not an index, or names a file that is missing or outside the folder.
+    """
+    file = folder / "model.safetensors.index.json"
+    if not file.exists() or (folder / "model.safetensors").exists():
+        return
+    place = f"--model {model}: its {file.name}"
+    try:
+        index = read_json(file)
+    except (OSError, UsageError) as error:
+        raise UsageError(f"{place} cannot be read; fetch it again") from error
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise UsageError(f"{place} has no weight_map; fetch it again")
+    for name in sorted(set(names.values())):
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise UsageError(
+                f"{place} names {name[:80]}, which is not a safetensors file of its folder; "
+                "nothing outside the folder is read"
+            )
+        if not (folder / name).is_file():
+            raise UsageError(f"--model {model}: lacks {name}, named by its {file.name}")
+
+
+class Tokenizer(Protocol):
+    """Convert text to token ids and back.
+
+    Encoding adds no special tokens. Decoding keeps those that the ids hold: without ``<|im_end|>``
+    and ``<|im_start|>`` the role between two turns, ``assistant``, would look like text of the
+    model.
+    """
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids."""
+
+
+class _Fast:
+    def __init__(self, file: Path) -> None:
+        from tokenizers import Tokenizer as Loaded
+
+        self._tokenizer = Loaded.from_file(str(file))
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+class _Transformers:
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(list(ids), **options))
+
+
+def find_tokenizer(folder: Path | None) -> Tokenizer | None:
+    """Return the tokenizer in a checkpoint's folder; None if there is none.
+
+    Raises:
+        UsageError: its file is damaged.
+    """
+    if folder is None:
+        return None
+    try:
+        if (folder / "tokenizer.json").exists():
+            return _Fast(folder / "tokenizer.json")
+        if (folder / "vocab.json").exists() or (folder / "tokenizer_config.json").exists():
+            return _Transformers(folder)
+    except Exception as error:  # the libraries raise plain Exception for a damaged file
+        raise UsageError(
+            f"{folder}: its tokenizer (tokenizer.json or vocab.json) cannot be read: {error}; "
+            "fetch it again"
+        ) from error
+    return None

@@ -1,4 +1,4 @@
-"""What a search for capacity found: sentence, table, ``capacity.json``, picture."""
+"""The report of a search for capacity: sentence, table, ``capacity.json`` and picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -18,6 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+import batchbench
 from batchbench.files import write_whole
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
@@ -36,156 +36,41 @@ from batchbench.reports.statistics import CONFIDENCE
 from batchbench.reports.text import called, clean_text, number, spell_number
 from batchbench.studies.capacity.probe import GROWTH, Probe, Verdict
 from batchbench.studies.capacity.search import Capacity, CapacityFindings
-from batchbench.studies.sweep.facets import ticks_apart, write_tick
-from batchbench.version import __version__
-
-_LABELS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E latency"}
-
-_MARKS: Mapping[str, dict[str, Any]] = {
-    "sustained": {"marker": "o", "ms": 6.5},
-    "border": {"marker": "D", "ms": 5.5, "mfc": "#ffffff", "mew": 1.4},
-    "not sustained": {"marker": "o", "ms": 6, "mfc": "#ffffff", "mew": 1.4},
-}
-
-
-def draw_capacity(data: Mapping[str, Any], headline: str, title: str) -> Figure:
-    """Attainment over the rate with what was asked for, and each limited latency with its limit.
-
-    Args:
-        data: as in ``capacity.json``.
-    """
-    with house_style():
-        return _draw(data, headline, clean_text(title))
-
-
-def _draw(data: Mapping[str, Any], headline: str, title: str) -> Figure:
-    strategies = name_strategies(dict.fromkeys(data["strategies"], ()))
-    limits: Mapping[str, float] = data["limits_ms"]
-    panels: Sequence[str] = ["attainment", *limits]
-    # An odd panel would stand alone below; then the first takes the width of two.
-    wide_first = len(panels) % 2 == 1
-    rows = -(-(len(panels) + wide_first) // 2)
-    height, step = 2.1, 2.1 + 0.95
-    notes = (
-        "Filled: sustained; hollow: not; diamond: the trials do not tell. Whisker: 95 % interval. "
-        "Dotted: what is asked. Vertical line: the highest rate that is sustained."
-    )
-    card = make_card(headline, title, 0.72 + rows * step - 0.45, notes)
-    add_line_legend(card, strategies)
-    half = (WIDE - 0.62 - 0.75) / 2
-    for k, what in enumerate(panels):
-        row, column = divmod(k + wide_first if k else 0, 2)
-        width = WIDE - 0.62 if wide_first and not k else half
-        left, top = 0.62 + column * (half + 0.75), 0.72 + row * step
-        axes = card.axes(left, top, width, height)
-        _panel(axes, data, strategies, what)
-        _finish(axes, data, width * 72)
-    return card.figure
-
-
-def _panel(axes: Axes, data: Mapping[str, Any], strategies: Sequence[Strategy], what: str) -> None:
-    """One figure over the rate, of all strategies."""
-    share = 100 * data["slo_attainment"]
-    limit = share if what == "attainment" else data["limits_ms"][what]
-    axes.axhline(limit, color=INK, lw=1.2, ls=":")
-    for strategy in strategies:
-        found = data["strategies"][strategy.name]
-        probes = sorted(found["probes"], key=lambda probe: probe["rate"])
-        rates = [probe["rate"] for probe in probes]
-        values = [_value(probe, what) for probe in probes]
-        axes.plot(rates, values, **{**strategy.line, "lw": 1.2}, gid=f"{what}-{strategy.index}")
-        for probe, value in zip(probes, values, strict=True):
-            look = {"mfc": strategy.colour, "mec": strategy.colour, **_MARKS[probe["verdict"]]}
-            if what == "attainment":
-                ends = [100 * end for end in probe["attainment"]["ci95"]]
-                axes.vlines(probe["rate"], *ends, color=strategy.tint(0.3), lw=1.2)
-            axes.plot(probe["rate"], value, ls="", **look)
-        if found["rate"]:
-            axes.axvline(found["rate"], color=strategy.tint(0.2), lw=1.2, zorder=1)
-    if what == "attainment":
-        axes.set(ylim=(0, 104), yticks=[0, 25, 50, 75, 100])
-        title = f"% of requests within all limits; asked: {share:g}"
-    else:
-        axes.set_yscale("log")
-        title = f"{_CALLED[what]} p{share:g} in ms; limit: {limit:g}"
-    axes.set_title(title, size=9.5, weight="bold", loc="left", pad=19)
-
-
-def _value(probe: Mapping[str, Any], what: str) -> float:
-    if what == "attainment":
-        return 100 * float(probe["attainment"]["share"])
-    found = probe["latency_ms"].get(what)
-    return np.nan if found is None else float(found)
-
-
-def _finish(axes: Axes, data: Mapping[str, Any], width: float) -> None:
-    """Rates on a logarithmic axis, each capacity named above its line."""
-    rates = [p["rate"] for found in data["strategies"].values() for p in found["probes"]]
-    low, high = min(rates), max(rates)
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(low / 1.15, high * 1.15)
-    axes.grid(axis="y", color=FAINT, lw=0.7)
-    strip_axes(axes, "bottom")
-    powers = [2.0**k for k in range(int(np.floor(np.log2(low))), int(np.log2(high)) + 2)]
-    ticks = ticks_apart([p for p in powers if low / 1.15 <= p <= high * 1.15] or [low], width)
-    axes.set_xticks(ticks, [write_tick(tick) for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("requests/s")
-    for strategy in name_strategies(dict.fromkeys(data["strategies"], ())):
-        rate = data["strategies"][strategy.name]["rate"]
-        if rate:
-            place: Any = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
-            axes.annotate(
-                spell_number(rate),
-                (rate, 1),
-                (0, 3),
-                ha="center",
-                size=9,
-                weight="bold",
-                color=strategy.tint(-0.15),
-                **place,
-            )
-
 
 SCHEMA_VERSION = 1
 
-_CALLED = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E"}
+_LABELS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E"}
 
 
-def sentence(found: CapacityFindings) -> str:
-    """The answer in one sentence."""
+def sentence(findings: CapacityFindings) -> str:
+    """Return the answer in one sentence."""
+    query, checked = findings.query, findings.verification
     limits = " and ".join(
-        f"{_CALLED[name]} ≤ {limit:g} ms" for name, limit in found.asked.goals.limits_ms.items()
+        f"{_LABELS[name]} ≤ {limit:g} ms" for name, limit in query.goals.limits_ms.items()
     )
-    text = f"with {limits} for {100 * found.asked.attainment:g} % of the requests, "
-    if found.experiment.simulated:
+    text = f"with {limits} for {100 * query.attainment:g} % of the requests, "
+    if findings.experiment.simulated:
         text = f"in simulation, {text}"
-    ratio, candidate = found.ratio, found.capacities[-1]
+    ratio, first, last = findings.ratio, findings.capacities[0], findings.capacities[-1]
     if ratio is None:
-        parts = [f"{_suited(c)} carries {_range(c)} requests/s" for c in found.capacities]
-        text += ", ".join(parts)
-    else:
-        base = found.capacities[0]
-        text += (
-            f"{_suited(candidate)} carries {ratio.value:.2f}× ({ratio.low:.2f}–{ratio.high:.2f}) "
-            f"the load of {_suited(base)}: {_range(candidate)} against {_range(base)} requests/s"
+        text += ", ".join(
+            f"{called(c.strategy)} sustains {_range(c)} requests/s" for c in findings.capacities
         )
-    checked = found.verification
+    else:
+        text += (
+            f"{called(last.strategy)} sustains {ratio.value:.2f}× ({ratio.low:.2f}–"
+            f"{ratio.high:.2f}) the load of {called(first.strategy)}: {_range(last)} against "
+            f"{_range(first)} requests/s"
+        )
     if checked.requests_checked:
         text += f"; outputs identical for {checked.identical}/{checked.requests_checked} requests"
         if checked.numerical_ties:
             text += f", {checked.numerical_ties} numerical ties"
         if checked.wrong:
             text += f", {checked.wrong} WRONG"
-    if found.reasons:
-        text += f"; suspect ({'; '.join(found.reasons)})"
+    if findings.reasons:
+        text += f"; suspect ({'; '.join(findings.reasons)})"
     return text + "."
-
-
-def _suited(capacity: Capacity) -> str:
-    return called(capacity.strategy)
 
 
 def _range(capacity: Capacity) -> str:
@@ -198,128 +83,125 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def headline(found: CapacityFindings) -> str:
-    """The sentence of the picture."""
-    ratio = found.ratio
+def headline(findings: CapacityFindings) -> str:
+    """Return the sentence above the picture."""
+    ratio, first, last = findings.ratio, findings.capacities[0], findings.capacities[-1]
     if ratio is None:
-        first = found.capacities[0]
-        return f"Within these limits {_suited(first)} carries {_range(first)} requests/s"
-    base, other = found.capacities[0], found.capacities[-1]
-    text = f"Within these limits {_suited(other)} carries {ratio.value:.2f}× the load"
-    return f"{text} of {_suited(base)}"
-
-
-def title_of(found: CapacityFindings) -> str:
-    """Model, device, batch size and workload in a line."""
-    slots = found.experiment.serving.batch_size
-    place = (
-        "simulated"
-        if found.experiment.simulated
-        else f"{found.model['device']} {found.model['dtype']}"
+        return f"Within these limits {called(first.strategy)} sustains {_range(first)} requests/s"
+    return (
+        f"Within these limits {called(last.strategy)} sustains {ratio.value:.2f}× the load of "
+        f"{called(first.strategy)}"
     )
-    return f"{found.model['name']} · {place} · {slots:,} slots · {found.workload}"
 
 
-def table(found: CapacityFindings) -> Table:
-    """All probes, strategy by strategy, the lowest rate first."""
-    share = 100 * found.asked.attainment
+def title_of(findings: CapacityFindings) -> str:
+    """Return model, device, batch size and workload in a line."""
+    model, slots = findings.model, findings.experiment.serving.batch_size
+    simulated = findings.experiment.simulated
+    place = "simulated" if simulated else f"{model['device']} {model['dtype']}"
+    return f"{model['name']} · {place} · {slots:,} slots · {findings.workload}"
+
+
+def table(findings: CapacityFindings) -> Table:
+    """Return a row for each probe, strategy by strategy, the lowest rate first."""
+    share, limits = 100 * findings.query.attainment, findings.query.goals.limits_ms
     grid = Table(
-        title=title_of(found),
-        caption=f"95 % intervals over trials; a queue grows if more than {100 * GROWTH:.0f} % of "
-        "those that come stay in it" + ("; a step counts as 1 ms" * found.experiment.simulated),
+        title=title_of(findings),
+        caption=f"Intervals: 95 % over trials. Sustained: at least {share:g} % of requests within "
+        f"limits, and at most {100 * GROWTH:.0f} % of arrivals added to the queue."
+        + " A step counts as 1 ms."
+        * findings.experiment.simulated,
         title_style="bold",
         caption_style="dim",
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     grid.add_column("strategy", no_wrap=True)
-    grid.add_column("req/s", justify="right")
-    grid.add_column("trials", justify="right")
-    grid.add_column("% of requests\nwithin limits", justify="right")
-    grid.add_column("queue\ngrows %", justify="right")
-    for name in found.asked.goals.limits_ms:
-        grid.add_column(f"{_CALLED[name]}\np{share:g} ms", justify="right")
-    grid.add_column("sus-\ntained", no_wrap=True)
-    for capacity in found.capacities:
+    names = [f"{_LABELS[name]}\np{share:g} ms" for name in limits]
+    for name in ("req/s", "trials", "% of requests\nwithin limits", "queue\ngrows %", *names):
+        grid.add_column(name, justify="right")
+    grid.add_column("sus-\ntained")
+    for capacity in findings.capacities:
         probes = sorted(capacity.probes, key=lambda probe: probe.rate)
         for i, probe in enumerate(probes):
-            grid.add_row(
-                capacity.strategy if i == 0 else "",
-                *_cells(probe, list(found.asked.goals.limits_ms)),
-                Text(*_SUSTAINED[probe.verdict]),
-                end_section=i == len(probes) - 1,
-            )
+            name = "" if i else capacity.strategy
+            verdict = _verdict(probe, findings.query.attainment)
+            grid.add_row(name, *_cells(probe, limits), verdict, end_section=i == len(probes) - 1)
     return grid
 
 
-_SUSTAINED = {
-    Verdict.SUSTAINED: ("yes", "green"),
-    Verdict.NOT_SUSTAINED: ("no", "red"),
-    Verdict.BORDER: ("border", "yellow"),
-}
-
-
-def _cells(probe: Probe, limited: list[str]) -> list[str]:
-    share, waits = probe.attainment, probe.latency_ms
+def _cells(probe: Probe, limited: Mapping[str, float]) -> list[str]:
+    share = probe.attainment
     interval = f" ({100 * share.low:.1f}–{100 * share.high:.1f})" if len(probe.trials) > 1 else ""
     return [
         _rate(probe.rate),
         str(len(probe.trials)),
         f"{100 * share.value:.1f}{interval}",
         f"{100 * probe.growth.value:.1f}".replace("-0.0", "0.0"),
-        *(number(waits.get(name)) for name in limited),
+        *(number(probe.latency_ms.get(name)) for name in limited),
     ]
 
 
-def render(found: CapacityFindings) -> RenderableType:
-    """Sentence and table."""
-    style = "bold red" if found.verification.wrong else "bold yellow" if found.reasons else "bold"
-    return Group(Text(sentence(found), style=style), Text(), table(found))
+def _verdict(probe: Probe, attainment: float) -> Text:
+    """Return yes or no; of a borderline rate, the value that its interval includes."""
+    if probe.verdict is Verdict.SUSTAINED:
+        return Text("yes", "green")
+    if probe.verdict is Verdict.NOT_SUSTAINED:
+        return Text("no", "red")
+    unclear = probe.attainment.low < attainment
+    why = f"{100 * attainment:g} % in interval" if unclear else "queue may grow"
+    return Text(f"borderline: {why}", "yellow")
 
 
-def data_of(found: CapacityFindings, command: str) -> dict[str, Any]:
-    """``capacity.json`` as data; what has no meaning is null."""
-    ratio = found.ratio
+def render(findings: CapacityFindings) -> RenderableType:
+    """Return sentence and table."""
+    suspect = "bold yellow" if findings.reasons else "bold"
+    style = "bold red" if findings.verification.wrong else suspect
+    return Group(Text(sentence(findings), style=style), Text(), table(findings))
+
+
+def data_of(findings: CapacityFindings, command: str) -> dict[str, Any]:
+    """Return the data of ``capacity.json``; a value without meaning is null."""
+    ratio, capacities, checked = findings.ratio, findings.capacities, findings.verification
+    comparison = ratio and {
+        "baseline": capacities[0].strategy,
+        "candidate": capacities[-1].strategy,
+        "ratio": ratio.value,
+        "interval": [ratio.low, ratio.high],
+    }
     return {
         "schema_version": SCHEMA_VERSION,
-        "batchbench_version": __version__,
+        "batchbench_version": batchbench.__version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "simulated": found.experiment.simulated,
-        "config": {**found.experiment.config(), "goals": as_config(found.asked.goals)},
-        "limits_ms": found.asked.goals.limits_ms,
-        "slo_attainment": found.asked.attainment,
-        "precision": found.precision,
-        "max_trials": found.asked.most_trials,
+        "simulated": findings.experiment.simulated,
+        "config": {**findings.experiment.config(), "goals": as_config(findings.query.goals)},
+        "limits_ms": findings.query.goals.limits_ms,
+        "slo_attainment": findings.query.attainment,
+        "precision": findings.precision,
+        "max_trials": findings.query.most_trials,
         "confidence": CONFIDENCE,
-        "alone_ms": {name: _number(value) for name, value in found.lone_ms.items()},
-        "workload": found.workload,
-        "model": dict(found.model),
-        "environment": dict(found.environment),
-        "warm_up": asdict(found.warm_up),
+        "alone_ms": {name: _finite(value) for name, value in findings.unloaded_ms.items()},
+        "workload": findings.workload,
+        "model": dict(findings.model),
+        "environment": dict(findings.environment),
+        "warm_up": asdict(findings.warm_up),
         "strategies": {
             capacity.strategy: {
                 "rate": capacity.low or None,
                 "interval": [capacity.low, capacity.high],
                 "probes": [_probe(probe) for probe in capacity.probes],
             }
-            for capacity in found.capacities
+            for capacity in capacities
         },
-        "comparison": None
-        if ratio is None
-        else {
-            "baseline": found.capacities[0].strategy,
-            "candidate": found.capacities[-1].strategy,
-            "ratio": ratio.value,
-            "interval": [ratio.low, ratio.high],
-        },
+        "comparison": comparison,
         "verification": {
-            "passed": found.verification.passed,
-            **{k: v for k, v in asdict(found.verification).items() if k != "findings"},
+            "passed": checked.passed,
+            **{name: value for name, value in asdict(checked).items() if name != "findings"},
         },
         "validity": {
-            "status": "suspect" if found.reasons else "valid",
-            "reasons": list(found.reasons),
+            "status": "suspect" if findings.reasons else "valid",
+            "reasons": list(findings.reasons),
         },
     }
 
@@ -328,9 +210,9 @@ def _probe(probe: Probe) -> dict[str, Any]:
     share, growth = probe.attainment, probe.growth
     return {
         "rate": probe.rate,
-        "verdict": str(probe.verdict),
+        "verdict": probe.verdict.value,
         "attainment": {"share": share.value, "ci95": [share.low, share.high]},
-        "queue_growth": {"mean": growth.value, "ci95": [_number(growth.low), _number(growth.high)]},
+        "queue_growth": {"mean": growth.value, "ci95": [_finite(growth.low), _finite(growth.high)]},
         "latency_ms": probe.latency_ms,
         "trials": [
             {
@@ -344,19 +226,122 @@ def _probe(probe: Probe) -> dict[str, Any]:
     }
 
 
-def _number(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
 def to_json(data: Mapping[str, Any]) -> str:
-    """``capacity.json``."""
+    """Return ``capacity.json``."""
     return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def write_capacity(folder: Path, found: CapacityFindings, data: Mapping[str, Any]) -> list[Path]:
-    """Write ``capacity.json`` and the picture; the paths."""
-    figure = draw_capacity(data, headline(found), title_of(found))
-    contents: dict[str, bytes | str] = {"capacity.json": to_json(data)}
-    for format in ("png", "svg"):
-        contents[f"capacity.{format}"] = figure_bytes(figure, format)
-    return write_whole(folder, contents)
+def write_capacity(folder: Path, findings: CapacityFindings, data: Mapping[str, Any]) -> list[Path]:
+    """Write ``capacity.json`` and the picture; return their paths."""
+    figure = draw_capacity(data, headline(findings), title_of(findings))
+    pictures = {f"capacity.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
+    return write_whole(folder, {"capacity.json": to_json(data), **pictures})
+
+
+_MARKS: Mapping[str, dict[str, Any]] = {
+    "sustained": {"marker": "o", "ms": 6.5},
+    "border": {"marker": "D", "ms": 5.5, "mfc": "#ffffff", "mew": 1.4},
+    "not sustained": {"marker": "o", "ms": 6, "mfc": "#ffffff", "mew": 1.4},
+}
+
+_LEFT, _TOP, _BETWEEN = 0.62, 0.72, 0.75  # inches: around the panels, and between columns
+
+_HEIGHT, _STEP = 2.1, 3.05  # inches: of a panel, and from one row to the next
+
+_MOST_TICKS = 7
+
+
+def draw_capacity(data: Mapping[str, Any], headline: str, title: str) -> Figure:
+    """Draw attainment over the rate, and each limited latency with its limit.
+
+    Args:
+        data: as in ``capacity.json``.
+    """
+    with house_style():
+        strategies = name_strategies(dict.fromkeys(data["strategies"], ()))
+        panels: Sequence[str] = ["attainment", *data["limits_ms"]]
+        wide_first = len(panels) % 2  # an odd number: the first panel is as wide as two
+        rows = (len(panels) + wide_first) // 2
+        notes = (
+            "Filled: sustained; hollow: not; diamond: borderline, the trials do not decide. "
+            "Whisker: 95 % interval. Dotted: the limit. Vertical line: the highest sustained rate."
+        )
+        card = make_card(headline, clean_text(title), _TOP + rows * _STEP - 0.45, notes)
+        add_line_legend(card, strategies)
+        half = (WIDE - _LEFT - _BETWEEN) / 2
+        for k, panel in enumerate(panels):
+            row, column = divmod(k + wide_first if k else 0, 2)
+            width = WIDE - _LEFT if wide_first and not k else half
+            left = _LEFT + column * (half + _BETWEEN)
+            axes = card.axes(left, _TOP + row * _STEP, width, _HEIGHT)
+            _draw_panel(axes, data, strategies, panel)
+            _finish_axes(axes, data, strategies)
+    return card.figure
+
+
+def _draw_panel(
+    axes: Axes, data: Mapping[str, Any], strategies: Sequence[Strategy], panel: str
+) -> None:
+    """Draw attainment or a latency over the rate, of all strategies."""
+    share = 100 * data["slo_attainment"]
+    limit = share if panel == "attainment" else data["limits_ms"][panel]
+    axes.axhline(limit, color=INK, lw=1.2, ls=":")
+    for strategy in strategies:
+        probes = sorted(data["strategies"][strategy.name]["probes"], key=lambda p: p["rate"])
+        values = [_value(probe, panel) for probe in probes]
+        line = {**strategy.line, "lw": 1.2}
+        axes.plot([p["rate"] for p in probes], values, **line, gid=f"{panel}-{strategy.index}")
+        for probe, value in zip(probes, values, strict=True):
+            look = {"mfc": strategy.colour, "mec": strategy.colour, **_MARKS[probe["verdict"]]}
+            if panel == "attainment":
+                ends = [100 * end for end in probe["attainment"]["ci95"]]
+                axes.vlines(probe["rate"], *ends, color=strategy.tint(0.3), lw=1.2)
+            axes.plot(probe["rate"], value, ls="", **look)
+    if panel == "attainment":
+        axes.set(ylim=(0, 104), yticks=[0, 25, 50, 75, 100])
+        title = f"% of requests within all limits; needed: {share:g}"
+    else:
+        axes.set_yscale("log")
+        title = f"{_LABELS[panel]} p{share:g} in ms; limit: {limit:g}"
+    axes.set_title(title, size=9.5, weight="bold", loc="left", pad=19)
+
+
+def _value(probe: Mapping[str, Any], panel: str) -> float:
+    if panel == "attainment":
+        return 100 * float(probe["attainment"]["share"])
+    return float(probe["latency_ms"].get(panel, math.nan))
+
+
+def _finish_axes(axes: Axes, data: Mapping[str, Any], strategies: Sequence[Strategy]) -> None:
+    """Make the rates logarithmic, and mark each capacity with a line and its rate."""
+    rates = [p["rate"] for result in data["strategies"].values() for p in result["probes"]]
+    low, high = min(rates) / 1.15, max(rates) * 1.15
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(low, high)
+    axes.grid(axis="y", color=FAINT, lw=0.7)
+    strip_axes(axes, "bottom")
+    powers = [2.0**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
+    ticks = powers[:: -(-len(powers) // _MOST_TICKS) or 1] or [min(rates)]
+    axes.set_xticks(ticks, [_rate(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("requests/s")
+    for strategy in strategies:
+        if rate := data["strategies"][strategy.name]["rate"]:
+            axes.axvline(rate, color=strategy.tint(0.2), lw=1.2, zorder=1)
+            axes.annotate(
+                spell_number(rate),
+                (rate, 1),
+                (0, 3),
+                xycoords=axes.get_xaxis_transform(),
+                textcoords="offset points",
+                ha="center",
+                size=9,
+                weight="bold",
+                color=strategy.tint(-0.15),
+            )

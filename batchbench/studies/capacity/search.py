@@ -1,4 +1,4 @@
-"""Capacity: the highest request rate that each strategy sustains within the limits."""
+"""Search the highest request rate that each strategy sustains within the limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from batchbench.batching.experiment import Experiment
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Verification
 from batchbench.errors import UsageError
-from batchbench.studies.capacity.probe import Asked, Bench, CapacityWatch, Interval, Probe, Verdict
+from batchbench.studies.capacity.probe import (
+    CapacityQuery,
+    CapacityWatch,
+    Interval,
+    Probe,
+    ProbeRunner,
+    Verdict,
+)
 
 MOST_DOUBLINGS = 24
 """Up or down from the first rate: a factor of 16 million."""
@@ -21,10 +28,10 @@ MOST_PROBES = 40
 
 @dataclass
 class Search:
-    """Asks for rates and hears verdicts; between ``low`` and ``high`` lies the capacity.
+    """Choose the rates to probe; the capacity lies between ``low`` and ``high``.
 
-    A rate whose verdict is *border* stays between them: the search then closes in on it from
-    either side, so that what is left of the interval is what the trials cannot tell apart.
+    A borderline rate stays between them: the search then closes in on it from both sides, so that
+    the remaining interval holds the rates that the trials cannot decide.
 
     Args:
         first: the rate to begin with, in requests/s.
@@ -35,43 +42,42 @@ class Search:
     precision: float
     low: float = 0.0  # highest rate that is sustained
     high: float = math.inf  # lowest rate that is not
-    border: list[float] = field(default_factory=list)
+    borderline: list[float] = field(default_factory=list)
     probes: int = 0
 
     def next_rate(self) -> float | None:
-        """The rate to be probed next; None where nothing is left to tell."""
+        """Return the rate to probe next; None if the search is over."""
         if self.probes >= MOST_PROBES:
             return None
         if self.low == 0 or self.high == math.inf:
             return self._widened()
-        edges = [self.low, *self.border, self.high]
-        gaps = [(edges[0], edges[1]), (edges[-2], edges[-1])]
-        below, above = max(gaps, key=lambda gap: gap[1] / gap[0])
+        rates = [self.low, *self.borderline, self.high]
+        below, above = max((rates[:2], rates[-2:]), key=lambda gap: gap[1] / gap[0])
         return None if above / below <= 1 + self.precision else math.sqrt(below * above)
 
     def _widened(self) -> float | None:
-        """Twice the highest rate so far while all are sustained, half the lowest while none is."""
-        known = [*self.border, *({self.low, self.high} - {0, math.inf})]
+        """Return twice the highest rate while all are sustained, half the lowest while none is."""
+        known = [*self.borderline, *({self.low, self.high} - {0, math.inf})]
         if not known:
             return self.first
         rate = 2 * max(known) if self.high == math.inf else min(known) / 2
         return rate if abs(math.log2(rate / self.first)) <= MOST_DOUBLINGS else None
 
-    def tell(self, rate: float, verdict: Verdict) -> None:
-        """A rate was probed. More load is never easier: what contradicts that is overruled."""
+    def record(self, rate: float, verdict: Verdict) -> None:
+        """Record a verdict. More load is never easier, so it overrules verdicts that contradict."""
         self.probes += 1
         if verdict is Verdict.SUSTAINED:
             self.low = max(self.low, rate)
         elif verdict is Verdict.NOT_SUSTAINED:
             self.high = min(self.high, rate)
         else:
-            self.border = sorted([*self.border, rate])
-        self.border = [rate for rate in self.border if self.low < rate < self.high]
+            self.borderline.append(rate)
+        self.borderline = sorted(rate for rate in self.borderline if self.low < rate < self.high)
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one strategy carries: ``low`` requests/s are sustained, ``high`` are not."""
+    """The capacity of a strategy: ``low`` requests/s are sustained, ``high`` are not."""
 
     strategy: str
     low: float
@@ -81,12 +87,12 @@ class Capacity:
 
 @dataclass(frozen=True)
 class CapacityFindings:
-    """What came of a search, of every strategy."""
+    """The results of a search."""
 
     experiment: Experiment
-    asked: Asked
+    query: CapacityQuery
     precision: float
-    lone_ms: Mapping[str, float]  # medians of a request that is alone
+    unloaded_ms: Mapping[str, float]  # median latencies of requests one at a time
     capacities: Sequence[Capacity]
     verification: Verification
     warm_up: WarmUp
@@ -97,7 +103,7 @@ class CapacityFindings:
 
     @property
     def ratio(self) -> Interval | None:
-        """The last strategy's capacity over the first's, and what it may be at the extremes."""
+        """The last strategy's capacity over the first's, with the extremes that it may have."""
         base, other = self.capacities[0], self.capacities[-1]
         if base is other or not base.low:
             return None
@@ -105,57 +111,60 @@ class CapacityFindings:
 
 
 def find_capacity(
-    experiment: Experiment, asked: Asked, precision: float, watch: CapacityWatch | None = None
+    experiment: Experiment,
+    query: CapacityQuery,
+    precision: float,
+    watch: CapacityWatch | None = None,
 ) -> CapacityFindings:
-    """Search the capacity of each strategy of ``experiment``, whose own rate does not matter.
+    """Search the capacity of each strategy of ``experiment``, whose own rate is ignored.
 
-    Every trial of a rate draws arrivals and lengths from a seed of its own; the seeds are the same
-    for every rate and strategy, and a higher rate has the same gaps, shortened. The strategies take
-    turns, so that a machine that drifts does so for all of them.
+    Every trial of a rate draws arrivals and lengths from its own seed; the seeds are the same for
+    every rate and strategy, and a higher rate has the same gaps, shortened. Strategies alternate,
+    so that a drift of the machine's speed affects all of them.
 
     Args:
         precision: how far the lowest rate that is not sustained may be above the highest that is,
             as a share.
 
     Raises:
-        UsageError: no limit is given, requests miss them even alone, or no rate is too high.
+        UsageError: no limit is given, requests miss them even without load, or no rate is too high.
     """
-    if not asked.goals.slo:
-        raise UsageError("--slo: within which limits? Give one or more, such as --slo ttft:500")
-    bench = Bench(experiment, asked, watch or CapacityWatch())
-    lone_ms = bench.check_alone()
-    searches = {b.name: Search(1e3 / lone_ms["e2el"], precision) for b in bench.strategies}
+    if not query.goals.slo:
+        raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")
+    runner = ProbeRunner(experiment, query, watch or CapacityWatch())
+    session, unloaded_ms = runner.session, runner.measure_unloaded()
+    searches = {s.name: Search(1e3 / unloaded_ms["e2el"], precision) for s in runner.strategies}
     probes: dict[str, list[Probe]] = {name: [] for name in searches}
-    turn = list(bench.strategies)
-    while turn:
-        for strategy in list(turn):
-            rate = searches[strategy.name].next_rate()
-            if rate is None:
-                turn.remove(strategy)
+    open_searches = list(runner.strategies)
+    while open_searches:
+        for strategy in list(open_searches):
+            search = searches[strategy.name]
+            if (rate := search.next_rate()) is None:
+                open_searches.remove(strategy)
                 continue
-            probe = bench.probe(strategy, rate)
-            searches[strategy.name].tell(rate, probe.verdict)
+            probe = runner.probe(strategy, rate)
+            search.record(rate, probe.verdict)
             probes[strategy.name].append(probe)
-        turn.reverse()
-    requests = len(bench.session.workload)
+        open_searches.reverse()
+    requests = len(session.workload)
     for name, search in searches.items():
-        # All of them within the time that one takes is a burst, and no load.
-        if math.isinf(search.high) or requests / search.high < lone_ms["e2el"] / 1e3:
+        # If all requests arrive within the time that one takes, they are a burst, not a load.
+        if math.isinf(search.high) or requests / search.high < unloaded_ms["e2el"] / 1e3:
             raise UsageError(
-                f"--queue-size {requests}: {name} still holds out where all of them come at once: "
-                f"so few do not keep {experiment.serving.batch_size} slots busy; raise it"
+                f"--queue-size {requests}: {name} sustains even a rate at which all arrive at "
+                f"once: so few do not keep {experiment.serving.batch_size} slots busy; raise it"
             )
-    verification, reasons = bench.check_outputs()
+    verification, reasons = runner.check_outputs()
     return CapacityFindings(
         experiment=experiment,
-        asked=asked,
+        query=query,
         precision=precision,
-        lone_ms=lone_ms,
+        unloaded_ms=unloaded_ms,
         capacities=[Capacity(n, s.low, s.high, probes[n]) for n, s in searches.items()],
         verification=verification,
-        warm_up=bench.warm_up,
+        warm_up=runner.warm_up,
         reasons=reasons,
-        model=bench.session.model,
-        environment=bench.session.environment,
-        workload=bench.session.workload.name.replace(f"; {experiment.workload.process}", ""),
+        model=session.model,
+        environment=session.environment,
+        workload=session.workload.name.replace(f"; {experiment.workload.process}", ""),
     )

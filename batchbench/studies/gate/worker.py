@@ -167,12 +167,12 @@ class Worker:
             UsageError: what is asked cannot be done by this installation, or not here.
         """
         from batchbench.batching.experiment import Experiment
-        from batchbench.batching.models import Shelf
+        from batchbench.batching.models import ModelCache
         from batchbench.batching.progress import Watch
         from batchbench.batching.session import Session
         from batchbench.reports.result import workload_facts
 
-        experiment, shelf = Experiment.from_config(config), Shelf()
+        experiment, shelf = Experiment.from_config(config), ModelCache()
         sessions = {}
         for name in lanes:
             # Each lane has an engine of its own, whose cache holds its half-served batch.

@@ -1,8 +1,11 @@
-"""A ladder on a terminal: the card of the machine, the table of rungs, the sentence."""
+"""The report of a ladder: ``ladder.json``, table and sentence for a terminal, and a picture."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +19,214 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+import batchbench
+from batchbench.batching.recording import Recording
+from batchbench.batching.step_cost import Ceiling, middle
+from batchbench.batching.trials import WarmUp
 from batchbench.files import write_whole
+from batchbench.reports import metrics
+from batchbench.reports.audit import audit
 from batchbench.reports.figures import figure_bytes
-from batchbench.reports.figures.card import (
-    INK,
-    QUIET,
-    Card,
-    house_style,
-    make_card,
-    strip_axes,
-    text_extent,
-)
-from batchbench.reports.result import recording_files
-from batchbench.reports.statistics import FEWEST_PAIRS
+from batchbench.reports.figures.card import INK, QUIET, Card, house_style, strip_axes
+from batchbench.reports.figures.card import make_card as make_page
+from batchbench.reports.result import output_digest, recording_files, workload_facts
+from batchbench.reports.statistics import FEWEST_PAIRS, paired_ratio
 from batchbench.reports.text import clean_text, number, spell_number, spell_percent
-from batchbench.studies.ladder.result import LadderResult, count_threads
-from batchbench.studies.ladder.result import to_json as ladder_json
+from batchbench.reports.time_budget import host_share
+from batchbench.studies.ladder.run import LadderOutcome
+
+SCHEMA_VERSION = 1
+
+BASELINES = ("notebook", "generate_batch")
+"""The rungs that others are compared with: the usual tutorial's way, and transformers' own."""
+
+_WARM = WarmUp(0, True, None, None)  # all rungs are warmed up before the first round
+
+Rung = Mapping[str, Any]
+"""A rung in ``ladder.json``."""
+
+
+# The data
+
+
+@dataclass(frozen=True, eq=False)
+class LadderResult:
+    """The data of ``ladder.json``, and the recordings from which it was made."""
+
+    data: Mapping[str, Any]
+    recordings: Mapping[str, Sequence[Recording]]
+
+    @property
+    def title(self) -> str:
+        """Model, device, batch size and workload in a line."""
+        model = self.data["model"]
+        slots = self.data["config"]["serving"]["batch_size"]
+        device = model["device"]
+        if device == "cpu":
+            device += f", {_count(self.data['environment']['threads'], 'thread')}"
+        requests = _count(self.data["workload"]["num_requests"], "request")
+        return " · ".join([model["name"], device, _count(slots, "slot"), requests])
+
+    @property
+    def passed(self) -> bool:
+        """True if no rung gave a wrong token."""
+        return not any(rung["verification"]["wrong"] for rung in self.data["rungs"])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def make_ladder(outcome: LadderOutcome) -> LadderResult:
+    """Return the result of a ladder that just ran."""
+    ladder, recordings, ceilings = outcome.ladder, outcome.recordings, outcome.ceilings
+    rounds = len(next(iter(recordings.values())))
+    during = {
+        dtype: [middle([ceilings[i][dtype], ceilings[i + 1][dtype]]) for i in range(rounds)]
+        for dtype in ceilings[0]
+    }
+    on_cpu = ladder.model["device"] == "cpu"
+    reasons = [] if outcome.stopped is None else [outcome.stopped]
+    rungs = []
+    for opened in ladder.rungs:
+        rung, trials = opened.rung, recordings[opened.rung.name]
+        verification = outcome.verifications[rung.name]
+        reasons += audit(ladder.workload, {rung.name: trials}, verification, _WARM, None)
+        assert rung.dtype is not None
+        speedup = {name: _speedup(recordings.get(name), trials) for name in BASELINES}
+        rungs.append(
+            asdict(rung)
+            | {"memory": opened.memory}
+            | _figures(trials, during[rung.dtype], on_cpu=on_cpu)
+            | {
+                "speedup": speedup,
+                "verification": {"passed": verification.passed, **asdict(verification)},
+            }
+        )
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "batchbench_version": batchbench.__version__,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": ladder.command(),
+        "config": ladder.config(),
+        "environment": dict(ladder.rungs[0].session.environment),
+        "model": ladder.model,
+        "workload": workload_facts(ladder.workload),
+        "card": make_card({dtype: middle(measured) for dtype, measured in during.items()}),
+        "measured": [make_card(measured) for measured in ceilings],
+        "rungs": rungs,
+        "left_out": dict(ladder.left_out),
+        "validity": {"status": "suspect" if reasons else "valid", "reasons": reasons},
+    }
+    return LadderResult(data, recordings)
+
+
+def make_card(ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
+    """Return what the machine allows as JSON values, by number format."""
+    first = next(iter(ceilings.values()))
+    return {
+        "rows": first.rows,
+        "kv_tokens": first.kv_tokens,
+        "bandwidth": {**asdict(first.bandwidth), "beyond_cache": first.bandwidth.beyond_cache},
+        "formats": {
+            dtype: {
+                "weight_bytes": ceiling.reading.weight_bytes,
+                "step_weight_bytes": ceiling.reading.step_weight_bytes,
+                "kv_token_bytes": ceiling.reading.kv_token_bytes,
+                "floor_ms": ceiling.floor_s * 1e3,
+                "products_ms": ceiling.products_s * 1e3,
+                "bound": ceiling.bound,
+                "ceiling_tokens_per_s": ceiling.tokens_per_s,
+            }
+            for dtype, ceiling in ceilings.items()
+        },
+    }
+
+
+def _figures(
+    trials: Sequence[Recording], ceilings: Sequence[Ceiling], *, on_cpu: bool
+) -> dict[str, Any]:
+    """Return medians over a rung's trials, each compared with the limits of its own round."""
+    steps = [metrics.decode_steps(trial) for trial in trials]
+    step_ms = [step.full_ms for step in steps]
+    pairs = list(zip(step_ms, ceilings, strict=True))
+    growths = [trial.header.about.get("peak_growth_bytes") for trial in trials]
+    return {
+        "trials": [metrics.trial_summary(trial) for trial in trials],
+        "summary": metrics.summary(trials),
+        "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
+        "output_digest": output_digest(trials[0]),
+        "decode_step_ms": _median(step_ms),
+        "decode_step_rows": steps[0].full_rows,
+        "floor_share": _median([ms and limit.floor_s * 1e3 / ms for ms, limit in pairs]),
+        "times_products": _median([ms and ms / (limit.products_s * 1e3) for ms, limit in pairs]),
+        "outside_model": _median([outside_model(trial, on_cpu) for trial in trials]),
+        # Only the first trial grows the process: later ones use the same memory again.
+        "peak_growth_bytes": max((size for size in growths if size is not None), default=None),
+    }
+
+
+def outside_model(recording: Recording, on_cpu: bool) -> float | None:
+    """Return the share of a trial outside the model's forward pass; None if unknown.
+
+    On a GPU it is the share without a running step, since the host's clock cannot time the pass.
+    """
+    model_ns = recording.header.about.get("model_ns")
+    if model_ns is not None:
+        return max(0.0, 1 - float(model_ns) / recording.duration_ns)
+    return host_share(recording) if recording.has_steps and not on_cpu else None
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None
+
+
+def _speedup(
+    baseline: Sequence[Recording] | None, trials: Sequence[Recording]
+) -> dict[str, Any] | None:
+    """Return how many times as fast the trials are, round by round; None of the baseline itself."""
+    if baseline is None or baseline is trials:
+        return None
+    durations = ([trial.duration_ns for trial in rung] for rung in (baseline, trials))
+    ratio = paired_ratio(*durations)
+    return None if ratio is None else ratio.as_dict()
+
+
+def to_json(result: LadderResult) -> str:
+    """Return ``ladder.json``; a value without meaning is null, never NaN."""
+    return json.dumps(result.data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_ladder(folder: Path, result: LadderResult) -> list[Path]:
+    """Write ``ladder.json``, the picture and the recordings; return their paths in this order."""
+    contents: dict[str, bytes | str] = {"ladder.json": to_json(result)}
+    figure = draw_ladder(result)
+    contents |= {f"ladder.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
+    contents |= recording_files(result.recordings)
+    return write_whole(folder, contents, stale=["recordings"])
+
+
+# The terminal
 
 _GB, _MIB = 1e9, 2**20
 
 
 def card_lines(card: Mapping[str, Any]) -> list[str]:
-    """What this machine allows, a line a figure; printed before anything is served."""
+    """Return what this machine allows, as lines of text."""
     speed = card["bandwidth"]
-    threads = f", {count_threads(speed['threads'])}" if speed["threads"] else ""
+    threads = f", {_count(speed['threads'], 'thread')}" if speed["threads"] else ""
+    if speed["cache_bytes"] is None:
+        cache = "size of the last-level cache unknown"
+    else:
+        times = speed["buffer_bytes"] / speed["cache_bytes"]
+        cache = f"{times:.2g} × the last-level cache"
+        cache += "" if speed["beyond_cache"] else " (too little)"
     lines = [
         "What this machine allows",
         f"  memory     {number(speed['bytes_per_s'] / _GB)} GB/s read{threads}; measured on a "
         f"buffer of {number(speed['buffer_bytes'] / _MIB)} MiB,",
-        f"             {_cache(speed)}: {speed['method']}, median of {speed['passes']}",
+        f"             {cache}: {speed['method']}, median of {speed['passes']}",
     ]
     for dtype, known in card["formats"].items():
         cached = card["kv_tokens"] * known["kv_token_bytes"]
@@ -52,24 +234,16 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
             f"  {dtype}",
             f"    weights  {number(known['weight_bytes'] / _MIB)} MiB, "
             f"{number(known['step_weight_bytes'] / _MIB)} MiB of them read in each step",
-            f"    KV       {number(known['kv_token_bytes'] / 1024)} KiB a token, "
+            f"    KV       {number(known['kv_token_bytes'] / 1024)} KiB per token, "
             f"{number(cached / _MIB)} MiB for the {number(card['kv_tokens'])} tokens of "
-            f"{card['rows']} requests",
-            f"    floor    {_ms(known['floor_ms'])} ms a decode step: "
-            "(weights + KV read) / bandwidth",
-            f"    products {_ms(known['products_ms'])} ms: the step's matrix products alone",
-            f"    ceiling  {known['ceiling_tokens_per_s']:,.0f} tokens/s, where {known['bound']} "
-            "binds",
+            f"{_count(card['rows'], 'request')}",
+            f"    limit    {_ms(known['floor_ms'])} ms per decode step by memory: "
+            "(weights + KV) / bandwidth",
+            f"    products {_ms(known['products_ms'])} ms for the step's matrix products alone",
+            f"    ceiling  {known['ceiling_tokens_per_s']:,.0f} tokens/s, limited by "
+            f"{known['bound']}",
         ]
     return lines
-
-
-def _cache(speed: Mapping[str, Any]) -> str:
-    if speed["cache_bytes"] is None:
-        return "size of the last-level cache unknown"
-    times = speed["buffer_bytes"] / speed["cache_bytes"]
-    fits = "" if speed["beyond_cache"] else " (too little)"
-    return f"{times:.2g} × the last-level cache{fits}"
 
 
 def _ms(value: float | None) -> str:
@@ -77,17 +251,17 @@ def _ms(value: float | None) -> str:
 
 
 def table(result: LadderResult) -> Table:
-    """A row a rung, from the ground up: how fast, how near to what the machine allows."""
+    """Return a row for each rung."""
     rounds = result.data["config"]["ladder"]["rounds"]
-    notes = [
-        f"{rounds} round{'s' * (rounds != 1)}"
-        + (", ÷: median over pairs of them" if rounds > 1 else "")
-        + (" and its 95 % interval" if rounds >= FEWEST_PAIRS else ""),
+    interval = ", with the 95 % interval" if rounds >= FEWEST_PAIRS else ""
+    notes = (
+        "÷ notebook, ÷ generate_batch: times as fast, median over "
+        f"{_count(rounds, 'round')}{interval}",
         f"step: a decode step of {result.data['card']['rows']} rows",
-        "÷ products: by its matrix products alone",
-        "floor: share of it that the step reaches",
-        "host: time outside the model's forward pass",
-    ]
+        "÷ products: its time over that of its matrix products alone",
+        "memory limit: 100 % reads weights and KV at full memory bandwidth",
+        "outside model: share of the time that is not the model's forward pass",
+    )
     grid = Table(
         title=result.title,
         caption="; ".join(notes),
@@ -96,93 +270,116 @@ def table(result: LadderResult) -> Table:
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        padding=0,  # the box has a space between columns, and 80 of them must do
+        padding=0,  # the box has a space between columns, and all must fit in 80
     )
-    grid.add_column("Rung,\nits change", overflow="fold")
+    grid.add_column("Rung,\nchange", overflow="fold")
     for name in (
         "Output\ntok/s",
         "÷ note-\nbook",
         "÷ gener-\nate_batch",
         "Step\nms",
         "÷ pro-\nducts",
-        "Floor\n%",
-        "Host\n%",
+        "% of\nmemory\nlimit",
+        "% out-\nside\nmodel",
         "Tokens\nchecked",
     ):
         grid.add_column(name, justify="right", overflow="fold")
     for rung in result.data["rungs"]:
-        grid.add_row(*_row(rung))
+        label = Text(rung["name"], style="bold")
+        label.append(f"\n{rung['change']}", style="not bold dim")
+        cells = [
+            number(rung["summary"]["output_throughput"]),
+            *(_ratio(rung["speedup"][baseline]) for baseline in BASELINES),
+            _ms(rung["decode_step_ms"]),
+            "N/A" if rung["times_products"] is None else f"{rung['times_products']:.2f}×",
+            _percent(rung["floor_share"], 0),
+            _percent(rung["outside_model"], 1),
+        ]
+        grid.add_row(label, *cells, _checked(rung["verification"]))
     return grid
 
 
-def _row(rung: Mapping[str, Any]) -> list[Text]:
-    name = Text(rung["name"], style="bold")
-    name.append(f"\n{rung['change']}", style="not bold dim")
-    cells = [
-        number(rung["summary"]["output_throughput"]),
-        *(_against(rung["speedup"][yardstick]) for yardstick in rung["speedup"]),
-        _ms(rung["decode_step_ms"]),
-        "N/A" if rung["times_products"] is None else f"{rung['times_products']:.2f}×",
-        _percent(rung["floor_share"], 0),
-        _percent(rung["outside_model"], 1),
-    ]
-    return [name, *map(Text, cells), _checked(rung["verification"])]
-
-
-def _against(ratio: Mapping[str, Any] | None) -> str:
-    """A ratio, and under it its interval."""
+def _ratio(ratio: Mapping[str, Any] | None) -> str:
     if ratio is None:
         return "–"
-    interval = ratio["ci95"]
     text = f"{ratio['median']:.2f}×"
-    return text if interval is None else f"{text}\n{interval[0]:.2f}–{interval[1]:.2f}"
+    return text if ratio["ci95"] is None else f"{text}\n{{:.2f}}–{{:.2f}}".format(*ratio["ci95"])
 
 
 def _percent(share: float | None, digits: int) -> str:
     return "N/A" if share is None else f"{100 * share:.{digits}f}"
 
 
-def _checked(found: Mapping[str, Any]) -> Text:
-    """How many requests were checked, and what was not identical."""
-    if not found["requests_checked"]:
+def _checked(verification: Mapping[str, Any]) -> Text:
+    """Return how many requests were checked, and how many were not identical."""
+    checked, wrong = verification["requests_checked"], verification["wrong"]
+    if not checked:
         return Text("none", style="yellow")
-    if found["wrong"]:
-        return Text(f"{found['wrong']} of {found['requests_checked']}\nWRONG", style="bold red")
-    text = Text(f"{found['identical']} same")
-    if found["numerical_ties"]:
-        ties = found["numerical_ties"]
-        text.append(f"\n{ties} tie{'s' * (ties > 1)}", style="dim")
+    if wrong:
+        return Text(f"{wrong} of {checked}\nWRONG", style="bold red")
+    text = Text(f"{verification['identical']} same")
+    if ties := verification["numerical_ties"]:
+        text.append(f"\n{_count(ties, 'tie')}", style="dim")
     return text
 
 
-def sentence(result: LadderResult) -> str:
-    """The answer in one sentence."""
+def _fastest(result: LadderResult) -> tuple[Rung | None, str]:
+    """Return the fastest rung, or None with the reason why it is not known."""
+    first, *others = sorted(result.data["rungs"], key=_throughput, reverse=True)
+    if not others:
+        return first, ""
+    if result.data["validity"]["status"] != "valid":
+        return None, "the run is suspect"
+    if len(first["trials"]) < FEWEST_PAIRS:
+        return None, f"intervals need {FEWEST_PAIRS} rounds"
+    for other in others:
+        rates = (
+            [trial["output_throughput"] for trial in rung["trials"]] for rung in (first, other)
+        )
+        lead = paired_ratio(*rates)
+        if lead is None or lead.low is None or lead.low <= 1:
+            return None, f"{first['name']} and {other['name']} do not differ clearly"
+    return first, ""
+
+
+def _throughput(rung: Rung) -> float:
+    return float(rung["summary"]["output_throughput"])
+
+
+def headline(result: LadderResult) -> str:
+    """Return the answer: the fastest rung, if it is known."""
     rungs = result.data["rungs"]
-    best = max(rungs, key=lambda rung: rung["summary"]["output_throughput"])
-    faster = [
-        f"{ratio['median']:.2f}× {name}"
+    best, why = _fastest(result)
+    if best is None:
+        return f"no fastest rung of {len(rungs)} is named: {why}"
+    ratios = [
+        f"{ratio['median']:.2f}× as fast as {name}"
         for name, ratio in best["speedup"].items()
         if ratio is not None
     ]
-    parts = [
-        f"{best['name']} is the fastest of {len(rungs)} rungs"
-        if len(rungs) > 1
-        else f"{best['name']} yields {number(best['summary']['output_throughput'])} tokens/s",
-    ]
-    if faster:
-        parts[-1] += f", {' and '.join(faster)}"
-    if best["decode_step_ms"] is not None:
-        share = _percent(best["floor_share"], 0)
+    text = f"{best['name']} serves {number(_throughput(best))} output tokens/s"
+    if len(rungs) > 1:
+        text = f"{best['name']} is the fastest of {len(rungs)} rungs"
+    return ", ".join([text, *([" and ".join(ratios)] if ratios else [])])
+
+
+def sentence(result: LadderResult) -> str:
+    """Return the answer in one sentence."""
+    parts, rungs = [headline(result)], result.data["rungs"]
+    best, _ = _fastest(result)
+    if best is not None and best["decode_step_ms"] is not None:
         parts.append(
-            f"its decode step of {_ms(best['decode_step_ms'])} ms is {best['times_products']:.2f}× "
-            f"its matrix products alone and reaches {share} % of the floor"
+            f"its decode step takes {_ms(best['decode_step_ms'])} ms: "
+            f"{best['times_products']:.2f}× the time of its matrix products alone, at "
+            f"{_percent(best['floor_share'], 0)} % of the memory-bandwidth limit"
         )
     wrong = [rung["name"] for rung in rungs if rung["verification"]["wrong"]]
-    checked = all(rung["verification"]["requests_checked"] for rung in rungs)
     if wrong:
         parts.append(f"WRONG tokens on {', '.join(wrong)}: {_first_fault(result)}")
+    elif all(rung["verification"]["requests_checked"] for rung in rungs):
+        parts.append("no wrong token on any rung")
     else:
-        parts.append("no token wrong on any" if checked else "tokens not verified")
+        parts.append("tokens not verified")
     validity = result.data["validity"]
     first, *others = validity["reasons"] or [""]
     more = f"; {len(others)} more in ladder.json" if others else ""
@@ -191,14 +388,13 @@ def sentence(result: LadderResult) -> str:
 
 
 def _first_fault(result: LadderResult) -> str:
-    """What went wrong first, of the lowest rung on which something did."""
     findings = [f for rung in result.data["rungs"] for f in rung["verification"]["findings"]]
     first = next(finding for finding in findings if finding["verdict"] == "wrong")
     return f"request {first['request']}, {first['reason']}"
 
 
 def render(result: LadderResult) -> RenderableType:
-    """Table and sentence."""
+    """Return the sentence, the table, and the rungs that were left out."""
     status = result.data["validity"]["status"]
     style = "bold" if status == "valid" else "bold yellow" if result.passed else "bold red"
     parts: list[RenderableType] = [Text(sentence(result), style=style), Text(), table(result)]
@@ -207,107 +403,93 @@ def render(result: LadderResult) -> RenderableType:
     return Group(*parts)
 
 
+# The picture
+
 _ROW, _BAR, _HEAD = 0.46, 0.3, 0.4  # inches: a rung's row, its bar, and legend and titles above
 
-_NAMES, _RATES, _STEPS = 1.55, 2.4, 2.7  # inches: the three columns
+_NAMES, _RATES, _STEPS, _GAP = 1.55, 2.4, 2.7, 0.35  # inches: the columns, and between the last two
 
-_GAP = 0.35
-
-_KINDS = {
-    "notebook": ("the notebook's way", "#D55E00"),
+_COLOURS = {
+    "notebook": ("notebook engine", "#D55E00"),
     "generate_batch": ("transformers' generate_batch", "#CC79A7"),
     "slots": ("slots engine", "#0072B2"),
 }
 
-Rung = Mapping[str, Any]
-
 
 def draw_ladder(result: LadderResult) -> Figure:
-    """A row a rung, from the ground up: tokens/s on the left, ms a decode step on the right."""
+    """Draw a row for each rung: output tokens/s on the left, ms per decode step on the right."""
     rungs = result.data["rungs"]
     with house_style():
-        tall = _ROW * len(rungs)
-        card = make_card(
-            _headline(rungs), clean_text(result.title), _HEAD + tall + 0.42, _notes(result)
+        height = _ROW * len(rungs)
+        page = make_page(
+            clean_text(headline(result)),
+            clean_text(result.title),
+            _HEAD + height + 0.42,
+            _notes(result),
         )
-        _legend(card, rungs)
+        _legend(page, rungs)
         for i, rung in enumerate(rungs):
-            y = _HEAD + _ROW * i
-            colour = _KINDS[rung["engine"]][1]
-            card.write(0, y + 0.09, clean_text(rung["name"]), size=10, weight="bold", color=colour)
-            card.write(0, y + 0.25, clean_text(rung["change"]), size=8, color=QUIET)
-        left = _NAMES
-        _rates(card.axes(left, _HEAD, _RATES, tall), rungs)
-        left += _RATES + _GAP
-        _steps(card.axes(left, _HEAD, _STEPS, tall), rungs, result.data["card"]["formats"])
-    return card.figure
+            y, colour = _HEAD + _ROW * i, _COLOURS[rung["engine"]][1]
+            page.write(0, y + 0.09, clean_text(rung["name"]), size=10, weight="bold", color=colour)
+            page.write(0, y + 0.25, clean_text(rung["change"]), size=8, color=QUIET)
+        _draw_rates(page.axes(_NAMES, _HEAD, _RATES, height), rungs)
+        left = _NAMES + _RATES + _GAP
+        formats = result.data["card"]["formats"]
+        _draw_steps(page.axes(left, _HEAD, _STEPS, height), rungs, formats)
+    return page.figure
 
 
-def _rates(axes: Axes, rungs: Sequence[Rung]) -> None:
-    """Output tokens a second, every round a dot."""
-    far = 0.0
+def _draw_rates(axes: Axes, rungs: Sequence[Rung]) -> None:
+    ends = []
     for i, rung in enumerate(rungs):
-        value = rung["summary"]["output_throughput"]
-        each = np.array([trial["output_throughput"] for trial in rung["trials"]])
-        _bar(axes, i, value, rung, f"rate-{i}")
-        axes.scatter(each, np.full(len(each), i), s=9, c="#ffffff", ec=INK, lw=0.7, zorder=3)
-        reach = max(value, float(each.max()))
-        far = max(far, _write(axes, i, reach, spell_number(value), _RATES))
-    axes.set(xlim=(0, far), xlabel="output tokens/s")
-    _rows(axes, len(rungs), 4)
+        rates = [trial["output_throughput"] for trial in rung["trials"]]
+        axes.scatter(rates, [i] * len(rates), s=9, c="#ffffff", ec=INK, lw=0.7, zorder=3)
+        value = _throughput(rung)
+        ends.append(max(value, *rates))
+        _bar(axes, i, value, rung, f"rate-{i}", ends[-1], spell_number(value))
+    _finish(axes, len(rungs), 1.45 * max(ends), "output tokens/s")
 
 
-def _steps(axes: Axes, rungs: Sequence[Rung], formats: Mapping[str, Any]) -> None:
-    """Milliseconds a decode step, and the least that its number format allows."""
-    far = 0.0
+def _draw_steps(axes: Axes, rungs: Sequence[Rung], formats: Mapping[str, Any]) -> None:
+    ends = []
     for i, rung in enumerate(rungs):
-        if (took := rung["decode_step_ms"]) is None:
+        if (step_ms := rung["decode_step_ms"]) is None:
             continue
-        _bar(axes, i, took, rung, f"step-{i}")
         known = formats[rung["dtype"]]
         for value, style in ((known["floor_ms"], "-"), (known["products_ms"], ":")):
             axes.plot([value] * 2, [i - 0.42, i + 0.42], color=INK, lw=1.6, ls=style, zorder=3)
-            far = max(far, value * 1.05)
-        text = f"{spell_number(took)} ms, {spell_percent(rung['floor_share'])}"
-        reach = max(took, known["products_ms"], known["floor_ms"])
-        far = max(far, _write(axes, i, reach, text, _STEPS))
-    axes.set(xlim=(0, far or 1), xlabel="ms a decode step, and the share of the floor reached")
-    _rows(axes, len(rungs), 5)
+        ends.append(max(step_ms, known["products_ms"], known["floor_ms"]))
+        text = f"{spell_number(step_ms)} ms, {spell_percent(rung['floor_share'])}"
+        _bar(axes, i, step_ms, rung, f"step-{i}", ends[-1], text)
+    _finish(axes, len(rungs), 1.75 * max(ends, default=1), "ms per decode step, % of memory limit")
 
 
-def _bar(axes: Axes, row: int, value: float, rung: Rung, gid: str) -> None:
-    colour = _KINDS[rung["engine"]][1]
+def _bar(
+    axes: Axes, row: int, value: float, rung: Rung, gid: str, text_at: float, text: str
+) -> None:
+    colour = _COLOURS[rung["engine"]][1]
     axes.barh(row, value, _BAR / _ROW, color=colour, alpha=0.75, lw=0, gid=gid)
-
-
-def _write(axes: Axes, row: int, far: float, text: str, width: float) -> float:
-    """A figure behind its bar; where the axis must end so that it has room."""
     style: dict[str, Any] = {"size": 9, "weight": "bold", "va": "center"}
-    axes.annotate(text, (far, row), (5, 0), textcoords="offset points", **style)
-    points = width * 72
-    return far * points / (points - text_extent(text, 9, "bold") - 8)
+    axes.annotate(text, (text_at, row), (5, 0), textcoords="offset points", **style)
 
 
-def _rows(axes: Axes, rows: int, ticks: int) -> None:
-    axes.set(ylim=(rows - 0.5, -0.5), yticks=[])
-    axes.locator_params(axis="x", nbins=ticks, prune="upper")
+def _finish(axes: Axes, rows: int, end: float, label: str) -> None:
+    axes.set(xlim=(0, end), ylim=(rows - 0.5, -0.5), yticks=[], xlabel=label)
+    axes.locator_params(axis="x", nbins=5, prune="upper")
     strip_axes(axes, "bottom")
 
 
-def _legend(card: Card, rungs: Sequence[Rung]) -> None:
-    """Whose way a bar is, and the two lines."""
-    engines = list(dict.fromkeys(rung["engine"] for rung in rungs))
-    handles: list[Any] = [Patch(fc=_KINDS[e][1], alpha=0.75, lw=0) for e in engines]
-    labels = [_KINDS[e][0] for e in engines]
-    for name, style in (("floor", "-"), ("matrix products alone", ":")):
-        handles.append(Line2D([0], [0], color=INK, lw=1.6, ls=style))
-        labels.append(name)
-    card.figure.legend(
+def _legend(page: Card, rungs: Sequence[Rung]) -> None:
+    engines = [_COLOURS[engine] for engine in dict.fromkeys(rung["engine"] for rung in rungs)]
+    handles: list[Any] = [Patch(fc=colour, alpha=0.75, lw=0) for _, colour in engines]
+    handles += [Line2D([0], [0], color=INK, lw=1.6, ls=style) for style in ("-", ":")]
+    labels = [name for name, _ in engines] + ["memory limit", "matrix products alone"]
+    page.figure.legend(
         handles,
         labels,
         ncols=len(labels),
         loc="upper left",
-        bbox_to_anchor=card.at(0, 0.05),
+        bbox_to_anchor=page.at(0, 0.05),
         frameon=False,
         borderpad=0,
         borderaxespad=0,
@@ -317,34 +499,11 @@ def _legend(card: Card, rungs: Sequence[Rung]) -> None:
     )
 
 
-def _headline(rungs: Sequence[Rung]) -> str:
-    best = max(rungs, key=lambda rung: rung["summary"]["output_throughput"])
-    text = f"{best['name']} yields {spell_number(best['summary']['output_throughput'])} tokens/s"
-    ratios = {name: ratio for name, ratio in best["speedup"].items() if ratio is not None}
-    if ratios:
-        text += ", " + " and ".join(
-            f"{ratio['median']:.2f}× {name}" for name, ratio in ratios.items()
-        )
-    return clean_text(text)
-
-
 def _notes(result: LadderResult) -> str:
     card, rounds = result.data["card"], result.data["config"]["ladder"]["rounds"]
     speed = card["bandwidth"]["bytes_per_s"] / 1e9
-    notes = [
-        f"Floor: (weights + KV read) / {speed:.3g} GB/s, the bandwidth measured in the same run.",
-        f"Decode steps of {card['rows']} rows, medians.",
-        f"Bars: median of {rounds} rounds in turns; dots: the rounds."
-        if rounds > 1
-        else "One round.",
-    ]
-    return " ".join(notes)
-
-
-def write_ladder(folder: Path, result: LadderResult) -> list[Path]:
-    """Write ``ladder.json``, the picture and the recordings; the paths, ``ladder.json`` first."""
-    contents: dict[str, bytes | str] = {"ladder.json": ladder_json(result)}
-    figure = draw_ladder(result)
-    contents |= {f"ladder.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
-    contents |= recording_files(result.recordings)
-    return write_whole(folder, contents, stale=["recordings"])
+    bars = f"Bars: median of {rounds} rounds; dots: the rounds." if rounds > 1 else "One round."
+    return (
+        f"Memory limit: (weights + KV) / {speed:.3g} GB/s, the bandwidth measured in the same run. "
+        f"Decode steps of {card['rows']} rows, medians. {bars}"
+    )

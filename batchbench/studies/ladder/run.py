@@ -1,71 +1,96 @@
-"""The ladder: one workload served in ever faster ways, in turns, beside what the machine allows."""
+"""Run a ladder: serve one workload on several engines in turn, and measure the machine's limits."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from batchbench.batching.batcher import Batcher, Strategy
-from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.experiment import (
-    GENERATE_BATCH,
-)
-from batchbench.batching.machine import PeakMemory, counters_for, environment, torch_environment
-from batchbench.batching.models import find_model, find_tokenizer
+from batchbench import settings
+from batchbench.batching.experiment import GENERATE_BATCH, Experiment
+from batchbench.batching.machine import PeakMemory
+from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.session import check_context
+from batchbench.batching.session import Session
 from batchbench.batching.step_cost import Ceiling
-from batchbench.batching.trials import beginning, observe
-from batchbench.batching.verification import (
-    NOT_VERIFIED,
-    Reference,
-    Remembered,
-    Verification,
-    verify,
-)
+from batchbench.batching.verification import NOT_VERIFIED, Remembered, Verification, verify
 from batchbench.errors import UsageError
 from batchbench.reports.metrics import decode_steps, full_kv_tokens
-from batchbench.studies.ladder.rungs import ALL, Climb, Rung, choose_rungs
-from batchbench.workloads import make_workload
+from batchbench.studies.ladder.rungs import ALL, LadderSpec, Rung, choose_rungs
 
 if TYPE_CHECKING:
+    import torch
+
     from batchbench.batching.engines.torch.forward import Forward
     from batchbench.batching.engines.torch.measure import ModelClock
     from batchbench.batching.models.loading import LoadedModel
 
-_WARM_UP_TOKENS, _WARM_UPS = 12, 2
+_WARM_UP_ROUNDS = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Climbed:
-    """What a ladder yields, rung by rung from the ground up."""
-
-    rungs: Sequence[Rung]
-    recordings: Mapping[str, Sequence[Recording]]  # by rung, one a round
-    verifications: Mapping[str, Verification]
-    ceilings: Sequence[Mapping[str, Ceiling]]  # before each round, and after the last
-    stopped: str | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Standing:
-    """A rung that is ready to serve."""
+class OpenRung:
+    """A rung that is ready to serve; its ``dtype`` is resolved."""
 
     rung: Rung
+    session: Session
     model: LoadedModel
-    strategy: Strategy
     clock: ModelClock
-    memory: Mapping[str, int]
+
+    @property
+    def memory(self) -> Mapping[str, int]:
+        """The bytes of weights, packed weights and cache."""
+        facts = self.session.model
+        memory = {"weight_bytes": facts["weight_bytes"]}
+        if self.rung.policy == GENERATE_BATCH:
+            from batchbench.batching.engines.generate_batch import GenerateBatch
+            from batchbench.batching.engines.torch.attention import kv_token_bytes
+
+            (strategy,) = self.session.strategies()
+            assert isinstance(strategy, GenerateBatch)
+            token_bytes = kv_token_bytes(self.model.module.config, self.model.dtype)
+            return memory | {"kv_cache_bytes": strategy.cache_tokens * token_bytes}
+        return memory | {name: facts[name] for name in ("packed_weight_bytes", "kv_cache_bytes")}
+
+    def serve(self, trial: int, trials: int) -> Recording:
+        """Serve the workload once; add the time in the model and memory growth to the header."""
+        (strategy,) = self.session.strategies()
+        device = self.model.device
+        with PeakMemory(str(device)) as peak, self.clock.on(self.model.module) as clock:
+            recording = self.session.serve(strategy, trial, trials)
+        name = self.rung.name
+        about = {
+            **recording.header.about,
+            "rung": name,
+            "model_ns": clock.ns if device.type == "cpu" and clock.ns else None,
+            "peak_growth_bytes": peak.growth_bytes,
+        }
+        header = replace(recording.header, strategy=name, about=about)
+        return replace(recording, header=header)
 
 
-class _Renamed(Watch):
-    """Tells of a strategy under its rung's name."""
+@dataclass(frozen=True, eq=False)
+class LadderOutcome:
+    """The measurements of a ladder."""
+
+    ladder: Ladder
+    recordings: Mapping[str, Sequence[Recording]]  # by rung, one a round
+    verifications: Mapping[str, Verification]
+    ceilings: Sequence[Mapping[str, Ceiling]]  # before each round and after the last, by dtype
+    stopped: str | None  # the number of rounds, if Ctrl-C ended it early
+
+
+class _RungWatch(Watch):
+    """Report trials under a rung's name; drop notes and phases, which are the same for all."""
 
     def __init__(self, watch: Watch, name: str) -> None:
         self._watch, self._name = watch, name
+
+    def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
+        self._watch.trial_begins(self._name, trial, trials)
 
     def progressed(self, progress: Progress) -> None:
         progress.strategy = self._name
@@ -75,288 +100,242 @@ class _Renamed(Watch):
         progress.strategy = self._name
         self._watch.idles(progress)
 
+    def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
+        self._watch.trial_ends(self._name, trial, duration_ns)
+
 
 class Ladder:
-    """Made ready: workload made, models loaded, every rung's engine built.
+    """Rungs that are ready to serve, each a session of the experiment with the rung's change.
+
+    A rung that fails, now or later, is left out with the reason; one that ``--rungs`` names is an
+    error.
 
     Raises:
-        UsageError: what is asked cannot be done here, such as a rung that this device lacks.
+        UsageError: the experiment or a named rung cannot run here.
     """
 
-    def __init__(self, asked: Climb, watch: Watch) -> None:
-        self.asked = asked
-        self.source = find_model(asked.model)
-        tokenizer = find_tokenizer(self.source.folder)
-        self.workload = make_workload(
-            asked.workload,
-            batch_size=asked.serving.batch_size,
-            vocab_size=self.source.vocab_size,
-            encode=tokenizer.encode if tokenizer else None,
-            context=self.source.context,
-            note=watch.note,
+    def __init__(self, experiment: Experiment, spec: LadderSpec, watch: Watch) -> None:
+        self.experiment, self.spec, self._watch = experiment, spec, watch
+        self._named = spec.rungs != ALL
+        self._models = ModelCache()
+        serving = replace(
+            experiment.serving, strategy="continuous", engine="slots", prefill="mixed", max_wait=0.0
         )
-        check_context(self.workload, self.source)
-        if not self.workload.closed:
+        self._planned = Session(replace(experiment, serving=serving, simulated=True), watch)
+        if not self._planned.workload.closed:
             raise UsageError(
-                "a ladder tells how fast a queue is served: all requests must be there at the "
-                "start and run to their asked length; drop what lets them come over time"
+                "a ladder compares how fast a queue is served: all requests must be there at the "
+                "start, with known lengths; drop options about arrivals and --stop-at-eos"
             )
+        self.source = self._models.find(experiment.model, weights=True)
         watch.note(self.source.note)
         watch.phase("loading")
-        # As in a run: threads that wait for one another should soon give way (docs/log.md).
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-        from batchbench.batching.models.loading import set_threads
+        from batchbench.batching.engines.torch.forward import is_plain_gpt2
+        from batchbench.batching.models.loading import model_config, resolve_device, resolve_dtype
 
-        set_threads(asked.model)
-        self._models: dict[str | None, LoadedModel] = {}
-        base = self._model(None)
+        device = resolve_device(experiment.model.device)
+        dtype = resolve_dtype(experiment.model.dtype, device)
+        plain = is_plain_gpt2(model_config(self.source))
+        lacking = partial(_lacking, plain_gpt2=plain, device=device, dtype=dtype)
         self.left_out: dict[str, str] = {}
-        self._standing = [
-            self._stand(rung)
-            for rung in choose_rungs(asked.ladder.rungs)
-            if self._offers(rung, base)
-        ]
-        if not self._standing:
+        self.rungs: list[OpenRung] = []
+        for rung in choose_rungs(spec.rungs):
+            why = lacking(rung, named=self._named)
+            if why is not None:
+                self._leave_out(rung, UsageError(f"--rungs {rung.name}: {why}"), why)
+                continue
+            watch.phase(f"preparing {rung.name}")
+            try:
+                self.rungs.append(self._open(rung))
+            except (UsageError, RuntimeError) as error:
+                self._leave_out(rung, error)
+        self._check_any()
+        self.workload = self.rungs[0].session.workload
+
+    def _leave_out(self, rung: Rung, error: Exception, why: str = "") -> None:
+        if self._named:
+            raise error
+        self.left_out[rung.name] = why or str(error)
+
+    def _check_any(self) -> None:
+        if not self.rungs:
             name, why = next(iter(self.left_out.items()))
-            raise UsageError(f"--rungs {asked.ladder.rungs}: {name}: {why}")
-        device = str(base.device)
-        torch_facts = torch_environment(device)
-        self.environment = environment() | torch_facts
-        self._energy = counters_for(device, torch_facts["gpu_uuid"])
-        self.model = {
-            "name": self.source.name,
-            "load_format": self.source.load_format,
-            "note": self.source.note,
-            "device": device,
-            "dtype": base.dtype_name,
-            "parameters": sum(p.numel() for p in base.module.parameters()),
-        }
+            raise UsageError(f"--rungs {self.spec.rungs}: {name}: {why}")
 
-    @property
-    def rungs(self) -> Sequence[Rung]:
-        """Those that are climbed, from the ground up, with their dtype resolved."""
-        return [replace(s.rung, dtype=s.model.dtype_name) for s in self._standing]
-
-    @property
-    def memory(self) -> Mapping[str, Mapping[str, int]]:
-        """Bytes of weights, packed weights and cache that each rung asks for."""
-        return {s.rung.name: s.memory for s in self._standing}
-
-    def _model(self, dtype: str | None) -> LoadedModel:
-        """The model in a number format, loaded once."""
-        if dtype not in self._models:
-            from batchbench.batching.models.loading import load_model
-
-            spec = self.asked.model if dtype is None else replace(self.asked.model, dtype=dtype)
-            self._models[dtype] = load_model(self.source, spec, self.workload.seed)
-        return self._models[dtype]
-
-    def _offers(self, rung: Rung, base: LoadedModel) -> bool:
-        """Whether this device has that rung; if it was asked for by name, an error says why not."""
-        why, by_name = _lacking(rung, base), self.asked.ladder.rungs != ALL
-        if (
-            why is None
-            and rung.execution == "compile"
-            and base.device.type == "cpu"
-            and not by_name
-        ):
-            why = "compiling takes half a minute a size; name it in --rungs to see"
-        if why is None:
-            return True
-        if by_name:
-            raise UsageError(f"--rungs {rung.name}: {why}")
-        self.left_out[rung.name] = why
-        return False
-
-    def _stand(self, rung: Rung) -> _Standing:
-        from batchbench.batching.engines.generate_batch import GenerateBatch
-        from batchbench.batching.engines.torch.attention import kv_token_bytes
-        from batchbench.batching.engines.torch.build import make_engine
+    def _open(self, rung: Rung) -> OpenRung:
         from batchbench.batching.engines.torch.measure import ModelClock
 
-        serving, longest = self.asked.serving, self.workload.max_total_tokens
-        model, clock = self._model(rung.dtype), ModelClock()
-        if rung.policy == GENERATE_BATCH:
-            theirs = GenerateBatch(
-                model,
-                serving.batch_size,
-                longest,
-                order=serving.order,
-                max_batched_tokens=serving.token_budget,
-            )
-            cached = theirs.cache_tokens * kv_token_bytes(model.module.config, model.dtype)
-            memory = {"weight_bytes": model.weight_bytes, "kv_cache_bytes": cached}
-            return _Standing(rung, model, theirs, clock, memory)
-        forward = None if rung.forward is None else _forward(rung, model)
-        if forward is not None and rung.execution != "compile":  # which takes it apart
-            forward = clock.timed(forward)
-        engine, memory = make_engine(
-            rung.engine, model, serving.batch_size, longest, rung.execution, forward
-        )
-        batcher = Batcher(
-            rung.policy,
-            engine,
-            serving.batch_size,
-            order=serving.order,
-            prefill=rung.prefill,
-            max_batched_tokens=serving.token_budget,
-            about={"engine": rung.engine},
-        )
-        return _Standing(rung, model, batcher, clock, memory)
+        base, clock = self.experiment, ModelClock()
 
-    def measure(self, watch: Watch) -> Mapping[str, Ceiling]:
-        """What this machine allows, by number format, measured now."""
-        from batchbench.batching.engines.torch.measure import (
-            measure_bandwidth,
-            measure_products,
-            reading_of,
-        )
+        def make_pass(model: LoadedModel) -> Forward:
+            forward = _forward(rung, model)
+            # torch.compile traces the whole pass, which must not read a clock.
+            return forward if rung.execution == "compile" else clock.timed(forward)
 
-        watch.phase("measuring what this machine allows")
-        rows, cached = self._full_step()
-        models = {s.model.dtype_name: s.model for s in self._standing}
-        bandwidth = measure_bandwidth(next(iter(models.values())).device)
-        return {
-            dtype: Ceiling(
-                bandwidth, reading_of(model), measure_products(model, rows), rows, cached
-            )
-            for dtype, model in models.items()
-        }
-
-    def _full_step(self) -> tuple[int, float]:
-        """Rows of the fullest decode steps of continuous batching, and their cached tokens."""
-        serving = self.asked.serving
-        batcher = Batcher(
-            "continuous",
-            SimulatedEngine(),
-            serving.batch_size,
-            order=serving.order,
-            prefill="mixed",
-            max_batched_tokens=serving.token_budget,
+        # generate_batch has a cache of its own, so it gets the engine that allocates none.
+        ours = rung.policy != GENERATE_BATCH
+        serving = replace(
+            base.serving,
+            strategy=rung.policy,
+            engine=rung.engine if ours else "notebook",
+            prefill=rung.prefill if ours else "separate",
+            execution=rung.execution,
+            max_wait=0.0,
         )
-        planned = batcher.serve(self.workload, Watch())
-        cached = full_kv_tokens(planned)
+        spec = replace(base.model, dtype=rung.dtype or base.model.dtype)
+        session = Session(
+            replace(base, serving=serving, model=spec),
+            _RungWatch(self._watch, rung.name),
+            self._models,
+            forward=make_pass if rung.forward else None,
+        )
+        model = self._models.load(session.source, spec, session.workload.seed)
+        return OpenRung(replace(rung, dtype=model.dtype_name), session, model, clock)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Facts about the model that hold for all rungs; ``dtype`` is that of the first."""
+        facts = self.rungs[0].session.model
+        names = ("name", "load_format", "note", "device", "dtype", "parameters")
+        return {name: facts[name] for name in names}
+
+    def command(self) -> str:
+        """Return the command line that repeats the ladder."""
+        options = settings.words_of(self.spec, LadderSpec())
+        return " ".join([self.experiment.command("ladder"), *map(shlex.quote, options)])
+
+    def config(self) -> dict[str, Any]:
+        """Return all settings as JSON values, spec by spec."""
+        return {**self.experiment.config(), "ladder": asdict(self.spec)}
+
+    def measure(self) -> Mapping[str, Ceiling]:
+        """Measure what this machine allows now, by number format."""
+        from batchbench.batching.engines.torch import measure
+
+        self._watch.phase("measuring what this machine allows")
+        batcher = self._planned.batcher("continuous")
+        plan = batcher.serve(self.workload, Watch())
+        rows, cached = decode_steps(plan).full_rows, full_kv_tokens(plan)
         if cached is None:
             raise UsageError(
                 "this workload has no decode step to measure: every request asks for one token; "
                 "raise --long-tokens"
             )
-        return decode_steps(planned).full_rows, cached
+        models = {opened.model.dtype_name: opened.model for opened in self.rungs}
+        bandwidth = measure.measure_bandwidth(self.rungs[0].model.device)
+        ceilings = {}
+        for dtype, model in models.items():
+            products_s = measure.measure_products(model, rows)
+            reading = measure.reading_of(model)
+            ceilings[dtype] = Ceiling(bandwidth, reading, products_s, rows, cached)
+        return ceilings
 
-    def climb(self, watch: Watch, allowed: Mapping[str, Ceiling]) -> Climbed:
-        """Warm up, serve in turns, verify. Ctrl-C keeps the rounds that are finished.
+    def run(self, before: Mapping[str, Ceiling]) -> LadderOutcome:
+        """Warm up, serve in alternating order, verify. Ctrl-C keeps the finished rounds.
 
-        What the machine allows is measured again after each round, since its speed may drift.
+        The machine is measured again after each round, since its speed may drift.
 
         Args:
-            allowed: what :meth:`measure` told before.
+            before: the result of :meth:`measure` just now.
         """
-        watch.phase("warming up")
-        piece = beginning(self.workload, self.asked.serving.batch_size, _WARM_UP_TOKENS)
-        for standing in self._standing:
-            for _ in range(_WARM_UPS):
-                standing.strategy.serve(piece, Watch())
-        rounds = self.asked.ladder.rounds
-        done: list[dict[str, Recording]] = []
-        ceilings = [allowed]
-        stopped = None
+        self._watch.phase("warming up")
+        self._for_each(lambda opened: opened.session.warm_up(most=_WARM_UP_ROUNDS))
+        recordings: dict[str, list[Recording]] = {opened.rung.name: [] for opened in self.rungs}
+        rounds, ceilings, stopped = self.spec.rounds, [before], None
+        verifications = dict.fromkeys(recordings, NOT_VERIFIED)
+
+        def serve(opened: OpenRung) -> None:
+            recordings[opened.rung.name].append(opened.serve(len(ceilings) - 1, rounds))
+
         try:
             for number in range(rounds):
-                turn = self._standing if number % 2 == 0 else self._standing[::-1]
-                served = {s.rung.name: self._serve(s, watch, number) for s in turn}
-                ceilings.append(self.measure(watch))
-                done.append(served)
+                self._for_each(serve, reverse=number % 2 == 1)
+                ceilings.append(self.measure())
+            verifications = self._verify(recordings)
         except KeyboardInterrupt:
-            if not done:
+            finished = len(ceilings) - 1
+            if not finished:
                 raise
-            stopped = f"interrupted after {len(done)} of {rounds} rounds"
-        recordings = {
-            s.rung.name: [by_rung[s.rung.name] for by_rung in done] for s in self._standing
-        }
-        verifications = dict.fromkeys(recordings, NOT_VERIFIED)
-        if stopped is None:
-            verifications = self._verify(recordings, watch)
-        return Climbed(self.rungs, recordings, verifications, ceilings, stopped)
+            stopped = f"interrupted after {finished} of {rounds} rounds"
+            recordings = {name: trials[:finished] for name, trials in recordings.items()}
+        alive = {opened.rung.name for opened in self.rungs}
+        recordings = {name: trials for name, trials in recordings.items() if name in alive}
+        return LadderOutcome(self, recordings, verifications, ceilings, stopped)
 
-    def _serve(self, standing: _Standing, watch: Watch, number: int) -> Recording:
-        name = standing.rung.name
-        watch.trial_begins(name, number, self.asked.ladder.rounds)
-        device = standing.model.device
-        with PeakMemory(str(device)) as peak, standing.clock.on(standing.model.module) as clock:
-            found = observe(
-                standing.strategy, self.workload, _Renamed(watch, name), number, self._energy
-            )
-        watch.trial_ends(name, number, found.duration_ns)
-        about = {
-            **found.header.about,
-            "rung": name,
-            "model_ns": clock.ns if device.type == "cpu" and clock.ns else None,
-            "peak_growth_bytes": peak.growth_bytes,
-        }
-        return replace(found, header=replace(found.header, strategy=name, about=about))
+    def _for_each(self, action: Callable[[OpenRung], object], *, reverse: bool = False) -> None:
+        """Do something with each rung; leave those out that fail."""
+        for opened in self.rungs[:: -1 if reverse else 1]:
+            try:
+                action(opened)
+            except (UsageError, RuntimeError) as error:
+                self._leave_out(opened.rung, error)
+                self.rungs.remove(opened)
+        self._check_any()
 
-    def _verify(
-        self, recordings: Mapping[str, Sequence[Recording]], watch: Watch
-    ) -> dict[str, Verification]:
+    def _verify(self, recordings: Mapping[str, Sequence[Recording]]) -> dict[str, Verification]:
         from batchbench.batching.engines.torch.reference import TeacherForced
 
-        limit = self.asked.trials.verify_limit
+        limit = self.experiment.trials.verify_limit
         if limit == 0:
             return dict.fromkeys(recordings, NOT_VERIFIED)
-        watch.phase("verifying")
-        references: dict[int, Reference] = {}
-        found = {}
-        for s in self._standing:
-            if id(s.model) not in references:
-                references[id(s.model)] = Remembered(TeacherForced(s.model))
-            found[s.rung.name] = verify(
+        self._watch.phase("verifying")
+        models = {opened.model.dtype_name: opened.model for opened in self.rungs}
+        # Rungs of one number format mostly give the same tokens, which are checked once.
+        references = {dtype: Remembered(TeacherForced(model)) for dtype, model in models.items()}
+        return {
+            opened.rung.name: verify(
                 self.workload,
-                recordings[s.rung.name],
-                references[id(s.model)],
+                recordings[opened.rung.name],
+                references[opened.model.dtype_name],
                 self.source.eos_token_ids,
                 limit,
             )
-        return found
+            for opened in self.rungs
+        }
 
 
-def _lacking(rung: Rung, base: LoadedModel) -> str | None:
-    """Why this model on this device has no such rung; None where it has."""
-    from batchbench.batching.engines.torch.forward import is_plain_gpt2
+def _lacking(
+    rung: Rung, *, plain_gpt2: bool, device: torch.device, dtype: torch.dtype, named: bool
+) -> str | None:
+    """Return why this model on this device has no such rung; None if it has."""
     from batchbench.batching.engines.torch.kernels import native
     from batchbench.batching.engines.torch.linear import onednn
     from batchbench.batching.models.loading import resolve_dtype
 
+    dtype_name = str(dtype).removeprefix("torch.")
     if rung.dtype is not None:
-        if base.dtype_name != "float32":
-            return f"the model is in {base.dtype_name} already; give --dtype float32"
+        if dtype_name != "float32":
+            return f"the model is in {dtype_name} already; give --dtype float32"
         try:
-            resolve_dtype(rung.dtype, base.device)
+            resolve_dtype(rung.dtype, device)
         except UsageError as error:
             return str(error)
-    own = is_plain_gpt2(base.module.config)
-    if rung.forward in _MOST and not own and rung.dtype is None:
-        return "only the GPT-2 family has a forward pass of its own"
-    if rung.execution == "graph" and base.device.type != "cuda":
-        return "CUDA graphs need a CUDA device"
-    if rung.dtype is not None or rung.forward not in ("packed", "own"):
         return None
-    if base.device.type != "cpu":
-        return "weights are laid out anew on a CPU only"
-    if rung.forward == "packed" and onednn(base.dtype) is None:
-        return f"this build of torch packs no {base.dtype_name} weights"
+    if rung.forward in _KERNELS and not plain_gpt2:
+        return "only the GPT-2 family has a forward pass of its own"
+    if rung.execution == "graph" and device.type != "cuda":
+        return "CUDA graphs need a CUDA device"
+    if rung.execution == "compile" and device.type == "cpu" and not named:
+        return "compiling takes half a minute a size; name it in --rungs to include it"
+    if rung.forward not in ("packed", "own"):
+        return None
+    if device.type != "cpu":
+        return "weights are packed on a CPU only"
+    if rung.forward == "packed" and onednn(dtype) is None:
+        return f"this build of torch packs no {dtype_name} weights"
     if rung.forward == "own" and native() is None:
         return "batchbench's own kernels need AVX-512, Linux and g++"
     return None
 
 
-_MOST = {"lean": "PLAIN", "packed": "PACKED", "own": "OWN"}
-"""What a rung's forward pass may compute with, by the names of ``Kernels``."""
+_KERNELS = {"lean": "PLAIN", "packed": "PACKED", "own": "OWN"}
+"""Kernels of a rung's forward pass, by the names of ``Kernels``."""
 
 
 def _forward(rung: Rung, model: LoadedModel) -> Forward:
     from batchbench.batching.engines.torch.forward import TransformersForward, make_forward
     from batchbench.batching.engines.torch.linear import Kernels
 
-    if rung.forward is None or rung.forward == "transformers":
-        return TransformersForward(model)
-    return make_forward(model, Kernels[_MOST[rung.forward]])
+    if rung.forward in _KERNELS:
+        return make_forward(model, Kernels[_KERNELS[rung.forward]])
+    return TransformersForward(model)

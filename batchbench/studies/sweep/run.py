@@ -10,7 +10,7 @@ from typing import Protocol
 
 from batchbench.batching.dry_run import estimate
 from batchbench.batching.experiment import Experiment
-from batchbench.batching.models import Shelf
+from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, StopReason, conduct
 from batchbench.errors import Interrupted, UsageError
@@ -55,7 +55,7 @@ class Pace:
         return median(self._seconds_each) * sum(self.work.values())
 
 
-Conduct = Callable[[Experiment, Watch, Shelf], Outcome]
+Conduct = Callable[[Experiment, Watch, ModelCache], Outcome]
 
 
 class Asked(Protocol):
@@ -99,7 +99,7 @@ def run_cells(
     possible = list({c.digest: c for c in grid.cells if c.experiment is not None}.values())
     to_do = _by_model([cell for cell in possible if not store.holds(cell)])
     watch.cells_begin(len(possible), len(possible) - len(to_do))
-    pace, models = Pace({cell.digest: work_of(_asked(cell)) for cell in to_do}), Shelf()
+    pace, models = Pace({cell.digest: work_of(_asked(cell)) for cell in to_do}), ModelCache()
     done = len(possible) - len(to_do)
     for number, cell in enumerate(to_do, done + 1):
         watch.cell_begins(number, len(possible), cell)
@@ -115,7 +115,9 @@ def run_cells(
         watch.cell_ends(cell, reason, pace.left_s())
 
 
-def _serve(cell: Cell, store: Store, watch: Watch, serve: Conduct, models: Shelf) -> str | None:
+def _serve(
+    cell: Cell, store: Store, watch: Watch, serve: Conduct, models: ModelCache
+) -> str | None:
     """Serve one cell and keep what came of it; why it failed, if so."""
     try:
         outcome = serve(_asked(cell), watch, models)

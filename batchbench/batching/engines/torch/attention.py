@@ -1,7 +1,7 @@
-"""Attention of one pass over the slot cache: decoding rows and pieces of prompts side by side.
+"""Attention of one pass over the slot cache: decoding rows and chunks of prompts side by side.
 
-All tokens of a pass lie end to end in one row, ``[1, tokens]``, so the matrix products of the
-model carry no padding; only here does it matter which request a token belongs to.
+All tokens of a pass lie end to end in one row, ``[1, tokens]``, so the model's matrix products
+compute no padding; only attention needs to know which request a token belongs to.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from batchbench.batching.plan import Chunk
 
 
 def cache_argument(module: PreTrainedModel) -> str:
-    """What a model's forward pass calls its cache: renamed in transformers 5.2x."""
+    """Return the name of the cache in a model's ``forward``; transformers 5.2x renamed it."""
     parameters = inspect.signature(module.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
 
 def kv_shape(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Layers, heads of keys and values, and their size, of any causal LM's configuration."""
+    """Return layers, key-value heads and head size of any causal LM's configuration."""
     text = config.get_text_config()
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -36,32 +36,29 @@ def kv_shape(config: PretrainedConfig) -> tuple[int, int, int]:
 
 
 def kv_token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one cached token takes, all layers together."""
+    """Return the bytes of keys and values of one cached token, in all layers together."""
     layers, heads, size = kv_shape(config)
     return 2 * layers * heads * size * dtype.itemsize
 
 
 FEW_TOKENS = 64
-"""Up to so many tokens a pass writes its keys and values row by row in one small operation, which
-no thread need be woken for; the rows of more are spread over the threads (docs/log.md)."""
+"""Up to this many tokens, keys and values are written row by row in one operation, too small to
+wake other threads for; the rows of more tokens are spread over the threads (docs/log.md)."""
 
 
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, ``[slots, heads, max_len, head_dim]`` each.
 
-    Both lie in one block, ``[2, slots, heads, max_len, head_dim]``, so that a pass writes once.
+    Both are views of one block, ``[2, slots, heads, max_len, head_dim]``, so a pass writes once.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], like: torch.Tensor) -> None:
         super().__init__()
-        # Zeros: a row that is computed but not wanted must never read a NaN.
+        # Zeros: a row that is computed in vain must never read a NaN.
         self.block = like.new_zeros((2, *shape))
         self.keys, self.values = self.block.unbind(0)
         self._rows = self.block.view(-1, shape[-1])
         self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the block is there from the start."""
 
     def write(
         self,
@@ -70,11 +67,11 @@ class SlotLayer(CacheLayerMixin):
         rows: torch.Tensor | None,
         states: torch.Tensor,
     ) -> None:
-        """Put keys and values, ``[tokens, 2, heads, head_dim]``, at their places.
+        """Write keys and values, ``[tokens, 2, heads, head_dim]``, to their positions.
 
         Args:
             slots, positions: ``[tokens]`` each.
-            rows: the same places as :meth:`SlotCache.rows` tells them; None where they are many.
+            rows: the same places as returned by :meth:`SlotCache.rows`.
         """
         if rows is not None:
             self._rows.index_copy_(0, rows, states.reshape(-1, states.shape[-1]))
@@ -82,56 +79,54 @@ class SlotLayer(CacheLayerMixin):
         self.keys[slots, :, positions], self.values[slots, :, positions] = states.unbind(1)
 
     def erase(self, slot: int, start: int, stop: int) -> None:
-        """Put zeros into a slot's positions ``start`` to ``stop`` (excluded)."""
+        """Write zeros to a slot's positions ``start`` to ``stop`` (excluded)."""
         self.block[:, slot, :, start:stop] = 0
+
+    # The interface of transformers. The attention below reads the block itself.
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        pass
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hand the new keys and values on: who attends to them knows where they belong."""
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Unused: the attention makes its own mask."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """Unused: slots have lengths of their own, which the plan holds."""
         return 0
 
     def get_max_length(self) -> int:
-        """Longest sequence that a slot holds."""
         return int(self.keys.shape[2])
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.2x
 
 
 class SlotCache(Cache):
-    """All layers' blocks, behind transformers' cache interface."""
+    """The blocks of all layers, behind transformers' cache interface."""
 
     def __init__(
         self, config: PretrainedConfig, slots: int, max_len: int, like: torch.Tensor
     ) -> None:
         layers, heads, size = kv_shape(config)
-        shape = (slots, heads, max_len, size)
-        self.blocks = [SlotLayer(shape, like) for _ in range(layers)]
+        self.blocks = [SlotLayer((slots, heads, max_len, size), like) for _ in range(layers)]
         which, head = np.indices((2, heads)).reshape(2, -1)
-        self._first_rows = torch.from_numpy((which * slots * heads + head) * max_len).to(
-            like.device
-        )
+        first_rows = torch.from_numpy((which * slots * heads + head) * max_len)
+        self._first_rows = first_rows.to(like.device)
         self._slot_rows = heads * max_len
         super().__init__(layers=self.blocks)
 
     def rows(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """Where tokens' keys and values stand among a block's rows, ``[tokens × 2 × heads]``.
+        """Return the rows of a block for tokens' keys and values, ``[tokens × 2 × heads]``.
 
         None for more than :data:`FEW_TOKENS` tokens.
         """
         if len(slots) > FEW_TOKENS:
             return None
-        return (
-            torch.add(positions, slots, alpha=self._slot_rows)[:, None] + self._first_rows
-        ).flatten()
+        starts = torch.add(positions, slots, alpha=self._slot_rows)
+        return (starts[:, None] + self._first_rows).flatten()
 
 
 NAME = "batchbench_slots"
@@ -140,20 +135,20 @@ NAME = "batchbench_slots"
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Fresh pieces of similar length, that attend to themselves alone."""
+    """First chunks of prompts, of similar length; each attends to itself only."""
 
     gather: torch.Tensor  # [pieces, longest]: token of the pass; the last one again as padding
     valid: torch.Tensor  # [pieces, longest]: False where padded
-    at: torch.Tensor  # [tokens of these pieces]: where they stand in the pass
+    at: torch.Tensor  # [tokens of these pieces]: their places in the pass
 
 
 @dataclass(eq=False)
 class Layout:
-    """Which request each token of a pass belongs to.
+    """The assignment of the tokens of a pass to requests.
 
-    Decoding rows come first in the pass, then the chunks. ``slots`` and ``positions`` say where
-    each token's keys and values are written, ``[tokens]``. Decoding rows attend to the slots
-    ``low`` to ``high`` (excluded) of the cache, its first ``length`` positions, each up to its own;
+    Decoding rows come first in the pass, then the chunks. ``slots`` and ``positions``, ``[tokens]``
+    each, are where a token's keys and values are written. Decoding rows attend to the slots ``low``
+    to ``high`` (excluded) of the cache, its first ``length`` positions, each up to its own;
     ``rows`` places them in that range, None when they fill it.
     """
 
@@ -171,20 +166,20 @@ class Layout:
     _mask: torch.Tensor | None = field(default=None, init=False)
 
     def moved(self, positions: torch.Tensor, length: int) -> Layout:
-        """The same requests in another pass."""
+        """Return the layout of the same requests in another pass."""
         return replace(self, positions=positions, length=length)
 
-    # No cached_property: up to Python 3.11 it takes a lock, at which torch.compile stops.
+    # Not cached_property: up to Python 3.11 it takes a lock, which torch.compile cannot trace.
 
     @property
     def rows_of_cache(self) -> torch.Tensor | None:
-        """Where the keys and values of this pass are written, as :meth:`SlotCache.rows` tells."""
+        """The rows that keys and values of this pass are written to (:meth:`SlotCache.rows`)."""
         if self._rows_of_cache is None:
             self._rows_of_cache = self.cache.rows(self.slots, self.positions)
         return self._rows_of_cache
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """What the decoding rows may see, ``[high - low, 1, 1, length]``: 0 or −∞, to be added.
+        """Return the mask of the decoding rows, ``[high - low, 1, 1, length]``: 0 or −∞, to add.
 
         A slot between them that does not decode sees its first position.
         """
@@ -198,10 +193,10 @@ class Layout:
 
 
 def causal_mask(positions: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """What each row may see of ``length`` cached positions, ``[rows, 1, 1, length]``: 0 up to its
+    """Return a mask over ``length`` cached positions, ``[rows, 1, 1, length]``: 0 up to a row's
     own position, −∞ beyond.
 
-    Numbers, not truth values: the attention would make them so again in each layer.
+    Numbers, since attention would convert a boolean mask again in each layer.
     """
     at = torch.arange(length, device=positions.device)
     mask = torch.zeros(len(positions), length, dtype=dtype, device=positions.device)
@@ -216,11 +211,11 @@ def attend(
     *,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention of one layer, ``[tokens, heads, head_dim]`` in and out; writes keys and values.
+    """Write keys and values, and attend in one layer; ``[tokens, heads, head_dim]`` in and out.
 
     Args:
         kv: ``[tokens, 2, heads, head_dim]``.
-        scale: what scores are multiplied by, 1 / √head_dim if None.
+        scale: factor of the scores; 1 / √head_dim if None.
     """
     block.write(layout.slots, layout.positions, layout.rows_of_cache, kv)
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != kv.shape[2]}
@@ -235,15 +230,16 @@ def attend(
 
 
 def attend_natively(
-    own: Native, block: SlotLayer, qkv: torch.Tensor, layout: Layout
+    kernels: Native, block: SlotLayer, qkv: torch.Tensor, layout: Layout
 ) -> torch.Tensor:
-    """:func:`attend` with the decoding rows in batchbench's own kernel, which reads of each slot
-    only what its request has written.
+    """Do what :func:`attend` does, the decoding rows in batchbench's own kernel.
+
+    The kernel reads only the positions that a request has written.
 
     Args:
         qkv: ``[tokens, 3, heads, head_dim]``.
     """
-    out = own.attention(qkv, block.block, layout.slots, layout.positions, layout.decoding)
+    out = kernels.attention(qkv, block.block, layout.slots, layout.positions, layout.decoding)
     if layout.decoding < qkv.shape[0]:
         _attend_prompts(qkv[:, 0], qkv[:, 1:], block, layout, {}, out)
     return out
@@ -257,7 +253,7 @@ def _attend_prompts(
     options: dict[str, Any],
     out: torch.Tensor,
 ) -> None:
-    """Attention of the pieces of prompts, whose keys and values are in the cache; into ``out``."""
+    """Attend for the chunks, whose keys and values are in the cache by now; write to ``out``."""
     k, v = kv.unbind(1)
     for prompts in layout.fresh:
         pq, pk, pv = (states[prompts.gather].transpose(1, 2) for states in (q, k, v))
@@ -265,10 +261,13 @@ def _attend_prompts(
         out[prompts.at] = seen.transpose(1, 2)[prompts.valid]
     for first, chunk, mask in layout.continued:
         piece = slice(first, first + chunk.stop - chunk.start)
-        asked = q[piece].transpose(0, 1)[None]
-        held_k = block.keys[chunk.slot, None, :, : chunk.stop]
-        held_v = block.values[chunk.slot, None, :, : chunk.stop]
-        seen = scaled_dot_product_attention(asked, held_k, held_v, attn_mask=mask, **options)
+        seen = scaled_dot_product_attention(
+            q[piece].transpose(0, 1)[None],
+            block.keys[chunk.slot, None, :, : chunk.stop],
+            block.values[chunk.slot, None, :, : chunk.stop],
+            attn_mask=mask,
+            **options,
+        )
         out[piece] = seen[0].transpose(0, 1)
 
 
@@ -283,22 +282,21 @@ def attend_for_transformers(
     layout: Layout,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """:func:`attend` as transformers calls it: ``[1, heads, tokens, head_dim]`` in."""
+    """Adapt :func:`attend` to transformers, which passes ``[1, heads, tokens, head_dim]``."""
     index = module.layer_idx
     assert isinstance(index, int)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    kv = torch.stack([k, v], 1)
-    seen = attend(layout.cache.blocks[index], q, kv, layout, scale=scaling)
+    seen = attend(layout.cache.blocks[index], q, torch.stack([k, v], 1), layout, scale=scaling)
     return seen.unsqueeze(0), None
 
 
 def _decode(
     q: torch.Tensor, block: SlotLayer, layout: Layout, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Attention of the decoding rows, ``[rows, heads, head_dim]`` in and out.
+    """Attend for the decoding rows, ``[rows, heads, head_dim]`` in and out.
 
-    The cache is read where it lies: rows are spread over a range of slots rather than slots
-    gathered, since a token's query is as small as the cache is large.
+    Queries are spread over a range of slots and the cache is read in place: gathering slots would
+    copy the cache, which is far larger than the queries.
     """
     low, high, length = layout.low, layout.high, layout.length
     if layout.rows is not None:

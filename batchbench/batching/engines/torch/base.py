@@ -1,9 +1,8 @@
-"""What both torch engines share: the loop over equal passes, the last tokens, times, the end."""
+"""The base of both torch engines: the loop over equal passes, the last tokens, and step times."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,59 +15,39 @@ from batchbench.batching.recording import Ints, Steps
 from batchbench.workloads import Workload
 
 
-class Timer(Protocol):
-    """Notes the start of each run of steps and the end of each step."""
-
-    def begin(self) -> None:
-        """A new trial; sets the clock to 0."""
-
-    def run_begins(self) -> None:
-        """The first step of a run is about to be launched."""
-
-    def step_launched(self) -> None:
-        """A step was launched."""
-
-    def settle(self) -> None:
-        """Return when all steps that were launched are done."""
-
-    def times(self) -> tuple[Ints, Ints]:
-        """Starts, one a run, and ends, one a step, in ns since ``begin``; waits for the device."""
-
-
 class HostTimer:
-    """For devices that are done when the call returns, or that are waited for (MPS)."""
+    """Step times of a CPU, which is done when a call returns, and of MPS, which is waited for."""
 
     def __init__(self, clock: WallClock, device: torch.device) -> None:
         self._clock = clock
-        self._wait = torch.mps.synchronize if device.type == "mps" else None
+        self._wait = torch.mps.synchronize if device.type == "mps" else lambda: None
 
     def begin(self) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
-        if self._wait:
-            self._wait()
+        self._wait()
         self._clock.restart()
 
     def run_begins(self) -> None:
         self._starts.append(self._clock.now())
 
     def step_launched(self) -> None:
-        if self._wait:
-            self._wait()
+        self._wait()
         self._ends.append(self._clock.now())
 
     def settle(self) -> None:
-        """Nothing: they are."""
+        """Return at once: a launched step is done."""
 
     def times(self) -> tuple[Ints, Ints]:
+        """Return starts, one a run, and ends, one a step, in ns since ``begin``."""
         return np.array(self._starts, np.int64), np.array(self._ends, np.int64)
 
 
 class CudaTimer:
-    """Events in the stream: nothing waits for the device while steps are launched.
+    """Step times of a GPU: events in the stream, so launching does not wait for the device.
 
     The host runs at most :data:`AHEAD` runs of steps ahead, so that progress and Ctrl-C stay
-    close to what the device does.
+    close to the device.
     """
 
     AHEAD = 2
@@ -96,10 +75,12 @@ class CudaTimer:
         self._ends.append(self._event())
 
     def settle(self) -> None:
+        """Return when all launched steps are done."""
         if self._ends:
             self._ends[-1].synchronize()
 
     def times(self) -> tuple[Ints, Ints]:
+        """Return starts, one a run, and ends, one a step, in ns since ``begin``."""
         torch.cuda.synchronize(self._device)
         return self._since_zero(self._starts), self._since_zero(self._ends)
 
@@ -112,13 +93,8 @@ class CudaTimer:
         return event
 
 
-def make_timer(clock: WallClock, device: torch.device) -> Timer:
-    """The timer that fits the device."""
-    return CudaTimer(clock, device) if device.type == "cuda" else HostTimer(clock, device)
-
-
 class TorchEngine:
-    """Runs plans on a loaded model; what a pass computes is the subclass's business."""
+    """Run plans on a loaded model; a subclass computes the passes and owns the cache."""
 
     simulated = False
     pads_prompts = False
@@ -128,13 +104,15 @@ class TorchEngine:
         self.clock = WallClock()
         self._model = model
         self._device = model.device
-        self._timer = make_timer(self.clock, model.device)
+        cuda = model.device.type == "cuda"
+        self._timer: HostTimer | CudaTimer = (
+            CudaTimer(self.clock, model.device) if cuda else HostTimer(self.clock, model.device)
+        )
         self._last = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self._log: list[torch.Tensor] = []  # the last tokens of all slots after each step
         self._eos = set(model.source.eos_token_ids)
 
     def begin(self, workload: Workload) -> None:
-        """A new trial."""
         self._workload = workload
         self._log = []
         self._last.zero_()
@@ -152,58 +130,55 @@ class TorchEngine:
             self._log.append(self._last.clone())
             self._timer.step_launched()
             if plan.until is not None:
-                # Who has come by the end of this step may join the next: a host that ran ahead
-                # would have decided without them.
+                # A request that arrives during this step may join the next one, so the host must
+                # not run ahead.
                 self._timer.settle()
                 if self.clock.now() >= plan.until:
                     return step + 1
         return plan.repeat
 
     def stopped(self, plan: Plan) -> Collection[int]:
-        """Slots of the plan that yielded an end-of-text token in the last step."""
-        last = self._last.tolist()  # waits for the device: the decision needs the value
+        last = self._last.tolist()  # waits for the device
         return [slot for slot in yielding_slots(plan) if last[slot] in self._eos]
 
     def wait(self) -> None:
         self._timer.settle()
 
     def collect(self) -> Steps:
-        """Times and tokens of the whole trial."""
         starts, ends = self._timer.times()
         tokens = torch.stack(self._log).to("cpu", torch.int32).numpy()
         computed = self._computed - self._computed_before
         return Steps(starts, ends_ns=ends, tokens=tokens, computed=computed)
 
-    # What a subclass does
+    # For subclasses
 
     @property
     def _computed(self) -> int:
-        """Forward passes that the model has computed so far, counted where it is called."""
+        """The number of forward passes so far, counted where the model is called."""
         raise NotImplementedError
 
     def _forget(self) -> None:
-        """Nothing is cached any more."""
+        """Empty the cache."""
 
     def _prepare(self, plan: Plan) -> None:
         """Set up what all passes of the plan share."""
         self._yielding = self._tensor(yielding_slots(plan))
 
     def _advance(self, plan: Plan, step: int) -> None:
-        """One pass: the slots that yield get their next tokens."""
+        """Compute one pass, and store the next tokens of the slots that yield."""
         self._last.index_copy_(0, self._yielding, self._forward(plan, step))
 
     def _forward(self, plan: Plan, step: int) -> torch.Tensor:
-        """One pass; the next token of each yielding slot, ``[yielding]``."""
+        """Compute one pass; return the next token of each yielding slot, ``[yielding]``."""
         raise NotImplementedError
 
     def _tensor(self, values: Collection[int] | np.ndarray) -> torch.Tensor:
-        """Integers on the device."""
         array = np.asarray(values, np.int64)
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
 
 def yielding_slots(plan: Plan) -> list[int]:
-    """Slots that get a token: those that decode, then those whose prompt ends in this pass."""
+    """Return the slots that get a token: those that decode, then those whose prompt is complete."""
     decoding: list[int] = plan.slots.tolist()
     return decoding + [chunk.slot for chunk in plan.chunks if chunk.yields]
 
@@ -212,16 +187,15 @@ _WINDOW = 256
 
 
 def best_token(logits: torch.Tensor) -> torch.Tensor:
-    """The greedy choice, ``[rows, vocabulary]`` to ``[rows]``; the first of equals.
+    """Return the greedy choice, ``[rows, vocabulary]`` to ``[rows]``; the first of equals.
 
-    Not ``argmax``, nor ``max`` with its indices: neither is vectorised on a CPU, and both take
-    several times as long as finding the largest value, then its place in the window that has it,
-    which is what is done where there is no kernel of our own.
+    ``argmax`` and ``max`` with indices are not vectorised on a CPU. Without a native kernel the
+    largest value is found first, then its place in the window that has it: several times as fast.
     """
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        own = native()
-        if own is not None and own.chooses(logits):
-            return own.greedy(logits)
+        kernels = native()
+        if kernels is not None and kernels.chooses(logits):
+            return kernels.greedy(logits)
     width = logits.shape[1]
     if logits.device.type != "cpu" or width <= _WINDOW:
         return logits.max(-1).indices

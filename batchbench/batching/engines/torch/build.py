@@ -1,9 +1,16 @@
-"""Building an engine, after checking that it fits in memory."""
+"""Engines, and the memory that they and a whole run take.
+
+``--dry-run`` predicts the peak memory of a run from the shape of its model and batch, and an engine
+that would not fit is refused: both use :class:`Served`. Its coefficients were measured
+(``benchmarks/dry_run_memory.py``).
+"""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -12,12 +19,6 @@ from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.notebook import NotebookEngine
 from batchbench.batching.engines.torch.attention import kv_token_bytes
 from batchbench.batching.engines.torch.base import TorchEngine
-from batchbench.batching.engines.torch.footprint import (
-    HEADROOM,
-    REFERENCE_LOGITS,
-    Served,
-    largest_batch,
-)
 from batchbench.batching.engines.torch.forward import (
     Forward,
     TransformersForward,
@@ -45,6 +46,75 @@ from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 
+HEADROOM = 0.1
+"""Share of the free memory that stays unused."""
+
+LEAN_WIDTHS, EAGER_WIDTHS = 14, 37
+"""Peak activations of a token, in hidden sizes: in GPT-2's own pass, and in transformers' modules,
+whose GELU alone keeps four tensors of the inner size (4 hidden sizes)."""
+
+REFERENCE_LOGITS = 3
+"""Copies of a request's logits during verification."""
+
+LEFT_BEHIND = 128 * 2**20
+"""Memory that the allocator keeps after loading and packing, and that torch's libraries take when
+they first compute."""
+
+REPORTING = 64 * 2**20
+"""Memory of the libraries for tables and pictures, which are imported after the trials."""
+
+LARGEST_PRODUCT = 2**24
+"""Most values of the timed product; the time of more rows is extrapolated in proportion."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """The part of an experiment that decides how much memory serving takes.
+
+    Attributes:
+        prompt: tokens of the longest prompt.
+        longest: tokens of the longest request, prompt and output.
+        mixes: prompts are computed in passes with the running requests.
+        budget: most tokens of such a pass; None to derive it from the number of slots.
+        lean: the pass is GPT-2's own.
+    """
+
+    config: Any
+    dtype: torch.dtype
+    cached: torch.dtype
+    engine: str
+    prompt: int
+    longest: int
+    mixes: bool
+    budget: int | None
+    lean: bool
+
+    def cache_bytes(self, slots: int) -> int:
+        """Return the bytes of keys and values of all slots."""
+        return slots * self.longest * kv_token_bytes(self.config, self.cached)
+
+    def bytes(self, slots: int) -> int:
+        """Return the bytes that serving this many slots takes in addition to weights."""
+        text = self.config.get_text_config()
+        tokens = slots * self.prompt
+        if self.mixes:
+            tokens = min(tokens, max(self.budget or budget_of(slots), slots))
+        widths = LEAN_WIDTHS if self.lean else EAGER_WIDTHS
+        passes = tokens * widths * text.hidden_size * self.dtype.itemsize
+        logits = slots * text.vocab_size * (self.dtype.itemsize + 4)
+        # While the batch changes, the notebook engine holds the old cache and the new one.
+        caches = 2 if self.engine == "notebook" else 1
+        return int(caches * self.cache_bytes(slots) + passes + logits)
+
+
+def largest_batch(fits: Callable[[int], bool], most: int) -> int:
+    """Return the most slots below ``most`` that fit; 0 if not even one does."""
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
 
 def make_engine(
     name: str,
@@ -58,71 +128,71 @@ def make_engine(
     mixes: bool = True,
     budget: int | None = None,
 ) -> tuple[TorchEngine, dict[str, int]]:
-    """The engine of that name, and what it takes: bytes of weights, packed weights and cache.
+    """Return the engine of that name, and its bytes of weights, packed weights and cache.
 
     Args:
         forward: the slots engine's pass; None for the leanest that is right for the model.
-        prompt: tokens of the longest prompt.
-        mixes: prompts are computed in passes with the running requests.
-        budget: most tokens of such a pass; None to derive it from the number of slots.
+        prompt, mixes, budget: as in :class:`Served`.
 
     Raises:
         UsageError: a batch of this size does not fit (names the largest that does), or the model
             cannot be computed as ``execution`` says.
     """
-    config = model.module.config
-    memory = {"weight_bytes": model.weight_bytes, "packed_weight_bytes": 0}
-    try:
+    with _cache_fits(slots, model.device):
         if name == "notebook":
-            dtype = model.dtype
-            served = Served(config, dtype, dtype, name, prompt, max_len, False, None, lean=False)
-            _check_room(model, slots, served)
-            return NotebookEngine(model, slots), memory | {
-                "kv_cache_bytes": served.cache_bytes(slots)
-            }
-        chosen = _execution(execution, model.device)
-        # What is compiled is taken apart, down to torch's own operators.
-        most = Kernels.PLAIN if chosen == "compile" else Kernels.OWN
-        forward = forward or make_forward(model, most)
-        lean = not isinstance(forward, TransformersForward)
-        cached = forward.cache_dtype
+            forward, mixes = None, False
+        else:
+            chosen = _resolve_execution(execution, model.device)
+            # torch.compile traces torch's own operators only.
+            most = Kernels.PLAIN if chosen == "compile" else Kernels.OWN
+            forward = forward or make_forward(model, most)
         served = Served(
-            config, model.dtype, cached, name, prompt, max_len, mixes, budget, lean=lean
+            config=model.module.config,
+            dtype=model.dtype,
+            cached=forward.cache_dtype if forward else model.dtype,
+            engine=name,
+            prompt=prompt,
+            longest=max_len,
+            mixes=mixes,
+            budget=budget,
+            lean=forward is not None and not isinstance(forward, TransformersForward),
         )
         _check_room(model, slots, served)
-        if isinstance(forward, TransformersForward):
-            _check_forward(model, forward)
-        memory |= {
-            "packed_weight_bytes": forward.extra_bytes,
+        memory = {
+            "weight_bytes": model.weight_bytes,
+            "packed_weight_bytes": forward.extra_bytes if forward else 0,
             "kv_cache_bytes": served.cache_bytes(slots),
         }
-        engine = _slots_engine(
-            model, slots, max_len, forward, chosen, fall_back=execution == "auto"
-        )
-        return engine, memory
+        if forward is None:
+            return NotebookEngine(model, slots), memory
+        if isinstance(forward, TransformersForward):
+            _check_forward(model, forward)
+        falls_back = execution == "auto"
+        return _slots_engine(model, slots, max_len, forward, chosen, falls_back), memory
+
+
+@contextmanager
+def _cache_fits(slots: int, device: torch.device) -> Iterator[None]:
+    """Turn a failed allocation into a UsageError."""
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not re.search(
-            "allocate", str(error)
-        ):  # on the host torch says no more than that in a RuntimeError
-            raise
-        raise UsageError(
-            f"--batch-size {slots}: its cache does not fit on {model.device}; lower it"
-        ) from error
+        # On the host torch raises a plain RuntimeError.
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
+            raise UsageError(
+                f"--batch-size {slots}: its cache does not fit on {device}; lower it"
+            ) from error
+        raise
 
 
-def _execution(asked: str, device: torch.device) -> str:
-    """What ``--execution`` means on a device.
-
-    Raises:
-        UsageError: the device cannot.
-    """
+def _resolve_execution(execution: str, device: torch.device) -> str:
     cuda = device.type == "cuda"
-    if asked == "graph" and not cuda:
+    if execution == "graph" and not cuda:
         raise UsageError(
             f"--execution graph: CUDA graphs need a CUDA device, and the model is on {device}; "
             "take --execution auto"
         )
-    return ("graph" if cuda else "eager") if asked == "auto" else asked
+    return ("graph" if cuda else "eager") if execution == "auto" else execution
 
 
 def _slots_engine(
@@ -131,18 +201,17 @@ def _slots_engine(
     max_len: int,
     forward: Forward,
     execution: str,
-    *,
-    fall_back: bool,
+    falls_back: bool,
 ) -> SlotsEngine:
-    """The slots engine with its decode passes prepared; eager where that fails and may."""
+    """Return the slots engine; an eager one if preparing its passes fails and that is allowed."""
     try:
         return SlotsEngine(model, slots, max_len, forward, execution)
     except (MemoryError, torch.OutOfMemoryError, UsageError):
         raise
-    except Exception as error:  # a model's own code, or a compiler's: whatever they raise
+    except Exception as error:  # from a model's own code, or from a compiler
         if execution == "eager":
             raise
-        if fall_back:
+        if falls_back:
             return SlotsEngine(model, slots, max_len, forward)
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UsageError(
@@ -152,10 +221,10 @@ def _slots_engine(
 
 
 def _check_forward(model: LoadedModel, forward: TransformersForward) -> None:
-    """Raise UsageError where a model does not attend as the slot cache needs it to.
+    """Raise UsageError if a model does not attend as the slot cache needs.
 
-    Models differ in what they do around transformers' interfaces, so it is tried: two small
-    requests, in two passes with pieces of prompts and two without.
+    Models differ in their use of transformers' interfaces, so two small requests are served: two
+    passes with chunks of prompts and two without.
     """
     prompts = [[1, 2, 3, 4, 5], [6, 7, 8]]
     ids = [[i % model.source.vocab_size for i in prompt] for prompt in prompts]
@@ -163,8 +232,8 @@ def _check_forward(model: LoadedModel, forward: TransformersForward) -> None:
     try:
         engine = SlotsEngine(model, 2, 12, forward)
         batcher = Batcher("continuous", engine, 2, prefill="mixed", max_batched_tokens=4)
-        found = verify(workload, [batcher.serve(workload, Watch())], TeacherForced(model))
-        fault = found.findings[0].reason if found.wrong else None
+        checked = verify(workload, [batcher.serve(workload, Watch())], TeacherForced(model))
+        fault = checked.findings[0].reason if checked.wrong else None
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         fault = f"{type(error).__name__}: {error}"
     if fault is not None:
@@ -188,24 +257,12 @@ def _check_room(model: LoadedModel, slots: int, served: Served) -> None:
     )
 
 
-LEFT_BEHIND = 128 * 2**20
-"""Memory that the allocator keeps after loading and packing, and that torch's libraries take when
-they first compute."""
-
-REPORTING = 64 * 2**20
-"""Memory of the libraries for tables and pictures, which are imported after the trials."""
-
-
-LARGEST_PRODUCT = 2**24
-"""Most values of the timed product; the time of more rows is extrapolated in proportion."""
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of weights and cache, peak and available bytes, and seconds of a step's products.
 
-    ``peak_bytes`` and ``room_bytes`` are of the device that serves; on a CPU they count all that
-    the process takes. ``fitting`` is the largest batch size that fits, 0 where none does.
+    ``peak_bytes`` and ``room_bytes`` are of the device that serves; on a CPU they count the whole
+    process. ``fitting`` is the largest batch size that fits, 0 if none does.
     """
 
     device: str
@@ -223,26 +280,17 @@ class Sizes:
 
 
 def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes:
-    """Sizes from the model's shape; time from one product timed here and now."""
+    """Compute sizes from the model's shape, and time one product on this machine."""
     set_threads(experiment.model)
     device = resolve_device(experiment.model.device)
     dtype = resolve_dtype(experiment.model.dtype, device)
     config, serving = model_config(source), experiment.serving
+    slots = serving.batch_size
     lean = serving.engine == "slots" and is_plain_gpt2(config)
-    cached = cache_dtype(config, device, dtype) if lean else dtype
-    base = psutil.Process().memory_info().rss  # before anything is timed
-    matrix = torch.rand(2**26 // config.hidden_size, config.hidden_size, device=device).to(dtype)
-    product = make_linear(matrix, None, Kernels.OWN if lean else Kernels.PLAIN)
-    parameters = count_parameters(source)
-    weight_bytes = parameters * dtype.itemsize
-    rows = max(1, min(serving.batch_size, LARGEST_PRODUCT // len(matrix)))
-    x = torch.rand(rows, config.hidden_size, device=device).to(dtype)
-    per_byte = median_s(lambda: product(x), device, 7) / (matrix.numel() * dtype.itemsize)
-    per_byte *= serving.batch_size / rows
     served = Served(
         config,
         dtype,
-        cached,
+        cache_dtype(config, device, dtype) if lean else dtype,
         serving.engine,
         prompt=int(workload.prompt_tokens.max()),
         longest=workload.max_total_tokens,
@@ -250,28 +298,39 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
         budget=serving.max_batched_tokens,
         lean=lean,
     )
-    height = _Height(
-        experiment, source, workload, served, device, base, parameters, bool(product.extra_bytes)
-    )
+    base = psutil.Process().memory_info().rss  # before anything is timed
+    byte_s, packs = _time_product(served, slots, device)
+    parameters = count_parameters(source)
+    run = _Run(experiment, source, workload, served, device, base, parameters, packs)
     room = int(free_bytes(device) * (1 - HEADROOM)) + (base if device.type == "cpu" else 0)
-    peak = height.bytes(serving.batch_size)
-    fits = serving.batch_size
+    peak, fits = run.peak_bytes(slots), slots
     if peak > room:
-        fits = largest_batch(lambda slots: height.bytes(slots) <= room, serving.batch_size)
+        fits = largest_batch(lambda fewer: run.peak_bytes(fewer) <= room, slots)
     return Sizes(
         device=str(device),
-        weight_bytes=weight_bytes * (2 if product.extra_bytes else 1),
-        kv_cache_bytes=served.cache_bytes(serving.batch_size),
+        weight_bytes=run.resident_bytes,
+        kv_cache_bytes=served.cache_bytes(slots),
         peak_bytes=peak,
         room_bytes=room,
         fitting=fits,
-        step_s=weight_bytes * per_byte,
+        step_s=run.weight_bytes * byte_s,
     )
 
 
+def _time_product(served: Served, slots: int, device: torch.device) -> tuple[float, bool]:
+    """Return the seconds of a product per byte of weights, and True if its weight is packed."""
+    width, dtype = served.config.hidden_size, served.dtype
+    matrix = torch.rand(2**26 // width, width, device=device).to(dtype)
+    product = make_linear(matrix, None, Kernels.OWN if served.lean else Kernels.PLAIN)
+    rows = max(1, min(slots, LARGEST_PRODUCT // len(matrix)))
+    x = torch.rand(rows, width, device=device).to(dtype)
+    seconds = median_s(lambda: product(x), device, 7) * slots / rows
+    return seconds / matrix.nbytes, bool(product.extra_bytes)
+
+
 @dataclass(frozen=True)
-class _Height:
-    """The peak memory of a whole run, for any number of slots."""
+class _Run:
+    """The memory of a whole run, for any number of slots."""
 
     experiment: Experiment
     source: Source
@@ -282,47 +341,48 @@ class _Height:
     parameters: int
     packs: bool
 
-    def bytes(self, slots: int) -> int:
+    @property
+    def weight_bytes(self) -> int:
+        return self.parameters * self.served.dtype.itemsize
+
+    @property
+    def resident_bytes(self) -> int:
+        """The bytes of weights, with the packed ones."""
+        return self.weight_bytes * (2 if self.packs else 1)
+
+    def peak_bytes(self, slots: int) -> int:
         """Return the largest of the stages: loading, packing, serving, verifying."""
-        weights = self.parameters * self.served.dtype.itemsize
-        kept = weights * (2 if self.packs else 1)
-        serving = self.served.bytes(slots) + self._of_their_own(slots)
-        resting = self.served.cache_bytes(slots) + self._of_their_own(slots)
+        weights, resident = self.weight_bytes, self.resident_bytes
+        paged = self._generate_batch_bytes(slots)
+        cached = self.served.cache_bytes(slots) + paged
+        buffer = buffer_bytes(self.device) if weights > (cache_bytes(self.device) or 0) else 0
+        serving = max(self.served.bytes(slots) + paged, cached + buffer)
+        verifying = cached + self._verification_bytes()
+        if self.device.type != "cpu":
+            return resident + max(serving, verifying)
         text = self.served.config.get_text_config()
         head = text.vocab_size * text.hidden_size * self.served.dtype.itemsize
-        if self.device.type != "cpu":
-            return kept + max(serving, resting + self._measuring(weights), resting + self._precise)
-        # Made-up weights are drawn in float32; a checkpoint's file is read beside what it fills.
-        drawn = self.parameters * 4 if self.source.load_format == "dummy" else 2 * weights
-        stages = (
-            drawn,
-            kept + (head if self.packs else 0),
-            kept + max(serving, resting + self._measuring(weights)),
-            kept + resting + self._precise + REPORTING,
-        )
+        # Dummy weights are drawn in float32; a checkpoint's file is read into a second copy.
+        loading = self.parameters * 4 if self.source.load_format == "dummy" else 2 * weights
+        packing = resident + (head if self.packs else 0)
+        stages = (loading, packing, resident + serving, resident + verifying + REPORTING)
         return self.base + LEFT_BEHIND + max(stages)
 
-    def _of_their_own(self, slots: int) -> int:
-        """Return the paged cache and logits of a strategy that schedules for itself."""
-        serving = self.experiment.serving
+    def _generate_batch_bytes(self, slots: int) -> int:
+        """Return the bytes of generate_batch's paged cache and logits; 0 if it does not run."""
+        serving, served = self.experiment.serving, self.served
         if GENERATE_BATCH not in serving.strategies:
             return 0
         from batchbench.batching.engines.generate_batch import PAGE, pages_of
 
-        served = self.served
         cache = pages_of(slots, served.longest) * PAGE * kv_token_bytes(served.config, served.dtype)
         budget = serving.max_batched_tokens or budget_of(slots)
         tokens = max(slots, min(budget, slots * served.longest))
         logits = tokens * served.config.get_text_config().vocab_size * served.dtype.itemsize
         return int(cache + logits)
 
-    def _measuring(self, weights: int) -> int:
-        """Return the size of the buffer that measures memory before a trial; 0 if there is none."""
-        return buffer_bytes(self.device) if weights > (cache_bytes(self.device) or 0) else 0
-
-    @property
-    def _precise(self) -> int:
-        """Return the memory of verifying: logits, and in 16-bit formats a float32 copy of weights.
+    def _verification_bytes(self) -> int:
+        """Return the bytes of logits, and in 16-bit formats of a float32 copy of the weights.
 
         In float32 differences are so rare that a float64 copy is not counted.
         """

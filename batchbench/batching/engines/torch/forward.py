@@ -25,20 +25,20 @@ class Forward(Protocol):
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """What keys and values are cached in."""
+        """The number format of cached keys and values."""
 
     @property
     def extra_bytes(self) -> int:
-        """What it holds beside the model's own weights."""
+        """Bytes held in addition to the model's own weights."""
 
     def __call__(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
     ) -> torch.Tensor:
-        """Logits ``[kept, vocabulary]`` of ``ids``, ``[tokens]``; ``keep`` of them, or all."""
+        """Return logits ``[kept, vocabulary]`` of ``ids``, ``[tokens]``; of all if None is kept."""
 
 
 class CountedForward:
-    """A forward pass that knows how often it was computed."""
+    """A forward pass that counts its calls."""
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
@@ -82,6 +82,10 @@ class _Norm(NamedTuple):
     bias: torch.Tensor
     eps: float
 
+    @classmethod
+    def of(cls, module: torch.nn.LayerNorm) -> _Norm:
+        return cls(module.weight, module.bias, module.eps)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
@@ -96,10 +100,10 @@ class _Block(NamedTuple):
 
 
 class GPT2Forward:
-    """GPT-2 (Radford et al. 2019) with nothing between its products that need not be there.
+    """GPT-2 (Radford et al. 2019) with only the necessary operations between its products.
 
-    On a CPU the weights are laid out anew for the kernels, which takes as much memory again: the
-    plain ones stay, for the reference that outputs are verified against.
+    On a CPU the weights are packed for the kernels, which takes as much memory again: the plain
+    ones stay for the reference that verifies outputs.
     """
 
     def __init__(self, model: LoadedModel, most: Kernels = Kernels.OWN) -> None:
@@ -108,22 +112,22 @@ class GPT2Forward:
         self._tokens, self._positions = body.wte.weight, body.wpe.weight
         self._blocks = [
             _Block(
-                _norm(block.ln_1),
+                _Norm.of(block.ln_1),
                 _conv1d(block.attn.c_attn, most),
                 _conv1d(block.attn.c_proj, most),
-                _norm(block.ln_2),
+                _Norm.of(block.ln_2),
                 _conv1d(block.mlp.c_fc, most),
                 _conv1d(block.mlp.c_proj, most),
             )
             for block in body.h
         ]
-        self._norm = _norm(body.ln_f)
+        self._norm = _Norm.of(body.ln_f)
         self._head = make_linear(model.module.lm_head.weight, None, most)
         layers = [self._head]
         for b in self._blocks:
             layers += [b.qkv, b.attention_out, b.mlp_in, b.mlp_out]
         self.extra_bytes = sum(layer.extra_bytes for layer in layers)
-        self._own = own_attention(config, model.device, model.dtype, most)
+        self._kernels = _attention_kernels(config, model.device, model.dtype, most)
         self.cache_dtype = cache_dtype(config, model.device, model.dtype, most)
 
     def __call__(
@@ -133,8 +137,8 @@ class GPT2Forward:
         tokens = x.shape[0]
         for layer, block in zip(layout.cache.blocks, self._blocks, strict=True):
             qkv = block.qkv(block.norm_1(x)).view(tokens, 3, self._heads, -1)
-            if self._own is not None:
-                seen = attend_natively(self._own, layer, qkv, layout)
+            if self._kernels is not None:
+                seen = attend_natively(self._kernels, layer, qkv, layout)
             else:
                 qkv = qkv.to(self.cache_dtype)
                 seen = attend(layer, qkv[:, 0], qkv[:, 1:], layout)
@@ -145,34 +149,30 @@ class GPT2Forward:
         return self._head(self._norm(x))
 
 
-def own_attention(
-    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, most: Kernels = Kernels.OWN
+def _attention_kernels(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, most: Kernels
 ) -> Native | None:
-    """batchbench's attention over the slot cache, where it can compute what GPT-2 asks."""
-    own = native() if most >= Kernels.OWN and device.type == "cpu" else None
+    """Return batchbench's attention kernels if they can compute what GPT-2 needs."""
+    kernels = native() if most >= Kernels.OWN and device.type == "cpu" else None
     size = config.hidden_size // config.num_attention_heads
-    return own if own is not None and own.attends(size, dtype) else None
+    return kernels if kernels is not None and kernels.attends(size, dtype) else None
 
 
 def cache_dtype(
     config: PretrainedConfig, device: torch.device, dtype: torch.dtype, most: Kernels = Kernels.OWN
 ) -> torch.dtype:
-    """What :class:`GPT2Forward` caches keys and values in.
+    """Return the number format in which :class:`GPT2Forward` caches keys and values.
 
-    Single queries take torch's attention kernel on the CPU longer in bfloat16 than in float32, by
+    On a CPU torch's attention kernel is slower for single queries in bfloat16 than in float32, by
     more than the doubled cache costs (docs/log.md).
     """
-    if device.type != "cpu" or own_attention(config, device, dtype, most) is not None:
+    if device.type != "cpu" or _attention_kernels(config, device, dtype, most) is not None:
         return dtype
     return torch.float32
 
 
-def _norm(module: torch.nn.LayerNorm) -> _Norm:
-    return _Norm(module.weight, module.bias, module.eps)
-
-
 def _conv1d(module: torch.nn.Module, most: Kernels) -> Linear:
-    """transformers' Conv1D holds its weight as ``[inputs, outputs]``."""
+    """Return the layer of a transformers Conv1D, whose weight is ``[inputs, outputs]``."""
     weight, bias = module.weight, module.bias
     assert isinstance(weight, torch.Tensor)
     assert isinstance(bias, torch.Tensor)
@@ -180,7 +180,7 @@ def _conv1d(module: torch.nn.Module, most: Kernels) -> Linear:
 
 
 def is_plain_gpt2(config: PretrainedConfig) -> bool:
-    """Whether :class:`GPT2Forward` computes what this configuration says."""
+    """Return True if :class:`GPT2Forward` computes this configuration."""
     return bool(
         config.model_type == "gpt2"
         and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
@@ -192,7 +192,7 @@ def is_plain_gpt2(config: PretrainedConfig) -> bool:
 
 
 def make_forward(model: LoadedModel, most: Kernels = Kernels.OWN) -> Forward:
-    """The leanest forward pass that is right for the model."""
+    """Return the leanest forward pass that is right for the model."""
     if is_plain_gpt2(model.module.config):
         return GPT2Forward(model, most)
     return TransformersForward(model)

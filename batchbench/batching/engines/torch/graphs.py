@@ -1,10 +1,10 @@
 """Decode passes of fixed shape, prepared before the first trial: CUDA graphs, or compiled code.
 
-While nobody joins and nobody leaves, a pass does the same thing to the same memory, so its kernels
-can be recorded once and replayed without the host naming each of them again. Shapes come in few
-sizes: a pass computes the first ``rows`` slots over the first ``length`` positions of the cache.
-A slot among them that does not decode is computed all the same: it writes to its first position,
-which whoever takes the slot overwrites, and nobody reads its token.
+While the batch does not change, each pass runs the same kernels on the same memory, so they can be
+recorded once and replayed without launching each from the host. There are few shapes: a pass
+computes the first ``rows`` slots over the first ``length`` positions of the cache. A slot among
+them that does not decode is computed too: it writes to its first position, which the slot's next
+request overwrites, and its token is ignored.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from batchbench.batching.plan import Plan
 
 Pass = Callable[[], None]
 Prepare = Callable[[Pass], Pass]
-"""Makes of a pass something that does the same without deciding it anew."""
+"""Return a faster function that does the same as a pass: :class:`Capture` or :class:`Compile`."""
 
 _SHORTEST = 64
-"""Smallest size of the cache that is read; halving it again would save no time worth a graph."""
+"""Fewest cache positions of a prepared pass; with fewer no time is saved."""
 
 
 class PreparedDecode:
@@ -33,8 +33,7 @@ class PreparedDecode:
 
     Args:
         last: the last token of every slot, ``[slots]``; read and written.
-        max_len: most positions that a slot may hold.
-        prepare: :func:`captured` or :func:`compiled`.
+        max_len: most positions of a slot.
         every_batch: prepare the halves, quarters … of the batch too.
     """
 
@@ -64,14 +63,14 @@ class PreparedDecode:
         }
 
     def aim(self, plan: Plan) -> None:
-        """Take the positions of a plan's first pass."""
+        """Set the positions of a plan's first pass."""
         positions, growing = np.zeros((2, len(self._slots)), np.int64)
         positions[plan.slots], growing[plan.slots] = plan.positions, plan.growing
         self._positions.copy_(torch.from_numpy(positions), non_blocking=True)
         self._growing.copy_(torch.from_numpy(growing), non_blocking=True)
 
     def run(self, plan: Plan, step: int) -> None:
-        """Compute the next pass of the plan, the ``step``-th; the last tokens are its outcome."""
+        """Compute the next pass of the plan, the ``step``-th, and store its tokens."""
         rows = fitting(self.batches, int(plan.slots[-1]) + 1)
         length = fitting(self.lengths, int(plan.advanced(step).max()) + 1)
         self._passes[rows, length]()
@@ -90,28 +89,28 @@ class PreparedDecode:
 
 
 def sizes(smallest: int, largest: int) -> tuple[int, ...]:
-    """``smallest`` and its doubles below ``largest``, then ``largest``."""
-    found = []
+    """Return ``smallest`` and its doubles below ``largest``, then ``largest``."""
+    doubles = []
     while smallest < largest:
-        found.append(smallest)
+        doubles.append(smallest)
         smallest *= 2
-    return (*found, largest)
+    return (*doubles, largest)
 
 
 def fitting(sizes: tuple[int, ...], wanted: int) -> int:
-    """The smallest size that is at least ``wanted``."""
+    """Return the smallest size that is at least ``wanted``."""
     return next(size for size in sizes if size >= wanted)
 
 
 class Capture:
-    """Records passes as CUDA graphs that share one pool of memory: only one runs at a time."""
+    """Record passes as CUDA graphs that share one pool of memory, since only one runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Pass) -> Pass:
-        """Run it thrice beside the main stream, as libraries set themselves up, then record it."""
+        # Three runs on a side stream first, in which libraries set themselves up.
         main = torch.cuda.current_stream(self._device)
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(main)
@@ -127,16 +126,15 @@ class Capture:
 
 
 class Compile:
-    """Compiles passes with inductor; on CUDA what comes out is recorded as a graph besides."""
+    """Compile passes with inductor for exactly their shapes; on CUDA, then record them."""
 
     def __init__(self, device: torch.device) -> None:
         torch.compiler.reset()  # passes of an earlier engine count against the same small limit
-        self._then: Prepare = Capture(device) if device.type == "cuda" else lambda run: run
+        self._record: Prepare = Capture(device) if device.type == "cuda" else lambda run: run
 
     def __call__(self, run: Pass) -> Pass:
-        """Compile for exactly these shapes, here and now."""
-        with warnings.catch_warnings():  # of the compiler's own parts, about one another
+        with warnings.catch_warnings():  # the compiler warns about its own parts
             warnings.simplefilter("ignore")
             compiled = torch.compile(run, dynamic=False)
             compiled()
-            return self._then(compiled)
+            return self._record(compiled)

@@ -1,11 +1,11 @@
 """The operations of a decode step on the CPU, compiled on this machine from ``kernels.cpp``.
 
 oneDNN's products wait for memory: they ask for a weight when they need it, and the processor's
-prefetcher stops at the end of each page. Products that ask ahead are up to twice as fast
+prefetcher stops at the end of each page. Products that prefetch 4 KiB ahead are up to twice as fast
 (docs/performance.md). They need a processor with AVX-512 and GCC (``g++``); without them
-:func:`native` is None, and torch's own operators do the work. The compiled file is kept in
-``$XDG_CACHE_HOME/batchbench``, by default ``~/.cache/batchbench``, under a digest of its source,
-flags and compiler.
+:func:`native` returns None, and torch's own operators are used. The compiled file is kept in
+``$XDG_CACHE_HOME/batchbench``, by default ``~/.cache/batchbench``; its name is a digest of the
+source, flags and compiler.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from batchbench.files import replacing
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 PANEL = 32
-"""Outputs whose weights lie together."""
+"""Outputs in a panel of packed weights."""
 MAX_HEAD_SIZE = 256
 
 _FLAGS = (
@@ -40,7 +40,7 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 @cache
 def native() -> Native | None:
-    """The compiled operations, if this machine can have them."""
+    """Return the compiled operations if this machine can run and compile them."""
     processor = Processor.here()
     if not processor.runs_kernels:
         return None
@@ -49,7 +49,7 @@ def native() -> Native | None:
 
 
 class Native:
-    """The operations. All tensors lie on the CPU, contiguous, in float32 or bfloat16."""
+    """The operations; all tensors are on the CPU, contiguous, in float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL, processor: Processor) -> None:
         self.processor = processor
@@ -58,25 +58,25 @@ class Native:
         self._choices = _functions(library, "greedy", pointers=2, integers=2)
 
     def multiplies(self, weight: torch.Tensor) -> bool:
-        """Whether products with ``weight``, ``[outputs, inputs]``, are for :meth:`product`."""
+        """Return True if :meth:`product` suits ``weight``, ``[outputs, inputs]``."""
         if weight.dtype is torch.bfloat16:
             return weight.shape[1] % 2 == 0 and not self.processor.has_amx
         return weight.dtype is torch.float32
 
     def attends(self, head_size: int, dtype: torch.dtype) -> bool:
-        """Whether heads of this size are for :meth:`attention`."""
+        """Return True if :meth:`attention` can compute heads of this size."""
         return head_size <= MAX_HEAD_SIZE and dtype in _NAMES
 
     def chooses(self, logits: torch.Tensor) -> bool:
-        """Whether :meth:`greedy` can choose among ``logits``."""
+        """Return True if :meth:`greedy` can choose among ``logits``."""
         return logits.dtype in _NAMES and logits.shape[1] > 0
 
     @staticmethod
     def pack(weight: torch.Tensor) -> torch.Tensor:
-        """``[outputs, inputs]`` as the products read it: panels of 32 outputs.
+        """Return ``[outputs, inputs]`` in panels of 32 outputs, as :meth:`product` reads it.
 
-        ``[panels, inputs, 32]`` in float32 and ``[panels, inputs / 2, 32, 2]`` in bfloat16, with
-        zeros for outputs that there are not.
+        ``[panels, inputs, 32]`` in float32 and ``[panels, inputs / 2, 32, 2]`` in bfloat16, filled
+        up with zeros.
         """
         outputs, inputs = weight.shape
         panels = -(-outputs // PANEL)
@@ -95,11 +95,11 @@ class Native:
         through_gelu: bool = False,
         add: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``x @ weight.T + bias``, then GPT-2's GELU or ``+ add`` if asked: ``[rows, outputs]``.
+        """Return ``x @ weight.T + bias``, then GPT-2's GELU or ``+ add``: ``[rows, outputs]``.
 
         Args:
             x: ``[rows, inputs]``.
-            packed: what :meth:`pack` made of the weight, ``[outputs, inputs]``.
+            packed: the result of :meth:`pack` for the weight, ``[outputs, inputs]``.
             bias: ``[outputs]``, or None.
             add: ``[rows, outputs]``, or None.
         """
@@ -110,18 +110,8 @@ class Native:
         widened = None
         if x.dtype is torch.bfloat16 and not self.processor.multiplies_bfloat16:
             widened = torch.empty(rows, inputs)
-        self._products[x.dtype](
-            x.data_ptr(),
-            packed.data_ptr(),
-            bias if bias is None else bias.data_ptr(),
-            add if add is None else add.data_ptr(),
-            out.data_ptr(),
-            widened if widened is None else widened.data_ptr(),
-            rows,
-            inputs,
-            outputs,
-            through_gelu,
-        )
+        pointers = [t if t is None else t.data_ptr() for t in (x, packed, bias, add, out, widened)]
+        self._products[x.dtype](*pointers, rows, inputs, outputs, through_gelu)
         return out
 
     def attention(
@@ -132,39 +122,28 @@ class Native:
         positions: torch.Tensor,
         decoding: int,
     ) -> torch.Tensor:
-        """Write a pass's keys and values into a layer's cache, and let its decoding rows attend.
+        """Write a pass's keys and values into a layer's cache, and attend for its decoding rows.
 
-        Each of them sees its slot up to its own position, and no more is read.
+        Each row reads its slot up to its own position only.
 
         Args:
             qkv: ``[tokens, 3, heads, head_dim]``, decoding rows first.
             block: ``[2, slots, heads, max_len, head_dim]``, keys and values, written in place.
             slots, positions: ``[tokens]``, int64.
-            decoding: how many rows decode.
+            decoding: the number of decoding rows.
 
         Returns:
             ``[tokens, heads, head_dim]``, set for the decoding rows only.
         """
         tokens, _, heads, size = qkv.shape
         out = qkv.new_empty(tokens, heads, size)
-        self._attentions[qkv.dtype](
-            qkv.data_ptr(),
-            block.data_ptr(),
-            slots.data_ptr(),
-            positions.data_ptr(),
-            out.data_ptr(),
-            tokens,
-            decoding,
-            heads,
-            size,
-            block.shape[1],
-            block.shape[3],
-            size**-0.5,
-        )
+        pointers = [tensor.data_ptr() for tensor in (qkv, block, slots, positions, out)]
+        counts = (tokens, decoding, heads, size, block.shape[1], block.shape[3])
+        self._attentions[qkv.dtype](*pointers, *counts, size**-0.5)
         return out
 
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
-        """The place of the largest number of each row, ``[rows]``; the first of equals."""
+        """Return the index of the largest number of each row, ``[rows]``; the first of equals."""
         logits = logits.contiguous()
         rows, vocabulary = logits.shape
         out = torch.empty(rows, dtype=torch.int64)
@@ -175,8 +154,8 @@ class Native:
 def _functions(
     library: ctypes.CDLL, name: str, *, pointers: int, integers: int, numbers: int = 0
 ) -> dict[torch.dtype, Callable[..., None]]:
-    """An operation's function for each number format; it takes pointers, integers, then numbers."""
-    found: dict[torch.dtype, Callable[..., None]] = {}
+    """Return an operation's functions by number format; arguments are in the order named here."""
+    functions: dict[torch.dtype, Callable[..., None]] = {}
     for dtype, suffix in _NAMES.items():
         function = library[f"{name}_{suffix}"]
         function.argtypes = (
@@ -185,12 +164,12 @@ def _functions(
             *[ctypes.c_float] * numbers,
         )
         function.restype = None
-        found[dtype] = function
-    return found
+        functions[dtype] = function
+    return functions
 
 
 def _compiled() -> ctypes.CDLL | None:
-    """The compiled source: from the cache, or made now; None where that cannot be."""
+    """Load the library from the cache, or compile it; return None if that fails."""
     compiler = find_compiler()
     if compiler is None:
         return None
@@ -198,12 +177,14 @@ def _compiled() -> ctypes.CDLL | None:
         version = subprocess.run(
             [compiler, "--version"], capture_output=True, check=True, timeout=_COMPILING_S
         ).stdout
-        made_from = b"\0".join([SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version])
-        file = _cache() / f"kernels-{hashlib.sha256(made_from).hexdigest()[:16]}.so"
+        content = b"\0".join([SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version])
+        cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        file = cache_home / "batchbench" / f"kernels-{digest}.so"
         if not file.exists():
             _compile(compiler, file)
         return ctypes.CDLL(str(file))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: no home
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: no home folder
         return None
 
 
@@ -213,11 +194,6 @@ def find_compiler() -> str | None:
 
 
 def _compile(compiler: str, file: Path) -> None:
-    """Put the compiled source there whole: other processes may be at it too."""
-    with replacing(file) as made:
-        command = [compiler, *_FLAGS, str(SOURCE), "-o", str(made)]
+    with replacing(file) as temporary:  # other processes may compile it too
+        command = [compiler, *_FLAGS, str(SOURCE), "-o", str(temporary)]
         subprocess.run(command, capture_output=True, check=True, timeout=_COMPILING_S)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchbench"

@@ -1,10 +1,10 @@
-"""Linear layers: three ways to compute one product, and which of them a machine should take."""
+"""Linear layers: three ways to compute one product, and the choice for a machine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from batchbench.batching.engines.torch.kernels import Native, native
 
 
 class OneDNN(NamedTuple):
-    """The operators."""
+    """oneDNN's operators in torch."""
 
     reorder: Callable[..., torch.Tensor]
     product: Callable[..., torch.Tensor]
@@ -23,7 +23,7 @@ class OneDNN(NamedTuple):
 
 @cache
 def onednn(dtype: torch.dtype) -> OneDNN | None:
-    """The operators, if this build of torch has them and they compute what they should."""
+    """Return the operators if this build of torch has them and their results are right."""
     if dtype not in (torch.float32, torch.bfloat16) or not _has_onednn():
         return None
     try:
@@ -46,7 +46,7 @@ def _has_onednn() -> bool:
 
 @torch.no_grad()
 def _right(ops: OneDNN, dtype: torch.dtype) -> bool:
-    """Whether all three agree with plain arithmetic on a small product."""
+    """Return True if all three agree with plain arithmetic on a small product."""
     numbers = torch.Generator().manual_seed(0)
     shapes = ((48, 32), (48,), (3, 32), (3, 48))
     w, b, x, y = (torch.randn(*shape, generator=numbers).to(dtype) for shape in shapes)
@@ -65,42 +65,42 @@ def _right(ops: OneDNN, dtype: torch.dtype) -> bool:
 
 
 class Kernels(IntEnum):
-    """Whose products a forward pass may take; each may fall back on those before it."""
+    """The kernels that a forward pass may use; each may fall back on those before it."""
 
     PLAIN = 0
     """torch's, on the weights as they are."""
     PACKED = 1
-    """oneDNN's, on weights that are laid out for it."""
+    """oneDNN's, on weights packed for it."""
     OWN = 2
-    """batchbench's, compiled on this machine, on weights laid out for them."""
+    """batchbench's, compiled on this machine, on weights packed for them."""
 
 
 class Linear(Protocol):
-    """``x @ weight.T + bias``, and what GPT-2 does next, in one kernel where there is one."""
+    """``x @ weight.T + bias``, fused with the next operation of GPT-2 where a kernel does that."""
 
     @property
     def extra_bytes(self) -> int:
-        """What it holds beside the weight that it was made of."""
+        """Bytes held in addition to the weight."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """``[rows, inputs]`` to ``[rows, outputs]``."""
+        """Return the product: ``[rows, inputs]`` to ``[rows, outputs]``."""
 
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """The product, then GPT-2's GELU (its tanh form)."""
+        """Return GPT-2's GELU (its tanh form) of the product."""
 
     def plus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The product plus ``y``, ``[rows, outputs]``."""
+        """Return the product plus ``y``, ``[rows, outputs]``."""
 
 
 def make_linear(
     weight: torch.Tensor, bias: torch.Tensor | None, most: Kernels = Kernels.OWN
 ) -> Linear:
-    """The fastest layer for this weight, on its device and in its number format.
+    """Return the fastest layer for this weight, on its device and in its number format.
 
     Args:
         weight: ``[outputs, inputs]``; any strides.
         bias: ``[outputs]``, or None.
-        most: what may be taken.
+        most: the best kernels that may be used.
     """
     if weight.device.type == "cpu":
         own = native() if most >= Kernels.OWN else None
@@ -113,7 +113,7 @@ def make_linear(
 
 
 class PlainLinear:
-    """torch's, on the weight as it is."""
+    """torch's product, on the weight as it is."""
 
     extra_bytes = 0
 
@@ -124,20 +124,20 @@ class PlainLinear:
         return linear(x, self._weight, self._bias)
 
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        return gelu(linear(x, self._weight, self._bias), approximate="tanh")
+        return gelu(self(x), approximate="tanh")
 
     def plus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y + linear(x, self._weight, self._bias)
+        return y + self(x)
 
 
 class PackedLinear:
-    """oneDNN's, on the weight laid out for it."""
+    """oneDNN's product, on the weight packed for it."""
 
     def __init__(self, ops: OneDNN, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._ops, self._bias = ops, bias
-        # Packed for no number of rows in particular: packed for one it would be slow for eight.
+        # Packed for no particular number of rows: packed for one, it would be slow for eight.
         self._weight = ops.reorder(weight.contiguous(), None)
-        self.extra_bytes = weight.numel() * weight.element_size()
+        self.extra_bytes = weight.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._ops.product(x, self._weight, self._bias, "none", [], "")
@@ -150,19 +150,18 @@ class PackedLinear:
 
 
 class OwnLinear:
-    """batchbench's, on the weight laid out in panels."""
+    """batchbench's product, on the weight packed in panels."""
 
     def __init__(self, own: Native, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._own, self._bias = own, bias
-        self._outputs = len(weight)
         self._weight = own.pack(weight)
-        self.extra_bytes = self._weight.numel() * self._weight.element_size()
+        self._product = partial(own.product, packed=self._weight, outputs=len(weight), bias=bias)
+        self.extra_bytes = self._weight.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._own.product(x, self._weight, self._outputs, self._bias)
+        return self._product(x)
 
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        return self._own.product(x, self._weight, self._outputs, self._bias, through_gelu=True)
+        return self._product(x, through_gelu=True)
 
     def plus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self._own.product(x, self._weight, self._outputs, self._bias, add=y)
+        return self._product(x, add=y)

@@ -1,4 +1,4 @@
-"""How fast this machine reads memory, measured on the spot."""
+"""Measurements of this machine: memory bandwidth, matrix products, time within the model."""
 
 from __future__ import annotations
 
@@ -19,64 +19,59 @@ from batchbench.batching.machine import last_level_cache_bytes
 from batchbench.batching.models.loading import LoadedModel, free_bytes
 from batchbench.batching.step_cost import TIMES_THE_CACHE, Bandwidth, Reading
 
-Work = Callable[[], object]
-
-_SETTLING = 2
-"""Turns that do not count: the first touches memory and makes kernels ready."""
+_WARM_UPS = 2
+"""Turns that do not count: the first ones touch memory and prepare kernels."""
 
 
-def median_s(work: Work, device: torch.device, turns: int) -> float:
-    """Seconds that ``work`` takes: the median of several turns."""
-    once = _by_events if device.type == "cuda" else _by_the_host
-    return statistics.median([once(work, device) for _ in range(_SETTLING + turns)][_SETTLING:])
+def median_s(function: Callable[[], object], device: torch.device, turns: int) -> float:
+    """Return the median seconds that ``function`` takes over several turns."""
+    seconds = [_seconds(function, device) for _ in range(_WARM_UPS + turns)]
+    return statistics.median(seconds[_WARM_UPS:])
 
 
-def _by_the_host(work: Work, device: torch.device) -> float:
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record(stream)
+        function()
+        end.record(stream)
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
     began = time.perf_counter()
-    work()
+    function()
     if device.type == "mps":
         torch.mps.synchronize()
     return time.perf_counter() - began
 
 
-def _by_events(work: Work, device: torch.device) -> float:
-    stream = torch.cuda.current_stream(device)
-    begins, ends = (torch.cuda.Event(enable_timing=True) for _ in "be")  # type: ignore[no-untyped-call]
-    begins.record(stream)
-    work()
-    ends.record(stream)
-    ends.synchronize()
-    return float(begins.elapsed_time(ends)) / 1e3
+_LEAST_BYTES = 2**28  # also for a cache that is small or of unknown size
 
-
-_LEAST_BYTES = 2**28  # also where the cache is small or its size is not told
-
-_SHARE_OF_MEMORY = 0.5  # of what is free: no measurement is worth swapping for
+_SHARE_OF_MEMORY = 0.5  # of the free memory, so that no measurement makes the machine swap
 
 _WIDTH = 1024
 
 
 @torch.inference_mode()
 def measure_bandwidth(device: torch.device, *, turns: int = 7) -> Bandwidth:
-    """Read a buffer that no cache holds, with all threads, in several ways.
+    """Read a buffer that is larger than any cache, with all threads, in several ways.
 
-    Each way's figure is the median of its turns, and the fastest way's is taken: a slow one tells
-    of its own arithmetic and not of the memory.
+    The result is the fastest way's median over its turns: a slower way is limited by its
+    arithmetic, not by memory.
     """
     cache = cache_bytes(device)
     rows = max(1, -(-buffer_bytes(device) // (4 * _WIDTH)))
     buffer = torch.ones(rows, _WIDTH, device=device)
     vector, flat = torch.ones(_WIDTH, device=device), buffer.view(-1)
-    ways: dict[str, Work] = {
+    ways: dict[str, Callable[[], object]] = {
         "sum": buffer.sum,
         "matrix × vector": lambda: buffer.mv(vector),
         "dot product with itself": lambda: flat.dot(flat),
     }
-    size = buffer.numel() * buffer.element_size()
-    speeds = {name: size / median_s(way, device, turns) for name, way in ways.items()}
+    speeds = {name: buffer.nbytes / median_s(way, device, turns) for name, way in ways.items()}
     best = max(speeds, key=lambda name: speeds[name])
     threads = torch.get_num_threads() if device.type == "cpu" else None
-    return Bandwidth(speeds[best], best, size, cache, turns, threads)
+    return Bandwidth(speeds[best], best, buffer.nbytes, cache, turns, threads)
 
 
 def buffer_bytes(device: torch.device) -> int:
@@ -86,25 +81,32 @@ def buffer_bytes(device: torch.device) -> int:
 
 
 def cache_bytes(device: torch.device) -> int | None:
-    """Of the last level; None where the machine does not tell."""
+    """Return the bytes of the last-level cache; None if the machine does not report them."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     return last_level_cache_bytes()
 
 
 def reading_of(model: LoadedModel) -> Reading:
-    """What a decode step reads."""
+    """Return the bytes that a decode step reads.
+
+    An embedding that is not tied to a product is left out: a step reads one row a request.
+    """
+    modules = list(model.module.modules())
+    multiplied = {id(m.weight) for m in modules if isinstance(m, nn.Linear)}
+    tables = {id(m.weight): m.weight.nbytes for m in modules if isinstance(m, nn.Embedding)}
+    looked_up = sum(size for key, size in tables.items() if key not in multiplied)
     return Reading(
         dtype=model.dtype_name,
         weight_bytes=model.weight_bytes,
-        step_weight_bytes=model.weight_bytes - _looked_up_bytes(model.module),
+        step_weight_bytes=model.weight_bytes - looked_up,
         kv_token_bytes=kv_token_bytes(model.module.config, model.dtype),
     )
 
 
 @torch.inference_mode()
 def measure_products(model: LoadedModel, rows: int, *, turns: int = 15) -> float:
-    """Seconds that the matrix products of a decode step of ``rows`` requests take alone."""
+    """Return the seconds of only the matrix products of a decode step of ``rows`` requests."""
     return median_s(products(model, rows), model.device, turns)
 
 
@@ -112,8 +114,8 @@ def products(
     model: LoadedModel,
     rows: int,
     make: Callable[[torch.Tensor, torch.Tensor | None], Linear] = make_linear,
-) -> Work:
-    """All matrix products of one decode step and nothing else, weights laid out as served.
+) -> Callable[[], None]:
+    """Return a function that computes all matrix products of one decode step.
 
     Args:
         make: a linear layer from its weight, ``[outputs, inputs]``, and its bias, ``[outputs]``.
@@ -122,53 +124,39 @@ def products(
     inputs: dict[int, torch.Tensor] = {}
     numbers = torch.Generator().manual_seed(0)
     for module in model.module.modules():
-        if isinstance(module, Conv1D):  # transformers' holds its weight as [inputs, outputs]
-            weight = module.weight.t()
-        elif isinstance(module, nn.Linear):
-            weight = module.weight
-        else:
+        if not isinstance(module, Conv1D | nn.Linear):
             continue
+        # transformers' Conv1D has a weight of [inputs, outputs]
+        weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
         width = weight.shape[1]
         if width not in inputs:
             drawn = torch.randn(rows, width, generator=numbers)
             inputs[width] = drawn.to(device=model.device, dtype=model.dtype)
         layers.append((make(weight, module.bias), inputs[width]))
 
-    def once() -> None:
+    def run() -> None:
         for layer, x in layers:
             layer(x)
 
-    return once
-
-
-def _looked_up_bytes(module: nn.Module) -> int:
-    """Bytes of embeddings of which a step reads a row a request: those tied to no product."""
-    multiplied = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
-    tables = {
-        id(m.weight): m.weight.numel() * m.weight.element_size()
-        for m in module.modules()
-        if isinstance(m, nn.Embedding) and id(m.weight) not in multiplied
-    }
-    return sum(tables.values())
+    return run
 
 
 class ModelClock:
-    """Adds up the time within a model's forward pass: ids in, logits out.
+    """The time within a model's forward pass, from token ids to logits, on the host's clock.
 
-    On a device that computes while the host goes on, the host's clock tells only what launching
-    takes; there it is of no use.
+    On a GPU that is only the time to launch the pass, and of no use.
     """
 
     def __init__(self) -> None:
         self.ns = 0
 
     def timed(self, forward: Forward) -> Forward:
-        """The same forward pass, timed; one that calls the module is timed there already."""
+        """Return the forward pass, timed; :meth:`on` times one that calls the module already."""
         return forward if isinstance(forward, TransformersForward) else _Timed(forward, self)
 
     @contextmanager
     def on(self, module: torch.nn.Module) -> Iterator[ModelClock]:
-        """Time every call of the module, from 0, whoever makes it and in whichever thread."""
+        """Time every call of the module, from 0, in whichever thread."""
         self.ns = 0
         began: list[int] = []
 
@@ -187,13 +175,11 @@ class ModelClock:
 
 
 class _Timed:
-    """A forward pass that is not made by calling the module."""
+    """A forward pass that does not call the module."""
 
     def __init__(self, forward: Forward, clock: ModelClock) -> None:
         self._forward, self._clock = forward, clock
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._forward, name)
+        self.cache_dtype, self.extra_bytes = forward.cache_dtype, forward.extra_bytes
 
     def __call__(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""The model alone: one plain forward pass over prompt + output, no cache, no batch."""
+"""The reference: one plain forward pass over prompt + output of one request, without a cache."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from batchbench.batching.models.loading import LoadedModel, free_bytes
 from batchbench.batching.verification import Deviation
 
 TIE = 8.0
-"""Two logits are a tie when they are closer than this many times the error of a logit, which is
-measured at the very position: root mean square, over the vocabulary, of what computing in a
-higher precision changes. Both sides of a comparison carry that error (docs/verification.md)."""
+"""Two logits are a tie when they differ by less than this many times the error of a logit. The
+error is measured at the same position: the root mean square, over the vocabulary, of the change
+that a higher precision makes. Both sides of a comparison have that error (docs/verification.md)."""
 
 
 class TeacherForced:
-    """Reads a whole sequence at once and tells each next token that the model prefers."""
+    """Read a whole sequence at once, and compare each token with the model's own choice."""
 
     name = "teacher-forced: one plain forward pass over prompt + output, alone, without a cache"
 
@@ -34,12 +34,12 @@ class TeacherForced:
     def deviations(
         self, prompt: NDArray[np.int32], output: NDArray[np.int32]
     ) -> Sequence[Deviation]:
-        """Where the model alone prefers another token."""
+        """Return the positions of ``output`` at which the model alone prefers another token."""
         sequence = torch.from_numpy(np.concatenate([prompt, output[:-1]]).astype(np.int64))[None]
         generated = torch.from_numpy(output.astype(np.int64))
         logits = self._logits(self._model.module, sequence, len(output))
         finite = torch.isfinite(logits).all(-1)
-        if not finite.all():  # whatever came out, the model did not choose it
+        if not finite.all():  # the model did not choose this token, whatever it is
             return [Deviation(int(torch.nonzero(~finite)[0]), math.inf, 0.0)]
         differs = torch.flatten(torch.nonzero(best_token(logits) != generated))
         if not len(differs):
@@ -62,9 +62,9 @@ class TeacherForced:
         return logits
 
     def _more_precise(self) -> torch.nn.Module:
-        """The same weights in float32, or in float64 where they are float32 already.
+        """Return the same weights in float32, or in float64 if they are float32.
 
-        Made when a first difference asks for it; on the host where the device has no room.
+        The copy is made for the first difference, on the host if the device has no room.
         """
         if self._precise is None:
             dtype = torch.float64 if self._model.dtype is torch.float32 else torch.float32

@@ -1,4 +1,4 @@
-"""The slots engine: one preallocated cache, a request written into its slot and then forgotten."""
+"""The slots engine: one preallocated cache; a request is written into its slot, then forgotten."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from batchbench.errors import UsageError
 
 
 class SlotsEngine(TorchEngine):
-    """Any causal LM over a :class:`SlotCache`.
-
-    A pass may carry decoding rows and pieces of prompts together.
+    """Any causal LM over a :class:`SlotCache`; a pass may hold decoding rows and prompt chunks.
 
     Args:
         max_len: longest prompt + output of the workload, in tokens.
@@ -60,13 +58,12 @@ class SlotsEngine(TorchEngine):
         graphs = self.execution == "graph"
         prepare = Capture(self._device) if graphs else Compile(self._device)
         args = (self._plain_pass, self._cache, self._last, max_len, prepare)
-        # To compile takes half a minute a size.
+        # Compiling takes half a minute a size, so it is done for the full batch only.
         return PreparedDecode(*args, every_batch=graphs)
 
     @property
     def _computed(self) -> int:
-        replayed = self._prepared.calls if self._prepared else 0
-        return self._forward_pass.calls + replayed
+        return self._forward_pass.calls + (self._prepared.calls if self._prepared else 0)
 
     def _forget(self) -> None:
         for block in self._cache.blocks:  # before the clock starts, not at the first prefill
@@ -75,9 +72,9 @@ class SlotsEngine(TorchEngine):
         self._written[:] = 0
 
     def _erase_behind(self, plan: Plan) -> None:
-        """Zero what the slots' last occupants left beyond the newcomers' prompts.
+        """Zero what earlier requests left in the slots beyond the new requests' prompts.
 
-        It is masked wherever it is read, but a number that overflowed survives any mask.
+        The mask hides it, but an infinity or NaN would survive the mask.
         """
         for chunk in plan.chunks:
             if chunk.start == 0 and chunk.stop < self._written[chunk.slot]:
@@ -100,18 +97,14 @@ class SlotsEngine(TorchEngine):
         pieces = [self._workload.prompt(c.request.index)[c.start : c.stop] for c in chunks]
         self._prompt_ids = self._tensor(np.concatenate(pieces) if pieces else [])
         lengths = np.array([len(piece) for piece in pieces], np.int64)
-        firsts = decoding + np.cumsum(lengths) - lengths  # where each piece begins in the pass
-        lasts = [
-            first + length - 1
-            for chunk, first, length in zip(chunks, firsts, lengths, strict=True)
-            if chunk.yields
-        ]
+        stops = decoding + np.cumsum(lengths)  # where each chunk ends in the pass
+        lasts = [stop - 1 for chunk, stop in zip(chunks, stops, strict=True) if chunk.yields]
         self._keep = self._tensor([*range(decoding), *lasts]) if chunks else None
         self._growing = self._tensor(plan.growing)
-        self._layout = self._lay_out(plan, firsts.tolist())
+        self._layout = self._lay_out(plan, (stops - lengths).tolist())
 
     def _lay_out(self, plan: Plan, firsts: Sequence[int]) -> Layout:
-        """Which request each token of the pass belongs to; ``firsts`` is one a chunk."""
+        """Assign each token of the pass to its request; ``firsts`` is where each chunk begins."""
         chunks, decoding = plan.chunks, len(plan.slots)
         slots = [plan.slots, *(np.full(c.stop - c.start, c.slot) for c in chunks)]
         positions = [plan.positions, *(np.arange(c.start, c.stop) for c in chunks)]
@@ -127,7 +120,7 @@ class SlotsEngine(TorchEngine):
             layout.rows = None if whole else self._tensor(plan.slots - layout.low)
         placed = list(zip(firsts, chunks, strict=True))
         layout.fresh = list(self._padded([(first, c) for first, c in placed if c.start == 0]))
-        layout.continued = [(first, c, self._after(c)) for first, c in placed if c.start > 0]
+        layout.continued = [(first, c, self._mask_of(c)) for first, c in placed if c.start > 0]
         return layout
 
     def _advance(self, plan: Plan, step: int) -> None:
@@ -137,19 +130,17 @@ class SlotsEngine(TorchEngine):
             super()._advance(plan, step)
 
     def _forward(self, plan: Plan, step: int) -> torch.Tensor:
-        layout = self._layout
+        layout, ids = self._layout, self._prompt_ids
         if layout.decoding:
             positions = layout.positions + self._growing if step else layout.positions
             layout = layout.moved(positions, int(plan.advanced(step).max()) + 1)
             self._layout = layout
-        ids = self._prompt_ids
-        if layout.decoding:
             decoded = self._last[layout.slots[: layout.decoding]]
             ids = torch.cat([decoded, ids]) if plan.chunks else decoded
         return best_token(self._forward_pass(ids, layout, self._keep))
 
     def _padded(self, placed: Sequence[tuple[int, Chunk]]) -> Iterator[Prompts]:
-        """Fresh pieces in groups of like length (within a factor of two), padded on the right."""
+        """Group first chunks by length, within a factor of two, and pad them on the right."""
         pieces = sorted(((first, c.stop) for first, c in placed), key=lambda piece: piece[1])
         for _, group in groupby(pieces, key=lambda piece: (piece[1] - 1).bit_length()):
             first, length = np.array(list(group), np.int64).T
@@ -162,7 +153,7 @@ class SlotsEngine(TorchEngine):
                 self._tensor(gather[valid]),
             )
 
-    def _after(self, chunk: Chunk) -> torch.Tensor:
-        """Mask of a piece that is not its prompt's first: it sees what came before it."""
+    def _mask_of(self, chunk: Chunk) -> torch.Tensor:
+        """Return the mask of a later chunk of a prompt, which attends to all before it."""
         own = self._positions_of_cache[chunk.start : chunk.stop]
         return self._positions_of_cache[: chunk.stop] <= own[:, None]
