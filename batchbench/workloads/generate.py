@@ -23,8 +23,7 @@ from batchbench.workloads.prompts import (
 from batchbench.workloads.request import Ints, Ragged, Workload
 from batchbench.workloads.seeds import stream
 from batchbench.workloads.spec import WorkloadSpec
-from batchbench.workloads.traces import Trace, read_trace
-from batchbench.workloads.traces.rows import BadRow
+from batchbench.workloads.traces import BadRow, Trace, read_trace
 
 
 @dataclass(frozen=True, eq=False)

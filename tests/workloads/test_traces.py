@@ -25,9 +25,7 @@ from batchbench.errors import UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 from batchbench.workloads.prompts import byte_tokens
 from batchbench.workloads.spec import TRACE_FORMATS
-from batchbench.workloads.traces import read_trace
-from batchbench.workloads.traces.own import write_workload
-from batchbench.workloads.traces.rows import BadRow
+from batchbench.workloads.traces import BadRow, read_trace, write_workload
 
 
 @pytest.fixture
@@ -163,7 +161,7 @@ def test_what_tells_no_times_needs_a_rate_to_come_over_time(file: Path) -> None:
         ({"long_tokens": 7}, "--trace and --long-tokens exclude each other"),
         ({"prompts": Path("trace")}, "--prompts and --trace exclude each other"),
         ({"speed": 2.0, "request_rate": 1.0}, "--request-rate and --speed exclude each other"),
-        ({"speed": 2.0, "arrivals": "at-once"}, "--speed 2: is of the trace's own times"),
+        ({"speed": 2.0, "arrivals": "at-once"}, "--speed 2: applies to the trace's own times"),
         ({"trace_format": "csv"}, "--trace-format csv: must be one of sharegpt, azure"),
         ({"on_bad_row": "weep"}, "--on-bad-row weep: must be one of error, skip"),
     ],
@@ -294,7 +292,7 @@ def test_a_wrong_line_is_named_with_what_is_wrong(
     text = str(refused.value)
     assert text.startswith(f"--trace {file}: line 3: ")
     assert told in text
-    assert text.endswith("mend it, or leave such rows out with --on-bad-row skip")
+    assert text.endswith("correct it, or skip such rows with --on-bad-row skip")
     assert len(text) < 500
     bad: list[BadRow] = []
     trace = read(file, on_bad_row=bad.append)
@@ -349,9 +347,9 @@ def test_an_array_that_breaks_off_is_told_and_read_so_far_if_asked(file: Path) -
         (
             AZURE.splitlines(keepends=True)[0].encode(),
             None,
-            "holds no row of the format azure; give a file with requests",
+            "contains no rows of the format azure; give a file with requests",
         ),
-        (b"[]", None, "holds no row of the format sharegpt"),
+        (b"[]", None, "contains no rows of the format sharegpt"),
         (
             b'[{"instruction": "a", "output": "b"}]',
             None,
@@ -365,7 +363,7 @@ def test_an_array_that_breaks_off_is_told_and_read_so_far_if_asked(file: Path) -
         (b'{"a": 1}', "sharegpt", "line 1: has no list of conversations"),
         (b'{"batchbench_workload": 9}', None, "line 1: is of version 9, this batchbench reads 1"),
         (b'{"batchbench_workload": 1, "max_concurrency": 0}', None, "line 1: stop_at_eos or max"),
-        (b'{"batchbench_workload": 1}', None, "holds no row of the format batchbench"),
+        (b'{"batchbench_workload": 1}', None, "contains no rows of the format batchbench"),
         (b'{"batchbench_workload": 1}\n{"output_tokens": 3}', None, "line 2: prompt_tokens"),
     ],
 )
@@ -382,7 +380,7 @@ def test_what_is_no_trace_is_refused(
 def test_where_every_row_is_wrong_nothing_is_left(name: str, file: Path) -> None:
     header = {"azure": AZURE, "burstgpt": BURSTGPT}.get(name, "").partition("\n")[0]
     content = "[7, 8]" if name == "sharegpt" else f"{header}\n7\n8\n".lstrip()
-    with pytest.raises(UsageError, match="holds no right row"):
+    with pytest.raises(UsageError, match="contains no valid rows"):
         read(write(file, content), format=name, on_bad_row=lambda row: None)
 
 
