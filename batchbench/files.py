@@ -226,11 +226,7 @@ def check_place(place: Path, named: str) -> None:
 
 
 def _write_within(
-    folder: Path,
-    contents: Mapping[str, bytes | str],
-    stale: Collection[str],
-    *,
-    durable: bool,
+    folder: Path, contents: Mapping[str, bytes | str], stale: Collection[str], *, durable: bool
 ) -> None:
     staging = Path(tempfile.mkdtemp(prefix=_staging_prefix(folder), dir=folder))
     first = next(iter(contents))

@@ -369,7 +369,7 @@ def test_burstgpt_as_pandas_writes_it(file: Path) -> None:
         note=told.append,
     )
     assert told == [
-        f"{file}: burstgpt, 3 requests; failed requests left out: 1, line 5: Response tokens is "
+        f"{file}: burstgpt, 3 requests; failed requests skipped: 1, line 5: Response tokens is "
         "0: the request failed"
     ]
 
@@ -431,12 +431,12 @@ def test_headers_in_their_variants(header: str, delimiter: str, file: Path) -> N
 def test_blank_lines_and_repeated_headers_are_skipped_and_counted(file: Path) -> None:
     trace = read(write(file, AZURE + "\n  \r\n" + AZURE + "\n\n"))
     assert trace.prompt_tokens.tolist() == [374, 374, 396, 396, 879, 879]
-    assert trace.remarks == ("blank lines left out: 2", "repeated headers left out: 1")
+    assert trace.remarks == ("blank lines skipped: 2", "repeated headers skipped: 1")
     bad: list[BadRow] = []
     read(file, on_bad_row=bad.append)
     assert [(row.number, row.harmless) for row in bad] == [(5, True), (6, True), (7, True)]
     blank = MOONCAKE.replace("\n", "\n\n")
-    assert read(write(file, blank)).remarks[-1] == "blank lines left out: 2"
+    assert read(write(file, blank)).remarks[-1] == "blank lines skipped: 2"
 
 
 # Cells

@@ -151,7 +151,7 @@ def _read_table(
             yield BadRow(number, "has a carriage return in a row" if inside else str(error))
         except WrongError as error:
             if [_plain(cell) for cell in cells] == names:  # files joined with cat
-                repeated = "repeated headers left out"
+                repeated = "repeated headers skipped"
                 yield BadRow(number, "repeats the header", kind=repeated, harmless=True)
             else:
                 yield error.at(Place(number))

@@ -64,7 +64,7 @@ class BadRow(NamedTuple):
     number: int
     reason: str
     unit: str = "line"
-    kind: str = "wrong rows"
+    kind: str = "invalid rows"
     harmless: bool = False
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class BadRow(NamedTuple):
 class WrongError(ValueError):
     """A fault of a row; ``kind`` is the group that a summary counts it in."""
 
-    def __init__(self, reason: str, kind: str = "wrong rows") -> None:
+    def __init__(self, reason: str, kind: str = "invalid rows") -> None:
         super().__init__(reason)
         self.kind = kind
 
@@ -123,7 +123,7 @@ def read_lines(content: BinaryIO) -> Iterator[tuple[int, bytes | BadRow]]:
                 raise HopelessError(f"line {number}: follows {MOST_BLANK_LINES:,} blank lines")
             continue
         for before in range(number - blank, number):
-            yield before, BadRow(before, "is blank", kind="blank lines left out", harmless=True)
+            yield before, BadRow(before, "is blank", kind="blank lines skipped", harmless=True)
         blank = 0
         yield number, line
 
