@@ -219,7 +219,7 @@ def test_a_saved_workload_that_was_changed_since_is_told(how: str, file: Path) -
         "cut": header + one,
         "order": header + two + one.replace('"due_ns":0', '"due_ns":5'),
     }
-    with pytest.raises(UsageError, match="was changed .* delete the digest"):
+    with pytest.raises(UsageError, match=r"was changed .* delete the digest"):
         made(WorkloadSpec(trace=write(file, changed[how])))
     without = changed[how].replace(workload.digest, "").replace('"digest": ""', '"digest": null')
     made(WorkloadSpec(trace=write(file, without)))
