@@ -1,22 +1,21 @@
 """The errors that batchbench raises, and their exit codes.
 
-    BatchbenchError            70   a fault of ours, as is any other exception
-    ├── UsageError              2   the question is bad: an option, a file, a batch too large
+    BatchbenchError            70   a bug, as is any other exception
+    ├── UsageError              2   a wrong option or file, or a batch too large for the memory
     │   └── OutputError         2   standard output cannot be written
-    ├── ClosedPipe            141   nobody reads standard output any more
-    ├── OutOfTimeError         70   --max-time is up; caught, and what is finished is kept
+    ├── ClosedPipe            141   the reader of standard output has gone
+    ├── OutOfTimeError         70   --max-time is over; caught, and finished work is used
     └── Interrupted           130   Ctrl-C; 143 for SIGTERM, 129 for SIGHUP
 
-``str(error)`` is one line that names the option or the file and says what would be right.
-A bad answer is no exception: a run whose outputs are wrong is written and shown as any other, and
-ends with 1.
+``str(error)`` is one line that names the option or the file and says what to type instead. A run
+with wrong outputs raises no exception: it is written and shown like any other, and ends with 1.
 """
 
 LONGEST_VALUE = 80
-"""Characters of a value that a message shows."""
+"""Most characters of a value in a message."""
 
 _LONGEST_WORD, _LONGEST_LINE = 255, 2000
-"""Characters of a word, such as the name of a file, and of a whole message."""
+"""Most characters of a word, such as the name of a file, and of a whole message."""
 
 
 def shown(value: object, most: int = LONGEST_VALUE) -> str:
@@ -41,13 +40,12 @@ def _escaped(text: str) -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    """Return the text, without its middle if it is too long."""
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 class BatchbenchError(Exception):
-    """Root of all errors that batchbench raises on purpose."""
+    """The base class of all errors that batchbench raises on purpose."""
 
     exit_code = 70
 
@@ -56,7 +54,7 @@ class BatchbenchError(Exception):
 
 
 class UsageError(BatchbenchError):
-    """What was asked cannot be done; the message says what to type instead."""
+    """The request cannot be carried out; the message says what to type instead."""
 
     exit_code = 2
 
@@ -65,24 +63,21 @@ class OutputError(UsageError):
     """Standard output is closed, or its disk is full."""
 
 
-class ClosedPipe(BatchbenchError):  # noqa: N818  # the reader has what it wanted
+class ClosedPipe(BatchbenchError):  # noqa: N818  # not an error
     """The reader of standard output has gone, as ``head -1`` does; the program ends quietly."""
 
     exit_code = 141
 
 
 class OutOfTimeError(BatchbenchError):
-    """The time that the user allowed is up before some work is finished.
-
-    ``waited_s`` is the time spent waiting for an answer.
-    """
+    """Work was not finished in the time that the user allowed; ``waited_s`` was spent waiting."""
 
     def __init__(self, why: str, waited_s: float = 0.0) -> None:
         super().__init__(why)
         self.waited_s = waited_s
 
 
-class Interrupted(BatchbenchError):  # noqa: N818  # it is none
-    """Ctrl-C, SIGTERM or SIGHUP; the message says what was kept."""
+class Interrupted(BatchbenchError):  # noqa: N818  # not an error
+    """Ctrl-C, SIGTERM or SIGHUP; the message says what was saved."""
 
     exit_code = 130

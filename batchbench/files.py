@@ -1,8 +1,11 @@
-"""The writer of files: claim a place, then write files and folders whole or not at all.
+"""Files that users name: opened, checked, and written whole or not at all.
 
 Content is written to a hidden path beside its target and moved there in one step, together with
 parent folders that are missing. A process that ends at any moment, by Ctrl-C, SIGKILL or a full
 disk, leaves the old content or the new, and no empty folder.
+
+All functions raise UsageError, with the option or the file in the message, unless they say
+otherwise. Their argument ``named`` or ``where`` is the beginning of the message.
 """
 
 from __future__ import annotations
@@ -37,6 +40,14 @@ STOPPING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
 """Signals that ask the program to stop."""
+
+
+PATIENCE_S = 0.5
+"""Seconds to wait for the writer of a pipe."""
+
+MIB = 2**20
+
+_BUFFER = 2**16
 
 
 class ClaimedError(UsageError):
@@ -84,9 +95,6 @@ def claimed(place: Path, named: str) -> Iterator[None]:
 
     The claim is a lock on a file in the folder for temporary files. The system releases it however
     the process ends, so a killed run blocks nobody.
-
-    Args:
-        named: the place as the message names it, with the option if there is one.
 
     Raises:
         ClaimedError: another process writes there.
@@ -152,17 +160,14 @@ def write_whole(
 ) -> list[Path]:
     """Write the files of a result into a folder; return their paths.
 
-    A folder that is missing appears with all files in one move. In a folder that exists, the old
-    first file is removed before anything else and the new one comes last, so that it only ever
-    stands beside its own files.
+    A missing folder appears with all files in one move. In a folder that exists, the old first
+    file is removed before anything else and the new one comes last, so that it only ever stands
+    beside its own files.
 
     Args:
         contents: files by name; the first tells readers that the others are there.
-        stale: files and folders of an older result that must not stay beside this one.
-        durable: wait until a power cut could lose nothing, about 10 ms a file.
-
-    Raises:
-        UsageError: the folder cannot be written.
+        stale: files and folders of an older result to remove.
+        durable: wait until a power cut could lose nothing, about 10 ms per file.
     """
     try:
         with undisturbed():
@@ -180,22 +185,8 @@ def write_whole(
     return [folder / name for name in contents]
 
 
-def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
-    """Write files by their names, each whole or not at all.
-
-    Raises:
-        UsageError: one cannot be written.
-    """
-    for name, content in contents.items():
-        write_file(folder / name, content)
-
-
 def write_file(file: Path, content: Content) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
+    """Write a file whole or not at all."""
     try:
         with undisturbed(), replacing(file) as staging:
             _write(staging, content)
@@ -203,34 +194,14 @@ def write_file(file: Path, content: Content) -> None:
         raise UsageError(f"{file}: cannot be written: {reason_of(error)}") from error
 
 
-def check_place(place: Path, named: str) -> None:
-    """Check that a file or folder of this name can be made; leave nothing behind.
-
-    Args:
-        named: the place as the message names it, with the option if there is one.
-
-    Raises:
-        UsageError: it cannot be made.
-    """
-    top = _topmost_missing(place)
-    try:
-        if place.is_dir():
-            with tempfile.TemporaryFile(dir=place):
-                return
-        with tempfile.TemporaryDirectory(prefix=STAGING, dir=top.parent) as trial:
-            (Path(trial) / place.relative_to(top.parent)).mkdir(parents=True)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{named}: cannot be written: {reason_of(error)}; give another place"
-        ) from error
+def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
+    """Write files by their names, each whole or not at all."""
+    for name, content in contents.items():
+        write_file(folder / name, content)
 
 
 def _write_within(
-    folder: Path,
-    contents: Mapping[str, bytes | str],
-    stale: Collection[str],
-    *,
-    durable: bool,
+    folder: Path, contents: Mapping[str, bytes | str], stale: Collection[str], *, durable: bool
 ) -> None:
     staging = Path(tempfile.mkdtemp(prefix=_staging_prefix(folder), dir=folder))
     first = next(iter(contents))
@@ -264,7 +235,6 @@ def _write(file: Path, content: Content) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file's content, or the names in a folder, to the disk."""
     if os.name != "posix" and path.is_dir():
         return  # only POSIX can do this for folders
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -275,7 +245,7 @@ def _sync(path: Path) -> None:
 
 
 def _topmost_missing(target: Path) -> Path:
-    """Return the target, or the topmost of the folders above it that are missing."""
+    """Return the target, or the topmost missing folder above it."""
     top = target
     while not os.path.lexists(top.parent):
         top = top.parent
@@ -283,7 +253,6 @@ def _topmost_missing(target: Path) -> Path:
 
 
 def _staging_prefix(target: Path) -> str:
-    """Return the prefix of hidden paths that only writers of this target use."""
     return f"{STAGING}{_digest(target)[:12]}-"
 
 
@@ -322,26 +291,48 @@ def default_folders(model: str, study: str = "") -> Iterator[Path]:
         number += 1
 
 
-def check_folder(folder: Path, *, overwrite: bool, marker: str = "result.json") -> None:
-    """Check that a result can be written to a folder; leave nothing behind.
+def cache_folder() -> Path:
+    """Return the folder for files that can be made again.
 
-    Args:
-        marker: the file that shows that a folder holds a result.
+    That is ``$BATCHBENCH_CACHE``, or ``batchbench`` in the user's folder for caches.
 
     Raises:
-        UsageError: it cannot be written, or holds a result and ``overwrite`` is not given.
+        RuntimeError: the user has no home folder.
     """
+    if folder := os.environ.get("BATCHBENCH_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchbench"
+
+
+# Checks before anything is written
+
+
+def check_place(place: Path, named: str) -> None:
+    """Check that a file or folder of this name can be made; leave nothing behind."""
+    top = _topmost_missing(place)
+    try:
+        if place.is_dir():
+            with tempfile.TemporaryFile(dir=place):
+                return
+        with tempfile.TemporaryDirectory(prefix=STAGING, dir=top.parent) as trial:
+            (Path(trial) / place.relative_to(top.parent)).mkdir(parents=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{named}: cannot be written: {reason_of(error)}; give another place"
+        ) from error
+
+
+def check_folder(folder: Path, *, overwrite: bool, marker: str = "result.json") -> None:
+    """Check that a result can be written to a folder; ``marker`` is a file of every result."""
     check_place(folder / marker, f"--output {folder}")
     if (folder / marker).exists() and not overwrite:
-        raise UsageError(f"--output {folder}: holds a result; give another folder or --overwrite")
+        raise UsageError(
+            f"--output {folder}: holds a result; give another folder or --overwrite"
+        )
 
 
 def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
-    """Check that files of these names can be written in a folder; leave nothing behind.
-
-    Raises:
-        UsageError: they cannot be written, or one is there and ``overwrite`` is not given.
-    """
+    """Check that files of these names can be written in a folder."""
     for file in (folder / name for name in names):
         check_place(file, str(file))
         if file.exists() and not (overwrite and file.is_file()):
@@ -349,37 +340,23 @@ def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
 
 
 def check_file(file: Path, option: str) -> None:
-    """Check that a file that an option names can be written.
-
-    Raises:
-        UsageError: it cannot be written.
-    """
+    """Check that the file of an option can be written."""
     check_place(file, f"{option} {file}")
     if file.exists() and not file.is_file():
         what = "is a directory" if file.is_dir() else "is no file"
         raise UsageError(f"{option} {file}: {what}; give a file, such as report.html")
 
 
-PATIENCE_S = 0.5
-"""Seconds to wait for the writer of a pipe."""
-
-MIB = 2**20
-
-_BUFFER = 2**16
+# Reading
 
 
 def open_binary(file: Path, where: str, limit: int | None = None) -> BinaryIO:
     """Open a file or pipe for reading bytes; skip a byte-order mark at its beginning.
 
-    Args:
-        where: the option and the file; each message begins with it.
-        limit: largest number of bytes to read, even if its size is unknown.
-
-    Raises:
-        UsageError: it cannot be opened or read, or is too long; later reads may raise this too.
+    Reads raise UsageError, too; also if there are more than ``limit`` bytes.
     """
     try:
-        # Not blocking, since the opening of a pipe would wait for its writer.
+        # Non-blocking, since opening a pipe would wait for its writer.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         handle = os.open(file, flags)
     except (OSError, ValueError) as error:
@@ -398,11 +375,7 @@ def open_binary(file: Path, where: str, limit: int | None = None) -> BinaryIO:
 
 
 def read_binary(file: Path, where: str, limit: int) -> bytes:
-    """Read a whole file or pipe; skip a byte-order mark at its beginning.
-
-    Raises:
-        UsageError: it cannot be read, or is longer than ``limit`` bytes.
-    """
+    """Read a whole file or pipe of at most ``limit`` bytes; skip a byte-order mark."""
     with open_binary(file, where, limit) as content:
         return content.read()
 
@@ -444,7 +417,6 @@ class _Source(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Read some bytes into the buffer; 0 at the end."""
         place = memoryview(buffer).cast("B")
         if self._first:
             part, self._first = self._first[: len(place)], self._first[len(place) :]
@@ -470,7 +442,7 @@ class _Source(io.RawIOBase):
 
 
 def check_there(file: Path, where: str) -> None:
-    """Raise :class:`UsageError` if there is no such file; do not open it."""
+    """Check that a file exists; do not open it."""
     try:
         if file.is_dir():
             raise UsageError(f"{where}: is a directory; give a file")

@@ -1,4 +1,4 @@
-"""The bounded reader of JSON files: it limits size, depth and numbers, and refuses duplicate keys.
+"""The reader of JSON files: it limits size, depth and numbers, and refuses duplicate keys.
 
 Every JSON file that a user names is read here. A broken or hostile one takes little memory and
 time, and is refused in one line.
@@ -28,11 +28,12 @@ MOST_VALUES = 1_000_000
 MOST_DEPTH = 64
 """Most levels of nesting. A result has 8; code that walks the data fails before 1,000."""
 
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-
-
 LARGEST, SMALLEST = 1e50, 1e-50
 """Bounds of numbers other than 0, so that results of arithmetic stay in a double's range."""
+
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+
+_TOO_DEEP = f"it is nested more than {MOST_DEPTH} deep"
 
 
 def read_json(file: Path, *, constants: bool = False) -> Any:
@@ -62,7 +63,9 @@ def parse_json(content: bytes, *, constants: bool = False) -> Any:
     Raises:
         ValueError: it is not JSON, or goes beyond the limits of this module.
     """
-    _check_count(content)
+    # Checked before the values take memory; commas in texts do not count.
+    if _most_values(content) > MOST_VALUES < _most_values(_STRING.sub(b"", content)):
+        raise ValueError(f"it has more than {MOST_VALUES:,} values")
     try:
         data = json.loads(
             content.decode("utf-8-sig"),
@@ -79,16 +82,7 @@ def parse_json(content: bytes, *, constants: bool = False) -> Any:
     return data
 
 
-_TOO_DEEP = f"it is nested more than {MOST_DEPTH} deep"
-
-
-def _check_count(content: bytes) -> None:
-    """Raise ValueError if there are too many values, before they take memory."""
-    if _count(content) > MOST_VALUES and _count(_STRING.sub(b"", content)) > MOST_VALUES:
-        raise ValueError(f"it holds more than {MOST_VALUES:,} values")
-
-
-def _count(content: bytes) -> int:
+def _most_values(content: bytes) -> int:
     """Return an upper bound of the number of values."""
     return sum(map(content.count, (b",", b"[", b"{")))
 
@@ -111,19 +105,15 @@ def _float(text: str) -> float:
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         counts = Counter(name for name, _ in pairs)
         raise ValueError(f"it names {max(counts, key=counts.__getitem__)[:40]!r} twice")
-    return found
+    return content
 
 
 def _check_values(data: Any, *, escaped: bool) -> None:
-    """Raise ValueError for nesting that is too deep, and for text that UTF-8 cannot hold.
-
-    Args:
-        escaped: the text holds escapes, which may make half a character.
-    """
+    """Refuse nesting that is too deep, and halves of characters, which only escapes can write."""
     level, depth = [data], 0
     while level:
         if depth > MOST_DEPTH:
@@ -137,7 +127,7 @@ def _check_values(data: Any, *, escaped: bool) -> None:
             elif isinstance(value, list):
                 inner += value
             elif escaped and isinstance(value, str) and not _is_text(value):
-                raise ValueError("it holds half a surrogate pair, which is not a character")
+                raise ValueError("it contains half a surrogate pair, which is not a character")
         level, depth = inner, depth + 1
 
 

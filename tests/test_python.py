@@ -101,7 +101,7 @@ def test_a_name_that_is_no_option_is_told_the_nearest(
         ({"max_wait": "long"}, "^max_wait='long': must be a number$"),
         ({"stop_at_eos": 1}, "^stop_at_eos=1: must be true or false$"),
         ({"prompts": 3}, "^prompts=3: must be the name of a file or folder$"),
-        ({"slo": "ttft:5"}, "^--slo 'ttft:5': must be a list of texts$"),
+        ({"slo": "ttft:5"}, "^slo='ttft:5': must be a list of texts$"),
         ({"preset": "nope"}, "^preset=nope: must be one of"),
         ({"workload": "nowhere.toml"}, "^workload=nowhere.toml: no such file"),
     ],

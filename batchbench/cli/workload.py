@@ -145,7 +145,7 @@ def save(
     with claimed(file, str(file)):
         check_files(file.parent, [file.name], overwrite=saving.overwrite)
         outline, vocab_size = _outline(workload, serving, model)
-        from batchbench.workloads.traces.own import write_workload
+        from batchbench.workloads.traces import write_workload
 
         made = outline.workload(vocab_size)
         write_file(file, (line.encode() for line in write_workload(made)))

@@ -1,4 +1,4 @@
-"""What is asked, and when: requests, lengths, arrivals, traces. Knows nothing of serving."""
+"""Requests to serve: their lengths, prompts, arrivals and traces; nothing about serving."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,44 +1,168 @@
-"""Arrivals: the owner of requests that are not there yet."""
+"""Arrivals: the times at which requests are due, and the requests that have not arrived yet."""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from batchbench.workloads.request import Request, Workload
+from batchbench.errors import UsageError, shown
+from batchbench.settings import parse_float
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from batchbench.workloads.request import Request, Workload
+
+GRAMMAR = "at-once, poisson, gamma, constant, trace or ramp:from=1,to=16"
+
+FASTEST = 1e9
+"""Largest rate, in requests per second."""
+
+PROCESSES = ("at-once", "poisson", "gamma", "constant", "trace", "ramp")
+
+
+@dataclass(frozen=True)
+class ArrivalProcess:
+    """The process by which requests arrive.
+
+    ``rate`` is in requests per second, None if there is none (at once, or a trace's own times).
+    Gaps of ``gamma`` have the shape ``burstiness`` and the mean 1 / rate, so that their
+    coefficient of variation is burstiness ** -0.5; shape 1 is ``poisson``. A ``ramp`` is a Poisson
+    (or gamma) process whose rate goes linearly from ``rate`` to ``end_rate``.
+    """
+
+    kind: str
+    rate: float | None = None
+    end_rate: float | None = None
+    burstiness: float = 1.0
+
+    def gaps(self, rng: np.random.Generator, size: int) -> NDArray[np.float64]:
+        """Return ``size`` gaps of mean 1, before the rate is applied to them."""
+        import numpy as np
+        from scipy import stats
+
+        if self.kind == "constant":
+            return np.ones(size)
+        uniform = rng.random(size)
+        if self.burstiness == 1.0:
+            return -np.log1p(-uniform)
+        scale = 1 / self.burstiness
+        return np.asarray(stats.gamma.ppf(uniform, self.burstiness, scale=scale), np.float64)
+
+    def due_ns(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
+        """Return ``size`` times in ns, ascending.
+
+        The first request comes at 0 and the last after ``size`` - 1 gaps that are 1 / rate on
+        average: all gaps are scaled by one factor, so that a short run has the requested
+        rate, as in ``vllm bench serve``. The last request of a ramp comes when the rate reaches
+        ``end_rate``.
+        """
+        import numpy as np
+
+        if self.rate is None or size < 2:
+            return np.zeros(size, np.int64)
+        sums = np.concatenate([[0.0], np.cumsum(self.gaps(rng, size - 1))])
+        if sums[-1] > 0:
+            sums = sums / sums[-1] * (size - 1)
+        sums[-1] = size - 1  # not rounded; and all gaps of a very bursty process may underflow
+        # The times at which the integral of the rate reaches the sums: begin t + slope t² / 2 =
+        # sum, solved without cancellation.
+        begin, end = self.rate, self.rate if self.end_rate is None else self.end_rate
+        slope = (end**2 - begin**2) / (2 * sums[-1])
+        if slope == 0:
+            times = sums / begin
+        else:
+            times = 2 * sums / (begin + np.sqrt(np.maximum(begin**2 + 2 * slope * sums, 0.0)))
+        return np.rint(times * 1e9).astype(np.int64)
+
+    def __str__(self) -> str:
+        if self.kind == "ramp":
+            text = f"ramp from {self.rate:g} to {self.end_rate:g} requests/s"
+        elif self.rate is None:
+            text = "all at once" if self.kind == "at-once" else "the trace's own times"
+        else:
+            text = f"{self.kind}, {self.rate:g} requests/s"
+        return text + (f", burstiness {self.burstiness:g}" if self.burstiness != 1.0 else "")
+
+
+def arrival_process(
+    arrivals: str | None, request_rate: float | None, burstiness: float, *, trace: bool
+) -> ArrivalProcess:
+    """Return the process of ``--arrivals``, ``--request-rate`` and ``--burstiness`` together.
+
+    Raises:
+        UsageError: they contradict each other, or one lacks another.
+    """
+    text = "" if arrivals is None else arrivals.strip()
+    kind = text.partition(":")[0]
+    if not kind:
+        if request_rate is not None:
+            kind = "gamma" if burstiness != 1.0 else "poisson"
+        else:
+            kind = "trace" if trace else "at-once"
+    if kind not in PROCESSES or (":" in text and kind != "ramp"):
+        raise UsageError(f"--arrivals {shown(text)}: must be {GRAMMAR}")
+    if kind == "trace" and not trace:
+        raise UsageError(f"--arrivals {kind}: there is no trace; give --trace FILE")
+    if kind in ("poisson", "gamma", "constant") and request_rate is None:
+        raise UsageError(f"--arrivals {kind}: needs a rate; give --request-rate")
+    if kind in ("at-once", "trace", "ramp") and request_rate is not None:
+        raise UsageError(f"--arrivals {shown(text)}: takes no separate rate; drop --request-rate")
+    if burstiness != 1.0 and kind == "poisson":
+        raise UsageError(
+            f"--burstiness {burstiness:g}: is 1 for poisson; take --arrivals gamma instead"
+        )
+    if burstiness != 1.0 and kind in ("at-once", "trace", "constant"):
+        raise UsageError(f"--burstiness {burstiness:g}: needs random arrivals; give --request-rate")
+    if kind == "ramp":
+        return ArrivalProcess(kind, *_ramp(text), burstiness)
+    return ArrivalProcess(kind, request_rate, None, burstiness)
+
+
+def _ramp(text: str) -> tuple[float, float]:
+    place = f"--arrivals {shown(text)}"
+    pairs = [part.partition("=") for part in text.partition(":")[2].split(",")]
+    if [name.strip() for name, _, _ in pairs] != ["from", "to"]:
+        raise UsageError(f"{place}: must be {GRAMMAR}")
+    begin, end = (parse_float(number, place) for _, _, number in pairs)
+    if not (0 < begin <= FASTEST and 0 < end <= FASTEST):
+        raise UsageError(f"{place}: both rates must be above 0 and at most {FASTEST:g} requests/s")
+    return begin, end
 
 
 class Arrivals(Protocol):
-    """When requests come in. They come in the order of the workload."""
+    """The requests that have not arrived yet; they arrive in the order of the workload."""
 
     @property
     def closed_loop(self) -> bool:
-        """Whether a request may come because another one is finished.
+        """True if a request may arrive because another one finished.
 
-        Only then does it matter at what time ``finished`` is told.
+        Only then does the time matter at which ``finished`` is called.
         """
 
     @property
     def next_due(self) -> int | None:
-        """Time in ns at which the next request is due, if nobody finishes before; None when none
+        """Time in ns at which the next request is due if no other finishes before; None if none
         will be."""
 
     @property
     def more(self) -> bool:
-        """Whether there are requests that have not come yet."""
+        """True if some requests have not arrived yet."""
 
     def due(self, now: int) -> list[Request]:
-        """The requests that have become due by ``now`` since the last call, in order.
+        """Return the requests that have become due by ``now`` since the last call, in order.
 
-        Their ``due_ns`` is when they truly were due.
+        Their ``due_ns`` is the time at which they became due.
         """
 
     def finished(self, request: Request, now: int) -> None:
-        """Tell that a request is done: at ``now``, the end of the step of its last token."""
+        """Report that a request finished at ``now``, the end of the step of its last token."""
 
 
 class Timetable:
-    """Requests that come at times fixed beforehand, whatever the server does (an open loop)."""
+    """Requests that arrive at times fixed beforehand, whatever the server does (an open loop)."""
 
     closed_loop = False
 
@@ -55,27 +179,21 @@ class Timetable:
         return self._next is not None
 
     def due(self, now: int) -> list[Request]:
-        if self._next is None or self._next.due_ns > now:
-            return []
-        due = [self._next]
-        self._next = None
-        for request in self._requests:
-            if request.due_ns > now:
-                self._next = request
-                break
-            due.append(request)
+        due: list[Request] = []
+        while self._next is not None and self._next.due_ns <= now:
+            due.append(self._next)
+            self._next = next(self._requests, None)
         return due
 
     def finished(self, request: Request, now: int) -> None:
-        """Nothing: the times are fixed."""
+        """Do nothing: the times are fixed."""
 
 
 class ClosedLoop:
-    """Requests that come no sooner than there is room for them.
+    """Requests that arrive when fewer than ``workload.max_concurrency`` are unfinished.
 
-    There is room for ``workload.max_concurrency`` requests that are not done. A request is due at
-    its own time or when room came for it, whichever is later; without own times that is the
-    classic closed loop of so many clients that think for no time.
+    A request is due at its own time or when room came for it, whichever is later. Without own
+    times this is the classic closed loop of N clients with no think time.
     """
 
     closed_loop = True
@@ -85,8 +203,8 @@ class ClosedLoop:
             raise ValueError("a closed loop needs the workload's max_concurrency")
         self._requests = iter(workload)
         self._next = next(self._requests, None)
-        # When room came, a place each: requests come in order, so the k-th beyond the first N
-        # takes the place that the k-th finish left.
+        # The time at which room came, for each free place. Requests arrive in order, so the k-th
+        # request beyond the first N takes the place of the k-th that finished.
         self._room = deque([0] * min(workload.max_concurrency, len(workload)))
 
     @property
@@ -108,10 +226,9 @@ class ClosedLoop:
         return due
 
     def finished(self, request: Request, now: int) -> None:
-        """There is room for one more."""
         self._room.append(now)
 
 
 def make_arrivals(workload: Workload) -> Arrivals:
-    """What lets the requests of a workload come."""
+    """Return the arrivals of a workload: a closed loop if it has ``max_concurrency``."""
     return Timetable(workload) if workload.max_concurrency is None else ClosedLoop(workload)

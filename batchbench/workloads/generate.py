@@ -1,8 +1,7 @@
-"""Making the workload that a spec describes."""
+"""Make the workload that a spec describes."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from batchbench.errors import UsageError
-from batchbench.workloads.arrival_times import ArrivalProcess
+from batchbench.workloads.arrivals import ArrivalProcess
 from batchbench.workloads.lengths import parse_lengths
 from batchbench.workloads.prompts import (
     BLOCK_TOKENS,
@@ -23,16 +22,23 @@ from batchbench.workloads.prompts import (
 from batchbench.workloads.request import Ints, Ragged, Workload
 from batchbench.workloads.seeds import stream
 from batchbench.workloads.spec import WorkloadSpec
-from batchbench.workloads.traces import Trace, read_trace
-from batchbench.workloads.traces.rows import BadRow
+from batchbench.workloads.traces import BadRow, Trace, read_trace
+
+QUEUE_SIZE = 32
+"""Number of requests without ``--queue-size`` and ``--trace``."""
+
+_NAMED = 3  # invalid rows of a kind that are named; more are only counted
+
+Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Outline:
     """A workload without the ids of random prompts; columns are ``[requests]``.
 
-    ``prompts`` are known (a text's tokens) or None: random ones, the first ``shared`` tokens of
-    which are the same in all, and whose ``blocks`` of ``block_tokens`` tokens may have names.
+    ``prompts`` are known (a text's tokens) or None. None means random prompts: their first
+    ``shared`` tokens are the same in all, and their ``blocks`` of ``block_tokens`` tokens may have
+    names.
     """
 
     name: str
@@ -52,7 +58,7 @@ class Outline:
         return len(self.output_tokens)
 
     def workload(self, vocab_size: int) -> Workload:
-        """The workload: ids of random prompts are drawn, known ones taken modulo the vocabulary.
+        """Return the workload; draw random ids, and take known ones modulo the vocabulary.
 
         Raises:
             UsageError: its prompts do not fit in memory.
@@ -81,19 +87,17 @@ class Outline:
         )
 
     def beyond(self, context: int | None, model: str) -> list[str]:
-        """A line where requests are longer than a model's context; none where all fit."""
-        long = (
-            0 if context is None else int((self.prompt_tokens + self.output_tokens > context).sum())
-        )
-        if not long:
+        """Return a line if some requests are longer than a model's context, else none."""
+        total = self.prompt_tokens + self.output_tokens
+        if context is None or not (long := int((total > context).sum())):
             return []
         return [
-            f"{long:,} of {len(self):,} requests exceed the {context:,} tokens that {model} takes; "
-            "say --overlong clip, scale or skip"
+            f"{long:,} of {len(self):,} requests exceed the context of {model}, {context:,} "
+            "tokens; give --overlong clip, scale or skip"
         ]
 
     def with_lengths(self, prompt_tokens: Ints, output_tokens: Ints) -> Outline:
-        """The same requests, shorter: known prompts keep their beginnings."""
+        """Return the requests with shorter lengths; known prompts are cut at their ends."""
         rows = np.arange(len(self))
         prompts = None if self.prompts is None else self.prompts.take(rows, prompt_tokens)
         return replace(
@@ -101,7 +105,7 @@ class Outline:
         )
 
     def take(self, rows: Ints) -> Outline:
-        """Some of the requests."""
+        """Return some of the requests."""
         return replace(
             self,
             prompt_tokens=self.prompt_tokens[rows],
@@ -110,58 +114,6 @@ class Outline:
             prompts=self.prompts and self.prompts.take(rows),
             blocks=self.blocks and self.blocks.take(rows),
         )
-
-
-def fit(
-    outline: Outline, context: int | None, overlong: str, bound: int | None = None
-) -> tuple[Outline, str | None]:
-    """The outline within a model's context, and a line that says what was done, if anything.
-
-    Args:
-        context: tokens that the model takes, prompt and output together; None is no limit.
-        overlong: ``clip`` cuts outputs to what the prompt leaves, and a prompt that leaves nothing
-            to one token less than the context; ``scale`` multiplies all lengths by one factor;
-            ``skip`` leaves such requests out; ``error`` does nothing.
-        bound: tokens that no request of this kind exceeds, whatever the seed: what ``scale`` goes
-            by instead of the longest request.
-
-    Raises:
-        UsageError: no request is left.
-    """
-    prompt, output = outline.prompt_tokens, outline.output_tokens
-    total = prompt + output
-    if context is None or overlong == "error":
-        return outline, None
-    long = int((total > context).sum())
-    if overlong == "scale":
-        longest = bound or int(total.max())
-        if longest <= context:
-            return outline, None
-        # Whole-number arithmetic: the sum of both floors never exceeds the context.
-        scaled = [np.maximum(1, lengths * context // longest) for lengths in (prompt, output)]
-        told = f"lengths are scaled by {context / longest:.3g}"
-        return outline.with_lengths(*scaled), f"{told}, so that the longest fits {context:,} tokens"
-    if not long:
-        return outline, None
-    if overlong == "clip":
-        kept = np.minimum(prompt, context - 1)
-        clipped = outline.with_lengths(kept, np.minimum(output, context - kept))
-        return clipped, f"requests clipped to the {context:,} tokens of the context: {long:,}"
-    if long == len(outline):
-        raise UsageError(
-            f"--overlong skip: every request exceeds the {context} tokens of the "
-            "context; take --overlong clip or scale"
-        )
-    told = f"requests longer than the {context:,} tokens of the context, left out: {long:,}"
-    return outline.take(np.flatnonzero(total <= context)), told
-
-
-QUEUE_SIZE = 32
-"""Requests where neither a number nor a trace is given."""
-
-_NAMED = 3  # wrong rows that are named; of more only the number is told
-
-Note = Callable[[str], None]
 
 
 def make_workload(
@@ -173,15 +125,15 @@ def make_workload(
     context: int | None = None,
     note: Note | None = None,
 ) -> Workload:
-    """The workload that ``spec`` describes.
+    """Make the workload that ``spec`` describes.
 
     Args:
         batch_size: default of ``long_every``, as in the notebook that the classic workload is from.
         vocab_size: prompts hold ids below it.
         encode: text to token ids; without it the classic prompt's GPT-2 ids are used (modulo the
-            vocabulary), and texts of files are spelled in GPT-2's byte tokens.
-        context: tokens that the model takes; ``spec.overlong`` says what becomes of longer ones.
-        note: is told what a user should know, in lines.
+            vocabulary), and texts of files are written in GPT-2's byte tokens.
+        context: tokens that the model takes; ``spec.overlong`` decides about longer requests.
+        note: called with each line that a user should read.
 
     Raises:
         UsageError: a file that the spec names cannot be read or is wrong, or the prompts do not
@@ -199,28 +151,73 @@ def make_outline(
     context: int | None = None,
     note: Note | None = None,
 ) -> Outline:
-    """Lengths and times of the workload that ``spec`` describes; arguments as above."""
+    """Make the outline of the workload that ``spec`` describes; arguments as above."""
     note = note or (lambda line: None)
+    bound = None
     if spec.trace is not None:
-        outline, process = _of_trace(spec, encode or byte_tokens, note)
-        bound = None
+        outline, process = _read(spec, encode or byte_tokens, note)
     else:
-        outline, process = _drawn(spec, batch_size, encode), spec.process
+        outline, process = _draw(spec, batch_size, encode), spec.process
         bound = _bound(spec, batch_size, outline)
     if encode is None and (spec.prompts is not None or outline.name.startswith("sharegpt")):
-        note("no tokenizer at hand: prompts are spelled in GPT-2's byte tokens")
-    outline, told = fit(outline, context, spec.overlong, bound)
-    if told:
-        note(told)
-        outline = replace(outline, name=f"{outline.name}; {told}")
+        note("no tokenizer is available: prompts are written in GPT-2's byte tokens")
+    if context is not None and spec.overlong != "error":
+        outline = _fit(outline, context, spec.overlong, bound, note)
     if process.kind != "trace":
         due = process.due_ns(stream(spec.seed, "arrivals"), len(outline))
         outline = replace(outline, due_ns=due)
-    told = f"{process}" + (f", {spec.speed:g} times faster" if spec.speed != 1.0 else "")
-    return replace(outline, arrivals=told)
+    return replace(outline, arrivals=f"{process}{_speed(spec)}")
 
 
-def _drawn(spec: WorkloadSpec, batch_size: int, encode: Encode | None) -> Outline:
+def _fit(outline: Outline, context: int, overlong: str, bound: int | None, note: Note) -> Outline:
+    """Shorten or skip requests that exceed the context, and note it.
+
+    Args:
+        context: tokens that the model takes, prompt and output together.
+        overlong: ``clip`` cuts outputs to what the prompt leaves, and a prompt that leaves nothing
+            to one token less than the context; ``scale`` multiplies all lengths by one factor;
+            ``skip`` leaves such requests out.
+        bound: tokens that no request of the spec exceeds, whatever the seed. ``scale`` uses it
+            instead of the longest request, so that the factor does not depend on the seed.
+
+    Raises:
+        UsageError: no request is left.
+    """
+    prompt, output = outline.prompt_tokens, outline.output_tokens
+    total = prompt + output
+    longest = bound if overlong == "scale" and bound else int(total.max())
+    if longest <= context:
+        return outline
+    long = int((total > context).sum())
+    if overlong == "scale":
+        # Whole-number arithmetic: the sum of both floors never exceeds the context.
+        outline = outline.with_lengths(
+            *(np.maximum(1, lengths * context // longest) for lengths in (prompt, output))
+        )
+        factor, possible = f"{context / longest:.3g}", " possible" if bound else ""
+        note(
+            f"all lengths are multiplied by {factor}: the longest{possible} request has "
+            f"{longest:,} tokens, the context {context:,}"
+        )
+        change = f"lengths × {factor}"
+    elif overlong == "clip":
+        left = np.minimum(prompt, context - 1)
+        outline = outline.with_lengths(left, np.minimum(output, context - left))
+        note(f"requests clipped to the {context:,} tokens of the context: {long:,}")
+        change = f"{long:,} clipped to {context:,} tokens"
+    else:
+        if long == len(outline):
+            raise UsageError(
+                f"--overlong skip: every request exceeds the {context} tokens of the "
+                "context; take --overlong clip or scale"
+            )
+        outline = outline.take(np.flatnonzero(total <= context))
+        note(f"requests longer than the {context:,} tokens of the context, skipped: {long:,}")
+        change = f"{long:,} longer than {context:,} tokens skipped"
+    return replace(outline, name=f"{outline.name}; {change}")
+
+
+def _draw(spec: WorkloadSpec, batch_size: int, encode: Encode | None) -> Outline:
     count = spec.queue_size or QUEUE_SIZE
     outputs = spec.output_lengths(batch_size)
     output_tokens = outputs.draw(stream(spec.seed, "output lengths"), count)
@@ -229,11 +226,10 @@ def _drawn(spec: WorkloadSpec, batch_size: int, encode: Encode | None) -> Outlin
         lengths = parse_lengths(spec.prompt_tokens, "--prompt-tokens")
         prompt_tokens = lengths.draw(stream(spec.seed, "prompt lengths"), count)
     else:
-        prompts = (
-            prompts_of_file(spec.prompts, count, encode)
-            if spec.prompts is not None
-            else classic_prompts(count, encode)
-        )
+        if spec.prompts is not None:
+            prompts = prompts_of_file(spec.prompts, count, encode)
+        else:
+            prompts = classic_prompts(count, encode)
         prompt_tokens = prompts.lengths
     return Outline(
         name=_name(spec, batch_size, count),
@@ -257,23 +253,27 @@ def _name(spec: WorkloadSpec, batch_size: int, count: int) -> str:
     if spec.output_tokens is not None:
         text = f"{count} requests; outputs of {spec.output_tokens} tokens; {prompts}"
     else:
-        long_every = spec.long_every or batch_size
+        every = f"{spec.long_every}" if spec.long_every else f"{batch_size} (the batch size)"
         text = (
-            f"classic: {count} requests, {spec.long_tokens or 100} tokens every {long_every}, "
+            f"classic: {count} requests, {spec.long_tokens or 100} tokens every {every}, "
             f"else {spec.short_tokens or 10}; {prompts}"
         )
-    return text + _name_of_arrivals(spec)
+    return text + _arrivals_of(spec)
 
 
-def _name_of_arrivals(spec: WorkloadSpec) -> str:
+def _arrivals_of(spec: WorkloadSpec) -> str:
     text = "" if spec.process.kind in ("at-once", "trace") else f"; {spec.process}"
     if spec.max_concurrency is not None:
         text += f"; at most {spec.max_concurrency} in the system"
     return text
 
 
+def _speed(spec: WorkloadSpec) -> str:
+    return f", {spec.speed:g} times faster" if spec.speed != 1.0 else ""
+
+
 def _bound(spec: WorkloadSpec, batch_size: int, outline: Outline) -> int | None:
-    """Tokens that no request of the spec exceeds, whatever the seed; None where there is none."""
+    """Return the tokens that no request of the spec exceeds, whatever the seed; None if any may."""
     prompt: int | None = int(outline.prompt_tokens.max())
     if spec.prompt_tokens is not None:
         prompt = parse_lengths(spec.prompt_tokens, "--prompt-tokens").longest
@@ -284,75 +284,61 @@ def _bound(spec: WorkloadSpec, batch_size: int, outline: Outline) -> int | None:
 # Traces
 
 
-class _LeftOut:
-    """The rows that were left out as wrong: their numbers, and the first of each kind."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._first: dict[str, list[BadRow]] = {}
-
-    def __call__(self, row: BadRow) -> None:
-        if not row.harmless:  # the remarks of the trace have those
-            self._counts[row.kind] += 1
-            if self._counts[row.kind] <= _NAMED:
-                self._first.setdefault(row.kind, []).append(row)
-
-    @property
-    def told(self) -> list[str]:
-        """Return a part of a sentence for each kind."""
-        parts = []
-        for kind, count in self._counts.items():
-            first = self._first[kind]
-            more = f"; and {count - len(first):,} more" if count > len(first) else ""
-            parts.append(f"{kind} left out: {count:,}, {'; '.join(map(str, first))}{more}")
-        return parts
-
-
-def _of_trace(spec: WorkloadSpec, encode: Encode, note: Note) -> tuple[Outline, ArrivalProcess]:
+def _read(spec: WorkloadSpec, encode: Encode, note: Note) -> tuple[Outline, ArrivalProcess]:
     assert spec.trace is not None
-    left_out = _LeftOut()
+    invalid: dict[str, list[BadRow]] = {}  # the first of each kind
+    counts: Counter[str] = Counter()
+
+    def skip(row: BadRow) -> None:
+        if not row.harmless:  # the trace has remarks about harmless ones
+            counts[row.kind] += 1
+            if counts[row.kind] <= _NAMED:
+                invalid.setdefault(row.kind, []).append(row)
+
     trace = read_trace(
         spec.trace,
         encode,
         format=spec.trace_format,
         limit=spec.queue_size,
-        on_bad_row=left_out if spec.on_bad_row == "skip" else None,
+        on_bad_row=skip if spec.on_bad_row == "skip" else None,
         block_tokens=spec.trace_block_size,
         time_unit=spec.trace_time_unit,
     )
-    count = len(trace.output_tokens)
-    kept = f"{trace.format}, {count:,} request{'s' * (count != 1)}"
-    note(f"{spec.trace}: {'; '.join([kept, *trace.remarks, *left_out.told])}")
-    if spec.queue_size is not None and count < spec.queue_size:
-        note(f"{spec.trace}: holds {count:,} requests, fewer than --queue-size {spec.queue_size}")
+    size = len(trace.output_tokens)
+    requests = f"{size:,} request{'s' * (size != 1)}"
+    skipped = []
+    for kind, rows in invalid.items():
+        more = counts[kind] - len(rows)
+        others = f"; and {more:,} more" if more else ""
+        skipped.append(f"{kind} skipped: {counts[kind]:,}, {'; '.join(map(str, rows))}{others}")
+    note(f"{spec.trace}: {'; '.join([f'{trace.format}, {requests}', *trace.remarks, *skipped])}")
+    if spec.queue_size is not None and size < spec.queue_size:
+        note(f"{spec.trace}: has {size:,} requests, fewer than --queue-size {spec.queue_size}")
     _check_digest(spec, trace)
     process = spec.process
     if process.kind == "trace" and trace.due_ns is None:
         if spec.arrivals is not None or spec.speed != 1.0:
             raise UsageError(
-                f"--trace {spec.trace}: tells no times; give --request-rate, and drop --speed and "
+                f"--trace {spec.trace}: has no times; give --request-rate, and drop --speed and "
                 "--arrivals trace"
             )
         process = ArrivalProcess("at-once")
-    due = np.zeros(count, np.int64) if trace.due_ns is None else _sped(trace.due_ns, spec.speed)
-    return _outline_of(spec, trace, due), process
+    return _outline_of(spec, trace, requests), process
 
 
-def _outline_of(spec: WorkloadSpec, trace: Trace, due_ns: Ints) -> Outline:
+def _outline_of(spec: WorkloadSpec, trace: Trace, requests: str) -> Outline:
     assert spec.trace is not None
-    most = spec.max_concurrency
-    requests = f"{len(due_ns)} request{'s' * (len(due_ns) != 1)}"
-    name = f"{trace.format} trace {os.path.basename(spec.trace)}: {requests}"
+    due = np.zeros(len(trace.output_tokens), np.int64) if trace.due_ns is None else trace.due_ns
+    name = f"{trace.format} trace {spec.trace.name}: {requests.replace(',', '')}"
     if trace.blocks is not None and trace.block_tokens != BLOCK_TOKENS:
         name += f", blocks of {trace.block_tokens} tokens"
-    if spec.speed != 1.0:
-        name += f", {spec.speed:g} times faster"
+    most = spec.max_concurrency
     return Outline(
-        name=trace.about.get("name", name) + _name_of_arrivals(spec),
+        name=trace.about.get("name", name + _speed(spec)) + _arrivals_of(spec),
         seed=spec.seed,
         prompt_tokens=trace.prompt_tokens,
         output_tokens=trace.output_tokens,
-        due_ns=due_ns,
+        due_ns=due if spec.speed == 1.0 else np.rint(due / spec.speed).astype(np.int64),
         prompts=trace.prompts,
         blocks=trace.blocks,
         block_tokens=trace.block_tokens,
@@ -362,12 +348,8 @@ def _outline_of(spec: WorkloadSpec, trace: Trace, due_ns: Ints) -> Outline:
     )
 
 
-def _sped(due_ns: Ints, speed: float) -> Ints:
-    return due_ns if speed == 1.0 else np.rint(due_ns / speed).astype(np.int64)
-
-
 def _check_digest(spec: WorkloadSpec, trace: Trace) -> None:
-    """Raise UsageError where a workload that was saved has been changed since."""
+    """Raise UsageError if a workload was changed after it was saved."""
     digest = trace.about.get("digest")
     if digest is None or not trace.whole or trace.prompts is None or trace.due_ns is None:
         return
@@ -383,6 +365,6 @@ def _check_digest(spec: WorkloadSpec, trace: Trace) -> None:
     )
     if saved.digest != digest:
         raise UsageError(
-            f"--trace {spec.trace}: was changed or cut off since it was saved: its digest is "
-            "another; take digest out of its first line to use it as it is"
+            f"--trace {spec.trace}: was changed or cut off after it was saved, since its digest "
+            "differs; delete the digest in its first line to use it as it is"
         )

@@ -1,8 +1,8 @@
-"""Distributions of lengths, and the small grammar in which options and files name them.
+"""Distributions of lengths, and the grammar in which options and files write them.
 
 A length is drawn in two steps: a value of the distribution (``values``, not rounded), which is
-then rounded to the nearest whole number and clipped to ``min`` and ``max``. Nothing is drawn again:
-what lies beyond a bound counts as the bound, so the bounds carry the weight of the tails. Means and
+then rounded to the nearest whole number and clipped to ``min`` and ``max``. Values beyond a bound
+are not drawn again but count as the bound, so the bounds carry the weight of the tails. Means and
 medians are those of the distribution before either step.
 """
 
@@ -46,20 +46,20 @@ class Lengths(ABC):
     @property
     @abstractmethod
     def longest(self) -> int | None:
-        """The largest length that can come; None where there is no bound."""
+        """The largest possible length; None if there is no bound."""
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
-        """``size`` lengths, in tokens. More of them begin with the same ones."""
+        """Return ``size`` lengths in tokens; a larger size begins with the same ones."""
 
     @abstractmethod
     def pmf(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Exact probability of each of ``lengths``, after rounding and clipping."""
+        """Return the exact probability of each of ``lengths``, after rounding and clipping."""
 
 
 @dataclass(frozen=True)
 class Cycle(Lengths):
-    """``long`` at every position divisible by ``every``, else ``short``: drawn of no chance."""
+    """``long`` at every position divisible by ``every``, else ``short``; nothing is random."""
 
     every: int
     long: int
@@ -75,7 +75,6 @@ class Cycle(Lengths):
         return np.where(np.arange(size) % self.every == 0, self.long, self.short).astype(np.int64)
 
     def pmf(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Shares of a whole cycle."""
         import numpy as np
 
         long = np.where(lengths == self.long, 1 / self.every, 0.0)
@@ -90,8 +89,8 @@ class Drawn(Lengths):
     """A family of distributions with its parameters, rounded and clipped to ``min`` … ``max``.
 
     ``uniform`` has whole numbers from ``min`` to ``max``, both included, all equally likely;
-    ``zipf`` has P(n) ∝ n^-alpha over n = 1, 2, 3 …, of which what is beyond ``max`` counts as
-    ``max``. A lognormal's ``sigma`` is the standard deviation of the logarithm.
+    ``zipf`` has P(n) ∝ n^-alpha over n = 1, 2, 3 …, where values beyond ``max`` count as ``max``.
+    A lognormal's ``sigma`` is the standard deviation of the logarithm.
     """
 
     family: str
@@ -104,7 +103,7 @@ class Drawn(Lengths):
         return self.max
 
     def frozen(self) -> Any:
-        """The distribution before rounding and clipping, as scipy has it."""
+        """Return scipy's distribution, before rounding and clipping."""
         from scipy import stats
 
         p = dict(self.parameters)
@@ -122,10 +121,10 @@ class Drawn(Lengths):
         return stats.zipf(p["alpha"])
 
     def values(self, rng: np.random.Generator, size: int) -> NDArray[np.float64]:
-        """``size`` values before rounding and clipping (zipf's are clipped to ``max``).
+        """Return ``size`` values before rounding and clipping (zipf's are clipped to ``max``).
 
-        One uniform number each, through the inverse of the distribution function: the stream of
-        plain uniform numbers stays the same from one NumPy to the next, others need not.
+        Each takes one uniform number through the inverse of the distribution function, since
+        NumPy keeps the stream of uniform numbers between versions, and may change others.
         """
         import numpy as np
 
@@ -137,7 +136,7 @@ class Drawn(Lengths):
         return np.asarray(self.frozen().ppf(uniform), np.float64)
 
     def cdf(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Probability of a value up to each of ``values``, before rounding and clipping."""
+        """Return the distribution function at ``values``, before rounding and clipping."""
         import numpy as np
         from scipy.special import zeta
 
@@ -162,15 +161,18 @@ class Drawn(Lengths):
         top = LONGEST if self.max is None else self.max
         below = np.where(n <= self.min, 0.0, self.cdf(n - 0.5))
         upto = np.where(n >= top, 1.0, self.cdf(n + 0.5))
-        found: NDArray[np.float64] = np.where((n < self.min) | (n > top), 0.0, upto - below)
-        return found
+        outside = (n < self.min) | (n > top)
+        return np.asarray(np.where(outside, 0.0, upto - below), np.float64)
 
     def __str__(self) -> str:
         if self.family == "uniform":
             assert self.max is not None
             if self.min == self.max:
                 return f"{self.min}"
-        keys = [f"{key}={_spelled(value)}" for key, value in self.parameters]
+        keys = [
+            f"{key}={f'{value:.0f}' if value == int(value) else repr(value)}"
+            for key, value in self.parameters
+        ]
         keys += [f"min={self.min}"] * (self.family == "uniform" or self.min > 1)
         keys += [f"max={self.max}"] * (self.max is not None)
         return f"{self.family}:{','.join(keys)}"
@@ -178,35 +180,35 @@ class Drawn(Lengths):
 
 @dataclass(frozen=True)
 class Empirical(Lengths):
-    """The lengths in a file, one a line, all lines equally likely; drawn with replacement."""
+    """The lengths in a file with one per line, all equally likely; drawn with replacement."""
 
     file: Path
     option: str
 
     @property
     def longest(self) -> int | None:
-        """Not known before the file is read."""
+        """Unknown before the file is read."""
         return None
 
     def lengths(self) -> NDArray[np.int64]:
-        """The file's lengths in ascending order.
+        """Return the file's lengths in ascending order.
 
         Raises:
-            UsageError: it cannot be read, or a line is no length; names the line.
+            UsageError: it cannot be read, or a line is not a length; names the line.
         """
         import numpy as np
 
-        found = array("q")
+        lengths = array("q")
         where = f"{self.option} empirical:{self.file}"
         with open_binary(self.file, where, LIMIT) as lines:
             number = 0
             while line := lines.readline(_LONGEST_LINE):
                 number += 1
                 if line.strip(b"\r\n"):
-                    found.append(_length(line, f"{where}: line {number}"))
-        if not found:
-            raise UsageError(f"{where}: holds no length; write one a line")
-        return np.sort(np.array(found, np.int64))
+                    lengths.append(_length(line, f"{where}: line {number}"))
+        if not lengths:
+            raise UsageError(f"{where}: contains no lengths; write one per line")
+        return np.sort(np.array(lengths, np.int64))
 
     def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
         import numpy as np
@@ -226,11 +228,6 @@ class Empirical(Lengths):
 
 
 def _length(line: bytes, where: str) -> int:
-    """Return the length in a line of a file.
-
-    Raises:
-        UsageError: it is not a length.
-    """
     word = line.strip()
     if word.isdigit() and len(word) < 10:  # ASCII digits, which nearly all lines are
         length = int(word)
@@ -245,22 +242,20 @@ def _length(line: bytes, where: str) -> int:
 
 _MUST = f"must be a whole number of tokens, from 1 to {LONGEST}"
 
-_BOUNDS = ("min", "max")
-
 _FAMILIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "normal": (("mean", "std"),),
     "lognormal": (("mean", "sigma"), ("median", "sigma")),
     "exponential": (("mean",),),
     "zipf": (("alpha",),),
 }
-"""Name of a family: the sets of parameters that describe it."""
+"""The sets of parameters that describe each family."""
 
 
 def parse_lengths(text: str, option: str) -> Lengths:
-    """The distribution that ``text`` names.
+    """Return the distribution that ``text`` describes.
 
     Raises:
-        UsageError: the text is not of the grammar, or its bounds are empty; names ``option``.
+        UsageError: the text does not follow the grammar; the message names ``option``.
     """
     text = text.strip()
     place = f"{option} {shown(text)}"
@@ -268,49 +263,33 @@ def parse_lengths(text: str, option: str) -> Lengths:
     family, _, rest = text.partition(":")
     if family == "empirical" and rest:
         return Empirical(Path(rest), option)
-    if "=" not in text:
-        return _range(text, place)
-    given = _pairs(rest, wrong)
-    if family in ("uniform", "cycle"):
-        keys = _BOUNDS if family == "uniform" else ("every", "long", "short")
-        if given.keys() != set(keys):
+    if "=" not in text:  # 7 or 4:64
+        parts = text.split(":")
+        if len(parts) > 2 or not any(char.isdecimal() for char in text):
             raise wrong
-        whole = [_whole(place, key, given[key]) for key in keys]
+        whole = [_whole(place, "a length", part) for part in parts]
+        return _uniform(place, whole[0], whole[-1])
+    values: dict[str, str] = {}
+    for part in rest.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or key.strip() in values:
+            raise wrong
+        values[key.strip()] = value.strip()
+    if family in ("uniform", "cycle"):
+        keys = ("min", "max") if family == "uniform" else ("every", "long", "short")
+        if values.keys() != set(keys):
+            raise wrong
+        whole = [_whole(place, key, values[key]) for key in keys]
         return _uniform(place, *whole) if family == "uniform" else Cycle(*whole)
-    bounds = {key: _whole(place, key, given.pop(key)) for key in _BOUNDS if key in given}
-    described = next((k for k in _FAMILIES.get(family, ()) if given.keys() == set(k)), ())
+    bounds = {key: _whole(place, key, values.pop(key)) for key in ("min", "max") if key in values}
+    described = next((k for k in _FAMILIES.get(family, ()) if values.keys() == set(k)), ())
     if not described or (family == "zipf" and "max" not in bounds):
         raise wrong
-    numbers = tuple((key, _number(place, key, given[key])) for key in described)
+    numbers = tuple((key, _number(place, key, values[key])) for key in described)
     _check_bounds(place, **bounds)
     if family == "zipf" and bounds["max"] > 10**6:
         raise UsageError(f"{place}: max of zipf must be at most 1000000")
     return Drawn(family, numbers, **bounds)
-
-
-def _range(text: str, place: str) -> Drawn:
-    """Return the distribution of ``7`` or ``4:64``."""
-    parts = text.split(":")
-    if len(parts) > 2 or not any(char.isdecimal() for char in text):
-        raise UsageError(f"{place}: must be {GRAMMAR}")
-    whole = [_whole(place, "a length", part) for part in parts]
-    return _uniform(place, whole[0], whole[-1])
-
-
-def _spelled(value: float) -> str:
-    """A number that reads as the same one, without a needless ``.0``."""
-    return f"{value:.0f}" if value == int(value) else repr(value)
-
-
-def _pairs(rest: str, wrong: UsageError) -> dict[str, str]:
-    """``key=value`` by ``key``."""
-    given: dict[str, str] = {}
-    for part in rest.split(","):
-        key, equals, value = part.partition("=")
-        if not equals or key.strip() in given:
-            raise wrong
-        given[key.strip()] = value.strip()
-    return given
 
 
 def _whole(place: str, key: str, value: str) -> int:

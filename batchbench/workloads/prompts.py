@@ -1,4 +1,4 @@
-"""Prompts: the classic one, those of a file, and random ones."""
+"""Prompts: the classic one, those in a file, and random ones."""
 
 from __future__ import annotations
 
@@ -24,33 +24,32 @@ LIMIT = 16 * MIB
 """Largest size of a file of prompts."""
 
 BLOCK_TOKENS = 512
-"""Usual number of tokens of a block that a Mooncake trace names."""
+"""Tokens per block of a Mooncake trace, unless it has another size."""
 
 Encode = Callable[[str], Sequence[int]]
 
 
 def classic_prompts(count: int, encode: Encode | None) -> Ragged:
-    """The same prompt for all."""
+    """Return the same prompt for all requests."""
     ids = CLASSIC_PROMPT_IDS if encode is None else encode(CLASSIC_PROMPT)
-    return in_turn([ids], count)
+    return _repeated([ids], count)
 
 
 def prompts_of_file(file: Path, count: int, encode: Encode | None) -> Ragged:
-    """A file's prompts, used in turn.
+    """Return the prompts of a file with one per line, repeated to ``count``.
 
     Raises:
-        UsageError: the file cannot be read as UTF-8 text, or holds no prompt or an empty one.
+        UsageError: the file cannot be read as UTF-8 text, has no prompts, or one without tokens.
     """
     texts = read_prompts(file, count)
     distinct = [(encode or byte_tokens)(text) for text in texts]
     for text, ids in zip(texts, distinct, strict=True):
         if not len(ids):
             raise UsageError(f"--prompts {file}: '{shown(text)}' has no tokens")
-    return in_turn(distinct, count)
+    return _repeated(distinct, count)
 
 
-def in_turn(distinct: Sequence[Sequence[int]], count: int) -> Ragged:
-    """``count`` prompts, beginning again at the first as often as needed."""
+def _repeated(distinct: Sequence[Sequence[int]], count: int) -> Ragged:
     ids = np.concatenate([np.asarray(ids, np.int32) for ids in distinct])
     return Ragged.of(ids, np.array([len(ids) for ids in distinct])).take(
         np.arange(count) % len(distinct)
@@ -58,23 +57,21 @@ def in_turn(distinct: Sequence[Sequence[int]], count: int) -> Ragged:
 
 
 def read_prompts(file: Path, most: int) -> list[str]:
-    """Read the first ``most`` prompts of a text file or a pipe, a line each.
-
-    Empty lines are skipped.
+    """Read the first ``most`` lines of a text file or a pipe that are not blank.
 
     Raises:
-        UsageError: it cannot be read as UTF-8 text, is too long, or holds no prompt.
+        UsageError: it cannot be read as UTF-8 text, is too long, or has no such line.
     """
     where = f"--prompts {file}"
     try:
         text = read_binary(file, where, LIMIT).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{where}: is not UTF-8 text; save it as UTF-8") from error
-    # Not splitlines(): it would cut prompts at form feeds, U+2028 and the like as well.
+    # Not splitlines(), which also cuts prompts at form feeds, U+2028 and the like.
     lines = (line[0] for line in re.finditer(r"[^\r\n]+", text))
     prompts = list(itertools.islice((line for line in lines if line.strip()), most))
     if not prompts:
-        raise UsageError(f"{where}: holds no prompt; write one a line")
+        raise UsageError(f"{where}: contains no prompts; write one per line")
     return prompts
 
 
@@ -92,8 +89,8 @@ def random_prompts(
     Args:
         lengths: tokens of each prompt, ``[requests]``.
         shared: number of tokens at the beginning that are the same in all prompts.
-        blocks: names of each prompt's blocks of ``block_tokens`` tokens: equal names are equal
-            tokens.
+        blocks: names of each prompt's blocks of ``block_tokens`` tokens; blocks with equal names
+            have equal tokens.
 
     Raises:
         UsageError: they do not fit in memory.
@@ -101,8 +98,8 @@ def random_prompts(
     total = int(lengths.sum())
     if total * 8 > (room := psutil.virtual_memory().available):
         raise UsageError(
-            f"--queue-size {len(lengths)}: the prompts are {total:,} tokens together, more than "
-            f"{room / 2**30:.1f} GiB of memory hold; lower it"
+            f"--queue-size {len(lengths)}: the prompts have {total:,} tokens, too many for "
+            f"{room / 2**30:.1f} GiB of memory; lower it"
         )
     ids = stream(seed, "ids").integers(0, vocab_size, total, dtype=np.int32)
     begins = np.cumsum(lengths) - lengths
@@ -124,10 +121,10 @@ def random_prompts(
 
 
 def byte_tokens(text: str) -> list[int]:
-    """A text spelled in GPT-2's 256 byte tokens: what can be done without its tokenizer.
+    """Return a text in GPT-2's 256 byte tokens, which need no tokenizer.
 
     GPT-2's vocabulary begins with the bytes that print (``!`` to ``~``, ``¡`` to ``¬``, ``®`` to
-    ``ÿ``), then come the others in order.
+    ``ÿ``); the others follow in order.
     """
     return [_BYTE_TOKENS[byte] for byte in text.encode("utf-8", "surrogatepass")]
 

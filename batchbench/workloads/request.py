@@ -1,4 +1,4 @@
-"""A request and a workload: what is asked, and when."""
+"""A request and a workload: lengths, prompts and arrival times."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from batchbench.errors import UsageError
 
 
 class Request(NamedTuple):
-    """What a scheduler knows of a request: lengths and time, no text.
+    """A request as the scheduler sees it: lengths and time, no text.
 
     ``index`` is the request's position in its workload; ``due_ns`` counts nanoseconds from the
-    start of the trial; ``output_tokens`` is the number asked for.
+    start of the trial; ``output_tokens`` is the requested number.
     """
 
     index: int  # type: ignore[assignment]  # tuple.index gives way
@@ -31,11 +31,11 @@ class Request(NamedTuple):
 class Workload:
     """Requests in the order of their arrival, held as columns.
 
-    ``prompt_ids`` is the concatenation of all prompts, request ``i`` owning
+    ``prompt_ids`` is the concatenation of all prompts; the prompt of request ``i`` is
     ``prompt_ids[prompt_offsets[i]:prompt_offsets[i + 1]]``. A workload is *closed* when all
-    requests are there at the start and their output lengths are given: then steps and counters are
-    the same on every machine. With ``max_concurrency`` a request comes no sooner than fewer than
-    that many of those before it are unfinished.
+    requests are there at the start and their output lengths are given; its steps and counters are
+    the same on every machine. With ``max_concurrency``, a request arrives only when fewer than
+    that many of the earlier ones are unfinished.
     """
 
     name: str
@@ -59,11 +59,11 @@ class Workload:
         stop_at_eos: bool = False,
         max_concurrency: int | None = None,
     ) -> Workload:
-        """A workload from lists: prompts as token ids, one output length a prompt.
+        """Make a workload from lists: prompts as token ids, one output length per prompt.
 
         Raises:
-            UsageError: a prompt is empty, a request asks for no token, times do not ascend from 0
-                or more, or the lists are not of one length.
+            UsageError: a prompt is empty, a request asks for no tokens, times do not ascend from 0
+                or more, or the lists differ in length.
         """
         lengths = [len(prompt) for prompt in prompts]
         _check(lengths, output_tokens, due_ns, max_concurrency)
@@ -94,7 +94,7 @@ class Workload:
 
     @property
     def closed(self) -> bool:
-        """Whether all requests are there at the start and their lengths are given."""
+        """True if all requests are there at the start and their lengths are given."""
         timed = self.max_concurrency is not None or self.due_ns.any()
         return not self.stop_at_eos and not timed
 
@@ -104,12 +104,12 @@ class Workload:
         return int((self.prompt_tokens + self.output_tokens).max())
 
     def prompt(self, index: int) -> NDArray[np.int32]:
-        """Token ids of one request's prompt."""
+        """Return the token ids of one request's prompt."""
         return self.prompt_ids[self.prompt_offsets[index] : self.prompt_offsets[index + 1]]
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over all that is asked, and when; equal digests are the same workload."""
+        """SHA-256 of all requests and their times; equal workloads have equal digests."""
         content = hashlib.sha256(b"batchbench workload 1\n")
         for column in (self.prompt_ids, self.prompt_offsets, self.output_tokens, self.due_ns):
             content.update(len(column).to_bytes(8, "little") + column.astype("<i8").tobytes())
@@ -125,7 +125,6 @@ def _check(
     due_ns: Sequence[int] | None,
     max_concurrency: int | None,
 ) -> None:
-    """Raise UsageError for the first request that cannot be served."""
     due = [0] * len(prompt_tokens) if due_ns is None else due_ns
     if not len(prompt_tokens) == len(output_tokens) == len(due):
         raise UsageError(
@@ -159,9 +158,9 @@ class Ragged:
 
     @classmethod
     def of(cls, values: NDArray[Any], lengths: NDArray[Any]) -> Ragged:
-        """Rows of these lengths, ``[rows]``."""
+        """Return rows of the lengths, ``[rows]``."""
         offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])  # in place: lengths may be those of a million rows
+        np.cumsum(lengths, out=offsets[1:])  # in place, since there may be a million rows
         return cls(values, offsets)
 
     @property
@@ -173,14 +172,14 @@ class Ragged:
         return len(self.offsets) - 1
 
     def row(self, index: int) -> NDArray[Any]:
-        """One row."""
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
     def take(self, rows: Ints, lengths: Ints | None = None) -> Ragged:
-        """These rows in this order, each cut to its length of ``lengths``, ``[len(rows)]``."""
-        kept = self.lengths[rows] if lengths is None else lengths
-        found = Ragged.of(np.empty(int(kept.sum()), self.values.dtype), kept)
-        # Where each value comes from: its row's begin, and its place in the row.
-        places = np.arange(len(found.values)) - np.repeat(found.offsets[:-1], kept)
-        np.take(self.values, places + np.repeat(self.offsets[:-1][rows], kept), out=found.values)
-        return found
+        """Return these rows in this order, each cut to its ``lengths``, ``[len(rows)]``."""
+        lengths = self.lengths[rows] if lengths is None else lengths
+        taken = Ragged.of(np.empty(int(lengths.sum()), self.values.dtype), lengths)
+        # A value comes from the begin of its row plus its place in the row.
+        places = np.arange(len(taken.values)) - np.repeat(taken.offsets[:-1], lengths)
+        begins = np.repeat(self.offsets[:-1][rows], lengths)
+        np.take(self.values, places + begins, out=taken.values)
+        return taken

@@ -1,4 +1,4 @@
-"""Streams of random numbers: one a purpose, so that none shifts another."""
+"""Streams of random numbers, one per purpose, so that the use of one does not change another."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _PURPOSES = ("prompt lengths", "output lengths", "arrivals", "ids", "prefix", "b
 
 
 def stream(seed: int, purpose: str, number: int = 0) -> np.random.Generator:
-    """The stream of a seed for a purpose (and a number, where it has many).
+    """Return the stream of a seed for a purpose, and for a number if the purpose has several.
 
-    Philox is fixed by its definition (Salmon et al., SC 2011), and so are its uniform numbers:
-    the same on every machine.
+    Philox and its uniform numbers are fixed by their definition (Salmon et al., SC 2011), so they
+    are the same on every machine.
     """
     key = (_PURPOSES.index(purpose), number)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))

@@ -12,8 +12,8 @@ from batchbench import settings
 from batchbench.errors import UsageError, shown
 from batchbench.files import check_there, read_binary
 from batchbench.settings import setting
-from batchbench.workloads import arrival_times
-from batchbench.workloads.arrival_times import ArrivalProcess, arrival_process
+from batchbench.workloads.arrivals import GRAMMAR as ARRIVALS_GRAMMAR
+from batchbench.workloads.arrivals import ArrivalProcess, arrival_process
 from batchbench.workloads.lengths import Cycle, Lengths, parse_lengths
 
 TRACE_FORMATS = ("sharegpt", "azure", "burstgpt", "mooncake", "batchbench")
@@ -63,12 +63,7 @@ class WorkloadSpec:
         None, "Output tokens of a long request.", _PANEL, min=1, max=10**9, default_text="100"
     )
     short_tokens: int | None = setting(
-        None,
-        "Output tokens of all other requests.",
-        _PANEL,
-        min=1,
-        max=10**9,
-        default_text="10",
+        None, "Output tokens of all other requests.", _PANEL, min=1, max=10**9, default_text="10"
     )
     output_tokens: str | None = setting(
         None,
@@ -140,7 +135,7 @@ class WorkloadSpec:
     )
     arrivals: str | None = setting(
         None,
-        f"{arrival_times.GRAMMAR}.",
+        f"{ARRIVALS_GRAMMAR}.",
         _ARRIVALS,
         metavar="PROCESS",
         default_text="poisson with a rate, trace with a trace, else at-once",

@@ -15,7 +15,7 @@ from support.laws import law
 
 from batchbench.errors import UsageError
 from batchbench.workloads import WorkloadSpec, make_workload
-from batchbench.workloads.arrival_times import ArrivalProcess
+from batchbench.workloads.arrivals import ArrivalProcess
 from batchbench.workloads.generate import Outline, make_outline
 from batchbench.workloads.lengths import LONGEST, Cycle, Drawn, Empirical, Lengths, parse_lengths
 from batchbench.workloads.seeds import stream
@@ -246,8 +246,8 @@ def test_what_is_not_of_the_grammar_is_answered_with_it(option: str, text: str, 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"", "holds no length"),
-        (b"\n\n", "holds no length"),
+        (b"", "contains no lengths"),
+        (b"\n\n", "contains no lengths"),
         (b"3\n0\n", "line 2: 0 is not a length"),
         (b"3\n4\n-1\n", "line 3: '-1' is not a length"),
         (b"3\nfour\n", "line 2: 'four' is not a length"),
@@ -351,7 +351,7 @@ def test_times_ascend_from_zero_at_the_rate_asked_and_seeds_reproduce(
         ({"arrivals": "constant"}, "--arrivals constant: needs a rate; give --request-rate"),
         ({"arrivals": "poisson"}, "--arrivals poisson: needs a rate"),
         ({"arrivals": "gamma"}, "--arrivals gamma: needs a rate"),
-        ({"arrivals": "trace"}, "--arrivals trace: there is none; give --trace FILE"),
+        ({"arrivals": "trace"}, "--arrivals trace: there is no trace; give --trace FILE"),
         (
             {"arrivals": "at-once", "request_rate": 2.0},
             "--arrivals at-once: takes no separate rate",
@@ -377,9 +377,9 @@ def test_times_ascend_from_zero_at_the_rate_asked_and_seeds_reproduce(
         ({"request_rate": float("inf")}, "--request-rate inf: must be a finite number"),
         ({"burstiness": 0.0, "request_rate": 1.0}, "--burstiness 0.0: must be at least 0.01"),
         ({"max_concurrency": 0}, "--max-concurrency 0: must be at least 1"),
-        ({"speed": 2.0}, "--speed 2.0: there is no trace; give --trace FILE"),
-        ({"trace_format": "azure"}, "--trace-format azure: there is no trace"),
-        ({"on_bad_row": "skip"}, "--on-bad-row skip: there is no trace"),
+        ({"speed": 2.0}, "--speed 2.0: needs a trace; give --trace FILE"),
+        ({"trace_format": "azure"}, "--trace-format azure: needs a trace"),
+        ({"on_bad_row": "skip"}, "--on-bad-row skip: needs a trace"),
         ({"output_tokens": "7", "long_tokens": 100}, "exclude each other: give one of them"),
         ({"output_tokens": "7", "long_every": 8}, "--output-tokens and --long-every exclude"),
         ({"output_tokens": "7", "short_tokens": 10}, "--output-tokens and --short-tokens"),
@@ -478,7 +478,7 @@ def test_clip_cuts_outputs_first_skip_leaves_the_rest_and_each_says_so() -> None
     assert (scaled.prompt_tokens[0], scaled.output_tokens[0]) == (10 * 50 // 105, 95 * 50 // 105)
     assert len(told) == 3
     assert told[0] == "requests clipped to the 50 tokens of the context: 2"
-    assert "left out" in told[1]
+    assert "skipped" in told[1]
     assert "scaled by 0.476" in told[2]
 
 

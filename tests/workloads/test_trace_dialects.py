@@ -17,7 +17,7 @@ from support.trace_samples import AZURE, BURSTGPT, MOONCAKE, OWN, SHAREGPT, read
 
 from batchbench.errors import UsageError
 from batchbench.workloads import WorkloadSpec, make_workload
-from batchbench.workloads.traces.rows import BadRow
+from batchbench.workloads.traces import BadRow
 
 
 @pytest.fixture
@@ -114,7 +114,9 @@ def test_a_row_of_20_tokens_and_two_blocks_among_those_of_512_is_named(file: Pat
 
 def test_an_ambiguous_block_size_must_be_given(file: Path) -> None:
     rows = lines(*mooncake(900, 700, block=100))
-    assert refusal(file, rows).startswith("hash_ids fit blocks of 100 to 112 tokens; say which")
+    assert refusal(file, rows).startswith(
+        "hash_ids fit blocks of 100 to 112 tokens; give their size"
+    )
     rows = lines(*mooncake(900, block=100), *mooncake(900, block=300))
     assert refusal(file, rows) == (
         "line 1: hash_ids names 9 blocks for 900 tokens, and no block size fits most rows; give "
@@ -125,7 +127,9 @@ def test_an_ambiguous_block_size_must_be_given(file: Path) -> None:
 def test_prompts_of_one_block_keep_the_usual_size(file: Path) -> None:
     assert read(write(file, lines(*mooncake(100, 400, block=4096)))).block_tokens == 512
     told = refusal(file, lines(*mooncake(100, 600, 700, block=4096)))
-    assert told.startswith("line 2: hash_ids names 1 blocks, but 600 tokens are 2 blocks of 512")
+    assert told.startswith(
+        "hash_ids fit blocks of at least 700 tokens; give their size with --trace-"
+    )
 
 
 def test_blocks_of_another_size_hold_the_same_tokens(file: Path) -> None:
@@ -171,7 +175,7 @@ def test_an_inferred_unit_of_times_is_reported(
 @pytest.mark.parametrize("gap", [250_000, 10**6, 10**9])
 def test_times_that_may_be_us_or_ns_are_questioned(gap: int, file: Path) -> None:
     rows = [{"timestamp": i * gap, "input_length": 7, "output_length": 7} for i in range(9)]
-    assert "in us; say which with --trace-time-unit" in refusal(file, lines(*rows))
+    assert "in us; give their unit with --trace-time-unit" in refusal(file, lines(*rows))
     due = read(file, time_unit="us").due_ns
     assert due is not None
     assert due[1] == gap * 1000
@@ -185,7 +189,7 @@ def test_an_ambiguous_unit_of_times_must_be_given(times: list[float], file: Path
     rows = [{"timestamp": t, "input_length": 7, "output_length": 7} for t in times]
     told = refusal(file, lines(*rows))
     assert re.fullmatch(
-        r"times are \S+ apart on average, \S+ requests/s in ms and \S+ in s; say which with "
+        r"times are \S+ apart on average, \S+ requests/s in ms and \S+ in s; give their unit with "
         r"--trace-time-unit",
         told,
     )
@@ -354,7 +358,7 @@ def test_burstgpt_as_pandas_writes_it(file: Path) -> None:
     for zero in ("0", "0.0", "0.", "000", " 0.00 "):
         failed = f"9,7,ChatGPT,9,{zero},9,API log\n"
         assert refusal(file, content + failed).startswith(
-            "line 5: Response tokens is 0: the request failed; mend it"
+            "line 5: Response tokens is 0: the request failed; correct it"
         )
     told: list[str] = []
     make_workload(
@@ -365,7 +369,7 @@ def test_burstgpt_as_pandas_writes_it(file: Path) -> None:
         note=told.append,
     )
     assert told == [
-        f"{file}: burstgpt, 3 requests; failed requests left out: 1, line 5: Response tokens is "
+        f"{file}: burstgpt, 3 requests; failed requests skipped: 1, line 5: Response tokens is "
         "0: the request failed"
     ]
 
@@ -427,12 +431,12 @@ def test_headers_in_their_variants(header: str, delimiter: str, file: Path) -> N
 def test_blank_lines_and_repeated_headers_are_skipped_and_counted(file: Path) -> None:
     trace = read(write(file, AZURE + "\n  \r\n" + AZURE + "\n\n"))
     assert trace.prompt_tokens.tolist() == [374, 374, 396, 396, 879, 879]
-    assert trace.remarks == ("blank lines left out: 2", "repeated headers left out: 1")
+    assert trace.remarks == ("blank lines skipped: 2", "repeated headers skipped: 1")
     bad: list[BadRow] = []
     read(file, on_bad_row=bad.append)
     assert [(row.number, row.harmless) for row in bad] == [(5, True), (6, True), (7, True)]
     blank = MOONCAKE.replace("\n", "\n\n")
-    assert read(write(file, blank)).remarks[-1] == "blank lines left out: 2"
+    assert read(write(file, blank)).remarks[-1] == "blank lines skipped: 2"
 
 
 # Cells

@@ -22,9 +22,8 @@ from support.trace_samples import AZURE, MOONCAKE, SAMPLES, SHAREGPT, read, writ
 
 from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
-from batchbench.workloads.traces.contents import HEAD_BYTES
-from batchbench.workloads.traces.opening import _ARCHIVES
-from batchbench.workloads.traces.rows import BadRow
+from batchbench.workloads.traces import BadRow
+from batchbench.workloads.traces.opening import _ARCHIVES, HEAD_BYTES
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -25,9 +25,7 @@ from batchbench.errors import UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 from batchbench.workloads.prompts import byte_tokens
 from batchbench.workloads.spec import TRACE_FORMATS
-from batchbench.workloads.traces import read_trace
-from batchbench.workloads.traces.own import write_workload
-from batchbench.workloads.traces.rows import BadRow
+from batchbench.workloads.traces import BadRow, read_trace, write_workload
 
 
 @pytest.fixture
@@ -139,7 +137,7 @@ def test_a_queue_size_takes_the_first_rows_and_too_large_a_one_is_told(file: Pat
     assert told == [f"{file}: azure, 3 requests", f"{file}: azure, 2 requests"]
     told.clear()
     assert len(made(replace(spec, queue_size=9), note=told.append)) == 3
-    assert told[1:] == [f"{file}: holds 3 requests, fewer than --queue-size 9"]
+    assert told[1:] == [f"{file}: has 3 requests, fewer than --queue-size 9"]
 
 
 def test_a_row_beyond_the_queue_size_is_not_looked_at(file: Path) -> None:
@@ -151,7 +149,7 @@ def test_what_tells_no_times_needs_a_rate_to_come_over_time(file: Path) -> None:
     assert made(spec).closed
     assert made(replace(spec, request_rate=2.0)).due_ns[1] > 0
     for changed in ({"speed": 2.0}, {"arrivals": "trace"}):
-        with pytest.raises(UsageError, match=f"--trace {file}: tells no times; give --request-rat"):
+        with pytest.raises(UsageError, match=f"--trace {file}: has no times; give --request-rat"):
             made(replace(spec, **changed))  # type: ignore[arg-type]
 
 
@@ -163,7 +161,7 @@ def test_what_tells_no_times_needs_a_rate_to_come_over_time(file: Path) -> None:
         ({"long_tokens": 7}, "--trace and --long-tokens exclude each other"),
         ({"prompts": Path("trace")}, "--prompts and --trace exclude each other"),
         ({"speed": 2.0, "request_rate": 1.0}, "--request-rate and --speed exclude each other"),
-        ({"speed": 2.0, "arrivals": "at-once"}, "--speed 2: is of the trace's own times"),
+        ({"speed": 2.0, "arrivals": "at-once"}, "--speed 2: applies to the trace's own times"),
         ({"trace_format": "csv"}, "--trace-format csv: must be one of sharegpt, azure"),
         ({"on_bad_row": "weep"}, "--on-bad-row weep: must be one of error, skip"),
     ],
@@ -221,7 +219,7 @@ def test_a_saved_workload_that_was_changed_since_is_told(how: str, file: Path) -
         "cut": header + one,
         "order": header + two + one.replace('"due_ns":0', '"due_ns":5'),
     }
-    with pytest.raises(UsageError, match=r"was changed or cut off since .* take digest out"):
+    with pytest.raises(UsageError, match=r"was changed .* delete the digest"):
         made(WorkloadSpec(trace=write(file, changed[how])))
     without = changed[how].replace(workload.digest, "").replace('"digest": ""', '"digest": null')
     made(WorkloadSpec(trace=write(file, without)))
@@ -294,7 +292,7 @@ def test_a_wrong_line_is_named_with_what_is_wrong(
     text = str(refused.value)
     assert text.startswith(f"--trace {file}: line 3: ")
     assert told in text
-    assert text.endswith("mend it, or leave such rows out with --on-bad-row skip")
+    assert text.endswith("correct it, or skip such rows with --on-bad-row skip")
     assert len(text) < 500
     bad: list[BadRow] = []
     trace = read(file, on_bad_row=bad.append)
@@ -349,9 +347,9 @@ def test_an_array_that_breaks_off_is_told_and_read_so_far_if_asked(file: Path) -
         (
             AZURE.splitlines(keepends=True)[0].encode(),
             None,
-            "holds no row of the format azure; give a file with requests",
+            "contains no rows of the format azure; give a file with requests",
         ),
-        (b"[]", None, "holds no row of the format sharegpt"),
+        (b"[]", None, "contains no rows of the format sharegpt"),
         (
             b'[{"instruction": "a", "output": "b"}]',
             None,
@@ -365,7 +363,7 @@ def test_an_array_that_breaks_off_is_told_and_read_so_far_if_asked(file: Path) -
         (b'{"a": 1}', "sharegpt", "line 1: has no list of conversations"),
         (b'{"batchbench_workload": 9}', None, "line 1: is of version 9, this batchbench reads 1"),
         (b'{"batchbench_workload": 1, "max_concurrency": 0}', None, "line 1: stop_at_eos or max"),
-        (b'{"batchbench_workload": 1}', None, "holds no row of the format batchbench"),
+        (b'{"batchbench_workload": 1}', None, "contains no rows of the format batchbench"),
         (b'{"batchbench_workload": 1}\n{"output_tokens": 3}', None, "line 2: prompt_tokens"),
     ],
 )
@@ -382,7 +380,7 @@ def test_what_is_no_trace_is_refused(
 def test_where_every_row_is_wrong_nothing_is_left(name: str, file: Path) -> None:
     header = {"azure": AZURE, "burstgpt": BURSTGPT}.get(name, "").partition("\n")[0]
     content = "[7, 8]" if name == "sharegpt" else f"{header}\n7\n8\n".lstrip()
-    with pytest.raises(UsageError, match="holds no right row"):
+    with pytest.raises(UsageError, match="contains no valid rows"):
         read(write(file, content), format=name, on_bad_row=lambda row: None)
 
 
@@ -392,7 +390,7 @@ def test_skipping_says_how_many_and_names_the_first(file: Path) -> None:
     workload = made(WorkloadSpec(trace=file, on_bad_row="skip"), note=told.append)
     assert len(workload) == 3
     assert told == [
-        f"{file}: azure, 3 requests; wrong rows left out: 1,500, "
+        f"{file}: azure, 3 requests; invalid rows skipped: 1,500, "
         + "; ".join(f"line {n}: has 1 columns, the first line 3" for n in (5, 6, 7))
         + "; and 1,497 more"
     ]

@@ -317,8 +317,8 @@ def missing(file: Path) -> None:
     [
         (missing, "no such file"),
         (folder, "is a directory"),
-        (empty, "holds no prompt"),
-        (blank_lines, "holds no prompt"),
+        (empty, "contains no prompts"),
+        (blank_lines, "contains no prompts"),
         (latin_1, "not UTF-8"),
         (utf_16, "not UTF-8"),
     ],

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import psutil
-from numpy.typing import NDArray
 
 from batchbench.errors import UsageError
-from batchbench.workloads.prompts import BLOCK_TOKENS, Encode
-from batchbench.workloads.request import Ragged
-from batchbench.workloads.traces.contents import described, format_of, is_hopeless
-from batchbench.workloads.traces.documents import read_sharegpt
-from batchbench.workloads.traces.mooncake import read_mooncake
-from batchbench.workloads.traces.opening import open_trace
-from batchbench.workloads.traces.own import read_own
+from batchbench.workloads.prompts import Encode
+from batchbench.workloads.request import Ints, Ragged
+from batchbench.workloads.traces.formats import READERS, ReadOptions, format_of
+from batchbench.workloads.traces.opening import open_trace, other_kind, unknown_text
 from batchbench.workloads.traces.rows import BadRow, Dialect, HopelessError, Row
-from batchbench.workloads.traces.tables import read_azure, read_burstgpt
-
-Ints = NDArray[np.int64]
 
 MEMORY_STEP = 2**26
 """Growth of columns, in bytes, between two checks of the memory that is left."""
@@ -47,20 +40,10 @@ class Trace:
     due_ns: Ints | None
     prompts: Ragged | None
     blocks: Ragged | None
-    about: Mapping[str, Any]  # what our own format tells of the workload
-    whole: bool  # no row was left out, at the end or as a bad one
-    block_tokens: int = BLOCK_TOKENS
-    remarks: tuple[str, ...] = ()  # words for the user: assumptions, and parts left out
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The options of :func:`read_trace` that a format may need."""
-
-    where: str
-    encode: Encode
-    block_tokens: int | None
-    time_unit: str | None
+    about: Mapping[str, Any]  # the first line of our own format
+    whole: bool  # False if a row was left out, at the end or as a bad one
+    block_tokens: int
+    remarks: tuple[str, ...]  # sentences for the user: assumptions, and parts left out
 
 
 def read_trace(
@@ -80,7 +63,7 @@ def read_trace(
     Args:
         encode: text to token ids, for traces that hold texts.
         format: one of ``TRACE_FORMATS``; None finds it by the content.
-        limit: number of right rows after which the reading ends.
+        limit: number of valid rows after which reading ends.
         on_bad_row: called with each row that is left out. Without it, the first wrong row ends the
             reading; harmless ones, such as blank lines, do not.
         block_tokens: tokens of a block of a Mooncake trace; None infers it.
@@ -90,72 +73,33 @@ def read_trace(
         UsageError: it cannot be read, has no known format, has a wrong row, or has no rows.
     """
     where = f"--trace {file}"
-    asked = _Asked(where, encode, block_tokens, time_unit)
-    about: dict[str, Any] = {}
     dialect = Dialect()
     with open_trace(file, where) as (content, head, archive):
-        format = _format(head, where, archive, format)
-        _check_asked(asked, format)
-        rows = _rows(content, head, format, asked, dialect, about)
+        fault = other_kind(head)
+        if fault or not (format := format or format_of(head)):
+            of_archive = archive and f"{archive} of "
+            raise UsageError(f"{where}: is {of_archive}{fault or unknown_text(head)}")
+        for option, value in (
+            ("--trace-block-size", block_tokens),
+            ("--trace-time-unit", time_unit),
+        ):
+            if value is not None and format != "mooncake":
+                raise UsageError(
+                    f"{option} {value}: is for Mooncake traces, and {where} is of the format "
+                    f"{format}; drop it"
+                )
+        options = ReadOptions(where, encode, block_tokens, time_unit)
+        rows = READERS[format](content, head, options, dialect)
         try:
             columns, whole = _columns_of(rows, where, limit, on_bad_row, dialect)
         except HopelessError as error:
             raise UsageError(f"{where}: {error}") from error
     if not len(columns):
-        right = "right " * (not whole)
+        valid = "" if whole else "valid "
         raise UsageError(
-            f"{where}: holds no {right}row of the format {format}; give a file with requests"
+            f"{where}: contains no {valid}rows of the format {format}; give a file with requests"
         )
-    return columns.trace(format, about, whole=whole, dialect=dialect)
-
-
-def _format(head: bytes, where: str, archive: str, format: str | None) -> str:
-    """Return the format that is given, or else that of the content.
-
-    Raises:
-        UsageError: the format is unknown.
-    """
-    if is_hopeless(head) or not (format := format or format_of(head)):
-        raise UsageError(f"{where}: is {archive and f'{archive} of '}{described(head)}")
-    return format
-
-
-def _check_asked(asked: _Asked, format: str) -> None:
-    """Raise UsageError for an option that this format does not take."""
-    for option, value in (
-        ("--trace-block-size", asked.block_tokens),
-        ("--trace-time-unit", asked.time_unit),
-    ):
-        if value is not None and format != "mooncake":
-            raise UsageError(
-                f"{option} {value}: is for Mooncake traces, and {asked.where} is of the format "
-                f"{format}; drop it"
-            )
-
-
-def _rows(
-    content: BinaryIO,
-    head: bytes,
-    format: str,
-    asked: _Asked,
-    dialect: Dialect,
-    about: dict[str, Any],
-) -> Iterator[Row | BadRow]:
-    if format == "sharegpt":
-        return read_sharegpt(content, head, asked.encode, dialect)
-    if format == "mooncake":
-        return read_mooncake(
-            content,
-            head,
-            asked.where,
-            asked.encode,
-            dialect,
-            block_tokens=asked.block_tokens,
-            time_unit=asked.time_unit,
-        )
-    if format == "batchbench":
-        return read_own(content, head, asked.where, about)
-    return (read_azure if format == "azure" else read_burstgpt)(content, asked.where)
+    return columns.trace(format, dialect, whole=whole)
 
 
 def _columns_of(
@@ -165,7 +109,7 @@ def _columns_of(
     on_bad_row: Callable[[BadRow], None] | None,
     dialect: Dialect,
 ) -> tuple[_Columns, bool]:
-    """Return the columns of the right rows, and True if they are all rows of the file."""
+    """Return the columns of the valid rows, and True if they are all rows of the file."""
     columns, wrong = _Columns(), 0
     for row in rows:
         if limit is not None and len(columns) == limit:
@@ -184,7 +128,7 @@ def _columns_of(
             wrong += 1
             if on_bad_row is None:
                 raise UsageError(
-                    f"{where}: {row}; mend it, or leave such rows out with --on-bad-row skip"
+                    f"{where}: {row}; correct it, or skip such rows with --on-bad-row skip"
                 )
             if wrong == _MOST_WRONG_ROWS and not len(columns):
                 raise UsageError(f"{where}: its first {wrong:,} rows are all wrong, such as {row}")
@@ -193,24 +137,20 @@ def _columns_of(
     return columns, not wrong
 
 
-@dataclass
 class _Columns:
     """Columns that grow; 8 bytes a number, 4 a token id."""
 
-    prompt_tokens: array[int] = field(default_factory=lambda: array("q"))
-    output_tokens: array[int] = field(default_factory=lambda: array("q"))
-    due_ns: array[int] = field(default_factory=lambda: array("q"))
-    ids: array[int] = field(default_factory=lambda: array("i"))
-    blocks: array[int] = field(default_factory=lambda: array("q"))
-    block_counts: array[int] = field(default_factory=lambda: array("q"))
-    with_ids: bool = False
-    next_check: int = field(default_factory=lambda: MEMORY_STEP)
+    def __init__(self) -> None:
+        self.prompt_tokens, self.output_tokens, self.due_ns = array("q"), array("q"), array("q")
+        self.ids, self.with_ids = array("i"), False
+        self.blocks, self.block_counts = array("q"), array("q")
+        self.next_check = MEMORY_STEP
 
     def __len__(self) -> int:
         return len(self.output_tokens)
 
     def append(self, row: Row) -> None:
-        """Keep a row; all of a trace have ids, or none has."""
+        """Add a row; either all rows of a trace have ids, or none."""
         self.with_ids = row.ids is not None
         self.prompt_tokens.append(row.prompt_tokens)
         self.output_tokens.append(row.output_tokens)
@@ -235,9 +175,7 @@ class _Columns:
         """Add a count of 0 for earlier rows; traces without blocks have no such column."""
         self.block_counts.extend(bytes(rows - len(self.block_counts)))
 
-    def trace(
-        self, format: str, about: Mapping[str, Any], *, whole: bool, dialect: Dialect
-    ) -> Trace:
+    def trace(self, format: str, dialect: Dialect, *, whole: bool) -> Trace:
         """Return the trace of these columns, sorted by time."""
         if self.blocks:
             self._fill_block_counts(len(self))
@@ -254,14 +192,14 @@ class _Columns:
             due, prompt, output = due[order], prompt[order], output[order]
             prompts, blocks = (r and r.take(order) for r in (prompts, blocks))
         return Trace(
-            format,
-            prompt,
-            output,
-            due if len(due) else None,
-            prompts,
-            blocks,
-            about,
-            whole,
-            dialect.block_tokens,
-            dialect.remarks,
+            format=format,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            due_ns=due if len(due) else None,
+            prompts=prompts,
+            blocks=blocks,
+            about=dialect.about,
+            whole=whole,
+            block_tokens=dialect.block_tokens,
+            remarks=dialect.remarks,
         )

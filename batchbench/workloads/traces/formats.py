@@ -1,0 +1,585 @@
+"""Formats of traces: recognised by their beginnings, read into rows; our own is written, too."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from itertools import chain
+from typing import Any, BinaryIO, NamedTuple
+
+from batchbench.errors import UsageError
+from batchbench.workloads.prompts import BLOCK_TOKENS, Encode
+from batchbench.workloads.request import Workload
+from batchbench.workloads.spec import TIME_UNITS
+from batchbench.workloads.traces.rows import (
+    BadRow,
+    Dialect,
+    Place,
+    Row,
+    WrongError,
+    first_element,
+    is_document,
+    nanoseconds_of,
+    read_lines,
+    read_rows,
+    shown,
+    tokens_of,
+    whole_of,
+)
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """The beginning of messages about a trace, and options that some formats need."""
+
+    where: str
+    encode: Encode
+    block_tokens: int | None
+    time_unit: str | None
+
+
+Rows = Iterator[Row | BadRow]
+Reader = Callable[[BinaryIO, bytes, ReadOptions, Dialect], Rows]
+"""Takes the content of a file, its beginning and the options; adds remarks to the dialect."""
+
+AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+"""https://github.com/Azure/AzurePublicDataset, traces of 2023 and 2024."""
+
+BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
+"""Columns that are read of https://github.com/HPMLL/BurstGPT; a failed request has 0 response
+tokens."""
+
+TURNS = ("conversations", "conversation", "messages", "items")
+"""Keys of a conversation's turns."""
+
+_KEYS = (
+    ("batchbench", ("batchbench_workload",)),
+    ("sharegpt", TURNS[:1]),
+    ("mooncake", ("input_length", "hash_ids", "text_input", "output_length")),
+    ("batchbench", ("output_tokens", "prompt_ids", "prompt_tokens", "due_ns")),
+    ("sharegpt", TURNS[1:]),
+)
+"""JSON keys of the formats, in the order in which they are looked for."""
+
+
+def format_of(head: bytes) -> str | None:
+    """Return the format of a trace with this beginning; None if it has none."""
+    begin = head.lstrip()
+    if begin[:1] in (b"[", b"{"):
+        for format, keys in _KEYS:
+            if re.search(rb'"(?:%s)"\s*:' % "|".join(keys).encode(), begin):
+                return format
+        first = first_element(begin)
+        return "sharegpt" if is_document(begin) and not isinstance(first, dict) else None
+    line = begin.partition(b"\n")[0].decode("utf-8", "replace")
+    try:
+        _, names = _columns_of(line)
+    except (csv.Error, ValueError):
+        return None
+    for format, columns in (("azure", AZURE), ("burstgpt", BURSTGPT)):
+        if all(_plain(column) in names for column in columns[-2:]):
+            return format
+    return None
+
+
+# CSV: Azure's traces of LLM inference, and BurstGPT
+
+
+def read_azure(content: BinaryIO, _: bytes, options: ReadOptions, __: Dialect) -> Rows:
+    """Yield the rows of an Azure trace; times without an offset are taken as UTC."""
+
+    def row(time: str, context: str, generated: str) -> Row:
+        return Row(
+            prompt_tokens=tokens_of("ContextTokens", context),
+            output_tokens=tokens_of("GeneratedTokens", generated),
+            due_ns=_moment("TIMESTAMP", time),
+        )
+
+    return _read_table(content, options.where, AZURE, row)
+
+
+def read_burstgpt(content: BinaryIO, _: bytes, options: ReadOptions, __: Dialect) -> Rows:
+    """Yield the rows of BurstGPT, whose times are seconds."""
+
+    def row(time: str, request: str, response: str) -> Row:
+        if whole_of(response) == 0:
+            raise WrongError("Response tokens is 0: the request failed", "failed requests")
+        return Row(
+            prompt_tokens=tokens_of("Request tokens", request),
+            output_tokens=tokens_of("Response tokens", response),
+            due_ns=_seconds("Timestamp", time),
+        )
+
+    return _read_table(content, options.where, BURSTGPT, row)
+
+
+def _read_table(
+    content: BinaryIO,
+    where: str,
+    columns: tuple[str, str, str],
+    parse: Callable[[str, str, str], Row],
+) -> Rows:
+    names: list[str] | None = None
+    delimiter, one, two, three = ",", 0, 0, 0
+    for number, line in read_lines(content):
+        if isinstance(line, BadRow):
+            yield line
+            continue
+        cells: list[str] = []
+        try:
+            text = line.decode("utf-8")
+            if names is None:
+                delimiter, names = _columns_of(text)
+                one, two, three = _places(names, columns, f"{where}: line {number}")
+                continue
+            # One line at a time, so that a stray quote does not swallow the next lines.
+            (cells,) = csv.reader([text], delimiter=delimiter, strict=True)
+            if len(cells) != len(names):
+                raise WrongError(f"has {len(cells)} columns, the first line {len(names)}")
+            yield parse(cells[one], cells[two], cells[three])
+        except UnicodeDecodeError:
+            yield BadRow(number, "is not UTF-8 text")
+        except csv.Error as error:
+            inside = "new-line character" in str(error)
+            yield BadRow(number, "has a carriage return in a row" if inside else str(error))
+        except WrongError as error:
+            if [_plain(cell) for cell in cells] == names:  # files joined with cat
+                repeated = "repeated headers skipped"
+                yield BadRow(number, "repeats the header", kind=repeated, harmless=True)
+            else:
+                yield error.at(Place(number))
+
+
+def _columns_of(line: str) -> tuple[str, list[str]]:
+    """Return the delimiter of a header and the plain names of its columns."""
+    delimiter = max(",;\t", key=line.count)  # the comma if there is none
+    (cells,) = csv.reader([line], delimiter=delimiter, strict=True)
+    return delimiter, [_plain(cell) for cell in cells]
+
+
+def _plain(column: str) -> str:
+    """Return the name of a column without case, spaces and underscores."""
+    return re.sub(r"[\s_\ufeff]+", "", column).lower()
+
+
+def _places(names: Sequence[str], columns: Sequence[str], where: str) -> list[int]:
+    """Return the places of the columns in a row.
+
+    Raises:
+        UsageError: a column is missing or occurs twice.
+    """
+    for column in columns:
+        count = names.count(_plain(column))
+        if count > 1:
+            raise UsageError(f"{where}: has the column {column} {count} times; keep one of them")
+        if not count:
+            raise UsageError(
+                f"{where}: lacks the column {column}; the format has {', '.join(columns)}"
+            )
+    return [names.index(_plain(column)) for column in columns]
+
+
+_TIME = re.compile(
+    r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:\.(\d++))?"
+    r"(?: ?(?:(?:Z|UTC|GMT)|([+-]\d\d(?::?\d\d)?)))?",
+    re.ASCII | re.IGNORECASE,
+)
+
+_SECONDS = re.compile(r"(\d++)(?:\.(\d*+))?([eE][+-]?\d{1,3})?", re.ASCII)
+
+
+def _moment(what: str, text: str) -> int:
+    """Return a date and time as ns since 1970, to the last of its digits."""
+    parts = _TIME.fullmatch(text.strip(" \t"))
+    try:
+        if parts is None:
+            raise ValueError
+        zone = parts[4] or "+00:00"
+        moment = datetime.fromisoformat(f"{parts[1]}T{parts[2]}{zone}").astimezone(UTC)
+        seconds = round(moment.timestamp())
+    except (ValueError, OverflowError) as error:
+        raise WrongError(
+            f"{what} is {shown(text)}: must be a time such as 2023-11-16 18:15:46.6805900"
+        ) from error
+    fraction = (parts[3] or "0")[:9].ljust(9, "0")
+    return nanoseconds_of(what, seconds * 10**9 + int(fraction), 1)
+
+
+def _seconds(what: str, text: str) -> int:
+    """Return seconds, such as 45, 45.5 or 1e-05, as ns."""
+    parts = _SECONDS.fullmatch(text.strip(" \t"))
+    if parts is None:
+        raise WrongError(f"{what} is {shown(text)}: must be seconds, such as 45 or 45.5")
+    whole = parts[1].lstrip("0") or "0"
+    if parts[3] or len(whole) > 12:
+        ns = int(min(Decimal(text.strip(" \t")) * 10**9, Decimal(10**20)).to_integral_value())
+    else:
+        ns = int(whole) * 10**9 + int((parts[2] or "0")[:9].ljust(9, "0"))
+    return nanoseconds_of(what, ns, 1)
+
+
+# Conversations as JSON, in the dialects of ShareGPT
+
+_ASKS = ("human", "user")
+_ANSWERS = ("gpt", "chatgpt", "assistant", "model", "bing", "bard")
+
+_LONGEST_TEXT = 2**22
+"""Most characters of a question or an answer."""
+
+
+def read_sharegpt(content: BinaryIO, head: bytes, options: ReadOptions, dialect: Dialect) -> Rows:
+    """Yield the first question of each conversation, and the length of the first answer to it."""
+    encode = options.encode
+    return read_rows(content, head, lambda _, data: _conversation(data, encode, dialect))
+
+
+def _conversation(data: dict[str, Any], encode: Encode, dialect: Dialect) -> Row:
+    turns = next((data[key] for key in TURNS if key in data), None)
+    if not isinstance(turns, list):
+        raise WrongError("has no list of conversations")
+    questions: list[str] = []
+    answer, others = None, 0
+    for turn in turns:
+        speaker = _speaker(turn)
+        if speaker in _ASKS:
+            questions.append(_text(turn))
+        elif speaker in _ANSWERS and questions:
+            answer = _text(turn)
+            break
+        else:
+            others += 1
+    if answer is None:
+        raise WrongError("has no turn of a human with an answer of gpt behind it")
+    ids, output_ids = _ids_of("the question", "\n".join(questions), encode), None
+    if ids:
+        output_ids = _ids_of("the answer", answer, encode)
+    if not ids or not output_ids:
+        raise WrongError(f"the {'answer' if ids else 'question'} is empty", "empty texts")
+    if others:
+        dialect.counts["prompts without their system and other turns"] += 1
+    return Row(len(ids), len(output_ids), ids=ids)
+
+
+def _speaker(turn: object) -> str:
+    if not isinstance(turn, dict):
+        raise WrongError(f"a turn is {shown(turn)}: must be an object with from and value")
+    speaker = turn.get("from", turn.get("role"))
+    if not isinstance(speaker, str):
+        raise WrongError("a turn lacks from or value, or they are not texts")
+    return speaker.lower()
+
+
+def _text(turn: dict[str, Any]) -> str:
+    """Return the text of a turn; it may be in parts, as in OpenAI's messages."""
+    text = turn.get("value", turn.get("content"))
+    if isinstance(text, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in text]
+        texts = [part for part in parts if isinstance(part, str)]
+        text = "\n".join(texts) if len(texts) == len(parts) else None
+    if not isinstance(text, str):
+        raise WrongError("a turn lacks from or value, or they are not texts")
+    return text
+
+
+def _ids_of(what: str, text: object, encode: Encode) -> Sequence[int]:
+    if not isinstance(text, str):
+        raise WrongError(f"{what} is {shown(text)}: must be a text")
+    if len(text) > _LONGEST_TEXT:
+        raise WrongError(f"{what} is longer than {_LONGEST_TEXT:,} characters")
+    if not text.isascii():
+        # Half of a surrogate pair, as in "\ud83d", is not a character that a tokenizer takes.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return encode(text)
+
+
+# Mooncake: JSON objects with lengths, times and the names of blocks. Such a file does not state the
+# block size and the unit of times. They are inferred from its first rows, unless they are given.
+# Mooncake itself has blocks of 512 tokens and times in ms (https://github.com/kvcache-ai/Mooncake),
+# Bailian's traces of Qwen have blocks of 16 tokens, times in s, and a chat_id
+# (https://github.com/alibaba-edu/qwen-bailian-usagetraces-anon).
+
+_FIRST_ROWS = 1000
+"""Rows from which the block size and the unit of times are inferred."""
+
+_FIRST_NUMBERS = 2**20
+"""Most token ids and names of blocks in these rows."""
+
+
+class _Request(NamedTuple):
+    """A row as it is in the file."""
+
+    place: Place
+    prompt_tokens: int
+    output_tokens: int
+    time: float | None
+    ids: Sequence[int] | None
+    blocks: Sequence[int]
+    of_bailian: bool
+
+    def fits(self, block_tokens: int) -> bool:
+        """Return True if the prompt has as many blocks of this size as it has names."""
+        return not self.blocks or len(self.blocks) == -(-self.prompt_tokens // block_tokens)
+
+
+def read_mooncake(content: BinaryIO, head: bytes, options: ReadOptions, dialect: Dialect) -> Rows:
+    """Yield the rows; add the inferred properties of the file to ``dialect``.
+
+    Raises:
+        UsageError: the block size or the unit of times cannot be inferred.
+    """
+    where, time_unit = options.where, options.time_unit
+    rows = read_rows(content, head, lambda place, data: _request(place, data, options.encode))
+    first: list[_Request | BadRow] = []
+    numbers = 0
+    for row in rows:
+        if isinstance(row, BadRow) and not first:
+            yield row
+            continue
+        first.append(row)
+        if isinstance(row, _Request):
+            numbers += len(row.blocks) + len(row.ids or ())
+        if len(first) == _FIRST_ROWS or numbers > _FIRST_NUMBERS:
+            break
+    good = [row for row in first if isinstance(row, _Request)]
+    dialect.block_tokens = options.block_tokens or _block_tokens(good, where)
+    if any(row.blocks for row in good):
+        usual = options.block_tokens or dialect.block_tokens == BLOCK_TOKENS
+        how = "" if usual else " (inferred)"
+        dialect.inferred.append(f"blocks of {dialect.block_tokens} tokens{how}")
+    unit = None
+    if good and good[0].time is not None:
+        unit = time_unit or _time_unit(good, where)
+        how = "" if time_unit or unit == "ms" else " (inferred)"
+        dialect.inferred.append(f"times in {unit}{how}")
+    elif good and time_unit:
+        raise UsageError(f"--trace-time-unit {time_unit}: {where} has no times; drop it")
+    with_text = bool(good) and good[0].ids is not None
+    for row in chain(first, rows):
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            yield _row(row, dialect.block_tokens, unit, with_text=with_text)
+        except WrongError as error:
+            yield error.at(row.place)
+
+
+def _request(place: Place, data: dict[str, Any], encode: Encode) -> _Request:
+    blocks = data.get("hash_ids") or ()
+    if blocks and not (
+        isinstance(blocks, list)
+        and set(map(type, blocks)) == {int}
+        and 0 <= min(blocks) <= max(blocks) < 2**63
+    ):
+        raise WrongError(
+            f"hash_ids is {shown(blocks)}: must be a list of whole numbers below 2**63"
+        )
+    text, ids = data.get("text_input"), None
+    if text is not None:
+        ids, blocks = _ids_of("text_input", text, encode), ()  # the text is what the blocks hold
+        if not ids:
+            raise WrongError("text_input is empty")
+    time = data.get("timestamp")
+    if time is not None:
+        nanoseconds_of("timestamp", time, 1)
+    return _Request(
+        place,
+        len(ids) if ids is not None else tokens_of("input_length", data.get("input_length")),
+        tokens_of("output_length", data.get("output_length")),
+        time,
+        ids,
+        blocks,
+        "chat_id" in data,
+    )
+
+
+def _row(row: _Request, block_tokens: int, unit: str | None, *, with_text: bool) -> Row:
+    """Return the row as a request of the trace; refuse one that is unlike the others."""
+    if (row.ids is not None) != with_text:
+        verb = "lacks" if with_text else "has"
+        raise WrongError(f"{verb} text_input, unlike the first row")
+    if not row.fits(block_tokens):
+        raise WrongError(
+            f"hash_ids names {len(row.blocks):,} blocks, but {row.prompt_tokens:,} tokens are "
+            f"{-(-row.prompt_tokens // block_tokens):,} blocks of {block_tokens} "
+            "(--trace-block-size)"
+        )
+    if unit is None and row.time is not None:
+        raise WrongError("has a timestamp, unlike the first row")
+    due_ns = None if unit is None else nanoseconds_of("timestamp", row.time, TIME_UNITS[unit])
+    return Row(row.prompt_tokens, row.output_tokens, due_ns, row.ids, row.blocks)
+
+
+def _block_tokens(rows: Sequence[_Request], where: str) -> int:
+    """Return the tokens of a block: 512 if that fits, or the one size that fits most rows."""
+    named = [row for row in rows if row.blocks]
+    if not named:
+        return BLOCK_TOKENS
+    # A prompt of n blocks has sizes from ⌈tokens / n⌉ to ⌈tokens / (n - 1)⌉ - 1.
+    lows = [-(-row.prompt_tokens // len(row.blocks)) for row in named]
+    highs = [
+        -(-row.prompt_tokens // (len(row.blocks) - 1)) - 1 if len(row.blocks) > 1 else math.inf
+        for row in named
+    ]
+    lows_sorted, highs_sorted = sorted(lows), sorted(highs)
+
+    def fitting(size: int) -> int:
+        return bisect_right(lows_sorted, size) - bisect_left(highs_sorted, size)
+
+    best = max({BLOCK_TOKENS, *lows}, key=lambda size: (fitting(size), size == BLOCK_TOKENS))
+    if fitting(best) * 2 <= len(named):
+        row = next(row for row in named if not row.fits(BLOCK_TOKENS))
+        raise UsageError(
+            f"{where}: {row.place.unit} {row.place.number}: hash_ids names {len(row.blocks):,} "
+            f"blocks for {row.prompt_tokens:,} tokens, and no block size fits most rows; give "
+            "--trace-block-size"
+        )
+    within = [pair for pair in zip(lows, highs, strict=True) if pair[0] <= best <= pair[1]]
+    low, high = max(low for low, _ in within), min(high for _, high in within)
+    if low <= BLOCK_TOKENS <= high:
+        return BLOCK_TOKENS
+    powers = [2**i for i in range(31) if low <= 2**i <= high]
+    sizes = [low] if low == high else powers
+    if len(sizes) != 1:
+        # Prompts of one block fit any larger size.
+        fitting_sizes = f"at least {low}" if math.isinf(high) else f"{low} to {high}"
+        raise UsageError(
+            f"{where}: hash_ids fit blocks of {fitting_sizes} tokens; give their size with "
+            "--trace-block-size"
+        )
+    return sizes[0]
+
+
+def _time_unit(rows: Sequence[_Request], where: str) -> str:
+    """Return the unit of the times: ms unless that is implausible.
+
+    Times of today, counted from 1970, have 10 digits in s, 13 in ms, and so on. Others are in ms
+    unless that makes more than 1,000 requests/s of times with fractions.
+
+    Raises:
+        UsageError: in ms, they make an implausible rate: over 100 requests/s (over 10, if they
+            have fractions), or fewer than one in 100 s.
+    """
+    if any(row.of_bailian for row in rows):
+        return "s"
+    times = [row.time for row in rows if row.time is not None]
+    begin, span = min(times), max(times) - min(times)
+    for unit, ns in TIME_UNITS.items():
+        if 10**18 <= begin * ns < 10**19:
+            return unit
+    if not span:
+        return "ms"
+    gap = span / (len(times) - 1)
+    fractional = any(time != int(time) for time in times)
+    if fractional and gap < 1:
+        return "s"
+    if gap < (100 if fractional else 10) or gap > 100_000:
+        other = "s" if gap < 100 else "us"
+        raise UsageError(
+            f"{where}: times are {_short(gap)} apart on average, {_short(1000 / gap)} requests/s "
+            f"in ms and {_short(1e9 / (gap * TIME_UNITS[other]))} in {other}; give their unit with "
+            "--trace-time-unit"
+        )
+    return "ms"
+
+
+def _short(number: float) -> str:
+    """Return a number with three significant digits, such as ``1,000`` or ``0.0125``."""
+    return f"{float(f'{number:.3g}'):,.10g}"
+
+
+# Our own trace: a workload as JSON lines, written and read without loss. The first line describes
+# the workload, {"batchbench_workload": 1, "name": …, "digest": …}; each other line is a request,
+# {"due_ns": 0, "output_tokens": 10, "prompt_ids": [464, …]}. A file written by hand may omit the
+# first line, and have prompt_tokens instead of prompt_ids; its prompts are then random.
+
+VERSION = 1
+
+
+def write_workload(workload: Workload) -> Iterator[str]:
+    """Yield the lines of a workload, each with its end."""
+    about = {
+        "batchbench_workload": VERSION,
+        "name": workload.name,
+        "seed": workload.seed,
+        "requests": len(workload),
+        "stop_at_eos": workload.stop_at_eos,
+        "max_concurrency": workload.max_concurrency,
+        "digest": workload.digest,
+    }
+    yield json.dumps(about, ensure_ascii=False) + "\n"
+    for request in workload:
+        row = {
+            "due_ns": request.due_ns,
+            "output_tokens": request.output_tokens,
+            "prompt_ids": workload.prompt(request.index).tolist(),
+        }
+        yield json.dumps(row, separators=(",", ":")) + "\n"
+
+
+def read_own(content: BinaryIO, head: bytes, options: ReadOptions, dialect: Dialect) -> Rows:
+    """Yield the requests; add the content of the first line to ``dialect``.
+
+    Raises:
+        UsageError: the first line is of another version, or damaged.
+    """
+    with_ids: bool | None = None
+
+    def parse(place: Place, data: dict[str, Any]) -> Row | None:
+        nonlocal with_ids
+        if place.number == 1 and "batchbench_workload" in data:
+            _check_about(data, options.where)
+            dialect.about = data
+            return None
+        row = _own_row(data)
+        if with_ids is not None and with_ids != (row.ids is not None):
+            raise WrongError("has prompt_ids, or lacks them, unlike the requests before it")
+        with_ids = row.ids is not None
+        return row
+
+    return read_rows(content, head, parse)
+
+
+def _check_about(data: dict[str, Any], where: str) -> None:
+    version = data["batchbench_workload"]
+    if version != VERSION:
+        raise UsageError(
+            f"{where}: line 1: is of version {shown(version)}, this batchbench reads {VERSION}; "
+            "save it again"
+        )
+    most, stop = data.get("max_concurrency"), data.get("stop_at_eos", False)
+    if type(stop) is not bool or not (most is None or (type(most) is int and 1 <= most <= 10**8)):
+        raise UsageError(f"{where}: line 1: stop_at_eos or max_concurrency has a wrong value")
+    if not isinstance(data.get("name", ""), str):
+        raise UsageError(f"{where}: line 1: name must be a text")
+
+
+def _own_row(data: dict[str, Any]) -> Row:
+    ids = data.get("prompt_ids")
+    if ids is not None and not (
+        isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    ):
+        raise WrongError(f"prompt_ids is {shown(ids)}: must be a list of token ids")
+    prompt_tokens = data.get("prompt_tokens") if ids is None else len(ids)
+    return Row(
+        prompt_tokens=tokens_of("prompt_tokens", prompt_tokens),
+        output_tokens=tokens_of("output_tokens", data.get("output_tokens")),
+        due_ns=nanoseconds_of("due_ns", data.get("due_ns", 0), 1),
+        ids=ids,
+    )
+
+
+READERS: dict[str, Reader] = {
+    "sharegpt": read_sharegpt,
+    "azure": read_azure,
+    "burstgpt": read_burstgpt,
+    "mooncake": read_mooncake,
+    "batchbench": read_own,
+}
