@@ -156,7 +156,8 @@ def check_counters(recorded: Result, again: Result) -> Iterator[Check]:
     """Each strategy's counters; observations where who waits depends on the machine's speed."""
     exact = recorded.data["simulated"] or recorded.data["workload"]["closed"]
     for name, strategy in recorded.data["strategies"].items():
-        then, now = strategy["counters"], again.data["strategies"][name]["counters"]
+        then: Any = strategy["counters"]
+        now: Any = again.data["strategies"][name]["counters"]
         if then is None or now is None:  # it schedules for itself, and shows no steps
             continue
         other = [key for key, value in then.items() if now[key] != value]

@@ -38,9 +38,8 @@ from batchbench.cli.output import output_folder
 from batchbench.errors import UsageError
 from batchbench.files import check_folder, default_folders
 from batchbench.reports import output as folders
-from batchbench.reports.frames import requests_frame, steps_frame
 from batchbench.reports.latency import ttft_ms
-from batchbench.reports.output import write_folder
+from batchbench.reports.output import requests_frame, steps_frame, write_folder
 from batchbench.reports.result import (
     Result,
     load_result,

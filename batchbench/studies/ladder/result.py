@@ -21,6 +21,7 @@ from batchbench.reports import metrics
 from batchbench.reports.audit import audit
 from batchbench.reports.metrics import decode_steps
 from batchbench.reports.result import output_digest, workload_facts
+from batchbench.reports.result_file import Speedup
 from batchbench.reports.statistics import paired_ratio
 from batchbench.reports.time_budget import host_share
 from batchbench.version import __version__
@@ -194,7 +195,7 @@ def _most(values: Sequence[int | None]) -> int | None:
 
 def _speedup(
     recordings: Mapping[str, Sequence[Recording]], baseline: str, name: str
-) -> dict[str, Any] | None:
+) -> Speedup | None:
     """How many times as fast as the baseline, over the rounds; None where one was not climbed."""
     if baseline not in recordings or name == baseline:
         return None

@@ -101,7 +101,8 @@ def read_findings(grid: Grid, store: Store, goals: GoalsSpec) -> Findings:
             continue
         result = regoaled(store.load(cell), goals)
         rows += rows_of(cell, result)
-        cells.append(Finding(cell, {name: result.data[name] for name in _TOLD}))
+        data: Any = result.data
+        cells.append(Finding(cell, {name: data[name] for name in _TOLD}))
     own = {cell.digest for cell in grid.cells if cell.fault is None}
     return Findings(grid, goals, cells, rows, len(store) - len(own))
 
