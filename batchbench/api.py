@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from matplotlib.figure import Figure
 from rich.text import Text
 
 from batchbench import settings
@@ -23,10 +21,12 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.session import conduct
 from batchbench.files import check_folder
 from batchbench.reports import result as results
-from batchbench.reports.figures import PICTURES, draw_one
 from batchbench.reports.formats.terminal import sentence, table
-from batchbench.reports.output import requests_frame, steps_frame, summary_frame, write_folder
 from batchbench.reports.slo import GoalsSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 _SPEC_OF: Mapping[str, type] = {
     field.name: spec
@@ -112,16 +112,24 @@ class Result(results.Result):
         summary: a DataFrame with one row per strategy: metrics, counters and speed-up.
     """
 
+    # pandas and matplotlib take a second to import, so only what needs them does.
+
     @cached_property
     def requests(self) -> pd.DataFrame:
+        from batchbench.reports.output import requests_frame
+
         return requests_frame(self)
 
     @cached_property
     def steps(self) -> pd.DataFrame:
+        from batchbench.reports.output import steps_frame
+
         return steps_frame(self)
 
     @cached_property
     def summary(self) -> pd.DataFrame:
+        from batchbench.reports.output import summary_frame
+
         return summary_frame(self)
 
     @property
@@ -135,8 +143,11 @@ class Result(results.Result):
         Raises:
             UsageError: it cannot be written, or has a result and ``overwrite`` is not given.
         """
-        check_folder(Path(folder), overwrite=overwrite)
-        write_folder(Path(folder), self)
+        from batchbench.reports.output import write_folder
+
+        with settings.python_names():
+            check_folder(Path(folder), overwrite=overwrite)
+            write_folder(Path(folder), self)
         return Path(folder)
 
     def __repr__(self) -> str:
@@ -174,6 +185,8 @@ class Plots:
     result: results.Result
 
     def __getattr__(self, name: str) -> Callable[[], Figure]:
+        from batchbench.reports.figures import PICTURES, draw_one
+
         if name not in PICTURES:
             raise AttributeError(f"there is no picture {name}; there are {', '.join(PICTURES)}")
 
@@ -184,4 +197,6 @@ class Plots:
         return picture
 
     def __dir__(self) -> list[str]:
+        from batchbench.reports.figures import PICTURES
+
         return [*super().__dir__(), *PICTURES]

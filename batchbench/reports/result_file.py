@@ -418,7 +418,7 @@ def read_data(folder: Path) -> dict[str, Any]:
         data = read_json(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         absent = "is not a folder" if folder.exists() else "no such folder"
-        problem = "contains no result.json" if folder.is_dir() else absent
+        problem = "holds no result.json" if folder.is_dir() else absent
         raise UsageError(
             f"{folder}: {problem}; give the folder that batchbench run wrote"
         ) from error
