@@ -39,7 +39,7 @@ from batchbench.reports.result_file import (
     load_data,
     metric,
 )
-from batchbench.reports.slo import NO_GOALS, GoalsSpec, as_config, from_config
+from batchbench.reports.slo import NO_GOALS, GoalsSpec
 from batchbench.reports.statistics import Ratio, paired_ratio
 from batchbench.reports.text import plural
 from batchbench.reports.time_budget import explain, rate_of
@@ -89,7 +89,7 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([outcome.experiment.command(), *words]),
         "simulated": outcome.experiment.simulated,
-        "config": {**outcome.experiment.config(), "goals": as_config(goals)},
+        "config": {**outcome.experiment.config(), "goals": settings.as_json(goals)},
         "environment": dict(outcome.environment),
         "model": dict(outcome.model),
         "warm_up": asdict(outcome.warm_up),
@@ -136,7 +136,7 @@ def remake_result(result: Result) -> Result:
 def regoaled(result: Result, goals: GoalsSpec) -> Result:
     """Return the same result judged by other goals, with everything derived anew."""
     data = result.data.copy()
-    data["config"] = cast("Any", {**data["config"], "goals": as_config(goals)})
+    data["config"] = cast("Any", {**data["config"], "goals": settings.as_json(goals)})
     return remake_result(Result(data, result.recordings))
 
 
@@ -166,7 +166,7 @@ def workload_facts(workload: Workload) -> WorkloadFacts:
 
 
 def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result:
-    goals = from_config(facts["config"]["goals"])
+    goals = settings.from_json(GoalsSpec, cast("Any", facts["config"]["goals"]))
     checked: Mapping[str, Any] = facts["verification"]
     verification = Verification(
         **{f.name: checked[f.name] for f in fields(Verification) if f.name != "findings"},

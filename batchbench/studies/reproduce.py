@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
 
 from batchbench import settings
 from batchbench.batching.experiment import EXECUTIONS, Experiment
@@ -19,9 +18,9 @@ from batchbench.batching.session import Session, run_session
 from batchbench.batching.step_cost import KnownCost
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
-from batchbench.reports import slo
 from batchbench.reports.result import Result, make_result
-from batchbench.reports.statistics import CONFIDENCE, FEWEST_PAIRS
+from batchbench.reports.slo import GoalsSpec
+from batchbench.reports.statistics import FEWEST_PAIRS, interval_of_ratio
 from batchbench.studies.gate.counts import flat
 from batchbench.studies.sweep.grid import named_files
 from batchbench.version import __version__
@@ -231,18 +230,6 @@ def _check_ratio(name: str, then: Any, now: Any, unit: str, *, exact: bool) -> C
     return Check(name, recorded, text, AGREES if low <= 1 <= high else DIFFERS, exact=False)
 
 
-def interval_of_ratio(then: Any, now: Any) -> tuple[float, float]:
-    """The 95 % interval of now / then, ratio of geometric means; both ends are equal where all
-    values are."""
-    a, b = np.log(now), np.log(then)
-    first = a[0] - b[0]
-    a, b = a - a[0], b - b[0]  # scipy warns of values that hardly differ and are not near 0
-    if not (a.any() or b.any()):
-        return (float(np.exp(first)),) * 2
-    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
-    return float(np.exp(first + low)), float(np.exp(first + high))
-
-
 # On a terminal
 
 _STYLES = {AGREES: "green", TIES: "yellow", DIFFERS: "bold red", OBSERVED: "dim", NOT_RUN: "dim"}
@@ -342,7 +329,8 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Receipt:
         )
     if any(check.verdict == DIFFERS for check in checks):
         return Receipt(data["command"], differences, checks, None)
-    again = make_result(run_session(session), slo.from_config(data["config"]["goals"]))
+    goals = settings.from_json(GoalsSpec, data["config"]["goals"])
+    again = make_result(run_session(session), goals)
     checks += check_counters(recorded, again)
     if not data["simulated"]:
         alike = is_alike(differences)

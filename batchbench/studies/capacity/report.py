@@ -18,6 +18,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from batchbench import settings
 from batchbench.files import write_whole
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
@@ -31,7 +32,6 @@ from batchbench.reports.figures.card import (
     name_strategies,
     strip_axes,
 )
-from batchbench.reports.slo import as_config
 from batchbench.reports.statistics import CONFIDENCE
 from batchbench.reports.text import called, clean_text, number, spell_number
 from batchbench.studies.capacity.probe import GROWTH, Probe, Verdict
@@ -286,7 +286,7 @@ def data_of(found: CapacityFindings, command: str) -> dict[str, Any]:
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "simulated": found.experiment.simulated,
-        "config": {**found.experiment.config(), "goals": as_config(found.asked.goals)},
+        "config": {**found.experiment.config(), "goals": settings.as_json(found.asked.goals)},
         "limits_ms": found.asked.goals.limits_ms,
         "slo_attainment": found.asked.attainment,
         "precision": found.precision,
