@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from batchbench.version import __version__
 
 if TYPE_CHECKING:
-    from batchbench.api import load, run, simulate
+    from batchbench.api import Result, load, run, simulate
     from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
     from batchbench.batching.models.source import ModelSpec
     from batchbench.batching.policies import Policy, View
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from batchbench.batching.recording import Recording
     from batchbench.batching.session import Outcome, conduct
     from batchbench.errors import BatchbenchError, UsageError
-    from batchbench.reports.result import Result
     from batchbench.workloads.request import Request, Workload
     from batchbench.workloads.spec import WorkloadSpec
 
@@ -33,7 +32,7 @@ _HOMES = {
     "Policy": "batching.policies",
     "Recording": "batching.recording",
     "Request": "workloads.request",
-    "Result": "reports.result",
+    "Result": "api",
     "ServingSpec": "batching.experiment",
     "TrialsSpec": "batching.experiment",
     "UsageError": "errors",

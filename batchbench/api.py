@@ -7,6 +7,7 @@ import difflib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,14 @@ from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.presets import Basis
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import conduct
+from batchbench.files import check_folder
+from batchbench.reports import result as results
 from batchbench.reports.formats.terminal import sentence, table
-from batchbench.reports.result import Result, load_result, make_result
 from batchbench.reports.slo import GoalsSpec
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
-
 
 _SPEC_OF: Mapping[str, type] = {
     field.name: spec
@@ -66,7 +68,8 @@ def load(path: str | Path) -> Result:
     Raises:
         UsageError: there is no result, it is damaged, or it has another schema version.
     """
-    return load_result(Path(path))
+    result = results.load_result(Path(path))
+    return Result(result.data, result.recordings)
 
 
 def _conduct(
@@ -82,7 +85,8 @@ def _conduct(
         with warnings.catch_warnings():
             # tqdm's, when a library imports it in a notebook that has no widgets.
             warnings.filterwarnings("ignore", message="IProgress not found")
-            return make_result(conduct(experiment, watch), goals)
+            result = results.make_result(conduct(experiment, watch), goals)
+    return Result(result.data, result.recordings)
 
 
 def _typed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,18 +101,90 @@ def _typed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-@dataclass(frozen=True, eq=False)
-class Plots:
-    """Pictures of a result, each a method: ``plots.timeline()`` is a matplotlib ``Figure``.
+class Result(results.Result):
+    """The result of a run: ``result.json`` as data, recordings, frames and pictures.
 
-    ``dir(plots)`` lists them: throughput, latency, occupancy, timeline …, those that a run writes.
-    ``figure.savefig("timeline.svg")`` saves one.
+    Attributes:
+        data: the content of ``result.json``; its keys are documented in ``result.schema.json``.
+        recordings: the trials of each strategy, the baseline first.
+        requests: a pandas DataFrame with one row per request, trial and strategy.
+        steps: a DataFrame with one row per span of equal steps, trial and strategy.
+        summary: a DataFrame with one row per strategy: metrics, counters and speed-up.
     """
 
-    result: Result
+    # pandas and matplotlib take a second to import, so only what needs them does.
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        from batchbench.reports.output import requests_frame
+
+        return requests_frame(self)
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        from batchbench.reports.output import steps_frame
+
+        return steps_frame(self)
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        from batchbench.reports.output import summary_frame
+
+        return summary_frame(self)
+
+    @property
+    def plot(self) -> Plots:
+        """Pictures: ``result.plot.timeline()`` and so on return matplotlib figures."""
+        return Plots(self)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the files that ``batchbench run --output`` writes, and return the folder.
+
+        Raises:
+            UsageError: it cannot be written, or has a result and ``overwrite`` is not given.
+        """
+        from batchbench.reports.output import write_folder
+
+        with settings.python_names():
+            check_folder(Path(folder), overwrite=overwrite)
+            write_folder(Path(folder), self)
+        return Path(folder)
+
+    def __repr__(self) -> str:
+        return f"<batchbench result: {self.title}: {sentence(self)}>"
+
+    def _repr_html_(self) -> str:
+        grid = table(self)
+        columns = [[_plain(column.header), *map(_plain, column.cells)] for column in grid.columns]
+        head, *rows = zip(*columns, strict=True)
+        lines = [
+            f"<p><b>{escape(sentence(self))}</b></p>",
+            f"<table><caption>{escape(self.title)}</caption>",
+            f"<thead><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr></thead>",
+            "<tbody>",
+            *(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows),
+            "</tbody></table>",
+        ]
+        if grid.caption is not None:
+            lines.append(f"<p><small>{escape(_plain(grid.caption))}</small></p>")
+        return "\n".join(lines)
+
+
+def _plain(cell: object) -> str:
+    return cell.plain if isinstance(cell, Text) else str(cell)
+
+
+@dataclass(frozen=True, eq=False)
+class Plots:
+    """Pictures of a result, one method each: ``plots.timeline()`` returns a matplotlib figure.
+
+    ``dir(plots)`` lists them: throughput, latency, occupancy, timeline …, the same that a run
+    writes. ``figure.savefig("timeline.svg")`` saves one.
+    """
+
+    result: results.Result
 
     def __getattr__(self, name: str) -> Callable[[], Figure]:
-        # Imported here, since matplotlib takes half a second.
         from batchbench.reports.figures import PICTURES, draw_one
 
         if name not in PICTURES:
@@ -124,24 +200,3 @@ class Plots:
         from batchbench.reports.figures import PICTURES
 
         return [*super().__dir__(), *PICTURES]
-
-
-def render(result: Result) -> str:
-    """Return the sentence and the table of a result as HTML, for a notebook."""
-    grid = table(result)
-    columns = [[_plain(column.header), *map(_plain, column.cells)] for column in grid.columns]
-    head, *rows = zip(*columns, strict=True)
-    lines = [
-        f"<p><b>{escape(sentence(result))}</b></p>",
-        f"<table><caption>{escape(result.title)}</caption>",
-        f"<thead><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr></thead><tbody>",
-        *(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows),
-        "</tbody></table>",
-    ]
-    if grid.caption is not None:
-        lines.append(f"<p><small>{escape(_plain(grid.caption))}</small></p>")
-    return "\n".join(lines)
-
-
-def _plain(cell: object) -> str:
-    return cell.plain if isinstance(cell, Text) else str(cell)

@@ -326,9 +326,7 @@ def check_folder(folder: Path, *, overwrite: bool, marker: str = "result.json") 
     """Check that a result can be written to a folder; ``marker`` is a file of every result."""
     check_place(folder / marker, f"--output {folder}")
     if (folder / marker).exists() and not overwrite:
-        raise UsageError(
-            f"--output {folder}: holds a result; give another folder or --overwrite"
-        )
+        raise UsageError(f"--output {folder}: holds a result; give another folder or --overwrite")
 
 
 def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:

@@ -59,7 +59,7 @@ class CapacitySpec:
     )
     max_trials: int = setting(
         8,
-        "Most trials of one rate, each with other arrivals; a single one decides without intervals.",
+        "Most trials of one rate, each with other arrivals; a single trial gives no interval.",
         "Capacity",
         min=1,
         max=1000,

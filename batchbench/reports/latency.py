@@ -1,33 +1,39 @@
-"""Latencies of requests: functions of one Recording, an entry a request."""
+"""Latencies of requests, gaps between their tokens, and stalls: functions of Recordings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
+from batchbench.reports.result_file import LengthClass, Stall
 from batchbench.reports.statistics import Distribution, Floats, step_distribution
+from batchbench.reports.text import plural
 
 MOST_STALLS = 5
 
 STALL = 1.5
-"""A gap this many times the median one is a stall."""
+"""Ratio to the median gap from which on a gap is a stall."""
+
+
+# Gaps between tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Gaps:
     """Gaps between successive tokens of one request, ``[rows]`` each.
 
-    A gap is the time between the ends of two steps, in both of which a request got a token and in
-    none between. ``times`` successive gaps of the same length, each one step long, share a row.
+    A gap is the time between the ends of two steps that each yield a token of a request, with no
+    such step in between. ``times`` successive gaps of equal length, each one step long, share a
+    row.
     """
 
     ns: Ints
-    requests: Ints  # number that share the gap
+    requests: Ints  # number of requests that share the gap
     times: Ints
     from_step: Ints  # step at which the row's first gap begins
     to_step: Ints
@@ -36,8 +42,8 @@ class Gaps:
     def of(cls, recording: Recording) -> Iterator[Gaps]:
         """Yield all gaps of all requests in blocks, so that memory stays bounded.
 
-        All requests that run get a token at every step that decodes, so a gap from one such step
-        to the next belongs to all of them; only the one after a first token may begin elsewhere.
+        All running requests get a token at every step that decodes, so they share the gap from one
+        such step to the next; only the gap after a first token may begin at another step.
         """
         decodes = _Decodes.of(recording)
         yield _first_gaps(recording, decodes)
@@ -45,7 +51,7 @@ class Gaps:
 
 
 def gaps_ms(recording: Recording) -> Distribution:
-    """ITL in milliseconds, also where no steps are shown but when each token was there."""
+    """Return ITL in ms; a recording without steps needs the times of its tokens."""
     if recording.token_ends_ns is None:
         parts = [Distribution.of(g.ns, g.requests * g.times) for g in Gaps.of(recording)]
         return Distribution.pooled(parts).in_units_of(1e6)
@@ -58,12 +64,12 @@ def gaps_ms(recording: Recording) -> Distribution:
 
 @dataclass(frozen=True, eq=False)
 class _Decodes:
-    """Numbering of the steps that decode, without a list of them."""
+    """Numbering of the decode steps from 1, without a list of them; ``[spans that decode]``."""
 
-    span: Ints  # numbers of the spans that decode
-    first: Ints  # first step of each of these spans
+    span: Ints
+    first: Ints  # first step
     steps: Ints
-    upto: Ints  # steps that decode, up to the span and with it
+    upto: Ints  # decode steps up to the span's end
 
     @classmethod
     def of(cls, recording: Recording) -> _Decodes:
@@ -72,14 +78,14 @@ class _Decodes:
         return cls(decoding, recording.first_steps[decoding], steps, np.cumsum(steps))
 
     def numbered(self, step: Ints) -> Ints:
-        """How many steps decode up to these and with them."""
+        """Return the number of decode steps up to each of these steps, itself included."""
         span = np.searchsorted(self.first, step, side="right") - 1
         within = np.minimum(step - self.first[span] + 1, self.steps[span])
         numbers = (self.upto - self.steps)[span] + within
         return np.where(span >= 0, numbers, 0)
 
     def step(self, number: Ints) -> Ints:
-        """Which step is the one of this number, counted from 0."""
+        """Return the decode step that follows this many others."""
         span = np.searchsorted(self.upto, number, side="right")
         return self.first[span] + number - (self.upto - self.steps)[span]
 
@@ -100,42 +106,45 @@ def _shared_gaps(recording: Recording, decodes: _Decodes) -> Iterator[Gaps]:
     if not len(decodes.first):
         return
     several = r.last > r.first
-    # A request shares gaps from its second token on: from that step's number to its last's.
+    # A request shares gaps from its second token to its last.
     begins = np.sort(decodes.numbered(r.first[several]) + 1)
-    ceases = np.sort(decodes.numbered(r.last[several]))
+    ends = np.sort(decodes.numbered(r.last[several]))
 
     def sharing(number: Ints) -> Ints:
-        """Requests that share the gap which ends with the step of this number, from 0."""
+        """Return how many requests share the gap that ends with this decode step."""
         begun = np.searchsorted(begins, number, side="right")
-        return begun - np.searchsorted(ceases, number, side="right")
+        return begun - np.searchsorted(ends, number, side="right")
 
-    # Between spans that decode …
+    # Between spans that decode
     before, after = (decodes.first + decodes.steps - 1)[:-1], decodes.first[1:]
     gaps = recording.ends_of(after) - recording.ends_of(before)
     yield Gaps(gaps, sharing(decodes.upto[:-1]), np.ones_like(gaps), before, after)
-    # … and within them, where the same requests share all.
+    # Within a span, where the same requests share all gaps
     inner = np.zeros(len(recording.spans.steps), np.int64)
     inner[decodes.span] = sharing(decodes.upto - decodes.steps + 1)
     for part in recording.step_times(decodes.span, skip=1):
         yield Gaps(part.ns, inner[part.span], part.count, part.step - 1, part.step)
 
 
-def stalls(recordings: Sequence[Recording]) -> list[dict[str, Any]]:
-    """The longest gaps that are 1.5 times the median one or more, longest first.
+# Stalls
 
-    Each names the step that took the most of it, and what that step did; a strategy that shows no
-    steps has none to name.
+
+def stalls(recordings: Sequence[Recording]) -> list[Stall]:
+    """Return the longest gaps of at least 1.5 times the median gap, longest first.
+
+    Each names the step that took most of it and the work of that step. A strategy without steps
+    has no stalls.
     """
-    found = []
-    for trial, recording in enumerate(recordings):
-        if recording.has_steps:
-            found += [_stall(trial, recording, gap) for gap in _longest(recording)]
-    return sorted(found, key=lambda stall: -stall["gap_ms"])[:MOST_STALLS]
+    all_stalls = [
+        _stall(trial, recording, gap)
+        for trial, recording in enumerate(recordings)
+        if recording.has_steps
+        for gap in _longest(recording)
+    ]
+    return sorted(all_stalls, key=lambda stall: -stall["gap_ms"])[:MOST_STALLS]
 
 
 class _Gap(NamedTuple):
-    """A gap that several requests share."""
-
     ns: int
     requests: int
     from_step: int
@@ -147,24 +156,22 @@ def _longest(recording: Recording) -> list[_Gap]:
     median = gaps_ms(recording).percentile(50)
     if median is None:
         return []
-    found: dict[tuple[int, int], _Gap] = {}
+    gaps: dict[tuple[int, int], _Gap] = {}
     for part in Gaps.of(recording):
         long = np.flatnonzero((part.requests > 0) & (part.ns >= STALL * median * 1e6))
         order = np.lexsort((part.from_step[long], -part.ns[long]))[:MOST_STALLS]
-        columns = (part.ns, part.requests, part.times, part.from_step)
-        rows = zip(*(column[long[order]].tolist() for column in columns), strict=True)
-        for (ns, requests, times, first), to_step in zip(
-            rows, part.to_step[long[order]].tolist(), strict=True
-        ):
+        columns = (part.ns, part.requests, part.times, part.from_step, part.to_step)
+        for row in zip(*(column[long[order]].tolist() for column in columns), strict=True):
+            ns, requests, times, begin, end = row
             for later in range(min(times, MOST_STALLS)):
-                steps = first + later, to_step + later
-                # Requests with their first token at the step differ from the others.
-                others = found[steps].requests if steps in found else 0
-                found[steps] = _Gap(ns, others + requests, *steps)
-    return sorted(found.values(), key=lambda gap: (-gap.ns, gap.from_step))[:MOST_STALLS]
+                steps = begin + later, end + later
+                # Requests with their first token at the step have a row of their own.
+                others = gaps[steps].requests if steps in gaps else 0
+                gaps[steps] = _Gap(ns, others + requests, *steps)
+    return sorted(gaps.values(), key=lambda gap: (-gap.ns, gap.from_step))[:MOST_STALLS]
 
 
-def _stall(trial: int, recording: Recording, gap: _Gap) -> dict[str, Any]:
+def _stall(trial: int, recording: Recording, gap: _Gap) -> Stall:
     steps = np.arange(gap.from_step + 1, gap.to_step + 1)
     spent = recording.ends_of(steps) - recording.starts_of(steps)
     outside = int(gap.ns - spent.sum())
@@ -184,7 +191,7 @@ def _stall(trial: int, recording: Recording, gap: _Gap) -> dict[str, Any]:
 
 
 def what_happened(recording: Recording, step: int) -> str:
-    """What a step computed: ``prefill of 3 requests, 512 tokens``."""
+    """Return the work of a step in words: ``prefill of 3 requests, 512 tokens``."""
     span = int(recording.spans_of(np.array([step]))[0])
     spans, log = recording.spans, recording.chunks
     decoding, chunks = int(spans.decoding[span]), int(spans.chunks[span])
@@ -192,35 +199,35 @@ def what_happened(recording: Recording, step: int) -> str:
     if chunks:
         begin = int(spans.chunks[:span].sum())
         tokens = int((log.stop - log.start)[begin : begin + chunks].sum())
-        parts.append(
-            f"prefill of {chunks:,} request{'s' * (chunks > 1)}, "
-            f"{tokens:,} token{'s' * (tokens > 1)}"
-        )
+        parts.append(f"prefill of {plural(chunks, 'request')}, {plural(tokens, 'token')}")
     if decoding:
-        parts.append(f"decode of {decoding:,} slot{'s' * (decoding > 1)}")
+        parts.append(f"decode of {plural(decoding, 'slot')}")
     return " + ".join(parts)
 
 
+# Latencies
+
+
 def queue_ms(recording: Recording) -> Floats:
-    """Time from arrival to the start of the first step that computes the request."""
+    """Return the time from arrival to the first step that computes the request, ``[requests]``."""
     queued: Floats = (recording.started_ns - recording.requests.due_ns) / 1e6
     return queued
 
 
 def ttft_ms(recording: Recording) -> Floats:
-    """Time from arrival to the first output token."""
+    """Return the time from arrival to the first output token, ``[requests]``."""
     first: Floats = (recording.first_token_ns - recording.requests.due_ns) / 1e6
     return first
 
 
 def e2el_ms(recording: Recording) -> Floats:
-    """Time from arrival to the last output token."""
+    """Return the time from arrival to the last output token, ``[requests]``."""
     last: Floats = (recording.last_token_ns - recording.requests.due_ns) / 1e6
     return last
 
 
 def tpot_ms(recording: Recording) -> Floats:
-    """(E2E − TTFT) / (output tokens produced − 1); NaN for outputs of one token."""
+    """Return (E2E − TTFT) / (output tokens produced − 1); NaN for outputs of one token."""
     gaps = recording.requests.output_tokens - 1.0
     gaps[gaps == 0] = np.nan
     per_token: Floats = (recording.last_token_ns - recording.first_token_ns) / (gaps * 1e6)
@@ -228,15 +235,15 @@ def tpot_ms(recording: Recording) -> Floats:
 
 
 def within(recording: Recording, limits_ms: Mapping[str, float]) -> NDArray[np.bool_]:
-    """Which requests meet all limits, by latency (``ttft``, ``tpot``, ``e2el``).
+    """Return which requests meet all limits on ``ttft``, ``tpot`` and ``e2el``.
 
-    A request of one output token has no TPOT and so keeps within any.
+    A request with one output token has no TPOT and meets any limit on it.
     """
     good = np.ones(len(recording.requests.slot), np.bool_)
-    of = {"ttft": ttft_ms, "tpot": tpot_ms, "e2el": e2el_ms}
+    latencies = {"ttft": ttft_ms, "tpot": tpot_ms, "e2el": e2el_ms}
     for name, limit in limits_ms.items():
-        found = of[name](recording)
-        good &= (found <= limit) | np.isnan(found)
+        values = latencies[name](recording)
+        good &= (values <= limit) | np.isnan(values)
     return good
 
 
@@ -252,7 +259,6 @@ class Latencies:
 
     @classmethod
     def of(cls, recording: Recording) -> Latencies:
-        """Of one trial."""
         tpot = tpot_ms(recording)
         return cls(
             queue=Distribution.of(queue_ms(recording)),
@@ -264,10 +270,11 @@ class Latencies:
 
     @classmethod
     def pooled(cls, parts: Sequence[Latencies]) -> Latencies:
-        """All observations of several trials."""
         names = [field.name for field in fields(cls)]
         return cls(*(Distribution.pooled([getattr(p, name) for p in parts]) for name in names))
 
+
+# Latencies by output length
 
 MOST_CLASSES = 4
 
@@ -276,7 +283,7 @@ Class = tuple[int, int]
 
 
 def length_classes(output_tokens: Ints) -> list[Class]:
-    """Classes of output lengths: each length its own if there are few, else quarters."""
+    """Return classes of output lengths: each length its own if there are few, else quarters."""
     lengths = np.unique(output_tokens)
     if len(lengths) <= MOST_CLASSES:
         return [(int(length), int(length)) for length in lengths]
@@ -288,18 +295,17 @@ def length_classes(output_tokens: Ints) -> list[Class]:
 
 
 def slowdown(recording: Recording) -> Floats:
-    """E2E latency over what the request would take alone, ``[requests]``.
+    """Return E2E latency / unloaded latency, ``[requests]``.
 
-    Alone it would take a step a token, of the trial's median step.
+    The unloaded latency is one median step of the trial for each output token.
     """
     step_ms = max(median_step_ms(recording), 1e-6)  # a clock may show 0 for a step
-    alone = recording.requests.output_tokens * step_ms
-    found: Floats = e2el_ms(recording) / alone
-    return found
+    ratio: Floats = e2el_ms(recording) / (recording.requests.output_tokens * step_ms)
+    return ratio
 
 
 def median_step_ms(recording: Recording) -> float:
-    """Median duration of a step, or of the gaps between tokens where no steps are shown."""
+    """Return the median duration of a step, or of the gaps if the strategy shows no steps."""
     if not recording.has_steps:
         gaps = gaps_ms(recording).percentile(50)
         return float(np.median(ttft_ms(recording))) if gaps is None else gaps
@@ -308,18 +314,12 @@ def median_step_ms(recording: Recording) -> float:
     return median
 
 
-def by_length(
-    recordings: Sequence[Recording], classes: Sequence[Class]
-) -> list[dict[str, float | int | None]]:
-    """What the requests of each class met with, over all trials."""
+def by_length(recordings: Sequence[Recording], classes: Sequence[Class]) -> list[LengthClass]:
+    """Return the latencies of each class of requests, pooled over all trials."""
     lengths = np.concatenate([r.requests.output_tokens for r in recordings])
-    figures = {
-        "queue_ms": np.concatenate([queue_ms(r) for r in recordings]),
-        "ttft_ms": np.concatenate([ttft_ms(r) for r in recordings]),
-        "e2el_ms": np.concatenate([e2el_ms(r) for r in recordings]),
-        "slowdown": np.concatenate([slowdown(r) for r in recordings]),
-    }
-    rows: list[dict[str, float | int | None]] = []
+    metrics = {"queue_ms": queue_ms, "ttft_ms": ttft_ms, "e2el_ms": e2el_ms, "slowdown": slowdown}
+    values = {name: np.concatenate([of(r) for r in recordings]) for name, of in metrics.items()}
+    rows = []
     for low, high in classes:
         members = (low <= lengths) & (lengths <= high)
         row: dict[str, float | int | None] = {
@@ -327,8 +327,8 @@ def by_length(
             "max_output_tokens": high,
             "requests": int(members.sum()),
         }
-        for name, values in figures.items():
-            found = Distribution.of(values[members])
-            row |= {f"mean_{name}": found.mean(), f"p99_{name}": found.percentile(99)}
-        rows.append(row)
+        for name in metrics:
+            pooled = Distribution.of(values[name][members])
+            row |= {f"mean_{name}": pooled.mean(), f"p99_{name}": pooled.percentile(99)}
+        rows.append(cast("LengthClass", row))
     return rows

@@ -1,58 +1,17 @@
-"""Slots over time: which request held which slot, and how many were busy."""
+"""Slots over time: which request held which slot, and what the slots did."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.figures.card import Floats
+from batchbench.reports.statistics import Floats
 
 MOST_LEVELS = 1_000
-
 """Levels of a drawn line: more are narrower than a pixel."""
-
-
-@dataclass(frozen=True, eq=False)
-class Levels:
-    """What is constant between edges: ``edges_ns`` is ``[levels + 1]``, the rest ``[levels]``."""
-
-    edges_ns: Floats
-    running: Floats  # slots whose request is not done
-    finished: Floats  # slots held by a request that is done
-    waiting: Floats  # requests that are due and not admitted
-    mean_over_ns: float = 0.0  # 0 where nothing was averaged
-
-    def thinned(self) -> Levels:
-        """At most as many levels as can be seen: means over equal times, so areas stay."""
-        if len(self.running) <= MOST_LEVELS:
-            return self
-        edges = np.linspace(self.edges_ns[0], self.edges_ns[-1], MOST_LEVELS + 1)
-
-        def means(levels: Floats) -> Floats:
-            area = np.concatenate([[0.0], np.cumsum(levels * np.diff(self.edges_ns))])
-            mean: Floats = np.diff(np.interp(edges, self.edges_ns, area)) / np.diff(edges)
-            return mean
-
-        running, finished, waiting = (
-            means(levels) for levels in (self.running, self.finished, self.waiting)
-        )
-        return Levels(edges, running, finished, waiting, float(edges[1] - edges[0]))
-
-
-def levels_of(recording: Recording) -> Levels:
-    """Slots and queue over time."""
-    held = Holdings.of(recording)
-    due = np.minimum(recording.requests.due_ns, held.admitted)
-    events = [np.sort(at) for at in (due, held.admitted, held.done, held.freed)]
-    edges = np.unique(np.concatenate([[0], *events]))
-    # How many came due, came in, were done and left by each edge.
-    arrived, admitted, done, left = (
-        np.searchsorted(at, edges[:-1], side="right").astype(np.float64) for at in events
-    )
-    return Levels(edges.astype(np.float64), admitted - done, done - left, arrived - admitted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +27,6 @@ class Holdings:
 
     @classmethod
     def of(cls, recording: Recording) -> Holdings:
-        """All requests of a trial, in the order of their index."""
         r = recording.requests
         return cls(
             request=np.arange(len(r.slot)),
@@ -80,5 +38,72 @@ class Holdings:
         )
 
     def where(self, chosen: NDArray[np.bool_]) -> Holdings:
-        """Some of them."""
-        return Holdings(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+        """Return the chosen requests."""
+        return Holdings(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class SlotKinds:
+    """Number of slots of each kind in each span, ``[spans]`` each; they add up to all slots."""
+
+    useful: Ints  # decode a token that was asked for
+    finished: Ints  # held by a request that is done
+    empty: Ints
+    prompts: Ints  # have a piece of their prompt computed
+    stalled: Ints  # hold a request that is not done, and nothing is computed for it
+
+    @classmethod
+    def of(cls, recording: Recording) -> SlotKinds:
+        """Count at the first step of each span: within a span nothing changes."""
+        r, s, step = recording.requests, recording.spans, recording.first_steps
+        released = np.searchsorted(np.sort(r.released), step, side="right")
+        held = np.searchsorted(np.sort(r.admitted), step, side="right") - released
+        finished = np.searchsorted(np.sort(r.last), step) - released
+        useful = np.where(s.decoding > 0, s.decoding - finished, 0)
+        empty = recording.header.slots - held
+        return cls(useful, finished, empty, s.chunks, held - finished - useful - s.chunks)
+
+    @property
+    def running(self) -> Ints:
+        """Slots whose request is not done."""
+        return self.useful + self.prompts + self.stalled
+
+    def where(self, chosen: NDArray[np.bool_]) -> SlotKinds:
+        """Return the chosen spans."""
+        return SlotKinds(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """Slots and queue, constant between edges: ``edges_ns`` is ``[levels + 1]``."""
+
+    edges_ns: Floats
+    running: Floats  # slots whose request is not done
+    finished: Floats  # slots held by a request that is done
+    waiting: Floats  # requests that are due and not admitted
+    mean_over_ns: float = 0.0  # 0 if nothing was averaged
+
+    def thinned(self) -> Levels:
+        """Return at most as many levels as can be seen: means over equal times, so areas stay."""
+        if len(self.running) <= MOST_LEVELS:
+            return self
+        edges = np.linspace(self.edges_ns[0], self.edges_ns[-1], MOST_LEVELS + 1)
+        widths = np.diff(self.edges_ns)
+        running, finished, waiting = (
+            np.diff(np.interp(edges, self.edges_ns, [0.0, *np.cumsum(levels * widths)]))
+            / np.diff(edges)
+            for levels in (self.running, self.finished, self.waiting)
+        )
+        return Levels(edges, running, finished, waiting, float(edges[1] - edges[0]))
+
+
+def levels_of(recording: Recording) -> Levels:
+    held = Holdings.of(recording)
+    due = np.minimum(recording.requests.due_ns, held.admitted)
+    events = [np.sort(at) for at in (due, held.admitted, held.done, held.freed)]
+    edges = np.unique(np.concatenate([[0], *events]))
+    # Requests that have arrived, been admitted, been completed and left by each edge.
+    arrived, admitted, done, left = (
+        np.searchsorted(at, edges[:-1], side="right").astype(np.float64) for at in events
+    )
+    return Levels(edges.astype(np.float64), admitted - done, done - left, arrived - admitted)

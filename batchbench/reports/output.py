@@ -1,51 +1,141 @@
-"""Files of a result or of a study, written whole or not at all."""
+"""Files of a result, written completely or not at all: JSON, tables, pictures and documents."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from batchbench.batching.recording import Ints, Recording
 from batchbench.errors import UsageError
 from batchbench.files import write_whole
 from batchbench.reports.figures import draw, figure_bytes
-from batchbench.reports.formats import html
-from batchbench.reports.frames import requests_frame, steps_frame
+from batchbench.reports.formats import dashboards, html, markdown
+from batchbench.reports.latency import e2el_ms, queue_ms, tpot_ms, ttft_ms
 from batchbench.reports.result import Result, recording_files, to_json
-from batchbench.reports.side_by_side import Labelled
+from batchbench.reports.side_by_side import Labelled, label_results
 
 
 def write_folder(folder: Path, result: Result) -> list[Path]:
-    """Write everything of a result; the paths, ``result.json`` first."""
-    return write_whole(folder, _contents(result), stale=["recordings"])
-
-
-def _contents(result: Result) -> Mapping[str, bytes | str]:
-    """Each file's name and bytes."""
+    """Write all files of a result and return their paths, ``result.json`` first."""
     files: dict[str, bytes | str] = {"result.json": to_json(result)}
-    figures = draw(result.recordings, result.title)
-    for name, figure in figures.items():
+    for name, figure in draw(result.recordings, result.title).items():
         for format in ("png", "svg"):
             files[f"{name}.{format}"] = figure_bytes(figure, format)
     files["requests.csv"] = requests_frame(result).to_csv(index=False)
     files["steps.csv"] = steps_frame(result).to_csv(index=False)
     files["report.html"] = html.render([Labelled("", result)])
-    return files | recording_files(result.recordings)
+    return write_whole(folder, files | recording_files(result.recordings), stale=["recordings"])
 
+
+# Tables
+
+
+def summary_frame(result: Result) -> pd.DataFrame:
+    """Return one row per strategy: its summary, its counters, and its comparison with the first.
+
+    Added are ``utilisation`` (useful / all slot-steps), ``speedup`` with the ends of its 95 %
+    interval (if there are enough trials), and ``step_ratio``. They are empty for the baseline, as
+    counters are for a strategy that shows no steps.
+    """
+    rows = {}
+    comparisons = {each["candidate"]: each for each in result.data["comparisons"]}
+    for name, strategy in result.data["strategies"].items():
+        counters, comparison = strategy["counters"], comparisons.get(name)
+        speedup = comparison["speedup"] if comparison else None
+        low, high = (speedup and speedup["ci95"]) or (None, None)
+        rows[name] = {
+            **strategy["summary"],
+            **(counters or {}),
+            "utilisation": counters and counters["useful_slot_steps"] / counters["slot_steps"],
+            "speedup": speedup and speedup["median"],
+            "speedup_low": low,
+            "speedup_high": high,
+            "step_ratio": comparison and comparison["step_ratio"],
+        }
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    frame.index.name = "strategy"
+    # A column that has only None would be of type object.
+    return frame.astype({name: float for name in frame if frame[name].dtype == object})
+
+
+def requests_frame(result: Result) -> pd.DataFrame:
+    """Return one row per request, trial and strategy: its records and its latencies."""
+    frame = _by_trial(result, _requests)
+    if result.data["outputs"] is not None:
+        texts = {row["request"]: row["output"] for row in result.data["outputs"]}
+        frame["output_text"] = frame["request"].map(texts)
+    return frame
+
+
+def steps_frame(result: Result) -> pd.DataFrame:
+    """Return one row per span of equal steps, trial and strategy."""
+    return _by_trial(result, _spans)
+
+
+def _by_trial(result: Result, columns: Callable[[Recording], Mapping[str, Any]]) -> pd.DataFrame:
+    frames = [
+        pd.DataFrame({"strategy": name, "trial": trial, **columns(recording)})
+        for name, trials in result.recordings.items()
+        for trial, recording in enumerate(trials)
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _requests(recording: Recording) -> Mapping[str, Any]:
+    r = recording.requests
+
+    def stepped(values: Ints) -> Ints | None:
+        return values if recording.has_steps else None
+
+    return {
+        "request": np.arange(len(r.slot)),
+        "slot": stepped(r.slot),
+        "prompt_tokens": r.prompt_tokens,
+        "output_tokens": r.output_tokens,
+        "admitted_step": stepped(r.admitted),
+        "started_step": stepped(r.started),
+        "first_token_step": stepped(r.first),
+        "last_token_step": stepped(r.last),
+        "released_step": stepped(r.released),
+        "due_ms": r.due_ns / 1e6,
+        "admitted_ms": recording.admitted_ns / 1e6,
+        "started_ms": recording.started_ns / 1e6,
+        "queue_ms": queue_ms(recording),
+        "ttft_ms": ttft_ms(recording),
+        "tpot_ms": tpot_ms(recording),
+        "e2el_ms": e2el_ms(recording),
+    }
+
+
+def _spans(recording: Recording) -> Mapping[str, Any]:
+    s = recording.spans
+    return {
+        "first_step": recording.first_steps,
+        "steps": s.steps,
+        "start_ms": s.start_ns / 1e6,
+        "end_ms": recording.span_ends_ns / 1e6,
+        "decoding_slots": s.decoding,
+        "prompt_chunks": s.chunks,
+        "waiting": s.waiting,
+    }
+
+
+# Documents
 
 MOST_RESULTS = 24
-"""Results of one document, which stays readable and small."""
+"""Most results of one document, so that it stays readable and small."""
 
 PICTURES = ("timeline", "latency", "account")
 """Pictures that Markdown refers to, in this order."""
 
 
 def check_number(folders: Sequence[Path]) -> None:
-    """See that so many results can be shown side by side, each once.
-
-    Raises:
-        UsageError: they are too many, or one is named twice.
-    """
+    """Raise UsageError if there are too many results for one document, or one is named twice."""
     if len(folders) > MOST_RESULTS:
         raise UsageError(f"{len(folders)} results: show at most {MOST_RESULTS} side by side")
     seen: set[str] = set()
@@ -59,11 +149,7 @@ def check_number(folders: Sequence[Path]) -> None:
 def make_document(
     format: str, folders: Sequence[Path], results: Sequence[Result], file: Path | None
 ) -> str:
-    """The text of a document, in the format of ``report --format``, that is to lie at ``file``."""
-    from batchbench.reports.formats import dashboards, html, markdown
-    from batchbench.reports.formats import dashboards as pytest_json
-    from batchbench.reports.side_by_side import label_results
-
+    """Return a document in a format of ``report --format``; links are relative to ``file``."""
     shown = label_results(folders, results)
     if format == "html":
         return html.render(shown)
@@ -72,16 +158,16 @@ def make_document(
     if format == "bencher":
         return dashboards.render_bencher(shown)
     if format == "pytest-benchmark":
-        return pytest_json.render_pytest_benchmark(shown)
-    at = Path.cwd() if file is None else file.absolute().parent
-    return markdown.render(shown, [_pictures(folder, at) for folder in folders])
+        return dashboards.render_pytest_benchmark(shown)
+    place = Path.cwd() if file is None else file.absolute().parent
+    return markdown.render(shown, [_pictures(folder, place) for folder in folders])
 
 
-def _pictures(folder: Path, at: Path) -> dict[str, str]:
-    """Pictures of a result that are there, by name, as seen from ``at``."""
+def _pictures(folder: Path, place: Path) -> dict[str, str]:
+    """Return the pictures that exist in a result's folder, as paths relative to ``place``."""
     files = {name: folder / f"{name}.png" for name in PICTURES}
     return {
-        name: Path(os.path.relpath(file.absolute(), at)).as_posix()
+        name: Path(os.path.relpath(file.absolute(), place)).as_posix()
         for name, file in files.items()
         if file.exists()
     }

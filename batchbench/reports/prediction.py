@@ -1,12 +1,12 @@
-"""Prediction: what one strategy's steps say of another, beside what was measured."""
+"""Prediction: step costs fitted on measured trials, and the times that they predict."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +20,24 @@ from batchbench.batching.session import Outcome, make_batcher
 from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.errors import UsageError
 from batchbench.reports.latency import ttft_ms
+from batchbench.reports.result_file import FitQuality, FittedCost, PredictedStrategy, Prediction
+from batchbench.reports.statistics import Floats
+from batchbench.reports.text import percent, plural, span
 from batchbench.workloads import Workload
 
-Floats = NDArray[np.float64]
-
 BLOCKS, FOLDS = 10, 5
-"""Each trial's steps in ten blocks, of which two at a time are held out."""
+"""Cross-validation: each trial's steps in ten blocks, of which two at a time are left out."""
 
 FEWEST_STEPS = 20
-"""Fewer steps than this do not tell six coefficients."""
+"""Fewest steps that can determine six coefficients."""
+
+WEAK_R2, WEAK_ERROR = 0.3, 0.05
+"""A fit is too weak to use if its R² is below the one and its median error above the other. If all
+steps take nearly the same time, R² is low and the predictions are good."""
 
 _FIRM = 0.01
-"""Weight of the wish that a coefficient be 0. It decides only where the steps do not: where every
-pass has eight rows, what a row costs cannot be told from what a pass costs, and is left to that."""
+"""Weight of the wish that a coefficient be 0. It decides only what the steps leave open: if every
+pass has eight rows, the cost of a row cannot be told from that of a pass, which then has it all."""
 
 SMALL_SHARE = 0.1
 """Weight of the smaller batches of the warm-up, relative to all steps of the trials. They are few,
@@ -41,13 +46,18 @@ and nothing else shows the cost of fewer rows."""
 _HUBER = 1.5
 """Residuals beyond this many times their typical size count only in proportion (Huber 1964)."""
 
+SmallBatches = Sequence[Sequence[int]]
+"""Steps: rows that decode, cached tokens read, prompt tokens, pieces of prompts, nanoseconds."""
+
+
+# Steps to fit
+
 
 @dataclass(frozen=True, eq=False)
-class Work:
-    """The work of each step of real trials, and its duration; ``[steps]`` each.
+class StepSample:
+    """The work of each step of measured trials, and its duration; ``[steps]`` each.
 
-    Steps of smaller batches, which belong to no trial, have -1 as their block and trial. ``bends``
-    are their numbers of rows, between which a row may cost another time.
+    Steps of smaller batches belong to no trial and have -1 as their block and trial.
     """
 
     counts: Ints  # [steps, 5]: 1, rows, cached tokens read, prompt tokens, pieces of prompts
@@ -56,10 +66,10 @@ class Work:
     trial: Ints
     longest: int  # tokens of the longest request
     host_ns: float  # outside the steps, for each new decision
-    bends: tuple[int, ...] = ()
+    bends: tuple[int, ...] = ()  # numbers of rows at which the cost of a further row changes
 
     @classmethod
-    def of(cls, recordings: Iterable[Recording], small: SmallBatches = ()) -> Work:
+    def of(cls, recordings: Iterable[Recording], small: SmallBatches = ()) -> StepSample:
         """Return all steps of some measured trials.
 
         Args:
@@ -80,61 +90,49 @@ class Work:
         trial = [np.full(len(c), i) for i, c in enumerate(counts)]
         bends: list[int] = []
         if len(small):
-            told = np.array(small, np.int64)
-            counts.append(np.concatenate([np.ones((len(told), 1), np.int64), told[:, :4]], axis=1))
-            spent.append(told[:, 4])
-            block.append(np.full(len(told), -1))
-            trial.append(np.full(len(told), -1))
-            bends = np.unique(told[told[:, 0] > 0, 0]).tolist()
+            steps = np.array(small, np.int64)
+            counts.append(np.insert(steps[:, :4], 0, 1, axis=1))
+            spent.append(steps[:, 4])
+            block.append(np.full(len(steps), -1))
+            trial.append(np.full(len(steps), -1))
+            bends = np.unique(steps[steps[:, 0] > 0, 0]).tolist()
         return cls(
             counts=np.concatenate(counts),
             spent_ns=np.concatenate(spent) * 1.0,
             block=np.concatenate(block),
             trial=np.concatenate(trial),
-            longest=max(
-                int((r.requests.prompt_tokens + r.requests.output_tokens).max()) for r in real
-            ),
+            longest=max(_longest_request(r) for r in real),
             host_ns=float(np.median([_host_ns(r) for r in real])),
             bends=tuple(bends),
         )
 
-    def where(self, chosen: NDArray[np.bool_]) -> Work:
-        """Some of the steps."""
-        return Work(
-            self.counts[chosen],
-            self.spent_ns[chosen],
-            self.block[chosen],
-            self.trial[chosen],
-            self.longest,
-            self.host_ns,
-            self.bends,
-        )
+    def where(self, chosen: NDArray[np.bool_]) -> StepSample:
+        columns = ("counts", "spent_ns", "block", "trial")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
     @property
     def in_trials(self) -> NDArray[np.bool_]:
-        """Return the steps that are not of smaller batches."""
+        """Mask of the steps that are not of smaller batches."""
         chosen: NDArray[np.bool_] = self.trial >= 0
         return chosen
 
     @cached_property
-    def alike(self) -> tuple[Ints, Floats, Floats]:
-        """Return steps of equal work as one: counts, their median time, their weight."""
-        import pandas as pd  # an error about what is asked should not wait for it
-
+    def grouped(self) -> tuple[Ints, Floats, Floats]:
+        """Steps of equal work as one: counts, their median time, their weight."""
         ours = self.in_trials
         small = max(1.0, SMALL_SHARE * ours.sum() / max(1, (~ours).sum()))
-        frame = pd.DataFrame(self.counts).assign(
-            spent=self.spent_ns, weight=np.where(ours, 1.0, small)
-        )
-        grouped = frame.groupby(list(range(self.counts.shape[1])))
-        rows, medians = np.array(list(grouped.groups), np.int64), grouped["spent"].median()
-        return rows, medians.to_numpy(float), grouped["weight"].sum().to_numpy(float)
+        rows, group = np.unique(self.counts, axis=0, return_inverse=True)
+        group = group.reshape(-1)
+        size = np.bincount(group)
+        begin, spent = np.cumsum(size) - size, self.spent_ns[np.lexsort((self.spent_ns, group))]
+        medians = (spent[begin + (size - 1) // 2] + spent[begin + size // 2]) / 2
+        return rows, medians, np.bincount(group, np.where(ours, 1.0, small)).astype(np.float64)
 
 
 def counts_of(recording: Recording) -> Ints:
-    """``[steps, 5]``: 1, rows that decode, cached tokens read, prompt tokens, pieces of prompts.
+    """Return 1, rows, cached tokens read, prompt tokens, pieces of prompts, ``[steps, 5]``.
 
-    From the log of plans alone; the same numbers from which ``StepCost.of_plan`` reckons.
+    They come from the log of plans alone and are those that ``StepCost.of_plan`` uses.
     """
     r, s, c = recording.requests, recording.spans, recording.chunks
     rows = np.repeat(s.decoding, s.steps)
@@ -155,12 +153,8 @@ def counts_of(recording: Recording) -> Ints:
     )
 
 
-SmallBatches = Sequence[Sequence[int]]
-"""Steps: rows that decode, cached tokens read, prompt tokens, pieces of prompts, nanoseconds."""
-
-
 def small_batches_of(recordings: Iterable[Recording]) -> list[list[int]]:
-    """Return the steps of smaller batches of a warm-up, for a result."""
+    """Return the steps of smaller batches of a warm-up, for ``result.json``."""
     return [
         [*counted[1:], spent]
         for r in recordings
@@ -170,8 +164,13 @@ def small_batches_of(recordings: Iterable[Recording]) -> list[list[int]]:
     ]
 
 
+def _longest_request(recording: Recording) -> int:
+    r = recording.requests
+    return int((r.prompt_tokens + r.output_tokens).max())
+
+
 def _host_ns(recording: Recording) -> float:
-    """Mean time outside the steps and not waiting, for each decision that changed something."""
+    """Return the mean time outside the steps and not waiting, per new decision."""
     starts, ends = recording.step_starts_ns, recording.step_ends_ns
     outside = np.maximum(starts - np.concatenate([[0], ends[:-1]]), 0).sum()
     waited = (recording.waits.end_ns - recording.waits.start_ns).sum()
@@ -179,37 +178,24 @@ def _host_ns(recording: Recording) -> float:
 
 
 def changes_of(recording: Recording) -> int:
-    """Decisions that were new: a prompt in this pass or the last, or somebody done or released."""
+    """Return the number of new decisions: prompts in this pass or the last, or a request left."""
     r, s, first = recording.requests, recording.spans, recording.first_steps
     new = (s.chunks > 0) | np.concatenate([[True], s.chunks[:-1] > 0])
     new |= np.isin(first, r.last + 1) | np.isin(first, r.released)
     return int(new.sum())
 
 
-@dataclass(frozen=True)
-class Quality:
-    """How well a fit tells steps that were held out of it."""
-
-    steps: int
-    r2: float | None  # None where all steps took the same
-    median_error: float  # of a step's time, as a share
-    p90_error: float
-    worst_error: float
-    total_error: float  # of all of them together, with its sign
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a result."""
-        return asdict(self)
+# The fit
 
 
-def fit_cost(work: Work) -> StepCost:
-    """Coefficients, none negative, that tell the steps' times best.
+def fit_cost(work: StepSample) -> StepCost:
+    """Return the coefficients, none negative, that fit the steps' times best.
 
-    Least squares over groups of like steps, weighted by their number and, so that a step in which
-    something else ran does not bend the line, by Huber's function of the residual. As such steps
-    are part of what a run takes, the whole is then stretched to the time that trials took.
+    Least squares over groups of equal steps, weighted by their number and by Huber's function of
+    the residual, so that a step in which another process ran does not bend the line. Such steps
+    are part of a run's time, so the whole is then scaled to the time that trials took.
     """
-    counts, spent, size = work.alike
+    counts, spent, size = work.grouped
     features = _features(counts, work.bends)
     if work.bends:  # a pass of prompts alone costs what one with the fewest rows does
         features[:, 4] = 0.0
@@ -219,23 +205,23 @@ def fit_cost(work: Work) -> StepCost:
     for _ in range(20):
         root = np.sqrt(size * weight)
         matrix = np.concatenate([features / scale * root[:, None], firm])
-        found, _ = nnls(matrix, np.concatenate([spent * root, np.zeros(len(firm))]))
-        off = np.abs(spent - features @ (found / scale))
-        typical = _median(off, size) / 0.6745  # a standard deviation, were they normal
-        weight = np.minimum(1.0, _HUBER * typical / np.maximum(off, 1e-9)) if typical else weight
-    step, cached, prompt, chunk, row, *rows = (found / scale).tolist()
+        solution, _ = nnls(matrix, np.concatenate([spent * root, np.zeros(len(firm))]))
+        error = np.abs(spent - features @ (solution / scale))
+        typical = _median(error, size) / 0.6745  # a standard deviation, if they are normal
+        weight = np.minimum(1.0, _HUBER * typical / np.maximum(error, 1e-9)) if typical else weight
+    step, cached, prompt, chunk, row, *rows = (solution / scale).tolist()
     bends = tuple(zip(work.bends, rows, strict=True))
     cost = StepCost(step, row, cached, prompt, chunk, work.host_ns, bends)
-    told = spent_of(cost, work.counts)
+    predicted = spent_of(cost, work.counts)
     level = [
-        work.spent_ns[work.trial == t].sum() / told[work.trial == t].sum()
+        work.spent_ns[work.trial == t].sum() / predicted[work.trial == t].sum()
         for t in np.unique(work.trial[work.in_trials])
     ]
     return cost.scaled(float(np.median(level)))
 
 
 def _features(counts: Ints, bends: Sequence[int]) -> Floats:
-    """``[steps, 5 + bends]``: 1, cached, prompt tokens, pieces; rows up to each bend and beyond."""
+    """Return 1, cached, prompt tokens, pieces; rows up to each bend, ``[steps, 5 + bends]``."""
     rows = counts[:, 1:2]
     edges = np.array([0, *bends])
     wide = np.diff(edges, append=np.iinfo(np.int64).max)
@@ -249,37 +235,70 @@ def _median(values: Floats, size: Floats) -> float:
 
 
 def spent_of(cost: StepCost, counts: Ints) -> Floats:
-    """What steps cost, ``[steps]`` in ns, without the host's time between them."""
+    """Return the time of steps, ``[steps]`` in ns, without the host's time between them."""
     line = [cost.step_ns, cost.cached_ns, cost.prompt_ns, cost.chunk_ns, cost.row_ns]
     slopes = np.array([*line, *(ns for _, ns in cost.bends)])
-    told: Floats = _features(counts, [rows for rows, _ in cost.bends]) @ slopes
-    return told
+    spent: Floats = _features(counts, [rows for rows, _ in cost.bends]) @ slopes
+    return spent
 
 
-def quality_of(work: Work) -> Quality:
-    """Predict each tenth of the trials by a fit on the others and on the smaller batches."""
-    told = np.empty(len(work.spent_ns))
+@dataclass(frozen=True)
+class Quality:
+    """Errors of a fit on steps that it did not see, by cross-validation."""
+
+    steps: int
+    r2: float | None  # None if all steps took the same time
+    median_error: float  # of a step's time, as a share
+    p90_error: float
+    worst_error: float
+    total_error: float  # of all of them together, with its sign
+
+    def as_dict(self) -> FitQuality:
+        return cast("FitQuality", asdict(self))
+
+
+def quality_of(work: StepSample) -> Quality:
+    """Predict each fifth of the trials by a fit on the others and on the smaller batches."""
+    predicted = np.empty(len(work.spent_ns))
     for fold in range(FOLDS):
-        held = work.in_trials & (work.block % FOLDS == fold)
-        if held.any() and not held.all():
-            told[held] = spent_of(fit_cost(work.where(~held)), work.counts[held])
-    told, work = told[work.in_trials], work.where(work.in_trials)
-    off = np.abs(told / work.spent_ns - 1)
-    spread = ((work.spent_ns - work.spent_ns.mean()) ** 2).sum()
+        left_out = work.in_trials & (work.block % FOLDS == fold)
+        if left_out.any() and not left_out.all():
+            cost = fit_cost(work.where(~left_out))
+            predicted[left_out] = spent_of(cost, work.counts[left_out])
+    predicted, spent = predicted[work.in_trials], work.spent_ns[work.in_trials]
+    error = np.abs(predicted / spent - 1)
+    spread = ((spent - spent.mean()) ** 2).sum()
     return Quality(
-        steps=len(told),
-        r2=float(1 - ((work.spent_ns - told) ** 2).sum() / spread) if spread else None,
-        median_error=float(np.median(off)),
-        p90_error=float(np.quantile(off, 0.9)),
-        worst_error=float(off.max()),
-        total_error=float(told.sum() / work.spent_ns.sum() - 1),
+        steps=len(spent),
+        r2=float(1 - ((spent - predicted) ** 2).sum() / spread) if spread else None,
+        median_error=float(np.median(error)),
+        p90_error=float(np.quantile(error, 0.9)),
+        worst_error=float(error.max()),
+        total_error=float(predicted.sum() / spent.sum() - 1),
+    )
+
+
+def is_weak(fit: FitQuality) -> bool:
+    """Return True if predictions from a fit are not worth showing."""
+    return fit["r2"] is not None and fit["r2"] < WEAK_R2 and fit["median_error"] > WEAK_ERROR
+
+
+def describe_fit(fit: FitQuality, source: str) -> str:
+    """Return the quality of a fit in a sentence; ``source`` names the steps, such as ``static``."""
+    head = f"Step-cost fit on {fit['steps']:,} {source} steps (cross-validated): "
+    if is_weak(fit):
+        return f"{head}too weak to use (R² {fit['r2']:.2f}), so no prediction is shown."
+    r2 = "" if fit["r2"] is None or fit["r2"] < WEAK_R2 else f"R² {fit['r2']:.2f}, "
+    return (
+        f"{head}{r2}median error {percent(fit['median_error'], 1)} per step, "
+        f"{percent(fit['total_error'], 1, '+')} over all steps."
     )
 
 
 def known_cost(
     source: str, recordings: Iterable[Recording], small: SmallBatches = ()
 ) -> tuple[KnownCost, Quality]:
-    """Return the cost of a step in these trials, and the quality of the fit on held-out steps.
+    """Return the cost of a step in these trials, and the quality of the fit.
 
     Args:
         small: steps of smaller batches, as :func:`small_batches_of` returns them.
@@ -287,93 +306,93 @@ def known_cost(
     Raises:
         UsageError: they have no steps, or too few.
     """
-    work = Work.of(recordings, small)
+    work = StepSample.of(recordings, small)
     rows = tuple(np.unique(work.counts[:, 1]).tolist())
     most = int(work.counts[:, 3].max())
     return KnownCost(source, fit_cost(work), rows, most, work.longest), quality_of(work)
 
 
+# Extrapolation
+
+
 def beyond(known: KnownCost, recordings: Sequence[Recording]) -> list[str]:
-    """Return words for the parts of simulated trials beyond the steps that were fitted."""
-    found = _unseen_rows(known, recordings)
-    counts = [_extent(r) for r in recordings]
-    prompt, longest = (max(c[i] for c in counts) for i in range(2))
+    """Return in words the parts of simulated trials that lie beyond the fitted steps."""
+    parts = _unseen_rows(known, recordings)
+    prompt = max(_most_prompt_tokens(r) for r in recordings)
+    longest = max(_longest_request(r) for r in recordings)
     if prompt > known.prompt_tokens:
-        found.append(
+        parts.append(
             f"up to {prompt:,} prompt tokens in a step (the fit saw up to {known.prompt_tokens:,})"
         )
     if longest > known.longest:
-        found.append(f"requests of up to {longest:,} tokens (the fit saw up to {known.longest:,})")
-    return found
+        parts.append(f"requests of up to {longest:,} tokens (the fit saw up to {known.longest:,})")
+    return parts
 
 
 def _unseen_rows(known: KnownCost, recordings: Sequence[Recording]) -> list[str]:
-    """Return words for numbers of rows that are far from every fitted step.
+    """Return in words the numbers of rows that are far from every fitted step.
 
-    Between two numbers that were fitted, the larger of which is at most about twice the smaller,
-    a straight line holds.
+    A straight line holds between two fitted numbers, if the larger is at most about twice the
+    smaller.
     """
     seen = sorted({rows for rows in known.rows if rows})
     decoding = np.unique(np.concatenate([r.spans.decoding for r in recordings]))
-    found = []
+    parts = []
     if decoding[-1] > max(known.rows):
-        found.append(
+        parts.append(
             f"up to {decoding[-1]:,} rows decode together (the fit saw up to {max(known.rows):,})"
         )
     for low, high in pairwise([0, *seen]):
         within = decoding[(decoding > low) & (decoding < high)].tolist()
         if within and high > 2 * low + 1:
-            rows = f"{_spell_range(within[0], within[-1])} decode together"
-            found.append(f"{rows} (the fit saw no step of {_spell_range(low + 1, high - 1)})")
-    return found
+            rows, unseen = _rows(within[0], within[-1]), _rows(low + 1, high - 1)
+            parts.append(f"{rows} decode together (the fit saw no step of {unseen})")
+    return parts
 
 
-def _spell_range(low: int, high: int) -> str:
-    """``1–3 rows``."""
-    if low == high:
-        return f"{low:,} row{'s' * (low != 1)}"
-    return f"{low:,}–{high:,} rows"
+def _rows(low: int, high: int) -> str:
+    return plural(low, "row") if low == high else f"{span(low, high)} rows"
 
 
-def _extent(recording: Recording) -> tuple[int, int]:
-    """Return the most prompt tokens of a step, and the longest request."""
-    r, s, c = recording.requests, recording.spans, recording.chunks
-    of_chunk = np.repeat(np.arange(len(s.chunks)), s.chunks)
-    prompt = np.bincount(of_chunk, c.stop - c.start, minlength=1)
-    longest = r.prompt_tokens + r.output_tokens
-    return int(prompt.max()), int(longest.max())
+def _most_prompt_tokens(recording: Recording) -> int:
+    """Return the most prompt tokens of a step."""
+    s, c = recording.spans, recording.chunks
+    span_of_chunk = np.repeat(np.arange(len(s.chunks)), s.chunks)
+    return int(np.bincount(span_of_chunk, c.stop - c.start, minlength=1).max())
 
 
-def predict_outcome(outcome: Outcome) -> dict[str, Any] | None:
-    """What the first strategy's trials predict of every strategy; for ``result.json``.
+# Predictions
 
-    None of a simulation, where texts end as the model likes, and where too few steps were timed.
+
+def predict_outcome(outcome: Outcome) -> Prediction | None:
+    """Predict every strategy from the first strategy's trials, for ``result.json``.
+
+    None for a simulation, for texts that end early, and for too few measured steps.
     """
     if outcome.experiment.simulated or outcome.workload.stop_at_eos:
         return None
-    teacher, trials = next(iter(outcome.recordings.items()))
+    fitted_on, trials = next(iter(outcome.recordings.items()))
     try:
         small = small_batches_of(outcome.small_batches)
-        known, quality = known_cost(teacher, trials, small)
+        known, quality = known_cost(fitted_on, trials, small)
     except UsageError:
         return None
-    told = predict(known, outcome.experiment.serving, outcome.workload)
     return {
-        "fitted_on": teacher,
-        "cost": known.as_dict(),
+        "fitted_on": fitted_on,
+        "cost": cast("FittedCost", known.as_dict()),
         "held_out": quality.as_dict(),
         "strategies": [
-            _beside(known, recording, outcome.recordings[recording.header.strategy])
-            for recording in told
-            if recording.header.strategy in outcome.recordings
+            _beside(known, simulated, outcome.recordings[simulated.header.strategy])
+            for simulated in predict(known, outcome.experiment.serving, outcome.workload)
+            if simulated.header.strategy in outcome.recordings
         ],
     }
 
 
 def predict(known: KnownCost, serving: ServingSpec, workload: Workload) -> list[Recording]:
-    """A recording a strategy: the workload under the same scheduler, on a virtual clock.
+    """Serve the workload under the same scheduler on a virtual clock; one recording per strategy.
 
-    Not of a strategy that schedules for itself, which no simulation knows.
+    Strategies that schedule for themselves are left out, because no simulation knows them.
     """
     engine = SimulatedEngine(known.cost)
     about = {"cost": known.as_dict()}
@@ -384,17 +403,19 @@ def predict(known: KnownCost, serving: ServingSpec, workload: Workload) -> list[
     ]
 
 
-def _beside(known: KnownCost, told: Recording, trials: Sequence[Recording]) -> dict[str, Any]:
-    duration = told.duration_ns / 1e9
+def _beside(
+    known: KnownCost, simulated: Recording, trials: Sequence[Recording]
+) -> PredictedStrategy:
+    """Return a strategy's predicted times beside the measured ones."""
+    duration = simulated.duration_ns / 1e9
     measured = float(np.median([trial.duration_ns for trial in trials])) / 1e9
-    ttft = np.mean([ttft_ms(trial).mean() for trial in trials])
     return {
-        "strategy": told.header.strategy,
+        "strategy": simulated.header.strategy,
         "duration": duration,
         "measured_duration": measured,
         "error": duration / measured - 1,
-        "output_throughput": int(told.requests.output_tokens.sum()) / duration,
-        "mean_ttft_ms": float(ttft_ms(told).mean()),
-        "measured_mean_ttft_ms": float(ttft),
-        "extrapolates": beyond(known, [told]),
+        "output_throughput": int(simulated.requests.output_tokens.sum()) / duration,
+        "mean_ttft_ms": float(ttft_ms(simulated).mean()),
+        "measured_mean_ttft_ms": float(np.mean([ttft_ms(trial).mean() for trial in trials])),
+        "extrapolates": beyond(known, [simulated]),
     }

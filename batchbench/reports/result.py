@@ -1,7 +1,6 @@
-"""The result: what ``result.json`` holds, built from recordings and nothing else measured.
+"""A result: ``result.json`` as data, made from the recordings and observations of a run.
 
-Names and meaning are fixed: other tools read them (``result.schema.json`` is published with the
-package).
+What shows a result (frames, pictures, tables, pages) is built on this module and never imported.
 """
 
 from __future__ import annotations
@@ -9,11 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -26,143 +24,72 @@ from batchbench.batching.verification import Finding, Verification
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
 from batchbench.reports.latency import Class, by_length, length_classes, stalls
-from batchbench.reports.metrics import beside_floor
 from batchbench.reports.prediction import beyond, predict_outcome, small_batches_of
-from batchbench.reports.result_file import SCHEMA_VERSION, check_recordings, file_of, load_data
-from batchbench.reports.slo import NO_GOALS, GoalsSpec, as_config, from_config
+from batchbench.reports.result_file import (
+    SCHEMA_VERSION,
+    Comparison,
+    CostFacts,
+    DecodeStep,
+    Facts,
+    ResultData,
+    StrategyData,
+    WorkloadFacts,
+    check_recordings,
+    file_of,
+    load_data,
+    metric,
+)
+from batchbench.reports.slo import NO_GOALS, GoalsSpec
 from batchbench.reports.statistics import Ratio, paired_ratio
+from batchbench.reports.text import plural
 from batchbench.reports.time_budget import explain, rate_of
 from batchbench.workloads import Workload
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from batchbench.api import Plots
-
-_FACTS = (
-    "created_at",
-    "command",
-    "simulated",
-    "config",
-    "environment",
-    "model",
-    "warm_up",
-    "small_batches",
-    "workload",
-    "verification",
-    "stopped",
-    "outputs",
-    "cost",
-    "prediction",
-)
-"""What was asked, met and observed; all else in a result is derived from the recordings."""
 
 Recordings = Mapping[str, Sequence[Recording]]
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """``result.json`` as data, and the recordings that it was made from."""
+    """``result.json`` as data, and the recordings that it was made from, by strategy."""
 
-    data: Mapping[str, Any]
+    data: ResultData
     recordings: Recordings
 
     @property
     def names(self) -> list[str]:
-        """Strategies, the baseline first."""
+        """Names of the strategies, the baseline first."""
         return list(self.recordings)
 
     @property
-    def _place(self) -> str:
-        """Where it ran, or that it did not."""
-        model, cost = self.data["model"], self.data.get("cost")
-        if not self.data["simulated"]:
-            return f"{model['device']} {model['dtype']}"
-        return f"simulated on the costs of {cost['source']}" if cost else "simulated"
-
-    @property
     def title(self) -> str:
-        """Model, device, batch size and workload in a line."""
-        model, config = self.data["model"], self.data["config"]
-        slots, requests = config["serving"]["batch_size"], self.data["workload"]["num_requests"]
-        parts = [
-            model["name"],
-            self._place,
-            f"{slots:,} slot{'s' * (slots != 1)}",
-            f"{requests:,} request{'s' * (requests != 1)}",
-        ]
-        workload = self.data["workload"]
+        """Model, device, batch size and workload in one line."""
+        model, workload = self.data["model"], self.data["workload"]
+        serving, cost = self.data["config"]["serving"], self.data.get("cost")
+        parts = [model["name"]]
+        if not self.data["simulated"]:
+            parts.append(f"{model['device']} {model['dtype']}")
+        else:
+            parts.append(f"simulated on the costs of {cost['source']}" if cost else "simulated")
+        if serving["engine"] != "slots" and not self.data["simulated"]:
+            parts.append(f"{serving['engine']} engine")
+        parts.append(plural(serving["batch_size"], "slot"))
+        parts.append(plural(workload["num_requests"], "request"))
         if workload["arrival_rate"] is not None:
             parts.append(f"{workload['arrival_rate']:.3g} req/s")
         if workload["max_concurrency"] is not None:
             parts.append(f"at most {workload['max_concurrency']:,} at once")
-        if config["serving"]["engine"] != "slots" and not self.data["simulated"]:
-            parts.insert(2, f"{config['serving']['engine']} engine")
         return " · ".join(parts)
-
-    # For notebooks and scripts; what they need is imported when it is asked for.
-
-    @cached_property
-    def requests(self) -> pd.DataFrame:
-        """A row a request, trial and strategy: slot, lengths, steps, times and latencies."""
-        from batchbench.reports.frames import requests_frame
-
-        return requests_frame(self)
-
-    @cached_property
-    def steps(self) -> pd.DataFrame:
-        """A row a run of equal steps, trial and strategy."""
-        from batchbench.reports.frames import steps_frame
-
-        return steps_frame(self)
-
-    @cached_property
-    def summary(self) -> pd.DataFrame:
-        """A row a strategy: medians and pools of its trials, counters, and how it compares."""
-        from batchbench.reports.frames import summary_frame
-
-        return summary_frame(self)
-
-    @property
-    def plot(self) -> Plots:
-        """The pictures: ``result.plot.timeline()`` and so on; each is a matplotlib figure."""
-        from batchbench.api import Plots
-
-        return Plots(self)
-
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write what ``batchbench run --output`` writes; the folder.
-
-        Raises:
-            UsageError: it cannot be written, or holds a result and ``overwrite`` is not given.
-        """
-        from batchbench.files import check_folder
-        from batchbench.reports.output import write_folder
-
-        folder = Path(folder)
-        check_folder(folder, overwrite=overwrite)
-        write_folder(folder, self)
-        return folder
-
-    def __repr__(self) -> str:
-        from batchbench.reports.formats.terminal import sentence
-
-        return f"<batchbench result: {self.title}: {sentence(self)}>"
-
-    def _repr_html_(self) -> str:
-        from batchbench.api import render
-
-        return render(self)
 
 
 def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
-    """The result of an experiment that was just conducted, held against ``goals``."""
+    """Return the result of an experiment that has just run, judged by ``goals``."""
     words = settings.words_of(goals, NO_GOALS)
+    checked = asdict(outcome.verification)
     facts = {
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([outcome.experiment.command(), *words]),
         "simulated": outcome.experiment.simulated,
-        "config": {**outcome.experiment.config(), "goals": as_config(goals)},
+        "config": {**outcome.experiment.config(), "goals": settings.as_json(goals)},
         "environment": dict(outcome.environment),
         "model": dict(outcome.model),
         "warm_up": asdict(outcome.warm_up),
@@ -170,8 +97,8 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
         "workload": workload_facts(outcome.workload),
         "verification": {
             "passed": outcome.verification.passed,
-            **{k: v for k, v in asdict(outcome.verification).items() if k != "findings"},
-            "findings": [asdict(finding) for finding in outcome.verification.findings],
+            **checked,
+            "findings": list(checked["findings"]),
         },
         "stopped": None if outcome.stopped is None else str(outcome.stopped),
         "outputs": None
@@ -183,46 +110,46 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
         "cost": _cost(outcome),
         "prediction": predict_outcome(outcome),
     }
-    return _derived(facts, outcome.workload, outcome.recordings)
+    return _derived(cast("Facts", facts), outcome.workload, outcome.recordings)
 
 
 def remake_result(result: Result) -> Result:
-    """The same result with everything derived anew from its recordings."""
-    data = result.data
-    recorded = data["workload"]
+    """Return the same result with everything derived anew from its recordings."""
+    recorded = result.data["workload"]
     first = next(iter(result.recordings.values()))[0].requests
-    # Prompts are not in a recording; lengths and times are, and no figure needs more.
-    asked = recorded["output_lengths"]
+    # Prompts are not in a recording; lengths and times are, and no metric needs more.
+    lengths = recorded["output_lengths"]
     workload = Workload(
         name=recorded["name"],
         seed=recorded["seed"],
         prompt_ids=np.zeros(first.prompt_tokens.sum(), np.int32),
         prompt_offsets=np.concatenate([[0], np.cumsum(first.prompt_tokens)]),
-        output_tokens=first.output_tokens if asked is None else np.array(asked, np.int64),
+        output_tokens=first.output_tokens if lengths is None else np.array(lengths, np.int64),
         due_ns=first.due_ns,
-        stop_at_eos=asked is not None,
+        stop_at_eos=lengths is not None,
         max_concurrency=recorded["max_concurrency"],
     )
-    return _derived({key: data.get(key) for key in _FACTS}, workload, result.recordings)
+    facts = {name: result.data.get(name) for name in Facts.__annotations__}
+    return _derived(cast("Facts", facts), workload, result.recordings)
 
 
 def regoaled(result: Result, goals: GoalsSpec) -> Result:
-    """The same result held against other goals, with everything derived anew."""
-    config = {**result.data["config"], "goals": as_config(goals)}
-    return remake_result(Result({**result.data, "config": config}, result.recordings))
+    """Return the same result judged by other goals, with everything derived anew."""
+    data = result.data.copy()
+    data["config"] = cast("Any", {**data["config"], "goals": settings.as_json(goals)})
+    return remake_result(Result(data, result.recordings))
 
 
-def _cost(outcome: Outcome) -> dict[str, Any] | None:
-    """What a step cost in a simulation, and where that goes beyond what taught it."""
+def _cost(outcome: Outcome) -> CostFacts | None:
     cost = outcome.experiment.cost
     if cost is None:
         return None
-    trials = [r for each in outcome.recordings.values() for r in each]
-    return {**cost.as_dict(), "extrapolates": beyond(cost, trials)}
+    trials = [trial for trials in outcome.recordings.values() for trial in trials]
+    return cast("CostFacts", {**cost.as_dict(), "extrapolates": beyond(cost, trials)})
 
 
-def workload_facts(workload: Workload) -> dict[str, Any]:
-    """What a result tells of the workload that was served."""
+def workload_facts(workload: Workload) -> WorkloadFacts:
+    """Return the totals, the digest and the arrivals of a workload."""
     return {
         "name": workload.name,
         "seed": workload.seed,
@@ -233,40 +160,30 @@ def workload_facts(workload: Workload) -> dict[str, Any]:
         "digest": workload.digest,
         "max_concurrency": workload.max_concurrency,
         "arrival_rate": rate_of(workload.due_ns),
-        # A recording knows what was produced; only where texts end early is this something else.
+        # A recording has the lengths produced, which differ only if texts may end early.
         "output_lengths": workload.output_tokens.tolist() if workload.stop_at_eos else None,
     }
 
 
-def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recordings) -> Result:
-    goals = from_config(facts["config"]["goals"])
-    checked = facts["verification"]
+def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result:
+    goals = settings.from_json(GoalsSpec, cast("Any", facts["config"]["goals"]))
+    checked: Mapping[str, Any] = facts["verification"]
     verification = Verification(
-        **{
-            key: checked[key]
-            for key in (
-                "requests_checked",
-                "identical",
-                "numerical_ties",
-                "wrong",
-                "reference",
-                "max_logit_gap",
-            )
-        },
+        **{f.name: checked[f.name] for f in fields(Verification) if f.name != "findings"},
         findings=tuple(Finding(**finding) for finding in checked["findings"]),
     )
     reasons = audit(
         workload,
         recordings,
         verification,
-        WarmUp(**facts["warm_up"]),
+        WarmUp(**cast("Any", facts["warm_up"])),
         facts["stopped"],
         facts["config"]["workload"].get("request_rate"),
     )
-    names = list(recordings)
-    classes = length_classes(recordings[names[0]][0].requests.output_tokens)
+    baseline, *candidates = recordings
+    classes = length_classes(recordings[baseline][0].requests.output_tokens)
     strategies = {name: _strategy(trials, goals, classes) for name, trials in recordings.items()}
-    comparisons = [_comparison(names[0], name, strategies, recordings) for name in names[1:]]
+    comparisons = [_comparison(baseline, name, strategies, recordings) for name in candidates]
     data = {
         "schema_version": SCHEMA_VERSION,
         "batchbench_version": batchbench.__version__,
@@ -277,21 +194,19 @@ def _derived(facts: Mapping[str, Any], workload: Workload, recordings: Recording
         "explain": explain(recordings, facts["warm_up"].get("duration_s")),
         "validity": {"status": "suspect" if reasons else "valid", "reasons": reasons},
     }
-    return Result(data, recordings)
+    return Result(cast("ResultData", data), recordings)
 
 
 def _strategy(
     trials: Sequence[Recording], goals: GoalsSpec, classes: Sequence[Class]
-) -> dict[str, Any]:
+) -> StrategyData:
     limits = goals.limits_ms
-    each = [metrics.trial_summary(trial, limits) for trial in trials]
-    summary = each[0] if len(trials) == 1 else metrics.summary(trials, limits)
-    per_second = summary["output_throughput"]
-    assert per_second is not None
+    summaries = [metrics.trial_summary(trial, limits) for trial in trials]
+    summary = summaries[0] if len(trials) == 1 else metrics.summary(trials, limits)
     price = goals.price_per_hour
-    cost = None if price is None else price / 3600 / per_second * 1e6
+    cost = None if price is None else price / 3600 / summary["output_throughput"] * 1e6
     return {
-        "trials": each,
+        "trials": summaries,
         "summary": {**summary, "cost_per_million_output_tokens": cost},
         "by_output_length": by_length(trials, classes),
         "stalls": stalls(trials),
@@ -302,20 +217,18 @@ def _strategy(
     }
 
 
-def _decode_step(trials: Sequence[Recording]) -> dict[str, Any] | None:
-    """A full decode step beside what memory allows, the medians over trials; None if not known."""
-    found = [each for trial in trials if (each := beside_floor(trial)) is not None]
-    if not found:
+def _decode_step(trials: Sequence[Recording]) -> DecodeStep | None:
+    """Return the medians over trials; None if no trial has a measured memory bandwidth."""
+    floors = [floor for trial in trials if (floor := metrics.decode_floor(trial)) is not None]
+    if not floors:
         return None
-    middle = {
-        field: float(np.median([getattr(each, field) for each in found]))
-        for field in ("took_ms", "floor_ms", "floor_share", "read_bytes", "bytes_per_s")
-    }
-    return {"rows": found[0].rows, **middle}
+    names = ("took_ms", "floor_ms", "floor_share", "read_bytes", "bytes_per_s")
+    medians = {name: float(np.median([getattr(f, name) for f in floors])) for name in names}
+    return cast("DecodeStep", {"rows": floors[0].rows, **medians})
 
 
 def output_digest(recording: Recording) -> str | None:
-    """SHA-256 over every request's tokens; None where no model ran."""
+    """Return the SHA-256 of every request's tokens; None if no model ran."""
     if recording.tokens is None:
         return None
     content = hashlib.sha256(recording.requests.output_tokens.astype("<i8").tobytes())
@@ -324,22 +237,23 @@ def output_digest(recording: Recording) -> str | None:
 
 
 def ratio_of(
-    strategies: Mapping[str, Any], metric: str, numerator: str, denominator: str
+    strategies: Mapping[str, StrategyData], name: str, numerator: str, denominator: str
 ) -> Ratio | None:
-    """A metric of one strategy over that of another, pair by pair."""
+    """Return a metric of one strategy divided by that of another, trial by trial."""
     above, below = (
-        [trial[metric] for trial in strategies[name]["trials"]] for name in (numerator, denominator)
+        [metric(trial, name) for trial in strategies[strategy]["trials"]]
+        for strategy in (numerator, denominator)
     )
     return paired_ratio(above, below)
 
 
 def _comparison(
-    baseline: str, candidate: str, strategies: Mapping[str, Any], recordings: Recordings
-) -> dict[str, Any]:
+    baseline: str, candidate: str, strategies: Mapping[str, StrategyData], recordings: Recordings
+) -> Comparison:
     speedup = ratio_of(strategies, "duration", baseline, candidate)
     assert speedup is not None
-    # The counters' steps; with texts that end early they may vary from trial to trial.
-    # None where one of the two schedules for itself and shows no steps.
+    # Steps may vary from trial to trial if texts end early, so pairs count here too.
+    # None if one of the two schedules for itself and shows no steps.
     steps = paired_ratio(
         [r.num_steps for r in recordings[baseline]], [r.num_steps for r in recordings[candidate]]
     )
@@ -353,7 +267,7 @@ def _comparison(
 
 
 def to_json(result: Result) -> str:
-    """``result.json``; whatever has no meaning is null, never NaN."""
+    """Return the text of ``result.json``; a value without meaning is null, never NaN."""
     return json.dumps(result.data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -361,7 +275,7 @@ def load_result(folder: Path) -> Result:
     """Read a result's folder, or its ``result.json`` with the recordings beside it.
 
     Raises:
-        UsageError: there is no result, or it is torn or of another schema version.
+        UsageError: there is no result, or it is damaged or of another schema version.
     """
     file, data = file_of(folder), load_data(folder)
     recordings = {
@@ -376,12 +290,12 @@ def load_result(folder: Path) -> Result:
 
 
 def recording_file(strategy: int, trial: int) -> str:
-    """Where a recording lies in the result's folder."""
+    """Return a recording's path within the result's folder."""
     return f"recordings/{strategy}-{trial}.npz"
 
 
 def recording_files(recordings: Recordings) -> dict[str, bytes]:
-    """The recordings by the names under which :func:`load_result` finds them."""
+    """Return the recordings by the paths at which :func:`load_result` finds them."""
     return {
         recording_file(i, trial): recording.save()
         for i, trials in enumerate(recordings.values())

@@ -1,4 +1,4 @@
-"""Several results side by side: the settings in which they differ, and their figures."""
+"""Several results side by side: the settings in which they differ, and their metrics."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from batchbench.errors import shown
 from batchbench.reports.result import Result, ratio_of
-from batchbench.reports.statistics import Ratio
-from batchbench.reports.text import number, spell_value
+from batchbench.reports.result_file import metric
+from batchbench.reports.text import MISSING, number, spell_value, times_within
 
-_TOLD_APART = ("batchbench_version", "simulated", "config", "environment", "model", "workload")
-"""Parts of a result that say what was asked and met."""
+_SETTINGS = ("batchbench_version", "simulated", "config", "environment", "model", "workload")
+"""Parts of a result that hold its options and its machine."""
 
 _OBSERVED = (
     "model.note",
@@ -30,7 +30,7 @@ _OBSERVED = (
     "config.preset",
     "workload.name",
 )
-"""What varies by itself, or only repeats in words what other settings say."""
+"""Settings that vary by themselves, or repeat other settings in words."""
 
 FIGURES = (
     ("Duration (s)", "duration"),
@@ -43,14 +43,14 @@ FIGURES = (
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """A result, and what it is called beside others."""
+    """A result and its name beside others."""
 
     label: str
     result: Result
 
 
 def label_results(folders: Sequence[Path], results: Sequence[Result]) -> list[Labelled]:
-    """Each result with the shortest end of its folder's path that no other has."""
+    """Name each result by the shortest end of its folder's path that no other has."""
     paths = [folder.resolve().parts for folder in folders]
     labels = [path[-1] if path else "/" for path in paths]
     depth = 1
@@ -62,30 +62,27 @@ def label_results(folders: Sequence[Path], results: Sequence[Result]) -> list[La
 
 @dataclass(frozen=True)
 class Line:
-    """One strategy of one result, in the table of figures."""
+    """One strategy of one result, in the table of metrics."""
 
     label: str
     strategy: str
     figures: tuple[str, ...]  # as FIGURES
     speedup: str  # against the result's own baseline
-    throughput: float | None
+    throughput: float
     status: str
 
 
 @dataclass(frozen=True, eq=False)
 class SideBySide:
-    """Results beside one another."""
-
     shown: Sequence[Labelled]
 
     @property
     def labels(self) -> list[str]:
-        """What the results are called."""
         return [one.label for one in self.shown]
 
     @cached_property
     def settings(self) -> list[tuple[str, list[str]]]:
-        """Settings that vary: name, and each result's value as text."""
+        """Settings that vary: the name, and each result's value as text."""
         flat = [dict(_facts(one.result)) for one in self.shown]
         names = dict.fromkeys(name for facts in flat for name in facts)
         rows = []
@@ -97,28 +94,28 @@ class SideBySide:
 
     @cached_property
     def lines(self) -> list[Line]:
-        """A line a result and strategy."""
+        """One line per result and strategy."""
         return [line for one in self.shown for line in _lines(one)]
 
     @cached_property
     def sentence(self) -> str:
-        """What the table shows, in a sentence."""
-        best = max(self.lines, key=lambda line: line.throughput or 0.0)
+        """The highest throughput, and reasons not to compare the results."""
+        best = max(self.lines, key=lambda line: line.throughput)
         text = (
-            f"{len(self.shown)} results side by side: most output tokens a second had "
-            f"{best.strategy} in {best.label} ({number(best.throughput)} tok/s)"
+            f"{len(self.shown)} results side by side: {best.strategy} in {best.label} had the "
+            f"highest output throughput ({number(best.throughput)} tok/s)"
         )
-        digests = {one.result.data["workload"]["digest"] for one in self.shown}
-        if len(digests) > 1:
+        if len({one.result.data["workload"]["digest"] for one in self.shown}) > 1:
             text += "; their workloads differ, so compare speed-ups rather than times"
         if len({one.result.data["simulated"] for one in self.shown}) > 1:
-            text += "; some are simulated, and their times are no measurements"
+            text += "; some are simulated, so their times are not measurements"
         return f"{text}."
 
 
 def _facts(result: Result) -> Iterator[tuple[str, Any]]:
-    for part in _TOLD_APART:
-        yield from _flat(part, result.data[part])
+    data: Any = result.data
+    for part in _SETTINGS:
+        yield from _flat(part, data[part])
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -130,7 +127,7 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _spell(name: str) -> str:
-    """``config.serving.batch_size`` as one says it; where it stood tells nothing more."""
+    """Return ``config.serving.batch_size`` in words, without its part."""
     *before, last = name.split(".")
     if last == "name" or (before and before[0] == "workload"):
         last = f"{before[-1]} {last}"
@@ -141,36 +138,26 @@ def _spell(name: str) -> str:
 
 def _spell_setting(value: Any) -> str:
     if value is None:
-        return "N/A"
+        return MISSING
     if isinstance(value, bool):
         return "yes" if value else "no"
     text = ", ".join(map(str, value)) if isinstance(value, list) else spell_value(value)
     if re.fullmatch("[0-9a-f]{64}", text):
-        return text[:12]  # a digest, of which the beginning tells it from others
+        return text[:12]  # the beginning of a digest is enough to tell it from others
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _lines(one: Labelled) -> Iterator[Line]:
-    result = one.result
-    strategies, names = result.data["strategies"], result.names
+    strategies, names = one.result.data["strategies"], one.result.names
     for name in names:
         summary = strategies[name]["summary"]
-        own = name == names[0]
-        ratio = None if own else ratio_of(strategies, "duration", names[0], name)
+        ratio = ratio_of(strategies, "duration", names[0], name)
+        speedup = times_within(ratio.median, ratio.low, ratio.high) if ratio else MISSING
         yield Line(
             label=one.label,
             strategy=name,
-            figures=tuple(number(summary[key]) for _, key in FIGURES),
-            speedup="baseline" if own else _spell_ratio(ratio),
+            figures=tuple(number(metric(summary, key)) for _, key in FIGURES),
+            speedup="baseline" if name == names[0] else speedup,
             throughput=summary["output_throughput"],
-            status=result.data["validity"]["status"],
+            status=one.result.data["validity"]["status"],
         )
-
-
-def _spell_ratio(ratio: Ratio | None) -> str:
-    if ratio is None:
-        return "N/A"
-    text = f"{ratio.median:.2f}×"
-    if ratio.low is None or ratio.high is None:
-        return text
-    return f"{text} ({ratio.low:.2f}–{ratio.high:.2f})"

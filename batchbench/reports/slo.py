@@ -1,8 +1,7 @@
-"""Goals: what latency is good enough, and what the machine costs."""
+"""Goals of a run: the latency that is good enough, and the price of the machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from batchbench import settings
@@ -10,8 +9,7 @@ from batchbench.errors import UsageError, shown
 from batchbench.settings import parse_float, setting
 
 LATENCIES = ("ttft", "tpot", "e2el")
-"""What a service-level objective may limit, under the names of ``vllm bench serve --goodput``."""
-
+"""Latencies that can have a limit, under the names of ``vllm bench serve --goodput``."""
 
 LONGEST_MS = 1e12
 """Largest limit in milliseconds, thirty years."""
@@ -19,22 +17,23 @@ LONGEST_MS = 1e12
 
 @dataclass(frozen=True)
 class GoalsSpec:
-    """What a result is held against; it changes nothing of what is measured.
+    """Limits and a price by which a result is judged; they change nothing that is measured.
 
-    ``slo`` holds service-level objectives as ``METRIC:MS``, such as ``ttft:500``: a request is
-    good if it meets all of them.
+    ``slo`` has service-level objectives as ``METRIC:MS``, such as ``ttft:500``. A request is good
+    if it meets all of them.
     """
 
     slo: tuple[str, ...] = setting(
         (),
-        "A limit on the latency of each request, such as ttft:500, tpot:50 or e2el:3000 "
-        "(milliseconds); give it once a limit. Adds the share and rate of requests within all.",
+        "Limit on the latency of each request, such as ttft:500, tpot:50 or e2el:3000 "
+        "(milliseconds); repeat it for further limits. Adds the share and rate of requests that "
+        "meet all of them.",
         "Goals",
         metavar="METRIC:MS",
     )
     price_per_hour: float | None = setting(
         None,
-        "Price of the machine an hour: adds the cost of a million output tokens.",
+        "Price of the machine per hour. Adds the cost of a million output tokens.",
         "Goals",
         min=0.0,
         max=1e9,
@@ -46,12 +45,12 @@ class GoalsSpec:
 
     @property
     def limits_ms(self) -> dict[str, float]:
-        """Limit of each latency that has one, in milliseconds."""
+        """Limits in milliseconds, by latency."""
         return parse_slos(self.slo)
 
 
 def parse_slos(texts: tuple[str, ...]) -> dict[str, float]:
-    """``("ttft:500", "tpot:50")`` as limits by latency.
+    """Return ``("ttft:500", "tpot:50")`` as limits in milliseconds, by latency.
 
     Raises:
         UsageError: a text is not of this form, or limits a latency a second time.
@@ -77,16 +76,3 @@ def parse_slos(texts: tuple[str, ...]) -> dict[str, float]:
 
 
 NO_GOALS = GoalsSpec()
-
-
-def as_config(goals: GoalsSpec) -> Mapping[str, object]:
-    """The goals as JSON values."""
-    return {"slo": list(goals.slo), "price_per_hour": goals.price_per_hour}
-
-
-def from_config(config: Mapping[str, object]) -> GoalsSpec:
-    """The goals that :func:`as_config` wrote."""
-    slo, price = config["slo"], config["price_per_hour"]
-    assert isinstance(slo, list)
-    assert price is None or isinstance(price, int | float)
-    return GoalsSpec(tuple(slo), price)

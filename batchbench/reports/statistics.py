@@ -1,9 +1,10 @@
-"""A distribution: what was observed, and how often."""
+"""Statistics: distributions, ratios with intervals, and rules that decide on a difference."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -14,20 +15,24 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special, stats
 
 from batchbench.batching.recording import Ints, Recording
+from batchbench.reports.result_file import Speedup
 
 Floats = NDArray[np.float64]
 
 _DENSE = 16
-"""Largest range, in multiples of the number of values, at which values are counted, not sorted."""
+"""Largest range, in multiples of the number of values, whose values are counted, not sorted."""
+
+
+# Distributions
 
 
 @dataclass(frozen=True, eq=False)
 class Distribution:
     """Distinct values, ascending: ``weights[i]`` observations of ``values[i]``.
 
-    Exactly what the expanded list would give, without the list: a million requests share their
-    gaps between tokens. Sums are rounded once (:func:`math.fsum`), so that statistics do not depend
-    on the order in which things were observed.
+    Statistics are those of the expanded list, which may be long: a million requests share their
+    gaps between tokens. Sums are rounded once (:func:`math.fsum`), so that they do not depend on
+    the order of the observations.
     """
 
     values: Floats
@@ -35,15 +40,15 @@ class Distribution:
 
     @classmethod
     def of(cls, values: NDArray[Any], weights: NDArray[Any] | None = None) -> Distribution:
-        """From unsorted values; without weights each counts once."""
+        """Count unsorted values; without weights each counts once."""
         if weights is not None:
             values, weights = values[weights > 0], weights[weights > 0]
         if values.dtype.kind == "i" and len(values):
             low, high = int(values.min()), int(values.max())
             if high - low < _DENSE * len(values):  # counting takes a tenth of the time of sorting
                 counts = np.bincount(values - low, weights)  # exact up to 2**53
-                found = np.flatnonzero(counts)
-                return cls((found + low).astype(np.float64), counts[found].astype(np.int64))
+                there = np.flatnonzero(counts)
+                return cls((there + low).astype(np.float64), counts[there].astype(np.int64))
         distinct, first, counts = np.unique(values, return_inverse=True, return_counts=True)
         if weights is not None:
             counts = np.bincount(first, weights, len(distinct))
@@ -51,7 +56,7 @@ class Distribution:
 
     @classmethod
     def pooled(cls, parts: Sequence[Distribution]) -> Distribution:
-        """All observations of several distributions."""
+        """Return all observations of several distributions."""
         return cls.of(
             np.concatenate([p.values for p in parts]), np.concatenate([p.weights for p in parts])
         )
@@ -66,20 +71,19 @@ class Distribution:
 
     @property
     def count(self) -> int:
-        """Number of observations."""
         return int(self._cumulated[-1]) if len(self.weights) else 0
 
     @property
     def max(self) -> float | None:
-        """The largest observation; None of nothing."""
+        """Largest observation; None if there is none."""
         return float(self.values[-1]) if self.count else None
 
     def mean(self) -> float | None:
-        """Arithmetic mean; None of nothing."""
+        """Return the mean; None if there are no observations."""
         return math.fsum(self.values * self.weights) / self.count if self.count else None
 
     def std(self) -> float | None:
-        """Standard deviation of these observations (not an estimate for others)."""
+        """Return the standard deviation of these observations (no estimate for others)."""
         mean = self.mean()
         if mean is None:
             return None
@@ -87,7 +91,7 @@ class Distribution:
         return math.sqrt(math.fsum(away * away * self.weights) / self.count)
 
     def percentile(self, q: float) -> float | None:
-        """The q-th percentile, linear between neighbours (NumPy's default)."""
+        """Return the q-th percentile, linear between neighbours (NumPy's default)."""
         if not self.count:
             return None
         rank = (self.count - 1) * q / 100
@@ -107,6 +111,8 @@ def step_distribution(recording: Recording, spans: Ints | None = None) -> Distri
     return Distribution.pooled(parts)
 
 
+# Ratios and intervals
+
 CONFIDENCE = 0.95
 
 FEWEST_PAIRS = 3
@@ -121,10 +127,10 @@ class Ratio:
     low: float | None
     high: float | None
 
-    def as_dict(self) -> dict[str, Any]:
-        """For the result: ``ci95`` is null where there are too few pairs."""
-        interval = None if self.low is None else [self.low, self.high]
-        return {"median": self.median, "ci95": interval}
+    def as_dict(self) -> Speedup:
+        """Return JSON values; ``ci95`` is null if there are too few pairs."""
+        ends = (self.low, self.high)
+        return {"median": self.median, "ci95": [x for x in ends if x is not None] or None}
 
 
 def paired_ratio(
@@ -133,7 +139,7 @@ def paired_ratio(
     """Return numerator / denominator, pair by pair; None if a value is missing or not above 0.
 
     The interval is Student's t interval of the mean log ratio (ratios multiply, so their logs
-    are what scatters evenly).
+    scatter evenly).
     """
     both = zip(numerators, denominators, strict=True)
     pairs = [(a, b) for a, b in both if a is not None and b is not None and a > 0 and b > 0]
@@ -156,31 +162,44 @@ def mean_interval(values: ArrayLike) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
+def interval_of_ratio(then: ArrayLike, now: ArrayLike) -> tuple[float, float]:
+    """Return Welch's 95 % interval of now / then, the ratio of their geometric means."""
+    new, old = np.log(np.asarray(now)), np.log(np.asarray(then))
+    first = new[0] - old[0]
+    new, old = new - new[0], old - old[0]  # scipy warns of values that hardly differ, unless near 0
+    if not (new.any() or old.any()):
+        return (math.exp(first),) * 2
+    low, high = stats.ttest_ind(new, old, equal_var=False).confidence_interval(CONFIDENCE)
+    return math.exp(first + low), math.exp(first + high)
+
+
+# Verdicts
+
 PRIOR = 4.0
 
 FEWEST = 4
-"""Samples below which nothing is ever told."""
+"""Number of samples below which the verdict is always unknown."""
 
 POWER = 0.8
-"""What an effect must be found with, to be called one that could have been found."""
+"""Probability with which an effect must be found to count as detectable."""
 
 _LEAST_SCATTER = 1e-9
-"""Samples that are all equal prove no more than that the clock is coarse."""
+"""Least standard deviation: samples that are all equal only show that the clock is coarse."""
 
 
 class Verdict(StrEnum):
-    """What can be told of a quantity, new against base."""
+    """A verdict on a quantity, new against base."""
 
     SLOWER = "slower"
     FASTER = "faster"
     SAME = "same"
-    CHANGED = "changed"  # of counts and outputs, which no noise touches
+    CHANGED = "changed"  # of counts and outputs, which have no noise
     UNKNOWN = "cannot tell"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When a difference is one.
+    """Thresholds of a difference.
 
     Attributes:
         floor: log ratio that must be exceeded for *slower*; below its negative it is *faster*.
@@ -193,7 +212,7 @@ class Rule:
     alpha: float = 0.001
 
     def shared(self, metrics: int) -> Rule:
-        """The rule for one of several metrics that are looked at together (Bonferroni)."""
+        """Return the rule for one of several metrics that are judged together (Bonferroni)."""
         return Rule(self.floor, self.margin, self.alpha / max(metrics, 1))
 
     def as_data(self) -> dict[str, float]:
@@ -207,13 +226,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Decision:
-    """A verdict and what it rests on; log ratios, above 0 where new is slower.
+    """A verdict with its evidence, in log ratios, which are above 0 if new is slower.
 
-    ``low`` and ``high`` bound the mean with 95 % confidence; None where there are too few samples.
-    ``p_value`` is of the verdict's own null hypothesis, the larger of the two for *same*.
-    ``smallest`` is the least slowdown that so many samples of this scatter would have found; None
-    where nothing is told of so few.
-    ``needed`` is how many samples would probably do, where it cannot be told.
+    Attributes:
+        low, high: 95 % interval of the mean; None if there are too few samples.
+        p_value: of the null hypothesis that the verdict rejects, the larger of the two for *same*.
+        smallest: smallest detectable slowdown with these samples; None if there are too few.
+        needed: samples that would probably be enough, if the verdict is unknown.
     """
 
     verdict: Verdict
@@ -227,81 +246,71 @@ class Decision:
 
     @property
     def is_sure(self) -> bool:
-        """Whether anything was shown."""
         return self.verdict is not Verdict.UNKNOWN
 
 
-# One sample: pairs
+# One sample of pairs: an e-process, which may be looked at after every pair
 
 
 def log_e(samples: Sequence[float], null: float) -> float:
-    """Logarithm of the evidence that the mean is above ``null``; 0 at most where it seems not."""
+    """Return the logarithm of the evidence that the mean is above ``null``; at most 0 if not."""
     n = len(samples)
     mean, error = _mean_and_error(samples)
     if n < 2 or mean <= null:
         return 0.0
-    t, nu = (mean - null) / error, n - 1
-    spread = 1 + PRIOR * n
-    return -0.5 * math.log(spread) + n / 2 * (
-        math.log1p(t * t / nu) - math.log1p(t * t / (nu * spread))
-    )
+    t, nu, spread = (mean - null) / error, n - 1, 1 + PRIOR * n
+    gain = math.log1p(t * t / nu) - math.log1p(t * t / (nu * spread))
+    return -0.5 * math.log(spread) + n / 2 * gain
 
 
 def decide(samples: Sequence[float], rule: Rule, *, last: bool) -> Decision:
-    """The verdict on paired samples so far.
+    """Return the verdict on paired samples so far.
 
-    *Same* is not told early of an estimate beyond the floor: whoever asks for a regression of 3 %
-    wants to know of it although it is within the margin.
+    An early *same* needs an estimate within the floor: with a floor of 3 %, a loss of 4 % is a
+    regression to report although it is within the margin.
 
     Args:
-        last: there will be no more samples, so that the half of α that was kept for it is spent.
+        last: there will be no more samples, so the half of α that was reserved for this is spent.
     """
     n = len(samples)
     if n < 2:
         return Decision(Verdict.UNKNOWN, n, float(samples[0]) if n else None)
     mean, error = _mean_and_error(samples)
-    told = Verdict.UNKNOWN
+    alpha = rule.alpha / 2
+
+    def shows(sign: int, bound: float) -> bool:
+        """Return True if sign × mean is shown to be above the bound."""
+        if log_e([sign * value for value in samples], bound) >= math.log(1 / alpha):
+            return True
+        return last and _tail((sign * mean - bound) / error, n - 1) < alpha
+
+    verdict = Verdict.UNKNOWN
     if n >= FEWEST:
-        shown = _shows(samples, rule.alpha / 2, last=last)
-        if shown(1, rule.floor):
-            told = Verdict.SLOWER
-        elif shown(-1, rule.floor):
-            told = Verdict.FASTER
-        elif (
-            (abs(mean) <= rule.floor or last) and shown(1, -rule.margin) and shown(-1, -rule.margin)
-        ):
-            told = Verdict.SAME
+        if shows(1, rule.floor):
+            verdict = Verdict.SLOWER
+        elif shows(-1, rule.floor):
+            verdict = Verdict.FASTER
+        elif last or abs(mean) <= rule.floor:
+            within = shows(1, -rule.margin) and shows(-1, -rule.margin)
+            verdict = Verdict.SAME if within else verdict
     return Decision(
-        told,
+        verdict,
         n,
         mean,
         *confidence_sequence(samples),
-        p_value=_p_value(told, mean, error, n - 1, rule),
-        smallest=rule.floor + _detectable(n, rule.alpha / 2) * error if n >= FEWEST else None,
-        needed=_needed(mean, error * n**0.5, rule) if told is Verdict.UNKNOWN else None,
+        p_value=_p_value(verdict, mean, error, n - 1, rule),
+        smallest=rule.floor + _detectable(n, alpha) * error if n >= FEWEST else None,
+        needed=_needed(mean, error * n**0.5, rule) if verdict is Verdict.UNKNOWN else None,
     )
 
 
-def _shows(samples: Sequence[float], alpha: float, *, last: bool) -> Callable[[int, float], bool]:
-    """Whether sign × mean is shown to be above a bound."""
-
-    def shown(sign: int, bound: float) -> bool:
-        signed = [sign * value for value in samples]
-        if log_e(signed, bound) >= math.log(1 / alpha):
-            return True
-        mean, error = _mean_and_error(signed)
-        return last and _tail((mean - bound) / error, len(signed) - 1) < alpha
-
-    return shown
-
-
 def confidence_sequence(
-    samples: Sequence[float], confidence: float = 0.95
+    samples: Sequence[float], confidence: float = CONFIDENCE
 ) -> tuple[float | None, float | None]:
-    """Bounds of the mean that hold however often one looks; None where there are too few."""
+    """Return bounds of the mean that hold after any number of looks; None for too few samples."""
     n = len(samples)
     need = math.log(2 / (1 - confidence))
-    if n < 2 or (n - 1) / 2 * math.log1p(PRIOR * n) <= need:  # what the evidence tends to
+    if n < 2 or (n - 1) / 2 * math.log1p(PRIOR * n) <= need:  # the limit of the evidence
         return None, None
     mean, error = _mean_and_error(samples)
     nu, spread = n - 1, 1 + PRIOR * n
@@ -315,66 +324,49 @@ def confidence_sequence(
     return mean - t * error, mean + t * error
 
 
-# Two samples: two sessions
+# Two samples of independent sessions
 
 
 def compare_means(
-    base: Sequence[float],
-    new: Sequence[float],
-    rule: Rule,
-    *,
-    between: float = 0.0,
+    base: Sequence[float], new: Sequence[float], rule: Rule, *, between: float = 0.0
 ) -> Decision:
-    """The verdict on two independent sets of logarithms, by Welch's t-test.
+    """Return the verdict on two independent sets of logarithms, by Welch's t-test.
 
     Args:
-        between: standard deviation that each set's mean has beyond what its values show, as when
-            all of a set come from one process.
+        between: standard deviation of each set's mean beyond what its values show, as when all
+            values of a set come from one process.
     """
     n, m = len(base), len(new)
-    if min(n, m) < 2:
-        both = n and m
-        return Decision(
-            Verdict.UNKNOWN,
-            min(n, m),
-            float(np.mean(new) - np.mean(base)) if both else None,
-        )
-    mean = float(np.mean(new) - np.mean(base))
+    mean = float(np.mean(new) - np.mean(base)) if n and m else None
+    if mean is None or min(n, m) < 2:
+        return Decision(Verdict.UNKNOWN, min(n, m), mean)
     parts = [float(np.var(base, ddof=1)) / n, float(np.var(new, ddof=1)) / m]
-    error = max(math.sqrt(sum(parts) + 2 * between**2), _LEAST_SCATTER)
-    # The known part of the variance has no degrees of freedom to lose.
+    known = 2 * between**2
+    error = max(math.sqrt(sum(parts) + known), _LEAST_SCATTER)
+    # The known part of the variance is not estimated, so it costs no degrees of freedom.
     lost = parts[0] ** 2 / (n - 1) + parts[1] ** 2 / (m - 1)
     nu = min(error**4 / lost, 1e6) if lost else 1e6
-    told = Verdict.UNKNOWN
-    for sign, verdict in ((1, Verdict.SLOWER), (-1, Verdict.FASTER)):
-        if _tail((sign * mean - rule.floor) / error, nu) < rule.alpha:
-            told = verdict
-    within = max(_tail((rule.margin - sign * mean) / error, nu) for sign in (1, -1))
-    if told is Verdict.UNKNOWN and within < rule.alpha:
-        told = Verdict.SAME
-    half = _quantile(0.975, nu) * error
+    verdict = next(
+        (
+            verdict
+            for verdict in (Verdict.FASTER, Verdict.SLOWER, Verdict.SAME)
+            if _p_value(verdict, mean, error, nu, rule) < rule.alpha
+        ),
+        Verdict.UNKNOWN,
+    )
+    half = _quantile((1 + CONFIDENCE) / 2, nu) * error
     detectable = (_quantile(1 - rule.alpha, nu) + _quantile(POWER, nu)) * error
-    known = 2 * between**2
-    distance = max(abs(mean) - rule.floor, rule.margin - abs(mean))
+    unknown = verdict is Verdict.UNKNOWN
     return Decision(
-        told,
+        verdict,
         min(n, m),
         mean,
         mean - half,
         mean + half,
-        p_value=_p_value(told, mean, error, nu, rule),
+        p_value=_p_value(verdict, mean, error, nu, rule),
         smallest=rule.floor + detectable,
-        needed=_more(sum(parts) * min(n, m), known, distance, rule.alpha)
-        if told is Verdict.UNKNOWN
-        else None,
+        needed=_needed_of_two(mean, sum(parts) * min(n, m), known, rule) if unknown else None,
     )
-
-
-def _more(scatter: float, known: float, distance: float, alpha: float) -> int | None:
-    """Samples a side with which a difference ``distance`` off would be told; None if no number."""
-    z = float(special.ndtri(1 - alpha) + special.ndtri(POWER))
-    room = (distance / z) ** 2 - known
-    return None if room <= 0 else max(FEWEST, math.ceil(scatter / room))
 
 
 def _mean_and_error(samples: Sequence[float]) -> tuple[float, float]:
@@ -385,43 +377,53 @@ def _mean_and_error(samples: Sequence[float]) -> tuple[float, float]:
 
 
 def _tail(t: float, nu: float) -> float:
-    """Probability that Student's t with ``nu`` degrees of freedom exceeds ``t``.
+    """Return the probability that Student's t with ``nu`` degrees of freedom exceeds ``t``.
 
-    As ``scipy.stats.t.sf``, without the checks that take fifty times as long: a table of thousands
-    of verdicts is decided here.
+    As ``scipy.stats.t.sf``, without the checks that take fifty times as long: a table has thousands
+    of verdicts.
     """
     return float(special.stdtr(nu, -t))
 
 
 def _quantile(p: float, nu: float) -> float:
-    """What Student's t stays below with probability ``p``."""
+    """Return the value below which Student's t stays with probability ``p``."""
     return float(special.stdtrit(nu, p))
 
 
-def _p_value(told: Verdict, mean: float, error: float, nu: float, rule: Rule) -> float:
-    """Of the null hypothesis that the verdict refutes; of «not slower» where none was."""
-    if told is Verdict.FASTER:
+def _p_value(verdict: Verdict, mean: float, error: float, nu: float, rule: Rule) -> float:
+    """Return the p-value of the hypothesis that the verdict rejects; of "not slower" if none."""
+    if verdict is Verdict.FASTER:
         return _tail((-mean - rule.floor) / error, nu)
-    if told is Verdict.SAME:
+    if verdict is Verdict.SAME:
         return max(_tail((rule.margin - s * mean) / error, nu) for s in (1, -1))
     return _tail((mean - rule.floor) / error, nu)
 
 
 def _detectable(n: int, alpha: float) -> float:
-    """How many standard errors above the floor an effect must lie to be found."""
+    """Return the standard errors above the floor from which on an effect is found."""
     return _quantile(1 - alpha, n - 1) + _quantile(POWER, n - 1)
 
 
+def _distance(mean: float, rule: Rule) -> float:
+    """Return the distance to the nearest bound that would give a verdict."""
+    return max(abs(mean) - rule.floor, rule.margin - abs(mean))
+
+
 def _needed(mean: float, scatter: float, rule: Rule, most: int = 100_000) -> int | None:
-    """Samples that would tell, if the mean and the scatter stayed as they are."""
-    distance = max(abs(mean) - rule.floor, rule.margin - abs(mean))
+    """Return the samples for a verdict if the mean and the scatter stay as they are."""
+    distance = _distance(mean, rule)
     if distance <= 0:
         return None
-    low, high = FEWEST, most
-    while low < high:
-        middle = (low + high) // 2
-        if _detectable(middle, rule.alpha / 2) * scatter / middle**0.5 <= distance:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    enough = range(FEWEST, most)
+    return FEWEST + bisect_left(
+        enough,
+        True,
+        key=lambda n: _detectable(n, rule.alpha / 2) * scatter / n**0.5 <= distance,
+    )
+
+
+def _needed_of_two(mean: float, scatter: float, known: float, rule: Rule) -> int | None:
+    """Return the samples per side for a verdict; None if no number is enough."""
+    z = float(special.ndtri(1 - rule.alpha) + special.ndtri(POWER))
+    room = (_distance(mean, rule) / z) ** 2 - known
+    return None if room <= 0 else max(FEWEST, math.ceil(scatter / room))

@@ -1,8 +1,7 @@
-"""The account of the time: where each second of a trial went, and what a candidate saved.
+"""The time budget: where each second of a trial went, and which seconds a candidate saved.
 
-Definitions and formulas are in docs/metrics.md, "Account of the time". The wall time of a trial is
-divided among parts that add up to it; from one strategy to another the differences of the parts
-add up to what was saved.
+docs/metrics.md, "Time budget", has definitions and formulas. The parts of a trial add up to its
+wall time; the differences between two strategies add up to the time saved.
 """
 
 from __future__ import annotations
@@ -10,33 +9,41 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
+from batchbench.reports.occupancy import SlotKinds
+from batchbench.reports.result_file import Explain, SavedPart, TimeBudgetData, TimeParts, Waterfall
 from batchbench.reports.statistics import Floats, step_distribution
+
+# Time outside the steps
 
 
 def host_share(recording: Recording) -> float:
-    """Share of the trial in which no step was under way though there was something to do.
+    """Return the share of a trial in which no step ran though there was something to compute.
 
-    Scheduling, logging, display; not the time in which there was nothing to wait for but time.
+    Scheduling, logging and display count; waiting for a time, such as an arrival, does not.
     """
-    starts, ends = recording.spans.start_ns, recording.span_ends_ns
-    before = np.concatenate([[0], ends[:-1]])
+    starts, before = recording.spans.start_ns, _previous_ends(recording)
     over = recording.waits.end_ns
-    waited = waited_by(recording, starts, over) - waited_by(recording, before, over)
-    outside = np.maximum(starts - before, 0).sum() - waited.sum()
-    return float(outside / max(recording.duration_ns - waited.sum(), 1))
+    waited = (waited_by(recording, starts, over) - waited_by(recording, before, over)).sum()
+    outside = np.maximum(starts - before, 0).sum() - waited
+    return float(outside / max(recording.duration_ns - waited, 1))
+
+
+def _previous_ends(recording: Recording) -> Ints:
+    """Return the end of the span before each span, ``[spans]``; 0 before the first."""
+    return np.concatenate([[0], recording.span_ends_ns[:-1]])
 
 
 def waited_by(recording: Recording, times: Ints, over_ns: Ints) -> Ints:
-    """How long was waited up to each of these times, in ns.
+    """Return the total time waited up to each of these times, in ns.
 
     Args:
-        over_ns: when each wait is taken to be over, ``[waits]``.
+        over_ns: the end of each wait, ``[waits]``.
     """
     w = recording.waits
     if not len(w.step):
@@ -48,11 +55,14 @@ def waited_by(recording: Recording, times: Ints, over_ns: Ints) -> Ints:
     return waited
 
 
-def noticed_ns(recording: Recording) -> Ints:
-    """When the scheduler knew of each request, ``[requests]``.
+# Arrivals
 
-    It decides before each run of steps and each wait, and the log tells of each how many requests
-    were in a slot or waiting; they come in the order of their index.
+
+def noticed_ns(recording: Recording) -> Ints:
+    """Return the time at which the scheduler knew of each request, ``[requests]``.
+
+    The scheduler decides before each span and each wait. The log has the number of requests that
+    were in a slot or waiting at each decision, and requests arrive in the order of their index.
     """
     s, w = recording.spans, recording.waits
     admitted = np.sort(recording.requests.admitted)
@@ -64,25 +74,21 @@ def noticed_ns(recording: Recording) -> Ints:
     )
     times = np.concatenate([s.start_ns, w.start_ns])
     # A wait comes before the step of its number.
-    order = np.lexsort(
-        (
-            np.concatenate([np.ones(len(s.steps)), np.zeros(len(w.step))]),
-            np.concatenate([recording.first_steps, w.step]),
-        )
-    )
+    is_span = np.concatenate([np.ones(len(s.steps)), np.zeros(len(w.step))])
+    order = np.lexsort((is_span, np.concatenate([recording.first_steps, w.step])))
     count = np.arange(len(admitted))
     decision = np.searchsorted(np.maximum.accumulate(known[order]), count, side="right")
     return times[order][np.minimum(decision, len(order) - 1)]
 
 
 def arrival_lag_ms(recording: Recording) -> Floats | None:
-    """How late each request was noticed, ``[requests]``.
+    """Return the delay with which each request was noticed, ``[requests]``.
 
-    None where all are there at the start, or no steps are shown.
+    The delay begins when the request is due, or at the end of the step then under way, and ends
+    with the first decision that knows of it. It includes waits that overslept; it does not include
+    the rest of a step that had begun, because no request can join that.
 
-    From when it was due, or from the end of the step then under way, to the decision that first
-    knew of it. So it counts what the loop did beside stepping and waiting, and waits that
-    overslept; that nobody joins a step that has begun is batching and no lag.
+    None if all requests are there at the start, or the strategy shows no steps.
     """
     due = recording.requests.due_ns
     if not due.any() or not recording.has_steps:
@@ -92,44 +98,37 @@ def arrival_lag_ms(recording: Recording) -> Floats | None:
 
 
 def arrival_rate(recording: Recording) -> float | None:
-    """Requests a second as they came: as they were due, and noticed as late as they were.
-
-    None for fewer than two requests, or where all are there at the start.
-    """
+    """Return the requests per second as they were noticed; None as :func:`arrival_lag_ms`."""
     lag = arrival_lag_ms(recording)
-    if lag is None:
-        return None
-    return rate_of(recording.requests.due_ns + lag * 1e6)
+    return None if lag is None else rate_of(recording.requests.due_ns + lag * 1e6)
 
 
 def rate_of(times_ns: Ints | Floats) -> float | None:
-    """Events a second from the first to the last; None where no time lies between."""
+    """Return events per second from the first to the last; None if no time lies between."""
     if len(times_ns) < 2 or times_ns.max() == times_ns.min():
         return None
     return float((len(times_ns) - 1) / (times_ns.max() - times_ns.min()) * 1e9)
 
 
 def littles_law(recording: Recording) -> float:
-    """L / (λW) − 1: requests in the system as the steps saw them, against what latencies imply.
+    """Return L / (λW) − 1, where L is counted from the steps and λW from the requests' latencies.
 
-    The one comes from the numbers waiting and running in each step, the other from each request's
-    arrival and end; a log in which they differ is wrong.
+    L comes from the numbers waiting and running in each step, λW from each request's arrival and
+    end. They differ only if the log is wrong.
     """
     s, r = recording.spans, recording.requests
-    starts, ends, first_steps = s.start_ns, recording.span_ends_ns, recording.first_steps
-    done = np.searchsorted(np.sort(r.last), first_steps)
-    running = np.searchsorted(np.sort(r.admitted), first_steps, side="right") - done
-    seen = ((s.waiting + running) * (ends - starts).astype(np.float64)).sum()
-    # Whoever came while a step was under way was seen at its end.
+    starts, ends, before = s.start_ns, recording.span_ends_ns, _previous_ends(recording)
+    there = s.waiting + SlotKinds.of(recording).running
+    seen = (there * (ends - starts).astype(np.float64)).sum()
+    # A request that arrives during a step is seen at its end.
     free = recording.free_from(r.due_ns)
     seen += (free - r.due_ns).astype(np.float64).sum()
-    # Between two runs are those that were due when the first ended, less who was done, and whoever
-    # came then.
-    before = np.concatenate([[0], ends[:-1]])
-    due = np.sort(r.due_ns)
-    there = np.searchsorted(due, before, side="right") - done
+    # Between two spans there are the requests due before the first ended and not done by then,
+    # and those that arrive in between.
+    done = np.searchsorted(np.sort(r.last), recording.first_steps)
+    there = np.searchsorted(np.sort(r.due_ns), before, side="right") - done
     seen += (there * (starts - before).astype(np.float64)).sum()
-    span = np.searchsorted(starts, r.due_ns)  # the first that begins at or after it
+    span = np.searchsorted(starts, r.due_ns)  # the first that begins at or after the arrival
     came = (span < len(starts)) & (free == r.due_ns)
     came[came] &= r.due_ns[came] > before[span[came]]
     seen += (starts[span[came]] - r.due_ns[came]).astype(np.float64).sum()
@@ -137,27 +136,29 @@ def littles_law(recording: Recording) -> float:
     return float(seen / spent - 1)
 
 
+# The parts
+
+
 @dataclass(frozen=True)
-class Account:
+class TimeBudget:
     """Parts of a trial's wall time, in seconds; they add up to it."""
 
-    useful_decode_s: float  # decoding slots that get a token which was asked for
+    useful_decode_s: float  # decoding slots that get a token that was asked for
     finished_s: float  # slots held by requests that are done
     empty_s: float  # slots without a request
-    prefill_useful_s: float  # prompts being read
-    prefill_padding_s: float  # what an engine computes to make prompts equally long
-    stalled_s: float  # running requests that sit out the prefill of others
-    waiting_s: float  # nothing to compute: for arrivals, or for a batch to fill
-    host_s: float  # no step under way though there was something to do
-    residual_s: float  # what neither the steps nor the gaps between them cover
+    prefill_useful_s: float  # computing prompts
+    prefill_padding_s: float  # computing padding that makes prompts equally long
+    stalled_s: float  # running requests that wait for the prefill of others
+    waiting_s: float  # nothing to compute: waiting for arrivals, or for a batch to fill
+    host_s: float  # no step under way though there was something to compute
+    residual_s: float  # neither in a step nor in a gap between steps
 
     @property
     def wall_s(self) -> float:
-        """All of them."""
         return math.fsum(asdict(self).values())
 
 
-PARTS = tuple(f.name for f in fields(Account))
+PARTS = tuple(field.name for field in fields(TimeBudget))
 
 NAMES = {
     "useful_decode_s": "useful decode",
@@ -170,48 +171,50 @@ NAMES = {
     "host_s": "host work",
     "residual_s": "residual",
 }
-"""What people read of each part."""
+"""Labels of the parts."""
 
 CAUSES = NAMES | {
     "useful_decode_s": "the cost of the same useful steps",
     "finished_s": "finished requests that held slots",
     "stalled_s": "requests stalled by a prefill",
-    "residual_s": "what is not accounted for",
+    "residual_s": "unaccounted time",
 }
-"""The same as what time was saved on, within a sentence."""
+"""Names of the parts as causes within a sentence."""
 
 
-def account_of(trials: Sequence[Recording]) -> Account | None:
-    """Of the trial of median duration; of an even number the mean of the middle two.
+def typical_budget(trials: Sequence[Recording]) -> TimeBudget | None:
+    """Return the budget of the trial of median duration, or the mean of the middle two.
 
-    Means are linear, so the parts add up, and to the median duration. None where the strategy
+    Means are linear, so the parts still add up, and to the median duration. None if the strategy
     shows no steps.
     """
     if not all(trial.has_steps for trial in trials):
         return None
     ranked = sorted(trials, key=lambda trial: trial.duration_ns)
-    middle = [account(trial) for trial in ranked[(len(ranked) - 1) // 2 : len(ranked) // 2 + 1]]
-    return Account(*(float(np.mean([getattr(a, part) for a in middle])) for part in PARTS))
+    middle = ranked[(len(ranked) - 1) // 2 : len(ranked) // 2 + 1]
+    budgets = [time_budget(trial) for trial in middle]
+    return TimeBudget(*(float(np.mean([getattr(b, part) for b in budgets])) for part in PARTS))
 
 
-def account(recording: Recording) -> Account:
-    """Return the account of one trial that has steps."""
+def time_budget(recording: Recording) -> TimeBudget:
+    """Return the budget of one trial that has steps."""
     spent = recording.span_ends_ns - recording.spans.start_ns
     reads = recording.spans.chunks > 0  # these spans have one step each
-    slots, few = _Slots.of(recording), recording.header.slots
+    kinds, slots = SlotKinds.of(recording), recording.header.slots
     # Whole nanoseconds × slots, so that it does not matter where the log splits equal steps.
     useful, finished, empty, idle_rows = (
-        _product(spent[~reads], kind[~reads]) / few
-        for kind in (slots.useful, slots.finished, slots.empty, slots.stalled)
+        _product(spent[~reads], kind[~reads]) / slots
+        for kind in (kinds.useful, kinds.finished, kinds.empty, kinds.stalled)
     )
     decode = _decode_phase(recording, spent[reads], reads)
-    prompt, share, reading = spent[reads] - decode, decode / few, slots.where(reads)
-    wanting = reading.prompts + reading.sitting_out  # above 0 if prompts are read
-    prefill = share * reading.prompts + prompt * reading.prompts / wanting
-    stalled = share * reading.stalled + prompt * reading.sitting_out / wanting
+    prompt, share, reading = spent[reads] - decode, decode / slots, kinds.where(reads)
+    # Requests that are not done and whose prompt is not computed in this pass.
+    kept_waiting = reading.useful + reading.stalled
+    concerned = reading.prompts + kept_waiting  # above 0, since prompts are read
+    prefill = share * reading.prompts + prompt * reading.prompts / concerned
+    stalled = share * reading.stalled + prompt * kept_waiting / concerned
     padding = prefill * _padding(recording)
     waiting, host, overlap = _between(recording)
-    residual = wall_ns(recording) - int(recording.span_ends_ns[-1]) + overlap
     parts = (
         useful + share @ reading.useful,
         finished + share @ reading.finished,
@@ -221,9 +224,9 @@ def account(recording: Recording) -> Account:
         idle_rows + stalled.sum(),
         waiting,
         host,
-        residual,
+        wall_ns(recording) - int(recording.span_ends_ns[-1]) + overlap,
     )
-    return Account(*(float(ns) / 1e9 for ns in parts))
+    return TimeBudget(*(float(ns) / 1e9 for ns in parts))
 
 
 def _product(ns: Ints, slots: Ints) -> int | float:
@@ -233,39 +236,8 @@ def _product(ns: Ints, slots: Ints) -> int | float:
 
 
 def wall_ns(recording: Recording) -> int:
-    """Start of the trial to when the loop knew that all was done, on the host's own clock."""
+    """Return the time from the start to when the loop knew that all was done, on the host."""
     return int(recording.header.about.get("wall_ns", recording.duration_ns))
-
-
-@dataclass(frozen=True, eq=False)
-class _Slots:
-    """What the slots do in each span, ``[spans]`` each; all but ``sitting_out`` add up to them."""
-
-    useful: Ints
-    finished: Ints
-    empty: Ints
-    prompts: Ints  # have a piece of their prompt computed
-    stalled: Ints  # hold a request that is not done, and nothing is computed for it
-
-    @property
-    def sitting_out(self) -> Ints:
-        """Requests that are not done and whose prompt is not computed now."""
-        return self.useful + self.stalled
-
-    def where(self, chosen: NDArray[np.bool_]) -> _Slots:
-        """Return the chosen spans."""
-        return _Slots(*(getattr(self, f.name)[chosen] for f in fields(self)))
-
-    @classmethod
-    def of(cls, recording: Recording) -> _Slots:
-        """Counted at the first step of each span: within one nobody comes, ends or leaves."""
-        r, s, step = recording.requests, recording.spans, recording.first_steps
-        released = np.searchsorted(np.sort(r.released), step, side="right")
-        held = np.searchsorted(np.sort(r.admitted), step, side="right") - released
-        finished = np.searchsorted(np.sort(r.last), step) - released
-        useful = np.where(s.decoding > 0, s.decoding - finished, 0)
-        empty = recording.header.slots - held
-        return cls(useful, finished, empty, s.chunks, held - finished - useful - s.chunks)
 
 
 def _decode_phase(recording: Recording, spent: Ints, reads: NDArray[np.bool_]) -> Floats:
@@ -308,12 +280,11 @@ def _padding(recording: Recording) -> Floats:
 
 
 def _between(recording: Recording) -> tuple[int, int, int]:
-    """Time between the steps in ns: waited, spent by the host, and (negative) counted twice."""
-    starts, ends = recording.spans.start_ns, recording.span_ends_ns
-    before = np.concatenate([[0], ends[:-1]])
+    """Return the time between steps in ns: waited, used by the host, and (negative) overlap."""
+    starts, before = recording.spans.start_ns, _previous_ends(recording)
     starts_or_later = np.maximum(starts, before)
     w = recording.waits
-    # A wait lasts until what it waited for; what it oversleeps is the host's.
+    # A wait lasts until its target time; what it oversleeps is the host's.
     over = np.maximum(np.minimum(w.end_ns, w.until_ns), w.start_ns)
     by_start = waited_by(recording, starts_or_later, over)
     waited = int((by_start - waited_by(recording, before, over)).sum())
@@ -321,39 +292,40 @@ def _between(recording: Recording) -> tuple[int, int, int]:
     return waited, gaps - waited, int(np.minimum(starts - before, 0).sum())
 
 
-def explain(
-    recordings: Mapping[str, Sequence[Recording]], warm_up_s: float | None
-) -> dict[str, Any]:
-    """``explain`` of the result: each strategy's account, and the waterfalls from the first.
+def explain(recordings: Mapping[str, Sequence[Recording]], warm_up_s: float | None) -> Explain:
+    """Return ``explain`` of the result: each strategy's budget, and the waterfalls.
 
     Args:
         recordings: the trials of each strategy; the first is the baseline.
-        warm_up_s: what the warm-up before all trials took; None where there was none.
+        warm_up_s: duration of the warm-up before all trials; None if there was none.
     """
-    accounts = {name: account_of(trials) for name, trials in recordings.items()}
-    baseline, *candidates = accounts
-    return {
-        "strategies": {
-            name: None
-            if found is None
-            else {"wall_s": found.wall_s, "parts": asdict(found), "warm_up_s": warm_up_s}
-            for name, found in accounts.items()
-        },
-        "waterfall": [
-            {"baseline": baseline, "candidate": name, **waterfall(before, after)}
-            for name in candidates
-            if (before := accounts[baseline]) is not None and (after := accounts[name]) is not None
-        ],
+    budgets = {name: typical_budget(trials) for name, trials in recordings.items()}
+    baseline, *candidates = budgets
+    strategies: dict[str, TimeBudgetData | None] = {
+        name: None
+        if budget is None
+        else {
+            "wall_s": budget.wall_s,
+            "parts": cast("TimeParts", asdict(budget)),
+            "warm_up_s": warm_up_s,
+        }
+        for name, budget in budgets.items()
     }
+    waterfalls: list[Waterfall] = []
+    for name in candidates:
+        before, after = budgets[baseline], budgets[name]
+        if before is not None and after is not None:
+            saved, steps = waterfall(before, after)
+            waterfalls.append(
+                {"baseline": baseline, "candidate": name, "saved_s": saved, "steps": steps}
+            )
+    return {"strategies": strategies, "waterfall": waterfalls}
 
 
-def waterfall(baseline: Account, candidate: Account) -> dict[str, Any]:
-    """Seconds that each part gave to the difference, in the order of the parts.
-
-    Positive is saved, negative lost; they add up to the difference of the wall times.
-    """
-    steps = [
+def waterfall(baseline: TimeBudget, candidate: TimeBudget) -> tuple[float, list[SavedPart]]:
+    """Return the seconds saved in all and by each part; a negative part was lost."""
+    steps: list[SavedPart] = [
         {"part": part, "saved_s": getattr(baseline, part) - getattr(candidate, part)}
         for part in PARTS
     ]
-    return {"saved_s": baseline.wall_s - candidate.wall_s, "steps": steps}
+    return baseline.wall_s - candidate.wall_s, steps

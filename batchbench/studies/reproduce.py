@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
 
 from batchbench import settings
 from batchbench.batching.experiment import EXECUTIONS, Experiment
@@ -19,9 +18,9 @@ from batchbench.batching.session import Session, run_session
 from batchbench.batching.step_cost import KnownCost
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
-from batchbench.reports import slo
 from batchbench.reports.result import Result, make_result
-from batchbench.reports.statistics import CONFIDENCE, FEWEST_PAIRS
+from batchbench.reports.slo import GoalsSpec
+from batchbench.reports.statistics import FEWEST_PAIRS, interval_of_ratio
 from batchbench.studies.gate.counts import flat
 from batchbench.studies.sweep.grid import named_files
 from batchbench.version import __version__
@@ -156,7 +155,8 @@ def check_counters(recorded: Result, again: Result) -> Iterator[Check]:
     """Each strategy's counters; observations where who waits depends on the machine's speed."""
     exact = recorded.data["simulated"] or recorded.data["workload"]["closed"]
     for name, strategy in recorded.data["strategies"].items():
-        then, now = strategy["counters"], again.data["strategies"][name]["counters"]
+        then: Any = strategy["counters"]
+        now: Any = again.data["strategies"][name]["counters"]
         if then is None or now is None:  # it schedules for itself, and shows no steps
             continue
         other = [key for key, value in then.items() if now[key] != value]
@@ -228,18 +228,6 @@ def _check_ratio(name: str, then: Any, now: Any, unit: str, *, exact: bool) -> C
     low, high = interval_of_ratio(then, now)
     text = f"{here}, {np.exp(np.log(now).mean() - np.log(then).mean()):.2f}× ({low:.2f}–{high:.2f})"
     return Check(name, recorded, text, AGREES if low <= 1 <= high else DIFFERS, exact=False)
-
-
-def interval_of_ratio(then: Any, now: Any) -> tuple[float, float]:
-    """The 95 % interval of now / then, ratio of geometric means; both ends are equal where all
-    values are."""
-    a, b = np.log(now), np.log(then)
-    first = a[0] - b[0]
-    a, b = a - a[0], b - b[0]  # scipy warns of values that hardly differ and are not near 0
-    if not (a.any() or b.any()):
-        return (float(np.exp(first)),) * 2
-    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
-    return float(np.exp(first + low)), float(np.exp(first + high))
 
 
 # On a terminal
@@ -341,7 +329,8 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Receipt:
         )
     if any(check.verdict == DIFFERS for check in checks):
         return Receipt(data["command"], differences, checks, None)
-    again = make_result(run_session(session), slo.from_config(data["config"]["goals"]))
+    goals = settings.from_json(GoalsSpec, data["config"]["goals"])
+    again = make_result(run_session(session), goals)
     checks += check_counters(recorded, again)
     if not data["simulated"]:
         alike = is_alike(differences)

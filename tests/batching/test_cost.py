@@ -21,7 +21,7 @@ from batchbench.batching.trials import SMALL_STEPS, small_batches
 from batchbench.errors import UsageError
 from batchbench.reports.prediction import (
     FEWEST_STEPS,
-    Work,
+    StepSample,
     beyond,
     changes_of,
     counts_of,
@@ -159,11 +159,11 @@ def test_a_fit_finds_the_coefficients_that_made_the_times() -> None:
         measured(run(varied(i), Config(policy, slots), TRUE))
         for i, (policy, slots) in enumerate([("static", 8), ("continuous", 8), ("continuous", 3)])
     ]
-    found = fit_cost(Work.of(trials))
+    found = fit_cost(StepSample.of(trials))
     for name, true in TRUE.as_dict().items():
         if name != "bends":
             assert getattr(found, name) == pytest.approx(true, rel=0.05), name
-    held_out = quality_of(Work.of(trials))
+    held_out = quality_of(StepSample.of(trials))
     assert held_out.r2 is not None
     assert held_out.r2 > 0.99
     assert abs(held_out.total_error) < 0.01
@@ -179,16 +179,18 @@ def test_steps_in_which_something_else_ran_do_not_bend_the_line() -> None:
         ends = trial.ends_ns + late
         starts = trial.spans.start_ns + np.concatenate([[0], late[:-1]])[trial.first_steps]
         hit.append(replace(trial, ends_ns=ends, spans=replace(trial.spans, start_ns=starts)))
-    clean, found = fit_cost(Work.of(trials)), fit_cost(Work.of(hit))
+    clean, found = fit_cost(StepSample.of(trials)), fit_cost(StepSample.of(hit))
     assert found.row_ns / found.step_ns == pytest.approx(clean.row_ns / clean.step_ns, rel=0.3)
     # What they took is still part of the whole.
-    work = Work.of(hit)
+    work = StepSample.of(hit)
     assert spent_of(found, work.counts).sum() == pytest.approx(work.spent_ns.sum(), rel=0.05)
 
 
 def test_what_the_steps_cannot_tell_apart_is_left_to_the_constant() -> None:
     workload = workload_of([(5, 40, 0)] * 8)
-    found = fit_cost(Work.of([measured(run(workload, Config("static", 8, prefill="mixed"), TRUE))]))
+    found = fit_cost(
+        StepSample.of([measured(run(workload, Config("static", 8, prefill="mixed"), TRUE))])
+    )
     assert found.row_ns * 8 < 0.02 * found.step_ns
 
 

@@ -30,11 +30,10 @@ from batchbench.reports.figures import draw
 from batchbench.reports.formats.html import Labelled, render
 from batchbench.reports.formats.terminal import sentence
 from batchbench.reports.formats.trace_events import _cut, trace_events
-from batchbench.reports.frames import requests_frame, steps_frame
 from batchbench.reports.latency import e2el_ms, gaps_ms, queue_ms, tpot_ms, ttft_ms
+from batchbench.reports.output import requests_frame, steps_frame
 from batchbench.reports.result import make_result, remake_result, to_json
-from batchbench.reports.result_file import SCHEMA_FILE
-from batchbench.reports.schema import fault_of
+from batchbench.reports.result_file import SCHEMA_FILE, fault_of
 from batchbench.workloads import Workload
 from batchbench.workloads.spec import WorkloadSpec
 

@@ -493,7 +493,7 @@ def test_show_draws_where_asked_and_replaces_nothing_unasked(program: Program, h
     assert sorted(f.name for f in (here / "mine").iterdir()) == ["workload.png", "workload.svg"]
     assert (here / "mine" / "workload.png").read_bytes().startswith(b"\x89PNG")
     svg = (here / "mine" / "workload.svg").read_text(encoding="utf-8")
-    for text in ("prompt tokens of a request", "output tokens of a request", "4 requests/s"):
+    for text in ("prompt tokens per request", "output tokens per request", "4 requests/s"):
         assert text in svg
     assert 'id="come"' in svg
     refused = program(*words)

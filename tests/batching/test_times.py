@@ -22,11 +22,11 @@ from batchbench.reports.metrics import decode_steps, full_kv_tokens
 from batchbench.reports.prediction import changes_of, counts_of
 from batchbench.reports.replay.frames import Reel
 from batchbench.reports.time_budget import (
-    account,
     arrival_lag_ms,
     arrival_rate,
     host_share,
     littles_law,
+    time_budget,
 )
 from batchbench.studies.capacity.probe import queue_growth
 from batchbench.workloads import Workload
@@ -142,7 +142,7 @@ def everything(recording: Recording, limits_ms: Mapping[str, float]) -> dict[str
         "rate": arrival_rate(recording),
         "host": host_share(recording),
         "little": pytest.approx(littles_law(recording), abs=1e-12),
-        "account": account(recording),
+        "account": time_budget(recording),
         "growth": queue_growth(recording),
         "decode steps": (steps.took_ns.tolist(), steps.rows.tolist()),
         "cached": full_kv_tokens(recording),

@@ -419,8 +419,8 @@ def test_it_says_what_it_found_and_the_same_again(program: Program, tmp_path: Pa
     ("words", "said"),
     [
         ((), "--slo: give one or more latency limits, such as --slo ttft:500"),
-        (("--slo", "ttft:0.5"), "--slo ttft:0.5: no rate is low enough, since requests take "
-         "1 ms even without load (p90 of ttft, one at a time); raise the limit above that, or lower "),
+        (("--slo", "ttft:0.5"), "--slo ttft:0.5: no rate is low enough, since requests take 1 ms "
+         "even without load (p90 of ttft, one at a time); raise the limit above that, or lower "),
         (("--slo", "e2el:50"), "--slo e2el:50: no rate is low enough, since requests take "
          "100 ms even without load (p90 of e2el"),
         (("--slo", "ttft:9", "--batch-size", "64"), "--queue-size 60: continuous sustains even a "

@@ -1,4 +1,4 @@
-"""The account of the time: it adds up, each cause lands in its own part, and it is shown whole."""
+"""The time budget: it adds up, each cause lands in its own part, and it is shown whole."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from batchbench.reports.formats.terminal import account_table, causes, render
 from batchbench.reports.result import Result
 from batchbench.reports.time_budget import (
     PARTS,
-    Account,
-    account,
-    account_of,
+    TimeBudget,
     explain,
+    time_budget,
+    typical_budget,
     wall_ns,
     waterfall,
 )
@@ -75,7 +75,7 @@ def uneven(recording: Recording, seed: int) -> Recording:
 @given(workloads(), configs(waits=(0, 25)))
 def test_in_simulation_the_parts_are_the_duration(workload: Workload, config: Config) -> None:
     recording = serve(workload, config)
-    found = account(recording)
+    found = time_budget(recording)
     assert math.fsum(asdict(found).values()) == seconds(recording.duration_ns)
     assert min(asdict(found).values()) >= 0
     assert (found.host_s, found.residual_s, found.prefill_padding_s) == (0, 0, 0)
@@ -89,7 +89,7 @@ def test_of_measured_times_the_parts_are_the_wall_time(
     workload: Workload, config: Config, seed: int
 ) -> None:
     recording = uneven(serve(workload, config), seed)
-    found = account(recording)
+    found = time_budget(recording)
     assert math.fsum(asdict(found).values()) == seconds(wall_ns(recording))
     assert min(asdict(found).values()) >= 0
     assert found.residual_s == seconds(7)
@@ -103,7 +103,7 @@ def test_where_every_step_costs_the_same_shares_are_slot_steps(
     workload: Workload, config: Config
 ) -> None:
     recording = serve(workload, config)
-    found, counted = account(recording), metrics.counters(recording)
+    found, counted = time_budget(recording), metrics.counters(recording)
     of_a_slot = STEP_NS / config.slots
     later_tokens = counted["useful_slot_steps"] - len(workload)  # the first is the prompt's
     assert found.useful_decode_s == seconds(later_tokens * of_a_slot)
@@ -132,7 +132,7 @@ def test_it_is_what_one_finds_slot_by_slot(workload: Workload, config: Config, s
         expected["useful_decode_s"] += share * running.sum()
         expected["finished_s"] += share * held.sum()
         expected["empty_s"] += share * (config.slots - running.sum() - held.sum())
-    found = asdict(account(recording))
+    found = asdict(time_budget(recording))
     for part in (*DECODE, *PREFILL):
         assert found[part] == seconds(expected[part]), part
 
@@ -206,7 +206,7 @@ def test_a_mixed_pass_charges_prompts_with_what_it_takes_longer() -> None:
         requests=[(0, 0, 3, 4), (2, 2, 3, 4)],
         prompts=[(0, 5), (1, 5)],
     )
-    found = account(mixed)
+    found = time_budget(mixed)
     assert found.useful_decode_s == seconds(10 / 2 + 10 / 2 + 14)
     assert found.empty_s == seconds(10 / 2)
     assert found.prefill_useful_s == seconds(20 + 10 / 2 + 6 / 2)
@@ -222,9 +222,9 @@ def test_what_decoding_takes_beside_a_prompt_is_the_median_of_steps_and_not_of_s
     columns = {name: column[keep] for name, column in vars(each.spans).items()}
     columns["steps"] = np.array([1, 4, 1, 1, 1])
     joined = replace(each, spans=SpanLog(**columns))
-    assert account(each) == account(joined)
+    assert time_budget(each) == time_budget(joined)
     # The pass with a prompt took 16, of which decoding alone takes 10.
-    assert account(joined).stalled_s == seconds(6 / 2)
+    assert time_budget(joined).stalled_s == seconds(6 / 2)
 
 
 def test_a_mixed_pass_is_laid_upon_decode_where_nothing_tells_what_that_costs_alone() -> None:
@@ -234,7 +234,7 @@ def test_a_mixed_pass_is_laid_upon_decode_where_nothing_tells_what_that_costs_al
         requests=[(0, 0, 1, 2), (1, 1, 1, 2)],
         prompts=[(0, 5), (1, 5)],
     )
-    found = account(mixed)
+    found = time_budget(mixed)
     assert (found.stalled_s, found.useful_decode_s) == (0, seconds(26 / 2))
     assert found.prefill_useful_s == seconds(20 + 26 / 2)
 
@@ -247,7 +247,7 @@ def test_a_mixed_pass_that_is_quicker_than_others_charges_prompts_with_nothing()
         requests=[(0, 0, 2, 3), (2, 2, 2, 3)],
         prompts=[(0, 5), (1, 5)],
     )
-    assert account(quick).stalled_s == 0
+    assert time_budget(quick).stalled_s == 0
 
 
 @pytest.mark.parametrize(("pads", "padding"), [(True, 40 * 6 / 20), (False, 0)])
@@ -259,7 +259,7 @@ def test_padding_is_what_the_engine_computes_beyond_the_prompts(pads: bool, padd
         prompts=[(0, 4), (1, 10)],
         pads_prompts=pads,
     )
-    found = account(prefill)
+    found = time_budget(prefill)
     assert found.prefill_padding_s == seconds(padding)
     assert found.prefill_useful_s == seconds(40 - padding)
 
@@ -267,7 +267,7 @@ def test_padding_is_what_the_engine_computes_beyond_the_prompts(pads: bool, padd
 def test_waiting_is_up_to_what_was_waited_for_and_never_while_a_step_is_under_way() -> None:
     """Steps from 10 to 30 and 90 to 100. A host that ran ahead waits from 15 on, until 70; it
     sleeps on to 80. The first wait begins at 2, for 8."""
-    found = account(
+    found = time_budget(
         trial(
             (10, 30, 0, 1),
             (90, 100, 0, 1),
@@ -285,7 +285,7 @@ def test_waiting_is_up_to_what_was_waited_for_and_never_while_a_step_is_under_wa
 
 def test_clocks_that_disagree_show_in_the_residual() -> None:
     """The second step begins 5 before the first ends; the host's clock tells 2 less."""
-    found = account(
+    found = time_budget(
         trial(
             (0, 30, 0, 1),
             (25, 40, 1, 0),
@@ -300,10 +300,10 @@ def test_clocks_that_disagree_show_in_the_residual() -> None:
 
 def test_of_several_trials_it_is_the_one_of_median_duration() -> None:
     paces = (10e6, 13e6, 11e6)
-    ranked = [account(measured("static", step_ns=pace)) for pace in sorted(paces)]
+    ranked = [time_budget(measured("static", step_ns=pace)) for pace in sorted(paces)]
     odd, even = ([measured("static", step_ns=p) for p in paces[:n]] for n in (3, 2))
-    assert account_of(odd) == ranked[1]
-    middle = account_of(even)
+    assert typical_budget(odd) == ranked[1]
+    middle = typical_budget(even)
     assert middle is not None
     assert middle.wall_s == seconds(1e9 * (ranked[0].wall_s + ranked[2].wall_s) / 2)
     assert middle.wall_s == pytest.approx(metrics.summary(even)["duration"])
@@ -320,7 +320,7 @@ def without_steps(recording: Recording) -> Recording:
     )
 
 
-def test_a_strategy_that_shows_no_steps_has_no_account() -> None:
+def test_a_strategy_that_shows_no_steps_has_no_time_budget() -> None:
     theirs = [without_steps(r) for r in trials_of("continuous")]
     found = explain({"static": trials_of("static"), "theirs": theirs}, 1.5)
     assert found["strategies"]["theirs"] is None
@@ -369,7 +369,7 @@ class Slow(Watch):
             self._host()
 
 
-Serve = Callable[[dict[str, float]], tuple[Account, dict[str, Plant]]]
+Serve = Callable[[dict[str, float]], tuple[TimeBudget, dict[str, Plant]]]
 
 FULL = Workload.of("full batch", [[5, 6, 7], [9], [3, 4], [8, 8]] * 2, [8] * 8)
 """Two full batches of equal outputs under static batching: no slot is ever idle."""
@@ -401,11 +401,11 @@ def planted(make_model: MakeModel) -> Callable[[str, str, str, Workload], Serve]
         engine._advance = delayed
         batcher = Batcher(policy, engine, slots, prefill=prefill)
 
-        def run(delays: dict[str, float]) -> tuple[Account, dict[str, Plant]]:
+        def run(delays: dict[str, float]) -> tuple[TimeBudget, dict[str, Plant]]:
             for where, plant in plants.items():
                 plant.delay_s, plant.spent_s = delays.get(where, 0.0), 0.0
             recording = batcher.serve(workload, Slow(plants["host"], len(workload)))
-            found = account(recording)
+            found = time_budget(recording)
             assert math.fsum(asdict(found).values()) == seconds(wall_ns(recording))
             return found, plants
 
@@ -577,7 +577,7 @@ def test_the_picture_shows_the_account() -> None:
     recordings = {"static": trials_of("static"), "continuous": trials_of("continuous")}
     figure = draw(recordings, "title")["account"]
     for i, trials in enumerate(recordings.values()):
-        found = account_of(trials)
+        found = typical_budget(trials)
         assert found is not None
         drawn = {part: bars(figure, f"{part}-{i}") for part in PARTS}
         for part, ((_, width),) in drawn.items():
@@ -589,7 +589,7 @@ def test_the_picture_shows_the_account() -> None:
 def test_the_picture_of_the_waterfall_leads_from_one_end_to_the_other() -> None:
     recordings = {"static": trials_of("static"), "continuous": trials_of("continuous")}
     figure = draw(recordings, "title")["account"]
-    before, after = (account_of(trials) for trials in recordings.values())
+    before, after = (typical_budget(trials) for trials in recordings.values())
     assert before is not None
     assert after is not None
     at, row = before.wall_s, 1
@@ -599,7 +599,7 @@ def test_the_picture_of_the_waterfall_leads_from_one_end_to_the_other() -> None:
         at, row = left, row + 1
     assert row > 2
     assert at == pytest.approx(after.wall_s)
-    assert waterfall(before, after)["saved_s"] == pytest.approx(before.wall_s - at)
+    assert waterfall(before, after)[0] == pytest.approx(before.wall_s - at)
 
 
 def test_the_picture_says_who_shows_no_steps() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.laws import Config, serve, workload_of
+from support.occupancy import occupancy
 
 from batchbench.batching.recording import Header, Recording
 from batchbench.reports import metrics
@@ -173,7 +174,7 @@ def test_counters_of_pieces_of_prompts_beside_a_request_that_decodes() -> None:
 
 
 def test_occupancy() -> None:
-    found = metrics.occupancy(STATIC)
+    found = occupancy(STATIC)
     assert (found.start_s * 1e9).tolist() == close([0, 10, 20, 30, 40])
     assert (found.end_s * 1e9).tolist() == close([10, 20, 30, 40, 50])
     assert found.running.tolist() == [2, 1, 1, 1, 1]

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.laws import STEP_NS, Config, configs, law, serve, workload_of, workloads
+from support.occupancy import occupancy
 from support.replay import replay
 
 from batchbench.batching.batcher import Batcher
@@ -26,7 +27,7 @@ from batchbench.reports import time_budget as timekeeping
 from batchbench.reports.latency import Latencies, e2el_ms, gaps_ms, queue_ms, tpot_ms, ttft_ms
 from batchbench.reports.replay.frames import PROMPT, Reel
 from batchbench.reports.statistics import Distribution
-from batchbench.reports.time_budget import account
+from batchbench.reports.time_budget import time_budget
 from batchbench.workloads import Request, Workload
 
 KINDS = ("useful", "prompt", "finished", "empty", "stalled")
@@ -390,7 +391,7 @@ def test_a_batch_that_waits_for_the_budget_stalls_in_its_slots(
     assert (found["stalled_slot_steps"], found["empty_slot_steps"]) == (stalled, empty)
     assert not recording.spans.waiting.any()
     assert recording.requests.admitted.tolist() == [0, 0, 0]
-    parts = account(recording)
+    parts = time_budget(recording)
     assert parts.stalled_s > 0
     assert (parts.empty_s > 0) == (empty > 0)
     # It waits to be computed: that is queue time, as before.
@@ -411,7 +412,7 @@ def test_occupancy_is_what_the_slots_hold_in_each_step(
     workload: Workload, config: Config, uneven: bool
 ) -> None:
     engine, recording = witnessed(workload, config, uneven)
-    found = metrics.occupancy(recording)
+    found = occupancy(recording)
     running = [config.slots - s.kinds["empty"] - s.kinds["finished"] for s in engine.log]
     assert found.running.tolist() == running
     assert found.finished.tolist() == [s.kinds["finished"] for s in engine.log]

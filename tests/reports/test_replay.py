@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 from support.laws import Config, configs, law, serve, workloads
+from support.occupancy import occupancy
 from support.program import on_a_terminal
 from support.results import CLASSIC, clean, result_of, simulated, trials_of, verdicts
 
@@ -23,7 +24,6 @@ from batchbench.batching.recording import Recording, token_steps
 from batchbench.cli.main import _guarded
 from batchbench.cli.watch import play
 from batchbench.errors import Interrupted, UsageError
-from batchbench.reports.metrics import occupancy
 from batchbench.reports.output import write_folder
 from batchbench.reports.replay.frames import (
     EMPTY,

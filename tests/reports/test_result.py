@@ -6,11 +6,21 @@ import functools
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import (
+    Any,
+    Literal,
+    NoReturn,
+    NotRequired,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import numpy as np
 import pandas as pd
@@ -38,16 +48,15 @@ from batchbench.cli.output import output_folder
 from batchbench.errors import UsageError
 from batchbench.files import check_folder, default_folders
 from batchbench.reports import output as folders
-from batchbench.reports.frames import requests_frame, steps_frame
 from batchbench.reports.latency import ttft_ms
-from batchbench.reports.output import write_folder
+from batchbench.reports.output import requests_frame, steps_frame, write_folder
 from batchbench.reports.result import (
     Result,
     load_result,
     remake_result,
     to_json,
 )
-from batchbench.reports.result_file import SCHEMA_FILE
+from batchbench.reports.result_file import SCHEMA_FILE, ResultData, Stall, Validity
 
 kinds = pytest.mark.parametrize("make", KINDS)
 
@@ -142,6 +151,55 @@ def test_the_schema_knows_of_no_other_names() -> None:
         more = plain(clean())
         at(more, path)["surprise"] = 1
         assert not validator().is_valid(more), path
+
+
+def without_null(schema: Any) -> Any:
+    """The part of the schema for values that are not null, with its reference followed."""
+    choices = schema.get("anyOf", schema.get("oneOf", [schema]))
+    some = [choice for choice in choices if choice.get("type") != "null"]
+    schema = some[0] if len(some) == 1 else {}
+    return SCHEMA["$defs"][schema["$ref"].split("/")[-1]] if "$ref" in schema else schema
+
+
+def faults_of_type(hint: Any, schema: Any, place: str) -> Iterator[str]:
+    """Yield the places at which a type and a part of the schema have other names."""
+    if get_origin(hint) is NotRequired or NoneType in get_args(hint):
+        yield from faults_of_type(get_args(hint)[0], schema, place)
+        return
+    schema, inner = without_null(schema), get_args(hint)
+    if is_typeddict(hint):
+        hints, known = get_type_hints(hint, include_extras=True), schema["properties"]
+        if hints.keys() != known.keys() and (
+            schema.get("additionalProperties") is False or known.keys() - hints.keys()
+        ):
+            yield f"{place}: {sorted(hints.keys() ^ known.keys())} are in one of them"
+        needed = {name for name, of in hints.items() if get_origin(of) is not NotRequired}
+        if needed & known.keys() != set(schema.get("required", ())) and hint.__total__:
+            yield f"{place}: {needed ^ set(schema.get('required', ()))} are required in one of them"
+        for name in known.keys() & hints.keys():
+            yield from faults_of_type(hints[name], known[name], f"{place}.{name}")
+    elif get_origin(hint) is list and "items" in schema:
+        yield from faults_of_type(inner[0], schema["items"], f"{place}[]")
+    elif get_origin(hint) is dict and isinstance(schema.get("additionalProperties"), dict):
+        yield from faults_of_type(inner[1], schema["additionalProperties"], f"{place}.*")
+    elif get_origin(hint) is Literal and set(inner) != set(schema["enum"]):
+        yield f"{place}: {inner}"
+    elif schema.get("properties", {}).keys() and hint != dict[str, Any]:  # options of the specs
+        yield f"{place}: has no type"
+
+
+SCHEMA = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+
+
+def test_the_types_of_a_result_have_the_names_of_the_schema() -> None:
+    assert list(faults_of_type(ResultData, SCHEMA, "result")) == []
+
+
+def test_the_schema_and_a_type_that_differ_are_told_apart() -> None:
+    known = SCHEMA["properties"]
+    assert list(faults_of_type(Stall, known["workload"], "it")) != []
+    less = {**known["validity"], "required": []}
+    assert list(faults_of_type(Validity, less, "it")) != []
 
 
 def test_what_is_shown_follows_from_what_is_counted() -> None:
@@ -343,7 +401,7 @@ def test_a_result_is_written_whole_or_not_at_all(
         assert plain(remake_result(load_result(tmp_path))) == plain(old)
 
 
-@pytest.mark.parametrize("broken", ["draw", "render", "requests_frame", "to_json"])
+@pytest.mark.parametrize("broken", ["draw", "figure_bytes", "requests_frame", "to_json"])
 @pytest.mark.usefixtures("quick")
 def test_a_fault_while_rendering_leaves_the_old_result_as_it_was(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Recording
 from batchbench.reports import metrics
+from batchbench.reports.result_file import Counters
 from batchbench.reports.text import NO_BREAK, clean_text, spell_number
 
 LOOKS: dict[str, tuple[str, Any]] = {
@@ -137,7 +138,7 @@ class Strategy:
         return {"color": self.colour, "ls": self.dashes, "lw": 2}
 
     @cached_property
-    def counted(self) -> dict[str, int]:
+    def counted(self) -> Counters:
         """Counters of the typical trial."""
         return metrics.counters(self.typical)
 

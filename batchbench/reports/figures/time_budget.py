@@ -28,7 +28,7 @@ from batchbench.reports.figures.card import (
     text_extent,
 )
 from batchbench.reports.text import spell_percent
-from batchbench.reports.time_budget import CAUSES, NAMES, PARTS, Account, account_of
+from batchbench.reports.time_budget import CAUSES, NAMES, PARTS, TimeBudget, typical_budget
 
 _ROW, _BAR = 0.62, 0.3  # inches: a strategy's row, and the bar at its lower end
 
@@ -55,7 +55,7 @@ _TINTS = {"useful_decode_s": 0.25, "prefill_useful_s": -0.55}
 _STACKED = sorted(PARTS, key=lambda part: part not in _TINTS)
 """What is useful stands first."""
 
-Accounted = tuple[Strategy, Account]
+Accounted = tuple[Strategy, TimeBudget]
 
 
 def draw_account(strategies: Sequence[Strategy], title: str) -> Figure:
@@ -63,7 +63,7 @@ def draw_account(strategies: Sequence[Strategy], title: str) -> Figure:
 
     A strategy that shows no steps has a row that says so.
     """
-    found = [(strategy, account_of(strategy.trials)) for strategy in strategies]
+    found = [(strategy, typical_budget(strategy.trials)) for strategy in strategies]
     accounts = [(strategy, account) for strategy, account in found if account is not None]
     longest = max((account.wall_s for _, account in accounts), default=1.0)
     unit = Unit.of(strategies, longest * 1e9)
@@ -89,7 +89,7 @@ def draw_account(strategies: Sequence[Strategy], title: str) -> Figure:
 def _stacks(
     card: Card,
     top: float,
-    found: Sequence[tuple[Strategy, Account | None]],
+    found: Sequence[tuple[Strategy, TimeBudget | None]],
     unit: Unit,
     longest: float,
 ) -> None:

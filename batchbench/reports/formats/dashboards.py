@@ -77,7 +77,7 @@ def prefixes(shown: Sequence[Labelled]) -> list[str]:
 
 
 def _of_strategy(result: Result, name: str) -> Iterator[Measure]:
-    strategy = result.data["strategies"][name]
+    strategy: Any = result.data["strategies"][name]
     for units, bigger in ((BIGGER, True), (SMALLER, False)):
         for metric, unit in units.items():
             value = strategy["summary"].get(metric)

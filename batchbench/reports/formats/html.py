@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
@@ -184,7 +184,10 @@ def _tiles(result: Result) -> list[tuple[str, str, str]]:
         ("Output throughput", "output_throughput", "tok/s"),
         ("TTFT p99", "p99_ttft_ms", "ms"),
     ):
-        value, other = (f"{number(s['summary'][metric])} {unit}" for s in (last, first))
+        value, other = (
+            f"{number(cast('float | None', s['summary'].get(metric)))} {unit}"
+            for s in (last, first)
+        )
         tiles.append((name, value, beside(other)))
     shares = [
         f"{100 * c['useful_slot_steps'] / c['slot_steps']:.0f} %" if c else "N/A"
@@ -218,7 +221,8 @@ def _left_out(result: Result, timelines: Sequence[charts.Timeline], window: int)
 
 def _accounts(result: Result) -> list[dict[str, Any]]:
     """Each strategy's wall time in parts, as shares of the longest."""
-    accounts: Mapping[str, Any] = (result.data.get("explain") or {"strategies": {}})["strategies"]
+    explain: Any = result.data.get("explain")
+    accounts: Mapping[str, Any] = explain["strategies"] if explain else {}
     known = {name: account for name, account in accounts.items() if account}
     longest = max((account["wall_s"] for account in known.values()), default=0.0) or 1.0
     decimals = decimals_of(longest)
@@ -244,9 +248,9 @@ def _accounts(result: Result) -> list[dict[str, Any]]:
 
 def _falls(result: Result) -> list[dict[str, Any]]:
     """The waterfall from the baseline to each candidate."""
-    explain = result.data.get("explain") or {"waterfall": []}
+    explain: Any = result.data.get("explain")
     shown = []
-    for fall in explain["waterfall"]:
+    for fall in explain["waterfall"] if explain else ():
         whole = explain["strategies"][fall["baseline"]]["wall_s"]
         ends = whole - fall["saved_s"]
         edges, at = [whole, ends], whole

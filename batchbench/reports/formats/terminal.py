@@ -30,7 +30,7 @@ EQUAL = 0.005
 
 def causes(result: Result) -> list[str]:
     """A line a candidate: what the time that it saved or lost was."""
-    explain = result.data["explain"]
+    explain: Any = result.data["explain"]
     lines = []
     for fall in explain["waterfall"]:
         whole = explain["strategies"][fall["baseline"]]["wall_s"]
@@ -205,14 +205,13 @@ def _latency(result: Result) -> str:
         f"{number(high)} ms under {called(baseline)}"
     )
     good = [strategies[n]["summary"]["slo_attainment"] for n in (candidate, baseline)]
-    if None in good:
+    shares = [f"{100 * share:.0f} %" for share in good if share is not None]
+    if len(shares) < len(good):
         return text
-    return (
-        f"{text}; {100 * good[0]:.0f} % against {100 * good[1]:.0f} % of requests within the SLOs"
-    )
+    return f"{text}; {' against '.join(shares)} of requests within the SLOs"
 
 
-def _outputs(checked: dict[str, Any]) -> str:
+def _outputs(checked: Mapping[str, Any]) -> str:
     total = checked["requests_checked"]
     text = f"outputs identical for {checked['identical']}/{total} requests"
     if checked["numerical_ties"]:
@@ -231,7 +230,7 @@ class _Row(NamedTuple):
     label: str
     unit: str
     metric: str | None  # name in the summary, for the paired ratio
-    value: Callable[[dict[str, Any]], float | None]
+    value: Callable[[Mapping[str, Any]], float | None]
 
 
 def _of_summary(label: str, unit: str, metric: str) -> _Row:
@@ -244,7 +243,7 @@ def _of_counters(label: str, unit: str, value: Callable[[dict[str, int]], float]
     )
 
 
-def _share(summary: dict[str, Any]) -> float | None:
+def _share(summary: Mapping[str, Any]) -> float | None:
     share = summary["slo_attainment"]
     return None if share is None else 100 * share
 
@@ -288,7 +287,7 @@ def _rows_of_lengths(result: Result) -> list[_Row]:
         low, high = found["min_output_tokens"], found["max_output_tokens"]
         name = f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
-        def value(strategy: dict[str, Any], i: int = i) -> float | None:
+        def value(strategy: Mapping[str, Any], i: int = i) -> float | None:
             mean: float | None = strategy["by_output_length"][i]["mean_slowdown"]
             return mean
 
@@ -465,7 +464,7 @@ def prediction_lines(result: Result) -> list[str]:
 def fit_lines(result: Result) -> list[str]:
     """Where a prediction goes beyond what taught it, and how well the fit tells steps held out."""
     found = result.data.get("prediction")
-    lines = _extrapolation((result.data.get("cost") or {}).get("extrapolates", []))
+    lines = _extrapolation(cost["extrapolates"] if (cost := result.data.get("cost")) else [])
     if found is None:
         return lines
     for told in _predicted(found):

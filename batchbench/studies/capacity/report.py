@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-import batchbench
+from batchbench import settings
 from batchbench.files import write_whole
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
@@ -31,11 +31,11 @@ from batchbench.reports.figures.card import (
     name_strategies,
     strip_axes,
 )
-from batchbench.reports.slo import as_config
 from batchbench.reports.statistics import CONFIDENCE
 from batchbench.reports.text import called, clean_text, number, spell_number
 from batchbench.studies.capacity.probe import GROWTH, Probe, Verdict
 from batchbench.studies.capacity.search import Capacity, CapacityFindings
+from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
@@ -171,11 +171,11 @@ def data_of(findings: CapacityFindings, command: str) -> dict[str, Any]:
     }
     return {
         "schema_version": SCHEMA_VERSION,
-        "batchbench_version": batchbench.__version__,
+        "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "simulated": findings.experiment.simulated,
-        "config": {**findings.experiment.config(), "goals": as_config(findings.query.goals)},
+        "config": {**findings.experiment.config(), "goals": settings.as_json(findings.query.goals)},
         "limits_ms": findings.query.goals.limits_ms,
         "slo_attainment": findings.query.attainment,
         "precision": findings.precision,

@@ -18,8 +18,7 @@ from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.errors import UsageError
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
-from batchbench.reports.result_file import read_time
-from batchbench.reports.schema import fault_of
+from batchbench.reports.result_file import fault_of, read_time
 from batchbench.studies.gate.counts import Work, work_told
 from batchbench.studies.gate.processes import Workers, draw_core
 from batchbench.studies.gate.turns import Turn

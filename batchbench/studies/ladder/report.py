@@ -19,7 +19,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-import batchbench
 from batchbench.batching.recording import Recording
 from batchbench.batching.step_cost import Ceiling, middle
 from batchbench.batching.trials import WarmUp
@@ -30,10 +29,12 @@ from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import INK, QUIET, Card, house_style, strip_axes
 from batchbench.reports.figures.card import make_card as make_page
 from batchbench.reports.result import output_digest, recording_files, workload_facts
+from batchbench.reports.result_file import Speedup
 from batchbench.reports.statistics import FEWEST_PAIRS, paired_ratio
 from batchbench.reports.text import clean_text, number, spell_number, spell_percent
 from batchbench.reports.time_budget import host_share
 from batchbench.studies.ladder.run import LadderOutcome
+from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
@@ -105,7 +106,7 @@ def make_ladder(outcome: LadderOutcome) -> LadderResult:
         )
     data = {
         "schema_version": SCHEMA_VERSION,
-        "batchbench_version": batchbench.__version__,
+        "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": ladder.command(),
         "config": ladder.config(),
@@ -182,9 +183,7 @@ def _median(values: Sequence[float | None]) -> float | None:
     return float(np.median(known)) if known else None
 
 
-def _speedup(
-    baseline: Sequence[Recording] | None, trials: Sequence[Recording]
-) -> dict[str, Any] | None:
+def _speedup(baseline: Sequence[Recording] | None, trials: Sequence[Recording]) -> Speedup | None:
     """Return how many times as fast the trials are, round by round; None of the baseline itself."""
     if baseline is None or baseline is trials:
         return None

@@ -31,6 +31,7 @@ from batchbench.reports.figures.card import (
     strip_axes,
 )
 from batchbench.reports.prediction import beyond, predict
+from batchbench.reports.result_file import metric
 from batchbench.reports.text import called, clean_text
 from batchbench.studies.predict.teacher import Teacher, read_spec
 from batchbench.version import __version__
@@ -131,7 +132,7 @@ def _point(recording: Recording, size: int, teacher: Teacher, measured: int) -> 
     found = metrics.trial_summary(recording)
     outside = tuple(beyond(teacher.known, [recording]))
     names = ("duration", "output_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms")
-    told: dict[str, Any] = {name: found[name] for name in (*names, "p99_e2el_ms")}
+    told: dict[str, Any] = {name: metric(found, name) for name in (*names, "p99_e2el_ms")}
     return Point(
         strategy=recording.header.strategy,
         batch_size=size,

@@ -241,7 +241,8 @@ def make_map(
     for (batch, spread, load), cell in cells.items():
         result = store.load(cell)
         contests, durations = contests_of(result, limits_ms)
-        outside = tuple(result.data["cost"]["extrapolates"])
+        cost = result.data.get("cost")
+        outside = tuple(cost["extrapolates"] if cost else ())
         rate = rates[batch, spread, load]
         places.append(Place(batch, spread, load, rate, cell, contests, durations, outside))
     return BreakEven(spec, teacher, limits_ms, places)
@@ -278,7 +279,9 @@ def contests_of(
     result: Result, limits_ms: Mapping[str, float]
 ) -> tuple[dict[str, Contest], dict[str, float]]:
     """All metrics of one cell, and how long each strategy took."""
-    told = {name: result.data["strategies"][name]["summary"] for name in STRATEGIES.split(",")}
+    told: dict[str, Any] = {
+        name: result.data["strategies"][name]["summary"] for name in STRATEGIES.split(",")
+    }
     static, continuous = told["static"], told["continuous"]
     good = {name: goodput(result, name, limits_ms) for name in told}
     contests = {

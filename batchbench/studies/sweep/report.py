@@ -15,11 +15,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from batchbench import settings
 from batchbench.batching.machine import environment
 from batchbench.files import write_whole
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.result import regoaled
-from batchbench.reports.slo import GoalsSpec, as_config
+from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.text import called, number, spell_option, spell_value
 from batchbench.studies.sweep.figures import PICTURES, draw_sweep
 from batchbench.studies.sweep.grid import Cell, Grid
@@ -101,7 +102,8 @@ def read_findings(grid: Grid, store: Store, goals: GoalsSpec) -> Findings:
             continue
         result = regoaled(store.load(cell), goals)
         rows += rows_of(cell, result)
-        cells.append(Finding(cell, {name: result.data[name] for name in _TOLD}))
+        data: Any = result.data
+        cells.append(Finding(cell, {name: data[name] for name in _TOLD}))
     own = {cell.digest for cell in grid.cells if cell.fault is None}
     return Findings(grid, goals, cells, rows, len(store) - len(own))
 
@@ -115,7 +117,7 @@ def to_json(findings: Findings, command: str, not_drawn: Mapping[str, str]) -> s
         "command": command,
         "simulated": findings.grid.simulated,
         "axes": {name: _plain(values) for name, values in findings.grid.axes.items()},
-        "goals": as_config(findings.goals),
+        "goals": settings.as_json(findings.goals),
         "environment": environment(),
         "cells": [_cell(found) for found in findings.cells],
         "pictures_not_drawn": not_drawn,

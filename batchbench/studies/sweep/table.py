@@ -28,7 +28,7 @@ def rows_of(cell: Cell, result: Result) -> list[Row]:
     ``--strategy`` is the column ``strategies``: the names that ran side by side, of which
     ``strategy`` is the row's own.
     """
-    data = result.data
+    data: Any = result.data
     options: Row = {"cell": cell.digest, "preset": data["config"]["preset"]}
     for part in OPTIONS:
         for name, value in data["config"].get(part, {}).items():
