@@ -86,7 +86,6 @@ class GateOutputSpec:
 
     @property
     def files(self) -> dict[str, Path]:
-        """Return the files to write, by the options that name them."""
         named = {"--markdown": self.markdown, "--junit": self.junit}
         return {
             option: file
@@ -107,11 +106,7 @@ class GateOutputSpec:
 
 
 def check_outputs(output: GateOutputSpec) -> None:
-    """Check, before anything is measured, that all files can be written; leave nothing behind.
-
-    Raises:
-        UsageError: a file cannot be written.
-    """
+    """Check, before anything is measured, that all files can be written; leave nothing behind."""
     from batchbench.files import check_file
 
     for option, file in output.files.items():
@@ -127,10 +122,6 @@ def conclude(gate: Gate, output: GateOutputSpec) -> None:
 
     All texts are made before the first is shown, so that an error in one shows no part of a
     verdict.
-
-    Raises:
-        UsageError: a file cannot be written.
-        typer.Exit: always, otherwise.
     """
     from batchbench.studies.gate import report
 
@@ -187,10 +178,7 @@ class RecordSpec:
     """The folder for the record of a duet or a check."""
 
     output: Path | None = setting(
-        None,
-        "Folder for duet.json or check.json, with all measurements.",
-        "Output",
-        metavar="DIR",
+        None, "Folder for duet.json or check.json, with all measurements.", "Output", metavar="DIR"
     )
     overwrite: bool = setting(False, "Replace the record in that folder.", "Output")
 
@@ -200,7 +188,6 @@ class RecordSpec:
 
 @contextmanager
 def _recording(record: RecordSpec, name: str) -> Iterator[None]:
-    """Claim the folder of a record, if there is one, for the block."""
     from batchbench.cli.output import interruptible, output_folder
 
     lost = "there is no answer"
@@ -431,8 +418,7 @@ def save(
 @app.command("show", help=SHOW_HELP)
 def show(
     file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="A saved baseline.", show_default=False),
+        Path, typer.Argument(metavar="FILE", help="A saved baseline.", show_default=False)
     ],
 ) -> None:
     """Show a baseline."""

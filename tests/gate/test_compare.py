@@ -461,8 +461,8 @@ def test_unlike_environments_are_compared_on_work_and_their_differences_listed()
 @pytest.mark.parametrize(
     ("condition", "also", "way"),
     [
-        ("output_throughput < -5%", {}, "or ratios such as speedup"),
-        ("output_throughput < -5%", {"allow_environment_mismatch": True}, "or ratios"),
+        ("output_throughput < -5%", {}, "compare ratios such as speedup"),
+        ("output_throughput < -5%", {"allow_environment_mismatch": True}, "ratios"),
         ("speedup < -5%", {}, "or give --allow-environment-mismatch"),
     ],
 )
@@ -686,7 +686,7 @@ SPOILED: dict[str, tuple[Callable[[Any], str], str]] = {
     "part": (inside("strategies", value=None), "is not a whole result"),
     "strategy": (
         inside("strategies", "continuous", value=None),
-        "new: has no strategy continuous, which base has; run both with --strategy static,con",
+        "new: has the strategies static, and base has static, continuous; run both with --str",
     ),
     "workload": (
         inside("workload", "digest", value="0" * 64),

@@ -170,7 +170,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("given", "error"),
     [
-        ({"json": True, "markdown": Path("-")}, "--json and --markdown -: both want standard"),
+        ({"json": True, "markdown": Path("-")}, "--json and --markdown -: both write to standard"),
         ({"junit": Path("-")}, "--junit -: give a file"),
         ({"junit": Path("a"), "markdown": Path("a")}, "--junit a: is the file of --markdown"),
         ({"github": "yes"}, "--github yes: must be one of auto, on, off"),

@@ -88,7 +88,6 @@ class Baseline:
 
     @property
     def age(self) -> str:
-        """Return its age in words."""
         days = self.age_days
         if days < -1e-3:
             return "in the future by this machine's clock"
@@ -106,7 +105,6 @@ class Baseline:
         return name
 
     def version(self, label: str) -> Version:
-        """Return the baseline as one side of a gate."""
         data = self.data
         facts = {
             "created": data["created_at"],
@@ -121,28 +119,20 @@ class Baseline:
         )
 
     def throughput(self, strategy: str) -> float:
-        """Return useful tokens per second, by the mean step over processes."""
         processes = self.processes
         step_ns = fmean(process.step_ns[strategy] for process in processes)
         tokens: int = self.data["workload"]["total_output_tokens"]
         return tokens / (processes[0].passes[strategy] * step_ns / 1e9)
 
     def speedup(self, reference: str) -> float:
-        """Return how many times as fast the candidate is: the geometric mean over processes."""
         return exp(-fmean(process.ratios[reference] for process in self.processes))
 
 
 def to_json(baseline: Baseline) -> str:
-    """Return the content of a baseline's file."""
     return json.dumps(baseline.data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def load_baseline(file: Path) -> Baseline:
-    """Read a baseline.
-
-    Raises:
-        UsageError: there is none, or it is damaged, or of another schema version.
-    """
     again = "make one with batchbench baseline save"
     try:
         data = read_json(file)
@@ -172,7 +162,6 @@ def load_baseline(file: Path) -> Baseline:
 
 
 def _contradiction(data: Mapping[str, Any]) -> str | None:
-    """Return words for the first two valid parts that contradict each other; None if none do."""
     try:
         read_time(data["created_at"])
     except ValueError as error:
@@ -251,7 +240,6 @@ class Session:
 
     @property
     def varied(self) -> str | None:
-        """Return words for work that was not the same in all processes."""
         return varying_work([measured.report for measured in self.measured])
 
 
@@ -371,14 +359,6 @@ def _process(
 def make_baseline(
     experiment: Experiment, processes: int, watch: TurnsWatch, command: str
 ) -> Baseline:
-    """Measure a baseline.
-
-    Args:
-        command: the command line that repeats it.
-
-    Raises:
-        UsageError: it cannot be measured here.
-    """
     session = Session()
     for number in measure_processes(experiment, session, processes, None, watch):
         ratios = session.processes[-1].ratios.items()

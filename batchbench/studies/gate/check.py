@@ -27,17 +27,17 @@ from batchbench.studies.gate.baseline import (
     measure_processes,
 )
 from batchbench.studies.gate.compare import Sample, judge
-from batchbench.studies.gate.counts import Version, compare_counts, make_gate, mismatches
+from batchbench.studies.gate.counts import Version, counts_fail, make_gate, mismatches
 from batchbench.studies.gate.duet import (
     CHANGED_NOTE,
     CUT_OFF_NOTE,
     TurnsWatch,
+    describe_decisions,
     empty_gate,
     hung,
     make_record,
-    version_of,
 )
-from batchbench.studies.gate.evidence import Evidence, Gate, MetricQuery, Side, spell_decision
+from batchbench.studies.gate.evidence import Evidence, Gate, MetricQuery, Side
 from batchbench.studies.gate.processes import ProcessReport
 from batchbench.studies.gate.spec import METRICS, CheckSpec, make_rule
 from batchbench.studies.gate.turns import Cut
@@ -65,11 +65,6 @@ LABEL = "this installation"
 
 
 def rule_of(spec: CheckSpec, ratios: int, *, other: bool) -> Rule:
-    """Return the rule for each of so many ratios.
-
-    Args:
-        other: the machine is not the baseline's.
-    """
     floor = spec.floor if spec.floor is not None else FLOOR_ELSEWHERE if other else FLOOR
     margin = spec.margin if spec.margin is not None else MARGIN * floor
     return make_rule(floor, margin, spec.confidence).shared(ratios)
@@ -93,14 +88,7 @@ def decide_ratios(
 def run_check(
     baseline: Baseline, file: Path, spec: CheckSpec, watch: TurnsWatch
 ) -> tuple[Gate, Session]:
-    """Run the baseline's experiment in fresh processes until all is decided or the time is up.
-
-    Args:
-        file: the baseline's file, as messages name it.
-
-    Raises:
-        UsageError: it cannot be run here, or workload or weights differ from the baseline's.
-    """
+    """Run the baseline's experiment in fresh processes until all is decided or the time is up."""
     began = time.monotonic()
     data = baseline.data
     experiment = Experiment.from_config(data["config"])
@@ -121,10 +109,7 @@ def run_check(
         "check",
         command,
         (base, new),
-        lambda: [
-            *_ratios(baseline, session, decisions, rule),
-            _absolute(baseline, session, rule),
-        ],
+        lambda: [*_ratios(baseline, session, decisions, rule), _absolute(baseline, session, rule)],
         allow_improvement=spec.allow_improvement,
         notes=lambda work: list(_notes(baseline, spec, session, (base, new), work)),
         unsure=session.varied or hung(session.cut_off, session.longest_s, "process"),
@@ -149,20 +134,21 @@ def _measure(
     for count in measure_processes(experiment, session, 10_000, cut, watch, until):
         if decided is None:
             _check_same_question(file, baseline.data, session.report)
-            new = version_of(session.report, Side(LABEL, session.report.side_facts))
+            new = session.report.version(LABEL)
             references = len(baseline.data["lanes"]) - 1
             rule = rule_of(spec, references, other=is_another_machine(base, new))
             decided = new, rule, dict[str, Decision]()
         last = time.monotonic() + 1.05 * session.longest_s > until
-        if count == 2 and _counts_differ(base, new, spec):
+        if count == 2 and counts_fail(
+            base.counts[0], new.counts[0], allow_improvement=spec.allow_improvement
+        ):
             return decided  # ratios would answer another question
         progress = ""
         if last or (count >= FIRST_LOOK and (count - FIRST_LOOK) % NEXT_LOOK == 0):
             looks += 1
             decisions = decide_ratios(baseline.processes, session.processes, rule, looks)
             decided = new, rule, decisions
-            queries = _queries(baseline, rule)
-            progress = "; ".join(spell_decision(queries[n], d) for n, d in decisions.items())
+            progress = describe_decisions(_queries(baseline, rule), decisions)
             last = last or all(decision.is_sure for decision in decisions.values())
         watch.measured(f"process {count}", progress)
         if progress and last:
@@ -175,13 +161,6 @@ def _measure(
 
 def is_another_machine(base: Version, new: Version) -> bool:
     return bool(mismatches(base, new, MACHINE))
-
-
-def _counts_differ(base: Version, new: Version, spec: CheckSpec) -> bool:
-    work = compare_counts(
-        base.counts[0], new.counts[0], alike=False, allow_improvement=spec.allow_improvement
-    )
-    return any(evidence.fails for evidence in work)
 
 
 def _check_same_question(file: Path, data: Mapping[str, Any], report: ProcessReport) -> None:
@@ -198,7 +177,6 @@ def _check_same_question(file: Path, data: Mapping[str, Any], report: ProcessRep
 
 
 def _queries(baseline: Baseline, rule: Rule) -> dict[str, MetricQuery]:
-    """Return the metric of the ratio to each reference."""
     metrics = {
         name: replace(
             METRICS["speedup"], name="speedup_over_notebook" if "/" in name else "speedup"
@@ -220,7 +198,7 @@ def _ratios(
         why = None if decision.is_sure else "is too uncertain in this time"
         if session.report.on_cpu and busy > BUSY:
             decision = replace(decision, verdict=Verdict.UNKNOWN)
-            why = f"other processes used the core in {busy:.0%} of the turns"
+            why = f"was not compared: other processes used the core in {busy:.0%} of the turns"
         base, new = (
             Sample([process.ratios[name] for process in processes])
             for processes in (baseline.processes, session.processes)
@@ -263,13 +241,11 @@ def _notes(
 
 
 def record_of(session: Session, gate: Gate) -> bytes:
-    """Return ``check.json``: the gate, and the measurements of each process."""
     processes = [asdict(process) for process in session.processes]
     return make_record(gate, SCHEMA_VERSION, processes=processes)
 
 
 def typed(file: Path, spec: CheckSpec) -> str:
-    """Return the command line that repeats the check."""
     usual = CheckSpec(baseline=file)
     words = ["batchbench", "check", *settings.words_of(replace(spec, baseline=file), usual)]
     return shlex.join([*words, "--baseline", str(file)])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from batchbench.batching.machine import MUST_MATCH_FOR_TIMES, Difference
+from batchbench.batching.machine import MUST_MATCH_FOR_TIMES, Difference, differences
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.reports.result_file import load_data
@@ -51,13 +51,11 @@ class Run:
 
     @property
     def reasons(self) -> Sequence[str]:
-        """Return the reasons why it is stamped suspect; none if it is valid."""
         reasons: Sequence[str] = self.data["validity"]["reasons"]
         return reasons
 
     @property
     def strategies(self) -> list[str]:
-        """Return the strategies, the baseline first."""
         return list(self.data["strategies"])
 
 
@@ -70,12 +68,10 @@ class Runs:
 
     @property
     def first(self) -> Mapping[str, Any]:
-        """Return the first run's data, for facts that all runs share."""
         return self.runs[0].data
 
     @property
     def valid(self) -> list[Run]:
-        """Return the runs that are not stamped suspect."""
         return [run for run in self.runs if not run.reasons]
 
     @property
@@ -97,11 +93,7 @@ class Runs:
 
 
 def load_runs(path: Path) -> Runs:
-    """Load one result (its folder or ``result.json``), or a folder that holds several.
-
-    Raises:
-        UsageError: there is no result, one is damaged, or they are not of one experiment.
-    """
+    """Load one result (its folder or ``result.json``), or a folder that holds several."""
     try:
         files = _files(path)
     except OSError as error:  # a name that is too long, a folder that may not be read
@@ -132,7 +124,7 @@ def _check_runs(side: Runs) -> None:
     first = side.runs[0]
     for run in side.runs[1:]:
         _check_same_question(first, run)
-        for difference in differing_settings(first.data, run.data):
+        for difference in differing_settings(first.data["config"], run.data["config"]):
             if difference.name not in _MAY_DIFFER:
                 raise UsageError(
                     f"{run.label}: is not of the same experiment as {first.label}: "
@@ -172,9 +164,10 @@ def check_comparable(base: Runs, new: Runs) -> None:
 def _check_same_question(base: Run, new: Run) -> None:
     then, now = base.data, new.data
     if then["simulated"] != now["simulated"]:
-        one, other = (base, new) if then["simulated"] else (new, base)
+        simulated, measured = (base, new) if then["simulated"] else (new, base)
         raise UsageError(
-            f"{one.label}: is a simulation, and {other.label} was measured; compare two of a kind"
+            f"{simulated.label}: is a simulation, and {measured.label} was measured; compare two "
+            "of a kind"
         )
     if then["workload"]["digest"] != now["workload"]["digest"]:
         raise UsageError(
@@ -183,12 +176,16 @@ def _check_same_question(base: Run, new: Run) -> None:
             "options"
         )
     _check_model(base, new)
-    _check_strategies(base, new)
+    one, other = base.strategies, new.strategies
+    if set(one) != set(other) or one[0] != other[0]:
+        raise UsageError(
+            f"{new.label}: has the strategies {', '.join(other)}, and {base.label} has "
+            f"{', '.join(one)}; run both with --strategy {','.join(one)}"
+        )
 
 
 def _spell_workloads(base: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Return the first setting that makes two workloads differ."""
-    for difference in _differing(base, new, ("workload",)):
+    for difference in differing_settings(base, new, ("workload",)):
         return _spell_setting(difference)
     sizes = [config["serving"]["batch_size"] for config in (base, new)]
     classic = all(
@@ -221,34 +218,11 @@ def _check_model(base: Run, new: Run) -> None:
         )
 
 
-def _check_strategies(base: Run, new: Run) -> None:
-    then, now = base.strategies, new.strategies
-    for one, names, other, others in ((new, now, base, then), (base, then, new, now)):
-        if missing := [name for name in others if name not in names]:
-            raise UsageError(
-                f"{one.label}: has no strategy {missing[0]}, which {other.label} has; run both "
-                f"with --strategy {','.join(then)}"
-            )
-    if then[0] != now[0]:
-        raise UsageError(
-            f"{new.label}: has the baseline {now[0]}, and {base.label} has {then[0]}; run both "
-            f"with --strategy {','.join(then)}"
-        )
-
-
-def differing_settings(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """Return the settings in which two results differ, by the names of their fields."""
-    return list(_differing(base["config"], new["config"], _PARTS))
-
-
-def _differing(
-    base: Mapping[str, Any], new: Mapping[str, Any], parts: Sequence[str]
-) -> Iterator[Difference]:
-    for part in parts:
-        for name in {**base[part], **new[part]}:
-            then, now = base[part].get(name), new[part].get(name)
-            if then != now:
-                yield Difference(name, then, now)
+def differing_settings(
+    base: Mapping[str, Any], new: Mapping[str, Any], parts: Sequence[str] = _PARTS
+) -> list[Difference]:
+    """Return the settings in which two configurations differ, by the names of their fields."""
+    return [one for part in parts for one in differences(base[part], new[part])]
 
 
 # Speeds
@@ -283,7 +257,6 @@ def judge(
     why: str | None = None,
     needed: str | None = None,
 ) -> Evidence:
-    """Return the evidence of two samples, whose values are geometric means."""
     return query.evidence(
         (query.value(base.mean), query.value(new.mean)),
         decision,
@@ -298,16 +271,9 @@ def compare_speeds(
 ) -> list[Evidence]:
     """Compare ratios and times of two comparable versions.
 
-    Speed-ups are gated if the environments match or ``spec`` accepts that they do not. Times and
-    other metrics are gated if a condition names them. Gated metrics share the error of the
-    confidence level, and the others share the same amount.
-
-    Args:
-        unlike: facts that differ and on which times depend.
-
-    Raises:
-        UsageError: a condition names a metric that the results lack, or one that cannot be
-            compared between these environments.
+    Speed-ups are gated if the environments match or ``spec`` accepts that they do not; times and
+    other metrics if a condition names them. Gated metrics share the error of the confidence level,
+    and the others share the same amount.
     """
     queries = list(_queries(base, new, spec))
     _check_alike(queries, spec, unlike)
@@ -381,7 +347,6 @@ def _check_alike(
 
 
 def spell_unlike(unlike: Sequence[Difference]) -> str:
-    """Return ``the environments differ in cpu (A, B), torch (2, 3)``."""
     facts = ", ".join(f"{d.name} ({_spell(d.base)}, {_spell(d.new)})" for d in unlike)
     return f"the environments differ in {facts}"
 
@@ -430,11 +395,11 @@ def _compare(query: MetricQuery, base: Runs, new: Runs, rule: Rule) -> Evidence:
     suspect = next((side for side in (base, new) if not side.valid), None)
     then, now = (_sample(query, side.valid or side.runs) for side in (base, new))
     if then is None or now is None:
-        return query.evidence((None, None), None, why="has a trial without a value above 0")
+        return _without_verdict(query, None, None, "has a trial without a value above 0")
     if suspect:
         reason = suspect.runs[0].reasons[0]
         stamped = f"was not compared: {suspect.label} is stamped suspect: {reason}"
-        return _undecided(query, then, now, stamped)
+        return _without_verdict(query, then, now, stamped)
     if base.first["simulated"]:
         return judge(query, then, now, _exact(then, now, rule))
     if list(then.logs) == list(now.logs):  # the same measurement on both sides
@@ -453,7 +418,6 @@ def _compare(query: MetricQuery, base: Runs, new: Runs, rule: Rule) -> Evidence:
 
 
 def _exact(base: Sample, new: Sample, rule: Rule) -> Decision:
-    """Decide on times without noise."""
     change = new.mean - base.mean
     beyond = abs(change) > rule.floor + 1e-12  # rounding of sums of logarithms
     verdict = Verdict.SAME if not beyond else Verdict.SLOWER if change > 0 else Verdict.FASTER
@@ -480,10 +444,14 @@ def _needed(base: Sample, new: Sample, decision: Decision, rule: Rule) -> str | 
     return None if index == len(runs) else f"{runs[index]:,} runs a side"
 
 
-def _undecided(query: MetricQuery, base: Sample, new: Sample, why: str) -> Evidence:
-    """Return values and change without a verdict or an interval."""
-    evidence = judge(query, base, new, None, why)
-    return replace(evidence, change=query.change(new.mean - base.mean), samples=None)
+def _without_verdict(
+    query: MetricQuery, base: Sample | None, new: Sample | None, why: str
+) -> Evidence:
+    values = tuple(None if sample is None else query.value(sample.mean) for sample in (base, new))
+    evidence = query.evidence((values[0], values[1]), None, why=why)
+    if base is None or new is None:
+        return evidence
+    return replace(evidence, change=query.change(new.mean - base.mean))
 
 
 def _refused(query: MetricQuery, base: Runs, new: Runs, unlike: Sequence[Difference]) -> Evidence:
@@ -491,12 +459,8 @@ def _refused(query: MetricQuery, base: Runs, new: Runs, unlike: Sequence[Differe
     why = f"was not compared: the environments differ in {', '.join(d.name for d in unlike)}"
     if query.metric.is_ratio:
         why += "; --allow-environment-mismatch compares it all the same"
-    query = replace(query, gated=False)
-    then, now = _sample(query, base.runs), _sample(query, new.runs)
-    if then is None or now is None:
-        values = [None if sample is None else query.value(sample.mean) for sample in (then, now)]
-        return query.evidence((values[0], values[1]), None, why=why)
-    evidence = _undecided(query, then, now, why)
+    samples = _sample(query, base.runs), _sample(query, new.runs)
+    evidence = _without_verdict(replace(query, gated=False), *samples, why)
     return evidence if query.metric.is_ratio else replace(evidence, change=None)
 
 
@@ -504,11 +468,6 @@ def _refused(query: MetricQuery, base: Runs, new: Runs, unlike: Sequence[Differe
 
 
 def compare_versions(base: Runs, new: Runs, spec: CompareSpec, typed: str) -> Gate:
-    """Compare two versions by their results.
-
-    Raises:
-        UsageError: their workloads, models or strategies differ, or a condition cannot be answered.
-    """
     check_comparable(base, new)
     sides = base.version, new.version
     unlike = mismatches(*sides, MUST_MATCH_FOR_TIMES)
@@ -523,16 +482,12 @@ def compare_versions(base: Runs, new: Runs, spec: CompareSpec, typed: str) -> Ga
             *_notes(base, new, spec, unlike, work),
             *_warnings(speeds, simulated=base.first["simulated"]),
         ],
-        settings=differing_settings(base.first, new.first),
+        settings=differing_settings(base.first["config"], new.first["config"]),
     )
 
 
 def _notes(
-    base: Runs,
-    new: Runs,
-    spec: CompareSpec,
-    unlike: Sequence[Difference],
-    work: Sequence[Evidence],
+    base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Difference], work: Sequence[Evidence]
 ) -> Iterator[str]:
     if base.first["simulated"]:
         yield "Both are simulations, whose times are exact."

@@ -9,12 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from batchbench.batching.machine import (
-    MUST_MATCH_FOR_OUTPUTS,
-    Difference,
-    differences,
-    facts_of,
-)
+from batchbench.batching.machine import MUST_MATCH_FOR_OUTPUTS, Difference, differences, facts_of
 from batchbench.errors import UsageError
 from batchbench.reports.statistics import Verdict
 from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Side
@@ -53,7 +48,6 @@ class Counts:
 
     @classmethod
     def of_result(cls, data: Mapping[str, Any]) -> Counts:
-        """Return the counts in a result's data, with the model's computed passes if known."""
         counters = {}
         for name, strategy in data["strategies"].items():
             counts, computed = strategy["counters"], strategy.get("computed_passes")
@@ -87,6 +81,12 @@ class Counts:
             simulated=False,
             dtype=about["model"]["dtype"],
         )
+
+
+def counts_fail(base: Counts, new: Counts, *, allow_improvement: bool) -> bool:
+    """Return True if a count fails; outputs may differ by a numerical tie."""
+    evidence = compare_counts(base, new, alike=False, allow_improvement=allow_improvement)
+    return any(one.fails for one in evidence)
 
 
 def compare_counts(
@@ -214,21 +214,11 @@ def flat(environment: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Version:
-    """A version as the gate compares it.
-
-    Attributes:
-        counts: counts of each of its runs.
-        facts: environment of each of its runs, as :func:`~batchbench.batching.machine.facts_of`
-            returns it; for simulations the step cost alone.
-    """
+    """A version as the gate compares it, with counts and environment facts of each of its runs."""
 
     side: Side
     counts: Sequence[Counts]
     facts: Sequence[Mapping[str, Any]]
-
-    @property
-    def simulated(self) -> bool:
-        return self.counts[0].simulated
 
 
 _ITSELF = ("batchbench", "git_commit")
@@ -250,7 +240,8 @@ def mismatches(base: Version, new: Version, names: Sequence[str]) -> list[Differ
 
     For simulations all facts count.
     """
-    chosen = None if base.simulated or new.simulated else names
+    simulated = base.counts[0].simulated or new.counts[0].simulated
+    chosen = None if simulated else names
     found: dict[str, Difference] = {}
     for facts in (*new.facts, *base.facts[1:]):
         for difference in differences(base.facts[0], facts, chosen):

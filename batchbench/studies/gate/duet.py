@@ -20,12 +20,12 @@ from statistics import median
 from typing import Any, Protocol
 
 from batchbench.batching.experiment import Experiment
-from batchbench.batching.machine import facts_of
 from batchbench.errors import OutOfTimeError
 from batchbench.reports.result_file import SCHEMA_VERSION
 from batchbench.reports.statistics import FEWEST, Decision, Rule, Verdict, decide
-from batchbench.studies.gate.counts import Counts, Version, make_gate
-from batchbench.studies.gate.evidence import Evidence, Gate, MetricQuery, Side, spell_decision
+from batchbench.reports.text import plural
+from batchbench.studies.gate.counts import counts_fail, make_gate
+from batchbench.studies.gate.evidence import Evidence, Gate, MetricQuery, Side, describe
 from batchbench.studies.gate.processes import (
     Calibrations,
     ProcessReport,
@@ -92,7 +92,6 @@ class Series:
     cut_off: OutOfTimeError | None = None
 
     def add(self, pair: Pair, reports: Reports) -> None:
-        """Add a pair and decide again."""
         self.pairs.append(pair)
         self.reports.append(reports)
         if len(self.pairs) == 2:  # by now all work was counted in two processes a side
@@ -108,23 +107,21 @@ class Series:
 
     @property
     def contamination(self) -> str | None:
-        """Return the reason why the times cannot be used, if any."""
         on_cpu = bool(self.reports) and all(report.on_cpu for report in self.reports[-1])
         return contamination(self.pairs, self.rule.floor, on_cpu=on_cpu)
 
     @property
     def is_sure(self) -> bool:
-        """Return True if every strategy has a verdict."""
         return not self.contamination and all(d.is_sure for d in self.decisions.values())
 
     @property
     def pair_s(self) -> float:
-        """Return the seconds that one more pair may take."""
         return 1.05 * max((pair.seconds for pair in self.pairs), default=0.0)
 
-    def query(self, strategy: str) -> MetricQuery:
-        """Return the metric by which a strategy is compared."""
-        return MetricQuery(METRICS["output_throughput"], strategy, expm1(self.rule.floor), True)
+    @property
+    def queries(self) -> dict[str, MetricQuery]:
+        metric, floor = METRICS["output_throughput"], expm1(self.rule.floor)
+        return {name: MetricQuery(metric, name, floor, True) for name in self.strategies}
 
 
 @dataclass
@@ -180,7 +177,6 @@ class ProcessPairs:
         *,
         with_others: bool,
     ) -> tuple[Pair, Reports]:
-        """Start two processes, let them take turns, and end them."""
         began = time.monotonic()
         new_first = self.chance.random() < 0.5
         core = draw_core(self.experiment.model.threads or 1, self.chance)
@@ -227,7 +223,6 @@ class ProcessPairs:
         return turns
 
     def restart(self) -> None:
-        """End the processes from which those of the pairs were forked."""
         for workers in self.sides:
             workers.end()
 
@@ -248,22 +243,14 @@ def run_duet(
     watch: TurnsWatch,
     clock: Callable[[], float] = time.monotonic,
 ) -> DuetResult:
-    """Run pairs until all is decided or the time is up; confirm losses with a second series.
-
-    Args:
-        strategies: those whose time is compared.
-        clock: returns seconds, for the time limit.
-
-    Raises:
-        UsageError: one of the two sides cannot run the experiment.
-    """
+    """Run pairs until all is decided or the time is up; confirm losses with a second series."""
     began = clock()
     until = began + spec.max_time
     first = Series(rule_of(spec).shared(len(strategies)), strategies)
     looked = False
     for count in _run_pairs(first, source, watch, clock, until):
-        differ = count == 2 and counts_differ(first.reports[-1])
-        if differ and not spec.allow_improvement:
+        counts = (report.counts for report in first.reports[-1])
+        if count == 2 and counts_fail(*counts, allow_improvement=spec.allow_improvement):
             break  # a comparison of times would answer another question
         if not looked and clock() - began > FIRST_SHARE * spec.max_time:
             looked = True  # once only, because the error of this look is spent
@@ -286,7 +273,6 @@ def run_duet(
 
 
 def is_slower_at_last(series: Series) -> bool:
-    """Return True if the final look would already show a loss."""
     series.decide(last=True)
     if any(decision.verdict is Verdict.SLOWER for decision in series.decisions.values()):
         return True
@@ -295,11 +281,7 @@ def is_slower_at_last(series: Series) -> bool:
 
 
 def _run_pairs(
-    series: Series,
-    source: PairSource,
-    watch: TurnsWatch,
-    clock: Callable[[], float],
-    until: float,
+    series: Series, source: PairSource, watch: TurnsWatch, clock: Callable[[], float], until: float
 ) -> Iterator[int]:
     """Add pairs until all is decided or another would not end in time; yield their number.
 
@@ -322,8 +304,9 @@ def _run_pairs(
         up = clock() + series.pair_s > until
         if up:
             series.decide(last=True)
-        lines = [spell_decision(series.query(name), d) for name, d in series.decisions.items()]
-        watch.measured(what, "; ".join([*lines, *filter(None, [series.contamination])]))
+        progress = describe_decisions(series.queries, series.decisions)
+        fault = series.contamination
+        watch.measured(what, f"{progress}; {fault}" if fault else progress)
         yield len(series.pairs)
         # Two pairs at least, so that work is counted in two processes of each side.
         if up or (series.is_sure and len(series.pairs) > 1):
@@ -331,7 +314,6 @@ def _run_pairs(
 
 
 def calibrate(pair: Pair) -> tuple[Calibrations, Calibrations]:
-    """Return the calibrations of base and new that a pair measured."""
     base, new = (
         {
             name: Calibration(steps[side], pair.step_ns(name)[side])
@@ -342,15 +324,11 @@ def calibrate(pair: Pair) -> tuple[Calibrations, Calibrations]:
     return base, new
 
 
-def counts_differ(reports: Reports) -> bool:
-    """Return True if a count differs; outputs may differ by a numerical tie."""
-    base, new = (report.work for report in reports)
-    return any(
-        value != new[name].get(counter)
-        for name, work in base.items()
-        for counter, value in work.items()
-        if counter != "output_digest"
-    )
+def describe_decisions(
+    queries: Mapping[str, MetricQuery], decisions: Mapping[str, Decision]
+) -> str:
+    findings = [queries[name].evidence((None, None), d) for name, d in decisions.items()]
+    return "; ".join(map(describe, findings))
 
 
 # The gate
@@ -364,23 +342,17 @@ def make_duet_gate(
     *,
     allow_improvement: bool,
 ) -> Gate:
-    """Return the gate of a duet.
-
-    Args:
-        labels: names of the two sides for the user.
-        pythons: their interpreters.
-        typed: the command line that repeats it.
-    """
-    facts = [{"python": str(python)} for python in pythons]
     first = result.first
     if not first.pairs:
-        base, new = (Side(label, fact) for label, fact in zip(labels, facts, strict=True))
+        base, new = (
+            Side(label, {"python": str(python)})
+            for label, python in zip(labels, pythons, strict=True)
+        )
         late = first.cut_off
         return empty_gate("duet", typed, base, new, "pair of processes", late, result.seconds)
-    reports = first.reports[0]
     base_version, new_version = (
-        version_of(report, Side(label, {**fact, **report.side_facts}))
-        for report, label, fact in zip(reports, labels, facts, strict=True)
+        report.version(label, python=str(python))
+        for report, label, python in zip(first.reports[0], labels, pythons, strict=True)
     )
     late = next((series.cut_off for series in result.series if series.cut_off), None)
     longest = max(series.pair_s for series in result.series)
@@ -394,13 +366,6 @@ def make_duet_gate(
         unsure=_varied(result) or hung(late, longest, "pair of processes"),
         seconds=result.seconds,
     )
-
-
-def version_of(report: ProcessReport, side: Side) -> Version:
-    """Return the version that a worker process reported."""
-    opened = report.opened
-    facts = facts_of(opened["environment"], opened["model"])
-    return Version(side, [Counts.of_work(report.work, opened)], [facts])
 
 
 def empty_gate(
@@ -429,7 +394,6 @@ CHANGED_NOTE = "counts or outputs differ, so times would answer another question
 
 
 def _varied(result: DuetResult) -> str | None:
-    """Return words for work of a side that varied, so that it cannot be compared."""
     for side, label in enumerate(("base", "new")):
         reports = [pair[side] for series in result.series for pair in series.reports]
         if varying := varying_work(reports):
@@ -438,15 +402,15 @@ def _varied(result: DuetResult) -> str | None:
 
 
 def _time(result: DuetResult, strategy: str) -> Evidence:
-    """Return the evidence on a strategy's tokens per second."""
     series, second = result.first, result.confirmation
-    query, decision, why = series.query(strategy), series.decisions[strategy], None
+    query, decision, why = series.queries[strategy], series.decisions[strategy], None
     if decision.verdict is Verdict.UNKNOWN:
         why = "is too uncertain in this time"
         if len(series.pairs) < FEWEST:
-            why = f"cannot be decided from {len(series.pairs)} pairs of processes; raise --max-time"
+            pairs_so_far = plural(len(series.pairs), "pair")
+            why = f"cannot be decided from {pairs_so_far} of processes; raise --max-time"
     if fault := series.contamination:
-        decision, why = replace(decision, verdict=Verdict.UNKNOWN), fault
+        decision, why = replace(decision, verdict=Verdict.UNKNOWN), f"was not compared: {fault}"
     elif decision.verdict is Verdict.SLOWER:
         again = second.decisions.get(strategy) if second else None
         if again is None:
@@ -480,7 +444,8 @@ def _notes(result: DuetResult, work: Sequence[Evidence]) -> Iterator[str]:
     turns = sum(len(pair.turns[name]) for pair in series.pairs for name in series.strategies)
     confirmed = len(result.confirmation.pairs) if result.confirmation else 0
     more = f", then {confirmed} to confirm" if confirmed else ""
-    yield f"{len(series.pairs)} pairs of fresh processes, {turns} pairs of turns{more}"
+    pairs = plural(len(series.pairs), "pair")
+    yield f"{pairs} of fresh processes, {turns} pairs of turns{more}"
     if any(part.cut_off for part in result.series):
         yield CUT_OFF_NOTE.format("pair")
     for name in series.strategies:
@@ -491,7 +456,6 @@ def _notes(result: DuetResult, work: Sequence[Evidence]) -> Iterator[str]:
 
 
 def record_of(result: DuetResult, gate: Gate) -> bytes:
-    """Return ``duet.json``: the gate, and every turn, from which it can be decided again."""
     series = {"first": result.first, "confirmation": result.confirmation}
     parts = {
         name: one and {"rule": one.rule.as_data(), "pairs": [pair.as_data() for pair in one.pairs]}
@@ -501,7 +465,6 @@ def record_of(result: DuetResult, gate: Gate) -> bytes:
 
 
 def make_record(gate: Gate, schema_version: int, **parts: Any) -> bytes:
-    """Return the content of a gate's JSON file."""
     data = {
         "schema_version": schema_version,
         "batchbench_version": __version__,

@@ -11,6 +11,7 @@ from typing import Any
 
 from batchbench.batching.machine import Difference
 from batchbench.reports.statistics import Decision, Verdict
+from batchbench.reports.text import MISSING, interval_percent, percent
 from batchbench.studies.gate.spec import Condition, Metric
 
 
@@ -69,7 +70,6 @@ class Evidence:
 
     @property
     def is_undecided(self) -> bool:
-        """Return True if it is gated and has no verdict."""
         return self.gated and self.verdict is Verdict.UNKNOWN
 
 
@@ -94,7 +94,6 @@ class Answer(StrEnum):
     UNKNOWN = "cannot tell"
 
 
-EXIT_CODES = {Answer.PASSED: 0, Answer.FAILED: 1, Answer.UNKNOWN: 0}
 CANNOT_TELL = 3
 """The exit code of *cannot tell* under ``--strict``."""
 
@@ -126,12 +125,10 @@ class Gate:
 
     @property
     def failures(self) -> list[Evidence]:
-        """Return the evidence that fails the comparison."""
         return [evidence for evidence in self.evidence if evidence.fails]
 
     @property
     def undecided(self) -> list[Evidence]:
-        """Return the gated evidence without a verdict."""
         return [evidence for evidence in self.evidence if evidence.is_undecided]
 
     @property
@@ -144,13 +141,11 @@ class Gate:
         return Answer.PASSED
 
     def exit_code(self, *, strict: bool) -> int:
-        """Return 0 for passed, 1 for failed, and 0, or 3 if strict, for cannot tell."""
-        if self.answer is Answer.UNKNOWN and strict:
-            return CANNOT_TELL
-        return EXIT_CODES[self.answer]
+        if self.answer is Answer.UNKNOWN:
+            return CANNOT_TELL if strict else 0
+        return int(self.answer is Answer.FAILED)
 
     def of(self, kind: Kind) -> list[Evidence]:
-        """Return the evidence of one kind."""
         return [evidence for evidence in self.evidence if evidence.kind is kind]
 
     @property
@@ -184,10 +179,8 @@ class Gate:
                 yield describe(evidence)
 
     def as_data(self) -> dict[str, Any]:
-        """Return JSON values."""
         return {
-            "command": self.command,
-            "typed": self.typed,
+            **vars(self),
             "answer": str(self.answer),
             "sentence": self.sentence,
             "base": asdict(self.base),
@@ -196,9 +189,6 @@ class Gate:
             "environment": [difference._asdict() for difference in self.environment],
             "shares": ["change", "low", "high", "floor", "smallest"],  # 0.05 of evidence is 5 %
             "evidence": [{"name": evidence.name, **asdict(evidence)} for evidence in self.evidence],
-            "notes": list(self.notes),
-            "unsure": self.unsure,
-            "seconds": self.seconds,
         }
 
 
@@ -216,10 +206,6 @@ class MetricQuery:
     floor: float
     gated: bool
     condition: Condition | None = None
-
-    @property
-    def kind(self) -> Kind:
-        return Kind.RATIO if self.metric.is_ratio else Kind.TIME
 
     @property
     def log_floor(self) -> float:
@@ -258,7 +244,7 @@ class MetricQuery:
         gain_fails = self.condition is not None and not self.condition.is_loss
         bad = Verdict.FASTER if gain_fails else Verdict.SLOWER
         return Evidence(
-            self.kind,
+            Kind.RATIO if self.metric.is_ratio else Kind.TIME,
             self.metric.name,
             self.strategy,
             *values,
@@ -290,32 +276,20 @@ def describe(evidence: Evidence) -> str:
     text = f"{evidence.name} is {spelled.get(evidence.verdict, evidence.verdict)}"
     if evidence.change is None:
         return text
-    return f"{text}: {evidence.change:+.1%} ({spell_interval(evidence)})"
+    return f"{text}: {percent(evidence.change, 1, '+')} ({spell_interval(evidence)})"
 
 
 def spell_interval(evidence: Evidence) -> str:
     """Return the interval of the change in words."""
     if evidence.low is None or evidence.high is None:
         return "no interval"
-    return f"95 % CI {evidence.low:+.1%} to {evidence.high:+.1%}"
-
-
-def spell_decision(query: MetricQuery, decision: Decision) -> str:
-    """Return the change of the metric and its verdict so far, for progress lines."""
-    name = f"{query.strategy}.{query.metric.name}"
-    if decision.estimate is None:
-        return f"{name}: too few samples"
-    text = f"{name} {query.change(decision.estimate):+.1%}"
-    if decision.low is not None and decision.high is not None:
-        low, high = sorted(map(query.change, (decision.low, decision.high)))
-        text += f" ({low:+.1%} to {high:+.1%})"
-    return f"{text}: {decision.verdict}{'' if decision.is_sure else ' yet'}"
+    return f"95 % CI {interval_percent(evidence.low, evidence.high)}"
 
 
 def spell(value: float | str | None) -> str:
     """Return a value in words; of a digest the beginning, which is enough to identify it."""
     if value is None:
-        return "N/A"
+        return MISSING
     if isinstance(value, str):
         return value[:12] if re.fullmatch("[0-9a-f]{32,}", value) else value
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

@@ -25,9 +25,11 @@ from typing import Any
 
 import batchbench
 from batchbench.batching.experiment import Experiment
-from batchbench.batching.machine import allowed_cpus
+from batchbench.batching.machine import allowed_cpus, facts_of
 from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError, shown
 from batchbench.files import reason_of, replacing, undisturbed
+from batchbench.studies.gate.counts import Counts, Version
+from batchbench.studies.gate.evidence import Side
 from batchbench.studies.gate.turns import Turn
 from batchbench.studies.gate.worker import PROTOCOL, Calibration
 
@@ -75,7 +77,6 @@ class Installation:
 
 
 def this_installation(label: str = "here") -> Installation:
-    """Return the installation that runs this program."""
     return Installation(label, Path(sys.executable), own=True)
 
 
@@ -89,24 +90,29 @@ class ProcessReport:
 
     @cached_property
     def work(self) -> Mapping[str, Mapping[str, Any]]:
-        """Counters and output digest of each strategy that the process has counted."""
+        """Return counters and output digest of each strategy that the process has counted."""
         counted = {name: work for name, work in self.finished["work"].items() if work}
         return {**self.opened["also"], **counted}
 
     @property
     def on_cpu(self) -> bool:
-        """Return True if the model runs on the processor."""
         return str(self.opened["model"]["device"]) == "cpu"
 
     @property
-    def side_facts(self) -> dict[str, str | None]:
-        """Return version, commit and machine, as reports show them."""
+    def counts(self) -> Counts:
+        return Counts.of_work(self.work, self.opened)
+
+    def version(self, label: str, **more: str) -> Version:
+        """Return the installation as one side of a gate, with ``more`` facts to show."""
         environment = self.opened["environment"]
-        return {
+        facts = {
+            **more,
             "batchbench": self.hello["version"],
             "commit": environment.get("git_commit"),
             "machine": environment.get("gpu") or environment.get("cpu"),
         }
+        known = facts_of(environment, self.opened["model"])
+        return Version(Side(label, facts), [self.counts], [known])
 
 
 def varying_work(reports: Sequence[ProcessReport]) -> str | None:
@@ -147,13 +153,12 @@ class Workers:
         self.end()
 
     def end(self) -> None:
-        """End what runs; the next process imports everything again."""
         if self._running:
             self._running.end()
             self._running = None
 
     def ready(self) -> None:
-        """Start importing, without waiting, if the next process has no parent to fork from."""
+        """Start to import, without waiting, if the next process has no parent to fork from."""
         if self._left == 0:
             self.end()
         if self._running is None:
@@ -162,18 +167,13 @@ class Workers:
             self._left = FORKS_PER_PARENT
 
     def begin(self) -> Mapping[str, Any]:
-        """Start a fresh process and return its identification.
-
-        Raises:
-            UsageError: it cannot be started, or has no batchbench that can be compared with this.
-            OutOfTimeError: it had not answered when the time was up.
-        """
+        """Start a fresh process and return its identification."""
         self.ready()
         self._left -= 1
         python = self.installation.python
         self.tell({"do": "begin"})
         try:
-            hello = self._answer()
+            hello = self.answer()
         except OutOfTimeError:
             raise
         except BatchbenchError as error:
@@ -191,7 +191,6 @@ class Workers:
         return hello
 
     def tell(self, request: Mapping[str, Any]) -> None:
-        """Send a request without waiting for the answer."""
         assert self._running is not None
         self._running.write(json.dumps(request) + "\n")
 
@@ -203,7 +202,6 @@ class Workers:
         also: Sequence[str],
         core: int | None,
     ) -> None:
-        """Ask the process to load the experiment, without waiting for the answer."""
         known = {name: astuple(calibrations[name]) if calibrations else None for name in strategies}
         request = {"do": "open", "config": experiment.config(), "lanes": known}
         self.tell({**request, "also": list(also), "core": core})
@@ -216,23 +214,6 @@ class Workers:
             OutOfTimeError: it had not answered when the time was up.
             BatchbenchError: it broke.
         """
-        answer = self._answer()
-        if "error" not in answer:
-            return answer
-        message = f"{self.installation.label}: {answer['error']}"
-        raise UsageError(message) if answer["usage"] else BatchbenchError(message)
-
-    def turn(self, strategy: str, steps: int) -> Turn:
-        """Serve so many steps."""
-        self.tell({"do": "turn", "lane": strategy, "steps": steps})
-        return Turn(*self.answer()["turn"])
-
-    def finish(self) -> Mapping[str, Any]:
-        """End the process and return its report of the work."""
-        self.tell({"do": "finish"})
-        return self.answer()
-
-    def _answer(self) -> Mapping[str, Any]:
         assert self._running is not None
         label, began = self.installation.label, time.monotonic()
         left = max(0.0, self._until - began)
@@ -253,7 +234,18 @@ class Workers:
             answer = None
         if not isinstance(answer, dict):
             raise BatchbenchError(f"{label}: the answer is no JSON object: {line[:80]!r}")
+        if "error" in answer:
+            message = f"{label}: {answer['error']}"
+            raise UsageError(message) if answer["usage"] else BatchbenchError(message)
         return answer
+
+    def turn(self, strategy: str, steps: int) -> Turn:
+        self.tell({"do": "turn", "lane": strategy, "steps": steps})
+        return Turn(*self.answer()["turn"])
+
+    def finish(self) -> Mapping[str, Any]:
+        self.tell({"do": "finish"})
+        return self.answer()
 
 
 class _Running:
@@ -287,7 +279,6 @@ class _Running:
             self._process.stdin.flush()  # type: ignore[union-attr]
 
     def end(self) -> None:
-        """Kill the process and all that it forked, and close the pipes."""
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
         # Before it is waited for, no other process can have its number.
@@ -302,7 +293,6 @@ class _Running:
         self._errors.close()
 
     def last_words(self) -> str:
-        """Return the last line of standard error after the process ended or closed its output."""
         self._wait()
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").split("\n")
@@ -357,11 +347,7 @@ def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, st
 
 
 def repository() -> Path:
-    """Return the checkout of batchbench that this runs from, or that the current folder is in.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Return the checkout of batchbench that this runs from, or that the current folder is in."""
     for root in (Path(batchbench.__file__).parents[1], *(Path.cwd() / "x").parents):
         if (root / ".git").exists() and (root / "batchbench" / "__init__.py").exists():
             return root
@@ -371,11 +357,6 @@ def repository() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder of revisions, in ``$BATCHBENCH_CACHE`` or else the user's cache.
-
-    Raises:
-        UsageError: the user has no home folder.
-    """
     if own := os.environ.get("BATCHBENCH_CACHE"):
         return Path(own) / "revisions"
     try:
@@ -406,7 +387,6 @@ def _install(root: Path, commit: str, folder: Path) -> None:
 
 
 def _git(root: Path, *words: str) -> bytes:
-    """Return the output of git; empty if it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *words], capture_output=True, check=False, timeout=60

@@ -21,6 +21,7 @@ from rich.text import Text
 from batchbench.batching.machine import Difference
 from batchbench.reports.formats.markdown import escape, fenced, table
 from batchbench.reports.statistics import Verdict
+from batchbench.reports.text import interval_percent, percent, plural
 from batchbench.studies.gate.baseline import OLD_DAYS, Baseline
 from batchbench.studies.gate.evidence import (
     CANNOT_TELL,
@@ -67,11 +68,7 @@ class Rows:
 
 
 def tables(gate: Gate, *, verbose: bool = False) -> list[Rows]:
-    """Return the rows for each kind of evidence, the strongest kind first.
-
-    Args:
-        verbose: include what did not change and is not gated.
-    """
+    """Return the rows for each kind of evidence; ``verbose`` includes what did not change."""
     rows = [_rows(kind, gate.of(kind), verbose=verbose) for kind in Kind if gate.of(kind)]
     return [each for each in rows if each.evidence or each.below]
 
@@ -84,17 +81,17 @@ def _rows(kind: Kind, evidence: Sequence[Evidence], *, verbose: bool) -> Rows:
     shown, rest = ranked[:MOST_ROWS], len(evidence) - len(chosen)
     below = _reasons(shown)
     if len(ranked) > MOST_ROWS:
-        below.insert(0, f"{len(ranked) - MOST_ROWS} more rows are in the JSON (--json).")
+        below.insert(0, f"{plural(len(ranked) - MOST_ROWS, 'more row')} in the JSON (--json).")
     if kind is not Kind.WORK and any(each.smallest is not None for each in shown):
         below.append(_DETECTABLE)
     if rest and kind is Kind.WORK:
         which = f"{rest} other" if shown else "The only" if rest == 1 else f"All {rest}"
-        plural = "counts and outputs are" if rest > 1 else "count is"
-        below.append(f"{which} {plural} the same.")
+        what = "counts and outputs are" if rest > 1 else "count is"
+        below.append(f"{which} {what} the same.")
     elif rest:
         which = f"{rest} other" if shown else str(rest)
-        plural = "metrics show" if rest > 1 else "metric shows"
-        below.append(f"{which} {plural} no change; --verbose lists all.")
+        what = "metrics show" if rest > 1 else "metric shows"
+        below.append(f"{which} {what} no change; --verbose lists all.")
     return Rows(kind, shown, below)
 
 
@@ -118,11 +115,10 @@ def _reasons(shown: Sequence[Evidence]) -> list[str]:
 
 
 def cells(evidence: Evidence) -> tuple[str, ...]:
-    """Return a row of the table for its kind of evidence."""
     verdict = str(evidence.verdict)
     verdict = verdict.upper() if evidence.fails or evidence.is_undecided else verdict
     gate = "FAILS" if evidence.fails else "gated" if evidence.gated else "not gated"
-    values, change = (evidence.base, evidence.new), percent(evidence.change)
+    values, change = (evidence.base, evidence.new), percent(evidence.change, 1, "+")
     base, new = map(spell, values)
     if evidence.kind is Kind.WORK:
         if isinstance(values[0], int | float) and isinstance(values[1], int | float):
@@ -131,31 +127,18 @@ def cells(evidence: Evidence) -> tuple[str, ...]:
         else:
             change = "N/A"
         return evidence.name, base, new, change, verdict, gate
-    interval = "N/A"
-    if evidence.low is not None and evidence.high is not None:
-        interval = f"{percent(evidence.low)} to {percent(evidence.high)}"
     unit = f" {evidence.unit}" if evidence.unit else ""
     return (
         evidence.name,
         base + unit * (values[0] is not None),
         new + unit * (values[1] is not None),
         change,
-        interval,
+        interval_percent(evidence.low, evidence.high),
         verdict,
         gate,
-        "N/A" if evidence.smallest is None else percent(evidence.smallest, sign=""),
+        percent(evidence.smallest, 1),
         evidence.needed or "",
     )
-
-
-def percent(share: float | None, sign: str = "+") -> str:
-    """Return a share in percent."""
-    if share is None or not math.isfinite(share):
-        return "N/A"
-    if abs(share) > 10:
-        return f"{'>' if share > 0 else '<'} {'+' if share > 0 else '-'}1000%"
-    text = f"{share:{sign}.1%}"
-    return "0.0%" if text in ("+0.0%", "-0.0%") else text
 
 
 def _differing(difference: Difference) -> tuple[str, str, str]:
@@ -172,7 +155,6 @@ def _spell_setting(value: Any) -> str:
 
 
 def _sides(gate: Gate) -> list[tuple[str, str]]:
-    """Return the facts of the two versions, and once those that they share."""
     facts = [side.facts for side in (gate.base, gate.new)]
     names = dict.fromkeys(name for of_side in facts for name in of_side)
     shared = [name for name in names if facts[0].get(name) == facts[1].get(name)]
@@ -199,12 +181,6 @@ _STYLES = {Answer.PASSED: "bold green", Answer.FAILED: "bold red", Answer.UNKNOW
 
 
 def render_terminal(gate: Gate, *, strict: bool = False, verbose: bool = False) -> RenderableType:
-    """Return the answer, in a frame unless it passed, and its evidence.
-
-    Args:
-        strict: *cannot tell* has an exit code of its own.
-        verbose: include evidence that did not change and is not gated.
-    """
     parts: list[RenderableType] = [_answer(gate, strict=strict), Text()]
     identity = Table.grid(padding=(0, 2, 0, 0))
     for role, text in _sides(gate):
@@ -238,7 +214,6 @@ def _answer(gate: Gate, *, strict: bool) -> RenderableType:
 
 
 def _table(title: str, rows: Rows) -> Table:
-    """Return a table of two lines a row, so that it fits into 80 columns."""
     work = rows.kind is Kind.WORK
     head = ("Count\nor output", "Base", "New", "Change", "Verdict")
     if not work:
@@ -293,7 +268,6 @@ _ALERTS = {Answer.PASSED: "TIP", Answer.FAILED: "CAUTION", Answer.UNKNOWN: "WARN
 
 
 def render_markdown(gate: Gate, *, strict: bool = False, verbose: bool = False) -> str:
-    """Return the answer, the differences, the evidence, and the command to repeat it."""
     return "\n".join(_lines(gate, strict=strict, verbose=verbose)).rstrip() + "\n"
 
 
@@ -443,7 +417,6 @@ def render_annotations(gate: Gate, *, strict: bool = False) -> str:
 
 
 def _annotations(gate: Gate, *, strict: bool) -> Iterator[tuple[str, str, str]]:
-    """Yield level, title and text; errors first."""
     name = f"batchbench {gate.command}"
 
     def title(evidence: Evidence) -> str:
@@ -464,8 +437,6 @@ def _annotations(gate: Gate, *, strict: bool) -> Iterator[tuple[str, str, str]]:
 
 
 def workflow_command(level: str, title: str, text: str) -> str:
-    """Return one workflow command, with its line end."""
-
     def escaped(value: str) -> str:
         return value.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
@@ -477,7 +448,6 @@ def workflow_command(level: str, title: str, text: str) -> str:
 
 
 def render_baseline(baseline: Baseline) -> RenderableType:
-    """Return age, machine, counts, ratios with their scatter, and the command that made it."""
     data, processes = baseline.data, baseline.processes
     environment, model = data["environment"], data["model"]
     packages = ", ".join(f"{n} {v}" for n, v in environment["packages"].items())

@@ -107,7 +107,6 @@ class Condition:
 
     @property
     def floor(self) -> float:
-        """Return the share as a log ratio, above 0."""
         return -math.log1p(-self.share) if self.falls else math.log1p(self.share)
 
 
@@ -247,9 +246,7 @@ class CompareSpec:
         "builds of the same code, or two machines of one kind, can differ by a few percent.",
     )
     margin: float = _percent(
-        10.0,
-        "Percent that a change must be shown to stay within to be called the same.",
-        least=0.1,
+        10.0, "Percent that a change must be shown to stay within to be called the same.", least=0.1
     )
     confidence: float = _confidence(
         "Confidence level required to report a change, over all gated metrics together."
@@ -276,7 +273,6 @@ class CompareSpec:
 
     @property
     def conditions(self) -> list[Condition]:
-        """Return ``fail_if``, parsed."""
         return [parse_condition(text) for text in self.fail_if]
 
 
@@ -369,7 +365,6 @@ def make_rule(floor: float, margin: float, confidence: float) -> Rule:
 
 
 def rule_of(spec: DuetSpec) -> Rule:
-    """Return the rule of a duet."""
     return make_rule(spec.floor, spec.margin, spec.confidence)
 
 

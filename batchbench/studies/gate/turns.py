@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import fmean, median
 from typing import Any
 
@@ -68,12 +68,10 @@ class Turn:
 
     @property
     def step_ns(self) -> float:
-        """Return the mean time of a step."""
         return self.wall_ns / self.steps
 
     @property
     def is_busy(self) -> bool:
-        """Return True if other processes had the core for a sixth of the time or more."""
         return self.wall_ns > BUSY * self.cpu_ns
 
 
@@ -119,7 +117,6 @@ class Pair:
         return math.log(total / weight)
 
     def covers(self, strategy: str) -> float:
-        """Return the share of a trial's pieces that were timed."""
         return min(1.0, (len(self.turns[strategy]) - 1) / self.pieces[strategy])
 
     def kernel(self) -> float:
@@ -131,47 +128,30 @@ class Pair:
         )
 
     def busy(self) -> float:
-        """Return the share of turns in which other processes had the core."""
         return fmean(
             turn.is_busy for turns in self.turns.values() for pair in turns[1:] for turn in pair
         )
 
     def step_ns(self, strategy: str) -> tuple[float, float]:
-        """Return the median time of a step, of base and new."""
         pairs = self.turns[strategy][1:]
-        return (
-            median(base.step_ns for base, _ in pairs),
-            median(new.step_ns for _, new in pairs),
-        )
+        return (median(base.step_ns for base, _ in pairs), median(new.step_ns for _, new in pairs))
 
     def as_data(self) -> dict[str, Any]:
         """Return JSON values; a turn is its steps, and wall, processor and kernel time in ns."""
-        return {
-            "seconds": self.seconds,
-            "new_first": self.new_first,
-            "passes": {strategy: list(steps) for strategy, steps in self.passes.items()},
-            "pieces": dict(self.pieces),
-            "turns": {
-                strategy: [
-                    [[t.steps, t.wall_ns, t.cpu_ns, t.kernel_ns] for t in pair] for pair in pairs
-                ]
-                for strategy, pairs in self.turns.items()
-            },
+        turns = {
+            name: [[astuple(turn) for turn in pair] for pair in pairs]
+            for name, pairs in self.turns.items()
         }
+        return {**vars(self), "turns": turns}
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Pair:
-        """Return the pair that :meth:`as_data` wrote."""
-        return cls(
-            {
-                strategy: [(Turn(*base), Turn(*new)) for base, new in pairs]
-                for strategy, pairs in data["turns"].items()
-            },
-            {strategy: (base, new) for strategy, (base, new) in data["passes"].items()},
-            data["pieces"],
-            data["seconds"],
-            data["new_first"],
-        )
+        turns = {
+            name: [(Turn(*base), Turn(*new)) for base, new in pairs]
+            for name, pairs in data["turns"].items()
+        }
+        passes = {name: tuple(steps) for name, steps in data["passes"].items()}
+        return cls(**{**data, "turns": turns, "passes": passes})
 
 
 def contamination(pairs: Sequence[Pair], floor: float, *, on_cpu: bool) -> str | None:

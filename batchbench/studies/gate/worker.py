@@ -69,11 +69,7 @@ def main() -> None:
 
 
 def can_fork() -> bool:
-    """Return True if a forked process can do all that a fresh one can.
-
-    The driver of a GPU does not survive a fork, nor do system libraries on other systems than
-    Linux.
-    """
+    """Return True on Linux without a GPU: drivers and other systems' libraries survive no fork."""
     drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
     return sys.platform == "linux" and not any(map(os.path.exists, drivers))
 
@@ -86,7 +82,6 @@ def _import_all() -> None:
 
 
 def _serve(out: TextIO) -> None:
-    """Answer requests until "finish", an error, or the end of standard input."""
     worker = Worker()
     _write(out, worker.hello())
     for line in sys.stdin:
@@ -128,7 +123,6 @@ class Worker:
         self._memory = randomize_memory_layout()
 
     def hello(self) -> dict[str, Any]:
-        """Return the answer to "begin"."""
         from batchbench.batching.machine import environment
 
         return {
@@ -142,7 +136,6 @@ class Worker:
         }
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Carry out a request and return the answer."""
         if request["do"] == "open":
             opened = self.open(request["config"], request["lanes"], request["also"])
             stay_on(request["core"])
@@ -160,11 +153,6 @@ class Worker:
         strategies: Mapping[str, Sequence[float] | None],
         also: Sequence[str],
     ) -> dict[str, Any]:
-        """Load the model, warm up, and describe workload, model and environment.
-
-        Raises:
-            UsageError: this installation, or this machine, cannot run the experiment.
-        """
         from batchbench.batching.experiment import Experiment
         from batchbench.batching.models import Shelf
         from batchbench.batching.session import Session
@@ -219,13 +207,11 @@ def _check_closed(workload: Workload) -> None:
 
 
 def stay_on(core: int | None) -> None:
-    """Keep this thread, the only one that computes, on a core if the system supports it."""
     if core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
 
 
 def _varied(experiment: Any, name: str) -> Any:
-    """Return the experiment with the strategy, and perhaps the engine, of a name."""
     engine, _, strategy = name.rpartition("/")
     serving = replace(experiment.serving, strategy=strategy)
     if engine:
@@ -261,7 +247,6 @@ class PausableRun:
         self._begin()
 
     def turn(self, steps: int) -> Turn:
-        """Serve so many steps, across ends of trials if necessary."""
         kernel_ns = run_kernel()
         if self._left == 0:
             self._end()
@@ -303,7 +288,6 @@ class PausableRun:
         self._left = self.calibration.steps - self._done
 
     def _end(self) -> None:
-        """End the trial and begin the next."""
         try:
             self._serving.send(None)
         except StopIteration as done:
@@ -318,7 +302,6 @@ class PausableRun:
 
 
 def work_of(recording: Recording) -> dict[str, Any]:
-    """Return the counters of a trial and the digest of its outputs, in one mapping."""
     work: Mapping[str, Any] = counters(recording) if recording.has_steps else {}
     if (computed := recording.header.about.get("computed_passes")) is not None:
         work = {**work, "computed_passes": computed}
