@@ -58,6 +58,8 @@ CONFIRMATION_ALPHA = 0.05
 """Error of the confirming series, which has only one question to answer."""
 
 Reports = tuple[ProcessReport, ProcessReport]
+Known = tuple[Calibrations, Calibrations] | None
+"""Calibrations of base and new from earlier processes; None to measure them."""
 
 
 class TurnsWatch:
@@ -77,7 +79,6 @@ class Series:
     Attributes:
         strategies: those whose time is compared.
         confirming: it is the second series, which confirms the losses of the first.
-        calibrations: of base and new, so that later processes need not measure them.
         reports: of base and new, for each pair.
         cut_off: set if the time was up during a pair, which then does not count.
     """
@@ -85,7 +86,7 @@ class Series:
     rule: Rule
     strategies: Sequence[str]
     confirming: bool = False
-    calibrations: tuple[Calibrations, Calibrations] | None = None
+    calibrations: Known = None
     pairs: list[Pair] = field(default_factory=list)
     reports: list[Reports] = field(default_factory=list)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
@@ -109,10 +110,6 @@ class Series:
     def contamination(self) -> str | None:
         on_cpu = bool(self.reports) and all(report.on_cpu for report in self.reports[-1])
         return contamination(self.pairs, self.rule.floor, on_cpu=on_cpu)
-
-    @property
-    def is_sure(self) -> bool:
-        return not self.contamination and all(d.is_sure for d in self.decisions.values())
 
     @property
     def pair_s(self) -> float:
@@ -141,16 +138,11 @@ class PairSource(Protocol):
     """A source of pairs of processes."""
 
     def pair(
-        self,
-        strategies: Sequence[str],
-        calibrations: tuple[Calibrations, Calibrations] | None,
-        *,
-        with_others: bool,
+        self, strategies: Sequence[str], calibrations: Known, *, with_others: bool
     ) -> tuple[Pair, Reports]:
         """Return one more pair of processes that served the strategies in turns.
 
         Args:
-            calibrations: from earlier processes of base and new; None to measure them.
             with_others: count the work of the other strategies as well.
 
         Raises:
@@ -171,11 +163,7 @@ class ProcessPairs:
     chance: random.Random = field(default_factory=random.Random)
 
     def pair(
-        self,
-        strategies: Sequence[str],
-        calibrations: tuple[Calibrations, Calibrations] | None,
-        *,
-        with_others: bool,
+        self, strategies: Sequence[str], calibrations: Known, *, with_others: bool
     ) -> tuple[Pair, Reports]:
         began = time.monotonic()
         new_first = self.chance.random() < 0.5
@@ -211,29 +199,20 @@ class ProcessPairs:
         spent = 0.0
         for size in zip(*map(cut.sizes, steps), strict=True):
             if new_first:
-                second = new.turn(strategy, size[1])
-                first = base.turn(strategy, size[0])
+                taken = new.turn(strategy, size[1]), base.turn(strategy, size[0])
+                turns.append((taken[1], taken[0]))
             else:
-                first = base.turn(strategy, size[0])
-                second = new.turn(strategy, size[1])
-            turns.append((first, second))
-            spent += sum(turn.wall_ns + turn.kernel_ns for turn in (first, second)) / 1e9
-            if _is_enough(len(turns) - 1, cut.pieces, spent):
+                turns.append((base.turn(strategy, size[0]), new.turn(strategy, size[1])))
+            spent += sum(turn.wall_ns + turn.kernel_ns for turn in turns[-1]) / 1e9
+            counted = len(turns) - 1
+            longest = PAIR_S if counted % cut.pieces == 0 else LONGEST_PAIR_S
+            if counted >= FEWEST_TURNS and spent >= longest:
                 break
         return turns
 
     def restart(self) -> None:
         for workers in self.sides:
             workers.end()
-
-
-def _is_enough(counted: int, pieces: int, spent: float) -> bool:
-    """Return True if a pair may end: after whole trials, if they are not too long."""
-    if counted < FEWEST_TURNS:
-        return False
-    if counted % pieces:
-        return spent > LONGEST_PAIR_S
-    return spent >= PAIR_S
 
 
 def run_duet(
@@ -309,7 +288,8 @@ def _run_pairs(
         watch.measured(what, f"{progress}; {fault}" if fault else progress)
         yield len(series.pairs)
         # Two pairs at least, so that work is counted in two processes of each side.
-        if up or (series.is_sure and len(series.pairs) > 1):
+        is_sure = not fault and all(d.is_sure for d in series.decisions.values())
+        if up or (is_sure and len(series.pairs) > 1):
             return
 
 

@@ -215,9 +215,11 @@ def _answer(gate: Gate, *, strict: bool) -> RenderableType:
 
 def _table(title: str, rows: Rows) -> Table:
     work = rows.kind is Kind.WORK
-    head = ("Count\nor output", "Base", "New", "Change", "Verdict")
+    limits = any(one.smallest is not None or one.needed for one in rows.evidence)
+    head = ["Count\nor output", "Base", "New", "Change", "Verdict"]
     if not work:
-        head = ("Metric", "Base\nnew", "Change\n95 % CI", "Verdict", "Detectable\nneeded")
+        head = ["Metric", "Base\nnew", "Change\n95 % CI", "Verdict"]
+        head += ["Detectable\nneeded"] * limits
     grid = _grid(title, head, left=1)
     for evidence in rows.evidence:
         if work:
@@ -230,7 +232,7 @@ def _table(title: str, rows: Rows) -> Table:
             Text(f"{base}\n{new}"),
             Text(f"{change}\n{interval}"),
             _verdict(evidence, verdict, gate),
-            Text(f"{smallest}\n{needed}".rstrip()),
+            *[Text(f"{smallest}\n{needed}".rstrip())] * limits,
         )
     return grid
 
