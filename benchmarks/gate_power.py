@@ -409,28 +409,28 @@ class Drawn:
         self._pairs, self._chance = pairs, random.Random(1)
         self.seconds = 0.0
 
-    def pair(self, lanes: Sequence[str], known: object, *, with_others: bool) -> tuple:
-        from batchbench.studies.gate.duet import Opened
+    def pair(self, names: Sequence[str], known: object, *, with_others: bool) -> tuple:
+        from batchbench.studies.gate.processes import ProcessReport
 
         pair = self._chance.choice(self._pairs)
         self.seconds += pair.seconds
-        told, done = {"model": {"device": "cpu"}, "also": {}}, {"work": {}}
-        return pair, Opened(({}, {}), (told, told), (done, done))
+        report = ProcessReport({}, {"model": {"device": "cpu"}, "also": {}}, {"work": {}})
+        return pair, (report, report)
 
-    def afresh(self) -> None:
-        """All were drawn apart already."""
+    def restart(self) -> None:
+        """Do nothing: pairs are drawn independently."""
 
 
 def replayed(pairs: Sequence, verdicts: int) -> list[tuple[str, float]]:
     """Verdicts and seconds of duets whose processes are drawn from those that were recorded."""
-    from batchbench.studies.gate.duet import TurnsWatch, conduct_duet
+    from batchbench.studies.gate.duet import TurnsWatch, run_duet
     from batchbench.studies.gate.spec import DuetSpec
 
     drawn, spec, watch = Drawn(pairs), DuetSpec(max_time=BUDGET_S["quiet"]), TurnsWatch()
-    lanes = list(pairs[0].passes)
+    names = list(pairs[0].passes)
     found = []
     for _ in range(verdicts):
-        result = conduct_duet(drawn, lanes, spec, watch, clock=lambda: drawn.seconds)
+        result = run_duet(drawn, names, spec, watch, clock=lambda: drawn.seconds)
         found.append((answer_of(result), result.seconds))
     return found
 

@@ -17,25 +17,24 @@ from scipy import stats
 
 from batchbench.batching.experiment import Experiment
 from batchbench.studies.gate import processes
-from batchbench.studies.gate.check import here
-from batchbench.studies.gate.duet import Stage, learnt
-from batchbench.studies.gate.processes import Workers
+from batchbench.studies.gate.duet import ProcessPairs, calibrate
+from batchbench.studies.gate.processes import Workers, this_installation
 
-LANE = "continuous"
+STRATEGY = "continuous"
 
 
 def scatter(pairs: int, of_one: int) -> None:
     """Run pairs and print what they tell."""
-    processes.OF_ONE = of_one
+    processes.FORKS_PER_PARENT = of_one
     experiment = Experiment.of(preset="ci")
     values, seconds, known = [], [], None
-    with Workers(here(), 1) as base, Workers(here(), 1) as new:
-        stage = Stage((base, new), experiment, [])
+    with Workers(this_installation(), 1) as base, Workers(this_installation(), 1) as new:
+        stage = ProcessPairs((base, new), experiment, [])
         for number in range(pairs):
-            pair, _ = stage.pair([LANE], known, with_others=False)
+            pair, _ = stage.pair([STRATEGY], known, with_others=False)
             if number == 1:
-                known = learnt(pair)
-            values.append(pair.value(LANE))
+                known = calibrate(pair)
+            values.append(pair.value(STRATEGY))
             seconds.append(pair.seconds)
     groups = [values[i : i + of_one] for i in range(0, pairs, of_one)]
     groups = [group for group in groups if len(group) > 1]

@@ -1,4 +1,4 @@
-"""The command duet."""
+"""The commands compare, duet, check and baseline."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +27,8 @@ from batchbench.studies.gate.spec import BaselineSpec, CheckSpec, CompareSpec, D
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
-    from batchbench.studies.gate.baseline import Baseline
+    from rich.console import RenderableType
+
     from batchbench.studies.gate.evidence import Gate
     from batchbench.studies.gate.processes import Installation
 
@@ -34,54 +36,56 @@ if TYPE_CHECKING:
 STANDARD_OUTPUT = Path("-")
 
 STEP_SUMMARY, STEP_OUTPUT = "GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT"
-"""Variables by which GitHub names the files that a step may append to."""
+"""Environment variables with the files that a GitHub step may append to."""
 
 
 @dataclass(frozen=True)
 class GateOutputSpec:
-    """What is shown of a verdict, what is written, and what counts as bad."""
+    """The reports of a gate, and the exit code of *cannot tell*."""
 
     strict: bool = setting(
         False,
-        "Exit with 3 where it cannot be told; otherwise that is a loud line and 0.",
+        "Exit with code 3 if the answer is 'cannot tell'; otherwise with 0 and a warning.",
         "Output",
     )
-    json: bool = setting(
-        False, "Print what was found as JSON on standard output, and nothing else.", "Output"
+    verbose: bool = setting(
+        False, "Also show metrics that did not change and are not gated.", "Output"
     )
+    json: bool = setting(False, "Print all findings as JSON, and nothing else.", "Output")
     markdown: Path | None = setting(
         None,
-        "File for a report as Markdown, for a pull request; - is standard output.",
+        "Write the report as Markdown, for a pull request; - is standard output.",
         "Output",
         metavar="FILE",
     )
     junit: Path | None = setting(
-        None, "File for a report as JUnit XML, a test case a metric.", "Output", metavar="FILE"
+        None, "Write JUnit XML, with a test case for each metric.", "Output", metavar="FILE"
     )
     github: str = setting(
         "auto",
-        "Annotations, a report in the summary of the job, and the outputs answer and exit-code of "
-        "the step: on, off, or auto, where GITHUB_ACTIONS is true.",
+        "Write annotations, the job summary, and the step outputs answer and exit-code: on, off, "
+        "or auto, which means on if GITHUB_ACTIONS is true.",
         "Output",
         choices=("auto", "on", "off"),
         metavar="WHEN",
     )
-    quiet: bool = setting(False, "No progress, and of the report only the sentence.", "Output")
+    quiet: bool = setting(
+        False, "Show no progress, and only the first sentence of the report.", "Output"
+    )
 
     def __post_init__(self) -> None:
         settings.check(self)
         if self.json and self.markdown == STANDARD_OUTPUT:
             raise UsageError(
-                "--json and --markdown -: both want standard output; give --markdown a file"
+                "--json and --markdown -: both write to standard output; give --markdown a file"
             )
         if self.junit == STANDARD_OUTPUT:
-            raise UsageError("--junit -: give a file, such.xml")
+            raise UsageError("--junit -: give a file, such as junit.xml")
         if self.junit is not None and self.junit == self.markdown:
             raise UsageError(f"--junit {self.junit}: is the file of --markdown; give another")
 
     @property
     def files(self) -> dict[str, Path]:
-        """Files that will be written, by the option that names them."""
         named = {"--markdown": self.markdown, "--junit": self.junit}
         return {
             option: file
@@ -91,28 +95,18 @@ class GateOutputSpec:
 
     @property
     def on_github(self) -> bool:
-        """Whether GitHub's own places are written to."""
         if self.github == "auto":
             return os.environ.get("GITHUB_ACTIONS") == "true"
         return self.github == "on"
 
     def github_file(self, variable: str) -> Path | None:
-        """The file that GitHub names by a variable, if it is to be written to."""
+        """Return the file that an environment variable names, if GitHub output is on."""
         named = os.environ.get(variable)
         return Path(named) if self.on_github and named else None
 
-    @property
-    def holds_standard_output(self) -> bool:
-        """Whether a document has standard output for itself."""
-        return self.json or self.markdown == STANDARD_OUTPUT
-
 
 def check_outputs(output: GateOutputSpec) -> None:
-    """See, before anything is measured, that all can be written; leaves nothing behind.
-
-    Raises:
-        UsageError: a file cannot be written.
-    """
+    """Check, before anything is measured, that all files can be written; leave nothing behind."""
     from batchbench.files import check_file
 
     for option, file in output.files.items():
@@ -126,52 +120,44 @@ def check_outputs(output: GateOutputSpec) -> None:
 def conclude(gate: Gate, output: GateOutputSpec) -> None:
     """Show a gate, write its files, and end the command with its exit code.
 
-    All texts are made before the first is shown, so that a fault in one is no half verdict.
-
-    Raises:
-        UsageError: a file cannot be written.
-        typer.Exit: always, otherwise.
+    All texts are made before the first is shown, so that an error in one shows no part of a
+    verdict.
     """
-    from batchbench.studies.gate import ci, report
+    from batchbench.studies.gate import report
 
     code = gate.exit_code(strict=output.strict)
-    markdown = report.render_markdown(gate, strict=output.strict)
-    contents: Mapping[str, bytes | str] = {
-        "--markdown": markdown,
-        "--junit": ci.render_junit(gate, strict=output.strict),
+    markdown = report.render_markdown(gate, strict=output.strict, verbose=output.verbose)
+    contents = {
+        "--markdown": markdown.encode("utf-8", "backslashreplace"),
+        "--junit": report.render_junit(gate, strict=output.strict),
     }
-    marks = ci.render_annotations(gate, strict=output.strict) if output.on_github else ""
-    _show(gate, output, markdown)
-    for option, file in output.files.items():
-        with claimed(file, f"{option} {file}"):
-            write_file(file, contents[option])
-    # The runner reads workflow commands on both streams; a document keeps its own to itself.
-    print(marks, end="", file=sys.stderr if output.holds_standard_output else sys.stdout)
-    _append(output, STEP_SUMMARY, markdown)
-    _append(output, STEP_OUTPUT, f"answer={gate.answer}\nexit-code={code}\n")
-    raise typer.Exit(code)
-
-
-def _show(gate: Gate, output: GateOutputSpec, markdown: str) -> None:
+    marks = report.render_annotations(gate, strict=output.strict) if output.on_github else ""
     if output.json:
-        from batchbench.studies.gate import report
-
         echo_json(report.render_json(gate, strict=output.strict))
     elif output.markdown == STANDARD_OUTPUT:
         echo(markdown, end="")
     elif output.quiet:
         echo(gate.sentence)
     else:
-        from rich.console import Console
-
-        from batchbench.studies.gate import report
-
-        console = Console(highlight=False, markup=False, emoji=False)
-        console.print(report.render_terminal(gate, strict=output.strict))
-        console.print(f"Again: {gate.typed}", markup=False, soft_wrap=True)
+        _print(report.render_terminal(gate, strict=output.strict, verbose=output.verbose))
+        echo(f"Again: {gate.typed}")
         if output.files:
-            names = ", ".join(shlex.quote(str(file)) for file in output.files.values())
-            console.print(f"Files: {names}", markup=False, soft_wrap=True)
+            echo(f"Files: {', '.join(shlex.quote(str(file)) for file in output.files.values())}")
+    for option, file in output.files.items():
+        with claimed(file, f"{option} {file}"):
+            write_file(file, contents[option])
+    # GitHub reads annotations on both streams; a document has standard output to itself.
+    is_document = output.json or output.markdown == STANDARD_OUTPUT
+    print(marks, end="", file=sys.stderr if is_document else sys.stdout)
+    _append(output, STEP_SUMMARY, markdown)
+    _append(output, STEP_OUTPUT, f"answer={gate.answer}\nexit-code={code}\n")
+    raise typer.Exit(code)
+
+
+def _print(content: RenderableType) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, markup=False, emoji=False).print(content)
 
 
 def _append(output: GateOutputSpec, variable: str, text: str) -> None:
@@ -187,29 +173,56 @@ def _append(output: GateOutputSpec, variable: str, text: str) -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class RecordSpec:
+    """The folder for the record of a duet or a check."""
+
+    output: Path | None = setting(
+        None, "Folder for duet.json or check.json, with all measurements.", "Output", metavar="DIR"
+    )
+    overwrite: bool = setting(False, "Replace the record in that folder.", "Output")
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+@contextmanager
+def _recording(record: RecordSpec, name: str) -> Iterator[None]:
+    from batchbench.cli.output import interruptible, output_folder
+
+    lost = "there is no answer"
+    if record.output is None:
+        with interruptible(lost):
+            yield
+    else:
+        with output_folder(record.output, overwrite=record.overwrite, marker=name, lost=lost):
+            yield
+
+
 DUET_HELP = """Compare another installation of batchbench with this one, in alternating turns.
 
-Both serve the same workload in processes of their own that take turns of about 0.2 s on the machine
-and are replaced every few seconds, so that noise falls on both alike. It stops as soon as the
-answer is sure; a loss is confirmed by a second run. Exit code 1: slower, or other work done.
+Both serve the same workload in processes of their own. The processes take turns of about 0.2 s and
+are replaced every few seconds, so that noise affects both sides alike. The comparison stops as soon
+as the answer is clear; a loss is confirmed by a second series. Exit code 1: this installation is
+slower, or counts or outputs differ.
 
 Example: batchbench duet --base-ref HEAD --preset ci --max-time 60"""
 
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """With what this installation is compared."""
+    """The installation to compare with."""
 
     base_python: Path | None = setting(
         None,
-        "Interpreter of an environment with another batchbench, as venv/bin/python.",
+        "Python interpreter of an environment with another batchbench, such as venv/bin/python.",
         "Base",
         metavar="PATH",
         excludes=("base_ref",),
     )
     base_ref: str | None = setting(
         None,
-        "Commit, branch or tag of batchbench's repository; it is installed in a cache.",
+        "Commit, branch or tag of batchbench's git repository; its package is kept in a cache.",
         "Base",
         metavar="REV",
     )
@@ -221,19 +234,6 @@ class BaseSpec:
                 "duet: needs a base to compare with; give --base-ref REV (such as main) or "
                 "--base-python PATH"
             )
-
-
-@dataclass(frozen=True)
-class RecordSpec:
-    """What is kept of it."""
-
-    output: Path | None = setting(
-        None, "Folder for duet.json, with every turn.", "Output", metavar="DIR"
-    )
-    overwrite: bool = setting(False, "Replace a record that the folder holds.", "Output")
-
-    def __post_init__(self) -> None:
-        settings.check(self)
 
 
 @with_options(
@@ -259,22 +259,16 @@ def duet(
     output: GateOutputSpec,
 ) -> None:
     """Compare two installations."""
-    from batchbench.cli.output import interruptible, output_folder
-    from batchbench.studies.gate.spec import lanes_of
+    from batchbench.studies.gate.spec import timed_strategies
 
     experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
-    lanes_of(experiment, deciding.timed)
+    timed_strategies(experiment, deciding.timed)
     check_outputs(output)
-    lost = "nothing was decided"
-    with (
-        output_folder(record.output, overwrite=record.overwrite, marker="duet.json", lost=lost)
-        if record.output
-        else interruptible(lost)
-    ):
-        conclude(_compare(base, deciding, experiment, record, output), output)
+    with _recording(record, "duet.json"):
+        conclude(_duet(base, deciding, experiment, record, output), output)
 
 
-def _compare(
+def _duet(
     base: BaseSpec,
     deciding: DuetSpec,
     experiment: Experiment,
@@ -282,13 +276,13 @@ def _compare(
     output: GateOutputSpec,
 ) -> Gate:
     from batchbench.cli.progress import make_turns_display
-    from batchbench.studies.gate.duet import Stage, conduct_duet, make_gate, record_of
-    from batchbench.studies.gate.processes import Installation, Workers
-    from batchbench.studies.gate.spec import lanes_of
+    from batchbench.studies.gate.duet import ProcessPairs, make_duet_gate, record_of, run_duet
+    from batchbench.studies.gate.processes import Workers, this_installation
+    from batchbench.studies.gate.spec import timed_strategies
 
     label, installation = _base(base)
-    sides = (installation, Installation("new", Path(sys.executable), own=True))
-    lanes, others = lanes_of(experiment, deciding.timed)
+    sides = (installation, this_installation("new"))
+    strategies, others = timed_strategies(experiment, deciding.timed)
     threads = experiment.model.threads or 1
     until = time.monotonic() + deciding.max_time
     with (
@@ -296,33 +290,33 @@ def _compare(
         Workers(sides[1], threads, until) as new_workers,
         make_turns_display(deciding.max_time, quiet=output.quiet) as display,
     ):
-        stage = Stage((base_workers, new_workers), experiment, others)
-        found = conduct_duet(stage, lanes, deciding, display)
-    gate = make_gate(
-        found,
-        sides,
+        source = ProcessPairs((base_workers, new_workers), experiment, others)
+        result = run_duet(source, strategies, deciding, display)
+    words = settings.words_of(base, BaseSpec(base_ref="HEAD"), always=("base_ref",))
+    if base.base_ref is None:
+        words = ["--base-python", str(base.base_python)]
+    words += settings.words_of(deciding, DuetSpec())
+    gate = make_duet_gate(
+        result,
         (label, "this installation"),
-        _typed(base, deciding, experiment),
+        (sides[0].python, sides[1].python),
+        f"{experiment.command('duet')} {shlex.join(words)}",
         allow_improvement=deciding.allow_improvement,
     )
     if record.output is not None:
-        from batchbench.files import write_whole
-
-        write_whole(record.output, {"duet.json": record_of(found, gate)})
+        write_whole(record.output, {"duet.json": record_of(result, gate)})
     return gate
 
 
 def _base(base: BaseSpec) -> tuple[str, Installation]:
-    from batchbench.studies.gate.processes import Installation
+    from batchbench.studies.gate.processes import Installation, install_revision
 
     if base.base_ref is not None:
-        from batchbench.studies.gate.processes import install_revision
-
-        python, commit = install_revision(base.base_ref)
+        folder, commit = install_revision(base.base_ref)
         label = base.base_ref
         if not commit.startswith(label):
             label = f"{label} ({commit[:12]})"
-        return label, Installation("base", python)
+        return label, Installation("base", Path(sys.executable), own=True, folder=folder)
     assert base.base_python is not None
     if not base.base_python.is_file():
         what = "is a folder" if base.base_python.is_dir() else "no such file"
@@ -333,89 +327,51 @@ def _base(base: BaseSpec) -> tuple[str, Installation]:
     return str(base.base_python), Installation("base", base.base_python.absolute())
 
 
-def _typed(base: BaseSpec, deciding: DuetSpec, experiment: Experiment) -> str:
-    """The command line that does it again."""
-    words = settings.words_of(base, BaseSpec(base_ref="HEAD"), always=("base_ref",))
-    if base.base_ref is None:
-        words = ["--base-python", str(base.base_python)]
-    words += settings.words_of(deciding, DuetSpec())
-    return f"{experiment.command('duet')} {shlex.join(words)}"
+CHECK_HELP = """Check this version against a saved baseline: counts and outputs exactly, speed by ratios.
 
+It runs the baseline's experiment in fresh processes. Each process alternates with reference runs
+(static batching, and the notebook engine), so that machine speed cancels out of the ratios.
+Absolute times are reported, not gated. The check stops as soon as the answer is clear. Exit code 1:
+this version is slower, or counts or outputs differ.
 
-CHECK_HELP = """Hold this version against a kept baseline: its work exactly, its speed by ratios.
+Example: batchbench check --baseline baseline.json"""  # noqa: E501
 
-It runs the baseline's experiment in fresh processes, each with its twins in turns (static batching,
-and the notebook engine), whose ratio the machine's speed cancels out of. Absolute times are told
-and gate nothing. It stops as soon as the answer is sure. Exit code 1: slower, or other work done.
+BASELINE_HELP = "Save counts and speed ratios of this version, for later checks."
 
-Example: batchbench check --baseline baseline.json"""
+SAVE_HELP = """Measure an experiment in fresh processes and save it as a baseline.
 
-BASELINE_HELP = "Keep what this version does, to hold later ones against."
+Example: batchbench baseline save baseline.json --preset ci"""
 
-SAVE_HELP = """Measure an experiment in fresh processes and keep it as a baseline.
-
-Example: batchbench baseline save --preset ci --output baseline.json"""
-
-SHOW_HELP = """Say what a baseline holds, how old it is and what it was made on.
+SHOW_HELP = """Show the content of a baseline, its age, and the machine it was made on.
 
 Example: batchbench baseline show baseline.json"""
 
 app = typer.Typer(help=BASELINE_HELP, no_args_is_help=True)
 
 
-RECORD = "check.json"
-
-
-@dataclass(frozen=True)
-class CheckRecordSpec:
-    """The record of a check."""
-
-    output: Path | None = setting(
-        None, f"Folder for {RECORD}, with every process.", "Output", metavar="DIR"
-    )
-    overwrite: bool = setting(False, "Replace a record that the folder holds.", "Output")
-
-    def __post_init__(self) -> None:
-        settings.check(self)
-
-
-@with_options({"asked": CheckSpec, "record": CheckRecordSpec, "output": GateOutputSpec})
-def check(asked: CheckSpec, record: CheckRecordSpec, output: GateOutputSpec) -> None:
-    """Compare with a baseline."""
-    from batchbench.studies.gate.baseline import load_baseline
-
-    assert asked.baseline is not None
-    baseline = load_baseline(asked.baseline)
-    check_outputs(output)
-    from batchbench.cli.output import interruptible, output_folder
-
-    lost = "nothing was decided"
-    with (
-        output_folder(record.output, overwrite=record.overwrite, marker=RECORD, lost=lost)
-        if record.output
-        else interruptible(lost)
-    ):
-        gate = _check(baseline, asked, record.output, quiet=output.quiet)
-        conclude(gate, output)
-
-
-def _check(baseline: Baseline, asked: CheckSpec, folder: Path | None, *, quiet: bool) -> Gate:
+@with_options({"check_spec": CheckSpec, "record": RecordSpec, "output": GateOutputSpec})
+def check(check_spec: CheckSpec, record: RecordSpec, output: GateOutputSpec) -> None:
+    """Check this version against a baseline."""
     from batchbench.cli.progress import make_turns_display
-    from batchbench.studies.gate.check import Observed, conduct_check, record_of
+    from batchbench.studies.gate.baseline import load_baseline
+    from batchbench.studies.gate.check import record_of, run_check
 
-    assert asked.baseline is not None
-    observed = Observed()
-    with make_turns_display(asked.max_time, quiet=quiet) as display:
-        gate = conduct_check(baseline, asked.baseline, asked, display, observed)
-    if folder is not None:
-        write_whole(folder, {RECORD: record_of(observed, gate)})
-    return gate
+    file = check_spec.baseline
+    assert file is not None
+    baseline = load_baseline(file)
+    check_outputs(output)
+    with _recording(record, "check.json"):
+        with make_turns_display(check_spec.max_time, quiet=output.quiet) as display:
+            gate, session = run_check(baseline, file, check_spec, display)
+        if record.output is not None:
+            write_whole(record.output, {"check.json": record_of(session, gate)})
+        conclude(gate, output)
 
 
 @app.command("save", help=SAVE_HELP)
 @with_options(
     {
-        "kept": BaselineSpec,
+        "saving": BaselineSpec,
         "basis": Basis,
         "serving": ServingSpec,
         "workload": WorkloadSpec,
@@ -423,62 +379,64 @@ def _check(baseline: Baseline, asked: CheckSpec, folder: Path | None, *, quiet: 
     }
 )
 def save(
-    kept: BaselineSpec,
+    saving: BaselineSpec,
     basis: Basis,
     serving: ServingSpec,
     workload: WorkloadSpec,
     model: ModelSpec,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]", help="File for the baseline.", show_default="baseline.json"
+        ),
+    ] = None,
 ) -> None:
-    """Make a baseline."""
+    """Measure and save a baseline."""
     from batchbench.cli.output import interruptible
     from batchbench.cli.progress import make_turns_display
     from batchbench.files import check_files
-    from batchbench.studies.gate.baseline import to_json
-    from batchbench.studies.gate.check import make_baseline
+    from batchbench.studies.gate.baseline import make_baseline, to_json
     from batchbench.studies.gate.report import render_baseline
 
+    if file is not None and saving.output is not None:
+        raise UsageError(f"--output {saving.output}: {file} is given as well; give one of the two")
+    named = f"--output {saving.output}" if saving.output else str(file or "baseline.json")
+    target = saving.output or file or Path("baseline.json")
     experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
-    with (
-        interruptible("no baseline was kept"),
-        claimed(kept.output, f"--output {kept.output}"),
-    ):
-        check_files(kept.output.parent, [kept.output.name], overwrite=kept.overwrite)
-        with make_turns_display(0, quiet=kept.quiet) as display:
-            baseline = make_baseline(experiment, kept.processes, display)
-        write_file(kept.output, to_json(baseline))
-    if not kept.quiet:
-        from rich.console import Console
-
-        Console(highlight=False, markup=False, emoji=False).print(render_baseline(baseline))
-        echo(f"File: {kept.output}")
+    words = [*settings.words_of(saving, BaselineSpec(output=saving.output)), str(target)]
+    command = f"{experiment.command('baseline save')} {shlex.join(words)}"
+    with interruptible("no baseline was saved"), claimed(target, named):
+        check_files(target.parent, [target.name], overwrite=saving.overwrite)
+        with make_turns_display(0, quiet=saving.quiet) as display:
+            baseline = make_baseline(experiment, saving.processes, display, command)
+        write_file(target, to_json(baseline))
+    if not saving.quiet:
+        _print(render_baseline(baseline))
+        echo(f"File: {target}")
 
 
 @app.command("show", help=SHOW_HELP)
 def show(
     file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE", help="What baseline save wrote.", show_default=False),
+        Path, typer.Argument(metavar="FILE", help="A saved baseline.", show_default=False)
     ],
 ) -> None:
-    """Tell of a baseline."""
-    from rich.console import Console
-
+    """Show a baseline."""
     from batchbench.studies.gate.baseline import load_baseline
     from batchbench.studies.gate.report import render_baseline
 
-    Console(highlight=False, markup=False, emoji=False).print(render_baseline(load_baseline(file)))
+    _print(render_baseline(load_baseline(file)))
 
 
 COMPARE_HELP = """Compare two versions by their results, and say which differences are real.
 
-First the work: the exact counts of closed workloads, and the tokens, where
-any change fails. Then speed-ups within a run, which the machine's own speed
-cancels out of. Absolute times are compared only between like environments,
-and fail only where --fail-if asks for it. Four or more runs a side, each of
-a process of its own, in a folder that holds them, tell far more than one.
+Counts of closed workloads and output tokens are compared exactly, and any change fails. Then
+speed-ups within a run, which do not depend on the machine's speed. Absolute times are compared only
+if the environments match, and fail only if --fail-if asks for it. Give folders with four or more
+runs a side, each of a process of its own: they show much smaller changes than one run does.
 
-Exit code 0: nothing is worse, or it cannot be told (--strict makes that 3);
-1: something is worse, or the work changed; 2: the two cannot be compared.
+Exit code 0: nothing is worse, or 'cannot tell' (with --strict that is 3); 1: something is worse,
+or counts or outputs changed; 2: the two cannot be compared.
 
 Example: batchbench compare batchbench-results/my-run batchbench-results/my-run
 Example: batchbench compare batchbench-results/my-run batchbench-results/my-run --fail-if 'output_throughput < -5%'"""  # noqa: E501
@@ -490,22 +448,21 @@ def compare(
         Path,
         typer.Argument(
             metavar="BASE",
-            help="A result's folder, its result.json, or a folder of several results.",
+            help="Folder of a result, its result.json, or a folder of several results.",
             show_default=False,
         ),
     ],
     new: Annotated[
         Path,
-        typer.Argument(metavar="NEW", help="The same of the new version.", show_default=False),
+        typer.Argument(metavar="NEW", help="The same for the new version.", show_default=False),
     ],
     question: CompareSpec,
     output: GateOutputSpec,
 ) -> None:
-    """Hold two versions against each other."""
-    check_outputs(output)
-    from batchbench.studies.gate.compare import compare_versions
-    from batchbench.studies.gate.runs import load_runs
+    """Compare two versions by their results."""
+    from batchbench.studies.gate.compare import compare_versions, load_runs
 
+    check_outputs(output)
     words = ["batchbench", "compare", str(base), str(new)]
     typed = shlex.join([*words, *settings.words_of(question, CompareSpec())])
     conclude(compare_versions(load_runs(base), load_runs(new), question, typed), output)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,12 +16,8 @@ from batchbench.batching.progress import Progress, Watch
 from batchbench.reports.text import spell_option, spell_time
 from batchbench.studies.capacity.probe import CapacityWatch, Probe
 from batchbench.studies.gate.duet import TurnsWatch
-from batchbench.studies.gate.evidence import spell_share
 from batchbench.studies.sweep.grid import Cell
 from batchbench.studies.sweep.run import Asked, SweepWatch
-
-if TYPE_CHECKING:
-    from batchbench.reports.statistics import Decision
 
 
 class PlainSweep(SweepWatch):
@@ -327,29 +321,13 @@ class TurnsDisplay(TurnsWatch):
             self._status.update(f"{what} · {spell_time(spent)} of {spell_time(self._max_time)}")
 
     def measured(self, label: str, what: str) -> None:
-        """Something was measured of which nothing is decided yet."""
+        """A measurement, or the decisions so far."""
         line = f"{label:<12} {what}".rstrip()
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def told(self, label: str, decisions: Mapping[str, Decision], fault: str | None) -> None:
-        """What can be told so far: log ratios of a time, above 0 where new is slower."""
-        parts = [f"{name} {describe(decision)}" for name, decision in decisions.items()]
-        line = f"{label:<12} {'; '.join(parts)}{f'; {fault}' if fault else ''}"
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _status(console: Console) -> Status:
     return Status("", console=console, spinner="line" if console.options.ascii_only else "dots")
-
-
-def describe(decision: Decision) -> str:
-    """The time of new over base, and the verdict so far."""
-    if decision.estimate is None:
-        return "nothing yet"
-    text = f"time {spell_share(decision.estimate)}"
-    if decision.low is not None and decision.high is not None:
-        text += f" ({spell_share(decision.low)} to {spell_share(decision.high)})"
-    return f"{text}: {decision.verdict}{'' if decision.is_sure else ' yet'}"
 
 
 def make_turns_display(max_time: float, *, quiet: bool) -> TurnsDisplay:

@@ -1,6 +1,6 @@
-"""The name under which ``duet`` and ``check`` start the worker of an installation.
+"""The module that ``duet`` and ``check`` start in each installation to run its worker.
 
-The two sides of a duet may be different versions of batchbench, so this path must not change:
+The other installation may be another version of batchbench, so this path must not change:
 ``python -P -m batchbench.studies.worker``.
 """
 

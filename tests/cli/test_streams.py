@@ -333,7 +333,7 @@ def command():
     with Workers(Installation("new", Path(sys.argv[1]), own=True), 1) as workers:
         workers.ready()
         print(workers._running._process.pid, flush=True)
-        workers._answer()
+        workers.answer()
 
 main._guarded = command
 main.main()

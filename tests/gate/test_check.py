@@ -18,8 +18,8 @@ from support.baselines import (
     MODEL,
     WORK,
     baseline_data,
+    measured,
     process,
-    seen,
     write_baseline,
 )
 
@@ -27,36 +27,45 @@ from batchbench.batching.experiment import Experiment
 from batchbench.cli.main import _guarded
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.studies.gate import baseline
-from batchbench.studies.gate.baseline import Baseline, Cut, Seen, lanes_of, load_baseline, make_cut
-from batchbench.studies.gate.check import FIRST_LOOK, conduct_check, make_baseline
+from batchbench.studies.gate.baseline import (
+    Baseline,
+    Measured,
+    load_baseline,
+    make_baseline,
+    make_cut,
+    reference_strategies,
+)
+from batchbench.studies.gate.check import FIRST_LOOK, run_check
 from batchbench.studies.gate.duet import TurnsWatch
 from batchbench.studies.gate.evidence import Answer, Gate
 from batchbench.studies.gate.report import render_baseline
 from batchbench.studies.gate.spec import CheckSpec
+from batchbench.studies.gate.turns import Cut
 
 FILE = Path("baseline.json")
 
 
 def gate_of(
     monkeypatch: pytest.MonkeyPatch,
-    now: Callable[[random.Random], Seen],
+    now: Callable[[random.Random], Measured],
     kept: Mapping[str, Any] | None = None,
     **asked: Any,
 ) -> tuple[Gate, int]:
     """The gate on processes that are made up, and how many it took."""
     chance, count = random.Random(3), [0]
 
-    def observe(*_: object) -> Seen:
+    def observe(*_: object) -> Measured:
         count[0] += 1
         return now(chance)
 
-    monkeypatch.setattr(baseline, "observe_process", observe)
+    monkeypatch.setattr(baseline, "measure_process", observe)
     spec = CheckSpec(baseline=FILE, **asked)
-    return conduct_check(Baseline(kept or baseline_data()), FILE, spec, TurnsWatch()), count[0]
+    gate, _ = run_check(Baseline(kept or baseline_data()), FILE, spec, TurnsWatch())
+    return gate, count[0]
 
 
 def test_the_same_version_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, count = gate_of(monkeypatch, lambda chance: seen(process(chance)))
+    gate, count = gate_of(monkeypatch, lambda chance: measured(process(chance)))
     assert gate.answer is Answer.PASSED
     assert count == FIRST_LOOK
     assert [each.name for each in gate.evidence if each.gated and each.kind == "ratio"] == [
@@ -67,16 +76,16 @@ def test_the_same_version_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loss_of_the_engine_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, _ = gate_of(monkeypatch, lambda chance: seen(process(chance, 0.15)))
+    gate, _ = gate_of(monkeypatch, lambda chance: measured(process(chance, 0.15)))
     assert gate.answer is Answer.FAILED
     assert "continuous.speedup_over_notebook is slower" in gate.sentence
 
 
 def test_an_absolute_time_alone_fails_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow_machine(chance: random.Random) -> Seen:
+    def slow_machine(chance: random.Random) -> Measured:
         made = process(chance)
         slower = {lane: 3 * step for lane, step in made.step_ns.items()}
-        return seen(type(made)(**{**vars(made), "step_ns": slower}))
+        return measured(type(made)(**{**vars(made), "step_ns": slower}))
 
     gate, _ = gate_of(monkeypatch, slow_machine)
     assert gate.answer is Answer.PASSED
@@ -90,7 +99,7 @@ def test_an_absolute_time_alone_fails_nothing(monkeypatch: pytest.MonkeyPatch) -
 def test_other_work_always_fails(monkeypatch: pytest.MonkeyPatch, lane: str, counter: str) -> None:
     other: Any = "e" * 64 if counter == "output_digest" else WORK[lane][counter] + 1  # type: ignore[operator]
     work = {**WORK, lane: {**WORK[lane], counter: other}}
-    gate, count = gate_of(monkeypatch, lambda chance: seen(process(chance), work))
+    gate, count = gate_of(monkeypatch, lambda chance: measured(process(chance), work))
     assert gate.answer is Answer.FAILED
     assert count <= FIRST_LOOK
     assert all(each.kind == "work" for each in gate.failures)
@@ -99,17 +108,17 @@ def test_other_work_always_fails(monkeypatch: pytest.MonkeyPatch, lane: str, cou
 def test_less_work_passes_only_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     fewer = {**COUNTS, "forward_passes": 129, "computed_passes": 129, "idle_slot_steps": 352}
 
-    def better(chance: random.Random) -> Seen:
-        return seen(process(chance, -0.01), {**WORK, "continuous": fewer})
+    def better(chance: random.Random) -> Measured:
+        return measured(process(chance, -0.01), {**WORK, "continuous": fewer})
 
     assert gate_of(monkeypatch, better)[0].answer is Answer.FAILED
     assert gate_of(monkeypatch, better, allow_improvement=True)[0].answer is Answer.PASSED
 
 
 def test_a_busy_machine_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, _ = gate_of(monkeypatch, lambda chance: seen(process(chance, busy=0.9)))
+    gate, _ = gate_of(monkeypatch, lambda chance: measured(process(chance, busy=0.9)))
     assert gate.answer is Answer.UNKNOWN
-    assert "others had the core" in gate.sentence
+    assert "other processes used the core" in gate.sentence
 
 
 def cut_off_after(
@@ -118,11 +127,11 @@ def cut_off_after(
     """The gate where the time is up in a process after so many."""
     count = [0]
 
-    def make(chance: random.Random) -> Seen:
+    def make(chance: random.Random) -> Measured:
         count[0] += 1
         if count[0] > finished:
-            raise OutOfTimeError("here had been silent for a while", waited_s)
-        return seen(process(chance, sd=sd))
+            raise OutOfTimeError("here had not answered for a while", waited_s)
+        return measured(process(chance, sd=sd))
 
     return gate_of(monkeypatch, make)[0]
 
@@ -131,7 +140,7 @@ def test_without_a_finished_process_nothing_can_be_told(monkeypatch: pytest.Monk
     gate = cut_off_after(monkeypatch, 0, 240.0)
     assert gate.answer is Answer.UNKNOWN
     assert gate.evidence == []
-    assert "no process was finished in --max-time (here had been silent" in gate.sentence
+    assert "no process was finished in --max-time (here had not answered" in gate.sentence
 
 
 @pytest.mark.parametrize("finished", range(1, FIRST_LOOK))
@@ -156,9 +165,9 @@ def test_on_another_machine_only_large_losses_are_called(monkeypatch: pytest.Mon
     other = {**ENVIRONMENT, "cpu": "another cpu"}
 
     def there(loss: float) -> Gate:
-        return gate_of(monkeypatch, lambda chance: seen(process(chance, loss), environment=other))[
-            0
-        ]
+        return gate_of(
+            monkeypatch, lambda chance: measured(process(chance, loss), environment=other)
+        )[0]
 
     assert there(0.18).answer is not Answer.FAILED
     assert there(0.3).answer is Answer.FAILED
@@ -167,13 +176,13 @@ def test_on_another_machine_only_large_losses_are_called(monkeypatch: pytest.Mon
 
 def test_another_question_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for changes, said in (
-        ({"workload": {"digest": "f" * 64, "closed": True}}, "its workload is not what"),
-        ({"model": {**MODEL, "weights_digest": "f" * 64}}, "its weights are not what"),
+        ({"workload": {"digest": "f" * 64, "closed": True}}, "another workload here"),
+        ({"model": {**MODEL, "weights_digest": "f" * 64}}, "another weights here"),
     ):
         with pytest.raises(UsageError, match=said):
-            gate_of(monkeypatch, lambda chance, c=changes: seen(process(chance), **c))  # type: ignore[misc]
+            gate_of(monkeypatch, lambda chance, c=changes: measured(process(chance), **c))  # type: ignore[misc]
     with pytest.raises(UsageError, match="was made with --preset ci"):
-        gate_of(monkeypatch, lambda chance: seen(process(chance)), preset="chat")
+        gate_of(monkeypatch, lambda chance: measured(process(chance)), preset="chat")
 
 
 def test_equal_versions_raise_no_alarm_in_many_checks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +193,7 @@ def test_equal_versions_raise_no_alarm_in_many_checks(monkeypatch: pytest.Monkey
         kept = baseline_data(processes=processes)
         now = random.Random(1000 + seed)
         answers.append(
-            gate_of(monkeypatch, lambda _, now=now: seen(process(now, sd=0.04)), kept)[0].answer  # type: ignore[misc]
+            gate_of(monkeypatch, lambda _, now=now: measured(process(now, sd=0.04)), kept)[0].answer  # type: ignore[misc]
         )
     assert Answer.FAILED not in answers
 
@@ -208,12 +217,12 @@ SPOILED = {
     "a list": ("[]", "is no baseline"),
     "a result": ('{"strategies": {}}', "is a result, for batchbench compare"),
     "another version": (spoil(lambda d: d.update(schema_version=9)), "has schema version 9"),
-    "no processes": (spoil(lambda d: d.update(processes=[])), "is not a whole baseline"),
+    "no processes": (spoil(lambda d: d.update(processes=[])), "is not a complete baseline"),
     "a lane is missing": (
         spoil(lambda d: d["processes"][3]["ratios"].pop("static")),
-        "lack lanes that it names",
+        "lacks a strategy of lanes",
     ),
-    "no config": (spoil(lambda d: d.pop("config")), "is not a whole baseline"),
+    "no config": (spoil(lambda d: d.pop("config")), "is not a complete baseline"),
     "an unknown setting": (
         spoil(lambda d: d["config"]["serving"].update(from_the_future=1)),
         "--from-the-future",
@@ -262,22 +271,25 @@ def test_a_baseline_says_how_old_it_is_and_what_it_was_made_on(tmp_path: Path) -
             render_baseline(load_baseline(write_baseline(tmp_path / "b.json", days=days)))
         )
         shown[days] = console.export_text()
-    assert "12.0 hours old" in shown[0.5]
-    assert "1 day old" in shown[1]
-    assert "200 days old; renew it" in shown[200]
+    assert "saved 12 hours ago" in shown[0.5]
+    assert "saved 1 day ago" in shown[1]
+    assert "saved 200 days ago; renew it" in shown[200]
     assert all("a cpu" in text and "c0ffee" in text for text in shown.values())
 
 
-# Twins
+# Reference strategies
 
 
-def test_lanes_are_the_candidate_and_its_twins() -> None:
+def test_the_references_are_the_first_strategy_and_the_notebook() -> None:
     of = Experiment.of
-    assert lanes_of(of()) == ["continuous", "static", "notebook/continuous"]
-    assert lanes_of(of({"strategy": "continuous"})) == ["continuous", "notebook/continuous"]
-    assert lanes_of(of({"engine": "notebook"})) == ["continuous", "static"]
-    with pytest.raises(UsageError, match="nothing to hold it against"):
-        lanes_of(of({"engine": "notebook", "strategy": "continuous"}))
+    assert reference_strategies(of()) == ("continuous", ["static", "notebook/continuous"])
+    assert reference_strategies(of({"strategy": "continuous"})) == (
+        "continuous",
+        ["notebook/continuous"],
+    )
+    assert reference_strategies(of({"engine": "notebook"})) == ("continuous", ["static"])
+    with pytest.raises(UsageError, match="needs a reference in the same run"):
+        reference_strategies(of({"engine": "notebook", "strategy": "continuous"}))
 
 
 @pytest.mark.parametrize("step_ms", [0.001, 1.0, 8.0, 50.0, 1000.0])
@@ -286,10 +298,10 @@ def test_a_process_goes_through_whole_trials(step_ms: float) -> None:
     cut = make_cut({n: {"steps": s, "step_ns": step_ms * 1e6} for n, s in steps.items()})
     for count in steps.values():
         sizes = cut.sizes(count)
-        turns = [next(sizes) for _ in range(cut.turns)]
+        turns = [next(sizes) for _ in range(cut.pieces * cut.cycles + 1)]
         assert sum(turns[1:]) == count * cut.times * cut.cycles or cut.pieces == 1
         assert min(turns) >= 4
-    assert cut.turns > 4
+    assert cut.pieces * cut.cycles >= 4
 
 
 def test_a_baseline_is_made_of_real_processes(
@@ -307,7 +319,7 @@ def test_a_baseline_is_made_of_real_processes(
             "prompt_tokens": "5",
         }
     )
-    made = make_baseline(experiment, 2, TurnsWatch())
+    made = make_baseline(experiment, 2, TurnsWatch(), "batchbench baseline save")
     file = tmp_path / "b.json"
     file.write_text(json.dumps(made.data))
     kept = load_baseline(file)
@@ -325,7 +337,7 @@ def test_a_check_keeps_what_each_process_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chance = random.Random(3)
-    monkeypatch.setattr(baseline, "observe_process", lambda *_: seen(process(chance)))
+    monkeypatch.setattr(baseline, "measure_process", lambda *_: measured(process(chance)))
     file, folder = write_baseline(tmp_path / "baseline.json"), tmp_path / "kept"
     words = ["batchbench", "check", "--baseline", str(file), "--output", str(folder), "--quiet"]
     for more, code in (([], 0), ([], 2), (["--overwrite"], 0)):

@@ -28,11 +28,10 @@ from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
 from batchbench.reports.result import Result, output_digest
 from batchbench.reports.statistics import Verdict
-from batchbench.studies.gate.compare import compare_versions
-from batchbench.studies.gate.counts import Work, compare_work
+from batchbench.studies.gate.compare import Run, Runs, compare_versions, load_runs
+from batchbench.studies.gate.counts import Counts, compare_counts
 from batchbench.studies.gate.evidence import Answer, Evidence, Gate, Kind
-from batchbench.studies.gate.runs import Run, Runs, load_runs
-from batchbench.studies.gate.spec import GAUGES, CompareSpec, parse_condition
+from batchbench.studies.gate.spec import METRICS, CompareSpec, parse_condition
 from batchbench.workloads import Request
 
 MIRRORED = {Verdict.SLOWER: Verdict.FASTER, Verdict.FASTER: Verdict.SLOWER}
@@ -71,7 +70,7 @@ def paced(paces: Mapping[str, Sequence[float]], data: Mapping[str, Any] | None =
 
 def _paced(trial: Mapping[str, Any], factor: float) -> dict[str, Any]:
     def of(name: str, value: Any) -> Any:
-        if value is None or not (name in GAUGES or name == "duration"):
+        if value is None or not (name in METRICS or name == "duration"):
             return value
         return value / factor if name.endswith("throughput") else value * factor
 
@@ -195,44 +194,44 @@ def test_where_a_tie_may_fall_otherwise_tokens_fail_nothing(
     assert any("nearly tied" in note for note in gate.notes)
 
 
-def work(closed: bool = True, simulated: bool = False, **counts: int | None) -> Work:
+def work(closed: bool = True, simulated: bool = False, **counts: int | None) -> Counts:
     """Plain data, as a worker process hands it over."""
     counters = {name: None if n is None else {"forward_passes": n} for name, n in counts.items()}
-    return Work(counters, dict.fromkeys(counts, "abc"), closed, simulated, "float32")
+    return Counts(counters, dict.fromkeys(counts, "abc"), closed, simulated, "float32")
 
 
 def test_work_is_compared_on_plain_data() -> None:
-    told = compare_work(work(static=400), work(static=403), alike=True)
+    told = compare_counts(work(static=400), work(static=403), alike=True)
     assert [(e.name, e.verdict, e.fails) for e in told] == [
         ("static.forward_passes", Verdict.CHANGED, True),
         ("static.outputs", Verdict.SAME, False),
     ]
-    assert told[0].why == "grew by 3 (+0.8 %)"
+    assert told[0].why == "grew by 3 (+0.8%)"
     assert (told[0].base, told[0].new, told[0].change) == (400, 403, pytest.approx(0.0075))
 
 
 def test_who_waits_for_timed_arrivals_is_an_observation() -> None:
-    (counted_, _) = compare_work(work(False, static=4), work(False, static=5), alike=True)
+    (counted_, _) = compare_counts(work(False, static=4), work(False, static=5), alike=True)
     assert (counted_.verdict, counted_.fails, counted_.gated) == (Verdict.CHANGED, False, False)
     clock = {"closed": False, "simulated": True}
-    (counted_, _) = compare_work(work(**clock, static=4), work(**clock, static=5), alike=True)
+    (counted_, _) = compare_counts(work(**clock, static=4), work(**clock, static=5), alike=True)
     assert counted_.fails
-    (counted_, _) = compare_work(work(**clock, static=4), work(**clock, static=5), alike=False)
+    (counted_, _) = compare_counts(work(**clock, static=4), work(**clock, static=5), alike=False)
     assert not counted_.fails
 
 
 def test_a_strategy_without_steps_is_noted_and_one_that_lost_them_fails() -> None:
-    (told, _) = compare_work(work(own=None), work(own=None), alike=True)
+    (told, _) = compare_counts(work(own=None), work(own=None), alike=True)
     assert (told.verdict, told.gated) == (Verdict.UNKNOWN, False)
-    (told, _) = compare_work(work(own=4), work(own=None), alike=True)
+    (told, _) = compare_counts(work(own=4), work(own=None), alike=True)
     assert told.fails
     with pytest.raises(UsageError, match="strategy own: the base has it"):
-        compare_work(work(own=4), work(static=4), alike=True)
+        compare_counts(work(own=4), work(static=4), alike=True)
 
 
 def test_a_count_of_one_version_only_is_told_and_fails_nothing() -> None:
     new = replace(work(static=4), counters={"static": {"forward_passes": 4, "novelties": 1}})
-    told = compare_work(work(static=4), new, alike=True)
+    told = compare_counts(work(static=4), new, alike=True)
     assert [(e.metric, e.verdict, e.gated) for e in told[:2]] == [
         ("forward_passes", Verdict.SAME, True),
         ("novelties", Verdict.UNKNOWN, False),
@@ -374,7 +373,7 @@ def test_the_share_of_the_floor_is_compared_of_each_strategy_and_gates_where_ask
 
 def test_one_process_is_never_called_lightly() -> None:
     """Of equal code, processes that scatter as documented raise no alarm."""
-    spread = GAUGES["speedup"].between
+    spread = METRICS["speedup"].between
     for seed in range(0, 120, 2):
         base, new = (runs_of(1, seed + i, scatter=spread / 2**0.5) for i in range(2))
         assert gate_of(base, new).failures == []
@@ -425,7 +424,7 @@ def test_a_gain_fails_where_it_was_asked_for_and_the_gate_says_that_it_is_one() 
     slower = runs_of(5, 2, static=1.3, continuous=1.3, scatter=0.003)
     gate = gate_of(runs_of(5, 1, scatter=0.003), slower, **asked)
     assert gate.failures == []
-    assert any("can never mean a loss" in note for note in gate.notes)
+    assert any("fails on an improvement" in note for note in gate.notes)
 
 
 def test_simulations_are_compared_exactly() -> None:
@@ -462,8 +461,8 @@ def test_unlike_environments_are_compared_on_work_and_their_differences_listed()
 @pytest.mark.parametrize(
     ("condition", "also", "way"),
     [
-        ("output_throughput < -5%", {}, "or ratios such as speedup"),
-        ("output_throughput < -5%", {"allow_environment_mismatch": True}, "or ratios"),
+        ("output_throughput < -5%", {}, "compare ratios such as speedup"),
+        ("output_throughput < -5%", {"allow_environment_mismatch": True}, "ratios"),
         ("speedup < -5%", {}, "or give --allow-environment-mismatch"),
     ],
 )
@@ -499,7 +498,7 @@ def test_a_suspect_result_is_compared_on_its_work_alone() -> None:
         if each.kind is not Kind.WORK:
             assert each.verdict is Verdict.UNKNOWN
             assert each.why == (
-                "cannot be told: new is stamped suspect: other processes kept 1.5 cores busy"
+                "was not compared: new is stamped suspect: other processes kept 1.5 cores busy"
             )
     assert "stamped suspect" in gate.sentence
     slower = counted(suspect, "static", "forward_passes", 1)
@@ -534,7 +533,7 @@ GOOD = {
 def test_a_condition_is_read(text: str) -> None:
     read = parse_condition(text)
     strategy, metric, falls, share = GOOD[text]
-    assert (read.strategy, read.gauge.name, read.falls) == (strategy, metric, falls)
+    assert (read.strategy, read.metric.name, read.falls) == (strategy, metric, falls)
     assert read.share == pytest.approx(share)
     assert math.expm1(-read.floor if falls else read.floor) == pytest.approx(
         -share if falls else share
@@ -547,15 +546,15 @@ BAD = {
     "output_throughput < five%": "must be a metric",
     "< -5%": "must be a metric",
     "": "must be a metric",
-    "throughput < -5%": "no metric is called throughput; near are output_throughput, request_thr",
-    "ttft > 5%": "near are median_ttft_ms, p99_ttft_ms",
-    "continuous.p99_ttft > 5%": "near are p99_ttft_ms",
-    "output_thruput < -5%": "near are output_throughput",
-    "zzz < -5%": "no metric is called zzz; there are speedup, efficiency, floor_share, output",
-    "forward_passes > 1%": "is counted exactly, and any change of it fails",
+    "throughput < -5%": "there is no metric throughput; similar ones are output_throughput,",
+    "ttft > 5%": "similar ones are median_ttft_ms, p99_ttft_ms",
+    "continuous.p99_ttft > 5%": "similar ones are p99_ttft_ms",
+    "output_thruput < -5%": "similar ones are output_throughput",
+    "zzz < -5%": "there is no metric zzz; there are speedup, efficiency, floor_share, output",
+    "forward_passes > 1%": "is an exact count; any change of it fails",
     "duration < 5%": "a fall is < and a negative percentage; write 'duration < -5%'",
     "duration > -5%": "a rise is > and a positive percentage; write 'duration > 5%'",
-    "speedup < -0%": "a change of 0 % leaves nothing between a loss and noise",
+    "speedup < -0%": "any noise is a change of more than 0 %",
     "speedup < -100%": "nothing falls by 100 % or more",
 }
 
@@ -568,7 +567,7 @@ def test_a_condition_that_says_nothing_is_refused(text: str) -> None:
 
 
 def test_a_condition_twice_is_refused_and_one_each_way_is_not() -> None:
-    with pytest.raises(UsageError, match="says already"):
+    with pytest.raises(UsageError, match="has the same metric and direction"):
         CompareSpec(fail_if=("speedup < -5%", "speedup < -6%"))
     both = ("speedup < -5%", "speedup > 5%")
     gate = gate_of(runs_of(5, 1), runs_of(5, 2, continuous=1.3), fail_if=both)
@@ -579,7 +578,7 @@ def test_a_condition_twice_is_refused_and_one_each_way_is_not() -> None:
     ("condition", "error"),
     [
         ("notebook.duration > 5%", "there is no strategy notebook; the results have static, con"),
-        ("static.speedup < -5%", "that of a strategy over the baseline static; name continuous"),
+        ("static.speedup < -5%", "speedup compares a strategy with the baseline static; name con"),
         ("request_goodput < -5%", "base holds no request_goodput"),
         ("p99.9_ttft_ms > 5%", "base holds no p99.9_ttft_ms"),
     ],
@@ -687,15 +686,15 @@ SPOILED: dict[str, tuple[Callable[[Any], str], str]] = {
     "part": (inside("strategies", value=None), "is not a whole result"),
     "strategy": (
         inside("strategies", "continuous", value=None),
-        "new: has no strategy continuous, which base has; run both with --strategy static,con",
+        "new: has the strategies static, and base has static, continuous; run both with --str",
     ),
     "workload": (
         inside("workload", "digest", value="0" * 64),
-        "new: serves another workload than base (its prompts, lengths or times differ); run both",
+        "new: has another workload than base: prompts, lengths or arrival times differ; run both",
     ),
     "model": (
         inside("model", "name", value="distilgpt2"),
-        "new: is of the model distilgpt2, and base of gpt2; run both with the same --model",
+        "new: has the model distilgpt2, and base has gpt2; run both with the same --model",
     ),
     "simulation": (spoil(simulated=True), "new: is a simulation, and base was measured"),
 }
@@ -754,7 +753,7 @@ def test_other_weights_are_another_model_and_the_same_in_another_format_are_not(
 
 def test_the_setting_that_makes_it_another_workload_is_named() -> None:
     base, new = (batchbench.simulate(queue_size=size) for size in (24, 25))
-    with pytest.raises(UsageError, match="its queue_size is 25, and 24 in base"):
+    with pytest.raises(UsageError, match="--queue-size differs: 24 and 25"):
         gate_of(base, new)
 
 
@@ -770,7 +769,7 @@ def test_runs_of_a_side_must_be_of_one_experiment_each_measured_once(
     put(tmp_path / "set" / "b", {**paced({"static": [1.1] * 4}), "config": config})
     code, _, err = program("compare", "base", "set")
     assert code == 2
-    assert "set/b: its batch_size is 9, and 8 in set/a, so that they are not runs of one" in err
+    assert "set/b: is not of the same experiment as set/a: --batch-size differs: 8 and 9;" in err
 
 
 def test_runs_that_disagree_are_no_base_and_a_bad_new_version(

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import shutil
-import site
 import subprocess
 import sys
 import time
@@ -26,24 +25,27 @@ import batchbench
 from batchbench.batching.experiment import Experiment
 from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError
 from batchbench.reports.statistics import Verdict
-from batchbench.studies.gate import ci, duet, processes, report, worker
-from batchbench.studies.gate import ci as annotations
-from batchbench.studies.gate.check import here
+from batchbench.studies.gate import duet, processes, report, worker
 from batchbench.studies.gate.duet import (
-    Findings,
-    Opened,
-    Stage,
+    DuetResult,
+    ProcessPairs,
+    Series,
     TurnsWatch,
-    conduct_duet,
-    cut,
-    make_gate,
+    make_duet_gate,
     record_of,
-    sizes_of,
+    run_duet,
 )
 from batchbench.studies.gate.evidence import Answer, Gate, Kind
-from batchbench.studies.gate.processes import Installation, Workers, draw_core, install_revision
-from batchbench.studies.gate.spec import DuetSpec, lanes_of
-from batchbench.studies.gate.turns import Pair, Turn, contamination
+from batchbench.studies.gate.processes import (
+    Installation,
+    ProcessReport,
+    Workers,
+    draw_core,
+    install_revision,
+    this_installation,
+)
+from batchbench.studies.gate.spec import DuetSpec, timed_strategies
+from batchbench.studies.gate.turns import Cut, Pair, Turn, contamination
 
 PACKAGE = Path(batchbench.__file__).parent
 WORK = {"forward_passes": 10, "slot_steps": 80, "output_digest": "a" * 64}
@@ -77,16 +79,16 @@ class MadeUp:
         self.learnt: list[object] = []
         self.afresh_at: list[int] = []
 
-    def afresh(self) -> None:
+    def restart(self) -> None:
         self.afresh_at.append(self.count)
 
-    def pair(self, lanes: Sequence[str], known: object, *, with_others: bool) -> Any:
+    def pair(self, names: Sequence[str], known: object, *, with_others: bool) -> Any:
         pair = self._pair(self.count)
         self.count += 1
         self.seconds += pair.seconds
         self.learnt.append(known)
         environment = {"packages": {"torch": "2"}, "cpu": "a cpu", "git_commit": None}
-        told = tuple(
+        told = [
             {
                 "model": {"device": "cpu", "dtype": "float32"},
                 "workload": {"closed": True, "total_output_tokens": 100},
@@ -94,27 +96,34 @@ class MadeUp:
                 "also": {"static": dict(work)} if with_others else {},
             }
             for work in self._works
-        )
-        hello = tuple({"version": "1", "file": name} for name in "ab")
-        done = tuple(
+        ]
+        done = [
             {"work": {"continuous": dict(work)}, "varied": {"continuous": work.get("varied")}}
             for work in self._works
-        )
-        return pair, Opened(hello, told, done)  # type: ignore[arg-type]
+        ]
+        hello = [{"version": "1", "file": name} for name in "ab"]
+        return pair, tuple(map(ProcessReport, hello, told, done))
+
+
+def gate_on(result: DuetResult, *, allow_improvement: bool = False) -> Gate:
+    return make_duet_gate(
+        result,
+        ("base", "new"),
+        (Path("a"), Path("b")),
+        "again",
+        allow_improvement=allow_improvement,
+    )
 
 
 def found_of(
     pair: Callable[[int], Pair],
     spec: DuetSpec | None = None,
     works: Sequence[Mapping[str, Any]] = (WORK, WORK),
-) -> tuple[Findings, Gate, MadeUp]:
+) -> tuple[DuetResult, Gate, MadeUp]:
     source = MadeUp(pair, works)
     asked = spec or DuetSpec()
-    found = conduct_duet(source, ["continuous"], asked, TurnsWatch(), clock=lambda: source.seconds)
-    sides = (Installation("base", Path("a")), Installation("new", Path("b"), own=True))
-    gate = make_gate(
-        found, sides, ("base", "new"), "again", allow_improvement=asked.allow_improvement
-    )
+    found = run_duet(source, ["continuous"], asked, TurnsWatch(), clock=lambda: source.seconds)
+    gate = gate_on(found, allow_improvement=asked.allow_improvement)
     return found, gate, source
 
 
@@ -183,7 +192,7 @@ def test_a_burst_in_one_pairs_kernel_is_no_contamination() -> None:
 def test_a_core_that_others_had_makes_the_times_say_nothing() -> None:
     _, gate, _ = found_of(lambda _: made_up(0.08, busy=1.5), DuetSpec(max_time=100))
     assert gate.answer is Answer.UNKNOWN
-    assert "others had the core" in gate.sentence
+    assert "other processes used the core" in gate.sentence
     assert contamination([made_up(0.08, busy=1.5)], 0.01, on_cpu=False) is None
 
 
@@ -242,20 +251,19 @@ class RunsOut(MadeUp):
         super().__init__(pair, (WORK, WORK))
         self._finished, self._waited_s = finished, waited_s
 
-    def pair(self, lanes: Sequence[str], known: object, *, with_others: bool) -> Any:
+    def pair(self, names: Sequence[str], known: object, *, with_others: bool) -> Any:
         if self.count >= self._finished:
             self.seconds += self._waited_s
-            raise OutOfTimeError("new had been silent for a while", self._waited_s)
-        return super().pair(lanes, known, with_others=with_others)
+            raise OutOfTimeError("new had not answered for a while", self._waited_s)
+        return super().pair(names, known, with_others=with_others)
 
 
 def cut_off_at(
     finished: int, waited_s: float, mean: float = 0.0, sd: float = 0.1
-) -> tuple[Findings, Gate]:
+) -> tuple[DuetResult, Gate]:
     source = RunsOut(scattered(mean, sd), finished, waited_s)
-    found = conduct_duet(source, ["continuous"], DuetSpec(), TurnsWatch(), lambda: source.seconds)
-    sides = (Installation("base", Path("a")), Installation("new", Path("b"), own=True))
-    gate = make_gate(found, sides, ("base", "new"), "again", allow_improvement=False)
+    found = run_duet(source, ["continuous"], DuetSpec(), TurnsWatch(), lambda: source.seconds)
+    gate = gate_on(found)
     json.loads(record_of(found, gate))
     return found, gate
 
@@ -265,15 +273,15 @@ def test_without_a_finished_pair_nothing_can_be_told() -> None:
     assert gate.answer is Answer.UNKNOWN
     assert gate.evidence == []
     assert gate.sentence == (
-        "CANNOT TELL: no pair of processes was finished in --max-time (new had been silent for "
+        "CANNOT TELL: no pair of processes was finished in --max-time (new had not answered for "
         "a while); raise it."
     )
     assert found.first.pairs == []
     for render in (
         report.render_markdown,
         report.render_json,
-        ci.render_junit,
-        annotations.render_annotations,
+        report.render_junit,
+        report.render_annotations,
     ):
         assert render(gate, strict=False) is not None
     Console(file=io.StringIO()).print(report.render_terminal(gate, strict=True))
@@ -313,8 +321,9 @@ def test_a_loss_that_could_not_be_confirmed_is_not_called() -> None:
 @pytest.mark.parametrize("steps", [1, 4, 7, 130, 400])
 @pytest.mark.parametrize("step_ns", [1e4, 1e6, 5e6, 5e7, 1e9])
 def test_turns_cover_whole_trials(steps: int, step_ns: float) -> None:
-    pieces = cut(steps, step_ns)
-    sizes = list(islice(sizes_of(steps, pieces, step_ns), 3 * pieces))
+    cut = Cut.of(steps, steps * step_ns / 1e9, 0.2)
+    pieces = cut.pieces
+    sizes = list(islice(cut.sizes(steps), 3 * pieces))
     assert sum(sizes) % (3 * steps) == 0
     assert sizes[:pieces] == sizes[pieces : 2 * pieces]
     assert min(sizes) >= min(4, steps)
@@ -349,14 +358,14 @@ def test_a_pair_comes_back_from_its_record() -> None:
 # What is asked
 
 
-def test_lanes_are_the_last_strategy_or_those_asked_for() -> None:
+def test_the_last_strategy_is_timed_or_strategy_or_those_asked_for() -> None:
     asked = Experiment.of({"strategy": "static,continuous"})
-    assert lanes_of(asked, None) == (["continuous"], ["static"])
-    assert lanes_of(asked, "static,continuous") == (["static", "continuous"], [])
+    assert timed_strategies(asked, None) == (["continuous"], ["static"])
+    assert timed_strategies(asked, "static,continuous") == (["static", "continuous"], [])
     with pytest.raises(UsageError, match="--timed static-oracle: is not among --strategy"):
-        lanes_of(asked, "static-oracle")
+        timed_strategies(asked, "static-oracle")
     with pytest.raises(UsageError, match="cannot take turns"):
-        lanes_of(Experiment.of({"strategy": "generate_batch"}), None)
+        timed_strategies(Experiment.of({"strategy": "generate_batch"}), None)
 
 
 @pytest.fixture
@@ -482,12 +491,12 @@ def test_a_slow_or_silent_side_ends_with_the_time(
     began = time.monotonic()
     side = slow_worker(tmp_path, silent=silent, pause=pause)
     with Workers(side, 1, began + 2.0) as base, Workers(side, 1, began + 2.0) as new:
-        stage = Stage((base, new), experiment, [])
-        found = conduct_duet(stage, ["continuous"], spec, TurnsWatch())
+        stage = ProcessPairs((base, new), experiment, [])
+        found = run_duet(stage, ["continuous"], spec, TurnsWatch())
     assert time.monotonic() - began < 30  # not 3600, nor the 500 turns of a pair
     assert found.first.cut_off is not None
     assert not found.first.pairs
-    gate = make_gate(found, (side, side), ("a", "b"), "again", allow_improvement=False)
+    gate = gate_on(found)
     assert gate.answer is Answer.UNKNOWN
 
 
@@ -526,12 +535,12 @@ def gate_of(base: Path, experiment: Experiment, *, pairs: int) -> Gate:
         Installation("base", base),
         Installation("new", Path(sys.executable), own=True),
     )
-    run = duet.Run(duet.Rule(), ["continuous"])
+    run = Series(duet.Rule(), ["continuous"])
     with Workers(sides[0], 1) as base_workers, Workers(sides[1], 1) as new_workers:
-        stage = Stage((base_workers, new_workers), experiment, ["static"])
+        stage = ProcessPairs((base_workers, new_workers), experiment, ["static"])
         for _ in range(pairs):
-            run.add(*stage.pair(run.lanes, run.known, with_others=run.known is None))
-    return make_gate(Findings(run), sides, ("base", "new"), "again", allow_improvement=False)
+            run.add(*stage.pair(run.strategies, run.calibrations, with_others=not run.calibrations))
+    return gate_on(DuetResult(run))
 
 
 @pytest.mark.usefixtures("short")
@@ -598,11 +607,11 @@ def test_what_a_worker_cannot_do_is_a_usage_error(experiment: Experiment) -> Non
         "also": [],
         "core": None,
     }
-    with Workers(here(), 1) as workers:
+    with Workers(this_installation(), 1) as workers:
         for _ in range(2):  # it spoils nothing for those that come after it
             workers.begin()
             workers.tell(asked)
-            with pytest.raises(UsageError, match="here: turns need requests that are all there"):
+            with pytest.raises(UsageError, match="here: turns need all requests at the start"):
                 workers.answer()
 
 
@@ -619,8 +628,8 @@ worker.main()
 def test_each_worker_is_a_process_of_its_own(
     forks: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(processes, "OF_ONE", 2)
-    installation = here()
+    monkeypatch.setattr(processes, "FORKS_PER_PARENT", 2)
+    installation = this_installation()
     if forks and not worker.can_fork():
         pytest.skip("beside a GPU nothing forks")
     if not forks:
@@ -641,7 +650,7 @@ def test_each_worker_is_a_process_of_its_own(
 
 
 def test_no_worker_is_left_behind() -> None:
-    with Workers(here(), 1) as workers:
+    with Workers(this_installation(), 1) as workers:
         pid = workers.begin()["pid"]
         assert state_of(pid) not in GONE
     for _ in range(100):
@@ -695,24 +704,20 @@ def test_who_takes_turns_sits_on_a_core_that_it_may_use(
 def test_a_revision_is_installed_as_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A further folder of packages, which leads to another, as an editable installation does.
-    (tmp_path / "packages of 'all'").mkdir()
-    (tmp_path / "packages of 'all'" / "more.pth").write_text(str(tmp_path / "beyond"))
     (tmp_path / "beyond").mkdir()
     (tmp_path / "beyond" / "added_beyond.py").touch()
-    packages = [*site.getsitepackages(), str(tmp_path / "packages of 'all'")]
-    monkeypatch.setattr(site, "getsitepackages", lambda: packages)
-    python, commit = install_revision("HEAD~1", tmp_path / "cache")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "beyond"))
+    folder, commit = install_revision("HEAD~1", tmp_path / "cache")
     asked = "import batchbench, torch, added_beyond; print(batchbench.__version__)"
     done = subprocess.run(
-        [python, "-P", "-c", asked],
+        [sys.executable, "-P", "-c", asked],
         capture_output=True,
         encoding="utf-8",
         check=True,
-        env=Installation("base", python).environment(None),
+        env=Installation("base", Path(sys.executable), own=True, folder=folder).environment(None),
     )
     assert done.stdout.strip() == "1"
     assert len(commit) == 40
-    before = (python.parents[1] / "ready").stat().st_mtime_ns
-    assert install_revision("HEAD~1", tmp_path / "cache")[0] == python
-    assert (python.parents[1] / "ready").stat().st_mtime_ns == before  # once a commit
+    before = folder.stat().st_mtime_ns
+    assert install_revision("HEAD~1", tmp_path / "cache")[0] == folder
+    assert folder.stat().st_mtime_ns == before  # once a commit

@@ -27,7 +27,7 @@ from batchbench.cli import main
 from batchbench.cli.gate import GateOutputSpec, check_outputs, conclude
 from batchbench.errors import UsageError
 from batchbench.reports.statistics import Verdict
-from batchbench.studies.gate import ci, report
+from batchbench.studies.gate import report
 from batchbench.studies.gate.evidence import Answer, Gate
 
 NAMES = ("passed", "failed", "unknown", "unsure", "empty")
@@ -80,8 +80,8 @@ def test_the_exit_code_is_the_gates(gate: Gate, strict: bool, code: int) -> None
     ("module", "function"),
     [
         (report, "render_markdown"),
-        (ci, "render_junit"),
-        (ci, "render_annotations"),
+        (report, "render_junit"),
+        (report, "render_annotations"),
         (report, "render_terminal"),
     ],
 )
@@ -113,7 +113,7 @@ def test_files_are_written_whole_and_standard_output_is_the_documents_own(
     assert said.err.startswith("::error ")
     assert sorted(file.name for file in Path("out").iterdir()) == ["j.xml", "r.md"]
     assert Path("out/r.md").read_text(encoding="utf-8") == report.render_markdown(FAILED)
-    assert Path("out/j.xml").read_bytes() == ci.render_junit(FAILED)
+    assert Path("out/j.xml").read_bytes() == report.render_junit(FAILED)
 
 
 def test_names_that_are_no_text_stop_no_report() -> None:
@@ -170,7 +170,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("given", "error"),
     [
-        ({"json": True, "markdown": Path("-")}, "--json and --markdown -: both want standard"),
+        ({"json": True, "markdown": Path("-")}, "--json and --markdown -: both write to standard"),
         ({"junit": Path("-")}, "--junit -: give a file"),
         ({"junit": Path("a"), "markdown": Path("a")}, "--junit a: is the file of --markdown"),
         ({"github": "yes"}, "--github yes: must be one of auto, on, off"),
@@ -297,7 +297,7 @@ def unescape(text: str, *, property: bool = False) -> str:
 @law
 @given(st.sampled_from(["error", "warning"]), gates.nasty, gates.nasty)
 def test_any_text_comes_back_from_an_annotation(kind: str, title: str, text: str) -> None:
-    line = ci.command(kind, title, text)
+    line = report.workflow_command(kind, title, text)
     assert line.count("\n") == 1
     assert commands_of(line) == [(kind, {"title": title}, text)]
 
@@ -305,8 +305,8 @@ def test_any_text_comes_back_from_an_annotation(kind: str, title: str, text: str
 @law
 @given(gates.gates(), st.booleans())
 def test_annotations_are_few_and_no_other_commands(gate: Gate, strict: bool) -> None:
-    found = commands_of(ci.render_annotations(gate, strict=strict))
-    assert len(found) <= ci.MOST
+    found = commands_of(report.render_annotations(gate, strict=strict))
+    assert len(found) <= report.MOST_ANNOTATIONS
     assert {kind for kind, _, _ in found} <= {"error", "warning"}
     assert all(properties.keys() == {"title"} for _, properties, _ in found)
     bad = gate.answer is Answer.FAILED or (strict and gate.answer is Answer.UNKNOWN)
@@ -316,24 +316,24 @@ def test_annotations_are_few_and_no_other_commands(gate: Gate, strict: bool) -> 
 
 
 def test_what_is_annotated() -> None:
-    assert ci.render_annotations(PASSED) == ""
+    assert report.render_annotations(PASSED) == ""
     kinds = [
-        (kind, about["title"]) for kind, about, _ in commands_of(ci.render_annotations(FAILED))
+        (kind, about["title"]) for kind, about, _ in commands_of(report.render_annotations(FAILED))
     ]
     assert kinds == [
         ("error", "batchbench duet: continuous.decode_passes changed"),
         ("error", "batchbench duet: static.output_digest changed"),
         ("error", "batchbench duet: continuous.output_throughput is slower"),
     ]
-    ((kind, about, text),) = commands_of(ci.render_annotations(UNGATED))
+    ((kind, about, text),) = commands_of(report.render_annotations(UNGATED))
     assert (kind, about["title"]) == (
         "warning",
         "batchbench duet: continuous.output_throughput is slower, not gated",
     )
     assert "-5.0% (95 % CI -6.1% to -4.3%)" in text
     many = gates.gate(*[throughput(Verdict.SLOWER)] * 9)
-    found = commands_of(ci.render_annotations(many))
-    assert len(found) == ci.MOST
+    found = commands_of(report.render_annotations(many))
+    assert len(found) == report.MOST_ANNOTATIONS
     assert found[-1][2].endswith("\n4 more: see the report")
 
 
@@ -369,7 +369,7 @@ def conforms(element: ElementTree.Element) -> bool:
 @law
 @given(gates.gates(), st.booleans())
 def test_junit_of_any_gate_conforms_and_means_the_answer(gate: Gate, strict: bool) -> None:
-    document = ci.render_junit(gate, strict=strict)
+    document = report.render_junit(gate, strict=strict)
     assert conforms(ElementTree.fromstring(document))
     read = JUnitXml.fromstring(document)
     suites = list(read)
@@ -380,7 +380,7 @@ def test_junit_of_any_gate_conforms_and_means_the_answer(gate: Gate, strict: boo
     assert read.failures == outcomes.count(Failure)
     assert sum(suite.skipped for suite in suites) == outcomes.count(Skipped)
     bad = gate.answer is Answer.FAILED or (strict and gate.answer is Answer.UNKNOWN)
-    assert (Failure in outcomes) == bad or (strict and bool(gate.untold))
+    assert (Failure in outcomes) == bad or (strict and bool(gate.undecided))
     if gate.answer is Answer.UNKNOWN:
         assert outcomes
     if gate.answer is Answer.PASSED:
@@ -389,7 +389,9 @@ def test_junit_of_any_gate_conforms_and_means_the_answer(gate: Gate, strict: boo
 
 def test_what_was_not_gated_passes_and_says_what_was_found() -> None:
     cases = {
-        case.name: case for suite in JUnitXml.fromstring(ci.render_junit(UNGATED)) for case in suite
+        case.name: case
+        for suite in JUnitXml.fromstring(report.render_junit(UNGATED))
+        for case in suite
     }
     slower = cases["continuous.output_throughput"]
     assert slower.is_passed
@@ -398,10 +400,10 @@ def test_what_was_not_gated_passes_and_says_what_was_found() -> None:
 
 
 def test_a_suite_a_kind_and_the_reason_where_no_evidence_bears_it() -> None:
-    names = [suite.name for suite in JUnitXml.fromstring(ci.render_junit(FAILED))]
+    names = [suite.name for suite in JUnitXml.fromstring(report.render_junit(FAILED))]
     assert names == ["batchbench.work", "batchbench.time"]
     for gate in (UNSURE, EMPTY):
-        *_, last = JUnitXml.fromstring(ci.render_junit(gate))
+        *_, last = JUnitXml.fromstring(report.render_junit(gate))
         (case,) = last
         assert (last.name, case.name) == ("batchbench.gate", "answer")
         assert [each.message for each in case.result] == [gate.sentence]

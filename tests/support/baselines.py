@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from batchbench.batching.experiment import Experiment
-from batchbench.studies.gate.baseline import Cut, Process, Seen
+from batchbench.studies.gate.baseline import Measured, Process
+from batchbench.studies.gate.processes import ProcessReport
+from batchbench.studies.gate.turns import Cut
 
 COUNTS = {
     "forward_passes": 130,
@@ -57,16 +59,18 @@ def process(
     )
 
 
-def seen(made: Process, work: Any = WORK, **changes: Any) -> Seen:
+def measured(made: Process, work: Any = WORK, **changes: Any) -> Measured:
     """What a fresh process tells."""
     told = {
         "workload": {"digest": "d" * 64, "closed": True, "total_output_tokens": 680},
         "environment": ENVIRONMENT,
         "model": MODEL,
+        "also": {},
         **changes,
     }
     hello = {"version": "1", "file": "here"}
-    return Seen(made, CUT, told, hello, work, None)
+    report = ProcessReport(hello, told, {"work": work, "varied": {}})
+    return Measured(made, CUT, report)
 
 
 def baseline_data(days: float = 1.0, **changes: Any) -> dict[str, Any]:

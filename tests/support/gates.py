@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from batchbench.batching.machine import Difference
 from batchbench.reports.statistics import Verdict
-from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Side, Varying
+from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Side
 
 TYPED = "batchbench duet --base-ref main --preset ci"
 BASE = Side("main", {"commit": "8faaed2", "python": "3.12.4"})
@@ -65,8 +66,8 @@ def gate(*evidence: Evidence, unsure: str | None = None) -> Gate:
         BASE,
         NEW,
         evidence,
-        settings=[Varying("batch size", 8, 16)],
-        environment=[Varying("torch", "2.13.0", "2.12.1")],
+        settings=[Difference("batch size", 8, 16)],
+        environment=[Difference("torch", "2.13.0", "2.12.1")],
         notes=["a note"],
         unsure=unsure,
         seconds=74.0,
@@ -126,7 +127,7 @@ def pieces(draw: st.DrawFn) -> Evidence:
 @st.composite
 def gates(draw: st.DrawFn) -> Gate:
     """Any gate."""
-    varying = st.builds(Varying, nasty, nasty | numbers, nasty | st.lists(nasty, max_size=2))
+    varying = st.builds(Difference, nasty, nasty | numbers, nasty | st.lists(nasty, max_size=2))
     sides = st.builds(Side, nasty, st.dictionaries(nasty, st.none() | nasty, max_size=2))
     return Gate(
         draw(st.sampled_from(["duet", "check", "compare"])),

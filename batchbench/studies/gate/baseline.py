@@ -1,4 +1,4 @@
-"""A baseline: what one version did on one machine, kept to hold later ones against."""
+"""A baseline: counts and speed ratios of one version on one machine, saved for later checks."""
 
 from __future__ import annotations
 
@@ -7,122 +7,55 @@ import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from math import exp
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from batchbench.batching.experiment import PARTS, Experiment
-from batchbench.errors import UsageError
+from batchbench.batching.experiment import GENERATE_BATCH, Experiment
+from batchbench.batching.machine import facts_of
+from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
 from batchbench.reports.result_file import fault_of, read_time
-from batchbench.studies.gate.counts import Work, work_told
-from batchbench.studies.gate.processes import Workers, draw_core
-from batchbench.studies.gate.turns import Turn
+from batchbench.studies.gate.counts import Counts, Version
+from batchbench.studies.gate.duet import TurnsWatch
+from batchbench.studies.gate.evidence import Side
+from batchbench.studies.gate.processes import (
+    Calibrations,
+    ProcessReport,
+    Workers,
+    draw_core,
+    this_installation,
+    varying_work,
+)
+from batchbench.studies.gate.turns import Cut, Turn
+from batchbench.studies.gate.worker import Calibration
+from batchbench.studies.reproduce import pinned
+from batchbench.studies.sweep.grid import named_files
 from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
 OLD_DAYS = 90
-"""A baseline older than this says so: machines, drivers and libraries have moved on."""
+"""Age from which a baseline says that it is old: drivers and libraries have changed."""
 
-Schema = Mapping[str, Any]
-
-_TEXT: Schema = {"type": "string"}
-
-_WORDS: Schema = {"type": ["string", "null"]}
-
-
-def _object(
-    properties: Schema | None = None, rest: Schema | bool = True, optional: Sequence[str] = ()
-) -> Schema:
-    """Return the schema of an object with these properties and others of ``rest``."""
-    properties = properties or {}
-    required = [name for name in properties if name not in optional]
-    return {
-        "type": "object",
-        "required": required,
-        "properties": properties,
-        "additionalProperties": rest,
-    }
-
-
-_FACTS: Schema = {"type": ["string", "number", "boolean", "null", "object"]}
-
-_RATIO: Schema = {"type": "number", "minimum": -20, "maximum": 20}
-
-_COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 2**60}
-
-_PASSES: Schema = {"type": "integer", "minimum": 1, "maximum": 2**60}
-
-_STEP: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": 1e18}
-
-_AMOUNT: Schema = {"type": "number", "minimum": 0, "maximum": 1e18}
-
-SCHEMA: Schema = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    **_object(
-        {
-            "schema_version": {"const": SCHEMA_VERSION},
-            "kind": {"const": "baseline"},
-            "batchbench_version": _TEXT,
-            "created_at": {"type": "string", "format": "date-time"},
-            "command": _TEXT,
-            "config": _object({part: {"type": "object"} for part in PARTS}),
-            "environment": _object(
-                {
-                    "packages": _object(rest=_WORDS),
-                    "cpu": _TEXT,
-                    "gpu": _WORDS,
-                    "python": _WORDS,
-                    "git_commit": _WORDS,
-                },
-                _FACTS,
-                optional=("gpu", "python", "git_commit"),
-            ),
-            "model": _object({"name": _TEXT, "device": _TEXT, "dtype": _TEXT}, _FACTS),
-            "workload": _object(
-                {"digest": _TEXT, "closed": {"type": "boolean"}, "total_output_tokens": _PASSES}
-            ),
-            "work": {
-                **_object(rest=_object({"output_digest": _WORDS}, _COUNT)),
-                "minProperties": 1,
-            },
-            "cut": _object(dict.fromkeys(("pieces", "times", "cycles"), _PASSES), _PASSES),
-            "lanes": {"type": "array", "items": _TEXT, "minItems": 1},
-            "processes": {
-                "type": "array",
-                "minItems": 2,
-                "items": _object(
-                    {
-                        "ratios": _object(rest=_RATIO),
-                        "step_ns": _object(rest=_STEP),
-                        "passes": _object(rest=_PASSES),
-                        "busy": _AMOUNT,
-                        "seconds": _AMOUNT,
-                    },
-                    rest=False,
-                ),
-            },
-        }
-    ),
-}
-"""Bounds of numbers, so that results of arithmetic are finite: a ratio is at most e²⁰."""
+_SCHEMA_FILE = Path(__file__).with_name("baseline.schema.json")
+"""The schema of a baseline, with bounds that keep results of arithmetic finite."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """What one fresh process measured.
+    """Measurements of one fresh process.
 
     Attributes:
-        ratios: log of the candidate's time over its twin's, by the twin's lane.
-        step_ns: median time of a step, by lane.
-        passes: steps of a trial, by lane.
-        busy: share of the turns in which somebody else had the core.
-        seconds: from its start to its end.
+        ratios: log of the candidate's time over that of each reference strategy.
+        step_ns: median time of a step, by strategy.
+        passes: steps of a trial, by strategy.
+        busy: share of the turns in which other processes had the core.
+        seconds: time from its start to its end.
     """
 
     ratios: Mapping[str, float]
@@ -134,287 +67,321 @@ class Process:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The file's data, and what is read of it."""
+    """A baseline's data, and the parts that checks read."""
 
     data: Mapping[str, Any]
 
     @property
     def processes(self) -> list[Process]:
-        """What was measured, process by process."""
-        return [Process(**each) for each in self.data["processes"]]
+        return [Process(**process) for process in self.data["processes"]]
 
     @property
     def candidate(self) -> str:
-        """The strategy that is gated: the first lane; the others are its twins."""
+        """Return the strategy that is gated; the others are its references."""
         name: str = self.data["lanes"][0]
         return name
 
     @property
-    def work(self) -> Work:
-        """Counters and outputs."""
-        return work_told(self.data["work"], self.data)
-
-    @property
     def age_days(self) -> float:
-        """Since it was made."""
         return (datetime.now(UTC) - read_time(self.data["created_at"])).total_seconds() / 86400
 
     @property
     def age(self) -> str:
-        """The same in words."""
         days = self.age_days
-        if days < 0:
-            return "made later than now by this machine's clock"
-        if days < 1:
-            return f"{days * 24:.1f} hours old"
-        old = "; renew it" if days > OLD_DAYS else ""
-        return f"{days:.0f} day{'s' * (round(days) != 1)} old{old}"
+        if days < -1e-3:
+            return "in the future by this machine's clock"
+        for unit, length in (("day", 1.0), ("hour", 1 / 24), ("minute", 1 / 1440)):
+            if days >= length:
+                count = math.floor(days / length + 1e-3)
+                old = "; renew it" if days > OLD_DAYS else ""
+                return f"{count} {unit}{'s' * (count != 1)} ago{old}"
+        return "just now"
 
     @property
     def machine(self) -> str:
-        """What it was made on."""
         environment = self.data["environment"]
         name: str = environment.get("gpu") or environment["cpu"]
         return name
 
-    def throughput(self, lane: str) -> float:
-        """Tokens a second of the mean process."""
-        return throughput(self.processes, lane, self.data["workload"]["total_output_tokens"])
+    def version(self, label: str) -> Version:
+        data = self.data
+        facts = {
+            "created": data["created_at"],
+            "batchbench": data["batchbench_version"],
+            "commit": data["environment"].get("git_commit"),
+            "machine": self.machine,
+        }
+        return Version(
+            Side(label, facts),
+            [Counts.of_work(data["work"], data)],
+            [facts_of(data["environment"], data["model"])],
+        )
 
+    def throughput(self, strategy: str) -> float:
+        processes = self.processes
+        step_ns = fmean(process.step_ns[strategy] for process in processes)
+        tokens: int = self.data["workload"]["total_output_tokens"]
+        return tokens / (processes[0].passes[strategy] * step_ns / 1e9)
 
-def throughput(processes: Sequence[Process], lane: str, tokens: int) -> float:
-    """Useful tokens a second of a lane, by the mean step over processes."""
-    step_ns = fmean(each.step_ns[lane] for each in processes)
-    return tokens / (processes[0].passes[lane] * step_ns / 1e9)
-
-
-def speedup(processes: Sequence[Process], twin: str) -> float:
-    """How many times faster the candidate is than its twin: the geometric mean over processes."""
-    return exp(-fmean(each.ratios[twin] for each in processes))
+    def speedup(self, reference: str) -> float:
+        return exp(-fmean(process.ratios[reference] for process in self.processes))
 
 
 def to_json(baseline: Baseline) -> str:
-    """The file's content."""
     return json.dumps(baseline.data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def load_baseline(file: Path) -> Baseline:
-    """Read a baseline.
-
-    Raises:
-        UsageError: there is none, or it is torn, or of another schema version.
-    """
     again = "make one with batchbench baseline save"
     try:
         data = read_json(file)
     except FileNotFoundError as error:
         raise UsageError(f"{file}: no such file; {again}") from error
     except IsADirectoryError as error:
-        raise UsageError(f"{file}: is a folder; give the file that baseline save wrote") from error
+        raise UsageError(
+            f"{file}: is a folder; give the file that batchbench baseline save wrote"
+        ) from error
     except (OSError, UsageError) as error:
         why = reason_of(error) if isinstance(error, OSError) else error
         raise UsageError(f"{file}: cannot be read: {why}; {again}") from error
     if not isinstance(data, dict) or data.get("kind") != "baseline":
-        what = "a result, for batchbench compare" if _is_result(data) else "no baseline"
+        is_result = isinstance(data, dict) and "strategies" in data
+        what = "a result, for batchbench compare" if is_result else "no baseline"
         raise UsageError(f"{file}: is {what}; {again}")
     if data.get("schema_version") != SCHEMA_VERSION:
         raise UsageError(
             f"{file}: has schema version {data.get('schema_version')}, and batchbench "
             f"{__version__} reads {SCHEMA_VERSION}; {again}"
         )
-    fault = fault_of(data, SCHEMA) or _contradiction(data)
+    schema = json.loads(_SCHEMA_FILE.read_text(encoding="utf-8"))
+    fault = fault_of(data, schema) or _contradiction(data)
     if fault is not None:
-        raise UsageError(f"{file}: is not a whole baseline: {fault}; {again}")
+        raise UsageError(f"{file}: is not a complete baseline: {fault}; {again}")
     return Baseline(data)
 
 
 def _contradiction(data: Mapping[str, Any]) -> str | None:
-    """Return words for the first two valid parts that do not fit together; None if all fit."""
     try:
         read_time(data["created_at"])
     except ValueError as error:
         return f"created_at: {error}"
-    candidate, *twins = data["lanes"]
-    for number, each in enumerate(data["processes"]):
-        if not each["ratios"].keys() >= set(twins):
-            return f"processes.{number}.ratios lack lanes that it names"
-        if any(not each[name].keys() >= set(data["lanes"]) for name in ("step_ns", "passes")):
-            return f"processes.{number} lacks lanes that it names"
+    candidate, *references = data["lanes"]
+    for number, process in enumerate(data["processes"]):
+        if not process["ratios"].keys() >= set(references):
+            return f"processes.{number}.ratios lacks a strategy of lanes"
+        if any(not process[name].keys() >= set(data["lanes"]) for name in ("step_ns", "passes")):
+            return f"processes.{number} lacks a strategy of lanes"
     if candidate not in data["work"]:
         return f"work.{candidate[:40]} is missing"
     return None
 
 
-def _is_result(data: Any) -> bool:
-    return isinstance(data, dict) and "strategies" in data
-
+# Measuring
 
 TURN_S = 0.3
-"""Of the slowest lane; the others' turns cover the same part of the workload and are shorter."""
+"""Seconds of a turn of the slowest strategy; the others' turns cover the same part of the
+workload and are shorter."""
 
 PROCESS_S = 5.0
-"""Seconds of turns in a process: whole trials, as near to it as they come."""
+"""Seconds of turns in a process, rounded to whole trials."""
 
-FEWEST_STEPS = 4
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How trials are cut into turns: ``pieces`` a trial, or ``times`` trials a turn.
-
-    ``cycles`` is how often all pieces are gone through; the first turn, which is not counted, comes
-    before them. Two sessions must be cut alike, since parts of a workload differ.
-    """
-
-    pieces: int
-    times: int
-    cycles: int
-
-    def sizes(self, steps: int) -> Iterator[int]:
-        """Sizes of a lane's turns, whose trial has so many steps."""
-        while True:
-            for i in range(self.pieces):
-                yield (steps * (i + 1) // self.pieces - steps * i // self.pieces) * self.times
-
-    @property
-    def turns(self) -> int:
-        """Of each lane."""
-        return self.pieces * self.cycles + 1
+FEWEST_TURNS = 4
+"""Fewest turns of a strategy in a process: enough for a median."""
 
 
-def make_cut(lanes: Mapping[str, Mapping[str, Any]]) -> Cut:
-    """The cut that suits lanes as a worker told of them."""
-    trials = [lane["steps"] * lane["step_ns"] / 1e9 for lane in lanes.values()]
-    slowest, steps = max(trials), min(lane["steps"] for lane in lanes.values())
-    pieces = max(1, min(round(slowest / TURN_S), steps // FEWEST_STEPS))
-    times = 1
-    if pieces == 1:
-        times = max(1, round(TURN_S / max(slowest, 1e-9)), -(-FEWEST_STEPS // steps))
-    cycle = sum(trials) * times
-    cycles = max(1, round(PROCESS_S / cycle))
-    if pieces * cycles < FEWEST_STEPS:  # enough for a median
-        cycles = -(-FEWEST_STEPS // pieces)
-    return Cut(pieces, times, cycles)
+def make_cut(strategies: Mapping[str, Mapping[str, Any]]) -> Cut:
+    """Cut trials into turns by the ``steps`` and ``step_ns`` of each strategy."""
+    trials = [known["steps"] * known["step_ns"] / 1e9 for known in strategies.values()]
+    cut = Cut.of(min(known["steps"] for known in strategies.values()), max(trials), TURN_S)
+    cycles = max(1, round(PROCESS_S / (sum(trials) * cut.times)))
+    return replace(cut, cycles=max(cycles, math.ceil(FEWEST_TURNS / cut.pieces)))
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One process: what it measured, what it is, and the work that it did."""
+class Measured:
+    """A process with its measurements, its cut, and its report."""
 
     process: Process
     cut: Cut
-    told: Mapping[str, Any]
-    hello: Mapping[str, Any]
-    work: Mapping[str, Any]
-    varied: str | None
+    report: ProcessReport
+
+
+@dataclass
+class Session:
+    """Processes of one session; ``cut_off`` is set if the time was up during one of them."""
+
+    measured: list[Measured] = field(default_factory=list)
+    cut_off: OutOfTimeError | None = None
 
     @property
-    def counted(self) -> Work:
-        """Its work, to be compared."""
-        return work_told(self.work, self.told)
+    def processes(self) -> list[Process]:
+        return [measured.process for measured in self.measured]
+
+    @property
+    def report(self) -> ProcessReport:
+        """Return the report of the first process, which counted all work."""
+        return self.measured[0].report
+
+    @property
+    def calibrations(self) -> Calibrations | None:
+        """Return what later processes need not measure, after two have counted all work."""
+        if len(self.measured) < 2:
+            return None
+        process = self.processes[0]
+        return {
+            name: Calibration(steps, process.step_ns[name])
+            for name, steps in process.passes.items()
+        }
+
+    @property
+    def longest_s(self) -> float:
+        return max(process.seconds for process in self.processes)
+
+    @property
+    def varied(self) -> str | None:
+        return varying_work([measured.report for measured in self.measured])
 
 
-def lanes_of(experiment: Experiment) -> list[str]:
-    """The candidate, which is the last strategy, and its twins.
+def reference_strategies(experiment: Experiment) -> tuple[str, list[str]]:
+    """Return the candidate, which is the last strategy, and its references.
+
+    The references are the first strategy, and the candidate's strategy on the notebook engine.
 
     Raises:
-        UsageError: no strategy is one of ours.
+        UsageError: no strategy can take turns, or there is no reference.
     """
     ours = list(experiment.serving.policies)
     if not ours:
         raise UsageError(
-            "--strategy generate_batch: schedules for itself and cannot take turns; add continuous"
+            f"--strategy {GENERATE_BATCH}: schedules for itself and cannot take turns; add "
+            "continuous"
         )
     candidate = ours[-1]
-    twins = [ours[0]] if ours[0] != candidate else []
+    references = [ours[0]] if ours[0] != candidate else []
     if experiment.serving.engine != "notebook":
-        twins.append(f"notebook/{candidate}")
-    if not twins:
+        references.append(f"notebook/{candidate}")
+    if not references:
         raise UsageError(
-            "--engine notebook: with one strategy there is nothing to hold it against in the same "
-            "run; name two, such as --strategy static,continuous"
+            "--engine notebook: a baseline needs a reference in the same run; name two strategies, "
+            "such as --strategy static,continuous"
         )
-    return [candidate, *twins]
+    return candidate, references
 
 
-def observe_process(
+def measure_processes(
+    experiment: Experiment,
+    session: Session,
+    count: int,
+    cut: Cut | None,
+    watch: TurnsWatch,
+    until: float = math.inf,
+) -> Iterator[int]:
+    """Measure fresh processes until there are ``count``, or until ``time.monotonic`` is ``until``.
+
+    Yield the number of processes after each.
+    """
+    chance = random.Random()
+    with Workers(this_installation(), experiment.model.threads or 1, until) as workers:
+        while len(session.measured) < count:
+            watch.begins(f"process {len(session.measured) + 1}")
+            usual = session.measured[0].cut if session.measured else cut
+            try:
+                measured = measure_process(workers, experiment, session.calibrations, usual, chance)
+            except OutOfTimeError as late:
+                session.cut_off = late
+                return
+            session.measured.append(measured)
+            yield len(session.measured)
+
+
+def measure_process(
     workers: Workers,
     experiment: Experiment,
-    known: Mapping[str, Any] | None,
+    calibrations: Calibrations | None,
     cut: Cut | None,
     chance: random.Random,
-) -> Seen:
-    """Start a process, let its lanes take turns, and end it.
+) -> Measured:
+    """Start a process, let its strategies take turns, and end it.
 
     Args:
-        known: steps and nanoseconds of a step, by lane, where an earlier process has learnt them;
-            where not, the work of every strategy is counted.
-        cut: as an earlier process cut it; None to choose.
+        calibrations: from earlier processes; None to measure them and to count all strategies.
+        cut: the cut of earlier processes; None to choose one.
     """
     began = time.monotonic()
-    lanes, threads = lanes_of(experiment), experiment.model.threads or 1
-    others = [name for name in experiment.serving.policies if name not in lanes]
-    asked = {
-        "do": "open",
-        "config": experiment.config(),
-        "lanes": {lane: known[lane] if known else None for lane in lanes},
-        "also": [] if known else others,
-        "core": draw_core(threads, chance),
-    }
+    candidate, references = reference_strategies(experiment)
+    names = [candidate, *references]
+    others = [name for name in experiment.serving.policies if name not in names]
+    core = draw_core(experiment.model.threads or 1, chance)
     hello = workers.begin()
-    workers.tell(asked)
-    told = workers.answer()
-    cut = cut or make_cut(told["lanes"])
-    turns = _turns(workers, {lane: told["lanes"][lane]["steps"] for lane in lanes}, cut, chance)
-    done = workers.finish()
-    passes = {lane: told["lanes"][lane]["steps"] for lane in lanes}
-    process = _process(turns, passes, time.monotonic() - began)
-    work = {**told["also"], **{lane: work for lane, work in done["work"].items() if work}}
-    varied = next((f"{n}.{what}" for n, what in done["varied"].items() if what), None)
-    return Seen(process, cut, told, hello, work, varied)
-
-
-def _turns(
-    workers: Workers, passes: Mapping[str, int], cut: Cut, chance: random.Random
-) -> dict[str, list[Turn]]:
-    """Lane after lane, in an order that is drawn once a process."""
-    order = list(passes)
+    workers.tell_open(experiment, names, calibrations, [] if calibrations else others, core)
+    opened = workers.answer()
+    cut = cut or make_cut(opened["lanes"])
+    passes = {name: opened["lanes"][name]["steps"] for name in names}
+    order = names[:]
     chance.shuffle(order)
-    sizes = {lane: cut.sizes(passes[lane]) for lane in order}
-    found: dict[str, list[Turn]] = {lane: [] for lane in order}
-    for _ in range(cut.turns):
-        for lane in order:
-            found[lane].append(workers.turn(lane, next(sizes[lane])))
-    return found
+    sizes = {name: cut.sizes(passes[name]) for name in order}
+    turns: dict[str, list[Turn]] = {name: [] for name in order}
+    for _ in range(cut.pieces * cut.cycles + 1):
+        for name in order:
+            turns[name].append(workers.turn(name, next(sizes[name])))
+    report = ProcessReport(hello, opened, workers.finish())
+    return Measured(_process(turns, passes, time.monotonic() - began), cut, report)
 
 
 def _process(
     turns: Mapping[str, Sequence[Turn]], passes: Mapping[str, int], seconds: float
 ) -> Process:
-    """What a process measured, the first turn of each lane left out.
+    """Return the measurements of a process, without the first turn of each strategy.
 
-    Of the ratios of turns the mean is taken, not the median: all pieces of a trial are there
-    equally often, and as pieces differ far more than their noise, a median would jump between them
+    Ratios of turns are averaged by the mean, not the median: all pieces of a trial occur equally
+    often, and since pieces differ by more than their noise, a median would jump between them
     (docs/log.md).
     """
-    candidate, *twins = passes
-    counted = {lane: told[1:] for lane, told in turns.items()}
+    candidate, *references = passes
+    counted = {name: taken[1:] for name, taken in turns.items()}
     return Process(
         ratios={
-            twin: fmean(
+            reference: fmean(
                 math.log(own.step_ns / other.step_ns)
-                for own, other in zip(counted[candidate], counted[twin], strict=True)
+                for own, other in zip(counted[candidate], counted[reference], strict=True)
             )
-            + math.log(passes[candidate] / passes[twin])
-            for twin in twins
+            + math.log(passes[candidate] / passes[reference])
+            for reference in references
         },
-        step_ns={lane: median(turn.step_ns for turn in told) for lane, told in counted.items()},
+        step_ns={name: median(turn.step_ns for turn in taken) for name, taken in counted.items()},
         passes=dict(passes),
-        busy=fmean(turn.is_busy for told in counted.values() for turn in told),
+        busy=fmean(turn.is_busy for taken in counted.values() for turn in taken),
         seconds=seconds,
     )
 
 
-def as_data(process: Process) -> dict[str, Any]:
-    """As JSON values."""
-    return asdict(process)
+def make_baseline(
+    experiment: Experiment, processes: int, watch: TurnsWatch, command: str
+) -> Baseline:
+    session = Session()
+    for number in measure_processes(experiment, session, processes, None, watch):
+        ratios = session.processes[-1].ratios.items()
+        faster = ", ".join(f"{exp(-log):.2f}× as fast as {name}" for name, log in ratios)
+        watch.measured(f"process {number}", faster)
+    if varied := session.varied:
+        raise UsageError(f"{varied}: a baseline needs the same work in every process")
+    opened = session.report.opened
+    candidate, references = reference_strategies(experiment)
+    return Baseline(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "baseline",
+            "batchbench_version": __version__,
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "config": pinned(experiment, opened["model"]).config(),
+            "files": named_files(experiment),
+            "environment": opened["environment"],
+            "model": opened["model"],
+            "workload": opened["workload"],
+            "work": dict(session.report.work),
+            "cut": asdict(session.measured[0].cut),
+            "lanes": [candidate, *references],
+            "processes": [asdict(process) for process in session.processes],
+        }
+    )

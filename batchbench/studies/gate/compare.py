@@ -1,178 +1,354 @@
-"""Two versions, held against each other: their work, their speed, and what differs around them."""
+"""Two versions compared by their results: the runs of each, their work, their speed."""
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from batchbench.batching.machine import MUST_MATCH_FOR_TIMES, Difference, differences
 from batchbench.errors import UsageError, shown
+from batchbench.files import reason_of
+from batchbench.reports.result_file import load_data
 from batchbench.reports.statistics import FEWEST, POWER, Decision, Rule, Verdict, compare_means
+from batchbench.settings import option_name
 from batchbench.studies.gate.counts import (
-    FOR_TIMES,
-    FOR_TOKENS,
     OUTPUTS,
-    Work,
-    compare_work,
-    differing,
-    environment_differences,
+    Counts,
+    Version,
+    compare_counts,
+    facts_of_result,
+    make_gate,
+    mismatches,
 )
-from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Varying, describe, weigh
-from batchbench.studies.gate.runs import Run, Runs, check_comparable, varying_settings
-from batchbench.studies.gate.spec import GAUGES, CompareSpec, Condition, Gauge
+from batchbench.studies.gate.evidence import Evidence, Gate, Kind, MetricQuery, Side, describe
+from batchbench.studies.gate.spec import METRICS, CompareSpec, Condition, Metric
 
-_MOST = 10_000
-"""Runs beyond which nobody is told how many would do."""
+_PARTS = ("workload", "serving", "model", "trials", "goals")
+_MAY_DIFFER = ("trials", "max_time", "verify")
+"""Settings in which the runs of one experiment may differ."""
+
+_MOST_RUNS = 10_000
+"""Largest number of runs that is suggested."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A figure to compare, and when its change counts.
-
-    Attributes:
-        floor: of the loss as a share.
-        condition: what ``--fail-if`` says of it, if it does.
-    """
-
-    gauge: Gauge
-    strategy: str
-    floor: float
-    gated: bool
-    condition: Condition | None = None
-
-    @property
-    def kind(self) -> Kind:
-        """Ratio or time."""
-        return Kind.RATIO if self.gauge.is_ratio else Kind.TIME
-
-    @property
-    def log_floor(self) -> float:
-        """The floor as a log ratio, above 0."""
-        if self.condition:
-            return self.condition.floor
-        return -math.log1p(-self.floor) if self.gauge.higher_is_better else math.log1p(self.floor)
+# Runs
 
 
 @dataclass(frozen=True, eq=False)
-class _Sample:
-    """One side of a figure: logarithms, above which is slower.
+class Run:
+    """One result: its label, and the content of its ``result.json``."""
+
+    label: str
+    data: Mapping[str, Any]
+
+    @property
+    def reasons(self) -> Sequence[str]:
+        reasons: Sequence[str] = self.data["validity"]["reasons"]
+        return reasons
+
+    @property
+    def strategies(self) -> list[str]:
+        return list(self.data["strategies"])
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """All runs of one version; at least one."""
+
+    label: str
+    runs: Sequence[Run]
+
+    @property
+    def first(self) -> Mapping[str, Any]:
+        return self.runs[0].data
+
+    @property
+    def valid(self) -> list[Run]:
+        return [run for run in self.runs if not run.reasons]
+
+    @property
+    def version(self) -> Version:
+        data = self.first
+        machine = data["environment"].get("gpu") or data["environment"].get("cpu")
+        facts = {
+            "version": data["batchbench_version"],
+            "commit": data["environment"].get("git_commit"),
+            "created": data["created_at"],
+            "machine": "simulated" if data["simulated"] else machine,
+            "runs": str(len(self.runs)),
+        }
+        return Version(
+            Side(self.label, facts),
+            [Counts.of_result(run.data) for run in self.runs],
+            [facts_of_result(run.data) for run in self.runs],
+        )
+
+
+def load_runs(path: Path) -> Runs:
+    """Load one result (its folder or ``result.json``), or a folder that holds several."""
+    try:
+        files = _files(path)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UsageError(f"{path}: cannot be read: {reason_of(error)}") from error
+    several = len(files) > 1
+    runs = Runs(
+        str(path), [Run(str(file) if several else str(path), load_data(file)) for file in files]
+    )
+    _check_runs(runs)
+    return runs
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file() and path.suffix != ".json":
+        raise UsageError(f"{path}: is no result.json; give that file, or the folder that holds it")
+    if not path.is_dir() or (path / "result.json").exists():
+        return [path]
+    if folders := sorted(file.parent for file in path.glob("*/result.json")):
+        return folders
+    raise UsageError(
+        f"{path}: holds no result.json, nor do the folders in it; give a folder that batchbench "
+        "run wrote, or one that holds several such folders"
+    )
+
+
+def _check_runs(side: Runs) -> None:
+    """Raise UsageError if a side's runs are not of one experiment and one version."""
+    first = side.runs[0]
+    for run in side.runs[1:]:
+        _check_same_question(first, run)
+        for difference in differing_settings(first.data["config"], run.data["config"]):
+            if difference.name not in _MAY_DIFFER:
+                raise UsageError(
+                    f"{run.label}: is not of the same experiment as {first.label}: "
+                    f"{_spell_setting(difference)}; give runs of one experiment in {side.label}"
+                )
+    for one, other in combinations(side.runs, 2):
+        if not one.data["simulated"] and _trials(one) == _trials(other):
+            raise UsageError(
+                f"{other.label}: holds the same measurement as {one.label}, which would count "
+                "twice; remove one of them"
+            )
+
+
+def _trials(run: Run) -> list[Any]:
+    return [strategy["trials"] for strategy in run.data["strategies"].values()]
+
+
+def check_comparable(base: Runs, new: Runs) -> None:
+    """Raise UsageError if workload, model or strategies differ, or if runs of the base do.
+
+    Runs of the base must agree on their counts, or there is nothing to compare with.
+    """
+    _check_same_question(base.runs[0], new.runs[0])
+    first = Counts.of_result(base.first)
+    for run in base.runs[1:]:
+        for evidence in compare_counts(
+            first, Counts.of_result(run.data), alike=base.first["simulated"]
+        ):
+            if evidence.fails:
+                raise UsageError(
+                    f"{run.label}: its {evidence.name} is {evidence.new}, and {evidence.base} in "
+                    f"{base.runs[0].label}; runs of one version must have equal counts, so nothing "
+                    f"can be compared with {base.label}"
+                )
+
+
+def _check_same_question(base: Run, new: Run) -> None:
+    then, now = base.data, new.data
+    if then["simulated"] != now["simulated"]:
+        simulated, measured = (base, new) if then["simulated"] else (new, base)
+        raise UsageError(
+            f"{simulated.label}: is a simulation, and {measured.label} was measured; compare two "
+            "of a kind"
+        )
+    if then["workload"]["digest"] != now["workload"]["digest"]:
+        raise UsageError(
+            f"{new.label}: has another workload than {base.label}: "
+            f"{_spell_workloads(then['config'], now['config'])}; run both with the same workload "
+            "options"
+        )
+    _check_model(base, new)
+    one, other = base.strategies, new.strategies
+    if set(one) != set(other) or one[0] != other[0]:
+        raise UsageError(
+            f"{new.label}: has the strategies {', '.join(other)}, and {base.label} has "
+            f"{', '.join(one)}; run both with --strategy {','.join(one)}"
+        )
+
+
+def _spell_workloads(base: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    for difference in differing_settings(base, new, ("workload",)):
+        return _spell_setting(difference)
+    sizes = [config["serving"]["batch_size"] for config in (base, new)]
+    classic = all(
+        base["workload"].get(name) is None for name in ("long_every", "output_tokens", "trace")
+    )
+    if classic and sizes[0] != sizes[1]:
+        return f"{_spell_setting(Difference('long_every', *sizes))} (its default is --batch-size)"
+    return "prompts, lengths or arrival times differ"
+
+
+def _spell_setting(difference: Difference) -> str:
+    values = ["not given" if v is None else str(v) for v in (difference.base, difference.new)]
+    return f"{option_name(difference.name)} differs: {' and '.join(values)}"
+
+
+def _check_model(base: Run, new: Run) -> None:
+    then, now = base.data["model"], new.data["model"]
+    if then["name"] != now["name"]:
+        raise UsageError(
+            f"{new.label}: has the model {now['name']}, and {base.label} has {then['name']}; run "
+            "both with the same --model"
+        )
+    digests = then.get("weights_digest"), now.get("weights_digest")
+    # In another number format the same weights have another digest.
+    if then["dtype"] == now["dtype"] and None not in digests and digests[0] != digests[1]:
+        raise UsageError(
+            f"{new.label}: has other weights than {base.label} ({now['name']}, "
+            f"{digests[1][:12]} and {digests[0][:12]}); run both with the same --model, "
+            "--load-format and --seed"
+        )
+
+
+def differing_settings(
+    base: Mapping[str, Any], new: Mapping[str, Any], parts: Sequence[str] = _PARTS
+) -> list[Difference]:
+    """Return the settings in which two configurations differ, by the names of their fields."""
+    return [one for part in parts for one in differences(base[part], new[part])]
+
+
+# Speeds
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One side of a metric: logarithms that grow as it gets slower.
 
     Attributes:
-        logs: a value a run, or a value a trial.
-        known: variance that their mean has beyond what they show.
-        of_runs: whether they are values of runs.
-        variance: of the value of one run.
+        logs: a value for each run, or for each trial.
+        known: variance of their mean beyond the one they show.
+        of_runs: they are values of runs.
+        variance: variance of the value of one run.
     """
 
     logs: Sequence[float]
-    known: float
-    of_runs: bool
-    variance: float
+    known: float = 0.0
+    of_runs: bool = True
+    variance: float = 0.0
 
     @property
     def mean(self) -> float:
         return float(np.mean(self.logs))
 
 
+def judge(
+    query: MetricQuery,
+    base: Sample,
+    new: Sample,
+    decision: Decision | None,
+    why: str | None = None,
+    needed: str | None = None,
+) -> Evidence:
+    return query.evidence(
+        (query.value(base.mean), query.value(new.mean)),
+        decision,
+        (len(base.logs), len(new.logs)),
+        needed,
+        why,
+    )
+
+
 def compare_speeds(
-    base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Varying]
+    base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Difference]
 ) -> list[Evidence]:
-    """Ratios and times of two comparable versions.
+    """Compare ratios and times of two comparable versions.
 
-    Speed-ups gate, in like environments or where ``spec`` says that others will do; times, and
-    whatever else ``spec`` names, gate where a condition asks for it. Metrics that gate share its
-    α, and those that are only shown share one of their own.
-
-    Args:
-        unlike: facts that differ and on which times depend.
-
-    Raises:
-        UsageError: a condition names what these results do not hold, or what cannot be told of
-            unlike environments.
+    Speed-ups are gated if the environments match or ``spec`` accepts that they do not; times and
+    other metrics if a condition names them. Gated metrics share the error of the confidence level,
+    and the others share the same amount.
     """
-    asked = list(_asked(base, new, spec))
-    _check_alike(asked, spec, unlike)
-    counts = {gated: sum(one.gated is gated for one in asked) for gated in (True, False)}
+    queries = list(_queries(base, new, spec))
+    _check_alike(queries, spec, unlike)
+    counts = {gated: sum(query.gated is gated for query in queries) for gated in (True, False)}
     margin = math.log1p(spec.margin / 100)
-    found = []
-    for one in asked:
-        if unlike and not (spec.allow_environment_mismatch and one.gauge.is_ratio):
-            found.append(_refused(one, base, new, unlike))
+    evidence = []
+    for query in queries:
+        if unlike and not (spec.allow_environment_mismatch and query.metric.is_ratio):
+            evidence.append(_refused(query, base, new, unlike))
             continue
-        rule = Rule(one.log_floor, margin, spec.alpha).shared(counts[one.gated])
-        found.append(_compare(one, base, new, rule))
-    return found
+        rule = Rule(query.log_floor, margin, 1 - spec.confidence).shared(counts[query.gated])
+        evidence.append(_compare(query, base, new, rule))
+    return evidence
 
 
-# What is compared
-
-
-def _asked(base: Runs, new: Runs, spec: CompareSpec) -> Iterator[Asked]:
-    strategies, usual = base.runs[0].strategies, spec.floor / 100
+def _queries(base: Runs, new: Runs, spec: CompareSpec) -> Iterator[MetricQuery]:
+    strategies, floor = base.runs[0].strategies, spec.floor / 100
     conditions = spec.conditions
     for condition in conditions:
         _check_condition(condition, strategies, base, new)
-    for gauge in GAUGES.values():
-        for name in strategies[1:] if gauge.of_pair else strategies:
-            if not all(_is_there(gauge, name, side) for side in (base, new)):
+    for metric in METRICS.values():
+        for name in strategies[1:] if metric.of_pair else strategies:
+            if not all(_has(side, metric, name) for side in (base, new)):
                 continue
-            told = [c for c in conditions if c.gauge == gauge and c.strategy in (None, name)]
-            yield from (Asked(gauge, name, c.share, True, c) for c in told)
-            if not told and gauge.shown:
-                yield Asked(gauge, name, usual, gauge.name == "speedup")
+            own = [c for c in conditions if c.metric == metric and c.strategy in (None, name)]
+            yield from (MetricQuery(metric, name, c.share, True, c) for c in own)
+            if not own and metric.shown:
+                yield MetricQuery(metric, name, floor, metric.name == "speedup")
 
 
 def _check_condition(
     condition: Condition, strategies: Sequence[str], base: Runs, new: Runs
 ) -> None:
-    option, gauge = f"--fail-if '{shown(condition.text)}'", condition.gauge
+    option, metric = f"--fail-if '{shown(condition.text)}'", condition.metric
     if condition.strategy is not None and condition.strategy not in strategies:
         raise UsageError(
             f"{option}: there is no strategy {condition.strategy}; the results have "
             f"{', '.join(strategies)}"
         )
-    if gauge.of_pair and (len(strategies) < 2 or condition.strategy == strategies[0]):
+    if metric.of_pair and (len(strategies) < 2 or condition.strategy == strategies[0]):
         raise UsageError(
-            f"{option}: {gauge.name} is that of a strategy over the baseline {strategies[0]}; "
+            f"{option}: {metric.name} compares a strategy with the baseline {strategies[0]}; "
             + (f"name {strategies[1]}" if strategies[1:] else "the results have no other strategy")
         )
-    of = strategies[1:] if gauge.of_pair else strategies
-    names = of if condition.strategy is None else [condition.strategy]
+    candidates = strategies[1:] if metric.of_pair else strategies
+    names = candidates if condition.strategy is None else [condition.strategy]
     for side in (base, new):
-        if not any(_is_there(gauge, name, side) for name in names):
+        if not any(_has(side, metric, name) for name in names):
             raise UsageError(
-                f"{option}: {side.label} holds no {gauge.name}; name a metric that it holds, or "
-                "run it with the options that this one needs"
+                f"{option}: {side.label} holds no {metric.name}; name a metric that it holds, or "
+                "run it with the options that this metric needs"
             )
 
 
-def _is_there(gauge: Gauge, strategy: str, side: Runs) -> bool:
-    return any(v is not None for run in side.runs for v in _values(gauge, strategy, run.data))
+def _has(side: Runs, metric: Metric, strategy: str) -> bool:
+    return any(v is not None for run in side.runs for v in _values(metric, strategy, run.data))
 
 
-def _check_alike(asked: Sequence[Asked], spec: CompareSpec, unlike: Sequence[Varying]) -> None:
-    if not unlike:
-        return
-    differ = spell_unlike(unlike)
-    for one in asked:
-        if one.condition is None or (one.gauge.is_ratio and spec.allow_environment_mismatch):
+def _check_alike(
+    queries: Sequence[MetricQuery], spec: CompareSpec, unlike: Sequence[Difference]
+) -> None:
+    for query in queries if unlike else ():
+        is_ratio = query.metric.is_ratio
+        if query.condition is None or (is_ratio and spec.allow_environment_mismatch):
             continue
-        way = (
-            "compare runs of like environments, or give --allow-environment-mismatch"
-            if one.gauge.is_ratio
-            else "compare runs of like environments, or ratios such as speedup"
+        way = "give --allow-environment-mismatch" if is_ratio else "compare ratios such as speedup"
+        raise UsageError(
+            f"--fail-if '{query.condition.text}': {spell_unlike(unlike)}; compare runs of "
+            f"matching environments, or {way}"
         )
-        raise UsageError(f"--fail-if '{one.condition.text}': {differ}; {way}")
 
 
-def spell_unlike(unlike: Sequence[Varying]) -> str:
-    """In what the environments differ: ``the environments differ in cpu (A, B), torch (2, 3)``."""
-    told = ", ".join(f"{v.name} ({_spell(v.base)}, {_spell(v.new)})" for v in unlike)
-    return f"the environments differ in {told}"
+def spell_unlike(unlike: Sequence[Difference]) -> str:
+    facts = ", ".join(f"{d.name} ({_spell(d.base)}, {_spell(d.new)})" for d in unlike)
+    return f"the environments differ in {facts}"
 
 
 def _spell(value: Any) -> str:
@@ -181,125 +357,75 @@ def _spell(value: Any) -> str:
     return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-# Values
-
-
-def _values(gauge: Gauge, strategy: str, data: Mapping[str, Any]) -> list[float | None]:
-    """A value a trial; None where it has no meaning."""
+def _values(metric: Metric, strategy: str, data: Mapping[str, Any]) -> list[float | None]:
+    """Return a value for each trial; None if it has no meaning."""
     trials = data["strategies"][strategy]["trials"]
-    if not gauge.of_pair:
-        return [trial.get(gauge.name) for trial in trials]
-    (told,) = [each for each in data["comparisons"] if each["candidate"] == strategy]
-    steps = told["step_ratio"] if gauge.name == "efficiency" else 1.0
-    before = data["strategies"][told["baseline"]]["trials"]
+    if not metric.of_pair:
+        return [trial.get(metric.name) for trial in trials]
+    (comparison,) = [each for each in data["comparisons"] if each["candidate"] == strategy]
+    steps = comparison["step_ratio"] if metric.name == "efficiency" else 1.0
+    before = data["strategies"][comparison["baseline"]]["trials"]
     pairs = zip([t["duration"] for t in before], [t["duration"] for t in trials], strict=False)
     return [a / b / steps if b and steps else None for a, b in pairs]
 
 
-def _logs(one: Asked, run: Run) -> list[float] | None:
-    """Of each trial, above which is slower; None where one has no logarithm."""
-    values = _values(one.gauge, one.strategy, run.data)
-    sign = -1 if one.gauge.higher_is_better else 1
+def _logs(query: MetricQuery, run: Run) -> list[float] | None:
+    """Return a logarithm for each trial; None if a trial has none."""
+    values = _values(query.metric, query.strategy, run.data)
+    sign = -1 if query.metric.higher_is_better else 1
     logs = [sign * math.log(v) for v in values if v and v > 0 and math.isfinite(v)]
     return logs if logs and len(logs) == len(values) else None
 
 
-def _sample(one: Asked, runs: Sequence[Run]) -> _Sample | None:
-    logs = [_logs(one, run) for run in runs]
-    there = [each for each in logs if each is not None]
-    if not there or len(there) < len(logs):
+def _sample(query: MetricQuery, runs: Sequence[Run]) -> Sample | None:
+    of_runs = [logs for run in runs if (logs := _logs(query, run)) is not None]
+    if not of_runs or len(of_runs) < len(runs):
         return None
-    pooled = [log for each in there for log in each]
-    if len(there) >= FEWEST:
-        means = [float(np.mean(each)) for each in there]
-        return _Sample(means, 0.0, True, float(np.var(means, ddof=1)))
-    between = one.gauge.between**2
+    if len(of_runs) >= FEWEST:
+        means = [float(np.mean(logs)) for logs in of_runs]
+        return Sample(means, variance=float(np.var(means, ddof=1)))
+    pooled = [log for logs in of_runs for log in logs]
+    between = query.metric.between**2
     within = float(np.var(pooled, ddof=1)) if len(pooled) > 1 else 0.0
-    of_run = between + within * len(there) / len(pooled)
-    return _Sample(pooled, between / len(there), False, of_run)
+    of_run = between + within * len(of_runs) / len(pooled)
+    return Sample(pooled, between / len(of_runs), False, of_run)
 
 
-# Verdicts
-
-
-def _compare(one: Asked, base: Runs, new: Runs, rule: Rule) -> Evidence:
+def _compare(query: MetricQuery, base: Runs, new: Runs, rule: Rule) -> Evidence:
     suspect = next((side for side in (base, new) if not side.valid), None)
-    then, now = (_sample(one, side.valid or side.runs) for side in (base, new))
+    then, now = (_sample(query, side.valid or side.runs) for side in (base, new))
     if then is None or now is None:
-        return _untold(one, None, None, "has a trial without a value above 0")
+        return _without_verdict(query, None, None, "has a trial without a value above 0")
     if suspect:
-        why = f"cannot be told: {suspect.label} is stamped suspect: {suspect.runs[0].reasons[0]}"
-        return _untold(one, then, now, why)
+        reason = suspect.runs[0].reasons[0]
+        stamped = f"was not compared: {suspect.label} is stamped suspect: {reason}"
+        return _without_verdict(query, then, now, stamped)
     if base.first["simulated"]:
-        return _fails(one, _weighed(one, then, now, _exact(then, now, rule)))
-    if list(then.logs) == list(now.logs):  # one measurement, held against itself
+        return judge(query, then, now, _exact(then, now, rule))
+    if list(then.logs) == list(now.logs):  # the same measurement on both sides
         same = Decision(Verdict.SAME, len(then.logs), 0.0, 0.0, 0.0)
-        return _weighed(one, then, now, same, "has the same values to the last digit")
+        return judge(query, then, now, same, "has the same values to the last digit")
     between = math.sqrt((then.known + now.known) / 2)
     decision = compare_means(then.logs, now.logs, rule, between=between)
     if decision.is_sure:
-        return _fails(one, _weighed(one, then, now, decision, _failed(one)))
-    if not one.gated:
-        return _weighed(one, then, now, decision)
+        why = f"--fail-if '{query.condition.text}'" if query.condition else None
+        return judge(query, then, now, decision, why)
+    if not query.gated:
+        return judge(query, then, now, decision)
     few = min(len(base.valid), len(new.valid))
     uncertain = f"is too uncertain from {few} run{'s' * (few > 1)} a side"
-    return _weighed(one, then, now, decision, uncertain, _needed(then, now, decision, rule))
+    return judge(query, then, now, decision, uncertain, _needed(then, now, decision, rule))
 
 
-def _weighed(
-    one: Asked,
-    base: _Sample,
-    new: _Sample,
-    decision: Decision,
-    why: str | None = None,
-    needed: str | None = None,
-) -> Evidence:
-    found = weigh(
-        one.kind,
-        one.gauge.name,
-        one.strategy,
-        (_shown(one, base), _shown(one, new)),
-        decision,
-        higher_is_better=one.gauge.higher_is_better,
-        gated=one.gated,
-        floor=one.floor,
-        unit=one.gauge.unit,
-        samples=(len(base.logs), len(new.logs)),
-        needed=needed,
-        why=why,
-    )
-    if found.change == found.low == found.high == 0:  # which a sign may have made −0
-        return replace(found, change=0.0, low=0.0, high=0.0)
-    return found
-
-
-def _shown(one: Asked, sample: _Sample) -> float:
-    """The geometric mean, so that the change is that of the values that stand beside it."""
-    return math.exp(-sample.mean if one.gauge.higher_is_better else sample.mean)
-
-
-def _failed(one: Asked) -> str | None:
-    return f"--fail-if '{one.condition.text}'" if one.condition else None
-
-
-def _fails(one: Asked, found: Evidence) -> Evidence:
-    """The evidence, where a condition is a gain: then it is that which fails."""
-    if one.condition is None or one.condition.is_loss:
-        return found
-    return replace(found, fails=found.gated and found.verdict is Verdict.FASTER)
-
-
-def _exact(base: _Sample, new: _Sample, rule: Rule) -> Decision:
-    """Of times that no noise touches."""
+def _exact(base: Sample, new: Sample, rule: Rule) -> Decision:
     change = new.mean - base.mean
-    beyond = abs(change) > rule.floor + 1e-12  # what a sum of logarithms is off by
-    told = Verdict.SAME if not beyond else Verdict.SLOWER if change > 0 else Verdict.FASTER
-    count = min(len(base.logs), len(new.logs))
-    return Decision(told, count, change, change, change)
+    beyond = abs(change) > rule.floor + 1e-12  # rounding of sums of logarithms
+    verdict = Verdict.SAME if not beyond else Verdict.SLOWER if change > 0 else Verdict.FASTER
+    return Decision(verdict, min(len(base.logs), len(new.logs)), change, change, change)
 
 
-def _needed(base: _Sample, new: _Sample, decision: Decision, rule: Rule) -> str | None:
-    """How many trials would do, or runs where no number of trials of one process would."""
+def _needed(base: Sample, new: Sample, decision: Decision, rule: Rule) -> str | None:
+    """Return the trials that would do, or the runs if no number of trials of one run would."""
     if base.of_runs and new.of_runs:
         return None if decision.needed is None else f"{decision.needed:,} runs a side"
     if decision.needed is not None and decision.needed <= 100:
@@ -313,123 +439,79 @@ def _needed(base: _Sample, new: _Sample, decision: Decision, rule: Rule) -> str 
         reach = float(stats.t.isf(rule.alpha, nu) + stats.t.ppf(POWER, nu))
         return reach * math.sqrt(variance / runs) <= distance
 
-    if not would_do(_MOST):
-        return None
-    low, high = FEWEST, _MOST
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if would_do(middle) else (middle + 1, high)
-    return f"{low:,} runs a side"
+    runs = range(FEWEST, _MOST_RUNS + 1)
+    index = bisect.bisect_left(runs, True, key=would_do)
+    return None if index == len(runs) else f"{runs[index]:,} runs a side"
 
 
-def _untold(one: Asked, base: _Sample | None, new: _Sample | None, why: str) -> Evidence:
-    """Nothing but the values, and why."""
-    change = None
-    if base is not None and new is not None:
-        change = _shown(one, new) / _shown(one, base) - 1
-    return Evidence(
-        one.kind,
-        one.gauge.name,
-        one.strategy,
-        None if base is None else _shown(one, base),
-        None if new is None else _shown(one, new),
-        Verdict.UNKNOWN,
-        gated=one.gated,
-        unit=one.gauge.unit,
-        higher_is_better=one.gauge.higher_is_better,
-        change=change,
-        floor=one.floor,
-        why=why,
-    )
+def _without_verdict(
+    query: MetricQuery, base: Sample | None, new: Sample | None, why: str
+) -> Evidence:
+    values = tuple(None if sample is None else query.value(sample.mean) for sample in (base, new))
+    evidence = query.evidence((values[0], values[1]), None, why=why)
+    if base is None or new is None:
+        return evidence
+    return replace(evidence, change=query.change(new.mean - base.mean))
 
 
-def _refused(one: Asked, base: Runs, new: Runs, unlike: Sequence[Varying]) -> Evidence:
-    """Of unlike environments: the values stay; a change of times is not even reckoned."""
-    why = f"was not compared: the environments differ in {', '.join(v.name for v in unlike)}"
-    if one.gauge.is_ratio:
+def _refused(query: MetricQuery, base: Runs, new: Runs, unlike: Sequence[Difference]) -> Evidence:
+    """Return values from environments that do not match; a change of times would mislead."""
+    why = f"was not compared: the environments differ in {', '.join(d.name for d in unlike)}"
+    if query.metric.is_ratio:
         why += "; --allow-environment-mismatch compares it all the same"
-    told = _untold(one, _sample(one, base.runs), _sample(one, new.runs), why)
-    change = told.change if one.gauge.is_ratio else None
-    return replace(told, change=change, gated=False)
+    samples = _sample(query, base.runs), _sample(query, new.runs)
+    evidence = _without_verdict(replace(query, gated=False), *samples, why)
+    return evidence if query.metric.is_ratio else replace(evidence, change=None)
+
+
+# The gate
 
 
 def compare_versions(base: Runs, new: Runs, spec: CompareSpec, typed: str) -> Gate:
-    """All that can be told of two versions from their results.
-
-    Raises:
-        UsageError: they were not asked the same question, or a condition cannot be answered.
-    """
     check_comparable(base, new)
-    unlike = _unlike(base, new, FOR_TIMES)
-    work = _work(base, new, allow_improvement=spec.allow_improvement)
+    sides = base.version, new.version
+    unlike = mismatches(*sides, MUST_MATCH_FOR_TIMES)
     speeds = compare_speeds(base, new, spec, unlike)
-    return Gate(
-        command="compare",
-        typed=typed,
-        base=base.side,
-        new=new.side,
-        evidence=[*work, *speeds],
-        settings=varying_settings(base.first, new.first),
-        environment=environment_differences(base.first, new.first),
-        notes=[
+    return make_gate(
+        "compare",
+        typed,
+        sides,
+        speeds,
+        allow_improvement=spec.allow_improvement,
+        notes=lambda work: [
             *_notes(base, new, spec, unlike, work),
             *_warnings(speeds, simulated=base.first["simulated"]),
         ],
+        settings=differing_settings(base.first["config"], new.first["config"]),
     )
 
 
-def _unlike(base: Runs, new: Runs, names: Sequence[str]) -> list[Varying]:
-    """Facts in which any run differs from the first."""
-    found: dict[str, Varying] = {}
-    for run in [*new.runs, *base.runs[1:]]:
-        for varying in differing(base.first, run.data, names):
-            found.setdefault(varying.name, varying)
-    return list(found.values())
-
-
-def _work(base: Runs, new: Runs, *, allow_improvement: bool) -> list[Evidence]:
-    """The work of the base and of each new run; of each count the run that differs the most."""
-    alike = not _unlike(base, new, FOR_TOKENS)
-    first = Work.of(base.first)
-    each = [
-        compare_work(first, Work.of(run.data), alike=alike, allow_improvement=allow_improvement)
-        for run in new.runs
-    ]
-    # Of equally grave ones max takes the first, whichever run it is of.
-    return [max(found, key=_gravity) for found in zip(*each, strict=True)]
-
-
-def _gravity(each: Evidence) -> tuple[bool, bool]:
-    return each.fails, each.verdict is Verdict.CHANGED
-
-
 def _notes(
-    base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Varying], work: Sequence[Evidence]
+    base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Difference], work: Sequence[Evidence]
 ) -> Iterator[str]:
     if base.first["simulated"]:
-        yield "Both are simulations: their times are exact, and no noise is weighed."
+        yield "Both are simulations, whose times are exact."
     elif not base.first["workload"]["closed"]:
         yield (
-            "Requests come over time: who waits depends on the machine's speed, so that counts are "
-            "observations and fail nothing."
+            "Requests arrive over time, so counts depend on the machine's speed and are not gated."
         )
     silent = [e.strategy for e in work if e.metric == "counters" and not e.gated and e.strategy]
     if silent:
-        yield f"{', '.join(silent)} shows no steps, so that its work could not be counted."
+        yield f"{', '.join(silent)} shows no steps, so its counts were not compared."
     if any(e.metric == OUTPUTS and e.verdict is Verdict.CHANGED and not e.fails for e in work):
         yield (
-            "Outputs differ where the precision or the environment may decide between two tokens "
-            "that are nearly tied; batchbench run verifies them against the model alone."
+            "Outputs differ, but precision or environment may decide between two tokens that are "
+            "nearly tied; batchbench run verifies outputs against the model alone."
         )
     for side in (base, new):
-        if (doubtful := len(side.runs) - len(side.valid)) and side.valid:
+        if (suspect := len(side.runs) - len(side.valid)) and side.valid:
             yield (
-                f"{doubtful} of {len(side.runs)} runs of {side.label} stamped suspect: compared on "
-                "their work, left out of all times."
+                f"{suspect} of {len(side.runs)} runs of {side.label} stamped suspect: only their "
+                "counts and outputs are compared."
             )
     if unlike:
         ratios = (
-            "Speed-ups are compared all the same, as asked."
+            "Speed-ups are gated all the same, as requested."
             if spec.allow_environment_mismatch
             else "Speed-ups are not gated either; --allow-environment-mismatch gates them."
         )
@@ -437,25 +519,23 @@ def _notes(
         yield f"{text[0].upper()}{text[1:]}: absolute times are not compared. {ratios}"
     for condition in spec.conditions:
         if not condition.is_loss:
-            better = "rise" if condition.gauge.higher_is_better else "fall"
+            better = "rise" if condition.metric.higher_is_better else "fall"
             yield (
-                f"--fail-if '{condition.text}' can never mean a loss: a {better} of "
-                f"{condition.gauge.name} is a gain."
+                f"--fail-if '{condition.text}' fails on an improvement: a {better} of "
+                f"{condition.metric.name} is a gain."
             )
 
 
 def _warnings(speeds: Sequence[Evidence], *, simulated: bool) -> Iterator[str]:
-    """Losses of times that nobody asked to fail on."""
+    """Warn of losses of times that no condition names."""
     lost = [
         e for e in speeds if e.kind is Kind.TIME and not e.gated and e.verdict is Verdict.SLOWER
     ]
     if not lost:
         return
     more = f", and {len(lost) - 3} more" if len(lost) > 3 else ""
-    why = (
-        "Times fail only where --fail-if asks for it."
-        if simulated
-        else "Times of two sessions also differ by what the machine did meanwhile, so that they "
-        "fail only where --fail-if asks for it."
+    why = "" if simulated else "Times of two sessions also differ by other load on the machine. "
+    yield (
+        f"Warning: {'; '.join(map(describe, lost[:3]))}{more}. {why}Times are gated only by "
+        "--fail-if."
     )
-    yield f"Warning: {'; '.join(describe(e) for e in lost[:3])}{more}. {why}"

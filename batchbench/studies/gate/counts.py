@@ -1,42 +1,43 @@
-"""What was done, counted exactly: two versions' counters and outputs, strategy by strategy.
+"""Exact counts of the work of two versions, compared strategy by strategy; and the gate-maker.
 
-Equal counts are equal and others are not: no statistics, and one look is enough.
+Counts need no statistics: equal counts are equal, others are not, and one look is enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from batchbench.batching.machine import MUST_MATCH_FOR_OUTPUTS, Difference, differences, facts_of
 from batchbench.errors import UsageError
 from batchbench.reports.statistics import Verdict
-from batchbench.studies.gate.evidence import Evidence, Kind, Varying
+from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Side
 
 OUTPUTS = "outputs"
-"""The metric under which a strategy's tokens are told."""
+"""The metric name of a strategy's output tokens."""
 
 _FIXED = ("prefill_tokens", "useful_slot_steps")
-"""What the workload asks for: fewer of them is work left out, and no improvement."""
+"""Counts that the workload determines: fewer of them mean missing work, not an improvement."""
 
 _COMPOSITION = ("prefill_passes", "mixed_passes", "decode_passes", "prompt_slot_steps")
-"""Parts of a whole: of themselves neither good nor bad, and better only where the whole is."""
+"""Parts of ``forward_passes``: they are better only if their sum is."""
 
 _WHOLE = "forward_passes"
 
 
 @dataclass(frozen=True)
-class Work:
-    """The work of one version.
+class Counts:
+    """The counts and outputs of one version.
 
     Attributes:
-        counters: each strategy's counts by name, as ``result.json`` has them; None where it
+        counters: counts of each strategy by name, as in ``result.json``; None for a strategy that
             schedules for itself and shows no steps.
-        digests: each strategy's digest of all tokens; None where no model ran.
+        digests: digest of all output tokens of each strategy; None if no model ran.
         closed: all requests were there at the start with given lengths, so that counts depend on
-            nothing but the schedule.
-        simulated: on a virtual clock.
-        dtype: the model's number format; None where no model ran.
+            the schedule alone.
+        simulated: times are of a virtual clock.
+        dtype: number format of the model; None if no model ran.
     """
 
     counters: Mapping[str, Mapping[str, int] | None]
@@ -46,140 +47,122 @@ class Work:
     dtype: str | None
 
     @classmethod
-    def of(cls, data: Mapping[str, Any]) -> Work:
-        """Of a result's data."""
-        strategies = data["strategies"]
+    def of_result(cls, data: Mapping[str, Any]) -> Counts:
+        counters = {}
+        for name, strategy in data["strategies"].items():
+            counts, computed = strategy["counters"], strategy.get("computed_passes")
+            if counts is not None and computed is not None:
+                counts = {**counts, "computed_passes": computed}
+            counters[name] = counts
         return cls(
-            counters={name: _counts(each) for name, each in strategies.items()},
-            digests={name: each["output_digest"] for name, each in strategies.items()},
+            counters=counters,
+            digests={name: each["output_digest"] for name, each in data["strategies"].items()},
             closed=data["workload"]["closed"],
             simulated=data["simulated"],
             dtype=data["model"]["dtype"],
         )
 
+    @classmethod
+    def of_work(cls, work: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> Counts:
+        """Return the counts of worker processes.
 
-def work_told(works: Mapping[str, Mapping[str, Any]], told: Mapping[str, Any]) -> Work:
-    """What a measured version did.
-
-    Args:
-        works: by strategy, its counters and ``output_digest`` in one mapping.
-        told: its ``workload`` and ``model``, as a result tells of them.
-    """
-    return Work(
-        counters={
-            name: {key: count for key, count in work.items() if key != "output_digest"} or None
-            for name, work in works.items()
-        },
-        digests={name: work["output_digest"] for name, work in works.items()},
-        closed=told["workload"]["closed"],
-        simulated=False,
-        dtype=told["model"]["dtype"],
-    )
-
-
-def _counts(strategy: Mapping[str, Any]) -> Mapping[str, int] | None:
-    """The schedule's counters, and what the model computed where that is known."""
-    computed = strategy.get("computed_passes")
-    if strategy["counters"] is None or computed is None:
-        counters: Mapping[str, int] | None = strategy["counters"]
-        return counters
-    return {**strategy["counters"], "computed_passes": computed}
+        Args:
+            work: counters and ``output_digest`` in one mapping, by strategy.
+            about: ``workload`` and ``model``, as in a result.
+        """
+        return cls(
+            counters={
+                name: {key: count for key, count in counts.items() if key != "output_digest"}
+                or None
+                for name, counts in work.items()
+            },
+            digests={name: counts["output_digest"] for name, counts in work.items()},
+            closed=about["workload"]["closed"],
+            simulated=False,
+            dtype=about["model"]["dtype"],
+        )
 
 
-def compare_work(
-    base: Work, new: Work, *, alike: bool, allow_improvement: bool = False
+def counts_fail(base: Counts, new: Counts, *, allow_improvement: bool) -> bool:
+    """Return True if a count fails; outputs may differ by a numerical tie."""
+    evidence = compare_counts(base, new, alike=False, allow_improvement=allow_improvement)
+    return any(one.fails for one in evidence)
+
+
+def compare_counts(
+    base: Counts, new: Counts, *, alike: bool, allow_improvement: bool = False
 ) -> list[Evidence]:
-    """Each strategy's counts and outputs, those of the base first and in its order.
+    """Compare counts and outputs of each strategy of the base.
 
-    Counts gate where the workload is closed, and in a simulation also where it is not, provided
-    that both took their time from the same cost. Outputs gate where the same tokens must come out
-    to the bit: a closed workload, like environments, float32. Elsewhere the precision may decide
-    between two tokens, and a difference is told but fails nothing.
+    Counts are gated if the workload is closed; in a simulation also if it is not, provided that
+    both have the same step cost. Outputs are gated if the same tokens must result to the bit:
+    closed workload, matching environments, float32. Otherwise precision can decide between two
+    tokens, and a difference is only reported.
 
     Args:
-        alike: whether the environments (of simulations: the costs) are such that the same must
-            come out.
-        allow_improvement: a strategy may change where every count of it that changed is better.
+        alike: the environments (for simulations: the costs) match.
+        allow_improvement: a strategy may change if each count of it that changed is better.
 
     Raises:
         UsageError: a strategy of the base is missing.
     """
     if missing := [name for name in base.counters if name not in new.counters]:
         raise UsageError(
-            f"strategy {missing[0]}: the base has it and the new version has not; run both with "
+            f"strategy {missing[0]}: the base has it and the new version does not; run both with "
             f"--strategy {','.join(base.counters)}"
         )
     closed = base.closed and new.closed
     exact = closed or (base.simulated and new.simulated and alike)
-    single = base.dtype == new.dtype == "float32"
-    found: list[Evidence] = []
+    to_the_bit = closed and alike and base.dtype == new.dtype == "float32"
+    evidence: list[Evidence] = []
     for name, counters in base.counters.items():
-        found += _of_counters(name, counters, new.counters[name], exact, allow_improvement)
-        digests = base.digests.get(name), new.digests.get(name)
-        found += _of_outputs(name, *digests, gated=closed and alike and single)
-    return found
+        evidence += _compare_counters(name, counters, new.counters[name], exact, allow_improvement)
+        evidence += _compare_outputs(
+            name, base.digests.get(name), new.digests.get(name), to_the_bit
+        )
+    return evidence
 
 
-def _of_counters(
+def _compare_counters(
     strategy: str,
     base: Mapping[str, int] | None,
     new: Mapping[str, int] | None,
     exact: bool,
     allow_improvement: bool,
 ) -> Iterator[Evidence]:
-    if base is None and new is None:
-        yield Evidence(
-            Kind.WORK,
-            "counters",
-            strategy,
-            None,
-            None,
-            Verdict.UNKNOWN,
-            why="cannot be told, since the strategy schedules for itself and shows no steps",
-        )
-        return
     if base is None or new is None:
+        both = base is new
         yield Evidence(
             Kind.WORK,
             "counters",
             strategy,
             None if base is None else "counted",
             None if new is None else "counted",
-            Verdict.CHANGED,
-            fails=exact,
-            gated=exact,
-            why="are there in one of the two only",
+            Verdict.UNKNOWN if both else Verdict.CHANGED,
+            fails=exact and not both,
+            gated=exact and not both,
+            why="cannot be compared: the strategy schedules for itself and shows no steps"
+            if both
+            else "exist on one side only",
         )
         return
     changed = {key for key in base.keys() & new.keys() if base[key] != new[key]}
-    better = {key for key in changed if _is_better(key, base, new)}
-    allowed = allow_improvement and better == changed
-    for key in [*base, *(key for key in new if key not in base)]:
+    allowed = allow_improvement and all(_is_better(key, base, new) for key in changed)
+    for key in {**base, **new}:
+        evidence = Evidence(
+            Kind.WORK, key, strategy, base.get(key), new.get(key), Verdict.SAME, gated=exact
+        )
         if key not in base or key not in new:  # one of the two is of a version that counts more
             side = "base" if key not in base else "new version"
-            yield Evidence(
-                Kind.WORK,
-                key,
-                strategy,
-                base.get(key),
-                new.get(key),
-                Verdict.UNKNOWN,
-                why=f"was not counted by the {side}",
-            )
-            continue
-        same = base[key] == new[key]
-        yield Evidence(
-            Kind.WORK,
-            key,
-            strategy,
-            base[key],
-            new[key],
-            Verdict.SAME if same else Verdict.CHANGED,
-            fails=exact and not same and not allowed,
-            gated=exact,
-            change=new[key] / base[key] - 1 if base[key] else None,
-            why=None if same else _spell_change(base[key], new[key], exact, allowed),
-        )
+            why = f"was not counted by the {side}"
+            evidence = replace(evidence, verdict=Verdict.UNKNOWN, gated=False, why=why)
+        elif base[key]:
+            evidence = replace(evidence, change=new[key] / base[key] - 1)
+        if key in changed:
+            why = _spell_change(base[key], new[key], exact, allowed)
+            fails = exact and not allowed
+            evidence = replace(evidence, verdict=Verdict.CHANGED, fails=fails, why=why)
+        yield evidence
 
 
 def _is_better(key: str, base: Mapping[str, int], new: Mapping[str, int]) -> bool:
@@ -191,24 +174,23 @@ def _is_better(key: str, base: Mapping[str, int], new: Mapping[str, int]) -> boo
 
 
 def _spell_change(base: int, new: int, exact: bool, allowed: bool) -> str:
-    share = f" ({new / base - 1:+.1%})".replace("%", " %").replace("-", "−") if base else ""
+    share = f" ({new / base - 1:+.1%})" if base else ""
     text = f"{'grew' if new > base else 'fell'} by {abs(new - base):,}{share}"
     if not exact:
-        return f"{text}, as it may where who waits depends on the machine's speed"
-    return f"{text}, an improvement, which was allowed" if allowed else text
+        return f"{text}; with timed arrivals this may depend on the machine's speed"
+    return f"{text}, an allowed improvement" if allowed else text
 
 
-def _of_outputs(
-    strategy: str, base: str | None, new: str | None, *, gated: bool
+def _compare_outputs(
+    strategy: str, base: str | None, new: str | None, gated: bool
 ) -> Iterator[Evidence]:
     if base is None and new is None:
         return
-    same, missing = base == new, base is None or new is None
-    why = None
-    if missing:
-        why = "are there in one of the two only"
+    same, why = base == new, None
+    if base is None or new is None:
+        why = "exist on one side only"
     elif not same:
-        why = "differ" if gated else "differ, perhaps by no more than numerical ties"
+        why = "differ" if gated else "differ, perhaps only by numerical ties"
     yield Evidence(
         Kind.WORK,
         OUTPUTS,
@@ -222,68 +204,94 @@ def _of_outputs(
     )
 
 
-FOR_TOKENS = (
-    *("device", "cpu", "threads", "gpu", "gpu_driver", "cuda", "torch", "transformers", "numpy"),
-    *("dtype", "engine", "execution", "cpu_kernels"),
-)
-"""What the last bit of a logit depends on, and with it a token that is nearly tied."""
+def flat(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an environment with its packages among its facts."""
+    return {**environment, **environment.get("packages", {})}
 
-FOR_TIMES = (*FOR_TOKENS, "cpu_cores", "gpu_memory_bytes", "python")
-"""What times depend on. Name and kernel of the host are not among them: a CI has many of a kind."""
+
+# The gate
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version as the gate compares it, with counts and environment facts of each of its runs."""
+
+    side: Side
+    counts: Sequence[Counts]
+    facts: Sequence[Mapping[str, Any]]
+
 
 _ITSELF = ("batchbench", "git_commit")
-"""The versions that are compared, which are meant to differ."""
-
-_PASSING = ("gpu_clock_mhz", "packages")
+"""Facts of the versions that are compared, which are meant to differ."""
 
 
-def flat(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """An environment with its packages among its facts."""
-    packages: Mapping[str, Any] = environment.get("packages", {})
-    return {**environment, **packages}
-
-
-def facts_of(data: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a result tells of its machine, its installation and how it computed.
-
-    A simulation depends on none of that, only on what a step costs.
-    """
+def facts_of_result(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts on which times and outputs of a result depend."""
     if data["simulated"]:
         cost = data.get("cost") or {}
-        # Which run taught it, and what that run saw, change no time.
-        told = {"source", "extrapolates", "rows_seen", "most_prompt_tokens_seen", "longest_seen"}
-        return {"cost of a step": {k: v for k, v in cost.items() if k not in told} or "one unit"}
-    model, found = data["model"], flat(data["environment"])
-    if found.get("python"):
-        found["python"] = ".".join(str(found["python"]).split(".")[:2])
-    found |= {name: model.get(name) for name in ("device", "dtype", "execution")}
-    return {**found, "engine": data["config"]["serving"]["engine"]}
+        # The run that the cost was fitted on, and its range, change no time.
+        about = {"source", "extrapolates", "rows_seen", "most_prompt_tokens_seen", "longest_seen"}
+        return {"cost of a step": {k: v for k, v in cost.items() if k not in about} or "one unit"}
+    return facts_of(data["environment"], data["model"], engine=data["config"]["serving"]["engine"])
 
 
-def environment_differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[Varying]:
-    """Every fact in which two results' environments differ; the versions themselves are none."""
-    facts = facts_of(base) | facts_of(new)
-    return _varying(base, new, [n for n in facts if n not in _ITSELF + _PASSING])
+def mismatches(base: Version, new: Version, names: Sequence[str]) -> list[Difference]:
+    """Return the facts among ``names`` in which any run differs from the first of the base.
+
+    For simulations all facts count.
+    """
+    simulated = base.counts[0].simulated or new.counts[0].simulated
+    chosen = None if simulated else names
+    found: dict[str, Difference] = {}
+    for facts in (*new.facts, *base.facts[1:]):
+        for difference in differences(base.facts[0], facts, chosen):
+            found.setdefault(difference.name, difference)
+    return list(found.values())
 
 
-def differing(
-    base: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str]
-) -> list[Varying]:
-    """Of the facts that must be the same for times or for tokens, those that are not.
+def make_gate(
+    command: str,
+    typed: str,
+    sides: tuple[Version, Version],
+    times: Callable[[], Sequence[Evidence]] | Sequence[Evidence],
+    *,
+    allow_improvement: bool,
+    notes: Callable[[Sequence[Evidence]], Sequence[str]],
+    settings: Sequence[Difference] = (),
+    unsure: str | None = None,
+    seconds: float | None = None,
+) -> Gate:
+    """Return the gate of two versions: their work first, then their times.
 
     Args:
-        names: :data:`FOR_TIMES` or :data:`FOR_TOKENS`; of simulations their cost stands for both.
+        typed: the command line that repeats it.
+        times: evidence on times; as a function it is called only if the work is the same.
+        notes: a function of the evidence on the work.
     """
-    simulated = base["simulated"] or new["simulated"]
-    return environment_differences(base, new) if simulated else _varying(base, new, names)
-
-
-def _varying(
-    base: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str]
-) -> list[Varying]:
-    then, now = facts_of(base), facts_of(new)
-    return [
-        Varying(name, then.get(name), now.get(name))
-        for name in names
-        if then.get(name) != now.get(name)
+    base, new = sides
+    alike = not mismatches(base, new, MUST_MATCH_FOR_OUTPUTS)
+    runs = [
+        compare_counts(base.counts[0], counts, alike=alike, allow_improvement=allow_improvement)
+        for counts in new.counts
     ]
+    # For each count the run that differs most counts; among equals max takes the first run.
+    work = [max(count, key=_gravity) for count in zip(*runs, strict=True)]
+    changed = any(evidence.fails for evidence in work)
+    if callable(times):
+        times = [] if changed else times()
+    return Gate(
+        command,
+        typed,
+        base.side,
+        new.side,
+        [*work, *times],
+        settings,
+        [d for d in differences(base.facts[0], new.facts[0]) if d.name not in _ITSELF],
+        notes(work),
+        unsure,
+        seconds,
+    )
+
+
+def _gravity(evidence: Evidence) -> tuple[bool, bool]:
+    return evidence.fails, evidence.verdict is Verdict.CHANGED

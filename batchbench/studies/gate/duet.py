@@ -1,9 +1,9 @@
-"""Two installations in alternating turns, until it is sure which is slower, or neither.
+"""Two installations that serve in alternating turns until it is clear whether one is slower.
 
-One long-lived worker process a side, a *process pair*; they take turns of about 0.2 s and are both
-replaced every few seconds, since what differs from process to process (where memory lies, which
-core it is on) is constant within one. The value of a pair is the ratio of what a trial takes, and
-the pair is the sample (docs/regressions.md has the measurements behind this).
+Each side has one worker process. The two take turns of about 0.2 s and are both replaced every few
+seconds, because process-specific effects (memory layout, core) stay the same within a process. The
+value of a pair of processes is the ratio of the time of a trial, and the pair is the sample
+(docs/regressions.md has the measurements behind this).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import expm1
+from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
@@ -22,147 +23,138 @@ from batchbench.batching.experiment import Experiment
 from batchbench.errors import OutOfTimeError
 from batchbench.reports.result_file import SCHEMA_VERSION
 from batchbench.reports.statistics import FEWEST, Decision, Rule, Verdict, decide
-from batchbench.studies.gate.counts import FOR_TOKENS, compare_work, work_told
-from batchbench.studies.gate.evidence import Evidence, Gate, Kind, Side, Varying, weigh
-from batchbench.studies.gate.processes import Installation, Workers, draw_core, open_all
-from batchbench.studies.gate.spec import DuetSpec, rule_of
-from batchbench.studies.gate.turns import Pair, TurnPair, contamination
+from batchbench.reports.text import plural
+from batchbench.studies.gate.counts import counts_fail, make_gate
+from batchbench.studies.gate.evidence import Evidence, Gate, MetricQuery, Side, describe
+from batchbench.studies.gate.processes import (
+    Calibrations,
+    ProcessReport,
+    Workers,
+    draw_core,
+    varying_work,
+)
+from batchbench.studies.gate.spec import METRICS, DuetSpec, rule_of
+from batchbench.studies.gate.turns import Cut, Pair, TurnPair, contamination
+from batchbench.studies.gate.worker import Calibration
 from batchbench.version import __version__
 
 TURN_S = 0.2
-"""Longer, and what others do in bursts falls on one side; shorter, and half of it is warm-up."""
+"""Seconds of a turn. In longer ones a burst of other load falls on one side; of shorter ones half
+is warm-up."""
 
 PAIR_S = 5.0
-"""Seconds of turns, at least, before both processes are replaced."""
+"""Fewest seconds of turns before both processes are replaced."""
 
 LONGEST_PAIR_S = 20.0
-"""Where a trial takes longer than this, only its beginning is compared."""
+"""Seconds of turns after which a pair ends within a trial; only its beginning is then compared."""
 
-FEWEST_STEPS, FEWEST_TURNS = 4, 3
-"""Of a turn, one of which is not timed; and of a pair, beside the first, which is left out."""
+FEWEST_TURNS = 3
+"""Fewest turns of a pair, beside the first, which is left out."""
 
 FIRST_SHARE = 0.65
-"""Of the time, for the run that finds a loss; the rest is for the one that confirms it."""
+"""Share of the time for finding a loss; the rest is for confirming it."""
 
-CONFIRMING = 0.05
-"""Error of the confirming run, which has one question left to answer."""
+CONFIRMATION_ALPHA = 0.05
+"""Error of the confirming series, which has only one question to answer."""
+
+Reports = tuple[ProcessReport, ProcessReport]
+Known = tuple[Calibrations, Calibrations] | None
+"""Calibrations of base and new from earlier processes; None to measure them."""
 
 
 class TurnsWatch:
-    """Told of what happens; this one is silent."""
+    """An observer of duet, check and baseline save; this one ignores everything."""
 
     def begins(self, what: str) -> None:
-        """What is going on from now on."""
+        """Show the activity that begins."""
 
     def measured(self, label: str, what: str) -> None:
-        """Something was measured of which nothing is decided yet."""
-
-    def told(self, label: str, decisions: Mapping[str, Decision], fault: str | None) -> None:
-        """What can be told so far: log ratios of a time, above 0 where new is slower."""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What the two workers of a pair told of themselves and of the work."""
-
-    hello: tuple[Mapping[str, Any], Mapping[str, Any]]
-    told: tuple[Mapping[str, Any], Mapping[str, Any]]
-    done: tuple[Mapping[str, Any], Mapping[str, Any]]  # work of each lane, and what varied
-
-
-Learnt = tuple[Mapping[str, tuple[int, float]], Mapping[str, tuple[int, float]]]
-"""Of each side, steps of a trial and nanoseconds of a step, by lane."""
+        """Show a measurement, or the decisions so far."""
 
 
 @dataclass
-class Run:
-    """Pairs under one rule, and what they tell of each lane so far.
+class Series:
+    """Pairs of processes under one rule, and the decisions on each strategy so far.
 
-    ``known`` is what processes need not learn anew; ``cut_off`` is set where the time was up during
-    a pair, which does not count.
+    Attributes:
+        strategies: those whose time is compared.
+        confirming: it is the second series, which confirms the losses of the first.
+        reports: of base and new, for each pair.
+        cut_off: set if the time was up during a pair, which then does not count.
     """
 
     rule: Rule
-    lanes: Sequence[str]
+    strategies: Sequence[str]
     confirming: bool = False
-    known: Learnt | None = None
+    calibrations: Known = None
     pairs: list[Pair] = field(default_factory=list)
-    opened: list[Opened] = field(default_factory=list)
+    reports: list[Reports] = field(default_factory=list)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
     cut_off: OutOfTimeError | None = None
 
-    def add(self, pair: Pair, opened: Opened) -> None:
-        """One more pair."""
+    def add(self, pair: Pair, reports: Reports) -> None:
         self.pairs.append(pair)
-        self.opened.append(opened)
-        if len(self.pairs) == 2:  # all work is counted in two processes a side
-            self.known = learnt(pair)
-        self.look()
+        self.reports.append(reports)
+        if len(self.pairs) == 2:  # by now all work was counted in two processes a side
+            self.calibrations = calibrate(pair)
+        self.decide()
 
-    def look(self, *, last: bool = False) -> None:
-        """Decide anew."""
+    def decide(self, *, last: bool = False) -> None:
+        """Decide on each strategy; ``last`` spends the error kept for the end."""
         self.decisions = {
-            lane: decide([pair.value(lane) for pair in self.pairs], self.rule, last=last)
-            for lane in self.lanes
+            strategy: decide([pair.value(strategy) for pair in self.pairs], self.rule, last=last)
+            for strategy in self.strategies
         }
 
     @property
     def contamination(self) -> str | None:
-        """Why the times say nothing, if so."""
-        if not self.pairs:
-            return None
-        return contamination(self.pairs, self.rule.floor, on_cpu=is_on_cpu(self.opened[-1]))
-
-    @property
-    def is_sure(self) -> bool:
-        """Whether there is nothing left to find out."""
-        return not self.contamination and all(d.is_sure for d in self.decisions.values())
+        on_cpu = bool(self.reports) and all(report.on_cpu for report in self.reports[-1])
+        return contamination(self.pairs, self.rule.floor, on_cpu=on_cpu)
 
     @property
     def pair_s(self) -> float:
-        """Seconds that one more pair may take."""
         return 1.05 * max((pair.seconds for pair in self.pairs), default=0.0)
+
+    @property
+    def queries(self) -> dict[str, MetricQuery]:
+        metric, floor = METRICS["output_throughput"], expm1(self.rule.floor)
+        return {name: MetricQuery(metric, name, floor, True) for name in self.strategies}
 
 
 @dataclass
-class Findings:
-    """All that a duet saw; the gate is made of it.
+class DuetResult:
+    """All that a duet measured; ``confirmation`` is a second series, of strategies with a loss."""
 
-    ``confirmation`` is the second run, of the lanes that were slower in the first.
-    """
-
-    first: Run
-    confirmation: Run | None = None
+    first: Series
+    confirmation: Series | None = None
     seconds: float = 0.0
 
     @property
-    def runs(self) -> list[Run]:
-        """The one or two of them."""
+    def series(self) -> list[Series]:
         return [self.first, *([self.confirmation] if self.confirmation else [])]
 
 
-class Pairs(Protocol):
-    """Where pairs come from."""
+class PairSource(Protocol):
+    """A source of pairs of processes."""
 
     def pair(
-        self, lanes: Sequence[str], known: Learnt | None, *, with_others: bool
-    ) -> tuple[Pair, Opened]:
-        """One more pair of processes, which serve ``lanes`` in turns.
+        self, strategies: Sequence[str], calibrations: Known, *, with_others: bool
+    ) -> tuple[Pair, Reports]:
+        """Return one more pair of processes that served the strategies in turns.
 
         Args:
-            known: what earlier processes have learnt of the lanes.
-            with_others: count the work of the strategies that are not timed as well.
+            with_others: count the work of the other strategies as well.
 
         Raises:
-            OutOfTimeError: the time was up before it was finished.
+            OutOfTimeError: the time was up before the pair was finished.
         """
 
-    def afresh(self) -> None:
-        """Let the next pair have nothing in common with those before."""
+    def restart(self) -> None:
+        """Make the next pair independent of those before."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class ProcessPairs:
     """Pairs of fresh processes on this machine."""
 
     sides: tuple[Workers, Workers]
@@ -171,428 +163,293 @@ class Stage:
     chance: random.Random = field(default_factory=random.Random)
 
     def pair(
-        self,
-        lanes: Sequence[str],
-        known: Learnt | None,
-        *,
-        with_others: bool,
-    ) -> tuple[Pair, Opened]:
-        """Start two processes, let them take turns, and end them."""
+        self, strategies: Sequence[str], calibrations: Known, *, with_others: bool
+    ) -> tuple[Pair, Reports]:
         began = time.monotonic()
-        threads = self.experiment.model.threads or 1
         new_first = self.chance.random() < 0.5
-        core = draw_core(threads, self.chance)
-        asked = [
-            {
-                "config": self.experiment.config(),
-                "lanes": {lane: known[i][lane] if known else None for lane in lanes},
-                "also": list(self.also) if with_others else [],
-                "core": core,
-            }
-            for i in range(2)
-        ]
-        both = self.sides
-        for workers in both:
+        core = draw_core(self.experiment.model.threads or 1, self.chance)
+        for workers in self.sides:
             workers.ready()
-        hello = [workers.begin() for workers in both]
-        told = open_all(both, asked)
-        passes = {
-            lane: (told[0]["lanes"][lane]["steps"], told[1]["lanes"][lane]["steps"])
-            for lane in lanes
-        }
-        step_ns = {lane: min(t["lanes"][lane]["step_ns"] for t in told) for lane in lanes}
-        pieces = {lane: cut(min(passes[lane]), step_ns[lane]) for lane in lanes}
-        turns = take_turns(both[0], both[1], passes, pieces, step_ns, new_first=new_first)
-        done = [workers.finish() for workers in both]
-        seen = Opened((hello[0], hello[1]), (told[0], told[1]), (done[0], done[1]))
-        return Pair(turns, passes, pieces, time.monotonic() - began, new_first), seen
+        hello = [workers.begin() for workers in self.sides]
+        for workers, known in zip(self.sides, calibrations or (None, None), strict=True):
+            also = self.also if with_others else []
+            workers.tell_open(self.experiment, strategies, known, also, core)
+        opened = [workers.answer() for workers in self.sides]
+        base, new = (answer["lanes"] for answer in opened)
+        passes = {name: (base[name]["steps"], new[name]["steps"]) for name in strategies}
+        cuts, turns = {}, {}
+        for name, steps in passes.items():
+            step_s = min(base[name]["step_ns"], new[name]["step_ns"]) / 1e9
+            cuts[name] = Cut.of(min(steps), min(steps) * step_s, TURN_S)
+            turns[name] = self._take_turns(name, steps, cuts[name], new_first=new_first)
+        reports = [
+            ProcessReport(begun, loaded, workers.finish())
+            for begun, loaded, workers in zip(hello, opened, self.sides, strict=True)
+        ]
+        pieces = {name: cut.pieces for name, cut in cuts.items()}
+        pair = Pair(turns, passes, pieces, time.monotonic() - began, new_first)
+        return pair, (reports[0], reports[1])
 
-    def afresh(self) -> None:
-        """End the processes that those of the pairs were forked from."""
+    def _take_turns(
+        self, strategy: str, steps: tuple[int, int], cut: Cut, *, new_first: bool
+    ) -> list[TurnPair]:
+        """Let the sides alternate for about :data:`PAIR_S`, in whole trials."""
+        base, new = self.sides
+        turns: list[TurnPair] = []
+        spent = 0.0
+        for size in zip(*map(cut.sizes, steps), strict=True):
+            if new_first:
+                taken = new.turn(strategy, size[1]), base.turn(strategy, size[0])
+                turns.append((taken[1], taken[0]))
+            else:
+                turns.append((base.turn(strategy, size[0]), new.turn(strategy, size[1])))
+            spent += sum(turn.wall_ns + turn.kernel_ns for turn in turns[-1]) / 1e9
+            counted = len(turns) - 1
+            longest = PAIR_S if counted % cut.pieces == 0 else LONGEST_PAIR_S
+            if counted >= FEWEST_TURNS and spent >= longest:
+                break
+        return turns
+
+    def restart(self) -> None:
         for workers in self.sides:
             workers.end()
 
 
-def take_turns(
-    base: Workers,
-    new: Workers,
-    passes: Mapping[str, tuple[int, int]],
-    pieces: Mapping[str, int],
-    step_ns: Mapping[str, float],
-    *,
-    new_first: bool,
-) -> dict[str, list[TurnPair]]:
-    """Strict alternation, lane after lane, for about :data:`PAIR_S` a lane, in whole trials."""
-    found: dict[str, list[TurnPair]] = {lane: [] for lane in passes}
-    for lane, steps in passes.items():
-        trial_ns = steps[0] * step_ns[lane]
-        sizes = [sizes_of(count, pieces[lane], trial_ns / count) for count in steps]
-        spent = 0.0
-        while not _is_enough(len(found[lane]) - 1, pieces[lane], spent):
-            size = next(sizes[0]), next(sizes[1])
-            if new_first:
-                second = new.turn(lane, size[1])
-                first = base.turn(lane, size[0])
-            else:
-                first = base.turn(lane, size[0])
-                second = new.turn(lane, size[1])
-            found[lane].append((first, second))
-            spent += sum(turn.wall_ns + turn.kernel_ns for turn in (first, second)) / 1e9
-    return found
-
-
-def _is_enough(counted: int, pieces: int, spent: float) -> bool:
-    """Whether a pair may end: after whole trials."""
-    if counted < FEWEST_TURNS:
-        return False
-    if counted % pieces:
-        return spent > LONGEST_PAIR_S
-    return spent >= PAIR_S
-
-
-def cut(steps: int, step_ns: float) -> int:
-    """How many turns of about :data:`TURN_S` make a trial of so many steps; 1 for short trials."""
-    return max(1, min(round(steps * step_ns / (TURN_S * 1e9)), steps // FEWEST_STEPS))
-
-
-def sizes_of(steps: int, pieces: int, step_ns: float) -> Iterator[int]:
-    """Steps of one turn after another; where a trial is short, a turn holds several.
-
-    Each turn of two sides covers the same part of the workload, though one may need more steps for
-    it.
-    """
-    trials = 1
-    if pieces == 1:
-        trials = max(1, round(TURN_S * 1e9 / (steps * step_ns)), -(-FEWEST_STEPS // steps))
-    while True:
-        for i in range(pieces):
-            yield (steps * (i + 1) // pieces - steps * i // pieces) * trials
-
-
-def conduct_duet(
-    source: Pairs,
-    lanes: Sequence[str],
+def run_duet(
+    source: PairSource,
+    strategies: Sequence[str],
     spec: DuetSpec,
     watch: TurnsWatch,
     clock: Callable[[], float] = time.monotonic,
-) -> Findings:
-    """Run pairs until all is sure, or the time is up; confirm what is slower with a second run.
-
-    Args:
-        lanes: strategies whose time is compared.
-        clock: seconds, as the time is counted.
-
-    Raises:
-        UsageError: what is asked cannot be done by one of the two.
-    """
+) -> DuetResult:
+    """Run pairs until all is decided or the time is up; confirm losses with a second series."""
     began = clock()
     until = began + spec.max_time
-    first = Run(rule_of(spec).shared(len(lanes)), lanes)
+    first = Series(rule_of(spec).shared(len(strategies)), strategies)
     looked = False
-    for _ in paired(first, source, watch, clock, until):
-        differ = len(first.pairs) == 2 and counts_differ(first.opened[-1])
-        if differ and not spec.allow_improvement:
-            break  # times would answer another question
+    for count in _run_pairs(first, source, watch, clock, until):
+        counts = (report.counts for report in first.reports[-1])
+        if count == 2 and counts_fail(*counts, allow_improvement=spec.allow_improvement):
+            break  # a comparison of times would answer another question
         if not looked and clock() - began > FIRST_SHARE * spec.max_time:
-            looked = True  # once: the error of this look is spent
+            looked = True  # once only, because the error of this look is spent
             if is_slower_at_last(first):
-                break  # what is left of the time is for confirming it
-    seen = Findings(first)
-    slower = [lane for lane, d in first.decisions.items() if d.verdict is Verdict.SLOWER]
-    left = until - clock()
-    if slower and not first.contamination and left > FEWEST * first.pair_s:
-        rule = Rule(first.rule.floor, first.rule.margin, CONFIRMING)
-        source.afresh()
-        second = Run(rule, slower, confirming=True, known=first.known)
-        for _ in paired(second, source, watch, clock, until):
+                break  # the rest of the time is for confirming it
+    result = DuetResult(first)
+    slower = [name for name, d in first.decisions.items() if d.verdict is Verdict.SLOWER]
+    if slower and not first.contamination and until - clock() > FEWEST * first.pair_s:
+        source.restart()
+        result.confirmation = Series(
+            replace(first.rule, alpha=CONFIRMATION_ALPHA),
+            slower,
+            confirming=True,
+            calibrations=first.calibrations,
+        )
+        for _ in _run_pairs(result.confirmation, source, watch, clock, until):
             pass
-        seen.confirmation = second
-    seen.seconds = clock() - began
-    return seen
+    result.seconds = clock() - began
+    return result
 
 
-def is_slower_at_last(run: Run) -> bool:
-    """Whether the look that is kept for the end shows a loss already."""
-    run.look(last=True)
-    if any(decision.verdict is Verdict.SLOWER for decision in run.decisions.values()):
+def is_slower_at_last(series: Series) -> bool:
+    series.decide(last=True)
+    if any(decision.verdict is Verdict.SLOWER for decision in series.decisions.values()):
         return True
-    run.look()
+    series.decide()
     return False
 
 
-def paired(
-    run: Run, source: Pairs, watch: TurnsWatch, clock: Callable[[], float], until: float
-) -> Iterator[Pair]:
-    """Pair after pair, until all is sure or another one would not end in time.
+def _run_pairs(
+    series: Series, source: PairSource, watch: TurnsWatch, clock: Callable[[], float], until: float
+) -> Iterator[int]:
+    """Add pairs until all is decided or another would not end in time; yield their number.
 
-    One during which the time is up does not count.
+    A pair during which the time is up does not count.
     """
     while True:
-        what = f"{'confirming, ' if run.confirming else ''}pair {len(run.pairs) + 1}"
+        what = f"{'confirming, ' if series.confirming else ''}pair {len(series.pairs) + 1}"
         watch.begins(what)
         try:
-            pair, opened = source.pair(run.lanes, run.known, with_others=run.known is None)
+            series.add(
+                *source.pair(
+                    series.strategies, series.calibrations, with_others=not series.calibrations
+                )
+            )
         except OutOfTimeError as late:
-            run.cut_off = late
-            if run.pairs:
-                run.look(last=True)
+            series.cut_off = late
+            if series.pairs:
+                series.decide(last=True)
             return
-        run.add(pair, opened)
-        up = clock() + run.pair_s > until
+        up = clock() + series.pair_s > until
         if up:
-            run.look(last=True)
-        watch.told(what, run.decisions, run.contamination)
-        yield run.pairs[-1]
-        # The work is counted twice, in different processes, whatever the times say.
-        if up or (run.is_sure and len(run.pairs) > 1):
+            series.decide(last=True)
+        progress = describe_decisions(series.queries, series.decisions)
+        fault = series.contamination
+        watch.measured(what, f"{progress}; {fault}" if fault else progress)
+        yield len(series.pairs)
+        # Two pairs at least, so that work is counted in two processes of each side.
+        is_sure = not fault and all(d.is_sure for d in series.decisions.values())
+        if up or (is_sure and len(series.pairs) > 1):
             return
 
 
-def learnt(pair: Pair) -> Learnt:
-    """What a pair tells of each side's lanes."""
+def calibrate(pair: Pair) -> tuple[Calibrations, Calibrations]:
     base, new = (
-        {lane: (steps[side], pair.step_ns(lane)[side]) for lane, steps in pair.passes.items()}
+        {
+            name: Calibration(steps[side], pair.step_ns(name)[side])
+            for name, steps in pair.passes.items()
+        }
         for side in (0, 1)
     )
     return base, new
 
 
-def counts_differ(opened: Opened) -> bool:
-    """Whether the two sides do other work for some strategy."""
-    base, new = (
-        {**told["also"], **done["work"]}
-        for told, done in zip(opened.told, opened.done, strict=True)
-    )
-    return any(
-        value != new[name].get(counter)
-        for name, work in base.items()
-        for counter, value in work.items()
-        if counter != "output_digest"  # a tie may stand behind it
-    )
+def describe_decisions(
+    queries: Mapping[str, MetricQuery], decisions: Mapping[str, Decision]
+) -> str:
+    findings = [queries[name].evidence((None, None), d) for name, d in decisions.items()]
+    return "; ".join(map(describe, findings))
 
 
-def is_on_cpu(opened: Opened) -> bool:
-    """Whether the model runs on the processor, on both sides."""
-    return all(str(told["model"]["device"]) == "cpu" for told in opened.told)
+# The gate
 
 
-def make_gate(
-    found: Findings,
-    sides: tuple[Installation, Installation],
+def make_duet_gate(
+    result: DuetResult,
     labels: tuple[str, str],
+    pythons: tuple[Path, Path],
     typed: str,
     *,
     allow_improvement: bool,
 ) -> Gate:
-    """Weigh work first, then times.
-
-    Args:
-        labels: how the user named the two sides.
-        typed: the command line that does it again.
-    """
-    if not found.first.pairs:
+    first = result.first
+    if not first.pairs:
         base, new = (
-            Side(label, {"python": str(side.python)})
-            for label, side in zip(labels, sides, strict=True)
+            Side(label, {"python": str(python)})
+            for label, python in zip(labels, pythons, strict=True)
         )
-        why = no_time_for("pair of processes", found.first.cut_off)
-        return gate_of_nothing("duet", typed, base, new, why, found.seconds)
-    opened = found.first.opened[0]
-    differing = list(differences(opened))
-    alike = not any(each.name in TOKENS_DEPEND_ON for each in differing)
-    works = [work_told(_works(opened, side), told) for side, told in enumerate(opened.told)]
-    work = compare_work(works[0], works[1], alike=alike, allow_improvement=allow_improvement)
-    changed = any(each.fails for each in work)
-    times = [] if changed else [_time(found, lane) for lane in found.first.lanes]
-    notes = list(_notes(found, changed=changed))
-    return Gate(
-        command="duet",
-        typed=typed,
-        base=_side(labels[0], sides[0], opened, 0),
-        new=_side(labels[1], sides[1], opened, 1),
-        evidence=[*work, *times],
-        environment=differing,
-        notes=notes,
-        unsure=_varied(found) or _hung(found),
-        seconds=found.seconds,
+        late = first.cut_off
+        return empty_gate("duet", typed, base, new, "pair of processes", late, result.seconds)
+    base_version, new_version = (
+        report.version(label, python=str(python))
+        for report, label, python in zip(first.reports[0], labels, pythons, strict=True)
+    )
+    late = next((series.cut_off for series in result.series if series.cut_off), None)
+    longest = max(series.pair_s for series in result.series)
+    return make_gate(
+        "duet",
+        typed,
+        (base_version, new_version),
+        lambda: [_time(result, strategy) for strategy in first.strategies],
+        allow_improvement=allow_improvement,
+        notes=lambda work: list(_notes(result, work)),
+        unsure=_varied(result) or hung(late, longest, "pair of processes"),
+        seconds=result.seconds,
     )
 
 
-def gate_of_nothing(
-    command: str, typed: str, base: Side, new: Side, why: str, seconds: float
+def empty_gate(
+    command: str,
+    typed: str,
+    base: Side,
+    new: Side,
+    what: str,
+    late: OutOfTimeError | None,
+    seconds: float,
 ) -> Gate:
-    """The gate where nothing was finished in time, so that nothing can be told."""
+    """Return the gate if not even one ``what`` was finished in time."""
+    why = f"no {what} was finished in --max-time ({late}); raise it"
     return Gate(command, typed, base, new, evidence=[], unsure=why, seconds=seconds)
 
 
-def no_time_for(what: str, late: OutOfTimeError | None) -> str:
-    """The reason for *cannot tell* where not even one ``what`` was finished."""
-    return f"no {what} was finished in --max-time ({late}); raise it"
-
-
-def _hung(found: Findings) -> str | None:
-    """The side that may hang: it owed an answer for longer than any whole pair took."""
-    longest = max(run.pair_s for run in found.runs)
-    late = next((run.cut_off for run in found.runs if run.cut_off), None)
-    if late is None or late.waited_s <= longest:
+def hung(late: OutOfTimeError | None, longest_s: float, what: str) -> str | None:
+    """Return words for a process that may hang: it was silent for longer than any ``what`` ran."""
+    if late is None or late.waited_s <= longest_s:
         return None
-    return f"{late} when --max-time was up, longer than any pair of processes took"
+    return f"{late} when --max-time was up, longer than any {what} took"
 
 
-TOKENS_DEPEND_ON = (*FOR_TOKENS, "python", "safetensors", "weights_digest")
-"""Of what is told of an installation: where these are alike, so are the tokens, to the bit."""
+CUT_OFF_NOTE = "the last {} was not finished when --max-time was up, and does not count"
+CHANGED_NOTE = "counts or outputs differ, so times would answer another question: not compared"
 
 
-def differences(opened: Opened) -> Iterator[Varying]:
-    """In what the two installations differ."""
-    base, new = (
-        facts(hello["version"], told["environment"], told["model"])
-        for hello, told in zip(opened.hello, opened.told, strict=True)
-    )
-    for name in {**base, **new}:
-        if base.get(name) != new.get(name):
-            yield Varying(name, base.get(name), new.get(name))
-
-
-def facts(version: str, environment: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    """What is worth telling of where something ran, by name."""
-    shown = ("os", "hostname", "cpu", "cpu_cores", "cpu_kernels", "gpu", "gpu_driver", "cuda")
-    return {
-        "batchbench": version,
-        "commit": environment.get("git_commit"),
-        **{name: environment.get(name) for name in (*shown, "threads", "python")},
-        **environment["packages"],
-        **{name: model.get(name) for name in ("device", "dtype", "execution", "weights_digest")},
-    }
-
-
-def _works(opened: Opened, side: int) -> dict[str, Any]:
-    """The work of each strategy that a process has counted."""
-    lanes = opened.done[side]["work"]
-    return {**opened.told[side]["also"], **{name: work for name, work in lanes.items() if work}}
-
-
-def _varied(found: Findings) -> str | None:
-    """What one side did not do twice alike: then nothing it did can be held against the other."""
-    opened = [opened for run in found.runs for opened in run.opened]
+def _varied(result: DuetResult) -> str | None:
     for side, label in enumerate(("base", "new")):
-        first = _works(opened[0], side)
-        for each in opened:
-            for name, counter in each.done[side]["varied"].items():
-                if counter:
-                    return f"{label}: {name}.{counter} varies from trial to trial"
-            for name, work in _works(each, side).items():
-                if name in first and work != first[name]:
-                    other = next(key for key in work if work[key] != first[name].get(key))
-                    return f"{label}: {name}.{other} varies from process to process"
+        reports = [pair[side] for series in result.series for pair in series.reports]
+        if varying := varying_work(reports):
+            return f"{label}: {varying}"
     return None
 
 
-def _time(found: Findings, lane: str) -> Evidence:
-    """Tokens a second, new against base."""
-    run, second = found.first, found.confirmation
-    decision, why = run.decisions[lane], None
+def _time(result: DuetResult, strategy: str) -> Evidence:
+    series, second = result.first, result.confirmation
+    query, decision, why = series.queries[strategy], series.decisions[strategy], None
     if decision.verdict is Verdict.UNKNOWN:
-        why = _too_uncertain(run)
-    if fault := run.contamination:
-        decision, why = replace(decision, verdict=Verdict.UNKNOWN), fault
+        why = "is too uncertain in this time"
+        if len(series.pairs) < FEWEST:
+            pairs_so_far = plural(len(series.pairs), "pair")
+            why = f"cannot be decided from {pairs_so_far} of processes; raise --max-time"
+    if fault := series.contamination:
+        decision, why = replace(decision, verdict=Verdict.UNKNOWN), f"was not compared: {fault}"
     elif decision.verdict is Verdict.SLOWER:
-        told = second.decisions.get(lane) if second else None
-        if told is None or (second and second.contamination) or told.verdict is not Verdict.SLOWER:
-            why = "was slower in one run, and a second did not confirm it"
-            if told is not None and told.estimate is not None:
-                why += f" ({expm1(told.estimate):+.1%} time there)"
-            elif told is None:
-                why = "was slower in one run, and there was no time for a second to confirm it"
+        again = second.decisions.get(strategy) if second else None
+        if again is None:
+            why = "was slower in one series, and there was no time for a second to confirm it"
+        elif (second and second.contamination) or again.verdict is not Verdict.SLOWER:
+            why = "was slower in one series, and a second did not confirm it"
+            if again.estimate is not None:
+                why += f" ({query.change(again.estimate):+.1%} there)"
+        if why:
             decision = replace(decision, verdict=Verdict.UNKNOWN)
-    pairs = run.pairs
-    return weigh(
-        Kind.TIME,
-        "output_throughput",
-        lane,
-        _throughput(run, lane),
-        decision,
-        higher_is_better=True,
-        gated=True,
-        floor=expm1(run.rule.floor),
-        unit="tok/s",
-        samples=(len(pairs), len(pairs)),
-        needed=_needed(run, decision.needed),
-        why=why,
-    )
-
-
-def _too_uncertain(run: Run) -> str:
-    if len(run.pairs) < FEWEST:
-        return f"cannot be told from {len(run.pairs)} pairs of processes; raise --max-time"
-    return "is too uncertain in this time"
-
-
-def _needed(run: Run, pairs: int | None) -> str | None:
-    """How long it would take."""
-    if pairs is None:
-        return None
-    seconds = pairs * sum(pair.seconds for pair in run.pairs) / len(run.pairs)
-    return f"{pairs} pairs of processes, about {max(1, round(seconds / 60))} min"
-
-
-def _throughput(run: Run, lane: str) -> tuple[float, float]:
-    """Useful tokens a second of the median step, base and new."""
+    pairs = series.pairs
+    needed = None
+    if decision.needed is not None:
+        minutes = decision.needed * sum(pair.seconds for pair in pairs) / len(pairs) / 60
+        needed = f"{decision.needed} pairs of processes, about {max(1, round(minutes))} min"
     rates = []
-    for side, told in enumerate(run.opened[0].told):
-        steps = run.pairs[0].passes[lane][side]
-        step_ns = median(pair.step_ns(lane)[side] for pair in run.pairs)
-        rates.append(told["workload"]["total_output_tokens"] / (steps * step_ns / 1e9))
-    return rates[0], rates[1]
+    for side, report in enumerate(series.reports[0]):
+        step_ns = median(pair.step_ns(strategy)[side] for pair in pairs)
+        seconds = pairs[0].passes[strategy][side] * step_ns / 1e9
+        rates.append(report.opened["workload"]["total_output_tokens"] / seconds)
+    return query.evidence((rates[0], rates[1]), decision, (len(pairs), len(pairs)), needed, why)
 
 
-def _notes(found: Findings, *, changed: bool) -> Iterator[str]:
-    opened, run = found.first.opened[0], found.first
-    if opened.hello[0]["file"] == opened.hello[1]["file"]:
-        yield "both sides are the same files: this tries the method, and compares nothing"
-    if changed:
-        yield "the work differs, so times would answer another question and are not compared"
+def _notes(result: DuetResult, work: Sequence[Evidence]) -> Iterator[str]:
+    reports, series = result.first.reports[0], result.first
+    if reports[0].hello["file"] == reports[1].hello["file"]:
+        yield "both sides are the same files: this tests the method, and compares nothing"
+    if any(evidence.fails for evidence in work):
+        yield CHANGED_NOTE
         return
-    confirmed = len(found.confirmation.pairs) if found.confirmation else 0
-    turns = sum(len(pair.turns[lane]) for pair in run.pairs for lane in run.lanes)
+    turns = sum(len(pair.turns[name]) for pair in series.pairs for name in series.strategies)
+    confirmed = len(result.confirmation.pairs) if result.confirmation else 0
     more = f", then {confirmed} to confirm" if confirmed else ""
-    yield f"{len(run.pairs)} pairs of fresh processes, {turns} pairs of turns{more}"
-    if any(run.cut_off for run in found.runs):
-        yield "the last pair was not finished when --max-time was up, and does not count"
-    for lane in run.lanes:
-        if (covered := min(pair.covers(lane) for pair in run.pairs)) < 1:
+    pairs = plural(len(series.pairs), "pair")
+    yield f"{pairs} of fresh processes, {turns} pairs of turns{more}"
+    if any(part.cut_off for part in result.series):
+        yield CUT_OFF_NOTE.format("pair")
+    for name in series.strategies:
+        if (covered := min(pair.covers(name) for pair in series.pairs)) < 1:
             yield f"a trial takes so long that only its first {covered:.0%} were timed"
-    if not is_on_cpu(opened):
-        yield "times are the wall's, with the device waited for at the end of each turn"
+    if not all(report.on_cpu for report in reports):
+        yield "times are wall times; each turn waits for the device at its end"
 
 
-def _side(label: str, installation: Installation, opened: Opened, side: int) -> Side:
-    hello, told = opened.hello[side], opened.told[side]
-    environment = told["environment"]
-    return Side(
-        label,
-        {
-            "python": str(installation.python),
-            "batchbench": hello["version"],
-            "commit": environment.get("git_commit"),
-            "machine": environment.get("gpu") or environment.get("cpu"),
-        },
-    )
+def record_of(result: DuetResult, gate: Gate) -> bytes:
+    series = {"first": result.first, "confirmation": result.confirmation}
+    parts = {
+        name: one and {"rule": one.rule.as_data(), "pairs": [pair.as_data() for pair in one.pairs]}
+        for name, one in series.items()
+    }
+    return make_record(gate, SCHEMA_VERSION, **parts)
 
 
-def record_of(found: Findings, gate: Gate) -> bytes:
-    """``duet.json``: the gate, and every turn from which it can be decided again."""
-    runs = {"first": found.first, "confirmation": found.confirmation}
+def make_record(gate: Gate, schema_version: int, **parts: Any) -> bytes:
     data = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": schema_version,
         "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "gate": gate.as_data(),
-        **{
-            name: None
-            if run is None
-            else {"rule": run.rule.as_data(), "pairs": [pair.as_data() for pair in run.pairs]}
-            for name, run in runs.items()
-        },
+        **parts,
     }
     return (json.dumps(data, allow_nan=False, ensure_ascii=False) + "\n").encode()

@@ -1,4 +1,4 @@
-"""What a comparison of two versions found: evidence, each with its verdict, and what follows."""
+"""Evidence about two versions, each piece with a verdict, and the answer that follows from it."""
 
 from __future__ import annotations
 
@@ -9,35 +9,38 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from batchbench.batching.machine import Difference
 from batchbench.reports.statistics import Decision, Verdict
+from batchbench.reports.text import MISSING, interval_percent, percent
+from batchbench.studies.gate.spec import Condition, Metric
 
 
 class Kind(StrEnum):
     """The kinds of evidence, the strongest first."""
 
     WORK = "work"  # exact counts and outputs: one look is enough
-    RATIO = "ratio"  # of two things timed in one run, so that the machine's speed cancels out
+    RATIO = "ratio"  # of two times of one run, so that machine speed cancels out
     TIME = "time"  # an absolute time or rate
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One quantity of the base and of the new version, and what can be told of it.
+    """A quantity of the base and of the new version, and its verdict.
 
     Attributes:
-        metric: as results name it, ``forward_passes`` or ``output_throughput``.
-        strategy: whose it is; None where it belongs to none, or to several.
-        base: its value; None where the side has none.
+        metric: its name in results, such as ``forward_passes`` or ``output_throughput``.
+        strategy: the strategy it belongs to; None if to none, or to several.
+        base: its value; None if the side has none.
         change: new / base − 1 as a share, in the metric's own direction: −0.05 of a throughput is
-            a loss, of a latency a gain. None where it has no meaning.
-        low, high: of ``change``, with 95 % confidence.
-        fails: whether this alone makes the answer bad.
-        gated: whether it could have.
+            a loss, of a latency a gain. None if it has no meaning.
+        low, high: 95 % interval of ``change``.
+        fails: this alone fails the comparison.
+        gated: it can fail the comparison.
         floor: share beyond which a change counts.
-        smallest: least loss (a share) that so many samples would probably have found.
-        needed: what would probably do where it cannot be told: "23 trials", "4 min".
-        samples: of each side.
-        why: a line: the reason that nothing can be told, or the rule that it failed.
+        smallest: smallest loss, as a share, that this many samples would probably have shown.
+        needed: words for the samples or time that would probably do: "23 trials", "4 min".
+        samples: samples of each side.
+        why: the reason why there is no verdict, or the rule that failed, in a few words.
     """
 
     kind: Kind
@@ -62,8 +65,12 @@ class Evidence:
 
     @property
     def name(self) -> str:
-        """Metric and strategy: ``continuous.forward_passes``."""
+        """Return strategy and metric: ``continuous.forward_passes``."""
         return f"{self.strategy}.{self.metric}" if self.strategy else self.metric
+
+    @property
+    def is_undecided(self) -> bool:
+        return self.gated and self.verdict is Verdict.UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -71,48 +78,38 @@ class Side:
     """One of the two versions that were compared.
 
     Attributes:
-        label: what the user called it: a folder, an interpreter, a revision.
-        facts: what it is, by name: version, commit, created, machine …
+        label: the user's name for it: a folder, an interpreter, a revision.
+        facts: version, commit, machine and so on, by name.
     """
 
     label: str
     facts: Mapping[str, str | None] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Varying:
-    """A setting, or a part of the environment, in which the two sides differ."""
-
-    name: str
-    base: Any
-    new: Any
-
-
 class Answer(StrEnum):
-    """What a gate says in the end."""
+    """The answer of a gate."""
 
     PASSED = "passed"
     FAILED = "failed"
     UNKNOWN = "cannot tell"
 
 
-EXIT_CODES = {Answer.PASSED: 0, Answer.FAILED: 1, Answer.UNKNOWN: 0}
 CANNOT_TELL = 3
-"""The exit code of *cannot tell* where ``--strict`` asks for it."""
+"""The exit code of *cannot tell* under ``--strict``."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """All that a comparison found.
+    """The findings of a comparison.
 
     Attributes:
         command: compare, duet or check.
-        typed: the command line that does it again.
-        settings: in which the two experiments differ; only those.
-        environment: in which the two machines or installations differ; only that.
-        notes: lines that the reader should know of: what was not compared and why.
-        unsure: why the whole cannot be told, although there may be evidence.
-        seconds: how long it took; None where nothing was run.
+        typed: the command line that repeats it.
+        settings: settings that differ between the two experiments.
+        environment: facts that differ between the two machines or installations.
+        notes: lines that the reader should know, such as what was not compared and why.
+        unsure: the reason why the whole has no answer, even if there is evidence.
+        seconds: time that it took; None if nothing was run.
     """
 
     command: str
@@ -120,168 +117,179 @@ class Gate:
     base: Side
     new: Side
     evidence: Sequence[Evidence]
-    settings: Sequence[Varying] = ()
-    environment: Sequence[Varying] = ()
+    settings: Sequence[Difference] = ()
+    environment: Sequence[Difference] = ()
     notes: Sequence[str] = ()
     unsure: str | None = None
     seconds: float | None = None
 
     @property
     def failures(self) -> list[Evidence]:
-        """The evidence that makes the answer bad."""
-        return [each for each in self.evidence if each.fails]
+        return [evidence for evidence in self.evidence if evidence.fails]
 
     @property
-    def untold(self) -> list[Evidence]:
-        """What was gated and cannot be told."""
-        return [e for e in self.evidence if e.gated and e.verdict is Verdict.UNKNOWN]
+    def undecided(self) -> list[Evidence]:
+        return [evidence for evidence in self.evidence if evidence.is_undecided]
 
     @property
     def answer(self) -> Answer:
-        """Failed where anything fails; passed only where something was gated and all was told."""
+        """Return FAILED if anything fails, PASSED only if all that is gated has a verdict."""
         if self.failures:
             return Answer.FAILED
-        if self.unsure or self.untold or not any(each.gated for each in self.evidence):
+        if self.unsure or self.undecided or not any(e.gated for e in self.evidence):
             return Answer.UNKNOWN
         return Answer.PASSED
 
     def exit_code(self, *, strict: bool) -> int:
-        """0 passed, 1 failed; cannot tell is 0, or 3 where asked."""
-        if self.answer is Answer.UNKNOWN and strict:
-            return CANNOT_TELL
-        return EXIT_CODES[self.answer]
+        if self.answer is Answer.UNKNOWN:
+            return CANNOT_TELL if strict else 0
+        return int(self.answer is Answer.FAILED)
 
     def of(self, kind: Kind) -> list[Evidence]:
-        """The evidence of one kind."""
-        return [each for each in self.evidence if each.kind is kind]
+        return [evidence for evidence in self.evidence if evidence.kind is kind]
 
     @property
     def sentence(self) -> str:
-        """The answer in one sentence, with what it rests on."""
+        """Return the answer and its reasons in one sentence."""
         if self.answer is Answer.FAILED:
-            told = [describe(each) for each in self.failures]
-            more = f", and {len(told) - 3} more" if len(told) > 3 else ""
-            return f"FAILED: {'; '.join(told[:3])}{more}."
+            failures = [describe(evidence) for evidence in self.failures]
+            more = f", and {len(failures) - 3} more" if len(failures) > 3 else ""
+            return f"FAILED: {'; '.join(failures[:3])}{more}."
         if self.answer is Answer.UNKNOWN:
             return f"CANNOT TELL: {self.unsure or '; '.join(self._reasons())}."
         return f"passed: {'; '.join(self._passes())}."
 
     def _reasons(self) -> list[str]:
-        if not any(each.gated for each in self.evidence):
+        if not any(evidence.gated for evidence in self.evidence):
             return ["nothing was gated, so nothing was shown"]
         return [
-            f"{each.name} {each.why or 'is too uncertain'}"
-            + (f" ({spell_interval(each)})" if each.low is not None else "")
-            + (f"; {each.needed} would do" if each.needed else "")
-            for each in self.untold[:3]
+            f"{evidence.name} {evidence.why or 'is too uncertain'}"
+            + (f" ({spell_interval(evidence)})" if evidence.low is not None else "")
+            + (f"; {evidence.needed} would do" if evidence.needed else "")
+            for evidence in self.undecided[:3]
         ]
 
     def _passes(self) -> Iterator[str]:
-        work = [each for each in self.of(Kind.WORK) if each.gated]
+        work = [evidence for evidence in self.of(Kind.WORK) if evidence.gated]
         if work:
-            same = sum(each.verdict is Verdict.SAME for each in work)
+            same = sum(evidence.verdict is Verdict.SAME for evidence in work)
             yield f"{same} of {len(work)} counts and outputs are the same"
-        for each in self.evidence:
-            if each.gated and each.kind is not Kind.WORK:
-                yield describe(each)
+        for evidence in self.evidence:
+            if evidence.gated and evidence.kind is not Kind.WORK:
+                yield describe(evidence)
 
     def as_data(self) -> dict[str, Any]:
-        """As JSON values."""
         return {
-            "command": self.command,
-            "typed": self.typed,
+            **vars(self),
             "answer": str(self.answer),
             "sentence": self.sentence,
             "base": asdict(self.base),
             "new": asdict(self.new),
-            "settings": [asdict(each) for each in self.settings],
-            "environment": [asdict(each) for each in self.environment],
+            "settings": [difference._asdict() for difference in self.settings],
+            "environment": [difference._asdict() for difference in self.environment],
             "shares": ["change", "low", "high", "floor", "smallest"],  # 0.05 of evidence is 5 %
-            "evidence": [{"name": each.name, **asdict(each)} for each in self.evidence],
-            "notes": list(self.notes),
-            "unsure": self.unsure,
-            "seconds": self.seconds,
+            "evidence": [{"name": evidence.name, **asdict(evidence)} for evidence in self.evidence],
         }
 
 
-def weigh(
-    kind: Kind,
-    metric: str,
-    strategy: str | None,
-    values: tuple[float, float],
-    decision: Decision,
-    *,
-    higher_is_better: bool,
-    gated: bool,
-    floor: float,
-    unit: str | None = None,
-    samples: tuple[int, int] | None = None,
-    needed: str | None = None,
-    why: str | None = None,
-) -> Evidence:
-    """Evidence from a decision on log ratios, which are above 0 where new is slower.
+@dataclass(frozen=True)
+class MetricQuery:
+    """A metric to compare, and the change of it that counts.
 
-    Args:
-        values: of base and new, as people read them.
-        floor: share beyond which a loss counts.
+    Attributes:
+        floor: share of loss beyond which it is slower.
+        condition: the condition of ``--fail-if`` for it, which then has the floor.
     """
-    sign = -1 if higher_is_better else 1
 
-    def share(log: float | None) -> float | None:
-        return None if log is None else math.expm1(sign * log)
+    metric: Metric
+    strategy: str
+    floor: float
+    gated: bool
+    condition: Condition | None = None
 
-    ends = sorted(x for x in (share(decision.low), share(decision.high)) if x is not None)
-    return Evidence(
-        kind,
-        metric,
-        strategy,
-        *values,
-        decision.verdict,
-        fails=gated and decision.verdict is Verdict.SLOWER,
-        gated=gated,
-        unit=unit,
-        higher_is_better=higher_is_better,
-        change=share(decision.estimate),
-        low=ends[0] if ends else None,
-        high=ends[-1] if ends else None,
-        p_value=decision.p_value,
-        floor=floor,
-        smallest=None if decision.smallest is None else abs(math.expm1(sign * decision.smallest)),
-        needed=needed,
-        samples=samples or (decision.samples, decision.samples),
-        why=why,
-    )
+    @property
+    def log_floor(self) -> float:
+        """Return the floor as a log ratio, above 0."""
+        if self.condition:
+            return self.condition.floor
+        higher = self.metric.higher_is_better
+        return -math.log1p(-self.floor) if higher else math.log1p(self.floor)
+
+    def change(self, log: float) -> float:
+        """Return the change of the metric for a log ratio that is above 0 if new is slower."""
+        return math.expm1(-log if self.metric.higher_is_better else log) + 0.0  # no negative zero
+
+    def value(self, log: float) -> float:
+        """Return the value of the metric whose logarithm grows as it gets slower."""
+        return math.exp(-log if self.metric.higher_is_better else log)
+
+    def evidence(
+        self,
+        values: tuple[float | None, float | None],
+        decision: Decision | None,
+        samples: tuple[int, int] | None = None,
+        needed: str | None = None,
+        why: str | None = None,
+    ) -> Evidence:
+        """Return the evidence that a decision on log ratios gives, or values without a verdict.
+
+        Args:
+            values: of base and new, in the metric's unit.
+            decision: None if nothing was decided.
+        """
+        decided = decision or Decision(Verdict.UNKNOWN, 0)
+        logs = [log for log in (decided.low, decided.high) if log is not None]
+        ends: list[float | None] = [*sorted(map(self.change, logs))] or [None, None]
+        smallest = decided.smallest
+        gain_fails = self.condition is not None and not self.condition.is_loss
+        bad = Verdict.FASTER if gain_fails else Verdict.SLOWER
+        return Evidence(
+            Kind.RATIO if self.metric.is_ratio else Kind.TIME,
+            self.metric.name,
+            self.strategy,
+            *values,
+            decided.verdict,
+            fails=self.gated and decided.verdict is bad,
+            gated=self.gated,
+            unit=self.metric.unit,
+            higher_is_better=self.metric.higher_is_better,
+            change=None if decided.estimate is None else self.change(decided.estimate),
+            low=ends[0],
+            high=ends[-1],
+            p_value=decided.p_value,
+            floor=self.floor,
+            smallest=None if smallest is None else abs(self.change(smallest)),
+            needed=needed,
+            samples=samples,
+            why=why,
+        )
 
 
-def describe(each: Evidence) -> str:
-    """One piece of evidence in a few words."""
-    if each.kind is Kind.WORK:
-        if each.verdict is Verdict.SAME:
-            return f"{each.name} is the same"
-        return f"{each.name} {each.why or 'changed'}: {spell(each.base)} → {spell(each.new)}"
+def describe(evidence: Evidence) -> str:
+    """Return the finding in a few words."""
+    if evidence.kind is Kind.WORK:
+        if evidence.verdict is Verdict.SAME:
+            return f"{evidence.name} is the same"
+        values = f"{spell(evidence.base)} → {spell(evidence.new)}"
+        return f"{evidence.name} {evidence.why or 'changed'}: {values}"
     spelled = {Verdict.UNKNOWN: "uncertain", Verdict.SAME: "the same"}
-    told = f"{each.name} is {spelled.get(each.verdict, each.verdict)}"
-    if each.change is None:
-        return told
-    return f"{told}: {each.change:+.1%} ({spell_interval(each)})"
+    text = f"{evidence.name} is {spelled.get(evidence.verdict, evidence.verdict)}"
+    if evidence.change is None:
+        return text
+    return f"{text}: {percent(evidence.change, 1, '+')} ({spell_interval(evidence)})"
 
 
-def spell_interval(each: Evidence) -> str:
-    """The interval of the change."""
-    if each.low is None or each.high is None:
+def spell_interval(evidence: Evidence) -> str:
+    """Return the interval of the change in words."""
+    if evidence.low is None or evidence.high is None:
         return "no interval"
-    return f"95 % CI {each.low:+.1%} to {each.high:+.1%}"
-
-
-def spell_share(log: float) -> str:
-    """A log ratio as a change in percent."""
-    return f"{math.expm1(log):+.1%}"
+    return f"95 % CI {interval_percent(evidence.low, evidence.high)}"
 
 
 def spell(value: float | str | None) -> str:
-    """A value as people read it; of a digest the beginning, which tells it from others."""
+    """Return a value in words; of a digest the beginning, which is enough to identify it."""
     if value is None:
-        return "N/A"
+        return MISSING
     if isinstance(value, str):
         return value[:12] if re.fullmatch("[0-9a-f]{32,}", value) else value
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

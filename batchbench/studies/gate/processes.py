@@ -1,4 +1,4 @@
-"""Worker processes, seen from the one who asks: started, spoken to, ended."""
+"""Worker processes as their driver sees them: start, ask, end; and installing a revision."""
 
 from __future__ import annotations
 
@@ -10,72 +10,133 @@ import math
 import os
 import queue
 import random
-import shutil
 import signal
-import site
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tempfile
 import threading
 import time
-import venv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import batchbench
-from batchbench.batching.machine import allowed_cpus
+from batchbench.batching.experiment import Experiment
+from batchbench.batching.machine import allowed_cpus, facts_of
 from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError, shown
 from batchbench.files import reason_of, replacing, undisturbed
+from batchbench.studies.gate.counts import Counts, Version
+from batchbench.studies.gate.evidence import Side
 from batchbench.studies.gate.turns import Turn
-from batchbench.studies.gate.worker import PROTOCOL
+from batchbench.studies.gate.worker import PROTOCOL, Calibration
 
 PATIENCE_S = 600.0
-"""An answer that takes longer will not come."""
+"""Longest wait for an answer."""
 
 ENDING_S = 5.0
-"""Seconds that an ended process may take to be gone."""
+"""Longest wait for a process to end after it was killed."""
 
-OF_ONE = 8
-"""Fresh processes that are forked from one, before everything is imported anew: what they have in
-common must not be all that is ever looked at."""
+FORKS_PER_PARENT = 8
+"""Processes forked from one parent before everything is imported again, so that a bias that they
+have in common does not affect all samples."""
+
+Calibrations = Mapping[str, Calibration]
+"""Calibrations by strategy."""
 
 
 @dataclass(frozen=True)
 class Installation:
-    """A Python interpreter with batchbench.
+    """A Python interpreter and its batchbench.
 
     Attributes:
-        label: how messages call it: base, new.
-        python: the interpreter; of a virtual environment the one in its ``bin``.
-        own: it is the one that runs this program, so that it finds batchbench where this did.
+        label: its name in messages: base, new, here.
+        python: the interpreter; that of a virtual environment is in its ``bin``.
+        own: it is the interpreter of this program, and keeps its ``PYTHONPATH``.
+        folder: a folder whose batchbench comes before any other; None for the installed one.
     """
 
     label: str
     python: Path
     own: bool = False
+    folder: Path | None = None
 
     def environment(self, threads: int | None) -> dict[str, str]:
-        """Environment variables, the same on both sides but for where Python looks for modules."""
-        found = {**os.environ, "PYTHONHASHSEED": "0"}
+        """Return environment variables, equal on both sides but for the place of batchbench."""
+        variables = {**os.environ, "PYTHONHASHSEED": "0"}
         if threads is not None:
-            found |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+            variables |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         for name in ("PYTHONHOME", "PYTHONSTARTUP", *(() if self.own else ("PYTHONPATH",))):
-            found.pop(name, None)
-        return found
+            variables.pop(name, None)
+        if self.folder is not None:
+            places = [str(self.folder), variables.get("PYTHONPATH", "")]
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+        return variables
+
+
+def this_installation(label: str = "here") -> Installation:
+    return Installation(label, Path(sys.executable), own=True)
+
+
+@dataclass(frozen=True)
+class ProcessReport:
+    """A worker's answers to "begin", "open" and "finish"."""
+
+    hello: Mapping[str, Any]
+    opened: Mapping[str, Any]
+    finished: Mapping[str, Any]
+
+    @cached_property
+    def work(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return counters and output digest of each strategy that the process has counted."""
+        counted = {name: work for name, work in self.finished["work"].items() if work}
+        return {**self.opened["also"], **counted}
+
+    @property
+    def on_cpu(self) -> bool:
+        return str(self.opened["model"]["device"]) == "cpu"
+
+    @property
+    def counts(self) -> Counts:
+        return Counts.of_work(self.work, self.opened)
+
+    def version(self, label: str, **more: str) -> Version:
+        """Return the installation as one side of a gate, with ``more`` facts to show."""
+        environment = self.opened["environment"]
+        facts = {
+            **more,
+            "batchbench": self.hello["version"],
+            "commit": environment.get("git_commit"),
+            "machine": environment.get("gpu") or environment.get("cpu"),
+        }
+        known = facts_of(environment, self.opened["model"])
+        return Version(Side(label, facts), [self.counts], [known])
+
+
+def varying_work(reports: Sequence[ProcessReport]) -> str | None:
+    """Return words for a count that differed between trials or processes; None if none did."""
+    first = reports[0].work
+    for report in reports:
+        for name, counter in report.finished["varied"].items():
+            if counter:
+                return f"{name}.{counter} varies from trial to trial"
+        for name, work in report.work.items():
+            if name in first and work != first[name]:
+                other = next(key for key in work if work[key] != first[name].get(key))
+                return f"{name}.{other} varies from process to process"
+    return None
 
 
 class Workers:
     """Fresh processes of one installation, one after another; none outlives the ``with`` block.
 
-    Where the system can, :data:`OF_ONE` of them are forked from one process that has imported
+    If the system can fork, :data:`FORKS_PER_PARENT` of them come from one process that has imported
     everything (:mod:`batchbench.studies.gate.worker`), which takes seconds.
 
     Args:
-        until: the time, on ``time.monotonic``, from which no answer is waited for.
+        until: the time, on ``time.monotonic``, at which waiting for answers ends.
     """
 
     def __init__(
@@ -92,110 +153,108 @@ class Workers:
         self.end()
 
     def end(self) -> None:
-        """End whatever runs; what begins next imports everything anew."""
         if self._running:
             self._running.end()
             self._running = None
 
     def ready(self) -> None:
-        """Let one import everything, where the next has none to come from; without waiting."""
+        """Start to import, without waiting, if the next process has no parent to fork from."""
         if self._left == 0:
             self.end()
         if self._running is None:
             with undisturbed():  # an unregistered process would never be ended
                 self._running = _Running(self.installation, self._threads)
-            self._left = OF_ONE
+            self._left = FORKS_PER_PARENT
 
     def begin(self) -> Mapping[str, Any]:
-        """A fresh process that answers from now on; who it is.
-
-        Raises:
-            UsageError: it cannot be started, or has no batchbench that can be compared with this.
-            OutOfTimeError: it had not answered when the time was up.
-        """
+        """Start a fresh process and return its identification."""
         self.ready()
         self._left -= 1
         python = self.installation.python
         self.tell({"do": "begin"})
         try:
-            told = self._answer()
+            hello = self.answer()
         except OutOfTimeError:
             raise
         except BatchbenchError as error:
             raise UsageError(
-                f"{python}: has no batchbench that can take turns ({error}); install this or a "
-                "later version there"
+                f"{python}: has no batchbench that can take turns ({error}); install this version "
+                "or a later one there"
             ) from error
-        if told.get("protocol") != PROTOCOL:
+        if hello.get("protocol") != PROTOCOL:
             raise UsageError(
-                f"{python}: its batchbench {told.get('version')} takes turns in another way than "
-                "this one; compare neighbouring versions"
+                f"{python}: its batchbench {hello.get('version')} uses another protocol than this "
+                "one; compare versions that are closer to each other"
             )
-        if not told["forks"]:
+        if not hello["forks"]:
             self._left = 0
-        return told
+        return hello
 
-    def tell(self, asked: Mapping[str, Any]) -> None:
-        """Ask, without waiting for the answer."""
+    def tell(self, request: Mapping[str, Any]) -> None:
         assert self._running is not None
-        self._running.write(json.dumps(asked) + "\n")
+        self._running.write(json.dumps(request) + "\n")
+
+    def tell_open(
+        self,
+        experiment: Experiment,
+        strategies: Sequence[str],
+        calibrations: Calibrations | None,
+        also: Sequence[str],
+        core: int | None,
+    ) -> None:
+        known = {name: astuple(calibrations[name]) if calibrations else None for name in strategies}
+        request = {"do": "open", "config": experiment.config(), "lanes": known}
+        self.tell({**request, "also": list(also), "core": core})
 
     def answer(self) -> Mapping[str, Any]:
-        """What it answers.
+        """Wait for the answer to the last request.
 
         Raises:
-            UsageError: it cannot do what is asked.
+            UsageError: the process cannot do what was asked.
             OutOfTimeError: it had not answered when the time was up.
             BatchbenchError: it broke.
         """
-        told = self._answer()
-        if "error" not in told:
-            return told
-        message = f"{self.installation.label}: {told['error']}"
-        raise UsageError(message) if told["usage"] else BatchbenchError(message)
-
-    def turn(self, lane: str, steps: int) -> Turn:
-        """Let it run so many steps."""
-        self.tell({"do": "turn", "lane": lane, "steps": steps})
-        return Turn(*self.answer()["turn"])
-
-    def finish(self) -> Mapping[str, Any]:
-        """Let it end; what it tells of the work that was done."""
-        self.tell({"do": "finish"})
-        return self.answer()
-
-    def _answer(self) -> Mapping[str, Any]:
         assert self._running is not None
-        label, asked_at = self.installation.label, time.monotonic()
-        left = max(0.0, self._until - asked_at)
+        label, began = self.installation.label, time.monotonic()
+        left = max(0.0, self._until - began)
         try:
             line = self._running.lines.get(timeout=min(PATIENCE_S, left))
         except queue.Empty:
             if left < PATIENCE_S:
-                waited = time.monotonic() - asked_at
-                why = f"{label} had been silent for {waited:.0f} s"
+                waited = time.monotonic() - began
+                why = f"{label} had not answered for {waited:.0f} s"
                 raise OutOfTimeError(why, waited) from None
             raise BatchbenchError(f"{label}: no answer in {PATIENCE_S:g} s") from None
         if not line:
             why = self._running.last_words()
             raise BatchbenchError(f"{label}: ended by itself: {why}")
         try:
-            told = json.loads(line)
+            answer = json.loads(line)
         except ValueError:
-            told = None
-        if not isinstance(told, dict):
-            raise BatchbenchError(f"{label}: answered with no JSON object: {line[:80]!r}")
-        return told
+            answer = None
+        if not isinstance(answer, dict):
+            raise BatchbenchError(f"{label}: the answer is no JSON object: {line[:80]!r}")
+        if "error" in answer:
+            message = f"{label}: {answer['error']}"
+            raise UsageError(message) if answer["usage"] else BatchbenchError(message)
+        return answer
+
+    def turn(self, strategy: str, steps: int) -> Turn:
+        self.tell({"do": "turn", "lane": strategy, "steps": steps})
+        return Turn(*self.answer()["turn"])
+
+    def finish(self) -> Mapping[str, Any]:
+        self.tell({"do": "finish"})
+        return self.answer()
 
 
 class _Running:
-    """An operating system's process and its pipes; ``lines`` are what it says, empty at the end."""
+    """A process of the operating system and its pipes; ``lines`` is its output, "" at the end."""
 
     def __init__(self, installation: Installation, threads: int | None) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by end
         try:
-            # -P: the folder that one stands in, a checkout perhaps, must not come before what is
-            # installed.
+            # -P: a checkout in the current folder must not come before the installed package.
             self._process = subprocess.Popen(
                 [str(installation.python), "-P", "-m", "batchbench.studies.worker"],
                 stdin=subprocess.PIPE,
@@ -203,7 +262,7 @@ class _Running:
                 stderr=self._errors,
                 env=installation.environment(threads),
                 encoding="utf-8",
-                start_new_session=True,  # so that what it forks ends with it
+                start_new_session=True,  # so that its forks end with it
             )
         except OSError as error:
             self._errors.close()
@@ -215,28 +274,25 @@ class _Running:
         self._reader.start()
 
     def write(self, line: str) -> None:
-        """Say something."""
         with contextlib.suppress(OSError):  # it has ended: the answer will say why
             self._process.stdin.write(line)  # type: ignore[union-attr]
             self._process.stdin.flush()  # type: ignore[union-attr]
 
     def end(self) -> None:
-        """End it and all that it forked, and tidy up."""
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
-        # Until it is waited for, its number is nobody else's.
+        # Before it is waited for, no other process can have its number.
         if hasattr(os, "killpg") and self._process.returncode is None:
             with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._wait()
         self._reader.join(ENDING_S)
-        if not self._reader.is_alive():  # else something that left the group holds the pipe open
+        if not self._reader.is_alive():  # otherwise a process outside the group holds the pipe open
             self._process.stdout.close()  # type: ignore[union-attr]
         self._errors.close()
 
     def last_words(self) -> str:
-        """What it wrote last to standard error, once it has ended or closed its output."""
         self._wait()
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").split("\n")
@@ -253,40 +309,27 @@ class _Running:
 
 
 def draw_core(threads: int, chance: random.Random) -> int | None:
-    """A processor core for all that take turns; None where they compute on several, or it is not
-    known which there are.
+    """Draw a processor core for all that take turns; None for several threads or unknown cores.
 
-    On cores of their own, two sides would have other neighbours, beyond what turns can cancel.
+    On separate cores, two sides would have different neighbours, which turns cannot cancel out.
     """
     if threads > 1 or not hasattr(os, "sched_setaffinity"):
         return None
     return chance.choice(sorted(allowed_cpus()))
 
 
-def open_all(
-    workers: Sequence[Workers], asked: Sequence[Mapping[str, Any]]
-) -> list[Mapping[str, Any]]:
-    """Make workers ready at the same time; what each tells."""
-    for worker, message in zip(workers, asked, strict=True):
-        worker.tell({"do": "open", **message})
-    return [worker.answer() for worker in workers]
-
-
-_READY = "ready"
-
-
 def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, str]:
-    """The interpreter of an environment that holds batchbench as of ``revision``, and the commit.
+    """Return a folder that holds the package batchbench as of ``revision``, and the commit.
 
-    The environment is kept in a cache by commit. Its batchbench is the package as committed; all
-    else it takes from the present environment, so that the two differ in batchbench alone.
+    The folder is kept in a cache, by commit. Put in front of ``PYTHONPATH``, it makes this
+    interpreter use that batchbench and, for all else, the packages of the present environment.
 
     Args:
-        revision: whatever git takes for a commit: a branch, a tag, ``HEAD~1``.
-        cache: folder of the environments; None for the user's.
+        revision: anything that git resolves to a commit: a branch, a tag, ``HEAD~1``.
+        cache: folder of all revisions; None for the user's.
 
     Raises:
-        UsageError: there is no repository, no such revision, or it cannot be installed.
+        UsageError: there is no repository, no such revision, or the cache cannot be written.
     """
     root = repository()
     commit = (
@@ -297,91 +340,53 @@ def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, st
             f"--base-ref {shown(revision)}: {root} has no such commit; fetch it (in a "
             "shallow clone: git fetch --unshallow), or name one that git log shows"
         )
-    folder = (cache or cache_folder()) / f"{commit[:16]}-{_present()}"
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not (folder / _READY).exists():
+    folder = (cache or cache_folder()) / commit[:16]
+    if not folder.exists():
         _install(root, commit, folder)
-    return python, commit
+    return folder, commit
 
 
 def repository() -> Path:
-    """The checkout that batchbench runs from, or the one of batchbench that one stands in.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Return the checkout of batchbench that this runs from, or that the current folder is in."""
     for root in (Path(batchbench.__file__).parents[1], *(Path.cwd() / "x").parents):
         if (root / ".git").exists() and (root / "batchbench" / "__init__.py").exists():
             return root
     raise UsageError(
-        "--base-ref: needs a git checkout of batchbench to stand in; give --base-python instead"
+        "--base-ref: needs a git checkout of batchbench; change to one, or give --base-python"
     )
 
 
 def cache_folder() -> Path:
-    """Return the folder of environments, in ``$BATCHBENCH_CACHE`` or else the user's cache.
-
-    Raises:
-        UsageError: the user has no home folder.
-    """
-    given = os.environ.get("BATCHBENCH_CACHE")
-    if given:
-        return Path(given) / "revisions"
+    if own := os.environ.get("BATCHBENCH_CACHE"):
+        return Path(own) / "revisions"
     try:
         usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
         raise UsageError(
-            "--base-ref: there is no home folder to keep environments in; set BATCHBENCH_CACHE to "
-            "a folder"
+            "--base-ref: there is no home folder for the cache; set BATCHBENCH_CACHE to a folder"
         ) from error
     return usual / "batchbench" / "revisions"
 
 
-def _present() -> str:
-    """A short name of the present environment, in which the others of a cache are rooted."""
-    import hashlib
-
-    about = f"{sys.version}\n{sysconfig.get_path('purelib')}"
-    return hashlib.sha256(about.encode()).hexdigest()[:8]
-
-
 def _install(root: Path, commit: str, folder: Path) -> None:
-    """Make the environment whole or not at all."""
     archive = _git(root, "archive", "--format=tar", commit, "batchbench")
     if not archive:
         raise UsageError(f"--base-ref {commit[:12]}: has no package batchbench")
     try:
         with replacing(folder, folder=True) as staging:
-            _fill(staging, archive)
-            shutil.rmtree(folder, ignore_errors=True)  # an incomplete environment
+            with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+                files.extractall(staging, filter="data")
+            compileall.compile_dir(staging, quiet=2)
     except OSError as error:
+        if folder.exists():  # another process was faster
+            return
         raise UsageError(
             f"{folder.parent}: cannot be written: {reason_of(error)}; set BATCHBENCH_CACHE to "
             "another folder"
         ) from error
 
 
-def _fill(staging: Path, archive: bytes) -> None:
-    """Make the environment in an empty folder."""
-    venv.create(staging, symlinks=os.name != "nt")
-    library = next(staging.glob("[Ll]ib/**/site-packages"))
-    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        files.extractall(library, filter="data")
-    # After its own batchbench come all packages of the present environment, with those that its
-    # .pth files add. The line is ASCII, since Python reads it in the locale's encoding.
-    present = [
-        *site.getsitepackages(),
-        site.getusersitepackages(),
-        sysconfig.get_path("purelib"),
-    ]
-    lines = [f"import site; site.addsitedir({place!a})\n" for place in dict.fromkeys(present)]
-    (library / "present.pth").write_text("".join(lines), encoding="ascii")
-    compileall.compile_dir(library / "batchbench", quiet=2)
-    (staging / _READY).touch()
-
-
 def _git(root: Path, *words: str) -> bytes:
-    """What git prints; empty where it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *words], capture_output=True, check=False, timeout=60

@@ -1,13 +1,15 @@
-"""What a gate is shown by, as text: which rows stand in its tables, and what in their cells."""
+"""A gate as terminal text, Markdown, JSON, JUnit XML and GitHub annotations; and a baseline."""
 
 from __future__ import annotations
 
 import json
 import math
 import numbers
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from rich import box
@@ -16,303 +18,234 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from batchbench.batching.machine import Difference
 from batchbench.reports.formats.markdown import escape, fenced, table
 from batchbench.reports.statistics import Verdict
-from batchbench.studies.gate.baseline import OLD_DAYS, Baseline, speedup
+from batchbench.reports.text import interval_percent, percent, plural
+from batchbench.studies.gate.baseline import OLD_DAYS, Baseline
 from batchbench.studies.gate.evidence import (
     CANNOT_TELL,
     Answer,
     Evidence,
     Gate,
     Kind,
-    Varying,
+    describe,
     spell,
 )
 
 TITLES: Mapping[Kind, str] = {
-    Kind.WORK: "Work",
+    Kind.WORK: "Counts and outputs",
     Kind.RATIO: "Ratios within a run",
     Kind.TIME: "Absolute times and rates",
 }
 
-COUNTED = ("Count or output", "Base", "New", "Change", "Verdict", "Gate")
+_COUNTED = ("Count or output", "Base", "New", "Change", "Verdict", "Gate")
 
-MEASURED = (
-    "Metric",
-    "Base",
-    "New",
-    "Change",
-    "95 % CI",
-    "Verdict",
-    "Gate",
-    "Would find",
-    "Needed",
+_MEASURED = (
+    *("Metric", "Base", "New", "Change", "95 % CI", "Verdict", "Gate"),
+    *("Smallest detectable loss", "Samples needed"),
 )
-"""Of ratios and times."""
 
-_FINDS = "Would find: the least loss that so many samples would probably have shown."
+_DETECTABLE = "Detectable: the smallest loss that this many samples would probably have shown."
 
-MOST = 30
-"""Rows of a table; a step summary and a comment have an end, and so has patience."""
+MOST_ROWS = 30
+"""Rows of a table; step summaries and comments have a limit."""
 
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table; ``cells`` as COUNTED or MEASURED."""
-
-    evidence: Evidence
-    cells: tuple[str, ...]
+_NO_PASS = "This is no pass: there may be a loss that was not seen."
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one kind of evidence, what fails first, and lines about the others."""
+    """The rows of one kind of evidence, failures first, and lines below them."""
 
     kind: Kind
-    head: tuple[str, ...]
-    rows: Sequence[Row]
+    evidence: Sequence[Evidence]
     below: Sequence[str]
 
-
-def tables(gate: Gate) -> list[Rows]:
-    """A table for each kind of evidence that there is any of, the strongest first."""
-    found = [_counted(gate), *(_measured(gate, kind) for kind in (Kind.RATIO, Kind.TIME))]
-    return [each for each in found if each.rows or each.below]
+    @property
+    def head(self) -> tuple[str, ...]:
+        return _COUNTED if self.kind is Kind.WORK else _MEASURED
 
 
-def _counted(gate: Gate) -> Rows:
-    work = gate.of(Kind.WORK)
-    told = [each for each in work if each.fails or each.verdict is not Verdict.SAME]
-    same = len(work) - len(told)
-    below: list[str] = []
-    if same:
-        which = f"All {same}" if not told else f"{same} other"
-        below = [f"{which} counts and outputs are the same."]
-        if same == 1:
-            below = ["The only count is the same." if not told else "1 other count is the same."]
-    return _cut(Kind.WORK, COUNTED, [Row(each, cells(each)) for each in told], below)
+def tables(gate: Gate, *, verbose: bool = False) -> list[Rows]:
+    """Return the rows for each kind of evidence; ``verbose`` includes what did not change."""
+    rows = [_rows(kind, gate.of(kind), verbose=verbose) for kind in Kind if gate.of(kind)]
+    return [each for each in rows if each.evidence or each.below]
 
 
-def _measured(gate: Gate, kind: Kind) -> Rows:
-    found = gate.of(kind)
-    told = any(each.smallest is not None for each in found)
-    return _cut(kind, MEASURED, [Row(each, cells(each)) for each in found], [_FINDS] * told)
+def _rows(kind: Kind, evidence: Sequence[Evidence], *, verbose: bool) -> Rows:
+    chosen = [each for each in evidence if verbose or _matters(each)]
+    ranked = sorted(
+        chosen, key=lambda each: (not each.fails, not each.is_undecided, not each.gated)
+    )
+    shown, rest = ranked[:MOST_ROWS], len(evidence) - len(chosen)
+    below = _reasons(shown)
+    if len(ranked) > MOST_ROWS:
+        below.insert(0, f"{plural(len(ranked) - MOST_ROWS, 'more row')} in the JSON (--json).")
+    if kind is not Kind.WORK and any(each.smallest is not None for each in shown):
+        below.append(_DETECTABLE)
+    if rest and kind is Kind.WORK:
+        which = f"{rest} other" if shown else "The only" if rest == 1 else f"All {rest}"
+        what = "counts and outputs are" if rest > 1 else "count is"
+        below.append(f"{which} {what} the same.")
+    elif rest:
+        which = f"{rest} other" if shown else str(rest)
+        what = "metrics show" if rest > 1 else "metric shows"
+        below.append(f"{which} {what} no change; --verbose lists all.")
+    return Rows(kind, shown, below)
 
 
-def _cut(kind: Kind, head: tuple[str, ...], rows: Sequence[Row], below: Sequence[str]) -> Rows:
-    """What matters first, and no more rows than can be read."""
-    ranked = sorted(rows, key=lambda row: _rank(row.evidence))
-    left_out = len(ranked) - MOST
-    more = [f"{left_out} more rows are in the JSON (--json)."] if left_out > 0 else []
-    shown = ranked[:MOST]
-    return Rows(kind, head, shown, [*more, *_reasons([row.evidence for row in shown]), *below])
+def _matters(evidence: Evidence) -> bool:
+    if evidence.kind is Kind.WORK:
+        return evidence.fails or evidence.verdict is not Verdict.SAME
+    return evidence.gated or evidence.verdict not in (Verdict.SAME, Verdict.UNKNOWN)
 
 
 def _reasons(shown: Sequence[Evidence]) -> list[str]:
-    """Why, once for all rows of which it is true; what a count's row shows is not told again."""
+    """Return each reason once, with the rows that it is for; a count's row shows it already."""
     rows: dict[str, list[str]] = {}
-    for each in shown:
-        counted = each.kind is Kind.WORK and each.fails and isinstance(each.base, int)
-        if each.why and not counted:
-            rows.setdefault(each.why, []).append(each.name)
+    for evidence in shown:
+        counted = evidence.kind is Kind.WORK and evidence.fails and isinstance(evidence.base, int)
+        if evidence.why and not counted:
+            rows.setdefault(evidence.why, []).append(evidence.name)
     return [
         f"{', '.join(names[:2])}{f' and {len(names) - 2} more' * (len(names) > 2)}: {why}"
         for why, names in rows.items()
     ]
 
 
-def _rank(each: Evidence) -> int:
-    if each.fails:
-        return 0
-    return (1 if each.verdict is Verdict.UNKNOWN else 2) if each.gated else 3
-
-
-def cells(each: Evidence) -> tuple[str, ...]:
-    """A row, as COUNTED or MEASURED."""
-    return _counts(each) if each.kind is Kind.WORK else _measures(each)
-
-
-def _counts(each: Evidence) -> tuple[str, ...]:
+def cells(evidence: Evidence) -> tuple[str, ...]:
+    verdict = str(evidence.verdict)
+    verdict = verdict.upper() if evidence.fails or evidence.is_undecided else verdict
+    gate = "FAILS" if evidence.fails else "gated" if evidence.gated else "not gated"
+    values, change = (evidence.base, evidence.new), percent(evidence.change, 1, "+")
+    base, new = map(spell, values)
+    if evidence.kind is Kind.WORK:
+        if isinstance(values[0], int | float) and isinstance(values[1], int | float):
+            share = "" if evidence.change is None else f" ({change})"
+            change = f"{values[1] - values[0]:+,}{share}"
+        else:
+            change = "N/A"
+        return evidence.name, base, new, change, verdict, gate
+    unit = f" {evidence.unit}" if evidence.unit else ""
     return (
-        each.name,
-        spell(each.base),
-        spell(each.new),
-        _difference(each),
-        _loud(each),
-        standing(each),
+        evidence.name,
+        base + unit * (values[0] is not None),
+        new + unit * (values[1] is not None),
+        change,
+        interval_percent(evidence.low, evidence.high),
+        verdict,
+        gate,
+        percent(evidence.smallest, 1),
+        evidence.needed or "",
     )
 
 
-def _difference(each: Evidence) -> str:
-    """How much a count changed; outputs only change."""
-    if not (isinstance(each.base, int | float) and isinstance(each.new, int | float)):
-        return "N/A"
-    text = f"{each.new - each.base:+,}"
-    return text if each.change is None else f"{text} ({percent(each.change)})"
+def _differing(difference: Difference) -> tuple[str, str, str]:
+    return difference.name, _spell_setting(difference.base), _spell_setting(difference.new)
 
 
-def _measures(each: Evidence) -> tuple[str, ...]:
-    interval = "N/A"
-    if each.low is not None and each.high is not None:
-        interval = f"{percent(each.low)} to {percent(each.high)}"
-    unit = f" {each.unit}" if each.unit else ""
-    return (
-        each.name,
-        spell(each.base) + unit * (each.base is not None),
-        spell(each.new) + unit * (each.new is not None),
-        percent(each.change),
-        interval,
-        _loud(each),
-        standing(each),
-        "N/A" if each.smallest is None else percent(each.smallest, sign=""),
-        each.needed or "",
-    )
-
-
-def _loud(each: Evidence) -> str:
-    """The verdict, in capitals where it decides against the new version, or leaves it open."""
-    text = str(each.verdict)
-    return text.upper() if each.fails or (each.gated and each.verdict is Verdict.UNKNOWN) else text
-
-
-def standing(each: Evidence) -> str:
-    """What a piece of evidence does to the answer."""
-    return "FAILS" if each.fails else "gated" if each.gated else "not gated"
-
-
-def percent(share: float | None, sign: str = "+") -> str:
-    """A share as people read it."""
-    if share is None or not math.isfinite(share):
-        return "N/A"
-    if abs(share) > 10:
-        return f"{'>' if share > 0 else '<'} {'+' if share > 0 else '-'}1000%"
-    text = f"{share:{sign}.1%}"
-    return "0.0%" if text in ("+0.0%", "-0.0%") else text
-
-
-def varying(each: Varying) -> tuple[str, str, str]:
-    """A setting in which the sides differ: its name, and their values."""
-    return each.name, _setting(each.base), _setting(each.new)
-
-
-def _setting(given: Any) -> str:
-    if isinstance(given, bool):
-        return "yes" if given else "no"
-    if isinstance(given, list | tuple):
-        return ", ".join(map(_setting, given))
-    text = spell(given) if isinstance(given, int | float | str) or given is None else str(given)
+def _spell_setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_spell_setting, value))
+    text = spell(value) if isinstance(value, int | float | str) or value is None else str(value)
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def sides(gate: Gate) -> list[tuple[str, str]]:
-    """What the two versions are: what they share said once."""
-    facts = [each.facts for each in (gate.base, gate.new)]
+def _sides(gate: Gate) -> list[tuple[str, str]]:
+    facts = [side.facts for side in (gate.base, gate.new)]
     names = dict.fromkeys(name for of_side in facts for name in of_side)
-    shared = {name for name in names if facts[0].get(name) == facts[1].get(name)}
+    shared = [name for name in names if facts[0].get(name) == facts[1].get(name)]
+
+    def spelled(of_side: Mapping[str, str | None], chosen: Sequence[str]) -> list[str]:
+        return [f"{name} {of_side[name]}" for name in chosen if of_side.get(name) is not None]
+
+    own = [name for name in names if name not in shared]
     rows = [
-        (role, " · ".join([side.label, *_facts(side.facts, [n for n in names if n not in shared])]))
+        (role, " · ".join([side.label, *spelled(side.facts, own)]))
         for role, side in (("Base", gate.base), ("New", gate.new))
     ]
-    both = _facts(facts[0], [name for name in names if name in shared])
+    both = spelled(facts[0], shared)
     return [*rows, ("Both", " · ".join(both))] if both else rows
 
 
-def _facts(facts: Mapping[str, str | None], names: Sequence[str]) -> list[str]:
-    return [f"{name} {facts[name]}" for name in names if facts.get(name) is not None]
+def _last_lines(gate: Gate) -> list[str]:
+    return [*gate.notes, *([] if gate.seconds is None else [f"Took {gate.seconds:,.0f} s."])]
 
 
-def last_lines(gate: Gate) -> list[str]:
-    """Notes, and how long it took."""
-    took = [] if gate.seconds is None else [f"Took {gate.seconds:,.0f} s."]
-    return [*gate.notes, *took]
-
+# Terminal
 
 _STYLES = {Answer.PASSED: "bold green", Answer.FAILED: "bold red", Answer.UNKNOWN: "bold yellow"}
 
 
-def render_terminal(gate: Gate, *, strict: bool = False) -> RenderableType:
-    """The sentence, in a frame unless it passed, and all that it rests on.
-
-    Args:
-        strict: whether *cannot tell* ends with an exit code of its own.
-    """
+def render_terminal(gate: Gate, *, strict: bool = False, verbose: bool = False) -> RenderableType:
     parts: list[RenderableType] = [_answer(gate, strict=strict), Text()]
     identity = Table.grid(padding=(0, 2, 0, 0))
-    for role, text in sides(gate):
+    for role, text in _sides(gate):
         identity.add_row(Text(role, style="bold"), Text(text, overflow="fold"))
     parts += [identity, Text()]
     for title, rows in (("settings", gate.settings), ("environment", gate.environment)):
         if rows:
-            parts += [_differences(f"Differing {title}", rows), Text()]
-    for found in tables(gate):
-        parts += [*_evidence(found), Text()]
+            grid = _grid(f"Differing {title}", ("Name", "Base", "New"), left=3)
+            for difference in rows:
+                grid.add_row(*map(Text, _differing(difference)))
+            parts += [grid, Text()]
+    for each in tables(gate, verbose=verbose):
+        title = TITLES[each.kind]
+        parts.append(_table(title, each) if each.evidence else Text(title, style="bold"))
+        parts += [*map(Text, each.below), Text()]
     if not gate.evidence:
         parts += [Text("Nothing was compared."), Text()]
-    parts += [Text(line, style="dim") for line in last_lines(gate)]
+    parts += [Text(line, style="dim") for line in _last_lines(gate)]
     return Group(*parts)
 
 
 def _answer(gate: Gate, *, strict: bool) -> RenderableType:
     style = _STYLES[gate.answer]
-    if gate.answer is Answer.PASSED:
-        return Text(gate.sentence, style=style)
     text = Text(gate.sentence, style=style)
+    if gate.answer is Answer.PASSED:
+        return text
     if gate.answer is Answer.UNKNOWN:
         code = f"Exit code {CANNOT_TELL}." if strict else "Exit code 0; --strict makes it 3."
-        text.append(f"\nThis is no pass: a loss may be there that was not seen. {code}")
+        text.append(f"\n{_NO_PASS} {code}")
     return Panel(text, box=box.HEAVY, style=style, padding=(0, 1))
 
 
-def _differences(title: str, rows: Sequence[Varying]) -> Table:
-    grid = _grid(title, ("Name", "Base", "New"), left=3)
-    for each in rows:
-        grid.add_row(*map(Text, varying(each)))
-    return grid
-
-
-def _evidence(found: Rows) -> list[RenderableType]:
-    parts: list[RenderableType] = []
-    title = TITLES[found.kind]
-    if found.rows and found.kind is Kind.WORK:
-        grid = _grid(title, ("Count\nor output", "Base", "New", "Change", "Verdict"), left=1)
-        for row in found.rows:
-            name, base, new, change, verdict, gate = row.cells
-            grid.add_row(
-                *map(Text, (name, base, new, change)), _reported(row.evidence, verdict, gate)
-            )
-        parts.append(grid)
-    elif found.rows:
-        parts.append(_measured_line(title, found))
-    else:
-        parts.append(Text(title, style="bold"))
-    return [*parts, *(Text(line) for line in found.below)]
-
-
-def _measured_line(title: str, found: Rows) -> Table:
-    """Two lines a row, so that it fits into 80 columns."""
-    head = ("Metric", "Base\nnew", "Change\n95 % CI", "Verdict", "Would find\nneeded")
+def _table(title: str, rows: Rows) -> Table:
+    work = rows.kind is Kind.WORK
+    limits = any(one.smallest is not None or one.needed for one in rows.evidence)
+    head = ["Count\nor output", "Base", "New", "Change", "Verdict"]
+    if not work:
+        head = ["Metric", "Base\nnew", "Change\n95 % CI", "Verdict"]
+        head += ["Detectable\nneeded"] * limits
     grid = _grid(title, head, left=1)
-    for row in found.rows:
-        name, base, new, change, interval, verdict, gate, smallest, needed = row.cells
+    for evidence in rows.evidence:
+        if work:
+            *row, verdict, gate = cells(evidence)
+            grid.add_row(*map(Text, row), _verdict(evidence, verdict, gate))
+            continue
+        name, base, new, change, interval, verdict, gate, smallest, needed = cells(evidence)
         grid.add_row(
             Text(name.replace(".", ".\n", 1)),
             Text(f"{base}\n{new}"),
             Text(f"{change}\n{interval}"),
-            _reported(row.evidence, verdict, gate),
-            Text(f"{smallest}\n{needed}".rstrip()),
+            _verdict(evidence, verdict, gate),
+            *[Text(f"{smallest}\n{needed}".rstrip())] * limits,
         )
     return grid
 
 
-def _reported(each: Evidence, verdict: str, gate: str) -> Text:
-    text = Text(f"{verdict}\n{gate}")
-    if each.fails:
-        text.stylize("bold red")
-    elif each.verdict is Verdict.UNKNOWN:
-        text.stylize("bold yellow" if each.gated else "yellow")
-    elif each.verdict is Verdict.FASTER:
-        text.stylize("green")
-    return text
+def _verdict(evidence: Evidence, verdict: str, gate: str) -> Text:
+    style = ""
+    if evidence.fails:
+        style = "bold red"
+    elif evidence.verdict is Verdict.UNKNOWN:
+        style = "bold yellow" if evidence.gated else "yellow"
+    elif evidence.verdict is Verdict.FASTER:
+        style = "green"
+    return Text(f"{verdict}\n{gate}", style=style)
 
 
 def _grid(title: str, head: Sequence[str], *, left: int) -> Table:
@@ -330,66 +263,63 @@ def _grid(title: str, head: Sequence[str], *, left: int) -> Table:
     return grid
 
 
+# Markdown and JSON
+
 _ALERTS = {Answer.PASSED: "TIP", Answer.FAILED: "CAUTION", Answer.UNKNOWN: "WARNING"}
-"""Coloured boxes, of GitHub's and GitLab's Markdown; elsewhere they are plain quotations."""
+"""Coloured boxes in the Markdown of GitHub and GitLab; elsewhere they are plain quotations."""
 
 
-def render_markdown(gate: Gate, *, strict: bool = False) -> str:
-    """The sentence, what varies, the evidence, how to do it again.
-
-    Args:
-        strict: whether *cannot tell* ends with an exit code of its own.
-    """
-    return "\n".join(_lines(gate, strict=strict)).rstrip() + "\n"
+def render_markdown(gate: Gate, *, strict: bool = False, verbose: bool = False) -> str:
+    return "\n".join(_lines(gate, strict=strict, verbose=verbose)).rstrip() + "\n"
 
 
-def _lines(gate: Gate, *, strict: bool) -> Iterator[str]:
-    # By this line a comment of an earlier run is found again and replaced.
-    yield from (
-        f"<!-- batchbench {gate.command} -->",
-        f"### batchbench {gate.command}",
-        "",
-    )
+def _lines(gate: Gate, *, strict: bool, verbose: bool) -> Iterator[str]:
+    # The first line identifies a comment of an earlier run, which is to be replaced.
+    yield from (f"<!-- batchbench {gate.command} -->", f"### batchbench {gate.command}", "")
     yield from (f"> [!{_ALERTS[gate.answer]}]", f"> **{escape(gate.sentence)}**")
     if gate.answer is Answer.UNKNOWN:
         code = "Exit code 3." if strict else "Exit code 0; `--strict` makes it 3."
-        yield from (">", f"> This is no pass: a loss may be there that was not seen. {code}")
+        yield from (">", f"> {_NO_PASS} {code}")
     yield ""
-    yield from table(["Side", "What it is"], sides(gate), left=2)
+    yield from table(["Side", "Version"], _sides(gate), left=2)
     for title, rows in (("settings", gate.settings), ("environment", gate.environment)):
         if rows:
             yield from (f"**Differing {title}**", "")
             yield from table(
-                ["Name", "Base", "New"], [list(varying(each)) for each in rows], left=3
+                ["Name", "Base", "New"], [list(_differing(row)) for row in rows], left=3
             )
-    for found in tables(gate):
-        yield from (f"**{TITLES[found.kind]}**", "")
-        if found.rows:
-            # A column that no row has anything in is not shown.
-            kept = [i for i in range(len(found.head)) if any(row.cells[i] for row in found.rows)]
-            rows_shown = [[row.cells[i] for i in kept] for row in found.rows]
-            yield from table([found.head[i] for i in kept], rows_shown, left=1)
-        for line in found.below:
+    for each in tables(gate, verbose=verbose):
+        yield from (f"**{TITLES[each.kind]}**", "")
+        if each.evidence:
+            columns = list(zip(each.head, *map(cells, each.evidence), strict=True))
+            head, *body = zip(*(column for column in columns if any(column[1:])), strict=True)
+            yield from table(list(head), body, left=1)
+        for line in each.below:
             yield from (escape(line), "")
     if not gate.evidence:
         yield from ("Nothing was compared.", "")
-    for line in last_lines(gate):
-        yield from (f"- {escape(line)}",)
-    yield from ("", "<details><summary>To do it again</summary>", "")
-    yield from (*fenced(gate.typed), "", "</details>")
+    yield from (f"- {escape(line)}" for line in _last_lines(gate))
+    yield from (
+        "",
+        "<details><summary>Command</summary>",
+        "",
+        *fenced(gate.typed),
+        "",
+        "</details>",
+    )
 
 
 def render_json(gate: Gate, *, strict: bool = False) -> str:
-    """What has no meaning is null, never NaN; what JSON does not know is text."""
+    """Return JSON; a number without meaning is null, and values unknown to JSON are text."""
     data = {**gate.as_data(), "exit_code": gate.exit_code(strict=strict)}
-    return json.dumps(_told(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _told(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(name): _told(inner) for name, inner in value.items()}
+        return {str(name): _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_told(inner) for inner in value]
+        return [_plain(inner) for inner in value]
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, numbers.Integral):
@@ -399,12 +329,131 @@ def _told(value: Any) -> Any:
     return str(value)
 
 
+# JUnit XML, with the elements and attributes of Jenkins' xUnit plugin (its junit-10.xsd)
+
+_NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def render_junit(gate: Gate, *, strict: bool = False) -> bytes:
+    """Return a test suite for each kind of evidence, with a test case for each piece.
+
+    Failing evidence is a failure; gated evidence without a verdict is skipped, or a failure if
+    strict; other evidence passes and has its row as output. If no piece of evidence has the reason
+    for *cannot tell*, a suite ``gate`` does, so there is always a test case.
+    """
+    suites = {
+        str(kind): [_case(evidence, strict=strict) for evidence in gate.of(kind)] for kind in Kind
+    }
+    if gate.answer is Answer.UNKNOWN and (gate.unsure or not gate.undecided):
+        case = _named("answer", "gate")
+        _outcome(case, "failure" if strict else "skipped", gate.sentence, gate.sentence)
+        suites["gate"] = [case]
+    root = ElementTree.Element("testsuites", name=_xml(f"batchbench {gate.command}"))
+    if gate.seconds is not None:
+        root.set("time", f"{gate.seconds:.3f}")
+    for name, cases in suites.items():
+        if cases:
+            suite = ElementTree.SubElement(root, "testsuite", name=f"batchbench.{name}")
+            _count(suite, cases)
+            suite.extend(cases)
+    _count(root, [case for cases in suites.values() for case in cases])
+    del root.attrib["skipped"]  # testsuites has no such attribute
+    ElementTree.indent(root)
+    document: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return document + b"\n"
+
+
+def _count(element: ElementTree.Element, cases: Sequence[ElementTree.Element]) -> None:
+    element.set("tests", str(len(cases)))
+    element.set("failures", str(sum(case.find("failure") is not None for case in cases)))
+    element.set("errors", "0")
+    element.set("skipped", str(sum(case.find("skipped") is not None for case in cases)))
+
+
+def _case(evidence: Evidence, *, strict: bool) -> ElementTree.Element:
+    case = _named(evidence.name, evidence.kind.value)
+    head = _COUNTED if evidence.kind is Kind.WORK else _MEASURED
+    lines = [f"{TITLES[evidence.kind]}: {describe(evidence)}"]
+    lines += [f"{name}: {cell}" for name, cell in zip(head, cells(evidence), strict=True) if cell]
+    details = "\n".join([*lines, *([evidence.why] if evidence.why else [])])
+    if evidence.fails:
+        _outcome(case, "failure", describe(evidence), details)
+    elif evidence.is_undecided:
+        why = f"cannot tell: {evidence.why or 'is too uncertain'}"
+        _outcome(case, "failure" if strict else "skipped", why, details)
+    else:
+        ElementTree.SubElement(case, "system-out").text = _xml(details)
+    return case
+
+
+def _named(name: str, suite: str) -> ElementTree.Element:
+    return ElementTree.Element("testcase", name=_xml(name), classname=f"batchbench.{suite}")
+
+
+def _outcome(case: ElementTree.Element, tag: str, message: str, details: str) -> None:
+    element = ElementTree.SubElement(case, tag, message=_xml(message), type="batchbench")
+    element.text = _xml(details)
+
+
+def _xml(text: str) -> str:
+    return _NOT_IN_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+# Annotations
+
+MOST_ANNOTATIONS = 5
+
+
+def render_annotations(gate: Gate, *, strict: bool = False) -> str:
+    """Return GitHub workflow commands.
+
+    Failures are errors. *Cannot tell* is a warning, or an error if strict; losses that are not
+    gated are warnings.
+    """
+    marks = list(_annotations(gate, strict=strict))
+    shown, left_out = marks[:MOST_ANNOTATIONS], len(marks) - MOST_ANNOTATIONS
+    if left_out > 0:
+        level, title, text = shown[-1]
+        shown[-1] = level, title, f"{text}\n{left_out} more: see the report"
+    return "".join(workflow_command(*mark) for mark in shown)
+
+
+def _annotations(gate: Gate, *, strict: bool) -> Iterator[tuple[str, str, str]]:
+    name = f"batchbench {gate.command}"
+
+    def title(evidence: Evidence) -> str:
+        changed = evidence.verdict is Verdict.CHANGED
+        return f"{name}: {evidence.name} {'changed' if changed else f'is {evidence.verdict}'}"
+
+    for evidence in gate.failures:
+        yield "error", title(evidence), describe(evidence)
+    if gate.answer is Answer.UNKNOWN:
+        yield "error" if strict else "warning", f"{name}: cannot tell", gate.sentence
+    elif gate.undecided:
+        which = ", ".join(evidence.name for evidence in gate.undecided)
+        yield "warning", f"{name}: cannot tell", f"There is no verdict on {which}."
+    for evidence in gate.evidence:
+        if evidence.verdict in (Verdict.SLOWER, Verdict.CHANGED) and not evidence.fails:
+            why = "allowed" if evidence.gated else "not gated"
+            yield "warning", f"{title(evidence)}, {why}", describe(evidence)
+
+
+def workflow_command(level: str, title: str, text: str) -> str:
+    def escaped(value: str) -> str:
+        return value.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+    title = escaped(title).replace(":", "%3A").replace(",", "%2C")
+    return f"::{level} title={title}::{escaped(text)}\n"
+
+
+# A baseline
+
+
 def render_baseline(baseline: Baseline) -> RenderableType:
-    """Age, machine, the command that made it; then the work, and the ratios with their scatter."""
     data, processes = baseline.data, baseline.processes
     environment, model = data["environment"], data["model"]
     packages = ", ".join(f"{n} {v}" for n, v in environment["packages"].items())
-    age = Text(f"Baseline, {baseline.age} ({data['created_at']})", "bold")
+    age = Text(f"Baseline, saved {baseline.age} ({data['created_at']})", "bold")
     if baseline.age_days > OLD_DAYS:
         age.stylize("bold yellow")
     commit = environment.get("git_commit") or "N/A"
@@ -412,25 +461,24 @@ def render_baseline(baseline: Baseline) -> RenderableType:
         f"{model['name']} · {model['device']} {model['dtype']} · {baseline.machine}",
         f"batchbench {data['batchbench_version']} · commit {commit} · {packages}",
         f"{len(processes)} fresh processes · {baseline.throughput(baseline.candidate):,.0f} "
-        f"tok/s under {baseline.candidate}",
+        f"tok/s with {baseline.candidate}",
     )
-    grid = Table(pad_edge=False)
-    grid.add_column("Faster than", overflow="fold")
-    for title in ("Ratio", "Scatter", "Processes"):
-        grid.add_column(title, justify="right")
-    for twin in data["lanes"][1:]:
-        scatter = float(np.std([p.ratios[twin] for p in processes], ddof=1))
-        grid.add_row(
-            twin, f"{speedup(processes, twin):.3f}×", f"{scatter:.1%}", str(len(processes))
+    ratios = Table(pad_edge=False)
+    ratios.add_column(f"{baseline.candidate} compared with", overflow="fold")
+    for title in ("Speed-up", "Std. deviation", "Processes"):
+        ratios.add_column(title, justify="right")
+    for name in data["lanes"][1:]:
+        scatter = float(np.std([p.ratios[name] for p in processes], ddof=1))
+        ratios.add_row(
+            name, f"{baseline.speedup(name):.3f}×", f"{scatter:.1%}", str(len(processes))
         )
     work = Table(pad_edge=False)
-    work.add_column("Counted of", overflow="fold")
+    work.add_column("Strategy", overflow="fold")
     for title in ("Forward passes", "Useful slot-steps", "Idle", "Outputs"):
         work.add_column(title, justify="right")
     for name, counts in data["work"].items():
-        figures = ("forward_passes", "useful_slot_steps", "idle_slot_steps")
-        told = [f"{counts[f]:,}" if f in counts else "N/A" for f in figures]
-        work.add_row(name, *told, (counts["output_digest"] or "N/A")[:8])
-    return Group(
-        age, *map(Text, lines), Text(), grid, Text(), work, Text(f"Again: {data['command']}")
-    )
+        names = ("forward_passes", "useful_slot_steps", "idle_slot_steps")
+        shown = [f"{counts[f]:,}" if f in counts else "N/A" for f in names]
+        work.add_row(name, *shown, (counts["output_digest"] or "N/A")[:8])
+    again = Text(f"Again: {data['command']}")
+    return Group(age, *map(Text, lines), Text(), ratios, Text(), work, again)

@@ -1,4 +1,4 @@
-"""How long a gate looks, and what counts as a difference."""
+"""Options of compare, duet, check and baseline save; metrics, and conditions of ``--fail-if``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from math import log1p
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchbench import settings
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment
@@ -21,17 +21,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Gauge:
-    """A figure of one strategy.
+class Metric:
+    """A measured quantity of one strategy.
 
     Attributes:
-        name: as ``result.json`` names it.
-        is_ratio: of two things timed in one run, so that the machine's speed cancels out; else it
-            is an absolute time or rate.
-        of_pair: a ratio of two strategies, of which the baseline has none.
-        between: standard deviation of its logarithm that a fresh process adds to what its trials
-            show.
-        shown: whether it is looked at where nobody asked for it.
+        name: its name in ``result.json``.
+        is_ratio: a ratio of two times of one run, so that machine speed cancels out; otherwise an
+            absolute time or rate.
+        of_pair: a ratio of two strategies, which the baseline strategy does not have.
+        between: standard deviation of its logarithm between processes, beyond that of the trials.
+        shown: compared even if no option names it.
     """
 
     name: str
@@ -47,25 +46,25 @@ _LATENCIES = ("queue", "ttft", "tpot", "itl", "e2el")
 
 _STATISTICS = ("mean", "median", "std", "p90", "p99", "p99.9")
 
-# How much a fresh process adds was seen on a shared machine: to a ratio of strategies by the layout
-# of memory and by who runs after whom; to a time by the clock and the neighbours of another session
-# (one step took 4.7, 8.0 and 6.1 ms within an hour); and to the share of the floor by both.
-GAUGES = {
-    gauge.name: gauge
-    for gauge in (
-        Gauge("speedup", "×", True, is_ratio=True, of_pair=True, between=0.02, shown=True),
-        Gauge("efficiency", None, True, is_ratio=True, of_pair=True, between=0.02, shown=True),
-        Gauge("floor_share", None, True, is_ratio=True, between=0.05, shown=True),
-        Gauge("output_throughput", "tok/s", True, shown=True),
-        Gauge("request_throughput", "req/s", True, shown=True),
-        Gauge("total_token_throughput", "tok/s", True),
-        Gauge("duration", "s", False, shown=True),
-        Gauge("request_goodput", "req/s", True),
-        Gauge("slo_attainment", None, True),
-        Gauge("energy_joules", "J", False),
-        Gauge("joules_per_output_token", "J", False),
+# ``between`` was measured on a shared machine. Ratios of strategies vary with memory layout and the
+# order of runs. Times also vary with the clock and with neighbours (one step took 4.7, 8.0 and
+# 6.1 ms within an hour). The share of the floor varies with both.
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("speedup", "×", True, is_ratio=True, of_pair=True, between=0.02, shown=True),
+        Metric("efficiency", None, True, is_ratio=True, of_pair=True, between=0.02, shown=True),
+        Metric("floor_share", None, True, is_ratio=True, between=0.05, shown=True),
+        Metric("output_throughput", "tok/s", True, shown=True),
+        Metric("request_throughput", "req/s", True, shown=True),
+        Metric("total_token_throughput", "tok/s", True),
+        Metric("duration", "s", False, shown=True),
+        Metric("request_goodput", "req/s", True),
+        Metric("slo_attainment", None, True),
+        Metric("energy_joules", "J", False),
+        Metric("joules_per_output_token", "J", False),
         *(
-            Gauge(
+            Metric(
                 f"{statistic}_{latency}_ms",
                 "ms",
                 False,
@@ -76,70 +75,70 @@ GAUGES = {
         ),
     )
 }
-"""By name; those of a pair are a comparison's in ``result.json``, the others a summary's."""
+"""Metrics by name; those of a pair are in a result's comparison, the others in its summary."""
 
 _COUNTS = ("_passes", "_steps", "prefill_tokens", "kv_tokens_peak", "outputs")
-"""How the names of what is counted exactly end."""
+"""Endings of the names of exact counts."""
 
 _FORM = re.compile(r"(?P<name>[^<>\s]+)\s*(?P<sign>[<>])=?\s*(?P<percent>[^<>=]+)%")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A change that makes the answer bad where it is shown.
+    """A change that fails the comparison if it is shown.
 
     Attributes:
-        text: as it was typed.
-        strategy: whose metric; None where any strategy's counts.
-        falls: whether it is a fall that fails, and not a rise.
-        share: of the change beyond which it fails, above 0.
+        text: the condition as typed.
+        strategy: the strategy whose metric counts; None for any.
+        falls: a fall fails; otherwise a rise fails.
+        share: size of the change beyond which it fails, above 0.
     """
 
     text: str
-    gauge: Gauge
+    metric: Metric
     strategy: str | None
     falls: bool
     share: float
 
     @property
     def is_loss(self) -> bool:
-        """Whether what fails is for the worse; people may also wish to hear of a gain."""
-        return self.falls == self.gauge.higher_is_better
+        """Return False if the change is an improvement, which users may also ask to hear of."""
+        return self.falls == self.metric.higher_is_better
 
     @property
     def floor(self) -> float:
-        """The share as the size of a log ratio."""
         return -math.log1p(-self.share) if self.falls else math.log1p(self.share)
 
 
 def parse_condition(text: str) -> Condition:
-    """``continuous.output_throughput < -5%`` as a condition.
+    """Parse a condition such as ``continuous.output_throughput < -5%``.
 
     Raises:
-        UsageError: it is not of this form, names no metric, or its sign and threshold disagree.
+        UsageError: it has another form, an unknown metric, or a sign that contradicts its
+            percentage.
     """
     option = f"--fail-if '{shown(text)}'"
-    found = _FORM.fullmatch(text.strip())
+    match = _FORM.fullmatch(text.strip())
     must = (
         "must be a metric, < or >, and a change in percent, such as 'output_throughput < -5%' or "
         "'continuous.p99_ttft_ms > 10%'"
     )
-    if found is None:
+    if match is None:
         raise UsageError(f"{option}: {must}")
-    strategy, metric = _split(found["name"])
-    if metric not in GAUGES:
+    strategy, metric = _split(match["name"])
+    if metric not in METRICS:
         raise UsageError(f"{option}: {_unknown(metric)}")
-    falls, share = found["sign"] == "<", float(parse_number(found["percent"], option, must)) / 100
+    falls, share = match["sign"] == "<", float(parse_number(match["percent"], option, must)) / 100
     if share == 0:
         raise UsageError(
-            f"{option}: a change of 0 % leaves nothing between a loss and noise; give the least "
-            "that matters, such as 3%"
+            f"{option}: any noise is a change of more than 0 %; give the smallest change that "
+            "matters, such as 3%"
         )
     if falls != (share < 0):
         sign = "-" if falls else ""
         raise UsageError(
             f"{option}: a {'fall is < and a negative' if falls else 'rise is > and a positive'} "
-            f"percentage; write '{shown(found['name'])} {found['sign']} "
+            f"percentage; write '{shown(match['name'])} {match['sign']} "
             f"{sign}{abs(share) * 100:g}%'"
         )
     if abs(share) < 1e-6:
@@ -148,15 +147,15 @@ def parse_condition(text: str) -> Condition:
         )
     if falls and share <= -1:
         raise UsageError(f"{option}: nothing falls by 100 % or more; give less, such as -5%")
-    return Condition(text.strip(), GAUGES[metric], strategy, falls, abs(share))
+    return Condition(text.strip(), METRICS[metric], strategy, falls, abs(share))
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    """Strategy and metric; both may hold dots (``my.policies:Mine``, ``p99.9_ttft_ms``)."""
-    for metric in sorted(GAUGES, key=len, reverse=True):
+    """Return strategy and metric; both may hold dots (``my.policies:Mine``, ``p99.9_ttft_ms``)."""
+    for metric in sorted(METRICS, key=len, reverse=True):
         if name.endswith(f".{metric}"):
             return name.removesuffix(f".{metric}"), metric
-    if name in GAUGES:
+    if name in METRICS:
         return None, name
     strategy, _, metric = name.rpartition(".")
     return strategy or None, metric
@@ -165,149 +164,135 @@ def _split(name: str) -> tuple[str | None, str]:
 def _unknown(metric: str) -> str:
     name = shown(metric)
     if metric.endswith(_COUNTS):
-        return f"{name} is counted exactly, and any change of it fails without being asked for"
-    near = [name for name in GAUGES if metric in name.split("_") and GAUGES[name].shown]
-    near = near or difflib.get_close_matches(metric, GAUGES, 3, 0.5)
+        return f"{name} is an exact count; any change of it fails without this option"
+    near = [name for name in METRICS if metric in name.split("_") and METRICS[name].shown]
+    near = near or difflib.get_close_matches(metric, METRICS, 3, 0.5)
     if near:
-        return f"no metric is called {name}; near are {', '.join(near)}"
-    usual = ", ".join(name for name, each in GAUGES.items() if each.shown)
-    return f"no metric is called {name}; there are {usual} and the others of a summary"
+        return f"there is no metric {name}; similar ones are {', '.join(near)}"
+    usual = ", ".join(name for name, metric in METRICS.items() if metric.shown)
+    return f"there is no metric {name}; there are {usual} and the others of a summary"
 
 
 def check_margin(floor: float, margin: float) -> None:
-    """Raise :class:`UsageError` if a loss could be both slower and the same; both in percent."""
+    """Raise UsageError if a loss could be both slower and the same; both are in percent."""
     if margin <= floor:
         raise UsageError(
-            f"--margin {margin:g}: must be above --floor {floor:g} (both in percent), or a loss in "
-            "between would be both slower and the same"
+            f"--margin {margin:g}: must be above --floor {floor:g} (both in percent), or a loss "
+            "between the two would be both slower and the same"
         )
+
+
+_PANEL = "Gate"
+
+
+def _percent(
+    default: float | None, help: str, default_text: str | None = None, *, least: float = 0.0
+) -> Any:
+    return setting(
+        default,
+        help,
+        _PANEL,
+        min=least,
+        max=90.0,
+        metavar="PERCENT",
+        unit="percent",
+        default_text=default_text,
+    )
+
+
+_FLOOR_HELP = "Percent of loss that must be exceeded before a version is called slower."
+_MARGIN_HELP = "Percent of loss that must be ruled out before two versions are called the same."
+
+
+def _confidence(help: str) -> Any:
+    return setting(0.999, help, _PANEL, min=0.5, max=0.999999, unit="share")
+
+
+_SEQUENTIAL_HELP = "Probability that equal versions are not called slower, over the whole command."
+
+
+def _max_time(default: float) -> Any:
+    return setting(
+        default,
+        "Time limit in seconds, including the start of processes; at least 20.",
+        _PANEL,
+        min=20,
+        max=1e9,
+        unit="seconds",
+    )
+
+
+def _allow_improvement() -> Any:
+    return setting(
+        False, "Pass if all counts that changed, per strategy, are better (fewer passes).", _PANEL
+    )
 
 
 @dataclass(frozen=True)
 class CompareSpec:
-    """When two versions differ, and which differences make the answer bad."""
+    """Thresholds of a comparison of results."""
 
     fail_if: tuple[str, ...] = setting(
         (),
-        "Also fail where this change is shown: a metric of a summary (of one strategy: "
-        "continuous.p99_ttft_ms), < or >, and a percentage, such as 'output_throughput < -5%'. "
-        "Of speedup or efficiency it takes the place of --floor. Give it once a condition.",
-        "Gate",
+        "Also fail if this change is shown: a metric of the summary, of one strategy "
+        "(continuous.p99_ttft_ms) or of any, < or >, and a percentage: 'output_throughput < -5%'. "
+        "For speedup and efficiency it replaces --floor. Repeat it for more conditions.",
+        _PANEL,
         metavar="CONDITION",
     )
-    floor: float = setting(
+    floor: float = _percent(
         5.0,
-        "Percent of a speed-up that must be shown to be lost for it to be slower. Less is within "
-        "what two builds of one code differ by, between processes and machines of one kind.",
-        "Gate",
-        min=0.0,
-        max=90.0,
-        metavar="PERCENT",
-        unit="percent",
+        "Percent of speed-up that must be shown to be lost before a version is called slower. Two "
+        "builds of the same code, or two machines of one kind, can differ by a few percent.",
     )
-    margin: float = setting(
-        10.0,
-        "Percent within which a change must be shown to lie, both ways, for it to be the same.",
-        "Gate",
-        min=0.1,
-        max=90.0,
-        metavar="PERCENT",
-        unit="percent",
+    margin: float = _percent(
+        10.0, "Percent that a change must be shown to stay within to be called the same.", least=0.1
     )
-    confidence: float = setting(
-        0.999,
-        "Confidence level required to report a change, over all gated metrics together.",
-        "Gate",
-        min=0.5,
-        max=0.999999,
-        unit="share",
+    confidence: float = _confidence(
+        "Confidence level required to report a change, over all gated metrics together."
     )
-    allow_improvement: bool = setting(
-        False,
-        "Pass where counts changed, if every count of that strategy that changed is better.",
-        "Gate",
-    )
+    allow_improvement: bool = _allow_improvement()
     allow_environment_mismatch: bool = setting(
         False,
-        "Gate speed-ups although machine, versions or execution differ. Absolute times are not "
-        "compared even then.",
-        "Gate",
+        "Gate speed-ups even if machine, software versions or execution differ. Absolute times are "
+        "not compared even then.",
+        _PANEL,
     )
 
     def __post_init__(self) -> None:
         settings.check(self)
         seen: dict[tuple[str, str | None, bool], str] = {}
         for condition in self.conditions:
-            key = (condition.gauge.name, condition.strategy, condition.falls)
+            key = (condition.metric.name, condition.strategy, condition.falls)
             if key in seen:
                 raise UsageError(
-                    f"--fail-if '{shown(condition.text)}': '{shown(seen[key])}' says already when "
-                    "that fails; give one of them"
+                    f"--fail-if '{shown(condition.text)}': has the same metric and direction as "
+                    f"'{shown(seen[key])}'; give one of them"
                 )
             seen[key] = condition.text
 
     @property
     def conditions(self) -> list[Condition]:
-        """What ``fail_if`` says."""
         return [parse_condition(text) for text in self.fail_if]
-
-    @property
-    def alpha(self) -> float:
-        """Probability of any false alarm, for each side."""
-        return 1 - self.confidence
-
-
-_PANEL = "Deciding"
 
 
 @dataclass(frozen=True)
 class DuetSpec:
-    """How long to look, and what counts as a difference."""
+    """Time limit and thresholds of a duet."""
 
-    max_time: float = setting(
-        300.0,
-        "Seconds that all of it may take, the start of the processes included.",
-        _PANEL,
-        min=20,
-        max=1e9,
-        unit="seconds",
-    )
-    floor: float = setting(
-        1.0,
-        "Percent of loss that must be exceeded before anything is called slower.",
-        _PANEL,
-        min=0.0,
-        max=90.0,
-        metavar="PERCENT",
-        unit="percent",
-    )
-    margin: float = setting(
-        5.0,
-        "Percent of loss that must be ruled out before anything is called the same.",
-        _PANEL,
-        min=0.1,
-        max=90.0,
-        metavar="PERCENT",
-        unit="percent",
-    )
-    confidence: float = setting(
-        0.999,
-        "Probability with which equal versions are not called slower, all looks together.",
-        _PANEL,
-        min=0.5,
-        max=0.999999,
-        unit="share",
-    )
+    max_time: float = _max_time(300.0)
+    floor: float = _percent(1.0, _FLOOR_HELP)
+    margin: float = _percent(5.0, _MARGIN_HELP, least=0.1)
+    confidence: float = _confidence(_SEQUENTIAL_HELP)
     timed: str | None = setting(
         None,
-        "Strategies whose time is compared and gated; of the others only the work is.",
+        "Strategies whose time is compared and gated, separated by commas. For the others only "
+        "counts and outputs are compared.",
         _PANEL,
         metavar="NAMES",
         default_text="the last of --strategy",
     )
-    allow_improvement: bool = setting(
-        False, "Fewer passes, or less computed in vain, is no failure.", _PANEL
-    )
+    allow_improvement: bool = _allow_improvement()
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -316,57 +301,25 @@ class DuetSpec:
 
 @dataclass(frozen=True)
 class CheckSpec:
-    """With what this version is compared, how long to look, and what counts as a difference."""
+    """The baseline of a check, its time limit and thresholds."""
 
     baseline: Path | None = setting(
-        None, "The file that batchbench baseline save wrote.", "Base", metavar="FILE"
+        None, "File written by batchbench baseline save.", "Base", metavar="FILE"
     )
     preset: str | None = setting(
         None,
-        "Refuse a baseline that was made with another preset.",
+        "Refuse a baseline that was saved with another preset than this.",
         "Base",
         metavar="NAME",
         choices=tuple(PRESETS),
     )
-    max_time: float = setting(
-        240.0,
-        "Seconds that all of it may take, the start of the processes included.",
-        _PANEL,
-        min=20,
-        max=1e9,
-        unit="seconds",
+    max_time: float = _max_time(240.0)
+    floor: float | None = _percent(
+        None, _FLOOR_HELP, "10, or 20 on another machine than the baseline's"
     )
-    floor: float | None = setting(
-        None,
-        "Percent of loss that must be exceeded before anything is called slower.",
-        _PANEL,
-        min=0.0,
-        max=90.0,
-        metavar="PERCENT",
-        unit="percent",
-        default_text="10, on a machine that is not the baseline's 20",
-    )
-    margin: float | None = setting(
-        None,
-        "Percent of loss that must be ruled out before anything is called the same.",
-        _PANEL,
-        min=0.1,
-        max=90.0,
-        metavar="PERCENT",
-        unit="percent",
-        default_text="1.5 times the floor",
-    )
-    confidence: float = setting(
-        0.999,
-        "Probability with which equal versions are not called slower, all looks together.",
-        _PANEL,
-        min=0.5,
-        max=0.999999,
-        unit="share",
-    )
-    allow_improvement: bool = setting(
-        False, "Fewer passes, or less computed in vain, is no failure.", _PANEL
-    )
+    margin: float | None = _percent(None, _MARGIN_HELP, "1.5 times the floor", least=0.1)
+    confidence: float = _confidence(_SEQUENTIAL_HELP)
+    allow_improvement: bool = _allow_improvement()
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -374,47 +327,61 @@ class CheckSpec:
             check_margin(self.floor, self.margin)
         if self.baseline is None:
             raise UsageError(
-                "--baseline: name the file to compare with; batchbench baseline save makes one"
+                "--baseline: name the file to compare with; batchbench baseline save writes one"
             )
 
 
 @dataclass(frozen=True)
 class BaselineSpec:
-    """What a baseline is made of, and where it goes."""
+    """The size of a baseline, and its file."""
 
     processes: int = setting(
         12,
-        "Fresh processes that are measured; each is a sample.",
+        "Fresh processes to measure, at least 8. Each is one sample.",
         "Measuring",
         min=8,
         max=1000,
     )
-    output: Path = setting(Path("baseline.json"), "File of the baseline.", "Output", metavar="FILE")
-    overwrite: bool = setting(False, "Replace a baseline that is there.", "Output")
-    quiet: bool = setting(False, "No progress.", "Output")
+    output: Path | None = setting(
+        None,
+        "File for the baseline; the same as the argument FILE.",
+        "Output",
+        metavar="FILE",
+        default_text="baseline.json",
+    )
+    overwrite: bool = setting(False, "Replace the file if it exists.", "Output")
+    quiet: bool = setting(False, "Show no progress.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)
 
 
-def rule_of(spec: DuetSpec) -> Rule:
-    """The same in logarithms of a time's ratio."""
+def make_rule(floor: float, margin: float, confidence: float) -> Rule:
+    """Return the rule on logarithms of time ratios; ``floor`` and ``margin`` are in percent."""
     from batchbench.reports.statistics import Rule
 
-    return Rule(log1p(spec.floor / 100), log1p(spec.margin / 100), 1 - spec.confidence)
+    check_margin(floor, margin)
+    return Rule(log1p(floor / 100), log1p(margin / 100), 1 - confidence)
 
 
-def lanes_of(experiment: Experiment, timed: str | None) -> tuple[list[str], list[str]]:
-    """Strategies whose time is compared, and the others.
+def rule_of(spec: DuetSpec) -> Rule:
+    return make_rule(spec.floor, spec.margin, spec.confidence)
+
+
+def timed_strategies(experiment: Experiment, timed: str | None) -> tuple[list[str], list[str]]:
+    """Return the strategies whose time is compared, and the others.
+
+    Args:
+        timed: names separated by commas; None for the last strategy.
 
     Raises:
-        UsageError: ``timed`` names one that is not served, or one that has no turns to take.
+        UsageError: a name is not among the strategies, or none of them can take turns.
     """
     ours = list(experiment.serving.policies)
     if not ours:
         raise UsageError(
-            f"--strategy {GENERATE_BATCH}: schedules for itself and cannot take turns; add one of "
-            "ours, such as continuous"
+            f"--strategy {GENERATE_BATCH}: schedules for itself and cannot take turns; add another "
+            "strategy, such as continuous"
         )
     names = [name.strip() for name in timed.split(",") if name.strip()] if timed else ours[-1:]
     for name in names:

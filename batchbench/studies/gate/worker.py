@@ -1,24 +1,24 @@
-"""The process that serves in turns: ``python -P -m batchbench.studies.worker``.
+"""The worker process that serves in turns: ``python -P -m batchbench.studies.worker``.
 
-It is told what to do in lines of JSON on standard input and answers each with one on standard
-output; whatever else would be printed there goes to standard error. Each installation brings its
-own worker, so that a comparison of two installations runs each with all of its own code.
+It reads requests from standard input and writes one answer to each on standard output, both as
+lines of JSON; anything else that would be printed there goes to standard error. Each installation
+runs its own worker, so that a comparison of two runs each with all of its own code. The words of
+the protocol must not change, because the driver may be another version of batchbench.
 
-It first imports whatever takes long, seconds of it, and then waits. For each "begin" it forks a
-fresh process that answers until it is told to finish, or serves and ends itself where it cannot
-fork.
+The worker first imports what takes seconds, then waits. For each "begin" it forks a fresh process,
+which answers until "finish". Where it cannot fork, it serves itself and ends.
 
     {"do": "begin"}
-        tell who it is
-    {"do": "open", "config": …, "lanes": {"continuous": null, …}, "also": ["static", …]}
-        make the workload, load the model, warm up, serve once in each lane that comes without
-        [steps of a trial, nanoseconds of a step], and once under each strategy of "also"; a lane is
-        a strategy, "notebook/continuous" one on that engine; "core": the processor core to stay
-        on from then on, or null
+        identify the installation
+    {"do": "open", "config": …, "lanes": {"continuous": null, …}, "also": ["static", …], "core": 3}
+        make the workload, load the model, and warm up. A lane is a strategy, or a strategy on
+        another engine ("notebook/continuous"); its value is [steps of a trial, ns of a step] from
+        an earlier process, or null to serve one trial and measure them. Serve the strategies of
+        "also" once. Stay on processor core "core" from then on, unless it is null
     {"do": "turn", "lane": "continuous", "steps": 40}
-        run so many steps
+        serve so many steps
     {"do": "finish"}
-        tell what work each lane did and what of it varied from trial to trial, and end
+        report the work of each lane and what varied from trial to trial, and end
 """
 
 from __future__ import annotations
@@ -51,29 +51,25 @@ PROTOCOL = 2
 
 
 def main() -> None:
-    """Serve, in a fresh process each time that somebody asks."""
-    gc.disable()  # what is imported stays; to look through it time and again takes half a second
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
+    """Serve, in a fresh process for each "begin"."""
+    gc.disable()  # imported objects stay; collections among them would take half a second
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     _import_all()
     gc.freeze()
-    while sys.stdin.readline():  # no more than a line is there until it has been answered
+    while sys.stdin.readline():  # the driver writes no further line before the answer
         if not can_fork() or os.fork() == 0:
             _serve(out)
             sys.stderr.flush()
-            os._exit(0)  # there is nothing to tidy up
+            os._exit(0)  # without clean-up, which takes time
         status = os.waitstatus_to_exitcode(os.wait()[1])
         if status:
             sys.exit(status)
 
 
 def can_fork() -> bool:
-    """Whether a forked process can do all that a fresh one can.
-
-    Not beside a GPU, whose driver does not survive it, and nowhere but on Linux: elsewhere what the
-    system's libraries have set up does not survive it either.
-    """
+    """Return True on Linux without a GPU: drivers and other systems' libraries survive no fork."""
     drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
     return sys.platform == "linux" and not any(map(os.path.exists, drivers))
 
@@ -86,49 +82,47 @@ def _import_all() -> None:
 
 
 def _serve(out: TextIO) -> None:
-    """Answer until told to finish, or until nobody asks any more."""
     worker = Worker()
-    _tell(out, worker.hello())
+    _write(out, worker.hello())
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         try:
-            answer = worker.answer(asked)
+            answer = worker.answer(request)
         except BatchbenchError as error:
             answer = {"error": str(error), "usage": isinstance(error, UsageError)}
         except Exception:
             answer = {"error": traceback.format_exc(), "usage": False}
-        _tell(out, answer)
-        if asked["do"] == "finish" or "error" in answer:
+        _write(out, answer)
+        if request["do"] == "finish" or "error" in answer:
             break
 
 
-def elsewhere() -> list[object]:
-    """Memory of random sizes: while it is kept, what is allocated lies elsewhere each time.
+def randomize_memory_layout() -> list[object]:
+    """Allocate blocks of random size, which shift later allocations for as long as they live.
 
-    Forked processes would otherwise all lay out their memory alike, and where a model lies makes it
-    a little faster or slower (Curtsinger and Berger 2013, Stabilizer).
+    Forked processes would otherwise have the same memory layout, and layout makes a model a little
+    faster or slower (Curtsinger and Berger 2013, Stabilizer).
     """
-    chance = random.SystemRandom()  # any other generator would be a copy of the parent's
+    random_sizes = random.SystemRandom()  # any other generator would be a copy of the parent's
     return [
-        bytearray(chance.randrange(1, 1 << 16)),
-        mmap.mmap(-1, chance.randrange(1, 1 << 9) * mmap.PAGESIZE),
+        bytearray(random_sizes.randrange(1, 1 << 16)),
+        mmap.mmap(-1, random_sizes.randrange(1, 1 << 9) * mmap.PAGESIZE),
     ]
 
 
-def _tell(out: TextIO, answer: Mapping[str, Any]) -> None:
+def _write(out: TextIO, answer: Mapping[str, Any]) -> None:
     out.write(json.dumps(answer) + "\n")
     out.flush()
 
 
 class Worker:
-    """Serves one experiment's workload in one or several lanes."""
+    """The server of one experiment's workload under one or several strategies."""
 
     def __init__(self) -> None:
-        self._lanes: dict[str, Lane] = {}
-        self._elsewhere = elsewhere()
+        self._runs: dict[str, PausableRun] = {}
+        self._memory = randomize_memory_layout()
 
     def hello(self) -> dict[str, Any]:
-        """What this is."""
         from batchbench.batching.machine import environment
 
         return {
@@ -141,58 +135,50 @@ class Worker:
             "environment": environment(),
         }
 
-    def answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Do what is asked."""
-        if asked["do"] == "open":
-            told = self.open(asked["config"], asked["lanes"], asked["also"])
-            stay_on(asked["core"])
-            return told
-        if asked["do"] == "turn":
-            return {"turn": astuple(self._lanes[asked["lane"]].turn(asked["steps"]))}
-        lanes = self._lanes.items()
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if request["do"] == "open":
+            opened = self.open(request["config"], request["lanes"], request["also"])
+            stay_on(request["core"])
+            return opened
+        if request["do"] == "turn":
+            return {"turn": astuple(self._runs[request["lane"]].turn(request["steps"]))}
         return {
-            "varied": {name: lane.varied for name, lane in lanes},
-            "work": {name: lane.work for name, lane in lanes},
+            "varied": {name: run.varied for name, run in self._runs.items()},
+            "work": {name: run.work for name, run in self._runs.items()},
         }
 
     def open(
         self,
         config: Mapping[str, Any],
-        lanes: Mapping[str, Sequence[float] | None],
+        strategies: Mapping[str, Sequence[float] | None],
         also: Sequence[str],
     ) -> dict[str, Any]:
-        """Make ready; what the work is, and what it runs on.
-
-        Raises:
-            UsageError: what is asked cannot be done by this installation, or not here.
-        """
         from batchbench.batching.experiment import Experiment
         from batchbench.batching.models import ModelCache
-        from batchbench.batching.progress import Watch
         from batchbench.batching.session import Session
         from batchbench.reports.result import workload_facts
 
-        experiment, shelf = Experiment.from_config(config), ModelCache()
+        experiment, models = Experiment.from_config(config), ModelCache()
         sessions = {}
-        for name in lanes:
-            # Each lane has an engine of its own, whose cache holds its half-served batch.
-            sessions[name] = Session(_asked_by(name, experiment), Watch(), shelf)
+        for name in strategies:
+            # Each has its own engine, whose cache holds the half-served batch between turns.
+            sessions[name] = Session(_varied(experiment, name), Watch(), models)
             _check_closed(sessions[name].workload)
             sessions[name].warm_up()
         first = next(iter(sessions.values()))
         others = {
             name: work_of(first.batcher(name).serve(first.workload, Watch())) for name in also
         }
-        self._lanes = {
-            name: Lane(
-                sessions[name].batcher(strategy_of(name)),
+        self._runs = {
+            name: PausableRun(
+                sessions[name].batcher(name.rpartition("/")[2]),
                 sessions[name].workload,
-                Known(int(known[0]), known[1]) if known else None,
+                Calibration(int(known[0]), known[1]) if known else None,
             )
-            for name, known in lanes.items()
+            for name, known in strategies.items()
         }
         run_kernel()
-        # What is there now stays; a collection between trials then has little to look through.
+        # Present objects stay, so that a collection between trials has little to look through.
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -201,8 +187,12 @@ class Worker:
             "model": first.model,
             "environment": first.environment,
             "lanes": {
-                name: {"steps": lane.known.steps, "step_ns": lane.known.step_ns, "work": lane.work}
-                for name, lane in self._lanes.items()
+                name: {
+                    "steps": run.calibration.steps,
+                    "step_ns": run.calibration.step_ns,
+                    "work": run.work,
+                }
+                for name, run in self._runs.items()
             },
             "also": others,
         }
@@ -211,71 +201,63 @@ class Worker:
 def _check_closed(workload: Workload) -> None:
     if not workload.closed:
         raise UsageError(
-            "turns need requests that are all there at the start and of known lengths, so that "
-            "both sides take the same steps; drop arrivals and --stop-at-eos"
+            "turns need all requests at the start and given output lengths, so that both sides "
+            "take the same steps; drop arrivals and --stop-at-eos"
         )
 
 
 def stay_on(core: int | None) -> None:
-    """Keep this thread, the only one that computes, on a core; where the system can."""
     if core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
 
 
-def strategy_of(lane: str) -> str:
-    """The strategy of a lane: ``continuous`` of ``notebook/continuous``."""
-    return lane.rpartition("/")[2]
-
-
-def _asked_by(lane: str, experiment: Any) -> Any:
-    """The experiment with what a lane changes of it."""
-    engine, _, strategy = lane.rpartition("/")
+def _varied(experiment: Any, name: str) -> Any:
+    engine, _, strategy = name.rpartition("/")
     serving = replace(experiment.serving, strategy=strategy)
     if engine:
         serving = replace(serving, engine=engine, prefill="auto", execution="auto")
     return replace(experiment, serving=serving)
 
 
-KERNEL_BYTES = 16 << 20
-"""Hashed by the calibration kernel: 10 ms or more on any core of today."""
-
-
 @dataclass(frozen=True)
-class Known:
-    """What an earlier process learnt of a lane: steps of a trial, and what one takes."""
+class Calibration:
+    """Steps of a trial and time of a step, measured in an earlier process or in a first trial."""
 
     steps: int
     step_ns: float
 
 
-class Lane:
-    """Serves one closed workload again and again.
+class PausableRun:
+    """A closed workload that is served again and again, and stops between any two steps.
 
-    Every trial must do the work of the first, which is held against it each time that one ends:
-    ``varied`` names what differed, a fault of ours. ``work`` is None before the first has ended.
+    Attributes:
+        work: counters and output digest of the first trial; None before it has ended.
+        varied: the first counter that differed in a later trial, which is a fault of batchbench.
+        calibration: measured in a first trial if it is not given.
     """
 
-    def __init__(self, batcher: Batcher, workload: Workload, known: Known | None = None) -> None:
+    def __init__(
+        self, batcher: Batcher, workload: Workload, calibration: Calibration | None = None
+    ) -> None:
         self._batcher, self._workload = batcher, workload
         self._trial = 0
         self.work: Mapping[str, Any] | None = None
         self.varied: str | None = None
-        self.known = known or self._learn()
+        self.calibration = calibration or self._calibrate()
         self._begin()
 
     def turn(self, steps: int) -> Turn:
-        """Run so many steps, over the ends of trials where need be."""
         kernel_ns = run_kernel()
         if self._left == 0:
             self._end()
         timed = wall = cpu = 0
         todo = steps
-        if self._done:  # the first pass of a trial is timed, cold as it is: it prefills
+        if self._done:  # the first step of a trial is timed although caches are cold: it prefills
             self._advance(1)
             todo -= 1
         while todo:
             if self._left == 0:
-                self._end()  # the next trial is set up between the times that count
+                self._end()  # the next trial is set up outside the timed intervals
             now = min(todo, self._left)
             began, began_cpu = time.perf_counter_ns(), time.process_time_ns()
             self._advance(now)
@@ -284,60 +266,56 @@ class Lane:
             timed, todo = timed + now, todo - now
         return Turn(timed, wall, cpu, kernel_ns)
 
-    def _learn(self) -> Known:
-        """Serve once."""
+    def _calibrate(self) -> Calibration:
         first = self._batcher.serve(self._workload, Watch(), trial=self._trial)
         self.work = work_of(first)
-        return Known(first.num_steps, first.duration_ns / max(first.num_steps, 1))
+        return Calibration(first.num_steps, first.duration_ns / max(first.num_steps, 1))
 
     def _begin(self) -> None:
         gc.collect()
         self._serving = Serving(self._batcher, self._workload, Watch(), trial=self._trial)
         self._done = 0
-        self._left = self.known.steps
+        self._left = self.calibration.steps
 
     def _advance(self, steps: int) -> None:
-        """Run so many steps of the trial, and wait until they are computed."""
+        """Serve so many steps of the trial, and wait until they are computed."""
         goal = self._done + steps
         while self._done < goal:
             self._serving.advance(goal - self._done)
             self._done = self._serving.steps
         self._batcher.engine.wait()
-        self._left = self.known.steps - self._done
+        self._left = self.calibration.steps - self._done
 
     def _end(self) -> None:
-        """Close the trial, and begin the next."""
         recording = self._serving.advance()
         if recording is None:
-            self.varied = "forward_passes"  # it takes more steps than it did
+            self.varied = "forward_passes"  # it takes more steps than the first trial
         else:
-            self._hold_against_first(work_of(recording))
+            work = work_of(recording)
+            self.work = self.work or work
+            differing = (name for name, value in self.work.items() if work[name] != value)
+            self.varied = self.varied or next(differing, None)
         self._trial += 1
         self._begin()
 
-    def _hold_against_first(self, now: Mapping[str, Any]) -> None:
-        self.work = self.work or now
-        other = [name for name, value in self.work.items() if now[name] != value]
-        self.varied = self.varied or (other[0] if other else None)
-
 
 def work_of(recording: Recording) -> dict[str, Any]:
-    """The counters of a trial, flat, and the digest of its outputs."""
-    told: Mapping[str, Any] = counters(recording) if recording.has_steps else {}
+    work: Mapping[str, Any] = counters(recording) if recording.has_steps else {}
     if (computed := recording.header.about.get("computed_passes")) is not None:
-        told = {**told, "computed_passes": computed}
-    return {**told, "output_digest": output_digest(recording)}
+        work = {**work, "computed_passes": computed}
+    return {**work, "output_digest": output_digest(recording)}
+
+
+_KERNEL = bytes(16 << 20)
+"""Input of the calibration kernel, which takes 10 ms or more on any core of today."""
 
 
 def run_kernel() -> int:
-    """The calibration kernel: nanoseconds that it took.
+    """Run the calibration kernel and return its time in ns.
 
-    It hashes the same bytes on whatever side it runs and knows nothing of batchbench or torch, so
-    that where it differs, something but them makes the difference.
+    It hashes the same bytes on each side and uses neither batchbench nor torch. If its time
+    differs, the cause is the machine.
     """
     began = time.perf_counter_ns()
     hashlib.blake2b(_KERNEL).digest()
     return time.perf_counter_ns() - began
-
-
-_KERNEL = bytes(KERNEL_BYTES)
