@@ -8,6 +8,7 @@ import functools
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -21,8 +22,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from batchbench.cli import streams
-from batchbench.cli.options import Command, spell_usage
-from batchbench.errors import BatchbenchError, ClosedPipe, UsageError, one_line
+from batchbench.errors import BatchbenchError, ClosedPipe, UsageError, one_line, shown
 from batchbench.files import STOPPING, reason_of
 from batchbench.version import __version__
 
@@ -75,15 +75,16 @@ GROUPS = ("baseline", "workload")
 def _load(name: str) -> Any:
     """Import a command."""
     module = importlib.import_module(f"batchbench.cli.{COMMANDS[name][0]}")
+    kind = importlib.import_module("batchbench.cli.options").Command
     if name in GROUPS:
         for info in module.app.registered_commands:
-            info.cls = Command
+            info.cls = kind
         group = typer.main.get_group(module.app)
         group.name = name
         return group
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
     help = getattr(module, f"{name.upper()}_HELP")
-    alone.command(name, help=help, cls=Command)(getattr(module, name))
+    alone.command(name, help=help, cls=kind)(getattr(module, name))
     return typer.main.get_command(alone)
 
 
@@ -276,3 +277,53 @@ def _save_traceback() -> str:
         traceback.print_exc()
         return "above"
     return f"in {path}"
+
+
+SIMILAR = {
+    "--dataset-path": "--trace FILE",
+    "--goodput": "--slo METRIC:MS",
+    "--num-iters": "--trials",
+    "--enforce-eager": "--execution eager",
+}
+"""Options of ``vllm bench`` that are written differently here; an error names the replacement."""
+
+_LEFT_OVER = re.compile(r" \((?P<words>.*)\)$", re.DOTALL)
+_COMMAND = re.compile(
+    r"No such command '(?P<name>.*?)'(\.|\. Did you mean '(?P<near>.*?)'.*)$", re.DOTALL
+)
+
+
+def spell_usage(error: typer.TyperException) -> str:
+    """Return the message for a command line that Typer cannot parse; empty if help was shown.
+
+    Typer's error classes are private, so their attributes, or else their texts, tell them apart.
+    """
+    context: Any = getattr(error, "ctx", None)
+    command: str = context.command_path if context else "batchbench"
+    option: str | None = getattr(error, "option_name", None)
+    if hasattr(error, "possibilities"):
+        near = sorted(error.possibilities or ())
+        hint = f"did you mean {near[0]}?" if near else f"{command} --help lists the options"
+        ours = SIMILAR.get(option or "", "")
+        if any(ours.partition(" ")[0] in param.opts for param in context.command.params):
+            hint = f"use {ours}"
+        return f"{shown(option)}: no such option; {hint}"
+    if option is not None:
+        if "not take a value" in error.message:
+            return f"{shown(option)}: takes no value; give {shown(option)} alone"
+        return f"{shown(option)}: needs a value; {command} --help says which"
+    if hasattr(error, "param_type"):
+        param = getattr(error, "param", None)
+        name = getattr(param, "metavar", None) or getattr(param, "name", "an argument")
+        return f"{name}: is missing; {command} --help says what to give"
+    message = error.format_message()
+    if unknown := _COMMAND.match(message):
+        hint = (
+            f"did you mean {unknown['near']}?"
+            if unknown["near"]
+            else f"{command} --help lists them"
+        )
+        return f"{shown(unknown['name'])}: no such command; {hint}"
+    if rest := _LEFT_OVER.search(message):
+        return f"{shown(rest['words'])}: too many arguments; {command} --help says what it takes"
+    return message

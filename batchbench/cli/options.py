@@ -1,4 +1,4 @@
-"""Options derived from the fields of specs, so that commands share them; help and errors."""
+"""Options derived from the fields of specs, so that commands share them; and their help."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typer.core import TyperCommand
 
 from batchbench import settings
 from batchbench.batching.presets import Basis
-from batchbench.errors import UsageError, shown
+from batchbench.errors import UsageError
 from batchbench.settings import setting
 from batchbench.studies.sweep.grid import parse_numbers
 
@@ -55,14 +55,6 @@ ALIASES = {
     "-o": "--file",
 }
 """Other names of options, most from ``vllm bench``; a command's own option comes first."""
-
-SIMILAR = {
-    "--dataset-path": "--trace FILE",
-    "--goodput": "--slo METRIC:MS",
-    "--num-iters": "--trials",
-    "--enforce-eager": "--execution eager",
-}
-"""Options of ``vllm bench`` that are written differently here; an error names the replacement."""
 
 RARE = (
     *("workload", "max_wait", "order", "engine", "prefill", "max_batched_tokens", "execution"),
@@ -432,48 +424,3 @@ def _without_output(words: Sequence[str], own: Mapping[str, Any]) -> Iterator[st
 def typed_command() -> str:
     """Return the command line that was typed, without options about where its result goes."""
     return shlex.join(_TYPED.get())
-
-
-# Errors of the command line
-
-
-_LEFT_OVER = re.compile(r" \((?P<words>.*)\)$", re.DOTALL)
-_COMMAND = re.compile(
-    r"No such command '(?P<name>.*?)'(\.|\. Did you mean '(?P<near>.*?)'.*)$", re.DOTALL
-)
-
-
-def spell_usage(error: typer.TyperException) -> str:
-    """Return the message for a command line that Typer cannot parse; empty if help was shown.
-
-    Typer's error classes are private, so their attributes, or else their texts, tell them apart.
-    """
-    context: Any = getattr(error, "ctx", None)
-    command: str = context.command_path if context else "batchbench"
-    option: str | None = getattr(error, "option_name", None)
-    if hasattr(error, "possibilities"):
-        near = sorted(error.possibilities or ())
-        hint = f"did you mean {near[0]}?" if near else f"{command} --help lists the options"
-        ours = SIMILAR.get(option or "", "")
-        if any(ours.partition(" ")[0] in param.opts for param in context.command.params):
-            hint = f"use {ours}"
-        return f"{shown(option)}: no such option; {hint}"
-    if option is not None:
-        if "not take a value" in error.message:
-            return f"{shown(option)}: takes no value; give {shown(option)} alone"
-        return f"{shown(option)}: needs a value; {command} --help says which"
-    if hasattr(error, "param_type"):
-        param = getattr(error, "param", None)
-        name = getattr(param, "metavar", None) or getattr(param, "name", "an argument")
-        return f"{name}: is missing; {command} --help says what to give"
-    message = error.format_message()
-    if unknown := _COMMAND.match(message):
-        hint = (
-            f"did you mean {unknown['near']}?"
-            if unknown["near"]
-            else f"{command} --help lists them"
-        )
-        return f"{shown(unknown['name'])}: no such command; {hint}"
-    if rest := _LEFT_OVER.search(message):
-        return f"{shown(rest['words'])}: too many arguments; {command} --help says what it takes"
-    return message
