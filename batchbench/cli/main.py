@@ -29,7 +29,10 @@ from batchbench.version import __version__
 COMMANDS = {
     "run": ("run", "Run a workload with static and continuous batching, and compare them."),
     "simulate": ("run", "Count the steps that run would take, without a model, in seconds."),
-    "predict": ("predict", "Predict other batch sizes from the steps of one run."),
+    "predict": (
+        "predict",
+        "Say from a result where more slots stop paying: other batch sizes, predicted.",
+    ),
     "breakeven": (
         "predict",
         "Map where continuous batching wins, where static does, and the border between.",
