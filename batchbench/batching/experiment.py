@@ -41,18 +41,18 @@ class ServingSpec:
     )
     strategy: str = setting(
         "static,continuous",
-        "Strategies to compare, the first being the baseline: static (fixed batches of what is "
-        "there), static-fixed (waits for full batches), static-bucketed (sorted by prompt length), "
-        "static-oracle (sorted by output length, known beforehand: the best that static can do), "
-        "continuous, generate_batch (transformers' own continuous batching), or a class of yours "
-        "as package.module:Policy.",
+        "Strategies to compare, baseline first. static: batches of the requests that wait; "
+        "static-fixed: waits for full batches; static-bucketed: sorted by prompt length; "
+        "static-oracle: sorted by output length as if known, the best case of static batching; "
+        "continuous; generate_batch: continuous batching of transformers; or your own class as "
+        "package.module:Policy.",
         "Serving",
         metavar="NAMES",
     )
     max_wait: float = setting(
         0.0,
-        "Milliseconds that a static batch which is not full waits for more, counted from when its "
-        "oldest request was due.",
+        "Milliseconds that a static batch waits to fill up, counted from the arrival of its oldest "
+        "request.",
         "Serving",
         min=0.0,
         max=1e9,
@@ -60,27 +60,27 @@ class ServingSpec:
     )
     order: str = setting(
         "fifo",
-        "How the queue is sorted, where the strategy does not sort it itself.",
+        "Order of the queue, for strategies that do not sort it themselves.",
         "Serving",
         choices=tuple(ORDERS),
     )
     engine: str = setting(
         "slots",
-        "slots: one preallocated cache; notebook: left padding, past key-values rebuilt at each "
-        "change of the batch.",
+        "Engine that runs the model. slots: one preallocated KV cache; notebook: left padding, KV "
+        "cache rebuilt whenever the batch changes.",
         "Serving",
         choices=ENGINES,
     )
     prefill: str = setting(
         "auto",
-        "mixed: newcomers' prompts ride along with the running requests (chunked prefill; slots "
-        "engine only); separate: they get a pass of their own; auto: mixed where the engine can.",
+        "Prefill of new requests. mixed: in the same pass as running requests (chunked prefill; "
+        "slots engine only); separate: in a pass of its own; auto: mixed if the engine can.",
         "Serving",
         choices=PREFILLS,
     )
     max_batched_tokens: int | None = setting(
         None,
-        "Most tokens that one pass computes with mixed prefill.",
+        "Maximum number of tokens per pass with mixed prefill.",
         "Serving",
         min=2,
         max=10**9,
@@ -88,8 +88,8 @@ class ServingSpec:
     )
     execution: str = setting(
         "auto",
-        "How passes that only decode are computed. eager: operation by operation; graph: replayed "
-        "as CUDA graphs; compile: by torch.compile; auto: graph on CUDA, else eager.",
+        "Execution of decode passes. eager: operation by operation; graph: replayed CUDA graphs; "
+        "compile: torch.compile; auto: graph on CUDA, else eager.",
         "Serving",
         choices=EXECUTIONS,
     )
@@ -99,7 +99,7 @@ class ServingSpec:
         if not self.strategies:
             raise UsageError("--strategy: name at least one, such as static,continuous")
         if len(set(self.strategies)) < len(self.strategies):
-            raise UsageError(f"--strategy {shown(self.strategy)}: names a strategy twice")
+            raise UsageError(f"--strategy {shown(self.strategy)}: has the same strategy twice")
         for name in self.policies:
             make_policy(name)
         if self.max_wait and not any(name in WAITING for name in self.strategies):
@@ -151,21 +151,21 @@ class TrialsSpec:
 
     trials: int = setting(
         4,
-        "Times that each strategy serves the workload, in pairs of alternating order.",
+        "Number of trials of each strategy; the order alternates.",
         "Measuring",
         min=1,
         max=10_000,
     )
     verify: str = setting(
         "all",
-        "Requests whose tokens are checked against the model alone: all, none or a number.",
+        "Requests whose tokens are checked against unbatched generation: all, none or a number.",
         "Measuring",
         metavar="all|N|none",
     )
     max_time: float | None = setting(
         None,
-        "Seconds that the trials may take: no pair is begun that would end later, and one that is "
-        "a tenth too late is given up.",
+        "Time limit of the trials in seconds. A trial pair that would end later is not started; "
+        "one that is over by more than a tenth is dropped.",
         "Measuring",
         min=0.001,
         max=1e9,

@@ -103,15 +103,15 @@ class Basis:
 
     preset: str = setting(
         NOTEBOOK,
-        "A named workload and setting, listed by batchbench workload list; options override it.",
+        "Preset to start from; options override it; batchbench workload list describes them.",
         "Start from",
         choices=tuple(PRESETS),
         metavar="NAME",
     )
     workload: Path | None = setting(
         None,
-        "A TOML file with options of the workload, written with underscores; it overrides the "
-        "preset, and options override it.",
+        "TOML file with workload options, written with underscores; it overrides the preset, and "
+        "options override it.",
         "Start from",
         metavar="FILE.toml",
     )

@@ -13,7 +13,7 @@ import typer
 
 from batchbench import settings
 from batchbench.batching.experiment import Experiment
-from batchbench.cli.options import with_given
+from batchbench.cli.options import with_options
 from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError, shown
 from batchbench.files import undisturbed
@@ -80,9 +80,9 @@ class CapacitySpec:
         settings.check(self)
 
 
-@with_given(
-    SWEPT,
+@with_options(
     {"goals": GoalsSpec, "study": CapacitySpec},
+    raw=SWEPT,
     omit=("request_rate", "max_concurrency", "speed", "trials", "max_time"),
 )
 def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) -> None:

@@ -1,56 +1,148 @@
-"""The program: commands, and the one place where errors become exit codes."""
+"""The program: its commands, and the one place where errors become exit codes."""
 
 from __future__ import annotations
 
 import _thread
 import errno
+import functools
+import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from batchbench.cli import capacity as capacities
-from batchbench.cli import gate as checking
-from batchbench.cli import gate as comparing
-from batchbench.cli import gate as dueting
-from batchbench.cli import ladder as climbing
-from batchbench.cli import predict as mapping
-from batchbench.cli import predict as predicting
-from batchbench.cli import reproduce as reproducing
-from batchbench.cli import run as running
-from batchbench.cli import streams, workload
-from batchbench.cli import sweep as sweeping
-from batchbench.cli import trend as looking_back
-from batchbench.cli import watch as watching
-from batchbench.cli.streams import echo
-from batchbench.cli.usage import spell_usage
-from batchbench.errors import BatchbenchError, ClosedPipe, UsageError, one_line
+from batchbench.cli import streams
+from batchbench.errors import BatchbenchError, ClosedPipe, UsageError, one_line, shown
 from batchbench.files import STOPPING, reason_of
 from batchbench.version import __version__
 
+COMMANDS = {
+    "run": ("run", "Run a workload with static and continuous batching, and compare them."),
+    "simulate": ("run", "Count the steps that run would take, without a model, in seconds."),
+    "predict": (
+        "predict",
+        "Say from a result where more slots stop paying: other batch sizes, predicted.",
+    ),
+    "breakeven": (
+        "predict",
+        "Map where continuous batching wins, where static does, and the border between.",
+    ),
+    "sweep": ("sweep", "Run a grid of experiments: any option of run may have many values."),
+    "ladder": (
+        "ladder",
+        "Serve one workload in ever faster ways, beside what this machine allows.",
+    ),
+    "capacity": (
+        "capacity",
+        "Find the highest request rate that each strategy sustains within --slo.",
+    ),
+    "report": ("report", "Show results again: here, as a web page, as Markdown or as JSON."),
+    "reproduce": ("reproduce", "Run the experiment of a result again, and say what agrees."),
+    "watch": (
+        "watch",
+        "Replay a result: slots fill and empty as they did, the strategies side by side.",
+    ),
+    "compare": (
+        "gate",
+        "Compare two versions by their results, and say which differences are real.",
+    ),
+    "duet": (
+        "gate",
+        "Compare another installation of batchbench with this one, in alternating turns.",
+    ),
+    "check": (
+        "gate",
+        "Hold this version against a kept baseline: its work exactly, its speed by ratios.",
+    ),
+    "trend": ("trend", "Find the commits at which kept results changed for good."),
+    "baseline": ("gate", "Keep what this version does, to hold later ones against."),
+    "workload": ("workload", "List presets, inspect a workload without running it, or save it."),
+}
+"""Module and purpose of each command. A module is imported only when its command is used."""
+
+GROUPS = ("baseline", "workload")
+"""Commands with subcommands: the ``app`` of their module."""
+
+
+@functools.cache
+def _load(name: str) -> Any:
+    """Import a command."""
+    module = importlib.import_module(f"batchbench.cli.{COMMANDS[name][0]}")
+    kind = importlib.import_module("batchbench.cli.options").Command
+    if name in GROUPS:
+        for info in module.app.registered_commands:
+            info.cls = kind
+        group = typer.main.get_group(module.app)
+        group.name = name
+        return group
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    help = getattr(module, f"{name.upper()}_HELP")
+    alone.command(name, help=help, cls=kind)(getattr(module, name))
+    return typer.main.get_command(alone)
+
+
+class _Commands(Mapping[str, Any]):
+    """The commands by name, each imported when it is looked up."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in COMMANDS:
+            raise KeyError(name)
+        return _load(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _Group(TyperGroup):
+    """The program: lists its commands without importing them."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _Commands()  # type: ignore[assignment]
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in COMMANDS:  # only for lists of commands
+            return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1])
+        return None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if args[0] in COMMANDS:
+            return args[0], self.commands[args[0]], args[1:]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="batchbench",
-    help="How much does continuous batching buy over static batching, on your hardware and "
-    "workload, and why?",
+    cls=_Group,
+    help="Measure how much continuous batching gains over static batching on your hardware and "
+    "workload, and why.",
+    epilog="Start with: batchbench run. Terms are explained in docs/glossary.md.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        echo(f"batchbench {__version__}")
+def _version(wanted: bool) -> None:
+    if wanted:
+        streams.echo(f"batchbench {__version__}")
         raise typer.Exit
 
 
@@ -58,28 +150,12 @@ def _version(asked: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_version, is_eager=True, metavar=" ", help="Print the version."
+        ),
     ] = False,
 ) -> None:
-    """How much does continuous batching buy over static batching, and why?"""
-
-
-app.command("run", help=running.RUN_HELP)(running.run)
-app.command("simulate", help=running.SIMULATE_HELP)(running.simulate)
-app.command("predict", help=predicting.PREDICT_HELP)(predicting.predict)
-app.command("breakeven", help=mapping.BREAKEVEN_HELP)(mapping.breakeven)
-app.command("sweep", help=sweeping.SWEEP_HELP)(sweeping.sweep)
-app.command("ladder", help=climbing.LADDER_HELP)(climbing.ladder)
-app.command("capacity", help=capacities.CAPACITY_HELP)(capacities.capacity)
-app.command("report", help=running.REPORT_HELP)(running.report)
-app.command("reproduce", help=reproducing.REPRODUCE_HELP)(reproducing.reproduce)
-app.command("watch", help=watching.WATCH_HELP)(watching.watch)
-app.command("compare", help=comparing.COMPARE_HELP)(comparing.compare)
-app.command("duet", help=dueting.DUET_HELP)(dueting.duet)
-app.command("check", help=checking.CHECK_HELP)(checking.check)
-app.command("trend", help=looking_back.TREND_HELP)(looking_back.trend)
-app.add_typer(checking.app, name="baseline")
-app.add_typer(workload.app, name="workload")
+    """Take the options that stand before a command."""
 
 
 def main() -> None:
@@ -89,7 +165,7 @@ def main() -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     received = _interrupt_on_signals()
     try:
-        code = _guarded()
+        code = run_command()
     except KeyboardInterrupt:  # while another error was being printed
         code = 130
     for number in STOPPING:
@@ -135,32 +211,41 @@ def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(dropped)
 
 
-def _guarded() -> int:
-    """Return the exit code; every error is one line on standard error."""
+def run_command(words: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; every error is one line on standard error.
+
+    Args:
+        words: the words after ``batchbench``; those of the process if None.
+    """
     try:
         _check_current_folder()
-        code = app(standalone_mode=False, prog_name="batchbench")
+        code = app(words, standalone_mode=False, prog_name="batchbench")
         sys.stdout.flush()
         if code == 130:  # Ctrl-C that typer has caught
-            return _say("interrupted", 130)
+            return _report("interrupted", 130)
         return int(code or 0)
+    except SystemExit as done:  # of shell completion
+        return int(done.code or 0)
     except ClosedPipe as error:
         return error.exit_code
     except BatchbenchError as error:
-        return _say(str(error), error.exit_code)
+        return _report(str(error), error.exit_code)
     except typer.TyperException as error:
-        message = spell_usage(error)
-        return _say(message, 2) if message else 2  # an empty one: the help has been shown
+        usage = spell_usage(error)
+        return _report(usage, 2) if usage else 2  # an empty one: the help was shown
     except (KeyboardInterrupt, typer.Abort):
-        return _say("interrupted", 130)
+        return _report("interrupted", 130)
     except Exception as error:
-        if isinstance(error, OSError) and (refusal := _of_the_system(error)):
-            return _say(refusal, 2)
-        return _say(
-            f"a fault of batchbench itself: {type(error).__name__}: {error}; please report it with "
-            f"the traceback {_save_traceback()}",
+        if isinstance(error, OSError) and (message := _system_message(error)):
+            return _report(message, 2)
+        return _report(
+            f"internal error: {type(error).__name__}: {error}; please report it with the "
+            f"traceback {_save_traceback()}",
             70,
         )
+
+
+_guarded = run_command
 
 
 def _check_current_folder() -> None:
@@ -173,14 +258,14 @@ def _check_current_folder() -> None:
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def _of_the_system(error: OSError) -> str | None:
-    """Return the line for an error of the system; None if the fault may be ours."""
+def _system_message(error: OSError) -> str | None:
+    """Return the message for an error of the system; None if it may be a bug of ours."""
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {reason_of(error)}"
     return f"a file cannot be written: {reason_of(error)}" if error.errno in _FULL else None
 
 
-def _say(message: str, code: int) -> int:
+def _report(message: str, code: int) -> int:
     streams.echo(f"batchbench: {one_line(message)}", err=True)
     return code
 
@@ -195,3 +280,53 @@ def _save_traceback() -> str:
         traceback.print_exc()
         return "above"
     return f"in {path}"
+
+
+SIMILAR = {
+    "--dataset-path": "--trace FILE",
+    "--goodput": "--slo METRIC:MS",
+    "--num-iters": "--trials",
+    "--enforce-eager": "--execution eager",
+}
+"""Options of ``vllm bench`` that are written differently here; an error names the replacement."""
+
+_LEFT_OVER = re.compile(r" \((?P<words>.*)\)$", re.DOTALL)
+_COMMAND = re.compile(
+    r"No such command '(?P<name>.*?)'(\.|\. Did you mean '(?P<near>.*?)'.*)$", re.DOTALL
+)
+
+
+def spell_usage(error: typer.TyperException) -> str:
+    """Return the message for a command line that Typer cannot parse; empty if help was shown.
+
+    Typer's error classes are private, so their attributes, or else their texts, tell them apart.
+    """
+    context: Any = getattr(error, "ctx", None)
+    command: str = context.command_path if context else "batchbench"
+    option: str | None = getattr(error, "option_name", None)
+    if hasattr(error, "possibilities"):
+        near = sorted(error.possibilities or ())
+        hint = f"did you mean {near[0]}?" if near else f"{command} --help lists the options"
+        ours = SIMILAR.get(option or "", "")
+        if any(ours.partition(" ")[0] in param.opts for param in context.command.params):
+            hint = f"use {ours}"
+        return f"{shown(option)}: no such option; {hint}"
+    if option is not None:
+        if "not take a value" in error.message:
+            return f"{shown(option)}: takes no value; give {shown(option)} alone"
+        return f"{shown(option)}: needs a value; {command} --help says which"
+    if hasattr(error, "param_type"):
+        param = getattr(error, "param", None)
+        name = getattr(param, "metavar", None) or getattr(param, "name", "an argument")
+        return f"{name}: is missing; {command} --help says what to give"
+    message = error.format_message()
+    if unknown := _COMMAND.match(message):
+        hint = (
+            f"did you mean {unknown['near']}?"
+            if unknown["near"]
+            else f"{command} --help lists them"
+        )
+        return f"{shown(unknown['name'])}: no such command; {hint}"
+    if rest := _LEFT_OVER.search(message):
+        return f"{shown(rest['words'])}: too many arguments; {command} --help says what it takes"
+    return message

@@ -1,17 +1,22 @@
-"""Options derived from the fields of specs: commands that share a spec cannot drift apart."""
+"""Options derived from the fields of specs, so that commands share them; and their help."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
+import re
+import shlex
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from batchbench import settings
 from batchbench.batching.presets import Basis
@@ -20,8 +25,8 @@ from batchbench.settings import setting
 from batchbench.studies.sweep.grid import parse_numbers
 
 TRACE_HELP = (
-    "Write the requests in their slots as trace events, which ui.perfetto.dev and chrome://tracing "
-    "open; a name that ends in .gz is compressed."
+    "Write a timeline of requests and slots for ui.perfetto.dev or chrome://tracing; a name that "
+    "ends in .gz is compressed."
 )
 
 DOCUMENTS = {
@@ -32,27 +37,55 @@ DOCUMENTS = {
     "bencher": "bencher.json",
     "pytest-benchmark": "pytest-benchmark.json",
 }
-"""Formats of a report that are files, and what these are called."""
+"""Report formats that are written to a file, with the default name of the file."""
+
+SHORT = {"batch_size": "-b", "queue_size": "-n", "output": "-o", "quiet": "-q"}
+"""Options with a one-letter form, which is the same in every command."""
+
+ALIASES = {
+    "--max-num-seqs": "--batch-size",
+    "--num-prompts": "--queue-size",
+    "--num-requests": "--queue-size",
+    "--input-len": "--prompt-tokens",
+    "--random-input-len": "--prompt-tokens",
+    "--output-len": "--output-tokens",
+    "--random-output-len": "--output-tokens",
+    "--max-num-batched-tokens": "--max-batched-tokens",
+    "--output": "--file",
+    "-o": "--file",
+}
+"""Other names of options, most from ``vllm bench``; a command's own option comes first."""
+
+RARE = (
+    *("workload", "max_wait", "order", "engine", "prefill", "max_batched_tokens", "execution"),
+    *("long_every", "long_tokens", "short_tokens", "shared_prefix_tokens", "overlong"),
+    *("stop_at_eos", "seed", "burstiness", "arrivals", "max_concurrency", "speed"),
+    *("trace_format", "trace_block_size", "trace_time_unit", "on_bad_row"),
+    *("load_format", "revision", "dtype", "threads", "verify", "price_per_hour", "trace_out"),
+    *("mean_tokens", "batches", "precision", "max_trials", "floor", "margin", "junit", "github"),
+)
+"""Options that the short help leaves out."""
+
+LONG_HELP = 20
+"""Commands with more options than this have a short help and ``--help-all``."""
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """What is shown and what is written."""
+    """The output of a run."""
 
     output: Path | None = setting(
         None,
-        "Folder for result.json, report.html, recordings, frames and pictures.",
+        "Folder for the result: result.json, report.html, recordings, tables and pictures.",
         "Output",
         metavar="DIR",
         default_text="batchbench-results/<time>-<model>",
     )
-    overwrite: bool = setting(False, "Replace a result that the folder holds.", "Output")
+    overwrite: bool = setting(False, "Replace the result in the output folder.", "Output")
     trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
-    json: bool = setting(False, "Print result.json on standard output, and nothing else.", "Output")
-    quiet: bool = setting(False, "No progress, and of the report only the sentence.", "Output")
-    dry_run: bool = setting(
-        False, "Say how many steps, how much memory and time it would take, and stop.", "Output"
-    )
+    json: bool = setting(False, "Print only result.json.", "Output")
+    quiet: bool = setting(False, "Print only a one-line summary; no progress.", "Output")
+    dry_run: bool = setting(False, "Estimate steps, memory and time; run nothing.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -60,169 +93,121 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class ReportSpec:
-    """How results are shown again, and where to."""
+    """The format of a report and where it goes."""
 
     format: str | None = setting(
         None,
-        "terminal: tables, shown here; html: one page that holds everything; markdown: for a pull "
-        "request. For dashboards, as JSON: github-bigger and github-smaller for "
+        "terminal: tables, printed here; html: one self-contained page; markdown: for a pull "
+        "request; json: result.json. JSON for dashboards: github-bigger and github-smaller for "
         "github-action-benchmark, bencher for bencher.dev, pytest-benchmark.",
         "Output",
-        choices=("terminal", *DOCUMENTS),
+        choices=("terminal", "json", *DOCUMENTS),
         metavar="FORMAT",
-        default_text="as the ending of --output says, else terminal",
+        default_text="from the ending of --file, else terminal",
     )
-    output: Path | None = setting(
+    file: Path | None = setting(
         None,
-        "File for the document; - is standard output.",
+        "File for the report; - prints it on standard output.",
         "Output",
         metavar="FILE",
-        default_text="report.html, report.md, bencher.json … in RESULT; of several in this folder",
+        default_text="report.html, report.md, bencher.json, … in RESULT, or here for several",
     )
     trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
-    json: bool = setting(False, "Print result.json on standard output, and nothing else.", "Output")
-    quiet: bool = setting(False, "Show only the sentence.", "Output")
+    json: bool = setting(False, "Print only result.json.", "Output")
+    quiet: bool = setting(False, "Print only a one-line summary.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)
-        if self.chosen == "terminal" and self.output is not None:
+        if self.chosen in ("terminal", "json") and self.file is not None:
             raise UsageError(
-                f"--output {self.output}: tells no format; name it .html or .md, or give --format"
+                f"--file {self.file}: needs a format; use the ending .html or .md, or --format html"
             )
-        if self.json and self.chosen != "terminal":
-            raise UsageError(f"--json and --format {self.chosen}: give one of them")
+        if self.json and self.format not in (None, "json"):
+            raise UsageError(f"--json and --format {self.format}: give one of them")
 
     @property
     def chosen(self) -> str:
-        """The format: as given, else as the output's name says."""
-        if self.format is not None:
-            return self.format
+        """The format as given, or else from the ending of the output file."""
+        if self.format is not None or self.json:
+            return self.format or "json"
         endings = {".html": "html", ".htm": "html", ".md": "markdown"}
-        return endings.get(self.output.suffix if self.output else "", "terminal")
+        return endings.get(self.file.suffix if self.file else "", "terminal")
 
-    def file(self, folders: Sequence[Path]) -> Path | None:
-        """Where the document goes; None for standard output."""
-        if self.output is not None:
-            return None if str(self.output) == "-" else self.output
+    def destination(self, folders: Sequence[Path]) -> Path | None:
+        """Return the file for the document; None for standard output."""
+        if self.file is not None:
+            return None if str(self.file) == "-" else self.file
         name = DOCUMENTS[self.chosen]
         return folders[0] / name if len(folders) == 1 else Path(name)
+
+
+Field = tuple[type, dataclasses.Field[Any]]
+"""A spec and one of its fields."""
+
+Function = Callable[..., None]
 
 
 def with_options(
     specs: Mapping[str, type],
     defaults: Mapping[str, Any] | None = None,
     omit: Collection[str] = (),
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of several specs; it is called with the specs, parsed.
+    *,
+    swept: Mapping[str, type] | None = None,
+    raw: Mapping[str, type] | None = None,
+    named: Mapping[str, Callable[[str], Mapping[str, Any]]] | None = None,
+) -> Callable[[Function], Function]:
+    """Give a command the options of several specs, and call it with the parsed specs.
 
-    Where :class:`Basis` is among the specs, a setting is taken from the options if given there,
-    else from ``--workload``'s file, else from ``--preset``, else from the defaults. Parameters of
-    the command that are no specs (an argument, say) stay as they are.
+    If :class:`Basis` is among the specs, a setting comes from the command line, else from the file
+    of ``--workload``, else from ``--preset``, else from the defaults. Other parameters of the
+    command, such as arguments, stay as they are.
 
     Args:
-        specs: argument name of the command: dataclass whose fields are made with ``setting``.
-        defaults: by field name, where a command's default is not the spec's.
-        omit: fields that the command has no use for, and so no option.
+        specs: parameter of the command: dataclass whose fields are made with ``setting``.
+        defaults: by field name, where the default of the command differs from that of the spec.
+        omit: fields that do not become options.
+        swept: specs whose options may have many values, passed as ``axes``: values by field name
+            of each option given. Numbers are lists and ranges, a flag is ``--flag --no-flag``,
+            other options are repeated. An option that ``run`` takes several times is one value.
+        raw: specs whose options are passed as ``given``: by field name, only those given.
+        named: parameter of the command: function from its text to settings by field name.
     """
+    usual, swept, raw, named = defaults or {}, swept or {}, raw or {}, named or {}
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for name, p in inspect.signature(command).parameters.items() if name not in specs]
-        fields = [pair for pair in _fields(specs) if pair[1].name not in omit]
-
-        @functools.wraps(command)
-        def call(context: typer.Context, **values: Any) -> None:
-            kept = {parameter.name: values.pop(parameter.name) for parameter in own}
-            given = _given(context, values, fields)
-            layers = settings.make_spec(Basis, given).layers() if Basis in specs.values() else []
-            found = settings.layered(specs.values(), defaults or {}, *layers, given)
-            command(
-                **kept, **{name: settings.make_spec(spec, found) for name, spec in specs.items()}
-            )
-
-        return _signed(
-            call,
-            [
-                *(_evaluated(command, parameter) for parameter in own),
-                *(
-                    _parameter(spec, field, (defaults or {}).get(field.name, field.default))
-                    for spec, field in fields
-                ),
-            ],
-            fields,
+    def decorate(command: Function) -> Function:
+        taken = {*specs, "axes", "given"}
+        own = [p for n, p in inspect.signature(command).parameters.items() if n not in taken]
+        axes, loose, fields = (
+            [pair for pair in _fields(part) if pair[1].name not in omit]
+            for part in (swept, raw, specs)
         )
 
-    return decorate
-
-
-def with_given(
-    parts: Mapping[str, type], specs: Mapping[str, type], omit: Collection[str] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command options that it puts together itself: it is called with those ``given``.
-
-    Args:
-        parts: specs whose options come as they were typed, by field name, and only if they were.
-        specs: argument name of the command: specs of its own, parsed as by :func:`with_options`.
-        omit: fields of ``parts`` that the command has no use for, and so no option.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        names = {field.name for _, field in _fields(parts)} - {*omit}
-        fields = [*(pair for pair in _fields(parts) if pair[1].name in names), *_fields(specs)]
-
         @functools.wraps(command)
-        def call(context: typer.Context, **values: Any) -> None:
-            typed = _given(context, values, fields)
-            given = {name: typed.pop(name) for name in names & typed.keys()}
-            own = {name: settings.make_spec(spec, typed) for name, spec in specs.items()}
-            command(given=given, **own)
-
-        parameters = [_parameter(spec, field, field.default) for spec, field in fields]
-        return _signed(call, parameters, fields)
-
-    return decorate
-
-
-def with_grid(
-    swept: Mapping[str, type], specs: Mapping[str, type]
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of several specs, each of which may have many values.
-
-    It is called with ``axes``: the values of each option that was given, by field name; an option
-    that is given once has one. Numbers come as lists and ranges, a flag as ``--flag --no-flag``,
-    other options are repeated; an option that ``run`` too takes several times is one value.
-
-    Args:
-        swept: specs whose fields may have many values.
-        specs: argument name of the command: specs of its own, parsed as by :func:`with_options`.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        fields, others = _fields(swept), _fields(specs)
-
-        @functools.wraps(command)
-        def call(context: typer.Context, **values: Any) -> None:
-            given = _given(context, values, others)
-            axes = {}
-            for spec, field in fields:
-                typed = {n: given.pop(n) for n in _spellings(spec, field) if n in given}
-                if typed:
-                    axes[field.name] = _axis(spec, field, typed)
-            own = {name: settings.make_spec(spec, given) for name, spec in specs.items()}
-            command(axes=axes, **own)
+        def call(context: typer.Context, help_all: bool = False, **values: Any) -> None:
+            passed = {p.name: values.pop(p.name) for p in own}
+            typed = _typed(context, values, [*loose, *fields])
+            for name, read in named.items():
+                text = passed.pop(name)
+                typed |= read(text) if text is not None else {}
+            if swept:
+                passed["axes"] = _axes(axes, typed)
+            if raw:
+                names = [field.name for _, field in loose if field.name in typed]
+                passed["given"] = {name: typed.pop(name) for name in names}
+            layers = settings.make_spec(Basis, typed).layers() if Basis in specs.values() else []
+            values = settings.layered(specs.values(), usual, *layers, typed)
+            made = {name: settings.make_spec(spec, values) for name, spec in specs.items()}
+            command(**passed, **made)
 
         parameters = [
-            parameter
-            for spec, field in fields
-            for parameter in (_parameter(spec, field, field.default, swept=True), *_no(spec, field))
+            *(_evaluated(command, parameter) for parameter in own),
+            *(p for spec, field in axes for p in _swept_parameters(spec, field)),
+            *(_parameter(*pair, pair[1].default) for pair in loose),
+            *(_parameter(*pair, usual.get(pair[1].name, pair[1].default)) for pair in fields),
         ]
-        parameters += [_parameter(spec, field, field.default) for spec, field in others]
-        return _signed(call, parameters, [*fields, *others])
+        return _signed(call, parameters, [*axes, *loose, *fields])
 
     return decorate
-
-
-Field = tuple[type, dataclasses.Field[Any]]
-"""A pair of a spec and one of its fields."""
 
 
 def _fields(specs: Mapping[str, type]) -> list[Field]:
@@ -230,96 +215,109 @@ def _fields(specs: Mapping[str, type]) -> list[Field]:
 
 
 def _signed(
-    call: Callable[..., None], parameters: Sequence[inspect.Parameter], fields: Sequence[Field]
-) -> Callable[..., None]:
-    """Return the function with the signature from which Typer makes its options.
+    call: Function, parameters: Sequence[inspect.Parameter], fields: Sequence[Field]
+) -> Function:
+    """Set the signature from which Typer makes the options.
 
-    Its attribute ``fields`` has the fields from which these were derived.
+    The attribute ``fields`` holds the fields from which the options were derived.
     """
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
     )
-    signature = inspect.Signature([context, *parameters])
-    call.__signature__ = signature  # type: ignore[attr-defined]
-    call.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    every = [context, *parameters]
+    if len(fields) > LONG_HELP:
+        option = typer.Option(
+            False,
+            "--help-all",
+            is_eager=True,
+            callback=_show_all,
+            metavar=" ",
+            show_default=False,
+            help=f"Show all {len(fields)} options and exit.",
+        )
+        every.append(_keyword("help_all", bool, option))
+    call.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
     call.fields = fields  # type: ignore[attr-defined]
     return call
 
 
-def _given(
+def _keyword(name: str, hint: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint)
+
+
+def _evaluated(command: Function, parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return a parameter with its annotation evaluated."""
+    hint = typing.get_type_hints(command, include_extras=True)[parameter.name]
+    return parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY)
+
+
+def _typed(
     context: typer.Context, values: Mapping[str, Any], fields: Sequence[Field]
 ) -> dict[str, Any]:
-    """Return the options that were typed, even if what was typed is the default.
+    """Return the options that were given, even if a value equals the default.
 
-    Typer passes texts on, so that messages about wrong numbers and choices are our own.
+    Typer passes texts, which are parsed here, so that errors have our own words.
     """
     homes = {field.name: (spec, field) for spec, field in fields}
-    given: dict[str, Any] = {}
+    typed: dict[str, Any] = {}
     for name, value in values.items():
         source = context.get_parameter_source(name)
         if source is None or source.name.startswith("DEFAULT"):
             continue
-        if isinstance(value, list):  # values of an option that may be repeated
-            if name in homes:
-                value = [settings.parse(*homes[name], text) for text in value]
-            given[name] = tuple(value)
+        if isinstance(value, list):  # an option that may be repeated
+            texts = (
+                [settings.parse(*homes[name], text) for text in value] if name in homes else value
+            )
+            typed[name] = tuple(texts)
         elif isinstance(value, str) and name in homes:
-            given[name] = settings.parse(*homes[name], value)
+            typed[name] = settings.parse(*homes[name], value)
         else:
-            given[name] = value
-    return given
+            typed[name] = value
+    return typed
 
 
-def _spellings(spec: type, field: dataclasses.Field[Any]) -> list[str]:
-    """The parameters that give values to a swept option: a flag has a second, that it is not."""
-    flag = settings.hints_of(spec)[field.name] is bool
-    return [field.name, f"no_{field.name}"] if flag else [field.name]
+def _axes(fields: Sequence[Field], typed: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Take the swept options out of ``typed``; return the values of each, without repetitions."""
+    axes: dict[str, tuple[Any, ...]] = {}
+    for spec, field in fields:
+        hint = settings.hints_of(spec)[field.name]
+        given = {
+            name: typed.pop(name) for name in (field.name, f"no_{field.name}") if name in typed
+        }
+        if not given:
+            continue
+        if hint is bool:
+            axes[field.name] = tuple(name == field.name for name in given)
+            continue
+        texts, kind = given[field.name], settings.kind_of(hint)
+        if hint == tuple[str, ...]:
+            values = [texts]
+        elif kind in (int, float):
+            option = settings.option_name(field.name)
+            values = [number for text in texts for number in parse_numbers(text, kind, option)]
+            for number in values:
+                settings.check_value(field, number, f"{option} {number}")
+        else:
+            values = [settings.parse(spec, field, text) for text in texts]
+        axes[field.name] = tuple(dict.fromkeys(values))
+    return axes
 
 
-def _no(spec: type, field: dataclasses.Field[Any]) -> Iterator[inspect.Parameter]:
-    """The second option of a flag."""
-    for name in _spellings(spec, field)[1:]:
+def _swept_parameters(spec: type, field: dataclasses.Field[Any]) -> Iterator[inspect.Parameter]:
+    """Yield the option for many values of a setting; for a flag also its opposite."""
+    yield _parameter(spec, field, field.default, swept=True)
+    if settings.hints_of(spec)[field.name] is bool:
+        name = f"no_{field.name}"
         option = typer.Option(
             False,
             settings.option_name(name),
-            help=f"Cells without {settings.option_name(field.name)}, as well if both are given.",
+            help=f"Run without {settings.option_name(field.name)}; give both to run both ways.",
             rich_help_panel=settings.about(field).panel,
             metavar=" ",
             show_default=False,
         )
-        yield inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=bool
-        )
-
-
-def _axis(spec: type, field: dataclasses.Field[Any], typed: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The values given to a swept option, each once; ``typed`` is by spelling."""
-    hint = settings.hints_of(spec)[field.name]
-    if hint is bool:
-        return tuple(spelling == field.name for spelling in typed)
-    given = typed[field.name]
-    if hint == tuple[str, ...]:
-        return (given,)
-    kind = _number(hint)
-    if kind is None:
-        return tuple(dict.fromkeys(settings.parse(spec, field, text) for text in given))
-    option = settings.option_name(field.name)
-    found = [number for text in given for number in parse_numbers(text, kind, option)]
-    for number in found:
-        settings.check_value(field, number, f"{option} {number}")
-    return tuple(dict.fromkeys(found))
-
-
-def _number(hint: Any) -> type[int] | type[float] | None:
-    """The kind of number that a field holds, if it does."""
-    kind = settings.kind_of(hint)
-    return kind if kind in (int, float) else None
-
-
-def _evaluated(command: Callable[..., None], parameter: inspect.Parameter) -> inspect.Parameter:
-    """A command's own parameter, its annotation no longer text."""
-    hint = typing.get_type_hints(command, include_extras=True)[parameter.name]
-    return parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY)
+        yield _keyword(name, bool, option)
 
 
 _METAVARS: Mapping[type, str] = {bool: " ", int: "N", float: "X"}
@@ -328,12 +326,12 @@ _METAVARS: Mapping[type, str] = {bool: " ", int: "N", float: "X"}
 def _parameter(
     spec: type, field: dataclasses.Field[Any], default: Any, *, swept: bool = False
 ) -> inspect.Parameter:
-    """An option; ``swept`` ones have no default of their own, so that it shows which were given."""
+    """Return the parameter of an option. A swept option has no default, to tell what was given."""
     known = settings.about(field)
-    kind: type = settings.kind_of(settings.hints_of(spec)[field.name])
-    name, metavar = settings.option_name(field.name), known.metavar or _METAVARS.get(kind)
-    hint: Any = bool if kind is bool else str | None  # _given parses the text
-    if kind is tuple:  # given once a value
+    kind = settings.kind_of(settings.hints_of(spec)[field.name])
+    metavar = known.metavar or _METAVARS.get(kind)
+    hint: Any = bool if kind is bool else str | None  # _typed parses the text
+    if kind is tuple:  # repeated once per value
         hint, default = list[str], list(default)
     help = known.help
     if known.choices and not all(choice in help for choice in known.choices):
@@ -346,14 +344,83 @@ def _parameter(
             hint, default = list[str] | None, None
     elif kind not in (bool, tuple) and default is not None:
         default = str(default)
+    names = [settings.option_name(field.name)]
+    if field.name in SHORT:
+        names.append(SHORT[field.name])
     option = typer.Option(
         default,
-        name,
+        *names,
         help=help,
         rich_help_panel=known.panel,
         metavar=metavar or field.name.upper(),
         show_default=shown,
     )
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint
-    )
+    return _keyword(field.name, hint, option)
+
+
+# Help and the command line as it was typed
+
+
+_ALL = "batchbench.help_all"
+
+_TYPED: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
+
+_OUTPUT_ONLY = ("output", "overwrite", "trace_out", "json", "quiet", "dry_run")
+
+
+class Command(TyperCommand):
+    """A command with a short and a full help, which also takes the names of :data:`ALIASES`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {option: param for param in self.params for option in param.opts}
+        words: list[str] = []
+        for index, word in enumerate(args):
+            if word == "--":
+                words += args[index:]
+                break
+            name, equals, value = word.partition("=")
+            ours = ALIASES.get(name)
+            words.append(f"{ours}{equals}{value}" if ours in own and name not in own else word)
+        _TYPED.set((*ctx.command_path.split(), *_without_output(words, own)))
+        return super().parse_args(ctx, words)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        if ctx.meta.get(_ALL) or not any(param.name == "help_all" for param in self.params):
+            super().format_help(ctx, formatter)
+            return
+        brief = copy.copy(self)
+        brief.params = [_brief(param) for param in self.params if param.name not in RARE]
+        TyperCommand.format_help(brief, ctx, formatter)
+
+
+def _show_all(context: typer.Context, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        context.meta[_ALL] = True
+        context.command.format_help(context, context.make_formatter())
+        raise typer.Exit
+
+
+def _brief(param: Any) -> Any:
+    """Return a parameter for the short help: in one panel, with the first clause of its text."""
+    brief = copy.copy(param)
+    brief.rich_help_panel = None
+    brief.help = f"{re.split('[.:;] ', param.help or '')[0].rstrip('.')}."
+    if isinstance(brief.show_default, str) and len(brief.show_default) > 15:
+        brief.show_default = False
+    return brief
+
+
+def _without_output(words: Sequence[str], own: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the words of a command line without options about where its result goes."""
+    rest = iter(words)
+    for word in rest:
+        param = own.get(word.partition("=")[0])
+        if param is None or param.name not in _OUTPUT_ONLY:
+            yield word
+        elif "=" not in word and not param.is_flag:
+            next(rest, None)
+
+
+def typed_command() -> str:
+    """Return the command line that was typed, without options about where its result goes."""
+    return shlex.join(_TYPED.get())

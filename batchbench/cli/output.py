@@ -1,14 +1,38 @@
-"""The output folder of a command: checked, claimed, and released after everything is printed."""
+"""The output of a command: its folder, and the lines that end what it prints."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from batchbench.errors import Interrupted, OutputError
 from batchbench.files import ClaimedError, check_folder, claimed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def make_console() -> Console:
+    """Return a console on standard output that prints text as it is."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def print_ending(console: Console, command: str, files: Iterable[Path]) -> None:
+    """Print how to repeat a command, on one line to be copied, and which files it wrote."""
+    console.print(f"\nAgain: {command}", soft_wrap=True)
+    written = list(files)
+    folder = written[0].parent
+    names = {f.name: None for f in written if f.parent == folder and f.suffix in _SHOWN_FILES}
+    console.print(f"Files: {shlex.quote(str(folder))}/ with {', '.join(names)}")
+
+
+_SHOWN_FILES = (".json", ".html", ".csv", ".png")
 
 
 @contextmanager

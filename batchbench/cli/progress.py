@@ -1,145 +1,147 @@
-"""Progress of a study of many runs: one bar on a terminal, plain lines elsewhere."""
+"""Progress on standard error: bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from contextlib import suppress
+from statistics import mean
+from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich import progress as bars
+from rich.console import Console
 from rich.status import Status
-from rich.table import Table
-from rich.text import Text
 
-from batchbench.batching.progress import Progress, Watch
+from batchbench.batching.progress import Progress
 from batchbench.reports.text import spell_option, spell_time
 from batchbench.studies.capacity.probe import CapacityWatch, Probe
 from batchbench.studies.gate.duet import TurnsWatch
 from batchbench.studies.sweep.grid import Cell
 from batchbench.studies.sweep.run import Asked, SweepWatch
 
+SILENCE_S = 10.0
+"""Longest time without a line in a log."""
 
-class PlainSweep(SweepWatch):
-    """A line a finished cell; in between, silence."""
+REDRAW_S = 0.1
+"""Time between two drawings; drawing is host time that the measurement pays for."""
 
-    def __init__(self, console: Console, grid: Asked) -> None:
-        self._console, self._grid = console, grid
-        self._told: set[str] = set()
-        self._number = self._cells = 0
-        self._began = 0.0
+PHASES = {
+    "loading": "loading the model (a few seconds; a minute for billions of parameters)",
+    "warming up": "warming up until step times settle (2 to 10 short rounds)",
+    "measuring memory": "measuring memory bandwidth (about a second)",
+    "verifying": "verifying outputs against unbatched generation (about as long as a trial)",
+}
+"""Phases of a run, each with what it does and about how long it takes."""
 
-    def __enter__(self) -> PlainSweep:
+
+class PlainDisplay(SweepWatch, CapacityWatch):
+    """Lines for a log: what begins and ends, and in long waits how far it is.
+
+    Args:
+        serves: number of trials of all strategies together; 0 if it is not known.
+        varying: options by which cells of a sweep differ.
+        trial_lines: print a line for each trial.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        serves: int = 0,
+        varying: tuple[str, ...] = (),
+        *,
+        trial_lines: bool = True,
+    ) -> None:
+        self._console, self._varying, self._trial_lines = console, varying, trial_lines
+        self._left = serves
+        self._trial, self._trials = 0, 1
+        self._seconds: list[float] = []  # of each finished trial
+        self._notes: set[str] = set()
+        self._cell, self._number, self._cells = "", 0, 0
+        self._began = self._cell_began = self._printed = time.monotonic()
+        self._waiting: threading.Timer | None = None
+
+    def __enter__(self) -> PlainDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to restore."""
+        self._end_wait()
 
     def note(self, line: str) -> None:
-        if line not in self._told:  # every cell says where its model is from
-            self._told.add(line)
+        if line not in self._notes:  # every cell and probe repeats those of its model
+            self._notes.add(line)
             self._print(line)
+
+    def phase(self, name: str) -> None:
+        if not self._cell:
+            self._print(f"{PHASES.get(name, name)} …")
+        self._wait_for(name, time.monotonic())
+
+    def _wait_for(self, name: str, began: float) -> None:
+        """Print a line every ten seconds until something else happens."""
+        self._end_wait()
+        if self._console.quiet:
+            return
+
+        def still() -> None:
+            self._console.print(f"still {name}, {spell_time(time.monotonic() - began)} so far")
+            self._wait_for(name, began)
+
+        self._waiting = threading.Timer(SILENCE_S, still)
+        self._waiting.daemon = True
+        self._waiting.start()
+
+    def _end_wait(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
+        self._end_wait()
+        self._trial, self._trials, self._began = trial + 1, trials, time.monotonic()
+
+    def progressed(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - max(self._printed, self._began) < SILENCE_S:
+            return
+        left = (now - self._began) * (progress.requests / max(progress.done, 1) - 1)
+        about = f", about {spell_time(left)} left" if progress.done else ""
+        where = f"{self._cell}: " if self._cell else ""
+        self._print(f"{where}{self._doing(progress)}{about}")
+
+    def idles(self, progress: Progress) -> None:
+        self.progressed(progress)
+
+    def _doing(self, progress: Progress) -> str:
+        return (
+            f"trial {self._trial}/{self._trials}  {progress.strategy}  "
+            f"{progress.done}/{progress.requests} requests"
+        )
+
+    def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
+        self._seconds.append(time.monotonic() - self._began)
+        self._left -= 1
+        if self._trial_lines and not self._cell:
+            left_s = max(self._left, 0) * mean(self._seconds)
+            left = f", about {spell_time(left_s)} left" if left_s > 2 else ""
+            name = f"trial {trial + 1}/{self._trials}  {strategy:<12}"
+            self._print(f"{name} {duration_ns / 1e9:.3g} s{left}")
 
     def cells_begin(self, cells: int, kept: int) -> None:
         if kept:
-            still = f"{cells - kept} to do" if cells > kept else "nothing to do but the report"
-            self._print(f"{kept} of {cells} cells are finished already; {still}")
+            rest = f"{cells - kept} to do" if cells > kept else "nothing to run"
+            self._print(f"{kept} of {cells} cells are finished already; {rest}")
 
     def cell_begins(self, number: int, cells: int, cell: Cell) -> None:
-        self._number, self._cells, self._began = number, cells, time.monotonic()
+        options = [spell_option(name, cell.chosen[name]) for name in self._varying]
+        self._cell = f"cell {number}/{cells}  {', '.join(options) or 'the only one'}"
+        self._number, self._cells, self._cell_began = number, cells, time.monotonic()
 
     def cell_ends(self, cell: Cell, reason: str | None, left_s: float | None) -> None:
-        spent = spell_time(time.monotonic() - self._began)
-        came = f"failed: {reason}" if reason else spent
-        left = "" if not left_s else f", about {spell_time(left_s)} left"
-        self._print(f"cell {self._number}/{self._cells}  {self._name(cell)}: {came}{left}")
-
-    def _name(self, cell: Cell) -> str:
-        names = self._grid.varying
-        told = ", ".join(spell_option(name, cell.chosen[name]) for name in names)
-        return told or "the one cell"
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-class LiveSweep(PlainSweep):
-    """The plain lines scroll by above a bar: cells, time left, and what is served now."""
-
-    def __init__(self, console: Console, grid: Asked) -> None:
-        super().__init__(console, grid)
-        self._live = Live(console=console, auto_refresh=False, transient=True)
-        self._cell = self._doing = ""
-        self._left_s: float | None = None
-        self._drawn = 0.0
-
-    def __enter__(self) -> LiveSweep:
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def phase(self, name: str) -> None:
-        self._doing = f"{name} …"
-        self._draw()
-
-    def cell_begins(self, number: int, cells: int, cell: Cell) -> None:
-        super().cell_begins(number, cells, cell)
-        self._cell = self._name(cell)
-        self._draw()
-
-    def cell_ends(self, cell: Cell, reason: str | None, left_s: float | None) -> None:
-        super().cell_ends(cell, reason, left_s)
-        self._left_s = left_s
-        self._draw()
-
-    def progressed(self, progress: Progress) -> None:
-        # As for one run, ten pictures a second: drawing is host time that the measurement pays for.
-        if time.monotonic() - self._drawn > 0.1:
-            self._doing = (
-                f"{progress.strategy}, trial {progress.trial + 1}: "
-                f"{progress.done}/{progress.requests} requests"
-            )
-            self._draw()
-
-    def _draw(self) -> None:
-        self._drawn = time.monotonic()
-        grid = Table.grid(padding=(0, 1))
-        grid.add_column(no_wrap=True)
-        grid.add_column(ratio=1, min_width=8)
-        grid.add_column(no_wrap=True, justify="right")
-        left = "" if not self._left_s else f"about {spell_time(self._left_s)} left"
-        bar = ProgressBar(total=max(self._cells, 1), completed=max(self._number - 1, 0))
-        grid.add_row(Text(f"cell {self._number}/{self._cells}", style="bold"), bar, left)
-        lines = Table.grid()
-        lines.add_row(grid)
-        lines.add_row(Text(f"{self._cell}: {self._doing}", style="dim", overflow="ellipsis"))
-        self._live.update(lines, refresh=True)
-
-
-def make_sweep_display(grid: Asked, *, quiet: bool) -> PlainSweep:
-    """The display that suits standard error; silent where asked."""
-    console = make_console(quiet=quiet)
-    if sys.stderr.isatty() and not console.is_dumb_terminal and not quiet:
-        return LiveSweep(console, grid)
-    return PlainSweep(console, grid)
-
-
-class CapacityDisplay(CapacityWatch):
-    """A line a verdict."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._told: set[str] = set()
-
-    def note(self, line: str) -> None:
-        if line not in self._told:  # every probe makes its workload
-            self._told.add(line)
-            self._print(line)
-
-    def phase(self, name: str) -> None:
-        self._print(f"{name} …")
+        self._end_wait()
+        outcome = f"failed: {reason}" if reason else spell_time(time.monotonic() - self._cell_began)
+        left = f", about {spell_time(left_s)} left" if left_s else ""
+        self._print(f"{self._cell}: {outcome}{left}")
+        self._cell = ""
 
     def probe_ends(self, probe: Probe) -> None:
         count = len(probe.trials)
@@ -149,161 +151,153 @@ class CapacityDisplay(CapacityWatch):
         )
 
     def _print(self, line: str) -> None:
+        self._end_wait()
+        self._printed = time.monotonic()
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def make_console(*, quiet: bool) -> Console:
-    """Standard error; silent where asked."""
-    return Console(stderr=True, quiet=quiet)
+class LiveDisplay(PlainDisplay):
+    """Bars on a terminal: one for each strategy, one for the cells of a sweep."""
 
-
-class PlainDisplay(Watch):
-    """A line for each thing that begins or ends."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._trials = 1
-
-    def __enter__(self) -> PlainDisplay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to restore."""
-
-    def note(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False)
-
-    def phase(self, name: str) -> None:
-        self._console.print(f"{name} …", highlight=False)
-
-    def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
-        self._trials = trials
-
-    def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
-        self._console.print(
-            f"trial {trial + 1}/{self._trials}  {strategy:<12} {duration_ns / 1e9:.3g} s",
-            highlight=False,
-            markup=False,
+    def __init__(self, console: Console, serves: int = 0, varying: tuple[str, ...] = ()) -> None:
+        super().__init__(console, serves, varying, trial_lines=False)
+        text = bars.TextColumn
+        self._bars = bars.Progress(
+            text("[bold]{task.description}"),
+            text("{task.fields[trial]}"),
+            text("[cyan]{task.fields[slots]}"),
+            bars.BarColumn(bar_width=None),
+            text("{task.fields[status]}", justify="right"),
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            expand=True,
         )
-
-
-class LiveDisplay(Watch):
-    """A lane for each strategy: slots in use, progress over requests, tokens/s now."""
-
-    def __init__(self, console: Console, strategies: tuple[str, ...], trials: int) -> None:
-        self._console, self._strategies, self._trials = console, strategies, trials
-        self._phase = ""
-        self._lanes: dict[str, Progress] = {}
+        self._tasks: dict[str, bars.TaskID] = {}
         self._rates: dict[str, _Rate] = {}
-        self._trial = dict.fromkeys(strategies, 0)
         self._drawn = 0.0
-        self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> LiveDisplay:
-        self._live.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        super().__exit__()
+        self._bars.stop()
 
-    def note(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False)
+    def _set(self, name: str, done: int, total: int | None, **fields: Any) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, trial="", slots="", status="")
+        self._bars.update(self._tasks[name], completed=done, total=total, **fields)
+        self._drawn = time.monotonic()
+        self._bars.refresh()
+
+    def _remove(self, name: str) -> None:
+        with suppress(KeyError):
+            self._bars.remove_task(self._tasks.pop(name))
 
     def phase(self, name: str) -> None:
-        self._phase = f"{name} …"
-        self._draw()
+        self._set("now", 0, None, status=f"{PHASES.get(name, name).partition(' (')[0]} …")
 
     def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
-        self._phase = ""
-        self._trial[strategy] = trial + 1
+        super().trial_begins(strategy, trial, trials)
+        self._remove("now")
         self._rates[strategy] = _Rate()
 
     def progressed(self, progress: Progress) -> None:
-        self._lanes[progress.strategy] = progress
-        # Ten pictures a second: drawing is host time that the measurement pays for.
-        if time.monotonic() - self._drawn > 0.1:
-            self._rates[progress.strategy].update(progress)
-            self._draw()
+        if time.monotonic() - self._drawn < REDRAW_S:
+            return
+        rate = self._rates[progress.strategy].update(progress)
+        idle = progress.idle_until_ns
+        self._show(
+            progress, f"{rate:,.0f} tok/s" if idle is None else f"idle to {idle / 1e9:,.1f} s"
+        )
 
-    def idles(self, progress: Progress) -> None:
-        self.progressed(progress)
+    def _show(self, progress: Progress, status: str) -> None:
+        self._set(
+            progress.strategy,
+            progress.done,
+            progress.requests,
+            trial=f"trial {self._trial}/{self._trials}",
+            slots=_slots(progress.slots_in_use, progress.slots),
+            status=f"{progress.done}/{progress.requests} {status}",
+        )
 
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
-        self._lanes[strategy].now_ns = duration_ns
-        self._lanes[strategy].idle_until_ns = None
-        self._lanes[strategy].slots_in_use = 0
-        self._draw()
+        super().trial_ends(strategy, trial, duration_ns)
+        if strategy in self._tasks:
+            self._bars.update(self._tasks[strategy], slots="", status=f"{duration_ns / 1e9:.3g} s")
+            self._bars.refresh()
 
-    def _draw(self) -> None:
-        self._drawn = time.monotonic()
-        grid = Table.grid(padding=(0, 1))
-        grid.add_column(no_wrap=True, max_width=20)
-        for _ in range(2):
-            grid.add_column(no_wrap=True)
-        grid.add_column(ratio=1, min_width=8)
-        for _ in range(2):
-            grid.add_column(no_wrap=True, justify="right")
-        for name in self._strategies:
-            if name in self._lanes:
-                grid.add_row(*self._lane(name))
-        self._live.update(Group(grid, Text(self._phase, style="dim")), refresh=True)
+    def cell_begins(self, number: int, cells: int, cell: Cell) -> None:
+        super().cell_begins(number, cells, cell)
+        self._set("cells", number - 1, cells, trial=f"{number}/{cells}")
 
-    def _lane(self, name: str) -> list[Text | ProgressBar]:
-        lane = self._lanes[name]
-        in_use = Text(_slots(lane.slots_in_use, lane.slots), style="cyan")
-        idle = lane.idle_until_ns
-        rate = self._rates[name].per_second or lane.tokens / max(lane.now_ns / 1e9, 1e-9)
-        return [
-            Text(name, style="bold"),
-            Text(f"trial {self._trial[name]}/{self._trials}"),
-            in_use,
-            ProgressBar(total=lane.requests, completed=lane.done),
-            Text(f"{lane.done}/{lane.requests}"),
-            Text(f"{rate:,.0f} tok/s" if idle is None else f"idle to {idle / 1e9:,.1f} s"),
-        ]
+    def cell_ends(self, cell: Cell, reason: str | None, left_s: float | None) -> None:
+        super().cell_ends(cell, reason, left_s)
+        left = f"about {spell_time(left_s)} left" if left_s else ""
+        self._set("cells", self._number, self._cells, status=left)
 
 
 class _Rate:
-    """Tokens a second since the last look, at least a quarter of a second ago."""
+    """Tokens per second since the last update, at least a quarter of a second ago."""
 
     def __init__(self) -> None:
-        self.per_second = 0.0
-        self._tokens, self._ns = 0, 0
+        self._per_second, self._tokens, self._ns = 0.0, 0, 0
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: Progress) -> float:
         passed = progress.now_ns - self._ns
         if passed > 250_000_000:
-            self.per_second = (progress.tokens - self._tokens) / (passed / 1e9)
+            self._per_second = (progress.tokens - self._tokens) / (passed / 1e9)
             self._tokens, self._ns = progress.tokens, progress.now_ns
+        return self._per_second or progress.tokens / max(progress.now_ns / 1e9, 1e-9)
 
 
 def _slots(used: int, slots: int) -> str:
-    """Slots as squares, or as numbers where there are too many."""
-    if slots > 16:
-        return f"{used:>4}/{slots} slots"
-    return "■" * used + "□" * (slots - used)
+    """Return the slots as squares, or as numbers if there are many."""
+    return f"{used:>4}/{slots} slots" if slots > 16 else "■" * used + "□" * (slots - used)
 
 
-def make_display(
-    strategies: tuple[str, ...], trials: int, *, quiet: bool
-) -> PlainDisplay | LiveDisplay:
-    """The display that suits standard error; silent where asked."""
-    console = Console(stderr=True, quiet=quiet, soft_wrap=True)
-    if sys.stderr.isatty() and not console.is_dumb_terminal and not quiet:
-        return LiveDisplay(Console(stderr=True), strategies, trials)
-    return PlainDisplay(console)
+def make_console(*, quiet: bool) -> Console:
+    """Return a console on standard error, silent if ``quiet``."""
+    return Console(stderr=True, quiet=quiet)
+
+
+def _make(serves: int, varying: tuple[str, ...], *, quiet: bool) -> PlainDisplay:
+    console = make_console(quiet=quiet)
+    live = sys.stderr.isatty() and not console.is_dumb_terminal and not quiet
+    return (LiveDisplay if live else PlainDisplay)(console, serves, varying)
+
+
+def make_display(strategies: tuple[str, ...], trials: int, *, quiet: bool) -> PlainDisplay:
+    """Return the display of a run, for the kind of standard error."""
+    return _make(len(strategies) * trials, (), quiet=quiet)
+
+
+def make_sweep_display(grid: Asked, *, quiet: bool) -> PlainDisplay:
+    """Return the display of a sweep, for the kind of standard error."""
+    return _make(0, tuple(grid.varying), quiet=quiet)
+
+
+class CapacityDisplay(PlainDisplay):
+    """A line for each verdict."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, trial_lines=False)
 
 
 class TurnsDisplay(TurnsWatch):
-    """Says what was measured after each pair of processes, and what can be told so far.
+    """A line for each pair of processes: what was measured, and the verdict so far.
 
-    On a terminal a line beneath says what is going on; elsewhere there are only the others.
+    Below them, a terminal shows what is going on; a log gets that line every ten seconds.
     """
 
     def __init__(self, console: Console, max_time: float) -> None:
         self._console, self._max_time = console, max_time
-        self._began = time.monotonic()
-        self._status = _status(console) if console.is_terminal else None
+        self._began = self._printed = time.monotonic()
+        spinner = "line" if console.options.ascii_only else "dots"
+        terminal = console.is_terminal
+        self._status = Status("", console=console, spinner=spinner) if terminal else None
 
     def __enter__(self) -> TurnsDisplay:
         if self._status:
@@ -315,21 +309,22 @@ class TurnsDisplay(TurnsWatch):
             self._status.stop()
 
     def begins(self, what: str) -> None:
-        """What is going on from now on."""
+        now = time.monotonic()
+        most = f" of at most {spell_time(self._max_time)}" if self._max_time else ""
+        line = f"{what} · {spell_time(now - self._began)}{most}"
         if self._status:
-            spent = time.monotonic() - self._began
-            self._status.update(f"{what} · {spell_time(spent)} of {spell_time(self._max_time)}")
+            self._status.update(line)
+        elif now - self._printed > SILENCE_S or self._printed == self._began:
+            self._print(line)
 
     def measured(self, label: str, what: str) -> None:
-        """A measurement, or the decisions so far."""
-        line = f"{label:<12} {what}".rstrip()
+        self._print(f"{label:<12} {what}".rstrip())
+
+    def _print(self, line: str) -> None:
+        self._printed = time.monotonic()
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _status(console: Console) -> Status:
-    return Status("", console=console, spinner="line" if console.options.ascii_only else "dots")
-
-
 def make_turns_display(max_time: float, *, quiet: bool) -> TurnsDisplay:
-    """The display that suits standard error; silent where asked."""
+    """Return the display of a comparison in turns; ``max_time`` is 0 if there is no limit."""
     return TurnsDisplay(make_console(quiet=quiet), max_time)

@@ -10,7 +10,9 @@ import codecs
 import errno
 import io
 import os
+import shutil
 import sys
+import textwrap
 import unicodedata
 from typing import TextIO
 
@@ -52,8 +54,11 @@ def register() -> None:
 
 
 def echo(text: str = "", *, err: bool = False, end: str = "\n") -> None:
-    """Print a line at once, on standard output or standard error."""
+    """Print a line at once, on standard output or standard error; a terminal wraps it at words."""
     stream = sys.stderr if err else sys.stdout
+    if end == "\n" and stream.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
     stream.write(text + end)
     stream.flush()
 

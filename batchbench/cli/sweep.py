@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from batchbench import settings
-from batchbench.cli.options import with_grid
+from batchbench.cli.options import with_options
 from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError
 from batchbench.reports.slo import GoalsSpec
@@ -59,7 +59,7 @@ class SweepSpec:
         settings.check(self)
 
 
-@with_grid(SWEPT, {"goals": GoalsSpec, "study": SweepSpec})
+@with_options({"goals": GoalsSpec, "study": SweepSpec}, swept=SWEPT)
 def sweep(axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpec) -> None:
     """Serve what is not finished, then show all."""
     grid = Grid(axes, study.simulated)

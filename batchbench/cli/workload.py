@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from batchbench import settings
 from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.models import ModelSpec
-from batchbench.batching.presets import PRESETS, Basis, Preset
+from batchbench.batching.presets import PRESETS, Basis
 from batchbench.cli.options import with_options
+from batchbench.cli.output import make_console
 from batchbench.cli.streams import echo
-from batchbench.files import claimed, write_file, write_files
+from batchbench.errors import UsageError, shown
+from batchbench.files import check_files, claimed, write_file, write_files
 from batchbench.settings import setting
 from batchbench.workloads.spec import WorkloadSpec
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from batchbench.workloads.generate import Outline
 
 app = typer.Typer(
-    help="Look at workloads without serving them: the presets, lengths and arrivals, and files.",
+    help="List presets, inspect a workload without running it, or save it.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -31,7 +34,7 @@ app = typer.Typer(
 
 @dataclass(frozen=True)
 class PictureSpec:
-    """Where the picture goes."""
+    """The folder of the picture."""
 
     output: Path | None = setting(
         None,
@@ -40,14 +43,14 @@ class PictureSpec:
         metavar="DIR",
         default_text="no picture",
     )
-    overwrite: bool = setting(False, "Replace files that are there.", "Output")
+    overwrite: bool = setting(False, "Replace these files.", "Output")
 
 
 @dataclass(frozen=True)
 class SavingSpec:
-    """How a file is written."""
+    """Whether to replace a file."""
 
-    overwrite: bool = setting(False, "Replace the file if it is there.", "Output")
+    overwrite: bool = setting(False, "Replace the file.", "Output")
 
 
 _SPECS = {"basis": Basis, "workload": WorkloadSpec, "serving": ServingSpec, "model": ModelSpec}
@@ -56,82 +59,86 @@ _OMIT = (
     *(name for name in ServingSpec.__dataclass_fields__ if name != "batch_size"),
     *(name for name in ModelSpec.__dataclass_fields__ if name not in ("model", "revision")),
 )
-"""Of serving and model only what a workload depends on."""
+"""Options of serving and model on which a workload does not depend."""
 
-SHOW_HELP = """Show how long prompts and outputs are and when requests come, in numbers and bars.
+SHOW_HELP = """Show the lengths and arrival times of a workload, as numbers and histograms.
 
-Example: batchbench workload show --preset chat --request-rate 2"""
+Example: batchbench workload show chat --request-rate 2"""
 
-LIST_HELP = """List the presets, and where their figures come from.
+LIST_HELP = """List the presets, with the source of their numbers.
 
 Example: batchbench workload list"""
 
-SAVE_HELP = """Save the workload as JSON lines, which --trace reads again without loss.
+SAVE_HELP = """Save a workload as JSON lines, which --trace reads again without loss.
 
 Example: batchbench workload save chat.jsonl --preset chat"""
 
 
+def _settings_of(name: str) -> Mapping[str, Any]:
+    """Return the option for a preset, a workload file or a trace file."""
+    if name in PRESETS:
+        return {"preset": name}
+    if Path(name).is_file():
+        return {"workload" if name.endswith(".toml") else "trace": Path(name)}
+    raise UsageError(f"{shown(name)}: no such preset or file; the presets are {', '.join(PRESETS)}")
+
+
 @app.command("list", help=LIST_HELP)
 def list_presets() -> None:
-    """Name, what it is, its options, its source."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     grid = Table(pad_edge=False, show_lines=True)
     grid.add_column("Preset", style="bold", no_wrap=True)
-    grid.add_column("What is asked, as options, and where its figures come from", overflow="fold")
+    grid.add_column("Meaning, options and source", overflow="fold")
     for name, preset in PRESETS.items():
-        options = f"{_options(preset)}\n" if preset.settings else ""
-        told = Text.assemble(f"{preset.about}\n", (options, "cyan"), (preset.source, "dim"))
-        grid.add_row(name, told)
-    Console(highlight=False, markup=False, emoji=False).print(grid)
-
-
-def _options(preset: Preset) -> str:
-    words = [(settings.option_name(name), str(value)) for name, value in preset.settings.items()]
-    return "\n".join(map(shlex.join, words))
+        words = [shlex.join((settings.option_name(n), str(v))) for n, v in preset.settings.items()]
+        options = "".join(f"{word}\n" for word in words)
+        grid.add_row(
+            name, Text.assemble(f"{preset.about}\n", (options, "cyan"), (preset.source, "dim"))
+        )
+    make_console().print(grid)
 
 
 @app.command("show", help=SHOW_HELP)
-@with_options({**_SPECS, "picture": PictureSpec}, omit=_OMIT)
+@with_options({**_SPECS, "picture": PictureSpec}, omit=_OMIT, named={"name": _settings_of})
 def show(
     basis: Basis,
     workload: WorkloadSpec,
     serving: ServingSpec,
     model: ModelSpec,
     picture: PictureSpec,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="Preset, workload file (TOML) or trace file.", show_default=False
+        ),
+    ] = None,
 ) -> None:
-    """Numbers and bars; a picture where asked."""
-    from rich.console import Console
-
-    from batchbench.files import check_files
-
-    names = [f"workload.{format}" for format in ("png", "svg")]
+    files = ("workload.png", "workload.svg")
     if picture.output is not None:
-        check_files(picture.output, names, overwrite=picture.overwrite)
+        check_files(picture.output, files, overwrite=picture.overwrite)
     outline, _ = _outline(workload, serving, model)
-    from batchbench.reports.workload_profile import render  # NumPy and scipy, only now
+    from batchbench.reports.workload_profile import render  # imports NumPy and scipy
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = make_console()
     console.print(render(outline))
     if picture.output is not None:
         from batchbench.reports.figures import figure_bytes
         from batchbench.reports.workload_profile import draw_portrait
 
         figure = draw_portrait(outline)
-        files = {name: figure_bytes(figure, name.partition(".")[2]) for name in names}
+        contents = {file: figure_bytes(figure, file.rpartition(".")[2]) for file in files}
         with claimed(picture.output, f"--output {picture.output}"):
-            write_files(picture.output, files)
-        folder = shlex.quote(str(picture.output))
-        console.print(f"\nFiles: {folder}/ with {', '.join(names)}", markup=False, soft_wrap=True)
+            write_files(picture.output, contents)
+        console.print(f"\nFiles: {shlex.quote(str(picture.output))}/ with {', '.join(files)}")
 
 
 @app.command("save", help=SAVE_HELP)
 @with_options({**_SPECS, "saving": SavingSpec}, omit=_OMIT)
 def save(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE.jsonl", help="Where to.", show_default=False)
+        Path, typer.Argument(metavar="FILE.jsonl", help="File to write.", show_default=False)
     ],
     basis: Basis,
     workload: WorkloadSpec,
@@ -139,9 +146,6 @@ def save(
     model: ModelSpec,
     saving: SavingSpec,
 ) -> None:
-    """A line a request, with its token ids."""
-    from batchbench.files import check_files
-
     with claimed(file, str(file)):
         check_files(file.parent, [file.name], overwrite=saving.overwrite)
         outline, vocab_size = _outline(workload, serving, model)
@@ -150,11 +154,11 @@ def save(
         made = outline.workload(vocab_size)
         write_file(file, (line.encode() for line in write_workload(made)))
     echo(f"{file}: {len(made):,} requests, digest {made.digest}")
-    echo(f"Serve it: batchbench run --trace {shlex.quote(str(file))}")
+    echo(f"Run it: batchbench run --trace {shlex.quote(str(file))}")
 
 
 def _outline(workload: WorkloadSpec, serving: ServingSpec, model: ModelSpec) -> tuple[Outline, int]:
-    """The workload's outline for the model, and the size of the model's vocabulary."""
+    """Return the outline of the workload, and the size of the model's vocabulary."""
     from batchbench.batching.models import find_model, find_tokenizer
     from batchbench.workloads.generate import make_outline
 

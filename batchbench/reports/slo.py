@@ -25,15 +25,14 @@ class GoalsSpec:
 
     slo: tuple[str, ...] = setting(
         (),
-        "Limit on the latency of each request, such as ttft:500, tpot:50 or e2el:3000 "
-        "(milliseconds); repeat it for further limits. Adds the share and rate of requests that "
-        "meet all of them.",
+        "Latency limit in milliseconds, such as ttft:500; also tpot:50 or e2el:3000. Repeat for "
+        "several limits. Adds the share and the rate of requests that meet all of them.",
         "Goals",
         metavar="METRIC:MS",
     )
     price_per_hour: float | None = setting(
         None,
-        "Price of the machine per hour. Adds the cost of a million output tokens.",
+        "Price of the machine per hour; adds the cost of a million output tokens.",
         "Goals",
         min=0.0,
         max=1e9,

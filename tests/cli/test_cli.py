@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +36,10 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.batching.progress import Progress
 from batchbench.batching.verification import Finding, Verification
+from batchbench.cli import progress as progresses
 from batchbench.cli import run as running
-from batchbench.cli.main import _guarded, app
+from batchbench.cli.main import COMMANDS as COMMANDS_BY_NAME
+from batchbench.cli.main import app, run_command
 from batchbench.cli.options import OutputSpec
 from batchbench.cli.progress import LiveDisplay, PlainDisplay
 from batchbench.reports.slo import GoalsSpec
@@ -112,7 +115,7 @@ BAD_OPTIONS = [
     ("--strategy broken:Policy", "--strategy broken:Policy: cannot be imported: ZeroDivisionError"),
     ("--strategy :", "--strategy :"),
     ("--strategy ,", "--strategy: name at least one"),
-    ("--strategy static,static", "--strategy static,static: names a strategy twice"),
+    ("--strategy static,static", "--strategy static,static: has the same strategy twice"),
     ("--order x", "--order x: must be one of fifo, longest-first, shortest-first"),
     ("--engine x", "--engine x: must be one of slots, notebook"),
     ("--execution x", "--execution x: must be one of auto, eager, graph, compile"),
@@ -262,8 +265,8 @@ def test_a_torn_checkpoint_is_told_by_its_file(
 def test_a_folder_with_a_result_is_refused_and_left_as_it_was(program: Program, here: Path) -> None:
     assert program("simulate", "--output", "mine").code == 0
     before = (here / "mine" / "result.json").read_bytes()
-    for command in ("simulate", "run"):
-        said = program(command, "--output", "mine")
+    for command, *dry in (["simulate"], ["run"], ["simulate", "--dry-run"], ["run", "--dry-run"]):
+        said = program(command, "--output", "mine", *dry)
         assert (said.code, said.err.count("\n")) == (2, 1)
         assert said.error == (
             "batchbench: --output mine: holds a result; give another folder or --overwrite"
@@ -310,10 +313,10 @@ def test_a_spoiled_result_is_answered_with_one_line_and_left_as_it_is(
 
 LOADED = f"""
 import sys, shlex
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 for line in sys.argv[1:]:
     sys.argv = ["batchbench", *shlex.split(line)]
-    code = _guarded()
+    code = run_command()
     heavy = [name for name in {HEAVY!r} if name in sys.modules]
     print("@", code, *heavy, file=sys.stderr)
 """
@@ -390,13 +393,124 @@ def test_help_of_a_command_has_an_example_that_parses(command: str, program: Pro
 
 @pytest.mark.parametrize("command", ["run", "simulate"])
 def test_help_tells_every_option_once_and_its_default(command: str, program: Program) -> None:
-    text = program(command, "--help").out
+    text = program(command, "--help-all").out
     for spec in (Basis, ServingSpec, WorkloadSpec, ModelSpec, TrialsSpec, GoalsSpec, OutputSpec):
         for name in spec.__dataclass_fields__:
             option = "--" + name.replace("_", "-")
             assert len(re.findall(rf"^│ {option}\s", text, re.MULTILINE)) == 1, option
     trials = 4 if command == "run" else 1
     assert re.search(rf"--trials [^\[]*\[default: {trials}\]", text)
+
+
+@pytest.mark.parametrize("command", ["run", "simulate"])
+def test_short_help_fits_on_one_screen_and_names_the_full_help(
+    command: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = program(command, "--help").out
+    assert text.count("\n") <= 45
+    for option in (
+        "--batch-size     -b",
+        "--queue-size     -n",
+        "--output         -o",
+        "--help-all",
+    ):
+        assert option in text
+    assert "--trace-block-size" not in text
+
+
+def test_lists_give_the_purpose_that_the_help_of_a_command_begins_with() -> None:
+    group = typer.main.get_command(app)
+    for name, (_, purpose) in COMMANDS_BY_NAME.items():
+        command = group.commands[name]  # type: ignore[attr-defined]
+        assert command.help.split("\n\n")[0].replace("\n", " ") == purpose
+
+
+NAMES_OF_VLLM = [
+    ("--num-prompts 9", "--queue-size 9"),
+    ("--num-prompts=9", "--queue-size 9"),
+    ("--num-requests 9 --max-num-seqs 2", "--queue-size 9 --batch-size 2"),
+    ("--input-len 5 --output-len 4", "--prompt-tokens 5 --output-tokens 4"),
+    ("-b 2 -n 9 -o mine -q", "--batch-size 2 --queue-size 9 --output mine --quiet"),
+]
+
+
+@pytest.mark.parametrize(("words", "ours"), NAMES_OF_VLLM)
+def test_short_options_and_names_of_vllm_mean_the_same_as_ours(words: str, ours: str) -> None:
+    typed, named = (parsed(["", "simulate", *line.split()]) for line in (words, ours))
+    assert typed == named
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("run --goodput ttft:5", "--goodput: no such option; use --slo METRIC:MS"),
+        ("report x --num-prompts 5", "--num-prompts: no such option; batchbench report --help"),
+        ("swep", "swep: no such command; did you mean sweep?"),
+        ("workload show nope", "nope: no such preset or file; the presets are notebook,"),
+    ],
+)
+def test_an_error_names_what_to_type_instead(words: str, told: str, program: Program) -> None:
+    said = program(*words.split())
+    assert said.code == 2
+    assert told in said.error
+
+
+def test_a_workload_is_shown_by_the_name_of_a_preset_or_file(program: Program, here: Path) -> None:
+    named = program("workload", "show", "chat", "-n", "8")
+    assert named.code == 0
+    assert named == program("workload", "show", "--preset", "chat", "-n", "8")
+    assert program("workload", "save", "w.jsonl", "-n", "8").code == 0
+    assert "8 requests" in program("workload", "show", "w.jsonl").out
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("batchbench ca", ["capacity"]),
+        ("batchbench run --queue", ["--queue-size"]),
+        ("batchbench workload s", ["show", "save"]),
+    ],
+)
+def test_completion_offers_commands_and_options(
+    line: str, offered: list[str], monkeypatch: pytest.MonkeyPatch, program: Program
+) -> None:
+    monkeypatch.setenv("_BATCHBENCH_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
+    said = program()
+    assert (said.code, said.out.split()) == (0, offered)
+
+
+HELP_S = """
+import resource, subprocess, sys
+def least(*words):
+    spent = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(spent)
+print(least("-m", "batchbench", "--help"), least("-c", "import typer"))
+"""
+"""Processor seconds, which other processes on the machine change little."""
+
+
+def test_help_takes_at_most_four_times_as_long_as_importing_typer(tmp_path: Path) -> None:
+    done = in_a_process(cwd=tmp_path, code=HELP_S)
+    help_s, typer_s = map(float, done.stdout.split())
+    assert help_s < max(0.3, 4 * typer_s)
+
+
+def test_listing_commands_imports_none_of_them(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom batchbench.cli.main import run_command\nrun_command(['--help'])\n"
+        "print([n for n in sys.modules if n.startswith('batchbench.cli.')], file=sys.stderr)"
+    )
+    loaded = in_a_process(cwd=tmp_path, code=code).stderr
+    assert "cli.options" in loaded
+    assert not re.search(r"cli\.(run|gate|sweep|workload)", loaded)
 
 
 def test_version(program: Program) -> None:
@@ -522,7 +636,8 @@ def test_a_dry_run_tells_steps_memory_and_time_and_writes_nothing(
     program: Program, here: Path, checkpoint: Path
 ) -> None:
     said = program("run", "--dry-run", "--model", str(checkpoint), "--device", "cpu")
-    assert (said.code, said.err) == (0, "")
+    waits = "sizing up the model and timing one matrix product (up to 15 s) …\n"
+    assert (said.code, said.err) == (0, waits)
     steps, memory, seconds = said.out.splitlines()
     assert steps == "steps   static 400, continuous 130 forward passes a trial, 4 trials each"
     assert re.fullmatch(
@@ -543,7 +658,7 @@ def parsed(words: list[str]) -> tuple[Experiment, GoalsSpec, OutputSpec]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "_conduct", lambda *asked: found.append(asked))
         patch.setattr(sys, "argv", words)
-        assert _guarded() == 0
+        assert run_command() == 0
     (asked,) = found
     return asked
 
@@ -682,7 +797,7 @@ def console() -> Console:
 def test_live_lanes_tell_slots_requests_rate_and_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = console()
     monkeypatch.setenv("TERM", "xterm")
-    with LiveDisplay(terminal, ("static", "continuous"), 4) as display:
+    with LiveDisplay(terminal, 8) as display:
         for strategy in ("static", "continuous"):
             display.trial_begins(strategy, 1, 4)
             display.progressed(replace(progress(9), strategy=strategy))
@@ -696,7 +811,7 @@ def test_live_lanes_tell_slots_requests_rate_and_trial(monkeypatch: pytest.Monke
 
 def test_a_lane_tells_until_when_there_is_nothing_to_do() -> None:
     terminal = console()
-    with LiveDisplay(terminal, ("static",), 1) as display:
+    with LiveDisplay(terminal, 1) as display:
         display.trial_begins("static", 0, 1)
         lane = progress(9)
         lane.idle(1_000_000_000, 7_260_000_000)
@@ -709,7 +824,7 @@ def test_a_lane_tells_until_when_there_is_nothing_to_do() -> None:
 
 def test_many_slots_are_told_as_a_number() -> None:
     terminal = console()
-    with LiveDisplay(terminal, ("static",), 1) as display:
+    with LiveDisplay(terminal, 1) as display:
         display.trial_begins("static", 0, 1)
         display.progressed(progress(9, in_use=100, slots=256))
         display.trial_ends("static", 0, 1_000_000_000)
@@ -728,6 +843,33 @@ def test_plain_lines_have_no_escapes_and_need_no_markup() -> None:
         "a [bold]name[/bold] that is longer than the terminal is wide\n"
         "trial 1/4  static       1.5 s\n"
     )
+
+
+def test_a_log_gets_a_line_in_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progresses, "SILENCE_S", 0.02)
+    log = Console(file=io.StringIO(), width=80)
+    with PlainDisplay(log, 2) as display:
+        display.phase("loading")
+        time.sleep(0.15)
+        display.trial_begins("static", 0, 1)
+        time.sleep(0.03)
+        display.progressed(progress(16))
+        display.trial_ends("static", 0, 1_000_000_000)
+    assert isinstance(log.file, io.StringIO)
+    lines = log.file.getvalue().splitlines()
+    assert lines[0].startswith("loading the model (a few seconds")
+    assert lines[1].startswith("still loading, ")
+    assert re.fullmatch(r"trial 1/1  static  16/32 requests, about .* left", lines[-2])
+    before = log.file.getvalue()
+    time.sleep(0.05)
+    assert log.file.getvalue() == before
+
+
+def test_a_cell_and_a_silent_console_print_no_line_for_a_phase() -> None:
+    log = Console(file=io.StringIO(), width=80, quiet=True)
+    PlainDisplay(log).phase("loading")
+    assert isinstance(log.file, io.StringIO)
+    assert log.file.getvalue() == ""
 
 
 # On a model
@@ -884,14 +1026,14 @@ def test_report_sets_several_results_side_by_side(program: Program, here: Path) 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("mine --format pdf", "--format pdf: must be one of terminal, html, markdown"),
-        ("mine --output x.txt", "--output x.txt: tells no format; name it .html or .md"),
-        ("mine --output mine --format html", "--output mine: is a directory"),
+        ("mine --format pdf", "--format pdf: must be one of terminal, json, html, markdown"),
+        ("mine --file x.txt", "--file x.txt: needs a format; use the ending .html or .md"),
+        ("mine --output mine --format html", "--file mine: is a directory"),
         ("mine --output mine/requests.csv/x.html", "cannot be written: not a directory"),
         ("mine --json --format html", "--json and --format html: give one of them"),
         ("mine mine", "mine: is named twice"),
-        ("mine nowhere --json", "--json: shows one result"),
-        ("mine nowhere --trace-out x", "--trace-out x: holds one result"),
+        ("mine nowhere --json", "--json: works for one result"),
+        ("mine nowhere --trace-out x", "--trace-out: works for one result"),
         ("mine nowhere", "nowhere: no such folder"),
         ("mine --trace-out nowhere/x", "--trace-out nowhere/x: no such folder as nowhere"),
         ("mine --trace-out mine", "--trace-out mine: is a directory"),
@@ -930,6 +1072,30 @@ def test_a_trace_is_written_beside_the_result(name: str, program: Program, here:
     assert program("report", "mine", "--trace-out", name, "--quiet").code == 0
     assert (here / name).read_bytes() == first
     assert (first[:2] == b"\x1f\x8b") is name.endswith(".gz")
+
+
+def test_report_shows_a_study_again(program: Program, here: Path) -> None:
+    assert program("sweep", "-b", "2,4", "-n", "8", "--simulated", "-o", "swept").code == 0
+    words = "capacity --slo ttft:50 --simulated -n 100 --max-trials 1 --precision 1 -o carried"
+    assert program(*words.split()).code == 0
+    for folder, part in (("swept", "over 2 cells"), ("carried", "req/s")):
+        before = found_in(here)
+        said = program("report", folder)
+        assert (said.code, said.err) == (0, "")
+        assert part in said.out
+        assert f"Files: {folder}/ with" in said.out
+        assert program("report", folder, "--quiet").out.count("\n") == 1
+        json.loads(program("report", folder, "--json").out)
+        assert "shown here or with --json" in program("report", folder, "--format", "html").error
+        assert found_in(here) == before
+    (here / "swept" / "sweep.json").write_text('{"schema_version": 1}')
+    assert "swept/sweep.json: is damaged" in program("report", "swept").error
+
+
+def test_report_prints_json_by_either_name(program: Program, here: Path) -> None:
+    assert program("simulate", "-n", "8", "-o", "mine", "-q").code == 0
+    text = (here / "mine" / "result.json").read_text(encoding="utf-8")
+    assert program("report", "mine", "--format", "json").out == text
 
 
 def test_report_has_json_and_quiet_too(served: Served, program: Program, here: Path) -> None:

@@ -63,7 +63,7 @@ def test_every_option_is_derived_from_a_field() -> None:
         names = {p.opts[0] for p in command.params if p.param_type_name == "option"}
         derived = {option.name for option in options_of(path)}
         flags = {name for name in names if name.startswith("--no-")}
-        assert names - derived - flags <= {"--help"}, path
+        assert names - derived - flags <= {"--help", "--help-all"}, path
 
 
 def test_a_name_has_one_type_and_one_unit_in_all_commands() -> None:

@@ -19,7 +19,7 @@ from support.laws import law
 from support.programs import EVERY_COMMAND, PLAIN, program
 
 from batchbench.cli import streams
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.errors import ClosedPipe, OutputError
 
 SMALL = ("simulate", "--queue-size", "8", "--output", "mine", "--quiet")
@@ -33,7 +33,7 @@ def taught(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = ["run", "--model", checkpoint, "--batch-size", 4, "--queue-size", 16]
         words += ["--long-tokens", 30, "--trials", 2, "--quiet", "--output", folder]
         patch.setattr(sys, "argv", ["batchbench", *map(str, words)])
-        assert _guarded() == 0
+        assert run_command() == 0
     return folder
 
 
@@ -273,7 +273,7 @@ ANYWHERE = """
 import os, random, signal, sys
 from matplotlib.figure import Figure
 import batchbench.batching.session, batchbench.reports.output, batchbench.reports.formats.terminal
-from batchbench.cli import display, main
+from batchbench.cli import main, progress
 Figure.savefig = lambda self, out, **_: out.write(b"a picture")
 chance = random.Random(int(sys.argv[1]))
 stops, calls, sys.argv = sys.argv[2].split(","), int(sys.argv[3]), ["batchbench", *sys.argv[4:]]
@@ -335,7 +335,7 @@ def command():
         print(workers._running._process.pid, flush=True)
         workers.answer()
 
-main._guarded = command
+main.run_command = command
 main.main()
 """
 

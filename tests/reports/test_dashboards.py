@@ -228,5 +228,5 @@ def test_report_writes_them(format: str, program: Program, here: Path) -> None:
 
 def test_every_format_has_a_file() -> None:
     choices = ReportSpec.__dataclass_fields__["format"].metadata["batchbench"].choices
-    assert set(choices) == {"terminal", *DOCUMENTS}
+    assert set(choices) == {"terminal", "json", *DOCUMENTS}
     assert set(DOCUMENTS) == {"html", "markdown", *JSON_FORMATS}

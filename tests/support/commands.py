@@ -10,8 +10,7 @@ from typing import Any
 
 import typer
 
-from batchbench.cli.main import app
-from batchbench.cli.usage import spell_usage
+from batchbench.cli.main import app, spell_usage
 from batchbench.errors import BatchbenchError
 from batchbench.settings import Setting, about, hints_of, kind_of, option_name
 

@@ -17,7 +17,8 @@ PLAIN = {
 
 EVERY_COMMAND = """
 import sys
-from batchbench.cli import main, gate as gate_commands, options, streams
+from batchbench.cli import gate as gates
+from batchbench.cli import main, options, streams
 from support.gates import FAILED, PASSED, UNKNOWN
 from matplotlib.figure import Figure
 Figure.savefig = lambda self, out, **_: out.write(b"a picture")
@@ -26,14 +27,15 @@ streams.prepare()
 
 def call(*words):
     sys.argv = ["batchbench", *words]
-    code = main._guarded()
+    code = main.run_command()
     assert code == 0, (words, code)
 
 small = ("--queue-size", "8", "--batch-size", "2")
 call("--help")
 call("--version")
-for name in main.app.registered_commands:
-    call(name.name, "--help")
+for name in main.COMMANDS:
+    call(name, "--help")
+    call(name, "--help-all") if name in ("run", "sweep", "duet") else None
 for words in ("baseline save", "baseline show", "workload list", "workload show", "workload save"):
     call(*words.split(), "--help")
 call("workload", "list")
@@ -51,7 +53,7 @@ call("simulate", *small, "--output", "three", "--quiet")
 call("simulate", *small, "--dry-run")
 call("report", "one", "two")
 for format in options.DOCUMENTS:
-    call("report", "one", "--format", format, "--output", "-")
+    call("report", "one", "--format", format, "--file", "-")
     call("report", "one", "--format", format)
 call("sweep", "--queue-size", "4,8", "--simulated", "--output", "swept")
 call("capacity", "--slo", "ttft:50", "--simulated", "--queue-size", "100", "--max-trials", "1",
@@ -64,9 +66,9 @@ call("trend", "one", "two")
 call("reproduce", "one")
 call("watch", "one", "--gif", "film.gif")
 for gate in (PASSED, FAILED, UNKNOWN):
-    for how in ({}, {"json": True}, {"quiet": True}, {"markdown": gate_commands.STANDARD_OUTPUT}):
+    for how in ({}, {"json": True}, {"quiet": True}, {"markdown": gates.STANDARD_OUTPUT}):
         try:
-            gate_commands.conclude(gate, gate_commands.GateOutputSpec(github="on", **how))
+            gates.conclude(gate, gates.GateOutputSpec(github="on", **how))
         except main.typer.Exit:
             pass
 sys.stdout.flush()

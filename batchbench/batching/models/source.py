@@ -32,15 +32,15 @@ class ModelSpec:
 
     model: str = setting(
         "openai-community/gpt2",
-        "A hub id or a local folder; gpt2, distilgpt2, gpt2-medium, gpt2-large and gpt2-xl need "
-        "no network, see --load-format; toy-gpt2 is a small shape with made-up weights.",
+        "Model id on the hub, or a local folder; gpt2, distilgpt2, gpt2-medium, gpt2-large and "
+        "gpt2-xl need no network (see --load-format); toy-gpt2 is small, with random weights.",
         _PANEL,
         metavar="ID|FOLDER",
     )
     load_format: str = setting(
         "auto",
-        "pretrained weights; dummy (right shapes, seeded random values); or auto: the local "
-        "cache, else the hub, else dummy for the five known names.",
+        "Weights to load: pretrained; dummy (right shapes, seeded random values); or auto: from "
+        "the local cache, else the hub, else dummy for the five known names.",
         _PANEL,
         choices=("auto", "pretrained", "dummy"),
     )
@@ -49,13 +49,13 @@ class ModelSpec:
     )
     dtype: str = setting(
         "auto",
-        "Number format of weights and cache. auto: bfloat16 (or float16) on CUDA, else float32.",
+        "Number format of weights and KV cache. auto: bfloat16 (or float16) on CUDA, else float32.",
         _PANEL,
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = setting("auto", f"Where the model computes: {DEVICES}.", _PANEL, metavar="DEVICE")
+    device: str = setting("auto", f"Device to run on: {DEVICES}.", _PANEL, metavar="DEVICE")
     threads: int | None = setting(
-        None, "CPU threads.", _PANEL, min=1, max=4096, default_text="one a core"
+        None, "Number of CPU threads.", _PANEL, min=1, max=4096, default_text="one per core"
     )
 
     def __post_init__(self) -> None:

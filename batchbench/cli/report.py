@@ -1,0 +1,231 @@
+"""The command report: a result, several side by side, or a study, shown again."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from batchbench import settings
+from batchbench.cli.options import ReportSpec, with_options
+from batchbench.cli.streams import echo, echo_html, echo_json
+from batchbench.errors import UsageError
+from batchbench.files import check_file, claimed, reason_of, write_file
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from batchbench.reports.result import Result
+
+REPORT_HELP = """Show results again: here, as a web page, as Markdown or as JSON.
+
+Tables, pictures and report.html of a single result are made again from its recordings. Several
+results are shown side by side, with the settings in which they differ. The folder of a sweep,
+ladder, capacity search, prediction or break-even map is shown as its command showed it, in short.
+
+Example: batchbench report batchbench-results/my-run --format html"""
+
+STUDIES = (
+    *("sweep.json", "ladder.json", "capacity.json", "predict.json", "breakeven.json"),
+    *("trend.json", "duet.json", "check.json"),
+)
+"""Files that hold the result of a study."""
+
+
+@with_options({"output": ReportSpec})
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RESULT",
+            help="Folder of a result (or its result.json) or of a study.",
+            show_default=False,
+        ),
+    ],
+    output: ReportSpec,
+) -> None:
+    if len(folders) == 1 and (study := _study_file(folders[0])) is not None:
+        _show_study(study, output)
+        return
+    from batchbench.reports.formats.trace_events import check_trace_file, write_trace
+    from batchbench.reports.output import check_number
+    from batchbench.reports.result import load_result, remake_result
+
+    folders = [folder.parent if folder.name == "result.json" else folder for folder in folders]
+    if len(folders) > 1:
+        for option, given in (
+            ("--json", output.chosen == "json"),
+            ("--trace-out", output.trace_out),
+        ):
+            if given:
+                raise UsageError(f"{option}: works for one result; give one folder")
+    check_number(folders)
+    file = None if output.chosen in ("terminal", "json") else output.destination(folders)
+    if file is not None:
+        check_file(file, "--file")
+    if output.trace_out is not None:
+        check_trace_file(output.trace_out)
+    results = [remake_result(load_result(folder)) for folder in folders]
+    if output.trace_out is not None:
+        write_trace(output.trace_out, results[0])
+    if output.chosen not in ("terminal", "json"):
+        _write_document(folders, results, file, output)
+    elif len(folders) > 1:
+        _show_together(folders, results, output)
+    else:
+        _show_again(folders[0], results[0], output)
+
+
+def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
+    from batchbench.cli.output import output_folder
+    from batchbench.cli.run import show_result
+    from batchbench.reports.output import write_folder
+
+    with output_folder(folder, overwrite=True):
+        files = write_folder(folder, result)
+        show_result(result, files, as_json=output.chosen == "json", quiet=output.quiet)
+
+
+def _show_together(folders: list[Path], results: list[Result], output: ReportSpec) -> None:
+    from batchbench.cli.output import make_console
+    from batchbench.reports.formats.terminal import render_side_by_side
+    from batchbench.reports.side_by_side import SideBySide, label_results
+
+    together = SideBySide(label_results(folders, results))
+    if output.quiet:
+        echo(together.sentence)
+    else:
+        make_console().print(render_side_by_side(together))
+
+
+def _write_document(
+    folders: list[Path], results: list[Result], file: Path | None, output: ReportSpec
+) -> None:
+    from batchbench.reports.output import make_document
+
+    document = make_document(output.chosen, folders, results, file)
+    if file is not None:
+        with claimed(file, f"--file {file}"):
+            write_file(file, document)
+        if not output.quiet:
+            echo(f"File: {shlex.quote(str(file))}")
+    elif output.chosen == "html":
+        echo_html(document)
+    elif output.chosen == "markdown":
+        echo(document, end="")
+    else:
+        echo_json(document)
+
+
+# Studies
+
+
+def _study_file(folder: Path) -> Path | None:
+    """Return the JSON file of a study, given the file or its folder; None for anything else."""
+    if folder.name in STUDIES and folder.is_file():
+        return folder
+    if (folder / "result.json").exists():
+        return None
+    return next((folder / name for name in STUDIES if (folder / name).is_file()), None)
+
+
+def _show_study(file: Path, output: ReportSpec) -> None:
+    from batchbench.cli.output import make_console, print_ending
+    from batchbench.json_file import read_json
+
+    if output.chosen not in ("terminal", "json") or output.trace_out is not None:
+        raise UsageError(
+            f"{file.parent}: is the result of a study; it is shown here or with --json, and has "
+            "its picture beside it"
+        )
+    try:
+        text, data = file.read_text(encoding="utf-8"), read_json(file)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = reason_of(error) if isinstance(error, OSError) else "is not UTF-8"
+        raise UsageError(f"{file}: cannot be read: {reason}") from error
+    if not isinstance(data, dict) or data.get("schema_version") != 1:
+        raise UsageError(f"{file}: was not written by this version of batchbench")
+    if output.chosen == "json":
+        echo_json(text)
+        return
+    try:
+        sentence, parts = _study_parts(file, data)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UsageError(f"{file}: is damaged: {type(error).__name__} {error}") from error
+    if output.quiet:
+        echo(sentence)
+        return
+    console = make_console()
+    for part in parts:
+        console.print(part)
+    print_ending(console, data.get("command", ""), [file, *sorted(file.parent.glob("*.*"))])
+
+
+def _study_parts(file: Path, data: dict[str, Any]) -> tuple[str, list[RenderableType]]:
+    """Return a sentence about a study, and what a terminal shows of it."""
+    if file.name == "ladder.json":
+        from batchbench.studies.ladder.report import LadderResult, render, sentence
+
+        ladder = LadderResult(data, {})
+        return sentence(ladder), [render(ladder)]
+    if file.name == "sweep.json":
+        return _sweep_parts(file.parent, data)
+    if file.name == "capacity.json":
+        rows = [
+            {"strategy": name, "req/s": probe["rate"], "verdict": probe["verdict"]}
+            | {"within limits": probe["attainment"]["share"], "trials": len(probe["trials"])}
+            for name, strategy in data["strategies"].items()
+            for probe in strategy["probes"]
+        ]
+        rates = [f"{name} {s['rate'] or 0:.4g} req/s" for name, s in data["strategies"].items()]
+        summary = f"Highest sustained request rate: {', '.join(rates)}."
+        return summary, [summary, _table(rows)]
+    if file.name == "predict.json":
+        best = ", ".join(f"{name} {size} slots" for name, size in data["enough"].items())
+        summary = f"95 % of the best throughput: {best}."
+        return summary, [summary, _table(data["points"])]
+    rows, summary = data.get("cells", []), str(data.get("sentence", file.stem))
+    return summary, [summary, *([_table(rows)] if rows else [])]
+
+
+def _sweep_parts(folder: Path, data: dict[str, Any]) -> tuple[str, list[RenderableType]]:
+    from batchbench.reports.slo import GoalsSpec
+    from batchbench.studies.sweep import report as sweeps
+    from batchbench.studies.sweep.grid import Grid
+    from batchbench.studies.sweep.store import Store
+
+    axes = {
+        name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
+        for name, values in data["axes"].items()
+    }
+    findings = sweeps.read_findings(
+        Grid(axes, data["simulated"]), Store(folder), settings.from_json(GoalsSpec, data["goals"])
+    )
+    cells = sweeps.cells_of(findings)
+    lines = sweeps.notes(findings, cells, data["pictures_not_drawn"])
+    return sweeps.sentence(findings, cells), [sweeps.render_screen(findings, cells, lines)]
+
+
+MOST_COLUMNS, MOST_ROWS = 7, 40
+
+
+def _table(rows: list[dict[str, Any]]) -> RenderableType:
+    """Return the numbers and texts of rows as a table, without columns of one value."""
+    from rich.table import Table
+
+    from batchbench.reports.text import number
+
+    plain = (str, int, float)
+    names = [name for name, value in rows[0].items() if isinstance(value, plain)]
+    names = [n for n in names if len(rows) == 1 or len({str(row[n]) for row in rows}) > 1]
+    grid = Table(pad_edge=False)
+    for name in names[:MOST_COLUMNS]:
+        grid.add_column(name.replace("_", " "), justify="right")
+    for row in rows[:MOST_ROWS]:
+        values = [row[name] for name in names[:MOST_COLUMNS]]
+        grid.add_row(*(number(v) if isinstance(v, float) else str(v) for v in values))
+    if len(rows) > MOST_ROWS:
+        grid.caption = f"{len(rows) - MOST_ROWS} more rows in the files"
+    return grid
