@@ -339,10 +339,10 @@ def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
 
 def check_file(file: Path, option: str) -> None:
     """Check that the file of an option can be written."""
-    check_place(file, f"{option} {file}")
     if file.exists() and not file.is_file():
         what = "is a directory" if file.is_dir() else "is no file"
         raise UsageError(f"{option} {file}: {what}; give a file, such as report.html")
+    check_place(file, f"{option} {file}")
 
 
 # Reading

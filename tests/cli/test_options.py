@@ -270,7 +270,10 @@ def test_a_text_of_another_form_is_refused_in_one_plain_line(option: Option) -> 
     [o for o in OPTIONS if o.field.name in ("prompts", "trace", "workload", "baseline", "cost")],
     ids=str,
 )
-def test_a_file_that_is_not_there_is_refused_by_its_option(option: Option, tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_refused_by_its_option(
+    option: Option, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a command may first see whether it can write here
     (tmp_path / "folder").mkdir()
     for value in ("nowhere", "x" * 400, "new\nline", str(tmp_path / "folder"), "red\x1b[31m"):
         needs = ["--base-ref=HEAD"] if option.path == ("duet",) else []
