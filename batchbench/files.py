@@ -339,7 +339,7 @@ def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
 
 def check_file(file: Path, option: str) -> None:
     """Check that the file of an option can be written."""
-    if file.exists() and not file.is_file():
+    if os.path.exists(file) and not os.path.isfile(file):  # Path.exists fails on a long name
         what = "is a directory" if file.is_dir() else "is no file"
         raise UsageError(f"{option} {file}: {what}; give a file, such as report.html")
     check_place(file, f"{option} {file}")
