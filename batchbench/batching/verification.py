@@ -93,15 +93,9 @@ def verify(
 ) -> Verification:
     """Check the outputs of all recordings against the model alone.
 
-    A sequence that is the beginning of another one with the same prompt is checked with it.
-
-    Args:
-        workload: the requests.
-        recordings: trials that served them.
-        reference: the model alone.
-        eos: tokens that end a text.
-        limit: number of requests to check, spread evenly over the queue; None for all.
-        chosen: the requests to check, instead of ``limit``.
+    The requests are ``chosen``, or ``limit`` of them spread evenly over the queue, or all. Tokens
+    of ``eos`` end a text. A sequence that is the beginning of another one with the same prompt is
+    checked with it.
     """
     if chosen is None:
         count = len(workload) if limit is None else min(limit, len(workload))
