@@ -161,8 +161,8 @@ class Session:
     """An experiment on this machine: workload made, model loaded, engine built.
 
     ``max_len`` is the length in tokens of the longest request of any workload that the session will
-    serve, if that is more than the experiment's own. ``forward`` makes the forward pass of the slots
-    engine; None for the leanest correct one. Raises UsageError if the experiment cannot run here.
+    serve, if that is more than the experiment's own. ``forward`` makes the forward pass of the
+    slots engine; None for the leanest correct one. Raises UsageError if the experiment cannot run.
     """
 
     def __init__(
