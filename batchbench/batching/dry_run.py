@@ -1,4 +1,4 @@
-"""The cost of an experiment that is not run: exact steps, memory within 15 %, rough time."""
+"""Estimate of an experiment that is not run: exact steps, memory within 15 %, rough time."""
 
 from __future__ import annotations
 
@@ -12,72 +12,82 @@ from batchbench.batching.recording import Recording
 from batchbench.batching.session import Session
 
 _BESIDE_PRODUCTS = 1.5
-"""How much longer a step takes than its matrix products (docs/log.md)."""
+"""Ratio of the time of a step to that of its matrix products (docs/log.md)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Steps of each strategy; bytes; seconds of all trials, counting matrix products alone.
+    """Steps, memory and time of an experiment.
 
-    Where requests come over time, both follow from how long a step takes here, which is guessed.
+    With timed arrivals, steps and time depend on the duration of a step, which is a guess.
     """
 
-    steps: Mapping[str, int]
+    steps: Mapping[str, int]  # by strategy
     trials: int
     weight_bytes: int | None = None
     kv_cache_bytes: int | None = None
     device: str | None = None
     peak_bytes: int | None = None
-    room_bytes: int | None = None  # memory that is available
+    room_bytes: int | None = None  # free memory
     fitting: int | None = None  # largest batch size that fits; None if this one fits
     batch_size: int | None = None
-    seconds: float | None = None
+    seconds: float | None = None  # all trials; matrix products alone unless ``timed``
     exact: bool = True
     timed: bool = False
-    uncounted: tuple[str, ...] = ()  # strategies that schedule for themselves
+    uncounted: tuple[str, ...] = ()  # strategies that schedule by themselves
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the estimate in words."""
         about = "about " if self.timed else "" if self.exact else "at most "
         counts = ", ".join(f"{name} {about}{n:,}" for name, n in self.steps.items())
-        found = [f"steps   {counts or 'no'} forward passes a trial, {self.trials} trials each"]
+        lines = [f"steps   {counts or 'no'} forward passes per trial; {self.trials} trials each"]
         if self.uncounted:
-            found[0] += f"; {', '.join(self.uncounted)} schedules for itself and is not counted"
+            lines[0] += f"; {', '.join(self.uncounted)} schedules by itself and is not counted"
         if self.weight_bytes is not None and self.kv_cache_bytes is not None:
-            found.append(
-                f"memory  {self.weight_bytes / 2**20:,.0f} MiB of weights + "
-                f"{self.kv_cache_bytes / 2**20:,.0f} MiB of KV cache on {self.device}; "
-                f"{(self.peak_bytes or 0) / 2**20:,.0f} MiB at the peak, with activations, copies "
-                "and libraries"
+            lines.append(
+                f"memory  {_mib(self.weight_bytes)} of weights and {_mib(self.kv_cache_bytes)} of "
+                f"KV cache on {self.device}; at its peak {_mib(self.peak_bytes or 0)} with "
+                "activations, copies and libraries"
             )
         if self.fitting is not None and self.peak_bytes and self.room_bytes:
             largest = f"the largest --batch-size that fits is {self.fitting}"
-            found.append(
-                f"warning {self.device} has {self.room_bytes / 2**20:,.0f} MiB for it, so "
-                f"--batch-size {self.batch_size} does not fit; "
-                + (largest if self.fitting else "not even one slot fits: take a smaller model")
+            lines.append(
+                f"warning {self.device} has {_mib(self.room_bytes)} free, so --batch-size "
+                f"{self.batch_size} does not fit; "
+                + (largest if self.fitting else "not even one slot fits: choose a smaller model")
             )
         if self.seconds is not None and self.timed:
-            found.append(
-                f"time    {self.seconds:,.3g} s for all trials, waiting for requests included, if "
-                "a step takes half as long again as its matrix products, timed just now"
+            lines.append(
+                f"time    about {self.seconds:,.3g} s for all trials, with waiting for requests; "
+                "this assumes steps of 1.5 times their matrix products, timed just now"
             )
         elif self.seconds is not None:
-            found.append(
-                f"time    {self.seconds:,.3g} s for the matrix products of all trials, as timed "
-                "just now; with attention and all else, half as much again"
+            lines.append(
+                f"time    {self.seconds:,.3g} s for the matrix products of all trials, timed just "
+                "now; with attention and overhead about 1.5 times as long"
             )
-        return found
+        return lines
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+_LARGE = 20_000
+"""Number of requests whose simulation takes longer than about two seconds."""
 
 
 def estimate(experiment: Experiment, watch: Watch) -> Estimate:
-    """Serve the workload in simulation and time one matrix product; load no model."""
+    """Simulate the strategies and time one matrix product; load no model."""
     session = Session(replace(experiment, simulated=True), watch)
     workload, trials = session.workload, experiment.trials.trials
     exact, timed = not workload.stop_at_eos, not replace(workload, stop_at_eos=False).closed
+    if len(workload) > _LARGE:
+        watch.phase(f"simulating {len(workload):,} requests under each strategy")
     if experiment.simulated:
         steps = {r.header.strategy: r.num_steps for r in _served(session, UNIT_NS)}
         return Estimate(steps, trials, exact=exact)
+    watch.phase("loading torch and timing a matrix product")
     from batchbench.batching.engines.torch.build import size_up
 
     sizes = size_up(experiment, session.source, workload)
@@ -105,7 +115,7 @@ def estimate(experiment: Experiment, watch: Watch) -> Estimate:
 
 
 def _served(session: Session, step_ns: int) -> list[Recording]:
-    """Each strategy's simulation, with steps of ``step_ns``."""
+    """Simulate each strategy with steps of ``step_ns``."""
     engine = SimulatedEngine(max(step_ns, 1))
     to_the_end = replace(session.workload, stop_at_eos=False)
     names = session.experiment.serving.policies

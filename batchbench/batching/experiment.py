@@ -1,11 +1,10 @@
-"""An experiment: what is asked, as frozen specs."""
+"""An experiment as frozen specs: workload, model, serving and trials."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from batchbench import settings
@@ -19,7 +18,7 @@ from batchbench.settings import parse_whole, setting
 from batchbench.workloads.spec import WorkloadSpec
 
 GENERATE_BATCH = "generate_batch"
-"""transformers' own continuous batching: a strategy that schedules for itself."""
+"""Continuous batching of transformers, a strategy that schedules by itself."""
 
 ENGINES = ("slots", "notebook")
 TOKEN_BUDGET = 2048
@@ -28,13 +27,13 @@ PREFILLS = ("auto", "separate", "mixed")
 
 
 def budget_of(slots: int) -> int:
-    """Return the most tokens of a mixed pass if none are given."""
+    """Return the default token budget of a mixed pass."""
     return max(TOKEN_BUDGET, 2 * slots)
 
 
 @dataclass(frozen=True)
 class ServingSpec:
-    """How the workload is served."""
+    """Settings of the scheduler and the engine."""
 
     batch_size: int = setting(
         8, "Number of slots: requests computed together.", "Serving", min=1, max=2**20
@@ -109,45 +108,44 @@ class ServingSpec:
             )
         if self.prefill == "mixed" and self.engine == "notebook":
             raise UsageError(
-                "--prefill mixed: the notebook engine computes prompts apart; "
-                "take --prefill separate or --engine slots"
+                "--prefill mixed: the notebook engine computes prompts separately; "
+                "give --prefill separate or --engine slots"
             )
         if self.execution in ("graph", "compile") and self.engine == "notebook":
             raise UsageError(
-                f"--execution {self.execution}: the notebook engine, whose tensors change shape at "
-                "each step, computes eagerly; take --execution auto or --engine slots"
+                f"--execution {self.execution}: the notebook engine changes tensor shapes at each "
+                "step, so it can only run eagerly; give --execution auto or --engine slots"
             )
         if self.mixes_prefill and self.token_budget <= self.batch_size:
             raise UsageError(
                 f"--max-batched-tokens {self.token_budget}: must be above the batch size "
                 f"({self.batch_size}), or no prompt could ever join a full batch; raise it, or "
-                "take --prefill separate"
+                "give --prefill separate"
             )
 
     @property
     def mixes_prefill(self) -> bool:
-        """Whether pieces of prompts may ride along with the running requests."""
+        """True if prompts are computed together with the running requests."""
         return self.prefill == "mixed" or (self.prefill == "auto" and self.engine != "notebook")
 
     @property
     def token_budget(self) -> int:
-        """Most tokens that one pass computes with mixed prefill."""
+        """Most tokens of one pass with mixed prefill."""
         return self.max_batched_tokens or budget_of(self.batch_size)
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """The names in ``strategy``."""
         return tuple(name.strip() for name in self.strategy.split(",") if name.strip())
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """Those of ``strategies`` that are policies of our own scheduler."""
+        """The strategies that are policies of our own scheduler."""
         return tuple(name for name in self.strategies if name != GENERATE_BATCH)
 
 
 @dataclass(frozen=True)
 class TrialsSpec:
-    """How often, how long, and how carefully."""
+    """Settings of the measurement."""
 
     trials: int = setting(
         4,
@@ -178,7 +176,7 @@ class TrialsSpec:
 
     @property
     def verify_limit(self) -> int | None:
-        """Number of requests to check; None means all."""
+        """Number of requests to check; None for all."""
         if self.verify in ("all", "none"):
             return None if self.verify == "all" else 0
         place, must = f"--verify {shown(self.verify)}", "must be all, none or a number of requests"
@@ -190,10 +188,11 @@ class TrialsSpec:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is asked, composed of specs and never written after parsing.
+    """The settings of one experiment.
 
-    ``preset`` is what the specs started from (see :meth:`of`); it shortens :meth:`command`. A
-    simulated one takes its time from ``cost``; without it every step costs one unit.
+    ``preset`` is the preset that the specs started from (see :meth:`of`); it shortens
+    :meth:`command`. A simulation takes its step times from ``cost``; without it every step takes
+    one unit of time.
     """
 
     workload: WorkloadSpec = field(default_factory=WorkloadSpec)
@@ -207,8 +206,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.workload.stop_at_eos and "static-oracle" in self.serving.strategies:
             raise UsageError(
-                "--strategy static-oracle: sorts by output length, which --stop-at-eos leaves to "
-                "the model; drop one of them"
+                "--strategy static-oracle: sorts by output length, which is not known with "
+                "--stop-at-eos; remove one of them"
             )
         check_preset(self.preset)
 
@@ -220,92 +219,79 @@ class Experiment:
         simulated: bool = False,
         cost: KnownCost | None = None,
     ) -> Experiment:
-        """The experiment of a preset, with the settings of each layer over those before it.
+        """Return the experiment of a preset, with each layer's settings over those before it.
 
-        A layer holds settings by the names of their fields, of any spec:
+        A layer maps names of fields, of any spec, to values:
         ``Experiment.of({"batch_size": 32}, preset="chat")``.
 
         Raises:
             UsageError: there is no such preset or setting, or settings contradict each other.
         """
         check_preset(preset)
-        usual = {"trials": 1} if simulated else {}
-        given = settings.layered(PARTS.values(), usual, PRESETS[preset].settings, *layers)
-        for name in given:
-            if not any(name == f.name for spec in PARTS.values() for f in fields(spec)):
-                raise UsageError(f"{name}: an experiment has no such setting")
-        parts = {name: settings.make_spec(spec, given) for name, spec in PARTS.items()}
+        defaults = {"trials": 1} if simulated else {}
+        values = settings.layered(PARTS.values(), defaults, PRESETS[preset].settings, *layers)
+        known = {f.name for spec in PARTS.values() for f in fields(spec)}
+        if unknown := [name for name in values if name not in known]:
+            raise UsageError(f"{unknown[0]}: an experiment has no such setting")
+        parts = {name: settings.make_spec(spec, values) for name, spec in PARTS.items()}
         return cls(**parts, simulated=simulated, preset=preset, cost=cost)
 
     def config(self) -> dict[str, Any]:
-        """The preset's name, and all settings as JSON values, spec by spec."""
-        return {"preset": self.preset} | {
-            part.name: {
-                f.name: str(value) if isinstance(value, Path) else value
-                for f in fields(spec)
-                for value in [getattr(spec, f.name)]
-            }
-            for part in fields(self)
-            if part.name in PARTS
-            for spec in [getattr(self, part.name)]
-        }
+        """Return the preset's name, and all settings as JSON values, spec by spec."""
+        parts = {name: settings.as_json(getattr(self, name)) for name in PARTS}
+        return {"preset": self.preset, **parts}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, simulated: bool = False) -> Experiment:
-        """The experiment whose :meth:`config` was kept; settings that it lacks are as usual.
+        """Return the experiment whose :meth:`config` is given; missing settings are defaults.
 
         Raises:
-            UsageError: it holds a setting that this version does not know, or one that cannot be
-                (a file that is gone, say).
+            UsageError: a setting is unknown to this version, or not possible here, such as a file
+                that no longer exists.
         """
-        parts = {}
-        for name, spec in PARTS.items():
-            kept = config[name]
-            if unknown := kept.keys() - {f.name for f in fields(spec)}:
-                raise UsageError(
-                    f"{settings.option_name(min(unknown))}: this batchbench has no such option; "
-                    "the result is from a newer one"
-                )
-            parts[name] = spec(**settings.typed(spec, kept))
+        parts: dict[str, Any] = {
+            name: settings.from_json(spec, config[name]) for name, spec in PARTS.items()
+        }
         return cls(**parts, simulated=simulated, preset=config.get("preset", NOTEBOOK))
 
     def command(self, name: str | None = None) -> str:
-        """The command line that runs it again: only what differs from its preset.
+        """Return the command line that runs the experiment again, with options beyond its preset.
 
-        Where an option cannot say the difference (a preset's setting taken away), everything that
-        differs from the defaults. ``name`` is the command's, unless it is run or simulate.
+        If no option can express a difference from the preset, such as a setting removed from it,
+        the options are those beyond the defaults. ``name`` is the command's, unless it is run or
+        simulate.
         """
         for preset in dict.fromkeys((self.preset, NOTEBOOK)):
-            given = self._differences(preset)
-            if self._is_asked_by(given, preset):
+            options = self._options(preset)
+            if self._equals(options, preset):
                 break
-        usual = "simulate" if self.simulated else "run"
-        words = ["batchbench", *(name or usual).split()]
+        words = ["batchbench", *(name or ("simulate" if self.simulated else "run")).split()]
         words += ["--cost", self.cost.source] if self.cost else []
         words += ["--preset", preset] * (preset != NOTEBOOK)
-        for name, value in given.items():
+        for name, value in options.items():
             option = settings.option_name(name)
             words += [option] if value is True else [option, str(value)]
         return shlex.join(words)
 
-    def _is_asked_by(self, given: Mapping[str, Any], preset: str) -> bool:
+    def _equals(self, options: Mapping[str, Any], preset: str) -> bool:
+        """Return True if these options over the preset give this experiment."""
         try:
-            again = Experiment.of(given, preset=preset, simulated=self.simulated)
-        except UsageError:  # the rest of the preset contradicts it, or a file is gone by now
+            again = Experiment.of(options, preset=preset, simulated=self.simulated)
+        except UsageError:  # the rest of the preset contradicts it, or a file no longer exists
             return False
         return replace(again, preset=self.preset, cost=self.cost) == self
 
-    def _differences(self, preset: str) -> dict[str, Any]:
-        """Settings that differ from a preset's; the two that everybody asks for are among them."""
-        usual = Experiment.of(preset=preset, simulated=self.simulated)
+    def _options(self, preset: str) -> dict[str, Any]:
+        """Return the settings beyond a preset; beyond the default preset always with the sizes."""
+        base = Experiment.of(preset=preset, simulated=self.simulated)
+        always = ("batch_size", "queue_size") if preset == NOTEBOOK else ()
         return {
             f.name: value
             for part in ("serving", "workload", "model", "trials")
             for f in fields(PARTS[part])
             for value in [getattr(getattr(self, part), f.name)]
             if value is not None and value is not False
-            if value != getattr(getattr(usual, part), f.name)
-            or f.name in ("batch_size", "queue_size")
+            if f.name in always or value != getattr(getattr(base, part), f.name)
         }
 
 
@@ -315,4 +301,4 @@ PARTS: Mapping[str, Any] = {
     "serving": ServingSpec,
     "trials": TrialsSpec,
 }
-"""An experiment's specs; no two have a field of one name."""
+"""The specs of an experiment; no two have a field of the same name."""

@@ -62,7 +62,6 @@ def allowed_cpus() -> Collection[int]:
 
 
 def _quota(cgroup: Path) -> float | None:
-    """Return the number of cores whose time a container may use; None if it has no limit."""
     values = (_read(cgroup / "cpu.max") or "").split()  # version 2
     if not values:
         names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
@@ -142,7 +141,6 @@ class PeakMemory:
             self.growth_bytes = max(0, peak - self._before)
 
     def _reset(self) -> int | None:
-        """Reset the high-water mark, and return the bytes in use now."""
         if self._device.startswith("cuda"):
             import torch
 
@@ -170,7 +168,6 @@ class PeakMemory:
 
 
 # Processor
-
 
 _KERNELS_NEED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})
 
@@ -217,14 +214,12 @@ class Processor:
 
 
 def _cpu_description(cpuinfo: Path | None = None) -> Mapping[str, str]:
-    """Return the system's description of the first processor; empty if there is none."""
     text = _read(cpuinfo or CPUINFO) or ""
     pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def cpu_name() -> str:
-    """Return the processor's model name."""
     name = _cpu_description().get("model name")
     if not name and sys.platform == "darwin":
         name = _output("sysctl", "-n", "machdep.cpu.brand_string")
@@ -234,17 +229,12 @@ def cpu_name() -> str:
 def _output(*command: str) -> str | None:
     """Return what a command prints; None if it fails or prints nothing."""
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=5,
-            check=True,
+        printed = subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace", timeout=5
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return printed.strip() or None
 
 
 # Environment
@@ -364,12 +354,10 @@ def facts_of(
 def differences(
     base: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None
 ) -> list[Difference]:
-    """Return the facts in which two environments differ.
+    """Return the facts in which two environments differ, of ``names`` or of all.
 
-    Args:
-        base: facts of one environment, as :func:`facts_of` returns them.
-        new: facts of the other.
-        names: facts to compare, such as :data:`MUST_MATCH_FOR_TIMES`; None for all.
+    ``base`` and ``new`` are as :func:`facts_of` returns them, ``names`` as
+    :data:`MUST_MATCH_FOR_TIMES`.
     """
     return [
         Difference(name, base.get(name), new.get(name))
@@ -379,7 +367,7 @@ def differences(
 
 
 def _comparable(name: str, value: Any) -> Any:
-    """Reduce a version of Python to its minor version, since a patch changes no time."""
+    # A patch of Python changes no time.
     return str(value).split(".")[:2] if name == "python" and value else value
 
 
@@ -418,11 +406,7 @@ class Counter(Protocol):
         """Joules after which it starts at 0 again; None if it never does."""
 
     def read_j(self) -> float:
-        """Return the joules so far.
-
-        Raises:
-            OSError: the counter cannot be read, or no longer.
-        """
+        """Return the joules so far; raise OSError if the counter cannot be read any more."""
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,6 @@ def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
 
 
 def _make_own(name: str) -> Policy:
-    """Return the user's policy; only a class with a policy's methods is called."""
     place = f"--strategy {shown(name)}"
     kind = _class_of(name, place)
     for method in ("admit", "release"):
@@ -191,11 +190,7 @@ def _make_own(name: str) -> Policy:
 
 
 def own_order(policy: Policy, place: str) -> str | None:
-    """Return the order in which a policy wants the queue; None if it has none of its own.
-
-    Raises:
-        UsageError: there is no such order; the message begins with ``place``.
-    """
+    """Return the policy's own order of the queue, if any; ``place`` begins an error's message."""
     order: str | None = getattr(policy, "order", None)
     if order is not None and order not in ORDERS:
         raise UsageError(
@@ -205,11 +200,6 @@ def own_order(policy: Policy, place: str) -> str | None:
 
 
 def _class_of(name: str, place: str) -> type:
-    """Return the class that ``package.module:Class`` names.
-
-    Raises:
-        UsageError: it cannot be imported, or is not a class.
-    """
     module_name, _, class_name = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
         raise UsageError(f"{place}: must be package.module:Class, such as my_policies:Mine")
@@ -218,14 +208,13 @@ def _class_of(name: str, place: str) -> type:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
             raise UsageError(
-                f"{place}: there is no module {shown(error.name)}; give one that is installed, or "
+                f"{place}: there is no module {shown(missing)}; give one that is installed, or "
                 "run this in the folder of its file"
             ) from error
-        raise UsageError(f"{place}: cannot be imported: {_spell(error)}") from error
-    except (Exception, SystemExit) as error:
         raise UsageError(f"{place}: cannot be imported: {_spell(error)}") from error
     try:
         policy_class = getattr(module, class_name)
@@ -247,7 +236,6 @@ _METHODS = "admit(view) and release(view)"
 
 
 def _takes(function: Callable[..., object], *arguments: str) -> bool:
-    """Return True if a function takes these arguments, or if its signature is not known."""
     try:
         signature = inspect.signature(function)
     except (ValueError, TypeError):  # a function in C without a signature
@@ -269,6 +257,5 @@ def fault_of(policy: Policy, method: str, error: BaseException) -> UsageError:
 
 
 def _spell(error: BaseException) -> str:
-    """Return the type and text of an exception of the user's code on one line."""
     text = shown(" ".join(str(error).split()), 200)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

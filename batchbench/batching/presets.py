@@ -1,4 +1,4 @@
-"""Presets: named partial experiments, each with where its figures come from."""
+"""Presets: named partial experiments, each with the source of its numbers."""
 
 from __future__ import annotations
 
@@ -14,84 +14,70 @@ from batchbench.settings import setting
 from batchbench.workloads.spec import read_workload_file
 
 NOTEBOOK = "notebook"
-"""The default."""
+"""The default preset."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings by the names of their fields (of any spec of an experiment)."""
+    """A description, its source, and settings by the names of their fields in any spec."""
 
     about: str
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _lengths(prompt: str, output: str, **more: Any) -> dict[str, Any]:
+    sizes = {"queue_size": 64, "prompt_tokens": prompt, "output_tokens": output}
+    return {**sizes, "overlong": "scale", **more}
+
+
 PRESETS: Mapping[str, Preset] = {
     NOTEBOOK: Preset(
-        "one request of 100 output tokens a batch, the others of 10; one prompt of 7 tokens",
-        "the notebook that the notebook engine follows",
+        "one request of 100 output tokens per batch, the others of 10; prompts of 7 tokens",
+        "the notebook whose method the notebook engine follows",
     ),
     "anyscale": Preset(
         "prompts of 512 tokens, exponential outputs, mean 128",
         "Anyscale, How continuous batching enables 23x throughput in LLM inference (2023): 1,000 "
         "requests of 512 prompt tokens, exponential outputs of mean 128, in one of its four runs "
-        "up to 512 (longer draws are left out there, and clipped here)",
-        {
-            "queue_size": 64,
-            "prompt_tokens": "512",
-            "output_tokens": "exponential:mean=128,max=512",
-            "overlong": "scale",
-        },
+        "up to 512 (longer draws are dropped there, and clipped here)",
+        _lengths("512", "exponential:mean=128,max=512"),
     ),
     "chat": Preset(
         "questions of 161 tokens on average, answers of 338",
         "means of ShareGPT in the vLLM paper (Kwon et al., 2023): 161.31 and 337.99; log-normal "
         "shape and bounds chosen for batchbench",
-        {
-            "queue_size": 64,
-            "prompt_tokens": "lognormal:mean=161.31,sigma=1,max=1024",
-            "output_tokens": "lognormal:mean=337.99,sigma=0.8,max=1024",
-            "overlong": "scale",
-        },
+        _lengths(
+            "lognormal:mean=161.31,sigma=1,max=1024", "lognormal:mean=337.99,sigma=0.8,max=1024"
+        ),
     ),
     "summarize": Preset(
         "articles of 781 tokens on average, summaries of 56",
         "means of CNN/Daily Mail in See et al. (2017): 781 and 56, counted in words there; "
         "log-normal shape and bounds chosen for batchbench",
-        {
-            "queue_size": 64,
-            "prompt_tokens": "lognormal:mean=781,sigma=0.5,max=1792",
-            "output_tokens": "lognormal:mean=56,sigma=0.4,max=256",
-            "overlong": "scale",
-        },
+        _lengths("lognormal:mean=781,sigma=0.5,max=1792", "lognormal:mean=56,sigma=0.4,max=256"),
     ),
     "code": Preset(
         "long prompts (median 1,500 tokens), short completions (median 13)",
         "medians of Azure's code trace in Splitwise (Patel et al., 2024): 1,500 and 13; "
         "log-normal shape and bounds chosen for batchbench",
-        {
-            "queue_size": 64,
-            "prompt_tokens": "lognormal:median=1500,sigma=0.7,max=3840",
-            "output_tokens": "lognormal:median=13,sigma=1,max=256",
-            "overlong": "scale",
-        },
+        _lengths("lognormal:median=1500,sigma=0.7,max=3840", "lognormal:median=13,sigma=1,max=256"),
     ),
     "burst": Preset(
-        "short chats that come in bursts, 4 a second on average",
+        "short chats that arrive in bursts, 4 per second on average",
         "gamma-distributed gaps as in BurstGPT (Wang et al., 2024); rate, shape 0.25 and lengths "
         "chosen for batchbench",
-        {
-            "queue_size": 64,
-            "prompt_tokens": "lognormal:mean=64,sigma=0.8,max=256",
-            "output_tokens": "lognormal:mean=32,sigma=0.8,max=128",
-            "overlong": "scale",
-            "request_rate": 4.0,
-            "burstiness": 0.25,
-        },
+        _lengths(
+            "lognormal:mean=64,sigma=0.8,max=256",
+            "lognormal:mean=32,sigma=0.8,max=128",
+            request_rate=4.0,
+            burstiness=0.25,
+        ),
     ),
     "ci": Preset(
-        "the classic workload on toy-gpt2, a small made-up model: seconds on two cores",
-        "chosen for batchbench; all requests there at the start, so that steps are exact",
+        "the default workload on toy-gpt2, a small model with random weights: under a minute on "
+        "two cores",
+        "chosen for batchbench; all requests arrive at the start, so that steps are exact",
         {"model": "toy-gpt2"},
     ),
 }
@@ -99,7 +85,7 @@ PRESETS: Mapping[str, Preset] = {
 
 @dataclass(frozen=True)
 class Basis:
-    """What the options of an experiment start from: each overrides its own part of it."""
+    """The preset and the workload file that the options of an experiment start from."""
 
     preset: str = setting(
         NOTEBOOK,
@@ -122,7 +108,7 @@ class Basis:
             check_there(self.workload, f"--workload {self.workload}")
 
     def layers(self) -> list[Mapping[str, Any]]:
-        """The preset's settings, then the file's.
+        """Return the preset's settings, then those of the file.
 
         Raises:
             UsageError: the file cannot be read, or is wrong.
@@ -132,6 +118,6 @@ class Basis:
 
 
 def check_preset(name: str) -> None:
-    """Raise :class:`UsageError` where there is no such preset."""
+    """Raise UsageError if there is no such preset."""
     if name not in PRESETS:
         raise UsageError(f"--preset {shown(name)}: must be one of {', '.join(PRESETS)}")

@@ -1,4 +1,4 @@
-"""Watching a run: what the conductor tells while it works. A library call without one is silent."""
+"""Progress of a run, reported to a watch. A library call without a watch is silent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchbench.errors import OutOfTimeError
 
 @dataclass
 class Progress:
-    """How far one trial is."""
+    """The progress of one trial."""
 
     strategy: str
     trial: int
@@ -24,7 +24,7 @@ class Progress:
     steps: int = 0
     tokens: int = 0
     now_ns: int = 0
-    idle_until_ns: int | None = None  # while nothing can be computed before then
+    idle_until_ns: int | None = None  # the time before which nothing can be computed
 
     def advance(self, plan: Plan, launched: int, finished: int, now_ns: int) -> None:
         """Count ``launched`` passes of ``plan``."""
@@ -37,39 +37,41 @@ class Progress:
         self.now_ns = now_ns
 
     def idle(self, now_ns: int, until_ns: int) -> None:
-        """Nothing can be computed before ``until_ns``."""
         self.slots_in_use = 0
         self.now_ns, self.idle_until_ns = now_ns, until_ns
 
 
 class Watch:
-    """Hears everything and says nothing."""
+    """Receives every report of a run and shows nothing; displays override its methods."""
 
     def note(self, line: str) -> None:
-        """Something that the user should know, in one line."""
+        """Receive a line that the user should read."""
 
     def phase(self, name: str) -> None:
-        """What is being done now: loading, warming up, verifying."""
+        """Receive the name of the phase that begins: loading, warming up, verifying."""
 
     def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
-        """A trial of a strategy begins; ``trial`` counts from 0."""
+        """Receive the start of a trial; ``trial`` counts from 0."""
 
     def progressed(self, progress: Progress) -> None:
-        """Some steps were run."""
+        """Receive the progress after some steps."""
 
     def idles(self, progress: Progress) -> None:
-        """Nothing can be computed before ``progress.idle_until_ns``."""
+        """Receive that nothing can be computed before ``progress.idle_until_ns``."""
 
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
-        """A trial is done."""
+        """Receive the end of a trial."""
 
 
 class Limited(Watch):
-    """A watch that passes everything on, and raises OutOfTimeError when the time is up.
+    """Passes every report on, and raises OutOfTimeError when the time is up.
 
     Args:
+        watch: receives the reports.
         until: end of the time, in seconds of ``clock``.
-        real: waits take time on that clock, so one that would end later raises at once.
+        clock: the clock of that time.
+        real: True if waits take time on that clock; one that would end too late then raises at
+            once.
     """
 
     def __init__(

@@ -44,7 +44,6 @@ class GrowthLog:
     growth_ps: Ints
 
     def of(self, spans: Ints) -> GrowthLog:
-        """Return the rows of these spans."""
         return GrowthLog(self.beyond_ps[spans], self.rest_ps[spans], self.growth_ps[spans])
 
     @property
@@ -211,7 +210,6 @@ class Recording:
         return self._ends_in(self.spans_of(steps) if self.ends_ns is None else steps, steps)
 
     def _ends_in(self, span: Ints, steps: Ints) -> Ints:
-        """Return the ends of steps whose spans are known."""
         if self.ends_ns is not None:
             return self.ends_ns[steps]
         return self._after(span, steps - self.first_steps[span] + 1)
@@ -276,7 +274,6 @@ class Recording:
         yield from self._each_step(chosen[~equal], skip)
 
     def _are_equal(self, spans: Ints) -> NDArray[np.bool_]:
-        """Return True for each of these spans whose steps all take the same time in ns."""
         equal: NDArray[np.bool_] = self.spans.steps[spans] == 1
         if self.ends_ns is None:
             equal |= True if self.growth is None else self.growth.of(spans).is_none
@@ -344,7 +341,6 @@ class Recording:
         return np.concatenate([[0], np.cumsum(self.requests.output_tokens)])
 
     def tokens_of(self, request: int) -> NDArray[np.int32]:
-        """Return the output tokens of one request."""
         if self.tokens is None:
             raise ValueError("no model ran: the recording holds no tokens")
         return self.tokens[self.token_offsets[request] : self.token_offsets[request + 1]]
@@ -361,13 +357,9 @@ class Recording:
     ) -> Recording:
         """Return the recording of a strategy that does not report steps.
 
-        Args:
-            header: as for any recording.
-            workload: the requests that were served.
-            tokens: output tokens of each request.
-            ends_ns: the time of each token, nanoseconds since the start of the trial.
-            begun_ns: the time at which computing each request began.
-            due_ns: the actual arrival of each request; None if it is the workload's.
+        ``tokens`` are the output tokens of each request, ``ends_ns`` the time of each token,
+        ``begun_ns`` the time at which computing each request began, and ``due_ns`` its actual
+        arrival, if that is not the workload's. Times are nanoseconds since the start of the trial.
         """
         counts = np.array([len(of_request) for of_request in tokens], np.int64)
         if not counts.all() or [len(of_request) for of_request in ends_ns] != counts.tolist():
@@ -380,11 +372,11 @@ class Recording:
             **dict.fromkeys(("slot", "admitted", "started", "first", "last", "released"), unknown),
         )
         return cls(
-            header=header,
-            requests=requests,
-            spans=SpanLog(none, none, none, none, none),
-            chunks=ChunkLog(none, none, none),
-            waits=WaitLog(none, none, none, none, none),
+            header,
+            requests,
+            SpanLog(none, none, none, none, none),
+            ChunkLog(none, none, none),
+            WaitLog(none, none, none, none, none),
             ends_ns=None,
             step_ns=None,
             tokens=np.fromiter(chain.from_iterable(tokens), np.int32, counts.sum()),
@@ -522,7 +514,6 @@ class Recorder:
         self._log["last"][request.index] = self.steps - 1
 
     def recording(self, header: Header, engine: Steps) -> Recording:
-        """Return the log with the times and tokens of the engine."""
         for index in self._occupant.values():
             self._log["released"][index] = self.steps
         spans, chunks, waits = (
@@ -551,7 +542,6 @@ class Recorder:
         )
 
     def _tokens(self, spans: SpanLog, by_step: NDArray[np.int32]) -> tuple[Ints, NDArray[np.int32]]:
-        """Pick the number and the values of each request's tokens from ``[steps, slots]``."""
         decodes = np.repeat(spans.decoding > 0, spans.steps)
         log = self._log
         picked = [

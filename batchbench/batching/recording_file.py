@@ -1,7 +1,7 @@
 """The file of a recording: a NumPy ``.npz`` archive of a JSON header and columns of integers.
 
-It is read without trust. Sizes are taken from the zip directory and the npy headers and compared
-before anything is inflated, no pickle is ever read, and the content's checksum must be right.
+A file is not trusted. Sizes are taken from the zip directory and the npy headers and compared
+before anything is inflated, no pickle is ever read, and the checksum of the content must be right.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 Column = NDArray[Any]
 
 MOST_MEMBERS = 64
-"""Largest number of members of an archive; a recording has at most 30."""
+"""Most members of an archive; a recording has at most 30."""
 
 MOST_HEADER_BYTES = 2**20
-"""Largest size of a header; those that we write take 1 to 2 KB."""
+"""Largest size of a header; batchbench writes 1 to 2 KB."""
 
 SURE_BYTES, MOST_RATIO = 64 * 2**20, 100
 """A file may inflate to ``SURE_BYTES`` and this many times its own size. Each log has a column that
 takes at least a byte a row when compressed, of at most 72 bytes, and zeros compress 1,000 times."""
 
 _END = struct.Struct("<4s4H2LH")
-"""The record that ends a zip archive: its counts and the size of its directory."""
+"""The end record of a zip archive: its counts and the size of its directory."""
 
 _TORN = (
     *(zipfile.BadZipFile, zlib.error, struct.error),
@@ -54,11 +54,10 @@ _UNCOMPRESSED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
 
 class NotWholeError(ValueError):
-    """A fault of a recording's file, in words that complete "is not a whole recording:"."""
+    """A fault of a recording's file; the text completes "is not a whole recording:"."""
 
 
 def write_columns(header: Mapping[str, Any], columns: Mapping[str, Column]) -> bytes:
-    """Return the content of the archive."""
     text = json.dumps(header, allow_nan=False).encode()
     out = io.BytesIO()
     np.savez_compressed(
@@ -70,14 +69,15 @@ def write_columns(header: Mapping[str, Any], columns: Mapping[str, Column]) -> b
 def read_columns(
     file: Path, dtypes: Mapping[str, np.dtype[Any]]
 ) -> tuple[dict[str, Any], dict[str, Column]]:
-    """Read an archive: its header and the columns that it has.
+    """Return the header and the columns of an archive.
 
     Args:
+        file: the archive.
         dtypes: the columns that a file may have, and the type of their values.
 
     Raises:
         UsageError: the file is missing or cannot be opened.
-        NotWholeError: the file is torn, or of another kind.
+        NotWholeError: the file is damaged, or of another kind.
     """
     try:
         mode = file.stat().st_mode
@@ -90,10 +90,8 @@ def read_columns(
             with zipfile.ZipFile(content) as archive:
                 members = _members(archive, os.fstat(content.fileno()).st_size, dtypes)
                 header = _read_header(archive, members.pop("header"))
-                return header, {
-                    name: _read_column(archive, member, name, dtypes[name])
-                    for name, member in members.items()
-                }
+                columns = {n: _read_column(archive, m, n, dtypes[n]) for n, m in members.items()}
+                return header, columns
     except NotWholeError:
         raise
     except FileNotFoundError as error:
@@ -101,7 +99,7 @@ def read_columns(
     except OSError as error:
         raise UsageError(f"{file}: cannot be read: {reason_of(error)}") from error
     except _TORN as error:
-        raise NotWholeError("the archive is torn") from error
+        raise NotWholeError("the archive is damaged") from error
 
 
 def _check_end(content: IO[bytes]) -> None:
@@ -113,7 +111,7 @@ def _check_end(content: IO[bytes]) -> None:
         raise NotWholeError("it is not a zip archive")
     signature, _, _, _, members, directory, _, comment = _END.unpack(tail)
     if signature != b"PK\5\6" or comment:
-        raise NotWholeError("it is not a zip archive, or is torn")
+        raise NotWholeError("it is not a zip archive, or is damaged")
     if members > MOST_MEMBERS or directory > 2**16:
         raise NotWholeError(f"it has {members} members; a recording has at most {MOST_MEMBERS}")
 
@@ -122,27 +120,27 @@ def _members(
     archive: zipfile.ZipFile, file_bytes: int, dtypes: Mapping[str, np.dtype[Any]]
 ) -> dict[str, zipfile.ZipInfo]:
     """Return the members by column; refuse impossible names and sizes."""
-    found: dict[str, zipfile.ZipInfo] = {}
+    members: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
         name = member.filename.removesuffix(".npy")
         if name == member.filename or name not in {"header", *dtypes}:
             raise NotWholeError(f"it holds {member.filename[:40]!r}, which no recording has")
-        if name in found:
+        if name in members:
             raise NotWholeError(f"it holds {name} twice")
         if member.flag_bits & 1 or member.compress_type not in (_UNCOMPRESSED, _DEFLATED):
             raise NotWholeError(f"{name} is encrypted, or compressed in an unknown way")
-        found[name] = member
-    if "header" not in found:
+        members[name] = member
+    if "header" not in members:
         raise NotWholeError("header is missing")
     # Members that share bytes (an overlapping bomb) add up to more than the file.
-    if sum(member.compress_size for member in found.values()) > file_bytes:
+    if sum(member.compress_size for member in members.values()) > file_bytes:
         raise NotWholeError("its members are larger than the file")
-    inflated = sum(member.file_size for member in found.values())
+    inflated = sum(member.file_size for member in members.values())
     if inflated > SURE_BYTES + MOST_RATIO * file_bytes:
         raise NotWholeError(
             f"it would inflate from {file_bytes:,} to {inflated:,} bytes, as no recording does"
         )
-    return found
+    return members
 
 
 def _read_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> dict[str, Any]:
@@ -161,11 +159,11 @@ def _read_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> dict[str,
 def _read_column(
     archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str, dtype: np.dtype[Any]
 ) -> Column:
-    """Read one column, whose npy header must agree with the size of the member."""
+    """Read a column, whose npy header must agree with the size of the member."""
     with archive.open(member) as content:
         try:
             if np.lib.format.read_magic(content) != (1, 0):
-                raise ValueError("another version of npy")
+                raise ValueError
             shape, _, kind = np.lib.format.read_array_header_1_0(content)
         except Exception as error:  # NumPy evaluates it as a Python literal
             raise NotWholeError(f"{name} has no npy header of version 1.0") from error
@@ -175,7 +173,7 @@ def _read_column(
         if not 0 <= size < member.file_size or member.file_size - size > 2**16:
             raise NotWholeError(f"{name} claims {shape[0]:,} values and has another size")
         column = np.frombuffer(bytearray(content.read(size)), dtype)
-        if len(column) != shape[0] or content.read(1):  # reading to the end checks the checksum
+        if len(column) != shape[0] or content.read(1):  # at its end zipfile checks the checksum
             raise NotWholeError(f"{name} claims {shape[0]:,} values and has others")
     return column
 
@@ -184,17 +182,17 @@ MOST_SLOTS = 2**20
 """The largest ``--batch-size``."""
 
 MOST_NS = 2**60
-"""Latest time, 36 years; sums and differences of two times fit 64 bits."""
+"""Latest time, 36 years; sums and differences of two times fit in 64 bits."""
 
 MOST_APART_NS, MOST_APART = 10**6, 1.01
 """Largest difference, in ns and as a ratio, between the clocks of the host and of a GPU."""
 
 MOST_STEPS = 2**31
-"""Most steps of a span, more than the longest output has; their square fits 64 bits."""
+"""Most steps of a span, more than the longest output needs; their square fits in 64 bits."""
 
 
 def check_laws(recording: Recording) -> None:
-    """Raise NotWholeError if a recording's log breaks a law."""
+    """Raise NotWholeError if a recording breaks a law of the log."""
     r = recording
     _check_header(r.header)
     _check_lengths(r)
@@ -206,7 +204,7 @@ def check_laws(recording: Recording) -> None:
     tokens = float(r.requests.output_tokens.sum(dtype=np.float64))
     for name, column in (("tokens", r.tokens), ("token_ends_ns", r.token_ends_ns)):
         if column is not None:
-            _check(len(column) == tokens, f"{name} are not as many as the requests have")
+            _check(len(column) == tokens, f"{name} has another length than the requests' outputs")
     if r.tokens is not None:
         _check(r.tokens >= 0, "a token is negative")
     if r.token_ends_ns is not None:
@@ -214,7 +212,7 @@ def check_laws(recording: Recording) -> None:
     else:
         _check_of_steps(r)
     _check(r.duration_ns > 0, "it takes no time")
-    # A GPU gives times in 32 bits, so after hours two clocks may be a millisecond apart.
+    # A GPU reports times in 32 bits, so after hours two clocks may differ by a millisecond.
     slack = MOST_APART_NS + r.first_token_ns * MOST_APART
     _check(r.requests.due_ns <= slack, "a request has a token before it is due")
     _check(r.first_token_ns <= r.last_token_ns, "a request's tokens are out of order")
@@ -229,9 +227,6 @@ def _check_range(name: str, column: Ints, stop: int, start: int = 0) -> None:
     if len(column) and not start <= column.min() <= column.max() < stop:
         worst = column.min() if column.min() < start else column.max()
         raise NotWholeError(f"{name} holds {worst}; it must be {start} to {stop - 1}")
-
-
-# The header
 
 
 def _check_header(header: Header) -> None:
@@ -261,14 +256,12 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_amount(value: Any, *, least: float = 1e-9) -> bool:
-    """Return True for None and for a number from ``least`` to 1e30, which arithmetic can use."""
-    if value is None:
-        return True
-    return isinstance(value, int | float) and type(value) is not bool and least <= value < 1e30
+    """Return True for None and for a number from ``least`` to 1e30."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (is_number and least <= value < 1e30)
 
 
 def _is_memory(memory: Any) -> bool:
-    """Return True for a measured bandwidth with the bytes that a decode step reads."""
     if not isinstance(memory, Mapping) or not isinstance(memory.get("reading"), Mapping):
         return False
     reading = memory["reading"]
@@ -282,45 +275,37 @@ def _is_memory(memory: Any) -> bool:
     )
 
 
-# Lengths
-
-
 def _check_lengths(r: Recording) -> None:
-    """Check that the columns of each log are equally long, and that times have one form."""
     for name in ("requests", "spans", "chunks", "waits", "growth"):
         log = getattr(r, name)
         lengths = {len(getattr(log, c.name)) for c in fields(log)} if log is not None else {0}
-        _check(len(lengths) == 1, f"the columns of its {name} are not equally long")
+        _check(len(lengths) == 1, f"the columns of its {name} differ in length")
     _check(len(r.requests.slot) > 0, "it has no request")
-    told = [
-        name for name in ("ends_ns", "step_ns", "token_ends_ns") if getattr(r, name) is not None
-    ]
-    _check(len(told) == 1, "its times are missing, or given in two ways")
+    times = (r.ends_ns, r.step_ns, r.token_ends_ns)
+    _check(sum(t is not None for t in times) == 1, "its times are missing, or given in two ways")
     _check((r.begun_ns is None) is (r.token_ends_ns is None), "begun_ns needs token_ends_ns")
-    if r.begun_ns is not None:
-        _check(len(r.begun_ns) == len(r.requests.slot), "begun_ns is not one a request")
-    spans = len(r.spans.steps)
-    if r.step_ns is not None:
-        _check(len(r.step_ns) == spans, "step_ns is not one a span")
+    requests, spans = len(r.requests.slot), len(r.spans.steps)
+    _check(r.begun_ns is None or len(r.begun_ns) == requests, "begun_ns is not one per request")
+    _check(r.step_ns is None or len(r.step_ns) == spans, "step_ns is not one per span")
     _check(
         r.growth is None or (r.step_ns is not None and len(r.growth.rest_ps) == spans),
-        "growth is not one a span",
+        "growth is not one per span",
     )
 
 
 def _check_of_tokens(r: Recording) -> None:
-    """Check a trial that shows no steps."""
+    """Check a trial that does not report steps."""
     assert r.token_ends_ns is not None
     assert r.begun_ns is not None
     _check(len(r.spans.steps) == len(r.chunks.start) == len(r.waits.step) == 0, "it has steps")
     for name in ("slot", "admitted", "started", "first", "last", "released"):
-        _check(getattr(r.requests, name) == -1, f"requests.{name} is known though steps are not")
+        _check(getattr(r.requests, name) == -1, f"requests.{name} is known but steps are not")
     _check_range("token_ends_ns", r.token_ends_ns, MOST_NS)
     _check_range("begun_ns", r.begun_ns, MOST_NS)
 
 
 def _check_of_steps(r: Recording) -> None:
-    """Check a trial that shows its steps."""
+    """Check a trial that reports its steps."""
     s = r.spans
     _check(len(s.steps) > 0, "it has no step")
     _check_range("spans.steps", s.steps, MOST_STEPS, start=1)
@@ -351,7 +336,7 @@ def _check_requests(r: Recording) -> None:
 
 
 def _check_chunks(r: Recording) -> None:
-    """Check that each prompt is read once, from beginning to end, and then yields a token."""
+    """Check that each prompt is computed once, from beginning to end, and then yields a token."""
     q, c, count = r.requests, r.chunks, len(r.requests.slot)
     _check_range("chunks.request", c.request, count)
     _check((c.start >= 0) & (c.start < c.stop), "a chunk has no token")
@@ -362,13 +347,15 @@ def _check_chunks(r: Recording) -> None:
     ends = np.concatenate([request[1:] != request[:-1], [True]])[: len(request)]
     _check(np.array_equal(request[begins], np.arange(count)), "a request has no chunk")
     whole = (start[begins] == 0).all() and (stop[ends] == q.prompt_tokens).all()
-    _check(whole and (start[1:] == stop[:-1])[~begins[1:]], "a prompt is not read once and whole")
+    _check(
+        whole and (start[1:] == stop[:-1])[~begins[1:]], "a prompt is not computed once and whole"
+    )
     _check(step[begins] == q.started, "a request starts at another step than its prompt")
     _check(step[ends] == q.first, "a first token comes from another step than its prompt's last")
 
 
 def _check_decoding(r: Recording) -> None:
-    """Check that the rows that decode are those of the requests that hold a slot."""
+    """Check that the decoding rows are those of the requests that hold a slot."""
     q, s, first_steps = r.requests, r.spans, r.first_steps
     rows = np.searchsorted(np.sort(q.first), first_steps)
     rows = rows - np.searchsorted(np.sort(q.released), first_steps, side="right")
@@ -378,7 +365,7 @@ def _check_decoding(r: Recording) -> None:
     before = np.cumsum(decodes) - decodes
 
     def up_to(step: Ints) -> Ints:
-        """Return the number of decode steps up to each of these steps, itself included."""
+        """Return the number of decode steps up to and including each of these steps."""
         span = r.spans_of(step)
         return before[span] + np.where(decodes[span] > 0, step - first_steps[span] + 1, 0)
 
@@ -400,7 +387,7 @@ def _check_times(r: Recording) -> None:
     s = r.spans
     _check_range("spans.start_ns", s.start_ns, MOST_NS)
     if r.ends_ns is not None:
-        _check(len(r.ends_ns) == r.num_steps, "ends_ns is not one a step")
+        _check(len(r.ends_ns) == r.num_steps, "ends_ns is not one per step")
         _check_range("ends_ns", r.ends_ns, MOST_NS)
         _check(np.diff(r.ends_ns) >= 0, "ends_ns is out of order")
         _check(s.start_ns <= r.ends_ns[r.first_steps], "a span begins after its first step")
@@ -415,7 +402,7 @@ def _check_times(r: Recording) -> None:
 
 
 def _check_costs(r: Recording) -> None:
-    """Check the times of a simulation, which are a formula."""
+    """Check the times of a simulation."""
     s = r.spans
     assert r.step_ns is not None
     _check(r.header.about.get("memory") is None, "a simulation measured no memory")

@@ -144,13 +144,8 @@ class Scheduler:
     ) -> list[tuple[int, Request]]:
         """Advance the requests by ``launched`` passes of ``plan``.
 
-        Args:
-            plan: the plan that ran.
-            launched: number of its passes that were launched.
-            stopped: slots whose request ended its text in the last of these passes.
-
-        Returns:
-            (slot, request) for each request that got its last token.
+        ``stopped`` lists the slots whose request ended its text in the last of these passes. Return
+        (slot, request) for each request that got its last token.
         """
         done: list[tuple[int, Request]] = []
         if len(plan.slots):
@@ -204,7 +199,6 @@ class Scheduler:
         repeat: int = 1,
         until: int | None = None,
     ) -> Plan:
-        """Return the plan, with the slots released and given since the last one."""
         released, self._released = tuple(self._released), []
         admitted, self._admitted = tuple(self._admitted), []
         return Plan(chunks, slots, positions, growing, released, repeat, until, admitted)
@@ -237,7 +231,6 @@ class Scheduler:
         return ask_again
 
     def _chunks(self) -> tuple[Chunk, ...]:
-        """Return the pieces of prompts for this pass, within the token budget if it is mixed."""
         if not self._mixed:
             return tuple(
                 Chunk(n.request, n.slot, n.done, n.request.prompt_tokens) for n in self._newcomers

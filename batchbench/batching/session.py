@@ -67,12 +67,8 @@ def run_experiment(
 ) -> Outcome:
     """Run an experiment: warm-up, trials in alternating order, verification.
 
-    Ctrl-C and ``--max-time`` keep the rounds that are finished.
-
-    Args:
-        experiment: what to run.
-        watch: follows the progress; silent by default.
-        models: shared by experiments on the same model, so that it is loaded once.
+    Ctrl-C and ``--max-time`` keep the rounds that are finished. Experiments that share ``models``
+    load a model once.
 
     Raises:
         UsageError: the experiment cannot be run here.
@@ -91,7 +87,6 @@ conduct = run_experiment
 
 
 def run_session(session: Session) -> Outcome:
-    """Run the experiment of a session, like :func:`run_experiment`."""
     experiment = session.experiment
     if experiment.simulated and session.workload.stop_at_eos:
         raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; remove it")
@@ -128,7 +123,6 @@ _GRACE = 1.1
 
 
 def _finished_rounds(session: Session) -> tuple[list[list[Recording]], Stop | None]:
-    """Return the finished rounds, and the stop if they are fewer than planned."""
     rounds: list[list[Recording]] = []
     planned, limit = session.experiment.trials.trials, session.experiment.trials.max_time
     began = time.monotonic()
@@ -166,16 +160,9 @@ def _interrupted(rounds: Sequence[object], planned: int) -> Stop:
 class Session:
     """An experiment on this machine: workload made, model loaded, engine built.
 
-    Args:
-        experiment: what to run.
-        watch: follows the progress.
-        models: source of models; experiments that share it load a model once.
-        max_len: tokens of the longest request of any workload that the session will serve, if that
-            is more than the experiment's own.
-        forward: makes the forward pass of the slots engine; None for the leanest that is right.
-
-    Raises:
-        UsageError: the experiment cannot be run here.
+    ``max_len`` is the length in tokens of the longest request of any workload that the session will
+    serve, if that is more than the experiment's own. ``forward`` makes the forward pass of the
+    slots engine; None for the leanest correct one. Raises UsageError if the experiment cannot run.
     """
 
     def __init__(
@@ -205,7 +192,6 @@ class Session:
         self._own_schedulers = self._strategies_with_own_scheduler()
 
     def make(self, spec: WorkloadSpec) -> Workload:
-        """Return the workload of a spec, for the experiment's model."""
         workload = make_workload(
             spec,
             batch_size=self.experiment.serving.batch_size,
@@ -283,7 +269,6 @@ class Session:
         return {GENERATE_BATCH: strategy}
 
     def strategies(self) -> list[Strategy]:
-        """Return the strategies of the experiment."""
         names = self.experiment.serving.strategies
         return [self._own_schedulers.get(name) or self.batcher(name) for name in names]
 
@@ -339,16 +324,10 @@ class Session:
             yield [served[s.name] for s in strategies]
 
     def serve(self, strategy: Strategy, trial: int, planned: int) -> Recording:
-        """Serve the workload once; ``trial`` counts from 0, of ``planned`` trials."""
         self._watch.trial_begins(strategy.name, trial, planned)
+        simulated, watch, memory = self.engine.simulated, self._watch, self._memory
         recording = trials.observe(
-            strategy,
-            self.workload,
-            self._watch,
-            trial,
-            self._energy,
-            simulated=self.engine.simulated,
-            about=self._memory,
+            strategy, self.workload, watch, trial, self._energy, simulated=simulated, about=memory
         )
         self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
         return recording

@@ -60,12 +60,11 @@ class StepCost:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> StepCost:
-        """Return the cost whose :meth:`as_dict` is given; earlier versions have no bends."""
+        # Earlier versions have no bends.
         bends = tuple((int(rows), float(ns)) for rows, ns in values.get("bends", ()))
         return cls(**{name: float(values[name]) for name in _COEFFICIENTS}, bends=bends)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the cost as JSON values."""
         return asdict(self) | {"bends": [list(bend) for bend in self.bends]}
 
     def scaled(self, by: float) -> StepCost:
@@ -88,7 +87,6 @@ class StepCost:
         return round(self.cached_ns * PS)
 
     def of_plan(self, plan: Plan) -> Passes:
-        """Return the cost of a plan's passes."""
         rows = len(plan.slots)
         ns = self.step_ns + self.rows_ns(rows)
         for _, _, start, stop in plan.chunks:
@@ -120,7 +118,6 @@ class Passes(NamedTuple):
     alike: int  # number of passes for which the growth holds
 
     def total_ps(self, count: int) -> int:
-        """Return the cost of the first ``count`` passes together."""
         return count * self.first_ps + self.growth_ps * (count * (count - 1) // 2)
 
     def until_ps(self, time: int) -> int:
@@ -146,7 +143,6 @@ class KnownCost:
     longest: int  # tokens of the longest request
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the cost and its range as JSON values."""
         return {
             "source": self.source,
             **self.cost.as_dict(),
@@ -157,14 +153,9 @@ class KnownCost:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> KnownCost:
-        """Return the cost whose :meth:`as_dict` is given."""
-        return cls(
-            values["source"],
-            StepCost.of(values),
-            tuple(values["rows_seen"]),
-            values["most_prompt_tokens_seen"],
-            values["longest_seen"],
-        )
+        most, longest = values["most_prompt_tokens_seen"], values["longest_seen"]
+        rows = tuple(values["rows_seen"])
+        return cls(values["source"], StepCost.of(values), rows, most, longest)
 
 
 TIMES_THE_CACHE = 4

@@ -40,21 +40,11 @@ class WarmUp:
 
 
 def warm_up(
-    batcher: Batcher,
-    others: Iterable[Strategy],
-    workload: Workload,
-    *,
-    most: int,
-    within: float,
+    batcher: Batcher, others: Iterable[Strategy], workload: Workload, *, most: int, within: float
 ) -> WarmUp:
     """Serve the beginning of a workload until the median step changes by less than ``within``.
 
-    Args:
-        batcher: the strategy whose steps must settle.
-        others: strategies to serve it once before.
-        workload: the workload of the trials.
-        most: most rounds.
-        within: largest change of the median step between two rounds, as a share.
+    ``others`` serve it once before.
     """
     began = time.monotonic()
     piece = beginning(workload, batcher.slots, output_tokens=12)
@@ -99,11 +89,7 @@ def time_small_batches(batcher: Batcher, workload: Workload, max_len: int) -> li
 def small_batches(workload: Workload, slots: int, max_len: int, steps: int) -> Workload | None:
     """Return requests that let half the slots decode for ``steps`` steps, then a quarter, … one.
 
-    Args:
-        workload: source of the prompts, of which only the first tokens are taken.
-        slots: the batch size.
-        max_len: most tokens of a request.
-        steps: decode steps for each number of rows.
+    Their prompts are the first tokens of the workload's; none is longer than ``max_len``.
     """
     halves, rows = list[int](), slots
     while rows := rows // 2:
@@ -123,17 +109,13 @@ def measure_memory(model: LoadedModel, watch: Watch) -> dict[str, Any]:
 
     It is empty if the last-level cache holds all that is read: memory then sets no limit.
     """
-    from batchbench.batching.engines.torch.measure import (
-        cache_bytes,
-        measure_bandwidth,
-        reading_of,
-    )
+    from batchbench.batching.engines.torch import measure
 
-    reading = reading_of(model)
-    if reading.step_weight_bytes <= (cache_bytes(model.device) or 0):
+    reading = measure.reading_of(model)
+    if reading.step_weight_bytes <= (measure.cache_bytes(model.device) or 0):
         return {}
     watch.phase("measuring memory bandwidth")
-    bandwidth = measure_bandwidth(model.device)
+    bandwidth = measure.measure_bandwidth(model.device)
     if bandwidth.beyond_cache is False:  # there was no room for a buffer that large
         return {}
     return {"memory": {"bytes_per_s": bandwidth.bytes_per_s, "reading": asdict(reading)}}
@@ -149,16 +131,9 @@ def observe(
     simulated: bool = False,
     about: Mapping[str, Any] = MappingProxyType({}),
 ) -> Recording:
-    """Serve one trial without garbage collection; record its energy and the load of others.
+    """Serve one trial without garbage collection.
 
-    Args:
-        strategy: serves the workload.
-        workload: the requests.
-        watch: follows the progress.
-        trial: number of the trial, from 0.
-        energy: counters to read.
-        simulated: True if nothing is timed.
-        about: further observations for the header.
+    The header of its recording gets the energy, the load of other processes, and ``about``.
     """
     if not simulated:  # a collection takes 0.1 s
         gc.collect()

@@ -1,8 +1,8 @@
-"""Proof that batching changed nothing: every token is what the model says alone.
+"""Proof that batching changed nothing: every token is the model's own.
 
-A reference pass reads prompt + output of one request, alone and without a cache, and tells at
-each position which token the model prefers. If that is the token that was generated, at every
-position, then by induction the output is what greedy generation of this prompt alone gives.
+A reference pass computes prompt + output of one request, alone and without a cache, and returns the
+token that the model prefers at each position. If that is the generated token at every position,
+then by induction the output equals greedy generation of this prompt alone.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from batchbench.workloads import Workload
 
 
 class Deviation(NamedTuple):
-    """A position at which the generated token is not the one that the reference prefers.
+    """A position at which the reference prefers another token than the generated one.
 
-    ``gap`` is by how much the reference's logit of its own choice exceeds the one of the generated
-    token; ``tolerance`` is what the precision cannot tell apart.
+    ``gap`` is the difference between the reference's logits of its own choice and of the generated
+    token; ``tolerance`` is the largest difference that the precision may cause.
     """
 
     index: int  # type: ignore[assignment]  # tuple.index gives way
@@ -32,7 +32,7 @@ class Deviation(NamedTuple):
 
     @property
     def is_tie(self) -> bool:
-        """Whether the two logits are closer than the precision can tell."""
+        """True if the precision alone may explain the gap."""
         return self.gap <= self.tolerance
 
 
@@ -41,12 +41,12 @@ class Reference(Protocol):
 
     @property
     def name(self) -> str:
-        """How it is computed, for the result."""
+        """The method, for the result."""
 
     def deviations(
         self, prompt: NDArray[np.int32], output: NDArray[np.int32]
     ) -> Sequence[Deviation]:
-        """Positions of ``output`` that the model alone would have filled otherwise."""
+        """Return the positions of ``output`` for which the model prefers another token."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked and found; counts are requests, each with its worst verdict."""
+    """The outcome; it counts requests, each by its worst verdict."""
 
     requests_checked: int
     identical: int
@@ -76,7 +76,7 @@ class Verification:
 
     @property
     def passed(self) -> bool | None:
-        """Whether no request is wrong; None where none was checked."""
+        """True if no request is wrong; None if none was checked."""
         return self.wrong == 0 if self.requests_checked else None
 
 
@@ -93,8 +93,9 @@ def verify(
 ) -> Verification:
     """Check the outputs of all recordings against the model alone.
 
-    A sequence that begins another one of the same prompt is checked with it. With ``limit``, that
-    many requests are checked, spread evenly over the queue; with ``chosen``, these.
+    The requests are ``chosen``, or ``limit`` of them spread evenly over the queue, or all. Tokens
+    of ``eos`` end a text. A sequence that is the beginning of another one with the same prompt is
+    checked with it.
     """
     if chosen is None:
         count = len(workload) if limit is None else min(limit, len(workload))
@@ -103,7 +104,7 @@ def verify(
         return NOT_VERIFIED
     checker = _Checker(reference)
     wanted = {(request, id(r)): r.tokens_of(request) for request in chosen for r in recordings}
-    # Longest first, so that what begins another sequence finds it checked.
+    # Longest first, so that the beginning of a sequence is checked with it.
     for (request, _), tokens in sorted(wanted.items(), key=lambda item: -len(item[1])):
         checker.check(workload.prompt(request), tokens)
     findings: list[Finding] = []
@@ -111,19 +112,17 @@ def verify(
     for request in chosen:
         for recording in recordings:
             tokens = wanted[request, id(recording)]
-            found = _count_fault(workload, request, tokens, frozenset(eos), recording)
-            if found is None:
+            finding = _wrong_count(workload, request, tokens, frozenset(eos), recording)
+            if finding is None:
                 deviations = checker.check(workload.prompt(request), tokens)
-                found = _finding(request, recording.header.strategy, deviations)
-            if found is None:
+                finding = _finding(request, recording.header.strategy, deviations)
+            if finding is None:
                 continue
             if worst[request] != "wrong":
-                worst[request] = found.verdict
-            if not any(
-                (f.request, f.strategy, f.verdict) == (request, found.strategy, found.verdict)
-                for f in findings
-            ):
-                findings.append(found)
+                worst[request] = finding.verdict
+            key = (request, finding.strategy, finding.verdict)
+            if key not in {(f.request, f.strategy, f.verdict) for f in findings}:
+                findings.append(finding)
     verdicts = list(worst.values())
     return Verification(
         requests_checked=len(verdicts),
@@ -137,7 +136,7 @@ def verify(
 
 
 class Remembered:
-    """A reference that is asked once for each prompt and output, whoever else brings them."""
+    """A reference that computes each prompt and output once."""
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
@@ -157,7 +156,7 @@ class Remembered:
 
 
 class _Checker:
-    """Asks the reference once for all sequences of a prompt that begin one another."""
+    """Computes the reference once for all sequences of a prompt that begin one another."""
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
@@ -166,7 +165,7 @@ class _Checker:
     def check(self, prompt: NDArray[np.int32], output: NDArray[np.int32]) -> Sequence[Deviation]:
         known = self._known.setdefault(prompt.tobytes(), [])
         for longer, deviations in known:
-            # What overflows at its end may, through the attention's sums, spoil all before it.
+            # An overflow at the end of a sequence may spoil all of it, through attention.
             reusable = len(longer) == len(output) or all(math.isfinite(d.gap) for d in deviations)
             if reusable and np.array_equal(longer[: len(output)], output):
                 return [d for d in deviations if d.index < len(output)]
@@ -179,46 +178,34 @@ def _finding(request: int, strategy: str, deviations: Sequence[Deviation]) -> Fi
     if not deviations:
         return None
     wrong = [d for d in deviations if not d.is_tie]
-    shown = (wrong or deviations)[0]
-    if not math.isfinite(shown.gap):
-        reason = f"the model's logits at output token {shown.index} are not finite numbers"
-        return Finding(request, strategy, "wrong", shown.index, None, None, reason)
-    verdict = "wrong" if wrong else "numerical tie"
-    than = "more" if wrong else "less"
-    return Finding(
-        request,
-        strategy,
-        verdict,
-        shown.index,
-        shown.gap,
-        shown.tolerance,
-        f"output token {shown.index} is not the model's own choice, whose logit is "
-        f"{shown.gap:.3g} higher: {than} than the {shown.tolerance:.3g} that the precision leaves "
-        "open",
+    index, gap, tolerance = (wrong or deviations)[0]
+    if not math.isfinite(gap):
+        reason = f"the model's logits at output token {index} are not finite numbers"
+        return Finding(request, strategy, "wrong", index, None, None, reason)
+    verdict, than = ("wrong", "more") if wrong else ("numerical tie", "less")
+    reason = (
+        f"output token {index} is not the model's own choice, whose logit is {gap:.3g} higher: "
+        f"{than} than the {tolerance:.3g} that the precision may cause"
     )
+    return Finding(request, strategy, verdict, index, gap, tolerance, reason)
 
 
-def _count_fault(
+def _wrong_count(
     workload: Workload,
     request: int,
     tokens: NDArray[np.int32],
     eos: frozenset[int],
     recording: Recording,
 ) -> Finding | None:
-    """A wrong number of tokens: all that were asked, or up to the first end of text."""
-    asked = int(workload.output_tokens[request])
-    expected = asked
+    """Return a finding if a request has another number of tokens than requested.
+
+    With ``--stop-at-eos`` the first end of text ends the output.
+    """
+    expected = int(workload.output_tokens[request])
     if workload.stop_at_eos:
         ends = np.flatnonzero(np.isin(tokens, sorted(eos)))
-        expected = min(int(ends[0]) + 1, asked) if len(ends) else asked
+        expected = min(int(ends[0]) + 1, expected) if len(ends) else expected
     if len(tokens) == expected:
         return None
-    return Finding(
-        request,
-        recording.header.strategy,
-        "wrong",
-        min(len(tokens), expected),
-        None,
-        None,
-        f"{len(tokens)} output tokens where {expected} are due",
-    )
+    index, reason = min(len(tokens), expected), f"{len(tokens)} output tokens instead of {expected}"
+    return Finding(request, recording.header.strategy, "wrong", index, None, None, reason)

@@ -335,7 +335,7 @@ def test_a_made_up_model_has_no_weights_to_load() -> None:
         ("request_rate = '2'", "request_rate = '2': must be a number"),
         ("stop_at_eos = 1", "stop_at_eos = 1: must be true or false"),
         ("output_tokens = 3.5", "output_tokens = 3.5: must be a text"),
-        ("output_tokens = ['3']", "output_tokens = ['3']: must be a text"),
+        ("output_tokens = [3]", "output_tokens = [3]: must be a text"),
         ("overlong = 'weep'", "overlong = 'weep': must be one of error, clip, scale, skip"),
         ("prompts = 3", "prompts = 3: must be the name of a file"),
     ],
