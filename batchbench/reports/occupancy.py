@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.figures.card import Floats
+from batchbench.reports.statistics import Floats
 
 MOST_LEVELS = 1_000
 

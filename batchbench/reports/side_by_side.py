@@ -11,8 +11,7 @@ from typing import Any
 
 from batchbench.errors import shown
 from batchbench.reports.result import Result, ratio_of
-from batchbench.reports.statistics import Ratio
-from batchbench.reports.text import number, spell_value
+from batchbench.reports.text import number, spell_ratio, spell_value
 
 _TOLD_APART = ("batchbench_version", "simulated", "config", "environment", "model", "workload")
 """Parts of a result that say what was asked and met."""
@@ -161,16 +160,7 @@ def _lines(one: Labelled) -> Iterator[Line]:
             label=one.label,
             strategy=name,
             figures=tuple(number(summary[key]) for _, key in FIGURES),
-            speedup="baseline" if own else _spell_ratio(ratio),
+            speedup="baseline" if own else spell_ratio(ratio),
             throughput=summary["output_throughput"],
             status=result.data["validity"]["status"],
         )
-
-
-def _spell_ratio(ratio: Ratio | None) -> str:
-    if ratio is None:
-        return "N/A"
-    text = f"{ratio.median:.2f}×"
-    if ratio.low is None or ratio.high is None:
-        return text
-    return f"{text} ({ratio.low:.2f}–{ratio.high:.2f})"

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from batchbench.batching.policies import POLICIES
+from batchbench.reports.statistics import Ratio
 
 
 def called(name: str) -> str:
@@ -53,6 +54,16 @@ def spell_number(value: float) -> str:
 def spell_percent(share: float) -> str:
     """A share in whole percent."""
     return f"{100 * share:.0f}{_NO_BREAK}%"
+
+
+def spell_ratio(ratio: Ratio | None) -> str:
+    """Return ``2.86× (2.85–2.87)``, without the interval where there is none."""
+    if ratio is None:
+        return "N/A"
+    text = f"{ratio.median:.2f}×"
+    if ratio.low is None or ratio.high is None:
+        return text
+    return f"{text} ({ratio.low:.2f}–{ratio.high:.2f})"
 
 
 def clean_text(text: str) -> str:

@@ -1,8 +1,8 @@
 """The page: one HTML file that holds everything, for a browser, for paper, to pass on.
 
-It asks nothing of the network and works without JavaScript, which adds only that one can ask a bar
-of the timeline for its times and zoom. However large a run, the page stays small: its timelines
-have at most ``MOST_BARS`` bars together, and curves as many corners as a screen has pixels.
+It needs no network and works without JavaScript, which only adds zooming and the times of a bar of
+the timeline. However large a run, the page stays small: its timelines have at most ``MOST_BARS``
+bars together, and curves as many corners as a screen has pixels.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from batchbench.reports.figures.card import name_strategies
+from batchbench.reports.figures.card import Strategy, Unit, capitalize, name_strategies
 from batchbench.reports.figures.occupancy import which_trial
+from batchbench.reports.figures.time_budget import STACKED, Budget, budgets_of, waterfalls
 from batchbench.reports.formats import charts
 from batchbench.reports.formats.terminal import (
     causes,
@@ -26,19 +27,19 @@ from batchbench.reports.formats.terminal import (
     floor_lines,
     notes,
     sentence,
+    side_by_side_cells,
     stall_lines,
 )
-from batchbench.reports.latency import Latencies
 from batchbench.reports.result import Result
-from batchbench.reports.side_by_side import FIGURES, Labelled, SideBySide
-from batchbench.reports.text import clean_text, decimals_of, fixed, number
+from batchbench.reports.side_by_side import Labelled, SideBySide
+from batchbench.reports.text import clean_text, number
 from batchbench.reports.time_budget import NAMES
 
 MOST_BARS = 12_000
 """Bars of all timelines of a page together: 2 MB at most."""
 
 FEWEST_BARS = 200
-"""Bars that a timeline has room for however many there are: more than its lanes."""
+"""Bars that each timeline may have however many timelines there are."""
 
 _CURVES = (
     ("ttft", "TTFT", "arrival to first token"),
@@ -49,41 +50,35 @@ _CURVES = (
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A part of the account: its key, share of the longest wall time, and the words for it."""
-
-    key: str
-    label: str
-    share: float
-    text: str
-
-
-@dataclass(frozen=True)
-class _Fall:
-    """A row of a waterfall: from where to where, as shares of the widest row."""
+class _Bar:
+    """A bar of a stack or of a waterfall; shares are of the width of the chart."""
 
     label: str
     look: str
-    left: float
     width: float
     text: str
+    left: float = 0.0
 
 
 def render(shown: Sequence[Labelled]) -> str:
-    """The page of one result, or of several side by side."""
-    lanes = sum(len(one.result.names) for one in shown)
-    most_bars = max(FEWEST_BARS, MOST_BARS // lanes)
+    """Return the page of one result, or of several side by side."""
+    timelines = sum(len(one.result.names) for one in shown)
+    most_bars = max(FEWEST_BARS, MOST_BARS // timelines)
     together = SideBySide(shown) if len(shown) > 1 else None
     most = max((line.throughput or 0.0 for line in together.lines), default=0) if together else 0
+    title = " · ".join(one.label for one in shown) if together else shown[0].result.title
+    head, rows = side_by_side_cells(together) if together else ([], [])
     return (
         _environment()
         .get_template("page.html.jinja")
         .render(
-            title=clean_text(
-                " · ".join(one.label for one in shown) if together else shown[0].result.title
-            ),
+            title=clean_text(title),
             together=together,
-            figures=[name for name, _ in FIGURES],
+            setting_rows=[[name, *values] for name, values in together.settings]
+            if together
+            else [],
+            figure_head=head,
+            figure_rows=rows,
             most_throughput=most or 1.0,
             results=[_of_result(i, one, most_bars) for i, one in enumerate(shown)],
             version=shown[0].result.data["batchbench_version"],
@@ -93,7 +88,7 @@ def render(shown: Sequence[Labelled]) -> str:
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
-    """The templates; every text is escaped, and a name that is not there is an error."""
+    """Return the templates; they escape every text, and an unknown name is an error."""
     loader = PackageLoader("batchbench.reports.formats", "page")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -106,206 +101,173 @@ def _environment() -> Environment:
     return environment
 
 
-def _capital(text: str) -> str:
-    """With a capital, unless it begins with somebody's own name."""
-    ours = text.startswith(("static", "continuous", "in simulation", "at "))
-    return text[0].upper() + text[1:] if ours else text
-
-
 def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
-    """What the template shows of one result."""
+    """Return what the template shows of one result."""
     result, data = one.result, one.result.data
     strategies = name_strategies(result.recordings)
     timelines, window, ticks, unit = charts.draw_timelines(strategies, most_bars)
     levels, level_ticks = charts.draw_levels(strategies)
-    pooled = [Latencies.pooled([Latencies.of(t) for t in s.trials]) for s in strategies]
     head, rows = cells(result)
+    budgets = budgets_of(strategies) if data.get("explain") else []
     return {
         "id": f"r{index}",
         "label": one.label,
         "title": result.title,
-        "sentence": _capital(sentence(result, reasons=False)),
-        "causes": causes(result) if data.get("explain") else [],
+        "data": data,
+        "sentence": capitalize(sentence(result, reasons=False)),
+        "causes": causes(result) if budgets else [],
         "tiles": _tiles(result),
-        "status": data["validity"]["status"],
-        "reasons": data["validity"]["reasons"],
         "strategies": strategies,
         "head": head,
         "rows": rows,
-        "notes": notes(result),
-        "lines": [*floor_lines(result), *stall_lines(result)],
+        "notes": [*notes(result), *floor_lines(result), *stall_lines(result)],
         "timelines": timelines,
-        "cut": _left_out(result, timelines, window),
+        "left_out": _left_out(result, timelines, window),
         "axis": {"window": window / 1000, "unit": unit.ns / 1000, "name": unit.name},
         "ticks": ticks,
         "trial": which_trial(strategies).strip(),
         "curves": [
-            charts.draw_curves(strategies, [getattr(p, key) for p in pooled], name, about)
-            for key, name, about in _CURVES
+            charts.draw_curves(strategies, [getattr(s.latencies, key) for s in strategies], *words)
+            for key, *words in _CURVES
         ],
         "levels": levels,
         "level_ticks": level_ticks,
-        "accounts": _accounts(result),
-        "falls": _falls(result),
-        "prediction": data.get("prediction"),
+        **_time_budgets(strategies, budgets),
+        "prediction": [
+            [
+                predicted["strategy"],
+                number(predicted["duration"]),
+                number(predicted["measured_duration"]),
+                f"{100 * predicted['error']:+.1f} %",
+            ]
+            for predicted in (data.get("prediction") or {"strategies": []})["strategies"]
+        ],
         "fit": fit_lines(result),
         "settings": _settings(data["config"]),
         "environment": _environment_rows(data),
         "verification": _verification(data["verification"]),
-        "command": data["command"],
-        "created_at": data["created_at"],
-        "simulated": data["simulated"],
     }
 
 
 def _tiles(result: Result) -> list[tuple[str, str, str]]:
-    """The figures that one looks for first: name, value, what it is held against."""
+    """Return the key figures: name, value, and the baseline's value."""
     data, compared = result.data, result.data["comparison"]
-    last = data["strategies"][result.names[-1]]
-    if compared is None:
-        tiles = []
-    else:
+    first, last = (data["strategies"][name] for name in (result.names[0], result.names[-1]))
+    tiles = []
+    if compared is not None:
         interval = compared["speedup"]["ci95"]
         spread = f"95 % CI {interval[0]:.2f}–{interval[1]:.2f}" if interval else "no interval"
-        if data["simulated"]:
-            spread = "simulated"
-        tiles = [
-            ("Speed-up", f"{compared['speedup']['median']:.2f}×", spread),
-        ]
+        spread = "simulated" if data["simulated"] else spread
+        tiles.append(("Speed-up", f"{compared['speedup']['median']:.2f}×", spread))
         if compared["step_ratio"] is not None:
-            alone = f"{compared['step_ratio']:.2f}×"
-            tiles.append(("By the schedules alone", alone, "fewer forward passes"))
-    first = data["strategies"][result.names[0]]
+            ratio = f"{compared['step_ratio']:.2f}×"
+            tiles.append(("Counting steps only", ratio, "fewer forward passes"))
 
-    def beside(text: str) -> str:
-        return f"{result.names[0]}: {text}" if compared else ""
+    def tile(name: str, value: str, baseline: str) -> None:
+        tiles.append((name, value, f"{result.names[0]}: {baseline}" if compared else ""))
 
     for name, metric, unit in (
         ("Output throughput", "output_throughput", "tok/s"),
         ("TTFT p99", "p99_ttft_ms", "ms"),
     ):
-        value, other = (f"{number(s['summary'][metric])} {unit}" for s in (last, first))
-        tiles.append((name, value, beside(other)))
-    shares = [
+        tile(name, *(f"{number(s['summary'][metric])} {unit}" for s in (last, first)))
+    shares = (
         f"{100 * c['useful_slot_steps'] / c['slot_steps']:.0f} %" if c else "N/A"
         for c in (last["counters"], first["counters"])
-    ]
-    tiles.append(("Slot utilisation", shares[0], beside(shares[1])))
+    )
+    tile("Slot utilisation", *shares)
     return tiles
 
 
-def _left_out(result: Result, timelines: Sequence[charts.Timeline], window: int) -> str:
-    """What a timeline does not show, in words."""
-    told = [
-        f"{name} shows no steps, so its slots are not known."
+def _left_out(result: Result, timelines: Sequence[charts.Timeline], window: float) -> str:
+    """Return sentences on what the timelines leave out."""
+    sentences = [
+        f"{name} logs no steps, so its slots are not known."
         for name, trials in result.recordings.items()
         if not trials[0].has_steps
     ]
     slots = max((timeline.slots for timeline in timelines), default=0)
-    if slots > charts.MOST_LANES:
-        told.append(f"Shown are slots 0 to {charts.MOST_LANES - 1} of {slots:,}.")
-    longest = max(r.duration_ns for trials in result.recordings.values() for r in trials)
+    if slots > charts.MOST_SLOTS:
+        sentences.append(f"Only slots 0 to {charts.MOST_SLOTS - 1} of {slots:,} are shown.")
     if any(timeline.end_at is None for timeline in timelines):
+        longest = max(r.duration_ns for trials in result.recordings.values() for r in trials)
         shown = 100 * window / longest
         part = f"{shown:.0f} %" if shown >= 1 else "less than 1 %"
-        requests = result.data["workload"]["num_requests"]
-        told.append(
-            f"Of {requests:,} requests the beginning is shown, {part} of the time; "
-            "requests.csv has them all."
+        sentences.append(
+            f"Only the beginning is shown, {part} of the time: "
+            f"all {result.data['workload']['num_requests']:,} requests are in requests.csv."
         )
-    return " ".join(told)
+    return " ".join(sentences)
 
 
-def _accounts(result: Result) -> list[dict[str, Any]]:
-    """Each strategy's wall time in parts, as shares of the longest."""
-    accounts: Mapping[str, Any] = (result.data.get("explain") or {"strategies": {}})["strategies"]
-    known = {name: account for name, account in accounts.items() if account}
-    longest = max((account["wall_s"] for account in known.values()), default=0.0) or 1.0
-    decimals = decimals_of(longest)
-    shown = []
-    for i, name in enumerate(result.names):
-        if name not in known:
-            continue
-        wall = known[name]["wall_s"]
-        parts = [
-            _Part(
-                key.removesuffix("_s"),
-                label.capitalize(),
-                max(0.0, known[name]["parts"][key]) / longest,
-                f"{fixed(known[name]['parts'][key], decimals)} s, "
-                f"{100 * known[name]['parts'][key] / (wall or 1.0):.1f} %",
+def _time_budgets(strategies: Sequence[Strategy], budgets: Sequence[Budget]) -> dict[str, Any]:
+    """Return each strategy's wall time in parts, and the waterfalls from the baseline."""
+    longest = max((account.wall_s for _, account in budgets), default=0.0) or 1.0
+    unit = Unit.of(strategies, longest * 1e9)
+    stacks = []
+    for strategy, account in budgets:
+        parts = {part: getattr(account, part) for part in STACKED}
+        bars = [
+            _Bar(
+                NAMES[part].capitalize(),
+                part.removesuffix("_s"),
+                max(0.0, seconds) / longest,
+                f"{unit.text(round(seconds * 1e9))}, {100 * seconds / account.wall_s:.1f} %",
             )
-            for key, label in NAMES.items()
-            if abs(known[name]["parts"][key]) >= 0.0005 * longest
+            for part, seconds in parts.items()
+            if abs(seconds) >= 0.0005 * longest
         ]
-        shown.append({"name": name, "series": i, "wall": number(wall), "parts": parts})
-    return shown
-
-
-def _falls(result: Result) -> list[dict[str, Any]]:
-    """The waterfall from the baseline to each candidate."""
-    explain = result.data.get("explain") or {"waterfall": []}
-    shown = []
-    for fall in explain["waterfall"]:
-        whole = explain["strategies"][fall["baseline"]]["wall_s"]
-        ends = whole - fall["saved_s"]
-        edges, at = [whole, ends], whole
-        told = [step for step in fall["steps"] if abs(step["saved_s"]) >= 0.001 * (whole or 1.0)]
-        for step in told:
-            at -= step["saved_s"]
-            edges.append(at)
-        widest, decimals = max(edges) or 1.0, decimals_of(max(edges))
-        rows = [_Fall(fall["baseline"], "whole", 0, whole / widest, f"{number(whole)} s")]
-        at = whole
-        for step in told:
-            saved = step["saved_s"]
-            low = min(at, at - saved)
-            rows.append(
-                _Fall(
-                    NAMES[step["part"]].capitalize(),
-                    "saved" if saved > 0 else "lost",
-                    max(0.0, low) / widest,
-                    abs(saved) / widest,
-                    f"{fixed(-saved, decimals, sign='+').replace('-', '−')} s",
-                )
+        wall = unit.text(round(account.wall_s * 1e9))
+        stacks.append({"name": strategy.name, "series": strategy.index, "wall": wall, "bars": bars})
+    falls = []
+    for fall in waterfalls(budgets):
+        widest = max(row.left_s + row.width_s for row in fall.rows) or 1.0
+        bars = [
+            _Bar(
+                row.label if row.saved_s is None else row.label.capitalize(),
+                "whole" if row.saved_s is None else "saved" if row.saved_s > 0 else "lost",
+                row.width_s / widest,
+                row.text(unit),
+                max(0.0, row.left_s) / widest,
             )
-            at -= saved
-        rows.append(_Fall(fall["candidate"], "whole", 0, ends / widest, f"{number(ends)} s"))
-        shown.append({"baseline": fall["baseline"], "candidate": fall["candidate"], "rows": rows})
-    return shown
+            for row in fall.rows
+        ]
+        falls.append(
+            {"baseline": fall.baseline.name, "candidate": fall.candidate.name, "bars": bars}
+        )
+    return {"stacks": stacks, "falls": falls}
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was asked, but for what was left alone."""
-    rows = []
-    for part in config.values():
-        for name, value in part.items() if isinstance(part, Mapping) else ():
-            if value not in (None, [], False, ""):
-                rows.append((name.replace("_", " "), _spelt(value)))
-    return rows
+    """Return the settings that are not at their empty default."""
+    return [
+        (name.replace("_", " "), _spell(value))
+        for part in config.values()
+        for name, value in (part.items() if isinstance(part, Mapping) else ())
+        if value not in (None, [], False, "")
+    ]
 
 
 def _environment_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Machine, versions and the model as it was found."""
-    found = data["environment"]
-    rows = [(name, value) for name, value in found.items() if not isinstance(value, Mapping)]
-    rows += list(found.get("packages", {}).items())
+    """Return machine, versions and the resolved model."""
+    environment = data["environment"]
+    rows = [(name, value) for name, value in environment.items() if not isinstance(value, Mapping)]
+    rows += list(environment.get("packages", {}).items())
     rows += [(f"model {name}", value) for name, value in data["model"].items()]
-    return [(name.replace("_", " "), _spelt(value)) for name, value in rows]
+    return [(name.replace("_", " "), _spell(value)) for name, value in rows]
 
 
-def _spelt(value: Any) -> str:
+def _spell(value: Any) -> str:
     if value is None or value == "":
         return "N/A"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
         return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
-    return ", ".join(map(_spelt, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(_spell, value)) if isinstance(value, list) else str(value)
 
 
 def _verification(checked: Mapping[str, Any]) -> str:
-    """What was checked of the outputs, and against what."""
     if not checked["requests_checked"]:
         return "Outputs were not checked."
     against = checked["reference"] or "each prompt generated alone"
