@@ -111,27 +111,22 @@ class Strategy:
 
     @cached_property
     def typical(self) -> Recording:
-        """The trial of median duration."""
         return metrics.typical_trial(self.trials)
 
     @property
     def in_steps(self) -> bool:
-        """True where time only counts steps."""
         return self.trials[0].in_steps
 
     @property
     def line(self) -> dict[str, Any]:
-        """Colour and dashes of its lines."""
         return {"color": self.colour, "ls": self.dashes, "lw": 2}
 
     @cached_property
     def counted(self) -> dict[str, int]:
-        """Counters of the typical trial."""
         return metrics.counters(self.typical)
 
     @cached_property
     def latencies(self) -> Latencies:
-        """Latencies of the requests of all trials."""
         return Latencies.pooled([Latencies.of(trial) for trial in self.trials])
 
     @property
@@ -146,7 +141,6 @@ class Strategy:
 
 
 def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strategy]:
-    """Return the strategies with their looks, in order."""
     looks = looks_of(recordings)
     return [
         Strategy(i, clean_text(name), trials, *looks[name])
@@ -156,8 +150,6 @@ def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strat
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of time."""
-
     ns: float
     name: str
 
@@ -170,7 +162,6 @@ class Unit:
         return next((unit for unit in units if longest_ns >= unit.ns), units[-1])
 
     def text(self, ns: float) -> str:
-        """Return a time with its unit and at least three significant digits."""
         value = spell_number(ns / self.ns)
         name = "step" if (value, self.name) == ("1", "steps") else self.name
         return f"{value}{_NO_BREAK}{name}"
@@ -213,8 +204,6 @@ def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[
 
 
 class Picture(Figure):
-    """A figure that a notebook shows in the style of all pictures."""
-
     def _repr_png_(self) -> bytes:
         out = io.BytesIO()
         with house_style():
@@ -230,12 +219,10 @@ class Card:
     head: float  # inches above the body
 
     def at(self, left: float, top: float) -> tuple[float, float]:
-        """Return a point as fractions of the figure."""
         height = self.figure.get_figheight()
         return (_EDGE + left) / _WIDTH, 1 - (self.head + top) / height
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Add axes; place and size are those of their frame."""
         x, y = self.at(left, top + height)
         return self.figure.add_axes(
             (x, y, width / _WIDTH, height / self.figure.get_figheight()),
@@ -298,12 +285,10 @@ Entry = tuple[str, tuple[Patch, ...]]
 
 
 def make_entry(label: str, strategies: Sequence[Strategy], tint: float) -> Entry:
-    """Return the legend of a shade that each strategy has in its own colour; it shows two."""
     return label, tuple(Patch(fc=s.tint(tint), lw=0) for s in strategies[:2])
 
 
 def legend_height(entries: Sequence[Entry]) -> float:
-    """Return the inches of a legend, and of the space below it."""
     return 0.24 * -(-len(entries) // 3) + 0.08
 
 
@@ -316,7 +301,6 @@ _LEGEND: dict[str, Any] = {
 
 
 def add_legend(card: Card, entries: Sequence[Entry]) -> None:
-    """Explain shades and hatches at the top of the body, three in a row."""
     rows = -(-len(entries) // 3)
     columns = -(-len(entries) // rows)
     # matplotlib fills column after column; rows read better.
@@ -335,7 +319,6 @@ def add_legend(card: Card, entries: Sequence[Entry]) -> None:
 
 
 def add_line_legend(card: Card, strategies: Sequence[Strategy], *more: Line2D) -> None:
-    """Explain the line of each strategy, and more lines, at the top of the body."""
     handles = [
         Line2D([], [], marker="o", ms=4, label=fit_text(s.name, 150, 9.5), **s.line)
         for s in strategies

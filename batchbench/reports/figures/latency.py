@@ -97,7 +97,6 @@ def _on_staircase(values: Distribution, q: float) -> tuple[float, float]:
 def _percentiles(
     card: Card, strategies: Sequence[Strategy], panels: Sequence[Panel], top: float
 ) -> None:
-    """Write a row per strategy: a piece of its line, its name, its p50 and p99."""
     rights = iter((4.0, 5.1, 6.2, 7.3))
     for name, values, unit in panels:
         for q, _, sign in _MARKS:

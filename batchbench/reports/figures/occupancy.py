@@ -71,7 +71,6 @@ def share_time(panels: Sequence[Axes], until_ns: float, unit: Unit) -> None:
 
 
 def _slots(axes: Axes, strategy: Strategy, levels: Levels, unit: Unit) -> None:
-    """Fill running slots, hatch held ones, and draw a box up to the number of slots."""
     slots, edges = strategy.typical.header.slots, levels.edges_ns / unit.ns
     occupied = levels.running + levels.finished
     look: dict[str, Any] = {"color": strategy.tint(0.25), "lw": 0}
@@ -94,7 +93,6 @@ def _queue(axes: Axes, levels: Levels, unit: Unit) -> None:
 
 
 def _useful(strategy: Strategy) -> float:
-    """Return utilisation: useful slot-steps / all slot-steps."""
     return strategy.counted["useful_slot_steps"] / strategy.counted["slot_steps"]
 
 

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from batchbench.batching.engines.simulated import UNIT_NS
-from batchbench.batching.recording import Recording
 from batchbench.reports.figures.card import (
     INK,
     Floats,
@@ -43,11 +42,11 @@ def draw_throughput(strategies: Sequence[Strategy], title: str) -> Figure:
 def _panel(axes: Axes, strategies: Sequence[Strategy], what: str, width: float) -> None:
     """Draw a bar per strategy, ``width`` points wide; the y axis counts inches downwards."""
     unit = f"{what}/{'step' if strategies[0].in_steps else 's'}"
-    baseline, right = _typical_rate(strategies[0], what), 0.0
+    (_, baseline), right = _rates(strategies[0], what), 0.0
     for strategy in strategies:
         y = (strategy.index + 1) * _ROW - _BAR / 2
         end = _bar(axes, strategy, y, what)
-        label = f"{spell_number(_typical_rate(strategy, what))} {unit}"
+        label = f"{spell_number(_rates(strategy, what)[1])} {unit}"
         look: dict[str, Any] = {"size": 9.5, "weight": "bold", "va": "center"}
         axes.annotate(label, (end, y), (7, 0), textcoords="offset points", **look)
         right = max(right, end * width / (width - text_extent(label, 9.5, "bold") - 10))
@@ -61,7 +60,7 @@ def _panel(axes: Axes, strategies: Sequence[Strategy], what: str, width: float) 
 
 def _bar(axes: Axes, strategy: Strategy, y: float, what: str) -> float:
     """Draw a bar, its trials in its upper part, the whisker below; return the right end."""
-    rates, value = _rates(strategy, what), _typical_rate(strategy, what)
+    rates, value = _rates(strategy, what)
     axes.barh(y, value, _BAR, color=strategy.tint(0.25), gid=f"{what}-{strategy.index}")
     # Trials from top to bottom in their order, so that a drift shows.
     spread = np.linspace(-0.38, 0.1, len(rates)) if len(rates) > 1 else np.zeros(1)
@@ -76,30 +75,18 @@ def _bar(axes: Axes, strategy: Strategy, y: float, what: str) -> float:
     return max(end, interval.high)
 
 
-def _rates(strategy: Strategy, what: str) -> Floats:
-    """Return the output tokens or requests per second (in simulation: per step) of each trial."""
-    return np.array([_count(t, what) / t.duration_ns for t in strategy.trials]) * _unit(strategy)
-
-
-def _typical_rate(strategy: Strategy, what: str) -> float:
-    """Return the rate over the median duration, as the summary has it."""
-    typical = float(np.median([trial.duration_ns for trial in strategy.trials]))
-    return _count(strategy.trials[0], what) / typical * _unit(strategy)
-
-
-def _unit(strategy: Strategy) -> float:
-    return UNIT_NS if strategy.in_steps else 1e9
-
-
-def _count(trial: Recording, what: str) -> int:
-    tokens = trial.requests.output_tokens
-    return int(tokens.sum()) if what == "tokens" else len(tokens)
+def _rates(strategy: Strategy, what: str) -> tuple[Floats, float]:
+    """Return the rate of each trial per second (in simulation: per step), and at the median."""
+    requests = [trial.requests.output_tokens for trial in strategy.trials]
+    counts = np.array([n.sum() if what == "tokens" else len(n) for n in requests])
+    unit = UNIT_NS if strategy.in_steps else 1e9
+    durations = np.array([trial.duration_ns for trial in strategy.trials]) / unit
+    return counts / durations, float(counts[0] / np.median(durations))
 
 
 def _speedup(baseline: Strategy, candidate: Strategy) -> Ratio | None:
-    """Return the ratio of output throughputs, over the trials of both."""
     pairs = min(len(baseline.trials), len(candidate.trials))
-    rates = (_rates(strategy, "tokens")[:pairs].tolist() for strategy in (candidate, baseline))
+    rates = (_rates(strategy, "tokens")[0][:pairs].tolist() for strategy in (candidate, baseline))
     return paired_ratio(*rates)
 
 
@@ -108,7 +95,7 @@ def _headline(strategies: Sequence[Strategy]) -> str:
     baseline, candidate = strategies[0], strategies[-1]
     ratio = _speedup(baseline, candidate)
     if candidate is baseline or ratio is None:
-        rate = spell_number(_typical_rate(baseline, "tokens"))
+        rate = spell_number(_rates(baseline, "tokens")[1])
         return f"{baseline.called} yields {rate} output tokens per {unit}"
     if ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
         return f"No clear difference in throughput between {candidate.called} and {baseline.called}"

@@ -72,8 +72,11 @@ class WaterfallRow:
     width_s: float
     saved_s: float | None = None
 
+    @property
+    def right_s(self) -> float:
+        return self.left_s + self.width_s
+
     def text(self, unit: Unit) -> str:
-        """Return the time of a whole trial, or the change of it with a sign."""
         if self.saved_s is None:
             return unit.text(round(self.width_s * 1e9))
         sign = "\N{MINUS SIGN}" if self.saved_s >= 0 else "+"
@@ -106,7 +109,6 @@ class Waterfall:
 
     @property
     def saved_s(self) -> float:
-        """The difference of the wall times."""
         return self.rows[0].width_s - self.rows[-1].width_s
 
     @property
@@ -115,7 +117,6 @@ class Waterfall:
         return 0.5 + len(self.rows) * _STEP
 
     def draw(self, card: Card, top: float, unit: Unit) -> None:
-        """Draw a row per part between those of both strategies, below a heading."""
         difference = unit.text(round(abs(self.saved_s) * 1e9))
         detail = f"{difference} {'saved' if self.saved_s > 0 else 'lost'}"
         text = fit_text(f"From {self.baseline.name} to {self.candidate.name}", 300, 10.5, "bold")
@@ -125,7 +126,7 @@ class Waterfall:
         scale = 1e9 / unit.ns
         at = 0.0  # the end of the row above
         for i, row in enumerate(self.rows):
-            left, right = row.left_s * scale, (row.left_s + row.width_s) * scale
+            left, right = row.left_s * scale, row.right_s * scale
             whose = self.baseline if i == 0 else self.candidate
             look: dict[str, Any] = {"facecolor": whose.tint(0.25)}
             start, end = left, right
@@ -157,14 +158,12 @@ class Waterfall:
 
 
 def waterfalls(budgets: Sequence[Budget]) -> list[Waterfall]:
-    """Return a waterfall from the baseline, the first strategy, to each other one."""
     if not budgets or budgets[0][0].index:
         return []  # the baseline logs no steps
     return [Waterfall.between(budgets[0], candidate) for candidate in budgets[1:]]
 
 
 def budgets_of(strategies: Sequence[Strategy]) -> list[Budget]:
-    """Return the time budget of each strategy that logs steps."""
     found = [(strategy, account_of(strategy.trials)) for strategy in strategies]
     return [(strategy, account) for strategy, account in found if account is not None]
 
@@ -226,7 +225,6 @@ def _stack(axes: Axes, budget: Budget, unit: Unit, longest: float) -> None:
 
 
 def _entries(budgets: Sequence[Budget]) -> list[Entry]:
-    """Return the legend of the parts that can be seen."""
     entries: list[Entry] = []
     strategies = [strategy for strategy, _ in budgets]
     for part in PARTS:
@@ -244,14 +242,12 @@ def _useful_share(account: Account) -> float:
 
 
 def _name(part: str, saved: float) -> str:
-    """Return the name of a part; the same useful tokens can only cost more or less."""
     if part != "useful_decode_s":
         return NAMES[part]
     return "cheaper decode steps" if saved >= 0 else "dearer decode steps"
 
 
 def _headline(budgets: Sequence[Budget]) -> str:
-    """Name the part in which the last candidate saved the most, or the baseline's useful share."""
     if not budgets:
         return "No strategy logs its steps: there is no time budget"
     (baseline, before), (candidate, after) = budgets[0], budgets[-1]

@@ -60,7 +60,6 @@ class Bars:
 
     @classmethod
     def of(cls, recording: Recording, window_ns: float, slots: int, middle: float) -> Bars:
-        """Return the requests that are admitted before ``window_ns``."""
         held = Holdings.of(recording)
         held = held.where((held.slot < slots) & (held.admitted < window_ns))
         return cls(held, recording.requests.output_tokens[held.request] > middle)
@@ -91,8 +90,6 @@ def middle_length(trials: Sequence[Recording]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """Scales that all panels of a timeline share."""
-
     unit: Unit  # of the axis
     unit_of_ends: Unit
     window_ns: float  # from 0; the whole trial unless there are too many bars
@@ -103,14 +100,11 @@ class Scale:
 
     @property
     def points_per_ns(self) -> float:
-        """Scale of the time axis."""
         return (WIDE - _LEFT - _RIGHT) * 72 / self.window_ns
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """The slots of one strategy on a card, and the text behind its name."""
-
     strategy: Strategy
     axes: Axes
     detail: Text
@@ -182,7 +176,6 @@ def _draw_slots(axes: Axes, strategy: Strategy, scale: Scale) -> None:
 
 
 def _draw_bars(axes: Axes, strategy: Strategy, scale: Scale, bars: Bars) -> None:
-    """Draw the held part behind each request, and the part of its prompt on top."""
     held, key = bars.held, strategy.index
     late = held.where(held.freed > held.done)
     wide = (held.done - held.admitted) * scale.points_per_ns > 6
@@ -209,7 +202,6 @@ def _boxes(scale: Scale, start: Ints, stop: Ints, slot: Ints) -> list[Floats]:
 
 
 def _number(axes: Axes, scale: Scale, bars: Bars) -> None:
-    """Write the numbers of requests into the bars that are wide enough."""
     held, most = bars.held, min(8.0, scale.row * 72 * 0.72)
     stop = np.minimum(held.done, scale.window_ns)
     width = (stop - held.first) * scale.points_per_ns - 1
@@ -224,7 +216,6 @@ def _number(axes: Axes, scale: Scale, bars: Bars) -> None:
 
 
 def draw_end(panel: Panel, scale: Scale) -> None:
-    """Draw the end of the strategy, and the time it saved over the baseline."""
     axes, strategy = panel.axes, panel.strategy
     end, window = strategy.typical.duration_ns, scale.window_ns
     at, saved = min(end, window) / scale.unit.ns, 0.0
@@ -245,7 +236,6 @@ def draw_end(panel: Panel, scale: Scale) -> None:
 
 
 def _draw_saved(axes: Axes, scale: Scale, end: int, width: float) -> None:
-    """Draw an arrow of ``width`` points from an end to the baseline's."""
     left, right = end / scale.unit.ns, scale.baseline_ns / scale.unit.ns
     across = axes.get_xaxis_transform()
     arrow = {"arrowstyle": "<|-|>", "color": INK, "lw": 1.1, "shrinkA": 2, "shrinkB": 1}
@@ -267,7 +257,6 @@ def _detail(strategy: Strategy) -> str:
 
 
 def _entries(strategies: Sequence[Strategy], scale: Scale) -> list[Entry]:
-    """Return the legend of the shades that occur."""
     lengths = np.concatenate([s.typical.requests.output_tokens for s in strategies])
     entries = []
     for word, tint, chosen in (
@@ -287,7 +276,6 @@ def _entries(strategies: Sequence[Strategy], scale: Scale) -> list[Entry]:
 
 
 def timeline_headline(strategies: Sequence[Strategy]) -> str:
-    """Return the sentence about when the last and the first strategy are done."""
     ends = [strategy.typical.duration_ns for strategy in strategies]
     unit = Unit.of(strategies, max(ends))
     text = f"{strategies[-1].called} is done after {unit.text(ends[-1])}"

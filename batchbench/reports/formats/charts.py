@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
@@ -38,26 +36,17 @@ _RIM = 0.008
 """Bars wider than this share of the window get a rim, which would hide narrower ones."""
 
 
-@dataclass(frozen=True)
-class Tick:
-    """A label of an axis, at a share of its length."""
-
-    at: float
+class Tick(NamedTuple):
+    at: float  # share of the axis
     text: str
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A path and the class that colours it."""
-
-    look: str
+class Shape(NamedTuple):
+    look: str  # the class that colours it
     path: str
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """The slots of a strategy within the window that all strategies share."""
-
+class Timeline(NamedTuple):
     name: str
     series: int
     rows: int
@@ -68,20 +57,14 @@ class Timeline:
     columns: dict[str, Any]  # of the requests shown, for hovering; times in µs
 
 
-@dataclass(frozen=True)
-class Curves:
-    """Distribution functions of one latency, a curve per strategy."""
-
+class Curves(NamedTuple):
     title: str
     about: str
     shapes: tuple[Shape, ...]
     ticks: tuple[Tick, ...]
 
 
-@dataclass(frozen=True)
-class SlotLevels:
-    """Slots in use and requests waiting, of one strategy, over time."""
-
+class SlotLevels(NamedTuple):
     name: str
     series: int
     slots: int
@@ -94,9 +77,11 @@ def nice_ticks(until: float, unit: str, most: int = 5) -> tuple[Tick, ...]:
     """Return round numbers from 0 to ``until``, at most ``most`` + 1; the last has the unit."""
     if not until > 0:
         return (Tick(0.0, f"0 {unit}"),)
-    located = np.asarray(MaxNLocator(most, steps=[1, 2, 5, 10]).tick_values(0, until))
-    values: list[float] = located[located <= until * (1 + 1e-9)].tolist()
-    decimals = max(0, -math.floor(math.log10(values[1]) + 1e-9))
+    rough = until / most
+    size: float = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough * (1 - 1e-9))
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    values = [i * step for i in range(int(until / step + 1e-9) + 1)]
     texts = ["0", *(f"{value:,.{decimals}f}" for value in values[1:])]
     texts[-1] += f" {unit}"
     return tuple(Tick(v / until, text) for v, text in zip(values, texts, strict=True))
@@ -148,7 +133,6 @@ def _timeline(strategy: Strategy, window: float, middle: float, unit: Unit) -> T
 
 
 def _columns(recording: Recording, held: Holdings) -> dict[str, Any]:
-    """Return the columns that hovering shows; times are µs since the start of the trial."""
     r = recording.requests
     times = {name: getattr(held, name) for name in ("admitted", "first", "done", "freed")}
     times["due"] = r.due_ns[held.request]
@@ -162,7 +146,6 @@ def _columns(recording: Recording, held: Holdings) -> dict[str, Any]:
 
 
 def _boxes(start: Ints, stop: Ints, slot: Ints, rows: int, window: float) -> str:
-    """Return one path with a rectangle per request."""
     left = _across(start / window)
     width = np.maximum(_across(stop / window) - left, 1)
     height = round(SCALE / rows * 0.84)
@@ -223,6 +206,5 @@ def draw_levels(strategies: Sequence[Strategy]) -> tuple[list[SlotLevels], tuple
 
 
 def _area(edges: Ints, heights: Floats) -> str:
-    """Return the area under a staircase."""
     steps = zip(_down(heights).tolist(), edges[1:].tolist(), strict=True)
     return f"M{edges[0]} {SCALE}{''.join(f'V{y}H{x}' for y, x in steps)}V{SCALE}z"

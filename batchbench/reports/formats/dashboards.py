@@ -13,33 +13,24 @@ from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled
 from batchbench.reports.statistics import Floats
 
-BIGGER = {
-    "output_throughput": "tokens/s",
-    "total_token_throughput": "tokens/s",
-    "request_throughput": "requests/s",
-    "request_goodput": "requests/s",
-    "floor_share": "of the floor",
-}
-"""Values of the summary of which more is better, and their units."""
-
-SMALLER = {
-    "duration": "s",
-    "mean_ttft_ms": "ms",
-    "p99_ttft_ms": "ms",
-    "mean_tpot_ms": "ms",
-    "p99_itl_ms": "ms",
-    "p99_e2el_ms": "ms",
-    "joules_per_output_token": "J",
-}
-"""Values of the summary of which less is better, and their units."""
-
-COUNTS = {
-    "forward_passes": "passes",
-    "padded_prefill_tokens": "tokens",
-    "idle_slot_steps": "slot steps",
-    "kv_tokens_peak": "tokens",
-}
-"""Counters and their units; they are exact, so any difference is a change."""
+_METRICS = (  # part of the result, metric, unit, more is better
+    ("summary", "output_throughput", "tokens/s", True),
+    ("summary", "total_token_throughput", "tokens/s", True),
+    ("summary", "request_throughput", "requests/s", True),
+    ("summary", "request_goodput", "requests/s", True),
+    ("summary", "floor_share", "of the floor", True),
+    ("summary", "duration", "s", False),
+    ("summary", "mean_ttft_ms", "ms", False),
+    ("summary", "p99_ttft_ms", "ms", False),
+    ("summary", "mean_tpot_ms", "ms", False),
+    ("summary", "p99_itl_ms", "ms", False),
+    ("summary", "p99_e2el_ms", "ms", False),
+    ("summary", "joules_per_output_token", "J", False),
+    ("counters", "forward_passes", "passes", False),
+    ("counters", "padded_prefill_tokens", "tokens", False),
+    ("counters", "idle_slot_steps", "slot steps", False),
+    ("counters", "kv_tokens_peak", "tokens", False),
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,6 @@ class Measure:
 
 
 def measures(result: Result) -> list[Measure]:
-    """Return all values of a result that are known, strategy by strategy."""
     return [measure for name in result.names for measure in _of_strategy(result, name)]
 
 
@@ -78,14 +68,13 @@ def _with_prefixes(shown: Sequence[Labelled]) -> Iterator[tuple[Result, str]]:
 
 def _of_strategy(result: Result, name: str) -> Iterator[Measure]:
     strategy = result.data["strategies"][name]
-    for units, bigger in ((BIGGER, True), (SMALLER, False)):
-        for metric, unit in units.items():
-            value = strategy["summary"].get(metric)
-            if value is not None:
-                trials = [trial.get(metric) for trial in strategy["trials"]]
-                yield Measure(name, metric, unit, bigger, float(value), *_range(value, trials))
-    for metric, unit in COUNTS.items() if strategy["counters"] else ():
-        yield Measure(name, metric, unit, False, strategy["counters"][metric])
+    for part, metric, unit, bigger in _METRICS:
+        value = (strategy[part] or {}).get(metric)
+        if value is not None and part == "summary":
+            trials = [trial.get(metric) for trial in strategy["trials"]]
+            yield Measure(name, metric, unit, bigger, float(value), *_range(value, trials))
+        elif value is not None:
+            yield Measure(name, metric, unit, bigger, value)  # exact: any difference is a change
     for comparison in result.data["comparisons"]:
         if comparison["candidate"] == name:
             low, high = comparison["speedup"]["ci95"] or (None, None)
@@ -130,7 +119,6 @@ def render_github_benchmark(shown: Sequence[Labelled], *, bigger: bool) -> str:
 
 
 def render_bencher(shown: Sequence[Labelled]) -> str:
-    """Return all results in one document."""
     document: dict[str, dict[str, dict[str, float]]] = {}
     for result, prefix in _with_prefixes(shown):
         for measure in measures(result):

@@ -8,7 +8,6 @@ bars together, and curves as many corners as a screen has pixels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,9 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from batchbench.reports.figures.card import Strategy, Unit, capitalize, name_strategies
+from batchbench.reports.figures.card import Unit, capitalize, name_strategies
 from batchbench.reports.figures.occupancy import which_trial
-from batchbench.reports.figures.time_budget import STACKED, Budget, budgets_of, waterfalls
+from batchbench.reports.figures.time_budget import STACKED, budgets_of, waterfalls
 from batchbench.reports.formats import charts
 from batchbench.reports.formats.terminal import (
     causes,
@@ -47,17 +46,6 @@ _CURVES = (
     ("itl", "ITL", "gap between two tokens"),
     ("e2el", "E2E latency", "arrival to last token"),
 )
-
-
-@dataclass(frozen=True)
-class _Bar:
-    """A bar of a stack or of a waterfall; shares are of the width of the chart."""
-
-    label: str
-    look: str
-    width: float
-    text: str
-    left: float = 0.0
 
 
 def render(shown: Sequence[Labelled]) -> str:
@@ -94,6 +82,7 @@ def _environment() -> Environment:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.globals["included"] = lambda name: Markup(loader.get_source(environment, name)[0])
+    environment.globals["labels"] = {part: NAMES[part] for part in STACKED}
     environment.filters["number"] = number
     environment.filters["compact"] = lambda value: htmlsafe_json_dumps(
         value, separators=(",", ":"), allow_nan=False
@@ -102,13 +91,13 @@ def _environment() -> Environment:
 
 
 def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
-    """Return what the template shows of one result."""
     result, data = one.result, one.result.data
     strategies = name_strategies(result.recordings)
     timelines, window, ticks, unit = charts.draw_timelines(strategies, most_bars)
     levels, level_ticks = charts.draw_levels(strategies)
     head, rows = cells(result)
     budgets = budgets_of(strategies) if data.get("explain") else []
+    longest = max((budget.wall_s for _, budget in budgets), default=0.0) or 1.0
     return {
         "id": f"r{index}",
         "label": one.label,
@@ -116,7 +105,7 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "data": data,
         "sentence": capitalize(sentence(result, reasons=False)),
         "causes": causes(result) if budgets else [],
-        "tiles": _tiles(result),
+        "names": result.names,
         "strategies": strategies,
         "head": head,
         "rows": rows,
@@ -132,7 +121,10 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         ],
         "levels": levels,
         "level_ticks": level_ticks,
-        **_time_budgets(strategies, budgets),
+        "budgets": budgets,
+        "waterfalls": waterfalls(budgets),
+        "longest_s": longest,
+        "unit": Unit.of(strategies, longest * 1e9),
         "prediction": [
             [
                 predicted["strategy"],
@@ -145,42 +137,10 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "fit": fit_lines(result),
         "settings": _settings(data["config"]),
         "environment": _environment_rows(data),
-        "verification": _verification(data["verification"]),
     }
 
 
-def _tiles(result: Result) -> list[tuple[str, str, str]]:
-    """Return the key figures: name, value, and the baseline's value."""
-    data, compared = result.data, result.data["comparison"]
-    first, last = (data["strategies"][name] for name in (result.names[0], result.names[-1]))
-    tiles = []
-    if compared is not None:
-        interval = compared["speedup"]["ci95"]
-        spread = f"95 % CI {interval[0]:.2f}–{interval[1]:.2f}" if interval else "no interval"
-        spread = "simulated" if data["simulated"] else spread
-        tiles.append(("Speed-up", f"{compared['speedup']['median']:.2f}×", spread))
-        if compared["step_ratio"] is not None:
-            ratio = f"{compared['step_ratio']:.2f}×"
-            tiles.append(("Counting steps only", ratio, "fewer forward passes"))
-
-    def tile(name: str, value: str, baseline: str) -> None:
-        tiles.append((name, value, f"{result.names[0]}: {baseline}" if compared else ""))
-
-    for name, metric, unit in (
-        ("Output throughput", "output_throughput", "tok/s"),
-        ("TTFT p99", "p99_ttft_ms", "ms"),
-    ):
-        tile(name, *(f"{number(s['summary'][metric])} {unit}" for s in (last, first)))
-    shares = (
-        f"{100 * c['useful_slot_steps'] / c['slot_steps']:.0f} %" if c else "N/A"
-        for c in (last["counters"], first["counters"])
-    )
-    tile("Slot utilisation", *shares)
-    return tiles
-
-
 def _left_out(result: Result, timelines: Sequence[charts.Timeline], window: float) -> str:
-    """Return sentences on what the timelines leave out."""
     sentences = [
         f"{name} logs no steps, so its slots are not known."
         for name, trials in result.recordings.items()
@@ -200,44 +160,6 @@ def _left_out(result: Result, timelines: Sequence[charts.Timeline], window: floa
     return " ".join(sentences)
 
 
-def _time_budgets(strategies: Sequence[Strategy], budgets: Sequence[Budget]) -> dict[str, Any]:
-    """Return each strategy's wall time in parts, and the waterfalls from the baseline."""
-    longest = max((account.wall_s for _, account in budgets), default=0.0) or 1.0
-    unit = Unit.of(strategies, longest * 1e9)
-    stacks = []
-    for strategy, account in budgets:
-        parts = {part: getattr(account, part) for part in STACKED}
-        bars = [
-            _Bar(
-                NAMES[part].capitalize(),
-                part.removesuffix("_s"),
-                max(0.0, seconds) / longest,
-                f"{unit.text(round(seconds * 1e9))}, {100 * seconds / account.wall_s:.1f} %",
-            )
-            for part, seconds in parts.items()
-            if abs(seconds) >= 0.0005 * longest
-        ]
-        wall = unit.text(round(account.wall_s * 1e9))
-        stacks.append({"name": strategy.name, "series": strategy.index, "wall": wall, "bars": bars})
-    falls = []
-    for fall in waterfalls(budgets):
-        widest = max(row.left_s + row.width_s for row in fall.rows) or 1.0
-        bars = [
-            _Bar(
-                row.label if row.saved_s is None else row.label.capitalize(),
-                "whole" if row.saved_s is None else "saved" if row.saved_s > 0 else "lost",
-                row.width_s / widest,
-                row.text(unit),
-                max(0.0, row.left_s) / widest,
-            )
-            for row in fall.rows
-        ]
-        falls.append(
-            {"baseline": fall.baseline.name, "candidate": fall.candidate.name, "bars": bars}
-        )
-    return {"stacks": stacks, "falls": falls}
-
-
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the settings that are not at their empty default."""
     return [
@@ -249,7 +171,6 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _environment_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return machine, versions and the resolved model."""
     environment = data["environment"]
     rows = [(name, value) for name, value in environment.items() if not isinstance(value, Mapping)]
     rows += list(environment.get("packages", {}).items())
@@ -265,14 +186,3 @@ def _spell(value: Any) -> str:
     if isinstance(value, int | float):
         return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
     return ", ".join(map(_spell, value)) if isinstance(value, list) else str(value)
-
-
-def _verification(checked: Mapping[str, Any]) -> str:
-    if not checked["requests_checked"]:
-        return "Outputs were not checked."
-    against = checked["reference"] or "each prompt generated alone"
-    return (
-        f"{checked['requests_checked']:,} requests checked against {against}: "
-        f"{checked['identical']:,} identical, {checked['numerical_ties']:,} numerical ties, "
-        f"{checked['wrong']:,} wrong."
-    )

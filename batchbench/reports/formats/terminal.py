@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
@@ -22,6 +22,8 @@ MENTIONED = 0.05
 
 EQUAL = 0.005
 """Differences below this share of the baseline's time have no causes worth words."""
+
+_COST = "cost_per_million_output_tokens"
 
 WEAK_R2, WEAK_ERROR = 0.5, 0.1
 """A fit of step costs below this R² and above this median error predicts nothing."""
@@ -91,7 +93,6 @@ def _answer(result: Result) -> str:
 
 
 def _other_candidates(result: Result) -> str:
-    """Return the speed-up over the best form of static batching, and those of the others."""
     *others, last = result.data["comparisons"]
     if not others:
         return ""
@@ -107,7 +108,6 @@ def _other_candidates(result: Result) -> str:
 
 
 def _latency(result: Result) -> str:
-    """Return the sentence on timed arrivals, where strategies differ in how long requests wait."""
     rate, strategies = result.data["workload"]["arrival_rate"], result.data["strategies"]
     requested = result.data["config"]["workload"].get("request_rate")
     text = f"at {number(rate)} req/s"
@@ -217,83 +217,73 @@ def make_table(
 class _Row(NamedTuple):
     label: str
     unit: str
-    value: Callable[[Mapping[str, Any]], float | None]
-    metric: str | None = None  # name in the summary, for the paired ratio
-    note: str = ""  # says why the row is there, or what it means
+    metric: str | int  # of the summary or the counters; or the index of a class of lengths
+    note: str = ""  # the reason why the row is there, or its meaning
 
-
-def _of_summary(label: str, unit: str, metric: str, note: str = "") -> _Row:
-    return _Row(label, unit, lambda strategy: strategy["summary"].get(metric), metric, note)
-
-
-def _of_counters(label: str, unit: str, value: Callable[[Mapping[str, int]], float]) -> _Row:
-    return _Row(label, unit, lambda strategy: value(c) if (c := strategy["counters"]) else None)
-
-
-def _within_slos(strategy: Mapping[str, Any]) -> float | None:
-    share = strategy["summary"]["slo_attainment"]
-    return None if share is None else 100 * share
-
-
-_DURATION = _of_summary("Duration", "s", "duration")
-_TTFT_P99 = _of_summary("TTFT p99", "ms", "p99_ttft_ms")
-_E2E_P99 = _of_summary("E2E latency p99", "ms", "p99_e2el_ms")
-_PASSES = _of_counters("Forward passes", "", lambda c: c["forward_passes"])
-_COST = _of_summary("Cost of 1M output tok", "$", "cost_per_million_output_tokens")
 
 _ROWS = (
-    _DURATION,
-    _of_summary("Output throughput", "tok/s", "output_throughput"),
-    _of_summary("Request throughput", "req/s", "request_throughput"),
-    _of_summary("Goodput", "req/s", "request_goodput", "goodput: requests that met every SLO"),
-    _Row("Within SLOs", "%", _within_slos),
-    _of_summary("TTFT mean", "ms", "mean_ttft_ms"),
-    _TTFT_P99,
-    _of_summary("TPOT mean", "ms", "mean_tpot_ms"),
-    _of_summary("ITL median", "ms", "median_itl_ms"),
-    _of_summary("ITL p99", "ms", "p99_itl_ms"),
-    _of_summary("E2E latency mean", "ms", "mean_e2el_ms"),
-    _E2E_P99,
-    _PASSES,
-    _of_counters("Slot utilisation", "%", lambda c: 100 * c["useful_slot_steps"] / c["slot_steps"]),
-    _of_counters("KV cache peak", "tok", lambda c: c["kv_tokens_peak"]),
-    _of_summary("Energy", "J", "energy_joules", "energy: from the processor's own counters"),
-    _of_summary("Energy per output token", "J", "joules_per_output_token"),
-    _COST._replace(note="cost: from --price-per-hour"),
+    _Row("Duration", "s", "duration"),
+    _Row("Output throughput", "tok/s", "output_throughput"),
+    _Row("Request throughput", "req/s", "request_throughput"),
+    _Row("Goodput", "req/s", "request_goodput", "goodput: requests that met every SLO"),
+    _Row("Within SLOs", "%", "slo_attainment"),
+    _Row("TTFT mean", "ms", "mean_ttft_ms"),
+    _Row("TTFT p99", "ms", "p99_ttft_ms"),
+    _Row("TPOT mean", "ms", "mean_tpot_ms"),
+    _Row("ITL median", "ms", "median_itl_ms"),
+    _Row("ITL p99", "ms", "p99_itl_ms"),
+    _Row("E2E latency mean", "ms", "mean_e2el_ms"),
+    _Row("E2E latency p99", "ms", "p99_e2el_ms"),
+    _Row("Forward passes", "", "forward_passes"),
+    _Row("Slot utilisation", "%", "utilisation"),
+    _Row("KV cache peak", "tok", "kv_tokens_peak"),
+    _Row("Energy", "J", "energy_joules", "energy: from the machine's own counters"),
+    _Row("Energy per output token", "J", "joules_per_output_token"),
+    _Row("Cost of 1M output tok", "$", _COST, "cost: from --price-per-hour"),
 )
 
 _ROWS_OF_ARRIVALS = (
-    _of_summary("Queue time mean", "ms", "mean_queue_ms", "queue time: arrival to first step"),
-    _of_summary("Queue time p99", "ms", "p99_queue_ms"),
-    _of_summary("Arrival rate", "req/s", "arrival_rate"),
-    _of_summary("Arrival lag mean", "ms", "mean_arrival_lag_ms", "arrival lag: due until noticed"),
-    _of_summary("Arrival lag p99", "ms", "p99_arrival_lag_ms"),
+    _Row("Queue time mean", "ms", "mean_queue_ms", "queue time: arrival to first step"),
+    _Row("Queue time p99", "ms", "p99_queue_ms"),
+    _Row("Arrival rate", "req/s", "arrival_rate"),
+    _Row("Arrival lag mean", "ms", "mean_arrival_lag_ms", "arrival lag: due until noticed"),
+    _Row("Arrival lag p99", "ms", "p99_arrival_lag_ms"),
 )
 """Rows of workloads whose requests arrive over time."""
 
-
-def _rows_of(result: Result) -> Iterator[_Row]:
-    """Yield the rows that have a value."""
-    rows = [*_ROWS, *_rows_of_lengths(result)]
-    if not result.data["workload"]["closed"]:
-        rows += _ROWS_OF_ARRIVALS
-    strategies = result.data["strategies"].values()
-    return (row for row in rows if any(row.value(strategy) is not None for strategy in strategies))
+_COMPARED = (
+    _Row("Duration", "", "duration"),
+    _Row("Passes", "", "forward_passes"),
+    _Row("TTFT p99", "", "p99_ttft_ms"),
+    _Row("E2E p99", "", "p99_e2el_ms"),
+)
 
 
-def _rows_of_lengths(result: Result) -> Iterator[_Row]:
-    """Yield a row per class of output lengths, where there are several."""
-    classes = result.data["strategies"][result.names[0]]["by_output_length"]
-    note = "E2E ÷ unloaded: latency over that of the same request alone"
+def _rows_of(result: Result) -> list[_Row]:
+    strategies = result.data["strategies"]
+    classes = strategies[result.names[0]]["by_output_length"]
+    rows = list(_ROWS)
     for i, length in enumerate(classes if len(classes) > 1 else []):
         low, high = length["min_output_tokens"], length["max_output_tokens"]
-        name = f"{low:,}" if low == high else f"{low:,}–{high:,}"
+        tokens = f"{low:,}" if low == high else f"{low:,}–{high:,}"
+        note = "" if i else "E2E ÷ unloaded: latency over that of the same request alone"
+        rows.append(_Row(f"E2E ÷ unloaded, {tokens} tok", "×", i, note))
+    rows += () if result.data["workload"]["closed"] else _ROWS_OF_ARRIVALS
+    known = strategies.values()
+    return [row for row in rows if any(_value(strategy, row) is not None for strategy in known)]
 
-        def value(strategy: Mapping[str, Any], i: int = i) -> float | None:
-            mean: float | None = strategy["by_output_length"][i]["mean_slowdown"]
-            return mean
 
-        yield _Row(f"E2E ÷ unloaded, {name} tok", "×", value, note="" if i else note)
+def _value(strategy: Mapping[str, Any], row: _Row) -> float | None:
+    metric, counters = row.metric, strategy["counters"] or {}
+    value: float | None
+    if isinstance(metric, int):
+        value = strategy["by_output_length"][metric]["mean_slowdown"]
+    elif metric == "utilisation":
+        useful = counters.get("useful_slot_steps")
+        value = None if useful is None else useful / counters["slot_steps"]
+    else:
+        value = strategy["summary"].get(metric, counters.get(metric))
+    return 100 * value if value is not None and row.unit == "%" else value
 
 
 def cells(result: Result) -> tuple[list[str], list[list[str]]]:
@@ -303,7 +293,7 @@ def cells(result: Result) -> tuple[list[str], list[list[str]]]:
     head = ["Metric", "Unit", *names, *([f"÷ {names[0]}"] if two else [])]
     rows = []
     for row in _rows_of(result):
-        values = [number(row.value(strategies[name])) for name in names]
+        values = [number(_value(strategies[name], row)) for name in names]
         rows.append([row.label, row.unit, *values, *([_ratio(result, row, *names)] if two else [])])
     return head, rows
 
@@ -311,9 +301,10 @@ def cells(result: Result) -> tuple[list[str], list[list[str]]]:
 def _ratio(result: Result, row: _Row, baseline: str, name: str) -> str:
     """Return the ratio of two strategies: paired where trials were measured, else plain."""
     strategies = result.data["strategies"]
-    if row.metric is not None and row.metric != _COST.metric:
+    measured = row.metric in strategies[name]["summary"] and row.unit != "%"
+    if isinstance(row.metric, str) and measured and row.metric != _COST:
         return spell_ratio(ratio_of(strategies, row.metric, name, baseline))
-    above, below = row.value(strategies[name]), row.value(strategies[baseline])
+    above, below = (_value(strategies[side], row) for side in (name, baseline))
     return f"{above / below:.2f}×" if above and below else "N/A"
 
 
@@ -333,26 +324,18 @@ def notes(result: Result) -> list[str]:
 
 
 def table(result: Result) -> Table:
-    """Return the main table: metric × strategies; of two also their ratio."""
     head, rows = cells(result)
     few = len(result.names) < 3
     return make_table(result.title, head, rows, left=2, notes=notes(result), framed=few)
 
 
 def comparisons(result: Result) -> Table:
-    """Return the table of each strategy's ratios to the baseline, a row per strategy."""
     baseline, *others = result.names
-    rows = (
-        _DURATION,
-        _PASSES._replace(label="Passes"),
-        _TTFT_P99,
-        _E2E_P99._replace(label="E2E p99"),
-    )
     several = len(result.recordings[baseline]) > 1
     return make_table(
         f"÷ {baseline}",
-        ["Strategy", *(row.label for row in rows)],
-        [[name, *(_ratio(result, row, baseline, name) for row in rows)] for name in others],
+        ["Strategy", *(row.label for row in _COMPARED)],
+        [[name, *(_ratio(result, row, baseline, name) for row in _COMPARED)] for name in others],
         notes=["medians of paired trials"] if several else [],
     )
 
@@ -407,7 +390,6 @@ def _budget_notes(result: Result) -> list[str]:
 
 
 def stall_lines(result: Result) -> list[str]:
-    """Return the longest gap between two tokens of each strategy, and what it waited for."""
     lines = []
     for name in result.names:
         for stall in result.data["strategies"][name]["stalls"][:1]:
@@ -489,7 +471,6 @@ def _extrapolation(reasons: list[str]) -> list[str]:
 
 
 def render(result: Result) -> RenderableType:
-    """Return the sentence, its causes, the tables, and the lines below them."""
     status = result.data["validity"]["status"]
     wrong = result.data["verification"]["passed"] is False
     style = "bold red" if wrong else "bold" if status == "valid" else "bold yellow"
@@ -504,7 +485,6 @@ def render(result: Result) -> RenderableType:
 
 
 def side_by_side_cells(together: SideBySide) -> tuple[list[str], list[list[str]]]:
-    """Return the table of figures as text, a row per result and strategy."""
     head = ["Result", "Strategy", "Speed-up", *(name for name, _ in FIGURES), "Run"]
     rows = [
         [line.label, line.strategy, line.speedup, *line.figures, line.status]
@@ -514,7 +494,6 @@ def side_by_side_cells(together: SideBySide) -> tuple[list[str], list[list[str]]
 
 
 def render_side_by_side(together: SideBySide) -> RenderableType:
-    """Return the sentence, the settings that vary, and a row per result and strategy."""
     parts: list[RenderableType] = [Text(together.sentence, style="bold"), Text()]
     if together.settings:
         rows = [[name, *values] for name, values in together.settings]

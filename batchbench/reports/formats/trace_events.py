@@ -87,7 +87,6 @@ def _write(out: io.TextIOWrapper, result: Result) -> None:
 
 
 def _cut(result: Result) -> dict[str, str]:
-    """Return what is left out, in words."""
     requests = result.data["workload"]["num_requests"]
     hidden = [name for name, trials in result.recordings.items() if not trials[0].has_steps]
     left_out = [f"{name}, which logs no steps" for name in hidden]
@@ -120,7 +119,6 @@ def _names(pid: int, name: str, recording: Recording) -> Iterator[dict[str, Any]
 
 
 def _slices(pid: int, recording: Recording) -> Iterator[dict[str, Any]]:
-    """Yield a slice per request, and its parts inside it."""
     r, held = recording.requests, Holdings.of(recording)
     order = np.argsort(r.admitted, kind="stable")[:MOST_REQUESTS]
     start = recording.starts_of(r.started)
@@ -157,7 +155,6 @@ def _span(start: int, end: int) -> dict[str, float]:
 
 
 def _counters(pid: int, recording: Recording) -> Iterator[dict[str, Any]]:
-    """Yield waiting requests, and running and held slots, whenever they change."""
     levels = levels_of(recording)
     counts = (levels.waiting, levels.running, levels.finished)
     columns = [levels.edges_ns, *(np.append(count, 0) for count in counts)]  # 0 at the end

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchbench.batching.engines import Clock
 from batchbench.batching.engines.simulated import UNIT_NS
@@ -17,9 +16,7 @@ from batchbench.reports.formats.terminal import as_fast
 from batchbench.reports.metrics import typical_trial
 from batchbench.reports.occupancy import Holdings, Levels, levels_of
 from batchbench.reports.result import Result
-
-Floats = NDArray[np.float64]
-Indices = NDArray[np.intp]
+from batchbench.reports.statistics import Floats
 
 EMPTY, PROMPT, RUNNING, HELD = range(4)
 """States of a slot: empty; its prompt is computed; it yields tokens; held by a finished request."""
@@ -51,14 +48,11 @@ class SlotState:
 
     @property
     def busy(self) -> int:
-        """Slots whose request is not done."""
         return int(np.isin(self.state, (PROMPT, RUNNING)).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """All strategies at one moment."""
-
     t_ns: int
     end_ns: int  # of the longest trial
     states: tuple[SlotState, ...]
@@ -73,33 +67,19 @@ class TrialReplay:
 
     @property
     def slots(self) -> int:
-        """Number of slots."""
         return self.recording.header.slots
 
     @property
     def end_ns(self) -> int:
-        """Time of the last token."""
         return self.recording.duration_ns
 
     @cached_property
-    def holdings(self) -> Holdings:
-        """When each request held its slot."""
+    def _holdings(self) -> Holdings:
         return Holdings.of(self.recording)
 
     @cached_property
     def _levels(self) -> Levels:
         return levels_of(self.recording)
-
-    @cached_property
-    def _due(self) -> Ints:
-        return np.sort(np.minimum(self.recording.requests.due_ns, self.holdings.admitted))
-
-    @cached_property
-    def _ends(self) -> tuple[Ints, Ints]:
-        """Times at which requests are done, ascending, and all tokens of those done before each."""
-        order = np.argsort(self.holdings.done, kind="stable")
-        tokens = np.cumsum(self.recording.requests.output_tokens[order])
-        return self.holdings.done[order], np.concatenate([[0], tokens])
 
     @cached_property
     def _decodes_before(self) -> Ints:
@@ -114,63 +94,50 @@ class TrialReplay:
         within = steps - self.recording.first_steps[span] + 1
         return self._decodes_before[span] + within * (self.recording.spans.decoding[span] > 0)
 
-    def _progress(self, requests: Indices, t_ns: int) -> tuple[Ints, Ints]:
-        """Return the tokens of each admitted request at a time, and decode steps since its end."""
-        step = int(self.recording.step_at(np.array([t_ns]))[0]) - 1  # the last that has ended
-        if step < 0 or not len(requests):
-            return np.zeros(len(requests), np.int64), np.zeros(len(requests), np.int64)
+    def _progress(self, t_ns: int) -> tuple[Ints, Ints]:
+        """Return tokens at a time, and decode steps since the request was done, ``[requests]``."""
         r = self.recording.requests
-        first, last = r.first[requests], np.minimum(r.last[requests], step)
+        step = int(self.recording.step_at(np.array([t_ns]))[0]) - 1  # the last that has ended
+        if step < 0:
+            return np.zeros_like(r.last), np.zeros_like(r.last)
+        last = np.minimum(r.last, step)
         decodes = self._decodes_to(last)
-        tokens = 1 + decodes - self._decodes_to(np.minimum(first, last))
-        tokens = np.where(first <= step, np.minimum(tokens, r.output_tokens[requests]), 0)
-        return tokens, self._decodes_to(np.full(len(requests), step)) - decodes
-
-    def _inside(self, t_ns: int) -> Indices:
-        """Return the requests that hold a slot, in the order of admission."""
-        admitted = self.holdings.admitted
-        inside = np.flatnonzero((admitted <= t_ns) & (t_ns < self.holdings.freed))
-        return inside[np.argsort(admitted[inside], kind="stable")]
+        tokens = 1 + decodes - self._decodes_to(np.minimum(r.first, last))
+        tokens = np.where(r.first <= step, np.minimum(tokens, r.output_tokens), 0)
+        return tokens, self._decodes_to(np.array([step])) - decodes
 
     def tokens_at(self, t_ns: int) -> int:
-        """Count the output tokens so far."""
-        done, tokens = self._ends
-        inside = self._inside(t_ns)
-        running = inside[self.holdings.done[inside] > t_ns]
-        finished = int(tokens[np.searchsorted(done, t_ns, side="right")])
-        return finished + int(self._progress(running, t_ns)[0].sum())
+        return int(self._progress(t_ns)[0].sum())
 
     def at(self, t_ns: int, window_ns: int) -> SlotState:
         """Return the state at a moment; tokens per second are those of the last ``window_ns``."""
         over, now = t_ns >= self.end_ns, min(t_ns, self.end_ns)
-        # At the very end a slot that is held is held for no other request.
-        inside = self._inside(now) if not over else np.empty(0, np.intp)
-        held_by, r = self.holdings, self.recording.requests
-        state, tokens, output, held = (np.zeros(self.slots, np.int64) for _ in range(4))
-        request, slot = np.full(self.slots, -1), r.slot[inside]
-        request[slot], output[slot] = inside, r.output_tokens[inside]
-        tokens[slot], held[slot] = self._progress(inside, now)
-        before = [now < held_by.first[inside], now < held_by.done[inside]]
-        state[slot] = np.select(before, [PROMPT, RUNNING], HELD)
-        arrived, admitted, finished = (
-            int(np.searchsorted(at, now, side="right"))
-            for at in (self._due, np.sort(held_by.admitted), self._ends[0])
-        )
+        held, r = self._holdings, self.recording.requests
+        inside = (held.admitted <= now) & (now < held.freed) & (not over)
+
+        def by_slot(values: Ints, empty: int = 0) -> Ints:
+            column = np.full(self.slots, empty)
+            column[r.slot[inside]] = values[inside]
+            return column
+
+        tokens, held_for = self._progress(now)
+        state = np.select([now < held.first, now < held.done], [PROMPT, RUNNING], HELD)
         since = 0 if over else max(now - window_ns, 0)
-        passed_s = max(now - since, 1) / 1e9
+        recent = int(tokens.sum()) - (self.tokens_at(since) if since else 0)
+        arrived = np.minimum(r.due_ns, held.admitted) <= now
         return SlotState(
             name=self.name,
             now_ns=now,
             over=over,
-            state=state,
-            request=request,
-            tokens=tokens,
-            output_tokens=output,
-            held=held,
-            waiting=arrived - admitted,
-            finished=finished,
+            state=by_slot(state, EMPTY),
+            request=by_slot(held.request, -1),
+            tokens=by_slot(tokens),
+            output_tokens=by_slot(r.output_tokens),
+            held=by_slot(held_for),
+            waiting=int((arrived & (held.admitted > now)).sum()),
+            finished=int((held.done <= now).sum()),
             requests=len(r.slot),
-            tokens_per_s=(self.tokens_at(now) - self.tokens_at(since) * (since > 0)) / passed_s,
+            tokens_per_s=recent / (max(now - since, 1) / 1e9),
         )
 
     def levels(self, until_ns: int, columns: int, end_ns: int) -> tuple[Floats, Floats]:
@@ -181,15 +148,13 @@ class TrialReplay:
         """
         edges, levels = np.linspace(0, end_ns, columns + 1), self._levels
         later = edges[:-1] >= min(until_ns, self.end_ns)
-        running, held = (
-            np.interp(edges, levels.edges_ns, [0.0, *np.cumsum(level * np.diff(levels.edges_ns))])
-            for level in (levels.running, levels.finished)
-        )
-        width = end_ns / columns * self.slots
-        return (
-            np.where(later, np.nan, np.diff(running) / width),
-            np.where(later, np.nan, np.diff(held) / width),
-        )
+
+        def shares(level: Floats) -> Floats:
+            area = [0.0, *np.cumsum(level * np.diff(levels.edges_ns))]
+            mean = np.diff(np.interp(edges, levels.edges_ns, area)) / np.diff(edges)
+            return np.where(later, np.nan, mean / self.slots)
+
+        return shares(levels.running), shares(levels.finished)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,12 +179,10 @@ class Replay:
 
     @property
     def end_ns(self) -> int:
-        """End of the longest trial."""
         return max(trial.end_ns for trial in self.trials)
 
     @property
     def in_steps(self) -> bool:
-        """True where time only counts steps."""
         return all(trial.recording.in_steps for trial in self.trials)
 
     def spell(self, ns: float) -> str:
@@ -232,13 +195,11 @@ class Replay:
         return f"{ns / unit:,.{decimals}f} {name}"
 
     def frame_at(self, t_ns: int) -> Frame:
-        """Return all strategies at ``t_ns`` from the start of their trials."""
         window = int(self.end_ns * _RATE_OVER)
         return Frame(t_ns, self.end_ns, tuple(trial.at(t_ns, window) for trial in self.trials))
 
     @cached_property
     def longest_output(self) -> int:
-        """Most output tokens of a request."""
         return max(int(t.recording.requests.output_tokens.max()) for t in self.trials)
 
     @property

@@ -60,7 +60,6 @@ def draw_gif(result: Result, speed: float | None = None) -> bytes:
 
 
 def _times(end_ns: float, lasts_s: float) -> list[int]:
-    """Return the times of the pictures, from 0 to the end."""
     return [int(t) for t in np.linspace(0, end_ns, max(round(lasts_s * FPS), 1) + 1)]
 
 

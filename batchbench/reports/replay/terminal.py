@@ -49,8 +49,6 @@ _AROUND, _TALLEST = 4, 4
 
 @dataclass(frozen=True)
 class _Layout:
-    """The sizes of things on a terminal."""
-
     beside: bool  # panels side by side; else one above the other, with a shorter head
     panel: int  # columns of a panel
     slots_per_cell: int  # slots that a character stands for; 0 where each has a row
@@ -113,7 +111,6 @@ def _panel(
 
 
 def _head(replay: Replay, state: SlotState, layout: _Layout, colour: str) -> list[Text]:
-    """Return name and numbers in two lines, or in one where panels stand one above the other."""
     busy = f"{state.busy:,} of {len(state.state):,} slots busy"
     if state.over:
         busy = f"done after {replay.spell(state.now_ns)}"
@@ -135,7 +132,6 @@ def _head(replay: Replay, state: SlotState, layout: _Layout, colour: str) -> lis
 
 
 def _fit(texts: Sequence[str], width: int) -> str:
-    """Return the first text that is no wider; else the last."""
     return next((text for text in texts if len(text) <= width), texts[-1])
 
 
@@ -160,7 +156,6 @@ def _slot(state: SlotState, slot: int, width: int, longest: int, colour: str) ->
 
 
 def _label(state: SlotState, slot: int, most: int) -> str:
-    """Return the request and its progress."""
     kind, request = int(state.state[slot]), f"#{state.request[slot]}"
     if kind == EMPTY:
         return ""
@@ -188,7 +183,6 @@ def _cells(state: SlotState, width: int, slots_per_cell: int, colour: str) -> li
 def _chart(
     end_ns: int, trial: TrialReplay, state: SlotState, layout: _Layout, colour: str
 ) -> list[Text]:
-    """Return the number of slots that ran, and were held, from the start until now."""
     margin, rows = 5, layout.chart
     running, held = trial.levels(state.now_ns, layout.panel - margin, end_ns)
     lines = []
@@ -207,7 +201,6 @@ def _chart(
 
 
 def _legend(width: int, slots_per_cell: int) -> Text:
-    """Return the meanings of the characters, shorter ones where there is less room."""
     keys = [key for key in _LEGEND if not slots_per_cell or key[0] != _TO_COME]
     text = "  ".join(f"{sign} {long}" for sign, long, _ in keys)
     shorter = " ".join(f"{sign}{short}" for sign, _, short in keys)
@@ -218,7 +211,6 @@ def _legend(width: int, slots_per_cell: int) -> Text:
 
 
 def _clock(replay: Replay, frame: Frame, width: int, speed: float) -> Text:
-    """Return the time so far and the speed; at the end, the verdict."""
     if frame.t_ns >= frame.end_ns:
         return Text(replay.verdict, "bold", no_wrap=width < _NARROWEST, overflow="ellipsis")
     text = f"{replay.spell(frame.t_ns).split()[0]} of {replay.spell(frame.end_ns)} "
