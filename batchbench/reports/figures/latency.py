@@ -10,26 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from batchbench.reports.figures.card import (
-    FAINT,
-    QUIET,
-    Card,
-    Floats,
-    Strategy,
-    Unit,
-    fit_text,
-    make_card,
-    strip_axes,
-)
+from batchbench.reports.figures import card
 from batchbench.reports.occupancy import MOST_LEVELS
-from batchbench.reports.statistics import Distribution
+from batchbench.reports.statistics import Distribution, Floats
 
 _MARKS = ((50, "o", "●"), (99, "D", "◆"))  # percentile, its marker in the plot and in text
 
-Panel = tuple[str, Sequence[Distribution], Unit]  # TTFT or E2E, of each strategy
+Panel = tuple[str, Sequence[Distribution], card.Unit]  # TTFT or E2E, of each strategy
 
 
-def draw_latency(strategies: Sequence[Strategy], title: str) -> Figure:
+def draw_latency(strategies: Sequence[card.Strategy], title: str) -> Figure:
     """Draw CDFs of TTFT and E2E latency over the requests of all trials, and their p50 and p99."""
     panels: list[Panel] = []
     for name, values in (
@@ -37,26 +27,26 @@ def draw_latency(strategies: Sequence[Strategy], title: str) -> Figure:
         ("E2E", [s.latencies.e2el for s in strategies]),
     ):
         longest = max(d.values[-1] for d in values)
-        panels.append((name, values, Unit.of(strategies, longest * 1e6)))
+        panels.append((name, values, card.Unit.of(strategies, longest * 1e6)))
     body = 2.95 + 0.62 + 0.27 * len(strategies)
-    card = make_card(_headline(strategies, panels[0]), title, body, _notes(strategies))
+    picture = card.make_card(_headline(strategies, panels[0]), title, body, _notes(strategies))
     titles = ("TTFT: time to first token", "E2E latency: time to last token")
     for left, text, panel in zip((0.55, 4.3), titles, panels, strict=True):
-        axes = card.axes(left, 0.3, 2.75, 2.3)
+        axes = picture.axes(left, 0.3, 2.75, 2.3)
         axes.set_title(text, size=10, weight="bold", loc="left", pad=7)
         _cdfs(axes, strategies, panel)
-    card.figure.axes[0].set_ylabel("requests (%)")
-    _percentiles(card, strategies, panels, 3.3)
-    return card.figure
+    picture.figure.axes[0].set_ylabel("requests (%)")
+    _percentiles(picture, strategies, panels, 3.3)
+    return picture.figure
 
 
-def _cdfs(axes: Axes, strategies: Sequence[Strategy], panel: Panel) -> None:
+def _cdfs(axes: Axes, strategies: Sequence[card.Strategy], panel: Panel) -> None:
     _, distributions, unit = panel
     place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "va": "center"}
     for q, _, sign in _MARKS:
-        axes.axhline(q, color=FAINT, lw=0.8, zorder=0)
+        axes.axhline(q, color=card.FAINT, lw=0.8, zorder=0)
         axes.annotate(
-            f"{sign} p{q}", (1, q), (4, 0), textcoords="offset points", color=QUIET, **place
+            f"{sign} p{q}", (1, q), (4, 0), textcoords="offset points", color=card.QUIET, **place
         )
     for strategy, values in zip(strategies, distributions, strict=True):
         x, y = staircase(values)
@@ -69,7 +59,7 @@ def _cdfs(axes: Axes, strategies: Sequence[Strategy], panel: Panel) -> None:
     axes.set(xlim=(0, None), ylim=(0, 104), yticks=[0, 25, 50, 75, 100])
     axes.set_xlabel(f"time since arrival ({unit.name})")
     axes.locator_params(axis="x", nbins=5)
-    strip_axes(axes, "left", "bottom")
+    card.strip_axes(axes, "left", "bottom")
 
 
 def staircase(values: Distribution, most: int = MOST_LEVELS) -> tuple[Floats, Floats]:
@@ -95,26 +85,26 @@ def _on_staircase(values: Distribution, q: float) -> tuple[float, float]:
 
 
 def _percentiles(
-    card: Card, strategies: Sequence[Strategy], panels: Sequence[Panel], top: float
+    picture: card.Card, strategies: Sequence[card.Strategy], panels: Sequence[Panel], top: float
 ) -> None:
     rights = iter((4.0, 5.1, 6.2, 7.3))
     for name, values, unit in panels:
         for q, _, sign in _MARKS:
             right = next(rights)
-            card.write(right, top, f"{name} {sign} p{q}", ha="right", size=9, color=QUIET)
+            picture.write(right, top, f"{name} {sign} p{q}", ha="right", size=9, color=card.QUIET)
             for i in range(len(strategies)):
                 text = unit.text((values[i].percentile(q) or 0) * 1e6)
-                card.write(right, top + 0.27 * (i + 1), text, ha="right", size=10)
+                picture.write(right, top + 0.27 * (i + 1), text, ha="right", size=10)
     for i, strategy in enumerate(strategies):
         y = top + 0.27 * (i + 1)
-        ends = zip(card.at(0, y + 0.07), card.at(0.42, y + 0.07), strict=True)
-        line = Line2D(*ends, transform=card.figure.transFigure, **strategy.line)
-        card.figure.add_artist(line)
+        ends = zip(picture.at(0, y + 0.07), picture.at(0.42, y + 0.07), strict=True)
+        line = Line2D(*ends, transform=picture.figure.transFigure, **strategy.line)
+        picture.figure.add_artist(line)
         look: dict[str, Any] = {"size": 10, "weight": "bold", "color": strategy.tint(-0.15)}
-        card.write(0.5, y, fit_text(strategy.name, 175, 10, "bold"), **look)
+        picture.write(0.5, y, card.fit_text(strategy.name, 175, 10, "bold"), **look)
 
 
-def _headline(strategies: Sequence[Strategy], panel: Panel) -> str:
+def _headline(strategies: Sequence[card.Strategy], panel: Panel) -> str:
     _, values, unit = panel
     medians = [unit.text((ttft.percentile(50) or 0) * 1e6) for ttft in values]
     text = f"Half of the requests have their first token after {medians[-1]}"
@@ -123,7 +113,7 @@ def _headline(strategies: Sequence[Strategy], panel: Panel) -> str:
     return f"{text} under {strategies[-1].called}, after {medians[0]} under {strategies[0].called}"
 
 
-def _notes(strategies: Sequence[Strategy]) -> str:
+def _notes(strategies: Sequence[card.Strategy]) -> str:
     trials, requests = len(strategies[0].trials), len(strategies[0].trials[0].requests.slot)
     text = f"{requests:,} request{'s' * (requests > 1)}"
     if trials > 1:

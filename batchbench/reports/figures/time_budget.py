@@ -10,24 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from batchbench.reports.figures.card import (
-    FAINT,
-    HELD,
-    INK,
-    QUIET,
-    WIDE,
-    Card,
-    Entry,
-    Strategy,
-    Unit,
-    add_legend,
-    fit_text,
-    legend_height,
-    make_card,
-    make_entry,
-    strip_axes,
-    text_extent,
-)
+from batchbench.reports.figures import card
 from batchbench.reports.text import spell_percent
 from batchbench.reports.time_budget import LOST_TO, NAMES, PARTS, SAVED_BY, Account, account_of
 
@@ -41,13 +24,13 @@ _SHOWN = 0.005
 """Smaller shares of the baseline's time are drawn together."""
 
 _LOOKS: dict[str, dict[str, Any]] = {
-    "finished_s": HELD,
+    "finished_s": card.HELD,
     "empty_s": {"facecolor": "#ffffff", "edgecolor": "#b0b0b0", "linewidth": 0.8},
-    "prefill_padding_s": {**HELD, "hatch": "xxxx"},
-    "stalled_s": {**HELD, "hatch": "|||||"},
-    "waiting_s": {**HELD, "hatch": "...", "facecolor": "#ffffff"},
+    "prefill_padding_s": {**card.HELD, "hatch": "xxxx"},
+    "stalled_s": {**card.HELD, "hatch": "|||||"},
+    "waiting_s": {**card.HELD, "hatch": "...", "facecolor": "#ffffff"},
     "host_s": {"facecolor": "#8c8c8c", "linewidth": 0.0},
-    "residual_s": {"facecolor": INK, "linewidth": 0.0},
+    "residual_s": {"facecolor": card.INK, "linewidth": 0.0},
 }
 """Parts that look the same under each strategy; useful parts have its colour."""
 
@@ -56,7 +39,7 @@ _TINTS = {"useful_decode_s": 0.25, "prefill_useful_s": -0.55}
 STACKED = sorted(PARTS, key=lambda part: part not in _TINTS)
 """Parts in the order in which they are drawn: useful ones first."""
 
-Budget = tuple[Strategy, Account]
+Budget = tuple[card.Strategy, Account]
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ class WaterfallRow:
     def right_s(self) -> float:
         return self.left_s + self.width_s
 
-    def text(self, unit: Unit) -> str:
+    def text(self, unit: card.Unit) -> str:
         if self.saved_s is None:
             return unit.text(round(self.width_s * 1e9))
         sign = "\N{MINUS SIGN}" if self.saved_s >= 0 else "+"
@@ -87,8 +70,8 @@ class WaterfallRow:
 class Waterfall:
     """Bars from the baseline's wall time to a candidate's, part by part, largest saving first."""
 
-    baseline: Strategy
-    candidate: Strategy
+    baseline: card.Strategy
+    candidate: card.Strategy
     rows: Sequence[WaterfallRow]
 
     @classmethod
@@ -116,13 +99,15 @@ class Waterfall:
         """Inches of the rows and of the heading above them."""
         return 0.5 + len(self.rows) * _STEP
 
-    def draw(self, card: Card, top: float, unit: Unit) -> None:
+    def draw(self, picture: card.Card, top: float, unit: card.Unit) -> None:
         difference = unit.text(round(abs(self.saved_s) * 1e9))
         detail = f"{difference} {'saved' if self.saved_s > 0 else 'lost'}"
-        text = fit_text(f"From {self.baseline.name} to {self.candidate.name}", 300, 10.5, "bold")
-        card.heading(top + 0.4, text, detail if self.saved_s else "no difference")
+        text = card.fit_text(
+            f"From {self.baseline.name} to {self.candidate.name}", 300, 10.5, "bold"
+        )
+        picture.heading(top + 0.4, text, detail if self.saved_s else "no difference")
         tall = len(self.rows) * _STEP
-        axes = card.axes(_LABELS, top + 0.5, WIDE - _LABELS - 0.95, tall)
+        axes = picture.axes(_LABELS, top + 0.5, card.WIDE - _LABELS - 0.95, tall)
         scale = 1e9 / unit.ns
         at = 0.0  # the end of the row above
         for i, row in enumerate(self.rows):
@@ -138,20 +123,17 @@ class Waterfall:
             axes.barh(i, end - start, left=start, height=0.66, **look)
             if i:
                 below = 0.33 if row.saved_s is not None else -0.67
-                axes.plot([at] * 2, [i - 1.33, i + below], color=QUIET, lw=0.7)
+                axes.plot([at] * 2, [i - 1.33, i + below], color=card.QUIET, lw=0.7)
             style: dict[str, Any] = {"size": 9, "va": "center", "weight": "bold"}
             place = (right, i)
             axes.annotate(row.text(unit), place, (5, 0), textcoords="offset points", **style)
             at = end if row.saved_s is None else start
-        self._label(axes)
-
-    def _label(self, axes: Axes) -> None:
-        names = [fit_text(row.label, _LABELS * 72 - 12, 9) for row in self.rows]
+        names = [card.fit_text(row.label, _LABELS * 72 - 12, 9) for row in self.rows]
         axes.set(ylim=(len(names) - 0.5, -0.5), xticks=[])
         axes.margins(x=0)
-        axes.axvline(0, color=FAINT, lw=0.8, zorder=0)
+        axes.axvline(0, color=card.FAINT, lw=0.8, zorder=0)
         axes.tick_params(axis="y", length=0)
-        strip_axes(axes)
+        card.strip_axes(axes)
         axes.set_yticks(range(len(names)), names)
         for label in (axes.get_yticklabels()[0], axes.get_yticklabels()[-1]):
             label.set_fontweight("bold")
@@ -163,26 +145,26 @@ def waterfalls(budgets: Sequence[Budget]) -> list[Waterfall]:
     return [Waterfall.between(budgets[0], candidate) for candidate in budgets[1:]]
 
 
-def budgets_of(strategies: Sequence[Strategy]) -> list[Budget]:
+def budgets_of(strategies: Sequence[card.Strategy]) -> list[Budget]:
     found = [(strategy, account_of(strategy.trials)) for strategy in strategies]
     return [(strategy, account) for strategy, account in found if account is not None]
 
 
-def draw_time_budget(strategies: Sequence[Strategy], title: str) -> Figure:
+def draw_time_budget(strategies: Sequence[card.Strategy], title: str) -> Figure:
     """Draw stacked bars of each strategy's wall time, and waterfalls from the first to the others.
 
     A strategy that logs no steps has a row that says so.
     """
     budgets = budgets_of(strategies)
     longest = max((account.wall_s for _, account in budgets), default=1.0)
-    unit = Unit.of(strategies, longest * 1e9)
+    unit = card.Unit.of(strategies, longest * 1e9)
     entries, falls = _entries(budgets), waterfalls(budgets)
-    top = legend_height(entries)
+    top = card.legend_height(entries)
     tall = len(strategies) * _ROW
     body = top + tall + 0.42 + sum(fall.height for fall in falls)
-    card = make_card(_headline(budgets), title, body, _notes(strategies, falls))
-    add_legend(card, entries)
-    axes = card.axes(0, top, WIDE, tall + 0.05)
+    picture = card.make_card(_headline(budgets), title, body, _notes(strategies, falls))
+    card.add_legend(picture, entries)
+    axes = picture.axes(0, top, card.WIDE, tall + 0.05)
     by_index = {strategy.index: account for strategy, account in budgets}
     for strategy in strategies:
         account, detail = by_index.get(strategy.index), "logs no steps: no time budget"
@@ -190,19 +172,19 @@ def draw_time_budget(strategies: Sequence[Strategy], title: str) -> Figure:
             useful = spell_percent(_useful_share(account))
             detail = f"{unit.text(round(account.wall_s * 1e9))}, {useful} of it useful"
             _stack(axes, (strategy, account), unit, longest)
-        card.label(top + strategy.index * _ROW + 0.2, strategy, detail)
+        picture.label(top + strategy.index * _ROW + 0.2, strategy, detail)
     axes.set(xlim=(0, longest * 1e9 / unit.ns * 1.002), ylim=(tall + 0.05, 0), yticks=[])
     axes.set_xlabel("steps" if unit.name == "steps" else f"time ({unit.name})")
     axes.locator_params(axis="x", nbins=8)
-    strip_axes(axes, "bottom")
+    card.strip_axes(axes, "bottom")
     top += tall + 0.42
     for fall in falls:
-        fall.draw(card, top, unit)
+        fall.draw(picture, top, unit)
         top += fall.height
-    return card.figure
+    return picture.figure
 
 
-def _stack(axes: Axes, budget: Budget, unit: Unit, longest: float) -> None:
+def _stack(axes: Axes, budget: Budget, unit: card.Unit, longest: float) -> None:
     """Draw the parts of one strategy one after another; the y axis counts inches downwards."""
     strategy, account = budget
     y, left, scale = (strategy.index + 1) * _ROW - _BAR / 2, 0.0, 1e9 / unit.ns
@@ -213,25 +195,25 @@ def _stack(axes: Axes, budget: Budget, unit: Unit, longest: float) -> None:
             look = look | {"facecolor": strategy.tint(_TINTS[part])}
         axes.barh(y, seconds * scale, _BAR, left=left, gid=f"{part}-{strategy.index}", **look)
         text = spell_percent(seconds / account.wall_s)
-        if text_extent(text, 8.5) + 6 <= seconds / longest * WIDE * 72:
+        if card.text_extent(text, 8.5) + 6 <= seconds / longest * card.WIDE * 72:
             style: dict[str, Any] = {"ha": "center", "va": "center", "size": 8.5}
             if look.get("hatch"):
                 style["bbox"] = {"fc": "#ffffff", "ec": "none", "pad": 1.2, "alpha": 0.9}
             dark = part in ("prefill_useful_s", "residual_s")
             axes.text(
-                left + seconds * scale / 2, y, text, color="#ffffff" if dark else INK, **style
+                left + seconds * scale / 2, y, text, color="#ffffff" if dark else card.INK, **style
             )
         left += seconds * scale
 
 
-def _entries(budgets: Sequence[Budget]) -> list[Entry]:
-    entries: list[Entry] = []
+def _entries(budgets: Sequence[Budget]) -> list[card.Entry]:
+    entries: list[card.Entry] = []
     strategies = [strategy for strategy, _ in budgets]
     for part in PARTS:
         if not any(getattr(a, part) >= a.wall_s / 1000 for _, a in budgets):
             continue
         if part in _TINTS:
-            entries.append(make_entry(NAMES[part], strategies, _TINTS[part]))
+            entries.append(card.make_entry(NAMES[part], strategies, _TINTS[part]))
         else:
             entries.append((NAMES[part], (Patch(**_LOOKS[part]),)))
     return entries
@@ -256,7 +238,7 @@ def _headline(budgets: Sequence[Budget]) -> str:
     saved = before.wall_s - after.wall_s
     if abs(saved) < _SHOWN * before.wall_s:
         return f"{candidate.called} takes as long as {baseline.called}"
-    unit = Unit.of([baseline], before.wall_s * 1e9)
+    unit = card.Unit.of([baseline], before.wall_s * 1e9)
     sign = 1 if saved > 0 else -1
     most = max(PARTS, key=lambda part: sign * (getattr(before, part) - getattr(after, part)))
     difference = unit.text(round(abs(saved) * 1e9))
@@ -268,7 +250,7 @@ def _headline(budgets: Sequence[Budget]) -> str:
     return f"{text}, mostly due {LOST_TO[most]}"
 
 
-def _notes(strategies: Sequence[Strategy], falls: Sequence[Waterfall]) -> str:
+def _notes(strategies: Sequence[card.Strategy], falls: Sequence[Waterfall]) -> str:
     notes = "A decode step's time is shared equally over the slots, a prefill's over the requests."
     trials = len(strategies[0].trials)
     if trials > 1:

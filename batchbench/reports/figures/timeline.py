@@ -15,26 +15,10 @@ from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.figures.card import (
-    FAINT,
-    HELD,
-    INK,
-    QUIET,
-    WIDE,
-    Card,
-    Entry,
-    Floats,
-    Strategy,
-    Unit,
-    add_legend,
-    legend_height,
-    make_card,
-    make_entry,
-    strip_axes,
-    text_extent,
-)
+from batchbench.reports.figures import card
 from batchbench.reports.figures.occupancy import share_time, which_trial
 from batchbench.reports.occupancy import Holdings
+from batchbench.reports.statistics import Floats
 from batchbench.reports.text import spell_percent
 
 MOST_SLOTS = 32
@@ -90,8 +74,8 @@ def middle_length(trials: Sequence[Recording]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    unit: Unit  # of the axis
-    unit_of_ends: Unit
+    unit: card.Unit  # of the axis
+    unit_of_ends: card.Unit
     window_ns: float  # from 0; the whole trial unless there are too many bars
     row: float  # inches of a slot
     middle: float  # output tokens; longer requests are drawn darker
@@ -100,54 +84,54 @@ class Scale:
 
     @property
     def points_per_ns(self) -> float:
-        return (WIDE - _LEFT - _RIGHT) * 72 / self.window_ns
+        return (card.WIDE - _LEFT - _RIGHT) * 72 / self.window_ns
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    strategy: Strategy
+    strategy: card.Strategy
     axes: Axes
     detail: Text
 
 
-def draw_timeline(strategies: Sequence[Strategy], title: str) -> Figure:
+def draw_timeline(strategies: Sequence[card.Strategy], title: str) -> Figure:
     """Draw a row per slot and a bar per request, all strategies over one time axis."""
-    card, scale, panels = lay_out(strategies, title)
+    picture, scale, panels = lay_out(strategies, title)
     for panel in panels:
         draw_end(panel, scale)
-    return card.figure
+    return picture.figure
 
 
 def lay_out(
-    strategies: Sequence[Strategy], title: str, tallest: float = 7.0
-) -> tuple[Card, Scale, list[Panel]]:
+    strategies: Sequence[card.Strategy], title: str, tallest: float = 7.0
+) -> tuple[card.Card, Scale, list[Panel]]:
     """Draw a timeline without the ends; all slots together take ``tallest`` inches at most."""
     scale = _scale_of(strategies, tallest)
     tall = [max(_rows(strategy.typical) * scale.row, 0.62) for strategy in strategies]
     entries = _entries(strategies, scale)
-    top = legend_height(entries)
+    top = card.legend_height(entries)
     body = top + sum(tall) + 0.46 * len(tall) + 0.36
-    card = make_card(timeline_headline(strategies), title, body, _notes(strategies, scale))
-    add_legend(card, entries)
+    picture = card.make_card(timeline_headline(strategies), title, body, _notes(strategies, scale))
+    card.add_legend(picture, entries)
     panels = []
     for strategy, height in zip(strategies, tall, strict=True):
-        axes = card.axes(_LEFT, top + 0.3, WIDE - _LEFT - _RIGHT, height)
-        panels.append(Panel(strategy, axes, card.label(top + 0.22, strategy, _detail(strategy))))
+        axes = picture.axes(_LEFT, top + 0.3, card.WIDE - _LEFT - _RIGHT, height)
+        panels.append(Panel(strategy, axes, picture.label(top + 0.22, strategy, _detail(strategy))))
         _draw_slots(axes, strategy, scale)
         top += height + 0.46
     share_time([panel.axes for panel in panels], scale.window_ns, scale.unit)
     panels[-1].axes.spines["bottom"].set_visible(True)
-    return card, scale, panels
+    return picture, scale, panels
 
 
-def _scale_of(strategies: Sequence[Strategy], tallest: float) -> Scale:
+def _scale_of(strategies: Sequence[card.Strategy], tallest: float) -> Scale:
     trials = [strategy.typical for strategy in strategies]
     longest = max(trial.duration_ns for trial in trials)
     most = [min(MOST_BARS, MOST_BARS_A_SLOT * _rows(trial)) for trial in trials]
     window = window_of(trials, MOST_SLOTS, most)
     return Scale(
-        unit=Unit.of(strategies, window),
-        unit_of_ends=Unit.of(strategies, longest),
+        unit=card.Unit.of(strategies, window),
+        unit_of_ends=card.Unit.of(strategies, longest),
         window_ns=window,
         row=float(np.clip(tallest / sum(map(_rows, trials)), 0.06, 0.25)),
         middle=middle_length(trials),
@@ -160,22 +144,22 @@ def _rows(recording: Recording) -> int:
     return min(recording.header.slots, MOST_SLOTS)
 
 
-def _draw_slots(axes: Axes, strategy: Strategy, scale: Scale) -> None:
+def _draw_slots(axes: Axes, strategy: card.Strategy, scale: Scale) -> None:
     recording, rows = strategy.typical, _rows(strategy.typical)
     bars = Bars.of(recording, scale.window_ns, rows, scale.middle)
     end = min(recording.duration_ns, scale.window_ns) / scale.unit.ns
     rules = [((0, y - 0.5), (end, y - 0.5)) for y in range(rows + 1)]
-    axes.add_collection(LineCollection(rules, colors=FAINT, lw=0.7, zorder=0))
+    axes.add_collection(LineCollection(rules, colors=card.FAINT, lw=0.7, zorder=0))
     _draw_bars(axes, strategy, scale, bars)
     if scale.row * 72 * 0.72 >= _SMALLEST:
         _number(axes, scale, bars)
     ticks = range(0, rows, max(1, -(-rows // 8)))
     axes.set(ylim=(rows - 0.5, -0.5), yticks=ticks, ylabel="slot")
     axes.tick_params(axis="y", length=0)
-    strip_axes(axes)
+    card.strip_axes(axes)
 
 
-def _draw_bars(axes: Axes, strategy: Strategy, scale: Scale, bars: Bars) -> None:
+def _draw_bars(axes: Axes, strategy: card.Strategy, scale: Scale, bars: Bars) -> None:
     held, key = bars.held, strategy.index
     late = held.where(held.freed > held.done)
     wide = (held.done - held.admitted) * scale.points_per_ns > 6
@@ -186,7 +170,7 @@ def _draw_bars(axes: Axes, strategy: Strategy, scale: Scale, bars: Bars) -> None
     }
     prompt = {"facecolor": strategy.tint(-0.55), "linewidth": 0}
     for gid, start, stop, slot, look in (
-        (f"held-{key}", late.done, late.freed, late.slot, HELD),
+        (f"held-{key}", late.done, late.freed, late.slot, card.HELD),
         (f"requests-{key}", held.admitted, held.done, held.slot, requests),
         (f"prefill-{key}", held.admitted, held.first, held.slot, prompt),
     ):
@@ -206,12 +190,12 @@ def _number(axes: Axes, scale: Scale, bars: Bars) -> None:
     stop = np.minimum(held.done, scale.window_ns)
     width = (stop - held.first) * scale.points_per_ns - 1
     middle = (held.first + stop) / 2 / scale.unit.ns
-    for i in np.flatnonzero(width > text_extent("0", _SMALLEST)).tolist():
+    for i in np.flatnonzero(width > card.text_extent("0", _SMALLEST)).tolist():
         number = str(held.request[i])
-        size = min(most, width[i] / text_extent(number, 1))
+        size = min(most, width[i] / card.text_extent(number, 1))
         if size >= _SMALLEST:
             style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "size": size}
-            colour = "#ffffff" if bars.long[i] else INK
+            colour = "#ffffff" if bars.long[i] else card.INK
             axes.text(middle[i], held.slot[i], number, color=colour, **style)
 
 
@@ -220,13 +204,15 @@ def draw_end(panel: Panel, scale: Scale) -> None:
     end, window = strategy.typical.duration_ns, scale.window_ns
     at, saved = min(end, window) / scale.unit.ns, 0.0
     if scale.baseline_ns <= window:
-        axes.axvline(scale.baseline_ns / scale.unit.ns, color=QUIET, lw=1, ls=":", clip_on=False)
+        axes.axvline(
+            scale.baseline_ns / scale.unit.ns, color=card.QUIET, lw=1, ls=":", clip_on=False
+        )
         saved = (scale.baseline_ns - end) * scale.points_per_ns
     text = scale.unit_of_ends.text(end)
     if end > window:
         text = f"ends at\n{text}"
     else:
-        axes.axvline(at, color=INK, lw=2, clip_on=False, gid=f"end-{strategy.index}")
+        axes.axvline(at, color=card.INK, lw=2, clip_on=False, gid=f"end-{strategy.index}")
     look: dict[str, Any] = {"va": "center", "size": 10.5, "weight": "bold"}
     look["bbox"] = {"fc": "#ffffff", "ec": "none", "pad": 1.5}  # the baseline's end may be near
     look |= {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
@@ -238,16 +224,16 @@ def draw_end(panel: Panel, scale: Scale) -> None:
 def _draw_saved(axes: Axes, scale: Scale, end: int, width: float) -> None:
     left, right = end / scale.unit.ns, scale.baseline_ns / scale.unit.ns
     across = axes.get_xaxis_transform()
-    arrow = {"arrowstyle": "<|-|>", "color": INK, "lw": 1.1, "shrinkA": 2, "shrinkB": 1}
+    arrow = {"arrowstyle": "<|-|>", "color": card.INK, "lw": 1.1, "shrinkA": 2, "shrinkB": 1}
     ends: Any = {"xycoords": across, "textcoords": across, "arrowprops": arrow}
     axes.annotate("", (right, 0.36), (left, 0.36), **ends)
     text = f"{scale.unit_of_ends.text(scale.baseline_ns - end)} saved"
-    if text_extent(text, 9.5) + 12 < width:
+    if card.text_extent(text, 9.5) + 12 < width:
         below: Any = {"xycoords": across, "textcoords": "offset points", "va": "top"}
         axes.annotate(text, ((left + right) / 2, 0.36), (0, -4), ha="center", size=9.5, **below)
 
 
-def _detail(strategy: Strategy) -> str:
+def _detail(strategy: card.Strategy) -> str:
     counted, slots = strategy.counted, strategy.typical.header.slots
     share = counted["finished_slot_steps"] / counted["slot_steps"]
     text = f"{slots} slot{'s' * (slots > 1)}"
@@ -256,7 +242,7 @@ def _detail(strategy: Strategy) -> str:
     )
 
 
-def _entries(strategies: Sequence[Strategy], scale: Scale) -> list[Entry]:
+def _entries(strategies: Sequence[card.Strategy], scale: Scale) -> list[card.Entry]:
     lengths = np.concatenate([s.typical.requests.output_tokens for s in strategies])
     entries = []
     for word, tint, chosen in (
@@ -268,16 +254,16 @@ def _entries(strategies: Sequence[Strategy], scale: Scale) -> list[Entry]:
             low, high = int(chosen.min()), int(chosen.max())
             tokens = f"{low:,}" if low == high else f"{low:,}–{high:,}"
             label = f"{name} ({tokens} token{'s' * (high > 1)})"
-            entries.append(make_entry(label, strategies, tint))
-    entries.append(make_entry("prompt, up to the first token", strategies, -0.55))
+            entries.append(card.make_entry(label, strategies, tint))
+    entries.append(card.make_entry("prompt, up to the first token", strategies, -0.55))
     if any((s.typical.requests.released > s.typical.requests.last + 1).any() for s in strategies):
-        entries.append(("done, slot still held", (Patch(**HELD),)))
-    return [*entries, ("empty slot", (Patch(fc="#ffffff", ec=FAINT),))]
+        entries.append(("done, slot still held", (Patch(**card.HELD),)))
+    return [*entries, ("empty slot", (Patch(fc="#ffffff", ec=card.FAINT),))]
 
 
-def timeline_headline(strategies: Sequence[Strategy]) -> str:
+def timeline_headline(strategies: Sequence[card.Strategy]) -> str:
     ends = [strategy.typical.duration_ns for strategy in strategies]
-    unit = Unit.of(strategies, max(ends))
+    unit = card.Unit.of(strategies, max(ends))
     text = f"{strategies[-1].called} is done after {unit.text(ends[-1])}"
     if len(strategies) == 1:
         return text
@@ -287,7 +273,7 @@ def timeline_headline(strategies: Sequence[Strategy]) -> str:
     return text
 
 
-def _notes(strategies: Sequence[Strategy], scale: Scale) -> str:
+def _notes(strategies: Sequence[card.Strategy], scale: Scale) -> str:
     notes = ["A bar is one request, with its number where there is room."]
     slots = max(strategy.typical.header.slots for strategy in strategies)
     if slots > MOST_SLOTS:

@@ -28,6 +28,7 @@ from batchbench.reports.formats.terminal import (
     sentence,
     side_by_side_cells,
     stall_lines,
+    weak,
 )
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled, SideBySide
@@ -98,6 +99,7 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
     head, rows = cells(result)
     budgets = budgets_of(strategies) if data.get("explain") else []
     longest = max((budget.wall_s for _, budget in budgets), default=0.0) or 1.0
+    prediction = data.get("prediction")
     return {
         "id": f"r{index}",
         "label": one.label,
@@ -127,12 +129,12 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "unit": Unit.of(strategies, longest * 1e9),
         "prediction": [
             [
-                predicted["strategy"],
-                number(predicted["duration"]),
-                number(predicted["measured_duration"]),
-                f"{100 * predicted['error']:+.1f} %",
+                p["strategy"],
+                number(p["duration"]),
+                number(p["measured_duration"]),
+                f"{100 * p['error']:+.1f} %",
             ]
-            for predicted in (data.get("prediction") or {"strategies": []})["strategies"]
+            for p in (prediction["strategies"] if prediction and not weak(prediction) else ())
         ],
         "fit": fit_lines(result),
         "settings": _settings(data["config"]),

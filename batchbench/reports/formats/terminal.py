@@ -50,10 +50,10 @@ def sentence(result: Result, *, reasons: bool = True) -> str:
 def as_fast(ratio: float, candidate: str, baseline: str, interval: str = "") -> str:
     """Return "A was 3.08× as fast as B", with an interval in brackets or without."""
     if f"{ratio:.2f}" == "1.00":
-        return (
-            f"{candidate} and {baseline} showed no difference (1.00×{interval and ', '}{interval})"
-        )
-    return f"{candidate} was {ratio:.2f}× as fast as {baseline}" + (interval and f" ({interval})")
+        interval = f"1.00×, {interval}" if interval else "1.00×"
+        return f"{candidate} and {baseline} showed no difference ({interval})"
+    text = f"{candidate} was {ratio:.2f}× as fast as {baseline}"
+    return f"{text} ({interval})" if interval else text
 
 
 def _answer(result: Result) -> str:
@@ -78,13 +78,10 @@ def _answer(result: Result) -> str:
     names = called(comparison["candidate"]), called(comparison["baseline"])
     text = as_fast(speedup["median"], *names, interval)
     cost = result.data.get("cost")
-    if simulated:
-        how = (
-            f"with the step costs of {cost['source']}"
-            if cost
-            else "where every step costs the same"
-        )
-        text = f"in simulation, {how}, {text}"
+    if cost:
+        text = f"in simulation, with the step costs of {cost['source']}, {text}"
+    elif simulated:
+        text = f"in simulation, where every step costs the same, {text}"
     text += _other_candidates(result)
     ratio = comparison["step_ratio"]
     if ratio is None or (simulated and not cost):
@@ -115,18 +112,14 @@ def _latency(result: Result) -> str:
         text += f" (sampled at random from --request-rate {number(requested)})"
     baseline, *others, candidate = result.names
     order = (candidate, baseline, *others)
-    waits = [
-        f"{number(strategies[name]['summary']['p99_ttft_ms'])} ms under "
-        f"{called(name) if name not in others else name}"
-        for name in order
-    ]
-    text += f", p99 TTFT was {', '.join(waits)}"
-    good = [strategies[name]["summary"]["slo_attainment"] for name in order]
-    if None in good:
+    words = [name if name in others else called(name) for name in order]
+    waits = [number(strategies[name]["summary"]["p99_ttft_ms"]) for name in order]
+    under = (f"{wait} ms under {name}" for wait, name in zip(waits, words, strict=True))
+    text += f", p99 TTFT was {', '.join(under)}"
+    good, base = (strategies[name]["summary"]["slo_attainment"] for name in order[:2])
+    if good is None or base is None:
         return text
-    return (
-        f"{text}; {100 * good[0]:.0f} % against {100 * good[1]:.0f} % of requests within the SLOs"
-    )
+    return f"{text}; {100 * good:.0f} % against {100 * base:.0f} % of requests within the SLOs"
 
 
 def _outputs(checked: Mapping[str, Any]) -> str:
@@ -156,17 +149,13 @@ def causes(result: Result) -> list[str]:
         steps = [step for step in fall["steps"] if abs(step["saved_s"]) >= MENTIONED * abs(whole)]
         # What decided comes first: the savings of who saved, the losses of who lost.
         steps.sort(key=lambda step: step["saved_s"] * (-1 if whole > 0 else 1))
-        words = [
-            f"{abs(step['saved_s']):,.{decimals}f} s "
-            + (f"saved {SAVED_BY[p]}" if step["saved_s"] > 0 else f"lost {LOST_TO[p]}")
-            for step in steps
-            for p in [step["part"]]
-        ]
-        verb = "saved" if whole > 0 else "lost"
-        lines.append(
-            f"{fall['candidate']} {verb} {abs(whole):,.{decimals}f} s against {fall['baseline']}: "
-            f"{', '.join(words)}."
-        )
+        verb, parts = "saved" if whole > 0 else "lost", []
+        for step in steps:
+            saved, part = step["saved_s"], step["part"]
+            words = f"saved {SAVED_BY[part]}" if saved > 0 else f"lost {LOST_TO[part]}"
+            parts.append(f"{abs(saved):,.{decimals}f} s {words}")
+        text = f"{fall['candidate']} {verb} {abs(whole):,.{decimals}f} s against {fall['baseline']}"
+        lines.append(f"{text}: {', '.join(parts)}.")
     return lines
 
 
@@ -422,7 +411,7 @@ def prediction_lines(result: Result) -> list[str]:
     """Return predicted beside measured durations, and the quality of the fit."""
     prediction: Any = result.data.get("prediction")
     lines = []
-    for predicted in _predicted(prediction) if prediction and not _weak(prediction) else ():
+    for predicted in _predicted(prediction) if prediction and not weak(prediction) else ():
         error = predicted["error"]
         side = "above" if error > 0 else "below"
         lines.append(
@@ -445,14 +434,15 @@ def fit_lines(result: Result) -> list[str]:
         low = "" if held["r2"] >= WEAK_R2 else " (most differences between steps unexplained)"
         errors = f"R² {held['r2']:.2f}{low}, {errors}"
     fit = f"Step-cost fit on {held['steps']:,} {prediction['fitted_on']} steps (cross-validated)"
-    if _weak(prediction):
+    if weak(prediction):
         return [*lines, f"{fit}: too weak to predict with ({errors})."]
     for predicted in _predicted(prediction):
         lines += _extrapolation(predicted["extrapolates"])
     return [*lines, f"{fit}: {errors}, {100 * held['total_error']:+.1f} % in total."]
 
 
-def _weak(prediction: Mapping[str, Any]) -> bool:
+def weak(prediction: Mapping[str, Any]) -> bool:
+    """Return True where the fit predicts too badly to show what it predicts."""
     held = prediction["held_out"]
     return held["r2"] is not None and held["r2"] < WEAK_R2 and held["median_error"] > WEAK_ERROR
 

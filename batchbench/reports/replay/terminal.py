@@ -16,16 +16,8 @@ from rich.text import Text
 
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.reports.figures.card import looks_of
-from batchbench.reports.replay.frames import (
-    EMPTY,
-    HELD,
-    PROMPT,
-    RUNNING,
-    Frame,
-    Replay,
-    SlotState,
-    TrialReplay,
-)
+from batchbench.reports.replay import frames
+from batchbench.reports.replay.frames import EMPTY, HELD, PROMPT, RUNNING, Replay, SlotState
 
 _GLYPHS = {PROMPT: "▓", RUNNING: "█", HELD: "╱", EMPTY: "·"}
 _TO_COME = "░"
@@ -68,7 +60,13 @@ class _Layout:
 
 
 def render(
-    replay: Replay, frame: Frame, width: int, height: int, speed: float, *, ascii_only: bool = False
+    replay: Replay,
+    frame: frames.Frame,
+    width: int,
+    height: int,
+    speed: float,
+    *,
+    ascii_only: bool = False,
 ) -> RenderableType:
     """Return the frame for a terminal of ``width`` columns and ``height`` rows.
 
@@ -98,7 +96,7 @@ def render(
 
 
 def _panel(
-    replay: Replay, trial: TrialReplay, state: SlotState, layout: _Layout, colour: str
+    replay: Replay, trial: frames.TrialReplay, state: SlotState, layout: _Layout, colour: str
 ) -> list[Text]:
     """Return the lines of a strategy: name and numbers, slots, and how busy they have been."""
     lines = _head(replay, state, layout, colour)
@@ -181,7 +179,7 @@ def _cells(state: SlotState, width: int, slots_per_cell: int, colour: str) -> li
 
 
 def _chart(
-    end_ns: int, trial: TrialReplay, state: SlotState, layout: _Layout, colour: str
+    end_ns: int, trial: frames.TrialReplay, state: SlotState, layout: _Layout, colour: str
 ) -> list[Text]:
     margin, rows = 5, layout.chart
     running, held = trial.levels(state.now_ns, layout.panel - margin, end_ns)
@@ -210,7 +208,7 @@ def _legend(width: int, slots_per_cell: int) -> Text:
     return Text(_fit([text, shorter], width), "dim", no_wrap=True, overflow="ellipsis")
 
 
-def _clock(replay: Replay, frame: Frame, width: int, speed: float) -> Text:
+def _clock(replay: Replay, frame: frames.Frame, width: int, speed: float) -> Text:
     if frame.t_ns >= frame.end_ns:
         return Text(replay.verdict, "bold", no_wrap=width < _NARROWEST, overflow="ellipsis")
     text = f"{replay.spell(frame.t_ns).split()[0]} of {replay.spell(frame.end_ns)} "
