@@ -184,7 +184,7 @@ def test_what_is_saved_is_loaded(classic: batchbench.Result, tmp_path: Path) -> 
 def test_a_result_shows_itself(classic: batchbench.Result) -> None:
     assert repr(classic) == (
         "<batchbench result: gpt2 · simulated · 8 slots · 32 requests: in simulation, where every "
-        "step costs the same, continuous batching was 3.08× faster; run valid.>"
+        "step costs the same, continuous batching was 3.08× as fast as static batching; run valid.>"
     )
     html = classic._repr_html_()
     assert "<td>Forward passes</td><td></td><td>400</td><td>130</td><td>0.33×</td>" in html

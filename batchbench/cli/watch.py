@@ -13,20 +13,19 @@ from batchbench import settings
 from batchbench.cli.options import with_options
 from batchbench.cli.streams import echo
 from batchbench.errors import Interrupted, UsageError
-from batchbench.files import claimed, write_file
+from batchbench.files import check_files, claimed, write_file
 from batchbench.settings import setting
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from batchbench.batching.engines import Clock
-    from batchbench.reports.replay.frames import Film
-    from batchbench.reports.result import Result
+    from batchbench.reports.replay.frames import Replay
 
 WATCH_HELP = """Replay a result: slots fill and empty as they did, the strategies side by side.
 
-Of each strategy the trial of median duration is shown, at a speed at which the longest lasts about
-12 s. The last picture stays; Ctrl-C stops. For slides, --gif writes the film to a file.
+Shows the trial of median duration of each strategy, at a speed at which the longest takes about
+12 s. The last picture stays; Ctrl-C stops. For slides, --gif writes the replay to a file.
 
 Example: batchbench watch batchbench-results/my-run --speed 4"""
 
@@ -37,53 +36,63 @@ class WatchSpec:
 
     speed: float | None = setting(
         None,
-        "Seconds of the trial that pass in one second.",
+        "Seconds of the trial per second: 1 is true speed, 4 four times as fast.",
         "Replay",
         min=1e-9,
         max=1e9,
-        default_text="so that it lasts about 12 s",
+        default_text="such that it takes about 12 s",
     )
     gif: Path | None = setting(
         None, "Write an animated GIF for slides instead.", "Output", metavar="FILE"
     )
-    overwrite: bool = setting(False, "Replace the file if it is there.", "Output")
+    overwrite: bool = setting(False, "Replace the file if it exists.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)
 
 
-@with_options({"asked": WatchSpec})
+@with_options({"spec": WatchSpec})
 def watch(
     folder: Annotated[
         Path,
         typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False),
     ],
-    asked: WatchSpec,
+    spec: WatchSpec,
 ) -> None:
-    """Show what happened as it happened."""
-    speed, gif = asked.speed, asked.gif
-    if gif is None and not sys.stdout.isatty():
-        raise UsageError("watch: needs a terminal to play on; --gif FILE writes the film to a file")
-    from batchbench.reports.replay.frames import Film, usual_speed
+    """Replay a result on the terminal, or write it as a GIF."""
+    file = spec.gif
+    if file is None and not sys.stdout.isatty():
+        raise UsageError("watch: the output is not a terminal; add --gif FILE to write a GIF")
+    from batchbench.reports.replay.frames import Replay, usual_speed
     from batchbench.reports.result import load_result
 
     result = load_result(folder)
-    if gif is not None:
-        _write_gif(result, speed, gif, overwrite=asked.overwrite)
+    if file is None:
+        from rich.console import Console
+
+        from batchbench.batching.engines import WallClock
+
+        console = Console(highlight=False, markup=False, emoji=False)
+        if console.is_dumb_terminal:
+            raise UsageError(
+                "watch: this terminal cannot move its cursor; add --gif FILE to write a GIF"
+            )
+        replay = Replay.of(result)
+        play(replay, spec.speed or usual_speed(replay), console, WallClock())
         return
-    from rich.console import Console
+    if file.suffix != ".gif":
+        raise UsageError(f"--gif {file}: must end in .gif, such as --gif replay.gif")
+    from batchbench.reports.replay.gif import draw_gif
 
-    from batchbench.batching.engines import WallClock
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    if console.is_dumb_terminal:
-        raise UsageError("watch: this terminal cannot move its cursor; --gif FILE writes the film")
-    film = Film.of(result)
-    play(film, usual_speed(film) if speed is None else speed, console, WallClock())
+    with claimed(file, f"--gif {file}"):
+        check_files(file.parent, [file.name], overwrite=spec.overwrite)
+        content = draw_gif(result, spec.speed)
+        write_file(file, content)
+    echo(f"{file}: {len(content) / 1e6:.1f} MB")
 
 
-def play(film: Film, speed: float, console: Console, clock: Clock) -> None:
-    """Show the film on a terminal, at the times that the clock tells; its last frame stays.
+def play(replay: Replay, speed: float, console: Console, clock: Clock) -> None:
+    """Show a replay on a terminal, at the times of the clock; its last frame stays.
 
     Raises:
         Interrupted: Ctrl-C; the frame of that moment stays.
@@ -93,35 +102,12 @@ def play(film: Film, speed: float, console: Console, clock: Clock) -> None:
     from batchbench.reports.replay.frames import moments
     from batchbench.reports.replay.terminal import render
 
-    shown = 0
+    shown, plain = 0, console.options.ascii_only
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         try:
-            for t_ns in moments(film, speed, clock):
-                shown = t_ns
-                width, height = console.size
-                frame = render(
-                    film,
-                    film.frame_at(t_ns),
-                    width,
-                    height,
-                    speed,
-                    ascii_only=console.options.ascii_only,
-                )
-                live.update(frame, refresh=True)
+            for t_ns in moments(replay, speed, clock):
+                shown, frame = t_ns, replay.frame_at(t_ns)
+                picture = render(replay, frame, *console.size, speed, ascii_only=plain)
+                live.update(picture, refresh=True)
         except KeyboardInterrupt as error:
-            raise Interrupted(f"stopped at {film.spell(shown)}") from error
-
-
-def _write_gif(result: Result, speed: float | None, file: Path, *, overwrite: bool) -> None:
-    """Draw the film and write it, whole or not at all."""
-    from batchbench.files import check_files
-
-    if file.suffix != ".gif":
-        raise UsageError(f"--gif {file}: must end in .gif, such as --gif film.gif")
-    from batchbench.reports.replay.gif import draw_film
-
-    with claimed(file, f"--gif {file}"):
-        check_files(file.parent, [file.name], overwrite=overwrite)
-        content = draw_film(result, speed)
-        write_file(file, content)
-    echo(f"{file}: {len(content) / 1e6:.1f} MB")
+            raise Interrupted(f"stopped at {replay.spell(shown)}") from error

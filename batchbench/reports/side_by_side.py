@@ -151,12 +151,13 @@ def _lines(one: Labelled) -> Iterator[Line]:
     strategies, names = one.result.data["strategies"], one.result.names
     for name in names:
         summary = strategies[name]["summary"]
-        ratio = ratio_of(strategies, "duration", names[0], name)
+        own = name == names[0]
+        ratio = None if own else ratio_of(strategies, "duration", names[0], name)
         yield Line(
             label=one.label,
             strategy=name,
             figures=tuple(number(metric(summary, key)) for _, key in FIGURES),
-            speedup="baseline" if name == names[0] else spell_ratio(ratio),
+            speedup="baseline" if own else spell_ratio(ratio),
             throughput=summary["output_throughput"],
             status=one.result.data["validity"]["status"],
         )

@@ -199,14 +199,6 @@ LOST_TO = {
 }
 """Words after "1.2 s lost" for each part."""
 
-CAUSES = NAMES | {
-    "useful_decode_s": "the cost of the same useful steps",
-    "finished_s": "finished requests that held slots",
-    "stalled_s": "requests stalled by a prefill",
-    "residual_s": "unaccounted time",
-}
-"""Names of the parts as causes within a sentence."""
-
 
 def typical_budget(trials: Sequence[Recording]) -> TimeBudget | None:
     """Return the budget of the trial of median duration, or the mean of the middle two.

@@ -218,7 +218,7 @@ def test_it_stands_beside_ours_in_a_result(outcome: Outcome, tmp_path: Path) -> 
     assert data["comparison"]["step_ratio"] is None
     assert data["comparison"]["efficiency"] is None
     assert data["comparisons"][0]["step_ratio"] > 1
-    assert "schedules alone" not in sentence(result)
+    assert "counting steps" not in sentence(result)
     again = remake_result(result).data
     assert again["strategies"] == result.data["strategies"]
     rows = requests_frame(result)

@@ -20,7 +20,7 @@ from batchbench.reports import metrics
 from batchbench.reports.latency import by_length, length_classes, stalls
 from batchbench.reports.metrics import decode_steps, full_kv_tokens
 from batchbench.reports.prediction import changes_of, counts_of
-from batchbench.reports.replay.frames import Reel
+from batchbench.reports.replay.frames import TrialReplay
 from batchbench.reports.time_budget import (
     arrival_lag_ms,
     arrival_rate,
@@ -56,7 +56,7 @@ def test_gaps_grow_with_the_cache(
 def test_a_replay_is_never_ahead() -> None:
     """With one slot and 5 µs a cached token, equal steps would be 53 too many."""
     recording = run(workload_of([(5, 400, 0)]), Config("static", 1), StepCost(1e6, cached_ns=5e3))
-    reel, ends = Reel("mine", recording), recording.step_ends_ns
+    reel, ends = TrialReplay("mine", recording), recording.step_ends_ns
     for step in range(0, 400, 7):
         for t, tokens in ((ends[step] - 1, step), (ends[step], step + 1)):
             assert reel.at(int(t), 1).tokens.tolist() == [tokens % 400]
@@ -129,7 +129,7 @@ def cut(recording: Recording) -> Recording:
 def everything(recording: Recording, limits_ms: Mapping[str, float]) -> dict[str, Any]:
     """Return everything that is derived from a trial."""
     classes = length_classes(recording.requests.output_tokens)
-    reel = Reel("mine", recording)
+    reel = TrialReplay("mine", recording)
     lag = arrival_lag_ms(recording)
     end = recording.duration_ns
     steps = decode_steps(recording)

@@ -115,7 +115,7 @@ def test_a_run_tells_predicted_beside_measured(taught: Path, say: Say) -> None:
     text = " ".join(out.split())
     assert code == 0
     assert re.search(r"Predicted from the steps of static: continuous takes .* measured", text)
-    assert "held out in turn" in text
+    assert "steps (cross-validated): " in text
 
 
 def test_a_run_times_smaller_batches_and_predicts_with_them(taught: Path) -> None:

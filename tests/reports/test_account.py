@@ -24,7 +24,7 @@ from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import ChunkLog, Recording, RequestLog, SpanLog, WaitLog
 from batchbench.reports import metrics
 from batchbench.reports.figures import draw
-from batchbench.reports.formats.terminal import account_table, causes, render
+from batchbench.reports.formats.terminal import causes, render, time_budget_table
 from batchbench.reports.result import Result
 from batchbench.reports.time_budget import (
     PARTS,
@@ -511,11 +511,13 @@ def two() -> Result:
 
 def test_the_causes_in_words() -> None:
     assert causes(two()) == [
-        "Of the 2.69 s saved: 3.16 s finished requests that held slots; lost: 0.45 s empty slots."
+        "continuous saved 2.69 s against static: 3.16 s saved by freeing slots when requests "
+        "finish, 0.45 s lost to empty slots."
     ]
     turned = result_of({"continuous": trials_of("continuous"), "static": trials_of("static")})
     assert causes(turned) == [
-        "Of the 2.69 s lost: 3.16 s finished requests that held slots; saved: 0.45 s empty slots."
+        "static lost 2.69 s against continuous: 3.16 s lost to slots held by finished requests, "
+        "0.45 s saved by filling empty slots."
     ]
 
 
@@ -532,7 +534,7 @@ def test_of_several_candidates_each_has_its_causes() -> None:
         "continuous": trials_of("continuous"),
     }
     lines = causes(result_of(three))
-    assert [re.findall(r"saved by ([\w:]+):", line) for line in lines] == [
+    assert [re.findall(r"^([\w:]+) saved", line) for line in lines] == [
         ["mine:Own"],
         ["continuous"],
     ]
@@ -543,7 +545,7 @@ def test_the_table_adds_up_as_printed(width: int) -> None:
     """Each column of seconds is the sum of its rows, but for the rounding of each."""
     rows = [
         re.findall(r"[-+]?\d+\.\d+", line)
-        for line in shown(account_table(two()), width).splitlines()
+        for line in shown(time_budget_table(two()), width).splitlines()
     ]
     numbers = np.array([row for row in rows if len(row) == 5], float)
     *parts, wall = numbers
@@ -551,7 +553,7 @@ def test_the_table_adds_up_as_printed(width: int) -> None:
         assert sum(part[column] for part in parts) == pytest.approx(
             wall[column], abs=0.06 * len(parts)
         )
-    assert "Residual" in shown(account_table(two()), width)
+    assert "Residual" in shown(time_budget_table(two()), width)
 
 
 def test_the_table_says_who_shows_no_steps() -> None:
@@ -560,8 +562,8 @@ def test_the_table_says_who_shows_no_steps() -> None:
         {"static": trials_of("static"), "theirs": [without_steps(measured("continuous"))]}, 1.25
     )
     shy = Result({**result.data, "explain": explained}, result.recordings)
-    text = shown(account_table(shy))
-    assert "theirs shows no steps" in text
+    text = shown(time_budget_table(shy))
+    assert "theirs logs no steps" in text
     assert "N/A" in text
     assert "warm-up of 1.25 s" in text
     assert causes(shy) == []
@@ -606,14 +608,14 @@ def test_the_picture_says_who_shows_no_steps() -> None:
     from matplotlib.text import Text
 
     from batchbench.reports.figures.card import house_style, name_strategies
-    from batchbench.reports.figures.time_budget import draw_account
+    from batchbench.reports.figures.time_budget import draw_time_budget
 
     shy = {
         "theirs": [without_steps(measured("continuous"))],
         "static": [measured("static", workload=CLASSIC)],
     }
     with house_style():
-        figure = draw_account(name_strategies(shy), "title")
+        figure = draw_time_budget(name_strategies(shy), "title")
     written = [text.get_text() for text in figure.findobj(Text)]
-    assert "shows no steps: no account" in written
+    assert "logs no steps: no time budget" in written
     assert not bars(figure, "effect-1-1")

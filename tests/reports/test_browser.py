@@ -44,7 +44,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 TIP = "document.querySelector('.tip')"
-SAID = "document.querySelector('.told').textContent"
+SAID = "document.querySelector('.details').textContent"
 
 
 @pytest.mark.parametrize("name", ["one", "hostile", "two"])
@@ -89,8 +89,8 @@ def test_pointing_at_a_bar_tells_its_times(browser: Browser, pages: dict[str, Pa
     browser.show(pages["one"])
     assert browser.ask(f"{TIP}.hidden")
     x, y = browser.ask(
-        "(() => { document.querySelector('.lanes').scrollIntoView({block: 'center'});"
-        "const b = document.querySelector('.lanes').getBoundingClientRect();"
+        "(() => { document.querySelector('.chart').scrollIntoView({block: 'center'});"
+        "const b = document.querySelector('.chart').getBoundingClientRect();"
         "return [b.left + b.width * 0.05, b.top + b.height / 8] })()"
     )
     browser.point(x, y)
@@ -107,7 +107,7 @@ def test_pointing_at_a_bar_tells_its_times(browser: Browser, pages: dict[str, Pa
 
 def test_a_keyboard_does_what_a_mouse_does(browser: Browser, pages: dict[str, Path]) -> None:
     browser.show(pages["one"])
-    browser.ask("document.querySelector('.lanes').focus()")
+    browser.ask("document.querySelector('.chart').focus()")
     browser.press("ArrowRight")
     assert browser.ask(SAID).startswith("static, request 0: slot 0")
     browser.press("ArrowDown")
@@ -123,13 +123,13 @@ def test_a_keyboard_does_what_a_mouse_does(browser: Browser, pages: dict[str, Pa
 
 def test_zooming_shows_less_time_and_back(browser: Browser, pages: dict[str, Path]) -> None:
     browser.show(pages["one"])
-    box = "document.querySelector('.lanes svg').getAttribute('viewBox')"
+    box = "document.querySelector('.chart svg').getAttribute('viewBox')"
     ticks = "document.querySelector('.timelines .ticks').innerText"
     whole, labels = browser.ask(box), browser.ask(ticks)
     browser.ask("document.querySelector('[data-zoom=in]').click()")
     assert float(browser.ask(box).split()[2]) == 5000
     assert browser.ask(ticks) != labels
-    browser.ask("document.querySelector('.lanes').focus()")
+    browser.ask("document.querySelector('.chart').focus()")
     browser.press("0")
     assert browser.ask(box) == whole == "0 0 10000 10000"
     assert browser.complaints == []

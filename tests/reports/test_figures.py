@@ -28,7 +28,8 @@ from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import ChunkLog, Header, Recording, RequestLog, SpanLog, WaitLog
 from batchbench.reports import metrics
-from batchbench.reports.figures import MOST_BARS, MOST_BARS_A_SLOT, MOST_SLOTS, draw, figure_bytes
+from batchbench.reports.figures import draw, figure_bytes
+from batchbench.reports.figures.timeline import MOST_BARS, MOST_BARS_A_SLOT, MOST_SLOTS
 from batchbench.reports.latency import e2el_ms, ttft_ms
 from batchbench.reports.statistics import paired_ratio
 from batchbench.workloads import Workload, WorkloadSpec, make_workload

@@ -25,7 +25,7 @@ from batchbench.batching.recording import Recording, Steps
 from batchbench.reports import metrics
 from batchbench.reports import time_budget as timekeeping
 from batchbench.reports.latency import Latencies, e2el_ms, gaps_ms, queue_ms, tpot_ms, ttft_ms
-from batchbench.reports.replay.frames import PROMPT, Reel
+from batchbench.reports.replay.frames import PROMPT, TrialReplay
 from batchbench.reports.statistics import Distribution
 from batchbench.reports.time_budget import time_budget
 from batchbench.workloads import Request, Workload
@@ -399,7 +399,7 @@ def test_a_batch_that_waits_for_the_budget_stalls_in_its_slots(
     assert third > 50
     assert queue_ms(recording).tolist() == [0, 0, third * STEP_NS / 1e6]
     assert timekeeping.littles_law(recording) == pytest.approx(0, abs=1e-12)
-    scene = Reel("mine", recording).at(20 * STEP_NS, STEP_NS)
+    scene = TrialReplay("mine", recording).at(20 * STEP_NS, STEP_NS)
     assert (scene.waiting, scene.request[2], scene.state[2]) == (0, 2, PROMPT)
 
 

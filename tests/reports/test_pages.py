@@ -60,16 +60,18 @@ class Page(HTMLParser):
 def test_the_page_holds_what_a_stranger_asks_for(small: Result) -> None:
     page = Page(render([Labelled("", small)]))
     for text in (
-        "continuous batching was 2.27× faster",
+        "continuous batching was 2.27× as fast as static batching",
         "gpt2 · simulated · 4 slots · 20 requests",
         "Speed-up",
         "Who held which slot",
         "Output throughput",
         "Where the time went",
-        "From static to continuous , effect by effect",
+        "From static to continuous , part by part",
         "How long requests wait",
         "How full the slots are",
-        "Can it be believed?",
+        "Static batching fills its slots together",
+        "Continuous batching gives a slot",
+        "Checks",
         "batchbench simulate --batch-size 4 --queue-size 20",
         "transformers",
         small.data["created_at"],
@@ -168,8 +170,11 @@ def test_a_prediction_is_shown_where_there_is_one(small: Result) -> None:
     page = Page(render([Labelled("", Result(data, small.recordings))]))
     assert "Predicted and measured" in page.words
     assert "continuous 1.5 1.25 +20.0 %" in page.words
-    assert "Beyond what the fit saw: 9 rows in a step." in page.words
-    assert "Of the 1,600 steps of static, held out in turn: R² 0.50" in page.words
+    assert "Beyond the fitted range: 9 rows in a step." in page.words
+    assert (
+        "Step-cost fit on 1,600 static steps (cross-validated): R² 0.50, median error 5.0 %"
+        in page.words
+    )
 
 
 def test_a_large_run_gives_a_small_page() -> None:
@@ -179,8 +184,8 @@ def test_a_large_run_gives_a_small_page() -> None:
     page = Page(text)
     bars = [json.loads(script)["request"] for script in page.scripts if script.startswith("{")]
     assert MOST_BARS / 8 < sum(map(len, bars)) <= MOST_BARS
-    assert "Shown are slots 0 to 63 of 256." in page.words
-    assert re.search(r"Of 40,000 requests the beginning is shown, \S+ % of the time", page.words)
+    assert "Only slots 0 to 63 of 256 are shown." in page.words
+    assert re.search(r"Only the beginning is shown, \S+ % .*: all 40,000 requests are", page.words)
 
 
 # Side by side

@@ -1,4 +1,4 @@
-"""The replay: what every slot did at a moment, its picture on a terminal, and the film."""
+"""The replay: what every slot did at a moment, its picture on a terminal, and the replay."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ from batchbench.errors import Interrupted, UsageError
 from batchbench.reports.output import write_folder
 from batchbench.reports.replay.frames import (
     EMPTY,
-    FRAMES_A_SECOND,
+    FRAMES_PER_SECOND,
     HELD,
     PROMPT,
     RUNNING,
-    Film,
-    Reel,
-    frame_at,
+    Replay,
+    TrialReplay,
     moments,
     usual_speed,
 )
-from batchbench.reports.replay.gif import FPS, LASTS_S, STAYS_S, draw_film
+from batchbench.reports.replay.gif import FPS, LASTS_S, STAYS_S, draw_gif
 from batchbench.reports.replay.terminal import render
 from batchbench.reports.result import Result
 from batchbench.studies.reproduce import check_counters
@@ -60,45 +59,45 @@ def times_of_tokens(recording: Recording, request: int) -> list[int]:
 @given(workloads(), configs(), st.floats(0, 1.1))
 def test_a_moment_is_what_the_log_says(workload: Workload, config: Config, part: float) -> None:
     recording = serve(workload, config)
-    reel = Reel("mine", recording)
-    t = int(part * reel.end_ns)
-    scene = reel.at(t, window_ns=reel.end_ns)
+    trial = TrialReplay("mine", recording)
+    t = int(part * trial.end_ns)
+    state = trial.at(t, window_ns=trial.end_ns)
     r, starts, ends = recording.requests, recording.step_starts_ns, recording.step_ends_ns
     due = np.minimum(r.due_ns, starts[r.admitted])
-    assert scene.over == (t >= reel.end_ns)
-    assert scene.finished == (ends[r.last] <= min(t, reel.end_ns)).sum()
-    assert scene.waiting == ((due <= t) & (starts[r.admitted] > t)).sum() * (not scene.over)
+    assert state.over == (t >= trial.end_ns)
+    assert state.finished == (ends[r.last] <= min(t, trial.end_ns)).sum()
+    assert state.waiting == ((due <= t) & (starts[r.admitted] > t)).sum() * (not state.over)
     all_tokens = [times_of_tokens(recording, i) for i in range(len(workload))]
-    assert reel.tokens_at(t) == sum(at <= t for each in all_tokens for at in each)
-    for slot in range(reel.slots):
+    assert trial.tokens_at(t) == sum(at <= t for each in all_tokens for at in each)
+    for slot in range(trial.slots):
         inside = [
             i
             for i in range(len(workload))
             if r.slot[i] == slot and starts[r.admitted[i]] <= t < ends[r.released[i] - 1]
         ]
-        if scene.over or not inside:
-            assert (scene.state[slot], scene.request[slot]) == (EMPTY, -1)
+        if state.over or not inside:
+            assert (state.state[slot], state.request[slot]) == (EMPTY, -1)
             continue
         (request,) = inside
         got = sum(at <= t for at in all_tokens[request])
-        assert scene.request[slot] == request
-        assert scene.tokens[slot] == got
-        assert scene.asked[slot] == r.output_tokens[request]
+        assert state.request[slot] == request
+        assert state.tokens[slot] == got
+        assert state.output_tokens[slot] == r.output_tokens[request]
         expected = PROMPT if got == 0 else HELD if got == r.output_tokens[request] else RUNNING
-        assert scene.state[slot] == expected
-        assert (scene.held[slot] > 0) <= (expected == HELD)
+        assert state.state[slot] == expected
+        assert (state.held[slot] > 0) <= (expected == HELD)
 
 
 def test_frames_of_the_classic_workload() -> None:
     result = simulated()
-    static, continuous = frame_at(result, 50 * MS).scenes
+    static, continuous = Replay.of(result).frame_at(50 * MS).states
     assert static.state.tolist() == [RUNNING] + [HELD] * 7
     assert static.tokens.tolist() == [50] + [10] * 7
     assert static.held.tolist() == [0] + [40] * 7
     assert (static.finished, static.waiting, static.tokens_per_s) == (7, 24, 1000)
     assert (continuous.finished, continuous.waiting) == (26, 0)
     assert continuous.request.tolist() == [0, 8, 30, 16, 31, -1, 24, -1]
-    static, continuous = frame_at(result, 400 * MS).scenes
+    static, continuous = Replay.of(result).frame_at(400 * MS).states
     assert static.over
     assert continuous.over
     assert continuous.now_ns == 130 * MS
@@ -112,29 +111,29 @@ def test_levels_are_the_means_of_what_runs_and_what_is_held(
     workload: Workload, config: Config, columns: int
 ) -> None:
     recording = serve(workload, config)
-    reel = Reel("mine", recording)
+    trial = TrialReplay("mine", recording)
     end = int(recording.step_ends_ns[-1])
-    running, held = reel.levels(end, columns, end)
+    running, held = trial.levels(end, columns, end)
     seen = occupancy(recording)
     length = seen.end_s - seen.start_s
     for levels, slots in ((running, seen.running), (held, seen.finished)):
-        shown = np.nan_to_num(levels).sum() * end / 1e9 / columns * reel.slots
+        shown = np.nan_to_num(levels).sum() * end / 1e9 / columns * trial.slots
         assert shown == pytest.approx((slots * length).sum(), rel=1e-9, abs=1e-12)
 
 
 def test_what_is_to_come_has_no_level() -> None:
-    reel = Film.of(simulated()).reels[1]
-    running, _ = reel.levels(100 * MS, 40, 400 * MS)
+    trial = Replay.of(simulated()).trials[1]
+    running, _ = trial.levels(100 * MS, 40, 400 * MS)
     assert np.isnan(running).tolist() == [False] * 10 + [True] * 30
     assert running[0] == pytest.approx(1)
 
 
 def test_the_trial_of_median_duration_is_shown() -> None:
     trials = trials_of("static")
-    film = Film.of(result_of({"static": trials}))
+    replay = Replay.of(result_of({"static": trials}))
     ranked = sorted(trial.duration_ns for trial in trials)
-    assert film.end_ns == ranked[(len(ranked) - 1) // 2]
-    assert film.verdict == f"static done after {film.spell(film.end_ns)}"
+    assert replay.end_ns == ranked[(len(ranked) - 1) // 2]
+    assert replay.verdict == f"static done after {replay.spell(replay.end_ns)}"
 
 
 # On a terminal
@@ -143,8 +142,8 @@ def test_the_trial_of_median_duration_is_shown() -> None:
 def shown(result: Result, t_ns: int, width: int, height: int, **more: bool) -> list[str]:
     """Lines of a frame on a terminal without colour."""
     console = Console(file=io.StringIO(), width=width, height=height, highlight=False)
-    film = Film.of(result)
-    console.print(render(film, film.frame_at(t_ns), width, height, usual_speed(film), **more))
+    replay = Replay.of(result)
+    console.print(render(replay, replay.frame_at(t_ns), width, height, usual_speed(replay), **more))
     assert isinstance(console.file, io.StringIO)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
@@ -167,7 +166,7 @@ def test_a_frame_on_80_columns() -> None:
         "     █╱╱╱                                     ████",
         "busy █▄▄▄                                busy ████",
         "▓ prompt  █ tokens  ░ still to come  ╱ done, slot still held  · empty",
-        "40 of 400 steps ━━━━━──────────────────────────────────────────────── 33 steps/s",
+        "40 of 400 steps ━━━━─────────────────────────────────────── played at 33 steps/s",
     ]
 
 
@@ -175,9 +174,9 @@ def test_the_last_frame_on_40_columns() -> None:
     lines = shown(simulated(), 400 * MS, 40, 24)
     assert len(lines) == 23
     assert lines[1] == "static              done after 400 steps"
-    assert lines[10] == "busy ▇▁▁▁▁▁▁▁▃▅▁▁▁▁▁▁▁▅▄▁▁▁▁▁▁▁▆▂▁▁▁▁▁▁▁"
+    assert lines[10] == "busy ▇▁▁▁▁▁▁▁▃▅▁▁▁▁▁▁▁▄▄▁▁▁▁▁▁▁▆▂▁▁▁▁▁▁▁"
     assert lines[-3] == "busy ████▇▄▄▄▄▃▁▁"
-    assert lines[-1] == "continuous was 3.08× faster than static"
+    assert lines[-1] == "continuous was 3.08× as fast as static"
 
 
 @functools.cache
@@ -192,7 +191,7 @@ def wide(slots: int) -> Result:
 @pytest.mark.parametrize("slots", [1, 8, 33, 256, 5000])
 def test_a_frame_fits_the_terminal(slots: int, width: int, height: int) -> None:
     result = simulated() if slots == 8 else wide(slots)
-    end = Film.of(result).end_ns
+    end = Replay.of(result).end_ns
     for t in (0, end // 3, end):
         lines = shown(result, t, width, height)
         assert max(map(len, lines)) <= width
@@ -212,17 +211,17 @@ def test_a_plain_terminal_gets_plain_characters() -> None:
 
 
 def test_measured_times_are_told_in_seconds_and_their_speed() -> None:
-    film = Film.of(clean())
-    lines = shown(clean(), film.end_ns // 2, 80, 24)
-    assert lines[-1].startswith(f"{film.end_ns / 2e9:.2f} of {film.end_ns / 1e9:.2f} s ")
+    replay = Replay.of(clean())
+    lines = shown(clean(), replay.end_ns // 2, 80, 24)
+    assert lines[-1].startswith(f"{replay.end_ns / 2e9:.2f} of {replay.end_ns / 1e9:.2f} s ")
 
 
 @pytest.mark.parametrize("length_s", [0.001, 1, 12, 600])
 def test_the_usual_speed_lasts_about_twelve_seconds(
     length_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Film, "end_ns", int(length_s * 1e9))
-    assert 10 <= length_s / usual_speed(Film("", ())) <= 15
+    monkeypatch.setattr(Replay, "end_ns", int(length_s * 1e9))
+    assert 10 <= length_s / usual_speed(Replay("", ())) <= 15
 
 
 # Time
@@ -241,20 +240,20 @@ class Stepping(VirtualClock):
 
 
 def test_moments_come_at_their_times() -> None:
-    film = Film.of(simulated())
+    replay = Replay.of(simulated())
     clock = VirtualClock()
-    times = [(t, clock.now()) for t in moments(film, 0.1, clock)]
-    period = 10**9 // FRAMES_A_SECOND
+    times = [(t, clock.now()) for t in moments(replay, 0.1, clock)]
+    period = 10**9 // FRAMES_PER_SECOND
     assert times[:-1] == [(i * period // 10, i * period) for i in range(len(times) - 1)]
     assert times[-1] == (400 * MS, 4 * 10**9)
 
 
 def test_slow_drawing_leaves_moments_out_and_takes_no_longer() -> None:
-    film = Film.of(simulated())
+    replay = Replay.of(simulated())
     clock = Stepping(70 * MS)
-    shown = list(moments(film, 0.1, clock))
+    shown = list(moments(replay, 0.1, clock))
     assert len(shown) < 40
-    assert shown[-1] == film.end_ns
+    assert shown[-1] == replay.end_ns
     assert clock.now() < 4.3e9
 
 
@@ -262,12 +261,12 @@ def test_playing_ends_with_the_last_frame() -> None:
     console = Console(
         file=io.StringIO(), width=80, height=24, force_terminal=True, color_system=None
     )
-    play(Film.of(simulated()), 0.1, console, VirtualClock())
+    play(Replay.of(simulated()), 0.1, console, VirtualClock())
     assert isinstance(console.file, io.StringIO)
     said = console.file.getvalue()
     assert "40 of 400 steps" in said
     assert said.splitlines()[-1].endswith("\x1b[?25h")  # the cursor is back
-    assert "continuous was 3.08× faster than static" in "".join(said.splitlines()[-2:])
+    assert "continuous was 3.08× as fast as static" in "".join(said.splitlines()[-2:])
 
 
 def test_ctrl_c_ends_it_and_tells_when(capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,10 +278,10 @@ def test_ctrl_c_ends_it_and_tells_when(capsys: pytest.CaptureFixture[str]) -> No
 
     console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
     with pytest.raises(Interrupted, match="stopped at 100 steps"):
-        play(Film.of(simulated()), 0.1, console, Stopped())
+        play(Replay.of(simulated()), 0.1, console, Stopped())
 
 
-# The film
+# The replay
 
 
 @pytest.fixture
@@ -311,18 +310,18 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Program:
 
 
 def test_a_film_is_bounded_and_ends_with_the_whole_picture() -> None:
-    content = draw_film(simulated(), speed=0.2)
-    with Image.open(io.BytesIO(content)) as film:
-        assert film.width == 800
-        frames = film.n_frames
+    content = draw_gif(simulated(), speed=0.2)
+    with Image.open(io.BytesIO(content)) as replay:
+        assert replay.width == 800
+        frames = replay.n_frames
         assert frames == 2 * FPS + 1
         lasts = []
         for i in range(frames):
-            film.seek(i)
-            lasts.append(film.info["duration"])
-        last = np.asarray(film.convert("RGB"))
-        film.seek(0)
-        first = np.asarray(film.convert("RGB"))
+            replay.seek(i)
+            lasts.append(replay.info["duration"])
+        last = np.asarray(replay.convert("RGB"))
+        replay.seek(0)
+        first = np.asarray(replay.convert("RGB"))
     assert lasts == [1000 // FPS] * (frames - 1) + [int(STAYS_S * 1000)]
     assert len(content) < 2**20
     blue = (np.array([0x00, 0x72, 0xB2]) == last).all(-1).sum()
@@ -331,8 +330,8 @@ def test_a_film_is_bounded_and_ends_with_the_whole_picture() -> None:
 
 
 def test_a_film_that_would_not_end_is_refused_with_the_speed_to_type() -> None:
-    with pytest.raises(UsageError, match=r"--speed 0.001: .* 400 s, .*; take --speed 0.033"):
-        draw_film(simulated(), speed=0.001)
+    with pytest.raises(UsageError, match=r"--speed 0.001: .* 400 s, .*; use --speed 0.033"):
+        draw_gif(simulated(), speed=0.001)
 
 
 def test_a_film_lasts_as_long_whatever_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +339,7 @@ def test_a_film_lasts_as_long_whatever_the_trial(monkeypatch: pytest.MonkeyPatch
 
     taken: list[int] = []
     monkeypatch.setattr(films, "_times", lambda end, lasts: taken.append(lasts) or [0])
-    draw_film(clean())
+    draw_gif(clean())
     assert taken == [LASTS_S]
 
 
@@ -358,7 +357,7 @@ def test_watch_writes_a_film(
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ("mine", "needs a terminal to play on; --gif FILE writes"),
+        ("mine", "the output is not a terminal; add --gif FILE"),
         ("mine --gif film.png", "--gif film.png: must end in .gif"),
         ("mine --speed 0", "--speed 0: must be at least 1e-09"),
         ("mine --speed nan", "--speed nan: must be a number"),
@@ -378,7 +377,7 @@ def test_a_bad_question_is_answered_with_one_line(
 def test_watch_on_a_terminal_leaves_its_last_frame(folder: Path) -> None:
     code, said = on_a_terminal("batchbench watch mine --speed 4", Path.cwd())
     assert code == 0
-    assert "continuous was 3.08× faster than static" in said
+    assert "continuous was 3.08× as fast as static" in said
     assert "Traceback" not in said
 
 
@@ -406,16 +405,16 @@ def with_own() -> Result:
 
 
 def test_a_strategy_that_shows_no_steps_is_left_out() -> None:
-    film = Film.of(with_own())
-    assert [reel.name for reel in film.reels] == ["continuous"]
-    assert draw_film(with_own(), speed=10)[:3] == b"GIF"
+    replay = Replay.of(with_own())
+    assert [trial.name for trial in replay.trials] == ["continuous"]
+    assert draw_gif(with_own(), speed=10)[:3] == b"GIF"
     assert "own" not in " ".join(shown(with_own(), 0, 80, 24)[1:])
 
 
 def test_nothing_can_be_replayed_where_no_strategy_shows_steps() -> None:
     own = result_of({"own": with_own().recordings["own"]})
     with pytest.raises(UsageError, match="own schedules for itself, so no slots are known"):
-        Film.of(own)
+        Replay.of(own)
 
 
 def test_its_frames_and_pictures_say_what_is_known() -> None:

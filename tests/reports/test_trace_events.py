@@ -202,7 +202,7 @@ def test_a_large_trace_is_cut_and_says_so(
     write_trace(tmp_path / "trace.json", closed)
     trace = read(tmp_path / "trace.json")
     assert faults(trace) == []
-    assert trace["otherData"]["left_out"] == "of 20 requests the first 5 to be admitted"
+    assert trace["otherData"]["left_out"] == "all but the first 5 of 20 requests to be admitted"
     requests = [e for e in trace["traceEvents"] if e.get("cat") == "request"]
     counters = [e for e in trace["traceEvents"] if e["ph"] == "C"]
     assert (len(requests), len(counters)) == (2 * 5, 2 * 2 * 7)

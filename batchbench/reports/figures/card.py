@@ -1,4 +1,4 @@
-"""What all pictures share: the card they are drawn on, colours, units, words, legends."""
+"""The card that every picture is drawn on, and the colours, units and legends that all share."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from numpy.typing import NDArray
 
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Recording
 from batchbench.reports import metrics
+from batchbench.reports.latency import Latencies
 from batchbench.reports.result_file import Counters
-from batchbench.reports.text import NO_BREAK, clean_text, spell_number
+from batchbench.reports.text import NO_BREAK, called, clean_text, spell_number
 
 LOOKS: dict[str, tuple[str, Any]] = {
     "static": ("#D55E00", "solid"),
@@ -35,41 +37,27 @@ LOOKS: dict[str, tuple[str, Any]] = {
     "static-bucketed": ("#CC79A7", (0, (6, 1.5, 1.2, 1.5))),
     "static-oracle": ("#E69F00", (0, (8, 2))),
 }
-"""Colour and dashes of our own strategies."""
+"""Colour and dashes of the built-in strategies: Okabe and Ito's colours, which colour-blind people
+can distinguish."""
 
-_OTHER_LOOKS: tuple[tuple[str, Any], ...] = (
+_MORE_LOOKS: tuple[tuple[str, Any], ...] = (
     ("#56B4E9", (0, (3, 1, 1, 1, 1, 1))),
     ("#6b6b6b", (0, (2.5, 2.5))),
 )
-"""Of the others, after those of ours that are free. Okabe and Ito's colours, which
-colour-blind people can tell apart; then grey."""
 
 
 def looks_of(names: Collection[str]) -> dict[str, tuple[str, Any]]:
-    """Static is always vermillion and continuous blue; others get what is left, in order."""
-    left = [look for name, look in LOOKS.items() if name not in names]
-    left += _OTHER_LOOKS
+    """Return the look of each strategy; other people's strategies get the unused ones in order."""
+    free = [look for name, look in LOOKS.items() if name not in names] + list(_MORE_LOOKS)
     others = [name for name in names if name not in LOOKS]
-    return LOOKS | {name: left[i % len(left)] for i, name in enumerate(others)}
+    return LOOKS | {name: free[i % len(free)] for i, name in enumerate(others)}
 
 
 Floats = NDArray[np.float64]
 
 DPI = 160
 
-MOST_SLOTS = 32
-
-"""Slots that the timeline draws; more lanes would be thinner than what a screen can show."""
-
-MOST_BARS = 2_000
-
-"""Bars that the timeline draws of one strategy."""
-
-MOST_BARS_A_SLOT = 200
-
-"""Beyond this a lane's bars are narrower than 2 points."""
-
-_WIDTH, _EDGE, WIDE = 8.0, 0.35, 7.3  # inches: the card, its margin, what lies between margins
+_WIDTH, _EDGE, WIDE = 8.0, 0.35, 7.3  # inches: the card, its margin, the width between margins
 
 INK, QUIET, FAINT = "#1a1a1a", "#5c5c5c", "#d9d9d9"
 
@@ -79,7 +67,7 @@ HELD: dict[str, Any] = {
     "hatch": "/////",
     "linewidth": 0.0,
 }
-
+"""A slot that a finished request still holds."""
 
 _STYLE = {
     "font.family": "sans-serif",
@@ -105,16 +93,16 @@ _STYLE = {
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Our style, whatever the user's own matplotlibrc says."""
+    """Apply the style of all pictures, regardless of the user's own matplotlibrc."""
     with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
-        # A name may be written in letters that no font here has; it is drawn as boxes.
+        # Letters of a name that no font here has are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
 
 @dataclass(frozen=True, eq=False)
 class Strategy:
-    """A strategy's trials, and how it looks in every picture."""
+    """A strategy's trials and its look in every picture."""
 
     index: int
     name: str
@@ -124,38 +112,36 @@ class Strategy:
 
     @cached_property
     def typical(self) -> Recording:
-        """The trial that pictures of one trial show."""
         return metrics.typical_trial(self.trials)
 
     @property
     def in_steps(self) -> bool:
-        """Whether its time is counted in steps."""
         return self.trials[0].in_steps
 
     @property
     def line(self) -> dict[str, Any]:
-        """How a line of it looks: told apart by its dashes where colours are not seen."""
         return {"color": self.colour, "ls": self.dashes, "lw": 2}
 
     @cached_property
     def counted(self) -> Counters:
-        """Counters of the typical trial."""
         return metrics.counters(self.typical)
+
+    @cached_property
+    def latencies(self) -> Latencies:
+        return Latencies.pooled([Latencies.of(trial) for trial in self.trials])
 
     @property
     def called(self) -> str:
         """The name within a sentence."""
-        name = f"{self.name} batching" if self.name in LOOKS else self.name
-        return fit_text(name, 200, 13)
+        return fit_text(called(self.name), 200, 13)
 
     def tint(self, by: float) -> tuple[float, float, float]:
-        """The colour mixed with white (``by`` > 0) or black (``by`` < 0)."""
+        """Mix the colour with white (``by`` > 0) or black (``by`` < 0)."""
         r, g, b = (abs(by) * (by > 0) + (1 - abs(by)) * part for part in to_rgb(self.colour))
         return r, g, b
 
 
 def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strategy]:
-    """The strategies with their looks, in order."""
     looks = looks_of(recordings)
     return [
         Strategy(i, clean_text(name), trials, *looks[name])
@@ -165,41 +151,38 @@ def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strat
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of time that suits what is shown."""
-
     ns: float
     name: str
 
     @classmethod
     def of(cls, strategies: Sequence[Strategy], longest_ns: float) -> Unit:
-        """Steps in simulation, else the unit in which ``longest_ns`` is at least 1."""
+        """Return steps where time counts steps, else a unit in which ``longest_ns`` is above 1."""
         if strategies[0].in_steps:
             return cls(UNIT_NS, "steps")
         units = (cls(1e9, "s"), cls(1e6, "ms"), cls(1e3, "µs"))
         return next((unit for unit in units if longest_ns >= unit.ns), units[-1])
 
     def text(self, ns: float) -> str:
-        """A time with its unit, three or more significant digits."""
         value = spell_number(ns / self.ns)
         name = "step" if (value, self.name) == ("1", "steps") else self.name
         return f"{value}{NO_BREAK}{name}"
 
 
-def _sentence(text: str) -> str:
-    """With a capital, unless it begins with somebody's own name."""
-    ours = tuple(f"{name} batching" for name in LOOKS)
-    return text[0].upper() + text[1:] if text.startswith(ours) else text
+def capitalize(sentence: str) -> str:
+    """Begin with a capital letter, except where the first word is a user's own name."""
+    ours = (*(called(name) for name in LOOKS), "in simulation", "at ")
+    return sentence[0].upper() + sentence[1:] if sentence.startswith(ours) else sentence
 
 
 @lru_cache(maxsize=4096)
 def text_extent(text: str, size: float, weight: str = "normal") -> float:
-    """Width of a text in points, with some to spare: pixels widen letters a little."""
+    """Return the width of a text in points, and 2 % more since pixels widen letters a little."""
     font = FontProperties(size=size, weight=weight)
     return 1.02 * float(text_to_path.get_text_width_height_descent(text, font, False)[0])
 
 
 def fit_text(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """The text, with its middle left out where it is wider than ``width`` points."""
+    """Shorten the middle of a text that is wider than ``width`` points."""
     if text_extent(text, size, weight) <= width:
         return text
     for keep in range(min(len(text), 300), 0, -1):
@@ -211,7 +194,6 @@ def fit_text(text: str, width: float, size: float, weight: str = "normal") -> st
 
 
 def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
-    """The text in lines of at most ``width`` points."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()
@@ -223,8 +205,6 @@ def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[
 
 
 class Picture(Figure):
-    """A figure that a notebook shows by itself, in the house style."""
-
     def _repr_png_(self) -> bytes:
         out = io.BytesIO()
         with house_style():
@@ -234,51 +214,51 @@ class Picture(Figure):
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """A figure that places things by inches from its body's upper left corner."""
+    """A figure on which places are inches from the upper left corner of its body."""
 
     figure: Figure
     head: float  # inches above the body
 
     def at(self, left: float, top: float) -> tuple[float, float]:
-        """A point as fractions of the figure."""
         height = self.figure.get_figheight()
         return (_EDGE + left) / _WIDTH, 1 - (self.head + top) / height
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Axes whose frame has this place and size."""
         x, y = self.at(left, top + height)
         return self.figure.add_axes(
             (x, y, width / _WIDTH, height / self.figure.get_figheight()),
         )
 
-    def write(self, left: float, top: float, text: str, **style: Any) -> None:
-        """A text whose upper left corner (or as ``ha`` and ``va`` say) is here."""
-        self.figure.text(*self.at(left, top), text, **{"va": "top", **style})
+    def write(self, left: float, top: float, text: str, **style: Any) -> Text:
+        """Write a text whose upper left corner (or as ``ha`` and ``va`` say) is here."""
+        return self.figure.text(*self.at(left, top), text, **{"va": "top", **style})
 
-    def label(self, top: float, strategy: Strategy, detail: str, *, dark: bool = False) -> None:
-        """A strategy's name in its colour, and behind it a detail; its baseline is at ``top``."""
+    def heading(
+        self, top: float, text: str, detail: str, *, color: Any = INK, dark: bool = False
+    ) -> Text:
+        """Write a bold text with its baseline at ``top`` and a detail behind it; return that."""
         weight = "bold" if dark else "normal"
         room = WIDE * 72 - text_extent(detail, 9.5, weight) - 10
-        name = fit_text(strategy.name, room, 10.5, "bold")
-        behind = (text_extent(name, 10.5, "bold") + 10) / 72
-        shown: dict[str, Any] = {"va": "baseline", "size": 10.5, "weight": "bold"}
-        self.write(0, top, name, color=strategy.tint(-0.15), **shown)
-        shown = {"va": "baseline", "size": 9.5, "weight": weight}
-        self.write(behind, top, detail, color=INK if dark else QUIET, **shown)
+        text = fit_text(text, room, 10.5, "bold")
+        self.write(0, top, text, color=color, va="baseline", size=10.5, weight="bold")
+        behind = (text_extent(text, 10.5, "bold") + 10) / 72
+        look: dict[str, Any] = {"color": INK if dark else QUIET, "size": 9.5, "weight": weight}
+        return self.write(behind, top, detail, va="baseline", **look)
+
+    def label(self, top: float, strategy: Strategy, detail: str, *, dark: bool = False) -> Text:
+        """Write a strategy's name in its colour and a detail behind it; return the detail."""
+        return self.heading(top, strategy.name, detail, color=strategy.tint(-0.15), dark=dark)
 
 
 def make_card(headline: str, title: str, body: float, notes: str) -> Card:
-    """A card with headline, title and notes around a body of ``body`` inches."""
-    wide = WIDE * 72
-    blocks = [
-        ("\n".join(lines := _wrap(text, wide, size, weight)), size, weight, colour, len(lines))
-        for text, size, weight, colour in (
-            (_sentence(headline), 13.0, "bold", INK),
-            (title, 9.5, "normal", QUIET),
-            (notes, 8.5, "normal", QUIET),
-        )
-    ]
-    tall = [size * 1.3 * lines / 72 for _, size, _, _, lines in blocks]
+    """Return a card with headline, title and notes around a body of ``body`` inches."""
+    styles: tuple[tuple[str, float, str, str], ...] = (
+        (capitalize(headline), 13.0, "bold", INK),
+        (title, 9.5, "normal", QUIET),
+        (notes, 8.5, "normal", QUIET),
+    )
+    lines = [_wrap(text, WIDE * 72, size, weight) for text, size, weight, _ in styles]
+    tall = [style[1] * 1.3 * len(text) / 72 for style, text in zip(styles, lines, strict=True)]
     head = 0.27 + tall[0] + 0.06 + tall[1] + 0.2
     figure = Picture(
         (_WIDTH, head + body + 0.14 + tall[2] + 0.24),
@@ -288,32 +268,43 @@ def make_card(headline: str, title: str, body: float, notes: str) -> Card:
     )
     card = Card(figure, head)
     places = (0.27 - head, 0.27 - head + tall[0] + 0.06, body + 0.14)
-    for place, (text, size, weight, colour, _) in zip(places, blocks, strict=True):
-        card.write(0, place, text, size=size, weight=weight, color=colour, linespacing=1.15)
+    for top, text, (_, size, weight, colour) in zip(places, lines, styles, strict=True):
+        look: dict[str, Any] = {"size": size, "weight": weight, "color": colour}
+        card.write(0, top, "\n".join(text), linespacing=1.15, **look)
     return card
 
 
-def strip_axes(axes: Axes, *kept: str) -> None:
-    """Take away the frame but for the sides that are kept; thousands stand apart on the axes."""
+def strip_axes(axes: Axes, *sides: str) -> None:
+    """Remove the frame except for the given sides; write axis numbers with commas."""
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:,.10g}")
     for side, spine in axes.spines.items():
-        spine.set_visible(side in kept)
+        spine.set_visible(side in sides)
 
 
 Entry = tuple[str, tuple[Patch, ...]]
 
 
 def make_entry(label: str, strategies: Sequence[Strategy], tint: float) -> Entry:
-    """A meaning that has a shade in each strategy's colour; two of them suffice to see it."""
     return label, tuple(Patch(fc=s.tint(tint), lw=0) for s in strategies[:2])
 
 
+def legend_height(entries: Sequence[Entry]) -> float:
+    return 0.24 * -(-len(entries) // 3) + 0.08
+
+
+_LEGEND: dict[str, Any] = {
+    "loc": "upper left",
+    "frameon": False,
+    "borderpad": 0,
+    "borderaxespad": 0,
+}
+
+
 def add_legend(card: Card, entries: Sequence[Entry]) -> None:
-    """The meanings of shades and hatches, row by row at the top of the body."""
     rows = -(-len(entries) // 3)
-    # A legend fills its columns one after the other; rows read better.
     columns = -(-len(entries) // rows)
+    # matplotlib fills column after column; rows read better.
     order = [i for column in range(columns) for i in range(column, len(entries), columns)]
     handles: list[Any] = [entries[i][1] for i in order]
     card.figure.legend(
@@ -321,18 +312,14 @@ def add_legend(card: Card, entries: Sequence[Entry]) -> None:
         [entries[i][0] for i in order],
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0.15)},
         ncols=columns,
-        loc="upper left",
         bbox_to_anchor=card.at(0, 0),
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
         handlelength=2.2,
         columnspacing=2.0,
+        **_LEGEND,
     )
 
 
 def add_line_legend(card: Card, strategies: Sequence[Strategy], *more: Line2D) -> None:
-    """Which line is whose."""
     handles = [
         Line2D([], [], marker="o", ms=4, label=fit_text(s.name, 150, 9.5), **s.line)
         for s in strategies
@@ -340,12 +327,9 @@ def add_line_legend(card: Card, strategies: Sequence[Strategy], *more: Line2D) -
     card.figure.legend(
         handles=[*handles, *more],
         ncols=len(handles) + len(more),
-        loc="upper left",
         bbox_to_anchor=card.at(0, 0),
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
         handlelength=3,
         columnspacing=1.8,
         fontsize=9.5,
+        **_LEGEND,
     )

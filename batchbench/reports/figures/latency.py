@@ -1,4 +1,4 @@
-"""How long people wait: distributions of TTFT and of end-to-end latency."""
+"""Distributions of TTFT and of end-to-end latency."""
 
 from __future__ import annotations
 
@@ -10,92 +10,70 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from batchbench.reports.figures.card import (
-    FAINT,
-    QUIET,
-    Card,
-    Floats,
-    Strategy,
-    Unit,
-    fit_text,
-    make_card,
-    strip_axes,
-)
-from batchbench.reports.latency import e2el_ms, ttft_ms
+from batchbench.reports.figures import card
 from batchbench.reports.occupancy import MOST_LEVELS
-from batchbench.reports.statistics import Distribution
+from batchbench.reports.statistics import Distribution, Floats
 
 _MARKS = ((50, "o", "●"), (99, "D", "◆"))  # percentile, its marker in the plot and in text
 
+Panel = tuple[str, Sequence[Distribution], card.Unit]  # TTFT or E2E, of each strategy
 
-def draw_latency(strategies: Sequence[Strategy], title: str) -> Figure:
-    """CDFs of TTFT and E2E latency over the requests of all trials, with a table of p50 and p99."""
-    found = [
-        [Distribution.pooled([Distribution.of(of(t)) for t in s.trials]) for s in strategies]
-        for of in (ttft_ms, e2el_ms)
-    ]
-    units = [Unit.of(strategies, max(d.values[-1] for d in kind) * 1e6) for kind in found]
+
+def draw_latency(strategies: Sequence[card.Strategy], title: str) -> Figure:
+    """Draw CDFs of TTFT and E2E latency over the requests of all trials, and their p50 and p99."""
+    panels: list[Panel] = []
+    for name, values in (
+        ("TTFT", [s.latencies.ttft for s in strategies]),
+        ("E2E", [s.latencies.e2el for s in strategies]),
+    ):
+        longest = max(d.values[-1] for d in values)
+        panels.append((name, values, card.Unit.of(strategies, longest * 1e6)))
     body = 2.95 + 0.62 + 0.27 * len(strategies)
-    card = make_card(
-        _latency_headline(strategies, found[0], units[0]), title, body, _pool(strategies)
-    )
-    names = ("TTFT: time to first token", "E2E latency: time to last token")
-    for left, name, kind, unit in zip((0.55, 4.3), names, found, units, strict=True):
-        axes = card.axes(left, 0.3, 2.75, 2.3)
-        axes.set_title(name, size=10, weight="bold", loc="left", pad=7)
-        _cdfs(axes, strategies, kind, unit)
-        if left < 1:
-            axes.set_ylabel("requests (%)")
-    _percentiles(card, strategies, found, units, 3.3)
-    return card.figure
+    picture = card.make_card(_headline(strategies, panels[0]), title, body, _notes(strategies))
+    titles = ("TTFT: time to first token", "E2E latency: time to last token")
+    for left, text, panel in zip((0.55, 4.3), titles, panels, strict=True):
+        axes = picture.axes(left, 0.3, 2.75, 2.3)
+        axes.set_title(text, size=10, weight="bold", loc="left", pad=7)
+        _cdfs(axes, strategies, panel)
+    picture.figure.axes[0].set_ylabel("requests (%)")
+    _percentiles(picture, strategies, panels, 3.3)
+    return picture.figure
 
 
-def _cdfs(
-    axes: Axes, strategies: Sequence[Strategy], kind: Sequence[Distribution], unit: Unit
-) -> None:
-    """A staircase a strategy."""
+def _cdfs(axes: Axes, strategies: Sequence[card.Strategy], panel: Panel) -> None:
+    _, distributions, unit = panel
+    place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "va": "center"}
     for q, _, sign in _MARKS:
-        axes.axhline(q, color=FAINT, lw=0.8, zorder=0)
+        axes.axhline(q, color=card.FAINT, lw=0.8, zorder=0)
         axes.annotate(
-            f"{sign} p{q}",
-            (1, q),
-            (4, 0),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords="offset points",
-            va="center",
-            color=QUIET,
+            f"{sign} p{q}", (1, q), (4, 0), textcoords="offset points", color=card.QUIET, **place
         )
-    for strategy, values in zip(strategies, kind, strict=True):
+    for strategy, values in zip(strategies, distributions, strict=True):
         x, y = staircase(values)
-        axes.plot(
-            x * 1e6 / unit.ns,
-            y * 100,
-            drawstyle="steps-post",
-            **strategy.line,
-            gid=f"cdf-{strategy.index}",
-        )
+        look: dict[str, Any] = {"drawstyle": "steps-post", "gid": f"cdf-{strategy.index}"}
+        axes.plot(x * 1e6 / unit.ns, y * 100, **look, **strategy.line)
         for q, marker, _ in _MARKS:
             at, height = _on_staircase(values, q)
-            look: dict[str, Any] = {"ms": 6.5, "mec": "#ffffff", "mew": 1}
+            look = {"ms": 6.5, "mec": "#ffffff", "mew": 1}
             axes.plot(at * 1e6 / unit.ns, height, marker, color=strategy.tint(-0.2), **look)
     axes.set(xlim=(0, None), ylim=(0, 104), yticks=[0, 25, 50, 75, 100])
     axes.set_xlabel(f"time since arrival ({unit.name})")
     axes.locator_params(axis="x", nbins=5)
-    strip_axes(axes, "left", "bottom")
+    card.strip_axes(axes, "left", "bottom")
 
 
-def staircase(values: Distribution) -> tuple[Floats, Floats]:
-    """Corners of the empirical distribution function, from (smallest, 0) to (largest, 1)."""
+def staircase(values: Distribution, most: int = MOST_LEVELS) -> tuple[Floats, Floats]:
+    """Return the corners of the distribution function, from (smallest, 0) to (largest, 1)."""
     x, where = np.unique(values.values, return_index=True)
     y = np.add.reduceat(values.weights, where).cumsum() / values.count
-    if len(x) > MOST_LEVELS:
-        kept = np.unique(np.searchsorted(y, np.linspace(0, 1, MOST_LEVELS)).clip(0, len(x) - 1))
-        x, y = x[kept], y[kept]
+    if len(x) > most:
+        corners = np.unique(np.searchsorted(y, np.linspace(0, 1, most)).clip(0, len(x) - 1))
+        x, y = x[corners], y[corners]
     return np.concatenate([x[:1], x]), np.concatenate([[0.0], y])
 
 
 def _on_staircase(values: Distribution, q: float) -> tuple[float, float]:
-    """The q-th percentile (ms), and the height (%) nearest to q that the staircase has there.
+    """Return the q-th percentile (ms), and the height (%) nearest to q of the staircase there.
 
     A percentile between two observations is interpolated, and the staircase is flat there.
     """
@@ -107,47 +85,35 @@ def _on_staircase(values: Distribution, q: float) -> tuple[float, float]:
 
 
 def _percentiles(
-    card: Card,
-    strategies: Sequence[Strategy],
-    found: Sequence[Sequence[Distribution]],
-    units: Sequence[Unit],
-    top: float,
+    picture: card.Card, strategies: Sequence[card.Strategy], panels: Sequence[Panel], top: float
 ) -> None:
-    """Which line is whose, and its p50 and p99."""
-    columns = [(k, q, sign) for k in range(len(found)) for q, _, sign in _MARKS]
-    rights = (4.0, 5.1, 6.2, 7.3)
-    for right, (k, q, sign) in zip(rights, columns, strict=True):
-        head = f"{('TTFT', 'E2E')[k]} {sign} p{q}"
-        card.write(right, top, head, ha="right", size=9, color=QUIET)
+    rights = iter((4.0, 5.1, 6.2, 7.3))
+    for name, values, unit in panels:
+        for q, _, sign in _MARKS:
+            right = next(rights)
+            picture.write(right, top, f"{name} {sign} p{q}", ha="right", size=9, color=card.QUIET)
+            for i in range(len(strategies)):
+                text = unit.text((values[i].percentile(q) or 0) * 1e6)
+                picture.write(right, top + 0.27 * (i + 1), text, ha="right", size=10)
     for i, strategy in enumerate(strategies):
         y = top + 0.27 * (i + 1)
-        _sample(card, y + 0.07, strategy)
-        name = fit_text(strategy.name, 175, 10, "bold")
-        colour = strategy.tint(-0.15)
-        card.write(0.5, y, name, size=10, weight="bold", color=colour)
-        for right, (k, q, _) in zip(rights, columns, strict=True):
-            value = units[k].text((found[k][i].percentile(q) or 0) * 1e6)
-            card.write(right, y, value, ha="right", size=10)
+        ends = zip(picture.at(0, y + 0.07), picture.at(0.42, y + 0.07), strict=True)
+        line = Line2D(*ends, transform=picture.figure.transFigure, **strategy.line)
+        picture.figure.add_artist(line)
+        look: dict[str, Any] = {"size": 10, "weight": "bold", "color": strategy.tint(-0.15)}
+        picture.write(0.5, y, card.fit_text(strategy.name, 175, 10, "bold"), **look)
 
 
-def _sample(card: Card, top: float, strategy: Strategy) -> None:
-    """A piece of the strategy's line."""
-    (x, y), (stop, _) = card.at(0, top), card.at(0.42, top)
-    line = Line2D([x, stop], [y, y], transform=card.figure.transFigure, **strategy.line)
-    card.figure.add_artist(line)
-
-
-def _latency_headline(
-    strategies: Sequence[Strategy], ttft: Sequence[Distribution], unit: Unit
-) -> str:
-    halves = [unit.text((values.percentile(50) or 0) * 1e6) for values in ttft]
-    text = f"Half of the requests have their first token after {halves[-1]}"
+def _headline(strategies: Sequence[card.Strategy], panel: Panel) -> str:
+    _, values, unit = panel
+    medians = [unit.text((ttft.percentile(50) or 0) * 1e6) for ttft in values]
+    text = f"Half of the requests have their first token after {medians[-1]}"
     if len(strategies) == 1:
         return f"{text} under {strategies[0].called}"
-    return f"{text} under {strategies[-1].called}, after {halves[0]} under {strategies[0].called}"
+    return f"{text} under {strategies[-1].called}, after {medians[0]} under {strategies[0].called}"
 
 
-def _pool(strategies: Sequence[Strategy]) -> str:
+def _notes(strategies: Sequence[card.Strategy]) -> str:
     trials, requests = len(strategies[0].trials), len(strategies[0].trials[0].requests.slot)
     text = f"{requests:,} request{'s' * (requests > 1)}"
     if trials > 1:

@@ -1,4 +1,4 @@
-"""Where the time went: each strategy's wall time in its parts, and what each part saved."""
+"""The parts of each strategy's wall time, and the time that a candidate saved in each part."""
 
 from __future__ import annotations
 
@@ -10,25 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from batchbench.reports.figures.card import (
-    FAINT,
-    HELD,
-    INK,
-    QUIET,
-    WIDE,
-    Card,
-    Entry,
-    Strategy,
-    Unit,
-    add_legend,
-    fit_text,
-    make_card,
-    make_entry,
-    strip_axes,
-    text_extent,
-)
+from batchbench.reports.figures import card
 from batchbench.reports.text import spell_percent
-from batchbench.reports.time_budget import CAUSES, NAMES, PARTS, TimeBudget, typical_budget
+from batchbench.reports.time_budget import (
+    LOST_TO,
+    NAMES,
+    PARTS,
+    SAVED_BY,
+    TimeBudget,
+    typical_budget,
+)
 
 _ROW, _BAR = 0.62, 0.3  # inches: a strategy's row, and the bar at its lower end
 
@@ -37,238 +28,241 @@ _STEP = 0.25  # inches: a row of a waterfall
 _LABELS = 2.05  # inches left of a waterfall's bars
 
 _SHOWN = 0.005
-"""Effects smaller than this share of the baseline's time are drawn together."""
+"""Smaller shares of the baseline's time are drawn together."""
 
 _LOOKS: dict[str, dict[str, Any]] = {
-    "finished_s": HELD,
+    "finished_s": card.HELD,
     "empty_s": {"facecolor": "#ffffff", "edgecolor": "#b0b0b0", "linewidth": 0.8},
-    "prefill_padding_s": {**HELD, "hatch": "xxxx"},
-    "stalled_s": {**HELD, "hatch": "|||||"},
-    "waiting_s": {**HELD, "hatch": "...", "facecolor": "#ffffff"},
+    "prefill_padding_s": {**card.HELD, "hatch": "xxxx"},
+    "stalled_s": {**card.HELD, "hatch": "|||||"},
+    "waiting_s": {**card.HELD, "hatch": "...", "facecolor": "#ffffff"},
     "host_s": {"facecolor": "#8c8c8c", "linewidth": 0.0},
-    "residual_s": {"facecolor": INK, "linewidth": 0.0},
+    "residual_s": {"facecolor": card.INK, "linewidth": 0.0},
 }
-"""Parts that look the same under each strategy; what is useful wears its colour."""
+"""Parts that look the same under each strategy; useful parts have its colour."""
 
 _TINTS = {"useful_decode_s": 0.25, "prefill_useful_s": -0.55}
 
-_STACKED = sorted(PARTS, key=lambda part: part not in _TINTS)
-"""What is useful stands first."""
+STACKED = sorted(PARTS, key=lambda part: part not in _TINTS)
+"""Parts in the order in which they are drawn: useful ones first."""
 
-Accounted = tuple[Strategy, TimeBudget]
+Budget = tuple[card.Strategy, TimeBudget]
 
 
-def draw_account(strategies: Sequence[Strategy], title: str) -> Figure:
-    """Stacked bars of each strategy's wall time, and a waterfall from the first to each other.
+@dataclass(frozen=True)
+class WaterfallRow:
+    """A bar of a waterfall, in seconds.
 
-    A strategy that shows no steps has a row that says so.
+    Attributes:
+        saved_s: the time saved (negative: lost) in one part; None for a whole trial.
     """
+
+    label: str
+    left_s: float
+    width_s: float
+    saved_s: float | None = None
+
+    @property
+    def right_s(self) -> float:
+        return self.left_s + self.width_s
+
+    def text(self, unit: card.Unit) -> str:
+        if self.saved_s is None:
+            return unit.text(round(self.width_s * 1e9))
+        sign = "\N{MINUS SIGN}" if self.saved_s >= 0 else "+"
+        return sign + unit.text(round(abs(self.saved_s) * 1e9))
+
+
+@dataclass(frozen=True, eq=False)
+class Waterfall:
+    """Bars from the baseline's wall time to a candidate's, part by part, largest saving first."""
+
+    baseline: card.Strategy
+    candidate: card.Strategy
+    rows: Sequence[WaterfallRow]
+
+    @classmethod
+    def between(cls, baseline: Budget, candidate: Budget) -> Waterfall:
+        """Return the bars; parts too small to be seen are one, so that the bars add up."""
+        (first, before), (last, after) = baseline, candidate
+        saved = {part: getattr(before, part) - getattr(after, part) for part in PARTS}
+        shown = {p: s for p, s in saved.items() if abs(s) >= _SHOWN * before.wall_s}
+        effects = [(_name(p, shown[p]), shown[p]) for p in sorted(shown, key=lambda p: -shown[p])]
+        rest = sum(s for part, s in saved.items() if part not in shown)
+        if abs(rest) > _SHOWN / 10 * before.wall_s:
+            effects.append(("all else", rest))
+        rows, at = [WaterfallRow(first.name, 0.0, before.wall_s)], before.wall_s
+        for name, gain in effects:
+            rows.append(WaterfallRow(name, min(at, at - gain), abs(gain), gain))
+            at -= gain
+        return cls(first, last, [*rows, WaterfallRow(last.name, 0.0, after.wall_s)])
+
+    @property
+    def saved_s(self) -> float:
+        return self.rows[0].width_s - self.rows[-1].width_s
+
+    @property
+    def height(self) -> float:
+        """Inches of the rows and of the heading above them."""
+        return 0.5 + len(self.rows) * _STEP
+
+    def draw(self, picture: card.Card, top: float, unit: card.Unit) -> None:
+        difference = unit.text(round(abs(self.saved_s) * 1e9))
+        detail = f"{difference} {'saved' if self.saved_s > 0 else 'lost'}"
+        text = card.fit_text(
+            f"From {self.baseline.name} to {self.candidate.name}", 300, 10.5, "bold"
+        )
+        picture.heading(top + 0.4, text, detail if self.saved_s else "no difference")
+        tall = len(self.rows) * _STEP
+        axes = picture.axes(_LABELS, top + 0.5, card.WIDE - _LABELS - 0.95, tall)
+        scale = 1e9 / unit.ns
+        at = 0.0  # the end of the row above
+        for i, row in enumerate(self.rows):
+            left, right = row.left_s * scale, row.right_s * scale
+            whose = self.baseline if i == 0 else self.candidate
+            look: dict[str, Any] = {"facecolor": whose.tint(0.25)}
+            start, end = left, right
+            if row.saved_s is not None:
+                look |= {"edgecolor": look["facecolor"], "linewidth": 1.2}
+                look["gid"] = f"effect-{whose.index}-{i}"
+                if row.saved_s < 0:
+                    start, end, look["facecolor"] = right, left, "#ffffff"
+            axes.barh(i, end - start, left=start, height=0.66, **look)
+            if i:
+                below = 0.33 if row.saved_s is not None else -0.67
+                axes.plot([at] * 2, [i - 1.33, i + below], color=card.QUIET, lw=0.7)
+            style: dict[str, Any] = {"size": 9, "va": "center", "weight": "bold"}
+            place = (right, i)
+            axes.annotate(row.text(unit), place, (5, 0), textcoords="offset points", **style)
+            at = end if row.saved_s is None else start
+        names = [card.fit_text(row.label, _LABELS * 72 - 12, 9) for row in self.rows]
+        axes.set(ylim=(len(names) - 0.5, -0.5), xticks=[])
+        axes.margins(x=0)
+        axes.axvline(0, color=card.FAINT, lw=0.8, zorder=0)
+        axes.tick_params(axis="y", length=0)
+        card.strip_axes(axes)
+        axes.set_yticks(range(len(names)), names)
+        for label in (axes.get_yticklabels()[0], axes.get_yticklabels()[-1]):
+            label.set_fontweight("bold")
+
+
+def waterfalls(budgets: Sequence[Budget]) -> list[Waterfall]:
+    if not budgets or budgets[0][0].index:
+        return []  # the baseline logs no steps
+    return [Waterfall.between(budgets[0], candidate) for candidate in budgets[1:]]
+
+
+def budgets_of(strategies: Sequence[card.Strategy]) -> list[Budget]:
     found = [(strategy, typical_budget(strategy.trials)) for strategy in strategies]
-    accounts = [(strategy, account) for strategy, account in found if account is not None]
-    longest = max((account.wall_s for _, account in accounts), default=1.0)
-    unit = Unit.of(strategies, longest * 1e9)
-    entries = _entries(accounts)
-    falls = [
-        _Fall.between(accounts[0], candidate)
-        for candidate in accounts[1:]
-        if accounts[0][0].index == 0
-    ]
-    bars = 0.24 * -(-len(entries) // 3) + 0.08
+    return [(strategy, account) for strategy, account in found if account is not None]
+
+
+def draw_time_budget(strategies: Sequence[card.Strategy], title: str) -> Figure:
+    """Draw stacked bars of each strategy's wall time, and waterfalls from the first to the others.
+
+    A strategy that logs no steps has a row that says so.
+    """
+    budgets = budgets_of(strategies)
+    longest = max((account.wall_s for _, account in budgets), default=1.0)
+    unit = card.Unit.of(strategies, longest * 1e9)
+    entries, falls = _entries(budgets), waterfalls(budgets)
+    top = card.legend_height(entries)
     tall = len(strategies) * _ROW
-    body = bars + tall + 0.42 + sum(fall.height for fall in falls)
-    card = make_card(_headline(accounts), title, body, _notes(strategies, falls))
-    add_legend(card, entries)
-    _stacks(card, bars, found, unit, longest)
-    top = bars + tall + 0.42
-    for fall in falls:
-        fall.draw(card, top, unit)
-        top += fall.height
-    return card.figure
-
-
-def _stacks(
-    card: Card,
-    top: float,
-    found: Sequence[tuple[Strategy, TimeBudget | None]],
-    unit: Unit,
-    longest: float,
-) -> None:
-    """A bar a strategy, one after another its parts; the y axis counts inches downwards."""
-    axes = card.axes(0, top, WIDE, len(found) * _ROW + 0.05)
-    scale = 1e9 / unit.ns
-    for strategy, account in found:
-        if account is None:
-            card.label(top + strategy.index * _ROW + 0.2, strategy, "shows no steps: no account")
-            continue
-        useful = (account.useful_decode_s + account.prefill_useful_s) / account.wall_s
-        detail = f"{unit.text(round(account.wall_s * 1e9))}, {spell_percent(useful)} of it useful"
-        card.label(top + strategy.index * _ROW + 0.2, strategy, detail)
-        y, left = (strategy.index + 1) * _ROW - _BAR / 2, 0.0
-        for part in _STACKED:
-            width = max(getattr(account, part), 0.0) * scale
-            gid = f"{part}-{strategy.index}"
-            axes.barh(y, width, _BAR, left=left, gid=gid, **_look(part, strategy))
-            _share(axes, part, (left, y, width), width / longest / scale, account.wall_s * scale)
-            left += width
-    axes.set(xlim=(0, longest * scale * 1.002), ylim=(len(found) * _ROW + 0.05, 0), yticks=[])
-    axes.set_xlabel(f"{'steps' if unit.name == 'steps' else f'time in {unit.name}'}")
+    body = top + tall + 0.42 + sum(fall.height for fall in falls)
+    picture = card.make_card(_headline(budgets), title, body, _notes(strategies, falls))
+    card.add_legend(picture, entries)
+    axes = picture.axes(0, top, card.WIDE, tall + 0.05)
+    by_index = {strategy.index: account for strategy, account in budgets}
+    for strategy in strategies:
+        account, detail = by_index.get(strategy.index), "logs no steps: no time budget"
+        if account is not None:
+            useful = spell_percent(_useful_share(account))
+            detail = f"{unit.text(round(account.wall_s * 1e9))}, {useful} of it useful"
+            _stack(axes, (strategy, account), unit, longest)
+        picture.label(top + strategy.index * _ROW + 0.2, strategy, detail)
+    axes.set(xlim=(0, longest * 1e9 / unit.ns * 1.002), ylim=(tall + 0.05, 0), yticks=[])
+    axes.set_xlabel("steps" if unit.name == "steps" else f"time ({unit.name})")
     axes.locator_params(axis="x", nbins=8)
-    strip_axes(axes, "bottom")
+    card.strip_axes(axes, "bottom")
+    top += tall + 0.42
+    for fall in falls:
+        fall.draw(picture, top, unit)
+        top += fall.height
+    return picture.figure
 
 
-def _share(
-    axes: Axes, part: str, place: tuple[float, float, float], of_axis: float, wall: float
-) -> None:
-    """A part's share of its strategy's time, where its bar has room for it."""
-    left, y, width = place
-    text = spell_percent(width / wall)
-    if text_extent(text, 8.5) + 6 > of_axis * WIDE * 72:
-        return
-    dark = part in ("prefill_useful_s", "residual_s")
-    style: dict[str, Any] = {"ha": "center", "va": "center", "size": 8.5}
-    if _LOOKS.get(part, {}).get("hatch"):
-        style["bbox"] = {"fc": "#ffffff", "ec": "none", "pad": 1.2, "alpha": 0.9}
-    axes.text(left + width / 2, y, text, color="#ffffff" if dark else INK, **style)
+def _stack(axes: Axes, budget: Budget, unit: card.Unit, longest: float) -> None:
+    """Draw the parts of one strategy one after another; the y axis counts inches downwards."""
+    strategy, account = budget
+    y, left, scale = (strategy.index + 1) * _ROW - _BAR / 2, 0.0, 1e9 / unit.ns
+    for part in STACKED:
+        seconds = max(getattr(account, part), 0.0)
+        look = _LOOKS.get(part, {"linewidth": 0.0})
+        if part in _TINTS:
+            look = look | {"facecolor": strategy.tint(_TINTS[part])}
+        axes.barh(y, seconds * scale, _BAR, left=left, gid=f"{part}-{strategy.index}", **look)
+        text = spell_percent(seconds / account.wall_s)
+        if card.text_extent(text, 8.5) + 6 <= seconds / longest * card.WIDE * 72:
+            style: dict[str, Any] = {"ha": "center", "va": "center", "size": 8.5}
+            if look.get("hatch"):
+                style["bbox"] = {"fc": "#ffffff", "ec": "none", "pad": 1.2, "alpha": 0.9}
+            dark = part in ("prefill_useful_s", "residual_s")
+            axes.text(
+                left + seconds * scale / 2, y, text, color="#ffffff" if dark else card.INK, **style
+            )
+        left += seconds * scale
 
 
-def _look(part: str, strategy: Strategy) -> dict[str, Any]:
-    if part in _TINTS:
-        return {"facecolor": strategy.tint(_TINTS[part]), "linewidth": 0.0}
-    return _LOOKS[part]
-
-
-def _entries(accounts: Sequence[Accounted]) -> list[Entry]:
-    """What colours and hatches mean; only those that occur."""
-    entries: list[Entry] = []
-    strategies = [strategy for strategy, _ in accounts]
+def _entries(budgets: Sequence[Budget]) -> list[card.Entry]:
+    entries: list[card.Entry] = []
+    strategies = [strategy for strategy, _ in budgets]
     for part in PARTS:
-        if not any(getattr(a, part) >= a.wall_s / 1000 for _, a in accounts):
+        if not any(getattr(a, part) >= a.wall_s / 1000 for _, a in budgets):
             continue
         if part in _TINTS:
-            entries.append(make_entry(NAMES[part], strategies, _TINTS[part]))
+            entries.append(card.make_entry(NAMES[part], strategies, _TINTS[part]))
         else:
             entries.append((NAMES[part], (Patch(**_LOOKS[part]),)))
     return entries
 
 
-@dataclass(frozen=True, eq=False)
-class _Fall:
-    """From the baseline's wall time to a candidate's, effect by effect."""
-
-    baseline: Accounted
-    candidate: Accounted
-    effects: Sequence[tuple[str, float]]  # what it is, and the seconds that it saved
-
-    @classmethod
-    def between(cls, baseline: Accounted, candidate: Accounted) -> _Fall:
-        """Effects too small to be seen are one; together they are the whole difference."""
-        before, after = baseline[1], candidate[1]
-        each = [
-            (_effect(part, saved), saved)
-            for part in PARTS
-            for saved in [getattr(before, part) - getattr(after, part)]
-        ]
-        shown = [(name, saved) for name, saved in each if abs(saved) >= _SHOWN * before.wall_s]
-        rest = sum(saved for name, saved in each if (name, saved) not in shown)
-        shown.sort(key=lambda effect: -effect[1])
-        if abs(rest) > _SHOWN / 10 * before.wall_s:
-            shown.append(("all else", rest))
-        return cls(baseline, candidate, shown)
-
-    @property
-    def height(self) -> float:
-        """Inches of its rows, and above them its name."""
-        return 0.5 + (len(self.effects) + 2) * _STEP
-
-    def draw(self, card: Card, top: float, unit: Unit) -> None:
-        """Below a line that says between whom it stands a row an effect, between both ends."""
-        top += 0.4
-        (first, before), (last, after) = self.baseline, self.candidate
-        names = fit_text(f"From {first.name} to {last.name}", 300, 10.5, "bold")
-        card.write(0, top, names, size=10.5, weight="bold", va="baseline")
-        saved = before.wall_s - after.wall_s
-        difference = unit.text(round(abs(saved) * 1e9))
-        what = f"{difference} {'saved' if saved > 0 else 'lost'}" if saved else "no difference"
-        behind = (text_extent(names, 10.5, "bold") + 10) / 72
-        card.write(behind, top, what, size=9.5, color=QUIET, va="baseline")
-        rows = len(self.effects) + 2
-        axes = card.axes(_LABELS, top + 0.1, WIDE - _LABELS - 0.95, rows * _STEP)
-        scale = 1e9 / unit.ns
-        bar: dict[str, Any] = {"height": 0.66}
-        at, reach = before.wall_s, [before.wall_s, after.wall_s]
-        axes.barh(0, before.wall_s * scale, color=first.tint(0.25), **bar)
-        self._write(axes, 0, before.wall_s * scale, unit.text(round(before.wall_s * 1e9)))
-        for row, (_, gain) in enumerate(self.effects, 1):
-            colour = last.tint(0.25)
-            look: dict[str, Any] = {"facecolor": colour if gain >= 0 else "#ffffff"}
-            look |= {"edgecolor": colour, "linewidth": 1.2}
-            gid = f"effect-{last.index}-{row}"
-            axes.barh(row, gain * scale, left=(at - gain) * scale, gid=gid, **look, **bar)
-            edge = max(at, at - gain) * scale
-            axes.plot([at * scale] * 2, [row - 1.33, row + 0.33], color=QUIET, lw=0.7)
-            sign = "\N{MINUS SIGN}" if gain >= 0 else "+"
-            self._write(axes, row, edge, f"{sign}{unit.text(round(abs(gain) * 1e9))}")
-            at -= gain
-            reach.append(at)
-        axes.plot([at * scale] * 2, [rows - 2.33, rows - 0.67], color=QUIET, lw=0.7)
-        axes.barh(rows - 1, after.wall_s * scale, color=last.tint(0.25), **bar)
-        self._write(axes, rows - 1, after.wall_s * scale, unit.text(round(after.wall_s * 1e9)))
-        labels = [fit_text(first.name, _LABELS * 72 - 12, 9)]
-        labels += [name for name, _ in self.effects]
-        labels.append(fit_text(last.name, _LABELS * 72 - 12, 9))
-        axes.set(xlim=(min(0.0, *reach) * scale, max(reach) * scale), ylim=(rows - 0.5, -0.5))
-        axes.set_yticks(range(rows), labels)
-        axes.set_xticks([])
-        axes.axvline(0, color=FAINT, lw=0.8, zorder=0)
-        axes.tick_params(axis="y", length=0)
-        for label in (axes.get_yticklabels()[0], axes.get_yticklabels()[-1]):
-            label.set_fontweight("bold")
-        strip_axes(axes)
-        axes.set_yticks(range(rows), labels)
-
-    @staticmethod
-    def _write(axes: Axes, row: int, edge: float, text: str) -> None:
-        style: dict[str, Any] = {"size": 9, "va": "center", "weight": "bold"}
-        axes.annotate(text, (edge, row), (5, 0), textcoords="offset points", **style)
+def _useful_share(account: TimeBudget) -> float:
+    return (account.useful_decode_s + account.prefill_useful_s) / account.wall_s
 
 
-def _headline(accounts: Sequence[Accounted]) -> str:
-    """What of the baseline's time went where it need not, or what saved the most."""
-    if not accounts:
-        return "No strategy shows its steps: there is no account of the time"
-    strategy, account = accounts[0]
-    if len(accounts) == 1 or strategy.index:
-        useful = (account.useful_decode_s + account.prefill_useful_s) / account.wall_s
-        return f"{spell_percent(useful)} of the time of {strategy.called} is useful work"
-    candidate, after = accounts[-1]
-    saved = account.wall_s - after.wall_s
-    if abs(saved) < _SHOWN * account.wall_s:
-        return f"{candidate.called} takes as long as {strategy.called}"
-    unit = Unit.of([strategy], account.wall_s * 1e9)
-    sign = 1 if saved > 0 else -1
-    most = max(PARTS, key=lambda part: sign * (getattr(account, part) - getattr(after, part)))
-    difference = unit.text(round(abs(saved) * 1e9))
-    if saved > 0:
-        whole = unit.text(round(account.wall_s * 1e9))
-        text = f"{candidate.called} saves {difference} of {strategy.called}'s {whole}"
-        return f"{text}, above all on {CAUSES[most]}"
-    text = f"{candidate.called} takes {difference} longer than {strategy.called}"
-    return f"{text}, above all for {CAUSES[most]}"
-
-
-def _effect(part: str, saved: float) -> str:
-    """A part within a waterfall: the same useful tokens can only cost more or less."""
+def _name(part: str, saved: float) -> str:
     if part != "useful_decode_s":
         return NAMES[part]
     return "cheaper decode steps" if saved >= 0 else "dearer decode steps"
 
 
-def _notes(strategies: Sequence[Strategy], falls: Sequence[_Fall]) -> str:
+def _headline(budgets: Sequence[Budget]) -> str:
+    if not budgets:
+        return "No strategy logs its steps: there is no time budget"
+    (baseline, before), (candidate, after) = budgets[0], budgets[-1]
+    if len(budgets) == 1 or baseline.index:
+        return f"{spell_percent(_useful_share(before))} of the time of {baseline.called} is useful"
+    saved = before.wall_s - after.wall_s
+    if abs(saved) < _SHOWN * before.wall_s:
+        return f"{candidate.called} takes as long as {baseline.called}"
+    unit = card.Unit.of([baseline], before.wall_s * 1e9)
+    sign = 1 if saved > 0 else -1
+    most = max(PARTS, key=lambda part: sign * (getattr(before, part) - getattr(after, part)))
+    difference = unit.text(round(abs(saved) * 1e9))
+    if saved > 0:
+        whole = unit.text(round(before.wall_s * 1e9))
+        text = f"{candidate.called} saves {difference} of {baseline.called}'s {whole}"
+        return f"{text}, mostly {SAVED_BY[most]}"
+    text = f"{candidate.called} takes {difference} longer than {baseline.called}"
+    return f"{text}, mostly due {LOST_TO[most]}"
+
+
+def _notes(strategies: Sequence[card.Strategy], falls: Sequence[Waterfall]) -> str:
     notes = "A decode step's time is shared equally over the slots, a prefill's over the requests."
     trials = len(strategies[0].trials)
     if trials > 1:
-        which = "the trial of median duration" if trials % 2 else "the mean of the middle trials"
-        notes += f" Shown is {which} of each strategy."
+        which = "trial of median duration" if trials % 2 else "mean of the middle trials"
+        notes += f" Shown: the {which} of each strategy."
     if falls:
-        notes += " Filled (\N{MINUS SIGN}) is what was saved of a part, outlined (+) what was lost."
+        notes += " Filled (\N{MINUS SIGN}): time saved in a part; outlined (+): time lost."
     return notes

@@ -1,4 +1,4 @@
-"""Why: one bar a request in its slot, on one time axis for all strategies."""
+"""One bar per request in its slot, on one time axis for all strategies."""
 
 from __future__ import annotations
 
@@ -11,249 +11,259 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.figures.card import (
-    FAINT,
-    HELD,
-    INK,
-    MOST_BARS,
-    MOST_BARS_A_SLOT,
-    MOST_SLOTS,
-    QUIET,
-    WIDE,
-    Entry,
-    Floats,
-    Strategy,
-    Unit,
-    add_legend,
-    make_card,
-    make_entry,
-    strip_axes,
-    text_extent,
-)
+from batchbench.reports.figures import card
 from batchbench.reports.figures.occupancy import share_time, which_trial
 from batchbench.reports.occupancy import Holdings
+from batchbench.reports.statistics import Floats
 from batchbench.reports.text import spell_percent
 
-ROOM = 0.95  # inches right of the lanes, for the end times
+MOST_SLOTS = 32
+"""Slots that are drawn; rows of more would be thinner than a screen can show."""
 
-_SMALLEST = 5.5  # points: a number that can still be read
+MOST_BARS = 2_000
+"""Bars that are drawn of one strategy."""
+
+MOST_BARS_A_SLOT = 200
+"""Bars that are drawn of one slot; more are narrower than 2 points."""
+
+_LEFT, _RIGHT = 0.5, 0.95  # inches left of the rows, and right of them for the end times
+
+_SMALLEST = 5.5  # points: the smallest number that can be read
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
-    """What the panels of a timeline, or of a film of it, share."""
+class Bars:
+    """Requests of a trial that hold one of the first slots within a window of time."""
 
-    unit: Unit  # of the axis
-    unit_of_ends: Unit
-    window_ns: float  # from 0; all of the trial unless there are too many bars
-    lane: float  # inches
-    longer_than: float  # output tokens; what has more is drawn as long
-    baseline_ns: int  # when the baseline is done
-    cut: bool  # whether only the beginning is drawn
+    held: Holdings
+    long: NDArray[np.bool_]  # output above the middle length of all strategies
 
-    @property
-    def points_a_ns(self) -> float:
-        """Scale of the time axis."""
-        return (WIDE - 0.5 - ROOM) * 72 / self.window_ns
+    @classmethod
+    def of(cls, recording: Recording, window_ns: float, slots: int, middle: float) -> Bars:
+        held = Holdings.of(recording)
+        held = held.where((held.slot < slots) & (held.admitted < window_ns))
+        return cls(held, recording.requests.output_tokens[held.request] > middle)
 
 
-def draw_timeline(strategies: Sequence[Strategy], title: str) -> Figure:
-    """A lane a slot, a bar a request, all strategies over one time axis."""
-    scene = scene_of(strategies)
-    tall = [height_of(strategy, scene) for strategy in strategies]
-    entries = kinds_of_bars(strategies, scene)
-    top = 0.24 * -(-len(entries) // 3) + 0.08
-    body = top + sum(tall) + 0.46 * len(tall) + 0.36
-    notes = timeline_notes(strategies, scene)
-    card = make_card(timeline_headline(strategies), title, body, notes)
-    add_legend(card, entries)
-    panels = []
-    for strategy, height in zip(strategies, tall, strict=True):
-        card.label(top + 0.22, strategy, _held_share(strategy))
-        panels.append(card.axes(0.5, top + 0.3, WIDE - 0.5 - ROOM, height))
-        draw_lanes(panels[-1], strategy, scene)
-        draw_end(panels[-1], strategy, scene)
-        top += height + 0.46
-    share_time(panels, scene.window_ns, scene.unit)
-    panels[-1].spines["bottom"].set_visible(True)
-    return card.figure
+def window_of(trials: Sequence[Recording], slots: int, bars: Sequence[int]) -> float:
+    """Return the time (ns) that can be drawn: to the last end, or until there are too many bars.
+
+    Args:
+        slots: slots that are drawn of each trial.
+        bars: bars that may be drawn of each trial.
+    """
+    window = float(max(trial.duration_ns for trial in trials))
+    for trial, most in zip(trials, bars, strict=True):
+        shown = trial.requests.slot < slots
+        starts = np.sort(trial.starts_of(trial.requests.admitted[shown]))
+        if len(starts) > most:
+            window = min(window, max(float(starts[most]), 1.0))
+    return window
 
 
-def scene_of(strategies: Sequence[Strategy], tallest: float = 7.0) -> Scene:
-    """Scales for these strategies, whose lanes take ``tallest`` inches together."""
-    trials = [strategy.typical for strategy in strategies]
-    longest = max(trial.duration_ns for trial in trials)
-    window = float(min([longest, *(_bars_end(trial) for trial in trials)]))
-    return Scene(
-        unit=Unit.of(strategies, window),
-        unit_of_ends=Unit.of(strategies, longest),
-        window_ns=window,
-        lane=float(np.clip(tallest / sum(map(count_lanes, trials)), 0.06, 0.25)),
-        longer_than=_middle_length(trials),
-        baseline_ns=trials[0].duration_ns,
-        cut=window < longest,
-    )
-
-
-def height_of(strategy: Strategy, scene: Scene) -> float:
-    """Inches of a strategy's lanes."""
-    return max(count_lanes(strategy.typical) * scene.lane, 0.62)
-
-
-def count_lanes(recording: Recording) -> int:
-    """Number of slots that are drawn."""
-    return min(recording.header.slots, MOST_SLOTS)
-
-
-def _bars_end(recording: Recording) -> float:
-    """Time in ns up to which all bars can be drawn; infinite where they are few enough."""
-    shown = recording.requests.slot < MOST_SLOTS
-    starts = np.sort(recording.starts_of(recording.requests.admitted[shown]))
-    most = min(MOST_BARS, MOST_BARS_A_SLOT * count_lanes(recording))
-    return float(starts[most]) if len(starts) > most else np.inf
-
-
-def _middle_length(trials: Sequence[Recording]) -> float:
-    """Halfway between the shortest and the longest output, in tokens; 0 where all are equal."""
+def middle_length(trials: Sequence[Recording]) -> float:
+    """Return the middle of the shortest and longest output, in tokens; 0 if all are equal."""
     lengths = [trial.requests.output_tokens for trial in trials]
     shortest, longest = min(int(n.min()) for n in lengths), max(int(n.max()) for n in lengths)
     return (shortest + longest) / 2 if shortest < longest else 0.0
 
 
-def draw_lanes(axes: Axes, strategy: Strategy, scene: Scene) -> None:
-    """Everything that one strategy's slots hold within the window."""
-    recording, lanes = strategy.typical, count_lanes(strategy.typical)
-    held = Holdings.of(recording)
-    held = held.where((held.slot < lanes) & (held.admitted < scene.window_ns))
-    end = min(recording.duration_ns, scene.window_ns) / scene.unit.ns
-    rules = [((0, y - 0.5), (end, y - 0.5)) for y in range(lanes + 1)]
-    axes.add_collection(LineCollection(rules, colors=FAINT, lw=0.7, zorder=0))
-    dark = recording.requests.output_tokens[held.request] > scene.longer_than
-    _bodies(axes, strategy, scene, held, dark)
-    if scene.lane * 72 * 0.72 >= _SMALLEST:
-        _numbers(axes, scene, held, dark)
-    ticks = range(0, lanes, max(1, -(-lanes // 8)))
-    axes.set(ylim=(lanes - 0.5, -0.5), yticks=ticks, ylabel="slot")
+@dataclass(frozen=True, eq=False)
+class Scale:
+    unit: card.Unit  # of the axis
+    unit_of_ends: card.Unit
+    window_ns: float  # from 0; the whole trial unless there are too many bars
+    row: float  # inches of a slot
+    middle: float  # output tokens; longer requests are drawn darker
+    baseline_ns: int  # duration of the baseline
+    cut: bool  # only the beginning is drawn
+
+    @property
+    def points_per_ns(self) -> float:
+        return (card.WIDE - _LEFT - _RIGHT) * 72 / self.window_ns
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    strategy: card.Strategy
+    axes: Axes
+    detail: Text
+
+
+def draw_timeline(strategies: Sequence[card.Strategy], title: str) -> Figure:
+    """Draw a row per slot and a bar per request, all strategies over one time axis."""
+    picture, scale, panels = lay_out(strategies, title)
+    for panel in panels:
+        draw_end(panel, scale)
+    return picture.figure
+
+
+def lay_out(
+    strategies: Sequence[card.Strategy], title: str, tallest: float = 7.0
+) -> tuple[card.Card, Scale, list[Panel]]:
+    """Draw a timeline without the ends; all slots together take ``tallest`` inches at most."""
+    scale = _scale_of(strategies, tallest)
+    tall = [max(_rows(strategy.typical) * scale.row, 0.62) for strategy in strategies]
+    entries = _entries(strategies, scale)
+    top = card.legend_height(entries)
+    body = top + sum(tall) + 0.46 * len(tall) + 0.36
+    picture = card.make_card(timeline_headline(strategies), title, body, _notes(strategies, scale))
+    card.add_legend(picture, entries)
+    panels = []
+    for strategy, height in zip(strategies, tall, strict=True):
+        axes = picture.axes(_LEFT, top + 0.3, card.WIDE - _LEFT - _RIGHT, height)
+        panels.append(Panel(strategy, axes, picture.label(top + 0.22, strategy, _detail(strategy))))
+        _draw_slots(axes, strategy, scale)
+        top += height + 0.46
+    share_time([panel.axes for panel in panels], scale.window_ns, scale.unit)
+    panels[-1].axes.spines["bottom"].set_visible(True)
+    return picture, scale, panels
+
+
+def _scale_of(strategies: Sequence[card.Strategy], tallest: float) -> Scale:
+    trials = [strategy.typical for strategy in strategies]
+    longest = max(trial.duration_ns for trial in trials)
+    most = [min(MOST_BARS, MOST_BARS_A_SLOT * _rows(trial)) for trial in trials]
+    window = window_of(trials, MOST_SLOTS, most)
+    return Scale(
+        unit=card.Unit.of(strategies, window),
+        unit_of_ends=card.Unit.of(strategies, longest),
+        window_ns=window,
+        row=float(np.clip(tallest / sum(map(_rows, trials)), 0.06, 0.25)),
+        middle=middle_length(trials),
+        baseline_ns=trials[0].duration_ns,
+        cut=window < longest,
+    )
+
+
+def _rows(recording: Recording) -> int:
+    return min(recording.header.slots, MOST_SLOTS)
+
+
+def _draw_slots(axes: Axes, strategy: card.Strategy, scale: Scale) -> None:
+    recording, rows = strategy.typical, _rows(strategy.typical)
+    bars = Bars.of(recording, scale.window_ns, rows, scale.middle)
+    end = min(recording.duration_ns, scale.window_ns) / scale.unit.ns
+    rules = [((0, y - 0.5), (end, y - 0.5)) for y in range(rows + 1)]
+    axes.add_collection(LineCollection(rules, colors=card.FAINT, lw=0.7, zorder=0))
+    _draw_bars(axes, strategy, scale, bars)
+    if scale.row * 72 * 0.72 >= _SMALLEST:
+        _number(axes, scale, bars)
+    ticks = range(0, rows, max(1, -(-rows // 8)))
+    axes.set(ylim=(rows - 0.5, -0.5), yticks=ticks, ylabel="slot")
     axes.tick_params(axis="y", length=0)
-    strip_axes(axes)
+    card.strip_axes(axes)
 
 
-def _bodies(
-    axes: Axes, strategy: Strategy, scene: Scene, held: Holdings, dark: NDArray[np.bool_]
-) -> None:
-    """Bars of requests, their prompt's part on top, and what is held for nothing behind them."""
+def _draw_bars(axes: Axes, strategy: card.Strategy, scale: Scale, bars: Bars) -> None:
+    held, key = bars.held, strategy.index
     late = held.where(held.freed > held.done)
-    key = strategy.index
-    boxes = _boxes(scene, late.done, late.freed, late.slot)
-    axes.add_collection(PolyCollection(list(boxes), gid=f"held-{key}", **HELD))
-    boxes = _boxes(scene, held.admitted, held.done, held.slot)
-    wide = (held.done - held.admitted) * scene.points_a_ns > 6
-    look: dict[str, Any] = {
-        "facecolor": np.where(dark[:, None], strategy.tint(0), strategy.tint(0.6)),
+    wide = (held.done - held.admitted) * scale.points_per_ns > 6
+    requests: dict[str, Any] = {
+        "facecolor": np.where(bars.long[:, None], strategy.tint(0), strategy.tint(0.6)),
         "edgecolor": "#ffffff",
         "linewidth": np.where(wide, 0.7, 0.0),  # a rim would hide a narrow bar
     }
-    axes.add_collection(PolyCollection(list(boxes), gid=f"requests-{key}", **look))
-    boxes = _boxes(scene, held.admitted, held.first, held.slot)
-    look = {"facecolor": strategy.tint(-0.55), "linewidth": 0}
-    axes.add_collection(PolyCollection(list(boxes), gid=f"prefill-{key}", **look))
+    prompt = {"facecolor": strategy.tint(-0.55), "linewidth": 0}
+    for gid, start, stop, slot, look in (
+        (f"held-{key}", late.done, late.freed, late.slot, card.HELD),
+        (f"requests-{key}", held.admitted, held.done, held.slot, requests),
+        (f"prefill-{key}", held.admitted, held.first, held.slot, prompt),
+    ):
+        axes.add_collection(PolyCollection(_boxes(scale, start, stop, slot), gid=gid, **look))
 
 
-def _boxes(scene: Scene, start: Ints, stop: Ints, slot: Ints) -> Floats:
-    """Corners of a box from ``start`` to ``stop`` in each slot's lane, ``[boxes, 4, 2]``."""
-    left, right, y = start / scene.unit.ns, stop / scene.unit.ns, slot.astype(np.float64)
+def _boxes(scale: Scale, start: Ints, stop: Ints, slot: Ints) -> list[Floats]:
+    """Return the corners of each box, ``[4, 2]``, in the row of its slot."""
+    left, right, y = start / scale.unit.ns, stop / scale.unit.ns, slot.astype(np.float64)
     low, high = y - 0.42, y + 0.42
     corners = ((left, low), (left, high), (right, high), (right, low))
-    return np.stack([np.stack(corner, -1) for corner in corners], axis=1)
+    return list(np.stack([np.stack(corner, -1) for corner in corners], axis=1))
 
 
-def _numbers(axes: Axes, scene: Scene, held: Holdings, dark: NDArray[np.bool_]) -> None:
-    """Requests' numbers in the bars that are wide enough."""
-    most = min(8.0, scene.lane * 72 * 0.72)
-    stop = np.minimum(held.done, scene.window_ns)
-    width = (stop - held.first) * scene.points_a_ns - 1
-    middle = (held.first + stop) / 2 / scene.unit.ns
-    for i in np.flatnonzero(width > text_extent("0", _SMALLEST)).tolist():
+def _number(axes: Axes, scale: Scale, bars: Bars) -> None:
+    held, most = bars.held, min(8.0, scale.row * 72 * 0.72)
+    stop = np.minimum(held.done, scale.window_ns)
+    width = (stop - held.first) * scale.points_per_ns - 1
+    middle = (held.first + stop) / 2 / scale.unit.ns
+    for i in np.flatnonzero(width > card.text_extent("0", _SMALLEST)).tolist():
         number = str(held.request[i])
-        size = min(most, width[i] / text_extent(number, 1))
+        size = min(most, width[i] / card.text_extent(number, 1))
         if size >= _SMALLEST:
             style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "size": size}
-            colour = "#ffffff" if dark[i] else INK
+            colour = "#ffffff" if bars.long[i] else card.INK
             axes.text(middle[i], held.slot[i], number, color=colour, **style)
 
 
-def draw_end(axes: Axes, strategy: Strategy, scene: Scene) -> None:
-    """When the strategy is done, and how much sooner than the baseline."""
-    end, window = strategy.typical.duration_ns, scene.window_ns
-    if scene.baseline_ns <= window:
-        axes.axvline(scene.baseline_ns / scene.unit.ns, color=QUIET, lw=1, ls=":", clip_on=False)
-    text, at = scene.unit_of_ends.text(end), min(end, window) / scene.unit.ns
+def draw_end(panel: Panel, scale: Scale) -> None:
+    axes, strategy = panel.axes, panel.strategy
+    end, window = strategy.typical.duration_ns, scale.window_ns
+    at, saved = min(end, window) / scale.unit.ns, 0.0
+    if scale.baseline_ns <= window:
+        axes.axvline(
+            scale.baseline_ns / scale.unit.ns, color=card.QUIET, lw=1, ls=":", clip_on=False
+        )
+        saved = (scale.baseline_ns - end) * scale.points_per_ns
+    text = scale.unit_of_ends.text(end)
     if end > window:
         text = f"ends at\n{text}"
     else:
-        axes.axvline(at, color=INK, lw=2, clip_on=False, gid=f"end-{strategy.index}")
-    saved = (scene.baseline_ns - end) * scene.points_a_ns if scene.baseline_ns <= window else 0.0
-    place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "va": "center"}
-    look: Any = {"size": 10.5, "weight": "bold"}
+        axes.axvline(at, color=card.INK, lw=2, clip_on=False, gid=f"end-{strategy.index}")
+    look: dict[str, Any] = {"va": "center", "size": 10.5, "weight": "bold"}
     look["bbox"] = {"fc": "#ffffff", "ec": "none", "pad": 1.5}  # the baseline's end may be near
-    height = 0.72 if saved > 0 else 0.5
-    axes.annotate(text, (at, height), (6, 0), textcoords="offset points", **place, **look)
+    look |= {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+    axes.annotate(text, (at, 0.72 if saved > 0 else 0.5), (6, 0), **look)
     if saved > 14:
-        _saved(axes, scene, end, saved)
+        _draw_saved(axes, scale, end, saved)
 
 
-def _saved(axes: Axes, scene: Scene, end: int, width: float) -> None:
-    """An arrow of ``width`` points from an end to the baseline's."""
-    left, right = end / scene.unit.ns, scene.baseline_ns / scene.unit.ns
+def _draw_saved(axes: Axes, scale: Scale, end: int, width: float) -> None:
+    left, right = end / scale.unit.ns, scale.baseline_ns / scale.unit.ns
     across = axes.get_xaxis_transform()
-    arrow = {"arrowstyle": "<|-|>", "color": INK, "lw": 1.1, "shrinkA": 2, "shrinkB": 1}
+    arrow = {"arrowstyle": "<|-|>", "color": card.INK, "lw": 1.1, "shrinkA": 2, "shrinkB": 1}
     ends: Any = {"xycoords": across, "textcoords": across, "arrowprops": arrow}
     axes.annotate("", (right, 0.36), (left, 0.36), **ends)
-    text = f"{scene.unit_of_ends.text(scene.baseline_ns - end)} saved"
-    if text_extent(text, 9.5) + 12 < width:
+    text = f"{scale.unit_of_ends.text(scale.baseline_ns - end)} saved"
+    if card.text_extent(text, 9.5) + 12 < width:
         below: Any = {"xycoords": across, "textcoords": "offset points", "va": "top"}
         axes.annotate(text, ((left + right) / 2, 0.36), (0, -4), ha="center", size=9.5, **below)
 
 
-def _held_share(strategy: Strategy) -> str:
-    """How much of the slots' time goes to requests that are done."""
-    counted = strategy.counted
-    slots = strategy.typical.header.slots
+def _detail(strategy: card.Strategy) -> str:
+    counted, slots = strategy.counted, strategy.typical.header.slots
     share = counted["finished_slot_steps"] / counted["slot_steps"]
     text = f"{slots} slot{'s' * (slots > 1)}"
-    return f"{text}, {spell_percent(share)} of slot-steps held for nothing" if share else text
+    return (
+        f"{text}, {spell_percent(share)} of slot-steps held by finished requests" if share else text
+    )
 
 
-def kinds_of_bars(strategies: Sequence[Strategy], scene: Scene) -> list[Entry]:
-    """What the shades mean; only those that occur."""
+def _entries(strategies: Sequence[card.Strategy], scale: Scale) -> list[card.Entry]:
     lengths = np.concatenate([s.typical.requests.output_tokens for s in strategies])
     entries = []
     for word, tint, chosen in (
-        ("long request", 0.0, lengths[lengths > scene.longer_than]),
-        ("short request", 0.6, lengths[lengths <= scene.longer_than]),
+        ("long request", 0.0, lengths[lengths > scale.middle]),
+        ("short request", 0.6, lengths[lengths <= scale.middle]),
     ):
         if len(chosen):
             name = word if len(chosen) < len(lengths) else "request"
-            entries.append(make_entry(f"{name} ({_range(chosen)})", strategies, tint))
-    entries.append(make_entry("prompt, up to the first token", strategies, -0.55))
+            low, high = int(chosen.min()), int(chosen.max())
+            tokens = f"{low:,}" if low == high else f"{low:,}–{high:,}"
+            label = f"{name} ({tokens} token{'s' * (high > 1)})"
+            entries.append(card.make_entry(label, strategies, tint))
+    entries.append(card.make_entry("prompt, up to the first token", strategies, -0.55))
     if any((s.typical.requests.released > s.typical.requests.last + 1).any() for s in strategies):
-        entries.append(("done, slot still held", (Patch(**HELD),)))
-    return [*entries, ("empty slot", (Patch(fc="#ffffff", ec=FAINT),))]
+        entries.append(("done, slot still held", (Patch(**card.HELD),)))
+    return [*entries, ("empty slot", (Patch(fc="#ffffff", ec=card.FAINT),))]
 
 
-def _range(tokens: Ints) -> str:
-    low, high = int(tokens.min()), int(tokens.max())
-    text = f"{low:,}" if low == high else f"{low:,}–{high:,}"
-    return f"{text} token{'s' * (high > 1)}"
-
-
-def timeline_headline(strategies: Sequence[Strategy]) -> str:
-    """Who is done when."""
+def timeline_headline(strategies: Sequence[card.Strategy]) -> str:
     ends = [strategy.typical.duration_ns for strategy in strategies]
-    unit = Unit.of(strategies, max(ends))
+    unit = card.Unit.of(strategies, max(ends))
     text = f"{strategies[-1].called} is done after {unit.text(ends[-1])}"
     if len(strategies) == 1:
         return text
@@ -263,12 +273,11 @@ def timeline_headline(strategies: Sequence[Strategy]) -> str:
     return text
 
 
-def timeline_notes(strategies: Sequence[Strategy], scene: Scene) -> str:
-    """What a reader should know of the drawing."""
+def _notes(strategies: Sequence[card.Strategy], scale: Scale) -> str:
     notes = ["A bar is one request, with its number where there is room."]
     slots = max(strategy.typical.header.slots for strategy in strategies)
     if slots > MOST_SLOTS:
-        notes.append(f"Drawn are slots 0 to {MOST_SLOTS - 1} of {slots:,}.")
-    if scene.cut:
-        notes.append("Only the beginning is drawn; the ends are given at the right.")
+        notes.append(f"Drawn: slots 0 to {MOST_SLOTS - 1} of {slots:,}.")
+    if scale.cut:
+        notes.append("Only the beginning is drawn; the ends are written at the right.")
     return " ".join(notes) + which_trial(strategies)

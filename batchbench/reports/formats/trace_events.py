@@ -1,9 +1,9 @@
-"""The trace of a result: Chrome's Trace Event Format, as ui.perfetto.dev opens it.
+"""The trace of a result in Chrome's Trace Event Format, for ui.perfetto.dev.
 
-A process a strategy, a track a slot, a slice a request with its prefill, decode and held parts
-inside, and counters of waiting requests and occupied slots. Times are microseconds since the start
-of the trial; shown is each strategy's trial of median duration. The format is described in
-"Trace Event Format" (docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU).
+Each strategy is a process, each slot a track, each request a slice with prefill, decode and held
+parts inside; counters show waiting requests and occupied slots. Times are microseconds since the
+start of each strategy's trial of median duration. "Trace Event Format" describes the format
+(docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU).
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from batchbench.batching.recording import Ints, Recording
+from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError
 from batchbench.files import check_place, reason_of, replacing
+from batchbench.reports.metrics import typical_trial
+from batchbench.reports.occupancy import Holdings, levels_of
 from batchbench.reports.result import Result
 
 MOST_REQUESTS = 200_000
-"""Requests whose slices are written of one strategy; what Perfetto still opens at ease."""
+"""Requests of one strategy that are written; Perfetto still opens these quickly."""
 
 MOST_SAMPLES = 20_000
-"""Values of the counters that are written of one strategy."""
+"""Values of the counters of one strategy that are written."""
 
-_QUEUE_TRACK = 0
-"""Thread of the counters; slots follow, for thread 0 is no slot."""
+_COUNTERS = 0
+"""Thread of the counters; slot n is thread n + 1."""
 
 
 def check_trace_file(file: Path, output: Path | None = None) -> None:
@@ -49,7 +51,7 @@ def check_trace_file(file: Path, output: Path | None = None) -> None:
 
 
 def write_trace(file: Path, result: Result) -> None:
-    """Write the trace, whole or not at all; compressed where the name ends in ``.gz``.
+    """Write the trace, whole or not at all; compressed if the name ends in ``.gz``.
 
     Raises:
         UsageError: the file cannot be written.
@@ -67,7 +69,7 @@ def write_trace(file: Path, result: Result) -> None:
 
 
 def _write(out: io.TextIOWrapper, result: Result) -> None:
-    """Event by event: the whole never stands in memory."""
+    """Write event by event: a trace may be larger than memory."""
     about = {
         "title": result.title,
         "command": result.data["command"],
@@ -85,96 +87,81 @@ def _write(out: io.TextIOWrapper, result: Result) -> None:
 
 
 def _cut(result: Result) -> dict[str, str]:
-    """What is left out, in words, where something is."""
     requests = result.data["workload"]["num_requests"]
     hidden = [name for name, trials in result.recordings.items() if not trials[0].has_steps]
-    left_out = [f"{name}, which shows no steps" for name in hidden]
+    left_out = [f"{name}, which logs no steps" for name in hidden]
     if requests > MOST_REQUESTS:
-        left_out.append(f"of {requests} requests the first {MOST_REQUESTS} to be admitted")
+        left_out.append(f"all but the first {MOST_REQUESTS} of {requests} requests to be admitted")
     return {"left_out": "; ".join(left_out)} if left_out else {}
 
 
 def trace_events(result: Result) -> Iterator[dict[str, Any]]:
-    """All events, strategy after strategy: names, slices in the order of time, counters."""
-    for i, (name, trials) in enumerate(result.recordings.items()):
-        pid = i + 1
-        recording = sorted(trials, key=lambda r: r.duration_ns)[(len(trials) - 1) // 2]
-        if not recording.has_steps:  # it has no slots to show
-            continue
-        yield from _names(pid, name, recording)
-        yield from _slices(pid, recording)
-        yield from _counters(pid, recording)
+    """Yield all events, strategy after strategy: names, slices in the order of time, counters."""
+    for pid, (name, trials) in enumerate(result.recordings.items(), 1):
+        recording = typical_trial(trials)
+        if recording.has_steps:
+            yield from _names(pid, name, recording)
+            yield from _slices(pid, recording)
+            yield from _counters(pid, recording)
 
 
 def _names(pid: int, name: str, recording: Recording) -> Iterator[dict[str, Any]]:
     def metadata(kind: str, tid: int, **args: Any) -> dict[str, Any]:
         return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "ts": 0, "args": args}
 
-    what = "simulated" if recording.header.simulated else "measured"
-    yield metadata("process_name", _QUEUE_TRACK, name=name)
-    yield metadata("process_labels", _QUEUE_TRACK, labels=what)
-    yield metadata("process_sort_index", _QUEUE_TRACK, sort_index=pid)
+    labels = "simulated" if recording.header.simulated else "measured"
+    yield metadata("process_name", _COUNTERS, name=name)
+    yield metadata("process_labels", _COUNTERS, labels=labels)
+    yield metadata("process_sort_index", _COUNTERS, sort_index=pid)
     for slot in np.unique(recording.requests.slot).tolist():
         yield metadata("thread_name", slot + 1, name=f"slot {slot}")
         yield metadata("thread_sort_index", slot + 1, sort_index=slot)
 
 
 def _slices(pid: int, recording: Recording) -> Iterator[dict[str, Any]]:
-    """A slice a request, and its parts inside it."""
-    r = recording.requests
+    r, held = recording.requests, Holdings.of(recording)
     order = np.argsort(r.admitted, kind="stable")[:MOST_REQUESTS]
-    admitted, started = (recording.starts_of(steps[order]) for steps in (r.admitted, r.started))
-    first, done, freed = (
-        recording.ends_of(steps[order]) for steps in (r.first, r.last, r.released - 1)
-    )
-    columns = (order, r.slot[order], r.due_ns[order], admitted, started, first, done, freed)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    for i, slot, due, *times in rows:
-        begin_at, start, first_at, done_at, freed_at = times
+    start = recording.starts_of(r.started)
+    times = (r.due_ns, held.admitted, start, held.first, held.done, held.freed)
+    columns = (held.request, held.slot, r.prompt_tokens, r.output_tokens, *times)
+    rows = (column[order].tolist() for column in columns)
+    for i, slot, prompt, output, due, admitted, begin, first, done, freed in zip(
+        *rows, strict=True
+    ):
         args = {
             "request": i,
-            "prompt_tokens": int(r.prompt_tokens[i]),
-            "output_tokens": int(r.output_tokens[i]),
+            "prompt_tokens": prompt,
+            "output_tokens": output,
             "due_ms": due / 1e6,
-            "queued_ms": (start - due) / 1e6,
-            "ttft_ms": (first_at - due) / 1e6,
-            "e2el_ms": (done_at - due) / 1e6,
+            "queued_ms": (begin - due) / 1e6,
+            "ttft_ms": (first - due) / 1e6,
+            "e2el_ms": (done - due) / 1e6,
         }
         track = {"ph": "X", "pid": pid, "tid": slot + 1}
-        whole = _span(begin_at, freed_at)
+        whole = _span(admitted, freed)
         yield {**track, "name": f"request {i}", "cat": "request", **whole, "args": args}
-        parts = (
-            ("prefill", start, first_at),
-            ("decode", first_at, done_at),
-            ("held", done_at, freed_at),
-        )
-        for name, begin, end in parts:
-            if end > begin:
-                yield {**track, "name": name, "cat": name, **_span(begin, end)}
+        for name, start_ns, end_ns in (
+            ("prefill", begin, first),
+            ("decode", first, done),
+            ("held", done, freed),
+        ):
+            if end_ns > start_ns:
+                yield {**track, "name": name, "cat": name, **_span(start_ns, end_ns)}
 
 
 def _span(start: int, end: int) -> dict[str, float]:
-    """Microseconds, exact to the nanosecond."""
+    """Return microseconds, exact to the nanosecond."""
     return {"ts": start / 1000, "dur": (end - start) / 1000}
 
 
 def _counters(pid: int, recording: Recording) -> Iterator[dict[str, Any]]:
-    """Requests that wait, and slots that run or are held for nothing, whenever they change."""
-    r = recording.requests
-    admitted = recording.starts_of(r.admitted)
-    due = np.minimum(r.due_ns, admitted)
-    done, freed = recording.ends_of(r.last), recording.ends_of(r.released - 1)
-    at = np.unique(np.concatenate([due, admitted, done, freed]))
-    at = at[np.unique(np.linspace(0, len(at) - 1, min(len(at), MOST_SAMPLES)).astype(np.int64))]
-    came, entered, ended, left = (_by(times, at) for times in (due, admitted, done, freed))
-    columns = (at, came - entered, entered - ended, ended - left)
-    for now, waiting, running, held in zip(*(c.tolist() for c in columns), strict=True):
-        event = {"ph": "C", "pid": pid, "tid": _QUEUE_TRACK, "ts": now / 1000}
+    levels = levels_of(recording)
+    counts = (levels.waiting, levels.running, levels.finished)
+    columns = [levels.edges_ns, *(np.append(count, 0) for count in counts)]  # 0 at the end
+    sampled = np.linspace(0, len(columns[0]) - 1, min(len(columns[0]), MOST_SAMPLES))
+    at = np.unique(sampled.astype(np.int64))
+    rows = (column[at].astype(np.int64).tolist() for column in columns)
+    for now, waiting, running, held in zip(*rows, strict=True):
+        event = {"ph": "C", "pid": pid, "tid": _COUNTERS, "ts": now / 1000}
         yield {**event, "name": "waiting", "args": {"requests": waiting}}
         yield {**event, "name": "slots", "args": {"running": running, "held": held}}
-
-
-def _by(times: Ints, at: Ints) -> Ints:
-    """How many of ``times`` have passed at each of ``at``."""
-    passed: Ints = np.searchsorted(np.sort(times), at, side="right")
-    return passed

@@ -1,1 +1,1 @@
-"""Replay of a trial: its frames, on a terminal and as a GIF."""
+"""Replays of a trial: its moments, on a terminal and as a GIF."""

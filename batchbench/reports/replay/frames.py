@@ -1,4 +1,4 @@
-"""What a trial looked like at a moment: the state of every slot, as a pure function of its log."""
+"""Moments of a trial: the state of every slot at a time, as a pure function of its log."""
 
 from __future__ import annotations
 
@@ -7,296 +7,227 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchbench.batching.engines import Clock
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Ints, Recording
 from batchbench.errors import UsageError
+from batchbench.reports.formats.terminal import as_fast
 from batchbench.reports.metrics import typical_trial
+from batchbench.reports.occupancy import Holdings, Levels, levels_of
 from batchbench.reports.result import Result
+from batchbench.reports.statistics import Floats
 
 EMPTY, PROMPT, RUNNING, HELD = range(4)
-"""What a slot is doing: nothing; a prompt; yielding tokens; kept by a request that is done."""
+"""States of a slot: empty; its prompt is computed; it yields tokens; held by a finished request."""
+
+FRAMES_PER_SECOND = 20
+
+_LASTS_S = 12.0
 
 _RATE_OVER = 1 / 16
-"""Tokens a second are told over this share of the longest trial."""
+"""Share of the longest trial over which tokens per second are counted."""
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
+class SlotState:
     """One strategy at a moment. Columns are ``[slots]``; ``request`` is −1 in an empty slot."""
 
     name: str
-    now_ns: int  # the moment, or the end of the trial where that is over
+    now_ns: int  # the moment, or the end of the trial after it
     over: bool
     state: Ints  # EMPTY, PROMPT, RUNNING or HELD
     request: Ints
-    tokens: Ints  # that the slot's request has
-    asked: Ints  # that it will have
-    held: Ints  # steps that decoded since it was done
+    tokens: Ints  # output tokens of the slot's request so far
+    output_tokens: Ints  # and when it is done
+    held: Ints  # decode steps since it was done
     waiting: int  # requests that are due and not in a slot
     finished: int
     requests: int
-    tokens_per_s: float  # of late; over all of the trial where that is over
+    tokens_per_s: float  # of late; after the end, of the whole trial
 
-    def count(self, state: int) -> int:
-        """Slots in a state."""
-        return int((self.state == state).sum())
+    @property
+    def busy(self) -> int:
+        return int(np.isin(self.state, (PROMPT, RUNNING)).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """All strategies at one moment."""
-
     t_ns: int
     end_ns: int  # of the longest trial
-    scenes: tuple[Scene, ...]
+    states: tuple[SlotState, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Reel:
-    """One trial, prepared to be looked at at any moment."""
+class TrialReplay:
+    """One trial, prepared to be shown at any moment."""
 
     name: str
     recording: Recording
 
     @property
     def slots(self) -> int:
-        """Number of slots."""
         return self.recording.header.slots
 
     @property
     def end_ns(self) -> int:
-        """When its last token is there."""
         return self.recording.duration_ns
 
     @cached_property
-    def admitted(self) -> Ints:
-        """Start of the first step in which each request holds its slot, ``[requests]``."""
-        return self.recording.admitted_ns
+    def _holdings(self) -> Holdings:
+        return Holdings.of(self.recording)
 
     @cached_property
-    def first(self) -> Ints:
-        """When each request has its first token."""
-        return self.recording.ends_of(self.recording.requests.first)
-
-    @cached_property
-    def done(self) -> Ints:
-        """When each request has its last token."""
-        return self.recording.ends_of(self.recording.requests.last)
-
-    @cached_property
-    def freed(self) -> Ints:
-        """When each request's slot is free again."""
-        return self.recording.ends_of(self.recording.requests.released - 1)
-
-    @cached_property
-    def _due(self) -> Ints:
-        return np.sort(np.minimum(self.recording.requests.due_ns, self.admitted))
-
-    @cached_property
-    def _sorted(self) -> tuple[Ints, Ints, Ints]:
-        """Times of admission and of the end, ascending, and tokens of those done by then."""
-        order = np.argsort(self.done, kind="stable")
-        tokens = np.cumsum(self.recording.requests.output_tokens[order])
-        return np.sort(self.admitted), self.done[order], np.concatenate([[0], tokens])
+    def _levels(self) -> Levels:
+        return levels_of(self.recording)
 
     @cached_property
     def _decodes_before(self) -> Ints:
-        """Steps that decode before each span, ``[spans]``."""
-        s = self.recording.spans
-        decoding = np.where(s.decoding > 0, s.steps, 0)
-        return np.cumsum(decoding) - decoding
+        """Decode steps before each span, ``[spans]``."""
+        spans = self.recording.spans
+        decodes = np.where(spans.decoding > 0, spans.steps, 0)
+        return np.cumsum(decodes) - decodes
 
     def _decodes_to(self, steps: Ints) -> Ints:
-        """Steps that decode up to and with each of these."""
+        """Count the decode steps up to and including each of these."""
         span = self.recording.spans_of(steps)
         within = steps - self.recording.first_steps[span] + 1
         return self._decodes_before[span] + within * (self.recording.spans.decoding[span] > 0)
 
-    def _last_step(self, t_ns: int) -> int:
-        """Number of the last step that has ended; −1 before the first."""
-        return int(self.recording.step_at(np.array([t_ns]))[0]) - 1
-
-    def _tokens(self, requests: NDArray[np.intp], step: int) -> Ints:
-        """Tokens that each of some admitted requests has after ``step``."""
+    def _progress(self, t_ns: int) -> tuple[Ints, Ints]:
+        """Return tokens at a time, and decode steps since the request was done, ``[requests]``."""
         r = self.recording.requests
+        step = int(self.recording.step_at(np.array([t_ns]))[0]) - 1  # the last that has ended
         if step < 0:
-            return np.zeros(len(requests), np.int64)
-        first = r.first[requests]
-        until = np.minimum(step, r.last[requests])
-        count = 1 + self._decodes_to(until) - self._decodes_to(np.minimum(first, until))
-        return np.where(first <= step, np.minimum(count, r.output_tokens[requests]), 0)
-
-    def _held(self, requests: NDArray[np.intp], step: int) -> Ints:
-        """Steps after the last of each of some requests that decoded, up to ``step``."""
-        if not len(requests) or step < 0:
-            return np.zeros(len(requests), np.int64)
-        last = np.minimum(self.recording.requests.last[requests], step)
-        return self._decodes_to(np.full(len(requests), step)) - self._decodes_to(last)
-
-    def _inside(self, t_ns: int) -> NDArray[np.intp]:
-        """Requests that hold a slot, in the order in which they came in."""
-        found = np.flatnonzero((self.admitted <= t_ns) & (t_ns < self.freed))
-        return found[np.argsort(self.admitted[found], kind="stable")]
+            return np.zeros_like(r.last), np.zeros_like(r.last)
+        last = np.minimum(r.last, step)
+        decodes = self._decodes_to(last)
+        tokens = 1 + decodes - self._decodes_to(np.minimum(r.first, last))
+        tokens = np.where(r.first <= step, np.minimum(tokens, r.output_tokens), 0)
+        return tokens, self._decodes_to(np.array([step])) - decodes
 
     def tokens_at(self, t_ns: int) -> int:
-        """Output tokens that are there."""
-        _, done, tokens = self._sorted
-        inside = self._inside(t_ns)
-        running = inside[self.done[inside] > t_ns]
-        finished = int(tokens[np.searchsorted(done, t_ns, side="right")])
-        return finished + int(self._tokens(running, self._last_step(t_ns)).sum())
+        return int(self._progress(t_ns)[0].sum())
 
-    def at(self, t_ns: int, window_ns: int) -> Scene:
-        """The trial at a moment; tokens a second are those of the last ``window_ns``."""
-        over = t_ns >= self.end_ns
-        now = min(t_ns, self.end_ns)
-        # What is held at the very end is held for nobody.
-        inside = self._inside(now) if not over else np.empty(0, np.intp)
-        slot = self.recording.requests.slot[inside]
-        request, tokens, asked, held, state = (np.zeros(self.slots, np.int64) for _ in range(5))
-        request[:] = -1
-        request[slot] = inside
-        tokens[slot] = self._tokens(inside, self._last_step(now))
-        asked[slot] = self.recording.requests.output_tokens[inside]
-        held[slot] = self._held(inside, self._last_step(now))
-        state[slot] = np.select([now < self.first[inside], now < self.done[inside]], [1, 2], HELD)
-        admitted, done, _ = self._sorted
-        arrived, came_in, finished = (
-            int(np.searchsorted(at, now, side="right")) for at in (self._due, admitted, done)
-        )
+    def at(self, t_ns: int, window_ns: int) -> SlotState:
+        """Return the state at a moment; tokens per second are those of the last ``window_ns``."""
+        over, now = t_ns >= self.end_ns, min(t_ns, self.end_ns)
+        held, r = self._holdings, self.recording.requests
+        inside = (held.admitted <= now) & (now < held.freed) & (not over)
+
+        def by_slot(values: Ints, empty: int = 0) -> Ints:
+            column = np.full(self.slots, empty)
+            column[r.slot[inside]] = values[inside]
+            return column
+
+        tokens, held_for = self._progress(now)
+        state = np.select([now < held.first, now < held.done], [PROMPT, RUNNING], HELD)
         since = 0 if over else max(now - window_ns, 0)
-        passed_s = max(now - since, 1) / 1e9
-        return Scene(
+        recent = int(tokens.sum()) - (self.tokens_at(since) if since else 0)
+        arrived = np.minimum(r.due_ns, held.admitted) <= now
+        return SlotState(
             name=self.name,
             now_ns=now,
             over=over,
-            state=state,
-            request=request,
-            tokens=tokens,
-            asked=asked,
-            held=held,
-            waiting=arrived - came_in,
-            finished=finished,
-            requests=len(admitted),
-            tokens_per_s=(self.tokens_at(now) - self.tokens_at(since) * (since > 0)) / passed_s,
+            state=by_slot(state, EMPTY),
+            request=by_slot(held.request, -1),
+            tokens=by_slot(tokens),
+            output_tokens=by_slot(r.output_tokens),
+            held=by_slot(held_for),
+            waiting=int((arrived & (held.admitted > now)).sum()),
+            finished=int((held.done <= now).sum()),
+            requests=len(r.slot),
+            tokens_per_s=recent / (max(now - since, 1) / 1e9),
         )
 
-    def levels(
-        self, until_ns: int, columns: int, end_ns: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Shares of the slots that run, and that are held, in ``columns`` equal parts of a time.
+    def levels(self, until_ns: int, columns: int, end_ns: int) -> tuple[Floats, Floats]:
+        """Return the shares of slots that run, and that are held, in equal parts of a time.
 
-        Means over each part of ``end_ns``; NaN in parts after ``until_ns`` or the trial's end.
+        Means over each of the ``columns`` parts of ``end_ns``; NaN in parts after ``until_ns`` or
+        the trial's end.
         """
-        edges = np.linspace(0, end_ns, columns + 1)
-        came_in, done, freed = (
-            _passed(at, edges) for at in (self.admitted, self.done, np.minimum(self.freed, end_ns))
-        )
+        edges, levels = np.linspace(0, end_ns, columns + 1), self._levels
         later = edges[:-1] >= min(until_ns, self.end_ns)
-        width = end_ns / columns * self.slots
-        running, held = (np.diff(area) / width for area in (came_in - done, done - freed))
-        return np.where(later, np.nan, running), np.where(later, np.nan, held)
 
+        def shares(level: Floats) -> Floats:
+            area = [0.0, *np.cumsum(level * np.diff(levels.edges_ns))]
+            mean = np.diff(np.interp(edges, levels.edges_ns, area)) / np.diff(edges)
+            return np.where(later, np.nan, mean / self.slots)
 
-def _passed(at: Ints, edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Nanoseconds that have passed since these times, summed, up to each edge."""
-    at = np.sort(at)
-    before = np.searchsorted(at, edges, side="right")
-    sums = np.concatenate([[0], np.cumsum(at, dtype=np.float64)])
-    passed: NDArray[np.float64] = before * edges - sums[before]
-    return passed
+        return shares(levels.running), shares(levels.finished)
 
 
 @dataclass(frozen=True, eq=False)
-class Film:
+class Replay:
     """A result's trials side by side: of each strategy the one of median duration."""
 
     title: str
-    reels: tuple[Reel, ...]
+    trials: tuple[TrialReplay, ...]
 
     @classmethod
-    def of(cls, result: Result) -> Film:
-        """The film of a result, without strategies that show no steps.
+    def of(cls, result: Result) -> Replay:
+        """Return the replay of a result, without strategies that log no steps.
 
         Raises:
-            UsageError: none of them does.
+            UsageError: no strategy logs any.
         """
         typical = {name: typical_trial(trials) for name, trials in result.recordings.items()}
-        reels = tuple(Reel(name, trial) for name, trial in typical.items() if trial.has_steps)
-        if not reels:
+        trials = tuple(TrialReplay(name, r) for name, r in typical.items() if r.has_steps)
+        if not trials:
             raise UsageError(f"{', '.join(typical)} schedules for itself, so no slots are known")
-        return cls(result.title, reels)
+        return cls(result.title, trials)
 
     @property
     def end_ns(self) -> int:
-        """When the last strategy is done."""
-        return max(reel.end_ns for reel in self.reels)
+        return max(trial.end_ns for trial in self.trials)
 
     @property
     def in_steps(self) -> bool:
-        """Whether time counts steps: a simulation in which every step costs one unit."""
-        return all(reel.recording.in_steps for reel in self.reels)
+        return all(trial.recording.in_steps for trial in self.trials)
 
     def spell(self, ns: float) -> str:
-        """A time with its unit."""
+        """Return a time with its unit, with as many decimals at all times."""
         if self.in_steps:
             return f"{ns / UNIT_NS:,.0f} steps"
-        end_s = self.end_ns / 1e9
-        unit, name = (1e9, "s") if end_s >= 1 else (1e6, "ms")
-        decimals = 2 if end_s * 1e9 / unit < 100 else 1 if end_s * 1e9 / unit < 1000 else 0
+        unit, name = (1e9, "s") if self.end_ns >= 1e9 else (1e6, "ms")
+        longest = self.end_ns / unit
+        decimals = 2 if longest < 100 else 1 if longest < 1000 else 0
         return f"{ns / unit:,.{decimals}f} {name}"
 
     def frame_at(self, t_ns: int) -> Frame:
-        """All strategies at ``t_ns`` from the start of their trials."""
         window = int(self.end_ns * _RATE_OVER)
-        scenes = tuple(reel.at(t_ns, window) for reel in self.reels)
-        return Frame(t_ns, self.end_ns, scenes)
+        return Frame(t_ns, self.end_ns, tuple(trial.at(t_ns, window) for trial in self.trials))
 
     @cached_property
     def longest_output(self) -> int:
-        """Most tokens of a request."""
-        return max(int(reel.recording.requests.output_tokens.max()) for reel in self.reels)
+        return max(int(t.recording.requests.output_tokens.max()) for t in self.trials)
 
     @property
     def verdict(self) -> str:
-        """What it came to: ``continuous was 3.08× faster``."""
-        first, last = self.reels[0], self.reels[-1]
+        """The last line: ``continuous was 3.08× as fast as static``."""
+        first, last = self.trials[0], self.trials[-1]
         if first is last:
             return f"{last.name} done after {self.spell(last.end_ns)}"
-        ratio = first.end_ns / last.end_ns
-        how = f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
-        return f"{last.name} was {how} than {first.name}"
+        return as_fast(first.end_ns / last.end_ns, last.name, first.name)
 
 
-FRAMES_A_SECOND = 20
-_LASTS_S = 12.0
+def usual_speed(replay: Replay) -> float:
+    """Return the seconds of a trial per second at which a replay takes about 12 s.
 
-
-def usual_speed(film: Film) -> float:
-    """Seconds of the trial that pass in a second, so that all of it lasts about 12 s.
-
-    True speed where that lasts 10 to 15 s.
+    True speed if that takes 10 to 15 s.
     """
-    speed = film.end_ns / 1e9 / _LASTS_S
-    return 1.0 if 10 <= film.end_ns / 1e9 <= 15 else float(f"{speed:.2g}")
+    end_s = replay.end_ns / 1e9
+    return 1.0 if 10 <= end_s <= 15 else float(f"{end_s / _LASTS_S:.2g}")
 
 
-def moments(film: Film, speed: float, clock: Clock) -> Iterator[int]:
-    """The times to show, from 0 to the end, each when it has come on ``clock``.
+def moments(replay: Replay, speed: float, clock: Clock) -> Iterator[int]:
+    """Yield the times to show, from 0 to the end, each when ``clock`` reaches it.
 
     Where drawing is too slow for all of them, some are left out.
     """
     clock.restart()
-    period = 10**9 // FRAMES_A_SECOND
-    while (t_ns := int(clock.now() * speed)) < film.end_ns:
+    period = 10**9 // FRAMES_PER_SECOND
+    while (t_ns := int(clock.now() * speed)) < replay.end_ns:
         yield t_ns
         clock.wait_until((clock.now() // period + 1) * period)
-    yield film.end_ns
-
-
-def frame_at(result: Result, t_ns: int) -> Frame:
-    """The strategies of a result side by side, ``t_ns`` after the start of their trials."""
-    return Film.of(result).frame_at(t_ns)
+    yield replay.end_ns

@@ -12,7 +12,7 @@ document.documentElement.classList.add("js");
 
   function rows(bars, i) {
     const [due, came, first, done, freed] = ["due", "admitted", "first", "done", "freed"].map((c) => bars[c][i]);
-    const told = [
+    const details = [
       ["slot", bars.slot[i]],
       ["prompt", `${bars.prompt[i].toLocaleString("en")} tokens`],
       ["output", `${bars.output[i].toLocaleString("en")} tokens`],
@@ -21,9 +21,9 @@ document.documentElement.classList.add("js");
       ["prefill", spell(first - came)],
       ["decode", spell(done - first)],
     ];
-    if (freed > done) told.push(["slot held for nothing", spell(freed - done)]);
-    told.push(["TTFT", spell(first - due)], ["E2E latency", spell(done - due)], ["done at", spell(done)]);
-    return told;
+    if (freed > done) details.push(["slot held when done", spell(freed - done)]);
+    details.push(["TTFT", spell(first - due)], ["E2E latency", spell(done - due)], ["done at", spell(done)]);
+    return details;
   }
 
   function nice(span, most) {
@@ -39,34 +39,34 @@ document.documentElement.classList.add("js");
 
   function begin(group) {
     const whole = Number(group.dataset.window), unit = Number(group.dataset.unit);
-    const section = group.closest("section"), told = section.querySelector(".told");
+    const section = group.closest("section"), details = section.querySelector(".details");
     const axis = group.querySelector(".ticks");
     let from = 0, to = whole, chosen = null;
 
-    const lanes = [...group.querySelectorAll(".lanes")].map((element) => {
+    const charts = [...group.querySelectorAll(".chart")].map((element) => {
       const bars = JSON.parse(element.querySelector("script").textContent);
-      const bySlot = Array.from({ length: Number(element.dataset.lanes) }, () => []);
+      const bySlot = Array.from({ length: Number(element.dataset.rows) }, () => []);
       bars.request.forEach((_, i) => bySlot[bars.slot[i]].push(i));
       bySlot.forEach((slot) => slot.sort((a, b) => bars.admitted[a] - bars.admitted[b]));
       return { element, bars, bySlot, svg: element.querySelector("svg"), mark: element.querySelector(".mark"), end: element.querySelector(".end") };
     });
 
     function place() {
-      lanes.forEach((lane) => {
-        lane.svg.setAttribute("viewBox", `${(from / whole) * 1e4} 0 ${((to - from) / whole) * 1e4} 10000`);
-        if (lane.end) {
-          const at = (lane.end.dataset.at * whole - from) / (to - from);
-          lane.end.hidden = at < 0 || at > 1.001;
-          lane.end.style.left = `${at * 100}%`;
+      charts.forEach((chart) => {
+        chart.svg.setAttribute("viewBox", `${(from / whole) * 1e4} 0 ${((to - from) / whole) * 1e4} 10000`);
+        if (chart.end) {
+          const at = (chart.end.dataset.at * whole - from) / (to - from);
+          chart.end.hidden = at < 0 || at > 1.001;
+          chart.end.style.left = `${at * 100}%`;
         }
-        const i = chosen && chosen.lane === lane ? chosen.i : null;
-        lane.mark.hidden = i === null;
+        const i = chosen && chosen.chart === chart ? chosen.i : null;
+        chart.mark.hidden = i === null;
         if (i !== null) {
-          const left = Math.max(0, (lane.bars.admitted[i] - from) / (to - from));
-          const right = Math.min(1, (lane.bars.freed[i] - from) / (to - from));
-          lane.mark.hidden = right < left;
-          const height = 100 / lane.bySlot.length;
-          Object.assign(lane.mark.style, { left: `${left * 100}%`, width: `max(4px, ${(right - left) * 100}%)`, top: `${lane.bars.slot[i] * height}%`, height: `${height}%` });
+          const left = Math.max(0, (chart.bars.admitted[i] - from) / (to - from));
+          const right = Math.min(1, (chart.bars.freed[i] - from) / (to - from));
+          chart.mark.hidden = right < left;
+          const height = 100 / chart.bySlot.length;
+          Object.assign(chart.mark.style, { left: `${left * 100}%`, width: `max(4px, ${(right - left) * 100}%)`, top: `${chart.bars.slot[i] * height}%`, height: `${height}%` });
         }
       });
     }
@@ -95,23 +95,23 @@ document.documentElement.classList.add("js");
     }
 
     function middle() {
-      return chosen ? chosen.lane.bars.admitted[chosen.i] : (from + to) / 2;
+      return chosen ? chosen.chart.bars.admitted[chosen.i] : (from + to) / 2;
     }
 
-    function say(lane, i) {
-      told.textContent = `${lane.element.dataset.name}, request ${lane.bars.request[i].toLocaleString("en")}: ${rows(lane.bars, i).map((row) => row.join(" ")).join(" \u00b7 ")}`;
+    function say(chart, i) {
+      details.textContent = `${chart.element.dataset.name}, request ${chart.bars.request[i].toLocaleString("en")}: ${rows(chart.bars, i).map((row) => row.join(" ")).join(" \u00b7 ")}`;
     }
 
-    function choose(lane, i) {
-      chosen = { lane, i };
-      const { admitted, freed } = lane.bars;
+    function choose(chart, i) {
+      chosen = { chart, i };
+      const { admitted, freed } = chart.bars;
       if (freed[i] < from || admitted[i] > to) {
         const span = to - from;
         from = Math.min(Math.max(0, admitted[i] - span / 4), whole - span);
         to = from + span;
         scale();
       }
-      say(lane, i);
+      say(chart, i);
       place();
     }
 
@@ -121,23 +121,23 @@ document.documentElement.classList.add("js");
       place();
     }
 
-    function under(lane, event) {
-      const box = lane.element.getBoundingClientRect();
+    function under(chart, event) {
+      const box = chart.element.getBoundingClientRect();
       const time = from + ((event.clientX - box.left) / box.width) * (to - from);
-      const slot = Math.floor(((event.clientY - box.top) / box.height) * lane.bySlot.length);
+      const slot = Math.floor(((event.clientY - box.top) / box.height) * chart.bySlot.length);
       const near = ((to - from) / box.width) * 3;
       let best = null, distance = near;
-      for (const i of lane.bySlot[slot] || []) {
-        const gap = Math.max(lane.bars.admitted[i] - time, time - lane.bars.freed[i], 0);
+      for (const i of chart.bySlot[slot] || []) {
+        const gap = Math.max(chart.bars.admitted[i] - time, time - chart.bars.freed[i], 0);
         if (gap < distance) [best, distance] = [i, gap];
       }
       return best;
     }
 
-    function show(lane, i, event) {
+    function show(chart, i, event) {
       const head = document.createElement("b");
-      head.textContent = `${lane.element.dataset.name}: request ${lane.bars.request[i].toLocaleString("en")}`;
-      tip.replaceChildren(head, ...rows(lane.bars, i).map(([name, value]) => {
+      head.textContent = `${chart.element.dataset.name}: request ${chart.bars.request[i].toLocaleString("en")}`;
+      tip.replaceChildren(head, ...rows(chart.bars, i).map(([name, value]) => {
         const row = document.createElement("div");
         row.append(Object.assign(document.createElement("span"), { textContent: name }), Object.assign(document.createElement("span"), { textContent: value }));
         return row;
@@ -148,9 +148,9 @@ document.documentElement.classList.add("js");
       tip.style.top = `${event.clientY + 18 + box.height < innerHeight ? event.clientY + 18 : Math.max(4, event.clientY - box.height - 14)}px`;
     }
 
-    function step(lane, key) {
-      if (!chosen || chosen.lane !== lane) return lane.bars.request.length ? lane.bars.request.keys().next().value : null;
-      const { bars, bySlot } = lane, i = chosen.i;
+    function step(chart, key) {
+      if (!chosen || chosen.chart !== chart) return chart.bars.request.length ? chart.bars.request.keys().next().value : null;
+      const { bars, bySlot } = chart, i = chosen.i;
       const own = bySlot[bars.slot[i]], at = own.indexOf(i);
       if (key === "ArrowRight") return own[Math.min(at + 1, own.length - 1)];
       if (key === "ArrowLeft") return own[Math.max(at - 1, 0)];
@@ -165,13 +165,13 @@ document.documentElement.classList.add("js");
       return i;
     }
 
-    lanes.forEach((lane) => {
-      const { element } = lane;
+    charts.forEach((chart) => {
+      const { element } = chart;
       element.addEventListener("pointermove", (event) => {
-        const i = under(lane, event);
+        const i = under(chart, event);
         if (i === null) return clear();
-        choose(lane, i);
-        show(lane, i, event);
+        choose(chart, i);
+        show(chart, i, event);
       });
       element.addEventListener("pointerleave", clear);
       element.addEventListener("blur", clear);
@@ -188,8 +188,8 @@ document.documentElement.classList.add("js");
         else if (event.key === "0") zoom(Infinity, middle());
         else if (event.key === "Escape") clear();
         else if (["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Home", "End"].includes(event.key)) {
-          const i = step(lane, event.key);
-          if (i !== null) choose(lane, i);
+          const i = step(chart, event.key);
+          if (i !== null) choose(chart, i);
         } else return;
         event.preventDefault();
       });
