@@ -1,21 +1,20 @@
-"""The gate, measured: false alarms between equal versions, and losses found, on this machine.
+"""Measure the gate on this machine: false alarms between equal versions, and losses found.
 
     .venv/bin/python benchmarks/gate_power.py [--state DIR] [--minutes 90] [--only quiet/none …]
     .venv/bin/python benchmarks/gate_power.py --table      # what was recorded so far, no runs
-    .venv/bin/python benchmarks/gate_power.py --simulated  # the rule on made-up pairs, no runs
+    .venv/bin/python benchmarks/gate_power.py --simulated  # the rule on simulated pairs, no runs
 
-Builds two environments of the present commit, separately (``base`` and ``new`` under the state
-folder), and runs the real command, ``batchbench duet`` of the one against the other: as they are,
-with a fault planted into ``new``, and each of it on a quiet machine or beside a process that takes
-a core for 0.3 to 6 s, and leaves it for as long, over and over. Every run leaves its record, with
-each turn of it; a run that is there is not made again, so that it can be stopped and gone on with.
+It builds two separate environments of the present commit (``base`` and ``new`` in the state folder)
+and runs ``batchbench duet`` of one against the other: as they are, and with a fault planted into
+``new``, each on a quiet machine and beside a process that takes a core for 0.3 to 6 s and leaves it
+idle for as long, over and over. Every run leaves a record with all of its turns. A run that has a
+record is not repeated, so the benchmark can be stopped and started again.
 
-``check`` is measured in the same way: baselines are saved first and last, so that they are of
-another session, with processes recorded as they are and with 15 % planted into the slots engine.
+``check`` is measured in the same way: baselines are saved at the beginning and at the end, so that
+they are of different sessions, as they are and with 15 % planted into the slots engine.
 
-The table has what came out live, and what comes out when 2,000 verdicts are decided on process
-pairs drawn at random (with replacement) from all that were recorded of a case, by the program's own
-rule, the time of each pair counted as it was.
+The table has the live answers, and those of 2,000 verdicts on pairs drawn with replacement from all
+that were recorded of a case, by the program's own rule, with the time that each pair took.
 """
 
 from __future__ import annotations

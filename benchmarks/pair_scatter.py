@@ -1,11 +1,11 @@
-"""What a pair of processes costs a duet, and how its value scatters: forked, and started anew.
+"""Measure the time of a pair of processes and the scatter of its value, forked and started.
 
     .venv/bin/python benchmarks/pair_scatter.py [--pairs 24] [--of-one 1 8]
 
-Runs pairs of this installation beside itself, as ``batchbench duet --preset ci`` does, with as many
-of them forked from one process that has imported everything as ``--of-one`` says; 1 imports
-everything anew for each. The true value of every pair is 0. Forks of one parent could have a bias
-in common; if so, the means of those groups scatter more than their members do, and F is above 1.
+It runs pairs of this installation against itself, as ``batchbench duet --preset ci`` does.
+``--of-one`` is the number of processes forked from one parent that has imported everything; with 1
+each process imports everything again. The true value of every pair is 0. Forks of one parent could
+share a bias; if so, the means of those groups scatter more than their members do, and F is above 1.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from batchbench import settings
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
-from batchbench.cli.options import with_options
+from batchbench.cli.options import typed_command, with_options
+from batchbench.cli.output import interruptible, make_console, output_folder
 from batchbench.cli.streams import echo, echo_json
 from batchbench.errors import UsageError
 from batchbench.files import claimed, reason_of, write_file, write_whole
@@ -27,8 +28,6 @@ from batchbench.studies.gate.spec import BaselineSpec, CheckSpec, CompareSpec, D
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from batchbench.studies.gate.evidence import Gate
     from batchbench.studies.gate.processes import Installation
 
@@ -139,7 +138,9 @@ def conclude(gate: Gate, output: GateOutputSpec) -> None:
     elif output.quiet:
         echo(gate.sentence)
     else:
-        _print(report.render_terminal(gate, strict=output.strict, verbose=output.verbose))
+        make_console().print(
+            report.render_terminal(gate, strict=output.strict, verbose=output.verbose)
+        )
         echo(f"Again: {gate.typed}")
         if output.files:
             echo(f"Files: {', '.join(shlex.quote(str(file)) for file in output.files.values())}")
@@ -152,12 +153,6 @@ def conclude(gate: Gate, output: GateOutputSpec) -> None:
     _append(output, STEP_SUMMARY, markdown)
     _append(output, STEP_OUTPUT, f"answer={gate.answer}\nexit-code={code}\n")
     raise typer.Exit(code)
-
-
-def _print(content: RenderableType) -> None:
-    from rich.console import Console
-
-    Console(highlight=False, markup=False, emoji=False).print(content)
 
 
 def _append(output: GateOutputSpec, variable: str, text: str) -> None:
@@ -188,8 +183,6 @@ class RecordSpec:
 
 @contextmanager
 def _recording(record: RecordSpec, name: str) -> Iterator[None]:
-    from batchbench.cli.output import interruptible, output_folder
-
     lost = "there is no answer"
     if record.output is None:
         with interruptible(lost):
@@ -199,12 +192,14 @@ def _recording(record: RecordSpec, name: str) -> Iterator[None]:
             yield
 
 
-DUET_HELP = """Compare another installation of batchbench with this one, in alternating turns.
+DUET_HELP = """Compare another installation of batchbench with this one, in alternating
+turns.
 
-Both serve the same workload in processes of their own. The processes take turns of about 0.2 s and
-are replaced every few seconds, so that noise affects both sides alike. The comparison stops as soon
-as the answer is clear; a loss is confirmed by a second series. Exit code 1: this installation is
-slower, or counts or outputs differ.
+Both serve the same workload in processes of their own. The processes take
+turns of about 0.2 s and are replaced every few seconds, so that noise
+affects both sides alike. The comparison stops as soon as the answer is
+clear; a loss is confirmed by a second series. Exit code 1: this installation
+is slower, or counts or outputs differ.
 
 Example: batchbench duet --base-ref HEAD --preset ci --max-time 60"""
 
@@ -292,15 +287,11 @@ def _duet(
     ):
         source = ProcessPairs((base_workers, new_workers), experiment, others)
         result = run_duet(source, strategies, deciding, display)
-    words = settings.words_of(base, BaseSpec(base_ref="HEAD"), always=("base_ref",))
-    if base.base_ref is None:
-        words = ["--base-python", str(base.base_python)]
-    words += settings.words_of(deciding, DuetSpec())
     gate = make_duet_gate(
         result,
         (label, "this installation"),
         (sides[0].python, sides[1].python),
-        f"{experiment.command('duet')} {shlex.join(words)}",
+        typed_command(),
         allow_improvement=deciding.allow_improvement,
     )
     if record.output is not None:
@@ -327,14 +318,16 @@ def _base(base: BaseSpec) -> tuple[str, Installation]:
     return str(base.base_python), Installation("base", base.base_python.absolute())
 
 
-CHECK_HELP = """Check this version against a saved baseline: counts and outputs exactly, speed by ratios.
+CHECK_HELP = """Check this version against a saved baseline: counts and outputs exactly,
+speed by ratios.
 
-It runs the baseline's experiment in fresh processes. Each process alternates with reference runs
-(static batching, and the notebook engine), so that machine speed cancels out of the ratios.
-Absolute times are reported, not gated. The check stops as soon as the answer is clear. Exit code 1:
-this version is slower, or counts or outputs differ.
+It runs the baseline's experiment in fresh processes. Each process alternates
+with reference runs (static batching, and the notebook engine), so that
+machine speed cancels out of the ratios. Absolute times are reported, not
+gated. The check stops as soon as the answer is clear. Exit code 1: this
+version is slower, or counts or outputs differ.
 
-Example: batchbench check --baseline baseline.json"""  # noqa: E501
+Example: batchbench check --baseline baseline.json"""
 
 BASELINE_HELP = "Save counts and speed ratios of this version, for later checks."
 
@@ -362,7 +355,7 @@ def check(check_spec: CheckSpec, record: RecordSpec, output: GateOutputSpec) -> 
     check_outputs(output)
     with _recording(record, "check.json"):
         with make_turns_display(check_spec.max_time, quiet=output.quiet) as display:
-            gate, session = run_check(baseline, file, check_spec, display)
+            gate, session = run_check(baseline, file, check_spec, display, typed_command())
         if record.output is not None:
             write_whole(record.output, {"check.json": record_of(session, gate)})
         conclude(gate, output)
@@ -386,13 +379,10 @@ def save(
     model: ModelSpec,
     file: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[FILE]", help="File for the baseline.", show_default="baseline.json"
-        ),
+        typer.Argument(metavar="FILE", help="File for the baseline.", show_default="baseline.json"),
     ] = None,
 ) -> None:
     """Measure and save a baseline."""
-    from batchbench.cli.output import interruptible
     from batchbench.cli.progress import make_turns_display
     from batchbench.files import check_files
     from batchbench.studies.gate.baseline import make_baseline, to_json
@@ -403,15 +393,13 @@ def save(
     named = f"--output {saving.output}" if saving.output else str(file or "baseline.json")
     target = saving.output or file or Path("baseline.json")
     experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
-    words = [*settings.words_of(saving, BaselineSpec(output=saving.output)), str(target)]
-    command = f"{experiment.command('baseline save')} {shlex.join(words)}"
     with interruptible("no baseline was saved"), claimed(target, named):
         check_files(target.parent, [target.name], overwrite=saving.overwrite)
         with make_turns_display(0, quiet=saving.quiet) as display:
-            baseline = make_baseline(experiment, saving.processes, display, command)
+            baseline = make_baseline(experiment, saving.processes, display, typed_command())
         write_file(target, to_json(baseline))
     if not saving.quiet:
-        _print(render_baseline(baseline))
+        make_console().print(render_baseline(baseline))
         echo(f"File: {target}")
 
 
@@ -425,18 +413,21 @@ def show(
     from batchbench.studies.gate.baseline import load_baseline
     from batchbench.studies.gate.report import render_baseline
 
-    _print(render_baseline(load_baseline(file)))
+    make_console().print(render_baseline(load_baseline(file)))
 
 
 COMPARE_HELP = """Compare two versions by their results, and say which differences are real.
 
-Counts of closed workloads and output tokens are compared exactly, and any change fails. Then
-speed-ups within a run, which do not depend on the machine's speed. Absolute times are compared only
-if the environments match, and fail only if --fail-if asks for it. Give folders with four or more
-runs a side, each of a process of its own: they show much smaller changes than one run does.
+Counts of closed workloads and output tokens are compared exactly, and any
+change fails. Then speed-ups within a run, which do not depend on the
+machine's speed. Absolute times are compared only if the environments match,
+and fail only if --fail-if asks for it. Give folders with four or more runs a
+side, each of a process of its own: they show much smaller changes than one
+run does.
 
-Exit code 0: nothing is worse, or 'cannot tell' (with --strict that is 3); 1: something is worse,
-or counts or outputs changed; 2: the two cannot be compared.
+Exit code 0: nothing is worse, or 'cannot tell' (with --strict that is 3); 1:
+something is worse, or counts or outputs changed; 2: the two cannot be
+compared.
 
 Example: batchbench compare batchbench-results/my-run batchbench-results/my-run
 Example: batchbench compare batchbench-results/my-run batchbench-results/my-run --fail-if 'output_throughput < -5%'"""  # noqa: E501
@@ -463,6 +454,5 @@ def compare(
     from batchbench.studies.gate.compare import compare_versions, load_runs
 
     check_outputs(output)
-    words = ["batchbench", "compare", str(base), str(new)]
-    typed = shlex.join([*words, *settings.words_of(question, CompareSpec())])
-    conclude(compare_versions(load_runs(base), load_runs(new), question, typed), output)
+    runs = load_runs(base), load_runs(new)
+    conclude(compare_versions(*runs, question, typed_command()), output)

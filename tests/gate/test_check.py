@@ -60,7 +60,7 @@ def gate_of(
 
     monkeypatch.setattr(baseline, "measure_process", observe)
     spec = CheckSpec(baseline=FILE, **asked)
-    gate, _ = run_check(Baseline(kept or baseline_data()), FILE, spec, TurnsWatch())
+    gate, _ = run_check(Baseline(kept or baseline_data()), FILE, spec, TurnsWatch(), "again")
     return gate, count[0]
 
 

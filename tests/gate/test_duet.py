@@ -617,7 +617,7 @@ def test_what_a_worker_cannot_do_is_a_usage_error(experiment: Experiment) -> Non
 
 CANNOT_FORK = """#!/bin/sh
 exec {python} -P -c "
-from batchbench.studies import worker
+from batchbench.studies.gate import worker
 worker.can_fork = lambda: False
 worker.main()
 "

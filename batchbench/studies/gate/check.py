@@ -6,7 +6,6 @@ to its reference strategies by the rule of ``compare`` for several runs: the pro
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -15,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from batchbench import settings
 from batchbench.batching.experiment import Experiment
 from batchbench.errors import UsageError
 from batchbench.reports.statistics import Decision, Rule, Verdict, compare_means
@@ -86,7 +84,7 @@ def decide_ratios(
 
 
 def run_check(
-    baseline: Baseline, file: Path, spec: CheckSpec, watch: TurnsWatch
+    baseline: Baseline, file: Path, spec: CheckSpec, watch: TurnsWatch, typed: str
 ) -> tuple[Gate, Session]:
     """Run the baseline's experiment in fresh processes until all is decided or the time is up."""
     began = time.monotonic()
@@ -99,15 +97,15 @@ def run_check(
         )
     base, session = baseline.version(str(file)), Session()
     decided = _measure(baseline, base, experiment, file, spec, session, watch, began)
-    seconds, command = time.monotonic() - began, typed(file, spec)
+    seconds = time.monotonic() - began
     if decided is None:
         here = Side(LABEL, {"batchbench": __version__})
         late = session.cut_off
-        return empty_gate("check", command, base.side, here, "process", late, seconds), session
+        return empty_gate("check", typed, base.side, here, "process", late, seconds), session
     new, rule, decisions = decided
     gate = make_gate(
         "check",
-        command,
+        typed,
         (base, new),
         lambda: [*_ratios(baseline, session, decisions, rule), _absolute(baseline, session, rule)],
         allow_improvement=spec.allow_improvement,
@@ -165,11 +163,11 @@ def is_another_machine(base: Version, new: Version) -> bool:
 
 def _check_same_question(file: Path, data: Mapping[str, Any], report: ProcessReport) -> None:
     opened = report.opened
-    for what, kept, now in (
+    for what, saved, now in (
         ("workload", data["workload"]["digest"], opened["workload"]["digest"]),
         ("weights", data["model"].get("weights_digest"), opened["model"]["weights_digest"]),
     ):
-        if kept != now:
+        if saved != now:
             raise UsageError(
                 f"{file}: the same settings give another {what} here, so there is nothing to "
                 "compare; make a new baseline with batchbench baseline save"
@@ -243,9 +241,3 @@ def _notes(
 def record_of(session: Session, gate: Gate) -> bytes:
     processes = [asdict(process) for process in session.processes]
     return make_record(gate, SCHEMA_VERSION, processes=processes)
-
-
-def typed(file: Path, spec: CheckSpec) -> str:
-    usual = CheckSpec(baseline=file)
-    words = ["batchbench", "check", *settings.words_of(replace(spec, baseline=file), usual)]
-    return shlex.join([*words, "--baseline", str(file)])

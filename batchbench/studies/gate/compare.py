@@ -362,7 +362,7 @@ def _values(metric: Metric, strategy: str, data: Mapping[str, Any]) -> list[floa
     trials = data["strategies"][strategy]["trials"]
     if not metric.of_pair:
         return [trial.get(metric.name) for trial in trials]
-    (comparison,) = [each for each in data["comparisons"] if each["candidate"] == strategy]
+    (comparison,) = [c for c in data["comparisons"] if c["candidate"] == strategy]
     steps = comparison["step_ratio"] if metric.name == "efficiency" else 1.0
     before = data["strategies"][comparison["baseline"]]["trials"]
     pairs = zip([t["duration"] for t in before], [t["duration"] for t in trials], strict=False)

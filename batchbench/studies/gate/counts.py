@@ -56,7 +56,9 @@ class Counts:
             counters[name] = counts
         return cls(
             counters=counters,
-            digests={name: each["output_digest"] for name, each in data["strategies"].items()},
+            digests={
+                name: strategy["output_digest"] for name, strategy in data["strategies"].items()
+            },
             closed=data["workload"]["closed"],
             simulated=data["simulated"],
             dtype=data["model"]["dtype"],
@@ -242,11 +244,11 @@ def mismatches(base: Version, new: Version, names: Sequence[str]) -> list[Differ
     """
     simulated = base.counts[0].simulated or new.counts[0].simulated
     chosen = None if simulated else names
-    found: dict[str, Difference] = {}
+    mismatched: dict[str, Difference] = {}
     for facts in (*new.facts, *base.facts[1:]):
         for difference in differences(base.facts[0], facts, chosen):
-            found.setdefault(difference.name, difference)
-    return list(found.values())
+            mismatched.setdefault(difference.name, difference)
+    return list(mismatched.values())
 
 
 def make_gate(

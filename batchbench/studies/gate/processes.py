@@ -27,7 +27,7 @@ import batchbench
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import allowed_cpus, facts_of
 from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError, shown
-from batchbench.files import reason_of, replacing, undisturbed
+from batchbench.files import cache_folder, reason_of, replacing, undisturbed
 from batchbench.studies.gate.counts import Counts, Version
 from batchbench.studies.gate.evidence import Side
 from batchbench.studies.gate.turns import Turn
@@ -340,7 +340,12 @@ def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, st
             f"--base-ref {shown(revision)}: {root} has no such commit; fetch it (in a "
             "shallow clone: git fetch --unshallow), or name one that git log shows"
         )
-    folder = (cache or cache_folder()) / commit[:16]
+    try:
+        folder = (cache or cache_folder() / "revisions") / commit[:16]
+    except RuntimeError as error:
+        raise UsageError(
+            "--base-ref: there is no home folder for the cache; set BATCHBENCH_CACHE to a folder"
+        ) from error
     if not folder.exists():
         _install(root, commit, folder)
     return folder, commit
@@ -354,18 +359,6 @@ def repository() -> Path:
     raise UsageError(
         "--base-ref: needs a git checkout of batchbench; change to one, or give --base-python"
     )
-
-
-def cache_folder() -> Path:
-    if own := os.environ.get("BATCHBENCH_CACHE"):
-        return Path(own) / "revisions"
-    try:
-        usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:
-        raise UsageError(
-            "--base-ref: there is no home folder for the cache; set BATCHBENCH_CACHE to a folder"
-        ) from error
-    return usual / "batchbench" / "revisions"
 
 
 def _install(root: Path, commit: str, folder: Path) -> None:

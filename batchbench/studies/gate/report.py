@@ -70,19 +70,19 @@ class Rows:
 def tables(gate: Gate, *, verbose: bool = False) -> list[Rows]:
     """Return the rows for each kind of evidence; ``verbose`` includes what did not change."""
     rows = [_rows(kind, gate.of(kind), verbose=verbose) for kind in Kind if gate.of(kind)]
-    return [each for each in rows if each.evidence or each.below]
+    return [part for part in rows if part.evidence or part.below]
 
 
 def _rows(kind: Kind, evidence: Sequence[Evidence], *, verbose: bool) -> Rows:
-    chosen = [each for each in evidence if verbose or _matters(each)]
+    chosen = [item for item in evidence if verbose or _matters(item)]
     ranked = sorted(
-        chosen, key=lambda each: (not each.fails, not each.is_undecided, not each.gated)
+        chosen, key=lambda item: (not item.fails, not item.is_undecided, not item.gated)
     )
     shown, rest = ranked[:MOST_ROWS], len(evidence) - len(chosen)
     below = _reasons(shown)
     if len(ranked) > MOST_ROWS:
         below.insert(0, f"{plural(len(ranked) - MOST_ROWS, 'more row')} in the JSON (--json).")
-    if kind is not Kind.WORK and any(each.smallest is not None for each in shown):
+    if kind is not Kind.WORK and any(item.smallest is not None for item in shown):
         below.append(_DETECTABLE)
     if rest and kind is Kind.WORK:
         which = f"{rest} other" if shown else "The only" if rest == 1 else f"All {rest}"
@@ -192,10 +192,10 @@ def render_terminal(gate: Gate, *, strict: bool = False, verbose: bool = False) 
             for difference in rows:
                 grid.add_row(*map(Text, _differing(difference)))
             parts += [grid, Text()]
-    for each in tables(gate, verbose=verbose):
-        title = TITLES[each.kind]
-        parts.append(_table(title, each) if each.evidence else Text(title, style="bold"))
-        parts += [*map(Text, each.below), Text()]
+    for part in tables(gate, verbose=verbose):
+        title = TITLES[part.kind]
+        parts.append(_table(title, part) if part.evidence else Text(title, style="bold"))
+        parts += [*map(Text, part.below), Text()]
     if not gate.evidence:
         parts += [Text("Nothing was compared."), Text()]
     parts += [Text(line, style="dim") for line in _last_lines(gate)]
@@ -288,13 +288,13 @@ def _lines(gate: Gate, *, strict: bool, verbose: bool) -> Iterator[str]:
             yield from table(
                 ["Name", "Base", "New"], [list(_differing(row)) for row in rows], left=3
             )
-    for each in tables(gate, verbose=verbose):
-        yield from (f"**{TITLES[each.kind]}**", "")
-        if each.evidence:
-            columns = list(zip(each.head, *map(cells, each.evidence), strict=True))
+    for part in tables(gate, verbose=verbose):
+        yield from (f"**{TITLES[part.kind]}**", "")
+        if part.evidence:
+            columns = list(zip(part.head, *map(cells, part.evidence), strict=True))
             head, *body = zip(*(column for column in columns if any(column[1:])), strict=True)
             yield from table(list(head), body, left=1)
-        for line in each.below:
+        for line in part.below:
             yield from (escape(line), "")
     if not gate.evidence:
         yield from ("Nothing was compared.", "")
