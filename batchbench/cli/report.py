@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,11 +125,11 @@ def _write_document(
 
 def _study_file(folder: Path) -> Path | None:
     """Return the JSON file of a study, given the file or its folder; None for anything else."""
-    if folder.name in STUDIES and folder.is_file():
+    if folder.name in STUDIES and os.path.isfile(folder):  # False too if the name is too long
         return folder
-    if (folder / "result.json").exists():
+    if os.path.isfile(folder / "result.json"):
         return None
-    return next((folder / name for name in STUDIES if (folder / name).is_file()), None)
+    return next((folder / name for name in STUDIES if os.path.isfile(folder / name)), None)
 
 
 def _show_study(file: Path, output: ReportSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def _settings_of(name: str) -> Mapping[str, Any]:
     """Return the option for a preset, a workload file or a trace file."""
     if name in PRESETS:
         return {"preset": name}
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return {"workload" if name.endswith(".toml") else "trace": Path(name)}
     raise UsageError(f"{shown(name)}: no such preset or file; the presets are {', '.join(PRESETS)}")
 
