@@ -8,7 +8,6 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -22,8 +21,8 @@ from batchbench.batching.session import Session, run_session
 from batchbench.batching.step_cost import KnownCost
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
-from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.result import Result, make_result
+from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.statistics import FEWEST_PAIRS, interval_of_ratio
 from batchbench.reports.text import joined, times, times_within
 from batchbench.studies.sweep.grid import named_files

@@ -18,6 +18,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from batchbench import settings
 from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError
@@ -39,7 +40,7 @@ from batchbench.reports.figures.card import (
 from batchbench.reports.prediction import beyond, predict
 from batchbench.reports.result_file import metric
 from batchbench.reports.text import called, clean_text, joined, number, percent, plural
-from batchbench.studies.predict.fitted import FittedRun, read_spec
+from batchbench.studies.predict.fitted import FittedRun
 from batchbench.version import __version__
 from batchbench.workloads import Workload
 
@@ -136,7 +137,7 @@ def predict_slots(fitted: FittedRun, sizes: Sequence[int], queue_size: int | Non
             f"{fitted.known.source}: its texts end where the model ends them (--stop-at-eos), "
             "which cannot be predicted; give a result without --stop-at-eos"
         )
-    serving = read_spec(ServingSpec, config["serving"])
+    serving = settings.from_json(ServingSpec, config["serving"], drop_unknown=True)
     workload = recorded_workload(fitted, queue_size, BATCHES * max(sizes))
     points = [
         _point(recording, size, fitted, serving.batch_size)

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from batchbench import settings
 from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError
-from batchbench.reports.prediction import Quality, known_cost
+from batchbench.reports.prediction import Quality, describe_fit, known_cost
 from batchbench.reports.result import Result, load_result
-from batchbench.reports.text import percent, plural
-
-Spec = TypeVar("Spec")
-
-WEAK_STEP, WEAK_TOTAL = 0.25, 0.10
-"""Errors of a fit, median of a step and sum of all, from which on it is too weak to rely on."""
+from batchbench.reports.text import percent
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +26,7 @@ class FittedRun:
     @property
     def model(self) -> ModelSpec:
         """The model as the run was configured."""
-        return read_spec(ModelSpec, self.result.data["config"]["model"])
+        return settings.from_json(ModelSpec, self.result.data["config"]["model"], drop_unknown=True)
 
     @property
     def engine(self) -> str:
@@ -49,13 +42,7 @@ class FittedRun:
     @property
     def fit(self) -> str:
         """The quality of the fit in a sentence."""
-        quality, steps = self.quality, plural(self.quality.steps, "step")
-        step, total = percent(quality.median_error, 1), error_in_words(quality.total_error)
-        text = f"Step-cost fit on {steps} (cross-validated): median error {step} per step; all "
-        text += f"steps together predicted {total}."
-        if quality.median_error > WEAK_STEP or abs(quality.total_error) > WEAK_TOTAL:
-            text += " This fit is too weak to rely on: measure again on an idle machine."
-        return text
+        return describe_fit(self.quality.as_dict(), "measured")
 
 
 def error_in_words(error: float) -> str:
@@ -91,9 +78,3 @@ def check_engine(fitted: FittedRun, serving: ServingSpec, option: str) -> None:
             f"{option} {fitted.known.source}: its steps are of the {fitted.engine} engine; add "
             f"--engine {fitted.engine}"
         )
-
-
-def read_spec(kind: type[Spec], config: Mapping[str, object]) -> Spec:
-    """Return a spec from a result's config; settings of newer versions are dropped."""
-    known = {f.name: config[f.name] for f in fields(kind) if f.name in config}  # type: ignore[arg-type]
-    return kind(**settings.typed(kind, known))

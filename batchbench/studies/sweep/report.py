@@ -31,8 +31,8 @@ from batchbench.reports.text import (
 from batchbench.studies.sweep.figures import PICTURES, draw_sweep
 from batchbench.studies.sweep.grid import Cell, Grid
 from batchbench.studies.sweep.run import Store
-from batchbench.version import __version__
 from batchbench.studies.sweep.table import Cells, Row, rows_of, table_of, to_csv
+from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 

@@ -186,7 +186,9 @@ def run_cells(
         watch.cell_ends(cell, reason, pace.left_s())
 
 
-def _serve(cell: Cell, store: Store, watch: Watch, serve: Conduct, models: ModelCache) -> str | None:
+def _serve(
+    cell: Cell, store: Store, watch: Watch, serve: Conduct, models: ModelCache
+) -> str | None:
     """Serve one cell and keep its result; return the reason if it failed."""
     try:
         outcome = serve(_experiment(cell), watch, models)
