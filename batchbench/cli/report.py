@@ -195,18 +195,17 @@ def _sweep_parts(folder: Path, data: dict[str, Any]) -> tuple[str, list[Renderab
     from batchbench.reports.slo import GoalsSpec
     from batchbench.studies.sweep import report as sweeps
     from batchbench.studies.sweep.grid import Grid
-    from batchbench.studies.sweep.store import Store
+    from batchbench.studies.sweep.run import Store
 
     axes = {
         name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
         for name, values in data["axes"].items()
     }
-    findings = sweeps.read_findings(
-        Grid(axes, data["simulated"]), Store(folder), settings.from_json(GoalsSpec, data["goals"])
-    )
-    cells = sweeps.cells_of(findings)
-    lines = sweeps.notes(findings, cells, data["pictures_not_drawn"])
-    return sweeps.sentence(findings, cells), [sweeps.render_screen(findings, cells, lines)]
+    grid, goals = Grid(axes, data["simulated"]), settings.from_json(GoalsSpec, data["goals"])
+    swept = sweeps.read_sweep(grid, Store(folder), goals)
+    cells = sweeps.cells_of(swept)
+    parts = [sweeps.render(swept, cells, data["pictures_not_drawn"])]
+    return sweeps.sentence(swept, cells), parts
 
 
 MOST_COLUMNS, MOST_ROWS = 7, 40

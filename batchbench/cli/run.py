@@ -74,9 +74,9 @@ def simulate(
 ) -> None:
     experiment = Experiment(workload, model, serving, trials, simulated=True, preset=basis.preset)
     if cost.cost is not None:
-        from batchbench.studies.predict.teacher import check_engine, read_teacher
+        from batchbench.studies.predict.fitted import check_engine, read_fitted
 
-        measured = read_teacher(cost.cost, "--cost")
+        measured = read_fitted(cost.cost, "--cost")
         check_engine(measured, serving, "--cost")
         model = measured.model if model == ModelSpec() else model
         experiment = replace(experiment, model=model, cost=measured.known)

@@ -1,1 +1,1 @@
-"""What it means: metrics, comparison, audit, result, figures; pure functions of Recordings."""
+"""Reports: metrics, audit, result, figures and documents, computed from Recordings alone."""

@@ -177,7 +177,7 @@ def _stall(trial: int, recording: Recording, gap: _Gap) -> Stall:
     outside = int(gap.ns - spent.sum())
     longest = int(spent.argmax())
     step: int | None = int(steps[longest])
-    cause = what_happened(recording, int(steps[longest]))
+    cause = describe_step(recording, int(steps[longest]))
     if outside > spent[longest]:
         step, cause = None, "time outside the steps"
     return {
@@ -190,7 +190,7 @@ def _stall(trial: int, recording: Recording, gap: _Gap) -> Stall:
     }
 
 
-def what_happened(recording: Recording, step: int) -> str:
+def describe_step(recording: Recording, step: int) -> str:
     """Return the work of a step in words: ``prefill of 3 requests, 512 tokens``."""
     span = int(recording.spans_of(np.array([step]))[0])
     spans, log = recording.spans, recording.chunks
@@ -235,7 +235,7 @@ def tpot_ms(recording: Recording) -> Floats:
 
 
 def within(recording: Recording, limits_ms: Mapping[str, float]) -> NDArray[np.bool_]:
-    """Return which requests meet all limits on ``ttft``, ``tpot`` and ``e2el``.
+    """Return a mask of the requests that meet all limits on ``ttft``, ``tpot`` and ``e2el``.
 
     A request with one output token has no TPOT and meets any limit on it.
     """

@@ -114,7 +114,7 @@ class DecodeFloor:
 
 
 def decode_floor(recording: Recording) -> DecodeFloor | None:
-    """Return None if memory was not measured (its cache holds what is read) or no step shows."""
+    """Return the medians of a trial; None if bandwidth was not measured or no step shows."""
     memory = recording.header.about.get("memory")
     if memory is None or not recording.has_steps:
         return None

@@ -16,7 +16,7 @@ MOST_LEVELS = 1_000
 
 @dataclass(frozen=True, eq=False)
 class Holdings:
-    """When each request held its slot, in ns, ``[requests]`` each."""
+    """Times at which each request took and left its slot, in ns, ``[requests]`` each."""
 
     request: Ints
     slot: Ints

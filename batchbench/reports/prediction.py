@@ -31,7 +31,7 @@ BLOCKS, FOLDS = 10, 5
 FEWEST_STEPS = 20
 """Fewest steps that can determine six coefficients."""
 
-WEAK_R2, WEAK_ERROR = 0.3, 0.05
+WEAK_R2, WEAK_ERROR = 0.5, 0.1
 """A fit is too weak to use if its R² is below the one and its median error above the other. If all
 steps take nearly the same time, R² is low and the predictions are good."""
 
@@ -81,8 +81,8 @@ class StepSample:
         real = [r for r in recordings if r.measured and r.num_steps]
         if sum(r.num_steps for r in real) < FEWEST_STEPS:
             raise UsageError(
-                f"has too few measured steps (below {FEWEST_STEPS}) to tell what a step costs; "
-                "give the result of a batchbench run with more requests, no simulation"
+                f"has too few measured steps (below {FEWEST_STEPS}) to fit the cost of a step; "
+                "give the result of a batchbench run with more requests, not of a simulation"
             )
         counts = [counts_of(r) for r in real]
         spent = [(r.step_ends_ns - r.step_starts_ns) for r in real]
@@ -287,7 +287,10 @@ def describe_fit(fit: FitQuality, source: str) -> str:
     """Return the quality of a fit in a sentence; ``source`` names the steps, such as ``static``."""
     head = f"Step-cost fit on {fit['steps']:,} {source} steps (cross-validated): "
     if is_weak(fit):
-        return f"{head}too weak to use (R² {fit['r2']:.2f}), so no prediction is shown."
+        error = percent(fit["median_error"], 1)
+        return (
+            f"{head}too weak to predict with (R² {fit['r2']:.2f}, median error {error} per step)."
+        )
     r2 = "" if fit["r2"] is None or fit["r2"] < WEAK_R2 else f"R² {fit['r2']:.2f}, "
     return (
         f"{head}{r2}median error {percent(fit['median_error'], 1)} per step, "

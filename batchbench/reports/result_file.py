@@ -383,7 +383,7 @@ class Facts(TypedDict):
 
 
 class ResultData(Facts):
-    """``result.json``."""
+    """The content of ``result.json``."""
 
     schema_version: int
     batchbench_version: str

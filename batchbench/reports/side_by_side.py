@@ -12,7 +12,7 @@ from typing import Any
 from batchbench.errors import shown
 from batchbench.reports.result import Result, ratio_of
 from batchbench.reports.result_file import metric
-from batchbench.reports.text import MISSING, number, spell_value, times_within
+from batchbench.reports.text import MISSING, number, spell_ratio, spell_value
 
 _SETTINGS = ("batchbench_version", "simulated", "config", "environment", "model", "workload")
 """Parts of a result that hold its options and its machine."""
@@ -152,12 +152,11 @@ def _lines(one: Labelled) -> Iterator[Line]:
     for name in names:
         summary = strategies[name]["summary"]
         ratio = ratio_of(strategies, "duration", names[0], name)
-        speedup = times_within(ratio.median, ratio.low, ratio.high) if ratio else MISSING
         yield Line(
             label=one.label,
             strategy=name,
             figures=tuple(number(metric(summary, key)) for _, key in FIGURES),
-            speedup="baseline" if name == names[0] else speedup,
+            speedup="baseline" if name == names[0] else spell_ratio(ratio),
             throughput=summary["output_throughput"],
             status=one.result.data["validity"]["status"],
         )

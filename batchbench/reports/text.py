@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from batchbench.batching.policies import POLICIES
+
+if TYPE_CHECKING:  # scipy takes 0.5 s to import, and spelling a number does not need it
+    from batchbench.reports.statistics import Ratio
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
 """Separates a number from its unit in pictures."""
@@ -90,6 +93,11 @@ def times_within(ratio: float | None, low: float | None, high: float | None) -> 
     if low is None or high is None:
         return times(ratio)
     return f"{times(ratio)} ({interval(low, high)})"
+
+
+def spell_ratio(ratio: Ratio | None) -> str:
+    """Return a ratio with its interval, if it has one; N/A for None."""
+    return MISSING if ratio is None else times_within(ratio.median, ratio.low, ratio.high)
 
 
 def interval(low: float, high: float, decimals: int = 2) -> str:

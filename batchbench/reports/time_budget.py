@@ -173,6 +173,32 @@ NAMES = {
 }
 """Labels of the parts."""
 
+SAVED_BY = {
+    "useful_decode_s": "by cheaper steps for the same tokens",
+    "finished_s": "by freeing slots when requests finish",
+    "empty_s": "by filling empty slots",
+    "prefill_useful_s": "by cheaper prefill",
+    "prefill_padding_s": "by less prefill padding",
+    "stalled_s": "by fewer stalls during prefill",
+    "waiting_s": "by less waiting for requests",
+    "host_s": "by less host work",
+    "residual_s": "in unaccounted time",
+}
+"""Words after "1.2 s saved" for each part."""
+
+LOST_TO = {
+    "useful_decode_s": "to dearer steps for the same tokens",
+    "finished_s": "to slots held by finished requests",
+    "empty_s": "to empty slots",
+    "prefill_useful_s": "to dearer prefill",
+    "prefill_padding_s": "to prefill padding",
+    "stalled_s": "to stalls during prefill",
+    "waiting_s": "to waiting for requests",
+    "host_s": "to host work",
+    "residual_s": "to unaccounted time",
+}
+"""Words after "1.2 s lost" for each part."""
+
 CAUSES = NAMES | {
     "useful_decode_s": "the cost of the same useful steps",
     "finished_s": "finished requests that held slots",

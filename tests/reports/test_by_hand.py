@@ -24,13 +24,13 @@ from batchbench.batching.recording import Header, Recording
 from batchbench.reports import metrics
 from batchbench.reports.latency import (
     Latencies,
+    describe_step,
     e2el_ms,
     gaps_ms,
     queue_ms,
     stalls,
     tpot_ms,
     ttft_ms,
-    what_happened,
     within,
 )
 from batchbench.workloads import Workload
@@ -309,7 +309,7 @@ def test_a_stall_names_the_step_that_took_most_of_the_gap() -> None:
 
 
 def test_what_steps_do() -> None:
-    assert [what_happened(CONTINUOUS, step) for step in range(4)] == [
+    assert [describe_step(CONTINUOUS, step) for step in range(4)] == [
         "prefill of 2 requests, 5 tokens",
         "prefill of 1 request, 4 tokens",
         "decode of 2 slots",
@@ -317,4 +317,4 @@ def test_what_steps_do() -> None:
     ]
     config = Config("continuous", 2, prefill="mixed", max_batched_tokens=4)
     mixed = serve(workload_of([(1, 4, 0), (7, 1, 0)]), config)
-    assert what_happened(mixed, 2) == "prefill of 1 request, 1 token + decode of 1 slot"
+    assert describe_step(mixed, 2) == "prefill of 1 request, 1 token + decode of 1 slot"
