@@ -19,7 +19,7 @@ from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import with_options
-from batchbench.cli.streams import echo, echo_json
+from batchbench.cli.output import echo, echo_json, interruptible, output_folder
 from batchbench.errors import UsageError
 from batchbench.files import claimed, reason_of, write_file, write_whole
 from batchbench.settings import setting
@@ -188,7 +188,6 @@ class RecordSpec:
 
 @contextmanager
 def _recording(record: RecordSpec, name: str) -> Iterator[None]:
-    from batchbench.cli.output import interruptible, output_folder
 
     lost = "there is no answer"
     if record.output is None:
@@ -392,7 +391,6 @@ def save(
     ] = None,
 ) -> None:
     """Measure and save a baseline."""
-    from batchbench.cli.output import interruptible
     from batchbench.cli.progress import make_turns_display
     from batchbench.files import check_files
     from batchbench.studies.gate.baseline import make_baseline, to_json

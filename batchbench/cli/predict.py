@@ -13,7 +13,7 @@ from batchbench import settings
 from batchbench.batching.experiment import PREFILLS, Experiment
 from batchbench.batching.models import ModelSpec
 from batchbench.cli.options import typed_command, with_options
-from batchbench.cli.streams import echo, echo_json
+from batchbench.cli.output import echo, echo_json, make_console, output_folder, print_ending
 from batchbench.errors import UsageError, shown
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
@@ -88,7 +88,6 @@ def predict(
     ],
 ) -> None:
     sizes = _batch_sizes(study.batch_size)
-    from batchbench.cli.output import make_console, output_folder, print_ending
     from batchbench.studies.predict import batch_sizes
     from batchbench.studies.predict.fitted import read_fitted
 
@@ -207,7 +206,6 @@ class BreakevenSpec:
 
 @with_options({"study": BreakevenSpec, "model": ModelSpec, "goals": GoalsSpec})
 def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
-    from batchbench.cli.output import make_console, output_folder, print_ending
     from batchbench.cli.progress import make_sweep_display
     from batchbench.files import default_folders
     from batchbench.studies.predict import breakeven_report as report

@@ -11,7 +11,14 @@ import typer
 
 from batchbench import settings
 from batchbench.cli.options import ReportSpec, with_options
-from batchbench.cli.streams import echo, echo_html, echo_json
+from batchbench.cli.output import (
+    echo,
+    echo_html,
+    echo_json,
+    make_console,
+    output_folder,
+    print_ending,
+)
 from batchbench.errors import UsageError
 from batchbench.files import check_file, claimed, reason_of, write_file
 
@@ -80,7 +87,6 @@ def report(
 
 
 def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
-    from batchbench.cli.output import output_folder
     from batchbench.cli.run import show_result
     from batchbench.reports.output import write_folder
 
@@ -90,7 +96,6 @@ def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
 
 
 def _show_together(folders: list[Path], results: list[Result], output: ReportSpec) -> None:
-    from batchbench.cli.output import make_console
     from batchbench.reports.formats.terminal import render_side_by_side
     from batchbench.reports.side_by_side import SideBySide, label_results
 
@@ -133,7 +138,6 @@ def _study_file(folder: Path) -> Path | None:
 
 
 def _show_study(file: Path, output: ReportSpec) -> None:
-    from batchbench.cli.output import make_console, print_ending
     from batchbench.json_file import read_json
 
     if output.chosen not in ("terminal", "json") or output.trace_out is not None:

@@ -11,7 +11,7 @@ import typer
 
 from batchbench import settings
 from batchbench.cli.options import with_options
-from batchbench.cli.streams import echo, echo_json
+from batchbench.cli.output import echo, echo_json, interruptible, output_folder
 from batchbench.settings import setting
 
 REPRODUCE_HELP = """Run the experiment of a result again and compare the two results.
@@ -53,7 +53,6 @@ def reproduce(
 ) -> None:
     from rich.console import Console
 
-    from batchbench.cli.output import interruptible, output_folder
     from batchbench.cli.progress import make_display
     from batchbench.reports.output import write_folder
     from batchbench.reports.result import load_result

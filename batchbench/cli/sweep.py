@@ -12,7 +12,7 @@ import typer
 
 from batchbench import settings
 from batchbench.cli.options import typed_command, with_options
-from batchbench.cli.streams import echo, echo_json
+from batchbench.cli.output import echo, echo_json, make_console, output_folder, print_ending
 from batchbench.errors import UsageError
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
@@ -57,7 +57,6 @@ class SweepSpec:
 
 @with_options({"goals": GoalsSpec, "study": SweepSpec}, swept=SWEPT)
 def sweep(axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpec) -> None:
-    from batchbench.cli.output import make_console, output_folder, print_ending
     from batchbench.cli.progress import make_sweep_display
     from batchbench.studies.sweep.run import Store, lines_of, run_cells
 

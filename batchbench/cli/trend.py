@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchbench.cli.options import with_options
-from batchbench.cli.streams import echo, echo_json
+from batchbench.cli.output import echo, echo_json, interruptible, make_console, output_folder
 from batchbench.errors import UsageError, shown
 from batchbench.files import check_files, claimed, write_file
 from batchbench.studies.trend.history import TrendSpec
@@ -40,7 +40,6 @@ def trend(
     ],
     spec: TrendSpec,
 ) -> None:
-    from batchbench.cli.output import interruptible, make_console, output_folder
     from batchbench.studies.gate.evidence import CANNOT_TELL, Answer
     from batchbench.studies.trend import report
 

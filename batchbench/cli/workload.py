@@ -16,8 +16,7 @@ from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import PRESETS, Basis
 from batchbench.cli.options import with_options
-from batchbench.cli.output import make_console
-from batchbench.cli.streams import echo
+from batchbench.cli.output import echo, make_console
 from batchbench.errors import UsageError, shown
 from batchbench.files import check_files, claimed, write_file, write_files
 from batchbench.settings import setting
