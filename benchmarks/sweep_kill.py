@@ -32,7 +32,7 @@ GRID = "sweep --simulated --batch-size 1,2,4,8,16,32 --long-every 2,4,8,16 --que
 SWEEPER = """
 import os, sys, time
 from batchbench.cli.main import main
-from batchbench.studies import sweep
+from batchbench.studies.sweep import run as sweep
 
 log = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 serve = sweep._serve

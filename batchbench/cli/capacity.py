@@ -14,7 +14,7 @@ import typer
 from batchbench import settings
 from batchbench.batching.experiment import Experiment
 from batchbench.cli.options import with_options
-from batchbench.cli.streams import echo, echo_json
+from batchbench.cli.output import echo, echo_json, output_folder
 from batchbench.errors import UsageError, shown
 from batchbench.files import undisturbed
 from batchbench.reports.slo import GoalsSpec
@@ -89,7 +89,6 @@ def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) ->
     experiment = _experiment(given, study)
     if not goals.slo:
         raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")
-    from batchbench.cli.output import output_folder
     from batchbench.files import default_folders
     from batchbench.studies.capacity.probe import CapacityQuery
 

@@ -19,8 +19,7 @@ from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import typed_command, with_options
-from batchbench.cli.output import interruptible, make_console, output_folder
-from batchbench.cli.streams import echo, echo_json
+from batchbench.cli.output import echo, echo_json, interruptible, make_console, output_folder
 from batchbench.errors import UsageError
 from batchbench.files import claimed, reason_of, write_file, write_whole
 from batchbench.settings import setting

@@ -13,7 +13,7 @@ from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import OutputSpec, with_options
-from batchbench.cli.streams import echo, echo_json
+from batchbench.cli.output import echo, echo_json, output_folder
 from batchbench.errors import Interrupted
 from batchbench.files import undisturbed
 from batchbench.studies.ladder.rungs import LadderSpec, choose_rungs
@@ -63,7 +63,6 @@ def ladder(
     ladder: LadderSpec,
     output: OutputSpec,
 ) -> None:
-    from batchbench.cli.output import output_folder
     from batchbench.files import default_folders
 
     experiment = Experiment(workload, model, serving, trials, preset=basis.preset)

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from batchbench.cli import streams
+from batchbench.cli import output
 from batchbench.errors import BatchbenchError, ClosedPipe, UsageError, one_line, shown
 from batchbench.files import STOPPING, reason_of
 from batchbench.version import __version__
@@ -142,7 +142,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        streams.echo(f"batchbench {__version__}")
+        output.echo(f"batchbench {__version__}")
         raise typer.Exit
 
 
@@ -160,7 +160,7 @@ def _root(
 
 def main() -> None:
     """Run the program and exit with its code."""
-    streams.prepare()
+    output.prepare()
     # matplotlib warns if its cache of fonts cannot be written; it works without one.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     received = _interrupt_on_signals()
@@ -266,7 +266,7 @@ def _system_message(error: OSError) -> str | None:
 
 
 def _report(message: str, code: int) -> int:
-    streams.echo(f"batchbench: {one_line(message)}", err=True)
+    output.echo(f"batchbench: {one_line(message)}", err=True)
     return code
 
 

@@ -1,4 +1,4 @@
-"""The command predict."""
+"""The commands predict and breakeven."""
 
 from __future__ import annotations
 
@@ -12,34 +12,44 @@ import typer
 from batchbench import settings
 from batchbench.batching.experiment import PREFILLS, Experiment
 from batchbench.batching.models import ModelSpec
-from batchbench.cli.options import with_options
-from batchbench.cli.streams import echo, echo_json
+from batchbench.cli.options import typed_command, with_options
+from batchbench.cli.output import echo, echo_json, make_console, output_folder, print_ending
 from batchbench.errors import UsageError, shown
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
 from batchbench.studies.sweep.grid import parse_numbers
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from batchbench.studies.predict.breakeven import MapSpec
+    from batchbench.studies.predict.fitted import FittedRun
 
-    from batchbench.batching.progress import Watch
-    from batchbench.studies.predict.batch_sizes import Curve
-    from batchbench.studies.predict.breakeven import BreakEven, MapSpec
-    from batchbench.studies.predict.teacher import Teacher
-    from batchbench.studies.sweep.store import Store
+PREDICT_HELP = """Predict other batch sizes from a result, and where more slots stop paying.
 
-
-PREDICT_HELP = """Say from a result where more slots stop paying: other batch sizes, predicted.
-
-The steps of the run teach what a step costs; its requests are then served with each number of
-slots by the same scheduler on a virtual clock.
+Step costs are fitted on the run. Its requests are then served with each number of slots by the
+same scheduler on a virtual clock.
 
 Example: batchbench predict batchbench-results/my-run --batch-size 1:64"""
 
+BREAKEVEN_HELP = """Map where continuous batching wins and where static batching does.
+
+The map covers batch size × spread of output lengths × load, for throughput, TTFT and goodput. It is
+simulated on the step costs of a run (--cost, or a run that is made first). --measure N also
+measures N cells.
+
+Example: batchbench breakeven --model toy-gpt2 --batch-size 2,4,8"""
+
+
+def _batch_sizes(text: str) -> list[int]:
+    """Parse ``--batch-size`` into rising batch sizes."""
+    sizes = sorted({int(n) for n in parse_numbers(text, int, "--batch-size")})
+    if sizes[0] < 1:
+        raise UsageError(f"--batch-size {shown(text)}: must be at least 1")
+    return sizes
+
 
 @dataclass(frozen=True)
-class SlotsSpec:
-    """Which batch sizes are predicted."""
+class PredictSpec:
+    """Options of ``predict``."""
 
     batch_size: str = setting(
         "1:64",
@@ -49,11 +59,11 @@ class SlotsSpec:
     )
     queue_size: int | None = setting(
         None,
-        "Requests to serve, taken in turn from the result's own.",
+        "Requests to serve, repeating those of the result.",
         "Prediction",
         min=1,
         max=10**8,
-        default_text="the result's, or 8 of the largest batch if that is more",
+        default_text="those of the result; at least 8 for each slot of the largest batch",
     )
     output: Path | None = setting(
         None,
@@ -62,153 +72,55 @@ class SlotsSpec:
         metavar="DIR",
         default_text="predict in the result's folder, which is replaced",
     )
-    overwrite: bool = setting(False, "Replace a prediction that --output holds.", "Output")
-    json: bool = setting(
-        False, "Print predict.json on standard output, and nothing else.", "Output"
-    )
-    quiet: bool = setting(False, "Show only the sentence.", "Output")
+    overwrite: bool = setting(False, "Replace the prediction in the output folder.", "Output")
+    json: bool = setting(False, "Print only predict.json.", "Output")
+    quiet: bool = setting(False, "Print only a one-line summary.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)
 
 
-MOST_ROWS = 14
-"""Batch sizes that the terminal shows; predict.csv has all."""
-
-
-@with_options({"study": SlotsSpec})
+@with_options({"study": PredictSpec})
 def predict(
-    study: SlotsSpec,
+    study: PredictSpec,
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The folder of a result.", show_default=False)
+        Path, typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False)
     ],
 ) -> None:
-    """Predict, write, show."""
-    sizes = sorted({int(n) for n in parse_numbers(study.batch_size, int, "--batch-size")})
-    if sizes[0] < 1:
-        raise UsageError(f"--batch-size {shown(study.batch_size)}: must be at least 1")
-    from batchbench.cli.output import output_folder
-    from batchbench.studies.predict.batch_sizes import predict_slots
-    from batchbench.studies.predict.teacher import read_teacher
+    sizes = _batch_sizes(study.batch_size)
+    from batchbench.studies.predict import batch_sizes
+    from batchbench.studies.predict.fitted import read_fitted
 
-    teacher = read_teacher(folder, "predict")
-    place = study.output or Path(teacher.known.source) / "predict"
+    fitted = read_fitted(folder, "predict")
+    place = study.output or Path(fitted.known.source) / "predict"
     overwrite = study.overwrite or study.output is None
     with output_folder(place, overwrite=overwrite, marker="predict.json") as output:
-        curve = predict_slots(teacher, sizes, study.queue_size)
-        _write_and_show(curve, output, study)
+        curve = batch_sizes.predict_slots(fitted, sizes, study.queue_size)
+        command = typed_command()
+        files, text = batch_sizes.write_prediction(output, curve, command)
+        if study.json:
+            echo_json(text)
+        elif study.quiet:
+            echo(batch_sizes.sentence(curve))
+        else:
+            console = make_console()
+            console.print(batch_sizes.render(curve))
+            print_ending(console, command, files)
 
-
-def _write_and_show(curve: Curve, output: Path, study: SlotsSpec) -> None:
-    from rich.console import Console
-
-    from batchbench.files import write_whole
-    from batchbench.reports.figures import figure_bytes
-    from batchbench.studies.predict.batch_sizes import (
-        draw_slots,
-        headline,
-        sentence,
-        table_of,
-        to_json,
-    )
-
-    words = settings.words_of(study, SlotsSpec(), always=["batch_size"])
-    command = shlex.join(["batchbench", "predict", curve.teacher.known.source, *words])
-    frame, text = table_of(curve), to_json(curve, command)
-    enough = {name: curve.enough(name).batch_size for name in curve.strategies}
-    measured = curve.teacher.result.data["config"]["serving"]["batch_size"]
-    said = sentence(curve)
-    figure = draw_slots(frame, enough, headline(curve), curve.title, measured)
-    contents: dict[str, bytes | str] = {"predict.json": text}
-    contents["predict.csv"] = frame.to_csv(index=False)
-    contents |= {f"slots.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
-    files = write_whole(output, contents)
-    if study.json:
-        echo_json(text)
-        return
-    if study.quiet:
-        echo(said)
-        return
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(said, markup=False, style="bold")
-    console.print()
-    console.print(_table(curve, measured))
-    held = curve.teacher.quality
-    console.print(
-        f"\nThe fit: {held.steps:,} steps, held out in turn; a step is off by "
-        f"{held.median_error:.1%} (median), all together by {held.total_error:+.1%}.",
-    )
-    console.print(f"\nAgain: {command}", markup=False, soft_wrap=True)
-    names = ", ".join(file.name for file in files)
-    console.print(f"Files: {shlex.quote(str(output))}/ with {names}", markup=False, soft_wrap=True)
-
-
-def _table(curve: Curve, measured: int) -> Table:
-    """Batch sizes down, strategies side by side."""
-    from rich.table import Table
-
-    from batchbench.reports.text import number
-
-    grid = Table(
-        title=curve.title,
-        caption="* the fit saw no such steps; > the batch size that was run; = 95 % of the best",
-        title_style="bold",
-        caption_style="dim",
-        pad_edge=False,
-    )
-    grid.add_column("batch\nsize", justify="right")
-    names = curve.strategies
-    for label in ("tok/s", "TTFT ms", "TPOT ms"):
-        for name in names:
-            grid.add_column(f"{label}\n{name}", justify="right", overflow="fold")
-    points = {name: {p.batch_size: p for p in curve.of(name)} for name in names}
-    enough = {curve.enough(name).batch_size for name in names}
-    for size in shown_sizes(sorted(points[names[0]]), {measured, *enough}):
-        here = [points[name][size] for name in names]
-        mark = ">" * (size == measured) + "=" * (size in enough)
-        mark += "*" * (not all(p.seen for p in here))
-        row = [f"{mark} {size:,}".strip()]
-        for metric in ("output_throughput", "mean_ttft_ms", "mean_tpot_ms"):
-            row += [number(getattr(p, metric)) for p in here]
-        grid.add_row(*row)
-    return grid
-
-
-def shown_sizes(sizes: list[int], always: set[int]) -> list[int]:
-    """All sizes if they are few; else about evenly by ratio, and those that matter."""
-    if len(sizes) <= MOST_ROWS:
-        return sizes
-    ratio = (sizes[-1] / sizes[0]) ** (1 / (MOST_ROWS - 3))
-    kept, last = {sizes[0], sizes[-1]}, sizes[0]
-    for size in sizes:
-        if size >= last * ratio:
-            kept.add(size)
-            last = size
-    return sorted(kept | (always & set(sizes)))
-
-
-BREAKEVEN_HELP = """Map where continuous batching wins, where static does, and the border between.
-
-Batch size × spread of output lengths × load, on throughput, TTFT and goodput: simulated on the
-step costs of a run (--cost, or a run made for it now); a few cells, drawn with the seed, are then
-run for real.
-
-Example: batchbench breakeven --model toy-gpt2 --batch-size 2,4,8 --measure 3"""
 
 _PANEL = "Map"
 
 
 @dataclass(frozen=True)
 class BreakevenSpec:
-    """The axes of the map, and where it goes."""
+    """Options of ``breakeven``."""
 
     cost: Path | None = setting(
         None,
-        "Folder of a result that batchbench run wrote, whose steps teach what a step costs; the "
-        "model is the result's.",
+        "Folder of a result that batchbench run wrote, to fit step costs on; its model is used.",
         _PANEL,
         metavar="RESULT",
-        default_text="a run is made now, at the largest batch size",
+        default_text="a run is made first, at the largest batch size",
     )
     batch_size: str = setting("2,4,8,16", "Batch sizes (slots).", _PANEL, metavar="N,…")
     spread: str = setting(
@@ -219,7 +131,7 @@ class BreakevenSpec:
     )
     load: str = setting(
         "0.5,0.9,all",
-        "Requests offered over what continuous batching can serve; all: everything is there at "
+        "Requests offered over what continuous batching can serve; all: all requests are there at "
         "the start.",
         _PANEL,
         metavar="X,…|all",
@@ -227,29 +139,33 @@ class BreakevenSpec:
     mean_tokens: int = setting(48, "Mean of output lengths.", _PANEL, min=2, max=10**6)
     prompt_tokens: int = setting(16, "Tokens of each prompt.", _PANEL, min=1, max=10**6)
     batches: int = setting(
-        8, "Requests of a cell: so many times its batch size.", _PANEL, min=2, max=10**6
+        8, "Requests of a cell, as a multiple of its batch size.", _PANEL, min=2, max=10**6
     )
     engine: str = setting(
-        "slots", "Engine of the run made now.", _PANEL, choices=("slots", "notebook")
+        "slots", "Engine of the run that is made first.", _PANEL, choices=("slots", "notebook")
     )
     prefill: str = setting(
         "auto",
-        "As of run. With separate, every admission stalls the others for a pass: the more static "
-        "wins.",
+        "As in run. With separate, each admission stalls the other requests for a pass, which "
+        "favours static batching.",
         _PANEL,
         choices=PREFILLS,
     )
     seed: int = setting(
         0,
-        "Seed of lengths, prompts, arrivals, dummy weights and of the cells that are run.",
+        "Seed of lengths, prompts, arrivals, dummy weights and of the choice of measured cells.",
         _PANEL,
         min=0,
         max=2**63 - 1,
     )
     measure: int = setting(
-        3, "Cells, drawn at random, that are also run for real.", "Measuring", min=0, max=10_000
+        0,
+        "Number of cells, drawn at random, that are also measured.",
+        "Measuring",
+        min=0,
+        max=10_000,
     )
-    trials: int = setting(2, "Trials of each cell that is run.", "Measuring", min=1, max=10_000)
+    trials: int = setting(2, "Trials of each measured cell.", "Measuring", min=1, max=10_000)
     output: Path | None = setting(
         None,
         "Folder for breakeven.json, breakeven.csv, the picture and the finished cells.",
@@ -258,76 +174,130 @@ class BreakevenSpec:
         default_text="batchbench-results/<time>-breakeven",
     )
     overwrite: bool = setting(
-        False, "Replace a map that the folder holds; its finished cells are used again.", "Output"
+        False, "Replace the map in the output folder; its finished cells are reused.", "Output"
     )
-    json: bool = setting(
-        False, "Print breakeven.json on standard output, and nothing else.", "Output"
-    )
-    quiet: bool = setting(False, "No progress, and of the report only the sentence.", "Output")
+    json: bool = setting(False, "Print only breakeven.json.", "Output")
+    quiet: bool = setting(False, "Print only a one-line summary; no progress.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)
-        if min(self.sizes) < 1:
-            raise UsageError(f"--batch-size {shown(self.batch_size)}: must be at least 1")
+        _batch_sizes(self.batch_size)
         if not all(0 <= spread <= 10 for spread in self.spreads):
             raise UsageError(f"--spread {shown(self.spread)}: must be at least 0 and at most 10")
         _ = self.loads
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Batch sizes, rising."""
-        return tuple(sorted({int(n) for n in _numbers(self.batch_size, int, "--batch-size")}))
-
-    @property
     def spreads(self) -> tuple[float, ...]:
         """Spreads, rising."""
-        return tuple(sorted({float(n) for n in _numbers(self.spread, float, "--spread")}))
+        return tuple(sorted({float(n) for n in parse_numbers(self.spread, float, "--spread")}))
 
     @property
     def loads(self) -> tuple[str, ...]:
         """Loads as texts, rising, and ``all`` last."""
         parts = [part.strip() for part in self.load.split(",")]
         numbers = ",".join(part for part in parts if part != "all")
-        found = {float(n) for n in _numbers(numbers, float, "--load")} if numbers else set()
-        if any(not 0.01 <= load <= 100 for load in found):
+        loads = {float(n) for n in parse_numbers(numbers, float, "--load")} if numbers else set()
+        if any(not 0.01 <= load <= 100 for load in loads):
             raise UsageError(
                 f"--load {shown(self.load)}: must be all, or from 0.01 to 100, such as 0.9"
             )
-        return (*(f"{load:g}" for load in sorted(found)), *["all"] * ("all" in parts))
-
-
-def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[int | float]:
-    return parse_numbers(text, kind, option)
+        return (*(f"{load:g}" for load in sorted(loads)), *["all"] * ("all" in parts))
 
 
 @with_options({"study": BreakevenSpec, "model": ModelSpec, "goals": GoalsSpec})
 def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
-    """Teach, simulate, measure, write, show."""
-    from batchbench.cli.output import output_folder
+    from batchbench.cli.progress import make_sweep_display
     from batchbench.files import default_folders
-    from batchbench.studies.sweep.store import Store
+    from batchbench.studies.predict import breakeven_report as report
+    from batchbench.studies.predict.breakeven import CellList, make_map, measure, usual_limits
+    from batchbench.studies.sweep.run import Store
 
     if study.cost is not None and model != ModelSpec():
-        raise UsageError("--cost: the model is that of the result; drop --model and its options")
-    defaults = default_folders("breakeven")
+        raise UsageError("--cost: uses the model of the result; drop --model and its options")
     lost = "the same command with the same --output continues from the cells that are kept"
     with output_folder(
-        study.output, defaults, overwrite=study.overwrite, marker="breakeven.json", lost=lost
+        study.output,
+        default_folders("breakeven"),
+        overwrite=study.overwrite,
+        marker="breakeven.json",
+        lost=lost,
     ) as folder:
-        found = _map(study, model, goals, Store(folder))
-        _write_and_show_map(found, folder, study, model, goals)
+        fitted, store = _fitted(study, model, folder), Store(folder)
+        spec, price = _map_spec(study, fitted), goals.price_per_hour
+        limits = goals.limits_ms or usual_limits(fitted.known.cost, spec)
+        with make_sweep_display(CellList(), quiet=study.quiet) as display:
+            result = make_map(spec, fitted, limits, store, display)
+            result = measure(result, study.measure, study.trials, store, display)
+        output = f" --output {shlex.quote(str(study.output))} --overwrite" if study.output else ""
+        command = f"{typed_command()}{output}"
+        files, text = report.write_map(folder, result, command, price)
+        if study.json:
+            echo_json(text)
+        elif study.quiet:
+            echo(report.sentence(result))
+        else:
+            console = make_console()
+            console.print(report.render(result, price))
+            print_ending(console, command, files)
 
 
-def _map(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec, store: Store) -> BreakEven:
-    from batchbench.cli.progress import make_sweep_display
-    from batchbench.studies.predict.breakeven import Chosen, make_map, measure, usual_limits
+def _fitted(study: BreakevenSpec, model: ModelSpec, folder: Path) -> FittedRun:
+    """Read the result of ``--cost``; without it make a run, or read the one that is kept."""
+    from batchbench.batching.dry_run import estimate
+    from batchbench.batching.progress import Watch
+    from batchbench.batching.session import conduct
+    from batchbench.cli.progress import make_display
+    from batchbench.reports.output import write_folder
+    from batchbench.reports.result import make_result
+    from batchbench.reports.text import spell_time
+    from batchbench.studies.predict.fitted import read_fitted
 
-    with make_sweep_display(Chosen(()), quiet=study.quiet) as display:
-        teacher = _teacher(study, model, store.folder, display)
-        spec = _spec(study, teacher)
-        limits = goals.limits_ms or usual_limits(teacher.known.cost, spec)
-        found = make_map(spec, teacher, limits, store, display)
-        return measure(found, study.measure, study.trials, store, display)
+    if study.cost is not None:
+        return read_fitted(study.cost, "--cost")
+    _context(study, model)
+    own = folder / "teacher"
+    if (own / "result.json").exists():
+        return read_fitted(own, "--output")
+    largest = max(_batch_sizes(study.batch_size))
+    experiment = Experiment.of(
+        {
+            "batch_size": largest,
+            "queue_size": 4 * largest,
+            "output_tokens": f"uniform:min=1,max={2 * study.mean_tokens}",
+            "prompt_tokens": str(study.prompt_tokens),
+            "overlong": "clip",
+            "engine": study.engine,
+            "prefill": study.prefill,
+            "seed": study.seed,
+            "trials": 3,
+            "verify": "none",
+        }
+    )
+    experiment = replace(experiment, model=model)
+    with make_display(("static", "continuous"), 3, quiet=study.quiet) as display:
+        display.note(f"no --cost: a run at batch size {largest} times the steps first")
+        if seconds := estimate(experiment, Watch()).seconds:
+            display.note(f"it takes about {spell_time(1.5 * seconds)}, and the warm-up")
+        write_folder(own, make_result(conduct(experiment, display)))
+    return read_fitted(own, "--output")
+
+
+def _map_spec(study: BreakevenSpec, fitted: FittedRun) -> MapSpec:
+    from batchbench.studies.predict.breakeven import MapSpec
+
+    return MapSpec(
+        batch_sizes=tuple(_batch_sizes(study.batch_size)),
+        spreads=study.spreads,
+        loads=study.loads,
+        mean_tokens=study.mean_tokens,
+        prompt_tokens=study.prompt_tokens,
+        batches=study.batches,
+        seed=study.seed,
+        engine=fitted.engine,
+        prefill=study.prefill,
+        model=fitted.model,
+        context=_context(study, fitted.model),
+    )
 
 
 def _context(study: BreakevenSpec, model: ModelSpec) -> int | None:
@@ -345,93 +315,3 @@ def _context(study: BreakevenSpec, model: ModelSpec) -> int | None:
             f"exceeds the {source.context} tokens that {source.name} takes; lower one of them"
         )
     return source.context
-
-
-def _spec(study: BreakevenSpec, teacher: Teacher) -> MapSpec:
-    from batchbench.studies.predict.breakeven import MapSpec
-
-    return MapSpec(
-        batch_sizes=study.sizes,
-        spreads=study.spreads,
-        loads=study.loads,
-        mean_tokens=study.mean_tokens,
-        prompt_tokens=study.prompt_tokens,
-        batches=study.batches,
-        seed=study.seed,
-        engine=teacher.engine,
-        prefill=study.prefill,
-        model=teacher.model,
-        context=_context(study, teacher.model),
-    )
-
-
-def _teacher(study: BreakevenSpec, model: ModelSpec, folder: Path, watch: Watch) -> Teacher:
-    """The result that teaches: the one that was given, or a run made now and kept."""
-    from batchbench.batching.session import conduct
-    from batchbench.reports.output import write_folder
-    from batchbench.reports.result import make_result
-    from batchbench.studies.predict.teacher import read_teacher
-
-    if study.cost is not None:
-        return read_teacher(study.cost, "--cost")
-    _context(study, model)
-    own = folder / "teacher"
-    if not (own / "result.json").exists():
-        largest = max(study.sizes)
-        asked = Experiment.of(
-            {
-                "batch_size": largest,
-                "queue_size": 4 * largest,
-                "output_tokens": f"uniform:min=1,max={2 * study.mean_tokens}",
-                "prompt_tokens": str(study.prompt_tokens),
-                "overlong": "clip",
-                "engine": study.engine,
-                "prefill": study.prefill,
-                "seed": study.seed,
-                "trials": 3,
-                "verify": "none",
-            }
-        )
-        watch.note(f"no --cost: a run at batch size {largest} teaches what a step costs")
-        write_folder(own, make_result(conduct(replace(asked, model=model), watch)))
-    return read_teacher(own, "--output")
-
-
-def _write_and_show_map(
-    found: BreakEven, folder: Path, study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec
-) -> None:
-    import pandas as pd
-    from rich.console import Console
-
-    from batchbench.files import write_whole
-    from batchbench.reports.figures import figure_bytes
-    from batchbench.studies.predict import breakeven_report as border
-    from batchbench.studies.predict.breakeven import rows_of
-    from batchbench.studies.predict.breakeven_report import draw_breakeven
-
-    words = [
-        *settings.words_of(study, BreakevenSpec()),
-        *settings.words_of(model, ModelSpec()),
-        *settings.words_of(goals, GoalsSpec()),
-    ]
-    command = shlex.join(["batchbench", "breakeven", *words])
-    frame, text = pd.DataFrame(list(rows_of(found))), border.to_json(found, command)
-    title, notes = border.title(found), border.notes(found)
-    figure = draw_breakeven(frame, border.headline(found), title, notes)
-    contents: dict[str, bytes | str] = {"breakeven.json": text}
-    contents["breakeven.csv"] = frame.to_csv(index=False)
-    contents |= {f"breakeven.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
-    files = write_whole(folder, contents)
-    if study.json:
-        echo_json(text)
-        return
-    if study.quiet:
-        echo(border.sentence(found))
-        return
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(border.render(found))
-    console.print(f"\nAgain: {command}", markup=False, soft_wrap=True)
-    names = ", ".join(file.name for file in files)
-    console.print(
-        f"Files: {shlex.quote(str(folder))}/ with {names} …", markup=False, soft_wrap=True
-    )

@@ -18,7 +18,7 @@ from batchbench.reports.text import spell_option, spell_time
 from batchbench.studies.capacity.probe import CapacityWatch, Probe
 from batchbench.studies.gate.duet import TurnsWatch
 from batchbench.studies.sweep.grid import Cell
-from batchbench.studies.sweep.run import Asked, SweepWatch
+from batchbench.studies.sweep.run import CellsQuery, SweepWatch
 
 SILENCE_S = 10.0
 """Longest time without a line in a log."""
@@ -274,7 +274,7 @@ def make_display(strategies: tuple[str, ...], trials: int, *, quiet: bool) -> Pl
     return _make(len(strategies) * trials, (), quiet=quiet)
 
 
-def make_sweep_display(grid: Asked, *, quiet: bool) -> PlainDisplay:
+def make_sweep_display(grid: CellsQuery, *, quiet: bool) -> PlainDisplay:
     """Return the display of a sweep, for the kind of standard error."""
     return _make(0, tuple(grid.varying), quiet=quiet)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,14 @@ import typer
 
 from batchbench import settings
 from batchbench.cli.options import ReportSpec, with_options
-from batchbench.cli.streams import echo, echo_html, echo_json
+from batchbench.cli.output import (
+    echo,
+    echo_html,
+    echo_json,
+    make_console,
+    output_folder,
+    print_ending,
+)
 from batchbench.errors import UsageError
 from batchbench.files import check_file, claimed, reason_of, write_file
 
@@ -79,7 +87,6 @@ def report(
 
 
 def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
-    from batchbench.cli.output import output_folder
     from batchbench.cli.run import show_result
     from batchbench.reports.output import write_folder
 
@@ -89,7 +96,6 @@ def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
 
 
 def _show_together(folders: list[Path], results: list[Result], output: ReportSpec) -> None:
-    from batchbench.cli.output import make_console
     from batchbench.reports.formats.terminal import render_side_by_side
     from batchbench.reports.side_by_side import SideBySide, label_results
 
@@ -124,15 +130,14 @@ def _write_document(
 
 def _study_file(folder: Path) -> Path | None:
     """Return the JSON file of a study, given the file or its folder; None for anything else."""
-    if folder.name in STUDIES and folder.is_file():
+    if folder.name in STUDIES and os.path.isfile(folder):  # False too if the name is too long
         return folder
-    if (folder / "result.json").exists():
+    if os.path.isfile(folder / "result.json"):
         return None
-    return next((folder / name for name in STUDIES if (folder / name).is_file()), None)
+    return next((folder / name for name in STUDIES if os.path.isfile(folder / name)), None)
 
 
 def _show_study(file: Path, output: ReportSpec) -> None:
-    from batchbench.cli.output import make_console, print_ending
     from batchbench.json_file import read_json
 
     if output.chosen not in ("terminal", "json") or output.trace_out is not None:
@@ -194,18 +199,17 @@ def _sweep_parts(folder: Path, data: dict[str, Any]) -> tuple[str, list[Renderab
     from batchbench.reports.slo import GoalsSpec
     from batchbench.studies.sweep import report as sweeps
     from batchbench.studies.sweep.grid import Grid
-    from batchbench.studies.sweep.store import Store
+    from batchbench.studies.sweep.run import Store
 
     axes = {
         name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
         for name, values in data["axes"].items()
     }
-    findings = sweeps.read_findings(
-        Grid(axes, data["simulated"]), Store(folder), settings.from_json(GoalsSpec, data["goals"])
-    )
-    cells = sweeps.cells_of(findings)
-    lines = sweeps.notes(findings, cells, data["pictures_not_drawn"])
-    return sweeps.sentence(findings, cells), [sweeps.render_screen(findings, cells, lines)]
+    grid, goals = Grid(axes, data["simulated"]), settings.from_json(GoalsSpec, data["goals"])
+    swept = sweeps.read_sweep(grid, Store(folder), goals)
+    cells = sweeps.cells_of(swept)
+    parts = [sweeps.render(swept, cells, data["pictures_not_drawn"])]
+    return sweeps.sentence(swept, cells), parts
 
 
 MOST_COLUMNS, MOST_ROWS = 7, 40

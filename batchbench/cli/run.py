@@ -14,7 +14,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.batching.step_cost import CostSpec
 from batchbench.cli.options import OutputSpec, typed_command, with_options
-from batchbench.cli.streams import echo, echo_json
+from batchbench.cli.output import echo, echo_json, make_console, output_folder, print_ending
 from batchbench.errors import Interrupted
 from batchbench.files import check_folder, default_folders, undisturbed
 from batchbench.reports.slo import GoalsSpec
@@ -74,9 +74,9 @@ def simulate(
 ) -> None:
     experiment = Experiment(workload, model, serving, trials, simulated=True, preset=basis.preset)
     if cost.cost is not None:
-        from batchbench.studies.predict.teacher import check_engine, read_teacher
+        from batchbench.studies.predict.fitted import check_engine, read_fitted
 
-        measured = read_teacher(cost.cost, "--cost")
+        measured = read_fitted(cost.cost, "--cost")
         check_engine(measured, serving, "--cost")
         model = measured.model if model == ModelSpec() else model
         experiment = replace(experiment, model=model, cost=measured.known)
@@ -87,7 +87,6 @@ def _conduct(experiment: Experiment, goals: GoalsSpec, output: OutputSpec) -> No
     if output.dry_run:
         _dry_run(experiment, output)
         return
-    from batchbench.cli.output import output_folder
 
     defaults = default_folders(experiment.model.model)
     with output_folder(output.output, defaults, overwrite=output.overwrite) as folder:
@@ -135,7 +134,6 @@ def _measure_and_write(
 
 def show_result(result: Result, files: Iterable[Path], *, as_json: bool, quiet: bool) -> None:
     """Print a result and the names of the files that were written."""
-    from batchbench.cli.output import make_console, print_ending
     from batchbench.reports.formats.terminal import render, sentence
     from batchbench.reports.result import to_json
 

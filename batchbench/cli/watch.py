@@ -11,7 +11,7 @@ import typer
 
 from batchbench import settings
 from batchbench.cli.options import with_options
-from batchbench.cli.streams import echo
+from batchbench.cli.output import echo
 from batchbench.errors import Interrupted, UsageError
 from batchbench.files import check_files, claimed, write_file
 from batchbench.settings import setting

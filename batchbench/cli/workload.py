@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +16,7 @@ from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import PRESETS, Basis
 from batchbench.cli.options import with_options
-from batchbench.cli.output import make_console
-from batchbench.cli.streams import echo
+from batchbench.cli.output import echo, make_console
 from batchbench.errors import UsageError, shown
 from batchbench.files import check_files, claimed, write_file, write_files
 from batchbench.settings import setting
@@ -78,7 +78,7 @@ def _settings_of(name: str) -> Mapping[str, Any]:
     """Return the option for a preset, a workload file or a trace file."""
     if name in PRESETS:
         return {"preset": name}
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return {"workload" if name.endswith(".toml") else "trace": Path(name)}
     raise UsageError(f"{shown(name)}: no such preset or file; the presets are {', '.join(PRESETS)}")
 

@@ -15,6 +15,9 @@ from batchbench.reports.statistics import Ratio
 if TYPE_CHECKING:  # scipy takes 0.5 s to import, and spelling a number does not need it
     from batchbench.reports.statistics import Ratio
 
+if TYPE_CHECKING:  # scipy takes 0.5 s to import, and spelling a number does not need it
+    from batchbench.reports.statistics import Ratio
+
 NO_BREAK = "\N{NO-BREAK SPACE}"
 """Separates a number from its unit in pictures."""
 

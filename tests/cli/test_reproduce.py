@@ -1,4 +1,4 @@
-"""The receipt: what agrees when a recorded experiment is run again, and what does not."""
+"""Reproduction: what agrees when a recorded experiment is run again, and what does not."""
 
 from __future__ import annotations
 
@@ -27,19 +27,14 @@ from batchbench.batching.presets import PRESETS
 from batchbench.batching.session import conduct
 from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.batching.verification import NOT_VERIFIED, Verification
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.errors import UsageError
 from batchbench.reports.result import Result, load_result, make_result
-from batchbench.studies import reproduce as receipts
-from batchbench.studies.reproduce import (
-    AGREES,
-    DIFFERS,
-    NOT_RUN,
-    OBSERVED,
-    TIES,
-    experiment_of,
-    reproduce,
-)
+from batchbench.studies import reproduce as reproducing
+from batchbench.studies.reproduce import Verdict, experiment_of, reproduce
+
+AGREES, DIFFERS, OBSERVED = Verdict.AGREES, Verdict.DIFFERS, Verdict.OBSERVED
+TIES, NOT_RUN = Verdict.TIES, Verdict.NOT_COMPARED
 
 # An experiment from what a result keeps of it
 
@@ -150,11 +145,11 @@ def with_data(result: Result, *path: str, value: Any) -> Result:
     ids=str,
 )
 def test_a_simulation_is_reproduced_exactly(options: dict[str, Any]) -> None:
-    receipt = reproduce(batchbench.simulate(**options))
-    assert receipt.differences == []
-    assert {c.verdict for c in receipt.checks} == {AGREES}
-    assert all(check.exact for check in receipt.checks)
-    assert receipt.agrees
+    reproduction = reproduce(batchbench.simulate(**options))
+    assert reproduction.differences == []
+    assert {c.verdict for c in reproduction.checks} == {AGREES}
+    assert all(check.exact for check in reproduction.checks)
+    assert reproduction.agrees
 
 
 def test_a_simulation_on_fitted_costs_is_reproduced_on_the_same() -> None:
@@ -167,22 +162,22 @@ def test_a_simulation_on_fitted_costs_is_reproduced_on_the_same() -> None:
 
 
 def test_a_run_is_reproduced(served: Result) -> None:
-    receipt = reproduce(served)
-    assert receipt.differences == []
-    exact = {check.name: check.verdict for check in receipt.checks if check.exact}
+    reproduction = reproduce(served)
+    assert reproduction.differences == []
+    exact = {check.name: check.verdict for check in reproduction.checks if check.exact}
     assert exact == dict.fromkeys(
         ["workload", "weights"]
         + [f"{what}, {name}" for what in ("counters", "outputs") for name in served.names],
         AGREES,
     )
-    assert {check.name for check in receipt.checks if not check.exact} == {
+    assert {check.name for check in reproduction.checks if not check.exact} == {
         "duration, static",
         "duration, continuous",
         "speed-up, continuous",
     }
-    assert receipt.agrees
-    assert receipt.again is not None
-    order = [len(trials) for trials in receipt.again.recordings.values()]
+    assert reproduction.agrees
+    assert reproduction.again is not None
+    order = [len(trials) for trials in reproduction.again.recordings.values()]
     assert order == [3, 3]
 
 
@@ -205,16 +200,16 @@ def test_other_weights_are_told_and_nothing_is_run(
     weights["transformer.h.1.mlp.c_fc.bias"][3] += 1e-6
     save_file(weights, tmp_path / "tiny" / "model.safetensors", metadata={"format": "pt"})
     changed = with_data(served, "config", "model", "model", value=str(tmp_path / "tiny"))
-    receipt = reproduce(changed)
-    assert verdicts(receipt.checks) == {"workload": AGREES, "weights": DIFFERS}
-    assert receipt.again is None
-    assert receipt.sentence == "NOT reproduced: weights differs, so nothing was run."
+    reproduction = reproduce(changed)
+    assert verdicts(reproduction.checks) == {"workload": AGREES, "weights": DIFFERS}
+    assert reproduction.again is None
+    assert reproduction.sentence == "NOT reproduced: weights differs, so nothing was run."
 
 
 def test_a_record_without_weights_says_so(served: Result) -> None:
     data = deepcopy(dict(served.data))
     del data["model"]["weights_digest"]
-    check = receipts.check_weights(Result(data, served.recordings), served.data["model"])
+    check = reproducing.check_weights(Result(data, served.recordings), served.data["model"])
     assert (check.recorded, check.verdict) == ("not recorded", NOT_RUN)
 
 
@@ -223,21 +218,21 @@ def test_other_counters_are_told() -> None:
     counted = with_data(
         result, "strategies", "static", "counters", "finished_slot_steps", value=2521
     )
-    receipt = reproduce(counted)
-    (check,) = [check for check in receipt.checks if check.verdict == DIFFERS]
+    reproduction = reproduce(counted)
+    (check,) = [check for check in reproduction.checks if check.verdict == DIFFERS]
     assert (check.name, check.recorded, check.here) == (
         "counters, static",
         "2,521 finished slot steps",
         "2,520 finished slot steps",
     )
-    assert not receipt.agrees
+    assert not reproduction.agrees
 
 
 def test_counters_of_timed_arrivals_are_observations_on_a_real_clock() -> None:
     data = deepcopy(dict(clean().data))
     data["workload"]["closed"] = False
     data["strategies"]["static"]["counters"]["forward_passes"] += 1
-    checks = receipts.check_counters(Result(data, clean().recordings), clean())
+    checks = reproducing.check_counters(Result(data, clean().recordings), clean())
     assert [check.verdict for check in checks] == [OBSERVED, AGREES]
 
 
@@ -257,12 +252,12 @@ def test_tokens_that_the_model_would_not_say_are_told(served: Result) -> None:
     token = int(served.recordings["static"][0].tokens_of(4)[-1])
     changed = with_tokens(served, "static", 4, (token + 1) % 300)
     changed = with_data(changed, "environment", "cpu", value="another")
-    receipt = reproduce(changed)
-    found = verdicts(receipt.checks)
+    reproduction = reproduce(changed)
+    found = verdicts(reproduction.checks)
     assert (found["outputs, static"], found["outputs, continuous"]) == (DIFFERS, AGREES)
-    (check,) = [check for check in receipt.checks if check.name == "outputs, static"]
+    (check,) = [check for check in reproduction.checks if check.name == "outputs, static"]
     assert check.here == "1 of 7 requests differ, 1 wrong"
-    assert [(d.name, d.recorded) for d in receipt.differences] == [("cpu", "another")]
+    assert [(d.name, d.base) for d in reproduction.differences] == [("cpu", "another")]
 
 
 @pytest.mark.parametrize(
@@ -278,22 +273,26 @@ def test_ties_pass_in_another_environment_only(
     judged: Verification, alike: bool, verdict: str
 ) -> None:
     then = with_data(clean(), "strategies", "static", "output_digest", value="0" * 64)
-    assert receipts.check_outputs(then, clean(), "static", judged, alike=alike).verdict == verdict
-    assert receipts.check_outputs(clean(), clean(), "static", judged, alike=alike).verdict == AGREES
+    assert (
+        reproducing.check_outputs(then, clean(), "static", judged, alike=alike).verdict == verdict
+    )
+    assert (
+        reproducing.check_outputs(clean(), clean(), "static", judged, alike=alike).verdict == AGREES
+    )
 
 
 def test_what_differs_in_the_environment_is_named() -> None:
     data = {**clean().data, "batchbench_version": "0.0.9"}
     then = {"hostname": "a", "cpu": "x", "packages": {"torch": "1"}, "gpu_clock_mhz": {"sm": 1}}
     now = {"hostname": "b", "cpu": "x", "packages": {"torch": "2"}, "gpu_clock_mhz": {"sm": 2}}
-    found = receipts.differences_of({**data, "environment": then}, "0.1.0", now, data["model"])
-    assert [(d.name, d.recorded, d.here) for d in found] == [
+    found = reproducing.differences_of({**data, "environment": then}, "0.1.0", now, data["model"])
+    assert [(d.name, d.base, d.new) for d in found] == [
         ("hostname", "a", "b"),
         ("torch", "1", "2"),
         ("batchbench", "0.0.9", "0.1.0"),
     ]
-    assert not receipts.is_alike(found)
-    assert receipts.is_alike(found[:1])
+    assert not reproducing.is_alike(found)
+    assert reproducing.is_alike(found[:1])
 
 
 @pytest.mark.parametrize(
@@ -306,7 +305,7 @@ def test_what_differs_in_the_environment_is_named() -> None:
 )
 def test_times_agree_within_their_interval_and_never_fail(now: list[float], verdict: str) -> None:
     then = np.array([10.0, 10.1, 9.9, 10.0])
-    check = receipts._check_ratio("duration", then, np.array(now), "s", exact=False)
+    check = reproducing._check_ratio("duration", then, np.array(now), "s", exact=False)
     assert (check.verdict, check.exact) == (verdict, False)
 
 
@@ -319,12 +318,12 @@ def test_times_agree_within_their_interval_and_never_fail(now: list[float], verd
 def test_the_interval_of_a_ratio_scales_and_turns_round(
     a: list[float], b: list[float], by: float
 ) -> None:
-    low, high = receipts.interval_of_ratio(a, b)
+    low, high = reproducing.interval_of_ratio(a, b)
     assume(high < 1e100)
     assert low <= high
-    scaled = receipts.interval_of_ratio(a, np.array(b) * by)
+    scaled = reproducing.interval_of_ratio(a, np.array(b) * by)
     assert np.allclose(scaled, (low * by, high * by))
-    assert np.allclose(receipts.interval_of_ratio(b, a), (1 / high, 1 / low))
+    assert np.allclose(reproducing.interval_of_ratio(b, a), (1 / high, 1 / low))
 
 
 # The command
@@ -344,7 +343,7 @@ def program(
     def call(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()
         monkeypatch.setattr("sys.argv", ["batchbench", *words])
-        return (_guarded(), *capsys.readouterr())
+        return (run_command(), *capsys.readouterr())
 
     return call
 
@@ -353,7 +352,7 @@ def test_the_command_tells_and_ends_with_0(program: Callable[..., Any], tmp_path
     assert program("simulate", "--output", "mine", "--quiet")[0] == 0
     code, out, _ = program("reproduce", "mine", "--output", "again")
     assert code == 0
-    assert out.startswith("The environment is the one of the record.\n")
+    assert out.startswith("Environment differences: none.\n")
     assert "reproduced: 6 of 6 exact checks agree." in out
     assert re.search(r"counters, static +│ 400 forward passes │ 400 forward passes │ agrees", out)
     assert load_result(tmp_path / "again").data["command"] == "batchbench simulate --batch-size 8"
@@ -395,7 +394,10 @@ def elsewhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "error"),
     [
-        (changed, "cannot be run here: the workload differs, so a file that it is made of (--pro"),
+        (
+            changed,
+            "cannot be run here: the workload differs, so a file of it (--prompts) has changed",
+        ),
         (gone, "cannot be run here: --prompts prompts.txt: no such file or directory"),
         (elsewhere, "cannot be run here: --device cuda:7: not on this machine; it has cpu"),
     ],

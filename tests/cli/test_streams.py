@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from support.laws import law
 from support.programs import EVERY_COMMAND, PLAIN, program
 
-from batchbench.cli import streams
+from batchbench.cli import output as streams
 from batchbench.cli.main import run_command
 from batchbench.errors import ClosedPipe, OutputError
 

@@ -23,7 +23,7 @@ from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Session, conduct
 from batchbench.batching.step_cost import StepCost
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.reports.metrics import counters
 from batchbench.reports.prediction import counts_of
 from batchbench.reports.result import load_result, make_result
@@ -45,7 +45,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["batchbench", *map(str, words)])
         monkeypatch.setenv("COLUMNS", "80")
-        code = _guarded()
+        code = run_command()
         return (code, *capsys.readouterr())
 
     return call
@@ -59,7 +59,7 @@ def taught(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = ["run", "--model", checkpoint, "--batch-size", 4, "--queue-size", 16]
         words += ["--long-tokens", 30, "--trials", 2, "--quiet", "--output", folder]
         patch.setattr(sys, "argv", ["batchbench", *map(str, words)])
-        assert _guarded() == 0
+        assert run_command() == 0
     return folder
 
 
@@ -277,7 +277,7 @@ def test_predict_tells_each_batch_size_and_what_the_fit_saw(
     folder = tmp_path / "out"
     code, out, _ = say("predict", taught, "--batch-size", "1:8", "--output", folder)
     assert code == 0
-    assert out.startswith("predicted: static has 95%")
+    assert out.startswith("predicted: static reaches 95%")
     data = json.loads((folder / "predict.json").read_text())
     frame = pd.read_csv(folder / "predict.csv")
     assert len(data["points"]) == len(frame) == 16
@@ -313,12 +313,16 @@ def test_breakeven_maps_who_wins_and_runs_some_cells_for_real(
     taught: Path, tmp_path: Path, say: Say
 ) -> None:
     folder = tmp_path / "map"
-    words = ["breakeven", "--cost", taught, "--batch-size", "2,4", "--spread", "0,1"]
+    words = ["breakeven", "--cost", taught, "--batch-size", "2,8", "--spread", "0,1"]
     words += ["--load", "0.8,all", "--mean-tokens", 8, "--prompt-tokens", 4, "--batches", 4]
     words += ["--measure", 1, "--trials", 1, "--output", folder]
-    code, out, _ = say(*words)
+    code, out, err = say(*words)
     assert code == 0
-    assert "fall on the side that the map says" in " ".join(out.split())
+    text = " ".join(out.split())
+    assert "3 comparisons in 1 measured cell have the predicted winner" in text
+    assert re.match("4 of 8 cells go beyond the measured steps", text)
+    assert "measuring 1 cell, 1 trial each: about" in err
+    assert out.rstrip().splitlines()[-2].startswith("Again: batchbench breakeven --cost")
     data = json.loads((folder / "breakeven.json").read_text())
     frame = pd.read_csv(folder / "breakeven.csv")
     assert len(frame) == len(data["cells"]) == 2 * 2 * 2 * 3
@@ -344,10 +348,10 @@ def test_breakeven_without_a_result_makes_a_run_and_static_can_win(
     folder = tmp_path / "map"
     words = ["breakeven", "--model", checkpoint, "--batch-size", "8", "--spread", "0,0.1"]
     words += ["--load", "all", "--mean-tokens", 8, "--prompt-tokens", 4, "--batches", 8]
-    words += ["--prefill", "separate", "--measure", 0, "--quiet", "--output", folder]
+    words += ["--prefill", "separate", "--quiet", "--output", folder]
     code, out, err = say(*words)
     assert (code, err) == (0, "")
-    assert out.startswith("on throughput continuous wins ")
+    assert "on throughput continuous wins " in " ".join(out.split())
     assert load_result(folder / "teacher").data["config"]["serving"]["batch_size"] == 8
     # Lengths that differ a little make each end an admission of its own, which stalls the others.
     frame = pd.read_csv(folder / "breakeven.csv")

@@ -84,7 +84,7 @@ OPTIONS = [option for path in ALL for option in options_of(path)]
 
 def arguments_of(path: tuple[str, ...]) -> list[str]:
     """Return words that stand for the arguments of a command."""
-    arguments = [p for p in ALL[path].params if p.param_type_name == "argument"]
+    arguments = [p for p in ALL[path].params if p.param_type_name == "argument" and p.required]
     return [f"no-{argument.name}-here" for argument in arguments]
 
 

@@ -18,12 +18,12 @@ PLAIN = {
 EVERY_COMMAND = """
 import sys
 from batchbench.cli import gate as gates
-from batchbench.cli import main, options, streams
+from batchbench.cli import main, options, output
 from support.gates import FAILED, PASSED, UNKNOWN
 from matplotlib.figure import Figure
 Figure.savefig = lambda self, out, **_: out.write(b"a picture")
 taught, few = sys.argv[1], sys.argv[2:]
-streams.prepare()
+output.prepare()
 
 def call(*words):
     sys.argv = ["batchbench", *words]

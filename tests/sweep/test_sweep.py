@@ -29,7 +29,7 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, Stop, StopReason, conduct
 from batchbench.batching.verification import Verification
 from batchbench.cli import sweep as sweeping
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.errors import Interrupted, UsageError
 from batchbench.reports import metrics
 from batchbench.reports.result import make_result
@@ -39,9 +39,8 @@ from batchbench.studies.sweep import report as screen
 from batchbench.studies.sweep import run as sweeps
 from batchbench.studies.sweep.figures import PICTURES, beats_all, draw_sweep
 from batchbench.studies.sweep.grid import Grid, digest_of, parse_numbers
-from batchbench.studies.sweep.report import cells_of, read_findings, write_sweep
-from batchbench.studies.sweep.run import Pace, SweepWatch, lines_of, run_cells
-from batchbench.studies.sweep.store import Store
+from batchbench.studies.sweep.report import cells_of, read_sweep, write_sweep
+from batchbench.studies.sweep.run import Pace, Store, SweepWatch, lines_of, run_cells
 from batchbench.studies.sweep.table import Cells, table_of, to_csv
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +71,7 @@ def swept(folder: Path, grid: Grid, serve: Callable[..., Outcome] = conduct) -> 
     """The table of a sweep, run to its end."""
     store = Store(folder)
     run_cells(grid, store, serve=serve)
-    return to_csv(table_of(read_findings(grid, store, GoalsSpec()).rows))
+    return to_csv(table_of(read_sweep(grid, store, GoalsSpec()).rows))
 
 
 # Numbers
@@ -272,8 +271,8 @@ def test_what_is_finished_is_never_served_again(tmp_path: Path) -> None:
     assert [e.serving.batch_size for e in larger.served] == [8, 8]
     # Another grid's cells stay, and are in no table.
     store = Store(tmp_path)
-    findings = read_findings(grid_of(), store, GoalsSpec())
-    assert (len(findings.rows), findings.others) == (8, 2)
+    result = read_sweep(grid_of(), store, GoalsSpec())
+    assert (len(result.rows), result.others) == (8, 2)
 
 
 @pytest.mark.parametrize("stop", range(4))
@@ -321,10 +320,10 @@ def test_a_cell_that_cannot_be_served_does_not_lose_the_others(tmp_path: Path) -
     counting = Counting()
     swept(tmp_path, grid, counting)
     store = Store(tmp_path)
-    findings = read_findings(grid, store, GoalsSpec())
+    result = read_sweep(grid, store, GoalsSpec())
     assert len(counting.served) == 8
-    assert (len(findings.served), len(findings.failed), len(findings.rows)) == (4, 4, 8)
-    assert all("exceed the 1024 that gpt2 takes" in str(f.reason) for f in findings.failed)
+    assert (len(result.served), len(result.failed), len(result.rows)) == (4, 4, 8)
+    assert all("exceed the 1024 that gpt2 takes" in str(f.reason) for f in result.failed)
     again = Counting()
     swept(tmp_path, grid, again)
     assert again.served == []
@@ -339,7 +338,7 @@ def test_a_cell_that_cannot_be_served_does_not_lose_the_others(tmp_path: Path) -
 def test_a_batch_that_does_not_fit_is_a_failed_cell(error: type[Exception], tmp_path: Path) -> None:
     swept(tmp_path, grid_of(), Counting(3, error))
     store = Store(tmp_path)
-    (failed,) = read_findings(grid_of(), store, GoalsSpec()).failed
+    (failed,) = read_sweep(grid_of(), store, GoalsSpec()).failed
     assert failed.reason == "it ran out of memory; lower --batch-size or the lengths of requests"
 
 
@@ -391,7 +390,7 @@ def test_defaults_that_follow_others_are_told(tmp_path: Path) -> None:
     assert frame["long_every"].tolist() == [2, 2, 4, 4]
     assert frame["long_tokens"].unique().tolist() == [100]
     store = Store(tmp_path)
-    cells = cells_of(read_findings(grid, store, GoalsSpec()))
+    cells = cells_of(read_sweep(grid, store, GoalsSpec()))
     assert cells is not None
     assert cells.share_follows
 
@@ -401,7 +400,7 @@ def test_goals_are_held_against_kept_cells_without_serving_them(tmp_path: Path) 
     swept(tmp_path, grid)
     store = Store(tmp_path)
     for limit in (1, 10**6):
-        rows = read_findings(grid, store, GoalsSpec(slo=(f"e2el:{limit}",))).rows
+        rows = read_sweep(grid, store, GoalsSpec(slo=(f"e2el:{limit}",))).rows
         assert {row["slo_attainment"] for row in rows} == {0.0 if limit == 1 else 1.0}
 
 
@@ -442,12 +441,10 @@ def test_a_model_is_loaded_once_and_another_number_format_is_another(
     swept(tmp_path, grid)
     assert loads == ["float32", "bfloat16"]
     store = Store(tmp_path)
-    findings = read_findings(grid, store, GoalsSpec())
-    assert [f.data["verification"]["requests_checked"] for f in findings.served if f.data] == [
-        5
-    ] * 4
-    assert findings.wrong == 0
-    assert len(findings.machines) == 1
+    result = read_sweep(grid, store, GoalsSpec())
+    assert [f.data["verification"]["requests_checked"] for f in result.served if f.data] == [5] * 4
+    assert result.wrong == 0
+    assert len(result.machines) == 1
 
 
 # Progress
@@ -491,7 +488,7 @@ def cells_for(tmp_path: Path, **axes: tuple[Any, ...]) -> Cells:
     grid = Grid({"queue_size": (24,), **axes}, simulated=True)
     swept(tmp_path, grid)
     store = Store(tmp_path)
-    cells = cells_of(read_findings(grid, store, GoalsSpec()))
+    cells = cells_of(read_sweep(grid, store, GoalsSpec()))
     assert cells is not None
     return cells
 
@@ -553,7 +550,7 @@ def test_pictures_of_another_grid_do_not_stay(tmp_path: Path) -> None:
         grid = Grid({"queue_size": (12,), **axes}, simulated=True)
         swept(tmp_path, grid)
         store = Store(tmp_path)
-        write_sweep(tmp_path, read_findings(grid, store, GoalsSpec()), "batchbench sweep")
+        write_sweep(tmp_path, read_sweep(grid, store, GoalsSpec()), "batchbench sweep")
         assert {f.stem for f in tmp_path.glob("*.png")} == names
         assert {f.stem for f in tmp_path.glob("*.svg")} == names
     assert [f.name for f in tmp_path.rglob("*.csv")] == ["sweep.csv"]
@@ -573,7 +570,7 @@ def program(
     def call(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-        code = _guarded()
+        code = run_command()
         return (code, *capsys.readouterr())
 
     return call
@@ -596,7 +593,7 @@ def test_a_sweep_says_what_came_of_it_and_goes_on(program: Program, tmp_path: Pa
     (again,) = [line for line in out.splitlines() if line.startswith("Again: ")]
     code, second, err = program(*shlex.split(again)[2:])
     assert (code, second) == (0, out)
-    assert err == "6 of 6 cells are finished already; nothing to do but the report\n"
+    assert err == "6 of 6 cells are finished already; nothing to run\n"
     told = json.loads((tmp_path / "s" / "sweep.json").read_text(encoding="utf-8"))
     assert [cell["status"] for cell in told["cells"]] == ["done"] * 6
     assert told["axes"] == {
@@ -664,7 +661,7 @@ def test_ctrl_c_says_how_to_go_on(program: Program, monkeypatch: pytest.MonkeyPa
     code, out, err = program(*SMALL, "--output", "s")
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == (
-        "batchbench: interrupted; 1 of 2 cells are kept in s: the same command goes on from there"
+        "batchbench: interrupted; 1 of 2 cells are kept in s: the same command continues from there"
     )
 
 
@@ -710,7 +707,7 @@ def test_the_command_that_is_told_asks_for_the_same_grid(
     words: str, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grids: list[Grid] = []
-    monkeypatch.setattr(sweeping, "_dry_run", grids.append)
+    monkeypatch.setattr(sweeps, "lines_of", lambda grid: grids.append(grid) or [])
     program("sweep", *words.split(), "--dry-run")
     program(*shlex.split(grids[0].command("--dry-run"))[1:])
     assert grids[0] == grids[1]
@@ -718,7 +715,7 @@ def test_the_command_that_is_told_asks_for_the_same_grid(
 
 
 def test_help_tells_every_option_of_run_once(program: Program) -> None:
-    text = program("sweep", "--help")[1]
+    text = program("sweep", "--help-all")[1]
     for spec in (Basis, *PARTS.values(), GoalsSpec, sweeping.SweepSpec):
         for name in spec.__dataclass_fields__:
             option = "--" + name.replace("_", "-")
@@ -735,9 +732,9 @@ def test_a_long_table_is_cut_and_says_so(tmp_path: Path) -> None:
     grid = Grid({"queue_size": (1,), "seed": tuple(range(41))}, simulated=True)
     swept(tmp_path, grid)
     store = Store(tmp_path)
-    findings = read_findings(grid, store, GoalsSpec())
+    result = read_sweep(grid, store, GoalsSpec())
     console = Console(width=80, file=io.StringIO(), record=True)
-    console.print(screen.table(cells_of(findings)))  # type: ignore[arg-type]
+    console.print(screen.table(cells_of(result)))  # type: ignore[arg-type]
     text = console.export_text()
     assert "the first 40 of 41 cells; sweep.csv has all" in " ".join(text.split())
     assert text.count("│") < 41 * 8

@@ -64,7 +64,7 @@ def entry(index: int, log: float | None = None, **facts: Any) -> Entry:
         "file": Path(f"/results/{index}/result.json"),
         "created": START + timedelta(days=index),
         "commit": f"c0ffee{index:06d}",
-        "asked": {"model": "gpt2", "batch size": 8, "simulated": False},
+        "setup": {"model": "gpt2", "batch size": 8, "simulated": False},
         "machine": {"device": "cpu", "dtype": "float32"},
         "values": values,
     }
@@ -180,7 +180,7 @@ def test_which_way_is_worse_depends_on_the_metric(metric: str, is_loss: bool) ->
     assert change.before is entries[17]
     assert change.low < -0.06 < change.high or change.share == pytest.approx(-0.06, abs=0.012)
     assert change.low < change.share < change.high
-    assert bool(told.losses) is is_loss
+    assert bool(told.loss) is is_loss
 
 
 def test_a_change_within_the_floor_is_split_off_but_does_not_count() -> None:
@@ -286,7 +286,7 @@ def test_another_environment_is_another_series_and_only_what_varies_is_named() -
 
 
 def test_a_loss_in_a_line_that_ended_fails_nothing() -> None:
-    old = history(with_step(1, 30, 18, -0.1), asked={"model": "gpt2", "batch size": 4})
+    old = history(with_step(1, 30, 18, -0.1), setup={"model": "gpt2", "batch size": 4})
     new = [
         replace(e, created=e.created + timedelta(days=99), commit=f"d00d{i:08d}")
         for i, e in enumerate(history(noise(2, 30)))
@@ -294,7 +294,7 @@ def test_a_loss_in_a_line_that_ended_fails_nothing() -> None:
     trend = judge(make_lines([*old, *new], 200), asked())
     assert trend.answer is Answer.PASSED
     assert len(trend.lines) == 2
-    assert trend.lines[1].series[0].losses
+    assert trend.lines[1].series[0].loss
 
 
 def test_last_keeps_the_newest() -> None:
@@ -318,7 +318,7 @@ def test_a_changed_count_is_always_told(at: int) -> None:
         for i in range(6)
     ]
     trend = judge(make_lines(entries, 200), asked())
-    (recount,) = trend.lines[0].recounts
+    (recount,) = trend.lines[0].count_changes
     assert (recount.counter, recount.old, recount.new) == ("forward_passes", 400, 401)
     assert (recount.before, recount.after) == (entries[at - 1], entries[at])
     assert trend.answer is Answer.FAILED
@@ -334,7 +334,7 @@ def test_less_work_and_other_outputs_are_told_and_are_no_loss() -> None:
         )
     ]
     trend = judge(make_lines(entries, 200), asked())
-    told = [recount.counter for recount in trend.lines[0].recounts]
+    told = [recount.counter for recount in trend.lines[0].count_changes]
     assert told == ["forward_passes", "outputs"]
     assert trend.answer is Answer.PASSED
 
@@ -388,7 +388,7 @@ def test_results_are_found_at_any_depth_once(write: Writer, tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     found, without = find_results([tmp_path / "ci", files[0], files[1].parent, tmp_path / "empty"])
     assert found == files
-    assert without == [f"{tmp_path / 'empty'}: holds no result.json"]
+    assert without == [f"{tmp_path / 'empty'}: has no result.json"]
 
 
 def test_a_result_is_read_without_its_recordings(write: Writer) -> None:
@@ -461,7 +461,7 @@ def test_the_exit_code_says_what_was_asked(write: Writer, tmp_path: Path) -> Non
     assert call(ci, *metric)[0] == 0
     code, out, _ = call(ci, *metric, "--fail-on-loss", "--quiet")
     assert code == 1
-    assert out.startswith("LOSS: static.output_throughput worse by -")
+    assert out.startswith("LOSS: static.output_throughput -")
     assert call(ci, *metric, "--fail-on-loss", "--accept", "c0ffee000018")[0] == 0
     few = (ci, *metric, "--fail-on-loss", "--last", "5")
     assert call(*few)[0] == 0
@@ -491,7 +491,7 @@ def test_the_files_are_written_whole_and_older_pictures_go(write: Writer, tmp_pa
     ("words", "reason"),
     [
         (("nowhere",), "nowhere: no such folder"),
-        ((".",), "no result to look at"),
+        ((".",), "no readable result"),
         ((".", "--metric", "completed"), "--metric completed: has no better and worse"),
         ((".", "--floor", "-1"), "--floor -1: must be at least 0 percent"),
         ((".", "--accept", "ab"), "at least 4 letters"),

@@ -1,11 +1,12 @@
-"""Where more slots stop paying: one workload at many batch sizes, on fitted costs."""
+"""Prediction of other batch sizes: one workload served with each number of slots, simulated."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
+from batchbench import settings
 from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError
+from batchbench.files import write_whole
 from batchbench.reports import metrics
+from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
     FAINT,
     INK,
@@ -32,25 +39,32 @@ from batchbench.reports.figures.card import (
 )
 from batchbench.reports.prediction import beyond, predict
 from batchbench.reports.result_file import metric
-from batchbench.reports.text import called, clean_text
-from batchbench.studies.predict.teacher import Teacher, read_spec
+from batchbench.reports.text import called, clean_text, joined, number, percent, plural
+from batchbench.studies.predict.fitted import FittedRun
 from batchbench.version import __version__
 from batchbench.workloads import Workload
 
 SCHEMA_VERSION = 1
 
-PAYS, STILL_PAYS = 0.05, 0.10
-"""More slots stop paying at this share below the best throughput; where the last doubling of them
-brings more than the other, the best is not among the batch sizes."""
+NEARLY_ALL = 0.95
+"""Share of the best throughput with which a batch size suffices."""
+
+STILL_GAINS = 0.10
+"""Gain of the last doubling of slots above which the best lies at the edge of the range."""
 
 BATCHES = 8
-"""Requests that are all there at the start fill the largest batch so many times at least: with
-fewer, the beginning and the end would be most of what is shown."""
+"""Batches of requests at the largest batch size, at least, if all are there at the start.
+
+With fewer, most of the time would be the beginning and the end.
+"""
+
+MOST_ROWS = 14
+"""Batch sizes that a terminal shows; predict.csv has all."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one strategy would do with so many slots."""
+    """Prediction of one strategy with one number of slots."""
 
     strategy: str
     batch_size: int
@@ -60,16 +74,16 @@ class Point:
     p99_ttft_ms: float
     mean_tpot_ms: float | None
     p99_e2el_ms: float
-    seen: bool  # no step goes beyond what the fit saw
+    seen: bool  # no step goes beyond the fitted ones
     measured: bool  # the batch size of the run itself
-    beyond: tuple[str, ...]  # in what it does
+    beyond: tuple[str, ...]  # in which respects a step does
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Predictions of all batch sizes."""
+    """Predictions for all batch sizes."""
 
-    teacher: Teacher
+    fitted: FittedRun
     points: Sequence[Point]
     requests: int
     closed: bool
@@ -81,23 +95,27 @@ class Curve:
 
     @property
     def title(self) -> str:
-        """Model, device and workload in a line."""
-        return f"{self.teacher.place} · {self.requests:,} requests · predicted"
+        return f"{self.fitted.place} · {self.requests:,} requests · predicted"
+
+    @property
+    def measured(self) -> int:
+        """The batch size of the run that the costs are from."""
+        return int(self.fitted.result.data["config"]["serving"]["batch_size"])
 
     def of(self, strategy: str) -> list[Point]:
-        """The points of a strategy, by batch size."""
+        """Return the points of a strategy, by batch size."""
         return sorted(
             (p for p in self.points if p.strategy == strategy), key=lambda p: p.batch_size
         )
 
-    def enough(self, strategy: str) -> Point:
-        """The fewest slots with nearly all of the throughput that any number of them has."""
+    def sufficient(self, strategy: str) -> int:
+        """Return the fewest slots with nearly all of the best throughput."""
         points = self.of(strategy)
         most = max(p.output_throughput for p in points)
-        return next(p for p in points if p.output_throughput >= (1 - PAYS) * most)
+        return next(p.batch_size for p in points if p.output_throughput >= NEARLY_ALL * most)
 
     def last_doubling(self, strategy: str) -> tuple[int, int, float] | None:
-        """The last doubling of the slots: from, to, and the throughput that it adds, as a share."""
+        """Return the last doubling of slots and the throughput that it adds, as a share."""
         points = self.of(strategy)
         last = points[-1]
         half = [p for p in points if 2 * p.batch_size <= last.batch_size]
@@ -107,52 +125,53 @@ class Curve:
         return half[-1].batch_size, last.batch_size, gain
 
 
-def predict_slots(teacher: Teacher, sizes: Sequence[int], queue_size: int | None) -> Curve:
+def predict_slots(fitted: FittedRun, sizes: Sequence[int], queue_size: int | None) -> Curve:
     """Serve the result's workload with each number of slots.
 
     Raises:
-        UsageError: a batch size that the other settings do not take, or texts that end early.
+        UsageError: the other settings exclude a batch size, or texts end early.
     """
-    config = teacher.result.data["config"]
+    config = fitted.result.data["config"]
     if config["workload"]["stop_at_eos"]:
         raise UsageError(
-            f"{teacher.known.source}: its texts end as the model likes (--stop-at-eos), which no "
-            "prediction knows; give a result without"
+            f"{fitted.known.source}: its texts end where the model ends them (--stop-at-eos), "
+            "which cannot be predicted; give a result without --stop-at-eos"
         )
-    serving = read_spec(ServingSpec, config["serving"])
-    workload = recorded_workload(teacher, queue_size, BATCHES * max(sizes))
-    points = []
-    for size in sizes:
-        told = predict(teacher.known, replace(serving, batch_size=size), workload)
-        points += [_point(recording, size, teacher, serving.batch_size) for recording in told]
-    return Curve(teacher, points, len(workload), workload.closed)
+    serving = settings.from_json(ServingSpec, config["serving"], drop_unknown=True)
+    workload = recorded_workload(fitted, queue_size, BATCHES * max(sizes))
+    points = [
+        _point(recording, size, fitted, serving.batch_size)
+        for size in sizes
+        for recording in predict(fitted.known, replace(serving, batch_size=size), workload)
+    ]
+    return Curve(fitted, points, len(workload), workload.closed)
 
 
-def _point(recording: Recording, size: int, teacher: Teacher, measured: int) -> Point:
-    found = metrics.trial_summary(recording)
-    outside = tuple(beyond(teacher.known, [recording]))
+def _point(recording: Recording, size: int, fitted: FittedRun, measured: int) -> Point:
+    summary = metrics.trial_summary(recording)
+    outside = tuple(beyond(fitted.known, [recording]))
     names = ("duration", "output_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms")
-    told: dict[str, Any] = {name: metric(found, name) for name in (*names, "p99_e2el_ms")}
+    values: dict[str, Any] = {name: metric(summary, name) for name in (*names, "p99_e2el_ms")}
     return Point(
         strategy=recording.header.strategy,
         batch_size=size,
         seen=not outside,
         measured=size == measured,
         beyond=outside,
-        **told,
+        **values,
     )
 
 
-def recorded_workload(teacher: Teacher, queue_size: int | None, at_least: int) -> Workload:
-    """The requests of a result again, in turn until there are enough of them.
+def recorded_workload(fitted: FittedRun, queue_size: int | None, at_least: int) -> Workload:
+    """Return the requests of a result, repeated in turn until there are enough.
 
-    Prompts are not in a recording; their lengths and times are, and no step costs more for words.
-    Requests that came over time come once: how they would go on is not known.
+    Prompts are not in a recording; their lengths and times are, which is all that step costs
+    depend on. Requests that came over time are not repeated, since later arrivals are unknown.
     """
-    first = next(iter(teacher.result.recordings.values()))[0].requests
-    told = teacher.result.data
-    loop = told["config"]["workload"].get("max_concurrency")
-    closed = told["workload"]["closed"] or loop is not None
+    first = next(iter(fitted.result.recordings.values()))[0].requests
+    data = fitted.result.data
+    loop = data["config"]["workload"].get("max_concurrency")
+    closed = data["workload"]["closed"] or loop is not None
     count = len(first.due_ns)
     if closed:
         count = queue_size or max(count, at_least)
@@ -161,8 +180,8 @@ def recorded_workload(teacher: Teacher, queue_size: int | None, at_least: int) -
     which = np.arange(count) % len(first.due_ns)
     prompts = first.prompt_tokens[which]
     return Workload(
-        name=told["workload"]["name"],
-        seed=told["workload"]["seed"],
+        name=data["workload"]["name"],
+        seed=data["workload"]["seed"],
         prompt_ids=np.zeros(int(prompts.sum()), np.int32),
         prompt_offsets=np.concatenate([[0], np.cumsum(prompts)]),
         output_tokens=first.output_tokens[which],
@@ -171,61 +190,119 @@ def recorded_workload(teacher: Teacher, queue_size: int | None, at_least: int) -
     )
 
 
+# In words
+
+
 def sentence(curve: Curve) -> str:
-    """Where more slots stop paying, strategy by strategy."""
+    """Say with how many slots throughput stops growing, by strategy."""
     parts = []
+    at_edge: dict[str, tuple[int, int, float]] = {}
     for name in curve.strategies:
-        enough, doubling = curve.enough(name), curve.last_doubling(name)
-        slots = f"{enough.batch_size:,} slot{'s' * (enough.batch_size != 1)}"
-        text = f"{name} has {1 - PAYS:.0%} of its best throughput with {slots}"
-        if doubling and doubling[2] > STILL_PAYS:
-            text += f" and still gains {doubling[2]:.0%} from {doubling[0]:,} to {doubling[1]:,}"
-        parts.append(text)
-    text = "; ".join(parts)
-    far = [p for p in curve.points if not p.seen]
+        doubling = curve.last_doubling(name)
+        slots = plural(curve.sufficient(name), "slot")
+        parts.append(f"{name} reaches {NEARLY_ALL:.0%} of its best throughput with {slots}")
+        if doubling and doubling[2] > STILL_GAINS:
+            parts[-1] += f" (still {doubling[2]:+.0%} from {doubling[0]:,} to {doubling[1]:,})"
+            at_edge[name] = doubling
+    text = f"predicted: {'; '.join(parts)}."
+    if at_edge:
+        largest = max(last for _, last, _ in at_edge.values())
+        text += (
+            f" The best of {joined(list(at_edge))} lies at the edge of the searched range: search "
+            f"further, such as --batch-size 1:{2 * largest}."
+        )
+    far = [p.batch_size for p in curve.points if not p.seen]
     if far:
-        first = min(p.batch_size for p in far)
-        text += f"; from batch size {first:,} on this goes beyond what the fit saw"
-    return f"predicted: {text}."
+        text += f" From batch size {min(far):,} on, the prediction goes beyond the measured steps."
+    return text
 
 
 def headline(curve: Curve) -> str:
-    """The last strategy's part, for the picture."""
+    """Describe the last strategy, for the picture."""
     name = curve.strategies[-1]
-    enough, doubling = curve.enough(name).batch_size, curve.last_doubling(name)
-    text = (
-        f"{called(name)} has {1 - PAYS:.0%} of its best throughput with {enough:,} "
-        f"slot{'s' * (enough != 1)}"
-    )
+    slots, doubling = plural(curve.sufficient(name), "slot"), curve.last_doubling(name)
+    text = f"{called(name)} reaches {NEARLY_ALL:.0%} of its best throughput with {slots}"
     if doubling is None:
         return text
-    return f"{text}; from {doubling[0]:,} to {doubling[1]:,} slots it gains {doubling[2]:.0%}"
+    return f"{text}; from {doubling[0]:,} to {doubling[1]:,} slots it gains {percent(doubling[2])}"
+
+
+def render(curve: Curve) -> RenderableType:
+    """Return the sentence, the table and the quality of the fit."""
+    return Group(
+        Text(sentence(curve), style="bold"), Text(), _table(curve), Text(), Text(curve.fitted.fit)
+    )
+
+
+def _table(curve: Curve) -> Table:
+    """Return batch sizes down, strategies side by side."""
+    grid = Table(
+        title=curve.title,
+        caption="> measured batch size; = 95 % of the best throughput; * beyond the measured steps",
+        title_style="bold",
+        caption_style="dim",
+        pad_edge=False,
+    )
+    grid.add_column("batch\nsize", justify="right")
+    names = curve.strategies
+    for label in ("tok/s", "TTFT ms", "TPOT ms"):
+        for name in names:
+            grid.add_column(f"{label}\n{name}", justify="right", overflow="fold")
+    points = {name: {p.batch_size: p for p in curve.of(name)} for name in names}
+    sufficient = {curve.sufficient(name) for name in names}
+    for size in shown_sizes(sorted(points[names[0]]), {curve.measured, *sufficient}):
+        row = [points[name][size] for name in names]
+        mark = ">" * (size == curve.measured) + "=" * (size in sufficient)
+        mark += "*" * (not all(p.seen for p in row))
+        values = [
+            number(getattr(p, column))
+            for column in ("output_throughput", "mean_ttft_ms", "mean_tpot_ms")
+            for p in row
+        ]
+        grid.add_row(f"{mark} {size:,}".strip(), *values)
+    return grid
+
+
+def shown_sizes(sizes: Sequence[int], always: set[int]) -> list[int]:
+    """Return all sizes if they are few; else some at even ratios, and those of ``always``."""
+    if len(sizes) <= MOST_ROWS:
+        return list(sizes)
+    even = np.geomspace(sizes[0], sizes[-1], MOST_ROWS - 2)
+    chosen = {min(sizes, key=lambda size: abs(size - target)) for target in even}
+    return sorted(chosen | (always & set(sizes)))
+
+
+# Files
+
+
+def write_prediction(folder: Path, curve: Curve, command: str) -> tuple[list[Path], str]:
+    """Write ``predict.json``, ``predict.csv`` and the picture; return them and the JSON text."""
+    text, figure = to_json(curve, command), draw_slots(curve)
+    rows = [asdict(p) | {"beyond": "; ".join(p.beyond)} for p in curve.points]
+    contents: dict[str, bytes | str] = {"predict.json": text}
+    contents["predict.csv"] = pd.DataFrame(rows).to_csv(index=False)
+    contents |= {f"slots.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
+    return write_whole(folder, contents), text
 
 
 def to_json(curve: Curve, command: str) -> str:
-    """``predict.json``."""
+    """Return ``predict.json``."""
     data = {
         "schema_version": SCHEMA_VERSION,
         "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "requests": curve.requests,
-        "cost": curve.teacher.known.as_dict(),
-        "held_out": curve.teacher.quality.as_dict(),
-        "enough": {name: curve.enough(name).batch_size for name in curve.strategies},
+        "cost": curve.fitted.known.as_dict(),
+        "held_out": curve.fitted.quality.as_dict(),
+        "enough": {name: curve.sufficient(name) for name in curve.strategies},
         "last_doubling": {name: curve.last_doubling(name) for name in curve.strategies},
         "points": [asdict(point) for point in curve.points],
     }
     return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def table_of(curve: Curve) -> pd.DataFrame:
-    """A row a strategy and batch size."""
-    import pandas as pd
-
-    rows = [asdict(p) | {"beyond": "; ".join(p.beyond)} for p in curve.points]
-    return pd.DataFrame(rows)
-
+# The picture
 
 _PANELS = (
     ("output_throughput", "output tokens/s"),
@@ -233,82 +310,52 @@ _PANELS = (
     ("mean_tpot_ms", "TPOT mean (ms)"),
 )
 
+_GAP = 0.62  # inches to the left of each panel
 
-def draw_slots(
-    points: pd.DataFrame, enough: Mapping[str, int], headline: str, title: str, measured: int
-) -> Figure:
-    """Three panels over the batch size.
 
-    Args:
-        points: a row a strategy and batch size: ``strategy``, ``batch_size``, ``seen``, metrics.
-        enough: by strategy, the fewest slots with nearly all of the throughput.
-        measured: the batch size of the run that the costs are from.
-    """
-    strategies = name_strategies(dict.fromkeys(points["strategy"].unique(), ()))
+def draw_slots(curve: Curve) -> Figure:
+    """Draw throughput, TTFT and TPOT over the batch size."""
+    strategies = name_strategies(dict.fromkeys(curve.strategies, ()))
     notes = (
-        "Filled points: every step is like those that the fit saw; hollow ones go beyond them. "
-        f"Grey line: the batch size that was run, {measured:,}. Ring: the fewest slots with 95 % "
-        "of the best throughput."
+        "Filled points: every step is like the measured ones; hollow points go beyond them. Grey "
+        f"line: the measured batch size, {curve.measured:,}. Ring: the fewest slots with 95 % of "
+        "the best throughput."
     )
+    sizes = sorted({p.batch_size for p in curve.points})
     with house_style():
-        card = make_card(headline, clean_text(title), 3.3, notes)
+        card = make_card(headline(curve), clean_text(curve.title), 3.3, notes)
         add_line_legend(card, strategies)
-        width = (WIDE - 0.62 - 2 * 0.62) / 3
+        width = WIDE / len(_PANELS) - _GAP
         for i, (metric, label) in enumerate(_PANELS):
-            axes = card.axes(0.62 + i * (width + 0.62), 0.42, width, 2.4)
+            axes = card.axes(_GAP + i * (width + _GAP), 0.42, width, 2.4)
             for strategy in strategies:
-                own = points[points["strategy"] == strategy.name].dropna(subset=[metric])
-                _line(axes, own.sort_values("batch_size"), metric, strategy, enough, ring=not i)
-            axes.axvline(measured, color=QUIET, lw=1, zorder=0.5)
-            _finish(axes, points["batch_size"].tolist(), label)
+                _draw_line(axes, curve, metric, strategy)
+            axes.axvline(curve.measured, color=QUIET, lw=1, zorder=0.5)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set(xlim=(sizes[0] / 1.15, sizes[-1] * 1.15), xlabel="batch size (slots)")
+            axes.set_ylim(bottom=0)
+            axes.grid(axis="y", color=FAINT, lw=0.7)
+            strip_axes(axes, "bottom")
+            axes.set_title(label, size=9, weight="bold", loc="left", pad=5)
     return card.figure
 
 
-def _line(
-    axes: Axes,
-    rows: pd.DataFrame,
-    metric: str,
-    strategy: Strategy,
-    enough: Mapping[str, int],
-    *,
-    ring: bool,
-) -> None:
+def _draw_line(axes: Axes, curve: Curve, metric: str, strategy: Strategy) -> None:
+    points = [p for p in curve.of(strategy.name) if getattr(p, metric) is not None]
+    values = {p.batch_size: getattr(p, metric) for p in points}
     look: dict[str, Any] = {**strategy.line, "lw": 1.6}
-    axes.plot(rows["batch_size"], rows[metric], gid=f"{metric}-{strategy.index}", **look)
-    marks = rows.iloc[_spread(rows["batch_size"].tolist())]
+    axes.plot(list(values), list(values.values()), gid=f"{metric}-{strategy.index}", **look)
+    marked: list[Point] = []
+    for point in points:  # no two marks closer than a quarter of a doubling
+        if not marked or point.batch_size / marked[-1].batch_size >= 1.19:
+            marked.append(point)
+    mark: dict[str, Any] = {"ls": "", "marker": "o"}
     for seen, fill in ((True, strategy.colour), (False, "#ffffff")):
-        some = marks[marks["seen"] == seen]
-        axes.plot(
-            some["batch_size"],
-            some[metric],
-            ls="",
-            marker="o",
-            ms=4.5,
-            mfc=fill,
-            mec=strategy.colour,
-            mew=1.1,
-        )
-    at = rows[rows["batch_size"] == enough[strategy.name]]
-    if ring and len(at):
-        axes.plot(at["batch_size"], at[metric], ls="", marker="o", ms=11, mfc="none", mec=INK)
-
-
-def _spread(sizes: Sequence[int]) -> list[int]:
-    """Places of the points that get a mark: no two closer than a seventh of a doubling."""
-    kept: list[int] = []
-    for i, size in enumerate(sizes):
-        if not kept or size / sizes[kept[-1]] >= 1.19:
-            kept.append(i)
-    return kept
-
-
-def _finish(axes: Axes, sizes: Sequence[int], label: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(min(sizes) / 1.15, max(sizes) * 1.15)
-    axes.set_ylim(0, axes.get_ylim()[1])
-    axes.grid(axis="y", color=FAINT, lw=0.7)
-    strip_axes(axes, "bottom")
-    axes.set_xlabel("batch size (slots)")
-    axes.set_title(label, size=9, weight="bold", loc="left", pad=5)
+        some = [p.batch_size for p in marked if p.seen is seen]
+        outline: dict[str, Any] = {"ms": 4.5, "mfc": fill, "mec": strategy.colour, "mew": 1.1}
+        axes.plot(some, [values[size] for size in some], **mark, **outline)
+    ring = curve.sufficient(strategy.name)
+    if metric == "output_throughput":
+        axes.plot([ring], [values[ring]], **mark, ms=11, mfc="none", mec=INK)

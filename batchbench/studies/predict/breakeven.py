@@ -1,8 +1,9 @@
-"""The break-even map: batch size × spread of output lengths × load, and who wins where."""
+"""The break-even map: both strategies by batch size, spread of output lengths and load."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,20 +15,23 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.step_cost import StepCost
 from batchbench.reports.latency import within
 from batchbench.reports.result import Result
-from batchbench.studies.predict.teacher import Teacher
+from batchbench.reports.text import plural, spell_time
+from batchbench.studies.predict.fitted import FittedRun
 from batchbench.studies.sweep.grid import Cell, make_experiment
-from batchbench.studies.sweep.run import SweepWatch, run_cells
-from batchbench.studies.sweep.store import Store
+from batchbench.studies.sweep.run import Store, SweepWatch, run_cells
 
 STRATEGIES = "static,continuous"
 
 ALL = "all"
-"""The load at which all requests are there at the start."""
+"""Load at which all requests are there at the start."""
 
 EVEN = 0.02
-"""Within this share of each other the two are even."""
+"""Difference, as a share, up to which the two count as even."""
 
 METRICS = ("throughput", "ttft", "goodput")
+
+_NOTE_S = 5.0
+"""Seconds between two notes about the progress of simulations."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +51,25 @@ class MapSpec:
     context: int | None  # of the model
 
     def lengths(self, spread: float) -> str:
-        """Output lengths as ``--output-tokens`` has them: lognormal with this spread.
+        """Return output lengths as ``--output-tokens`` takes them: lognormal with this spread.
 
-        Cut at ten times the mean and where the model's context ends.
+        They are cut at ten times the mean and at the model's context.
         """
-        if not spread:
+        sigma = math.sqrt(math.log1p(spread**2))
+        if not sigma:  # a tiny spread has a square of 0
             return str(self.mean_tokens)
         most = 10 * self.mean_tokens
         if self.context is not None:
             most = max(1, min(most, self.context - self.prompt_tokens))
-        sigma = math.sqrt(math.log1p(spread**2))
-        if not sigma:  # the spread's square is 0
-            return str(self.mean_tokens)
         return f"lognormal:mean={self.mean_tokens},sigma={sigma:.6g},max={most}"
 
     def chosen(self, batch: int, spread: float, rate: float | None) -> dict[str, Any]:
-        """The options of a cell, by field name."""
-        model = {"model": self.model.model, "load_format": self.model.load_format}
-        model |= {"dtype": self.model.dtype, "device": self.model.device}
-        options = {"revision": self.model.revision, "threads": self.model.threads}
+        """Return the options of a cell, by field name."""
+        optional = {
+            "revision": self.model.revision,
+            "threads": self.model.threads,
+            "request_rate": rate,
+        }
         return {
             "batch_size": batch,
             "output_tokens": self.lengths(spread),
@@ -75,37 +79,38 @@ class MapSpec:
             "engine": self.engine,
             "prefill": self.prefill,
             "seed": self.seed,
-            **model,
-            **{name: value for name, value in options.items() if value is not None},
-            **({} if rate is None else {"request_rate": rate}),
+            "model": self.model.model,
+            "load_format": self.model.load_format,
+            "dtype": self.model.dtype,
+            "device": self.model.device,
+            **{name: value for name, value in optional.items() if value is not None},
         }
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Cells to be served, for :func:`run_cells`."""
+class CellList:
+    """Cells for :func:`run_cells`."""
 
-    cells: tuple[Cell, ...]
-    varying: tuple[str, ...] = ("batch_size", "output_tokens", "request_rate")
+    cells: tuple[Cell, ...] = ()
+    varying: tuple[str, ...] = ("batch_size", "spread", "load")
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Both strategies in one metric: who is better, and by how much."""
+    """Both strategies compared in one metric."""
 
     static: float
     continuous: float
-    ratio: float | None  # above 1: continuous is better; None where static's is 0 or both are
+    ratio: float | None  # above 1: continuous is better; None if static's or both are 0
 
     @classmethod
     def of(cls, static: float, continuous: float, *, less_is_better: bool = False) -> Contest:
-        """From the two values."""
         above, below = (static, continuous) if less_is_better else (continuous, static)
         return cls(static, continuous, above / below if below else None)
 
     @property
     def height(self) -> float:
-        """Logarithm of the ratio: above 0 where continuous is better, infinite over nothing."""
+        """Logarithm of the ratio: above 0 if continuous is better, infinite if static has 0."""
         if self.ratio is None:
             return math.inf if self.continuous else 0.0
         return math.log(self.ratio) if self.ratio else -math.inf
@@ -118,35 +123,44 @@ class Contest:
         return "continuous" if self.height > 0 else "static"
 
     def agrees(self, other: Contest) -> bool:
-        """Whether both are on one side of the border, or one of them on it."""
+        """Tell whether both have the same winner, or one of them is even."""
         return self.winner == other.winner or "even" in (self.winner, other.winner)
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class MapCell:
     """One cell of the map."""
 
     batch_size: int
     spread: float
     load: str
     request_rate: float | None
-    cell: Cell
-    contests: Mapping[str, Contest]  # as simulated, by metric
-    durations: Mapping[str, float]  # seconds, by strategy
-    beyond: tuple[str, ...]  # in what it goes beyond the steps that the cost was fitted on
+    contests: Mapping[str, Contest]  # simulated, by metric
+    seconds: float  # simulated time of both strategies
+    beyond: tuple[str, ...]  # respects in which it goes beyond the steps of the fit
     measured: Mapping[str, Contest] | None = None
-    measured_durations: Mapping[str, float] | None = None
+
+    @property
+    def place(self) -> str:
+        """The cell's place in words."""
+        return f"batch size {self.batch_size:,}, spread {self.spread:g}, {load_of(self.load)}"
 
     def agrees(self, metric: str) -> bool | None:
-        """Whether the real run falls on the side that the map says; None where there is none."""
+        """Tell whether the measured winner is the predicted one; None if it was not measured."""
         if self.measured is None:
             return None
         return self.contests[metric].agrees(self.measured[metric])
 
     def error(self, metric: str) -> float | None:
-        """Predicted over measured advantage, less 1."""
-        told, real = self.contests[metric].ratio, (self.measured or {}).get(metric)
-        return told / real.ratio - 1 if told and real is not None and real.ratio else None
+        """Return predicted over measured advantage, less 1."""
+        predicted, real = self.contests[metric].ratio, (self.measured or {}).get(metric)
+        if not predicted or real is None or not real.ratio:
+            return None
+        return predicted / real.ratio - 1
+
+
+def load_of(load: str) -> str:
+    return "all there at once" if load == ALL else f"load {float(load):g}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,50 +168,51 @@ class BreakEven:
     """The map."""
 
     spec: MapSpec
-    teacher: Teacher
+    fitted: FittedRun
     limits_ms: Mapping[str, float]  # of goodput, by latency
-    places: Sequence[Place]
+    cells: Sequence[MapCell]
 
     @property
-    def measured(self) -> list[Place]:
-        """Cells that were also run for real."""
-        return [place for place in self.places if place.measured is not None]
+    def measured(self) -> list[MapCell]:
+        return [cell for cell in self.cells if cell.measured is not None]
+
+    @property
+    def extrapolated(self) -> list[MapCell]:
+        """Cells with steps beyond those of the fit."""
+        return [cell for cell in self.cells if cell.beyond]
 
     @cached_property
-    def by_axes(self) -> dict[tuple[int, float, str], Place]:
-        """By batch size, spread and load."""
-        return {(p.batch_size, p.spread, p.load): p for p in self.places}
+    def by_axes(self) -> dict[tuple[int, float, str], MapCell]:
+        """Cells by batch size, spread and load."""
+        return {(c.batch_size, c.spread, c.load): c for c in self.cells}
 
-    def wins(self, metric: str) -> dict[str, list[Place]]:
-        """Cells by who wins them."""
-        found: dict[str, list[Place]] = {"continuous": [], "static": [], "even": []}
-        for place in self.places:
-            found[place.contests[metric].winner].append(place)
-        return found
+    def won_by(self, winner: str, metric: str) -> list[MapCell]:
+        return [cell for cell in self.cells if cell.contests[metric].winner == winner]
 
-    def border(self, metric: str, batch: int, load: str) -> float | None:
-        """The spread from which on continuous wins; 0 or more, None where it does not at the end.
+    def break_even_spread(self, metric: str, batch: int, load: str) -> float | None:
+        """Return the spread from which on continuous wins; None if it loses at the last one.
 
-        Between two spreads of the map by the straight line of the ratio's logarithm.
+        Between two spreads of the map, the logarithm of the ratio is taken as a straight line.
         """
+        spreads = self.spec.spreads
         heights = [
             self.by_axes[batch, spread, load].contests[metric].height - math.log1p(EVEN)
-            for spread in self.spec.spreads
+            for spread in spreads
         ]
         if heights[-1] <= 0:
             return None
         lost = [i for i, height in enumerate(heights) if height <= 0]
         if not lost:
-            return self.spec.spreads[0]
+            return spreads[0]
         low, high = lost[-1], lost[-1] + 1
         if math.isinf(heights[low]) or math.isinf(heights[high]):
-            return self.spec.spreads[high]
-        step = self.spec.spreads[high] - self.spec.spreads[low]
-        return self.spec.spreads[low] + step * -heights[low] / (heights[high] - heights[low])
+            return spreads[high]
+        share = -heights[low] / (heights[high] - heights[low])
+        return spreads[low] + (spreads[high] - spreads[low]) * share
 
 
 def usual_limits(cost: StepCost, spec: MapSpec) -> dict[str, float]:
-    """Return the limits in ms that goodput takes if none are given.
+    """Return the limits in ms for goodput if none are given, with three digits.
 
     The limit of the first token is the time that a request of mean length takes alone. That of a
     token is twice the time of a step of the largest batch.
@@ -206,94 +221,117 @@ def usual_limits(cost: StepCost, spec: MapSpec) -> dict[str, float]:
     rows = max(spec.batch_sizes)
     longest = spec.prompt_tokens + spec.mean_tokens
     step = cost.step_ns + cost.rows_ns(rows) + rows * cost.cached_ns * longest
-    return {"ttft": _rounded(alone / 1e6), "tpot": _rounded(2 * step / 1e6)}
+    return {name: float(f"{ns / 1e6:.3g}") for name, ns in (("ttft", alone), ("tpot", 2 * step))}
 
 
-def _rounded(value: float) -> float:
-    """Round to three digits."""
-    return float(f"{value:.3g}")
+class SimulationWatch(SweepWatch):
+    """Progress of simulated cells: one note every few seconds."""
+
+    def __init__(self, watch: SweepWatch) -> None:
+        self._watch, self._done, self._cells = watch, 0, 0
+        self._noted_at = time.monotonic()
+
+    def note(self, line: str) -> None:
+        self._watch.note(line)
+
+    def cells_begin(self, cells: int, kept: int) -> None:
+        self._done, self._cells = kept, cells
+
+    def cell_ends(self, cell: Cell, reason: str | None, left_s: float | None) -> None:
+        self._done += 1
+        if time.monotonic() - self._noted_at > _NOTE_S:
+            self._noted_at = time.monotonic()
+            left = "" if not left_s else f", about {spell_time(left_s)} left"
+            self.note(f"simulated {self._done:,} of {self._cells:,} cells{left}")
 
 
 def make_map(
     spec: MapSpec,
-    teacher: Teacher,
+    fitted: FittedRun,
     limits_ms: Mapping[str, float],
     store: Store,
     watch: SweepWatch,
 ) -> BreakEven:
     """Simulate every cell; those that the store holds are not simulated again."""
-    asked = {
-        (batch, spread): _cell(spec, teacher, batch, spread, None)
+    watch = SimulationWatch(watch)
+    closed = {
+        (batch, spread): _simulated_cell(spec, fitted, batch, spread, ALL, None)
         for batch in spec.batch_sizes
         for spread in spec.spreads
     }
-    run_cells(Chosen(tuple(asked.values())), store, watch)
-    rates = {}
-    for key, cell in asked.items():
-        served = store.load(cell).data["strategies"]["continuous"]["summary"]
+    total = len(closed) * len(spec.loads)
+    watch.note(f"simulating {plural(total, 'cell')} on fitted step costs")
+    run_cells(CellList(tuple(closed.values())), store, watch)
+    rates: dict[tuple[int, float, str], float | None] = {}
+    for (batch, spread), cell in closed.items():
+        summary = store.load(cell).data["strategies"]["continuous"]["summary"]
         for load in spec.loads:
-            capacity = served["request_throughput"]
-            # Five digits, so that the command that repeats a cell is one that people can type.
-            rates[*key, load] = None if load == ALL else float(f"{float(load) * capacity:.5g}")
-    cells = {k: _cell(spec, teacher, k[0], k[1], rate) for k, rate in rates.items()}
-    run_cells(Chosen(tuple(cells.values())), store, watch)
-    places = []
-    for (batch, spread, load), cell in cells.items():
+            # Five digits, so that people can type the command that repeats a cell.
+            rate = None if load == ALL else float(load) * summary["request_throughput"]
+            rates[batch, spread, load] = None if rate is None else float(f"{rate:.5g}")
+    simulated = {key: _simulated_cell(spec, fitted, *key, rate) for key, rate in rates.items()}
+    run_cells(CellList(tuple(simulated.values())), store, watch)
+    cells = []
+    for key, cell in simulated.items():
         result = store.load(cell)
-        contests, durations = contests_of(result, limits_ms)
+        contests, seconds = contests_of(result, limits_ms)
         cost = result.data.get("cost")
         outside = tuple(cost["extrapolates"] if cost else ())
-        rate = rates[batch, spread, load]
-        places.append(Place(batch, spread, load, rate, cell, contests, durations, outside))
-    return BreakEven(spec, teacher, limits_ms, places)
+        cells.append(MapCell(*key, rates[key], contests, seconds, outside))
+    return BreakEven(spec, fitted, limits_ms, cells)
 
 
-def _cell(spec: MapSpec, teacher: Teacher, batch: int, spread: float, rate: float | None) -> Cell:
+def _simulated_cell(
+    spec: MapSpec, fitted: FittedRun, batch: int, spread: float, load: str, rate: float | None
+) -> Cell:
     chosen = spec.chosen(batch, spread, rate)
-    shown = {"request_rate": None, **chosen}
-    return Cell(shown, make_experiment(chosen, simulated=True, cost=teacher.known))
+    experiment = make_experiment(chosen, simulated=True, cost=fitted.known)
+    return Cell({"batch_size": batch, "spread": spread, "load": load}, experiment)
 
 
 def measure(
-    found: BreakEven, count: int, trials: int, store: Store, watch: SweepWatch
+    predicted: BreakEven, count: int, trials: int, store: Store, watch: SweepWatch
 ) -> BreakEven:
-    """The map with ``count`` cells, drawn with its seed, run for real."""
-    rng = np.random.Generator(np.random.Philox(found.spec.seed))
-    places = list(found.places)
-    drawn = sorted(rng.choice(len(places), min(count, len(places)), replace=False).tolist())
+    """Return the map with ``count`` cells, drawn with its seed, measured."""
+    rng = np.random.Generator(np.random.Philox(predicted.spec.seed))
+    cells = list(predicted.cells)
+    drawn = sorted(rng.choice(len(cells), min(count, len(cells)), replace=False).tolist())
+    if not drawn:
+        return predicted
+    seconds = trials * sum(cells[i].seconds for i in drawn)
+    watch.note(
+        f"measuring {plural(len(drawn), 'cell')}, {plural(trials, 'trial')} each: about "
+        f"{spell_time(seconds)}, and the warm-up of each"
+    )
     real = {}
     for i in drawn:
-        place = places[i]
-        chosen = found.spec.chosen(place.batch_size, place.spread, place.request_rate)
+        cell = cells[i]
+        chosen = predicted.spec.chosen(cell.batch_size, cell.spread, cell.request_rate)
         chosen |= {"trials": trials, "verify": "none"}
-        shown = {"request_rate": None, **chosen}
-        real[i] = Cell(shown, make_experiment(chosen, simulated=False))
-    run_cells(Chosen(tuple(real.values())), store, watch)
-    for i, cell in real.items():
-        contests, durations = contests_of(store.load(cell), found.limits_ms)
-        places[i] = replace(places[i], measured=contests, measured_durations=durations)
-    return replace(found, places=places)
+        label = {"batch_size": cell.batch_size, "spread": cell.spread, "load": cell.load}
+        real[i] = Cell(label, make_experiment(chosen, simulated=False))
+    run_cells(CellList(tuple(real.values())), store, watch)
+    for i, cell_of_store in real.items():
+        contests, _ = contests_of(store.load(cell_of_store), predicted.limits_ms)
+        cells[i] = replace(cells[i], measured=contests)
+    return replace(predicted, cells=cells)
 
 
-def contests_of(
-    result: Result, limits_ms: Mapping[str, float]
-) -> tuple[dict[str, Contest], dict[str, float]]:
-    """All metrics of one cell, and how long each strategy took."""
-    told: dict[str, Any] = {
-        name: result.data["strategies"][name]["summary"] for name in STRATEGIES.split(",")
-    }
-    static, continuous = told["static"], told["continuous"]
-    good = {name: goodput(result, name, limits_ms) for name in told}
+def contests_of(result: Result, limits_ms: Mapping[str, float]) -> tuple[dict[str, Contest], float]:
+    """Compare all metrics of one cell; also return the seconds of both strategies together."""
+    strategies: Any = result.data["strategies"]
+    static, continuous = (strategies[name]["summary"] for name in STRATEGIES.split(","))
+    good = [goodput(result, name, limits_ms) for name in STRATEGIES.split(",")]
     contests = {
         "throughput": Contest.of(static["output_throughput"], continuous["output_throughput"]),
         "ttft": Contest.of(static["mean_ttft_ms"], continuous["mean_ttft_ms"], less_is_better=True),
-        "goodput": Contest.of(good["static"], good["continuous"]),
+        "goodput": Contest.of(*good),
     }
-    return contests, {name: summary["duration"] for name, summary in told.items()}
+    return contests, static["duration"] + continuous["duration"]
 
 
 def goodput(result: Result, strategy: str, limits_ms: Mapping[str, float]) -> float:
-    """Requests a second within all limits: the median over trials."""
+    """Return requests per second within all limits, the median over trials."""
     rates = [
         float(within(recording, limits_ms).sum()) / (recording.duration_ns / 1e9)
         for recording in result.recordings[strategy]
@@ -301,27 +339,26 @@ def goodput(result: Result, strategy: str, limits_ms: Mapping[str, float]) -> fl
     return float(np.median(rates))
 
 
-def rows_of(found: BreakEven) -> Iterator[dict[str, Any]]:
-    """A row a cell and metric, for the table and JSON."""
-    for place in found.places:
-        for metric in METRICS:
-            contest = place.contests[metric]
-            real = None if place.measured is None else place.measured[metric]
+def rows_of(breakeven: BreakEven) -> Iterator[dict[str, Any]]:
+    """Yield one row per cell and metric, for CSV and JSON."""
+    for cell in breakeven.cells:
+        for metric, contest in cell.contests.items():
+            real = None if cell.measured is None else cell.measured[metric]
             yield {
-                "batch_size": place.batch_size,
-                "spread": place.spread,
-                "load": place.load,
-                "request_rate": place.request_rate,
+                "batch_size": cell.batch_size,
+                "spread": cell.spread,
+                "load": cell.load,
+                "request_rate": cell.request_rate,
                 "metric": metric,
                 "static": contest.static,
                 "continuous": contest.continuous,
                 "advantage": contest.ratio,
                 "winner": contest.winner,
-                "extrapolates": bool(place.beyond),
+                "extrapolates": bool(cell.beyond),
                 "measured_static": None if real is None else real.static,
                 "measured_continuous": None if real is None else real.continuous,
                 "measured_advantage": None if real is None else real.ratio,
                 "measured_winner": None if real is None else real.winner,
-                "same_side": place.agrees(metric),
-                "error": place.error(metric),
+                "same_side": cell.agrees(metric),
+                "error": cell.error(metric),
             }

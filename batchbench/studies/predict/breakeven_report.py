@@ -1,11 +1,12 @@
-"""The break-even map on a terminal and in JSON: where the border runs, and what was measured."""
+"""The report of a break-even map: sentence, tables, advice, ``breakeven.json`` and the picture."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,112 +20,175 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from batchbench.files import write_whole
+from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
     INK,
     QUIET,
     WIDE,
     Card,
-    Floats,
     house_style,
     make_card,
     name_strategies,
     strip_axes,
 )
-from batchbench.reports.text import clean_text, number
-from batchbench.studies.predict.breakeven import ALL, EVEN, METRICS, BreakEven, Place, rows_of
+from batchbench.reports.text import clean_text, number, plural, times
+from batchbench.studies.predict.breakeven import (
+    EVEN,
+    METRICS,
+    BreakEven,
+    Contest,
+    MapCell,
+    load_of,
+    rows_of,
+)
+from batchbench.studies.predict.fitted import error_in_words
 from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
-_CALLED = {"throughput": "throughput", "ttft": "TTFT", "goodput": "goodput"}
+_NAMES = {"throughput": "throughput", "ttft": "TTFT", "goodput": "goodput"}
+
+_RATIOS = {
+    "throughput": "continuous ÷ static",
+    "ttft": "static ÷ continuous",
+    "goodput": "continuous ÷ static",
+}
+"""Ratios that are above 1 if continuous is better."""
 
 _STYLES = {"continuous": "blue", "static": "red", "even": "dim"}
 
+_TITLES = {"throughput": "Throughput", "ttft": "TTFT mean", "goodput": "Goodput"}
 
-def sentence(found: BreakEven) -> str:
-    """Who wins how many cells, metric by metric, and whether the real runs agree."""
-    total = len(found.places)
+
+def sentence(breakeven: BreakEven) -> str:
+    """Say how many cells each strategy wins, and how the measured ones agree."""
+    total = len(breakeven.cells)
     parts = []
+    if far := breakeven.extrapolated:
+        parts.append(f"{len(far)} of {total} cells go beyond the measured steps and are rough")
     for metric in METRICS:
-        wins = found.wins(metric)
-        told = f"on {_CALLED[metric]} continuous wins {len(wins['continuous'])} of {total} cells"
-        told += f", static {len(wins['static'])}{_most_static(metric, wins['static'])}"
-        parts.append(told)
-    if found.measured:
-        sides = [place.agrees(m) for place in found.measured for m in METRICS]
-        count = len(found.measured)
+        static = breakeven.won_by("static", metric)
+        worst = _worst(metric, static)
+        lead = f" (at most {times(1 / _ratio(worst, metric))}, at {worst.place})" if worst else ""
         parts.append(
-            f"{sum(map(bool, sides))} of {len(sides)} comparisons in {count} cells run for real "
-            "fall on the side that the map says"
+            f"on {_NAMES[metric]} continuous wins {len(breakeven.won_by('continuous', metric))} of "
+            f"{total} cells, static {len(static)}{lead}"
         )
-    return "; ".join(parts) + "."
+    if breakeven.measured:
+        agreed = [cell.agrees(metric) for cell in breakeven.measured for metric in METRICS]
+        parts.append(
+            f"{sum(map(bool, agreed))} of {len(agreed)} comparisons in "
+            f"{plural(len(breakeven.measured), 'measured cell')} have the predicted winner"
+        )
+    return f"{'; '.join(parts)}."
 
 
-def _most_static(metric: str, places: list[Place]) -> str:
-    """Where static's lead is largest."""
-    known = [p for p in places if p.contests[metric].ratio]
+def _ratio(cell: MapCell, metric: str) -> float:
+    ratio = cell.contests[metric].ratio
+    assert ratio is not None
+    return ratio
+
+
+def _worst(metric: str, cells: Iterable[MapCell]) -> MapCell | None:
+    """Return the cell in which static leads most, by a finite ratio."""
+    known = [cell for cell in cells if cell.contests[metric].ratio]
+    return min(known, key=lambda cell: _ratio(cell, metric), default=None)
+
+
+def advice(breakeven: BreakEven) -> str:
+    """Return one sentence that says what to do."""
+    total = len(breakeven.cells) * len(METRICS)
+    continuous, static = (
+        sum(len(breakeven.won_by(name, metric)) for metric in METRICS)
+        for name in ("continuous", "static")
+    )
+    if not continuous and not static:
+        text = f"Use either: nowhere on this map do they differ by more than {EVEN:.0%}"
+    elif not static:
+        text = f"Use continuous batching: it wins {continuous} of {total} comparisons, loses none"
+    elif not continuous:
+        text = f"Use static batching: it wins {static} of {total} comparisons, loses none"
+    elif continuous > static:
+        text = f"Use continuous batching, unless your load is one of the {static} of {total} "
+        text += f"comparisons that static wins{_example(breakeven)}"
+    else:
+        text = f"Use continuous batching only where it wins: in {continuous} of {total} "
+        text += f"comparisons, against {static} that static wins"
+    return f"{text}.{'' if breakeven.measured else ' Check it with --measure 3.'}"
+
+
+def _example(breakeven: BreakEven) -> str:
+    worst = {metric: _worst(metric, breakeven.won_by("static", metric)) for metric in METRICS}
+    known = [(_ratio(cell, metric), metric, cell) for metric, cell in worst.items() if cell]
     if not known:
         return ""
-    best = min(known, key=lambda p: p.contests[metric].ratio or 1.0)
-    ratio = best.contests[metric].ratio
-    assert ratio
+    _, metric, cell = min(known, key=lambda item: item[0])
+    return f", such as {_NAMES[metric]} at {cell.place}"
+
+
+def cost_sentence(breakeven: BreakEven, price_per_hour: float) -> str:
+    """Say what a million output tokens cost under each strategy, in the median over all cells."""
+    contests = [cell.contests["throughput"] for cell in breakeven.cells]
+    static, continuous = (
+        number(float(np.median([price_per_hour / 3600 / rate * 1e6 for rate in rates if rate])))
+        for rates in ([c.static for c in contests], [c.continuous for c in contests])
+    )
     return (
-        f" (by {1 / ratio:.2f}× at most: batch size {best.batch_size:,}, spread "
-        f"{best.spread:g}, {load_of(best.load)})"
+        f"At {price_per_hour:g} an hour, a million output tokens cost {continuous} with continuous "
+        f"and {static} with static batching (median over all cells)."
     )
 
 
-def load_of(load: str) -> str:
-    """``load 0.9``."""
-    return "all there at once" if load == ALL else f"load {float(load):g}"
-
-
-def title(found: BreakEven) -> str:
-    """Model, device and what all cells share, in a line."""
-    spec = found.spec
+def title(breakeven: BreakEven) -> str:
+    """Return model, device and what all cells share, in a line."""
+    spec = breakeven.spec
     return (
-        f"{found.teacher.place} · outputs of {spec.mean_tokens:,} tokens on average, prompts of "
+        f"{breakeven.fitted.place} · outputs of {spec.mean_tokens:,} tokens on average, prompts of "
         f"{spec.prompt_tokens:,} · {spec.batches} × batch size requests"
     )
 
 
-def notes(found: BreakEven) -> list[str]:
-    """What the numbers are."""
-    limits = ", ".join(f"{name.upper()} {limit:g} ms" for name, limit in found.limits_ms.items())
-    told = [
-        "Numbers: how many times better continuous is (throughput and goodput: continuous ÷ "
-        "static, TTFT: static ÷ continuous); simulated on fitted step costs.",
+def notes(breakeven: BreakEven) -> list[str]:
+    """Explain the numbers."""
+    limits = ", ".join(
+        f"{name.upper()} {limit:g} ms" for name, limit in breakeven.limits_ms.items()
+    )
+    lines = [
+        "Above 1: continuous batching is better. Simulated on fitted step costs.",
         f"Even: within {EVEN:.0%}. Spread: standard deviation ÷ mean of output lengths. Load: "
         "requests offered ÷ what continuous batching can serve.",
         f"Goodput: requests within {limits}.",
     ]
-    far = [place for place in found.places if place.beyond]
-    if far:
-        worst = max(far, key=lambda p: (len(p.beyond), p.batch_size, p.spread))
-        told.append(
-            f"Beyond what the fit saw in {len(far)} of {len(found.places)} cells, furthest at "
-            f"batch size {worst.batch_size:,}, spread {worst.spread:g}: {'; '.join(worst.beyond)}."
-        )
-    return told
+    if far := breakeven.extrapolated:
+        worst = max(far, key=lambda cell: (len(cell.beyond), cell.batch_size, cell.spread))
+        lines.append(f"Furthest beyond the measured steps, {worst.place}: {_beyond(worst)}.")
+    return lines
 
 
-def render(found: BreakEven) -> RenderableType:
-    """Sentence, a table a metric, the real runs, notes."""
-    shown: list[RenderableType] = [Text(sentence(found), style="bold"), Text()]
+def _beyond(cell: MapCell) -> str:
+    return "; ".join(cell.beyond)
+
+
+def render(breakeven: BreakEven, price_per_hour: float | None) -> RenderableType:
+    """Return the sentence, one table per metric, the measured cells, notes and the advice."""
+    parts: list[RenderableType] = [Text(sentence(breakeven), style="bold"), Text()]
     for metric in METRICS:
-        shown += [_table(found, metric), Text()]
-    if found.measured:
-        shown += [_measured(found), Text()]
-    return Group(*shown, *(Text(note, style="dim") for note in notes(found)))
+        parts += [_table(breakeven, metric), Text()]
+    if breakeven.measured:
+        parts += [_measured_table(breakeven), Text()]
+    parts += [Text(line, style="dim") for line in [*notes(breakeven), breakeven.fitted.fit]]
+    parts.append(Text())
+    if price_per_hour is not None:
+        parts.append(Text(cost_sentence(breakeven, price_per_hour)))
+    return Group(*parts, Text(advice(breakeven), style="bold"))
 
 
-def _table(found: BreakEven, metric: str) -> Table:
-    """Batch sizes by loads down, spreads to the right, then the border."""
-    spec = found.spec
+def _table(breakeven: BreakEven, metric: str) -> Table:
+    """Return loads and batch sizes down, spreads to the right, then the break-even spread."""
+    spec = breakeven.spec
     grid = Table(
-        title=f"{_CALLED[metric]}: how many times better continuous is, by spread",
-        title_style="bold",
-        pad_edge=False,
+        title=f"{_NAMES[metric]}: {_RATIOS[metric]}, by spread", title_style="bold", pad_edge=False
     )
     grid.add_column("load", no_wrap=True)
     grid.add_column("slots", justify="right")
@@ -132,256 +196,210 @@ def _table(found: BreakEven, metric: str) -> Table:
         grid.add_column(f"{spread:g}", justify="right", no_wrap=True)
     grid.add_column("continuous\nwins", justify="right", no_wrap=True)
     for load in spec.loads:
-        for i, batch in enumerate(spec.batch_sizes):
-            cells = []
-            for spread in spec.spreads:
-                place = found.by_axes[batch, spread, load]
-                contest = place.contests[metric]
-                text = spell(contest.ratio, contest.winner)
-                text += "*" if place.measured is not None else ""
-                cells.append(Text(text, style=_STYLES[contest.winner]))
-            last = i == len(spec.batch_sizes) - 1
-            border = _border(found, metric, batch, load)
-            grid.add_row(load if i == 0 else "", f"{batch:,}", *cells, border, end_section=last)
+        for batch in spec.batch_sizes:
+            row = [breakeven.by_axes[batch, spread, load] for spread in spec.spreads]
+            texts = [
+                Text(
+                    spell(cell.contests[metric]) + "*" * (cell.measured is not None),
+                    style=_STYLES[cell.contests[metric].winner],
+                )
+                for cell in row
+            ]
+            spread_at = breakeven.break_even_spread(metric, batch, load)
+            wins = "none" if spread_at is None else f"from {spread_at:.2f}"
+            wins = "all" if spread_at == spec.spreads[0] else wins
+            first, last = batch == spec.batch_sizes[0], batch == spec.batch_sizes[-1]
+            grid.add_row(load if first else "", f"{batch:,}", *texts, wins, end_section=last)
     return grid
 
 
-def _border(found: BreakEven, metric: str, batch: int, load: str) -> str:
-    """From which spread on continuous is better."""
-    at = found.border(metric, batch, load)
-    if at == found.spec.spreads[0]:
-        return "all"
-    return "none" if at is None else f"from {at:.2f}"
+def spell(contest: Contest) -> str:
+    """Return the ratio: ``1.35``; ∞ if static has nothing, – if neither has."""
+    if contest.ratio is None:
+        return "∞" if contest.winner == "continuous" else "–"
+    return f"{contest.ratio:.2f}" if contest.ratio < 9.95 else f"{contest.ratio:,.0f}"
 
 
-def spell(ratio: float | None, winner: str) -> str:
-    """``1.35``; ∞ where static has nothing, – where neither has."""
-    if ratio is None:
-        return "∞" if winner == "continuous" else "–"
-    return f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:,.0f}"
-
-
-def _measured(found: BreakEven) -> Table:
-    """The cells that were run, predicted beside measured."""
+def _measured_table(breakeven: BreakEven) -> Table:
+    """Return the predicted beside the measured ratios of the measured cells."""
     grid = Table(
-        title="* also run: how many times better continuous is",
+        title="* also measured: how many times better continuous is",
         title_style="bold",
         pad_edge=False,
     )
-    for name in ("load", "slots", "spread", "metric", "map", "run", "error", "same side"):
+    for name in (
+        "load",
+        "slots",
+        "spread",
+        "metric",
+        "predicted",
+        "measured",
+        "prediction",
+        "same",
+    ):
         grid.add_column(name, justify="left" if name == "metric" else "right")
-    for place in found.measured:
-        assert place.measured is not None
-        for i, metric in enumerate(METRICS):
-            told, real, error = (
-                place.contests[metric],
-                place.measured[metric],
-                place.error(metric),
-            )
-            where = [place.load, f"{place.batch_size:,}", f"{place.spread:g}"]
+    for cell in breakeven.measured:
+        assert cell.measured is not None
+        for metric in METRICS:
+            error = cell.error(metric)
+            axes = [cell.load, f"{cell.batch_size:,}", f"{cell.spread:g}"]
             grid.add_row(
-                *(where if i == 0 else ["", "", ""]),
-                _CALLED[metric],
-                spell(told.ratio, told.winner),
-                spell(real.ratio, real.winner),
-                "N/A" if error is None else f"{error:+.1%}",
-                "yes" if place.agrees(metric) else "NO",
-                end_section=i == len(METRICS) - 1,
+                *(axes if metric == METRICS[0] else ["", "", ""]),
+                _NAMES[metric],
+                spell(cell.contests[metric]),
+                spell(cell.measured[metric]),
+                "N/A" if error is None else error_in_words(error),
+                "yes" if cell.agrees(metric) else "NO",
+                end_section=metric == METRICS[-1],
             )
     return grid
 
 
-def to_json(found: BreakEven, command: str) -> str:
-    """``breakeven.json``."""
-    spec = found.spec
+# Files
+
+
+def write_map(
+    folder: Path, breakeven: BreakEven, command: str, price_per_hour: float | None
+) -> tuple[list[Path], str]:
+    """Write ``breakeven.json``, ``breakeven.csv`` and the picture; return them and the JSON."""
+    text, figure = to_json(breakeven, command, price_per_hour), draw_breakeven(breakeven)
+    contents: dict[str, bytes | str] = {"breakeven.json": text}
+    contents["breakeven.csv"] = pd.DataFrame(list(rows_of(breakeven))).to_csv(index=False)
+    contents |= {f"breakeven.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
+    return write_whole(folder, contents), text
+
+
+def to_json(breakeven: BreakEven, command: str, price_per_hour: float | None) -> str:
+    """Return ``breakeven.json``."""
+    spec = breakeven.spec
     data: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "sentence": sentence(found),
-        "axes": {
-            "batch_size": spec.batch_sizes,
-            "spread": spec.spreads,
-            "load": spec.loads,
-        },
+        "sentence": sentence(breakeven),
+        "advice": advice(breakeven),
+        "axes": {"batch_size": spec.batch_sizes, "spread": spec.spreads, "load": spec.loads},
         "mean_tokens": spec.mean_tokens,
         "prompt_tokens": spec.prompt_tokens,
-        "limits_ms": dict(found.limits_ms),
+        "limits_ms": dict(breakeven.limits_ms),
+        "price_per_hour": price_per_hour,
         "even_within": EVEN,
-        "cost": found.teacher.known.as_dict(),
-        "held_out": found.teacher.quality.as_dict(),
+        "cost": breakeven.fitted.known.as_dict(),
+        "held_out": breakeven.fitted.quality.as_dict(),
         "borders": [
             {
                 "metric": metric,
                 "batch_size": batch,
                 "load": load,
-                "spread": found.border(metric, batch, load),
+                "spread": breakeven.break_even_spread(metric, batch, load),
             }
             for metric in METRICS
             for load in spec.loads
             for batch in spec.batch_sizes
         ],
-        "cells": list(rows_of(found)),
+        "cells": list(rows_of(breakeven)),
     }
     return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def headline(found: BreakEven) -> str:
-    """For the picture: the range of the advantage, and whether static ever wins."""
-    ratios = [p.contests["throughput"].ratio for p in found.places]
-    known = [ratio for ratio in ratios if ratio and math.isfinite(ratio)]
-    static = sum(len(found.wins(metric)["static"]) for metric in METRICS)
-    total = len(found.places) * len(METRICS)
-    won = sum(len(found.wins(metric)["continuous"]) for metric in METRICS)
-    return (
-        f"Continuous batching wins {won} of {total} comparisons, static {static}; throughput is "
-        f"{number(min(known))}× to {number(max(known))}×"
-    )
+# The picture
 
-
-NAMES: Mapping[str, str] = {
-    "throughput": "Throughput",
-    "ttft": "TTFT mean",
-    "goodput": "Goodput",
-}
-
-_MOST = 4.0
-"""An advantage of this factor has the deepest colour."""
+_MOST = math.log(4)
+"""Logarithm of the advantage that has the deepest colour."""
 
 _LEFT, _GAP = 0.62, 0.16  # inches
 
 
-def draw_breakeven(frame: pd.DataFrame, headline: str, title: str, notes: Sequence[str]) -> Figure:
-    """A row of panels a metric, a panel a load; batch size down, spread to the right.
+def headline(breakeven: BreakEven) -> str:
+    """Return how many comparisons each strategy wins, and the range of the throughput's ratio."""
+    ratios = [cell.contests["throughput"].ratio for cell in breakeven.cells]
+    known = [ratio for ratio in ratios if ratio]
+    won = {
+        name: sum(len(breakeven.won_by(name, metric)) for metric in METRICS)
+        for name in ("continuous", "static")
+    }
+    return (
+        f"Continuous batching wins {won['continuous']} of {len(breakeven.cells) * len(METRICS)} "
+        f"comparisons, static {won['static']}; throughput is {times(min(known))} to "
+        f"{times(max(known))}"
+    )
 
-    Args:
-        frame: a row a cell and metric: ``batch_size``, ``spread``, ``load``, ``metric``,
-            ``advantage``, ``winner``, ``measured_winner``, ``same_side``.
-        notes: what the picture leaves unsaid.
-    """
-    loads, metrics = list(dict.fromkeys(frame["load"])), list(dict.fromkeys(frame["metric"]))
-    sizes, spreads = sorted(frame["batch_size"].unique()), sorted(frame["spread"].unique())
+
+def draw_breakeven(breakeven: BreakEven) -> Figure:
+    """Draw one row of panels per metric, one panel per load: batch size down, spread across."""
+    spec = breakeven.spec
+    loads, columns, rows = spec.loads, len(spec.spreads), len(spec.batch_sizes)
     width = (WIDE - _LEFT - (len(loads) - 1) * _GAP) / len(loads)
-    tall = min(0.26 * len(sizes), 2.2)
-    row = tall + 0.42
+    tall = min(0.26 * rows, 2.2)
     with house_style():
-        told = " ".join(notes)
-        card = make_card(headline, clean_text(title), 0.3 + row * len(metrics) + 0.5, told)
-        _legend(card, measured=bool(frame["measured_winner"].notna().any()))
-        for i, metric in enumerate(metrics):
+        body = 0.8 + (tall + 0.42) * len(METRICS)
+        card = make_card(
+            headline(breakeven), clean_text(title(breakeven)), body, " ".join(notes(breakeven))
+        )
+        _add_legend(card, measured=bool(breakeven.measured))
+        for i, metric in enumerate(METRICS):
             for j, load in enumerate(loads):
-                top = 0.3 + row * i + 0.34
+                top = 0.64 + (tall + 0.42) * i
                 axes = card.axes(_LEFT + j * (width + _GAP), top, width, tall)
-                cells = frame[(frame["metric"] == metric) & (frame["load"] == load)]
-                _panel(axes, cells, sizes, spreads, narrow=width / len(spreads) < 0.3)
-                what = "all there at once" if load == "all" else f"load {float(load):g}"
-                axes.set_title(
-                    f"{NAMES[metric]} · {what}", size=8.5, weight="bold", loc="left", pad=4
-                )
-                axes.tick_params(length=0, labelleft=j == 0, labelbottom=i == len(metrics) - 1)
-                if j == 0:
-                    axes.set_ylabel("batch size")
-                if i == len(metrics) - 1:
-                    axes.set_xlabel("spread of output lengths")
+                cells = [
+                    [breakeven.by_axes[b, s, load] for s in spec.spreads] for b in spec.batch_sizes
+                ]
+                _draw_panel(axes, cells, metric, size=6 if width / columns < 0.3 else 7.5)
+                axes.set_xticks(np.arange(columns) + 0.5, [f"{s:g}" for s in spec.spreads])
+                axes.set_yticks(np.arange(rows) + 0.5, [f"{b:,}" for b in spec.batch_sizes])
+                label = f"{_TITLES[metric]} · {load_of(load)}"
+                axes.set_title(label, size=8.5, weight="bold", loc="left", pad=4)
+                is_lowest = i == len(METRICS) - 1
+                axes.tick_params(length=0, labelleft=j == 0, labelbottom=is_lowest)
+                axes.set_ylabel("" if j else "batch size")
+                axes.set_xlabel("spread of output lengths" if is_lowest else "")
     return card.figure
 
 
-def _panel(
-    axes: Axes, cells: pd.DataFrame, sizes: list[int], spreads: list[float], *, narrow: bool
-) -> None:
-    """Colours, numbers, border and measured cells of one metric and load."""
+def _draw_panel(axes: Axes, cells: list[list[MapCell]], metric: str, size: float) -> None:
+    """Draw colours, ratios, the break-even line and frames of measured cells."""
     static, continuous = name_strategies({"static": (), "continuous": ()})
     colours = LinearSegmentedColormap.from_list(
         "sides", [static.colour, "#ffffff", continuous.colour]
     )
-    heights = np.full((len(sizes), len(spreads)), np.nan)
-    for row in cells.to_dict("records"):
-        place = sizes.index(row["batch_size"]), spreads.index(row["spread"])
-        heights[place] = _height(row["advantage"], str(row["winner"]))
-    limit = float(np.log(_MOST))
+    heights = np.array([[cell.contests[metric].height for cell in row] for row in cells])
     axes.pcolormesh(
-        np.arange(len(spreads) + 1),
-        np.arange(len(sizes) + 1),
-        np.clip(heights, -limit, limit),
+        np.clip(heights, -_MOST, _MOST),
         cmap=colours,
-        norm=TwoSlopeNorm(0, -limit, limit),
+        norm=TwoSlopeNorm(0, -_MOST, _MOST),
         edgecolors="#ffffff",
         lw=0.6,
     )
-    for row in cells.to_dict("records"):
-        x, y = spreads.index(row["spread"]), sizes.index(row["batch_size"])
-        dark = abs(heights[y, x]) > 0.75 * limit
-        axes.text(
-            x + 0.5,
-            y + 0.5,
-            _spell(row["advantage"], str(row["winner"])),
-            ha="center",
-            va="center",
-            size=6 if narrow else 7.5,
-            color="#ffffff" if dark else INK,
-        )
-        if pd.notna(row["measured_winner"]):
-            look: dict[str, Any] = {"fc": "none", "ec": INK, "lw": 1.8}
-            look["ls"] = "solid" if row["same_side"] else (0, (2, 1.2))
-            box = Rectangle((x + 0.06, y + 0.08), 0.88, 0.84, zorder=4, **look)
-            axes.add_patch(box)
-    _draw_border(axes, heights)
-    axes.set(xlim=(0, len(spreads)), ylim=(len(sizes), 0))
-    axes.set_xticks(np.arange(len(spreads)) + 0.5, [f"{s:g}" for s in spreads])
-    axes.set_yticks(np.arange(len(sizes)) + 0.5, [f"{s:,}" for s in sizes])
-    strip_axes_keep_ticks(axes)
-
-
-def strip_axes_keep_ticks(axes: Axes) -> None:
-    """No frame; the ticks' own words stay."""
-    ticks = [(axis, axis.get_major_formatter()) for axis in (axes.xaxis, axes.yaxis)]
+    for (y, x), height in np.ndenumerate(heights):
+        cell = cells[y][x]
+        colour = "#ffffff" if abs(height) > 0.75 * _MOST else INK
+        style: dict[str, Any] = {"ha": "center", "va": "center", "size": size, "color": colour}
+        axes.text(x + 0.5, y + 0.5, spell(cell.contests[metric]), **style)
+        if cell.measured is not None:
+            dashes: Any = "solid" if cell.agrees(metric) else (0, (2, 1.2))
+            look: dict[str, Any] = {"fc": "none", "ec": INK, "lw": 1.8, "ls": dashes, "zorder": 4}
+            axes.add_patch(Rectangle((x + 0.06, y + 0.08), 0.88, 0.84, **look))
+    won = heights > math.log1p(EVEN)
+    line: dict[str, Any] = {"color": INK, "lw": 2.2, "solid_capstyle": "round", "zorder": 3}
+    for y, x in np.argwhere(won[:, 1:] != won[:, :-1]):
+        axes.plot([x + 1, x + 1], [y, y + 1], **line)
+    for y, x in np.argwhere(won[1:] != won[:-1]):
+        axes.plot([x, x + 1], [y + 1, y + 1], **line)
+    axes.set(xlim=(0, heights.shape[1]), ylim=(heights.shape[0], 0))
     strip_axes(axes)
-    for axis, formatter in ticks:
-        axis.set_major_formatter(formatter)
 
 
-def _height(advantage: float | None, winner: str) -> float:
-    """The logarithm of the advantage; beyond any scale where the loser has nothing at all."""
-    if advantage is None or pd.isna(advantage):
-        return float(np.inf) if winner == "continuous" else 0.0
-    return float(np.log(advantage)) if advantage > 0 else float(-np.inf)
-
-
-def _spell(advantage: float | None, winner: str) -> str:
-    if advantage is None or pd.isna(advantage):
-        return "∞" if winner == "continuous" else "–"
-    return f"{advantage:.2f}" if advantage < 9.95 else f"{advantage:.0f}"
-
-
-def _draw_border(axes: Axes, heights: Floats) -> None:
-    """A line along the edges where one side ends and the other begins.
-
-    Between neighbouring cells of which one is won by continuous batching and the other is not.
-    """
-    won = heights > np.log1p(0.02)
-    rows, columns = won.shape
-    look: dict[str, Any] = {"color": INK, "lw": 2.2, "solid_capstyle": "round", "zorder": 3}
-    for y in range(rows):
-        for x in range(1, columns):
-            if won[y, x] != won[y, x - 1]:
-                axes.plot([x, x], [y, y + 1], **look)
-    for y in range(1, rows):
-        for x in range(columns):
-            if won[y, x] != won[y - 1, x]:
-                axes.plot([x, x + 1], [y, y], **look)
-
-
-def _legend(card: Card, *, measured: bool) -> None:
+def _add_legend(card: Card, *, measured: bool) -> None:
     static, continuous = name_strategies({"static": (), "continuous": ()})
     handles: list[Any] = [
         Patch(fc=continuous.tint(0.2), label="continuous better"),
         Patch(fc="#ffffff", ec=QUIET, lw=0.6, label="even"),
         Patch(fc=static.tint(0.2), label="static better"),
-        Line2D([], [], color=INK, lw=2.2, label="where continuous stops winning"),
+        Line2D([], [], color=INK, lw=2.2, label="break-even line"),
     ]
     if measured:
-        handles.append(Patch(fc="none", ec=INK, lw=1.8, label="also run"))
+        handles.append(Patch(fc="none", ec=INK, lw=1.8, label="also measured"))
     card.figure.legend(
         handles=handles,
         ncols=len(handles),

@@ -1,4 +1,4 @@
-"""A grid: the cells that some options span, each of them one experiment."""
+"""A grid of experiments: every combination of the values given to some options."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,34 +28,28 @@ from batchbench.version import __version__
 from batchbench.workloads.lengths import parse_lengths
 
 SWEPT: Mapping[str, type] = {"basis": Basis, **PARTS}
-"""The specs whose fields may be swept."""
+"""Specs whose fields may be swept."""
 
 MOST_CELLS = 100_000
 
 Values = Mapping[str, Any]
-"""Of options, by the name of their field."""
+"""Values of options by field name."""
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
     """One experiment of a grid, or the reason why its options do not go together."""
 
-    chosen: Values  # of the options that were given
+    chosen: Values  # values of the options that were given
     experiment: Experiment | None
     fault: str | None = None
 
     @cached_property
     def digest(self) -> str:
-        """What the cell is kept under: equal digests give equal results."""
+        """Name of the cell's folder; equal digests give equal results."""
         if self.experiment is None:
             raise ValueError(f"no experiment: {self.fault}")
-        # NumPy and SciPy, only now
-
         return digest_of(self.experiment)
-
-    def says(self, names: tuple[str, ...]) -> str:
-        """Its values of some options: ``--batch-size 8 --long-every 4``."""
-        return " ".join(f"{settings.option_name(name)} {self.chosen[name]}" for name in names)
 
 
 @dataclass(frozen=True)
@@ -62,20 +57,18 @@ class Grid:
     """All combinations of the values given to options.
 
     Args:
-        axes: values by field name, as typed; an option that is not named keeps its default.
-        simulated: on a virtual clock, where every step costs one unit.
+        axes: values by field name; other options keep their defaults.
+        simulated: serve on a virtual clock, where every step costs one unit.
 
     Raises:
-        UsageError: a value that its option does not take, whatever the others are.
+        UsageError: an option does not take a value, whatever the others are.
     """
 
     axes: Mapping[str, tuple[Any, ...]]
     simulated: bool = False
 
     def __post_init__(self) -> None:
-        count = 1
-        for values in self.axes.values():
-            count *= len(values)
+        count = math.prod(map(len, self.axes.values()))
         if count > MOST_CELLS:
             raise UsageError(f"the grid has {count:,} cells, more than {MOST_CELLS:,}: thin it out")
         self._refuse_hopeless()
@@ -87,9 +80,9 @@ class Grid:
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """Every combination once; the last option given varies fastest."""
-        combined = itertools.product(*self.axes.values())
-        return tuple(self._cell(dict(zip(self.axes, values, strict=True))) for values in combined)
+        """Every combination once; the last option varies fastest."""
+        combinations = itertools.product(*self.axes.values())
+        return tuple(self._cell(dict(zip(self.axes, v, strict=True))) for v in combinations)
 
     def _cell(self, chosen: Values) -> Cell:
         try:
@@ -98,7 +91,7 @@ class Grid:
             return Cell(chosen, None, str(error))
 
     def _refuse_hopeless(self) -> None:
-        """Raise what is wrong with a value that neither stands alone nor in any of its cells."""
+        """Raise UsageError for a value that is wrong alone and in every one of its cells."""
         faulty = [cell for cell in self.cells if cell.fault is not None]
         if len(faulty) == len(self.cells):
             raise UsageError(faulty[0].fault)
@@ -111,27 +104,23 @@ class Grid:
 
     @property
     def digest(self) -> str:
-        """Of what was asked: the same command has the same."""
+        """Name of the default folder; the same command has the same."""
         text = f"{__version__} {self.command()}"
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
-    def words(self) -> list[str]:
-        """The options that give this grid again."""
-        return words_of_axes(self.axes)
-
     def command(self, *more: str) -> str:
-        """The command line that sweeps it again."""
+        """Return the command line that sweeps this grid."""
         simulated = ["--simulated"] * self.simulated
-        return shlex.join(["batchbench", "sweep", *self.words(), *simulated, *more])
+        return shlex.join(["batchbench", "sweep", *words_of_axes(self.axes), *simulated, *more])
 
 
 def make_experiment(
     chosen: Values, *, simulated: bool, cost: KnownCost | None = None
 ) -> Experiment:
-    """The experiment of these options; all others are as the preset, the file or defaults say.
+    """Return the experiment of these options; the preset, the file or defaults give all others.
 
     Raises:
-        UsageError: the options do not go together.
+        UsageError: the options exclude each other, or a value is wrong.
     """
     basis: Basis = settings.make_spec(Basis, chosen)
     names = {field.name for field in dataclasses.fields(Basis)}
@@ -141,7 +130,7 @@ def make_experiment(
 
 
 def words_of_axes(axes: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """What to type for the values of options."""
+    """Return the words that give options these values on a command line."""
     return [word for name, values in axes.items() for word in _words(name, values)]
 
 
@@ -163,60 +152,60 @@ def _words(name: str, values: tuple[Any, ...]) -> Iterator[str]:
             yield from (option, str(value))
 
 
-GRAMMAR = (
+_GRAMMAR = (
     "a number (8), a list (1,2,4), start:stop (1:3 is 1, 2, 3) or start:stop:step (1:16:5 is 1, 6, "
     "11, 16)"
 )
 
 MOST = 10_000
-"""Values of one option; a longer range is a slip of the pen."""
+"""Values of one option; a longer range is a typing error."""
 
 
 def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> list[int | float]:
-    """The numbers that ``text`` names, in its order; a stop that is hit is one of them.
+    """Return the numbers that ``text`` names, in its order; a range includes its stop.
 
     Raises:
-        UsageError: the text is not of the grammar, or names too many numbers; names ``option``.
+        UsageError: the text is not a list or range, or names too many numbers.
     """
-    found: list[int | float] = []
+    numbers: list[int | float] = []
     place = f"{option} {shown(text)}"
     for part in text.split(","):
         for number in _range(part, place):
             value = kind(number)
             if value != number and kind is int:
                 raise UsageError(f"{place}: {shown(number)} must be a whole number")
-            found.append(value)
-        if len(found) > MOST:
+            numbers.append(value)
+        if len(numbers) > MOST:
             raise UsageError(f"{place}: more than {MOST:,} values; give fewer")
-    return found
+    return numbers
 
 
-def _range(part: str, asked: str) -> list[Decimal]:
-    """One number, or those of a range; decimals, since 0.1 + 0.2 must be 0.3."""
-    numbers = [parse_number(piece, asked, f"must be {GRAMMAR}") for piece in part.split(":")]
+def _range(part: str, place: str) -> list[Decimal]:
+    """Parse one number or a range; decimals, since 0.1 + 0.2 must be 0.3."""
+    numbers = [parse_number(piece, place, f"must be {_GRAMMAR}") for piece in part.split(":")]
     if len(numbers) == 1:
         return numbers
     if len(numbers) > 3:
-        raise UsageError(f"{asked}: must be {GRAMMAR}")
+        raise UsageError(f"{place}: must be {_GRAMMAR}")
     start, stop, step = numbers if len(numbers) == 3 else (*numbers, Decimal(1))
     if step == 0 or (stop - start) / step < 0:
         raise UsageError(
-            f"{asked}: a step of {shown(step)} does not lead from {shown(start)} to {shown(stop)}"
+            f"{place}: a step of {shown(step)} does not lead from {shown(start)} to {shown(stop)}"
         )
     if (stop - start) / step >= MOST:
-        raise UsageError(f"{asked}: more than {MOST:,} values; take a larger step")
+        raise UsageError(f"{place}: more than {MOST:,} values; take a larger step")
     return [start + i * step for i in range(int((stop - start) / step) + 1)]
 
 
 LENGTH = 16
-"""Hexadecimal digits: among a million cells two agree by chance once in 4 × 10⁷ such sets."""
+"""Hexadecimal digits: two of a million cells agree by chance once in 4 × 10⁷ sweeps."""
 
 
 def digest_of(experiment: Experiment) -> str:
-    """SHA-256, shortened, over all settings, the program's version, and the files that are named.
+    """Return a shortened SHA-256 over all settings, the program's version and named files.
 
-    Files count with their content, a model's folder with names, sizes and times (its weights may
-    be many gigabytes), a policy of the user's own with its source.
+    Files enter with their content, a model's folder with names, sizes and times (its weights may
+    be many gigabytes), a policy of the user with its source.
     """
     depends = {
         "batchbench": __version__,
@@ -234,28 +223,32 @@ def digest_of(experiment: Experiment) -> str:
 
 
 def named_files(experiment: Experiment) -> dict[str, Any]:
-    """Of every setting that is a path, and of a model that is a folder."""
-    found: dict[str, Any] = {}
+    """Return digests of the files that settings name, by field name, and of a model's folder."""
+    files: dict[str, Any] = {}
     for part in ("workload", "serving", "trials", "model"):
         spec = getattr(experiment, part)
         for field in fields(spec):
             value = getattr(spec, field.name)
             file = value if isinstance(value, Path) else _file_of_lengths(field.name, value)
             if file is not None and file.is_file():
-                with file.open("rb") as content:
-                    found[field.name] = hashlib.file_digest(content, "sha256").hexdigest()
+                files[field.name] = _digest_of_file(file)
     folder = Path(experiment.model.model)
     if folder.is_dir():
-        found["model"] = [
-            (file.name, (about := file.stat()).st_size, about.st_mtime_ns)
+        files["model"] = [
+            (file.name, (status := file.stat()).st_size, status.st_mtime_ns)
             for file in sorted(folder.iterdir())
             if file.is_file()
         ]
-    return found
+    return files
+
+
+def _digest_of_file(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _file_of_lengths(name: str, value: Any) -> Path | None:
-    """The file of lengths that ``empirical:FILE`` names."""
+    """Return the file that lengths such as ``empirical:FILE`` name."""
     if name not in ("prompt_tokens", "output_tokens") or value is None:
         return None
     file = getattr(parse_lengths(value, settings.option_name(name)), "file", None)
@@ -263,11 +256,10 @@ def _file_of_lengths(name: str, value: Any) -> Path | None:
 
 
 def _module(name: str) -> str | None:
-    """Digest of a module's source, where it has a file."""
-    loaded = sys.modules.get(name)
-    origin = getattr(loaded, "__file__", None)
+    """Return the digest of a module's source, if it has a file."""
+    origin = getattr(sys.modules.get(name), "__file__", None)
     if origin is None:
         spec = importlib.util.find_spec(name)
         origin = spec.origin if spec is not None else None
     file = Path(origin) if origin else None
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None
+    return _digest_of_file(file) if file and file.is_file() else None

@@ -1,4 +1,4 @@
-"""What came of a sweep: read from its finished cells, and told as rows, sentence and JSON."""
+"""The report of a sweep: a sentence and a table, ``sweep.json``, ``sweep.csv`` and pictures."""
 
 from __future__ import annotations
 
@@ -21,75 +21,89 @@ from batchbench.files import write_whole
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.result import regoaled
 from batchbench.reports.slo import GoalsSpec
-from batchbench.reports.text import called, number, spell_option, spell_value
+from batchbench.reports.text import (
+    number,
+    plural,
+    spell_option,
+    spell_value,
+    times_within,
+)
 from batchbench.studies.sweep.figures import PICTURES, draw_sweep
 from batchbench.studies.sweep.grid import Cell, Grid
-from batchbench.studies.sweep.store import Store
+from batchbench.studies.sweep.run import Store
 from batchbench.studies.sweep.table import Cells, Row, rows_of, table_of, to_csv
 from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
-_TOLD = ("model", "workload", "environment", "verification", "validity", "comparisons")
+MOST_CELLS = 40
+"""Rows of the table on a terminal."""
+
+MOST_REASONS = 4
+"""Reasons to suspect cells that a terminal shows."""
+
+_REPEATED = ("model", "workload", "environment", "verification", "validity", "comparisons")
 """Parts of a cell's result that ``sweep.json`` repeats."""
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What came of one cell."""
+class CellResult:
+    """Parts of one cell's result, or the reason why it failed."""
 
     cell: Cell
-    data: Mapping[str, Any] | None  # parts of its result; None if it failed
-    reason: str | None = None  # why it failed
+    data: Mapping[str, Any] | None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What came of a sweep."""
+class SweepResult:
+    """Results of all cells of a grid."""
 
     grid: Grid
     goals: GoalsSpec
-    cells: Sequence[Finding]
+    cells: Sequence[CellResult]
     rows: Sequence[Row]
-    others: int  # cells of other grids that the folder holds as well
+    others: int  # cells of other grids in the same folder
 
     @property
-    def served(self) -> list[Finding]:
-        """Cells with a result."""
+    def _data(self) -> list[Mapping[str, Any]]:
+        return [cell.data for cell in self.cells if cell.data is not None]
+
+    @property
+    def served(self) -> list[CellResult]:
         return [cell for cell in self.cells if cell.data is not None]
 
     @property
-    def failed(self) -> list[Finding]:
-        """Cells that could not be served."""
+    def failed(self) -> list[CellResult]:
         return [cell for cell in self.cells if cell.data is None]
 
     @property
     def wrong(self) -> int:
-        """Requests that got wrong tokens, in all cells."""
-        return sum(found.data["verification"]["wrong"] for found in self.cells if found.data)
+        """Requests with wrong tokens, in all cells."""
+        return sum(data["verification"]["wrong"] for data in self._data)
 
     @property
     def suspect(self) -> int:
         """Cells whose run is suspect."""
-        return sum(
-            found.data["validity"]["status"] == "suspect" for found in self.cells if found.data
-        )
+        return sum(data["validity"]["status"] == "suspect" for data in self._data)
 
     @property
     def machines(self) -> list[str]:
-        """Where the cells were measured; more than one is not one measurement."""
+        """Machines, with their version of torch, on which cells were measured."""
+        if self.grid.simulated:
+            return []
         names = ("hostname", "cpu", "gpu")
-        found = [c.data["environment"] for c in self.cells if c.data and not self.grid.simulated]
-        told = [
-            " ".join(str(e[name]) for name in names if e.get(name))
-            + f", torch {e['packages']['torch']}"
-            for e in found
-        ]
-        return list(dict.fromkeys(told))
+        return list(
+            dict.fromkeys(
+                " ".join(str(e[name]) for name in names if e.get(name))
+                + f", torch {e['packages']['torch']}"
+                for e in (data["environment"] for data in self._data)
+            )
+        )
 
 
-def read_findings(grid: Grid, store: Store, goals: GoalsSpec) -> Findings:
-    """The grid's finished cells, held against ``goals``; cells of other grids are left alone."""
+def read_sweep(grid: Grid, store: Store, goals: GoalsSpec) -> SweepResult:
+    """Read the grid's finished cells and evaluate them against ``goals``."""
     cells, rows = [], []
     for cell in grid.cells:
         reason = cell.fault
@@ -98,115 +112,156 @@ def read_findings(grid: Grid, store: Store, goals: GoalsSpec) -> Findings:
         if reason is None:
             reason = store.failure(cell)
         if reason is not None:
-            cells.append(Finding(cell, None, reason))
+            cells.append(CellResult(cell, None, reason))
             continue
         result = regoaled(store.load(cell), goals)
         rows += rows_of(cell, result)
         data: Any = result.data
-        cells.append(Finding(cell, {name: data[name] for name in _TOLD}))
+        cells.append(CellResult(cell, {name: data[name] for name in _REPEATED}))
     own = {cell.digest for cell in grid.cells if cell.fault is None}
-    return Findings(grid, goals, cells, rows, len(store) - len(own))
+    return SweepResult(grid, goals, cells, rows, len(store) - len(own))
 
 
-def to_json(findings: Findings, command: str, not_drawn: Mapping[str, str]) -> str:
-    """``sweep.json``: what was asked and what came of each cell."""
+def cells_of(swept: SweepResult) -> Cells | None:
+    """Return the table with its title; None if no cell was served."""
+    if not swept.rows:
+        return None
+    frame = table_of(swept.rows)
+    columns = {"strategy": "strategies"}
+    given = (columns.get(name, name) for name in swept.grid.varying)
+    # An option has no axis if all but one of its values failed.
+    varying = tuple(n for n in given if n in frame and frame[n].nunique(dropna=False) > 1)
+    return Cells(frame, varying, swept.grid.simulated, _title(swept))
+
+
+def _title(swept: SweepResult) -> str:
+    """Return model, device, and the options that were given and do not vary."""
+    models = [cell.data["model"] for cell in swept.served if cell.data is not None]
+    names = {model["name"] for model in models}
+    places = {
+        "simulated" if swept.grid.simulated else f"{m['device']} {m['dtype']}" for m in models
+    }
+    parts = [
+        names.pop() if len(names) == 1 else f"{len(names)} models",
+        places.pop() if len(places) == 1 else f"{len(places)} devices or number formats",
+    ]
+    parts += [
+        spell_option(name, values[0])
+        for name, values in swept.grid.axes.items()
+        if len(values) == 1 and name not in ("model", "dtype", "device", "strategy", "trials")
+    ]
+    return " · ".join(parts)
+
+
+# Files
+
+
+def write_sweep(
+    folder: Path, swept: SweepResult, command: str
+) -> tuple[list[Path], str, dict[str, str]]:
+    """Write ``sweep.json``, ``sweep.csv`` and the pictures; remove those of an older grid.
+
+    Returns:
+        The files, the text of ``sweep.json``, and by picture the reason why it is missing.
+    """
+    cells = cells_of(swept)
+    figures, not_drawn = draw_sweep(cells) if cells is not None else ({}, {})
+    text = to_json(swept, command, not_drawn)
+    contents: dict[str, bytes | str] = {"sweep.json": text}
+    contents["sweep.csv"] = to_csv(table_of(swept.rows))
+    for name, figure in figures.items():
+        contents |= {f"{name}.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
+    stale = [f"{name}.{format}" for name in PICTURES for format in ("png", "svg")]
+    return write_whole(folder, contents, stale), text, not_drawn
+
+
+def to_json(swept: SweepResult, command: str, not_drawn: Mapping[str, str]) -> str:
+    """Return ``sweep.json``."""
     data = {
         "schema_version": SCHEMA_VERSION,
         "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        "simulated": findings.grid.simulated,
-        "axes": {name: _plain(values) for name, values in findings.grid.axes.items()},
-        "goals": settings.as_json(findings.goals),
+        "simulated": swept.grid.simulated,
+        "axes": {name: _plain(values) for name, values in swept.grid.axes.items()},
+        "goals": settings.as_json(swept.goals),
         "environment": environment(),
-        "cells": [_cell(found) for found in findings.cells],
+        "cells": [_cell(result) for result in swept.cells],
         "pictures_not_drawn": not_drawn,
     }
     return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def _cell(found: Finding) -> dict[str, Any]:
-    cell = found.cell
+def _cell(result: CellResult) -> dict[str, Any]:
+    cell = result.cell
     return {
         "digest": None if cell.experiment is None else cell.digest,
         "options": {name: _plain(value) for name, value in cell.chosen.items()},
-        "status": "failed" if found.data is None else "done",
-        "reason": found.reason,
+        "status": "failed" if result.data is None else "done",
+        "reason": result.reason,
         "config": None if cell.experiment is None else cell.experiment.config(),
-        **(found.data or {}),
+        **(result.data or {}),
     }
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """Convert a path to text and a tuple to a list, for JSON."""
     if isinstance(value, tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
-MOST_CELLS = 40
-"""A longer table is a file."""
-
-MOST_REASONS = 4
-"""Reasons to suspect cells that are told; sweep.json has all."""
-
-_COLUMNS = (
-    ("tok/s", "output_throughput"),
-    ("TTFT p99 ms", "p99_ttft_ms"),
-)
-
-_MORE = ("E2E p99 ms", "p99_e2el_ms")
-
-_GOOD = ("within SLO %", "slo_attainment")
+# Terminal
 
 
-def sentence(findings: Findings, cells: Cells | None) -> str:
-    """The answer in one sentence."""
+def render(swept: SweepResult, cells: Cells | None, not_drawn: Mapping[str, str]) -> RenderableType:
+    """Return the sentence, the table and the notes."""
+    doubtful = swept.failed or swept.suspect
+    style = "bold red" if swept.wrong else "bold yellow" if doubtful else "bold"
+    parts: list[RenderableType] = [Text(sentence(swept, cells), style=style), Text()]
+    if cells is not None:
+        parts.append(table(cells))
+    return Group(*parts, *(Text(line, style="dim") for line in notes(swept, cells, not_drawn)))
+
+
+def sentence(swept: SweepResult, cells: Cells | None) -> str:
+    """Return the answer in one sentence."""
     parts = [_answer(cells)] if cells is not None else []
-    total, failed = len(findings.cells), len(findings.failed)
-    if failed:
-        parts.append(f"{failed} of {total} cells could not be served")
-    if findings.wrong:
-        parts.append(f"{findings.wrong} requests got WRONG tokens")
-    if findings.suspect:
-        parts.append(f"{findings.suspect} of {total} cells are suspect")
+    total = len(swept.cells)
+    if swept.failed:
+        parts.append(f"{len(swept.failed)} of {total} cells could not be served")
+    if swept.wrong:
+        parts.append(f"{plural(swept.wrong, 'request')} got WRONG tokens")
+    if swept.suspect:
+        parts.append(f"{swept.suspect} of {total} cells are suspect")
     return "; ".join(parts) + "."
 
 
 def _answer(cells: Cells) -> str:
-    """How much better, from where to where; or how much comes of one strategy alone."""
-    typical = cells.typical
-    count = typical["cell"].nunique()
+    """Return the range of the speed-up; of waits if requests come over time."""
+    count = cells.typical["cell"].nunique()
     over = f"over {count} cells" if count > 1 else "in its one cell"
     begin = "in simulation, where every step costs the same, " if cells.simulated else ""
-    name, candidate = (called(s) for s in (cells.strategies[0], cells.strategies[-1]))
-    compared = typical[typical["speedup"].notna() & (typical["strategy"] == cells.strategies[-1])]
-    if not len(compared):
-        low, high, at = _range(cells, typical, "output_throughput")
-        span = low if low == high else f"{low} to {high}"
-        return f"{begin}{name} yields {span} output tokens/s {over}{at}"
+    baseline, candidate = cells.pair
+    text, at = cells.span("wait_ratio" if cells.timed else "speedup")
+    if not text:
+        text, at = cells.span("output_throughput")
+        return f"{begin}{candidate} yields {text} output tokens/s {over}{at}"
     if cells.timed:
-        low, high, at = _range(cells, compared, "wait_ratio", "×")
-        span = low if low == high else f"{low} to {high}"
-        return f"{begin}TTFT p99 was {span} as long under {name} as under {candidate} {over}{at}"
-    low, high, at = _range(cells, compared, "speedup", "×")
-    span = low if low == high else f"{low} to {high}"
-    return f"{begin}{candidate} was {span} as fast as {name} {over}{at}"
+        waits = f"TTFT p99 was {text} as long under {baseline} as under {candidate}"
+        return f"{begin}{waits} {over}{at}"
+    return f"{begin}{candidate} was {text} as fast as {baseline} {over}{at}"
 
 
-def _range(cells: Cells, rows: pd.DataFrame, metric: str, sign: str = "") -> tuple[str, str, str]:
-    """The smallest and the largest value, and where the largest is."""
-    values = rows[metric]
-    largest: Any = values.idxmax()
-    at = cells.where(rows.loc[largest], less=("strategies",))
-    low, high = (
-        f"{value:.2f}{sign}" if sign else number(value) for value in (values.min(), values.max())
-    )
-    return low, high, f", most at {at}" if at and low != high else ""
+_THROUGHPUT, _TTFT = ("tok/s", "output_throughput"), ("TTFT p99 ms", "p99_ttft_ms")
+_E2E, _WITHIN_SLO = ("E2E p99 ms", "p99_e2el_ms"), ("within SLO %", "slo_attainment")
 
 
 def table(cells: Cells) -> Table:
-    """Of the options only those that vary; up to two strategies stand side by side."""
+    """Return one row per cell, with columns for the options that vary.
+
+    Up to two strategies stand side by side; more have rows of their own.
+    """
     grid = Table(
         title=cells.title,
         caption=_caption(cells),
@@ -217,48 +272,36 @@ def table(cells: Cells) -> Table:
     )
     for name in cells.varying:
         grid.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
-    side_by_side = len(cells.strategies) <= 2 and "strategies" not in cells.varying
-    _fill = _rows_of_cells if side_by_side else _rows_of_strategies
-    _fill(cells, grid, list(dict.fromkeys(cells.typical["cell"]))[:MOST_CELLS])
+    columns = [_THROUGHPUT, _WITHIN_SLO if cells.has_slo else _TTFT]
+    if len(cells.strategies) <= 2 and "strategies" not in cells.varying:
+        _add_cells(cells, grid, columns)
+    else:
+        _add_strategies(cells, grid, [_THROUGHPUT, _TTFT, _WITHIN_SLO if cells.has_slo else _E2E])
     return grid
 
 
-def _rows_of_cells(cells: Cells, grid: Table, shown: Sequence[str]) -> None:
-    """A row a cell."""
-    columns = [_COLUMNS[0], _GOOD] if _held_to_goals(cells) else _COLUMNS
+def _add_cells(cells: Cells, grid: Table, columns: Sequence[tuple[str, str]]) -> None:
     for label, _ in columns:
         for name in cells.strategies:
             grid.add_column(f"{label}\n{name}", justify="right")
     compared = len(cells.strategies) > 1 and not cells.timed
     if compared:
         grid.add_column(f"speed-up\nover {cells.strategies[0]}", justify="right")
-    by_cell = cells.typical.set_index(["cell", "strategy"])
-    for cell in shown:
-        rows: list[Any] = [by_cell.loc[(cell, name)] for name in cells.strategies]
+    for rows in cells.by_cell(MOST_CELLS):
         varying = [spell_value(rows[0][name]) for name in cells.varying]
         values = [_metric(row, metric) for _, metric in columns for row in rows]
         grid.add_row(*varying, *values, *(_speedup(row) for row in rows[1:] if compared))
 
 
-def _rows_of_strategies(cells: Cells, grid: Table, shown: Sequence[str]) -> None:
-    """A row a cell and strategy."""
-    columns = [*_COLUMNS, _GOOD if _held_to_goals(cells) else _MORE]
+def _add_strategies(cells: Cells, grid: Table, columns: Sequence[tuple[str, str]]) -> None:
     grid.add_column("strategy", no_wrap=True)
-    for label, _ in columns:
-        head = label.replace(" ", "\n", 1)
-        grid.add_column(head, justify="right")
-    grid.add_column("speed-\nup", justify="right")
-    for cell in shown:
-        rows = cells.typical[cells.typical["cell"] == cell]
-        for i, (_, row) in enumerate(rows.iterrows()):
-            varying = [spell_value(row[name]) if i == 0 else "" for name in cells.varying]
-            values = [_metric(row, metric) for _, metric in columns]
-            last = i == len(rows) - 1
-            grid.add_row(*varying, row["strategy"], *values, _speedup(row), end_section=last)
-
-
-def _held_to_goals(cells: Cells) -> bool:
-    return "slo_attainment" in cells.frame and bool(cells.frame["slo_attainment"].notna().any())
+    for label in [*(label for label, _ in columns), "speed- up"]:
+        grid.add_column(label.replace(" ", "\n", 1), justify="right")
+    for rows in cells.by_cell(MOST_CELLS):
+        for row in rows:
+            varying = [spell_value(row[name]) if row is rows[0] else "" for name in cells.varying]
+            values = [row["strategy"], *(_metric(row, m) for _, m in columns), _speedup(row)]
+            grid.add_row(*varying, *values, end_section=row is rows[-1])
 
 
 def _metric(row: Any, name: str) -> str:
@@ -268,59 +311,56 @@ def _metric(row: Any, name: str) -> str:
     return f"{100 * value:.1f}" if name == "slo_attainment" else number(value)
 
 
-def _caption(cells: Cells) -> str | None:
-    """What the table leaves unsaid."""
-    total = cells.typical["cell"].nunique()
-    notes = ["simulated: a step counts as 1 ms"] if cells.simulated else []
-    if cells.trials > 1:
-        notes.append(f"medians of {cells.trials} trials")
-    if total > MOST_CELLS:
-        notes.append(f"the first {MOST_CELLS} of {total} cells; sweep.csv has all")
-    return "; ".join(notes) or None
-
-
-def _speedup(row: pd.Series[Any]) -> str:
+def _speedup(row: Any) -> str:
     if pd.isna(row["speedup"]):  # the baseline's own
         return "–"
-    text = f"{row['speedup']:.2f}×"
-    if pd.isna(row["speedup_low"]):
-        return text
-    return f"{text} ({row['speedup_low']:.2f}–{row['speedup_high']:.2f})"
+    low, high = (None if pd.isna(row[f"speedup_{end}"]) else row[f"speedup_{end}"] for end in _ENDS)
+    return times_within(row["speedup"], low, high)
 
 
-def notes(findings: Findings, cells: Cells | None, not_drawn: dict[str, str]) -> list[str]:
-    """What else a reader should know, a line each."""
+_ENDS = ("low", "high")
+
+
+def _caption(cells: Cells) -> str | None:
+    total = cells.typical["cell"].nunique()
+    lines = ["simulated: a step counts as 1 ms"] if cells.simulated else []
+    if cells.trials > 1:
+        lines.append(f"medians of {cells.trials} trials")
+    if total > MOST_CELLS:
+        lines.append(f"the first {MOST_CELLS} of {total} cells; sweep.csv has all")
+    return "; ".join(lines) or None
+
+
+def notes(swept: SweepResult, cells: Cells | None, not_drawn: Mapping[str, str]) -> list[str]:
+    """Return failures, reasons for suspicion, warnings and missing pictures, one per line."""
     lines = []
-    for found in findings.failed:
-        names = findings.grid.varying
-        which = ", ".join(spell_option(name, found.cell.chosen[name]) for name in names)
-        lines.append(f"failed: {which or 'the cell'}: {found.reason}")
-    lines += _reasons(findings)
+    for result in swept.failed:
+        names = swept.grid.varying
+        name = ", ".join(spell_option(name, result.cell.chosen[name]) for name in names)
+        lines.append(f"failed: {name or 'the cell'}: {result.reason}")
+    lines += _reasons(swept)
     if cells is not None and cells.share_follows:
         lines.append(
-            "note: the workload changes with the batch size (one long request a batch); "
-            "--long-every N would hold it"
+            "note: the workload changes with the batch size (one long request per batch); "
+            "--long-every N would fix it"
         )
-    if len(findings.machines) > 1:
+    if len(swept.machines) > 1:
         lines.append(
-            f"note: cells are from {len(findings.machines)} machines or versions of torch "
-            f"({'; '.join(findings.machines)}): times do not compare"
+            f"note: cells are from {len(swept.machines)} machines or versions of torch "
+            f"({'; '.join(swept.machines)}), so their times cannot be compared"
         )
-    if findings.others:
-        lines.append(
-            f"note: the folder keeps {findings.others} cells of other sweeps as well; they are in "
-            "no table and no picture"
-        )
-    lines += [f"not drawn: {name}: {why}" for name, why in not_drawn.items()]
-    return lines
+    if swept.others:
+        others = plural(swept.others, "cell")
+        lines.append(f"note: the folder has {others} of other sweeps, which are not shown")
+    return lines + [f"not drawn: {name}: {why}" for name, why in not_drawn.items()]
 
 
-def _reasons(findings: Findings) -> list[str]:
-    """Why cells are suspect; reasons that differ in their numbers are told once."""
-    told = [r for found in findings.served for r in (found.data or {})["validity"]["reasons"]]
+def _reasons(swept: SweepResult) -> list[str]:
+    """Return the reasons why cells are suspect; those that differ in numbers only appear once."""
     kinds: dict[str, list[str]] = {}
-    for reason in told:
-        kinds.setdefault(re.sub(r"[\d.,]+", "#", reason), []).append(reason)
+    for result in swept.served:
+        for reason in (result.data or {})["validity"]["reasons"]:
+            kinds.setdefault(re.sub(r"[\d.,]+", "#", reason), []).append(reason)
     ranked = sorted(kinds.values(), key=len, reverse=True)
     lines = [
         f"suspect: {kind[0]}" + (f", and {len(kind) - 1} more like it" if len(kind) > 1 else "")
@@ -329,72 +369,3 @@ def _reasons(findings: Findings) -> list[str]:
     if len(ranked) > MOST_REASONS:
         lines.append(f"suspect: {len(ranked) - MOST_REASONS} other reasons; sweep.json has all")
     return lines
-
-
-def render_screen(findings: Findings, cells: Cells | None, lines: Sequence[str]) -> RenderableType:
-    """Sentence, table, notes."""
-    bad = findings.wrong > 0
-    doubtful = findings.failed or findings.suspect
-    style = "bold red" if bad else "bold yellow" if doubtful else "bold"
-    parts: list[RenderableType] = [Text(sentence(findings, cells), style=style), Text()]
-    if cells is not None:
-        parts += [table(cells)]
-    return Group(*parts, *(Text(line, style="dim") for line in lines))
-
-
-@dataclass(frozen=True)
-class Written:
-    """What was written, and what is shown of it."""
-
-    files: Sequence[Path]
-    json: str
-    cells: Cells | None  # None where no cell could be served
-    not_drawn: dict[str, str]  # by picture, why
-
-
-def write_sweep(folder: Path, findings: Findings, command: str) -> Written:
-    """Write ``sweep.json``, ``sweep.csv`` and the pictures; those of an older grid go."""
-    cells = cells_of(findings)
-    figures, not_drawn = draw_sweep(cells) if cells is not None else ({}, {})
-    json = to_json(findings, command, not_drawn)
-    contents: dict[str, bytes | str] = {"sweep.json": json}
-    contents["sweep.csv"] = to_csv(table_of(findings.rows))
-    for name, figure in figures.items():
-        for format in ("png", "svg"):
-            contents[f"{name}.{format}"] = figure_bytes(figure, format)
-    stale = [f"{name}.{format}" for name in PICTURES for format in ("png", "svg")]
-    return Written(write_whole(folder, contents, stale), json, cells, not_drawn)
-
-
-def cells_of(findings: Findings) -> Cells | None:
-    """The table with a title; None where no cell was served."""
-    if not findings.rows:
-        return None
-    frame = table_of(findings.rows)
-    columns = {"strategy": "strategies"}
-    asked = (columns.get(name, name) for name in findings.grid.varying)
-    # Of an option all but one of whose values failed nothing can be drawn.
-    varying = tuple(n for n in asked if n in frame and frame[n].nunique(dropna=False) > 1)
-    return Cells(frame, varying, findings.grid.simulated, _title(findings))
-
-
-def _title(findings: Findings) -> str:
-    """Model, device, and the options that were given and do not vary."""
-    models = [found.data["model"] for found in findings.served if found.data is not None]
-    names = list(dict.fromkeys(model["name"] for model in models))
-    places = list(
-        dict.fromkeys(
-            "simulated" if findings.grid.simulated else f"{m['device']} {m['dtype']}"
-            for m in models
-        )
-    )
-    parts = [
-        names[0] if len(names) == 1 else f"{len(names)} models",
-        places[0] if len(places) == 1 else f"{len(places)} devices or number formats",
-    ]
-    parts += [
-        spell_option(name, values[0])
-        for name, values in findings.grid.axes.items()
-        if len(values) == 1 and name not in ("model", "dtype", "device", "strategy", "trials")
-    ]
-    return " · ".join(parts)

@@ -1,10 +1,13 @@
-"""A sweep: every cell of a grid is served once, and what is finished is never served again."""
+"""Serve every cell of a sweep once, and keep each finished cell in the sweep's folder."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import median
 from typing import Protocol
 
@@ -14,52 +17,120 @@ from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, StopReason, conduct
 from batchbench.errors import Interrupted, UsageError
-from batchbench.reports.result import make_result
-from batchbench.reports.text import spell_option
+from batchbench.files import STAGING, write_whole
+from batchbench.json_file import read_json
+from batchbench.reports.result import Result, load_result, make_result, recording_files, to_json
+from batchbench.reports.text import plural, spell_option
 from batchbench.studies.sweep.grid import Cell, Grid
-from batchbench.studies.sweep.store import Store
 
 MOST_REQUESTS = 20_000
-"""A larger workload is not simulated only to know how long it will take."""
+"""Requests of the largest workload that is simulated to estimate how long it takes."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Finished cells, in ``cells/<digest>/`` of a sweep's folder, each written whole.
+
+    A served cell is a result's folder without tables and pictures, which ``batchbench report``
+    can add. One that could not be served has ``failed.json`` with the reason.
+    """
+
+    folder: Path
+
+    @property
+    def _cells(self) -> Path:
+        return self.folder / "cells"
+
+    def tidy(self) -> None:
+        """Remove cells that a killed sweep left half-written; the folder must be claimed."""
+        for leftover in self._cells.glob(f"{STAGING}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def __len__(self) -> int:
+        """Number of cells, including those of other grids."""
+        return sum(not place.name.startswith(".") for place in self._cells.glob("*"))
+
+    def place(self, cell: Cell) -> Path:
+        return self._cells / cell.digest
+
+    def holds(self, cell: Cell) -> bool:
+        return cell.experiment is not None and self.place(cell).is_dir()
+
+    def failure(self, cell: Cell) -> str | None:
+        """Return the reason why the cell could not be served; None if it was served."""
+        file = self.place(cell) / "failed.json"
+        try:
+            return str(read_json(file)["reason"])
+        except FileNotFoundError:
+            return None
+        except (OSError, UsageError, KeyError, TypeError) as error:
+            raise UsageError(f"{file}: is not readable; remove {file.parent}") from error
+
+    def load(self, cell: Cell) -> Result:
+        try:
+            return load_result(self.place(cell))
+        except UsageError as error:
+            raise UsageError(f"{error}; remove {self.place(cell)} to run the cell again") from error
+
+    def keep(self, cell: Cell, result: Result) -> None:
+        self._keep(cell, {"result.json": to_json(result), **recording_files(result.recordings)})
+
+    def keep_failure(self, cell: Cell, reason: str) -> None:
+        failure = {"reason": reason, "config": _experiment(cell).config()}
+        self._keep(cell, {"failed.json": json.dumps(failure, indent=2) + "\n"})
+
+    def forget_failure(self, cell: Cell) -> None:
+        """Remove a failure, so that the cell is tried again."""
+        if self.holds(cell) and self.failure(cell) is not None:
+            shutil.rmtree(self.place(cell))
+
+    def _keep(self, cell: Cell, contents: Mapping[str, bytes | str]) -> None:
+        try:
+            write_whole(self.place(cell), contents, durable=True)
+        except UsageError as error:
+            raise UsageError(f"--output {self.folder}: {error}") from error
+
+
+def _experiment(cell: Cell) -> Experiment:
+    assert cell.experiment is not None
+    return cell.experiment
 
 
 def work_of(experiment: Experiment) -> float:
-    """Forward passes of all trials, by simulation; where that would take long, requests."""
+    """Return the forward passes of all trials, or the requests if a simulation would be slow."""
     workload, trials = experiment.workload, experiment.trials.trials
     if experiment.simulated or (workload.queue_size or 0) > MOST_REQUESTS:
         return float((workload.queue_size or 1) * trials * len(experiment.serving.strategies))
     try:
-        found = estimate(replace(experiment, simulated=True), Watch())
+        steps = estimate(replace(experiment, simulated=True), Watch()).steps
     except UsageError:  # it cannot be served, which the cell itself will say
         return 0.0
-    return float(sum(found.steps.values()) * trials)
+    return float(sum(steps.values()) * trials)
 
 
 @dataclass
 class Pace:
-    """Seconds a piece of work, and from it the time left."""
+    """Estimate of the time left, from the work of each cell that is not done, by digest."""
 
-    work: dict[str, float]  # of the cells that are not done, by digest
-    _seconds_each: list[float] = field(default_factory=list)
+    work: dict[str, float]
+    _seconds_per_work: list[float] = field(default_factory=list)
 
     def done(self, digest: str, seconds: float) -> None:
-        """A cell is finished, after so long."""
-        work = self.work.pop(digest, 0.0)
-        if work:
-            self._seconds_each.append(seconds / work)
+        if work := self.work.pop(digest, 0.0):
+            self._seconds_per_work.append(seconds / work)
 
     def left_s(self) -> float | None:
-        """Seconds until all is done; None before the first cell is."""
-        if not self._seconds_each:
+        """Return the seconds until all is done; None before the first cell is."""
+        if not self._seconds_per_work:
             return None
-        return median(self._seconds_each) * sum(self.work.values())
+        return median(self._seconds_per_work) * sum(self.work.values())
 
 
 Conduct = Callable[[Experiment, Watch, ModelCache], Outcome]
 
 
-class Asked(Protocol):
-    """What is swept: a grid, or cells chosen otherwise."""
+class CellsQuery(Protocol):
+    """Cells to serve: a grid, or a list of cells."""
 
     @property
     def cells(self) -> Sequence[Cell]:
@@ -67,28 +138,28 @@ class Asked(Protocol):
 
     @property
     def varying(self) -> tuple[str, ...]:
-        """Options with more than one value, by which a cell is called."""
+        """Options with more than one value, from which cells get their names."""
 
 
 class SweepWatch(Watch):
-    """Hears of cells as well; says nothing of them."""
+    """Progress of a sweep; this one shows nothing."""
 
     def cells_begin(self, cells: int, kept: int) -> None:
-        """``cells`` are asked for, of which ``kept`` are finished already."""
+        """Start a sweep of ``cells`` cells, of which ``kept`` are finished already."""
 
     def cell_begins(self, number: int, cells: int, cell: Cell) -> None:
-        """The ``number``-th of ``cells`` is served now; counts from 1, kept ones included."""
+        """Start the ``number``-th cell."""
 
     def cell_ends(self, cell: Cell, reason: str | None, left_s: float | None) -> None:
-        """It is kept; ``reason`` says why it failed, ``left_s`` how long the others take."""
+        """Finish a cell, with the reason if it failed and the seconds left if known."""
 
 
 def run_cells(
-    grid: Asked, store: Store, watch: SweepWatch | None = None, serve: Conduct = conduct
+    grid: CellsQuery, store: Store, watch: SweepWatch | None = None, serve: Conduct = conduct
 ) -> None:
-    """Serve the cells that are not finished, and keep each as soon as it is.
+    """Serve all cells that are not finished, and keep each as soon as it is.
 
-    Cells on the same model are served one after the other, so that it is loaded once. The caller
+    Cells with the same model are served one after the other, so that it is loaded once. The caller
     has claimed the store's folder.
 
     Raises:
@@ -97,11 +168,11 @@ def run_cells(
     watch = watch or SweepWatch()
     store.tidy()
     possible = list({c.digest: c for c in grid.cells if c.experiment is not None}.values())
-    to_do = _by_model([cell for cell in possible if not store.holds(cell)])
-    watch.cells_begin(len(possible), len(possible) - len(to_do))
-    pace, models = Pace({cell.digest: work_of(_asked(cell)) for cell in to_do}), ModelCache()
-    done = len(possible) - len(to_do)
-    for number, cell in enumerate(to_do, done + 1):
+    pending = _by_model([cell for cell in possible if not store.holds(cell)])
+    done = len(possible) - len(pending)
+    watch.cells_begin(len(possible), done)
+    pace, models = Pace({c.digest: work_of(_experiment(c)) for c in pending}), ModelCache()
+    for number, cell in enumerate(pending, done + 1):
         watch.cell_begins(number, len(possible), cell)
         began = time.monotonic()
         try:
@@ -109,7 +180,7 @@ def run_cells(
         except KeyboardInterrupt as error:
             raise Interrupted(
                 f"interrupted; {number - 1} of {len(possible)} cells are kept in {store.folder}: "
-                "the same command goes on from there"
+                "the same command continues from there"
             ) from error
         pace.done(cell.digest, time.monotonic() - began)
         watch.cell_ends(cell, reason, pace.left_s())
@@ -118,9 +189,9 @@ def run_cells(
 def _serve(
     cell: Cell, store: Store, watch: Watch, serve: Conduct, models: ModelCache
 ) -> str | None:
-    """Serve one cell and keep what came of it; why it failed, if so."""
+    """Serve one cell and keep its result; return the reason if it failed."""
     try:
-        outcome = serve(_asked(cell), watch, models)
+        outcome = serve(_experiment(cell), watch, models)
     except UsageError as error:
         reason = str(error)
     except (MemoryError, RuntimeError) as error:
@@ -129,48 +200,49 @@ def _serve(
         reason = "it ran out of memory; lower --batch-size or the lengths of requests"
     else:
         if outcome.stopped is not None and outcome.stopped.reason is StopReason.INTERRUPTED:
-            raise KeyboardInterrupt  # what is there of the cell would look like all of it
+            raise KeyboardInterrupt  # a part of the cell would look like all of it
         store.keep(cell, make_result(outcome))
         return None
     store.keep_failure(cell, reason)
     return reason
 
 
-def _asked(cell: Cell) -> Experiment:
-    assert cell.experiment is not None
-    return cell.experiment
-
-
 def _by_model(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells with those on the same model together, else in their order."""
-    seen: dict[object, int] = {}
-    for cell in cells:
-        seen.setdefault((_asked(cell).model, _asked(cell).workload.seed), len(seen))
-    return sorted(cells, key=lambda c: seen[(_asked(c).model, _asked(c).workload.seed)])
+    """Group cells by model, in the order in which the models appear."""
+
+    def key(cell: Cell) -> object:
+        return _experiment(cell).model, _experiment(cell).workload.seed
+
+    order = {model: i for i, model in enumerate(dict.fromkeys(map(key, cells)))}
+    return sorted(cells, key=lambda cell: order[key(cell)])
 
 
 def lines_of(grid: Grid) -> Iterator[str]:
-    """A line a cell, then the sum; each is simulated when its line is asked for."""
+    """Yield one line per cell with its forward passes, then their sum.
+
+    Each cell is simulated when its line is asked for.
+    """
     total = impossible = 0
     for number, cell in enumerate(grid.cells, 1):
-        told, steps = _passes(cell)
+        text, steps = _passes(cell)
         total += steps
         impossible += not steps
-        which = ", ".join(spell_option(name, cell.chosen[name]) for name in grid.varying)
-        yield f"{number:>{len(str(len(grid.cells)))}}  {which or 'the one cell'}: {told}"
+        name = ", ".join(spell_option(name, cell.chosen[name]) for name in grid.varying)
+        yield f"{number:>{len(str(len(grid.cells)))}}  {name or 'the one cell'}: {text}"
     failing = f", {impossible} of them cannot be served" if impossible else ""
-    yield f"{len(grid.cells)} cells{failing}; {total:,} forward passes with all trials"
+    cells = plural(len(grid.cells), "cell")
+    yield f"{cells}{failing}; {total:,} forward passes with all trials"
 
 
 def _passes(cell: Cell) -> tuple[str, int]:
-    """What a cell takes, for people; and the passes of all its trials, 0 where it is impossible."""
+    """Return the forward passes of a cell in words and as a number, which is 0 if it fails."""
     try:
         if cell.experiment is None:
             raise UsageError(cell.fault)
-        found = estimate(replace(cell.experiment, simulated=True), Watch())
+        needed = estimate(replace(cell.experiment, simulated=True), Watch())
     except UsageError as error:
         return f"cannot be served: {error}", 0
-    about = "" if found.exact else "at most "
-    counts = ", ".join(f"{name} {about}{steps:,}" for name, steps in found.steps.items())
-    trials = f" × {found.trials} trials" if found.trials > 1 else ""
-    return f"{counts} forward passes{trials}", sum(found.steps.values()) * found.trials
+    bound = "" if needed.exact else "at most "
+    counts = ", ".join(f"{name} {bound}{steps:,}" for name, steps in needed.steps.items())
+    trials = f" × {needed.trials} trials" if needed.trials > 1 else ""
+    return f"{counts} forward passes{trials}", sum(needed.steps.values()) * needed.trials

@@ -1,8 +1,9 @@
-"""The tidy table of a sweep: a row a cell, strategy and trial."""
+"""The table of a sweep: one row per cell, strategy and trial."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ import pandas as pd
 from batchbench.reports import metrics
 from batchbench.reports.result import Result
 from batchbench.reports.statistics import paired_ratio
-from batchbench.reports.text import spell_option
+from batchbench.reports.text import called, number, spell_option, times
 from batchbench.studies.sweep.grid import Cell
 from batchbench.workloads.lengths import Cycle
 
@@ -23,23 +24,23 @@ OPTIONS = ("serving", "workload", "model", "trials", "goals")
 
 
 def rows_of(cell: Cell, result: Result) -> list[Row]:
-    """The rows of one cell: its options, strategy and trial, what was measured and counted.
+    """Return the rows of one cell: options, strategy, trial, metrics and counters.
 
-    ``--strategy`` is the column ``strategies``: the names that ran side by side, of which
-    ``strategy`` is the row's own.
+    ``--strategy`` is the column ``strategies``: the names that ran side by side. ``strategy`` is
+    the one of the row.
     """
     data: Any = result.data
     options: Row = {"cell": cell.digest, "preset": data["config"]["preset"]}
     for part in OPTIONS:
         for name, value in data["config"].get(part, {}).items():
-            told = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            options["strategies" if name == "strategy" else name] = told
+            plain = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            options["strategies" if name == "strategy" else name] = plain
     options |= _defaults(cell, result)
-    checked = data["verification"]
-    judged = {
+    verification = data["verification"]
+    judgement = {
         "validity": data["validity"]["status"],
-        "requests_checked": checked["requests_checked"],
-        "wrong": checked["wrong"],
+        "requests_checked": verification["requests_checked"],
+        "wrong": verification["wrong"],
     }
     return [
         {
@@ -48,7 +49,7 @@ def rows_of(cell: Cell, result: Result) -> list[Row]:
             "trial": trial,
             **data["strategies"][strategy]["trials"][trial],
             **(metrics.counters(recording) if recording.has_steps else {}),
-            **judged,
+            **judgement,
         }
         for strategy, recordings in result.recordings.items()
         for trial, recording in enumerate(recordings)
@@ -56,48 +57,39 @@ def rows_of(cell: Cell, result: Result) -> list[Row]:
 
 
 def _defaults(cell: Cell, result: Result) -> Row:
-    """What an option that was left to its default came to, where that depends on others."""
+    """Return the values of options whose defaults depend on other options."""
     assert cell.experiment is not None
     spec, slots = cell.experiment.workload, cell.experiment.serving.batch_size
-    found: Row = {"queue_size": result.data["workload"]["num_requests"]}
+    defaults: Row = {"queue_size": result.data["workload"]["num_requests"]}
     if spec.trace is None and isinstance(cycle := spec.output_lengths(slots), Cycle):
-        found |= {
+        defaults |= {
             "long_every": cycle.every,
             "long_tokens": cycle.long,
             "short_tokens": cycle.short,
         }
-    return found
+    return defaults
 
 
-def table_of(rows: Iterable[Row]) -> pd.DataFrame:
-    """All rows as a frame; what a row has no value for is empty."""
+def table_of(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return all rows as a frame, in which whole numbers stay whole beside missing values."""
     frame = pd.DataFrame(list(rows))
     for name, column in frame.items():
-        there = column.dropna()
-        if column.dtype == "float64" and len(there) and name in _whole(rows):
-            frame[name] = column.astype("Int64")  # 8 stays 8 where other rows have nothing
+        if column.dtype == "float64" and column.notna().any():
+            values = (row.get(str(name)) for row in rows)
+            if all(value is None or type(value) is int for value in values):
+                frame[name] = column.astype("Int64")
     return frame
 
 
-def _whole(rows: Iterable[Row]) -> set[str]:
-    """Columns whose values are whole numbers wherever they are there."""
-    rows = list(rows)
-    kinds: dict[str, set[type]] = {}
-    for row in rows:
-        for name, value in row.items():
-            kinds.setdefault(name, set()).add(type(value))
-    return {name for name, found in kinds.items() if found <= {int, type(None)}}
-
-
 def to_csv(frame: pd.DataFrame) -> bytes:
-    """The table as CSV; the same rows give the same bytes."""
+    """Return the table as CSV; the same rows give the same bytes."""
     text: str = frame.to_csv(index=False, lineterminator="\n")
     return text.encode()
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """A tidy table, a row a cell, strategy and trial, and what its pictures and screens need.
+    """A sweep's table, with what its pictures and reports need.
 
     Args:
         frame: columns named as the options, then ``strategy``, ``trial``, metrics and counters.
@@ -118,7 +110,7 @@ class Cells:
 
     @cached_property
     def trials(self) -> int:
-        """Most trials that a cell has."""
+        """Trials of the cell that has most."""
         return int(self.frame["trial"].max()) + 1
 
     @property
@@ -128,18 +120,22 @@ class Cells:
         return any(self.frame[name].notna().any() for name in columns if name in self.frame)
 
     @property
+    def has_slo(self) -> bool:
+        return "slo_attainment" in self.frame and bool(self.frame["slo_attainment"].notna().any())
+
+    @property
     def share_follows(self) -> bool:
-        """Whether the share of long requests goes with another option (the batch size)."""
+        """Whether the share of long requests follows another option, the batch size."""
         several = "long_every" in self.frame and self.frame["long_every"].nunique() > 1
         return several and "long_every" not in self.varying
 
     @cached_property
     def typical(self) -> pd.DataFrame:
-        """A row a cell and strategy: medians over its trials, and how it compares.
+        """One row per cell and strategy: medians over its trials, and its comparison.
 
-        Added are ``baseline`` (the first strategy of the cell), ``speedup`` with ``speedup_low``
-        and ``speedup_high`` (95 %, where there are trials enough), ``step_ratio``, the
-        ``wait_ratio`` of the p99s of TTFT, baseline over this, and the ``long_share`` of requests.
+        Added columns are ``baseline`` (the first strategy of the cell), ``speedup`` with
+        ``speedup_low`` and ``speedup_high`` (95 %, with trials enough), ``step_ratio``,
+        ``wait_ratio`` (p99 of TTFT, baseline over this) and ``long_share`` of requests.
         """
         return pd.DataFrame(list(self._typical()))
 
@@ -148,24 +144,56 @@ class Cells:
             baseline = cell["strategy"].iloc[0]
             base = cell[cell["strategy"] == baseline]
             for name, rows in cell.groupby("strategy", sort=False):
-                measured = rows.select_dtypes("number").median()
+                medians = rows.select_dtypes("number").median()
                 first: dict[Any, Any] = rows.iloc[0].to_dict()
+                every = first.get("long_every")
                 yield (
                     first
-                    | {key: value for key, value in measured.items() if key not in self.varying}
-                    | {"baseline": baseline, "long_share": _long_share(first)}
-                    | _against(base, rows, own=name == baseline)
+                    | {key: value for key, value in medians.items() if key not in self.varying}
+                    | {"baseline": baseline}
+                    | {"long_share": None if every is None or pd.isna(every) else 1 / every}
+                    | _comparison(base, rows, is_baseline=name == baseline)
                 )
 
-    def where(self, row: Any, *, less: tuple[str, ...] = ()) -> str:
-        """A row's values of what varies: ``batch size 8, prefill mixed``."""
-        return ", ".join(spell_option(name, row[name]) for name in self.varying if name not in less)
+    def by_cell(self, most: int) -> list[list[Any]]:
+        """Return the typical rows of the first ``most`` cells, cell by cell."""
+        groups = itertools.islice(self.typical.groupby("cell", sort=False), most)
+        return [[row for _, row in rows.iterrows()] for _, rows in groups]
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The baseline and the last strategy, as they read within a sentence."""
+        return called(self.strategies[0]), called(self.strategies[-1])
+
+    def span(self, metric: str) -> tuple[str, str]:
+        """Return a metric's range under the last strategy, and the cell of its largest value.
+
+        Both are texts, such as ``1.36× to 3.08×`` and ``, most at batch size 32``; both are empty
+        if no cell has the metric.
+        """
+        is_last = self.typical["strategy"] == self.strategies[-1]
+        values = self.typical.loc[is_last, metric].dropna()
+        if not len(values):
+            return "", ""
+        spell = times if metric in ("speedup", "wait_ratio") else number
+        text = span_of(spell(values.min()), spell(values.max()))
+        largest: Any = values.idxmax()
+        row = self.typical.loc[largest]
+        names = [name for name in self.varying if name != "strategies"]
+        where = ", ".join(spell_option(name, row[name]) for name in names)
+        return text, f", most at {where}" if where and " to " in text else ""
 
 
-def _against(base: pd.DataFrame, rows: pd.DataFrame, *, own: bool) -> dict[str, float | None]:
-    """How much faster a strategy's trials were than the baseline's, pair by pair."""
+def span_of(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
+def _comparison(
+    base: pd.DataFrame, rows: pd.DataFrame, *, is_baseline: bool
+) -> dict[str, float | None]:
+    """Compare a strategy's trials with the baseline's, pair by pair."""
     ratio = paired_ratio(base["duration"].tolist(), rows["duration"].tolist())
-    if own or ratio is None:
+    if is_baseline or ratio is None:
         names = ("speedup", "speedup_low", "speedup_high", "step_ratio", "wait_ratio")
         return dict.fromkeys(names)
     # A strategy that schedules for itself shows no passes.
@@ -178,9 +206,3 @@ def _against(base: pd.DataFrame, rows: pd.DataFrame, *, own: bool) -> dict[str, 
         "step_ratio": None if steps is None else steps.median,
         "wait_ratio": float(base["p99_ttft_ms"].median() / rows["p99_ttft_ms"].median()),
     }
-
-
-def _long_share(row: dict[str, Any]) -> float | None:
-    """Share of long requests in the classic cycle, of which one in ``long_every`` is."""
-    every = row.get("long_every")
-    return None if every is None or pd.isna(every) else 1 / every

@@ -1,10 +1,10 @@
-"""What a history says: where a series changed its level, by how much, and whether it lost."""
+"""Changes in results over time: change points of each series, drifts, and changed counts."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -13,25 +13,26 @@ import numpy as np
 from scipy import stats
 
 from batchbench.reports.statistics import POWER, Floats, Rule, compare_means, mean_interval
+from batchbench.reports.text import interval_percent, percent, plural
 from batchbench.studies.gate.evidence import Answer
 from batchbench.studies.trend.history import (
+    CountChange,
     Entry,
     Line,
-    Recount,
     Series,
     TrendSpec,
     higher_is_better,
 )
 
 SHORTEST = 3
-"""Values of a segment, at least: a single outlier is no change of level."""
+"""Values of a segment, at least, since a single outlier is no change of level."""
 
 _PERMUTATIONS = 5
-"""Permutations for each 1/α: four of five may exceed and it is still significant."""
+"""Permutations for each 1/α; a change is significant if at most four of five exceed it."""
 
 _BATCH = 256
 
-_SLACK = 1e-9  # an equal arrangement adds up to an equal statistic but for its rounding
+_SLACK = 1e-9  # equal arrangements have equal statistics except for rounding
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class ChangePoint:
 
 
 def fewest_values(alpha: float) -> int:
-    """Values from which on the clearest change is found at ``alpha``.
+    """Return the number of values from which on the clearest change is found at ``alpha``.
 
     In the most extreme order all small values come before all large ones, or after them. Its
-    p-value must be a quarter of α, as so few permutations tell it only roughly.
+    p-value must be a quarter of α, since few permutations estimate it only roughly.
     """
     n = 2 * SHORTEST
     while 2 / math.comb(n, n // 2) > alpha / 4:
@@ -55,14 +56,14 @@ def fewest_values(alpha: float) -> int:
 
 
 def find_changes(values: Sequence[float], alpha: float, seed: int = 0) -> list[ChangePoint]:
-    """The change points of a series, in its order.
+    """Return the change points of a series, in its order.
 
     Args:
-        alpha: probability that any is found where the values come in no order.
-        seed: of the permutations, so that the same series gives the same answer.
+        alpha: probability of finding any if the values come in no order.
+        seed: seed of the permutations, so that the same series gives the same answer.
     """
     series = np.asarray(values, np.float64)
-    edges, found = [0, len(series)], dict[int, float]()
+    edges, p_values = [0, len(series)], dict[int, float]()
     random = np.random.default_rng(seed)
     while True:
         segments = [series[a:b] for a, b in itertools.pairwise(edges)]
@@ -75,21 +76,21 @@ def find_changes(values: Sequence[float], alpha: float, seed: int = 0) -> list[C
         if p_value > alpha:
             break
         place = edges[chosen] + int(scored[chosen][1][0])
-        found[place] = p_value
+        p_values[place] = p_value
         edges = sorted([*edges, place])
-    return [ChangePoint(place, found[place]) for place in sorted(found)]
+    return [ChangePoint(place, p_values[place]) for place in sorted(p_values)]
 
 
 def _p_value(
     segments: Sequence[Floats], score: float, alpha: float, random: np.random.Generator
 ) -> float:
-    """Share of the permutations with as large a best split; cut short once it is above α."""
-    asked = math.ceil(_PERMUTATIONS / alpha) - 1
-    allowed = alpha * (asked + 1) - 1
+    """Return the share of permutations with as large a best split; stop once it is above α."""
+    wanted = math.ceil(_PERMUTATIONS / alpha) - 1
+    allowed = alpha * (wanted + 1) - 1
     long = [segment for segment in segments if len(segment) >= 2 * SHORTEST]
     made = exceeding = 0
-    while made < asked and exceeding <= allowed:
-        count = min(_BATCH, asked - made)
+    while made < wanted and exceeding <= allowed:
+        count = min(_BATCH, wanted - made)
         best = np.full(count, -np.inf)
         for segment in long:
             mixed = random.permuted(np.broadcast_to(segment, (count, len(segment))), axis=1)
@@ -100,7 +101,7 @@ def _p_value(
 
 
 def _best_split(rows: Floats) -> tuple[Floats, Floats]:
-    """The largest energy statistic of each row of ``[rows, n]``, and the split it belongs to.
+    """Return the largest energy statistic of each row of ``[rows, n]``, and its split.
 
     With m and k values on the two sides it is mk / (m + k) × (2 × mean distance between them −
     mean distance within the one − within the other).
@@ -108,7 +109,7 @@ def _best_split(rows: Floats) -> tuple[Floats, Floats]:
     count, n = rows.shape
     if n < 2 * SHORTEST:
         return np.full(count, -np.inf), np.zeros(count)
-    before = np.zeros_like(rows)  # of each value, the sum of its distances to those before it
+    before = np.zeros_like(rows)  # sum of distances of each value to those before it
     after = np.zeros_like(rows)
     for i in range(1, n):
         distances = np.abs(rows[:, :i] - rows[:, i : i + 1])
@@ -126,10 +127,10 @@ def _best_split(rows: Floats) -> tuple[Floats, Floats]:
 
 
 _FEWEST_AT_AN_END, _MOST_AT_AN_END = 4, 20
-"""Results at each end that a drift is told from: a quarter of them within these bounds."""
+"""Results at each end that a drift compares: a quarter of all, within these bounds."""
 
-_MORE_IS_LOST = ("forward_passes", "prefill_tokens", "padded_prefill_tokens", "slot_steps")
-"""Counters that can only be work; the others say where it went."""
+_WORK = ("forward_passes", "prefill_tokens", "padded_prefill_tokens", "slot_steps")
+"""Counters of which more is worse; the others only show where the work went."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,8 @@ class Change:
     """A change of level between two results, or from one end of a series to the other.
 
     Attributes:
-        share: new / old − 1 in the metric's own direction; low, high: of it, with 95 % confidence.
-        is_loss: whether it is for the worse.
-        counts: whether it is beyond the floor too.
+        share: new / old − 1 of the metric; low and high bound it with 95 % confidence.
+        counts: whether it also exceeds the floor.
     """
 
     before: Entry
@@ -154,13 +154,19 @@ class Change:
 
     @property
     def word(self) -> str:
-        """Which way it went: the sign alone does not say."""
         return "worse" if self.is_loss else "better"
+
+    @property
+    def text(self) -> str:
+        """The change with its interval and the two results."""
+        bounds = interval_percent(self.low, self.high)
+        text = f"{percent(self.share, 1, '+')}, {self.word} (95 % CI {bounds}), {between(self)}"
+        return f"{text}; accepted" if self.accepted else text
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Results between two changes: places in the series, and the mean with its 95 % interval."""
+    """Results between two changes: indexes in the series, and the mean with its 95 % interval."""
 
     first: int
     last: int
@@ -170,13 +176,13 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
-    """What can be told of a series.
+class SeriesResult:
+    """The analysis of a series.
 
     Attributes:
-        drift: from its oldest to its newest results; None where there are too few.
-        smallest: least change in the middle, as a share, that would probably have been found.
-        too_few: how many results it would take, where there are fewer.
+        drift: change from its oldest to its newest results; None if there are too few.
+        smallest: smallest change in the middle, as a share, that would probably have been found.
+        too_few: number of results needed, if there are fewer.
     """
 
     series: Series
@@ -192,55 +198,50 @@ class Told:
         return next((change for change in reversed(self.changes) if change.counts), None)
 
     @property
-    def losses(self) -> list[Change]:
-        """What is lost at its newest end and was not accepted."""
-        found = [c for c in (self.newest, self.drift) if c is not None and c.counts]
-        lost = [c for c in found if c.is_loss and not c.accepted]
-        # The drift over one step says the same a second time.
-        return lost[:1]
+    def loss(self) -> Change | None:
+        """A loss at its newest end that was not accepted."""
+        candidates = [c for c in (self.newest, self.drift) if c is not None and c.counts]
+        return next((c for c in candidates if c.is_loss and not c.accepted), None)
 
     @property
     def name(self) -> str:
-        """Strategy and metric."""
         return f"{self.series.strategy}.{self.series.metric}"
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
-    """A line, its series, and what changed in its counts."""
+class LineResult:
+    """The analysis of a line: its series, and its changed counts."""
 
     line: Line
-    series: Sequence[Told]
-    recounts: Sequence[Recount]
-    lost_work: Sequence[Recount]
+    series: Sequence[SeriesResult]
+    count_changes: Sequence[CountChange]
+    more_work: Sequence[CountChange]  # those that are a loss
 
 
 @dataclass(frozen=True, eq=False)
 class Trend:
-    """All that a history says."""
+    """The analysis of all results."""
 
-    lines: Sequence[Judged]
-    asked: TrendSpec
-    spoiled: Sequence[str]
+    lines: Sequence[LineResult]
+    spec: TrendSpec
+    unreadable: Sequence[str]
     alpha: float  # of one test
 
     @property
-    def results(self) -> int:
-        """How many were looked at."""
-        return sum(len(judged.line.entries) for judged in self.lines)
+    def current(self) -> list[LineResult]:
+        """Lines with a result of the newest commit; only these can fail."""
+        return [result for result in self.lines if result.line.is_current]
 
     @property
-    def current(self) -> list[Judged]:
-        """The lines that go on: only of them anything is asked."""
-        return [judged for judged in self.lines if judged.line.is_current]
+    def _series(self) -> list[SeriesResult]:
+        return [series for result in self.current for series in result.series]
 
     @property
     def answer(self) -> Answer:
-        """Failed where a line that goes on lost; passed only where all of them can be told."""
-        told = [each for judged in self.current for each in judged.series]
-        if any(each.losses for each in told) or any(j.lost_work for j in self.current):
+        """FAILED after a loss in a current line; PASSED only if all of them have enough results."""
+        if any(series.loss for series in self._series) or any(r.more_work for r in self.current):
             return Answer.FAILED
-        if not told or any(each.too_few for each in told):
+        if not self._series or any(series.too_few for series in self._series):
             return Answer.UNKNOWN
         return Answer.PASSED
 
@@ -248,150 +249,135 @@ class Trend:
     def sentence(self) -> str:
         """The answer in one sentence."""
         if self.answer is Answer.FAILED:
-            return f"LOSS: {'; '.join(_first(list(self._lost()), 3))}."
-        told = [each for judged in self.current for each in judged.series]
-        short = [each for each in told if each.too_few]
-        if not told:
+            losses = [describe_count(change) for r in self.current for change in r.more_work]
+            losses += [f"{s.name} {s.loss.text}" for s in self._series if s.loss is not None]
+            return f"LOSS: {_first(losses, 3)}."
+        if not self._series:
             return "CANNOT TELL: no result of the newest commit has any of the metrics."
+        short = [series for series in self._series if series.too_few]
         if short:
-            least = min(short, key=lambda each: len(each.series.told))
-            valid = len(least.series.told)
-            return (
-                f"CANNOT TELL: {least.name} has {valid} valid result{'s' * (valid != 1)}; it "
-                f"takes {least.too_few} to tell a change."
-            )
-        many = len(told)
-        gains = list(self._gained())
-        if gains:
-            return f"no loss found in {many} series; {'; '.join(_first(gains, 3))}."
-        worst = max(each.smallest or 0 for each in told)
+            least = min(short, key=lambda result: len(result.series.valid))
+            valid = plural(len(least.series.valid), "valid result")
+            return f"CANNOT TELL: {least.name} has {valid}, but needs {least.too_few}."
+        many = len(self._series)
+        changes = [f"{s.name} {s.newest.text}" for s in self._series if s.newest is not None]
+        if changes:
+            return f"no loss found in {many} series; {_first(changes, 3)}."
+        worst = max(result.smallest or 0 for result in self._series)
+        results = sum(len(result.line.entries) for result in self.lines)
         return (
-            f"no change found in {many} series over {self.results} results; one of {worst:.1%} in "
+            f"no change found in {many} series over {results} results; one of {worst:.1%} in "
             "the middle would probably have been found."
         )
 
-    def _lost(self) -> Iterator[str]:
-        for judged in self.current:
-            for recount in judged.lost_work:
-                yield describe_recount(recount)
-            for each in judged.series:
-                for loss in each.losses:
-                    yield f"{each.name} {describe(loss)}"
-
-    def _gained(self) -> Iterator[str]:
-        for judged in self.current:
-            for each in judged.series:
-                if (newest := each.newest) is not None:
-                    accepted = ", accepted" if newest.accepted else ""
-                    yield f"{each.name} {describe(newest)}{accepted}"
-
     def as_data(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return ``trend.json`` as values."""
         return {
             "command": "trend",
             "answer": str(self.answer),
             "sentence": self.sentence,
-            "floor_percent": self.asked.floor,
-            "confidence": self.asked.confidence,
+            "floor_percent": self.spec.floor,
+            "confidence": self.spec.confidence,
             "alpha_of_one_test": self.alpha,
-            "lines": [_line_data(judged) for judged in self.lines],
-            "spoiled": list(self.spoiled),
+            "lines": [_line_data(result) for result in self.lines],
+            "spoiled": list(self.unreadable),
         }
 
 
-def judge(lines: Sequence[Line], asked: TrendSpec, spoiled: Sequence[str] = ()) -> Trend:
-    """Look at every series of every line.
+def judge(lines: Sequence[Line], spec: TrendSpec, unreadable: Sequence[str] = ()) -> Trend:
+    """Analyse every series of every line.
 
-    1 − confidence is shared by all series that are long enough to be split, and in each of them
-    by its change points and its drift.
+    1 − confidence is shared by all series that are long enough to split, and within each by its
+    change points and its drift.
     """
-    series = [line.series(asked.metric, asked.strategy) for line in lines]
-    tests = sum(len(each.told) >= 2 * SHORTEST for found in series for each in found)
-    alpha = (1 - asked.confidence) / 2 / max(tests, 1)
-    judged = []
-    for line, found in zip(lines, series, strict=True):
-        recounts = line.recounts(asked.strategy)
-        known = _known_until(line, asked.accept)
-        told = [judge_series(each, alpha, asked.floor / 100, known) for each in found]
-        judged.append(Judged(line, told, recounts, _lost_work(recounts, known)))
-    return Trend(judged, asked, spoiled, alpha)
+    series = [line.series(spec.metric, spec.strategy) for line in lines]
+    tests = sum(len(s.valid) >= 2 * SHORTEST for own in series for s in own)
+    alpha = (1 - spec.confidence) / 2 / max(tests, 1)
+    results = []
+    for line, own in zip(lines, series, strict=True):
+        accepted = _accepted_until(line, spec.accept)
+        analysed = [judge_series(s, alpha, spec.floor / 100, accepted) for s in own]
+        changes = line.count_changes(spec.strategy)
+        results.append(LineResult(line, analysed, changes, _more_work(changes, accepted)))
+    return Trend(results, spec, unreadable, alpha)
 
 
 def judge_series(
-    series: Series, alpha: float, floor: float, known_until: datetime | None = None
-) -> Told:
+    series: Series, alpha: float, floor: float, accepted_until: datetime | None = None
+) -> SeriesResult:
     """Split a series where its level changed, and compare its ends.
 
     Args:
-        alpha: probability of any change point without a change, and of a drift without one.
-        floor: share beyond which a change counts.
-        known_until: changes up to then are accepted, and a drift is told from then on.
+        alpha: probability of a false change point, and of a false drift.
+        floor: share that a change must exceed to count.
+        accepted_until: time until which changes are accepted, and from which a drift is measured.
     """
-    entries = [series.entries[i] for i in series.told]
-    logs = np.log([series.values[i].value for i in series.told])
+    entries = [series.entries[i] for i in series.valid]
+    logs = np.log([series.values[i].value for i in series.valid])
     fewest = fewest_values(alpha)
     if len(logs) < fewest:
-        segments = _segments(series, logs, []) if len(logs) else []
-        return Told(series, segments, [], None, None, fewest)
-    places = find_changes(logs.tolist(), alpha)
-    edges = [0, *(place.index for place in places), len(logs)]
+        segments = _segments(series, logs, [0, len(logs)]) if len(logs) else []
+        return SeriesResult(series, segments, [], None, None, fewest)
+    points = find_changes(logs.tolist(), alpha)
+    edges = [0, *(point.index for point in points), len(logs)]
     changes = []
-    for a, place, b in zip(edges, places, edges[2:], strict=False):
-        middle = place.index
+    for start, point, end in zip(edges, points, edges[2:], strict=False):
+        middle = point.index
         pair = entries[middle - 1], entries[middle]
-        change = _change(series.metric, pair, (logs[a:middle], logs[middle:b]), floor)
-        accepted = _is_known(pair[1], known_until)
-        changes.append(replace(change, p_value=place.p_value, accepted=accepted))
-    known = sum(_is_known(entry, known_until) for entry in entries)
-    start = max(known - 1, 0)  # the newest of them is of the level that is known
-    scatter = np.concatenate([logs[a:b] - logs[a:b].mean() for a, b in _pairs(edges)])
-    return Told(
+        change = _change(series.metric, pair, logs[start:middle], logs[middle:end], floor)
+        accepted = _is_accepted(pair[1], accepted_until)
+        changes.append(replace(change, p_value=point.p_value, accepted=accepted))
+    known = sum(_is_accepted(entry, accepted_until) for entry in entries)
+    start = max(known - 1, 0)  # the newest accepted result is of the accepted level
+    parts = [logs[a:b] for a, b in itertools.pairwise(edges)]
+    scatter = np.concatenate([part - part.mean() for part in parts])
+    return SeriesResult(
         series,
-        _segments(series, logs, [place.index for place in places]),
+        _segments(series, logs, edges),
         changes,
         _drift(series.metric, entries[start:], logs[start:], alpha, floor),
-        _smallest(scatter, len(places), alpha, floor),
+        _smallest(scatter, len(points), alpha, floor),
         None,
     )
 
 
-def _change(metric: str, pair: tuple[Entry, Entry], sides: tuple[Any, Any], floor: float) -> Change:
-    """The change from one set of results to another, by Welch's interval."""
-    # Without floor and margin its p-value is of «no change», on the one side.
-    decision = compare_means(list(sides[0]), list(sides[1]), Rule(floor=0.0, margin=0.0))
-    mean, low, high = decision.estimate, decision.low, decision.high
-    assert mean is not None
-    assert low is not None
-    assert high is not None
-    share = math.expm1(mean)
-    tail = min(decision.p_value or 0.0, 1 - (decision.p_value or 0.0))
+def _change(
+    metric: str, pair: tuple[Entry, Entry], old: Floats, new: Floats, floor: float
+) -> Change:
+    """Return the change from one set of logarithms to another, with Welch's interval."""
+    # Without floor and margin, the p-value is one-sided for "no change".
+    decision = compare_means(old.tolist(), new.tolist(), Rule(floor=0.0, margin=0.0))
+    assert decision.estimate is not None
+    assert decision.low is not None
+    assert decision.high is not None
+    share = math.expm1(decision.estimate)
+    p_value = decision.p_value or 0.0
     return Change(
         *pair,
         share,
-        math.expm1(low),
-        math.expm1(high),
-        p_value=2 * tail,
-        is_loss=(mean < 0) is higher_is_better(metric),
+        math.expm1(decision.low),
+        math.expm1(decision.high),
+        p_value=2 * min(p_value, 1 - p_value),
+        is_loss=(share < 0) is higher_is_better(metric),
         counts=abs(share) > floor,
     )
 
 
 def _drift(
-    metric: str, entries: Sequence[Entry], logs: Any, alpha: float, floor: float
+    metric: str, entries: Sequence[Entry], logs: Floats, alpha: float, floor: float
 ) -> Change | None:
-    """From the oldest quarter to the newest, both fixed beforehand; None without enough."""
+    """Compare the oldest quarter with the newest; None if there are too few results."""
     k = max(_FEWEST_AT_AN_END, min(_MOST_AT_AN_END, len(logs) // 4))
     if len(logs) < 2 * k:
         return None
-    pair = entries[0], entries[-1]
-    found = _change(metric, pair, (logs[:k], logs[-k:]), floor)
-    return replace(found, counts=found.counts and found.p_value <= alpha)
+    change = _change(metric, (entries[0], entries[-1]), logs[:k], logs[-k:], floor)
+    return replace(change, counts=change.counts and change.p_value <= alpha)
 
 
-def _smallest(scatter: Any, changes: int, alpha: float, floor: float) -> float:
-    """About the least change in the middle of so many values that would be found.
+def _smallest(scatter: Floats, changes: int, alpha: float, floor: float) -> float:
+    """Estimate the smallest change in the middle of these values that would be found.
 
-    By the t-test of two halves; permuting the best of all splits costs a little more.
+    This is the t-test of two halves; permuting the best of all splits needs a little more.
     """
     n, free = len(scatter), max(len(scatter) - 1 - changes, 1)
     deviation = math.sqrt(float(scatter @ scatter) / free)
@@ -399,111 +385,91 @@ def _smallest(scatter: Any, changes: int, alpha: float, floor: float) -> float:
     return max(floor, math.expm1(needed * deviation * 2 / math.sqrt(n)))
 
 
-def _segments(series: Series, logs: Any, places: Sequence[int]) -> list[Segment]:
-    found = []
-    for a, b in _pairs([0, *places, len(logs)]):
+def _segments(series: Series, logs: Floats, edges: Sequence[int]) -> list[Segment]:
+    segments = []
+    for a, b in itertools.pairwise(edges):
         mean = float(logs[a:b].mean())
         low, high = mean_interval(logs[a:b]) if b - a > 1 else (mean, mean)
-        ends = series.told[a], series.told[b - 1]
-        found.append(Segment(*ends, *(math.exp(x) for x in (mean, low, high))))
-    return found
+        bounds = (math.exp(value) for value in (mean, low, high))
+        segments.append(Segment(series.valid[a], series.valid[b - 1], *bounds))
+    return segments
 
 
-def _pairs(edges: Sequence[int]) -> Iterator[tuple[int, int]]:
-    return itertools.pairwise(edges)
+def _accepted_until(line: Line, accepted: str | None) -> datetime | None:
+    """Return the time of the newest result of the accepted commit."""
+    if accepted is None:
+        return None
+    times = [e.created for e in line.entries if (e.commit or "").startswith(accepted)]
+    return max(times, default=None)
 
 
-def _known_until(line: Line, accepted: str | None) -> datetime | None:
-    """When the newest result of the accepted commit was made; None without."""
-    made = [
-        entry.created
-        for entry in line.entries
-        if accepted is not None and entry.commit is not None and entry.commit.startswith(accepted)
-    ]
-    return max(made, default=None)
+def _is_accepted(entry: Entry, accepted_until: datetime | None) -> bool:
+    return accepted_until is not None and entry.created <= accepted_until
 
 
-def _is_known(entry: Entry, known_until: datetime | None) -> bool:
-    return known_until is not None and entry.created <= known_until
-
-
-def _lost_work(recounts: Sequence[Recount], known_until: datetime | None) -> list[Recount]:
-    """Of each counter that can only be work, the newest change if it is one for the worse."""
-    newest = {(each.counter, each.strategy): each for each in recounts}
+def _more_work(
+    changes: Sequence[CountChange], accepted_until: datetime | None
+) -> list[CountChange]:
+    """Return the newest change of each counter of work, if it went up."""
+    newest = {(change.counter, change.strategy): change for change in changes}
     return [
-        each
-        for each in newest.values()
-        if each.counter in _MORE_IS_LOST
-        and not isinstance(each.new, str)
-        and not isinstance(each.old, str)
-        and each.new > each.old
-        and not _is_known(each.after, known_until)
+        change
+        for change in newest.values()
+        if change.counter in _WORK
+        and isinstance(change.new, int)
+        and isinstance(change.old, int)
+        and change.new > change.old
+        and not _is_accepted(change.after, accepted_until)
     ]
 
 
-def _first(texts: Sequence[str], most: int) -> list[str]:
+# In words and as JSON
+
+
+def _first(texts: Sequence[str], most: int) -> str:
     more = len(texts) - most
-    return [*texts[:most], *([f"and {more} more"] if more > 0 else [])]
+    return "; ".join([*texts[:most], *([f"and {more} more"] if more > 0 else [])])
 
 
-def describe(change: Change) -> str:
-    """A change in a few words."""
-    interval = f"95 % CI {change.low:+.1%} to {change.high:+.1%}"
-    return f"{change.word} by {change.share:+.1%} ({interval}), {between(change)}"
-
-
-def between(change: Change | Recount) -> str:
-    """The two results that a change lies between."""
+def between(change: Change | CountChange) -> str:
+    """Return the two results that a change lies between."""
     if change.before.label == change.after.label:
         return f"within {change.after.label}"
     return f"{change.before.label} → {change.after.label}"
 
 
-def describe_recount(recount: Recount) -> str:
-    """A changed count in a few words."""
-    name = f"{recount.strategy}.{recount.counter}"
-    return f"{name} {_spell(recount.old)} → {_spell(recount.new)}, {between(recount)}"
+def describe_count(change: CountChange) -> str:
+    values = [v if isinstance(v, str) else f"{v:,}" for v in (change.old, change.new)]
+    return f"{change.strategy}.{change.counter} {' → '.join(values)}, {between(change)}"
 
 
-def _spell(value: int | str) -> str:
-    return value if isinstance(value, str) else f"{value:,}"
-
-
-def _line_data(judged: Judged) -> dict[str, Any]:
-    line = judged.line
+def _line_data(result: LineResult) -> dict[str, Any]:
+    line = result.line
     return {
         "facts": dict(line.facts),
         "is_current": line.is_current,
         "left_out_by_last": line.dropped,
-        "asked": dict(line.entries[0].asked),
+        "asked": dict(line.entries[0].setup),
         "machine": dict(line.entries[0].machine),
-        "series": [_series_data(told) for told in judged.series],
+        "series": [_series_data(series) for series in result.series],
         "counts": [
-            {
-                "counter": each.counter,
-                "strategy": each.strategy,
-                "old": each.old,
-                "new": each.new,
-                "before": _entry_data(each.before),
-                "after": _entry_data(each.after),
-                "is_loss": each in judged.lost_work,
-            }
-            for each in judged.recounts
+            {**_change_data(change), "is_loss": change in result.more_work}
+            for change in result.count_changes
         ],
     }
 
 
-def _series_data(told: Told) -> dict[str, Any]:
-    series = told.series
+def _series_data(result: SeriesResult) -> dict[str, Any]:
+    series = result.series
     return {
         "metric": series.metric,
         "strategy": series.strategy,
         "higher_is_better": higher_is_better(series.metric),
-        "too_few": told.too_few,
-        "smallest": told.smallest,
-        "drift": None if told.drift is None else _change_data(told.drift),
-        "changes": [_change_data(change) for change in told.changes],
-        "segments": [vars(segment) for segment in told.segments],
+        "too_few": result.too_few,
+        "smallest": result.smallest,
+        "drift": None if result.drift is None else _change_data(result.drift),
+        "changes": [_change_data(change) for change in result.changes],
+        "segments": [vars(segment) for segment in result.segments],
         "points": [
             {**_entry_data(entry), **vars(value)}
             for entry, value in zip(series.entries, series.values, strict=True)
@@ -511,10 +477,10 @@ def _series_data(told: Told) -> dict[str, Any]:
     }
 
 
-def _change_data(change: Change) -> dict[str, Any]:
-    data: Mapping[str, Any] = vars(change)
-    entries = {name: _entry_data(data[name]) for name in ("before", "after")}
-    return {**data, **entries, "word": change.word}
+def _change_data(change: Change | CountChange) -> dict[str, Any]:
+    entries = {"before": _entry_data(change.before), "after": _entry_data(change.after)}
+    word = {"word": change.word} if isinstance(change, Change) else {}
+    return {**vars(change), **entries, **word}
 
 
 def _entry_data(entry: Entry) -> dict[str, Any]:

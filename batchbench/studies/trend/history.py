@@ -1,4 +1,4 @@
-"""A history: what many results tell over time, each read from its ``result.json`` alone."""
+"""Results over time, read from each ``result.json`` alone and grouped into comparable series."""
 
 from __future__ import annotations
 
@@ -13,40 +13,35 @@ from pathlib import Path
 from typing import Any
 
 from batchbench import settings
+from batchbench.batching.machine import MUST_MATCH_FOR_TIMES, facts_of
 from batchbench.errors import UsageError, shown
-from batchbench.files import reason_of
+from batchbench.files import STAGING, reason_of
 from batchbench.reports.result_file import read_data, read_time
 from batchbench.reports.statistics import paired_ratio
 from batchbench.settings import setting
 
 METRICS = ("output_throughput", "speedup", "median_e2el_ms", "p99_itl_ms")
-"""What is looked at unless something else is asked for."""
+"""Metrics that are analysed by default."""
 
-_HIGHER = (
-    "_throughput",
-    "_goodput",
-    "slo_attainment",
-    "floor_share",
-    "speedup",
-    "efficiency",
-    "step_ratio",
-)
+COMPARED = ("speedup", "efficiency", "step_ratio")
+"""Metrics that compare two strategies of one run, so they are in no strategy's summary."""
+
+_HIGHER = ("_throughput", "_goodput", "slo_attainment", "floor_share", *COMPARED)
 
 _LOWER = ("_ms", "duration", "energy_joules", "joules_per_output_token", "cost_per_million")
 
-_COMPARED = ("speedup", "efficiency", "step_ratio")
+OUTPUTS = "outputs"
+"""Name under which the digest of all output tokens stands among the counters."""
 
-
-def is_compared(metric: str) -> bool:
-    """Whether a metric is of two strategies of one run, and so of no one's summary."""
-    return metric in _COMPARED
+Key = tuple[str, str]
+"""A metric or counter, and a strategy."""
 
 
 def higher_is_better(metric: str) -> bool:
-    """Which way is up.
+    """Return the direction of a metric.
 
     Raises:
-        UsageError: neither way: it counts what was asked, or is no metric of a result.
+        UsageError: it has none, because it counts the workload or is no metric of a result.
     """
     if any(part in metric for part in _HIGHER):
         return True
@@ -60,24 +55,24 @@ def higher_is_better(metric: str) -> bool:
 
 @dataclass(frozen=True)
 class TrendSpec:
-    """What is looked at, when a change is one, and where it is told."""
+    """Options of ``trend``."""
 
     metric: tuple[str, ...] = setting(
         METRICS,
-        "A metric of a result's summary, or speedup, efficiency, step_ratio; may be repeated. The "
-        "more are looked at, the more each must show.",
+        "A metric of a result's summary, or speedup, efficiency, step_ratio; may be repeated. More "
+        "metrics make each test stricter.",
         "History",
         metavar="NAME",
     )
     strategy: tuple[str, ...] = setting(
-        (), "Only this strategy's; may be repeated.", "History", metavar="NAME", default_text="all"
+        (), "Only this strategy; may be repeated.", "History", metavar="NAME", default_text="all"
     )
     last: int = setting(
-        200, "Look at the newest N results of each series.", "History", min=2, max=10**6
+        200, "Use the newest N results of each series.", "History", min=2, max=10**6
     )
     floor: float = setting(
         2.0,
-        "Percent that a change must exceed, beside being significant.",
+        "Percent that a change must exceed, besides being significant.",
         "History",
         min=0.0,
         max=90.0,
@@ -94,29 +89,26 @@ class TrendSpec:
     )
     fail_on_loss: bool = setting(
         False,
-        "Exit code 1 if the newest change of a series is a loss, or it has lost over its whole "
-        "length.",
+        "Exit with 1 if the newest change of a series is a loss, or its newest results are worse "
+        "than its oldest.",
         "Gate",
     )
     accept: str | None = setting(
         None,
-        "Commit (its first letters) up to which all changes are known: they are shown and fail "
-        "nothing.",
+        "Commit (its first letters) up to which all changes are accepted: they are shown and do "
+        "not fail.",
         "Gate",
         metavar="COMMIT",
         default_text="none",
     )
     strict: bool = setting(
-        False, "With --fail-on-loss, exit code 3 where it cannot be told.", "Gate"
+        False, "With --fail-on-loss, exit with 3 if there are too few results.", "Gate"
     )
     output: Path | None = setting(
         None, "Folder for trend.json and the pictures.", "Output", metavar="DIR"
     )
     markdown: Path | None = setting(
-        None,
-        "File for a table for a pull request; - is standard output.",
-        "Output",
-        metavar="FILE",
+        None, "File for a table for a pull request; - is standard output.", "Output", metavar="FILE"
     )
     json: bool = setting(False, "Print trend.json on standard output, and nothing else.", "Output")
     quiet: bool = setting(False, "Show only the sentence.", "Output")
@@ -135,20 +127,9 @@ class TrendSpec:
             raise UsageError("--json and --markdown -: give one of them")
 
 
-OUTPUTS = "outputs"
-"""The counter, so to say, that holds the digest of all output tokens."""
-
-_PACKAGES = ("torch", "transformers", "numpy")
-
-_MACHINE = ("gpu", "gpu_driver", "cuda", "cpu", "cpu_cores", "threads")
-
-Key = tuple[str, str]
-"""Metric or counter, and strategy."""
-
-
 @dataclass(frozen=True)
 class Value:
-    """A figure of one result, with the 95 % interval of its trials where there are enough."""
+    """A metric of one result, with the 95 % interval of its trials if there are enough."""
 
     value: float
     low: float | None = None
@@ -157,19 +138,19 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What one result tells.
+    """One result.
 
     Attributes:
-        asked: workload, model and settings, by name: what must be equal in one series.
-        machine: so must this: machine, number format, versions; empty of a simulation.
-        reasons: why it is suspect; none if it is valid.
-        work: exact counts, and the digest of the outputs; of closed workloads only.
+        setup: workload, model and settings, by name; equal within a series.
+        machine: machine, number format and versions; equal too, and empty for a simulation.
+        reasons: why the result is suspect; none if it is valid.
+        work: exact counts and the digest of the outputs, for closed workloads.
     """
 
     file: Path
     created: datetime
     commit: str | None
-    asked: Mapping[str, Any]
+    setup: Mapping[str, Any]
     machine: Mapping[str, Any]
     reasons: Sequence[str] = ()
     values: Mapping[Key, Value] = field(default_factory=dict)
@@ -177,16 +158,15 @@ class Entry:
 
     @property
     def is_valid(self) -> bool:
-        """Whether its times count."""
         return not self.reasons
 
     @property
     def label(self) -> str:
-        """Its commit, or when it was made where that is not known."""
+        """The short commit, or the time if the commit is not known."""
         if self.commit is None:
             return f"{self.created:%Y-%m-%d %H:%M}"
         clean = self.commit.removesuffix("+")
-        # As git describes it: a tag is a name, a hash is cut to its usual length.
+        # git describe gives a tag or a hash; only a hash is cut to its usual length.
         is_hash = len(clean) > 8 and all(c in "0123456789abcdef" for c in clean)
         return (clean[:8] if is_hash else clean) + "+" * self.commit.endswith("+")
 
@@ -201,18 +181,17 @@ class Series:
 
     @cached_property
     def values(self) -> list[Value]:
-        """Of each entry."""
         return [entry.values[self.metric, self.strategy] for entry in self.entries]
 
     @cached_property
-    def told(self) -> list[int]:
-        """Places of the entries that count."""
+    def valid(self) -> list[int]:
+        """Indexes of the valid entries."""
         return [i for i, entry in enumerate(self.entries) if entry.is_valid]
 
 
 @dataclass(frozen=True)
-class Recount:
-    """A count, or the outputs, that differs from the result before."""
+class CountChange:
+    """A count, or the digest of the outputs, that differs from the result before."""
 
     counter: str
     strategy: str
@@ -224,11 +203,11 @@ class Recount:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """Results of one workload, one configuration and one environment, oldest first.
+    """Results with one workload, configuration and environment, oldest first.
 
     Attributes:
-        facts: those in which it differs from other lines; only those.
-        is_current: whether it goes on: it has a result of the newest commit.
+        facts: facts in which it differs from other lines.
+        is_current: whether it has a result of the newest commit.
         dropped: older results that ``--last`` left out.
     """
 
@@ -239,72 +218,70 @@ class Line:
 
     @property
     def caption(self) -> str:
-        """What tells it from the others."""
         words = {"None": "none", "True": "yes", "False": "no"}
-        spelt = {name: str(value) for name, value in self.facts.items()}
-        parts = [f"{name} {words.get(value, value)}" for name, value in spelt.items()]
-        told = " · ".join(parts) or "One workload, configuration and environment"
-        return told if self.is_current else f"{told} · ended: has no result of the newest commit"
+        facts = {name: str(value) for name, value in self.facts.items()}
+        parts = [f"{name} {words.get(value, value)}" for name, value in facts.items()]
+        text = " · ".join(parts) or "One workload, configuration and environment"
+        return text if self.is_current else f"{text} · ended: no result of the newest commit"
 
     def series(self, metrics: Sequence[str], strategies: Sequence[str]) -> list[Series]:
-        """A series of each metric and strategy that any result has."""
-        found = dict.fromkeys(key for entry in self.entries for key in entry.values)
+        """Return a series of each metric and strategy that any result has."""
+        keys = dict.fromkeys(key for entry in self.entries for key in entry.values)
         return [
             Series(*key, [entry for entry in self.entries if key in entry.values])
             for metric in metrics
-            for key in found
+            for key in keys
             if key[0] == metric and (not strategies or key[1] in strategies)
         ]
 
-    def recounts(self, strategies: Sequence[str]) -> list[Recount]:
-        """Every change of a count or of the outputs; suspect results count as well."""
-        found = []
-        for counter, strategy in dict.fromkeys(key for e in self.entries for key in e.work):
-            if strategies and strategy not in strategies:
+    def count_changes(self, strategies: Sequence[str]) -> list[CountChange]:
+        """Return every change of a count or of the outputs, in suspect results too."""
+        changes = []
+        for key in dict.fromkeys(key for entry in self.entries for key in entry.work):
+            if strategies and key[1] not in strategies:
                 continue
-            key = (counter, strategy)
             having = [entry for entry in self.entries if key in entry.work]
-            found += [
-                Recount(counter, strategy, a.work[key], b.work[key], a, b)
+            changes += [
+                CountChange(*key, a.work[key], b.work[key], a, b)
                 for a, b in itertools.pairwise(having)
                 if a.work[key] != b.work[key]
             ]
         place = {id(entry): i for i, entry in enumerate(self.entries)}
-        return sorted(found, key=lambda recount: place[id(recount.after)])
+        return sorted(changes, key=lambda change: place[id(change.after)])
 
 
 def find_results(folders: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Every ``result.json`` at any depth, each once; and a line for each folder without.
+    """Return every ``result.json`` at any depth once, and a line for each folder without one.
 
     Raises:
-        UsageError: a folder is not there.
+        UsageError: a folder does not exist.
     """
-    found: dict[Path, Path] = {}
+    files: dict[Path, Path] = {}
     without = []
     for folder in folders:
         try:
             if not folder.exists():
                 raise UsageError(f"{folder}: no such folder; give folders that hold results")
-            files = sorted(folder.rglob("result.json")) if folder.is_dir() else [folder]
+            candidates = sorted(folder.rglob("result.json")) if folder.is_dir() else [folder]
         except OSError as error:  # its name is too long, or it is not readable
             raise UsageError(f"{folder}: cannot be read: {reason_of(error)}") from error
-        # What a run that was cut off had begun to write is no result.
-        files = [f for f in files if not any(p.startswith(".writing-") for p in f.parts)]
-        if not files:
-            without.append(f"{folder}: holds no result.json")
-        for file in files:
-            found.setdefault(file.resolve(), file)
-    return list(found.values()), without
+        # A run that was killed may have left a half-written folder.
+        whole = [f for f in candidates if not any(p.startswith(STAGING) for p in f.parts)]
+        if not whole:
+            without.append(f"{folder}: has no result.json")
+        for file in whole:
+            files.setdefault(file.resolve(), file)
+    return list(files.values()), without
 
 
 def read_entry(file: Path, metrics: Sequence[str]) -> Entry:
-    """What a result tells of these metrics.
+    """Read these metrics of a result.
 
-    The schema is not gone through, which would take a hundred times as long as reading: what is
-    needed is looked at, and must be there and make sense.
+    The schema is not checked, which would take a hundred times as long as reading: only the parts
+    that are used must be there and valid.
 
     Raises:
-        UsageError: it is torn, of another schema version, or not whole.
+        UsageError: it is damaged, of another schema version, or incomplete.
     """
     data = read_data(file)
     try:
@@ -324,21 +301,20 @@ def _entry(file: Path, data: Mapping[str, Any], metrics: Sequence[str]) -> Entry
     reasons = [str(reason) for reason in validity["reasons"]]
     if validity["status"] == "suspect" and not reasons:
         reasons = ["suspect"]
-    values = dict(_values(data, metrics))
     commit = data["environment"].get("git_commit")
     return Entry(
         file=file,
         created=read_time(data["created_at"]),
         commit=None if commit is None else str(commit),
-        asked=_asked(data),
+        setup=_setup(data),
         machine=_machine(data),
         reasons=reasons,
-        values=values,
+        values=dict(_values(data, metrics)),
         work=dict(_work(data)),
     )
 
 
-def _asked(data: Mapping[str, Any]) -> dict[str, Any]:
+def _setup(data: Mapping[str, Any]) -> dict[str, Any]:
     model, workload, serving = data["model"], data["workload"], data["config"]["serving"]
     return {
         "model": model["name"],
@@ -353,41 +329,38 @@ def _asked(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _machine(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What times depend on. A simulation's depend on no machine, and host names come and go."""
+    """Return the facts on which times depend; a simulation depends on no machine."""
     if data["simulated"]:
         return {}
-    found, model = data["environment"], data["model"]
-    packages = found.get("packages", {})
-    return {
-        "device": model["device"],
-        "dtype": model["dtype"],
-        **{name.replace("_", " "): found.get(name) for name in _MACHINE},
-        "python": ".".join(str(found.get("python")).split(".")[:2]),
-        **{name: packages.get(name) for name in _PACKAGES},
-    }
+    facts = facts_of(data["environment"], data["model"])
+    facts["python"] = ".".join(str(facts.get("python")).split(".")[:2])
+    # The engine and how it executes are among the settings, or follow from the machine.
+    names = [name for name in MUST_MATCH_FOR_TIMES if name != "engine"]
+    return {name.replace("_", " "): facts.get(name) for name in names}
 
 
 def _values(data: Mapping[str, Any], metrics: Sequence[str]) -> Iterator[tuple[Key, Value]]:
     for metric in metrics:
-        if is_compared(metric):
-            for compared in data["comparisons"]:
-                told = compared[metric]
-                value, interval = (
-                    (told["median"], told["ci95"]) if metric == "speedup" else (told, None)
-                )
-                if _counts(value):
-                    ends = [float(end) for end in interval or (None, None) if end is not None]
-                    yield (metric, compared["candidate"]), Value(float(value), *ends)
+        if metric in COMPARED:
+            for comparison in data["comparisons"]:
+                value, ends = comparison[metric], None
+                if metric == "speedup":
+                    value, ends = value["median"], value["ci95"]
+                if _is_positive(value):
+                    key = metric, comparison["candidate"]
+                    yield key, Value(float(value), *map(float, ends or ()))
             continue
         for name, strategy in data["strategies"].items():
             value = strategy["summary"].get(metric)
-            if _counts(value):
-                each = [trial.get(metric) for trial in strategy["trials"]]
-                yield (metric, name), Value(float(value), *_interval(each))
+            if _is_positive(value):
+                trials = [trial.get(metric) for trial in strategy["trials"]]
+                ratio = paired_ratio(trials, [1.0] * len(trials))
+                bounds = (None, None) if ratio is None else (ratio.low, ratio.high)
+                yield (metric, name), Value(float(value), *bounds)
 
 
-def _counts(value: Any) -> bool:
-    """Whether there is a value that has a logarithm."""
+def _is_positive(value: Any) -> bool:
+    """Tell whether there is a value, and one that has a logarithm."""
     if value is None:
         return False
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -395,13 +368,8 @@ def _counts(value: Any) -> bool:
     return value > 0
 
 
-def _interval(trials: Sequence[float | None]) -> tuple[float | None, float | None]:
-    ratio = paired_ratio(trials, [1.0] * len(trials))
-    return (None, None) if ratio is None else (ratio.low, ratio.high)
-
-
 def _work(data: Mapping[str, Any]) -> Iterator[tuple[Key, int | str]]:
-    """Counts are exact where nobody waits for a clock; outputs in float32."""
+    """Yield the counts that are exact if nobody waits for a clock, and outputs in float32."""
     if not data["workload"]["closed"]:
         return
     for name, strategy in data["strategies"].items():
@@ -414,36 +382,33 @@ def _work(data: Mapping[str, Any]) -> Iterator[tuple[Key, int | str]]:
 
 
 def make_lines(entries: Sequence[Entry], last: int) -> list[Line]:
-    """The results in lines of like ones, those that go on first, then the newest.
+    """Group comparable results into lines, current ones first, then the newest.
 
     Args:
-        last: how many of the newest results of each line are kept.
+        last: number of the newest results of each line to use.
     """
     ordered = sorted(entries, key=lambda e: (e.created, str(e.file.resolve())))
     if not ordered:
         return []
     groups: dict[str, list[Entry]] = {}
     for entry in ordered:
-        key = json.dumps([entry.asked, entry.machine], sort_keys=True, default=str)
+        key = json.dumps([entry.setup, entry.machine], sort_keys=True, default=str)
         groups.setdefault(key, []).append(entry)
-    facts = [{**group[0].asked, **group[0].machine} for group in groups.values()]
-    names = dict.fromkeys(name for each in facts for name in each)
-    varying = [name for name in names if len({str(each.get(name)) for each in facts}) > 1]
-    if "workload" in varying:  # then its digest tells nothing more to people
+    facts = [{**group[0].setup, **group[0].machine} for group in groups.values()]
+    names = dict.fromkeys(name for own in facts for name in own)
+    varying = [name for name in names if len({str(own.get(name)) for own in facts}) > 1]
+    if "workload" in varying:  # its digest then tells people nothing more
         varying = [name for name in varying if name != "workload digest"]
     newest = ordered[-1]
-
-    def goes_on(group: Sequence[Entry]) -> bool:
-        if newest.commit is None:
-            return group[-1] is newest
-        return any(entry.commit == newest.commit for entry in group)
-
     lines = [
         Line(
-            group[-last:],
-            {name: own[name] for name in varying if name in own},
-            goes_on(group),
-            max(0, len(group) - last),
+            entries=group[-last:],
+            facts={name: own[name] for name in varying if name in own},
+            is_current=any(
+                entry is newest or (entry.commit is not None and entry.commit == newest.commit)
+                for entry in group
+            ),
+            dropped=max(0, len(group) - last),
         )
         for group, own in zip(groups.values(), facts, strict=True)
     ]
