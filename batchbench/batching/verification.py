@@ -102,11 +102,11 @@ def verify(
         chosen = np.unique(np.linspace(0, len(workload) - 1, count).round().astype(int)).tolist()
     if not chosen:
         return NOT_VERIFIED
-    checker = _Checker(reference)
+    reference = Remembered(reference)
     wanted = {(request, id(r)): r.tokens_of(request) for request in chosen for r in recordings}
     # Longest first, so that the beginning of a sequence is checked with it.
     for (request, _), tokens in sorted(wanted.items(), key=lambda item: -len(item[1])):
-        checker.check(workload.prompt(request), tokens)
+        reference.deviations(workload.prompt(request), tokens)
     findings: list[Finding] = []
     worst: dict[int, str] = dict.fromkeys(chosen, "identical")
     for request in chosen:
@@ -114,7 +114,7 @@ def verify(
             tokens = wanted[request, id(recording)]
             finding = _wrong_count(workload, request, tokens, frozenset(eos), recording)
             if finding is None:
-                deviations = checker.check(workload.prompt(request), tokens)
+                deviations = reference.deviations(workload.prompt(request), tokens)
                 finding = _finding(request, recording.header.strategy, deviations)
             if finding is None:
                 continue
@@ -136,11 +136,11 @@ def verify(
 
 
 class Remembered:
-    """A reference that computes each prompt and output once."""
+    """A reference that computes a sequence once, together with all its beginnings."""
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
-        self._known: dict[tuple[bytes, bytes], Sequence[Deviation]] = {}
+        self._known: dict[bytes, list[tuple[NDArray[np.int32], Sequence[Deviation]]]] = {}
 
     @property
     def name(self) -> str:
@@ -149,20 +149,6 @@ class Remembered:
     def deviations(
         self, prompt: NDArray[np.int32], output: NDArray[np.int32]
     ) -> Sequence[Deviation]:
-        key = prompt.tobytes(), output.tobytes()
-        if key not in self._known:
-            self._known[key] = self._reference.deviations(prompt, output)
-        return self._known[key]
-
-
-class _Checker:
-    """Computes the reference once for all sequences of a prompt that begin one another."""
-
-    def __init__(self, reference: Reference) -> None:
-        self._reference = reference
-        self._known: dict[bytes, list[tuple[NDArray[np.int32], Sequence[Deviation]]]] = {}
-
-    def check(self, prompt: NDArray[np.int32], output: NDArray[np.int32]) -> Sequence[Deviation]:
         known = self._known.setdefault(prompt.tobytes(), [])
         for longer, deviations in known:
             # An overflow at the end of a sequence may spoil all of it, through attention.
