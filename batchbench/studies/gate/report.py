@@ -89,16 +89,16 @@ def _rows(kind: Kind, evidence: Sequence[Evidence], *, verbose: bool) -> Rows:
         what = "counts and outputs are" if rest > 1 else "count is"
         below.append(f"{which} {what} the same.")
     elif rest:
-        which = f"{rest} other" if shown else str(rest)
-        what = "metrics show" if rest > 1 else "metric shows"
-        below.append(f"{which} {what} no change; --verbose lists all.")
+        others = plural(rest, "other metric" if shown else "metric")
+        below.append(f"No change was shown for {others}; --verbose lists all.")
     return Rows(kind, shown, below)
 
 
 def _matters(evidence: Evidence) -> bool:
     if evidence.kind is Kind.WORK:
         return evidence.fails or evidence.verdict is not Verdict.SAME
-    return evidence.gated or evidence.verdict not in (Verdict.SAME, Verdict.UNKNOWN)
+    changed = evidence.verdict not in (Verdict.SAME, Verdict.UNKNOWN)
+    return evidence.gated or changed or evidence.metric.startswith("speedup")
 
 
 def _reasons(shown: Sequence[Evidence]) -> list[str]:
