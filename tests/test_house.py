@@ -97,12 +97,12 @@ NAMESAKES = {
     "reports/prediction.py": {"cost.step_ns"},
     "studies/predict/breakeven.py": {"cost.step_ns"},
     "batching/session.py": {"warm_up.step_ns"},  # the median of the warm-up
-    # the mean of one lane of duet and check
-    "studies/gate/baseline.py": {"each.step_ns", "other.step_ns", "own.step_ns", "turn.step_ns"},
+    # the mean of one strategy in duet and check
+    "studies/gate/baseline.py": {"process.step_ns", "other.step_ns", "own.step_ns", "turn.step_ns"},
     "studies/gate/turns.py": {"base.step_ns", "new.step_ns"},
-    "studies/gate/check.py": {"p.step_ns", "process.step_ns"},
+    "studies/gate/check.py": {"p.step_ns"},
     "studies/gate/duet.py": {"pair.step_ns"},
-    "studies/gate/worker.py": {"lane.known.step_ns"},
+    "studies/gate/worker.py": {"run.calibration.step_ns"},
     # of a queue
     "studies/capacity/probe.py": {"trial.growth", "t.growth", "trials[0].growth"},
     "studies/capacity/report.py": {"probe.growth", "trial.growth"},

@@ -103,12 +103,17 @@ def test_a_study_imports_the_core_and_itself(name: str) -> None:
 
 HEAVY: Mapping[str, tuple[str, ...]] = {
     "torch": (
-        "batching.engines.*",
-        "batching.models.loading",
-        "batching.machine",
+        *("batching.engines.*", "batching.models.loading", "batching.machine"),
+        "studies.ladder.run",  # types of what the engines return
     ),
-    "rich": ("*report*", "reports.formats.*", "reports.replay.terminal", "cli.*"),
-    "matplotlib": ("reports.figures*", "reports.replay.gif", "*figures*", "*report*", "*facets*"),
+    "rich": (
+        *("*report*", "reports.formats.*", "reports.replay.terminal", "cli.*"),
+        *("api", "studies.reproduce", "studies.predict.batch_sizes"),
+    ),
+    "matplotlib": (
+        *("reports.figures*", "reports.replay.gif", "*figures*", "*report*", "*facets*"),
+        *("api", "studies.predict.batch_sizes"),
+    ),
 }
 """Where a library may be imported."""
 

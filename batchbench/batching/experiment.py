@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from batchbench import settings
@@ -15,14 +17,18 @@ from batchbench.batching.queue import ORDERS
 from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError, shown
 from batchbench.settings import parse_whole, setting
+from batchbench.workloads.lengths import parse_lengths
 from batchbench.workloads.spec import WorkloadSpec
 
 GENERATE_BATCH = "generate_batch"
 """Continuous batching of transformers, a strategy that schedules by itself."""
 
 ENGINES = ("slots", "notebook")
+
 TOKEN_BUDGET = 2048
+
 EXECUTIONS = ("auto", "eager", "graph", "compile")
+
 PREFILLS = ("auto", "separate", "mixed")
 
 
@@ -302,3 +308,45 @@ PARTS: Mapping[str, Any] = {
     "trials": TrialsSpec,
 }
 """The specs of an experiment; no two have a field of the same name."""
+
+
+def named_files(experiment: Experiment) -> dict[str, Any]:
+    """Return digests of the files that settings name, by field name, and of a model's folder."""
+    files: dict[str, Any] = {}
+    for part in ("workload", "serving", "trials", "model"):
+        spec = getattr(experiment, part)
+        for option in fields(spec):
+            value = getattr(spec, option.name)
+            file = value if isinstance(value, Path) else _file_of_lengths(option.name, value)
+            if file is not None and file.is_file():
+                files[option.name] = _digest_of_file(file)
+    folder = Path(experiment.model.model)
+    if folder.is_dir():
+        files["model"] = [
+            (file.name, (status := file.stat()).st_size, status.st_mtime_ns)
+            for file in sorted(folder.iterdir())
+            if file.is_file()
+        ]
+    return files
+
+
+def _digest_of_file(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _file_of_lengths(name: str, value: Any) -> Path | None:
+    """Return the file that lengths such as ``empirical:FILE`` name."""
+    if name not in ("prompt_tokens", "output_tokens") or value is None:
+        return None
+    file = getattr(parse_lengths(value, settings.option_name(name)), "file", None)
+    return None if file is None else Path(file)
+
+
+def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
+    """Replace ``auto`` by the values with which ``model`` was resolved."""
+    serving, execution = experiment.serving, model.get("execution")
+    if execution in EXECUTIONS and serving.engine != "notebook":
+        serving = replace(serving, execution=execution)
+    resolved = {name: model[name] for name in ("device", "dtype", "load_format")}
+    return replace(experiment, serving=serving, model=replace(experiment.model, **resolved))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import psutil
 
-import batchbench
+from batchbench import version
 
 CPUS = Path("/sys/devices/system/cpu")
 """Topology and caches of the processors (Linux documentation, sysfs-devices-system-cpu)."""
@@ -301,7 +301,7 @@ def _nvml_facts(index: int) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Return the commit of batchbench's checkout, with ``+`` if it is changed; None outside one."""
-    root = Path(batchbench.__file__).parents[1]
+    root = Path(version.__file__).parents[1]
     if not (root / ".git").exists():
         return None
     return _output("git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+")

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 
-import batchbench
 from batchbench import settings
 from batchbench.batching.recording import Recording
 from batchbench.batching.session import Outcome
@@ -43,6 +42,7 @@ from batchbench.reports.slo import NO_GOALS, GoalsSpec
 from batchbench.reports.statistics import Ratio, paired_ratio
 from batchbench.reports.text import plural
 from batchbench.reports.time_budget import explain, rate_of
+from batchbench.version import __version__
 from batchbench.workloads import Workload
 
 Recordings = Mapping[str, Sequence[Recording]]
@@ -186,7 +186,7 @@ def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result
     comparisons = [_comparison(baseline, name, strategies, recordings) for name in candidates]
     data = {
         "schema_version": SCHEMA_VERSION,
-        "batchbench_version": batchbench.__version__,
+        "batchbench_version": __version__,
         **facts,
         "strategies": strategies,
         "comparison": comparisons[-1] if comparisons else None,

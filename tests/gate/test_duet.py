@@ -22,6 +22,7 @@ import pytest
 from rich.console import Console
 
 import batchbench
+from batchbench import version
 from batchbench.batching.experiment import Experiment
 from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError
 from batchbench.reports.statistics import Verdict
@@ -376,12 +377,12 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     marker = root / "batchbench" / "__init__.py"
     git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e@x"]
     subprocess.run([*git, "init", "-q"], check=True)
-    for version in ("1", "2"):
-        marker.write_text(f"__version__ = '{version}'\n")
+    for number in ("1", "2"):
+        marker.write_text(f"__version__ = '{number}'\n")
         subprocess.run([*git, "add", "."], check=True)
-        subprocess.run([*git, "commit", "-qm", version], check=True)
+        subprocess.run([*git, "commit", "-qm", number], check=True)
     marker.write_text("__version__ = 'not committed'\n")
-    monkeypatch.setattr(batchbench, "__file__", str(marker))
+    monkeypatch.setattr(version, "__file__", str(marker))
     return root
 
 

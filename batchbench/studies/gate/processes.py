@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import batchbench
+from batchbench import version
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import allowed_cpus, facts_of
 from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError, shown
@@ -353,7 +353,7 @@ def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, st
 
 def repository() -> Path:
     """Return the checkout of batchbench that this runs from, or that the current folder is in."""
-    for root in (Path(batchbench.__file__).parents[1], *(Path.cwd() / "x").parents):
+    for root in (Path(version.__file__).parents[1], *(Path.cwd() / "x").parents):
         if (root / ".git").exists() and (root / "batchbench" / "__init__.py").exists():
             return root
     raise UsageError(

@@ -35,9 +35,10 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 from typing import Any, TextIO
 
-import batchbench
+from batchbench import version
 from batchbench.batching.batcher import Batcher, Serving
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
@@ -130,8 +131,8 @@ class Worker:
             "forks": can_fork(),
             "pid": os.getpid(),
             "parent": os.getppid(),
-            "version": batchbench.__version__,
-            "file": batchbench.__file__,
+            "version": version.__version__,
+            "file": str(Path(version.__file__).with_name("__init__.py")),
             "environment": environment(),
         }
 

@@ -11,21 +11,20 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from batchbench import settings
-from batchbench.batching.experiment import PARTS, Experiment
+from batchbench.batching.experiment import PARTS, Experiment, _digest_of_file, named_files
 from batchbench.batching.presets import Basis
 from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError, shown
 from batchbench.reports.result_file import SCHEMA_VERSION
 from batchbench.settings import parse_number
 from batchbench.version import __version__
-from batchbench.workloads.lengths import parse_lengths
 
 SWEPT: Mapping[str, type] = {"basis": Basis, **PARTS}
 """Specs whose fields may be swept."""
@@ -220,39 +219,6 @@ def digest_of(experiment: Experiment) -> str:
     }
     text = json.dumps(depends, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
-
-
-def named_files(experiment: Experiment) -> dict[str, Any]:
-    """Return digests of the files that settings name, by field name, and of a model's folder."""
-    files: dict[str, Any] = {}
-    for part in ("workload", "serving", "trials", "model"):
-        spec = getattr(experiment, part)
-        for field in fields(spec):
-            value = getattr(spec, field.name)
-            file = value if isinstance(value, Path) else _file_of_lengths(field.name, value)
-            if file is not None and file.is_file():
-                files[field.name] = _digest_of_file(file)
-    folder = Path(experiment.model.model)
-    if folder.is_dir():
-        files["model"] = [
-            (file.name, (status := file.stat()).st_size, status.st_mtime_ns)
-            for file in sorted(folder.iterdir())
-            if file.is_file()
-        ]
-    return files
-
-
-def _digest_of_file(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _file_of_lengths(name: str, value: Any) -> Path | None:
-    """Return the file that lengths such as ``empirical:FILE`` name."""
-    if name not in ("prompt_tokens", "output_tokens") or value is None:
-        return None
-    file = getattr(parse_lengths(value, settings.option_name(name)), "file", None)
-    return None if file is None else Path(file)
 
 
 def _module(name: str) -> str | None:
