@@ -257,48 +257,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def torch_environment(device_name: str) -> dict[str, Any]:
-    """Return the facts about torch's device: threads, kernels, GPU, driver and clocks."""
-    import torch
-
-    from batchbench.batching.engines.torch.kernels import native
-
-    gpu = ("gpu", "gpu_uuid", "gpu_memory_bytes", "gpu_driver", "gpu_clock_mhz")
-    facts: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
-        "cpu_kernels": None,
-        **dict.fromkeys(gpu),
-        "cuda": torch.version.cuda,
-    }
-    if device_name.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(device_name)
-        facts["gpu"] = properties.name
-        facts["gpu_uuid"] = str(properties.uuid)
-        facts["gpu_memory_bytes"] = properties.total_memory
-        facts |= _nvml_facts(torch.device(device_name).index or 0)
-    elif device_name == "cpu":
-        facts["cpu_kernels"] = "torch's" if native() is None else "batchbench's"
-    return facts
-
-
-def _nvml_facts(index: int) -> dict[str, Any]:
-    """Return a GPU's driver and clocks; nothing if nvidia-ml-py is missing or cannot read them."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        return {
-            "gpu_driver": str(pynvml.nvmlSystemGetDriverVersion()),
-            "gpu_clock_mhz": {
-                "sm": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-                "memory": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            },
-        }
-    except Exception:  # not installed, no permission, no such counter
-        return {}
-
-
 def git_commit() -> str | None:
     """Return the commit of batchbench's checkout, with ``+`` if it is changed; None outside one."""
     root = Path(version.__file__).parents[1]
@@ -310,7 +268,9 @@ def git_commit() -> str | None:
 # Comparing two machines
 
 HARDWARE = ("device", "cpu", "cpu_cores", "threads", "gpu", "gpu_memory_bytes")
+
 SOFTWARE = ("gpu_driver", "cuda", "torch", "transformers", "numpy", "python")
+
 EXECUTION = ("dtype", "engine", "execution", "cpu_kernels")
 
 MUST_MATCH_FOR_OUTPUTS = (

@@ -14,7 +14,7 @@ from batchbench.batching.batcher import Batcher, Strategy
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment, ServingSpec
-from batchbench.batching.machine import Counter, counters_for, environment, torch_environment
+from batchbench.batching.machine import Counter, counters_for, environment
 from batchbench.batching.models import ModelCache, Source, Tokenizer, find_tokenizer
 from batchbench.batching.progress import Limited, Watch
 from batchbench.batching.recording import Recording
@@ -225,6 +225,7 @@ class Session:
         self._watch.note(self.source.note)
         self._watch.phase("loading")
         from batchbench.batching.engines.torch.build import make_engine
+        from batchbench.batching.engines.torch.measure import torch_environment
 
         serving = self.experiment.serving
         loaded = self._models.load(self.source, self.experiment.model, self.workload.seed)

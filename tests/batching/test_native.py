@@ -20,7 +20,8 @@ from batchbench.batching.engines.torch import kernels as compiling
 from batchbench.batching.engines.torch import linear as layers
 from batchbench.batching.engines.torch.kernels import Native, native
 from batchbench.batching.engines.torch.linear import OneDNN
-from batchbench.batching.machine import Processor, torch_environment
+from batchbench.batching.engines.torch.measure import torch_environment
+from batchbench.batching.machine import Processor
 
 pytestmark = pytest.mark.machine
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from batchbench.batching.engines.torch.attention import Layout, kv_token_bytes
 from batchbench.batching.engines.torch.forward import Forward, TransformersForward
+from batchbench.batching.engines.torch.kernels import native
 from batchbench.batching.engines.torch.linear import Linear, make_linear
 from batchbench.batching.machine import last_level_cache_bytes
 from batchbench.batching.models.loading import LoadedModel, free_bytes
@@ -188,3 +189,41 @@ class _Timed:
         logits = self._forward(ids, layout, keep)
         self._clock.ns += time.perf_counter_ns() - began
         return logits
+
+
+def torch_environment(device_name: str) -> dict[str, Any]:
+    """Return the facts about torch's device: threads, kernels, GPU, driver and clocks."""
+    gpu = ("gpu", "gpu_uuid", "gpu_memory_bytes", "gpu_driver", "gpu_clock_mhz")
+    facts: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "cpu_kernels": None,
+        **dict.fromkeys(gpu),
+        "cuda": torch.version.cuda,
+    }
+    if device_name.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device_name)
+        facts["gpu"] = properties.name
+        facts["gpu_uuid"] = str(properties.uuid)
+        facts["gpu_memory_bytes"] = properties.total_memory
+        facts |= _nvml_facts(torch.device(device_name).index or 0)
+    elif device_name == "cpu":
+        facts["cpu_kernels"] = "torch's" if native() is None else "batchbench's"
+    return facts
+
+
+def _nvml_facts(index: int) -> dict[str, Any]:
+    """Return a GPU's driver and clocks; nothing if nvidia-ml-py is missing or cannot read them."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        return {
+            "gpu_driver": str(pynvml.nvmlSystemGetDriverVersion()),
+            "gpu_clock_mhz": {
+                "sm": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+                "memory": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+            },
+        }
+    except Exception:  # not installed, no permission, no such counter
+        return {}
