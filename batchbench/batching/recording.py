@@ -8,23 +8,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.plan import Plan
-from batchbench.batching.recording_file import (
-    NotWholeError,
-    check_laws,
-    read_columns,
-    write_columns,
-)
-from batchbench.errors import UsageError
 from batchbench.workloads import Request, Workload
 
 Ints = NDArray[np.int64]
@@ -56,13 +48,6 @@ class GrowthLog:
         """Return the picoseconds by which so many steps exceed ``steps × step_ns``, ``[spans]``."""
         grown: Ints = self.growth_ps * (steps * (steps - 1) // 2)
         return self.beyond_ps + steps * self.rest_ps + grown
-
-
-FORMAT = 3
-"""Version of the file format that :meth:`Recording.save` writes.
-
-Version 2 can be read too; in it a request starts at the step at which it is admitted.
-"""
 
 
 @dataclass(frozen=True)
@@ -383,73 +368,6 @@ class Recording:
             token_ends_ns=np.fromiter(chain.from_iterable(ends_ns), np.int64, counts.sum()),
             begun_ns=np.asarray(begun_ns, np.int64),
         )
-
-    # Files
-
-    def save(self) -> bytes:
-        """Return the recording as a NumPy ``.npz`` archive: a header in JSON, and columns."""
-        header = {f.name: getattr(self.header, f.name) for f in fields(Header)}
-        columns: dict[str, NDArray[Any]] = {}
-        for name in _LOGS:
-            if (log := getattr(self, name)) is not None:
-                columns |= {f"{name}.{c.name}": getattr(log, c.name) for c in fields(log)}
-        for name in _ROWS:
-            if getattr(self, name) is not None:
-                columns[name] = getattr(self, name)
-        return write_columns({"format": FORMAT, **header}, columns)
-
-    @classmethod
-    def load(cls, file: Path) -> Recording:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            UsageError: the file is missing, damaged, of another format, or breaks a law of the log.
-        """
-        try:
-            header, columns = read_columns(file, _DTYPES)
-            if (version := header.pop("format", None)) not in (2, FORMAT):
-                raise UsageError(f"{file}: written by another version; record it again")
-            if version == 2 and "requests.admitted" in columns:
-                columns["requests.started"] = columns["requests.admitted"]
-            recording = _from_columns(header, columns)
-            check_laws(recording)
-        except NotWholeError as error:
-            raise UsageError(f"{file}: is not a whole recording: {error}") from error
-        return recording
-
-
-def _from_columns(header: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> Recording:
-    if fault := header.keys() ^ {f.name for f in fields(Header)}:
-        raise NotWholeError(f"its header lacks {min(fault)}, or should not have it")
-    logs: dict[str, Any] = {}
-    for name, kind in _LOGS.items():
-        names = {c.name: f"{name}.{c.name}" for c in fields(kind)}
-        if name == "growth" and not columns.keys() & names.values():
-            continue
-        if missing := names.values() - columns.keys():
-            raise NotWholeError(f"{min(missing)} is missing")
-        logs[name] = kind(**{column: columns[names[column]] for column in names})
-    rows: dict[str, Any] = {name: columns.get(name) for name in _ROWS}
-    return Recording(header=Header(**header), **logs, **rows)
-
-
-_LOGS: dict[str, Any] = {
-    "requests": RequestLog,
-    "spans": SpanLog,
-    "chunks": ChunkLog,
-    "waits": WaitLog,
-    "growth": GrowthLog,
-}
-
-_ROWS = ("ends_ns", "step_ns", "tokens", "token_ends_ns", "begun_ns")
-"""Columns that belong to no log."""
-
-_DTYPES: dict[str, np.dtype[Any]] = {
-    **{f"{log}.{c.name}": np.dtype(np.int64) for log, kind in _LOGS.items() for c in fields(kind)},
-    **dict.fromkeys(_ROWS, np.dtype(np.int64)),
-    "tokens": np.dtype(np.int32),
-}
-"""Columns that a file may have, and the type of their values."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,18 +16,30 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from batchbench.batching.recording import (
+    ChunkLog,
+    GrowthLog,
+    Header,
+    Ints,
+    Recording,
+    RequestLog,
+    SpanLog,
+    WaitLog,
+)
 from batchbench.errors import UsageError
 from batchbench.files import reason_of
 from batchbench.json_file import parse_json
 
-if TYPE_CHECKING:
-    from batchbench.batching.recording import Header, Ints, Recording
+FORMAT = 3
+"""Version of the file format that :func:`save_recording` writes.
 
+Version 2 can be read too; in it a request starts at the step at which it is admitted.
+"""
 
 Column = NDArray[Any]
 
@@ -57,7 +69,73 @@ class NotWholeError(ValueError):
     """A fault of a recording's file; the text completes "is not a whole recording:"."""
 
 
-def write_columns(header: Mapping[str, Any], columns: Mapping[str, Column]) -> bytes:
+def save_recording(recording: Recording) -> bytes:
+    """Return the recording as a NumPy ``.npz`` archive: a header in JSON, and columns."""
+    header = {f.name: getattr(recording.header, f.name) for f in fields(Header)}
+    columns: dict[str, NDArray[Any]] = {}
+    for name in _LOGS:
+        if (log := getattr(recording, name)) is not None:
+            columns |= {f"{name}.{c.name}": getattr(log, c.name) for c in fields(log)}
+    for name in _ROWS:
+        if getattr(recording, name) is not None:
+            columns[name] = getattr(recording, name)
+    return _write_columns({"format": FORMAT, **header}, columns)
+
+
+def load_recording(file: Path) -> Recording:
+    """Read a recording that :func:`save_recording` wrote.
+
+    Raises:
+        UsageError: the file is missing, damaged, of another format, or breaks a law of the log.
+    """
+    try:
+        header, columns = _read_columns(file, _DTYPES)
+        if (version := header.pop("format", None)) not in (2, FORMAT):
+            raise UsageError(f"{file}: written by another version; record it again")
+        if version == 2 and "requests.admitted" in columns:
+            columns["requests.started"] = columns["requests.admitted"]
+        recording = _from_columns(header, columns)
+        _check_laws(recording)
+    except NotWholeError as error:
+        raise UsageError(f"{file}: is not a whole recording: {error}") from error
+    return recording
+
+
+def _from_columns(header: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]) -> Recording:
+    if fault := header.keys() ^ {f.name for f in fields(Header)}:
+        raise NotWholeError(f"its header lacks {min(fault)}, or should not have it")
+    logs: dict[str, Any] = {}
+    for name, kind in _LOGS.items():
+        names = {c.name: f"{name}.{c.name}" for c in fields(kind)}
+        if name == "growth" and not columns.keys() & names.values():
+            continue
+        if missing := names.values() - columns.keys():
+            raise NotWholeError(f"{min(missing)} is missing")
+        logs[name] = kind(**{column: columns[names[column]] for column in names})
+    rows: dict[str, Any] = {name: columns.get(name) for name in _ROWS}
+    return Recording(header=Header(**header), **logs, **rows)
+
+
+_LOGS: dict[str, Any] = {
+    "requests": RequestLog,
+    "spans": SpanLog,
+    "chunks": ChunkLog,
+    "waits": WaitLog,
+    "growth": GrowthLog,
+}
+
+_ROWS = ("ends_ns", "step_ns", "tokens", "token_ends_ns", "begun_ns")
+"""Columns that belong to no log."""
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    **{f"{log}.{c.name}": np.dtype(np.int64) for log, kind in _LOGS.items() for c in fields(kind)},
+    **dict.fromkeys(_ROWS, np.dtype(np.int64)),
+    "tokens": np.dtype(np.int32),
+}
+"""Columns that a file may have, and the type of their values."""
+
+
+def _write_columns(header: Mapping[str, Any], columns: Mapping[str, Column]) -> bytes:
     text = json.dumps(header, allow_nan=False).encode()
     out = io.BytesIO()
     np.savez_compressed(
@@ -66,7 +144,7 @@ def write_columns(header: Mapping[str, Any], columns: Mapping[str, Column]) -> b
     return out.getvalue()
 
 
-def read_columns(
+def _read_columns(
     file: Path, dtypes: Mapping[str, np.dtype[Any]]
 ) -> tuple[dict[str, Any], dict[str, Column]]:
     """Return the header and the columns of an archive.
@@ -191,7 +269,7 @@ MOST_STEPS = 2**31
 """Most steps of a span, more than the longest output needs; their square fits in 64 bits."""
 
 
-def check_laws(recording: Recording) -> None:
+def _check_laws(recording: Recording) -> None:
     """Raise NotWholeError if a recording breaks a law of the log."""
     r = recording
     _check_header(r.header)

@@ -17,6 +17,7 @@ import numpy as np
 
 from batchbench import settings
 from batchbench.batching.recording import Recording
+from batchbench.batching.recording_file import load_recording, save_recording
 from batchbench.batching.session import Outcome
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Finding, Verification
@@ -280,7 +281,7 @@ def load_result(folder: Path) -> Result:
     file, data = file_of(folder), load_data(folder)
     recordings = {
         name: [
-            Recording.load(file.parent / recording_file(i, trial))
+            load_recording(file.parent / recording_file(i, trial))
             for trial in range(len(strategy["trials"]))
         ]
         for i, (name, strategy) in enumerate(data["strategies"].items())
@@ -297,7 +298,7 @@ def recording_file(strategy: int, trial: int) -> str:
 def recording_files(recordings: Recordings) -> dict[str, bytes]:
     """Return the recordings by the paths at which :func:`load_result` finds them."""
     return {
-        recording_file(i, trial): recording.save()
+        recording_file(i, trial): save_recording(recording)
         for i, trials in enumerate(recordings.values())
         for trial, recording in enumerate(trials)
     }

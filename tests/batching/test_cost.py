@@ -16,6 +16,7 @@ from support.laws import Config, configs, law, workload_of, workloads
 from support.replay import join_spans
 
 from batchbench.batching.recording import Recording
+from batchbench.batching.recording_file import load_recording, save_recording
 from batchbench.batching.step_cost import PS, KnownCost, Passes, StepCost
 from batchbench.batching.trials import SMALL_STEPS, small_batches
 from batchbench.errors import UsageError
@@ -145,8 +146,8 @@ def test_a_step_grows_with_the_longest_request_and_not_while_a_held_one_is_longe
 def test_a_saved_recording_keeps_how_its_steps_grow(tmp_path: object) -> None:
     recording = run(varied(1), Config("continuous", 4), TRUE)
     file = tmp_path / "r.npz"  # type: ignore[operator]
-    file.write_bytes(recording.save())
-    again = Recording.load(file)
+    file.write_bytes(save_recording(recording))
+    again = load_recording(file)
     assert again.growth is not None
     assert again.step_ends_ns.tolist() == recording.step_ends_ns.tolist()
 

@@ -21,6 +21,7 @@ from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Header, Recording
+from batchbench.batching.recording_file import load_recording, save_recording
 from batchbench.batching.session import Outcome, Session, conduct
 from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
@@ -289,8 +290,8 @@ def test_latencies_are_those_of_the_tokens() -> None:
 
 def test_files_keep_it(tmp_path: Path) -> None:
     recording, file = tokens_only([[2, 5], [4]]), tmp_path / "r.npz"
-    file.write_bytes(recording.save())
-    loaded = Recording.load(file)
+    file.write_bytes(save_recording(recording))
+    loaded = load_recording(file)
     assert loaded.token_ends_ns is not None
     assert loaded.token_ends_ns.tolist() == [2, 5, 4]
     assert loaded.admitted_ns.tolist() == [1, 1]

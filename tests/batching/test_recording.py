@@ -29,8 +29,9 @@ from support.laws import (
 )
 from support.replay import join_spans
 
-from batchbench.batching import recording as module
+from batchbench.batching import recording_file as module
 from batchbench.batching.recording import Header, Recording, token_steps
+from batchbench.batching.recording_file import load_recording, save_recording
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 
@@ -82,7 +83,7 @@ def file(tmp_path: Path) -> Path:
 def refused(file: Path) -> str:
     """The line with which a file is refused; it begins with the file's name."""
     with pytest.raises(UsageError) as caught:
-        Recording.load(file)
+        load_recording(file)
     line = str(caught.value)
     assert line.startswith(f"{file}: ")
     return line
@@ -109,14 +110,17 @@ def test_what_is_saved_is_loaded_again_exactly(
     recording = serve(workload, config, engine=Ledger(config.slots) if explicit else None)
     recording = replace(recording, header=replace(recording.header, about=about))
     file = folder / "recording.npz"
-    file.write_bytes(recording.save())
-    assert_same(Recording.load(file), recording)
+    file.write_bytes(save_recording(recording))
+    assert_same(load_recording(file), recording)
 
 
 @pytest.mark.parametrize("make", [simulated, real])
 def test_a_loaded_recording_gives_the_same_file(make: Callable[[], Recording], file: Path) -> None:
-    file.write_bytes(make().save())
-    with np.load(file) as first, np.load(io.BytesIO(Recording.load(file).save())) as second:
+    file.write_bytes(save_recording(make()))
+    with (
+        np.load(file) as first,
+        np.load(io.BytesIO(save_recording(load_recording(file)))) as second,
+    ):
         assert first.files == second.files
         for name in first.files:
             assert first[name].tobytes() == second[name].tobytes()
@@ -142,7 +146,7 @@ def test_the_header_tells_what_was_served() -> None:
 def test_a_torn_file_is_refused_wherever_it_was_torn(
     make: Callable[[], Recording], file: Path
 ) -> None:
-    whole = make().save()
+    whole = save_recording(make())
     for size in {*range(0, len(whole), 97), *range(16), *range(len(whole) - 40, len(whole))}:
         file.write_bytes(whole[:size])
         assert "not a whole recording" in refused(file)
@@ -152,12 +156,12 @@ def test_a_torn_file_is_refused_wherever_it_was_torn(
 @law
 def test_a_wrong_bit_changes_no_number_that_is_loaded(folder: Path, data: st.DataObject) -> None:
     recording = real()
-    content = bytearray(recording.save())
+    content = bytearray(save_recording(recording))
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     file = folder / "flipped.npz"
     file.write_bytes(content)
     try:
-        loaded = Recording.load(file)
+        loaded = load_recording(file)
     except UsageError:
         refused(file)
     else:
@@ -168,7 +172,7 @@ def test_a_wrong_bit_changes_no_number_that_is_loaded(folder: Path, data: st.Dat
 
 def test_a_file_of_another_format_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
-    file.write_bytes(simulated().save())
+    file.write_bytes(save_recording(simulated()))
     monkeypatch.undo()
     assert "another version" in refused(file)
 
@@ -177,13 +181,13 @@ def test_a_file_of_version_2_is_read_as_if_requests_started_when_they_were_admit
     file: Path,
 ) -> None:
     recording = simulated()
-    with np.load(io.BytesIO(recording.save())) as saved:
+    with np.load(io.BytesIO(save_recording(recording))) as saved:
         arrays = {name: saved[name] for name in saved.files if name != "requests.started"}
     header = json.loads(arrays["header"].tobytes()) | {"format": 2}
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     np.savez(file, allow_pickle=False, **arrays)
     requests = replace(recording.requests, started=recording.requests.admitted)
-    assert_same(Recording.load(file), replace(recording, requests=requests))
+    assert_same(load_recording(file), replace(recording, requests=requests))
 
 
 def test_a_missing_file_is_refused(file: Path) -> None:
@@ -242,7 +246,7 @@ def test_a_foreign_file_is_refused(content: bytes, file: Path) -> None:
 
 def without(recording: Recording, name: str) -> bytes:
     """The file of a recording that lacks one array."""
-    with np.load(io.BytesIO(recording.save())) as arrays:
+    with np.load(io.BytesIO(save_recording(recording))) as arrays:
         return npz(**{other: arrays[other] for other in arrays.files if other != name})
 
 
@@ -259,7 +263,7 @@ def test_a_file_that_lacks_a_column_is_refused(make: Callable[[], Recording], fi
 @pytest.mark.parametrize("name", [f.name for f in fields(Header) if f.name != "about"])
 def test_a_header_that_lacks_a_field_is_refused(name: str, file: Path) -> None:
     recording = simulated()
-    with np.load(io.BytesIO(recording.save())) as arrays:
+    with np.load(io.BytesIO(save_recording(recording))) as arrays:
         columns = dict(arrays)
     header = json.loads(columns["header"].tobytes())
     del header[name]

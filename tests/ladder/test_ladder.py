@@ -22,6 +22,7 @@ from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
+from batchbench.batching.recording_file import load_recording
 from batchbench.batching.step_cost import Bandwidth, Ceiling, Reading
 from batchbench.batching.trials import observe
 from batchbench.batching.verification import Remembered, Verification
@@ -450,7 +451,7 @@ def test_files_are_written_whole_and_recordings_with_them(complete: Run, tmp_pat
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
     data = json.loads((tmp_path / "ladder.json").read_text())
     assert data == json.loads(to_json(complete[2]))
-    again = Recording.load(tmp_path / "recordings" / "2-1.npz")
+    again = load_recording(tmp_path / "recordings" / "2-1.npz")
     assert again.header.strategy == "generate_batch"
     assert again.header.trial == 1
 
