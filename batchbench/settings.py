@@ -275,9 +275,8 @@ def python_names(names: Collection[str] = ("overwrite",)) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        message = str(error)
-        if "--overwrite" in message:  # the place is a positional argument
-            message = message.removeprefix("--output ")
+        # Places are positional arguments: there is no argument ``output``.
+        message = str(error).removeprefix("--output ")
         message = re.sub(r"^(--[a-z][a-z-]*) (?=\S+:)", r"\1=", message)
         for name in names:
             argument = "overwrite=True" if name == "overwrite" else name

@@ -138,7 +138,7 @@ def _columns_of(
 
 
 class _Columns:
-    """Columns that grow; 8 bytes a number, 4 a token id."""
+    """Columns that grow; 8 bytes per number, 4 per token id."""
 
     def __init__(self) -> None:
         self.prompt_tokens, self.output_tokens, self.due_ns = array("q"), array("q"), array("q")

@@ -170,12 +170,12 @@ def read_rows(
     """
     parser = _Parser()
     is_array = is_document(head)
-    for place, found in _read_document(content, parser) if is_array else _lines(content, parser):
-        if isinstance(found, BadRow):
-            yield found
+    for place, data in _read_document(content, parser) if is_array else _lines(content, parser):
+        if isinstance(data, BadRow):
+            yield data
             continue
         try:
-            row = parse(place, found)
+            row = parse(place, data)
         except WrongError as error:
             yield error.at(place)
         else:
