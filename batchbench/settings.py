@@ -1,7 +1,9 @@
 """Specs: dataclasses whose fields become options, and their conversion to and from text and JSON.
 
 Each spec is a frozen dataclass whose fields are made with :func:`setting`. The command line derives
-its options from them, and :func:`check` applies the same bounds to calls from Python.
+its options from them, and :func:`check` applies the same bounds to calls from Python. A value that
+is not valid raises UsageError; the argument ``place`` is the beginning of its message, such as
+``--batch-size 0``, and ``must`` the rest.
 """
 
 from __future__ import annotations
@@ -100,22 +102,14 @@ def make_spec(spec: Any, values: Mapping[str, Any]) -> Any:
 def as_json(spec: Any) -> dict[str, Any]:
     """Return the fields of a spec as JSON values, which :func:`from_json` reads."""
     values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-    return {
-        name: str(value)
-        if isinstance(value, Path)
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-        for name, value in values.items()
-    }
+    for name, value in values.items():
+        if isinstance(value, Path | tuple):
+            values[name] = str(value) if isinstance(value, Path) else list(value)
+    return values
 
 
 def from_json(spec: type[Spec], values: Mapping[str, Any], *, drop_unknown: bool = False) -> Spec:
-    """Return the spec whose :func:`as_json` is given; fields that it lacks are defaults.
-
-    Raises:
-        UsageError: a value is wrong, or a field is unknown and ``drop_unknown`` is not given.
-    """
+    """Return the spec whose :func:`as_json` is given; missing fields get their defaults."""
     names = {field.name for field in dataclasses.fields(typing.cast(Any, spec))}
     if (unknown := values.keys() - names) and not drop_unknown:
         raise UsageError(
@@ -166,11 +160,7 @@ def typed(
     A path may be a text, a text a whole number or a list of texts, a whole number a float without
     a fraction, and a tuple a list.
 
-    Args:
-        place: takes the name and the value of a field; returns the beginning of the message.
-
-    Raises:
-        UsageError: a value is not of its field's kind.
+    ``place`` takes the name and the value of a field.
     """
     hints = hints_of(spec)
     return {
@@ -205,11 +195,7 @@ def _converted(hint: Any, value: Any, place: str) -> Any:
 
 
 def parse(spec: type, field: dataclasses.Field[Any], text: str) -> Any:
-    """Return the value that a text on a command line gives to a field.
-
-    Raises:
-        UsageError: the text is empty, not of the field's kind, or out of its bounds.
-    """
+    """Return the value that a text on a command line gives to a field."""
     known, kind = about(field), kind_of(hints_of(spec)[field.name])
     option = option_name(field.name)
     place = f"{option} {shown(text)}"
@@ -228,11 +214,7 @@ def parse(spec: type, field: dataclasses.Field[Any], text: str) -> Any:
 
 
 def check(spec: Any) -> None:
-    """Check the bounds and choices of all fields, and that no field excludes another.
-
-    Raises:
-        UsageError: names the first field at fault.
-    """
+    """Check the bounds and choices of all fields, and that no field excludes another."""
     fields = dataclasses.fields(spec)
     for field in fields:
         value = getattr(spec, field.name)
@@ -246,11 +228,7 @@ def check(spec: Any) -> None:
 
 
 def check_value(field: dataclasses.Field[Any], value: Any, place: str) -> None:
-    """Check a value against a field's bounds and choices.
-
-    Raises:
-        UsageError: the message begins with ``place``.
-    """
+    """Check a value against a field's bounds and choices."""
     known = about(field)
     if value is None:
         return
@@ -266,7 +244,6 @@ def check_value(field: dataclasses.Field[Any], value: Any, place: str) -> None:
 
 
 def _without_zero(bound: float) -> str:
-    """Return a bound as text, without ``.0``."""
     return str(int(bound)) if bound == int(bound) else str(bound)
 
 
@@ -298,9 +275,8 @@ def python_names(names: Collection[str] = ("overwrite",)) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        message = str(error)
-        if "--overwrite" in message:  # the place is a positional argument
-            message = message.removeprefix("--output ")
+        # Places are positional arguments: there is no argument ``output``.
+        message = str(error).removeprefix("--output ")
         message = re.sub(r"^(--[a-z][a-z-]*) (?=\S+:)", r"\1=", message)
         for name in names:
             argument = "overwrite=True" if name == "overwrite" else name
@@ -319,15 +295,7 @@ _LARGEST = 300
 
 
 def parse_number(text: str, place: str, must: str = f"must be {UNITS['']}") -> Decimal:
-    """Return the number that a text writes, exactly.
-
-    Args:
-        place: the beginning of the message: the place of the text, and the text.
-        must: the rest of the message about a text that is not a number.
-
-    Raises:
-        UsageError: it is not a number, or is too large for a float.
-    """
+    """Return the number that a text writes, exactly; refuse one too large for a float."""
     digits = text.strip().replace("\N{MINUS SIGN}", "-", 1)
     if not _NUMBER.fullmatch(digits):
         raise UsageError(f"{place}: {must}")
@@ -341,11 +309,7 @@ def parse_number(text: str, place: str, must: str = f"must be {UNITS['']}") -> D
 
 
 def parse_whole(text: str, place: str, must: str = "must be a whole number") -> int:
-    """Return the whole number that a text writes: ``100``, ``1e2`` and ``100.0`` are the same.
-
-    Raises:
-        UsageError: it is not a whole number.
-    """
+    """Return the whole number that a text writes: ``100``, ``1e2`` and ``100.0`` are the same."""
     number = parse_number(text, place, must)
     if number != number.to_integral_value():
         raise UsageError(f"{place}: {must}")
@@ -357,9 +321,6 @@ def parse_float(text: str, place: str, unit: str = "") -> float:
 
     A percentage may carry a ``%``; so may a share, whose ``95%`` is 0.95. One below 1 percent must
     carry it, since ``0.05`` may be the share 0.05, which is 5 percent; so must a share above 1.
-
-    Raises:
-        UsageError: it is not a number of this unit.
     """
     must = f"must be {UNITS[unit]}"
     bare = text.strip()

@@ -176,7 +176,7 @@ def test_what_is_saved_is_loaded(classic: batchbench.Result, tmp_path: Path) -> 
     folder = classic.save(tmp_path / "mine")
     assert folder == tmp_path / "mine"
     assert batchbench.load(str(folder)).data == classic.data
-    with pytest.raises(batchbench.UsageError, match="holds a result"):
+    with pytest.raises(batchbench.UsageError, match=r": holds a result; .* overwrite=True$"):
         classic.save(folder)
     assert classic.save(str(folder), overwrite=True) == folder
 

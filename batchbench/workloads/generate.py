@@ -58,11 +58,7 @@ class Outline:
         return len(self.output_tokens)
 
     def workload(self, vocab_size: int) -> Workload:
-        """Return the workload; draw random ids, and take known ones modulo the vocabulary.
-
-        Raises:
-            UsageError: its prompts do not fit in memory.
-        """
+        """Return the workload; draw random ids, and take known ones modulo the vocabulary."""
         if self.prompts is not None:
             ids = self.prompts.values.astype(np.int32, copy=False)
             ids = ids % vocab_size if ids.max() >= vocab_size else ids
@@ -105,7 +101,6 @@ class Outline:
         )
 
     def take(self, rows: Ints) -> Outline:
-        """Return some of the requests."""
         return replace(
             self,
             prompt_tokens=self.prompt_tokens[rows],
@@ -170,18 +165,12 @@ def make_outline(
 
 
 def _fit(outline: Outline, context: int, overlong: str, bound: int | None, note: Note) -> Outline:
-    """Shorten or skip requests that exceed the context, and note it.
+    """Shorten or skip requests that exceed the context, prompt and output together.
 
-    Args:
-        context: tokens that the model takes, prompt and output together.
-        overlong: ``clip`` cuts outputs to what the prompt leaves, and a prompt that leaves nothing
-            to one token less than the context; ``scale`` multiplies all lengths by one factor;
-            ``skip`` leaves such requests out.
-        bound: tokens that no request of the spec exceeds, whatever the seed. ``scale`` uses it
-            instead of the longest request, so that the factor does not depend on the seed.
-
-    Raises:
-        UsageError: no request is left.
+    ``clip`` cuts outputs to what the prompt leaves, and a prompt that leaves nothing to one token
+    less than the context; ``scale`` multiplies all lengths by one factor; ``skip`` leaves such
+    requests out. ``bound`` is the length that no request of the spec exceeds, whatever the seed;
+    ``scale`` uses it so that the factor does not depend on the seed.
     """
     prompt, output = outline.prompt_tokens, outline.output_tokens
     total = prompt + output

@@ -9,7 +9,6 @@ medians are those of the distribution before either step.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,28 +36,13 @@ LIMIT = 16 * MIB
 """Largest size of a file of lengths."""
 
 _LONGEST_LINE = 100
-"""Largest length of a line, which holds one number."""
+"""Largest length of a line, which has one number."""
 
-
-class Lengths(ABC):
-    """A distribution of lengths in tokens."""
-
-    @property
-    @abstractmethod
-    def longest(self) -> int | None:
-        """The largest possible length; None if there is no bound."""
-
-    @abstractmethod
-    def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
-        """Return ``size`` lengths in tokens; a larger size begins with the same ones."""
-
-    @abstractmethod
-    def pmf(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the exact probability of each of ``lengths``, after rounding and clipping."""
+_MUST = f"must be a whole number of tokens, from 1 to {LONGEST}"
 
 
 @dataclass(frozen=True)
-class Cycle(Lengths):
+class Cycle:
     """``long`` at every position divisible by ``every``, else ``short``; nothing is random."""
 
     every: int
@@ -74,18 +58,12 @@ class Cycle(Lengths):
 
         return np.where(np.arange(size) % self.every == 0, self.long, self.short).astype(np.int64)
 
-    def pmf(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        import numpy as np
-
-        long = np.where(lengths == self.long, 1 / self.every, 0.0)
-        return long + np.where(lengths == self.short, 1 - 1 / self.every, 0.0)
-
     def __str__(self) -> str:
         return f"cycle:every={self.every},long={self.long},short={self.short}"
 
 
 @dataclass(frozen=True)
-class Drawn(Lengths):
+class Drawn:
     """A family of distributions with its parameters, rounded and clipped to ``min`` … ``max``.
 
     ``uniform`` has whole numbers from ``min`` to ``max``, both included, all equally likely;
@@ -100,25 +78,8 @@ class Drawn(Lengths):
 
     @property
     def longest(self) -> int | None:
+        """The largest possible length; None if there is no bound."""
         return self.max
-
-    def frozen(self) -> Any:
-        """Return scipy's distribution, before rounding and clipping."""
-        from scipy import stats
-
-        p = dict(self.parameters)
-        if self.family == "uniform":
-            assert self.max is not None
-            return stats.uniform(self.min - 0.5, self.max - self.min + 1)
-        if self.family == "normal":
-            return stats.norm(p["mean"], p["std"])
-        if self.family == "lognormal":
-            sigma = p["sigma"]
-            median = p["median"] if "median" in p else p["mean"] * math.exp(-(sigma**2) / 2)
-            return stats.lognorm(sigma, scale=median)
-        if self.family == "exponential":
-            return stats.expon(scale=p["mean"])
-        return stats.zipf(p["alpha"])
 
     def values(self, rng: np.random.Generator, size: int) -> NDArray[np.float64]:
         """Return ``size`` values before rounding and clipping (zipf's are clipped to ``max``).
@@ -127,48 +88,43 @@ class Drawn(Lengths):
         NumPy keeps the stream of uniform numbers between versions, and may change others.
         """
         import numpy as np
-
-        uniform = rng.random(size)
-        if self.family == "zipf":
-            assert self.max is not None
-            ranks = np.searchsorted(self.cdf(np.arange(1.0, self.max)), uniform, side="right")
-            return (ranks + 1).astype(np.float64)
-        return np.asarray(self.frozen().ppf(uniform), np.float64)
-
-    def cdf(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the distribution function at ``values``, before rounding and clipping."""
-        import numpy as np
         from scipy.special import zeta
 
+        uniform = rng.random(size)
         if self.family != "zipf":
-            return np.asarray(self.frozen().cdf(values), np.float64)
-        # scipy's zipf sums its terms one by one; this is their closed form.
+            return np.asarray(self._distribution().ppf(uniform), np.float64)
+        # scipy's zipf sums its terms one by one; zeta has their closed form.
+        assert self.max is not None
         alpha = dict(self.parameters)["alpha"]
-        above = zeta(alpha, np.maximum(np.floor(values), 0.0) + 1.0) / zeta(alpha)
-        return np.asarray(1.0 - above, np.float64)
+        cumulative = 1.0 - zeta(alpha, np.arange(2.0, self.max + 1.0)) / zeta(alpha)
+        return (np.searchsorted(cumulative, uniform, side="right") + 1).astype(np.float64)
+
+    def _distribution(self) -> Any:
+        from scipy import stats
+
+        p = dict(self.parameters)
+        if self.family == "uniform":
+            assert self.max is not None
+            return stats.uniform(self.min - 0.5, self.max - self.min + 1)
+        if self.family == "normal":
+            return stats.norm(p["mean"], p["std"])
+        if self.family == "exponential":
+            return stats.expon(scale=p["mean"])
+        sigma = p["sigma"]
+        median = p["median"] if "median" in p else p["mean"] * math.exp(-(sigma**2) / 2)
+        return stats.lognorm(sigma, scale=median)
 
     def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
+        """Return ``size`` lengths in tokens; a larger size begins with the same ones."""
         import numpy as np
 
         top = LONGEST if self.max is None else self.max
         rounded = np.floor(self.values(rng, size) + 0.5)
         return np.clip(rounded, self.min, top).astype(np.int64)
 
-    def pmf(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        import numpy as np
-
-        n = np.asarray(lengths, np.float64)
-        top = LONGEST if self.max is None else self.max
-        below = np.where(n <= self.min, 0.0, self.cdf(n - 0.5))
-        upto = np.where(n >= top, 1.0, self.cdf(n + 0.5))
-        outside = (n < self.min) | (n > top)
-        return np.asarray(np.where(outside, 0.0, upto - below), np.float64)
-
     def __str__(self) -> str:
-        if self.family == "uniform":
-            assert self.max is not None
-            if self.min == self.max:
-                return f"{self.min}"
+        if self.family == "uniform" and self.min == self.max:
+            return f"{self.min}"
         keys = [
             f"{key}={f'{value:.0f}' if value == int(value) else repr(value)}"
             for key, value in self.parameters
@@ -179,22 +135,21 @@ class Drawn(Lengths):
 
 
 @dataclass(frozen=True)
-class Empirical(Lengths):
+class Empirical:
     """The lengths in a file with one per line, all equally likely; drawn with replacement."""
 
     file: Path
     option: str
 
     @property
-    def longest(self) -> int | None:
+    def longest(self) -> None:
         """Unknown before the file is read."""
-        return None
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the file's lengths in ascending order.
 
         Raises:
-            UsageError: it cannot be read, or a line is not a length; names the line.
+            UsageError: it cannot be read, or a line is not a length.
         """
         import numpy as np
 
@@ -216,15 +171,11 @@ class Empirical(Lengths):
         lengths = self.lengths()
         return lengths[np.floor(rng.random(size) * len(lengths)).astype(np.int64)]
 
-    def pmf(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        import numpy as np
-
-        ours = self.lengths()
-        counts = np.searchsorted(ours, lengths, "right") - np.searchsorted(ours, lengths, "left")
-        return counts / len(ours)
-
     def __str__(self) -> str:
         return f"empirical:{self.file}"
+
+
+Lengths = Cycle | Drawn | Empirical
 
 
 def _length(line: bytes, where: str) -> int:
@@ -239,8 +190,6 @@ def _length(line: bytes, where: str) -> int:
         raise UsageError(f"{where}: {length} is not a length: {_MUST}")
     return length
 
-
-_MUST = f"must be a whole number of tokens, from 1 to {LONGEST}"
 
 _FAMILIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "normal": (("mean", "std"),),

@@ -57,11 +57,6 @@ def _repeated(distinct: Sequence[Sequence[int]], count: int) -> Ragged:
 
 
 def read_prompts(file: Path, most: int) -> list[str]:
-    """Read the first ``most`` lines of a text file or a pipe that are not blank.
-
-    Raises:
-        UsageError: it cannot be read as UTF-8 text, is too long, or has no such line.
-    """
     where = f"--prompts {file}"
     try:
         text = read_binary(file, where, LIMIT).decode("utf-8")

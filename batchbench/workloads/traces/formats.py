@@ -47,7 +47,7 @@ class ReadOptions:
 
 Rows = Iterator[Row | BadRow]
 Reader = Callable[[BinaryIO, bytes, ReadOptions, Dialect], Rows]
-"""Takes the content of a file, its beginning and the options; adds remarks to the dialect."""
+"""A function of the content of a file, its beginning and the options; it fills the dialect."""
 
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 """https://github.com/Azure/AzurePublicDataset, traces of 2023 and 2024."""
@@ -158,7 +158,6 @@ def _read_table(
 
 
 def _columns_of(line: str) -> tuple[str, list[str]]:
-    """Return the delimiter of a header and the plain names of its columns."""
     delimiter = max(",;\t", key=line.count)  # the comma if there is none
     (cells,) = csv.reader([line], delimiter=delimiter, strict=True)
     return delimiter, [_plain(cell) for cell in cells]
@@ -170,11 +169,7 @@ def _plain(column: str) -> str:
 
 
 def _places(names: Sequence[str], columns: Sequence[str], where: str) -> list[int]:
-    """Return the places of the columns in a row.
-
-    Raises:
-        UsageError: a column is missing or occurs twice.
-    """
+    """Return the places of the columns in a row; refuse one that is missing or occurs twice."""
     for column in columns:
         count = names.count(_plain(column))
         if count > 1:
@@ -192,7 +187,7 @@ _TIME = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 
-_SECONDS = re.compile(r"(\d++)(?:\.(\d*+))?([eE][+-]?\d{1,3})?", re.ASCII)
+_SECONDS = re.compile(r"\d++(?:\.\d*+)?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 
 
 def _moment(what: str, text: str) -> int:
@@ -214,15 +209,10 @@ def _moment(what: str, text: str) -> int:
 
 def _seconds(what: str, text: str) -> int:
     """Return seconds, such as 45, 45.5 or 1e-05, as ns."""
-    parts = _SECONDS.fullmatch(text.strip(" \t"))
-    if parts is None:
+    number = text.strip(" \t")
+    if not _SECONDS.fullmatch(number):
         raise WrongError(f"{what} is {shown(text)}: must be seconds, such as 45 or 45.5")
-    whole = parts[1].lstrip("0") or "0"
-    if parts[3] or len(whole) > 12:
-        ns = int(min(Decimal(text.strip(" \t")) * 10**9, Decimal(10**20)).to_integral_value())
-    else:
-        ns = int(whole) * 10**9 + int((parts[2] or "0")[:9].ljust(9, "0"))
-    return nanoseconds_of(what, ns, 1)
+    return nanoseconds_of(what, int(min(Decimal(number), Decimal(10**11)) * 10**9), 1)
 
 
 # Conversations as JSON, in the dialects of ShareGPT
@@ -247,11 +237,11 @@ def _conversation(data: dict[str, Any], encode: Encode, dialect: Dialect) -> Row
     questions: list[str] = []
     answer, others = None, 0
     for turn in turns:
-        speaker = _speaker(turn)
+        speaker, text = _parts_of(turn)
         if speaker in _ASKS:
-            questions.append(_text(turn))
+            questions.append(_text_of(text))
         elif speaker in _ANSWERS and questions:
-            answer = _text(turn)
+            answer = _text_of(text)
             break
         else:
             others += 1
@@ -267,24 +257,26 @@ def _conversation(data: dict[str, Any], encode: Encode, dialect: Dialect) -> Row
     return Row(len(ids), len(output_ids), ids=ids)
 
 
-def _speaker(turn: object) -> str:
+_LACKS = "a turn lacks from or value, or they are not texts"
+
+
+def _parts_of(turn: object) -> tuple[str, object]:
+    """Return the speaker of a turn in lower case, and its text."""
     if not isinstance(turn, dict):
         raise WrongError(f"a turn is {shown(turn)}: must be an object with from and value")
     speaker = turn.get("from", turn.get("role"))
     if not isinstance(speaker, str):
-        raise WrongError("a turn lacks from or value, or they are not texts")
-    return speaker.lower()
+        raise WrongError(_LACKS)
+    return speaker.lower(), turn.get("value", turn.get("content"))
 
 
-def _text(turn: dict[str, Any]) -> str:
-    """Return the text of a turn; it may be in parts, as in OpenAI's messages."""
-    text = turn.get("value", turn.get("content"))
-    if isinstance(text, list):
+def _text_of(text: object) -> str:
+    if isinstance(text, list):  # OpenAI's messages have parts
         parts = [part.get("text") if isinstance(part, dict) else None for part in text]
         texts = [part for part in parts if isinstance(part, str)]
         text = "\n".join(texts) if len(texts) == len(parts) else None
     if not isinstance(text, str):
-        raise WrongError("a turn lacks from or value, or they are not texts")
+        raise WrongError(_LACKS)
     return text
 
 
@@ -329,11 +321,7 @@ class _Request(NamedTuple):
 
 
 def read_mooncake(content: BinaryIO, head: bytes, options: ReadOptions, dialect: Dialect) -> Rows:
-    """Yield the rows; add the inferred properties of the file to ``dialect``.
-
-    Raises:
-        UsageError: the block size or the unit of times cannot be inferred.
-    """
+    """Yield the rows; infer the block size and the unit of times."""
     where, time_unit = options.where, options.time_unit
     rows = read_rows(content, head, lambda place, data: _request(place, data, options.encode))
     first: list[_Request | BadRow] = []
@@ -461,11 +449,9 @@ def _time_unit(rows: Sequence[_Request], where: str) -> str:
     """Return the unit of the times: ms unless that is implausible.
 
     Times of today, counted from 1970, have 10 digits in s, 13 in ms, and so on. Others are in ms
-    unless that makes more than 1,000 requests/s of times with fractions.
-
-    Raises:
-        UsageError: in ms, they make an implausible rate: over 100 requests/s (over 10, if they
-            have fractions), or fewer than one in 100 s.
+    unless that makes more than 1,000 requests/s of times with fractions. The unit must be given
+    where ms makes an implausible rate: over 100 requests/s (over 10 with fractions), or fewer than
+    one in 100 s.
     """
     if any(row.of_bailian for row in rows):
         return "s"
@@ -525,11 +511,7 @@ def write_workload(workload: Workload) -> Iterator[str]:
 
 
 def read_own(content: BinaryIO, head: bytes, options: ReadOptions, dialect: Dialect) -> Rows:
-    """Yield the requests; add the content of the first line to ``dialect``.
-
-    Raises:
-        UsageError: the first line is of another version, or damaged.
-    """
+    """Yield the requests; the content of the first line goes to ``dialect``."""
     with_ids: bool | None = None
 
     def parse(place: Place, data: dict[str, Any]) -> Row | None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, cast
 
 from batchbench.errors import UsageError
 from batchbench.files import open_binary, reason_of
@@ -50,8 +50,7 @@ def open_trace(file: Path, where: str) -> Iterator[tuple[BinaryIO, bytes, str]]:
         ``a gzip archive``, or "".
 
     Raises:
-        UsageError: it cannot be opened or read; the message begins with ``where``. The body of the
-            with statement may raise it too.
+        UsageError: it cannot be opened or read, also in the body of the with statement.
     """
     archive = ""
     try:
@@ -124,26 +123,9 @@ def _decoded(head: bytes, stream: BinaryIO) -> tuple[bytes, BinaryIO]:
     return head, stream
 
 
-class _Decoder(Protocol):
-    """A decompressor of the standard library for one stream or frame."""
-
-    @property
-    def eof(self) -> bool:
-        """True at the end of the stream."""
-
-    @property
-    def needs_input(self) -> bool:
-        """True if nothing more can be returned without more data."""
-
-    @property
-    def unused_data(self) -> bytes:
-        """The data after the end of the stream."""
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        """Take some data; return at most ``max_length`` bytes."""
-
-
-def _unpacked(source: BinaryIO, new: Callable[[], _Decoder]) -> Iterator[bytes]:
+def _unpacked(
+    source: BinaryIO, new: Callable[[], lzma.LZMADecompressor | zstd.ZstdDecompressor]
+) -> Iterator[bytes]:
     """Yield the content of an xz or zstd archive, in bounded memory."""
     decoder = new()
     while True:

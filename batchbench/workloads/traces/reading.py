@@ -138,7 +138,7 @@ def _columns_of(
 
 
 class _Columns:
-    """Columns that grow; 8 bytes a number, 4 a token id."""
+    """Columns that grow; 8 bytes per number, 4 per token id."""
 
     def __init__(self) -> None:
         self.prompt_tokens, self.output_tokens, self.due_ns = array("q"), array("q"), array("q")
@@ -150,7 +150,6 @@ class _Columns:
         return len(self.output_tokens)
 
     def append(self, row: Row) -> None:
-        """Add a row; either all rows of a trace have ids, or none."""
         self.with_ids = row.ids is not None
         self.prompt_tokens.append(row.prompt_tokens)
         self.output_tokens.append(row.output_tokens)
@@ -176,7 +175,6 @@ class _Columns:
         self.block_counts.extend(bytes(rows - len(self.block_counts)))
 
     def trace(self, format: str, dialect: Dialect, *, whole: bool) -> Trace:
-        """Return the trace of these columns, sorted by time."""
         if self.blocks:
             self._fill_block_counts(len(self))
         prompt, output, due, counts = (

@@ -105,11 +105,7 @@ class Dialect:
 
 
 def read_lines(content: BinaryIO) -> Iterator[tuple[int, bytes | BadRow]]:
-    """Yield lines and their numbers, from 1; skip blank ones at the end of the file.
-
-    Raises:
-        HopelessError: a line or a run of blank lines does not end.
-    """
+    """Yield lines and their numbers, from 1; skip blank ones at the end of the file."""
     number, blank = 0, 0
     while line := content.readline(LONGEST_LINE + 1):
         number += 1
@@ -171,18 +167,15 @@ def read_rows(
         head: the beginning of ``content``, which has not been read yet.
         parse: takes the place of an object and the object; returns None for one that is not a
             row, and raises WrongError for a bad one.
-
-    Raises:
-        HopelessError: the rest cannot be read.
     """
     parser = _Parser()
     is_array = is_document(head)
-    for place, found in _read_document(content, parser) if is_array else _lines(content, parser):
-        if isinstance(found, BadRow):
-            yield found
+    for place, data in _read_document(content, parser) if is_array else _lines(content, parser):
+        if isinstance(data, BadRow):
+            yield data
             continue
         try:
-            row = parse(place, found)
+            row = parse(place, data)
         except WrongError as error:
             yield error.at(place)
         else:
@@ -214,7 +207,6 @@ class _Parser:
         return content
 
     def object_of(self, line: bytes) -> dict[str, Any]:
-        """Return the object that a line holds."""
         try:
             text = line.decode("utf-8").strip()
         except UnicodeDecodeError as error:
@@ -241,7 +233,6 @@ class _Parser:
 
         Raises:
             JSONDecodeError: there is no whole value.
-            WrongError: the value is nested too deep, or too large.
         """
         _check_size(text, at)
         self._twice = None
@@ -373,15 +364,11 @@ def _skip_other_keys(text: _Text, parser: _Parser) -> None:
         text.value(parser)
 
 
-# Values
+# Values; those that are not valid raise WrongError
 
 
 def tokens_of(what: str, value: object) -> int:
-    """Return a number of tokens, given as a JSON number or as text.
-
-    Raises:
-        WrongError: it is not a whole number of tokens.
-    """
+    """Return a number of tokens, given as a JSON number or as text."""
     if value is None:
         raise WrongError(f"{what} is missing: must be a whole number of tokens")
     number = whole_of(value)
@@ -417,11 +404,6 @@ def whole_of(value: object) -> int | None:
 
 
 def nanoseconds_of(what: str, value: object, unit_ns: int) -> int:
-    """Return a time in ns.
-
-    Raises:
-        WrongError: it is not a number, is negative, or is too large.
-    """
     if value is None:
         raise WrongError(f"{what} is missing: must be a number")
     if type(value) is bool or not isinstance(value, int | float):
