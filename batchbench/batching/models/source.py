@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from batchbench import settings
 from batchbench.errors import UsageError, shown
@@ -347,7 +347,8 @@ def check_index(model: str, folder: Path) -> None:
             raise UsageError(f"--model {model}: lacks {name}, named by its {file.name}")
 
 
-class Tokenizer(Protocol):
+@dataclass(frozen=True)
+class Tokenizer:
     """Convert text to token ids and back.
 
     Encoding adds no special tokens. Decoding keeps those that the ids hold: without ``<|im_end|>``
@@ -355,40 +356,8 @@ class Tokenizer(Protocol):
     model.
     """
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids."""
-
-
-class _Fast:
-    def __init__(self, file: Path) -> None:
-        from tokenizers import Tokenizer as Loaded
-
-        self._tokenizer = Loaded.from_file(str(file))
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
-
-
-class _Transformers:
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return str(self._tokenizer.decode(list(ids), **options))
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
 
 
 def find_tokenizer(folder: Path | None) -> Tokenizer | None:
@@ -401,9 +370,23 @@ def find_tokenizer(folder: Path | None) -> Tokenizer | None:
         return None
     try:
         if (folder / "tokenizer.json").exists():
-            return _Fast(folder / "tokenizer.json")
+            from tokenizers import Tokenizer as Fast
+
+            fast = Fast.from_file(str(folder / "tokenizer.json"))
+            return Tokenizer(
+                lambda text: list(fast.encode(text, add_special_tokens=False).ids),
+                lambda ids: str(fast.decode(list(ids), skip_special_tokens=False)),
+            )
         if (folder / "vocab.json").exists() or (folder / "tokenizer_config.json").exists():
-            return _Transformers(folder)
+            from transformers import AutoTokenizer
+
+            options = {"local_files_only": True, "trust_remote_code": False}
+            slow = AutoTokenizer.from_pretrained(folder, **options)
+            exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            return Tokenizer(
+                lambda text: list(slow.encode(text, add_special_tokens=False)),
+                lambda ids: str(slow.decode(list(ids), **exact)),
+            )
     except Exception as error:  # the libraries raise plain Exception for a damaged file
         raise UsageError(
             f"{folder}: its tokenizer (tokenizer.json or vocab.json) cannot be read: {error}; "

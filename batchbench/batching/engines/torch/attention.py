@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -164,10 +164,6 @@ class Layout:
     continued: Sequence[tuple[int, Chunk, torch.Tensor]] = ()  # first token, chunk, mask
     _rows_of_cache: torch.Tensor | None = field(default=None, init=False)
     _mask: torch.Tensor | None = field(default=None, init=False)
-
-    def moved(self, positions: torch.Tensor, length: int) -> Layout:
-        """Return the layout of the same requests in another pass."""
-        return replace(self, positions=positions, length=length)
 
     # Not cached_property: up to Python 3.11 it takes a lock, which torch.compile cannot trace.
 
