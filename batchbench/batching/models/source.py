@@ -111,18 +111,15 @@ class Source:
 
     @property
     def context(self) -> int | None:
-        """The model's longest sequence in tokens."""
         context = self.config.get("n_positions") or self.config.get("max_position_embeddings")
         return None if context is None else int(context)
 
     @property
     def vocab_size(self) -> int:
-        """The number of token ids."""
         return int(self.config["vocab_size"])
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text."""
         eos = self.config.get("eos_token_id")
         if eos is None:
             return ()
@@ -130,13 +127,9 @@ class Source:
 
 
 def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
-    """Decide where the model comes from.
+    """Decide where the model comes from; without ``weights`` only its configuration is needed.
 
-    Args:
-        weights: weights will be loaded; a simulation needs the configuration only.
-
-    Raises:
-        UsageError: there is no such model, or its folder is no checkpoint.
+    Raises UsageError if there is no such model, or its folder is no checkpoint.
     """
     try:
         folder = Path(spec.model).expanduser()
@@ -277,11 +270,7 @@ positions."""
 
 
 def read_config(model: str, folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's ``config.json``, and check that it can describe a model.
-
-    Raises:
-        UsageError: it is missing, is not JSON, or holds impossible sizes.
-    """
+    """Read a checkpoint's ``config.json``; raise UsageError if it cannot describe a model."""
     try:
         config = read_json(folder / "config.json", constants=True)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -321,10 +310,9 @@ def _is_whole(value: object) -> bool:
 
 
 def check_index(model: str, folder: Path) -> None:
-    """Check the index of a checkpoint in several files: it may name files of its folder only.
+    """Check the index of a checkpoint in several files; raise UsageError if it is damaged.
 
-    Raises:
-        UsageError: it is not an index, or names a file that is missing or outside the folder.
+    It may name files of its folder only.
     """
     file = folder / "model.safetensors.index.json"
     if not file.exists() or (folder / "model.safetensors").exists():
@@ -361,11 +349,7 @@ class Tokenizer:
 
 
 def find_tokenizer(folder: Path | None) -> Tokenizer | None:
-    """Return the tokenizer in a checkpoint's folder; None if there is none.
-
-    Raises:
-        UsageError: its file is damaged.
-    """
+    """Return the tokenizer in a checkpoint's folder; raise UsageError if its file is damaged."""
     if folder is None:
         return None
     try:

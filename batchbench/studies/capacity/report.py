@@ -147,7 +147,6 @@ def _verdict(probe: Probe, attainment: float) -> Text:
 
 
 def render(findings: CapacityFindings) -> RenderableType:
-    """Return sentence and table."""
     suspect = "bold yellow" if findings.reasons else "bold"
     style = "bold red" if findings.verification.wrong else suspect
     return Group(Text(sentence(findings), style=style), Text(), table(findings))
@@ -224,7 +223,6 @@ def _finite(value: float) -> float | None:
 
 
 def to_json(data: Mapping[str, Any]) -> str:
-    """Return ``capacity.json``."""
     return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -249,11 +247,7 @@ _MOST_TICKS = 7
 
 
 def draw_capacity(data: Mapping[str, Any], headline: str, title: str) -> Figure:
-    """Draw attainment over the rate, and each limited latency with its limit.
-
-    Args:
-        data: as in ``capacity.json``.
-    """
+    """Draw attainment over the rate, and each limited latency with its limit."""
     with house_style():
         strategies = name_strategies(dict.fromkeys(data["strategies"], ()))
         panels: Sequence[str] = ["attainment", *data["limits_ms"]]
@@ -279,7 +273,6 @@ def draw_capacity(data: Mapping[str, Any], headline: str, title: str) -> Figure:
 def _draw_panel(
     axes: Axes, data: Mapping[str, Any], strategies: Sequence[Strategy], panel: str
 ) -> None:
-    """Draw attainment or a latency over the rate, of all strategies."""
     share = 100 * data["slo_attainment"]
     limit = share if panel == "attainment" else data["limits_ms"][panel]
     axes.axhline(limit, color=INK, lw=1.2, ls=":")

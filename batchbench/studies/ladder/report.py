@@ -25,9 +25,9 @@ from batchbench.batching.trials import WarmUp
 from batchbench.files import write_whole
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
+from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import figure_bytes
-from batchbench.reports.figures.card import INK, QUIET, Card, house_style, strip_axes
-from batchbench.reports.figures.card import make_card as make_page
+from batchbench.reports.figures.card import INK, QUIET
 from batchbench.reports.result import output_digest, recording_files, workload_facts
 from batchbench.reports.result_file import Speedup
 from batchbench.reports.statistics import FEWEST_PAIRS, paired_ratio
@@ -81,7 +81,7 @@ class LadderResult:
         return not any(rung["verification"]["wrong"] for rung in self.data["rungs"])
 
 
-def make_ladder(outcome: LadderOutcome) -> LadderResult:
+def make_ladder(outcome: LadderOutcome, command: str) -> LadderResult:
     """Return the result of a ladder that just ran."""
     ladder, recordings, ceilings = outcome.ladder, outcome.recordings, outcome.ceilings
     rounds = len(next(iter(recordings.values())))
@@ -109,8 +109,8 @@ def make_ladder(outcome: LadderOutcome) -> LadderResult:
         "schema_version": SCHEMA_VERSION,
         "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ladder.command(),
-        "config": ladder.config(),
+        "command": command,
+        "config": {**ladder.experiment.config(), "ladder": asdict(ladder.spec)},
         "environment": dict(ladder.rungs[0].session.environment),
         "model": ladder.model,
         "workload": workload_facts(ladder.workload),
@@ -343,7 +343,7 @@ def headline(result: LadderResult) -> str:
     rungs = result.data["rungs"]
     best, why = _fastest(result)
     if best is None:
-        return f"no fastest rung of {len(rungs)} is named: {why}"
+        return f"No fastest rung of {len(rungs)} is named: {why}"
     ratios = " and ".join(
         f"{times(ratio['median'])} as fast as {name}"
         for name, ratio in best["speedup"].items()
@@ -397,7 +397,7 @@ def render(result: LadderResult) -> RenderableType:
 
 # The picture
 
-_ROW, _BAR, _HEAD = 0.46, 0.3, 0.4  # inches: a rung's row, its bar, and legend and titles above
+_ROW, _BAR = 0.46, 0.3  # inches: a rung's row, and its bar
 
 _NAMES, _RATES, _STEPS, _GAP = 1.55, 2.4, 2.7, 0.35  # inches: the columns, and between the last two
 
@@ -411,19 +411,20 @@ _COLOURS = {
 def draw_ladder(result: LadderResult) -> Figure:
     """Draw a row for each rung: output tokens/s on the left, ms per decode step on the right."""
     rungs, formats = result.data["rungs"], result.data["card"]["formats"]
-    height = _ROW * len(rungs)
-    with house_style():
-        page = make_page(
+    entries, height = _entries(rungs), _ROW * len(rungs)
+    head = cards.legend_height(entries)
+    with cards.house_style():
+        page = cards.make_card(
             clean_text(headline(result)),
             clean_text(result.title),
-            _HEAD + height + 0.42,
+            head + height + 0.42,
             _notes(result),
         )
-        _legend(page, rungs)
-        rates = page.axes(_NAMES, _HEAD, _RATES, height)
-        steps = page.axes(_NAMES + _RATES + _GAP, _HEAD, _STEPS, height)
+        cards.add_legend(page, entries)
+        rates = page.axes(_NAMES, head, _RATES, height)
+        steps = page.axes(_NAMES + _RATES + _GAP, head, _STEPS, height)
         for i, rung in enumerate(rungs):
-            y, colour = _HEAD + _ROW * i, _COLOURS[rung["engine"]][1]
+            y, colour = head + _ROW * i, _COLOURS[rung["engine"]][1]
             page.write(0, y + 0.09, clean_text(rung["name"]), size=10, weight="bold", color=colour)
             page.write(0, y + 0.25, clean_text(rung["change"]), size=8, color=QUIET)
             _draw_rate(rates, i, rung, colour)
@@ -437,7 +438,7 @@ def draw_ladder(result: LadderResult) -> Figure:
             axes.set(xlim=(0, room * axes.get_xlim()[1]), ylim=(len(rungs) - 0.5, -0.5))
             axes.set(yticks=[], xlabel=label)
             axes.locator_params(axis="x", nbins=5, prune="upper")
-            strip_axes(axes, "bottom")
+            cards.strip_axes(axes, "bottom")
     return page.figure
 
 
@@ -468,24 +469,14 @@ def _write(axes: Axes, row: int, x: float, text: str) -> None:
     axes.annotate(text, (x, row), size=9, weight="bold", **place)
 
 
-def _legend(page: Card, rungs: Sequence[Rung]) -> None:
-    engines = [_COLOURS[engine] for engine in dict.fromkeys(rung["engine"] for rung in rungs)]
-    handles: list[Any] = [Patch(fc=colour, alpha=0.75, lw=0) for _, colour in engines]
-    handles += [Line2D([0], [0], color=INK, lw=1.6, ls=style) for style in ("-", ":")]
-    labels = [name for name, _ in engines] + ["memory limit", "matrix products"]
-    page.figure.legend(
-        handles,
-        labels,
-        ncols=len(labels),
-        loc="upper left",
-        bbox_to_anchor=page.at(0, 0.05),
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.6,
-        columnspacing=1.2,
-        handletextpad=0.5,
-    )
+def _entries(rungs: Sequence[Rung]) -> list[Any]:
+    """Return the legend: the engines' colours, and the two limits of a step."""
+    engines = dict.fromkeys(_COLOURS[rung["engine"]] for rung in rungs)
+    lines = (("memory limit", "-"), ("matrix products", ":"))
+    return [
+        *((name, (Patch(fc=colour, alpha=0.75, lw=0),)) for name, colour in engines),
+        *((name, (Line2D([0], [0], color=INK, lw=1.6, ls=style),)) for name, style in lines),
+    ]
 
 
 def _notes(result: LadderResult) -> str:

@@ -98,12 +98,9 @@ class Linear:
 def make_linear(
     weight: torch.Tensor, bias: torch.Tensor | None, most: Kernels = Kernels.OWN
 ) -> Linear:
-    """Return the fastest layer for this weight, on its device and in its number format.
+    """Return the fastest layer for this weight, ``[outputs, inputs]`` with any strides.
 
-    Args:
-        weight: ``[outputs, inputs]``; any strides.
-        bias: ``[outputs]``, or None.
-        most: the best kernels that may be used.
+    ``most`` are the best kernels that may be used.
     """
     on_cpu = weight.device.type == "cpu"
     own = native() if on_cpu and most >= Kernels.OWN else None

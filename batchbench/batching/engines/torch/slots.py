@@ -21,13 +21,9 @@ from batchbench.errors import UsageError
 class SlotsEngine(TorchEngine):
     """Any causal LM over a :class:`SlotCache`; a pass may hold decoding rows and prompt chunks.
 
-    Args:
-        max_len: longest prompt + output of the workload, in tokens.
-        forward: the model's forward pass; by default the leanest that is right for it.
-        execution: ``eager``, or ``graph`` or ``compile`` for passes that only decode.
-
-    Raises:
-        RuntimeError: the passes cannot be prepared as ``execution`` says.
+    ``max_len`` is the longest prompt + output in tokens; ``forward`` is by default the leanest
+    correct pass; ``execution`` is of passes that only decode: eager, graph or compile. Raises
+    RuntimeError if they cannot be prepared so.
     """
 
     def __init__(
