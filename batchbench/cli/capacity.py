@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from batchbench import settings
 from batchbench.batching.experiment import Experiment
-from batchbench.cli.options import with_options
-from batchbench.cli.output import echo, echo_json, output_folder
+from batchbench.cli.options import typed_command, with_options
+from batchbench.cli.output import echo, echo_json, make_console, output_folder, print_ending
 from batchbench.errors import UsageError, shown
 from batchbench.files import undisturbed
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
-from batchbench.studies.sweep.grid import SWEPT, make_experiment, words_of_axes
-
-if TYPE_CHECKING:
-    from batchbench.studies.capacity.probe import CapacityQuery
+from batchbench.studies.sweep.grid import SWEPT, make_experiment
 
 CAPACITY_HELP = (
     "Find the highest request rate that each strategy sustains within --slo.\n\n"
@@ -90,17 +86,14 @@ def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) ->
     if not goals.slo:
         raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")
     from batchbench.files import default_folders
-    from batchbench.studies.capacity.probe import CapacityQuery
 
-    query = CapacityQuery(goals, study.slo_attainment, study.max_trials)
     with output_folder(
         study.output,
         default_folders(experiment.model.model, "capacity"),
         overwrite=study.overwrite,
         marker="capacity.json",
     ) as folder:
-        command = _command(given, goals, study)
-        if not _search_and_write(experiment, query, study, folder, command):
+        if not _search(experiment, goals, study, folder):
             raise typer.Exit(1)
 
 
@@ -119,28 +112,19 @@ def _experiment(given: Mapping[str, Any], study: CapacitySpec) -> Experiment:
     return replace(experiment, workload=replace(experiment.workload, max_concurrency=None))
 
 
-def _command(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) -> str:
-    """Return the command line that repeats the search."""
-    words = words_of_axes({name: (value,) for name, value in given.items()})
-    own = settings.words_of(study, CapacitySpec())
-    return shlex.join(
-        ["batchbench", "capacity", *words, *settings.words_of(goals, GoalsSpec()), *own]
-    )
-
-
-def _search_and_write(
-    experiment: Experiment, query: CapacityQuery, study: CapacitySpec, folder: Path, command: str
-) -> bool:
+def _search(experiment: Experiment, goals: GoalsSpec, study: CapacitySpec, folder: Path) -> bool:
     """Search, write and show; return True if outputs are right."""
-    from batchbench.cli.progress import CapacityDisplay, make_console
+    from batchbench.cli.progress import CapacityDisplay
+    from batchbench.cli.progress import make_console as make_error_console
+    from batchbench.studies.capacity.probe import CapacityQuery
     from batchbench.studies.capacity.search import find_capacity
 
-    display = CapacityDisplay(make_console(quiet=study.quiet))
+    query = CapacityQuery(goals, study.slo_attainment, study.max_trials)
+    display = CapacityDisplay(make_error_console(quiet=study.quiet))
     findings = find_capacity(experiment, query, study.precision, display)
-    from rich.console import Console
-
     from batchbench.studies.capacity import report
 
+    command = typed_command()
     with undisturbed():  # the search is complete: keep it
         data = report.data_of(findings, command)
         files = report.write_capacity(folder, findings, data)
@@ -149,11 +133,7 @@ def _search_and_write(
     elif study.quiet:
         echo(report.sentence(findings))
     else:
-        console = Console(highlight=False, markup=False, emoji=False)
+        console = make_console()
         console.print(report.render(findings))
-        console.print(f"\nAgain: {command}", markup=False, soft_wrap=True)
-        names = ", ".join(file.name for file in files)
-        console.print(
-            f"Files: {shlex.quote(str(folder))}/ with {names}", markup=False, soft_wrap=True
-        )
+        print_ending(console, command, files)
     return not findings.verification.wrong

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
-from batchbench.cli.options import OutputSpec, with_options
-from batchbench.cli.output import echo, echo_json, output_folder
+from batchbench.cli.options import OutputSpec, typed_command, with_options
+from batchbench.cli.output import echo, echo_json, make_console, output_folder, print_ending
 from batchbench.errors import Interrupted
 from batchbench.files import undisturbed
 from batchbench.studies.ladder.rungs import LadderSpec, choose_rungs
 from batchbench.workloads.spec import WorkloadSpec
-
-if TYPE_CHECKING:
-    from batchbench.studies.ladder.report import LadderResult
 
 LADDER_HELP = """Compare engines, from the notebook's loop to the limits of this hardware.
 
@@ -40,15 +34,8 @@ _SPECS = {
 }
 
 _DECIDED = (
-    "strategy",
-    "engine",
-    "max_wait",
-    "prefill",
-    "execution",
-    "stop_at_eos",
-    "trials",
-    "max_time",
-    "dry_run",
+    *("strategy", "engine", "max_wait", "prefill", "execution"),
+    *("stop_at_eos", "trials", "max_time", "dry_run", "trace_out"),
 )
 """Options of a run in which rungs differ, or which a ladder does not have."""
 
@@ -81,42 +68,27 @@ def _run(experiment: Experiment, spec: LadderSpec, output: OutputSpec, folder: P
     from batchbench.cli.progress import make_display
     from batchbench.studies.ladder.run import Ladder
 
-    names = tuple(rung.name for rung in choose_rungs(spec.rungs))
+    names, command = tuple(rung.name for rung in choose_rungs(spec.rungs)), typed_command()
     with make_display(names, spec.rounds, quiet=output.quiet) as display:
         ladder = Ladder(experiment, spec, display)
         ceilings = ladder.measure()
-    # Only now: an error about the options should not wait for scipy and matplotlib.
-    from batchbench.studies.ladder.report import card_lines, make_card, make_ladder, write_ladder
+    from batchbench.studies.ladder import report  # scipy and matplotlib: after errors of options
 
     if not output.quiet and not output.json:
-        echo("\n".join([*card_lines(make_card(ceilings)), ""]))
+        echo("\n".join([*report.card_lines(report.make_card(ceilings)), ""]))
     with display:
         outcome = ladder.run(ceilings)
     with undisturbed():  # the measurement is complete: keep it
-        result = make_ladder(outcome)
-        files = write_ladder(folder, result)
-    _show(result, files, output)
+        result = report.make_ladder(outcome, command)
+        files = report.write_ladder(folder, result)
+    if output.json:
+        echo_json(report.to_json(result))
+    elif output.quiet:
+        echo(report.sentence(result))
+    else:
+        console = make_console()
+        console.print(report.render(result))
+        print_ending(console, command, files)
     if outcome.stopped:
         raise Interrupted(f"{outcome.stopped}; the results are in {folder}")
     return result.passed
-
-
-def _show(result: LadderResult, files: Sequence[Path], output: OutputSpec) -> None:
-    from rich.console import Console
-
-    from batchbench.studies.ladder.report import render, sentence, to_json
-
-    if output.json:
-        echo_json(to_json(result))
-        return
-    if output.quiet:
-        echo(sentence(result))
-        return
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(render(result))
-    console.print(f"\nAgain: {result.data['command']}", markup=False, soft_wrap=True)
-    folder = files[0].parent
-    names = ", ".join(file.name for file in files if file.parent == folder)
-    console.print(
-        f"Files: {shlex.quote(str(folder))}/ with {names} …", markup=False, soft_wrap=True
-    )

@@ -242,14 +242,14 @@ def test_each_weight_goes_to_the_kernels_that_suit_the_processor(
     monkeypatch.setattr(layers, "onednn", lambda dtype: ops)
     pairs = dtype is torch.bfloat16 and width % 2 == 0 and made_up != "sapphirerapids"
     ours = own is not None and (dtype is torch.float32 or pairs)
-    without = layers.PackedLinear if packs else layers.PlainLinear
+    without = layers.Kernels.PACKED if packs else layers.Kernels.PLAIN
     weight = torch.zeros(4, width, dtype=dtype)
     for most, expected in (
-        (layers.Kernels.OWN, layers.OwnLinear if ours else without),
+        (layers.Kernels.OWN, layers.Kernels.OWN if ours else without),
         (layers.Kernels.PACKED, without),
-        (layers.Kernels.PLAIN, layers.PlainLinear),
+        (layers.Kernels.PLAIN, layers.Kernels.PLAIN),
     ):
-        assert type(layers.make_linear(weight, None, most)) is expected
+        assert layers.make_linear(weight, None, most).kernels is expected
 
 
 def test_the_bfloat16_instruction_is_taken_where_it_is_fast(made_up: str) -> None:

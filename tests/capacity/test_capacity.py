@@ -299,11 +299,11 @@ def test_the_sentence_says_how_much_more(findings: CapacityFindings) -> None:
 
 def test_a_borderline_rate_says_why(findings: CapacityFindings) -> None:
     for trials, why in (
-        ([trial(88), trial(93)] * 4, "90 % in interval"),
-        ([trial(100, growth=g) for g in (0.0, 0.2)] * 2, "queue may grow"),
+        ([trial(88), trial(93)] * 4, "90 % in\ninterval"),
+        ([trial(100, growth=g) for g in (0.0, 0.2)] * 2, "queue\nmay grow"),
     ):
         probe = benches.Probe("static", 8.0, trials, BORDER)
-        assert report._verdict(probe, 0.9).plain == f"borderline: {why}"
+        assert report._verdict(probe, 0.9).plain == f"borderline\n{why}"
         assert report._probe(probe)["verdict"] == "border"
 
 
@@ -316,7 +316,7 @@ def test_one_strategy_or_one_that_carries_nothing_has_no_ratio(findings: Capacit
     assert "static batching sustains less than" in report.sentence(nothing)
     data = report.data_of(nothing, "")
     assert data["comparison"] is None
-    draw_capacity(data, report.headline(nothing), report.title_of(nothing))
+    draw_capacity(data, report._answer(nothing), report.title_of(nothing))
 
 
 def test_wrong_outputs_are_told(findings: CapacityFindings) -> None:
@@ -327,7 +327,7 @@ def test_wrong_outputs_are_told(findings: CapacityFindings) -> None:
 
 def test_the_picture_shows_every_probe_and_both_capacities(findings: CapacityFindings) -> None:
     data = report.data_of(findings, "")
-    figure = draw_capacity(data, report.headline(findings), report.title_of(findings))
+    figure = draw_capacity(data, report._answer(findings), report.title_of(findings))
     for i, capacity in enumerate(findings.capacities):
         for what in ("attainment", "ttft"):
             (line,) = figure.findobj(lambda a, i=i, w=what: a.get_gid() == f"{w}-{i}")
@@ -407,10 +407,10 @@ def test_it_says_what_it_found_and_the_same_again(program: Program, tmp_path: Pa
         "capacity.svg",
     ]
     (again,) = [line for line in out.splitlines() if line.startswith("Again: ")]
-    assert program(*shlex.split(again)[2:])[0] == 2  # the folder holds a result
-    assert program(*shlex.split(again)[2:], "--overwrite", "--quiet")[1].strip() == " ".join(
-        out.split("\n\n")[0].split()
-    )
+    again_words = (*shlex.split(again)[2:], "--output", "c")
+    assert program(*again_words)[0] == 2  # the folder holds a result
+    quiet = program(*again_words, "--overwrite", "--quiet")[1]
+    assert quiet.strip() == " ".join(out.split("\n\n")[0].split())
     code, out, _ = program(*words, "--output", "d", "--json")
     assert out == (tmp_path / "d" / "capacity.json").read_text()
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from support.models import MakeModel
 
-from batchbench.batching import session as sessions
+from batchbench.batching import trials as serving
 from batchbench.batching.engines.notebook import NotebookEngine
 from batchbench.batching.engines.torch import measure as measuring
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
@@ -24,7 +24,6 @@ from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.recording_file import load_recording
 from batchbench.batching.step_cost import Bandwidth, Ceiling, Reading
-from batchbench.batching.trials import observe
 from batchbench.batching.verification import Remembered, Verification
 from batchbench.cli.main import _guarded
 from batchbench.errors import UsageError
@@ -47,6 +46,8 @@ from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
     from batchbench.batching.models.loading import LoadedModel
+
+observe = serving.observe
 
 NAMES = ["notebook-static", "notebook", "generate_batch", "slots", "mixed", "lean"]
 """What a CPU whose torch packs nothing would climb in float32."""
@@ -83,7 +84,7 @@ def complete(checkpoint: Path) -> Iterator[Run]:
         patch.setattr(measuring, "_LEAST_BYTES", 2**20)
         ladder = made(checkpoint, rounds=2)
         outcome = ladder.run(ladder.measure())
-        yield ladder, outcome, make_ladder(outcome)
+        yield ladder, outcome, make_ladder(outcome, "")
 
 
 # What is asked
@@ -106,14 +107,6 @@ def test_rungs_are_climbed_from_the_ground_up_however_they_are_named() -> None:
     assert [r.name for r in choose_rungs("packed, notebook")] == ["notebook", "packed"]
     assert choose_rungs("all") == RUNGS
     assert len({rung.name for rung in RUNGS}) == len(RUNGS)
-
-
-def test_the_command_asks_for_the_same_again(checkpoint: Path) -> None:
-    command = made(checkpoint, "slots,lean", 5).command()
-    assert command == (
-        "batchbench ladder --batch-size 3 --queue-size 6 --long-tokens 9 --short-tokens 4 "
-        f"--model {checkpoint} --device cpu --rungs slots,lean --rounds 5"
-    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +190,8 @@ def test_each_rung_changes_one_thing(complete: Run) -> None:
     assert passes["lean"] == passes["mixed"] == passes["bfloat16"]
     assert rungs["generate_batch"]["counters"] is None
     memory = {opened.rung.name: opened.memory for opened in complete[0].rungs}
-    assert set(memory["generate_batch"]) == {"weight_bytes", "kv_cache_bytes"}
+    cache_bytes = [memory[name]["kv_cache_bytes"] for name in ("notebook", "generate_batch")]
+    assert 0 < cache_bytes[0] < cache_bytes[1]  # whole pages, and a quarter more
     assert memory["lean"]["packed_weight_bytes"] == 0
     assert memory["bfloat16"]["weight_bytes"] * 2 == memory["lean"]["weight_bytes"]
 
@@ -263,7 +257,7 @@ def test_wrong_tokens_of_one_rung_are_told_of_that_one(
 
     monkeypatch.setattr(NotebookEngine, "_compute", leaking)
     ladder = made(checkpoint, "notebook,lean")
-    result = make_ladder(ladder.run(ladder.measure()))
+    result = make_ladder(ladder.run(ladder.measure()), "")
     wrong = {rung["name"]: rung["verification"]["wrong"] for rung in result.data["rungs"]}
     assert wrong["lean"] == 0
     assert wrong["notebook"] > 0
@@ -280,7 +274,7 @@ def test_ctrl_c_keeps_whole_rounds(checkpoint: Path, monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
         return observe(*args, **options)
 
-    monkeypatch.setattr(sessions, "observe", impatient)
+    monkeypatch.setattr(serving, "observe", impatient)
     ladder = made(checkpoint, "slots,lean", 5)
     ceilings = ladder.measure()
     outcome = ladder.run(ceilings)
@@ -322,7 +316,7 @@ def test_a_rung_that_fails_is_left_out_and_the_others_go_on(
     some = [rung for rung in RUNGS if rung.name in ("notebook", "lean")]
     monkeypatch.setattr(run, "choose_rungs", lambda text: some)
     ladder = made(checkpoint, rounds=2)
-    result = make_ladder(ladder.run(ladder.measure()))
+    result = make_ladder(ladder.run(ladder.measure()), "")
     assert [rung["name"] for rung in result.data["rungs"]] == ["lean"]
     assert result.data["left_out"] == {"notebook": "out of memory"}
     assert len(result.recordings["lean"]) == 2
@@ -480,7 +474,7 @@ def test_only_a_valid_ladder_with_a_clear_lead_names_the_fastest(complete: Run) 
         (measured(complete[2], a=[9.0, 15.0, 10.0], b=[14.0, 11.0, 16.0]), "b and a do not differ"),
     ):
         text = sentence(unclear)
-        assert text.startswith(f"no fastest rung of 2 is named: {why}")
+        assert text.startswith(f"No fastest rung of 2 is named: {why}")
         assert "its decode step" not in text
         draw_ladder(unclear)
 
@@ -513,7 +507,7 @@ def test_the_command_says_what_the_machine_allows_before_it_measures(
         before.append(capsys.readouterr().out)
         return observe(*args, **options)
 
-    monkeypatch.setattr(sessions, "observe", listening)
+    monkeypatch.setattr(serving, "observe", listening)
     folder = tmp_path / "ladder"
     words = [*SMALL.split(), "--model", str(checkpoint), "--output", str(folder)]
     code, out, _ = said([*words, "--rungs", "notebook,lean"], monkeypatch, capsys)
@@ -521,7 +515,7 @@ def test_the_command_says_what_the_machine_allows_before_it_measures(
     assert before[0].startswith("What this machine allows\n")
     assert "lean" in out
     assert "Again: batchbench ladder --batch-size 3" in out
-    assert "with ladder.json, ladder.png, ladder.svg …" in out
+    assert out.rstrip().endswith("with ladder.json, ladder.png")
     code, _, err = said(words, monkeypatch, capsys)
     assert (code, "holds a result" in err) == (2, True)
 

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from batchbench.batching.engines import WallClock
+from batchbench.batching.engines.torch.attention import kv_token_bytes
 from batchbench.batching.experiment import GENERATE_BATCH
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.progress import Progress, Watch
@@ -46,12 +47,8 @@ class GenerateBatch:
 
     It runs with the settings of a user who wants speed: CUDA graphs on a GPU, flash attention where
     the model's number format and the installation allow it. Cache, graphs and manager stay from one
-    trial to the next, and are ready before a trial's clock starts.
-
-    Args:
-        slots: most requests computed together.
-        max_len: longest prompt + output, in tokens; the cache holds ``slots`` of these.
-        max_batched_tokens: most tokens of a step.
+    trial to the next, and are ready before a trial's clock starts. The cache holds ``slots``
+    requests of ``max_len`` tokens, and a step computes at most ``max_batched_tokens``.
     """
 
     name = GENERATE_BATCH
@@ -67,7 +64,7 @@ class GenerateBatch:
     ) -> None:
         self._model, self._slots, self._order = model, slots, order
         blocks = pages_of(slots, max_len)
-        self.cache_tokens = blocks * PAGE
+        self.cache_bytes = blocks * PAGE * kv_token_bytes(model.module.config, model.dtype)
         self._config = {
             "num_blocks": blocks,
             "max_batch_tokens": max(slots, min(max_batched_tokens, slots * max_len)),
@@ -112,7 +109,6 @@ class GenerateBatch:
         progress: Progress,
         watch: Watch,
     ) -> Iterator[tuple[Request, Any]]:
-        """Yield each request with its result, in the order in which they finish."""
         arrivals = make_arrivals(workload)
         running: dict[int, Request] = {}
         while running or arrivals.more:
@@ -183,7 +179,6 @@ class GenerateBatch:
             vars(module).pop(_CACHED_MANAGER, None)
 
     def _make_manager(self) -> Any:
-        """Return the manager that the model keeps, or a new one."""
         options = dict(self._config)
         if _HAS_FLASH_SWITCH:
             options["auto_switch_to_flash"] = self._flash_allowed()
@@ -215,7 +210,6 @@ _HAS_FLASH_SWITCH = "auto_switch_to_flash" in {
 
 
 def _trial_ns(seconds: float, clock: WallClock) -> int:
-    """Return a time of ``time.perf_counter`` in nanoseconds since the start of the trial."""
     return round(seconds * 1e9) - clock.zero_ns
 
 

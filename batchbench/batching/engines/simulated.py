@@ -20,8 +20,7 @@ UNIT_NS = 1_000_000
 class SimulatedEngine:
     """Advance a virtual clock as if passes were computed.
 
-    Args:
-        cost: nanoseconds of every step, or the cost of a step by its work.
+    ``cost`` is the nanoseconds of every step, or the cost of a step by its work.
     """
 
     simulated = True

@@ -109,11 +109,7 @@ class LoadedModel:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that ``--device`` names.
-
-    Raises:
-        UsageError: this machine has no such device.
-    """
+    """Return the device that ``--device`` names; raise UsageError if it is missing."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
@@ -126,11 +122,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the number format that ``--dtype`` names.
-
-    Raises:
-        UsageError: the device cannot compute in it.
-    """
+    """Return the number format that ``--dtype`` names; raise UsageError if the device lacks it."""
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -168,7 +160,6 @@ def set_threads(spec: ModelSpec) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_host_bytes()
@@ -184,9 +175,8 @@ def give_back_memory() -> None:
 def load_model(source: Source, spec: ModelSpec, seed: int) -> LoadedModel:
     """Load the weights, or draw dummy ones.
 
-    Raises:
-        UsageError: no such device or dtype, a checkpoint that does not fit its configuration, or
-            too little memory.
+    Raises UsageError for a missing device or dtype, a checkpoint that does not fit its
+    configuration, or too little memory.
     """
     # No progress bars and warnings of libraries between our own lines.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -232,7 +222,6 @@ def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: tor
 
 
 def model_config(source: Source) -> Any:
-    """Return the model's configuration as transformers has it."""
     try:
         if source.folder is not None:
             return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from batchbench import settings
 from batchbench.errors import UsageError, shown
@@ -111,18 +111,15 @@ class Source:
 
     @property
     def context(self) -> int | None:
-        """The model's longest sequence in tokens."""
         context = self.config.get("n_positions") or self.config.get("max_position_embeddings")
         return None if context is None else int(context)
 
     @property
     def vocab_size(self) -> int:
-        """The number of token ids."""
         return int(self.config["vocab_size"])
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text."""
         eos = self.config.get("eos_token_id")
         if eos is None:
             return ()
@@ -130,13 +127,9 @@ class Source:
 
 
 def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
-    """Decide where the model comes from.
+    """Decide where the model comes from; without ``weights`` only its configuration is needed.
 
-    Args:
-        weights: weights will be loaded; a simulation needs the configuration only.
-
-    Raises:
-        UsageError: there is no such model, or its folder is no checkpoint.
+    Raises UsageError if there is no such model, or its folder is no checkpoint.
     """
     try:
         folder = Path(spec.model).expanduser()
@@ -277,11 +270,7 @@ positions."""
 
 
 def read_config(model: str, folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's ``config.json``, and check that it can describe a model.
-
-    Raises:
-        UsageError: it is missing, is not JSON, or holds impossible sizes.
-    """
+    """Read a checkpoint's ``config.json``; raise UsageError if it cannot describe a model."""
     try:
         config = read_json(folder / "config.json", constants=True)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -321,10 +310,9 @@ def _is_whole(value: object) -> bool:
 
 
 def check_index(model: str, folder: Path) -> None:
-    """Check the index of a checkpoint in several files: it may name files of its folder only.
+    """Check the index of a checkpoint in several files; raise UsageError if it is damaged.
 
-    Raises:
-        UsageError: it is not an index, or names a file that is missing or outside the folder.
+    It may name files of its folder only.
     """
     file = folder / "model.safetensors.index.json"
     if not file.exists() or (folder / "model.safetensors").exists():
@@ -347,7 +335,8 @@ def check_index(model: str, folder: Path) -> None:
             raise UsageError(f"--model {model}: lacks {name}, named by its {file.name}")
 
 
-class Tokenizer(Protocol):
+@dataclass(frozen=True)
+class Tokenizer:
     """Convert text to token ids and back.
 
     Encoding adds no special tokens. Decoding keeps those that the ids hold: without ``<|im_end|>``
@@ -355,55 +344,33 @@ class Tokenizer(Protocol):
     model.
     """
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids."""
-
-
-class _Fast:
-    def __init__(self, file: Path) -> None:
-        from tokenizers import Tokenizer as Loaded
-
-        self._tokenizer = Loaded.from_file(str(file))
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
-
-
-class _Transformers:
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return str(self._tokenizer.decode(list(ids), **options))
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
 
 
 def find_tokenizer(folder: Path | None) -> Tokenizer | None:
-    """Return the tokenizer in a checkpoint's folder; None if there is none.
-
-    Raises:
-        UsageError: its file is damaged.
-    """
+    """Return the tokenizer in a checkpoint's folder; raise UsageError if its file is damaged."""
     if folder is None:
         return None
     try:
         if (folder / "tokenizer.json").exists():
-            return _Fast(folder / "tokenizer.json")
+            from tokenizers import Tokenizer as Fast
+
+            fast = Fast.from_file(str(folder / "tokenizer.json"))
+            return Tokenizer(
+                lambda text: list(fast.encode(text, add_special_tokens=False).ids),
+                lambda ids: str(fast.decode(list(ids), skip_special_tokens=False)),
+            )
         if (folder / "vocab.json").exists() or (folder / "tokenizer_config.json").exists():
-            return _Transformers(folder)
+            from transformers import AutoTokenizer
+
+            options = {"local_files_only": True, "trust_remote_code": False}
+            slow = AutoTokenizer.from_pretrained(folder, **options)
+            exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            return Tokenizer(
+                lambda text: list(slow.encode(text, add_special_tokens=False)),
+                lambda ids: str(slow.decode(list(ids), **exact)),
+            )
     except Exception as error:  # the libraries raise plain Exception for a damaged file
         raise UsageError(
             f"{folder}: its tokenizer (tokenizer.json or vocab.json) cannot be read: {error}; "

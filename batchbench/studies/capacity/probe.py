@@ -64,7 +64,6 @@ class TrialFigures:
 
     @property
     def attainment(self) -> float:
-        """The share of requests within all limits."""
         return self.met / self.requests
 
 
@@ -163,12 +162,10 @@ class Probe:
 
     @property
     def attainment(self) -> Interval:
-        """The share of requests within all limits."""
         return attained(self.trials)
 
     @property
     def growth(self) -> Interval:
-        """The growth of the queue, as a share of arrivals."""
         return mean_of([trial.growth for trial in self.trials])
 
     @property
@@ -185,10 +182,10 @@ class CapacityWatch(Watch):
     """Receive progress of a search as well; this one ignores it."""
 
     def probe_begins(self, strategy: str, rate: float) -> None:
-        """Trials at a rate begin."""
+        pass
 
     def probe_ends(self, probe: Probe) -> None:
-        """A rate has its verdict."""
+        pass
 
 
 @dataclass(frozen=True)
@@ -201,11 +198,7 @@ class CapacityQuery:
 
 
 class ProbeRunner:
-    """Serve probes; keep each strategy's first trial at the highest rate that it sustained.
-
-    Raises:
-        UsageError: the experiment cannot run here.
-    """
+    """Serve probes; keep each strategy's first trial at the highest rate that it sustained."""
 
     def __init__(self, experiment: Experiment, query: CapacityQuery, watch: CapacityWatch) -> None:
         self._spec, self._query, self._watch = experiment.workload, query, watch
@@ -224,10 +217,9 @@ class ProbeRunner:
         return replace(self._spec, seed=self._spec.seed + trial, request_rate=rate)
 
     def measure_unloaded(self) -> dict[str, float]:
-        """Return median latencies in ms of requests that are served one at a time.
+        """Return median latencies in ms of requests served one at a time.
 
-        Raises:
-            UsageError: they miss a limit even so.
+        Raises UsageError if they miss a limit even so.
         """
         self._watch.phase("serving requests one at a time")
         session, limits_ms = self.session, self._query.goals.limits_ms

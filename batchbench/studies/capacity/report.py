@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -32,7 +33,7 @@ from batchbench.reports.figures.card import (
     strip_axes,
 )
 from batchbench.reports.statistics import CONFIDENCE
-from batchbench.reports.text import called, clean_text, number, spell_number
+from batchbench.reports.text import called, clean_text, number, percent, spell_number, times_within
 from batchbench.studies.capacity.probe import GROWTH, Probe, Verdict
 from batchbench.studies.capacity.search import Capacity, CapacityFindings
 from batchbench.version import __version__
@@ -48,20 +49,9 @@ def sentence(findings: CapacityFindings) -> str:
     limits = " and ".join(
         f"{_LABELS[name]} ≤ {limit:g} ms" for name, limit in query.goals.limits_ms.items()
     )
-    text = f"with {limits} for {100 * query.attainment:g} % of the requests, "
+    text = f"with {limits} for {100 * query.attainment:g} % of the requests, {_answer(findings)}"
     if findings.experiment.simulated:
         text = f"in simulation, {text}"
-    ratio, first, last = findings.ratio, findings.capacities[0], findings.capacities[-1]
-    if ratio is None:
-        text += ", ".join(
-            f"{called(c.strategy)} sustains {_range(c)} requests/s" for c in findings.capacities
-        )
-    else:
-        text += (
-            f"{called(last.strategy)} sustains {ratio.value:.2f}× ({ratio.low:.2f}–"
-            f"{ratio.high:.2f}) the load of {called(first.strategy)}: {_range(last)} against "
-            f"{_range(first)} requests/s"
-        )
     if checked.requests_checked:
         text += f"; outputs identical for {checked.identical}/{checked.requests_checked} requests"
         if checked.numerical_ties:
@@ -73,6 +63,18 @@ def sentence(findings: CapacityFindings) -> str:
     return text + "."
 
 
+def _answer(findings: CapacityFindings) -> str:
+    ratio, first, last = findings.ratio, findings.capacities[0], findings.capacities[-1]
+    if ratio is None:
+        return ", ".join(
+            f"{called(c.strategy)} sustains {_range(c)} requests/s" for c in findings.capacities
+        )
+    return (
+        f"{called(last.strategy)} sustains {times_within(ratio.value, ratio.low, ratio.high)} the "
+        f"load of {called(first.strategy)}: {_range(last)} against {_range(first)} requests/s"
+    )
+
+
 def _range(capacity: Capacity) -> str:
     if not capacity.low:
         return f"less than {_rate(capacity.high)}"
@@ -81,17 +83,6 @@ def _range(capacity: Capacity) -> str:
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def headline(findings: CapacityFindings) -> str:
-    """Return the sentence above the picture."""
-    ratio, first, last = findings.ratio, findings.capacities[0], findings.capacities[-1]
-    if ratio is None:
-        return f"Within these limits {called(first.strategy)} sustains {_range(first)} requests/s"
-    return (
-        f"Within these limits {called(last.strategy)} sustains {ratio.value:.2f}× the load of "
-        f"{called(first.strategy)}"
-    )
 
 
 def title_of(findings: CapacityFindings) -> str:
@@ -113,13 +104,15 @@ def table(findings: CapacityFindings) -> Table:
         * findings.experiment.simulated,
         title_style="bold",
         caption_style="dim",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
     grid.add_column("strategy", no_wrap=True)
     names = [f"{_LABELS[name]}\np{share:g} ms" for name in limits]
-    for name in ("req/s", "trials", "% of requests\nwithin limits", "queue\ngrows %", *names):
-        grid.add_column(name, justify="right")
+    for name in ("req/s", "trials", "% of requests\nwithin limits", "queue\ngrows", *names):
+        grid.add_column(name, justify="right", overflow="fold")
     grid.add_column("sus-\ntained")
     for capacity in findings.capacities:
         probes = sorted(capacity.probes, key=lambda probe: probe.rate)
@@ -131,13 +124,13 @@ def table(findings: CapacityFindings) -> Table:
 
 
 def _cells(probe: Probe, limited: Mapping[str, float]) -> list[str]:
-    share = probe.attainment
-    interval = f" ({100 * share.low:.1f}–{100 * share.high:.1f})" if len(probe.trials) > 1 else ""
+    share, several = probe.attainment, len(probe.trials) > 1
+    interval = f" ({100 * share.low:.3g}–{100 * share.high:.3g})" if several else ""
     return [
         _rate(probe.rate),
         str(len(probe.trials)),
-        f"{100 * share.value:.1f}{interval}",
-        f"{100 * probe.growth.value:.1f}".replace("-0.0", "0.0"),
+        f"{100 * share.value:.3g}{interval}",
+        percent(probe.growth.value, 1),
         *(number(probe.latency_ms.get(name)) for name in limited),
     ]
 
@@ -149,12 +142,11 @@ def _verdict(probe: Probe, attainment: float) -> Text:
     if probe.verdict is Verdict.NOT_SUSTAINED:
         return Text("no", "red")
     unclear = probe.attainment.low < attainment
-    why = f"{100 * attainment:g} % in interval" if unclear else "queue may grow"
-    return Text(f"borderline: {why}", "yellow")
+    why = f"{100 * attainment:g} % in\ninterval" if unclear else "queue\nmay grow"
+    return Text(f"borderline\n{why}", "yellow")
 
 
 def render(findings: CapacityFindings) -> RenderableType:
-    """Return sentence and table."""
     suspect = "bold yellow" if findings.reasons else "bold"
     style = "bold red" if findings.verification.wrong else suspect
     return Group(Text(sentence(findings), style=style), Text(), table(findings))
@@ -231,13 +223,12 @@ def _finite(value: float) -> float | None:
 
 
 def to_json(data: Mapping[str, Any]) -> str:
-    """Return ``capacity.json``."""
     return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def write_capacity(folder: Path, findings: CapacityFindings, data: Mapping[str, Any]) -> list[Path]:
     """Write ``capacity.json`` and the picture; return their paths."""
-    figure = draw_capacity(data, headline(findings), title_of(findings))
+    figure = draw_capacity(data, _answer(findings), title_of(findings))
     pictures = {f"capacity.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
     return write_whole(folder, {"capacity.json": to_json(data), **pictures})
 
@@ -256,11 +247,7 @@ _MOST_TICKS = 7
 
 
 def draw_capacity(data: Mapping[str, Any], headline: str, title: str) -> Figure:
-    """Draw attainment over the rate, and each limited latency with its limit.
-
-    Args:
-        data: as in ``capacity.json``.
-    """
+    """Draw attainment over the rate, and each limited latency with its limit."""
     with house_style():
         strategies = name_strategies(dict.fromkeys(data["strategies"], ()))
         panels: Sequence[str] = ["attainment", *data["limits_ms"]]
@@ -286,7 +273,6 @@ def draw_capacity(data: Mapping[str, Any], headline: str, title: str) -> Figure:
 def _draw_panel(
     axes: Axes, data: Mapping[str, Any], strategies: Sequence[Strategy], panel: str
 ) -> None:
-    """Draw attainment or a latency over the rate, of all strategies."""
     share = 100 * data["slo_attainment"]
     limit = share if panel == "attainment" else data["limits_ms"][panel]
     axes.axhline(limit, color=INK, lw=1.2, ls=":")

@@ -32,14 +32,10 @@ class Search:
 
     A borderline rate stays between them: the search then closes in on it from both sides, so that
     the remaining interval holds the rates that the trials cannot decide.
-
-    Args:
-        first: the rate to begin with, in requests/s.
-        precision: how far ``high`` may be above ``low`` at the end, as a share of ``low``.
     """
 
-    first: float
-    precision: float
+    first: float  # the rate to begin with, in requests/s
+    precision: float  # how far high may be above low at the end, as a share of low
     low: float = 0.0  # highest rate that is sustained
     high: float = math.inf  # lowest rate that is not
     borderline: list[float] = field(default_factory=list)
@@ -87,7 +83,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class CapacityFindings:
-    """The results of a search."""
+    """The results of a search, from which every report is derived."""
 
     experiment: Experiment
     query: CapacityQuery
@@ -120,14 +116,8 @@ def find_capacity(
 
     Every trial of a rate draws arrivals and lengths from its own seed; the seeds are the same for
     every rate and strategy, and a higher rate has the same gaps, shortened. Strategies alternate,
-    so that a drift of the machine's speed affects all of them.
-
-    Args:
-        precision: how far the lowest rate that is not sustained may be above the highest that is,
-            as a share.
-
-    Raises:
-        UsageError: no limit is given, requests miss them even without load, or no rate is too high.
+    so that a drift of the machine's speed affects all of them. Raises UsageError if no limit is
+    given, requests miss them even without load, or no rate is too high.
     """
     if not query.goals.slo:
         raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")

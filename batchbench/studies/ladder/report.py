@@ -25,13 +25,22 @@ from batchbench.batching.trials import WarmUp
 from batchbench.files import write_whole
 from batchbench.reports import metrics
 from batchbench.reports.audit import audit
+from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import figure_bytes
-from batchbench.reports.figures.card import INK, QUIET, Card, house_style, strip_axes
-from batchbench.reports.figures.card import make_card as make_page
+from batchbench.reports.figures.card import INK, QUIET
 from batchbench.reports.result import output_digest, recording_files, workload_facts
 from batchbench.reports.result_file import Speedup
 from batchbench.reports.statistics import FEWEST_PAIRS, paired_ratio
-from batchbench.reports.text import clean_text, number, spell_number, spell_percent
+from batchbench.reports.text import (
+    clean_text,
+    interval,
+    number,
+    percent,
+    plural,
+    spell_number,
+    spell_percent,
+    times,
+)
 from batchbench.reports.time_budget import host_share
 from batchbench.studies.ladder.run import LadderOutcome
 from batchbench.version import __version__
@@ -60,13 +69,11 @@ class LadderResult:
     @property
     def title(self) -> str:
         """Model, device, batch size and workload in a line."""
-        model = self.data["model"]
-        slots = self.data["config"]["serving"]["batch_size"]
-        device = model["device"]
-        if device == "cpu":
-            device += f", {_count(self.data['environment']['threads'], 'thread')}"
-        requests = _count(self.data["workload"]["num_requests"], "request")
-        return " · ".join([model["name"], device, _count(slots, "slot"), requests])
+        model, slots = self.data["model"], self.data["config"]["serving"]["batch_size"]
+        parts = [model["name"], model["device"], plural(slots, "slot")]
+        if model["device"] == "cpu":
+            parts[1] += f", {plural(self.data['environment']['threads'], 'thread')}"
+        return " · ".join([*parts, plural(self.data["workload"]["num_requests"], "request")])
 
     @property
     def passed(self) -> bool:
@@ -74,17 +81,13 @@ class LadderResult:
         return not any(rung["verification"]["wrong"] for rung in self.data["rungs"])
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
-def make_ladder(outcome: LadderOutcome) -> LadderResult:
+def make_ladder(outcome: LadderOutcome, command: str) -> LadderResult:
     """Return the result of a ladder that just ran."""
     ladder, recordings, ceilings = outcome.ladder, outcome.recordings, outcome.ceilings
     rounds = len(next(iter(recordings.values())))
     during = {
         dtype: [middle([ceilings[i][dtype], ceilings[i + 1][dtype]]) for i in range(rounds)]
-        for dtype in ceilings[0]
+        for dtype in ceilings[-1]  # without those whose rungs failed
     }
     on_cpu = ladder.model["device"] == "cpu"
     reasons = [] if outcome.stopped is None else [outcome.stopped]
@@ -93,14 +96,12 @@ def make_ladder(outcome: LadderOutcome) -> LadderResult:
         rung, trials = opened.rung, recordings[opened.rung.name]
         verification = outcome.verifications[rung.name]
         reasons += audit(ladder.workload, {rung.name: trials}, verification, _WARM, None)
-        assert rung.dtype is not None
-        speedup = {name: _speedup(recordings.get(name), trials) for name in BASELINES}
         rungs.append(
-            asdict(rung)
-            | {"memory": opened.memory}
-            | _figures(trials, during[rung.dtype], on_cpu=on_cpu)
-            | {
-                "speedup": speedup,
+            {
+                **asdict(rung),
+                "memory": opened.memory,
+                **_figures(trials, during[opened.model.dtype_name], on_cpu=on_cpu),
+                "speedup": {name: _speedup(recordings.get(name), trials) for name in BASELINES},
                 "verification": {"passed": verification.passed, **asdict(verification)},
             }
         )
@@ -108,8 +109,8 @@ def make_ladder(outcome: LadderOutcome) -> LadderResult:
         "schema_version": SCHEMA_VERSION,
         "batchbench_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ladder.command(),
-        "config": ladder.config(),
+        "command": command,
+        "config": {**ladder.experiment.config(), "ladder": asdict(ladder.spec)},
         "environment": dict(ladder.rungs[0].session.environment),
         "model": ladder.model,
         "workload": workload_facts(ladder.workload),
@@ -131,15 +132,13 @@ def make_card(ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
         "bandwidth": {**asdict(first.bandwidth), "beyond_cache": first.bandwidth.beyond_cache},
         "formats": {
             dtype: {
-                "weight_bytes": ceiling.reading.weight_bytes,
-                "step_weight_bytes": ceiling.reading.step_weight_bytes,
-                "kv_token_bytes": ceiling.reading.kv_token_bytes,
-                "floor_ms": ceiling.floor_s * 1e3,
-                "products_ms": ceiling.products_s * 1e3,
-                "bound": ceiling.bound,
-                "ceiling_tokens_per_s": ceiling.tokens_per_s,
+                **{name: size for name, size in asdict(limit.reading).items() if name != "dtype"},
+                "floor_ms": limit.floor_s * 1e3,
+                "products_ms": limit.products_s * 1e3,
+                "bound": limit.bound,
+                "ceiling_tokens_per_s": limit.tokens_per_s,
             }
-            for dtype, ceiling in ceilings.items()
+            for dtype, limit in ceilings.items()
         },
     }
 
@@ -208,34 +207,28 @@ def write_ladder(folder: Path, result: LadderResult) -> list[Path]:
 
 # The terminal
 
-_GB, _MIB = 1e9, 2**20
-
 
 def card_lines(card: Mapping[str, Any]) -> list[str]:
     """Return what this machine allows, as lines of text."""
-    speed = card["bandwidth"]
-    threads = f", {_count(speed['threads'], 'thread')}" if speed["threads"] else ""
-    if speed["cache_bytes"] is None:
-        cache = "size of the last-level cache unknown"
-    else:
-        times = speed["buffer_bytes"] / speed["cache_bytes"]
-        cache = f"{times:.2g} × the last-level cache"
-        cache += "" if speed["beyond_cache"] else " (too little)"
+    speed, cache = card["bandwidth"], "size of the last-level cache unknown"
+    threads = f", {plural(speed['threads'], 'thread')}" if speed["threads"] else ""
+    if speed["cache_bytes"] is not None:
+        small = "" if speed["beyond_cache"] else " (too little)"
+        cache = f"{speed['buffer_bytes'] / speed['cache_bytes']:.2g} × the last-level cache{small}"
     lines = [
         "What this machine allows",
-        f"  memory     {number(speed['bytes_per_s'] / _GB)} GB/s read{threads}; measured on a "
-        f"buffer of {number(speed['buffer_bytes'] / _MIB)} MiB,",
+        f"  memory     {number(speed['bytes_per_s'] / 1e9)} GB/s read{threads}; measured on a "
+        f"buffer of {_mib(speed['buffer_bytes'])},",
         f"             {cache}: {speed['method']}, median of {speed['passes']}",
     ]
     for dtype, known in card["formats"].items():
         cached = card["kv_tokens"] * known["kv_token_bytes"]
         lines += [
             f"  {dtype}",
-            f"    weights  {number(known['weight_bytes'] / _MIB)} MiB, "
-            f"{number(known['step_weight_bytes'] / _MIB)} MiB of them read in each step",
-            f"    KV       {number(known['kv_token_bytes'] / 1024)} KiB per token, "
-            f"{number(cached / _MIB)} MiB for the {number(card['kv_tokens'])} tokens of "
-            f"{_count(card['rows'], 'request')}",
+            f"    weights  {_mib(known['weight_bytes'])}, {_mib(known['step_weight_bytes'])} of "
+            "them read in each step",
+            f"    KV       {number(known['kv_token_bytes'] / 1024)} KiB per token, {_mib(cached)} "
+            f"for the {number(card['kv_tokens'])} tokens of {plural(card['rows'], 'request')}",
             f"    limit    {_ms(known['floor_ms'])} ms per decode step by memory: "
             "(weights + KV) / bandwidth",
             f"    products {_ms(known['products_ms'])} ms for the step's matrix products alone",
@@ -245,6 +238,10 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _mib(size: float) -> str:
+    return f"{number(size / 2**20)} MiB"
+
+
 def _ms(value: float | None) -> str:
     return "N/A" if value is None else f"{value:.2f}" if value < 10 else f"{value:,.1f}"
 
@@ -252,10 +249,10 @@ def _ms(value: float | None) -> str:
 def table(result: LadderResult) -> Table:
     """Return a row for each rung."""
     rounds = result.data["config"]["ladder"]["rounds"]
-    interval = ", with the 95 % interval" if rounds >= FEWEST_PAIRS else ""
+    with_interval = ", with the 95 % interval" if rounds >= FEWEST_PAIRS else ""
     notes = (
         "÷ notebook, ÷ generate_batch: times as fast, median over "
-        f"{_count(rounds, 'round')}{interval}",
+        f"{plural(rounds, 'round')}{with_interval}",
         f"step: a decode step of {result.data['card']['rows']} rows",
         "÷ products: its time over that of its matrix products alone",
         "memory limit: 100 % reads weights and KV at full memory bandwidth",
@@ -278,8 +275,8 @@ def table(result: LadderResult) -> Table:
         "÷ gener-\nate_batch",
         "Step\nms",
         "÷ pro-\nducts",
-        "% of\nmemory\nlimit",
-        "% out-\nside\nmodel",
+        "Memory\nlimit",
+        "Outside\nmodel",
         "Tokens\nchecked",
     ):
         grid.add_column(name, justify="right", overflow="fold")
@@ -290,9 +287,9 @@ def table(result: LadderResult) -> Table:
             number(rung["summary"]["output_throughput"]),
             *(_ratio(rung["speedup"][baseline]) for baseline in BASELINES),
             _ms(rung["decode_step_ms"]),
-            "N/A" if rung["times_products"] is None else f"{rung['times_products']:.2f}×",
-            _percent(rung["floor_share"], 0),
-            _percent(rung["outside_model"], 1),
+            times(rung["times_products"]),
+            percent(rung["floor_share"]),
+            percent(rung["outside_model"], 1),
         ]
         grid.add_row(label, *cells, _checked(rung["verification"]))
     return grid
@@ -301,12 +298,8 @@ def table(result: LadderResult) -> Table:
 def _ratio(ratio: Mapping[str, Any] | None) -> str:
     if ratio is None:
         return "–"
-    text = f"{ratio['median']:.2f}×"
-    return text if ratio["ci95"] is None else f"{text}\n{{:.2f}}–{{:.2f}}".format(*ratio["ci95"])
-
-
-def _percent(share: float | None, digits: int) -> str:
-    return "N/A" if share is None else f"{100 * share:.{digits}f}"
+    bounds = ratio["ci95"]
+    return times(ratio["median"]) + (f"\n{interval(*bounds)}" if bounds else "")
 
 
 def _checked(verification: Mapping[str, Any]) -> Text:
@@ -318,7 +311,7 @@ def _checked(verification: Mapping[str, Any]) -> Text:
         return Text(f"{wrong} of {checked}\nWRONG", style="bold red")
     text = Text(f"{verification['identical']} same")
     if ties := verification["numerical_ties"]:
-        text.append(f"\n{_count(ties, 'tie')}", style="dim")
+        text.append(f"\n{plural(ties, 'tie')}", style="dim")
     return text
 
 
@@ -350,16 +343,16 @@ def headline(result: LadderResult) -> str:
     rungs = result.data["rungs"]
     best, why = _fastest(result)
     if best is None:
-        return f"no fastest rung of {len(rungs)} is named: {why}"
-    ratios = [
-        f"{ratio['median']:.2f}× as fast as {name}"
+        return f"No fastest rung of {len(rungs)} is named: {why}"
+    ratios = " and ".join(
+        f"{times(ratio['median'])} as fast as {name}"
         for name, ratio in best["speedup"].items()
         if ratio is not None
-    ]
+    )
     text = f"{best['name']} serves {number(_throughput(best))} output tokens/s"
     if len(rungs) > 1:
         text = f"{best['name']} is the fastest of {len(rungs)} rungs"
-    return ", ".join([text, *([" and ".join(ratios)] if ratios else [])])
+    return f"{text}, {ratios}" if ratios else text
 
 
 def sentence(result: LadderResult) -> str:
@@ -369,8 +362,8 @@ def sentence(result: LadderResult) -> str:
     if best is not None and best["decode_step_ms"] is not None:
         parts.append(
             f"its decode step takes {_ms(best['decode_step_ms'])} ms: "
-            f"{best['times_products']:.2f}× the time of its matrix products alone, at "
-            f"{_percent(best['floor_share'], 0)} % of the memory-bandwidth limit"
+            f"{times(best['times_products'])} the time of its matrix products alone, at "
+            f"{percent(best['floor_share'])} of the memory-bandwidth limit"
         )
     wrong = [rung["name"] for rung in rungs if rung["verification"]["wrong"]]
     if wrong:
@@ -404,98 +397,86 @@ def render(result: LadderResult) -> RenderableType:
 
 # The picture
 
-_ROW, _BAR, _HEAD = 0.46, 0.3, 0.4  # inches: a rung's row, its bar, and legend and titles above
+_ROW, _BAR = 0.46, 0.3  # inches: a rung's row, and its bar
 
 _NAMES, _RATES, _STEPS, _GAP = 1.55, 2.4, 2.7, 0.35  # inches: the columns, and between the last two
 
 _COLOURS = {
     "notebook": ("notebook engine", "#D55E00"),
-    "generate_batch": ("transformers' generate_batch", "#CC79A7"),
+    "generate_batch": ("generate_batch", "#CC79A7"),
     "slots": ("slots engine", "#0072B2"),
 }
 
 
 def draw_ladder(result: LadderResult) -> Figure:
     """Draw a row for each rung: output tokens/s on the left, ms per decode step on the right."""
-    rungs = result.data["rungs"]
-    with house_style():
-        height = _ROW * len(rungs)
-        page = make_page(
+    rungs, formats = result.data["rungs"], result.data["card"]["formats"]
+    entries, height = _entries(rungs), _ROW * len(rungs)
+    head = cards.legend_height(entries)
+    with cards.house_style():
+        page = cards.make_card(
             clean_text(headline(result)),
             clean_text(result.title),
-            _HEAD + height + 0.42,
+            head + height + 0.42,
             _notes(result),
         )
-        _legend(page, rungs)
+        cards.add_legend(page, entries)
+        rates = page.axes(_NAMES, head, _RATES, height)
+        steps = page.axes(_NAMES + _RATES + _GAP, head, _STEPS, height)
         for i, rung in enumerate(rungs):
-            y, colour = _HEAD + _ROW * i, _COLOURS[rung["engine"]][1]
+            y, colour = head + _ROW * i, _COLOURS[rung["engine"]][1]
             page.write(0, y + 0.09, clean_text(rung["name"]), size=10, weight="bold", color=colour)
             page.write(0, y + 0.25, clean_text(rung["change"]), size=8, color=QUIET)
-        _draw_rates(page.axes(_NAMES, _HEAD, _RATES, height), rungs)
-        left = _NAMES + _RATES + _GAP
-        formats = result.data["card"]["formats"]
-        _draw_steps(page.axes(left, _HEAD, _STEPS, height), rungs, formats)
+            _draw_rate(rates, i, rung, colour)
+            if rung["decode_step_ms"] is not None:
+                _draw_step(steps, i, rung, colour, formats[rung["dtype"]])
+        # Room for the numbers behind the bars.
+        for axes, room, label in (
+            (rates, 1.4, "output tokens/s"),
+            (steps, 1.7, "ms per decode step, and % of the memory limit"),
+        ):
+            axes.set(xlim=(0, room * axes.get_xlim()[1]), ylim=(len(rungs) - 0.5, -0.5))
+            axes.set(yticks=[], xlabel=label)
+            axes.locator_params(axis="x", nbins=5, prune="upper")
+            cards.strip_axes(axes, "bottom")
     return page.figure
 
 
-def _draw_rates(axes: Axes, rungs: Sequence[Rung]) -> None:
-    ends = []
-    for i, rung in enumerate(rungs):
-        rates = [trial["output_throughput"] for trial in rung["trials"]]
-        axes.scatter(rates, [i] * len(rates), s=9, c="#ffffff", ec=INK, lw=0.7, zorder=3)
-        value = _throughput(rung)
-        ends.append(max(value, *rates))
-        _bar(axes, i, value, rung, f"rate-{i}", ends[-1], spell_number(value))
-    _finish(axes, len(rungs), 1.45 * max(ends), "output tokens/s")
+def _draw_rate(axes: Axes, row: int, rung: Rung, colour: str) -> None:
+    """Draw the throughput as a bar, and each round as a dot."""
+    value, rates = _throughput(rung), [trial["output_throughput"] for trial in rung["trials"]]
+    axes.barh(row, value, _BAR / _ROW, color=colour, alpha=0.75, lw=0, gid=f"rate-{row}")
+    axes.scatter(rates, [row] * len(rates), s=9, c="#ffffff", ec=INK, lw=0.7, zorder=3)
+    _write(axes, row, max(value, *rates), spell_number(value))
 
 
-def _draw_steps(axes: Axes, rungs: Sequence[Rung], formats: Mapping[str, Any]) -> None:
-    ends = []
-    for i, rung in enumerate(rungs):
-        if (step_ms := rung["decode_step_ms"]) is None:
-            continue
-        known = formats[rung["dtype"]]
-        for value, style in ((known["floor_ms"], "-"), (known["products_ms"], ":")):
-            axes.plot([value] * 2, [i - 0.42, i + 0.42], color=INK, lw=1.6, ls=style, zorder=3)
-        ends.append(max(step_ms, known["products_ms"], known["floor_ms"]))
-        text = f"{spell_number(step_ms)} ms, {spell_percent(rung['floor_share'])}"
-        _bar(axes, i, step_ms, rung, f"step-{i}", ends[-1], text)
-    _finish(axes, len(rungs), 1.75 * max(ends, default=1), "ms per decode step, % of memory limit")
-
-
-def _bar(
-    axes: Axes, row: int, value: float, rung: Rung, gid: str, text_at: float, text: str
-) -> None:
-    colour = _COLOURS[rung["engine"]][1]
-    axes.barh(row, value, _BAR / _ROW, color=colour, alpha=0.75, lw=0, gid=gid)
-    style: dict[str, Any] = {"size": 9, "weight": "bold", "va": "center"}
-    axes.annotate(text, (text_at, row), (5, 0), textcoords="offset points", **style)
-
-
-def _finish(axes: Axes, rows: int, end: float, label: str) -> None:
-    axes.set(xlim=(0, end), ylim=(rows - 0.5, -0.5), yticks=[], xlabel=label)
-    axes.locator_params(axis="x", nbins=5, prune="upper")
-    strip_axes(axes, "bottom")
-
-
-def _legend(page: Card, rungs: Sequence[Rung]) -> None:
-    engines = [_COLOURS[engine] for engine in dict.fromkeys(rung["engine"] for rung in rungs)]
-    handles: list[Any] = [Patch(fc=colour, alpha=0.75, lw=0) for _, colour in engines]
-    handles += [Line2D([0], [0], color=INK, lw=1.6, ls=style) for style in ("-", ":")]
-    labels = [name for name, _ in engines] + ["memory limit", "matrix products alone"]
-    page.figure.legend(
-        handles,
-        labels,
-        ncols=len(labels),
-        loc="upper left",
-        bbox_to_anchor=page.at(0, 0.05),
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.6,
-        columnspacing=1.2,
-        handletextpad=0.5,
+def _draw_step(axes: Axes, row: int, rung: Rung, colour: str, limits: Mapping[str, float]) -> None:
+    """Draw the time of a decode step as a bar, and its two limits as lines."""
+    step_ms, floor_ms, products_ms = (
+        rung["decode_step_ms"],
+        limits["floor_ms"],
+        limits["products_ms"],
     )
+    axes.barh(row, step_ms, _BAR / _ROW, color=colour, alpha=0.75, lw=0, gid=f"step-{row}")
+    for value, style in ((floor_ms, "-"), (products_ms, ":")):
+        axes.plot([value] * 2, [row - 0.42, row + 0.42], color=INK, lw=1.6, ls=style, zorder=3)
+    text = f"{spell_number(step_ms)} ms, {spell_percent(rung['floor_share'])}"
+    _write(axes, row, max(step_ms, floor_ms, products_ms), text)
+
+
+def _write(axes: Axes, row: int, x: float, text: str) -> None:
+    place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, (x, row), size=9, weight="bold", **place)
+
+
+def _entries(rungs: Sequence[Rung]) -> list[Any]:
+    """Return the legend: the engines' colours, and the two limits of a step."""
+    engines = dict.fromkeys(_COLOURS[rung["engine"]] for rung in rungs)
+    lines = (("memory limit", "-"), ("matrix products", ":"))
+    return [
+        *((name, (Patch(fc=colour, alpha=0.75, lw=0),)) for name, colour in engines),
+        *((name, (Line2D([0], [0], color=INK, lw=1.6, ls=style),)) for name, style in lines),
+    ]
 
 
 def _notes(result: LadderResult) -> str:

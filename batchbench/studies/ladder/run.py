@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from batchbench import settings
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment
 from batchbench.batching.machine import PeakMemory
 from batchbench.batching.models import ModelCache
@@ -43,17 +41,10 @@ class OpenRung:
     @property
     def memory(self) -> Mapping[str, int]:
         """The bytes of weights, packed weights and cache."""
-        facts = self.session.model
-        memory = {"weight_bytes": facts["weight_bytes"]}
-        if self.rung.policy == GENERATE_BATCH:
-            from batchbench.batching.engines.generate_batch import GenerateBatch
-            from batchbench.batching.engines.torch.attention import kv_token_bytes
-
-            (strategy,) = self.session.strategies()
-            assert isinstance(strategy, GenerateBatch)
-            token_bytes = kv_token_bytes(self.model.module.config, self.model.dtype)
-            return memory | {"kv_cache_bytes": strategy.cache_tokens * token_bytes}
-        return memory | {name: facts[name] for name in ("packed_weight_bytes", "kv_cache_bytes")}
+        names = ("weight_bytes", "packed_weight_bytes", "kv_cache_bytes")
+        memory = {name: self.session.model[name] for name in names}
+        (strategy,) = self.session.strategies()
+        return memory | {"kv_cache_bytes": getattr(strategy, "cache_bytes", memory[names[-1]])}
 
     def serve(self, trial: int, trials: int) -> Recording:
         """Serve the workload once; add the time in the model and memory growth to the header."""
@@ -107,11 +98,8 @@ class _RungWatch(Watch):
 class Ladder:
     """Rungs that are ready to serve, each a session of the experiment with the rung's change.
 
-    A rung that fails, now or later, is left out with the reason; one that ``--rungs`` names is an
-    error.
-
-    Raises:
-        UsageError: the experiment or a named rung cannot run here.
+    A rung that fails, now or later, is left out with the reason; one that ``--rungs`` names raises
+    its error.
     """
 
     def __init__(self, experiment: Experiment, spec: LadderSpec, watch: Watch) -> None:
@@ -199,15 +187,6 @@ class Ladder:
         names = ("name", "load_format", "note", "device", "dtype", "parameters")
         return {name: facts[name] for name in names}
 
-    def command(self) -> str:
-        """Return the command line that repeats the ladder."""
-        options = settings.words_of(self.spec, LadderSpec())
-        return " ".join([self.experiment.command("ladder"), *map(shlex.quote, options)])
-
-    def config(self) -> dict[str, Any]:
-        """Return all settings as JSON values, spec by spec."""
-        return {**self.experiment.config(), "ladder": asdict(self.spec)}
-
     def measure(self) -> Mapping[str, Ceiling]:
         """Measure what this machine allows now, by number format."""
         from batchbench.batching.engines.torch import measure
@@ -233,10 +212,7 @@ class Ladder:
     def run(self, before: Mapping[str, Ceiling]) -> LadderOutcome:
         """Warm up, serve in alternating order, verify. Ctrl-C keeps the finished rounds.
 
-        The machine is measured again after each round, since its speed may drift.
-
-        Args:
-            before: the result of :meth:`measure` just now.
+        The machine, measured ``before``, is measured again after each round: its speed may drift.
         """
         self._watch.phase("warming up")
         self._for_each(lambda opened: opened.session.warm_up(most=_WARM_UP_ROUNDS))

@@ -49,11 +49,7 @@ RUNGS: Sequence[Rung] = (
 
 
 def choose_rungs(text: str) -> Sequence[Rung]:
-    """Return the rungs that ``--rungs`` names, in the order of :data:`RUNGS`.
-
-    Raises:
-        UsageError: there is no such rung, or one is named twice, or none is.
-    """
+    """Return the rungs that ``--rungs`` names, in the order of :data:`RUNGS`."""
     if text == ALL:
         return RUNGS
     names = [name.strip() for name in text.split(",") if name.strip()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -67,11 +67,9 @@ class SlotLayer(CacheLayerMixin):
         rows: torch.Tensor | None,
         states: torch.Tensor,
     ) -> None:
-        """Write keys and values, ``[tokens, 2, heads, head_dim]``, to their positions.
+        """Write keys and values, ``[tokens, 2, heads, head_dim]``, to their ``[tokens]`` places.
 
-        Args:
-            slots, positions: ``[tokens]`` each.
-            rows: the same places as returned by :meth:`SlotCache.rows`.
+        ``rows`` are the same places as :meth:`SlotCache.rows` returns them.
         """
         if rows is not None:
             self._rows.index_copy_(0, rows, states.reshape(-1, states.shape[-1]))
@@ -79,7 +77,6 @@ class SlotLayer(CacheLayerMixin):
         self.keys[slots, :, positions], self.values[slots, :, positions] = states.unbind(1)
 
     def erase(self, slot: int, start: int, stop: int) -> None:
-        """Write zeros to a slot's positions ``start`` to ``stop`` (excluded)."""
         self.block[:, slot, :, start:stop] = 0
 
     # The interface of transformers. The attention below reads the block itself.
@@ -165,15 +162,10 @@ class Layout:
     _rows_of_cache: torch.Tensor | None = field(default=None, init=False)
     _mask: torch.Tensor | None = field(default=None, init=False)
 
-    def moved(self, positions: torch.Tensor, length: int) -> Layout:
-        """Return the layout of the same requests in another pass."""
-        return replace(self, positions=positions, length=length)
-
     # Not cached_property: up to Python 3.11 it takes a lock, which torch.compile cannot trace.
 
     @property
     def rows_of_cache(self) -> torch.Tensor | None:
-        """The rows that keys and values of this pass are written to (:meth:`SlotCache.rows`)."""
         if self._rows_of_cache is None:
             self._rows_of_cache = self.cache.rows(self.slots, self.positions)
         return self._rows_of_cache
@@ -193,10 +185,9 @@ class Layout:
 
 
 def causal_mask(positions: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return a mask over ``length`` cached positions, ``[rows, 1, 1, length]``: 0 up to a row's
-    own position, −∞ beyond.
+    """Return a mask ``[rows, 1, 1, length]``: 0 up to a row's own position, −∞ beyond.
 
-    Numbers, since attention would convert a boolean mask again in each layer.
+    It holds numbers, since attention would convert a boolean mask again in each layer.
     """
     at = torch.arange(length, device=positions.device)
     mask = torch.zeros(len(positions), length, dtype=dtype, device=positions.device)
@@ -213,9 +204,7 @@ def attend(
 ) -> torch.Tensor:
     """Write keys and values, and attend in one layer; ``[tokens, heads, head_dim]`` in and out.
 
-    Args:
-        kv: ``[tokens, 2, heads, head_dim]``.
-        scale: factor of the scores; 1 / √head_dim if None.
+    ``kv`` is ``[tokens, 2, heads, head_dim]``; ``scale`` is 1 / √head_dim if None.
     """
     block.write(layout.slots, layout.positions, layout.rows_of_cache, kv)
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != kv.shape[2]}
@@ -232,12 +221,9 @@ def attend(
 def attend_natively(
     kernels: Native, block: SlotLayer, qkv: torch.Tensor, layout: Layout
 ) -> torch.Tensor:
-    """Do what :func:`attend` does, the decoding rows in batchbench's own kernel.
+    """Attend as :func:`attend` does, with ``qkv``, ``[tokens, 3, heads, head_dim]``.
 
-    The kernel reads only the positions that a request has written.
-
-    Args:
-        qkv: ``[tokens, 3, heads, head_dim]``.
+    The own kernel of the decoding rows reads only the positions that a request has written.
     """
     out = kernels.attention(qkv, block.block, layout.slots, layout.positions, layout.decoding)
     if layout.decoding < qkv.shape[0]:
@@ -253,7 +239,7 @@ def _attend_prompts(
     options: dict[str, Any],
     out: torch.Tensor,
 ) -> None:
-    """Attend for the chunks, whose keys and values are in the cache by now; write to ``out``."""
+    """Attend for the chunks, whose keys and values are in the cache; write to ``out``."""
     k, v = kv.unbind(1)
     for prompts in layout.fresh:
         pq, pk, pv = (states[prompts.gather].transpose(1, 2) for states in (q, k, v))

@@ -36,7 +36,7 @@ class HostTimer:
         self._ends.append(self._clock.now())
 
     def settle(self) -> None:
-        """Return at once: a launched step is done."""
+        """Return at once: on a CPU a launched step is done."""
 
     def times(self) -> tuple[Ints, Ints]:
         """Return starts, one a run, and ends, one a step, in ns since ``begin``."""
@@ -178,7 +178,7 @@ class TorchEngine:
 
 
 def yielding_slots(plan: Plan) -> list[int]:
-    """Return the slots that get a token: those that decode, then those whose prompt is complete."""
+    """Return the slots that get a token: first those that decode, then those of last chunks."""
     decoding: list[int] = plan.slots.tolist()
     return decoding + [chunk.slot for chunk in plan.chunks if chunk.yields]
 

@@ -69,28 +69,19 @@ LARGEST_PRODUCT = 2**24
 
 @dataclass(frozen=True)
 class Served:
-    """The part of an experiment that decides how much memory serving takes.
-
-    Attributes:
-        prompt: tokens of the longest prompt.
-        longest: tokens of the longest request, prompt and output.
-        mixes: prompts are computed in passes with the running requests.
-        budget: most tokens of such a pass; None to derive it from the number of slots.
-        lean: the pass is GPT-2's own.
-    """
+    """The part of an experiment that decides how much memory serving takes."""
 
     config: Any
     dtype: torch.dtype
     cached: torch.dtype
     engine: str
-    prompt: int
-    longest: int
-    mixes: bool
-    budget: int | None
-    lean: bool
+    prompt: int  # tokens of the longest prompt
+    longest: int  # tokens of the longest request, prompt and output
+    mixes: bool  # prompts are computed in passes with the running requests
+    budget: int | None  # most tokens of such a pass; None to derive it from the number of slots
+    lean: bool  # the pass is GPT-2's own
 
     def cache_bytes(self, slots: int) -> int:
-        """Return the bytes of keys and values of all slots."""
         return slots * self.longest * kv_token_bytes(self.config, self.cached)
 
     def bytes(self, slots: int) -> int:
@@ -130,13 +121,9 @@ def make_engine(
 ) -> tuple[TorchEngine, dict[str, int]]:
     """Return the engine of that name, and its bytes of weights, packed weights and cache.
 
-    Args:
-        forward: the slots engine's pass; None for the leanest that is right for the model.
-        prompt, mixes, budget: as in :class:`Served`.
-
-    Raises:
-        UsageError: a batch of this size does not fit (names the largest that does), or the model
-            cannot be computed as ``execution`` says.
+    ``forward`` is the slots engine's pass, None for the leanest correct one; ``prompt``, ``mixes``
+    and ``budget`` are as in :class:`Served`. Raises UsageError if a batch of this size does not
+    fit, with the largest that does, or if the model cannot be computed as ``execution`` says.
     """
     with _cache_fits(slots, model.device):
         if name == "notebook":
@@ -173,7 +160,6 @@ def make_engine(
 
 @contextmanager
 def _cache_fits(slots: int, device: torch.device) -> Iterator[None]:
-    """Turn a failed allocation into a UsageError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -37,21 +37,6 @@ class Forward(Protocol):
         """Return logits ``[kept, vocabulary]`` of ``ids``, ``[tokens]``; of all if None is kept."""
 
 
-class CountedForward:
-    """A forward pass that counts its calls."""
-
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
-        self.cache_dtype, self.extra_bytes = forward.cache_dtype, forward.extra_bytes
-        self.calls = 0
-
-    def __call__(
-        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
-    ) -> torch.Tensor:
-        self.calls += 1
-        return self._forward(ids, layout, keep)
-
-
 class TransformersForward:
     """Any causal LM of transformers, through its cache and attention interfaces."""
 

@@ -31,10 +31,8 @@ _SHORTEST = 64
 class PreparedDecode:
     """One prepared pass for each size of batch and cache.
 
-    Args:
-        last: the last token of every slot, ``[slots]``; read and written.
-        max_len: most positions of a slot.
-        every_batch: prepare the halves, quarters … of the batch too.
+    A pass reads and writes ``last``, the last token of every slot, ``[slots]``. With
+    ``every_batch`` the halves, quarters … of the batch are prepared too.
     """
 
     def __init__(
@@ -63,7 +61,6 @@ class PreparedDecode:
         }
 
     def aim(self, plan: Plan) -> None:
-        """Set the positions of a plan's first pass."""
         positions, growing = np.zeros((2, len(self._slots)), np.int64)
         positions[plan.slots], growing[plan.slots] = plan.positions, plan.growing
         self._positions.copy_(torch.from_numpy(positions), non_blocking=True)
@@ -98,7 +95,6 @@ def sizes(smallest: int, largest: int) -> tuple[int, ...]:
 
 
 def fitting(sizes: tuple[int, ...], wanted: int) -> int:
-    """Return the smallest size that is at least ``wanted``."""
     return next(size for size in sizes if size >= wanted)
 
 

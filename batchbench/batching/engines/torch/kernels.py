@@ -64,11 +64,9 @@ class Native:
         return weight.dtype is torch.float32
 
     def attends(self, head_size: int, dtype: torch.dtype) -> bool:
-        """Return True if :meth:`attention` can compute heads of this size."""
         return head_size <= MAX_HEAD_SIZE and dtype in _NAMES
 
     def chooses(self, logits: torch.Tensor) -> bool:
-        """Return True if :meth:`greedy` can choose among ``logits``."""
         return logits.dtype in _NAMES and logits.shape[1] > 0
 
     @staticmethod
@@ -97,11 +95,7 @@ class Native:
     ) -> torch.Tensor:
         """Return ``x @ weight.T + bias``, then GPT-2's GELU or ``+ add``: ``[rows, outputs]``.
 
-        Args:
-            x: ``[rows, inputs]``.
-            packed: the result of :meth:`pack` for the weight, ``[outputs, inputs]``.
-            bias: ``[outputs]``, or None.
-            add: ``[rows, outputs]``, or None.
+        ``x`` is ``[rows, inputs]``, ``packed`` the weight after :meth:`pack`.
         """
         x = x.contiguous()
         add = add if add is None else add.contiguous()
@@ -124,16 +118,10 @@ class Native:
     ) -> torch.Tensor:
         """Write a pass's keys and values into a layer's cache, and attend for its decoding rows.
 
-        Each row reads its slot up to its own position only.
-
-        Args:
-            qkv: ``[tokens, 3, heads, head_dim]``, decoding rows first.
-            block: ``[2, slots, heads, max_len, head_dim]``, keys and values, written in place.
-            slots, positions: ``[tokens]``, int64.
-            decoding: the number of decoding rows.
-
-        Returns:
-            ``[tokens, heads, head_dim]``, set for the decoding rows only.
+        Each row reads its slot up to its own position only. ``qkv`` is ``[tokens, 3, heads,
+        head_dim]``, ``decoding`` rows first; ``block`` is as in SlotLayer; ``slots`` and
+        ``positions`` are ``[tokens]``, int64. The result, ``[tokens, heads, head_dim]``, is set for
+        the decoding rows only.
         """
         tokens, _, heads, size = qkv.shape
         out = qkv.new_empty(tokens, heads, size)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache, partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import gelu, linear
 
-from batchbench.batching.engines.torch.kernels import Native, native
+from batchbench.batching.engines.torch.kernels import native
 
 
 class OneDNN(NamedTuple):
@@ -75,93 +76,58 @@ class Kernels(IntEnum):
     """batchbench's, compiled on this machine, on weights packed for them."""
 
 
-class Linear(Protocol):
-    """``x @ weight.T + bias``, fused with the next operation of GPT-2 where a kernel does that."""
+@dataclass(frozen=True)
+class Linear:
+    """``x @ weight.T + bias``, fused with the next operation of GPT-2 where a kernel does that.
 
-    @property
-    def extra_bytes(self) -> int:
-        """Bytes held in addition to the weight."""
+    ``product`` takes ``[rows, inputs]`` to ``[rows, outputs]``; ``gelu`` applies GPT-2's GELU (its
+    tanh form) to the product; ``plus`` adds its second argument, ``[rows, outputs]``.
+    ``extra_bytes`` are held in addition to the weight.
+    """
+
+    kernels: Kernels
+    product: Callable[[torch.Tensor], torch.Tensor]
+    gelu: Callable[[torch.Tensor], torch.Tensor]
+    plus: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    extra_bytes: int = 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the product: ``[rows, inputs]`` to ``[rows, outputs]``."""
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        """Return GPT-2's GELU (its tanh form) of the product."""
-
-    def plus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return the product plus ``y``, ``[rows, outputs]``."""
+        return self.product(x)
 
 
 def make_linear(
     weight: torch.Tensor, bias: torch.Tensor | None, most: Kernels = Kernels.OWN
 ) -> Linear:
-    """Return the fastest layer for this weight, on its device and in its number format.
+    """Return the fastest layer for this weight, ``[outputs, inputs]`` with any strides.
 
-    Args:
-        weight: ``[outputs, inputs]``; any strides.
-        bias: ``[outputs]``, or None.
-        most: the best kernels that may be used.
+    ``most`` are the best kernels that may be used.
     """
-    if weight.device.type == "cpu":
-        own = native() if most >= Kernels.OWN else None
-        if own is not None and own.multiplies(weight):
-            return OwnLinear(own, weight, bias)
-        ops = onednn(weight.dtype) if most >= Kernels.PACKED else None
-        if ops is not None:
-            return PackedLinear(ops, weight, bias)
-    return PlainLinear(weight, bias)
-
-
-class PlainLinear:
-    """torch's product, on the weight as it is."""
-
-    extra_bytes = 0
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self._weight, self._bias)
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        return gelu(self(x), approximate="tanh")
-
-    def plus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return y + self(x)
-
-
-class PackedLinear:
-    """oneDNN's product, on the weight packed for it."""
-
-    def __init__(self, ops: OneDNN, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._ops, self._bias = ops, bias
+    on_cpu = weight.device.type == "cpu"
+    own = native() if on_cpu and most >= Kernels.OWN else None
+    if own is not None and own.multiplies(weight):
+        packed = own.pack(weight)
+        product = partial(own.product, packed=packed, outputs=len(weight), bias=bias)
+        return Linear(
+            Kernels.OWN,
+            product,
+            partial(product, through_gelu=True),
+            lambda x, y: product(x, add=y),
+            packed.nbytes,
+        )
+    ops = onednn(weight.dtype) if on_cpu and most >= Kernels.PACKED else None
+    if ops is not None:
         # Packed for no particular number of rows: packed for one, it would be slow for eight.
-        self._weight = ops.reorder(weight.contiguous(), None)
-        self.extra_bytes = weight.nbytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._ops.product(x, self._weight, self._bias, "none", [], "")
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        return self._ops.product(x, self._weight, self._bias, "gelu", [], "tanh")
-
-    def plus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self._ops.product_and_sum(x, y, self._weight, self._bias, "add")
-
-
-class OwnLinear:
-    """batchbench's product, on the weight packed in panels."""
-
-    def __init__(self, own: Native, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = own.pack(weight)
-        self._product = partial(own.product, packed=self._weight, outputs=len(weight), bias=bias)
-        self.extra_bytes = self._weight.nbytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product(x)
-
-    def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product(x, through_gelu=True)
-
-    def plus(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self._product(x, add=y)
+        packed = ops.reorder(weight.contiguous(), None)
+        return Linear(
+            Kernels.PACKED,
+            lambda x: ops.product(x, packed, bias, "none", [], ""),
+            lambda x: ops.product(x, packed, bias, "gelu", [], "tanh"),
+            lambda x, y: ops.product_and_sum(x, y, packed, bias, "add"),
+            weight.nbytes,
+        )
+    return Linear(
+        Kernels.PLAIN,
+        lambda x: linear(x, weight, bias),
+        lambda x: gelu(linear(x, weight, bias), approximate="tanh"),
+        lambda x, y: y + linear(x, weight, bias),
+    )

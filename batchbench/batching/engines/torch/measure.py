@@ -76,7 +76,6 @@ def measure_bandwidth(device: torch.device, *, turns: int = 7) -> Bandwidth:
 
 
 def buffer_bytes(device: torch.device) -> int:
-    """Return the size of the buffer that is read."""
     wanted = max(TIMES_THE_CACHE * (cache_bytes(device) or 0), _LEAST_BYTES)
     return min(wanted, int(free_bytes(device) * _SHARE_OF_MEMORY))
 
@@ -116,11 +115,7 @@ def products(
     rows: int,
     make: Callable[[torch.Tensor, torch.Tensor | None], Linear] = make_linear,
 ) -> Callable[[], None]:
-    """Return a function that computes all matrix products of one decode step.
-
-    Args:
-        make: a linear layer from its weight, ``[outputs, inputs]``, and its bias, ``[outputs]``.
-    """
+    """Return a function that computes all matrix products of one decode step."""
     layers: list[tuple[Linear, torch.Tensor]] = []
     inputs: dict[int, torch.Tensor] = {}
     numbers = torch.Generator().manual_seed(0)

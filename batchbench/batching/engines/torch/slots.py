@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from batchbench.batching.engines.torch.attention import Layout, Prompts, SlotCache
 from batchbench.batching.engines.torch.base import TorchEngine, best_token
-from batchbench.batching.engines.torch.forward import CountedForward, Forward, make_forward
+from batchbench.batching.engines.torch.forward import Forward, make_forward
 from batchbench.batching.engines.torch.graphs import Capture, Compile, PreparedDecode
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Chunk, Plan
@@ -20,13 +21,9 @@ from batchbench.errors import UsageError
 class SlotsEngine(TorchEngine):
     """Any causal LM over a :class:`SlotCache`; a pass may hold decoding rows and prompt chunks.
 
-    Args:
-        max_len: longest prompt + output of the workload, in tokens.
-        forward: the model's forward pass; by default the leanest that is right for it.
-        execution: ``eager``, or ``graph`` or ``compile`` for passes that only decode.
-
-    Raises:
-        RuntimeError: the passes cannot be prepared as ``execution`` says.
+    ``max_len`` is the longest prompt + output in tokens; ``forward`` is by default the leanest
+    correct pass; ``execution`` is of passes that only decode: eager, graph or compile. Raises
+    RuntimeError if they cannot be prepared so.
     """
 
     def __init__(
@@ -45,9 +42,9 @@ class SlotsEngine(TorchEngine):
                 f"--engine slots: {model.source.name} attends through a sliding window, which the "
                 "slot cache does not have; take --engine notebook"
             )
-        self._plain_pass = forward or make_forward(model)
-        self._forward_pass = CountedForward(self._plain_pass)
-        like = torch.empty(0, dtype=self._forward_pass.cache_dtype, device=model.device)
+        self._pass = forward or make_forward(model)
+        self._passes = 0
+        like = torch.empty(0, dtype=self._pass.cache_dtype, device=model.device)
         self._cache = SlotCache(config, slots, max_len, like)
         self._written = np.zeros(slots, np.int64)  # positions of each slot that are not zero
         self._positions_of_cache = torch.arange(max_len, device=model.device)
@@ -57,13 +54,13 @@ class SlotsEngine(TorchEngine):
     def _prepare_decode(self, max_len: int) -> PreparedDecode:
         graphs = self.execution == "graph"
         prepare = Capture(self._device) if graphs else Compile(self._device)
-        args = (self._plain_pass, self._cache, self._last, max_len, prepare)
+        args = (self._pass, self._cache, self._last, max_len, prepare)
         # Compiling takes half a minute a size, so it is done for the full batch only.
         return PreparedDecode(*args, every_batch=graphs)
 
     @property
     def _computed(self) -> int:
-        return self._forward_pass.calls + (self._prepared.calls if self._prepared else 0)
+        return self._passes + (self._prepared.calls if self._prepared else 0)
 
     def _forget(self) -> None:
         for block in self._cache.blocks:  # before the clock starts, not at the first prefill
@@ -133,11 +130,17 @@ class SlotsEngine(TorchEngine):
         layout, ids = self._layout, self._prompt_ids
         if layout.decoding:
             positions = layout.positions + self._growing if step else layout.positions
-            layout = layout.moved(positions, int(plan.advanced(step).max()) + 1)
-            self._layout = layout
+            length = int(plan.advanced(step).max()) + 1
+            layout = self._layout = replace(layout, positions=positions, length=length)
             decoded = self._last[layout.slots[: layout.decoding]]
             ids = torch.cat([decoded, ids]) if plan.chunks else decoded
         return best_token(self._forward_pass(ids, layout, self._keep))
+
+    def _forward_pass(
+        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
+    ) -> torch.Tensor:
+        self._passes += 1
+        return self._pass(ids, layout, keep)
 
     def _padded(self, placed: Sequence[tuple[int, Chunk]]) -> Iterator[Prompts]:
         """Group first chunks by length, within a factor of two, and pad them on the right."""
