@@ -70,13 +70,10 @@ class StepSample:
 
     @classmethod
     def of(cls, recordings: Iterable[Recording], small: SmallBatches = ()) -> StepSample:
-        """Return all steps of some measured trials.
-
-        Args:
-            small: steps of smaller batches, as :func:`small_batches_of` returns them.
+        """Return all steps of the measured trials, and of smaller batches.
 
         Raises:
-            UsageError: they have no steps, or too few.
+            UsageError: the trials have no steps, or too few.
         """
         real = [r for r in recordings if r.measured and r.num_steps]
         if sum(r.num_steps for r in real) < FEWEST_STEPS:
@@ -303,9 +300,6 @@ def known_cost(
 ) -> tuple[KnownCost, Quality]:
     """Return the cost of a step in these trials, and the quality of the fit.
 
-    Args:
-        small: steps of smaller batches, as :func:`small_batches_of` returns them.
-
     Raises:
         UsageError: they have no steps, or too few.
     """
@@ -358,7 +352,6 @@ def _rows(low: int, high: int) -> str:
 
 
 def _most_prompt_tokens(recording: Recording) -> int:
-    """Return the most prompt tokens of a step."""
     s, c = recording.spans, recording.chunks
     span_of_chunk = np.repeat(np.arange(len(s.chunks)), s.chunks)
     return int(np.bincount(span_of_chunk, c.stop - c.start, minlength=1).max())
@@ -409,7 +402,6 @@ def predict(known: KnownCost, serving: ServingSpec, workload: Workload) -> list[
 def _beside(
     known: KnownCost, simulated: Recording, trials: Sequence[Recording]
 ) -> PredictedStrategy:
-    """Return a strategy's predicted times beside the measured ones."""
     duration = simulated.duration_ns / 1e9
     measured = float(np.median([trial.duration_ns for trial in trials])) / 1e9
     return {
