@@ -276,23 +276,25 @@ def quality_of(work: StepSample) -> Quality:
 
 
 def is_weak(fit: FitQuality) -> bool:
-    """Return True if predictions from a fit are not worth showing."""
     return fit["r2"] is not None and fit["r2"] < WEAK_R2 and fit["median_error"] > WEAK_ERROR
+
+
+def worth_showing(prediction: Prediction | None) -> list[PredictedStrategy]:
+    """Return the predicted strategies; none if the fit is too weak."""
+    if prediction is None or is_weak(prediction["held_out"]):
+        return []
+    return prediction["strategies"]
 
 
 def describe_fit(fit: FitQuality, source: str) -> str:
     """Return the quality of a fit in a sentence; ``source`` names the steps, such as ``static``."""
-    head = f"Step-cost fit on {fit['steps']:,} {source} steps (cross-validated): "
+    head = f"Step-cost fit on {fit['steps']:,} {source} steps (cross-validated)"
+    errors = f"median error {percent(fit['median_error'], 1)} per step"
     if is_weak(fit):
-        error = percent(fit["median_error"], 1)
-        return (
-            f"{head}too weak to predict with (R² {fit['r2']:.2f}, median error {error} per step)."
-        )
-    r2 = "" if fit["r2"] is None or fit["r2"] < WEAK_R2 else f"R² {fit['r2']:.2f}, "
-    return (
-        f"{head}{r2}median error {percent(fit['median_error'], 1)} per step, "
-        f"{percent(fit['total_error'], 1, '+')} over all steps."
-    )
+        return f"{head}: too weak to predict with (R² {fit['r2']:.2f}, {errors})."
+    if fit["r2"] is not None and fit["r2"] >= WEAK_R2:
+        errors = f"R² {fit['r2']:.2f}, {errors}"
+    return f"{head}: {errors}, {percent(fit['total_error'], 1, '+')} in total."
 
 
 def known_cost(
