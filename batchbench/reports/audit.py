@@ -45,7 +45,7 @@ class Reason(StrEnum):
     HOST = "{share} of the time passed outside the steps"
     RESIDUAL = "{share} of the time is not accounted for"
     LAG = "arrivals were noticed {lag:.3g} ms late {where}, {share} of TTFT"
-    RATE = "requests came at {achieved:.3g}/s where {target:.3g}/s were asked"
+    RATE = "requests arrived at {achieved:.3g}/s instead of {target:.3g}/s"
     DRIFT = "its trials became {change} {direction} from first to last"
     FOREIGN_LOAD = "other processes kept {cores:.1f} cores busy"
 

@@ -91,7 +91,6 @@ class _Decodes:
 
 
 def _first_gaps(recording: Recording, decodes: _Decodes) -> Gaps:
-    """Return the gaps from each request's first token to its second."""
     r = recording.requests
     several = r.last > r.first
     first, shared = np.unique(r.first[several], return_counts=True)
@@ -111,7 +110,6 @@ def _shared_gaps(recording: Recording, decodes: _Decodes) -> Iterator[Gaps]:
     ends = np.sort(decodes.numbered(r.last[several]))
 
     def sharing(number: Ints) -> Ints:
-        """Return how many requests share the gap that ends with this decode step."""
         begun = np.searchsorted(begins, number, side="right")
         return begun - np.searchsorted(ends, number, side="right")
 
@@ -152,7 +150,6 @@ class _Gap(NamedTuple):
 
 
 def _longest(recording: Recording) -> list[_Gap]:
-    """Return the longest stalls of a trial; of equal ones the earliest."""
     median = gaps_ms(recording).percentile(50)
     if median is None:
         return []

@@ -212,7 +212,6 @@ def floor_share(recordings: Sequence[Recording]) -> float | None:
 def _goodput(
     recordings: Sequence[Recording], duration_s: float, limits_ms: Mapping[str, float]
 ) -> dict[str, float | None]:
-    """Return the share and rate of the requests that meet all limits; None without limits."""
     if not limits_ms:
         return {"request_goodput": None, "slo_attainment": None}
     good = np.concatenate([within(r, limits_ms) for r in recordings])

@@ -38,7 +38,6 @@ class Holdings:
         )
 
     def where(self, chosen: NDArray[np.bool_]) -> Holdings:
-        """Return the chosen requests."""
         return Holdings(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
@@ -69,7 +68,6 @@ class SlotKinds:
         return self.useful + self.prompts + self.stalled
 
     def where(self, chosen: NDArray[np.bool_]) -> SlotKinds:
-        """Return the chosen spans."""
         return SlotKinds(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 

@@ -70,13 +70,10 @@ class StepSample:
 
     @classmethod
     def of(cls, recordings: Iterable[Recording], small: SmallBatches = ()) -> StepSample:
-        """Return all steps of some measured trials.
-
-        Args:
-            small: steps of smaller batches, as :func:`small_batches_of` returns them.
+        """Return all steps of the measured trials, and of smaller batches.
 
         Raises:
-            UsageError: they have no steps, or too few.
+            UsageError: the trials have no steps, or too few.
         """
         real = [r for r in recordings if r.measured and r.num_steps]
         if sum(r.num_steps for r in real) < FEWEST_STEPS:
@@ -279,32 +276,31 @@ def quality_of(work: StepSample) -> Quality:
 
 
 def is_weak(fit: FitQuality) -> bool:
-    """Return True if predictions from a fit are not worth showing."""
     return fit["r2"] is not None and fit["r2"] < WEAK_R2 and fit["median_error"] > WEAK_ERROR
+
+
+def worth_showing(prediction: Prediction | None) -> list[PredictedStrategy]:
+    """Return the predicted strategies; none if the fit is too weak."""
+    if prediction is None or is_weak(prediction["held_out"]):
+        return []
+    return prediction["strategies"]
 
 
 def describe_fit(fit: FitQuality, source: str) -> str:
     """Return the quality of a fit in a sentence; ``source`` names the steps, such as ``static``."""
-    head = f"Step-cost fit on {fit['steps']:,} {source} steps (cross-validated): "
+    head = f"Step-cost fit on {fit['steps']:,} {source} steps (cross-validated)"
+    errors = f"median error {percent(fit['median_error'], 1)} per step"
     if is_weak(fit):
-        error = percent(fit["median_error"], 1)
-        return (
-            f"{head}too weak to predict with (R² {fit['r2']:.2f}, median error {error} per step)."
-        )
-    r2 = "" if fit["r2"] is None or fit["r2"] < WEAK_R2 else f"R² {fit['r2']:.2f}, "
-    return (
-        f"{head}{r2}median error {percent(fit['median_error'], 1)} per step, "
-        f"{percent(fit['total_error'], 1, '+')} over all steps."
-    )
+        return f"{head}: too weak to predict with (R² {fit['r2']:.2f}, {errors})."
+    if fit["r2"] is not None and fit["r2"] >= WEAK_R2:
+        errors = f"R² {fit['r2']:.2f}, {errors}"
+    return f"{head}: {errors}, {percent(fit['total_error'], 1, '+')} in total."
 
 
 def known_cost(
     source: str, recordings: Iterable[Recording], small: SmallBatches = ()
 ) -> tuple[KnownCost, Quality]:
     """Return the cost of a step in these trials, and the quality of the fit.
-
-    Args:
-        small: steps of smaller batches, as :func:`small_batches_of` returns them.
 
     Raises:
         UsageError: they have no steps, or too few.
@@ -358,7 +354,6 @@ def _rows(low: int, high: int) -> str:
 
 
 def _most_prompt_tokens(recording: Recording) -> int:
-    """Return the most prompt tokens of a step."""
     s, c = recording.spans, recording.chunks
     span_of_chunk = np.repeat(np.arange(len(s.chunks)), s.chunks)
     return int(np.bincount(span_of_chunk, c.stop - c.start, minlength=1).max())
@@ -409,7 +404,6 @@ def predict(known: KnownCost, serving: ServingSpec, workload: Workload) -> list[
 def _beside(
     known: KnownCost, simulated: Recording, trials: Sequence[Recording]
 ) -> PredictedStrategy:
-    """Return a strategy's predicted times beside the measured ones."""
     duration = simulated.duration_ns / 1e9
     measured = float(np.median([trial.duration_ns for trial in trials])) / 1e9
     return {

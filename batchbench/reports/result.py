@@ -291,7 +291,6 @@ def load_result(folder: Path) -> Result:
 
 
 def recording_file(strategy: int, trial: int) -> str:
-    """Return a recording's path within the result's folder."""
     return f"recordings/{strategy}-{trial}.npz"
 
 

@@ -383,8 +383,6 @@ class Facts(TypedDict):
 
 
 class ResultData(Facts):
-    """The content of ``result.json``."""
-
     schema_version: int
     batchbench_version: str
     strategies: dict[str, StrategyData]
@@ -403,7 +401,6 @@ def metric(figures: Mapping[str, object], name: str) -> float | None:
 
 
 def file_of(folder: Path) -> Path:
-    """Return the path of ``result.json``, given a result's folder or the file itself."""
     return folder if folder.suffix == ".json" else folder / "result.json"
 
 

@@ -43,8 +43,6 @@ FIGURES = (
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """A result and its name beside others."""
-
     label: str
     result: Result
 
@@ -62,8 +60,6 @@ def label_results(folders: Sequence[Path], results: Sequence[Result]) -> list[La
 
 @dataclass(frozen=True)
 class Line:
-    """One strategy of one result, in the table of metrics."""
-
     label: str
     strategy: str
     figures: tuple[str, ...]  # as FIGURES

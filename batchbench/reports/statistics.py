@@ -62,7 +62,6 @@ class Distribution:
         )
 
     def in_units_of(self, unit: float) -> Distribution:
-        """Return the same observations as multiples of a unit."""
         return Distribution(self.values / unit, self.weights)
 
     @cached_property
@@ -102,11 +101,7 @@ class Distribution:
 
 
 def step_distribution(recording: Recording, spans: Ints | None = None) -> Distribution:
-    """Return the distribution of the durations of steps, in ns.
-
-    Args:
-        spans: numbers of the spans whose steps are counted, ascending; None for all.
-    """
+    """Return the durations of steps in ns, of all spans or of the ``spans`` of these numbers."""
     parts = [Distribution.of(part.ns, part.count) for part in recording.step_times(spans)]
     return Distribution.pooled(parts)
 
@@ -212,11 +207,10 @@ class Rule:
     alpha: float = 0.001
 
     def shared(self, metrics: int) -> Rule:
-        """Return the rule for one of several metrics that are judged together (Bonferroni)."""
         return Rule(self.floor, self.margin, self.alpha / max(metrics, 1))
 
     def as_data(self) -> dict[str, float]:
-        """Return the rule as JSON values, its bounds in percent as options give them."""
+        """Return JSON values, the bounds in percent as options give them."""
         return {
             "floor_percent": 100 * math.expm1(self.floor),
             "margin_percent": 100 * math.expm1(self.margin),
@@ -279,7 +273,6 @@ def decide(samples: Sequence[float], rule: Rule, *, last: bool) -> Decision:
     alpha = rule.alpha / 2
 
     def shows(sign: int, bound: float) -> bool:
-        """Return True if sign × mean is shown to be above the bound."""
         if log_e([sign * value for value in samples], bound) >= math.log(1 / alpha):
             return True
         return last and _tail((sign * mean - bound) / error, n - 1) < alpha
@@ -332,9 +325,8 @@ def compare_means(
 ) -> Decision:
     """Return the verdict on two independent sets of logarithms, by Welch's t-test.
 
-    Args:
-        between: standard deviation of each set's mean beyond what its values show, as when all
-            values of a set come from one process.
+    ``between`` is the standard deviation of a set's mean beyond what its values show, as when all
+    of them come from one process.
     """
     n, m = len(base), len(new)
     mean = float(np.mean(new) - np.mean(base)) if n and m else None
@@ -386,7 +378,6 @@ def _tail(t: float, nu: float) -> float:
 
 
 def _quantile(p: float, nu: float) -> float:
-    """Return the value below which Student's t stays with probability ``p``."""
     return float(special.stdtrit(nu, p))
 
 

@@ -35,16 +35,11 @@ def host_share(recording: Recording) -> float:
 
 
 def _previous_ends(recording: Recording) -> Ints:
-    """Return the end of the span before each span, ``[spans]``; 0 before the first."""
     return np.concatenate([[0], recording.span_ends_ns[:-1]])
 
 
 def waited_by(recording: Recording, times: Ints, over_ns: Ints) -> Ints:
-    """Return the total time waited up to each of these times, in ns.
-
-    Args:
-        over_ns: the end of each wait, ``[waits]``.
-    """
+    """Return the total time waited up to each time, in ns, if each wait ends at ``over_ns``."""
     w = recording.waits
     if not len(w.step):
         return np.zeros(len(times), np.int64)
@@ -85,10 +80,8 @@ def arrival_lag_ms(recording: Recording) -> Floats | None:
     """Return the delay with which each request was noticed, ``[requests]``.
 
     The delay begins when the request is due, or at the end of the step then under way, and ends
-    with the first decision that knows of it. It includes waits that overslept; it does not include
-    the rest of a step that had begun, because no request can join that.
-
-    None if all requests are there at the start, or the strategy shows no steps.
+    with the first decision that knows of it. None if all requests are there at the start, or the
+    strategy shows no steps.
     """
     due = recording.requests.due_ns
     if not due.any() or not recording.has_steps:
@@ -111,10 +104,9 @@ def rate_of(times_ns: Ints | Floats) -> float | None:
 
 
 def littles_law(recording: Recording) -> float:
-    """Return L / (λW) − 1, where L is counted from the steps and λW from the requests' latencies.
+    """Return L / (λW) − 1, which is not 0 if the log is wrong.
 
-    L comes from the numbers waiting and running in each step, λW from each request's arrival and
-    end. They differ only if the log is wrong.
+    L comes from the numbers waiting and running in each step, λW from the requests' latencies.
     """
     s, r = recording.spans, recording.requests
     starts, ends, before = s.start_ns, recording.span_ends_ns, _previous_ends(recording)
@@ -203,8 +195,7 @@ LOST_TO = {
 def typical_budget(trials: Sequence[Recording]) -> TimeBudget | None:
     """Return the budget of the trial of median duration, or the mean of the middle two.
 
-    Means are linear, so the parts still add up, and to the median duration. None if the strategy
-    shows no steps.
+    Means are linear, so the parts still add up. None if the strategy shows no steps.
     """
     if not all(trial.has_steps for trial in trials):
         return None
@@ -259,15 +250,10 @@ def wall_ns(recording: Recording) -> int:
 
 
 def _decode_phase(recording: Recording, spent: Ints, reads: NDArray[np.bool_]) -> Floats:
-    """Return the time that goes to decoding in each pass that reads prompts.
+    """Return the time that goes to decoding in each pass that reads prompts, in ns.
 
-    It is 0 if nobody decodes. In a mixed pass it is the median time of the trial's steps without
-    prompts and with as many rows, interpolated between numbers of rows; the rest of the pass goes
-    to the prompts. If the trial has no step without prompts, all of the pass is decoding.
-
-    Args:
-        spent: time of each of these passes, in ns.
-        reads: True for these spans, ``[spans]``.
+    In a mixed pass it is the median time of the trial's steps without prompts and with as many
+    rows, interpolated between numbers of rows. If there is no such step, it is the whole pass.
     """
     rows, alone = recording.spans.decoding, np.flatnonzero(~reads)
     mixed = rows[reads] > 0
@@ -283,10 +269,9 @@ def _decode_phase(recording: Recording, spent: Ints, reads: NDArray[np.bool_]) -
 
 
 def _padding(recording: Recording) -> Floats:
-    """Return the share of padding in each prefill, a row for each span that reads prompts.
+    """Return the share of padding in each prefill, ``[spans that read prompts]``.
 
-    An engine that pads computes newcomers × longest prompt; the slots engine computes no more
-    tokens than there are.
+    An engine that pads computes new requests × longest prompt.
     """
     chunks, c = recording.spans.chunks[recording.spans.chunks > 0], recording.chunks
     if not recording.header.about.get("pads_prompts", False) or not len(chunks):
@@ -311,12 +296,7 @@ def _between(recording: Recording) -> tuple[int, int, int]:
 
 
 def explain(recordings: Mapping[str, Sequence[Recording]], warm_up_s: float | None) -> Explain:
-    """Return ``explain`` of the result: each strategy's budget, and the waterfalls.
-
-    Args:
-        recordings: the trials of each strategy; the first is the baseline.
-        warm_up_s: duration of the warm-up before all trials; None if there was none.
-    """
+    """Return ``explain`` of the result: each strategy's budget, and the waterfalls."""
     budgets = {name: typical_budget(trials) for name, trials in recordings.items()}
     baseline, *candidates = budgets
     strategies: dict[str, TimeBudgetData | None] = {

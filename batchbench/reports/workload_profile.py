@@ -79,7 +79,6 @@ def bars(lengths: Ints, most: int = 10) -> list[Bar]:
 
 
 def title(outline: Outline) -> str:
-    """Return the number of requests and tokens in one line."""
     prompt, output = int(outline.prompt_tokens.sum()), int(outline.output_tokens.sum())
     requests = plural(len(outline), "request")
     return f"{requests} · {prompt:,} prompt tokens · {output:,} output tokens"
@@ -91,7 +90,6 @@ _BAR = 40  # characters of the longest
 
 
 def render(outline: Outline) -> RenderableType:
-    """Return name, table, arrivals and histograms."""
     return Group(
         Text(title(outline), style="bold"),
         Text(outline.name, style="dim"),

@@ -212,7 +212,7 @@ def test_too_few_steps_teach_nothing() -> None:
 
 
 def test_a_simulation_teaches_nothing() -> None:
-    with pytest.raises(UsageError, match="no simulation"):
+    with pytest.raises(UsageError, match="not of a simulation"):
         known_cost("simulated", [run(varied(0), Config("static", 8), TRUE)])
 
 

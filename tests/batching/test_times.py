@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.costs import costs, run, with_listed_ends
 from support.laws import Config, configs, law, workload_of, workloads
+from support.occupancy import occupancy
 
 from batchbench.batching import recording as module
 from batchbench.batching.recording import Recording, SpanLog
@@ -151,7 +152,7 @@ def everything(recording: Recording, limits_ms: Mapping[str, float]) -> dict[str
             for scene in (reel.at(t, end // 16) for t in range(0, end + 3, max(end // 97, 1)))
         ],
         "levels": [each.tolist() for each in reel.levels(end, 7, end)],
-        "occupancy": [column.tolist() for column in vars(metrics.occupancy(recording)).values()],
+        "occupancy": [column.tolist() for column in vars(occupancy(recording)).values()],
         "work": counts_of(recording).tolist(),
         "changes": changes_of(recording),
     }

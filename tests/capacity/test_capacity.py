@@ -463,4 +463,4 @@ def test_wrong_outputs_end_with_1(program: Program, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Session, "verify", lambda self, recordings: wrong)
     code, out, _ = program("capacity", "--simulated", "--slo", "ttft:80", *QUICK, "--quiet")
     assert code == 1
-    assert "1 WRONG; suspect (1 requests got wrong tokens)" in out
+    assert "1 WRONG; suspect (1 request got wrong tokens)" in out

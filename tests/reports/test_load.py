@@ -116,7 +116,7 @@ def test_the_rate_that_counts_is_the_one_that_the_user_asked() -> None:
         assert len(said) == suspect
         if suspect:
             assert said == [
-                f"continuous: requests came at {rate:.3g}/s where {share * rate:.3g}/s were asked"
+                f"continuous: requests arrived at {rate:.3g}/s instead of {share * rate:.3g}/s"
             ]
 
 
@@ -422,7 +422,7 @@ def test_requests_over_time_are_served_verified_and_reported(
     assert result.data["workload"]["arrival_rate"] == pytest.approx(200)
     summary = result.data["strategies"]["continuous"]["summary"]
     assert summary["slo_attainment"] == 1
-    assert sentence(result).startswith("at 200 req/s p99 TTFT was ")
+    assert sentence(result).startswith("at 200 req/s, p99 TTFT was ")
     write_folder(tmp_path, result)
     assert remake_result(load_result(tmp_path)).data == result.data
 
@@ -460,7 +460,7 @@ def test_an_estimate_counts_the_time_in_which_requests_come(
     experiment = over_time(monkeypatch, checkpoint, [0, 100 * 10**9])
     said = "\n".join(estimate(experiment, Watch()).lines())
     assert "static about 8, continuous about 8 forward passes" in said
-    assert "time    200 s for all trials, waiting for requests included" in said
+    assert "time    200 s for all trials, with waiting for requests" in said
     simulated = "\n".join(estimate(replace(experiment, simulated=True), Watch()).lines())
     assert "static 8, continuous 8 forward passes" in simulated
 

@@ -172,7 +172,7 @@ def test_a_prediction_is_shown_where_there_is_one(small: Result) -> None:
     assert "continuous 1.5 1.25 +20.0 %" in page.words
     assert "Beyond the fitted range: 9 rows in a step." in page.words
     assert (
-        "Step-cost fit on 1,600 static steps (cross-validated): R² 0.50, median error 5.0 %"
+        "Step-cost fit on 1,600 static steps (cross-validated): R² 0.50, median error 5.0%"
         in page.words
     )
 

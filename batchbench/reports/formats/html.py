@@ -28,8 +28,8 @@ from batchbench.reports.formats.terminal import (
     sentence,
     side_by_side_cells,
     stall_lines,
-    weak,
 )
+from batchbench.reports.prediction import worth_showing
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled, SideBySide
 from batchbench.reports.text import clean_text, number
@@ -99,7 +99,6 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
     head, rows = cells(result)
     budgets = budgets_of(strategies) if data.get("explain") else []
     longest = max((budget.wall_s for _, budget in budgets), default=0.0) or 1.0
-    prediction = data.get("prediction")
     return {
         "id": f"r{index}",
         "label": one.label,
@@ -134,7 +133,7 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
                 number(p["measured_duration"]),
                 f"{100 * p['error']:+.1f} %",
             ]
-            for p in (prediction["strategies"] if prediction and not weak(prediction) else ())
+            for p in worth_showing(data.get("prediction"))
         ],
         "fit": fit_lines(result),
         "settings": _settings(data["config"]),

@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.batching.policies import POLICIES
+from batchbench.reports.prediction import describe_fit, worth_showing
 from batchbench.reports.result import Result, ratio_of
+from batchbench.reports.result_file import PredictedStrategy, Prediction
 from batchbench.reports.side_by_side import FIGURES, SideBySide
 from batchbench.reports.statistics import FEWEST_PAIRS
 from batchbench.reports.text import called, decimals_of, fixed, number, spell_ratio
@@ -24,9 +26,6 @@ EQUAL = 0.005
 """Differences below this share of the baseline's time have no causes worth words."""
 
 _COST = "cost_per_million_output_tokens"
-
-WEAK_R2, WEAK_ERROR = 0.5, 0.1
-"""A fit of step costs below this R² and above this median error predicts nothing."""
 
 
 # The sentence
@@ -410,13 +409,14 @@ def floor_lines(result: Result) -> list[str]:
 
 def prediction_lines(result: Result) -> list[str]:
     """Return predicted beside measured durations, and the quality of the fit."""
-    prediction: Any = result.data.get("prediction")
+    prediction = result.data.get("prediction")
+    fitted_on = prediction and prediction["fitted_on"]
     lines = []
-    for predicted in _predicted(prediction) if prediction and not weak(prediction) else ():
+    for predicted in _predicted(prediction):
         error = predicted["error"]
         side = "above" if error > 0 else "below"
         lines.append(
-            f"Predicted from the steps of {prediction['fitted_on']}: {predicted['strategy']} takes "
+            f"Predicted from the steps of {fitted_on}: {predicted['strategy']} takes "
             f"{number(predicted['duration'])} s, {100 * abs(error):.1f} % {side} the measured "
             f"{number(predicted['measured_duration'])} s."
         )
@@ -430,29 +430,16 @@ def fit_lines(result: Result) -> list[str]:
     lines = _extrapolation(cost["extrapolates"] if cost else [])
     if prediction is None:
         return lines
-    held = prediction["held_out"]
-    errors = f"median error {100 * held['median_error']:.1f} % per step"
-    if held["r2"] is not None:
-        low = "" if held["r2"] >= WEAK_R2 else " (most differences between steps unexplained)"
-        errors = f"R² {held['r2']:.2f}{low}, {errors}"
-    fit = f"Step-cost fit on {held['steps']:,} {prediction['fitted_on']} steps (cross-validated)"
-    if weak(prediction):
-        return [*lines, f"{fit}: too weak to predict with ({errors})."]
     for predicted in _predicted(prediction):
         lines += _extrapolation(predicted["extrapolates"])
-    return [*lines, f"{fit}: {errors}, {100 * held['total_error']:+.1f} % in total."]
+    return [*lines, describe_fit(prediction["held_out"], prediction["fitted_on"])]
 
 
-def weak(prediction: Mapping[str, Any]) -> bool:
-    """Return True where the fit predicts too badly to show what it predicts."""
-    held = prediction["held_out"]
-    return held["r2"] is not None and held["r2"] < WEAK_R2 and held["median_error"] > WEAK_ERROR
-
-
-def _predicted(prediction: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _predicted(prediction: Prediction | None) -> list[PredictedStrategy]:
     """Return the strategies that the fit did not see; if there are none, the one that it saw."""
-    strategies: list[Mapping[str, Any]] = prediction["strategies"]
-    return [s for s in strategies if s["strategy"] != prediction["fitted_on"]] or strategies
+    strategies = worth_showing(prediction)
+    seen = prediction and prediction["fitted_on"]
+    return [s for s in strategies if s["strategy"] != seen] or strategies
 
 
 def _extrapolation(reasons: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from batchbench.batching.trials import beginning
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
 from batchbench.reports import latency as latencies
-from batchbench.reports.audit import audit
+from batchbench.reports.audit import audit, wrong_tokens
 from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.statistics import CONFIDENCE, Floats, mean_interval
 from batchbench.workloads import Workload, WorkloadSpec
@@ -270,7 +270,7 @@ class ProbeRunner:
         trials = list(self._best.values())
         session = self.session.on(trials[0][1]) if trials else self.session
         verification = session.verify([recording for _, _, recording in trials])
-        reasons = [f"{verification.wrong} requests got wrong tokens"] * bool(verification.wrong)
+        reasons = [wrong_tokens(verification.wrong)] * bool(verification.wrong)
         for name, (rate, workload, recording) in self._best.items():
             reasons += audit(workload, {name: [recording]}, NOT_VERIFIED, self.warm_up, None, rate)
         return verification, list(dict.fromkeys(reasons))
