@@ -13,7 +13,7 @@ from support.results import HOSTILE, made, renamed
 
 from batchbench.errors import UsageError
 from batchbench.files import check_file
-from batchbench.reports.formats import charts, markdown
+from batchbench.reports.formats import html, markdown
 from batchbench.reports.formats.html import MOST_BARS, render
 from batchbench.reports.output import check_number, make_document
 from batchbench.reports.result import Result
@@ -106,7 +106,7 @@ def test_bars_cover_the_slots_as_the_recording_says(small: Result) -> None:
     from batchbench.reports.figures.card import name_strategies
 
     strategies = name_strategies(small.recordings)
-    timelines, window, _, _ = charts.draw_timelines(strategies, 1000)
+    timelines, window, _, _ = html.draw_timelines(strategies, 1000)
     for timeline, strategy in zip(timelines, strategies, strict=True):
         widths = {
             kind: sum(
@@ -121,8 +121,8 @@ def test_bars_cover_the_slots_as_the_recording_says(small: Result) -> None:
         steps = window / 1e6
         ran = (r.last + 1 - r.admitted).sum() / steps
         held = (r.released - r.last - 1).sum() / steps
-        assert widths["long", "short"] / charts.SCALE == pytest.approx(ran, rel=0.005)
-        assert widths["held",] / charts.SCALE == pytest.approx(held, rel=0.005, abs=1e-9)
+        assert widths["long", "short"] / html.SCALE == pytest.approx(ran, rel=0.005)
+        assert widths["held",] / html.SCALE == pytest.approx(held, rel=0.005, abs=1e-9)
 
 
 def test_names_of_users_stay_text(small: Result) -> None:
@@ -302,7 +302,7 @@ def test_a_document_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
 def test_ticks_are_round_and_end_within(small: Result) -> None:
     for until in (1e-9, 0.3, 1.0, 7.0, 12.5, 999.0, 1e7):
-        ticks = charts.nice_ticks(until, "s")
+        ticks = html.nice_ticks(until, "s")
         assert 2 <= len(ticks) <= 6
         assert ticks[0].at == 0
         assert ticks[-1].at <= 1 + 1e-9

@@ -107,16 +107,12 @@ def _other_candidates(result: Result) -> str:
 def _latency(result: Result) -> str:
     rate: Any = result.data["workload"]["arrival_rate"]
     strategies = result.data["strategies"]
-    requested = result.data["config"]["workload"].get("request_rate")
-    text = f"at {number(rate)} req/s"
-    if isinstance(requested, int | float) and abs(rate / requested - 1) > 0.01:
-        text += f" (sampled at random from --request-rate {number(requested)})"
     baseline, *others, candidate = result.names
     order = (candidate, baseline, *others)
     words = [name if name in others else called(name) for name in order]
     waits = [number(strategies[name]["summary"]["p99_ttft_ms"]) for name in order]
     under = (f"{wait} ms under {name}" for wait, name in zip(waits, words, strict=True))
-    text += f", p99 TTFT was {', '.join(under)}"
+    text = f"at {number(rate)} req/s, p99 TTFT was {', '.join(under)}"
     good, base = (strategies[name]["summary"]["slo_attainment"] for name in order[:2])
     if good is None or base is None:
         return text
@@ -408,18 +404,33 @@ def floor_lines(result: Result) -> list[str]:
     return lines
 
 
+def prediction_rows(result: Result) -> list[list[str]]:
+    """Return strategy, predicted and measured seconds and the error; none if the fit is weak."""
+    prediction: Any = result.data.get("prediction")
+    if prediction is None or _weak(prediction):
+        return []
+    return [
+        [
+            predicted["strategy"],
+            number(predicted["duration"]),
+            number(predicted["measured_duration"]),
+            f"{100 * predicted['error']:+.1f} %",
+        ]
+        for predicted in prediction["strategies"]
+    ]
+
+
 def prediction_lines(result: Result) -> list[str]:
     """Return predicted beside measured durations, and the quality of the fit."""
-    prediction: Any = result.data.get("prediction")
-    lines = []
-    for predicted in _predicted(prediction) if prediction and not weak(prediction) else ():
-        error = predicted["error"]
-        side = "above" if error > 0 else "below"
-        lines.append(
-            f"Predicted from the steps of {prediction['fitted_on']}: {predicted['strategy']} takes "
-            f"{number(predicted['duration'])} s, {100 * abs(error):.1f} % {side} the measured "
-            f"{number(predicted['measured_duration'])} s."
-        )
+    lines, rows = [], prediction_rows(result)
+    for name, predicted, measured, error in rows:
+        fitted_on = result.data["prediction"]["fitted_on"]
+        if name != fitted_on or len(rows) == 1:
+            side = "below" if error.startswith("-") else "above"
+            lines.append(
+                f"Predicted from the steps of {fitted_on}: {name} takes {predicted} s, "
+                f"{error.lstrip('+-')} {side} the measured {measured} s."
+            )
     return lines + fit_lines(result)
 
 
@@ -436,15 +447,14 @@ def fit_lines(result: Result) -> list[str]:
         low = "" if held["r2"] >= WEAK_R2 else " (most differences between steps unexplained)"
         errors = f"R² {held['r2']:.2f}{low}, {errors}"
     fit = f"Step-cost fit on {held['steps']:,} {prediction['fitted_on']} steps (cross-validated)"
-    if weak(prediction):
+    if _weak(prediction):
         return [*lines, f"{fit}: too weak to predict with ({errors})."]
     for predicted in _predicted(prediction):
         lines += _extrapolation(predicted["extrapolates"])
     return [*lines, f"{fit}: {errors}, {100 * held['total_error']:+.1f} % in total."]
 
 
-def weak(prediction: Mapping[str, Any]) -> bool:
-    """Return True where the fit predicts too badly to show what it predicts."""
+def _weak(prediction: Mapping[str, Any]) -> bool:
     held = prediction["held_out"]
     return held["r2"] is not None and held["r2"] < WEAK_R2 and held["median_error"] > WEAK_ERROR
 
