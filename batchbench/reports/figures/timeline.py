@@ -50,11 +50,9 @@ class Bars:
 
 
 def window_of(trials: Sequence[Recording], slots: int, bars: Sequence[int]) -> float:
-    """Return the time (ns) that can be drawn: to the last end, or until there are too many bars.
+    """Return the time (ns) that can be drawn: to the last end, or to the first bar too many.
 
-    Args:
-        slots: slots that are drawn of each trial.
-        bars: bars that may be drawn of each trial.
+    ``bars`` may be drawn of each trial, in its first ``slots`` slots.
     """
     window = float(max(trial.duration_ns for trial in trials))
     for trial, most in zip(trials, bars, strict=True):

@@ -254,11 +254,7 @@ def nice_ticks(until: float, unit: str, most: int = 5) -> tuple[Tick, ...]:
 def draw_timelines(
     strategies: Sequence[Strategy], most_bars: int
 ) -> tuple[list[Timeline], float, tuple[Tick, ...], Unit]:
-    """Return a timeline per strategy that logs steps, their window in ns, its ticks and unit.
-
-    Args:
-        most_bars: bars of one strategy; where there are more, the window ends before them.
-    """
+    """Return a timeline per strategy that logs steps, their window in ns, its ticks and unit."""
     strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
     if not strategies:
         return [], 1, (), Unit(1e9, "s")

@@ -449,7 +449,8 @@ def fit_lines(result: Result) -> list[str]:
     fit = f"Step-cost fit on {held['steps']:,} {prediction['fitted_on']} steps (cross-validated)"
     if _weak(prediction):
         return [*lines, f"{fit}: too weak to predict with ({errors})."]
-    for predicted in _predicted(prediction):
+    strategies, fitted_on = prediction["strategies"], prediction["fitted_on"]
+    for predicted in [s for s in strategies if s["strategy"] != fitted_on] or strategies:
         lines += _extrapolation(predicted["extrapolates"])
     return [*lines, f"{fit}: {errors}, {100 * held['total_error']:+.1f} % in total."]
 
@@ -457,12 +458,6 @@ def fit_lines(result: Result) -> list[str]:
 def _weak(prediction: Mapping[str, Any]) -> bool:
     held = prediction["held_out"]
     return held["r2"] is not None and held["r2"] < WEAK_R2 and held["median_error"] > WEAK_ERROR
-
-
-def _predicted(prediction: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the strategies that the fit did not see; if there are none, the one that it saw."""
-    strategies: list[Mapping[str, Any]] = prediction["strategies"]
-    return [s for s in strategies if s["strategy"] != prediction["fitted_on"]] or strategies
 
 
 def _extrapolation(reasons: list[str]) -> list[str]:
