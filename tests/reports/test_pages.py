@@ -169,10 +169,10 @@ def test_a_prediction_is_shown_where_there_is_one(small: Result) -> None:
     data = {**small.data, "prediction": prediction}
     page = Page(render([Labelled("", Result(data, small.recordings))]))
     assert "Predicted and measured" in page.words
-    assert "continuous 1.5 1.25 +20.0 %" in page.words
+    assert "continuous 1.5 1.25 +20.0%" in page.words
     assert "Beyond the fitted range: 9 rows in a step." in page.words
     assert (
-        "Step-cost fit on 1,600 static steps (cross-validated): R² 0.50, median error 5.0 %"
+        "Step-cost fit on 1,600 static steps (cross-validated): R² 0.50, median error 5.0%"
         in page.words
     )
 
@@ -185,7 +185,7 @@ def test_a_large_run_gives_a_small_page() -> None:
     bars = [json.loads(script)["request"] for script in page.scripts if script.startswith("{")]
     assert MOST_BARS / 8 < sum(map(len, bars)) <= MOST_BARS
     assert "Only slots 0 to 63 of 256 are shown." in page.words
-    assert re.search(r"Only the beginning is shown, \S+ % .*: all 40,000 requests are", page.words)
+    assert re.search(r"Only the beginning is shown, .*\d% .*: all 40,000 requests are", page.words)
 
 
 # Side by side

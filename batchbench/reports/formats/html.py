@@ -35,7 +35,7 @@ from batchbench.reports.occupancy import Holdings, levels_of
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled, SideBySide
 from batchbench.reports.statistics import Distribution, Floats
-from batchbench.reports.text import clean_text, number
+from batchbench.reports.text import clean_text, number, percent
 from batchbench.reports.time_budget import NAMES
 
 MOST_BARS = 12_000
@@ -160,8 +160,8 @@ def _left_out(result: Result, timelines: Sequence[Timeline], window: float) -> s
         sentences.append(f"Only slots 0 to {MOST_SLOTS - 1} of {slots:,} are shown.")
     if any(timeline.end_at is None for timeline in timelines):
         longest = max(r.duration_ns for trials in result.recordings.values() for r in trials)
-        shown = 100 * window / longest
-        part = f"{shown:.0f} %" if shown >= 1 else "less than 1 %"
+        shown = window / longest
+        part = percent(shown) if shown >= 0.01 else "less than 1%"
         sentences.append(
             f"Only the beginning is shown, {part} of the time: "
             f"all {result.data['workload']['num_requests']:,} requests are in requests.csv."

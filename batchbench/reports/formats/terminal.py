@@ -11,10 +11,21 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.batching.policies import POLICIES
+from batchbench.reports.prediction import describe_fit, is_weak
 from batchbench.reports.result import Result, ratio_of
 from batchbench.reports.side_by_side import FIGURES, SideBySide
 from batchbench.reports.statistics import FEWEST_PAIRS
-from batchbench.reports.text import called, decimals_of, fixed, number, spell_ratio
+from batchbench.reports.text import (
+    called,
+    decimals_of,
+    fixed,
+    number,
+    percent,
+    plural,
+    span,
+    spell_ratio,
+    times,
+)
 from batchbench.reports.time_budget import LOST_TO, NAMES, SAVED_BY
 
 MENTIONED = 0.05
@@ -24,9 +35,6 @@ EQUAL = 0.005
 """Differences below this share of the baseline's time have no causes worth words."""
 
 _COST = "cost_per_million_output_tokens"
-
-WEAK_R2, WEAK_ERROR = 0.5, 0.1
-"""A fit of step costs below this R² and above this median error predicts nothing."""
 
 
 # The sentence
@@ -52,7 +60,7 @@ def as_fast(ratio: float, candidate: str, baseline: str, interval: str = "") -> 
     if f"{ratio:.2f}" == "1.00":
         interval = f"1.00×, {interval}" if interval else "1.00×"
         return f"{candidate} and {baseline} showed no difference ({interval})"
-    text = f"{candidate} was {ratio:.2f}× as fast as {baseline}"
+    text = f"{candidate} was {times(ratio)} as fast as {baseline}"
     return f"{text} ({interval})" if interval else text
 
 
@@ -72,7 +80,7 @@ def _answer(result: Result) -> str:
     interval = ""
     if not simulated and speedup["ci95"] is None:
         pairs = len(result.recordings[comparison["candidate"]])
-        interval = f"{pairs} pair{'s' * (pairs > 1)} of trials: too few for an interval"
+        interval = f"{plural(pairs, 'pair')} of trials: too few for an interval"
     elif not simulated and speedup["ci95"]:
         interval = "95 % CI {:.2f}–{:.2f}".format(*speedup["ci95"])
     names = called(comparison["candidate"]), called(comparison["baseline"])
@@ -86,7 +94,7 @@ def _answer(result: Result) -> str:
     ratio = comparison["step_ratio"]
     if ratio is None or (simulated and not cost):
         return text
-    return f"{text}; counting steps only: {ratio:.2f}×"
+    return f"{text}; counting steps only: {times(ratio)}"
 
 
 def _other_candidates(result: Result) -> str:
@@ -99,8 +107,8 @@ def _other_candidates(result: Result) -> str:
         best = min(statics, key=lambda name: float(strategies[name]["summary"]["duration"]))
         ratio = ratio_of(strategies, "duration", best, last["candidate"])
         if ratio is not None and best != last["baseline"]:
-            text = f", and {ratio.median:.2f}× as fast as {best}, the best static form"
-    listed = ", ".join(f"{each['candidate']} {each['speedup']['median']:.2f}×" for each in others)
+            text = f", and {times(ratio.median)} as fast as {best}, the best static form"
+    listed = ", ".join(f"{c['candidate']} {times(c['speedup']['median'])}" for c in others)
     return f"{text}; the others over {last['baseline']}: {listed}"
 
 
@@ -116,15 +124,15 @@ def _latency(result: Result) -> str:
     good, base = (strategies[name]["summary"]["slo_attainment"] for name in order[:2])
     if good is None or base is None:
         return text
-    return f"{text}; {100 * good:.0f} % against {100 * base:.0f} % of requests within the SLOs"
+    return f"{text}; {percent(good)} against {percent(base)} of requests within the SLOs"
 
 
 def _outputs(checked: Mapping[str, Any]) -> str:
     total = checked["requests_checked"]
     text = f"outputs identical for {checked['identical']}/{total} requests"
     if checked["numerical_ties"]:
-        ties, gap = checked["numerical_ties"], checked["max_logit_gap"]
-        text += f", {ties} numerical tie{'s' * (ties > 1)} (logits {gap:.2g} apart at most)"
+        ties = plural(checked["numerical_ties"], "numerical tie")
+        text += f", {ties} (logits {checked['max_logit_gap']:.2g} apart at most)"
     if checked["wrong"]:
         first = next(f for f in checked["findings"] if f["verdict"] == "wrong")
         text += (
@@ -251,9 +259,8 @@ def _rows_of(result: Result) -> list[_Row]:
     rows = list(_ROWS)
     for i, length in enumerate(classes if len(classes) > 1 else []):
         low, high = length["min_output_tokens"], length["max_output_tokens"]
-        tokens = f"{low:,}" if low == high else f"{low:,}–{high:,}"
         note = "" if i else "E2E ÷ unloaded: latency over that of the same request alone"
-        rows.append(_Row(f"E2E ÷ unloaded, {tokens} tok", "×", i, note))
+        rows.append(_Row(f"E2E ÷ unloaded, {span(low, high)} tok", "×", i, note))
     rows += () if result.data["workload"]["closed"] else _ROWS_OF_ARRIVALS
     known = strategies.values()
     return [row for row in rows if any(_value(strategy, row) is not None for strategy in known)]
@@ -291,7 +298,7 @@ def _ratio(result: Result, row: _Row, baseline: str, name: str) -> str:
     if isinstance(row.metric, str) and measured and row.metric != _COST:
         return spell_ratio(ratio_of(strategies, row.metric, name, baseline))
     above, below = (_value(strategies[side], row) for side in (name, baseline))
-    return f"{above / below:.2f}×" if above and below else "N/A"
+    return times(above / below if above and below else None)
 
 
 def notes(result: Result) -> list[str]:
@@ -379,11 +386,11 @@ def stall_lines(result: Result) -> list[str]:
     lines = []
     for name in result.names:
         for stall in result.data["strategies"][name]["stalls"][:1]:
-            whose = f"{stall['requests']:,} request{'s' * (stall['requests'] > 1)}"
+            requests = plural(stall["requests"], "request")
             during = "" if stall["step"] is None else f"step {stall['step']:,}, which computed a "
             lines.append(
                 f"Longest gap between two tokens, {name}: {number(stall['gap_ms'])} ms for "
-                f"{whose}, during {during}{stall['cause']}."
+                f"{requests}, during {during}{stall['cause']}."
             )
     return lines
 
@@ -394,27 +401,27 @@ def floor_lines(result: Result) -> list[str]:
     for name in result.names:
         step = result.data["strategies"][name].get("decode_step")
         if step is not None:
-            rows = f"{step['rows']:,} row{'s' * (step['rows'] != 1)}"
             read, speed = step["read_bytes"] / 1e6, number(step["bytes_per_s"] / 1e9)
+            rows, share = plural(step["rows"], "row"), percent(step["floor_share"])
             lines.append(
-                f"Decode step, {name}: {number(step['took_ms'])} ms for {rows}, "
-                f"{100 * step['floor_share']:.0f} % of the memory-bandwidth limit: reading its "
-                f"{read:,.0f} MB at {speed} GB/s takes {number(step['floor_ms'])} ms."
+                f"Decode step, {name}: {number(step['took_ms'])} ms for {rows}, {share} of the "
+                f"memory-bandwidth limit: reading its {read:,.0f} MB at {speed} GB/s takes "
+                f"{number(step['floor_ms'])} ms."
             )
     return lines
 
 
 def prediction_rows(result: Result) -> list[list[str]]:
     """Return strategy, predicted and measured seconds and the error; none if the fit is weak."""
-    prediction: Any = result.data.get("prediction")
-    if prediction is None or _weak(prediction):
+    prediction = result.data.get("prediction")
+    if prediction is None or is_weak(prediction["held_out"]):
         return []
     return [
         [
             predicted["strategy"],
             number(predicted["duration"]),
             number(predicted["measured_duration"]),
-            f"{100 * predicted['error']:+.1f} %",
+            percent(predicted["error"], 1, "+"),
         ]
         for predicted in prediction["strategies"]
     ]
@@ -422,9 +429,10 @@ def prediction_rows(result: Result) -> list[list[str]]:
 
 def prediction_lines(result: Result) -> list[str]:
     """Return predicted beside measured durations, and the quality of the fit."""
+    prediction = result.data.get("prediction")
+    fitted_on = prediction["fitted_on"] if prediction else ""
     lines, rows = [], prediction_rows(result)
     for name, predicted, measured, error in rows:
-        fitted_on = result.data["prediction"]["fitted_on"]
         if name != fitted_on or len(rows) == 1:
             side = "below" if error.startswith("-") else "above"
             lines.append(
@@ -436,28 +444,15 @@ def prediction_lines(result: Result) -> list[str]:
 
 def fit_lines(result: Result) -> list[str]:
     """Return where a prediction extrapolates, and the cross-validated errors of the fit."""
-    prediction = result.data.get("prediction")
-    cost = result.data.get("cost")
+    prediction, cost = result.data.get("prediction"), result.data.get("cost")
     lines = _extrapolation(cost["extrapolates"] if cost else [])
     if prediction is None:
         return lines
-    held = prediction["held_out"]
-    errors = f"median error {100 * held['median_error']:.1f} % per step"
-    if held["r2"] is not None:
-        low = "" if held["r2"] >= WEAK_R2 else " (most differences between steps unexplained)"
-        errors = f"R² {held['r2']:.2f}{low}, {errors}"
-    fit = f"Step-cost fit on {held['steps']:,} {prediction['fitted_on']} steps (cross-validated)"
-    if _weak(prediction):
-        return [*lines, f"{fit}: too weak to predict with ({errors})."]
-    strategies, fitted_on = prediction["strategies"], prediction["fitted_on"]
+    fit, fitted_on = prediction["held_out"], prediction["fitted_on"]
+    strategies = [] if is_weak(fit) else prediction["strategies"]
     for predicted in [s for s in strategies if s["strategy"] != fitted_on] or strategies:
         lines += _extrapolation(predicted["extrapolates"])
-    return [*lines, f"{fit}: {errors}, {100 * held['total_error']:+.1f} % in total."]
-
-
-def _weak(prediction: Mapping[str, Any]) -> bool:
-    held = prediction["held_out"]
-    return held["r2"] is not None and held["r2"] < WEAK_R2 and held["median_error"] > WEAK_ERROR
+    return [*lines, describe_fit(fit, fitted_on)]
 
 
 def _extrapolation(reasons: list[str]) -> list[str]:
