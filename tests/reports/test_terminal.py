@@ -296,8 +296,8 @@ def test_under_load_the_sentence_tells_how_long_people_wait() -> None:
         f"batching, {number(static['p99_ttft_ms'])} ms under static batching, "
     )
     assert (
-        f"; {100 * continuous['slo_attainment']:.0f} % against "
-        f"{100 * static['slo_attainment']:.0f} % of requests within the SLOs; "
+        f"; {100 * continuous['slo_attainment']:.0f}% against "
+        f"{100 * static['slo_attainment']:.0f}% of requests within the SLOs; "
     ) in sentence(under_load())
     assert continuous["slo_attainment"] > static["slo_attainment"] > 0
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import matplotlib.style
@@ -69,26 +70,7 @@ HELD: dict[str, Any] = {
 }
 """A slot that a finished request still holds."""
 
-_STYLE = {
-    "font.family": "sans-serif",
-    # The first comes with matplotlib; a browser without it takes one about as wide.
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
-    "font.size": 9,
-    "text.parse_math": False,  # a $ in somebody's file name is a $
-    "text.color": INK,
-    "axes.edgecolor": "#9a9a9a",
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "xtick.color": "#9a9a9a",
-    "ytick.color": "#9a9a9a",
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "hatch.linewidth": 0.6,
-    "legend.fontsize": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "batchbench",
-}
+_STYLE = Path(__file__).with_name("pictures.mplstyle")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from batchbench.reports.figures import card
 from batchbench.reports.occupancy import MOST_LEVELS
 from batchbench.reports.statistics import Distribution, Floats
+from batchbench.reports.text import plural
 
 _MARKS = ((50, "o", "●"), (99, "D", "◆"))  # percentile, its marker in the plot and in text
 
@@ -115,7 +116,7 @@ def _headline(strategies: Sequence[card.Strategy], panel: Panel) -> str:
 
 def _notes(strategies: Sequence[card.Strategy]) -> str:
     trials, requests = len(strategies[0].trials), len(strategies[0].trials[0].requests.slot)
-    text = f"{requests:,} request{'s' * (requests > 1)}"
+    text = plural(requests, "request")
     if trials > 1:
         text += f" × {trials} trials, pooled"
     return f"{text}. Arrival is when a request was due."

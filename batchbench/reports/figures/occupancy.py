@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from batchbench.reports.figures import card
 from batchbench.reports.occupancy import MOST_LEVELS, Levels, levels_of
-from batchbench.reports.text import spell_percent
+from batchbench.reports.text import plural, spell_percent
 
 
 def draw_occupancy(strategies: Sequence[card.Strategy], title: str) -> Figure:
@@ -94,8 +94,7 @@ def _headline(strategies: Sequence[card.Strategy], exact: Sequence[Levels]) -> s
     if first.typical.requests.due_ns.any():
         # With timed arrivals slots may be empty because no request has come; the queue says more.
         longest = [round(levels.waiting.max()) for levels in exact]
-        text = f"At most {longest[-1]:,} request{'s' * (longest[-1] != 1)} wait at once under "
-        text += last.called
+        text = f"At most {plural(longest[-1], 'request')} wait at once under {last.called}"
         return f"{text}, {longest[0]:,} under {first.called}" if last is not first else text
     text = f"{last.called} uses {spell_percent(_useful(last))} of its slot-steps"
     return f"{text}, {first.called} {spell_percent(_useful(first))}" if last is not first else text

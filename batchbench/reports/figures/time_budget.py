@@ -19,6 +19,7 @@ from batchbench.reports.time_budget import (
     SAVED_BY,
     TimeBudget,
     typical_budget,
+    waterfall,
 )
 
 _ROW, _BAR = 0.62, 0.3  # inches: a strategy's row, and the bar at its lower end
@@ -85,7 +86,7 @@ class Waterfall:
     def between(cls, baseline: Budget, candidate: Budget) -> Waterfall:
         """Return the bars; parts too small to be seen are one, so that the bars add up."""
         (first, before), (last, after) = baseline, candidate
-        saved = {part: getattr(before, part) - getattr(after, part) for part in PARTS}
+        saved = {step["part"]: step["saved_s"] for step in waterfall(before, after)[1]}
         shown = {p: s for p, s in saved.items() if abs(s) >= _SHOWN * before.wall_s}
         effects = [(_name(p, shown[p]), shown[p]) for p in sorted(shown, key=lambda p: -shown[p])]
         rest = sum(s for part, s in saved.items() if part not in shown)
@@ -246,8 +247,8 @@ def _headline(budgets: Sequence[Budget]) -> str:
     if abs(saved) < _SHOWN * before.wall_s:
         return f"{candidate.called} takes as long as {baseline.called}"
     unit = card.Unit.of([baseline], before.wall_s * 1e9)
-    sign = 1 if saved > 0 else -1
-    most = max(PARTS, key=lambda part: sign * (getattr(before, part) - getattr(after, part)))
+    steps = sorted(waterfall(before, after)[1], key=lambda step: step["saved_s"])
+    most = steps[-1 if saved > 0 else 0]["part"]
     difference = unit.text(round(abs(saved) * 1e9))
     if saved > 0:
         whole = unit.text(round(before.wall_s * 1e9))

@@ -19,7 +19,7 @@ from batchbench.reports.figures import card
 from batchbench.reports.figures.occupancy import share_time, which_trial
 from batchbench.reports.occupancy import Holdings
 from batchbench.reports.statistics import Floats
-from batchbench.reports.text import spell_percent
+from batchbench.reports.text import plural, span, spell_percent
 
 MOST_SLOTS = 32
 """Slots that are drawn; rows of more would be thinner than a screen can show."""
@@ -50,11 +50,9 @@ class Bars:
 
 
 def window_of(trials: Sequence[Recording], slots: int, bars: Sequence[int]) -> float:
-    """Return the time (ns) that can be drawn: to the last end, or until there are too many bars.
+    """Return the time (ns) that can be drawn: to the last end, or to the first bar too many.
 
-    Args:
-        slots: slots that are drawn of each trial.
-        bars: bars that may be drawn of each trial.
+    ``bars`` may be drawn of each trial, in its first ``slots`` slots.
     """
     window = float(max(trial.duration_ns for trial in trials))
     for trial, most in zip(trials, bars, strict=True):
@@ -236,7 +234,7 @@ def _draw_saved(axes: Axes, scale: Scale, end: int, width: float) -> None:
 def _detail(strategy: card.Strategy) -> str:
     counted, slots = strategy.counted, strategy.typical.header.slots
     share = counted["finished_slot_steps"] / counted["slot_steps"]
-    text = f"{slots} slot{'s' * (slots > 1)}"
+    text = plural(slots, "slot")
     return (
         f"{text}, {spell_percent(share)} of slot-steps held by finished requests" if share else text
     )
@@ -252,8 +250,7 @@ def _entries(strategies: Sequence[card.Strategy], scale: Scale) -> list[card.Ent
         if len(chosen):
             name = word if len(chosen) < len(lengths) else "request"
             low, high = int(chosen.min()), int(chosen.max())
-            tokens = f"{low:,}" if low == high else f"{low:,}–{high:,}"
-            label = f"{name} ({tokens} token{'s' * (high > 1)})"
+            label = f"{name} ({span(low, high)} token{'s' * (high > 1)})"
             entries.append(card.make_entry(label, strategies, tint))
     entries.append(card.make_entry("prompt, up to the first token", strategies, -0.55))
     if any((s.typical.requests.released > s.typical.requests.last + 1).any() for s in strategies):

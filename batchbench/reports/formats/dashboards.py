@@ -12,6 +12,7 @@ import numpy as np
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled
 from batchbench.reports.statistics import Floats
+from batchbench.reports.text import plural
 
 _METRICS = (  # part of the result, metric, unit, more is better
     ("summary", "output_throughput", "tokens/s", True),
@@ -100,7 +101,7 @@ def render_github_benchmark(shown: Sequence[Labelled], *, bigger: bool) -> str:
         validity, version = result.data["validity"], result.data["batchbench_version"]
         lines = [
             result.title,
-            f"{trials} trial{'s' * (trials != 1)}, batchbench {version}",
+            f"{plural(trials, 'trial')}, batchbench {version}",
             "; ".join([f"run {validity['status']}", *validity["reasons"]]),
         ]
         for measure in measures(result):

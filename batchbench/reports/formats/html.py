@@ -3,36 +3,39 @@
 It needs no network and works without JavaScript, which only adds zooming and the times of a bar of
 the timeline. However large a run, the page stays small: its timelines have at most ``MOST_BARS``
 bars together, and curves as many corners as a screen has pixels.
+
+Its charts show what the pictures of ``figures/`` show; windows, bars, levels and distributions come
+from there. Their shapes lie in a box of ``SCALE`` × ``SCALE`` that is stretched without keeping its
+proportions, so that one chart suits a phone, a wide screen and paper. Text would be stretched too,
+so it stands beside the shapes in HTML, at shares of their width and height. Colours are classes,
+which the style sheet fills for light and dark.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
+from numpy.typing import NDArray
 
-from batchbench.reports.figures.card import Unit, capitalize, name_strategies
+from batchbench.batching.recording import Ints, Recording
+from batchbench.reports.figures.card import Strategy, Unit, capitalize, name_strategies
+from batchbench.reports.figures.latency import staircase
 from batchbench.reports.figures.occupancy import which_trial
 from batchbench.reports.figures.time_budget import STACKED, budgets_of, waterfalls
-from batchbench.reports.formats import charts
-from batchbench.reports.formats.terminal import (
-    causes,
-    cells,
-    fit_lines,
-    floor_lines,
-    notes,
-    sentence,
-    side_by_side_cells,
-    stall_lines,
-)
-from batchbench.reports.prediction import worth_showing
+from batchbench.reports.figures.timeline import Bars, middle_length, window_of
+from batchbench.reports.formats import terminal
+from batchbench.reports.occupancy import Holdings, levels_of
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled, SideBySide
-from batchbench.reports.text import clean_text, number
+from batchbench.reports.statistics import Distribution, Floats
+from batchbench.reports.text import clean_text, number, percent
 from batchbench.reports.time_budget import NAMES
 
 MOST_BARS = 12_000
@@ -40,6 +43,18 @@ MOST_BARS = 12_000
 
 FEWEST_BARS = 200
 """Bars that each timeline may have however many timelines there are."""
+
+SCALE = 10_000
+"""Width and height of a chart's box; a unit is smaller than a pixel of any screen."""
+
+MOST_SLOTS = 64
+"""Slots that a timeline shows."""
+
+MOST_STEPS = 400
+"""Corners of a curve: more are narrower than a pixel."""
+
+_RIM = 0.008
+"""Bars wider than this share of the window get a rim, which would hide narrower ones."""
 
 _CURVES = (
     ("ttft", "TTFT", "arrival to first token"),
@@ -56,7 +71,7 @@ def render(shown: Sequence[Labelled]) -> str:
     together = SideBySide(shown) if len(shown) > 1 else None
     most = max((line.throughput or 0.0 for line in together.lines), default=0) if together else 0
     title = " · ".join(one.label for one in shown) if together else shown[0].result.title
-    head, rows = side_by_side_cells(together) if together else ([], [])
+    head, rows = terminal.side_by_side_cells(together) if together else ([], [])
     return (
         _environment()
         .get_template("page.html.jinja")
@@ -94,9 +109,9 @@ def _environment() -> Environment:
 def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
     result, data = one.result, one.result.data
     strategies = name_strategies(result.recordings)
-    timelines, window, ticks, unit = charts.draw_timelines(strategies, most_bars)
-    levels, level_ticks = charts.draw_levels(strategies)
-    head, rows = cells(result)
+    timelines, window, ticks, unit = draw_timelines(strategies, most_bars)
+    levels, level_ticks = draw_levels(strategies)
+    head, rows = terminal.cells(result)
     budgets = budgets_of(strategies) if data.get("explain") else []
     longest = max((budget.wall_s for _, budget in budgets), default=0.0) or 1.0
     return {
@@ -104,20 +119,21 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "label": one.label,
         "title": result.title,
         "data": data,
-        "sentence": capitalize(sentence(result, reasons=False)),
-        "causes": causes(result) if budgets else [],
+        "sentence": capitalize(terminal.sentence(result, reasons=False)),
+        "causes": terminal.causes(result) if budgets else [],
         "names": result.names,
         "strategies": strategies,
         "head": head,
         "rows": rows,
-        "notes": [*notes(result), *floor_lines(result), *stall_lines(result)],
+        "notes": terminal.notes(result),
+        "lines": [*terminal.floor_lines(result), *terminal.stall_lines(result)],
         "timelines": timelines,
         "left_out": _left_out(result, timelines, window),
         "axis": {"window": window / 1000, "unit": unit.ns / 1000, "name": unit.name},
         "ticks": ticks,
         "trial": which_trial(strategies).strip(),
         "curves": [
-            charts.draw_curves(strategies, [getattr(s.latencies, key) for s in strategies], *words)
+            draw_curves(strategies, [getattr(s.latencies, key) for s in strategies], *words)
             for key, *words in _CURVES
         ],
         "levels": levels,
@@ -126,34 +142,26 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "waterfalls": waterfalls(budgets),
         "longest_s": longest,
         "unit": Unit.of(strategies, longest * 1e9),
-        "prediction": [
-            [
-                p["strategy"],
-                number(p["duration"]),
-                number(p["measured_duration"]),
-                f"{100 * p['error']:+.1f} %",
-            ]
-            for p in worth_showing(data.get("prediction"))
-        ],
-        "fit": fit_lines(result),
+        "prediction": terminal.prediction_rows(result),
+        "fit": terminal.fit_lines(result),
         "settings": _settings(data["config"]),
         "environment": _environment_rows(data),
     }
 
 
-def _left_out(result: Result, timelines: Sequence[charts.Timeline], window: float) -> str:
+def _left_out(result: Result, timelines: Sequence[Timeline], window: float) -> str:
     sentences = [
         f"{name} logs no steps, so its slots are not known."
         for name, trials in result.recordings.items()
         if not trials[0].has_steps
     ]
     slots = max((timeline.slots for timeline in timelines), default=0)
-    if slots > charts.MOST_SLOTS:
-        sentences.append(f"Only slots 0 to {charts.MOST_SLOTS - 1} of {slots:,} are shown.")
+    if slots > MOST_SLOTS:
+        sentences.append(f"Only slots 0 to {MOST_SLOTS - 1} of {slots:,} are shown.")
     if any(timeline.end_at is None for timeline in timelines):
         longest = max(r.duration_ns for trials in result.recordings.values() for r in trials)
-        shown = 100 * window / longest
-        part = f"{shown:.0f} %" if shown >= 1 else "less than 1 %"
+        shown = window / longest
+        part = percent(shown) if shown >= 0.01 else "less than 1%"
         sentences.append(
             f"Only the beginning is shown, {part} of the time: "
             f"all {result.data['workload']['num_requests']:,} requests are in requests.csv."
@@ -187,3 +195,176 @@ def _spell(value: Any) -> str:
     if isinstance(value, int | float):
         return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
     return ", ".join(map(_spell, value)) if isinstance(value, list) else str(value)
+
+
+# Charts
+
+
+class Tick(NamedTuple):
+    at: float  # share of the axis
+    text: str
+
+
+class Shape(NamedTuple):
+    look: str  # the class that colours it
+    path: str
+
+
+class Timeline(NamedTuple):
+    name: str
+    series: int
+    rows: int
+    slots: int
+    end: str
+    end_at: float | None  # share of the window; None where it ends beyond
+    shapes: tuple[Shape, ...]
+    columns: dict[str, Any]  # of the requests shown, for hovering; times in µs
+
+
+class Curves(NamedTuple):
+    title: str
+    about: str
+    shapes: tuple[Shape, ...]
+    ticks: tuple[Tick, ...]
+
+
+class SlotLevels(NamedTuple):
+    name: str
+    series: int
+    slots: int
+    most_waiting: int
+    slot_shapes: tuple[Shape, ...]
+    queue_shapes: tuple[Shape, ...]
+
+
+def nice_ticks(until: float, unit: str, most: int = 5) -> tuple[Tick, ...]:
+    """Return round numbers from 0 to ``until``, at most ``most`` + 1; the last has the unit."""
+    if not until > 0:
+        return (Tick(0.0, f"0 {unit}"),)
+    rough = until / most
+    size: float = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough * (1 - 1e-9))
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    values = [i * step for i in range(int(until / step + 1e-9) + 1)]
+    texts = ["0", *(f"{value:,.{decimals}f}" for value in values[1:])]
+    texts[-1] += f" {unit}"
+    return tuple(Tick(v / until, text) for v, text in zip(values, texts, strict=True))
+
+
+def draw_timelines(
+    strategies: Sequence[Strategy], most_bars: int
+) -> tuple[list[Timeline], float, tuple[Tick, ...], Unit]:
+    """Return a timeline per strategy that logs steps, their window in ns, its ticks and unit."""
+    strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
+    if not strategies:
+        return [], 1, (), Unit(1e9, "s")
+    trials = [strategy.typical for strategy in strategies]
+    window, middle = window_of(trials, MOST_SLOTS, [most_bars] * len(trials)), middle_length(trials)
+    unit = Unit.of(strategies, window)
+    timelines = [_timeline(strategy, window, middle, unit) for strategy in strategies]
+    return timelines, window, nice_ticks(window / unit.ns, unit.name), unit
+
+
+def _timeline(strategy: Strategy, window: float, middle: float, unit: Unit) -> Timeline:
+    recording, end = strategy.typical, strategy.typical.duration_ns
+    rows = min(recording.header.slots, MOST_SLOTS)
+    bars = Bars.of(recording, window, rows, middle)
+    held, long = bars.held, bars.long
+    wide = held.done - held.admitted > window * _RIM
+
+    def boxes(look: str, start: Ints, stop: Ints, chosen: NDArray[np.bool_]) -> Shape:
+        return Shape(look, _boxes(start[chosen], stop[chosen], held.slot[chosen], rows, window))
+
+    shapes = [boxes("held", held.done, held.freed, held.freed > held.done)]
+    for look, chosen in (("short", ~long), ("long", long)):
+        shapes.append(boxes(f"{look} rim", held.admitted, held.done, chosen & wide))
+        shapes.append(boxes(look, held.admitted, held.done, chosen & ~wide))
+    shapes.append(boxes("prompt", held.admitted, held.first, held.first > held.admitted))
+    return Timeline(
+        name=strategy.name,
+        series=strategy.index,
+        rows=rows,
+        slots=recording.header.slots,
+        end=unit.text(end),
+        end_at=end / window if end <= window else None,
+        shapes=tuple(shape for shape in shapes if shape.path),
+        columns=_columns(recording, held),
+    )
+
+
+def _columns(recording: Recording, held: Holdings) -> dict[str, Any]:
+    r = recording.requests
+    times = {name: getattr(held, name) for name in ("admitted", "first", "done", "freed")}
+    times["due"] = r.due_ns[held.request]
+    return {
+        "request": held.request.tolist(),
+        "slot": held.slot.tolist(),
+        "prompt": r.prompt_tokens[held.request].tolist(),
+        "output": r.output_tokens[held.request].tolist(),
+        **{name: np.rint(ns / 1000).astype(np.int64).tolist() for name, ns in times.items()},
+    }
+
+
+def _boxes(start: Ints, stop: Ints, slot: Ints, rows: int, window: float) -> str:
+    left = _across(start / window)
+    width = np.maximum(_across(stop / window) - left, 1)
+    height = round(SCALE / rows * 0.84)
+    top = np.rint((slot + 0.08) * SCALE / rows).astype(np.int64)
+    places = zip(left.tolist(), top.tolist(), width.tolist(), strict=True)
+    return "".join(f"M{x} {y}h{w}v{height}h-{w}z" for x, y, w in places)
+
+
+def _across(shares: Floats) -> Ints:
+    """Return shares of the width; what lies beyond the box ends just outside it."""
+    return np.rint(np.clip(shares, 0, 1.02) * SCALE).astype(np.int64)
+
+
+def _down(shares: Floats) -> Ints:
+    """Return shares of the height, measured from below."""
+    return np.rint((1 - shares) * SCALE).astype(np.int64)
+
+
+def draw_curves(
+    strategies: Sequence[Strategy], latencies: Sequence[Distribution], title: str, about: str
+) -> Curves:
+    """Return the staircases of one latency in ms; a strategy without any has no curve."""
+    longest = max((values.values[-1] for values in latencies if values.count), default=0.0)
+    unit = Unit.of(strategies, longest * 1e6)
+    shapes = []
+    for strategy, values in zip(strategies, latencies, strict=True):
+        if not values.count:
+            continue
+        x, y = staircase(values, MOST_STEPS)
+        columns, rows = _across(x / (longest or 1.0)).tolist(), _down(y).tolist()
+        steps = "".join(f"H{a}V{b}" for a, b in zip(columns, rows, strict=True))
+        look = f"line s{strategy.index} d{strategy.index % 4}"
+        shapes.append(Shape(look, f"M{columns[0]} {rows[0]}{steps}H{SCALE}"))
+    return Curves(title, about, tuple(shapes), nice_ticks(longest * 1e6 / unit.ns, unit.name, 4))
+
+
+def draw_levels(strategies: Sequence[Strategy]) -> tuple[list[SlotLevels], tuple[Tick, ...]]:
+    """Return occupancy and queue of each strategy that logs steps, and the ticks of their axis."""
+    strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
+    if not strategies:
+        return [], ()
+    levels_of_all = [levels_of(strategy.typical).thinned() for strategy in strategies]
+    until = max(float(levels.edges_ns[-1]) for levels in levels_of_all)
+    unit = Unit.of(strategies, until)
+    drawn = []
+    for strategy, levels in zip(strategies, levels_of_all, strict=True):
+        slots, edges = strategy.typical.header.slots, _across(levels.edges_ns / until)
+        most = max(1, math.ceil(levels.waiting.max()))
+        shapes = [Shape("running", _area(edges, levels.running / slots))]
+        if levels.finished.any():
+            occupied = (levels.running + levels.finished) / slots
+            shapes.insert(0, Shape("held", _area(edges, occupied)))
+        queue = Shape("queue", _area(edges, levels.waiting / most))
+        drawn.append(
+            SlotLevels(strategy.name, strategy.index, slots, most, tuple(shapes), (queue,))
+        )
+    return drawn, nice_ticks(until / unit.ns, unit.name)
+
+
+def _area(edges: Ints, heights: Floats) -> str:
+    steps = zip(_down(heights).tolist(), edges[1:].tolist(), strict=True)
+    return f"M{edges[0]} {SCALE}{''.join(f'V{y}H{x}' for y, x in steps)}V{SCALE}z"

@@ -6,14 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import quote
 
-from batchbench.reports.formats.terminal import (
-    causes,
-    cells,
-    notes,
-    prediction_lines,
-    sentence,
-    side_by_side_cells,
-)
+from batchbench.reports.formats import terminal
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled, SideBySide
 
@@ -43,18 +36,18 @@ def _together(together: SideBySide) -> Iterator[str]:
     if together.settings:
         rows = [[name, *values] for name, values in together.settings]
         yield from table(["Differs", *together.labels], rows, left=len(together.labels) + 1)
-    yield from table(*side_by_side_cells(together), left=2)
+    yield from table(*terminal.side_by_side_cells(together), left=2)
 
 
 def _of_result(one: Labelled, pictures: Mapping[str, str], *, several: bool) -> Iterator[str]:
     result = one.result
     if several:
         yield from (f"## {escape(one.label)}", "")
-    yield f"**{escape(sentence(result))}**\n"
-    for line in (result.title, *causes(result)):
+    yield f"**{escape(terminal.sentence(result))}**\n"
+    for line in (result.title, *terminal.causes(result)):
         yield f"{escape(line)}\n"
-    yield from table(*cells(result), left=2)
-    for line in ("; ".join(notes(result)), *prediction_lines(result)):
+    yield from table(*terminal.cells(result), left=2)
+    for line in ("; ".join(terminal.notes(result)), *terminal.prediction_lines(result)):
         yield from (f"{escape(line)}\n",) if line else ()
     for name, path in pictures.items():
         yield f"![{_TITLES[name]}]({quote(path)})\n"

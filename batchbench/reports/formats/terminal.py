@@ -13,10 +13,19 @@ from rich.text import Text
 from batchbench.batching.policies import POLICIES
 from batchbench.reports.prediction import describe_fit, worth_showing
 from batchbench.reports.result import Result, ratio_of
-from batchbench.reports.result_file import PredictedStrategy, Prediction
 from batchbench.reports.side_by_side import FIGURES, SideBySide
 from batchbench.reports.statistics import FEWEST_PAIRS
-from batchbench.reports.text import called, decimals_of, fixed, number, spell_ratio
+from batchbench.reports.text import (
+    called,
+    decimals_of,
+    fixed,
+    number,
+    percent,
+    plural,
+    span,
+    spell_ratio,
+    times,
+)
 from batchbench.reports.time_budget import LOST_TO, NAMES, SAVED_BY
 
 MENTIONED = 0.05
@@ -51,7 +60,7 @@ def as_fast(ratio: float, candidate: str, baseline: str, interval: str = "") -> 
     if f"{ratio:.2f}" == "1.00":
         interval = f"1.00×, {interval}" if interval else "1.00×"
         return f"{candidate} and {baseline} showed no difference ({interval})"
-    text = f"{candidate} was {ratio:.2f}× as fast as {baseline}"
+    text = f"{candidate} was {times(ratio)} as fast as {baseline}"
     return f"{text} ({interval})" if interval else text
 
 
@@ -71,7 +80,7 @@ def _answer(result: Result) -> str:
     interval = ""
     if not simulated and speedup["ci95"] is None:
         pairs = len(result.recordings[comparison["candidate"]])
-        interval = f"{pairs} pair{'s' * (pairs > 1)} of trials: too few for an interval"
+        interval = f"{plural(pairs, 'pair')} of trials: too few for an interval"
     elif not simulated and speedup["ci95"]:
         interval = "95 % CI {:.2f}–{:.2f}".format(*speedup["ci95"])
     names = called(comparison["candidate"]), called(comparison["baseline"])
@@ -85,7 +94,7 @@ def _answer(result: Result) -> str:
     ratio = comparison["step_ratio"]
     if ratio is None or (simulated and not cost):
         return text
-    return f"{text}; counting steps only: {ratio:.2f}×"
+    return f"{text}; counting steps only: {times(ratio)}"
 
 
 def _other_candidates(result: Result) -> str:
@@ -98,36 +107,32 @@ def _other_candidates(result: Result) -> str:
         best = min(statics, key=lambda name: float(strategies[name]["summary"]["duration"]))
         ratio = ratio_of(strategies, "duration", best, last["candidate"])
         if ratio is not None and best != last["baseline"]:
-            text = f", and {ratio.median:.2f}× as fast as {best}, the best static form"
-    listed = ", ".join(f"{each['candidate']} {each['speedup']['median']:.2f}×" for each in others)
+            text = f", and {times(ratio.median)} as fast as {best}, the best static form"
+    listed = ", ".join(f"{c['candidate']} {times(c['speedup']['median'])}" for c in others)
     return f"{text}; the others over {last['baseline']}: {listed}"
 
 
 def _latency(result: Result) -> str:
     rate: Any = result.data["workload"]["arrival_rate"]
     strategies = result.data["strategies"]
-    requested = result.data["config"]["workload"].get("request_rate")
-    text = f"at {number(rate)} req/s"
-    if isinstance(requested, int | float) and abs(rate / requested - 1) > 0.01:
-        text += f" (sampled at random from --request-rate {number(requested)})"
     baseline, *others, candidate = result.names
     order = (candidate, baseline, *others)
     words = [name if name in others else called(name) for name in order]
     waits = [number(strategies[name]["summary"]["p99_ttft_ms"]) for name in order]
     under = (f"{wait} ms under {name}" for wait, name in zip(waits, words, strict=True))
-    text += f", p99 TTFT was {', '.join(under)}"
+    text = f"at {number(rate)} req/s, p99 TTFT was {', '.join(under)}"
     good, base = (strategies[name]["summary"]["slo_attainment"] for name in order[:2])
     if good is None or base is None:
         return text
-    return f"{text}; {100 * good:.0f} % against {100 * base:.0f} % of requests within the SLOs"
+    return f"{text}; {percent(good)} against {percent(base)} of requests within the SLOs"
 
 
 def _outputs(checked: Mapping[str, Any]) -> str:
     total = checked["requests_checked"]
     text = f"outputs identical for {checked['identical']}/{total} requests"
     if checked["numerical_ties"]:
-        ties, gap = checked["numerical_ties"], checked["max_logit_gap"]
-        text += f", {ties} numerical tie{'s' * (ties > 1)} (logits {gap:.2g} apart at most)"
+        ties = plural(checked["numerical_ties"], "numerical tie")
+        text += f", {ties} (logits {checked['max_logit_gap']:.2g} apart at most)"
     if checked["wrong"]:
         first = next(f for f in checked["findings"] if f["verdict"] == "wrong")
         text += (
@@ -254,9 +259,8 @@ def _rows_of(result: Result) -> list[_Row]:
     rows = list(_ROWS)
     for i, length in enumerate(classes if len(classes) > 1 else []):
         low, high = length["min_output_tokens"], length["max_output_tokens"]
-        tokens = f"{low:,}" if low == high else f"{low:,}–{high:,}"
         note = "" if i else "E2E ÷ unloaded: latency over that of the same request alone"
-        rows.append(_Row(f"E2E ÷ unloaded, {tokens} tok", "×", i, note))
+        rows.append(_Row(f"E2E ÷ unloaded, {span(low, high)} tok", "×", i, note))
     rows += () if result.data["workload"]["closed"] else _ROWS_OF_ARRIVALS
     known = strategies.values()
     return [row for row in rows if any(_value(strategy, row) is not None for strategy in known)]
@@ -294,7 +298,7 @@ def _ratio(result: Result, row: _Row, baseline: str, name: str) -> str:
     if isinstance(row.metric, str) and measured and row.metric != _COST:
         return spell_ratio(ratio_of(strategies, row.metric, name, baseline))
     above, below = (_value(strategies[side], row) for side in (name, baseline))
-    return f"{above / below:.2f}×" if above and below else "N/A"
+    return times(above / below if above and below else None)
 
 
 def notes(result: Result) -> list[str]:
@@ -382,11 +386,11 @@ def stall_lines(result: Result) -> list[str]:
     lines = []
     for name in result.names:
         for stall in result.data["strategies"][name]["stalls"][:1]:
-            whose = f"{stall['requests']:,} request{'s' * (stall['requests'] > 1)}"
+            requests = plural(stall["requests"], "request")
             during = "" if stall["step"] is None else f"step {stall['step']:,}, which computed a "
             lines.append(
                 f"Longest gap between two tokens, {name}: {number(stall['gap_ms'])} ms for "
-                f"{whose}, during {during}{stall['cause']}."
+                f"{requests}, during {during}{stall['cause']}."
             )
     return lines
 
@@ -397,49 +401,58 @@ def floor_lines(result: Result) -> list[str]:
     for name in result.names:
         step = result.data["strategies"][name].get("decode_step")
         if step is not None:
-            rows = f"{step['rows']:,} row{'s' * (step['rows'] != 1)}"
             read, speed = step["read_bytes"] / 1e6, number(step["bytes_per_s"] / 1e9)
+            rows, share = plural(step["rows"], "row"), percent(step["floor_share"])
             lines.append(
-                f"Decode step, {name}: {number(step['took_ms'])} ms for {rows}, "
-                f"{100 * step['floor_share']:.0f} % of the memory-bandwidth limit: reading its "
-                f"{read:,.0f} MB at {speed} GB/s takes {number(step['floor_ms'])} ms."
+                f"Decode step, {name}: {number(step['took_ms'])} ms for {rows}, {share} of the "
+                f"memory-bandwidth limit: reading its {read:,.0f} MB at {speed} GB/s takes "
+                f"{number(step['floor_ms'])} ms."
             )
     return lines
+
+
+def prediction_rows(result: Result) -> list[list[str]]:
+    """Return strategy, predicted and measured seconds and the error; none if the fit is weak."""
+    prediction = result.data.get("prediction")
+    if prediction is None or is_weak(prediction["held_out"]):
+        return []
+    return [
+        [
+            predicted["strategy"],
+            number(predicted["duration"]),
+            number(predicted["measured_duration"]),
+            percent(predicted["error"], 1, "+"),
+        ]
+        for predicted in prediction["strategies"]
+    ]
 
 
 def prediction_lines(result: Result) -> list[str]:
     """Return predicted beside measured durations, and the quality of the fit."""
     prediction = result.data.get("prediction")
-    fitted_on = prediction and prediction["fitted_on"]
-    lines = []
-    for predicted in _predicted(prediction):
-        error = predicted["error"]
-        side = "above" if error > 0 else "below"
-        lines.append(
-            f"Predicted from the steps of {fitted_on}: {predicted['strategy']} takes "
-            f"{number(predicted['duration'])} s, {100 * abs(error):.1f} % {side} the measured "
-            f"{number(predicted['measured_duration'])} s."
-        )
+    fitted_on = prediction["fitted_on"] if prediction else ""
+    lines, rows = [], prediction_rows(result)
+    for name, predicted, measured, error in rows:
+        if name != fitted_on or len(rows) == 1:
+            side = "below" if error.startswith("-") else "above"
+            lines.append(
+                f"Predicted from the steps of {fitted_on}: {name} takes {predicted} s, "
+                f"{error.lstrip('+-')} {side} the measured {measured} s."
+            )
     return lines + fit_lines(result)
 
 
 def fit_lines(result: Result) -> list[str]:
     """Return where a prediction extrapolates, and the cross-validated errors of the fit."""
-    prediction = result.data.get("prediction")
-    cost = result.data.get("cost")
+    prediction, cost = result.data.get("prediction"), result.data.get("cost")
     lines = _extrapolation(cost["extrapolates"] if cost else [])
     if prediction is None:
         return lines
-    for predicted in _predicted(prediction):
-        lines += _extrapolation(predicted["extrapolates"])
-    return [*lines, describe_fit(prediction["held_out"], prediction["fitted_on"])]
-
-
-def _predicted(prediction: Prediction | None) -> list[PredictedStrategy]:
-    """Return the strategies that the fit did not see; if there are none, the one that it saw."""
+    fit, fitted_on = prediction["held_out"], prediction["fitted_on"]
     strategies = worth_showing(prediction)
-    seen = prediction and prediction["fitted_on"]
-    return [s for s in strategies if s["strategy"] != seen] or strategies
+    for predicted in [s for s in strategies if s["strategy"] != fitted_on] or strategies:
+        lines += _extrapolation(predicted["extrapolates"])
+    return [*lines, describe_fit(fit, fitted_on)]
 
 
 def _extrapolation(reasons: list[str]) -> list[str]:
