@@ -62,6 +62,10 @@ class Process:
     busy: float
     seconds: float
 
+    @property
+    def speedups(self) -> str:
+        return ", ".join(f"{exp(-log):.2f}× as fast as {name}" for name, log in self.ratios.items())
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -269,7 +273,7 @@ def reference_strategies(experiment: Experiment) -> tuple[str, list[str]]:
 def measure_processes(
     experiment: Experiment,
     session: Session,
-    count: int,
+    count: int | None,
     cut: Cut | None,
     watch: TurnsWatch,
     until: float = math.inf,
@@ -280,8 +284,9 @@ def measure_processes(
     """
     chance = random.Random()
     with Workers(this_installation(), experiment.model.threads or 1, until) as workers:
-        while len(session.measured) < count:
-            watch.begins(f"process {len(session.measured) + 1}")
+        while count is None or len(session.measured) < count:
+            total = "" if count is None else f" of {count}"
+            watch.begins(f"process {len(session.measured) + 1}{total}")
             usual = session.measured[0].cut if session.measured else cut
             try:
                 measured = measure_process(workers, experiment, session.calibrations, usual, chance)
@@ -358,9 +363,7 @@ def make_baseline(
 ) -> Baseline:
     session = Session()
     for number in measure_processes(experiment, session, processes, None, watch):
-        ratios = session.processes[-1].ratios.items()
-        faster = ", ".join(f"{exp(-log):.2f}× as fast as {name}" for name, log in ratios)
-        watch.measured(f"process {number}", faster)
+        watch.measured(f"process {number} of {processes}", session.processes[-1].speedups)
     if varied := session.varied:
         raise UsageError(f"{varied}: a baseline needs the same work in every process")
     opened = session.report.opened

@@ -129,7 +129,7 @@ def _measure(
     """Measure processes until all is decided; return None if not even one was finished."""
     until, cut = began + spec.max_time, Cut(**baseline.data["cut"])
     looks, decided = 0, None
-    for count in measure_processes(experiment, session, 10_000, cut, watch, until):
+    for count in measure_processes(experiment, session, None, cut, watch, until):
         if decided is None:
             _check_same_question(file, baseline.data, session.report)
             new = session.report.version(LABEL)
@@ -141,7 +141,7 @@ def _measure(
             base.counts[0], new.counts[0], allow_improvement=spec.allow_improvement
         ):
             return decided  # ratios would answer another question
-        progress = ""
+        progress = session.processes[-1].speedups
         if last or (count >= FIRST_LOOK and (count - FIRST_LOOK) % NEXT_LOOK == 0):
             looks += 1
             decisions = decide_ratios(baseline.processes, session.processes, rule, looks)
@@ -149,7 +149,7 @@ def _measure(
             progress = describe_decisions(_queries(baseline, rule), decisions)
             last = last or all(decision.is_sure for decision in decisions.values())
         watch.measured(f"process {count}", progress)
-        if progress and last:
+        if last:
             return decided
     if decided is not None and session.cut_off:
         decisions = decide_ratios(baseline.processes, session.processes, decided[1], looks + 1)

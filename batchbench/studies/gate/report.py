@@ -74,7 +74,8 @@ def tables(gate: Gate, *, verbose: bool = False) -> list[Rows]:
 
 
 def _rows(kind: Kind, evidence: Sequence[Evidence], *, verbose: bool) -> Rows:
-    chosen = [item for item in evidence if verbose or _matters(item)]
+    few = kind is not Kind.WORK and len(evidence) == 1
+    chosen = [item for item in evidence if verbose or few or _matters(item)]
     ranked = sorted(
         chosen, key=lambda item: (not item.fails, not item.is_undecided, not item.gated)
     )
