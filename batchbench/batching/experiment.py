@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from batchbench import settings
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.policies import WAITING, make_policy
-from batchbench.batching.presets import NOTEBOOK, PRESETS, check_preset
+from batchbench.batching.presets import NOTEBOOK, PRESETS, Basis, check_preset
 from batchbench.batching.queue import ORDERS
 from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError, shown
 from batchbench.settings import parse_whole, setting
+from batchbench.workloads.lengths import parse_lengths
 from batchbench.workloads.spec import WorkloadSpec
 
 GENERATE_BATCH = "generate_batch"
@@ -302,3 +305,60 @@ PARTS: Mapping[str, Any] = {
     "trials": TrialsSpec,
 }
 """The specs of an experiment; no two have a field of the same name."""
+
+
+def make_experiment(
+    chosen: Mapping[str, Any], *, simulated: bool, cost: KnownCost | None = None
+) -> Experiment:
+    """Return the experiment of these options; the preset, the file or defaults give all others.
+
+    Raises:
+        UsageError: the options exclude each other, or a value is wrong.
+    """
+    basis: Basis = settings.make_spec(Basis, chosen)
+    names = {field.name for field in fields(Basis)}
+    own = {name: value for name, value in chosen.items() if name not in names}
+    _, file = basis.layers()
+    return Experiment.of(file, own, preset=basis.preset, simulated=simulated, cost=cost)
+
+
+def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
+    """Replace ``auto`` by the values with which ``model`` was resolved."""
+    serving, execution = experiment.serving, model.get("execution")
+    if execution in EXECUTIONS and serving.engine != "notebook":
+        serving = replace(serving, execution=execution)
+    resolved = {name: model[name] for name in ("device", "dtype", "load_format")}
+    return replace(experiment, serving=serving, model=replace(experiment.model, **resolved))
+
+
+def named_files(experiment: Experiment) -> dict[str, Any]:
+    """Return digests of the files that settings name, by field name, and of a model's folder."""
+    files: dict[str, Any] = {}
+    for part in ("workload", "serving", "trials", "model"):
+        spec = getattr(experiment, part)
+        for own in fields(spec):
+            value = getattr(spec, own.name)
+            file = value if isinstance(value, Path) else _file_of_lengths(own.name, value)
+            if file is not None and file.is_file():
+                files[own.name] = digest_of_file(file)
+    folder = Path(experiment.model.model)
+    if folder.is_dir():
+        files["model"] = [
+            (file.name, (status := file.stat()).st_size, status.st_mtime_ns)
+            for file in sorted(folder.iterdir())
+            if file.is_file()
+        ]
+    return files
+
+
+def digest_of_file(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _file_of_lengths(name: str, value: Any) -> Path | None:
+    """Return the file that lengths such as ``empirical:FILE`` name."""
+    if name not in ("prompt_tokens", "output_tokens") or value is None:
+        return None
+    file = getattr(parse_lengths(value, settings.option_name(name)), "file", None)
+    return None if file is None else Path(file)

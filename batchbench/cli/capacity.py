@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from batchbench import settings
-from batchbench.batching.experiment import Experiment
+from batchbench.batching.experiment import Experiment, make_experiment
 from batchbench.cli.options import with_options
 from batchbench.cli.output import echo, echo_json, output_folder
 from batchbench.errors import UsageError, shown
 from batchbench.files import undisturbed
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
-from batchbench.studies.sweep.grid import SWEPT, make_experiment, words_of_axes
+from batchbench.studies.sweep.grid import SWEPT, words_of_axes
 
 if TYPE_CHECKING:
     from batchbench.studies.capacity.probe import CapacityQuery

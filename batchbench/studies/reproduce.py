@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from batchbench import settings
-from batchbench.batching.experiment import EXECUTIONS, Experiment
+from batchbench.batching.experiment import Experiment, named_files, pinned
 from batchbench.batching.machine import Difference, facts_of
 from batchbench.batching.machine import differences as differences_between
 from batchbench.batching.progress import Watch
@@ -22,7 +22,6 @@ from batchbench.reports.result import Result, make_result
 from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.statistics import FEWEST_PAIRS, interval_of_ratio
 from batchbench.reports.text import joined, times, times_within
-from batchbench.studies.sweep.grid import named_files
 from batchbench.version import __version__
 
 
@@ -250,15 +249,6 @@ def experiment_of(recorded: Result) -> Experiment:
         known = None if cost is None else KnownCost.of(cost)
         return replace(experiment, trials=trials, cost=known)
     return pinned(replace(experiment, trials=trials), data["model"])
-
-
-def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
-    """Replace ``auto`` by the values with which ``model`` was resolved."""
-    serving, execution = experiment.serving, model.get("execution")
-    if execution in EXECUTIONS and serving.engine != "notebook":
-        serving = replace(serving, execution=execution)
-    resolved = {name: model[name] for name in ("device", "dtype", "load_format")}
-    return replace(experiment, serving=serving, model=replace(experiment.model, **resolved))
 
 
 def reproduce(recorded: Result, watch: Watch | None = None) -> Reproduction:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from batchbench.batching.experiment import GENERATE_BATCH, Experiment
+from batchbench.batching.experiment import GENERATE_BATCH, Experiment, named_files, pinned
 from batchbench.batching.machine import facts_of
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.files import reason_of
@@ -33,8 +33,6 @@ from batchbench.studies.gate.processes import (
 )
 from batchbench.studies.gate.turns import Cut, Turn
 from batchbench.studies.gate.worker import Calibration
-from batchbench.studies.reproduce import pinned
-from batchbench.studies.sweep.grid import named_files
 from batchbench.version import __version__
 
 SCHEMA_VERSION = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import itertools
@@ -11,21 +10,25 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from batchbench import settings
-from batchbench.batching.experiment import PARTS, Experiment
+from batchbench.batching.experiment import (
+    PARTS,
+    Experiment,
+    digest_of_file,
+    make_experiment,
+    named_files,
+)
 from batchbench.batching.presets import Basis
-from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError, shown
 from batchbench.reports.result_file import SCHEMA_VERSION
 from batchbench.settings import parse_number
 from batchbench.version import __version__
-from batchbench.workloads.lengths import parse_lengths
 
 SWEPT: Mapping[str, type] = {"basis": Basis, **PARTS}
 """Specs whose fields may be swept."""
@@ -112,21 +115,6 @@ class Grid:
         """Return the command line that sweeps this grid."""
         simulated = ["--simulated"] * self.simulated
         return shlex.join(["batchbench", "sweep", *words_of_axes(self.axes), *simulated, *more])
-
-
-def make_experiment(
-    chosen: Values, *, simulated: bool, cost: KnownCost | None = None
-) -> Experiment:
-    """Return the experiment of these options; the preset, the file or defaults give all others.
-
-    Raises:
-        UsageError: the options exclude each other, or a value is wrong.
-    """
-    basis: Basis = settings.make_spec(Basis, chosen)
-    names = {field.name for field in dataclasses.fields(Basis)}
-    own = {name: value for name, value in chosen.items() if name not in names}
-    _, file = basis.layers()
-    return Experiment.of(file, own, preset=basis.preset, simulated=simulated, cost=cost)
 
 
 def words_of_axes(axes: Mapping[str, tuple[Any, ...]]) -> list[str]:
@@ -222,39 +210,6 @@ def digest_of(experiment: Experiment) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
-def named_files(experiment: Experiment) -> dict[str, Any]:
-    """Return digests of the files that settings name, by field name, and of a model's folder."""
-    files: dict[str, Any] = {}
-    for part in ("workload", "serving", "trials", "model"):
-        spec = getattr(experiment, part)
-        for field in fields(spec):
-            value = getattr(spec, field.name)
-            file = value if isinstance(value, Path) else _file_of_lengths(field.name, value)
-            if file is not None and file.is_file():
-                files[field.name] = _digest_of_file(file)
-    folder = Path(experiment.model.model)
-    if folder.is_dir():
-        files["model"] = [
-            (file.name, (status := file.stat()).st_size, status.st_mtime_ns)
-            for file in sorted(folder.iterdir())
-            if file.is_file()
-        ]
-    return files
-
-
-def _digest_of_file(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _file_of_lengths(name: str, value: Any) -> Path | None:
-    """Return the file that lengths such as ``empirical:FILE`` name."""
-    if name not in ("prompt_tokens", "output_tokens") or value is None:
-        return None
-    file = getattr(parse_lengths(value, settings.option_name(name)), "file", None)
-    return None if file is None else Path(file)
-
-
 def _module(name: str) -> str | None:
     """Return the digest of a module's source, if it has a file."""
     origin = getattr(sys.modules.get(name), "__file__", None)
@@ -262,4 +217,4 @@ def _module(name: str) -> str | None:
         spec = importlib.util.find_spec(name)
         origin = spec.origin if spec is not None else None
     file = Path(origin) if origin else None
-    return _digest_of_file(file) if file and file.is_file() else None
+    return digest_of_file(file) if file and file.is_file() else None
