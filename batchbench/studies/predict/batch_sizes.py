@@ -21,6 +21,9 @@ from batchbench.workloads import Workload
 NEARLY_ALL = 0.95
 """Share of the best throughput with which a batch size suffices."""
 
+STILL_GAINS = 0.10
+"""Gain of the last doubling of slots above which the best lies at the edge of the range."""
+
 BATCHES = 8
 """Batches of requests at the largest batch size, at least, if all are there at the start.
 
@@ -89,6 +92,11 @@ class Curve:
             return None
         gain = last.output_throughput / half[-1].output_throughput - 1
         return half[-1].batch_size, last.batch_size, gain
+
+    def is_at_edge(self, strategy: str) -> bool:
+        """Tell whether the last doubling still gains, so that the best lies at the edge."""
+        doubling = self.last_doubling(strategy)
+        return doubling is not None and doubling[2] > STILL_GAINS
 
 
 def predict_slots(fitted: FittedRun, sizes: Sequence[int], queue_size: int | None) -> Curve:

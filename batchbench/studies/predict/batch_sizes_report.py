@@ -32,14 +32,11 @@ from batchbench.reports.figures.card import (
     name_strategies,
     strip_axes,
 )
-from batchbench.reports.text import called, clean_text, joined, number, percent, plural
+from batchbench.reports.text import clean_text, joined, number, percent, plural
 from batchbench.studies.predict.batch_sizes import NEARLY_ALL, Curve, Point
 from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
-
-STILL_GAINS = 0.10
-"""Gain of the last doubling of slots above which the best lies at the edge of the range."""
 
 MOST_ROWS = 14
 """Batch sizes that a terminal shows; predict.csv has all."""
@@ -47,20 +44,12 @@ MOST_ROWS = 14
 
 def sentence(curve: Curve) -> str:
     """Say with how many slots throughput stops growing, by strategy."""
-    parts = []
-    at_edge: dict[str, tuple[int, int, float]] = {}
-    for name in curve.strategies:
-        doubling = curve.last_doubling(name)
-        slots = plural(curve.sufficient(name), "slot")
-        parts.append(f"{name} reaches {NEARLY_ALL:.0%} of its best throughput with {slots}")
-        if doubling and doubling[2] > STILL_GAINS:
-            parts[-1] += f" (still {doubling[2]:+.0%} from {doubling[0]:,} to {doubling[1]:,})"
-            at_edge[name] = doubling
-    text = f"predicted: {'; '.join(parts)}."
+    text = f"predicted: {'; '.join(_reached(curve, name) for name in curve.strategies)}."
+    at_edge = [name for name in curve.strategies if curve.is_at_edge(name)]
     if at_edge:
-        largest = max(last for _, last, _ in at_edge.values())
+        largest = max(point.batch_size for point in curve.points)
         text += (
-            f" The best of {joined(list(at_edge))} lies at the edge of the searched range: search "
+            f" The best of {joined(at_edge)} lies at the edge of the searched range: search "
             f"further, such as --batch-size 1:{2 * largest}."
         )
     far = [p.batch_size for p in curve.points if not p.seen]
@@ -69,14 +58,13 @@ def sentence(curve: Curve) -> str:
     return text
 
 
-def headline(curve: Curve) -> str:
-    """Describe the last strategy, for the picture."""
-    name = curve.strategies[-1]
+def _reached(curve: Curve, name: str) -> str:
     slots, doubling = plural(curve.sufficient(name), "slot"), curve.last_doubling(name)
-    text = f"{called(name)} reaches {NEARLY_ALL:.0%} of its best throughput with {slots}"
-    if doubling is None:
+    text = f"{name} reaches {NEARLY_ALL:.0%} of its best throughput with {slots}"
+    if doubling is None or not curve.is_at_edge(name):
         return text
-    return f"{text}; from {doubling[0]:,} to {doubling[1]:,} slots it gains {percent(doubling[2])}"
+    first, last, gain = doubling
+    return f"{text} (still {percent(gain, 0, '+')} from {first:,} to {last:,})"
 
 
 def render(curve: Curve) -> RenderableType:
@@ -175,7 +163,7 @@ def draw_slots(curve: Curve) -> Figure:
     )
     sizes = sorted({p.batch_size for p in curve.points})
     with house_style():
-        card = make_card(headline(curve), clean_text(curve.title), 3.3, notes)
+        card = make_card(_reached(curve, curve.strategies[-1]), clean_text(curve.title), 3.3, notes)
         add_line_legend(card, strategies)
         width = WIDE / len(_PANELS) - _GAP
         for i, (metric, label) in enumerate(_PANELS):
