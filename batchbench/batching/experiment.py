@@ -12,7 +12,7 @@ from typing import Any
 from batchbench import settings
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.policies import WAITING, make_policy
-from batchbench.batching.presets import NOTEBOOK, PRESETS, check_preset
+from batchbench.batching.presets import NOTEBOOK, PRESETS, Basis, check_preset
 from batchbench.batching.queue import ORDERS
 from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError, shown
@@ -310,16 +310,40 @@ PARTS: Mapping[str, Any] = {
 """The specs of an experiment; no two have a field of the same name."""
 
 
+def make_experiment(
+    chosen: Mapping[str, Any], *, simulated: bool, cost: KnownCost | None = None
+) -> Experiment:
+    """Return the experiment of these options; the preset, the file or defaults give all others.
+
+    Raises:
+        UsageError: the options exclude each other, or a value is wrong.
+    """
+    basis: Basis = settings.make_spec(Basis, chosen)
+    names = {field.name for field in fields(Basis)}
+    own = {name: value for name, value in chosen.items() if name not in names}
+    _, file = basis.layers()
+    return Experiment.of(file, own, preset=basis.preset, simulated=simulated, cost=cost)
+
+
+def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
+    """Replace ``auto`` by the values with which ``model`` was resolved."""
+    serving, execution = experiment.serving, model.get("execution")
+    if execution in EXECUTIONS and serving.engine != "notebook":
+        serving = replace(serving, execution=execution)
+    resolved = {name: model[name] for name in ("device", "dtype", "load_format")}
+    return replace(experiment, serving=serving, model=replace(experiment.model, **resolved))
+
+
 def named_files(experiment: Experiment) -> dict[str, Any]:
     """Return digests of the files that settings name, by field name, and of a model's folder."""
     files: dict[str, Any] = {}
     for part in ("workload", "serving", "trials", "model"):
         spec = getattr(experiment, part)
-        for option in fields(spec):
-            value = getattr(spec, option.name)
-            file = value if isinstance(value, Path) else _file_of_lengths(option.name, value)
+        for own in fields(spec):
+            value = getattr(spec, own.name)
+            file = value if isinstance(value, Path) else _file_of_lengths(own.name, value)
             if file is not None and file.is_file():
-                files[option.name] = _digest_of_file(file)
+                files[own.name] = digest_of_file(file)
     folder = Path(experiment.model.model)
     if folder.is_dir():
         files["model"] = [
@@ -330,7 +354,7 @@ def named_files(experiment: Experiment) -> dict[str, Any]:
     return files
 
 
-def _digest_of_file(file: Path) -> str:
+def digest_of_file(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -341,12 +365,3 @@ def _file_of_lengths(name: str, value: Any) -> Path | None:
         return None
     file = getattr(parse_lengths(value, settings.option_name(name)), "file", None)
     return None if file is None else Path(file)
-
-
-def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
-    """Replace ``auto`` by the values with which ``model`` was resolved."""
-    serving, execution = experiment.serving, model.get("execution")
-    if execution in EXECUTIONS and serving.engine != "notebook":
-        serving = replace(serving, execution=execution)
-    resolved = {name: model[name] for name in ("device", "dtype", "load_format")}
-    return replace(experiment, serving=serving, model=replace(experiment.model, **resolved))

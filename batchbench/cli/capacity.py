@@ -11,14 +11,14 @@ from typing import Any
 import typer
 
 from batchbench import settings
-from batchbench.batching.experiment import Experiment
+from batchbench.batching.experiment import Experiment, make_experiment
 from batchbench.cli.options import typed_command, with_options
 from batchbench.cli.output import echo, echo_json, make_console, output_folder, print_ending
 from batchbench.errors import UsageError, shown
 from batchbench.files import undisturbed
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
-from batchbench.studies.sweep.grid import SWEPT, make_experiment
+from batchbench.studies.sweep.grid import SWEPT
 
 CAPACITY_HELP = (
     "Find the highest request rate that each strategy sustains within --slo.\n\n"

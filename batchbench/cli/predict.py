@@ -88,23 +88,24 @@ def predict(
     ],
 ) -> None:
     sizes = _batch_sizes(study.batch_size)
-    from batchbench.studies.predict import batch_sizes
+    from batchbench.studies.predict import batch_sizes_report as report
+    from batchbench.studies.predict.batch_sizes import predict_slots
     from batchbench.studies.predict.fitted import read_fitted
 
     fitted = read_fitted(folder, "predict")
     place = study.output or Path(fitted.known.source) / "predict"
     overwrite = study.overwrite or study.output is None
     with output_folder(place, overwrite=overwrite, marker="predict.json") as output:
-        curve = batch_sizes.predict_slots(fitted, sizes, study.queue_size)
+        curve = predict_slots(fitted, sizes, study.queue_size)
         command = typed_command()
-        files, text = batch_sizes.write_prediction(output, curve, command)
+        files, text = report.write_prediction(output, curve, command)
         if study.json:
             echo_json(text)
         elif study.quiet:
-            echo(batch_sizes.sentence(curve))
+            echo(report.sentence(curve))
         else:
             console = make_console()
-            console.print(batch_sizes.render(curve))
+            console.print(report.render(curve))
             print_ending(console, command, files)
 
 

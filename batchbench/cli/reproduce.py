@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from batchbench import settings
 from batchbench.cli.options import with_options
-from batchbench.cli.output import echo, echo_json, interruptible, output_folder
+from batchbench.cli.output import echo, echo_json, interruptible, make_console, output_folder
 from batchbench.settings import setting
+
+if TYPE_CHECKING:
+    from batchbench.studies.reproduce import Reproduction
 
 REPRODUCE_HELP = """Run the experiment of a result again and compare the two results.
 
@@ -51,8 +57,6 @@ def reproduce(
     ],
     study: ReproduceSpec,
 ) -> None:
-    from rich.console import Console
-
     from batchbench.cli.progress import make_display
     from batchbench.reports.output import write_folder
     from batchbench.reports.result import load_result
@@ -75,7 +79,40 @@ def reproduce(
         elif study.quiet:
             echo(reproduction.sentence)
         else:
-            console = Console(highlight=False, markup=False, emoji=False)
-            console.print(reproducing.render(reproduction))
+            make_console().print(render(reproduction))
     if not reproduction.agrees:
         raise typer.Exit(1)
+
+
+_STYLES = {"agrees": "green", "ties": "yellow", "differs": "bold red"}
+
+
+def render(reproduction: Reproduction) -> RenderableType:
+    """Return environment differences, the sentence, and one row per check."""
+    grid = Table(pad_edge=False)
+    for title in ("Check", "Recorded", "Here"):
+        grid.add_column(title, overflow="fold")
+    grid.add_column("", no_wrap=True)
+    for check in reproduction.checks:
+        style = _STYLES.get(check.verdict, "dim")
+        if not check.exact and check.verdict != "agrees":
+            style = "yellow"
+        grid.add_row(check.name, check.recorded, check.here, Text(check.verdict, style))
+    style = "bold" if reproduction.agrees else "bold red"
+    parts = [_environment(reproduction), Text(), Text(reproduction.sentence, style), Text(), grid]
+    again = reproduction.again
+    if again is not None and (reasons := again.data["validity"]["reasons"]):
+        parts.append(Text(f"The second run is suspect: {'; '.join(reasons)}.", "yellow"))
+    return Group(*parts)
+
+
+def _environment(reproduction: Reproduction) -> RenderableType:
+    if not reproduction.differences:
+        return "Environment differences: none."
+    grid = Table(title="Environment differences", pad_edge=False, title_style="bold", box=None)
+    for title in ("", "recorded", "here"):
+        grid.add_column(title, overflow="fold", header_style="dim")
+    for name, *values in reproduction.differences:
+        spelled = [f"{v:,}" if type(v) is int else str("–" if v is None else v) for v in values]
+        grid.add_row(name, *spelled)
+    return grid

@@ -8,9 +8,6 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from batchbench import settings
 from batchbench.batching.experiment import Experiment, named_files, pinned
@@ -230,42 +227,6 @@ def _check_ratio(name: str, then: Any, now: Any, unit: str, *, exact: bool) -> C
     if low <= 1 <= high:
         return Check(name, recorded, text, Verdict.AGREES, exact=False)
     return Check(name, recorded, text, Verdict.DIFFERS, exact=False, change=change)
-
-
-# Terminal
-
-_STYLES = {Verdict.AGREES: "green", Verdict.TIES: "yellow", Verdict.DIFFERS: "bold red"}
-
-
-def render(reproduction: Reproduction) -> RenderableType:
-    """Return environment differences, the sentence, and one row per check."""
-    grid = Table(pad_edge=False)
-    for title in ("Check", "Recorded", "Here"):
-        grid.add_column(title, overflow="fold")
-    grid.add_column("", no_wrap=True)
-    for check in reproduction.checks:
-        style = _STYLES.get(check.verdict, "dim")
-        if not check.exact and check.verdict != Verdict.AGREES:
-            style = "yellow"
-        grid.add_row(check.name, check.recorded, check.here, Text(check.verdict, style))
-    style = "bold" if reproduction.agrees else "bold red"
-    parts = [_environment(reproduction), Text(), Text(reproduction.sentence, style), Text(), grid]
-    again = reproduction.again
-    if again is not None and (reasons := again.data["validity"]["reasons"]):
-        parts.append(Text(f"The second run is suspect: {'; '.join(reasons)}.", "yellow"))
-    return Group(*parts)
-
-
-def _environment(reproduction: Reproduction) -> RenderableType:
-    if not reproduction.differences:
-        return Text("Environment differences: none.")
-    grid = Table(title="Environment differences", pad_edge=False, title_style="bold", box=None)
-    for title in ("", "recorded", "here"):
-        grid.add_column(title, overflow="fold", header_style="dim")
-    for name, *values in reproduction.differences:
-        spelled = [f"{v:,}" if type(v) is int else str("–" if v is None else v) for v in values]
-        grid.add_row(name, *spelled)
-    return grid
 
 
 # The second run

@@ -265,7 +265,7 @@ def test_a_simulation_cannot_teach(tmp_path: Path, say: Say) -> None:
     assert say("simulate", "--quiet", "--output", tmp_path / "s")[0] == 0
     code, _, err = say("simulate", "--cost", tmp_path / "s", "--output", tmp_path / "out")
     assert code == 2
-    assert "no simulation" in err
+    assert "not of a simulation" in err
 
 
 # predict

@@ -584,7 +584,7 @@ SMALL = ("sweep", "--simulated", "--queue-size", "12", "--batch-size", "2,4")
 def test_a_sweep_says_what_came_of_it_and_goes_on(program: Program, tmp_path: Path) -> None:
     code, out, err = program(*SMALL, "--long-every", "2:6:2", "--output", "s")
     assert code == 0
-    assert out.startswith("in simulation, where every step costs the same, continuous batching was")
+    assert out.startswith("in simulation, where every step costs the same, continuous batching is")
     assert "over 6" in out
     assert "sweep.csv, throughput.png, speedup.png, frontier.png" in " ".join(out.split())
     assert all(len(line) <= 80 for line in out.split("Again:")[0].splitlines())

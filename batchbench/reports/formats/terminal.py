@@ -413,9 +413,6 @@ def floor_lines(result: Result) -> list[str]:
 
 def prediction_rows(result: Result) -> list[list[str]]:
     """Return strategy, predicted and measured seconds and the error; none if the fit is weak."""
-    prediction = result.data.get("prediction")
-    if prediction is None or is_weak(prediction["held_out"]):
-        return []
     return [
         [
             predicted["strategy"],
@@ -423,7 +420,7 @@ def prediction_rows(result: Result) -> list[list[str]]:
             number(predicted["measured_duration"]),
             percent(predicted["error"], 1, "+"),
         ]
-        for predicted in prediction["strategies"]
+        for predicted in worth_showing(result.data.get("prediction"))
     ]
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from batchbench.batching.experiment import make_experiment
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.step_cost import StepCost
 from batchbench.reports.latency import within
 from batchbench.reports.result import Result
 from batchbench.reports.text import plural, spell_time
 from batchbench.studies.predict.fitted import FittedRun
-from batchbench.studies.sweep.grid import Cell, make_experiment
+from batchbench.studies.sweep.grid import Cell
 from batchbench.studies.sweep.run import Store, SweepWatch, run_cells
 
 STRATEGIES = "static,continuous"

@@ -26,7 +26,7 @@ from batchbench.reports.figures.card import (
     INK,
     QUIET,
     WIDE,
-    Card,
+    add_line_legend,
     house_style,
     make_card,
     name_strategies,
@@ -337,7 +337,15 @@ def draw_breakeven(breakeven: BreakEven) -> Figure:
         card = make_card(
             headline(breakeven), clean_text(title(breakeven)), body, " ".join(notes(breakeven))
         )
-        _add_legend(card, measured=bool(breakeven.measured))
+        static, continuous = name_strategies({"static": (), "continuous": ()})
+        handles: list[Any] = [
+            Patch(fc=continuous.tint(0.2), label="continuous better"),
+            Patch(fc="#ffffff", ec=QUIET, lw=0.6, label="even"),
+            Patch(fc=static.tint(0.2), label="static better"),
+            Line2D([], [], color=INK, lw=2.2, label="break-even line"),
+            Patch(fc="none", ec=INK, lw=1.8, label="measured"),
+        ]
+        add_line_legend(card, [], *handles[: 5 if breakeven.measured else 4])
         for i, metric in enumerate(METRICS):
             for j, load in enumerate(loads):
                 top = 0.64 + (tall + 0.42) * i
@@ -388,27 +396,3 @@ def _draw_panel(axes: Axes, cells: list[list[MapCell]], metric: str, size: float
         axes.plot([x, x + 1], [y + 1, y + 1], **line)
     axes.set(xlim=(0, heights.shape[1]), ylim=(heights.shape[0], 0))
     strip_axes(axes)
-
-
-def _add_legend(card: Card, *, measured: bool) -> None:
-    static, continuous = name_strategies({"static": (), "continuous": ()})
-    handles: list[Any] = [
-        Patch(fc=continuous.tint(0.2), label="continuous better"),
-        Patch(fc="#ffffff", ec=QUIET, lw=0.6, label="even"),
-        Patch(fc=static.tint(0.2), label="static better"),
-        Line2D([], [], color=INK, lw=2.2, label="break-even line"),
-    ]
-    if measured:
-        handles.append(Patch(fc="none", ec=INK, lw=1.8, label="also measured"))
-    card.figure.legend(
-        handles=handles,
-        ncols=len(handles),
-        loc="upper left",
-        bbox_to_anchor=card.at(0, 0),
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=1.6,
-        columnspacing=1.3,
-        fontsize=8.5,
-    )

@@ -31,7 +31,7 @@ from batchbench.reports.figures.card import (
     strip_axes,
 )
 from batchbench.reports.slo import parse_slos
-from batchbench.reports.text import spell_ms, spell_number, spell_option, times
+from batchbench.reports.text import spell_option, times
 from batchbench.studies.sweep.table import Cells, span_of
 
 LOADS = {"request_rate": "load (requests/s)", "max_concurrency": "load (concurrent requests)"}
@@ -227,7 +227,6 @@ def draw_latency_by_load(cells: Cells) -> Figure:
     """Draw p50 and p99 of TTFT and of E2E latency over the load, two panels per combination."""
     load = load_of(cells)
     assert load is not None
-    baseline, candidate = cells.pair
     latencies = {"ttft": "TTFT: time to first token", "e2el": "E2E latency: time to last token"}
     facets = [
         Facet(f"{name.partition(':')[0]} · {facet.label}" if facet.label else name, facet.rows, key)
@@ -244,12 +243,7 @@ def draw_latency_by_load(cells: Cells) -> Figure:
     if limits:
         notes.append("Grey line: the limit of --slo.")
     marks = [(marker, q) for marker, q, *_ in _PERCENTILES]
-    text, at = cells.span("wait_ratio")
-    headline = f"TTFT p99 is {text} as long under {baseline} as under {candidate}{at}"
-    if not text:
-        text, at = cells.span("p99_ttft_ms")
-        headline = f"{candidate} has a TTFT p99 of {text} ms{at}"
-    sheet = make_sheet(cells, facets, headline, notes, columns=2, marks=marks)
+    sheet = make_sheet(cells, facets, cells.answer("wait_ratio"), notes, columns=2, marks=marks)
     for facet, axes in sheet.panels:
         for marker, q, size, width in _PERCENTILES:
             metric = f"{'median' if q == 50 else f'p{q}'}_{facet.metric}_ms"
@@ -367,7 +361,7 @@ def _frontier_lead(cells: Cells, metric: str, knobs: list[str]) -> str:
     """Compare the last strategy with the baseline, at the latency of the baseline's best cell."""
     strategies = strategies_of(cells)
     baseline, candidate = strategies[0], strategies[-1]
-    most, leads = 0.0, []
+    leads = []
     for facet in facets_of(cells, knobs):
         base, other = (
             facet.rows[facet.rows["strategy"] == s.name].dropna(subset=[metric])
@@ -375,26 +369,16 @@ def _frontier_lead(cells: Cells, metric: str, knobs: list[str]) -> str:
         )
         if not len(base):
             continue
-        best = _best(base)
-        most = max(most, best[metric])
+        at: Any = base["output_throughput"].idxmax()
+        best: Any = base.loc[at]
         within = other[other[metric] <= best[metric]]["output_throughput"]
         if len(within):
             leads.append(within.max() / best["output_throughput"])
     if candidate is baseline or not leads:
-        return ", ".join(_most(cells, strategy, metric) for strategy in strategies)
-    within_that = f"within {spell_ms(most)}" if len(leads) == 1 else "within the same latency"
-    return (
-        f"Where {baseline.called} yields most output tokens, {candidate.called} yields "
-        f"{span_of(times(min(leads)), times(max(leads)))} as many {within_that}"
-    )
-
-
-def _most(cells: Cells, strategy: Strategy, metric: str) -> str:
-    """Say at which latency a strategy's throughput is highest."""
-    rows = cells.typical[cells.typical["strategy"] == strategy.name].dropna(subset=[metric])
-    best = _best(rows)
-    throughput = spell_number(best["output_throughput"])
-    return f"{strategy.called} yields most ({throughput} tokens/s) at {spell_ms(best[metric])}"
+        return cells.answer("speedup")
+    span = span_of(times(min(leads)), times(max(leads)))
+    text = f"Where {baseline.called} yields most output tokens, {candidate.called}"
+    return f"{text} yields {span} as many within the same latency"
 
 
 # Throughput over the batch size
@@ -414,13 +398,7 @@ def draw_throughput_by_batch(cells: Cells) -> Figure:
         notes.append("One request per batch is long, so the workload differs with the batch size.")
     if cells.simulated:
         notes.append("Simulated: every step costs the same, whatever the batch size.")
-    baseline, candidate = cells.pair
-    text, at = cells.span("speedup")
-    headline = f"{candidate} yields {text} the output tokens of {baseline}{at}"
-    if not text:
-        text, at = cells.span("output_throughput")
-        headline = f"{candidate} yields {text} output tokens/s{at}"
-    sheet = make_sheet(cells, facets_of(cells, ["batch_size"]), headline, notes)
+    sheet = make_sheet(cells, facets_of(cells, ["batch_size"]), cells.answer("speedup"), notes)
     for facet, axes in sheet.panels:
         draw_lines(axes, facet.rows, sheet.strategies, "batch_size", "output_throughput", scale)
         if cells.trials == 1:
@@ -433,12 +411,6 @@ def draw_throughput_by_batch(cells: Cells) -> Figure:
     sizes = cells.typical["batch_size"].tolist()
     finish_panels(sheet, sizes, "batch size (slots)", f"output tokens/{unit}")
     return sheet.figure
-
-
-def _best(rows: pd.DataFrame) -> Any:
-    """Return the row with the highest throughput."""
-    at: Any = rows["output_throughput"].idxmax()
-    return rows.loc[at]
 
 
 # Speed-up over the share of long requests
@@ -454,12 +426,7 @@ def draw_speedup_by_share(cells: Cells) -> Figure:
     ]
     if cells.trials >= 3:
         notes.append(f"Whisker: 95 % interval over {cells.trials} pairs of trials.")
-    baseline, candidate = cells.pair
-    text, at = cells.span("speedup")
-    headline, facets = (
-        f"{candidate} is {text} as fast as {baseline}{at}",
-        facets_of(cells, ["long_every"]),
-    )
+    facets, headline = facets_of(cells, ["long_every"]), cells.answer("speedup")
     sheet = make_sheet(cells, facets, headline, notes, baseline=False)
     compared = [s for s in sheet.strategies if s.name != cells.strategies[0]]
     for facet, axes in sheet.panels:

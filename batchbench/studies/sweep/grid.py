@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import itertools
@@ -18,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from batchbench import settings
-from batchbench.batching.experiment import PARTS, Experiment, _digest_of_file, named_files
+from batchbench.batching.experiment import (
+    PARTS,
+    Experiment,
+    digest_of_file,
+    make_experiment,
+    named_files,
+)
 from batchbench.batching.presets import Basis
-from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError, shown
 from batchbench.reports.result_file import SCHEMA_VERSION
 from batchbench.settings import parse_number
@@ -111,21 +115,6 @@ class Grid:
         """Return the command line that sweeps this grid."""
         simulated = ["--simulated"] * self.simulated
         return shlex.join(["batchbench", "sweep", *words_of_axes(self.axes), *simulated, *more])
-
-
-def make_experiment(
-    chosen: Values, *, simulated: bool, cost: KnownCost | None = None
-) -> Experiment:
-    """Return the experiment of these options; the preset, the file or defaults give all others.
-
-    Raises:
-        UsageError: the options exclude each other, or a value is wrong.
-    """
-    basis: Basis = settings.make_spec(Basis, chosen)
-    names = {field.name for field in dataclasses.fields(Basis)}
-    own = {name: value for name, value in chosen.items() if name not in names}
-    _, file = basis.layers()
-    return Experiment.of(file, own, preset=basis.preset, simulated=simulated, cost=cost)
 
 
 def words_of_axes(axes: Mapping[str, tuple[Any, ...]]) -> list[str]:
@@ -228,4 +217,4 @@ def _module(name: str) -> str | None:
         spec = importlib.util.find_spec(name)
         origin = spec.origin if spec is not None else None
     file = Path(origin) if origin else None
-    return _digest_of_file(file) if file and file.is_file() else None
+    return digest_of_file(file) if file and file.is_file() else None

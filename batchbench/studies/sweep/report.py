@@ -26,6 +26,7 @@ from batchbench.reports.text import (
     plural,
     spell_option,
     spell_value,
+    times,
     times_within,
 )
 from batchbench.studies.sweep.figures import PICTURES, draw_sweep
@@ -226,7 +227,12 @@ def render(swept: SweepResult, cells: Cells | None, not_drawn: Mapping[str, str]
 
 def sentence(swept: SweepResult, cells: Cells | None) -> str:
     """Return the answer in one sentence."""
-    parts = [_answer(cells)] if cells is not None else []
+    parts = []
+    if cells is not None:
+        count = cells.typical["cell"].nunique()
+        over = f" over {count} cells" if count > 1 else " in its one cell"
+        begin = "in simulation, where every step costs the same, " if cells.simulated else ""
+        parts.append(begin + cells.answer("wait_ratio" if cells.timed else "speedup", over))
     total = len(swept.cells)
     if swept.failed:
         parts.append(f"{len(swept.failed)} of {total} cells could not be served")
@@ -235,22 +241,6 @@ def sentence(swept: SweepResult, cells: Cells | None) -> str:
     if swept.suspect:
         parts.append(f"{swept.suspect} of {total} cells are suspect")
     return "; ".join(parts) + "."
-
-
-def _answer(cells: Cells) -> str:
-    """Return the range of the speed-up; of waits if requests come over time."""
-    count = cells.typical["cell"].nunique()
-    over = f"over {count} cells" if count > 1 else "in its one cell"
-    begin = "in simulation, where every step costs the same, " if cells.simulated else ""
-    baseline, candidate = cells.pair
-    text, at = cells.span("wait_ratio" if cells.timed else "speedup")
-    if not text:
-        text, at = cells.span("output_throughput")
-        return f"{begin}{candidate} yields {text} output tokens/s {over}{at}"
-    if cells.timed:
-        waits = f"TTFT p99 was {text} as long under {baseline} as under {candidate}"
-        return f"{begin}{waits} {over}{at}"
-    return f"{begin}{candidate} was {text} as fast as {baseline} {over}{at}"
 
 
 _THROUGHPUT, _TTFT = ("tok/s", "output_throughput"), ("TTFT p99 ms", "p99_ttft_ms")
@@ -314,11 +304,9 @@ def _metric(row: Any, name: str) -> str:
 def _speedup(row: Any) -> str:
     if pd.isna(row["speedup"]):  # the baseline's own
         return "–"
-    low, high = (None if pd.isna(row[f"speedup_{end}"]) else row[f"speedup_{end}"] for end in _ENDS)
-    return times_within(row["speedup"], low, high)
-
-
-_ENDS = ("low", "high")
+    if pd.isna(row["speedup_low"]):
+        return times(row["speedup"])
+    return times_within(row["speedup"], row["speedup_low"], row["speedup_high"])
 
 
 def _caption(cells: Cells) -> str | None:

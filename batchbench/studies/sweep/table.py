@@ -160,10 +160,19 @@ class Cells:
         groups = itertools.islice(self.typical.groupby("cell", sort=False), most)
         return [[row for _, row in rows.iterrows()] for _, rows in groups]
 
-    @property
-    def pair(self) -> tuple[str, str]:
-        """The baseline and the last strategy, as they read within a sentence."""
-        return called(self.strategies[0]), called(self.strategies[-1])
+    def answer(self, metric: str, over: str = "") -> str:
+        """Compare the last strategy with the baseline in a metric, over all cells.
+
+        Without a baseline it is the throughput of the one strategy. ``over`` follows the range.
+        """
+        baseline, candidate = called(self.strategies[0]), called(self.strategies[-1])
+        text, at = self.span(metric)
+        if not text:
+            text, at = self.span("output_throughput")
+            return f"{candidate} yields {text} output tokens/s{over}{at}"
+        if metric == "wait_ratio":
+            return f"TTFT p99 is {text} as long under {baseline} as under {candidate}{over}{at}"
+        return f"{candidate} is {text} as fast as {baseline}{over}{at}"
 
     def span(self, metric: str) -> tuple[str, str]:
         """Return a metric's range under the last strategy, and the cell of its largest value.

@@ -23,6 +23,7 @@ from batchbench.reports.figures.card import (
     INK,
     QUIET,
     WIDE,
+    add_line_legend,
     fit_text,
     house_style,
     looks_of,
@@ -194,17 +195,7 @@ def draw_trend(result: LineResult) -> Figure | None:
         body = _TOP + len(drawn) * (_NAME_HEIGHT + _TALL) + _FOOT
         notes = _picture_notes(result, len(series) - len(drawn))
         card = make_card(_headline(result), _title(result), body, notes)
-        card.figure.legend(
-            handles=(handles := _legend(result)),
-            ncols=len(handles),
-            loc="upper left",
-            bbox_to_anchor=card.at(0, -0.06),
-            frameon=False,
-            borderpad=0,
-            borderaxespad=0,
-            handlelength=1.5,
-            columnspacing=1.6,
-        )
+        add_line_legend(card, [], *_legend(result))
         looks = looks_of(list(dict.fromkeys(s.series.strategy for s in drawn)))
         for i, panel in enumerate(drawn):
             top = _TOP + i * (_NAME_HEIGHT + _TALL) + _NAME_HEIGHT
