@@ -77,14 +77,11 @@ SUBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "queue": (BATCHING, ("queue",)),
     "policies": (BATCHING, ("policy_decisions", "own_policies", "policies")),
     "scheduler": (BATCHING, ("plans", "own_policies", "scheduler", "policies")),
-    "growth": (BATCHING, ("span_times",)),
-    "recorder": (BATCHING, ("recorder", "by_hand")),
-    "recording": (BATCHING, ("span_times", "by_hand", "recording")),
+    "recording": (BATCHING, ("span_times", "recorder", "by_hand", "recording")),
     "verification": (BATCHING, ("deviations",)),
-    "latencies": (REPORTS, ("by_hand", "metrics")),
-    "gaps": (REPORTS, ("by_hand", "metrics", "golden")),
+    "latency": (REPORTS, ("by_hand", "metrics", "golden")),
     "metrics": (REPORTS, ("by_hand", "metrics", "golden")),
-    "sequential": (REPORTS, ("sequential_values",)),
+    "statistics": (REPORTS, ("sequential_values",)),
 }
 """By name of the file: its folder, and the tests that must notice its mutants."""
 

@@ -54,10 +54,8 @@ class WaitingQueue(Sequence["Request"]):
         if not chosen:
             return
         items = self._items
-        # Policies mostly take neighbours, and these from the front.
-        at_front = bool(items) and items[0] is chosen[0]
-        start = 0 if at_front else items.bisect_key_left(items.key(chosen[0]))
-        if items[start : start + len(chosen)] == chosen:
+        start = items.bisect_key_left(items.key(chosen[0]))
+        if items[start : start + len(chosen)] == chosen:  # policies mostly take neighbours
             del items[start : start + len(chosen)]
         elif len(set(chosen)) == len(chosen) and all(request in items for request in chosen):
             for request in chosen:
@@ -87,5 +85,5 @@ class WaitingQueue(Sequence["Request"]):
     @overload
     def __getitem__(self, index: slice) -> list[Request]: ...
     def __getitem__(self, index: int | slice) -> Request | list[Request]:
-        found: Request | list[Request] = self._items[index]
-        return found
+        chosen: Request | list[Request] = self._items[index]
+        return chosen

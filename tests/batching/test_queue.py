@@ -77,8 +77,10 @@ def test_who_does_not_wait_has_no_place(order: str) -> None:
     for stranger in (gone, waiting._replace(index=7), "a word"):
         with pytest.raises(ValueError, match=r"is not (in list|a request)"):
             queue.index(stranger)
-    with pytest.raises(ValueError, match="is not in list"):
-        queue.index(waiting, 1)
+    queue.push([waiting._replace(index=2)])
+    for bounds in ((1,), (0, 0)):
+        with pytest.raises(ValueError, match="is not in list"):
+            queue.index(queue[0], *bounds)
 
 
 @pytest.mark.parametrize("order", list(ORDERS))
