@@ -127,13 +127,13 @@ def _search(experiment: Experiment, goals: GoalsSpec, study: CapacitySpec, folde
     command = typed_command()
     with undisturbed():  # the search is complete: keep it
         data = report.data_of(findings, command)
-        files = report.write_capacity(folder, findings, data)
+        files = report.write_capacity(folder, data)
     if study.json:
         echo_json(report.to_json(data))
     elif study.quiet:
-        echo(report.sentence(findings))
+        echo(report.sentence(data))
     else:
         console = make_console()
-        console.print(report.render(findings))
+        console.print(report.render(data))
         print_ending(console, command, files)
     return not findings.verification.wrong

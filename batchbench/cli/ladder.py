@@ -18,8 +18,7 @@ from batchbench.workloads.spec import WorkloadSpec
 
 LADDER_HELP = """Compare engines, from the notebook's loop to the limits of this hardware.
 
-All serve one workload, in turn. Each adds one change: continuous batching, a lasting cache, own
-kernels …
+All serve one workload in turn; each makes one change to the one before.
 
 Example: batchbench ladder --rungs notebook,generate_batch,packed"""
 

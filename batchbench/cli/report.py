@@ -178,15 +178,9 @@ def _study_parts(file: Path, data: dict[str, Any]) -> tuple[str, list[Renderable
     if file.name == "sweep.json":
         return _sweep_parts(file.parent, data)
     if file.name == "capacity.json":
-        rows = [
-            {"strategy": name, "req/s": probe["rate"], "verdict": probe["verdict"]}
-            | {"within limits": probe["attainment"]["share"], "trials": len(probe["trials"])}
-            for name, strategy in data["strategies"].items()
-            for probe in strategy["probes"]
-        ]
-        rates = [f"{name} {s['rate'] or 0:.4g} req/s" for name, s in data["strategies"].items()]
-        summary = f"Highest sustained request rate: {', '.join(rates)}."
-        return summary, [summary, _table(rows)]
+        from batchbench.studies.capacity import report as capacities
+
+        return capacities.sentence(data), [capacities.render(data)]
     if file.name == "predict.json":
         best = ", ".join(f"{name} {size} slots" for name, size in data["enough"].items())
         summary = f"95 % of the best throughput: {best}."

@@ -1,4 +1,4 @@
-"""Capacity: what a trial proves, how the search closes in, and that it finds what a grid finds."""
+"""Capacity: verdicts, the search, its report, and a comparison with a fine grid."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_continuous_carries_more_and_trials_are_the_same_for_both() -> None:
     assert static.probes[0].rate == continuous.probes[0].rate == 1e3 / found.unloaded_ms["e2el"]
 
 
-# What is told
+# The report
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,7 @@ def findings() -> CapacityFindings:
 
 
 def test_the_sentence_says_how_much_more(findings: CapacityFindings) -> None:
-    text = report.sentence(findings)
+    text = report.sentence(report.data_of(findings, ""))
     assert text.startswith("in simulation, with TTFT ≤ 80 ms for 90 % of the requests, continuous")
     assert "× (" in text
     assert "the load of static batching" in text
@@ -303,31 +303,33 @@ def test_a_borderline_rate_says_why(findings: CapacityFindings) -> None:
         ([trial(100, growth=g) for g in (0.0, 0.2)] * 2, "queue\nmay grow"),
     ):
         probe = benches.Probe("static", 8.0, trials, BORDER)
-        assert report._verdict(probe, 0.9).plain == f"borderline\n{why}"
-        assert report._probe(probe)["verdict"] == "border"
+        data = report._probe(probe)
+        assert str(report._cells(data, {}, 0.9)[-1]) == f"borderline\n{why}"
+        assert data["verdict"] == "border"
 
 
 def test_one_strategy_or_one_that_carries_nothing_has_no_ratio(findings: CapacityFindings) -> None:
     static, continuous = findings.capacities
     alone = replace(findings, capacities=[continuous])
     assert alone.ratio is None
-    assert "continuous batching sustains" in report.sentence(alone)
+    assert "continuous batching sustains" in report.sentence(report.data_of(alone, ""))
     nothing = replace(findings, capacities=[replace(static, low=0.0), continuous])
-    assert "static batching sustains less than" in report.sentence(nothing)
+    assert "static batching sustains less than" in report.sentence(report.data_of(nothing, ""))
     data = report.data_of(nothing, "")
     assert data["comparison"] is None
-    draw_capacity(data, report._answer(nothing), report.title_of(nothing))
+    draw_capacity(data)
 
 
 def test_wrong_outputs_are_told(findings: CapacityFindings) -> None:
     wrong = Verification(60, 58, 0, 2, "made up", None, ())
-    text = report.sentence(replace(findings, verification=wrong, reasons=["2 requests got wrong"]))
+    failed = replace(findings, verification=wrong, reasons=["2 requests got wrong"])
+    text = report.sentence(report.data_of(failed, ""))
     assert "outputs identical for 58/60 requests, 2 WRONG; suspect (2 requests got wrong)." in text
 
 
 def test_the_picture_shows_every_probe_and_both_capacities(findings: CapacityFindings) -> None:
     data = report.data_of(findings, "")
-    figure = draw_capacity(data, report._answer(findings), report.title_of(findings))
+    figure = draw_capacity(data)
     for i, capacity in enumerate(findings.capacities):
         for what in ("attainment", "ttft"):
             (line,) = figure.findobj(lambda a, i=i, w=what: a.get_gid() == f"{w}-{i}")

@@ -1,4 +1,4 @@
-"""The ladder: what is asked, what is climbed, what is told of it, and what is written."""
+"""The ladder: options, rungs, outcome, report and files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 observe = serving.observe
 
 NAMES = ["notebook-static", "notebook", "generate_batch", "slots", "mixed", "lean"]
-"""What a CPU whose torch packs nothing would climb in float32."""
+"""Rungs in float32 on a CPU without packed weights."""
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def complete(checkpoint: Path) -> Iterator[Run]:
         yield ladder, outcome, make_ladder(outcome, "")
 
 
-# What is asked
+# Options
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_rungs_that_are_not_there_are_named_with_those_that_are(rungs: str, said
         LadderSpec(rungs)
 
 
-def test_rungs_are_climbed_from_the_ground_up_however_they_are_named() -> None:
+def test_rungs_run_in_their_own_order_however_they_are_named() -> None:
     assert [r.name for r in choose_rungs("packed, notebook")] == ["notebook", "packed"]
     assert choose_rungs("all") == RUNGS
     assert len({rung.name for rung in RUNGS}) == len(RUNGS)
@@ -124,7 +124,7 @@ def test_a_rung_that_this_device_lacks_is_refused_by_name(
         made(checkpoint, rung, dtype=dtype)
 
 
-def test_other_families_climb_what_is_there_for_them(make_model: MakeModel, tmp_path: Path) -> None:
+def test_other_families_run_the_rungs_that_they_have(make_model: MakeModel, tmp_path: Path) -> None:
     llama = make_model(
         {
             "model_type": "llama",
@@ -145,7 +145,7 @@ def test_other_families_climb_what_is_there_for_them(make_model: MakeModel, tmp_
     assert "GPT-2 family" in ladder.left_out["lean"]
 
 
-def test_what_comes_over_time_is_not_climbed(checkpoint: Path) -> None:
+def test_requests_that_arrive_over_time_are_refused(checkpoint: Path) -> None:
     timed = replace(experiment(checkpoint), workload=WorkloadSpec(queue_size=4, request_rate=5.0))
     with pytest.raises(UsageError, match="all requests must be there at the start"):
         Ladder(timed, LadderSpec(), Watch())
@@ -159,7 +159,7 @@ def test_a_workload_without_decode_steps_has_no_floor(checkpoint: Path) -> None:
         ladder.measure()
 
 
-# What is climbed
+# Running
 
 
 def test_every_rung_serves_the_same_with_the_models_own_tokens(complete: Run) -> None:
@@ -347,7 +347,7 @@ def test_a_reference_is_asked_once_for_all_rungs() -> None:
     assert reference.asked == 2
 
 
-# What is told
+# The report
 
 
 def test_the_card_stands_on_its_own() -> None:

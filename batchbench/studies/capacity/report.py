@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,75 +33,79 @@ from batchbench.reports.figures.card import (
     strip_axes,
 )
 from batchbench.reports.statistics import CONFIDENCE
-from batchbench.reports.text import called, clean_text, number, percent, spell_number, times_within
-from batchbench.studies.capacity.probe import GROWTH, Probe, Verdict
-from batchbench.studies.capacity.search import Capacity, CapacityFindings
+from batchbench.reports.text import (
+    called,
+    clean_text,
+    number,
+    percent,
+    plural,
+    spell_number,
+    times_within,
+)
+from batchbench.studies.capacity.probe import GROWTH, Probe
+from batchbench.studies.capacity.search import CapacityFindings
 from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
+Data = Mapping[str, Any]
+"""The data of ``capacity.json``, or a part of it."""
+
 _LABELS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E"}
 
 
-def sentence(findings: CapacityFindings) -> str:
+def sentence(data: Data) -> str:
     """Return the answer in one sentence."""
-    query, checked = findings.query, findings.verification
-    limits = " and ".join(
-        f"{_LABELS[name]} ≤ {limit:g} ms" for name, limit in query.goals.limits_ms.items()
-    )
-    text = f"with {limits} for {100 * query.attainment:g} % of the requests, {_answer(findings)}"
-    if findings.experiment.simulated:
+    limits = " and ".join(f"{_LABELS[n]} ≤ {limit:g} ms" for n, limit in data["limits_ms"].items())
+    text = f"with {limits} for {100 * data['slo_attainment']:g} % of the requests, {_answer(data)}"
+    if data["simulated"]:
         text = f"in simulation, {text}"
-    if checked.requests_checked:
-        text += f"; outputs identical for {checked.identical}/{checked.requests_checked} requests"
-        if checked.numerical_ties:
-            text += f", {checked.numerical_ties} numerical ties"
-        if checked.wrong:
-            text += f", {checked.wrong} WRONG"
-    if findings.reasons:
-        text += f"; suspect ({'; '.join(findings.reasons)})"
-    return text + "."
+    checked, reasons = data["verification"], data["validity"]["reasons"]
+    if checked["requests_checked"]:
+        identical = f"{checked['identical']}/{checked['requests_checked']}"
+        text += f"; outputs identical for {identical} requests"
+        if checked["numerical_ties"]:
+            text += f", {checked['numerical_ties']} numerical ties"
+        if checked["wrong"]:
+            text += f", {checked['wrong']} WRONG"
+    return f"{text}; suspect ({'; '.join(reasons)})." if reasons else f"{text}."
 
 
-def _answer(findings: CapacityFindings) -> str:
-    ratio, first, last = findings.ratio, findings.capacities[0], findings.capacities[-1]
+def _answer(data: Data) -> str:
+    ranges = {name: _range(*result["interval"]) for name, result in data["strategies"].items()}
+    ratio = data["comparison"]
     if ratio is None:
-        return ", ".join(
-            f"{called(c.strategy)} sustains {_range(c)} requests/s" for c in findings.capacities
-        )
+        return ", ".join(f"{called(n)} sustains {text} requests/s" for n, text in ranges.items())
+    first, last = ratio["baseline"], ratio["candidate"]
     return (
-        f"{called(last.strategy)} sustains {times_within(ratio.value, ratio.low, ratio.high)} the "
-        f"load of {called(first.strategy)}: {_range(last)} against {_range(first)} requests/s"
+        f"{called(last)} sustains {times_within(ratio['ratio'], *ratio['interval'])} the load of "
+        f"{called(first)}: {ranges[last]} against {ranges[first]} requests/s"
     )
 
 
-def _range(capacity: Capacity) -> str:
-    if not capacity.low:
-        return f"less than {_rate(capacity.high)}"
-    return f"{_rate(capacity.low)} (below {_rate(capacity.high)})"
+def _range(low: float, high: float) -> str:
+    return f"{_rate(low)} (below {_rate(high)})" if low else f"less than {_rate(high)}"
 
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def title_of(findings: CapacityFindings) -> str:
+def title_of(data: Data) -> str:
     """Return model, device, batch size and workload in a line."""
-    model, slots = findings.model, findings.experiment.serving.batch_size
-    simulated = findings.experiment.simulated
-    place = "simulated" if simulated else f"{model['device']} {model['dtype']}"
-    return f"{model['name']} · {place} · {slots:,} slots · {findings.workload}"
+    model, slots = data["model"], data["config"]["serving"]["batch_size"]
+    place = "simulated" if data["simulated"] else f"{model['device']} {model['dtype']}"
+    return f"{model['name']} · {place} · {plural(slots, 'slot')} · {data['workload']}"
 
 
-def table(findings: CapacityFindings) -> Table:
+def table(data: Data) -> Table:
     """Return a row for each probe, strategy by strategy, the lowest rate first."""
-    share, limits = 100 * findings.query.attainment, findings.query.goals.limits_ms
+    share, limits = 100 * data["slo_attainment"], data["limits_ms"]
+    step = " A step counts as 1 ms." if data["simulated"] else ""
     grid = Table(
-        title=title_of(findings),
+        title=title_of(data),
         caption=f"Intervals: 95 % over trials. Sustained: at least {share:g} % of requests within "
-        f"limits, and at most {100 * GROWTH:.0f} % of arrivals added to the queue."
-        + " A step counts as 1 ms."
-        * findings.experiment.simulated,
+        f"limits, and at most {100 * GROWTH:.0f} % of arrivals added to the queue.{step}",
         title_style="bold",
         caption_style="dim",
         box=box.SIMPLE_HEAD,
@@ -114,42 +118,34 @@ def table(findings: CapacityFindings) -> Table:
     for name in ("req/s", "trials", "% of requests\nwithin limits", "queue\ngrows", *names):
         grid.add_column(name, justify="right", overflow="fold")
     grid.add_column("sus-\ntained")
-    for capacity in findings.capacities:
-        probes = sorted(capacity.probes, key=lambda probe: probe.rate)
+    for strategy, result in data["strategies"].items():
+        probes = sorted(result["probes"], key=lambda probe: probe["rate"])
         for i, probe in enumerate(probes):
-            name = "" if i else capacity.strategy
-            verdict = _verdict(probe, findings.query.attainment)
-            grid.add_row(name, *_cells(probe, limits), verdict, end_section=i == len(probes) - 1)
+            cells = _cells(probe, limits, data["slo_attainment"])
+            grid.add_row("" if i else strategy, *cells, end_section=i == len(probes) - 1)
     return grid
 
 
-def _cells(probe: Probe, limited: Mapping[str, float]) -> list[str]:
-    share, several = probe.attainment, len(probe.trials) > 1
-    interval = f" ({100 * share.low:.3g}–{100 * share.high:.3g})" if several else ""
+def _cells(probe: Data, limits: Collection[str], attainment: float) -> list[str | Text]:
+    trials, (low, high) = len(probe["trials"]), probe["attainment"]["ci95"]
+    verdicts = {"sustained": Text("yes", "green"), "not sustained": Text("no", "red")}
+    # A borderline rate says which value its interval includes.
+    why = f"{100 * attainment:g} % in\ninterval" if low < attainment else "queue\nmay grow"
     return [
-        _rate(probe.rate),
-        str(len(probe.trials)),
-        f"{100 * share.value:.3g}{interval}",
-        percent(probe.growth.value, 1),
-        *(number(probe.latency_ms.get(name)) for name in limited),
+        _rate(probe["rate"]),
+        str(trials),
+        f"{100 * probe['attainment']['share']:.3g}"
+        + (f" ({100 * low:.3g}–{100 * high:.3g})" if trials > 1 else ""),
+        percent(probe["queue_growth"]["mean"], 1),
+        *(number(probe["latency_ms"].get(name)) for name in limits),
+        verdicts.get(probe["verdict"], Text(f"borderline\n{why}", "yellow")),
     ]
 
 
-def _verdict(probe: Probe, attainment: float) -> Text:
-    """Return yes or no; of a borderline rate, the value that its interval includes."""
-    if probe.verdict is Verdict.SUSTAINED:
-        return Text("yes", "green")
-    if probe.verdict is Verdict.NOT_SUSTAINED:
-        return Text("no", "red")
-    unclear = probe.attainment.low < attainment
-    why = f"{100 * attainment:g} % in\ninterval" if unclear else "queue\nmay grow"
-    return Text(f"borderline\n{why}", "yellow")
-
-
-def render(findings: CapacityFindings) -> RenderableType:
-    suspect = "bold yellow" if findings.reasons else "bold"
-    style = "bold red" if findings.verification.wrong else suspect
-    return Group(Text(sentence(findings), style=style), Text(), table(findings))
+def render(data: Data) -> RenderableType:
+    suspect = "bold yellow" if data["validity"]["reasons"] else "bold"
+    style = "bold red" if data["verification"]["wrong"] else suspect
+    return Group(Text(sentence(data), style=style), Text(), table(data))
 
 
 def data_of(findings: CapacityFindings, command: str) -> dict[str, Any]:
@@ -222,13 +218,13 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def to_json(data: Mapping[str, Any]) -> str:
+def to_json(data: Data) -> str:
     return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def write_capacity(folder: Path, findings: CapacityFindings, data: Mapping[str, Any]) -> list[Path]:
+def write_capacity(folder: Path, data: Data) -> list[Path]:
     """Write ``capacity.json`` and the picture; return their paths."""
-    figure = draw_capacity(data, _answer(findings), title_of(findings))
+    figure = draw_capacity(data)
     pictures = {f"capacity.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
     return write_whole(folder, {"capacity.json": to_json(data), **pictures})
 
@@ -246,7 +242,7 @@ _HEIGHT, _STEP = 2.1, 3.05  # inches: of a panel, and from one row to the next
 _MOST_TICKS = 7
 
 
-def draw_capacity(data: Mapping[str, Any], headline: str, title: str) -> Figure:
+def draw_capacity(data: Data) -> Figure:
     """Draw attainment over the rate, and each limited latency with its limit."""
     with house_style():
         strategies = name_strategies(dict.fromkeys(data["strategies"], ()))
@@ -257,7 +253,8 @@ def draw_capacity(data: Mapping[str, Any], headline: str, title: str) -> Figure:
             "Filled: sustained; hollow: not; diamond: borderline, the trials do not decide. "
             "Whisker: 95 % interval. Dotted: the limit. Vertical line: the highest sustained rate."
         )
-        card = make_card(headline, clean_text(title), _TOP + rows * _STEP - 0.45, notes)
+        headline = f"Within these limits {_answer(data)}"
+        card = make_card(headline, clean_text(title_of(data)), _TOP + rows * _STEP - 0.45, notes)
         add_line_legend(card, strategies)
         half = (WIDE - _LEFT - _BETWEEN) / 2
         for k, panel in enumerate(panels):
@@ -270,9 +267,7 @@ def draw_capacity(data: Mapping[str, Any], headline: str, title: str) -> Figure:
     return card.figure
 
 
-def _draw_panel(
-    axes: Axes, data: Mapping[str, Any], strategies: Sequence[Strategy], panel: str
-) -> None:
+def _draw_panel(axes: Axes, data: Data, strategies: Sequence[Strategy], panel: str) -> None:
     share = 100 * data["slo_attainment"]
     limit = share if panel == "attainment" else data["limits_ms"][panel]
     axes.axhline(limit, color=INK, lw=1.2, ls=":")
@@ -296,13 +291,13 @@ def _draw_panel(
     axes.set_title(title, size=9.5, weight="bold", loc="left", pad=19)
 
 
-def _value(probe: Mapping[str, Any], panel: str) -> float:
+def _value(probe: Data, panel: str) -> float:
     if panel == "attainment":
         return 100 * float(probe["attainment"]["share"])
     return float(probe["latency_ms"].get(panel, math.nan))
 
 
-def _finish_axes(axes: Axes, data: Mapping[str, Any], strategies: Sequence[Strategy]) -> None:
+def _finish_axes(axes: Axes, data: Data, strategies: Sequence[Strategy]) -> None:
     """Make the rates logarithmic, and mark each capacity with a line and its rate."""
     rates = [p["rate"] for result in data["strategies"].values() for p in result["probes"]]
     low, high = min(rates) / 1.15, max(rates) * 1.15
