@@ -12,6 +12,7 @@ from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Verification
 from batchbench.reports import metrics, time_budget
 from batchbench.reports.latency import gaps_ms, ttft_ms
+from batchbench.reports.result_file import metric
 from batchbench.reports.statistics import Distribution
 from batchbench.reports.text import percent, plural
 from batchbench.workloads import Workload
@@ -171,11 +172,6 @@ def _conserved(workload: Workload, r: Recording) -> bool:
 
 def _adds_up(r: Recording) -> bool:
     c = metrics.counters(r)
-    parts = (
-        c["useful_slot_steps"],
-        c["prompt_slot_steps"],
-        c["finished_slot_steps"],
-        c["empty_slot_steps"],
-        c["stalled_slot_steps"],
-    )
+    kinds = ("useful", "prompt", "finished", "empty", "stalled")
+    parts = [metric(c, f"{kind}_slot_steps") or 0 for kind in kinds]
     return min(parts) >= 0 and sum(parts) == c["slot_steps"]

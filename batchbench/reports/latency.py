@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -246,7 +246,7 @@ def within(recording: Recording, limits_ms: Mapping[str, float]) -> NDArray[np.b
 
 @dataclass(frozen=True, eq=False)
 class Latencies:
-    """Latencies of one trial in milliseconds, or of several pooled."""
+    """Latencies of all requests of some trials, in milliseconds."""
 
     queue: Distribution
     ttft: Distribution
@@ -255,20 +255,13 @@ class Latencies:
     e2el: Distribution
 
     @classmethod
-    def of(cls, recording: Recording) -> Latencies:
-        tpot = tpot_ms(recording)
-        return cls(
-            queue=Distribution.of(queue_ms(recording)),
-            ttft=Distribution.of(ttft_ms(recording)),
-            tpot=Distribution.of(tpot[~np.isnan(tpot)]),
-            itl=gaps_ms(recording),
-            e2el=Distribution.of(e2el_ms(recording)),
-        )
+    def of(cls, *recordings: Recording) -> Latencies:
+        def pooled(metric: Callable[[Recording], Floats]) -> Distribution:
+            values = np.concatenate([metric(r) for r in recordings])
+            return Distribution.of(values[~np.isnan(values)])
 
-    @classmethod
-    def pooled(cls, parts: Sequence[Latencies]) -> Latencies:
-        names = [field.name for field in fields(cls)]
-        return cls(*(Distribution.pooled([getattr(p, name) for p in parts]) for name in names))
+        gaps = Distribution.pooled([gaps_ms(r) for r in recordings])
+        return cls(pooled(queue_ms), pooled(ttft_ms), pooled(tpot_ms), gaps, pooled(e2el_ms))
 
 
 # Latencies by output length

@@ -183,7 +183,7 @@ def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO
         "floor_share": floor_share(recordings),
         **_goodput(recordings, duration, limits_ms),
     }
-    latencies = Latencies.pooled([Latencies.of(r) for r in recordings])
+    latencies = Latencies.of(*recordings)
     for name in ("queue", "ttft", "tpot", "itl", "e2el"):
         values: Distribution = getattr(latencies, name)
         figures |= {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import cast
@@ -239,22 +239,7 @@ def spent_of(cost: StepCost, counts: Ints) -> Floats:
     return spent
 
 
-@dataclass(frozen=True)
-class Quality:
-    """Errors of a fit on steps that it did not see, by cross-validation."""
-
-    steps: int
-    r2: float | None  # None if all steps took the same time
-    median_error: float  # of a step's time, as a share
-    p90_error: float
-    worst_error: float
-    total_error: float  # of all of them together, with its sign
-
-    def as_dict(self) -> FitQuality:
-        return cast("FitQuality", asdict(self))
-
-
-def quality_of(work: StepSample) -> Quality:
+def quality_of(work: StepSample) -> FitQuality:
     """Predict each fifth of the trials by a fit on the others and on the smaller batches."""
     predicted = np.empty(len(work.spent_ns))
     for fold in range(FOLDS):
@@ -265,14 +250,14 @@ def quality_of(work: StepSample) -> Quality:
     predicted, spent = predicted[work.in_trials], work.spent_ns[work.in_trials]
     error = np.abs(predicted / spent - 1)
     spread = ((spent - spent.mean()) ** 2).sum()
-    return Quality(
-        steps=len(spent),
-        r2=float(1 - ((spent - predicted) ** 2).sum() / spread) if spread else None,
-        median_error=float(np.median(error)),
-        p90_error=float(np.quantile(error, 0.9)),
-        worst_error=float(error.max()),
-        total_error=float(predicted.sum() / spent.sum() - 1),
-    )
+    return {
+        "steps": len(spent),
+        "r2": float(1 - ((spent - predicted) ** 2).sum() / spread) if spread else None,
+        "median_error": float(np.median(error)),
+        "p90_error": float(np.quantile(error, 0.9)),
+        "worst_error": float(error.max()),
+        "total_error": float(predicted.sum() / spent.sum() - 1),
+    }
 
 
 def is_weak(fit: FitQuality) -> bool:
@@ -299,7 +284,7 @@ def describe_fit(fit: FitQuality, source: str) -> str:
 
 def known_cost(
     source: str, recordings: Iterable[Recording], small: SmallBatches = ()
-) -> tuple[KnownCost, Quality]:
+) -> tuple[KnownCost, FitQuality]:
     """Return the cost of a step in these trials, and the quality of the fit.
 
     Raises:
@@ -378,7 +363,7 @@ def predict_outcome(outcome: Outcome) -> Prediction | None:
     return {
         "fitted_on": fitted_on,
         "cost": cast("FittedCost", known.as_dict()),
-        "held_out": quality.as_dict(),
+        "held_out": quality,
         "strategies": [
             _beside(known, simulated, outcome.recordings[simulated.header.strategy])
             for simulated in predict(known, outcome.experiment.serving, outcome.workload)

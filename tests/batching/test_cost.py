@@ -165,9 +165,9 @@ def test_a_fit_finds_the_coefficients_that_made_the_times() -> None:
         if name != "bends":
             assert getattr(found, name) == pytest.approx(true, rel=0.05), name
     held_out = quality_of(StepSample.of(trials))
-    assert held_out.r2 is not None
-    assert held_out.r2 > 0.99
-    assert abs(held_out.total_error) < 0.01
+    assert held_out["r2"] is not None
+    assert held_out["r2"] > 0.99
+    assert abs(held_out["total_error"]) < 0.01
 
 
 def test_steps_in_which_something_else_ran_do_not_bend_the_line() -> None:
@@ -260,7 +260,7 @@ def test_full_batches_and_a_few_smaller_ones_predict_continuous(prefill: str) ->
     assert told.duration_ns == pytest.approx(truth.duration_ns, rel=0.05)
     assert known.rows == (0, 1, 2, 4, 8, 16, 32)
     assert beyond(known, [told]) == []
-    assert quality.steps == sum(trial.num_steps for trial in trials)
+    assert quality["steps"] == sum(trial.num_steps for trial in trials)
 
 
 def test_a_pass_of_prompts_alone_still_costs_a_pass() -> None:

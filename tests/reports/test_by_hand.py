@@ -90,7 +90,7 @@ def test_gaps_between_tokens(name: str, gaps: list[float]) -> None:
 
 
 def test_pooled_latencies_are_those_of_all_trials() -> None:
-    pooled = Latencies.pooled([Latencies.of(CONTINUOUS), Latencies.of(STATIC)])
+    pooled = Latencies.of(CONTINUOUS, STATIC)
     counts = (pooled.queue.count, pooled.ttft.count, pooled.tpot.count)
     assert (*counts, pooled.itl.count, pooled.e2el.count) == (6, 6, 4, 6, 6)
     means = (pooled.queue.mean(), pooled.ttft.mean(), pooled.tpot.mean(), pooled.itl.mean())

@@ -110,7 +110,7 @@ class Strategy:
 
     @cached_property
     def latencies(self) -> Latencies:
-        return Latencies.pooled([Latencies.of(trial) for trial in self.trials])
+        return Latencies.of(*self.trials)
 
     @property
     def called(self) -> str:

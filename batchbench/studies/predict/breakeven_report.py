@@ -286,7 +286,7 @@ def to_json(breakeven: BreakEven, command: str, price_per_hour: float | None) ->
         "price_per_hour": price_per_hour,
         "even_within": EVEN,
         "cost": breakeven.fitted.known.as_dict(),
-        "held_out": breakeven.fitted.quality.as_dict(),
+        "held_out": breakeven.fitted.quality,
         "borders": [
             {
                 "metric": metric,

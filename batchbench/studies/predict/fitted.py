@@ -10,8 +10,9 @@ from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError
-from batchbench.reports.prediction import Quality, describe_fit, known_cost
+from batchbench.reports.prediction import describe_fit, known_cost
 from batchbench.reports.result import Result, load_result
+from batchbench.reports.result_file import FitQuality
 from batchbench.reports.text import percent
 
 
@@ -21,7 +22,7 @@ class FittedRun:
 
     result: Result
     known: KnownCost
-    quality: Quality
+    quality: FitQuality
 
     @property
     def model(self) -> ModelSpec:
@@ -42,7 +43,7 @@ class FittedRun:
     @property
     def fit(self) -> str:
         """The quality of the fit in a sentence."""
-        return describe_fit(self.quality.as_dict(), "measured")
+        return describe_fit(self.quality, "measured")
 
 
 def error_in_words(error: float) -> str:
