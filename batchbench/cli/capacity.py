@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +12,13 @@ import typer
 
 from batchbench import settings
 from batchbench.batching.experiment import Experiment
-from batchbench.cli.options import with_options
-from batchbench.cli.output import echo, echo_json, output_folder
+from batchbench.cli.options import typed_command, with_options
+from batchbench.cli.output import output_folder, show
 from batchbench.errors import UsageError, shown
 from batchbench.files import undisturbed
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
-from batchbench.studies.sweep.grid import SWEPT, make_experiment, words_of_axes
+from batchbench.studies.sweep.grid import SWEPT, make_experiment
 
 if TYPE_CHECKING:
     from batchbench.studies.capacity.probe import CapacityQuery
@@ -99,8 +98,7 @@ def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) ->
         overwrite=study.overwrite,
         marker="capacity.json",
     ) as folder:
-        command = _command(given, goals, study)
-        if not _search_and_write(experiment, query, study, folder, command):
+        if not _search_and_write(experiment, query, study, folder):
             raise typer.Exit(1)
 
 
@@ -119,17 +117,8 @@ def _experiment(given: Mapping[str, Any], study: CapacitySpec) -> Experiment:
     return replace(experiment, workload=replace(experiment.workload, max_concurrency=None))
 
 
-def _command(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) -> str:
-    """Return the command line that repeats the search."""
-    words = words_of_axes({name: (value,) for name, value in given.items()})
-    own = settings.words_of(study, CapacitySpec())
-    return shlex.join(
-        ["batchbench", "capacity", *words, *settings.words_of(goals, GoalsSpec()), *own]
-    )
-
-
 def _search_and_write(
-    experiment: Experiment, query: CapacityQuery, study: CapacitySpec, folder: Path, command: str
+    experiment: Experiment, query: CapacityQuery, study: CapacitySpec, folder: Path
 ) -> bool:
     """Search, write and show; return True if outputs are right."""
     from batchbench.cli.progress import CapacityDisplay, make_console
@@ -137,23 +126,19 @@ def _search_and_write(
 
     display = CapacityDisplay(make_console(quiet=study.quiet))
     findings = find_capacity(experiment, query, study.precision, display)
-    from rich.console import Console
-
     from batchbench.studies.capacity import report
+
+    command = typed_command()
 
     with undisturbed():  # the search is complete: keep it
         data = report.data_of(findings, command)
         files = report.write_capacity(folder, findings, data)
-    if study.json:
-        echo_json(report.to_json(data))
-    elif study.quiet:
-        echo(report.sentence(findings))
-    else:
-        console = Console(highlight=False, markup=False, emoji=False)
-        console.print(report.render(findings))
-        console.print(f"\nAgain: {command}", markup=False, soft_wrap=True)
-        names = ", ".join(file.name for file in files)
-        console.print(
-            f"Files: {shlex.quote(str(folder))}/ with {names}", markup=False, soft_wrap=True
-        )
+    show(
+        study,
+        lambda: report.to_json(data),
+        lambda: report.sentence(findings),
+        lambda: report.render(findings),
+        command,
+        files,
+    )
     return not findings.verification.wrong

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +11,14 @@ from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import OutputSpec, with_options
-from batchbench.cli.output import echo, echo_json, output_folder
+from batchbench.cli.output import echo, output_folder, show
 from batchbench.errors import Interrupted
 from batchbench.files import undisturbed
 from batchbench.studies.ladder.rungs import LadderSpec, choose_rungs
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
-    from batchbench.studies.ladder.report import LadderResult
+    pass
 
 LADDER_HELP = """Compare engines, from the notebook's loop to the limits of this hardware.
 
@@ -86,7 +84,15 @@ def _run(experiment: Experiment, spec: LadderSpec, output: OutputSpec, folder: P
         ladder = Ladder(experiment, spec, display)
         ceilings = ladder.measure()
     # Only now: an error about the options should not wait for scipy and matplotlib.
-    from batchbench.studies.ladder.report import card_lines, make_card, make_ladder, write_ladder
+    from batchbench.studies.ladder.report import (
+        card_lines,
+        make_card,
+        make_ladder,
+        render,
+        sentence,
+        to_json,
+        write_ladder,
+    )
 
     if not output.quiet and not output.json:
         echo("\n".join([*card_lines(make_card(ceilings)), ""]))
@@ -95,28 +101,14 @@ def _run(experiment: Experiment, spec: LadderSpec, output: OutputSpec, folder: P
     with undisturbed():  # the measurement is complete: keep it
         result = make_ladder(outcome)
         files = write_ladder(folder, result)
-    _show(result, files, output)
+    show(
+        output,
+        lambda: to_json(result),
+        lambda: sentence(result),
+        lambda: render(result),
+        result.data["command"],
+        files,
+    )
     if outcome.stopped:
         raise Interrupted(f"{outcome.stopped}; the results are in {folder}")
     return result.passed
-
-
-def _show(result: LadderResult, files: Sequence[Path], output: OutputSpec) -> None:
-    from rich.console import Console
-
-    from batchbench.studies.ladder.report import render, sentence, to_json
-
-    if output.json:
-        echo_json(to_json(result))
-        return
-    if output.quiet:
-        echo(sentence(result))
-        return
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(render(result))
-    console.print(f"\nAgain: {result.data['command']}", markup=False, soft_wrap=True)
-    folder = files[0].parent
-    names = ", ".join(file.name for file in files if file.parent == folder)
-    console.print(
-        f"Files: {shlex.quote(str(folder))}/ with {names} …", markup=False, soft_wrap=True
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +55,7 @@ def report(
     ],
     output: ReportSpec,
 ) -> None:
+    output = replace(output, json=output.chosen == "json")
     if len(folders) == 1 and (study := _study_file(folders[0])) is not None:
         _show_study(study, output)
         return
@@ -64,7 +66,7 @@ def report(
     folders = [folder.parent if folder.name == "result.json" else folder for folder in folders]
     if len(folders) > 1:
         for option, given in (
-            ("--json", output.chosen == "json"),
+            ("--json", output.json),
             ("--trace-out", output.trace_out),
         ):
             if given:
@@ -92,7 +94,7 @@ def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
 
     with output_folder(folder, overwrite=True):
         files = write_folder(folder, result)
-        show_result(result, files, as_json=output.chosen == "json", quiet=output.quiet)
+        show_result(result, files, output)
 
 
 def _show_together(folders: list[Path], results: list[Result], output: ReportSpec) -> None:
@@ -152,7 +154,7 @@ def _show_study(file: Path, output: ReportSpec) -> None:
         raise UsageError(f"{file}: cannot be read: {reason}") from error
     if not isinstance(data, dict) or data.get("schema_version") != 1:
         raise UsageError(f"{file}: was not written by this version of batchbench")
-    if output.chosen == "json":
+    if output.json:
         echo_json(text)
         return
     try:
