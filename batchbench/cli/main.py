@@ -48,6 +48,7 @@ COMMANDS = {
 """Purpose of each command, with which its help begins. Commands are imported when they are used."""
 
 MODULES = {
+    "watch": "report",
     "simulate": "run",
     "breakeven": "predict",
     **dict.fromkeys(("compare", "duet", "check", "baseline"), "gate"),
