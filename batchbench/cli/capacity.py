@@ -13,7 +13,7 @@ import typer
 from batchbench import settings
 from batchbench.batching.experiment import Experiment, make_experiment
 from batchbench.cli.options import typed_command, with_options
-from batchbench.cli.output import echo, echo_json, make_console, output_folder, print_ending
+from batchbench.cli.output import output_folder, show
 from batchbench.errors import UsageError, shown
 from batchbench.files import undisturbed
 from batchbench.reports.slo import GoalsSpec
@@ -128,12 +128,12 @@ def _search(experiment: Experiment, goals: GoalsSpec, study: CapacitySpec, folde
     with undisturbed():  # the search is complete: keep it
         data = report.data_of(findings, command)
         files = report.write_capacity(folder, data)
-    if study.json:
-        echo_json(report.to_json(data))
-    elif study.quiet:
-        echo(report.sentence(data))
-    else:
-        console = make_console()
-        console.print(report.render(data))
-        print_ending(console, command, files)
+    show(
+        study,
+        lambda: report.to_json(data),
+        lambda: report.sentence(data),
+        lambda: report.render(data),
+        command,
+        files,
+    )
     return not findings.verification.wrong

@@ -10,7 +10,7 @@ from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import OutputSpec, typed_command, with_options
-from batchbench.cli.output import echo, echo_json, make_console, output_folder, print_ending
+from batchbench.cli.output import echo, output_folder, show
 from batchbench.errors import Interrupted
 from batchbench.files import undisturbed
 from batchbench.studies.ladder.rungs import LadderSpec, choose_rungs
@@ -80,14 +80,14 @@ def _run(experiment: Experiment, spec: LadderSpec, output: OutputSpec, folder: P
     with undisturbed():  # the measurement is complete: keep it
         result = report.make_ladder(outcome, command)
         files = report.write_ladder(folder, result)
-    if output.json:
-        echo_json(report.to_json(result))
-    elif output.quiet:
-        echo(report.sentence(result))
-    else:
-        console = make_console()
-        console.print(report.render(result))
-        print_ending(console, command, files)
+    show(
+        output,
+        lambda: report.to_json(result),
+        lambda: report.sentence(result),
+        lambda: report.render(result),
+        command,
+        files,
+    )
     if outcome.stopped:
         raise Interrupted(f"{outcome.stopped}; the results are in {folder}")
     return result.passed

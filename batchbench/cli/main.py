@@ -27,48 +27,33 @@ from batchbench.files import STOPPING, reason_of
 from batchbench.version import __version__
 
 COMMANDS = {
-    "run": ("run", "Run a workload with static and continuous batching, and compare them."),
-    "simulate": ("run", "Count the steps that run would take, without a model, in seconds."),
-    "predict": (
-        "predict",
-        "Say from a result where more slots stop paying: other batch sizes, predicted.",
-    ),
-    "breakeven": (
-        "predict",
-        "Map where continuous batching wins, where static does, and the border between.",
-    ),
-    "sweep": ("sweep", "Run a grid of experiments: any option of run may have many values."),
-    "ladder": (
-        "ladder",
-        "Serve one workload in ever faster ways, beside what this machine allows.",
-    ),
-    "capacity": (
-        "capacity",
-        "Find the highest request rate that each strategy sustains within --slo.",
-    ),
-    "report": ("report", "Show results again: here, as a web page, as Markdown or as JSON."),
-    "reproduce": ("reproduce", "Run the experiment of a result again, and say what agrees."),
-    "watch": (
-        "watch",
-        "Replay a result: slots fill and empty as they did, the strategies side by side.",
-    ),
-    "compare": (
-        "gate",
-        "Compare two versions by their results, and say which differences are real.",
-    ),
-    "duet": (
-        "gate",
-        "Compare another installation of batchbench with this one, in alternating turns.",
-    ),
-    "check": (
-        "gate",
-        "Hold this version against a kept baseline: its work exactly, its speed by ratios.",
-    ),
-    "trend": ("trend", "Find the commits at which kept results changed for good."),
-    "baseline": ("gate", "Keep what this version does, to hold later ones against."),
-    "workload": ("workload", "List presets, inspect a workload without running it, or save it."),
+    "run": "Run a workload with static and continuous batching, and compare them.",
+    "simulate": "Count the steps that run would take, without a model, in seconds.",
+    "predict": "Predict other batch sizes from a result, and where more slots stop paying.",
+    "breakeven": "Map where continuous batching wins and where static batching does.",
+    "sweep": "Run a grid of experiments: any option of run may have many values.",
+    "ladder": "Compare engines, from the notebook's loop to the limits of this hardware.",
+    "capacity": "Find the highest request rate that each strategy sustains within --slo.",
+    "report": "Show results again: here, as a web page, as Markdown or as JSON.",
+    "reproduce": "Run the experiment of a result again and compare the two results.",
+    "watch": "Replay a result: slots fill and empty as they did, the strategies side by side.",
+    "compare": "Compare two versions by their results, and say which differences are real.",
+    "duet": "Compare another installation of batchbench with this one, in alternating turns.",
+    "check": "Check this version against a saved baseline: counts and outputs exactly, speed by "
+    "ratios.",
+    "trend": "Find the commits at which performance changed, from saved results.",
+    "baseline": "Save counts and speed ratios of this version, for later checks.",
+    "workload": "List presets, inspect a workload without running it, or save it.",
 }
-"""Module and purpose of each command. A module is imported only when its command is used."""
+"""Purpose of each command, with which its help begins. Commands are imported when they are used."""
+
+MODULES = {
+    "watch": "report",
+    "simulate": "run",
+    "breakeven": "predict",
+    **dict.fromkeys(("compare", "duet", "check", "baseline"), "gate"),
+}
+"""Modules of commands that are not named after the command."""
 
 GROUPS = ("baseline", "workload")
 """Commands with subcommands: the ``app`` of their module."""
@@ -77,7 +62,7 @@ GROUPS = ("baseline", "workload")
 @functools.cache
 def _load(name: str) -> Any:
     """Import a command."""
-    module = importlib.import_module(f"batchbench.cli.{COMMANDS[name][0]}")
+    module = importlib.import_module(f"batchbench.cli.{MODULES.get(name, name)}")
     kind = importlib.import_module("batchbench.cli.options").Command
     if name in GROUPS:
         for info in module.app.registered_commands:
@@ -118,7 +103,7 @@ class _Group(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in COMMANDS:  # only for lists of commands
-            return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1])
+            return TyperCommand(cmd_name, help=COMMANDS[cmd_name])
         return None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:

@@ -363,7 +363,8 @@ def _parameter(
 
 _ALL = "batchbench.help_all"
 
-_TYPED: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
+_TYPED: ContextVar[tuple[str, list[str], dict[str, Any]]] = ContextVar("typed")
+"""The command, the words after it, and its parameters by the names of their options."""
 
 _OUTPUT_ONLY = ("output", "overwrite", "trace_out", "json", "quiet", "dry_run")
 
@@ -381,7 +382,7 @@ class Command(TyperCommand):
             name, equals, value = word.partition("=")
             ours = ALIASES.get(name)
             words.append(f"{ours}{equals}{value}" if ours in own and name not in own else word)
-        _TYPED.set((*ctx.command_path.split(), *_without_output(words, own)))
+        _TYPED.set((ctx.command_path, words, own))
         return super().parse_args(ctx, words)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -410,17 +411,18 @@ def _brief(param: Any) -> Any:
     return brief
 
 
-def _without_output(words: Sequence[str], own: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the words of a command line without options about where its result goes."""
-    rest = iter(words)
+def typed_command(keep: Collection[str] = ()) -> str:
+    """Return the command line as it was typed, without options about the output.
+
+    Args:
+        keep: options about the output that are not left out, by field name.
+    """
+    command, words, own = _TYPED.get()
+    left, rest = command.split(), iter(words)
     for word in rest:
         param = own.get(word.partition("=")[0])
-        if param is None or param.name not in _OUTPUT_ONLY:
-            yield word
+        if param is None or param.name in keep or param.name not in _OUTPUT_ONLY:
+            left.append(word)
         elif "=" not in word and not param.is_flag:
             next(rest, None)
-
-
-def typed_command() -> str:
-    """Return the command line that was typed, without options about where its result goes."""
-    return shlex.join(_TYPED.get())
+    return shlex.join(left)

@@ -15,10 +15,10 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.cells import cell_len
 
@@ -26,7 +26,7 @@ from batchbench.errors import BatchbenchError, ClosedPipe, Interrupted, OutputEr
 from batchbench.files import ClaimedError, check_folder, claimed, reason_of
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 STAND_INS = "batchbench"
 """Name of the error handler that replaces characters by similar ones, in text for people."""
@@ -200,6 +200,37 @@ def make_console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, markup=False, emoji=False)
+
+
+class Shown(Protocol):
+    """Options that choose what a command prints."""
+
+    @property
+    def json(self) -> bool:
+        """Print only the JSON file."""
+
+    @property
+    def quiet(self) -> bool:
+        """Print only one sentence."""
+
+
+def show(
+    options: Shown,
+    text: Callable[[], str],
+    sentence: Callable[[], str],
+    rendered: Callable[[], RenderableType],
+    command: str,
+    files: Iterable[Path],
+) -> None:
+    """Print a result as its JSON text, as one sentence, or in full with how to repeat it."""
+    if options.json:
+        echo_json(text())
+    elif options.quiet:
+        echo(sentence())
+    else:
+        console = make_console()
+        console.print(rendered())
+        print_ending(console, command, files)
 
 
 def print_ending(console: Console, command: str, files: Iterable[Path]) -> None:

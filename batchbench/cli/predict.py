@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,7 @@ from batchbench import settings
 from batchbench.batching.experiment import PREFILLS, Experiment
 from batchbench.batching.models import ModelSpec
 from batchbench.cli.options import typed_command, with_options
-from batchbench.cli.output import echo, echo_json, make_console, output_folder, print_ending
+from batchbench.cli.output import output_folder, show
 from batchbench.errors import UsageError, shown
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
@@ -99,14 +98,14 @@ def predict(
         curve = predict_slots(fitted, sizes, study.queue_size)
         command = typed_command()
         files, text = report.write_prediction(output, curve, command)
-        if study.json:
-            echo_json(text)
-        elif study.quiet:
-            echo(report.sentence(curve))
-        else:
-            console = make_console()
-            console.print(report.render(curve))
-            print_ending(console, command, files)
+        show(
+            study,
+            lambda: text,
+            lambda: report.sentence(curve),
+            lambda: report.render(curve),
+            command,
+            files,
+        )
 
 
 _PANEL = "Map"
@@ -229,17 +228,16 @@ def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
         with make_sweep_display(CellList(), quiet=study.quiet) as display:
             result = make_map(spec, fitted, limits, store, display)
             result = measure(result, study.measure, study.trials, store, display)
-        output = f" --output {shlex.quote(str(study.output))} --overwrite" if study.output else ""
-        command = f"{typed_command()}{output}"
+        command = typed_command(keep=["output", "overwrite"])
         files, text = report.write_map(folder, result, command, price)
-        if study.json:
-            echo_json(text)
-        elif study.quiet:
-            echo(report.sentence(result))
-        else:
-            console = make_console()
-            console.print(report.render(result, price))
-            print_ending(console, command, files)
+        show(
+            study,
+            lambda: text,
+            lambda: report.sentence(result),
+            lambda: report.render(result, price),
+            command,
+            files,
+        )
 
 
 def _fitted(study: BreakevenSpec, model: ModelSpec, folder: Path) -> FittedRun:

@@ -1,9 +1,11 @@
-"""The command report: a result, several side by side, or a study, shown again."""
+"""The commands report and watch: results, and studies, shown again."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,12 +21,15 @@ from batchbench.cli.output import (
     output_folder,
     print_ending,
 )
-from batchbench.errors import UsageError
-from batchbench.files import check_file, claimed, reason_of, write_file
+from batchbench.errors import Interrupted, UsageError
+from batchbench.files import check_file, check_files, claimed, reason_of, write_file
+from batchbench.settings import setting
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
+    from batchbench.batching.engines import Clock
+    from batchbench.reports.replay.frames import Replay
     from batchbench.reports.result import Result
 
 REPORT_HELP = """Show results again: here, as a web page, as Markdown or as JSON.
@@ -34,6 +39,14 @@ results are shown side by side, with the settings in which they differ. The fold
 ladder, capacity search, prediction or break-even map is shown as its command showed it, in short.
 
 Example: batchbench report batchbench-results/my-run --format html"""
+
+WATCH_HELP = """Replay a result: slots fill and empty as they did, the strategies side by side.
+
+Shows the trial of median duration of each strategy, at a speed at which the longest takes about
+12 s. The last picture stays; Ctrl-C stops. For slides, --gif writes the replay to a file.
+
+Example: batchbench watch batchbench-results/my-run --speed 4"""
+
 
 STUDIES = (
     *("sweep.json", "ladder.json", "capacity.json", "predict.json", "breakeven.json"),
@@ -54,22 +67,24 @@ def report(
     ],
     output: ReportSpec,
 ) -> None:
+    output = replace(output, json=output.chosen == "json")
     if len(folders) == 1 and (study := _study_file(folders[0])) is not None:
         _show_study(study, output)
         return
     from batchbench.reports.formats.trace_events import check_trace_file, write_trace
-    from batchbench.reports.output import check_number
     from batchbench.reports.result import load_result, remake_result
 
     folders = [folder.parent if folder.name == "result.json" else folder for folder in folders]
     if len(folders) > 1:
         for option, given in (
-            ("--json", output.chosen == "json"),
+            ("--json", output.json),
             ("--trace-out", output.trace_out),
         ):
             if given:
                 raise UsageError(f"{option}: works for one result; give one folder")
-    check_number(folders)
+        from batchbench.reports.output import check_number  # imports pandas and matplotlib
+
+        check_number(folders)
     file = None if output.chosen in ("terminal", "json") else output.destination(folders)
     if file is not None:
         check_file(file, "--file")
@@ -92,7 +107,7 @@ def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
 
     with output_folder(folder, overwrite=True):
         files = write_folder(folder, result)
-        show_result(result, files, as_json=output.chosen == "json", quiet=output.quiet)
+        show_result(result, files, output)
 
 
 def _show_together(folders: list[Path], results: list[Result], output: ReportSpec) -> None:
@@ -152,7 +167,7 @@ def _show_study(file: Path, output: ReportSpec) -> None:
         raise UsageError(f"{file}: cannot be read: {reason}") from error
     if not isinstance(data, dict) or data.get("schema_version") != 1:
         raise UsageError(f"{file}: was not written by this version of batchbench")
-    if output.chosen == "json":
+    if output.json:
         echo_json(text)
         return
     try:
@@ -227,3 +242,86 @@ def _table(rows: list[dict[str, Any]]) -> RenderableType:
     if len(rows) > MOST_ROWS:
         grid.caption = f"{len(rows) - MOST_ROWS} more rows in the files"
     return grid
+
+
+# Replays
+
+
+@dataclass(frozen=True)
+class WatchSpec:
+    """The speed of the replay and its destination."""
+
+    speed: float | None = setting(
+        None,
+        "Seconds of the trial per second: 1 is true speed, 4 four times as fast.",
+        "Replay",
+        min=1e-9,
+        max=1e9,
+        default_text="such that it takes about 12 s",
+    )
+    gif: Path | None = setting(
+        None, "Write an animated GIF for slides instead.", "Output", metavar="FILE"
+    )
+    overwrite: bool = setting(False, "Replace the file if it exists.", "Output")
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+@with_options({"spec": WatchSpec})
+def watch(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False),
+    ],
+    spec: WatchSpec,
+) -> None:
+    file = spec.gif
+    if file is None and not sys.stdout.isatty():
+        raise UsageError("watch: the output is not a terminal; add --gif FILE to write a GIF")
+    from batchbench.reports.replay.frames import Replay, usual_speed
+    from batchbench.reports.result import load_result
+
+    result = load_result(folder)
+    if file is None:
+        from batchbench.batching.engines import WallClock
+
+        console = make_console()
+        if console.is_dumb_terminal:
+            raise UsageError(
+                "watch: this terminal cannot move its cursor; add --gif FILE to write a GIF"
+            )
+        replay = Replay.of(result)
+        play(replay, spec.speed or usual_speed(replay), console, WallClock())
+        return
+    if file.suffix != ".gif":
+        raise UsageError(f"--gif {file}: must end in .gif, such as --gif replay.gif")
+    from batchbench.reports.replay.gif import draw_gif
+
+    with claimed(file, f"--gif {file}"):
+        check_files(file.parent, [file.name], overwrite=spec.overwrite)
+        content = draw_gif(result, spec.speed)
+        write_file(file, content)
+    echo(f"{file}: {len(content) / 1e6:.1f} MB")
+
+
+def play(replay: Replay, speed: float, console: Console, clock: Clock) -> None:
+    """Show a replay on a terminal, at the times of the clock; its last frame stays.
+
+    Raises:
+        Interrupted: Ctrl-C; the frame of that moment stays.
+    """
+    from rich.live import Live
+
+    from batchbench.reports.replay.frames import moments
+    from batchbench.reports.replay.terminal import render
+
+    shown, plain = 0, console.options.ascii_only
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        try:
+            for t_ns in moments(replay, speed, clock):
+                shown, frame = t_ns, replay.frame_at(t_ns)
+                picture = render(replay, frame, *console.size, speed, ascii_only=plain)
+                live.update(picture, refresh=True)
+        except KeyboardInterrupt as error:
+            raise Interrupted(f"stopped at {replay.spell(shown)}") from error

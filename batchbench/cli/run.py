@@ -14,7 +14,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.batching.step_cost import CostSpec
 from batchbench.cli.options import OutputSpec, typed_command, with_options
-from batchbench.cli.output import echo, echo_json, make_console, output_folder, print_ending
+from batchbench.cli.output import Shown, echo, output_folder, show
 from batchbench.errors import Interrupted
 from batchbench.files import check_folder, default_folders, undisturbed
 from batchbench.reports.slo import GoalsSpec
@@ -126,25 +126,26 @@ def _measure_and_write(
             from batchbench.reports.formats.trace_events import write_trace
 
             write_trace(output.trace_out, result)
-    show_result(result, files, as_json=output.json, quiet=output.quiet)
+    show_result(result, files, output)
     if outcome.stopped and outcome.stopped.reason is StopReason.INTERRUPTED:
         raise Interrupted(f"{outcome.stopped}; the results are in {folder}")
     return result.data["verification"]["passed"] is not False
 
 
-def show_result(result: Result, files: Iterable[Path], *, as_json: bool, quiet: bool) -> None:
+def show_result(result: Result, files: Iterable[Path], output: Shown) -> None:
     """Print a result and the names of the files that were written."""
     from batchbench.reports.formats.terminal import render, sentence
     from batchbench.reports.result import to_json
 
-    if as_json:
-        echo_json(to_json(result))
-    elif quiet:
-        echo(sentence(result))
-    else:
-        console = make_console()
-        console.print(render(result))
-        print_ending(console, result.data["command"], files)
+    command = result.data["command"]
+    show(
+        output,
+        lambda: to_json(result),
+        lambda: sentence(result),
+        lambda: render(result),
+        command,
+        files,
+    )
 
 
 def _dry_run(experiment: Experiment, output: OutputSpec) -> None:

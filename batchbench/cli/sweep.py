@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from batchbench import settings
 from batchbench.cli.options import typed_command, with_options
-from batchbench.cli.output import echo, echo_json, make_console, output_folder, print_ending
+from batchbench.cli.output import echo, output_folder, show
 from batchbench.errors import UsageError
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
@@ -76,18 +75,17 @@ def sweep(axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpe
         from batchbench.studies.sweep import report  # pandas and matplotlib, only now
 
         swept = report.read_sweep(grid, store, goals)
-        output = f" --output {shlex.quote(str(study.output))}" if study.output else ""
-        command = f"{typed_command()}{output}"
+        command = typed_command(keep=["output"])
         files, text, not_drawn = report.write_sweep(folder, swept, command)
         cells = report.cells_of(swept)
-        if study.json:
-            echo_json(text)
-        elif study.quiet:
-            echo(report.sentence(swept, cells))
-        else:
-            console = make_console()
-            console.print(report.render(swept, cells, not_drawn))
-            print_ending(console, command, files)
+        show(
+            study,
+            lambda: text,
+            lambda: report.sentence(swept, cells),
+            lambda: report.render(swept, cells, not_drawn),
+            command,
+            files,
+        )
         if not swept.served:
             raise UsageError(f"no cell could be served: {swept.failed[0].reason}")
         if swept.failed or swept.wrong:

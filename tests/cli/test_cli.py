@@ -38,7 +38,7 @@ from batchbench.batching.progress import Progress
 from batchbench.batching.verification import Finding, Verification
 from batchbench.cli import progress as progresses
 from batchbench.cli import run as running
-from batchbench.cli.main import COMMANDS as COMMANDS_BY_NAME
+from batchbench.cli.main import COMMANDS as PURPOSES
 from batchbench.cli.main import app, run_command
 from batchbench.cli.options import OutputSpec
 from batchbench.cli.progress import LiveDisplay, PlainDisplay
@@ -421,7 +421,7 @@ def test_short_help_fits_on_one_screen_and_names_the_full_help(
 
 def test_lists_give_the_purpose_that_the_help_of_a_command_begins_with() -> None:
     group = typer.main.get_command(app)
-    for name, (_, purpose) in COMMANDS_BY_NAME.items():
+    for name, purpose in PURPOSES.items():
         command = group.commands[name]  # type: ignore[attr-defined]
         assert command.help.split("\n\n")[0].replace("\n", " ") == purpose
 

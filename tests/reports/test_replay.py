@@ -22,7 +22,7 @@ from support.results import CLASSIC, clean, result_of, simulated, trials_of, ver
 from batchbench.batching.engines import VirtualClock
 from batchbench.batching.recording import Recording, token_steps
 from batchbench.cli.main import _guarded
-from batchbench.cli.watch import play
+from batchbench.cli.report import play
 from batchbench.errors import Interrupted, UsageError
 from batchbench.reports.output import write_folder
 from batchbench.reports.replay.frames import (

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from batchbench.batching import session as conducting
+from batchbench.batching import trials
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.cli.main import _guarded
@@ -66,7 +66,7 @@ def program(
     monkeypatch.setattr(folders, "draw", lambda recordings, title: {"timeline": None})
     monkeypatch.setattr(folders, "figure_bytes", lambda figure, format: format.encode())
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(conducting.gc, "collect", lambda: 0)  # this process holds much
+    monkeypatch.setattr(trials.gc, "collect", lambda: 0)  # this process holds much
     monkeypatch.setenv("COLUMNS", "100")
 
     def call(*words: str) -> Said:

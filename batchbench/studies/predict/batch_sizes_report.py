@@ -134,7 +134,7 @@ def to_json(curve: Curve, command: str) -> str:
         "command": command,
         "requests": curve.requests,
         "cost": curve.fitted.known.as_dict(),
-        "held_out": curve.fitted.quality.as_dict(),
+        "held_out": curve.fitted.quality,
         "enough": {name: curve.sufficient(name) for name in curve.strategies},
         "last_doubling": {name: curve.last_doubling(name) for name in curve.strategies},
         "points": [asdict(point) for point in curve.points],
