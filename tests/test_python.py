@@ -242,7 +242,7 @@ def cells() -> Iterator[Cell]:
 
 
 def value_of(source: str, names: dict[str, Any]) -> Any:
-    """What a cell shows: the value of its last line, which is an expression."""
+    """Return the value of the last line of a cell, which is an expression."""
     tree = ast.parse(source)
     last = tree.body.pop()
     assert isinstance(last, ast.Expr)

@@ -60,7 +60,7 @@ def process(
 
 
 def measured(made: Process, work: Any = WORK, **changes: Any) -> Measured:
-    """What a fresh process tells."""
+    """The measurements of a fresh process."""
     told = {
         "workload": {"digest": "d" * 64, "closed": True, "total_output_tokens": 680},
         "environment": ENVIRONMENT,

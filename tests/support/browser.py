@@ -16,7 +16,7 @@ from typing import Any
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-"""Where the browser is; None where there is none."""
+"""Path of the browser; None if there is none."""
 
 FLAGS = (
     "--headless",

@@ -1,4 +1,4 @@
-"""What the tests of gates share: a gate of each answer, and random ones."""
+"""Gates of each answer, and random gates."""
 
 from __future__ import annotations
 

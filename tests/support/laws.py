@@ -1,4 +1,4 @@
-"""What the tests of serving share: random workloads, settings, and an engine that keeps books."""
+"""Random workloads and settings, and an engine that records what it is asked to compute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from batchbench.batching.scheduler import Scheduler
 from batchbench.workloads import Request, Workload, make_arrivals
 
 STEP_NS = 10
-"""What a step costs in these tests; due times fall on and between its multiples."""
+"""Duration of a step in these tests; due times fall on and between its multiples."""
 
 UNLIMITED = 1_000_000
 """More tokens than any pass of these tests could compute."""
@@ -35,7 +35,7 @@ thorough = settings(law, max_examples=300)
 
 @dataclass(frozen=True)
 class Config:
-    """How a workload is served."""
+    """The settings with which a workload is served."""
 
     policy: str
     slots: int
@@ -306,7 +306,7 @@ ORDER_KEYS: dict[str, Callable[[Request], tuple[int, int]]] = {
     "shortest-first": lambda r: (r.output_tokens, r.index),
     "longest-prompt-first": lambda r: (-r.prompt_tokens, r.index),
 }
-"""What each order means, written down a second time."""
+"""The sort keys of the orders, written a second time."""
 
 
 def drive(

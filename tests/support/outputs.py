@@ -17,7 +17,7 @@ from batchbench.workloads import Workload
 def recording_of(
     workload: Workload, outputs: Sequence[Sequence[int]], strategy: str = "static"
 ) -> Recording:
-    """As if these outputs had been produced."""
+    """Return a recording as if these outputs had been produced."""
     simulated = Batcher(strategy, SimulatedEngine(), 2).serve(workload, Watch())
     produced = np.array([len(tokens) for tokens in outputs], np.int64)
     return replace(

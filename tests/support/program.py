@@ -25,7 +25,7 @@ from batchbench.workloads.spec import WorkloadSpec
 
 @dataclass(frozen=True)
 class Said:
-    """What the program did."""
+    """The exit code and the output of a call."""
 
     code: int
     out: str
@@ -33,7 +33,7 @@ class Said:
 
     @property
     def error(self) -> str:
-        """The one line of an error; progress may stand before it."""
+        """The line of the error, after any lines of progress."""
         *before, last = self.err.splitlines()
         assert last.startswith("batchbench: ")
         assert not any(line.startswith("batchbench: ") for line in before)
@@ -62,7 +62,7 @@ def program(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> Program:
-    """Runs the program in this process, in ``here``, with pictures that cost nothing."""
+    """Return a function that runs the program here, in this process, without real pictures."""
     monkeypatch.setattr(folders, "draw", lambda recordings, title: {"timeline": None})
     monkeypatch.setattr(folders, "figure_bytes", lambda figure, format: format.encode())
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -124,7 +124,7 @@ experiments = st.builds(
 
 
 def on_a_terminal(line: str, folder: Path) -> tuple[int, str]:
-    """The exit code of a command on a pseudo-terminal, and all that it wrote there."""
+    """Return the exit code of a command on a pseudo-terminal, and its output."""
     control, terminal = pty.openpty()
     words = [sys.executable, "-m", "batchbench", *shlex.split(line)[1:]]
     started = subprocess.Popen(

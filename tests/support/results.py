@@ -47,7 +47,7 @@ def measured(
     workload: Workload = CLASSIC,
     order: str = "fifo",
 ) -> Recording:
-    """A trial as a real clock would have it: each step measured, tokens there.
+    """Return a trial as a real clock would record it: with the time of each step, and tokens.
 
     ``share`` of the time passes between the steps; ``foreign`` cores were busy with others.
     """
@@ -76,7 +76,7 @@ def measured(
 
 
 def trials_of(policy: str, **settings: Any) -> list[Recording]:
-    """Four trials, each a little quicker or slower than the other."""
+    """Return four trials of slightly different speed."""
     pace = (10_000_000, 10_100_000, 9_950_000, 10_050_000)
     return [measured(policy, i, step_ns=step, **settings) for i, step in enumerate(pace)]
 
@@ -89,7 +89,7 @@ def reasons(
     warm_up: WarmUp = SETTLED,
     stopped: str | None = None,
 ) -> list[str]:
-    """What the audit says of a run that is clean but for what is given."""
+    """Return the reasons of the audit for a run that is clean except for the arguments."""
     recordings = {
         "static": trials_of("static") if static is None else static,
         "continuous": trials_of("continuous"),
@@ -108,7 +108,7 @@ def result_of(
     texts: Sequence[tuple[str, str]] | None = None,
     stopped: str | None = None,
 ) -> Result:
-    """The result of a run that nobody had to wait for."""
+    """Return the result of a run without running it."""
     if recordings is None:
         recordings = {"static": trials_of("static"), "continuous": trials_of("continuous")}
     spec = WorkloadSpec(stop_at_eos=workload.stop_at_eos)
@@ -135,19 +135,19 @@ def result_of(
 
 @functools.cache
 def clean() -> Result:
-    """Of a run in which all went well."""
+    """Return the result of a run without faults."""
     return result_of()
 
 
 @functools.cache
 def simulated() -> Result:
-    """Of batchbench simulate."""
+    """Return the result of a simulation."""
     return make_result(conduct(Experiment(simulated=True)))
 
 
 @functools.cache
 def with_findings() -> Result:
-    """Some tied, some wrong."""
+    """Return a result with a numerical tie and a wrong output."""
     found = (
         Finding(1, "static", "numerical tie", 3, 0.1, 0.2, "close"),
         Finding(2, "continuous", "wrong", 0, None, None, "not finite"),
@@ -159,7 +159,7 @@ def with_findings() -> Result:
 
 @functools.cache
 def ending_early() -> Result:
-    """Some texts end before their asked length."""
+    """Return a result in which some outputs end early."""
     produced = Workload.of("as produced", [[7] * 7] * 32, [9] * 32)
     return result_of(
         {"continuous": [measured("continuous", i, workload=produced) for i in range(3)]},
@@ -170,7 +170,7 @@ def ending_early() -> Result:
 
 @functools.cache
 def over_time() -> Result:
-    """Requests come over time, so that trials may differ in their steps."""
+    """Return a result with timed arrivals, whose trials may differ in their steps."""
     due = [i // 4 * 10**6 for i in range(24)]  # a step takes as long
     timed = Workload.of("timed", [[7] * 7] * 24, [9, 4, 4] * 8, due_ns=due)
     orders = ("fifo", "longest-first", "fifo")
@@ -183,7 +183,7 @@ def over_time() -> Result:
 
 @functools.cache
 def of_one_token() -> Result:
-    """TPOT and ITL have no meaning."""
+    """Return a result with outputs of one token, which have no TPOT and ITL."""
     single = Workload.of("single", [[7] * 7] * 9, [1] * 9)
     trials = {p: [measured(p, workload=single)] for p in ("static", "continuous")}
     return result_of(trials, workload=single, price=0.0)
@@ -191,13 +191,13 @@ def of_one_token() -> Result:
 
 @functools.cache
 def with_texts() -> Result:
-    """As with a tokenizer, and a price."""
+    """Return a result with texts, as with a tokenizer, and a price."""
     return result_of(price=2.5, texts=[(f"p {i}", f"out, “{i}”\n") for i in range(32)])
 
 
 @functools.cache
 def one_strategy() -> Result:
-    """One trial, nothing to compare with."""
+    """Return a result of one strategy and one trial."""
     return result_of({"static": [measured("static")]})
 
 
@@ -214,12 +214,12 @@ KINDS: tuple[Callable[[], Result], ...] = (
 
 
 def paced(policy: str, *steps_ms: float) -> list[Recording]:
-    """Trials with steps of the given lengths."""
+    """Return trials with steps of the given lengths."""
     return [measured(policy, i, step_ns=ms * 1e6) for i, ms in enumerate(steps_ms)]
 
 
 def shown(result: Result, width: int) -> str:
-    """What stands on a terminal of this width."""
+    """Return the output on a terminal of this width."""
     console = Console(file=io.StringIO(), width=width, highlight=False)
     console.print(render(result))
     assert isinstance(console.file, io.StringIO)
@@ -231,7 +231,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)>\"'`|*&amp;{{7*7}}\u2028<!--"
 
 
 def made(batch_size: int = 4, strategy: str = "static,continuous", **workload: Any) -> Result:
-    """A simulated result."""
+    """Return a simulated result."""
     return make_result(
         conduct(
             Experiment(
@@ -245,7 +245,7 @@ def made(batch_size: int = 4, strategy: str = "static,continuous", **workload: A
 
 
 def renamed(result: Result, name: str) -> Result:
-    """The same result in which everything that users name is called ``name``."""
+    """Return a result in which everything that users name is called ``name``."""
     data = json.loads(json.dumps(result.data))
     data["model"] |= {"name": name, "note": name}
     data["workload"]["name"] = name
@@ -267,5 +267,5 @@ def renamed(result: Result, name: str) -> Result:
 
 
 def verdicts(checks: list[Check] | Any) -> dict[str, str]:
-    """Each check's verdict by its name."""
+    """Return the verdicts of checks by their names."""
     return {check.name: check.verdict for check in checks}

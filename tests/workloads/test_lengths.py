@@ -43,7 +43,7 @@ CONTINUOUS = {
     "exponential:mean=128,max=1000": stats.expon(scale=128),
     "exponential:mean=2,min=3": stats.expon(scale=2),
 }
-"""What each is before rounding and clipping, written down a second time."""
+"""The distributions before rounding and clipping, written a second time."""
 
 
 @pytest.mark.parametrize("text", CONTINUOUS)
@@ -318,7 +318,7 @@ def test_a_constant_rate_is_constant_and_at_once_is_at_once() -> None:
 def test_times_ascend_from_zero_at_the_rate_asked_and_seeds_reproduce(
     kind: str, begin: float, end: float, burstiness: float, count: int, seed: int
 ) -> None:
-    """However few the requests, and however bursty, they come at the rate that was asked."""
+    """A run has the requested rate even with few requests and bursty arrivals."""
     process = ArrivalProcess(
         kind, begin, end if kind == "ramp" else None, burstiness if kind == "gamma" else 1.0
     )

@@ -268,7 +268,7 @@ def test_an_endless_file_is_refused(begin: bytes, piece: bytes, told: str, file:
     [
         (AZURE.encode(), b"9" * 65536, "line 5: is longer than 83,886,080 bytes"),
         (AZURE.partition("\n")[0].encode() + b"\n", b"x\n" * 4096, "its first 50,000 rows are all"),
-        (b"[7", b",7" * 4096, "its first 50,000 rows are all wrong, such as row 50000: is 7"),
+        (b"[7", b",7" * 4096, "its first 50,000 rows are all invalid, such as row 50000: is 7"),
     ],
 )
 def test_an_endless_file_is_refused_even_if_wrong_rows_are_left_out(

@@ -21,9 +21,9 @@ from batchbench.workloads.spec import TIME_UNITS
 from batchbench.workloads.traces.rows import (
     BadRow,
     Dialect,
+    InvalidError,
     Place,
     Row,
-    WrongError,
     first_element,
     is_document,
     nanoseconds_of,
@@ -110,7 +110,7 @@ def read_burstgpt(content: BinaryIO, _: bytes, options: ReadOptions, __: Dialect
 
     def row(time: str, request: str, response: str) -> Row:
         if whole_of(response) == 0:
-            raise WrongError("Response tokens is 0: the request failed", "failed requests")
+            raise InvalidError("Response tokens is 0: the request failed", "failed requests")
         return Row(
             prompt_tokens=tokens_of("Request tokens", request),
             output_tokens=tokens_of("Response tokens", response),
@@ -142,14 +142,14 @@ def _read_table(
             # One line at a time, so that a stray quote does not swallow the next lines.
             (cells,) = csv.reader([text], delimiter=delimiter, strict=True)
             if len(cells) != len(names):
-                raise WrongError(f"has {len(cells)} columns, the first line {len(names)}")
+                raise InvalidError(f"has {len(cells)} columns, the first line {len(names)}")
             yield parse(cells[one], cells[two], cells[three])
         except UnicodeDecodeError:
             yield BadRow(number, "is not UTF-8 text")
         except csv.Error as error:
             inside = "new-line character" in str(error)
             yield BadRow(number, "has a carriage return in a row" if inside else str(error))
-        except WrongError as error:
+        except InvalidError as error:
             if [_plain(cell) for cell in cells] == names:  # files joined with cat
                 repeated = "repeated headers skipped"
                 yield BadRow(number, "repeats the header", kind=repeated, harmless=True)
@@ -200,7 +200,7 @@ def _moment(what: str, text: str) -> int:
         moment = datetime.fromisoformat(f"{parts[1]}T{parts[2]}{zone}").astimezone(UTC)
         seconds = round(moment.timestamp())
     except (ValueError, OverflowError) as error:
-        raise WrongError(
+        raise InvalidError(
             f"{what} is {shown(text)}: must be a time such as 2023-11-16 18:15:46.6805900"
         ) from error
     fraction = (parts[3] or "0")[:9].ljust(9, "0")
@@ -211,7 +211,7 @@ def _seconds(what: str, text: str) -> int:
     """Return seconds, such as 45, 45.5 or 1e-05, as ns."""
     number = text.strip(" \t")
     if not _SECONDS.fullmatch(number):
-        raise WrongError(f"{what} is {shown(text)}: must be seconds, such as 45 or 45.5")
+        raise InvalidError(f"{what} is {shown(text)}: must be seconds, such as 45 or 45.5")
     return nanoseconds_of(what, int(min(Decimal(number), Decimal(10**11)) * 10**9), 1)
 
 
@@ -233,7 +233,7 @@ def read_sharegpt(content: BinaryIO, head: bytes, options: ReadOptions, dialect:
 def _conversation(data: dict[str, Any], encode: Encode, dialect: Dialect) -> Row:
     turns = next((data[key] for key in TURNS if key in data), None)
     if not isinstance(turns, list):
-        raise WrongError("has no list of conversations")
+        raise InvalidError("has no list of conversations")
     questions: list[str] = []
     answer, others = None, 0
     for turn in turns:
@@ -246,12 +246,12 @@ def _conversation(data: dict[str, Any], encode: Encode, dialect: Dialect) -> Row
         else:
             others += 1
     if answer is None:
-        raise WrongError("has no turn of a human with an answer of gpt behind it")
+        raise InvalidError("has no turn of a human with an answer of gpt behind it")
     ids, output_ids = _ids_of("the question", "\n".join(questions), encode), None
     if ids:
         output_ids = _ids_of("the answer", answer, encode)
     if not ids or not output_ids:
-        raise WrongError(f"the {'answer' if ids else 'question'} is empty", "empty texts")
+        raise InvalidError(f"the {'answer' if ids else 'question'} is empty", "empty texts")
     if others:
         dialect.counts["prompts without their system and other turns"] += 1
     return Row(len(ids), len(output_ids), ids=ids)
@@ -263,10 +263,10 @@ _LACKS = "a turn lacks from or value, or they are not texts"
 def _parts_of(turn: object) -> tuple[str, object]:
     """Return the speaker of a turn in lower case, and its text."""
     if not isinstance(turn, dict):
-        raise WrongError(f"a turn is {shown(turn)}: must be an object with from and value")
+        raise InvalidError(f"a turn is {shown(turn)}: must be an object with from and value")
     speaker = turn.get("from", turn.get("role"))
     if not isinstance(speaker, str):
-        raise WrongError(_LACKS)
+        raise InvalidError(_LACKS)
     return speaker.lower(), turn.get("value", turn.get("content"))
 
 
@@ -276,15 +276,15 @@ def _text_of(text: object) -> str:
         texts = [part for part in parts if isinstance(part, str)]
         text = "\n".join(texts) if len(texts) == len(parts) else None
     if not isinstance(text, str):
-        raise WrongError(_LACKS)
+        raise InvalidError(_LACKS)
     return text
 
 
 def _ids_of(what: str, text: object, encode: Encode) -> Sequence[int]:
     if not isinstance(text, str):
-        raise WrongError(f"{what} is {shown(text)}: must be a text")
+        raise InvalidError(f"{what} is {shown(text)}: must be a text")
     if len(text) > _LONGEST_TEXT:
-        raise WrongError(f"{what} is longer than {_LONGEST_TEXT:,} characters")
+        raise InvalidError(f"{what} is longer than {_LONGEST_TEXT:,} characters")
     if not text.isascii():
         # Half of a surrogate pair, as in "\ud83d", is not a character that a tokenizer takes.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -355,7 +355,7 @@ def read_mooncake(content: BinaryIO, head: bytes, options: ReadOptions, dialect:
             continue
         try:
             yield _row(row, dialect.block_tokens, unit, with_text=with_text)
-        except WrongError as error:
+        except InvalidError as error:
             yield error.at(row.place)
 
 
@@ -366,14 +366,14 @@ def _request(place: Place, data: dict[str, Any], encode: Encode) -> _Request:
         and set(map(type, blocks)) == {int}
         and 0 <= min(blocks) <= max(blocks) < 2**63
     ):
-        raise WrongError(
+        raise InvalidError(
             f"hash_ids is {shown(blocks)}: must be a list of whole numbers below 2**63"
         )
     text, ids = data.get("text_input"), None
     if text is not None:
         ids, blocks = _ids_of("text_input", text, encode), ()  # the text is what the blocks hold
         if not ids:
-            raise WrongError("text_input is empty")
+            raise InvalidError("text_input is empty")
     time = data.get("timestamp")
     if time is not None:
         nanoseconds_of("timestamp", time, 1)
@@ -392,15 +392,15 @@ def _row(row: _Request, block_tokens: int, unit: str | None, *, with_text: bool)
     """Return the row as a request of the trace; refuse one that is unlike the others."""
     if (row.ids is not None) != with_text:
         verb = "lacks" if with_text else "has"
-        raise WrongError(f"{verb} text_input, unlike the first row")
+        raise InvalidError(f"{verb} text_input, unlike the first row")
     if not row.fits(block_tokens):
-        raise WrongError(
+        raise InvalidError(
             f"hash_ids names {len(row.blocks):,} blocks, but {row.prompt_tokens:,} tokens are "
             f"{-(-row.prompt_tokens // block_tokens):,} blocks of {block_tokens} "
             "(--trace-block-size)"
         )
     if unit is None and row.time is not None:
-        raise WrongError("has a timestamp, unlike the first row")
+        raise InvalidError("has a timestamp, unlike the first row")
     due_ns = None if unit is None else nanoseconds_of("timestamp", row.time, TIME_UNITS[unit])
     return Row(row.prompt_tokens, row.output_tokens, due_ns, row.ids, row.blocks)
 
@@ -522,7 +522,7 @@ def read_own(content: BinaryIO, head: bytes, options: ReadOptions, dialect: Dial
             return None
         row = _own_row(data)
         if with_ids is not None and with_ids != (row.ids is not None):
-            raise WrongError("has prompt_ids, or lacks them, unlike the requests before it")
+            raise InvalidError("has prompt_ids, or lacks them, unlike the requests before it")
         with_ids = row.ids is not None
         return row
 
@@ -548,7 +548,7 @@ def _own_row(data: dict[str, Any]) -> Row:
     if ids is not None and not (
         isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)
     ):
-        raise WrongError(f"prompt_ids is {shown(ids)}: must be a list of token ids")
+        raise InvalidError(f"prompt_ids is {shown(ids)}: must be a list of token ids")
     prompt_tokens = data.get("prompt_tokens") if ids is None else len(ids)
     return Row(
         prompt_tokens=tokens_of("prompt_tokens", prompt_tokens),

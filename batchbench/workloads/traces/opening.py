@@ -95,7 +95,7 @@ class _Stream(io.RawIOBase):
         return len(data)
 
 
-def _pieces(source: BinaryIO) -> Iterator[bytes]:
+def _pieces(source: BinaryIO | gzip.GzipFile | bz2.BZ2File) -> Iterator[bytes]:
     return iter(lambda: source.read(HEAD_BYTES), b"")
 
 
@@ -143,14 +143,6 @@ def _unpacked(
             yield data
 
 
-def _of_gzip(source: BinaryIO) -> Iterator[bytes]:
-    return _pieces(cast(BinaryIO, gzip.GzipFile(fileobj=source, mode="rb")))
-
-
-def _of_bzip2(source: BinaryIO) -> Iterator[bytes]:
-    return _pieces(cast(BinaryIO, bz2.BZ2File(source)))
-
-
 def _of_xz(source: BinaryIO) -> Iterator[bytes]:
     return _unpacked(source, partial(lzma.LZMADecompressor, memlimit=_MOST_MEMORY))
 
@@ -161,8 +153,8 @@ def _of_zstd(source: BinaryIO) -> Iterator[bytes]:
 
 
 _ARCHIVES: tuple[tuple[bytes, str, Callable[[BinaryIO], Iterator[bytes]]], ...] = (
-    (b"\x1f\x8b", "a gzip archive", _of_gzip),
-    (b"BZh", "a bzip2 archive", _of_bzip2),
+    (b"\x1f\x8b", "a gzip archive", lambda source: _pieces(gzip.GzipFile(fileobj=source))),
+    (b"BZh", "a bzip2 archive", lambda source: _pieces(bz2.BZ2File(source))),
     (b"\xfd7zXZ\x00", "an xz archive", _of_xz),
     (b"\x28\xb5\x2f\xfd", "a zstd archive", _of_zstd),
     (b"\x50\x2a\x4d\x18", "a zstd archive", _of_zstd),  # as pzstd writes

@@ -16,13 +16,13 @@ from batchbench.workloads.prompts import Encode
 from batchbench.workloads.request import Ints, Ragged
 from batchbench.workloads.traces.formats import READERS, ReadOptions, format_of
 from batchbench.workloads.traces.opening import open_trace, other_kind, unknown_text
-from batchbench.workloads.traces.rows import BadRow, Dialect, HopelessError, Row
+from batchbench.workloads.traces.rows import BadRow, Dialect, Row, UnreadableError
 
 MEMORY_STEP = 2**26
 """Growth of columns, in bytes, between two checks of the memory that is left."""
 
-_MOST_WRONG_ROWS = 50_000
-"""Number of wrong rows at the beginning after which reading ends."""
+_MOST_INVALID_ROWS = 50_000
+"""Number of invalid rows at the beginning after which reading ends."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +41,9 @@ class Trace:
     prompts: Ragged | None
     blocks: Ragged | None
     about: Mapping[str, Any]  # the first line of our own format
-    whole: bool  # False if a row was left out, at the end or as a bad one
+    whole: bool  # False if a row was skipped, at the end or as an invalid one
     block_tokens: int
-    remarks: tuple[str, ...]  # sentences for the user: assumptions, and parts left out
+    remarks: tuple[str, ...]  # sentences for the user: assumptions, and skipped parts
 
 
 def read_trace(
@@ -61,16 +61,16 @@ def read_trace(
     The file may be compressed (gzip, bzip2, xz, zstd), and UTF-8, UTF-16 or UTF-32.
 
     Args:
-        encode: text to token ids, for traces that hold texts.
+        encode: text to token ids, for traces with texts.
         format: one of ``TRACE_FORMATS``; None finds it by the content.
         limit: number of valid rows after which reading ends.
-        on_bad_row: called with each row that is left out. Without it, the first wrong row ends the
-            reading; harmless ones, such as blank lines, do not.
-        block_tokens: tokens of a block of a Mooncake trace; None infers it.
-        time_unit: unit of the times of a Mooncake trace, of ``TIME_UNITS``; None infers it.
+        on_bad_row: called with each row that is skipped. Without it, the first invalid row ends
+            the reading; harmless ones, such as blank lines, do not.
+        block_tokens: tokens per block of a Mooncake trace; None infers it.
+        time_unit: one of ``TIME_UNITS``, for a Mooncake trace; None infers it.
 
     Raises:
-        UsageError: it cannot be read, has no known format, has a wrong row, or has no rows.
+        UsageError: it cannot be read, has no known format, an invalid row, or no rows.
     """
     where = f"--trace {file}"
     dialect = Dialect()
@@ -92,7 +92,7 @@ def read_trace(
         rows = READERS[format](content, head, options, dialect)
         try:
             columns, whole = _columns_of(rows, where, limit, on_bad_row, dialect)
-        except HopelessError as error:
+        except UnreadableError as error:
             raise UsageError(f"{where}: {error}") from error
     if not len(columns):
         valid = "" if whole else "valid "
@@ -110,7 +110,7 @@ def _columns_of(
     dialect: Dialect,
 ) -> tuple[_Columns, bool]:
     """Return the columns of the valid rows, and True if they are all rows of the file."""
-    columns, wrong = _Columns(), 0
+    columns, invalid = _Columns(), 0
     for row in rows:
         if limit is not None and len(columns) == limit:
             return columns, False
@@ -125,16 +125,18 @@ def _columns_of(
         if row.harmless:
             dialect.counts[row.kind] += 1
         else:
-            wrong += 1
+            invalid += 1
             if on_bad_row is None:
                 raise UsageError(
                     f"{where}: {row}; correct it, or skip such rows with --on-bad-row skip"
                 )
-            if wrong == _MOST_WRONG_ROWS and not len(columns):
-                raise UsageError(f"{where}: its first {wrong:,} rows are all wrong, such as {row}")
+            if invalid == _MOST_INVALID_ROWS and not len(columns):
+                raise UsageError(
+                    f"{where}: its first {invalid:,} rows are all invalid, such as {row}"
+                )
         if on_bad_row is not None:
             on_bad_row(row)
-    return columns, not wrong
+    return columns, not invalid
 
 
 class _Columns:

@@ -17,7 +17,7 @@ from batchbench.workloads.prompts import BLOCK_TOKENS
 T = TypeVar("T")
 
 LONGEST_LINE = 2**24
-"""Most bytes of a line; a longer one is wrong and is not held in memory."""
+"""Most bytes of a line; a longer one is invalid and is not held in memory."""
 
 MOST_BLANK_LINES = 10**6
 """Number of successive blank lines after which reading ends."""
@@ -56,7 +56,7 @@ class Place(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that is left out: its place, such as ``line 7``, the reason, and the kind of reason.
+    """A row that is skipped: its place, such as ``line 7``, the reason, and the kind of reason.
 
     ``harmless`` ones, such as blank lines, never end the reading.
     """
@@ -71,7 +71,7 @@ class BadRow(NamedTuple):
         return f"{self.unit} {self.number}: {self.reason}"
 
 
-class WrongError(ValueError):
+class InvalidError(ValueError):
     """A fault of a row; ``kind`` is the group that a summary counts it in."""
 
     def __init__(self, reason: str, kind: str = "invalid rows") -> None:
@@ -82,8 +82,8 @@ class WrongError(ValueError):
         return BadRow(place.number, str(self), place.unit, self.kind)
 
 
-class HopelessError(ValueError):
-    """A fault that ends the reading of a file even if wrong rows are left out."""
+class UnreadableError(ValueError):
+    """A fault that ends the reading of a file even if invalid rows are skipped."""
 
 
 @dataclass
@@ -92,12 +92,12 @@ class Dialect:
 
     block_tokens: int = BLOCK_TOKENS
     inferred: list[str] = field(default_factory=list)  # sentences for the user
-    counts: Counter[str] = field(default_factory=Counter)  # left-out parts, by their names
+    counts: Counter[str] = field(default_factory=Counter)  # skipped parts, by their names
     about: dict[str, Any] = field(default_factory=dict)  # the first line of our own format
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Sentences for the user: assumptions, and parts of the file that were left out."""
+        """Sentences for the user: assumptions, and parts of the file that were skipped."""
         return (*self.inferred, *(f"{what}: {count:,}" for what, count in self.counts.items()))
 
 
@@ -116,7 +116,7 @@ def read_lines(content: BinaryIO) -> Iterator[tuple[int, bytes | BadRow]]:
         if not line.strip():
             blank += 1
             if blank > MOST_BLANK_LINES:
-                raise HopelessError(f"line {number}: follows {MOST_BLANK_LINES:,} blank lines")
+                raise UnreadableError(f"line {number}: follows {MOST_BLANK_LINES:,} blank lines")
             continue
         for before in range(number - blank, number):
             yield before, BadRow(before, "is blank", kind="blank lines skipped", harmless=True)
@@ -129,7 +129,7 @@ def _skip_line(content: BinaryIO, number: int) -> None:
         rest = content.readline(LONGEST_LINE)
         if not rest or rest.endswith(b"\n"):
             return
-    raise HopelessError(f"line {number}: is longer than {5 * LONGEST_LINE:,} bytes")
+    raise UnreadableError(f"line {number}: is longer than {5 * LONGEST_LINE:,} bytes")
 
 
 # JSON objects: one per line, or the elements of one array
@@ -166,7 +166,7 @@ def read_rows(
     Args:
         head: the beginning of ``content``, which has not been read yet.
         parse: takes the place of an object and the object; returns None for one that is not a
-            row, and raises WrongError for a bad one.
+            row, and raises InvalidError for a bad one.
     """
     parser = _Parser()
     is_array = is_document(head)
@@ -176,7 +176,7 @@ def read_rows(
             continue
         try:
             row = parse(place, data)
-        except WrongError as error:
+        except InvalidError as error:
             yield error.at(place)
         else:
             if row is not None:
@@ -188,7 +188,7 @@ def _lines(content: BinaryIO, parser: _Parser) -> Iterator[tuple[Place, dict[str
         place = Place(number)
         try:
             yield place, line if isinstance(line, BadRow) else parser.object_of(line)
-        except WrongError as error:
+        except InvalidError as error:
             yield place, error.at(place)
 
 
@@ -210,22 +210,22 @@ class _Parser:
         try:
             text = line.decode("utf-8").strip()
         except UnicodeDecodeError as error:
-            raise WrongError("is not UTF-8 text") from error
+            raise InvalidError("is not UTF-8 text") from error
         try:
             value, end = self.value_at(text, 0)
         except json.JSONDecodeError as error:
             where = f"at character {error.pos + 1}"
-            raise WrongError(f"is not JSON ({error.msg} {where})") from error
+            raise InvalidError(f"is not JSON ({error.msg} {where})") from error
         if end != len(text):
-            raise WrongError(f"is not JSON (more text after its end at character {end + 1})")
+            raise InvalidError(f"is not JSON (more text after its end at character {end + 1})")
         return self.checked(value)
 
     def checked(self, value: object) -> dict[str, Any]:
         """Return the value read last if it is an object without a key that occurs twice."""
         if self._twice is not None:
-            raise WrongError(f"has the key {shown(self._twice)} twice in one object")
+            raise InvalidError(f"has the key {shown(self._twice)} twice in one object")
         if not isinstance(value, dict):
-            raise WrongError(f"is {shown(value)}: must be a JSON object")
+            raise InvalidError(f"is {shown(value)}: must be a JSON object")
         return value
 
     def value_at(self, text: str, at: int) -> tuple[object, int]:
@@ -241,20 +241,20 @@ class _Parser:
         except json.JSONDecodeError:
             raise
         except RecursionError as error:
-            raise WrongError("is not JSON that can be read: it is nested too deep") from error
+            raise InvalidError("is not JSON that can be read: it is nested too deep") from error
         except ValueError as error:  # int() takes at most 4,300 digits
-            raise WrongError(
+            raise InvalidError(
                 "is not JSON that can be read: a number has too many digits"
             ) from error
 
 
 def _check_size(text: str, at: int) -> None:
-    """Raise WrongError for a text whose values would take too much memory."""
+    """Raise InvalidError for a text whose values would take too much memory."""
     if len(text) - at < 2**20:
         return
     costs = {",": 40, "[": 100, "{": 300, '"': 32}  # bytes of Python objects for each
     if sum(text.count(sign, at) * cost for sign, cost in costs.items()) > _MOST_BYTES:
-        raise WrongError("is too large: it holds too many values")
+        raise InvalidError("is too large: it holds too many values")
 
 
 class _Text:
@@ -272,14 +272,14 @@ class _Text:
         if self._ended:
             return False
         if len(self.text) - self.at > _LONGEST_ELEMENT:
-            raise WrongError(f"is longer than {_LONGEST_ELEMENT:,} characters")
+            raise InvalidError(f"is longer than {_LONGEST_ELEMENT:,} characters")
         size = max(_CHUNK, len(self.text) - self.at)
         content = self._content.read(size)
         self._ended = len(content) < size
         try:
             self.text = self.text[self.at :] + self._decoder.decode(content, self._ended)
         except UnicodeDecodeError as error:
-            raise WrongError("is not UTF-8 text") from error
+            raise InvalidError("is not UTF-8 text") from error
         self.at = 0
         return True
 
@@ -295,14 +295,14 @@ class _Text:
                 return self.text[self.at]
             if not self.more():
                 return ""
-        raise WrongError(f"follows {_LONGEST_ELEMENT:,} spaces")
+        raise InvalidError(f"follows {_LONGEST_ELEMENT:,} spaces")
 
     def take(self, signs: str) -> str:
         """Return the next character, which must be one of ``signs``, and skip it."""
         sign = self.next_sign()
         if not sign or sign not in signs:
             what = shown(sign) if sign else "the end of the file"
-            raise WrongError(f"is not JSON ({what} instead of {' or '.join(signs)})")
+            raise InvalidError(f"is not JSON ({what} instead of {' or '.join(signs)})")
         self.at += 1
         return sign
 
@@ -316,7 +316,7 @@ class _Text:
                 # An error far from the end of the text is not due to a missing piece.
                 cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
                 if not cut or not self.more():
-                    raise WrongError(f"is not JSON ({error.msg})") from error
+                    raise InvalidError(f"is not JSON ({error.msg})") from error
                 continue
             if end == len(self.text) and self.more():  # 12 may be the beginning of 123
                 continue
@@ -344,39 +344,39 @@ def _read_document(
             value = text.value(parser)
             try:
                 yield place, parser.checked(value)
-            except WrongError as error:
+            except InvalidError as error:
                 yield place, error.at(place)
             place = Place(place.number + 1, "row")
             ended = text.take(",]") == "]"
         if is_object:
             _skip_other_keys(text, parser)
         if text.next_sign():
-            raise WrongError("follows the end of the array")
-    except WrongError as error:
-        yield place, WrongError(f"{error}; nothing after it can be read").at(place)
+            raise InvalidError("follows the end of the array")
+    except InvalidError as error:
+        yield place, InvalidError(f"{error}; nothing after it can be read").at(place)
 
 
 def _skip_other_keys(text: _Text, parser: _Parser) -> None:
     while text.take(",}") == ",":
         if text.value(parser) == "data":
-            raise WrongError("follows a second key data")
+            raise InvalidError("follows a second key data")
         text.take(":")
         text.value(parser)
 
 
-# Values; those that are not valid raise WrongError
+# Values; those that are not valid raise InvalidError
 
 
 def tokens_of(what: str, value: object) -> int:
     """Return a number of tokens, given as a JSON number or as text."""
     if value is None:
-        raise WrongError(f"{what} is missing: must be a whole number of tokens")
+        raise InvalidError(f"{what} is missing: must be a whole number of tokens")
     number = whole_of(value)
     if number is None:
-        raise WrongError(f"{what} is {shown(value)}: must be a whole number of tokens")
+        raise InvalidError(f"{what} is {shown(value)}: must be a whole number of tokens")
     if not 1 <= number <= LONGEST:
         text = shown(value if number > LONGEST else number)
-        raise WrongError(f"{what} is {text}: must be at least 1 token and at most {LONGEST}")
+        raise InvalidError(f"{what} is {text}: must be at least 1 token and at most {LONGEST}")
     return number
 
 
@@ -405,13 +405,13 @@ def whole_of(value: object) -> int | None:
 
 def nanoseconds_of(what: str, value: object, unit_ns: int) -> int:
     if value is None:
-        raise WrongError(f"{what} is missing: must be a number")
+        raise InvalidError(f"{what} is missing: must be a number")
     if type(value) is bool or not isinstance(value, int | float):
-        raise WrongError(f"{what} is {shown(value)}: must be a number")
+        raise InvalidError(f"{what} is {shown(value)}: must be a number")
     if not value >= 0:  # also refuses NaN
-        raise WrongError(f"{what} is {shown(value)}: must be a time of at least 0")
+        raise InvalidError(f"{what} is {shown(value)}: must be a time of at least 0")
     if not value * unit_ns < _LAST_NS:
-        raise WrongError(f"{what} is {shown(value)}: must be a time within 146 years")
+        raise InvalidError(f"{what} is {shown(value)}: must be a time within 146 years")
     return value * unit_ns if isinstance(value, int) else round(value * unit_ns)
 
 
