@@ -413,7 +413,9 @@ class Drawn:
 
         pair = self._chance.choice(self._pairs)
         self.seconds += pair.seconds
-        report = ProcessReport({}, {"model": {"device": "cpu"}, "also": {}}, {"work": {}})
+        model, workload = {"device": "cpu", "dtype": "float32"}, {"closed": True}
+        opened = {"model": model, "workload": workload, "also": {}}
+        report = ProcessReport({}, opened, {"work": {}})
         return pair, (report, report)
 
     def restart(self) -> None:

@@ -683,7 +683,7 @@ SPOILED: dict[str, tuple[Callable[[Any], str], str]] = {
         lambda data: '{"schema_version": 1, "kind": "baseline"}',
         "is a baseline; give it to batchbench check --baseline",
     ),
-    "part": (inside("strategies", value=None), "is not a whole result"),
+    "part": (inside("strategies", value=None), "is not a complete result"),
     "strategy": (
         inside("strategies", "continuous", value=None),
         "new: has the strategies static, and base has static, continuous; run both with --str",

@@ -20,6 +20,7 @@ from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
 from batchbench.reports.result_file import fault_of, read_time
+from batchbench.reports.text import plural
 from batchbench.studies.gate.counts import Counts, Version
 from batchbench.studies.gate.duet import TurnsWatch
 from batchbench.studies.gate.evidence import Side
@@ -96,7 +97,7 @@ class Baseline:
             if days >= length:
                 count = math.floor(days / length + 1e-3)
                 old = "; renew it" if days > OLD_DAYS else ""
-                return f"{count} {unit}{'s' * (count != 1)} ago{old}"
+                return f"{plural(count, unit)} ago{old}"
         return "just now"
 
     @property

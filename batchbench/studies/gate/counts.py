@@ -206,11 +206,6 @@ def _compare_outputs(
     )
 
 
-def flat(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an environment with its packages among its facts."""
-    return {**environment, **environment.get("packages", {})}
-
-
 # The gate
 
 
