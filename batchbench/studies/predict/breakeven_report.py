@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,8 @@ def sentence(breakeven: BreakEven) -> str:
         parts.append(f"{len(far)} of {total} cells go beyond the measured steps and are rough")
     for metric in METRICS:
         static = breakeven.won_by("static", metric)
-        worst = _worst(metric, static)
-        lead = f" (at most {times(1 / _ratio(worst, metric))}, at {worst.place})" if worst else ""
+        leads = {1 / (c.contests[metric].ratio or math.inf): c.place for c in static}
+        lead = f" (by up to {times(max(leads))}, at {leads[max(leads)]})" if any(leads) else ""
         parts.append(
             f"on {_NAMES[metric]} continuous wins {len(breakeven.won_by('continuous', metric))} of "
             f"{total} cells, static {len(static)}{lead}"
@@ -84,25 +83,18 @@ def sentence(breakeven: BreakEven) -> str:
     return f"{'; '.join(parts)}."
 
 
-def _ratio(cell: MapCell, metric: str) -> float:
-    ratio = cell.contests[metric].ratio
-    assert ratio is not None
-    return ratio
-
-
-def _worst(metric: str, cells: Iterable[MapCell]) -> MapCell | None:
-    """Return the cell in which static leads most, by a finite ratio."""
-    known = [cell for cell in cells if cell.contests[metric].ratio]
-    return min(known, key=lambda cell: _ratio(cell, metric), default=None)
-
-
-def advice(breakeven: BreakEven) -> str:
-    """Return one sentence that says what to do."""
-    total = len(breakeven.cells) * len(METRICS)
+def _won(breakeven: BreakEven) -> tuple[int, int, int]:
+    """Return the comparisons that continuous and static batching win, and their total."""
     continuous, static = (
         sum(len(breakeven.won_by(name, metric)) for metric in METRICS)
         for name in ("continuous", "static")
     )
+    return continuous, static, len(breakeven.cells) * len(METRICS)
+
+
+def advice(breakeven: BreakEven) -> str:
+    """Return one sentence that says what to do."""
+    continuous, static, total = _won(breakeven)
     if not continuous and not static:
         text = f"Use either: nowhere on this map do they differ by more than {EVEN:.0%}"
     elif not static:
@@ -110,21 +102,12 @@ def advice(breakeven: BreakEven) -> str:
     elif not continuous:
         text = f"Use static batching: it wins {static} of {total} comparisons, loses none"
     elif continuous > static:
-        text = f"Use continuous batching, unless your load is one of the {static} of {total} "
-        text += f"comparisons that static wins{_example(breakeven)}"
+        text = f"Use continuous batching, except where static wins: in {static} of {total} "
+        text += "comparisons"
     else:
-        text = f"Use continuous batching only where it wins: in {continuous} of {total} "
-        text += f"comparisons, against {static} that static wins"
+        text = f"Use static batching, except where continuous wins: in {continuous} of {total} "
+        text += "comparisons"
     return f"{text}.{'' if breakeven.measured else ' Check it with --measure 3.'}"
-
-
-def _example(breakeven: BreakEven) -> str:
-    worst = {metric: _worst(metric, breakeven.won_by("static", metric)) for metric in METRICS}
-    known = [(_ratio(cell, metric), metric, cell) for metric, cell in worst.items() if cell]
-    if not known:
-        return ""
-    _, metric, cell = min(known, key=lambda item: item[0])
-    return f", such as {_NAMES[metric]} at {cell.place}"
 
 
 def cost_sentence(breakeven: BreakEven, price_per_hour: float) -> str:
@@ -315,14 +298,10 @@ def headline(breakeven: BreakEven) -> str:
     """Return how many comparisons each strategy wins, and the range of the throughput's ratio."""
     ratios = [cell.contests["throughput"].ratio for cell in breakeven.cells]
     known = [ratio for ratio in ratios if ratio]
-    won = {
-        name: sum(len(breakeven.won_by(name, metric)) for metric in METRICS)
-        for name in ("continuous", "static")
-    }
+    continuous, static, total = _won(breakeven)
     return (
-        f"Continuous batching wins {won['continuous']} of {len(breakeven.cells) * len(METRICS)} "
-        f"comparisons, static {won['static']}; throughput is {times(min(known))} to "
-        f"{times(max(known))}"
+        f"Continuous batching wins {continuous} of {total} comparisons, static {static}; "
+        f"throughput is {times(min(known))} to {times(max(known))}"
     )
 
 

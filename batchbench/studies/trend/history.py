@@ -334,8 +334,7 @@ def _machine(data: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     facts = facts_of(data["environment"], data["model"])
     facts["python"] = ".".join(str(facts.get("python")).split(".")[:2])
-    # The engine and how it executes are among the settings, or follow from the machine.
-    names = [name for name in MUST_MATCH_FOR_TIMES if name != "engine"]
+    names = [name for name in MUST_MATCH_FOR_TIMES if name != "engine"]  # a part of the setup
     return {name.replace("_", " "): facts.get(name) for name in names}
 
 
