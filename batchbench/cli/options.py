@@ -192,12 +192,8 @@ def with_options(
             if swept:
                 passed["axes"] = _axes(axes, typed)
             if raw:
-                names = [field.name for _, field in loose if field.name in typed]
-                passed["given"] = {name: typed.pop(name) for name in names}
-            layers = settings.make_spec(Basis, typed).layers() if Basis in specs.values() else []
-            values = settings.layered(specs.values(), usual, *layers, typed)
-            made = {name: settings.make_spec(spec, values) for name, spec in specs.items()}
-            command(**passed, **made)
+                passed["given"] = {f.name: typed.pop(f.name) for _, f in loose if f.name in typed}
+            command(**passed, **_make_specs(specs, usual, typed))
 
         parameters = [
             *(_evaluated(command, parameter) for parameter in own),
@@ -208,6 +204,14 @@ def with_options(
         return _signed(call, parameters, [*axes, *loose, *fields])
 
     return decorate
+
+
+def _make_specs(
+    specs: Mapping[str, type], defaults: Mapping[str, Any], typed: Mapping[str, Any]
+) -> dict[str, Any]:
+    layers = settings.make_spec(Basis, typed).layers() if Basis in specs.values() else []
+    values = settings.layered(specs.values(), defaults, *layers, typed)
+    return {name: settings.make_spec(spec, values) for name, spec in specs.items()}
 
 
 def _fields(specs: Mapping[str, type]) -> list[Field]:
@@ -382,7 +386,7 @@ class Command(TyperCommand):
             name, equals, value = word.partition("=")
             ours = ALIASES.get(name)
             words.append(f"{ours}{equals}{value}" if ours in own and name not in own else word)
-        _TYPED.set((ctx.command_path, words, own))
+        _TYPED.set((ctx.command_path, list(words), own))  # the parser empties its list
         return super().parse_args(ctx, words)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

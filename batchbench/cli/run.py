@@ -156,8 +156,6 @@ def _dry_run(experiment: Experiment, output: OutputSpec) -> None:
     from batchbench.cli.progress import make_display
 
     with make_display((), 1, quiet=output.quiet) as display:
-        if not experiment.simulated:
-            display.phase("sizing up the model and timing one matrix product (up to 15 s)")
         found = estimate(experiment, display)
     for line in found.lines():
         echo(line)

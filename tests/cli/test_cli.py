@@ -203,7 +203,10 @@ def test_what_cannot_be_served_is_answered_with_one_line(
         ("report", "RESULT: is missing"),
         ("report nowhere", "nowhere: no such folder; give the folder that batchbench run wrote"),
         ("report .", "holds no result.json"),
-        ("report /dev/null", "/dev/null: is no folder; give the folder that batchbench run wrote"),
+        (
+            "report /dev/null",
+            "/dev/null: is not a folder; give the folder that batchbench run wrote",
+        ),
         ("simulate --stop-at-eos", "--stop-at-eos: a simulation runs no model"),
     ],
 )
@@ -509,7 +512,7 @@ def test_listing_commands_imports_none_of_them(tmp_path: Path) -> None:
         "print([n for n in sys.modules if n.startswith('batchbench.cli.')], file=sys.stderr)"
     )
     loaded = in_a_process(cwd=tmp_path, code=code).stderr
-    assert "cli.options" in loaded
+    assert "cli.output" in loaded
     assert not re.search(r"cli\.(run|gate|sweep|workload)", loaded)
 
 
@@ -627,7 +630,7 @@ def test_a_policy_that_would_wait_for_ever_is_answered(program: Program, here: P
 def test_a_dry_run_of_simulate_tells_steps_and_writes_nothing(program: Program, here: Path) -> None:
     said = program("simulate", "--dry-run", "--trials", "3")
     assert said == Said(
-        0, "steps   static 400, continuous 130 forward passes a trial, 3 trials each\n", ""
+        0, "steps   static 400, continuous 130 forward passes per trial; 3 trials each\n", ""
     )
     assert found_in(here) == []
 
@@ -636,10 +639,10 @@ def test_a_dry_run_tells_steps_memory_and_time_and_writes_nothing(
     program: Program, here: Path, checkpoint: Path
 ) -> None:
     said = program("run", "--dry-run", "--model", str(checkpoint), "--device", "cpu")
-    waits = "sizing up the model and timing one matrix product (up to 15 s) …\n"
+    waits = "loading torch and timing a matrix product (5 to 15 s) …\n"
     assert (said.code, said.err) == (0, waits)
     steps, memory, seconds = said.out.splitlines()
-    assert steps == "steps   static 400, continuous 130 forward passes a trial, 4 trials each"
+    assert steps == "steps   static 400, continuous 130 forward passes per trial; 4 trials each"
     assert re.fullmatch(
         r"memory  \d+ MiB of weights \+ \d+ MiB of KV cache on cpu; [\d,]+ MiB at the peak, with "
         r"activations, copies and libraries",
