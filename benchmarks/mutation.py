@@ -79,7 +79,7 @@ SUBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scheduler": (BATCHING, ("plans", "own_policies", "scheduler", "policies")),
     "recording": (BATCHING, ("span_times", "recorder", "by_hand", "recording")),
     "verification": (BATCHING, ("deviations",)),
-    "latency": (REPORTS, ("by_hand", "metrics", "golden")),
+    "latency": (REPORTS, ("by_hand", "stalls", "metrics", "golden")),
     "metrics": (REPORTS, ("by_hand", "metrics", "golden")),
     "statistics": (REPORTS, ("sequential_values",)),
 }

@@ -316,3 +316,12 @@ def test_several_metrics_share_alpha_and_nothing_else() -> None:
 def test_whatever_is_told_is_sure() -> None:
     sure = {verdict for verdict in Verdict if Decision(verdict, 9).is_sure}
     assert sure == set(Verdict) - {Verdict.UNKNOWN}
+
+
+def test_a_rule_is_written_with_its_bounds_in_percent() -> None:
+    rule = Rule(floor=math.log(1.02), margin=math.log(1.1), alpha=0.005)
+    data = rule.as_data()
+    assert data.keys() == {"floor_percent", "margin_percent", "alpha"}
+    assert data["floor_percent"] == pytest.approx(2.0)
+    assert data["margin_percent"] == pytest.approx(10.0)
+    assert data["alpha"] == 0.005
