@@ -343,18 +343,31 @@ def test_what_is_not_accounted_for_makes_a_run_suspect() -> None:
 # Planted delays
 
 
+class ManualClock:
+    """A clock that a busy machine cannot disturb: it advances when it is read, and on request."""
+
+    def __init__(self) -> None:
+        self._now_ns = 0
+
+    def read(self) -> int:
+        self._now_ns += 1_000
+        return self._now_ns
+
+    def sleep(self, seconds: float) -> None:
+        self._now_ns += max(0, round(seconds * 1e9))
+
+
 @dataclass
 class Plant:
-    """Sleeps where it is planted, and counts for how long in truth."""
+    """Lets time pass where it is planted, and counts how much."""
 
+    clock: ManualClock
     delay_s: float = 0.0
     spent_s: float = 0.0
 
     def __call__(self) -> None:
-        if self.delay_s:
-            began = time.perf_counter()
-            time.sleep(self.delay_s)
-            self.spent_s += time.perf_counter() - began
+        self.clock.sleep(self.delay_s)
+        self.spent_s += self.delay_s
 
 
 class Slow(Watch):
@@ -378,8 +391,13 @@ MIXED = Workload.of("of all lengths", [[5, 6, 7, 8] * 4] * 10, [3, 9, 5, 12, 2, 
 
 
 @pytest.fixture
-def planted(make_model: MakeModel) -> Callable[[str, str, str, Workload], Serve]:
-    """Serves on a tiny model with delays in the host's loop, in prefill, and in decode."""
+def planted(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str, str, Workload], Serve]:
+    """Serve on a tiny model with delays in the host's loop, in prefill, and in decode."""
+    clock = ManualClock()
+    monkeypatch.setattr(time, "perf_counter_ns", clock.read)
+    monkeypatch.setattr(time, "sleep", clock.sleep)
 
     def of(engine_name: str, policy: str, prefill: str, workload: Workload) -> Serve:
         from batchbench.batching.engines.notebook import NotebookEngine
@@ -391,7 +409,7 @@ def planted(make_model: MakeModel) -> Callable[[str, str, str, Workload], Serve]
             if engine_name == "slots"
             else NotebookEngine(model, slots)
         )
-        plants = {where: Plant() for where in ("host", "prefill", "decode")}
+        plants = {where: Plant(clock) for where in ("host", "prefill", "decode")}
         advance = engine._advance
 
         def delayed(plan: Plan, step: int) -> None:
@@ -429,7 +447,7 @@ def grown(run: Serve, where: str, delay_s: float) -> dict[str, float]:
 def lands(growth: dict[str, float], own: Sequence[str]) -> bool:
     """Whether a delay fell upon its own parts, and little upon the others together."""
     outside = sum(abs(growth[part]) for part in PARTS if part not in own)
-    return 0.8 <= sum(growth[part] for part in own) <= 1.2 and outside < 0.2
+    return 0.99 <= sum(growth[part] for part in own) <= 1.01 and outside < 0.01
 
 
 DELAYS = {"host": 0.03, "prefill": 0.12, "decode": 0.03}
@@ -444,8 +462,7 @@ def test_in_full_batches_a_delay_lands_in_one_part(
     planted: Callable[..., Serve], where: str, part: str
 ) -> None:
     run = planted("slots", "static", "separate", FULL)
-    attempts = (lands(grown(run, where, DELAYS[where]), [part]) for _ in range(3))
-    assert any(attempts)  # somebody else's load may spoil one
+    assert lands(grown(run, where, DELAYS[where]), [part])
 
 
 @pytest.mark.parametrize(
@@ -469,8 +486,7 @@ def test_a_delay_lands_where_it_was_planted(
     parts: Sequence[str],
 ) -> None:
     run = planted(engine, policy, prefill, MIXED)
-    attempts = (lands(grown(run, where, DELAYS[where]), parts) for _ in range(3))
-    assert any(attempts)
+    assert lands(grown(run, where, DELAYS[where]), parts)
 
 
 @pytest.mark.parametrize("engine", ["slots", "notebook"])
@@ -479,9 +495,9 @@ def test_a_real_trial_is_accounted_for(planted: Callable[..., Serve], engine: st
     due = [0, 0, *(400_000_000 + 1_000_000 * i for i in range(8))]
     timed = replace(MIXED, due_ns=np.array(due))
     run = planted(engine, "continuous", "separate", timed)
-    found = min((run({})[0] for _ in range(3)), key=lambda found: abs(found.residual_s))
+    found, _ = run({})
     assert abs(found.residual_s) <= max(0.01 * found.wall_s, 0.001)
-    assert 0 < found.waiting_s < 0.4
+    assert 0.39 < found.waiting_s <= due[-1] / 1e9
     assert found.stalled_s > 0
     assert found.prefill_padding_s == 0  # equal prompts: nothing to pad
 
