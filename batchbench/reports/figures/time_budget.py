@@ -215,16 +215,14 @@ def _stack(axes: Axes, budget: Budget, unit: card.Unit, longest: float) -> None:
 
 
 def _entries(budgets: Sequence[Budget]) -> list[card.Entry]:
-    entries: list[card.Entry] = []
     strategies = [strategy for strategy, _ in budgets]
-    for part in PARTS:
-        if not any(getattr(a, part) >= a.wall_s / 1000 for _, a in budgets):
-            continue
-        if part in _TINTS:
-            entries.append(card.make_entry(NAMES[part], strategies, _TINTS[part]))
-        else:
-            entries.append((NAMES[part], (Patch(**_LOOKS[part]),)))
-    return entries
+    seen = [p for p in PARTS if any(getattr(t, p) >= t.wall_s / 1000 for _, t in budgets)]
+    return [
+        card.make_entry(NAMES[part], strategies, _TINTS[part])
+        if part in _TINTS
+        else (NAMES[part], (Patch(**_LOOKS[part]),))
+        for part in seen
+    ]
 
 
 def _useful_share(times: TimeBudget) -> float:
