@@ -19,6 +19,7 @@ from support.occupancy import occupancy
 from support.program import on_a_terminal
 from support.results import CLASSIC, clean, result_of, simulated, trials_of, verdicts
 
+import batchbench
 from batchbench.batching.engines import VirtualClock
 from batchbench.batching.recording import Recording, token_steps
 from batchbench.cli.main import _guarded
@@ -418,13 +419,13 @@ def test_nothing_can_be_replayed_where_no_strategy_shows_steps() -> None:
 
 
 def test_its_frames_and_pictures_say_what_is_known() -> None:
-    summary = with_own().summary
-    assert np.isnan(summary.loc["own", "forward_passes"])
-    assert np.isnan(summary.loc["own", "utilisation"])
-    assert summary.loc["own", "completed"] == 32
-    assert with_own().plot.throughput().axes
-    assert with_own().plot.timeline().axes
+    both = batchbench.Result(with_own().data, with_own().recordings)
+    assert np.isnan(both.summary.loc["own", "forward_passes"])
+    assert np.isnan(both.summary.loc["own", "utilisation"])
+    assert both.summary.loc["own", "completed"] == 32
+    assert both.plot.throughput().axes
+    assert both.plot.timeline().axes
     own = result_of({"own": with_own().recordings["own"]})
     with pytest.raises(ValueError, match="no timeline: own schedules for itself"):
-        own.plot.timeline()
+        batchbench.Result(own.data, own.recordings).plot.timeline()
     assert verdicts(check_counters(with_own(), with_own())) == {"counters, continuous": "agrees"}

@@ -35,10 +35,7 @@ _OF_STEPS = (*_OF_SLOTS, "account")
 
 
 def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str, Figure]:
-    """Draw all pictures, by name: throughput, latency, occupancy, timeline, account.
-
-    Occupancy and timeline leave out strategies that log no steps; where none logs any, neither
-    these two nor the account are drawn.
+    """Draw all pictures, by name; those of steps only if a strategy logs steps.
 
     Args:
         recordings: the trials of each strategy, at least one each; the first is the baseline, and
@@ -51,7 +48,7 @@ def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str,
 
 
 def draw_one(name: str, recordings: Mapping[str, Sequence[Recording]], title: str) -> Figure:
-    """Draw the picture of that name; arguments as above.
+    """Draw one picture; occupancy and timeline leave out strategies that log no steps.
 
     Raises:
         ValueError: the picture shows steps, and no strategy logs any.

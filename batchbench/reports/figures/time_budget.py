@@ -155,7 +155,7 @@ def waterfalls(budgets: Sequence[Budget]) -> list[Waterfall]:
 
 def budgets_of(strategies: Sequence[card.Strategy]) -> list[Budget]:
     found = [(strategy, typical_budget(strategy.trials)) for strategy in strategies]
-    return [(strategy, account) for strategy, account in found if account is not None]
+    return [(strategy, times) for strategy, times in found if times is not None]
 
 
 def draw_time_budget(strategies: Sequence[card.Strategy], title: str) -> Figure:
@@ -164,7 +164,7 @@ def draw_time_budget(strategies: Sequence[card.Strategy], title: str) -> Figure:
     A strategy that logs no steps has a row that says so.
     """
     budgets = budgets_of(strategies)
-    longest = max((account.wall_s for _, account in budgets), default=1.0)
+    longest = max((times.wall_s for _, times in budgets), default=1.0)
     unit = card.Unit.of(strategies, longest * 1e9)
     entries, falls = _entries(budgets), waterfalls(budgets)
     top = card.legend_height(entries)
@@ -173,13 +173,13 @@ def draw_time_budget(strategies: Sequence[card.Strategy], title: str) -> Figure:
     picture = card.make_card(_headline(budgets), title, body, _notes(strategies, falls))
     card.add_legend(picture, entries)
     axes = picture.axes(0, top, card.WIDE, tall + 0.05)
-    by_index = {strategy.index: account for strategy, account in budgets}
+    by_index = {strategy.index: times for strategy, times in budgets}
     for strategy in strategies:
-        account, detail = by_index.get(strategy.index), "logs no steps: no time budget"
-        if account is not None:
-            useful = spell_percent(_useful_share(account))
-            detail = f"{unit.text(round(account.wall_s * 1e9))}, {useful} of it useful"
-            _stack(axes, (strategy, account), unit, longest)
+        times, detail = by_index.get(strategy.index), "logs no steps: no time budget"
+        if times is not None:
+            useful = spell_percent(_useful_share(times))
+            detail = f"{unit.text(round(times.wall_s * 1e9))}, {useful} of it useful"
+            _stack(axes, (strategy, times), unit, longest)
         picture.label(top + strategy.index * _ROW + 0.2, strategy, detail)
     axes.set(xlim=(0, longest * 1e9 / unit.ns * 1.002), ylim=(tall + 0.05, 0), yticks=[])
     axes.set_xlabel("steps" if unit.name == "steps" else f"time ({unit.name})")
@@ -194,15 +194,15 @@ def draw_time_budget(strategies: Sequence[card.Strategy], title: str) -> Figure:
 
 def _stack(axes: Axes, budget: Budget, unit: card.Unit, longest: float) -> None:
     """Draw the parts of one strategy one after another; the y axis counts inches downwards."""
-    strategy, account = budget
+    strategy, times = budget
     y, left, scale = (strategy.index + 1) * _ROW - _BAR / 2, 0.0, 1e9 / unit.ns
     for part in STACKED:
-        seconds = max(getattr(account, part), 0.0)
+        seconds = max(getattr(times, part), 0.0)
         look = _LOOKS.get(part, {"linewidth": 0.0})
         if part in _TINTS:
             look = look | {"facecolor": strategy.tint(_TINTS[part])}
         axes.barh(y, seconds * scale, _BAR, left=left, gid=f"{part}-{strategy.index}", **look)
-        text = spell_percent(seconds / account.wall_s)
+        text = spell_percent(seconds / times.wall_s)
         if card.text_extent(text, 8.5) + 6 <= seconds / longest * card.WIDE * 72:
             style: dict[str, Any] = {"ha": "center", "va": "center", "size": 8.5}
             if look.get("hatch"):
@@ -215,20 +215,18 @@ def _stack(axes: Axes, budget: Budget, unit: card.Unit, longest: float) -> None:
 
 
 def _entries(budgets: Sequence[Budget]) -> list[card.Entry]:
-    entries: list[card.Entry] = []
     strategies = [strategy for strategy, _ in budgets]
-    for part in PARTS:
-        if not any(getattr(a, part) >= a.wall_s / 1000 for _, a in budgets):
-            continue
-        if part in _TINTS:
-            entries.append(card.make_entry(NAMES[part], strategies, _TINTS[part]))
-        else:
-            entries.append((NAMES[part], (Patch(**_LOOKS[part]),)))
-    return entries
+    seen = [p for p in PARTS if any(getattr(t, p) >= t.wall_s / 1000 for _, t in budgets)]
+    return [
+        card.make_entry(NAMES[part], strategies, _TINTS[part])
+        if part in _TINTS
+        else (NAMES[part], (Patch(**_LOOKS[part]),))
+        for part in seen
+    ]
 
 
-def _useful_share(account: TimeBudget) -> float:
-    return (account.useful_decode_s + account.prefill_useful_s) / account.wall_s
+def _useful_share(times: TimeBudget) -> float:
+    return (times.useful_decode_s + times.prefill_useful_s) / times.wall_s
 
 
 def _name(part: str, saved: float) -> str:

@@ -107,7 +107,9 @@ def _other_candidates(result: Result) -> str:
         best = min(statics, key=lambda name: float(strategies[name]["summary"]["duration"]))
         ratio = ratio_of(strategies, "duration", best, last["candidate"])
         if ratio is not None and best != last["baseline"]:
-            text = f", and {times(ratio.median)} as fast as {best}, the best static form"
+            speed = times(ratio.median)
+            text = f", and {'' if speed == '1.00×' else f'{speed} '}as fast as {best}"
+            text += ", the best static form"
     listed = ", ".join(f"{c['candidate']} {times(c['speedup']['median'])}" for c in others)
     return f"{text}; the others over {last['baseline']}: {listed}"
 
