@@ -116,7 +116,7 @@ def test_where_nothing_fits_a_smaller_model_is_named(checkpoint: Path, free: Any
     free(MIB)
     found = foretell(checkpoint, batch_size=4)
     assert found.fitting == 0
-    assert any("not even one slot fits: take a smaller model" in line for line in found.lines())
+    assert any("not even one slot fits: choose a smaller model" in line for line in found.lines())
 
 
 def test_each_part_of_a_run_is_counted(checkpoint: Path, free: Any) -> None:

@@ -246,18 +246,18 @@ def test_pages_and_traces_leave_it_out_and_say_so(outcome: Outcome) -> None:
         result = make_result(replace(outcome, experiment=asked, recordings=kept))
         page = render([Labelled("", result)])
         assert ("A row is a slot" in page) == (len(names) > 1)
-        assert "generate_batch shows no steps, so its slots are not known." in page
+        assert "generate_batch logs no steps, so its slots are not known." in page
         processes = {e["args"]["name"] for e in trace_events(result) if e["name"] == "process_name"}
         assert processes == set(names) - {"generate_batch"}
-        assert "generate_batch, which shows no steps" in _cut(result)["left_out"]
+        assert "generate_batch, which logs no steps" in _cut(result)["left_out"]
 
 
 def test_what_needs_its_steps_beforehand_is_refused_or_says_so(checkpoint: Path) -> None:
-    with pytest.raises(UsageError, match=r"--strategy generate_batch: .*; drop it"):
+    with pytest.raises(UsageError, match=r"--strategy generate_batch: .*; remove it"):
         conduct(experiment(checkpoint, "generate_batch", simulated=True))
     asked = experiment(checkpoint, "static,generate_batch")
     assert (
-        "generate_batch schedules for itself and is not counted"
+        "generate_batch schedules by itself and is not counted"
         in estimate(asked, Watch()).lines()[0]
     )
 

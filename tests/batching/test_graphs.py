@@ -157,13 +157,13 @@ def test_every_length_has_a_size_at_most_twice_as_large(smallest: int, largest: 
 
 @pytest.mark.parametrize("execution", ["graph", "compile"])
 def test_the_notebook_computes_eagerly(execution: str) -> None:
-    with pytest.raises(UsageError, match=f"--execution {execution}: .* take --execution auto or"):
+    with pytest.raises(UsageError, match=f"--execution {execution}: .* give --execution auto or"):
         ServingSpec(engine="notebook", execution=execution)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_graphs_need_a_gpu(tiny: LoadedModel) -> None:
-    with pytest.raises(UsageError, match=r"--execution graph: .* is on cpu; take --execution auto"):
+    with pytest.raises(UsageError, match=r"--execution graph: .* is on cpu; use --execution auto"):
         make_engine("slots", tiny, 2, 20, "graph")
 
 

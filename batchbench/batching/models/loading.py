@@ -217,7 +217,7 @@ def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: tor
         if needed > (room := free_bytes(where)):
             raise UsageError(
                 f"--model {spec.model}: its weights need {needed / 2**30:.1f} GiB and {where} has "
-                f"{room / 2**30:.1f} GiB to spare; take a smaller model"
+                f"{room / 2**30:.1f} GiB free; choose a smaller model"
             )
 
 
@@ -229,7 +229,7 @@ def model_config(source: Source) -> Any:
     except Exception as error:  # anything, for a damaged configuration
         why = str(error)
         if "auto_map" in source.config:
-            why = "it needs code of its own (auto_map), which is never run; take another model"
+            why = "it needs code of its own (auto_map), which is never run; choose another model"
         raise UsageError(f"--model {source.name}: its config.json is not usable: {why}") from error
 
 

@@ -176,7 +176,7 @@ def _resolve_execution(execution: str, device: torch.device) -> str:
     if execution == "graph" and not cuda:
         raise UsageError(
             f"--execution graph: CUDA graphs need a CUDA device, and the model is on {device}; "
-            "take --execution auto"
+            "use --execution auto"
         )
     return ("graph" if cuda else "eager") if execution == "auto" else execution
 
@@ -202,7 +202,7 @@ def _slots_engine(
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UsageError(
             f"--execution {execution}: {model.source.name} cannot be computed so on "
-            f"{model.device} ({why}); take --execution eager"
+            f"{model.device} ({why}); use --execution eager"
         ) from error
 
 
@@ -225,7 +225,7 @@ def _check_forward(model: LoadedModel, forward: TransformersForward) -> None:
     if fault is not None:
         raise UsageError(
             f"--engine slots: {model.source.name} does not attend through transformers' interfaces "
-            f"as the slot cache needs ({fault[:120]}); take --engine notebook"
+            f"as the slot cache needs ({fault[:120]}); use --engine notebook"
         )
 
 
@@ -238,8 +238,8 @@ def _check_room(model: LoadedModel, slots: int, served: Served) -> None:
     fits = largest_batch(lambda fewer: served.bytes(fewer) <= room, slots)
     raise UsageError(
         f"--batch-size {slots}: needs {needed / 2**30:.1f} GiB of cache and activations for "
-        f"requests of {served.longest} tokens, and {model.device} has {room / 2**30:.1f} GiB to "
-        "spare; " + (f"the largest that fits is {fits}" if fits else "not even one slot fits")
+        f"requests of {served.longest} tokens, and {model.device} has {room / 2**30:.1f} GiB "
+        "free; " + (f"the largest that fits is {fits}" if fits else "not even one slot fits")
     )
 
 

@@ -40,7 +40,7 @@ class SlotsEngine(TorchEngine):
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             raise UsageError(
                 f"--engine slots: {model.source.name} attends through a sliding window, which the "
-                "slot cache does not have; take --engine notebook"
+                "slot cache does not have; use --engine notebook"
             )
         self._pass = forward or make_forward(model)
         self._passes = 0
