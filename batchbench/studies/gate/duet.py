@@ -58,7 +58,7 @@ CONFIRMATION_ALPHA = 0.05
 """Error of the confirming series, which has only one question to answer."""
 
 Reports = tuple[ProcessReport, ProcessReport]
-Known = tuple[Calibrations, Calibrations] | None
+SideCalibrations = tuple[Calibrations, Calibrations] | None
 """Calibrations of base and new from earlier processes; None to measure them."""
 
 
@@ -86,7 +86,7 @@ class Series:
     rule: Rule
     strategies: Sequence[str]
     confirming: bool = False
-    calibrations: Known = None
+    calibrations: SideCalibrations = None
     pairs: list[Pair] = field(default_factory=list)
     reports: list[Reports] = field(default_factory=list)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class PairSource(Protocol):
     """A source of pairs of processes."""
 
     def pair(
-        self, strategies: Sequence[str], calibrations: Known, *, with_others: bool
+        self, strategies: Sequence[str], calibrations: SideCalibrations, *, with_others: bool
     ) -> tuple[Pair, Reports]:
         """Return one more pair of processes that served the strategies in turns.
 
@@ -163,7 +163,7 @@ class ProcessPairs:
     chance: random.Random = field(default_factory=random.Random)
 
     def pair(
-        self, strategies: Sequence[str], calibrations: Known, *, with_others: bool
+        self, strategies: Sequence[str], calibrations: SideCalibrations, *, with_others: bool
     ) -> tuple[Pair, Reports]:
         began = time.monotonic()
         new_first = self.chance.random() < 0.5
