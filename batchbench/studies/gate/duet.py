@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from math import expm1
+from math import expm1, log1p
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -33,7 +33,7 @@ from batchbench.studies.gate.processes import (
     draw_core,
     varying_work,
 )
-from batchbench.studies.gate.spec import METRICS, DuetSpec, rule_of
+from batchbench.studies.gate.spec import METRICS, DuetSpec, check_margin
 from batchbench.studies.gate.turns import Cut, Pair, TurnPair, contamination
 from batchbench.studies.gate.worker import Calibration
 from batchbench.version import __version__
@@ -213,6 +213,16 @@ class ProcessPairs:
     def restart(self) -> None:
         for workers in self.sides:
             workers.end()
+
+
+def make_rule(floor: float, margin: float, confidence: float) -> Rule:
+    """Return the rule on logarithms of time ratios; ``floor`` and ``margin`` are in percent."""
+    check_margin(floor, margin)
+    return Rule(log1p(floor / 100), log1p(margin / 100), 1 - confidence)
+
+
+def rule_of(spec: DuetSpec) -> Rule:
+    return make_rule(spec.floor, spec.margin, spec.confidence)
 
 
 def run_duet(
