@@ -145,7 +145,6 @@ LATE: Mapping[str, str] = {
     "batching.engines.torch.measure": "NVML is optional",
     "batching.machine": "torch and NVML, where they are there",
     "files": "filelock takes 60 ms",
-    "studies.gate.spec": "rules import scipy",
     "workloads.arrivals": "numpy and scipy",
     "workloads.lengths": "numpy and scipy",
 }

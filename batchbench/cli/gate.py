@@ -20,8 +20,16 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import typed_command, with_options
 from batchbench.cli.output import echo, echo_json, interruptible, make_console, output_folder
-from batchbench.errors import UsageError
-from batchbench.files import claimed, reason_of, write_file, write_whole
+from batchbench.errors import UsageError, shown
+from batchbench.files import (
+    check_file,
+    check_files,
+    check_place,
+    claimed,
+    reason_of,
+    write_file,
+    write_whole,
+)
 from batchbench.settings import setting
 from batchbench.studies.gate.spec import BaselineSpec, CheckSpec, CompareSpec, DuetSpec
 from batchbench.workloads.spec import WorkloadSpec
@@ -105,13 +113,10 @@ class GateOutputSpec:
 
 def check_outputs(output: GateOutputSpec) -> None:
     """Check, before anything is measured, that all files can be written; leave nothing behind."""
-    from batchbench.files import check_file
-
     for option, file in output.files.items():
         check_file(file, option)
     for variable in (STEP_SUMMARY, STEP_OUTPUT):
-        named = output.github_file(variable)
-        if named is not None:
+        if named := output.github_file(variable):
             check_file(named, variable)
 
 
@@ -383,14 +388,14 @@ def save(
 ) -> None:
     """Measure and save a baseline."""
     from batchbench.cli.progress import make_turns_display
-    from batchbench.files import check_files
     from batchbench.studies.gate.baseline import make_baseline, to_json
     from batchbench.studies.gate.report import render_baseline
 
     if file is not None and saving.output is not None:
         raise UsageError(f"--output {saving.output}: {file} is given as well; give one of the two")
-    named = f"--output {saving.output}" if saving.output else str(file or "baseline.json")
     target = saving.output or file or Path("baseline.json")
+    named = f"--output {target}" if saving.output else shown(target)
+    check_place(target, named)
     experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
     with interruptible("no baseline was saved"), claimed(target, named):
         check_files(target.parent, [target.name], overwrite=saving.overwrite)

@@ -20,8 +20,8 @@ from batchbench.errors import UsageError, one_line, shown
 from batchbench.reports.slo import parse_slos
 from batchbench.settings import option_name, parse, parse_float, parse_number, parse_whole, words_of
 from batchbench.studies.gate.check import rule_of as check_rule
+from batchbench.studies.gate.duet import rule_of as duet_rule
 from batchbench.studies.gate.spec import CheckSpec, CompareSpec, DuetSpec, parse_condition
-from batchbench.studies.gate.spec import rule_of as duet_rule
 from batchbench.studies.predict.breakeven import MapSpec, usual_limits
 from batchbench.studies.sweep.grid import SWEPT, parse_numbers, words_of_axes
 from batchbench.workloads.lengths import parse_lengths

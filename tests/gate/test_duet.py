@@ -562,8 +562,8 @@ def test_an_installation_does_the_work_of_its_like(experiment: Experiment, tmp_p
     [
         (  # a request holds its slot a step longer
             "batching/policies.py",
-            '        """At once."""\n        return view.finished\n',
-            '        """Late."""\n        return () if view.running else view.finished\n',
+            "        return view.finished\n",
+            "        return () if view.running else view.finished\n",
             "continuous.forward_passes",
         ),
         (  # the engine computes each prefill twice, which no plan tells

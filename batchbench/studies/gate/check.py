@@ -34,10 +34,11 @@ from batchbench.studies.gate.duet import (
     empty_gate,
     hung,
     make_record,
+    make_rule,
 )
 from batchbench.studies.gate.evidence import Evidence, Gate, MetricQuery, Side
 from batchbench.studies.gate.processes import ProcessReport
-from batchbench.studies.gate.spec import METRICS, CheckSpec, make_rule
+from batchbench.studies.gate.spec import METRICS, CheckSpec
 from batchbench.studies.gate.turns import Cut
 from batchbench.version import __version__
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from math import expm1
+from math import expm1, log1p
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -33,7 +33,7 @@ from batchbench.studies.gate.processes import (
     draw_core,
     varying_work,
 )
-from batchbench.studies.gate.spec import METRICS, DuetSpec, rule_of
+from batchbench.studies.gate.spec import METRICS, DuetSpec, check_margin
 from batchbench.studies.gate.turns import Cut, Pair, TurnPair, contamination
 from batchbench.studies.gate.worker import Calibration
 from batchbench.version import __version__
@@ -58,7 +58,7 @@ CONFIRMATION_ALPHA = 0.05
 """Error of the confirming series, which has only one question to answer."""
 
 Reports = tuple[ProcessReport, ProcessReport]
-Known = tuple[Calibrations, Calibrations] | None
+SideCalibrations = tuple[Calibrations, Calibrations] | None
 """Calibrations of base and new from earlier processes; None to measure them."""
 
 
@@ -86,7 +86,7 @@ class Series:
     rule: Rule
     strategies: Sequence[str]
     confirming: bool = False
-    calibrations: Known = None
+    calibrations: SideCalibrations = None
     pairs: list[Pair] = field(default_factory=list)
     reports: list[Reports] = field(default_factory=list)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class PairSource(Protocol):
     """A source of pairs of processes."""
 
     def pair(
-        self, strategies: Sequence[str], calibrations: Known, *, with_others: bool
+        self, strategies: Sequence[str], calibrations: SideCalibrations, *, with_others: bool
     ) -> tuple[Pair, Reports]:
         """Return one more pair of processes that served the strategies in turns.
 
@@ -163,7 +163,7 @@ class ProcessPairs:
     chance: random.Random = field(default_factory=random.Random)
 
     def pair(
-        self, strategies: Sequence[str], calibrations: Known, *, with_others: bool
+        self, strategies: Sequence[str], calibrations: SideCalibrations, *, with_others: bool
     ) -> tuple[Pair, Reports]:
         began = time.monotonic()
         new_first = self.chance.random() < 0.5
@@ -213,6 +213,16 @@ class ProcessPairs:
     def restart(self) -> None:
         for workers in self.sides:
             workers.end()
+
+
+def make_rule(floor: float, margin: float, confidence: float) -> Rule:
+    """Return the rule on logarithms of time ratios; ``floor`` and ``margin`` are in percent."""
+    check_margin(floor, margin)
+    return Rule(log1p(floor / 100), log1p(margin / 100), 1 - confidence)
+
+
+def rule_of(spec: DuetSpec) -> Rule:
+    return make_rule(spec.floor, spec.margin, spec.confidence)
 
 
 def run_duet(

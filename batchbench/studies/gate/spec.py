@@ -6,18 +6,14 @@ import difflib
 import math
 import re
 from dataclasses import dataclass
-from math import log1p
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchbench import settings
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment
 from batchbench.batching.presets import PRESETS
 from batchbench.errors import UsageError, shown
 from batchbench.settings import parse_number, setting
-
-if TYPE_CHECKING:
-    from batchbench.reports.statistics import Rule
 
 
 @dataclass(frozen=True)
@@ -354,18 +350,6 @@ class BaselineSpec:
 
     def __post_init__(self) -> None:
         settings.check(self)
-
-
-def make_rule(floor: float, margin: float, confidence: float) -> Rule:
-    """Return the rule on logarithms of time ratios; ``floor`` and ``margin`` are in percent."""
-    from batchbench.reports.statistics import Rule
-
-    check_margin(floor, margin)
-    return Rule(log1p(floor / 100), log1p(margin / 100), 1 - confidence)
-
-
-def rule_of(spec: DuetSpec) -> Rule:
-    return make_rule(spec.floor, spec.margin, spec.confidence)
 
 
 def timed_strategies(experiment: Experiment, timed: str | None) -> tuple[list[str], list[str]]:
