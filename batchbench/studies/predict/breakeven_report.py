@@ -31,6 +31,7 @@ from batchbench.reports.figures.card import (
     name_strategies,
     strip_axes,
 )
+from batchbench.reports.prediction import is_weak
 from batchbench.reports.text import clean_text, number, plural, times
 from batchbench.studies.predict.breakeven import (
     EVEN,
@@ -107,7 +108,10 @@ def advice(breakeven: BreakEven) -> str:
     else:
         text = f"Use static batching, except where continuous wins: in {continuous} of {total} "
         text += "comparisons"
-    return f"{text}.{'' if breakeven.measured else ' Check it with --measure 3.'}"
+    if breakeven.measured:
+        return f"{text}."
+    weak = "The step-cost fit is weak: check" if is_weak(breakeven.fitted.quality) else "Check"
+    return f"{text}. {weak} it with --measure 3."
 
 
 def cost_sentence(breakeven: BreakEven, price_per_hour: float) -> str:
@@ -231,7 +235,7 @@ def _measured_table(breakeven: BreakEven) -> Table:
                 _NAMES[metric],
                 spell(cell.contests[metric]),
                 spell(cell.measured[metric]),
-                "N/A" if error is None else error_in_words(error),
+                "N/A" if error is None else error_in_words(error).replace("too ", ""),
                 "yes" if cell.agrees(metric) else "NO",
                 end_section=metric == METRICS[-1],
             )

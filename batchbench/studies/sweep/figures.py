@@ -131,25 +131,17 @@ def make_sheet(
     add_line_legend(card, strategies if baseline else strategies[1:], *percentiles)
     (left, top), (right, bottom) = card.at(_LEFT, 0.3 + head), card.at(WIDE, body - _FOOT)
     width = (WIDE - _LEFT - (columns - 1) * _GAP) / columns
-    grid = card.figure.add_gridspec(
-        rows,
-        columns,
-        left=left,
-        top=top,
-        right=right,
-        bottom=bottom,
-        wspace=_GAP / width,
-        hspace=(head + _BETWEEN) / height,
-    )
-    panels: list[Axes] = grid.subplots(sharex=True, sharey=True, squeeze=False).ravel().tolist()
-    for spare in panels[len(drawn) :]:
+    area = {"left": left, "top": top, "right": right, "bottom": bottom}
+    gaps = {"wspace": _GAP / width, "hspace": (head + _BETWEEN) / height}
+    grid = card.figure.add_gridspec(rows, columns, **area, **gaps)
+    every: list[Axes] = grid.subplots(sharex=True, sharey=True, squeeze=False).ravel().tolist()
+    for spare in every[len(drawn) :]:
         spare.remove()
-    for axes, facet in zip(panels, drawn, strict=False):
+    panels = list(zip(drawn, every, strict=False))
+    for facet, axes in panels:
         label = fit_text(facet.label, width * 72, 9, "bold")
         axes.set_title(label, size=9, weight="bold", loc="left", pad=5)
-    return Sheet(
-        card.figure, list(zip(drawn, panels[: len(drawn)], strict=True)), strategies, columns
-    )
+    return Sheet(card.figure, panels, strategies, columns)
 
 
 def finish_panels(
