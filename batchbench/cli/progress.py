@@ -176,7 +176,7 @@ class LiveDisplay(PlainDisplay):
             expand=True,
         )
         self._tasks: dict[str, bars.TaskID] = {}
-        self._drawn = 0.0
+        self._phase, self._drawn = "", 0.0
 
     def __enter__(self) -> LiveDisplay:
         self._bars.start()
@@ -198,11 +198,13 @@ class LiveDisplay(PlainDisplay):
             self._bars.remove_task(self._tasks.pop(name))
 
     def phase(self, name: str) -> None:
-        self._set("now", 0, None, status=f"{PHASES.get(name, name).partition(' (')[0]} …")
+        self._remove(self._phase)
+        self._phase = f"{name} …"
+        self._set(self._phase, 0, None)
 
     def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
         super().trial_begins(strategy, trial, trials)
-        self._remove("now")
+        self._remove(self._phase)
 
     def progressed(self, progress: Progress) -> None:
         if time.monotonic() - self._drawn < REDRAW_S:
@@ -226,7 +228,9 @@ class LiveDisplay(PlainDisplay):
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
         super().trial_ends(strategy, trial, duration_ns)
         if strategy in self._tasks:
-            self._bars.update(self._tasks[strategy], slots="", status=f"{duration_ns / 1e9:.3g} s")
+            task, status = self._tasks[strategy], f"{duration_ns / 1e9:.3g} s"
+            total = self._bars.tasks[self._bars.task_ids.index(task)].total
+            self._bars.update(task, completed=total, slots="", status=status)
             self._bars.refresh()
 
     def cell_begins(self, number: int, cells: int, cell: Cell) -> None:
