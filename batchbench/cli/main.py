@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated, Any
 
@@ -60,8 +60,8 @@ GROUPS = ("baseline", "workload")
 
 
 @functools.cache
-def _load(name: str) -> Any:
-    """Import a command."""
+def load_command(name: str) -> Any:
+    """Import a command and return it with its options."""
     module = importlib.import_module(f"batchbench.cli.{MODULES.get(name, name)}")
     kind = importlib.import_module("batchbench.cli.options").Command
     if name in GROUPS:
@@ -76,39 +76,16 @@ def _load(name: str) -> Any:
     return typer.main.get_command(alone)
 
 
-class _Commands(Mapping[str, Any]):
-    """The commands by name, each imported when it is looked up."""
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in COMMANDS:
-            raise KeyError(name)
-        return _load(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(COMMANDS)
-
-    def __len__(self) -> int:
-        return len(COMMANDS)
-
-
 class _Group(TyperGroup):
-    """The program: lists its commands without importing them."""
+    """The program: it lists its commands by name and purpose, and imports the one that is used."""
 
     def __init__(self, **attributes: Any) -> None:
-        super().__init__(**attributes)
-        self.commands = _Commands()  # type: ignore[assignment]
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name in COMMANDS:  # only for lists of commands
-            return TyperCommand(cmd_name, help=COMMANDS[cmd_name])
-        return None
+        listed = {name: TyperCommand(name, help=purpose) for name, purpose in COMMANDS.items()}
+        super().__init__(**{**attributes, "commands": listed})
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         if args[0] in COMMANDS:
-            return args[0], self.commands[args[0]], args[1:]
+            return args[0], load_command(args[0]), args[1:]
         return super().resolve_command(ctx, args)
 
 

@@ -176,8 +176,7 @@ class LiveDisplay(PlainDisplay):
             expand=True,
         )
         self._tasks: dict[str, bars.TaskID] = {}
-        self._rates: dict[str, _Rate] = {}
-        self._drawn = 0.0
+        self._phase, self._drawn = "", 0.0
 
     def __enter__(self) -> LiveDisplay:
         self._bars.start()
@@ -199,17 +198,18 @@ class LiveDisplay(PlainDisplay):
             self._bars.remove_task(self._tasks.pop(name))
 
     def phase(self, name: str) -> None:
-        self._set("now", 0, None, status=f"{PHASES.get(name, name).partition(' (')[0]} …")
+        self._remove(self._phase)
+        self._phase = f"{name} …"
+        self._set(self._phase, 0, None)
 
     def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
         super().trial_begins(strategy, trial, trials)
-        self._remove("now")
-        self._rates[strategy] = _Rate()
+        self._remove(self._phase)
 
     def progressed(self, progress: Progress) -> None:
         if time.monotonic() - self._drawn < REDRAW_S:
             return
-        rate = self._rates[progress.strategy].update(progress)
+        rate = progress.tokens / max(progress.now_ns / 1e9, 1e-9)
         idle = progress.idle_until_ns
         self._show(
             progress, f"{rate:,.0f} tok/s" if idle is None else f"idle to {idle / 1e9:,.1f} s"
@@ -228,7 +228,9 @@ class LiveDisplay(PlainDisplay):
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
         super().trial_ends(strategy, trial, duration_ns)
         if strategy in self._tasks:
-            self._bars.update(self._tasks[strategy], slots="", status=f"{duration_ns / 1e9:.3g} s")
+            task, status = self._tasks[strategy], f"{duration_ns / 1e9:.3g} s"
+            total = self._bars.tasks[self._bars.task_ids.index(task)].total
+            self._bars.update(task, completed=total, slots="", status=status)
             self._bars.refresh()
 
     def cell_begins(self, number: int, cells: int, cell: Cell) -> None:
@@ -239,20 +241,6 @@ class LiveDisplay(PlainDisplay):
         super().cell_ends(cell, reason, left_s)
         left = f"about {spell_time(left_s)} left" if left_s else ""
         self._set("cells", self._number, self._cells, status=left)
-
-
-class _Rate:
-    """Tokens per second since the last update, at least a quarter of a second ago."""
-
-    def __init__(self) -> None:
-        self._per_second, self._tokens, self._ns = 0.0, 0, 0
-
-    def update(self, progress: Progress) -> float:
-        passed = progress.now_ns - self._ns
-        if passed > 250_000_000:
-            self._per_second = (progress.tokens - self._tokens) / (passed / 1e9)
-            self._tokens, self._ns = progress.tokens, progress.now_ns
-        return self._per_second or progress.tokens / max(progress.now_ns / 1e9, 1e-9)
 
 
 def _slots(used: int, slots: int) -> str:

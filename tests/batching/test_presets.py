@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.laws import law
@@ -25,7 +24,7 @@ from batchbench.batching.presets import NOTEBOOK, PRESETS, Basis
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Session, conduct
 from batchbench.cli import run as running
-from batchbench.cli.main import _guarded, app
+from batchbench.cli.main import _guarded, load_command
 from batchbench.errors import UsageError
 from batchbench.reports import output as folders
 from batchbench.reports.workload_profile import bars, pace, spread
@@ -424,7 +423,7 @@ def test_a_workload_file_says_what_options_say(here: Path) -> None:
 
 
 def test_the_commands_of_workload() -> None:
-    group = typer.main.get_command(app).commands["workload"]  # type: ignore[attr-defined]
+    group = load_command("workload")
     assert set(group.commands) == {"list", "show", "save"}
 
 

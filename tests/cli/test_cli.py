@@ -39,7 +39,7 @@ from batchbench.batching.verification import Finding, Verification
 from batchbench.cli import progress as progresses
 from batchbench.cli import run as running
 from batchbench.cli.main import COMMANDS as PURPOSES
-from batchbench.cli.main import app, run_command
+from batchbench.cli.main import app, load_command, run_command
 from batchbench.cli.options import OutputSpec
 from batchbench.cli.progress import LiveDisplay, PlainDisplay
 from batchbench.reports.slo import GoalsSpec
@@ -390,8 +390,7 @@ def test_help_of_a_command_has_an_example_that_parses(command: str, program: Pro
     assert found
     words = found[1].split()
     assert words[:2] == ["batchbench", command]
-    parsed = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
-    parsed.make_context(command, words[2:])
+    load_command(command).make_context(command, words[2:])
 
 
 @pytest.mark.parametrize("command", ["run", "simulate"])
@@ -423,9 +422,8 @@ def test_short_help_fits_on_one_screen_and_names_the_full_help(
 
 
 def test_lists_give_the_purpose_that_the_help_of_a_command_begins_with() -> None:
-    group = typer.main.get_command(app)
     for name, purpose in PURPOSES.items():
-        command = group.commands[name]  # type: ignore[attr-defined]
+        command = load_command(name)
         assert command.help.split("\n\n")[0].replace("\n", " ") == purpose
 
 
@@ -640,7 +638,8 @@ def test_a_dry_run_tells_steps_memory_and_time_and_writes_nothing(
 ) -> None:
     said = program("run", "--dry-run", "--model", str(checkpoint), "--device", "cpu")
     waits = "loading torch and timing a matrix product (5 to 15 s) …\n"
-    assert (said.code, said.err) == (0, waits)
+    assert said.code == 0
+    assert said.err.startswith(waits)
     steps, memory, seconds = said.out.splitlines()
     assert steps == "steps   static 400, continuous 130 forward passes per trial; 4 trials each"
     assert re.fullmatch(

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from batchbench.cli.main import app, spell_usage
+from batchbench.cli.main import COMMANDS, load_command, spell_usage
 from batchbench.errors import BatchbenchError
 from batchbench.settings import Setting, about, hints_of, kind_of, option_name
 
@@ -34,14 +34,14 @@ JARGON = (
 
 def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Return all commands of the program that do something, with the words that call them."""
-    for name, command in group.commands.items():
+    for name, command in group.items():
         if hasattr(command, "commands"):
-            yield from commands(command, (*path, name))
+            yield from commands(command.commands, (*path, name))
         else:
             yield (*path, name), command
 
 
-ALL = dict(commands(typer.main.get_command(app)))
+ALL = dict(commands({name: load_command(name) for name in COMMANDS}))
 
 
 @dataclasses.dataclass(frozen=True)
