@@ -190,7 +190,7 @@ def test_a_changed_baseline_never_crashes_the_program(
 @pytest.mark.parametrize(
     ("created", "said"),
     [
-        ("2999-01-01T00:00:00+00:00", "made later than now by this machine's clock"),
+        ("2999-01-01T00:00:00+00:00", "saved in the future by this machine's clock"),
         ("2020-01-01T00:00:00", "renew it"),
     ],
 )

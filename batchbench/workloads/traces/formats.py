@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
@@ -92,39 +93,31 @@ def format_of(head: bytes) -> str | None:
 # CSV: Azure's traces of LLM inference, and BurstGPT
 
 
-def read_azure(content: BinaryIO, _: bytes, options: ReadOptions, __: Dialect) -> Rows:
-    """Yield the rows of an Azure trace; times without an offset are taken as UTC."""
-
-    def row(time: str, context: str, generated: str) -> Row:
-        return Row(
-            prompt_tokens=tokens_of("ContextTokens", context),
-            output_tokens=tokens_of("GeneratedTokens", generated),
-            due_ns=_moment("TIMESTAMP", time),
-        )
-
-    return _read_table(content, options.where, AZURE, row)
+def _azure_row(time: str, context: str, generated: str) -> Row:
+    return Row(
+        prompt_tokens=tokens_of("ContextTokens", context),
+        output_tokens=tokens_of("GeneratedTokens", generated),
+        due_ns=_moment("TIMESTAMP", time),
+    )
 
 
-def read_burstgpt(content: BinaryIO, _: bytes, options: ReadOptions, __: Dialect) -> Rows:
-    """Yield the rows of BurstGPT, whose times are seconds."""
-
-    def row(time: str, request: str, response: str) -> Row:
-        if whole_of(response) == 0:
-            raise InvalidError("Response tokens is 0: the request failed", "failed requests")
-        return Row(
-            prompt_tokens=tokens_of("Request tokens", request),
-            output_tokens=tokens_of("Response tokens", response),
-            due_ns=_seconds("Timestamp", time),
-        )
-
-    return _read_table(content, options.where, BURSTGPT, row)
+def _burstgpt_row(time: str, request: str, response: str) -> Row:
+    if whole_of(response) == 0:
+        raise InvalidError("Response tokens is 0: the request failed", "failed requests")
+    return Row(
+        prompt_tokens=tokens_of("Request tokens", request),
+        output_tokens=tokens_of("Response tokens", response),
+        due_ns=_seconds("Timestamp", time),
+    )
 
 
 def _read_table(
-    content: BinaryIO,
-    where: str,
     columns: tuple[str, str, str],
     parse: Callable[[str, str, str], Row],
+    content: BinaryIO,
+    _: bytes,
+    options: ReadOptions,
+    __: Dialect,
 ) -> Rows:
     names: list[str] | None = None
     delimiter, one, two, three = ",", 0, 0, 0
@@ -137,7 +130,7 @@ def _read_table(
             text = line.decode("utf-8")
             if names is None:
                 delimiter, names = _columns_of(text)
-                one, two, three = _places(names, columns, f"{where}: line {number}")
+                one, two, three = _places(names, columns, f"{options.where}: line {number}")
                 continue
             # One line at a time, so that a stray quote does not swallow the next lines.
             (cells,) = csv.reader([text], delimiter=delimiter, strict=True)
@@ -191,7 +184,7 @@ _SECONDS = re.compile(r"\d++(?:\.\d*+)?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 
 
 def _moment(what: str, text: str) -> int:
-    """Return a date and time as ns since 1970, to the last of its digits."""
+    """Return a date and time, taken as UTC without an offset, as ns since 1970."""
     parts = _TIME.fullmatch(text.strip(" \t"))
     try:
         if parts is None:
@@ -560,8 +553,8 @@ def _own_row(data: dict[str, Any]) -> Row:
 
 READERS: dict[str, Reader] = {
     "sharegpt": read_sharegpt,
-    "azure": read_azure,
-    "burstgpt": read_burstgpt,
+    "azure": partial(_read_table, AZURE, _azure_row),
+    "burstgpt": partial(_read_table, BURSTGPT, _burstgpt_row),
     "mooncake": read_mooncake,
     "batchbench": read_own,
 }

@@ -4,7 +4,7 @@ oneDNN's products wait for memory: they ask for a weight when they need it, and 
 prefetcher stops at the end of each page. Products that prefetch 4 KiB ahead are up to twice as fast
 (docs/performance.md). They need a processor with AVX-512 and GCC (``g++``); without them
 :func:`native` returns None, and torch's own operators are used. The compiled file is kept in
-``$XDG_CACHE_HOME/batchbench``, by default ``~/.cache/batchbench``; its name is a digest of the
+:func:`~batchbench.files.cache_folder`, by default ``~/.cache/batchbench``; its name digests the
 source, flags and compiler.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 
 from batchbench.batching.machine import Processor
-from batchbench.files import replacing
+from batchbench.files import cache_folder, replacing
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 PANEL = 32
@@ -166,9 +165,8 @@ def _compiled() -> ctypes.CDLL | None:
             [compiler, "--version"], capture_output=True, check=True, timeout=_COMPILING_S
         ).stdout
         content = b"\0".join([SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version])
-        cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         digest = hashlib.sha256(content).hexdigest()[:16]
-        file = cache_home / "batchbench" / f"kernels-{digest}.so"
+        file = cache_folder() / f"kernels-{digest}.so"
         if not file.exists():
             _compile(compiler, file)
         return ctypes.CDLL(str(file))
