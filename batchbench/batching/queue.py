@@ -50,21 +50,17 @@ class WaitingQueue(Sequence["Request"]):
         """Remove the chosen requests.
 
         Raises:
-            UsageError: a request is not waiting, is chosen twice, or is something else.
+            UsageError: a request is not waiting, or is chosen twice.
         """
-        if not chosen:
-            return
         items, count = self._items, len(chosen)
         first = items[:count]  # policies mostly take the first, or else neighbours
         if len(first) == count and all(map(operator.is_, first, chosen)):
             del items[:count]
             return
-        if not all(isinstance(request, Request) for request in chosen):
-            raise UsageError("a policy admitted something that is not a request")
         start = items.bisect_key_left(items.key(chosen[0]))
         if items[start : start + count] == chosen:
             del items[start : start + count]
-        elif len(set(chosen)) == len(chosen) and all(request in items for request in chosen):
+        elif len(set(chosen)) == count and all(request in items for request in chosen):
             for request in chosen:
                 items.remove(request)
         else:
