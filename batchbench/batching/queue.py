@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, overload
@@ -51,13 +52,15 @@ class WaitingQueue(Sequence["Request"]):
         Raises:
             UsageError: a request is not waiting, or is chosen twice.
         """
-        if not chosen:
+        items, count = self._items, len(chosen)
+        first = items[:count]  # policies mostly take the first, or else neighbours
+        if len(first) == count and all(map(operator.is_, first, chosen)):
+            del items[:count]
             return
-        items = self._items
         start = items.bisect_key_left(items.key(chosen[0]))
-        if items[start : start + len(chosen)] == chosen:  # policies mostly take neighbours
-            del items[start : start + len(chosen)]
-        elif len(set(chosen)) == len(chosen) and all(request in items for request in chosen):
+        if items[start : start + count] == chosen:
+            del items[start : start + count]
+        elif len(set(chosen)) == count and all(request in items for request in chosen):
             for request in chosen:
                 items.remove(request)
         else:

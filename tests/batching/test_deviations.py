@@ -119,7 +119,7 @@ def test_a_fault_is_told_once_for_all_trials() -> None:
     found = verify(workload, [recording] * 5, Told(FAULT))
     reason = (
         "output token 2 is not the model's own choice, whose logit is 0.75 higher: "
-        "more than the 0.5 that the precision leaves open"
+        "more than the 0.5 that the precision may cause"
     )
     assert found.findings == (Finding(0, "static", "wrong", 2, 0.75, 0.5, reason),)
 
@@ -129,7 +129,7 @@ def test_a_tie_is_told_by_its_first_deviation() -> None:
     found = verify(workload, [recording], Told(TIE, Deviation(2, 0.125, 0.5)))
     reason = (
         "output token 1 is not the model's own choice, whose logit is 0.25 higher: "
-        "less than the 0.5 that the precision leaves open"
+        "less than the 0.5 that the precision may cause"
     )
     assert found.findings == (Finding(0, "static", "numerical tie", 1, 0.25, 0.5, reason),)
 
@@ -152,7 +152,7 @@ def test_logits_that_are_no_numbers_are_wrong_and_have_no_gap() -> None:
 def test_a_wrong_number_of_tokens_is_told_where_the_outputs_part(said: int, stands_at: int) -> None:
     workload = Workload.of("two", [[1], [2]], [5, 5])
     recording = recording_of(workload, [[7] * 5, [7] * said], "continuous")
-    reason = f"{said} output tokens where 5 are due"
+    reason = f"{said} output tokens instead of 5"
     found = verify(workload, [recording], Told())
     assert found.findings == (Finding(1, "continuous", "wrong", stands_at, None, None, reason),)
 

@@ -329,7 +329,7 @@ def test_a_request_retired_a_step_early_is_caught(request_: int, tiny: LoadedMod
     found = verify(WORKLOAD, [recording], TeacherForced(tiny))
     assert (found.wrong, found.identical) == (1, 7)
     asked = WORKLOAD.output_tokens[request_]
-    assert found.findings[0].reason == f"{asked - 1} output tokens where {asked} are due"
+    assert found.findings[0].reason == f"{asked - 1} output tokens instead of {asked}"
 
 
 def test_a_token_too_many_is_caught(tiny: LoadedModel) -> None:
