@@ -11,7 +11,7 @@ from typing import Any
 
 from batchbench.errors import shown
 from batchbench.reports.result import Result, ratio_of
-from batchbench.reports.result_file import metric
+from batchbench.reports.result_file import ResultData, metric
 from batchbench.reports.text import MISSING, number, spell_ratio, spell_value
 
 _SETTINGS = ("batchbench_version", "simulated", "config", "environment", "model", "workload")
@@ -101,11 +101,20 @@ class SideBySide:
             f"{len(self.shown)} results side by side: {best.strategy} in {best.label} had the "
             f"highest output throughput ({number(best.throughput)} tok/s)"
         )
-        if len({one.result.data["workload"]["digest"] for one in self.shown}) > 1:
-            text += "; their workloads differ, so compare speed-ups rather than times"
-        if len({one.result.data["simulated"] for one in self.shown}) > 1:
+        data = [one.result.data for one in self.shown]
+        if len({result["workload"]["digest"] for result in data}) > 1:
+            sizes = {result["config"]["serving"]["batch_size"] for result in data}
+            default = len(sizes) > 1 and all(map(_follows_batch_size, data))
+            why = " (--long-every is --batch-size unless it is given)" if default else ""
+            text += f"; their workloads differ{why}, so compare speed-ups rather than times"
+        if len({result["simulated"] for result in data}) > 1:
             text += "; some are simulated, so their times are not measurements"
         return f"{text}."
+
+
+def _follows_batch_size(data: ResultData) -> bool:
+    workload = data["config"]["workload"]
+    return all(workload.get(name) is None for name in ("long_every", "output_tokens", "trace"))
 
 
 def _facts(result: Result) -> Iterator[tuple[str, Any]]:

@@ -174,7 +174,7 @@ def test_arrivals_slower_than_asked_are_suspect() -> None:
     recording = dawdled(OVER_TIME, 0)
     faster = replace(OVER_TIME, due_ns=OVER_TIME.due_ns // 2)
     (reason,) = reasons(faster, recording)
-    assert reason.startswith("continuous: requests came at")
+    assert reason.startswith("continuous: requests arrived at")
     closed_loop = replace(faster, max_concurrency=4)  # which slows its requests on purpose
     assert reasons(closed_loop, recording) == []
 

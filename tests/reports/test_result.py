@@ -43,6 +43,8 @@ from support.results import (
     with_texts,
 )
 
+from batchbench.batching.experiment import Experiment, ServingSpec
+from batchbench.batching.session import conduct
 from batchbench.batching.verification import NOT_VERIFIED
 from batchbench.cli.output import output_folder
 from batchbench.errors import UsageError
@@ -53,10 +55,13 @@ from batchbench.reports.output import requests_frame, steps_frame, write_folder
 from batchbench.reports.result import (
     Result,
     load_result,
+    make_result,
     remake_result,
     to_json,
 )
 from batchbench.reports.result_file import SCHEMA_FILE, ResultData, Stall, Validity
+from batchbench.reports.side_by_side import Labelled, SideBySide
+from batchbench.workloads.spec import WorkloadSpec
 
 kinds = pytest.mark.parametrize("make", KINDS)
 
@@ -578,3 +583,28 @@ def test_a_result_that_holds_nonsense_is_refused(path: str, value: object, writt
         refused(written, spoiled(json.loads(whole), path, value))
     finally:
         (written / "result.json").write_text(whole, encoding="utf-8")
+
+
+# Side by side
+
+
+def test_results_of_other_batch_sizes_say_why_their_workloads_differ() -> None:
+    def shown(sizes: tuple[int, int], **workload: Any) -> str:
+        results = [
+            make_result(
+                conduct(
+                    Experiment(
+                        workload=WorkloadSpec(queue_size=8, **workload),
+                        serving=ServingSpec(batch_size=size),
+                        simulated=True,
+                    )
+                )
+            )
+            for size in sizes
+        ]
+        return SideBySide([Labelled(f"{i}", result) for i, result in enumerate(results)]).sentence
+
+    why = "workloads differ (--long-every is --batch-size unless it is given), so"
+    assert why in shown((2, 4))
+    assert "differ" not in shown((2, 4), long_every=4)
+    assert "differ" not in shown((2, 2))
