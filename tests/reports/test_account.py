@@ -492,7 +492,7 @@ def test_a_delay_lands_where_it_was_planted(
 @pytest.mark.parametrize("engine", ["slots", "notebook"])
 def test_a_real_trial_is_accounted_for(planted: Callable[..., Serve], engine: str) -> None:
     """With arrivals that are waited for; the residual is at most 1 %."""
-    due = [0, 0, *(400_000_000 + 1_000_000 * i for i in range(8))]
+    due = [0, 0, *(400_000_000 + 1_000 * i for i in range(8))]
     timed = replace(MIXED, due_ns=np.array(due))
     run = planted(engine, "continuous", "separate", timed)
     found, _ = run({})
