@@ -142,12 +142,12 @@ def conclude(gate: Gate, output: GateOutputSpec) -> None:
     elif output.quiet:
         echo(gate.sentence)
     else:
-        make_console().print(
-            report.render_terminal(gate, strict=output.strict, verbose=output.verbose)
-        )
-        echo(f"Again: {gate.typed}")
+        console = make_console()
+        console.print(report.render_terminal(gate, strict=output.strict, verbose=output.verbose))
+        console.print(f"Again: {gate.typed}", soft_wrap=True)  # one line, to be copied
         if output.files:
-            echo(f"Files: {', '.join(shlex.quote(str(file)) for file in output.files.values())}")
+            names = ", ".join(shlex.quote(str(file)) for file in output.files.values())
+            console.print(f"Files: {names}")
     for option, file in output.files.items():
         with claimed(file, f"{option} {file}"):
             write_file(file, contents[option])
