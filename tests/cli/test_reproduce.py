@@ -309,6 +309,15 @@ def test_times_agree_within_their_interval_and_never_fail(now: list[float], verd
     assert (check.verdict, check.exact) == (verdict, False)
 
 
+def test_times_that_are_far_off_are_in_the_sentence() -> None:
+    then, now = np.array([1.0]), np.array([5.95])
+    check = reproducing._check_ratio("duration, static", then, now, "s", exact=False)
+    assert reproducing.Reproduction("", [], [check], None).sentence == (
+        "reproduced: 0 of 0 exact checks agree, but times are not reproduced: duration of static "
+        "is 5.95× the recorded one."
+    )
+
+
 @settings(law, max_examples=50)
 @given(
     st.lists(st.floats(0.1, 10), min_size=3, max_size=6),

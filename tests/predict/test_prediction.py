@@ -109,6 +109,13 @@ def test_simulated_and_real_runs_take_identical_steps(tiny: LoadedModel, seed: i
 # A run predicts
 
 
+@pytest.fixture
+def good_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take every fit for good, whatever this machine is busy with."""
+    monkeypatch.setattr("batchbench.reports.prediction.is_weak", lambda fit: False)
+
+
+@pytest.mark.usefixtures("good_fit")
 def test_a_run_tells_predicted_beside_measured(taught: Path, say: Say) -> None:
     found = load_result(taught).data["prediction"]
     assert found["fitted_on"] == "static"
@@ -158,6 +165,7 @@ def test_smaller_batches_leave_no_trace_in_the_trials(
     assert make_result(untimed).data["small_batches"] == []
 
 
+@pytest.mark.usefixtures("good_fit")
 def test_what_a_prediction_cannot_know_is_said_everywhere(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
 ) -> None:
@@ -328,7 +336,8 @@ def test_breakeven_maps_who_wins_and_runs_some_cells_for_real(
     assert "3 comparisons in 1 measured cell have the predicted winner" in text
     assert re.match("4 of 8 cells go beyond the measured steps", text)
     assert "measuring 1 cell, 1 trial each: about" in err
-    assert out.rstrip().splitlines()[-2].startswith("Again: batchbench breakeven --cost")
+    (again,) = [line for line in out.splitlines() if line.startswith("Again: ")]
+    assert again.startswith("Again: batchbench breakeven --cost")
     data = json.loads((folder / "breakeven.json").read_text())
     frame = pd.read_csv(folder / "breakeven.csv")
     assert len(frame) == len(data["cells"]) == 2 * 2 * 2 * 3
@@ -344,6 +353,10 @@ def test_breakeven_maps_who_wins_and_runs_some_cells_for_real(
     assert say(*words, "--quiet")[0] == 2
     assert say(*words, "--quiet", "--overwrite")[0] == 0
     assert {file: file.stat().st_mtime_ns for file in (folder / "cells").rglob("*")} == before
+    code, out, _ = say(*words, "--overwrite", "--price-per-hour", 2)
+    assert code == 0
+    assert "At 2 an hour, a million output tokens cost " in " ".join(out.split())
+    assert json.loads((folder / "breakeven.json").read_text())["price_per_hour"] == 2
 
 
 def test_breakeven_without_a_result_makes_a_run_and_static_can_win(
