@@ -440,10 +440,10 @@ def test_help_has_an_example_that_works(command: str, program: Program) -> None:
 def test_help_tells_the_options_of_a_workload_and_few_others(
     command: str, program: Program
 ) -> None:
-    text = program("workload", command, "--help").out
+    text = program("workload", command, "--help-all").out
     options = set(re.findall(r"^│ --([\w-]+)", text, re.MULTILINE))
     names = {f.name.replace("_", "-") for spec in (WorkloadSpec, Basis) for f in fields(spec)}
-    others = {"batch-size", "model", "revision", "help", "overwrite", "output"}
+    others = {"batch-size", "model", "revision", "help", "help-all", "overwrite", "output"}
     assert names <= options <= names | others
 
 
@@ -518,7 +518,7 @@ def test_a_preset_that_is_saved_is_served_as_the_same_workload(
     assert said.code == 0
     digest = digest_of(Experiment.of(preset=name))
     assert f"digest {digest}" in said.out
-    assert "Serve it: batchbench run --trace w.jsonl\n" in said.out
+    assert "Run it: batchbench run --trace w.jsonl\n" in said.out
     again = asked_by(["run", "--trace", "w.jsonl"])
     assert digest_of(again) == digest
     assert program("simulate", "--trace", "w.jsonl", "--quiet").code == 0

@@ -245,7 +245,7 @@ def test_a_signal_keeps_the_pairs_that_are_finished(number: signal.Signals, tmp_
         ),
         (
             "sweep --queue-size 4,8 --simulated",
-            "interrupted; 0 of 2 cells are kept in mine: the same command goes on from there",
+            "interrupted; 0 of 2 cells are kept in mine: the same command continues from there",
             [],
         ),
     ],
