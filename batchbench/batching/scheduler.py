@@ -213,7 +213,7 @@ class Scheduler:
             raise UsageError(f"a policy admitted {count} requests into {self.free} slots")
         if chosen:
             chosen = list(chosen)  # it may be the queue itself
-            if not set(map(type, chosen)) <= {Request}:
+            if not all(isinstance(request, Request) for request in chosen):
                 raise UsageError("a policy admitted something that is not a request")
             self.waiting.take(chosen)
             for request in chosen:

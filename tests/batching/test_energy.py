@@ -230,7 +230,7 @@ def test_a_result_has_joules_and_joules_a_useful_token() -> None:
         {"static": static, "continuous": with_energy(trials_of("continuous"), 7, 7, 7, 7)}
     )
     text = shown(result, 120)
-    assert "Energy an output token" in text
+    assert "Energy per output token" in text
     assert "0.33×" in text
 
 
