@@ -92,7 +92,7 @@ BAD_OPTIONS = [
     ("--prompt-tokens uniform:min=1", "--prompt-tokens uniform:min=1: must be a number"),
     ("--prompts nowhere.txt", "--prompts nowhere.txt: no such file"),
     ("--prompts .", "--prompts .: is a directory"),
-    ("--prompts empty.txt", "--prompts empty.txt: holds no prompt"),
+    ("--prompts empty.txt", "--prompts empty.txt: contains no prompts"),
     ("--prompts latin.txt", "--prompts latin.txt: is not UTF-8"),
     ("--prompts good.txt --prompt-tokens 7", "--prompts and --prompt-tokens exclude each other"),
     ("--seed -1", "--seed -1: must be at least 0"),
@@ -119,7 +119,7 @@ BAD_OPTIONS = [
     ("--order x", "--order x: must be one of fifo, longest-first, shortest-first"),
     ("--engine x", "--engine x: must be one of slots, notebook"),
     ("--execution x", "--execution x: must be one of auto, eager, graph, compile"),
-    ("--engine notebook --execution graph", "take --execution auto or --engine slots"),
+    ("--engine notebook --execution graph", "give --execution auto or --engine slots"),
     ("--prefill x", "--prefill x: must be one of auto, separate, mixed"),
     ("--prefill mixed --engine notebook", "--prefill mixed: the notebook engine"),
     ("--prefill mixed --max-batched-tokens 8", "--max-batched-tokens 8: must be above the batch"),
@@ -144,7 +144,7 @@ BAD_OPTIONS = [
     ("stray", "stray"),
 ]
 LATER = [
-    ("--long-tokens 2000", "lower --long-tokens, --short-tokens or the prompts' length"),
+    ("--long-tokens 2000", "lower --long-tokens, --short-tokens or the length of prompts"),
     ("--short-tokens 1018", "1018 output tokens exceed the 1024 that gpt2 takes"),
     ("--prompt-tokens 1000 --seed 3", "1000 prompt + 100 output tokens exceed the 1024"),
     ("--model nobody/nothing", "--model nobody/nothing: neither a folder nor in the local cache"),
@@ -643,7 +643,7 @@ def test_a_dry_run_tells_steps_memory_and_time_and_writes_nothing(
     steps, memory, seconds = said.out.splitlines()
     assert steps == "steps   static 400, continuous 130 forward passes per trial; 4 trials each"
     assert re.fullmatch(
-        r"memory  \d+ MiB of weights \+ \d+ MiB of KV cache on cpu; [\d,]+ MiB at the peak, with "
+        r"memory  \d+ MiB of weights and \d+ MiB of KV cache on cpu; at its peak [\d,]+ MiB with "
         r"activations, copies and libraries",
         memory,
     )
