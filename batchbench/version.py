@@ -1,3 +1,6 @@
-"""The version of batchbench, in a file that imports nothing."""
+"""The version of batchbench and of result.json, in a file that imports nothing."""
 
 __version__ = "0.1.0"
+
+SCHEMA_VERSION = 1
+"""Version of the format of ``result.json`` and of the cells of a sweep."""

@@ -20,8 +20,7 @@ from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
-
-SCHEMA_VERSION = 1
+from batchbench.version import SCHEMA_VERSION
 
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
 

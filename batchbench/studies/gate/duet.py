@@ -21,7 +21,6 @@ from typing import Any, Protocol
 
 from batchbench.batching.experiment import Experiment
 from batchbench.errors import OutOfTimeError
-from batchbench.reports.result_file import SCHEMA_VERSION
 from batchbench.reports.statistics import FEWEST, Decision, Rule, Verdict, decide
 from batchbench.reports.text import plural
 from batchbench.studies.gate.counts import counts_fail, make_gate
@@ -36,7 +35,7 @@ from batchbench.studies.gate.processes import (
 from batchbench.studies.gate.spec import METRICS, DuetSpec, check_margin
 from batchbench.studies.gate.turns import Cut, Pair, TurnPair, contamination
 from batchbench.studies.gate.worker import Calibration
-from batchbench.version import __version__
+from batchbench.version import SCHEMA_VERSION, __version__
 
 TURN_S = 0.2
 """Seconds of a turn. In longer ones a burst of other load falls on one side; of shorter ones half

@@ -26,9 +26,8 @@ from batchbench.batching.experiment import (
 )
 from batchbench.batching.presets import Basis
 from batchbench.errors import UsageError, shown
-from batchbench.reports.result_file import SCHEMA_VERSION
 from batchbench.settings import parse_number
-from batchbench.version import __version__
+from batchbench.version import SCHEMA_VERSION, __version__
 
 SWEPT: Mapping[str, type] = {"basis": Basis, **PARTS}
 """Specs whose fields may be swept."""
