@@ -26,7 +26,6 @@ from batchbench.reports.audit import audit
 from batchbench.reports.latency import Class, by_length, length_classes, stalls
 from batchbench.reports.prediction import beyond, predict_outcome, small_batches_of
 from batchbench.reports.result_file import (
-    SCHEMA_VERSION,
     Comparison,
     CostFacts,
     DecodeStep,
@@ -43,7 +42,7 @@ from batchbench.reports.slo import NO_GOALS, GoalsSpec
 from batchbench.reports.statistics import Ratio, paired_ratio
 from batchbench.reports.text import plural
 from batchbench.reports.time_budget import explain, rate_of
-from batchbench.version import __version__
+from batchbench.version import SCHEMA_VERSION, __version__
 from batchbench.workloads import Workload
 
 Recordings = Mapping[str, Sequence[Recording]]
