@@ -305,13 +305,13 @@ def test_the_ci_preset_runs_on_its_made_up_model(monkeypatch: pytest.MonkeyPatch
     assert outcome.workload.closed
     assert outcome.verification.passed
     assert outcome.model["name"] == "toy-gpt2"
-    assert "made-up" in outcome.model["note"]
+    assert "random values" in outcome.model["note"]
     assert outcome.model["parameters"] < 20e6
 
 
 def test_a_made_up_model_has_no_weights_to_load() -> None:
     assert find_model(ModelSpec(model="toy-gpt2", load_format="dummy")).load_format == "dummy"
-    with pytest.raises(UsageError, match="--model toy-gpt2: is a shape that nobody has trained"):
+    with pytest.raises(UsageError, match="--model toy-gpt2: has no trained weights"):
         find_model(ModelSpec(model="toy-gpt2", load_format="pretrained"))
 
 
@@ -443,7 +443,8 @@ def test_help_tells_the_options_of_a_workload_and_few_others(
     text = program("workload", command, "--help-all").out
     options = set(re.findall(r"^│ --([\w-]+)", text, re.MULTILINE))
     names = {f.name.replace("_", "-") for spec in (WorkloadSpec, Basis) for f in fields(spec)}
-    others = {"batch-size", "model", "revision", "help", "help-all", "overwrite", "output"}
+    others = {"batch-size", "model", "revision", "load-format", "overwrite", "output"}
+    others |= {"help", "help-all"}
     assert names <= options <= names | others
 
 
@@ -479,7 +480,7 @@ def test_show_tells_lengths_and_arrivals(program: Program) -> None:
 def test_show_tells_what_is_too_long_or_was_made_shorter(program: Program) -> None:
     said = program("workload", "show", "--long-tokens", "2000")
     assert (said.code, said.err.count("\n")) == (0, 1)
-    assert "4 of 32 requests exceed the 1,024 tokens that gpt2 takes; say --overlong" in said.err
+    assert "4 of 32 requests exceed the context of gpt2, 1,024 tokens; give --overlong" in said.err
     clipped = program("workload", "show", "--long-tokens", "2000", "--overlong", "clip")
     assert "requests clipped to the 1,024 tokens of the context: 4" in clipped.err
 
@@ -539,7 +540,7 @@ def test_save_replaces_nothing_unasked_and_writes_whole_or_not_at_all(
         yield "half\n"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("batchbench.workloads.traces.own.write_workload", torn)
+    monkeypatch.setattr("batchbench.workloads.traces.write_workload", torn)
     said = program("workload", "save", "w.jsonl", "--overwrite")
     assert said.code == 2
     assert "w.jsonl: cannot be written: no space left on device" in said.err
