@@ -66,7 +66,7 @@ class Reproduction:
 
     @property
     def agrees(self) -> bool:
-        """Whether all exact checks agree, up to ties if the environment differs."""
+        """True if all exact checks agree, up to ties if the environment differs."""
         return not any(check.exact and check.verdict == Verdict.DIFFERS for check in self.checks)
 
     @property

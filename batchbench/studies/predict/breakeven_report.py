@@ -322,9 +322,9 @@ def draw_breakeven(breakeven: BreakEven) -> Figure:
         )
         static, continuous = name_strategies({"static": (), "continuous": ()})
         handles: list[Any] = [
-            Patch(fc=continuous.tint(0.2), label="continuous better"),
+            Patch(fc=continuous.tint(0.2), label="continuous wins"),
             Patch(fc="#ffffff", ec=QUIET, lw=0.6, label="even"),
-            Patch(fc=static.tint(0.2), label="static better"),
+            Patch(fc=static.tint(0.2), label="static wins"),
             Line2D([], [], color=INK, lw=2.2, label="break-even line"),
             Patch(fc="none", ec=INK, lw=1.8, label="measured"),
         ]

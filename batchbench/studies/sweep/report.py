@@ -129,9 +129,9 @@ def cells_of(swept: SweepResult) -> Cells | None:
         return None
     frame = table_of(swept.rows)
     columns = {"strategy": "strategies"}
-    given = (columns.get(name, name) for name in swept.grid.varying)
+    names = (columns.get(name, name) for name in swept.grid.varying)
     # An option has no axis if all but one of its values failed.
-    varying = tuple(n for n in given if n in frame and frame[n].nunique(dropna=False) > 1)
+    varying = tuple(n for n in names if n in frame and frame[n].nunique(dropna=False) > 1)
     return Cells(frame, varying, swept.grid.simulated, _title(swept))
 
 

@@ -115,7 +115,7 @@ class Cells:
 
     @property
     def timed(self) -> bool:
-        """Whether requests come over time in some cell, so that durations say little."""
+        """True if requests come over time in some cell, so that durations say little."""
         columns = ("request_rate", "max_concurrency", "arrivals", "trace")
         return any(self.frame[name].notna().any() for name in columns if name in self.frame)
 
@@ -125,7 +125,7 @@ class Cells:
 
     @property
     def share_follows(self) -> bool:
-        """Whether the share of long requests follows another option, the batch size."""
+        """True if the share of long requests follows another option, the batch size."""
         several = "long_every" in self.frame and self.frame["long_every"].nunique() > 1
         return several and "long_every" not in self.varying
 
