@@ -235,7 +235,8 @@ def _table(rows: list[dict[str, Any]]) -> RenderableType:
     names = [n for n in names if len(rows) == 1 or len({str(row[n]) for row in rows}) > 1]
     grid = Table(pad_edge=False)
     for name in names[:MOST_COLUMNS]:
-        grid.add_column(name.replace("_", " "), justify="right")
+        left = isinstance(rows[0][name], str)
+        grid.add_column(name.replace("_", " "), justify="left" if left else "right", no_wrap=left)
     for row in rows[:MOST_ROWS]:
         values = [row[name] for name in names[:MOST_COLUMNS]]
         grid.add_row(*(number(v) if isinstance(v, float) else str(v) for v in values))
