@@ -361,3 +361,26 @@ def test_no_color_leaves_no_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert coloured.search(drawn())
     monkeypatch.setenv("NO_COLOR", "1")
     assert not coloured.search(drawn())
+
+
+# Predictions
+
+
+@pytest.mark.parametrize(
+    ("r2", "median_error", "weak"),
+    [(0.49, 0.11, True), (0.51, 0.11, False), (0.49, 0.09, False), (None, 0.5, False)],
+)
+def test_a_fit_that_is_too_weak_predicts_nothing(
+    r2: float | None, median_error: float, weak: bool
+) -> None:
+    result = clean()
+    quality = {"steps": 1600, "r2": r2, "median_error": median_error, "total_error": 0.012}
+    duration = {"duration": 1.1, "measured_duration": 1.0, "error": 0.1, "extrapolates": []}
+    prediction = {
+        "fitted_on": "static",
+        "strategies": [{"strategy": "continuous", **duration}],
+        "held_out": quality,
+    }
+    text = shown(replace(result, data={**result.data, "prediction": prediction}), 200)
+    assert ("too weak to predict with" in text) is weak
+    assert ("continuous takes 1.1 s, 10.0% above the measured 1 s." in text) is not weak
