@@ -151,10 +151,10 @@ def refused(
     """Calls the program with words that it must refuse: exit code 2, and the one line it says."""
 
     def call(*words: str) -> str:
-        from batchbench.cli.main import _guarded
+        from batchbench.cli.main import run_command
 
         monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-        assert _guarded() == 2
+        assert run_command() == 2
         told = capsys.readouterr()
         assert told.out == ""
         assert told.err.count("\n") == 1

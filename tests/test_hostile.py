@@ -28,7 +28,7 @@ from support.laws import law
 from support.mutations import Change, changes, spoil_bytes, spoil_json, spoil_recording
 
 from batchbench.batching.policies import View
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.json_file import MOST_BYTES
 from batchbench.workloads import Request
 
@@ -48,7 +48,7 @@ def call(*words: str) -> tuple[int, str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["batchbench", *words])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = _guarded()
+            code = run_command()
     return code, out.getvalue(), err.getvalue()
 
 

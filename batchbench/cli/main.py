@@ -207,9 +207,6 @@ def run_command(words: Sequence[str] | None = None) -> int:
         )
 
 
-_guarded = run_command
-
-
 def _check_current_folder() -> None:
     try:
         os.getcwd()

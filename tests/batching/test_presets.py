@@ -24,7 +24,7 @@ from batchbench.batching.presets import NOTEBOOK, PRESETS, Basis
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Session, conduct
 from batchbench.cli import run as running
-from batchbench.cli.main import _guarded, load_command
+from batchbench.cli.main import load_command, run_command
 from batchbench.errors import UsageError
 from batchbench.reports import output as folders
 from batchbench.reports.workload_profile import bars, pace, spread
@@ -66,7 +66,7 @@ def program(
     def call(*words: str) -> Said:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-        code = _guarded()
+        code = run_command()
         return Said(code, *capsys.readouterr())
 
     return call
@@ -78,7 +78,7 @@ def asked_by(words: Sequence[str]) -> Experiment:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "_conduct", lambda *asked: found.append(asked))
         patch.setattr(sys, "argv", ["batchbench", *words])
-        assert _guarded() == 0
+        assert run_command() == 0
     ((experiment, *_),) = found
     assert isinstance(experiment, Experiment)
     return experiment

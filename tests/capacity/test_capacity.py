@@ -21,7 +21,7 @@ from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Session
 from batchbench.batching.verification import Verification
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.reports.slo import GoalsSpec
 from batchbench.studies.capacity import probe as benches
 from batchbench.studies.capacity import report
@@ -385,7 +385,7 @@ def program(
     def call(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-        code = _guarded()
+        code = run_command()
         return (code, *capsys.readouterr())
 
     return call

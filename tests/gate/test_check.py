@@ -24,7 +24,7 @@ from support.baselines import (
 )
 
 from batchbench.batching.experiment import Experiment
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.studies.gate import baseline
 from batchbench.studies.gate.baseline import (
@@ -342,7 +342,7 @@ def test_a_check_keeps_what_each_process_measured(
     words = ["batchbench", "check", "--baseline", str(file), "--output", str(folder), "--quiet"]
     for more, code in (([], 0), ([], 2), (["--overwrite"], 0)):
         monkeypatch.setattr(sys, "argv", [*words, *more])
-        assert _guarded() == code, capsys.readouterr()
+        assert run_command() == code, capsys.readouterr()
     assert "holds a result; give another folder or --overwrite" in capsys.readouterr().err
     data = json.loads((folder / "check.json").read_text())
     assert len(data["processes"]) == FIRST_LOOK

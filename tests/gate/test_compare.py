@@ -24,7 +24,7 @@ from support.results import KINDS, clean, measured, result_of, simulated
 import batchbench
 from batchbench.batching import policies
 from batchbench.batching.policies import Continuous, View
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.errors import UsageError
 from batchbench.reports.result import Result, output_digest
 from batchbench.reports.statistics import Verdict
@@ -606,7 +606,7 @@ def program(
     def call(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-        return _guarded(), *capsys.readouterr()
+        return run_command(), *capsys.readouterr()
 
     return call
 

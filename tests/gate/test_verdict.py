@@ -94,7 +94,7 @@ def test_a_fault_is_never_a_verdict_and_leaves_no_file(
     monkeypatch.setattr(module, function, broken)
     output = GateOutputSpec(junit=Path("j.xml"), markdown=Path("r.md"), github="on")
     monkeypatch.setattr(main, "app", lambda *_, **__: conclude(PASSED, output))
-    assert main._guarded() == 70
+    assert main.run_command() == 70
     assert "internal error: ZeroDivisionError" in capsys.readouterr().err
     assert list(Path.cwd().iterdir()) == []
 

@@ -25,7 +25,7 @@ from batchbench.batching.recording import Recording
 from batchbench.batching.recording_file import load_recording
 from batchbench.batching.step_cost import Bandwidth, Ceiling, Reading
 from batchbench.batching.verification import Remembered, Verification
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.errors import UsageError
 from batchbench.reports.metrics import decode_steps
 from batchbench.studies.ladder import report, run
@@ -487,7 +487,7 @@ def said(
 ) -> tuple[int, str, str]:
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["batchbench", "ladder", *words])
-    code = _guarded()
+    code = run_command()
     out, err = capsys.readouterr()
     return code, out, err
 

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 
 PROGRAM = Path(__file__).parents[1] / "support" / "recount.py"
 
@@ -31,7 +31,7 @@ def say(*words: object) -> None:
     """Run a command, which must succeed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["batchbench", *map(str, words), "--quiet"])
-        assert _guarded() == 0
+        assert run_command() == 0
 
 
 @functools.cache

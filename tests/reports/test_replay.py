@@ -22,7 +22,7 @@ from support.results import CLASSIC, clean, result_of, simulated, trials_of, ver
 import batchbench
 from batchbench.batching.engines import VirtualClock
 from batchbench.batching.recording import Recording, token_steps
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.cli.report import play
 from batchbench.errors import Interrupted, UsageError
 from batchbench.reports.output import write_folder
@@ -305,7 +305,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Program:
 
     def call(*words: str) -> int:
         monkeypatch.setattr("sys.argv", ["batchbench", *words])
-        return _guarded()
+        return run_command()
 
     return call
 

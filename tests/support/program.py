@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from batchbench.batching import trials
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.reports import output as folders
 from batchbench.workloads.spec import WorkloadSpec
 
@@ -72,7 +72,7 @@ def program(
     def call(*words: str) -> Said:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-        code = _guarded()
+        code = run_command()
         return Said(code, *capsys.readouterr())
 
     return call

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from support.trace_samples import AZURE, MOONCAKE, SAMPLES, SHAREGPT, read, write
 
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.errors import UsageError
 from batchbench.workloads.traces import BadRow
 from batchbench.workloads.traces.opening import _ARCHIVES, HEAD_BYTES
@@ -291,7 +291,7 @@ def test_a_device_without_an_end_is_refused(
     words = ["workload", "show", "--trace", "/dev/zero"]
     words += ["--trace-format", format] if format else []
     monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-    assert _guarded() == 2
+    assert run_command() == 2
     assert capsys.readouterr().err == (
         "batchbench: --trace /dev/zero: is binary data of no known kind; give a file of text\n"
     )

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from support.laws import law
 from support.trace_samples import AZURE, BURSTGPT, MOONCAKE, OWN, SAMPLES, SHAREGPT, read, write
 
-from batchbench.cli.main import _guarded
+from batchbench.cli.main import run_command
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 from batchbench.workloads.prompts import byte_tokens
@@ -519,6 +519,6 @@ def test_what_is_read_may_be_a_pipe(
     monkeypatch.setattr(sys, "argv", ["batchbench", *asked])
     writer = threading.Thread(target=pipe.write_text, args=(content,), daemon=True)
     writer.start()  # waits for its reader
-    assert _guarded() == 0
+    assert run_command() == 0
     writer.join(timeout=10)
     assert re.search(rf"continuous {steps} forward passes", capsys.readouterr().out)
