@@ -21,6 +21,7 @@ from batchbench.cli.main import app
 from batchbench.errors import UsageError
 from batchbench.reports.result import make_result
 from batchbench.studies.gate.evidence import Answer
+from batchbench.studies.trend import history as history_file
 from batchbench.studies.trend.changes import (
     SHORTEST,
     fewest_values,
@@ -283,6 +284,21 @@ def test_another_environment_is_another_series_and_only_what_varies_is_named() -
     trend = judge(lines, asked())
     assert not any(told.changes for judged in trend.lines for told in judged.series)
     assert trend.answer is Answer.PASSED
+
+
+def test_a_version_that_computes_in_another_way_continues_the_series() -> None:
+    """Otherwise a change from CUDA graphs to none would end a series and not be found."""
+    environment = {"cpu": "a", "threads": 2, "python": "3.12.1", "packages": {"torch": "2.11"}}
+    model = {"device": "cpu", "dtype": "float32", "execution": "graph"}
+    data = {"simulated": False, "environment": environment, "model": model}
+    machine = history_file._machine(data)
+    for own in ({"execution": "eager"}, {"weights_digest": "b"}):
+        assert history_file._machine({**data, "model": {**model, **own}}) == machine
+    for own in ({"cpu_kernels": "torch's"}, {"python": "3.12.2"}, {"hostname": "b"}):
+        assert history_file._machine({**data, "environment": {**environment, **own}}) == machine
+    for own in ({"cpu": "b"}, {"threads": 4}, {"packages": {"torch": "2.12"}}, {"gpu": "H200"}):
+        assert history_file._machine({**data, "environment": {**environment, **own}}) != machine
+    assert history_file._machine({**data, "simulated": True}) == {}
 
 
 def test_a_loss_in_a_line_that_ended_fails_nothing() -> None:

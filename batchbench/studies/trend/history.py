@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batchbench import settings
-from batchbench.batching.machine import MUST_MATCH_FOR_TIMES, facts_of
+from batchbench.batching.machine import HARDWARE, SOFTWARE, facts_of
 from batchbench.errors import UsageError, shown
 from batchbench.files import STAGING, reason_of
 from batchbench.reports.result_file import read_data, read_time
@@ -334,7 +334,8 @@ def _machine(data: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     facts = facts_of(data["environment"], data["model"])
     facts["python"] = ".".join(str(facts.get("python")).split(".")[:2])
-    names = [name for name in MUST_MATCH_FOR_TIMES if name != "engine"]  # a part of the setup
+    # A version may choose other kernels or CUDA graphs: a change to find, not another series.
+    names = (*HARDWARE, *SOFTWARE, "dtype")
     return {name.replace("_", " "): facts.get(name) for name in names}
 
 
