@@ -225,7 +225,7 @@ class Session:
         self._watch.note(self.source.note)
         self._watch.phase("loading")
         from batchbench.batching.engines.torch.build import make_engine
-        from batchbench.batching.engines.torch.measure import torch_environment
+        from batchbench.batching.engines.torch.hardware import torch_environment
 
         serving = self.experiment.serving
         loaded = self._models.load(self.source, self.experiment.model, self.workload.seed)

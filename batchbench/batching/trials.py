@@ -109,13 +109,13 @@ def measure_memory(model: LoadedModel, watch: Watch) -> dict[str, Any]:
 
     It is empty if the last-level cache holds all that is read: memory then sets no limit.
     """
-    from batchbench.batching.engines.torch import measure
+    from batchbench.batching.engines.torch import hardware
 
-    reading = measure.reading_of(model)
-    if reading.step_weight_bytes <= (measure.cache_bytes(model.device) or 0):
+    reading = hardware.reading_of(model)
+    if reading.step_weight_bytes <= (hardware.cache_bytes(model.device) or 0):
         return {}
     watch.phase("measuring memory bandwidth")
-    bandwidth = measure.measure_bandwidth(model.device)
+    bandwidth = hardware.measure_bandwidth(model.device)
     if bandwidth.beyond_cache is False:  # there was no room for a buffer that large
         return {}
     return {"memory": {"bytes_per_s": bandwidth.bytes_per_s, "reading": asdict(reading)}}

@@ -22,7 +22,6 @@ from batchbench.batching.session import Outcome
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Finding, Verification
 from batchbench.reports import metrics
-from batchbench.reports.audit import audit
 from batchbench.reports.latency import Class, by_length, length_classes, stalls
 from batchbench.reports.prediction import beyond, predict_outcome, small_batches_of
 from batchbench.reports.result_file import (
@@ -42,6 +41,7 @@ from batchbench.reports.slo import NO_GOALS, GoalsSpec
 from batchbench.reports.statistics import Ratio, paired_ratio
 from batchbench.reports.text import plural
 from batchbench.reports.time_budget import explain, rate_of
+from batchbench.reports.validity import audit
 from batchbench.version import SCHEMA_VERSION, __version__
 from batchbench.workloads import Workload
 

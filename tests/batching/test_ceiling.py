@@ -12,17 +12,17 @@ import torch
 from support.models import MakeModel
 
 from batchbench.batching.batcher import Batcher
-from batchbench.batching.engines.torch import measure as measuring
+from batchbench.batching.engines.torch import hardware as measuring
 from batchbench.batching.engines.torch.build import make_engine
 from batchbench.batching.engines.torch.forward import GPT2Forward, TransformersForward
-from batchbench.batching.engines.torch.linear import Kernels
-from batchbench.batching.engines.torch.measure import (
+from batchbench.batching.engines.torch.hardware import (
     ModelClock,
     measure_bandwidth,
     measure_products,
     products,
     reading_of,
 )
+from batchbench.batching.engines.torch.linear import Kernels
 from batchbench.batching.machine import PeakMemory, last_level_cache_bytes
 from batchbench.batching.progress import Watch
 from batchbench.batching.step_cost import Bandwidth, Ceiling, Reading, middle
@@ -201,7 +201,7 @@ def test_the_clock_runs_while_the_model_does_and_once(tiny: LoadedModel, kind: t
     batcher = Batcher("continuous", engine, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "batchbench.batching.engines.torch.measure.time.perf_counter_ns",
+            "batchbench.batching.engines.torch.hardware.time.perf_counter_ns",
             lambda: next(times),
         )
         patch.setattr(engine.clock, "now", lambda: 0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from batchbench.batching import machine as cores
-from batchbench.batching.engines.torch import measure
+from batchbench.batching.engines.torch import hardware
 from batchbench.batching.machine import usable_cores
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.models.loading import set_threads
@@ -98,7 +98,7 @@ def test_what_times_depend_on_is_hardware_software_and_execution() -> None:
 
 
 def test_every_fact_that_must_match_is_one_that_a_run_records() -> None:
-    environment = cores.environment() | measure.torch_environment("cpu")
+    environment = cores.environment() | hardware.torch_environment("cpu")
     model = dict.fromkeys(("device", "dtype", "execution", "weights_digest"))
     facts = cores.facts_of(environment, model, engine="slots")
     assert facts.keys() >= {*cores.MUST_MATCH_FOR_TIMES, *cores.MUST_MATCH_FOR_OUTPUTS}

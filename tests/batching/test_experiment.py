@@ -16,7 +16,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from batchbench.batching import session as conducting
-from batchbench.batching.engines.torch import measure as bandwidth
+from batchbench.batching.engines.torch import hardware as bandwidth
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.progress import Limited, Progress, Watch

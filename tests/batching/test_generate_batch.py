@@ -26,7 +26,6 @@ from batchbench.batching.session import Outcome, Session, conduct
 from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
 from batchbench.reports import metrics
-from batchbench.reports.audit import audit
 from batchbench.reports.figures import draw
 from batchbench.reports.formats.html import Labelled, render
 from batchbench.reports.formats.terminal import sentence
@@ -35,6 +34,7 @@ from batchbench.reports.latency import e2el_ms, gaps_ms, queue_ms, tpot_ms, ttft
 from batchbench.reports.output import requests_frame, steps_frame
 from batchbench.reports.result import make_result, remake_result, to_json
 from batchbench.reports.result_file import SCHEMA_FILE, fault_of
+from batchbench.reports.validity import audit
 from batchbench.workloads import Workload
 from batchbench.workloads.spec import WorkloadSpec
 

@@ -16,12 +16,12 @@ from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 from batchbench.batching import machine as environments
 from batchbench.batching import machine as processor_file
+from batchbench.batching.engines.torch import hardware
 from batchbench.batching.engines.torch import kernels as compiling
 from batchbench.batching.engines.torch import linear as layers
-from batchbench.batching.engines.torch import measure
+from batchbench.batching.engines.torch.hardware import torch_environment
 from batchbench.batching.engines.torch.kernels import Native, native
 from batchbench.batching.engines.torch.linear import OneDNN
-from batchbench.batching.engines.torch.measure import torch_environment
 from batchbench.batching.machine import Processor
 
 pytestmark = pytest.mark.machine

@@ -17,7 +17,7 @@ from support.models import MakeModel
 
 from batchbench.batching import trials as serving
 from batchbench.batching.engines.notebook import NotebookEngine
-from batchbench.batching.engines.torch import measure as measuring
+from batchbench.batching.engines.torch import hardware as measuring
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.progress import Progress, Watch

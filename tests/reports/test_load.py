@@ -25,13 +25,13 @@ from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError
 from batchbench.reports import metrics, time_budget
-from batchbench.reports.audit import audit
 from batchbench.reports.formats.terminal import sentence
 from batchbench.reports.latency import by_length, gaps_ms, length_classes, stalls, tpot_ms, ttft_ms
 from batchbench.reports.output import write_folder
 from batchbench.reports.result import load_result, make_result, remake_result
 from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.statistics import paired_ratio
+from batchbench.reports.validity import audit
 from batchbench.workloads import Workload, make_workload
 from batchbench.workloads.spec import WorkloadSpec
 

@@ -20,10 +20,10 @@ from batchbench.batching.recording import Recording
 from batchbench.batching.session import Outcome, conduct
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import NOT_VERIFIED, Finding, Verification
-from batchbench.reports.audit import audit
 from batchbench.reports.formats.terminal import render
 from batchbench.reports.result import Result, make_result
 from batchbench.reports.slo import GoalsSpec
+from batchbench.reports.validity import audit
 from batchbench.studies.reproduce import Check
 from batchbench.workloads import Workload
 from batchbench.workloads.spec import WorkloadSpec

@@ -18,9 +18,9 @@ from batchbench.batching.trials import beginning
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
 from batchbench.reports import latency as latencies
-from batchbench.reports.audit import audit, wrong_tokens
 from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.statistics import CONFIDENCE, Floats, mean_interval
+from batchbench.reports.validity import audit, wrong_tokens
 from batchbench.workloads import Workload, WorkloadSpec
 
 GROWTH = 0.1

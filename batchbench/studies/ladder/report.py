@@ -24,7 +24,6 @@ from batchbench.batching.step_cost import Ceiling, middle
 from batchbench.batching.trials import WarmUp
 from batchbench.files import write_whole
 from batchbench.reports import metrics
-from batchbench.reports.audit import audit
 from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import INK, QUIET
@@ -42,6 +41,7 @@ from batchbench.reports.text import (
     times,
 )
 from batchbench.reports.time_budget import host_share
+from batchbench.reports.validity import audit
 from batchbench.studies.ladder.run import LadderOutcome
 from batchbench.version import __version__
 

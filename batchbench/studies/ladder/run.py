@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from batchbench.batching.engines.torch.forward import Forward
-    from batchbench.batching.engines.torch.measure import ModelClock
+    from batchbench.batching.engines.torch.hardware import ModelClock
     from batchbench.batching.models.loading import LoadedModel
 
 _WARM_UP_ROUNDS = 2
@@ -151,7 +151,7 @@ class Ladder:
             raise UsageError(f"--rungs {self.spec.rungs}: {name}: {why}")
 
     def _open(self, rung: Rung) -> OpenRung:
-        from batchbench.batching.engines.torch.measure import ModelClock
+        from batchbench.batching.engines.torch.hardware import ModelClock
 
         base, clock = self.experiment, ModelClock()
 
@@ -189,7 +189,7 @@ class Ladder:
 
     def measure(self) -> Mapping[str, Ceiling]:
         """Measure what this machine allows now, by number format."""
-        from batchbench.batching.engines.torch import measure
+        from batchbench.batching.engines.torch import hardware
 
         self._watch.phase("measuring what this machine allows")
         batcher = self._planned.batcher("continuous")
@@ -201,11 +201,11 @@ class Ladder:
                 "raise --long-tokens"
             )
         models = {opened.model.dtype_name: opened.model for opened in self.rungs}
-        bandwidth = measure.measure_bandwidth(self.rungs[0].model.device)
+        bandwidth = hardware.measure_bandwidth(self.rungs[0].model.device)
         ceilings = {}
         for dtype, model in models.items():
-            products_s = measure.measure_products(model, rows)
-            reading = measure.reading_of(model)
+            products_s = hardware.measure_products(model, rows)
+            reading = hardware.reading_of(model)
             ceilings[dtype] = Ceiling(bandwidth, reading, products_s, rows, cached)
         return ceilings
 

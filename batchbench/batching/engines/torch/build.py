@@ -26,8 +26,8 @@ from batchbench.batching.engines.torch.forward import (
     is_plain_gpt2,
     make_forward,
 )
+from batchbench.batching.engines.torch.hardware import buffer_bytes, cache_bytes, median_s
 from batchbench.batching.engines.torch.linear import Kernels, make_linear
-from batchbench.batching.engines.torch.measure import buffer_bytes, cache_bytes, median_s
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.experiment import GENERATE_BATCH, Experiment, budget_of

@@ -15,7 +15,7 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import NOT_VERIFIED
-from batchbench.reports.audit import audit
+from batchbench.reports.validity import audit
 from batchbench.workloads import Workload
 
 Spoil = Callable[[list[Recording]], list[Recording]]
