@@ -260,7 +260,7 @@ def test_the_bfloat16_instruction_is_taken_where_it_is_fast(made_up: str) -> Non
 
 def test_results_say_whose_kernels_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     for own, name in ((pretended(WAYS[0]), "batchbench's"), (None, "torch's")):
-        monkeypatch.setattr(measure, "native", lambda own=own: own)
+        monkeypatch.setattr(hardware, "native", lambda own=own: own)
         assert torch_environment("cpu")["cpu_kernels"] == name
         assert torch_environment("meta")["cpu_kernels"] is None
 
