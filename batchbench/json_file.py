@@ -1,7 +1,7 @@
-"""The reader of JSON files: it limits size, depth and numbers, and refuses duplicate keys.
+"""The reader and writer of JSON files.
 
-Every JSON file that a user names is read here. A broken or hostile one takes little memory and
-time, and is refused in one line.
+Every JSON file that a user names is read here, with limits on size, depth and numbers and without
+duplicate keys. A broken or hostile one takes little memory and time, and is refused in one line.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from batchbench.errors import UsageError
 from batchbench.files import read_binary
+from batchbench.version import __version__
 
 MOST_BYTES = 64 * 2**20
 """Largest file; a result with the texts of 10,000 long requests has about this size."""
@@ -34,6 +36,26 @@ LARGEST, SMALLEST = 1e50, 1e-50
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 _TOO_DEEP = f"it is nested more than {MOST_DEPTH} deep"
+
+
+def now() -> str:
+    """Return the present time as every JSON file states it, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def envelope(schema_version: int, command: str) -> dict[str, Any]:
+    """Return what every JSON file of results begins with."""
+    return {
+        "schema_version": schema_version,
+        "batchbench_version": __version__,
+        "created_at": now(),
+        "command": command,
+    }
+
+
+def json_text(data: Mapping[str, Any] | Sequence[Any]) -> str:
+    """Return JSON for people and programs: indented, with Unicode characters, without NaN."""
+    return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_json(file: Path, *, constants: bool = False) -> Any:

@@ -6,10 +6,8 @@ What shows a result (frames, pictures, tables, pages) is built on this module an
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +19,7 @@ from batchbench.batching.recording_file import load_recording, save_recording
 from batchbench.batching.session import Outcome
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Finding, Verification
+from batchbench.json_file import json_text, now
 from batchbench.reports import metrics
 from batchbench.reports.latency import Class, by_length, length_classes, stalls
 from batchbench.reports.prediction import beyond, predict_outcome, small_batches_of
@@ -86,7 +85,7 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
     words = settings.words_of(goals, NO_GOALS)
     checked = asdict(outcome.verification)
     facts = {
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created_at": now(),
         "command": " ".join([outcome.experiment.command(), *words]),
         "simulated": outcome.experiment.simulated,
         "config": {**outcome.experiment.config(), "goals": settings.as_json(goals)},
@@ -268,7 +267,7 @@ def _comparison(
 
 def to_json(result: Result) -> str:
     """Return the text of ``result.json``; a value without meaning is null, never NaN."""
-    return json.dumps(result.data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json_text(result.data)
 
 
 def load_result(folder: Path) -> Result:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from batchbench.json_file import json_text
 from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled
 from batchbench.reports.statistics import Floats
@@ -116,7 +117,7 @@ def render_github_benchmark(shown: Sequence[Labelled], *, bigger: bool) -> str:
                 # With its zeros: the action does not read a range of one digit.
                 entry["range"] = f"± {measure.spread:#.6g}"
             entries.append({**entry, "extra": "\n".join(lines)})
-    return json.dumps(entries, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json_text(entries)
 
 
 def render_bencher(shown: Sequence[Labelled]) -> str:
@@ -128,7 +129,7 @@ def render_bencher(shown: Sequence[Labelled]) -> str:
                 metric |= {"lower_value": measure.low, "upper_value": measure.high}
             slug = measure.metric.replace("_", "-")
             document.setdefault(f"{prefix}{measure.strategy}", {})[slug] = metric
-    return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json_text(document)
 
 
 def render_pytest_benchmark(shown: Sequence[Labelled]) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from rich.text import Text
 
 from batchbench import settings
 from batchbench.files import write_whole
+from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
     FAINT,
@@ -44,7 +43,6 @@ from batchbench.reports.text import (
 )
 from batchbench.studies.capacity.probe import GROWTH, Probe
 from batchbench.studies.capacity.search import CapacityFindings
-from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
@@ -158,10 +156,7 @@ def data_of(findings: CapacityFindings, command: str) -> dict[str, Any]:
         "interval": [ratio.low, ratio.high],
     }
     return {
-        "schema_version": SCHEMA_VERSION,
-        "batchbench_version": __version__,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
+        **envelope(SCHEMA_VERSION, command),
         "simulated": findings.experiment.simulated,
         "config": {**findings.experiment.config(), "goals": settings.as_json(findings.query.goals)},
         "limits_ms": findings.query.goals.limits_ms,
@@ -219,7 +214,7 @@ def _finite(value: float) -> float | None:
 
 
 def to_json(data: Data) -> str:
-    return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json_text(data)
 
 
 def write_capacity(folder: Path, data: Data) -> list[Path]:

@@ -18,7 +18,7 @@ from batchbench.batching.experiment import GENERATE_BATCH, Experiment, named_fil
 from batchbench.batching.machine import facts_of
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.files import reason_of
-from batchbench.json_file import read_json
+from batchbench.json_file import envelope, json_text, read_json
 from batchbench.reports.result_file import fault_of, read_time
 from batchbench.reports.text import plural
 from batchbench.studies.gate.counts import Counts, Version
@@ -131,7 +131,7 @@ class Baseline:
 
 
 def to_json(baseline: Baseline) -> str:
-    return json.dumps(baseline.data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json_text(baseline.data)
 
 
 def load_baseline(file: Path) -> Baseline:
@@ -371,11 +371,8 @@ def make_baseline(
     candidate, references = reference_strategies(experiment)
     return Baseline(
         {
-            "schema_version": SCHEMA_VERSION,
+            **envelope(SCHEMA_VERSION, command),
             "kind": "baseline",
-            "batchbench_version": __version__,
-            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": command,
             "config": pinned(experiment, opened["model"]).config(),
             "files": named_files(experiment),
             "environment": opened["environment"],

@@ -13,7 +13,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from math import expm1, log1p
 from pathlib import Path
 from statistics import median
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 
 from batchbench.batching.experiment import Experiment
 from batchbench.errors import OutOfTimeError
+from batchbench.json_file import now
 from batchbench.reports.statistics import FEWEST, Decision, Rule, Verdict, decide
 from batchbench.reports.text import plural
 from batchbench.studies.gate.counts import counts_fail, make_gate
@@ -457,7 +457,7 @@ def make_record(gate: Gate, schema_version: int, **parts: Any) -> bytes:
     data = {
         "schema_version": schema_version,
         "batchbench_version": __version__,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created_at": now(),
         "gate": gate.as_data(),
         **parts,
     }

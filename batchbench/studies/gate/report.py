@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
 import re
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.batching.machine import Difference
+from batchbench.json_file import json_text
 from batchbench.reports.formats.markdown import escape, fenced, table
 from batchbench.reports.statistics import Verdict
 from batchbench.reports.text import interval_percent, percent, plural
@@ -313,7 +313,7 @@ def _lines(gate: Gate, *, strict: bool, verbose: bool) -> Iterator[str]:
 def render_json(gate: Gate, *, strict: bool = False) -> str:
     """Return JSON; a number without meaning is null, and values unknown to JSON are text."""
     data = {**gate.as_data(), "exit_code": gate.exit_code(strict=strict)}
-    return json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json_text(_plain(data))
 
 
 def _plain(value: Any) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from batchbench.batching.recording import Recording
 from batchbench.batching.step_cost import Ceiling, middle
 from batchbench.batching.trials import WarmUp
 from batchbench.files import write_whole
+from batchbench.json_file import envelope, json_text
 from batchbench.reports import metrics
 from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import figure_bytes
@@ -43,7 +42,6 @@ from batchbench.reports.text import (
 from batchbench.reports.time_budget import host_share
 from batchbench.reports.validity import audit
 from batchbench.studies.ladder.run import LadderOutcome
-from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
@@ -106,10 +104,7 @@ def make_ladder(outcome: LadderOutcome, command: str) -> LadderResult:
             }
         )
     data = {
-        "schema_version": SCHEMA_VERSION,
-        "batchbench_version": __version__,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
+        **envelope(SCHEMA_VERSION, command),
         "config": {**ladder.experiment.config(), "ladder": asdict(ladder.spec)},
         "environment": dict(ladder.rungs[0].session.environment),
         "model": ladder.model,
@@ -193,7 +188,7 @@ def _speedup(baseline: Sequence[Recording] | None, trials: Sequence[Recording]) 
 
 def to_json(result: LadderResult) -> str:
     """Return ``ladder.json``; a value without meaning is null, never NaN."""
-    return json.dumps(result.data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json_text(result.data)
 
 
 def write_ladder(folder: Path, result: LadderResult) -> list[Path]:

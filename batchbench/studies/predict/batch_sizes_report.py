@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.files import write_whole
+from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
     FAINT,
@@ -34,7 +33,6 @@ from batchbench.reports.figures.card import (
 )
 from batchbench.reports.text import clean_text, joined, number, percent, plural
 from batchbench.studies.predict.batch_sizes import NEARLY_ALL, Curve, Point
-from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
@@ -128,10 +126,7 @@ def write_prediction(folder: Path, curve: Curve, command: str) -> tuple[list[Pat
 def to_json(curve: Curve, command: str) -> str:
     """Return ``predict.json``."""
     data = {
-        "schema_version": SCHEMA_VERSION,
-        "batchbench_version": __version__,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
+        **envelope(SCHEMA_VERSION, command),
         "requests": curve.requests,
         "cost": curve.fitted.known.as_dict(),
         "held_out": curve.fitted.quality,
@@ -139,7 +134,7 @@ def to_json(curve: Curve, command: str) -> str:
         "last_doubling": {name: curve.last_doubling(name) for name in curve.strategies},
         "points": [asdict(point) for point in curve.points],
     }
-    return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json_text(data)
 
 
 # The picture

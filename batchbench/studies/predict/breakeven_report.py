@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.files import write_whole
+from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
     INK,
@@ -43,7 +42,6 @@ from batchbench.studies.predict.breakeven import (
     rows_of,
 )
 from batchbench.studies.predict.fitted import error_in_words
-from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
@@ -260,10 +258,7 @@ def to_json(breakeven: BreakEven, command: str, price_per_hour: float | None) ->
     """Return ``breakeven.json``."""
     spec = breakeven.spec
     data: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "batchbench_version": __version__,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
+        **envelope(SCHEMA_VERSION, command),
         "sentence": sentence(breakeven),
         "advice": advice(breakeven),
         "axes": {"batch_size": spec.batch_sizes, "spread": spec.spreads, "load": spec.loads},
@@ -287,7 +282,7 @@ def to_json(breakeven: BreakEven, command: str, price_per_hour: float | None) ->
         ],
         "cells": list(rows_of(breakeven)),
     }
-    return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json_text(data)
 
 
 # The picture

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from rich.text import Text
 from batchbench import settings
 from batchbench.batching.machine import environment
 from batchbench.files import write_whole
+from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.result import regoaled
 from batchbench.reports.slo import GoalsSpec
@@ -33,7 +32,6 @@ from batchbench.studies.sweep.figures import PICTURES, draw_sweep
 from batchbench.studies.sweep.grid import Cell, Grid
 from batchbench.studies.sweep.run import Store
 from batchbench.studies.sweep.table import Cells, Row, rows_of, table_of, to_csv
-from batchbench.version import __version__
 
 SCHEMA_VERSION = 1
 
@@ -179,10 +177,7 @@ def write_sweep(
 def to_json(swept: SweepResult, command: str, not_drawn: Mapping[str, str]) -> str:
     """Return ``sweep.json``."""
     data = {
-        "schema_version": SCHEMA_VERSION,
-        "batchbench_version": __version__,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
+        **envelope(SCHEMA_VERSION, command),
         "simulated": swept.grid.simulated,
         "axes": {name: _plain(values) for name, values in swept.grid.axes.items()},
         "goals": settings.as_json(swept.goals),
@@ -190,7 +185,7 @@ def to_json(swept: SweepResult, command: str, not_drawn: Mapping[str, str]) -> s
         "cells": [_cell(result) for result in swept.cells],
         "pictures_not_drawn": not_drawn,
     }
-    return json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return json_text(data)
 
 
 def _cell(result: CellResult) -> dict[str, Any]:

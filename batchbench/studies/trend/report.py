@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.files import write_whole
+from batchbench.json_file import json_text
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
     FAINT,
@@ -162,7 +162,7 @@ def notes(trend: Trend) -> Sequence[str]:
 
 def write_trend(folder: Path, trend: Trend) -> list[Path]:
     """Write ``trend.json`` and a picture of each line; remove pictures of an older trend."""
-    data = json.dumps(trend.as_data(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    data = json_text(trend.as_data())
     contents: dict[str, bytes | str] = {"trend.json": data}
     drawn = [figure for result in trend.lines if (figure := draw_trend(result)) is not None]
     for i, figure in enumerate(drawn, 1):
