@@ -1,4 +1,4 @@
-"""How much does continuous batching buy over static batching, on your hardware and workload?
+"""Measure how much continuous batching gains over static batching on your hardware and workload.
 
     import batchbench
     r = batchbench.run(batch_size=8, queue_size=32)

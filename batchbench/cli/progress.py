@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.status import Status
 
 from batchbench.batching.progress import Progress
-from batchbench.reports.text import spell_option, spell_time
+from batchbench.reports.text import plural, spell_option, spell_time
 from batchbench.studies.capacity.probe import CapacityWatch, Probe
 from batchbench.studies.gate.duet import TurnsWatch
 from batchbench.studies.sweep.grid import Cell
@@ -149,7 +149,7 @@ class PlainDisplay(SweepWatch, CapacityWatch):
         count = len(probe.trials)
         self._print(
             f"{probe.strategy:<12} {probe.rate:>9.4g} req/s  {100 * probe.attainment.value:5.1f} % "
-            f"within, {count} trial{'s' * (count > 1)}: {probe.verdict}"
+            f"within, {plural(count, 'trial')}: {probe.verdict}"
         )
 
     def _print(self, line: str) -> None:

@@ -1,1 +1,1 @@
-"""What runs experiments and reads their metrics: sweeps, capacity, the ladder."""
+"""The studies: each runs experiments to answer one question, such as a sweep or a ladder."""

@@ -74,7 +74,9 @@ class Reproduction:
         """The answer in one sentence."""
         wrong = [c.name for c in self.checks if c.exact and c.verdict == Verdict.DIFFERS]
         if wrong:
-            text = f"NOT reproduced: {', '.join(wrong)} differ{'s' * (len(wrong) == 1)}"
+            text = (
+                f"NOT reproduced: {', '.join(wrong)} {'differs' if len(wrong) == 1 else 'differ'}"
+            )
             return f"{text}." if self.again else f"{text}, so nothing was run."
         exact = sum(c.exact and c.verdict == Verdict.AGREES for c in self.checks)
         text = f"reproduced: {exact} of {exact} exact checks agree"

@@ -294,7 +294,7 @@ def _read(spec: WorkloadSpec, encode: Encode, note: Note) -> tuple[Outline, Arri
         time_unit=spec.trace_time_unit,
     )
     size = len(trace.output_tokens)
-    requests = f"{size:,} request{'s' * (size != 1)}"
+    requests = "1 request" if size == 1 else f"{size:,} requests"
     skipped = []
     for kind, rows in invalid.items():
         more = counts[kind] - len(rows)

@@ -313,9 +313,9 @@ def test_a_loss_of_twelve_percent_from_four_runs_is_called_and_from_one_is_not()
     gate = gate_of(runs_of(1, 1), runs_of(1, 2, **slow), **asked)
     told = found(gate, "continuous.output_throughput")
     assert (told.verdict, told.fails) == (Verdict.UNKNOWN, False)
-    assert told.why == "is too uncertain from 1 run a side"
+    assert told.why == "is too uncertain from 1 run per side"
     assert told.needed is not None
-    assert re.fullmatch(r"\d+ runs a side", told.needed)
+    assert re.fullmatch(r"\d+ runs per side", told.needed)
     assert gate.answer is Answer.UNKNOWN
     assert told.needed in gate.sentence
 

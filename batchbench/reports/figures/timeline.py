@@ -250,7 +250,7 @@ def _entries(strategies: Sequence[card.Strategy], scale: Scale) -> list[card.Ent
         if len(chosen):
             name = word if len(chosen) < len(lengths) else "request"
             low, high = int(chosen.min()), int(chosen.max())
-            label = f"{name} ({span(low, high)} token{'s' * (high > 1)})"
+            label = f"{name} ({span(low, high)} {'token' if high == 1 else 'tokens'})"
             entries.append(card.make_entry(label, strategies, tint))
     entries.append(card.make_entry("prompt, up to the first token", strategies, -0.55))
     if any((s.typical.requests.released > s.typical.requests.last + 1).any() for s in strategies):

@@ -18,6 +18,7 @@ from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.reports.result_file import load_data
 from batchbench.reports.statistics import FEWEST, POWER, Decision, Rule, Verdict, compare_means
+from batchbench.reports.text import plural
 from batchbench.settings import option_name
 from batchbench.studies.gate.counts import (
     OUTPUTS,
@@ -413,7 +414,7 @@ def _compare(query: MetricQuery, base: Runs, new: Runs, rule: Rule) -> Evidence:
     if not query.gated:
         return judge(query, then, now, decision)
     few = min(len(base.valid), len(new.valid))
-    uncertain = f"is too uncertain from {few} run{'s' * (few > 1)} a side"
+    uncertain = f"is too uncertain from {plural(few, 'run')} per side"
     return judge(query, then, now, decision, uncertain, _needed(then, now, decision, rule))
 
 
