@@ -428,7 +428,7 @@ def _exact(base: Sample, new: Sample, rule: Rule) -> Decision:
 def _needed(base: Sample, new: Sample, decision: Decision, rule: Rule) -> str | None:
     """Return the trials that would do, or the runs if no number of trials of one run would."""
     if base.of_runs and new.of_runs:
-        return None if decision.needed is None else f"{decision.needed:,} runs a side"
+        return None if decision.needed is None else f"{decision.needed:,} runs per side"
     if decision.needed is not None and decision.needed <= 100:
         return f"{decision.needed} trials a side"
     change = abs(decision.estimate or 0.0)
@@ -442,7 +442,7 @@ def _needed(base: Sample, new: Sample, decision: Decision, rule: Rule) -> str | 
 
     runs = range(FEWEST, _MOST_RUNS + 1)
     index = bisect.bisect_left(runs, True, key=would_do)
-    return None if index == len(runs) else f"{runs[index]:,} runs a side"
+    return None if index == len(runs) else f"{runs[index]:,} runs per side"
 
 
 def _without_verdict(
