@@ -43,9 +43,9 @@ def run(*, watch: Watch | None = None, **options: Any) -> Result:
 
     Args:
         watch: receives the progress; without one nothing is shown.
-        options: those of ``batchbench run``, with underscores. Files are texts or paths; several
-            strategies or limits are a list. ``preset`` and ``workload`` (a TOML file) hold
-            settings that the other options replace.
+        options: those of ``batchbench run``, with underscores. Give files as strings or paths,
+            and several strategies or limits as a list. ``preset`` and ``workload`` (a TOML file)
+            have settings that the other options replace.
 
     Raises:
         TypeError: there is no such option; the message names the nearest.

@@ -225,7 +225,7 @@ class Experiment:
         simulated: bool = False,
         cost: KnownCost | None = None,
     ) -> Experiment:
-        """Return the experiment of a preset, with each layer's settings over those before it.
+        """Return the experiment of a preset; each layer's settings replace those before it.
 
         A layer maps names of fields, of any spec, to values:
         ``Experiment.of({"batch_size": 32}, preset="chat")``.

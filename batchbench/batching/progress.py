@@ -57,7 +57,7 @@ class Watch:
         """Receive the progress after some steps."""
 
     def idles(self, progress: Progress) -> None:
-        """Receive that nothing can be computed before ``progress.idle_until_ns``."""
+        """Receive notice that nothing can be computed before ``progress.idle_until_ns``."""
 
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
         """Receive the end of a trial."""

@@ -67,8 +67,8 @@ def run_experiment(
 ) -> Outcome:
     """Run an experiment: warm-up, trials in alternating order, verification.
 
-    Ctrl-C and ``--max-time`` keep the rounds that are finished. Experiments that share ``models``
-    load a model once.
+    After Ctrl-C or ``--max-time``, the outcome has the rounds that are finished. Experiments that
+    share ``models`` load a model once.
 
     Raises:
         UsageError: the experiment cannot be run here.
