@@ -27,6 +27,7 @@ from batchbench.reports.latency import (
     describe_step,
     e2el_ms,
     gaps_ms,
+    median_step_ms,
     queue_ms,
     stalls,
     tpot_ms,
@@ -287,6 +288,21 @@ def test_without_steps_every_request_is_complete() -> None:
     assert gaps_ms(recording).count == 1
     assert gaps_ms(recording).mean() == close(30 * NS)
     assert stalls([recording]) == []
+
+
+def test_without_steps_a_typical_gap_stands_for_a_step() -> None:
+    header = Header("remote", 0, 2, False, {})
+    workload = Workload.of("two", [[1], [2]], [3, 2])
+    ends = [[10, 40, 140], [20, 60]]  # gaps of 30, 100 and 40 ns
+    trial = Recording.of_tokens(
+        header, workload, [[5, 6, 7], [8, 9]], ends, [0, 0], np.array([0, 0])
+    )
+    assert median_step_ms(trial) == close(40 * NS)
+    workload = Workload.of("three", [[1]] * 3, [1] * 3)
+    trial = Recording.of_tokens(
+        header, workload, [[5], [6], [7]], [[10], [20], [90]], [0] * 3, np.array([0] * 3)
+    )
+    assert median_step_ms(trial) == close(20 * NS)  # no gaps: a typical TTFT
 
 
 def stall(**changed: object) -> dict[str, Any]:
