@@ -340,7 +340,7 @@ def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
 def check_file(file: Path, option: str) -> None:
     """Check that the file of an option can be written."""
     if os.path.exists(file) and not os.path.isfile(file):  # Path.exists fails on a long name
-        what = "is a directory" if file.is_dir() else "is no file"
+        what = "is a directory" if file.is_dir() else "is not a file"
         raise UsageError(f"{option} {file}: {what}; give a file, such as report.html")
     check_place(file, f"{option} {file}")
 
@@ -408,7 +408,7 @@ class _Source(io.RawIOBase):
             if first:
                 return first
             if time.monotonic() >= until:
-                raise UsageError(f"{self._where}: is a pipe to which nobody writes; give a file")
+                raise UsageError(f"{self._where}: is a pipe that no process writes to; give a file")
             time.sleep(0.01)
 
     def readable(self) -> bool:

@@ -108,7 +108,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"it names {max(counts, key=counts.__getitem__)[:40]!r} twice")
+        raise ValueError(f"it has the key {max(counts, key=counts.__getitem__)[:40]!r} twice")
     return content
 
 

@@ -42,7 +42,9 @@ class Estimate:
         counts = ", ".join(f"{name} {about}{n:,}" for name, n in self.steps.items())
         lines = [f"steps   {counts or 'no'} forward passes per trial; {self.trials} trials each"]
         if self.uncounted:
-            lines[0] += f"; {', '.join(self.uncounted)} schedules by itself and is not counted"
+            lines[0] += (
+                f"; {', '.join(self.uncounted)} schedules by itself, so its steps are not counted"
+            )
         if self.weight_bytes is not None and self.kv_cache_bytes is not None:
             lines.append(
                 f"memory  {_mib(self.weight_bytes)} of weights and {_mib(self.kv_cache_bytes)} of "

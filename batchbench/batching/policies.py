@@ -106,7 +106,7 @@ class Static:
 class _Sorted(Static):
     """Cuts the sorted queue into batches and serves the one with the oldest request.
 
-    The requests of a batch are thus similar, and no request waits for ever.
+    The requests of a batch are thus similar, and no request waits forever.
     """
 
     def _batch(self, view: View) -> Sequence[Request]:

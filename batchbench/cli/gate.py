@@ -57,7 +57,7 @@ class GateOutputSpec:
     verbose: bool = setting(
         False, "Also show metrics that did not change and are not gated.", "Output"
     )
-    json: bool = setting(False, "Print all findings as JSON, and nothing else.", "Output")
+    json: bool = setting(False, "Print only the findings, as JSON.", "Output")
     markdown: Path | None = setting(
         None,
         "Write the report as Markdown, for a pull request; - is standard output.",
@@ -76,7 +76,7 @@ class GateOutputSpec:
         metavar="WHEN",
     )
     quiet: bool = setting(
-        False, "Show no progress, and only the first sentence of the report.", "Output"
+        False, "Print only the first sentence of the report; no progress.", "Output"
     )
 
     def __post_init__(self) -> None:
@@ -221,7 +221,7 @@ class BaseSpec:
     )
     base_ref: str | None = setting(
         None,
-        "Commit, branch or tag of batchbench's git repository; its package is kept in a cache.",
+        "Commit, branch or tag of batchbench's git repository; its package is cached.",
         "Base",
         metavar="REV",
     )
@@ -326,10 +326,10 @@ CHECK_HELP = """Check this version against a saved baseline: counts and outputs 
 speed by ratios.
 
 It runs the baseline's experiment in fresh processes. Each process alternates
-with reference runs (static batching, and the notebook engine), so that
-machine speed cancels out of the ratios. Absolute times are reported, not
-gated. The check stops as soon as the answer is clear. Exit code 1: this
-version is slower, or counts or outputs differ.
+the last strategy with reference runs (static batching, and the notebook
+engine), so that machine speed cancels out of the ratios. Absolute times are
+reported, not gated. The check stops as soon as the answer is clear. Exit code
+1: this version is slower, or counts or outputs differ.
 
 Example: batchbench check --baseline baseline.json"""
 
@@ -423,13 +423,13 @@ def show(
 COMPARE_HELP = """Compare two versions by their results, and say which differences are real.
 
 Counts of closed workloads and output tokens are compared exactly, and any
-change fails. Then speed-ups within a run, which do not depend on the
-machine's speed. Absolute times are compared only if the environments match,
-and fail only if --fail-if asks for it. Give folders with four or more runs a
-side, each of a process of its own: they show much smaller changes than one
-run does.
+change fails. Speed-ups within a run are compared next; they do not depend on
+the machine's speed. Absolute times are compared only if the environments
+match, and fail only if --fail-if asks for it. To detect much smaller changes
+than one run can, give folders with four or more runs per side, each made by
+its own process.
 
-Exit code 0: nothing is worse, or 'cannot tell' (with --strict that is 3); 1:
+Exit code 0: nothing is worse, or 'cannot tell' (3 with --strict); 1:
 something is worse, or counts or outputs changed; 2: the two cannot be
 compared.
 

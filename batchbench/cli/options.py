@@ -97,7 +97,7 @@ class ReportSpec:
 
     format: str | None = setting(
         None,
-        "terminal: tables, printed here; html: one self-contained page; markdown: for a pull "
+        "terminal: tables on standard output; html: one self-contained page; markdown: for a pull "
         "request; json: result.json. JSON for dashboards: github-bigger and github-smaller for "
         "github-action-benchmark, bencher for bencher.dev, pytest-benchmark.",
         "Output",
@@ -110,7 +110,8 @@ class ReportSpec:
         "File for the report; - prints it on standard output.",
         "Output",
         metavar="FILE",
-        default_text="report.html, report.md, bencher.json, … in RESULT, or here for several",
+        default_text="report.html, report.md, bencher.json, … in RESULT, or in the current folder "
+        "for several results",
     )
     trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
     json: bool = setting(False, "Print only result.json.", "Output")

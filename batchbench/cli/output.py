@@ -108,7 +108,7 @@ class _Output(io.TextIOWrapper):
     def _failure(self, error: OSError) -> BatchbenchError:
         _silence(self.fileno())
         if isinstance(error, BrokenPipeError):
-            return ClosedPipe("nobody reads standard output any more")
+            return ClosedPipe("the reader of standard output has gone")
         if error.errno == errno.EBADF:
             return OutputError("standard output is closed")
         return OutputError(f"standard output cannot be written: {reason_of(error)}")

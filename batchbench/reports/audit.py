@@ -36,9 +36,9 @@ class Reason(StrEnum):
     WARM_UP = (
         "warm-up had not settled: the median step still changed by {change} after {rounds} rounds"
     )
-    NOT_SERVED = "the log breaks a law: every request was served once"
-    NOT_CONSERVED = "the log breaks a law: tokens are conserved"
-    NOT_ADDING_UP = "the log breaks a law: slot-steps add up"
+    NOT_SERVED = "the log is wrong: not every request was served exactly once"
+    NOT_CONSERVED = "the log is wrong: tokens are not conserved"
+    NOT_ADDING_UP = "the log is wrong: slot-steps do not add up"
     LITTLE = "Little's law is off by {error}"
     PASSES = "the model computed {computed:,} passes for {steps:,} steps"
     COUNTERS = "counters differ between trials of a closed workload"

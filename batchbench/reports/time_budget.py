@@ -166,10 +166,10 @@ NAMES = {
 """Labels of the parts."""
 
 SAVED_BY = {
-    "useful_decode_s": "by cheaper steps for the same tokens",
+    "useful_decode_s": "by faster steps for the same tokens",
     "finished_s": "by freeing slots when requests finish",
     "empty_s": "by filling empty slots",
-    "prefill_useful_s": "by cheaper prefill",
+    "prefill_useful_s": "by faster prefill",
     "prefill_padding_s": "by less prefill padding",
     "stalled_s": "by fewer stalls during prefill",
     "waiting_s": "by less waiting for requests",
@@ -179,10 +179,10 @@ SAVED_BY = {
 """Words after "1.2 s saved" for each part."""
 
 LOST_TO = {
-    "useful_decode_s": "to dearer steps for the same tokens",
+    "useful_decode_s": "to slower steps for the same tokens",
     "finished_s": "to slots held by finished requests",
     "empty_s": "to empty slots",
-    "prefill_useful_s": "to dearer prefill",
+    "prefill_useful_s": "to slower prefill",
     "prefill_padding_s": "to prefill padding",
     "stalled_s": "to stalls during prefill",
     "waiting_s": "to waiting for requests",

@@ -271,7 +271,7 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Reproduction:
     if checks[0].verdict == Verdict.DIFFERS and (files := named_files(session.experiment)):
         options = ", ".join(map(settings.option_name, sorted(files)))
         raise UsageError(
-            "the result cannot be run here: the workload differs, so a file of it "
+            "the result cannot be run here: the workload differs, so a file that it uses "
             f"({options}) has changed; restore it"
         )
     if any(check.verdict == Verdict.DIFFERS for check in checks):

@@ -107,7 +107,8 @@ class WorkloadSpec:
     )
     stop_at_eos: bool = setting(
         False,
-        "End a request when the model does; the number of steps then depends on the model.",
+        "End a request at the model's end-of-sequence token; the number of steps then depends on "
+        "the model.",
         _PANEL,
     )
     seed: int = setting(
@@ -150,7 +151,7 @@ class WorkloadSpec:
     )
     trace: Path | None = setting(
         None,
-        "Replay a trace: ShareGPT, Azure, BurstGPT, Mooncake, or a file of workload save.",
+        "Replay a trace: ShareGPT, Azure, BurstGPT, Mooncake, or a file that workload save wrote.",
         _TRACE,
         metavar="FILE",
         excludes=_CLASSIC,
@@ -161,7 +162,7 @@ class WorkloadSpec:
         _TRACE,
         choices=TRACE_FORMATS,
         metavar="FORMAT",
-        default_text="found by its content",
+        default_text="detected from its content",
     )
     trace_block_size: int | None = setting(
         None,

@@ -257,7 +257,7 @@ def test_what_needs_its_steps_beforehand_is_refused_or_says_so(checkpoint: Path)
         conduct(experiment(checkpoint, "generate_batch", simulated=True))
     asked = experiment(checkpoint, "static,generate_batch")
     assert (
-        "generate_batch schedules by itself and is not counted"
+        "generate_batch schedules by itself, so its steps are not counted"
         in estimate(asked, Watch()).lines()[0]
     )
 

@@ -621,7 +621,7 @@ def test_a_policy_that_would_wait_for_ever_is_answered(program: Program, here: P
     (here / "stubborn.py").write_text(OWN.replace("view.waiting[: view.free]", "()"))
     said = program("simulate", "--strategy", "stubborn:Own")
     assert said.code == 2
-    assert "it would wait for ever" in said.error
+    assert "it would wait forever" in said.error
     assert found_in(here / "batchbench-results") == []
 
 

@@ -313,9 +313,9 @@ def test_a_loss_of_twelve_percent_from_four_runs_is_called_and_from_one_is_not()
     gate = gate_of(runs_of(1, 1), runs_of(1, 2, **slow), **asked)
     told = found(gate, "continuous.output_throughput")
     assert (told.verdict, told.fails) == (Verdict.UNKNOWN, False)
-    assert told.why == "is too uncertain from 1 run a side"
+    assert told.why == "is too uncertain from 1 run per side"
     assert told.needed is not None
-    assert re.fullmatch(r"\d+ runs a side", told.needed)
+    assert re.fullmatch(r"\d+ runs per side", told.needed)
     assert gate.answer is Answer.UNKNOWN
     assert told.needed in gate.sentence
 
@@ -690,7 +690,7 @@ SPOILED: dict[str, tuple[Callable[[Any], str], str]] = {
     ),
     "workload": (
         inside("workload", "digest", value="0" * 64),
-        "new: has another workload than base: prompts, lengths or arrival times differ; run both",
+        "new: has a different workload from base: prompts, lengths or arrival times differ; run",
     ),
     "model": (
         inside("model", "name", value="distilgpt2"),
@@ -728,7 +728,7 @@ def test_where_there_is_no_result_it_says_what_to_give(program: Program, tmp_pat
     for path, message in {
         "nothing": "nothing: holds no result.json, nor do the folders in it; give a folder that",
         "nowhere": "nowhere: no such folder",
-        "notes.txt": "notes.txt: is no result.json",
+        "notes.txt": "notes.txt: is not a result.json",
         "base/other.json": "base/other.json: no such",
         "x" * 5000: "cannot be read: file name too long",
     }.items():
@@ -746,7 +746,7 @@ def test_other_weights_are_another_model_and_the_same_in_another_format_are_not(
     put(tmp_path / "new", with_facts(data, "model", weights_digest="b" * 64))
     code, _, err = program("compare", "base", "new")
     assert code == 2
-    assert "new: has other weights than base (gpt2, bbbbbbbbbbbb and aaaaaaaaaaaa)" in err
+    assert "new: has different weights from base (gpt2, bbbbbbbbbbbb and aaaaaaaaaaaa)" in err
     put(tmp_path / "new", with_facts(data, "model", weights_digest="b" * 64, dtype="bfloat16"))
     assert program("compare", "base", "new", "--quiet")[0] == 0
 

@@ -170,7 +170,7 @@ def test_a_loss_that_only_one_run_has_is_no_failure() -> None:
 def test_noise_cannot_be_told_and_says_what_would_do() -> None:
     _, gate, source = found_of(scattered(0.0, 0.10), DuetSpec(max_time=200))
     assert gate.answer is Answer.UNKNOWN
-    assert "min would do" in gate.sentence
+    assert "min would probably be enough" in gate.sentence
     assert gate.exit_code(strict=False) == 0
     assert gate.exit_code(strict=True) == 3
     assert source.seconds <= 200

@@ -303,7 +303,7 @@ def test_a_wrong_line_is_named_with_what_is_wrong(
 ELEMENTS: Sequence[tuple[str, str]] = [
     ("7", "is 7: must be a JSON object"),
     ('{"id": "x"}', "has no list of conversations"),
-    ('{"conversations": []}', "has no turn of a human with an answer of gpt behind it"),
+    ('{"conversations": []}', "has no turn of a human that is followed by an answer of gpt"),
     ('{"conversations": [{"from": "human", "value": "a"}]}', "has no turn of a human with"),
     ('{"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "a"}]}', "no"),
     ('{"conversations": [7]}', "a turn is 7: must be an object"),

@@ -232,7 +232,7 @@ def _useful_share(times: TimeBudget) -> float:
 def _name(part: str, saved: float) -> str:
     if part != "useful_decode_s":
         return NAMES[part]
-    return "cheaper decode steps" if saved >= 0 else "dearer decode steps"
+    return "faster decode steps" if saved >= 0 else "slower decode steps"
 
 
 def _headline(budgets: Sequence[Budget]) -> str:

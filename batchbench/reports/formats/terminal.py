@@ -109,7 +109,7 @@ def _other_candidates(result: Result) -> str:
         if ratio is not None and best != last["baseline"]:
             speed = times(ratio.median)
             text = f", and {'' if speed == '1.00×' else f'{speed} '}as fast as {best}"
-            text += ", the best static form"
+            text += ", the fastest form of static batching"
     listed = ", ".join(f"{c['candidate']} {times(c['speedup']['median'])}" for c in others)
     return f"{text}; the others over {last['baseline']}: {listed}"
 

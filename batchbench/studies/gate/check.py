@@ -141,7 +141,7 @@ def _measure(
         if count == 2 and counts_fail(
             base.counts[0], new.counts[0], allow_improvement=spec.allow_improvement
         ):
-            return decided  # ratios would answer another question
+            return decided  # ratios of different work cannot be compared
         progress = session.processes[-1].speedups
         if last or (count >= FIRST_LOOK and (count - FIRST_LOOK) % NEXT_LOOK == 0):
             looks += 1
@@ -170,8 +170,8 @@ def _check_same_question(file: Path, data: Mapping[str, Any], report: ProcessRep
     ):
         if saved != now:
             raise UsageError(
-                f"{file}: the same settings give another {what} here, so there is nothing to "
-                "compare; make a new baseline with batchbench baseline save"
+                f"{file}: the same settings give a different {what} here, so nothing can be "
+                "compared; make a new baseline with batchbench baseline save"
             )
 
 
@@ -202,7 +202,7 @@ def _ratios(
             Sample([process.ratios[name] for process in processes])
             for processes in (baseline.processes, session.processes)
         )
-        needed = f"{decision.needed} processes a side" if decision.needed else None
+        needed = f"{decision.needed} processes per side" if decision.needed else None
         yield judge(queries[name], base, new, decision, why, needed)
 
 

@@ -108,7 +108,9 @@ def load_runs(path: Path) -> Runs:
 
 def _files(path: Path) -> list[Path]:
     if path.is_file() and path.suffix != ".json":
-        raise UsageError(f"{path}: is no result.json; give that file, or the folder that holds it")
+        raise UsageError(
+            f"{path}: is not a result.json; give that file, or the folder that holds it"
+        )
     if not path.is_dir() or (path / "result.json").exists():
         return [path]
     if folders := sorted(file.parent for file in path.glob("*/result.json")):
@@ -167,11 +169,11 @@ def _check_same_question(base: Run, new: Run) -> None:
         simulated, measured = (base, new) if then["simulated"] else (new, base)
         raise UsageError(
             f"{simulated.label}: is a simulation, and {measured.label} was measured; compare two "
-            "of a kind"
+            "simulations or two measurements"
         )
     if then["workload"]["digest"] != now["workload"]["digest"]:
         raise UsageError(
-            f"{new.label}: has another workload than {base.label}: "
+            f"{new.label}: has a different workload from {base.label}: "
             f"{_spell_workloads(then['config'], now['config'])}; run both with the same workload "
             "options"
         )
@@ -212,7 +214,7 @@ def _check_model(base: Run, new: Run) -> None:
     # In another number format the same weights have another digest.
     if then["dtype"] == now["dtype"] and None not in digests and digests[0] != digests[1]:
         raise UsageError(
-            f"{new.label}: has other weights than {base.label} ({now['name']}, "
+            f"{new.label}: has different weights from {base.label} ({now['name']}, "
             f"{digests[1][:12]} and {digests[0][:12]}); run both with the same --model, "
             "--load-format and --seed"
         )
@@ -413,7 +415,7 @@ def _compare(query: MetricQuery, base: Runs, new: Runs, rule: Rule) -> Evidence:
     if not query.gated:
         return judge(query, then, now, decision)
     few = min(len(base.valid), len(new.valid))
-    uncertain = f"is too uncertain from {few} run{'s' * (few > 1)} a side"
+    uncertain = f"is too uncertain from {few} run{'s' * (few > 1)} per side"
     return judge(query, then, now, decision, uncertain, _needed(then, now, decision, rule))
 
 
@@ -427,9 +429,9 @@ def _exact(base: Sample, new: Sample, rule: Rule) -> Decision:
 def _needed(base: Sample, new: Sample, decision: Decision, rule: Rule) -> str | None:
     """Return the trials that would do, or the runs if no number of trials of one run would."""
     if base.of_runs and new.of_runs:
-        return None if decision.needed is None else f"{decision.needed:,} runs a side"
+        return None if decision.needed is None else f"{decision.needed:,} runs per side"
     if decision.needed is not None and decision.needed <= 100:
-        return f"{decision.needed} trials a side"
+        return f"{decision.needed} trials per side"
     change = abs(decision.estimate or 0.0)
     distance = max(change - rule.floor, rule.margin - change)
     variance = base.variance + new.variance
@@ -441,7 +443,7 @@ def _needed(base: Sample, new: Sample, decision: Decision, rule: Rule) -> str | 
 
     runs = range(FEWEST, _MOST_RUNS + 1)
     index = bisect.bisect_left(runs, True, key=would_do)
-    return None if index == len(runs) else f"{runs[index]:,} runs a side"
+    return None if index == len(runs) else f"{runs[index]:,} runs per side"
 
 
 def _without_verdict(
@@ -458,7 +460,7 @@ def _refused(query: MetricQuery, base: Runs, new: Runs, unlike: Sequence[Differe
     """Return values from environments that do not match; a change of times would mislead."""
     why = f"was not compared: the environments differ in {', '.join(d.name for d in unlike)}"
     if query.metric.is_ratio:
-        why += "; --allow-environment-mismatch compares it all the same"
+        why += "; --allow-environment-mismatch compares it anyway"
     samples = _sample(query, base.runs), _sample(query, new.runs)
     evidence = _without_verdict(replace(query, gated=False), *samples, why)
     return evidence if query.metric.is_ratio else replace(evidence, change=None)
@@ -511,7 +513,7 @@ def _notes(
             )
     if unlike:
         ratios = (
-            "Speed-ups are gated all the same, as requested."
+            "Speed-ups are gated anyway, as requested."
             if spec.allow_environment_mismatch
             else "Speed-ups are not gated either; --allow-environment-mismatch gates them."
         )
@@ -534,7 +536,11 @@ def _warnings(speeds: Sequence[Evidence], *, simulated: bool) -> Iterator[str]:
     if not lost:
         return
     more = f", and {len(lost) - 3} more" if len(lost) > 3 else ""
-    why = "" if simulated else "Times of two sessions also differ by other load on the machine. "
+    why = (
+        ""
+        if simulated
+        else "Times of two sessions also differ because of other load on the machine. "
+    )
     yield (
         f"Warning: {'; '.join(map(describe, lost[:3]))}{more}. {why}Times are gated only by "
         "--fail-if."

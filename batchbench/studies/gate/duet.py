@@ -239,7 +239,7 @@ def run_duet(
     for count in _run_pairs(first, source, watch, clock, until):
         counts = (report.counts for report in first.reports[-1])
         if count == 2 and counts_fail(*counts, allow_improvement=spec.allow_improvement):
-            break  # a comparison of times would answer another question
+            break  # times of different work cannot be compared
         if not looked and clock() - began > FIRST_SHARE * spec.max_time:
             looked = True  # once only, because the error of this look is spent
             if is_slower_at_last(first):
@@ -379,7 +379,7 @@ def hung(late: OutOfTimeError | None, longest_s: float, what: str) -> str | None
 
 
 CUT_OFF_NOTE = "the last {} was not finished when --max-time was up, and does not count"
-CHANGED_NOTE = "counts or outputs differ, so times would answer another question: not compared"
+CHANGED_NOTE = "counts or outputs differ, so times are of different work and were not compared"
 
 
 def _varied(result: DuetResult) -> str | None:
@@ -426,7 +426,7 @@ def _time(result: DuetResult, strategy: str) -> Evidence:
 def _notes(result: DuetResult, work: Sequence[Evidence]) -> Iterator[str]:
     reports, series = result.first.reports[0], result.first
     if reports[0].hello["file"] == reports[1].hello["file"]:
-        yield "both sides are the same files: this tests the method, and compares nothing"
+        yield "both sides run the same files, so this tests only the method"
     if any(evidence.fails for evidence in work):
         yield CHANGED_NOTE
         return

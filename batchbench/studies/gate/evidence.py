@@ -161,11 +161,11 @@ class Gate:
 
     def _reasons(self) -> list[str]:
         if not any(evidence.gated for evidence in self.evidence):
-            return ["nothing was gated, so nothing was shown"]
+            return ["no metric was gated, so nothing could be shown"]
         return [
             f"{evidence.name} {evidence.why or 'is too uncertain'}"
             + (f" ({spell_interval(evidence)})" if evidence.low is not None else "")
-            + (f"; {evidence.needed} would do" if evidence.needed else "")
+            + (f"; {evidence.needed} would probably be enough" if evidence.needed else "")
             for evidence in self.undecided[:3]
         ]
 

@@ -183,8 +183,8 @@ class Workers:
             ) from error
         if hello.get("protocol") != PROTOCOL:
             raise UsageError(
-                f"{python}: its batchbench {hello.get('version')} uses another protocol than this "
-                "one; compare versions that are closer to each other"
+                f"{python}: its batchbench {hello.get('version')} uses a different protocol; "
+                "compare versions that are closer to each other"
             )
         if not hello["forks"]:
             self._left = 0
@@ -233,7 +233,7 @@ class Workers:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise BatchbenchError(f"{label}: the answer is no JSON object: {line[:80]!r}")
+            raise BatchbenchError(f"{label}: the answer is not a JSON object: {line[:80]!r}")
         if "error" in answer:
             message = f"{label}: {answer['error']}"
             raise UsageError(message) if answer["usage"] else BatchbenchError(message)

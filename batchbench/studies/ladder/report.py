@@ -369,7 +369,7 @@ def sentence(result: LadderResult) -> str:
     if wrong:
         parts.append(f"WRONG tokens on {', '.join(wrong)}: {_first_fault(result)}")
     elif all(rung["verification"]["requests_checked"] for rung in rungs):
-        parts.append("no wrong token on any rung")
+        parts.append("no wrong tokens on any rung")
     else:
         parts.append("tokens not verified")
     validity = result.data["validity"]

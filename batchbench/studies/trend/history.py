@@ -95,8 +95,7 @@ class TrendSpec:
     )
     accept: str | None = setting(
         None,
-        "Commit (its first letters) up to which all changes are accepted: they are shown and do "
-        "not fail.",
+        "Accept all changes up to this commit (its first letters): they are shown but do not fail.",
         "Gate",
         metavar="COMMIT",
         default_text="none",
@@ -110,8 +109,8 @@ class TrendSpec:
     markdown: Path | None = setting(
         None, "File for a table for a pull request; - is standard output.", "Output", metavar="FILE"
     )
-    json: bool = setting(False, "Print trend.json on standard output, and nothing else.", "Output")
-    quiet: bool = setting(False, "Show only the sentence.", "Output")
+    json: bool = setting(False, "Print only trend.json.", "Output")
+    quiet: bool = setting(False, "Print only a one-line summary.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -287,9 +286,9 @@ def read_entry(file: Path, metrics: Sequence[str]) -> Entry:
     try:
         return _entry(file, data, metrics)
     except KeyError as error:
-        raise UsageError(f"{file}: is not a whole result: {error} is missing") from error
+        raise UsageError(f"{file}: is not a complete result: {error} is missing") from error
     except (TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UsageError(f"{file}: is not a whole result: {error}") from error
+        raise UsageError(f"{file}: is not a complete result: {error}") from error
 
 
 def _entry(file: Path, data: Mapping[str, Any], metrics: Sequence[str]) -> Entry:
@@ -363,7 +362,7 @@ def _is_positive(value: Any) -> bool:
     if value is None:
         return False
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no number")
+        raise ValueError(f"{value!r} is not a number")
     return value > 0
 
 
@@ -374,7 +373,7 @@ def _work(data: Mapping[str, Any]) -> Iterator[tuple[Key, int | str]]:
     for name, strategy in data["strategies"].items():
         for counter, count in (strategy["counters"] or {}).items():
             if isinstance(count, bool) or not isinstance(count, int):
-                raise ValueError(f"{counter}: {count!r} is no count")
+                raise ValueError(f"{counter}: {count!r} is not a count")
             yield (counter, name), count
         if strategy["output_digest"] and data["model"]["dtype"] == "float32":
             yield (OUTPUTS, name), str(strategy["output_digest"])[:12]

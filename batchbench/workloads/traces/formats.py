@@ -239,7 +239,7 @@ def _conversation(data: dict[str, Any], encode: Encode, dialect: Dialect) -> Row
         else:
             others += 1
     if answer is None:
-        raise InvalidError("has no turn of a human with an answer of gpt behind it")
+        raise InvalidError("has no turn of a human that is followed by an answer of gpt")
     ids, output_ids = _ids_of("the question", "\n".join(questions), encode), None
     if ids:
         output_ids = _ids_of("the answer", answer, encode)

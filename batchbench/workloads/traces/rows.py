@@ -241,11 +241,9 @@ class _Parser:
         except json.JSONDecodeError:
             raise
         except RecursionError as error:
-            raise InvalidError("is not JSON that can be read: it is nested too deep") from error
+            raise InvalidError("is not readable JSON: it is nested too deep") from error
         except ValueError as error:  # int() takes at most 4,300 digits
-            raise InvalidError(
-                "is not JSON that can be read: a number has too many digits"
-            ) from error
+            raise InvalidError("is not readable JSON: a number has too many digits") from error
 
 
 def _check_size(text: str, at: int) -> None:
@@ -254,7 +252,7 @@ def _check_size(text: str, at: int) -> None:
         return
     costs = {",": 40, "[": 100, "{": 300, '"': 32}  # bytes of Python objects for each
     if sum(text.count(sign, at) * cost for sign, cost in costs.items()) > _MOST_BYTES:
-        raise InvalidError("is too large: it holds too many values")
+        raise InvalidError("is too large: it has too many values")
 
 
 class _Text:

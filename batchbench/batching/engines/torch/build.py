@@ -201,7 +201,7 @@ def _slots_engine(
             return SlotsEngine(model, slots, max_len, forward)
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UsageError(
-            f"--execution {execution}: {model.source.name} cannot be computed so on "
+            f"--execution {execution}: {model.source.name} cannot be run this way on "
             f"{model.device} ({why}); use --execution eager"
         ) from error
 
