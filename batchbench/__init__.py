@@ -1,10 +1,10 @@
-"""How much does continuous batching buy over static batching, on your hardware and workload?
+"""Measure how much continuous batching gains over static batching on your hardware.
 
     import batchbench
     r = batchbench.run(batch_size=8, queue_size=32)
     r.summary, r.requests, r.plot.timeline()
 
-Names are imported on first use, so that ``import batchbench`` costs nothing.
+Names are imported on first use, so that ``import batchbench`` is fast.
 """
 
 from importlib import import_module

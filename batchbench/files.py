@@ -1,4 +1,4 @@
-"""Files that users name: opened, checked, and written whole or not at all.
+"""Open, check and write files that users name; each is written whole or not at all.
 
 Content is written to a hidden path beside its target and moved there in one step, together with
 parent folders that are missing. A process that ends at any moment, by Ctrl-C, SIGKILL or a full
@@ -66,7 +66,7 @@ def reason_of(error: OSError | ValueError) -> str:
 def undisturbed() -> Iterator[None]:
     """Hold back signals that ask the program to stop, and deliver the first at the end.
 
-    Python runs signal handlers in the main thread alone; in other threads this does nothing.
+    Python runs signal handlers only in the main thread; in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -351,7 +351,7 @@ def check_file(file: Path, option: str) -> None:
 def open_binary(file: Path, where: str, limit: int | None = None) -> BinaryIO:
     """Open a file or pipe for reading bytes; skip a byte-order mark at its beginning.
 
-    Reads raise UsageError, too; also if there are more than ``limit`` bytes.
+    Reading raises UsageError too, for example beyond ``limit`` bytes.
     """
     try:
         # Non-blocking, since opening a pipe would wait for its writer.

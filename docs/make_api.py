@@ -19,8 +19,8 @@ PAGE = Path(__file__).with_name("api.md")
 CHAPTERS = {
     "Run and read": ("run", "simulate", "load", "Result"),
     "Pictures": (),
-    "What is asked": ("Experiment", "WorkloadSpec", "ModelSpec", "ServingSpec", "TrialsSpec"),
-    "Beneath": ("conduct", "Outcome", "Recording", "Watch", "Workload", "Request"),
+    "Options": ("Experiment", "WorkloadSpec", "ModelSpec", "ServingSpec", "TrialsSpec"),
+    "Lower level": ("conduct", "Outcome", "Recording", "Watch", "Workload", "Request"),
     "Policies": ("Policy", "View"),
     "Errors": ("BatchbenchError", "UsageError"),
 }
@@ -31,8 +31,8 @@ def page() -> str:
     lines = [
         "# API",
         "",
-        "Made from the docstrings by `python docs/make_api.py`; how to use it is told in",
-        "[From Python](python.md).",
+        "Made from the docstrings by `python docs/make_api.py`. [From Python](python.md) shows how to",
+        "use it.",
     ]
     for title, names in CHAPTERS.items():
         lines += ["", f"## {title}"]

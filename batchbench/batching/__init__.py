@@ -1,1 +1,1 @@
-"""How it is served: scheduler, policies, engines, recording, experiment, verification."""
+"""Serving: scheduler, policies, engines, recording, experiment, verification."""

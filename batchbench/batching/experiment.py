@@ -136,7 +136,7 @@ class ServingSpec:
 
     @property
     def token_budget(self) -> int:
-        """Most tokens of one pass with mixed prefill."""
+        """Maximum number of tokens in one pass with mixed prefill."""
         return self.max_batched_tokens or budget_of(self.batch_size)
 
     @property

@@ -456,7 +456,7 @@ def counters_for(
 
 
 _MOST_WATTS = 1000.0
-"""Most power that a package draws for long; it limits the time between two readings."""
+"""Highest sustained power of a package; it limits the time between two readings."""
 
 
 class EnergyMeter:

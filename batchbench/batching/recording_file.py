@@ -44,7 +44,7 @@ Version 2 can be read too; in it a request starts at the step at which it is adm
 Column = NDArray[Any]
 
 MOST_MEMBERS = 64
-"""Most members of an archive; a recording has at most 30."""
+"""Maximum number of members in an archive; a recording has at most 30."""
 
 MOST_HEADER_BYTES = 2**20
 """Largest size of a header; batchbench writes 1 to 2 KB."""
@@ -262,13 +262,13 @@ MOST_SLOTS = 2**20
 """The largest ``--batch-size``."""
 
 MOST_NS = 2**60
-"""Latest time, 36 years; sums and differences of two times fit in 64 bits."""
+"""Largest time, 36 years; sums and differences of two times fit in 64 bits."""
 
 MOST_APART_NS, MOST_APART = 10**6, 1.01
 """Largest difference, in ns and as a ratio, between the clocks of the host and of a GPU."""
 
 MOST_STEPS = 2**31
-"""Most steps of a span, more than the longest output needs; their square fits in 64 bits."""
+"""Maximum number of steps in a span, above the longest output; their square fits in 64 bits."""
 
 
 def _check_laws(recording: Recording) -> None:

@@ -220,7 +220,7 @@ class Ceiling:
 
     @property
     def tokens_per_s(self) -> float:
-        """Most tokens per second with all rows in use."""
+        """Highest number of tokens per second, with all rows in use."""
         return self.rows / max(self.floor_s, self.products_s)
 
 

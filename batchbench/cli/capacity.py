@@ -29,7 +29,7 @@ CAPACITY_HELP = (
 )
 
 ALLOWED_MISSES = 5
-"""Fewest requests of a trial that may miss a limit; with fewer, chance decides."""
+"""Minimum number of requests that may miss a limit in a trial; with fewer, chance decides."""
 
 FEWEST, MOST = 100, 10_000
 

@@ -123,8 +123,7 @@ def check_outputs(output: GateOutputSpec) -> None:
 def conclude(gate: Gate, output: GateOutputSpec) -> None:
     """Show a gate, write its files, and end the command with its exit code.
 
-    All texts are made before the first is shown, so that an error in one shows no part of a
-    verdict.
+    All texts are made before the first is shown, so that an error never leaves half a verdict.
     """
     from batchbench.studies.gate import report
 
@@ -257,7 +256,6 @@ def duet(
     record: RecordSpec,
     output: GateOutputSpec,
 ) -> None:
-    """Compare two installations."""
     from batchbench.studies.gate.spec import timed_strategies
 
     experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
@@ -348,7 +346,6 @@ app = typer.Typer(help=BASELINE_HELP, no_args_is_help=True)
 
 @with_options({"check_spec": CheckSpec, "record": RecordSpec, "output": GateOutputSpec})
 def check(check_spec: CheckSpec, record: RecordSpec, output: GateOutputSpec) -> None:
-    """Check this version against a baseline."""
     from batchbench.cli.progress import make_turns_display
     from batchbench.studies.gate.baseline import load_baseline
     from batchbench.studies.gate.check import record_of, run_check
@@ -386,7 +383,6 @@ def save(
         typer.Argument(metavar="FILE", help="File for the baseline.", show_default="baseline.json"),
     ] = None,
 ) -> None:
-    """Measure and save a baseline."""
     from batchbench.cli.progress import make_turns_display
     from batchbench.studies.gate.baseline import make_baseline, to_json
     from batchbench.studies.gate.report import render_baseline
@@ -413,7 +409,6 @@ def show(
         Path, typer.Argument(metavar="FILE", help="A saved baseline.", show_default=False)
     ],
 ) -> None:
-    """Show a baseline."""
     from batchbench.studies.gate.baseline import load_baseline
     from batchbench.studies.gate.report import render_baseline
 
@@ -434,7 +429,8 @@ something is worse, or counts or outputs changed; 2: the two cannot be
 compared.
 
 Example: batchbench compare batchbench-results/my-run batchbench-results/my-run
-Example: batchbench compare batchbench-results/my-run batchbench-results/my-run --fail-if 'output_throughput < -5%'"""  # noqa: E501
+Example: batchbench compare batchbench-results/my-run batchbench-results/my-run --fail-if
+'output_throughput < -5%'"""
 
 
 @with_options({"question": CompareSpec, "output": GateOutputSpec})
@@ -454,7 +450,6 @@ def compare(
     question: CompareSpec,
     output: GateOutputSpec,
 ) -> None:
-    """Compare two versions by their results."""
     from batchbench.studies.gate.compare import compare_versions, load_runs
 
     check_outputs(output)

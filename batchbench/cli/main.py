@@ -45,7 +45,7 @@ COMMANDS = {
     "baseline": "Save counts and speed ratios of this version, for later checks.",
     "workload": "List presets, inspect a workload without running it, or save it.",
 }
-"""Purpose of each command, with which its help begins. Commands are imported when they are used."""
+"""The purpose of each command, as in its help. A command is imported when it is used."""
 
 MODULES = {
     "watch": "report",

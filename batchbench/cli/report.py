@@ -1,4 +1,4 @@
-"""The commands report and watch: results, and studies, shown again."""
+"""The commands report and watch, which show results and studies again."""
 
 from __future__ import annotations
 

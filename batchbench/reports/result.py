@@ -1,6 +1,6 @@
 """A result: ``result.json`` as data, made from the recordings and observations of a run.
 
-What shows a result (frames, pictures, tables, pages) is built on this module and never imported.
+Modules that show a result (frames, pictures, tables, pages) import this one, never the reverse.
 """
 
 from __future__ import annotations

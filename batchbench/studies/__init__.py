@@ -1,1 +1,1 @@
-"""What runs experiments and reads their metrics: sweeps, capacity, the ladder."""
+"""Studies run experiments and read their metrics: sweeps, capacity, the ladder, gates, trends."""

@@ -127,7 +127,7 @@ def differences_of(
 
 
 def is_alike(differences: Sequence[Difference]) -> bool:
-    """Tell whether both environments must produce the same tokens."""
+    """Return True if both environments must produce the same tokens."""
     return all(difference.name in _IRRELEVANT for difference in differences)
 
 

@@ -36,7 +36,7 @@ _CLASSIC = ("long_every", "long_tokens", "short_tokens")
 _OF_TRACE = ("trace_format", "trace_block_size", "trace_time_unit", "on_bad_row", "speed")
 
 _MOST_DOTS = 100
-"""Most dots of a line: the parser's time grows with the square of a dotted key's parts."""
+"""Maximum number of dots in a line: parsing takes time quadratic in the parts of a dotted key."""
 
 
 @dataclass(frozen=True)

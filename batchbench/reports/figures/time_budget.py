@@ -154,8 +154,8 @@ def waterfalls(budgets: Sequence[Budget]) -> list[Waterfall]:
 
 
 def budgets_of(strategies: Sequence[card.Strategy]) -> list[Budget]:
-    found = [(strategy, typical_budget(strategy.trials)) for strategy in strategies]
-    return [(strategy, times) for strategy, times in found if times is not None]
+    budgets = [(strategy, typical_budget(strategy.trials)) for strategy in strategies]
+    return [(strategy, times) for strategy, times in budgets if times is not None]
 
 
 def draw_time_budget(strategies: Sequence[card.Strategy], title: str) -> Figure:

@@ -1,4 +1,4 @@
-"""The page: one HTML file that holds everything, for a browser, for paper, to pass on.
+"""The web page: one self-contained HTML file, to view, print and share.
 
 It needs no network and works without JavaScript, which only adds zooming and the times of a bar of
 the timeline. However large a run, the page stays small: its timelines have at most ``MOST_BARS``

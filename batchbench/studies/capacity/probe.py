@@ -27,7 +27,7 @@ GROWTH = 0.1
 """The largest growth of a sustained queue: one in ten arriving requests stays in it."""
 
 FEWEST_TRIALS = 2
-"""Fewest trials with an interval: requests of one trial share its queue."""
+"""Minimum number of trials for an interval: requests of one trial share its queue."""
 
 UNLOADED_REQUESTS = 16
 """Requests served one at a time, to measure latency without load; all in a simulation."""
@@ -179,7 +179,7 @@ class Probe:
 
 
 class CapacityWatch(Watch):
-    """Receive progress of a search as well; this one ignores it."""
+    """A watch that also receives the progress of a search; this base class ignores it."""
 
     def probe_begins(self, strategy: str, rate: float) -> None:
         pass

@@ -21,7 +21,7 @@ from batchbench.studies.capacity.probe import (
 )
 
 MOST_DOUBLINGS = 24
-"""Up or down from the first rate: a factor of 16 million."""
+"""Maximum number of doublings or halvings of the first rate: a factor of 16 million."""
 
 MOST_PROBES = 40
 
@@ -60,7 +60,7 @@ class Search:
         return rate if abs(math.log2(rate / self.first)) <= MOST_DOUBLINGS else None
 
     def record(self, rate: float, verdict: Verdict) -> None:
-        """Record a verdict. More load is never easier, so it overrules verdicts that contradict."""
+        """Record a verdict. It overrules earlier ones, since more load is never easier."""
         self.probes += 1
         if verdict is Verdict.SUSTAINED:
             self.low = max(self.low, rate)

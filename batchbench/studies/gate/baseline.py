@@ -189,7 +189,7 @@ PROCESS_S = 5.0
 """Seconds of turns in a process, rounded to whole trials."""
 
 FEWEST_TURNS = 4
-"""Fewest turns of a strategy in a process: enough for a median."""
+"""Minimum number of turns of a strategy in a process: enough for a median."""
 
 
 def make_cut(strategies: Mapping[str, Mapping[str, Any]]) -> Cut:

@@ -1,4 +1,4 @@
-"""The present version compared with a saved baseline: counts exactly, speed by ratios.
+"""Compare the present version with a saved baseline: counts exactly, speed by ratios.
 
 A check runs the baseline's experiment in fresh processes and compares the ratios of the candidate
 to its reference strategies by the rule of ``compare`` for several runs: the process is the sample.

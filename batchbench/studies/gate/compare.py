@@ -1,4 +1,4 @@
-"""Two versions compared by their results: the runs of each, their work, their speed."""
+"""Compare two versions by their results: the runs of each, their work and their speed."""
 
 from __future__ import annotations
 
@@ -427,7 +427,7 @@ def _exact(base: Sample, new: Sample, rule: Rule) -> Decision:
 
 
 def _needed(base: Sample, new: Sample, decision: Decision, rule: Rule) -> str | None:
-    """Return the trials that would do, or the runs if no number of trials of one run would."""
+    """Return the trials that are enough, or the runs if no number of trials of one run is."""
     if base.of_runs and new.of_runs:
         return None if decision.needed is None else f"{decision.needed:,} runs per side"
     if decision.needed is not None and decision.needed <= 100:

@@ -1,6 +1,6 @@
-"""Exact counts of the work of two versions, compared strategy by strategy; and the gate-maker.
+"""Exact counts of the work of two versions, compared by strategy; and how a gate is made.
 
-Counts need no statistics: equal counts are equal, others are not, and one look is enough.
+Counts need no statistics: a single comparison is enough.
 """
 
 from __future__ import annotations

@@ -38,23 +38,23 @@ from batchbench.studies.gate.worker import Calibration
 from batchbench.version import SCHEMA_VERSION, __version__
 
 TURN_S = 0.2
-"""Seconds of a turn. In longer ones a burst of other load falls on one side; of shorter ones half
-is warm-up."""
+"""Seconds of a turn. In longer turns, a burst of other load affects only one side; half of a
+shorter turn is warm-up."""
 
 PAIR_S = 5.0
-"""Fewest seconds of turns before both processes are replaced."""
+"""Minimum seconds of turns before both processes are replaced."""
 
 LONGEST_PAIR_S = 20.0
 """Seconds of turns after which a pair ends within a trial; only its beginning is then compared."""
 
 FEWEST_TURNS = 3
-"""Fewest turns of a pair, beside the first, which is left out."""
+"""Minimum number of turns of a pair, without the first, which is left out."""
 
 FIRST_SHARE = 0.65
 """Share of the time for finding a loss; the rest is for confirming it."""
 
 CONFIRMATION_ALPHA = 0.05
-"""Error of the confirming series, which has only one question to answer."""
+"""Error probability of the confirming series, which makes only one decision."""
 
 Reports = tuple[ProcessReport, ProcessReport]
 SideCalibrations = tuple[Calibrations, Calibrations] | None
@@ -62,7 +62,7 @@ SideCalibrations = tuple[Calibrations, Calibrations] | None
 
 
 class TurnsWatch:
-    """An observer of duet, check and baseline save; this one ignores everything."""
+    """The observer of duet, check and baseline save; this base class ignores everything."""
 
     def begins(self, what: str) -> None:
         """Show the activity that begins."""

@@ -38,7 +38,7 @@ class Evidence:
         gated: it can fail the comparison.
         floor: share beyond which a change counts.
         smallest: smallest loss, as a share, that this many samples would probably have shown.
-        needed: words for the samples or time that would probably do: "23 trials", "4 min".
+        needed: words for the samples or time that would probably be enough: "23 trials", "4 min".
         samples: samples of each side.
         why: the reason why there is no verdict, or the rule that failed, in a few words.
     """

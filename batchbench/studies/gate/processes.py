@@ -1,4 +1,4 @@
-"""Worker processes as their driver sees them: start, ask, end; and installing a revision."""
+"""Worker processes, from the driver's side: start, query and end them; install a revision."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from batchbench.studies.gate.turns import Turn
 from batchbench.studies.gate.worker import PROTOCOL, Calibration
 
 PATIENCE_S = 600.0
-"""Longest wait for an answer."""
+"""Maximum wait for an answer."""
 
 ENDING_S = 5.0
-"""Longest wait for a process to end after it was killed."""
+"""Maximum wait for a process to end after it was killed."""
 
 FORKS_PER_PARENT = 8
 """Processes forked from one parent before everything is imported again, so that a bias that they
-have in common does not affect all samples."""
+share does not affect all samples."""
 
 Calibrations = Mapping[str, Calibration]
 """Calibrations by strategy."""

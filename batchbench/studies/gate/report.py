@@ -68,7 +68,7 @@ class Rows:
 
 
 def tables(gate: Gate, *, verbose: bool = False) -> list[Rows]:
-    """Return the rows for each kind of evidence; ``verbose`` includes what did not change."""
+    """Return the rows for each kind of evidence; ``verbose`` includes unchanged metrics."""
     rows = [_rows(kind, gate.of(kind), verbose=verbose) for kind in Kind if gate.of(kind)]
     return [part for part in rows if part.evidence or part.below]
 

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 FEWEST_STEPS = 4
-"""Fewest steps of a turn; the first of them is not timed."""
+"""Minimum number of steps of a turn; the first of them is not timed."""
 
 BUSY = 1.2
 """Ratio of wall time to processor time of a turn above which another process had the core."""

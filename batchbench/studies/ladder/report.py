@@ -48,7 +48,7 @@ from batchbench.version import __version__
 SCHEMA_VERSION = 1
 
 BASELINES = ("notebook", "generate_batch")
-"""The rungs that others are compared with: the usual tutorial's way, and transformers' own."""
+"""The rungs that others are compared with: the usual tutorial's loop, and transformers' own."""
 
 _WARM = WarmUp(0, True, None, None)  # all rungs are warmed up before the first round
 

@@ -239,7 +239,7 @@ class Ladder:
         return LadderOutcome(self, recordings, verifications, ceilings, stopped)
 
     def _for_each(self, action: Callable[[OpenRung], object], *, reverse: bool = False) -> None:
-        """Do something with each rung; leave those out that fail."""
+        """Call a function with each rung; leave out rungs for which it fails."""
         for opened in self.rungs[:: -1 if reverse else 1]:
             try:
                 action(opened)

@@ -98,7 +98,7 @@ class CellList:
 
 @dataclass(frozen=True)
 class Contest:
-    """Both strategies compared in one metric."""
+    """A comparison of both strategies in one metric."""
 
     static: float
     continuous: float
@@ -124,7 +124,7 @@ class Contest:
         return "continuous" if self.height > 0 else "static"
 
     def agrees(self, other: Contest) -> bool:
-        """Tell whether both have the same winner, or one of them is even."""
+        """Return True if both have the same winner, or one of them is even."""
         return self.winner == other.winner or "even" in (self.winner, other.winner)
 
 
@@ -147,7 +147,7 @@ class MapCell:
         return f"batch size {self.batch_size:,}, spread {self.spread:g}, {load_of(self.load)}"
 
     def agrees(self, metric: str) -> bool | None:
-        """Tell whether the measured winner is the predicted one; None if it was not measured."""
+        """Return True if the measured winner is the predicted one; None if it was not measured."""
         if self.measured is None:
             return None
         return self.contests[metric].agrees(self.measured[metric])

@@ -25,7 +25,7 @@ from batchbench.studies.trend.history import (
 )
 
 SHORTEST = 3
-"""Values of a segment, at least, since a single outlier is no change of level."""
+"""Minimum number of values in a segment, since a single outlier is not a change of level."""
 
 _PERMUTATIONS = 5
 """Permutations for each 1/α; a change is significant if at most four of five exceed it."""

@@ -358,7 +358,7 @@ def _values(data: Mapping[str, Any], metrics: Sequence[str]) -> Iterator[tuple[K
 
 
 def _is_positive(value: Any) -> bool:
-    """Tell whether there is a value, and one that has a logarithm."""
+    """Return True if there is a value and it has a logarithm."""
     if value is None:
         return False
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

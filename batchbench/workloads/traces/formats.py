@@ -1,4 +1,4 @@
-"""Formats of traces: recognised by their beginnings, read into rows; our own is written, too."""
+"""Formats of traces: detect a format, read its rows, and write batchbench's own format."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ _ASKS = ("human", "user")
 _ANSWERS = ("gpt", "chatgpt", "assistant", "model", "bing", "bard")
 
 _LONGEST_TEXT = 2**22
-"""Most characters of a question or an answer."""
+"""Maximum number of characters of a question or an answer."""
 
 
 def read_sharegpt(content: BinaryIO, head: bytes, options: ReadOptions, dialect: Dialect) -> Rows:
@@ -294,7 +294,7 @@ _FIRST_ROWS = 1000
 """Rows from which the block size and the unit of times are inferred."""
 
 _FIRST_NUMBERS = 2**20
-"""Most token ids and names of blocks in these rows."""
+"""Maximum number of token ids and block names in these rows."""
 
 
 class _Request(NamedTuple):

@@ -31,7 +31,7 @@ HEAD_BYTES = 2**16
 """Number of bytes from which the kind of a file is found."""
 
 _MOST_MEMORY = 2**27
-"""Most memory of a decompressor; xz -9 needs 65 MiB, zstd --long 128 MiB."""
+"""Maximum memory of a decompressor; xz -9 needs 65 MiB, zstd --long 128 MiB."""
 
 _ENCODINGS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins like that of UTF-16

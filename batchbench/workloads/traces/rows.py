@@ -17,16 +17,16 @@ from batchbench.workloads.prompts import BLOCK_TOKENS
 T = TypeVar("T")
 
 LONGEST_LINE = 2**24
-"""Most bytes of a line; a longer one is invalid and is not held in memory."""
+"""Maximum number of bytes in a line; a longer one is invalid and is not held in memory."""
 
 MOST_BLANK_LINES = 10**6
 """Number of successive blank lines after which reading ends."""
 
 _LONGEST_ELEMENT = LONGEST_LINE // 2
-"""Most characters of an element of a JSON array; each may take 4 bytes."""
+"""Maximum number of characters in an element of a JSON array; each may take 4 bytes."""
 
 _MOST_BYTES = 2**26
-"""Most memory of the values of one line or element, as :func:`_check_size` estimates it."""
+"""Maximum memory of the values of one line or element, as :func:`_check_size` estimates it."""
 
 _CHUNK = 2**17
 
