@@ -334,7 +334,7 @@ def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
     for file in (folder / name for name in names):
         check_place(file, str(file))
         if file.exists() and not (overwrite and file.is_file()):
-            raise UsageError(f"{file}: is there already; give another name or --overwrite")
+            raise UsageError(f"{file}: already exists; give another name or --overwrite")
 
 
 def check_file(file: Path, option: str) -> None:

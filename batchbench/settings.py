@@ -1,4 +1,4 @@
-"""Specs: dataclasses whose fields become options, and their conversion to and from text and JSON.
+"""Specs: dataclasses whose fields become options; convert them to and from text and JSON.
 
 Each spec is a frozen dataclass whose fields are made with :func:`setting`. The command line derives
 its options from them, and :func:`check` applies the same bounds to calls from Python. A value that

@@ -31,8 +31,8 @@ def page() -> str:
     lines = [
         "# API",
         "",
-        "Made from the docstrings by `python docs/make_api.py`. [From Python](python.md) shows how to",
-        "use it.",
+        "Made from the docstrings by `python docs/make_api.py`. [From Python](python.md) shows",
+        "how to use it.",
     ]
     for title, names in CHAPTERS.items():
         lines += ["", f"## {title}"]

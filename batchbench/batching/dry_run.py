@@ -60,8 +60,9 @@ class Estimate:
             )
         if self.seconds is not None and self.timed:
             lines.append(
-                f"time    about {self.seconds:,.3g} s for all trials, with waiting for requests; "
-                "this assumes steps of 1.5 times their matrix products, timed just now"
+                f"time    about {self.seconds:,.3g} s for all trials, with waits for requests; "
+                "this assumes that a step takes 1.5 times as long as its matrix products, which "
+                "were timed just now"
             )
         elif self.seconds is not None:
             lines.append(

@@ -1,4 +1,4 @@
-"""Policies: which requests join at this step, and when a finished request gives up its slot.
+"""Policies decide which requests join at a step, and when a finished request gives up its slot.
 
 Static and continuous batching differ in these two decisions only. A policy has no loop and no
 queue: it decides from the view that it gets.

@@ -215,7 +215,7 @@ class Ceiling:
 
     @property
     def bound(self) -> str:
-        """The slower of the two: memory, or arithmetic."""
+        """The slower of the two limits: memory or arithmetic."""
         return "memory" if self.floor_s >= self.products_s else "arithmetic"
 
     @property

@@ -278,7 +278,7 @@ def _fitted(study: BreakevenSpec, model: ModelSpec, folder: Path) -> FittedRun:
             f"no --cost: a run at batch size {largest} is made first to measure step times"
         )
         if seconds := estimate(experiment, Watch()).seconds:
-            display.note(f"it takes about {spell_time(1.5 * seconds)}, and the warm-up")
+            display.note(f"this takes about {spell_time(1.5 * seconds)} plus the warm-up")
         write_folder(own, make_result(conduct(experiment, display)))
     return read_fitted(own, "--output")
 

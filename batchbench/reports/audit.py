@@ -96,7 +96,9 @@ def _broken_laws(workload: Workload, trials: Sequence[Recording]) -> Iterator[st
 def _doubts(
     workload: Workload, trials: Sequence[Recording], requested_rate: float | None
 ) -> Iterator[str]:
-    stepped = [r for r in trials if r.has_steps]  # a strategy that schedules itself shows no steps
+    stepped = [
+        r for r in trials if r.has_steps
+    ]  # a strategy that schedules itself reports no steps
     worst = max((abs(time_budget.littles_law(r)) for r in stepped), default=0.0)
     if worst > LITTLE:
         yield Reason.LITTLE.text(error=percent(worst, 1))

@@ -40,7 +40,7 @@ def summary_frame(result: Result) -> pd.DataFrame:
 
     Added are ``utilisation`` (useful / all slot-steps), ``speedup`` with the ends of its 95 %
     interval (if there are enough trials), and ``step_ratio``. They are empty for the baseline, as
-    counters are for a strategy that shows no steps.
+    counters are for a strategy that reports no steps.
     """
     rows = {}
     comparisons = {entry["candidate"]: entry for entry in result.data["comparisons"]}

@@ -376,7 +376,7 @@ def predict_outcome(outcome: Outcome) -> Prediction | None:
 def predict(known: KnownCost, serving: ServingSpec, workload: Workload) -> list[Recording]:
     """Serve the workload under the same scheduler on a virtual clock; one recording per strategy.
 
-    Strategies that schedule for themselves are left out, because no simulation knows them.
+    Strategies that schedule by themselves are left out, because no simulation knows them.
     """
     engine = SimulatedEngine(known.cost)
     about = {"cost": known.as_dict()}

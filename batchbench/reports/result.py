@@ -253,7 +253,7 @@ def _comparison(
     speedup = ratio_of(strategies, "duration", baseline, candidate)
     assert speedup is not None
     # Steps may vary from trial to trial if texts end early, so pairs count here too.
-    # None if one of the two schedules for itself and shows no steps.
+    # None if one of the two schedules by itself and reports no steps.
     steps = paired_ratio(
         [r.num_steps for r in recordings[baseline]], [r.num_steps for r in recordings[candidate]]
     )

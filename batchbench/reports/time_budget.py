@@ -1,4 +1,4 @@
-"""The time budget: where each second of a trial went, and which seconds a candidate saved.
+"""The time budget: the parts of a trial's wall time, and the time that a candidate saved in each.
 
 docs/metrics.md, "Time budget", has definitions and formulas. The parts of a trial add up to its
 wall time; the differences between two strategies add up to the time saved.
@@ -81,7 +81,7 @@ def arrival_lag_ms(recording: Recording) -> Floats | None:
 
     The delay begins when the request is due, or at the end of the step then under way, and ends
     with the first decision that knows of it. None if all requests are there at the start, or the
-    strategy shows no steps.
+    strategy reports no steps.
     """
     due = recording.requests.due_ns
     if not due.any() or not recording.has_steps:
@@ -195,7 +195,7 @@ LOST_TO = {
 def typical_budget(trials: Sequence[Recording]) -> TimeBudget | None:
     """Return the budget of the trial of median duration, or the mean of the middle two.
 
-    Means are linear, so the parts still add up. None if the strategy shows no steps.
+    Means are linear, so the parts still add up. None if the strategy reports no steps.
     """
     if not all(trial.has_steps for trial in trials):
         return None

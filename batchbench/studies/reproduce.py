@@ -153,7 +153,7 @@ def check_counters(recorded: Result, again: Result) -> Iterator[Check]:
     for name, strategy in recorded.data["strategies"].items():
         then: Any = strategy["counters"]
         now: Any = again.data["strategies"][name]["counters"]
-        if then is None or now is None:  # it schedules for itself, and shows no steps
+        if then is None or now is None:  # it schedules by itself, and reports no steps
             continue
         other = [key for key, value in then.items() if now[key] != value]
         shown = other[0] if other else "forward_passes"

@@ -100,7 +100,7 @@ class Workload:
 
     @property
     def max_total_tokens(self) -> int:
-        """Longest prompt + output, in tokens."""
+        """The longest prompt + output, in tokens."""
         return int((self.prompt_tokens + self.output_tokens).max())
 
     def prompt(self, index: int) -> NDArray[np.int32]:

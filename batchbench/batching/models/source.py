@@ -1,8 +1,8 @@
 """Find a model: its configuration, files and tokenizer, or a known shape for dummy weights.
 
-There is no torch here, so that a wrong name is answered at once. A checkpoint may come from anyone:
-none of its code is run, nothing outside its folder is read, and sizes that no model has are refused
-before memory is taken for them.
+This module does not import torch, so that a wrong name is reported at once. A checkpoint may come
+from anyone: none of its code is run, nothing outside its folder is read, and sizes that no model
+has are refused before memory is taken for them.
 """
 
 from __future__ import annotations
@@ -227,7 +227,10 @@ def _snapshot(hub_id: str, revision: str | None, weights: bool, *, local: bool) 
 
 
 def _ask_hub(hub_id: str, revision: str | None) -> str | None:
-    """Return why the hub cannot give the model; None if it can. Takes at most :data:`REACH_S`."""
+    """Return the reason why the hub cannot give the model; None if it can.
+
+    The call takes at most :data:`REACH_S` seconds.
+    """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 

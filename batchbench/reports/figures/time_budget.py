@@ -40,7 +40,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "host_s": {"facecolor": "#8c8c8c", "linewidth": 0.0},
     "residual_s": {"facecolor": card.INK, "linewidth": 0.0},
 }
-"""Parts that look the same under each strategy; useful parts have its colour."""
+"""The looks of parts that are the same under each strategy; useful parts have its colour."""
 
 _TINTS = {"useful_decode_s": 0.25, "prefill_useful_s": -0.55}
 

@@ -1,7 +1,7 @@
 """The web page: one self-contained HTML file, to view, print and share.
 
 It needs no network and works without JavaScript, which only adds zooming and the times of a bar of
-the timeline. However large a run, the page stays small: its timelines have at most ``MOST_BARS``
+the timeline. The page stays small for any run: its timelines have at most ``MOST_BARS``
 bars together, and curves as many corners as a screen has pixels.
 
 Its charts show what the pictures of ``figures/`` show; windows, bars, levels and distributions come

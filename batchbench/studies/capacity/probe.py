@@ -170,7 +170,7 @@ class Probe:
 
     @property
     def latency_ms(self) -> dict[str, float]:
-        """A percentile of each limited latency, the median over trials."""
+        """The percentile of each limited latency, as the median over trials."""
         names = self.trials[0].latency_ms
         return {
             name: float(np.median([trial.latency_ms[name] for trial in self.trials]))

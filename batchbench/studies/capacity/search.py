@@ -141,8 +141,9 @@ def find_capacity(
         # If all requests arrive within the time that one takes, they are a burst, not a load.
         if math.isinf(search.high) or requests / search.high < unloaded_ms["e2el"] / 1e3:
             raise UsageError(
-                f"--queue-size {requests}: {name} sustains even a rate at which all arrive at "
-                f"once: so few do not keep {experiment.serving.batch_size} slots busy; raise it"
+                f"--queue-size {requests}: {name} sustains even a rate at which all requests "
+                f"arrive at once, since so few do not keep {experiment.serving.batch_size} slots "
+                "busy; raise it"
             )
     verification, reasons = runner.check_outputs()
     return CapacityFindings(

@@ -256,7 +256,7 @@ def reference_strategies(experiment: Experiment) -> tuple[str, list[str]]:
     ours = list(experiment.serving.policies)
     if not ours:
         raise UsageError(
-            f"--strategy {GENERATE_BATCH}: schedules for itself and cannot take turns; add "
+            f"--strategy {GENERATE_BATCH}: schedules by itself and cannot take turns; add "
             "continuous"
         )
     candidate = ours[-1]

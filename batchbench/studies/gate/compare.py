@@ -499,7 +499,7 @@ def _notes(
         )
     silent = [e.strategy for e in work if e.metric == "counters" and not e.gated and e.strategy]
     if silent:
-        yield f"{', '.join(silent)} shows no steps, so its counts were not compared."
+        yield f"{', '.join(silent)} reports no steps, so its counts were not compared."
     if any(e.metric == OUTPUTS and e.verdict is Verdict.CHANGED and not e.fails for e in work):
         yield (
             "Outputs differ, but precision or environment may decide between two tokens that are "

@@ -40,7 +40,7 @@ class Evidence:
         smallest: smallest loss, as a share, that this many samples would probably have shown.
         needed: words for the samples or time that would probably be enough: "23 trials", "4 min".
         samples: samples of each side.
-        why: the reason why there is no verdict, or the rule that failed, in a few words.
+        why: the reason for having no verdict, or the rule that failed, in a few words.
     """
 
     kind: Kind

@@ -366,7 +366,7 @@ def timed_strategies(experiment: Experiment, timed: str | None) -> tuple[list[st
     ours = list(experiment.serving.policies)
     if not ours:
         raise UsageError(
-            f"--strategy {GENERATE_BATCH}: schedules for itself and cannot take turns; add another "
+            f"--strategy {GENERATE_BATCH}: schedules by itself and cannot take turns; add another "
             "strategy, such as continuous"
         )
     names = [name.strip() for name in timed.split(",") if name.strip()] if timed else ours[-1:]

@@ -167,7 +167,9 @@ def contamination(pairs: Sequence[Pair], floor: float, *, on_cpu: bool) -> str |
     off = median(pair.kernel() for pair in pairs)
     if abs(off) > floor:
         differs = f"{math.expm1(off):+.1%}"
-        return f"the calibration kernel, the same code on both sides, differs by {differs}"
+        return (
+            f"the time of the calibration kernel, the same code on both sides, differs by {differs}"
+        )
     if on_cpu and (busy := fmean(pair.busy() for pair in pairs)) > 0.5:
         return f"other processes used the core in {busy:.0%} of the turns"
     return None

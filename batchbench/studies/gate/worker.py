@@ -202,8 +202,8 @@ class Worker:
 def _check_closed(workload: Workload) -> None:
     if not workload.closed:
         raise UsageError(
-            "turns need all requests at the start and given output lengths, so that both sides "
-            "take the same steps; drop arrivals and --stop-at-eos"
+            "alternating turns need all requests at the start and fixed output lengths, so that "
+            "both sides take the same steps; drop arrivals and --stop-at-eos"
         )
 
 

@@ -226,7 +226,7 @@ def usual_limits(cost: StepCost, spec: MapSpec) -> dict[str, float]:
 
 
 class SimulationWatch(SweepWatch):
-    """Progress of simulated cells: one note every few seconds."""
+    """Reports the progress of simulated cells with a note every few seconds."""
 
     def __init__(self, watch: SweepWatch) -> None:
         self._watch, self._done, self._cells = watch, 0, 0
@@ -302,7 +302,7 @@ def measure(
     seconds = trials * sum(cells[i].seconds for i in drawn)
     watch.note(
         f"measuring {plural(len(drawn), 'cell')}, {plural(trials, 'trial')} each: about "
-        f"{spell_time(seconds)}, and the warm-up of each"
+        f"{spell_time(seconds)}, plus a warm-up of each"
     )
     real = {}
     for i in drawn:

@@ -142,7 +142,7 @@ class CellsQuery(Protocol):
 
 
 class SweepWatch(Watch):
-    """Progress of a sweep; this one shows nothing."""
+    """The observer of a sweep's progress; this base class shows nothing."""
 
     def cells_begin(self, cells: int, kept: int) -> None:
         """Start a sweep of ``cells`` cells, of which ``kept`` are finished already."""

@@ -199,7 +199,7 @@ class SeriesResult:
 
     @property
     def loss(self) -> Change | None:
-        """A loss at its newest end that was not accepted."""
+        """The loss at its newest end, if it was not accepted."""
         candidates = [c for c in (self.newest, self.drift) if c is not None and c.counts]
         return next((c for c in candidates if c.is_loss and not c.accepted), None)
 
