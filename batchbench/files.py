@@ -94,7 +94,7 @@ def claimed(place: Path, named: str) -> Iterator[None]:
     """Keep other processes of this machine from writing to ``place`` until the block ends.
 
     The claim is a lock on a file in the folder for temporary files. The system releases it however
-    the process ends, so a killed run blocks nobody.
+    the process ends, so a killed run never blocks another.
 
     Raises:
         ClaimedError: another process writes there.
@@ -145,7 +145,7 @@ def replacing(target: Path, *, folder: bool = False) -> Iterator[Path]:
         except OSError as error:
             if top == target or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            target.parent.mkdir(parents=True, exist_ok=True)  # somebody made one above it
+            target.parent.mkdir(parents=True, exist_ok=True)  # another process made a parent
             os.replace(inner, target)
     finally:
         _remove(staging)

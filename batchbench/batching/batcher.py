@@ -57,7 +57,7 @@ class Batcher:
 class Serving:
     """One trial under way. Each :meth:`advance` plans, runs and applies once.
 
-    A caller that sets the pace reads ``steps``, the number of steps launched so far.
+    A caller that controls the pace reads ``steps``, the number of steps launched so far.
     """
 
     def __init__(

@@ -335,7 +335,7 @@ def _comparable(name: str, value: Any) -> Any:
 
 
 class LoadMeter:
-    """Counts the cores that other processes keep busy from its making on."""
+    """Measures the cores that other processes keep busy, from its creation on."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()

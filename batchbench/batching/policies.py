@@ -121,7 +121,7 @@ class Bucketed(_Sorted):
 
 
 class Oracle(_Sorted):
-    """Static batches of outputs of similar length, known beforehand: the best that static can do.
+    """Static batches of outputs of similar, known length: the best case of static batching.
 
     No other way to cut a queue into batches takes fewer steps.
     """

@@ -218,7 +218,7 @@ def _members(
     inflated = sum(member.file_size for member in members.values())
     if inflated > SURE_BYTES + MOST_RATIO * file_bytes:
         raise NotWholeError(
-            f"it would inflate from {file_bytes:,} to {inflated:,} bytes, as no recording does"
+            f"it would inflate from {file_bytes:,} to {inflated:,} bytes, more than a recording can"
         )
     return members
 

@@ -26,7 +26,7 @@ class Deviation(NamedTuple):
     token; ``tolerance`` is the largest difference that the precision may cause.
     """
 
-    index: int  # type: ignore[assignment]  # tuple.index gives way
+    index: int  # type: ignore[assignment]  # overrides tuple.index
     gap: float
     tolerance: float
 

@@ -136,7 +136,7 @@ def main() -> None:
     if received and code not in _ANSWERS:
         code = 128 + received[0]
     if code > 128:
-        # After Ctrl-C within an import, the interpreter would end itself with the signal instead.
+        # After Ctrl-C within an import, the interpreter would otherwise end with the signal.
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -262,7 +262,7 @@ def _typed(
 ) -> dict[str, Any]:
     """Return the options that were given, even if a value equals the default.
 
-    Typer passes texts, which are parsed here, so that errors have our own words.
+    Typer passes texts, which are parsed here, so that errors have batchbench's own texts.
     """
     homes = {field.name: (spec, field) for spec, field in fields}
     typed: dict[str, Any] = {}

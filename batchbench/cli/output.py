@@ -89,7 +89,7 @@ class _Output(io.TextIOWrapper):
     """Standard output.
 
     Raises:
-        ClosedPipe: nobody reads it any more.
+        ClosedPipe: its reader has gone.
         OutputError: it cannot be written.
     """
 

@@ -24,7 +24,7 @@ SILENCE_S = 10.0
 """Maximum time without a line in a log."""
 
 REDRAW_S = 0.1
-"""Time between two drawings; drawing is host time that the measurement pays for."""
+"""Time between two drawings, which take host time from the measurement."""
 
 PHASES = {
     "loading": "loading the model (a few seconds; a minute for billions of parameters)",

@@ -17,7 +17,7 @@ from batchbench.reports.text import plural
 MOST_STALLS = 5
 
 STALL = 1.5
-"""Ratio to the median gap from which on a gap is a stall."""
+"""Smallest ratio to the median gap at which a gap is a stall."""
 
 
 # Gaps between tokens

@@ -391,7 +391,7 @@ def _p_value(verdict: Verdict, mean: float, error: float, nu: float, rule: Rule)
 
 
 def _detectable(n: int, alpha: float) -> float:
-    """Return the standard errors above the floor from which on an effect is found."""
+    """Return the standard errors above the floor at which an effect is found."""
     return _quantile(1 - alpha, n - 1) + _quantile(POWER, n - 1)
 
 

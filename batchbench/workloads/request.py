@@ -21,7 +21,7 @@ class Request(NamedTuple):
     start of the trial; ``output_tokens`` is the requested number.
     """
 
-    index: int  # type: ignore[assignment]  # tuple.index gives way
+    index: int  # type: ignore[assignment]  # overrides tuple.index
     prompt_tokens: int
     output_tokens: int
     due_ns: int

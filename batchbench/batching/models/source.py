@@ -129,7 +129,7 @@ class Source:
 def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
     """Decide where the model comes from; without ``weights`` only its configuration is needed.
 
-    Raises UsageError if there is no such model, or its folder is no checkpoint.
+    Raises UsageError if there is no such model, or its folder is not a checkpoint.
     """
     try:
         folder = Path(spec.model).expanduser()

@@ -42,7 +42,7 @@ MOST_BARS = 12_000
 """Bars of all timelines of a page together: 2 MB at most."""
 
 FEWEST_BARS = 200
-"""Bars that each timeline may have however many timelines there are."""
+"""Bars that each timeline may have, for any number of timelines."""
 
 SCALE = 10_000
 """Width and height of a chart's box; a unit is smaller than a pixel of any screen."""

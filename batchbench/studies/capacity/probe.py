@@ -219,7 +219,7 @@ class ProbeRunner:
     def measure_unloaded(self) -> dict[str, float]:
         """Return median latencies in ms of requests served one at a time.
 
-        Raises UsageError if they miss a limit even so.
+        Raises UsageError if even these miss a limit.
         """
         self._watch.phase("serving requests one at a time")
         session, limits_ms = self.session, self._query.goals.limits_ms

@@ -1,4 +1,4 @@
-"""Two installations that serve in alternating turns until it is clear whether one is slower.
+"""Two installations serve in alternating turns until it is clear whether one is slower.
 
 Each side has one worker process. The two take turns of about 0.2 s and are both replaced every few
 seconds, because process-specific effects (memory layout, core) stay the same within a process. The

@@ -16,9 +16,9 @@ from batchbench.studies.gate.spec import Condition, Metric
 
 
 class Kind(StrEnum):
-    """The kinds of evidence, the strongest first."""
+    """The kinds of evidence, strongest first."""
 
-    WORK = "work"  # exact counts and outputs: one look is enough
+    WORK = "work"  # exact counts and outputs: one comparison is enough
     RATIO = "ratio"  # of two times of one run, so that machine speed cancels out
     TIME = "time"  # an absolute time or rate
 

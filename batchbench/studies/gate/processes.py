@@ -64,7 +64,7 @@ class Installation:
     folder: Path | None = None
 
     def environment(self, threads: int | None) -> dict[str, str]:
-        """Return environment variables, equal on both sides but for the place of batchbench."""
+        """Return environment variables, equal on both sides except for the place of batchbench."""
         variables = {**os.environ, "PYTHONHASHSEED": "0"}
         if threads is not None:
             variables |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

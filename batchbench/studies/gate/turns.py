@@ -24,7 +24,7 @@ class Cut:
     Attributes:
         pieces: turns of a trial.
         times: trials of a turn; above 1 only for short trials, which are one piece.
-        cycles: how often a process serves all pieces; 0 if the time decides.
+        cycles: how often a process serves all pieces; 0 if the time limit decides.
     """
 
     pieces: int

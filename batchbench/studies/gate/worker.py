@@ -308,7 +308,7 @@ def work_of(recording: Recording) -> dict[str, Any]:
 
 
 _KERNEL = bytes(16 << 20)
-"""Input of the calibration kernel, which takes 10 ms or more on any core of today."""
+"""Input of the calibration kernel, which takes 10 ms or more on any current core."""
 
 
 def run_kernel() -> int:

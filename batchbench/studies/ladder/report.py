@@ -183,7 +183,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def _speedup(baseline: Sequence[Recording] | None, trials: Sequence[Recording]) -> Speedup | None:
-    """Return how many times as fast the trials are, round by round; None of the baseline itself."""
+    """Return how many times as fast the trials are, round by round; None for the baseline."""
     if baseline is None or baseline is trials:
         return None
     durations = ([trial.duration_ns for trial in rung] for rung in (baseline, trials))

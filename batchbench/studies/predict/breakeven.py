@@ -191,7 +191,7 @@ class BreakEven:
         return [cell for cell in self.cells if cell.contests[metric].winner == winner]
 
     def break_even_spread(self, metric: str, batch: int, load: str) -> float | None:
-        """Return the spread from which on continuous wins; None if it loses at the last one.
+        """Return the smallest spread at which continuous wins; None if it loses at the last one.
 
         Between two spreads of the map, the logarithm of the ratio is taken as a straight line.
         """

@@ -63,7 +63,7 @@ class Grid:
         simulated: serve on a virtual clock, where every step costs one unit.
 
     Raises:
-        UsageError: an option does not take a value, whatever the others are.
+        UsageError: a value is invalid with any other options.
     """
 
     axes: Mapping[str, tuple[Any, ...]]

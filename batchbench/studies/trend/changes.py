@@ -44,7 +44,7 @@ class ChangePoint:
 
 
 def fewest_values(alpha: float) -> int:
-    """Return the number of values from which on the clearest change is found at ``alpha``.
+    """Return the minimum number of values at which the clearest change is found at ``alpha``.
 
     In the most extreme order all small values come before all large ones, or after them. Its
     p-value must be a quarter of α, since few permutations estimate it only roughly.

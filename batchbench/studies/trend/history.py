@@ -41,7 +41,7 @@ def higher_is_better(metric: str) -> bool:
     """Return the direction of a metric.
 
     Raises:
-        UsageError: it has none, because it counts the workload or is no metric of a result.
+        UsageError: it has none, because it counts the workload or is not a metric of a result.
     """
     if any(part in metric for part in _HIGHER):
         return True
@@ -367,7 +367,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def _work(data: Mapping[str, Any]) -> Iterator[tuple[Key, int | str]]:
-    """Yield the counts that are exact if nobody waits for a clock, and outputs in float32."""
+    """Yield the counts that are exact if no request waits for a time, and float32 outputs."""
     if not data["workload"]["closed"]:
         return
     for name, strategy in data["strategies"].items():

@@ -441,7 +441,7 @@ def _block_tokens(rows: Sequence[_Request], where: str) -> int:
 def _time_unit(rows: Sequence[_Request], where: str) -> str:
     """Return the unit of the times: ms unless that is implausible.
 
-    Times of today, counted from 1970, have 10 digits in s, 13 in ms, and so on. Others are in ms
+    Present times, counted from 1970, have 10 digits in s, 13 in ms, and so on. Others are in ms
     unless that makes more than 1,000 requests/s of times with fractions. The unit must be given
     where ms makes an implausible rate: over 100 requests/s (over 10 with fractions), or fewer than
     one in 100 s.

@@ -384,7 +384,7 @@ _WHOLE = re.compile(r"\d++(?:\.0*+)?", re.ASCII)
 def whole_of(value: object) -> int | None:
     """Return a JSON value or a cell, such as 472, "472" or "472.0", as a whole number.
 
-    Numbers of more than 20 digits become some number above all bounds.
+    Numbers of more than 20 digits become a number above all bounds.
     """
     if type(value) is int:
         return value
