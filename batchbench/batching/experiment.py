@@ -169,7 +169,7 @@ class TrialsSpec:
     max_time: float | None = setting(
         None,
         "Time limit of the trials in seconds. A trial pair that would end later is not started; "
-        "a pair that takes over a tenth longer is dropped.",
+        "a pair that exceeds the limit by over a tenth is dropped.",
         "Measuring",
         min=0.001,
         max=1e9,

@@ -218,7 +218,7 @@ def test_what_cannot_be_told_is_loud_and_no_pass() -> None:
     for gate in (UNKNOWN, UNSURE, EMPTY):
         assert "CANNOT TELL" in shown(gate)
         assert "This is not a pass" in shown(gate)
-        assert "--strict makes" in shown(gate)
+        assert "--strict makes it 3" in shown(gate)
         assert "Exit code 3." in shown(gate, strict=True)
         assert "This is not a pass" in report.render_markdown(gate)
     assert "CANNOT TELL" not in shown(PASSED)

@@ -51,7 +51,7 @@ _DETECTABLE = "Detectable: the smallest loss that this many samples would probab
 MOST_ROWS = 30
 """Rows of a table; step summaries and comments have a limit."""
 
-_NO_PASS = "This is not a pass: a loss may have gone undetected."
+_NO_PASS = "This is not a pass: a loss may exist."
 
 
 @dataclass(frozen=True)
