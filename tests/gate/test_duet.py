@@ -612,7 +612,9 @@ def test_what_a_worker_cannot_do_is_a_usage_error(experiment: Experiment) -> Non
         for _ in range(2):  # it spoils nothing for those that come after it
             workers.begin()
             workers.tell(asked)
-            with pytest.raises(UsageError, match="here: turns need all requests at the start"):
+            with pytest.raises(
+                UsageError, match="here: alternating turns need all requests at the start"
+            ):
                 workers.answer()
 
 

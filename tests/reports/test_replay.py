@@ -352,7 +352,7 @@ def test_watch_writes_a_film(
     assert Path("out/film.gif").read_bytes()[:3] == b"GIF"
     assert [file.name for file in Path("out").iterdir()] == ["film.gif"]
     assert program("watch", "mine", "--gif", "out/film.gif") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

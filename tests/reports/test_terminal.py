@@ -284,7 +284,7 @@ def test_the_sentence_names_the_best_static_where_several_ran() -> None:
         "1.00×, ",
         sentence(five()),
     )
-    assert "the best static" not in sentence(clean())
+    assert "the fastest form" not in sentence(clean())
 
 
 def test_under_load_the_sentence_tells_how_long_people_wait() -> None:
