@@ -165,12 +165,16 @@ def is_another_machine(base: Version, new: Version) -> bool:
 def _check_same_question(file: Path, data: Mapping[str, Any], report: ProcessReport) -> None:
     opened = report.opened
     for what, saved, now in (
-        ("workload", data["workload"]["digest"], opened["workload"]["digest"]),
-        ("weights", data["model"].get("weights_digest"), opened["model"]["weights_digest"]),
+        ("a different workload", data["workload"]["digest"], opened["workload"]["digest"]),
+        (
+            "different weights",
+            data["model"].get("weights_digest"),
+            opened["model"]["weights_digest"],
+        ),
     ):
         if saved != now:
             raise UsageError(
-                f"{file}: the same settings give a different {what} here, so nothing can be "
+                f"{file}: the same settings give {what} here, so nothing can be "
                 "compared; make a new baseline with batchbench baseline save"
             )
 
