@@ -4,7 +4,7 @@
     r = batchbench.run(batch_size=8, queue_size=32)
     r.summary, r.requests, r.plot.timeline()
 
-Names are imported on first use, so that ``import batchbench`` costs nothing.
+Names are imported on first use, so that ``import batchbench`` is fast.
 """
 
 from importlib import import_module

@@ -1,10 +1,10 @@
-"""``batchbench`` and ``python -m batchbench``."""
+"""The entry point of ``batchbench`` and ``python -m batchbench``."""
 
 import sys
 
 
 def main() -> None:
-    """Run the program; Ctrl-C during its imports prints one line, too."""
+    """Run the program; print one line on Ctrl-C, also during its imports."""
     try:
         from batchbench.cli.main import main as program
 

@@ -1,4 +1,4 @@
-"""One experiment from Python: keywords in, a result out."""
+"""Run one experiment from Python: keyword arguments in, a result out."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def run(*, watch: Watch | None = None, **options: Any) -> Result:
         r.summary, r.requests, r.plot.timeline()
 
     Args:
-        watch: receives the progress; without one nothing is shown.
-        options: those of ``batchbench run``, with underscores. Give files as strings or paths,
-            and several strategies or limits as a list. ``preset`` and ``workload`` (a TOML file)
-            have settings that the other options replace.
+        watch: receives progress; None shows nothing.
+        options: those of ``batchbench run``, with underscores. Give files as strings or paths, and
+            several strategies or limits as a list. ``preset`` and ``workload`` (a TOML file) hold
+            settings that the other options replace.
 
     Raises:
         TypeError: there is no such option; the message names the nearest.
@@ -55,7 +55,7 @@ def run(*, watch: Watch | None = None, **options: Any) -> Result:
 
 
 def simulate(*, watch: Watch | None = None, **options: Any) -> Result:
-    """Do what :func:`run` does on a virtual clock, without a model: every step takes 1 ms.
+    """Run the experiment on a virtual clock, without a model: every step takes 1 ms.
 
     Arguments and errors are those of :func:`run`.
     """
@@ -90,7 +90,7 @@ def _conduct(
 
 
 def _typed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options in the types of their fields."""
+    """Return the options, converted to the types of their fields."""
     values: dict[str, Any] = {}
     for option, value in options.items():
         if option not in _SPEC_OF:
@@ -112,7 +112,7 @@ class Result(results.Result):
         summary: a DataFrame with one row per strategy: metrics, counters and speed-up.
     """
 
-    # pandas and matplotlib take a second to import, so only what needs them does.
+    # pandas and matplotlib take a second to import, so only code that needs them imports them.
 
     @cached_property
     def requests(self) -> pd.DataFrame:

@@ -12,10 +12,10 @@ with wrong outputs raises no exception: it is written and shown like any other, 
 """
 
 LONGEST_VALUE = 80
-"""Most characters of a value in a message."""
+"""Maximum number of characters of a value in a message."""
 
 _LONGEST_WORD, _LONGEST_LINE = 255, 2000
-"""Most characters of a word, such as the name of a file, and of a whole message."""
+"""Maximum number of characters of a word, such as a file name, and of a whole message."""
 
 
 def shown(value: object, most: int = LONGEST_VALUE) -> str:

@@ -1,4 +1,4 @@
-"""Files that users name: opened, checked, and written whole or not at all.
+"""Open, check and write files that users name; each is written whole or not at all.
 
 Content is written to a hidden path beside its target and moved there in one step, together with
 parent folders that are missing. A process that ends at any moment, by Ctrl-C, SIGKILL or a full
@@ -66,7 +66,7 @@ def reason_of(error: OSError | ValueError) -> str:
 def undisturbed() -> Iterator[None]:
     """Hold back signals that ask the program to stop, and deliver the first at the end.
 
-    Python runs signal handlers in the main thread alone; in other threads this does nothing.
+    Python runs signal handlers only in the main thread; in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -94,7 +94,7 @@ def claimed(place: Path, named: str) -> Iterator[None]:
     """Keep other processes of this machine from writing to ``place`` until the block ends.
 
     The claim is a lock on a file in the folder for temporary files. The system releases it however
-    the process ends, so a killed run blocks nobody.
+    the process ends, so a killed run never blocks another.
 
     Raises:
         ClaimedError: another process writes there.
@@ -145,7 +145,7 @@ def replacing(target: Path, *, folder: bool = False) -> Iterator[Path]:
         except OSError as error:
             if top == target or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            target.parent.mkdir(parents=True, exist_ok=True)  # somebody made one above it
+            target.parent.mkdir(parents=True, exist_ok=True)  # another process made a parent
             os.replace(inner, target)
     finally:
         _remove(staging)
@@ -334,13 +334,13 @@ def check_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
     for file in (folder / name for name in names):
         check_place(file, str(file))
         if file.exists() and not (overwrite and file.is_file()):
-            raise UsageError(f"{file}: is there already; give another name or --overwrite")
+            raise UsageError(f"{file}: already exists; give another name or --overwrite")
 
 
 def check_file(file: Path, option: str) -> None:
     """Check that the file of an option can be written."""
     if os.path.exists(file) and not os.path.isfile(file):  # Path.exists fails on a long name
-        what = "is a directory" if file.is_dir() else "is no file"
+        what = "is a directory" if file.is_dir() else "is not a file"
         raise UsageError(f"{option} {file}: {what}; give a file, such as report.html")
     check_place(file, f"{option} {file}")
 
@@ -351,7 +351,7 @@ def check_file(file: Path, option: str) -> None:
 def open_binary(file: Path, where: str, limit: int | None = None) -> BinaryIO:
     """Open a file or pipe for reading bytes; skip a byte-order mark at its beginning.
 
-    Reads raise UsageError, too; also if there are more than ``limit`` bytes.
+    Reading raises UsageError too, for example beyond ``limit`` bytes.
     """
     try:
         # Non-blocking, since opening a pipe would wait for its writer.
@@ -408,7 +408,7 @@ class _Source(io.RawIOBase):
             if first:
                 return first
             if time.monotonic() >= until:
-                raise UsageError(f"{self._where}: is a pipe to which nobody writes; give a file")
+                raise UsageError(f"{self._where}: is a pipe that no process writes to; give a file")
             time.sleep(0.01)
 
     def readable(self) -> bool:

@@ -25,10 +25,10 @@ MOST_BYTES = 64 * 2**20
 """Largest file; a result with the texts of 10,000 long requests has about this size."""
 
 MOST_VALUES = 1_000_000
-"""Most values of a file; one takes up to 180 bytes of memory for 3 bytes of text."""
+"""Maximum number of values in a file; one takes up to 180 bytes of memory for 3 bytes of text."""
 
 MOST_DEPTH = 64
-"""Most levels of nesting. A result has 8; code that walks the data fails before 1,000."""
+"""Maximum depth of nesting. A result has 8 levels; code that walks the data fails before 1,000."""
 
 LARGEST, SMALLEST = 1e50, 1e-50
 """Bounds of numbers other than 0, so that results of arithmetic stay in a double's range."""
@@ -130,12 +130,12 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"it names {max(counts, key=counts.__getitem__)[:40]!r} twice")
+        raise ValueError(f"it has the key {max(counts, key=counts.__getitem__)[:40]!r} twice")
     return content
 
 
 def _check_values(data: Any, *, escaped: bool) -> None:
-    """Refuse nesting that is too deep, and halves of characters, which only escapes can write."""
+    """Refuse nesting that is too deep, and unpaired surrogates, which only escapes can write."""
     level, depth = [data], 0
     while level:
         if depth > MOST_DEPTH:

@@ -1,4 +1,4 @@
-"""Specs: dataclasses whose fields become options, and their conversion to and from text and JSON.
+"""Specs: dataclasses whose fields become options; convert them to and from text and JSON.
 
 Each spec is a frozen dataclass whose fields are made with :func:`setting`. The command line derives
 its options from them, and :func:`check` applies the same bounds to calls from Python. A value that
@@ -122,7 +122,7 @@ def from_json(spec: type[Spec], values: Mapping[str, Any], *, drop_unknown: bool
 
 @functools.cache
 def hints_of(spec: type) -> dict[str, Any]:
-    """Return the types of a spec's fields; without the cache they took half of ``--help``."""
+    """Return the types of a spec's fields; uncached, this takes half the time of ``--help``."""
     return typing.get_type_hints(spec)
 
 
@@ -248,7 +248,7 @@ def _without_zero(bound: float) -> str:
 
 
 def words_of(spec: Any, usual: Any, always: Collection[str] = ()) -> list[str]:
-    """Return the words to type for a spec: options unlike ``usual``, and those in ``always``."""
+    """Return the words to type for a spec: options that differ from ``usual``, and ``always``."""
     words: list[str] = []
     for field in dataclasses.fields(spec):
         value, option = getattr(spec, field.name), option_name(field.name)

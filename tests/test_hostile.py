@@ -293,7 +293,7 @@ def test_a_column_that_would_become_large_is_refused(
     said = refused("report", str(folder), "--format", "markdown", "--output", "-")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert "0-0.npz: is not a whole recording: " in said
+    assert "0-0.npz: is not a complete recording: " in said
     assert peak < 40 * 2**20
 
 
@@ -332,7 +332,10 @@ JSON: Mapping[str, tuple[bytes, str]] = {
     "nested and closed": (b'{"a":' * 200 + b"1" + b"}" * 200, "nested more than 64 deep"),
     "a number of 5,000 digits": (b'{"a": ' + b"1" * 5000 + b"}", "too large"),
     "a number beyond a double": (b'{"a": 1e999}', "is out of range"),
-    "a key twice": (b'{"schema_version": 1, "schema_version": 1}', "names 'schema_version' twice"),
+    "a key twice": (
+        b'{"schema_version": 1, "schema_version": 1}',
+        "has the key 'schema_version' twice",
+    ),
     "half a surrogate pair": (b'{"a": "\\ud800"}', "half a surrogate pair"),
     "another encoding": ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
     "larger than the limit": (b" " * (MOST_BYTES + 1), "is longer than 64 MiB"),
@@ -411,7 +414,7 @@ class Leaves(Forever):
         raise SystemExit(0)
 
 
-@pytest.mark.parametrize(("name", "said"), [("Forever", "would wait for ever"), ("Leaves", "Exit")])
+@pytest.mark.parametrize(("name", "said"), [("Forever", "would wait forever"), ("Leaves", "Exit")])
 def test_a_policy_that_never_decides_is_refused(
     name: str, said: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:

@@ -84,7 +84,7 @@ def test_a_pipe_to_which_nobody_writes_is_refused(option: str, pipe: Path) -> No
     value = f"empirical:{pipe}" if option == "--output-tokens" else str(pipe)
     code, _, line = call(("workload", "show"), [f"{option}={value}", "--model=toy-gpt2"])
     assert code == 2
-    assert line == f"{option} {value}: is a pipe to which nobody writes; give a file"
+    assert line == f"{option} {value}: is a pipe that no process writes to; give a file"
 
 
 @pytest.mark.parametrize("content", [b"7\n", b"\xef\xbb\xbf7\n" * 50_000, b"x"])

@@ -1,4 +1,4 @@
-"""Strategies, and the batcher: the loop that plans, runs and applies until all is served."""
+"""Strategies, and the batcher: the loop that plans, runs and applies until all is done."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchbench.batching.scheduler import Scheduler
 from batchbench.workloads import Workload, make_arrivals
 
 _CALL_NS = 100_000_000
-"""Longest call of the engine on a real clock, so that the display and Ctrl-C respond."""
+"""Maximum duration of an engine call on a real clock, so that the display and Ctrl-C respond."""
 
 
 class Strategy(Protocol):
@@ -57,7 +57,7 @@ class Batcher:
 class Serving:
     """One trial under way. Each :meth:`advance` plans, runs and applies once.
 
-    A caller that sets the pace reads ``steps``, the number of steps launched so far.
+    A caller that controls the pace reads ``steps``, the number of steps launched so far.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Serving:
         self._recorder.waited(began, until, self._clock.now(), self._scheduler.num_waiting)
 
     def _shortened(self, plan: Plan, most: int | None) -> Plan:
-        """Limit the plan to ``most`` passes, and to ``_CALL_NS`` by the mean step so far."""
+        """Limit the plan to ``most`` passes, and to about ``_CALL_NS`` of time."""
         limits = [limit for limit in (self._batcher.max_repeat, most) if limit is not None]
         if not self._engine.simulated and plan.repeat > 1:
             spent = max(self._clock.now() - self._recorder.waited_ns, 1)

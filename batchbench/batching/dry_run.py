@@ -42,7 +42,9 @@ class Estimate:
         counts = ", ".join(f"{name} {about}{n:,}" for name, n in self.steps.items())
         lines = [f"steps   {counts or 'no'} forward passes per trial; {self.trials} trials each"]
         if self.uncounted:
-            lines[0] += f"; {', '.join(self.uncounted)} schedules by itself and is not counted"
+            lines[0] += (
+                f"; {', '.join(self.uncounted)} schedules by itself, so its steps are not counted"
+            )
         if self.weight_bytes is not None and self.kv_cache_bytes is not None:
             lines.append(
                 f"memory  {_mib(self.weight_bytes)} of weights and {_mib(self.kv_cache_bytes)} of "
@@ -58,8 +60,9 @@ class Estimate:
             )
         if self.seconds is not None and self.timed:
             lines.append(
-                f"time    about {self.seconds:,.3g} s for all trials, with waiting for requests; "
-                "this assumes steps of 1.5 times their matrix products, timed just now"
+                f"time    about {self.seconds:,.3g} s for all trials, with waits for requests; "
+                "this assumes that a step takes 1.5 times as long as its matrix products, which "
+                "were timed just now"
             )
         elif self.seconds is not None:
             lines.append(

@@ -46,7 +46,7 @@ class ServingSpec:
     )
     strategy: str = setting(
         "static,continuous",
-        "Strategies to compare, baseline first. static: batches of the requests that wait; "
+        "Strategies to compare, baseline first. static: batches of the waiting requests; "
         "static-fixed: waits for full batches; static-bucketed: sorted by prompt length; "
         "static-oracle: sorted by output length as if known, the best case of static batching; "
         "continuous; generate_batch: continuous batching of transformers; or your own class as "
@@ -114,7 +114,7 @@ class ServingSpec:
             )
         if self.prefill == "mixed" and self.engine == "notebook":
             raise UsageError(
-                "--prefill mixed: the notebook engine computes prompts separately; "
+                "--prefill mixed: the notebook engine computes prompts in separate passes; "
                 "give --prefill separate or --engine slots"
             )
         if self.execution in ("graph", "compile") and self.engine == "notebook":
@@ -136,7 +136,7 @@ class ServingSpec:
 
     @property
     def token_budget(self) -> int:
-        """Most tokens of one pass with mixed prefill."""
+        """Maximum number of tokens in one pass with mixed prefill."""
         return self.max_batched_tokens or budget_of(self.batch_size)
 
     @property
@@ -169,7 +169,7 @@ class TrialsSpec:
     max_time: float | None = setting(
         None,
         "Time limit of the trials in seconds. A trial pair that would end later is not started; "
-        "one that is over by more than a tenth is dropped.",
+        "a pair that exceeds the limit by over a tenth is dropped.",
         "Measuring",
         min=0.001,
         max=1e9,

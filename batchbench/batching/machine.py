@@ -335,7 +335,7 @@ def _comparable(name: str, value: Any) -> Any:
 
 
 class LoadMeter:
-    """Counts the cores that other processes keep busy from its making on."""
+    """Measures the cores that other processes keep busy, from its creation on."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -456,7 +456,7 @@ def counters_for(
 
 
 _MOST_WATTS = 1000.0
-"""Most power that a package draws for long; it limits the time between two readings."""
+"""Highest sustained power of a package; it limits the time between two readings."""
 
 
 class EnergyMeter:

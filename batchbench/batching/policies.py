@@ -1,4 +1,4 @@
-"""Policies: which requests join at this step, and when a finished request gives up its slot.
+"""Policies decide which requests join at a step, and when a finished request gives up its slot.
 
 Static and continuous batching differ in these two decisions only. A policy has no loop and no
 queue: it decides from the view that it gets.
@@ -106,7 +106,7 @@ class Static:
 class _Sorted(Static):
     """Cuts the sorted queue into batches and serves the one with the oldest request.
 
-    The requests of a batch are thus similar, and no request waits for ever.
+    The requests of a batch are thus similar, and no request waits forever.
     """
 
     def _batch(self, view: View) -> Sequence[Request]:
@@ -121,7 +121,7 @@ class Bucketed(_Sorted):
 
 
 class Oracle(_Sorted):
-    """Static batches of outputs of similar length, known beforehand: the best that static can do.
+    """Static batches of outputs of similar, known length: the best case of static batching.
 
     No other way to cut a queue into batches takes fewer steps.
     """

@@ -42,7 +42,7 @@ class Progress:
 
 
 class Watch:
-    """Receives every report of a run and shows nothing; displays override its methods."""
+    """The observer of a run; this base class shows nothing, and displays override its methods."""
 
     def note(self, line: str) -> None:
         """Receive a line that the user should read."""
@@ -64,7 +64,7 @@ class Watch:
 
 
 class Limited(Watch):
-    """Passes every report on, and raises OutOfTimeError when the time is up.
+    """Pass every report on, and raise OutOfTimeError when the time is up.
 
     Args:
         watch: receives the reports.

@@ -110,7 +110,7 @@ class WaitLog:
 
     step: Ints  # steps launched before the wait
     start_ns: Ints
-    until_ns: Ints  # the next arrival, or the time at which the policy asked to be asked again
+    until_ns: Ints  # the next arrival, or the time at which the policy wants to decide again
     end_ns: Ints
     waiting: Ints  # requests that are due and hold no slot
 

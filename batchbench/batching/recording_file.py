@@ -44,7 +44,7 @@ Version 2 can be read too; in it a request starts at the step at which it is adm
 Column = NDArray[Any]
 
 MOST_MEMBERS = 64
-"""Most members of an archive; a recording has at most 30."""
+"""Maximum number of members in an archive; a recording has at most 30."""
 
 MOST_HEADER_BYTES = 2**20
 """Largest size of a header; batchbench writes 1 to 2 KB."""
@@ -66,7 +66,7 @@ _UNCOMPRESSED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
 
 class NotWholeError(ValueError):
-    """A fault of a recording's file; the text completes "is not a whole recording:"."""
+    """A fault of a recording's file; the text completes "is not a complete recording:"."""
 
 
 def save_recording(recording: Recording) -> bytes:
@@ -97,7 +97,7 @@ def load_recording(file: Path) -> Recording:
         recording = _from_columns(header, columns)
         _check_laws(recording)
     except NotWholeError as error:
-        raise UsageError(f"{file}: is not a whole recording: {error}") from error
+        raise UsageError(f"{file}: is not a complete recording: {error}") from error
     return recording
 
 
@@ -202,7 +202,9 @@ def _members(
     for member in archive.infolist():
         name = member.filename.removesuffix(".npy")
         if name == member.filename or name not in {"header", *dtypes}:
-            raise NotWholeError(f"it holds {member.filename[:40]!r}, which no recording has")
+            raise NotWholeError(
+                f"it contains {member.filename[:40]!r}, which is not part of a recording"
+            )
         if name in members:
             raise NotWholeError(f"it holds {name} twice")
         if member.flag_bits & 1 or member.compress_type not in (_UNCOMPRESSED, _DEFLATED):
@@ -216,7 +218,7 @@ def _members(
     inflated = sum(member.file_size for member in members.values())
     if inflated > SURE_BYTES + MOST_RATIO * file_bytes:
         raise NotWholeError(
-            f"it would inflate from {file_bytes:,} to {inflated:,} bytes, as no recording does"
+            f"it would inflate from {file_bytes:,} to {inflated:,} bytes, more than a recording can"
         )
     return members
 
@@ -249,10 +251,10 @@ def _read_column(
             raise NotWholeError(f"{name} is not a row of {dtype}")
         size = shape[0] * dtype.itemsize
         if not 0 <= size < member.file_size or member.file_size - size > 2**16:
-            raise NotWholeError(f"{name} claims {shape[0]:,} values and has another size")
+            raise NotWholeError(f"{name} claims {shape[0]:,} values, which its size contradicts")
         column = np.frombuffer(bytearray(content.read(size)), dtype)
         if len(column) != shape[0] or content.read(1):  # at its end zipfile checks the checksum
-            raise NotWholeError(f"{name} claims {shape[0]:,} values and has others")
+            raise NotWholeError(f"{name} claims {shape[0]:,} values and has a different number")
     return column
 
 
@@ -260,13 +262,13 @@ MOST_SLOTS = 2**20
 """The largest ``--batch-size``."""
 
 MOST_NS = 2**60
-"""Latest time, 36 years; sums and differences of two times fit in 64 bits."""
+"""Largest time, 36 years; sums and differences of two times fit in 64 bits."""
 
 MOST_APART_NS, MOST_APART = 10**6, 1.01
 """Largest difference, in ns and as a ratio, between the clocks of the host and of a GPU."""
 
 MOST_STEPS = 2**31
-"""Most steps of a span, more than the longest output needs; their square fits in 64 bits."""
+"""Maximum number of steps in a span, above the longest output; their square fits in 64 bits."""
 
 
 def _check_laws(recording: Recording) -> None:
@@ -282,7 +284,7 @@ def _check_laws(recording: Recording) -> None:
     tokens = float(r.requests.output_tokens.sum(dtype=np.float64))
     for name, column in (("tokens", r.tokens), ("token_ends_ns", r.token_ends_ns)):
         if column is not None:
-            _check(len(column) == tokens, f"{name} has another length than the requests' outputs")
+            _check(len(column) == tokens, f"{name} differs in length from the requests' outputs")
     if r.tokens is not None:
         _check(r.tokens >= 0, "a token is negative")
     if r.token_ends_ns is not None:
@@ -358,7 +360,7 @@ def _check_lengths(r: Recording) -> None:
         log = getattr(r, name)
         lengths = {len(getattr(log, c.name)) for c in fields(log)} if log is not None else {0}
         _check(len(lengths) == 1, f"the columns of its {name} differ in length")
-    _check(len(r.requests.slot) > 0, "it has no request")
+    _check(len(r.requests.slot) > 0, "it has no requests")
     times = (r.ends_ns, r.step_ns, r.token_ends_ns)
     _check(sum(t is not None for t in times) == 1, "its times are missing, or given in two ways")
     _check((r.begun_ns is None) is (r.token_ends_ns is None), "begun_ns needs token_ends_ns")
@@ -426,10 +428,11 @@ def _check_chunks(r: Recording) -> None:
     _check(np.array_equal(request[begins], np.arange(count)), "a request has no chunk")
     whole = (start[begins] == 0).all() and (stop[ends] == q.prompt_tokens).all()
     _check(
-        whole and (start[1:] == stop[:-1])[~begins[1:]], "a prompt is not computed once and whole"
+        whole and (start[1:] == stop[:-1])[~begins[1:]],
+        "a prompt is not computed completely and once",
     )
-    _check(step[begins] == q.started, "a request starts at another step than its prompt")
-    _check(step[ends] == q.first, "a first token comes from another step than its prompt's last")
+    _check(step[begins] == q.started, "a request and its prompt start at different steps")
+    _check(step[ends] == q.first, "a first token does not come from the last step of its prompt")
 
 
 def _check_decoding(r: Recording) -> None:
@@ -448,7 +451,10 @@ def _check_decoding(r: Recording) -> None:
         return before[span] + np.where(decodes[span] > 0, step - first_steps[span] + 1, 0)
 
     tokens = 1 + up_to(q.last) - up_to(q.first)
-    _check(tokens == q.output_tokens, "a request has other tokens than its steps yield")
+    _check(
+        tokens == q.output_tokens,
+        "the number of tokens of a request differs from what its steps yield",
+    )
 
 
 def _check_waits(r: Recording) -> None:

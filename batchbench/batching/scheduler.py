@@ -226,7 +226,7 @@ class Scheduler:
         if self._asks > MOST_ASKS:
             raise UsageError(
                 f"{self._name} admitted no request {MOST_ASKS:,} times in a row although nothing "
-                "runs: it would wait for ever"
+                "runs: it would wait forever"
             )
         return ask_again
 
@@ -283,6 +283,6 @@ class Scheduler:
             fault = "admits no request" if self.free else "releases no slot"
             raise UsageError(
                 f"{self._name} {fault} although nothing runs and no "
-                "more requests will come: it would wait for ever"
+                "more requests will come: it would wait forever"
             )
         return None

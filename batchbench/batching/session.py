@@ -304,7 +304,7 @@ class Session:
             )
 
     def time_small_batches(self) -> list[Recording]:
-        """Time steps of fewer rows than slots, for predictions; a simulation has none."""
+        """Time steps of fewer rows than slots, for predictions; a simulation skips this."""
         if self.engine.simulated or not self.experiment.serving.policies:
             return []
         batcher = self.batcher("continuous")

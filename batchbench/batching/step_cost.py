@@ -31,7 +31,7 @@ class CostSpec:
     cost: Path | None = setting(
         None,
         "Folder of a result of batchbench run. Step times are fitted on its steps, so simulated "
-        "times are predictions. The model is the result's unless --model is given.",
+        "times are predictions. The result's model is used unless --model is given.",
         "Simulation",
         metavar="RESULT",
         default_text="every step takes 1 ms",
@@ -215,12 +215,12 @@ class Ceiling:
 
     @property
     def bound(self) -> str:
-        """The slower of the two: memory, or arithmetic."""
+        """The slower of the two limits: memory or arithmetic."""
         return "memory" if self.floor_s >= self.products_s else "arithmetic"
 
     @property
     def tokens_per_s(self) -> float:
-        """Most tokens per second with all rows in use."""
+        """Highest number of tokens per second, with all rows in use."""
         return self.rows / max(self.floor_s, self.products_s)
 
 

@@ -1,4 +1,4 @@
-"""Proof that batching changed nothing: every token is the model's own.
+"""Verification that batching changed no output: every token is the model's own choice.
 
 A reference pass computes prompt + output of one request, alone and without a cache, and returns the
 token that the model prefers at each position. If that is the generated token at every position,
@@ -26,7 +26,7 @@ class Deviation(NamedTuple):
     token; ``tolerance`` is the largest difference that the precision may cause.
     """
 
-    index: int  # type: ignore[assignment]  # tuple.index gives way
+    index: int  # type: ignore[assignment]  # overrides tuple.index
     gap: float
     tolerance: float
 
@@ -37,7 +37,7 @@ class Deviation(NamedTuple):
 
 
 class Reference(Protocol):
-    """The model alone."""
+    """The model on its own, without batching."""
 
     @property
     def name(self) -> str:

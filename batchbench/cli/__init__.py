@@ -1,1 +1,1 @@
-"""The command line: options in, a report out; no arithmetic here."""
+"""The command line: it parses options and prints reports; results are computed elsewhere."""

@@ -22,13 +22,14 @@ from batchbench.studies.sweep.grid import SWEPT
 
 CAPACITY_HELP = (
     "Find the highest request rate that each strategy sustains within --slo.\n\n"
-    "A rate is sustained if enough requests meet all limits and the queue does not grow. Rates are "
-    "doubled until one is not sustained, then bisected; each is repeated until the trials decide."
+    "A rate is sustained if enough requests meet all limits and the queue does not grow. The "
+    "search doubles the rate until it is not sustained, then bisects. It repeats each rate until "
+    "the trials give a clear answer."
     "\n\nExample: batchbench capacity --slo ttft:500 --slo tpot:50"
 )
 
 ALLOWED_MISSES = 5
-"""Fewest requests of a trial that may miss a limit; with fewer, chance decides."""
+"""Minimum number of requests that may miss a limit in a trial; with fewer, chance decides."""
 
 FEWEST, MOST = 100, 10_000
 
@@ -39,7 +40,7 @@ class CapacitySpec:
 
     slo_attainment: float = setting(
         0.95,
-        "Share of the requests that must be within all limits.",
+        "Share of the requests that must meet all limits.",
         "Capacity",
         min=0.01,
         max=0.9999,
@@ -47,7 +48,7 @@ class CapacitySpec:
     )
     precision: float = setting(
         0.05,
-        "Largest gap between the highest sustained rate and the lowest that is not, as a share.",
+        "Largest gap between the highest sustained and the lowest unsustained rate, as a share.",
         "Capacity",
         min=0.0001,
         max=1.0,
@@ -55,7 +56,8 @@ class CapacitySpec:
     )
     max_trials: int = setting(
         8,
-        "Most trials of one rate, each with other arrivals; a single trial gives no interval.",
+        "Maximum number of trials per rate, each with different arrivals; a single trial gives no "
+        "interval.",
         "Capacity",
         min=1,
         max=1000,
@@ -69,8 +71,8 @@ class CapacitySpec:
         default_text="batchbench-results/<time>-<model>-capacity",
     )
     overwrite: bool = setting(False, "Replace a result in the folder.", "Output")
-    json: bool = setting(False, "Print only capacity.json on standard output.", "Output")
-    quiet: bool = setting(False, "Show no progress, and only the sentence.", "Output")
+    json: bool = setting(False, "Print only capacity.json.", "Output")
+    quiet: bool = setting(False, "Print only a one-line summary; no progress.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)

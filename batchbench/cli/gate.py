@@ -57,7 +57,7 @@ class GateOutputSpec:
     verbose: bool = setting(
         False, "Also show metrics that did not change and are not gated.", "Output"
     )
-    json: bool = setting(False, "Print all findings as JSON, and nothing else.", "Output")
+    json: bool = setting(False, "Print only the findings, as JSON.", "Output")
     markdown: Path | None = setting(
         None,
         "Write the report as Markdown, for a pull request; - is standard output.",
@@ -76,7 +76,7 @@ class GateOutputSpec:
         metavar="WHEN",
     )
     quiet: bool = setting(
-        False, "Show no progress, and only the first sentence of the report.", "Output"
+        False, "Print only the first sentence of the report; no progress.", "Output"
     )
 
     def __post_init__(self) -> None:
@@ -123,8 +123,7 @@ def check_outputs(output: GateOutputSpec) -> None:
 def conclude(gate: Gate, output: GateOutputSpec) -> None:
     """Show a gate, write its files, and end the command with its exit code.
 
-    All texts are made before the first is shown, so that an error in one shows no part of a
-    verdict.
+    All texts are made before the first is shown, so that an error never leaves half a verdict.
     """
     from batchbench.studies.gate import report
 
@@ -221,7 +220,7 @@ class BaseSpec:
     )
     base_ref: str | None = setting(
         None,
-        "Commit, branch or tag of batchbench's git repository; its package is kept in a cache.",
+        "Commit, branch or tag of batchbench's git repository; its package is cached.",
         "Base",
         metavar="REV",
     )
@@ -257,7 +256,6 @@ def duet(
     record: RecordSpec,
     output: GateOutputSpec,
 ) -> None:
-    """Compare two installations."""
     from batchbench.studies.gate.spec import timed_strategies
 
     experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
@@ -326,10 +324,10 @@ CHECK_HELP = """Check this version against a saved baseline: counts and outputs 
 speed by ratios.
 
 It runs the baseline's experiment in fresh processes. Each process alternates
-with reference runs (static batching, and the notebook engine), so that
-machine speed cancels out of the ratios. Absolute times are reported, not
-gated. The check stops as soon as the answer is clear. Exit code 1: this
-version is slower, or counts or outputs differ.
+the last strategy with reference runs (static batching, and the notebook
+engine), so that machine speed cancels out of the ratios. Absolute times are
+reported, not gated. The check stops as soon as the answer is clear. Exit code
+1: this version is slower, or counts or outputs differ.
 
 Example: batchbench check --baseline baseline.json"""
 
@@ -348,7 +346,6 @@ app = typer.Typer(help=BASELINE_HELP, no_args_is_help=True)
 
 @with_options({"check_spec": CheckSpec, "record": RecordSpec, "output": GateOutputSpec})
 def check(check_spec: CheckSpec, record: RecordSpec, output: GateOutputSpec) -> None:
-    """Check this version against a baseline."""
     from batchbench.cli.progress import make_turns_display
     from batchbench.studies.gate.baseline import load_baseline
     from batchbench.studies.gate.check import record_of, run_check
@@ -386,7 +383,6 @@ def save(
         typer.Argument(metavar="FILE", help="File for the baseline.", show_default="baseline.json"),
     ] = None,
 ) -> None:
-    """Measure and save a baseline."""
     from batchbench.cli.progress import make_turns_display
     from batchbench.studies.gate.baseline import make_baseline, to_json
     from batchbench.studies.gate.report import render_baseline
@@ -413,7 +409,6 @@ def show(
         Path, typer.Argument(metavar="FILE", help="A saved baseline.", show_default=False)
     ],
 ) -> None:
-    """Show a baseline."""
     from batchbench.studies.gate.baseline import load_baseline
     from batchbench.studies.gate.report import render_baseline
 
@@ -423,18 +418,19 @@ def show(
 COMPARE_HELP = """Compare two versions by their results, and say which differences are real.
 
 Counts of closed workloads and output tokens are compared exactly, and any
-change fails. Then speed-ups within a run, which do not depend on the
-machine's speed. Absolute times are compared only if the environments match,
-and fail only if --fail-if asks for it. Give folders with four or more runs a
-side, each of a process of its own: they show much smaller changes than one
-run does.
+change fails. Speed-ups within a run are compared next; they do not depend on
+the machine's speed. Absolute times are compared only if the environments
+match, and fail only if --fail-if asks for it. To detect much smaller changes
+than one run can, give folders with four or more runs per side, each made by
+its own process.
 
-Exit code 0: nothing is worse, or 'cannot tell' (with --strict that is 3); 1:
+Exit code 0: nothing is worse, or 'cannot tell' (3 with --strict); 1:
 something is worse, or counts or outputs changed; 2: the two cannot be
 compared.
 
 Example: batchbench compare batchbench-results/my-run batchbench-results/my-run
-Example: batchbench compare batchbench-results/my-run batchbench-results/my-run --fail-if 'output_throughput < -5%'"""  # noqa: E501
+Example: batchbench compare batchbench-results/my-run batchbench-results/my-run --fail-if
+'output_throughput < -5%'"""
 
 
 @with_options({"question": CompareSpec, "output": GateOutputSpec})
@@ -454,7 +450,6 @@ def compare(
     question: CompareSpec,
     output: GateOutputSpec,
 ) -> None:
-    """Compare two versions by their results."""
     from batchbench.studies.gate.compare import compare_versions, load_runs
 
     check_outputs(output)

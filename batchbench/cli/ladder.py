@@ -18,7 +18,7 @@ from batchbench.workloads.spec import WorkloadSpec
 
 LADDER_HELP = """Compare engines, from the notebook's loop to the limits of this hardware.
 
-All serve one workload in turn; each makes one change to the one before.
+All engines serve the same workload in turn. Each makes one change to the engine before it.
 
 Example: batchbench ladder --rungs notebook,generate_batch,packed"""
 

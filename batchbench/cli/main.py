@@ -29,14 +29,14 @@ from batchbench.version import __version__
 COMMANDS = {
     "run": "Run a workload with static and continuous batching, and compare them.",
     "simulate": "Count the steps that run would take, without a model, in seconds.",
-    "predict": "Predict other batch sizes from a result, and where more slots stop paying.",
+    "predict": "Predict other batch sizes from a result, and find where more slots stop helping.",
     "breakeven": "Map where continuous batching wins and where static batching does.",
     "sweep": "Run a grid of experiments: any option of run may have many values.",
     "ladder": "Compare engines, from the notebook's loop to the limits of this hardware.",
     "capacity": "Find the highest request rate that each strategy sustains within --slo.",
-    "report": "Show results again: here, as a web page, as Markdown or as JSON.",
+    "report": "Show results again: in the terminal, as a web page, as Markdown or as JSON.",
     "reproduce": "Run the experiment of a result again and compare the two results.",
-    "watch": "Replay a result: slots fill and empty as they did, the strategies side by side.",
+    "watch": "Replay a result: watch slots fill and empty, with the strategies side by side.",
     "compare": "Compare two versions by their results, and say which differences are real.",
     "duet": "Compare another installation of batchbench with this one, in alternating turns.",
     "check": "Check this version against a saved baseline: counts and outputs exactly, speed by "
@@ -45,7 +45,7 @@ COMMANDS = {
     "baseline": "Save counts and speed ratios of this version, for later checks.",
     "workload": "List presets, inspect a workload without running it, or save it.",
 }
-"""Purpose of each command, with which its help begins. Commands are imported when they are used."""
+"""The purpose of each command, as in its help. A command is imported when it is used."""
 
 MODULES = {
     "watch": "report",
@@ -71,7 +71,8 @@ def load_command(name: str) -> Any:
         group.name = name
         return group
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    help = getattr(module, f"{name.upper()}_HELP")
+    # Lines of a paragraph are joined: the terminal wraps them at its own width.
+    help = re.sub(r"(?<!\n)\n(?!\n|Example: )", " ", getattr(module, f"{name.upper()}_HELP"))
     alone.command(name, help=help, cls=kind)(getattr(module, name))
     return typer.main.get_command(alone)
 
@@ -135,7 +136,7 @@ def main() -> None:
     if received and code not in _ANSWERS:
         code = 128 + received[0]
     if code > 128:
-        # After Ctrl-C within an import, the interpreter would end itself with the signal instead.
+        # After Ctrl-C within an import, the interpreter would otherwise end with the signal.
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

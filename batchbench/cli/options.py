@@ -97,7 +97,7 @@ class ReportSpec:
 
     format: str | None = setting(
         None,
-        "terminal: tables, printed here; html: one self-contained page; markdown: for a pull "
+        "terminal: tables on standard output; html: one self-contained page; markdown: for a pull "
         "request; json: result.json. JSON for dashboards: github-bigger and github-smaller for "
         "github-action-benchmark, bencher for bencher.dev, pytest-benchmark.",
         "Output",
@@ -110,7 +110,8 @@ class ReportSpec:
         "File for the report; - prints it on standard output.",
         "Output",
         metavar="FILE",
-        default_text="report.html, report.md, bencher.json, … in RESULT, or here for several",
+        default_text="report.html, report.md, bencher.json, … in RESULT, or in the current folder "
+        "for several results",
     )
     trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
     json: bool = setting(False, "Print only result.json.", "Output")
@@ -261,7 +262,7 @@ def _typed(
 ) -> dict[str, Any]:
     """Return the options that were given, even if a value equals the default.
 
-    Typer passes texts, which are parsed here, so that errors have our own words.
+    Typer passes texts, which are parsed here, so that errors have batchbench's own texts.
     """
     homes = {field.name: (spec, field) for spec, field in fields}
     typed: dict[str, Any] = {}

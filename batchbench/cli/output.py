@@ -1,4 +1,4 @@
-"""Output of a command: the standard streams, its folder, and the lines that end what it prints.
+"""Output of a command: the standard streams, its folder, and the last lines that it prints.
 
 The streams work in any encoding: a missing character is replaced by one that looks like it. If
 standard output is closed or full, that is one of our errors; on standard error it is ignored.
@@ -47,7 +47,7 @@ _LOOK_ALIKES = dict(
 
 
 def prepare() -> None:
-    """Replace the two streams by :class:`_Output` and :class:`_Messages`."""
+    """Replace the standard streams by :class:`_Output` and :class:`_Messages`."""
     register()
     _fill_closed()
     sys.stdout = _wrapped(_Output, sys.stdout, 1)
@@ -89,7 +89,7 @@ class _Output(io.TextIOWrapper):
     """Standard output.
 
     Raises:
-        ClosedPipe: nobody reads it any more.
+        ClosedPipe: its reader has gone.
         OutputError: it cannot be written.
     """
 
@@ -108,7 +108,7 @@ class _Output(io.TextIOWrapper):
     def _failure(self, error: OSError) -> BatchbenchError:
         _silence(self.fileno())
         if isinstance(error, BrokenPipeError):
-            return ClosedPipe("nobody reads standard output any more")
+            return ClosedPipe("the reader of standard output has gone")
         if error.errno == errno.EBADF:
             return OutputError("standard output is closed")
         return OutputError(f"standard output cannot be written: {reason_of(error)}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from batchbench.studies.predict.breakeven import MapSpec
     from batchbench.studies.predict.fitted import FittedRun
 
-PREDICT_HELP = """Predict other batch sizes from a result, and where more slots stop paying.
+PREDICT_HELP = """Predict other batch sizes from a result, and find where more slots stop helping.
 
 Step costs are fitted on the run. Its requests are then served with each number of slots by the
 same scheduler on a virtual clock.
@@ -125,21 +125,21 @@ class BreakevenSpec:
     batch_size: str = setting("2,4,8,16", "Batch sizes (slots).", _PANEL, metavar="N,…")
     spread: str = setting(
         "0,0.25,0.5,1,2",
-        "Standard deviation of output lengths over their mean; 0: all are equally long.",
+        "Standard deviation of output lengths divided by their mean; 0: all lengths are equal.",
         _PANEL,
         metavar="X,…",
     )
     load: str = setting(
         "0.5,0.9,all",
-        "Requests offered over what continuous batching can serve; all: all requests are there at "
-        "the start.",
+        "Request rate, as a share of what continuous batching can serve; all: all requests are "
+        "there at the start.",
         _PANEL,
         metavar="X,…|all",
     )
     mean_tokens: int = setting(48, "Mean of output lengths.", _PANEL, min=2, max=10**6)
     prompt_tokens: int = setting(16, "Tokens of each prompt.", _PANEL, min=1, max=10**6)
     batches: int = setting(
-        8, "Requests of a cell, as a multiple of its batch size.", _PANEL, min=2, max=10**6
+        8, "Number of requests per cell, as a multiple of its batch size.", _PANEL, min=2, max=10**6
     )
     engine: str = setting(
         "slots", "Engine of the run that is made first.", _PANEL, choices=("slots", "notebook")
@@ -274,9 +274,11 @@ def _fitted(study: BreakevenSpec, model: ModelSpec, folder: Path) -> FittedRun:
     )
     experiment = replace(experiment, model=model)
     with make_display(("static", "continuous"), 3, quiet=study.quiet) as display:
-        display.note(f"no --cost: a run at batch size {largest} times the steps first")
+        display.note(
+            f"no --cost: a run at batch size {largest} is made first to measure step times"
+        )
         if seconds := estimate(experiment, Watch()).seconds:
-            display.note(f"it takes about {spell_time(1.5 * seconds)}, and the warm-up")
+            display.note(f"this takes about {spell_time(1.5 * seconds)} plus the warm-up")
         write_folder(own, make_result(conduct(experiment, display)))
     return read_fitted(own, "--output")
 

@@ -21,10 +21,10 @@ from batchbench.studies.sweep.grid import Cell
 from batchbench.studies.sweep.run import CellsQuery, SweepWatch
 
 SILENCE_S = 10.0
-"""Longest time without a line in a log."""
+"""Maximum time without a line in a log."""
 
 REDRAW_S = 0.1
-"""Time between two drawings; drawing is host time that the measurement pays for."""
+"""Time between two drawings, which take host time from the measurement."""
 
 PHASES = {
     "loading": "loading the model (a few seconds; a minute for billions of parameters)",
@@ -38,7 +38,7 @@ PHASES = {
 
 
 class PlainDisplay(SweepWatch, CapacityWatch):
-    """Lines for a log: what begins and ends, and in long waits how far it is.
+    """Lines for a log: the start and end of each activity, and progress during long waits.
 
     Args:
         serves: number of trials of all strategies together; 0 if it is not known.

@@ -1,4 +1,4 @@
-"""The commands report and watch: results, and studies, shown again."""
+"""The commands report and watch, which show results and studies again."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ if TYPE_CHECKING:
     from batchbench.reports.replay.frames import Replay
     from batchbench.reports.result import Result
 
-REPORT_HELP = """Show results again: here, as a web page, as Markdown or as JSON.
+REPORT_HELP = """Show results again: in the terminal, as a web page, as Markdown or as JSON.
 
-Tables, pictures and report.html of a single result are made again from its recordings. Several
-results are shown side by side, with the settings in which they differ. The folder of a sweep,
-ladder, capacity search, prediction or break-even map is shown as its command showed it, in short.
+Tables, pictures and report.html of a single result are built again from its recordings. Several
+results are shown side by side, with the settings in which they differ. The result of a
+sweep, ladder, capacity search, prediction or break-even map is shown in short form.
 
 Example: batchbench report batchbench-results/my-run --format html"""
 
-WATCH_HELP = """Replay a result: slots fill and empty as they did, the strategies side by side.
+WATCH_HELP = """Replay a result: watch slots fill and empty, with the strategies side by side.
 
-Shows the trial of median duration of each strategy, at a speed at which the longest takes about
-12 s. The last picture stays; Ctrl-C stops. For slides, --gif writes the replay to a file.
+It shows the trial of median duration of each strategy, at a speed at which the longest takes about
+12 s. The last frame stays on the screen. Ctrl-C stops the replay. For slides, --gif writes it to a
+file.
 
 Example: batchbench watch batchbench-results/my-run --speed 4"""
 
@@ -157,8 +158,8 @@ def _show_study(file: Path, output: ReportSpec) -> None:
 
     if output.chosen not in ("terminal", "json") or output.trace_out is not None:
         raise UsageError(
-            f"{file.parent}: is the result of a study; it is shown here or with --json, and has "
-            "its picture beside it"
+            f"{file.parent}: is the result of a study: give only --format terminal or --json; "
+            "its picture is in the same folder"
         )
     try:
         text, data = file.read_text(encoding="utf-8"), read_json(file)
@@ -254,7 +255,7 @@ class WatchSpec:
 
     speed: float | None = setting(
         None,
-        "Seconds of the trial per second: 1 is true speed, 4 four times as fast.",
+        "Seconds of the trial shown per second: 1 is the real speed, 4 is four times as fast.",
         "Replay",
         min=1e-9,
         max=1e9,

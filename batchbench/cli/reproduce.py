@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 REPRODUCE_HELP = """Run the experiment of a result again and compare the two results.
 
-Workload, weights and counters must be the same. So must outputs on the same kind of machine;
-elsewhere they may differ by numerical ties. Times are compared by their intervals. Exit code 0: all
-exact checks agree, even if times differ; 1: one differs; 2: it cannot be run here.
+Workload, weights and counters must be the same. Outputs must be the same on the same kind of
+machine; on other machines they may differ by numerical ties. Times are compared by their intervals.
+Exit code 0: all exact checks agree, even if times differ; 1: an exact check differs; 2: the
+experiment cannot run here.
 
 Example: batchbench reproduce batchbench-results/my-run"""
 
@@ -41,10 +42,8 @@ class ReproduceSpec:
         default_text="it is not kept",
     )
     overwrite: bool = setting(False, "Replace a result in the folder.", "Output")
-    json: bool = setting(
-        False, "Print the comparison as JSON on standard output, and nothing else.", "Output"
-    )
-    quiet: bool = setting(False, "Show no progress, and only the sentence.", "Output")
+    json: bool = setting(False, "Print only the comparison, as JSON.", "Output")
+    quiet: bool = setting(False, "Print only a one-line summary; no progress.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)

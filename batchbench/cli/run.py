@@ -156,6 +156,6 @@ def _dry_run(experiment: Experiment, output: OutputSpec) -> None:
     from batchbench.cli.progress import make_display
 
     with make_display((), 1, quiet=output.quiet) as display:
-        found = estimate(experiment, display)
-    for line in found.lines():
+        estimated = estimate(experiment, display)
+    for line in estimated.lines():
         echo(line)

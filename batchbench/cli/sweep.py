@@ -19,8 +19,8 @@ from batchbench.studies.sweep.grid import SWEPT, Grid
 
 SWEEP_HELP = (
     "Run a grid of experiments: any option of run may have many values.\n\n"
-    "Numbers are lists and ranges that include their stop (--batch-size 1,2,4,8 --queue-size "
-    "16:64:16), a flag is --flag --no-flag, other options are repeated (--dtype float32 --dtype "
+    "Give numbers as lists or as ranges that include their stop (--batch-size 1,2,4,8 --queue-size "
+    "16:64:16), flags as --flag --no-flag, and repeat other options (--dtype float32 --dtype "
     "bfloat16). --strategy names the strategies that run side by side in each cell. Finished cells "
     "are kept, so the same command continues where it stopped.\n\n"
     "Example: batchbench sweep --batch-size 1,2,4,8,16,32 --long-every 8 --simulated"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TREND_HELP = """Find the commits at which performance changed, from saved results.
 
 Results are ordered by time and grouped by workload, configuration, machine and versions; small
-losses that add up are result too. Exit code 0; with --fail-on-loss 1 after a loss; 2: there are no
+losses that add up are found too. Exit code 0; 1 after a loss with --fail-on-loss; 2 without
 results.
 
 Example: batchbench trend batchbench-results"""

@@ -48,7 +48,7 @@ class PictureSpec:
 
 @dataclass(frozen=True)
 class SavingSpec:
-    """The option to replace a file."""
+    """The option to replace an existing file."""
 
     overwrite: bool = setting(False, "Replace the file.", "Output")
 

@@ -17,7 +17,7 @@ from batchbench.reports.text import plural
 MOST_STALLS = 5
 
 STALL = 1.5
-"""Ratio to the median gap from which on a gap is a stall."""
+"""Smallest ratio to the median gap at which a gap is a stall."""
 
 
 # Gaps between tokens
@@ -295,7 +295,7 @@ def slowdown(recording: Recording) -> Floats:
 
 
 def median_step_ms(recording: Recording) -> float:
-    """Return the median duration of a step, or of the gaps if the strategy shows no steps."""
+    """Return the median duration of a step, or of the gaps if the strategy reports no steps."""
     if not recording.has_steps:
         gaps = gaps_ms(recording).percentile(50)
         return float(np.median(ttft_ms(recording))) if gaps is None else gaps

@@ -19,7 +19,7 @@ from batchbench.reports.time_budget import arrival_lag_ms, arrival_rate
 PERCENTILES = (90.0, 99.0, 99.9)
 
 ENOUGH_FOR_P999 = 1000
-"""Below this number of values the 99.9th percentile cannot be told from the maximum."""
+"""Minimum number of values for a 99.9th percentile; with fewer it is close to the maximum."""
 
 NO_LIMITS: Mapping[str, float] = {}
 

@@ -1,4 +1,4 @@
-"""Slots over time: which request held which slot, and what the slots did."""
+"""Slots over time: the request in each slot, and the activity of each slot."""
 
 from __future__ import annotations
 

@@ -40,10 +40,10 @@ def summary_frame(result: Result) -> pd.DataFrame:
 
     Added are ``utilisation`` (useful / all slot-steps), ``speedup`` with the ends of its 95 %
     interval (if there are enough trials), and ``step_ratio``. They are empty for the baseline, as
-    counters are for a strategy that shows no steps.
+    counters are for a strategy that reports no steps.
     """
     rows = {}
-    comparisons = {each["candidate"]: each for each in result.data["comparisons"]}
+    comparisons = {entry["candidate"]: entry for entry in result.data["comparisons"]}
     for name, strategy in result.data["strategies"].items():
         counters, comparison = strategy["counters"], comparisons.get(name)
         speedup = comparison["speedup"] if comparison else None
@@ -128,7 +128,7 @@ def _spans(recording: Recording) -> Mapping[str, Any]:
 # Documents
 
 MOST_RESULTS = 24
-"""Most results of one document, so that it stays readable and small."""
+"""Maximum number of results in one document, so that it stays readable and small."""
 
 PICTURES = ("timeline", "latency", "account")
 """Pictures that Markdown refers to, in this order."""

@@ -29,15 +29,16 @@ BLOCKS, FOLDS = 10, 5
 """Cross-validation: each trial's steps in ten blocks, of which two at a time are left out."""
 
 FEWEST_STEPS = 20
-"""Fewest steps that can determine six coefficients."""
+"""Minimum number of steps that can determine six coefficients."""
 
 WEAK_R2, WEAK_ERROR = 0.5, 0.1
 """A fit is too weak to use if its R² is below the one and its median error above the other. If all
 steps take nearly the same time, R² is low and the predictions are good."""
 
 _FIRM = 0.01
-"""Weight of the wish that a coefficient be 0. It decides only what the steps leave open: if every
-pass has eight rows, the cost of a row cannot be told from that of a pass, which then has it all."""
+"""Weight of the pull of each coefficient towards 0. It matters only where the steps do not decide:
+if every pass has eight rows, the cost of a row cannot be told from that of a pass, which then gets
+all of it."""
 
 SMALL_SHARE = 0.1
 """Weight of the smaller batches of the warm-up, relative to all steps of the trials. They are few,
@@ -375,7 +376,7 @@ def predict_outcome(outcome: Outcome) -> Prediction | None:
 def predict(known: KnownCost, serving: ServingSpec, workload: Workload) -> list[Recording]:
     """Serve the workload under the same scheduler on a virtual clock; one recording per strategy.
 
-    Strategies that schedule for themselves are left out, because no simulation knows them.
+    Strategies that schedule by themselves are left out, because no simulation knows them.
     """
     engine = SimulatedEngine(known.cost)
     about = {"cost": known.as_dict()}

@@ -1,6 +1,6 @@
 """A result: ``result.json`` as data, made from the recordings and observations of a run.
 
-What shows a result (frames, pictures, tables, pages) is built on this module and never imported.
+Modules that show a result (frames, pictures, tables, pages) import this one, never the reverse.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def _comparison(
     speedup = ratio_of(strategies, "duration", baseline, candidate)
     assert speedup is not None
     # Steps may vary from trial to trial if texts end early, so pairs count here too.
-    # None if one of the two schedules for itself and shows no steps.
+    # None if one of the two schedules by itself and reports no steps.
     steps = paired_ratio(
         [r.num_steps for r in recordings[baseline]], [r.num_steps for r in recordings[candidate]]
     )

@@ -63,7 +63,7 @@ class Environment(TypedDict, total=False):
 
 
 class ModelFacts(TypedDict):
-    """The model that was served, with ``auto`` resolved; a simulation has none of its memory."""
+    """The model that was served, with ``auto`` resolved; a simulation has no memory sizes."""
 
     name: str
     load_format: Literal["pretrained", "dummy"]

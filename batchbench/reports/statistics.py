@@ -111,7 +111,7 @@ def step_distribution(recording: Recording, spans: Ints | None = None) -> Distri
 CONFIDENCE = 0.95
 
 FEWEST_PAIRS = 3
-"""Below this no interval is given: a bootstrap of three values covers 75 %, not 95 %."""
+"""Minimum number of values for an interval: a bootstrap of three covers 75 %, not 95 %."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ POWER = 0.8
 """Probability with which an effect must be found to count as detectable."""
 
 _LEAST_SCATTER = 1e-9
-"""Least standard deviation: samples that are all equal only show that the clock is coarse."""
+"""Minimum standard deviation: equal samples only show that the clock is coarse."""
 
 
 class Verdict(StrEnum):
@@ -391,7 +391,7 @@ def _p_value(verdict: Verdict, mean: float, error: float, nu: float, rule: Rule)
 
 
 def _detectable(n: int, alpha: float) -> float:
-    """Return the standard errors above the floor from which on an effect is found."""
+    """Return the standard errors above the floor at which an effect is found."""
     return _quantile(1 - alpha, n - 1) + _quantile(POWER, n - 1)
 
 

@@ -1,4 +1,4 @@
-"""Numbers, units, plurals, percentages and intervals in words: the one home of their spelling."""
+"""Numbers, units, plurals, percentages and intervals in words, spelled the same everywhere."""
 
 from __future__ import annotations
 

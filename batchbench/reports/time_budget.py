@@ -1,4 +1,4 @@
-"""The time budget: where each second of a trial went, and which seconds a candidate saved.
+"""The time budget: the parts of a trial's wall time, and the time that a candidate saved in each.
 
 docs/metrics.md, "Time budget", has definitions and formulas. The parts of a trial add up to its
 wall time; the differences between two strategies add up to the time saved.
@@ -81,7 +81,7 @@ def arrival_lag_ms(recording: Recording) -> Floats | None:
 
     The delay begins when the request is due, or at the end of the step then under way, and ends
     with the first decision that knows of it. None if all requests are there at the start, or the
-    strategy shows no steps.
+    strategy reports no steps.
     """
     due = recording.requests.due_ns
     if not due.any() or not recording.has_steps:
@@ -166,10 +166,10 @@ NAMES = {
 """Labels of the parts."""
 
 SAVED_BY = {
-    "useful_decode_s": "by cheaper steps for the same tokens",
+    "useful_decode_s": "by faster steps for the same tokens",
     "finished_s": "by freeing slots when requests finish",
     "empty_s": "by filling empty slots",
-    "prefill_useful_s": "by cheaper prefill",
+    "prefill_useful_s": "by faster prefill",
     "prefill_padding_s": "by less prefill padding",
     "stalled_s": "by fewer stalls during prefill",
     "waiting_s": "by less waiting for requests",
@@ -179,10 +179,10 @@ SAVED_BY = {
 """Words after "1.2 s saved" for each part."""
 
 LOST_TO = {
-    "useful_decode_s": "to dearer steps for the same tokens",
+    "useful_decode_s": "to slower steps for the same tokens",
     "finished_s": "to slots held by finished requests",
     "empty_s": "to empty slots",
-    "prefill_useful_s": "to dearer prefill",
+    "prefill_useful_s": "to slower prefill",
     "prefill_padding_s": "to prefill padding",
     "stalled_s": "to stalls during prefill",
     "waiting_s": "to waiting for requests",
@@ -195,7 +195,7 @@ LOST_TO = {
 def typical_budget(trials: Sequence[Recording]) -> TimeBudget | None:
     """Return the budget of the trial of median duration, or the mean of the middle two.
 
-    Means are linear, so the parts still add up. None if the strategy shows no steps.
+    Means are linear, so the parts still add up. None if the strategy reports no steps.
     """
     if not all(trial.has_steps for trial in trials):
         return None

@@ -36,9 +36,9 @@ class Reason(StrEnum):
     WARM_UP = (
         "warm-up had not settled: the median step still changed by {change} after {rounds} rounds"
     )
-    NOT_SERVED = "the log breaks a law: every request was served once"
-    NOT_CONSERVED = "the log breaks a law: tokens are conserved"
-    NOT_ADDING_UP = "the log breaks a law: slot-steps add up"
+    NOT_SERVED = "the log is wrong: not every request was served exactly once"
+    NOT_CONSERVED = "the log is wrong: tokens are not conserved"
+    NOT_ADDING_UP = "the log is wrong: slot-steps do not add up"
     LITTLE = "Little's law is off by {error}"
     PASSES = "the model computed {computed:,} passes for {steps:,} steps"
     COUNTERS = "counters differ between trials of a closed workload"
@@ -96,7 +96,9 @@ def _broken_laws(workload: Workload, trials: Sequence[Recording]) -> Iterator[st
 def _doubts(
     workload: Workload, trials: Sequence[Recording], requested_rate: float | None
 ) -> Iterator[str]:
-    stepped = [r for r in trials if r.has_steps]  # a strategy that schedules itself shows no steps
+    stepped = [
+        r for r in trials if r.has_steps
+    ]  # a strategy that schedules itself reports no steps
     worst = max((abs(time_budget.littles_law(r)) for r in stepped), default=0.0)
     if worst > LITTLE:
         yield Reason.LITTLE.text(error=percent(worst, 1))

@@ -1,1 +1,1 @@
-"""The studies: each runs experiments to answer one question, such as a sweep or a ladder."""
+"""Studies run experiments and read their metrics: sweeps, capacity, the ladder, gates, trends."""

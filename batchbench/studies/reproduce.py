@@ -129,7 +129,7 @@ def differences_of(
 
 
 def is_alike(differences: Sequence[Difference]) -> bool:
-    """Tell whether both environments must produce the same tokens."""
+    """Return True if both environments must produce the same tokens."""
     return all(difference.name in _IRRELEVANT for difference in differences)
 
 
@@ -155,7 +155,7 @@ def check_counters(recorded: Result, again: Result) -> Iterator[Check]:
     for name, strategy in recorded.data["strategies"].items():
         then: Any = strategy["counters"]
         now: Any = again.data["strategies"][name]["counters"]
-        if then is None or now is None:  # it schedules for itself, and shows no steps
+        if then is None or now is None:  # it schedules by itself, and reports no steps
             continue
         other = [key for key, value in then.items() if now[key] != value]
         shown = other[0] if other else "forward_passes"
@@ -273,7 +273,7 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Reproduction:
     if checks[0].verdict == Verdict.DIFFERS and (files := named_files(session.experiment)):
         options = ", ".join(map(settings.option_name, sorted(files)))
         raise UsageError(
-            "the result cannot be run here: the workload differs, so a file of it "
+            "the result cannot be run here: the workload differs, so a file that it uses "
             f"({options}) has changed; restore it"
         )
     if any(check.verdict == Verdict.DIFFERS for check in checks):

@@ -50,7 +50,7 @@ class Outline:
     blocks: Ragged | None = None
     block_tokens: int = BLOCK_TOKENS
     shared: int = 0
-    arrivals: str = "all at once"  # for people
+    arrivals: str = "all at once"  # in words
     stop_at_eos: bool = False
     max_concurrency: int | None = None
 

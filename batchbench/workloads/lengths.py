@@ -30,7 +30,7 @@ GRAMMAR = (
 )
 
 LONGEST = 10**9
-"""Tokens that no length exceeds."""
+"""Largest length, in tokens."""
 
 LIMIT = 16 * MIB
 """Largest size of a file of lengths."""

@@ -21,7 +21,7 @@ class Request(NamedTuple):
     start of the trial; ``output_tokens`` is the requested number.
     """
 
-    index: int  # type: ignore[assignment]  # tuple.index gives way
+    index: int  # type: ignore[assignment]  # overrides tuple.index
     prompt_tokens: int
     output_tokens: int
     due_ns: int
@@ -100,7 +100,7 @@ class Workload:
 
     @property
     def max_total_tokens(self) -> int:
-        """Longest prompt + output, in tokens."""
+        """The longest prompt + output, in tokens."""
         return int((self.prompt_tokens + self.output_tokens).max())
 
     def prompt(self, index: int) -> NDArray[np.int32]:

@@ -1,4 +1,4 @@
-"""Streams of random numbers, one per purpose, so that the use of one does not change another."""
+"""Streams of random numbers, one per purpose, so that using one does not change another."""
 
 from __future__ import annotations
 

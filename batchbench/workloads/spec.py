@@ -36,7 +36,7 @@ _CLASSIC = ("long_every", "long_tokens", "short_tokens")
 _OF_TRACE = ("trace_format", "trace_block_size", "trace_time_unit", "on_bad_row", "speed")
 
 _MOST_DOTS = 100
-"""Most dots of a line: the parser's time grows with the square of a dotted key's parts."""
+"""Maximum number of dots in a line: parsing takes time quadratic in the parts of a dotted key."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class WorkloadSpec:
     )
     stop_at_eos: bool = setting(
         False,
-        "End a request when the model does; the number of steps then depends on the model.",
+        "End a request at the model's end-of-sequence token; the number of steps then depends on "
+        "the model.",
         _PANEL,
     )
     seed: int = setting(
@@ -150,7 +151,7 @@ class WorkloadSpec:
     )
     trace: Path | None = setting(
         None,
-        "Replay a trace: ShareGPT, Azure, BurstGPT, Mooncake, or a file of workload save.",
+        "Replay a trace: ShareGPT, Azure, BurstGPT, Mooncake, or a file that workload save wrote.",
         _TRACE,
         metavar="FILE",
         excludes=_CLASSIC,
@@ -161,7 +162,7 @@ class WorkloadSpec:
         _TRACE,
         choices=TRACE_FORMATS,
         metavar="FORMAT",
-        default_text="found by its content",
+        default_text="detected from its content",
     )
     trace_block_size: int | None = setting(
         None,

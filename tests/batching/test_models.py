@@ -427,7 +427,7 @@ def _truncated(at: Callable[[int, int], int]) -> Callable[[bytes], bytes]:
 def test_torn_weights_are_a_usage_error(folder: Path, spoil: Callable[[bytes], bytes]) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(spoil(file.read_bytes()))
-    with pytest.raises(UsageError, match=r"model\.safetensors is torn"):
+    with pytest.raises(UsageError, match=r"model\.safetensors is cut off"):
         find_model(ModelSpec(model=str(folder)))
 
 
@@ -741,7 +741,7 @@ def test_a_model_too_large_for_the_memory_is_a_usage_error(
 
 def test_a_model_that_is_no_causal_one_is_a_usage_error() -> None:
     config = {"model_type": "vit", "vocab_size": 1, "hidden_size": 8, "num_attention_heads": 1}
-    with pytest.raises(UsageError, match="no causal language model"):
+    with pytest.raises(UsageError, match="is not a causal language model"):
         load_model(Source("vit", "dummy", config, None, ""), ModelSpec(device="cpu"), 0)
 
 

@@ -158,7 +158,7 @@ def test_a_policy_that_lingers_for_ever_is_refused(monkeypatch: pytest.MonkeyPat
         scheduler.plan(3)
     assert str(error.value) == (
         "the policy Lingers admitted no request 3 times in a row although nothing runs: "
-        "it would wait for ever"
+        "it would wait forever"
     )
 
 

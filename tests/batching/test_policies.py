@@ -155,8 +155,8 @@ class AsksInThePast(Continuous):
         (ReleasesRunning(), r"released slot \d, whose request is not done"),
         (ReleasesTwice(), r"released slot \d"),
         (ReleasesUnheard(), "released slot 77"),
-        (Never(), "Never admits no request .* wait for ever"),
-        (Keeps(), "Keeps releases no slot .* wait for ever"),
+        (Never(), "Never admits no request .* wait forever"),
+        (Keeps(), "Keeps releases no slot .* wait forever"),
         (AsksNow(), "time that has passed"),
         (AsksInThePast(), "time that has passed"),
     ],
@@ -171,7 +171,7 @@ def test_never_admitting_is_told_only_when_nothing_more_will_come() -> None:
     arriving = workload_of([(1, 1, 0), (1, 1, 5 * STEP_NS)])
     scheduler = scheduler_of(arriving, Config("given", 2), Never())
     assert scheduler.plan(0) == (5 * STEP_NS,)
-    with pytest.raises(UsageError, match="wait for ever"):
+    with pytest.raises(UsageError, match="wait forever"):
         scheduler.plan(5 * STEP_NS)
 
 

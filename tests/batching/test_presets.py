@@ -498,7 +498,7 @@ def test_show_draws_where_asked_and_replaces_nothing_unasked(program: Program, h
     assert 'id="come"' in svg
     refused = program(*words)
     assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1)
-    assert "mine/workload.png: is there already; give another name or --overwrite" in refused.err
+    assert "mine/workload.png: already exists; give another name or --overwrite" in refused.err
     assert program(*words, "--overwrite").code == 0
 
 
@@ -531,7 +531,7 @@ def test_save_replaces_nothing_unasked_and_writes_whole_or_not_at_all(
     (here / "w.jsonl").write_text("mine")
     refused = program("workload", "save", "w.jsonl")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
-    assert "w.jsonl: is there already; give another name or --overwrite" in refused.err
+    assert "w.jsonl: already exists; give another name or --overwrite" in refused.err
     assert (here / "w.jsonl").read_text() == "mine"
     assert program("workload", "save", "w.jsonl", "--overwrite").code == 0
     before = (here / "w.jsonl").read_bytes()

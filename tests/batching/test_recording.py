@@ -149,7 +149,7 @@ def test_a_torn_file_is_refused_wherever_it_was_torn(
     whole = save_recording(make())
     for size in {*range(0, len(whole), 97), *range(16), *range(len(whole) - 40, len(whole))}:
         file.write_bytes(whole[:size])
-        assert "not a whole recording" in refused(file)
+        assert "not a complete recording" in refused(file)
 
 
 @given(st.data())
@@ -241,7 +241,7 @@ def zip_of(name: str, content: bytes) -> bytes:
 )
 def test_a_foreign_file_is_refused(content: bytes, file: Path) -> None:
     file.write_bytes(content)
-    assert "not a whole recording" in refused(file)
+    assert "not a complete recording" in refused(file)
 
 
 def without(recording: Recording, name: str) -> bytes:
@@ -257,7 +257,7 @@ def test_a_file_that_lacks_a_column_is_refused(make: Callable[[], Recording], fi
         if values is None or name == "tokens":
             continue
         file.write_bytes(without(recording, name))
-        assert "not a whole recording" in refused(file)
+        assert "not a complete recording" in refused(file)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Header) if f.name != "about"])
@@ -269,7 +269,7 @@ def test_a_header_that_lacks_a_field_is_refused(name: str, file: Path) -> None:
     del header[name]
     columns["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     file.write_bytes(npz(**columns))
-    assert "not a whole recording" in refused(file)
+    assert "not a complete recording" in refused(file)
 
 
 # What is derived

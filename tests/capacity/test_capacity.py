@@ -426,7 +426,7 @@ def test_it_says_what_it_found_and_the_same_again(program: Program, tmp_path: Pa
         (("--slo", "e2el:50"), "--slo e2el:50: no rate is low enough, since requests take "
          "100 ms even without load (p90 of e2el"),
         (("--slo", "ttft:9", "--batch-size", "64"), "--queue-size 60: continuous sustains even a "
-         "rate at which all arrive at once"),
+         "rate at which all requests arrive at once"),
         (("--slo", "ttft:9", "--arrivals", "ramp:from=1,to=2"), "--arrivals ramp:from=1,to=2: has "
          "no rate to search for; use poisson, gamma or constant"),
         (("--slo", "ttft:9", "--max-trials", "0"), "--max-trials 0: must be at least 1"),

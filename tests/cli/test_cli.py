@@ -261,7 +261,7 @@ def test_a_torn_checkpoint_is_told_by_its_file(
     file.write_bytes(file.read_bytes()[:-100])
     said = program("run", "--model", str(torn))
     assert said.code == 2
-    assert f"--model {torn}: model.safetensors is torn" in said.error
+    assert f"--model {torn}: model.safetensors is cut off" in said.error
     assert found_in(here) == []
 
 
@@ -621,7 +621,7 @@ def test_a_policy_that_would_wait_for_ever_is_answered(program: Program, here: P
     (here / "stubborn.py").write_text(OWN.replace("view.waiting[: view.free]", "()"))
     said = program("simulate", "--strategy", "stubborn:Own")
     assert said.code == 2
-    assert "it would wait for ever" in said.error
+    assert "it would wait forever" in said.error
     assert found_in(here / "batchbench-results") == []
 
 
@@ -1089,7 +1089,10 @@ def test_report_shows_a_study_again(program: Program, here: Path) -> None:
         assert f"Files: {folder}/ with" in said.out
         assert program("report", folder, "--quiet").out.count("\n") == 1
         json.loads(program("report", folder, "--json").out)
-        assert "shown here or with --json" in program("report", folder, "--format", "html").error
+        assert (
+            "give only --format terminal or --json"
+            in program("report", folder, "--format", "html").error
+        )
         assert found_in(here) == before
     (here / "swept" / "sweep.json").write_text('{"schema_version": 1}')
     assert "swept/sweep.json: is damaged" in program("report", "swept").error

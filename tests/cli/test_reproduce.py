@@ -405,7 +405,8 @@ def elsewhere(tmp_path: Path) -> None:
     [
         (
             changed,
-            "cannot be run here: the workload differs, so a file of it (--prompts) has changed",
+            "cannot be run here: the workload differs, so a file that it uses (--prompts) has "
+            "changed",
         ),
         (gone, "cannot be run here: --prompts prompts.txt: no such file or directory"),
         (elsewhere, "cannot be run here: --device cuda:7: not on this machine; it has cpu"),

@@ -176,8 +176,8 @@ def test_on_another_machine_only_large_losses_are_called(monkeypatch: pytest.Mon
 
 def test_another_question_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for changes, said in (
-        ({"workload": {"digest": "f" * 64, "closed": True}}, "another workload here"),
-        ({"model": {**MODEL, "weights_digest": "f" * 64}}, "another weights here"),
+        ({"workload": {"digest": "f" * 64, "closed": True}}, "a different workload here"),
+        ({"model": {**MODEL, "weights_digest": "f" * 64}}, "give different weights here"),
     ):
         with pytest.raises(UsageError, match=said):
             gate_of(monkeypatch, lambda chance, c=changes: measured(process(chance), **c))  # type: ignore[misc]

@@ -690,7 +690,7 @@ SPOILED: dict[str, tuple[Callable[[Any], str], str]] = {
     ),
     "workload": (
         inside("workload", "digest", value="0" * 64),
-        "new: has another workload than base: prompts, lengths or arrival times differ; run both",
+        "new: has a different workload from base: prompts, lengths or arrival times differ; run",
     ),
     "model": (
         inside("model", "name", value="distilgpt2"),
@@ -728,7 +728,7 @@ def test_where_there_is_no_result_it_says_what_to_give(program: Program, tmp_pat
     for path, message in {
         "nothing": "nothing: holds no result.json, nor do the folders in it; give a folder that",
         "nowhere": "nowhere: no such folder",
-        "notes.txt": "notes.txt: is no result.json",
+        "notes.txt": "notes.txt: is not a result.json",
         "base/other.json": "base/other.json: no such",
         "x" * 5000: "cannot be read: file name too long",
     }.items():
@@ -746,7 +746,7 @@ def test_other_weights_are_another_model_and_the_same_in_another_format_are_not(
     put(tmp_path / "new", with_facts(data, "model", weights_digest="b" * 64))
     code, _, err = program("compare", "base", "new")
     assert code == 2
-    assert "new: has other weights than base (gpt2, bbbbbbbbbbbb and aaaaaaaaaaaa)" in err
+    assert "new: has different weights from base (gpt2, bbbbbbbbbbbb and aaaaaaaaaaaa)" in err
     put(tmp_path / "new", with_facts(data, "model", weights_digest="b" * 64, dtype="bfloat16"))
     assert program("compare", "base", "new", "--quiet")[0] == 0
 

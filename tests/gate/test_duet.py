@@ -170,7 +170,7 @@ def test_a_loss_that_only_one_run_has_is_no_failure() -> None:
 def test_noise_cannot_be_told_and_says_what_would_do() -> None:
     _, gate, source = found_of(scattered(0.0, 0.10), DuetSpec(max_time=200))
     assert gate.answer is Answer.UNKNOWN
-    assert "min would do" in gate.sentence
+    assert "min would probably be enough" in gate.sentence
     assert gate.exit_code(strict=False) == 0
     assert gate.exit_code(strict=True) == 3
     assert source.seconds <= 200
@@ -612,7 +612,9 @@ def test_what_a_worker_cannot_do_is_a_usage_error(experiment: Experiment) -> Non
         for _ in range(2):  # it spoils nothing for those that come after it
             workers.begin()
             workers.tell(asked)
-            with pytest.raises(UsageError, match="here: turns need all requests at the start"):
+            with pytest.raises(
+                UsageError, match="here: alternating turns need all requests at the start"
+            ):
                 workers.answer()
 
 

@@ -159,7 +159,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(
         check_outputs(GateOutputSpec(junit=Path("file/j.xml")))
     with pytest.raises(UsageError, match=r"--markdown \.: is a directory; give a file"):
         check_outputs(GateOutputSpec(markdown=Path()))
-    with pytest.raises(UsageError, match=r"--markdown /dev/null: is no file"):
+    with pytest.raises(UsageError, match=r"--markdown /dev/null: is not a file"):
         check_outputs(GateOutputSpec(markdown=Path("/dev/null")))
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", "file/summary")
     with pytest.raises(UsageError, match=r"GITHUB_STEP_SUMMARY file/summary: cannot be written"):
@@ -217,10 +217,10 @@ def test_the_screen_fits_and_says_all(name: str, width: int) -> None:
 def test_what_cannot_be_told_is_loud_and_no_pass() -> None:
     for gate in (UNKNOWN, UNSURE, EMPTY):
         assert "CANNOT TELL" in shown(gate)
-        assert "This is no pass" in shown(gate)
+        assert "This is not a pass" in shown(gate)
         assert "--strict makes it 3" in shown(gate)
         assert "Exit code 3." in shown(gate, strict=True)
-        assert "This is no pass" in report.render_markdown(gate)
+        assert "This is not a pass" in report.render_markdown(gate)
     assert "CANNOT TELL" not in shown(PASSED)
 
 

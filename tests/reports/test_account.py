@@ -310,7 +310,7 @@ def test_of_several_trials_it_is_the_one_of_median_duration() -> None:
 
 
 def without_steps(recording: Recording) -> Recording:
-    """As a strategy that schedules for itself leaves it, but for its times."""
+    """As a strategy that schedules by itself leaves it, but for its times."""
     none, r = np.zeros(0, np.int64), recording.requests
     return replace(
         recording,

@@ -58,7 +58,7 @@ def test_the_page_is_whole_at_any_width_by_day_and_by_night(
     assert browser.requests == [pages[name].as_uri()]
     assert browser.ask("document.documentElement.scrollWidth") <= width
     text = browser.ask("document.body.innerText")
-    assert "Who held which slot, and when" in text
+    assert "Requests in their slots, over time" in text
     assert not re.search(r"\b(NaN|None|undefined|null)\b", text)
     ground = browser.ask("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground))) < 200) is dark

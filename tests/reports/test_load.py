@@ -460,7 +460,7 @@ def test_an_estimate_counts_the_time_in_which_requests_come(
     experiment = over_time(monkeypatch, checkpoint, [0, 100 * 10**9])
     said = "\n".join(estimate(experiment, Watch()).lines())
     assert "static about 8, continuous about 8 forward passes" in said
-    assert "200 s for all trials, with waiting for requests" in said
+    assert "200 s for all trials, with waits for requests" in said
     simulated = "\n".join(estimate(replace(experiment, simulated=True), Watch()).lines())
     assert "static 8, continuous 8 forward passes" in simulated
 

@@ -63,7 +63,7 @@ def test_the_page_holds_what_a_stranger_asks_for(small: Result) -> None:
         "continuous batching was 2.27× as fast as static batching",
         "gpt2 · simulated · 4 slots · 20 requests",
         "Speed-up",
-        "Who held which slot",
+        "Requests in their slots",
         "Output throughput",
         "Where the time went",
         "From static to continuous , part by part",
@@ -264,7 +264,7 @@ def cells_of(line: str) -> list[str]:
 
 def test_markdown_is_the_sentence_a_table_and_the_command(small: Result) -> None:
     text = markdown.render([Labelled("", small)], [{"timeline": "my run/timeline.png"}])
-    assert "![Who held which slot, and when](my%20run/timeline.png)" in text
+    assert "![Requests in their slots, over time](my%20run/timeline.png)" in text
     counted = [small.data["strategies"][n]["counters"]["forward_passes"] for n in small.names]
     row = f"| Forward passes |  | {counted[0]} | {counted[1]} | {counted[1] / counted[0]:.2f}× |"
     assert row in text

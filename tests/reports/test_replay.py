@@ -352,7 +352,7 @@ def test_watch_writes_a_film(
     assert Path("out/film.gif").read_bytes()[:3] == b"GIF"
     assert [file.name for file in Path("out").iterdir()] == ["film.gif"]
     assert program("watch", "mine", "--gif", "out/film.gif") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_watch_on_a_terminal_leaves_its_last_frame(folder: Path) -> None:
 
 
 def without_steps(recording: Recording) -> Recording:
-    """The same trial as a strategy that schedules for itself would tell it."""
+    """The same trial as a strategy that schedules by itself would tell it."""
     workload = CLASSIC
     counts = recording.requests.output_tokens.tolist()
     return Recording.of_tokens(
@@ -414,7 +414,7 @@ def test_a_strategy_that_shows_no_steps_is_left_out() -> None:
 
 def test_nothing_can_be_replayed_where_no_strategy_shows_steps() -> None:
     own = result_of({"own": with_own().recordings["own"]})
-    with pytest.raises(UsageError, match="own schedules for itself, so no slots are known"):
+    with pytest.raises(UsageError, match="own schedules by itself, so no slots are known"):
         Replay.of(own)
 
 
@@ -426,6 +426,6 @@ def test_its_frames_and_pictures_say_what_is_known() -> None:
     assert both.plot.throughput().axes
     assert both.plot.timeline().axes
     own = result_of({"own": with_own().recordings["own"]})
-    with pytest.raises(ValueError, match="no timeline: own schedules for itself"):
+    with pytest.raises(ValueError, match="no timeline: own schedules by itself"):
         batchbench.Result(own.data, own.recordings).plot.timeline()
     assert verdicts(check_counters(with_own(), with_own())) == {"counters, continuous": "agrees"}

@@ -520,7 +520,7 @@ def test_a_torn_recording_is_refused(share: float, written: Path) -> None:
     whole = file.read_bytes()
     try:
         file.write_bytes(whole[: int(len(whole) * share)])
-        assert "0-0.npz: is not a whole recording" in refused(written)
+        assert "0-0.npz: is not a complete recording" in refused(written)
     finally:
         file.write_bytes(whole)
 

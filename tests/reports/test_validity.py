@@ -153,10 +153,10 @@ def nobody_waited(trials: list[Recording]) -> list[Recording]:
 @pytest.mark.parametrize(
     ("spoil", "law"),
     [
-        (with_first("output_tokens", -1), "breaks a law: tokens are conserved"),
-        (with_first("first", 200), "breaks a law: every request was served once"),
-        (with_first("released", -1), "breaks a law: every request was served once"),
-        (with_first("released", 1), "breaks a law: slot-steps add up"),
+        (with_first("output_tokens", -1), "the log is wrong: tokens are not conserved"),
+        (with_first("first", 200), "the log is wrong: not every request was served"),
+        (with_first("released", -1), "the log is wrong: not every request was served"),
+        (with_first("released", 1), "the log is wrong: slot-steps do not add up"),
         (nobody_waited, "Little's law is off by"),
     ],
 )

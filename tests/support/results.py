@@ -121,7 +121,7 @@ def result_of(
         model={
             "name": "gpt2",
             "load_format": "dummy",
-            "note": "gpt2: dummy weights, as asked",
+            "note": "gpt2: dummy weights, as requested",
             "device": "cpu",
             "dtype": "float32",
             "parameters": 124_439_808,

@@ -463,7 +463,7 @@ def test_what_is_not_whole_is_not_believed(
     data = json.loads(json.dumps(simulated))
     spoil(data)
     (tmp_path / "result.json").write_text(json.dumps(data))
-    with pytest.raises(UsageError, match="is not a whole result"):
+    with pytest.raises(UsageError, match="is not a complete result"):
         read_entry(tmp_path / "result.json", METRICS)
 
 

@@ -479,7 +479,7 @@ def test_an_invalid_number_in_json_is_refused(value: str, format: str, file: Pat
     line = content.splitlines()[0]
     changed = re.sub(rf'"{key}": \d+', lambda _: f'"{key}": {value}', line)
     told = refusal(file, content + changed + "\n")
-    assert re.match(r"line \d: (output_|is not JSON that can be read: a number has)", told)
+    assert re.match(r"line \d: (output_|is not readable JSON: a number has)", told)
 
 
 def test_a_number_that_is_padded_with_zeros_is_the_number(file: Path) -> None:

@@ -126,7 +126,7 @@ def test_an_archive_that_needs_a_gibibyte_is_refused(content: bytes, kind: str, 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 def test_a_text_that_is_cut_off_within_a_character_is_named(encoding: str, file: Path) -> None:
     told = refusal(file, AZURE.encode(encoding)[:-1])
-    assert told.startswith("is not the text that its first bytes announce: ")
+    assert told.startswith("is not the kind of text that its first bytes indicate: ")
 
 
 # Files that are not traces
@@ -248,7 +248,7 @@ def test_a_pipe_that_gives_a_few_bytes_at_a_time_is_read(
         (MOONCAKE.encode(), b" " * 65536, "line 4: is longer than 83,886,080 bytes"),
         (b'[{"a": "', b"x" * 65536, "row 1: is longer than 8,388,608 characters"),
         (b"[", b" " * 65536, "is blank text|row 1: follows 8,388,608 spaces"),
-        (b"[", b"[" * 65536, "row 1: is not JSON that can be read: it is nested too deep"),
+        (b"[", b"[" * 65536, "row 1: is not readable JSON: it is nested too deep"),
         (b"[7", b",7" * 4096, "row 1: is 7: must be a JSON object"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Engines: what runs a Plan. Each owns its KV cache and the last token of every slot."""
+"""Engines run plans. Each owns its KV cache and the last token of every slot."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """transformers' own continuous batching (``model.generate_batch``) as a strategy.
 
-It schedules for itself, over a paged cache and in a thread of its own, so it shows no steps; but it
-reports the time of each token. ``generate_batch`` gives all requests one output length and takes
+It schedules by itself, over a paged cache and in its own thread, so it reports no steps, but the
+time of each token. ``generate_batch`` gives all requests one output length and takes
 them all at once; here the same manager gets one request at a time, each with its own length.
 """
 
@@ -45,7 +45,7 @@ def pages_of(slots: int, max_len: int) -> int:
 class GenerateBatch:
     """Serve with transformers' continuous batching on the loaded model.
 
-    It runs with the settings of a user who wants speed: CUDA graphs on a GPU, flash attention where
+    It runs with the fastest settings: CUDA graphs on a GPU, flash attention where
     the model's number format and the installation allow it. Cache, graphs and manager stay from one
     trial to the next, and are ready before a trial's clock starts. The cache holds ``slots``
     requests of ``max_len`` tokens, and a step computes at most ``max_batched_tokens``.
@@ -214,7 +214,7 @@ def _trial_ns(seconds: float, clock: WallClock) -> int:
 
 
 def _timeout_s(due_ns: int | None, clock: WallClock) -> float:
-    """Return how long to wait for a result: no longer than until the next request is due."""
+    """Return the seconds to wait for a result, at most until the next request is due."""
     if due_ns is None:
         return _POLL_S
     return min(_POLL_S, max(0.0001, (due_ns - clock.now()) / 1e9))

@@ -49,7 +49,9 @@ class NotebookEngine(TorchEngine):
 
     def _prepare(self, plan: Plan) -> None:
         if plan.chunks and (len(plan.slots) or any(c.start or not c.yields for c in plan.chunks)):
-            raise UsageError("--prefill mixed: the notebook engine computes prompts apart")
+            raise UsageError(
+                "--prefill mixed: the notebook engine computes prompts in separate passes"
+            )
         if plan.released:
             self._filter([slot not in plan.released for slot in self._rows])
         super()._prepare(plan)

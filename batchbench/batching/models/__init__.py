@@ -38,14 +38,14 @@ class ModelCache:
         self._loaded: LoadedModel | None = None
 
     def find(self, spec: ModelSpec, *, weights: bool) -> Source:
-        """Do what :func:`find_model` does; ask a host without network only once."""
+        """Find a model as :func:`find_model` does; try an unreachable hub only once."""
         key = (spec, weights)
         if key not in self._sources:
             self._sources[key] = find_model(spec, weights=weights)
         return self._sources[key]
 
     def load(self, source: Source, spec: ModelSpec, seed: int) -> LoadedModel:
-        """Do what ``load_model`` does, with the CPU threads of ``spec``.
+        """Load a model as ``load_model`` does, with the CPU threads of ``spec``.
 
         Experiments share a model if its weights, number format, device and threads are the same;
         the seed matters for dummy weights only.

@@ -26,7 +26,7 @@ from batchbench.errors import UsageError
 
 _EMBEDDING, _POSITION, _GAIN = 0.1, 0.2, 2.0
 """Standard deviation of token and position embeddings, and the factor by which a matrix scales its
-input. With tied embeddings a small gain repeats the input token for ever; a large one is chaotic:
+input. With tied embeddings a small gain repeats the input token forever; a large one is chaotic:
 at 4, rounding to bfloat16 changes two thirds of all next tokens, at 2 one in ten (docs/log.md)."""
 
 
@@ -204,7 +204,9 @@ def count_parameters(source: Source) -> int:
         with torch.device("meta"):
             shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # anything, for a configuration of another kind of model
-        raise UsageError(f"--model {source.name}: is no causal language model: {error}") from error
+        raise UsageError(
+            f"--model {source.name}: is not a causal language model: {error}"
+        ) from error
     shapes.tie_weights()
     return sum(p.numel() for p in shapes.parameters())
 
@@ -229,7 +231,7 @@ def model_config(source: Source) -> Any:
     except Exception as error:  # anything, for a damaged configuration
         why = str(error)
         if "auto_map" in source.config:
-            why = "it needs code of its own (auto_map), which is never run; choose another model"
+            why = "it needs its own code (auto_map), which is never run; choose another model"
         raise UsageError(f"--model {source.name}: its config.json is not usable: {why}") from error
 
 

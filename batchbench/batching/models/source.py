@@ -1,8 +1,8 @@
 """Find a model: its configuration, files and tokenizer, or a known shape for dummy weights.
 
-There is no torch here, so that a wrong name is answered at once. A checkpoint may come from anyone:
-none of its code is run, nothing outside its folder is read, and sizes that no model has are refused
-before memory is taken for them.
+This module does not import torch, so that a wrong name is reported at once. A checkpoint may come
+from anyone: none of its code is run, nothing outside its folder is read, and sizes that no model
+has are refused before memory is taken for them.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Source:
 def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
     """Decide where the model comes from; without ``weights`` only its configuration is needed.
 
-    Raises UsageError if there is no such model, or its folder is no checkpoint.
+    Raises UsageError if there is no such model, or its folder is not a checkpoint.
     """
     try:
         folder = Path(spec.model).expanduser()
@@ -173,7 +173,8 @@ def _check_safetensors(model: str, file: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise UsageError(
-            f"--model {model}: {file.name} is torn or no safetensors file ({error}); fetch it again"
+            f"--model {model}: {file.name} is cut off or not a safetensors file ({error}); fetch "
+            "it again"
         ) from error
 
 
@@ -181,13 +182,15 @@ def _from_hub(spec: ModelSpec, weights: bool) -> Source:
     short = next((s for s, (hub_id, _) in KNOWN.items() if spec.model in (s, hub_id)), None)
     hub_id = KNOWN[short][0] if short else spec.model
     if short and (spec.load_format == "dummy" or not weights):
-        return Source(short, "dummy", KNOWN[short][1], None, f"{short}: dummy weights, as asked")
+        return Source(
+            short, "dummy", KNOWN[short][1], None, f"{short}: dummy weights, as requested"
+        )
     cached = _snapshot(hub_id, spec.revision, weights, local=True)
     if cached is None:
         missing = _ask_hub(hub_id, spec.revision)
         if missing is None:
             cached = _snapshot(hub_id, spec.revision, weights, local=False)
-            missing = "the download from the hub broke off"
+            missing = "the download from the hub was interrupted"
     if cached is not None:
         return _from_folder(spec, cached, short or spec.model, weights)
     if short and spec.load_format == "auto":
@@ -224,7 +227,10 @@ def _snapshot(hub_id: str, revision: str | None, weights: bool, *, local: bool) 
 
 
 def _ask_hub(hub_id: str, revision: str | None) -> str | None:
-    """Return why the hub cannot give the model; None if it can. Takes at most :data:`REACH_S`."""
+    """Return the reason why the hub cannot give the model; None if it can.
+
+    The call takes at most :data:`REACH_S` seconds.
+    """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -279,7 +285,7 @@ def read_config(model: str, folder: Path) -> dict[str, Any]:
         why = reason_of(error) if isinstance(error, OSError) else error
         raise UsageError(f"--model {model}: its config.json cannot be read: {why}") from error
     if not isinstance(config, dict) or not {"model_type", "vocab_size"} <= config.keys():
-        raise UsageError(f"--model {model}: its config.json names no model_type and vocab_size")
+        raise UsageError(f"--model {model}: its config.json lacks model_type or vocab_size")
     if fault := _fault(config):
         raise UsageError(f"--model {model}: its config.json says {fault}")
     return config
@@ -328,7 +334,7 @@ def check_index(model: str, folder: Path) -> None:
     for name in sorted(set(names.values())):
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise UsageError(
-                f"{place} names {name[:80]}, which is not a safetensors file of its folder; "
+                f"{place} names {name[:80]}, which is not a safetensors file in its folder; "
                 "nothing outside the folder is read"
             )
         if not (folder / name).is_file():

@@ -57,7 +57,7 @@ def draw_one(name: str, recordings: Mapping[str, Sequence[Recording]], title: st
     stepped = [strategy for strategy in strategies if strategy.typical.has_steps]
     others = ", ".join(s.name for s in strategies if not s.typical.has_steps)
     if name in _OF_STEPS and not stepped:
-        raise ValueError(f"no {name}: {others} schedules for itself and logs no steps")
+        raise ValueError(f"no {name}: {others} schedules by itself and logs no steps")
     if name in _OF_SLOTS and others:
         strategies, title = stepped, f"{title} · no steps known of {others}"
     with house_style():

@@ -76,7 +76,7 @@ def _slots(axes: Axes, strategy: card.Strategy, levels: Levels, unit: card.Unit)
 
 
 def _queue(axes: Axes, levels: Levels, unit: card.Unit) -> None:
-    # At the very start all wait for an instant, too short to see; the axis need not show it.
+    # At the start all requests wait for a time too short to see, which the axis leaves out.
     spans = np.diff(levels.edges_ns)
     seen = levels.waiting[spans > spans.sum() / (2 * MOST_LEVELS)]
     longest = max(seen.max(), 1.0)

@@ -40,7 +40,7 @@ _LOOKS: dict[str, dict[str, Any]] = {
     "host_s": {"facecolor": "#8c8c8c", "linewidth": 0.0},
     "residual_s": {"facecolor": card.INK, "linewidth": 0.0},
 }
-"""Parts that look the same under each strategy; useful parts have its colour."""
+"""The looks of parts that are the same under each strategy; useful parts have its colour."""
 
 _TINTS = {"useful_decode_s": 0.25, "prefill_useful_s": -0.55}
 
@@ -154,8 +154,8 @@ def waterfalls(budgets: Sequence[Budget]) -> list[Waterfall]:
 
 
 def budgets_of(strategies: Sequence[card.Strategy]) -> list[Budget]:
-    found = [(strategy, typical_budget(strategy.trials)) for strategy in strategies]
-    return [(strategy, times) for strategy, times in found if times is not None]
+    budgets = [(strategy, typical_budget(strategy.trials)) for strategy in strategies]
+    return [(strategy, times) for strategy, times in budgets if times is not None]
 
 
 def draw_time_budget(strategies: Sequence[card.Strategy], title: str) -> Figure:
@@ -232,7 +232,7 @@ def _useful_share(times: TimeBudget) -> float:
 def _name(part: str, saved: float) -> str:
     if part != "useful_decode_s":
         return NAMES[part]
-    return "cheaper decode steps" if saved >= 0 else "dearer decode steps"
+    return "faster decode steps" if saved >= 0 else "slower decode steps"
 
 
 def _headline(budgets: Sequence[Budget]) -> str:

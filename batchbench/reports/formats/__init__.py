@@ -1,1 +1,1 @@
-"""One file a format; each turns a Result into something that people or programs read."""
+"""Formats of a result, one per file, for people or for programs."""

@@ -1,7 +1,7 @@
-"""The page: one HTML file that holds everything, for a browser, for paper, to pass on.
+"""The web page: one self-contained HTML file, to view, print and share.
 
 It needs no network and works without JavaScript, which only adds zooming and the times of a bar of
-the timeline. However large a run, the page stays small: its timelines have at most ``MOST_BARS``
+the timeline. The page stays small for any run: its timelines have at most ``MOST_BARS``
 bars together, and curves as many corners as a screen has pixels.
 
 Its charts show what the pictures of ``figures/`` show; windows, bars, levels and distributions come
@@ -42,7 +42,7 @@ MOST_BARS = 12_000
 """Bars of all timelines of a page together: 2 MB at most."""
 
 FEWEST_BARS = 200
-"""Bars that each timeline may have however many timelines there are."""
+"""Bars that each timeline may have, for any number of timelines."""
 
 SCALE = 10_000
 """Width and height of a chart's box; a unit is smaller than a pixel of any screen."""

@@ -11,7 +11,7 @@ from batchbench.reports.result import Result
 from batchbench.reports.side_by_side import Labelled, SideBySide
 
 _TITLES = {
-    "timeline": "Who held which slot, and when",
+    "timeline": "Requests in their slots, over time",
     "latency": "How long requests wait",
     "account": "Where the time went",
 }

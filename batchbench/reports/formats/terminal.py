@@ -32,7 +32,7 @@ MENTIONED = 0.05
 """Parts below this share of the whole difference are not put into words."""
 
 EQUAL = 0.005
-"""Differences below this share of the baseline's time have no causes worth words."""
+"""Differences below this share of the baseline's time are not explained."""
 
 _COST = "cost_per_million_output_tokens"
 
@@ -109,7 +109,7 @@ def _other_candidates(result: Result) -> str:
         if ratio is not None and best != last["baseline"]:
             speed = times(ratio.median)
             text = f", and {'' if speed == '1.00×' else f'{speed} '}as fast as {best}"
-            text += ", the best static form"
+            text += ", the fastest form of static batching"
     listed = ", ".join(f"{c['candidate']} {times(c['speedup']['median'])}" for c in others)
     return f"{text}; the others over {last['baseline']}: {listed}"
 
@@ -154,7 +154,7 @@ def causes(result: Result) -> list[str]:
             continue
         decimals = decimals_of(max(abs(whole), *(abs(step["saved_s"]) for step in fall["steps"])))
         steps = [step for step in fall["steps"] if abs(step["saved_s"]) >= MENTIONED * abs(whole)]
-        # What decided comes first: the savings of who saved, the losses of who lost.
+        # The largest cause comes first: savings of a faster candidate, losses of a slower one.
         steps.sort(key=lambda step: step["saved_s"] * (-1 if whole > 0 else 1))
         verb, parts = "saved" if whole > 0 else "lost", []
         for step in steps:

@@ -59,7 +59,7 @@ def write_trace(file: Path, result: Result) -> None:
     try:
         with replacing(file) as staging, staging.open("wb") as raw:
             if file.suffix == ".gz":
-                # Neither name nor time: the same trace gives the same bytes.
+                # Without name and time, so that the same trace gives the same bytes.
                 with gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
                     _write(io.TextIOWrapper(packed, encoding="utf-8"), result)
             else:

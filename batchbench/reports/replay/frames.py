@@ -174,7 +174,7 @@ class Replay:
         typical = {name: typical_trial(trials) for name, trials in result.recordings.items()}
         trials = tuple(TrialReplay(name, r) for name, r in typical.items() if r.has_steps)
         if not trials:
-            raise UsageError(f"{', '.join(typical)} schedules for itself, so no slots are known")
+            raise UsageError(f"{', '.join(typical)} schedules by itself, so no slots are known")
         return cls(result.title, trials)
 
     @property

@@ -83,7 +83,7 @@ def _pictures(
 
 
 def _headline_and_ends(card: Card, scale: Scale, panels: list[Panel]) -> Update:
-    """Return what shows the headline of the timeline and the ends in the last picture."""
+    """Return a function that shows the headline, and the ends in the last picture."""
     headline = card.figure.texts[0]
     answer = headline.get_text()
     ends = []
@@ -107,7 +107,7 @@ def _headline_and_ends(card: Card, scale: Scale, panels: list[Panel]) -> Update:
 
 
 def _panel(panel: Panel, scale: Scale, index: int) -> Update:
-    """Return what covers the future of a panel in white and writes the present above it."""
+    """Return a function that covers a panel's future in white and writes the present above it."""
     curtain = Rectangle((0, 0), 1, 1, fc="#ffffff", ec="none", zorder=-1)  # below all that moves
     curtain.set_transform(panel.axes.get_xaxis_transform())
     panel.axes.add_patch(curtain)

@@ -1,7 +1,7 @@
 """A moment of a replay on a terminal: a row per slot, the strategies side by side.
 
-The width of a row stands for tokens, so that long and short requests are to scale, and so is what a
-slot could have yielded while a finished request held it.
+The width of a row stands for tokens: long and short requests are to scale, and so are the tokens
+that a slot could have yielded while a finished request held it.
 """
 
 from __future__ import annotations

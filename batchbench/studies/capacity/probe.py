@@ -27,7 +27,7 @@ GROWTH = 0.1
 """The largest growth of a sustained queue: one in ten arriving requests stays in it."""
 
 FEWEST_TRIALS = 2
-"""Fewest trials with an interval: requests of one trial share its queue."""
+"""Minimum number of trials for an interval: requests of one trial share its queue."""
 
 UNLOADED_REQUESTS = 16
 """Requests served one at a time, to measure latency without load; all in a simulation."""
@@ -170,7 +170,7 @@ class Probe:
 
     @property
     def latency_ms(self) -> dict[str, float]:
-        """A percentile of each limited latency, the median over trials."""
+        """The percentile of each limited latency, as the median over trials."""
         names = self.trials[0].latency_ms
         return {
             name: float(np.median([trial.latency_ms[name] for trial in self.trials]))
@@ -179,7 +179,7 @@ class Probe:
 
 
 class CapacityWatch(Watch):
-    """Receive progress of a search as well; this one ignores it."""
+    """A watch that also receives the progress of a search; this base class ignores it."""
 
     def probe_begins(self, strategy: str, rate: float) -> None:
         pass
@@ -219,7 +219,7 @@ class ProbeRunner:
     def measure_unloaded(self) -> dict[str, float]:
         """Return median latencies in ms of requests served one at a time.
 
-        Raises UsageError if they miss a limit even so.
+        Raises UsageError if even these miss a limit.
         """
         self._watch.phase("serving requests one at a time")
         session, limits_ms = self.session, self._query.goals.limits_ms

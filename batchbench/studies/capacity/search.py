@@ -21,7 +21,7 @@ from batchbench.studies.capacity.probe import (
 )
 
 MOST_DOUBLINGS = 24
-"""Up or down from the first rate: a factor of 16 million."""
+"""Maximum number of doublings or halvings of the first rate: a factor of 16 million."""
 
 MOST_PROBES = 40
 
@@ -60,7 +60,7 @@ class Search:
         return rate if abs(math.log2(rate / self.first)) <= MOST_DOUBLINGS else None
 
     def record(self, rate: float, verdict: Verdict) -> None:
-        """Record a verdict. More load is never easier, so it overrules verdicts that contradict."""
+        """Record a verdict. It overrules earlier ones, since more load is never easier."""
         self.probes += 1
         if verdict is Verdict.SUSTAINED:
             self.low = max(self.low, rate)
@@ -141,8 +141,9 @@ def find_capacity(
         # If all requests arrive within the time that one takes, they are a burst, not a load.
         if math.isinf(search.high) or requests / search.high < unloaded_ms["e2el"] / 1e3:
             raise UsageError(
-                f"--queue-size {requests}: {name} sustains even a rate at which all arrive at "
-                f"once: so few do not keep {experiment.serving.batch_size} slots busy; raise it"
+                f"--queue-size {requests}: {name} sustains even a rate at which all requests "
+                f"arrive at once, since so few do not keep {experiment.serving.batch_size} slots "
+                "busy; raise it"
             )
     verification, reasons = runner.check_outputs()
     return CapacityFindings(

@@ -189,7 +189,7 @@ PROCESS_S = 5.0
 """Seconds of turns in a process, rounded to whole trials."""
 
 FEWEST_TURNS = 4
-"""Fewest turns of a strategy in a process: enough for a median."""
+"""Minimum number of turns of a strategy in a process: enough for a median."""
 
 
 def make_cut(strategies: Mapping[str, Mapping[str, Any]]) -> Cut:
@@ -256,7 +256,7 @@ def reference_strategies(experiment: Experiment) -> tuple[str, list[str]]:
     ours = list(experiment.serving.policies)
     if not ours:
         raise UsageError(
-            f"--strategy {GENERATE_BATCH}: schedules for itself and cannot take turns; add "
+            f"--strategy {GENERATE_BATCH}: schedules by itself and cannot take turns; add "
             "continuous"
         )
     candidate = ours[-1]

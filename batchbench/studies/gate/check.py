@@ -1,4 +1,4 @@
-"""The present version compared with a saved baseline: counts exactly, speed by ratios.
+"""Compare the present version with a saved baseline: counts exactly, speed by ratios.
 
 A check runs the baseline's experiment in fresh processes and compares the ratios of the candidate
 to its reference strategies by the rule of ``compare`` for several runs: the process is the sample.
@@ -141,7 +141,7 @@ def _measure(
         if count == 2 and counts_fail(
             base.counts[0], new.counts[0], allow_improvement=spec.allow_improvement
         ):
-            return decided  # ratios would answer another question
+            return decided  # ratios of different work cannot be compared
         progress = session.processes[-1].speedups
         if last or (count >= FIRST_LOOK and (count - FIRST_LOOK) % NEXT_LOOK == 0):
             looks += 1
@@ -165,13 +165,17 @@ def is_another_machine(base: Version, new: Version) -> bool:
 def _check_same_question(file: Path, data: Mapping[str, Any], report: ProcessReport) -> None:
     opened = report.opened
     for what, saved, now in (
-        ("workload", data["workload"]["digest"], opened["workload"]["digest"]),
-        ("weights", data["model"].get("weights_digest"), opened["model"]["weights_digest"]),
+        ("a different workload", data["workload"]["digest"], opened["workload"]["digest"]),
+        (
+            "different weights",
+            data["model"].get("weights_digest"),
+            opened["model"]["weights_digest"],
+        ),
     ):
         if saved != now:
             raise UsageError(
-                f"{file}: the same settings give another {what} here, so there is nothing to "
-                "compare; make a new baseline with batchbench baseline save"
+                f"{file}: the same settings give {what} here, so nothing can be "
+                "compared; make a new baseline with batchbench baseline save"
             )
 
 
@@ -202,7 +206,7 @@ def _ratios(
             Sample([process.ratios[name] for process in processes])
             for processes in (baseline.processes, session.processes)
         )
-        needed = f"{decision.needed} processes a side" if decision.needed else None
+        needed = f"{decision.needed} processes per side" if decision.needed else None
         yield judge(queries[name], base, new, decision, why, needed)
 
 

@@ -1,4 +1,4 @@
-"""Two versions compared by their results: the runs of each, their work, their speed."""
+"""Compare two versions by their results: the runs of each, their work and their speed."""
 
 from __future__ import annotations
 
@@ -109,7 +109,9 @@ def load_runs(path: Path) -> Runs:
 
 def _files(path: Path) -> list[Path]:
     if path.is_file() and path.suffix != ".json":
-        raise UsageError(f"{path}: is no result.json; give that file, or the folder that holds it")
+        raise UsageError(
+            f"{path}: is not a result.json; give that file, or the folder that holds it"
+        )
     if not path.is_dir() or (path / "result.json").exists():
         return [path]
     if folders := sorted(file.parent for file in path.glob("*/result.json")):
@@ -168,11 +170,11 @@ def _check_same_question(base: Run, new: Run) -> None:
         simulated, measured = (base, new) if then["simulated"] else (new, base)
         raise UsageError(
             f"{simulated.label}: is a simulation, and {measured.label} was measured; compare two "
-            "of a kind"
+            "simulations or two measurements"
         )
     if then["workload"]["digest"] != now["workload"]["digest"]:
         raise UsageError(
-            f"{new.label}: has another workload than {base.label}: "
+            f"{new.label}: has a different workload from {base.label}: "
             f"{_spell_workloads(then['config'], now['config'])}; run both with the same workload "
             "options"
         )
@@ -213,7 +215,7 @@ def _check_model(base: Run, new: Run) -> None:
     # In another number format the same weights have another digest.
     if then["dtype"] == now["dtype"] and None not in digests and digests[0] != digests[1]:
         raise UsageError(
-            f"{new.label}: has other weights than {base.label} ({now['name']}, "
+            f"{new.label}: has different weights from {base.label} ({now['name']}, "
             f"{digests[1][:12]} and {digests[0][:12]}); run both with the same --model, "
             "--load-format and --seed"
         )
@@ -426,11 +428,11 @@ def _exact(base: Sample, new: Sample, rule: Rule) -> Decision:
 
 
 def _needed(base: Sample, new: Sample, decision: Decision, rule: Rule) -> str | None:
-    """Return the trials that would do, or the runs if no number of trials of one run would."""
+    """Return the trials that are enough, or the runs if no number of trials of one run is."""
     if base.of_runs and new.of_runs:
         return None if decision.needed is None else f"{decision.needed:,} runs per side"
     if decision.needed is not None and decision.needed <= 100:
-        return f"{decision.needed} trials a side"
+        return f"{decision.needed} trials per side"
     change = abs(decision.estimate or 0.0)
     distance = max(change - rule.floor, rule.margin - change)
     variance = base.variance + new.variance
@@ -459,7 +461,7 @@ def _refused(query: MetricQuery, base: Runs, new: Runs, unlike: Sequence[Differe
     """Return values from environments that do not match; a change of times would mislead."""
     why = f"was not compared: the environments differ in {', '.join(d.name for d in unlike)}"
     if query.metric.is_ratio:
-        why += "; --allow-environment-mismatch compares it all the same"
+        why += "; --allow-environment-mismatch compares it anyway"
     samples = _sample(query, base.runs), _sample(query, new.runs)
     evidence = _without_verdict(replace(query, gated=False), *samples, why)
     return evidence if query.metric.is_ratio else replace(evidence, change=None)
@@ -498,7 +500,7 @@ def _notes(
         )
     silent = [e.strategy for e in work if e.metric == "counters" and not e.gated and e.strategy]
     if silent:
-        yield f"{', '.join(silent)} shows no steps, so its counts were not compared."
+        yield f"{', '.join(silent)} reports no steps, so its counts were not compared."
     if any(e.metric == OUTPUTS and e.verdict is Verdict.CHANGED and not e.fails for e in work):
         yield (
             "Outputs differ, but precision or environment may decide between two tokens that are "
@@ -512,7 +514,7 @@ def _notes(
             )
     if unlike:
         ratios = (
-            "Speed-ups are gated all the same, as requested."
+            "Speed-ups are gated anyway, as requested."
             if spec.allow_environment_mismatch
             else "Speed-ups are not gated either; --allow-environment-mismatch gates them."
         )
@@ -535,7 +537,11 @@ def _warnings(speeds: Sequence[Evidence], *, simulated: bool) -> Iterator[str]:
     if not lost:
         return
     more = f", and {len(lost) - 3} more" if len(lost) > 3 else ""
-    why = "" if simulated else "Times of two sessions also differ by other load on the machine. "
+    why = (
+        ""
+        if simulated
+        else "Times of two sessions also differ because of other load on the machine. "
+    )
     yield (
         f"Warning: {'; '.join(map(describe, lost[:3]))}{more}. {why}Times are gated only by "
         "--fail-if."

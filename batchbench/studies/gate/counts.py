@@ -1,6 +1,6 @@
-"""Exact counts of the work of two versions, compared strategy by strategy; and the gate-maker.
+"""Exact counts of the work of two versions, compared by strategy; and how a gate is made.
 
-Counts need no statistics: equal counts are equal, others are not, and one look is enough.
+Counts need no statistics: a single comparison is enough.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Counts:
 
     Attributes:
         counters: counts of each strategy by name, as in ``result.json``; None for a strategy that
-            schedules for itself and shows no steps.
+            schedules by itself and reports no steps.
         digests: digest of all output tokens of each strategy; None if no model ran.
         closed: all requests were there at the start with given lengths, so that counts depend on
             the schedule alone.
@@ -143,7 +143,7 @@ def _compare_counters(
             Verdict.UNKNOWN if both else Verdict.CHANGED,
             fails=exact and not both,
             gated=exact and not both,
-            why="cannot be compared: the strategy schedules for itself and shows no steps"
+            why="cannot be compared: the strategy schedules by itself and reports no steps"
             if both
             else "exist on one side only",
         )

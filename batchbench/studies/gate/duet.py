@@ -1,4 +1,4 @@
-"""Two installations that serve in alternating turns until it is clear whether one is slower.
+"""Two installations serve in alternating turns until it is clear whether one is slower.
 
 Each side has one worker process. The two take turns of about 0.2 s and are both replaced every few
 seconds, because process-specific effects (memory layout, core) stay the same within a process. The
@@ -38,23 +38,23 @@ from batchbench.studies.gate.worker import Calibration
 from batchbench.version import SCHEMA_VERSION, __version__
 
 TURN_S = 0.2
-"""Seconds of a turn. In longer ones a burst of other load falls on one side; of shorter ones half
-is warm-up."""
+"""Seconds of a turn. In longer turns, a burst of other load affects only one side; half of a
+shorter turn is warm-up."""
 
 PAIR_S = 5.0
-"""Fewest seconds of turns before both processes are replaced."""
+"""Minimum seconds of turns before both processes are replaced."""
 
 LONGEST_PAIR_S = 20.0
 """Seconds of turns after which a pair ends within a trial; only its beginning is then compared."""
 
 FEWEST_TURNS = 3
-"""Fewest turns of a pair, beside the first, which is left out."""
+"""Minimum number of turns of a pair, without the first, which is left out."""
 
 FIRST_SHARE = 0.65
 """Share of the time for finding a loss; the rest is for confirming it."""
 
 CONFIRMATION_ALPHA = 0.05
-"""Error of the confirming series, which has only one question to answer."""
+"""Error probability of the confirming series, which makes only one decision."""
 
 Reports = tuple[ProcessReport, ProcessReport]
 SideCalibrations = tuple[Calibrations, Calibrations] | None
@@ -62,7 +62,7 @@ SideCalibrations = tuple[Calibrations, Calibrations] | None
 
 
 class TurnsWatch:
-    """An observer of duet, check and baseline save; this one ignores everything."""
+    """The observer of duet, check and baseline save; this base class ignores everything."""
 
     def begins(self, what: str) -> None:
         """Show the activity that begins."""
@@ -239,7 +239,7 @@ def run_duet(
     for count in _run_pairs(first, source, watch, clock, until):
         counts = (report.counts for report in first.reports[-1])
         if count == 2 and counts_fail(*counts, allow_improvement=spec.allow_improvement):
-            break  # a comparison of times would answer another question
+            break  # times of different work cannot be compared
         if not looked and clock() - began > FIRST_SHARE * spec.max_time:
             looked = True  # once only, because the error of this look is spent
             if is_slower_at_last(first):
@@ -379,7 +379,7 @@ def hung(late: OutOfTimeError | None, longest_s: float, what: str) -> str | None
 
 
 CUT_OFF_NOTE = "the last {} was not finished when --max-time was up, and does not count"
-CHANGED_NOTE = "counts or outputs differ, so times would answer another question: not compared"
+CHANGED_NOTE = "counts or outputs differ, so times are of different work and were not compared"
 
 
 def _varied(result: DuetResult) -> str | None:
@@ -426,7 +426,7 @@ def _time(result: DuetResult, strategy: str) -> Evidence:
 def _notes(result: DuetResult, work: Sequence[Evidence]) -> Iterator[str]:
     reports, series = result.first.reports[0], result.first
     if reports[0].hello["file"] == reports[1].hello["file"]:
-        yield "both sides are the same files: this tests the method, and compares nothing"
+        yield "both sides run the same files, so this tests only the method"
     if any(evidence.fails for evidence in work):
         yield CHANGED_NOTE
         return

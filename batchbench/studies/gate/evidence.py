@@ -16,9 +16,9 @@ from batchbench.studies.gate.spec import Condition, Metric
 
 
 class Kind(StrEnum):
-    """The kinds of evidence, the strongest first."""
+    """The kinds of evidence, strongest first."""
 
-    WORK = "work"  # exact counts and outputs: one look is enough
+    WORK = "work"  # exact counts and outputs: one comparison is enough
     RATIO = "ratio"  # of two times of one run, so that machine speed cancels out
     TIME = "time"  # an absolute time or rate
 
@@ -38,9 +38,9 @@ class Evidence:
         gated: it can fail the comparison.
         floor: share beyond which a change counts.
         smallest: smallest loss, as a share, that this many samples would probably have shown.
-        needed: words for the samples or time that would probably do: "23 trials", "4 min".
+        needed: words for the samples or time that would probably be enough: "23 trials", "4 min".
         samples: samples of each side.
-        why: the reason why there is no verdict, or the rule that failed, in a few words.
+        why: the reason for having no verdict, or the rule that failed, in a few words.
     """
 
     kind: Kind
@@ -161,11 +161,11 @@ class Gate:
 
     def _reasons(self) -> list[str]:
         if not any(evidence.gated for evidence in self.evidence):
-            return ["nothing was gated, so nothing was shown"]
+            return ["no metric was gated, so nothing could be shown"]
         return [
             f"{evidence.name} {evidence.why or 'is too uncertain'}"
             + (f" ({spell_interval(evidence)})" if evidence.low is not None else "")
-            + (f"; {evidence.needed} would do" if evidence.needed else "")
+            + (f"; {evidence.needed} would probably be enough" if evidence.needed else "")
             for evidence in self.undecided[:3]
         ]
 

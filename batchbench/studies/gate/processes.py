@@ -1,4 +1,4 @@
-"""Worker processes as their driver sees them: start, ask, end; and installing a revision."""
+"""Worker processes, from the driver's side: start, query and end them; install a revision."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from batchbench.studies.gate.turns import Turn
 from batchbench.studies.gate.worker import PROTOCOL, Calibration
 
 PATIENCE_S = 600.0
-"""Longest wait for an answer."""
+"""Maximum wait for an answer."""
 
 ENDING_S = 5.0
-"""Longest wait for a process to end after it was killed."""
+"""Maximum wait for a process to end after it was killed."""
 
 FORKS_PER_PARENT = 8
 """Processes forked from one parent before everything is imported again, so that a bias that they
-have in common does not affect all samples."""
+share does not affect all samples."""
 
 Calibrations = Mapping[str, Calibration]
 """Calibrations by strategy."""
@@ -64,7 +64,7 @@ class Installation:
     folder: Path | None = None
 
     def environment(self, threads: int | None) -> dict[str, str]:
-        """Return environment variables, equal on both sides but for the place of batchbench."""
+        """Return environment variables, equal on both sides except for the place of batchbench."""
         variables = {**os.environ, "PYTHONHASHSEED": "0"}
         if threads is not None:
             variables |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -183,8 +183,8 @@ class Workers:
             ) from error
         if hello.get("protocol") != PROTOCOL:
             raise UsageError(
-                f"{python}: its batchbench {hello.get('version')} uses another protocol than this "
-                "one; compare versions that are closer to each other"
+                f"{python}: its batchbench {hello.get('version')} uses a different protocol; "
+                "compare versions that are closer to each other"
             )
         if not hello["forks"]:
             self._left = 0
@@ -233,7 +233,7 @@ class Workers:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise BatchbenchError(f"{label}: the answer is no JSON object: {line[:80]!r}")
+            raise BatchbenchError(f"{label}: the answer is not a JSON object: {line[:80]!r}")
         if "error" in answer:
             message = f"{label}: {answer['error']}"
             raise UsageError(message) if answer["usage"] else BatchbenchError(message)

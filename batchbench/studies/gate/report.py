@@ -51,7 +51,7 @@ _DETECTABLE = "Detectable: the smallest loss that this many samples would probab
 MOST_ROWS = 30
 """Rows of a table; step summaries and comments have a limit."""
 
-_NO_PASS = "This is no pass: there may be a loss that was not seen."
+_NO_PASS = "This is not a pass: a loss may exist."
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Rows:
 
 
 def tables(gate: Gate, *, verbose: bool = False) -> list[Rows]:
-    """Return the rows for each kind of evidence; ``verbose`` includes what did not change."""
+    """Return the rows for each kind of evidence; ``verbose`` includes unchanged metrics."""
     rows = [_rows(kind, gate.of(kind), verbose=verbose) for kind in Kind if gate.of(kind)]
     return [part for part in rows if part.evidence or part.below]
 

@@ -196,8 +196,8 @@ def _percent(
     )
 
 
-_FLOOR_HELP = "Percent of loss that must be exceeded before a version is called slower."
-_MARGIN_HELP = "Percent of loss that must be ruled out before two versions are called the same."
+_FLOOR_HELP = "A version is called slower if its loss is shown to exceed this percentage."
+_MARGIN_HELP = "Two versions are called the same if a loss above this percentage is ruled out."
 
 
 def _confidence(help: str) -> Any:
@@ -238,11 +238,13 @@ class CompareSpec:
     )
     floor: float = _percent(
         5.0,
-        "Percent of speed-up that must be shown to be lost before a version is called slower. Two "
-        "builds of the same code, or two machines of one kind, can differ by a few percent.",
+        "A version is called slower if it is shown to lose more than this percentage of speed-up. "
+        "Two builds of the same code, or two machines of one kind, can differ by a few percent.",
     )
     margin: float = _percent(
-        10.0, "Percent that a change must be shown to stay within to be called the same.", least=0.1
+        10.0,
+        "Two versions are called the same if the change is shown to stay within this percentage.",
+        least=0.1,
     )
     confidence: float = _confidence(
         "Confidence level required to report a change, over all gated metrics together."
@@ -304,7 +306,7 @@ class CheckSpec:
     )
     preset: str | None = setting(
         None,
-        "Refuse a baseline that was saved with another preset than this.",
+        "Refuse a baseline that was saved with a preset other than this one.",
         "Base",
         metavar="NAME",
         choices=tuple(PRESETS),
@@ -364,7 +366,7 @@ def timed_strategies(experiment: Experiment, timed: str | None) -> tuple[list[st
     ours = list(experiment.serving.policies)
     if not ours:
         raise UsageError(
-            f"--strategy {GENERATE_BATCH}: schedules for itself and cannot take turns; add another "
+            f"--strategy {GENERATE_BATCH}: schedules by itself and cannot take turns; add another "
             "strategy, such as continuous"
         )
     names = [name.strip() for name in timed.split(",") if name.strip()] if timed else ours[-1:]

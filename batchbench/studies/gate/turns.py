@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 FEWEST_STEPS = 4
-"""Fewest steps of a turn; the first of them is not timed."""
+"""Minimum number of steps of a turn; the first of them is not timed."""
 
 BUSY = 1.2
 """Ratio of wall time to processor time of a turn above which another process had the core."""
@@ -24,7 +24,7 @@ class Cut:
     Attributes:
         pieces: turns of a trial.
         times: trials of a turn; above 1 only for short trials, which are one piece.
-        cycles: how often a process serves all pieces; 0 if the time decides.
+        cycles: how often a process serves all pieces; 0 if the time limit decides.
     """
 
     pieces: int
@@ -167,7 +167,9 @@ def contamination(pairs: Sequence[Pair], floor: float, *, on_cpu: bool) -> str |
     off = median(pair.kernel() for pair in pairs)
     if abs(off) > floor:
         differs = f"{math.expm1(off):+.1%}"
-        return f"the calibration kernel, the same code on both sides, differs by {differs}"
+        return (
+            f"the time of the calibration kernel, the same code on both sides, differs by {differs}"
+        )
     if on_cpu and (busy := fmean(pair.busy() for pair in pairs)) > 0.5:
         return f"other processes used the core in {busy:.0%} of the turns"
     return None

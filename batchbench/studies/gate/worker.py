@@ -202,8 +202,8 @@ class Worker:
 def _check_closed(workload: Workload) -> None:
     if not workload.closed:
         raise UsageError(
-            "turns need all requests at the start and given output lengths, so that both sides "
-            "take the same steps; drop arrivals and --stop-at-eos"
+            "alternating turns need all requests at the start and fixed output lengths, so that "
+            "both sides take the same steps; drop arrivals and --stop-at-eos"
         )
 
 
@@ -308,7 +308,7 @@ def work_of(recording: Recording) -> dict[str, Any]:
 
 
 _KERNEL = bytes(16 << 20)
-"""Input of the calibration kernel, which takes 10 ms or more on any core of today."""
+"""Input of the calibration kernel, which takes 10 ms or more on any current core."""
 
 
 def run_kernel() -> int:

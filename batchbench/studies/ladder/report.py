@@ -46,7 +46,7 @@ from batchbench.studies.ladder.run import LadderOutcome
 SCHEMA_VERSION = 1
 
 BASELINES = ("notebook", "generate_batch")
-"""The rungs that others are compared with: the usual tutorial's way, and transformers' own."""
+"""The rungs that others are compared with: the usual tutorial's loop, and transformers' own."""
 
 _WARM = WarmUp(0, True, None, None)  # all rungs are warmed up before the first round
 
@@ -178,7 +178,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def _speedup(baseline: Sequence[Recording] | None, trials: Sequence[Recording]) -> Speedup | None:
-    """Return how many times as fast the trials are, round by round; None of the baseline itself."""
+    """Return how many times as fast the trials are, round by round; None for the baseline."""
     if baseline is None or baseline is trials:
         return None
     durations = ([trial.duration_ns for trial in rung] for rung in (baseline, trials))
@@ -364,7 +364,7 @@ def sentence(result: LadderResult) -> str:
     if wrong:
         parts.append(f"WRONG tokens on {', '.join(wrong)}: {_first_fault(result)}")
     elif all(rung["verification"]["requests_checked"] for rung in rungs):
-        parts.append("no wrong token on any rung")
+        parts.append("no wrong tokens on any rung")
     else:
         parts.append("tokens not verified")
     validity = result.data["validity"]

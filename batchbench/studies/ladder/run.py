@@ -239,7 +239,7 @@ class Ladder:
         return LadderOutcome(self, recordings, verifications, ceilings, stopped)
 
     def _for_each(self, action: Callable[[OpenRung], object], *, reverse: bool = False) -> None:
-        """Do something with each rung; leave those out that fail."""
+        """Call a function with each rung; leave out rungs for which it fails."""
         for opened in self.rungs[:: -1 if reverse else 1]:
             try:
                 action(opened)
@@ -288,17 +288,17 @@ def _lacking(
             return str(error)
         return None
     if rung.forward in _KERNELS and not plain_gpt2:
-        return "only the GPT-2 family has a forward pass of its own"
+        return "batchbench has its own forward pass only for the GPT-2 family"
     if rung.execution == "graph" and device.type != "cuda":
         return "CUDA graphs need a CUDA device"
     if rung.execution == "compile" and device.type == "cpu" and not named:
-        return "compiling takes half a minute a size; name it in --rungs to include it"
+        return "compiling takes half a minute per size; name it in --rungs to include it"
     if rung.forward not in ("packed", "own"):
         return None
     if device.type != "cpu":
         return "weights are packed on a CPU only"
     if rung.forward == "packed" and onednn(dtype) is None:
-        return f"this build of torch packs no {dtype_name} weights"
+        return f"this build of torch cannot pack {dtype_name} weights"
     if rung.forward == "own" and native() is None:
         return "batchbench's own kernels need AVX-512, Linux and g++"
     return None

@@ -45,7 +45,7 @@ RUNGS: Sequence[Rung] = (
     Rung("kernels", "own kernels", forward="own"),
     Rung("bfloat16", "half the bytes", forward="own", execution="auto", dtype="bfloat16"),
 )
-"""All rungs, the slowest first; ``generate_batch`` is no change of ours but another system."""
+"""All rungs, the slowest first; ``generate_batch`` is not a change of ours but another system."""
 
 
 def choose_rungs(text: str) -> Sequence[Rung]:

@@ -94,7 +94,7 @@ class Curve:
         return half[-1].batch_size, last.batch_size, gain
 
     def is_at_edge(self, strategy: str) -> bool:
-        """Tell whether the last doubling still gains, so that the best lies at the edge."""
+        """Return True if the last doubling still gains, so that the best lies at the edge."""
         doubling = self.last_doubling(strategy)
         return doubling is not None and doubling[2] > STILL_GAINS
 

@@ -41,7 +41,7 @@ MOST_ROWS = 14
 
 
 def sentence(curve: Curve) -> str:
-    """Say with how many slots throughput stops growing, by strategy."""
+    """Return the number of slots at which throughput stops growing, by strategy, in words."""
     text = f"predicted: {'; '.join(_reached(curve, name) for name in curve.strategies)}."
     at_edge = [name for name in curve.strategies if curve.is_at_edge(name)]
     if at_edge:

@@ -98,7 +98,7 @@ class CellList:
 
 @dataclass(frozen=True)
 class Contest:
-    """Both strategies compared in one metric."""
+    """A comparison of both strategies in one metric."""
 
     static: float
     continuous: float
@@ -124,7 +124,7 @@ class Contest:
         return "continuous" if self.height > 0 else "static"
 
     def agrees(self, other: Contest) -> bool:
-        """Tell whether both have the same winner, or one of them is even."""
+        """Return True if both have the same winner, or one of them is even."""
         return self.winner == other.winner or "even" in (self.winner, other.winner)
 
 
@@ -147,7 +147,7 @@ class MapCell:
         return f"batch size {self.batch_size:,}, spread {self.spread:g}, {load_of(self.load)}"
 
     def agrees(self, metric: str) -> bool | None:
-        """Tell whether the measured winner is the predicted one; None if it was not measured."""
+        """Return True if the measured winner is the predicted one; None if it was not measured."""
         if self.measured is None:
             return None
         return self.contests[metric].agrees(self.measured[metric])
@@ -191,7 +191,7 @@ class BreakEven:
         return [cell for cell in self.cells if cell.contests[metric].winner == winner]
 
     def break_even_spread(self, metric: str, batch: int, load: str) -> float | None:
-        """Return the spread from which on continuous wins; None if it loses at the last one.
+        """Return the smallest spread at which continuous wins; None if it loses at the last one.
 
         Between two spreads of the map, the logarithm of the ratio is taken as a straight line.
         """
@@ -226,7 +226,7 @@ def usual_limits(cost: StepCost, spec: MapSpec) -> dict[str, float]:
 
 
 class SimulationWatch(SweepWatch):
-    """Progress of simulated cells: one note every few seconds."""
+    """Reports the progress of simulated cells with a note every few seconds."""
 
     def __init__(self, watch: SweepWatch) -> None:
         self._watch, self._done, self._cells = watch, 0, 0
@@ -302,7 +302,7 @@ def measure(
     seconds = trials * sum(cells[i].seconds for i in drawn)
     watch.note(
         f"measuring {plural(len(drawn), 'cell')}, {plural(trials, 'trial')} each: about "
-        f"{spell_time(seconds)}, and the warm-up of each"
+        f"{spell_time(seconds)}, plus a warm-up of each"
     )
     real = {}
     for i in drawn:

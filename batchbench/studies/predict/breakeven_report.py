@@ -60,7 +60,7 @@ _TITLES = {"throughput": "Throughput", "ttft": "TTFT mean", "goodput": "Goodput"
 
 
 def sentence(breakeven: BreakEven) -> str:
-    """Say how many cells each strategy wins, and how the measured ones agree."""
+    """Return how many cells each strategy wins, and how many measured ones agree, in words."""
     total = len(breakeven.cells)
     parts = []
     if far := breakeven.extrapolated:
@@ -113,7 +113,7 @@ def advice(breakeven: BreakEven) -> str:
 
 
 def cost_sentence(breakeven: BreakEven, price_per_hour: float) -> str:
-    """Say what a million output tokens cost under each strategy, in the median over all cells."""
+    """Return a sentence on the cost of a million output tokens, in the median over all cells."""
     contests = [cell.contests["throughput"] for cell in breakeven.cells]
     static, continuous = (
         number(float(np.median([price_per_hour / 3600 / rate * 1e6 for rate in rates if rate])))

@@ -169,7 +169,7 @@ def finish_panels(
 
 
 def _is_geometric(values: Sequence[float]) -> bool:
-    """Tell whether values are spaced more evenly on a logarithmic scale."""
+    """Return True if the values are spaced more evenly on a logarithmic scale."""
     if len(values) < 3 or values[0] <= 0:
         return False
     plain, logs = np.diff(values), np.diff(np.log(values))

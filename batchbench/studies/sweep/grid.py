@@ -63,7 +63,7 @@ class Grid:
         simulated: serve on a virtual clock, where every step costs one unit.
 
     Raises:
-        UsageError: an option does not take a value, whatever the others are.
+        UsageError: a value is invalid with any other options.
     """
 
     axes: Mapping[str, tuple[Any, ...]]
@@ -72,7 +72,9 @@ class Grid:
     def __post_init__(self) -> None:
         count = math.prod(map(len, self.axes.values()))
         if count > MOST_CELLS:
-            raise UsageError(f"the grid has {count:,} cells, more than {MOST_CELLS:,}: thin it out")
+            raise UsageError(
+                f"the grid has {count:,} cells, more than {MOST_CELLS:,}: give fewer values"
+            )
         self._refuse_hopeless()
 
     @property

@@ -325,7 +325,7 @@ def notes(swept: SweepResult, cells: Cells | None, not_drawn: Mapping[str, str])
     if cells is not None and cells.share_follows:
         lines.append(
             "note: the workload changes with the batch size (one long request per batch); "
-            "--long-every N would fix it"
+            "give --long-every N to keep it the same"
         )
     if len(swept.machines) > 1:
         lines.append(

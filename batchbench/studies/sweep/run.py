@@ -142,7 +142,7 @@ class CellsQuery(Protocol):
 
 
 class SweepWatch(Watch):
-    """Progress of a sweep; this one shows nothing."""
+    """The observer of a sweep's progress; this base class shows nothing."""
 
     def cells_begin(self, cells: int, kept: int) -> None:
         """Start a sweep of ``cells`` cells, of which ``kept`` are finished already."""
@@ -200,7 +200,7 @@ def _serve(
         reason = "it ran out of memory; lower --batch-size or the lengths of requests"
     else:
         if outcome.stopped is not None and outcome.stopped.reason is StopReason.INTERRUPTED:
-            raise KeyboardInterrupt  # a part of the cell would look like all of it
+            raise KeyboardInterrupt  # an incomplete cell would look complete
         store.keep(cell, make_result(outcome))
         return None
     store.keep_failure(cell, reason)

@@ -205,7 +205,7 @@ def _comparison(
     if is_baseline or ratio is None:
         names = ("speedup", "speedup_low", "speedup_high", "step_ratio", "wait_ratio")
         return dict.fromkeys(names)
-    # A strategy that schedules for itself shows no passes.
+    # A strategy that schedules by itself reports no passes.
     passes = [[None if pd.isna(n) else n for n in part["forward_passes"]] for part in (base, rows)]
     steps = paired_ratio(*passes)
     return {

@@ -25,7 +25,7 @@ from batchbench.studies.trend.history import (
 )
 
 SHORTEST = 3
-"""Values of a segment, at least, since a single outlier is no change of level."""
+"""Minimum number of values in a segment, since a single outlier is not a change of level."""
 
 _PERMUTATIONS = 5
 """Permutations for each 1/α; a change is significant if at most four of five exceed it."""
@@ -44,7 +44,7 @@ class ChangePoint:
 
 
 def fewest_values(alpha: float) -> int:
-    """Return the number of values from which on the clearest change is found at ``alpha``.
+    """Return the minimum number of values at which the clearest change is found at ``alpha``.
 
     In the most extreme order all small values come before all large ones, or after them. Its
     p-value must be a quarter of α, since few permutations estimate it only roughly.
@@ -199,7 +199,7 @@ class SeriesResult:
 
     @property
     def loss(self) -> Change | None:
-        """A loss at its newest end that was not accepted."""
+        """The loss at its newest end, if it was not accepted."""
         candidates = [c for c in (self.newest, self.drift) if c is not None and c.counts]
         return next((c for c in candidates if c.is_loss and not c.accepted), None)
 

@@ -41,7 +41,7 @@ def higher_is_better(metric: str) -> bool:
     """Return the direction of a metric.
 
     Raises:
-        UsageError: it has none, because it counts the workload or is no metric of a result.
+        UsageError: it has none, because it counts the workload or is not a metric of a result.
     """
     if any(part in metric for part in _HIGHER):
         return True
@@ -95,8 +95,7 @@ class TrendSpec:
     )
     accept: str | None = setting(
         None,
-        "Commit (its first letters) up to which all changes are accepted: they are shown and do "
-        "not fail.",
+        "Accept all changes up to this commit (its first letters): they are shown but do not fail.",
         "Gate",
         metavar="COMMIT",
         default_text="none",
@@ -110,8 +109,8 @@ class TrendSpec:
     markdown: Path | None = setting(
         None, "File for a table for a pull request; - is standard output.", "Output", metavar="FILE"
     )
-    json: bool = setting(False, "Print trend.json on standard output, and nothing else.", "Output")
-    quiet: bool = setting(False, "Show only the sentence.", "Output")
+    json: bool = setting(False, "Print only trend.json.", "Output")
+    quiet: bool = setting(False, "Print only a one-line summary.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -287,9 +286,9 @@ def read_entry(file: Path, metrics: Sequence[str]) -> Entry:
     try:
         return _entry(file, data, metrics)
     except KeyError as error:
-        raise UsageError(f"{file}: is not a whole result: {error} is missing") from error
+        raise UsageError(f"{file}: is not a complete result: {error} is missing") from error
     except (TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UsageError(f"{file}: is not a whole result: {error}") from error
+        raise UsageError(f"{file}: is not a complete result: {error}") from error
 
 
 def _entry(file: Path, data: Mapping[str, Any], metrics: Sequence[str]) -> Entry:
@@ -360,22 +359,22 @@ def _values(data: Mapping[str, Any], metrics: Sequence[str]) -> Iterator[tuple[K
 
 
 def _is_positive(value: Any) -> bool:
-    """Tell whether there is a value, and one that has a logarithm."""
+    """Return True if there is a value and it has a logarithm."""
     if value is None:
         return False
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no number")
+        raise ValueError(f"{value!r} is not a number")
     return value > 0
 
 
 def _work(data: Mapping[str, Any]) -> Iterator[tuple[Key, int | str]]:
-    """Yield the counts that are exact if nobody waits for a clock, and outputs in float32."""
+    """Yield the counts that are exact if no request waits for a time, and float32 outputs."""
     if not data["workload"]["closed"]:
         return
     for name, strategy in data["strategies"].items():
         for counter, count in (strategy["counters"] or {}).items():
             if isinstance(count, bool) or not isinstance(count, int):
-                raise ValueError(f"{counter}: {count!r} is no count")
+                raise ValueError(f"{counter}: {count!r} is not a count")
             yield (counter, name), count
         if strategy["output_digest"] and data["model"]["dtype"] == "float32":
             yield (OUTPUTS, name), str(strategy["output_digest"])[:12]

@@ -145,7 +145,7 @@ def changes(result: LineResult) -> Iterator[str]:
 def notes(trend: Trend) -> Sequence[str]:
     spec = trend.spec
     lines = [
-        f"A change is significant and exceeds {spec.floor:g} %: at most "
+        f"A change must be significant and exceed {spec.floor:g} %: at most "
         f"{100 * (1 - spec.confidence):.2g} % of histories without a change show any",
         "none ≥ 2.0%: no change was found; one of 2.0 % in the middle would probably have been",
         "Drift: newest quarter of the results against the oldest; ! if it counts",

@@ -1,4 +1,4 @@
-"""Traces of requests in the formats of others and our own, read row by row."""
+"""Traces of requests in other tools' formats and in batchbench's own, read row by row."""
 
 from batchbench.workloads.traces.formats import write_workload
 from batchbench.workloads.traces.reading import Trace, read_trace

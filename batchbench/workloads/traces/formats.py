@@ -1,4 +1,4 @@
-"""Formats of traces: recognised by their beginnings, read into rows; our own is written, too."""
+"""Formats of traces: detect a format, read its rows, and write batchbench's own format."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ _ASKS = ("human", "user")
 _ANSWERS = ("gpt", "chatgpt", "assistant", "model", "bing", "bard")
 
 _LONGEST_TEXT = 2**22
-"""Most characters of a question or an answer."""
+"""Maximum number of characters of a question or an answer."""
 
 
 def read_sharegpt(content: BinaryIO, head: bytes, options: ReadOptions, dialect: Dialect) -> Rows:
@@ -239,7 +239,7 @@ def _conversation(data: dict[str, Any], encode: Encode, dialect: Dialect) -> Row
         else:
             others += 1
     if answer is None:
-        raise InvalidError("has no turn of a human with an answer of gpt behind it")
+        raise InvalidError("has no turn of a human that is followed by an answer of gpt")
     ids, output_ids = _ids_of("the question", "\n".join(questions), encode), None
     if ids:
         output_ids = _ids_of("the answer", answer, encode)
@@ -294,7 +294,7 @@ _FIRST_ROWS = 1000
 """Rows from which the block size and the unit of times are inferred."""
 
 _FIRST_NUMBERS = 2**20
-"""Most token ids and names of blocks in these rows."""
+"""Maximum number of token ids and block names in these rows."""
 
 
 class _Request(NamedTuple):
@@ -441,7 +441,7 @@ def _block_tokens(rows: Sequence[_Request], where: str) -> int:
 def _time_unit(rows: Sequence[_Request], where: str) -> str:
     """Return the unit of the times: ms unless that is implausible.
 
-    Times of today, counted from 1970, have 10 digits in s, 13 in ms, and so on. Others are in ms
+    Present times, counted from 1970, have 10 digits in s, 13 in ms, and so on. Others are in ms
     unless that makes more than 1,000 requests/s of times with fractions. The unit must be given
     where ms makes an implausible rate: over 100 requests/s (over 10 with fractions), or fewer than
     one in 100 s.

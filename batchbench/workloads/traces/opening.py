@@ -31,7 +31,7 @@ HEAD_BYTES = 2**16
 """Number of bytes from which the kind of a file is found."""
 
 _MOST_MEMORY = 2**27
-"""Most memory of a decompressor; xz -9 needs 65 MiB, zstd --long 128 MiB."""
+"""Maximum memory of a decompressor; xz -9 needs 65 MiB, zstd --long 128 MiB."""
 
 _ENCODINGS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # begins like that of UTF-16
@@ -67,7 +67,7 @@ def open_trace(file: Path, where: str) -> Iterator[tuple[BinaryIO, bytes, str]]:
         raise UsageError(f"{where}: is {archive} that cannot be read: {error}") from error
     except UnicodeError as error:
         raise UsageError(
-            f"{where}: is not the text that its first bytes announce: {error}"
+            f"{where}: is not the kind of text that its first bytes indicate: {error}"
         ) from error
     except OSError as error:
         what = f"is {archive} that " if archive else ""
@@ -163,7 +163,7 @@ _ARCHIVES: tuple[tuple[bytes, str, Callable[[BinaryIO], Iterator[bytes]]], ...] 
 
 # Files that are not traces
 
-_UNPACK = "unpack it and give the file that is in it"
+_UNPACK = "unpack it and give the file inside"
 _EXPORT = "save it as CSV, such as with pandas' to_csv"
 
 _KINDS = (

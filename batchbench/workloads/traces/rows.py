@@ -17,16 +17,16 @@ from batchbench.workloads.prompts import BLOCK_TOKENS
 T = TypeVar("T")
 
 LONGEST_LINE = 2**24
-"""Most bytes of a line; a longer one is invalid and is not held in memory."""
+"""Maximum number of bytes in a line; a longer one is invalid and is not held in memory."""
 
 MOST_BLANK_LINES = 10**6
 """Number of successive blank lines after which reading ends."""
 
 _LONGEST_ELEMENT = LONGEST_LINE // 2
-"""Most characters of an element of a JSON array; each may take 4 bytes."""
+"""Maximum number of characters in an element of a JSON array; each may take 4 bytes."""
 
 _MOST_BYTES = 2**26
-"""Most memory of the values of one line or element, as :func:`_check_size` estimates it."""
+"""Maximum memory of the values of one line or element, as :func:`_check_size` estimates it."""
 
 _CHUNK = 2**17
 
@@ -241,11 +241,9 @@ class _Parser:
         except json.JSONDecodeError:
             raise
         except RecursionError as error:
-            raise InvalidError("is not JSON that can be read: it is nested too deep") from error
+            raise InvalidError("is not readable JSON: it is nested too deep") from error
         except ValueError as error:  # int() takes at most 4,300 digits
-            raise InvalidError(
-                "is not JSON that can be read: a number has too many digits"
-            ) from error
+            raise InvalidError("is not readable JSON: a number has too many digits") from error
 
 
 def _check_size(text: str, at: int) -> None:
@@ -254,7 +252,7 @@ def _check_size(text: str, at: int) -> None:
         return
     costs = {",": 40, "[": 100, "{": 300, '"': 32}  # bytes of Python objects for each
     if sum(text.count(sign, at) * cost for sign, cost in costs.items()) > _MOST_BYTES:
-        raise InvalidError("is too large: it holds too many values")
+        raise InvalidError("is too large: it has too many values")
 
 
 class _Text:
@@ -386,7 +384,7 @@ _WHOLE = re.compile(r"\d++(?:\.0*+)?", re.ASCII)
 def whole_of(value: object) -> int | None:
     """Return a JSON value or a cell, such as 472, "472" or "472.0", as a whole number.
 
-    Numbers of more than 20 digits become some number above all bounds.
+    Numbers of more than 20 digits become a number above all bounds.
     """
     if type(value) is int:
         return value

@@ -42,8 +42,8 @@ def kv_token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
 
 
 FEW_TOKENS = 64
-"""Up to this many tokens, keys and values are written row by row in one operation, too small to
-wake other threads for; the rows of more tokens are spread over the threads (docs/log.md)."""
+"""Largest number of tokens whose keys and values are written row by row in one operation, which is
+too small to wake other threads. Rows of more tokens are spread over the threads (docs/log.md)."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -54,7 +54,7 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, shape: tuple[int, int, int, int], like: torch.Tensor) -> None:
         super().__init__()
-        # Zeros: a row that is computed in vain must never read a NaN.
+        # Zeros: a row whose result is unused must never read a NaN.
         self.block = like.new_zeros((2, *shape))
         self.keys, self.values = self.block.unbind(0)
         self._rows = self.block.view(-1, shape[-1])
@@ -223,7 +223,7 @@ def attend_natively(
 ) -> torch.Tensor:
     """Attend as :func:`attend` does, with ``qkv``, ``[tokens, 3, heads, head_dim]``.
 
-    The own kernel of the decoding rows reads only the positions that a request has written.
+    batchbench's kernel for decoding rows reads only the positions that a request has written.
     """
     out = kernels.attention(qkv, block.block, layout.slots, layout.positions, layout.decoding)
     if layout.decoding < qkv.shape[0]:

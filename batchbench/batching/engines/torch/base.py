@@ -16,7 +16,7 @@ from batchbench.workloads import Workload
 
 
 class HostTimer:
-    """Step times of a CPU, which is done when a call returns, and of MPS, which is waited for."""
+    """Step times on a CPU, where a call returns when done, and on MPS, after a wait for it."""
 
     def __init__(self, clock: WallClock, device: torch.device) -> None:
         self._clock = clock

@@ -64,7 +64,7 @@ REPORTING = 64 * 2**20
 """Memory of the libraries for tables and pictures, which are imported after the trials."""
 
 LARGEST_PRODUCT = 2**24
-"""Most values of the timed product; the time of more rows is extrapolated in proportion."""
+"""Maximum number of values in the timed product; times of more rows are extrapolated."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _slots_engine(
             return SlotsEngine(model, slots, max_len, forward)
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UsageError(
-            f"--execution {execution}: {model.source.name} cannot be computed so on "
+            f"--execution {execution}: {model.source.name} cannot be run this way on "
             f"{model.device} ({why}); use --execution eager"
         ) from error
 

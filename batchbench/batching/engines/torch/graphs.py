@@ -25,7 +25,7 @@ Prepare = Callable[[Pass], Pass]
 """Return a faster function that does the same as a pass: :class:`Capture` or :class:`Compile`."""
 
 _SHORTEST = 64
-"""Fewest cache positions of a prepared pass; with fewer no time is saved."""
+"""Minimum number of cache positions of a prepared pass; with fewer, no time is saved."""
 
 
 class PreparedDecode:

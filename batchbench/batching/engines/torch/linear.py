@@ -116,7 +116,7 @@ def make_linear(
         )
     ops = onednn(weight.dtype) if on_cpu and most >= Kernels.PACKED else None
     if ops is not None:
-        # Packed for no particular number of rows: packed for one, it would be slow for eight.
+        # Packed without a number of rows: weights packed for one row are slow for eight.
         packed = ops.reorder(weight.contiguous(), None)
         return Linear(
             Kernels.PACKED,

@@ -1,4 +1,4 @@
-"""The slots engine: one preallocated cache; a request is written into its slot, then forgotten."""
+"""The slots engine: one preallocated cache, in which each request has a slot."""
 
 from __future__ import annotations
 
