@@ -78,6 +78,7 @@ SUBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "policies": (BATCHING, ("policy_decisions", "own_policies", "policies")),
     "scheduler": (BATCHING, ("plans", "own_policies", "scheduler", "policies")),
     "recording": (BATCHING, ("span_times", "recorder", "by_hand", "recording")),
+    "recording_file": (BATCHING, ("recording",)),
     "verification": (BATCHING, ("deviations",)),
     "latency": (REPORTS, ("by_hand", "stalls", "metrics", "golden")),
     "metrics": (REPORTS, ("by_hand", "metrics", "golden")),
