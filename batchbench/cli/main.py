@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import difflib
 import errno
 import functools
 import importlib
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import FrameType
 from typing import Annotated, Any
 
@@ -256,6 +257,23 @@ _COMMAND = re.compile(
 )
 
 
+def _nearest(option: str, own: Collection[str]) -> str | None:
+    """Return the option that was probably meant: nearly the same letters in its words."""
+    from batchbench.cli.options import ALIASES
+
+    names = {*own, "--help", *(alias for alias, name in ALIASES.items() if name in own)}
+    words = option.strip("-").split("-")
+    for name in difflib.get_close_matches(option, sorted(names), n=3, cutoff=0.7):
+        others = name.strip("-").split("-")
+        same = len(words) == len(others) and all(
+            difflib.SequenceMatcher(None, *pair).ratio() >= 0.6
+            for pair in zip(words, others, strict=True)
+        )
+        if same or difflib.SequenceMatcher(None, "".join(words), "".join(others)).ratio() >= 0.85:
+            return name
+    return None
+
+
 def spell_usage(error: typer.TyperException) -> str:
     """Return the message for a command line that Typer cannot parse; empty if help was shown.
 
@@ -265,8 +283,8 @@ def spell_usage(error: typer.TyperException) -> str:
     command: str = context.command_path if context else "batchbench"
     option: str | None = getattr(error, "option_name", None)
     if hasattr(error, "possibilities"):
-        near = sorted(error.possibilities or ())
-        hint = f"did you mean {near[0]}?" if near else f"{command} --help lists the options"
+        near = _nearest(option or "", {n for p in context.command.params for n in p.opts})
+        hint = f"did you mean {near}?" if near else f"{command} --help lists the options"
         ours = SIMILAR.get(option or "", "")
         if any(ours.partition(" ")[0] in param.opts for param in context.command.params):
             hint = f"use {ours}"

@@ -446,6 +446,14 @@ def test_short_options_and_names_of_vllm_mean_the_same_as_ours(words: str, ours:
     ("words", "told"),
     [
         ("run --goodput ttft:5", "--goodput: no such option; use --slo METRIC:MS"),
+        ("run --num-promts 5", "--num-promts: no such option; did you mean --num-prompts?"),
+        ("run --batchsize 5", "--batchsize: no such option; did you mean --batch-size?"),
+        ("run --batch-sise 5", "--batch-sise: no such option; did you mean --batch-size?"),
+        ("run --hlp", "--hlp: no such option; did you mean --help?"),
+        (
+            "baseline save --max-time 9",
+            "--max-time: no such option; batchbench baseline save --help",
+        ),
         ("report x --num-prompts 5", "--num-prompts: no such option; batchbench report --help"),
         ("swep", "swep: no such command; did you mean sweep?"),
         ("workload show nope", "nope: no such preset or file; the presets are notebook,"),
