@@ -1,4 +1,4 @@
-"""How varied and how chaotic dummy weights are, by the gain of their matrices.
+"""Measure how varied and how chaotic dummy weights are, by the gain of their matrices.
 
     .venv/bin/python benchmarks/dummy_weights.py
 

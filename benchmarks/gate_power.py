@@ -213,7 +213,7 @@ class Hog:
 
 
 def todo(state: Path, only: Sequence[str]) -> Iterator[tuple[Case, int]]:
-    """What is not there yet, case after case in turn, so that whatever time there is serves all."""
+    """Yield missing sessions, one of each case in turn, so that a short run serves all cases."""
     for number in range(max(case.runs for case in CASES)):
         for case in CASES:
             turn = number >= case.after and (number - case.after) % case.every == 0
@@ -287,7 +287,7 @@ def save_session(state: Path, session: str) -> None:
 
 
 def table(state: Path) -> str:
-    """What was found, as Markdown."""
+    """Return the results as Markdown."""
     rows = [
         "| machine | planted | live runs | failed | passed | cannot tell | median s | longest s "
         "| resampled: failed | passed | cannot tell | median s |",
@@ -457,7 +457,7 @@ class Simulated:
 
 
 def table_of_simulations(verdicts: int = 1000) -> str:
-    """What the rule does with heavy tails: Student's t with 3 degrees of freedom, 7.3 s a pair."""
+    """Apply the rule to heavy tails: Student's t with 3 degrees of freedom, 7.3 s a pair."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -479,7 +479,7 @@ def table_of_simulations(verdicts: int = 1000) -> str:
 
 
 def answer_of(found) -> str:
-    """What the gate would say of the one lane."""
+    """Return the verdict of the gate on one strategy."""
     from batchbench.reports.statistics import Verdict
 
     first, second = found.first, found.confirmation

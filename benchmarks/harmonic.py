@@ -56,7 +56,7 @@ def schedule(policy: str, slots: int, prefill: str, requests: int, mean: float) 
 
 
 def in_a_process(*words: object) -> dict:
-    """What :func:`schedule` finds in a new process."""
+    """Return the result of :func:`schedule` in a new process."""
     command = [sys.executable, __file__, "--one", *map(str, words)]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 

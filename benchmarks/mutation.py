@@ -84,7 +84,7 @@ SUBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "metrics": (REPORTS, ("by_hand", "metrics", "golden")),
     "statistics": (REPORTS, ("sequential_values",)),
 }
-"""By name of the file: its folder, and the tests that must notice its mutants."""
+"""The folder of each file by its name, and the tests that must notice its mutants."""
 
 LEFT_OUT = ("test_a_hundred_thousand_requests_take_no_five_seconds",)
 """Tests that look at a real clock, and so fail by chance on a busy machine."""
@@ -169,7 +169,7 @@ class _Changes(cst.CSTVisitor):
         )
 
     def _is_plain(self, node: cst.CSTNode) -> bool:
-        """Whether its mutants would fail anywhere or are mere text; those inside may tell more."""
+        """Return True if a node's own mutants tell nothing; those of nodes inside it may."""
         return _calls(node, "len", "isinstance") or (
             self._raises > 0 and isinstance(node, cst.BaseString)
         )
@@ -332,7 +332,7 @@ def wait_for_one() -> tuple[int, str, float]:
 
 
 def read_all(descriptor: int) -> dict[str, Any]:
-    """What a process wrote before it ended; nothing where it was stopped."""
+    """Return what a process wrote before it ended; nothing if it was stopped."""
     with os.fdopen(descriptor, "rb") as stream:
         content = stream.read()
     return json.loads(content) if content else {}
@@ -379,7 +379,7 @@ def run_mutants(
 
 
 def digest_of(files: Sequence[Path]) -> str:
-    """Of everything that an outcome depends on."""
+    """Return the digest of everything that an outcome depends on."""
     code = sorted([*(ROOT / "batchbench").rglob("*.py"), *files, Path(__file__)])
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in code)).hexdigest()
 
@@ -424,7 +424,7 @@ def test_file(name: str, folder: str, names: Sequence[str], args: argparse.Names
 
 
 def read_equivalent() -> dict[str, dict[str, str]]:
-    """By file: the identity of each mutant listed, with the reason."""
+    """Return the listed mutants of each file by identity, with the reason."""
     listed: dict[str, dict[str, str]] = {}
     for row in tomllib.loads(EQUIVALENT.read_text()).get("equivalent", []):
         for diff in row["diffs"]:

@@ -141,7 +141,7 @@ def main() -> None:
 
 
 def predicted(session: Session, known: KnownCost) -> list[Recording]:
-    """What a session's workload would take, strategy by strategy."""
+    """Return predicted recordings of a session's workload, one per strategy."""
     return predict(known, session.experiment.serving, session.workload)
 
 

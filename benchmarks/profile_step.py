@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes: operator by operator, and what is left to Python.
+"""Profile a decode step: time by operator, and the rest, which is Python's.
 
     .venv/bin/python benchmarks/profile_step.py [--rows 8] [--length 64] [--device cpu]
 
@@ -60,7 +60,7 @@ def own_kernels_shown() -> Iterator[None]:
 
 
 def part_of(name: str) -> str:
-    """What an operator works for."""
+    """Return the purpose of an operator."""
     return next((p for p, words in PARTS.items() if any(w in name for w in words)), "views, casts")
 
 

@@ -1,4 +1,4 @@
-"""What stands between a step's matrix products: each way beside the one that was left.
+"""Time the operations between a step's matrix products, old way and new way side by side.
 
     .venv/bin/python benchmarks/small_operations.py
 

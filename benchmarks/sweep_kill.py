@@ -66,7 +66,7 @@ def finish(folder: Path, log: Path) -> None:
 
 
 def begun(log: Path) -> list[tuple[str, bool, float]]:
-    """Of each cell begun its digest, whether it was there already, and when."""
+    """Return for each started cell its digest, its start, and True if it was there already."""
     lines = log.read_text().splitlines() if log.exists() else []
     return [(digest, held == "True", float(at)) for digest, held, at in map(str.split, lines)]
 
@@ -90,7 +90,7 @@ def lasting(folder: Path) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Times:
-    """Of the undisturbed sweep."""
+    """Times of the undisturbed sweep, in seconds."""
 
     starting_s: float  # up to the first cell
     serving_s: float  # from the first cell to the last

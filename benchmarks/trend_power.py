@@ -1,4 +1,4 @@
-"""How often batchbench trend finds a step of known size in noise, and one where there is none.
+"""Measure how often batchbench trend finds a step of known size in noise, and one in pure noise.
 
     .venv/bin/python benchmarks/trend_power.py [--repeats 100] [--histories 200] [--seed 0]
 
@@ -39,7 +39,7 @@ def series_of(logs) -> Series:
 
 
 def found_in(length: int, noise: float, step: float, repeats: int, random) -> tuple[int, int, int]:
-    """How often the step was found within one result, at the very one, and the drift told."""
+    """Return how often the step was found (within one result; exactly) and the drift reported."""
     at = round(0.6 * length)
     near = exact = drifted = 0
     for _ in range(repeats):

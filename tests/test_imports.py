@@ -15,7 +15,7 @@ PACKAGE = Path(batchbench.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = ("workloads", "batching", "reports", "studies", "api", "cli")
-"""From the ground up; a layer imports those before it."""
+"""Layers from the ground up; each imports those before it."""
 
 GROUND = ("version", "errors", "settings", "json_file", "files")
 """Modules that belong to no layer; they import only one another."""
@@ -115,7 +115,7 @@ HEAVY: Mapping[str, tuple[str, ...]] = {
         *("api", "studies.predict.batch_sizes"),
     ),
 }
-"""Where a library may be imported."""
+"""Modules that may import a library."""
 
 
 @pytest.mark.parametrize("library", HEAVY)

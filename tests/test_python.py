@@ -1,4 +1,4 @@
-"""From Python: keywords in, results out; and the documents about it."""
+"""The Python interface: keywords in, results out; and the documents about it."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def _blocks(share: float) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-# As a picture
+# The picture
 
 _PANEL = 1.5  # inches: height of a panel
 

@@ -1,4 +1,4 @@
-"""What the machine allows: the cache's size, bandwidth, products, floors, clocks, peak memory."""
+"""Limits of the machine: the cache's size, bandwidth, products, floors, clocks, peak memory."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_without_a_mark_that_can_be_reset_nothing_is_told(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_the_kernels_own_mark_sees_what_is_taken_and_given_back() -> None:
-    """In a process of its own, from whose few pages the kernel cannot reclaim as many meanwhile."""
+    """Use a small process, because the kernel may reclaim memory of a large one meanwhile."""
     script = """
 import numpy as np
 from batchbench.batching.machine import PeakMemory

@@ -138,7 +138,7 @@ Greedy = Callable[[LoadedModel, Workload], list[list[int]]]
 
 @pytest.fixture(scope="module")
 def greedy(alone: Alone) -> Greedy:
-    """What each request of a workload gets when it is alone with the stock model."""
+    """Return the tokens that the stock model gives each request of a workload alone."""
     known: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     models = []  # kept, so that no two ever have the same id
 
@@ -182,7 +182,7 @@ def outputs(recording: Recording) -> list[list[int]]:
 
 
 def per_step(recording: Recording) -> dict[str, NDArray[np.int64]]:
-    """Whatever a recording tells of steps and slots, however its steps are cut into spans."""
+    """Return the facts about steps and slots that do not depend on the cut into spans."""
     spans = recording.spans
     logged = {f"chunk {name}": column for name, column in vars(recording.chunks).items()}
     logged |= {f"request {name}": column for name, column in vars(recording.requests).items()}
@@ -416,7 +416,7 @@ def test_a_trial_that_was_broken_off_leaves_nothing_behind(
 def test_a_request_that_overflows_does_not_spoil_others(
     before: list[tuple[int, int]], name: str, make_model: MakeModel, alone: Alone
 ) -> None:
-    """In float16 numbers do overflow; who comes next into the slot must not see them."""
+    """Numbers overflow in float16; the next request in the slot must not see them."""
     model = make_model()
     model.module.transformer.wpe.weight[10:20] = float("nan")
     innocent = [(PROMPTS[1][:3], 6), (PROMPTS[2][:2], 7)]
@@ -474,7 +474,7 @@ class AttendedKeys(TorchFunctionMode):
 
 
 def storage(tensor: torch.Tensor) -> int:
-    """What views of one another share; packed weights show none."""
+    """Return the address that views of one tensor share; packed weights have none."""
     return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
 
 

@@ -57,7 +57,7 @@ class Listener(Watch):
 
 
 def no_thread_of_theirs() -> bool:
-    """Whether its generation loop has ended."""
+    """Return True if no thread of transformers' generation loop is left."""
     return not any("_run_generation_loop" in thread.name for thread in threading.enumerate())
 
 
@@ -108,7 +108,7 @@ def test_it_tells_when_each_token_was_there_and_shows_no_steps(tiny: LoadedModel
 
 
 def test_no_more_requests_run_together_than_there_are_slots(tiny: LoadedModel) -> None:
-    """With one slot a request begins only when the one before it is done."""
+    """A request in the only slot begins when the one before it is done."""
     recording = served(tiny, slots=1)
     order = np.argsort(recording.first_token_ns)
     assert order.tolist() == [0, 1, 2, 3, 4]  # as they came

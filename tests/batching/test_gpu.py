@@ -69,7 +69,7 @@ SERVED = [
 
 @pytest.fixture(autouse=True)
 def memory_given_back() -> Iterator[None]:
-    """What one test took is free for the next."""
+    """Free the memory of one test for the next."""
     yield
     torch.cuda.empty_cache()
 

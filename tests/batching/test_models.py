@@ -88,7 +88,7 @@ def hub_asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whoever looks up a host or connects to one fails the test, whatever becomes of the error."""
+    """Fail a test that looks up a host or connects to one, even if it catches the error."""
     tried: list[object] = []
 
     def refuse(*args: object, **_: object) -> None:

@@ -76,7 +76,7 @@ def close(got: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [*range(1, 10), 16, 21])
 def test_a_product_is_the_product(own: Native, rows: int, dtype: torch.dtype) -> None:
-    """Of any number of rows, and of outputs that fill no panel."""
+    """Test any number of rows, and outputs that fill no panel."""
     for outputs, inputs in ((1, 2), (15, 8), (33, 64), (300, 32), (64, 770)):
         weight = drawn(1, outputs, inputs, dtype=dtype) * inputs**-0.5
         bias, x = drawn(2, outputs, dtype=dtype), drawn(3, rows, inputs, dtype=dtype)
@@ -145,7 +145,7 @@ def test_what_is_no_number_stays_none(own: Native) -> None:
 def test_attention_is_attention_up_to_each_rows_own_position(
     lengths: list[int], prompts: int, heads: int, size: int, dtype: torch.dtype, seed: int
 ) -> None:
-    """Whatever else the cache holds, be it no number; and only the new positions are written."""
+    """Other content of the cache, NaN included, has no effect; only new positions are written."""
     own = native()
     assert own is not None
     rows, max_len = len(lengths), 301

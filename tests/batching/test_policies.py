@@ -66,7 +66,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def served_by(policy: Policy, workload: Workload, slots: int = 3) -> list[int]:
-    """Who is finished, in order, under a policy that is given as an object."""
+    """Return the finished requests, in order, under a policy that is given as an object."""
     return drive(scheduler_of(workload, Config("given", slots), policy), lambda plan: None)
 
 

@@ -20,7 +20,7 @@ from batchbench.workloads import Request
 
 @dataclass
 class Moment:
-    """What a policy is shown."""
+    """A moment at which a policy is asked: the view that it gets."""
 
     waiting: Sequence[Request]
     now: int = 5

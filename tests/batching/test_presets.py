@@ -37,7 +37,7 @@ AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44\
 
 @dataclass(frozen=True)
 class Said:
-    """What the program did."""
+    """The exit code and output of the program."""
 
     code: int
     out: str
@@ -73,7 +73,7 @@ def program(
 
 
 def asked_by(words: Sequence[str]) -> Experiment:
-    """What a command line asks for."""
+    """Return the experiment of a command line."""
     found: list[tuple[Any, ...]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "_conduct", lambda *asked: found.append(asked))
@@ -126,7 +126,7 @@ def test_the_notebook_preset_is_the_default() -> None:
 
 
 def test_presets_have_the_lengths_that_their_sources_tell() -> None:
-    """Where the model has room for them; means within four standard errors and the clipping."""
+    """Lengths fit the model; means are within four standard errors and the clipping."""
     for name, prompt, output in (
         ("chat", ("mean", 161.31), ("mean", 337.99)),
         ("summarize", ("mean", 781), ("mean", 56)),

@@ -43,7 +43,7 @@ json_values = st.recursive(
 
 
 def simulated() -> Recording:
-    """Of a simulation: ends of steps as a formula, no tokens."""
+    """Return the recording of a simulation: ends of steps as a formula, no tokens."""
     return serve(workload_of([(3, 4, 0), (2, 9, 5), (1, 1, 80)]), Config("continuous", 2))
 
 

@@ -203,7 +203,7 @@ def test_whole_spans_are_one_row_each(log: list[Span]) -> None:
 
 
 def table(recording: Recording) -> list[tuple[int, ...]]:
-    """What is logged of each step."""
+    """Return the log of each step."""
     s = recording.spans
     rows = [np.repeat(c, s.steps).tolist() for c in (s.decoding, s.waiting, s.chunks)]
     times = recording.step_starts_ns.tolist(), recording.step_ends_ns.tolist()

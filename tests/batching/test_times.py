@@ -55,7 +55,7 @@ def test_gaps_grow_with_the_cache(
 
 
 def test_a_replay_is_never_ahead() -> None:
-    """With one slot and 5 µs a cached token, equal steps would be 53 too many."""
+    """Equal steps would be 53 too many with one slot and 5 µs per cached token."""
     recording = run(workload_of([(5, 400, 0)]), Config("static", 1), StepCost(1e6, cached_ns=5e3))
     reel, ends = TrialReplay("mine", recording), recording.step_ends_ns
     for step in range(0, 400, 7):

@@ -76,7 +76,7 @@ def batcher_for(
     prefill: str = "separate",
     policy: str = "continuous",
 ) -> Batcher:
-    """With a position to spare in each slot, for faults that need it."""
+    """Make an engine with a spare position in each slot, for faults that need it."""
     made, _ = make_engine(engine, model, 3, workload.max_total_tokens + 1)
     return Batcher(policy, made, 3, prefill=prefill, max_batched_tokens=8)
 
@@ -141,7 +141,7 @@ Attend = Callable[..., torch.Tensor]
 
 
 def positions_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    """What decodes stands one position further on than it should."""
+    """Decode one position further on than right."""
     from batchbench.batching.engines.torch.base import TorchEngine
 
     run = TorchEngine.run

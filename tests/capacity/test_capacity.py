@@ -43,7 +43,7 @@ YES, NO, BORDER = Verdict.SUSTAINED, Verdict.NOT_SUSTAINED, Verdict.BORDERLINE
 
 
 def trial(met: int, requests: int = 100, growth: float = 0.0) -> TrialFigures:
-    """What a trial might show."""
+    """Return made-up figures of a trial."""
     return TrialFigures(requests, met, growth, {"ttft": 1.0})
 
 
@@ -207,7 +207,7 @@ def asked_of(most_trials: int, attainment: float = 0.9, **limits: float) -> Capa
 def brute_force(
     experiment: Experiment, asked: CapacityQuery, strategy: str, rates: Sequence[float]
 ) -> list[bool]:
-    """Whether each rate is sustained, going by all trials together and no search."""
+    """Return for each rate if it is sustained, from all trials together and without a search."""
     session = Session(experiment, Watch())
     (batcher,) = [b for b in session.strategies() if b.name == strategy]
     verdicts = []

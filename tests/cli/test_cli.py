@@ -663,7 +663,7 @@ def test_a_dry_run_tells_steps_memory_and_time_and_writes_nothing(
 
 
 def parsed(words: list[str]) -> tuple[Experiment, GoalsSpec, OutputSpec]:
-    """What a command line asks for."""
+    """Return the experiment of a command line."""
     found: list[tuple[Experiment, GoalsSpec, OutputSpec]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "_conduct", lambda *asked: found.append(asked))
@@ -795,7 +795,7 @@ def test_wrong_outputs_end_with_1_and_are_written_and_shown(
 
 
 def progress(done: int, in_use: int = 3, slots: int = 8) -> Progress:
-    """How far a trial is."""
+    """Return the progress of a trial."""
     return Progress("static", 0, slots, 32, done, in_use, 10, 500, 1_000_000_000)
 
 
@@ -1129,5 +1129,5 @@ def test_commands_do_no_arithmetic_on_results() -> None:
 
 
 def _path(node: ast.BinOp) -> bool:
-    """Whether it joins a path."""
+    """Return True if it joins a path."""
     return isinstance(node.op, ast.Div) and isinstance(node.right, ast.Constant)

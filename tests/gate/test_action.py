@@ -96,7 +96,7 @@ def test_every_input_is_used_and_every_output_set() -> None:
 
 @dataclass(frozen=True)
 class Ran:
-    """What the script did."""
+    """The exit code and output of the script."""
 
     code: int
     calls: list[list[str]]

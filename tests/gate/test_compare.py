@@ -43,7 +43,7 @@ def side(*results: Mapping[str, Any], label: str = "base") -> Runs:
 
 
 def gate_of(base: Runs | Result, new: Runs | Result, **asked: Any) -> Gate:
-    """What compare says of two versions."""
+    """Return the gate of two versions."""
     two = [
         each if isinstance(each, Runs) else side(each.data, label=label)
         for each, label in ((base, "base"), (new, "new"))
@@ -372,7 +372,7 @@ def test_the_share_of_the_floor_is_compared_of_each_strategy_and_gates_where_ask
 
 
 def test_one_process_is_never_called_lightly() -> None:
-    """Of equal code, processes that scatter as documented raise no alarm."""
+    """Equal code raises no alarm if its processes scatter as documented."""
     spread = METRICS["speedup"].between
     for seed in range(0, 120, 2):
         base, new = (runs_of(1, seed + i, scatter=spread / 2**0.5) for i in range(2))
@@ -668,7 +668,7 @@ def inside(*path: str, value: Any) -> Callable[[Any], str]:
 
 
 def first_nan(data: Any) -> str:
-    """With a duration that is no number."""
+    """Return JSON with a duration that is not a number."""
     return re.sub(r'"duration": [\d.e-]+', '"duration": NaN', json.dumps(data), count=1)
 
 

@@ -61,7 +61,7 @@ def concluded(gate: Gate, output: GateOutputSpec) -> int:
 
 
 def shown(gate: Gate, width: int = 80, *, strict: bool = False) -> str:
-    """What stands on a terminal without colours."""
+    """Return the text on a terminal without colours."""
     console = Console(file=io.StringIO(), width=width, highlight=False)
     console.print(report.render_terminal(gate, strict=strict))
     assert isinstance(console.file, io.StringIO)
@@ -287,7 +287,7 @@ def commands_of(text: str) -> list[tuple[str, dict[str, str], str]]:
 
 
 def unescape(text: str, *, property: bool = False) -> str:
-    """What an escaped text says; %25 last, so that nothing is unescaped twice."""
+    """Unescape a text; %25 comes last, so that nothing is unescaped twice."""
     codes = {"%0D": "\r", "%0A": "\n", **({"%3A": ":", "%2C": ","} if property else {})}
     for code, character in [*codes.items(), ("%25", "%")]:
         text = text.replace(code, character)
@@ -357,7 +357,7 @@ SCHEMA: dict[str, tuple[set[str], set[str], set[str]]] = {
 
 
 def conforms(element: ElementTree.Element) -> bool:
-    """Whether an element and all within are as the schema says."""
+    """Check an element and all within against the schema."""
     attributes, required, children = SCHEMA[element.tag]
     return (
         required <= set(element.keys()) <= attributes

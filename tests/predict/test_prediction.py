@@ -169,7 +169,7 @@ def test_smaller_batches_leave_no_trace_in_the_trials(
 def test_what_a_prediction_cannot_know_is_said_everywhere(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
 ) -> None:
-    """In earlier results no smaller batches were timed."""
+    """Earlier results have no timed smaller batches."""
     monkeypatch.setattr(Session, "time_small_batches", lambda session: [])
     words = ["run", "--model", checkpoint, "--batch-size", 8, "--queue-size", 16, "--trials", 1]
     code, out, _ = say(*words, "--long-tokens", 30, "--output", tmp_path / "run")

@@ -310,7 +310,7 @@ def test_of_several_trials_it_is_the_one_of_median_duration() -> None:
 
 
 def without_steps(recording: Recording) -> Recording:
-    """As a strategy that schedules by itself leaves it, but for its times."""
+    """Return the recording of a strategy that schedules by itself, except for its times."""
     none, r = np.zeros(0, np.int64), recording.requests
     return replace(
         recording,
@@ -434,7 +434,7 @@ def planted(
 
 
 def grown(run: Serve, where: str, delay_s: float) -> dict[str, float]:
-    """How much each part grew when a delay was planted, as a share of what was planted."""
+    """Return the growth of each part with a planted delay, as a share of the delay."""
     plain, _ = run({})
     found, plants = run({where: delay_s})
     assert plants[where].spent_s > 0.1
@@ -445,7 +445,7 @@ def grown(run: Serve, where: str, delay_s: float) -> dict[str, float]:
 
 
 def lands(growth: dict[str, float], own: Sequence[str]) -> bool:
-    """Whether a delay fell upon its own parts, and little upon the others together."""
+    """Return True if a delay appears in its own parts and hardly in the others."""
     outside = sum(abs(growth[part]) for part in PARTS if part not in own)
     return 0.99 <= sum(growth[part] for part in own) <= 1.01 and outside < 0.01
 
@@ -491,7 +491,7 @@ def test_a_delay_lands_where_it_was_planted(
 
 @pytest.mark.parametrize("engine", ["slots", "notebook"])
 def test_a_real_trial_is_accounted_for(planted: Callable[..., Serve], engine: str) -> None:
-    """With arrivals that are waited for; the residual is at most 1 %."""
+    """Test arrivals that the loop waits for; the residual is at most 1 %."""
     due = [0, 0, *(400_000_000 + 1_000 * i for i in range(8))]
     timed = replace(MIXED, due_ns=np.array(due))
     run = planted(engine, "continuous", "separate", timed)
@@ -514,7 +514,7 @@ def test_only_the_engine_that_pads_is_charged_with_padding(planted: Callable[...
 
 
 def shown(part: Any, width: int = 80) -> str:
-    """What stands on a terminal of this width without colours."""
+    """Return the text on a terminal of this width without colours."""
     console = Console(file=io.StringIO(), width=width, highlight=False, no_color=True)
     console.print(part)
     assert isinstance(console.file, io.StringIO)

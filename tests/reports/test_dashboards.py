@@ -32,13 +32,13 @@ JSON_FORMATS = ("github-bigger", "github-smaller", "bencher", "pytest-benchmark"
 
 
 def document(format: str, *results: Result) -> Any:
-    """What a format says of results that are called r0, r1, …"""
+    """Return the document of results that are called r0, r1, …"""
     folders = [Path(f"r{i}") for i in range(len(results))]
     return json.loads(make_document(format, folders, results, None))
 
 
 def scattered() -> Result:
-    """Of trials that were not equal."""
+    """Return a result whose trials differ."""
     static, continuous = (paced(n, 10, 11, 10.5, 12) for n in ("static", "continuous"))
     return result_of({"static": static, "continuous": continuous})
 
@@ -153,7 +153,7 @@ def test_bencher_metric_format(results: list[Result]) -> None:
 
 
 def compare(*words: str, folder: Path) -> str:
-    """What the real command says; it must have loaded every file."""
+    """Return the output of the real command, which must have loaded every file."""
     code = "import sys; from pytest_benchmark.cli import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", code, "compare", *words],

@@ -50,7 +50,7 @@ def test_cached_tokens_read_are_those_counted_request_by_request(
     configs(policies=("continuous",), prefills=("mixed",), rooms=(UNLIMITED,)),
 )
 def test_token_times_alone_show_the_same_full_steps(workload: Workload, config: Config) -> None:
-    """What a strategy that schedules by itself tells suffices to see its decode steps."""
+    """The token times of a strategy that schedules by itself show its decode steps."""
     stepped = serve(workload, config)
     ends = stepped.step_ends_ns
     # In a step, requests get their tokens one shortly after the other.

@@ -309,7 +309,7 @@ def continuous_by_hand(requests: int, slots: int) -> Recording:
 
 @pytest.mark.parametrize(("requests", "slots"), [(300_000, 256), (5_000, 1)], ids=str)
 def test_what_is_cut_is_said(requests: int, slots: int) -> None:
-    """Of the slots that are drawn, every bar within the time that is drawn is there."""
+    """Every bar of the drawn slots within the drawn time is there."""
     recording = continuous_by_hand(requests, slots)
     figure = draw({"continuous": [recording]}, TITLE)["timeline"]
     drawn = boxes(figure, "requests-0")

@@ -38,7 +38,7 @@ STRATEGIES = ("static", "static-fixed", "static-bucketed", "static-oracle", "con
 
 @dataclass(frozen=True)
 class Case:
-    """What is served, and how."""
+    """The workload, and the settings that it is served with."""
 
     prompts: list[int]
     outputs: list[int]
@@ -53,7 +53,7 @@ class Case:
     max_repeat: int | None = None
 
     def served(self) -> Recording:
-        """By the package."""
+        """Return the recording that the package makes."""
         workload = Workload.of(
             "golden",
             [[0] * n for n in self.prompts],
@@ -165,7 +165,7 @@ class Golden:
         return self.clock_ps // 1000
 
     def next_due(self) -> int | None:
-        """When the next request comes, if nobody is done before."""
+        """Return the time of the next arrival if no request is done before."""
         if self.come == len(self.lives):
             return None
         own, room = self.case.own_due[self.come], 0
@@ -353,7 +353,7 @@ class Golden:
 
     @staticmethod
     def _good(life: Life) -> bool:
-        """Of one token there is no TPOT that could be too long."""
+        """A request of one token has no TPOT that could be too long."""
         quick = life.output == 1 or tpot(life) <= LIMITS["tpot"]
         return ttft(life) <= LIMITS["ttft"] and e2el(life) <= LIMITS["e2el"] and quick
 

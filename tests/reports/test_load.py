@@ -84,7 +84,7 @@ def as_measured(recording: Recording) -> Recording:
 
 
 def reasons(workload: Workload, recording: Recording) -> list[str]:
-    """What the audit says of a run of one trial."""
+    """Return the reasons of the audit for a run of one trial."""
     return audit(workload, {"continuous": [as_measured(recording)]}, PASSED, SETTLED, None)
 
 

@@ -444,7 +444,7 @@ def test_littles_law_holds_exactly_when_all_are_there_at_the_start(
 def test_littles_law_holds_exactly_also_when_requests_come_over_time(
     workload: Workload, config: Config
 ) -> None:
-    """Who comes while a step is under way is seen at its end, and counted from when it was due."""
+    """A request that arrives during a step is noticed at its end and counted from its due time."""
     _, recording = witnessed(workload, config)
     assert timekeeping.littles_law(recording) == pytest.approx(0, abs=1e-12)
 
@@ -457,7 +457,7 @@ def test_littles_law_holds_exactly_also_when_requests_come_over_time(
 def test_replaying_the_recorded_admissions_gives_the_same_steps(
     workload: Workload, config: Config, uneven: bool
 ) -> None:
-    """Who waits depends on the machine's speed; what is made of the decisions does not."""
+    """The waiting requests depend on the machine's speed; the replayed steps do not."""
     _, recording = witnessed(workload, config, uneven)
     again = replay(recording, prefill=config.prefill, max_batched_tokens=config.max_batched_tokens)
     for name in ("slot", "admitted", "started", "first", "last", "released", "output_tokens"):

@@ -53,7 +53,7 @@ class Page(HTMLParser):
 
     @property
     def words(self) -> str:
-        """What a reader sees, on one line."""
+        """The words that a reader sees, on one line."""
         return " ".join(" ".join(self.texts).split())
 
 

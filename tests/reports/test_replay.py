@@ -49,7 +49,7 @@ MS = 1_000_000
 
 
 def times_of_tokens(recording: Recording, request: int) -> list[int]:
-    """When a request got each of its tokens, the long way."""
+    """Return the time of each token of a request, step by step."""
     r = recording.requests
     decodes = np.repeat(recording.spans.decoding > 0, recording.spans.steps)
     steps = token_steps(decodes, int(r.first[request]), int(r.last[request]))

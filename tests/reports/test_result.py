@@ -77,7 +77,7 @@ def plain(result: Result) -> Any:
 
 @functools.cache
 def validator() -> Draft202012Validator:
-    """Of the published schema."""
+    """Return the validator of the published schema."""
     schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
     Draft202012Validator.check_schema(schema)
     return Draft202012Validator(schema)
@@ -122,7 +122,7 @@ NAMES: Mapping[str, set[str]] = {
     },
     "validity": {"status", "reasons"},
 }
-"""What DESIGN.md promises to other tools, written down a second time."""
+"""The names that other tools read are these, written down a second time."""
 
 
 def at(data: Any, path: str) -> Any:

@@ -30,7 +30,7 @@ def paths(count: int, length: int, mean: float, scatter: float, seed: int = 0) -
 
 
 def first_verdict(samples: np.ndarray, rule: Rule = RULE) -> Verdict:
-    """What is told when one looks after each sample, as a duet does."""
+    """Return the decision after a look at each sample, as in a duet."""
     for n in range(1, len(samples) + 1):
         told = decide(samples[:n].tolist(), rule, last=n == len(samples))
         if told.is_sure:

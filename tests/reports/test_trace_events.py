@@ -73,7 +73,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def faults(trace: dict[str, Any]) -> list[str]:
-    """Where a trace breaks the format: required fields, times, nesting."""
+    """Return the places where a trace breaks the format: required fields, times, nesting."""
     found = []
     tracks: dict[tuple[int, int], list[Event]] = defaultdict(list)
     if trace.get("displayTimeUnit", "ms") not in ("ms", "ns"):

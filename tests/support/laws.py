@@ -30,7 +30,7 @@ law = settings(deadline=None, derandomize=True, database=None, max_examples=100)
 """The same examples in each run, so that a red test stays red until it is mended."""
 
 thorough = settings(law, max_examples=300)
-"""For the few laws from which most others follow."""
+"""Draw more examples for the few laws from which most others follow."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,6 @@ class Patient:
         return ((), ready) if view.now < ready else (view.waiting[: view.free], None)
 
     def release(self, view: View) -> Sequence[int]:
-        """At once."""
         return list(view.finished)
 
 

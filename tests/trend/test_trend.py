@@ -324,7 +324,7 @@ def test_last_keeps_the_newest() -> None:
 
 @pytest.mark.parametrize("at", [1, 2, 5])
 def test_a_changed_count_is_always_told(at: int) -> None:
-    """With two results as with a hundred, of a suspect one too, and by one."""
+    """Counts differ by one in two results or a hundred, also in a suspect one."""
     entries = [
         replace(
             entry(i),
@@ -360,7 +360,7 @@ def test_less_work_and_other_outputs_are_told_and_are_no_loss() -> None:
 
 @pytest.fixture(scope="module")
 def simulated() -> dict[str, Any]:
-    """What a simulation's result.json holds."""
+    """Return the data of a simulation's result.json."""
     return dict(make_result(conduct(Experiment(simulated=True))).data)
 
 

@@ -260,7 +260,7 @@ def test_a_file_of_lengths_is_refused_by_its_line(
 
 
 def due_s(process: ArrivalProcess, count: int, seed: int = 0) -> NDArray[np.float64]:
-    """When requests come, in s."""
+    """Return the times of arrivals, in s."""
     return process.due_ns(stream(seed, "arrivals"), count) / 1e9
 
 

@@ -200,7 +200,7 @@ def plain_workloads(draw: st.DrawFn) -> Workload:
 
 
 def content(workload: Workload) -> tuple[Any, ...]:
-    """All that is asked, and when."""
+    """Return all requests of a workload, and their due times."""
     prompts = tuple(tuple(workload.prompt(i).tolist()) for i in range(len(workload)))
     return prompts, tuple(workload), workload.stop_at_eos
 

@@ -122,7 +122,7 @@ class Series:
 
 @dataclass
 class DuetResult:
-    """All that a duet measured; ``confirmation`` is a second series, of strategies with a loss."""
+    """Measurements of a duet; ``confirmation`` is a second series, of strategies with a loss."""
 
     first: Series
     confirmation: Series | None = None
