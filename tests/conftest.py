@@ -119,6 +119,20 @@ def tiny(checkpoint: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
+def taught(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a real run on the tiny model. Copy it before you change it."""
+    from batchbench.cli.main import run_command
+
+    folder = tmp_path_factory.mktemp("taught") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        words = ["run", "--model", checkpoint, "--batch-size", 4, "--queue-size", 16]
+        words += ["--long-tokens", 30, "--trials", 2, "--quiet", "--output", folder]
+        patch.setattr(sys, "argv", ["batchbench", *map(str, words)])
+        assert run_command() == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def alone() -> Alone:
     """Greedy generation of one prompt by the stock model with its own cache, nothing of ours."""
     return _alone

@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+from support.documents import comparable, fenced, matches
 
 import batchbench
 
@@ -259,12 +259,6 @@ def test_nothing_is_asserted_of_users_and_no_names_are_vague() -> None:
 # What the documents say
 
 
-def fenced(file: Path, language: str) -> list[str]:
-    """Blocks of a language in a Markdown file."""
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
 def examples(file: Path) -> Iterator[tuple[list[str], str]]:
     """Commands ``$ batchbench …`` in a document's blocks, each with the output shown for it."""
     for block in fenced(file, r"\w*"):
@@ -285,22 +279,6 @@ def batchbench_says(words: list[str], folder: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def comparable(text: str) -> list[str]:
-    """Lines without what differs from run to run."""
-    text = re.sub(r"\d{8}-\d{6}", "<time>", text)
-    return [line.rstrip() for line in text.strip().splitlines()]
-
-
-def matches(shown: list[str], said: list[str]) -> bool:
-    """Return True if the lines are the same; a line ``…`` stands for any number of them."""
-    pattern = "\n".join("*" if line.strip() == "…" else _escaped(line) for line in shown)
-    return fnmatchcase("\n".join(said), pattern)
-
-
-def _escaped(line: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", line)
 
 
 def documented_outputs() -> list[tuple[str, list[str], str]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from support import models
 from support.models import MakeModel
 
 from batchbench.batching.batcher import Batcher
@@ -35,17 +36,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.machine
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-}
+LLAMA = {**models.LLAMA, "tie_word_embeddings": False}
 
 
 # The last-level cache

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from support.models import LLAMA
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
@@ -44,17 +45,6 @@ WORKLOAD = Workload.of(
     [np.random.default_rng(i).integers(1, 300, n).tolist() for i, n in enumerate(LENGTHS)],
     OUTPUT_TOKENS,
 )
-
-LLAMA: Mapping[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 
 WIDE = {"n_embd": 256, "n_head": 4}  # heads of 64, as those of real models
 

@@ -6,8 +6,8 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.laws import law
+from support.program import Program, Said, caller
 
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.models import MADE_UP, ModelSpec, find_model
@@ -35,18 +36,6 @@ from batchbench.workloads.spec import WorkloadSpec
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44\n"
 
 
-@dataclass(frozen=True)
-class Said:
-    """The exit code and output of the program."""
-
-    code: int
-    out: str
-    err: str
-
-
-Program = Callable[..., Said]
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory."""
@@ -63,13 +52,8 @@ def program(
     monkeypatch.setattr(folders, "figure_bytes", lambda figure, format: format.encode())
     monkeypatch.setenv("COLUMNS", "100")
 
-    def call(*words: str) -> Said:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-        code = run_command()
-        return Said(code, *capsys.readouterr())
-
-    return call
+    call = caller(monkeypatch, capsys)
+    return lambda *words: Said(*call(*words))
 
 
 def asked_by(words: Sequence[str]) -> Experiment:

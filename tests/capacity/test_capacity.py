@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.laws import law, thorough
+from support.program import Call, caller
 
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Session
 from batchbench.batching.verification import Verification
-from batchbench.cli.main import run_command
 from batchbench.reports.slo import GoalsSpec
 from batchbench.studies.capacity import probe as benches
 from batchbench.studies.capacity import report
@@ -377,26 +376,18 @@ def test_a_model_is_probed_verified_and_audited(checkpoint: Path) -> None:
 @pytest.fixture
 def program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the program in this process and an empty folder; code, output, errors."""
+) -> Call:
+    """Return a function that runs the program in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
-    def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-        code = run_command()
-        return (code, *capsys.readouterr())
+    return caller(monkeypatch, capsys)
 
-    return call
-
-
-Program = Callable[..., tuple[int, str, str]]
 
 QUICK = ("--queue-size", "60", "--max-trials", "1", "--precision", "0.5", "--slo-attainment", "0.9")
 
 
-def test_it_says_what_it_found_and_the_same_again(program: Program, tmp_path: Path) -> None:
+def test_it_says_what_it_found_and_the_same_again(program: Call, tmp_path: Path) -> None:
     words = ("capacity", "--simulated", "--slo", "ttft:80", "--slo", "tpot:2", *QUICK)
     code, out, err = program(*words, "--output", "c")
     assert code == 0
@@ -434,7 +425,7 @@ def test_it_says_what_it_found_and_the_same_again(program: Program, tmp_path: Pa
     ],
 )  # fmt: skip
 def test_a_question_without_an_answer_is_one_line_and_leaves_nothing(
-    words: tuple[str, ...], said: str, program: Program, tmp_path: Path
+    words: tuple[str, ...], said: str, program: Call, tmp_path: Path
 ) -> None:
     code, out, err = program("capacity", "--simulated", *QUICK, *words)
     assert (code, out) == (2, "")
@@ -443,13 +434,13 @@ def test_a_question_without_an_answer_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("arrivals", ["constant", "poisson", "gamma"])
-def test_arrivals_that_have_a_rate_are_searched(arrivals: str, program: Program) -> None:
+def test_arrivals_that_have_a_rate_are_searched(arrivals: str, program: Call) -> None:
     words = ("--simulated", "--slo", "ttft:80", "--arrivals", arrivals, *QUICK)
     assert program("capacity", *words, "--quiet")[0] == 0
 
 
 def test_ctrl_c_keeps_nothing(
-    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
@@ -460,7 +451,7 @@ def test_ctrl_c_keeps_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_outputs_end_with_1(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_outputs_end_with_1(program: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Verification(60, 59, 0, 1, "made up", None, ())
     monkeypatch.setattr(Session, "verify", lambda self, recordings: wrong)
     code, out, _ = program("capacity", "--simulated", "--slo", "ttft:80", *QUICK, "--quiet")

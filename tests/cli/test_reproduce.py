@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support.laws import law
-from support.program import experiments
+from support.program import Call, caller, experiments
 from support.results import clean, verdicts
 
 import batchbench
@@ -27,7 +27,6 @@ from batchbench.batching.presets import PRESETS
 from batchbench.batching.session import conduct
 from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.batching.verification import NOT_VERIFIED, Verification
-from batchbench.cli.main import run_command
 from batchbench.errors import UsageError
 from batchbench.reports.result import Result, load_result, make_result
 from batchbench.studies import reproduce as reproducing
@@ -341,20 +340,15 @@ def test_the_interval_of_a_ratio_scales_and_turns_round(
 @pytest.fixture
 def program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the program in an empty folder."""
+) -> Call:
+    """Return a function that runs the program in an empty folder."""
     from batchbench.reports import output as folders
 
     monkeypatch.setattr(folders, "draw", lambda recordings, title: {})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
-    def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["batchbench", *words])
-        return (run_command(), *capsys.readouterr())
-
-    return call
+    return caller(monkeypatch, capsys)
 
 
 def test_the_command_tells_and_ends_with_0(program: Callable[..., Any], tmp_path: Path) -> None:

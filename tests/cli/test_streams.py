@@ -19,22 +19,9 @@ from support.laws import law
 from support.programs import EVERY_COMMAND, PLAIN, program
 
 from batchbench.cli import output as streams
-from batchbench.cli.main import run_command
 from batchbench.errors import ClosedPipe, OutputError
 
 SMALL = ("simulate", "--queue-size", "8", "--output", "mine", "--quiet")
-
-
-@pytest.fixture(scope="module")
-def taught(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a real run on the tiny model."""
-    folder = tmp_path_factory.mktemp("taught") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        words = ["run", "--model", checkpoint, "--batch-size", 4, "--queue-size", 16]
-        words += ["--long-tokens", 30, "--trials", 2, "--quiet", "--output", folder]
-        patch.setattr(sys, "argv", ["batchbench", *map(str, words)])
-        assert run_command() == 0
-    return folder
 
 
 # Encodings

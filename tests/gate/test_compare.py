@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -19,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.documents import comparable, fenced, matches
 from support.laws import law
+from support.program import Call, caller
 from support.results import KINDS, clean, measured, result_of, simulated
 
 import batchbench
 from batchbench.batching import policies
 from batchbench.batching.policies import Continuous, View
-from batchbench.cli.main import run_command
 from batchbench.errors import UsageError
 from batchbench.reports.result import Result, output_digest
 from batchbench.reports.statistics import Verdict
@@ -590,25 +589,18 @@ def test_a_condition_on_what_the_results_do_not_hold_is_refused(condition: str, 
 
 # Files: the program, and every kind of spoiled input
 
-Program = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
 def program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Program:
+) -> Call:
     """The command line in a folder with the results ``base`` and ``new``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     for name in ("base", "new"):
         put(tmp_path / name, clean().data)
 
-    def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-        return run_command(), *capsys.readouterr()
-
-    return call
+    return caller(monkeypatch, capsys)
 
 
 def put(folder: Path, data: Mapping[str, Any]) -> Path:
@@ -619,7 +611,7 @@ def put(folder: Path, data: Mapping[str, Any]) -> Path:
 
 
 def test_results_are_found_as_folders_as_files_and_as_folders_of_several(
-    program: Program, tmp_path: Path
+    program: Call, tmp_path: Path
 ) -> None:
     assert program("compare", "base", "new", "--quiet")[0] == 0
     assert program("compare", "base/result.json", "new", "--quiet")[0] == 0
@@ -633,7 +625,7 @@ def test_results_are_found_as_folders_as_files_and_as_folders_of_several(
     assert told["typed"] == "batchbench compare base many"
 
 
-def test_a_change_ends_with_1_and_what_was_typed_is_told(program: Program, tmp_path: Path) -> None:
+def test_a_change_ends_with_1_and_what_was_typed_is_told(program: Call, tmp_path: Path) -> None:
     put(tmp_path / "new", counted(clean().data, "continuous", "forward_passes", 3))
     code, out, err = program("compare", "base", "new", "--fail-if", "speedup < -9%")
     assert (code, err) == (1, "")
@@ -703,7 +695,7 @@ SPOILED: dict[str, tuple[Callable[[Any], str], str]] = {
 @pytest.mark.parametrize("how", SPOILED)
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
 def test_spoiled_input_gets_its_line_and_2(
-    how: str, several: bool, program: Program, tmp_path: Path
+    how: str, several: bool, program: Call, tmp_path: Path
 ) -> None:
     change, message = SPOILED[how]
     (tmp_path / "new" / "result.json").write_text(change(clean().data))
@@ -722,7 +714,7 @@ def test_spoiled_input_gets_its_line_and_2(
     assert err.count("\n") == 1
 
 
-def test_where_there_is_no_result_it_says_what_to_give(program: Program, tmp_path: Path) -> None:
+def test_where_there_is_no_result_it_says_what_to_give(program: Call, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     (tmp_path / "notes.txt").write_text("not a result")
     for path, message in {
@@ -739,7 +731,7 @@ def test_where_there_is_no_result_it_says_what_to_give(program: Program, tmp_pat
 
 
 def test_other_weights_are_another_model_and_the_same_in_another_format_are_not(
-    program: Program, tmp_path: Path
+    program: Call, tmp_path: Path
 ) -> None:
     data = with_facts(clean().data, "model", weights_digest="a" * 64)
     put(tmp_path / "base", data)
@@ -758,7 +750,7 @@ def test_the_setting_that_makes_it_another_workload_is_named() -> None:
 
 
 def test_runs_of_a_side_must_be_of_one_experiment_each_measured_once(
-    program: Program, tmp_path: Path
+    program: Call, tmp_path: Path
 ) -> None:
     put(tmp_path / "set" / "a", clean().data)
     put(tmp_path / "set" / "b", clean().data)
@@ -773,7 +765,7 @@ def test_runs_of_a_side_must_be_of_one_experiment_each_measured_once(
 
 
 def test_runs_that_disagree_are_no_base_and_a_bad_new_version(
-    program: Program, tmp_path: Path
+    program: Call, tmp_path: Path
 ) -> None:
     put(tmp_path / "set" / "a", clean().data)
     odd = counted(paced({"static": [1.1] * 4}), "static", "forward_passes", 1)
@@ -789,7 +781,7 @@ def test_runs_that_disagree_are_no_base_and_a_bad_new_version(
 # What is shown
 
 
-def test_the_page_shows_what_the_program_says(program: Program) -> None:
+def test_the_page_shows_what_the_program_says(program: Call) -> None:
     page = Path(batchbench.__file__).parents[1] / "docs" / "comparing.md"
     shown = 0
     for block in fenced(page, "console"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from rich.console import Console
-from support.models import MakeModel
+from support.models import LLAMA, MakeModel
 
 from batchbench.batching import trials as serving
 from batchbench.batching.engines.notebook import NotebookEngine
@@ -125,18 +125,7 @@ def test_a_rung_that_this_device_lacks_is_refused_by_name(
 
 
 def test_other_families_run_the_rungs_that_they_have(make_model: MakeModel, tmp_path: Path) -> None:
-    llama = make_model(
-        {
-            "model_type": "llama",
-            "vocab_size": 300,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-        }
-    )
+    llama = make_model(LLAMA)
     llama.module.save_pretrained(tmp_path / "llama")
     ladder = made(tmp_path / "llama")
     names = [opened.rung.name for opened in ladder.rungs]
@@ -474,7 +463,7 @@ def test_only_a_valid_ladder_with_a_clear_lead_names_the_fastest(complete: Run) 
         (measured(complete[2], a=[9.0, 15.0, 10.0], b=[14.0, 11.0, 16.0]), "b and a do not differ"),
     ):
         text = sentence(unclear)
-        assert text.startswith(f"No fastest rung of 2 is named: {why}")
+        assert text.startswith(f"No rung is named the fastest, because {why}")
         assert "its decode step" not in text
         draw_ladder(unclear)
 

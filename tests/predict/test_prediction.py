@@ -57,18 +57,6 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-@pytest.fixture(scope="module")
-def taught(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a real run on the tiny model."""
-    folder = tmp_path_factory.mktemp("taught") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        words = ["run", "--model", checkpoint, "--batch-size", 4, "--queue-size", 16]
-        words += ["--long-tokens", 30, "--trials", 2, "--quiet", "--output", folder]
-        patch.setattr(sys, "argv", ["batchbench", *map(str, words)])
-        assert run_command() == 0
-    return folder
-
-
 # The same steps
 
 

@@ -20,6 +20,18 @@ TINY: Mapping[str, Any] = {
     "eos_token_id": 0,
 }
 
+LLAMA: Mapping[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+"""Another family: rotary positions, and two heads of keys to four of queries."""
+
 SENTENCES = (
     "The quick brown fox jumped over the lazy dog.",
     "A request is written into its slot and leaves by being forgotten.",

@@ -44,6 +44,21 @@ class Said:
 
 Program = Callable[..., Said]
 
+Call = Callable[..., tuple[int, str, str]]
+"""A call of the program with these words: its exit code, output and errors."""
+
+
+def caller(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Return a function that runs the program in this process."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["batchbench", *words])
+        code = run_command()
+        return (code, *capsys.readouterr())
+
+    return call
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -69,13 +84,8 @@ def program(
     monkeypatch.setattr(trials.gc, "collect", lambda: 0)  # this process holds much
     monkeypatch.setenv("COLUMNS", "100")
 
-    def call(*words: str) -> Said:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-        code = run_command()
-        return Said(code, *capsys.readouterr())
-
-    return call
+    call = caller(monkeypatch, capsys)
+    return lambda *words: Said(*call(*words))
 
 
 texts = st.text("ab/.- '\"$éß\\", min_size=1, max_size=9).filter(

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from support.laws import law
+from support.program import Call, caller
 
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.models import ModelCache
@@ -29,7 +30,6 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, Stop, StopReason, conduct
 from batchbench.batching.verification import Verification
 from batchbench.cli import sweep as sweeping
-from batchbench.cli.main import run_command
 from batchbench.errors import Interrupted, UsageError
 from batchbench.reports import metrics
 from batchbench.reports.result import make_result
@@ -562,26 +562,18 @@ def test_pictures_of_another_grid_do_not_stay(tmp_path: Path) -> None:
 @pytest.fixture
 def program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the program in this process and an empty folder; code, output, errors."""
+) -> Call:
+    """Return a function that runs the program in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
-    def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["batchbench", *words])
-        code = run_command()
-        return (code, *capsys.readouterr())
+    return caller(monkeypatch, capsys)
 
-    return call
-
-
-Program = Callable[..., tuple[int, str, str]]
 
 SMALL = ("sweep", "--simulated", "--queue-size", "12", "--batch-size", "2,4")
 
 
-def test_a_sweep_says_what_came_of_it_and_goes_on(program: Program, tmp_path: Path) -> None:
+def test_a_sweep_says_what_came_of_it_and_goes_on(program: Call, tmp_path: Path) -> None:
     code, out, err = program(*SMALL, "--long-every", "2:6:2", "--output", "s")
     assert code == 0
     assert out.startswith("in simulation, where every step costs the same, continuous batching is")
@@ -604,20 +596,20 @@ def test_a_sweep_says_what_came_of_it_and_goes_on(program: Program, tmp_path: Pa
     assert set(told["pictures_not_drawn"]) == {"latency"}
 
 
-def test_the_same_command_finds_its_own_folder(program: Program, tmp_path: Path) -> None:
+def test_the_same_command_finds_its_own_folder(program: Call, tmp_path: Path) -> None:
     assert program(*SMALL, "--quiet")[0] == 0
     assert program(*SMALL, "--quiet")[0] == 0
     assert program(*SMALL, "--long-every", "3", "--quiet")[0] == 0
     assert len(list((tmp_path / "batchbench-results").glob("sweep-*"))) == 2
 
 
-def test_json_is_all_that_is_printed(program: Program, tmp_path: Path) -> None:
+def test_json_is_all_that_is_printed(program: Call, tmp_path: Path) -> None:
     code, out, _ = program(*SMALL, "--json", "--output", "s")
     assert code == 0
     assert out == (tmp_path / "s" / "sweep.json").read_text(encoding="utf-8")
 
 
-def test_failed_cells_are_shown_and_end_with_1(program: Program, tmp_path: Path) -> None:
+def test_failed_cells_are_shown_and_end_with_1(program: Call, tmp_path: Path) -> None:
     code, out, err = program(*SMALL, "--long-tokens", "5,5000", "--output", "s")
     assert code == 1
     assert "2 of 4 cells could not be served" in " ".join(out.split())
@@ -635,7 +627,7 @@ def test_failed_cells_are_shown_and_end_with_1(program: Program, tmp_path: Path)
     assert [c["status"] for c in told["cells"]].count("failed") == 2
 
 
-def test_no_cell_at_all_ends_with_2(program: Program) -> None:
+def test_no_cell_at_all_ends_with_2(program: Call) -> None:
     code, _, err = program(*SMALL, "--long-tokens", "5000,6000", "--output", "s")
     assert code == 2
     assert err.splitlines()[-1].startswith(
@@ -643,7 +635,7 @@ def test_no_cell_at_all_ends_with_2(program: Program) -> None:
     )
 
 
-def test_wrong_outputs_end_with_1(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_outputs_end_with_1(program: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(experiment: Experiment, watch: Watch, models: ModelCache) -> Outcome:
         return replace(
             conduct(experiment, watch, models),
@@ -656,7 +648,7 @@ def test_wrong_outputs_end_with_1(program: Program, monkeypatch: pytest.MonkeyPa
     assert "2 requests got WRONG tokens" in " ".join(out.split())
 
 
-def test_ctrl_c_says_how_to_go_on(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_says_how_to_go_on(program: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps.run_cells, "__defaults__", (None, Counting(1)))
     code, out, err = program(*SMALL, "--output", "s")
     assert (code, out) == (130, "")
@@ -676,7 +668,7 @@ def test_ctrl_c_says_how_to_go_on(program: Program, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_a_bad_option_is_one_line_and_leaves_nothing(
-    words: tuple[str, ...], said: str, program: Program, tmp_path: Path
+    words: tuple[str, ...], said: str, program: Call, tmp_path: Path
 ) -> None:
     code, out, err = program("sweep", "--simulated", *words)
     assert (code, out) == (2, "")
@@ -685,7 +677,7 @@ def test_a_bad_option_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_lists_the_cells_and_their_steps(program: Program, tmp_path: Path) -> None:
+def test_a_dry_run_lists_the_cells_and_their_steps(program: Call, tmp_path: Path) -> None:
     code, out, _ = program(*SMALL, "--long-tokens", "5,5000", "--strategy", "static", "--dry-run")
     assert code == 0
     first, *_, last = out.splitlines()
@@ -704,7 +696,7 @@ def test_a_dry_run_lists_the_cells_and_their_steps(program: Program, tmp_path: P
     ],
 )
 def test_the_command_that_is_told_asks_for_the_same_grid(
-    words: str, program: Program, monkeypatch: pytest.MonkeyPatch
+    words: str, program: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grids: list[Grid] = []
     monkeypatch.setattr(sweeps, "lines_of", lambda grid: grids.append(grid) or [])
@@ -714,7 +706,7 @@ def test_the_command_that_is_told_asks_for_the_same_grid(
     assert grids[0].digest == grids[1].digest
 
 
-def test_help_tells_every_option_of_run_once(program: Program) -> None:
+def test_help_tells_every_option_of_run_once(program: Call) -> None:
     text = program("sweep", "--help-all")[1]
     for spec in (Basis, *PARTS.values(), GoalsSpec, sweeping.SweepSpec):
         for name in spec.__dataclass_fields__:

@@ -338,7 +338,7 @@ def headline(result: LadderResult) -> str:
     rungs = result.data["rungs"]
     best, why = _fastest(result)
     if best is None:
-        return f"No fastest rung of {len(rungs)} is named: {why}"
+        return f"No rung is named the fastest, because {why}"
     ratios = " and ".join(
         f"{times(ratio['median'])} as fast as {name}"
         for name, ratio in best["speedup"].items()

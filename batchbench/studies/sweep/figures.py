@@ -413,7 +413,7 @@ def draw_speedup_by_share(cells: Cells) -> Figure:
     notes = [
         "Every step costs the same, so the speed-up is the ratio of step counts."
         if cells.simulated
-        else "Solid: measured durations; dotted: counting steps only.",
+        else "Coloured: measured durations; grey, dotted: counting steps only.",
         "Share: one in --long-every N requests is long.",
     ]
     if cells.trials >= 3:
@@ -432,7 +432,7 @@ def draw_speedup_by_share(cells: Cells) -> Figure:
         if not cells.simulated:
             look: dict[str, Any] = {"lw": 1, "ls": ":", "color": QUIET, "marker": ""}
             draw_lines(axes, rows, compared, "long_share", "step_ratio", **look)
-        draw_lines(axes, rows, compared, "long_share", "speedup", ls="solid")
+        draw_lines(axes, rows, compared, "long_share", "speedup")
     drawn = pd.concat([facet.rows for facet, _ in sheet.panels])
     top, whisker = drawn[["speedup", "speedup_high"]].astype(float).fillna(0).max()
     # A whisker far beyond the points would leave them no room.
