@@ -377,7 +377,7 @@ def _frontier_lead(cells: Cells, metric: str, knobs: list[str]) -> str:
 
 
 def draw_throughput_by_batch(cells: Cells) -> Figure:
-    """Draw output tokens a second (in simulation: per step) over the batch size."""
+    """Draw output tokens per second (in simulation: per step) against the batch size."""
     scale, unit = (UNIT_NS / 1e9, "step") if cells.simulated else (1.0, "s")
     notes = []
     if cells.trials > 1:
