@@ -106,14 +106,3 @@ def test_one_file_reads_each_fact_about_the_machine(word: str) -> None:
         or (isinstance(node, ast.Constant) and node.value == word)
     }
     assert asking == {PLACES[word]}
-
-
-def test_no_test_file_imports_another() -> None:
-    tests = Path(__file__).parent
-    names = {file.stem for file in tests.rglob("test_*.py")}
-    for file in tests.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            assert not names.intersection(*[m.split(".") for m in modules] or [()]), file

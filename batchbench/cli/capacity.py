@@ -15,7 +15,7 @@ from batchbench.batching.experiment import Experiment, make_experiment
 from batchbench.cli.options import typed_command, with_options
 from batchbench.cli.output import output_folder, show
 from batchbench.errors import UsageError, shown
-from batchbench.files import undisturbed
+from batchbench.files import default_folders, undisturbed
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
 from batchbench.studies.sweep.grid import SWEPT
@@ -87,8 +87,6 @@ def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) ->
     experiment = _experiment(given, study)
     if not goals.slo:
         raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")
-    from batchbench.files import default_folders
-
     with output_folder(
         study.output,
         default_folders(experiment.model.model, "capacity"),
