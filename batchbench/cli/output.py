@@ -234,8 +234,8 @@ def show(
 
 
 def print_ending(console: Console, command: str, files: Iterable[Path]) -> None:
-    """Print how to repeat a command, on one line to be copied, and which files it wrote."""
-    console.print(f"\nAgain: {command}", soft_wrap=True)
+    """Print how to repeat a command, if that is known, and which files it wrote."""
+    console.print(f"\nAgain: {command}" if command else "", soft_wrap=True)
     written = list(files)
     folder = written[0].parent
     names = {f.name: None for f in written if f.parent == folder and f.suffix in _SHOWN_FILES}

@@ -181,7 +181,9 @@ def _show_study(file: Path, output: ReportSpec) -> None:
     console = make_console()
     for part in parts:
         console.print(part)
-    print_ending(console, data.get("command", ""), [file, *sorted(file.parent.glob("*.*"))])
+    command = str(data.get("command", ""))
+    again = command if command.startswith("batchbench ") else ""
+    print_ending(console, again, [file, *sorted(file.parent.glob("*.*"))])
 
 
 def _study_parts(file: Path, data: dict[str, Any]) -> tuple[str, list[RenderableType]]:
@@ -201,8 +203,40 @@ def _study_parts(file: Path, data: dict[str, Any]) -> tuple[str, list[Renderable
         best = ", ".join(f"{name} {size} slots" for name, size in data["enough"].items())
         summary = f"95 % of the best throughput: {best}."
         return summary, [summary, _table(data["points"])]
+    if file.name == "trend.json":
+        rows = _rows_of_trend(data)
+        return data["sentence"], [data["sentence"], *([_table(rows)] if rows else [])]
+    if file.name in ("duet.json", "check.json"):
+        gate = data["gate"]
+        rows = [_row_of_evidence(evidence) for evidence in gate["evidence"]]
+        return gate["sentence"], [gate["sentence"], *([_table(rows)] if rows else [])]
     rows, summary = data.get("cells", []), str(data.get("sentence", file.stem))
     return summary, [summary, *([_table(rows)] if rows else [])]
+
+
+def _rows_of_trend(data: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "series": f"{series['strategy']}.{series['metric']}",
+            "results": len(series["points"]),
+            "level": series["segments"][-1]["mean"] if series["segments"] else "N/A",
+            "changes": len(series["changes"]),
+        }
+        for line in data["lines"]
+        for series in line["series"]
+    ]
+
+
+def _row_of_evidence(evidence: dict[str, Any]) -> dict[str, Any]:
+    from batchbench.reports.text import number, percent
+
+    base, new = (
+        number(v) if isinstance(v, int | float) else str(v)[:12]
+        for v in (evidence["base"], evidence["new"])
+    )
+    change = percent(evidence["change"], 1, "+")
+    values = {"base": base, "new": new, "change": change, "verdict": evidence["verdict"]}
+    return {"metric": evidence["name"], **values}
 
 
 def _sweep_parts(folder: Path, data: dict[str, Any]) -> tuple[str, list[RenderableType]]:

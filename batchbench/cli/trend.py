@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,7 +56,7 @@ def trend(
                 write_file(spec.markdown, report.render_markdown(result))
         files = report.write_trend(spec.output, result) if spec.output else []
         if spec.json:
-            echo_json(json.dumps(result.as_data(), indent=2, ensure_ascii=False) + "\n")
+            echo_json(report.to_json(result))
         elif to_stdout:
             echo(report.render_markdown(result), end="")
         elif spec.quiet:

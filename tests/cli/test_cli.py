@@ -23,6 +23,7 @@ import pytest
 import typer
 from hypothesis import HealthCheck, given, settings
 from rich.console import Console
+from support.gates import FAILED
 from support.laws import law
 from support.program import Program, Said, experiments
 from support.program import here as here
@@ -43,6 +44,7 @@ from batchbench.cli.main import app, load_command, run_command
 from batchbench.cli.options import OutputSpec
 from batchbench.cli.progress import LiveDisplay, PlainDisplay
 from batchbench.reports.slo import GoalsSpec
+from batchbench.studies.gate.duet import make_record
 from batchbench.workloads.spec import WorkloadSpec
 
 COMMANDS = (
@@ -1104,6 +1106,25 @@ def test_report_shows_a_study_again(program: Program, here: Path) -> None:
         assert found_in(here) == before
     (here / "swept" / "sweep.json").write_text('{"schema_version": 1}')
     assert "swept/sweep.json: is damaged" in program("report", "swept").error
+
+
+def test_report_shows_a_trend_and_the_record_of_a_gate_again(program: Program, here: Path) -> None:
+    assert program("simulate", "-n", "8", "-o", "mine", "-q").code == 0
+    first = program("trend", "mine", "--output", "history", "--quiet").out
+    again = program("report", "history")
+    assert (again.code, again.err) == (0, "")
+    assert program("report", "history", "--quiet").out == first
+    assert "static.output_throughput" in again.out
+    assert "Again:" not in again.out  # trend.json does not hold the command
+    assert "trend.json" in again.out
+    (here / "duel").mkdir()
+    (here / "duel" / "duet.json").write_bytes(make_record(FAILED, 1))
+    again = program("report", "duel")
+    assert (again.code, again.err) == (0, "")
+    assert program("report", "duel", "--quiet").out == f"{FAILED.sentence}\n"
+    for evidence in FAILED.evidence:
+        assert evidence.name in again.out
+        assert str(evidence.verdict) in again.out
 
 
 def test_report_prints_json_by_either_name(program: Program, here: Path) -> None:

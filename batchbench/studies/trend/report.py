@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.files import write_whole
-from batchbench.json_file import json_text
+from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import (
     FAINT,
@@ -35,6 +35,8 @@ from batchbench.reports.text import clean_text, number, percent, plural
 from batchbench.studies.gate.evidence import Answer
 from batchbench.studies.trend.changes import LineResult, SeriesResult, Trend, describe_count
 from batchbench.studies.trend.history import Entry, Line, higher_is_better
+
+SCHEMA_VERSION = 1
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -160,10 +162,14 @@ def notes(trend: Trend) -> Sequence[str]:
     return lines
 
 
+def to_json(trend: Trend) -> str:
+    """Return ``trend.json``."""
+    return json_text({**envelope(SCHEMA_VERSION, ""), **trend.as_data()})
+
+
 def write_trend(folder: Path, trend: Trend) -> list[Path]:
     """Write ``trend.json`` and a picture of each line; remove pictures of an older trend."""
-    data = json_text(trend.as_data())
-    contents: dict[str, bytes | str] = {"trend.json": data}
+    contents: dict[str, bytes | str] = {"trend.json": to_json(trend)}
     drawn = [figure for result in trend.lines if (figure := draw_trend(result)) is not None]
     for i, figure in enumerate(drawn, 1):
         name = "trend" if i == 1 else f"trend-{i}"
