@@ -437,3 +437,55 @@ def _not_sse(response: Response) -> Failure:
     else:
         said = f"{_said(response)} ({shown(kind)}) instead of a stream"
     return Failure(FailureKind.NOT_SSE, f"the server answers 200 with {said}", 200)
+
+
+# The client's own part in the times
+
+
+@dataclass(frozen=True)
+class ClientLag:
+    """The client's own part in the times of a trial.
+
+    Attributes:
+        reads: reads of all requests.
+        kernel_share: share of reads that the kernel stamped; their times hold however late they
+            were read.
+        merged_share: share of chunks of output that came in one read with a later chunk and so
+            have its time, by the client, the network or the server.
+        loop_p50_ns: median time for which bytes waited to be read: measured with kernel stamps,
+            otherwise an upper bound; likewise ``loop_p99_ns``.
+        late_p99_ns: how late a request was sent, after it was due; the 99th percentile.
+    """
+
+    reads: int
+    kernel_share: float
+    merged_share: float
+    loop_p50_ns: int
+    loop_p99_ns: int
+    late_p99_ns: int
+
+    @property
+    def stamp_error_p99_ns(self) -> int:
+        """Error of the stamps: none if the kernel made (nearly) all, else that of the loop."""
+        return 0 if self.kernel_share >= 0.99 else self.loop_p99_ns
+
+
+def client_lag(exchanges: Sequence[Exchange], replies: Sequence[Reply]) -> ClientLag:
+    """Return the client's own part in the times of a trial's requests."""
+    reads = [read for exchange in exchanges for read in exchange.reads]
+    chunks = sum(len(reply.chunks) for reply in replies)
+    alone = sum(len({chunk.read for chunk in reply.chunks}) for reply in replies)
+    lags = [read.lag_ns for read in reads]
+    late = [max(0, exchange.sent_ns - exchange.due_ns) for exchange in exchanges]
+    return ClientLag(
+        reads=len(reads),
+        kernel_share=sum(read.kernel for read in reads) / max(1, len(reads)),
+        merged_share=(chunks - alone) / max(1, chunks),
+        loop_p50_ns=_percentile(lags, 50),
+        loop_p99_ns=_percentile(lags, 99),
+        late_p99_ns=_percentile(late, 99),
+    )
+
+
+def _percentile(values: Sequence[int], percent: int) -> int:
+    return int(np.percentile(values, percent, method="higher")) if values else 0
