@@ -262,7 +262,7 @@ class SocketServer(threading.Thread):
         self._listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._wake, self._stop = socket.socketpair()
+        self._wake, self._stopper = socket.socketpair()
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._connections: dict[int, _Connection] = {}
         self._began_ns = time.monotonic_ns()
@@ -274,12 +274,12 @@ class SocketServer(threading.Thread):
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def stop(self) -> None:
-        self._stop.send(b"x")
+        self._stopper.send(b"x")
         self.join(10)
         assert not self.is_alive()
         for connection in self._connections.values():
             connection.socket.close()
-        for one in (self._listener, self._wake, self._stop, self._selector):
+        for one in (self._listener, self._wake, self._stopper, self._selector):
             one.close()
 
     def _now_ns(self) -> int:
