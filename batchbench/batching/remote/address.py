@@ -58,9 +58,9 @@ class Failure:
     @property
     def is_usage(self) -> bool:
         """Tell whether the same request would fail again: before a trial, a usage error."""
-        if self.status is not None and self.kind is FailureKind.STATUS:
-            return self.status < 500 and self.status not in _BUSY
-        return self.kind in _SETUP
+        if self.kind is FailureKind.STATUS:
+            return self.status is not None and self.status < 500 and self.status not in _BUSY
+        return self.kind in _SETUP and self.status is None
 
 
 class ServerError(UsageError):

@@ -121,13 +121,11 @@ def parse(exchange: Exchange, dialect: StreamFormat, asked_tokens: int | None) -
     """
     response = response_of(exchange)
     failure = failure_of_response(exchange, response)
-    if isinstance(response, str):
-        return _Stream(exchange).reply(failure)
-    if response.status != 200:
-        return _Stream(exchange).reply(_status_failure(response))
-    if not _is_sse(response):
-        return _Stream(exchange).reply(failure or _not_sse(response))
     stream = _Stream(exchange)
+    if response.status not in (0, 200):
+        return stream.reply(_status_failure(response))
+    if failure is None and not _is_sse(response):
+        return stream.reply(_not_sse(response))
     stream.take(events_of(response.pieces, whole=failure is None))
     failure = stream.failure or failure or stream.incomplete(dialect, asked_tokens)
     return stream.reply(failure)

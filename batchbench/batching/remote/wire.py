@@ -479,6 +479,6 @@ def _ask(address: Address, path: str, body: bytes | None) -> Response:
     (only,) = exchange(address, _Once(path, body))
     response = response_of(only)
     failure = failure_of_response(only, response)
-    if failure is not None or isinstance(response, str):
-        raise ServerError(failure or Failure(FailureKind.NOT_HTTP, str(response)))
+    if failure is not None:
+        raise ServerError(failure)
     return response
