@@ -276,7 +276,14 @@ K = FailureKind
 FAULTS: tuple[Fault, ...] = (
     Fault("refused", K.REFUSED, "refuses connections: is the server", exit_code=2, where="closed"),
     Fault("dns", K.DNS, "is not known; check its name", exit_code=2, where="unknown"),
-    Fault("queue-full", K.TIMEOUT, "no connection for 0.3 s", timeout_s=SHORT_S, where="full"),
+    Fault(
+        "queue-full",
+        K.UNREACHABLE,
+        "no connection for 0.3 s",
+        exit_code=2,
+        timeout_s=SHORT_S,
+        where="full",
+    ),
     Fault("silent", K.TIMEOUT, "no response for 0.3 s", timeout_s=SHORT_S, where="silent"),
     Fault("hangs-first", K.TIMEOUT, "no response", Connection.hang, timeout_s=SHORT_S),
     Fault(
@@ -402,17 +409,19 @@ FAULTS: tuple[Fault, ...] = (
         K.NOT_SSE,
         "200 with a page titled 'Welcome to nginx!' instead of a stream",
         _say(response(_PAGE, kind="text/html")),
+        2,
     ),
     Fault(
         "json",
         K.NOT_SSE,
         'plain JSON instead of a stream; it ignores "stream"',
         _json("200 OK", _WHOLE),
+        2,
     ),
     Fault(
         "json-error",
-        K.NOT_SSE,
-        "200 with no capacity .*instead of a stream",
+        K.STREAM_ERROR,
+        "answers 200 with no capacity",
         _json("200 OK", {"error": {"message": "no capacity"}}),
     ),
     Fault(
