@@ -1,1 +1,1 @@
-"""Servers that are measured over HTTP."""
+"""Servers reached over HTTP: their address, requests and time stamps, and the tokens they send."""
