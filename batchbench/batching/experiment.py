@@ -11,18 +11,16 @@ from typing import Any
 
 from batchbench import settings
 from batchbench.batching.models import ModelSpec
-from batchbench.batching.policies import WAITING, make_policy
+from batchbench.batching.policies import POLICIES, WAITING, make_policy
 from batchbench.batching.presets import NOTEBOOK, PRESETS, Basis, check_preset
 from batchbench.batching.queue import ORDERS
 from batchbench.batching.remote.spec import TargetSpec, refuse_own, with_served_model
 from batchbench.batching.step_cost import KnownCost
+from batchbench.batching.strategies import find
 from batchbench.errors import UsageError, shown
 from batchbench.settings import parse_whole, setting
 from batchbench.workloads.lengths import parse_lengths
 from batchbench.workloads.spec import WorkloadSpec
-
-GENERATE_BATCH = "generate_batch"
-"""Continuous batching of transformers, a strategy that schedules by itself."""
 
 ENGINES = ("slots", "notebook")
 
@@ -50,8 +48,8 @@ class ServingSpec:
         "Strategies to compare, baseline first. static: batches of the waiting requests; "
         "static-fixed: waits for full batches; static-bucketed: sorted by prompt length; "
         "static-oracle: sorted by output length as if known, the best case of static batching; "
-        "continuous; generate_batch: continuous batching of transformers; or your own class as "
-        "package.module:Policy.",
+        "continuous; generate_batch: continuous batching of transformers; help: list all, also "
+        "those of installed plug-ins; or your own class as package.module:Policy.",
         "Serving",
         metavar="NAMES",
     )
@@ -108,6 +106,8 @@ class ServingSpec:
             raise UsageError(f"--strategy {shown(self.strategy)}: has the same strategy twice")
         for name in self.policies:
             make_policy(name)
+        for name in self.plug_ins:
+            find(name)
         if self.max_wait and not any(name in WAITING for name in self.strategies):
             raise UsageError(
                 f"--max-wait {self.max_wait:g}: none of --strategy {shown(self.strategy)} waits "
@@ -147,7 +147,12 @@ class ServingSpec:
     @property
     def policies(self) -> tuple[str, ...]:
         """The strategies that are policies of our own scheduler."""
-        return tuple(name for name in self.strategies if name != GENERATE_BATCH)
+        return tuple(name for name in self.strategies if name in POLICIES or ":" in name)
+
+    @property
+    def plug_ins(self) -> tuple[str, ...]:
+        """The strategies that schedule by themselves."""
+        return tuple(name for name in self.strategies if name not in self.policies)
 
 
 @dataclass(frozen=True)

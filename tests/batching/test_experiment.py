@@ -16,11 +16,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from batchbench.batching import session as conducting
+from batchbench.batching.benches.local import check_context
 from batchbench.batching.engines.torch import hardware as bandwidth
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.progress import Limited, Progress, Watch
-from batchbench.batching.session import Session, StopReason, check_context, conduct
+from batchbench.batching.session import Session, StopReason, conduct
 from batchbench.batching.step_cost import Bandwidth
 from batchbench.batching.trials import WarmUp, beginning
 from batchbench.errors import OutOfTimeError, UsageError
