@@ -276,7 +276,8 @@ def _typed(
         if source is None or source.name.startswith("DEFAULT"):
             continue
         if name in homes and (variable := settings.about(homes[name][1]).variable):
-            os.environ[variable] = value  # no spec, file or message gets it
+            # No spec, file or message gets it.
+            os.environ[variable] = settings.parse(*homes[name], value)
         elif isinstance(value, list):  # an option that may be repeated
             texts = (
                 [settings.parse(*homes[name], text) for text in value] if name in homes else value

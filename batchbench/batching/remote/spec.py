@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import SplitResult, urlsplit
 
 from batchbench import settings
+from batchbench.batching.remote.address import Address
 from batchbench.errors import UsageError, shown
 from batchbench.json_file import parse_json
 from batchbench.settings import secret, setting
@@ -130,25 +130,22 @@ class TargetSpec:
             )
 
     @property
-    def address(self) -> str:
-        """Scheme, host, port and path, without a final ``/`` or ``/v1``."""
+    def address(self) -> Address:
+        """The server's address, with the key and the limits of its connections."""
         assert self.target is not None
-        parts = checked_url(self.target)
-        path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
-        return f"{parts.scheme}://{parts.netloc.lower()}{path}"
+        return Address.parse(
+            self.target, api_key=self.key, timeout_s=self.timeout, insecure=self.insecure
+        )
 
     @property
     def place(self) -> str:
         """Host and port, for titles and names of folders."""
-        return self.address.partition("://")[2]
+        return str(self.address).partition("://")[2]
 
     @property
     def key(self) -> str | None:
         """The API key as given, else from the environment."""
-        key = (self.api_key or os.environ.get(API_KEY) or "").strip()
-        if not (key.isascii() and key.isprintable()):
-            raise UsageError(f"--api-key: holds characters that no key has; check {API_KEY}")
-        return key or None
+        return (self.api_key or os.environ.get(API_KEY) or "").strip() or None
 
     @property
     def extra(self) -> Mapping[str, Any]:
@@ -166,27 +163,3 @@ class TargetSpec:
             if name in extra:
                 raise UsageError(f"{place}: {name} is set by batchbench; remove it")
         return cast("Mapping[str, Any]", extra)
-
-
-def checked_url(url: str, option: str = "--target") -> SplitResult:
-    """Return the parts of a server's URL.
-
-    Raises:
-        UsageError: it is no URL of a server, or holds what does not belong there.
-    """
-    place = f"{option} {shown(url)}"
-    try:
-        parts = urlsplit(url.strip())
-        port = parts.port
-    except ValueError as error:
-        raise UsageError(f"{place}: is not a URL: {error}; {_EXAMPLE}") from error
-    if "@" in parts.netloc:  # not shown: it may be a password
-        raise UsageError(f"{option}: holds a user name or password; give --api-key, or {API_KEY}")
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise UsageError(f"{place}: must be a URL; {_EXAMPLE}")
-    if parts.query or parts.fragment:
-        raise UsageError(f"{option}: drop the part after {'?' if parts.query else '#'}; {_EXAMPLE}")
-    return parts
-
-
-_EXAMPLE = "give one such as http://127.0.0.1:8000"

@@ -29,7 +29,7 @@ from batchbench.batching.recording import Recording
 from batchbench.reports import metrics
 from batchbench.reports.latency import Latencies
 from batchbench.reports.result_file import Counters
-from batchbench.reports.text import NO_BREAK, called, clean_text, spell_number
+from batchbench.reports.text import NO_BREAK, called, clean_text, label_of, spell_number
 
 LOOKS: dict[str, tuple[str, Any]] = {
     "static": ("#D55E00", "solid"),
@@ -126,7 +126,7 @@ class Strategy:
 def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strategy]:
     looks = looks_of(recordings)
     return [
-        Strategy(i, clean_text(name), trials, *looks[name])
+        Strategy(i, label_of(clean_text(name), has_steps=trials[0].has_steps), trials, *looks[name])
         for i, (name, trials) in enumerate(recordings.items())
     ]
 
