@@ -52,7 +52,7 @@ class Manner:
     client_lag_ns: int = 0
 
 
-class _Site:
+class Site:
     """The pages of a server beside its streams, and its counters."""
 
     def __init__(self, schedule: Schedule, manner: Manner) -> None:
@@ -112,7 +112,7 @@ class FakeServer:
 
     def __init__(self, schedule: Schedule | None = None, manner: Manner | None = None) -> None:
         self.schedule, self.manner = schedule or Schedule(), manner or Manner()
-        self._site = _Site(self.schedule, self.manner)
+        self._site = Site(self.schedule, self.manner)
         self.jobs: list[Job] = []
 
     @property
@@ -126,9 +126,7 @@ class FakeServer:
         return self._whole(response(b"{}", "404 Not Found"))
 
     def _whole(self, data: bytes) -> Response:
-        found = response_of(Exchange(0, 0, 0, reads=[Read(0, True, 0, data)], closed=True))
-        assert isinstance(found, Response)
-        return found
+        return response_of(Exchange(0, 0, 0, reads=[Read(0, True, 0, data)], closed=True))
 
     def exchange(
         self,
@@ -256,7 +254,7 @@ class SocketServer(threading.Thread):
     def __init__(self, schedule: Schedule, manner: Manner) -> None:
         super().__init__(daemon=True)
         self.schedule, self.manner = schedule, manner
-        self.site = _Site(schedule, manner)
+        self.site = Site(schedule, manner)
         self.core = Core(schedule, self._ready)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._listener.setblocking(False)
