@@ -138,6 +138,8 @@ LATE: Mapping[str, str] = {
     "batching.models": "loading a model imports torch",
     "batching.models.source": "the hub, safetensors and tokenizers",
     "batching.benches.local": "an engine imports torch",
+    "batching.remote.verification": "the reference imports torch",
+    "batching.session": "a server needs ssl and h11",
     "batching.strategies": "entry points are read only for a name that is not ours",
     "batching.trials": "measuring the machine imports torch",
     "studies.gate.worker": "a worker says who it is before it imports torch",

@@ -25,6 +25,7 @@ class StopReason(StrEnum):
     """The reason for which an experiment has fewer trials than planned."""
 
     INTERRUPTED = "interrupted"
+    FAILED = "failed requests"
     OUT_OF_TIME = "out of time"
 
 
@@ -94,6 +95,10 @@ def open_bench(
     Raises:
         UsageError: the experiment cannot run.
     """
+    if experiment.target is not None:
+        from batchbench.batching.remote.bench import RemoteBench
+
+        return RemoteBench(experiment, watch, models)
     return LocalBench(experiment, watch, models, max_len)
 
 
@@ -118,7 +123,10 @@ def run_on(bench: Bench) -> Outcome:
             verification = bench.verify([r for served in rounds for r in served])
         except KeyboardInterrupt:
             stopped = _interrupted(rounds, experiment.trials.trials)
-    names = experiment.serving.strategies
+    names, texts = experiment.serving.strategies, bench.texts(rounds[0][-1])
+    if len({recording.tokens is None for served in rounds for recording in served}) > 1:
+        # A server that left out the ids of one trial: a result has them of all trials or of none.
+        rounds = [[replace(recording, tokens=None) for recording in served] for served in rounds]
     return Outcome(
         experiment=experiment,
         workload=bench.workload,
@@ -127,7 +135,7 @@ def run_on(bench: Bench) -> Outcome:
         warm_up=warm_up,
         model=bench.model,
         environment=bench.environment,
-        texts=bench.texts(rounds[0][-1]),
+        texts=texts,
         stopped=stopped,
         small_batches=small_batches,
         server=bench.server(),
@@ -159,6 +167,9 @@ def _finished_rounds(bench: Bench) -> tuple[list[list[Recording]], Stop | None]:
         if not rounds:
             raise
         return rounds, _interrupted(rounds, planned)
+    if len(rounds) < planned:
+        text = f"requests failed, so only {len(rounds)} of {planned} pairs were finished"
+        return rounds, Stop(StopReason.FAILED, text)
     return rounds, None
 
 

@@ -15,9 +15,10 @@ from batchbench.batching.recording import Recording
 from batchbench.batching.remote.outcome import Agreement, FailedTrial, ServerFacts
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Verification
+from batchbench.errors import UsageError
 from batchbench.workloads import Workload, WorkloadSpec
 
-_GRACE = 1.1
+GRACE = 1.1
 """Multiple of ``--max-time`` after which a trial is stopped; a slightly late pair counts."""
 
 
@@ -87,7 +88,7 @@ class Bench(ABC):
         """Return the same bench, whose trials raise OutOfTimeError when the time is up."""
         if limit is None:
             return self
-        other, until = copy.copy(self), time.monotonic() + _GRACE * limit
+        other, until = copy.copy(self), time.monotonic() + GRACE * limit
         other._watch = Limited(self._watch, until, time.monotonic, real=not self.simulated)
         return other
 
@@ -113,6 +114,15 @@ class Bench(ABC):
     def agreement(self) -> Agreement | None:
         """Compare the outputs of the strategies; None on this machine's engines, which verify."""
         return None
+
+
+def check_pair_time(limit: float, expected_s: float) -> None:
+    """Raise UsageError if a pair of trials takes longer than ``--max-time``."""
+    if expected_s > limit:
+        raise UsageError(
+            f"--max-time {limit:g}: one pair of trials takes about {expected_s:.0f} s here; "
+            "raise it, or lower --queue-size"
+        )
 
 
 def in_turn(strategies: Sequence[Strategy], round_number: int) -> Sequence[Strategy]:

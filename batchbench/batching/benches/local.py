@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchbench.batching import trials
 from batchbench.batching.batcher import Batcher, Strategy
-from batchbench.batching.benches import Bench, in_turn
+from batchbench.batching.benches import Bench, check_pair_time, in_turn
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment, ServingSpec
@@ -156,11 +156,7 @@ class LocalBench(Bench):
             policy = "continuous" if name in self._plug_ins else name
             batcher = replace(self.batcher(policy), engine=engine)
             expected += batcher.serve(self.workload, Watch()).duration_ns / 1e9
-        if expected > limit:
-            raise UsageError(
-                f"--max-time {limit:g}: one pair of trials takes about {expected:.0f} s here; "
-                "raise it, or lower --queue-size"
-            )
+        check_pair_time(limit, expected)
 
     def time_small_batches(self) -> list[Recording]:
         """Time steps of fewer rows than slots, for predictions; a simulation skips this."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from batchbench.errors import BatchbenchError
+
 
 @dataclass(frozen=True)
 class ServerFacts:
@@ -84,3 +86,13 @@ class FailedTrial:
             f"{len(self.failed)} of {self.requests} requests failed in trial {self.trial + 1} of "
             f"{self.strategy}; {self.failed[0]}"
         )
+
+
+class TrialFailed(BatchbenchError):  # noqa: N818  # the name of what happened
+    """Requests failed in a trial; ``is_usage`` if the same requests would fail again."""
+
+    exit_code = 1
+
+    def __init__(self, failed: FailedTrial, *, is_usage: bool, text: str | None = None) -> None:
+        super().__init__(text or str(failed))
+        self.failed, self.is_usage = failed, is_usage
