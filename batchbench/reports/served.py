@@ -18,7 +18,7 @@ from batchbench.reports.latency import gaps_ms, ttft_ms
 from batchbench.reports.result_file import Facts
 from batchbench.reports.server_data import AgreementData, FailureData, ServerData
 from batchbench.reports.statistics import Distribution, Ratio, paired_ratio
-from batchbench.reports.text import label_of, percent, plural, times
+from batchbench.reports.text import label_of, number, percent, plural, times
 from batchbench.workloads import Workload
 
 LAG, LATE, MERGED, NOISE = 0.10, 0.10, 0.05, 0.05
@@ -39,30 +39,30 @@ class Doubt(StrEnum):
     """A reason to doubt a run against a server, and what to do about it."""
 
     CACHED = (
-        "the server took {tokens:,} of its prompt tokens from a cache, in place of computing them; "
-        "turn the server's prompt cache off"
+        "the server took {tokens:,} prompt tokens from a cache and did not compute them: turn its "
+        "prompt cache off"
     )
     LAG = (
-        "output waited up to {lag:.3g} ms for the client (p99), {share} of the median ITL, and "
-        "has no kernel time stamps; give the client a processor of its own"
+        "output waited up to {value} ms for the client (p99), {share} of the median ITL, and has no "
+        "kernel time stamps: give the client a processor of its own"
     )
     MERGED = (
-        "{share} of the output came together with later output and has its time; a server or proxy "
-        "that buffers does this (turn it off), or a client without a free processor"
+        "{share} of the output arrived together with later output and has its time: turn off "
+        "buffering in the server or proxy, or give the client a processor of its own"
     )
     LATE = (
-        "requests were sent up to {late:.3g} ms late (p99), {share} of the median TTFT; give the "
+        "requests were sent up to {value} ms late (p99), {share} of the median TTFT: give the "
         "client a processor of its own"
     )
     BUSY = (
-        "the server had {requests} of others when a trial began; run it when nobody else uses the "
+        "the server had {requests} of others when a trial began: run it when nobody else uses the "
         "server"
     )
     CONTRADICT = (
-        "pairs of trials contradict each other ({low} to {high} as fast); add --trials, or keep "
+        "pairs of trials contradict each other ({low} to {high} as fast): raise --trials, or keep "
         "the machines quiet"
     )
-    FAILED = "{failure}; its times are left out"
+    FAILED = "{failure}: its times are left out"
 
     def text(self, **values: object) -> str:
         return self.value.format(**values)
@@ -77,7 +77,12 @@ def served_facts(outcome: Outcome) -> dict[str, Any]:
         return {"server": None, "agreement": None, "failures": None}
     agreement = outcome.agreement
     return {
-        "server": {**asdict(outcome.server), "stamps": stamps_of(outcome.recordings)},
+        "server": {
+            **asdict(outcome.server),
+            "passes": _listed(outcome.server.passes),
+            "cached_tokens": _listed(outcome.server.cached_tokens),
+            "stamps": stamps_of(outcome.recordings),
+        },
         "agreement": None
         if agreement is None
         else {**asdict(agreement), "first": [asdict(first) for first in agreement.first]},
@@ -86,6 +91,10 @@ def served_facts(outcome: Outcome) -> dict[str, Any]:
             for trial in outcome.failures
         ],
     }
+
+
+def _listed(counts: Mapping[str, Sequence[int | None]]) -> dict[str, list[int | None]]:
+    return {name: list(trials) for name, trials in counts.items()}
 
 
 def stamps_of(recordings: Recordings) -> Literal["kernel", "user"] | None:
@@ -150,6 +159,13 @@ def server_words(server: ServerData) -> str:
     return " ".join(part for part in (server["name"], server["version"]) if part)
 
 
+def place_of(data: Mapping[str, Any]) -> str:
+    """Return the place where a result's model ran: the server, or device and number format."""
+    if (server := data.get("server")) is not None:
+        return server_words(server)
+    return f"{data['model']['device']} {data['model']['dtype']}"
+
+
 def agreement_words(agreement: AgreementData) -> str:
     """Return the agreement of the strategies' outputs for a sentence."""
     total, first = agreement["requests"], next(iter(agreement["first"]), None)
@@ -177,25 +193,22 @@ def failure_words(failure: FailureData) -> str:
 
 
 def server_lines(facts: Facts) -> list[str]:
-    """Return lines on the server, its counts, and the trials that failed."""
+    """Return lines on the server and its counts, and on the trials that failed."""
     server = facts.get("server")
     if server is None:
         return []
     slots, size = server["slots"], facts["config"]["serving"]["batch_size"]
-    line = f"Server: {server_words(server)}"
+    parts = [f"Server: {server_words(server)}"]
     if slots is not None:
-        line += f", {plural(slots, 'slot')} by its own word"
-        if slots < size:
-            line += f", so at most {slots:,} of --batch-size {size:,} run at once"
-    stamps = {"kernel": "arrivals stamped by the kernel", "user": "arrivals stamped by the client"}
+        few = f", fewer than --batch-size {size:,}" if slots < size else ""
+        parts.append(f"{plural(slots, 'slot')} by its own word{few}")
+    if any(typical_passes(server, name) is not None for name in server["passes"]):
+        parts.append("forward passes by its own count")
     if server["stamps"] is not None:
-        line += f"; {stamps[server['stamps']]}"
-    counts = {name: typical_passes(server, name) for name in server["passes"]}
-    told = [f"{label_of(n, has_steps=False)} {c:,}" for n, c in counts.items() if c is not None]
-    lines = [f"{line}."]
-    if told:
-        lines.append(f"Forward passes by the server's own count: {', '.join(told)}.")
-    return lines + [f"Failed: {failure_words(f)}." for f in facts.get("failures") or []]
+        by = {"kernel": "the kernel", "user": "the client"}[server["stamps"]]
+        parts.append(f"arrivals stamped by {by}")
+    failed = [f"Failed: {failure_words(failure)}." for failure in facts.get("failures") or []]
+    return [f"{'; '.join(parts)}.", *failed]
 
 
 # The audit
@@ -211,34 +224,44 @@ def doubts(facts: Facts, recordings: Recordings) -> list[str]:
     ]
     if running := server["running_before"]:
         found.append(Doubt.BUSY.text(requests=plural(running, "request")))
+    for name in recordings:
+        cached = sum(tokens or 0 for tokens in server["cached_tokens"].get(name, []))
+        if cached:
+            label = label_of(name, has_steps=False)
+            found.append(f"{label}: {Doubt.CACHED.text(tokens=cached)}")
+    return [*found, *_of_client(recordings), *_contradiction(recordings)]
+
+
+def _of_client(recordings: Recordings) -> list[str]:
+    """Return the doubts in the client's times, each for the strategy in which it is worst."""
+    worst: dict[Doubt, tuple[float, str]] = {}
     for name, trials in recordings.items():
-        label = label_of(name, has_steps=False)
-        cached = [tokens or 0 for tokens in server["cached_tokens"].get(name, [])]
-        found += [f"{label}: {doubt}" for doubt in _of_strategy(trials, sum(cached))]
-    found += _contradiction(recordings)
-    return found
+        for doubt, share, value in _shares(trials):
+            text = f"{label_of(name, has_steps=False)}: "
+            text += doubt.text(value=number(value), share=percent(share))
+            worst[doubt] = max(worst.get(doubt, (0.0, "")), (share, text))
+    return [text for _, text in worst.values()]
 
 
-def _of_strategy(trials: Sequence[Recording], cached: int) -> Iterator[str]:
-    if cached:
-        yield Doubt.CACHED.text(tokens=cached)
+def _shares(trials: Sequence[Recording]) -> Iterator[tuple[Doubt, float, float]]:
+    """Yield the doubts in the client's times: the share that is too large, and a value in ms."""
     clients = [client for r in trials if (client := _client(r))]
     if not clients:
         return
     itl = Distribution.pooled([gaps_ms(r) for r in trials]).percentile(50)
     ttft = Distribution.of(np.concatenate([ttft_ms(r) for r in trials])).percentile(50)
-    worst = {name: max(client[name] for client in clients) for name in _WORST}
-    lag, late = worst["loop_p99_ns"] / 1e6, worst["late_p99_ns"] / 1e6
+    lag = max(client["loop_p99_ns"] for client in clients) / 1e6
+    late = max(client["late_p99_ns"] for client in clients) / 1e6
+    merged = max(client["merged_share"] for client in clients)
     stamped = min(client["kernel_share"] for client in clients) >= KERNEL
     if not stamped and itl and lag > LAG * itl:
-        yield Doubt.LAG.text(lag=lag, share=percent(lag / itl))
-    if worst["merged_share"] > MERGED:
-        yield Doubt.MERGED.text(share=percent(worst["merged_share"]))
-    if ttft and late > LATE * ttft:
-        yield Doubt.LATE.text(late=late, share=percent(late / ttft))
-
-
-_WORST = ("loop_p99_ns", "late_p99_ns", "merged_share")
+        yield Doubt.LAG, lag / itl, lag
+    if merged > MERGED:
+        yield Doubt.MERGED, merged, 0.0
+    # Requests of other workloads wait for a place among those in flight, as they should.
+    timed = trials[0].header.strategy == "continuous" and trials[0].requests.due_ns.any()
+    if timed and ttft and late > LATE * ttft:
+        yield Doubt.LATE, late / ttft, late
 
 
 def _contradiction(recordings: Recordings) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.models import Alone
 from support.schedules import Core, Job, Schedule
-from support.served import experiment, wired
+from support.wired import experiment, wired
 from support.servers import Manner, serving
 
 from batchbench.batching.experiment import Experiment

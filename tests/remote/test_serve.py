@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from support.schedules import FIVE, MS, Schedule
-from support.served import experiment, most_in_flight, wired
+from support.wired import experiment, most_in_flight, wired
 from support.servers import Manner
 
 from batchbench.batching.batcher import Batcher

@@ -1,81 +1,125 @@
-"""Runs against servers of known schedule on an integer clock, without sockets."""
+"""Results of runs against a server, without a server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
-import pytest
-
+from batchbench.batching.batcher import Batcher
+from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment
-from batchbench.batching.remote import counters, dialects, wire
-from batchbench.batching.remote.address import Failure, FailureKind
-from batchbench.batching.remote.exchange import Exchange, Feed, Watcher
-from support.schedules import Schedule
-from support.servers import FakeServer, Manner
+from batchbench.batching.progress import Watch
+from batchbench.batching.recording import Recording
+from batchbench.batching.remote.events import ClientLag
+from batchbench.batching.remote.outcome import Agreement, Difference, FailedTrial, ServerFacts
+from batchbench.batching.session import Outcome
+from batchbench.batching.verification import NOT_VERIFIED, Verification
+from batchbench.reports.result import Result, make_result
+from batchbench.workloads import Workload
+from support.classic import CLASSIC, SETTLED
 
-URL = "http://127.0.0.1:9"
-"""An address at which nothing listens: a fake answers for it."""
+TARGET = "http://127.0.0.1:8080"
 
+QUIET = ClientLag(
+    reads=680,
+    kernel_share=1.0,
+    merged_share=0.0,
+    loop_p50_ns=20_000,
+    loop_p99_ns=200_000,
+    late_p99_ns=100_000,
+)
+"""The client's part in a trial whose times are right."""
 
-@dataclass
-class Wired:
-    """A fake server in place of the network.
+SERVER = ServerFacts(
+    name="llama.cpp",
+    version="b4242",
+    slots=8,
+    passes={"static": (400,) * 4, "continuous": (130, 130, 131, 130)},
+    cached_tokens={"static": (0,) * 4, "continuous": (0,) * 4},
+    running_before=0,
+    prompt_cache_off=True,
+)
 
-    ``breaks`` maps the number of a trial, warm-up included, to requests that fail in it.
-    ``in_flight`` has the largest number of requests in flight of each trial.
-    """
+SAME = Agreement(by="token ids", requests=32, same=32, differ=0, baseline_repeat=32)
 
-    server: FakeServer
-    breaks: dict[int, Sequence[int]] = field(default_factory=dict)
-    failure: Failure = field(default_factory=lambda: Failure(FailureKind.RESET, "it broke"))
-    trials: list[list[Exchange]] = field(default_factory=list)
-
-    def exchange(
-        self,
-        address: object,
-        feed: Feed,
-        watch: Watcher | None = None,
-        *,
-        until_ns: int | None = None,
-        kernel_stamps: bool = True,
-    ) -> list[Exchange]:
-        done = self.server.exchange(None, feed, watch, kernel_stamps=kernel_stamps)
-        for request in self.breaks.get(len(self.trials), ()):
-            broken = next(exchange for exchange in done if exchange.index == request)
-            done[done.index(broken)] = replace(broken, failure=self.failure)
-        self.trials.append(done)
-        return done
-
-    @property
-    def in_flight(self) -> list[int]:
-        return [most_in_flight(exchanges) for exchanges in self.trials]
-
-
-Wire = Callable[..., Wired]
+DIFFERENT = replace(
+    SAME,
+    same=31,
+    differ=1,
+    baseline_repeat=30,
+    first=(Difference(5, "static", 0, "continuous", 0, 12, "17", "99"),),
+)
 
 
-def most_in_flight(exchanges: Sequence[Exchange]) -> int:
-    """Return the largest number of requests that were in flight at once."""
-    changes = [(e.sent_ns, 1) for e in exchanges] + [(e.ended_ns, -1) for e in exchanges]
-    now = most = 0
-    for _, change in sorted(changes):
-        now += change
-        most = max(most, now)
-    return most
+def served_trial(
+    policy: str,
+    trial: int = 0,
+    *,
+    step_ns: float = 10_000_000,
+    client: ClientLag | None = QUIET,
+    workload: Workload = CLASSIC,
+) -> Recording:
+    """Return a trial as a server's client records it: the time of each token, and no steps."""
+    batcher = Batcher(policy, SimulatedEngine(round(step_ns)), 8, prefill="mixed")
+    ran = batcher.serve(workload, Watch(), trial=trial)
+    ends, requests = ran.step_ends_ns, ran.requests
+    spans = list(zip(requests.first, requests.last + 1, strict=True))
+    about = {"engine": "llama.cpp b4242", "client": None if client is None else asdict(client)}
+    return Recording.of_tokens(
+        replace(ran.header, simulated=False, about=about),
+        workload,
+        [list(range(stop - start)) for start, stop in spans],
+        [ends[start:stop].tolist() for start, stop in spans],
+        ran.admitted_ns.tolist(),
+    )
 
 
-def wired(
-    patch: pytest.MonkeyPatch, schedule: Schedule | None = None, manner: Manner | None = None
-) -> Wired:
-    """Put a fake server in place of the network until the test ends."""
-    network = Wired(FakeServer(schedule, manner))
-    patch.setattr(wire, "exchange", network.exchange)
-    for module in (dialects, counters):
-        patch.setattr(module, "get", network.server.get)
-    return network
+def served_trials(policy: str, **settings: Any) -> list[Recording]:
+    """Return four trials of slightly different speed."""
+    pace = (10_000_000, 10_100_000, 9_950_000, 10_050_000)
+    return [served_trial(policy, i, step_ns=step, **settings) for i, step in enumerate(pace)]
 
 
-def experiment(**options: object) -> Experiment:
-    """Return an experiment on the fake server: the notebook's workload, two trials."""
-    return Experiment.of({"target": URL}, {"trials": 2, **options})
+def served_result(
+    recordings: Mapping[str, Sequence[Recording]] | None = None,
+    *,
+    server: ServerFacts = SERVER,
+    agreement: Agreement | None = SAME,
+    failures: Sequence[FailedTrial] = (),
+    verification: Verification = NOT_VERIFIED,
+    workload: Workload = CLASSIC,
+    target: str = TARGET,
+    **serving: Any,
+) -> Result:
+    """Return the result of a run against a server without running it."""
+    if recordings is None:
+        recordings = {name: served_trials(name) for name in ("static", "continuous")}
+    outcome = Outcome(
+        experiment=Experiment.of({"target": target, "queue_size": 32, **serving}),
+        workload=workload,
+        recordings=recordings,
+        verification=verification,
+        warm_up=SETTLED,
+        model={
+            "name": "SmolLM2-135M",
+            "load_format": None,
+            "note": "",
+            "device": "server",
+            "dtype": None,
+            "parameters": None,
+        },
+        environment={"python": "3.11"},
+        texts=None,
+        server=server,
+        agreement=agreement,
+        failures=failures,
+    )
+    return make_result(outcome)
+
+
+@functools.cache
+def served() -> Result:
+    """Return the result of a run against a server without faults."""
+    return served_result()
