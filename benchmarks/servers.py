@@ -5,16 +5,19 @@
     python benchmarks/servers.py start llama.cpp MODEL.gguf --slots 8
     python benchmarks/servers.py start vllm FOLDER --slots 8
     python benchmarks/servers.py start transformers FOLDER
+    python benchmarks/servers.py record URL FILE             its answers, for the tests
     python benchmarks/servers.py stop PID
 
 ``start`` takes a free port of 127.0.0.1, waits until the server answers, and prints one line of
-JSON: its name, url, process id and log file. It finds the installed server by BATCHBENCH_LLAMA_SERVER
-(the program), BATCHBENCH_VLLM_PYTHON or BATCHBENCH_TRANSFORMERS (the Python of its environment).
+JSON: its name, url, process id and log file. The environment variables BATCHBENCH_LLAMA_SERVER
+(the program), BATCHBENCH_VLLM_PYTHON and BATCHBENCH_TRANSFORMERS (the Python of their environments)
+name the servers that are installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -26,6 +29,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 PROGRAMS = {
     "llama.cpp": ("BATCHBENCH_LLAMA_SERVER", "llama/bin/llama-server"),
@@ -177,6 +181,55 @@ def _answers(url: str) -> bool:
         return False
 
 
+def record(url: str, file: Path) -> None:
+    """Write a server's answers to the questions of batchbench, for tests without the server."""
+    from batchbench.batching.remote.address import Address
+    from batchbench.batching.remote.counters import METRICS
+    from batchbench.batching.remote.dialects import body_for, discover
+
+    address = Address.parse(url)
+    dialect = discover(address)
+    gets = {path: _ask(url, path) for path in ASKED}
+    names = tuple(METRICS.get(dialect.name, ()))
+    gets["/metrics"]["body"] = "".join(
+        line + "\n" for line in gets["/metrics"]["body"].splitlines() if line.startswith(names)
+    )
+    streams = {}
+    for endpoint in ("/v1/completions", "/v1/chat/completions"):
+        prompt = PROMPT_IDS if dialect.prompt_ids and "chat" not in endpoint else "The quick brown"
+        for model in (dialect.served_models[0], "no-such-model"):
+            body = body_for(dialect, endpoint, model, prompt, 3)
+            streams[f"{endpoint} {model}"] = _ask(url, endpoint, body)
+    data = {"dialect": dialect.name, "gets": gets, "posts": streams}
+    file.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+ASKED = ("/v1/models", "/v3/models", "/props", "/version", "/get_server_info", "/server_info")
+ASKED += ("/info", "/openapi.json", "/metrics")
+
+PROMPT_IDS = (464, 2068, 7586)
+
+
+def _ask(url: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+    request = urllib.request.Request(url + path, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            status, text = response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read().decode()
+    if path == "/metrics":
+        return {"status": status, "body": text}
+    with contextlib.suppress(ValueError):
+        data = json.loads(text)
+        for key in ("components", "chat_template"):
+            if isinstance(data, dict) and key in data:
+                data[key] = ""
+        if isinstance(data, dict) and isinstance(data.get("paths"), dict):
+            data["paths"] = dict.fromkeys(data["paths"], 0)
+        text = json.dumps(data)
+    return {"status": status, "body": text}
+
+
 def stop(pid: int) -> None:
     """End a server and its workers: politely, and after 10 s by force."""
     for sign, wait_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
@@ -186,10 +239,10 @@ def stop(pid: int) -> None:
             return
         ends = time.monotonic() + wait_s
         while time.monotonic() < ends:
-            try:
+            with contextlib.suppress(
+                ChildProcessError
+            ):  # started by an earlier call of this script
                 os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                pass
             try:
                 os.killpg(pid, 0)
             except ProcessLookupError:
@@ -212,6 +265,9 @@ def main() -> None:
     sub.add_argument("--slots", type=int, default=8)
     sub.add_argument("--context", type=int, default=512)
     sub.add_argument("--threads", type=int, default=1)
+    sub = commands.add_parser("record")
+    sub.add_argument("url")
+    sub.add_argument("file", type=Path)
     sub = commands.add_parser("stop")
     sub.add_argument("pid", type=int)
     options = parser.parse_args()
@@ -220,8 +276,10 @@ def main() -> None:
     elif options.command == "checkpoint":
         make_checkpoint(options.folder, options.shape)
     elif options.command == "start":
-        model = str(Path(options.model).resolve())
+        model = str(Path(options.model).absolute())
         start(options.name, model, options.slots, options.context, options.threads)
+    elif options.command == "record":
+        record(options.url, options.file)
     else:
         stop(options.pid)
 

@@ -21,9 +21,6 @@ from batchbench.errors import UsageError, shown
 Json = Mapping[str, Any]
 """A JSON object that a server sent: nothing is certain about its keys and values."""
 
-Path = tuple[str | int, ...]
-"""Keys and indices that lead to a value inside a JSON object."""
-
 CHAT = "/chat/completions"
 """The end of the endpoints that take messages and not a prompt."""
 
@@ -56,8 +53,6 @@ class Dialect:
         length_field: None if the server always stops at the end-of-text token.
         fields: fields of every request, such as those that ask for token ids and counts.
         salt_field: gets a random text in each request, so that no two share a cached prompt.
-        token_ids_at: place of the token ids in a chunk of the stream.
-        token_count_at: place of the number of output tokens up to and with a chunk.
         ends_with_done: a complete stream ends with ``data: [DONE]``.
         usage_on_request: the usage comes only if ``stream_options`` asks for it.
     """
@@ -72,15 +67,13 @@ class Dialect:
     prompt_cache: PromptCache = PromptCache.UNKNOWN
     fields: Json = field(default_factory=dict)
     salt_field: str | None = None
-    token_ids_at: Path | None = None
-    token_count_at: Path | None = None
     ends_with_done: bool = True
     usage_on_request: bool = True
 
 
-_COUNT_IN_USAGE: Path = ("usage", "completion_tokens")
+_STREAM_OPTIONS = "stream_options"
 
-_STREAM_COUNTS = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+_STREAM_COUNTS = {_STREAM_OPTIONS: {"include_usage": True, "continuous_usage_stats": True}}
 """vLLM's option for the usage in every chunk; SGLang has taken it over."""
 
 DIALECTS: Mapping[str, Dialect] = {
@@ -92,8 +85,6 @@ DIALECTS: Mapping[str, Dialect] = {
             prompt_cache=PromptCache.OFF,
             # `verbose` adds the ids to a chunk; `logprobs` would too, and computes a softmax.
             fields={"cache_prompt": False, "timings_per_token": True, "verbose": True},
-            token_ids_at=("__verbose", "tokens"),
-            token_count_at=("timings", "predicted_n"),
         ),
         Dialect(
             "vllm",
@@ -101,8 +92,6 @@ DIALECTS: Mapping[str, Dialect] = {
             prompt_cache=PromptCache.OFF,
             fields={"return_token_ids": True, **_STREAM_COUNTS},
             salt_field="cache_salt",
-            token_ids_at=("choices", 0, "token_ids"),
-            token_count_at=_COUNT_IN_USAGE,
         ),
         Dialect(
             "sglang",
@@ -110,8 +99,6 @@ DIALECTS: Mapping[str, Dialect] = {
             prompt_cache=PromptCache.OFF,
             fields={"return_token_ids": True, **_STREAM_COUNTS},
             salt_field="cache_salt",
-            token_ids_at=("choices", 0, "token_ids"),
-            token_count_at=_COUNT_IN_USAGE,
         ),
         Dialect("tgi", length_field=None),
         Dialect(
@@ -127,19 +114,7 @@ DIALECTS: Mapping[str, Dialect] = {
 """The known servers; `openai` is any other that follows OpenAI's API."""
 
 
-def token_ids(dialect: Dialect, chunk: Json) -> list[int] | None:
-    """Return the ids of the tokens in a chunk; None if it does not have them."""
-    found = dialect.token_ids_at and at(chunk, dialect.token_ids_at)
-    return found if isinstance(found, list) and all(type(i) is int for i in found) else None
-
-
-def tokens_so_far(dialect: Dialect, chunk: Json) -> int | None:
-    """Return the number of output tokens up to and with a chunk; None if it does not say."""
-    found = dialect.token_count_at and at(chunk, dialect.token_count_at)
-    return found if type(found) is int else None
-
-
-def at(value: object, path: Path) -> object:
+def _at(value: object, *path: str | int) -> object:
     """Return the value at a place inside JSON; None if there is none."""
     for key in path:
         if isinstance(key, str):
@@ -179,8 +154,10 @@ def body_for(
         body["prompt"] = _text(dialect, endpoint, prompt)
     body |= {"max_tokens": output_tokens, "temperature": 0, "stream": stream}
     if stream and dialect.usage_on_request:
-        body["stream_options"] = {"include_usage": True}
-    body |= {key: value for key, value in dialect.fields.items() if stream or key != STREAM_OPTIONS}
+        body[_STREAM_OPTIONS] = {"include_usage": True}
+    body |= {
+        key: value for key, value in dialect.fields.items() if stream or key != _STREAM_OPTIONS
+    }
     if dialect.salt_field is not None:
         body[dialect.salt_field] = secrets.token_hex(8)
     if ignore_eos:
@@ -188,9 +165,6 @@ def body_for(
     body |= extra_body or {}
     kept = {key: value for key, value in body.items() if value is not None}
     return json.dumps(kept, separators=(",", ":")).encode()
-
-
-STREAM_OPTIONS = "stream_options"
 
 
 def _text(dialect: Dialect, endpoint: str, prompt: str | Sequence[int]) -> str:
@@ -240,7 +214,7 @@ def _models(address: Address) -> list[Json]:
                 f"--target: the server refuses the key (HTTP {response.status}); give the right "
                 "one with --api-key, or in the environment variable OPENAI_API_KEY"
             )
-        data = at(_parsed(response.body), ("data",)) if response.status == 200 else None
+        data = _at(_parsed(response.body), "data") if response.status == 200 else None
         if isinstance(data, list):
             return [entry for entry in data if isinstance(entry, Mapping)]
     return []
@@ -282,7 +256,7 @@ def _llama_cpp(address: Address, models: Sequence[Json]) -> Dialect | None:
     slots = _count(props.get("total_slots"))
     if slots is None:
         return None
-    context = _count(at(props, ("default_generation_settings", "n_ctx")))
+    context = _count(_at(props, "default_generation_settings", "n_ctx"))
     version = _name(props.get("build_info"))
     return replace(DIALECTS["llama.cpp"], version=version, slots=slots, context=context)
 
@@ -296,7 +270,7 @@ def _sglang(address: Address, models: Sequence[Json]) -> Dialect | None:
     info = _object(address, "/get_server_info") or _object(address, "/server_info")
     if "model_path" not in info:
         return None
-    told = at(info, ("internal_states", 0, "effective_max_running_requests_per_dp"))
+    told = _at(info, "internal_states", 0, "effective_max_running_requests_per_dp")
     return replace(
         DIALECTS["sglang"],
         version=_name(info.get("version")),
