@@ -168,10 +168,20 @@ def test_a_slow_client_is_doubted_only_without_kernel_stamps(
     assert [("of the median ITL" in reason) for reason in found] == [True] * doubtful
 
 
-@pytest.mark.parametrize(("share", "doubtful"), [(0.3, True), (0.01, False)])
-def test_output_that_comes_together_is_doubted(share: float, doubtful: bool) -> None:
-    found = reasons(served_result(recordings_of(replace(QUIET, merged_share=share))))
-    assert [("arrived together" in reason) for reason in found] == [True] * doubtful
+@pytest.mark.parametrize(
+    ("share", "lag_ns", "doubtful"),
+    [
+        (0.3, 1_200_000, True),
+        (0.01, 1_200_000, False),
+        (0.3, 800_000, False),  # the client was in time, so the server sent it together
+    ],
+)
+def test_output_that_a_late_client_reads_together_is_doubted(
+    share: float, lag_ns: int, doubtful: bool
+) -> None:
+    client = replace(QUIET, merged_share=share, loop_p99_ns=lag_ns)
+    found = reasons(served_result(recordings_of(client)))
+    assert [("read late, together" in reason) for reason in found] == [True] * doubtful
 
 
 def test_requests_sent_late_are_doubted_if_they_had_a_time() -> None:
