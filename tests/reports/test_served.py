@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ from support.served import (
 )
 
 from batchbench.batching.recording import Recording
+from batchbench.batching.recording_file import load_recording, save_recording
 from batchbench.batching.remote.events import ClientLag
 from batchbench.batching.remote.outcome import FailedRequest, FailedTrial
+from batchbench.errors import UsageError
 from batchbench.reports.formats.terminal import sentence
 from batchbench.reports.result import Result, remake_result, to_json
 from batchbench.workloads import Workload
@@ -235,3 +238,28 @@ def test_other_processes_and_other_outputs_are_no_doubt_of_a_server() -> None:
         for name in ("static", "continuous")
     }
     assert reasons(served_result(trials)) == []
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        7,
+        {},
+        {**asdict(QUIET), "kernel_share": "all"},
+        {**asdict(QUIET), "merged_share": 2.0},
+        {**asdict(QUIET), "loop_p99_ns": -1},
+        {**asdict(QUIET), "late_p99_ns": None},
+    ],
+)
+def test_a_recording_with_impossible_times_of_its_client_is_refused(
+    tmp_path: Path, client: Any
+) -> None:
+    good = served_trial("static")
+    file = tmp_path / "recording.npz"
+    file.write_bytes(save_recording(good))
+    load_recording(file)
+    about = {**good.header.about, "client": client}
+    bad = replace(good, header=replace(good.header, about=about))
+    file.write_bytes(save_recording(bad))
+    with pytest.raises(UsageError, match=r"about\.client is wrong"):
+        load_recording(file)
