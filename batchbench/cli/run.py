@@ -133,7 +133,7 @@ def _measure_and_write(
     show_result(result, files, output)
     if outcome.stopped and outcome.stopped.reason is StopReason.INTERRUPTED:
         raise Interrupted(f"{outcome.stopped}; the results are in {folder}")
-    return result.data["verification"]["passed"] is not False
+    return result.data["verification"]["passed"] is not False and not outcome.failures
 
 
 def show_result(result: Result, files: Iterable[Path], output: Shown) -> None:
