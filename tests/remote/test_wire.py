@@ -122,6 +122,16 @@ def test_other_systems_have_user_space_stamps(monkeypatch: pytest.MonkeyPatch) -
     assert all(read.stamp_ns == read.read_ns and not read.kernel for read in one.reads)
 
 
+@linux
+def test_every_read_of_every_trial_has_a_stamp_of_the_kernel() -> None:
+    """The kernel begins to stamp some milliseconds after the first socket has asked for it."""
+    with playing(good()) as url:
+        for _ in range(20):
+            exchanges, _ = ask(url)
+            assert all(read.kernel for one in exchanges for read in one.reads)
+            time.sleep(0.005)
+
+
 # TLS
 
 

@@ -135,6 +135,7 @@ class _Client:
         self._buffer = memoryview(bytearray(_BUFFER))
         self._tls = _tls_context(address) if address.scheme == "https" else None
         self._stamped = kernel_stamps and self._tls is None and sys.platform == "linux"
+        self._stamping = _Stamping(wanted=self._stamped)
         self._run_delay = _RunDelay(wanted=not self._stamped)
         self._offset_ns = _clock_offset_ns()
         self._no_route: Failure | None = None
@@ -174,6 +175,7 @@ class _Client:
         for stream in list(self._streams):
             self._finish(stream, Failure(FailureKind.STOPPED, "stopped before its end"), tell=False)
         self._selector.close()
+        self._stamping.close()
         self._run_delay.close()
 
     def _select(self, now_ns: int, wake_ns: int | None) -> None:
@@ -376,6 +378,35 @@ class _Client:
                 ]
 
 
+class _Stamping:
+    """Keeps the kernel stamping: it begins some milliseconds after a socket first asks for it."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._pair: list[socket.socket] = []
+        if wanted:
+            with suppress(OSError):
+                self._begin()
+
+    def _begin(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(1)
+            self._pair = [socket.socket()]
+            self._pair[0].settimeout(1)
+            self._pair[0].connect(listener.getsockname())
+            self._pair.append(listener.accept()[0])
+        reader, writer = self._pair
+        reader.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        for _ in range(100):
+            writer.send(b"?")
+            if reader.recvmsg(1, 64)[1]:
+                break
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        for one in self._pair:
+            one.close()
+
+
 class _RunDelay:
     """Time for which this thread was ready to run and had no processor, as Linux counts it."""
 
@@ -503,7 +534,7 @@ def post(address: Address, path: str, body: bytes) -> Response:
 
 
 def _ask(address: Address, path: str, body: bytes | None) -> Response:
-    (only,) = exchange(address, _Once(path, body))
+    (only,) = exchange(address, _Once(path, body), kernel_stamps=False)
     response = response_of(only)
     failure = failure_of_response(only, response)
     if failure is not None:
