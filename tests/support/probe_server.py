@@ -158,8 +158,8 @@ class World:
     def after(self, delay: int, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self.now + max(delay, 0), next(self._order), event))
 
-    def run(self, until: Callable[[], bool]) -> None:
-        while not until():
+    def run(self, until: Callable[[], bool], deadline: int) -> None:
+        while not until() and self._events and self._events[0][0] <= deadline:
             self.now, _, event = heapq.heappop(self._events)
             event()
 
@@ -195,23 +195,26 @@ class World:
 class Client:
     """Plays a script against a world."""
 
-    def __init__(self, world: World, script: Script) -> None:
-        self.world, self.player = world, Player(script)
+    def __init__(self, world: World, script: Script, deadline: int) -> None:
+        self.world, self.player, self.deadline = world, Player(script), deadline
         self.streams: list[Stream] = []
         self.times: list[list[int]] = []
+        self.whole: list[Stream] = []
         self.in_flight = 0
         self.over = False
         self._waiting = 0
 
     def play(self) -> Round:
         self.world.after(0, self.turn)
-        self.world.run(lambda: self.over and not self.in_flight)
+        self.world.run(lambda: self.over and not self.in_flight, self.deadline)
         streams = []
         for stream, times in zip(self.streams, self.times, strict=True):
             refused = times == [-1]
-            known = () if refused else tuple(times)
+            known = () if refused else tuple(t for t in times if t <= self.deadline)
+            stopped = len(known) < stream.asked and not refused and stream not in self.whole
+            failure = "stopped before its end" if stopped else ""
             streams.append(
-                Stream(stream.role, stream.asked, stream.sent_ns, known, refused)
+                Stream(stream.role, stream.asked, stream.sent_ns, known, refused, failure)
             )
         return Round(streams)
 
@@ -230,7 +233,8 @@ class Client:
     def send(self, role: Role, tokens: int) -> None:
         world = self.world
         times: list[int] = []
-        self.streams.append(Stream(role, tokens, world.now))
+        stream = Stream(role, tokens, world.now)
+        self.streams.append(stream)
         self.times.append(times)
         self.in_flight += 1
         length = tokens
@@ -245,13 +249,14 @@ class Client:
                 arrival = world.arrival(time, times[-1] if times else 0)
                 times.extend([arrival] * count)
             if end:
-                world.after(arrival - world.now, self.ended)
+                world.after(arrival - world.now, lambda: self.ended(stream))
 
         request = Request(length, deliver)
         world.after(world.delay(), lambda: world.route(request))
 
-    def ended(self) -> None:
+    def ended(self, stream: Stream) -> None:
         self.in_flight -= 1
+        self.whole.append(stream)
         self.turn()
 
 
@@ -268,5 +273,7 @@ def observe(kind: Kind, seed: int = 0, max_time_s: float = 60.0) -> tuple[Observ
         script = next_script(seen, left, random)
         if script is None:
             return seen, world.now / 1e9
-        rounds.append(Client(world, script).play())
-        world.run(lambda begun=world.now: world.now >= begun) if world._events else None
+        deadline = int(max_time_s * 1e9)
+        rounds.append(Client(world, script, deadline).play())
+        if any(s.failure for s in rounds[-1].streams):
+            return Observations(tuple(rounds), server), max_time_s

@@ -21,10 +21,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 import numpy as np
 
 from batchbench.studies.probe.observations import (
+    Floats,
     Observations,
     Pace,
     Role,
@@ -36,15 +38,29 @@ from batchbench.studies.probe.observations import (
 WINDOW = 0.1
 """A token arrives with a step if it is within this share of the time between two steps."""
 
-CHANCE = 0.3
-"""Probability that a request without a shared batch falls into the window: 2 × 0.1 for phases that
-are spread evenly, and a margin for servers that send at ticks of a timer."""
+WINDOWS = (0.1, 0.05, 0.02)
+"""Windows that are tried: with narrower ones, the half of the requests that shares a replica with
+the long one is enough."""
+
+CHANCE = 3.0
+"""Probability per width that a request without a shared batch falls into the window: 2 for phases
+that are spread evenly, and a margin."""
 
 LEVEL = 1e-4
 """The largest probability of a chance result that counts as a shared batch."""
 
 LEFT_STEPS = 2
 """A request joined if the long one still got this many tokens after the joiner's first."""
+
+MOST_TICKS, ON_TICK = 6, 0.1
+"""Ticks of a timer between two tokens, up to which it is looked for; and the largest distance of an
+arrival from a tick, as a share of it."""
+
+TIMER_LEVEL = 1e-3
+"""The largest probability of a chance result that counts as a timer."""
+
+FEWEST_BEGINNINGS = 12
+"""Rounds that begin on an idle server at a random moment, by which a timer would show."""
 
 MOST_SLOWED = 1.3
 """A request of a buffered server that takes longer than this multiple may have waited."""
@@ -192,6 +208,7 @@ class SharedSteps:
 
     offsets: tuple[float, ...]
     chance: float
+    buffered: bool
 
     @property
     def compared(self) -> int:
@@ -209,29 +226,35 @@ class SharedSteps:
     def in_turns(self) -> bool:
         """Tokens arrive in between, always at the same distance: the server takes turns."""
         spread = float(np.std(self.offsets)) if self.offsets else 1.0
-        return self.compared >= FEWEST_COMPARED and not self.together and spread < WINDOW / 2
+        enough = self.compared >= FEWEST_COMPARED and not self.buffered
+        return enough and not self.together and spread < WINDOW / 2
 
 
 def shared_steps(observations: Observations, pace: Pace) -> SharedSteps:
     """Compare the tokens of joined requests with the steps of the requests they joined."""
     offsets: list[float] = []
-    chances: list[float] = []
+    references: list[int] = []
     for round in observations.joining:
         longs, shorts = round.of(Role.LONG), round.of(Role.SHORT)
         joined = [s for s in shorts if fate_of(s, longs, pace) is Fate.JOINED]
-        if pace.buffered:
-            found = _pair_offsets(joined, pace)
-            offsets += found
-            chances += [CHANCE] * len(found)
-            continue
-        for short in joined:
+        for short in joined if not pace.buffered else ():
             each = [offset_of(short, long) for long in longs if long.answered]
             known = [offset for offset in each if offset is not None]
             if known:
                 offsets.append(min(known))
-                chances.append(1 - (1 - CHANCE) ** len(known))
-    together = sum(offset < WINDOW for offset in offsets)
-    return SharedSteps(tuple(offsets), _at_least(together, chances))
+                references.append(len(known))
+    if pace.buffered:
+        offsets = _pair_offsets(observations.pairs, pace)
+        references = [1] * len(offsets)
+    chances = [_chance(offsets, references, window) for window in WINDOWS]
+    chance = min(1.0, len(WINDOWS) * min(chances))
+    return SharedSteps(tuple(offsets), chance, pace.buffered)
+
+
+def _chance(offsets: Sequence[float], references: Sequence[int], window: float) -> float:
+    """Return the probability that so many offsets are within a window without a shared batch."""
+    count = sum(offset < window for offset in offsets)
+    return _at_least(count, [1 - (1 - CHANCE * window) ** n for n in references])
 
 
 def _at_least(count: int, chances: Sequence[float]) -> float:
@@ -258,18 +281,94 @@ def offset_of(short: Stream, long: Stream) -> float | None:
     return float(np.median(np.minimum(before, behind) / np.maximum(before + behind, 1)))
 
 
-def _pair_offsets(joined: Sequence[Stream], pace: Pace) -> list[float]:
-    """Return the distance between the ends of two requests that were sent within one step."""
-    offsets = []
-    for one, two in zip(joined, joined[1:], strict=False):
-        sent = two.sent_ns - one.sent_ns
-        if sent < 0.5 * pace.gap_ns and len(one.times_ns) == len(two.times_ns):
-            apart = abs(two.last_ns - one.last_ns) / max(pace.gap_ns, 1)
-            offsets.append(min(float(apart), 0.5))
-    return offsets
+def _pair_offsets(pairs: Sequence[tuple[Stream, Stream]], pace: Pace) -> list[float]:
+    """Return the distance between the ends of each pair, as a share of a step, at most 0.5.
+
+    The second request is sent some steps later and is shorter by as many. It ends in the same step
+    as the first one only if it joined it; requests of a static batch begin together, so that their
+    ends are apart.
+    """
+    return [
+        min(float(abs(two.last_ns - one.last_ns) / max(pace.gap_ns, 1)), 0.5)
+        for one, two in pairs
+        if len(one.times_ns) == one.asked and len(two.times_ns) == two.asked
+    ]
+
+
+def sends_by_timer(observations: Observations) -> bool:
+    """Tell whether tokens are sent at the ticks of a timer, which would hide the steps.
+
+    All times between arrivals are then multiples of the tick, and not always the same one; or, if
+    ticks are longer than steps, chunks differ in size but keep up an even rate.
+    """
+    streams = [s for r in observations.rounds if not r.is_burst for s in r.streams if s.answered]
+    streams = [s for s in streams if len(s.arrivals_ns) > 2]
+    if not streams:
+        return False
+    gaps = np.concatenate([np.diff(s.arrivals_ns) for s in streams]).astype(np.float64)
+    usual = float(np.median(gaps))
+    for parts in range(1, MOST_TICKS + 1):
+        tick = usual / parts
+        multiples = np.round(gaps / tick)
+        off = np.abs(gaps / tick - multiples)
+        _, counts = np.unique(multiples[off < ON_TICK], return_counts=True)
+        several = int((counts >= max(3, 0.03 * len(gaps))).sum()) > 1
+        if several and np.mean(off < ON_TICK) > 0.85:
+            return True
+    if any(_evenly_chunked(s) for s in observations.alone):
+        return True
+    near = np.linspace(0.98, 1.02, 41)  # a median of gaps is not exact over hundreds of ticks
+    ticks = [usual / parts * near for parts in range(1, MOST_TICKS + 1)]
+    return _follow_a_grid(observations, np.concatenate(ticks), 10 * MOST_TICKS)
+
+
+def _follow_a_grid(observations: Observations, ticks: Floats, tried: int) -> bool:
+    """Tell whether the first tokens of a round follow the last one of the round before by ticks.
+
+    Each round begins at a random moment, so without a timer they follow by any time. ``tried`` is
+    the number of ticks that are about independent.
+    """
+    between = _between_rounds(observations)
+    phases = between / ticks[:, None]
+    counts = (np.abs(phases - np.round(phases)) < WINDOW).sum(axis=1)
+    most = int(counts.max(initial=0))
+    return _at_least(most, [2 * WINDOW] * len(between)) * tried < TIMER_LEVEL
+
+
+def _between_rounds(observations: Observations) -> Floats:
+    """Return the times from the last token of a round to the first one of the next."""
+    rounds = [[s for s in r.streams if s.answered] for r in observations.rounds]
+    rounds = [streams for streams in rounds if streams]
+    return np.array(
+        [
+            min(s.first_ns for s in after) - max(s.last_ns for s in before)
+            for before, after in pairwise(rounds)
+        ],
+        np.float64,
+    )
+
+
+def _buffered_by_timer(observations: Observations, pace: Pace) -> bool:
+    """Tell whether a buffered server answers at the ticks of a timer."""
+    ticks = np.geomspace(0.2 * pace.gap_ns, 2 * pace.gap_ns, 1000)
+    return _follow_a_grid(observations, ticks, len(ticks))
+
+
+def _evenly_chunked(stream: Stream) -> bool:
+    """Tell whether chunks differ in size, but by no more than an even rate makes necessary."""
+    times, counts = np.unique(np.array(stream.times_ns, np.int64), return_counts=True)
+    inner = counts[1:-1]
+    if len(inner) < 5 or inner.min() == inner.max():
+        return False
+    total = np.cumsum(inner)
+    even = np.polyval(np.polyfit(times[1:-1], total, 1), times[1:-1])
+    return bool(np.abs(total - even).max() <= 1.2 and np.mean(inner != inner[0]) > 0.1)
 
 
 # Slots
+
+Span = tuple[float, float]
+"""The beginning and the end of a request."""
 
 
 @dataclass(frozen=True)
@@ -278,11 +377,12 @@ class Burst:
 
     Attributes:
         most: the largest number in progress at the same time.
-        exact: others were waiting meanwhile, and each began right after one had ended.
+        exact: others were waiting meanwhile, and began when room was made.
         midway: requests that began while others were in the middle of theirs.
         groups: sizes of the groups that ran one after another.
         gain: tokens per second as a multiple of those of one request alone.
         gradual: requests began one after another, so that the first ended before the last began.
+        sequential: each certainly began after the one before it had ended.
     """
 
     sent: int
@@ -293,29 +393,47 @@ class Burst:
     groups: tuple[int, ...]
     gain: float
     gradual: bool
+    sequential: bool
 
 
 def burst_of(round: Round, pace: Pace) -> Burst:
     """Count the slots in a burst."""
-    streams = sorted(
-        (s for s in round.of(Role.BURST) if s.answered), key=lambda s: s.first_ns
-    )
-    refused = sum(s.refused for s in round.of(Role.BURST))
+    sent = round.of(Role.BURST)
+    streams = sorted((s for s in sent if s.answered), key=lambda s: s.last_ns)
     tokens = sum(len(s.times_ns) for s in streams)
     gain = tokens * pace.gap_ns / max(round.duration_ns, 1)
-    sent = len(round.of(Role.BURST))
-    if pace.buffered:
-        groups = _end_groups(streams, pace)
-        most = max(groups, default=0)
-        return Burst(sent, refused, most, _repeats(groups), 0, groups, gain, False)
     gap = _burst_gap(streams) or pace.gap_ns
-    most = _most_at_once(streams, 0.3 * gap)
-    midway = _midway(streams)
-    groups = _groups(streams, 0.3 * gap)
-    if not midway:
-        return Burst(sent, refused, most, _repeats(groups), 0, groups, gain, False)
-    exact, gradual = _saturated(streams, most, gap, pace)
-    return Burst(sent, refused, most, exact, midway, groups, gain, gradual)
+    spans = sorted((_earliest_begin(s, pace), float(s.last_ns)) for s in streams)
+    most, groups = _most_at_once(spans, 0.3 * gap), _groups(spans, 0.3 * gap)
+    midway = 0 if pace.buffered else _midway(streams)
+    equal = len({len(s.times_ns) for s in streams}) == 1 or not pace.buffered
+    exact, gradual = _is_full(groups) and equal, False
+    overlap = _most_at_once([_longest_span(s, pace) for s in streams], 0.0)
+    if midway:
+        exact, gradual = _saturated(spans, most, gap, pace)
+    whole = len(streams) == len(sent)
+    refused = sum(s.refused for s in sent)
+    return Burst(
+        *(len(sent), refused, most, exact and whole, midway, groups, gain, gradual),
+        sequential=max(most, overlap) == 1 and whole,
+    )
+
+
+def _earliest_begin(stream: Stream, pace: Pace) -> float:
+    """Return a time at which a request was certainly in progress.
+
+    A buffered server shows no beginning, but a request takes at least as long as it does alone.
+    """
+    if pace.buffered:
+        return stream.last_ns - 0.5 * (len(stream.times_ns) - 1) * pace.gap_ns
+    return float(stream.first_ns)
+
+
+def _longest_span(stream: Stream, pace: Pace) -> Span:
+    """Return the longest time for which a request may have been in progress."""
+    if pace.buffered:
+        return stream.last_ns - 0.85 * (len(stream.times_ns) - 1) * pace.gap_ns, stream.last_ns
+    return float(stream.first_ns), float(stream.last_ns)
 
 
 def _burst_gap(streams: Sequence[Stream]) -> float:
@@ -323,19 +441,31 @@ def _burst_gap(streams: Sequence[Stream]) -> float:
     return float(np.median(np.concatenate(gaps))) if gaps else 0.0
 
 
-def _most_at_once(streams: Sequence[Stream], shorter_ns: float) -> int:
+def _most_at_once(spans: Sequence[Span], shorter_ns: float) -> int:
     """Return the largest number in progress; each counts as a little shorter than it was.
 
     A request that follows another one begins at least one step after its end, so an end that
     arrives late does not count twice.
     """
-    events = [(float(s.first_ns), 1) for s in streams]
-    events += [(max(s.last_ns - shorter_ns, s.first_ns), -1) for s in streams]
+    events = [(begin, 1) for begin, _ in spans]
+    events += [(max(end - shorter_ns, begin), -1) for begin, end in spans]
     level = most = 0
     for _, change in sorted(events, key=lambda event: (event[0], -event[1])):
         level += change
         most = max(most, level)
     return most
+
+
+def _groups(spans: Sequence[Span], shorter_ns: float) -> tuple[int, ...]:
+    """Return the sizes of the groups between which nothing was in progress."""
+    sizes: list[int] = []
+    latest = -np.inf
+    for begin, end in spans:
+        if begin > latest - shorter_ns:
+            sizes.append(0)
+        sizes[-1] += 1
+        latest = max(latest, end)
+    return tuple(sizes)
 
 
 def _midway(streams: Sequence[Stream]) -> int:
@@ -350,44 +480,24 @@ def _midway(streams: Sequence[Stream]) -> int:
     )
 
 
-def _groups(streams: Sequence[Stream], shorter_ns: float) -> tuple[int, ...]:
-    """Return the sizes of the groups between which nothing was in progress."""
-    sizes: list[int] = []
-    end = -np.inf
-    for stream in streams:
-        if stream.first_ns > end - shorter_ns:
-            sizes.append(0)
-        sizes[-1] += 1
-        end = max(end, stream.last_ns)
-    return tuple(sizes)
+def _is_full(groups: Sequence[int]) -> bool:
+    """Tell whether the largest group was full.
 
-
-def _end_groups(streams: Sequence[Stream], pace: Pace) -> tuple[int, ...]:
-    """Return the sizes of the groups that ended together, on a buffered server."""
-    ends = sorted(s.last_ns for s in streams)
-    if not ends:
-        return ()
-    apart = 0.4 * pace.e2e_ns(len(streams[0].times_ns))
-    cuts = [i + 1 for i in range(len(ends) - 1) if ends[i + 1] - ends[i] > apart]
-    return tuple(np.diff([0, *cuts, len(ends)]).tolist())
-
-
-def _repeats(groups: Sequence[int]) -> bool:
-    """Tell whether a group was full: others were waiting when it began, and began together."""
-    most = max(groups, default=0)
-    return most in groups[1:-1] or groups.count(most) > 1 if len(groups) > 1 else False
+    The first group has only those requests that had arrived, and the last one the rest.
+    """
+    return max(groups, default=0) in groups[1:-1]
 
 
 def _saturated(
-    streams: Sequence[Stream], most: int, gap: float, pace: Pace
+    spans: Sequence[Span], most: int, gap: float, pace: Pace
 ) -> tuple[bool, bool]:
     """Tell whether the slots were full, and whether requests began only gradually.
 
     The slots were full if the first requests began together, then none for a while, and each later
     one right after one had ended.
     """
-    ends = sorted(s.last_ns for s in streams)
-    starts = [s.first_ns for s in streams]
+    ends = sorted(end for _, end in spans)
+    starts = [begin for begin, _ in spans]
     first = [start for start in starts if start < ends[0] + 0.3 * gap]
     late = starts[len(first) :]
     if not late:
@@ -396,8 +506,9 @@ def _saturated(
     quiet = late[0] - first[-1]
     gradual = bool(quiet < max(2 * gap, 3 * spacing))
     waits = [start - end for start, end in zip(late, ends, strict=False)]
-    tight = [-0.3 * gap < wait <= 2 * pace.ttft_ns + 4 * gap for wait in waits]
-    full = len(first) == most and not gradual and sum(tight) >= 0.8 * len(tight)
+    tight = [wait <= 2 * pace.ttft_ns + 4 * gap for wait in waits]
+    alone = min(waits) > -0.3 * gap  # room that others left would show before an end
+    full = len(first) == most and not gradual and alone and sum(tight) >= 0.8 * len(tight)
     return full, gradual
 
 
@@ -464,6 +575,9 @@ def _decide(
             return Kind.UNKNOWN, (
                 "this machine was too busy to tell at which step a token arrived"
             )
+        by_timer = _buffered_by_timer(observations, pace) if pace.buffered else False
+        if by_timer or sends_by_timer(observations):
+            return Kind.UNKNOWN, "tokens are sent at the ticks of a timer, which hide the steps"
         return Kind.CONTINUOUS, "requests join a running batch and share its steps"
     if joining.joined:
         return Kind.UNKNOWN, _unshared(joining, shared)
@@ -479,7 +593,9 @@ def _decide(
         )
     if max(b.most for b in bursts) > 1:
         return Kind.STATIC, "requests wait until all requests of the running batch have ended"
-    return Kind.SERIAL, "each request waits until the one before it has ended"
+    if all(b.sequential for b in bursts):
+        return Kind.SERIAL, "each request waits until the one before it has ended"
+    return Kind.UNKNOWN, "requests of a burst ended in an order that does not show its slots"
 
 
 def _unshared(joining: Joining, shared: SharedSteps) -> str:

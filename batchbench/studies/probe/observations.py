@@ -31,6 +31,7 @@ class Role(StrEnum):
     LONG = "long"
     SHORT = "short"
     BURST = "burst"
+    PAIR = "pair"
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,12 @@ class Observations:
     @property
     def joining(self) -> list[Round]:
         return [r for r in self.rounds if r.is_joining]
+
+    @property
+    def pairs(self) -> list[tuple[Stream, Stream]]:
+        """Two requests of which the first is longer by as many steps as it was sent earlier."""
+        pairs = [r.of(Role.PAIR) for r in self.rounds]
+        return [(p[0], p[1]) for p in pairs if len(p) == 2 and p[0].answered and p[1].answered]
 
     @property
     def bursts(self) -> list[Round]:

@@ -7,12 +7,13 @@ pairs of short ones for a server that sends all tokens at the end; a burst of ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from batchbench.studies.probe.judge import (
+    FEWEST_BEGINNINGS,
     WAITING_ROUNDS,
     Burst,
     burst_of,
@@ -30,8 +31,14 @@ SHORT_TOKENS = 6
 MOST_COMPARED = 48
 """Joined requests after which more would not decide either."""
 
+FEWEST_JOINED = 6
+"""Short requests that must have joined on a buffered server."""
+
 ENOUGH_COMPARED = 12
 """Joined requests that are compared even if fewer decide, so that a replica would be seen."""
+
+PAIR_TOKENS, PAIR_STEPS = 5, 2
+"""Tokens of the second request of a pair, and by how many the first one is longer and earlier."""
 
 BURSTS = (4, 16, 64)
 """Requests of a burst; the first is for servers on which requests wait."""
@@ -68,7 +75,6 @@ class Script:
         first_ns: delay of the first short request.
         pauses_ns: random pause before each short request.
         patience_ns: the next short request is sent after this time, even if one is unanswered.
-        pairs_ns: delay of the second request of each pair; empty if there are no pairs.
     """
 
     opening: Sequence[tuple[Role, int, int]]
@@ -77,7 +83,6 @@ class Script:
     first_ns: int = 0
     pauses_ns: Sequence[int] = ()
     patience_ns: int = 0
-    pairs_ns: Sequence[int] = ()
     estimate_ns: float = 0.0
 
 
@@ -91,7 +96,6 @@ class Player:
     shorts: int = 0
     last_ns: int = 0
     free_ns: int | None = None
-    halves: int = field(default=0)
 
     def next(self, now_ns: int, in_flight: int) -> Send | Pause | None:
         """Return the next request, a pause, or None when the round is over."""
@@ -117,8 +121,6 @@ class Player:
         script, began = self.script, self.began_ns or 0
         if not self.shorts:
             return began + script.first_ns + script.pauses_ns[0]
-        if script.pairs_ns and self.shorts % 2:
-            return self.last_ns + script.pairs_ns[self.shorts // 2]
         unanswered = in_flight - len(script.opening)
         if unanswered <= 0:
             self.free_ns = now_ns if self.free_ns is None else self.free_ns
@@ -136,11 +138,13 @@ def next_script(
     pace = pace_of(observations.alone)
     if pace is None:
         return None
-    script = _alone(len(alone), pace, observations)
-    if script is None:
-        script = _join(observations, pace, left_ns, random)
-    if script is None:
-        script = _burst(observations, pace, random)
+    script = (
+        _alone(len(alone), pace, observations, random)
+        or _join(observations, pace, left_ns, random)
+        or _pair(observations, pace, random)
+        or _burst(observations, pace, random)
+        or _beginning(observations, pace, random)
+    )
     return script if script is not None and script.estimate_ns <= left_ns else None
 
 
@@ -151,14 +155,33 @@ def short_tokens(pace: Pace) -> int:
     return max(SHORT_TOKENS, 2 * pace.chunk + 2)
 
 
-def _alone(done: int, pace: Pace, observations: Observations) -> Script | None:
+def _alone(
+    done: int, pace: Pace, observations: Observations, random: np.random.Generator
+) -> Script | None:
     """Return the next request that runs alone: a longer one, then two short ones."""
-    slow = pace.gap_ns > SLOW_NS
-    lengths = [short_tokens(pace)] if slow else [LONE_TOKENS, *([short_tokens(pace)] * 2)]
+    if pace.gap_ns > SLOW_NS:
+        lengths = [short_tokens(pace)]
+    else:
+        lengths = [LONE_TOKENS, *([short_tokens(pace)] * 2)]
+    lengths += [LONE_TOKENS] * pace.buffered
     if done > len(lengths):
         return None
     tokens = _within_context(lengths[done - 1], observations)
-    return Script([(Role.ALONE, tokens, 0)], estimate_ns=pace.e2e_ns(tokens))
+    return _single(tokens, pace, random)
+
+
+def _single(tokens: int, pace: Pace, random: np.random.Generator) -> Script:
+    delay = int(random.uniform(0, 1) * pace.gap_ns)
+    return Script([(Role.ALONE, tokens, delay)], estimate_ns=pace.e2e_ns(tokens))
+
+
+def _beginning(
+    observations: Observations, pace: Pace, random: np.random.Generator
+) -> Script | None:
+    """Return one more short request alone, if too few began on an idle server to see a timer."""
+    if len(observations.rounds) >= FEWEST_BEGINNINGS or not observations.bursts:
+        return None
+    return _single(short_tokens(pace), pace, random)
 
 
 def _within_context(tokens: int, observations: Observations) -> int:
@@ -183,6 +206,8 @@ def _join(
         enough = shared.compared >= MOST_COMPARED or seen.joined >= 2 * MOST_COMPARED
         if enough or (shared.shown and shared.compared >= ENOUGH_COMPARED):
             return None
+        if pace.buffered and seen.joined >= FEWEST_JOINED:
+            return None
         if shared.in_turns and shared.compared >= ENOUGH_COMPARED:
             return None
         mixed = shared.compared >= ENOUGH_COMPARED and not shared.shown
@@ -193,8 +218,6 @@ def _join(
         count = 2
     else:
         count = 4
-    if pace.buffered:
-        count *= 2
     share = 0.75 if rounds < 2 else 0.5
     while count > 2:
         script = _long(observations, pace, count, longs, bool(seen.waited), random)
@@ -217,25 +240,45 @@ def _long(
     own = 1.3 * pace.e2e_ns(tokens) + 0.5 * gap
     pauses = random.integers(0, max(1, int(gap)), count).tolist()
     first = int(pace.ttft_ns + 3 * gap * max(1, pace.chunk // 2))
-    turns = count / 2 if pace.buffered else count
-    span = first + turns * own + 2 * gap
+    span = first + count * own + 2 * gap
     if waiting:
         span = first + 4 * pace.ttft_ns + 10 * gap
     length = max(10, int(np.ceil((span - pace.ttft_ns) / max(gap, 1))) + 2 * pace.chunk)
     length = _within_context(length, observations)
-    opening = [(Role.LONG, length, 0)]
+    start = int(random.uniform(0, 1) * gap)
+    opening = [(Role.LONG, length, start)]
     if longs > 1:
-        opening.append((Role.LONG, length, int(random.uniform(0.1, 0.9) * gap)))
-    pairs = random.uniform(0.15, 0.3, count // 2) * gap if pace.buffered else ()
+        opening.append((Role.LONG, length, start + int(random.uniform(0.1, 0.9) * gap)))
     return Script(
         opening,
         count,
         tokens,
-        first,
+        start + first,
         pauses,
         patience_ns=int(2 * gap if waiting else 3 * pace.e2e_ns(tokens) + 2 * gap),
-        pairs_ns=[int(pair) for pair in pairs],
         estimate_ns=1.3 * pace.e2e_ns(length) * longs + 2 * own,
+    )
+
+
+# Pairs
+
+
+def _pair(
+    observations: Observations, pace: Pace, random: np.random.Generator
+) -> Script | None:
+    """Return the next pair of a buffered server; None if there were enough of them."""
+    shared = shared_steps(observations, pace)
+    if not pace.buffered or not joining_of(observations, pace).joined:
+        return None
+    enough = ENOUGH_COMPARED if shared.shown else MOST_COMPARED
+    if len([r for r in observations.rounds if r.of(Role.PAIR)]) >= enough:
+        return None
+    delay = int((PAIR_STEPS + random.uniform(-0.8, 0.8)) * pace.gap_ns)
+    first, second = PAIR_TOKENS + PAIR_STEPS, PAIR_TOKENS
+    start = int(random.uniform(0, 1) * pace.gap_ns)
+    return Script(
+        [(Role.PAIR, first, start), (Role.PAIR, second, start + delay)],
+        estimate_ns=1.3 * pace.e2e_ns(first) + pace.gap_ns,
     )
 
 
@@ -254,7 +297,7 @@ def _burst(
     count = _burst_size(bursts, bool(waits))
     if count is None:
         return None
-    longer = 4 if any(b.gradual for b in bursts) else 1
+    longer = 4 if any(b.gradual for b in bursts) else 2 if bursts and bursts[-1].exact else 1
     shortest = longer * max(8, 2 * pace.chunk + 4)
     lengths = [shortest + (5 * i) % (shortest + 1) for i in range(count)]
     if pace.buffered:
