@@ -62,6 +62,10 @@ TIMER_LEVEL = 1e-3
 FEWEST_BEGINNINGS = 12
 """Rounds that begin on an idle server at a random moment, by which a timer would show."""
 
+MOST_STRETCHED = 1.5
+"""Between chunks of tokens, steps are assumed at equal distances. If a long request is slowed down
+by more than this factor, turns of a server could fall on them."""
+
 MOST_SLOWED = 1.3
 """A request of a buffered server that takes longer than this multiple may have waited."""
 
@@ -293,6 +297,13 @@ def _pair_offsets(pairs: Sequence[tuple[Stream, Stream]], pace: Pace) -> list[fl
         for one, two in pairs
         if len(one.times_ns) == one.asked and len(two.times_ns) == two.asked
     ]
+
+
+def stretch_of(observations: Observations, pace: Pace) -> float:
+    """Return the time of a token of the long requests as a multiple of that of a request alone."""
+    longs = [s for r in observations.joining for s in r.of(Role.LONG) if s.answered]
+    each = [(s.last_ns - s.first_ns) / (len(s.times_ns) - 1) for s in longs if len(s.times_ns) > 1]
+    return float(np.median(each) / max(pace.gap_ns, 1)) if each else 1.0
 
 
 def sends_by_timer(observations: Observations) -> bool:
@@ -570,6 +581,10 @@ def _decide(
         if late and not any(b.midway for b in late):
             return Kind.UNKNOWN, (
                 "a request joins a running batch, but a finished one does not make room for the next"
+            )
+        if pace.chunk > 1 and stretch_of(observations, pace) > MOST_STRETCHED:
+            return Kind.UNKNOWN, (
+                "tokens arrive in chunks, and a request slows another one down as if they took turns"
             )
         if observations.lag_ns > WINDOW * pace.gap_ns:
             return Kind.UNKNOWN, (
