@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from batchbench.batching.benches.local import LocalBench
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.session import Session
 
 _BESIDE_PRODUCTS = 1.5
 """Ratio of the time of a step to that of its matrix products (docs/log.md)."""
@@ -82,7 +82,7 @@ _LARGE = 20_000
 
 def estimate(experiment: Experiment, watch: Watch) -> Estimate:
     """Simulate the strategies and time one matrix product; load no model."""
-    session = Session(replace(experiment, simulated=True), watch)
+    session = LocalBench(replace(experiment, simulated=True), watch)
     workload, trials = session.workload, experiment.trials.trials
     exact, timed = not workload.stop_at_eos, not replace(workload, stop_at_eos=False).closed
     if len(workload) > _LARGE:
@@ -117,7 +117,7 @@ def estimate(experiment: Experiment, watch: Watch) -> Estimate:
     )
 
 
-def _served(session: Session, step_ns: int) -> list[Recording]:
+def _served(session: LocalBench, step_ns: int) -> list[Recording]:
     """Simulate each strategy with steps of ``step_ns``."""
     engine = SimulatedEngine(max(step_ns, 1))
     to_the_end = replace(session.workload, stop_at_eos=False)

@@ -14,7 +14,7 @@ from batchbench.reports import metrics, time_budget
 from batchbench.reports.latency import gaps_ms, ttft_ms
 from batchbench.reports.result_file import metric
 from batchbench.reports.statistics import Distribution
-from batchbench.reports.text import percent, plural
+from batchbench.reports.text import label_of, percent, plural
 from batchbench.workloads import Workload
 
 LITTLE, HOST_SHARE, DRIFT, FOREIGN_CORES = 0.02, 0.03, 0.10, 0.2
@@ -65,10 +65,14 @@ def audit(
     warm_up: WarmUp,
     stopped: str | None,
     requested_rate: float | None = None,
+    *,
+    served: bool = False,
 ) -> list[str]:
     """Return the reasons to suspect a run; none if it is valid.
 
     Args:
+        served: a server did the work. It may be one of this machine's other processes, and the
+            outputs of its trials are compared elsewhere (``reports.served``).
         requested_rate: requests per second that the user requested; None if the workload has its
             own times, such as a trace.
     """
@@ -79,8 +83,12 @@ def audit(
         change = percent(warm_up.last_change, sign="+")
         reasons.append(Reason.WARM_UP.text(change=change, rounds=warm_up.rounds))
     for name, trials in recordings.items():
-        doubts = list(_broken_laws(workload, trials)) or _doubts(workload, trials, requested_rate)
-        reasons += [f"{name}: {doubt}" for doubt in doubts]
+        doubts = list(_broken_laws(workload, trials)) or [
+            *_doubts(workload, trials, requested_rate),
+            *(() if served else _doubts_of_machine(trials)),
+        ]
+        label = label_of(name, has_steps=trials[0].has_steps)
+        reasons += [f"{label}: {doubt}" for doubt in doubts]
     return reasons
 
 
@@ -111,8 +119,6 @@ def _doubts(
         yield Reason.COUNTERS
     if trials[0].header.simulated:
         return
-    if len({None if r.tokens is None else r.tokens.tobytes() for r in trials}) > 1:
-        yield Reason.OUTPUTS
     if stepped:
         share = float(np.median([time_budget.host_share(r) for r in stepped]))
         if share > HOST_SHARE:
@@ -127,6 +133,13 @@ def _doubts(
         if abs(change) > DRIFT:
             direction = "slower" if change > 0 else "faster"
             yield Reason.DRIFT.text(change=percent(abs(change)), direction=direction)
+
+
+def _doubts_of_machine(trials: Sequence[Recording]) -> Iterator[str]:
+    if trials[0].header.simulated:
+        return
+    if len({None if r.tokens is None else r.tokens.tobytes() for r in trials}) > 1:
+        yield Reason.OUTPUTS
     cores = max(r.header.about.get("foreign_cores") or 0.0 for r in trials)
     if cores > FOREIGN_CORES:
         yield Reason.FOREIGN_LOAD.text(cores=cores)

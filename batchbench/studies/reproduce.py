@@ -14,7 +14,7 @@ from batchbench.batching.experiment import Experiment, named_files, pinned
 from batchbench.batching.machine import Difference, facts_of
 from batchbench.batching.machine import differences as differences_between
 from batchbench.batching.progress import Watch
-from batchbench.batching.session import Session, run_session
+from batchbench.batching.session import open_bench, run_on
 from batchbench.batching.step_cost import KnownCost
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
@@ -262,7 +262,7 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Reproduction:
         UsageError: it cannot be run here.
     """
     try:
-        session = Session(experiment_of(recorded), watch or Watch())
+        session = open_bench(experiment_of(recorded), watch or Watch())
     except UsageError as error:
         raise UsageError(f"the result cannot be run here: {error}") from error
     data = recorded.data
@@ -279,7 +279,7 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Reproduction:
     if any(check.verdict == Verdict.DIFFERS for check in checks):
         return Reproduction(data["command"], differences, checks, None)
     goals = settings.from_json(GoalsSpec, data["config"]["goals"])
-    again = make_result(run_session(session), goals)
+    again = make_result(run_on(session), goals)
     checks += check_counters(recorded, again)
     for name in () if data["simulated"] else recorded.names:
         differing = differing_requests(recorded, again, name)

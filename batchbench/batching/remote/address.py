@@ -18,7 +18,7 @@ class FailureKind(StrEnum):
     """Kinds of failures of one request."""
 
     REFUSED = "refused"  # nothing listens at the address
-    UNREACHABLE = "unreachable"  # no route to the host
+    UNREACHABLE = "unreachable"  # no route to the host, or no answer to the connection
     DNS = "dns"  # the name of the host has no address
     TLS = "tls"  # the handshake failed, or the certificate is not trusted
     LOCAL = "local"  # this machine has no sockets or ports left
@@ -40,7 +40,7 @@ class FailureKind(StrEnum):
 _SETUP = frozenset(
     {
         *(FailureKind.REFUSED, FailureKind.UNREACHABLE, FailureKind.DNS),
-        *(FailureKind.TLS, FailureKind.LOCAL, FailureKind.NOT_HTTP),
+        *(FailureKind.TLS, FailureKind.LOCAL, FailureKind.NOT_HTTP, FailureKind.NOT_SSE),
     }
 )
 
@@ -58,9 +58,10 @@ class Failure:
     @property
     def is_usage(self) -> bool:
         """Tell whether the same request would fail again: before a trial, a usage error."""
-        if self.status is not None and self.kind is FailureKind.STATUS:
-            return self.status < 500 and self.status not in _BUSY
-        return self.kind in _SETUP
+        status = self.status or 0
+        if self.kind is FailureKind.STATUS:
+            return status < 500 and status not in _BUSY
+        return self.kind in _SETUP and not (self.kind is FailureKind.NOT_HTTP and status)
 
 
 class ServerError(UsageError):

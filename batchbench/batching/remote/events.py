@@ -121,13 +121,11 @@ def parse(exchange: Exchange, dialect: StreamFormat, asked_tokens: int | None) -
     """
     response = response_of(exchange)
     failure = failure_of_response(exchange, response)
-    if isinstance(response, str):
-        return _Stream(exchange).reply(failure)
-    if response.status != 200:
-        return _Stream(exchange).reply(_status_failure(response))
-    if not _is_sse(response):
-        return _Stream(exchange).reply(failure or _not_sse(response))
     stream = _Stream(exchange)
+    if response.status not in (0, 200):
+        return stream.reply(_status_failure(response))
+    if failure is None and not _is_sse(response):
+        return stream.reply(_not_sse(response))
     stream.take(events_of(response.pieces, whole=failure is None))
     failure = stream.failure or failure or stream.incomplete(dialect, asked_tokens)
     return stream.reply(failure)
@@ -403,7 +401,7 @@ def _said(response: Response) -> str:
     except (ValueError, RecursionError):
         data = None
     if message := _message(data):
-        return shown(" ".join(message.split()), 300)
+        return shown(" ".join(message.split()), 300).rstrip(".")
     if title := re.search(r"<title[^>]*>([^<]*)</title>", text, re.IGNORECASE):
         return f"a page titled {shown(title[1].strip())!r}"
     return shown(" ".join(text.split())) or "an empty body"
@@ -430,13 +428,16 @@ def _status_failure(response: Response) -> Failure:
 def _not_sse(response: Response) -> Failure:
     kind = response.headers.get("content-type", "no content type")
     body = response.body[:65536].lstrip()
+    said = f"the server answers 200 with {_said(response)}"
     if body.startswith(b"<"):
-        said = f"{_said(response)} instead of a stream; check the address and --endpoint"
+        said += " instead of a stream; check the address and --endpoint"
     elif body.startswith(b"{") and b'"choices"' in body:
-        said = 'plain JSON instead of a stream; it ignores "stream": true'
+        said = 'the server answers with plain JSON instead of a stream; it ignores "stream": true'
+    elif body.startswith(b"{") and b'"error"' in body:
+        return Failure(FailureKind.STREAM_ERROR, said, 200)
     else:
-        said = f"{_said(response)} ({shown(kind)}) instead of a stream"
-    return Failure(FailureKind.NOT_SSE, f"the server answers 200 with {said}", 200)
+        said += f" ({shown(kind)}) instead of a stream"
+    return Failure(FailureKind.NOT_SSE, said, 200)
 
 
 # The client's own part in the times

@@ -15,6 +15,10 @@ import h11
 from batchbench.batching.remote.address import Failure, FailureKind
 from batchbench.errors import shown
 
+_HTTP = b"HTTP/1."
+
+_TLS_ALERT = b"\x15\x03"
+
 
 @dataclass(frozen=True)
 class Outgoing:
@@ -86,7 +90,11 @@ Watcher = Callable[[Exchange], None]
 
 @dataclass(frozen=True)
 class Response:
-    """A response, in pieces: the index of the read that completed a piece, and its bytes."""
+    """A response, as far as it goes.
+
+    ``pieces`` are the index of the read that completed a piece of the body, and its bytes.
+    ``status`` is 0 if there is none, and ``broken`` says what in it is not HTTP/1.1.
+    """
 
     status: int
     headers: Mapping[str, str]
@@ -99,17 +107,16 @@ class Response:
         return b"".join(data for _, data in self.pieces)
 
 
-def response_of(exchange: Exchange) -> Response | str:
-    """Return the response in an exchange's bytes, or a reason for which there is none."""
+def response_of(exchange: Exchange) -> Response:
+    """Return the response in an exchange's bytes, as far as it goes."""
     connection = h11.Connection(h11.CLIENT)
     connection.send(h11.Request(method="GET", target="/", headers=[("host", "any")]))
     connection.send(h11.EndOfMessage())
-    status, headers = 0, dict[str, str]()
-    pieces: list[tuple[int, bytes]] = []
+    status, headers, pieces = 0, dict[str, str](), list[tuple[int, bytes]]()
     complete, broken = False, None
-    inputs = [read.data for read in exchange.reads] + [b""] * exchange.closed
+    data = b""
     try:
-        for index, data in enumerate(inputs):
+        for index, data in enumerate([r.data for r in exchange.reads] + [b""] * exchange.closed):
             connection.receive_data(data)
             while not complete:
                 event = connection.next_event()
@@ -119,15 +126,11 @@ def response_of(exchange: Exchange) -> Response | str:
                     status = event.status_code
                     headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in event.headers}
                 elif isinstance(event, h11.Data):
-                    pieces.append((min(index, len(exchange.reads) - 1), bytes(event.data)))
+                    pieces.append((index, bytes(event.data)))
                 elif isinstance(event, h11.EndOfMessage):
                     complete = True
-            if complete:
-                break
     except h11.RemoteProtocolError as error:
-        broken = str(error)
-    if not status:
-        return broken or "the response has no status line"
+        broken = str(error) if data else None  # else the connection ended early
     return Response(status, headers, pieces, complete, broken)
 
 
@@ -179,27 +182,27 @@ class ResponseEnd:
         return None
 
 
-def failure_of_response(exchange: Exchange, response: Response | str) -> Failure | None:
+def failure_of_response(exchange: Exchange, response: Response) -> Failure | None:
     """Return the failure of a connection, or of a response that is not whole."""
+    first = exchange.reads[0].data if exchange.reads else b""
+    foreign = not _HTTP.startswith(first[: len(_HTTP)])
+    if foreign or response.broken is not None:
+        if first.startswith(_TLS_ALERT):
+            text = "the server speaks TLS: begin its URL with https://"
+        elif response.status:
+            text = f"the response is broken ({shown(response.broken)})"
+        else:
+            text = f"the response is not HTTP/1.1 ({shown(first[:32])})"
+        return Failure(FailureKind.NOT_HTTP, text, response.status or None)
     if exchange.failure is not None:
         return exchange.failure
+    if response.complete:
+        return None
     size = sum(len(read.data) for read in exchange.reads)
     if not size:
-        return Failure(
-            FailureKind.CLOSED_EARLY, "the server closed the connection without a response"
-        )
-    if isinstance(response, str):
-        if exchange.reads[0].data[:2] == b"\x15\x03":
-            return Failure(
-                FailureKind.NOT_HTTP, "the server speaks TLS: begin its URL with https://"
-            )
-        if exchange.reads[0].data[:7] == b"HTTP/1." and exchange.closed:
-            text = f"the connection ended after {size:,} bytes, inside the response's headers"
-            return Failure(FailureKind.CLOSED_EARLY, text)
-        return Failure(FailureKind.NOT_HTTP, f"the response is not HTTP/1.1 ({shown(response)})")
-    if not response.complete:
+        text = "the server closed the connection without a response"
+    elif not response.status:
+        text = f"the connection ended after {size:,} bytes, inside the response's headers"
+    else:
         text = f"the connection ended after {size:,} bytes, before the response did"
-        if response.broken is not None and not exchange.closed:
-            return Failure(FailureKind.NOT_HTTP, f"the response is broken ({response.broken})")
-        return Failure(FailureKind.CLOSED_EARLY, text, response.status)
-    return None
+    return Failure(FailureKind.CLOSED_EARLY, text, response.status or None)

@@ -401,7 +401,6 @@ def _resolve(address: Address) -> list[_Route] | Failure:
 
 _KINDS: Mapping[int, FailureKind] = {
     errno.ECONNREFUSED: FailureKind.REFUSED,
-    errno.ETIMEDOUT: FailureKind.TIMEOUT,
     **dict.fromkeys((errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED), FailureKind.RESET),
     **dict.fromkeys(
         (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL),
@@ -412,17 +411,17 @@ _KINDS: Mapping[int, FailureKind] = {
 
 def _failure_of(error: OSError, stream: _Stream, address: Address) -> Failure:
     """Return the failure of a request, in a line that says what to do."""
+    connecting = stream.phase is _Phase.CONNECT
     if isinstance(error, TimeoutError) and error.errno is None:  # ours
-        return Failure(FailureKind.TIMEOUT, _timeout_text(stream, address))
+        kind = FailureKind.UNREACHABLE if connecting else FailureKind.TIMEOUT
+        return Failure(kind, _timeout_text(stream, address))
     if isinstance(error, ssl.SSLError) or stream.phase is _Phase.SHAKE:
         return Failure(FailureKind.TLS, _tls_text(error, address))
-    connecting = stream.phase is _Phase.CONNECT
     unknown = FailureKind.UNREACHABLE if connecting else FailureKind.RESET
     kind = _KINDS.get(error.errno or 0, unknown)
     why = error.strerror if error.strerror != "connect" else None
     texts = {
         FailureKind.REFUSED: f"{address} refuses connections: is the server running, on this port?",
-        FailureKind.TIMEOUT: f"{address}: no connection (the system gave up)",
         FailureKind.LOCAL: f"this machine has no socket left ({why}): raise ulimit -n, or have"
         " fewer requests in flight",
         FailureKind.RESET: f"{address} broke the connection {_so_far(stream)}",
@@ -479,6 +478,6 @@ def _ask(address: Address, path: str, body: bytes | None) -> Response:
     (only,) = exchange(address, _Once(path, body))
     response = response_of(only)
     failure = failure_of_response(only, response)
-    if failure is not None or isinstance(response, str):
-        raise ServerError(failure or Failure(FailureKind.NOT_HTTP, str(response)))
+    if failure is not None:
+        raise ServerError(failure)
     return response

@@ -33,6 +33,7 @@ from batchbench.reports.figures.timeline import Bars, middle_length, window_of
 from batchbench.reports.formats import terminal
 from batchbench.reports.occupancy import Holdings, levels_of
 from batchbench.reports.result import Result
+from batchbench.reports.served import agreement_words, server_lines
 from batchbench.reports.side_by_side import Labelled, SideBySide
 from batchbench.reports.statistics import Distribution, Floats
 from batchbench.reports.text import clean_text, number, percent
@@ -122,11 +123,18 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "sentence": capitalize(terminal.sentence(result, reasons=False)),
         "causes": terminal.causes(result) if budgets else [],
         "names": result.names,
+        "called": [result.label(name) for name in result.names],
+        "served": result.served,
+        "agreement": agreement_words(agreed) if (agreed := data.get("agreement")) else "",
         "strategies": strategies,
         "head": head,
         "rows": rows,
         "notes": terminal.notes(result),
-        "lines": [*terminal.floor_lines(result), *terminal.stall_lines(result)],
+        "lines": [
+            *server_lines(data),
+            *terminal.floor_lines(result),
+            *terminal.stall_lines(result),
+        ],
         "timelines": timelines,
         "left_out": _left_out(result, timelines, window),
         "axis": {"window": window / 1000, "unit": unit.ns / 1000, "name": unit.name},
@@ -150,6 +158,8 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
 
 
 def _left_out(result: Result, timelines: Sequence[Timeline], window: float) -> str:
+    if result.served:
+        return "A server does not tell which request is in which slot of its batch."
     sentences = [
         f"{name} logs no steps, so its slots are not known."
         for name, trials in result.recordings.items()
