@@ -365,7 +365,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "404",
         K.STATUS,
-        "answers 404: The model `x` does not exist.; check --model",
+        "answers 404: The model `x` does not exist; check --model",
         _json("404 Not Found", {"error": {"message": "The model `x` does not exist."}}),
         2,
     ),

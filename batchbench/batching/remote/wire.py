@@ -5,9 +5,10 @@ and the time at which they arrived, and ``batching.remote.events`` parses them a
 request has a connection of its own, is sent once, and follows no redirect.
 
 All times are nanoseconds of ``time.monotonic_ns``. On Linux without TLS, the kernel stamps the
-bytes when they arrive (SO_TIMESTAMPNS, so a busy client measures the same times); the kernel's
-clock is CLOCK_REALTIME, and its offset is measured before and after. With TLS, and on other
-systems, a stamp is the time at which the client has read the bytes.
+bytes when they arrive (SO_TIMESTAMPNS), so a busy client measures the same times. The kernel's
+clock is CLOCK_REALTIME; its offset is measured before and after the trial. With TLS, and on other
+systems, a stamp is the time at which the client has read the bytes. Bytes that arrive while the
+client is busy are merged into one read, and have the stamp of the last of them.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ class _Client:
         self._buffer = memoryview(bytearray(_BUFFER))
         self._tls = _tls_context(address) if address.scheme == "https" else None
         self._stamped = kernel_stamps and self._tls is None and sys.platform == "linux"
+        self._run_delay = _RunDelay(wanted=not self._stamped)
         self._offset_ns = _clock_offset_ns()
         self._no_route: Failure | None = None
         self._routes: list[_Route] = []
@@ -172,6 +174,7 @@ class _Client:
         for stream in list(self._streams):
             self._finish(stream, Failure(FailureKind.STOPPED, "stopped before its end"), tell=False)
         self._selector.close()
+        self._run_delay.close()
 
     def _select(self, now_ns: int, wake_ns: int | None) -> None:
         """Wait for the sockets until ``wake_ns``, and serve those that are ready."""
@@ -184,10 +187,11 @@ class _Client:
             time.sleep(max(0, wait_ns) / _NS)
             ready = []
         returned = time.monotonic_ns()
+        unscheduled_ns = self._run_delay.since_last_ns()
         if returned - now_ns < _AT_ONCE_NS:
             self._base_lag_ns = returned - self._returned_ns
         else:
-            self._base_lag_ns = max(0, returned - now_ns - max(0, wait_ns))
+            self._base_lag_ns = max(unscheduled_ns, returned - now_ns - max(0, wait_ns))
         self._returned_ns = returned
         for key, events in ready:
             self._advance(key.data, events)
@@ -363,12 +367,36 @@ class _Client:
 
     def _correct_stamps(self) -> None:
         """Use the times of reading if somebody has set the system's clock meanwhile."""
-        if abs(_clock_offset_ns() - self._offset_ns) > _CLOCK_STEP_NS:
+        step_ns = _clock_offset_ns() - self._offset_ns
+        if abs(step_ns) > _CLOCK_STEP_NS:
             for exchange in self.exchanges:
                 exchange.reads = [
-                    read._replace(stamp_ns=read.read_ns, kernel=False, lag_ns=0)
+                    Read(read.read_ns, False, read.read_ns, read.data, read.lag_ns + abs(step_ns))
                     for read in exchange.reads
                 ]
+
+
+class _RunDelay:
+    """Time for which this thread was ready to run and had no processor, as Linux counts it."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._file, self._last_ns = -1, 0
+        if wanted:
+            with suppress(OSError):
+                self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        self.since_last_ns()
+
+    def since_last_ns(self) -> int:
+        """Return the time since the last call; 0 where it is not known."""
+        if self._file < 0:
+            return 0
+        last, self._last_ns = self._last_ns, int(os.pread(self._file, 64, 0).split()[1])
+        return self._last_ns - last
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def _clock_offset_ns() -> int:
