@@ -112,8 +112,13 @@ def main() -> None:
         random = np.random.default_rng(first + number)
         kind = draw(random, wider=wider)
         if chosen.set == "ticks":  # the hardest: nothing shares a batch, but arrivals coincide
-            kind = replace(kind, tick=kind.tick or kind.step * float(random.uniform(0.03, 1.5)),
-                           replicas=max(2, kind.replicas), policy=str(random.choice(["static", "static", "slices"])), slots=max(2, kind.slots))
+            kind = replace(
+                kind,
+                tick=kind.tick or kind.step * float(random.uniform(0.03, 1.5)),
+                replicas=max(2, kind.replicas),
+                policy=str(random.choice(["static", "static", "slices"])),
+                slots=max(2, kind.slots),
+            )
         seen, took = observe(kind, seed=first + number)
         verdict = judge(seen)
         bad = is_wrong(kind, verdict.kind, verdict.slots, verdict.slots_is_lower_bound)
@@ -124,14 +129,45 @@ def main() -> None:
             exact["at least" if verdict.slots_is_lower_bound else "exact"] += 1
         seconds.append(took)
         if chosen.why in name_of(kind) and chosen.why and outcome == "cannot tell":
-            seen_ = verdict.shared and (verdict.shared.together, verdict.shared.compared, f"{verdict.shared.chance:.1e}")
-            print(number, name_of(kind), kind.replicas, kind.routing, f"{took:.0f}s step {kind.step:.0f} lat {kind.latency:.0f} chunk {kind.chunk} tick {kind.tick:.0f} hic {kind.hiccup:.2f} jit {kind.jitter:.2f}", seen_, verdict.joining and verdict.joining.joined, verdict.reason)
+            seen_ = verdict.shared and (
+                verdict.shared.together,
+                verdict.shared.compared,
+                f"{verdict.shared.chance:.1e}",
+            )
+            print(
+                number,
+                name_of(kind),
+                kind.replicas,
+                kind.routing,
+                f"{took:.0f}s step {kind.step:.0f} lat {kind.latency:.0f} chunk {kind.chunk} tick {kind.tick:.0f} hic {kind.hiccup:.2f} jit {kind.jitter:.2f}",
+                seen_,
+                verdict.joining and verdict.joining.joined,
+                verdict.reason,
+            )
         if bad or chosen.show is not None:
-            wrong.append({"number": number, "server": asdict(kind), "verdict": verdict.kind,
-                          "slots": verdict.slots, "bound": verdict.slots_is_lower_bound})
+            wrong.append(
+                {
+                    "number": number,
+                    "server": asdict(kind),
+                    "verdict": verdict.kind,
+                    "slots": verdict.slots,
+                    "bound": verdict.slots_is_lower_bound,
+                }
+            )
             brief = {k: v for k, v in asdict(kind).items() if v != getattr(Kind(), k)}
             sh = verdict.shared
-            print(number, {k: round(v, 2) if isinstance(v, float) else v for k, v in brief.items()}, "\n   ", verdict.kind, verdict.slots, verdict.slots_is_lower_bound, sh and (sh.together, sh.compared, f"{sh.chance:.0e}"), [(b.sent, b.most, b.exact, b.gradual, b.groups[:9]) for b in verdict.bursts],"\n", file=sys.stderr)
+            print(
+                number,
+                {k: round(v, 2) if isinstance(v, float) else v for k, v in brief.items()},
+                "\n   ",
+                verdict.kind,
+                verdict.slots,
+                verdict.slots_is_lower_bound,
+                sh and (sh.together, sh.compared, f"{sh.chance:.0e}"),
+                [(b.sent, b.most, b.exact, b.gradual, b.groups[:9]) for b in verdict.bursts],
+                "\n",
+                file=sys.stderr,
+            )
     show(rows, seconds, exact)
     if chosen.show is None:
         write(chosen.set, rows, wrong, seconds, exact)
@@ -142,11 +178,19 @@ def show(rows: dict[str, Counter[str]], seconds: Sequence[float], exact: Counter
     outcomes = ("right", "cannot tell", "wrong")
     print(f"{'server':<36}{'right':>8}{'cannot tell':>13}{'wrong':>8}")
     for name in sorted(rows):
-        print(f"{name:<36}" + "".join(f"{rows[name][o]:>{w}}" for o, w in zip(outcomes, (8, 13, 8), strict=True)))
+        print(
+            f"{name:<36}"
+            + "".join(f"{rows[name][o]:>{w}}" for o, w in zip(outcomes, (8, 13, 8), strict=True))
+        )
     total = sum(rows.values(), Counter[str]())
-    print(f"{'all':<36}" + "".join(f"{total[o]:>{w}}" for o, w in zip(outcomes, (8, 13, 8), strict=True)))
-    print(f"slots: {exact['exact']} exact, {exact['at least']} at least; seconds: median "
-          f"{np.median(seconds):.0f}, p99 {np.percentile(seconds, 99):.0f}, most {max(seconds):.0f}")
+    print(
+        f"{'all':<36}"
+        + "".join(f"{total[o]:>{w}}" for o, w in zip(outcomes, (8, 13, 8), strict=True))
+    )
+    print(
+        f"slots: {exact['exact']} exact, {exact['at least']} at least; seconds: median "
+        f"{np.median(seconds):.0f}, p99 {np.percentile(seconds, 99):.0f}, most {max(seconds):.0f}"
+    )
 
 
 def write(

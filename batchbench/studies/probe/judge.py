@@ -52,9 +52,8 @@ LEVEL = 1e-4
 LEFT_STEPS = 2
 """A request joined if the long one still got this many tokens after the joiner's first."""
 
-MOST_TICKS, ON_TICK = 6, 0.1
-"""Ticks of a timer between two tokens, up to which it is looked for; and the largest distance of an
-arrival from a tick, as a share of it."""
+MOST_TICKS = 6
+"""Ticks of a timer between two tokens, up to which it is looked for."""
 
 TIMER_LEVEL = 1e-3
 """The largest probability of a chance result that counts as a timer."""
@@ -309,8 +308,8 @@ def stretch_of(observations: Observations, pace: Pace) -> float:
 def sends_by_timer(observations: Observations) -> bool:
     """Tell whether tokens are sent at the ticks of a timer, which would hide the steps.
 
-    All times between arrivals are then multiples of the tick, and not always the same one; or, if
-    ticks are longer than steps, chunks differ in size but keep up an even rate.
+    Requests that begin on an idle server at random moments then get their first token at a tick;
+    and if ticks are longer than steps, chunks differ in size but keep up an even rate.
     """
     streams = [s for r in observations.rounds if not r.is_burst for s in r.streams if s.answered]
     streams = [s for s in streams if len(s.arrivals_ns) > 2]
@@ -318,19 +317,11 @@ def sends_by_timer(observations: Observations) -> bool:
         return False
     gaps = np.concatenate([np.diff(s.arrivals_ns) for s in streams]).astype(np.float64)
     usual = float(np.median(gaps))
-    for parts in range(1, MOST_TICKS + 1):
-        tick = usual / parts
-        multiples = np.round(gaps / tick)
-        off = np.abs(gaps / tick - multiples)
-        _, counts = np.unique(multiples[off < ON_TICK], return_counts=True)
-        several = int((counts >= max(3, 0.03 * len(gaps))).sum()) > 1
-        if several and np.mean(off < ON_TICK) > 0.85:
-            return True
     if any(_evenly_chunked(s) for s in observations.alone):
         return True
-    near = np.linspace(0.98, 1.02, 41)  # a median of gaps is not exact over hundreds of ticks
+    near = np.linspace(0.94, 1.06, 241)  # a median of gaps is not exact over hundreds of ticks
     ticks = [usual / parts * near for parts in range(1, MOST_TICKS + 1)]
-    return _follow_a_grid(observations, np.concatenate(ticks), 10 * MOST_TICKS)
+    return _follow_a_grid(observations, np.concatenate(ticks), 30 * MOST_TICKS)
 
 
 def _follow_a_grid(observations: Observations, ticks: Floats, tried: int) -> bool:
@@ -499,9 +490,7 @@ def _is_full(groups: Sequence[int]) -> bool:
     return max(groups, default=0) in groups[1:-1]
 
 
-def _saturated(
-    spans: Sequence[Span], most: int, gap: float, pace: Pace
-) -> tuple[bool, bool]:
+def _saturated(spans: Sequence[Span], most: int, gap: float, pace: Pace) -> tuple[bool, bool]:
     """Tell whether the slots were full, and whether requests began only gradually.
 
     The slots were full if the first requests began together, then none for a while, and each later
@@ -587,10 +576,10 @@ def _decide(
                 "tokens arrive in chunks, and a request slows another one down as if they took turns"
             )
         if observations.lag_ns > WINDOW * pace.gap_ns:
-            return Kind.UNKNOWN, (
-                "this machine was too busy to tell at which step a token arrived"
-            )
+            return Kind.UNKNOWN, ("this machine was too busy to tell at which step a token arrived")
         by_timer = _buffered_by_timer(observations, pace) if pace.buffered else False
+        if len(_between_rounds(observations)) < FEWEST_BEGINNINGS:
+            return Kind.UNKNOWN, "there was no time to exclude that a timer sends the tokens"
         if by_timer or sends_by_timer(observations):
             return Kind.UNKNOWN, "tokens are sent at the ticks of a timer, which hide the steps"
         return Kind.CONTINUOUS, "requests join a running batch and share its steps"

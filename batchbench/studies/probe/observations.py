@@ -179,14 +179,12 @@ class Pace:
         gap_ns: the median time of a token.
         chunk: output tokens that arrive together, as the median.
         buffered: all tokens of a request arrive together at its end.
-        spread: the largest latency of a short request as a multiple of the smallest.
     """
 
     ttft_ns: float
     gap_ns: float
     chunk: int
     buffered: bool
-    spread: float
 
     def e2e_ns(self, tokens: int) -> float:
         """Return the expected time of a request of so many tokens."""
@@ -206,13 +204,11 @@ def pace_of(alone: Sequence[Stream]) -> Pace | None:
     else:
         ttft = float(np.median([s.ttft_ns for s in answered]))
     chunks = [_chunk(s) for s in several if len(s.arrivals_ns) > 1]
-    early = [s.e2e_ns if buffered else s.ttft_ns for s in answered if s.asked == answered[-1].asked]
     return Pace(
         ttft_ns=max(ttft, 0.0),
         gap_ns=gap,
         chunk=max(1, round(float(np.median(chunks)))) if chunks else 1,
         buffered=buffered,
-        spread=max(early) / max(min(early), 1),
     )
 
 

@@ -142,8 +142,8 @@ def next_script(
         _alone(len(alone), pace, observations, random)
         or _join(observations, pace, left_ns, random)
         or _pair(observations, pace, random)
-        or _burst(observations, pace, random)
         or _beginning(observations, pace, random)
+        or _burst(observations, pace, random)
     )
     return script if script is not None and script.estimate_ns <= left_ns else None
 
@@ -178,10 +178,10 @@ def _single(tokens: int, pace: Pace, random: np.random.Generator) -> Script:
 def _beginning(
     observations: Observations, pace: Pace, random: np.random.Generator
 ) -> Script | None:
-    """Return one more short request alone, if too few began on an idle server to see a timer."""
-    if len(observations.rounds) >= FEWEST_BEGINNINGS or not observations.bursts:
+    """Return one more token alone, if too few requests began on an idle server to see a timer."""
+    if len(observations.rounds) > FEWEST_BEGINNINGS:
         return None
-    return _single(short_tokens(pace), pace, random)
+    return _single(1, pace, random) if shared_steps(observations, pace).shown else None
 
 
 def _within_context(tokens: int, observations: Observations) -> int:
@@ -263,9 +263,7 @@ def _long(
 # Pairs
 
 
-def _pair(
-    observations: Observations, pace: Pace, random: np.random.Generator
-) -> Script | None:
+def _pair(observations: Observations, pace: Pace, random: np.random.Generator) -> Script | None:
     """Return the next pair of a buffered server; None if there were enough of them."""
     shared = shared_steps(observations, pace)
     if not pace.buffered or not joining_of(observations, pace).joined:
@@ -285,9 +283,7 @@ def _pair(
 # Bursts
 
 
-def _burst(
-    observations: Observations, pace: Pace, random: np.random.Generator
-) -> Script | None:
+def _burst(observations: Observations, pace: Pace, random: np.random.Generator) -> Script | None:
     """Return the next burst; None if the slots are counted."""
     seen, shared = joining_of(observations, pace), shared_steps(observations, pace)
     waits = not seen.joined and seen.waited
