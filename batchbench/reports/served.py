@@ -43,8 +43,8 @@ class Doubt(StrEnum):
         "prompt cache off"
     )
     LAG = (
-        "output waited up to {value} ms for the client (p99), {share} of the median ITL, and has no "
-        "kernel time stamps: give the client a processor of its own"
+        "output waited up to {value} ms for the client (p99), {share} of the median ITL, without "
+        "time stamps of the kernel: give the client a processor of its own"
     )
     MERGED = (
         "{share} of the output arrived together with later output and has its time: turn off "
@@ -215,7 +215,7 @@ def server_lines(facts: Facts) -> list[str]:
 
 
 def doubts(facts: Facts, recordings: Recordings) -> list[str]:
-    """Return the reasons to doubt the times of a run against a server."""
+    """Return the reasons to doubt the times of a run against a server; none for our own engine."""
     server = facts.get("server")
     if server is None:
         return []
@@ -229,10 +229,10 @@ def doubts(facts: Facts, recordings: Recordings) -> list[str]:
         if cached:
             label = label_of(name, has_steps=False)
             found.append(f"{label}: {Doubt.CACHED.text(tokens=cached)}")
-    return [*found, *_of_client(recordings), *_contradiction(recordings)]
+    return [*found, *doubts_of_client(recordings), *_contradiction(recordings)]
 
 
-def _of_client(recordings: Recordings) -> list[str]:
+def doubts_of_client(recordings: Recordings) -> list[str]:
     """Return the doubts in the client's times, each for the strategy in which it is worst."""
     worst: dict[Doubt, tuple[float, str]] = {}
     for name, trials in recordings.items():
