@@ -17,11 +17,19 @@ from batchbench.reports.figures import figure_bytes
 from batchbench.reports.text import joined, number, percent, plural, spell_time
 from batchbench.studies.probe.ask import Findings
 from batchbench.studies.probe.figure import draw_streams
-from batchbench.studies.probe.judge import CHANCE, WINDOW, Burst, Kind, Verdict
-from batchbench.studies.probe.observations import Role, Round, Stream
-from batchbench.studies.probe.pictured import Panel, panels_of
+from batchbench.studies.probe.judge import Kind, Verdict
+from batchbench.studies.probe.observations import Round, Stream
+from batchbench.studies.probe.panels import Panel, panels_of
+from batchbench.studies.probe.slots import Burst
+from batchbench.studies.probe.steps import CHANCE, WINDOW
 
 SCHEMA_VERSION = 1
+
+TOKEN = "│"
+"""A token; those of one step make a vertical line."""
+
+COLUMNS_A_TOKEN = 2.5
+"""The fewest columns from one token to the next."""
 
 _MS = 1e6
 
@@ -71,20 +79,22 @@ def _failed(findings: Findings) -> int:
     return sum(bool(s.failure) for s in streams)
 
 
+def _ms(ns: float) -> str:
+    return f"{ns / _MS:.3g} ms"
+
+
 def _alone(verdict: Verdict) -> str:
     pace = verdict.pace
     if pace is None:
         return ""
     if pace.buffered:
         return (
-            f"A request takes {number(pace.e2e_ns(10) / _MS)} ms for 10 tokens, about "
-            f"{number(pace.gap_ns / _MS)} ms a token. The server sends them all at the end."
+            f"A request takes {_ms(pace.e2e_ns(10))} for 10 tokens, about {_ms(pace.gap_ns)} a "
+            "token. The server sends them all at the end."
         )
     chunks = f", {pace.chunk} together" if pace.chunk > 1 else ""
-    return (
-        f"The first token comes after {number(pace.ttft_ns / _MS)} ms, then one every "
-        f"{number(pace.gap_ns / _MS)} ms{chunks}."
-    )
+    first = f"The first token comes after {_ms(pace.ttft_ns)}"
+    return f"{first}, then one every {_ms(pace.gap_ns)}{chunks}."
 
 
 def _joining(verdict: Verdict) -> str:
@@ -133,7 +143,15 @@ def _shared(verdict: Verdict) -> str:
 def _slots(verdict: Verdict) -> str:
     if not verdict.bursts:
         return ""
-    return " ".join(_burst(burst) for burst in verdict.bursts[-2:])
+    last = verdict.bursts[-2:]
+    seen = list(dict.fromkeys(_burst(burst) for burst in last))
+    twice = " Twice." if len(last) > len(seen) else ""
+    return f"{' '.join(seen)}{twice} {_gain(last)}"
+
+
+def _gain(bursts: Sequence[Burst]) -> str:
+    gain = float(np.median([burst.gain for burst in bursts]))
+    return f"Together they got {gain:.1f} times the tokens per second of one alone."
 
 
 def _burst(burst: Burst) -> str:
@@ -149,7 +167,7 @@ def _burst(burst: Burst) -> str:
         text += ", one after another"
     elif burst.most == burst.sent:
         text += ", so there may be more slots"
-    return f"{text}. They got {number(burst.gain)} times the tokens per second of one alone."
+    return f"{text}."
 
 
 def _server(findings: Findings) -> str:
@@ -181,29 +199,30 @@ def render(findings: Findings, width: int) -> RenderableType:
     grid.add_column(overflow="fold")
     for name, text in tests_of(findings):
         grid.add_row(Text(name, "bold"), text)
+    grid.add_row(Text("Time", "bold"), f"The probe took {spell_time(findings.took_s)}.")
     parts: list[RenderableType] = [Text(sentence(findings), "bold"), "", grid]
     for panel in panels_of(findings.observations.rounds):
         parts += ["", Text(panel.title, "bold"), Text("\n".join(rows_of(panel, width)))]
-    parts += ["", Text(f"· waiting   █ token   ─ between tokens   Took {_took(findings)}.")]
+    parts += ["", Text(f"· waiting   {TOKEN} token   ─ between tokens")]
     if verdict.kind is Kind.UNKNOWN and verdict.shared and not verdict.shared.shown:
         parts.append(Text("More time may help: --max-time 180."))
     return Group(*parts)
 
 
-def _took(findings: Findings) -> str:
-    return spell_time(findings.took_s)
-
-
 def rows_of(panel: Panel, width: int) -> list[str]:
-    """Return a row of characters for each stream, all on one time axis, and the axis."""
-    names = [panel.name(stream) for stream in panel.streams]
-    left = max(map(len, names)) + 1
+    """Return a row of characters for each stream, all on one time axis, and the axis.
+
+    Times are cut where tokens would no longer have columns of their own.
+    """
+    begin, last_ns = panel.span_ns
+    left = max(len(panel.name(stream)) for stream in panel.streams) + 1
     columns = max(10, width - left - 1)
-    begin, end = panel.span_ns
+    end = min(float(last_ns), begin + columns / COLUMNS_A_TOKEN * panel.gap_ns)
     scale = (columns - 1) / max(end - begin, 1)
     rows = [
-        f"{name:<{left}}{_row(stream, begin, scale)}".rstrip()
-        for name, stream in zip(names, panel.streams, strict=True)
+        f"{panel.name(stream):<{left}}{_row(stream, begin, scale)[:columns]}".rstrip()
+        for stream in panel.streams
+        if stream.sent_ns < end
     ]
     last = f"{number((end - begin) / 1e9)} s"
     return [*rows, " " * left + "0 s" + last.rjust(columns - 3)]
@@ -219,7 +238,7 @@ def _row(stream: Stream, begin: int, scale: float) -> str:
     first, last = column(stream.first_ns), column(stream.last_ns)
     cells = [" "] * sent + ["·"] * (first - sent) + ["─"] * (last - first + 1)
     for time in stream.times_ns:
-        cells[column(time)] = "█"
+        cells[column(time)] = TOKEN
     return "".join(cells)
 
 
@@ -281,7 +300,7 @@ def _evidence(findings: Findings) -> dict[str, Any]:
         "failures": list(findings.failures),
         "client_lag_ms": findings.observations.lag_ns / _MS,
         "duration": findings.took_s,
-        "tests": {name: text for name, text in tests_of(findings)},
+        "tests": dict(tests_of(findings)),
         "rounds": [_round(round, begin) for round in findings.observations.rounds],
     }
 
