@@ -6,9 +6,9 @@
     .venv/bin/python benchmarks/probe_power.py --show 137         # one server in full
 
 Each server is drawn at random: its schedule, slots, speed, cost of rows and prompts, chunks,
-timers, jitter, network, hiccups, other people's requests, limits and replicas. The held-out set is drawn
-from wider ranges with other seeds. A verdict is *wrong* if it names another kind than the server's,
-or a number of slots that the server does not have. The result is written to
+timers, jitter, network, hiccups, other people's requests, limits and replicas. The held-out set is
+drawn from wider ranges with other seeds. A verdict is *wrong* if it names another kind than the
+server's, or a number of slots that the server does not have. The result is written to
 ``benchmarks/results/probe/``.
 """
 

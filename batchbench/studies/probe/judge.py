@@ -163,7 +163,7 @@ def _slots(
     if kind is Kind.SERIAL:
         return 1, False
     exact = [b.most for b in bursts if b.exact]
-    replicas = shared.together < shared.compared
+    replicas = shared.apart > 0
     told = observations.server.slots
     sure = (
         len(exact) > 1

@@ -25,8 +25,19 @@ class Panel:
         begin = min(s.sent_ns for s in self.streams)
         return begin, max((s.last_ns for s in self.streams if s.times_ns), default=begin)
 
+    def part_ns(self, tokens: float) -> tuple[float, float]:
+        """Return the beginning and the end of a part with about so many tokens in a row."""
+        begin, end = self.span_ns
+        longest = tokens * self._gap_ns
+        if end - begin <= longest:
+            return begin, end
+        long = self.streams[0]
+        if long.role is Role.LONG and all(s.times_ns > (long.last_ns,) for s in self.streams[1:]):
+            begin = int(min(end - longest, max(begin, long.last_ns - 0.6 * longest)))
+        return begin, begin + longest
+
     @property
-    def gap_ns(self) -> float:
+    def _gap_ns(self) -> float:
         """The median time between arrivals of one stream."""
         gaps = [np.diff(s.arrivals_ns) for s in self.streams if len(s.arrivals_ns) > 1]
         return float(np.median(np.concatenate(gaps))) if gaps else float(np.inf)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
-from batchbench.reports.text import joined, number, percent, plural, spell_time
+from batchbench.reports.text import joined, percent, plural, spell_time
 from batchbench.studies.probe.ask import Findings
 from batchbench.studies.probe.figure import draw_streams
 from batchbench.studies.probe.judge import Kind, Verdict
 from batchbench.studies.probe.observations import Round, Stream
 from batchbench.studies.probe.panels import Panel, panels_of
 from batchbench.studies.probe.slots import Burst
-from batchbench.studies.probe.steps import CHANCE, WINDOW
 
 SCHEMA_VERSION = 1
 
@@ -125,19 +124,20 @@ def _shared(verdict: Verdict) -> str:
     seen, pace = verdict.shared, verdict.pace
     if seen is None or pace is None or not seen.compared:
         return ""
-    by_chance = number(round(2 * WINDOW * seen.compared, 1))
+    within = f"within {percent(seen.window)} of a step"
+    chance = f"About {2 * seen.window * seen.compared:.1f} would by chance"
     if pace.buffered:
-        text = (
-            f"{seen.together} of {plural(seen.compared, 'pair')} ended in the same step, although "
-            "the second request was sent later; "
+        return (
+            f"{seen.together} of {plural(seen.compared, 'pair')} ended together {within}, although "
+            f"the second request was sent later. {chance}."
         )
-    else:
-        text = (
-            f"{seen.together} of {plural(seen.compared, 'request')} got their tokens together "
-            f"with the long one's, within {percent(WINDOW)} of a step (median "
-            f"{percent(float(np.median(seen.offsets)), 1)}); "
-        )
-    return f"{text}about {by_chance} would by chance."
+    text = (
+        f"{seen.together} of {plural(seen.compared, 'request')} got their tokens together with "
+        f"the long one's, {within}. {chance}."
+    )
+    if seen.shown and seen.apart:
+        text += f" {seen.apart} did not: there seem to be replicas behind this address."
+    return text
 
 
 def _slots(verdict: Verdict) -> str:
@@ -155,16 +155,16 @@ def _gain(bursts: Sequence[Burst]) -> str:
 
 
 def _burst(burst: Burst) -> str:
+    if burst.sequential:
+        return f"{burst.sent} at once: they ran one after another."
     text = f"{burst.sent} at once: {burst.most} ran at the same time"
     if burst.refused:
         text += f", {burst.refused} were refused"
     elif burst.exact and burst.midway:
         text += ", and each of the others began when one had ended"
-    elif burst.exact and burst.most > 1:
+    elif burst.exact:
         groups = joined([str(size) for size in burst.groups[:8]])
         text += f", in groups of {groups}, one after another"
-    elif burst.exact:
-        text += ", one after another"
     elif burst.most == burst.sent:
         text += ", so there may be more slots"
     return f"{text}."
@@ -194,13 +194,14 @@ def _others(verdict: Verdict) -> str:
 def render(findings: Findings, width: int) -> RenderableType:
     """Return the report for a terminal of so many columns."""
     verdict = findings.verdict
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in tests_of(findings):
-        grid.add_row(Text(name, "bold"), text)
-    grid.add_row(Text("Time", "bold"), f"The probe took {spell_time(findings.took_s)}.")
-    parts: list[RenderableType] = [Text(sentence(findings), "bold"), "", grid]
+    tests = [*tests_of(findings), ("Time", f"The probe took {spell_time(findings.took_s)}.")]
+    left = max(len(name) for name, _ in tests) + 2
+    lines = [
+        f"{name if not number else '':<{left}}{line}"
+        for name, text in tests
+        for number, line in enumerate(textwrap.wrap(text, max(20, width - left - 1)))
+    ]
+    parts: list[RenderableType] = [Text(sentence(findings), "bold"), "", Text("\n".join(lines))]
     for panel in panels_of(findings.observations.rounds):
         parts += ["", Text(panel.title, "bold"), Text("\n".join(rows_of(panel, width)))]
     parts += ["", Text(f"· waiting   {TOKEN} token   ─ between tokens")]
@@ -212,33 +213,36 @@ def render(findings: Findings, width: int) -> RenderableType:
 def rows_of(panel: Panel, width: int) -> list[str]:
     """Return a row of characters for each stream, all on one time axis, and the axis.
 
-    Times are cut where tokens would no longer have columns of their own.
+    If tokens would not have columns of their own, it shows a part: the beginning, or the end of
+    the long request if the others wait for it.
     """
-    begin, last_ns = panel.span_ns
     left = max(len(panel.name(stream)) for stream in panel.streams) + 1
     columns = max(10, width - left - 1)
-    end = min(float(last_ns), begin + columns / COLUMNS_A_TOKEN * panel.gap_ns)
+    begin, end = panel.part_ns(columns / COLUMNS_A_TOKEN)
     scale = (columns - 1) / max(end - begin, 1)
     rows = [
-        f"{panel.name(stream):<{left}}{_row(stream, begin, scale)[:columns]}".rstrip()
+        f"{panel.name(stream):<{left}}{_row(stream, begin, scale, columns)}".rstrip()
         for stream in panel.streams
         if stream.sent_ns < end
     ]
-    last = f"{number((end - begin) / 1e9)} s"
-    return [*rows, " " * left + "0 s" + last.rjust(columns - 3)]
+    start, stop = ((time - panel.span_ns[0]) / 1e9 for time in (begin, end))
+    first, last = f"{start:.3g} s", f"{stop:.3g} s"
+    return [*rows, " " * left + first + last.rjust(columns - len(first))]
 
 
-def _row(stream: Stream, begin: int, scale: float) -> str:
+def _row(stream: Stream, begin: float, scale: float, columns: int) -> str:
     def column(time: int) -> int:
         return round((time - begin) * scale)
 
-    sent = column(stream.sent_ns)
+    cells = [" "] * columns
     if not stream.times_ns:
-        return " " * sent + ("refused" if stream.refused else "failed")
+        return " " * max(0, column(stream.sent_ns)) + ("refused" if stream.refused else "failed")
     first, last = column(stream.first_ns), column(stream.last_ns)
-    cells = [" "] * sent + ["·"] * (first - sent) + ["─"] * (last - first + 1)
-    for time in stream.times_ns:
-        cells[column(time)] = TOKEN
+    for i in range(max(0, column(stream.sent_ns)), min(last + 1, columns)):
+        cells[i] = "·" if i < first else "─"
+    for i in map(column, stream.times_ns):
+        if 0 <= i < columns:
+            cells[i] = TOKEN
     return "".join(cells)
 
 
@@ -290,8 +294,8 @@ def _evidence(findings: Findings) -> dict[str, Any]:
         and {
             "compared": shared.compared,
             "together": shared.together,
-            "window": WINDOW,
-            "assumed_chance": CHANCE * WINDOW,
+            "apart": shared.apart,
+            "window": shared.window,
             "probability": shared.chance,
             "offsets": list(shared.offsets),
         },

@@ -49,10 +49,12 @@ class SharedSteps:
     Attributes:
         offsets: distance of each request's tokens from the nearest step, as the median over its
             tokens and as a share of the time between two steps: from 0 to 0.5.
+        window: the one of :data:`WINDOWS` whose number of offsets is the least likely.
         chance: probability that so many of them are in the window without a shared batch.
     """
 
     offsets: tuple[float, ...]
+    window: float
     chance: float
     buffered: bool
 
@@ -62,7 +64,13 @@ class SharedSteps:
 
     @property
     def together(self) -> int:
-        return sum(offset < WINDOW for offset in self.offsets)
+        """Offsets within the window."""
+        return sum(offset < self.window for offset in self.offsets)
+
+    @property
+    def apart(self) -> int:
+        """Offsets outside the widest window: these requests shared no step with the long one."""
+        return sum(offset >= WINDOW for offset in self.offsets)
 
     @property
     def shown(self) -> bool:
@@ -73,7 +81,7 @@ class SharedSteps:
         """Tokens arrive in between, always at the same distance: the server takes turns."""
         spread = float(np.std(self.offsets)) if self.offsets else 1.0
         enough = self.compared >= FEWEST_COMPARED and not self.buffered
-        return enough and not self.together and spread < WINDOW / 2
+        return enough and self.apart == self.compared and spread < WINDOW / 2
 
 
 def shared_steps(observations: Observations, pace: Pace) -> SharedSteps:
@@ -92,9 +100,8 @@ def shared_steps(observations: Observations, pace: Pace) -> SharedSteps:
     if pace.buffered:
         offsets = _pair_offsets(observations.pairs, pace)
         references = [1] * len(offsets)
-    chances = [_chance(offsets, references, window) for window in WINDOWS]
-    chance = min(1.0, len(WINDOWS) * min(chances))
-    return SharedSteps(tuple(offsets), chance, pace.buffered)
+    chance, window = min((_chance(offsets, references, width), width) for width in WINDOWS)
+    return SharedSteps(tuple(offsets), window, min(1.0, len(WINDOWS) * chance), pace.buffered)
 
 
 def _chance(offsets: Sequence[float], references: Sequence[int], window: float) -> float:
