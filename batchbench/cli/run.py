@@ -109,7 +109,7 @@ def _check_trace(output: OutputSpec, folder: Path | None) -> None:
 def _measure_and_write(
     experiment: Experiment, goals: GoalsSpec, output: OutputSpec, folder: Path
 ) -> bool:
-    """Measure, write and show the result; return False if outputs are wrong."""
+    """Measure, write and show the result; return False if outputs are wrong or requests failed."""
     from batchbench.batching.session import StopReason, conduct
     from batchbench.cli.progress import make_display
 

@@ -20,7 +20,7 @@ from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
-from batchbench.reports.server_data import ServedFacts
+from batchbench.reports.server_data import AgreementData, FailureData, ServerData
 from batchbench.version import SCHEMA_VERSION
 
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
@@ -70,7 +70,7 @@ class ModelFacts(TypedDict):
     name: str
     load_format: Literal["pretrained", "dummy"] | None  # None: a server's
     note: str
-    device: str
+    device: str | None
     dtype: str | None
     parameters: int | None
     attention: NotRequired[str]
@@ -365,7 +365,7 @@ class Validity(TypedDict):
     reasons: list[str]
 
 
-class Facts(ServedFacts):
+class Facts(TypedDict):
     """Options and observations of a run, which its recordings do not hold."""
 
     created_at: str
@@ -382,6 +382,9 @@ class Facts(ServedFacts):
     outputs: list[OutputText] | None
     cost: NotRequired[CostFacts | None]
     prediction: NotRequired[Prediction | None]
+    server: NotRequired[ServerData | None]
+    agreement: NotRequired[AgreementData | None]
+    failures: NotRequired[list[FailureData] | None]
 
 
 class ResultData(Facts):

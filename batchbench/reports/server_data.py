@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, TypedDict
 
 
 class ServerData(TypedDict):
@@ -57,11 +57,3 @@ class FailureData(TypedDict):
     trial: int
     requests: int
     failed: list[FailedRequestData]
-
-
-class ServedFacts(TypedDict):
-    """All parts; null for a run of our own engine."""
-
-    server: NotRequired[ServerData | None]
-    agreement: NotRequired[AgreementData | None]
-    failures: NotRequired[list[FailureData] | None]

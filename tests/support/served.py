@@ -106,7 +106,7 @@ def served_result(
             "name": "SmolLM2-135M",
             "load_format": None,
             "note": "",
-            "device": "server",
+            "device": None,
             "dtype": None,
             "parameters": None,
         },

@@ -18,6 +18,7 @@ from batchbench.batching.trials import beginning
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
 from batchbench.reports import latency as latencies
+from batchbench.reports.served import doubts_of_client
 from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.statistics import CONFIDENCE, Floats, mean_interval
 from batchbench.reports.validity import audit, wrong_tokens
@@ -202,10 +203,12 @@ class ProbeRunner:
 
     def __init__(self, experiment: Experiment, query: CapacityQuery, watch: CapacityWatch) -> None:
         self._spec, self._query, self._watch = experiment.workload, query, watch
-        planned = open_bench(replace(experiment, simulated=True), Watch())
-        longest = max(
-            planned.make(self._seeded(k)).max_total_tokens for k in range(query.most_trials)
-        )
+        longest = 0
+        if experiment.target is None:  # an engine is as large as its longest request
+            planned = open_bench(replace(experiment, simulated=True), Watch())
+            longest = max(
+                planned.make(self._seeded(k)).max_total_tokens for k in range(query.most_trials)
+            )
         self.session = open_bench(experiment, watch, max_len=longest)
         self.warm_up = self.session.warm_up()
         self.strategies = self.session.strategies()
@@ -272,5 +275,9 @@ class ProbeRunner:
         verification = session.verify([recording for _, _, recording in trials])
         reasons = [wrong_tokens(verification.wrong)] * bool(verification.wrong)
         for name, (rate, workload, recording) in self._best.items():
-            reasons += audit(workload, {name: [recording]}, NOT_VERIFIED, self.warm_up, None, rate)
+            served, trials_of = session.server() is not None, {name: [recording]}
+            reasons += audit(
+                workload, trials_of, NOT_VERIFIED, self.warm_up, None, rate, served=served
+            )
+            reasons += doubts_of_client(trials_of)
         return verification, list(dict.fromkeys(reasons))
