@@ -26,6 +26,7 @@ from batchbench.workloads import Request, Workload, make_arrivals
 
 _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a step then computes in this process, and returns
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else our own engine is bound to the same cores
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
