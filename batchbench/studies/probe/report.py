@@ -1,0 +1,350 @@
+"""The report of a probe: a sentence, what each test saw, rows of characters, and the JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from batchbench.files import write_whole
+from batchbench.json_file import envelope, json_text
+from batchbench.reports.figures import figure_bytes
+from batchbench.reports.text import joined, percent, plural, spell_time
+from batchbench.studies.probe.ask import Findings
+from batchbench.studies.probe.figure import draw_streams
+from batchbench.studies.probe.judge import Kind, Verdict
+from batchbench.studies.probe.observations import Round, Stream
+from batchbench.studies.probe.panels import Panel, panels_of
+from batchbench.studies.probe.slots import Burst
+
+SCHEMA_VERSION = 1
+
+TOKEN = "│"
+"""A token; those of one step make a vertical line."""
+
+COLUMNS_A_TOKEN = 2.5
+"""The fewest columns from one token to the next."""
+
+_MS = 1e6
+
+
+def headline(verdict: Verdict) -> str:
+    """Return the answer in a few words."""
+    slots = verdict.slots or 0
+    count = (
+        f"at least {plural(slots, 'slot')}"
+        if verdict.slots_is_lower_bound
+        else plural(slots, "slot")
+    )
+    match verdict.kind:
+        case Kind.CONTINUOUS:
+            return f"continuous batching with {count}"
+        case Kind.STATIC:
+            return f"static batching with {count}"
+        case Kind.SERIAL:
+            return "serial: one request at a time"
+        case Kind.UNKNOWN:
+            return "cannot tell"
+
+
+def sentence(findings: Findings) -> str:
+    """Return the answer in one sentence."""
+    verdict = findings.verdict
+    return f"{findings.target}: {headline(verdict)}: {verdict.reason}."
+
+
+# Tests
+
+
+def tests_of(findings: Findings) -> list[tuple[str, str]]:
+    """Return the name of each test and what it saw, in plain English."""
+    verdict = findings.verdict
+    rows = [("One alone", _alone(verdict)), ("Joining", _joining(verdict))]
+    rows += [("Shared steps", _shared(verdict)), ("Slots", _slots(verdict))]
+    rows += [("Server says", _server(findings)), ("Others", _others(verdict))]
+    if findings.failures:
+        first = findings.failures[0]
+        rows.append(("Failed", f"{plural(_failed(findings), 'request')}; the first: {first}"))
+    return [(name, text) for name, text in rows if text]
+
+
+def _failed(findings: Findings) -> int:
+    streams = [s for r in findings.observations.rounds for s in r.streams]
+    return sum(bool(s.failure) for s in streams)
+
+
+def _ms(ns: float) -> str:
+    return f"{ns / _MS:.3g} ms"
+
+
+def _alone(verdict: Verdict) -> str:
+    pace = verdict.pace
+    if pace is None:
+        return ""
+    if pace.buffered:
+        return (
+            f"A request takes {_ms(pace.e2e_ns(10))} for 10 tokens, about {_ms(pace.gap_ns)} a "
+            "token. The server sends them all at the end."
+        )
+    chunks = f", {pace.chunk} together" if pace.chunk > 1 else ""
+    first = f"The first token comes after {_ms(pace.ttft_ns)}"
+    return f"{first}, then one every {_ms(pace.gap_ns)}{chunks}."
+
+
+def _joining(verdict: Verdict) -> str:
+    seen = verdict.joining
+    if seen is None:
+        return ""
+    clear = seen.joined + seen.waited
+    if not clear and not seen.refused:
+        return "No short request could be compared with a long one."
+    parts = []
+    if seen.joined:
+        share = float(np.median([wait for wait in seen.waits if wait < 1] or [0.0]))
+        parts.append(
+            f"{seen.joined} of {plural(clear, 'short request')} got the first token while a long "
+            f"request was running, after {percent(share)} of the time that it still took"
+        )
+    if seen.waited:
+        parts.append(
+            f"{seen.waited} of {plural(clear, 'short request')} waited until the long request had "
+            "ended"
+        )
+    if seen.refused:
+        parts.append(f"{plural(seen.refused, 'short request')} were refused meanwhile")
+    return f"{'; '.join(parts)}."
+
+
+def _shared(verdict: Verdict) -> str:
+    seen, pace = verdict.shared, verdict.pace
+    if seen is None or pace is None or not seen.compared:
+        return ""
+    within = f"within {percent(seen.window)} of a step"
+    chance = f"About {2 * seen.window * seen.compared:.1f} would by chance"
+    if pace.buffered:
+        return (
+            f"{seen.together} of {plural(seen.compared, 'pair')} ended together {within}, although "
+            f"the second request was sent later. {chance}."
+        )
+    text = (
+        f"{seen.together} of {plural(seen.compared, 'request')} got their tokens together with "
+        f"the long one's, {within}. {chance}."
+    )
+    if seen.shown and seen.apart:
+        text += f" {seen.apart} did not: there seem to be replicas behind this address."
+    return text
+
+
+def _slots(verdict: Verdict) -> str:
+    if not verdict.bursts:
+        return ""
+    last = verdict.bursts[-2:]
+    seen = list(dict.fromkeys(_burst(burst) for burst in last))
+    twice = " Twice." if len(last) > len(seen) else ""
+    return f"{' '.join(seen)}{twice} {_gain(last)}"
+
+
+def _gain(bursts: Sequence[Burst]) -> str:
+    gain = float(np.median([burst.gain for burst in bursts]))
+    return f"Together they got {gain:.1f} times the tokens per second of one alone."
+
+
+def _burst(burst: Burst) -> str:
+    if burst.sequential:
+        return f"{burst.sent} at once: they ran one after another."
+    text = f"{burst.sent} at once: {burst.most} ran at the same time"
+    if burst.refused:
+        text += f", {burst.refused} were refused"
+    elif burst.exact and burst.midway:
+        text += ", and each of the others began when one had ended"
+    elif burst.exact:
+        groups = joined([str(size) for size in burst.groups[:8]])
+        text += f", in groups of {groups}, one after another"
+    elif burst.most == burst.sent:
+        text += ", so there may be more slots"
+    return f"{text}."
+
+
+def _server(findings: Findings) -> str:
+    dialect, server = findings.dialect, findings.observations.server
+    name = f"{dialect.name} {dialect.version or ''}".strip()
+    parts = [name if dialect.name != "openai" else "no name"]
+    if server.slots is not None:
+        parts.append(plural(server.slots, "slot"))
+    if server.passes and server.tokens:
+        parts.append(
+            f"{plural(server.passes, 'forward pass', 'forward passes')} for "
+            f"{plural(server.tokens, 'token')}"
+        )
+    return f"{', '.join(parts)}."
+
+
+def _others(verdict: Verdict) -> str:
+    return f"{'; '.join(verdict.busy)}." if verdict.busy else ""
+
+
+# The terminal
+
+
+def render(findings: Findings, width: int) -> RenderableType:
+    """Return the report for a terminal of so many columns."""
+    verdict = findings.verdict
+    tests = [*tests_of(findings), ("Time", f"The probe took {spell_time(findings.took_s)}.")]
+    left = max(len(name) for name, _ in tests) + 2
+    lines = [
+        f"{name if not number else '':<{left}}{line}"
+        for name, text in tests
+        for number, line in enumerate(textwrap.wrap(text, max(20, width - left - 1)))
+    ]
+    answer = "\n".join(textwrap.wrap(sentence(findings), width, break_on_hyphens=False))
+    parts: list[RenderableType] = [Text(answer, "bold"), "", Text("\n".join(lines))]
+    for panel in panels_of(findings.observations.rounds):
+        parts += ["", Text(panel.title, "bold"), Text("\n".join(rows_of(panel, width)))]
+    parts += ["", Text(f"· waiting   {TOKEN} token   ─ between tokens")]
+    if verdict.kind is Kind.UNKNOWN and verdict.shared and not verdict.shared.shown:
+        parts.append(Text("More time may help: --max-time 180."))
+    return Group(*parts)
+
+
+def rows_of(panel: Panel, width: int) -> list[str]:
+    """Return a row of characters for each stream, all on one time axis, and the axis.
+
+    If tokens would not have columns of their own, it shows a part: the beginning, or the end of
+    the long request if the others wait for it.
+    """
+    left = max(len(panel.name(stream)) for stream in panel.streams) + 1
+    columns = max(10, width - left - 1)
+    begin, end = panel.part_ns(columns / COLUMNS_A_TOKEN)
+    scale = (columns - 1) / max(end - begin, 1)
+    rows = [
+        f"{panel.name(stream):<{left}}{_row(stream, begin, scale, columns)}".rstrip()
+        for stream in panel.streams
+        if stream.sent_ns < end
+    ]
+    start, stop = ((time - panel.span_ns[0]) / 1e9 for time in (begin, end))
+    first, last = f"{start:.3g} s", f"{stop:.3g} s"
+    return [*rows, " " * left + first + last.rjust(columns - len(first))]
+
+
+def _row(stream: Stream, begin: float, scale: float, columns: int) -> str:
+    def column(time: int) -> int:
+        return round((time - begin) * scale)
+
+    cells = [" "] * columns
+    if not stream.times_ns:
+        return " " * max(0, column(stream.sent_ns)) + ("refused" if stream.refused else "failed")
+    first, last = column(stream.first_ns), column(stream.last_ns)
+    for i in range(max(0, column(stream.sent_ns)), min(last + 1, columns)):
+        cells[i] = "·" if i < first else "─"
+    for i in map(column, stream.times_ns):
+        if 0 <= i < columns:
+            cells[i] = TOKEN
+    return "".join(cells)
+
+
+# Files
+
+
+def data_of(findings: Findings, command: str) -> dict[str, Any]:
+    """Return the data of ``probe.json``; a value without meaning is null."""
+    verdict = findings.verdict
+    return {
+        **envelope(SCHEMA_VERSION, command),
+        "target": findings.target,
+        "server": {
+            "name": findings.dialect.name,
+            "version": findings.dialect.version,
+            "model": findings.model,
+            "slots": findings.observations.server.slots,
+            "passes": findings.observations.server.passes,
+        },
+        "verdict": verdict.kind.value,
+        "slots": verdict.slots,
+        "slots_is_lower_bound": verdict.slots_is_lower_bound,
+        "evidence": _evidence(findings),
+    }
+
+
+def _evidence(findings: Findings) -> dict[str, Any]:
+    verdict = findings.verdict
+    pace, seen, shared = verdict.pace, verdict.joining, verdict.shared
+    begin = min((s.sent_ns for r in findings.observations.rounds for s in r.streams), default=0)
+    return {
+        "reason": verdict.reason,
+        "alone": pace
+        and {
+            "ttft_ms": pace.ttft_ns / _MS,
+            "gap_ms": pace.gap_ns / _MS,
+            "tokens_per_chunk": pace.chunk,
+            "buffered": pace.buffered,
+        },
+        "joining": seen
+        and {
+            "joined": seen.joined,
+            "waited": seen.waited,
+            "refused": seen.refused,
+            "unclear": seen.unclear,
+            "wait_shares": list(seen.waits),
+        },
+        "shared_steps": shared
+        and {
+            "compared": shared.compared,
+            "together": shared.together,
+            "apart": shared.apart,
+            "window": shared.window,
+            "probability": shared.chance,
+            "offsets": list(shared.offsets),
+        },
+        "bursts": [_burst_data(burst) for burst in verdict.bursts],
+        "others": list(verdict.busy),
+        "failures": list(findings.failures),
+        "client_lag_ms": findings.observations.lag_ns / _MS,
+        "duration": findings.took_s,
+        "tests": dict(tests_of(findings)),
+        "rounds": [_round(round, begin) for round in findings.observations.rounds],
+    }
+
+
+def _burst_data(burst: Burst) -> dict[str, Any]:
+    return {
+        "sent": burst.sent,
+        "refused": burst.refused,
+        "most_at_once": burst.most,
+        "full": burst.exact,
+        "began_midway": burst.midway,
+        "groups": list(burst.groups),
+        "throughput_gain": burst.gain,
+    }
+
+
+def _round(round: Round, begin: int) -> list[Mapping[str, Any]]:
+    """Return the requests of a round with their times in ms since the first one was sent."""
+    return [
+        {
+            "role": s.role.value,
+            "asked": s.asked,
+            "sent_ms": (s.sent_ns - begin) / _MS,
+            "token_ms": [(time - begin) / _MS for time in s.times_ns],
+            "failure": "refused" if s.refused else s.failure or None,
+        }
+        for s in round.streams
+    ]
+
+
+def to_json(data: Mapping[str, Any]) -> str:
+    return json_text(data)
+
+
+def write_probe(folder: Path, findings: Findings, data: Mapping[str, Any]) -> list[Path]:
+    """Write ``probe.json`` and the picture; return their paths."""
+    title = f"{findings.target} · {_server(findings).rstrip('.')}"
+    figure = draw_streams(
+        panels_of(findings.observations.rounds), headline(findings.verdict), title
+    )
+    pictures = {f"probe.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
+    return write_whole(folder, {"probe.json": to_json(data), **pictures})
