@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ from support.served import (
 )
 
 from batchbench.batching.recording import Recording
+from batchbench.batching.recording_file import load_recording, save_recording
 from batchbench.batching.remote.events import ClientLag
 from batchbench.batching.remote.outcome import FailedRequest, FailedTrial
+from batchbench.errors import UsageError
 from batchbench.reports.formats.terminal import sentence
 from batchbench.reports.result import Result, remake_result, to_json
 from batchbench.workloads import Workload
@@ -168,10 +171,20 @@ def test_a_slow_client_is_doubted_only_without_kernel_stamps(
     assert [("of the median ITL" in reason) for reason in found] == [True] * doubtful
 
 
-@pytest.mark.parametrize(("share", "doubtful"), [(0.3, True), (0.01, False)])
-def test_output_that_comes_together_is_doubted(share: float, doubtful: bool) -> None:
-    found = reasons(served_result(recordings_of(replace(QUIET, merged_share=share))))
-    assert [("arrived together" in reason) for reason in found] == [True] * doubtful
+@pytest.mark.parametrize(
+    ("share", "lag_ns", "doubtful"),
+    [
+        (0.3, 1_200_000, True),
+        (0.01, 1_200_000, False),
+        (0.3, 800_000, False),  # the client was in time, so the server sent it together
+    ],
+)
+def test_output_that_a_late_client_reads_together_is_doubted(
+    share: float, lag_ns: int, doubtful: bool
+) -> None:
+    client = replace(QUIET, merged_share=share, loop_p99_ns=lag_ns)
+    found = reasons(served_result(recordings_of(client)))
+    assert [("read late, together" in reason) for reason in found] == [True] * doubtful
 
 
 def test_requests_sent_late_are_doubted_if_they_had_a_time() -> None:
@@ -225,3 +238,28 @@ def test_other_processes_and_other_outputs_are_no_doubt_of_a_server() -> None:
         for name in ("static", "continuous")
     }
     assert reasons(served_result(trials)) == []
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        7,
+        {},
+        {**asdict(QUIET), "kernel_share": "all"},
+        {**asdict(QUIET), "merged_share": 2.0},
+        {**asdict(QUIET), "loop_p99_ns": -1},
+        {**asdict(QUIET), "late_p99_ns": None},
+    ],
+)
+def test_a_recording_with_impossible_times_of_its_client_is_refused(
+    tmp_path: Path, client: Any
+) -> None:
+    good = served_trial("static")
+    file = tmp_path / "recording.npz"
+    file.write_bytes(save_recording(good))
+    load_recording(file)
+    about = {**good.header.about, "client": client}
+    bad = replace(good, header=replace(good.header, about=about))
+    file.write_bytes(save_recording(bad))
+    with pytest.raises(UsageError, match=r"about\.client is wrong"):
+        load_recording(file)

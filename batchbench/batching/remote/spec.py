@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,9 @@ SERVED_MODEL = "auto"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 API_KEY = "OPENAI_API_KEY"
+
+SETUP_S = 20.0
+"""Longest wait for an answer before the trials, when no request can wait for another."""
 
 _PANEL = "Server"
 
@@ -61,8 +64,9 @@ class TargetSpec:
 
     target: str | None = setting(
         None,
-        "Server to measure instead of our own engine, such as http://127.0.0.1:8000; any server "
-        "with OpenAI's completions or chat completions.",
+        "Server to measure instead of our own engine, such as http://127.0.0.1:8000; any with "
+        "OpenAI's completions or chat completions. --model is then the server's name of its "
+        "model, found if it has one.",
         _PANEL,
         metavar="URL",
         resets=("model",),
@@ -136,6 +140,11 @@ class TargetSpec:
         return Address.parse(
             self.target, api_key=self.key, timeout_s=self.timeout, insecure=self.insecure
         )
+
+    @property
+    def setup_address(self) -> Address:
+        """The address for questions before the trials, which a server answers at once."""
+        return replace(self.address, timeout_s=min(self.timeout, SETUP_S))
 
     @property
     def place(self) -> str:
