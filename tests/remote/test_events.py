@@ -50,6 +50,7 @@ def bytewise(text: bytes) -> Iterator[tuple[int, bytes]]:
     [
         (b"data: a\n\n", [("a", "")]),
         (b"data: a\r\n\r\ndata: b\r\rdata: c\n\n", [("a", ""), ("b", ""), ("c", "")]),
+        (b"data: a\r\ndata: b\r\n\r\n", [("a\nb", "")]),
         (b"data:a\n\ndata:  a\n\n", [("a", ""), (" a", "")]),
         (b": keep alive\n\n: \n\ndata: a\n: inside\n\n", [("a", "")]),
         (b"data: a\ndata: b\ndata\ndata:\n\n", [("a\nb\n\n", "")]),

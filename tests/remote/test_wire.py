@@ -227,6 +227,7 @@ def test_an_answer_before_the_request_was_read_is_seen() -> None:
         thread.start()
         address = Address.parse(f"http://127.0.0.1:{listener.getsockname()[1]}")
         (one,) = exchange(address, Fixed([b" " * (64 << 20)]))
+        assert thread.is_alive()  # it still keeps the connection open
         stop.set()
         thread.join()
     reply = parse(one, OPENAI, 1)
@@ -411,8 +412,13 @@ def test_an_empty_answer_is_one() -> None:
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     for content in (b"", b"ab"):
         data = head + (chunked(content) if content else b"") + chunked(b"")
-        with playing(does(lambda c, data=data: c.send(data))) as url:
-            assert post(Address.parse(url), "/x", b"{}").body == content
+
+        def play(connection: Connection, data: bytes = data) -> None:
+            connection.send(data)
+            connection.hang()
+
+        with playing(does(play)) as url:
+            assert post(Address.parse(url, timeout_s=5.0), "/x", b"{}").body == content
 
 
 # Servers on a clock
