@@ -16,10 +16,15 @@ from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.progress import Watch
 from batchbench.batching.remote import bench as remote
 from batchbench.batching.remote.address import Failure, FailureKind
-from batchbench.batching.remote.agreement import Comparison, Output
 from batchbench.batching.remote.bench import RemoteBench, served_model
 from batchbench.batching.remote.dialects import DIALECTS, Dialect
-from batchbench.batching.remote.outcome import Agreement, Difference, TrialFailed
+from batchbench.batching.remote.outcome import (
+    Agreement,
+    Comparison,
+    Difference,
+    Output,
+    TrialFailed,
+)
 from batchbench.batching.session import StopReason, conduct
 from batchbench.errors import UsageError
 
