@@ -225,6 +225,8 @@ def _ask(url: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         for key in ("components", "chat_template"):
             if isinstance(data, dict) and key in data:
                 data[key] = ""
+        if path == "/props" and isinstance(data, dict):
+            data.get("default_generation_settings", {}).pop("params", None)
         if isinstance(data, dict) and isinstance(data.get("paths"), dict):
             data["paths"] = dict.fromkeys(data["paths"], 0)
         text = json.dumps(data)

@@ -218,7 +218,7 @@ class _Stream:
             return False
         if choice.get("finish_reason") is not None:
             self._finish = str(choice["finish_reason"])
-        text, ids = _text(choice), _ids(choice)
+        text, ids = _text(choice), _ids(choice, data)
         if text is None:
             return False
         if text or ids or _calls(choice):
@@ -334,9 +334,14 @@ def _calls(choice: Mapping[str, Any]) -> bool:
     return any(delta.get(name) for name in _CALLS)
 
 
-def _ids(choice: Mapping[str, Any]) -> list[int] | None:
-    """Return the token ids of a chunk: ``token_ids``, or ``logprobs.content[].id``."""
+def _ids(choice: Mapping[str, Any], data: Mapping[str, Any]) -> list[int] | None:
+    """Return the token ids of a chunk.
+
+    They are in ``token_ids``; with llama.cpp in ``__verbose.tokens`` or ``logprobs.content[].id``.
+    """
     found = choice.get("token_ids")
+    if found is None and isinstance(verbose := data.get("__verbose"), dict):
+        found = verbose.get("tokens") or None
     if found is None:
         logprobs = choice.get("logprobs")
         content = logprobs.get("content") if isinstance(logprobs, dict) else None

@@ -201,7 +201,8 @@ def render(findings: Findings, width: int) -> RenderableType:
         for name, text in tests
         for number, line in enumerate(textwrap.wrap(text, max(20, width - left - 1)))
     ]
-    parts: list[RenderableType] = [Text(sentence(findings), "bold"), "", Text("\n".join(lines))]
+    answer = "\n".join(textwrap.wrap(sentence(findings), width, break_on_hyphens=False))
+    parts: list[RenderableType] = [Text(answer, "bold"), "", Text("\n".join(lines))]
     for panel in panels_of(findings.observations.rounds):
         parts += ["", Text(panel.title, "bold"), Text("\n".join(rows_of(panel, width)))]
     parts += ["", Text(f"· waiting   {TOKEN} token   ─ between tokens")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Burst:
 def burst_of(round: Round, pace: Pace) -> Burst:
     """Count the slots in a burst."""
     sent = round.of(Role.BURST)
-    streams = sorted((s for s in sent if s.answered), key=lambda s: s.last_ns)
+    streams = sorted((s for s in sent if s.times_ns), key=lambda s: s.last_ns)
     tokens = sum(len(s.times_ns) for s in streams)
     gain = tokens * pace.gap_ns / max(round.duration_ns, 1)
     gap = _burst_gap(streams) or pace.gap_ns
@@ -52,8 +53,8 @@ def burst_of(round: Round, pace: Pace) -> Burst:
     exact, gradual = _is_full(groups) and equal, False
     overlap = _most_at_once([_longest_span(s, pace) for s in streams], 0.0)
     if midway:
-        exact, gradual = _saturated(spans, most, gap, pace)
-    whole = len(streams) == len(sent)
+        exact, gradual = _saturated(streams, spans, most, gap, pace)
+    whole = all(s.answered for s in sent)
     refused = sum(s.refused for s in sent)
     return Burst(
         *(len(sent), refused, most, exact and whole, midway, groups, gain, gradual),
@@ -130,7 +131,15 @@ def _is_full(groups: Sequence[int]) -> bool:
     return max(groups, default=0) in groups[1:-1]
 
 
-def _saturated(spans: Sequence[Span], most: int, gap: float, pace: Pace) -> tuple[bool, bool]:
+def _arrived(streams: Sequence[Stream], begin: float, end: float, gap: float) -> bool:
+    """Tell whether a token arrived clearly between two times."""
+    low, high = begin + 0.3 * gap, end - 0.3 * gap
+    return any(((s.arrivals_ns > low) & (s.arrivals_ns < high)).any() for s in streams)
+
+
+def _saturated(
+    streams: Sequence[Stream], spans: Sequence[Span], most: int, gap: float, pace: Pace
+) -> tuple[bool, bool]:
     """Tell whether the slots were full, and whether requests began only gradually.
 
     The slots were full if the first requests began together, then none for a while, and each later
@@ -142,9 +151,11 @@ def _saturated(spans: Sequence[Span], most: int, gap: float, pace: Pace) -> tupl
     late = starts[len(first) :]
     if not late:
         return False, False
-    spacing = max(np.diff(first), default=0)
     quiet = late[0] - first[-1]
-    gradual = bool(quiet < max(2 * gap, 3 * spacing))
+    # Two passes between which nothing arrived were one beginning.
+    apart = [b - a for a, b in pairwise(first) if _arrived(streams, a, b, gap)]
+    least = max(4 * gap, 3 * max(apart, default=0))
+    gradual = bool(quiet < least)
     waits = [start - end for start, end in zip(late, ends, strict=False)]
     tight = [wait <= 2 * pace.ttft_ns + 4 * gap for wait in waits]
     alone = min(waits) > -0.3 * gap  # room that others left would show before an end
