@@ -265,6 +265,18 @@ def test_every_address_of_a_host_is_tried(monkeypatch: pytest.MonkeyPatch) -> No
             assert reply.failure.kind is FailureKind.REFUSED
 
 
+def test_an_address_of_a_family_that_the_system_lacks_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with playing(good()) as url, monkeypatch.context() as patch:
+        port = int(url.rpartition(":")[2])
+        families = (250, socket.AF_INET)  # the first is none
+        found = [(f, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for f in families]
+        patch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        _, reply = ask("http://some.host:1")
+    assert reply.failure is None
+
+
 def test_ipv6() -> None:
     if not socket.has_ipv6:
         pytest.skip("no IPv6")

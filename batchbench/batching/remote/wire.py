@@ -218,7 +218,7 @@ class _Client:
         try:
             raw = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:
-            self._finish(stream, _failure_of(error, stream, self._address))
+            self._broken(stream, error)  # no IPv6, say
             return
         stream.socket = raw
         self._streams.add(stream)
