@@ -327,6 +327,7 @@ def _check_header(header: Header) -> None:
         ("energy_joules", _is_amount(about.get("energy_joules", 1))),
         ("foreign_cores", _is_amount(about.get("foreign_cores", 1), least=0)),
         ("memory", about.get("memory") is None or _is_memory(about["memory"])),
+        ("client", about.get("client") is None or _is_client(about["client"])),
     ):
         _check(fits, f"its header's about.{name} is wrong")
 
@@ -353,6 +354,15 @@ def _is_memory(memory: Any) -> bool:
         and memory.get("bytes_per_s") is not None
         and _is_amount(memory["bytes_per_s"])
     )
+
+
+def _is_client(client: Any) -> bool:
+    """Return True for the client's part in the times of a trial against a server."""
+    if not isinstance(client, Mapping):
+        return False
+    names = ("loop_p99_ns", "late_p99_ns", "kernel_share", "merged_share")
+    known = all(client.get(n) is not None and _is_amount(client[n], least=0) for n in names)
+    return known and client["kernel_share"] <= 1 and client["merged_share"] <= 1
 
 
 def _check_lengths(r: Recording) -> None:

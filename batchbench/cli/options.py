@@ -22,6 +22,8 @@ from typer.core import TyperCommand
 from batchbench import settings
 from batchbench.batching.presets import Basis
 from batchbench.batching.remote.spec import refuse_own, with_served_model
+from batchbench.batching.strategies import listing
+from batchbench.cli.output import echo
 from batchbench.errors import UsageError
 from batchbench.settings import setting
 from batchbench.studies.sweep.grid import parse_numbers
@@ -395,6 +397,11 @@ class Command(TyperCommand):
             name, equals, value = word.partition("=")
             ours = ALIASES.get(name)
             words.append(f"{ours}{equals}{value}" if ours in own and name not in own else word)
+            asks = words[-2:] == ["--strategy", "help"] or words[-1] == "--strategy=help"
+            if asks and "--strategy" in own:
+                for line in listing():
+                    echo(line)
+                raise typer.Exit
         _TYPED.set((ctx.command_path, list(words), own))  # the parser empties its list
         return super().parse_args(ctx, words)
 

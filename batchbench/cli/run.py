@@ -109,7 +109,7 @@ def _check_trace(output: OutputSpec, folder: Path | None) -> None:
 def _measure_and_write(
     experiment: Experiment, goals: GoalsSpec, output: OutputSpec, folder: Path
 ) -> bool:
-    """Measure, write and show the result; return False if outputs are wrong."""
+    """Measure, write and show the result; return False if outputs are wrong or requests failed."""
     from batchbench.batching.session import StopReason, conduct
     from batchbench.cli.progress import make_display
 
@@ -133,7 +133,7 @@ def _measure_and_write(
     show_result(result, files, output)
     if outcome.stopped and outcome.stopped.reason is StopReason.INTERRUPTED:
         raise Interrupted(f"{outcome.stopped}; the results are in {folder}")
-    return result.data["verification"]["passed"] is not False
+    return result.data["verification"]["passed"] is not False and not outcome.failures
 
 
 def show_result(result: Result, files: Iterable[Path], output: Shown) -> None:

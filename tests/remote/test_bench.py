@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from support.models import Alone
 from support.schedules import Core, Job, Schedule
-from support.wired import experiment, wired
 from support.servers import Manner, serving
+from support.wired import experiment, wired
 
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models.loading import LoadedModel

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from support.schedules import FIVE, MS, Schedule
-from support.wired import experiment, most_in_flight, wired
 from support.servers import Manner
+from support.wired import experiment, most_in_flight, wired
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine

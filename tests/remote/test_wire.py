@@ -122,6 +122,16 @@ def test_other_systems_have_user_space_stamps(monkeypatch: pytest.MonkeyPatch) -
     assert all(read.stamp_ns == read.read_ns and not read.kernel for read in one.reads)
 
 
+@linux
+def test_every_read_of_every_trial_has_a_stamp_of_the_kernel() -> None:
+    """The kernel begins to stamp some milliseconds after the first socket has asked for it."""
+    with playing(good()) as url:
+        for _ in range(20):
+            exchanges, _ = ask(url)
+            assert all(read.kernel for one in exchanges for read in one.reads)
+            time.sleep(0.005)
+
+
 # TLS
 
 
@@ -226,6 +236,14 @@ def test_an_answer_before_the_request_was_read_is_seen() -> None:
     assert one.written_ns is None
 
 
+def connections_of_three_requests(patch: pytest.MonkeyPatch) -> int:
+    """Return the connections that three requests, one after another, try to make."""
+    calls, connect = [], wire._Client._connect
+    patch.setattr(wire._Client, "_connect", lambda *args: calls.append(1) or connect(*args))
+    exchange(Address.parse("http://some.host:1"), Fixed([body(4)] * 3, at_once=1))
+    return len(calls)
+
+
 def test_every_address_of_a_host_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """``localhost`` is ::1 first on many systems, and servers listen on 127.0.0.1."""
     with playing(good()) as url, socket.socket() as closed:
@@ -238,6 +256,7 @@ def test_every_address_of_a_host_is_tried(monkeypatch: pytest.MonkeyPatch) -> No
             exchanges, reply = ask("http://some.host:1", count=3)
             assert reply.failure is None
             assert all(one.failure is None for one in exchanges)
+            assert connections_of_three_requests(patch) == 4  # the first tries both addresses
             found.pop()
             _, reply = ask("http://some.host:1")
             assert reply.failure is not None

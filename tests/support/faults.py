@@ -1,16 +1,18 @@
 """The table of faults: servers that fail in one way each, and how the client must report it.
 
-``playing(fault)`` runs such a server on 127.0.0.1 and yields its URL. The server answers GETs and
-the first ``good`` POSTs as a real one does, and then plays the fault.
+``playing(fault)`` runs such a server on 127.0.0.1 and yields its URL. The server answers GETs, and
+POSTs for which ``when`` is false, as a real one does.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import ssl
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -64,6 +66,9 @@ class Connection:
 
 Play = Callable[[Connection], None]
 
+When = Callable[[Asked], bool]
+"""Tells whether a request is the one that fails."""
+
 
 def _never(_: Connection) -> None:
     raise AssertionError("no request gets as far as this")
@@ -78,7 +83,8 @@ class Fault:
         kind: kind of the failure that the client reports.
         line: regular expression for its text.
         play: what the server does once it has read the request.
-        exit_code: exit code of a command whose every request fails like this.
+        exit_code: exit code of a run whose every request fails like this, and its GETs if the
+            fault is of the connection or ``site_fails``.
         scheme: scheme of the URL.
         tls: the server speaks TLS.
         timeout_s: time limit of the client.
@@ -102,8 +108,8 @@ class Fault:
 class FaultyServer:
     """A server with a thread for each connection."""
 
-    def __init__(self, fault: Fault, good: int, dialect: DialectName) -> None:
-        self._fault, self._left = fault, good
+    def __init__(self, fault: Fault, when: When, dialect: DialectName) -> None:
+        self._fault, self._when = fault, when
         self._dialect = dialect
         self._site = Site(Schedule(), Manner(dialect))
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -183,16 +189,40 @@ class FaultyServer:
             return
         connection = Connection(raw, self._stop, Asked.of(path, body or None), self._dialect)
         with self._lock:
-            good, self._left = verb == "POST" and self._left > 0, self._left - (verb == "POST")
-        if good:
-            connection.send(connection.events())
-        else:
+            fails = verb == "GET" or self._when(connection.asked)
+        if fails:
             self._fault.play(connection)
+        else:
+            connection.send(connection.events())
+
+
+def after(good: int) -> When:
+    """Return a condition that is false for the first requests, and then true."""
+    counter = itertools.count()
+    return lambda _: next(counter) >= good
+
+
+def at_time(place: int, time: int | None) -> When:
+    """Return a condition that is true once: when a prompt is seen the ``time``-th time.
+
+    Without a time it is true whenever the prompt is seen. ``place`` is the prompt's place in the
+    order in which prompts are first seen, from 0.
+    """
+    seen: Counter[tuple[int, ...]] = Counter()
+
+    def when(asked: Asked) -> bool:
+        prompt = tuple(asked.prompt)
+        seen[prompt] += 1
+        return list(seen).index(prompt) == place and time in (None, seen[prompt])
+
+    return when
 
 
 @contextmanager
-def playing(fault: Fault, *, good: int = 0, dialect: DialectName = "openai") -> Iterator[str]:
-    """Run a server that fails, after some good answers; yield its URL."""
+def playing(
+    fault: Fault, *, when: When | None = None, dialect: DialectName = "openai"
+) -> Iterator[str]:
+    """Run a server that fails, in every POST or when a condition is true; yield its URL."""
     if fault.where == "unknown":
         yield f"{fault.scheme}://{'a' * 64}.invalid:8000"  # no label is so long: no name server
         return
@@ -200,7 +230,7 @@ def playing(fault: Fault, *, good: int = 0, dialect: DialectName = "openai") -> 
         with _port(full=fault.where == "full") as port:
             yield f"{fault.scheme}://127.0.0.1:{port}"
         return
-    server = FaultyServer(fault, good, dialect)
+    server = FaultyServer(fault, when or after(0), dialect)
     server.start()
     try:
         yield f"{fault.scheme}://127.0.0.1:{server.port}"
@@ -284,7 +314,9 @@ FAULTS: tuple[Fault, ...] = (
         timeout_s=SHORT_S,
         where="full",
     ),
-    Fault("silent", K.TIMEOUT, "no response for 0.3 s", timeout_s=SHORT_S, where="silent"),
+    Fault(
+        "silent", K.TIMEOUT, "no response for 0.3 s", exit_code=2, timeout_s=SHORT_S, where="silent"
+    ),
     Fault("hangs-first", K.TIMEOUT, "no response", Connection.hang, timeout_s=SHORT_S),
     Fault(
         *("hangs-later", K.TIMEOUT, r"nothing more after \d+ bytes .* for 0.3 s"),
@@ -293,7 +325,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         *("hangs-handshake", K.TIMEOUT, "no end of the TLS handshake for 0.3 s"),
-        exit_code=1,
+        exit_code=2,
         scheme="https",
         timeout_s=SHORT_S,
         where="silent",

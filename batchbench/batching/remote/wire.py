@@ -135,6 +135,7 @@ class _Client:
         self._buffer = memoryview(bytearray(_BUFFER))
         self._tls = _tls_context(address) if address.scheme == "https" else None
         self._stamped = kernel_stamps and self._tls is None and sys.platform == "linux"
+        self._stamping = _Stamping(wanted=self._stamped)
         self._run_delay = _RunDelay(wanted=not self._stamped)
         self._offset_ns = _clock_offset_ns()
         self._no_route: Failure | None = None
@@ -174,6 +175,7 @@ class _Client:
         for stream in list(self._streams):
             self._finish(stream, Failure(FailureKind.STOPPED, "stopped before its end"), tell=False)
         self._selector.close()
+        self._stamping.close()
         self._run_delay.close()
 
     def _select(self, now_ns: int, wake_ns: int | None) -> None:
@@ -293,36 +295,31 @@ class _Client:
         self._selector.modify(stream.socket, selectors.EVENT_READ, stream)
 
     def _read(self, stream: _Stream) -> None:
-        """Keep what has arrived, with its stamp."""
+        """Keep what has arrived, with its stamp. The buffer holds more than a record of TLS."""
         exchange = stream.exchange
-        while True:
-            ancillary: list[tuple[int, int, bytes]] = []
-            try:
-                if self._stamped:
-                    count, ancillary, _, _ = stream.socket.recvmsg_into([self._buffer], 64)
-                else:
-                    count = stream.socket.recv_into(self._buffer)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return
-            read_ns = stream.progress_ns = time.monotonic_ns()
-            if not count:
-                exchange.closed = True
-                self._finish(stream)
-                return
-            data = bytes(self._buffer[:count])
-            exchange.reads.append(self._stamped_read(read_ns, data, ancillary))
-            stream.size += count
-            if stream.end.reached(data):
-                self._finish(stream)
-                return
-            if stream.size > _MOST_BYTES:
-                text = f"the response is longer than {_MOST_BYTES >> 20} MiB"
-                self._finish(stream, Failure(FailureKind.STOPPED, text))
-                return
-            if self._watch is not None:
-                self._watch(exchange)
-            if self._tls is None:
-                return  # the selector tells if there is more; of TLS it does not know
+        ancillary: list[tuple[int, int, bytes]] = []
+        try:
+            if self._stamped:
+                count, ancillary, _, _ = stream.socket.recvmsg_into([self._buffer], 64)
+            else:
+                count = stream.socket.recv_into(self._buffer)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return
+        read_ns = stream.progress_ns = time.monotonic_ns()
+        if not count:
+            exchange.closed = True
+            self._finish(stream)
+            return
+        data = bytes(self._buffer[:count])
+        exchange.reads.append(self._stamped_read(read_ns, data, ancillary))
+        stream.size += count
+        if stream.end.reached(data):
+            self._finish(stream)
+        elif stream.size > _MOST_BYTES:
+            text = f"the response is longer than {_MOST_BYTES >> 20} MiB"
+            self._finish(stream, Failure(FailureKind.STOPPED, text))
+        elif self._watch is not None:
+            self._watch(exchange)
 
     def _stamped_read(
         self, read_ns: int, data: bytes, ancillary: list[tuple[int, int, bytes]]
@@ -374,6 +371,35 @@ class _Client:
                     Read(read.read_ns, False, read.read_ns, read.data, read.lag_ns + abs(step_ns))
                     for read in exchange.reads
                 ]
+
+
+class _Stamping:
+    """Keeps the kernel stamping: it begins some milliseconds after a socket first asks for it."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._pair: list[socket.socket] = []
+        if wanted:
+            with suppress(OSError):
+                self._begin()
+
+    def _begin(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(1)
+            self._pair = [socket.socket()]
+            self._pair[0].settimeout(1)
+            self._pair[0].connect(listener.getsockname())
+            self._pair.append(listener.accept()[0])
+        reader, writer = self._pair
+        reader.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        for _ in range(100):
+            writer.send(b"?")
+            if reader.recvmsg(1, 64)[1]:
+                break
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        for one in self._pair:
+            one.close()
 
 
 class _RunDelay:
@@ -503,7 +529,7 @@ def post(address: Address, path: str, body: bytes) -> Response:
 
 
 def _ask(address: Address, path: str, body: bytes | None) -> Response:
-    (only,) = exchange(address, _Once(path, body))
+    (only,) = exchange(address, _Once(path, body), kernel_stamps=False)
     response = response_of(only)
     failure = failure_of_response(only, response)
     if failure is not None:

@@ -20,14 +20,38 @@ if TYPE_CHECKING:
     from batchbench.batching.batcher import Strategy
     from batchbench.batching.models.loading import LoadedModel
     from batchbench.batching.models.source import ModelSpec, Source
+    from batchbench.batching.recording import Header
     from batchbench.workloads import Workload
 
 GROUP = "batchbench.strategies"
 
 OURS: Mapping[str, str] = {
     "generate_batch": "batchbench.batching.engines.generate_batch:make",
+    "vllm": "batchbench.batching.strategies.vllm:make",
+    "vllm-static": "batchbench.batching.strategies.vllm:make",
 }
 """Our own plug-ins, which are found even if the installed metadata is of an older version."""
+
+
+_ABOUT: Mapping[str, str] = {
+    "static": "batches of the waiting requests",
+    "static-fixed": "static, and each batch waits until it is full",
+    "static-bucketed": "static, sorted by prompt length",
+    "static-oracle": "static, sorted by output length as if known: its best case",
+    "continuous": "a finished request is replaced at the next step",
+    "generate_batch": "continuous batching of transformers",
+    "vllm": "continuous batching of vLLM's engine, in this process",
+    "vllm-static": "the same engine, which gets a batch when the last one is done",
+}
+
+
+def listing() -> list[str]:
+    """Return the lines of ``--strategy help``; no plug-in is imported."""
+    rows = list(_ABOUT.items())
+    rows += [(plug_in.name, f"of the package {plug_in.package}") for plug_in in registered()]
+    rows.append(("package.module:Class", "your own policy, of a file in this folder or installed"))
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:{width}}  {about}" for name, about in rows]
 
 
 @dataclass(frozen=True)
@@ -48,16 +72,18 @@ class Context:
     load: Callable[[], LoadedModel] = field(repr=False)
     """Return the model as a torch module; it is loaded once for all strategies."""
 
-    def about(self, workload: Workload, trial: int, **facts: Any) -> dict[str, Any]:
-        """Return the arguments of the :class:`Header` of a trial; ``facts`` go into the result."""
-        return {
-            "strategy": self.name,
-            "trial": trial,
-            "slots": self.slots,
-            "simulated": False,
-            "workload": {"name": workload.name, "seed": workload.seed, "digest": workload.digest},
-            "about": facts,
-        }
+    def header(self, workload: Workload, trial: int, **about: Any) -> Header:
+        """Return the header of a trial's recording; ``about`` has facts for the result."""
+        from batchbench.batching.recording import Header
+
+        return Header(
+            strategy=self.name,
+            trial=trial,
+            slots=self.slots,
+            simulated=False,
+            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
+            about=about,
+        )
 
 
 @dataclass(frozen=True)

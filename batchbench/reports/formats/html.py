@@ -25,6 +25,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
+from batchbench.batching.remote.spec import OWN_ENGINE
 from batchbench.reports.figures.card import Strategy, Unit, capitalize, name_strategies
 from batchbench.reports.figures.latency import staircase
 from batchbench.reports.figures.occupancy import which_trial
@@ -180,12 +181,13 @@ def _left_out(result: Result, timelines: Sequence[Timeline], window: float) -> s
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the settings that are not at their empty default."""
+    """Return the settings that are not at their empty default; of a server only those it has."""
+    unused = OWN_ENGINE if "target" in config else ()
     return [
         (name.replace("_", " "), _spell(value))
         for part in config.values()
         for name, value in (part.items() if isinstance(part, Mapping) else ())
-        if value not in (None, [], False, "")
+        if value not in (None, [], False, "") and name not in unused
     ]
 
 
