@@ -19,10 +19,9 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.remote.address import Failure, FailureKind
 from batchbench.batching.remote.spec import TargetSpec
 from batchbench.studies.probe import ask, report
-from batchbench.studies.probe.figure import draw_streams
+from batchbench.studies.probe.figures import MOST_STREAMS, Panel, draw_streams, panels_of
 from batchbench.studies.probe.judge import Kind
 from batchbench.studies.probe.observations import Role, Stream
-from batchbench.studies.probe.panels import MOST_STREAMS, Panel, panels_of
 
 KEYS = {"target", "server", "verdict", "slots", "slots_is_lower_bound", "evidence"}
 
