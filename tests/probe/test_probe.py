@@ -13,6 +13,8 @@ from support.program import Program
 from support.program import here as here
 from support.program import program as program
 from support.schedules import FIVE, MS, Schedule
+from support.servers import Manner
+from support.streams import DialectName
 from support.wired import URL, wired
 
 from batchbench.batching.progress import Watch
@@ -58,6 +60,16 @@ def test_the_five_kinds_of_server(
     assert bound is None or data["slots_is_lower_bound"] is bound
     assert data["target"] == URL
     assert data["server"]["name"] == "llama.cpp"
+
+
+@pytest.mark.parametrize("dialect", ["llama.cpp", "vllm"])
+def test_the_chat_endpoint_and_other_dialects(
+    monkeypatch: pytest.MonkeyPatch, dialect: DialectName
+) -> None:
+    wired(monkeypatch, Schedule(slots=4), Manner(dialect))
+    spec = TargetSpec(target=URL, endpoint="/v1/chat/completions")
+    verdict = ask.probe(spec, "auto", 60.0, Watch()).verdict
+    assert (verdict.kind, verdict.slots) == (Kind.CONTINUOUS, 4)
 
 
 def test_a_server_that_takes_turns_is_no_verdict_and_exit_code_3_if_strict(
