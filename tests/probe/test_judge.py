@@ -186,6 +186,20 @@ def test_requests_of_others_that_the_server_counts_make_slots_a_lower_bound() ->
     assert busy.busy
 
 
+@pytest.mark.parametrize("server", [Server(others=2), Server(slots=8)])
+def test_one_free_slot_of_many_is_not_called_serial(server: Server) -> None:
+    """From outside, a server whose other slots are held for a minute has one."""
+    seen, _ = observe(Kind(slots=1), 1)
+    assert judge(seen).kind is SERIAL
+    assert judge(replace(seen, server=server)).kind is UNKNOWN
+
+
+def test_a_buffered_server_that_ends_early_is_not_called_serial() -> None:
+    for seed in range(6):
+        found = verdict_of(Kind("static", chunk=0, early_end=0.5, hiccup=0.08), seed)
+        assert found.kind in (STATIC, UNKNOWN)
+
+
 def test_a_busy_client_gives_no_verdict_on_shared_steps() -> None:
     seen, _ = observe(Kind(slots=4), 1)
     assert judge(replace(seen, lag_ns=3 * MS)).kind is UNKNOWN

@@ -58,7 +58,7 @@ def burst_of(round: Round, pace: Pace) -> Burst:
     refused = sum(s.refused for s in sent)
     return Burst(
         *(len(sent), refused, most, exact and whole, midway, groups, gain, gradual),
-        sequential=max(most, overlap) == 1 and whole,
+        sequential=max(most, overlap) == 1 and whole and equal,
     )
 
 
