@@ -332,6 +332,15 @@ def test_the_first_and_the_last_group_of_a_static_server_need_not_be_full() -> N
     assert (rest.groups, rest.most, rest.exact) == ((1, 3), 3, False)
 
 
+def test_a_request_of_one_token_belongs_to_its_group() -> None:
+    def group(first: float) -> list[Stream]:
+        lengths = [1, 8, 8, 9]
+        return [steady(Role.BURST, 0, first + i / 10, n) for i, n in enumerate(lengths)]
+
+    found = burst_of(burst(*group(30), *group(300), *group(600)), PACE)
+    assert (found.groups, found.most, found.exact) == ((4, 4, 4), 4, True)
+
+
 def test_a_failed_request_makes_a_count_inexact() -> None:
     ours = [steady(Role.BURST, 0, 30, 12 + i) for i in range(3)]
     after_end = [steady(Role.BURST, 0, o.last_ns / MS + 20, 8) for o in ours]
