@@ -15,11 +15,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
 
 from batchbench.batching.engines.torch import triton_ops as ops
-from batchbench.batching.engines.torch.triton_ops import (
-    Norm,
-    SlotAttention,
-    lay_tiles,
-)
+from batchbench.batching.engines.torch.mixed import lay_tiles, most_tiles, tile_size
+from batchbench.batching.engines.torch.triton_ops import Norm, SlotAttention
 
 DEVICE = "cpu" if ops._INTERPRETED else "cuda"
 
@@ -213,7 +210,8 @@ def test_tiles_cover_each_token_once(counts: list[int], size: int) -> None:
     many = np.array(counts, np.int64)
     slots, starts = np.arange(len(many)) * 3, np.arange(len(many)) * 7
     laid = lay_tiles(many, slots, starts, size)
-    assert len(laid) <= ops.most_tiles(int(many.sum()), len(many), size)
+    if size == tile_size(int(many.sum())):
+        assert len(laid) <= most_tiles(int(many.sum()), len(many))
     covered = [t for token, count, *_ in laid for t in range(token, token + count)]
     assert covered == list(range(int(many.sum())))
     assert laid[:, 1].min() >= 1
@@ -224,15 +222,24 @@ def test_tiles_cover_each_token_once(counts: list[int], size: int) -> None:
     assert (laid[:, 0] + laid[:, 1] <= (firsts + many)[piece]).all()
 
 
-def test_formats_and_layouts_that_the_kernels_do_not_read_are_refused() -> None:
+def test_a_cache_of_another_format_is_refused() -> None:
     block = made_up_cache(1, 2, 4, 8, {}, torch.float32)
     attention = SlotAttention(block, 2, 4, 1, 8)
     q, k, v = states(1, 2, 2, 8, torch.float32)
     at = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="differ in format"):
         attention.decode(q, k, v, block.half(), at, at)
-    with pytest.raises(ValueError, match="side by side"):
-        attention.decode(q, k, v.clone().expand(1, 2, 8).transpose(0, 1), block, at, at)
+
+
+def test_heads_that_do_not_lie_side_by_side_attend_alike() -> None:
+    q, k, v = states(3, 2, 1, 8, torch.float32)
+    spread = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k, v)]
+    at = torch.tensor([0, 1, 2], device=DEVICE)
+    seen = []
+    for arguments in ((q, k, v), spread):
+        block = made_up_cache(3, 1, 4, 8, {0: 0, 1: 1, 2: 2}, torch.float32)
+        seen.append(SlotAttention(block, 2, 4, 3, 8).decode(*arguments, block, at, at))
+    assert torch.equal(*seen)
 
 
 # Norms and embeddings

@@ -9,18 +9,13 @@ import math
 import os
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from triton import cdiv, language, next_power_of_2
 
 from batchbench.batching.engines.torch import triton_kernels as kernels
 
 SPLIT = 256
 """Keys of one decoding row that one program reads. More are split over several programs."""
-
-LONG_PASS = 512
-"""Tokens of a pass above which prompts are computed in tiles of 64 tokens instead of 16."""
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _POWERS_OF_TWO = math.log2(math.e)
@@ -67,6 +62,7 @@ class SlotAttention:
         ``q`` is ``[rows, heads, size]``, ``k`` and ``v`` are ``[rows, kv_heads, size]``. Row i
         is at ``positions[i]`` of slot ``slots[i]`` and attends to that slot up to there.
         """
+        q, k, v = _side_by_side(q, k, v)
         rows, heads, size = q.shape
         out = torch.empty(rows, heads, size, dtype=q.dtype, device=q.device)
         width = next_power_of_2(size)
@@ -97,9 +93,10 @@ class SlotAttention:
     ) -> torch.Tensor:
         """Write keys and values of rows and chunks, and attend; ``[tokens, heads, size]``.
 
-        ``tiles`` are those of :func:`lay_tiles`, of up to ``tokens`` tokens each. The result of
-        a token that is in no tile is undefined.
+        ``tiles`` are those of ``mixed.lay_tiles``, of up to ``tokens`` tokens each. The result of a
+        token that is in no tile is undefined.
         """
+        q, k, v = _side_by_side(q, k, v)
         total, heads, size = q.shape
         out = torch.empty(total, heads, size, dtype=q.dtype, device=q.device)
         width = max(16, next_power_of_2(size))
@@ -124,13 +121,19 @@ def _places(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: torch.Tensor
 ) -> tuple[int, int, int, int, int]:
     """Return strides and sizes that both attention kernels take."""
-    size = q.shape[2]
-    within = all(t.stride()[1:] == (size, 1) for t in (q, k, v) if t.shape[1] > 1)
-    if not within or k.stride(0) != v.stride(0) or not block.is_contiguous():
-        raise ValueError("heads of one token must lie side by side")
     if not q.dtype == k.dtype == v.dtype == block.dtype:
         raise ValueError("queries, keys, values and their cache differ in format")
     return q.stride(0), k.stride(0), k.shape[1], block.shape[3], block.stride(0)
+
+
+def _side_by_side(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the same with the heads of a token side by side, and keys as far apart as values."""
+    size = q.shape[2]
+    if any(t.stride()[1:] != (size, 1) for t in (q, k, v)) or k.stride(0) != v.stride(0):
+        return q.contiguous(), k.contiguous(), v.contiguous()
+    return q, k, v
 
 
 def _scale(scale: float | None, size: int) -> float:
@@ -141,36 +144,6 @@ def _dot_format(dtype: torch.dtype) -> Any:
     """Return the format in which tiles are multiplied; the interpreter multiplies no bfloat16."""
     formats = {torch.bfloat16: language.bfloat16, torch.float16: language.float16}
     return language.float32 if _INTERPRETED else formats.get(dtype, language.float32)
-
-
-def tile_size(tokens: int) -> int:
-    """Return the tokens of a tile for a pass of so many tokens."""
-    return 16 if tokens <= LONG_PASS else 64
-
-
-def most_tiles(tokens: int, slots: int, size: int) -> int:
-    """Return the most tiles that a pass of ``tokens`` in at most ``slots`` pieces can have."""
-    return min(tokens, slots + tokens // size)
-
-
-def lay_tiles(
-    counts: NDArray[np.int64],
-    slots: NDArray[np.int64],
-    starts: NDArray[np.int64],
-    size: int,
-) -> NDArray[np.int64]:
-    """Cut pieces that lie end to end into tiles of up to ``size`` tokens, ``[tiles, 5]``.
-
-    Piece i has ``counts[i]`` tokens and begins at position ``starts[i]`` of ``slots[i]``. The
-    columns are a tile's first token and its count, and the piece's first token, slot and start.
-    """
-    first = np.cumsum(counts) - counts
-    tiles = -(-counts // size)
-    piece = np.repeat(np.arange(len(counts)), tiles)
-    nth = np.arange(len(piece)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-    token = first[piece] + nth * size
-    count = np.minimum(size, first[piece] + counts[piece] - token)
-    return np.stack([token, count, first[piece], slots[piece], starts[piece]], 1)
 
 
 def embed_norm(
