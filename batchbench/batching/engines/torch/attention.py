@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -101,12 +101,49 @@ class SlotLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.2x
 
 
+class DeviceAttention(Protocol):
+    """Attention in a GPU's own kernels, which read slots and positions on the device."""
+
+    def decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Write keys and values of decoding rows to the cache, and attend."""
+
+    def tiled(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block: torch.Tensor,
+        tiles: torch.Tensor,
+        tokens: int,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Write keys and values of rows and chunks, laid out in tiles, and attend."""
+
+
 class SlotCache(Cache):
-    """The blocks of all layers, behind transformers' cache interface."""
+    """The blocks of all layers, behind transformers' cache interface.
+
+    ``attention`` is a GPU's own; None for torch's.
+    """
 
     def __init__(
-        self, config: PretrainedConfig, slots: int, max_len: int, like: torch.Tensor
+        self,
+        config: PretrainedConfig,
+        slots: int,
+        max_len: int,
+        like: torch.Tensor,
+        attention: DeviceAttention | None = None,
     ) -> None:
+        self.attention = attention
         layers, heads, size = kv_shape(config)
         self.blocks = [SlotLayer((slots, heads, max_len, size), like) for _ in range(layers)]
         which, head = np.indices((2, heads)).reshape(2, -1)
@@ -159,6 +196,8 @@ class Layout:
     rows: torch.Tensor | None = None
     fresh: Sequence[Prompts] = ()
     continued: Sequence[tuple[int, Chunk, torch.Tensor]] = ()  # first token, chunk, mask
+    tiles: torch.Tensor | None = None  # of a pass with chunks, if the cache has a GPU's attention
+    tile: int = 0  # tokens of a tile
     _rows_of_cache: torch.Tensor | None = field(default=None, init=False)
     _mask: torch.Tensor | None = field(default=None, init=False)
 
@@ -218,6 +257,22 @@ def attend(
     return out
 
 
+def attend_on_device(
+    block: SlotLayer,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attend as :func:`attend` does, in one launch of a GPU's own kernels."""
+    attention = layout.cache.attention
+    assert attention is not None
+    if layout.tiles is None:
+        return attention.decode(q, k, v, block.block, layout.slots, layout.positions, scale)
+    return attention.tiled(q, k, v, block.block, layout.tiles, layout.tile, scale)
+
+
 def attend_natively(
     kernels: Native, block: SlotLayer, qkv: torch.Tensor, layout: Layout
 ) -> torch.Tensor:
@@ -272,7 +327,11 @@ def attend_for_transformers(
     index = module.layer_idx
     assert isinstance(index, int)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    seen = attend(layout.cache.blocks[index], q, torch.stack([k, v], 1), layout, scale=scaling)
+    block = layout.cache.blocks[index]
+    if layout.cache.attention is not None:
+        seen = attend_on_device(block, q, k, v, layout, scaling)
+    else:
+        seen = attend(block, q, torch.stack([k, v], 1), layout, scale=scaling)
     return seen.unsqueeze(0), None
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from batchbench.batching.engines.torch.attention import Layout, SlotCache
-from batchbench.batching.engines.torch.base import best_token
 from batchbench.batching.engines.torch.forward import Forward
 from batchbench.batching.plan import Plan
 
@@ -52,7 +51,9 @@ class PreparedDecode:
         self._positions = torch.zeros_like(last)
         self._growing = torch.zeros_like(last)
         self.batches = sizes(1, slots) if every_batch else (slots,)
-        self.lengths = sizes(_SHORTEST, max_len)
+        # A GPU's own attention reads each row's length on the device: one pass is for all lengths.
+        masked = cache.attention is None
+        self.lengths = sizes(_SHORTEST, max_len) if masked else (max_len,)
         # The largest first: the others then fit into the memory that it leaves in their pool.
         self._passes = {
             (rows, length): prepare(self._pass(rows, length))
@@ -79,7 +80,7 @@ class PreparedDecode:
 
         def decode() -> None:
             layout = Layout(self._cache, slots, positions, rows, low=0, high=rows, length=length)
-            last.copy_(best_token(self._forward(last, layout, None)))
+            last.copy_(self._forward.choose(self._forward(last, layout, None)))
             positions.add_(growing)
 
         return decode
