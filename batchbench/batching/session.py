@@ -182,6 +182,7 @@ class Session:
         self._loaded: LoadedModel | None = None
         self._energy: Sequence[Counter] = ()
         self._memory: Mapping[str, Any] = {}
+        self._servings: Mapping[str, int] = {}  # per trial, by strategy; once if it is not there
         self.model: dict[str, Any] = {
             "name": self.source.name,
             "load_format": self.source.load_format,
@@ -206,7 +207,7 @@ class Session:
     def on(self, workload: Workload) -> Session:
         """Return a session with the same engine, for another workload with no longer requests."""
         other = copy.copy(self)
-        other.workload = workload
+        other.workload, other._servings = workload, {}
         return other
 
     def within(self, limit: float | None) -> Session:
@@ -285,7 +286,16 @@ class Session:
             return WarmUp(0, True, None, None)
         self._watch.phase("warming up")
         batcher, others = self.batcher("continuous"), self._own_schedulers.values()
-        return trials.warm_up(batcher, others, self.workload, most=most, within=within)
+        warm_up = trials.warm_up(batcher, others, self.workload, most=most, within=within)
+        if self._loaded is None or self._loaded.device.type != "cuda":
+            return warm_up
+        strategies, asked = self.strategies(), self.experiment.trials
+        trial_s = trials.least_trial_s(self._energy, asked.max_time, asked.trials * len(strategies))
+        slots = self.experiment.serving.batch_size
+        warm_up, self._servings = trials.warm_up_whole(
+            strategies, self.workload, warm_up, self._watch, slots=slots, trial_s=trial_s
+        )
+        return warm_up
 
     def check_time(self, warm_up: WarmUp) -> None:
         """Raise UsageError if one pair of trials takes longer than ``--max-time``."""
@@ -296,7 +306,8 @@ class Session:
         for name in self.experiment.serving.strategies:
             policy = "continuous" if name == GENERATE_BATCH else name
             batcher = replace(self.batcher(policy), engine=engine)
-            expected += batcher.serve(self.workload, Watch()).duration_ns / 1e9
+            once_s = batcher.serve(self.workload, Watch()).duration_ns / 1e9
+            expected += once_s * self._servings.get(name, 1)
         if expected > limit:
             raise UsageError(
                 f"--max-time {limit:g}: one pair of trials takes about {expected:.0f} s here; "
@@ -326,10 +337,19 @@ class Session:
 
     def serve(self, strategy: Strategy, trial: int, planned: int) -> Recording:
         self._watch.trial_begins(strategy.name, trial, planned)
-        simulated, watch, memory = self.engine.simulated, self._watch, self._memory
         recording = trials.observe(
-            strategy, self.workload, watch, trial, self._energy, simulated=simulated, about=memory
+            strategy,
+            self.workload,
+            self._watch,
+            trial,
+            self._energy,
+            simulated=self.engine.simulated,
+            about=self._memory,
+            servings=self._servings.get(strategy.name, 1),
+            gpu=self.environment.get("gpu_uuid"),
         )
+        if "gpu_clock_mhz" in recording.header.about:
+            self.environment["gpu_clock_mhz"] = recording.header.about["gpu_clock_mhz"]
         self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
         return recording
 

@@ -250,6 +250,7 @@ class StrategyData(TypedDict):
     summary: Summary
     counters: Counters | None
     computed_passes: NotRequired[int | None]
+    servings: NotRequired[int]
     output_digest: str | None
     by_output_length: list[LengthClass]
     stalls: list[Stall]

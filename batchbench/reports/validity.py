@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
 
 import numpy as np
 
 from batchbench.batching.recording import Recording
-from batchbench.batching.trials import WarmUp
+from batchbench.batching.trials import WarmUp, requests_that_differ
 from batchbench.batching.verification import Verification
 from batchbench.reports import metrics, time_budget
 from batchbench.reports.latency import gaps_ms, ttft_ms
@@ -79,7 +79,14 @@ def audit(
         change = percent(warm_up.last_change, sign="+")
         reasons.append(Reason.WARM_UP.text(change=change, rounds=warm_up.rounds))
     for name, trials in recordings.items():
-        doubts = list(_broken_laws(workload, trials)) or _doubts(workload, trials, requested_rate)
+        ties = {
+            finding.request
+            for finding in verification.findings
+            if (finding.strategy, finding.verdict) == (name, "numerical tie")
+        }
+        doubts = list(_broken_laws(workload, trials)) or _doubts(
+            workload, trials, ties, requested_rate
+        )
         reasons += [f"{name}: {doubt}" for doubt in doubts]
     return reasons
 
@@ -94,8 +101,12 @@ def _broken_laws(workload: Workload, trials: Sequence[Recording]) -> Iterator[st
 
 
 def _doubts(
-    workload: Workload, trials: Sequence[Recording], requested_rate: float | None
+    workload: Workload,
+    trials: Sequence[Recording],
+    ties: Collection[int],
+    requested_rate: float | None,
 ) -> Iterator[str]:
+    """Yield reasons; ``ties`` are requests whose output verification calls a numerical tie."""
     stepped = [
         r for r in trials if r.has_steps
     ]  # a strategy that schedules itself reports no steps
@@ -107,11 +118,14 @@ def _doubts(
         if computed not in (None, r.num_steps):
             yield Reason.PASSES.text(computed=computed, steps=r.num_steps)
             break
-    if workload.closed and len({tuple(metrics.counters(r).values()) for r in stepped}) > 1:
+    vary = any(r.header.about.get("steps_vary") for r in stepped)
+    if workload.closed and (
+        vary or len({tuple(metrics.counters(r).values()) for r in stepped}) > 1
+    ):
         yield Reason.COUNTERS
     if trials[0].header.simulated:
         return
-    if len({None if r.tokens is None else r.tokens.tobytes() for r in trials}) > 1:
+    if not _differing(trials) <= set(ties):
         yield Reason.OUTPUTS
     if stepped:
         share = float(np.median([time_budget.host_share(r) for r in stepped]))
@@ -130,6 +144,12 @@ def _doubts(
     cores = max(r.header.about.get("foreign_cores") or 0.0 for r in trials)
     if cores > FOREIGN_CORES:
         yield Reason.FOREIGN_LOAD.text(cores=cores)
+
+
+def _differing(trials: Sequence[Recording]) -> set[int]:
+    """Return the requests that did not get the same tokens each time that they were served."""
+    between = {i for r in trials[1:] for i in requests_that_differ(trials[0], r)}
+    return between.union(*(r.header.about.get("differing_requests", ()) for r in trials))
 
 
 def _late(

@@ -27,7 +27,7 @@ from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Header, Recording
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, reason_in_short
 from batchbench.workloads import Request, Workload, make_arrivals
 
 PAGE = 256
@@ -221,4 +221,7 @@ def _timeout_s(due_ns: int | None, clock: WallClock) -> float:
 
 
 def _failed(why: str) -> str:
-    return f"--strategy {GENERATE_BATCH}: transformers' continuous batching failed: {why}"
+    return (
+        f"--strategy {GENERATE_BATCH}: transformers' continuous batching failed: "
+        f"{reason_in_short(why)}; remove it"
+    )

@@ -88,7 +88,7 @@ def make_ladder(outcome: LadderOutcome, command: str) -> LadderResult:
         for dtype in ceilings[-1]  # without those whose rungs failed
     }
     on_cpu = ladder.model["device"] == "cpu"
-    reasons = [] if outcome.stopped is None else [outcome.stopped]
+    reasons = [str(why) for why in (outcome.stopped, outcome.failed) if why is not None]
     rungs = []
     for opened in ladder.rungs:
         rung, trials = opened.rung, recordings[opened.rung.name]
@@ -130,6 +130,8 @@ def make_card(ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
                 **{name: size for name, size in asdict(limit.reading).items() if name != "dtype"},
                 "floor_ms": limit.floor_s * 1e3,
                 "products_ms": limit.products_s * 1e3,
+                "arithmetic_ms": limit.arithmetic_s and limit.arithmetic_s * 1e3,
+                "launching_ms": limit.launching_s and limit.launching_s * 1e3,
                 "bound": limit.bound,
                 "ceiling_tokens_per_s": limit.tokens_per_s,
             }
@@ -227,10 +229,21 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
             f"    limit    {_ms(known['floor_ms'])} ms per decode step by memory: "
             "(weights + KV) / bandwidth",
             f"    products {_ms(known['products_ms'])} ms for the step's matrix products alone",
+            *_causes(known),
             f"    ceiling  {known['ceiling_tokens_per_s']:,.0f} tokens/s, limited by "
             f"{known['bound']}",
         ]
     return lines
+
+
+def _causes(known: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a GPU on why its products take their time: arithmetic and launching."""
+    if known["launching_ms"] is None:
+        return []
+    return [
+        f"    compute  {number(known['arithmetic_ms'])} ms for them at the rate of a large product",
+        f"    launch   {_ms(known['launching_ms'])} ms for as many products with almost no work",
+    ]
 
 
 def _mib(size: float) -> str:

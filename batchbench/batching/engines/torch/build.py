@@ -26,7 +26,12 @@ from batchbench.batching.engines.torch.forward import (
     is_plain_gpt2,
     make_forward,
 )
-from batchbench.batching.engines.torch.hardware import buffer_bytes, cache_bytes, median_s
+from batchbench.batching.engines.torch.hardware import (
+    SMALL,
+    buffer_bytes,
+    cache_bytes,
+    device_median_s,
+)
 from batchbench.batching.engines.torch.linear import Kernels, make_linear
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
@@ -254,7 +259,8 @@ class Sizes:
     """Bytes of weights and cache, peak and available bytes, and seconds of a step's products.
 
     ``peak_bytes`` and ``room_bytes`` are of the device that serves; on a CPU they count the whole
-    process. ``fitting`` is the largest batch size that fits, 0 if none does.
+    process. ``fitting`` is the largest batch size that fits, 0 if none does. On a GPU a step also
+    takes ``launching_s`` for its ``launches`` of kernels, which run one after another.
     """
 
     device: str
@@ -264,6 +270,8 @@ class Sizes:
     room_bytes: int
     fitting: int
     step_s: float
+    launches: int = 0
+    launching_s: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -293,11 +301,12 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     base = psutil.Process().memory_info().rss  # before anything is timed
     byte_s, packs = _time_product(served, slots, device)
     parameters = count_parameters(source)
-    run = _Run(experiment, source, workload, served, device, base, parameters, packs)
     room = int(free_bytes(device) * (1 - HEADROOM)) + (base if device.type == "cpu" else 0)
+    run = _Run(experiment, source, workload, served, device, base, parameters, packs, room)
     peak, fits = run.peak_bytes(slots), slots
     if peak > room:
         fits = largest_batch(lambda fewer: run.peak_bytes(fewer) <= room, slots)
+    launches = _launches(config) if device.type == "cuda" else 0
     return Sizes(
         device=str(device),
         weight_bytes=run.resident_bytes,
@@ -306,7 +315,23 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
         room_bytes=room,
         fitting=fits,
         step_s=run.weight_bytes * byte_s,
+        launches=launches,
+        launching_s=launches * _time_kernel(device) if launches else 0.0,
     )
+
+
+LAUNCHES_OF_LAYER, LAUNCHES_BESIDE = 12, 15
+"""Kernels that a decode step launches in each layer, and beside the layers."""
+
+
+def _launches(config: Any) -> int:
+    return int(LAUNCHES_OF_LAYER * config.get_text_config().num_hidden_layers + LAUNCHES_BESIDE)
+
+
+def _time_kernel(device: torch.device) -> float:
+    """Return the seconds from one kernel with almost no work to the next, in a CUDA graph."""
+    small = torch.zeros(SMALL, device=device)
+    return device_median_s(lambda: small.add_(1.0), device, 15)
 
 
 def _time_product(served: Served, slots: int, device: torch.device) -> tuple[float, bool]:
@@ -316,7 +341,7 @@ def _time_product(served: Served, slots: int, device: torch.device) -> tuple[flo
     product = make_linear(matrix, None, Kernels.OWN if served.lean else Kernels.PLAIN)
     rows = max(1, min(slots, LARGEST_PRODUCT // len(matrix)))
     x = torch.rand(rows, width, device=device).to(dtype)
-    seconds = median_s(lambda: product(x), device, 7) * slots / rows
+    seconds = device_median_s(lambda: product(x), device, 7) * slots / rows
     return seconds / matrix.nbytes, bool(product.extra_bytes)
 
 
@@ -332,6 +357,7 @@ class _Run:
     base: int
     parameters: int
     packs: bool
+    room: int
 
     @property
     def weight_bytes(self) -> int:
@@ -347,7 +373,10 @@ class _Run:
         weights, resident = self.weight_bytes, self.resident_bytes
         paged = self._generate_batch_bytes(slots)
         cached = self.served.cache_bytes(slots) + paged
-        buffer = buffer_bytes(self.device) if weights > (cache_bytes(self.device) or 0) else 0
+        buffer = 0
+        if weights > (cache_bytes(self.device) or 0):  # read before each trial, beside the cache
+            left = max(0, self.room - resident - cached) if self.device.type == "cuda" else None
+            buffer = buffer_bytes(self.device, left)
         serving = max(self.served.bytes(slots) + paged, cached + buffer)
         verifying = cached + self._verification_bytes()
         if self.device.type != "cpu":
