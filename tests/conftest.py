@@ -192,6 +192,19 @@ def cuda_stand_in() -> Iterator[StandIn]:
 
 
 @pytest.fixture
+def triton_stand_in() -> Iterator[StandIn]:
+    """Two CUDA devices that are none, with Triton's kernels in Triton's interpreter."""
+    from support.cuda_stand_in import StandIn, impossible
+
+    pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
+    if why := impossible():
+        pytest.skip(why)
+    with StandIn(triton=True) as gpu:
+        yield gpu
+        gc.collect()  # tensors of the stand-in must not outlive it
+
+
+@pytest.fixture
 def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which batchbench cannot have kernels of its own."""
     from batchbench.batching.engines.torch import base, forward, linear

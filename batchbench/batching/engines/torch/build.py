@@ -89,12 +89,17 @@ class Served:
     def cache_bytes(self, slots: int) -> int:
         return slots * self.longest * kv_token_bytes(self.config, self.cached)
 
-    def bytes(self, slots: int) -> int:
-        """Return the bytes that serving this many slots takes in addition to weights."""
-        text = self.config.get_text_config()
+    def pass_tokens(self, slots: int) -> int:
+        """Return the most tokens that one pass with prompts computes; 0 if that is unknown."""
         tokens = slots * self.prompt
         if self.mixes:
             tokens = min(tokens, max(self.budget or budget_of(slots), slots))
+        return tokens
+
+    def bytes(self, slots: int) -> int:
+        """Return the bytes that serving this many slots takes in addition to weights."""
+        text = self.config.get_text_config()
+        tokens = self.pass_tokens(slots)
         widths = LEAN_WIDTHS if self.lean else EAGER_WIDTHS
         passes = tokens * widths * text.hidden_size * self.dtype.itemsize
         logits = slots * text.vocab_size * (self.dtype.itemsize + 4)
@@ -159,8 +164,8 @@ def make_engine(
             return NotebookEngine(model, slots), memory
         if isinstance(forward, TransformersForward):
             _check_forward(model, forward)
-        falls_back = execution == "auto"
-        return _slots_engine(model, slots, max_len, forward, chosen, falls_back), memory
+        falls_back, tokens = execution == "auto", served.pass_tokens(slots)
+        return _slots_engine(model, slots, max_len, forward, chosen, falls_back, tokens), memory
 
 
 @contextmanager
@@ -193,10 +198,11 @@ def _slots_engine(
     forward: Forward,
     execution: str,
     falls_back: bool,
+    most_tokens: int | None = None,
 ) -> SlotsEngine:
     """Return the slots engine; an eager one if preparing its passes fails and that is allowed."""
     try:
-        return SlotsEngine(model, slots, max_len, forward, execution)
+        return SlotsEngine(model, slots, max_len, forward, execution, most_tokens)
     except (MemoryError, torch.OutOfMemoryError, UsageError):
         raise
     except Exception as error:  # from a model's own code, or from a compiler

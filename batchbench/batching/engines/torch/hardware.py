@@ -242,6 +242,7 @@ class _Timed:
     def __init__(self, forward: Forward, clock: ModelClock) -> None:
         self._forward, self._clock = forward, clock
         self.cache_dtype, self.extra_bytes = forward.cache_dtype, forward.extra_bytes
+        self.triton, self.choose = forward.triton, forward.choose
 
     def __call__(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
