@@ -35,7 +35,7 @@ from batchbench.batching.engines.torch.hardware import (
 from batchbench.batching.engines.torch.linear import Kernels, make_linear
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
-from batchbench.batching.experiment import GENERATE_BATCH, Experiment, budget_of
+from batchbench.batching.experiment import Experiment, budget_of
 from batchbench.batching.models.loading import (
     LoadedModel,
     count_parameters,
@@ -404,7 +404,7 @@ class _Run:
     def _generate_batch_bytes(self, slots: int) -> int:
         """Return the bytes of generate_batch's paged cache and logits; 0 if it does not run."""
         serving, served = self.experiment.serving, self.served
-        if GENERATE_BATCH not in serving.strategies:
+        if "generate_batch" not in serving.strategies:
             return 0
         from batchbench.batching.engines.generate_batch import PAGE, pages_of
 
