@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from batchbench.reports.text import joined, number, percent, plural, spell_time
 from batchbench.studies.probe.ask import Findings
 from batchbench.studies.probe.figure import draw_streams
 from batchbench.studies.probe.judge import CHANCE, WINDOW, Burst, Kind, Verdict
-from batchbench.studies.probe.observations import Role, Round, Stream
+from batchbench.studies.probe.observations import Round, Stream
 from batchbench.studies.probe.pictured import Panel, panels_of
 
 SCHEMA_VERSION = 1
