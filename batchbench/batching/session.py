@@ -248,10 +248,11 @@ class Session:
             "dtype": loaded.dtype_name,
             "parameters": sum(p.numel() for p in loaded.module.parameters()),
             "execution": engine.execution,
+            "execution_note": engine.execution_note,
             "weights_digest": digest,
             **memory,
         }
-        self.environment |= torch_environment(str(loaded.device))
+        self.environment |= torch_environment(str(loaded.device), loaded.dtype)
         self._energy = counters_for(str(loaded.device), self.environment["gpu_uuid"])
         return engine
 

@@ -60,6 +60,9 @@ class Environment(TypedDict, total=False):
     gpu_driver: str | None
     gpu_clock_mhz: dict[str, int] | None
     cuda: str | None
+    cudnn: int | None
+    gpu_attention: str | None
+    float32_products: str | None
 
 
 class ModelFacts(TypedDict):
@@ -73,6 +76,7 @@ class ModelFacts(TypedDict):
     parameters: int | None
     attention: NotRequired[str]
     execution: NotRequired[str]
+    execution_note: NotRequired[str | None]
     weights_digest: NotRequired[str]
     weight_bytes: NotRequired[int]
     packed_weight_bytes: NotRequired[int]

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from batchbench.batching.engines import WallClock
 from batchbench.batching.engines.torch.kernels import native
-from batchbench.batching.models.loading import LoadedModel
+from batchbench.batching.models.loading import LoadedModel, current
 from batchbench.batching.plan import Plan
 from batchbench.batching.recording import Ints, Steps
+from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 
 
@@ -184,6 +185,7 @@ class TorchEngine:
     simulated = False
     pads_prompts = False
     execution = "eager"
+    execution_note: str | None = None  # why it is eager though a GPU could do better
 
     def __init__(self, model: LoadedModel, slots: int) -> None:
         self.clock = WallClock()
@@ -203,6 +205,10 @@ class TorchEngine:
         return self._on_host is not None
 
     def begin(self, workload: Workload) -> None:
+        with current(self._device):
+            self._begin(workload)
+
+    def _begin(self, workload: Workload) -> None:
         self._workload = workload
         self._log = []
         self._last.zero_()
@@ -213,6 +219,16 @@ class TorchEngine:
     @torch.inference_mode()
     def run(self, plan: Plan) -> int:
         """Compute the passes of a plan, up to the first that ends at or after ``plan.until``."""
+        with current(self._device):
+            try:
+                return self._run(plan)
+            except torch.OutOfMemoryError as error:
+                raise UsageError(
+                    f"--batch-size {len(self._last)}: {self._device} has no memory left for a pass "
+                    "over the cache; lower it, or --max-batched-tokens"
+                ) from error
+
+    def _run(self, plan: Plan) -> int:
         self._timer.run_begins()
         self._prepare(plan)
         for step in range(plan.repeat):
@@ -273,7 +289,8 @@ class TorchEngine:
 
     def _tensor(self, values: Collection[int] | np.ndarray) -> torch.Tensor:
         array = np.asarray(values, np.int64)
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        # Without a wait only on CUDA: MPS copies later, when the array may be gone.
+        return torch.from_numpy(array).to(self._device, non_blocking=self._device.type == "cuda")
 
 
 def yielding_slots(plan: Plan) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.notebook import NotebookEngine
-from batchbench.batching.engines.torch.attention import kv_token_bytes
+from batchbench.batching.engines.torch.attention import aligned, kv_token_bytes
 from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.forward import (
     Forward,
@@ -39,7 +39,9 @@ from batchbench.batching.experiment import GENERATE_BATCH, Experiment, budget_of
 from batchbench.batching.models.loading import (
     LoadedModel,
     count_parameters,
+    current,
     free_bytes,
+    give_back_memory,
     model_config,
     resolve_device,
     resolve_dtype,
@@ -135,7 +137,7 @@ def make_engine(
     and ``budget`` are as in :class:`Served`. Raises UsageError if a batch of this size does not
     fit, with the largest that does, or if the model cannot be computed as ``execution`` says.
     """
-    with _cache_fits(slots, model.device):
+    with current(model.device), _cache_fits(slots, model.device):
         if name == "notebook":
             forward, mixes = None, False
         else:
@@ -149,7 +151,7 @@ def make_engine(
             cached=forward.cache_dtype if forward else model.dtype,
             engine=name,
             prompt=prompt,
-            longest=max_len,
+            longest=aligned(max_len, model.device) if forward else max_len,
             mixes=mixes,
             budget=budget,
             lean=forward is not None and not isinstance(forward, TransformersForward),
@@ -208,13 +210,23 @@ def _slots_engine(
     except Exception as error:  # from a model's own code, or from a compiler
         if execution == "eager":
             raise
-        if falls_back:
-            return SlotsEngine(model, slots, max_len, forward)
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UsageError(
-            f"--execution {execution}: {model.source.name} cannot be run this way on "
-            f"{model.device} ({why}); use --execution eager"
-        ) from error
+        why = _reason(error)
+        if not falls_back:
+            raise UsageError(
+                f"--execution {execution}: {model.source.name} cannot be run this way on "
+                f"{model.device} ({why}); use --execution eager"
+            ) from error
+    # Here, not above: an exception that is being handled keeps the first engine and its cache.
+    give_back_memory()
+    engine = SlotsEngine(model, slots, max_len, forward)
+    engine.execution_note = f"auto is eager: {execution} failed ({why})"
+    return engine
+
+
+def _reason(error: Exception) -> str:
+    """Return the first error's text: the end of a failed capture says only that there was one."""
+    first = error.__context__ or error
+    return " ".join(f"{type(first).__name__}: {first}".split())[:160]
 
 
 def _check_forward(model: LoadedModel, forward: TransformersForward) -> None:
@@ -285,7 +297,7 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     device = resolve_device(experiment.model.device)
     dtype = resolve_dtype(experiment.model.dtype, device)
     config, serving = model_config(source), experiment.serving
-    slots = serving.batch_size
+    slots, longest = serving.batch_size, workload.max_total_tokens
     lean = serving.engine == "slots" and is_plain_gpt2(config)
     served = Served(
         config,
@@ -293,7 +305,7 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
         cache_dtype(config, device, dtype) if lean else dtype,
         serving.engine,
         prompt=int(workload.prompt_tokens.max()),
-        longest=workload.max_total_tokens,
+        longest=aligned(longest, device) if serving.engine == "slots" else longest,
         mixes=serving.mixes_prefill,
         budget=serving.max_batched_tokens,
         lean=lean,

@@ -62,7 +62,8 @@ class TransformersForward:
     def __call__(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
     ) -> torch.Tensor:
-        self._module.set_attn_implementation(NAME)
+        if self._module.config._attn_implementation != NAME:
+            self._module.set_attn_implementation(NAME)
         logits: torch.Tensor = self._module(
             input_ids=ids.unsqueeze(0),
             position_ids=layout.positions.unsqueeze(0),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 from transformers.pytorch_utils import Conv1D
 
 from batchbench.batching.engines.torch.attention import Layout, kv_token_bytes
@@ -253,7 +254,17 @@ class _Timed:
         return logits
 
 
-def torch_environment(device_name: str) -> dict[str, Any]:
+def _attention_kernels(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the kernels that torch's attention takes: for decoding, with a mask, and prompts."""
+    rows = torch.zeros(4, 4, 16, 64, dtype=dtype, device=device)
+    mask = torch.zeros(4, 1, 1, 16, dtype=dtype, device=device)
+    decode = torch._fused_sdp_choice(rows[:, :, :1], rows, rows, mask)
+    prompts = torch._fused_sdp_choice(rows, rows, rows, None, 0.0, True)
+    names = [SDPBackend(chosen).name.lower() for chosen in (decode, prompts)]
+    return "decode {}, prompts {}".format(*names)
+
+
+def torch_environment(device_name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Return the facts about torch's device: threads, kernels, GPU and driver.
 
     A trial reads the clocks at its end: those of an idle GPU say nothing.
@@ -271,6 +282,9 @@ def torch_environment(device_name: str) -> dict[str, Any]:
         facts["gpu_uuid"] = str(properties.uuid)
         facts["gpu_memory_bytes"] = properties.total_memory
         facts["gpu_driver"] = gpu_driver(facts["gpu_uuid"])
+        facts["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        facts["gpu_attention"] = _attention_kernels(torch.device(device_name), dtype)
+        facts["float32_products"] = torch.get_float32_matmul_precision()
     elif device_name == "cpu":
         facts["cpu_kernels"] = "torch's" if native() is None else "batchbench's"
     return facts

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from batchbench.batching.engines.torch.attention import Layout, SlotCache
 from batchbench.batching.engines.torch.forward import Forward
-from batchbench.batching.engines.torch.graphs import Pass, Prepare, fitting
+from batchbench.batching.engines.torch.graphs import Pass, Prepare, Upload, fitting
 from batchbench.batching.plan import Plan
 
 Ints = NDArray[np.int64]
@@ -79,6 +79,7 @@ class _Inputs:
         self._parts = np.cumsum([tokens, tokens, tiles, slots]).tolist()
         length = self._parts[-1] + slots
         self._all = torch.zeros(length, dtype=torch.int64, device=device)
+        self._upload = Upload(self._all)
         parts = self._all.tensor_split(self._parts)
         self.ids, self.positions, flat, self.keep, self.places = parts
         self.tiles = flat.view(-1, _COLUMNS)
@@ -101,7 +102,7 @@ class _Inputs:
         keep[: len(kept)] = kept
         places[:] = _NONE
         places[yielding] = np.arange(len(yielding))
-        self._all.copy_(torch.from_numpy(array), non_blocking=True)
+        self._upload(array)
 
 
 class PreparedMixed:

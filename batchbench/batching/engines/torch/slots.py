@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from batchbench.batching.engines.torch.attention import Layout, Prompts, SlotCache
+from batchbench.batching.engines.torch.attention import Layout, Prompts, SlotCache, aligned
 from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.forward import Forward, make_forward
 from batchbench.batching.engines.torch.graphs import Capture, Compile, PreparedDecode
@@ -39,6 +39,7 @@ class SlotsEngine(TorchEngine):
         most_tokens: int | None = None,
     ) -> None:
         super().__init__(model, slots)
+        max_len = aligned(max_len, model.device)
         self.execution = execution
         config = model.module.config
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
@@ -50,7 +51,8 @@ class SlotsEngine(TorchEngine):
         self._passes = 0
         like = torch.empty(0, dtype=self._pass.cache_dtype, device=model.device)
         own = triton_attention(model, slots, max_len, like) if self._pass.triton else None
-        self._cache = SlotCache(config, slots, max_len, like, own)
+        together = execution != "compile"
+        self._cache = SlotCache(config, slots, max_len, like, own, together=together)
         self._written = np.zeros(slots, np.int64)  # positions of each slot that are not zero
         self._positions_of_cache = torch.arange(max_len, device=model.device)
         self._prepared: PreparedDecode | None = None
@@ -74,9 +76,7 @@ class SlotsEngine(TorchEngine):
         return self._passes + replayed
 
     def _forget(self) -> None:
-        for block in self._cache.blocks:  # before the clock starts, not at the first prefill
-            block.keys.zero_()
-            block.values.zero_()
+        self._cache.clear()  # before the clock starts, not at the first prefill
         self._written[:] = 0
 
     def _erase_behind(self, plan: Plan) -> None:
@@ -89,8 +89,7 @@ class SlotsEngine(TorchEngine):
             return
         for chunk in plan.chunks:
             if chunk.start == 0 and chunk.stop < self._written[chunk.slot]:
-                for block in self._cache.blocks:
-                    block.erase(chunk.slot, chunk.stop, int(self._written[chunk.slot]))
+                self._cache.erase(chunk.slot, chunk.stop, int(self._written[chunk.slot]))
                 self._written[chunk.slot] = chunk.stop
         for chunk in plan.chunks:
             self._written[chunk.slot] = max(self._written[chunk.slot], chunk.stop)
@@ -98,7 +97,6 @@ class SlotsEngine(TorchEngine):
         self._written[plan.slots] = np.maximum(self._written[plan.slots], ends)
 
     def _prepare(self, plan: Plan) -> None:
-        super()._prepare(plan)
         self._erase_behind(plan)
         self._replays_mixed = False
         self._replayed = self._prepared is not None and not plan.chunks
@@ -111,6 +109,7 @@ class SlotsEngine(TorchEngine):
         if self._mixed is not None and self._replays_mixed:
             self._mixed.aim(plan, np.concatenate(pieces))
             return
+        super()._prepare(plan)
         self._prompt_ids = self._tensor(np.concatenate(pieces) if pieces else [])
         lengths = np.array([len(piece) for piece in pieces], np.int64)
         stops = decoding + np.cumsum(lengths)  # where each chunk ends in the pass
@@ -156,7 +155,7 @@ class SlotsEngine(TorchEngine):
         layout, ids = self._layout, self._prompt_ids
         if layout.decoding:
             positions = layout.positions + self._growing if step else layout.positions
-            length = int(plan.advanced(step).max()) + 1
+            length = aligned(int(plan.advanced(step).max()) + 1, self._device)
             layout = self._layout = replace(layout, positions=positions, length=length)
             decoded = self._last[layout.slots[: layout.decoding]]
             ids = torch.cat([decoded, ids]) if plan.chunks else decoded
@@ -178,7 +177,7 @@ class SlotsEngine(TorchEngine):
             gather = first[:, None] + np.minimum(offset, length[:, None] - 1)
             yield Prompts(
                 self._tensor(gather),
-                torch.from_numpy(valid).to(self._device),
+                self._tensor(np.flatnonzero(valid)),  # a mask would be counted, with a wait
                 self._tensor(gather[valid]),
             )
 
