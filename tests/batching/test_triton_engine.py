@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from support.cuda_stand_in import StandIn
 from support.models import LLAMA, TINY
 
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from support.models import MakeModel
 
 pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
+
+from batchbench.batching.engines.torch import triton_choice
+from batchbench.batching.engines.torch import triton_ops as ops
+from batchbench.batching.engines.torch.attention import Layout, SlotCache
+from batchbench.batching.engines.torch.forward import make_forward
+from batchbench.batching.engines.torch.triton_choice import triton_attention
+from batchbench.batching.engines.torch.triton_forward import product_has_gelu
 
 LENGTHS, OUTPUT_TOKENS = (5, 1, 9, 7), (4, 12, 1, 7)
 
@@ -73,7 +81,7 @@ def test_a_decode_pass_launches_seven_kernels_a_layer_and_ten(
     layers = 3
     engine = engine_for(make_model(device="cuda", n_layer=layers), slots=4, budget=8)
     assert engine._prepared is not None
-    assert list(engine._prepared._passes) == [(4, 14), (2, 14), (1, 14)]  # none for a length
+    assert list(engine._prepared._passes) == [(4, 16), (2, 16), (1, 16)]  # none for a length
     decode = triton_stand_in.graphs[-3:]
     expected = {
         "triton.embed_norm": 1,
@@ -150,3 +158,86 @@ def test_a_closed_loop_is_told_at_once(cuda_stand_in: StandIn, make_model: MakeM
     recording = Batcher("continuous", engine, 2).serve(replace(ENDING, max_concurrency=2), Watch())
     log = recording.requests
     assert (log.released - log.last)[1] == 1
+
+
+# The choice of the kernels
+
+
+def without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_choice._fault.cache_clear()
+    monkeypatch.setattr(triton_choice, "_fault", triton_choice._fault.__wrapped__)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        ("decode_attention", "attention differs"),
+        ("tile_attention", "attention differs"),
+        ("add_norm", "norms differ"),
+        ("embed_norm", "norms differ"),
+        ("best_of_all", "chooses other tokens"),
+    ],
+)
+def test_kernels_that_compute_something_else_are_not_used(
+    kernel: str,
+    said: str,
+    triton_stand_in: StandIn,
+    make_model: MakeModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with a compiler that has a fault; the engine serves with torch's operators, and says so."""
+    without_checks(monkeypatch)
+    launch = ops.launch
+
+    def skipping(launched: Any, *args: Any, **options: Any) -> None:
+        if launched is not getattr(ops.kernels, kernel):
+            launch(launched, *args, **options)
+
+    monkeypatch.setattr(ops, "launch", skipping)
+    engine, _ = make_engine("slots", make_model(device="cuda"), 2, 16, "eager")
+    assert not engine.triton
+    assert engine.execution_note is not None
+    assert said in engine.execution_note
+
+
+def test_kernels_that_cannot_be_compiled_are_not_used(
+    triton_stand_in: StandIn, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_checks(monkeypatch)
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(ops, "launch", failing)
+    engine, _ = make_engine("slots", make_model(device="cuda"), 2, 16, "eager")
+    assert engine.execution_note == (
+        "without Triton's kernels: RuntimeError: Failed to find C compiler. Please specify via CC"
+    )
+
+
+def test_gelu_is_in_the_product_only_in_its_tanh_form(
+    cuda_stand_in: StandIn, make_model: MakeModel
+) -> None:
+    """Torch's product with GELU has the tanh form on CUDA, and the exact form on a CPU."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert product_has_gelu.__wrapped__(torch.device("cuda:0"), dtype)
+        assert not product_has_gelu.__wrapped__(torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 256])
+def test_the_vocabulary_is_padded_and_no_padded_token_is_chosen(
+    vocabulary: int, triton_stand_in: StandIn, make_model: MakeModel
+) -> None:
+    model = make_model(device="cuda", vocab_size=vocabulary)
+    model.module.lm_head.weight.data.abs_().neg_()  # so that a padded logit of 0 would be chosen
+    forward = make_forward(model)
+    rows = 384 if vocabulary == 300 else 256
+    assert forward.extra_bytes == (rows * 32 * 4 if rows > vocabulary else 0)
+    cache = SlotCache(
+        model.module.config, 1, 8, model.module.lm_head.weight, triton_attention(model, 1, 8)
+    )
+    zero = torch.zeros(1, dtype=torch.int64, device="cuda:0")
+    with torch.inference_mode():
+        logits = forward(zero, Layout(cache, zero, zero, 1), None)
+    assert logits.shape == (1, vocabulary)
+    assert forward.choose(logits).tolist() == logits.max(-1).indices.tolist()

@@ -185,7 +185,8 @@ class TorchEngine:
     simulated = False
     pads_prompts = False
     execution = "eager"
-    execution_note: str | None = None  # why it is eager though a GPU could do better
+    execution_note: str | None = None  # why a GPU does less than it could
+    triton = False  # True if attention is computed in Triton
 
     def __init__(self, model: LoadedModel, slots: int) -> None:
         self.clock = WallClock()

@@ -41,11 +41,13 @@ class SlotAttention:
     It holds the parts of decoding rows whose keys are split, for one layer at a time.
     """
 
-    def __init__(self, like: torch.Tensor, heads: int, max_len: int, slots: int, size: int) -> None:
+    def __init__(
+        self, device: torch.device, heads: int, max_len: int, slots: int, size: int
+    ) -> None:
         self._splits = cdiv(max_len, SPLIT)
         shape = (slots, heads, self._splits, size + 2) if self._splits > 1 else (0,)
-        self._partial = torch.empty(shape, dtype=torch.float32, device=like.device)
-        self._arrived = torch.zeros(slots, heads, dtype=torch.int32, device=like.device)
+        self._partial = torch.empty(shape, dtype=torch.float32, device=device)
+        self._arrived = torch.zeros(slots, heads, dtype=torch.int32, device=device)
 
     def decode(
         self,
