@@ -6,6 +6,11 @@ has written, padded logits. Everything that it must not write is compared bit by
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -308,3 +313,25 @@ def test_a_logit_that_is_no_number_is_chosen() -> None:
     logits = torch.zeros(4, 5000, device=DEVICE)
     logits[0, 4700], logits[1, 17], logits[2] = torch.nan, torch.inf, -torch.inf
     assert ops.best_token(logits).tolist() == [4700, 17, 0, 0]
+
+
+# The compiler
+
+
+def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
+    """The interpreter runs what the compiler refuses."""
+    done = subprocess.run(
+        [sys.executable, "-m", "support.triton_targets", "90", "bfloat16"],
+        capture_output=True,
+        encoding="utf-8",
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(tmp_path),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = {line.split(":")[0] for line in done.stdout.splitlines()}
+    launched = {name for name, f in vars(ops.kernels).items() if hasattr(f, "fn")}
+    assert compiled == {name for name in launched if not name.startswith("_")}

@@ -6,6 +6,7 @@ gives other results than torch, batchbench uses torch's own operators.
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -81,7 +82,8 @@ def _fault(
     """Compare each kernel with torch for a model's shape; return what is wrong, or None."""
     try:
         ops = _ops()
-        with torch.inference_mode(), torch.cuda.device(device):
+        with warnings.catch_warnings(), torch.inference_mode(), torch.cuda.device(device):
+            warnings.simplefilter("ignore")  # Triton warns of its own defaults
             seen, expected = _attend_twice(ops, device, dtype, heads, kv_heads, size)
             within = 1e-4 if dtype is torch.float32 else 0.05
             if not torch.allclose(seen, expected, atol=within, rtol=within):

@@ -69,7 +69,7 @@ class TritonGPT2Forward:
         head = model.module.lm_head.weight
         self._vocabulary = len(head)
         self._head = head
-        self.extra_bytes = padded_bytes(*head.shape, head.dtype)
+        self.extra_bytes = padded_bytes(len(head), head.shape[1], head.dtype)
         if self.extra_bytes:
             self._head = head.new_zeros(padded_rows(self._vocabulary), head.shape[1])
             self._head[: self._vocabulary] = head

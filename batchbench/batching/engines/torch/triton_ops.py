@@ -20,6 +20,7 @@ SPLIT = 256
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _POWERS_OF_TWO = math.log2(math.e)
 _PART = 2048  # logits that one program compares
+_TILE_BYTES = 8192  # of the keys that a tile multiplies at once: registers are few
 
 
 class Norm(NamedTuple):
@@ -78,7 +79,7 @@ class SlotAttention:
             GROUP=heads // k.shape[1],
             SIZE=size,
             WIDTH=width,
-            KEYS=min(128, max(16, 8192 // width)),
+            KEYS=min(128, max(16, 4096 // width)),
             SPLIT=SPLIT,
         )
         return out
@@ -113,7 +114,7 @@ class SlotAttention:
             SIZE=size,
             WIDTH=width,
             TOKENS=tokens,
-            KEYS=64 if width <= 128 else 32,
+            KEYS=max(16, _TILE_BYTES // (width * q.element_size())),
             DOT=_dot_format(q.dtype),
         )
         return out
