@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from batchbench.batching.benches.local import LocalBench
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.session import Session
 from batchbench.batching.trials import TRIAL_S, servings_for
 
 _BESIDE_PRODUCTS = 1.5
@@ -94,7 +94,7 @@ _LARGE = 20_000
 
 def estimate(experiment: Experiment, watch: Watch) -> Estimate:
     """Simulate the strategies and time one matrix product; load no model."""
-    session = Session(replace(experiment, simulated=True), watch)
+    session = LocalBench(replace(experiment, simulated=True), watch)
     workload, trials = session.workload, experiment.trials.trials
     exact, timed = not workload.stop_at_eos, not replace(workload, stop_at_eos=False).closed
     if len(workload) > _LARGE:
@@ -137,7 +137,7 @@ def _trial_s(recording: Recording, *, on_gpu: bool) -> float:
     return once_s * servings_for(once_s, TRIAL_S) if on_gpu else once_s
 
 
-def _served(session: Session, step_ns: int) -> list[Recording]:
+def _served(session: LocalBench, step_ns: int) -> list[Recording]:
     """Simulate each strategy with steps of ``step_ns``."""
     engine = SimulatedEngine(max(step_ns, 1))
     to_the_end = replace(session.workload, stop_at_eos=False)

@@ -343,19 +343,21 @@ class Recording:
         cls,
         header: Header,
         workload: Workload,
-        tokens: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]] | None,
         ends_ns: Sequence[Sequence[int]],
         begun_ns: Sequence[int],
         due_ns: Ints | None = None,
     ) -> Recording:
         """Return the recording of a strategy that does not report steps.
 
-        ``tokens`` are the output tokens of each request, ``ends_ns`` the time of each token,
-        ``begun_ns`` the time at which computing each request began, and ``due_ns`` its actual
-        arrival, if that is not the workload's. Times are nanoseconds since the start of the trial.
+        ``tokens`` are the output tokens of each request, None if their ids are not known;
+        ``ends_ns`` the time of each token, ``begun_ns`` the time at which computing each request
+        began, or at which it was sent to a server, and ``due_ns`` its actual arrival, if that is
+        not the workload's. Times are nanoseconds since the start of the trial.
         """
-        counts = np.array([len(of_request) for of_request in tokens], np.int64)
-        if not counts.all() or [len(of_request) for of_request in ends_ns] != counts.tolist():
+        counts = np.array([len(of_request) for of_request in ends_ns], np.int64)
+        known = counts.tolist() if tokens is None else [len(of_request) for of_request in tokens]
+        if not counts.all() or known != counts.tolist():
             raise ValueError("each request needs at least one token, and a time for each")
         unknown, none = np.full(len(workload), -1, np.int64), np.zeros(0, np.int64)
         requests = RequestLog(
@@ -372,7 +374,9 @@ class Recording:
             WaitLog(none, none, none, none, none),
             ends_ns=None,
             step_ns=None,
-            tokens=np.fromiter(chain.from_iterable(tokens), np.int32, counts.sum()),
+            tokens=None
+            if tokens is None
+            else np.fromiter(chain.from_iterable(tokens), np.int32, counts.sum()),
             token_ends_ns=np.fromiter(chain.from_iterable(ends_ns), np.int64, counts.sum()),
             begun_ns=np.asarray(begun_ns, np.int64),
         )

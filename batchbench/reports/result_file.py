@@ -20,6 +20,7 @@ from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
+from batchbench.reports.server_data import AgreementData, FailureData, ServerData
 from batchbench.version import SCHEMA_VERSION
 
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
@@ -38,6 +39,7 @@ class Config(TypedDict):
     model: dict[str, Any]
     serving: dict[str, Any]
     trials: dict[str, Any]
+    target: NotRequired[dict[str, Any]]
     goals: GoalsConfig
 
 
@@ -69,9 +71,9 @@ class ModelFacts(TypedDict):
     """The model that was served, with ``auto`` resolved; a simulation has no memory sizes."""
 
     name: str
-    load_format: Literal["pretrained", "dummy"]
+    load_format: Literal["pretrained", "dummy"] | None  # None: a server's
     note: str
-    device: str
+    device: str | None
     dtype: str | None
     parameters: int | None
     attention: NotRequired[str]
@@ -271,6 +273,7 @@ class Comparison(TypedDict):
     candidate: str
     speedup: Speedup
     step_ratio: float | None
+    step_ratio_source: NotRequired[Literal["server", "schedule"] | None]
     efficiency: float | None
 
 
@@ -384,6 +387,9 @@ class Facts(TypedDict):
     outputs: list[OutputText] | None
     cost: NotRequired[CostFacts | None]
     prediction: NotRequired[Prediction | None]
+    server: NotRequired[ServerData | None]
+    agreement: NotRequired[AgreementData | None]
+    failures: NotRequired[list[FailureData] | None]
 
 
 class ResultData(Facts):

@@ -131,6 +131,7 @@ def replacements(gpu: StandIn) -> Iterator[tuple[Any, str, Any]]:
         "mem_get_info": gpu.room,
         "memory_allocated": gpu.allocated,
         "memory_reserved": gpu.allocated,
+        "memory_snapshot": list,
         "max_memory_allocated": gpu.peak,
         "max_memory_reserved": gpu.peak,
         "reset_peak_memory_stats": gpu.reset_peak,

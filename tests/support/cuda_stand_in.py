@@ -337,13 +337,23 @@ class StandIn:
 
     # Operators
 
-    def wrap(self, host: torch.Tensor, index: int, like: Sequence[CudaTensor] = ()) -> CudaTensor:
-        """Return the tensor on a device; one of ``like`` if it is that, or with its memory."""
+    def wrap(
+        self,
+        host: torch.Tensor,
+        index: int,
+        like: Sequence[CudaTensor] = (),
+        *,
+        view: bool = False,
+    ) -> CudaTensor:
+        """Return the tensor on a device; one of ``like`` if it is that, or with its memory.
+
+        It is a ``view`` of the first of ``like`` if that is said; an empty one has no address.
+        """
         start = host.untyped_storage().data_ptr()
         for tensor in like:
             if tensor.host is host:
                 return tensor
-            if start and tensor.host.untyped_storage().data_ptr() == start:
+            if view or (start and tensor.host.untyped_storage().data_ptr() == start):
                 with torch.inference_mode(tensor.is_inference()):  # a view is as its base
                     return CudaTensor(host, index, tensor.memory)
         return CudaTensor(host, index, Memory(self, index, host.nbytes))
@@ -382,7 +392,7 @@ class StandIn:
             out = self.launch(str(func), function, hosts, named, index, writes)
         if on_host:
             return out
-        return _mapped(lambda t: self.wrap(t, index, ours), out)
+        return _mapped(lambda t: self.wrap(t, index, ours, view=kind.view), out)
 
     def launch_triton(self, kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
         """Launch one of batchbench's Triton kernels, in Triton's interpreter."""

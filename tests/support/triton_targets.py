@@ -44,7 +44,8 @@ def compile_for(capability: int, *formats: str) -> None:
         signature |= dict.fromkeys(options, "constexpr")
         assert list(signature) == kernel.arg_names
         made = triton.compile(ASTSource(kernel, signature, options), target=target)
-        print(f"{kernel.__name__}: {len(made.asm['cubin'])} bytes, {made.metadata.shared} shared")
+        sizes = f"{len(made.asm['cubin'])} bytes, {made.metadata.shared} shared"
+        sys.stdout.write(f"{kernel.__name__}: {sizes}\n")
         assert made.metadata.shared <= 99 * 1024  # what every GPU from Ampere on has
 
     ops.launch = launch

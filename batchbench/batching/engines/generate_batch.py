@@ -22,11 +22,11 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from batchbench.batching.engines import WallClock
 from batchbench.batching.engines.torch.attention import kv_token_bytes
-from batchbench.batching.experiment import GENERATE_BATCH
 from batchbench.batching.models.loading import LoadedModel, current
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Header, Recording
+from batchbench.batching.strategies import Context
 from batchbench.errors import UsageError, reason_in_short
 from batchbench.workloads import Request, Workload, make_arrivals
 
@@ -42,6 +42,17 @@ def pages_of(slots: int, max_len: int) -> int:
     return math.ceil(slots * (math.ceil(max_len / PAGE) + 1) * 1.25) + 1
 
 
+def make(context: Context) -> GenerateBatch:
+    """Return the strategy on the model of the experiment."""
+    return GenerateBatch(
+        context.load(),
+        context.slots,
+        context.max_len,
+        order=context.order,
+        max_batched_tokens=context.max_batched_tokens,
+    )
+
+
 class GenerateBatch:
     """Serve with transformers' continuous batching on the loaded model.
 
@@ -52,7 +63,7 @@ class GenerateBatch:
     requests of ``max_len`` tokens, and a step computes at most ``max_batched_tokens``.
     """
 
-    name = GENERATE_BATCH
+    name = "generate_batch"
 
     def __init__(
         self,
@@ -224,6 +235,6 @@ def _timeout_s(due_ns: int | None, clock: WallClock) -> float:
 
 def _failed(why: str) -> str:
     return (
-        f"--strategy {GENERATE_BATCH}: transformers' continuous batching failed: "
+        "--strategy generate_batch: transformers' continuous batching failed: "
         f"{reason_in_short(why)}; remove it"
     )

@@ -152,6 +152,7 @@ def _figures(
         "trials": [metrics.trial_summary(trial) for trial in trials],
         "summary": metrics.summary(trials),
         "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
+        "servings": trials[0].header.about.get("servings", 1),
         "output_digest": output_digest(trials[0]),
         "decode_step_ms": _median(step_ms),
         "decode_step_rows": steps[0].full_rows,
@@ -257,6 +258,7 @@ def _ms(value: float | None) -> str:
 def table(result: LadderResult) -> Table:
     """Return a row for each rung."""
     rounds = result.data["config"]["ladder"]["rounds"]
+    several = any(rung["servings"] > 1 for rung in result.data["rungs"])
     with_interval = ", with the 95 % interval" if rounds >= FEWEST_PAIRS else ""
     notes = (
         "÷ notebook, ÷ generate_batch: times as fast, median over "
@@ -265,6 +267,11 @@ def table(result: LadderResult) -> Table:
         "÷ products: its time over that of its matrix products alone",
         "memory limit: 100 % reads weights and KV at full memory bandwidth",
         "outside model: share of the time that is not the model's forward pass",
+        *[
+            "a round of a fast rung serves the workload several times, and the serving of median "
+            "duration counts"
+        ]
+        * several,
     )
     grid = Table(
         title=result.title,
@@ -493,5 +500,14 @@ def _notes(result: LadderResult) -> str:
     bars = f"Bars: median of {rounds} rounds; dots: the rounds." if rounds > 1 else "One round."
     return (
         f"Memory limit: (weights + KV) / {speed:.3g} GB/s, the bandwidth measured in the same run. "
-        f"Decode steps of {card['rows']} rows, medians. {bars}"
+        f"Decode steps of {card['rows']} rows, medians. {bars} {_limited_by(card['formats'])}"
     )
+
+
+def _limited_by(formats: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the cause that limits a step, of each number format if they differ."""
+    causes = {dtype: known["bound"] for dtype, known in formats.items()}
+    if len(set(causes.values())) == 1:
+        return f"Steps are limited by {next(iter(causes.values()))}."
+    each = ", ".join(f"{dtype} by {cause}" for dtype, cause in causes.items())
+    return f"Steps are limited: {each}."

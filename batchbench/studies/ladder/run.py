@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from batchbench.batching.experiment import GENERATE_BATCH, Experiment
+from batchbench.batching.benches.local import LocalBench
+from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import PeakMemory
 from batchbench.batching.models import ModelCache
+from batchbench.batching.policies import POLICIES
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.session import Session
 from batchbench.batching.step_cost import Ceiling
 from batchbench.batching.verification import NOT_VERIFIED, Remembered, Verification, verify
 from batchbench.errors import UsageError, reason_in_short
@@ -34,7 +35,7 @@ class OpenRung:
     """A rung that is ready to serve; its ``dtype`` is resolved."""
 
     rung: Rung
-    session: Session
+    session: LocalBench
     model: LoadedModel
     clock: ModelClock
 
@@ -110,7 +111,7 @@ class Ladder:
         serving = replace(
             experiment.serving, strategy="continuous", engine="slots", prefill="mixed", max_wait=0.0
         )
-        self._planned = Session(replace(experiment, serving=serving, simulated=True), watch)
+        self._planned = LocalBench(replace(experiment, serving=serving, simulated=True), watch)
         if not self._planned.workload.closed:
             raise UsageError(
                 "a ladder compares how fast a queue is served: all requests must be there at the "
@@ -161,8 +162,8 @@ class Ladder:
             # torch.compile traces the whole pass, which must not read a clock.
             return forward if rung.execution == "compile" else clock.timed(forward)
 
-        # generate_batch has a cache of its own, so it gets the engine that allocates none.
-        ours = rung.policy != GENERATE_BATCH
+        # A plug-in has a cache of its own, so it gets the engine that allocates none.
+        ours = rung.policy in POLICIES
         serving = replace(
             base.serving,
             strategy=rung.policy,
@@ -172,7 +173,7 @@ class Ladder:
             max_wait=0.0,
         )
         spec = replace(base.model, dtype=rung.dtype or base.model.dtype)
-        session = Session(
+        session = LocalBench(
             replace(base, serving=serving, model=spec),
             _RungWatch(self._watch, rung.name),
             self._models,

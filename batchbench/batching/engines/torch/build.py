@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import psutil
@@ -31,12 +33,13 @@ from batchbench.batching.engines.torch.hardware import (
     buffer_bytes,
     cache_bytes,
     device_median_s,
+    median_s,
 )
 from batchbench.batching.engines.torch.linear import Kernels, make_linear, padded_bytes
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.engines.torch.triton_choice import supports_triton, why_no_triton
-from batchbench.batching.experiment import GENERATE_BATCH, Experiment, budget_of
+from batchbench.batching.experiment import Experiment, budget_of
 from batchbench.batching.models.loading import (
     LoadedModel,
     count_parameters,
@@ -323,7 +326,8 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     peak, fits = run.peak_bytes(slots), slots
     if peak > room:
         fits = largest_batch(lambda fewer: run.peak_bytes(fewer) <= room, slots)
-    launches = _launches(config) if device.type == "cuda" else 0
+    launches = _launches(served) if device.type == "cuda" else 0
+    replayed = serving.engine == "slots" and serving.execution in ("auto", "graph")
     return Sizes(
         device=str(device),
         weight_bytes=run.resident_bytes,
@@ -333,22 +337,37 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
         fitting=fits,
         step_s=run.weight_bytes * byte_s,
         launches=launches,
-        launching_s=launches * _time_kernel(device) if launches else 0.0,
+        launching_s=launches * _time_kernel(device, replayed=replayed) if launches else 0.0,
     )
 
 
-LAUNCHES_OF_LAYER, LAUNCHES_BESIDE = 12, 15
-"""Kernels that a decode step launches in each layer, and beside the layers."""
+WITH_TRITON, LEAN, WITH_TRANSFORMERS = (7, 6), (11, 13), (43, 24)
+"""Kernels that a decode step launches in each layer, and beside the layers, counted in captured
+passes: of GPT-2 with Triton's kernels and with torch's, and of a Llama in transformers' modules."""
 
 
-def _launches(config: Any) -> int:
-    return int(LAUNCHES_OF_LAYER * config.get_text_config().num_hidden_layers + LAUNCHES_BESIDE)
+def _launches(served: Served) -> int:
+    pass_ = (WITH_TRITON if find_spec("triton") else LEAN) if served.lean else WITH_TRANSFORMERS
+    return int(pass_[0] * served.config.get_text_config().num_hidden_layers + pass_[1])
 
 
-def _time_kernel(device: torch.device) -> float:
-    """Return the seconds from one kernel with almost no work to the next, in a CUDA graph."""
+_KERNELS = 100
+"""Kernels that are timed together."""
+
+
+def _time_kernel(device: torch.device, *, replayed: bool) -> float:
+    """Return the seconds from one kernel with almost no work to the next.
+
+    In a replayed graph it is the device's time; otherwise the host launches each one.
+    """
     small = torch.zeros(SMALL, device=device)
-    return device_median_s(lambda: small.add_(1.0), device, 15)
+
+    def run() -> None:
+        for _ in range(_KERNELS):
+            small.add_(1.0)
+
+    measure = partial(device_median_s, runs=1) if replayed else median_s
+    return measure(run, device, 15) / _KERNELS
 
 
 def _time_product(served: Served, slots: int, device: torch.device) -> tuple[float, bool]:
@@ -413,7 +432,7 @@ class _Run:
     def _generate_batch_bytes(self, slots: int) -> int:
         """Return the bytes of generate_batch's paged cache and logits; 0 if it does not run."""
         serving, served = self.experiment.serving, self.served
-        if GENERATE_BATCH not in serving.strategies:
+        if "generate_batch" not in serving.strategies:
             return 0
         from batchbench.batching.engines.generate_batch import PAGE, pages_of
 

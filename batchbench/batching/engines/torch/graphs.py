@@ -157,6 +157,7 @@ class Capture:
             raise
         main.wait_stream(self._stream)
         replay: Pass = graph.replay
+        replay()  # the first time uploads the graph
         return replay
 
 

@@ -52,7 +52,9 @@ GRAPH_RUNS = 10
 """Runs in one CUDA graph, whose own start is then a small part of its time."""
 
 
-def device_median_s(function: Callable[[], object], device: torch.device, turns: int) -> float:
+def device_median_s(
+    function: Callable[[], object], device: torch.device, turns: int, runs: int = GRAPH_RUNS
+) -> float:
     """Return the median seconds of one run of ``function``, without the host's time on CUDA.
 
     There, kernels of microseconds end faster than the host launches them. They are replayed in a
@@ -61,11 +63,11 @@ def device_median_s(function: Callable[[], object], device: torch.device, turns:
     if device.type != "cuda":
         return median_s(function, device, turns)
 
-    def runs() -> None:
-        for _ in range(GRAPH_RUNS):
+    def all_runs() -> None:
+        for _ in range(runs):
             function()
 
-    return median_s(Capture(device)(runs), device, turns) / GRAPH_RUNS
+    return median_s(Capture(device)(all_runs), device, turns) / runs
 
 
 _LEAST_BYTES = 2**28  # also for a cache that is small or of unknown size
@@ -160,7 +162,7 @@ def measure_launching(model: LoadedModel, rows: int, *, turns: int = 15) -> floa
 
 
 @torch.inference_mode()
-def measure_arithmetic(model: LoadedModel, rows: int, *, turns: int = 7) -> float | None:
+def measure_arithmetic(model: LoadedModel, rows: int, *, turns: int = 3) -> float | None:
     """Return the seconds of a step's products at the rate of a large product, which is arithmetic.
 
     None on a CPU, where the products themselves show it.
@@ -169,7 +171,7 @@ def measure_arithmetic(model: LoadedModel, rows: int, *, turns: int = 7) -> floa
         return None
     weight = torch.zeros(_LARGE, _LARGE, device=model.device, dtype=model.dtype)
     layer, x = make_linear(weight, None), torch.zeros_like(weight)
-    seconds = device_median_s(lambda: layer(x), model.device, turns)
+    seconds = device_median_s(lambda: layer(x), model.device, turns, runs=4)
     return seconds * rows * sum(w.numel() for w, _ in _weights(model)) / _LARGE**3
 
 
