@@ -182,7 +182,7 @@ def check_tiles(
         assert_close(seen[i], wanted, dtype)
 
 
-MIXED = [(40, 1), (0, 1), (0, 37), (16, 16), (130, 20), (5, 1)]
+MIXED = [(40, 1), (0, 1), (0, 37), (16, 16), (130, 20), (1, 1), (65, 2)]
 """Decoding rows, a first chunk and later ones, of one tile and of several."""
 
 

@@ -114,7 +114,7 @@ class SlotAttention:
             SIZE=size,
             WIDTH=width,
             TOKENS=tokens,
-            KEYS=max(16, _TILE_BYTES // (width * q.element_size())),
+            KEYS=min(64, max(16, _TILE_BYTES // (width * q.element_size()))),
             DOT=_dot_format(q.dtype),
         )
         return out
