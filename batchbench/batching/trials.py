@@ -147,14 +147,18 @@ def warm_up_whole(
         if piece is workload and recording.duration_ns < 2e9 * trial_s:
             recording = strategy.serve(workload, Watch())  # the first time, it loaded kernels
             servings[strategy.name] = servings_for(recording.duration_ns / 1e9, trial_s)
-    for name, count in servings.items():
-        if count > 1:
-            watch.note(
-                f"{name}: a trial serves the workload {count} times, and the serving of median "
-                "duration counts"
-            )
+    if note := servings_note(servings):
+        watch.note(note)
     duration_s = (warm_up.duration_s or 0.0) + time.monotonic() - began
     return replace(warm_up, duration_s=duration_s), servings
+
+
+def servings_note(servings: Mapping[str, int]) -> str | None:
+    """Return words for the servings of a trial, by strategy; None if each is served once."""
+    if max(servings.values(), default=1) == 1:
+        return None
+    counts = ", ".join(f"{count} times ({name})" for name, count in servings.items())
+    return f"a trial serves the workload {counts}: the serving of median duration counts"
 
 
 def _affordable(workload: Workload, expected_s: float) -> Workload:

@@ -238,9 +238,8 @@ def test_the_whole_workload_is_served_before_the_trials_and_timed_the_second_tim
     expected = {name: servings_for(count / 1e3, 1.0) for name, count in steps.items()}
     assert servings == expected
     assert watch.notes == [
-        f"{name}: a trial serves the workload {count} times, and the serving of median duration "
-        "counts"
-        for name, count in expected.items()
+        f"a trial serves the workload {expected['static']} times (static), "
+        f"{expected['continuous']} times (continuous): the serving of median duration counts"
     ]
     assert warm_up.duration_s is not None
     assert warm_up.duration_s >= 0.5

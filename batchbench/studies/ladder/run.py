@@ -145,7 +145,8 @@ class Ladder:
 
     def _leave_out(self, rung: Rung, why: str, error: Exception | None = None) -> None:
         if self._named:
-            raise UsageError(f"--rungs {rung.name}: {why}; remove it") from error
+            then = "" if isinstance(error, UsageError) else "; remove it"
+            raise UsageError(f"--rungs {rung.name}: {why}{then}") from error
         self.left_out[rung.name] = why
 
     def _none_left(self) -> UsageError:
