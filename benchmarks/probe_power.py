@@ -2,12 +2,13 @@
 
     .venv/bin/python benchmarks/probe_power.py                    # the set on which limits were set
     .venv/bin/python benchmarks/probe_power.py --set held-out     # servers and seeds of their own
-    .venv/bin/python benchmarks/probe_power.py --show 137         # what the probe saw of a server
+    .venv/bin/python benchmarks/probe_power.py --set ticks        # replicas behind a timer
+    .venv/bin/python benchmarks/probe_power.py --show 137         # one server in full
 
-Each server is drawn at random: its schedule, slots, speed, cost of rows and prompts, chunks, timers,
-jitter, network, hiccups, other people's requests, limits and replicas. The held-out set is drawn
-from wider ranges with other seeds. A verdict is *wrong* if it names another kind than the server's,
-or a number of slots that the server does not have. The result is written to
+Each server is drawn at random: its schedule, slots, speed, cost of rows and prompts, chunks,
+timers, jitter, network, hiccups, other people's requests, limits and replicas. The held-out set is
+drawn from wider ranges with other seeds. A verdict is *wrong* if it names another kind than the
+server's, or a number of slots that the server does not have. The result is written to
 ``benchmarks/results/probe/``.
 """
 
@@ -20,6 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +88,24 @@ def is_wrong(kind: Kind, verdict: Verdict, slots: int | None, bound: bool) -> bo
     return slots > everywhere or (not bound and slots != everywhere)
 
 
+def describe(kind: Kind) -> dict[str, Any]:
+    """Return what a server differs in from the simplest."""
+    usual = asdict(Kind())
+    found = {name: value for name, value in asdict(kind).items() if value != usual[name]}
+    return {n: round(v, 2) if isinstance(v, float) else v for n, v in found.items()}
+
+
+def unshared(kind: Kind, random: np.random.Generator) -> Kind:
+    """Return the hardest of servers: nothing shares a batch, but arrivals coincide by a timer."""
+    return replace(
+        kind,
+        tick=kind.tick or kind.step * float(random.uniform(0.03, 1.5)),
+        replicas=max(2, kind.replicas),
+        policy=str(random.choice(["static", "static", "slices"])),
+        slots=max(2, kind.slots),
+    )
+
+
 def name_of(kind: Kind) -> str:
     """Return the row of the table that a server belongs to."""
     name = "serial" if kind.slots == 1 else kind.policy
@@ -111,14 +131,8 @@ def main() -> None:
     for number in numbers:
         random = np.random.default_rng(first + number)
         kind = draw(random, wider=wider)
-        if chosen.set == "ticks":  # the hardest: nothing shares a batch, but arrivals coincide
-            kind = replace(
-                kind,
-                tick=kind.tick or kind.step * float(random.uniform(0.03, 1.5)),
-                replicas=max(2, kind.replicas),
-                policy=str(random.choice(["static", "static", "slices"])),
-                slots=max(2, kind.slots),
-            )
+        if chosen.set == "ticks":
+            kind = unshared(kind, random)
         seen, took = observe(kind, seed=first + number)
         verdict = judge(seen)
         bad = is_wrong(kind, verdict.kind, verdict.slots, verdict.slots_is_lower_bound)
@@ -128,22 +142,8 @@ def main() -> None:
         if told and not bad:
             exact["at least" if verdict.slots_is_lower_bound else "exact"] += 1
         seconds.append(took)
-        if chosen.why in name_of(kind) and chosen.why and outcome == "cannot tell":
-            seen_ = verdict.shared and (
-                verdict.shared.together,
-                verdict.shared.compared,
-                f"{verdict.shared.chance:.1e}",
-            )
-            print(
-                number,
-                name_of(kind),
-                kind.replicas,
-                kind.routing,
-                f"{took:.0f}s step {kind.step:.0f} lat {kind.latency:.0f} chunk {kind.chunk} tick {kind.tick:.0f} hic {kind.hiccup:.2f} jit {kind.jitter:.2f}",
-                seen_,
-                verdict.joining and verdict.joining.joined,
-                verdict.reason,
-            )
+        if chosen.why and chosen.why in name_of(kind) and outcome == "cannot tell":
+            print(number, name_of(kind), verdict.reason)
         if bad or chosen.show is not None:
             wrong.append(
                 {
@@ -154,20 +154,9 @@ def main() -> None:
                     "bound": verdict.slots_is_lower_bound,
                 }
             )
-            brief = {k: v for k, v in asdict(kind).items() if v != getattr(Kind(), k)}
-            sh = verdict.shared
-            print(
-                number,
-                {k: round(v, 2) if isinstance(v, float) else v for k, v in brief.items()},
-                "\n   ",
-                verdict.kind,
-                verdict.slots,
-                verdict.slots_is_lower_bound,
-                sh and (sh.together, sh.compared, f"{sh.chance:.0e}"),
-                [(b.sent, b.most, b.exact, b.gradual, b.groups[:9]) for b in verdict.bursts],
-                "\n",
-                file=sys.stderr,
-            )
+            print(number, describe(kind), verdict.kind, verdict.slots, file=sys.stderr)
+            if chosen.show is not None:
+                print(verdict, file=sys.stderr)
     show(rows, seconds, exact)
     if chosen.show is None:
         write(chosen.set, rows, wrong, seconds, exact)

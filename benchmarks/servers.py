@@ -126,6 +126,7 @@ def command_of(
     if name == "llama.cpp":
         words = ["--parallel", slots, "--ctx-size", slots * context, "--threads", threads]
         words += ["--model", model, "--host", "127.0.0.1", "--port", port, "--metrics"]
+        words += ["--cache-type-k", "f32", "--cache-type-v", "f32"]  # else f16, and other tokens
         return [program, *map(str, words), "--no-webui"]
     if name == "vllm":
         words = ["--model", model, "--served-model-name", "served", "--max-num-seqs", slots]

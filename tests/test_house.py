@@ -96,6 +96,7 @@ NAMESAKES = {
     "batching/engines/simulated.py": {"passes.growth_ps"},
     "reports/prediction.py": {"cost.step_ns"},
     "studies/predict/breakeven.py": {"cost.step_ns"},
+    "batching/remote/bench.py": {"warm_up.step_ns"},
     "batching/benches/local.py": {"warm_up.step_ns"},  # the median of the warm-up
     # the mean of one strategy in duet and check
     "studies/gate/baseline.py": {"process.step_ns", "other.step_ns", "own.step_ns", "turn.step_ns"},
@@ -155,7 +156,10 @@ print([m for m in ("numpy", "torch", "pandas", "scipy", "matplotlib") if m in sy
 
 def test_every_package_that_is_imported_is_asked_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    asked = [
+        *project["dependencies"],
+        *(line for extra in ("gpu", "vllm") for line in project["optional-dependencies"][extra]),
+    ]
     names = {re.split(r"[^\w.-]", line)[0].lower().replace("-", "_") for line in asked}
     imported = {name.split(".")[0] for file in FILES for name in imports_of(file)}
     imported -= {"batchbench", "compression", *sys.stdlib_module_names}  # compression: from 3.14 on

@@ -142,6 +142,7 @@ LATE: Mapping[str, str] = {
     "batching.remote.verification": "the reference imports torch",
     "batching.session": "a server needs ssl and h11",
     "batching.strategies": "entry points are read only for a name that is not ours",
+    "batching.strategies.vllm": "vLLM is optional, and the bytes of a cache are known to torch",
     "batching.trials": "measuring the machine imports torch",
     "studies.gate.worker": "a worker says who it is before it imports torch",
     "studies.ladder.run": "a rung of the ladder imports torch",

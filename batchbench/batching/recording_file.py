@@ -367,10 +367,9 @@ def _is_client(client: Any) -> bool:
     """Return True for the client's part in the times of a trial against a server."""
     if not isinstance(client, Mapping):
         return False
-    values = [client.get(name) for name in ("loop_p99_ns", "late_p99_ns")]
-    shares = [client.get(name) for name in ("kernel_share", "merged_share")]
-    known = all(value is not None and _is_amount(value, least=0) for value in [*values, *shares])
-    return known and max(shares) <= 1
+    names = ("loop_p99_ns", "late_p99_ns", "kernel_share", "merged_share")
+    known = all(client.get(n) is not None and _is_amount(client[n], least=0) for n in names)
+    return known and client["kernel_share"] <= 1 and client["merged_share"] <= 1
 
 
 def _check_lengths(r: Recording) -> None:

@@ -291,6 +291,7 @@ def spell_usage(error: typer.TyperException) -> str:
             hint = f"use {ours}"
         if option in ("--target", "--base-url"):
             hint = f"{command} measures no server; run, sweep, capacity and probe do"
+            hint = f"give the URL alone: {command} URL" if command.endswith(" probe") else hint
         return f"{shown(option)}: no such option; {hint}"
     if option is not None:
         if "not take a value" in error.message:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.feeds import body
 from support.streams import SSE_HEAD, Asked, DialectName, Writer, chunked, event, text_of
 
-from batchbench.batching.remote.address import FailureKind
+from batchbench.batching.remote.address import Failure, FailureKind
 from batchbench.batching.remote.events import (
     OpenAIFormat,
     Reply,
@@ -68,7 +68,7 @@ def test_events_are_those_of_the_standard(text: bytes, expected: list[tuple[str,
     assert events(text) == expected
     assert [(e.data, e.kind) for e in events_of(bytewise(text))] == expected
     for cut in range(len(text) + 1):
-        pieces = [(0, text[:cut]), (1, text[cut:])]
+        pieces = [(0, text[:cut]), (1, b""), (2, text[cut:])]
         assert [(e.data, e.kind) for e in events_of(pieces)] == expected
 
 
@@ -213,6 +213,27 @@ def test_the_end_of_a_response_is_seen_at_its_last_byte(framing: str) -> None:
         assert (end.reached(data[:cut]), end.reached(data[cut:])) == (False, told)
 
 
+def test_the_end_of_an_event_is_not_taken_for_the_end_of_the_response() -> None:
+    """Lines end in CR LF, and the data in a 0, as the last chunk does."""
+    data = SSE_HEAD + chunked(b"data: 0\r\n\r\n") + chunked(b"data: 10\r\n\r\n") + chunked(b"")
+    for size in range(1, len(data)):
+        end = ResponseEnd()
+        seen = [end.reached(data[i : i + size]) for i in range(0, len(data), size)]
+        assert not any(seen[:-1])
+        assert seen[-1]
+
+
+def test_an_error_in_a_stream_counts_also_if_the_connection_then_breaks() -> None:
+    failed = chunked(event({"error": {"message": "engine died"}}))
+    exchange = received([SSE_HEAD + chunked(event({"choices": [text(" a")]})) + failed])
+    for failure in (None, Failure(FailureKind.RESET, "reset")):
+        reply = parse(replace(exchange, failure=failure), OPENAI, 3)
+        assert reply.failure is not None
+        assert reply.failure.kind is FailureKind.STREAM_ERROR
+        assert "engine died" in reply.failure.text
+        assert reply.text == " a"
+
+
 # Counting
 
 
@@ -263,6 +284,14 @@ def test_tokens_are_counted_by_ids_or_usage(
     of_chunk = [count for count in expected if count > 1]
     assert int(reply.shared.sum()) == sum(of_chunk)
     assert all((chunk.tokens is not None) is known for chunk in reply.chunks)
+
+
+def test_ids_are_told_only_if_they_are_all_there() -> None:
+    for ids, expected in (([1, 2], [1, 2]), ([1], None), (["1", "2"], None), ([1.0, 2], None)):
+        data = {"text": " ab", "token_ids": ids}
+        reply = parse(received(chunks(data, usage=2)), OPENAI, 2)
+        assert (reply.token_ids, reply.failure) == (expected, None)
+        assert reply.itl_known is (expected is not None)
 
 
 def test_a_running_count_tells_the_tokens_of_each_chunk() -> None:

@@ -236,6 +236,14 @@ def test_an_answer_before_the_request_was_read_is_seen() -> None:
     assert one.written_ns is None
 
 
+def connections_of_three_requests(patch: pytest.MonkeyPatch) -> int:
+    """Return the connections that three requests, one after another, try to make."""
+    calls, connect = [], wire._Client._connect
+    patch.setattr(wire._Client, "_connect", lambda *args: calls.append(1) or connect(*args))
+    exchange(Address.parse("http://some.host:1"), Fixed([body(4)] * 3, at_once=1))
+    return len(calls)
+
+
 def test_every_address_of_a_host_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """``localhost`` is ::1 first on many systems, and servers listen on 127.0.0.1."""
     with playing(good()) as url, socket.socket() as closed:
@@ -248,6 +256,7 @@ def test_every_address_of_a_host_is_tried(monkeypatch: pytest.MonkeyPatch) -> No
             exchanges, reply = ask("http://some.host:1", count=3)
             assert reply.failure is None
             assert all(one.failure is None for one in exchanges)
+            assert connections_of_three_requests(patch) == 4  # the first tries both addresses
             found.pop()
             _, reply = ask("http://some.host:1")
             assert reply.failure is not None

@@ -53,7 +53,7 @@ class RemoteBench(Bench):
         assert experiment.target is not None
         self._target, self._models = experiment.target, models or ModelCache()
         self._address = self._target.address
-        self._dialect = discover(self._address)
+        self._dialect = discover(self._target.setup_address)
         self._name = served_model(experiment.model.model, self._dialect)
         self._folder = _folder_of(self._target)
         self._tokenizer = find_tokenizer(self._folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,9 @@ SERVED_MODEL = "auto"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 API_KEY = "OPENAI_API_KEY"
+
+SETUP_S = 20.0
+"""Longest wait for an answer before the trials, when no request can wait for another."""
 
 _PANEL = "Server"
 
@@ -136,6 +139,11 @@ class TargetSpec:
         return Address.parse(
             self.target, api_key=self.key, timeout_s=self.timeout, insecure=self.insecure
         )
+
+    @property
+    def setup_address(self) -> Address:
+        """The address for questions before the trials, which a server answers at once."""
+        return replace(self.address, timeout_s=min(self.timeout, SETUP_S))
 
     @property
     def place(self) -> str:

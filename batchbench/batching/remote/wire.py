@@ -295,36 +295,31 @@ class _Client:
         self._selector.modify(stream.socket, selectors.EVENT_READ, stream)
 
     def _read(self, stream: _Stream) -> None:
-        """Keep what has arrived, with its stamp."""
+        """Keep what has arrived, with its stamp. The buffer holds more than a record of TLS."""
         exchange = stream.exchange
-        while True:
-            ancillary: list[tuple[int, int, bytes]] = []
-            try:
-                if self._stamped:
-                    count, ancillary, _, _ = stream.socket.recvmsg_into([self._buffer], 64)
-                else:
-                    count = stream.socket.recv_into(self._buffer)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return
-            read_ns = stream.progress_ns = time.monotonic_ns()
-            if not count:
-                exchange.closed = True
-                self._finish(stream)
-                return
-            data = bytes(self._buffer[:count])
-            exchange.reads.append(self._stamped_read(read_ns, data, ancillary))
-            stream.size += count
-            if stream.end.reached(data):
-                self._finish(stream)
-                return
-            if stream.size > _MOST_BYTES:
-                text = f"the response is longer than {_MOST_BYTES >> 20} MiB"
-                self._finish(stream, Failure(FailureKind.STOPPED, text))
-                return
-            if self._watch is not None:
-                self._watch(exchange)
-            if self._tls is None:
-                return  # the selector tells if there is more; of TLS it does not know
+        ancillary: list[tuple[int, int, bytes]] = []
+        try:
+            if self._stamped:
+                count, ancillary, _, _ = stream.socket.recvmsg_into([self._buffer], 64)
+            else:
+                count = stream.socket.recv_into(self._buffer)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return
+        read_ns = stream.progress_ns = time.monotonic_ns()
+        if not count:
+            exchange.closed = True
+            self._finish(stream)
+            return
+        data = bytes(self._buffer[:count])
+        exchange.reads.append(self._stamped_read(read_ns, data, ancillary))
+        stream.size += count
+        if stream.end.reached(data):
+            self._finish(stream)
+        elif stream.size > _MOST_BYTES:
+            text = f"the response is longer than {_MOST_BYTES >> 20} MiB"
+            self._finish(stream, Failure(FailureKind.STOPPED, text))
+        elif self._watch is not None:
+            self._watch(exchange)
 
     def _stamped_read(
         self, read_ns: int, data: bytes, ancillary: list[tuple[int, int, bytes]]

@@ -27,6 +27,8 @@ GROUP = "batchbench.strategies"
 
 OURS: Mapping[str, str] = {
     "generate_batch": "batchbench.batching.engines.generate_batch:make",
+    "vllm": "batchbench.batching.strategies.vllm:make",
+    "vllm-static": "batchbench.batching.strategies.vllm:make",
 }
 """Our own plug-ins, which are found even if the installed metadata is of an older version."""
 
@@ -38,11 +40,13 @@ _ABOUT: Mapping[str, str] = {
     "static-oracle": "static, sorted by output length as if known: its best case",
     "continuous": "a finished request is replaced at the next step",
     "generate_batch": "continuous batching of transformers",
+    "vllm": "continuous batching of vLLM's engine, in this process",
+    "vllm-static": "the same engine, which gets a batch when the last one is done",
 }
 
 
 def listing() -> list[str]:
-    """Return the lines of a table of all strategies, for ``--strategy help``; no plug-in is imported."""
+    """Return the lines of ``--strategy help``; no plug-in is imported."""
     rows = list(_ABOUT.items())
     rows += [(plug_in.name, f"of the package {plug_in.package}") for plug_in in registered()]
     rows.append(("package.module:Class", "your own policy, of a file in this folder or installed"))

@@ -19,9 +19,9 @@ from batchbench.reports.figures.card import (
 )
 from batchbench.reports.text import clean_text
 from batchbench.studies.probe.observations import Role
-from batchbench.studies.probe.pictured import Panel
+from batchbench.studies.probe.panels import Panel
 
-_LEFT, _ROW, _BETWEEN = 0.55, 0.17, 0.62  # inches
+_LEFT, _ROW, _BETWEEN = 0.55, 0.17, 0.8  # inches
 
 _NOTES = (
     "A row is one request: dotted while it waits for its first token, then a mark for each token. "
@@ -33,7 +33,7 @@ def draw_streams(panels: Sequence[Panel], headline: str, title: str) -> Figure:
     """Draw each panel with its own time axis."""
     with house_style():
         heights = [max(0.5, _ROW * len(panel.streams)) for panel in panels]
-        body = sum(heights) + _BETWEEN * len(panels) + 0.1
+        body = sum(heights) + _BETWEEN * len(panels) - 0.1
         text = headline[:1].upper() + headline[1:]
         card = make_card(capitalize(text), clean_text(title), body, _NOTES if panels else "")
         top = 0.28

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
-from batchbench.reports.text import joined, number, percent, plural, spell_time
+from batchbench.reports.text import joined, percent, plural, spell_time
 from batchbench.studies.probe.ask import Findings
 from batchbench.studies.probe.figure import draw_streams
-from batchbench.studies.probe.judge import CHANCE, WINDOW, Burst, Kind, Verdict
-from batchbench.studies.probe.observations import Role, Round, Stream
-from batchbench.studies.probe.pictured import Panel, panels_of
+from batchbench.studies.probe.judge import Kind, Verdict
+from batchbench.studies.probe.observations import Round, Stream
+from batchbench.studies.probe.panels import Panel, panels_of
+from batchbench.studies.probe.slots import Burst
 
 SCHEMA_VERSION = 1
+
+TOKEN = "│"
+"""A token; those of one step make a vertical line."""
+
+COLUMNS_A_TOKEN = 2.5
+"""The fewest columns from one token to the next."""
 
 _MS = 1e6
 
@@ -71,20 +78,22 @@ def _failed(findings: Findings) -> int:
     return sum(bool(s.failure) for s in streams)
 
 
+def _ms(ns: float) -> str:
+    return f"{ns / _MS:.3g} ms"
+
+
 def _alone(verdict: Verdict) -> str:
     pace = verdict.pace
     if pace is None:
         return ""
     if pace.buffered:
         return (
-            f"A request takes {number(pace.e2e_ns(10) / _MS)} ms for 10 tokens, about "
-            f"{number(pace.gap_ns / _MS)} ms a token. The server sends them all at the end."
+            f"A request takes {_ms(pace.e2e_ns(10))} for 10 tokens, about {_ms(pace.gap_ns)} a "
+            "token. The server sends them all at the end."
         )
     chunks = f", {pace.chunk} together" if pace.chunk > 1 else ""
-    return (
-        f"The first token comes after {number(pace.ttft_ns / _MS)} ms, then one every "
-        f"{number(pace.gap_ns / _MS)} ms{chunks}."
-    )
+    first = f"The first token comes after {_ms(pace.ttft_ns)}"
+    return f"{first}, then one every {_ms(pace.gap_ns)}{chunks}."
 
 
 def _joining(verdict: Verdict) -> str:
@@ -115,41 +124,50 @@ def _shared(verdict: Verdict) -> str:
     seen, pace = verdict.shared, verdict.pace
     if seen is None or pace is None or not seen.compared:
         return ""
-    by_chance = number(round(2 * WINDOW * seen.compared, 1))
+    within = f"within {percent(seen.window)} of a step"
+    chance = f"About {2 * seen.window * seen.compared:.1f} would by chance"
     if pace.buffered:
-        text = (
-            f"{seen.together} of {plural(seen.compared, 'pair')} ended in the same step, although "
-            "the second request was sent later; "
+        return (
+            f"{seen.together} of {plural(seen.compared, 'pair')} ended together {within}, although "
+            f"the second request was sent later. {chance}."
         )
-    else:
-        text = (
-            f"{seen.together} of {plural(seen.compared, 'request')} got their tokens together "
-            f"with the long one's, within {percent(WINDOW)} of a step (median "
-            f"{percent(float(np.median(seen.offsets)), 1)}); "
-        )
-    return f"{text}about {by_chance} would by chance."
+    text = (
+        f"{seen.together} of {plural(seen.compared, 'request')} got their tokens together with "
+        f"the long one's, {within}. {chance}."
+    )
+    if seen.shown and seen.apart:
+        text += f" {seen.apart} did not: there seem to be replicas behind this address."
+    return text
 
 
 def _slots(verdict: Verdict) -> str:
     if not verdict.bursts:
         return ""
-    return " ".join(_burst(burst) for burst in verdict.bursts[-2:])
+    last = verdict.bursts[-2:]
+    seen = list(dict.fromkeys(_burst(burst) for burst in last))
+    twice = " Twice." if len(last) > len(seen) else ""
+    return f"{' '.join(seen)}{twice} {_gain(last)}"
+
+
+def _gain(bursts: Sequence[Burst]) -> str:
+    gain = float(np.median([burst.gain for burst in bursts]))
+    return f"Together they got {gain:.1f} times the tokens per second of one alone."
 
 
 def _burst(burst: Burst) -> str:
+    if burst.sequential:
+        return f"{burst.sent} at once: they ran one after another."
     text = f"{burst.sent} at once: {burst.most} ran at the same time"
     if burst.refused:
         text += f", {burst.refused} were refused"
     elif burst.exact and burst.midway:
         text += ", and each of the others began when one had ended"
-    elif burst.exact and burst.most > 1:
+    elif burst.exact:
         groups = joined([str(size) for size in burst.groups[:8]])
         text += f", in groups of {groups}, one after another"
-    elif burst.exact:
-        text += ", one after another"
     elif burst.most == burst.sent:
         text += ", so there may be more slots"
-    return f"{text}. They got {number(burst.gain)} times the tokens per second of one alone."
+    return f"{text}."
 
 
 def _server(findings: Findings) -> str:
@@ -176,50 +194,55 @@ def _others(verdict: Verdict) -> str:
 def render(findings: Findings, width: int) -> RenderableType:
     """Return the report for a terminal of so many columns."""
     verdict = findings.verdict
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in tests_of(findings):
-        grid.add_row(Text(name, "bold"), text)
-    parts: list[RenderableType] = [Text(sentence(findings), "bold"), "", grid]
+    tests = [*tests_of(findings), ("Time", f"The probe took {spell_time(findings.took_s)}.")]
+    left = max(len(name) for name, _ in tests) + 2
+    lines = [
+        f"{name if not number else '':<{left}}{line}"
+        for name, text in tests
+        for number, line in enumerate(textwrap.wrap(text, max(20, width - left - 1)))
+    ]
+    parts: list[RenderableType] = [Text(sentence(findings), "bold"), "", Text("\n".join(lines))]
     for panel in panels_of(findings.observations.rounds):
         parts += ["", Text(panel.title, "bold"), Text("\n".join(rows_of(panel, width)))]
-    parts += ["", Text(f"· waiting   █ token   ─ between tokens   Took {_took(findings)}.")]
+    parts += ["", Text(f"· waiting   {TOKEN} token   ─ between tokens")]
     if verdict.kind is Kind.UNKNOWN and verdict.shared and not verdict.shared.shown:
         parts.append(Text("More time may help: --max-time 180."))
     return Group(*parts)
 
 
-def _took(findings: Findings) -> str:
-    return spell_time(findings.took_s)
-
-
 def rows_of(panel: Panel, width: int) -> list[str]:
-    """Return a row of characters for each stream, all on one time axis, and the axis."""
-    names = [panel.name(stream) for stream in panel.streams]
-    left = max(map(len, names)) + 1
+    """Return a row of characters for each stream, all on one time axis, and the axis.
+
+    If tokens would not have columns of their own, it shows a part: the beginning, or the end of
+    the long request if the others wait for it.
+    """
+    left = max(len(panel.name(stream)) for stream in panel.streams) + 1
     columns = max(10, width - left - 1)
-    begin, end = panel.span_ns
+    begin, end = panel.part_ns(columns / COLUMNS_A_TOKEN)
     scale = (columns - 1) / max(end - begin, 1)
     rows = [
-        f"{name:<{left}}{_row(stream, begin, scale)}".rstrip()
-        for name, stream in zip(names, panel.streams, strict=True)
+        f"{panel.name(stream):<{left}}{_row(stream, begin, scale, columns)}".rstrip()
+        for stream in panel.streams
+        if stream.sent_ns < end
     ]
-    last = f"{number((end - begin) / 1e9)} s"
-    return [*rows, " " * left + "0 s" + last.rjust(columns - 3)]
+    start, stop = ((time - panel.span_ns[0]) / 1e9 for time in (begin, end))
+    first, last = f"{start:.3g} s", f"{stop:.3g} s"
+    return [*rows, " " * left + first + last.rjust(columns - len(first))]
 
 
-def _row(stream: Stream, begin: int, scale: float) -> str:
+def _row(stream: Stream, begin: float, scale: float, columns: int) -> str:
     def column(time: int) -> int:
         return round((time - begin) * scale)
 
-    sent = column(stream.sent_ns)
+    cells = [" "] * columns
     if not stream.times_ns:
-        return " " * sent + ("refused" if stream.refused else "failed")
+        return " " * max(0, column(stream.sent_ns)) + ("refused" if stream.refused else "failed")
     first, last = column(stream.first_ns), column(stream.last_ns)
-    cells = [" "] * sent + ["·"] * (first - sent) + ["─"] * (last - first + 1)
-    for time in stream.times_ns:
-        cells[column(time)] = "█"
+    for i in range(max(0, column(stream.sent_ns)), min(last + 1, columns)):
+        cells[i] = "·" if i < first else "─"
+    for i in map(column, stream.times_ns):
+        if 0 <= i < columns:
+            cells[i] = TOKEN
     return "".join(cells)
 
 
@@ -271,8 +294,8 @@ def _evidence(findings: Findings) -> dict[str, Any]:
         and {
             "compared": shared.compared,
             "together": shared.together,
-            "window": WINDOW,
-            "assumed_chance": CHANCE * WINDOW,
+            "apart": shared.apart,
+            "window": shared.window,
             "probability": shared.chance,
             "offsets": list(shared.offsets),
         },
@@ -281,7 +304,7 @@ def _evidence(findings: Findings) -> dict[str, Any]:
         "failures": list(findings.failures),
         "client_lag_ms": findings.observations.lag_ns / _MS,
         "duration": findings.took_s,
-        "tests": {name: text for name, text in tests_of(findings)},
+        "tests": dict(tests_of(findings)),
         "rounds": [_round(round, begin) for round in findings.observations.rounds],
     }
 

@@ -12,15 +12,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from batchbench.studies.probe.judge import (
-    FEWEST_BEGINNINGS,
-    WAITING_ROUNDS,
-    Burst,
-    burst_of,
-    joining_of,
-    shared_steps,
-)
+from batchbench.studies.probe.joining import joining_of
+from batchbench.studies.probe.judge import WAITING_ROUNDS
 from batchbench.studies.probe.observations import Observations, Pace, Role, pace_of
+from batchbench.studies.probe.slots import Burst, burst_of
+from batchbench.studies.probe.steps import FEWEST_BEGINNINGS, shared_steps
 
 WARM_UP_TOKENS = 8
 LONE_TOKENS = 24

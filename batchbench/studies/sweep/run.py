@@ -108,7 +108,7 @@ def ask_servers(grid: Grid) -> dict[str, str]:
     told = {}
     for target in {c.experiment.target for c in grid.cells if c.experiment is not None}:
         if target is not None and target.target is not None:
-            told[target.target] = identity_of(discover(target.address))
+            told[target.target] = identity_of(discover(target.setup_address))
     return told
 
 

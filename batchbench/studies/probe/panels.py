@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from batchbench.studies.probe.observations import Role, Round, Stream
 
 MOST_STREAMS = 18
@@ -13,20 +15,32 @@ MOST_STREAMS = 18
 
 @dataclass(frozen=True)
 class Panel:
-    """Streams on one time axis.
-
-    Attributes:
-        hidden: streams of the round that are left out.
-    """
+    """Streams on one time axis."""
 
     title: str
     streams: Sequence[Stream]
-    hidden: int
 
     @property
     def span_ns(self) -> tuple[int, int]:
         begin = min(s.sent_ns for s in self.streams)
         return begin, max((s.last_ns for s in self.streams if s.times_ns), default=begin)
+
+    def part_ns(self, tokens: float) -> tuple[float, float]:
+        """Return the beginning and the end of a part with about so many tokens in a row."""
+        begin, end = self.span_ns
+        longest = tokens * self._gap_ns
+        if end - begin <= longest:
+            return begin, end
+        long = self.streams[0]
+        if long.role is Role.LONG and all(s.times_ns > (long.last_ns,) for s in self.streams[1:]):
+            begin = int(min(end - longest, max(begin, long.last_ns - 0.6 * longest)))
+        return begin, begin + longest
+
+    @property
+    def _gap_ns(self) -> float:
+        """The median time between arrivals of one stream."""
+        gaps = [np.diff(s.arrivals_ns) for s in self.streams if len(s.arrivals_ns) > 1]
+        return float(np.median(np.concatenate(gaps))) if gaps else float(np.inf)
 
     def name(self, stream: Stream) -> str:
         """Return the label of a stream's row."""
@@ -53,4 +67,4 @@ def panels_of(rounds: Sequence[Round]) -> list[Panel]:
 def _panel(title: str, streams: Sequence[Stream]) -> Panel:
     shown = streams[:MOST_STREAMS]
     hidden = len(streams) - len(shown)
-    return Panel(f"{title} (the first {len(shown)})" if hidden else title, shown, hidden)
+    return Panel(f"{title} (the first {len(shown)})" if hidden else title, shown)

@@ -1,0 +1,152 @@
+"""The third test: how many of the requests that are sent at once run at the same time?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from batchbench.studies.probe.observations import Pace, Role, Round, Stream
+
+Span = tuple[float, float]
+"""The beginning and the end of a request."""
+
+
+@dataclass(frozen=True)
+class Burst:
+    """Requests that were sent at once.
+
+    Attributes:
+        most: the largest number in progress at the same time.
+        exact: others were waiting meanwhile, and began when room was made.
+        midway: requests that began while others were in the middle of theirs.
+        groups: sizes of the groups that ran one after another.
+        gain: tokens per second as a multiple of those of one request alone.
+        gradual: requests began one after another, so that the first ended before the last began.
+        sequential: each certainly began after the one before it had ended.
+    """
+
+    sent: int
+    refused: int
+    most: int
+    exact: bool
+    midway: int
+    groups: tuple[int, ...]
+    gain: float
+    gradual: bool
+    sequential: bool
+
+
+def burst_of(round: Round, pace: Pace) -> Burst:
+    """Count the slots in a burst."""
+    sent = round.of(Role.BURST)
+    streams = sorted((s for s in sent if s.answered), key=lambda s: s.last_ns)
+    tokens = sum(len(s.times_ns) for s in streams)
+    gain = tokens * pace.gap_ns / max(round.duration_ns, 1)
+    gap = _burst_gap(streams) or pace.gap_ns
+    spans = sorted((_earliest_begin(s, pace), float(s.last_ns)) for s in streams)
+    most, groups = _most_at_once(spans, 0.3 * gap), _groups(spans, 0.3 * gap)
+    midway = 0 if pace.buffered else _midway(streams)
+    equal = len({len(s.times_ns) for s in streams}) == 1 or not pace.buffered
+    exact, gradual = _is_full(groups) and equal, False
+    overlap = _most_at_once([_longest_span(s, pace) for s in streams], 0.0)
+    if midway:
+        exact, gradual = _saturated(spans, most, gap, pace)
+    whole = len(streams) == len(sent)
+    refused = sum(s.refused for s in sent)
+    return Burst(
+        *(len(sent), refused, most, exact and whole, midway, groups, gain, gradual),
+        sequential=max(most, overlap) == 1 and whole,
+    )
+
+
+def _earliest_begin(stream: Stream, pace: Pace) -> float:
+    """Return a time at which a request was certainly in progress.
+
+    A buffered server shows no beginning, but a request takes at least as long as it does alone.
+    """
+    if pace.buffered:
+        return stream.last_ns - 0.5 * (len(stream.times_ns) - 1) * pace.gap_ns
+    return float(stream.first_ns)
+
+
+def _longest_span(stream: Stream, pace: Pace) -> Span:
+    """Return the longest time for which a request may have been in progress."""
+    if pace.buffered:
+        return stream.last_ns - 0.85 * (len(stream.times_ns) - 1) * pace.gap_ns, stream.last_ns
+    return float(stream.first_ns), float(stream.last_ns)
+
+
+def _burst_gap(streams: Sequence[Stream]) -> float:
+    gaps = [np.diff(s.steps_ns) for s in streams if len(s.arrivals_ns) > 1]
+    return float(np.median(np.concatenate(gaps))) if gaps else 0.0
+
+
+def _most_at_once(spans: Sequence[Span], shorter_ns: float) -> int:
+    """Return the largest number in progress; each counts as a little shorter than it was.
+
+    A request that follows another one begins at least one step after its end, so an end that
+    arrives late does not count twice.
+    """
+    events = [(begin, 1) for begin, _ in spans]
+    events += [(max(end - shorter_ns, begin), -1) for begin, end in spans]
+    level = most = 0
+    for _, change in sorted(events, key=lambda event: (event[0], -event[1])):
+        level += change
+        most = max(most, level)
+    return most
+
+
+def _groups(spans: Sequence[Span], shorter_ns: float) -> tuple[int, ...]:
+    """Return the sizes of the groups between which nothing was in progress."""
+    sizes: list[int] = []
+    latest = -np.inf
+    for begin, end in spans:
+        if begin > latest - shorter_ns:
+            sizes.append(0)
+        sizes[-1] += 1
+        latest = max(latest, end)
+    return tuple(sizes)
+
+
+def _midway(streams: Sequence[Stream]) -> int:
+    """Return how many began when another one had several tokens and was not at its end."""
+    return sum(
+        any(
+            2 <= np.searchsorted(other.arrivals_ns, one.first_ns) < len(other.arrivals_ns) - 1
+            for other in streams
+            if other is not one
+        )
+        for one in streams
+    )
+
+
+def _is_full(groups: Sequence[int]) -> bool:
+    """Tell whether the largest group was full.
+
+    The first group has only those requests that had arrived, and the last one the rest.
+    """
+    return max(groups, default=0) in groups[1:-1]
+
+
+def _saturated(spans: Sequence[Span], most: int, gap: float, pace: Pace) -> tuple[bool, bool]:
+    """Tell whether the slots were full, and whether requests began only gradually.
+
+    The slots were full if the first requests began together, then none for a while, and each later
+    one right after one had ended.
+    """
+    ends = sorted(end for _, end in spans)
+    starts = [begin for begin, _ in spans]
+    first = [start for start in starts if start < ends[0] + 0.3 * gap]
+    late = starts[len(first) :]
+    if not late:
+        return False, False
+    spacing = max(np.diff(first), default=0)
+    quiet = late[0] - first[-1]
+    gradual = bool(quiet < max(2 * gap, 3 * spacing))
+    waits = [start - end for start, end in zip(late, ends, strict=False)]
+    tight = [wait <= 2 * pace.ttft_ns + 4 * gap for wait in waits]
+    alone = min(waits) > -0.3 * gap  # room that others left would show before an end
+    full = len(first) == most and not gradual and alone and sum(tight) >= 0.8 * len(tight)
+    return full, gradual
