@@ -328,7 +328,17 @@ def notes(result: Result) -> list[str]:
         if len(result.names) == 2:
             interval = " (95 % CI)" * (trials >= FEWEST_PAIRS)
             lines.append(f"÷ is the median of paired trials{interval}")
+    lines += _servings(result)
     return lines + [row.note for row in _rows_of(result) if row.note]
+
+
+def _servings(result: Result) -> list[str]:
+    """Return words for trials that served the workload more than once."""
+    counts = {name: data.get("servings", 1) for name, data in result.data["strategies"].items()}
+    if max(counts.values()) == 1:
+        return []
+    times = ", ".join(f"{count} times ({name})" for name, count in counts.items())
+    return [f"a trial serves the workload {times}: the serving of median duration counts"]
 
 
 def table(result: Result) -> Table:
