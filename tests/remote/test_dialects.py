@@ -90,6 +90,22 @@ DOCUMENTED: dict[str, tuple[dict[str, tuple[int, str]], Dialect]] = {
         {"/v1/models": models(owned_by="vllm", max_model_len=64)},
         Dialect("vllm", None, ("m",), context=64),
     ),
+    "vllm with two models": (
+        {
+            "/v1/models": (
+                200,
+                json.dumps(
+                    {
+                        "data": [
+                            {"id": name, "owned_by": "vllm", "max_model_len": size}
+                            for name, size in (("a", 64), ("b", 32))
+                        ]
+                    }
+                ),
+            )
+        },
+        Dialect("vllm", None, ("a", "b"), context=32),
+    ),
     "another": (
         {"/v1/models": models(owned_by="me"), "/version": (200, '{"version": "1"}')},
         Dialect("openai", None, ("m",)),
@@ -202,6 +218,16 @@ def test_the_users_fields_replace_ours_and_null_removes_one() -> None:
     sent = body(DIALECTS["vllm"], extra_body={"temperature": 1, "ignore_eos": None, "n": 2})
     assert (sent["temperature"], sent["n"]) == (1, 2)
     assert "ignore_eos" not in sent
+
+
+def test_a_request_asks_for_token_ids_and_counts_where_a_server_can_send_them() -> None:
+    assert (
+        body(DIALECTS["llama.cpp"]).items() >= {"verbose": True, "timings_per_token": True}.items()
+    )
+    for name in ("vllm", "sglang"):
+        sent = body(DIALECTS[name])
+        assert sent["return_token_ids"] is True
+        assert sent["stream_options"]["continuous_usage_stats"] is True
 
 
 def test_only_a_stream_has_options_of_streams() -> None:
