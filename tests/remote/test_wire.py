@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -264,6 +265,18 @@ def test_every_address_of_a_host_is_tried(monkeypatch: pytest.MonkeyPatch) -> No
             assert reply.failure.kind is FailureKind.REFUSED
 
 
+def test_an_address_of_a_family_that_the_system_lacks_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with playing(good()) as url, monkeypatch.context() as patch:
+        port = int(url.rpartition(":")[2])
+        families = (250, socket.AF_INET)  # the first is none
+        found = [(f, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for f in families]
+        patch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        _, reply = ask("http://some.host:1")
+    assert reply.failure is None
+
+
 def test_ipv6() -> None:
     if not socket.has_ipv6:
         pytest.skip("no IPv6")
@@ -323,6 +336,24 @@ def test_waves_and_at_most_b_in_flight() -> None:
     for one in flying:
         at = [x for x in flying if x.sent_ns <= one.sent_ns < x.ended_ns]
         assert len(at) <= 3
+
+
+def test_lateness_is_the_clients_own_and_not_the_wait_for_a_slot() -> None:
+    """Each request takes 20 ms or more, and the client is blocked for 40 ms at the end of one."""
+
+    def block(one: Exchange) -> None:
+        if one.ended_ns and one.index == 4:
+            time.sleep(0.04)
+
+    with serving(replace(QUICK, step_ns=5 * MS)) as server:
+        address = Address.parse(server.url)
+        exchanges = exchange(address, Fixed([body(4)] * 9, at_once=1), block)
+        timed = exchange(address, Timed([0, 30 * MS, 60 * MS], [body(4)] * 3))
+    assert exchanges[5].late_ns >= 40 * MS
+    for one in exchanges:
+        assert one.late_ns <= one.sent_ns - one.due_ns
+    assert min(one.late_ns for one in exchanges[1:]) < 20 * MS  # others waited longer, for a slot
+    assert all(one.late_ns == one.sent_ns - one.due_ns for one in timed)
 
 
 def test_a_feed_is_asked_again_after_each_read() -> None:

@@ -169,7 +169,7 @@ def events_of(pieces: Iterable[tuple[int, bytes]], *, whole: bool = True) -> Ite
 
 
 class _Stream:
-    """What the events of one request add up to."""
+    """The sum of the events of one request."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -460,7 +460,7 @@ class ClientLag:
             have its time, by the client, the network or the server.
         loop_p50_ns: median time for which bytes waited to be read: measured with kernel stamps,
             otherwise an upper bound; likewise ``loop_p99_ns``.
-        late_p99_ns: how late a request was sent, after it was due; the 99th percentile.
+        late_p99_ns: how much later than it could the client sent a request; 99th percentile.
     """
 
     reads: int
@@ -482,7 +482,7 @@ def client_lag(exchanges: Sequence[Exchange], replies: Sequence[Reply]) -> Clien
     chunks = sum(len(reply.chunks) for reply in replies)
     alone = sum(len({chunk.read for chunk in reply.chunks}) for reply in replies)
     lags = [read.lag_ns for read in reads]
-    late = [max(0, exchange.sent_ns - exchange.due_ns) for exchange in exchanges]
+    late = [exchange.late_ns for exchange in exchanges]
     return ClientLag(
         reads=len(reads),
         kernel_share=sum(read.kernel for read in reads) / max(1, len(reads)),
