@@ -254,6 +254,22 @@ def test_a_real_stream_has_the_tokens_that_were_asked_for(name: str, endpoint: s
     assert (reply.token_ids is not None) == has_ids
 
 
+def llama_chunk(text: str, count: int, finish: str | None = None) -> str:
+    choice = {"text": text, "index": 0, "finish_reason": finish}
+    usage = {"usage": {"completion_tokens": count}} if finish else {}
+    return f"data: {json.dumps({'choices': [choice], 'timings': {'predicted_n': count}, **usage})}"
+
+
+def test_a_token_that_is_half_a_character_has_the_time_of_the_chunk_that_counts_it() -> None:
+    """llama.cpp holds such a token back, and counts it with the next, or with the end."""
+    chunks = [llama_chunk("a", 1), llama_chunk("\u2192", 3), llama_chunk("", 4, "length")]
+    reply = parse(streamed("\n\n".join([*chunks, "data: [DONE]"])), DIALECTS["llama.cpp"], 4)
+    assert reply.failure is None
+    assert reply.itl_known
+    assert reply.token_times_ns.tolist() == [1, 2, 2, 3]  # the read of each event; 0 is the head
+    assert reply.token_ids is None
+
+
 @pytest.mark.parametrize("name", ["vllm", "transformers"])
 def test_a_real_server_refuses_a_model_that_it_does_not_serve(name: str) -> None:
     answer = recorded(name)["posts"][f"{COMPLETIONS} no-such-model"]
