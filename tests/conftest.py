@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from support.machine import settle, shuffle
 from support.models import SENTENCES, TINY, Alone, MakeModel
 
 if TYPE_CHECKING:
+    from support.cuda_stand_in import StandIn
+
     from batchbench.batching.models.loading import LoadedModel
 
 _tidy_up: Callable[[], None] | None = None
@@ -175,6 +177,18 @@ def refused(
         return told.err
 
     return call
+
+
+@pytest.fixture
+def cuda_stand_in() -> Iterator[StandIn]:
+    """Two CUDA devices that are none; skips the test where it cannot be."""
+    from support.cuda_stand_in import StandIn, impossible
+
+    if why := impossible():
+        pytest.skip(why)
+    with StandIn() as gpu:
+        yield gpu
+        gc.collect()  # tensors of the stand-in must not outlive it
 
 
 @pytest.fixture
