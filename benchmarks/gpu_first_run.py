@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -40,6 +41,9 @@ LEAST_S = 10.0
 RESULT = "RESULT "
 """Prefix of the line in which a step prints its figures as JSON."""
 
+LEAK = re.compile(r"nanobind: | - (leaked|\.\.\. skipped)|See https://nanobind")
+"""Lines that Triton's bindings print when a process ends."""
+
 RUN_FACTS = ("model", "workload", "comparison", "verification", "validity", "environment")
 LADDER_FACTS = ("model", "workload", "card", "rungs", "left_out", "validity", "environment")
 
@@ -52,7 +56,6 @@ class Step:
     words: Sequence[str]
     limit_s: float
     folder: str | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Setup:
     mixed: Sequence[str]  # options of the run of mixed lengths
     tests: str  # selects the tests of this machine, for ``pytest -k``
     compiles: bool  # inductor compiles for real devices only
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def real(cls) -> Setup:
@@ -96,6 +100,7 @@ class Setup:
             mixed=("--queue-size", "12", "--prompt-tokens", "4:16", "--output-tokens", "4:16"),
             tests="stand",
             compiles=False,
+            environment={"GPU_STEPS_QUICK": "1"},
         )
 
 
@@ -182,15 +187,17 @@ def command(setup: Setup, name: str, words: Sequence[str], limit_s: float) -> St
 PARTS = {1: steps_of_part_1, 2: steps_of_part_2, 3: steps_of_part_3}
 
 
-def perform(step: Step, limit_s: float, work: Path) -> tuple[dict[str, Any], str]:
+def perform(
+    step: Step, limit_s: float, work: Path, environment: Mapping[str, str]
+) -> tuple[dict[str, Any], str]:
     """Run a step in ``work``; return its figures, and all that it printed."""
     began = time.monotonic()
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    environment = {
+    variables = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "COLUMNS": "100",
-        **step.environment,
+        **environment,
     }
     # Tests are named from the root of the checkout; results go into folders of ``work``.
     where = ROOT if "pytest" in step.words else work
@@ -202,7 +209,7 @@ def perform(step: Step, limit_s: float, work: Path) -> tuple[dict[str, Any], str
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 timeout=limit_s,
-                env=environment,
+                env=variables,
                 cwd=where,
                 check=False,
             ).returncode
@@ -210,7 +217,7 @@ def perform(step: Step, limit_s: float, work: Path) -> tuple[dict[str, Any], str
             code = 124
         output.seek(0)
         text = output.read()
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.splitlines() if line.strip() and not LEAK.match(line)]
     result = next((json.loads(x[len(RESULT) :]) for x in lines if x.startswith(RESULT)), None)
     if step.folder is not None:
         result = result_of(work / step.folder)
@@ -260,7 +267,7 @@ def run_part(part: int, setup: Setup, output: Path, limit_s: float) -> bool:
                 done[step.name] = {"skipped": "no time left"}
                 print(f"{step.name:26} skipped: no time left", flush=True)
                 continue
-            figures, text = perform(step, min(step.limit_s, left), work)
+            figures, text = perform(step, min(step.limit_s, left), work, setup.environment)
             done[step.name] = figures
             log.write(f"===== {step.name} (exit code {figures['exit_code']})\n{text}\n")
             log.flush()

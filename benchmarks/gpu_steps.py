@@ -29,14 +29,25 @@ Work = Callable[[], object]
 BACKENDS = {-1: "error", 0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
 """The names of what ``torch._fused_sdp_choice`` returns."""
 
-TABLES = 24
+QUICK = "GPU_STEPS_QUICK" in os.environ
+"""True to do everything a few times only, to try the script where times mean nothing."""
+
+TABLES = 2 if QUICK else 24
 """Copies of a weight that are read in turn: together they exceed the L2 cache."""
+
+TURNS = 1 if QUICK else 9
+
+STEPS_IN_A_RUN = 4 if QUICK else 50
+
+BUFFERS = (2**20,) if QUICK else (2**28, 2**32)
+"""Bytes of the buffers whose reading shows the bandwidth."""
 
 ROUNDING = 3
 
 
-def graph_us(work: Work, calls: int = 50, turns: int = 9) -> float:
+def graph_us(work: Work, calls: int = 50) -> float:
     """Return the microseconds of one call, replayed from a graph of many calls."""
+    calls = 1 if QUICK else calls
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -49,7 +60,7 @@ def graph_us(work: Work, calls: int = 50, turns: int = 9) -> float:
             work()
     graph.replay()
     times = []
-    for _ in range(turns):
+    for _ in range(TURNS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
@@ -61,6 +72,7 @@ def graph_us(work: Work, calls: int = 50, turns: int = 9) -> float:
 
 def eager_us(work: Work, calls: int = 50) -> float:
     """Return the microseconds of one call that the host launches, device time included."""
+    calls = 1 if QUICK else calls
     for _ in range(5):
         work()
     torch.cuda.synchronize()
@@ -113,12 +125,12 @@ def facts() -> dict[str, Any]:
 def kernels(model: str) -> dict[str, Any]:
     """Return the microseconds of each operation of a decode step alone."""
     config = find_model(ModelSpec(model=model, load_format="dummy", device="cuda")).config
-    width, heads = int(config.n_embd), int(config.n_head)
+    width, heads = int(config["n_embd"]), int(config["n_head"])
     times: dict[str, Any] = {}
     for rows in (1, 8, 32):
         times |= products(width, rows)
-    times |= small_operations(width, int(config.vocab_size))
-    for length in (64, 112, 128, min(1024, int(config.n_positions))):
+    times |= small_operations(width, int(config["vocab_size"]))
+    for length in (64, 112, 128, min(1024, int(config["n_positions"]))):
         times |= attention(heads, width // heads, length)
     return times | device_limits()
 
@@ -210,7 +222,7 @@ def device_limits() -> dict[str, Any]:
         "smallest kernel, eager": {"us": eager_us(lambda: one.add_(1), calls=400)},
     }
     free, _ = torch.cuda.mem_get_info()
-    for size in (2**28, min(2**32, int(free) // 4)):
+    for size in sorted({min(size, int(free) // 4) for size in BUFFERS}):
         buffer = torch.ones(size // 4, device="cuda")
         us = graph_us(buffer.sum, calls=3)
         times[f"read {size // 2**20} MiB"] = {"us": us, "gb_per_s": gb_per_s(size, us)}
@@ -246,13 +258,10 @@ def anatomy(model: str, rows: str, length: str) -> dict[str, Any]:
     }
 
 
-STEPS_IN_A_RUN = 50
-
-
 def step_of(loaded: Any, rows: int, length: int, execution: str) -> dict[str, Any]:
     """Return the time of a decode step under an execution, and its kernels."""
     import numpy as np
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import profile, supported_activities
 
     from batchbench.batching.engines.torch.build import make_engine
     from batchbench.batching.plan import Plan
@@ -271,7 +280,7 @@ def step_of(loaded: Any, rows: int, length: int, execution: str) -> dict[str, An
         engine.run(plan)
         times.append(float(np.median(np.diff(engine.collect().ends_ns))) / 1e3)
     engine.begin(workload)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=supported_activities()) as profiler:
         engine.run(plan)
         engine.collect()
     ran = [e for e in profiler.events() if str(e.device_type).endswith("CUDA")]  # type: ignore[union-attr]
