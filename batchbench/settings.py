@@ -49,11 +49,26 @@ class Setting:
     excludes: tuple[str, ...] = ()  # fields that state the same in another way
     resets: tuple[str, ...] = ()  # fields that lose their meaning when this one is set
     unit: str = ""  # a key of UNITS, for numbers
+    variable: str | None = None  # environment variable of a secret, which is never saved or shown
 
 
 def setting(default: Any, help: str, panel: str, **known: Any) -> Any:
     """Return a dataclass field that is an option; ``known`` are fields of :class:`Setting`."""
     return dataclasses.field(default=default, metadata={_KEY: Setting(help, panel, **known)})
+
+
+def secret(help: str, panel: str, variable: str) -> Any:
+    """Return a field for a secret: it is not in the spec's text, JSON, words or comparisons.
+
+    The command line moves the value into the environment variable, so that no spec holds it.
+    """
+    metadata = {_KEY: Setting(help, panel, variable=variable, metavar="KEY")}
+    return dataclasses.field(default=None, metadata=metadata, repr=False, compare=False)
+
+
+def kept(spec: Any) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a spec, without secrets."""
+    return [field for field in dataclasses.fields(spec) if about(field).variable is None]
 
 
 def about(field: dataclasses.Field[Any]) -> Setting:
@@ -101,7 +116,7 @@ def make_spec(spec: Any, values: Mapping[str, Any]) -> Any:
 
 def as_json(spec: Any) -> dict[str, Any]:
     """Return the fields of a spec as JSON values, which :func:`from_json` reads."""
-    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    values = {field.name: getattr(spec, field.name) for field in kept(spec)}
     for name, value in values.items():
         if isinstance(value, Path | tuple):
             values[name] = str(value) if isinstance(value, Path) else list(value)
@@ -250,7 +265,7 @@ def _without_zero(bound: float) -> str:
 def words_of(spec: Any, usual: Any, always: Collection[str] = ()) -> list[str]:
     """Return the words to type for a spec: options that differ from ``usual``, and ``always``."""
     words: list[str] = []
-    for field in dataclasses.fields(spec):
+    for field in kept(spec):
         value, option = getattr(spec, field.name), option_name(field.name)
         if value == getattr(usual, field.name) and field.name not in always:
             continue

@@ -180,13 +180,34 @@ def refused(
 
 
 @pytest.fixture
-def cuda_stand_in() -> Iterator[StandIn]:
+def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial on a GPU serves its workload once, however short it is."""
+    from batchbench.batching import trials
+
+    monkeypatch.setattr(trials, "TRIAL_S", 0.0)
+
+
+@pytest.fixture
+def cuda_stand_in(short_trials: None) -> Iterator[StandIn]:
     """Two CUDA devices that are none; skips the test where it cannot be."""
     from support.cuda_stand_in import StandIn, impossible
 
     if why := impossible():
         pytest.skip(why)
     with StandIn() as gpu:
+        yield gpu
+        gc.collect()  # tensors of the stand-in must not outlive it
+
+
+@pytest.fixture
+def triton_stand_in(short_trials: None) -> Iterator[StandIn]:
+    """Two CUDA devices that are none, with Triton's kernels in Triton's interpreter."""
+    from support.cuda_stand_in import StandIn, impossible
+
+    pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
+    if why := impossible():
+        pytest.skip(why)
+    with StandIn(triton=True) as gpu:
         yield gpu
         gc.collect()  # tensors of the stand-in must not outlive it
 

@@ -122,7 +122,8 @@ class Serving:
         limits = [limit for limit in (self._batcher.max_repeat, most) if limit is not None]
         if not self._engine.simulated and plan.repeat > 1:
             spent = max(self._clock.now() - self._recorder.waited_ns, 1)
-            limits.append(max(1, _CALL_NS * self.steps // spent))
+            # A GPU's host launches steps long before they are done.
+            limits.append(max(1, _CALL_NS * self._engine.done() // spent))
         repeat = min([plan.repeat, *limits])
         return plan if repeat == plan.repeat else replace(plan, repeat=repeat)
 

@@ -11,17 +11,16 @@ from typing import Any
 
 from batchbench import settings
 from batchbench.batching.models import ModelSpec
-from batchbench.batching.policies import WAITING, make_policy
+from batchbench.batching.policies import POLICIES, WAITING, make_policy
 from batchbench.batching.presets import NOTEBOOK, PRESETS, Basis, check_preset
 from batchbench.batching.queue import ORDERS
+from batchbench.batching.remote.spec import TargetSpec, refuse_own, with_served_model
 from batchbench.batching.step_cost import KnownCost
+from batchbench.batching.strategies import find
 from batchbench.errors import UsageError, shown
 from batchbench.settings import parse_whole, setting
 from batchbench.workloads.lengths import parse_lengths
 from batchbench.workloads.spec import WorkloadSpec
-
-GENERATE_BATCH = "generate_batch"
-"""Continuous batching of transformers, a strategy that schedules by itself."""
 
 ENGINES = ("slots", "notebook")
 
@@ -49,8 +48,8 @@ class ServingSpec:
         "Strategies to compare, baseline first. static: batches of the waiting requests; "
         "static-fixed: waits for full batches; static-bucketed: sorted by prompt length; "
         "static-oracle: sorted by output length as if known, the best case of static batching; "
-        "continuous; generate_batch: continuous batching of transformers; or your own class as "
-        "package.module:Policy.",
+        "continuous; generate_batch: continuous batching of transformers; help: list all, also "
+        "those of installed plug-ins; or your own class as package.module:Policy.",
         "Serving",
         metavar="NAMES",
     )
@@ -107,6 +106,8 @@ class ServingSpec:
             raise UsageError(f"--strategy {shown(self.strategy)}: has the same strategy twice")
         for name in self.policies:
             make_policy(name)
+        for name in self.plug_ins:
+            find(name)
         if self.max_wait and not any(name in WAITING for name in self.strategies):
             raise UsageError(
                 f"--max-wait {self.max_wait:g}: none of --strategy {shown(self.strategy)} waits "
@@ -146,7 +147,12 @@ class ServingSpec:
     @property
     def policies(self) -> tuple[str, ...]:
         """The strategies that are policies of our own scheduler."""
-        return tuple(name for name in self.strategies if name != GENERATE_BATCH)
+        return tuple(name for name in self.strategies if name in POLICIES or ":" in name)
+
+    @property
+    def plug_ins(self) -> tuple[str, ...]:
+        """The strategies that schedule by themselves."""
+        return tuple(name for name in self.strategies if name not in self.policies)
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ class Experiment:
 
     ``preset`` is the preset that the specs started from (see :meth:`of`); it shortens
     :meth:`command`. A simulation takes its step times from ``cost``; without it every step takes
-    one unit of time.
+    one unit of time. ``target`` is the server that serves the workload; None for our own engine.
     """
 
     workload: WorkloadSpec = field(default_factory=WorkloadSpec)
@@ -208,8 +214,14 @@ class Experiment:
     simulated: bool = False
     preset: str = NOTEBOOK
     cost: KnownCost | None = None
+    target: TargetSpec | None = None
 
     def __post_init__(self) -> None:
+        if self.target is not None:
+            if self.target.target is None:
+                object.__setattr__(self, "target", None)
+            else:
+                _check_served(self, self.target)
         if self.workload.stop_at_eos and "static-oracle" in self.serving.strategies:
             raise UsageError(
                 "--strategy static-oracle: sorts by output length, which is not known with "
@@ -235,7 +247,10 @@ class Experiment:
         """
         check_preset(preset)
         defaults = {"trials": 1} if simulated else {}
-        values = settings.layered(PARTS.values(), defaults, PRESETS[preset].settings, *layers)
+        refuse_own(*layers)
+        values = with_served_model(
+            settings.layered(PARTS.values(), defaults, PRESETS[preset].settings, *layers)
+        )
         known = {f.name for spec in PARTS.values() for f in fields(spec)}
         if unknown := [name for name in values if name not in known]:
             raise UsageError(f"{unknown[0]}: an experiment has no such setting")
@@ -244,8 +259,18 @@ class Experiment:
 
     def config(self) -> dict[str, Any]:
         """Return the preset's name, and all settings as JSON values, spec by spec."""
-        parts = {name: settings.as_json(getattr(self, name)) for name in PARTS}
+        parts = {name: settings.as_json(part) for name, part in self._parts()}
         return {"preset": self.preset, **parts}
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        """Return the names and specs of the parts that there are."""
+        parts = [(name, getattr(self, name)) for name in PARTS]
+        return [(name, part) for name, part in parts if part is not None]
+
+    @property
+    def subject(self) -> str:
+        """The model, or the server, for the name of a folder."""
+        return self.model.model if self.target is None else self.target.place.replace(":", "-")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, simulated: bool = False) -> Experiment:
@@ -256,7 +281,9 @@ class Experiment:
                 that no longer exists.
         """
         parts: dict[str, Any] = {
-            name: settings.from_json(spec, config[name]) for name, spec in PARTS.items()
+            name: settings.from_json(spec, config[name])
+            for name, spec in PARTS.items()
+            if name in config or name != "target"
         }
         return cls(**parts, simulated=simulated, preset=config.get("preset", NOTEBOOK))
 
@@ -289,13 +316,16 @@ class Experiment:
 
     def _options(self, preset: str) -> dict[str, Any]:
         """Return the settings beyond a preset; beyond the default preset always with the sizes."""
-        base = Experiment.of(preset=preset, simulated=self.simulated)
-        always = ("batch_size", "queue_size") if preset == NOTEBOOK else ()
+        served = {} if self.target is None else {"target": self.target.target}
+        base = Experiment.of(served, preset=preset, simulated=self.simulated)
+        always = ("target", *(("batch_size", "queue_size") if preset == NOTEBOOK else ()))
+        own = dict(self._parts())
         return {
             f.name: value
-            for part in ("serving", "workload", "model", "trials")
-            for f in fields(PARTS[part])
-            for value in [getattr(getattr(self, part), f.name)]
+            for part in ("target", "serving", "workload", "model", "trials")
+            if part in own
+            for f in settings.kept(own[part])
+            for value in [getattr(own[part], f.name)]
             if value is not None and value is not False
             if f.name in always or value != getattr(getattr(base, part), f.name)
         }
@@ -306,6 +336,7 @@ PARTS: Mapping[str, Any] = {
     "model": ModelSpec,
     "serving": ServingSpec,
     "trials": TrialsSpec,
+    "target": TargetSpec,
 }
 """The specs of an experiment; no two have a field of the same name."""
 
@@ -325,8 +356,35 @@ def make_experiment(
     return Experiment.of(file, own, preset=basis.preset, simulated=simulated, cost=cost)
 
 
+def _check_served(experiment: Experiment, target: TargetSpec) -> None:
+    """Raise UsageError for a setting that has no meaning on a server."""
+    if experiment.simulated:
+        raise UsageError("--target: a simulation has no server; use batchbench run, or drop it")
+    for part in (experiment.serving, experiment.model):
+        refuse_own(
+            {
+                "target": target.target,
+                **{f.name: None for f in fields(part) if getattr(part, f.name) != f.default},
+            }
+        )
+    for name in experiment.serving.strategies:
+        if name not in ("static", "continuous"):
+            raise UsageError(
+                f"--strategy {shown(name)}: a server schedules by itself, so --target has static "
+                "(in waves) and continuous; drop it"
+            )
+    verify = experiment.trials.verify
+    if verify not in ("all", "none") and target.verify_model is None:
+        raise UsageError(
+            f"--verify {shown(verify)}: --target checks outputs only with --verify-model FOLDER, "
+            "the model that the server runs; add it, or drop --verify"
+        )
+
+
 def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
     """Replace ``auto`` by the values with which ``model`` was resolved."""
+    if experiment.target is not None:
+        return replace(experiment, model=replace(experiment.model, model=model["name"]))
     serving, execution = experiment.serving, model.get("execution")
     if execution in EXECUTIONS and serving.engine != "notebook":
         serving = replace(serving, execution=execution)
@@ -337,8 +395,7 @@ def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
 def named_files(experiment: Experiment) -> dict[str, Any]:
     """Return digests of the files that settings name, by field name, and of a model's folder."""
     files: dict[str, Any] = {}
-    for part in ("workload", "serving", "trials", "model"):
-        spec = getattr(experiment, part)
+    for _, spec in experiment._parts():
         for own in fields(spec):
             value = getattr(spec, own.name)
             file = value if isinstance(value, Path) else _file_of_lengths(own.name, value)

@@ -142,6 +142,9 @@ class Recording:
     strategy that does not report steps has no spans. It reports the time of each token instead,
     ``token_ends_ns``, ``[sum of output_tokens]``, and the time at which it began to compute each
     request, ``begun_ns``, ``[requests]``.
+
+    A trial may serve its workload several times. ``others`` are those servings whose tokens differ;
+    they are verified too, and not saved.
     """
 
     header: Header
@@ -155,6 +158,7 @@ class Recording:
     growth: GrowthLog | None = None
     token_ends_ns: Ints | None = None
     begun_ns: Ints | None = None
+    others: tuple[Recording, ...] = ()
 
     @property
     def in_steps(self) -> bool:
@@ -330,24 +334,30 @@ class Recording:
             raise ValueError("no model ran: the recording holds no tokens")
         return self.tokens[self.token_offsets[request] : self.token_offsets[request + 1]]
 
+    def request_of(self, tokens: Ints) -> Ints:
+        """Return the request to which each of these tokens, by index in ``tokens``, belongs."""
+        return np.searchsorted(self.token_offsets, tokens, side="right") - 1
+
     @classmethod
     def of_tokens(
         cls,
         header: Header,
         workload: Workload,
-        tokens: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]] | None,
         ends_ns: Sequence[Sequence[int]],
         begun_ns: Sequence[int],
         due_ns: Ints | None = None,
     ) -> Recording:
         """Return the recording of a strategy that does not report steps.
 
-        ``tokens`` are the output tokens of each request, ``ends_ns`` the time of each token,
-        ``begun_ns`` the time at which computing each request began, and ``due_ns`` its actual
-        arrival, if that is not the workload's. Times are nanoseconds since the start of the trial.
+        ``tokens`` are the output tokens of each request, None if their ids are not known;
+        ``ends_ns`` the time of each token, ``begun_ns`` the time at which computing each request
+        began, or at which it was sent to a server, and ``due_ns`` its actual arrival, if that is
+        not the workload's. Times are nanoseconds since the start of the trial.
         """
-        counts = np.array([len(of_request) for of_request in tokens], np.int64)
-        if not counts.all() or [len(of_request) for of_request in ends_ns] != counts.tolist():
+        counts = np.array([len(of_request) for of_request in ends_ns], np.int64)
+        known = counts.tolist() if tokens is None else [len(of_request) for of_request in tokens]
+        if not counts.all() or known != counts.tolist():
             raise ValueError("each request needs at least one token, and a time for each")
         unknown, none = np.full(len(workload), -1, np.int64), np.zeros(0, np.int64)
         requests = RequestLog(
@@ -364,7 +374,9 @@ class Recording:
             WaitLog(none, none, none, none, none),
             ends_ns=None,
             step_ns=None,
-            tokens=np.fromiter(chain.from_iterable(tokens), np.int32, counts.sum()),
+            tokens=None
+            if tokens is None
+            else np.fromiter(chain.from_iterable(tokens), np.int32, counts.sum()),
             token_ends_ns=np.fromiter(chain.from_iterable(ends_ns), np.int64, counts.sum()),
             begun_ns=np.asarray(begun_ns, np.int64),
         )

@@ -327,12 +327,20 @@ def _check_header(header: Header) -> None:
         ("energy_joules", _is_amount(about.get("energy_joules", 1))),
         ("foreign_cores", _is_amount(about.get("foreign_cores", 1), least=0)),
         ("memory", about.get("memory") is None or _is_memory(about["memory"])),
+        ("servings", _is_whole(about.get("servings", 1)) and about.get("servings", 1) > 0),
+        ("differing_requests", _are_whole(about.get("differing_requests", []))),
+        ("steps_vary", isinstance(about.get("steps_vary", False), bool)),
+        ("client", about.get("client") is None or _is_client(about["client"])),
     ):
         _check(fits, f"its header's about.{name} is wrong")
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_whole(values: Any) -> bool:
+    return isinstance(values, list) and all(map(_is_whole, values))
 
 
 def _is_amount(value: Any, *, least: float = 1e-9) -> bool:
@@ -353,6 +361,16 @@ def _is_memory(memory: Any) -> bool:
         and memory.get("bytes_per_s") is not None
         and _is_amount(memory["bytes_per_s"])
     )
+
+
+def _is_client(client: Any) -> bool:
+    """Return True for the client's part in the times of a trial against a server."""
+    if not isinstance(client, Mapping):
+        return False
+    values = [client.get(name) for name in ("loop_p99_ns", "late_p99_ns")]
+    shares = [client.get(name) for name in ("kernel_share", "merged_share")]
+    known = all(value is not None and _is_amount(value, least=0) for value in [*values, *shares])
+    return known and max(shares) <= 1
 
 
 def _check_lengths(r: Recording) -> None:

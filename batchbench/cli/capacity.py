@@ -89,7 +89,7 @@ def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) ->
         raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")
     with output_folder(
         study.output,
-        default_folders(experiment.model.model, "capacity"),
+        default_folders(experiment.subject, "capacity"),
         overwrite=study.overwrite,
         marker="capacity.json",
     ) as folder:

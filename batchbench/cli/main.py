@@ -35,6 +35,7 @@ COMMANDS = {
     "sweep": "Run a grid of experiments: any option of run may have many values.",
     "ladder": "Compare engines, from the notebook's loop to the limits of this hardware.",
     "capacity": "Find the highest request rate that each strategy sustains within --slo.",
+    "probe": "Find out if a server batches continuously, and how many slots it has.",
     "report": "Show results again: in the terminal, as a web page, as Markdown or as JSON.",
     "reproduce": "Run the experiment of a result again and compare the two results.",
     "watch": "Replay a result: watch slots fill and empty, with the strategies side by side.",
@@ -288,6 +289,8 @@ def spell_usage(error: typer.TyperException) -> str:
         ours = SIMILAR.get(option or "", "")
         if any(ours.partition(" ")[0] in param.opts for param in context.command.params):
             hint = f"use {ours}"
+        if option in ("--target", "--base-url"):
+            hint = f"{command} measures no server; run, sweep, capacity and probe do"
         return f"{shown(option)}: no such option; {hint}"
     if option is not None:
         if "not take a value" in error.message:

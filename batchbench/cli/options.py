@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import os
 import re
 import shlex
 import typing
@@ -20,6 +21,9 @@ from typer.core import TyperCommand
 
 from batchbench import settings
 from batchbench.batching.presets import Basis
+from batchbench.batching.remote.spec import refuse_own, with_served_model
+from batchbench.batching.strategies import listing
+from batchbench.cli.output import echo
 from batchbench.errors import UsageError
 from batchbench.settings import setting
 from batchbench.studies.sweep.grid import parse_numbers
@@ -53,6 +57,7 @@ ALIASES = {
     "--max-num-batched-tokens": "--max-batched-tokens",
     "--output": "--file",
     "-o": "--file",
+    "--base-url": "--target",
 }
 """Other names of options, most from ``vllm bench``; a command's own option comes first."""
 
@@ -62,6 +67,7 @@ RARE = (
     *("stop_at_eos", "seed", "burstiness", "arrivals", "max_concurrency", "speed"),
     *("trace_format", "trace_block_size", "trace_time_unit", "on_bad_row"),
     *("load_format", "revision", "dtype", "threads", "verify", "price_per_hour", "trace_out"),
+    *("endpoint", "tokenizer", "api_key", "extra_body", "timeout", "insecure", "verify_model"),
     *("mean_tokens", "batches", "precision", "max_trials", "floor", "margin", "junit", "github"),
 )
 """Options that the short help leaves out."""
@@ -211,7 +217,8 @@ def _make_specs(
     specs: Mapping[str, type], defaults: Mapping[str, Any], typed: Mapping[str, Any]
 ) -> dict[str, Any]:
     layers = settings.make_spec(Basis, typed).layers() if Basis in specs.values() else []
-    values = settings.layered(specs.values(), defaults, *layers, typed)
+    refuse_own(typed)
+    values = with_served_model(settings.layered(specs.values(), defaults, *layers, typed))
     return {name: settings.make_spec(spec, values) for name, spec in specs.items()}
 
 
@@ -270,7 +277,10 @@ def _typed(
         source = context.get_parameter_source(name)
         if source is None or source.name.startswith("DEFAULT"):
             continue
-        if isinstance(value, list):  # an option that may be repeated
+        if name in homes and (variable := settings.about(homes[name][1]).variable):
+            # No spec, file or message gets it.
+            os.environ[variable] = settings.parse(*homes[name], value)
+        elif isinstance(value, list):  # an option that may be repeated
             texts = (
                 [settings.parse(*homes[name], text) for text in value] if name in homes else value
             )
@@ -342,7 +352,7 @@ def _parameter(
     if known.choices and not all(choice in help for choice in known.choices):
         help = f"{help.rstrip('.')}: {', '.join(known.choices)}."
     shown: bool | str = known.default_text or (default not in (None, []) and kind is not bool)
-    if swept:
+    if swept and known.variable is None:
         shown = str(default) if shown is True else shown
         if kind is not bool:
             metavar = f"{metavar},…" if kind in (int, float) else metavar
@@ -371,7 +381,7 @@ _ALL = "batchbench.help_all"
 _TYPED: ContextVar[tuple[str, list[str], dict[str, Any]]] = ContextVar("typed")
 """The command, the words after it, and its parameters by the names of their options."""
 
-_OUTPUT_ONLY = ("output", "overwrite", "trace_out", "json", "quiet", "dry_run")
+_NOT_SAVED = ("api_key", "output", "overwrite", "trace_out", "json", "quiet", "dry_run")
 
 
 class Command(TyperCommand):
@@ -387,6 +397,11 @@ class Command(TyperCommand):
             name, equals, value = word.partition("=")
             ours = ALIASES.get(name)
             words.append(f"{ours}{equals}{value}" if ours in own and name not in own else word)
+            asks = words[-2:] == ["--strategy", "help"] or words[-1] == "--strategy=help"
+            if asks and "--strategy" in own:
+                for line in listing():
+                    echo(line)
+                raise typer.Exit
         _TYPED.set((ctx.command_path, list(words), own))  # the parser empties its list
         return super().parse_args(ctx, words)
 
@@ -417,7 +432,7 @@ def _brief(param: Any) -> Any:
 
 
 def typed_command(keep: Collection[str] = ()) -> str:
-    """Return the command line as it was typed, without options about the output.
+    """Return the command line as it was typed, without secrets and options about the output.
 
     Args:
         keep: options about the output that are not left out, by field name.
@@ -426,7 +441,7 @@ def typed_command(keep: Collection[str] = ()) -> str:
     left, rest = command.split(), iter(words)
     for word in rest:
         param = own.get(word.partition("=")[0])
-        if param is None or param.name in keep or param.name not in _OUTPUT_ONLY:
+        if param is None or param.name in keep or param.name not in _NOT_SAVED:
             left.append(word)
         elif "=" not in word and not param.is_flag:
             next(rest, None)

@@ -12,10 +12,11 @@ import typer
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
+from batchbench.batching.remote.spec import TargetSpec
 from batchbench.batching.step_cost import CostSpec
 from batchbench.cli.options import OutputSpec, typed_command, with_options
 from batchbench.cli.output import Shown, echo, output_folder, show
-from batchbench.errors import Interrupted
+from batchbench.errors import Interrupted, UsageError
 from batchbench.files import check_folder, default_folders, undisturbed
 from batchbench.reports.slo import GoalsSpec
 from batchbench.workloads.spec import WorkloadSpec
@@ -23,15 +24,13 @@ from batchbench.workloads.spec import WorkloadSpec
 if TYPE_CHECKING:
     from batchbench.reports.result import Result
 
-_SPECS = {
+_EXPERIMENT = {
     "basis": Basis,
     "serving": ServingSpec,
     "workload": WorkloadSpec,
     "model": ModelSpec,
-    "trials": TrialsSpec,
-    "goals": GoalsSpec,
-    "output": OutputSpec,
 }
+_REPORT = {"trials": TrialsSpec, "goals": GoalsSpec, "output": OutputSpec}
 
 RUN_HELP = """Run a workload with static and continuous batching, and compare them.
 
@@ -47,21 +46,26 @@ measured in that run, so that durations and latencies are predictions.
 Example: batchbench simulate --batch-size 8 --queue-size 32"""
 
 
-@with_options(_SPECS)
+@with_options({**_EXPERIMENT, "target": TargetSpec, **_REPORT})
 def run(
     basis: Basis,
     serving: ServingSpec,
     workload: WorkloadSpec,
     model: ModelSpec,
+    target: TargetSpec,
     trials: TrialsSpec,
     goals: GoalsSpec,
     output: OutputSpec,
 ) -> None:
-    experiment = Experiment(workload, model, serving, trials, preset=basis.preset)
+    experiment = Experiment(workload, model, serving, trials, preset=basis.preset, target=target)
+    if experiment.target and output.dry_run:
+        raise UsageError(
+            "--dry-run: estimates our own engine, and --target measures a server; drop one of them"
+        )
     _conduct(experiment, goals, output)
 
 
-@with_options({"cost": CostSpec, **_SPECS}, defaults={"trials": 1})
+@with_options({"cost": CostSpec, **_EXPERIMENT, **_REPORT}, defaults={"trials": 1})
 def simulate(
     cost: CostSpec,
     basis: Basis,
@@ -88,7 +92,7 @@ def _conduct(experiment: Experiment, goals: GoalsSpec, output: OutputSpec) -> No
         _dry_run(experiment, output)
         return
 
-    defaults = default_folders(experiment.model.model)
+    defaults = default_folders(experiment.subject)
     with output_folder(output.output, defaults, overwrite=output.overwrite) as folder:
         _check_trace(output, folder)
         if not _measure_and_write(experiment, goals, output, folder):
@@ -105,7 +109,7 @@ def _check_trace(output: OutputSpec, folder: Path | None) -> None:
 def _measure_and_write(
     experiment: Experiment, goals: GoalsSpec, output: OutputSpec, folder: Path
 ) -> bool:
-    """Measure, write and show the result; return False if outputs are wrong."""
+    """Measure, write and show the result; return False if outputs are wrong or requests failed."""
     from batchbench.batching.session import StopReason, conduct
     from batchbench.cli.progress import make_display
 
@@ -129,7 +133,7 @@ def _measure_and_write(
     show_result(result, files, output)
     if outcome.stopped and outcome.stopped.reason is StopReason.INTERRUPTED:
         raise Interrupted(f"{outcome.stopped}; the results are in {folder}")
-    return result.data["verification"]["passed"] is not False
+    return result.data["verification"]["passed"] is not False and not outcome.failures
 
 
 def show_result(result: Result, files: Iterable[Path], output: Shown) -> None:

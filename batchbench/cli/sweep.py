@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,14 @@ class SweepSpec:
 @with_options({"goals": GoalsSpec, "study": SweepSpec}, swept=SWEPT)
 def sweep(axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpec) -> None:
     from batchbench.cli.progress import make_sweep_display
-    from batchbench.studies.sweep.run import Store, lines_of, run_cells
+    from batchbench.studies.sweep.run import Store, ask_servers, lines_of, run_cells
 
     grid = Grid(axes, study.simulated)
     if study.dry_run:
         for line in lines_of(grid):
             echo(line)
         return
+    grid = replace(grid, servers=ask_servers(grid))
     place = study.output or Path("batchbench-results") / f"sweep-{grid.digest}"
     lost = "the same command continues from the cells that are kept"
     with output_folder(place, lost=lost) as folder:
@@ -88,5 +89,5 @@ def sweep(axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpe
         )
         if not swept.served:
             raise UsageError(f"no cell could be served: {swept.failed[0].reason}")
-        if swept.failed or swept.wrong:
+        if swept.failed or swept.wrong or swept.broken:
             raise typer.Exit(1)

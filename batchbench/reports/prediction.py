@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from batchbench.batching.benches.local import make_batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.experiment import GENERATE_BATCH, ServingSpec
+from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Ints, Recording
-from batchbench.batching.session import Outcome, make_batcher
+from batchbench.batching.session import Outcome
 from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.errors import UsageError
 from batchbench.reports.latency import ttft_ms
@@ -382,8 +383,7 @@ def predict(known: KnownCost, serving: ServingSpec, workload: Workload) -> list[
     about = {"cost": known.as_dict()}
     return [
         make_batcher(name, serving, engine, about).serve(workload, Watch())
-        for name in serving.strategies
-        if name != GENERATE_BATCH
+        for name in serving.policies
     ]
 
 

@@ -9,13 +9,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from batchbench import settings
 from batchbench.batching.recording import Recording
 from batchbench.batching.recording_file import load_recording, save_recording
+from batchbench.batching.remote.spec import TargetSpec
 from batchbench.batching.session import Outcome
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Finding, Verification
@@ -36,9 +37,16 @@ from batchbench.reports.result_file import (
     load_data,
     metric,
 )
+from batchbench.reports.served import (
+    doubts,
+    served_facts,
+    server_words,
+    step_ratio,
+    typical_passes,
+)
 from batchbench.reports.slo import NO_GOALS, GoalsSpec
 from batchbench.reports.statistics import Ratio, paired_ratio
-from batchbench.reports.text import plural
+from batchbench.reports.text import label_of, plural
 from batchbench.reports.time_budget import explain, rate_of
 from batchbench.reports.validity import audit
 from batchbench.version import SCHEMA_VERSION, __version__
@@ -60,18 +68,32 @@ class Result:
         return list(self.recordings)
 
     @property
+    def served(self) -> bool:
+        """True for a run against a server."""
+        return self.data.get("server") is not None
+
+    def label(self, name: str) -> str:
+        """Return a strategy's name for tables: a server's static batching is in waves."""
+        return label_of(name, has_steps=not self.served)
+
+    @property
     def title(self) -> str:
-        """Model, device, batch size and workload in one line."""
+        """Model, device or server, batch size and workload in one line."""
         model, workload = self.data["model"], self.data["workload"]
         serving, cost = self.data["config"]["serving"], self.data.get("cost")
+        server = self.data.get("server")
         parts = [model["name"]]
-        if not self.data["simulated"]:
+        if server is not None:
+            place = TargetSpec(target=self.data["config"]["target"]["target"]).place
+            parts.append(f"{server_words(server)} at {place}")
+        elif not self.data["simulated"]:
             parts.append(f"{model['device']} {model['dtype']}")
         else:
             parts.append(f"simulated on the costs of {cost['source']}" if cost else "simulated")
         if serving["engine"] != "slots" and not self.data["simulated"]:
             parts.append(f"{serving['engine']} engine")
-        parts.append(plural(serving["batch_size"], "slot"))
+        size = serving["batch_size"]
+        parts.append(plural(size, "slot") if server is None else f"{size:,} at once")
         parts.append(plural(workload["num_requests"], "request"))
         if workload["arrival_rate"] is not None:
             parts.append(f"{workload['arrival_rate']:.3g} req/s")
@@ -107,7 +129,8 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
             for i, (prompt, output) in enumerate(outcome.texts)
         ],
         "cost": _cost(outcome),
-        "prediction": predict_outcome(outcome),
+        "prediction": None if outcome.server else predict_outcome(outcome),
+        **served_facts(outcome),
     }
     return _derived(cast("Facts", facts), outcome.workload, outcome.recordings)
 
@@ -178,11 +201,18 @@ def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result
         WarmUp(**cast("Any", facts["warm_up"])),
         facts["stopped"],
         facts["config"]["workload"].get("request_rate"),
+        served=facts.get("server") is not None,
     )
+    reasons += doubts(facts, recordings)
     baseline, *candidates = recordings
     classes = length_classes(recordings[baseline][0].requests.output_tokens)
     strategies = {name: _strategy(trials, goals, classes) for name, trials in recordings.items()}
-    comparisons = [_comparison(baseline, name, strategies, recordings) for name in candidates]
+    if (server := facts.get("server")) is not None:
+        for name, strategy in strategies.items():
+            strategy["computed_passes"] = typical_passes(server, name)
+    comparisons = [
+        _comparison(baseline, name, strategies, recordings, facts, workload) for name in candidates
+    ]
     data = {
         "schema_version": SCHEMA_VERSION,
         "batchbench_version": __version__,
@@ -202,9 +232,9 @@ def _strategy(
     limits = goals.limits_ms
     summaries = [metrics.trial_summary(trial, limits) for trial in trials]
     summary = summaries[0] if len(trials) == 1 else metrics.summary(trials, limits)
-    price = goals.price_per_hour
+    price, servings = goals.price_per_hour, trials[0].header.about.get("servings", 1)
     cost = None if price is None else price / 3600 / summary["output_throughput"] * 1e6
-    return {
+    data: StrategyData = {
         "trials": summaries,
         "summary": {**summary, "cost_per_million_output_tokens": cost},
         "by_output_length": by_length(trials, classes),
@@ -214,6 +244,9 @@ def _strategy(
         "computed_passes": trials[0].header.about.get("computed_passes"),
         "output_digest": output_digest(trials[0]),
     }
+    if servings > 1:
+        data["servings"] = servings
+    return data
 
 
 def _decode_step(trials: Sequence[Recording]) -> DecodeStep | None:
@@ -247,20 +280,32 @@ def ratio_of(
 
 
 def _comparison(
-    baseline: str, candidate: str, strategies: Mapping[str, StrategyData], recordings: Recordings
+    baseline: str,
+    candidate: str,
+    strategies: Mapping[str, StrategyData],
+    recordings: Recordings,
+    facts: Facts,
+    workload: Workload,
 ) -> Comparison:
     speedup = ratio_of(strategies, "duration", baseline, candidate)
     assert speedup is not None
-    # Steps may vary from trial to trial if texts end early, so pairs count here too.
-    # None if one of the two schedules by itself and reports no steps.
-    steps = paired_ratio(
-        [r.num_steps for r in recordings[baseline]], [r.num_steps for r in recordings[candidate]]
-    )
+    source: Literal["server", "schedule"] | None
+    server = facts.get("server")
+    if server is not None:
+        slots = facts["config"]["serving"]["batch_size"]
+        steps, source = step_ratio(baseline, candidate, server, slots, workload) or (None, None)
+    else:
+        # Steps may vary from trial to trial if texts end early, so pairs count here too.
+        # None if one of the two schedules by itself and reports no steps.
+        counts = [[r.num_steps for r in recordings[name]] for name in (baseline, candidate)]
+        steps = paired_ratio(*counts)
+        source = "schedule" if steps else None
     return {
         "baseline": baseline,
         "candidate": candidate,
         "speedup": speedup.as_dict(),
         "step_ratio": steps.median if steps else None,
+        "step_ratio_source": source,
         "efficiency": speedup.median / steps.median if steps else None,
     }
 

@@ -20,6 +20,7 @@ from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
+from batchbench.reports.server_data import AgreementData, FailureData, ServerData
 from batchbench.version import SCHEMA_VERSION
 
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
@@ -38,6 +39,7 @@ class Config(TypedDict):
     model: dict[str, Any]
     serving: dict[str, Any]
     trials: dict[str, Any]
+    target: NotRequired[dict[str, Any]]
     goals: GoalsConfig
 
 
@@ -60,19 +62,23 @@ class Environment(TypedDict, total=False):
     gpu_driver: str | None
     gpu_clock_mhz: dict[str, int] | None
     cuda: str | None
+    cudnn: int | None
+    gpu_attention: str | None
+    float32_products: str | None
 
 
 class ModelFacts(TypedDict):
     """The model that was served, with ``auto`` resolved; a simulation has no memory sizes."""
 
     name: str
-    load_format: Literal["pretrained", "dummy"]
+    load_format: Literal["pretrained", "dummy"] | None  # None: a server's
     note: str
-    device: str
+    device: str | None
     dtype: str | None
     parameters: int | None
     attention: NotRequired[str]
     execution: NotRequired[str]
+    execution_note: NotRequired[str | None]
     weights_digest: NotRequired[str]
     weight_bytes: NotRequired[int]
     packed_weight_bytes: NotRequired[int]
@@ -250,6 +256,7 @@ class StrategyData(TypedDict):
     summary: Summary
     counters: Counters | None
     computed_passes: NotRequired[int | None]
+    servings: NotRequired[int]
     output_digest: str | None
     by_output_length: list[LengthClass]
     stalls: list[Stall]
@@ -266,6 +273,7 @@ class Comparison(TypedDict):
     candidate: str
     speedup: Speedup
     step_ratio: float | None
+    step_ratio_source: NotRequired[Literal["server", "schedule"] | None]
     efficiency: float | None
 
 
@@ -379,6 +387,9 @@ class Facts(TypedDict):
     outputs: list[OutputText] | None
     cost: NotRequired[CostFacts | None]
     prediction: NotRequired[Prediction | None]
+    server: NotRequired[ServerData | None]
+    agreement: NotRequired[AgreementData | None]
+    failures: NotRequired[list[FailureData] | None]
 
 
 class ResultData(Facts):

@@ -160,7 +160,7 @@ def _lines(one: Labelled) -> Iterator[Line]:
         ratio = None if own else ratio_of(strategies, "duration", names[0], name)
         yield Line(
             label=one.label,
-            strategy=name,
+            strategy=one.result.label(name),
             figures=tuple(number(metric(summary, key)) for _, key in FIGURES),
             speedup="baseline" if own else spell_ratio(ratio),
             throughput=summary["output_throughput"],

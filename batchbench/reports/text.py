@@ -24,8 +24,19 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 MISSING = "N/A"
 
 
+WAVES = "static (waves)"
+"""The static strategy on a server, where a finished request leaves the batch."""
+
+
+def label_of(name: str, *, has_steps: bool) -> str:
+    """Return a strategy's name for tables; a server, which reports no steps, has waves."""
+    return WAVES if name == "static" and not has_steps else name
+
+
 def called(name: str) -> str:
     """Return a strategy's name as it reads within a sentence: ``static batching``."""
+    if name == WAVES:
+        return "static batching in waves"
     return f"{name} batching" if name in POLICIES else name
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
 
 import numpy as np
 
 from batchbench.batching.recording import Recording
-from batchbench.batching.trials import WarmUp
+from batchbench.batching.trials import WarmUp, requests_that_differ
 from batchbench.batching.verification import Verification
 from batchbench.reports import metrics, time_budget
 from batchbench.reports.latency import gaps_ms, ttft_ms
 from batchbench.reports.result_file import metric
 from batchbench.reports.statistics import Distribution
-from batchbench.reports.text import percent, plural
+from batchbench.reports.text import label_of, percent, plural
 from batchbench.workloads import Workload
 
 LITTLE, HOST_SHARE, DRIFT, FOREIGN_CORES = 0.02, 0.03, 0.10, 0.2
@@ -65,10 +65,14 @@ def audit(
     warm_up: WarmUp,
     stopped: str | None,
     requested_rate: float | None = None,
+    *,
+    served: bool = False,
 ) -> list[str]:
     """Return the reasons to suspect a run; none if it is valid.
 
     Args:
+        served: a server did the work. It may be one of this machine's other processes, and the
+            outputs of its trials are compared elsewhere (``reports.served``).
         requested_rate: requests per second that the user requested; None if the workload has its
             own times, such as a trace.
     """
@@ -79,8 +83,12 @@ def audit(
         change = percent(warm_up.last_change, sign="+")
         reasons.append(Reason.WARM_UP.text(change=change, rounds=warm_up.rounds))
     for name, trials in recordings.items():
-        doubts = list(_broken_laws(workload, trials)) or _doubts(workload, trials, requested_rate)
-        reasons += [f"{name}: {doubt}" for doubt in doubts]
+        doubts = list(_broken_laws(workload, trials)) or [
+            *_doubts(workload, trials, requested_rate),
+            *(() if served else _doubts_of_machine(trials, _ties(verification, name))),
+        ]
+        label = label_of(name, has_steps=trials[0].has_steps)
+        reasons += [f"{label}: {doubt}" for doubt in doubts]
     return reasons
 
 
@@ -107,12 +115,13 @@ def _doubts(
         if computed not in (None, r.num_steps):
             yield Reason.PASSES.text(computed=computed, steps=r.num_steps)
             break
-    if workload.closed and len({tuple(metrics.counters(r).values()) for r in stepped}) > 1:
+    vary = any(r.header.about.get("steps_vary") for r in stepped)
+    if workload.closed and (
+        vary or len({tuple(metrics.counters(r).values()) for r in stepped}) > 1
+    ):
         yield Reason.COUNTERS
     if trials[0].header.simulated:
         return
-    if len({None if r.tokens is None else r.tokens.tobytes() for r in trials}) > 1:
-        yield Reason.OUTPUTS
     if stepped:
         share = float(np.median([time_budget.host_share(r) for r in stepped]))
         if share > HOST_SHARE:
@@ -127,9 +136,32 @@ def _doubts(
         if abs(change) > DRIFT:
             direction = "slower" if change > 0 else "faster"
             yield Reason.DRIFT.text(change=percent(abs(change)), direction=direction)
+
+
+def _doubts_of_machine(trials: Sequence[Recording], ties: Collection[int]) -> Iterator[str]:
+    """Yield reasons; ``ties`` are requests whose output verification calls a numerical tie."""
+    if trials[0].header.simulated:
+        return
+    if not _differing(trials) <= set(ties):
+        yield Reason.OUTPUTS
     cores = max(r.header.about.get("foreign_cores") or 0.0 for r in trials)
     if cores > FOREIGN_CORES:
         yield Reason.FOREIGN_LOAD.text(cores=cores)
+
+
+def _ties(verification: Verification, strategy: str) -> set[int]:
+    """Return the requests whose output under a strategy is a numerical tie."""
+    return {
+        finding.request
+        for finding in verification.findings
+        if (finding.strategy, finding.verdict) == (strategy, "numerical tie")
+    }
+
+
+def _differing(trials: Sequence[Recording]) -> set[int]:
+    """Return the requests that did not get the same tokens each time that they were served."""
+    between = {i for r in trials[1:] for i in requests_that_differ(trials[0], r)}
+    return between.union(*(r.header.about.get("differing_requests", ()) for r in trials))
 
 
 def _late(

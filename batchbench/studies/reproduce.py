@@ -14,11 +14,14 @@ from batchbench.batching.experiment import Experiment, named_files, pinned
 from batchbench.batching.machine import Difference, facts_of
 from batchbench.batching.machine import differences as differences_between
 from batchbench.batching.progress import Watch
-from batchbench.batching.session import Session, run_session
+from batchbench.batching.remote.outcome import ServerFacts
+from batchbench.batching.session import open_bench, run_on
 from batchbench.batching.step_cost import KnownCost
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
 from batchbench.reports.result import Result, make_result
+from batchbench.reports.served import typical_passes
+from batchbench.reports.server_data import ServerData
 from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.statistics import FEWEST_PAIRS, interval_of_ratio
 from batchbench.reports.text import joined, times, times_within
@@ -192,6 +195,26 @@ def check_outputs(
     return Check(f"outputs, {name}", then[:12], here, verdict)
 
 
+def check_served(recorded: Result, again: Result) -> Iterator[Check]:
+    """Compare a server's passes and outputs, which a server need not repeat exactly."""
+    for name in recorded.names:
+        label = recorded.label(name)
+        passes = [typical_passes(r.data.get("server"), name) for r in (recorded, again)]
+        if None not in passes:
+            verdict = Verdict.AGREES if passes[0] == passes[1] else Verdict.OBSERVED
+            yield Check(f"forward passes, {label}", f"{passes[0]:,}", f"{passes[1]:,}", verdict)
+        digests = [r.data["strategies"][name]["output_digest"] for r in (recorded, again)]
+        if None in digests:
+            then, now = ("not recorded" if digest is None else digest[:12] for digest in digests)
+            yield Check(f"outputs, {label}", then, now, Verdict.NOT_COMPARED)
+            continue
+        count, here = recorded.data["workload"]["num_requests"], str(digests[1])[:12]
+        if differing := len(differing_requests(recorded, again, name)):
+            here = f"{differing:,} of {count:,} requests differ"
+        verdict = Verdict.OBSERVED if differing else Verdict.AGREES
+        yield Check(f"outputs, {label}", str(digests[0])[:12], here, verdict)
+
+
 def check_times(recorded: Result, again: Result) -> Iterator[Check]:
     """Compare durations, and speed-ups over the first strategy.
 
@@ -203,7 +226,7 @@ def check_times(recorded: Result, again: Result) -> Iterator[Check]:
         name: [_durations(result, name) for result in (recorded, again)] for name in recorded.names
     }
     for name, (then, now) in durations.items():
-        yield _check_ratio(f"duration, {name}", then, now, "s", exact=simulated)
+        yield _check_ratio(f"duration, {recorded.label(name)}", then, now, "s", exact=simulated)
     base = durations[recorded.names[0]]
     for name in recorded.names[1:]:
         then, now = (a / b for a, b in zip(base, durations[name], strict=True))
@@ -253,6 +276,12 @@ def experiment_of(recorded: Result) -> Experiment:
     return pinned(replace(experiment, trials=trials), data["model"])
 
 
+def _server_facts(server: ServerData | ServerFacts | None) -> dict[str, Any]:
+    """Return what a server told about itself, by the names that a comparison shows."""
+    told: Mapping[str, Any] = asdict(server) if isinstance(server, ServerFacts) else server or {}
+    return {f"server {name}": told.get(name) for name in ("name", "version", "slots") if told}
+
+
 def reproduce(recorded: Result, watch: Watch | None = None) -> Reproduction:
     """Run the experiment of a result again: the same specs, seed and order of trials.
 
@@ -262,13 +291,16 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Reproduction:
         UsageError: it cannot be run here.
     """
     try:
-        session = Session(experiment_of(recorded), watch or Watch())
+        session = open_bench(experiment_of(recorded), watch or Watch())
     except UsageError as error:
         raise UsageError(f"the result cannot be run here: {error}") from error
     data = recorded.data
     differences = differences_of(data, __version__, session.environment, session.model)
+    differences += differences_between(
+        _server_facts(data.get("server")), _server_facts(session.server())
+    )
     checks = [check_workload(recorded, session.workload.digest)]
-    if not data["simulated"]:
+    if not (data["simulated"] or recorded.served):
         checks.append(check_weights(recorded, session.model))
     if checks[0].verdict == Verdict.DIFFERS and (files := named_files(session.experiment)):
         options = ", ".join(map(settings.option_name, sorted(files)))
@@ -279,9 +311,11 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Reproduction:
     if any(check.verdict == Verdict.DIFFERS for check in checks):
         return Reproduction(data["command"], differences, checks, None)
     goals = settings.from_json(GoalsSpec, data["config"]["goals"])
-    again = make_result(run_session(session), goals)
+    again = make_result(run_on(session), goals)
     checks += check_counters(recorded, again)
-    for name in () if data["simulated"] else recorded.names:
+    if recorded.served:
+        checks += check_served(recorded, again)
+    for name in () if data["simulated"] or recorded.served else recorded.names:
         differing = differing_requests(recorded, again, name)
         both = [recorded.recordings[name][0], again.recordings[name][0]]
         judged = session.verify(both, differing) if differing else NOT_VERIFIED

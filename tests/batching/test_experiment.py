@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
+from batchbench.batching import benches
 from batchbench.batching import session as conducting
+from batchbench.batching.batcher import Batcher
+from batchbench.batching.benches.local import check_context
 from batchbench.batching.engines.torch import hardware as bandwidth
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.progress import Limited, Progress, Watch
-from batchbench.batching.session import Session, StopReason, check_context, conduct
+from batchbench.batching.session import Session, StopReason, conduct
 from batchbench.batching.step_cost import Bandwidth
 from batchbench.batching.trials import WarmUp, beginning
 from batchbench.errors import OutOfTimeError, UsageError
@@ -351,7 +354,8 @@ def test_a_trial_that_takes_far_too_long_is_given_up(
 ) -> None:
     """The finished rounds are kept, and the engine can serve again."""
     watch = Slowing(trials)
-    monkeypatch.setattr(conducting, "time", watch)
+    for module in (conducting, benches):
+        monkeypatch.setattr(module, "time", watch)
     outcome = conduct(ask(trials=50, max_time=60.0), watch)
     finished = trials // len(BOTH)
     assert [len(rs) for rs in outcome.recordings.values()] == [finished] * len(BOTH)
@@ -365,7 +369,8 @@ def test_where_not_one_round_is_finished_in_time_nothing_is_kept(
     ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = Slowing(1)
-    monkeypatch.setattr(conducting, "time", watch)
+    for module in (conducting, benches):
+        monkeypatch.setattr(module, "time", watch)
     with pytest.raises(UsageError, match="--max-time 60: the first pair of trials took longer"):
         conduct(ask(trials=5, max_time=60.0), watch)
 
@@ -456,7 +461,7 @@ def test_warm_up_ends_when_steps_change_no_more(
         starts = np.arange(4) * 1000
         return SimpleNamespace(step_starts_ns=starts, step_ends_ns=starts + next(costs))
 
-    monkeypatch.setattr(conducting.Batcher, "serve", serve)
+    monkeypatch.setattr(Batcher, "serve", serve)
     before, last = step_ns[rounds - 2 : rounds]
     change = pytest.approx(last / before - 1)
     found = WARM_UP(Session(ask(), Watch()))

@@ -72,7 +72,7 @@ def test_a_setting_that_is_not_known_is_named_and_one_that_lacks_is_as_usual() -
 def test_a_value_of_another_kind_is_named(part: str) -> None:
     for field in fields(PARTS[part]):
         config = Experiment().config()
-        config[part][field.name] = {"no": "kind"}
+        config.setdefault(part, {})[field.name] = {"no": "kind"}
         option = "--" + field.name.replace("_", "-")
         with pytest.raises(UsageError, match=f"^{option} .*: must be"):
             Experiment.from_config(config)

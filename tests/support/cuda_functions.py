@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from batchbench.batching.engines.torch import triton_choice
 from support.cuda_objects import CUDAGraph, CudaTensor, Event, Stream
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def replacements(gpu: StandIn) -> Iterator[tuple[Any, str, Any]]:
         "mem_get_info": gpu.room,
         "memory_allocated": gpu.allocated,
         "memory_reserved": gpu.allocated,
+        "memory_snapshot": list,
         "max_memory_allocated": gpu.peak,
         "max_memory_reserved": gpu.peak,
         "reset_peak_memory_stats": gpu.reset_peak,
@@ -145,6 +147,11 @@ def replacements(gpu: StandIn) -> Iterator[tuple[Any, str, Any]]:
         yield cuda, name, value if isinstance(value, type) else _own(value)
     yield cuda.graphs, "CUDAGraph", CUDAGraph
     yield torch._C, "_host_emptyCache", _own(nothing)
+    yield triton_choice, "_is_supported", lambda device: gpu.triton and device.type == "cuda"
+    if gpu.triton:
+        from batchbench.batching.engines.torch import triton_ops
+
+        yield triton_ops, "launch", gpu.launch_triton
     yield torch.version, "cuda", "13.0"
     yield torch.backends.cudnn, "version", lambda: 92000
     yield torch.nn.Module, "_apply", _keep_tied(torch.nn.Module._apply)

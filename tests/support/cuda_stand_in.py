@@ -109,6 +109,18 @@ _WAITS = {
 }
 """Operators whose result the host must know before it goes on."""
 
+
+def _addmm_activation(
+    bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, use_gelu: bool = False
+) -> torch.Tensor:
+    """Compute a product and its activation as cublasLt does: GELU in its tanh form."""
+    product = torch.addmm(bias, x, weight)
+    return torch.nn.functional.gelu(product, approximate="tanh") if use_gelu else product.relu()
+
+
+_AS_ON_CUDA = {aten._addmm_activation: _addmm_activation}
+"""Operators that compute something else on a CPU than on CUDA."""
+
 _INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
@@ -154,6 +166,8 @@ class StandIn:
     lazy: bool = False
     kernel_ns: int = 10_000
     launch_ns: int = 1_000
+    triton: bool = False
+    """True if Triton's kernels run, in Triton's interpreter; each is one launch."""
     drift: float = 0.0
     """The share by which the device's clock runs ahead of the host's."""
 
@@ -323,13 +337,23 @@ class StandIn:
 
     # Operators
 
-    def wrap(self, host: torch.Tensor, index: int, like: Sequence[CudaTensor] = ()) -> CudaTensor:
-        """Return the tensor on a device; one of ``like`` if it is that, or with its memory."""
+    def wrap(
+        self,
+        host: torch.Tensor,
+        index: int,
+        like: Sequence[CudaTensor] = (),
+        *,
+        view: bool = False,
+    ) -> CudaTensor:
+        """Return the tensor on a device; one of ``like`` if it is that, or with its memory.
+
+        It is a ``view`` of the first of ``like`` if that is said; an empty one has no address.
+        """
         start = host.untyped_storage().data_ptr()
         for tensor in like:
             if tensor.host is host:
                 return tensor
-            if start and tensor.host.untyped_storage().data_ptr() == start:
+            if view or (start and tensor.host.untyped_storage().data_ptr() == start):
                 with torch.inference_mode(tensor.is_inference()):  # a view is as its base
                     return CudaTensor(host, index, tensor.memory)
         return CudaTensor(host, index, Memory(self, index, host.nbytes))
@@ -364,10 +388,19 @@ class StandIn:
             out = func(*hosts, **named)
         else:
             writes = [named[w] if isinstance(w, str) else hosts[w] for w in kind.writes]
-            out = self.launch(str(func), func, hosts, named, index, writes)
+            function = _AS_ON_CUDA.get(packet, func)
+            out = self.launch(str(func), function, hosts, named, index, writes)
         if on_host:
             return out
-        return _mapped(lambda t: self.wrap(t, index, ours), out)
+        return _mapped(lambda t: self.wrap(t, index, ours, view=kind.view), out)
+
+    def launch_triton(self, kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
+        """Launch one of batchbench's Triton kernels, in Triton's interpreter."""
+        tensors = _tensors(args)
+        index, name = tensors[0].device.index, kernel.fn.__name__
+        self._check_devices(name, tensors, index)
+        hosts = _hosts(args)
+        self.launch(f"triton.{name}", kernel[grid], hosts, options, index, _tensors(hosts))
 
     def _check_devices(self, packet: Any, tensors: Sequence[torch.Tensor], index: int) -> None:
         if packet in _INDEXING:
@@ -526,7 +559,8 @@ def install_for_good(devices: int = 2) -> StandIn:
     path = [str(_SITE), tests, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, path)))
     os.environ[VARIABLE] = str(devices)
-    return StandIn(devices).__enter__()
+    triton = os.environ.get("TRITON_INTERPRET") == "1"
+    return StandIn(devices, triton=triton).__enter__()
 
 
 if __name__ == "__main__":

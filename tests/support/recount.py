@@ -516,6 +516,7 @@ def comparison_of(name: str, trials: Mapping[str, Sequence[Trial]]) -> Numbers:
         "candidate": name,
         "speedup": {"median": speedup, "ci95": interval},
         "step_ratio": ratio,
+        "step_ratio_source": ratio and "schedule",
         "efficiency": ratio and speedup / ratio,
     }
 

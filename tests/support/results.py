@@ -27,12 +27,8 @@ from batchbench.reports.validity import audit
 from batchbench.studies.reproduce import Check
 from batchbench.workloads import Workload
 from batchbench.workloads.spec import WorkloadSpec
-
-CLASSIC = Workload.of("classic", [[7] * 7] * 32, [100 if i % 8 == 0 else 10 for i in range(32)])
-
-
-SETTLED = WarmUp(3, True, 0.01, 10_000_000)
-
+from support.classic import CLASSIC, SETTLED
+from support.served import served
 
 PASSED = Verification(32, 32, 0, 0, "teacher-forced", 0.0)
 
@@ -210,6 +206,7 @@ KINDS: tuple[Callable[[], Result], ...] = (
     of_one_token,
     with_texts,
     one_strategy,
+    served,
 )
 
 

@@ -29,7 +29,7 @@ from batchbench.batching.recording import Recording
 from batchbench.reports import metrics
 from batchbench.reports.latency import Latencies
 from batchbench.reports.result_file import Counters
-from batchbench.reports.text import NO_BREAK, called, clean_text, spell_number
+from batchbench.reports.text import NO_BREAK, WAVES, called, clean_text, label_of, spell_number
 
 LOOKS: dict[str, tuple[str, Any]] = {
     "static": ("#D55E00", "solid"),
@@ -49,9 +49,10 @@ _MORE_LOOKS: tuple[tuple[str, Any], ...] = (
 
 def looks_of(names: Collection[str]) -> dict[str, tuple[str, Any]]:
     """Return the look of each strategy; other people's strategies get the unused ones in order."""
+    ours = LOOKS | {WAVES: LOOKS["static"]}
     free = [look for name, look in LOOKS.items() if name not in names] + list(_MORE_LOOKS)
-    others = [name for name in names if name not in LOOKS]
-    return LOOKS | {name: free[i % len(free)] for i, name in enumerate(others)}
+    others = [name for name in names if name not in ours]
+    return ours | {name: free[i % len(free)] for i, name in enumerate(others)}
 
 
 Floats = NDArray[np.float64]
@@ -126,9 +127,13 @@ class Strategy:
 def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strategy]:
     looks = looks_of(recordings)
     return [
-        Strategy(i, clean_text(name), trials, *looks[name])
+        Strategy(i, _label(clean_text(name), trials), trials, *looks[name])
         for i, (name, trials) in enumerate(recordings.items())
     ]
+
+
+def _label(name: str, trials: Sequence[Recording]) -> str:
+    return label_of(name, has_steps=trials[0].has_steps) if trials else name
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
+from batchbench.batching.remote.spec import OWN_ENGINE
 from batchbench.reports.figures.card import Strategy, Unit, capitalize, name_strategies
 from batchbench.reports.figures.latency import staircase
 from batchbench.reports.figures.occupancy import which_trial
@@ -33,6 +34,7 @@ from batchbench.reports.figures.timeline import Bars, middle_length, window_of
 from batchbench.reports.formats import terminal
 from batchbench.reports.occupancy import Holdings, levels_of
 from batchbench.reports.result import Result
+from batchbench.reports.served import agreement_words, server_lines
 from batchbench.reports.side_by_side import Labelled, SideBySide
 from batchbench.reports.statistics import Distribution, Floats
 from batchbench.reports.text import clean_text, number, percent
@@ -122,11 +124,18 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "sentence": capitalize(terminal.sentence(result, reasons=False)),
         "causes": terminal.causes(result) if budgets else [],
         "names": result.names,
+        "called": [result.label(name) for name in result.names],
+        "served": result.served,
+        "agreement": agreement_words(agreed) if (agreed := data.get("agreement")) else "",
         "strategies": strategies,
         "head": head,
         "rows": rows,
         "notes": terminal.notes(result),
-        "lines": [*terminal.floor_lines(result), *terminal.stall_lines(result)],
+        "lines": [
+            *server_lines(data),
+            *terminal.floor_lines(result),
+            *terminal.stall_lines(result),
+        ],
         "timelines": timelines,
         "left_out": _left_out(result, timelines, window),
         "axis": {"window": window / 1000, "unit": unit.ns / 1000, "name": unit.name},
@@ -150,6 +159,8 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
 
 
 def _left_out(result: Result, timelines: Sequence[Timeline], window: float) -> str:
+    if result.served:
+        return "A server does not tell which request is in which slot of its batch."
     sentences = [
         f"{name} logs no steps, so its slots are not known."
         for name, trials in result.recordings.items()
@@ -170,12 +181,13 @@ def _left_out(result: Result, timelines: Sequence[Timeline], window: float) -> s
 
 
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the settings that are not at their empty default."""
+    """Return the settings that are not at their empty default; of a server only those it has."""
+    unused = OWN_ENGINE if "target" in config else ()
     return [
         (name.replace("_", " "), _spell(value))
         for part in config.values()
         for name, value in (part.items() if isinstance(part, Mapping) else ())
-        if value not in (None, [], False, "")
+        if value not in (None, [], False, "") and name not in unused
     ]
 
 

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from batchbench.reports.formats import terminal
 from batchbench.reports.result import Result
+from batchbench.reports.served import server_lines
 from batchbench.reports.side_by_side import Labelled, SideBySide
 
 _TITLES = {
@@ -44,7 +45,7 @@ def _of_result(one: Labelled, pictures: Mapping[str, str], *, several: bool) -> 
     if several:
         yield from (f"## {escape(one.label)}", "")
     yield f"**{escape(terminal.sentence(result))}**\n"
-    for line in (result.title, *terminal.causes(result)):
+    for line in (result.title, *terminal.causes(result), *server_lines(result.data)):
         yield f"{escape(line)}\n"
     yield from table(*terminal.cells(result), left=2)
     for line in ("; ".join(terminal.notes(result)), *terminal.prediction_lines(result)):

@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.batching.policies import POLICIES
+from batchbench.batching.trials import servings_note
 from batchbench.reports.prediction import describe_fit, worth_showing
 from batchbench.reports.result import Result, ratio_of
+from batchbench.reports.served import agreement_words, server_lines
 from batchbench.reports.side_by_side import FIGURES, SideBySide
 from batchbench.reports.statistics import FEWEST_PAIRS
 from batchbench.reports.text import (
@@ -44,9 +46,12 @@ def sentence(result: Result, *, reasons: bool = True) -> str:
     """Return the answer in one sentence, with the ``reasons`` of a suspect run or without."""
     data = result.data
     parts = [_answer(result)]
-    if data["verification"]["requests_checked"]:
+    agreement, verified = data.get("agreement"), data["verification"]["requests_checked"]
+    if verified:
         parts.append(_outputs(data["verification"]))
-    elif not data["simulated"]:
+    if agreement is not None:
+        parts.append(agreement_words(agreement))
+    if not (verified or agreement or data["simulated"]):
         parts.append("outputs not verified")
     validity = data["validity"]
     parts.append(f"run {validity['status']}")
@@ -70,7 +75,7 @@ def _answer(result: Result) -> str:
         name = result.names[0]
         summary = result.data["strategies"][name]["summary"]
         return (
-            f"{called(name)} served {number(summary['completed'])} requests in "
+            f"{called(result.label(name))} served {number(summary['completed'])} requests in "
             f"{number(summary['duration'])} s, {number(summary['output_throughput'])} output "
             "tokens/s"
         )
@@ -83,8 +88,10 @@ def _answer(result: Result) -> str:
         interval = f"{plural(pairs, 'pair')} of trials: too few for an interval"
     elif not simulated and speedup["ci95"]:
         interval = "95 % CI {:.2f}–{:.2f}".format(*speedup["ci95"])
-    names = called(comparison["candidate"]), called(comparison["baseline"])
-    text = as_fast(speedup["median"], *names, interval)
+    candidate, baseline = (
+        called(result.label(comparison[side])) for side in ("candidate", "baseline")
+    )
+    text = as_fast(speedup["median"], candidate, baseline, interval)
     cost = result.data.get("cost")
     if cost:
         text = f"in simulation, with the step costs of {cost['source']}, {text}"
@@ -94,7 +101,11 @@ def _answer(result: Result) -> str:
     ratio = comparison["step_ratio"]
     if ratio is None or (simulated and not cost):
         return text
-    return f"{text}; counting steps only: {times(ratio)}"
+    if not result.served:
+        return f"{text}; counting steps only: {times(ratio)}"
+    if comparison.get("step_ratio_source") == "server":
+        return f"{text}; by the server's own count of forward passes: {times(ratio)}"
+    return f"{text}; the schedules alone would give {times(ratio)}"
 
 
 def _other_candidates(result: Result) -> str:
@@ -119,7 +130,7 @@ def _latency(result: Result) -> str:
     strategies = result.data["strategies"]
     baseline, *others, candidate = result.names
     order = (candidate, baseline, *others)
-    words = [name if name in others else called(name) for name in order]
+    words = [name if name in others else called(result.label(name)) for name in order]
     waits = [number(strategies[name]["summary"]["p99_ttft_ms"]) for name in order]
     under = (f"{wait} ms under {name}" for wait, name in zip(waits, words, strict=True))
     text = f"at {number(rate)} req/s, p99 TTFT was {', '.join(under)}"
@@ -276,6 +287,8 @@ def _value(strategy: Mapping[str, Any], row: _Row) -> float | None:
     elif metric == "utilisation":
         useful = counters.get("useful_slot_steps")
         value = None if useful is None else useful / counters["slot_steps"]
+    elif metric == "forward_passes" and not counters:
+        value = strategy.get("computed_passes")
     else:
         value = strategy["summary"].get(metric, counters.get(metric))
     return 100 * value if value is not None and row.unit == "%" else value
@@ -285,7 +298,8 @@ def cells(result: Result) -> tuple[list[str], list[list[str]]]:
     """Return the main table as text: its head, and a row per metric; of two also their ratio."""
     strategies, names = result.data["strategies"], result.names
     two = len(names) == 2
-    head = ["Metric", "Unit", *names, *([f"÷ {names[0]}"] if two else [])]
+    labels = [result.label(name) for name in names]
+    head = ["Metric", "Unit", *labels, *([f"÷ {labels[0]}"] if two else [])]
     rows = []
     for row in _rows_of(result):
         values = [number(_value(strategies[name], row)) for name in names]
@@ -315,7 +329,15 @@ def notes(result: Result) -> list[str]:
         if len(result.names) == 2:
             interval = " (95 % CI)" * (trials >= FEWEST_PAIRS)
             lines.append(f"÷ is the median of paired trials{interval}")
+    lines += _servings(result)
     return lines + [row.note for row in _rows_of(result) if row.note]
+
+
+def _servings(result: Result) -> list[str]:
+    """Return words for trials that served the workload more than once."""
+    counts = {name: data.get("servings", 1) for name, data in result.data["strategies"].items()}
+    note = servings_note(counts)
+    return [] if note is None else [note]
 
 
 def table(result: Result) -> Table:
@@ -328,7 +350,7 @@ def comparisons(result: Result) -> Table:
     baseline, *others = result.names
     several = len(result.recordings[baseline]) > 1
     return make_table(
-        f"÷ {baseline}",
+        f"÷ {result.label(baseline)}",
         ["Strategy", *(row.label for row in _COMPARED)],
         [[name, *(_ratio(result, row, baseline, name) for row in _COMPARED)] for name in others],
         notes=["medians of paired trials"] if several else [],
@@ -391,8 +413,8 @@ def stall_lines(result: Result) -> list[str]:
             requests = plural(stall["requests"], "request")
             during = "" if stall["step"] is None else f"step {stall['step']:,}, which computed a "
             lines.append(
-                f"Longest gap between two tokens, {name}: {number(stall['gap_ms'])} ms for "
-                f"{requests}, during {during}{stall['cause']}."
+                f"Longest gap between two tokens, {result.label(name)}: "
+                f"{number(stall['gap_ms'])} ms for {requests}, during {during}{stall['cause']}."
             )
     return lines
 
@@ -469,8 +491,13 @@ def render(result: Result) -> RenderableType:
     parts += [*map(Text, causes(result)), Text(), table(result)]
     if len(result.names) > 2:
         parts += [Text(), comparisons(result)]
-    parts += [Text(), time_budget_table(result)]
-    for lines in (floor_lines(result), stall_lines(result), prediction_lines(result)):
+    parts += [] if result.served else [Text(), time_budget_table(result)]
+    for lines in (
+        server_lines(result.data),
+        floor_lines(result),
+        stall_lines(result),
+        prediction_lines(result),
+    ):
         parts += [Text(), *map(Text, lines)] if lines else []
     return Group(*parts)
 

@@ -13,11 +13,12 @@ from batchbench.batching.batcher import Strategy
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.session import Session
+from batchbench.batching.session import open_bench
 from batchbench.batching.trials import beginning
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
 from batchbench.reports import latency as latencies
+from batchbench.reports.served import doubts_of_client
 from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.statistics import CONFIDENCE, Floats, mean_interval
 from batchbench.reports.validity import audit, wrong_tokens
@@ -101,7 +102,7 @@ def queue_growth(recording: Recording) -> float:
     r = recording.requests
     due = np.sort(r.due_ns)
     # A strategy without steps shows no admissions; there a request waits until its first token.
-    begun = recording.starts_of(r.admitted) if recording.has_steps else recording.ends_of(r.first)
+    begun = recording.admitted_ns if recording.has_steps else recording.first_token_ns
     waiting = np.arange(1, len(due) + 1) - np.searchsorted(np.sort(begun), due, side="right")
     third = len(due) // 3
     if not third:
@@ -202,11 +203,13 @@ class ProbeRunner:
 
     def __init__(self, experiment: Experiment, query: CapacityQuery, watch: CapacityWatch) -> None:
         self._spec, self._query, self._watch = experiment.workload, query, watch
-        planned = Session(replace(experiment, simulated=True), Watch())
-        longest = max(
-            planned.make(self._seeded(k)).max_total_tokens for k in range(query.most_trials)
-        )
-        self.session = Session(experiment, watch, max_len=longest)
+        longest = 0
+        if experiment.target is None:  # an engine is as large as its longest request
+            planned = open_bench(replace(experiment, simulated=True), Watch())
+            longest = max(
+                planned.make(self._seeded(k)).max_total_tokens for k in range(query.most_trials)
+            )
+        self.session = open_bench(experiment, watch, max_len=longest)
         self.warm_up = self.session.warm_up()
         self.strategies = self.session.strategies()
         self._best: dict[str, tuple[float, Workload, Recording]] = {}
@@ -223,10 +226,10 @@ class ProbeRunner:
         """
         self._watch.phase("serving requests one at a time")
         session, limits_ms = self.session, self._query.goals.limits_ms
-        count = len(session.workload) if session.engine.simulated else UNLOADED_REQUESTS
+        count = len(session.workload) if session.simulated else UNLOADED_REQUESTS
         first = beginning(session.workload, count, output_tokens=session.workload.max_total_tokens)
         single = session.on(replace(first, max_concurrency=1))
-        recording = single.serve(session.batcher("continuous"), 0, 1)
+        recording = single.serve(session.strategy("continuous"), 0, 1)
         share = float(latencies.within(recording, limits_ms).mean())
         if share < self._query.attainment:
             raise UsageError(self._missed_limit(recording, limits_ms))
@@ -272,5 +275,9 @@ class ProbeRunner:
         verification = session.verify([recording for _, _, recording in trials])
         reasons = [wrong_tokens(verification.wrong)] * bool(verification.wrong)
         for name, (rate, workload, recording) in self._best.items():
-            reasons += audit(workload, {name: [recording]}, NOT_VERIFIED, self.warm_up, None, rate)
+            served, trials_of = session.server() is not None, {name: [recording]}
+            reasons += audit(
+                workload, trials_of, NOT_VERIFIED, self.warm_up, None, rate, served=served
+            )
+            reasons += doubts_of_client(trials_of)
         return verification, list(dict.fromkeys(reasons))

@@ -31,10 +31,12 @@ from batchbench.reports.figures.card import (
     name_strategies,
     strip_axes,
 )
+from batchbench.reports.served import place_of
 from batchbench.reports.statistics import CONFIDENCE
 from batchbench.reports.text import (
     called,
     clean_text,
+    label_of,
     number,
     percent,
     plural,
@@ -71,14 +73,18 @@ def sentence(data: Data) -> str:
 
 def _answer(data: Data) -> str:
     ranges = {name: _range(*result["interval"]) for name, result in data["strategies"].items()}
-    ratio = data["comparison"]
+    ratio, names = data["comparison"], {name: called(_label(data, name)) for name in ranges}
     if ratio is None:
-        return ", ".join(f"{called(n)} sustains {text} requests/s" for n, text in ranges.items())
+        return ", ".join(f"{names[n]} sustains {text} requests/s" for n, text in ranges.items())
     first, last = ratio["baseline"], ratio["candidate"]
     return (
-        f"{called(last)} sustains {times_within(ratio['ratio'], *ratio['interval'])} the load of "
-        f"{called(first)}: {ranges[last]} against {ranges[first]} requests/s"
+        f"{names[last]} sustains {times_within(ratio['ratio'], *ratio['interval'])} the load of "
+        f"{names[first]}: {ranges[last]} against {ranges[first]} requests/s"
     )
+
+
+def _label(data: Data, name: str) -> str:
+    return label_of(name, has_steps=not data.get("server"))
 
 
 def _range(low: float, high: float) -> str:
@@ -92,8 +98,9 @@ def _rate(value: float) -> str:
 def title_of(data: Data) -> str:
     """Return model, device, batch size and workload in a line."""
     model, slots = data["model"], data["config"]["serving"]["batch_size"]
-    place = "simulated" if data["simulated"] else f"{model['device']} {model['dtype']}"
-    return f"{model['name']} · {place} · {plural(slots, 'slot')} · {data['workload']}"
+    place = "simulated" if data["simulated"] else place_of(data)
+    size = f"waves of {slots:,}" if data.get("server") else plural(slots, "slot")
+    return f"{model['name']} · {place} · {size} · {data['workload']}"
 
 
 def table(data: Data) -> Table:
@@ -120,7 +127,9 @@ def table(data: Data) -> Table:
         probes = sorted(result["probes"], key=lambda probe: probe["rate"])
         for i, probe in enumerate(probes):
             cells = _cells(probe, limits, data["slo_attainment"])
-            grid.add_row("" if i else strategy, *cells, end_section=i == len(probes) - 1)
+            grid.add_row(
+                "" if i else _label(data, strategy), *cells, end_section=i == len(probes) - 1
+            )
     return grid
 
 
@@ -168,6 +177,7 @@ def data_of(findings: CapacityFindings, command: str) -> dict[str, Any]:
         "workload": findings.workload,
         "model": dict(findings.model),
         "environment": dict(findings.environment),
+        "server": findings.server and {n: getattr(findings.server, n) for n in _OF_SERVER},
         "warm_up": asdict(findings.warm_up),
         "strategies": {
             capacity.strategy: {
@@ -187,6 +197,9 @@ def data_of(findings: CapacityFindings, command: str) -> dict[str, Any]:
             "reasons": list(findings.reasons),
         },
     }
+
+
+_OF_SERVER = ("name", "version", "slots")
 
 
 def _probe(probe: Probe) -> dict[str, Any]:
@@ -239,6 +252,8 @@ _MOST_TICKS = 7
 
 def draw_capacity(data: Data) -> Figure:
     """Draw attainment over the rate, and each limited latency with its limit."""
+    headline, title = f"Within these limits {_answer(data)}", title_of(data)
+    data = {**data, "strategies": {_label(data, n): of for n, of in data["strategies"].items()}}
     with house_style():
         strategies = name_strategies(dict.fromkeys(data["strategies"], ()))
         panels: Sequence[str] = ["attainment", *data["limits_ms"]]
@@ -248,8 +263,7 @@ def draw_capacity(data: Data) -> Figure:
             "Filled: sustained; hollow: not; diamond: borderline, the trials do not decide. "
             "Whisker: 95 % interval. Dotted: the limit. Vertical line: the highest sustained rate."
         )
-        headline = f"Within these limits {_answer(data)}"
-        card = make_card(headline, clean_text(title_of(data)), _TOP + rows * _STEP - 0.45, notes)
+        card = make_card(headline, clean_text(title), _TOP + rows * _STEP - 0.45, notes)
         add_line_legend(card, strategies)
         half = (WIDE - _LEFT - _BETWEEN) / 2
         for k, panel in enumerate(panels):

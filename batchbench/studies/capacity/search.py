@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchbench.batching.experiment import Experiment
+from batchbench.batching.remote.outcome import ServerFacts
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Verification
 from batchbench.errors import UsageError
@@ -96,6 +97,7 @@ class CapacityFindings:
     model: Mapping[str, Any]
     environment: Mapping[str, Any]
     workload: str
+    server: ServerFacts | None = None
 
     @property
     def ratio(self) -> Interval | None:
@@ -158,4 +160,5 @@ def find_capacity(
         model=session.model,
         environment=session.environment,
         workload=session.workload.name.replace(f"; {experiment.workload.process}", ""),
+        server=session.server(),
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from batchbench.batching.experiment import GENERATE_BATCH, Experiment, named_files, pinned
+from batchbench.batching.experiment import Experiment, named_files, pinned
 from batchbench.batching.machine import facts_of
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.files import reason_of
@@ -256,8 +256,8 @@ def reference_strategies(experiment: Experiment) -> tuple[str, list[str]]:
     ours = list(experiment.serving.policies)
     if not ours:
         raise UsageError(
-            f"--strategy {GENERATE_BATCH}: schedules by itself and cannot take turns; add "
-            "continuous"
+            f"--strategy {experiment.serving.strategy}: schedules by itself and cannot take "
+            "turns; add continuous"
         )
     candidate = ours[-1]
     references = [ours[0]] if ours[0] != candidate else []

@@ -32,7 +32,7 @@ from batchbench.studies.gate.counts import (
 from batchbench.studies.gate.evidence import Evidence, Gate, Kind, MetricQuery, Side, describe
 from batchbench.studies.gate.spec import METRICS, CompareSpec, Condition, Metric
 
-_PARTS = ("workload", "serving", "model", "trials", "goals")
+_PARTS = ("target", "workload", "serving", "model", "trials", "goals")
 _MAY_DIFFER = ("trials", "max_time", "verify")
 """Settings in which the runs of one experiment may differ."""
 
@@ -172,6 +172,12 @@ def _check_same_question(base: Run, new: Run) -> None:
             f"{simulated.label}: is a simulation, and {measured.label} was measured; compare two "
             "simulations or two measurements"
         )
+    if bool(then.get("server")) != bool(now.get("server")):
+        served, own = (base, new) if then.get("server") else (new, base)
+        raise UsageError(
+            f"{served.label}: was measured on a server, and {own.label} on our own engine; compare "
+            "two results with --target, or two without"
+        )
     if then["workload"]["digest"] != now["workload"]["digest"]:
         raise UsageError(
             f"{new.label}: has a different workload from {base.label}: "
@@ -225,7 +231,7 @@ def differing_settings(
     base: Mapping[str, Any], new: Mapping[str, Any], parts: Sequence[str] = _PARTS
 ) -> list[Difference]:
     """Return the settings in which two configurations differ, by the names of their fields."""
-    return [one for part in parts for one in differences(base[part], new[part])]
+    return [one for part in parts for one in differences(base.get(part, {}), new.get(part, {}))]
 
 
 # Speeds

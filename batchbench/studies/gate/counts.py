@@ -229,7 +229,10 @@ def facts_of_result(data: Mapping[str, Any]) -> dict[str, Any]:
         # The run that the cost was fitted on, and its range, change no time.
         about = {"source", "extrapolates", "rows_seen", "most_prompt_tokens_seen", "longest_seen"}
         return {"cost of a step": {k: v for k, v in cost.items() if k not in about} or "one unit"}
-    return facts_of(data["environment"], data["model"], engine=data["config"]["serving"]["engine"])
+    server = data.get("server") or {}
+    told = {f"server {name}": server[name] for name in ("name", "version", "slots") if server}
+    engine = data["config"]["serving"]["engine"]
+    return facts_of(data["environment"], data["model"], engine=engine, **told)
 
 
 def mismatches(base: Version, new: Version, names: Sequence[str]) -> list[Difference]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from batchbench import settings
-from batchbench.batching.experiment import GENERATE_BATCH, Experiment
+from batchbench.batching.experiment import Experiment
 from batchbench.batching.presets import PRESETS
 from batchbench.errors import UsageError, shown
 from batchbench.settings import parse_number, setting
@@ -366,8 +366,8 @@ def timed_strategies(experiment: Experiment, timed: str | None) -> tuple[list[st
     ours = list(experiment.serving.policies)
     if not ours:
         raise UsageError(
-            f"--strategy {GENERATE_BATCH}: schedules by itself and cannot take turns; add another "
-            "strategy, such as continuous"
+            f"--strategy {experiment.serving.strategy}: schedules by itself and cannot take "
+            "turns; add another strategy, such as continuous"
         )
     names = [name.strip() for name in timed.split(",") if name.strip()] if timed else ours[-1:]
     for name in names:

@@ -154,16 +154,16 @@ class Worker:
         strategies: Mapping[str, Sequence[float] | None],
         also: Sequence[str],
     ) -> dict[str, Any]:
+        from batchbench.batching.benches.local import LocalBench
         from batchbench.batching.experiment import Experiment
         from batchbench.batching.models import ModelCache
-        from batchbench.batching.session import Session
         from batchbench.reports.result import workload_facts
 
         experiment, models = Experiment.from_config(config), ModelCache()
         sessions = {}
         for name in strategies:
             # Each has its own engine, whose cache holds the half-served batch between turns.
-            sessions[name] = Session(_varied(experiment, name), Watch(), models)
+            sessions[name] = LocalBench(_varied(experiment, name), Watch(), models)
             _check_closed(sessions[name].workload)
             sessions[name].warm_up()
         first = next(iter(sessions.values()))

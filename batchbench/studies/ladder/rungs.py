@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchbench import settings
-from batchbench.batching.experiment import GENERATE_BATCH
 from batchbench.errors import UsageError, shown
 from batchbench.settings import setting
 
@@ -35,7 +34,7 @@ class Rung:
 RUNGS: Sequence[Rung] = (
     Rung("notebook-static", "static batches", "static", "notebook", "separate"),
     Rung("notebook", "continuous", "continuous", "notebook", "separate"),
-    Rung(GENERATE_BATCH, "transformers' own", GENERATE_BATCH, GENERATE_BATCH, "mixed"),
+    Rung("generate_batch", "transformers' own", "generate_batch", "generate_batch", "mixed"),
     Rung("slots", "one lasting cache", prefill="separate", forward="transformers"),
     Rung("mixed", "mixed prefill", forward="transformers"),
     Rung("lean", "own forward pass", forward="lean"),

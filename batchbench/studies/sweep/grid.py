@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -45,13 +45,14 @@ class Cell:
     chosen: Values  # values of the options that were given
     experiment: Experiment | None
     fault: str | None = None
+    server: str | None = None  # what the server of --target says it is
 
     @cached_property
     def digest(self) -> str:
         """Name of the cell's folder; equal digests give equal results."""
         if self.experiment is None:
             raise ValueError(f"no experiment: {self.fault}")
-        return digest_of(self.experiment)
+        return digest_of(self.experiment, self.server)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Grid:
     Args:
         axes: values by field name; other options keep their defaults.
         simulated: serve on a virtual clock, where every step costs one unit.
+        servers: by ``--target``, what the server says it is, so that another server at the same
+            address has other cells.
 
     Raises:
         UsageError: a value is invalid with any other options.
@@ -68,6 +71,7 @@ class Grid:
 
     axes: Mapping[str, tuple[Any, ...]]
     simulated: bool = False
+    servers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = math.prod(map(len, self.axes.values()))
@@ -90,7 +94,8 @@ class Grid:
 
     def _cell(self, chosen: Values) -> Cell:
         try:
-            return Cell(chosen, make_experiment(chosen, simulated=self.simulated))
+            experiment = make_experiment(chosen, simulated=self.simulated)
+            return Cell(chosen, experiment, server=self.servers.get(chosen.get("target", "")))
         except UsageError as error:
             return Cell(chosen, None, str(error))
 
@@ -190,7 +195,7 @@ LENGTH = 16
 """Hexadecimal digits: two of a million cells agree by chance once in 4 × 10⁷ sweeps."""
 
 
-def digest_of(experiment: Experiment) -> str:
+def digest_of(experiment: Experiment, server: str | None = None) -> str:
     """Return a shortened SHA-256 over all settings, the program's version and named files.
 
     Files enter with their content, a model's folder with names, sizes and times (its weights may
@@ -202,6 +207,7 @@ def digest_of(experiment: Experiment) -> str:
         "simulated": experiment.simulated,
         "config": experiment.config(),
         **({"cost": experiment.cost.as_dict()} if experiment.cost else {}),
+        **({"server": server} if server else {}),
         "files": {
             **named_files(experiment),
             **{n: _module(n.partition(":")[0]) for n in experiment.serving.strategies if ":" in n},

@@ -19,6 +19,7 @@ from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.result import regoaled
+from batchbench.reports.served import place_of
 from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.text import (
     number,
@@ -42,6 +43,7 @@ MOST_REASONS = 4
 """Reasons to suspect cells that a terminal shows."""
 
 _REPEATED = ("model", "workload", "environment", "verification", "validity", "comparisons")
+_OF_SERVER = ("server", "agreement", "failures")
 """Parts of a cell's result that ``sweep.json`` repeats."""
 
 
@@ -82,6 +84,11 @@ class SweepResult:
         return sum(data["verification"]["wrong"] for data in self._data)
 
     @property
+    def broken(self) -> int:
+        """Trials that were left out, since requests failed in them, in all cells."""
+        return sum(len(data.get("failures") or []) for data in self._data)
+
+    @property
     def suspect(self) -> int:
         """Cells whose run is suspect."""
         return sum(data["validity"]["status"] == "suspect" for data in self._data)
@@ -95,7 +102,7 @@ class SweepResult:
         return list(
             dict.fromkeys(
                 " ".join(str(e[name]) for name in names if e.get(name))
-                + f", torch {e['packages']['torch']}"
+                + (f", torch {torch}" if (torch := e.get("packages", {}).get("torch")) else "")
                 for e in (data["environment"] for data in self._data)
             )
         )
@@ -116,7 +123,8 @@ def read_sweep(grid: Grid, store: Store, goals: GoalsSpec) -> SweepResult:
         result = regoaled(store.load(cell), goals)
         rows += rows_of(cell, result)
         data: Any = result.data
-        cells.append(CellResult(cell, {name: data[name] for name in _REPEATED}))
+        known = [*_REPEATED, *(name for name in _OF_SERVER if data.get(name) is not None)]
+        cells.append(CellResult(cell, {name: data[name] for name in known}))
     own = {cell.digest for cell in grid.cells if cell.fault is None}
     return SweepResult(grid, goals, cells, rows, len(store) - len(own))
 
@@ -135,14 +143,12 @@ def cells_of(swept: SweepResult) -> Cells | None:
 
 def _title(swept: SweepResult) -> str:
     """Return model, device, and the options that were given and do not vary."""
-    models = [cell.data["model"] for cell in swept.served if cell.data is not None]
-    names = {model["name"] for model in models}
-    places = {
-        "simulated" if swept.grid.simulated else f"{m['device']} {m['dtype']}" for m in models
-    }
+    cells = [cell.data for cell in swept.served if cell.data is not None]
+    names = {data["model"]["name"] for data in cells}
+    places = {"simulated" if swept.grid.simulated else place_of(data) for data in cells}
     parts = [
         names.pop() if len(names) == 1 else f"{len(names)} models",
-        places.pop() if len(places) == 1 else f"{len(places)} devices or number formats",
+        places.pop() if len(places) == 1 else f"{len(places)} {_KINDS[_served(cells)]}",
     ]
     parts += [
         spell_option(name, values[0])
@@ -150,6 +156,13 @@ def _title(swept: SweepResult) -> str:
         if len(values) == 1 and name not in ("model", "dtype", "device", "strategy", "trials")
     ]
     return " · ".join(parts)
+
+
+def _served(cells: Sequence[Mapping[str, Any]]) -> bool:
+    return all(data.get("server") for data in cells)
+
+
+_KINDS = {False: "devices or number formats", True: "servers"}
 
 
 # Files
@@ -233,6 +246,8 @@ def sentence(swept: SweepResult, cells: Cells | None) -> str:
         parts.append(f"{len(swept.failed)} of {total} cells could not be served")
     if swept.wrong:
         parts.append(f"{plural(swept.wrong, 'request')} got WRONG tokens")
+    if swept.broken:
+        parts.append(f"requests failed in {plural(swept.broken, 'trial')}, which are left out")
     if swept.suspect:
         parts.append(f"{swept.suspect} of {total} cells are suspect")
     return "; ".join(parts) + "."

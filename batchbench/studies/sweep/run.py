@@ -15,6 +15,9 @@ from batchbench.batching.dry_run import estimate
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
+from batchbench.batching.remote.address import ServerError
+from batchbench.batching.remote.dialects import Dialect, discover
+from batchbench.batching.remote.outcome import TrialFailed
 from batchbench.batching.session import Outcome, StopReason, conduct
 from batchbench.errors import Interrupted, UsageError
 from batchbench.files import STAGING, write_whole
@@ -96,10 +99,33 @@ def _experiment(cell: Cell) -> Experiment:
     return cell.experiment
 
 
+def ask_servers(grid: Grid) -> dict[str, str]:
+    """Return what the server of each ``--target`` says it is, by target.
+
+    Raises:
+        UsageError: one cannot be reached, or refuses to answer.
+    """
+    told = {}
+    for target in {c.experiment.target for c in grid.cells if c.experiment is not None}:
+        if target is not None and target.target is not None:
+            told[target.target] = identity_of(discover(target.address))
+    return told
+
+
+def identity_of(server: Dialect) -> str:
+    """Return what tells one server from another in words: other facts, another server."""
+    facts = (server.name, server.version, server.slots, server.context, *server.served_models)
+    return " ".join(map(str, facts))
+
+
 def work_of(experiment: Experiment) -> float:
     """Return the forward passes of all trials, or the requests if a simulation would be slow."""
     workload, trials = experiment.workload, experiment.trials.trials
-    if experiment.simulated or (workload.queue_size or 0) > MOST_REQUESTS:
+    if (
+        experiment.target is not None
+        or experiment.simulated
+        or (workload.queue_size or 0) > MOST_REQUESTS
+    ):
         return float((workload.queue_size or 1) * trials * len(experiment.serving.strategies))
     try:
         steps = estimate(replace(experiment, simulated=True), Watch()).steps
@@ -189,10 +215,17 @@ def run_cells(
 def _serve(
     cell: Cell, store: Store, watch: Watch, serve: Conduct, models: ModelCache
 ) -> str | None:
-    """Serve one cell and keep its result; return the reason if it failed."""
+    """Serve one cell and keep its result; return the reason if it failed.
+
+    Raises:
+        UsageError: its server has gone, which says nothing about the cell.
+    """
     try:
         outcome = serve(_experiment(cell), watch, models)
-    except UsageError as error:
+    except ServerError as error:
+        lost = "the same command continues from the cells that are kept"
+        raise UsageError(f"{error}; {lost}") from error
+    except (UsageError, TrialFailed) as error:
         reason = str(error)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
@@ -226,12 +259,14 @@ def lines_of(grid: Grid) -> Iterator[str]:
     for number, cell in enumerate(grid.cells, 1):
         text, steps = _passes(cell)
         total += steps
-        impossible += not steps
+        impossible += not steps and (cell.experiment is None or cell.experiment.target is None)
         name = ", ".join(spell_option(name, cell.chosen[name]) for name in grid.varying)
         yield f"{number:>{len(str(len(grid.cells)))}}  {name or 'the one cell'}: {text}"
     failing = f", {impossible} of them cannot be served" if impossible else ""
     cells = plural(len(grid.cells), "cell")
-    yield f"{cells}{failing}; {total:,} forward passes with all trials"
+    served = any(cell.experiment and cell.experiment.target for cell in grid.cells)
+    passes = "" if served else f"; {total:,} forward passes with all trials"
+    yield f"{cells}{failing}{passes}"
 
 
 def _passes(cell: Cell) -> tuple[str, int]:
@@ -239,6 +274,8 @@ def _passes(cell: Cell) -> tuple[str, int]:
     try:
         if cell.experiment is None:
             raise UsageError(cell.fault)
+        if cell.experiment.target is not None:
+            return f"served by {cell.experiment.target.place}", 0
         needed = estimate(replace(cell.experiment, simulated=True), Watch())
     except UsageError as error:
         return f"cannot be served: {error}", 0

@@ -12,6 +12,7 @@ import pandas as pd
 
 from batchbench.reports import metrics
 from batchbench.reports.result import Result
+from batchbench.reports.served import passes_of
 from batchbench.reports.statistics import paired_ratio
 from batchbench.reports.text import called, number, spell_option, times
 from batchbench.studies.sweep.grid import Cell
@@ -19,7 +20,7 @@ from batchbench.workloads.lengths import Cycle
 
 Row = dict[str, Any]
 
-OPTIONS = ("serving", "workload", "model", "trials", "goals")
+OPTIONS = ("target", "serving", "workload", "model", "trials", "goals")
 """Parts of a result's config whose settings become columns, named as the options."""
 
 
@@ -45,15 +46,24 @@ def rows_of(cell: Cell, result: Result) -> list[Row]:
     return [
         {
             **options,
-            "strategy": strategy,
+            "strategy": result.label(strategy),
             "trial": trial,
             **data["strategies"][strategy]["trials"][trial],
-            **(metrics.counters(recording) if recording.has_steps else {}),
+            **_counts(result, strategy, trial),
             **judgement,
         }
         for strategy, recordings in result.recordings.items()
         for trial, recording in enumerate(recordings)
     ]
+
+
+def _counts(result: Result, strategy: str, trial: int) -> Row:
+    """Return a trial's counters; of a server only its forward passes, if it counts them."""
+    recording, server = result.recordings[strategy][trial], result.data.get("server")
+    if recording.has_steps:
+        return {**metrics.counters(recording)}
+    passes = [] if server is None else passes_of(server, strategy)
+    return {"forward_passes": passes[trial] if passes else None}
 
 
 def _defaults(cell: Cell, result: Result) -> Row:

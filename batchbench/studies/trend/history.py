@@ -315,8 +315,11 @@ def _entry(file: Path, data: Mapping[str, Any], metrics: Sequence[str]) -> Entry
 
 def _setup(data: Mapping[str, Any]) -> dict[str, Any]:
     model, workload, serving = data["model"], data["workload"], data["config"]["serving"]
+    server = data.get("server")
     return {
         "model": model["name"],
+        # Another version of a server is a change to find, not another series.
+        **({"server": server["name"], "server slots": server["slots"]} if server else {}),
         "weights": model["load_format"],
         "simulated": bool(data["simulated"]),
         "workload": workload["name"],

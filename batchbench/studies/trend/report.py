@@ -330,7 +330,8 @@ def _headline(result: LineResult) -> str:
 def _title(result: LineResult) -> str:
     line = result.line
     setup, machine = line.entries[-1].setup, line.entries[-1].machine
-    place = "simulated" if setup["simulated"] else f"{machine['device']} {machine['dtype']}"
+    place = setup.get("server") or f"{machine.get('device')} {machine.get('dtype')}"
+    place = "simulated" if setup["simulated"] else place
     parts = [setup["model"], place, f"{setup['batch size']} slots", f"{len(line.entries)} results"]
     if line.facts:
         parts.append(line.caption)

@@ -1,0 +1,1 @@
+"""Servers reached over HTTP: their address, requests and time stamps, and the tokens they send."""

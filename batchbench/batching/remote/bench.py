@@ -1,0 +1,354 @@
+"""The bench of a server: the same workload, served in waves and continuously."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from batchbench.batching.batcher import Batcher, Strategy
+from batchbench.batching.benches import GRACE, Bench, check_pair_time, in_turn
+from batchbench.batching.engines.simulated import SimulatedEngine
+from batchbench.batching.experiment import Experiment
+from batchbench.batching.machine import environment
+from batchbench.batching.models import ModelCache, ModelSpec, find_model, find_tokenizer
+from batchbench.batching.models.source import read_config
+from batchbench.batching.progress import Watch
+from batchbench.batching.recording import Recording
+from batchbench.batching.remote.agreement import Comparison, Output
+from batchbench.batching.remote.dialects import Dialect, PromptCache, body_for, discover
+from batchbench.batching.remote.outcome import Agreement, ServerFacts, TrialFailed
+from batchbench.batching.remote.serve import Attempt, Served
+from batchbench.batching.remote.spec import CHAT, SERVED_MODEL, TargetSpec
+from batchbench.batching.remote.verification import verify_against, with_ids
+from batchbench.batching.trials import WarmUp, beginning
+from batchbench.batching.verification import NOT_VERIFIED, Verification
+from batchbench.errors import BatchbenchError, UsageError, shown
+from batchbench.workloads import Request, Workload, WorkloadSpec, make_workload
+
+SAFE_VOCABULARY = 32_000
+"""Token ids that nearly every model has; used if no folder says how many there are."""
+
+WARM_UP_TOKENS = 12
+
+_MOST_FAILED = 2
+"""Failed rounds in a row after which no more are tried."""
+
+
+class RemoteBench(Bench):
+    """A server, found and asked for its facts.
+
+    Raises:
+        UsageError: it cannot be reached, has no such model, or cannot take the workload.
+    """
+
+    def __init__(
+        self, experiment: Experiment, watch: Watch, models: ModelCache | None = None
+    ) -> None:
+        super().__init__(experiment, watch)
+        assert experiment.target is not None
+        self._target, self._models = experiment.target, models or ModelCache()
+        self._address = self._target.address
+        self._dialect = discover(self._address)
+        self._name = served_model(experiment.model.model, self._dialect)
+        self._folder = _folder_of(self._target)
+        self._tokenizer = find_tokenizer(self._folder)
+        self._comparison = Comparison(experiment.serving.strategies)
+        self._counts: dict[str, list[Attempt]] = {n: [] for n in experiment.serving.strategies}
+        self._outputs: dict[int, Sequence[Output]] = {}  # by id of the recording
+        self._until_ns: int | None = None
+        self.workload = self.make(experiment.workload)
+        self.model = {
+            "name": self._name or SERVED_MODEL,
+            "load_format": None,
+            "note": "",
+            "device": None,
+            "dtype": None,
+            "parameters": None,
+        }
+        self.environment = environment()
+        if self._dialect.length_field is None and not self.workload.stop_at_eos:
+            watch.note(
+                f"a {self._dialect.name} server cannot be told to go on after an end token, and a "
+                "shorter output counts as failed; --stop-at-eos takes outputs as they come"
+            )
+
+    def make(self, spec: WorkloadSpec) -> Workload:
+        """Make a workload; a request that the server says it cannot take is a usage error."""
+        context, tokenizer = self._dialect.context, self._tokenizer
+        workload = make_workload(
+            spec,
+            batch_size=self.experiment.serving.batch_size,
+            vocab_size=_vocabulary_of(self._folder),
+            encode=tokenizer.encode if tokenizer else None,
+            context=context,
+            note=self._watch.note,
+        )
+        total = workload.prompt_tokens + workload.output_tokens
+        longest = int(total.argmax())
+        if context is not None and total[longest] > context:
+            raise UsageError(
+                f"request {longest}: {workload.prompt_tokens[longest]} prompt + "
+                f"{workload.output_tokens[longest]} output tokens exceed the {context} that the "
+                "server takes; lower --long-tokens, --short-tokens or the length of prompts, give "
+                "--overlong clip, scale or skip, or start the server with a longer context"
+            )
+        return workload
+
+    def strategy(self, name: str) -> Served:
+        """Return the strategy of this name, *static* or *continuous*."""
+        return Served(
+            name,
+            self.experiment.serving.batch_size,
+            self._address,
+            self._target.endpoint,
+            self._dialect,
+            self._body,
+            self._until_ns,
+        )
+
+    def _body(self, workload: Workload, request: Request) -> bytes:
+        ids = workload.prompt(request.index).tolist()
+        as_ids = self._dialect.prompt_ids and self._target.endpoint != CHAT
+        prompt = ids if as_ids or self._tokenizer is None else self._tokenizer.decode(ids)
+        return body_for(
+            self._dialect,
+            self._target.endpoint,
+            self._name,
+            prompt,
+            request.output_tokens,
+            ignore_eos=not workload.stop_at_eos,
+            extra_body=self._target.extra,
+        )
+
+    def within(self, limit: float | None) -> Self:
+        """Return the same bench, whose trials raise OutOfTimeError when the time is up."""
+        if limit is None:
+            return self
+        other = self.on(self.workload)
+        other._until_ns = time.monotonic_ns() + round(GRACE * limit * 1e9)
+        return other
+
+    def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
+        """Serve a short piece with as many requests as in a trial, until its speed settles.
+
+        Raises:
+            TrialFailed: a request failed.
+            UsageError: the server refuses the requests.
+        """
+        self._watch.phase("warming up")
+        began = time.monotonic()
+        piece = beginning(
+            self.workload, self.experiment.serving.batch_size, output_tokens=WARM_UP_TOKENS
+        )
+        served = self.strategy("continuous")
+        medians: list[float] = []
+        change, settled = None, False
+        while len(medians) < most and not settled:
+            try:
+                recording = served.serve(piece, Watch())
+            except TrialFailed as failed:
+                raise _of_warm_up(failed) from failed
+            medians.append(token_ns(recording))
+            if len(medians) > 1:
+                change = medians[-1] / medians[-2] - 1
+                settled = abs(change) < within
+        duration_s = time.monotonic() - began
+        return WarmUp(len(medians), settled, change, round(medians[-1]), duration_s)
+
+    def check_time(self, warm_up: WarmUp) -> None:
+        """Raise UsageError if one pair of trials takes longer than ``--max-time``."""
+        limit, step_ns = self.experiment.trials.max_time, warm_up.step_ns
+        if limit is None or step_ns is None or self.workload.stop_at_eos:
+            return
+        slots, engine = self.experiment.serving.batch_size, SimulatedEngine(step_ns)
+        names = self.experiment.serving.strategies
+        served = [Batcher(name, engine, slots).serve(self.workload, Watch()) for name in names]
+        check_pair_time(limit, sum(recording.duration_ns for recording in served) / 1e9)
+
+    def rounds(self) -> Iterator[list[Recording]]:
+        """Serve the workload once under every strategy in each round, in alternating order.
+
+        A round in which a request fails is no round; two of them in a row end the run.
+
+        Raises:
+            TrialFailed: no round was finished.
+            UsageError: no round was finished, and the server would refuse the requests again.
+        """
+        strategies, planned = self.strategies(), self.experiment.trials.trials
+        finished = failed = 0
+        for number in range(planned):
+            try:
+                attempts = {
+                    strategy.name: self._attempt(strategy, number, finished)
+                    for strategy in in_turn(strategies, number)
+                }
+            except TrialFailed as error:
+                failed += 1
+                self.failures.append(error.failed)
+                last = number + 1 == planned or failed == _MOST_FAILED
+                if not finished and (last or error.is_usage):
+                    raise _as_usage(error) from error
+                if failed == _MOST_FAILED:
+                    return
+                continue
+            failed, finished = 0, finished + 1
+            yield self._finished([attempts[strategy.name] for strategy in strategies])
+
+    def _attempt(self, strategy: Strategy, number: int, trial: int) -> Attempt:
+        """Serve a trial of round ``number``, of which ``trial`` are finished."""
+        assert isinstance(strategy, Served)
+        planned = self.experiment.trials.trials
+        self._watch.trial_begins(strategy.name, number, planned)
+        try:
+            attempt = strategy.attempt(self.workload, self._watch, trial)
+        except TrialFailed as error:
+            of_round = replace(error.failed, trial=number)
+            raise TrialFailed(of_round, is_usage=error.is_usage) from error
+        self._watch.trial_ends(strategy.name, number, attempt.recording.duration_ns)
+        return attempt
+
+    def _finished(self, attempts: Sequence[Attempt]) -> list[Recording]:
+        """Keep what a round told beside its recordings."""
+        outputs: dict[str, Sequence[Output]] = {}
+        for attempt in attempts:
+            name, trial = attempt.recording.header.strategy, attempt.recording.header.trial
+            self._counts[name].append(replace(attempt, replies=()))
+            outputs[name] = [Output.of(reply) for reply in attempt.replies]
+            if self._target.verify_model is not None or not trial:
+                self._outputs[id(attempt.recording)] = outputs[name]
+        self._comparison.add(outputs)
+        return [attempt.recording for attempt in attempts]
+
+    def observe(self, strategy: Strategy, trial: int) -> Recording:
+        """Serve one trial."""
+        return strategy.serve(self.workload, self._watch, trial=trial)
+
+    def verify(
+        self, recordings: Sequence[Recording], chosen: Sequence[int] | None = None
+    ) -> Verification:
+        """Check greedy outputs whose ids are known against the model of ``--verify-model``."""
+        folder, limit = self._target.verify_model, self.experiment.trials.verify_limit
+        if folder is None or (limit == 0 and chosen is None) or not recordings:
+            return NOT_VERIFIED
+        self._watch.phase("verifying")
+        unknown, readable = set[int](), list[Recording]()
+        for recording in recordings:
+            outputs = self._outputs.get(id(recording), ())
+            known, unread = with_ids(recording, outputs, self._tokenizer)
+            unknown |= unread
+            readable.append(known)
+        requests = range(len(self.workload)) if chosen is None else chosen
+        checked = [request for request in requests if request not in unknown]
+        if len(checked) < len(requests):
+            self._watch.note(
+                f"--verify-model: {len(requests) - len(checked):,} of {len(requests):,} requests "
+                "cannot be checked: the server tells no token ids, and their texts do not give "
+                "them back exactly"
+            )
+        within = limit if chosen is None else None
+        return verify_against(folder, self._models, self.workload, readable, within, checked)
+
+    def texts(self, recording: Recording) -> list[tuple[str, str]] | None:
+        """Return the prompt and the output of each request; None without a tokenizer."""
+        outputs, tokenizer = self._outputs.get(id(recording)), self._tokenizer
+        if tokenizer is None or outputs is None:
+            return None
+        prompts = [self.workload.prompt(i).tolist() for i in range(len(self.workload))]
+        texts = [output.text for output in outputs]
+        return [(tokenizer.decode(p), text) for p, text in zip(prompts, texts, strict=True)]
+
+    def server(self) -> ServerFacts:
+        """Return the server's facts and its own counts of each finished trial."""
+        before = [a.before for attempts in self._counts.values() for a in attempts if a.before]
+        running = [b.running + (b.waiting or 0) for b in before if b.running is not None]
+        return ServerFacts(
+            name=self._dialect.name,
+            version=self._dialect.version,
+            slots=self._dialect.slots,
+            passes={n: tuple(a.passes for a in done) for n, done in self._counts.items()},
+            cached_tokens={
+                n: tuple(a.cached_tokens for a in done) for n, done in self._counts.items()
+            },
+            running_before=max(running, default=None),
+            prompt_cache_off=self._dialect.prompt_cache is PromptCache.OFF or None,
+        )
+
+    def agreement(self) -> Agreement | None:
+        """Compare the outputs of the strategies in the finished rounds."""
+        return self._comparison.agreement()
+
+
+def served_model(asked: str, dialect: Dialect) -> str | None:
+    """Return the name of the model that requests name; None if the server has no names.
+
+    Raises:
+        UsageError: the server has no model of the name asked for, or several and none was named.
+    """
+    names = dialect.served_models
+    if asked in names:
+        return asked
+    if not names:
+        return None if asked == SERVED_MODEL else asked
+    listed = ", ".join(shown(name) for name in names[:10])
+    if asked != SERVED_MODEL:
+        raise UsageError(f"--model {shown(asked)}: the server has no such model; it has {listed}")
+    if len(names) > 1:
+        raise UsageError(f"--model: the server has several; name one of {listed}")
+    return names[0]
+
+
+def token_ns(recording: Recording) -> float:
+    """Return the median time per token after the first, or of the whole if they come together."""
+    several = recording.requests.output_tokens > 1
+    spent = (recording.last_token_ns - recording.first_token_ns)[several]
+    each = spent / (recording.requests.output_tokens[several] - 1)
+    typical = float(np.median(each)) if len(each) else 0.0
+    return typical or float(recording.duration_ns)
+
+
+def _folder_of(target: TargetSpec) -> Path | None:
+    """Return the folder that has the tokenizer: of ``--tokenizer``, else of ``--verify-model``."""
+    if target.tokenizer is None:
+        return target.verify_model
+    folder = Path(target.tokenizer).expanduser()
+    if not folder.is_dir():
+        try:
+            found = find_model(ModelSpec(target.tokenizer), weights=False).folder
+        except UsageError as error:
+            raise UsageError(str(error).replace("--model", "--tokenizer")) from error
+        if found is None:
+            raise UsageError(f"--tokenizer {shown(target.tokenizer)}: give the folder of its files")
+        folder = found
+    if find_tokenizer(folder) is None:
+        raise UsageError(f"--tokenizer {shown(folder)}: holds no tokenizer.json or vocab.json")
+    return folder
+
+
+def _vocabulary_of(folder: Path | None) -> int:
+    if folder is None or not (folder / "config.json").is_file():
+        return SAFE_VOCABULARY
+    config = read_config(str(folder), folder)
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    return size if type(size) is int and size > 0 else SAFE_VOCABULARY
+
+
+def _of_warm_up(error: TrialFailed) -> BatchbenchError:
+    """Return the error of a failed warm-up: nothing has been measured yet."""
+    first = error.failed.failed[0]
+    if error.is_usage:
+        return UsageError(f"--target: {first.text}")
+    count, requests = len(error.failed.failed), error.failed.requests
+    text = f"{count} of {requests} requests failed in the warm-up; {first}"
+    return TrialFailed(error.failed, is_usage=False, text=text)
+
+
+def _as_usage(error: TrialFailed) -> BatchbenchError:
+    first = error.failed.failed[0]
+    return (
+        UsageError(f"--target: request {first.request}: {first.text}") if error.is_usage else error
+    )

@@ -1,0 +1,250 @@
+"""Strategies on a server: it schedules by itself, and we decide when each request is sent."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from batchbench.batching.progress import Progress, Watch
+from batchbench.batching.recording import Header, Recording
+from batchbench.batching.remote import counters, wire
+from batchbench.batching.remote.address import Address, Failure, FailureKind
+from batchbench.batching.remote.counters import ServerCounters
+from batchbench.batching.remote.dialects import Dialect
+from batchbench.batching.remote.events import Reply, client_lag, parse
+from batchbench.batching.remote.exchange import Exchange, Outgoing, Wait
+from batchbench.batching.remote.outcome import FailedRequest, FailedTrial, TrialFailed
+from batchbench.errors import OutOfTimeError
+from batchbench.workloads import Request, Workload, make_arrivals
+
+STATIC, CONTINUOUS = "static", "continuous"
+
+_SHOWN_NS = 50_000_000
+"""Time between two reports to the display; a report takes longer than a read."""
+
+_HOPELESS = (FailureKind.TIMEOUT, FailureKind.REFUSED, FailureKind.UNREACHABLE)
+"""Failures after which a trial sends no more requests, since each would take long to fail."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A strategy on a server.
+
+    *static* sends waves: up to ``slots`` requests that are due, and the next wave when the last
+    one has ended. *continuous* has at most ``slots`` requests in flight; requests that arrive at
+    times of their own are sent when they are due, however many there are.
+
+    ``body`` makes the body of a request of the workload that is served.
+    """
+
+    name: str
+    slots: int
+    address: Address
+    path: str
+    dialect: Dialect
+    body: Callable[[Workload, Request], bytes]
+    until_ns: int | None = None  # end of the time for trials, on the clock of ``wire``
+
+    def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
+        """Serve every request of the workload once.
+
+        Raises:
+            TrialFailed: a request failed.
+        """
+        return self.attempt(workload, watch, trial).recording
+
+    def attempt(self, workload: Workload, watch: Watch, trial: int) -> Attempt:
+        """Serve the workload and return the recording with what else is known.
+
+        Raises:
+            TrialFailed: a request failed.
+            OutOfTimeError: the time for trials is up.
+        """
+        feed = Feed(workload, self)
+        progress = _Shown(Progress(self.name, trial, self.slots, len(workload)), feed, watch)
+        before = counters.read_counters(self.address, self.dialect)
+        gc.collect()  # a collection takes 0.1 s
+        gc.disable()
+        try:
+            exchanges = wire.exchange(self.address, feed, progress.changed, until_ns=self.until_ns)
+        finally:
+            gc.enable()
+        after = counters.read_counters(self.address, self.dialect)
+        if self.until_ns is not None and (len(exchanges) < len(workload) or _stopped(exchanges)):
+            raise OutOfTimeError("the time is up during a trial")
+        replies = [
+            self._reply(workload, exchange)
+            for exchange in sorted(exchanges, key=lambda exchange: exchange.index)
+        ]
+        if failed := [reply for reply in replies if reply.failure is not None]:
+            raise self._failed(failed, len(workload), trial)
+        growth = after.since(before) if before and after else ServerCounters()
+        recording = self._recording(workload, feed, exchanges, replies, trial)
+        return Attempt(recording, replies, before, _cached(growth, replies), growth.passes)
+
+    def _reply(self, workload: Workload, exchange: Exchange) -> Reply:
+        asked = int(workload.output_tokens[exchange.index])
+        reply = parse(exchange, self.dialect, None if workload.stop_at_eos else asked)
+        if reply.failure is None and reply.output_tokens > asked:
+            text = f"the server produced {reply.output_tokens:,} tokens, more than {asked:,}"
+            reply = replace(reply, failure=Failure(FailureKind.USAGE_DIFFERS, text))
+        return reply
+
+    def _failed(self, replies: Sequence[Reply], requests: int, trial: int) -> TrialFailed:
+        failed, is_usage = list[FailedRequest](), True
+        for reply in replies:
+            assert reply.failure is not None
+            kind, text, status = reply.failure.kind, reply.failure.text, reply.failure.status
+            failed.append(FailedRequest(reply.index, kind.value, _phase(reply), text, status))
+            is_usage = is_usage and reply.failure.is_usage
+        return TrialFailed(
+            FailedTrial(self.name, trial, requests, tuple(failed)), is_usage=is_usage
+        )
+
+    def _recording(
+        self,
+        workload: Workload,
+        feed: Feed,
+        exchanges: Sequence[Exchange],
+        replies: Sequence[Reply],
+        trial: int,
+    ) -> Recording:
+        name, version = self.dialect.name, self.dialect.version
+        sent = {exchange.index: exchange.sent_ns - feed.zero_ns for exchange in exchanges}
+        ids = [reply.token_ids for reply in replies if reply.token_ids is not None]
+        header = Header(
+            strategy=self.name,
+            trial=trial,
+            slots=self.slots,
+            simulated=False,
+            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
+            about={
+                "engine": f"{name} {version}" if version else name,
+                "client": asdict(client_lag(exchanges, replies)),
+                "assumed_times": sum(not reply.itl_known for reply in replies),
+                "prompt_tokens_by_server": _sum([reply.usage_input for reply in replies]),
+            },
+        )
+        return Recording.of_tokens(
+            header,
+            workload,
+            ids if len(ids) == len(replies) else None,
+            [(reply.token_times_ns - feed.zero_ns).tolist() for reply in replies],
+            [sent[i] for i in range(len(workload))],
+            due_ns=feed.due_ns,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """A trial whose requests have all been served, and the server's own counts of it."""
+
+    recording: Recording
+    replies: Sequence[Reply]
+    before: ServerCounters | None  # when the trial began
+    cached_tokens: int | None
+    passes: int | None
+
+
+class Feed:
+    """The requests of one trial, each sent when the strategy lets it.
+
+    ``due_ns`` is when each was due, since ``zero_ns``; it is filled in as the trial goes on.
+    """
+
+    def __init__(self, workload: Workload, served: Served) -> None:
+        self._served, self._arrivals = served, make_arrivals(workload)
+        self._bodies = [served.body(workload, request) for request in workload]
+        self._waiting: deque[Request] = deque()
+        self._wave = 0  # requests that the current wave still lacks
+        self._unfinished: list[Request] = []
+        timed = bool(workload.due_ns.any()) and served.name == CONTINUOUS
+        self._most = len(workload) if timed else served.slots
+        self.sent = 0
+        self.zero_ns = -1
+        self.due_ns = np.zeros(len(workload), np.int64)
+        self.stopped = False
+
+    def next(self, now_ns: int, in_flight: int) -> Outgoing | Wait | None:
+        """Return the next request, if it may be sent now."""
+        if self.zero_ns < 0:
+            self.zero_ns = now_ns
+        now_ns -= self.zero_ns
+        while len(self._unfinished) > in_flight:  # which one finished does not matter to arrivals
+            self._arrivals.finished(self._unfinished.pop(), now_ns)
+        self._waiting.extend(self._arrivals.due(now_ns))
+        if self.stopped or not (self._waiting or self._arrivals.more):
+            return None
+        if self._waiting and self._may_send(in_flight):
+            return self._send(self._waiting.popleft())
+        due_ns = self._arrivals.next_due
+        return Wait(None if due_ns is None else self.zero_ns + due_ns)
+
+    def stop(self) -> None:
+        """Send no more requests."""
+        self.stopped = True
+
+    def _may_send(self, in_flight: int) -> bool:
+        if self._served.name != STATIC:
+            return in_flight < self._most
+        if not self._wave and not in_flight:
+            self._wave = min(self._most, len(self._waiting))
+        return self._wave > 0
+
+    def _send(self, request: Request) -> Outgoing:
+        self._wave -= self._wave > 0
+        self._unfinished.append(request)
+        self.sent += 1
+        self.due_ns[request.index] = request.due_ns
+        body, path = self._bodies[request.index], self._served.path
+        return Outgoing(request.index, self.zero_ns + request.due_ns, body, path)
+
+
+class _Shown:
+    """Reports a trial to its watch, and ends one that is hopeless."""
+
+    def __init__(self, progress: Progress, feed: Feed, watch: Watch) -> None:
+        self._progress, self._feed, self._watch = progress, feed, watch
+        self._next_ns = 0
+
+    def changed(self, exchange: Exchange) -> None:
+        """Count a read or the end of a request."""
+        progress, now_ns = self._progress, exchange.ended_ns
+        if now_ns:
+            progress.done += 1
+            if exchange.failure is not None and exchange.failure.kind in _HOPELESS:
+                self._feed.stop()
+        else:
+            now_ns = exchange.reads[-1].read_ns
+            progress.tokens += 1  # nearly so: the bytes are parsed after the trial
+        if now_ns >= self._next_ns:
+            self._next_ns = now_ns + _SHOWN_NS
+            progress.now_ns = now_ns - self._feed.zero_ns
+            progress.slots_in_use = min(self._feed.sent - progress.done, progress.slots)
+            self._watch.progressed(progress)
+
+
+def _stopped(exchanges: Sequence[Exchange]) -> bool:
+    """Return True if the time was up before the end of some requests."""
+    kinds = [exchange.failure.kind for exchange in exchanges if exchange.failure is not None]
+    return FailureKind.STOPPED in kinds
+
+
+def _phase(reply: Reply) -> str:
+    count = reply.output_tokens or sum(chunk.tokens or 1 for chunk in reply.chunks)
+    return f"after {count:,} tokens" if count else "before its first token"
+
+
+def _cached(growth: ServerCounters, replies: Sequence[Reply]) -> int | None:
+    """Return prompt tokens from the server's cache: by each usage, else by its counter."""
+    told = _sum([reply.cached_tokens for reply in replies])
+    return growth.cached_tokens if told is None else told
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

@@ -1,0 +1,172 @@
+"""Strategies that schedule by themselves: other engines in this process, as plug-ins.
+
+A package adds one under the entry point group ``batchbench.strategies``: a factory that takes a
+:class:`Context` and returns a :class:`~batchbench.batching.batcher.Strategy`. It is imported only
+when ``--strategy`` names it. docs/bring-your-own-engine.md shows a complete one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from batchbench.batching.policies import POLICIES
+from batchbench.errors import BatchbenchError, UsageError, one_line, shown
+
+if TYPE_CHECKING:
+    from batchbench.batching.batcher import Strategy
+    from batchbench.batching.models.loading import LoadedModel
+    from batchbench.batching.models.source import ModelSpec, Source
+    from batchbench.batching.recording import Header
+    from batchbench.workloads import Workload
+
+GROUP = "batchbench.strategies"
+
+OURS: Mapping[str, str] = {
+    "generate_batch": "batchbench.batching.engines.generate_batch:make",
+}
+"""Our own plug-ins, which are found even if the installed metadata is of an older version."""
+
+
+_ABOUT: Mapping[str, str] = {
+    "static": "batches of the waiting requests",
+    "static-fixed": "static, and each batch waits until it is full",
+    "static-bucketed": "static, sorted by prompt length",
+    "static-oracle": "static, sorted by output length as if known: its best case",
+    "continuous": "a finished request is replaced at the next step",
+    "generate_batch": "continuous batching of transformers",
+}
+
+
+def listing() -> list[str]:
+    """Return the lines of a table of all strategies, for ``--strategy help``; no plug-in is imported."""
+    rows = list(_ABOUT.items())
+    rows += [(plug_in.name, f"of the package {plug_in.package}") for plug_in in registered()]
+    rows.append(("package.module:Class", "your own policy, of a file in this folder or installed"))
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:{width}}  {about}" for name, about in rows]
+
+
+@dataclass(frozen=True)
+class Context:
+    """The experiment, as far as an engine needs it.
+
+    ``max_len`` is the length in tokens, prompt and output, of the longest request that will be
+    served. ``spec`` has the number format, device and threads as asked, and ``source`` the files.
+    """
+
+    name: str  # of the strategy
+    slots: int  # requests computed together
+    max_len: int
+    order: str  # of the queue, a key of batchbench.batching.queue.ORDERS
+    max_batched_tokens: int  # of one pass
+    source: Source
+    spec: ModelSpec
+    load: Callable[[], LoadedModel] = field(repr=False)
+    """Return the model as a torch module; it is loaded once for all strategies."""
+
+    def header(self, workload: Workload, trial: int, **about: Any) -> Header:
+        """Return the header of a trial's recording; ``about`` has facts for the result."""
+        from batchbench.batching.recording import Header
+
+        return Header(
+            strategy=self.name,
+            trial=trial,
+            slots=self.slots,
+            simulated=False,
+            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
+            about=about,
+        )
+
+
+@dataclass(frozen=True)
+class PlugIn:
+    """A registered factory; ``package`` is the name and version of what registered it."""
+
+    name: str
+    target: str  # module:attribute
+    package: str
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name in OURS
+
+    def make(self, context: Context) -> Strategy:
+        """Import the factory and call it.
+
+        Raises:
+            UsageError: it cannot be imported, or it does not return a strategy.
+        """
+        try:
+            strategy: Any = self._factory()(context)
+        except (BatchbenchError, KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:  # the code of others may raise anything
+            if self.is_ours:
+                raise
+            raise self.fault("cannot be made", error) from error
+        if not callable(getattr(strategy, "serve", None)):
+            kind = type(strategy).__name__
+            raise self.fault(f"made a {kind}", "a strategy has a method serve(workload, watch)")
+        made: Strategy = strategy
+        return made
+
+    def _factory(self) -> Callable[[Context], object]:
+        module, _, attribute = self.target.partition(":")
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+        if not callable(found):
+            raise TypeError(f"{self.target} is not callable")
+        factory: Callable[[Context], object] = found
+        return factory
+
+    @property
+    def _place(self) -> str:
+        return f"--strategy {shown(self.name)}: the package {shown(self.package)}"
+
+    def fault(self, what: str, error: BaseException | str) -> UsageError:
+        """Return the error to raise, which names the package."""
+        if isinstance(error, str):
+            return UsageError(f"{self._place} {what}: {error}")
+        why = one_line(str(error)) or "no reason given"
+        return UsageError(f"{self._place} {what}: {type(error).__name__}: {shown(why, 200)}")
+
+
+def find(name: str) -> PlugIn:
+    """Return the plug-in of this name, without importing it.
+
+    Raises:
+        UsageError: there is none, or two packages have one of this name.
+    """
+    if name in OURS:
+        return PlugIn(name, OURS[name], "batchbench")
+    found = [plug_in for plug_in in registered() if plug_in.name == name]
+    if len(found) > 1:
+        both = " and ".join(plug_in.package for plug_in in found)
+        raise UsageError(
+            f"--strategy {shown(name)}: {both} both have a strategy of this name; uninstall one"
+        )
+    if not found:
+        near = difflib.get_close_matches(name, [*POLICIES, *OURS], 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            f"--strategy {shown(name)}: no such strategy; {hint}--strategy help lists all; a class "
+            "of yours is package.module:Class"
+        )
+    return found[0]
+
+
+def registered() -> list[PlugIn]:
+    """Return the plug-ins of other packages, by name; none is imported."""
+    from importlib import metadata
+
+    found = {
+        PlugIn(entry.name, entry.value, f"{entry.dist.name} {entry.dist.version}")
+        for entry in metadata.entry_points(group=GROUP)
+        if entry.dist is not None and entry.name not in OURS and entry.name not in POLICIES
+    }
+    return sorted(found, key=lambda plug_in: (plug_in.name, plug_in.package))

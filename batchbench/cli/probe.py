@@ -1,0 +1,133 @@
+"""The command probe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from batchbench import settings
+from batchbench.batching.remote.spec import SERVED_MODEL, TargetSpec
+from batchbench.cli.options import typed_command, with_options
+from batchbench.cli.output import (
+    echo,
+    echo_json,
+    interruptible,
+    make_console,
+    output_folder,
+    print_ending,
+)
+from batchbench.errors import UsageError
+from batchbench.settings import setting
+
+PROBE_HELP = """Find out if a server batches continuously, and how many slots it has.
+
+The server may be any with OpenAI's completions or chat completions. The answer is *continuous*,
+*static*, *serial* or *cannot tell*, with what each test saw. A probe sends 30 to 300 short requests,
+so run it when nobody else uses the server. Exit code 0; 1 if a request failed; 2 if the server
+cannot be reached; 3 if it cannot tell, with --strict.
+
+Example: batchbench probe http://127.0.0.1:8000"""
+
+CANNOT_TELL = 3
+
+_PANEL = "Probe"
+
+
+@dataclass(frozen=True)
+class ProbeSpec:
+    """The options of a probe, apart from the connection."""
+
+    model: str = setting(
+        SERVED_MODEL,
+        "Name of the model at the server; auto: the only one that it has.",
+        "Server",
+        metavar="NAME",
+    )
+    max_time: float = setting(
+        60.0,
+        "Seconds after which the probe stops and judges what it has seen.",
+        _PANEL,
+        min=1.0,
+        max=86_400.0,
+        unit="seconds",
+    )
+    strict: bool = setting(False, "Exit with code 3 if the probe cannot tell.", _PANEL)
+    output: Path | None = setting(
+        None,
+        "Folder for probe.json and the picture.",
+        "Output",
+        metavar="DIR",
+        default_text="nothing is written",
+    )
+    overwrite: bool = setting(False, "Replace a result in the folder.", "Output")
+    json: bool = setting(False, "Print only probe.json.", "Output")
+    quiet: bool = setting(False, "Print only a one-line summary; no progress.", "Output")
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+@with_options(
+    {"spec": ProbeSpec},
+    raw={"target": TargetSpec},
+    omit=("target", "tokenizer", "verify_model"),
+)
+def probe(
+    url: Annotated[
+        str,
+        typer.Argument(
+            metavar="URL",
+            help="Address of the server, such as http://127.0.0.1:8000.",
+            show_default=False,
+        ),
+    ],
+    given: Mapping[str, Any],
+    spec: ProbeSpec,
+) -> None:
+    try:
+        target = TargetSpec(target=url, **given)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--target", "URL")) from error
+    place = (
+        output_folder(spec.output, overwrite=spec.overwrite, marker="probe.json")
+        if spec.output
+        else interruptible("nothing was written")
+    )
+    with place:
+        told, failed = _probe(target, spec)
+    if failed:
+        raise typer.Exit(1)
+    if spec.strict and not told:
+        raise typer.Exit(CANNOT_TELL)
+
+
+def _probe(target: TargetSpec, spec: ProbeSpec) -> tuple[bool, bool]:
+    """Probe, write and show; tell whether there is a verdict, and whether requests failed."""
+    from batchbench.cli.progress import make_display
+    from batchbench.studies.probe import ask
+
+    with make_display((), 0, quiet=spec.quiet) as display:
+        try:
+            findings = ask.probe(target, spec.model, spec.max_time, display)
+        except UsageError as error:
+            raise UsageError(str(error).replace("--target", "URL")) from error
+    from batchbench.studies.probe import report
+    from batchbench.studies.probe.judge import Kind
+
+    command = typed_command()
+    data = report.data_of(findings, command)
+    files = report.write_probe(spec.output, findings, data) if spec.output else []
+    if spec.json:
+        echo_json(report.to_json(data))
+    elif spec.quiet:
+        echo(report.sentence(findings))
+    else:
+        console = make_console()
+        console.print(report.render(findings, console.width))
+        if files:
+            print_ending(console, command, files)
+    return findings.verdict.kind is not Kind.UNKNOWN, bool(findings.failures)

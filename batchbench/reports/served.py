@@ -1,0 +1,281 @@
+"""Reports of a run against a server: names, counts, agreement of outputs, failures, and doubts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from batchbench.batching.batcher import Batcher
+from batchbench.batching.engines.simulated import SimulatedEngine
+from batchbench.batching.progress import Watch
+from batchbench.batching.recording import Recording
+from batchbench.batching.session import Outcome
+from batchbench.reports.latency import gaps_ms, ttft_ms
+from batchbench.reports.result_file import Facts
+from batchbench.reports.server_data import AgreementData, FailureData, ServerData
+from batchbench.reports.statistics import Distribution, Ratio, paired_ratio
+from batchbench.reports.text import label_of, number, percent, plural, times
+from batchbench.workloads import Workload
+
+LAG, LATE, MERGED, NOISE = 0.10, 0.10, 0.05, 0.05
+"""Limits: the client's lag as a share of the median ITL, its delay in sending as a share of the
+median TTFT, the share of output that has the time of later output, and the distance from 1 at which
+two pairs contradict each other.
+
+Output that a server sends together has its true time. If the client reads late, it has that of
+later output, so both the share and the lag count (``benchmarks/results/stamps.json``: with 1,000
+streams, 19 % of the output, whose times were off by up to twice the lag).
+"""
+
+KERNEL = 0.99
+"""Share of reads with a kernel stamp from which times are the kernel's."""
+
+MOST_COUNTED = 20_000
+"""Requests up to which the steps of a schedule are counted; more take seconds."""
+
+Recordings = Mapping[str, Sequence[Recording]]
+
+
+class Doubt(StrEnum):
+    """A reason to doubt a run against a server, and what to do about it."""
+
+    CACHED = (
+        "the server took {tokens:,} prompt tokens from a cache and did not compute them: turn its "
+        "prompt cache off"
+    )
+    LAG = (
+        "output waited up to {value} ms for the client (p99), {share} of the median ITL, without "
+        "time stamps of the kernel: give the client a processor of its own"
+    )
+    MERGED = (
+        "{share} of the output was read late, together with later output, and has its time: give "
+        "the client a processor of its own"
+    )
+    LATE = (
+        "requests were sent up to {value} ms late (p99), {share} of the median TTFT: give the "
+        "client a processor of its own"
+    )
+    BUSY = (
+        "the server had {requests} of others when a trial began: run it when nobody else uses the "
+        "server"
+    )
+    CONTRADICT = (
+        "pairs of trials contradict each other ({low} to {high} as fast): raise --trials, or keep "
+        "the machines quiet"
+    )
+    FAILED = "{failure}: its times are left out"
+
+    def text(self, **values: object) -> str:
+        return self.value.format(**values)
+
+
+# Data of a result
+
+
+def served_facts(outcome: Outcome) -> dict[str, Any]:
+    """Return the parts of a result that only a run against a server has; else nulls."""
+    if outcome.server is None:
+        return {"server": None, "agreement": None, "failures": None}
+    agreement = outcome.agreement
+    return {
+        "server": {
+            **asdict(outcome.server),
+            "passes": _listed(outcome.server.passes),
+            "cached_tokens": _listed(outcome.server.cached_tokens),
+            "stamps": stamps_of(outcome.recordings),
+        },
+        "agreement": None
+        if agreement is None
+        else {**asdict(agreement), "first": [asdict(first) for first in agreement.first]},
+        "failures": [
+            {**asdict(trial), "failed": [asdict(request) for request in trial.failed]}
+            for trial in outcome.failures
+        ],
+    }
+
+
+def _listed(counts: Mapping[str, Sequence[int | None]]) -> dict[str, list[int | None]]:
+    return {name: list(trials) for name, trials in counts.items()}
+
+
+def stamps_of(recordings: Recordings) -> Literal["kernel", "user"] | None:
+    """Return who stamped the arrivals, the kernel or the client; None if it is not known."""
+    clients = [_client(r) for trials in recordings.values() for r in trials]
+    shares = [client["kernel_share"] for client in clients if client]
+    if not shares:
+        return None
+    return "kernel" if min(shares) >= KERNEL else "user"
+
+
+def _client(recording: Recording) -> Mapping[str, Any]:
+    """Return the client's own part in the times of a trial; empty if it is not known."""
+    return cast("Mapping[str, Any]", recording.header.about.get("client") or {})
+
+
+# Forward passes
+
+
+def passes_of(server: ServerData | None, name: str) -> list[int | None]:
+    """Return the forward passes of each trial of a strategy, by the server's own count."""
+    return [] if server is None else server["passes"].get(name, [])
+
+
+def typical_passes(server: ServerData | None, name: str) -> int | None:
+    """Return the median of the server's counts; None if it does not tell all of them."""
+    known = [count for count in passes_of(server, name) if count is not None]
+    complete = known and len(known) == len(passes_of(server, name))
+    return round(float(np.median(known))) if complete else None
+
+
+def step_ratio(
+    baseline: str, candidate: str, server: ServerData, slots: int, workload: Workload
+) -> tuple[Ratio, Literal["server", "schedule"]] | None:
+    """Return the ratio of forward passes, by the server's count or else of the schedules alone.
+
+    A schedule has steps if all requests are there at the start, their lengths are given, and the
+    server does not say that it computes fewer requests at once.
+    """
+    counted = paired_ratio(passes_of(server, baseline), passes_of(server, candidate))
+    if counted is not None:
+        return counted, "server"
+    if not workload.closed or len(workload) > MOST_COUNTED or (server["slots"] or slots) < slots:
+        return None
+    steps = [_steps(name, slots, workload) for name in (baseline, candidate)]
+    planned = paired_ratio(steps[:1], steps[1:])
+    return None if planned is None else (planned, "schedule")
+
+
+def _steps(name: str, slots: int, workload: Workload) -> int:
+    engine = SimulatedEngine()
+    budget = max(2048, 2 * slots)
+    batcher = Batcher(name, engine, slots, prefill="mixed", max_batched_tokens=budget)
+    return batcher.serve(workload, Watch()).num_steps
+
+
+# Words
+
+
+def server_words(server: ServerData) -> str:
+    """Return the server's name, and its version if it tells it."""
+    return " ".join(part for part in (server["name"], server["version"]) if part)
+
+
+def place_of(data: Mapping[str, Any]) -> str:
+    """Return the place where a result's model ran: the server, or device and number format."""
+    if (server := data.get("server")) is not None:
+        return server_words(server)
+    return f"{data['model']['device']} {data['model']['dtype']}"
+
+
+def agreement_words(agreement: AgreementData) -> str:
+    """Return the agreement of the strategies' outputs for a sentence."""
+    total, first = agreement["requests"], next(iter(agreement["first"]), None)
+    if first is None and not agreement["differ"]:
+        return f"outputs the same for {agreement['same']:,}/{total:,} requests"
+    text = f"outputs differ for {agreement['differ']:,}/{total:,} requests"
+    if first is not None:
+        unit = "token" if agreement["by"] == "token ids" else "character"
+        text += f" (first: request {first['request']:,} from {unit} {first['position']:,} on)"
+    repeat = agreement["baseline_repeat"]
+    if repeat is not None:
+        text += f", and {repeat:,}/{total:,} are the same in all trials of the baseline"
+    return text
+
+
+def failure_words(failure: FailureData) -> str:
+    """Return a trial's failures: their number, and the first with its phase and reason."""
+    first = failure["failed"][0]
+    name = label_of(failure["strategy"], has_steps=False)
+    return (
+        f"{len(failure['failed']):,} of {failure['requests']:,} requests failed in trial "
+        f"{failure['trial'] + 1:,} of {name} (request {first['request']:,} {first['phase']}: "
+        f"{first['text']})"
+    )
+
+
+def server_lines(facts: Facts) -> list[str]:
+    """Return lines on the server and its counts, and on the trials that failed."""
+    server = facts.get("server")
+    if server is None:
+        return []
+    slots, size = server["slots"], facts["config"]["serving"]["batch_size"]
+    parts = [f"Server: {server_words(server)}"]
+    if slots is not None:
+        few = f", fewer than --batch-size {size:,}" if slots < size else ""
+        parts.append(f"{plural(slots, 'slot')} by its own word{few}")
+    if any(typical_passes(server, name) is not None for name in server["passes"]):
+        parts.append("forward passes by its own count")
+    if server["stamps"] is not None:
+        by = {"kernel": "the kernel", "user": "the client"}[server["stamps"]]
+        parts.append(f"arrivals stamped by {by}")
+    failed = [f"Failed: {failure_words(failure)}." for failure in facts.get("failures") or []]
+    return [f"{'; '.join(parts)}.", *failed]
+
+
+# The audit
+
+
+def doubts(facts: Facts, recordings: Recordings) -> list[str]:
+    """Return the reasons to doubt the times of a run against a server; none for our own engine."""
+    server = facts.get("server")
+    if server is None:
+        return []
+    found = [
+        Doubt.FAILED.text(failure=failure_words(failure)) for failure in facts.get("failures") or []
+    ]
+    if running := server["running_before"]:
+        found.append(Doubt.BUSY.text(requests=plural(running, "request")))
+    for name in recordings:
+        cached = sum(tokens or 0 for tokens in server["cached_tokens"].get(name, []))
+        if cached:
+            label = label_of(name, has_steps=False)
+            found.append(f"{label}: {Doubt.CACHED.text(tokens=cached)}")
+    return [*found, *doubts_of_client(recordings), *_contradiction(recordings)]
+
+
+def doubts_of_client(recordings: Recordings) -> list[str]:
+    """Return the doubts in the client's times, each for the strategy in which it is worst."""
+    worst: dict[Doubt, tuple[float, str]] = {}
+    for name, trials in recordings.items():
+        for doubt, share, value in _shares(trials):
+            text = f"{label_of(name, has_steps=False)}: "
+            text += doubt.text(value=number(value), share=percent(share))
+            worst[doubt] = max(worst.get(doubt, (0.0, "")), (share, text))
+    return [text for _, text in worst.values()]
+
+
+def _shares(trials: Sequence[Recording]) -> Iterator[tuple[Doubt, float, float]]:
+    """Yield the doubts in the client's times: the share that is too large, and a value in ms."""
+    clients = [client for r in trials if (client := _client(r))]
+    if not clients:
+        return
+    itl = Distribution.pooled([gaps_ms(r) for r in trials]).percentile(50)
+    ttft = Distribution.of(np.concatenate([ttft_ms(r) for r in trials])).percentile(50)
+    lag, late, merged = (
+        float(np.median([client[name] for client in clients]))
+        for name in ("loop_p99_ns", "late_p99_ns", "merged_share")
+    )
+    lag, late = lag / 1e6, late / 1e6
+    stamped = min(client["kernel_share"] for client in clients) >= KERNEL
+    reads_late = not itl or lag > LAG * itl
+    if itl and reads_late and not stamped:
+        yield Doubt.LAG, lag / itl, lag
+    if reads_late and merged > MERGED:
+        yield Doubt.MERGED, merged, 0.0
+    # Requests of other workloads wait for a place among those in flight, as they should.
+    timed = trials[0].header.strategy == "continuous" and trials[0].requests.due_ns.any()
+    if timed and ttft and late > LATE * ttft:
+        yield Doubt.LATE, late / ttft, late
+
+
+def _contradiction(recordings: Recordings) -> Iterator[str]:
+    baseline, *others = recordings.values()
+    for trials in others[-1:]:
+        ratios = [b.duration_ns / c.duration_ns for b, c in zip(baseline, trials, strict=True)]
+        low, high = min(ratios), max(ratios)
+        if low < 1 / (1 + NOISE) and high > 1 + NOISE:
+            yield Doubt.CONTRADICT.text(low=times(low), high=times(high))

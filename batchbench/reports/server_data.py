@@ -1,0 +1,59 @@
+"""The parts of ``result.json`` that only a run against a server has, as types."""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+
+class ServerData(TypedDict):
+    """The server, by its own word, and its own counts of each trial by strategy."""
+
+    name: str
+    version: str | None
+    slots: int | None
+    passes: dict[str, list[int | None]]
+    cached_tokens: dict[str, list[int | None]]
+    running_before: int | None
+    prompt_cache_off: bool | None
+    stamps: Literal["kernel", "user"] | None
+
+
+class DifferenceData(TypedDict):
+    """The first difference of one request between two trials."""
+
+    request: int
+    baseline: str
+    baseline_trial: int
+    strategy: str
+    trial: int
+    position: int
+    expected: str
+    found: str
+
+
+class AgreementData(TypedDict):
+    """Outputs of the strategies compared with one another, in requests."""
+
+    by: str
+    requests: int
+    same: int
+    differ: int
+    baseline_repeat: int | None
+    first: list[DifferenceData]
+
+
+class FailedRequestData(TypedDict):
+    request: int
+    kind: str
+    phase: str
+    text: str
+    status: int | None
+
+
+class FailureData(TypedDict):
+    """A trial in which requests failed; its times are not used."""
+
+    strategy: str
+    trial: int
+    requests: int
+    failed: list[FailedRequestData]

@@ -1,0 +1,1 @@
+"""The probe: find out from outside whether and how a server batches its requests."""

@@ -1,0 +1,219 @@
+"""Ask a server: send the requests of each round and keep what came back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from batchbench.batching.progress import Watch
+from batchbench.batching.remote.address import Address, Failure, FailureKind
+from batchbench.batching.remote.bench import served_model
+from batchbench.batching.remote.counters import ServerCounters, read_counters
+from batchbench.batching.remote.dialects import Dialect, body_for, discover
+from batchbench.batching.remote.events import Reply, client_lag, parse
+from batchbench.batching.remote.exchange import Exchange, Outgoing, Wait, response_of
+from batchbench.batching.remote.spec import CHAT, TargetSpec
+from batchbench.batching.remote.wire import exchange
+from batchbench.errors import UsageError
+from batchbench.studies.probe.judge import Verdict, judge
+from batchbench.studies.probe.observations import Observations, Role, Round, Server, Stream
+from batchbench.studies.probe.script import Pause, Player, Script, Send, next_script
+
+NO_ROOM = (429, 503)
+"""Statuses of a server that has no room for a request."""
+
+OTHERS_TOKENS = 1.05
+"""The server may count this multiple of the tokens that the probe received."""
+
+_PHASES = {
+    Role.ALONE: "one request alone",
+    Role.LONG: "short requests while a long one is running",
+    Role.PAIR: "pairs of requests",
+    Role.BURST: "many requests at once",
+}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A finished probe.
+
+    Attributes:
+        target: the server's address, without its key.
+        dialect: the server's kind, and what it says about itself.
+        failures: why requests failed, apart from those that were refused or stopped.
+        took_s: seconds from the first request to the last token.
+    """
+
+    target: str
+    model: str | None
+    dialect: Dialect
+    observations: Observations
+    verdict: Verdict
+    failures: tuple[str, ...]
+    took_s: float
+
+
+def probe(target: TargetSpec, model: str, max_time_s: float, watch: Watch) -> Findings:
+    """Probe a server for at most ``max_time_s`` seconds.
+
+    Raises:
+        UsageError: it cannot be reached, has no such model, or does not answer the first request.
+    """
+    began = time.monotonic_ns()
+    asker = _Asker(target, model, began + int(max_time_s * 1e9))
+    before = read_counters(asker.address, asker.dialect)
+    seen = Observations((), asker.server(before))
+    random = np.random.default_rng()
+    phase = None
+    while True:
+        left = asker.until_ns - time.monotonic_ns()
+        script = next_script(seen, left, random)
+        if script is None:
+            break
+        role = script.opening[0][0]
+        if role is not phase:
+            watch.phase(_PHASES[role])
+            phase = role
+        round = asker.play(script)
+        if not seen.rounds:
+            asker.check_first(max_time_s)
+        seen = Observations((*seen.rounds, round), seen.server, max(seen.lag_ns, asker.lag_ns))
+        if any(s.failure for s in round.streams):
+            break
+    after = read_counters(asker.address, asker.dialect)
+    seen = replace(seen, server=asker.server(before, after, seen))
+    return Findings(
+        target=str(asker.address),
+        model=asker.model,
+        dialect=asker.dialect,
+        observations=seen,
+        verdict=judge(seen),
+        failures=tuple(dict.fromkeys(asker.failures)),
+        took_s=(time.monotonic_ns() - began) / 1e9,
+    )
+
+
+class _Asker:
+    """The connection to a server, and the failures of its requests."""
+
+    def __init__(self, target: TargetSpec, model: str, until_ns: int) -> None:
+        self.address: Address = target.address
+        self.dialect = discover(self.address)
+        self.model = served_model(model, self.dialect)
+        self.until_ns, self.lag_ns = until_ns, 0
+        self.failures: list[str] = []
+        self._target, self._number = target, 0
+        self._first: Failure | None = None
+
+    def play(self, script: Script) -> Round:
+        """Send the requests of a round; return them with their tokens."""
+        feed = _Feed(self, Player(script))
+        exchanges = exchange(self.address, feed, until_ns=self.until_ns)
+        replies = [parse(one, self.dialect, None) for one in exchanges]
+        self.lag_ns = client_lag(exchanges, replies).stamp_error_p99_ns
+        streams = [self._stream(*each) for each in zip(feed.sent, exchanges, replies, strict=True)]
+        return Round(tuple(streams))
+
+    def _stream(self, sent: Send, one: Exchange, reply: Reply) -> Stream:
+        """Return one request; a failure that leaves its tokens known is none."""
+        failure, times = reply.failure, tuple(reply.token_times_ns.tolist())
+        if failure is not None and failure.kind is FailureKind.NOT_SSE:
+            times = _whole_answer(one, sent.tokens)
+            failure = None if times else failure
+        if failure is not None and failure.kind is FailureKind.NO_USAGE and times:
+            failure = None
+        self._first = self._first or failure
+        refused = failure is not None and failure.status in NO_ROOM
+        text = "" if failure is None or refused else failure.text
+        if failure is not None and text and failure.kind is not FailureKind.STOPPED:
+            self.failures.append(text)
+        return Stream(sent.role, sent.tokens, one.sent_ns, times, refused, text)
+
+    def body(self, send: Send) -> bytes:
+        """Return a request for so many tokens; no two prompts are the same."""
+        self._number += 1
+        prompt: str | Sequence[int] = (
+            f"{time.time_ns() % 1_000_003} {self._number}: count on from this number, one number "
+            "per line, and do not stop."
+        )
+        if self.dialect.prompt_ids and self.dialect.name != "openai" and self.endpoint != CHAT:
+            # Ids work without a tokenizer, and nearly every model has these.
+            start = int(np.random.default_rng().integers(300, 900))
+            prompt = [start + (7 * self._number + 13 * i) % 600 for i in range(8)]
+        return body_for(
+            self.dialect,
+            self._target.endpoint,
+            self.model,
+            prompt,
+            send.tokens,
+            extra_body=self._target.extra,
+        )
+
+    @property
+    def endpoint(self) -> str:
+        return self._target.endpoint
+
+    def check_first(self, max_time_s: float) -> None:
+        """Raise UsageError if the first request of all had no answer."""
+        first = self._first
+        if first is None:
+            return
+        if first.kind is FailureKind.STOPPED:
+            raise UsageError(
+                f"--max-time {max_time_s:g}: is over before the first answer; give more time"
+            )
+        raise UsageError(f"{self.address}: {first.text}")
+
+    def server(
+        self,
+        before: ServerCounters | None,
+        after: ServerCounters | None = None,
+        seen: Observations | None = None,
+    ) -> Server:
+        """Return the server's own statements; ``before`` and ``after`` are its counters."""
+        server = Server(slots=self.dialect.slots, context=self.dialect.context)
+        if before is None:
+            return server
+        others = (before.running or 0) + (before.waiting or 0)
+        if after is None or seen is None:
+            return replace(server, others=others)
+        grown = after.since(before)
+        streams = [s for round in seen.rounds for s in round.streams]
+        tokens = sum(len(s.times_ns) for s in streams)
+        whole = all(s.answered or s.refused for s in streams)
+        others += (after.running or 0) + (after.waiting or 0) if whole else 0
+        foreign = whole and (grown.output_tokens or 0) > OTHERS_TOKENS * tokens + 20
+        return replace(server, others=max(others, int(foreign)), passes=grown.passes, tokens=tokens)
+
+
+class _Feed:
+    """The requests of a script, as the client asks for them."""
+
+    def __init__(self, asker: _Asker, player: Player) -> None:
+        self._asker, self._player = asker, player
+        self.sent: list[Send] = []
+
+    def next(self, now_ns: int, in_flight: int) -> Outgoing | Wait | None:
+        """Return the next request, a wait, or None at the end of the script."""
+        move = self._player.next(now_ns, in_flight)
+        if move is None:
+            return None
+        if isinstance(move, Pause):
+            return Wait(move.until_ns)
+        self.sent.append(move)
+        body = self._asker.body(move)
+        return Outgoing(len(self.sent) - 1, now_ns, body, self._asker.endpoint)
+
+
+def _whole_answer(one: Exchange, asked: int) -> tuple[int, ...]:
+    """Return the times of tokens of a server that ignores ``"stream": true``."""
+    try:
+        data = json.loads(response_of(one).body)
+        found = data["choices"] and data.get("usage", {}).get("completion_tokens", asked)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ()
+    return (one.reads[-1].stamp_ns,) * found if type(found) is int else ()

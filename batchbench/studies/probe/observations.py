@@ -1,0 +1,241 @@
+"""Observations of a server: when each request was sent and when its tokens arrived.
+
+All times are integer nanoseconds on one clock. Nothing here knows HTTP; the judge works on these
+values alone, whether they come from a server or from a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+BUFFERED_SHARE = 0.02
+"""Streams whose tokens all arrive within this share of the latency show no steps."""
+
+BUFFERED_GAP_NS = 1_000_000
+"""Gaps below 1 ms are shorter than what a client can separate."""
+
+
+class Role(StrEnum):
+    """The part that a request plays in a round."""
+
+    ALONE = "alone"
+    LONG = "long"
+    SHORT = "short"
+    BURST = "burst"
+    PAIR = "pair"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A request and its tokens.
+
+    Attributes:
+        asked: output tokens that were asked for.
+        sent_ns: when the request was sent.
+        times_ns: arrival of each output token, ``[tokens]``; tokens of one chunk share a time.
+        refused: the server said that it has no room (HTTP 429 or 503).
+        failure: why the request failed otherwise; empty if it did not.
+    """
+
+    role: Role
+    asked: int
+    sent_ns: int
+    times_ns: tuple[int, ...] = ()
+    refused: bool = False
+    failure: str = ""
+
+    @property
+    def answered(self) -> bool:
+        return bool(self.times_ns) and not self.refused and not self.failure
+
+    @property
+    def first_ns(self) -> int:
+        return self.times_ns[0]
+
+    @property
+    def last_ns(self) -> int:
+        return self.times_ns[-1]
+
+    @property
+    def ttft_ns(self) -> int:
+        return self.first_ns - self.sent_ns
+
+    @property
+    def e2e_ns(self) -> int:
+        return self.last_ns - self.sent_ns
+
+    @cached_property
+    def arrivals_ns(self) -> Ints:
+        """The times at which a chunk arrived, each once, ``[chunks]``."""
+        return np.unique(np.array(self.times_ns, np.int64))
+
+    @cached_property
+    def steps_ns(self) -> Floats:
+        """The time of each token's step after the first chunk, ``[tokens after it]``.
+
+        A server that sends every k-th step has sent nothing in between: those steps are put at
+        equal distances.
+        """
+        times, counts = np.unique(np.array(self.times_ns, np.int64), return_counts=True)
+        parts = [
+            start + (stop - start) * np.arange(1, count + 1) / count
+            for start, stop, count in zip(times[:-1], times[1:], counts[1:], strict=True)
+        ]
+        return np.concatenate([times[:1].astype(np.float64), *parts])
+
+
+@dataclass(frozen=True)
+class Round:
+    """Requests that were sent together, in the order in which they were sent."""
+
+    streams: Sequence[Stream]
+
+    def of(self, role: Role) -> list[Stream]:
+        return [stream for stream in self.streams if stream.role is role]
+
+    @property
+    def is_burst(self) -> bool:
+        return bool(self.of(Role.BURST))
+
+    @property
+    def is_joining(self) -> bool:
+        return bool(self.of(Role.LONG))
+
+    @property
+    def duration_ns(self) -> int:
+        ends = [s.last_ns for s in self.streams if s.times_ns]
+        return max(ends, default=0) - min((s.sent_ns for s in self.streams), default=0)
+
+
+@dataclass(frozen=True)
+class Server:
+    """The server's own statements about itself; None where it makes none.
+
+    Attributes:
+        slots: how many requests it says that it serves at once.
+        others: requests of others that it was serving when the probe began, or during it.
+        passes: forward passes that it counted during the probe.
+        tokens: output tokens that the probe received meanwhile.
+        context: the largest number of tokens of one request.
+    """
+
+    slots: int | None = None
+    others: int | None = None
+    passes: int | None = None
+    tokens: int | None = None
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Everything that a probe saw.
+
+    Attributes:
+        lag_ns: how late the client itself woke up, as the 90th percentile; 0 where the system
+            stamps arrivals.
+    """
+
+    rounds: Sequence[Round]
+    server: Server = Server()
+    lag_ns: int = 0
+
+    @cached_property
+    def alone(self) -> list[Stream]:
+        """The requests that were served alone, without the first, which warms the server up."""
+        alone = [s for r in self.rounds for s in r.of(Role.ALONE)]
+        return [stream for stream in alone[1:] or alone if stream.answered]
+
+    @property
+    def joining(self) -> list[Round]:
+        return [r for r in self.rounds if r.is_joining]
+
+    @property
+    def pairs(self) -> list[tuple[Stream, Stream]]:
+        """Two requests of which the first is longer by as many steps as it was sent earlier."""
+        pairs = [r.of(Role.PAIR) for r in self.rounds]
+        return [(p[0], p[1]) for p in pairs if len(p) == 2 and p[0].answered and p[1].answered]
+
+    @property
+    def bursts(self) -> list[Round]:
+        return [r for r in self.rounds if r.is_burst]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A request that is served alone.
+
+    Attributes:
+        ttft_ns: the median time to its first token; of a buffered server, what a request takes
+            beyond its steps.
+        gap_ns: the median time of a token.
+        chunk: output tokens that arrive together, as the median.
+        buffered: all tokens of a request arrive together at its end.
+    """
+
+    ttft_ns: float
+    gap_ns: float
+    chunk: int
+    buffered: bool
+
+    def e2e_ns(self, tokens: int) -> float:
+        """Return the expected time of a request of so many tokens."""
+        return self.ttft_ns + max(tokens - 1, 0) * self.gap_ns
+
+
+def pace_of(alone: Sequence[Stream]) -> Pace | None:
+    """Return the pace of requests that were served alone; None without an answer."""
+    answered = [s for s in alone if s.answered]
+    if not answered:
+        return None
+    several = [s for s in answered if len(s.times_ns) > 1]
+    buffered = bool(several) and all(map(_is_buffered, several))
+    gap, ttft = (_slope(answered) if buffered else _gap(several)), 0.0
+    if buffered:
+        ttft = float(np.median([s.e2e_ns - (len(s.times_ns) - 1) * gap for s in answered]))
+    else:
+        ttft = float(np.median([s.ttft_ns for s in answered]))
+    chunks = [_chunk(s) for s in several if len(s.arrivals_ns) > 1]
+    return Pace(
+        ttft_ns=max(ttft, 0.0),
+        gap_ns=gap,
+        chunk=max(1, round(float(np.median(chunks)))) if chunks else 1,
+        buffered=buffered,
+    )
+
+
+def _is_buffered(stream: Stream) -> bool:
+    span = stream.last_ns - stream.first_ns
+    count = len(stream.times_ns) - 1
+    return span / count < BUFFERED_GAP_NS and span < BUFFERED_SHARE * stream.e2e_ns
+
+
+def _chunk(stream: Stream) -> float:
+    """Return the median number of tokens of the chunks between the first and the last."""
+    _, counts = np.unique(np.array(stream.times_ns, np.int64), return_counts=True)
+    return float(np.median(counts[1:-1] if len(counts) > 2 else counts[1:]))
+
+
+def _gap(streams: Sequence[Stream]) -> float:
+    """Return the median time of a token after the first chunk."""
+    gaps = [np.diff(s.steps_ns) for s in streams if len(s.arrivals_ns) > 1]
+    return float(np.median(np.concatenate(gaps))) if gaps else 0.0
+
+
+def _slope(streams: Sequence[Stream]) -> float:
+    """Return the time of a token from requests of different lengths."""
+    by_length: dict[int, list[int]] = {}
+    for stream in streams:
+        by_length.setdefault(len(stream.times_ns), []).append(stream.e2e_ns)
+    low, high = min(by_length), max(by_length)
+    if low == high:
+        return min(by_length[low]) / low
+    return max(0.0, (min(by_length[high]) - min(by_length[low])) / (high - low))
