@@ -110,6 +110,8 @@ class LocalBench(Bench):
             **memory,
         }
         self.environment |= torch_environment(str(loaded.device), loaded.dtype)
+        if engine.triton:
+            self.environment["gpu_attention"] = "batchbench's, in Triton"
         self._energy = counters_for(str(loaded.device), self.environment["gpu_uuid"])
         return engine
 

@@ -305,6 +305,7 @@ def _lacking(
     """Return why this model on this device has no such rung; None if it has."""
     from batchbench.batching.engines.torch.kernels import native
     from batchbench.batching.engines.torch.linear import onednn
+    from batchbench.batching.engines.torch.triton_choice import supports_triton
     from batchbench.batching.models.loading import resolve_dtype
 
     dtype_name = str(dtype).removeprefix("torch.")
@@ -324,6 +325,8 @@ def _lacking(
         return "compiling takes half a minute per size; name it in --rungs to include it"
     if rung.forward not in ("packed", "own"):
         return None
+    if rung.forward == "own" and device.type == "cuda":
+        return None if supports_triton(device) else "batchbench's own kernels need Triton on a GPU"
     if device.type != "cpu":
         return "weights are packed on a CPU only"
     if rung.forward == "packed" and onednn(dtype) is None:
