@@ -10,9 +10,10 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import h11
@@ -105,7 +106,7 @@ class Event(NamedTuple):
     kind: str = ""
 
 
-_LINE_END = re.compile(rb"\r\n|\n|\r")
+_LINE = re.compile(rb"([^\r\n]*)(?:\r\n|\n|\r)")
 
 
 def events_of(pieces: Iterable[tuple[int, bytes]], *, whole: bool = True) -> Iterator[Event]:
@@ -114,29 +115,25 @@ def events_of(pieces: Iterable[tuple[int, bytes]], *, whole: bool = True) -> Ite
     ``whole`` says that the body ends with the last piece; an event without the empty line after
     it then counts as well. A field ``error``, which some servers send, is an event of this kind.
     """
-    rest, after_cr, first = b"", False, True
+    pieces = list(pieces)
+    ends = list(accumulate(len(data) for _, data in pieces))
+    body = b"".join(data for _, data in pieces) + b"\n\n" * whole
+    begin = len(codecs.BOM_UTF8) if body.startswith(codecs.BOM_UTF8) else 0
     lines: list[str] = []
-    kind, read = "", 0
-    for index, data in chain(pieces, [(-1, b"\n\n")] if whole else []):
-        read = index if index >= 0 else read
-        if after_cr:
-            data = data.removeprefix(b"\n")
-        after_cr = data.endswith(b"\r") or (after_cr and not data)
-        *ended, rest = _LINE_END.split(rest + data)
-        for line in ended:
-            if first:
-                line, first = line.removeprefix(codecs.BOM_UTF8), False
-            if not line:
-                if lines:
-                    yield Event(read, "\n".join(lines), kind)
-                lines, kind = [], ""
-                continue
-            name, _, value = line.decode(errors="replace").partition(":")
-            value = value.removeprefix(" ")
-            if name in ("data", "error"):
-                lines.append(value)
-            if name in ("event", "error"):
-                kind = value if name == "event" else name
+    kind = ""
+    for line in _LINE.finditer(body, begin):
+        if not line[1]:
+            if lines:
+                last = min(bisect_right(ends, line.start()), len(ends) - 1)
+                yield Event(pieces[last][0], "\n".join(lines), kind)
+            lines, kind = [], ""
+            continue
+        name, _, value = line[1].decode(errors="replace").partition(":")
+        value = value.removeprefix(" ")
+        if name in ("data", "error"):
+            lines.append(value)
+        if name in ("event", "error"):
+            kind = value if name == "event" else name
 
 
 # Tokens

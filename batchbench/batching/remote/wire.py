@@ -61,7 +61,6 @@ _TIMESPEC = struct.Struct("@qq")
 
 _STAMP_MESSAGE = (socket.SOL_SOCKET, _SO_TIMESTAMPNS, _TIMESPEC.size)
 
-
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 _Ancillary = list[tuple[int, int, bytes]]
@@ -174,10 +173,14 @@ class _Client:
         self.exchanges: list[Exchange] = []
         self.resources = ExitStack()
         self._selector = self.resources.enter_context(selectors.DefaultSelector())
-        self._run_delay = _RunDelay(self.resources, wanted=not self._stamped)
-        if self._stamped:
-            with suppress(OSError):
+        self._schedstat: int | None = None
+        with suppress(OSError):
+            if self._stamped:
                 _keep_stamping(self.resources)
+            else:  # where Linux counts for how long this thread had no processor
+                self._schedstat = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+                self.resources.callback(os.close, self._schedstat)
+        self._run_delay_ns = self._run_delay()
         self.resources.callback(self._stop)
 
     def run(self) -> None:
@@ -202,8 +205,13 @@ class _Client:
         self._correct_stamps()
 
     def _stop(self) -> None:
+        self._watch = None  # which may have raised the exception
         for stream in list(self._streams):
-            self._finish(stream, Failure(FailureKind.STOPPED, "stopped before its end"), tell=False)
+            self._finish(stream, Failure(FailureKind.STOPPED, "stopped before its end"))
+
+    def _run_delay(self) -> int:
+        """Return how long this thread has been ready without a processor; 0 if not known."""
+        return 0 if self._schedstat is None else int(os.pread(self._schedstat, 64, 0).split()[1])
 
     def _select(self, now_ns: int, wake_ns: int) -> None:
         """Wait for the sockets until ``wake_ns``, and serve those that are ready."""
@@ -213,12 +221,11 @@ class _Client:
             ready = self._selector.select(wait_ns / _NS)
         else:  # some systems refuse to wait for no sockets
             time.sleep(wait_ns / _NS)
-        returned_ns, unscheduled_ns = time.monotonic_ns(), self._run_delay.since_last_ns()
+        returned_ns, run_delay_ns = time.monotonic_ns(), self._run_delay()
+        self._base_lag_ns = max(run_delay_ns - self._run_delay_ns, returned_ns - now_ns - wait_ns)
         if returned_ns - now_ns < _AT_ONCE_NS:
             self._base_lag_ns = returned_ns - self._returned_ns
-        else:
-            self._base_lag_ns = max(unscheduled_ns, returned_ns - now_ns - wait_ns)
-        self._returned_ns = returned_ns
+        self._returned_ns, self._run_delay_ns = returned_ns, run_delay_ns
         for key, events in ready:
             self._advance(key.data, events)
 
@@ -255,7 +262,6 @@ class _Client:
         """Do what a ready socket allows."""
         try:
             if stream.phase is _Phase.CONNECT:
-                _check(stream.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
                 self._connected(stream)
             if stream.phase is _Phase.SHAKE:
                 self._shake(stream)
@@ -267,6 +273,7 @@ class _Client:
             self._broken(stream, error)
 
     def _connected(self, stream: _Stream) -> None:
+        _check(stream.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
         stream.progress_ns = time.monotonic_ns()
         self._route = stream.route
         stream.phase = _Phase.WRITE
@@ -366,16 +373,14 @@ class _Client:
             stream.connection.close()
             self._streams.remove(stream)
 
-    def _finish(
-        self, stream: _Stream, failure: Failure | None = None, *, tell: bool = True
-    ) -> None:
+    def _finish(self, stream: _Stream, failure: Failure | None = None) -> None:
         exchange = stream.exchange
         exchange.failure = failure
         exchange.ended_ns = self._freed_ns = time.monotonic_ns()
         if not failure and exchange.reads and not exchange.closed:
             self._freed_ns = exchange.reads[-1].stamp_ns
         self._disconnect(stream)
-        if tell and self._watch is not None:
+        if self._watch is not None:
             self._watch(exchange)
 
     def _correct_stamps(self) -> None:
@@ -384,8 +389,8 @@ class _Client:
         if step_ns > _CLOCK_STEP_NS:
             for exchange in self.exchanges:
                 exchange.reads = [
-                    Read(read.read_ns, False, read.read_ns, read.data, read.lag_ns + step_ns)
-                    for read in exchange.reads
+                    Read(r.read_ns, False, r.read_ns, r.data, r.lag_ns + step_ns)
+                    for r in exchange.reads
                 ]
 
 
@@ -421,25 +426,6 @@ def _keep_stamping(resources: ExitStack) -> None:
         stamp_ns = _stamp_ns(own.recvmsg(1, 64)[1])
         if stamp_ns is not None and stamp_ns <= sent_ns:
             break
-
-
-class _RunDelay:
-    """Time for which this thread was ready to run and had no processor, as Linux counts it."""
-
-    def __init__(self, resources: ExitStack, *, wanted: bool) -> None:
-        self._file, self._last_ns = -1, 0
-        if wanted:
-            with suppress(OSError):
-                self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
-                resources.callback(os.close, self._file)
-        self.since_last_ns()
-
-    def since_last_ns(self) -> int:
-        """Return the time since the last call; 0 where it is not known."""
-        if self._file < 0:
-            return 0
-        last, self._last_ns = self._last_ns, int(os.pread(self._file, 64, 0).split()[1])
-        return self._last_ns - last
 
 
 def _clock_offset_ns() -> int:
