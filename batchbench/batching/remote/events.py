@@ -77,12 +77,11 @@ def _not_http(exchange: Exchange, status: int, broken: str | None) -> Failure | 
     first = exchange.reads[0].data if exchange.reads else b""
     if broken is None and b"HTTP/1.".startswith(first[:7]):
         return None
+    text = f"the response is not HTTP/1.1 ({shown(first[:32])})"
     if first.startswith(b"\x15\x03"):  # an alert
         text = "the server speaks TLS: begin its URL with https://"
     elif status:
         text = f"the response is broken ({shown(broken)})"
-    else:
-        text = f"the response is not HTTP/1.1 ({shown(first[:32])})"
     return Failure(FailureKind.NOT_HTTP, text, status or None)
 
 
@@ -484,16 +483,14 @@ def client_lag(exchanges: Sequence[Exchange], replies: Sequence[Reply]) -> Clien
     reads = [read for exchange in exchanges for read in exchange.reads]
     chunks = sum(len(reply.chunks) for reply in replies)
     alone = sum(len({chunk.read for chunk in reply.chunks}) for reply in replies)
-    lags = [read.lag_ns for read in reads]
+    lags = [read.lag_ns for read in reads] or [0]
+    late = [exchange.late_ns for exchange in exchanges] or [0]
+    p50, p99 = np.percentile(lags, (50, 99), method="higher")
     return ClientLag(
         reads=len(reads),
         kernel_share=sum(read.kernel for read in reads) / max(1, len(reads)),
         merged_share=(chunks - alone) / max(1, chunks),
-        loop_p50_ns=_percentile(lags, 50),
-        loop_p99_ns=_percentile(lags, 99),
-        late_p99_ns=_percentile([exchange.late_ns for exchange in exchanges], 99),
+        loop_p50_ns=int(p50),
+        loop_p99_ns=int(p99),
+        late_p99_ns=int(np.percentile(late, 99, method="higher")),
     )
-
-
-def _percentile(values: Sequence[int], percent: int) -> int:
-    return int(np.percentile(values, percent, method="higher")) if values else 0

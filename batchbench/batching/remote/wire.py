@@ -238,14 +238,15 @@ class _Client:
         exchange.late_ns = max(0, now_ns - free_ns)
         self.exchanges.append(exchange)
         stream = _Stream(exchange, memoryview(request), self._route, now_ns)
-        if isinstance(self._routes, Failure):
-            self._finish(stream, self._routes)
+        if self._routes:
+            self._connect(stream)
         else:
-            self._connect(stream, self._routes)
+            text = f"{self._address}: the host {self._address.host} is not known; check its name"
+            self._finish(stream, Failure(FailureKind.DNS, text))
 
-    def _connect(self, stream: _Stream, routes: list[_Route]) -> None:
+    def _connect(self, stream: _Stream) -> None:
         """Begin to connect by the stream's route, or by the next if that fails at once."""
-        family, where = routes[stream.route]
+        family, where = self._routes[stream.route]
         try:
             stream.connection = raw = socket.socket(family, socket.SOCK_STREAM)
             self._streams.add(stream)
@@ -356,13 +357,11 @@ class _Client:
 
     def _broken(self, stream: _Stream, error: OSError) -> None:
         """Try the next address of a host that cannot be reached; else the request has failed."""
-        routes = self._routes
-        assert not isinstance(routes, Failure)
-        if stream.phase is _Phase.CONNECT and stream.route + 1 < len(routes):
+        if stream.phase is _Phase.CONNECT and stream.route + 1 < len(self._routes):
             self._disconnect(stream)
             stream.route += 1
             stream.progress_ns = time.monotonic_ns()
-            self._connect(stream, routes)
+            self._connect(stream)
         else:
             self._finish(stream, _failure_of(error, stream, self._address))
 
@@ -446,13 +445,12 @@ def _tls_context(address: Address) -> ssl.SSLContext:
     return context
 
 
-def _resolve(address: Address) -> list[_Route] | Failure:
-    """Return the ways to connect to a host, in the system's order."""
+def _resolve(address: Address) -> list[_Route]:
+    """Return the ways to connect to a host, in the system's order; none if it is not known."""
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        text = f"{address}: the host {address.host} is not known; check its name"
-        return Failure(FailureKind.DNS, text)
+        return []
     return list(dict.fromkeys((family, where) for family, _, _, _, where in found))
 
 
@@ -461,36 +459,33 @@ _NO_SOCKETS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EA
 
 def _failure_of(error: OSError, stream: _Stream, address: Address) -> Failure:
     """Return the failure of a request, in a line that says what to do."""
-    connecting, why = stream.phase is _Phase.CONNECT, error.strerror or os.strerror(0)
+    kinds, connecting = FailureKind, stream.phase is _Phase.CONNECT
+    why = error.strerror or os.strerror(0)
     so_far = "before its response"
     if stream.size:
         so_far = f"after {stream.size:,} bytes of the response"
     if isinstance(error, TimeoutError) and error.errno is None:  # ours
-        kind = FailureKind.UNREACHABLE if connecting else FailureKind.TIMEOUT
         said = f"nothing more {so_far}" if stream.size else stream.phase.value
-        text = f": {said} for {address.timeout_s:g} s (--timeout)"
-    elif isinstance(error, ssl.SSLCertVerificationError):
-        kind = FailureKind.TLS
-        text = f": the certificate is not trusted ({error.verify_message}); name its authority"
-        text += " with SSL_CERT_FILE, or accept it with --insecure"
-    elif isinstance(error, ssl.SSLError) or stream.phase is _Phase.SHAKE:
-        kind = FailureKind.TLS
+        text = f"{address}: {said} for {address.timeout_s:g} s (--timeout)"
+        return Failure(kinds.UNREACHABLE if connecting else kinds.TIMEOUT, text)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        text = f"{address}: the certificate is not trusted ({error.verify_message}); name its"
+        text += " authority with SSL_CERT_FILE, or accept it with --insecure"
+        return Failure(kinds.TLS, text)
+    if isinstance(error, ssl.SSLError) or stream.phase is _Phase.SHAKE:
         reason = getattr(error, "reason", None) or "the connection ended"
         plain = f"http://{address.authority}{address.path_prefix}"
-        text = f": the TLS handshake failed ({reason}); a server without TLS is {plain}"
-    elif isinstance(error, ConnectionRefusedError):
-        kind = FailureKind.REFUSED
-        text = " refuses connections: is the server running, on this port?"
-    elif error.errno in _NO_SOCKETS:
+        text = f"{address}: the TLS handshake failed ({reason}); a server without TLS is {plain}"
+        return Failure(kinds.TLS, text)
+    if isinstance(error, ConnectionRefusedError):
+        text = f"{address} refuses connections: is the server running, on this port?"
+        return Failure(kinds.REFUSED, text)
+    if error.errno in _NO_SOCKETS:
         text = f"this machine has no socket left ({why}): raise ulimit -n, or have fewer requests"
-        return Failure(FailureKind.LOCAL, f"{text} in flight")
-    elif connecting and not isinstance(error, ConnectionError):
-        kind = FailureKind.UNREACHABLE
-        text = f" cannot be reached ({why})"
-    else:
-        kind = FailureKind.RESET
-        text = f" broke the connection {so_far}"
-    return Failure(kind, f"{address}{text}")
+        return Failure(kinds.LOCAL, f"{text} in flight")
+    if connecting and not isinstance(error, ConnectionError):
+        return Failure(kinds.UNREACHABLE, f"{address} cannot be reached ({why})")
+    return Failure(kinds.RESET, f"{address} broke the connection {so_far}")
 
 
 # Requests that prepare the trials
