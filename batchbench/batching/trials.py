@@ -155,9 +155,9 @@ def warm_up_whole(
 
 def servings_note(servings: Mapping[str, int]) -> str | None:
     """Return words for the servings of a trial, by strategy; None if each is served once."""
-    if max(servings.values(), default=1) == 1:
+    counts = ", ".join(f"{n} times ({name})" for name, n in servings.items() if n > 1)
+    if not counts:
         return None
-    counts = ", ".join(f"{count} times ({name})" for name, count in servings.items())
     return f"a trial serves the workload {counts}: the serving of median duration counts"
 
 
@@ -267,9 +267,8 @@ def middle_of(served: Sequence[Recording]) -> tuple[Recording, dict[str, Any]]:
 
 
 def _output_of(recording: Recording) -> tuple[bytes, bytes]:
-    tokens = recording.tokens
-    assert tokens is not None
-    return recording.requests.output_tokens.tobytes(), tokens.tobytes()
+    tokens = recording.tokens  # a plug-in may not report them
+    return recording.requests.output_tokens.tobytes(), b"" if tokens is None else tokens.tobytes()
 
 
 def requests_that_differ(one: Recording, other: Recording) -> list[int]:

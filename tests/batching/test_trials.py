@@ -24,6 +24,7 @@ from batchbench.batching.trials import (
     middle_of,
     observe,
     servings_for,
+    servings_note,
     warm_up_whole,
 )
 from batchbench.batching.verification import Deviation, Finding, verify
@@ -244,6 +245,21 @@ def test_the_whole_workload_is_served_before_the_trials_and_timed_the_second_tim
     assert warm_up.duration_s is not None
     assert warm_up.duration_s >= 0.5
     assert replace(warm_up, duration_s=0.5) == WARM
+
+
+def test_servings_of_which_no_tokens_are_known_have_a_median_too() -> None:
+    """A plug-in may not report tokens."""
+    served = [replace(measured("continuous", step_ns=ns), tokens=None) for ns in (3e7, 1e7, 2e7)]
+    trial, facts = middle_of(served)
+    assert trial.duration_ns == served[2].duration_ns
+    assert (trial.others, facts["differing_requests"]) == ((), [])
+
+
+def test_a_note_names_strategies_that_are_served_several_times() -> None:
+    assert servings_note({"static": 1, "continuous": 3}) == (
+        "a trial serves the workload 3 times (continuous): the serving of median duration counts"
+    )
+    assert servings_note({"static": 1}) is servings_note({}) is None
 
 
 def test_a_trial_that_is_long_enough_is_served_once() -> None:

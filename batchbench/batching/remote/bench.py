@@ -389,6 +389,8 @@ def with_ids(
 def _ids_of(output: Output, tokenizer: Tokenizer) -> Sequence[int] | None:
     if output.ids is not None:
         return output.ids
+    if "\ufffd" in output.text:  # bytes that are no character; other tokens give the same text
+        return None
     found = tokenizer.encode(output.text)
     return found if tokenizer.decode(found) == output.text else None
 
