@@ -5,7 +5,7 @@
 #
 # MODELS has the checkpoint gpt2-dummy and the file gpt2-dummy.gguf of benchmarks/servers.py and
 # benchmarks/gguf_checkpoint.py. The variables BATCHBENCH_LLAMA_SERVER, BATCHBENCH_VLLM_PYTHON and
-# BATCHBENCH_TRANSFORMERS name the servers; those that are not set are left out. Takes about ten
+# BATCHBENCH_TRANSFORMERS name the servers; those that are not set are left out. Takes about twelve
 # minutes on two quiet cores; results, probes and tables go to OUTPUT.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
@@ -50,6 +50,6 @@ if [ -n "${BATCHBENCH_VLLM_PYTHON-}" ]; then
     measure vllm "$models/gpt2-dummy" 8 3
 fi
 if [ -n "${BATCHBENCH_TRANSFORMERS-}" ]; then
-    measure transformers "$models/gpt2-dummy" 8 1 --tokenizer "$models/gpt2-dummy"
+    measure transformers "$models/gpt2-dummy" 8 1 --queue-size 16 --tokenizer "$models/gpt2-dummy"
 fi
 "$python" benchmarks/client_limits.py --output "$output/client-limits.json" | tee "$output/client-limits.txt"

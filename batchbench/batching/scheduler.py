@@ -164,8 +164,15 @@ class Scheduler:
             self._start(chunk)
             if chunk.request.output_tokens == 1:
                 done.append((chunk.slot, self._finish(chunk.slot)))
-        done += [(slot, self._finish(slot)) for slot in stopped if self._growing[slot]]
-        return done
+        return done + self.stop(stopped)
+
+    def stop(self, slots: Collection[int]) -> list[tuple[int, Request]]:
+        """Finish the requests of these slots, whose text ended in the last pass applied.
+
+        A pass that was launched since then holds their slots: it produces no token for them. Return
+        (slot, request) for each.
+        """
+        return [(slot, self._finish(slot)) for slot in slots if self._growing[slot]]
 
     # Moves
 

@@ -389,3 +389,16 @@ def test_a_device_without_room_for_the_precise_copy_leaves_it_to_the_host(
     cuda_stand_in.memory_bytes = cuda_stand_in.allocated(0) + 100
     precise = TeacherForced(model)._more_precise()
     assert next(precise.parameters()).device.type == "cpu"
+
+
+def test_a_gpu_is_asked_for_its_number_only_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", _refuse)
+    with pytest.raises(UsageError, match=r"--device cuda: not on this machine; it has cpu$"):
+        resolve_device("cuda")
+
+
+def _refuse() -> int:
+    raise AssertionError("Torch not compiled with CUDA enabled")

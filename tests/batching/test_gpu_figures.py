@@ -121,7 +121,7 @@ def test_a_short_trial_is_served_several_times_and_stays_the_workload(
     checkpoint: Path, cuda_stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = experiment(checkpoint)
-    monkeypatch.setattr(trials, "TRIAL_S", 1e-9)
+    monkeypatch.setattr(trials, "TRIAL_S", 0.0)
     once = conduct(asked)
     monkeypatch.setattr(trials, "TRIAL_S", 1e3)
     monkeypatch.setattr(trials, "servings_for", lambda duration_s, trial_s: 3)

@@ -1,6 +1,6 @@
 """A device that works only while the host waits for it, on a virtual clock.
 
-The host launches in no time, as it does beside a model of many milliseconds a step. These tests show
+The host launches in no time, as beside a model of many milliseconds a step. These tests show
 what the tenth of a second between two looks at the world, Ctrl-C and settling are on such a device.
 """
 

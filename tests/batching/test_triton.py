@@ -6,6 +6,11 @@ has written, padded logits. Everything that it must not write is compared bit by
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -86,7 +91,7 @@ def check_decode(
     q, k, v = states(rows, heads, kv_heads, size, dtype)
     expected = block.clone()
     expected[0, slots, :, positions], expected[1, slots, :, positions] = k, v
-    attention = SlotAttention(block, heads, max_len, rows + 2, size)
+    attention = SlotAttention(block.device, heads, max_len, rows + 2, size)
     place = [torch.from_numpy(np.asarray(a, np.int64)).to(DEVICE) for a in (slots, positions)]
     once = attention.decode(q, k, v, block, *place)
     assert torch.equal(bits(block), bits(expected))
@@ -117,7 +122,7 @@ def test_a_second_pass_gives_the_same_bits() -> None:
     """Parts are combined in one order, and nothing of one pass reaches the next."""
     q, k, v = states(2, 2, 1, 8, torch.float32)
     block = made_up_cache(2, 1, 600, 8, {0: 599, 1: 300}, torch.float32)
-    attention = SlotAttention(block, 2, 600, 2, 8)
+    attention = SlotAttention(block.device, 2, 600, 2, 8)
     slots, positions = torch.tensor([[0, 1], [599, 300]], device=DEVICE)
     once, twice = (attention.decode(q, k, v, block, slots, positions) for _ in range(2))
     assert torch.equal(once, twice)
@@ -177,7 +182,7 @@ def check_tiles(
         assert_close(seen[i], wanted, dtype)
 
 
-MIXED = [(40, 1), (0, 1), (0, 37), (16, 16), (130, 20), (5, 1)]
+MIXED = [(40, 1), (0, 1), (0, 37), (16, 16), (130, 20), (1, 1), (65, 2)]
 """Decoding rows, a first chunk and later ones, of one tile and of several."""
 
 
@@ -224,7 +229,7 @@ def test_tiles_cover_each_token_once(counts: list[int], size: int) -> None:
 
 def test_a_cache_of_another_format_is_refused() -> None:
     block = made_up_cache(1, 2, 4, 8, {}, torch.float32)
-    attention = SlotAttention(block, 2, 4, 1, 8)
+    attention = SlotAttention(block.device, 2, 4, 1, 8)
     q, k, v = states(1, 2, 2, 8, torch.float32)
     at = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="differ in format"):
@@ -238,7 +243,7 @@ def test_heads_that_do_not_lie_side_by_side_attend_alike() -> None:
     seen = []
     for arguments in ((q, k, v), spread):
         block = made_up_cache(3, 1, 4, 8, {0: 0, 1: 1, 2: 2}, torch.float32)
-        seen.append(SlotAttention(block, 2, 4, 3, 8).decode(*arguments, block, at, at))
+        seen.append(SlotAttention(block.device, 2, 4, 3, 8).decode(*arguments, block, at, at))
     assert torch.equal(*seen)
 
 
@@ -308,3 +313,25 @@ def test_a_logit_that_is_no_number_is_chosen() -> None:
     logits = torch.zeros(4, 5000, device=DEVICE)
     logits[0, 4700], logits[1, 17], logits[2] = torch.nan, torch.inf, -torch.inf
     assert ops.best_token(logits).tolist() == [4700, 17, 0, 0]
+
+
+# The compiler
+
+
+def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
+    """The interpreter runs what the compiler refuses."""
+    done = subprocess.run(
+        [sys.executable, "-m", "support.triton_targets", "90", "bfloat16"],
+        capture_output=True,
+        encoding="utf-8",
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(tmp_path),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = {line.split(":")[0] for line in done.stdout.splitlines()}
+    launched = {name for name, f in vars(ops.kernels).items() if hasattr(f, "fn")}
+    assert compiled == {name for name in launched if not name.startswith("_")}

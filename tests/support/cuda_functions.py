@@ -147,7 +147,7 @@ def replacements(gpu: StandIn) -> Iterator[tuple[Any, str, Any]]:
         yield cuda, name, value if isinstance(value, type) else _own(value)
     yield cuda.graphs, "CUDAGraph", CUDAGraph
     yield torch._C, "_host_emptyCache", _own(nothing)
-    yield triton_choice, "_is_supported", lambda device: gpu.triton and device.type == "cuda"
+    yield triton_choice, "supports_triton", lambda device: gpu.triton and device.type == "cuda"
     if gpu.triton:
         from batchbench.batching.engines.torch import triton_ops
 

@@ -29,7 +29,8 @@ with ``tests`` on the path::
     PYTHONPATH=tests python -m support.cuda_stand_in benchmarks/some_script.py arguments
 
 Processes started by that one find the stand-in as well, since their environment names a folder with
-a ``sitecustomize`` module.
+a ``sitecustomize`` module; it is :func:`environment_of_children`. The variable
+``BATCHBENCH_CUDA_STAND_IN`` sets the number of devices and their memory in MiB: ``2,512``.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ aten = torch.ops.aten
 _PACKAGE = str(Path(batchbench.__file__).parent) + os.sep
 _SITE = Path(__file__).with_name("stand_in_site")
 VARIABLE = "BATCHBENCH_CUDA_STAND_IN"
-"""The environment variable that installs the stand-in in child processes: the number of devices."""
+"""The environment variable that installs the stand-in in child processes."""
 
 
 class Wait(NamedTuple):
@@ -162,7 +163,7 @@ class StandIn:
     """The stand-in for CUDA: devices, their queue of work, and what was counted."""
 
     devices: int = 2
-    memory_bytes: int = 8 * 2**30
+    memory_bytes: int = 2**29  # little, since half of it may be read to measure bandwidth
     lazy: bool = False
     kernel_ns: int = 10_000
     launch_ns: int = 1_000
@@ -553,14 +554,22 @@ def main() -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
-def install_for_good(devices: int = 2) -> StandIn:
-    """Install the stand-in in this process and in those that it starts."""
+def environment_of_children(settings: str = "2,512") -> dict[str, str]:
+    """Return the environment variables with which a child process has the stand-in."""
     tests = str(Path(__file__).parents[1])
     path = [str(_SITE), tests, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, path)))
-    os.environ[VARIABLE] = str(devices)
-    triton = os.environ.get("TRITON_INTERPRET") == "1"
-    return StandIn(devices, triton=triton).__enter__()
+    return {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, path))),
+        VARIABLE: settings,
+    }
+
+
+def install_for_good() -> StandIn:
+    """Install the stand-in in this process and in those that it starts."""
+    settings = os.environ.get(VARIABLE) or "2,512"
+    os.environ |= environment_of_children(settings)
+    devices, mebibytes = (int(number) for number in settings.split(","))
+    return StandIn(devices, mebibytes * 2**20).__enter__()
 
 
 if __name__ == "__main__":

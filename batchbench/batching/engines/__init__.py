@@ -84,8 +84,15 @@ class Engine(Protocol):
     def run(self, plan: Plan) -> int:
         """Launch up to ``plan.repeat`` passes; return the number launched, at least 1."""
 
-    def stopped(self, plan: Plan) -> Collection[int]:
-        """Wait for the last tokens; return the slots of ``plan`` whose token ends the text."""
+    @property
+    def looks_late(self) -> bool:
+        """True if :meth:`stopped` is better asked after the next plan was launched."""
+
+    def stopped(self, plan: Plan, *, late: bool = False) -> Collection[int]:
+        """Wait for the tokens of ``plan``; return its slots whose token ends the text.
+
+        ``plan`` is the last one that was run, or if ``late`` the one before it.
+        """
 
     def done(self) -> int:
         """Return the number of passes of the trial known to be computed, without waiting."""

@@ -24,6 +24,7 @@ class SimulatedEngine:
     """
 
     simulated = True
+    looks_late = False
     pads_prompts = False
 
     def __init__(self, cost: int | StepCost = UNIT_NS) -> None:
@@ -72,7 +73,7 @@ class SimulatedEngine:
         growing, self._growing = self._growing, int(plan.growing.sum())
         return bool(chunks or plan.released) or growing != self._growing
 
-    def stopped(self, plan: Plan) -> Collection[int]:
+    def stopped(self, plan: Plan, *, late: bool = False) -> Collection[int]:
         return ()  # without a model no text ends
 
     def done(self) -> int:

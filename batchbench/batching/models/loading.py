@@ -116,7 +116,7 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if cuda else "mps" if mps else "cpu"
     there = ["cpu"] + ["mps"] * mps
     there += [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cuda else []
-    wanted = f"cuda:{torch.cuda.current_device()}" if name == "cuda" else name
+    wanted = f"cuda:{torch.cuda.current_device()}" if name == "cuda" and cuda else name
     if wanted not in there:
         raise UsageError(f"--device {name}: not on this machine; it has {', '.join(there)}")
     return torch.device(wanted)

@@ -221,9 +221,15 @@ class _Stream:
         text, ids = _text(choice), _ids(choice, data)
         if text is None:
             return False
-        if text or ids or _calls(choice):
-            self._outputs.append(_Output(read, text, ids, _running_count(data)))
+        running = _running_count(data)
+        if text or ids or _calls(choice) or self._has_more(running):
+            self._outputs.append(_Output(read, text, ids, running))
         return True
+
+    def _has_more(self, running: int | None) -> bool:
+        """Tell whether a chunk without text has tokens: half a character at the end."""
+        before = self._outputs[-1].running if self._outputs else None
+        return running is not None and before is not None and running > before
 
     def incomplete(self, dialect: StreamFormat, asked: int | None) -> Failure | None:
         """Return the failure of a stream that ended without an error, if it lacks something."""

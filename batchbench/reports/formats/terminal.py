@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.batching.policies import POLICIES
+from batchbench.batching.trials import servings_note
 from batchbench.reports.prediction import describe_fit, worth_showing
 from batchbench.reports.result import Result, ratio_of
 from batchbench.reports.served import agreement_words, server_lines
@@ -335,10 +336,8 @@ def notes(result: Result) -> list[str]:
 def _servings(result: Result) -> list[str]:
     """Return words for trials that served the workload more than once."""
     counts = {name: data.get("servings", 1) for name, data in result.data["strategies"].items()}
-    if max(counts.values()) == 1:
-        return []
-    times = ", ".join(f"{count} times ({name})" for name, count in counts.items())
-    return [f"a trial serves the workload {times}: the serving of median duration counts"]
+    note = servings_note(counts)
+    return [] if note is None else [note]
 
 
 def table(result: Result) -> Table:

@@ -140,16 +140,18 @@ class Ladder:
             except Exception as error:  # of a model's own code, a compiler, a driver
                 self._leave_out(rung, _reason(error), error)
         if not self.rungs:
-            raise self._none_left()
+            raise self._none_left({})
         self.workload = self.rungs[0].session.workload
 
     def _leave_out(self, rung: Rung, why: str, error: Exception | None = None) -> None:
         if self._named:
-            raise UsageError(f"--rungs {rung.name}: {why}; remove it") from error
+            then = "" if isinstance(error, UsageError) else "; remove it"
+            raise UsageError(f"--rungs {rung.name}: {why}{then}") from error
         self.left_out[rung.name] = why
 
-    def _none_left(self) -> UsageError:
-        name, why = next(iter(self.left_out.items()))
+    def _none_left(self, before: Mapping[str, str]) -> UsageError:
+        """Return the error if the last rungs failed; ``before`` were left out earlier."""
+        name, why = next(item for item in self.left_out.items() if item[0] not in before)
         return UsageError(f"--rungs {self.spec.rungs}: no rung is left; {name}: {why}")
 
     def _open(self, rung: Rung) -> OpenRung:
@@ -266,7 +268,7 @@ class Ladder:
                 self._leave_out(opened.rung, _reason(error), error)
                 self.rungs.remove(opened)
         if not self.rungs:
-            none_left = self._none_left()
+            none_left = self._none_left(left_out)
             self.rungs, self.left_out = before, left_out
             raise none_left
 
@@ -304,6 +306,7 @@ def _lacking(
     """Return why this model on this device has no such rung; None if it has."""
     from batchbench.batching.engines.torch.kernels import native
     from batchbench.batching.engines.torch.linear import onednn
+    from batchbench.batching.engines.torch.triton_choice import supports_triton
     from batchbench.batching.models.loading import resolve_dtype
 
     dtype_name = str(dtype).removeprefix("torch.")
@@ -323,6 +326,8 @@ def _lacking(
         return "compiling takes half a minute per size; name it in --rungs to include it"
     if rung.forward not in ("packed", "own"):
         return None
+    if rung.forward == "own" and device.type == "cuda":
+        return None if supports_triton(device) else "batchbench's own kernels need Triton on a GPU"
     if device.type != "cpu":
         return "weights are packed on a CPU only"
     if rung.forward == "packed" and onednn(dtype) is None:

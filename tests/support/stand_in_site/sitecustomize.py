@@ -2,7 +2,7 @@
 
 import os
 
-if devices := os.environ.get("BATCHBENCH_CUDA_STAND_IN"):
+if os.environ.get("BATCHBENCH_CUDA_STAND_IN"):
     from support.cuda_stand_in import install_for_good
 
-    install_for_good(int(devices))
+    install_for_good()

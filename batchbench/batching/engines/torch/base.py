@@ -154,13 +154,39 @@ def on_host_clock(device_ns: NDArray[np.float64], host_ns: int) -> Ints:
     return np.rint(np.maximum(device_ns * speed - late, 0)).astype(np.int64)
 
 
+class TokensOnHost:
+    """The tokens of the last two runs on a GPU, copied to pinned memory behind the passes.
+
+    Reading the tokens of the run before the last waits for that run only, while the device computes
+    the last one.
+    """
+
+    def __init__(self, last: torch.Tensor) -> None:
+        self._last = last
+        self._copies = [torch.zeros(len(last), dtype=last.dtype).pin_memory() for _ in range(2)]
+        self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._turn = 0
+
+    def send(self) -> None:
+        self._turn = 1 - self._turn
+        self._copies[self._turn].copy_(self._last, non_blocking=True)
+        self._events[self._turn].record(torch.cuda.current_stream(self._last.device))
+
+    def read(self, *, late: bool) -> list[int]:
+        turn = 1 - self._turn if late else self._turn
+        self._events[turn].synchronize()
+        tokens: list[int] = self._copies[turn].tolist()
+        return tokens
+
+
 class TorchEngine:
     """Run plans on a loaded model; a subclass computes the passes and owns the cache."""
 
     simulated = False
     pads_prompts = False
     execution = "eager"
-    execution_note: str | None = None  # why it is eager though a GPU could do better
+    execution_note: str | None = None  # why a GPU does less than it could
+    triton = False  # True if attention is computed in Triton
 
     def __init__(self, model: LoadedModel, slots: int) -> None:
         self.clock = WallClock()
@@ -173,6 +199,11 @@ class TorchEngine:
         self._last = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self._log: list[torch.Tensor] = []  # the last tokens of all slots after each step
         self._eos = set(model.source.eos_token_ids)
+        self._on_host = TokensOnHost(self._last) if cuda else None
+
+    @property
+    def looks_late(self) -> bool:
+        return self._on_host is not None
 
     def begin(self, workload: Workload) -> None:
         with current(self._device):
@@ -210,11 +241,17 @@ class TorchEngine:
                 # not run ahead.
                 self._timer.settle()
                 if self.clock.now() >= plan.until:
-                    return step + 1
-        return plan.repeat
+                    return self._launched(step + 1)
+        return self._launched(plan.repeat)
 
-    def stopped(self, plan: Plan) -> Collection[int]:
-        last = self._last.tolist()  # waits for the device
+    def _launched(self, steps: int) -> int:
+        if self._on_host is not None and self._workload.stop_at_eos:
+            self._on_host.send()
+        return steps
+
+    def stopped(self, plan: Plan, *, late: bool = False) -> Collection[int]:
+        host = self._on_host
+        last = self._last.tolist() if host is None else host.read(late=late)
         return [slot for slot in yielding_slots(plan) if last[slot] in self._eos]
 
     def done(self) -> int:

@@ -35,9 +35,10 @@ from batchbench.batching.engines.torch.hardware import (
     device_median_s,
     median_s,
 )
-from batchbench.batching.engines.torch.linear import Kernels, make_linear
+from batchbench.batching.engines.torch.linear import Kernels, make_linear, padded_bytes
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
+from batchbench.batching.engines.torch.triton_choice import supports_triton, why_no_triton
 from batchbench.batching.experiment import Experiment, budget_of
 from batchbench.batching.models.loading import (
     LoadedModel,
@@ -141,13 +142,14 @@ def make_engine(
     fit, with the largest that does, or if the model cannot be computed as ``execution`` says.
     """
     with current(model.device), _cache_fits(slots, model.device):
+        own = False
         if name == "notebook":
             forward, mixes = None, False
         else:
             chosen = _resolve_execution(execution, model.device)
             # torch.compile traces torch's own operators only.
-            most = Kernels.PLAIN if chosen == "compile" else Kernels.OWN
-            forward = forward or make_forward(model, most)
+            own = forward is None and chosen != "compile"
+            forward = forward or make_forward(model, Kernels.OWN if own else Kernels.PLAIN)
         served = Served(
             config=model.module.config,
             dtype=model.dtype,
@@ -170,7 +172,10 @@ def make_engine(
         if isinstance(forward, TransformersForward):
             _check_forward(model, forward)
         falls_back, tokens = execution == "auto", served.pass_tokens(slots)
-        return _slots_engine(model, slots, max_len, forward, chosen, falls_back, tokens), memory
+        made = _slots_engine(model, slots, max_len, forward, chosen, falls_back, tokens)
+        if own and model.device.type == "cuda" and not made.triton and not made.execution_note:
+            made.execution_note = f"without Triton's kernels: {why_no_triton(model)}"
+        return made, memory
 
 
 @contextmanager
@@ -396,8 +401,12 @@ class _Run:
 
     @property
     def resident_bytes(self) -> int:
-        """The bytes of weights, with the packed ones."""
-        return self.weight_bytes * (2 if self.packs else 1)
+        """The bytes of weights, with the packed ones and the padded vocabulary."""
+        padded = 0
+        if self.served.lean and supports_triton(self.device):
+            text = self.served.config.get_text_config()
+            padded = padded_bytes(text.vocab_size, text.hidden_size, self.served.dtype)
+        return self.weight_bytes * (2 if self.packs else 1) + padded
 
     def peak_bytes(self, slots: int) -> int:
         """Return the largest of the stages: loading, packing, serving, verifying."""

@@ -48,9 +48,10 @@ class SlotsEngine(TorchEngine):
                 "slot cache does not have; use --engine notebook"
             )
         self._pass = forward or make_forward(model)
+        self.triton = self._pass.triton
         self._passes = 0
         like = torch.empty(0, dtype=self._pass.cache_dtype, device=model.device)
-        own = triton_attention(model, slots, max_len, like) if self._pass.triton else None
+        own = triton_attention(model, slots, max_len) if self._pass.triton else None
         together = execution != "compile"
         self._cache = SlotCache(config, slots, max_len, like, own, together=together)
         self._written = np.zeros(slots, np.int64)  # positions of each slot that are not zero

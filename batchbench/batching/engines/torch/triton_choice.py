@@ -6,13 +6,14 @@ gives other results than torch, batchbench uses torch's own operators.
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from batchbench.batching.engines.torch.attention import kv_shape
 from batchbench.batching.models.loading import LoadedModel
@@ -29,15 +30,8 @@ _KEYS = 300
 
 
 def triton_ops(model: LoadedModel) -> ModuleType | None:
-    """Return ``triton_ops`` if its kernels compute this model's attention; None if not."""
-    if not _is_supported(model.device):
-        return None
-    config = model.module.config
-    _, kv_heads, size = kv_shape(config)
-    heads = config.get_text_config().num_attention_heads
-    if _fault(model.device, model.dtype, heads, kv_heads, size) is not None:
-        return None
-    return _ops()
+    """Return ``triton_ops`` if its kernels are right for this model; None if not."""
+    return _ops() if why_no_triton(model) is None else None
 
 
 def triton_forward(model: LoadedModel) -> TritonGPT2Forward | None:
@@ -49,27 +43,27 @@ def triton_forward(model: LoadedModel) -> TritonGPT2Forward | None:
     return TritonGPT2Forward(model)
 
 
-def triton_attention(
-    model: LoadedModel, slots: int, max_len: int, like: torch.Tensor
-) -> SlotAttention:
+def triton_attention(model: LoadedModel, slots: int, max_len: int) -> SlotAttention:
     """Return Triton's attention over the slot cache of a model that :func:`triton_ops` takes."""
     from batchbench.batching.engines.torch.triton_ops import SlotAttention
 
     _, _, size = kv_shape(model.module.config)
     heads = model.module.config.get_text_config().num_attention_heads
-    return SlotAttention(like, heads, max_len, slots, size)
+    return SlotAttention(model.device, heads, max_len, slots, size)
 
 
 def why_no_triton(model: LoadedModel) -> str | None:
-    """Return the reason why a GPU does without Triton's kernels; None if it has them."""
-    if not _is_supported(model.device):
-        return "Triton is not installed or does not support this device"
-    _, kv_heads, size = kv_shape(model.module.config)
-    heads = model.module.config.get_text_config().num_attention_heads
-    return _fault(model.device, model.dtype, heads, kv_heads, size)
+    """Return the reason why a model does without Triton's kernels; None if it has them."""
+    if not supports_triton(model.device):
+        return "Triton is not installed or has no code for this device"
+    config = model.module.config.get_text_config()
+    _, kv_heads, size = kv_shape(config)
+    heads, width = config.num_attention_heads, config.hidden_size
+    return _fault(model.device, model.dtype, heads, kv_heads, size, width)
 
 
-def _is_supported(device: torch.device) -> bool:
+def supports_triton(device: torch.device) -> bool:
+    """Return True if Triton is installed and has code for this device."""
     if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
@@ -83,12 +77,13 @@ def _ops() -> ModuleType:
 
 @cache
 def _fault(
-    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int, width: int
 ) -> str | None:
-    """Compare attention and the choice of a token with torch's; return what is wrong, or None."""
+    """Compare each kernel with torch for a model's shape; return what is wrong, or None."""
     try:
         ops = _ops()
-        with torch.inference_mode(), torch.cuda.device(device):
+        with warnings.catch_warnings(), torch.inference_mode(), torch.cuda.device(device):
+            warnings.simplefilter("ignore")  # Triton warns of its own defaults
             seen, expected = _attend_twice(ops, device, dtype, heads, kv_heads, size)
             within = 1e-4 if dtype is torch.float32 else 0.05
             if not torch.allclose(seen, expected, atol=within, rtol=within):
@@ -96,6 +91,9 @@ def _fault(
             logits = expected.flatten(1)
             if not torch.equal(ops.best_token(logits), logits.max(-1).indices):
                 return "Triton chooses other tokens than torch"
+            seen, expected = _norm_twice(ops, device, dtype, width)
+            if not torch.allclose(seen, expected, atol=2 * within, rtol=2 * within):
+                return "Triton's norms differ from torch's"
     except Exception as error:  # from Triton, its compiler or the driver
         return " ".join(f"{type(error).__name__}: {error}".split())[:160]
     return None
@@ -120,7 +118,7 @@ def _attend_twice(
     at = _KEYS - 1
     slots = torch.zeros(1, dtype=torch.int64, device=device)
     tiles = torch.tensor([[0, 1, 0, 0, at]], device=device)
-    attention = ops.SlotAttention(block, heads, _KEYS, 1, size)
+    attention = ops.SlotAttention(device, heads, _KEYS, 1, size)
     seen = [
         attention.decode(q, k, v, block, slots, slots + at),
         attention.tiled(q, k, v, block, tiles, 16),
@@ -133,3 +131,19 @@ def _attend_twice(
         q.transpose(0, 1)[None].float(), keys[None], values[None], enable_gqa=heads != kv_heads
     )
     return torch.cat(seen).float().flatten(1), expected.reshape(1, -1).expand(2, -1)
+
+
+def _norm_twice(
+    ops: ModuleType, device: torch.device, dtype: torch.dtype, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the results of both kernels that end in a norm, ``[2, width]``, and torch's."""
+    numbers = torch.Generator().manual_seed(0)
+    made = torch.randn(5, 1, width, generator=numbers).to(device, dtype)
+    weight, bias, added = made[:3, 0]
+    norm = ops.Norm(weight, bias, 1e-5)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    x, first = ops.embed_norm(zero, zero, made[3], made[4], norm)
+    seen = torch.cat([first, ops.add_norm(x, made[4], added, norm)]).float()
+    tokens, places, more = made[3].float(), made[4].float(), added.float()
+    sums = torch.cat([tokens + places, tokens + 2 * places + more])
+    return seen, layer_norm(sums, (width,), weight.float(), bias.float(), 1e-5)

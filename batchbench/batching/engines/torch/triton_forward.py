@@ -16,11 +16,9 @@ from torch.nn.functional import gelu
 
 from batchbench.batching.engines.torch import triton_ops as ops
 from batchbench.batching.engines.torch.attention import Layout, attend_on_device
+from batchbench.batching.engines.torch.linear import padded_bytes, padded_rows
 from batchbench.batching.engines.torch.triton_ops import Norm
 from batchbench.batching.models.loading import LoadedModel
-
-VOCABULARY = 128
-"""The last product's width is a multiple of this: 50,257 columns give rows that are not aligned."""
 
 
 class _Conv1D(NamedTuple):
@@ -70,12 +68,11 @@ class TritonGPT2Forward:
         self._fused_gelu = product_has_gelu(model.device, model.dtype)
         head = model.module.lm_head.weight
         self._vocabulary = len(head)
-        padded = -(-self._vocabulary // VOCABULARY) * VOCABULARY
-        self._head, self.extra_bytes = head, 0
-        if padded > self._vocabulary:
-            self._head = head.new_zeros(padded, head.shape[1])
+        self._head = head
+        self.extra_bytes = padded_bytes(len(head), head.shape[1], head.dtype)
+        if self.extra_bytes:
+            self._head = head.new_zeros(padded_rows(self._vocabulary), head.shape[1])
             self._head[: self._vocabulary] = head
-            self.extra_bytes = self._head.nbytes
 
     def __call__(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None

@@ -48,7 +48,7 @@ def decode_attention(
     row = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
-    position = tl.load(positions + row)
+    position = tl.load(positions + row).to(tl.int32)  # places within a slot need no more
     used = position // SPLIT + 1
     if split >= used:
         return
@@ -69,20 +69,39 @@ def decode_attention(
             tl.store(keys + values + position * SIZE + dim, value, mask=real)
         score = tl.sum(query * key.to(tl.float32), 0)
         highest, total, seen = _join(highest, total, seen, score, 1.0, value.to(tl.float32))
-    result = out + (row * HEADS + head) * SIZE + dim
+    nth = row * HEADS + head
+    parts = partial + nth * splits * (SIZE + 2)
+    result = out + nth * SIZE
+    _hand_in(highest, total, seen, result, parts, arrived + nth, split, used, SIZE, WIDTH)
+
+
+@triton.jit
+def _hand_in(
+    highest,
+    total,
+    seen,
+    result,
+    parts,
+    arrived,
+    split,
+    used,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store the result of a head, or one part of it; the last part to come combines them all."""
+    dim = tl.arange(0, WIDTH)
+    real = dim < SIZE
     if used == 1:
-        tl.store(result, (seen / total).to(out.dtype.element_ty), mask=real)
+        tl.store(result + dim, (seen / total).to(result.dtype.element_ty), mask=real)
     else:
-        parts = partial + (row * HEADS + head) * splits * (SIZE + 2)
         part = parts + split * (SIZE + 2)
         tl.store(part + dim, seen, mask=real)
         tl.store(part + SIZE, highest)
         tl.store(part + SIZE + 1, total)
         tl.debug_barrier()  # all threads have stored before one of them says so
-        place = arrived + row * HEADS + head
-        if tl.atomic_add(place, 1) == used - 1:
+        if tl.atomic_add(arrived, 1) == used - 1:
             _combine(parts, result, used, SIZE, WIDTH)
-            tl.store(place, 0)
+            tl.store(arrived, 0)
 
 
 @triton.jit
@@ -134,7 +153,7 @@ def _combine(parts, result, used, SIZE: tl.constexpr, WIDTH: tl.constexpr):
         weight = tl.load(part + SIZE + 1, cache_modifier=".cg")
         value = tl.load(part + dim, mask=real, other=0.0, cache_modifier=".cg")
         highest, total, seen = _join(highest, total, seen, score, weight, value)
-    tl.store(result, (seen / total).to(result.dtype.element_ty), mask=real)
+    tl.store(result + dim, (seen / total).to(result.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -167,41 +186,42 @@ def tile_attention(
     """
     base = tiles + tl.program_id(0) * 5
     head = tl.program_id(1)
-    count = tl.load(base + 1)
+    count = tl.load(base + 1).to(tl.int32)
     if count == 0:
         return
-    token = tl.load(base)
-    piece = tl.load(base + 2)
-    start = tl.load(base + 4)
+    token = tl.load(base).to(tl.int32)
+    end = token + count
+    piece = tl.load(base + 2).to(tl.int32)
+    start = tl.load(base + 4).to(tl.int32)
     dim = tl.arange(0, WIDTH)[None, :]
     at = token + tl.arange(0, TOKENS)
-    mine = (at < token + count)[:, None] & (dim < SIZE)
+    mine = (at < end)[:, None] & (dim < SIZE)
     cached = cache + (tl.load(base + 3) * kv_heads + head // GROUP) * max_len * SIZE
     own_keys = k + (head // GROUP) * SIZE
     own_values = v + (head // GROUP) * SIZE
     if head % GROUP == 0:
         place = cached + (start + at - piece)[:, None] * SIZE + dim
-        source = at[:, None] * kv_row + dim
-        tl.store(place, tl.load(own_keys + source, mask=mine, other=0.0), mask=mine)
-        tl.store(place + values, tl.load(own_values + source, mask=mine, other=0.0), mask=mine)
+        _copy(own_keys + at[:, None] * kv_row + dim, place, mine)
+        _copy(own_values + at[:, None] * kv_row + dim, place + values, mine)
     query = tl.load(q + at[:, None] * q_row + head * SIZE + dim, mask=mine, other=0.0).to(DOT)
     highest = tl.full([TOKENS], -float("inf"), dtype=tl.float32)
     total = tl.zeros([TOKENS], dtype=tl.float32)
     seen = tl.zeros([TOKENS, WIDTH], dtype=tl.float32)
     # Positions before the piece, from the cache; then the piece itself, up to each token.
-    before = tl.zeros([TOKENS], dtype=tl.int64) + start - 1
+    last = tl.zeros([TOKENS], dtype=tl.int32) + start - 1
     for first in range(0, start, KEYS):
-        score, value = _score(
-            query, cached, cached + values, SIZE, first, start, before, scale, SIZE, WIDTH, KEYS
-        )
-        highest, total, seen = _add_keys(score, value, highest, total, seen, DOT)
-    for first in range(piece, token + count, KEYS):
-        score, value = _score(
-            query, own_keys, own_values, kv_row, first, token + count, at, scale, SIZE, WIDTH, KEYS
-        )
-        highest, total, seen = _add_keys(score, value, highest, total, seen, DOT)
+        score, value = _score(query, cached, cached + values, SIZE, first, start, last, SIZE, KEYS)
+        highest, total, seen = _add_keys(score * scale, value, highest, total, seen, DOT)
+    for first in range(piece, end, KEYS):
+        score, value = _score(query, own_keys, own_values, kv_row, first, end, at, SIZE, KEYS)
+        highest, total, seen = _add_keys(score * scale, value, highest, total, seen, DOT)
     result = out + (at[:, None] * HEADS + head) * SIZE + dim
     tl.store(result, (seen / total[:, None]).to(out.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def _copy(source, to, mask):
+    tl.store(to, tl.load(source, mask=mask, other=0.0), mask=mask)
 
 
 @triton.jit
@@ -213,18 +233,16 @@ def _score(
     first,
     stop,
     last,  # [tokens]: the last key that each token sees
-    scale,
     SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Return scores, ``[tokens, keys]``, and values of the keys from ``first`` up to ``stop``."""
-    dim = tl.arange(0, WIDTH)[None, :]
+    """Return products, ``[tokens, keys]``, and values of the keys from ``first`` up to ``stop``."""
+    dim = tl.arange(0, query.shape[1])[None, :]
     at = first + tl.arange(0, KEYS)
     place = at[:, None] * row + dim
     inside = (at < stop)[:, None] & (dim < SIZE)
     key = tl.load(keys + place, mask=inside, other=0.0).to(query.dtype)
-    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    score = tl.dot(query, tl.trans(key), input_precision="ieee")
     score = tl.where(at[None, :] <= last[:, None], score, -float("inf"))
     return score, tl.load(values + place, mask=inside, other=0.0)
 

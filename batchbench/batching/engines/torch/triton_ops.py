@@ -20,6 +20,7 @@ SPLIT = 256
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _POWERS_OF_TWO = math.log2(math.e)
 _PART = 2048  # logits that one program compares
+_TILE_BYTES = 8192  # of the keys that a tile multiplies at once: registers are few
 
 
 class Norm(NamedTuple):
@@ -41,11 +42,13 @@ class SlotAttention:
     It holds the parts of decoding rows whose keys are split, for one layer at a time.
     """
 
-    def __init__(self, like: torch.Tensor, heads: int, max_len: int, slots: int, size: int) -> None:
+    def __init__(
+        self, device: torch.device, heads: int, max_len: int, slots: int, size: int
+    ) -> None:
         self._splits = cdiv(max_len, SPLIT)
         shape = (slots, heads, self._splits, size + 2) if self._splits > 1 else (0,)
-        self._partial = torch.empty(shape, dtype=torch.float32, device=like.device)
-        self._arrived = torch.zeros(slots, heads, dtype=torch.int32, device=like.device)
+        self._partial = torch.empty(shape, dtype=torch.float32, device=device)
+        self._arrived = torch.zeros(slots, heads, dtype=torch.int32, device=device)
 
     def decode(
         self,
@@ -76,7 +79,7 @@ class SlotAttention:
             GROUP=heads // k.shape[1],
             SIZE=size,
             WIDTH=width,
-            KEYS=min(128, max(16, 8192 // width)),
+            KEYS=min(128, max(16, 4096 // width)),
             SPLIT=SPLIT,
         )
         return out
@@ -111,7 +114,7 @@ class SlotAttention:
             SIZE=size,
             WIDTH=width,
             TOKENS=tokens,
-            KEYS=64 if width <= 128 else 32,
+            KEYS=min(64, max(16, _TILE_BYTES // (width * q.element_size()))),
             DOT=_dot_format(q.dtype),
         )
         return out
