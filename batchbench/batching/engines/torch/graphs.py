@@ -99,6 +99,10 @@ def fitting(sizes: tuple[int, ...], wanted: int) -> int:
     return next(size for size in sizes if size >= wanted)
 
 
+WARM_UPS = 3
+"""Runs of a pass before it is recorded."""
+
+
 class Upload:
     """Copies of arrays to one tensor on the device, without a wait of the host.
 
@@ -142,11 +146,11 @@ class Capture:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Pass) -> Pass:
-        # Three runs first, in which libraries set themselves up.
+        # Runs first, in which libraries set themselves up.
         main = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(main)
         with torch.cuda.stream(self._stream):
-            for _ in range(3):
+            for _ in range(WARM_UPS):
                 run()
         graph = torch.cuda.CUDAGraph()
         try:
