@@ -204,10 +204,13 @@ def triton_stand_in(short_trials: None) -> Iterator[StandIn]:
     """Two CUDA devices that are none, with Triton's kernels in Triton's interpreter."""
     from support.cuda_stand_in import StandIn, impossible
 
+    from batchbench.batching.engines.torch import graphs
+
     pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
     if why := impossible():
         pytest.skip(why)
-    with StandIn(triton=True) as gpu:
+    with pytest.MonkeyPatch.context() as patch, StandIn(triton=True) as gpu:
+        patch.setattr(graphs, "WARM_UPS", 1)  # the interpreter takes milliseconds a program
         yield gpu
         gc.collect()  # tensors of the stand-in must not outlive it
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -163,9 +165,13 @@ def test_a_closed_loop_is_told_at_once(cuda_stand_in: StandIn, make_model: MakeM
 # The choice of the kernels
 
 
-def without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_choice._fault.cache_clear()
-    monkeypatch.setattr(triton_choice, "_fault", triton_choice._fault.__wrapped__)
+@contextmanager
+def launching(launch: Any) -> Iterator[None]:
+    """Launch kernels in another way, of which nothing was found out before."""
+    with pytest.MonkeyPatch.context() as patch:  # undone before the stand-in goes
+        patch.setattr(triton_choice, "_fault", triton_choice._fault.__wrapped__)
+        patch.setattr(ops, "launch", launch)
+        yield
 
 
 @pytest.mark.parametrize(
@@ -179,37 +185,30 @@ def without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_kernels_that_compute_something_else_are_not_used(
-    kernel: str,
-    said: str,
-    triton_stand_in: StandIn,
-    make_model: MakeModel,
-    monkeypatch: pytest.MonkeyPatch,
+    kernel: str, said: str, triton_stand_in: StandIn, make_model: MakeModel
 ) -> None:
     """A compiler may have a fault; the engine then serves with torch's operators, and says so."""
-    without_checks(monkeypatch)
     launch = ops.launch
 
     def skipping(launched: Any, *args: Any, **options: Any) -> None:
         if launched is not getattr(ops.kernels, kernel):
             launch(launched, *args, **options)
 
-    monkeypatch.setattr(ops, "launch", skipping)
-    engine, _ = make_engine("slots", make_model(device="cuda"), 2, 16, "eager")
+    with launching(skipping):
+        engine, _ = make_engine("slots", make_model(device="cuda"), 2, 16, "eager")
     assert not engine.triton
     assert engine.execution_note is not None
     assert said in engine.execution_note
 
 
 def test_kernels_that_cannot_be_compiled_are_not_used(
-    triton_stand_in: StandIn, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+    triton_stand_in: StandIn, make_model: MakeModel
 ) -> None:
-    without_checks(monkeypatch)
-
     def failing(*_: Any, **__: Any) -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
 
-    monkeypatch.setattr(ops, "launch", failing)
-    engine, _ = make_engine("slots", make_model(device="cuda"), 2, 16, "eager")
+    with launching(failing):
+        engine, _ = make_engine("slots", make_model(device="cuda"), 2, 16, "eager")
     assert engine.execution_note == (
         "without Triton's kernels: RuntimeError: Failed to find C compiler. Please specify via CC"
     )

@@ -99,6 +99,10 @@ def fitting(sizes: tuple[int, ...], wanted: int) -> int:
     return next(size for size in sizes if size >= wanted)
 
 
+WARM_UPS = 3
+"""Runs of a pass before it is recorded."""
+
+
 class Upload:
     """Copies of arrays to one tensor on the device, without a wait of the host.
 
@@ -142,11 +146,11 @@ class Capture:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Pass) -> Pass:
-        # Three runs first, in which libraries set themselves up.
+        # Runs first, in which libraries set themselves up.
         main = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(main)
         with torch.cuda.stream(self._stream):
-            for _ in range(3):
+            for _ in range(WARM_UPS):
                 run()
         graph = torch.cuda.CUDAGraph()
         try:
@@ -165,7 +169,9 @@ class Compile:
     """Compile passes with inductor for exactly their shapes; on CUDA, then record them."""
 
     def __init__(self, device: torch.device) -> None:
-        torch.compiler.reset()  # passes of an earlier engine count against the same small limit
+        with warnings.catch_warnings():  # where there is a GPU, it imports all of the compiler
+            warnings.simplefilter("ignore")
+            torch.compiler.reset()  # passes of an earlier engine count against the same small limit
         self._record: Prepare = Capture(device) if device.type == "cuda" else lambda run: run
 
     def __call__(self, run: Pass) -> Pass:
