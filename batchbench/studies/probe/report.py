@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Mapping
-=======
 import textwrap
 from collections.abc import Mapping, Sequence
->>>>>>> w/join
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +17,10 @@ from batchbench.reports.figures import figure_bytes
 from batchbench.reports.text import joined, percent, plural, spell_time
 from batchbench.studies.probe.ask import Findings
 from batchbench.studies.probe.figure import draw_streams
-<<<<<<< HEAD
-from batchbench.studies.probe.judge import CHANCE, WINDOW, Burst, Kind, Verdict
-from batchbench.studies.probe.observations import Round, Stream
-from batchbench.studies.probe.pictured import Panel, panels_of
-=======
 from batchbench.studies.probe.judge import Kind, Verdict
 from batchbench.studies.probe.observations import Round, Stream
 from batchbench.studies.probe.panels import Panel, panels_of
 from batchbench.studies.probe.slots import Burst
->>>>>>> w/join
 
 SCHEMA_VERSION = 1
 
