@@ -130,18 +130,18 @@ def warm_up_whole(
     warm_up: WarmUp,
     watch: Watch,
     *,
-    slots: int,
+    least_steps_s: float,
     trial_s: float,
 ) -> tuple[WarmUp, dict[str, int]]:
     """Serve the workload once under each strategy, as a part of the warm-up.
 
     A GPU loads a kernel when it first meets a shape, so every shape that is timed should have been
-    met. Of a workload that would take too long, only the beginning is served. Return also how many
-    times each strategy must serve the workload to fill ``trial_s``.
+    met. Of a workload that would take too long, only the beginning is served: ``least_steps_s`` is
+    the time of its steps if every slot were useful in each. Return also how many times each
+    strategy must serve the workload to fill ``trial_s``.
     """
     began, servings = time.monotonic(), dict[str, int]()
-    steps = int(workload.output_tokens.sum()) / slots  # if every slot were useful in each
-    piece = _affordable(workload, steps * (warm_up.step_ns or 0) / 1e9)
+    piece = _affordable(workload, least_steps_s)
     for strategy in strategies:
         recording = strategy.serve(piece, Watch())
         if piece is workload and recording.duration_ns < 2e9 * trial_s:
@@ -155,9 +155,9 @@ def warm_up_whole(
 
 def servings_note(servings: Mapping[str, int]) -> str | None:
     """Return words for the servings of a trial, by strategy; None if each is served once."""
-    if max(servings.values(), default=1) == 1:
+    counts = ", ".join(f"{n} times ({name})" for name, n in servings.items() if n > 1)
+    if not counts:
         return None
-    counts = ", ".join(f"{count} times ({name})" for name, count in servings.items())
     return f"a trial serves the workload {counts}: the serving of median duration counts"
 
 
@@ -267,9 +267,8 @@ def middle_of(served: Sequence[Recording]) -> tuple[Recording, dict[str, Any]]:
 
 
 def _output_of(recording: Recording) -> tuple[bytes, bytes]:
-    tokens = recording.tokens
-    assert tokens is not None
-    return recording.requests.output_tokens.tobytes(), tokens.tobytes()
+    tokens = recording.tokens  # a plug-in may not report them
+    return recording.requests.output_tokens.tobytes(), b"" if tokens is None else tokens.tobytes()
 
 
 def requests_that_differ(one: Recording, other: Recording) -> list[int]:

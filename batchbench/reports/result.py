@@ -16,7 +16,6 @@ import numpy as np
 from batchbench import settings
 from batchbench.batching.recording import Recording
 from batchbench.batching.recording_file import load_recording, save_recording
-from batchbench.batching.remote.spec import TargetSpec
 from batchbench.batching.session import Outcome
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Finding, Verification
@@ -84,7 +83,7 @@ class Result:
         server = self.data.get("server")
         parts = [model["name"]]
         if server is not None:
-            place = TargetSpec(target=self.data["config"]["target"]["target"]).place
+            place = self.data["config"]["target"]["target"].partition("://")[2].rstrip("/")
             parts.append(f"{server_words(server)} at {place}")
         elif not self.data["simulated"]:
             parts.append(f"{model['device']} {model['dtype']}")

@@ -24,6 +24,7 @@ from batchbench.batching.trials import (
     middle_of,
     observe,
     servings_for,
+    servings_note,
     warm_up_whole,
 )
 from batchbench.batching.verification import Deviation, Finding, verify
@@ -231,7 +232,7 @@ def test_the_whole_workload_is_served_before_the_trials_and_timed_the_second_tim
     continuous, static = Canned(iter([3e6, 1e6])), Canned(iter([3e6, 1e6]), "static")
     watch = Notes()
     warm_up, servings = warm_up_whole(
-        [static, continuous], CLASSIC, WARM, watch, slots=8, trial_s=1.0
+        [static, continuous], CLASSIC, WARM, watch, least_steps_s=0.85, trial_s=1.0
     )
     assert static.given == continuous.given == [CLASSIC, CLASSIC]
     steps = {name: measured(name).num_steps for name in ("static", "continuous")}
@@ -246,18 +247,32 @@ def test_the_whole_workload_is_served_before_the_trials_and_timed_the_second_tim
     assert replace(warm_up, duration_s=0.5) == WARM
 
 
+def test_servings_of_which_no_tokens_are_known_have_a_median_too() -> None:
+    """A plug-in may not report tokens."""
+    served = [replace(measured("continuous", step_ns=ns), tokens=None) for ns in (3e7, 1e7, 2e7)]
+    trial, facts = middle_of(served)
+    assert trial.duration_ns == served[2].duration_ns
+    assert (trial.others, facts["differing_requests"]) == ((), [])
+
+
+def test_a_note_names_strategies_that_are_served_several_times() -> None:
+    assert servings_note({"static": 1, "continuous": 3}) == (
+        "a trial serves the workload 3 times (continuous): the serving of median duration counts"
+    )
+    assert servings_note({"static": 1}) is servings_note({}) is None
+
+
 def test_a_trial_that_is_long_enough_is_served_once() -> None:
     watch = Notes()
     strategy = Canned(iter([1e8]))
-    _, servings = warm_up_whole([strategy], CLASSIC, WARM, watch, slots=8, trial_s=1.0)
+    _, servings = warm_up_whole([strategy], CLASSIC, WARM, watch, least_steps_s=0.85, trial_s=1.0)
     assert (servings, watch.notes, len(strategy.given)) == ({}, [], 1)
 
 
 def test_of_a_long_workload_only_the_beginning_is_served() -> None:
     """680 tokens in 8 slots take 85 steps of 1 s, of which 10 s are affordable."""
     strategy = Canned(iter([1e9]))
-    slow = replace(WARM, step_ns=1_000_000_000)
-    _, servings = warm_up_whole([strategy], CLASSIC, slow, Watch(), slots=8, trial_s=1.0)
+    _, servings = warm_up_whole([strategy], CLASSIC, WARM, Watch(), least_steps_s=85.0, trial_s=1.0)
     (piece,) = strategy.given
     assert servings == {}
     assert len(piece) == 32 * 10 // 85
@@ -272,7 +287,7 @@ def test_requests_that_come_over_long_are_there_at_once_in_the_warm_up(
     due = np.linspace(0, last_s * 1e9, 32).astype(np.int64)
     strategy = Canned(iter([1e7, 1e7]))
     timed = replace(CLASSIC, due_ns=due)
-    warm_up_whole([strategy], timed, WARM, Watch(), slots=8, trial_s=1.0)
+    warm_up_whole([strategy], timed, WARM, Watch(), least_steps_s=0.85, trial_s=1.0)
     assert bool(strategy.given[0].due_ns.any()) is waits
     assert len(strategy.given[0]) == 32
 

@@ -152,10 +152,16 @@ class LocalBench(Bench):
         if self._loaded is None or self._loaded.device.type != "cuda":
             return warm_up
         strategies = [self._guarded(strategy) for strategy in self.strategies()]
-        asked, slots = self.experiment.trials, self.experiment.serving.batch_size
+        asked = self.experiment.trials
+        steps = int(self.workload.output_tokens.sum()) / self.experiment.serving.batch_size
         trial_s = trials.least_trial_s(self._energy, asked.max_time, asked.trials * len(strategies))
         warm_up, self._servings = trials.warm_up_whole(
-            strategies, self.workload, warm_up, self._watch, slots=slots, trial_s=trial_s
+            strategies,
+            self.workload,
+            warm_up,
+            self._watch,
+            least_steps_s=steps * (warm_up.step_ns or 0) / 1e9,
+            trial_s=trial_s,
         )
         return warm_up
 

@@ -140,7 +140,7 @@ class Ladder:
             except Exception as error:  # of a model's own code, a compiler, a driver
                 self._leave_out(rung, _reason(error), error)
         if not self.rungs:
-            raise self._none_left()
+            raise self._none_left({})
         self.workload = self.rungs[0].session.workload
 
     def _leave_out(self, rung: Rung, why: str, error: Exception | None = None) -> None:
@@ -149,8 +149,9 @@ class Ladder:
             raise UsageError(f"--rungs {rung.name}: {why}{then}") from error
         self.left_out[rung.name] = why
 
-    def _none_left(self) -> UsageError:
-        name, why = next(iter(self.left_out.items()))
+    def _none_left(self, before: Mapping[str, str]) -> UsageError:
+        """Return the error if the last rungs failed; ``before`` were left out earlier."""
+        name, why = next(item for item in self.left_out.items() if item[0] not in before)
         return UsageError(f"--rungs {self.spec.rungs}: no rung is left; {name}: {why}")
 
     def _open(self, rung: Rung) -> OpenRung:
@@ -267,7 +268,7 @@ class Ladder:
                 self._leave_out(opened.rung, _reason(error), error)
                 self.rungs.remove(opened)
         if not self.rungs:
-            none_left = self._none_left()
+            none_left = self._none_left(left_out)
             self.rungs, self.left_out = before, left_out
             raise none_left
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from batchbench.batching.progress import Watch
+from batchbench.batching.remote import wire
 from batchbench.batching.remote.address import Address, Failure, FailureKind
 from batchbench.batching.remote.bench import served_model
 from batchbench.batching.remote.counters import ServerCounters, read_counters
@@ -17,7 +18,6 @@ from batchbench.batching.remote.dialects import Dialect, body_for, discover
 from batchbench.batching.remote.events import Reply, client_lag, parse
 from batchbench.batching.remote.exchange import Exchange, Outgoing, Wait, response_of
 from batchbench.batching.remote.spec import CHAT, TargetSpec
-from batchbench.batching.remote.wire import exchange
 from batchbench.errors import UsageError
 from batchbench.studies.probe.judge import Verdict, judge
 from batchbench.studies.probe.observations import Observations, Role, Round, Server, Stream
@@ -67,7 +67,7 @@ def probe(target: TargetSpec, model: str, max_time_s: float, watch: Watch) -> Fi
     asker = _Asker(target, model, began + int(max_time_s * 1e9))
     before = read_counters(asker.address, asker.dialect)
     seen = Observations((), asker.server(before))
-    random = np.random.default_rng()
+    random = np.random.default_rng(0)  # the server's clock is not known: any moment is random
     phase = None
     while True:
         left = asker.until_ns - time.monotonic_ns()
@@ -112,7 +112,7 @@ class _Asker:
     def play(self, script: Script) -> Round:
         """Send the requests of a round; return them with their tokens."""
         feed = _Feed(self, Player(script))
-        exchanges = exchange(self.address, feed, until_ns=self.until_ns)
+        exchanges = wire.exchange(self.address, feed, until_ns=self.until_ns)
         replies = [parse(one, self.dialect, None) for one in exchanges]
         self.lag_ns = client_lag(exchanges, replies).stamp_error_p99_ns
         streams = [self._stream(*each) for each in zip(feed.sent, exchanges, replies, strict=True)]
@@ -136,14 +136,13 @@ class _Asker:
     def body(self, send: Send) -> bytes:
         """Return a request for so many tokens; no two prompts are the same."""
         self._number += 1
-        prompt: str | Sequence[int] = (
-            f"{time.time_ns() % 1_000_003} {self._number}: count on from this number, one number "
+        prompt: str | list[int] = (
+            f"{secrets.randbelow(10**6)} {self._number}: count on from this number, one number "
             "per line, and do not stop."
         )
         if self.dialect.prompt_ids and self.dialect.name != "openai" and self.endpoint != CHAT:
             # Ids work without a tokenizer, and nearly every model has these.
-            start = int(np.random.default_rng().integers(300, 900))
-            prompt = [start + (7 * self._number + 13 * i) % 600 for i in range(8)]
+            prompt = [300 + self._number % 600, *(300 + secrets.randbelow(600) for _ in range(7))]
         return body_for(
             self.dialect,
             self._target.endpoint,

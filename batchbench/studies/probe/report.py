@@ -16,10 +16,9 @@ from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.text import joined, percent, plural, spell_time
 from batchbench.studies.probe.ask import Findings
-from batchbench.studies.probe.figure import draw_streams
+from batchbench.studies.probe.figures import Panel, draw_streams, panels_of
 from batchbench.studies.probe.judge import Kind, Verdict
 from batchbench.studies.probe.observations import Round, Stream
-from batchbench.studies.probe.panels import Panel, panels_of
 from batchbench.studies.probe.slots import Burst
 
 SCHEMA_VERSION = 1
@@ -201,7 +200,8 @@ def render(findings: Findings, width: int) -> RenderableType:
         for name, text in tests
         for number, line in enumerate(textwrap.wrap(text, max(20, width - left - 1)))
     ]
-    parts: list[RenderableType] = [Text(sentence(findings), "bold"), "", Text("\n".join(lines))]
+    answer = "\n".join(textwrap.wrap(sentence(findings), width, break_on_hyphens=False))
+    parts: list[RenderableType] = [Text(answer, "bold"), "", Text("\n".join(lines))]
     for panel in panels_of(findings.observations.rounds):
         parts += ["", Text(panel.title, "bold"), Text("\n".join(rows_of(panel, width)))]
     parts += ["", Text(f"· waiting   {TOKEN} token   ─ between tokens")]

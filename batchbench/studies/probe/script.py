@@ -295,7 +295,8 @@ def _burst(observations: Observations, pace: Pace, random: np.random.Generator) 
     if pace.buffered:
         lengths = [10] * count
     delays = np.sort(random.integers(0, max(1, int(0.5 * pace.gap_ns)), count)).tolist()
-    at_once = max(1 if waits else 2, *(b.most for b in bursts), 1)
+    told = 1 if waits else observations.server.slots or 4
+    at_once = min(count, max(told, *(b.most for b in bursts), 1))
     growth = 1 + min(count, 64) / 24
     steps = np.ceil(count / at_once) * max(lengths) * growth
     return Script(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,23 +42,25 @@ class Burst:
 def burst_of(round: Round, pace: Pace) -> Burst:
     """Count the slots in a burst."""
     sent = round.of(Role.BURST)
-    streams = sorted((s for s in sent if s.answered), key=lambda s: s.last_ns)
+    streams = sorted((s for s in sent if s.times_ns), key=lambda s: s.last_ns)
     tokens = sum(len(s.times_ns) for s in streams)
     gain = tokens * pace.gap_ns / max(round.duration_ns, 1)
     gap = _burst_gap(streams) or pace.gap_ns
     spans = sorted((_earliest_begin(s, pace), float(s.last_ns)) for s in streams)
-    most, groups = _most_at_once(spans, 0.3 * gap), _groups(spans, 0.3 * gap)
+    # A request holds its slot in the step before its first token arrives, and an end may be late.
+    held = [(begin - 0.5 * gap, end - 0.3 * gap) for begin, end in spans]
+    most, groups = _most_at_once(held), _groups(held)
     midway = 0 if pace.buffered else _midway(streams)
     equal = len({len(s.times_ns) for s in streams}) == 1 or not pace.buffered
     exact, gradual = _is_full(groups) and equal, False
-    overlap = _most_at_once([_longest_span(s, pace) for s in streams], 0.0)
+    overlap = _most_at_once([_longest_span(s, pace) for s in streams])
     if midway:
-        exact, gradual = _saturated(spans, most, gap, pace)
-    whole = len(streams) == len(sent)
+        exact, gradual = _saturated(streams, spans, most, gap, pace)
+    whole = all(s.answered for s in sent)
     refused = sum(s.refused for s in sent)
     return Burst(
         *(len(sent), refused, most, exact and whole, midway, groups, gain, gradual),
-        sequential=max(most, overlap) == 1 and whole,
+        sequential=max(most, overlap) == 1 and whole and equal,
     )
 
 
@@ -83,27 +86,22 @@ def _burst_gap(streams: Sequence[Stream]) -> float:
     return float(np.median(np.concatenate(gaps))) if gaps else 0.0
 
 
-def _most_at_once(spans: Sequence[Span], shorter_ns: float) -> int:
-    """Return the largest number in progress; each counts as a little shorter than it was.
-
-    A request that follows another one begins at least one step after its end, so an end that
-    arrives late does not count twice.
-    """
-    events = [(begin, 1) for begin, _ in spans]
-    events += [(max(end - shorter_ns, begin), -1) for begin, end in spans]
+def _most_at_once(spans: Sequence[Span]) -> int:
+    """Return the largest number in progress."""
     level = most = 0
+    events = [(begin, 1) for begin, _ in spans] + [(end, -1) for _, end in spans]
     for _, change in sorted(events, key=lambda event: (event[0], -event[1])):
         level += change
         most = max(most, level)
     return most
 
 
-def _groups(spans: Sequence[Span], shorter_ns: float) -> tuple[int, ...]:
+def _groups(spans: Sequence[Span]) -> tuple[int, ...]:
     """Return the sizes of the groups between which nothing was in progress."""
     sizes: list[int] = []
     latest = -np.inf
     for begin, end in spans:
-        if begin > latest - shorter_ns:
+        if begin > latest:
             sizes.append(0)
         sizes[-1] += 1
         latest = max(latest, end)
@@ -130,7 +128,15 @@ def _is_full(groups: Sequence[int]) -> bool:
     return max(groups, default=0) in groups[1:-1]
 
 
-def _saturated(spans: Sequence[Span], most: int, gap: float, pace: Pace) -> tuple[bool, bool]:
+def _arrived(streams: Sequence[Stream], begin: float, end: float, gap: float) -> bool:
+    """Tell whether a token arrived clearly between two times."""
+    low, high = begin + 0.3 * gap, end - 0.3 * gap
+    return any(((s.arrivals_ns > low) & (s.arrivals_ns < high)).any() for s in streams)
+
+
+def _saturated(
+    streams: Sequence[Stream], spans: Sequence[Span], most: int, gap: float, pace: Pace
+) -> tuple[bool, bool]:
     """Tell whether the slots were full, and whether requests began only gradually.
 
     The slots were full if the first requests began together, then none for a while, and each later
@@ -142,9 +148,11 @@ def _saturated(spans: Sequence[Span], most: int, gap: float, pace: Pace) -> tupl
     late = starts[len(first) :]
     if not late:
         return False, False
-    spacing = max(np.diff(first), default=0)
     quiet = late[0] - first[-1]
-    gradual = bool(quiet < max(2 * gap, 3 * spacing))
+    # Two passes between which nothing arrived were one beginning.
+    apart = [b - a for a, b in pairwise(first) if _arrived(streams, a, b, gap)]
+    least = max(4 * gap, 3 * max(apart, default=0))
+    gradual = bool(quiet < least)
     waits = [start - end for start, end in zip(late, ends, strict=False)]
     tight = [wait <= 2 * pace.ttft_ns + 4 * gap for wait in waits]
     alone = min(waits) > -0.3 * gap  # room that others left would show before an end

@@ -169,7 +169,9 @@ class Compile:
     """Compile passes with inductor for exactly their shapes; on CUDA, then record them."""
 
     def __init__(self, device: torch.device) -> None:
-        torch.compiler.reset()  # passes of an earlier engine count against the same small limit
+        with warnings.catch_warnings():  # where there is a GPU, it imports all of the compiler
+            warnings.simplefilter("ignore")
+            torch.compiler.reset()  # passes of an earlier engine count against the same small limit
         self._record: Prepare = Capture(device) if device.type == "cuda" else lambda run: run
 
     def __call__(self, run: Pass) -> Pass:
