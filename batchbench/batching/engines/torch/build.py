@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import psutil
@@ -330,7 +329,7 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     peak, fits = run.peak_bytes(slots), slots
     if peak > room:
         fits = largest_batch(lambda fewer: run.peak_bytes(fewer) <= room, slots)
-    launches = _launches(served) if device.type == "cuda" else 0
+    launches = _launches(served, device) if device.type == "cuda" else 0
     replayed = serving.engine == "slots" and serving.execution in ("auto", "graph")
     return Sizes(
         device=str(device),
@@ -350,9 +349,10 @@ WITH_TRITON, LEAN, WITH_TRANSFORMERS = (7, 6), (11, 13), (43, 24)
 passes: of GPT-2 with Triton's kernels and with torch's, and of a Llama in transformers' modules."""
 
 
-def _launches(served: Served) -> int:
-    pass_ = (WITH_TRITON if find_spec("triton") else LEAN) if served.lean else WITH_TRANSFORMERS
-    return int(pass_[0] * served.config.get_text_config().num_hidden_layers + pass_[1])
+def _launches(served: Served, device: torch.device) -> int:
+    lean = WITH_TRITON if supports_triton(device) else LEAN
+    of_layer, beside = lean if served.lean else WITH_TRANSFORMERS
+    return int(of_layer * served.config.get_text_config().num_hidden_layers + beside)
 
 
 _KERNELS = 100
