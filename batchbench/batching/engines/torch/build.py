@@ -73,6 +73,9 @@ they first compute."""
 REPORTING = 64 * 2**20
 """Memory of the libraries for tables and pictures, which are imported after the trials."""
 
+WORKSPACES = 64 * 2**20
+"""Memory of cuBLAS on a GPU: torch keeps 32 MiB on Hopper for the main stream and for graphs."""
+
 LARGEST_PRODUCT = 2**24
 """Maximum number of values in the timed product; times of more rows are extrapolated."""
 
@@ -261,7 +264,8 @@ def _check_forward(model: LoadedModel, forward: TransformersForward) -> None:
 
 def _check_room(model: LoadedModel, slots: int, served: Served) -> None:
     """Raise UsageError if serving ``slots`` requests together does not fit."""
-    room = int(free_bytes(model.device) * (1 - HEADROOM))
+    workspaces = WORKSPACES if model.device.type == "cuda" else 0
+    room = int(free_bytes(model.device) * (1 - HEADROOM)) - workspaces
     needed = served.bytes(slots)
     if needed <= room:
         return
@@ -420,7 +424,8 @@ class _Run:
         serving = max(self.served.bytes(slots) + paged, cached + buffer)
         verifying = cached + self._verification_bytes()
         if self.device.type != "cpu":
-            return resident + max(serving, verifying)
+            workspaces = WORKSPACES if self.device.type == "cuda" else 0
+            return resident + max(serving, verifying) + workspaces
         text = self.served.config.get_text_config()
         head = text.vocab_size * text.hidden_size * self.served.dtype.itemsize
         # Dummy weights are drawn in float32; a checkpoint's file is read into a second copy.
