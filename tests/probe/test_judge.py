@@ -332,13 +332,21 @@ def test_the_first_and_the_last_group_of_a_static_server_need_not_be_full() -> N
     assert (rest.groups, rest.most, rest.exact) == ((1, 3), 3, False)
 
 
-def test_a_request_of_one_token_belongs_to_its_group() -> None:
-    def group(first: float) -> list[Stream]:
-        lengths = [1, 8, 8, 9]
+def test_a_request_of_one_token_makes_a_count_inexact() -> None:
+    def group(first: float, *lengths: int) -> list[Stream]:
         return [steady(Role.BURST, 0, first + i / 10, n) for i, n in enumerate(lengths)]
 
-    found = burst_of(burst(*group(30), *group(300), *group(600)), PACE)
-    assert (found.groups, found.most, found.exact) == ((4, 4, 4), 4, True)
+    full = [*group(30, 8, 9), *group(300, 8, 8, 8, 9), *group(600, 8)]
+    assert burst_of(burst(*full), PACE).exact
+    early = [*group(30, 8, 9), *group(300, 1, 8, 8, 9), *group(600, 8)]
+    assert not burst_of(burst(*early), PACE).exact
+
+
+def test_a_prompt_in_a_pass_of_its_own_does_not_add_a_slot() -> None:
+    """Its token comes long before the step of many rows that the others take."""
+    ours = [steady(Role.BURST, 0, 30, 8 + i, gap=600) for i in range(4)]
+    after_end = [steady(Role.BURST, 0, o.last_ns / MS + 16, 8, gap=600) for o in ours]
+    assert burst_of(burst(*ours, *after_end), PACE).most == 4
 
 
 def test_a_failed_request_makes_a_count_inexact() -> None:
