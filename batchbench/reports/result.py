@@ -16,7 +16,6 @@ import numpy as np
 from batchbench import settings
 from batchbench.batching.recording import Recording
 from batchbench.batching.recording_file import load_recording, save_recording
-from batchbench.batching.remote.spec import TargetSpec
 from batchbench.batching.session import Outcome
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Finding, Verification
@@ -84,7 +83,7 @@ class Result:
         server = self.data.get("server")
         parts = [model["name"]]
         if server is not None:
-            place = TargetSpec(target=self.data["config"]["target"]["target"]).place
+            place = self.data["config"]["target"]["target"].partition("://")[2].rstrip("/")
             parts.append(f"{server_words(server)} at {place}")
         elif not self.data["simulated"]:
             parts.append(f"{model['device']} {model['dtype']}")
@@ -232,9 +231,9 @@ def _strategy(
     limits = goals.limits_ms
     summaries = [metrics.trial_summary(trial, limits) for trial in trials]
     summary = summaries[0] if len(trials) == 1 else metrics.summary(trials, limits)
-    price = goals.price_per_hour
+    price, servings = goals.price_per_hour, trials[0].header.about.get("servings", 1)
     cost = None if price is None else price / 3600 / summary["output_throughput"] * 1e6
-    return {
+    data: StrategyData = {
         "trials": summaries,
         "summary": {**summary, "cost_per_million_output_tokens": cost},
         "by_output_length": by_length(trials, classes),
@@ -244,6 +243,9 @@ def _strategy(
         "computed_passes": trials[0].header.about.get("computed_passes"),
         "output_digest": output_digest(trials[0]),
     }
+    if servings > 1:
+        data["servings"] = servings
+    return data
 
 
 def _decode_step(trials: Sequence[Recording]) -> DecodeStep | None:

@@ -62,6 +62,9 @@ class Environment(TypedDict, total=False):
     gpu_driver: str | None
     gpu_clock_mhz: dict[str, int] | None
     cuda: str | None
+    cudnn: int | None
+    gpu_attention: str | None
+    float32_products: str | None
 
 
 class ModelFacts(TypedDict):
@@ -75,6 +78,7 @@ class ModelFacts(TypedDict):
     parameters: int | None
     attention: NotRequired[str]
     execution: NotRequired[str]
+    execution_note: NotRequired[str | None]
     weights_digest: NotRequired[str]
     weight_bytes: NotRequired[int]
     packed_weight_bytes: NotRequired[int]
@@ -252,6 +256,7 @@ class StrategyData(TypedDict):
     summary: Summary
     counters: Counters | None
     computed_passes: NotRequired[int | None]
+    servings: NotRequired[int]
     output_digest: str | None
     by_output_length: list[LengthClass]
     stalls: list[Stall]
@@ -485,9 +490,24 @@ def _contradictions(data: ResultData) -> Iterator[str]:
         yield "each strategy but the first must have exactly one comparison"
     if any(comparison["baseline"] not in strategies for comparison in data["comparisons"]):
         yield "a comparison names a baseline that is not one of its strategies"
+    yield from _contradictions_of_server(data)
     lengths = data["workload"]["output_lengths"]
     if lengths is not None and len(lengths) != data["workload"]["num_requests"]:
         yield "workload.output_lengths must have one entry per request"
+
+
+def _contradictions_of_server(data: ResultData) -> Iterator[str]:
+    server = data.get("server")
+    if server is None:
+        return
+    if not isinstance(data["config"].get("target", {}).get("target"), str):
+        yield "it has a server, and its config has no target"
+    for counts in (server["passes"], server["cached_tokens"]):
+        for name, trials in counts.items():
+            if name not in data["strategies"] or len(trials) != len(
+                data["strategies"][name]["trials"]
+            ):
+                yield "its server's counts are not one per trial of each strategy"
 
 
 def check_recordings(

@@ -21,14 +21,15 @@ from batchbench.reports.statistics import Distribution, Ratio, paired_ratio
 from batchbench.reports.text import label_of, number, percent, plural, times
 from batchbench.workloads import Workload
 
-LAG, LATE, MERGED, NOISE = 0.10, 0.10, 0.05, 0.05
+LAG, LATE, MERGED, NOISE = 0.10, 0.10, 0.005, 0.05
 """Limits: the client's lag as a share of the median ITL, its delay in sending as a share of the
 median TTFT, the share of output that has the time of later output, and the distance from 1 at which
 two pairs contradict each other.
 
 Output that a server sends together has its true time. If the client reads late, it has that of
 later output, so both the share and the lag count (``benchmarks/results/stamps.json``: with 1,000
-streams, 19 % of the output, whose times were off by up to twice the lag).
+streams, 19 % of the output, whose times were off by up to twice the lag). From 0.9 % on, the p99 of
+the ITL was off by more than 10 %, and the median not yet (``benchmarks/client_limits.py``).
 """
 
 KERNEL = 0.99

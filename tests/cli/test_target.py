@@ -22,6 +22,7 @@ from batchbench.batching.remote.spec import CHAT, OWN_ENGINE, TargetSpec
 from batchbench.errors import UsageError
 from batchbench.reports.result_file import load_data
 from batchbench.settings import as_json, option_name, words_of
+from batchbench.studies.sweep import report as sweep_report
 from batchbench.studies.sweep.run import identity_of
 
 CLASSIC = ("--batch-size", "8", "--queue-size", "32")
@@ -288,6 +289,34 @@ def test_a_served_result_is_not_compared_with_our_own_engine(
     assert "served: was measured on a server, and own on our own engine" in said.error
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["predict", "out", "--batch-size", "4"], "was measured on a server"),
+        (["simulate", "--cost", "out"], "was measured on a server"),
+        (["breakeven", "--cost", "out"], "was measured on a server"),
+        (["watch", "out", "--gif", "x.gif"], "static and continuous schedule by themselves"),
+    ],
+)
+def test_what_needs_steps_refuses_a_served_result(
+    program: Program, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str
+) -> None:
+    wired(monkeypatch)
+    program("run", "--target", URL, *CLASSIC, "--trials", "1", "--output", "out")
+    said = program(*words)
+    assert (said.code, says in said.error) == (2, True), said.err
+
+
+def test_served_results_have_a_trend(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i, step in enumerate((10, 10, 20)):
+        wired(monkeypatch, Schedule(step_ns=step * MS, jitter=0.01, seed=i))
+        program("run", "--target", URL, *CLASSIC, "--trials", "2", "--output", f"runs/{i}")
+    said = program("trend", "runs", "--json")
+    assert said.code == 0, said.err
+    assert '"server": "llama.cpp"' in said.out
+    assert '"server slots": 8' in said.out
+
+
 def test_a_served_result_is_reproduced(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     wired(monkeypatch)
     program("run", "--target", URL, *CLASSIC, "--output", "out")
@@ -328,6 +357,12 @@ def test_requests_that_fail_leave_the_finished_pairs_and_exit_1(
 # Sweeps and capacity
 
 
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_report, "draw_sweep", lambda cells: ({}, {}))
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_a_sweep_over_batch_sizes_continues_and_never_mixes_servers(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,6 +382,7 @@ def test_a_sweep_over_batch_sizes_continues_and_never_mixes_servers(
     assert "the folder has 2 cells of other sweeps" in " ".join(said.out.split())
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_sweep_goes_over_several_servers(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,8 +433,9 @@ def test_the_capacity_of_a_server_is_found(
 ) -> None:
     wired(monkeypatch)
     said = program(
-        *("capacity", "--target", URL, "--slo", "e2el:2000", "--output-tokens", "20"),
-        *("--precision", "50%", "--max-trials", "2", "--output", "out"),
+        *("capacity", "--target", URL, "--slo", "ttft:150", "--output-tokens", "20"),
+        *("--queue-size", "60", "--slo-attainment", "80%", "--precision", "100%"),
+        *("--max-trials", "1", "--output", "out"),
     )
     assert said.code == 0, said.err
     data = json.loads((Path("out") / "capacity.json").read_text(encoding="utf-8"))

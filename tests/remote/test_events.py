@@ -50,6 +50,7 @@ def bytewise(text: bytes) -> Iterator[tuple[int, bytes]]:
     [
         (b"data: a\n\n", [("a", "")]),
         (b"data: a\r\n\r\ndata: b\r\rdata: c\n\n", [("a", ""), ("b", ""), ("c", "")]),
+        (b"data: a\r\ndata: b\r\n\r\n", [("a\nb", "")]),
         (b"data:a\n\ndata:  a\n\n", [("a", ""), (" a", "")]),
         (b": keep alive\n\n: \n\ndata: a\n: inside\n\n", [("a", "")]),
         (b"data: a\ndata: b\ndata\ndata:\n\n", [("a\nb\n\n", "")]),
@@ -424,7 +425,7 @@ def test_a_server_that_never_says_done_must_say_that_it_finished() -> None:
 def test_the_clients_lag_is_told() -> None:
     data = chunks(text(" a"), text(" b"), text(" c"), text(" d"), usage=4)
     exchange = received([data[0] + data[1], *data[2:]])
-    exchange.due_ns, exchange.sent_ns = 5, 12
+    exchange.late_ns = 7
     exchange.reads = [
         replace_read(read, kernel=i > 0, lag_ns=100 * i) for i, read in enumerate(exchange.reads)
     ]

@@ -15,6 +15,7 @@ from support.results import PASSED, SETTLED
 
 from batchbench.batching import session as conducting
 from batchbench.batching.batcher import Batcher
+from batchbench.batching.benches import local
 from batchbench.batching.dry_run import estimate
 from batchbench.batching.engines import VirtualClock
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
@@ -229,13 +230,13 @@ def test_there_is_a_warm_up_and_it_is_in_no_trial(
 ) -> None:
     """vllm-project/vllm#26943"""
     served: list[str] = []
-    serve_it = conducting.Batcher.serve
+    serve_it = local.Batcher.serve
 
     def note(batcher: Batcher, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
         served.append(workload.name)
         return serve_it(batcher, workload, watch, trial=trial)
 
-    monkeypatch.setattr(conducting.Batcher, "serve", note)
+    monkeypatch.setattr(local.Batcher, "serve", note)
     experiment = Experiment(
         workload=WorkloadSpec(queue_size=3, long_tokens=4, short_tokens=2),
         model=ModelSpec(model=str(checkpoint), device="cpu", dtype="float32"),
@@ -399,7 +400,7 @@ def over_time(
     """An experiment on the tiny checkpoint whose requests come at these times."""
     made = Workload.of("over time", [[1, 2]] * len(due_ns), [4] * len(due_ns), due_ns=due_ns)
     made = replace(made, **workload)
-    monkeypatch.setattr(conducting, "make_workload", lambda spec, **settings: made)
+    monkeypatch.setattr(local, "make_workload", lambda spec, **settings: made)
     return Experiment(
         model=ModelSpec(model=str(checkpoint), device="cpu", dtype="float32"),
         serving=ServingSpec(batch_size=2),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 from support.classic import CLASSIC
+from support.mutations import Change, changes, spoil_json
 from support.results import clean, shown
 from support.served import (
     DIFFERENT,
@@ -25,8 +28,16 @@ from batchbench.batching.recording_file import load_recording, save_recording
 from batchbench.batching.remote.events import ClientLag
 from batchbench.batching.remote.outcome import FailedRequest, FailedTrial
 from batchbench.errors import UsageError
+from batchbench.reports.formats import dashboards, html, markdown
 from batchbench.reports.formats.terminal import sentence
-from batchbench.reports.result import Result, remake_result, to_json
+from batchbench.reports.result import (
+    Result,
+    load_result,
+    recording_files,
+    remake_result,
+    to_json,
+)
+from batchbench.reports.side_by_side import Labelled, SideBySide
 from batchbench.workloads import Workload
 
 
@@ -175,7 +186,8 @@ def test_a_slow_client_is_doubted_only_without_kernel_stamps(
     ("share", "lag_ns", "doubtful"),
     [
         (0.3, 1_200_000, True),
-        (0.01, 1_200_000, False),
+        (0.01, 1_200_000, True),
+        (0.004, 1_200_000, False),
         (0.3, 800_000, False),  # the client was in time, so the server sent it together
     ],
 )
@@ -263,3 +275,49 @@ def test_a_recording_with_impossible_times_of_its_client_is_refused(
     file.write_bytes(save_recording(bad))
     with pytest.raises(UsageError, match=r"about\.client is wrong"):
         load_recording(file)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the result of a run against a server in which requests failed."""
+    folder = tmp_path_factory.mktemp("served")
+    refused = FailedRequest(7, "refused", "before its first token", "it refuses connections")
+    result = served_result(
+        agreement=DIFFERENT, failures=(FailedTrial("static", 2, 32, (refused,)),)
+    )
+    for name, content in recording_files(result.recordings).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "result.json").write_text(to_json(result), encoding="utf-8")
+    return folder
+
+
+@given(changes)
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_a_changed_result_of_a_server_is_refused_or_shown(
+    saved: Path, spoiled: list[Change]
+) -> None:
+    file = saved / "result.json"
+    good = file.read_bytes()
+    file.write_bytes(spoil_json(json.loads(good), spoiled))
+    try:
+        result = load_result(saved)
+    except UsageError:
+        return
+    finally:
+        file.write_bytes(good)
+    one = Labelled("one", result)
+    assert shown(result, 80)
+    assert markdown.render([one], [{}])
+    assert html.render([one])
+    assert dashboards.render_bencher([one, Labelled("other", served())])
+    assert SideBySide([one, Labelled("other", served())]).sentence
+    try:
+        remake_result(result)
+    except UsageError:
+        return

@@ -16,7 +16,7 @@ from batchbench.batching.remote.exchange import Exchange, Read, Response
 
 ADDRESS = Address.parse("http://127.0.0.1:1")
 
-FOLDER = Path(__file__).parent.parent / "batching" / "remote" / "answers"
+FOLDER = Path(__file__).parent.parent / "remote" / "answers"
 
 
 @dataclass

@@ -72,7 +72,7 @@ def _drop(parent: Any, key: Any, value: int) -> None:
 
 
 def _replace(parent: Any, key: Any, value: int) -> None:
-    parent[key] = VALUES[value % len(VALUES)]
+    parent[key] = copy.deepcopy(VALUES[value % len(VALUES)])
 
 
 def _rename(parent: Any, key: Any, value: int) -> None:
@@ -104,9 +104,9 @@ def _lengthen(parent: Any, key: Any, value: int) -> None:
 
 def _add(parent: Any, key: Any, value: int) -> None:
     if isinstance(parent[key], dict):
-        parent[key]["surprise"] = VALUES[value % len(VALUES)]
+        parent[key]["surprise"] = copy.deepcopy(VALUES[value % len(VALUES)])
     elif isinstance(parent[key], list):
-        parent[key].append(VALUES[value % len(VALUES)])
+        parent[key].append(copy.deepcopy(VALUES[value % len(VALUES)]))
 
 
 _CHANGES: Sequence[Callable[[Any, Any, int], str | None]] = (

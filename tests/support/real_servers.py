@@ -31,7 +31,7 @@ def needs(name: str) -> pytest.MarkDecorator:
 def call(*words: object) -> str:
     """Run the script and return its standard output."""
     command = [sys.executable, str(SCRIPT), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=700, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -21,7 +21,7 @@ Kind = Literal["continuous", "static", "sliced"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a server batches, and what its passes cost.
+    """The schedule of a server: the way it batches, and the cost of its passes.
 
     A pass produces one token of each running request, the first included; it costs ``step_ns``,
     ``row_ns`` for each row beyond the first, and ``prompt_ns`` for each new prompt token.

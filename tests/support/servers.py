@@ -38,7 +38,7 @@ MODEL = "fake-model"
 
 @dataclass(frozen=True)
 class Manner:
-    """How a server speaks, apart from when.
+    """The manner in which a server speaks, apart from when.
 
     ``dialect``, ``per_chunk`` and ``usage_alone`` are those of ``streams.Writer``. ``kernel`` and
     ``client_lag_ns`` belong to the client: whether its kernel stamps, and how late it reads.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
 from urllib.parse import unquote, urlsplit
 
 from batchbench.errors import UsageError, shown
 from batchbench.version import __version__
+
+_HOST = re.compile(r"[\w-]+(\.[\w-]+)*\.?|[0-9a-f:.]*:[0-9a-f:.]*(%[\w.-]+)?", re.ASCII)
+"""A name or an IPv4 address, or an IPv6 address with or without its zone."""
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -114,6 +117,8 @@ class Address:
         Raises:
             UsageError: the URL is not one of a server, or the key cannot be sent.
         """
+        if "@" in url:
+            raise UsageError(f"{option}: a URL with a password is not accepted; use --api-key")
         says = f"{option} {shown(url)}"
         if "://" not in url:
             raise UsageError(f"{says}: a URL needs its scheme; type {option} http://{shown(url)}")
@@ -128,8 +133,9 @@ class Address:
             raise UsageError(f"{says}: begin the URL with http:// or https://")
         if not host or port == 0:
             raise UsageError(f"{says}: needs a host and a port, such as http://127.0.0.1:8000")
-        if parts.username is not None or parts.password is not None:
-            raise UsageError(f"{option}: a URL with a password is not accepted; use --api-key")
+        host = unquote(host)
+        if not _HOST.fullmatch(host):
+            raise UsageError(f"{says}: {shown(host)} is not the name of a host")
         if parts.query or parts.fragment:
             raise UsageError(f"{says}: leave out everything from ? or # on")
         path = parts.path.rstrip("/")
@@ -138,10 +144,10 @@ class Address:
         headers = {} if not api_key else {"Authorization": f"Bearer {_key(api_key)}"}
         return cls(
             parts.scheme,
-            unquote(host),
+            host,
             port or _PORTS[parts.scheme],
             path.removesuffix("/v1"),
-            MappingProxyType(headers),
+            headers,
             timeout_s,
             insecure,
         )

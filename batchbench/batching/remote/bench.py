@@ -15,18 +15,22 @@ from batchbench.batching.benches import GRACE, Bench, check_pair_time, in_turn
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import environment
-from batchbench.batching.models import ModelCache, ModelSpec, find_model, find_tokenizer
+from batchbench.batching.models import ModelCache, ModelSpec, Tokenizer, find_model, find_tokenizer
 from batchbench.batching.models.source import read_config
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.remote.agreement import Comparison, Output
 from batchbench.batching.remote.dialects import Dialect, PromptCache, body_for, discover
-from batchbench.batching.remote.outcome import Agreement, ServerFacts, TrialFailed
+from batchbench.batching.remote.outcome import (
+    Agreement,
+    Comparison,
+    Output,
+    ServerFacts,
+    TrialFailed,
+)
 from batchbench.batching.remote.serve import Attempt, Served
 from batchbench.batching.remote.spec import CHAT, SERVED_MODEL, TargetSpec
-from batchbench.batching.remote.verification import verify_against, with_ids
 from batchbench.batching.trials import WarmUp, beginning
-from batchbench.batching.verification import NOT_VERIFIED, Verification
+from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
 from batchbench.errors import BatchbenchError, UsageError, shown
 from batchbench.workloads import Request, Workload, WorkloadSpec, make_workload
 
@@ -352,3 +356,67 @@ def _as_usage(error: TrialFailed) -> BatchbenchError:
     return (
         UsageError(f"--target: request {first.request}: {first.text}") if error.is_usage else error
     )
+
+
+# Checks against the model
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def with_ids(
+    recording: Recording, outputs: Sequence[Output], tokenizer: Tokenizer | None
+) -> tuple[Recording, set[int]]:
+    """Return a recording with token ids, and the requests whose ids are not known.
+
+    A server that tells no ids leaves the text: it counts if the tokenizer turns it into as many
+    tokens as the server produced, and these back into the same text.
+    """
+    if recording.tokens is not None:
+        return recording, set()
+    if tokenizer is None:
+        return recording, set(range(len(outputs)))
+    ids, unknown = list[Sequence[int]](), set[int]()
+    for i, count in enumerate(recording.requests.output_tokens.tolist()):
+        found = _ids_of(outputs[i], tokenizer)
+        if found is None or len(found) != count:
+            unknown.add(i)
+            found = [0] * count
+        ids.append(found)
+    return replace(recording, tokens=np.concatenate(ids).astype(np.int32)), unknown
+
+
+def _ids_of(output: Output, tokenizer: Tokenizer) -> Sequence[int] | None:
+    if output.ids is not None:
+        return output.ids
+    if "\ufffd" in output.text:  # bytes that are no character; other tokens give the same text
+        return None
+    found = tokenizer.encode(output.text)
+    return found if tokenizer.decode(found) == output.text else None
+
+
+def verify_against(
+    folder: Path,
+    models: ModelCache,
+    workload: Workload,
+    recordings: Sequence[Recording],
+    limit: int | None,
+    chosen: Sequence[int],
+) -> Verification:
+    """Check the outputs of ``chosen`` requests, or of ``limit`` of them, by the model in a folder.
+
+    The model has the number format of its files, as it does on most servers.
+    """
+    if limit is not None and limit < len(chosen):
+        picked = np.unique(np.linspace(0, len(chosen) - 1, limit).round().astype(int)).tolist()
+        chosen = [chosen[i] for i in picked]
+    if not chosen:
+        return NOT_VERIFIED
+    from batchbench.batching.engines.torch.reference import TeacherForced
+
+    config = read_config(str(folder), folder)
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    spec = ModelSpec(str(folder), "pretrained", dtype=dtype if dtype in _DTYPES else "auto")
+    source = models.find(spec, weights=True)
+    reference = TeacherForced(models.load(source, spec, workload.seed))
+    return verify(workload, recordings, reference, source.eos_token_ids, None, chosen)

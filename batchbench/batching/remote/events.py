@@ -169,7 +169,7 @@ def events_of(pieces: Iterable[tuple[int, bytes]], *, whole: bool = True) -> Ite
 
 
 class _Stream:
-    """What the events of one request add up to."""
+    """The sum of the events of one request."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
@@ -218,12 +218,18 @@ class _Stream:
             return False
         if choice.get("finish_reason") is not None:
             self._finish = str(choice["finish_reason"])
-        text, ids = _text(choice), _ids(choice)
+        text, ids = _text(choice), _ids(choice, data)
         if text is None:
             return False
-        if text or ids or _calls(choice):
-            self._outputs.append(_Output(read, text, ids, _running_count(data)))
+        running = _running_count(data)
+        if text or ids or _calls(choice) or self._has_more(running):
+            self._outputs.append(_Output(read, text, ids, running))
         return True
+
+    def _has_more(self, running: int | None) -> bool:
+        """Tell whether a chunk without text has tokens: half a character at the end."""
+        before = self._outputs[-1].running if self._outputs else None
+        return running is not None and before is not None and running > before
 
     def incomplete(self, dialect: StreamFormat, asked: int | None) -> Failure | None:
         """Return the failure of a stream that ended without an error, if it lacks something."""
@@ -334,9 +340,14 @@ def _calls(choice: Mapping[str, Any]) -> bool:
     return any(delta.get(name) for name in _CALLS)
 
 
-def _ids(choice: Mapping[str, Any]) -> list[int] | None:
-    """Return the token ids of a chunk: ``token_ids``, or ``logprobs.content[].id``."""
+def _ids(choice: Mapping[str, Any], data: Mapping[str, Any]) -> list[int] | None:
+    """Return the token ids of a chunk.
+
+    They are in ``token_ids``; with llama.cpp in ``__verbose.tokens`` or ``logprobs.content[].id``.
+    """
     found = choice.get("token_ids")
+    if found is None and isinstance(verbose := data.get("__verbose"), dict):
+        found = verbose.get("tokens") or None
     if found is None:
         logprobs = choice.get("logprobs")
         content = logprobs.get("content") if isinstance(logprobs, dict) else None
@@ -455,7 +466,7 @@ class ClientLag:
             have its time, by the client, the network or the server.
         loop_p50_ns: median time for which bytes waited to be read: measured with kernel stamps,
             otherwise an upper bound; likewise ``loop_p99_ns``.
-        late_p99_ns: how late a request was sent, after it was due; the 99th percentile.
+        late_p99_ns: how much later than it could the client sent a request; 99th percentile.
     """
 
     reads: int
@@ -477,7 +488,7 @@ def client_lag(exchanges: Sequence[Exchange], replies: Sequence[Reply]) -> Clien
     chunks = sum(len(reply.chunks) for reply in replies)
     alone = sum(len({chunk.read for chunk in reply.chunks}) for reply in replies)
     lags = [read.lag_ns for read in reads]
-    late = [max(0, exchange.sent_ns - exchange.due_ns) for exchange in exchanges]
+    late = [exchange.late_ns for exchange in exchanges]
     return ClientLag(
         reads=len(reads),
         kernel_share=sum(read.kernel for read in reads) / max(1, len(reads)),

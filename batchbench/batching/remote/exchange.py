@@ -57,9 +57,11 @@ class Exchange:
     """A request that was sent, and everything that came back.
 
     ``sent_ns`` is when the client began to connect, ``written_ns`` when the kernel had taken the
-    whole request, ``ended_ns`` when the response was over or failed. ``closed`` tells whether the
-    server closed the connection. ``failure`` is one of the connection; a response that is
-    complete may still be none of the API (``events.parse``).
+    whole request, ``ended_ns`` when the response was over or failed. ``late_ns`` is how much later
+    than it could the client sent it: after it was due, or after the arrival of what ended the
+    request in whose place it was sent. ``closed`` tells whether the server closed the connection.
+    ``failure`` is one of the connection; a response that is complete may still be none of the API
+    (``events.parse``).
     """
 
     index: int
@@ -69,6 +71,7 @@ class Exchange:
     written_ns: int | None = None
     reads: list[Read] = field(default_factory=list)
     ended_ns: int = 0
+    late_ns: int = 0
     closed: bool = False
     failure: Failure | None = None
 

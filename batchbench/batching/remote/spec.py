@@ -64,8 +64,9 @@ class TargetSpec:
 
     target: str | None = setting(
         None,
-        "Server to measure instead of our own engine, such as http://127.0.0.1:8000; any server "
-        "with OpenAI's completions or chat completions.",
+        "Server to measure instead of our own engine, such as http://127.0.0.1:8000; any with "
+        "OpenAI's completions or chat completions. --model is then the server's name of its "
+        "model, found if it has one.",
         _PANEL,
         metavar="URL",
         resets=("model",),

@@ -141,6 +141,7 @@ class _Client:
         self._no_route: Failure | None = None
         self._routes: list[_Route] = []
         self._route = 0  # the first that may work
+        self._asked_ns = self._freed_ns = -1  # when the feed last had none; when a request ended
         self._returned_ns, self._base_lag_ns = time.monotonic_ns(), 0
         self.exchanges: list[Exchange] = []
 
@@ -158,6 +159,7 @@ class _Client:
                 self._start(answer)
                 now = time.monotonic_ns()
             if more:
+                self._asked_ns = now
                 more = answer is not None
                 wake_ns = answer.until_ns if isinstance(answer, Wait) else None
             if not more and not self._streams:
@@ -201,6 +203,9 @@ class _Client:
     def _start(self, outgoing: Outgoing) -> None:
         request = self._address.request(outgoing.path, outgoing.body)
         stream = _Stream(outgoing, request, time.monotonic_ns(), self._route)
+        waited = outgoing.due_ns <= self._asked_ns  # it was due, and the feed held it back
+        free_ns = max(self._asked_ns, self._freed_ns) if waited else outgoing.due_ns
+        stream.exchange.late_ns = max(0, stream.exchange.sent_ns - free_ns)
         self.exchanges.append(stream.exchange)
         if self._no_route is not None:
             self._finish(stream, self._no_route)
@@ -213,7 +218,7 @@ class _Client:
         try:
             raw = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:
-            self._finish(stream, _failure_of(error, stream, self._address))
+            self._broken(stream, error)  # no IPv6, say
             return
         stream.socket = raw
         self._streams.add(stream)
@@ -357,7 +362,9 @@ class _Client:
         self, stream: _Stream, failure: Failure | None = None, *, tell: bool = True
     ) -> None:
         stream.exchange.failure = failure
-        stream.exchange.ended_ns = time.monotonic_ns()
+        stream.exchange.ended_ns = self._freed_ns = time.monotonic_ns()
+        if not failure and stream.exchange.reads and not stream.exchange.closed:
+            self._freed_ns = stream.exchange.reads[-1].stamp_ns
         self._disconnect(stream)
         if tell and self._watch is not None:
             self._watch(stream.exchange)

@@ -101,13 +101,13 @@ class _Log:
 
     workload: Workload
     tokens: list[list[int]] = field(init=False)
-    ends_ns: list[list[int]] = field(init=False)
+    times_ns: list[list[int]] = field(init=False)
     begun_ns: list[int] = field(init=False)
     due_ns: Ints = field(init=False)
 
     def __post_init__(self) -> None:
         count = len(self.workload)
-        self.tokens, self.ends_ns = [[] for _ in range(count)], [[] for _ in range(count)]
+        self.tokens, self.times_ns = [[] for _ in range(count)], [[] for _ in range(count)]
         self.begun_ns, self.due_ns = [0] * count, self.workload.due_ns.copy()
 
 
@@ -131,7 +131,7 @@ class Vllm:
         engine = f"vllm {self._vllm.__version__}"
         header = self._context.header(workload, trial, engine=engine, engine_steps=steps)
         return Recording.of_tokens(
-            header, workload, log.tokens, log.ends_ns, log.begun_ns, log.due_ns
+            header, workload, log.tokens, log.times_ns, log.begun_ns, log.due_ns
         )
 
     def _steps(
@@ -158,7 +158,7 @@ class Vllm:
                 request = running[output.request_id]
                 new = list(output.outputs[0].token_ids)
                 log.tokens[request.index] += new
-                log.ends_ns[request.index] += [progress.now_ns] * len(new)
+                log.times_ns[request.index] += [progress.now_ns] * len(new)
                 progress.tokens += len(new)
                 if output.finished:
                     arrivals.finished(running.pop(output.request_id), progress.now_ns)

@@ -17,6 +17,7 @@ from batchbench.reports.metrics import typical_trial
 from batchbench.reports.occupancy import Holdings, Levels, levels_of
 from batchbench.reports.result import Result
 from batchbench.reports.statistics import Floats
+from batchbench.reports.text import joined
 
 EMPTY, PROMPT, RUNNING, HELD = range(4)
 """States of a slot: empty; its prompt is computed; it yields tokens; held by a finished request."""
@@ -174,7 +175,11 @@ class Replay:
         typical = {name: typical_trial(trials) for name, trials in result.recordings.items()}
         trials = tuple(TrialReplay(name, r) for name, r in typical.items() if r.has_steps)
         if not trials:
-            raise UsageError(f"{', '.join(typical)} schedules by itself, so no slots are known")
+            alone = "schedule by themselves" if len(typical) > 1 else "schedules by itself"
+            raise UsageError(
+                f"{joined(list(typical))} {alone}, so no slots are known; give a run of our own "
+                "engine"
+            )
         return cls(result.title, trials)
 
     @property

@@ -18,7 +18,7 @@ from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.reports.result_file import load_data
 from batchbench.reports.statistics import FEWEST, POWER, Decision, Rule, Verdict, compare_means
-from batchbench.reports.text import plural
+from batchbench.reports.text import joined, plural
 from batchbench.settings import option_name
 from batchbench.studies.gate.counts import (
     OUTPUTS,
@@ -506,7 +506,8 @@ def _notes(
         )
     silent = [e.strategy for e in work if e.metric == "counters" and not e.gated and e.strategy]
     if silent:
-        yield f"{', '.join(silent)} reports no steps, so its counts were not compared."
+        verb, whose = ("report", "their") if len(silent) > 1 else ("reports", "its")
+        yield f"{joined(silent)} {verb} no steps, so {whose} counts were not compared."
     if any(e.metric == OUTPUTS and e.verdict is Verdict.CHANGED and not e.fails for e in work):
         yield (
             "Outputs differ, but precision or environment may decide between two tokens that are "

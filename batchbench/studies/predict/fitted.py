@@ -63,6 +63,11 @@ def read_fitted(folder: Path, option: str) -> FittedRun:
     folder = folder.parent if folder.name == "result.json" else folder
     try:
         result = load_result(folder)
+        if result.served:
+            raise UsageError(
+                "was measured on a server, which does not tell its steps; give a result of "
+                "batchbench run without --target"
+            )
         recordings = (r for trials in result.recordings.values() for r in trials)
         small = result.data.get("small_batches") or ()
         known, quality = known_cost(str(folder), recordings, small)

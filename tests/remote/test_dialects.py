@@ -90,6 +90,22 @@ DOCUMENTED: dict[str, tuple[dict[str, tuple[int, str]], Dialect]] = {
         {"/v1/models": models(owned_by="vllm", max_model_len=64)},
         Dialect("vllm", None, ("m",), context=64),
     ),
+    "vllm with two models": (
+        {
+            "/v1/models": (
+                200,
+                json.dumps(
+                    {
+                        "data": [
+                            {"id": name, "owned_by": "vllm", "max_model_len": size}
+                            for name, size in (("a", 64), ("b", 32))
+                        ]
+                    }
+                ),
+            )
+        },
+        Dialect("vllm", None, ("a", "b"), context=32),
+    ),
     "another": (
         {"/v1/models": models(owned_by="me"), "/version": (200, '{"version": "1"}')},
         Dialect("openai", None, ("m",)),
@@ -204,6 +220,16 @@ def test_the_users_fields_replace_ours_and_null_removes_one() -> None:
     assert "ignore_eos" not in sent
 
 
+def test_a_request_asks_for_token_ids_and_counts_where_a_server_can_send_them() -> None:
+    assert (
+        body(DIALECTS["llama.cpp"]).items() >= {"verbose": True, "timings_per_token": True}.items()
+    )
+    for name in ("vllm", "sglang"):
+        sent = body(DIALECTS[name])
+        assert sent["return_token_ids"] is True
+        assert sent["stream_options"]["continuous_usage_stats"] is True
+
+
 def test_only_a_stream_has_options_of_streams() -> None:
     for dialect in DIALECTS.values():
         assert "stream_options" not in body(dialect, stream=False)
@@ -226,6 +252,22 @@ def test_a_real_stream_has_the_tokens_that_were_asked_for(name: str, endpoint: s
     assert not reply.shared.any()
     has_ids = name == "vllm" or (name == "llama.cpp" and endpoint == COMPLETIONS)
     assert (reply.token_ids is not None) == has_ids
+
+
+def llama_chunk(text: str, count: int, finish: str | None = None) -> str:
+    choice = {"text": text, "index": 0, "finish_reason": finish}
+    usage = {"usage": {"completion_tokens": count}} if finish else {}
+    return f"data: {json.dumps({'choices': [choice], 'timings': {'predicted_n': count}, **usage})}"
+
+
+def test_a_token_that_is_half_a_character_has_the_time_of_the_chunk_that_counts_it() -> None:
+    """llama.cpp holds such a token back, and counts it with the next, or with the end."""
+    chunks = [llama_chunk("a", 1), llama_chunk("\u2192", 3), llama_chunk("", 4, "length")]
+    reply = parse(streamed("\n\n".join([*chunks, "data: [DONE]"])), DIALECTS["llama.cpp"], 4)
+    assert reply.failure is None
+    assert reply.itl_known
+    assert reply.token_times_ns.tolist() == [1, 2, 2, 3]  # the read of each event; 0 is the head
+    assert reply.token_ids is None
 
 
 @pytest.mark.parametrize("name", ["vllm", "transformers"])

@@ -64,6 +64,7 @@ vllm:num_requests_running_more{engine="0"} 5
 
 def test_counts_that_are_written_with_six_digits_are_left_out_where_they_are_not_exact() -> None:
     assert counters_in("llamacpp:n_decode_total 999999\n", LLAMA) == ServerCounters(passes=999999)
+    assert counters_in("llamacpp:n_decode_total 1e+06\n", LLAMA) is None
     text = "llamacpp:n_decode_total 1.23457e+06\nllamacpp:requests_processing 2\n"
     assert counters_in(text, LLAMA) == ServerCounters(running=2)
     large = f"vllm:prompt_tokens_total {MOST_EXACT}.0\n"

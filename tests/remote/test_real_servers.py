@@ -47,7 +47,7 @@ def model_of(name: str, folder: Path) -> Path:
     file = folder.parent / "toy.gguf"
     if not file.exists():
         python = os.environ.get("BATCHBENCH_GGUF_PYTHON", sys.executable)
-        script = Path(__file__).parents[3] / "benchmarks" / "gguf_checkpoint.py"
+        script = Path(__file__).parents[2] / "benchmarks" / "gguf_checkpoint.py"
         done = subprocess.run([python, script, folder, file], capture_output=True, check=False)
         if done.returncode:
             pytest.skip("BATCHBENCH_GGUF_PYTHON names no Python with gguf and safetensors")
