@@ -300,6 +300,17 @@ def test_a_timer_is_seen_and_a_server_without_one_is_not_suspected() -> None:
         assert not sends_by_timer(seen, pace)
 
 
+def test_chunks_that_a_busy_client_reads_at_once_are_no_timer() -> None:
+    """They share the time of the later one; a timer sends larger chunks at the same pace."""
+    steps = [50.0 + 20 * i for i in range(24)]
+    merged = [steps[i + 1] if i % 5 == 2 else t for i, t in enumerate(steps[:-1])]
+    ticks = [50 + 26 * np.ceil((t - 50) / 26) for t in steps]
+    for times, timer in ((merged, False), (ticks, True)):
+        alone = [stream(Role.ALONE, 0, *times)] * 2
+        seen = Observations(tuple(Round([s]) for s in alone))
+        assert sends_by_timer(seen, PACE) is timer
+
+
 # Slots
 
 
