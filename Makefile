@@ -1,6 +1,7 @@
 # make run    the main job: static against continuous batching, on this machine
 # make test   all tests
 # make older  the tests that depend on the machine, with its features hidden (.ci/anywhere.py: more)
+# make transformers-5.17  tests of engines and models with an older transformers beside the pinned one
 # make lint   ruff and mypy
 # make gate   counts of schedules, compared with the kept ones (.ci/gate --renew replaces them)
 # Each sets .venv up by itself and does so again only when pyproject.toml or constraints.txt change.
@@ -9,7 +10,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?= --batch-size 8 --queue-size 32
 
-.PHONY: run test older lint gate clean
+# With what it needs that the pinned one does not, or needs in another version.
+OLDER := transformers==5.17.0 huggingface_hub==1.33.0 httpx httpcore anyio certifi idna sniffio
+OLDER_TESTS := $(addprefix tests/batching/test_, \
+	engines.py models.py graphs.py generate_batch.py gpu.py gpu_budgets.py gpu_lazy.py)
+
+.PHONY: run test older lint gate clean transformers-5.17
 
 run: .venv/ready
 	$(BIN)/batchbench run $(ARGS)
@@ -20,6 +26,15 @@ test: .venv/ready
 older: .venv/ready
 	$(BIN)/python .ci/anywhere.py --only older -- -n auto --dist loadfile \
 		$$(grep -rl --include "test_*.py" "mark.machine" tests)
+
+transformers-5.17: .venv/transformers-5.17/ready
+	PYTHONPATH=.venv/transformers-5.17 $(BIN)/python -m pytest -n auto --dist loadfile \
+		-k "not compile" $(OLDER_TESTS)
+
+.venv/transformers-5.17/ready: .venv/ready
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) $(OLDER)
+	touch $@
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

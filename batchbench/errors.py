@@ -33,6 +33,15 @@ def one_line(message: str) -> str:
     return _cut(line, _LONGEST_LINE)
 
 
+LONGEST_REASON = 200
+"""Maximum number of characters of another program's message."""
+
+
+def reason_in_short(error: object) -> str:
+    """Return the message of another program's error: one short line, never a stack trace."""
+    return shown(one_line(str(error)), LONGEST_REASON)
+
+
 def _escaped(text: str) -> str:
     if text.isprintable():
         return text

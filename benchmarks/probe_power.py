@@ -46,6 +46,7 @@ def draw(random: np.random.Generator, *, wider: bool) -> Kind:
     def sometimes(probability: float, value: float) -> float:
         return value if random.random() < probability else 0.0
 
+    slower = 4 if wider and random.random() < 0.3 else 1
     replicas = 1
     if random.random() < 0.2:
         replicas = int(random.integers(2, 5 if wider else 4))
@@ -54,7 +55,7 @@ def draw(random: np.random.Generator, *, wider: bool) -> Kind:
         slots=slots,
         step=step,
         growth=float(random.uniform(0, 0.3 if wider else 0.15)),
-        prefill=step * float(random.uniform(0, 1.0)) * (4 if wider and random.random() < 0.3 else 1),
+        prefill=step * float(random.uniform(0, 1)) * slower,
         separate=bool(random.random() < 0.3),
         window=sometimes(0.4, float(random.uniform(5, 200 if wider else 100))),
         quantum=int(random.choice([1, 1, 2, 8])),
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("--why", default="", help="print why it cannot tell, of such servers")
     chosen = parser.parse_args()
     wider = chosen.set == "held-out"
-    first = 3_000_000 if wider else 0
+    first = 5_000_000 if wider else 0
     numbers = range(chosen.servers) if chosen.show is None else [chosen.show]
     rows: dict[str, Counter[str]] = {}
     wrong, seconds, exact = [], [], Counter[str]()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from support.machine import settle, shuffle
 from support.models import SENTENCES, TINY, Alone, MakeModel
 
 if TYPE_CHECKING:
+    from support.cuda_stand_in import StandIn
+
     from batchbench.batching.models.loading import LoadedModel
 
 _tidy_up: Callable[[], None] | None = None
@@ -175,6 +177,42 @@ def refused(
         return told.err
 
     return call
+
+
+@pytest.fixture
+def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial on a GPU serves its workload once, however short it is."""
+    from batchbench.batching import trials
+
+    monkeypatch.setattr(trials, "TRIAL_S", 0.0)
+
+
+@pytest.fixture
+def cuda_stand_in(short_trials: None) -> Iterator[StandIn]:
+    """Two CUDA devices that are none; skips the test where it cannot be."""
+    from support.cuda_stand_in import StandIn, impossible
+
+    if why := impossible():
+        pytest.skip(why)
+    with StandIn() as gpu:
+        yield gpu
+        gc.collect()  # tensors of the stand-in must not outlive it
+
+
+@pytest.fixture
+def triton_stand_in(short_trials: None) -> Iterator[StandIn]:
+    """Two CUDA devices that are none, with Triton's kernels in Triton's interpreter."""
+    from support.cuda_stand_in import StandIn, impossible
+
+    from batchbench.batching.engines.torch import graphs
+
+    pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
+    if why := impossible():
+        pytest.skip(why)
+    with pytest.MonkeyPatch.context() as patch, StandIn(triton=True) as gpu:
+        patch.setattr(graphs, "WARM_UPS", 1)  # the interpreter takes milliseconds a program
+        yield gpu
+        gc.collect()  # tensors of the stand-in must not outlive it
 
 
 @pytest.fixture

@@ -134,6 +134,7 @@ LATE: Mapping[str, str] = {
     # Factories: what they build imports torch.
     "api": "pictures and tables import pandas and matplotlib",
     "batching.dry_run": "an engine imports torch",
+    "batching.engines.torch.triton_choice": "Triton is there on a GPU only",
     "batching.engines.torch.build": "generate_batch imports transformers' own batching",
     "batching.models": "loading a model imports torch",
     "batching.models.source": "the hub, safetensors and tokenizers",
@@ -146,7 +147,6 @@ LATE: Mapping[str, str] = {
     "studies.gate.worker": "a worker says who it is before it imports torch",
     "studies.ladder.run": "a rung of the ladder imports torch",
     # Libraries that are optional or take long to import, so that --help and errors come at once.
-    "batching.engines.torch.hardware": "NVML is optional",
     "batching.machine": "torch and NVML, where they are there",
     "files": "filelock takes 60 ms",
     "workloads.arrivals": "numpy and scipy",

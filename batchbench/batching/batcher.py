@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from batchbench.batching.policies import Policy, make_policy
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Header, Recorder, Recording
 from batchbench.batching.scheduler import Scheduler
-from batchbench.workloads import Workload, make_arrivals
+from batchbench.workloads import Request, Workload, make_arrivals
 
 _CALL_NS = 100_000_000
 """Maximum duration of an engine call on a real clock, so that the display and Ctrl-C respond."""
@@ -76,6 +76,7 @@ class Serving:
             lengths_known=not workload.stop_at_eos,
         )
         self._recorder = Recorder(workload)
+        self._unseen: Plan | None = None  # run, but its tokens were not looked at
         self._progress = Progress(batcher.name, trial, batcher.slots, len(workload))
         self._engine.begin(workload)
 
@@ -96,19 +97,47 @@ class Serving:
         if plan is None:
             return self._collect()
         launched = self._engine.run(self._shortened(plan, most))
+        finished = self._look_back()
         self._recorder.launched(plan, launched, self._scheduler.num_waiting)
-        stopped = self._engine.stopped(plan) if self._workload.stop_at_eos else ()
-        finished = self._scheduler.apply(plan, launched, stopped)
+        finished += self._applied(plan, launched)
         all_done = self._progress.done + len(finished) == len(self._workload)
         if finished and (self._arrivals.closed_loop or all_done):
             self._engine.wait()  # the next request of a closed loop is due at the end of this step
         now = self._clock.now()
         for _, request in finished:
-            self._recorder.finished(request)
             self._arrivals.finished(request, now)
         self._progress.advance(plan, launched, len(finished), now)
         self._watch.progressed(self._progress)
         return None
+
+    def _look_back(self) -> list[tuple[int, Request]]:
+        """Finish the requests whose text ended in the pass before the one just launched.
+
+        A GPU would wait for the host that looks at its tokens. So the host launches the next pass
+        first: it holds the slots of these requests, as a batch does that waits for its longest.
+        """
+        if self._unseen is None:
+            return []
+        finished = self._scheduler.stop(self._engine.stopped(self._unseen, late=True))
+        for _, request in finished:
+            self._recorder.finished(request)
+        return finished
+
+    def _applied(self, plan: Plan, launched: int) -> list[tuple[int, Request]]:
+        """Apply a plan; return (slot, request) for each request that it is known to finish."""
+        stopped: Collection[int] = ()
+        self._unseen = None
+        if self._workload.stop_at_eos:
+            # The next request of a closed loop, or one that may arrive, must not wait for a look.
+            at_once = self._arrivals.closed_loop or plan.until is not None
+            if self._engine.looks_late and not at_once:
+                self._unseen = plan
+            else:
+                stopped = self._engine.stopped(plan)
+        finished = self._scheduler.apply(plan, launched, stopped)
+        for _, request in finished:
+            self._recorder.finished(request)
+        return finished
 
     def _wait(self, until: int) -> None:
         began = self._clock.now()
@@ -122,7 +151,8 @@ class Serving:
         limits = [limit for limit in (self._batcher.max_repeat, most) if limit is not None]
         if not self._engine.simulated and plan.repeat > 1:
             spent = max(self._clock.now() - self._recorder.waited_ns, 1)
-            limits.append(max(1, _CALL_NS * self.steps // spent))
+            # A GPU's host launches steps long before they are done.
+            limits.append(max(1, _CALL_NS * self._engine.done() // spent))
         repeat = min([plan.repeat, *limits])
         return plan if repeat == plan.repeat else replace(plan, repeat=repeat)
 

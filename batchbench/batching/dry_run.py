@@ -10,6 +10,7 @@ from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
+from batchbench.batching.trials import TRIAL_S, servings_for
 
 _BESIDE_PRODUCTS = 1.5
 """Ratio of the time of a step to that of its matrix products (docs/log.md)."""
@@ -32,6 +33,7 @@ class Estimate:
     fitting: int | None = None  # largest batch size that fits; None if this one fits
     batch_size: int | None = None
     seconds: float | None = None  # all trials; matrix products alone unless ``timed``
+    launches: int = 0  # kernels of a decode step on a GPU, whose time is in ``seconds``
     exact: bool = True
     timed: bool = False
     uncounted: tuple[str, ...] = ()  # strategies that schedule by themselves
@@ -58,7 +60,9 @@ class Estimate:
                 f"{self.batch_size} does not fit; "
                 + (largest if self.fitting else "not even one slot fits: choose a smaller model")
             )
-        if self.seconds is not None and self.timed:
+        if self.seconds is not None and self.launches:
+            lines.append(self._time_on_gpu())
+        elif self.seconds is not None and self.timed:
             lines.append(
                 f"time    about {self.seconds:,.3g} s for all trials, with waits for requests; "
                 "this assumes that a step takes 1.5 times as long as its matrix products, which "
@@ -70,6 +74,14 @@ class Estimate:
                 "now; with attention and overhead about 1.5 times as long"
             )
         return lines
+
+    def _time_on_gpu(self) -> str:
+        waits = ", with waits for requests" if self.timed else ""
+        return (
+            f"time    about {self.seconds:,.3g} s for all trials{waits}; a step takes the time of "
+            f"its matrix products and of launching {self.launches:,} kernels, both timed just now, "
+            "and a trial at least a second"
+        )
 
 
 def _mib(size: int) -> str:
@@ -94,7 +106,8 @@ def estimate(experiment: Experiment, watch: Watch) -> Estimate:
     from batchbench.batching.engines.torch.build import size_up
 
     sizes = size_up(experiment, session.source, workload)
-    step_ns = round(sizes.step_s * (_BESIDE_PRODUCTS if timed else 1.0) * 1e9)
+    beside = _BESIDE_PRODUCTS if timed and not sizes.launches else 1.0
+    step_ns = round((sizes.step_s * beside + sizes.launching_s) * 1e9)
     served = _served(session, step_ns)
     return Estimate(
         {r.header.strategy: r.num_steps for r in served},
@@ -106,7 +119,8 @@ def estimate(experiment: Experiment, watch: Watch) -> Estimate:
         room_bytes=sizes.room_bytes,
         fitting=None if sizes.fits else sizes.fitting,
         batch_size=experiment.serving.batch_size,
-        seconds=sum(r.duration_ns for r in served) / 1e9 * trials,
+        seconds=sum(_trial_s(r, on_gpu=sizes.launches > 0) for r in served) * trials,
+        launches=sizes.launches,
         exact=exact,
         timed=timed,
         uncounted=tuple(
@@ -115,6 +129,12 @@ def estimate(experiment: Experiment, watch: Watch) -> Estimate:
             if name not in experiment.serving.policies
         ),
     )
+
+
+def _trial_s(recording: Recording, *, on_gpu: bool) -> float:
+    """Return the duration of a trial, which serves the workload several times if it is short."""
+    once_s = recording.duration_ns / 1e9
+    return once_s * servings_for(once_s, TRIAL_S) if on_gpu else once_s
 
 
 def _served(session: LocalBench, step_ns: int) -> list[Recording]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -124,7 +124,8 @@ class PeakMemory:
     """Largest growth of the memory in use between entering and leaving.
 
     On the host it is the resident memory, whose high-water mark Linux keeps; on a GPU the memory
-    that torch has allocated. ``growth_bytes`` is None where neither is known.
+    that torch has allocated, and the pools in which CUDA graphs compute. ``growth_bytes`` is None
+    where neither is known.
     """
 
     def __init__(self, device: str, process: Path = PROCESS) -> None:
@@ -158,13 +159,26 @@ class PeakMemory:
         if self._device.startswith("cuda"):
             import torch
 
-            return int(torch.cuda.max_memory_allocated(self._device))
+            return int(torch.cuda.max_memory_allocated(self._device)) + _graph_pools(self._device)
         return self._status("VmHWM")
 
     def _status(self, name: str) -> int | None:
         status = _read(self._process / "status") or ""
         value = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)
         return int(value[1]) * 1024 if value else None
+
+
+def _graph_pools(device: str) -> int:
+    """Return the bytes in which CUDA graphs keep intermediate results, which torch calls free."""
+    import torch
+
+    index, shared = torch.device(device).index or 0, (0, 0)  # the pool of everything else
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in segments
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) != shared
+    )
 
 
 # Processor
@@ -365,6 +379,10 @@ class Counter(Protocol):
     def range_j(self) -> float | None:
         """Joules after which it starts at 0 again; None if it never does."""
 
+    @property
+    def least_s(self) -> float:
+        """Shortest time in seconds over which it says something."""
+
     def read_j(self) -> float:
         """Return the joules so far; raise OSError if the counter cannot be read any more."""
 
@@ -376,6 +394,7 @@ class RaplPackage:
     name: str
     folder: Path
     range_j: float
+    least_s: float = 0.0  # it counts each millisecond
 
     def read_j(self) -> float:
         return _microjoules(self.folder / "energy_uj")
@@ -390,12 +409,17 @@ def _microjoules(file: Path) -> float:
 
 @dataclass(frozen=True)
 class NvmlGpu:
-    """The counter of one NVIDIA GPU since its driver was loaded (Volta and later)."""
+    """The counter of one NVIDIA GPU since its driver was loaded (Volta and later).
+
+    The sensor of an H100 looks at 25 ms of each 100 ms (arXiv 2312.02741), so the energy of
+    a short time is chance.
+    """
 
     name: str
     nvml: Any
     handle: Any
     range_j: float | None = None
+    least_s: float = 2.0
 
     def read_j(self) -> float:
         try:
@@ -425,20 +449,59 @@ def rapl_packages(tree: Path = POWERCAP) -> list[RaplPackage]:
     return packages
 
 
-def nvml_gpu(uuid: str) -> NvmlGpu | None:
-    """Return the GPU with torch's id; None without nvidia-ml-py, a driver or a counter."""
+def _nvml_of(uuid: str) -> tuple[Any, str, Any] | None:
+    """Return NVML, and its name and handle of the GPU with torch's id; None if it has none.
+
+    NVML's indices are no help: torch counts only the devices of ``CUDA_VISIBLE_DEVICES``.
+    """
     try:
         import pynvml
     except ImportError:
         return None
+    name = f"GPU-{uuid.removeprefix('GPU-')}"
     try:
         pynvml.nvmlInit()
-        name = f"GPU-{uuid.removeprefix('GPU-')}"
-        gpu = NvmlGpu(f"nvml {name}", pynvml, pynvml.nvmlDeviceGetHandleByUUID(name))
+        return pynvml, name, pynvml.nvmlDeviceGetHandleByUUID(name)
+    except pynvml.NVMLError:
+        return None
+
+
+def nvml_gpu(uuid: str) -> NvmlGpu | None:
+    """Return the GPU with torch's id; None without nvidia-ml-py, a driver or a counter."""
+    found = _nvml_of(uuid)
+    if found is None:
+        return None
+    nvml, name, handle = found
+    gpu = NvmlGpu(f"nvml {name}", nvml, handle)
+    try:
         gpu.read_j()
-    except (pynvml.NVMLError, OSError):
+    except OSError:
         return None
     return gpu
+
+
+def gpu_driver(uuid: str) -> str | None:
+    """Return the version of a GPU's driver; None without nvidia-ml-py."""
+    found = _nvml_of(uuid)
+    if found is None:
+        return None
+    try:
+        return str(found[0].nvmlSystemGetDriverVersion())
+    except found[0].NVMLError:
+        return None
+
+
+def gpu_clock_mhz(uuid: str) -> dict[str, int] | None:
+    """Return the present clocks of a GPU, ``sm`` and ``memory``; None if they cannot be read."""
+    found = _nvml_of(uuid)
+    if found is None:
+        return None
+    nvml, _, handle = found
+    kinds = {"sm": nvml.NVML_CLOCK_SM, "memory": nvml.NVML_CLOCK_MEM}
+    try:
+        return {name: int(nvml.nvmlDeviceGetClockInfo(handle, k)) for name, k in kinds.items()}
+    except nvml.NVMLError:
+        return None
 
 
 def counters_for(
@@ -455,6 +518,11 @@ def counters_for(
     return [gpu, *packages] if gpu else []
 
 
+def longest_resolution_s(counters: Sequence[Counter]) -> float:
+    """Return the shortest time in seconds over which all counters say something."""
+    return max((counter.least_s for counter in counters), default=0.0)
+
+
 _MOST_WATTS = 1000.0
 """Highest sustained power of a package; it limits the time between two readings."""
 
@@ -462,11 +530,15 @@ _MOST_WATTS = 1000.0
 class EnergyMeter:
     """Joules between entering and leaving; None if a counter fails, since none is estimated.
 
-    It reads the counters often enough in between not to miss a wrap.
+    It is None too if that was shorter than a counter can tell. It reads the counters often enough
+    in between not to miss a wrap.
     """
 
-    def __init__(self, counters: Sequence[Counter]) -> None:
-        self._counters = counters
+    def __init__(
+        self, counters: Sequence[Counter], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._counters, self._clock = counters, clock
+        self._least_s = longest_resolution_s(counters)
         self._joules: float | None = None
         ranges = [counter.range_j for counter in counters if counter.range_j is not None]
         self._every_s = min(ranges) / _MOST_WATTS / 2 if ranges else None
@@ -476,6 +548,7 @@ class EnergyMeter:
         self._done = threading.Event()
         self._joules = 0.0 if self._counters else None
         self._last: list[float] = []
+        self._began = self._clock()
         self.look()
         self._thread = threading.Thread(target=self._keep_looking, daemon=True)
         if self._every_s is not None and self._joules is not None:
@@ -485,6 +558,8 @@ class EnergyMeter:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self.look()
+        if self._clock() - self._began < self._least_s:
+            self._joules = None
         if self._thread.is_alive():
             self._thread.join()
 

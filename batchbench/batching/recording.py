@@ -142,6 +142,9 @@ class Recording:
     strategy that does not report steps has no spans. It reports the time of each token instead,
     ``token_ends_ns``, ``[sum of output_tokens]``, and the time at which it began to compute each
     request, ``begun_ns``, ``[requests]``.
+
+    A trial may serve its workload several times. ``others`` are those servings whose tokens differ;
+    they are verified too, and not saved.
     """
 
     header: Header
@@ -155,6 +158,7 @@ class Recording:
     growth: GrowthLog | None = None
     token_ends_ns: Ints | None = None
     begun_ns: Ints | None = None
+    others: tuple[Recording, ...] = ()
 
     @property
     def in_steps(self) -> bool:
@@ -329,6 +333,10 @@ class Recording:
         if self.tokens is None:
             raise ValueError("no model ran: the recording holds no tokens")
         return self.tokens[self.token_offsets[request] : self.token_offsets[request + 1]]
+
+    def request_of(self, tokens: Ints) -> Ints:
+        """Return the request to which each of these tokens, by index in ``tokens``, belongs."""
+        return np.searchsorted(self.token_offsets, tokens, side="right") - 1
 
     @classmethod
     def of_tokens(

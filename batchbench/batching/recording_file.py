@@ -327,6 +327,9 @@ def _check_header(header: Header) -> None:
         ("energy_joules", _is_amount(about.get("energy_joules", 1))),
         ("foreign_cores", _is_amount(about.get("foreign_cores", 1), least=0)),
         ("memory", about.get("memory") is None or _is_memory(about["memory"])),
+        ("servings", _is_whole(about.get("servings", 1)) and about.get("servings", 1) > 0),
+        ("differing_requests", _are_whole(about.get("differing_requests", []))),
+        ("steps_vary", isinstance(about.get("steps_vary", False), bool)),
         ("client", about.get("client") is None or _is_client(about["client"])),
     ):
         _check(fits, f"its header's about.{name} is wrong")
@@ -334,6 +337,10 @@ def _check_header(header: Header) -> None:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_whole(values: Any) -> bool:
+    return isinstance(values, list) and all(map(_is_whole, values))
 
 
 def _is_amount(value: Any, *, least: float = 1e-9) -> bool:

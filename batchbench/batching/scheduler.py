@@ -123,20 +123,20 @@ class Scheduler:
             self._release()
         ask_again = self._admit() if self.waiting and self.free else None
         chunks = self._chunks() if self._newcomers else ()
+        # Also without a free slot: the log counts waiting requests, and a policy may react.
+        times = [t for t in (ask_again, self.arrivals.next_due) if t is not None]
+        until = min(times, default=None)
         if chunks and not self._mixed:
             none = np.zeros(0, np.int64)
-            return self._planned(chunks, none, none, none)
+            return self._planned(chunks, none, none, none, until=until)
         if not chunks and not self._running:
-            return self._idle(ask_again)
+            return self._idle(until)
         rows = self._rows_now()
         growing = self._growing[rows]
         positions = self._offset[rows] + growing * self._decodes
         repeat = 1
         if self._lengths_known and not chunks:
             repeat = self._ends[0][0] - self._decodes
-        # Also without a free slot: the log counts waiting requests, and a policy may react.
-        times = [t for t in (ask_again, self.arrivals.next_due) if t is not None]
-        until = min(times, default=None)
         return self._planned(chunks, rows, positions, growing, repeat, until)
 
     def apply(
@@ -164,8 +164,15 @@ class Scheduler:
             self._start(chunk)
             if chunk.request.output_tokens == 1:
                 done.append((chunk.slot, self._finish(chunk.slot)))
-        done += [(slot, self._finish(slot)) for slot in stopped if self._growing[slot]]
-        return done
+        return done + self.stop(stopped)
+
+    def stop(self, slots: Collection[int]) -> list[tuple[int, Request]]:
+        """Finish the requests of these slots, whose text ended in the last pass applied.
+
+        A pass that was launched since then holds their slots: it produces no token for them. Return
+        (slot, request) for each.
+        """
+        return [(slot, self._finish(slot)) for slot in slots if self._growing[slot]]
 
     # Moves
 
@@ -274,11 +281,10 @@ class Scheduler:
         self.finished[slot] = None
         return request
 
-    def _idle(self, ask_again: int | None) -> Wait | None:
+    def _idle(self, until: int | None) -> Wait | None:
         """Return the time of the next event, or None if all is done; nothing runs now."""
-        times = [t for t in (ask_again, self.arrivals.next_due) if t is not None]
-        if times:
-            return Wait(min(times))
+        if until is not None:
+            return Wait(until)
         if self.waiting:
             fault = "admits no request" if self.free else "releases no slot"
             raise UsageError(

@@ -3,12 +3,13 @@
 A decode step reads all weights and the cached keys and values of the running requests once, so with
 few rows (weights + KV read) / bandwidth is the least time that it can take, the memory-bandwidth
 limit. On a processor that is too weak for its memory, the matrix products are the limit instead.
+On a GPU that is too fast for a small model, the time to launch the products is.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -199,7 +200,9 @@ class Reading:
 class Ceiling:
     """The hardware limit for a decode step of ``rows`` requests with ``kv_tokens`` cached tokens.
 
-    ``products_s`` is the time of its matrix products alone.
+    ``products_s`` is the time of its matrix products alone. On a GPU ``arithmetic_s`` is that time
+    at the rate of a large product, and ``launching_s`` the time of as many products with almost no
+    work: kernels run one after another, and each takes microseconds to start and to end.
     """
 
     bandwidth: Bandwidth
@@ -207,6 +210,8 @@ class Ceiling:
     products_s: float
     rows: int
     kv_tokens: float
+    arithmetic_s: float | None = None
+    launching_s: float | None = None
 
     @property
     def floor_s(self) -> float:
@@ -215,8 +220,17 @@ class Ceiling:
 
     @property
     def bound(self) -> str:
-        """The slower of the two limits: memory or arithmetic."""
-        return "memory" if self.floor_s >= self.products_s else "arithmetic"
+        """The cause of the slower limit: memory, arithmetic or launching."""
+        if self.floor_s >= self.products_s:
+            return "memory"
+        if self.arithmetic_s is None or self.launching_s is None:
+            return "arithmetic"
+        causes = {
+            "memory": self.floor_s,
+            "arithmetic": self.arithmetic_s,
+            "launching": self.launching_s,
+        }
+        return max(causes, key=lambda cause: causes[cause])
 
     @property
     def tokens_per_s(self) -> float:
@@ -227,6 +241,15 @@ class Ceiling:
 def middle(ceilings: Sequence[Ceiling]) -> Ceiling:
     """Return the median of one step's limit measured several times, since a machine drifts."""
     speed = statistics.median(c.bandwidth.bytes_per_s for c in ceilings)
-    products_s = statistics.median(c.products_s for c in ceilings)
-    bandwidth = replace(ceilings[0].bandwidth, bytes_per_s=speed)
-    return replace(ceilings[0], bandwidth=bandwidth, products_s=products_s)
+    return replace(
+        ceilings[0],
+        bandwidth=replace(ceilings[0].bandwidth, bytes_per_s=speed),
+        products_s=statistics.median(c.products_s for c in ceilings),
+        arithmetic_s=_median(c.arithmetic_s for c in ceilings),
+        launching_s=_median(c.launching_s for c in ceilings),
+    )
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None

@@ -2,11 +2,16 @@
 
 Static batching computes a full batch in every step, so its trials do not show the cost of fewer
 rows. A short workload shows it: half the slots decode, then a quarter of them, and so on.
+
+A GPU may serve a workload in a tenth of a second, too short to be measured well. A trial then
+serves it several times. The serving of median duration becomes the trial's recording, so its steps,
+tokens and counters are those of the workload that was asked for.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from batchbench.batching.batcher import Batcher, Strategy
-from batchbench.batching.machine import Counter, EnergyMeter, LoadMeter
+from batchbench.batching.machine import (
+    Counter,
+    EnergyMeter,
+    LoadMeter,
+    gpu_clock_mhz,
+    longest_resolution_s,
+)
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.workloads import Workload
@@ -104,6 +115,76 @@ def small_batches(workload: Workload, slots: int, max_len: int, steps: int) -> W
     return replace(Workload.of("smaller batches", prompts, outputs), seed=workload.seed)
 
 
+TRIAL_S = 1.0
+"""Shortest duration of a trial on a GPU; several servings fill it."""
+
+MOST_SERVINGS = 999
+
+WHOLE_S = 10.0
+"""Longest time that the workload should take when it is served whole before the trials."""
+
+
+def warm_up_whole(
+    strategies: Iterable[Strategy],
+    workload: Workload,
+    warm_up: WarmUp,
+    watch: Watch,
+    *,
+    least_steps_s: float,
+    trial_s: float,
+) -> tuple[WarmUp, dict[str, int]]:
+    """Serve the workload once under each strategy, as a part of the warm-up.
+
+    A GPU loads a kernel when it first meets a shape, so every shape that is timed should have been
+    met. Of a workload that would take too long, only the beginning is served: ``least_steps_s`` is
+    the time of its steps if every slot were useful in each. Return also how many times each
+    strategy must serve the workload to fill ``trial_s``.
+    """
+    began, servings = time.monotonic(), dict[str, int]()
+    piece = _affordable(workload, least_steps_s)
+    for strategy in strategies:
+        recording = strategy.serve(piece, Watch())
+        if piece is workload and recording.duration_ns < 2e9 * trial_s:
+            recording = strategy.serve(workload, Watch())  # the first time, it loaded kernels
+            servings[strategy.name] = servings_for(recording.duration_ns / 1e9, trial_s)
+    if note := servings_note(servings):
+        watch.note(note)
+    duration_s = (warm_up.duration_s or 0.0) + time.monotonic() - began
+    return replace(warm_up, duration_s=duration_s), servings
+
+
+def servings_note(servings: Mapping[str, int]) -> str | None:
+    """Return words for the servings of a trial, by strategy; None if each is served once."""
+    counts = ", ".join(f"{n} times ({name})" for name, n in servings.items() if n > 1)
+    if not counts:
+        return None
+    return f"a trial serves the workload {counts}: the serving of median duration counts"
+
+
+def _affordable(workload: Workload, expected_s: float) -> Workload:
+    """Return the workload, or its first requests if it takes longer than :data:`WHOLE_S`."""
+    share = WHOLE_S / max(expected_s, 1e-9)
+    if share >= 1 and int(workload.due_ns.max()) <= WHOLE_S * 1e9:
+        return workload
+    count = max(1, int(len(workload) * min(share, 1.0)))
+    return beginning(workload, count, int(workload.output_tokens.max()))
+
+
+def servings_for(duration_s: float, trial_s: float) -> int:
+    """Return the number of servings that fill a trial: odd, so that one has the median duration."""
+    return min(math.ceil(trial_s / max(duration_s, 1e-9)), MOST_SERVINGS) | 1
+
+
+def least_trial_s(energy: Sequence[Counter], pairs_s: float | None, count: int) -> float:
+    """Return the shortest duration of a trial on a GPU.
+
+    It is longer if an energy counter needs more, and shorter if ``count`` trials would not fit in
+    ``pairs_s``.
+    """
+    wanted = max(TRIAL_S, 1.1 * longest_resolution_s(energy))
+    return wanted if pairs_s is None else min(wanted, pairs_s / count)
+
+
 def measure_memory(model: LoadedModel, watch: Watch) -> dict[str, Any]:
     """Return the speed of memory now and the bytes that a decode step reads, for a trial's header.
 
@@ -130,10 +211,14 @@ def observe(
     *,
     simulated: bool = False,
     about: Mapping[str, Any] = MappingProxyType({}),
+    servings: int = 1,
+    gpu: str | None = None,
 ) -> Recording:
     """Serve one trial without garbage collection.
 
-    The header of its recording gets the energy, the load of other processes, and ``about``.
+    The header of its recording gets the energy, the load of other processes, and ``about``. Of
+    several ``servings``, the one of median duration is returned. ``gpu`` is the id of a GPU whose
+    clocks are read at the end.
     """
     if not simulated:  # a collection takes 0.1 s
         gc.collect()
@@ -141,9 +226,61 @@ def observe(
     try:
         load = LoadMeter()
         with EnergyMeter(energy) as meter:
-            recording = strategy.serve(workload, watch, trial=trial)
+            served = [strategy.serve(workload, watch, trial=trial) for _ in range(servings)]
+            clocks = None if gpu is None else gpu_clock_mhz(gpu)
         foreign = None if simulated else load.foreign_cores()
     finally:
         gc.enable()
-    about = {**recording.header.about, **about, "foreign_cores": foreign, **meter.about()}
+    recording, own = middle_of(served)
+    energy_about = dict(meter.about())
+    if energy_about["energy_joules"] is not None:
+        energy_about["energy_joules"] /= servings
+    about = {
+        **recording.header.about,
+        **about,
+        **own,
+        **({} if gpu is None else {"gpu_clock_mhz": clocks}),
+        "foreign_cores": foreign,
+        **energy_about,
+    }
     return replace(recording, header=replace(recording.header, about=about))
+
+
+def middle_of(served: Sequence[Recording]) -> tuple[Recording, dict[str, Any]]:
+    """Return the recording of median duration, and facts about all servings for its header.
+
+    Recordings with other tokens go with it, to be verified.
+    """
+    middle = sorted(served, key=lambda r: r.duration_ns)[len(served) // 2]
+    if len(served) == 1:
+        return middle, {}
+    outputs = {_output_of(r): r for r in served}
+    del outputs[_output_of(middle)]
+    others = tuple(outputs.values())
+    differing = {i for other in others for i in requests_that_differ(middle, other)}
+    facts = {
+        "servings": len(served),
+        "differing_requests": sorted(differing),
+        "steps_vary": len({r.num_steps for r in served}) > 1,
+    }
+    return replace(middle, others=others), facts
+
+
+def _output_of(recording: Recording) -> tuple[bytes, bytes]:
+    tokens = recording.tokens  # a plug-in may not report them
+    return recording.requests.output_tokens.tobytes(), b"" if tokens is None else tokens.tobytes()
+
+
+def requests_that_differ(one: Recording, other: Recording) -> list[int]:
+    """Return the requests to which two recordings gave different tokens."""
+    if one.tokens is None or other.tokens is None:
+        return []
+    lengths = one.requests.output_tokens != other.requests.output_tokens
+    if not lengths.any():
+        changed = np.flatnonzero(one.tokens != other.tokens)
+        return [int(i) for i in np.unique(one.request_of(changed))]
+    return [
+        i
+        for i in range(len(lengths))
+        if lengths[i] or not np.array_equal(one.tokens_of(i), other.tokens_of(i))
+    ]

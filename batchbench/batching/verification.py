@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -103,6 +103,7 @@ def verify(
     if not chosen:
         return NOT_VERIFIED
     reference = Remembered(reference)
+    recordings = [each for recording in recordings for each in _servings(recording)]
     wanted = {(request, id(r)): r.tokens_of(request) for request in chosen for r in recordings}
     # Longest first, so that the beginning of a sequence is checked with it.
     for (request, _), tokens in sorted(wanted.items(), key=lambda item: -len(item[1])):
@@ -133,6 +134,11 @@ def verify(
         max_logit_gap=max((f.gap for f in findings if f.gap is not None), default=0.0),
         findings=tuple(findings),
     )
+
+
+def _servings(recording: Recording) -> list[Recording]:
+    """Return the recording of a trial, and its servings with other tokens under the same name."""
+    return [recording, *(replace(other, header=recording.header) for other in recording.others)]
 
 
 class Remembered:

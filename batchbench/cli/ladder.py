@@ -11,7 +11,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.cli.options import OutputSpec, typed_command, with_options
 from batchbench.cli.output import echo, output_folder, show
-from batchbench.errors import Interrupted
+from batchbench.errors import Interrupted, UsageError
 from batchbench.files import undisturbed
 from batchbench.studies.ladder.rungs import LadderSpec, choose_rungs
 from batchbench.workloads.spec import WorkloadSpec
@@ -90,4 +90,6 @@ def _run(experiment: Experiment, spec: LadderSpec, output: OutputSpec, folder: P
     )
     if outcome.stopped:
         raise Interrupted(f"{outcome.stopped}; the results are in {folder}")
+    if outcome.failed:
+        raise UsageError(f"{outcome.failed}; the results before it are in {folder}")
     return result.passed

@@ -231,9 +231,9 @@ def _strategy(
     limits = goals.limits_ms
     summaries = [metrics.trial_summary(trial, limits) for trial in trials]
     summary = summaries[0] if len(trials) == 1 else metrics.summary(trials, limits)
-    price = goals.price_per_hour
+    price, servings = goals.price_per_hour, trials[0].header.about.get("servings", 1)
     cost = None if price is None else price / 3600 / summary["output_throughput"] * 1e6
-    return {
+    data: StrategyData = {
         "trials": summaries,
         "summary": {**summary, "cost_per_million_output_tokens": cost},
         "by_output_length": by_length(trials, classes),
@@ -243,6 +243,9 @@ def _strategy(
         "computed_passes": trials[0].header.about.get("computed_passes"),
         "output_digest": output_digest(trials[0]),
     }
+    if servings > 1:
+        data["servings"] = servings
+    return data
 
 
 def _decode_step(trials: Sequence[Recording]) -> DecodeStep | None:

@@ -62,6 +62,9 @@ class Environment(TypedDict, total=False):
     gpu_driver: str | None
     gpu_clock_mhz: dict[str, int] | None
     cuda: str | None
+    cudnn: int | None
+    gpu_attention: str | None
+    float32_products: str | None
 
 
 class ModelFacts(TypedDict):
@@ -75,6 +78,7 @@ class ModelFacts(TypedDict):
     parameters: int | None
     attention: NotRequired[str]
     execution: NotRequired[str]
+    execution_note: NotRequired[str | None]
     weights_digest: NotRequired[str]
     weight_bytes: NotRequired[int]
     packed_weight_bytes: NotRequired[int]
@@ -252,6 +256,7 @@ class StrategyData(TypedDict):
     summary: Summary
     counters: Counters | None
     computed_passes: NotRequired[int | None]
+    servings: NotRequired[int]
     output_digest: str | None
     by_output_length: list[LengthClass]
     stalls: list[Stall]

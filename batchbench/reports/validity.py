@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import StrEnum
 
 import numpy as np
 
 from batchbench.batching.recording import Recording
-from batchbench.batching.trials import WarmUp
+from batchbench.batching.trials import WarmUp, requests_that_differ
 from batchbench.batching.verification import Verification
 from batchbench.reports import metrics, time_budget
 from batchbench.reports.latency import gaps_ms, ttft_ms
@@ -85,7 +85,7 @@ def audit(
     for name, trials in recordings.items():
         doubts = list(_broken_laws(workload, trials)) or [
             *_doubts(workload, trials, requested_rate),
-            *(() if served else _doubts_of_machine(trials)),
+            *(() if served else _doubts_of_machine(trials, _ties(verification, name))),
         ]
         label = label_of(name, has_steps=trials[0].has_steps)
         reasons += [f"{label}: {doubt}" for doubt in doubts]
@@ -115,7 +115,10 @@ def _doubts(
         if computed not in (None, r.num_steps):
             yield Reason.PASSES.text(computed=computed, steps=r.num_steps)
             break
-    if workload.closed and len({tuple(metrics.counters(r).values()) for r in stepped}) > 1:
+    vary = any(r.header.about.get("steps_vary") for r in stepped)
+    if workload.closed and (
+        vary or len({tuple(metrics.counters(r).values()) for r in stepped}) > 1
+    ):
         yield Reason.COUNTERS
     if trials[0].header.simulated:
         return
@@ -135,14 +138,30 @@ def _doubts(
             yield Reason.DRIFT.text(change=percent(abs(change)), direction=direction)
 
 
-def _doubts_of_machine(trials: Sequence[Recording]) -> Iterator[str]:
+def _doubts_of_machine(trials: Sequence[Recording], ties: Collection[int]) -> Iterator[str]:
+    """Yield reasons; ``ties`` are requests whose output verification calls a numerical tie."""
     if trials[0].header.simulated:
         return
-    if len({None if r.tokens is None else r.tokens.tobytes() for r in trials}) > 1:
+    if not _differing(trials) <= set(ties):
         yield Reason.OUTPUTS
     cores = max(r.header.about.get("foreign_cores") or 0.0 for r in trials)
     if cores > FOREIGN_CORES:
         yield Reason.FOREIGN_LOAD.text(cores=cores)
+
+
+def _ties(verification: Verification, strategy: str) -> set[int]:
+    """Return the requests whose output under a strategy is a numerical tie."""
+    return {
+        finding.request
+        for finding in verification.findings
+        if (finding.strategy, finding.verdict) == (strategy, "numerical tie")
+    }
+
+
+def _differing(trials: Sequence[Recording]) -> set[int]:
+    """Return the requests that did not get the same tokens each time that they were served."""
+    between = {i for r in trials[1:] for i in requests_that_differ(trials[0], r)}
+    return between.union(*(r.header.about.get("differing_requests", ()) for r in trials))
 
 
 def _late(

@@ -82,6 +82,18 @@ def test_a_machine_that_does_not_tell_is_not_guessed_at(tmp_path: Path) -> None:
 # Bandwidth
 
 
+def test_a_gpu_reads_four_gibibytes_where_half_of_the_free_memory_holds_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It reads 256 MiB in a tenth of a millisecond, as long as a few launches."""
+    monkeypatch.setattr(measuring, "cache_bytes", lambda device: 50 * 2**20)
+    monkeypatch.setattr(measuring, "free_bytes", lambda device: 70 * 2**30)
+    gpu = torch.device("cuda")
+    assert measuring.buffer_bytes(gpu) == 2**32
+    assert measuring.buffer_bytes(gpu, free=2**30) == 2**29
+    assert measuring.buffer_bytes(torch.device("cpu")) == 2**28
+
+
 @pytest.mark.parametrize(
     ("cache_bytes", "free", "buffer", "beyond"),
     [
@@ -170,6 +182,30 @@ def test_the_floor_is_bytes_over_bandwidth_and_the_ceiling_what_binds() -> None:
     assert strong.tokens_per_s == pytest.approx(8e6)
 
 
+@pytest.mark.parametrize(
+    ("products_s", "arithmetic_s", "launching_s", "cause"),
+    [
+        (9e-7, 2e-6, 3e-6, "memory"),
+        (5e-6, 2e-7, 3e-6, "launching"),
+        (5e-6, 4e-6, 3e-6, "arithmetic"),
+        (5e-6, 2e-7, 8e-7, "memory"),
+        (5e-6, None, None, "arithmetic"),
+    ],
+    ids=["products are fast", "launching", "arithmetic", "slow to read", "a CPU"],
+)
+def test_the_cause_of_a_limit_is_the_slowest_of_three(
+    products_s: float, arithmetic_s: float | None, launching_s: float | None, cause: str
+) -> None:
+    """The floor is 1 µs; the ceiling is what the products leave."""
+    speed = Bandwidth(1e9, "sum", 2**30, 2**20, 7, None)
+    reading = Reading("bfloat16", 500, 400, 10)
+    found = Ceiling(speed, reading, products_s, 8, 60, arithmetic_s, launching_s)
+    assert found.bound == cause
+    assert found.tokens_per_s == pytest.approx(8 / max(1e-6, products_s))
+    drifted = replace(found, launching_s=launching_s and launching_s * 3)
+    assert middle([found, drifted, found]) == found
+
+
 # Within the model, and outside
 
 WORKLOAD = Workload.of("two", [[1, 2, 3], [4, 5]], [6, 3])
@@ -238,6 +274,23 @@ def test_without_a_mark_that_can_be_reset_nothing_is_told(tmp_path: Path) -> Non
         with PeakMemory(device, folder) as memory:
             pass
         assert memory.growth_bytes is None
+
+
+def test_a_gpus_graphs_compute_in_memory_that_torch_calls_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def segment(device: int, pool: tuple[int, int], total: int, used: int) -> dict[str, object]:
+        sizes = {"total_size": total, "allocated_size": used}
+        return {"device": device, "segment_pool_id": pool, **sizes}
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 130)
+    segments = [segment(1, (0, 0), 900, 130), segment(1, (0, 7), 64, 4), segment(0, (0, 8), 32, 0)]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    with PeakMemory("cuda:1") as memory:
+        pass
+    assert memory.growth_bytes == 30 + 60
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

@@ -13,9 +13,17 @@ from typing import Any
 import pytest
 from support.results import result_of, shown, trials_of
 
-from batchbench.batching import session as conducting
+from batchbench.batching.benches import local as conducting
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
-from batchbench.batching.machine import Counter, EnergyMeter, counters_for, nvml_gpu, rapl_packages
+from batchbench.batching.machine import (
+    Counter,
+    EnergyMeter,
+    counters_for,
+    gpu_clock_mhz,
+    gpu_driver,
+    nvml_gpu,
+    rapl_packages,
+)
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.recording import Recording
 from batchbench.batching.session import conduct
@@ -158,6 +166,15 @@ class Nvml(ModuleType):
             raise self.NVMLError("not found")
         return uuid
 
+    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
+
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "580.95"
+
+    def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:  # noqa: N802
+        assert handle == "GPU-abc"
+        return {self.NVML_CLOCK_SM: 1980, self.NVML_CLOCK_MEM: 2619}[kind]
+
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> float:  # noqa: N802
         if self.millijoules is None:
             raise self.NVMLError("not supported")
@@ -175,11 +192,37 @@ def test_a_gpu_is_found_by_its_id_and_counts_millijoules(
         (tmp_path, 2.0, ["nvml GPU-abc", "rapl package-0"]),
     ):
         nvml.millijoules = 5_000
-        with EnergyMeter(counters_for("cuda:0", "abc", tree)) as meter:
+        with EnergyMeter(counters_for("cuda:0", "abc", tree), iter([0.0, 2.0]).__next__) as meter:
             nvml.millijoules = 12_500
             host.write_text("2000000\n")
         assert meter.about() == {"energy_joules": 7.5 + also, "energy_counters": names}
         host.write_text("0\n")
+
+
+@pytest.mark.parametrize("took_s", [1.9, 2.0])
+def test_a_gpu_says_nothing_about_less_than_two_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, took_s: float
+) -> None:
+    nvml = Nvml(5_000)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    counters = counters_for("cuda:0", "abc", tmp_path)
+    with EnergyMeter(counters, iter([7.0, 7.0 + took_s]).__next__) as meter:
+        nvml.millijoules = 12_500
+    assert meter.about()["energy_joules"] == (7.5 if took_s >= 2 else None)
+
+
+def test_driver_and_clocks_are_those_of_the_gpu_with_the_id(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NVML counts all GPUs of the machine, torch only those that it is shown."""
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(5_000))
+    assert gpu_driver("abc") == "580.95"
+    assert gpu_clock_mhz("abc") == {"sm": 1980, "memory": 2619}
+    assert (gpu_driver("other"), gpu_clock_mhz("other")) == (None, None)
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(5_000, broken=True))
+    assert (gpu_driver("abc"), gpu_clock_mhz("abc")) == (None, None)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert (gpu_driver("abc"), gpu_clock_mhz("abc")) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +287,7 @@ def test_one_trial_that_was_not_counted_and_there_is_none() -> None:
 class Rising:
     """Half a joule more at each reading."""
 
-    name, range_j = "made up", None
+    name, range_j, least_s = "made up", None, 0.0
 
     def __init__(self) -> None:
         self.joules = 0.0

@@ -1,4 +1,4 @@
-"""The torch engines on a GPU. Each test skips itself where there is none."""
+"""The torch engines on a GPU: on a real one, if there is one, and on the stand-in."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from support.cuda_stand_in import StandIn
 from support.models import LLAMA
 
 from batchbench.batching.batcher import Batcher
@@ -32,13 +33,14 @@ from batchbench.workloads.spec import WorkloadSpec
 if TYPE_CHECKING:
     from support.models import MakeModel
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA"),
-]
+REAL = torch.cuda.is_available()
+
+PLACES = [("real", pytest.mark.gpu), ("stand-in", ())]
+
+pytestmark = pytest.mark.usefixtures("gpu")
 
 LENGTHS = (5, 1, 20, 7, 3, 9, 2, 11)
-OUTPUT_TOKENS = (4, 12, 1, 7, 40, 2, 5, 9)
+OUTPUT_TOKENS = (4, 12, 1, 7, 24, 2, 5, 9)
 
 WORKLOAD = Workload.of(
     "eight requests",
@@ -56,12 +58,23 @@ SERVED = [
     ("notebook", "separate", "continuous"),
 ]
 
+FORMATS = [
+    *(pytest.param("real", dtype, marks=pytest.mark.gpu) for dtype in ("float32", "float16")),
+    *(pytest.param(where, "auto", marks=marks) for where, marks in PLACES),
+]
+"""Where, and in which number format; the stand-in has the CPU's kernels, so one will do."""
 
-@pytest.fixture(autouse=True)
-def memory_given_back() -> Iterator[None]:
-    """Free the memory of one test for the next."""
-    yield
-    torch.cuda.empty_cache()
+
+@pytest.fixture(params=[pytest.param(where, marks=marks) for where, marks in PLACES])
+def gpu(request: pytest.FixtureRequest) -> Iterator[StandIn | None]:
+    """A real GPU, for which this is None, or the stand-in."""
+    if request.param == "stand-in":
+        yield request.getfixturevalue("cuda_stand_in")
+        return
+    if not REAL:
+        pytest.skip("needs a GPU with CUDA")
+    yield None
+    torch.cuda.empty_cache()  # the memory of one test is free for the next
 
 
 def batcher_for(
@@ -90,7 +103,7 @@ def half(device: str = "cuda") -> str:
 
 
 @pytest.mark.parametrize(("engine", "prefill", "policy"), SERVED)
-@pytest.mark.parametrize("dtype", ["float32", "auto", "float16"])
+@pytest.mark.parametrize(("gpu", "dtype"), FORMATS, indirect=["gpu"])
 def test_outputs_are_verified(
     dtype: str, engine: str, prefill: str, policy: str, make_model: MakeModel
 ) -> None:
@@ -105,7 +118,7 @@ def test_outputs_are_verified(
 
 
 @pytest.mark.parametrize(("engine", "prefill", "policy"), SERVED)
-@pytest.mark.parametrize("dtype", ["float32", "auto"])
+@pytest.mark.parametrize(("gpu", "dtype"), FORMATS, indirect=["gpu"])
 def test_outputs_of_another_family_are_verified(
     dtype: str, engine: str, prefill: str, policy: str, make_model: MakeModel
 ) -> None:
@@ -133,7 +146,10 @@ def test_a_broken_mask_is_caught(make_model: MakeModel, monkeypatch: pytest.Monk
     decode = attention._decode
 
     def unmasked(q: torch.Tensor, block: Any, layout: Any, options: Any) -> torch.Tensor:
-        return decode(q, block, replace(layout, mask=None), options)
+        hidden = layout.mask(q.dtype)
+        layout = replace(layout)
+        layout._mask = torch.zeros_like(hidden)
+        return decode(q, block, layout, options)
 
     model = make_model(device="cuda", dtype="float32", **WIDE)
     # A graph was recorded before the fault: it would replay what is right.

@@ -6,6 +6,8 @@ buffers, at the fixed sizes, that a CUDA graph would be recorded on.
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
@@ -132,9 +135,14 @@ def test_compiled_passes_give_the_tokens_of_eager_ones(make_model: MakeModel) ->
         "few", [p[:n] for p, n in zip(PROMPTS, (9, 2, 5, 1), strict=True)], [7] * 4
     )
     counters.clear()
-    engine, memory = make_engine("slots", model, 3, 32, "compile")
+    (engine, memory), codes = run_and_get_code(make_engine, "slots", model, 3, 32, "compile")
     assert (engine.execution, memory["packed_weight_bytes"]) == ("compile", 0)
     assert not counters["graph_break"]  # nothing in a pass makes the compiler stop
+    assert isinstance(engine, SlotsEngine)
+    block = engine._cache.blocks[0].block
+    buffers = re.findall(r"empty_strided\w*\(\(([\d, ]+)\),", "".join(codes))
+    sizes_made = [math.prod(int(n) for n in sizes.split(",") if n.strip()) for sizes in buffers]
+    assert 0 < max(sizes_made) < block.numel()  # the cache is never copied
     recording = Batcher("continuous", engine, 3).serve(workload, Watch())
     assert verify(workload, [recording], TeacherForced(model)).identical == 4
 

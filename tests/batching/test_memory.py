@@ -12,7 +12,7 @@ SCRIPT = """
 import gc, sys
 from pathlib import Path
 import numpy as np
-from batchbench.batching.engines.torch.attention import SlotLayer
+from batchbench.batching.engines.torch.attention import SlotCache
 from batchbench.batching.engines.torch.build import make_engine
 from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.models.loading import load_model
@@ -42,13 +42,14 @@ def serve(max_len):
 serve(42)
 gc.collect()
 if "copying" in sys.argv:
-    erase, changes = SlotLayer.erase, []
-    def copying(layer, slot, start, stop):
-        erase(layer, slot, start, stop)
+    erase, changes = SlotCache.erase, []
+    def copying(cache, slot, start, stop):
+        erase(cache, slot, start, stop)
         changes.append(slot)
-        if len(changes) % 50 == 0:
-            layer.block = layer.block.clone()
-    SlotLayer.erase = copying
+        if len(changes) % 25 == 0:
+            for layer in cache.blocks:
+                layer.block = layer.block.clone()
+    SlotCache.erase = copying
 before = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
 cache = serve(1024)

@@ -95,6 +95,15 @@ def test_a_plan_ends_where_the_policy_or_the_next_request_wants_to_be_heard(
     assert (plan.chunks, plan.repeat, plan.until) == ((), 3, until)
 
 
+@pytest.mark.parametrize("prefill", ["separate", "mixed"])
+def test_a_prefill_ends_before_the_next_request_is_looked_for(prefill: str) -> None:
+    """A GPU's host would otherwise plan the next pass before it knows who came meanwhile."""
+    arrivals = make_arrivals(workload_of([(3, 4, 0), (1, 1, 20)]))
+    scheduler = Scheduler(arrivals, Continuous(), 2, prefill=prefill, max_batched_tokens=8)
+    plan = planned(scheduler)
+    assert (len(plan.chunks), plan.repeat, plan.until) == (1, 1, 20)
+
+
 @pytest.mark.parametrize(("again", "refused"), [(4, True), (5, True), (6, False)])
 def test_a_policy_may_ask_to_be_asked_again_at_a_later_time_only(again: int, refused: bool) -> None:
     scheduler = Scheduler(make_arrivals(workload_of([(3, 4, 0)])), Asks(again), 2)

@@ -22,7 +22,7 @@ MEASURED = (
 )
 """The result that examples name: measured, since predictions are made from nothing else."""
 
-MEASURES = ("run", "ladder", "capacity", "duet", "check", "baseline save")
+MEASURES = ("run", "probe", "ladder", "capacity", "duet", "check", "baseline save")
 """Commands whose examples measure a real model for minutes: they are run with ``--dry-run``, and
 only parsed where there is no such option."""
 

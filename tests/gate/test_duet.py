@@ -182,6 +182,44 @@ def test_a_kernel_that_differs_makes_the_times_say_nothing() -> None:
     assert "calibration kernel" in gate.sentence
 
 
+class Side:
+    """One side's worker process, which logs what it is told and when it has answered."""
+
+    def __init__(self, name: str, log: list[str], *, forks: bool) -> None:
+        self._name, self._log, self._forks = name, log, forks
+        self._step = 0
+
+    def ready(self) -> None:
+        pass
+
+    def begin(self) -> Mapping[str, Any]:
+        return {"forks": self._forks, "version": "1"}
+
+    def tell_open(self, *_: object) -> None:
+        self._log.append(f"{self._name} opens")
+
+    def answer(self) -> Mapping[str, Any]:
+        self._log.append(f"{self._name} is open")
+        return {"lanes": {"continuous": {"steps": 10, "step_ns": 1e6, "work": None}}}
+
+    def turn(self, strategy: str, steps: int) -> Turn:
+        return turn(1e6)
+
+    def finish(self) -> Mapping[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_two_processes_that_may_share_a_gpu_open_one_after_the_other(forks: bool) -> None:
+    """Both would find its memory free, and each would slow the other's calibration."""
+    log: list[str] = []
+    sides: Any = (Side("base", log, forks=True), Side("new", log, forks=forks))
+    ProcessPairs(sides, Experiment(), []).pair(["continuous"], None, with_others=False)
+    apart = ["base opens", "base is open", "new opens", "new is open"]
+    together = ["base opens", "new opens", "base is open", "new is open"]
+    assert log == (together if forks else apart)
+
+
 def test_a_burst_in_one_pairs_kernel_is_no_contamination() -> None:
     pairs = [made_up(0.0) for _ in range(5)]
     assert contamination([*pairs, made_up(0.0, kernel=0.2)], 0.01, on_cpu=True) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -288,33 +288,149 @@ def test_ctrl_c_while_verifying_keeps_all_rounds(
     assert outcome.stopped == "interrupted after 2 of 2 rounds"
 
 
-@pytest.mark.parametrize("stage", ["opening", "serving"])
+Break = Callable[[str, int, Exception], None]
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Break:
+    """Lets the notebook engine fail: when it is made, or from its n-th prefill on."""
+
+    def breaks(stage: str, after: int, error: Exception) -> None:
+        calls = iter(range(after))
+
+        def fails(*given: Any) -> Any:
+            if stage == "opening" or next(calls, None) is None:
+                raise error
+            return right(*given)
+
+        right = NotebookEngine._prefill
+        name = "__init__" if stage == "opening" else "_prefill"
+        monkeypatch.setattr(NotebookEngine, name, fails)
+
+    return breaks
+
+
+STAGES = {"opening": 0, "warming up": 1, "serving": 3}
+"""Number of prefills before the one that fails: two rounds of warming up, then trials."""
+
+ERRORS = [
+    (RuntimeError("out of memory"), "out of memory"),
+    (ImportError("no flash"), "ImportError: no flash"),
+    (AttributeError("no such\n   module"), "AttributeError: no such module"),
+    (UsageError("--batch-size 3: does not fit"), "--batch-size 3: does not fit"),
+    (RuntimeError("C++ stack:\n" + 400 * "frame at 0x0000\n"), "C++ stack: frame at 0x0000 "),
+]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("error", "why"), ERRORS, ids=["torch", "import", "bug", "ours", "long"])
 def test_a_rung_that_fails_is_left_out_and_the_others_go_on(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: Break,
+    stage: str,
+    error: Exception,
+    why: str,
 ) -> None:
-    calls = iter(range(3, -1, -1))  # two rounds of warming up, a trial, then it fails
-
-    def fails(*_: Any) -> Any:
-        if stage == "opening" or next(calls) == 0:
-            raise RuntimeError("out of memory")
-        return right(*_)
-
-    right = NotebookEngine._prefill
-    name = "__init__" if stage == "opening" else "_prefill"
-    monkeypatch.setattr(NotebookEngine, name, fails)
+    failing(stage, STAGES[stage], error)
     some = [rung for rung in RUNGS if rung.name in ("notebook", "lean")]
     monkeypatch.setattr(run, "choose_rungs", lambda text: some)
     ladder = made(checkpoint, rounds=2)
-    result = make_ladder(ladder.run(ladder.measure()), "")
+    outcome = ladder.run(ladder.measure())
+    assert (outcome.stopped, outcome.failed) == (None, None)
+    result = make_ladder(outcome, "")
     assert [rung["name"] for rung in result.data["rungs"]] == ["lean"]
-    assert result.data["left_out"] == {"notebook": "out of memory"}
+    assert list(result.data["left_out"]) == ["notebook"]
+    said = result.data["left_out"]["notebook"]
+    assert said.startswith(why)
+    assert len(said) <= 200
     assert len(result.recordings["lean"]) == 2
-    calls = iter([0])
-    if stage == "serving":  # a named rung is an error
-        named = made(checkpoint, "notebook,lean")
-        ceilings = named.measure()
-        with pytest.raises(RuntimeError, match="out of memory"):
-            named.run(ceilings)
+
+
+@pytest.mark.parametrize("stage", ["opening", "warming up"])
+def test_a_named_rung_that_fails_before_it_serves_is_an_error(
+    checkpoint: Path, failing: Break, stage: str
+) -> None:
+    failing(stage, STAGES[stage], RuntimeError("out of\nmemory"))
+
+    def attempt() -> None:
+        ladder = made(checkpoint, "notebook,lean")
+        ladder.run(ladder.measure())
+
+    with pytest.raises(UsageError, match=r"^--rungs notebook: out of memory; remove it$"):
+        attempt()
+
+
+@pytest.mark.parametrize(
+    ("after", "kept"),
+    [(7, {"notebook", "lean"}), (3, {"lean"})],
+    ids=["in the second round", "in the first round"],
+)
+def test_a_named_rung_that_fails_takes_nothing_finished_with_it(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: Break,
+    after: int,
+    kept: set[str],
+) -> None:
+    """Six requests in three slots need four prefills a trial, and a warm-up one."""
+    order = ["lean", "notebook"] if after == 3 else ["notebook", "lean"]
+    some = sorted(
+        (rung for rung in RUNGS if rung.name in order), key=lambda rung: order.index(rung.name)
+    )
+    monkeypatch.setattr(run, "choose_rungs", lambda text: some)
+    failing("serving", after, RuntimeError("device lost"))
+    ladder = made(checkpoint, "notebook,lean", 2)
+    outcome = ladder.run(ladder.measure())
+    assert str(outcome.failed) == "--rungs notebook: device lost; remove it"
+    finished = {name: len(trials) for name, trials in outcome.recordings.items()}
+    assert finished == dict.fromkeys(kept, 1)
+    result = make_ladder(outcome, "")
+    assert result.data["validity"]["reasons"][0] == "--rungs notebook: device lost; remove it"
+    assert {rung["name"] for rung in result.data["rungs"]} == kept
+    assert not any(rung["verification"]["requests_checked"] for rung in result.data["rungs"])
+
+
+def test_a_device_that_is_lost_takes_nothing_finished_with_it(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rungs fail in the second round: their first round is kept."""
+    calls = iter(range(2))
+
+    def lost(*args: Any, **options: Any) -> Recording:
+        if next(calls, None) is None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with")
+        return observe(*args, **options)
+
+    monkeypatch.setattr(serving, "observe", lost)
+    some = [rung for rung in RUNGS if rung.name in ("mixed", "lean", "graph")]
+    monkeypatch.setattr(run, "choose_rungs", lambda text: some)
+    ladder = made(checkpoint, rounds=3)
+    outcome = ladder.run(ladder.measure())
+    assert {name: len(trials) for name, trials in outcome.recordings.items()} == {
+        "mixed": 1,
+        "lean": 1,
+    }
+    assert list(ladder.left_out) == ["graph"]
+    assert "no rung is left; lean: CUDA error: an illegal memory access" in str(outcome.failed)
+    make_ladder(outcome, "")
+
+
+@pytest.mark.parametrize("what", ["measure", "_verify"])
+def test_an_error_beside_the_rungs_takes_nothing_finished_with_it(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    ladder = made(checkpoint, "lean", 2)
+    before = ladder.measure()
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(ladder, what, fails)
+    outcome = ladder.run(before)
+    assert str(outcome.failed) == "CUDA out of memory"
+    assert len(outcome.recordings["lean"]) == (1 if what == "measure" else 2)
+    make_ladder(outcome, "")
 
 
 def test_a_reference_is_asked_once_for_all_rungs() -> None:
@@ -357,6 +473,23 @@ def test_the_card_stands_on_its_own() -> None:
     assert "ceiling  324 tokens/s, limited by arithmetic" in text
     assert "ceiling  982 tokens/s, limited by memory" in text
     assert max(map(len, lines)) <= 80
+
+
+def test_the_card_of_a_gpu_names_launching() -> None:
+    speed = Bandwidth(3.0e12, "sum", 2**32, 50 * 2**20, 7, None)
+    reading = Reading("bfloat16", 248_879_616, 247_306_752, 36_864)
+    ceilings = {"bfloat16": Ceiling(speed, reading, 2.7e-4, 8, 512, 2.5e-6, 1.7e-4)}
+    card = make_card(ceilings)
+    lines = card_lines(card)
+    text = "\n".join(lines)
+    assert "products 0.27 ms for the step's matrix products alone" in text
+    assert "compute  0.0025 ms for them at the rate of a large product" in text
+    assert "launch   0.17 ms for as many products with almost no work" in text
+    assert "ceiling  29,630 tokens/s, limited by launching" in text
+    assert max(map(len, lines)) <= 80
+    found = card["formats"]["bfloat16"]
+    assert found["bound"] == "launching"
+    assert (found["launching_ms"], found["arithmetic_ms"]) == (pytest.approx(0.17), 0.0025)
 
 
 def shown(result: LadderResult, width: int) -> str:
@@ -524,6 +657,29 @@ def test_json_stands_alone_and_quiet_is_a_sentence(
     assert (code, err) == (0, "")
     assert out.startswith("lean serves ")
     assert len(out.splitlines()) == 1
+
+
+def test_what_is_finished_is_written_before_a_failure_is_told(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failing: Break,
+) -> None:
+    failing("serving", 5, RuntimeError("device lost"))
+    folder = tmp_path / "ladder"
+    words = [*SMALL.split(), "--rounds", "3", "--model", str(checkpoint), "--output", str(folder)]
+    code, out, err = said([*words, "--rungs", "notebook,lean"], monkeypatch, capsys)
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.startswith(
+        "batchbench: --rungs notebook: device lost; remove it; the results before"
+    )
+    assert last.endswith(str(folder))
+    found = json.loads((folder / "ladder.json").read_text())
+    assert found["validity"]["status"] == "suspect"
+    assert {rung["name"] for rung in found["rungs"]} <= {"notebook", "lean"}
+    assert "run suspect" in out
 
 
 def test_wrong_tokens_are_exit_code_1(

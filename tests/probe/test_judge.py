@@ -186,6 +186,20 @@ def test_requests_of_others_that_the_server_counts_make_slots_a_lower_bound() ->
     assert busy.busy
 
 
+@pytest.mark.parametrize("server", [Server(others=2), Server(slots=8)])
+def test_one_free_slot_of_many_is_not_called_serial(server: Server) -> None:
+    """From outside, a server whose other slots are held for a minute has one."""
+    seen, _ = observe(Kind(slots=1), 1)
+    assert judge(seen).kind is SERIAL
+    assert judge(replace(seen, server=server)).kind is UNKNOWN
+
+
+def test_a_buffered_server_that_ends_early_is_not_called_serial() -> None:
+    for seed in range(6):
+        found = verdict_of(Kind("static", chunk=0, early_end=0.5, hiccup=0.08), seed)
+        assert found.kind in (STATIC, UNKNOWN)
+
+
 def test_a_busy_client_gives_no_verdict_on_shared_steps() -> None:
     seen, _ = observe(Kind(slots=4), 1)
     assert judge(replace(seen, lag_ns=3 * MS)).kind is UNKNOWN
@@ -316,6 +330,15 @@ def test_the_first_and_the_last_group_of_a_static_server_need_not_be_full() -> N
     assert (full.groups, full.most, full.exact) == ((1, 4, 2), 4, True)
     rest = burst_of(burst(*group(30, 1), *group(300, 3)), PACE)
     assert (rest.groups, rest.most, rest.exact) == ((1, 3), 3, False)
+
+
+def test_a_request_of_one_token_belongs_to_its_group() -> None:
+    def group(first: float) -> list[Stream]:
+        lengths = [1, 8, 8, 9]
+        return [steady(Role.BURST, 0, first + i / 10, n) for i, n in enumerate(lengths)]
+
+    found = burst_of(burst(*group(30), *group(300), *group(600)), PACE)
+    assert (found.groups, found.most, found.exact) == ((4, 4, 4), 4, True)
 
 
 def test_a_failed_request_makes_a_count_inexact() -> None:

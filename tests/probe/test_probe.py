@@ -13,16 +13,17 @@ from support.program import Program
 from support.program import here as here
 from support.program import program as program
 from support.schedules import FIVE, MS, Schedule
+from support.servers import Manner
+from support.streams import DialectName
 from support.wired import URL, wired
 
 from batchbench.batching.progress import Watch
 from batchbench.batching.remote.address import Failure, FailureKind
 from batchbench.batching.remote.spec import TargetSpec
 from batchbench.studies.probe import ask, report
-from batchbench.studies.probe.figure import draw_streams
+from batchbench.studies.probe.figures import MOST_STREAMS, Panel, draw_streams, panels_of
 from batchbench.studies.probe.judge import Kind
 from batchbench.studies.probe.observations import Role, Stream
-from batchbench.studies.probe.panels import MOST_STREAMS, Panel, panels_of
 
 KEYS = {"target", "server", "verdict", "slots", "slots_is_lower_bound", "evidence"}
 
@@ -59,6 +60,16 @@ def test_the_five_kinds_of_server(
     assert bound is None or data["slots_is_lower_bound"] is bound
     assert data["target"] == URL
     assert data["server"]["name"] == "llama.cpp"
+
+
+@pytest.mark.parametrize("dialect", ["llama.cpp", "vllm"])
+def test_the_chat_endpoint_and_other_dialects(
+    monkeypatch: pytest.MonkeyPatch, dialect: DialectName
+) -> None:
+    wired(monkeypatch, Schedule(slots=4), Manner(dialect))
+    spec = TargetSpec(target=URL, endpoint="/v1/chat/completions")
+    verdict = ask.probe(spec, "auto", 60.0, Watch()).verdict
+    assert (verdict.kind, verdict.slots) == (Kind.CONTINUOUS, 4)
 
 
 def test_a_server_that_takes_turns_is_no_verdict_and_exit_code_3_if_strict(

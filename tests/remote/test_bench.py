@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from support.models import Alone
@@ -12,11 +13,12 @@ from support.servers import Manner, serving
 from support.wired import experiment, wired
 
 from batchbench.batching.experiment import Experiment
-from batchbench.batching.models.loading import LoadedModel
+from batchbench.batching.models import Tokenizer
 from batchbench.batching.progress import Watch
+from batchbench.batching.recording import Header, Recording
 from batchbench.batching.remote import bench as remote
 from batchbench.batching.remote.address import Failure, FailureKind
-from batchbench.batching.remote.bench import RemoteBench, served_model
+from batchbench.batching.remote.bench import RemoteBench, served_model, with_ids
 from batchbench.batching.remote.dialects import DIALECTS, Dialect
 from batchbench.batching.remote.outcome import (
     Agreement,
@@ -27,6 +29,10 @@ from batchbench.batching.remote.outcome import (
 )
 from batchbench.batching.session import StopReason, conduct
 from batchbench.errors import UsageError
+from batchbench.workloads import Workload
+
+if TYPE_CHECKING:
+    from batchbench.batching.models.loading import LoadedModel
 
 SMALL = {"queue_size": 12, "batch_size": 4, "long_tokens": 20, "short_tokens": 5}
 
@@ -77,6 +83,16 @@ def test_two_failed_rounds_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch)
     assert [len(done) for done in outcome.recordings.values()] == [1, 1]
     assert [failed.trial for failed in outcome.failures] == [1, 2]
     assert len(network.trials) == WARM_UPS + 4
+
+
+def test_failed_rounds_with_finished_ones_in_between_do_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = wired(monkeypatch)
+    network.breaks = {WARM_UPS: [0], WARM_UPS + 3: [0]}
+    outcome = conduct(experiment(trials=4, **SMALL), Watch())
+    assert [failed.trial for failed in outcome.failures] == [0, 2]
+    assert [len(done) for done in outcome.recordings.values()] == [2, 2]
 
 
 @pytest.mark.parametrize("trial", [WARM_UPS, WARM_UPS + 1])
@@ -272,6 +288,72 @@ def test_a_trial_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch
         asked = Experiment.of({"target": server.url}, {"max_time": 0.3, **SMALL, "long_tokens": 90})
         with pytest.raises(UsageError, match=r"--max-time 0\.3: the first pair of trials took"):
             conduct(asked, Watch())
+
+
+# Prompts and outputs as text
+
+
+@pytest.mark.parametrize(
+    ("dialect", "endpoint", "as_ids"),
+    [
+        ("vllm", "/v1/completions", True),
+        ("vllm", "/v1/chat/completions", False),
+        ("openai", "/v1/completions", True),
+    ],
+)
+def test_prompts_are_ids_where_the_server_takes_them_and_else_text(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path, dialect: str, endpoint: str, as_ids: bool
+) -> None:
+    network = wired(monkeypatch, manner=Manner(dialect))  # type: ignore[arg-type]
+    asked = experiment(tokenizer=str(checkpoint), endpoint=endpoint, **SMALL)
+    outcome = conduct(asked, Watch())
+    text = "The quick brown fox jumped over the"
+    assert outcome.texts is not None
+    prompt, output = outcome.texts[0]
+    assert prompt == text
+    assert output.startswith(" t")
+    body = network.bodies[-1]
+    if as_ids:
+        assert body["prompt"] == outcome.workload.prompt(11).tolist()
+        assert max(body["prompt"]) < 300  # the vocabulary of the folder
+    else:
+        assert body["messages"] == [{"role": "user", "content": text}]
+    assert body["model"] == "fake-model"
+
+
+def test_a_chat_without_a_tokenizer_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    wired(monkeypatch)
+    with pytest.raises(UsageError, match="--tokenizer"):
+        conduct(experiment(endpoint="/v1/chat/completions", **SMALL), Watch())
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("{}/nothing", "--tokenizer .*nothing: no such folder"), ("{}", "holds no tokenizer.json")],
+)
+def test_a_tokenizer_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, says: str
+) -> None:
+    wired(monkeypatch)
+    with pytest.raises(UsageError, match=says):
+        conduct(experiment(tokenizer=name.format(tmp_path), **SMALL), Watch())
+
+
+def test_ids_come_from_text_only_if_they_give_it_back() -> None:
+    """The tokenizer cuts at spaces, so that a double one is lost."""
+    words = Tokenizer(
+        lambda text: [int(word) for word in text.split()],
+        lambda ids: " ".join(map(str, ids)),
+    )
+    workload = Workload.of("three", [[1]] * 3, [2, 2, 3])
+    recording = Recording.of_tokens(
+        Header("a", 0, 1, False, {}), workload, None, [[1, 2], [1, 2], [1, 2, 3]], [0, 0, 0]
+    )
+    texts = [Output(None, "7 8"), Output(None, "7  8"), Output(None, "7 8")]
+    found, unknown = with_ids(recording, texts, words)
+    assert unknown == {1, 2}  # another text, and another number of tokens
+    assert found.tokens_of(0).tolist() == [7, 8]
+    assert with_ids(recording, texts, None) == (recording, {0, 1, 2})
 
 
 # Against the model

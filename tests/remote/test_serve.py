@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from support.schedules import FIVE, MS, Schedule
+from support.schedules import FIVE, MS, Core, Job, Schedule
 from support.servers import Manner
 from support.wired import experiment, most_in_flight, wired
 
@@ -16,6 +16,7 @@ from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.remote.bench import RemoteBench
+from batchbench.batching.remote.outcome import TrialFailed
 from batchbench.batching.session import conduct
 from batchbench.batching.verification import NOT_VERIFIED
 from batchbench.reports.validity import audit
@@ -135,13 +136,16 @@ def test_timed_arrivals_are_sent_when_they_are_due(monkeypatch: pytest.MonkeyPat
     assert most_in_flight(network.trials[-1]) > 2
 
 
-def test_waves_take_those_that_have_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("slots", "sizes"), [(4, [2, 4, 3, 1]), (2, [2, 2, 2, 2, 1, 1])])
+def test_waves_take_those_that_have_arrived(
+    monkeypatch: pytest.MonkeyPatch, slots: int, sizes: list[int]
+) -> None:
     network = wired(monkeypatch)
-    recording = serve("static", timed(), slots=4)
+    recording = serve("static", timed(), slots)
     due, sent = recording.requests.due_ns, recording.admitted_ns
     assert (sent >= due).all()
     waves = [list(wave) for _, wave in itertools.groupby(network.trials[-1], lambda e: e.sent_ns)]
-    assert [len(wave) for wave in waves] == [2, 4, 3, 1]  # 90 waits for the second wave's end
+    assert [len(wave) for wave in waves] == sizes
     for wave, then in itertools.pairwise(waves):
         assert then[0].sent_ns >= max(exchange.ended_ns for exchange in wave)
 
@@ -163,6 +167,34 @@ def test_tokens_of_one_chunk_share_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     assert recording.token_ends_ns is not None
     counts = np.unique(recording.token_ends_ns, return_counts=True)[1]
     assert counts.tolist() == [4, 4, 2]
+
+
+def test_texts_that_may_end_early_are_taken_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This server ends each text when prompt and output have 14 tokens."""
+    network = wired(monkeypatch, Schedule(context=14), Manner("openai"))
+    workload = odd(stop_at_eos=True)
+    recording = serve("continuous", workload)
+    lengths = np.minimum(workload.output_tokens, 14 - workload.prompt_tokens)
+    assert (lengths < workload.output_tokens).any()
+    assert recording.requests.output_tokens.tolist() == lengths.tolist()
+    assert all("ignore_eos" not in body for body in network.bodies)
+    serve("continuous", Workload.of("one", [[1]], [5]))
+    assert network.bodies[-1]["ignore_eos"] is True
+
+
+def test_more_tokens_than_asked_for_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    wired(monkeypatch, manner=Manner("vllm"))
+    arrive = Core.arrive
+
+    def generous(core: Core, ns: int, job: Job) -> None:
+        job.asked += 1
+        arrive(core, ns, job)
+
+    monkeypatch.setattr(Core, "arrive", generous)
+    for early in (False, True):
+        with pytest.raises(TrialFailed, match=r"produced 6 (output )?tokens.* 5") as raised:
+            serve("continuous", Workload.of("one", [[1]], [5], stop_at_eos=early))
+        assert raised.value.failed.failed[0].kind == "usage_differs"
 
 
 class Listener(Watch):

@@ -53,11 +53,19 @@ class Witness(SimulatedEngine):
     """Writes down, step by step and slot by slot, all that plans ask for; knows no Recorder.
 
     With ``uneven`` no two steps cost the same and time passes between calls, as on a real clock.
-    ``stops`` gives the number of tokens after which a request's text ends.
+    ``stops`` gives the number of tokens after which a request's text ends. With ``late`` that is
+    told after the next pass, which computes nothing for such a request.
     """
 
-    def __init__(self, slots: int, uneven: bool = False, stops: dict[int, int] | None = None):
+    def __init__(
+        self,
+        slots: int,
+        uneven: bool = False,
+        stops: dict[int, int] | None = None,
+        late: bool = False,
+    ):
         super().__init__(10)
+        self.looks_late = late
         self.slots, self.uneven, self.stops = slots, uneven, stops or {}
 
     def begin(self, workload: Workload) -> None:
@@ -75,6 +83,7 @@ class Witness(SimulatedEngine):
             ends = np.cumsum([costs[i % 10] for i in range(steps)]) + now
             steps = min(steps, int((ends < plan.until).sum()) + 1)
         self._starts.append(now)
+        self.before = self._over()
         for slot in plan.released:
             del self.held[slot], self.cached[slot]
         for request, slot in plan.admitted:
@@ -93,6 +102,8 @@ class Witness(SimulatedEngine):
             doing[chunk.slot] = "useful" if chunk.stop == chunk.request.prompt_tokens else "prompt"
         for slot, growing in zip(plan.slots.tolist(), plan.growing.tolist(), strict=True):
             step.decodes = True
+            if self.looks_late and self._done(self.held[slot]):
+                continue
             self.cached[slot] += growing
             if growing:
                 doing[slot] = "useful"
@@ -114,9 +125,12 @@ class Witness(SimulatedEngine):
         produced = len(self.token_times.get(request.index, []))
         return produced == self.stops.get(request.index, request.output_tokens)
 
-    def stopped(self, plan: Plan) -> list[int]:
+    def stopped(self, plan: Plan, *, late: bool = False) -> list[int]:
         computed = plan.slots.tolist() + [chunk.slot for chunk in plan.chunks]
-        return [slot for slot in computed if self._done(self.held[slot])]
+        return [slot for slot in computed if slot in (self.before if late else self._over())]
+
+    def _over(self) -> list[int]:
+        return [slot for slot, request in self.held.items() if self._done(request)]
 
     def collect(self) -> Steps:
         if not self.uneven and not self.stops:
@@ -132,9 +146,10 @@ def witnessed(
     config: Config,
     uneven: bool = False,
     stops: dict[int, int] | None = None,
+    late: bool = False,
 ) -> tuple[Witness, Recording]:
     """Serve a workload; what the engine saw, and what the Recorder wrote."""
-    engine = Witness(config.slots, uneven, stops)
+    engine = Witness(config.slots, uneven, stops, late)
     batcher = Batcher(
         config.policy,
         engine,
@@ -345,12 +360,18 @@ def test_counters_are_what_each_slot_did_in_each_step(
 
 
 @some
-@given(workloads(timed=False), configs(policies=POLICIES), st.randoms(use_true_random=False))
+@given(
+    workloads(timed=False),
+    configs(policies=POLICIES),
+    st.randoms(use_true_random=False),
+    st.booleans(),
+)
 def test_texts_that_end_early_are_counted_as_far_as_they_go(
-    workload: Workload, config: Config, random: random.Random
+    workload: Workload, config: Config, random: random.Random, late: bool
 ) -> None:
     stops = {r.index: random.randint(1, r.output_tokens) for r in workload}
-    engine, recording = witnessed(replace(workload, stop_at_eos=True), config, stops=stops)
+    ending = replace(workload, stop_at_eos=True)
+    engine, recording = witnessed(ending, config, stops=stops, late=late)
     found = metrics.trial_summary(recording)
     assert metrics.counters(recording) == naive_counters(engine)
     assert found["total_output_tokens"] == sum(stops.values())

@@ -214,7 +214,7 @@ class Ledger(Strict):
             self._prefill(chunk.request, chunk.slot, chunk.start, chunk.stop)
         return steps
 
-    def stopped(self, plan: Plan) -> list[int]:
+    def stopped(self, plan: Plan, *, late: bool = False) -> list[int]:
         """Slots whose text has ended; a held one says so again in each pass, as a model does."""
         computed = plan.slots.tolist() + [chunk.slot for chunk in plan.chunks]
         return [slot for slot in computed if self._produced[slot] == self._stop(slot)]

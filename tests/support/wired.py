@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.remote import counters, dialects, wire
 from batchbench.batching.remote.address import Failure, FailureKind
-from batchbench.batching.remote.exchange import Exchange, Feed, Watcher
+from batchbench.batching.remote.exchange import Exchange, Feed, Outgoing, Wait, Watcher
 from support.schedules import Schedule
 from support.servers import FakeServer, Manner
 
@@ -30,6 +32,7 @@ class Wired:
     breaks: dict[int, Sequence[int]] = field(default_factory=dict)
     failure: Failure = field(default_factory=lambda: Failure(FailureKind.RESET, "it broke"))
     trials: list[list[Exchange]] = field(default_factory=list)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
 
     def exchange(
         self,
@@ -40,12 +43,25 @@ class Wired:
         until_ns: int | None = None,
         kernel_stamps: bool = True,
     ) -> list[Exchange]:
-        done = self.server.exchange(None, feed, watch, kernel_stamps=kernel_stamps)
+        done = self.server.exchange(None, self._noted(feed), watch, kernel_stamps=kernel_stamps)
         for request in self.breaks.get(len(self.trials), ()):
             broken = next(exchange for exchange in done if exchange.index == request)
             done[done.index(broken)] = replace(broken, failure=self.failure)
         self.trials.append(done)
         return done
+
+    def _noted(self, feed: Feed) -> Feed:
+        """Return a feed whose requests are written down in ``bodies``."""
+        network = self
+
+        class Noted:
+            def next(self, now_ns: int, in_flight: int) -> Outgoing | Wait | None:
+                answer = feed.next(now_ns, in_flight)
+                if isinstance(answer, Outgoing):
+                    network.bodies.append(json.loads(answer.body or b"{}"))
+                return answer
+
+        return Noted()
 
     @property
     def in_flight(self) -> list[int]:

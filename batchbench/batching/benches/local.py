@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from batchbench.batching import trials
 from batchbench.batching.batcher import Batcher, Strategy
@@ -53,6 +53,7 @@ class LocalBench(Bench):
         self._loaded: LoadedModel | None = None
         self._energy: Sequence[Counter] = ()
         self._memory: Mapping[str, Any] = {}
+        self._servings: Mapping[str, int] = {}  # per trial, by strategy; once if it is not there
         self.model = {
             "name": self.source.name,
             "load_format": self.source.load_format,
@@ -104,10 +105,13 @@ class LocalBench(Bench):
             "dtype": loaded.dtype_name,
             "parameters": sum(p.numel() for p in loaded.module.parameters()),
             "execution": engine.execution,
+            "execution_note": engine.execution_note,
             "weights_digest": digest,
             **memory,
         }
-        self.environment |= torch_environment(str(loaded.device))
+        self.environment |= torch_environment(str(loaded.device), loaded.dtype)
+        if engine.triton:
+            self.environment["gpu_attention"] = "batchbench's, in Triton"
         self._energy = counters_for(str(loaded.device), self.environment["gpu_uuid"])
         return engine
 
@@ -143,8 +147,32 @@ class LocalBench(Bench):
             return WarmUp(0, True, None, None)
         self._watch.phase("warming up")
         batcher = self.batcher("continuous")
-        others = [_Guarded(find(name), strategy) for name, strategy in self._plug_ins.items()]
-        return trials.warm_up(batcher, others, self.workload, most=most, within=within)
+        others = [self._guarded(strategy) for strategy in self._plug_ins.values()]
+        warm_up = trials.warm_up(batcher, others, self.workload, most=most, within=within)
+        if self._loaded is None or self._loaded.device.type != "cuda":
+            return warm_up
+        strategies = [self._guarded(strategy) for strategy in self.strategies()]
+        asked = self.experiment.trials
+        steps = int(self.workload.output_tokens.sum()) / self.experiment.serving.batch_size
+        trial_s = trials.least_trial_s(self._energy, asked.max_time, asked.trials * len(strategies))
+        warm_up, self._servings = trials.warm_up_whole(
+            strategies,
+            self.workload,
+            warm_up,
+            self._watch,
+            least_steps_s=steps * (warm_up.step_ns or 0) / 1e9,
+            trial_s=trial_s,
+        )
+        return warm_up
+
+    def on(self, workload: Workload) -> Self:
+        other = super().on(workload)
+        other._servings = {}  # counted for the experiment's own workload
+        return other
+
+    def _guarded(self, strategy: Strategy) -> Strategy:
+        plugs_in = strategy.name in self._plug_ins
+        return _Guarded(find(strategy.name), strategy) if plugs_in else strategy
 
     def check_time(self, warm_up: WarmUp) -> None:
         """Raise UsageError if one pair of trials takes longer than ``--max-time``."""
@@ -155,7 +183,8 @@ class LocalBench(Bench):
         for name in self.experiment.serving.strategies:
             policy = "continuous" if name in self._plug_ins else name
             batcher = replace(self.batcher(policy), engine=engine)
-            expected += batcher.serve(self.workload, Watch()).duration_ns / 1e9
+            once_s = batcher.serve(self.workload, Watch()).duration_ns / 1e9
+            expected += once_s * self._servings.get(name, 1)
         check_pair_time(limit, expected)
 
     def time_small_batches(self) -> list[Recording]:
@@ -176,12 +205,20 @@ class LocalBench(Bench):
 
     def observe(self, strategy: Strategy, trial: int) -> Recording:
         """Serve one trial, with energy, load of other processes and speed of memory."""
-        if strategy.name in self._plug_ins:
-            strategy = _Guarded(find(strategy.name), strategy)
-        simulated, watch, memory = self.engine.simulated, self._watch, self._memory
-        return trials.observe(
-            strategy, self.workload, watch, trial, self._energy, simulated=simulated, about=memory
+        recording = trials.observe(
+            self._guarded(strategy),
+            self.workload,
+            self._watch,
+            trial,
+            self._energy,
+            simulated=self.engine.simulated,
+            about=self._memory,
+            servings=self._servings.get(strategy.name, 1),
+            gpu=self.environment.get("gpu_uuid"),
         )
+        if "gpu_clock_mhz" in recording.header.about:
+            self.environment["gpu_clock_mhz"] = recording.header.about["gpu_clock_mhz"]
+        return recording
 
     def verify(
         self, recordings: Sequence[Recording], chosen: Sequence[int] | None = None

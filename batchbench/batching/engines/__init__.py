@@ -24,6 +24,10 @@ class Clock(Protocol):
         """Return when ``now() >= t``."""
 
 
+_SPIN_NS = 200_000
+"""End of a wait in which the clock is read instead of slept on: a sleep ends 60 to 100 µs late."""
+
+
 class WallClock:
     """Real time; ``zero_ns`` is ``time.perf_counter_ns`` at the start of the trial."""
 
@@ -37,8 +41,10 @@ class WallClock:
         return time.perf_counter_ns() - self.zero_ns
 
     def wait_until(self, t: int) -> None:
-        while (left := t - self.now()) > 0:
+        while (left := t - _SPIN_NS - self.now()) > 0:
             time.sleep(left / 1e9)
+        while self.now() < t:
+            pass
 
 
 class VirtualClock:
@@ -78,8 +84,18 @@ class Engine(Protocol):
     def run(self, plan: Plan) -> int:
         """Launch up to ``plan.repeat`` passes; return the number launched, at least 1."""
 
-    def stopped(self, plan: Plan) -> Collection[int]:
-        """Wait for the last tokens; return the slots of ``plan`` whose token ends the text."""
+    @property
+    def looks_late(self) -> bool:
+        """True if :meth:`stopped` is better asked after the next plan was launched."""
+
+    def stopped(self, plan: Plan, *, late: bool = False) -> Collection[int]:
+        """Wait for the tokens of ``plan``; return its slots whose token ends the text.
+
+        ``plan`` is the last one that was run, or if ``late`` the one before it.
+        """
+
+    def done(self) -> int:
+        """Return the number of passes of the trial known to be computed, without waiting."""
 
     def wait(self) -> None:
         """Return when all launched passes are computed."""

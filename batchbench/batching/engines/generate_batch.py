@@ -22,12 +22,12 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from batchbench.batching.engines import WallClock
 from batchbench.batching.engines.torch.attention import kv_token_bytes
-from batchbench.batching.models.loading import LoadedModel
+from batchbench.batching.models.loading import LoadedModel, current
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Header, Recording
 from batchbench.batching.strategies import Context
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, reason_in_short
 from batchbench.workloads import Request, Workload, make_arrivals
 
 PAGE = 256
@@ -56,8 +56,9 @@ def make(context: Context) -> GenerateBatch:
 class GenerateBatch:
     """Serve with transformers' continuous batching on the loaded model.
 
-    It runs with the fastest settings: CUDA graphs on a GPU, flash attention where
-    the model's number format and the installation allow it. Cache, graphs and manager stay from one
+    It runs with the settings that transformers takes for the fastest: flash attention where the
+    model's number format and the installation allow it, and CUDA graphs with flash attention only,
+    since the others compute what graphs need as padding. Cache, graphs and manager stay from one
     trial to the next, and are ready before a trial's clock starts. The cache holds ``slots``
     requests of ``max_len`` tokens, and a step computes at most ``max_batched_tokens``.
     """
@@ -80,14 +81,14 @@ class GenerateBatch:
             "num_blocks": blocks,
             "max_batch_tokens": max(slots, min(max_batched_tokens, slots * max_len)),
             "max_requests_per_batch": slots,
-            "use_cuda_graph": True if model.device.type == "cuda" else None,
         }
         self._manager: Any = None
 
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
         """Submit requests when they are due, and collect their tokens and times."""
         progress = Progress(self.name, trial, self._slots, len(workload))
-        with torch.inference_mode(), self._running(workload) as manager:
+        device = self._model.device
+        with current(device), torch.inference_mode(), self._running(workload) as manager:
             clock = WallClock()
             served = {
                 request.index: (request, result)
@@ -172,7 +173,8 @@ class GenerateBatch:
             manager = self._make_manager()
             if manager is not self._manager:
                 self._manager = manager
-                if self._model.device.type == "cuda":
+                # Its thread writes to what is made here, in some versions without inference mode.
+                with torch.inference_mode(False), torch.no_grad():
                     manager.warmup()
             manager.start()
             try:
@@ -232,4 +234,7 @@ def _timeout_s(due_ns: int | None, clock: WallClock) -> float:
 
 
 def _failed(why: str) -> str:
-    return f"--strategy generate_batch: transformers' continuous batching failed: {why}"
+    return (
+        "--strategy generate_batch: transformers' continuous batching failed: "
+        f"{reason_in_short(why)}; remove it"
+    )

@@ -24,6 +24,7 @@ class SimulatedEngine:
     """
 
     simulated = True
+    looks_late = False
     pads_prompts = False
 
     def __init__(self, cost: int | StepCost = UNIT_NS) -> None:
@@ -36,6 +37,7 @@ class SimulatedEngine:
         self._starts = array("q")
         self._spans = array("q")  # beyond, first, growth of each call, in ps
         self._ended, self._beyond_ps = 0, 0  # the clock counts whole nanoseconds
+        self._steps = 0
         self._growing = self._chunks = -1  # of the last call
 
     def begin(self, workload: Workload) -> None:
@@ -56,6 +58,7 @@ class SimulatedEngine:
         spent, self._beyond_ps = divmod(beyond + passes.total_ps(steps), PS)
         self._ended = start + spent
         self.clock.wait_until(self._ended)
+        self._steps += steps
         return steps
 
     def _batch_changes(self, plan: Plan) -> bool:
@@ -70,8 +73,11 @@ class SimulatedEngine:
         growing, self._growing = self._growing, int(plan.growing.sum())
         return bool(chunks or plan.released) or growing != self._growing
 
-    def stopped(self, plan: Plan) -> Collection[int]:
+    def stopped(self, plan: Plan, *, late: bool = False) -> Collection[int]:
         return ()  # without a model no text ends
+
+    def done(self) -> int:
+        return self._steps
 
     def wait(self) -> None:
         """Return at once."""

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import zlib
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -112,10 +113,10 @@ def resolve_device(name: str) -> torch.device:
     """Return the device that ``--device`` names; raise UsageError if it is missing."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+        name = "cuda" if cuda else "mps" if mps else "cpu"
     there = ["cpu"] + ["mps"] * mps
     there += [f"cuda:{i}" for i in range(torch.cuda.device_count())] if cuda else []
-    wanted = "cuda:0" if name == "cuda" else name
+    wanted = f"cuda:{torch.cuda.current_device()}" if name == "cuda" and cuda else name
     if wanted not in there:
         raise UsageError(f"--device {name}: not on this machine; it has {', '.join(there)}")
     return torch.device(wanted)
@@ -160,9 +161,18 @@ def set_threads(spec: ModelSpec) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
+    """Return the bytes that are free on a device, with those that torch keeps for itself."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return free_host_bytes()
+
+
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Make a CUDA device the current one, whose streams and kernels torch and Triton take."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return nullcontext()
 
 
 def give_back_memory() -> None:
@@ -184,6 +194,10 @@ def load_model(source: Source, spec: ModelSpec, seed: int) -> LoadedModel:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     device = resolve_device(spec.device)
+    if device.type == "cuda":
+        # Torch would take cuDNN's attention first, which builds a plan for each new shape, up to
+        # 0.4 s. A batch has a new shape at almost every step outside its graphs.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = resolve_dtype(spec.dtype, device)
     _check_room(source, spec, dtype, device)
     if source.load_format == "dummy":

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench.batching.policies import POLICIES
+from batchbench.batching.trials import servings_note
 from batchbench.reports.prediction import describe_fit, worth_showing
 from batchbench.reports.result import Result, ratio_of
 from batchbench.reports.served import agreement_words, server_lines
@@ -328,7 +329,15 @@ def notes(result: Result) -> list[str]:
         if len(result.names) == 2:
             interval = " (95 % CI)" * (trials >= FEWEST_PAIRS)
             lines.append(f"÷ is the median of paired trials{interval}")
+    lines += _servings(result)
     return lines + [row.note for row in _rows_of(result) if row.note]
+
+
+def _servings(result: Result) -> list[str]:
+    """Return words for trials that served the workload more than once."""
+    counts = {name: data.get("servings", 1) for name, data in result.data["strategies"].items()}
+    note = servings_note(counts)
+    return [] if note is None else [note]
 
 
 def table(result: Result) -> Table:

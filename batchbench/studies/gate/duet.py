@@ -170,10 +170,15 @@ class ProcessPairs:
         for workers in self.sides:
             workers.ready()
         hello = [workers.begin() for workers in self.sides]
-        for workers, known in zip(self.sides, calibrations or (None, None), strict=True):
-            also = self.also if with_others else []
-            workers.tell_open(self.experiment, strategies, known, also, core)
-        opened = [workers.answer() for workers in self.sides]
+        opened = self._open(
+            strategies,
+            calibrations or (None, None),
+            self.also if with_others else [],
+            core,
+            # Processes that cannot fork may share a GPU. Both would find its memory free before
+            # either had taken any, and each would slow the other's calibration.
+            together=all(begun["forks"] for begun in hello),
+        )
         base, new = (answer["lanes"] for answer in opened)
         passes = {name: (base[name]["steps"], new[name]["steps"]) for name in strategies}
         cuts, turns = {}, {}
@@ -188,6 +193,23 @@ class ProcessPairs:
         pieces = {name: cut.pieces for name, cut in cuts.items()}
         pair = Pair(turns, passes, pieces, time.monotonic() - began, new_first)
         return pair, (reports[0], reports[1])
+
+    def _open(
+        self,
+        strategies: Sequence[str],
+        calibrations: tuple[Calibrations | None, Calibrations | None],
+        also: Sequence[str],
+        core: int | None,
+        *,
+        together: bool,
+    ) -> list[Mapping[str, Any]]:
+        """Let both sides load the model and warm up; return their answers."""
+        answers = []
+        for workers, known in zip(self.sides, calibrations, strict=True):
+            workers.tell_open(self.experiment, strategies, known, also, core)
+            if not together:
+                answers.append(workers.answer())
+        return answers or [workers.answer() for workers in self.sides]
 
     def _take_turns(
         self, strategy: str, steps: tuple[int, int], cut: Cut, *, new_first: bool

@@ -88,7 +88,7 @@ def make_ladder(outcome: LadderOutcome, command: str) -> LadderResult:
         for dtype in ceilings[-1]  # without those whose rungs failed
     }
     on_cpu = ladder.model["device"] == "cpu"
-    reasons = [] if outcome.stopped is None else [outcome.stopped]
+    reasons = [str(why) for why in (outcome.stopped, outcome.failed) if why is not None]
     rungs = []
     for opened in ladder.rungs:
         rung, trials = opened.rung, recordings[opened.rung.name]
@@ -130,6 +130,8 @@ def make_card(ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
                 **{name: size for name, size in asdict(limit.reading).items() if name != "dtype"},
                 "floor_ms": limit.floor_s * 1e3,
                 "products_ms": limit.products_s * 1e3,
+                "arithmetic_ms": limit.arithmetic_s and limit.arithmetic_s * 1e3,
+                "launching_ms": limit.launching_s and limit.launching_s * 1e3,
                 "bound": limit.bound,
                 "ceiling_tokens_per_s": limit.tokens_per_s,
             }
@@ -150,6 +152,7 @@ def _figures(
         "trials": [metrics.trial_summary(trial) for trial in trials],
         "summary": metrics.summary(trials),
         "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
+        "servings": trials[0].header.about.get("servings", 1),
         "output_digest": output_digest(trials[0]),
         "decode_step_ms": _median(step_ms),
         "decode_step_rows": steps[0].full_rows,
@@ -227,10 +230,21 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
             f"    limit    {_ms(known['floor_ms'])} ms per decode step by memory: "
             "(weights + KV) / bandwidth",
             f"    products {_ms(known['products_ms'])} ms for the step's matrix products alone",
+            *_causes(known),
             f"    ceiling  {known['ceiling_tokens_per_s']:,.0f} tokens/s, limited by "
             f"{known['bound']}",
         ]
     return lines
+
+
+def _causes(known: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a GPU on why its products take their time: arithmetic and launching."""
+    if known["launching_ms"] is None:
+        return []
+    return [
+        f"    compute  {number(known['arithmetic_ms'])} ms for them at the rate of a large product",
+        f"    launch   {_ms(known['launching_ms'])} ms for as many products with almost no work",
+    ]
 
 
 def _mib(size: float) -> str:
@@ -244,6 +258,7 @@ def _ms(value: float | None) -> str:
 def table(result: LadderResult) -> Table:
     """Return a row for each rung."""
     rounds = result.data["config"]["ladder"]["rounds"]
+    several = any(rung["servings"] > 1 for rung in result.data["rungs"])
     with_interval = ", with the 95 % interval" if rounds >= FEWEST_PAIRS else ""
     notes = (
         "÷ notebook, ÷ generate_batch: times as fast, median over "
@@ -252,6 +267,11 @@ def table(result: LadderResult) -> Table:
         "÷ products: its time over that of its matrix products alone",
         "memory limit: 100 % reads weights and KV at full memory bandwidth",
         "outside model: share of the time that is not the model's forward pass",
+        *[
+            "a round of a fast rung serves the workload several times, and the serving of median "
+            "duration counts"
+        ]
+        * several,
     )
     grid = Table(
         title=result.title,
@@ -480,5 +500,14 @@ def _notes(result: LadderResult) -> str:
     bars = f"Bars: median of {rounds} rounds; dots: the rounds." if rounds > 1 else "One round."
     return (
         f"Memory limit: (weights + KV) / {speed:.3g} GB/s, the bandwidth measured in the same run. "
-        f"Decode steps of {card['rows']} rows, medians. {bars}"
+        f"Decode steps of {card['rows']} rows, medians. {bars} {_limited_by(card['formats'])}"
     )
+
+
+def _limited_by(formats: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the cause that limits a step, of each number format if they differ."""
+    causes = {dtype: known["bound"] for dtype, known in formats.items()}
+    if len(set(causes.values())) == 1:
+        return f"Steps are limited by {next(iter(causes.values()))}."
+    each = ", ".join(f"{dtype} by {cause}" for dtype, cause in causes.items())
+    return f"Steps are limited: {each}."

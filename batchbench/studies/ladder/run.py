@@ -16,7 +16,7 @@ from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.step_cost import Ceiling
 from batchbench.batching.verification import NOT_VERIFIED, Remembered, Verification, verify
-from batchbench.errors import UsageError
+from batchbench.errors import UsageError, reason_in_short
 from batchbench.reports.metrics import decode_steps, full_kv_tokens
 from batchbench.studies.ladder.rungs import ALL, LadderSpec, Rung, choose_rungs
 
@@ -73,6 +73,7 @@ class LadderOutcome:
     verifications: Mapping[str, Verification]
     ceilings: Sequence[Mapping[str, Ceiling]]  # before each round and after the last, by dtype
     stopped: str | None  # the number of rounds, if Ctrl-C ended it early
+    failed: UsageError | None = None  # the error that ended it early
 
 
 class _RungWatch(Watch):
@@ -100,7 +101,7 @@ class Ladder:
     """Rungs that are ready to serve, each a session of the experiment with the rung's change.
 
     A rung that fails, now or later, is left out with the reason; one that ``--rungs`` names raises
-    its error.
+    UsageError.
     """
 
     def __init__(self, experiment: Experiment, spec: LadderSpec, watch: Watch) -> None:
@@ -131,25 +132,27 @@ class Ladder:
         for rung in choose_rungs(spec.rungs):
             why = lacking(rung, named=self._named)
             if why is not None:
-                self._leave_out(rung, UsageError(f"--rungs {rung.name}: {why}"), why)
+                self._leave_out(rung, why)
                 continue
             watch.phase(f"preparing {rung.name}")
             try:
                 self.rungs.append(self._open(rung))
-            except (UsageError, RuntimeError) as error:
-                self._leave_out(rung, error)
-        self._check_any()
+            except Exception as error:  # of a model's own code, a compiler, a driver
+                self._leave_out(rung, _reason(error), error)
+        if not self.rungs:
+            raise self._none_left({})
         self.workload = self.rungs[0].session.workload
 
-    def _leave_out(self, rung: Rung, error: Exception, why: str = "") -> None:
+    def _leave_out(self, rung: Rung, why: str, error: Exception | None = None) -> None:
         if self._named:
-            raise error
-        self.left_out[rung.name] = why or str(error)
+            then = "" if isinstance(error, UsageError) else "; remove it"
+            raise UsageError(f"--rungs {rung.name}: {why}{then}") from error
+        self.left_out[rung.name] = why
 
-    def _check_any(self) -> None:
-        if not self.rungs:
-            name, why = next(iter(self.left_out.items()))
-            raise UsageError(f"--rungs {self.spec.rungs}: {name}: {why}")
+    def _none_left(self, before: Mapping[str, str]) -> UsageError:
+        """Return the error if the last rungs failed; ``before`` were left out earlier."""
+        name, why = next(item for item in self.left_out.items() if item[0] not in before)
+        return UsageError(f"--rungs {self.spec.rungs}: no rung is left; {name}: {why}")
 
     def _open(self, rung: Rung) -> OpenRung:
         from batchbench.batching.engines.torch.hardware import ModelClock
@@ -205,20 +208,28 @@ class Ladder:
         bandwidth = hardware.measure_bandwidth(self.rungs[0].model.device)
         ceilings = {}
         for dtype, model in models.items():
-            products_s = hardware.measure_products(model, rows)
-            reading = hardware.reading_of(model)
-            ceilings[dtype] = Ceiling(bandwidth, reading, products_s, rows, cached)
+            ceilings[dtype] = Ceiling(
+                bandwidth,
+                hardware.reading_of(model),
+                hardware.measure_products(model, rows),
+                rows,
+                cached,
+                hardware.measure_arithmetic(model, rows),
+                hardware.measure_launching(model, rows),
+            )
         return ceilings
 
     def run(self, before: Mapping[str, Ceiling]) -> LadderOutcome:
-        """Warm up, serve in alternating order, verify. Ctrl-C keeps the finished rounds.
+        """Warm up, serve in alternating order, verify.
 
-        The machine, measured ``before``, is measured again after each round: its speed may drift.
+        Ctrl-C and errors keep the finished rounds; an error in the first round keeps the rungs that
+        have served. The machine, measured ``before``, is measured again after each round: its speed
+        may drift.
         """
         self._watch.phase("warming up")
         self._for_each(lambda opened: opened.session.warm_up(most=_WARM_UP_ROUNDS))
         recordings: dict[str, list[Recording]] = {opened.rung.name: [] for opened in self.rungs}
-        rounds, ceilings, stopped = self.spec.rounds, [before], None
+        rounds, ceilings, stopped, failed = self.spec.rounds, [before], None, None
         verifications = dict.fromkeys(recordings, NOT_VERIFIED)
 
         def serve(opened: OpenRung) -> None:
@@ -230,24 +241,36 @@ class Ladder:
                 ceilings.append(self.measure())
             verifications = self._verify(recordings)
         except KeyboardInterrupt:
-            finished = len(ceilings) - 1
-            if not finished:
+            if len(ceilings) == 1:
                 raise
-            stopped = f"interrupted after {finished} of {rounds} rounds"
-            recordings = {name: trials[:finished] for name, trials in recordings.items()}
-        alive = {opened.rung.name for opened in self.rungs}
-        recordings = {name: trials for name, trials in recordings.items() if name in alive}
-        return LadderOutcome(self, recordings, verifications, ceilings, stopped)
+            stopped = f"interrupted after {len(ceilings) - 1} of {rounds} rounds"
+        except Exception as error:
+            if not any(recordings.values()):
+                raise
+            failed = error if isinstance(error, UsageError) else UsageError(_reason(error))
+            if len(ceilings) == 1:
+                ceilings.append(before)
+        finished = len(ceilings) - 1
+        self.rungs = [r for r in self.rungs if len(recordings[r.rung.name]) >= finished]
+        served = {r.rung.name: recordings[r.rung.name][:finished] for r in self.rungs}
+        return LadderOutcome(self, served, verifications, ceilings, stopped, failed)
 
     def _for_each(self, action: Callable[[OpenRung], object], *, reverse: bool = False) -> None:
-        """Call a function with each rung; leave out rungs for which it fails."""
-        for opened in self.rungs[:: -1 if reverse else 1]:
+        """Call a function with each rung; leave out rungs for which it fails.
+
+        If it fails for all, none is left out, and UsageError is raised.
+        """
+        before, left_out = list(self.rungs), dict(self.left_out)
+        for opened in before[:: -1 if reverse else 1]:
             try:
                 action(opened)
-            except (UsageError, RuntimeError) as error:
-                self._leave_out(opened.rung, error)
+            except Exception as error:  # of a model's own code, a compiler, a driver
+                self._leave_out(opened.rung, _reason(error), error)
                 self.rungs.remove(opened)
-        self._check_any()
+        if not self.rungs:
+            none_left = self._none_left(left_out)
+            self.rungs, self.left_out = before, left_out
+            raise none_left
 
     def _verify(self, recordings: Mapping[str, Sequence[Recording]]) -> dict[str, Verification]:
         from batchbench.batching.engines.torch.reference import TeacherForced
@@ -271,12 +294,19 @@ class Ladder:
         }
 
 
+def _reason(error: Exception) -> str:
+    """Return why a rung failed, in one short line."""
+    kind = "" if isinstance(error, UsageError | RuntimeError) else f"{type(error).__name__}: "
+    return reason_in_short(f"{kind}{error}")
+
+
 def _lacking(
     rung: Rung, *, plain_gpt2: bool, device: torch.device, dtype: torch.dtype, named: bool
 ) -> str | None:
     """Return why this model on this device has no such rung; None if it has."""
     from batchbench.batching.engines.torch.kernels import native
     from batchbench.batching.engines.torch.linear import onednn
+    from batchbench.batching.engines.torch.triton_choice import supports_triton
     from batchbench.batching.models.loading import resolve_dtype
 
     dtype_name = str(dtype).removeprefix("torch.")
@@ -296,6 +326,8 @@ def _lacking(
         return "compiling takes half a minute per size; name it in --rungs to include it"
     if rung.forward not in ("packed", "own"):
         return None
+    if rung.forward == "own" and device.type == "cuda":
+        return None if supports_triton(device) else "batchbench's own kernels need Triton on a GPU"
     if device.type != "cpu":
         return "weights are packed on a CPU only"
     if rung.forward == "packed" and onednn(dtype) is None:

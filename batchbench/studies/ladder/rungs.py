@@ -41,7 +41,7 @@ RUNGS: Sequence[Rung] = (
     Rung("compile", "compiled code", forward="lean", execution="compile"),
     Rung("graph", "CUDA graphs", forward="lean", execution="graph"),
     Rung("packed", "packed weights", forward="packed"),
-    Rung("kernels", "own kernels", forward="own"),
+    Rung("kernels", "own kernels", forward="own", execution="auto"),
     Rung("bfloat16", "half the bytes", forward="own", execution="auto", dtype="bfloat16"),
 )
 """All rungs, the slowest first; ``generate_batch`` is not a change of ours but another system."""

@@ -133,6 +133,8 @@ def _decide(
         )
     if max(b.most for b in bursts) > 1:
         return Kind.STATIC, "requests wait until all requests of the running batch have ended"
+    if observations.server.others or (observations.server.slots or 1) > 1:
+        return Kind.UNKNOWN, "one request ran at a time, but others may hold the rest of the slots"
     if all(b.sequential for b in bursts):
         return Kind.SERIAL, "each request waits until the one before it has ended"
     return Kind.UNKNOWN, "requests of a burst ended in an order that does not show its slots"

@@ -16,10 +16,9 @@ from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.text import joined, percent, plural, spell_time
 from batchbench.studies.probe.ask import Findings
-from batchbench.studies.probe.figure import draw_streams
+from batchbench.studies.probe.figures import Panel, draw_streams, panels_of
 from batchbench.studies.probe.judge import Kind, Verdict
 from batchbench.studies.probe.observations import Round, Stream
-from batchbench.studies.probe.panels import Panel, panels_of
 from batchbench.studies.probe.slots import Burst
 
 SCHEMA_VERSION = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,6 +41,14 @@ def kv_token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return 2 * layers * heads * size * dtype.itemsize
 
 
+def aligned(length: int, device: torch.device) -> int:
+    """Return the number of cache positions for so many tokens: on CUDA the next multiple of 16.
+
+    Attention on a GPU copies a mask whose rows are not aligned, in each layer.
+    """
+    return -(-length // 16) * 16 if device.type == "cuda" else length
+
+
 FEW_TOKENS = 64
 """Largest number of tokens whose keys and values are written row by row in one operation, which is
 too small to wake other threads. Rows of more tokens are spread over the threads (docs/log.md)."""
@@ -50,15 +58,20 @@ class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, ``[slots, heads, max_len, head_dim]`` each.
 
     Both are views of one block, ``[2, slots, heads, max_len, head_dim]``, so a pass writes once.
+    They are made when they are used: a compiled pass copies tensors that share memory.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], like: torch.Tensor) -> None:
-        super().__init__()
-        # Zeros: a row whose result is unused must never read a NaN.
-        self.block = like.new_zeros((2, *shape))
-        self.keys, self.values = self.block.unbind(0)
-        self._rows = self.block.view(-1, shape[-1])
+    def __init__(self, block: torch.Tensor) -> None:
+        self.block = block  # super().__init__() would set keys and values
         self.is_initialized = True
+
+    @property
+    def keys(self) -> torch.Tensor:
+        return self.block[0]
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self.block[1]
 
     def write(
         self,
@@ -72,12 +85,10 @@ class SlotLayer(CacheLayerMixin):
         ``rows`` are the same places as :meth:`SlotCache.rows` returns them.
         """
         if rows is not None:
-            self._rows.index_copy_(0, rows, states.reshape(-1, states.shape[-1]))
+            places = self.block.view(-1, self.block.shape[-1])
+            places.index_copy_(0, rows, states.reshape(-1, states.shape[-1]))
             return
         self.keys[slots, :, positions], self.values[slots, :, positions] = states.unbind(1)
-
-    def erase(self, slot: int, start: int, stop: int) -> None:
-        self.block[:, slot, :, start:stop] = 0
 
     # The interface of transformers. The attention below reads the block itself.
 
@@ -101,26 +112,81 @@ class SlotLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.2x
 
 
+class DeviceAttention(Protocol):
+    """Attention in a GPU's own kernels, which read slots and positions on the device."""
+
+    def decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Write keys and values of decoding rows to the cache, and attend."""
+
+    def tiled(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block: torch.Tensor,
+        tiles: torch.Tensor,
+        tokens: int,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        """Write keys and values of rows and chunks, laid out in tiles, and attend."""
+
+
 class SlotCache(Cache):
-    """The blocks of all layers, behind transformers' cache interface."""
+    """The blocks of all layers, behind transformers' cache interface.
+
+    ``attention`` is a GPU's own; None for torch's. With ``together`` all blocks are parts of one
+    tensor, so that a slot is erased in one operation; the compiler would copy it for each block.
+    """
 
     def __init__(
-        self, config: PretrainedConfig, slots: int, max_len: int, like: torch.Tensor
+        self,
+        config: PretrainedConfig,
+        slots: int,
+        max_len: int,
+        like: torch.Tensor,
+        attention: DeviceAttention | None = None,
+        *,
+        together: bool = True,
     ) -> None:
+        self.attention = attention
         layers, heads, size = kv_shape(config)
-        self.blocks = [SlotLayer((slots, heads, max_len, size), like) for _ in range(layers)]
+        shape = (2, slots, heads, max_len, size)
+        # Zeros: a row whose result is unused must never read a NaN.
+        if together:
+            self._parts = [like.new_zeros((layers, *shape))]
+        else:
+            self._parts = [like.new_zeros((1, *shape)) for _ in range(layers)]
+        self.blocks = [SlotLayer(block) for part in self._parts for block in part]
         which, head = np.indices((2, heads)).reshape(2, -1)
         first_rows = torch.from_numpy((which * slots * heads + head) * max_len)
         self._first_rows = first_rows.to(like.device)
         self._slot_rows = heads * max_len
         super().__init__(layers=self.blocks)
 
+    def clear(self) -> None:
+        for part in self._parts:
+            part.zero_()
+
+    def erase(self, slot: int, start: int, stop: int) -> None:
+        """Zero these positions of a slot in all layers."""
+        for part in self._parts:
+            part[:, :, slot, :, start:stop] = 0
+
     def rows(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         """Return the rows of a block for tokens' keys and values, ``[tokens × 2 × heads]``.
 
-        None for more than :data:`FEW_TOKENS` tokens.
+        None for more than :data:`FEW_TOKENS` tokens on a CPU.
         """
-        if len(slots) > FEW_TOKENS:
+        if len(slots) > FEW_TOKENS and slots.device.type == "cpu":
             return None
         starts = torch.add(positions, slots, alpha=self._slot_rows)
         return (starts[:, None] + self._first_rows).flatten()
@@ -135,7 +201,7 @@ class Prompts:
     """First chunks of prompts, of similar length; each attends to itself only."""
 
     gather: torch.Tensor  # [pieces, longest]: token of the pass; the last one again as padding
-    valid: torch.Tensor  # [pieces, longest]: False where padded
+    valid: torch.Tensor  # [tokens of these pieces]: their places in the flattened ``gather``
     at: torch.Tensor  # [tokens of these pieces]: their places in the pass
 
 
@@ -159,6 +225,8 @@ class Layout:
     rows: torch.Tensor | None = None
     fresh: Sequence[Prompts] = ()
     continued: Sequence[tuple[int, Chunk, torch.Tensor]] = ()  # first token, chunk, mask
+    tiles: torch.Tensor | None = None  # of a pass with chunks, if the cache has a GPU's attention
+    tile: int = 0  # tokens of a tile
     _rows_of_cache: torch.Tensor | None = field(default=None, init=False)
     _mask: torch.Tensor | None = field(default=None, init=False)
 
@@ -218,6 +286,22 @@ def attend(
     return out
 
 
+def attend_on_device(
+    block: SlotLayer,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attend as :func:`attend` does, in one launch of a GPU's own kernels."""
+    attention = layout.cache.attention
+    assert attention is not None
+    if layout.tiles is None:
+        return attention.decode(q, k, v, block.block, layout.slots, layout.positions, scale)
+    return attention.tiled(q, k, v, block.block, layout.tiles, layout.tile, scale)
+
+
 def attend_natively(
     kernels: Native, block: SlotLayer, qkv: torch.Tensor, layout: Layout
 ) -> torch.Tensor:
@@ -244,7 +328,7 @@ def _attend_prompts(
     for prompts in layout.fresh:
         pq, pk, pv = (states[prompts.gather].transpose(1, 2) for states in (q, k, v))
         seen = scaled_dot_product_attention(pq, pk, pv, is_causal=True, **options)
-        out[prompts.at] = seen.transpose(1, 2)[prompts.valid]
+        out[prompts.at] = seen.transpose(1, 2).flatten(0, 1)[prompts.valid]
     for first, chunk, mask in layout.continued:
         piece = slice(first, first + chunk.stop - chunk.start)
         seen = scaled_dot_product_attention(
@@ -272,7 +356,11 @@ def attend_for_transformers(
     index = module.layer_idx
     assert isinstance(index, int)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    seen = attend(layout.cache.blocks[index], q, torch.stack([k, v], 1), layout, scale=scaling)
+    block = layout.cache.blocks[index]
+    if layout.cache.attention is not None:
+        seen = attend_on_device(block, q, k, v, layout, scaling)
+    else:
+        seen = attend(block, q, torch.stack([k, v], 1), layout, scale=scaling)
     return seen.unsqueeze(0), None
 
 

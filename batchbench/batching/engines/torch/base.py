@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection
+from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from batchbench.batching.engines import WallClock
 from batchbench.batching.engines.torch.kernels import native
-from batchbench.batching.models.loading import LoadedModel
+from batchbench.batching.models.loading import LoadedModel, current
 from batchbench.batching.plan import Plan
 from batchbench.batching.recording import Ints, Steps
+from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 
 
@@ -35,6 +39,9 @@ class HostTimer:
         self._wait()
         self._ends.append(self._clock.now())
 
+    def done(self) -> int:
+        return len(self._ends)
+
     def settle(self) -> None:
         """Return at once: on a CPU a launched step is done."""
 
@@ -56,41 +63,120 @@ class CudaTimer:
         self._clock, self._device = clock, device
 
     def begin(self) -> None:
-        self._starts: list[torch.cuda.Event] = []
-        self._ends: list[torch.cuda.Event] = []
-        self._run_ends: list[torch.cuda.Event] = []
+        self._events: list[torch.cuda.Event] = []  # in the order of the stream
+        self._is_end: list[bool] = []  # each event is the start of a run or the end of a step
+        self._pending: deque[tuple[torch.cuda.Event, int]] = deque()  # ends of runs, steps by then
+        self._steps = self._done = self._noted = 0
+        self._settled: tuple[int, int] | None = None  # events, and the host's time after the last
         torch.cuda.synchronize(self._device)
         self._zero = self._event()
         torch.cuda.synchronize(self._device)
         self._clock.restart()
 
     def run_begins(self) -> None:
-        if self._ends:
-            self._run_ends.append(self._ends[-1])
-            if len(self._run_ends) > self.AHEAD:
-                self._run_ends[-self.AHEAD - 1].synchronize()
-        self._starts.append(self._event())
+        self._note_run()
+        while len(self._pending) > self.AHEAD:
+            event, steps = self._pending.popleft()
+            event.synchronize()
+            self._done = steps
+        self._record(is_end=False)
 
     def step_launched(self) -> None:
-        self._ends.append(self._event())
+        self._record(is_end=True)
+        self._steps += 1
+
+    def done(self) -> int:
+        """Return the number of steps known to be done, without waiting."""
+        self._note_run()
+        while self._pending and self._pending[0][0].query():  # type: ignore[no-untyped-call]
+            self._done = self._pending.popleft()[1]
+        return self._done
 
     def settle(self) -> None:
         """Return when all launched steps are done."""
-        if self._ends:
-            self._ends[-1].synchronize()
+        if self._steps == 0:
+            return
+        self._events[-1].synchronize()
+        self._settled = len(self._events), self._clock.now()
+        self._pending.clear()
+        self._done = self._noted = self._steps
 
     def times(self) -> tuple[Ints, Ints]:
         """Return starts, one a run, and ends, one a step, in ns since ``begin``."""
         torch.cuda.synchronize(self._device)
-        return self._since_zero(self._starts), self._since_zero(self._ends)
+        if self._settled is None or self._settled[0] < len(self._events):
+            self._settled = len(self._events), self._clock.now()
+        ns, is_end = (
+            on_host_clock(self._device_ns(), self._settled[1]),
+            np.array(self._is_end, bool),
+        )
+        return ns[~is_end], ns[is_end]
 
-    def _since_zero(self, events: list[torch.cuda.Event]) -> Ints:
-        return np.array([round(self._zero.elapsed_time(e) * 1e6) for e in events], np.int64)
+    def _device_ns(self) -> NDArray[np.float64]:
+        """Return the time of each event on the device's clock.
+
+        CUDA returns the time between two events as float32 milliseconds, which after ten minutes
+        are 62 µs apart. Between neighbours they are exact to the nanosecond.
+        """
+        steps = [a.elapsed_time(b) for a, b in pairwise([self._zero, *self._events])]
+        return np.cumsum(np.array(steps, np.float64)) * 1e6
+
+    def _note_run(self) -> None:
+        """Note the end of the last run, if it is new."""
+        if self._steps > self._noted:
+            self._pending.append((self._events[-1], self._steps))
+            self._noted = self._steps
+
+    def _record(self, *, is_end: bool) -> None:
+        self._events.append(self._event())
+        self._is_end.append(is_end)
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+DRIFT = 1e-4
+"""Largest difference in speed between the clocks of a GPU and its host: both have quartzes."""
+
+
+def on_host_clock(device_ns: NDArray[np.float64], host_ns: int) -> Ints:
+    """Return the times of events on the host's clock, in whole nanoseconds.
+
+    The last event was over on the device before ``host_ns``, when the host had waited for it.
+    """
+    if not len(device_ns):
+        return np.zeros(0, np.int64)
+    last = float(device_ns[-1])
+    speed = min(max(host_ns / last, 1 - DRIFT), 1 + DRIFT) if last > 0 else 1.0
+    late = max(last * speed - host_ns, 0.0)  # the host began its clock after the device
+    return np.rint(np.maximum(device_ns * speed - late, 0)).astype(np.int64)
+
+
+class TokensOnHost:
+    """The tokens of the last two runs on a GPU, copied to pinned memory behind the passes.
+
+    Reading the tokens of the run before the last waits for that run only, while the device computes
+    the last one.
+    """
+
+    def __init__(self, last: torch.Tensor) -> None:
+        self._last = last
+        self._copies = [torch.zeros(len(last), dtype=last.dtype).pin_memory() for _ in range(2)]
+        self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._turn = 0
+
+    def send(self) -> None:
+        self._turn = 1 - self._turn
+        self._copies[self._turn].copy_(self._last, non_blocking=True)
+        self._events[self._turn].record(torch.cuda.current_stream(self._last.device))
+
+    def read(self, *, late: bool) -> list[int]:
+        turn = 1 - self._turn if late else self._turn
+        self._events[turn].synchronize()
+        tokens: list[int] = self._copies[turn].tolist()
+        return tokens
 
 
 class TorchEngine:
@@ -99,6 +185,8 @@ class TorchEngine:
     simulated = False
     pads_prompts = False
     execution = "eager"
+    execution_note: str | None = None  # why a GPU does less than it could
+    triton = False  # True if attention is computed in Triton
 
     def __init__(self, model: LoadedModel, slots: int) -> None:
         self.clock = WallClock()
@@ -111,8 +199,17 @@ class TorchEngine:
         self._last = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self._log: list[torch.Tensor] = []  # the last tokens of all slots after each step
         self._eos = set(model.source.eos_token_ids)
+        self._on_host = TokensOnHost(self._last) if cuda else None
+
+    @property
+    def looks_late(self) -> bool:
+        return self._on_host is not None
 
     def begin(self, workload: Workload) -> None:
+        with current(self._device):
+            self._begin(workload)
+
+    def _begin(self, workload: Workload) -> None:
         self._workload = workload
         self._log = []
         self._last.zero_()
@@ -123,6 +220,16 @@ class TorchEngine:
     @torch.inference_mode()
     def run(self, plan: Plan) -> int:
         """Compute the passes of a plan, up to the first that ends at or after ``plan.until``."""
+        with current(self._device):
+            try:
+                return self._run(plan)
+            except torch.OutOfMemoryError as error:
+                raise UsageError(
+                    f"--batch-size {len(self._last)}: {self._device} has no memory left for a pass "
+                    "over the cache; lower it, or --max-batched-tokens"
+                ) from error
+
+    def _run(self, plan: Plan) -> int:
         self._timer.run_begins()
         self._prepare(plan)
         for step in range(plan.repeat):
@@ -134,12 +241,21 @@ class TorchEngine:
                 # not run ahead.
                 self._timer.settle()
                 if self.clock.now() >= plan.until:
-                    return step + 1
-        return plan.repeat
+                    return self._launched(step + 1)
+        return self._launched(plan.repeat)
 
-    def stopped(self, plan: Plan) -> Collection[int]:
-        last = self._last.tolist()  # waits for the device
+    def _launched(self, steps: int) -> int:
+        if self._on_host is not None and self._workload.stop_at_eos:
+            self._on_host.send()
+        return steps
+
+    def stopped(self, plan: Plan, *, late: bool = False) -> Collection[int]:
+        host = self._on_host
+        last = self._last.tolist() if host is None else host.read(late=late)
         return [slot for slot in yielding_slots(plan) if last[slot] in self._eos]
+
+    def done(self) -> int:
+        return self._timer.done()
 
     def wait(self) -> None:
         self._timer.settle()
@@ -174,7 +290,8 @@ class TorchEngine:
 
     def _tensor(self, values: Collection[int] | np.ndarray) -> torch.Tensor:
         array = np.asarray(values, np.int64)
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        # Without a wait only on CUDA: MPS copies later, when the array may be gone.
+        return torch.from_numpy(array).to(self._device, non_blocking=self._device.type == "cuda")
 
 
 def yielding_slots(plan: Plan) -> list[int]:

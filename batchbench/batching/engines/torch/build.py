@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import psutil
@@ -17,7 +19,7 @@ import torch
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.notebook import NotebookEngine
-from batchbench.batching.engines.torch.attention import kv_token_bytes
+from batchbench.batching.engines.torch.attention import aligned, kv_token_bytes
 from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.forward import (
     Forward,
@@ -26,15 +28,24 @@ from batchbench.batching.engines.torch.forward import (
     is_plain_gpt2,
     make_forward,
 )
-from batchbench.batching.engines.torch.hardware import buffer_bytes, cache_bytes, median_s
-from batchbench.batching.engines.torch.linear import Kernels, make_linear
+from batchbench.batching.engines.torch.hardware import (
+    SMALL,
+    buffer_bytes,
+    cache_bytes,
+    device_median_s,
+    median_s,
+)
+from batchbench.batching.engines.torch.linear import Kernels, make_linear, padded_bytes
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
+from batchbench.batching.engines.torch.triton_choice import supports_triton, why_no_triton
 from batchbench.batching.experiment import Experiment, budget_of
 from batchbench.batching.models.loading import (
     LoadedModel,
     count_parameters,
+    current,
     free_bytes,
+    give_back_memory,
     model_config,
     resolve_device,
     resolve_dtype,
@@ -84,12 +95,17 @@ class Served:
     def cache_bytes(self, slots: int) -> int:
         return slots * self.longest * kv_token_bytes(self.config, self.cached)
 
-    def bytes(self, slots: int) -> int:
-        """Return the bytes that serving this many slots takes in addition to weights."""
-        text = self.config.get_text_config()
+    def pass_tokens(self, slots: int) -> int:
+        """Return the most tokens that one pass with prompts computes; 0 if that is unknown."""
         tokens = slots * self.prompt
         if self.mixes:
             tokens = min(tokens, max(self.budget or budget_of(slots), slots))
+        return tokens
+
+    def bytes(self, slots: int) -> int:
+        """Return the bytes that serving this many slots takes in addition to weights."""
+        text = self.config.get_text_config()
+        tokens = self.pass_tokens(slots)
         widths = LEAN_WIDTHS if self.lean else EAGER_WIDTHS
         passes = tokens * widths * text.hidden_size * self.dtype.itemsize
         logits = slots * text.vocab_size * (self.dtype.itemsize + 4)
@@ -125,21 +141,22 @@ def make_engine(
     and ``budget`` are as in :class:`Served`. Raises UsageError if a batch of this size does not
     fit, with the largest that does, or if the model cannot be computed as ``execution`` says.
     """
-    with _cache_fits(slots, model.device):
+    with current(model.device), _cache_fits(slots, model.device):
+        own = False
         if name == "notebook":
             forward, mixes = None, False
         else:
             chosen = _resolve_execution(execution, model.device)
             # torch.compile traces torch's own operators only.
-            most = Kernels.PLAIN if chosen == "compile" else Kernels.OWN
-            forward = forward or make_forward(model, most)
+            own = forward is None and chosen != "compile"
+            forward = forward or make_forward(model, Kernels.OWN if own else Kernels.PLAIN)
         served = Served(
             config=model.module.config,
             dtype=model.dtype,
             cached=forward.cache_dtype if forward else model.dtype,
             engine=name,
             prompt=prompt,
-            longest=max_len,
+            longest=aligned(max_len, model.device) if forward else max_len,
             mixes=mixes,
             budget=budget,
             lean=forward is not None and not isinstance(forward, TransformersForward),
@@ -154,8 +171,11 @@ def make_engine(
             return NotebookEngine(model, slots), memory
         if isinstance(forward, TransformersForward):
             _check_forward(model, forward)
-        falls_back = execution == "auto"
-        return _slots_engine(model, slots, max_len, forward, chosen, falls_back), memory
+        falls_back, tokens = execution == "auto", served.pass_tokens(slots)
+        made = _slots_engine(model, slots, max_len, forward, chosen, falls_back, tokens)
+        if own and model.device.type == "cuda" and not made.triton and not made.execution_note:
+            made.execution_note = f"without Triton's kernels: {why_no_triton(model)}"
+        return made, memory
 
 
 @contextmanager
@@ -188,22 +208,33 @@ def _slots_engine(
     forward: Forward,
     execution: str,
     falls_back: bool,
+    most_tokens: int | None = None,
 ) -> SlotsEngine:
     """Return the slots engine; an eager one if preparing its passes fails and that is allowed."""
     try:
-        return SlotsEngine(model, slots, max_len, forward, execution)
+        return SlotsEngine(model, slots, max_len, forward, execution, most_tokens)
     except (MemoryError, torch.OutOfMemoryError, UsageError):
         raise
     except Exception as error:  # from a model's own code, or from a compiler
         if execution == "eager":
             raise
-        if falls_back:
-            return SlotsEngine(model, slots, max_len, forward)
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UsageError(
-            f"--execution {execution}: {model.source.name} cannot be run this way on "
-            f"{model.device} ({why}); use --execution eager"
-        ) from error
+        why = _reason(error)
+        if not falls_back:
+            raise UsageError(
+                f"--execution {execution}: {model.source.name} cannot be run this way on "
+                f"{model.device} ({why}); use --execution eager"
+            ) from error
+    # Here, not above: an exception that is being handled keeps the first engine and its cache.
+    give_back_memory()
+    engine = SlotsEngine(model, slots, max_len, forward)
+    engine.execution_note = f"auto is eager: {execution} failed ({why})"
+    return engine
+
+
+def _reason(error: Exception) -> str:
+    """Return the first error's text: the end of a failed capture says only that there was one."""
+    first = error.__context__ or error
+    return " ".join(f"{type(first).__name__}: {first}".split())[:160]
 
 
 def _check_forward(model: LoadedModel, forward: TransformersForward) -> None:
@@ -248,7 +279,8 @@ class Sizes:
     """Bytes of weights and cache, peak and available bytes, and seconds of a step's products.
 
     ``peak_bytes`` and ``room_bytes`` are of the device that serves; on a CPU they count the whole
-    process. ``fitting`` is the largest batch size that fits, 0 if none does.
+    process. ``fitting`` is the largest batch size that fits, 0 if none does. On a GPU a step also
+    takes ``launching_s`` for its ``launches`` of kernels, which run one after another.
     """
 
     device: str
@@ -258,6 +290,8 @@ class Sizes:
     room_bytes: int
     fitting: int
     step_s: float
+    launches: int = 0
+    launching_s: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -271,7 +305,7 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     device = resolve_device(experiment.model.device)
     dtype = resolve_dtype(experiment.model.dtype, device)
     config, serving = model_config(source), experiment.serving
-    slots = serving.batch_size
+    slots, longest = serving.batch_size, workload.max_total_tokens
     lean = serving.engine == "slots" and is_plain_gpt2(config)
     served = Served(
         config,
@@ -279,7 +313,7 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
         cache_dtype(config, device, dtype) if lean else dtype,
         serving.engine,
         prompt=int(workload.prompt_tokens.max()),
-        longest=workload.max_total_tokens,
+        longest=aligned(longest, device) if serving.engine == "slots" else longest,
         mixes=serving.mixes_prefill,
         budget=serving.max_batched_tokens,
         lean=lean,
@@ -287,11 +321,13 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     base = psutil.Process().memory_info().rss  # before anything is timed
     byte_s, packs = _time_product(served, slots, device)
     parameters = count_parameters(source)
-    run = _Run(experiment, source, workload, served, device, base, parameters, packs)
     room = int(free_bytes(device) * (1 - HEADROOM)) + (base if device.type == "cpu" else 0)
+    run = _Run(experiment, source, workload, served, device, base, parameters, packs, room)
     peak, fits = run.peak_bytes(slots), slots
     if peak > room:
         fits = largest_batch(lambda fewer: run.peak_bytes(fewer) <= room, slots)
+    launches = _launches(served) if device.type == "cuda" else 0
+    replayed = serving.engine == "slots" and serving.execution in ("auto", "graph")
     return Sizes(
         device=str(device),
         weight_bytes=run.resident_bytes,
@@ -300,7 +336,38 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
         room_bytes=room,
         fitting=fits,
         step_s=run.weight_bytes * byte_s,
+        launches=launches,
+        launching_s=launches * _time_kernel(device, replayed=replayed) if launches else 0.0,
     )
+
+
+WITH_TRITON, LEAN, WITH_TRANSFORMERS = (7, 6), (11, 13), (43, 24)
+"""Kernels that a decode step launches in each layer, and beside the layers, counted in captured
+passes: of GPT-2 with Triton's kernels and with torch's, and of a Llama in transformers' modules."""
+
+
+def _launches(served: Served) -> int:
+    pass_ = (WITH_TRITON if find_spec("triton") else LEAN) if served.lean else WITH_TRANSFORMERS
+    return int(pass_[0] * served.config.get_text_config().num_hidden_layers + pass_[1])
+
+
+_KERNELS = 100
+"""Kernels that are timed together."""
+
+
+def _time_kernel(device: torch.device, *, replayed: bool) -> float:
+    """Return the seconds from one kernel with almost no work to the next.
+
+    In a replayed graph it is the device's time; otherwise the host launches each one.
+    """
+    small = torch.zeros(SMALL, device=device)
+
+    def run() -> None:
+        for _ in range(_KERNELS):
+            small.add_(1.0)
+
+    measure = partial(device_median_s, runs=1) if replayed else median_s
+    return measure(run, device, 15) / _KERNELS
 
 
 def _time_product(served: Served, slots: int, device: torch.device) -> tuple[float, bool]:
@@ -310,7 +377,7 @@ def _time_product(served: Served, slots: int, device: torch.device) -> tuple[flo
     product = make_linear(matrix, None, Kernels.OWN if served.lean else Kernels.PLAIN)
     rows = max(1, min(slots, LARGEST_PRODUCT // len(matrix)))
     x = torch.rand(rows, width, device=device).to(dtype)
-    seconds = median_s(lambda: product(x), device, 7) * slots / rows
+    seconds = device_median_s(lambda: product(x), device, 7) * slots / rows
     return seconds / matrix.nbytes, bool(product.extra_bytes)
 
 
@@ -326,6 +393,7 @@ class _Run:
     base: int
     parameters: int
     packs: bool
+    room: int
 
     @property
     def weight_bytes(self) -> int:
@@ -333,15 +401,22 @@ class _Run:
 
     @property
     def resident_bytes(self) -> int:
-        """The bytes of weights, with the packed ones."""
-        return self.weight_bytes * (2 if self.packs else 1)
+        """The bytes of weights, with the packed ones and the padded vocabulary."""
+        padded = 0
+        if self.served.lean and supports_triton(self.device):
+            text = self.served.config.get_text_config()
+            padded = padded_bytes(text.vocab_size, text.hidden_size, self.served.dtype)
+        return self.weight_bytes * (2 if self.packs else 1) + padded
 
     def peak_bytes(self, slots: int) -> int:
         """Return the largest of the stages: loading, packing, serving, verifying."""
         weights, resident = self.weight_bytes, self.resident_bytes
         paged = self._generate_batch_bytes(slots)
         cached = self.served.cache_bytes(slots) + paged
-        buffer = buffer_bytes(self.device) if weights > (cache_bytes(self.device) or 0) else 0
+        buffer = 0
+        if weights > (cache_bytes(self.device) or 0):  # read before each trial, beside the cache
+            left = max(0, self.room - resident - cached) if self.device.type == "cuda" else None
+            buffer = buffer_bytes(self.device, left)
         serving = max(self.served.bytes(slots) + paged, cached + buffer)
         verifying = cached + self._verification_bytes()
         if self.device.type != "cpu":

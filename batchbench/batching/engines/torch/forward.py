@@ -15,8 +15,10 @@ from batchbench.batching.engines.torch.attention import (
     attend_natively,
     cache_argument,
 )
+from batchbench.batching.engines.torch.base import best_token
 from batchbench.batching.engines.torch.kernels import Native, native
 from batchbench.batching.engines.torch.linear import Kernels, Linear, make_linear
+from batchbench.batching.engines.torch.triton_choice import triton_forward, triton_ops
 from batchbench.batching.models.loading import LoadedModel
 
 
@@ -31,10 +33,17 @@ class Forward(Protocol):
     def extra_bytes(self) -> int:
         """Bytes held in addition to the model's own weights."""
 
+    @property
+    def triton(self) -> bool:
+        """True if attention is computed with Triton, so the engine prepares no masks."""
+
     def __call__(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
     ) -> torch.Tensor:
         """Return logits ``[kept, vocabulary]`` of ``ids``, ``[tokens]``; of all if None is kept."""
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the greedy choice, ``[rows, vocabulary]`` to ``[rows]``; the first of equals."""
 
 
 class TransformersForward:
@@ -42,7 +51,10 @@ class TransformersForward:
 
     extra_bytes = 0
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, most: Kernels = Kernels.PLAIN) -> None:
+        ops = triton_ops(model) if most >= Kernels.OWN else None
+        self.triton = ops is not None
+        self.choose = best_token if ops is None else ops.best_token
         self._module = model.module
         self._cache_argument = cache_argument(model.module)
         self.cache_dtype = model.dtype
@@ -50,7 +62,8 @@ class TransformersForward:
     def __call__(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
     ) -> torch.Tensor:
-        self._module.set_attn_implementation(NAME)
+        if self._module.config._attn_implementation != NAME:
+            self._module.set_attn_implementation(NAME)
         logits: torch.Tensor = self._module(
             input_ids=ids.unsqueeze(0),
             position_ids=layout.positions.unsqueeze(0),
@@ -90,6 +103,9 @@ class GPT2Forward:
     On a CPU the weights are packed for the kernels, which takes as much memory again: the plain
     ones stay for the reference that verifies outputs.
     """
+
+    triton = False
+    choose = staticmethod(best_token)
 
     def __init__(self, model: LoadedModel, most: Kernels = Kernels.OWN) -> None:
         config, body = model.module.config, model.module.transformer
@@ -179,5 +195,6 @@ def is_plain_gpt2(config: PretrainedConfig) -> bool:
 def make_forward(model: LoadedModel, most: Kernels = Kernels.OWN) -> Forward:
     """Return the leanest forward pass that is right for the model."""
     if is_plain_gpt2(model.module.config):
-        return GPT2Forward(model, most)
-    return TransformersForward(model)
+        fused = triton_forward(model) if most >= Kernels.OWN else None
+        return fused or GPT2Forward(model, most)
+    return TransformersForward(model, most)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from batchbench.batching.engines.torch.attention import Layout, SlotCache
-from batchbench.batching.engines.torch.base import best_token
 from batchbench.batching.engines.torch.forward import Forward
 from batchbench.batching.plan import Plan
 
@@ -49,10 +48,13 @@ class PreparedDecode:
         self._forward, self._cache, self._last = forward, cache, last
         self.calls = 0  # passes that were replayed
         self._slots = torch.arange(slots, device=last.device)
-        self._positions = torch.zeros_like(last)
-        self._growing = torch.zeros_like(last)
+        aims = torch.zeros(2, slots, dtype=torch.int64, device=last.device)
+        self._aim = Upload(aims)
+        self._positions, self._growing = aims
         self.batches = sizes(1, slots) if every_batch else (slots,)
-        self.lengths = sizes(_SHORTEST, max_len)
+        # A GPU's own attention reads each row's length on the device: one pass is for all lengths.
+        masked = cache.attention is None
+        self.lengths = sizes(_SHORTEST, max_len) if masked else (max_len,)
         # The largest first: the others then fit into the memory that it leaves in their pool.
         self._passes = {
             (rows, length): prepare(self._pass(rows, length))
@@ -61,10 +63,9 @@ class PreparedDecode:
         }
 
     def aim(self, plan: Plan) -> None:
-        positions, growing = np.zeros((2, len(self._slots)), np.int64)
-        positions[plan.slots], growing[plan.slots] = plan.positions, plan.growing
-        self._positions.copy_(torch.from_numpy(positions), non_blocking=True)
-        self._growing.copy_(torch.from_numpy(growing), non_blocking=True)
+        aims = np.zeros((2, len(self._slots)), np.int64)
+        aims[:, plan.slots] = plan.positions, plan.growing
+        self._aim(aims)
 
     def run(self, plan: Plan, step: int) -> None:
         """Compute the next pass of the plan, the ``step``-th, and store its tokens."""
@@ -79,7 +80,7 @@ class PreparedDecode:
 
         def decode() -> None:
             layout = Layout(self._cache, slots, positions, rows, low=0, high=rows, length=length)
-            last.copy_(best_token(self._forward(last, layout, None)))
+            last.copy_(self._forward.choose(self._forward(last, layout, None)))
             positions.add_(growing)
 
         return decode
@@ -98,26 +99,69 @@ def fitting(sizes: tuple[int, ...], wanted: int) -> int:
     return next(size for size in sizes if size >= wanted)
 
 
+WARM_UPS = 3
+"""Runs of a pass before it is recorded."""
+
+
+class Upload:
+    """Copies of arrays to one tensor on the device, without a wait of the host.
+
+    CUDA copies from pinned memory when the copy's turn comes, so an array lies in one of several
+    buffers until then. Elsewhere the copy waits.
+    """
+
+    BUFFERS = 4
+
+    def __init__(self, target: torch.Tensor) -> None:
+        self._target, self._turn = target, 0
+        self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        if target.device.type == "cuda":
+            for _ in range(self.BUFFERS):
+                buffer = torch.zeros(target.shape, dtype=target.dtype).pin_memory()
+                self._buffers.append((buffer, torch.cuda.Event()))  # type: ignore[no-untyped-call]
+
+    def __call__(self, values: np.ndarray) -> None:
+        if not self._buffers:
+            self._target.copy_(torch.from_numpy(values))
+            return
+        buffer, copied = self._buffers[self._turn]
+        self._turn = (self._turn + 1) % self.BUFFERS
+        if not copied.query():  # type: ignore[no-untyped-call]
+            copied.synchronize()
+        buffer.copy_(torch.from_numpy(values))
+        self._target.copy_(buffer, non_blocking=True)
+        copied.record(torch.cuda.current_stream(self._target.device))
+
+
 class Capture:
-    """Record passes as CUDA graphs that share one pool of memory, since only one runs at a time."""
+    """Record passes as CUDA graphs that share one pool of memory, since only one runs at a time.
+
+    They share one stream too: torch keeps a workspace of cuBLAS for each stream, 32 MiB on Hopper.
+    It is the device's; without one, torch would record on a stream of the current device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Pass) -> Pass:
-        # Three runs on a side stream first, in which libraries set themselves up.
+        # Runs first, in which libraries set themselves up.
         main = torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            for _ in range(3):
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
                 run()
-        main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            run()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                run()
+        except BaseException:
+            torch.cuda.set_stream(main)  # torch leaves the stream of a failed capture current
+            raise
+        main.wait_stream(self._stream)
         replay: Pass = graph.replay
+        replay()  # the first time uploads the graph
         return replay
 
 
@@ -125,7 +169,9 @@ class Compile:
     """Compile passes with inductor for exactly their shapes; on CUDA, then record them."""
 
     def __init__(self, device: torch.device) -> None:
-        torch.compiler.reset()  # passes of an earlier engine count against the same small limit
+        with warnings.catch_warnings():  # where there is a GPU, it imports all of the compiler
+            warnings.simplefilter("ignore")
+            torch.compiler.reset()  # passes of an earlier engine count against the same small limit
         self._record: Prepare = Capture(device) if device.type == "cuda" else lambda run: run
 
     def __call__(self, run: Pass) -> Pass:

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 from transformers.pytorch_utils import Conv1D
 
 from batchbench.batching.engines.torch.attention import Layout, kv_token_bytes
 from batchbench.batching.engines.torch.forward import Forward, TransformersForward
+from batchbench.batching.engines.torch.graphs import Capture
 from batchbench.batching.engines.torch.kernels import native
 from batchbench.batching.engines.torch.linear import Linear, make_linear
-from batchbench.batching.machine import last_level_cache_bytes
+from batchbench.batching.machine import gpu_driver, last_level_cache_bytes
 from batchbench.batching.models.loading import LoadedModel, free_bytes
 from batchbench.batching.step_cost import TIMES_THE_CACHE, Bandwidth, Reading
 
@@ -46,7 +48,31 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+GRAPH_RUNS = 10
+"""Runs in one CUDA graph, whose own start is then a small part of its time."""
+
+
+def device_median_s(
+    function: Callable[[], object], device: torch.device, turns: int, runs: int = GRAPH_RUNS
+) -> float:
+    """Return the median seconds of one run of ``function``, without the host's time on CUDA.
+
+    There, kernels of microseconds end faster than the host launches them. They are replayed in a
+    CUDA graph, as in a decode pass.
+    """
+    if device.type != "cuda":
+        return median_s(function, device, turns)
+
+    def all_runs() -> None:
+        for _ in range(runs):
+            function()
+
+    return median_s(Capture(device)(all_runs), device, turns) / runs
+
+
 _LEAST_BYTES = 2**28  # also for a cache that is small or of unknown size
+
+_LEAST_GPU_BYTES = 2**32  # 256 MiB take 0.09 ms on an H100, as long as a few launches
 
 _SHARE_OF_MEMORY = 0.5  # of the free memory, so that no measurement makes the machine swap
 
@@ -75,9 +101,11 @@ def measure_bandwidth(device: torch.device, *, turns: int = 7) -> Bandwidth:
     return Bandwidth(speeds[best], best, buffer.nbytes, cache, turns, threads)
 
 
-def buffer_bytes(device: torch.device) -> int:
-    wanted = max(TIMES_THE_CACHE * (cache_bytes(device) or 0), _LEAST_BYTES)
-    return min(wanted, int(free_bytes(device) * _SHARE_OF_MEMORY))
+def buffer_bytes(device: torch.device, free: int | None = None) -> int:
+    """Return the size of the buffer to read if ``free`` bytes are free; None for as it is now."""
+    least = _LEAST_GPU_BYTES if device.type == "cuda" else _LEAST_BYTES
+    wanted = max(TIMES_THE_CACHE * (cache_bytes(device) or 0), least)
+    return min(wanted, int((free_bytes(device) if free is None else free) * _SHARE_OF_MEMORY))
 
 
 def cache_bytes(device: torch.device) -> int | None:
@@ -107,7 +135,52 @@ def reading_of(model: LoadedModel) -> Reading:
 @torch.inference_mode()
 def measure_products(model: LoadedModel, rows: int, *, turns: int = 15) -> float:
     """Return the seconds of only the matrix products of a decode step of ``rows`` requests."""
-    return median_s(products(model, rows), model.device, turns)
+    return device_median_s(products(model, rows), model.device, turns)
+
+
+SMALL, _LARGE = 64, 2048
+"""Widths of a product with almost no work, and of one that keeps the whole device busy."""
+
+
+@torch.inference_mode()
+def measure_launching(model: LoadedModel, rows: int, *, turns: int = 15) -> float | None:
+    """Return the seconds in which a GPU runs as many products as a step has, with almost no work.
+
+    None on a CPU, where a call costs little beside a product.
+    """
+    if model.device.type != "cuda":
+        return None
+    count = sum(1 for _ in _weights(model))
+    weight = torch.zeros(SMALL, SMALL, device=model.device, dtype=model.dtype)
+    layer, x = make_linear(weight, None), torch.zeros_like(weight)[: min(rows, SMALL)]
+
+    def run() -> None:
+        for _ in range(count):
+            layer(x)
+
+    return device_median_s(run, model.device, turns)
+
+
+@torch.inference_mode()
+def measure_arithmetic(model: LoadedModel, rows: int, *, turns: int = 3) -> float | None:
+    """Return the seconds of a step's products at the rate of a large product, which is arithmetic.
+
+    None on a CPU, where the products themselves show it.
+    """
+    if model.device.type != "cuda":
+        return None
+    weight = torch.zeros(_LARGE, _LARGE, device=model.device, dtype=model.dtype)
+    layer, x = make_linear(weight, None), torch.zeros_like(weight)
+    seconds = device_median_s(lambda: layer(x), model.device, turns, runs=4)
+    return seconds * rows * sum(w.numel() for w, _ in _weights(model)) / _LARGE**3
+
+
+def _weights(model: LoadedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Yield weight, ``[outputs, inputs]``, and bias of each matrix product of a decode step."""
+    for module in model.module.modules():
+        if isinstance(module, Conv1D | nn.Linear):
+            # transformers' Conv1D has a weight of [inputs, outputs]
+            yield module.weight.t() if isinstance(module, Conv1D) else module.weight, module.bias
 
 
 def products(
@@ -119,16 +192,12 @@ def products(
     layers: list[tuple[Linear, torch.Tensor]] = []
     inputs: dict[int, torch.Tensor] = {}
     numbers = torch.Generator().manual_seed(0)
-    for module in model.module.modules():
-        if not isinstance(module, Conv1D | nn.Linear):
-            continue
-        # transformers' Conv1D has a weight of [inputs, outputs]
-        weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    for weight, bias in _weights(model):
         width = weight.shape[1]
         if width not in inputs:
             drawn = torch.randn(rows, width, generator=numbers)
             inputs[width] = drawn.to(device=model.device, dtype=model.dtype)
-        layers.append((make(weight, module.bias), inputs[width]))
+        layers.append((make(weight, bias), inputs[width]))
 
     def run() -> None:
         for layer, x in layers:
@@ -176,6 +245,7 @@ class _Timed:
     def __init__(self, forward: Forward, clock: ModelClock) -> None:
         self._forward, self._clock = forward, clock
         self.cache_dtype, self.extra_bytes = forward.cache_dtype, forward.extra_bytes
+        self.triton, self.choose = forward.triton, forward.choose
 
     def __call__(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
@@ -186,8 +256,21 @@ class _Timed:
         return logits
 
 
-def torch_environment(device_name: str) -> dict[str, Any]:
-    """Return the facts about torch's device: threads, kernels, GPU, driver and clocks."""
+def _attention_kernels(device: torch.device, dtype: torch.dtype) -> str:
+    """Return the kernels that torch's attention takes: for decoding, with a mask, and prompts."""
+    rows = torch.zeros(4, 4, 16, 64, dtype=dtype, device=device)
+    mask = torch.zeros(4, 1, 1, 16, dtype=dtype, device=device)
+    decode = torch._fused_sdp_choice(rows[:, :, :1], rows, rows, mask)
+    prompts = torch._fused_sdp_choice(rows, rows, rows, None, 0.0, True)
+    names = [SDPBackend(chosen).name.lower() for chosen in (decode, prompts)]
+    return "decode {}, prompts {}".format(*names)
+
+
+def torch_environment(device_name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """Return the facts about torch's device: threads, kernels, GPU and driver.
+
+    A trial reads the clocks at its end: those of an idle GPU say nothing.
+    """
     gpu = ("gpu", "gpu_uuid", "gpu_memory_bytes", "gpu_driver", "gpu_clock_mhz")
     facts: dict[str, Any] = {
         "threads": torch.get_num_threads(),
@@ -200,25 +283,10 @@ def torch_environment(device_name: str) -> dict[str, Any]:
         facts["gpu"] = properties.name
         facts["gpu_uuid"] = str(properties.uuid)
         facts["gpu_memory_bytes"] = properties.total_memory
-        facts |= _nvml_facts(torch.device(device_name).index or 0)
+        facts["gpu_driver"] = gpu_driver(facts["gpu_uuid"])
+        facts["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        facts["gpu_attention"] = _attention_kernels(torch.device(device_name), dtype)
+        facts["float32_products"] = torch.get_float32_matmul_precision()
     elif device_name == "cpu":
         facts["cpu_kernels"] = "torch's" if native() is None else "batchbench's"
     return facts
-
-
-def _nvml_facts(index: int) -> dict[str, Any]:
-    """Return a GPU's driver and clocks; nothing if nvidia-ml-py is missing or cannot read them."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        return {
-            "gpu_driver": str(pynvml.nvmlSystemGetDriverVersion()),
-            "gpu_clock_mhz": {
-                "sm": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-                "memory": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            },
-        }
-    except Exception:  # not installed, no permission, no such counter
-        return {}

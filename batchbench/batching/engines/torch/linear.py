@@ -13,6 +13,20 @@ from torch.nn.functional import gelu, linear
 
 from batchbench.batching.engines.torch.kernels import native
 
+MULTIPLE = 128
+"""On a GPU, the last product has a multiple of so many columns: rows of 50,257 are not aligned."""
+
+
+def padded_rows(vocabulary: int) -> int:
+    """Return the rows of the last product's weight on a GPU."""
+    return -(-vocabulary // MULTIPLE) * MULTIPLE
+
+
+def padded_bytes(vocabulary: int, width: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the padded copy of that weight; 0 if none is needed."""
+    rows = padded_rows(vocabulary)
+    return rows * width * dtype.itemsize if rows > vocabulary else 0
+
 
 class OneDNN(NamedTuple):
     """oneDNN's operators in torch."""

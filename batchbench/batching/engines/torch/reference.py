@@ -72,5 +72,19 @@ class TeacherForced:
             needed = self._model.weight_bytes * dtype.itemsize // self._model.dtype.itemsize
             if device.type == "mps" or needed * 1.2 > free_bytes(device):
                 device = torch.device("cpu")
-            self._precise = copy.deepcopy(self._model.module).to(device=device, dtype=dtype)
+            try:
+                self._precise = _copied(self._model.module, device, dtype)
+            except torch.OutOfMemoryError:
+                self._precise = _copied(self._model.module, torch.device("cpu"), dtype)
         return self._precise
+
+
+def _copied(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """Return a copy on a device and in a number format; no weight is copied twice."""
+    copies: dict[int, object] = {}
+    for weight in module.parameters():
+        copies[id(weight)] = torch.nn.Parameter(weight.to(device, dtype, copy=True), False)
+    for buffer in module.buffers():
+        kind = dtype if buffer.is_floating_point() else buffer.dtype
+        copies[id(buffer)] = buffer.to(device, kind, copy=True)
+    return copy.deepcopy(module, copies)

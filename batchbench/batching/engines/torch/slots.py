@@ -9,10 +9,12 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from batchbench.batching.engines.torch.attention import Layout, Prompts, SlotCache
-from batchbench.batching.engines.torch.base import TorchEngine, best_token
+from batchbench.batching.engines.torch.attention import Layout, Prompts, SlotCache, aligned
+from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.forward import Forward, make_forward
 from batchbench.batching.engines.torch.graphs import Capture, Compile, PreparedDecode
+from batchbench.batching.engines.torch.mixed import PreparedMixed, tiles_of
+from batchbench.batching.engines.torch.triton_choice import triton_attention
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Chunk, Plan
 from batchbench.errors import UsageError
@@ -22,7 +24,8 @@ class SlotsEngine(TorchEngine):
     """Any causal LM over a :class:`SlotCache`; a pass may hold decoding rows and prompt chunks.
 
     ``max_len`` is the longest prompt + output in tokens; ``forward`` is by default the leanest
-    correct pass; ``execution`` is of passes that only decode: eager, graph or compile. Raises
+    correct pass; ``execution`` is eager, graph or compile, and is of passes that only decode; with
+    Triton's attention, graphs hold passes with up to ``most_tokens`` tokens of prompts too. Raises
     RuntimeError if they cannot be prepared so.
     """
 
@@ -33,8 +36,10 @@ class SlotsEngine(TorchEngine):
         max_len: int,
         forward: Forward | None = None,
         execution: str = "eager",
+        most_tokens: int | None = None,
     ) -> None:
         super().__init__(model, slots)
+        max_len = aligned(max_len, model.device)
         self.execution = execution
         config = model.module.config
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
@@ -43,40 +48,49 @@ class SlotsEngine(TorchEngine):
                 "slot cache does not have; use --engine notebook"
             )
         self._pass = forward or make_forward(model)
+        self.triton = self._pass.triton
         self._passes = 0
         like = torch.empty(0, dtype=self._pass.cache_dtype, device=model.device)
-        self._cache = SlotCache(config, slots, max_len, like)
+        own = triton_attention(model, slots, max_len) if self._pass.triton else None
+        together = execution != "compile"
+        self._cache = SlotCache(config, slots, max_len, like, own, together=together)
         self._written = np.zeros(slots, np.int64)  # positions of each slot that are not zero
         self._positions_of_cache = torch.arange(max_len, device=model.device)
-        self._prepared = self._prepare_decode(max_len) if execution != "eager" else None
+        self._prepared: PreparedDecode | None = None
+        self._mixed: PreparedMixed | None = None
+        if execution != "eager":
+            self._prepare_passes(max_len, most_tokens or slots * max_len)
 
     @torch.inference_mode()
-    def _prepare_decode(self, max_len: int) -> PreparedDecode:
+    def _prepare_passes(self, max_len: int, most_tokens: int) -> None:
         graphs = self.execution == "graph"
         prepare = Capture(self._device) if graphs else Compile(self._device)
-        args = (self._pass, self._cache, self._last, max_len, prepare)
+        args = (self._pass, self._cache, self._last)
+        if graphs and self._cache.attention is not None:
+            self._mixed = PreparedMixed(*args, prepare, most_tokens)
         # Compiling takes half a minute a size, so it is done for the full batch only.
-        return PreparedDecode(*args, every_batch=graphs)
+        self._prepared = PreparedDecode(*args, max_len, prepare, every_batch=graphs)
 
     @property
     def _computed(self) -> int:
-        return self._passes + (self._prepared.calls if self._prepared else 0)
+        replayed = sum(prepared.calls for prepared in (self._prepared, self._mixed) if prepared)
+        return self._passes + replayed
 
     def _forget(self) -> None:
-        for block in self._cache.blocks:  # before the clock starts, not at the first prefill
-            block.keys.zero_()
-            block.values.zero_()
+        self._cache.clear()  # before the clock starts, not at the first prefill
         self._written[:] = 0
 
     def _erase_behind(self, plan: Plan) -> None:
         """Zero what earlier requests left in the slots beyond the new requests' prompts.
 
-        The mask hides it, but an infinity or NaN would survive the mask.
+        The mask hides it, but an infinity or NaN would survive the mask. A GPU's own attention
+        has no mask: it does not read them.
         """
+        if self._cache.attention is not None:
+            return
         for chunk in plan.chunks:
             if chunk.start == 0 and chunk.stop < self._written[chunk.slot]:
-                for block in self._cache.blocks:
-                    block.erase(chunk.slot, chunk.stop, int(self._written[chunk.slot]))
+                self._cache.erase(chunk.slot, chunk.stop, int(self._written[chunk.slot]))
                 self._written[chunk.slot] = chunk.stop
         for chunk in plan.chunks:
             self._written[chunk.slot] = max(self._written[chunk.slot], chunk.stop)
@@ -84,14 +98,19 @@ class SlotsEngine(TorchEngine):
         self._written[plan.slots] = np.maximum(self._written[plan.slots], ends)
 
     def _prepare(self, plan: Plan) -> None:
-        super()._prepare(plan)
         self._erase_behind(plan)
+        self._replays_mixed = False
         self._replayed = self._prepared is not None and not plan.chunks
         if self._prepared is not None and self._replayed:
             self._prepared.aim(plan)
             return
         chunks, decoding = plan.chunks, len(plan.slots)
         pieces = [self._workload.prompt(c.request.index)[c.start : c.stop] for c in chunks]
+        self._replays_mixed = self._mixed is not None and self._mixed.takes(plan)
+        if self._mixed is not None and self._replays_mixed:
+            self._mixed.aim(plan, np.concatenate(pieces))
+            return
+        super()._prepare(plan)
         self._prompt_ids = self._tensor(np.concatenate(pieces) if pieces else [])
         lengths = np.array([len(piece) for piece in pieces], np.int64)
         stops = decoding + np.cumsum(lengths)  # where each chunk ends in the pass
@@ -111,6 +130,11 @@ class SlotsEngine(TorchEngine):
             self._tensor(np.concatenate(positions)),
             decoding,
         )
+        if self._cache.attention is not None:
+            if chunks:
+                tiles, layout.tile = tiles_of(plan)
+                layout.tiles = self._tensor(tiles)
+            return layout
         if decoding:
             layout.low, layout.high = int(plan.slots[0]), int(plan.slots[-1]) + 1
             whole = layout.high - layout.low == decoding
@@ -123,6 +147,8 @@ class SlotsEngine(TorchEngine):
     def _advance(self, plan: Plan, step: int) -> None:
         if self._prepared is not None and self._replayed:
             self._prepared.run(plan, step)
+        elif self._mixed is not None and self._replays_mixed:
+            self._mixed.run()
         else:
             super()._advance(plan, step)
 
@@ -130,11 +156,11 @@ class SlotsEngine(TorchEngine):
         layout, ids = self._layout, self._prompt_ids
         if layout.decoding:
             positions = layout.positions + self._growing if step else layout.positions
-            length = int(plan.advanced(step).max()) + 1
+            length = aligned(int(plan.advanced(step).max()) + 1, self._device)
             layout = self._layout = replace(layout, positions=positions, length=length)
             decoded = self._last[layout.slots[: layout.decoding]]
             ids = torch.cat([decoded, ids]) if plan.chunks else decoded
-        return best_token(self._forward_pass(ids, layout, self._keep))
+        return self._pass.choose(self._forward_pass(ids, layout, self._keep))
 
     def _forward_pass(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
@@ -152,7 +178,7 @@ class SlotsEngine(TorchEngine):
             gather = first[:, None] + np.minimum(offset, length[:, None] - 1)
             yield Prompts(
                 self._tensor(gather),
-                torch.from_numpy(valid).to(self._device),
+                self._tensor(np.flatnonzero(valid)),  # a mask would be counted, with a wait
                 self._tensor(gather[valid]),
             )
 

@@ -1,0 +1,365 @@
+"""The Triton kernels of a GPU's passes: attention over the slot cache, norms, and the next token.
+
+Every kernel is one launch. Lengths, slots and positions are read on the device, so a CUDA graph
+that holds these kernels is right for every length. ``fused.py`` has the functions that launch them.
+The kernels use the part of the language that Triton 3.4 to 3.9 share, and its interpreter
+(``TRITON_INTERPRET=1``) runs them on a CPU.
+
+Numbers are loaded in the model's format, computed in float32, and rounded once when stored.
+"""
+
+import triton
+import triton.language as tl
+
+# Annotations must be objects here: Triton's interpreter does not read them as text.
+
+
+@triton.jit
+def decode_attention(
+    q,  # [rows, heads, size], the last two contiguous, as are those of k and v
+    k,  # [rows, kv_heads, size]
+    v,
+    cache,  # [2, slots, kv_heads, max_len, size]
+    slots,  # [rows]
+    positions,  # [rows]
+    out,  # [rows, heads, size]
+    partial,  # [rows, heads, splits, size + 2] in float32
+    arrived,  # [rows, heads]; zeros before and after
+    q_row,
+    kv_row,
+    kv_heads,
+    max_len,
+    values,  # the place of the first value in the cache
+    scale,  # in powers of two
+    splits,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Write the key and value of each row to the cache, and attend to its slot up to there.
+
+    A program computes one head of one row over ``SPLIT`` keys. The last program of a head to end
+    combines the parts. A row's own key and value come from ``k`` and ``v``, so no program reads
+    from the cache what another one writes.
+    """
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    position = tl.load(positions + row).to(tl.int32)  # places within a slot need no more
+    used = position // SPLIT + 1
+    if split >= used:
+        return
+    dim = tl.arange(0, WIDTH)
+    real = dim < SIZE
+    begin = (tl.load(slots + row) * kv_heads + head // GROUP) * max_len * SIZE
+    query = tl.load(q + row * q_row + head * SIZE + dim, mask=real, other=0.0).to(tl.float32)
+    query = query * scale
+    stop = tl.minimum(position, (split + 1) * SPLIT)
+    keys = cache + begin
+    highest, total, seen = _read(query, keys, values, split * SPLIT, stop, SIZE, WIDTH, KEYS)
+    if split == used - 1:
+        own = row * kv_row + (head // GROUP) * SIZE + dim
+        key = tl.load(k + own, mask=real, other=0.0)
+        value = tl.load(v + own, mask=real, other=0.0)
+        if head % GROUP == 0:
+            tl.store(keys + position * SIZE + dim, key, mask=real)
+            tl.store(keys + values + position * SIZE + dim, value, mask=real)
+        score = tl.sum(query * key.to(tl.float32), 0)
+        highest, total, seen = _join(highest, total, seen, score, 1.0, value.to(tl.float32))
+    nth = row * HEADS + head
+    parts = partial + nth * splits * (SIZE + 2)
+    result = out + nth * SIZE
+    _hand_in(highest, total, seen, result, parts, arrived + nth, split, used, SIZE, WIDTH)
+
+
+@triton.jit
+def _hand_in(
+    highest,
+    total,
+    seen,
+    result,
+    parts,
+    arrived,
+    split,
+    used,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store the result of a head, or one part of it; the last part to come combines them all."""
+    dim = tl.arange(0, WIDTH)
+    real = dim < SIZE
+    if used == 1:
+        tl.store(result + dim, (seen / total).to(result.dtype.element_ty), mask=real)
+    else:
+        part = parts + split * (SIZE + 2)
+        tl.store(part + dim, seen, mask=real)
+        tl.store(part + SIZE, highest)
+        tl.store(part + SIZE + 1, total)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(arrived, 1) == used - 1:
+            _combine(parts, result, used, SIZE, WIDTH)
+            tl.store(arrived, 0)
+
+
+@triton.jit
+def _read(
+    query, keys, values, first, stop, SIZE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr
+):
+    """Attend to the cached positions ``first`` to ``stop``; return a running softmax.
+
+    It is the highest score, the sum of weights and the weighted sum of values.
+    """
+    dim = tl.arange(0, WIDTH)
+    highest = -float("inf")
+    total = 0.0
+    seen = tl.zeros([WIDTH], dtype=tl.float32)
+    for start in range(first, stop, KEYS):
+        at = start + tl.arange(0, KEYS)
+        place = at[:, None] * SIZE + dim[None, :]
+        inside = (at < stop)[:, None] & (dim < SIZE)[None, :]
+        key = tl.load(keys + place, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(keys + values + place, mask=inside, other=0.0).to(tl.float32)
+        score = tl.where(at < stop, tl.sum(query[None, :] * key, 1), -float("inf"))
+        higher = tl.max(score, 0)
+        weight = tl.exp2(score - higher)
+        now = tl.sum(weight[:, None] * value, 0)
+        highest, total, seen = _join(highest, total, seen, higher, tl.sum(weight, 0), now)
+    return highest, total, seen
+
+
+@triton.jit
+def _join(highest, total, seen, highest_2, total_2, seen_2):
+    """Join two running softmaxes; the second has at least one key."""
+    higher = tl.maximum(highest, highest_2)
+    before = tl.exp2(highest - higher)
+    now = tl.exp2(highest_2 - higher)
+    return higher, total * before + total_2 * now, seen * before + seen_2 * now
+
+
+@triton.jit
+def _combine(parts, result, used, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Combine ``used`` parts of a head; ``.cg`` reads what other processors have just written."""
+    dim = tl.arange(0, WIDTH)
+    real = dim < SIZE
+    highest = -float("inf")
+    total = 0.0
+    seen = tl.zeros([WIDTH], dtype=tl.float32)
+    for split in range(used):
+        part = parts + split * (SIZE + 2)
+        score = tl.load(part + SIZE, cache_modifier=".cg")
+        weight = tl.load(part + SIZE + 1, cache_modifier=".cg")
+        value = tl.load(part + dim, mask=real, other=0.0, cache_modifier=".cg")
+        highest, total, seen = _join(highest, total, seen, score, weight, value)
+    tl.store(result + dim, (seen / total).to(result.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def tile_attention(
+    q,  # [tokens, heads, size], the last two contiguous, as are those of k and v
+    k,  # [tokens, kv_heads, size]
+    v,
+    cache,  # [2, slots, kv_heads, max_len, size]
+    tiles,  # [tiles, 5]: token, count, first token of its piece, slot, position of the piece
+    out,  # [tokens, heads, size]
+    q_row,
+    kv_row,
+    kv_heads,
+    max_len,
+    values,  # the place of the first value in the cache
+    scale,  # in powers of two
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DOT: tl.constexpr,  # the number format of products
+):
+    """Write keys and values of a tile of tokens to the cache, and attend to all before each.
+
+    A piece is a decoding row (one token) or a chunk of a prompt; a tile is up to ``TOKENS`` of
+    its tokens. Keys of the piece come from ``k``, keys before it from the cache. A tile with a
+    count of 0 is unused.
+    """
+    base = tiles + tl.program_id(0) * 5
+    head = tl.program_id(1)
+    count = tl.load(base + 1).to(tl.int32)
+    if count == 0:
+        return
+    token = tl.load(base).to(tl.int32)
+    end = token + count
+    piece = tl.load(base + 2).to(tl.int32)
+    start = tl.load(base + 4).to(tl.int32)
+    dim = tl.arange(0, WIDTH)[None, :]
+    at = token + tl.arange(0, TOKENS)
+    mine = (at < end)[:, None] & (dim < SIZE)
+    cached = cache + (tl.load(base + 3) * kv_heads + head // GROUP) * max_len * SIZE
+    own_keys = k + (head // GROUP) * SIZE
+    own_values = v + (head // GROUP) * SIZE
+    if head % GROUP == 0:
+        place = cached + (start + at - piece)[:, None] * SIZE + dim
+        _copy(own_keys + at[:, None] * kv_row + dim, place, mine)
+        _copy(own_values + at[:, None] * kv_row + dim, place + values, mine)
+    query = tl.load(q + at[:, None] * q_row + head * SIZE + dim, mask=mine, other=0.0).to(DOT)
+    highest = tl.full([TOKENS], -float("inf"), dtype=tl.float32)
+    total = tl.zeros([TOKENS], dtype=tl.float32)
+    seen = tl.zeros([TOKENS, WIDTH], dtype=tl.float32)
+    # Positions before the piece, from the cache; then the piece itself, up to each token.
+    last = tl.zeros([TOKENS], dtype=tl.int32) + start - 1
+    for first in range(0, start, KEYS):
+        score, value = _score(query, cached, cached + values, SIZE, first, start, last, SIZE, KEYS)
+        highest, total, seen = _add_keys(score * scale, value, highest, total, seen, DOT)
+    for first in range(piece, end, KEYS):
+        score, value = _score(query, own_keys, own_values, kv_row, first, end, at, SIZE, KEYS)
+        highest, total, seen = _add_keys(score * scale, value, highest, total, seen, DOT)
+    result = out + (at[:, None] * HEADS + head) * SIZE + dim
+    tl.store(result, (seen / total[:, None]).to(out.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def _copy(source, to, mask):
+    tl.store(to, tl.load(source, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
+def _score(
+    query,  # [tokens, width]
+    keys,
+    values,
+    row,  # the distance of two keys
+    first,
+    stop,
+    last,  # [tokens]: the last key that each token sees
+    SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Return products, ``[tokens, keys]``, and values of the keys from ``first`` up to ``stop``."""
+    dim = tl.arange(0, query.shape[1])[None, :]
+    at = first + tl.arange(0, KEYS)
+    place = at[:, None] * row + dim
+    inside = (at < stop)[:, None] & (dim < SIZE)
+    key = tl.load(keys + place, mask=inside, other=0.0).to(query.dtype)
+    score = tl.dot(query, tl.trans(key), input_precision="ieee")
+    score = tl.where(at[None, :] <= last[:, None], score, -float("inf"))
+    return score, tl.load(values + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def _add_keys(score, value, highest, total, seen, DOT: tl.constexpr):
+    """Add keys to the running softmax of each token of a tile."""
+    higher = tl.maximum(highest, tl.max(score, 1))
+    weight = tl.exp2(score - higher[:, None])
+    before = tl.exp2(highest - higher)
+    rounded = weight.to(value.dtype).to(DOT)
+    now = tl.dot(rounded, value.to(DOT), input_precision="ieee")
+    return higher, total * before + tl.sum(weight, 1), seen * before[:, None] + now
+
+
+@triton.jit
+def embed_norm(
+    ids,  # [rows]
+    positions,  # [rows]
+    tokens,  # [vocabulary, width]
+    places,  # [positions, width]
+    weight,  # [width]
+    bias,
+    x,  # [rows, width], out
+    normed,  # [rows, width], out
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add the embeddings of a token and of its position, and apply the first layer's norm."""
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    real = at < WIDTH
+    token = tl.load(ids + row).to(tl.int64)
+    place = tl.load(positions + row).to(tl.int64)
+    value = tl.load(tokens + token * WIDTH + at, mask=real, other=0.0).to(tl.float32)
+    value += tl.load(places + place * WIDTH + at, mask=real, other=0.0).to(tl.float32)
+    tl.store(x + row * WIDTH + at, value.to(x.dtype.element_ty), mask=real)
+    _norm(value, weight, bias, normed + row * WIDTH, eps, WIDTH, BLOCK)
+
+
+@triton.jit
+def add_norm(
+    x,  # [tokens, width]; the sum is stored here unless GATHER
+    y,  # [tokens, width]
+    added,  # [width], the bias of the product that made y
+    weight,  # [width]
+    bias,
+    normed,  # [rows, width], out
+    rows,  # [rows]: the tokens to compute, if GATHER
+    eps,
+    GATHER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add a product and its bias to the residual stream, and apply the next norm."""
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    real = at < WIDTH
+    token = row.to(tl.int64)
+    if GATHER:
+        token = tl.load(rows + row).to(tl.int64)
+    value = tl.load(x + token * WIDTH + at, mask=real, other=0.0).to(tl.float32)
+    value += tl.load(y + token * WIDTH + at, mask=real, other=0.0).to(tl.float32)
+    value += tl.load(added + at, mask=real, other=0.0).to(tl.float32)
+    if not GATHER:
+        tl.store(x + token * WIDTH + at, value.to(x.dtype.element_ty), mask=real)
+    _norm(value, weight, bias, normed + row.to(tl.int64) * WIDTH, eps, WIDTH, BLOCK)
+
+
+@triton.jit
+def _norm(value, weight, bias, normed, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    real = at < WIDTH
+    mean = tl.sum(value, 0) / WIDTH
+    centred = tl.where(real, value - mean, 0.0)
+    spread = tl.sqrt(tl.sum(centred * centred, 0) / WIDTH + eps)
+    w = tl.load(weight + at, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(bias + at, mask=real, other=0.0).to(tl.float32)
+    tl.store(normed + at, (centred / spread * w + b).to(normed.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def best_of_parts(
+    logits,  # [rows, at least vocabulary]
+    values,  # [rows, parts] in float32, out
+    tokens,  # [rows, parts], out
+    stride,
+    vocabulary,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Find the largest logit of each part of a row, the first of equals; NaN is the largest."""
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    at = part * PART + tl.arange(0, PART)
+    inside = at < vocabulary
+    value = tl.load(logits + row * stride + at, mask=inside, other=-float("inf")).to(tl.float32)
+    value = tl.where(value == value, value, float("inf"))
+    largest = tl.max(value, 0)
+    token = tl.min(tl.where((value == largest) & inside, at, vocabulary), 0)
+    tl.store(values + row * PARTS + part, largest)
+    tl.store(tokens + row * PARTS + part, token.to(tl.int64))
+
+
+@triton.jit
+def best_of_all(
+    values,  # [rows, parts]
+    tokens,  # [rows, parts]
+    out,  # [rows]
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Choose the best token of all parts of a row."""
+    row = tl.program_id(0)
+    part = tl.arange(0, BLOCK)
+    value = tl.load(values + row * PARTS + part, mask=part < PARTS, other=-float("inf"))
+    token = tl.load(tokens + row * PARTS + part, mask=part < PARTS, other=2**62)
+    largest = tl.max(value, 0)
+    tl.store(out + row, tl.min(tl.where(value == largest, token, 2**62), 0))

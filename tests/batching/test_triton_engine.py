@@ -1,0 +1,242 @@
+"""Engines on Triton's kernels: on the stand-in for CUDA, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from support.cuda_stand_in import StandIn
+from support.models import LLAMA, TINY
+
+from batchbench.batching.batcher import Batcher
+from batchbench.batching.engines.torch.build import make_engine
+from batchbench.batching.engines.torch.reference import TeacherForced
+from batchbench.batching.engines.torch.slots import SlotsEngine
+from batchbench.batching.progress import Watch
+from batchbench.batching.recording import Recording
+from batchbench.batching.verification import verify
+from batchbench.reports.metrics import counters
+from batchbench.workloads import Workload
+
+if TYPE_CHECKING:
+    from support.models import MakeModel
+
+pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
+
+from batchbench.batching.engines.torch import triton_choice
+from batchbench.batching.engines.torch import triton_ops as ops
+from batchbench.batching.engines.torch.attention import Layout, SlotCache
+from batchbench.batching.engines.torch.forward import make_forward
+from batchbench.batching.engines.torch.triton_choice import triton_attention
+from batchbench.batching.engines.torch.triton_forward import product_has_gelu
+
+LENGTHS, OUTPUT_TOKENS = (5, 1, 9, 7), (4, 12, 1, 7)
+
+WORKLOAD = Workload.of(
+    "four requests",
+    [np.random.default_rng(i).integers(1, 300, n).tolist() for i, n in enumerate(LENGTHS)],
+    OUTPUT_TOKENS,
+)
+ENDING = replace(WORKLOAD, stop_at_eos=True)
+
+
+def tokens_of(recording: Recording) -> list[list[int]]:
+    return [recording.tokens_of(i).tolist() for i in range(len(WORKLOAD))]
+
+
+def engine_for(model: Any, *, slots: int = 3, prompt: int = 9, **options: Any) -> SlotsEngine:
+    longest = WORKLOAD.max_total_tokens
+    engine, _ = make_engine("slots", model, slots, longest, prompt=prompt, **options)
+    assert isinstance(engine, SlotsEngine)
+    return engine
+
+
+@pytest.mark.parametrize("prefill", ["separate", "mixed"])
+@pytest.mark.parametrize("config", [TINY, {**LLAMA, "num_hidden_layers": 1}], ids=["gpt2", "llama"])
+def test_outputs_are_verified(
+    config: Any, prefill: str, triton_stand_in: StandIn, make_model: MakeModel
+) -> None:
+    model = make_model(config, device="cuda")
+    engine = engine_for(model, slots=2, budget=8, mixes=prefill == "mixed")
+    assert engine._pass.triton
+    batcher = Batcher("continuous", engine, 2, prefill=prefill, max_batched_tokens=8)
+    recording = batcher.serve(WORKLOAD, Watch())
+    found = verify(WORKLOAD, [recording], TeacherForced(model))
+    assert found.identical == len(WORKLOAD), found.findings
+    assert engine._mixed is not None
+    assert engine._mixed.calls == np.count_nonzero(recording.spans.chunks)
+    assert engine._passes == 0  # nothing but graphs ran
+
+
+# Launches
+
+
+def test_a_decode_pass_launches_seven_kernels_a_layer_and_ten(
+    triton_stand_in: StandIn, make_model: MakeModel
+) -> None:
+    layers = 3
+    engine = engine_for(make_model(device="cuda", n_layer=layers), slots=4, budget=8)
+    assert engine._prepared is not None
+    assert list(engine._prepared._passes) == [(4, 16), (2, 16), (1, 16)]  # none for a length
+    decode = triton_stand_in.graphs[-3:]
+    expected = {
+        "triton.embed_norm": 1,
+        "aten.addmm.default": layers,  # queries, keys and values
+        "triton.decode_attention": layers,
+        "aten.mm.default": 2 * layers + 1,  # after attention, out of the MLP; the vocabulary
+        "triton.add_norm": 2 * layers,
+        "aten._addmm_activation.default": layers,  # into the MLP, with GELU
+        "triton.best_of_parts": 1,
+        "triton.best_of_all": 1,
+        "aten.copy_.default": 1,
+        "aten.add_.Tensor": 1,  # positions
+    }
+    for graph in decode:
+        assert graph.launches == expected
+        assert sum(graph.launches.values()) <= 7 * layers + 10
+
+
+def test_a_pass_with_prompts_launches_as_few_in_a_layer(
+    triton_stand_in: StandIn, make_model: MakeModel
+) -> None:
+    found = []
+    for layers in (1, 2):
+        engine_for(make_model(device="cuda", n_layer=layers), slots=2, budget=8)
+        found.append(triton_stand_in.graphs[0].launches)
+        triton_stand_in.graphs.clear()
+    (one, two) = found
+    assert sum((two - one).values()) == 7
+    assert one["triton.tile_attention"] == 1
+    assert not any("decode" in name for name in one)
+
+
+# Texts that end by themselves
+
+
+@pytest.mark.parametrize("engine", ["slots", "notebook"])
+@pytest.mark.parametrize("policy", ["static", "continuous"])
+def test_the_host_looks_for_the_end_of_a_text_while_the_next_pass_runs(
+    engine: str, policy: str, make_model: MakeModel
+) -> None:
+    with StandIn(lazy=True) as gpu:
+        model = make_model(device="cuda")
+        made, _ = make_engine(engine, model, 2, WORKLOAD.max_total_tokens)
+        said = tokens_of(Batcher(policy, made, 2).serve(WORKLOAD, Watch()))
+        eos = said[1][4]
+        made._eos = {eos}
+        unlaunched: list[int] = []
+        read = made._on_host.read
+
+        def reading(*, late: bool) -> list[int]:
+            tokens = read(late=late)
+            unlaunched.append(len(gpu.queue))
+            return tokens
+
+        made._on_host.read = reading
+        recording = Batcher(policy, made, 2).serve(ENDING, Watch())
+        found = tokens_of(recording)
+        assert found == [t[: t.index(eos) + 1] if eos in t else t for t in said]
+        assert len(found[1]) == 5
+        assert min(unlaunched) > 0  # at each look, the device still has work
+        log = recording.requests
+        held = log.released - log.last - 1
+        assert held[1] == 1 or policy == "static"
+        assert held.sum() == counters(recording)["finished_slot_steps"]
+        del made, model
+        gc.collect()
+
+
+def test_a_closed_loop_is_told_at_once(cuda_stand_in: StandIn, make_model: MakeModel) -> None:
+    model = make_model(device="cuda")
+    engine, _ = make_engine("slots", model, 2, WORKLOAD.max_total_tokens)
+    said = tokens_of(Batcher("continuous", engine, 2).serve(WORKLOAD, Watch()))
+    engine._eos = {said[1][4]}
+    recording = Batcher("continuous", engine, 2).serve(replace(ENDING, max_concurrency=2), Watch())
+    log = recording.requests
+    assert (log.released - log.last)[1] == 1
+
+
+# The choice of the kernels
+
+
+@contextmanager
+def launching(launch: Any) -> Iterator[None]:
+    """Launch kernels in another way, of which nothing was found out before."""
+    with pytest.MonkeyPatch.context() as patch:  # undone before the stand-in goes
+        patch.setattr(triton_choice, "_fault", triton_choice._fault.__wrapped__)
+        patch.setattr(ops, "launch", launch)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        ("decode_attention", "attention differs"),
+        ("tile_attention", "attention differs"),
+        ("add_norm", "norms differ"),
+        ("embed_norm", "norms differ"),
+        ("best_of_all", "chooses other tokens"),
+    ],
+)
+def test_kernels_that_compute_something_else_are_not_used(
+    kernel: str, said: str, triton_stand_in: StandIn, make_model: MakeModel
+) -> None:
+    """A compiler may have a fault; the engine then serves with torch's operators, and says so."""
+    launch = ops.launch
+
+    def skipping(launched: Any, *args: Any, **options: Any) -> None:
+        if launched is not getattr(ops.kernels, kernel):
+            launch(launched, *args, **options)
+
+    with launching(skipping):
+        engine, _ = make_engine("slots", make_model(device="cuda"), 2, 16, "eager")
+    assert not engine.triton
+    assert engine.execution_note is not None
+    assert said in engine.execution_note
+
+
+def test_kernels_that_cannot_be_compiled_are_not_used(
+    triton_stand_in: StandIn, make_model: MakeModel
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    with launching(failing):
+        engine, _ = make_engine("slots", make_model(device="cuda"), 2, 16, "eager")
+    assert engine.execution_note == (
+        "without Triton's kernels: RuntimeError: Failed to find C compiler. Please specify via CC"
+    )
+
+
+def test_gelu_is_in_the_product_only_in_its_tanh_form(
+    cuda_stand_in: StandIn, make_model: MakeModel
+) -> None:
+    """Torch's product with GELU has the tanh form on CUDA, and the exact form on a CPU."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert product_has_gelu.__wrapped__(torch.device("cuda:0"), dtype)
+        assert not product_has_gelu.__wrapped__(torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 256])
+def test_the_vocabulary_is_padded_and_no_padded_token_is_chosen(
+    vocabulary: int, triton_stand_in: StandIn, make_model: MakeModel
+) -> None:
+    model = make_model(device="cuda", vocab_size=vocabulary)
+    model.module.lm_head.weight.data.abs_().neg_()  # so that a padded logit of 0 would be chosen
+    forward = make_forward(model)
+    rows = 384 if vocabulary == 300 else 256
+    assert forward.extra_bytes == (rows * 32 * 4 if rows > vocabulary else 0)
+    cache = SlotCache(
+        model.module.config, 1, 8, model.module.lm_head.weight, triton_attention(model, 1, 8)
+    )
+    zero = torch.zeros(1, dtype=torch.int64, device="cuda:0")
+    with torch.inference_mode():
+        logits = forward(zero, Layout(cache, zero, zero, 1), None)
+    assert logits.shape == (1, vocabulary)
+    assert forward.choose(logits).tolist() == logits.max(-1).indices.tolist()

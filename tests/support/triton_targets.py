@@ -1,0 +1,79 @@
+"""Compile every Triton kernel for a GPU that is not there, as it is launched for GPT-2.
+
+``python -m support.triton_targets 90 bfloat16 float16 float32`` compiles for compute capability
+9.0, down to the GPU's own code, and prints a line for each kernel. It needs no GPU and no driver.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from batchbench.batching.engines.torch import triton_ops as ops
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def _type(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    assert isinstance(value, int)
+    return "i32" if value < 2**31 else "i64"
+
+
+def compile_for(capability: int, *formats: str) -> None:
+    """Compile each kernel where it would be launched."""
+    target = GPUTarget("cuda", capability, 32)
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        assert all(0 < size < 2**31 for size in grid)
+        signature = {name: _type(arg) for name, arg in zip(kernel.arg_names, args, strict=False)}
+        signature |= dict.fromkeys(options, "constexpr")
+        assert list(signature) == kernel.arg_names
+        made = triton.compile(ASTSource(kernel, signature, options), target=target)
+        sizes = f"{len(made.asm['cubin'])} bytes, {made.metadata.shared} shared"
+        sys.stdout.write(f"{kernel.__name__}: {sizes}\n")
+        assert made.metadata.shared <= 99 * 1024  # what every GPU from Ampere on has
+
+    ops.launch = launch
+    shapes = {"bfloat16": (12, 12, 64), "float16": (8, 2, 128), "float32": (2, 1, 128)}
+    for name in formats:
+        heads, kv_heads, size = shapes[name]
+        _launch_all(getattr(torch, name), heads=heads, kv_heads=kv_heads, size=size)
+
+
+def _launch_all(dtype: torch.dtype, *, heads: int, kv_heads: int, size: int) -> None:
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    at = torch.zeros(2, dtype=torch.int64)
+    width = heads * size
+    block = zeros(2, 2, kv_heads, 600, size)
+    states = zeros(2, heads, size), zeros(2, kv_heads, size), zeros(2, kv_heads, size)
+    attention = ops.SlotAttention(block.device, heads, 600, 2, size)
+    attention.decode(*states, block, at, at)
+    tiles = torch.zeros(1, 5, dtype=torch.int64)
+    for tokens in (16, 64):
+        attention.tiled(*states, block, tiles, tokens)
+    norm = ops.Norm(zeros(width), zeros(width), 1e-5)
+    x, _ = ops.embed_norm(at, at, zeros(3, width), zeros(3, width), norm)
+    ops.add_norm(x, x, zeros(width), norm)
+    ops.add_norm(x, x, zeros(width), norm, at)
+    ops.best_token(zeros(2, 50304)[:, :50257])
+
+
+if __name__ == "__main__":
+    compile_for(int(sys.argv[1]), *sys.argv[2:])
