@@ -28,10 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from batchbench.batching.remote.address import Address
-from batchbench.batching.remote.dialects import DIALECTS
 from batchbench.batching.remote.events import Reply, client_lag, parse
-from batchbench.batching.remote.exchange import Exchange, Outgoing, Wait
+from batchbench.batching.remote.exchange import Address, Exchange, Outgoing, Wait
 from batchbench.batching.remote.wire import exchange
 
 TOKENS = 60
@@ -149,7 +147,7 @@ def trial(streams: int, rate: float, kernel: bool, busy_ms: float, period_ms: fl
     theirs.close()
     process.terminate()
     process.join()
-    replies = [parse(one, DIALECTS["openai"], TOKENS) for one in exchanges]
+    replies = [parse(one, TOKENS) for one in exchanges]
     failures = [reply.failure for reply in replies if reply.failure]
     assert not failures, failures[0]
     return row_of(exchanges, replies, streams, kernel, f"{busy_ms:g} of {period_ms:g} ms")

@@ -25,8 +25,8 @@ import numpy as np
 from batchbench.batching.models.source import find_tokenizer
 from batchbench.batching.recording import Recording
 from batchbench.batching.recording_file import load_recording
-from batchbench.batching.remote.address import Address
 from batchbench.batching.remote.dialects import discover
+from batchbench.batching.remote.exchange import Address
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
 SLOTS = 8

@@ -194,9 +194,9 @@ def _answers(url: str) -> bool:
 
 def record(url: str, file: Path) -> None:
     """Write a server's answers to the questions of batchbench, for tests without the server."""
-    from batchbench.batching.remote.address import Address
     from batchbench.batching.remote.counters import METRICS
     from batchbench.batching.remote.dialects import body_for, discover
+    from batchbench.batching.remote.exchange import Address
 
     address = Address.parse(url)
     dialect = discover(address)

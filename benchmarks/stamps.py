@@ -28,9 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from batchbench.batching.remote.address import Address
-from batchbench.batching.remote.events import OpenAIFormat, Reply, client_lag, parse
-from batchbench.batching.remote.exchange import Exchange, Outgoing, Wait
+from batchbench.batching.remote.events import Reply, client_lag, parse
+from batchbench.batching.remote.exchange import Address, Exchange, Outgoing, Wait
 from batchbench.batching.remote.wire import exchange
 
 PERIOD_NS = 50_000_000
@@ -136,7 +135,7 @@ def trial(streams: int, seconds: float, *, kernel: bool, blocked: bool) -> dict[
         cost, wall = time.process_time() - begun, time.monotonic() - wall
         server_cost = float(server.stdout.readline())
     begun = time.process_time()
-    replies = [parse(one, OpenAIFormat(), events) for one in exchanges]
+    replies = [parse(one, events) for one in exchanges]
     parsing = time.process_time() - begun
     failures = [reply.failure.text for reply in replies if reply.failure is not None]
     assert not failures, failures[:3]

@@ -18,7 +18,7 @@ from support.streams import DialectName
 from support.wired import URL, wired
 
 from batchbench.batching.progress import Watch
-from batchbench.batching.remote.address import Failure, FailureKind
+from batchbench.batching.remote.exchange import Failure, FailureKind
 from batchbench.batching.remote.spec import TargetSpec
 from batchbench.studies.probe import ask, report
 from batchbench.studies.probe.figures import MOST_STREAMS, Panel, draw_streams, panels_of

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchbench.batching.remote.address import Address, Failure, FailureKind
+from batchbench.batching.remote.exchange import Address, Failure, FailureKind
 from batchbench.errors import UsageError
 
 

@@ -17,9 +17,9 @@ from batchbench.batching.models import Tokenizer
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Header, Recording
 from batchbench.batching.remote import bench as remote
-from batchbench.batching.remote.address import Failure, FailureKind
 from batchbench.batching.remote.bench import RemoteBench, served_model, with_ids
 from batchbench.batching.remote.dialects import DIALECTS, Dialect
+from batchbench.batching.remote.exchange import Failure, FailureKind
 from batchbench.batching.remote.outcome import (
     Agreement,
     Comparison,

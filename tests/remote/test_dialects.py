@@ -251,7 +251,7 @@ def test_only_a_stream_has_options_of_streams() -> None:
 def test_a_real_stream_has_the_tokens_that_were_asked_for(name: str, endpoint: str) -> None:
     posts = recorded(name)["posts"]
     stream = next(v["body"] for k, v in posts.items() if k.startswith(endpoint))
-    reply = parse(streamed(stream), DIALECTS[name], 3)
+    reply = parse(streamed(stream), 3, ends_with_done=DIALECTS[name].ends_with_done)
     assert reply.failure is None
     assert (reply.output_tokens, reply.usage_output, reply.finish_reason) == (3, 3, "length")
     assert reply.itl_known
@@ -269,7 +269,7 @@ def llama_chunk(text: str, count: int, finish: str | None = None) -> str:
 def test_a_token_that_is_half_a_character_has_the_time_of_the_chunk_that_counts_it() -> None:
     """llama.cpp holds such a token back, and counts it with the next, or with the end."""
     chunks = [llama_chunk("a", 1), llama_chunk("\u2192", 3), llama_chunk("", 4, "length")]
-    reply = parse(streamed("\n\n".join([*chunks, "data: [DONE]"])), DIALECTS["llama.cpp"], 4)
+    reply = parse(streamed("\n\n".join([*chunks, "data: [DONE]"])), 4)
     assert reply.failure is None
     assert reply.itl_known
     assert reply.token_times_ns.tolist() == [1, 2, 2, 3]  # the read of each event; 0 is the head

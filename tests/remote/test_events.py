@@ -15,17 +15,9 @@ from hypothesis import strategies as st
 from support.feeds import body
 from support.streams import SSE_HEAD, Asked, DialectName, Writer, chunked, event, text_of
 
-from batchbench.batching.remote.address import Failure, FailureKind
-from batchbench.batching.remote.events import (
-    OpenAIFormat,
-    Reply,
-    client_lag,
-    events_of,
-    parse,
-)
-from batchbench.batching.remote.exchange import Exchange, Read, ResponseEnd
-
-OPENAI = OpenAIFormat()
+from batchbench.batching.remote.events import Reply, client_lag, events_of, parse
+from batchbench.batching.remote.exchange import Exchange, Failure, FailureKind, Read
+from batchbench.batching.remote.wire import ResponseEnd
 
 
 def received(pieces: Sequence[bytes], *, closed: bool = True) -> Exchange:
@@ -168,7 +160,7 @@ def same(one: Reply, other: Reply) -> bool:
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_response_cut_at_every_byte_has_the_same_tokens(dialect: DialectName, path: str) -> None:
     data = stream(dialect, path)
-    whole = parse(received([data]), OPENAI, 3)
+    whole = parse(received([data]), 3)
     assert whole.failure is None
     assert (whole.output_tokens, whole.itl_known, whole.finish_reason) == (3, True, "length")
     assert whole.text == "".join(map(text_of, TOKENS))
@@ -176,10 +168,10 @@ def test_a_response_cut_at_every_byte_has_the_same_tokens(dialect: DialectName, 
     # A token has arrived with the empty line after its event.
     ends = [data.index(b"\n\n", data.index(text_of(t).encode())) + 2 for t in TOKENS]
     for cut in range(1, len(data)):
-        reply = parse(received([data[:cut], data[cut:]]), OPENAI, 3)
+        reply = parse(received([data[:cut], data[cut:]]), 3)
         assert same(reply, whole)
         assert reply.token_times_ns.tolist() == [10 if end <= cut else 20 for end in ends]
-    single = parse(received([data[i : i + 1] for i in range(len(data))]), OPENAI, 3)
+    single = parse(received([data[i : i + 1] for i in range(len(data))]), 3)
     assert same(single, whole)
     assert single.token_times_ns.tolist() == [10 * end for end in ends]
     assert not single.shared.any()
@@ -188,16 +180,16 @@ def test_a_response_cut_at_every_byte_has_the_same_tokens(dialect: DialectName, 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_framing_does_not_matter(dialect: DialectName) -> None:
-    whole = parse(received([stream(dialect)]), OPENAI, 3)
+    whole = parse(received([stream(dialect)]), 3)
     for name, data in framings(stream(dialect)).items():
-        assert same(parse(received([data]), OPENAI, 3), whole), name
+        assert same(parse(received([data]), 3), whole), name
 
 
 @pytest.mark.parametrize("framing", framings(stream("vllm")))
 def test_nothing_half_received_is_a_success(framing: str) -> None:
     data = framings(stream("vllm"))[framing]
     for length in range(len(data)):
-        reply = parse(received([data[:length]] if length else []), OPENAI, 3)
+        reply = parse(received([data[:length]] if length else []), 3)
         whole = framing in ("close", "1.0") and b"[DONE]" in data[:length]
         assert (reply.failure is None) == whole, data[:length][-40:]
 
@@ -228,7 +220,7 @@ def test_an_error_in_a_stream_counts_also_if_the_connection_then_breaks() -> Non
     failed = chunked(event({"error": {"message": "engine died"}}))
     exchange = received([SSE_HEAD + chunked(event({"choices": [text(" a")]})) + failed])
     for failure in (None, Failure(FailureKind.RESET, "reset")):
-        reply = parse(replace(exchange, failure=failure), OPENAI, 3)
+        reply = parse(replace(exchange, failure=failure), 3)
         assert reply.failure is not None
         assert reply.failure.kind is FailureKind.STREAM_ERROR
         assert "engine died" in reply.failure.text
@@ -278,7 +270,7 @@ def counts(reply: Reply) -> list[int]:
 def test_tokens_are_counted_by_ids_or_usage(
     choices: list[dict[str, Any]], usage: int | None, expected: list[int], known: bool
 ) -> None:
-    reply = parse(received(chunks(*choices, usage=usage)), OPENAI, sum(expected))
+    reply = parse(received(chunks(*choices, usage=usage)), sum(expected))
     assert reply.failure is None
     assert counts(reply) == expected
     assert reply.itl_known is known
@@ -290,7 +282,7 @@ def test_tokens_are_counted_by_ids_or_usage(
 def test_ids_are_told_only_if_they_are_all_there() -> None:
     for ids, expected in (([1, 2], [1, 2]), ([1], None), (["1", "2"], None), ([1.0, 2], None)):
         data = {"text": " ab", "token_ids": ids}
-        reply = parse(received(chunks(data, usage=2)), OPENAI, 2)
+        reply = parse(received(chunks(data, usage=2)), 2)
         assert (reply.token_ids, reply.failure) == (expected, None)
         assert reply.itl_known is (expected is not None)
 
@@ -300,7 +292,7 @@ def test_a_running_count_tells_the_tokens_of_each_chunk() -> None:
         events = [chunked(event({"choices": [text(" x")], **more})) for more in counted]
         last = {"choices": [], "usage": {"completion_tokens": 6}}
         end = chunked(event(last)) + chunked(event("[DONE]")) + chunked(b"")
-        return parse(received([SSE_HEAD + events[0], *events[1:], end]), OPENAI, 6)
+        return parse(received([SSE_HEAD + events[0], *events[1:], end]), 6)
 
     vllm = run([{"usage": {"completion_tokens": n}} for n in (1, 4, 6)])
     llama = run([{"timings": {"predicted_n": n}} for n in (1, 4, 6)])
@@ -321,7 +313,7 @@ def test_tokens_of_a_chunk_share_its_time_and_are_marked(
     ends = [i + 2 for i in range(len(data)) if data[i : i + 2] == b"\n\n"]
     edges = [0, *ends, len(data)]
     pieces = [data[a:b] for a, b in pairwise(edges)]
-    reply = parse(received(pieces), OPENAI, 3)
+    reply = parse(received(pieces), 3)
     assert reply.failure is None
     if dialect == "openai":  # which does not tell the tokens of a chunk
         assert (counts(reply)[0], reply.itl_known) == (3 if per_chunk == 3 else 1, False)
@@ -350,7 +342,7 @@ def delta(**content: Any) -> dict[str, Any]:
 )
 def test_the_first_token_is_the_first_with_output_never_the_role(first: dict[str, Any]) -> None:
     empty = delta(role="assistant", content="", reasoning_content=None, tool_calls=[])
-    reply = parse(received(chunks(empty, first, delta(content="y"), usage=2)), OPENAI, 2)
+    reply = parse(received(chunks(empty, first, delta(content="y"), usage=2)), 2)
     assert reply.failure is None
     assert reply.first_token_ns == 20
     assert reply.token_times_ns.tolist() == [20, 30]
@@ -358,7 +350,7 @@ def test_the_first_token_is_the_first_with_output_never_the_role(first: dict[str
 
 def test_usage_tells_the_prompt_and_what_was_cached() -> None:
     writer = Writer("vllm", Asked.of("/v1/completions", body(1)), cached_tokens=2)
-    reply = parse(received([writer.begins() + writer.token(5, True)]), OPENAI, 1)
+    reply = parse(received([writer.begins() + writer.token(5, True)]), 1)
     assert (reply.usage_input, reply.usage_output, reply.cached_tokens) == (3, 1, 2)
 
 
@@ -367,7 +359,7 @@ def test_a_number_that_is_none_is_not_taken_for_one() -> None:
         usage = {"choices": [], "usage": {"completion_tokens": wrong, "prompt_tokens": wrong}}
         data = [SSE_HEAD + chunked(event({"choices": [text(" a")]})), chunked(event(usage))]
         end = chunked(event("[DONE]")) + chunked(b"")
-        reply = parse(received([*data, end]), OPENAI, None)
+        reply = parse(received([*data, end]), None)
         assert reply.failure is not None
         assert reply.failure.kind is FailureKind.NO_USAGE
 
@@ -391,7 +383,7 @@ json_values = st.recursive(
 @given(st.lists(json_values, max_size=4))
 def test_no_json_breaks_the_parser(values: list[Any]) -> None:
     data = [chunked(event(json.dumps(value))) for value in values]
-    reply = parse(received([SSE_HEAD, *data, chunked(event("[DONE]")), chunked(b"")]), OPENAI, 3)
+    reply = parse(received([SSE_HEAD, *data, chunked(event("[DONE]")), chunked(b"")]), 3)
     assert len(reply.token_times_ns) == len(reply.shared)
     assert reply.failure is not None or reply.output_tokens == 3
 
@@ -399,23 +391,22 @@ def test_no_json_breaks_the_parser(values: list[Any]) -> None:
 @given(st.binary(max_size=60), st.booleans())
 def test_no_bytes_break_the_parser(data: bytes, closed: bool) -> None:
     for head in (b"", SSE_HEAD, HEAD + b"\r\n"):
-        reply = parse(received([head + data] if head + data else [], closed=closed), OPENAI, 1)
+        reply = parse(received([head + data] if head + data else [], closed=closed), 1)
         assert reply.failure is not None
 
 
 def test_deep_json_is_malformed() -> None:
     data = SSE_HEAD + chunked(event('{"choices": ' + "[" * 100_000)) + chunked(b"")
-    reply = parse(received([data]), OPENAI, 1)
+    reply = parse(received([data]), 1)
     assert reply.failure is not None
     assert reply.failure.kind is FailureKind.MALFORMED
 
 
 def test_a_server_that_never_says_done_must_say_that_it_finished() -> None:
-    silent = OpenAIFormat(ends_with_done=False)
     for finish in ("stop", None):
         choices = [text(" a"), {"text": "", "finish_reason": finish}]
         pieces = [*chunks(*choices, usage=1)[:-1], chunked(b"")]
-        reply = parse(received(pieces), silent, 1)
+        reply = parse(received(pieces), 1, ends_with_done=False)
         assert (reply.failure is None) is (finish is not None)
 
 
@@ -429,7 +420,7 @@ def test_the_clients_lag_is_told() -> None:
     exchange.reads = [
         replace_read(read, kernel=i > 0, lag_ns=100 * i) for i, read in enumerate(exchange.reads)
     ]
-    reply = parse(exchange, OPENAI, 4)
+    reply = parse(exchange, 4)
     lag = client_lag([exchange], [reply])
     assert (lag.reads, lag.kernel_share, lag.merged_share) == (5, 0.8, 0.25)
     assert (lag.loop_p50_ns, lag.loop_p99_ns, lag.late_p99_ns) == (200, 400, 7)

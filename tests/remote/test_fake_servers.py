@@ -9,11 +9,8 @@ from support.feeds import Fixed, Timed, Waves, body
 from support.schedules import FIVE, MS, Schedule
 from support.servers import FakeServer, Manner
 
-from batchbench.batching.remote.address import FailureKind
-from batchbench.batching.remote.events import OpenAIFormat, Reply, parse
-from batchbench.batching.remote.exchange import Exchange, Feed
-
-OPENAI = OpenAIFormat()
+from batchbench.batching.remote.events import Reply, parse
+from batchbench.batching.remote.exchange import Exchange, FailureKind, Feed
 
 PLAIN = Schedule(step_ns=10 * MS, row_ns=0, prompt_ns=0, delay_ns=0)
 """A pass takes 10 ms, whatever it computes."""
@@ -21,7 +18,7 @@ PLAIN = Schedule(step_ns=10 * MS, row_ns=0, prompt_ns=0, delay_ns=0)
 
 def run(schedule: Schedule, feed: Feed, tokens: int, **manner: object) -> list[Reply]:
     server = FakeServer(schedule, Manner(**manner))  # type: ignore[arg-type]
-    return [parse(one, OPENAI, tokens) for one in server.exchange(None, feed)]
+    return [parse(one, tokens) for one in server.exchange(None, feed)]
 
 
 def times_ms(reply: Reply) -> list[int]:
@@ -47,7 +44,7 @@ def test_static_batches_wait_for_their_longest_and_for_their_window() -> None:
 
 def test_a_sliced_server_computes_one_request_in_each_pass() -> None:
     server = FakeServer(replace(PLAIN, kind="sliced"))
-    replies = [parse(one, OPENAI, 3) for one in server.exchange(None, Fixed([body(3)] * 2))]
+    replies = [parse(one, 3) for one in server.exchange(None, Fixed([body(3)] * 2))]
     assert server.passes == 6
     times = sorted(time for reply in replies for time in times_ms(reply))
     assert times == [10, 20, 30, 40, 50, 60]

@@ -9,11 +9,9 @@ import pytest
 from support.faults import FAULTS, Fault, after, playing
 from support.feeds import Fixed
 
-from batchbench.batching.remote.address import Address, FailureKind
-from batchbench.batching.remote.events import OpenAIFormat, Reply, parse
+from batchbench.batching.remote.events import Reply, parse
+from batchbench.batching.remote.exchange import Address, FailureKind
 from batchbench.batching.remote.wire import exchange
-
-OPENAI = OpenAIFormat()
 
 
 def ask(url: str, fault: Fault, requests: int = 1, tokens: int = 5) -> list[Reply]:
@@ -23,7 +21,7 @@ def ask(url: str, fault: Fault, requests: int = 1, tokens: int = 5) -> list[Repl
         {"prompt": [1, 2], "max_tokens": tokens, "stream_options": {"include_usage": True}}
     )
     feed = Fixed([body.encode()] * requests, at_once=1)
-    return [parse(one, OPENAI, tokens) for one in exchange(address, feed)]
+    return [parse(one, tokens) for one in exchange(address, feed)]
 
 
 def test_the_table_is_large_and_covers_every_kind() -> None:

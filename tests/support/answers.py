@@ -11,8 +11,15 @@ from typing import Any
 import pytest
 
 from batchbench.batching.remote import counters, dialects
-from batchbench.batching.remote.address import Address, Failure, FailureKind, ServerError
-from batchbench.batching.remote.exchange import Exchange, Read, Response
+from batchbench.batching.remote.events import Response
+from batchbench.batching.remote.exchange import (
+    Address,
+    Exchange,
+    Failure,
+    FailureKind,
+    Read,
+    ServerError,
+)
 
 ADDRESS = Address.parse("http://127.0.0.1:1")
 
@@ -44,7 +51,7 @@ class Answers:
 
 def response(status: int, body: str) -> Response:
     """Return a whole response with this body."""
-    return Response(status, {}, [(0, body.encode())], complete=True)
+    return Response(status, {}, [(0, body.encode())])
 
 
 def recorded(name: str) -> dict[str, Any]:
@@ -65,4 +72,4 @@ def streamed(body: str) -> Exchange:
     head += f"Content-Length: {len(body.encode())}\r\n\r\n"
     parts = [head, *(f"{event}\n\n" for event in body.split("\n\n") if event)]
     reads = [Read(i, True, i, part.encode()) for i, part in enumerate(parts)]
-    return Exchange(0, 0, 0, 0, 0, reads, len(reads))
+    return Exchange(0, 0, 0, reads, len(reads))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchbench.batching.remote.address import FailureKind
+from batchbench.batching.remote.exchange import FailureKind
 from support.schedules import Schedule
 from support.servers import Manner, Site
 from support.streams import Asked, DialectName, Writer, chunked, event, response

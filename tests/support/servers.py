@@ -19,16 +19,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from batchbench.batching.remote.address import Address, Failure, FailureKind
+from batchbench.batching.remote.events import Response, response_of
 from batchbench.batching.remote.exchange import (
+    Address,
     Exchange,
+    Failure,
+    FailureKind,
     Feed,
     Outgoing,
     Read,
-    Response,
     Wait,
     Watcher,
-    response_of,
 )
 from support.schedules import Core, Job, Schedule
 from support.streams import Asked, DialectName, Writer, response
@@ -186,7 +187,6 @@ class _Trial:
         asked = Asked.of(outgoing.path, outgoing.body)
         delay = self.schedule.delay_ns
         exchange = Exchange(outgoing.index, outgoing.due_ns, now_ns)
-        exchange.connected_ns, exchange.written_ns = now_ns + 2 * delay, now_ns + 2 * delay
         key = len(self.replies)
         self.replies[key] = _Reply(exchange, _writer(self.manner, asked))
         self.in_flight += 1

@@ -11,8 +11,15 @@ import pytest
 
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.remote import counters, dialects, wire
-from batchbench.batching.remote.address import Failure, FailureKind
-from batchbench.batching.remote.exchange import Exchange, Feed, Outgoing, Wait, Watcher
+from batchbench.batching.remote.exchange import (
+    Exchange,
+    Failure,
+    FailureKind,
+    Feed,
+    Outgoing,
+    Wait,
+    Watcher,
+)
 from support.schedules import Schedule
 from support.servers import FakeServer, Manner
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from batchbench.batching.remote.address import Address
 from batchbench.batching.remote.dialects import Dialect
+from batchbench.batching.remote.exchange import Address
 from batchbench.batching.remote.wire import get
 from batchbench.errors import UsageError
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from batchbench.batching.remote.address import Address
+from batchbench.batching.remote.exchange import Address
 from batchbench.batching.remote.wire import get
 from batchbench.errors import UsageError, shown
 

@@ -1,4 +1,4 @@
-"""Server-sent events, and the tokens in them: pure functions of the bytes and stamps of a trial.
+"""Responses, server-sent events and their tokens: pure functions of a trial's bytes and stamps.
 
 Tokens are counted by the server: by token ids, by a running count in each chunk, or by ``usage``
 at the end. Chunks are not tokens: a server holds back half a character, and sends several tokens
@@ -13,48 +13,91 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
+import h11
 import numpy as np
 from numpy.typing import NDArray
 
-from batchbench.batching.remote.address import Failure, FailureKind
-from batchbench.batching.remote.exchange import (
-    Exchange,
-    Response,
-    failure_of_response,
-    response_of,
-)
+from batchbench.batching.remote.exchange import Exchange, Failure, FailureKind
 from batchbench.errors import shown
 
-_DONE = "[DONE]"
-
-_TEXTS = ("content", "reasoning_content", "reasoning", "refusal")
-"""Fields of a chat chunk's ``delta`` that hold output; ``role`` alone holds none."""
-
-_CALLS = ("tool_calls", "function_call")
-
-_BROKEN_OFF = ("abort", "error")
-"""Finish reasons of a request that the server gave up."""
+# Responses
 
 
-class StreamFormat(Protocol):
-    """The part of a server's dialect that its streams need."""
+@dataclass(frozen=True)
+class Response:
+    """A response, as far as it goes; ``status`` is 0 if there is none.
+
+    ``pieces`` are the index of the read that completed a piece of the body, and its bytes.
+    ``failure`` says why the response is not whole.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    pieces: list[tuple[int, bytes]]
+    failure: Failure | None = None
 
     @property
-    def ends_with_done(self) -> bool:
-        """Tell whether each stream ends with ``data: [DONE]``."""
+    def body(self) -> bytes:
+        return b"".join(data for _, data in self.pieces)
 
 
-@dataclass(frozen=True)
-class OpenAIFormat:
-    """The format of OpenAI's own streams."""
+def response_of(exchange: Exchange) -> Response:
+    """Return the response in an exchange's bytes, as far as it goes."""
+    connection = h11.Connection(h11.CLIENT)
+    connection.send(h11.Request(method="GET", target="/", headers=[("host", "any")]))
+    connection.send(h11.EndOfMessage())
+    status, headers, pieces = 0, dict[str, str](), list[tuple[int, bytes]]()
+    complete, broken = False, None
+    data = b""
+    try:
+        for index, data in enumerate([r.data for r in exchange.reads] + [b""] * exchange.closed):
+            connection.receive_data(data)
+            while not complete:
+                event = connection.next_event()
+                if event is h11.NEED_DATA or isinstance(event, h11.ConnectionClosed):
+                    break
+                if isinstance(event, h11.Response):
+                    status = event.status_code
+                    headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in event.headers}
+                elif isinstance(event, h11.Data):
+                    pieces.append((index, bytes(event.data)))
+                complete = isinstance(event, h11.EndOfMessage)
+    except h11.RemoteProtocolError as error:
+        broken = str(error) if data else None  # else the connection ended early
+    failure = _not_http(exchange, status, broken) or exchange.failure
+    if failure is None and not complete:
+        failure = _closed_early(exchange, status)
+    return Response(status, headers, pieces, failure)
 
-    ends_with_done: bool = True
+
+def _not_http(exchange: Exchange, status: int, broken: str | None) -> Failure | None:
+    first = exchange.reads[0].data if exchange.reads else b""
+    if broken is None and b"HTTP/1.".startswith(first[:7]):
+        return None
+    if first.startswith(b"\x15\x03"):  # an alert
+        text = "the server speaks TLS: begin its URL with https://"
+    elif status:
+        text = f"the response is broken ({shown(broken)})"
+    else:
+        text = f"the response is not HTTP/1.1 ({shown(first[:32])})"
+    return Failure(FailureKind.NOT_HTTP, text, status or None)
 
 
-@dataclass(frozen=True)
-class Event:
+def _closed_early(exchange: Exchange, status: int) -> Failure:
+    size = sum(len(read.data) for read in exchange.reads)
+    where = "before the response did" if status else "inside the response's headers"
+    text = f"the connection ended after {size:,} bytes, {where}"
+    if not size:
+        text = "the server closed the connection without a response"
+    return Failure(FailureKind.CLOSED_EARLY, text, status or None)
+
+
+# Events
+
+
+class Event(NamedTuple):
     """One server-sent event, and the index of the read that completed it."""
 
     read: int
@@ -62,14 +105,56 @@ class Event:
     kind: str = ""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """The output of one event; ``tokens`` is None if the event does not tell their number."""
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+def events_of(pieces: Iterable[tuple[int, bytes]], *, whole: bool = True) -> Iterator[Event]:
+    """Yield the events of a body, wherever it was cut into pieces.
+
+    ``whole`` says that the body ends with the last piece; an event without the empty line after
+    it then counts as well. A field ``error``, which some servers send, is an event of this kind.
+    """
+    rest, after_cr, first = b"", False, True
+    lines: list[str] = []
+    kind, read = "", 0
+    for index, data in chain(pieces, [(-1, b"\n\n")] if whole else []):
+        read = index if index >= 0 else read
+        if after_cr:
+            data = data.removeprefix(b"\n")
+        after_cr = data.endswith(b"\r") or (after_cr and not data)
+        *ended, rest = _LINE_END.split(rest + data)
+        for line in ended:
+            if first:
+                line, first = line.removeprefix(codecs.BOM_UTF8), False
+            if not line:
+                if lines:
+                    yield Event(read, "\n".join(lines), kind)
+                lines, kind = [], ""
+                continue
+            name, _, value = line.decode(errors="replace").partition(":")
+            value = value.removeprefix(" ")
+            if name in ("data", "error"):
+                lines.append(value)
+            if name in ("event", "error"):
+                kind = value if name == "event" else name
+
+
+# Tokens
+
+
+class Chunk(NamedTuple):
+    """The output of one event.
+
+    ``ids`` are its token ids and ``running`` the count of tokens up to it, if the server tells
+    them; ``tokens`` is its number of tokens, or None if that had to be assumed.
+    """
 
     read: int
     time_ns: int
     text: str
-    tokens: int | None
+    ids: list[int] | None
+    running: int | None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,61 +196,21 @@ class Reply:
         return self.chunks[0].time_ns if self.chunks else None
 
 
-def parse(exchange: Exchange, dialect: StreamFormat, asked_tokens: int | None) -> Reply:
-    """Return the reply in an exchange.
+def parse(exchange: Exchange, asked_tokens: int | None, *, ends_with_done: bool = True) -> Reply:
+    """Return the reply to a request of the API with ``"stream": true`` that has ended.
 
-    Args:
-        exchange: a request of the API with ``"stream": true``, ended.
-        dialect: the server's dialect.
-        asked_tokens: the output tokens that the request must have; None: any number but 0.
+    ``asked_tokens`` are the output tokens that it must have; None: any number but 0.
+    ``ends_with_done`` says that the server ends each stream with ``data: [DONE]``.
     """
     response = response_of(exchange)
-    failure = failure_of_response(exchange, response)
     stream = _Stream(exchange)
     if response.status not in (0, 200):
         return stream.reply(_status_failure(response))
-    if failure is None and not _is_sse(response):
+    if response.failure is None and not _is_sse(response):
         return stream.reply(_not_sse(response))
-    stream.take(events_of(response.pieces, whole=failure is None))
-    failure = stream.failure or failure or stream.incomplete(dialect, asked_tokens)
+    failure = stream.take(events_of(response.pieces, whole=response.failure is None))
+    failure = failure or response.failure or stream.incomplete(asked_tokens, ends_with_done)
     return stream.reply(failure)
-
-
-# Events
-
-
-_LINE_END = re.compile(rb"\r\n|\n|\r")
-
-
-def events_of(pieces: Iterable[tuple[int, bytes]], *, whole: bool = True) -> Iterator[Event]:
-    """Yield the events of a body, wherever it was cut into pieces.
-
-    ``whole`` says that the body ends with the last piece; an event without the empty line after
-    it then counts as well. A field ``error``, which some servers send, is an event of this kind.
-    """
-    rest, after_cr, first = b"", False, True
-    lines: list[str] = []
-    kind, read = "", 0
-    for index, data in chain(pieces, [(-1, b"\n\n")] if whole else []):
-        read = index if index >= 0 else read
-        if after_cr:
-            data = data.removeprefix(b"\n")
-        after_cr = data.endswith(b"\r") or (after_cr and not data)
-        *ended, rest = _LINE_END.split(rest + data)
-        for line in ended:
-            if first:
-                line, first = line.removeprefix(codecs.BOM_UTF8), False
-            if not line:
-                if lines:
-                    yield Event(read, "\n".join(lines), kind)
-                lines, kind = [], ""
-                continue
-            name, _, value = line.decode(errors="replace").partition(":")
-            value = value.removeprefix(" ")
-            if name in ("data", "error"):
-                lines.append(value)
-            if name in ("event", "error"):
-                kind = value if name == "event" else name
 
 
 class _Stream:
@@ -176,141 +221,126 @@ class _Stream:
         self._done = False
         self._finish: str | None = None
         self._usage: Mapping[str, Any] = {}
-        self._cached: int | None = None
-        self._outputs: list[_Output] = []
-        self.failure: Failure | None = None
+        self._chunks: list[Chunk] = []
 
-    def take(self, events: Iterable[Event]) -> None:
+    def take(self, events: Iterable[Event]) -> Failure | None:
         """Read events up to the first that is an error."""
         for event in events:
-            if event.data.strip() == _DONE:
+            if event.data.strip() == "[DONE]":
                 self._done = True
                 continue
-            try:
-                data = json.loads(event.data)
-            except (ValueError, RecursionError):
-                data = None
-            if event.kind == "error" or (isinstance(data, dict) and _is_error(data)):
+            data = _json(event.data)
+            told = isinstance(data, dict) and (data.get("error") or data.get("object") == "error")
+            if told or event.kind == "error":
                 said = shown(_message(data) or event.data)
-                self.failure = Failure(
-                    FailureKind.STREAM_ERROR, f"the server reports an error in the stream: {said}"
-                )
-                return
+                text = f"the server reports an error in the stream: {said}"
+                return Failure(FailureKind.STREAM_ERROR, text)
             if not isinstance(data, dict) or not self._takes(event.read, data):
-                said = shown(event.data)
-                self.failure = Failure(
-                    FailureKind.MALFORMED, f"an event of the stream is not one of the API: {said}"
-                )
-                return
+                text = f"an event of the stream is not one of the API: {shown(event.data)}"
+                return Failure(FailureKind.MALFORMED, text)
+        return None
 
     def _takes(self, read: int, data: Mapping[str, Any]) -> bool:
-        """Add one chunk; False if it has not the API's shape."""
-        usage = data.get("usage")
-        if isinstance(usage, dict):
+        """Add one event; False if it has not the API's shape."""
+        if isinstance(usage := data.get("usage"), dict):
             self._usage = usage
-        choices = data.get("choices") or []
-        if not isinstance(choices, list):
-            return False
+        choices = data.get("choices")
         if not choices:
             return True
-        choice = choices[0]
-        if not isinstance(choice, dict):
+        if not isinstance(choices, list) or not isinstance(choice := choices[0], dict):
             return False
         if choice.get("finish_reason") is not None:
             self._finish = str(choice["finish_reason"])
-        text, ids = _text(choice), _ids(choice, data)
-        if text is None:
+        delta = choice.get("delta") or {}  # at the endpoint of chats
+        if not isinstance(delta, dict):
             return False
-        running = _running_count(data)
-        if text or ids or _calls(choice) or self._has_more(running):
-            self._outputs.append(_Output(read, text, ids, running))
+        outputs = ("content", "reasoning_content", "reasoning", "refusal")
+        texts = [t for t in (choice.get("text"), *map(delta.get, outputs)) if t is not None]
+        if not all(isinstance(text, str) for text in texts):
+            return False
+        stamp_ns = self._exchange.reads[read].stamp_ns
+        chunk = Chunk(read, stamp_ns, "".join(texts), _ids(choice, data), _running_count(data))
+        before = self._chunks[-1].running if self._chunks else None
+        counted = chunk.running is not None and before is not None and chunk.running > before
+        # A chunk that is counted and has no text ends inside a character.
+        calls = delta.get("tool_calls") or delta.get("function_call")
+        if chunk.text or chunk.ids or calls or counted:
+            self._chunks.append(chunk)
         return True
 
-    def _has_more(self, running: int | None) -> bool:
-        """Tell whether a chunk without text has tokens: half a character at the end."""
-        before = self._outputs[-1].running if self._outputs else None
-        return running is not None and before is not None and running > before
-
-    def incomplete(self, dialect: StreamFormat, asked: int | None) -> Failure | None:
+    def incomplete(self, asked: int | None, ends_with_done: bool) -> Failure | None:
         """Return the failure of a stream that ended without an error, if it lacks something."""
-        usage = _number(self._usage, "completion_tokens")
-        if self._finish in _BROKEN_OFF:
+        usage, tokens = _number(self._usage, "completion_tokens"), self._total()
+        if self._finish in ("abort", "error"):
             text = f"the server gave up on the request (finish_reason {self._finish})"
             return Failure(FailureKind.STREAM_ERROR, text)
-        if not self._done and (dialect.ends_with_done or self._finish is None):
+        if not self._done and (ends_with_done or self._finish is None):
             return Failure(FailureKind.NO_DONE, "the stream ends without data: [DONE]")
-        if not self._outputs:
-            said = "" if not usage else f", though its usage counts {usage:,}"
+        if not self._chunks:
+            said = f", though its usage counts {usage:,}" if usage else ""
             return Failure(FailureKind.ZERO_TOKENS, f"the stream has no output token{said}")
-        if usage is None and any(output.ids is None for output in self._outputs):
+        if usage is None and any(chunk.ids is None for chunk in self._chunks):
             text = "the stream has neither usage nor token ids, so its tokens cannot be counted"
             return Failure(FailureKind.NO_USAGE, text)
-        tokens = self._total()
         if tokens == 0:
             text = "the server's usage counts no output token, though the stream has some"
             return Failure(FailureKind.ZERO_TOKENS, text)
-        if asked is not None and tokens != asked:
-            return Failure(FailureKind.USAGE_DIFFERS, _differs(tokens, asked))
-        return None
+        if asked is None or tokens == asked:
+            return None
+        if tokens < asked:
+            text = f"the server produced {tokens:,} of {asked:,} output tokens: it stopped at an"
+            text += " end token, or its context is full"
+        else:
+            text = f"the server produced {tokens:,} output tokens, and {asked:,} were asked for"
+        return Failure(FailureKind.USAGE_DIFFERS, text)
 
     def _total(self) -> int:
         usage = _number(self._usage, "completion_tokens")
-        if usage is not None:
-            return usage
-        return sum(1 if output.ids is None else len(output.ids) for output in self._outputs)
+        return sum(_least_tokens(chunk) for chunk in self._chunks) if usage is None else usage
 
     def reply(self, failure: Failure | None) -> Reply:
         """Return the reply, of which a failure leaves what had arrived."""
-        outputs, total = self._outputs, self._total()
-        counts, known = _tokens_of_outputs(outputs, total)
-        stamps = [read.stamp_ns for read in self._exchange.reads]
-        chunks = [
-            Chunk(output.read, stamps[output.read], output.text, count if known else None)
-            for output, count in zip(outputs, counts, strict=True)
-        ]
-        reads = np.repeat(np.array([output.read for output in outputs], np.int64), counts)
-        in_read = np.bincount(reads) if len(reads) else np.zeros(0, np.int64)
-        ids = [i for output in outputs if output.ids is not None for i in output.ids]
-        whole = len(ids) == total and all(output.ids is not None for output in outputs)
+        total = self._total()
+        counts, known = _tokens_of_chunks(self._chunks, total)
+        repeats = np.array(counts, np.int64)
+        reads = np.repeat(np.array([chunk.read for chunk in self._chunks], np.int64), repeats)
+        times = np.array([chunk.time_ns for chunk in self._chunks], np.int64)
+        ids = [i for chunk in self._chunks for i in chunk.ids or ()]
+        whole = len(ids) == total and all(chunk.ids is not None for chunk in self._chunks)
         details = self._usage.get("prompt_tokens_details")
         return Reply(
             index=self._exchange.index,
-            token_times_ns=np.array(stamps, np.int64)[reads] if len(reads) else in_read,
-            shared=in_read[reads] > 1 if len(reads) else np.zeros(0, np.bool_),
+            token_times_ns=np.repeat(times, repeats),
+            shared=np.bincount(reads)[reads] > 1,
             token_ids=ids if whole else None,
-            text="".join(output.text for output in outputs),
+            text="".join(chunk.text for chunk in self._chunks),
             usage_output=_number(self._usage, "completion_tokens"),
             usage_input=_number(self._usage, "prompt_tokens"),
-            cached_tokens=_number(details, "cached_tokens") if isinstance(details, dict) else None,
+            cached_tokens=_number(details, "cached_tokens"),
             finish_reason=self._finish,
             itl_known=known,
-            chunks=chunks,
+            chunks=[
+                chunk._replace(tokens=count if known else None)
+                for chunk, count in zip(self._chunks, counts, strict=True)
+            ],
             failure=failure,
         )
 
 
-@dataclass(frozen=True)
-class _Output:
-    """The output of one event; ``running`` is the server's count of tokens up to it."""
-
-    read: int
-    text: str
-    ids: list[int] | None
-    running: int | None
+def _least_tokens(chunk: Chunk) -> int:
+    return 1 if chunk.ids is None else len(chunk.ids)
 
 
-def _tokens_of_outputs(outputs: Sequence[_Output], total: int) -> tuple[list[int], bool]:
-    """Return the tokens of each output, ``total`` in all, and whether their numbers are known.
+def _tokens_of_chunks(chunks: Sequence[Chunk], total: int) -> tuple[list[int], bool]:
+    """Return the tokens of each chunk, ``total`` in all, and whether their numbers are known.
 
-    Without ids and running counts, an output has one token if there are as many outputs as
-    tokens. Else one is assumed, and the last output has the rest.
+    Without ids and running counts, a chunk has one token if there are as many chunks as tokens.
+    Else one is assumed, and the last chunk has the rest.
     """
-    running = [0, *(output.running for output in outputs)]
-    if all(count is not None for count in running) and running[-1] == total:
-        counts = [int(b or 0) - int(a or 0) for a, b in pairwise(running)]
-        if min(counts, default=0) >= 0:
-            return counts, True
-    counts = [1 if output.ids is None else len(output.ids) for output in outputs]
+    running = [0, *(chunk.running for chunk in chunks if chunk.running is not None)]
+    if len(running) == len(chunks) + 1 and running[-1] == total and running == sorted(running):
+        return [after - before for before, after in pairwise(running)], True
+    counts = [_least_tokens(chunk) for chunk in chunks]
     known = sum(counts) == total
     left = total
     for i, count in enumerate(counts):
@@ -319,25 +349,6 @@ def _tokens_of_outputs(outputs: Sequence[_Output], total: int) -> tuple[list[int
     if counts:
         counts[-1] += left
     return counts, known
-
-
-def _is_error(data: Mapping[str, Any]) -> bool:
-    return bool(data.get("error")) or data.get("object") == "error"
-
-
-def _text(choice: Mapping[str, Any]) -> str | None:
-    """Return the text of a chunk of either endpoint; None if it has another type."""
-    delta = choice.get("delta") or {}
-    if not isinstance(delta, dict):
-        return None
-    parts = [choice.get("text"), *(delta.get(name) for name in _TEXTS)]
-    texts = [part for part in parts if part is not None]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
-
-
-def _calls(choice: Mapping[str, Any]) -> bool:
-    delta = choice.get("delta") or {}
-    return any(delta.get(name) for name in _CALLS)
 
 
 def _ids(choice: Mapping[str, Any], data: Mapping[str, Any]) -> list[int] | None:
@@ -359,25 +370,13 @@ def _ids(choice: Mapping[str, Any], data: Mapping[str, Any]) -> list[int] | None
 
 def _running_count(data: Mapping[str, Any]) -> int | None:
     """Return the tokens so far: vLLM's continuous usage, or llama.cpp's timings of each token."""
-    for name, count in (("usage", "completion_tokens"), ("timings", "predicted_n")):
-        found = data.get(name)
-        if isinstance(found, dict) and (number := _number(found, count)) is not None:
-            return number
-    return None
+    count = _number(data.get("usage"), "completion_tokens")
+    return _number(data.get("timings"), "predicted_n") if count is None else count
 
 
-def _number(data: Mapping[str, Any], name: str) -> int | None:
-    value = data.get(name)
+def _number(data: object, name: str) -> int | None:
+    value = data.get(name) if isinstance(data, dict) else None
     return value if type(value) is int and 0 <= value < 1 << 40 else None
-
-
-def _differs(tokens: int, asked: int) -> str:
-    if tokens < asked:
-        return (
-            f"the server produced {tokens:,} of {asked:,} output tokens: it stopped at an end"
-            " token, or its context is full"
-        )
-    return f"the server produced {tokens:,} output tokens, and {asked:,} were asked for"
 
 
 # Responses that are no stream
@@ -388,6 +387,14 @@ def _is_sse(response: Response) -> bool:
     if "text/event-stream" in response.headers.get("content-type", "").lower():
         return True
     return response.body[:64].lstrip().startswith((b"data:", b"event:", b":", b"id:", b"retry:"))
+
+
+def _json(text: str) -> object:
+    """Return the value of a JSON text; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _message(data: object) -> str | None:
@@ -405,13 +412,8 @@ def _message(data: object) -> str | None:
 
 def _said(response: Response) -> str:
     """Return the message in a response's body: of JSON, of a page, or the text itself."""
-    body = response.body[:65536]
-    text = body.decode(errors="replace").strip()
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        data = None
-    if message := _message(data):
+    text = response.body[:65536].decode(errors="replace").strip()
+    if message := _message(_json(text)):
         return shown(" ".join(message.split()), 300).rstrip(".")
     if title := re.search(r"<title[^>]*>([^<]*)</title>", text, re.IGNORECASE):
         return f"a page titled {shown(title[1].strip())!r}"
@@ -419,8 +421,7 @@ def _said(response: Response) -> str:
 
 
 _HINTS = {
-    401: "; give its key with --api-key or OPENAI_API_KEY",
-    403: "; give its key with --api-key or OPENAI_API_KEY",
+    **dict.fromkeys((401, 403), "; give its key with --api-key or OPENAI_API_KEY"),
     404: "; check --model and --endpoint",
     405: "; check --endpoint",
     429: "; it limits the rate of requests or their number",
@@ -437,7 +438,6 @@ def _status_failure(response: Response) -> Failure:
 
 
 def _not_sse(response: Response) -> Failure:
-    kind = response.headers.get("content-type", "no content type")
     body = response.body[:65536].lstrip()
     said = f"the server answers 200 with {_said(response)}"
     if body.startswith(b"<"):
@@ -447,6 +447,7 @@ def _not_sse(response: Response) -> Failure:
     elif body.startswith(b"{") and b'"error"' in body:
         return Failure(FailureKind.STREAM_ERROR, said, 200)
     else:
+        kind = response.headers.get("content-type", "no content type")
         said += f" ({shown(kind)}) instead of a stream"
     return Failure(FailureKind.NOT_SSE, said, 200)
 
@@ -459,7 +460,6 @@ class ClientLag:
     """The client's own part in the times of a trial.
 
     Attributes:
-        reads: reads of all requests.
         kernel_share: share of reads that the kernel stamped; their times hold however late they
             were read.
         merged_share: share of chunks of output that came in one read with a later chunk and so
@@ -488,14 +488,13 @@ def client_lag(exchanges: Sequence[Exchange], replies: Sequence[Reply]) -> Clien
     chunks = sum(len(reply.chunks) for reply in replies)
     alone = sum(len({chunk.read for chunk in reply.chunks}) for reply in replies)
     lags = [read.lag_ns for read in reads]
-    late = [exchange.late_ns for exchange in exchanges]
     return ClientLag(
         reads=len(reads),
         kernel_share=sum(read.kernel for read in reads) / max(1, len(reads)),
         merged_share=(chunks - alone) / max(1, chunks),
         loop_p50_ns=_percentile(lags, 50),
         loop_p99_ns=_percentile(lags, 99),
-        late_p99_ns=_percentile(late, 99),
+        late_p99_ns=_percentile([exchange.late_ns for exchange in exchanges], 99),
     )
 
 

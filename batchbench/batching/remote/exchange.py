@@ -1,4 +1,4 @@
-"""Requests and their responses, as bytes with time stamps; HTTP/1.1 framing of a response.
+"""The address of a server, requests to it, and what came back: bytes with time stamps.
 
 All times are nanoseconds of ``time.monotonic_ns``, or of the virtual clock of a simulated server.
 """
@@ -8,16 +8,159 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NamedTuple, Protocol
+from urllib.parse import unquote, urlsplit
 
-import h11
+from batchbench.errors import UsageError, shown
+from batchbench.version import __version__
 
-from batchbench.batching.remote.address import Failure, FailureKind
-from batchbench.errors import shown
 
-_HTTP = b"HTTP/1."
+class FailureKind(StrEnum):
+    """Kinds of failures of one request."""
 
-_TLS_ALERT = b"\x15\x03"
+    REFUSED = "refused"  # nothing listens at the address
+    UNREACHABLE = "unreachable"  # no route to the host, or no answer to the connection
+    DNS = "dns"  # the name of the host has no address
+    TLS = "tls"  # the handshake failed, or the certificate is not trusted
+    LOCAL = "local"  # this machine has no sockets or ports left
+    TIMEOUT = "timeout"  # nothing arrived for as long as --timeout says
+    STOPPED = "stopped"  # the client ended the trial before the response was over
+    RESET = "reset"  # the server broke the connection
+    CLOSED_EARLY = "closed_early"  # the connection ended before the response did
+    NOT_HTTP = "not_http"  # the answer is not HTTP/1.1
+    STATUS = "status"  # the answer's status is not 200
+    NOT_SSE = "not_sse"  # HTML or plain JSON with status 200
+    MALFORMED = "malformed"  # an event of the stream is not JSON, or not of the API's shape
+    STREAM_ERROR = "stream_error"  # an error inside the stream
+    NO_DONE = "no_done"  # the stream ends without data: [DONE]
+    NO_USAGE = "no_usage"  # neither usage nor token ids: tokens cannot be counted
+    ZERO_TOKENS = "zero_tokens"  # the stream is complete and has no token
+    USAGE_DIFFERS = "usage_differs"  # more or fewer tokens than the request asked for
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Failure of one request; ``text`` is one line that says what to do where that is known."""
+
+    kind: FailureKind
+    text: str
+    status: int | None = None
+
+    @property
+    def is_usage(self) -> bool:
+        """Tell whether the same request would fail again: before a trial, a usage error."""
+        kinds, status = FailureKind, self.status or 0
+        if self.kind is kinds.STATUS:
+            return status < 500 and status not in (408, 425, 429)
+        if self.kind is kinds.NOT_HTTP:
+            return not status
+        setup = (kinds.REFUSED, kinds.UNREACHABLE, kinds.DNS, kinds.TLS, kinds.LOCAL, kinds.NOT_SSE)
+        return self.kind in setup
+
+
+class ServerError(UsageError):
+    """A server did not answer a request that prepares the trials."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.text)
+        self.failure = failure
+
+
+_HOST = re.compile(r"[\w-]+(\.[\w-]+)*\.?|[0-9a-f:.]*:[0-9a-f:.]*(%[\w.-]+)?", re.ASCII)
+"""A name or an IPv4 address, or an IPv6 address with or without its zone."""
+
+_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True)
+class Address:
+    """The address of a server, and what all requests to it have in common.
+
+    ``headers`` may hold a key, so neither ``str`` nor ``repr`` shows them.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    path_prefix: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+    timeout_s: float = 60.0
+    insecure: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.authority}{self.path_prefix}"
+
+    @property
+    def authority(self) -> str:
+        """The host and the port, the latter only if it is not the scheme's own."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+
+    @classmethod
+    def parse(
+        cls,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        insecure: bool = False,
+        option: str = "--target",
+    ) -> Address:
+        """Return the address in a URL such as ``http://127.0.0.1:8000``, or raise UsageError.
+
+        The path is put before the path of every request. A final ``/v1`` is left out, because the
+        paths of the API begin with it.
+        """
+        if "@" in url:
+            raise UsageError(f"{option}: a URL with a password is not accepted; use --api-key")
+        says = f"{option} {shown(url)}"
+        if "://" not in url:
+            raise UsageError(f"{says}: a URL needs its scheme; type {option} http://{shown(url)}")
+        if not _is_plain(url):
+            raise UsageError(f"{says}: a URL has only printable ASCII characters and no spaces")
+        try:
+            parts = urlsplit(url)
+            port, host = parts.port, unquote(parts.hostname or "")
+        except ValueError as error:
+            raise UsageError(f"{says}: is not a URL ({error})") from error
+        if parts.scheme not in _PORTS:
+            raise UsageError(f"{says}: begin the URL with http:// or https://")
+        if not host or port == 0:
+            raise UsageError(f"{says}: needs a host and a port, such as http://127.0.0.1:8000")
+        if not _HOST.fullmatch(host):
+            raise UsageError(f"{says}: {shown(host)} is not the name of a host")
+        if parts.query or parts.fragment:
+            raise UsageError(f"{says}: leave out everything from ? or # on")
+        path = parts.path.rstrip("/")
+        if path.endswith(("/completions", "/chat")):
+            raise UsageError(f"{says}: give the server's address alone, the path with --endpoint")
+        if api_key and not _is_plain(api_key):
+            raise UsageError("--api-key: a key has only printable ASCII characters and no spaces")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        port, path = port or _PORTS[parts.scheme], path.removesuffix("/v1")
+        return cls(parts.scheme, host, port, path, headers, timeout_s, insecure)
+
+    def request(self, path: str, body: bytes | None) -> bytes:
+        """Return the bytes of a request: a POST of ``body``, or a GET if there is none."""
+        fields = {
+            "Host": self.authority,
+            "User-Agent": f"batchbench/{__version__}",
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+            **self.headers,
+        }
+        if body is not None:
+            fields |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        verb = "GET" if body is None else "POST"
+        lines = [f"{verb} {self.path_prefix}{path} HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in fields.items()]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b"")
+
+
+def _is_plain(text: str) -> bool:
+    return text.isascii() and text.isprintable() and " " not in text
 
 
 @dataclass(frozen=True)
@@ -56,19 +199,16 @@ class Read(NamedTuple):
 class Exchange:
     """A request that was sent, and everything that came back.
 
-    ``sent_ns`` is when the client began to connect, ``written_ns`` when the kernel had taken the
-    whole request, ``ended_ns`` when the response was over or failed. ``late_ns`` is how much later
-    than it could the client sent it: after it was due, or after the arrival of what ended the
-    request in whose place it was sent. ``closed`` tells whether the server closed the connection.
-    ``failure`` is one of the connection; a response that is complete may still be none of the API
-    (``events.parse``).
+    ``sent_ns`` is when the client began to connect, ``ended_ns`` when the response was over or
+    failed. ``late_ns`` is how much later than it could the client sent it: after it was due, or
+    after the arrival of what ended the request in whose place it was sent. ``closed`` tells whether
+    the server closed the connection. ``failure`` is one of the connection; ``events.parse`` finds
+    those of the response.
     """
 
     index: int
     due_ns: int
     sent_ns: int
-    connected_ns: int | None = None
-    written_ns: int | None = None
     reads: list[Read] = field(default_factory=list)
     ended_ns: int = 0
     late_ns: int = 0
@@ -89,123 +229,3 @@ class Feed(Protocol):
 
 Watcher = Callable[[Exchange], None]
 """Called after each read of a request and when the request ends. An exception ends the trial."""
-
-
-@dataclass(frozen=True)
-class Response:
-    """A response, as far as it goes.
-
-    ``pieces`` are the index of the read that completed a piece of the body, and its bytes.
-    ``status`` is 0 if there is none, and ``broken`` says what in it is not HTTP/1.1.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    pieces: list[tuple[int, bytes]]
-    complete: bool
-    broken: str | None = None
-
-    @property
-    def body(self) -> bytes:
-        return b"".join(data for _, data in self.pieces)
-
-
-def response_of(exchange: Exchange) -> Response:
-    """Return the response in an exchange's bytes, as far as it goes."""
-    connection = h11.Connection(h11.CLIENT)
-    connection.send(h11.Request(method="GET", target="/", headers=[("host", "any")]))
-    connection.send(h11.EndOfMessage())
-    status, headers, pieces = 0, dict[str, str](), list[tuple[int, bytes]]()
-    complete, broken = False, None
-    data = b""
-    try:
-        for index, data in enumerate([r.data for r in exchange.reads] + [b""] * exchange.closed):
-            connection.receive_data(data)
-            while not complete:
-                event = connection.next_event()
-                if event is h11.NEED_DATA or isinstance(event, h11.ConnectionClosed):
-                    break
-                if isinstance(event, h11.Response):
-                    status = event.status_code
-                    headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in event.headers}
-                elif isinstance(event, h11.Data):
-                    pieces.append((index, bytes(event.data)))
-                elif isinstance(event, h11.EndOfMessage):
-                    complete = True
-    except h11.RemoteProtocolError as error:
-        broken = str(error) if data else None  # else the connection ended early
-    return Response(status, headers, pieces, complete, broken)
-
-
-class ResponseEnd:
-    """The cheapest check that a response is over, made after each read."""
-
-    _LENGTH = re.compile(rb"\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
-    _CHUNKED = re.compile(rb"\ntransfer-encoding:[^\n]*chunked", re.IGNORECASE)
-    _HEAD_END = re.compile(rb"\r?\n\r?\n")
-    _LAST_CHUNK = b"\r\n0\r\n\r\n"
-
-    def __init__(self) -> None:
-        self._head: bytes | None = b""
-        self._left: int | None = None  # bytes of a body whose length is told
-        self._tail: bytes | None = None  # last bytes of a chunked body
-
-    def reached(self, data: bytes) -> bool:
-        """Tell whether the response ends with ``data``; else it ends when the server closes."""
-        if self._head is not None:
-            self._head += data
-            rest = self._body_begins()
-            if rest is None:
-                return False
-            data = rest
-        if self._left is not None:
-            self._left -= len(data)
-            return self._left <= 0
-        if self._tail is not None:
-            self._tail = (self._tail + data)[-len(self._LAST_CHUNK) :]
-            return self._tail == self._LAST_CHUNK
-        return False
-
-    def _body_begins(self) -> bytes | None:
-        assert self._head is not None
-        while found := self._HEAD_END.search(self._head):
-            head, rest = self._head[: found.start() + 1], self._head[found.end() :]
-            status = head.partition(b" ")[2][:3]
-            if status.startswith(b"1"):  # 100 Continue, say; the response follows
-                self._head = rest
-                continue
-            self._head = None
-            if self._CHUNKED.search(head):
-                self._tail = b"\r\n"  # ahead of a body that is one empty chunk
-            elif length := self._LENGTH.search(head):
-                self._left = int(length[1])
-            elif status in (b"204", b"304"):
-                self._left = 0
-            return rest
-        return None
-
-
-def failure_of_response(exchange: Exchange, response: Response) -> Failure | None:
-    """Return the failure of a connection, or of a response that is not whole."""
-    first = exchange.reads[0].data if exchange.reads else b""
-    foreign = not _HTTP.startswith(first[: len(_HTTP)])
-    if foreign or response.broken is not None:
-        if first.startswith(_TLS_ALERT):
-            text = "the server speaks TLS: begin its URL with https://"
-        elif response.status:
-            text = f"the response is broken ({shown(response.broken)})"
-        else:
-            text = f"the response is not HTTP/1.1 ({shown(first[:32])})"
-        return Failure(FailureKind.NOT_HTTP, text, response.status or None)
-    if exchange.failure is not None:
-        return exchange.failure
-    if response.complete:
-        return None
-    size = sum(len(read.data) for read in exchange.reads)
-    if not size:
-        text = "the server closed the connection without a response"
-    elif not response.status:
-        text = f"the connection ended after {size:,} bytes, inside the response's headers"
-    else:
-        text = f"the connection ended after {size:,} bytes, before the response did"
-    return Failure(FailureKind.CLOSED_EARLY, text, response.status or None)

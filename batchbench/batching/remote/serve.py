@@ -12,11 +12,17 @@ import numpy as np
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Header, Recording
 from batchbench.batching.remote import counters, wire
-from batchbench.batching.remote.address import Address, Failure, FailureKind
 from batchbench.batching.remote.counters import ServerCounters
 from batchbench.batching.remote.dialects import Dialect
 from batchbench.batching.remote.events import Reply, client_lag, parse
-from batchbench.batching.remote.exchange import Exchange, Outgoing, Wait
+from batchbench.batching.remote.exchange import (
+    Address,
+    Exchange,
+    Failure,
+    FailureKind,
+    Outgoing,
+    Wait,
+)
 from batchbench.batching.remote.outcome import FailedRequest, FailedTrial, TrialFailed
 from batchbench.errors import OutOfTimeError
 from batchbench.workloads import Request, Workload, make_arrivals
@@ -89,7 +95,11 @@ class Served:
 
     def _reply(self, workload: Workload, exchange: Exchange) -> Reply:
         asked = int(workload.output_tokens[exchange.index])
-        reply = parse(exchange, self.dialect, None if workload.stop_at_eos else asked)
+        reply = parse(
+            exchange,
+            None if workload.stop_at_eos else asked,
+            ends_with_done=self.dialect.ends_with_done,
+        )
         if reply.failure is None and reply.output_tokens > asked:
             text = f"the server produced {reply.output_tokens:,} tokens, more than {asked:,}"
             reply = replace(reply, failure=Failure(FailureKind.USAGE_DIFFERS, text))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from batchbench import settings
-from batchbench.batching.remote.address import Address
+from batchbench.batching.remote.exchange import Address
 from batchbench.errors import UsageError, shown
 from batchbench.json_file import parse_json
 from batchbench.settings import secret, setting

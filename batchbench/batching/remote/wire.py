@@ -15,28 +15,29 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import selectors
 import socket
 import ssl
 import struct
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from enum import Enum
 
-from batchbench.batching.remote.address import Address, Failure, FailureKind, ServerError
+from batchbench.batching.remote.events import Response, response_of
 from batchbench.batching.remote.exchange import (
+    Address,
     Exchange,
+    Failure,
+    FailureKind,
     Feed,
     Outgoing,
     Read,
-    Response,
-    ResponseEnd,
+    ServerError,
     Wait,
     Watcher,
-    failure_of_response,
-    response_of,
 )
 
 _NS = 1_000_000_000
@@ -50,8 +51,6 @@ _AT_ONCE_NS = 100_000
 _CLOCK_STEP_NS = 200_000
 """Change of the offset between the two clocks beyond which kernel stamps are not used."""
 
-_BUFFER = 1 << 18
-
 _MOST_BYTES = 1 << 28
 """Longest response; one of 100,000 tokens with their probabilities has a tenth of it."""
 
@@ -63,6 +62,50 @@ _TIMESPEC = struct.Struct("@qq")
 _STAMP_MESSAGE = (socket.SOL_SOCKET, _SO_TIMESTAMPNS, _TIMESPEC.size)
 
 
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+_Ancillary = list[tuple[int, int, bytes]]
+
+_Route = tuple[int, tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]]
+
+
+class ResponseEnd:
+    """The cheapest check that a response is over, made after each read."""
+
+    _HEAD = re.compile(rb"(?:HTTP/\S+ 1.*?\r?\n\r?\n)*(HTTP/\S+ ([^1]..).*?\n)\r?\n", re.DOTALL)
+    """The head of the response, after those of 100 Continue and the like."""
+    _LENGTH = re.compile(rb"\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
+    _CHUNKED = re.compile(rb"\ntransfer-encoding:[^\n]*chunked", re.IGNORECASE)
+    _LAST_CHUNK = b"\r\n0\r\n\r\n"
+
+    def __init__(self) -> None:
+        self._head: bytes | None = b""
+        self._left: int | None = None  # bytes of a body whose length is told
+        self._tail: bytes | None = None  # last bytes of a chunked body
+
+    def reached(self, data: bytes) -> bool:
+        """Tell whether the response ends with ``data``; else it ends when the server closes."""
+        if self._head is not None:
+            self._head += data
+            found = self._HEAD.match(self._head)
+            if not found:
+                return False
+            head, status = found.groups()
+            data, self._head = self._head[found.end() :], None
+            if self._CHUNKED.search(head):
+                self._tail = b"\r\n"  # ahead of a body that is one empty chunk
+            elif length := self._LENGTH.search(head):
+                self._left = int(length[1])
+            elif status in (b"204", b"304"):
+                self._left = 0
+        if self._left is not None:
+            self._left -= len(data)
+            return self._left <= 0
+        if self._tail is not None:
+            self._tail = (self._tail + data)[-len(self._LAST_CHUNK) :]
+        return self._tail == self._LAST_CHUNK
+
+
 class _Phase(Enum):
     """Stages of a request; the values complete the sentence of a timeout."""
 
@@ -72,23 +115,18 @@ class _Phase(Enum):
     READ = "no response"
 
 
+@dataclass(eq=False)
 class _Stream:
     """The connection of one request."""
 
-    __slots__ = ("end", "exchange", "phase", "progress_ns", "route", "size", "socket", "unsent")
-
-    def __init__(self, outgoing: Outgoing, request: bytes, now_ns: int, route: int) -> None:
-        self.exchange = Exchange(outgoing.index, outgoing.due_ns, now_ns)
-        self.unsent = memoryview(request)
-        self.route = route
-        self.phase = _Phase.CONNECT
-        self.progress_ns = now_ns
-        self.end = ResponseEnd()
-        self.size = 0  # bytes received
-        self.socket: socket.socket  # while the client has the stream among its own
-
-
-_Route = tuple[int, tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]]
+    exchange: Exchange
+    unsent: memoryview
+    route: int
+    progress_ns: int
+    phase: _Phase = _Phase.CONNECT
+    end: ResponseEnd = field(default_factory=ResponseEnd)
+    size: int = 0  # bytes received
+    connection: socket.socket = field(init=False)  # while the client has it among its streams
 
 
 def exchange(
@@ -101,18 +139,12 @@ def exchange(
 ) -> list[Exchange]:
     """Send the requests of ``feed`` and return all exchanges, in the order in which they began.
 
-    Args:
-        address: the server, and the longest time without progress.
-        feed: the requests, each when it is to be sent.
-        watch: called after each read and at the end of each request.
-        until_ns: the end of the trial; requests in flight then fail as stopped.
-        kernel_stamps: use the kernel's stamps where there are any.
+    At ``until_ns`` the trial ends, and requests in flight fail as stopped. ``kernel_stamps`` says
+    to use the kernel's stamps where there are any.
     """
     client = _Client(address, feed, watch, until_ns, kernel_stamps)
-    try:
+    with client.resources:
         client.run()
-    finally:
-        client.close()
     return client.exchanges
 
 
@@ -128,32 +160,29 @@ class _Client:
         kernel_stamps: bool,
     ) -> None:
         self._address, self._feed, self._watch = address, feed, watch
-        self._until_ns = until_ns
+        self._until_ns = sys.maxsize if until_ns is None else until_ns
         self._timeout_ns = int(address.timeout_s * _NS)
-        self._selector = selectors.DefaultSelector()
-        self._streams: set[_Stream] = set()
-        self._buffer = memoryview(bytearray(_BUFFER))
         self._tls = _tls_context(address) if address.scheme == "https" else None
-        self._stamped = kernel_stamps and self._tls is None and sys.platform == "linux"
-        self._stamping = _Stamping(wanted=self._stamped)
-        self._run_delay = _RunDelay(wanted=not self._stamped)
-        self._offset_ns = _clock_offset_ns()
-        self._no_route: Failure | None = None
-        self._routes: list[_Route] = []
+        self._routes = _resolve(address)
         self._route = 0  # the first that may work
+        self._streams: set[_Stream] = set()
+        self._buffer = memoryview(bytearray(1 << 18))
+        self._stamped = kernel_stamps and self._tls is None and sys.platform == "linux"
+        self._offset_ns = _clock_offset_ns()
         self._asked_ns = self._freed_ns = -1  # when the feed last had none; when a request ended
         self._returned_ns, self._base_lag_ns = time.monotonic_ns(), 0
         self.exchanges: list[Exchange] = []
+        self.resources = ExitStack()
+        self._selector = self.resources.enter_context(selectors.DefaultSelector())
+        self._run_delay = _RunDelay(self.resources, wanted=not self._stamped)
+        if self._stamped:
+            with suppress(OSError):
+                _keep_stamping(self.resources)
+        self.resources.callback(self._stop)
 
     def run(self) -> None:
-        found = _resolve(self._address)
-        self._no_route = found if isinstance(found, Failure) else None
-        self._routes = [] if isinstance(found, Failure) else found
         more, next_scan_ns = True, 0
-        while True:
-            now = time.monotonic_ns()
-            if self._until_ns is not None and now >= self._until_ns:
-                break
+        while (now := time.monotonic_ns()) < self._until_ns:
             wake_ns: int | None = None
             while more and isinstance(answer := self._feed.next(now, len(self._streams)), Outgoing):
                 self._start(answer)
@@ -162,85 +191,71 @@ class _Client:
                 self._asked_ns = now
                 more = answer is not None
                 wake_ns = answer.until_ns if isinstance(answer, Wait) else None
-            if not more and not self._streams:
-                break
             if not self._streams and wake_ns is None:
-                raise RuntimeError("the feed waits, and no request is in flight")
-            self._select(now, wake_ns)
+                if more:
+                    raise RuntimeError("the feed waits, and no request is in flight")
+                break
+            self._select(now, now + _HEARTBEAT_NS if wake_ns is None else wake_ns)
             if self._returned_ns >= next_scan_ns:
-                self._give_up_on_the_slow(self._returned_ns)
+                self._give_up_on_the_slow()
                 next_scan_ns = self._returned_ns + min(self._timeout_ns // 10, 2 * _HEARTBEAT_NS)
         self._correct_stamps()
 
-    def close(self) -> None:
-        """Close what is open; requests in flight were stopped."""
+    def _stop(self) -> None:
         for stream in list(self._streams):
             self._finish(stream, Failure(FailureKind.STOPPED, "stopped before its end"), tell=False)
-        self._selector.close()
-        self._stamping.close()
-        self._run_delay.close()
 
-    def _select(self, now_ns: int, wake_ns: int | None) -> None:
+    def _select(self, now_ns: int, wake_ns: int) -> None:
         """Wait for the sockets until ``wake_ns``, and serve those that are ready."""
-        wait_ns = _HEARTBEAT_NS if wake_ns is None else min(_HEARTBEAT_NS, wake_ns - now_ns)
-        if self._until_ns is not None:
-            wait_ns = min(wait_ns, self._until_ns - now_ns)
+        wait_ns = max(0, min(_HEARTBEAT_NS, min(wake_ns, self._until_ns) - now_ns))
+        ready = []
         if self._streams:
-            ready = self._selector.select(max(0, wait_ns) / _NS)
+            ready = self._selector.select(wait_ns / _NS)
         else:  # some systems refuse to wait for no sockets
-            time.sleep(max(0, wait_ns) / _NS)
-            ready = []
-        returned = time.monotonic_ns()
-        unscheduled_ns = self._run_delay.since_last_ns()
-        if returned - now_ns < _AT_ONCE_NS:
-            self._base_lag_ns = returned - self._returned_ns
+            time.sleep(wait_ns / _NS)
+        returned_ns, unscheduled_ns = time.monotonic_ns(), self._run_delay.since_last_ns()
+        if returned_ns - now_ns < _AT_ONCE_NS:
+            self._base_lag_ns = returned_ns - self._returned_ns
         else:
-            self._base_lag_ns = max(unscheduled_ns, returned - now_ns - max(0, wait_ns))
-        self._returned_ns = returned
+            self._base_lag_ns = max(unscheduled_ns, returned_ns - now_ns - wait_ns)
+        self._returned_ns = returned_ns
         for key, events in ready:
             self._advance(key.data, events)
 
     def _start(self, outgoing: Outgoing) -> None:
         request = self._address.request(outgoing.path, outgoing.body)
-        stream = _Stream(outgoing, request, time.monotonic_ns(), self._route)
+        now_ns = time.monotonic_ns()
         waited = outgoing.due_ns <= self._asked_ns  # it was due, and the feed held it back
         free_ns = max(self._asked_ns, self._freed_ns) if waited else outgoing.due_ns
-        stream.exchange.late_ns = max(0, stream.exchange.sent_ns - free_ns)
-        self.exchanges.append(stream.exchange)
-        if self._no_route is not None:
-            self._finish(stream, self._no_route)
+        exchange = Exchange(outgoing.index, outgoing.due_ns, now_ns)
+        exchange.late_ns = max(0, now_ns - free_ns)
+        self.exchanges.append(exchange)
+        stream = _Stream(exchange, memoryview(request), self._route, now_ns)
+        if isinstance(self._routes, Failure):
+            self._finish(stream, self._routes)
         else:
-            self._connect(stream)
+            self._connect(stream, self._routes)
 
-    def _connect(self, stream: _Stream) -> None:
-        """Begin to connect by the stream's route."""
-        family, where = self._routes[stream.route]
+    def _connect(self, stream: _Stream, routes: list[_Route]) -> None:
+        """Begin to connect by the stream's route, or by the next if that fails at once."""
+        family, where = routes[stream.route]
         try:
-            raw = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as error:
-            self._broken(stream, error)  # no IPv6, say
-            return
-        stream.socket = raw
-        self._streams.add(stream)
-        try:
+            stream.connection = raw = socket.socket(family, socket.SOCK_STREAM)
+            self._streams.add(stream)
             raw.setblocking(False)
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._stamped:
                 raw.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-            code = raw.connect_ex(where)
-            if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
-                raise OSError(code, "connect")
+            _check(raw.connect_ex(where), errno.EINPROGRESS, errno.EWOULDBLOCK)
             self._selector.register(raw, selectors.EVENT_WRITE, stream)
-        except OSError as error:
+        except OSError as error:  # no IPv6, say
             self._broken(stream, error)
 
     def _advance(self, stream: _Stream, events: int) -> None:
         """Do what a ready socket allows."""
         try:
             if stream.phase is _Phase.CONNECT:
-                code = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if code:
-                    raise OSError(code, "connect")
+                _check(stream.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
                 self._connected(stream)
             if stream.phase is _Phase.SHAKE:
                 self._shake(stream)
@@ -252,29 +267,27 @@ class _Client:
             self._broken(stream, error)
 
     def _connected(self, stream: _Stream) -> None:
-        stream.exchange.connected_ns = stream.progress_ns = time.monotonic_ns()
+        stream.progress_ns = time.monotonic_ns()
         self._route = stream.route
-        if self._tls is None:
-            stream.phase = _Phase.WRITE
-            return
-        self._selector.unregister(stream.socket)
-        stream.socket = self._tls.wrap_socket(
-            stream.socket,
-            do_handshake_on_connect=False,
-            suppress_ragged_eofs=True,
-            server_hostname=self._address.host,
-        )
-        self._selector.register(stream.socket, selectors.EVENT_WRITE, stream)
-        stream.phase = _Phase.SHAKE
+        stream.phase = _Phase.WRITE
+        if self._tls is not None:
+            self._selector.unregister(stream.connection)
+            stream.connection = self._tls.wrap_socket(
+                stream.connection,
+                do_handshake_on_connect=False,
+                server_hostname=self._address.host,
+            )
+            self._selector.register(stream.connection, selectors.EVENT_WRITE, stream)
+            stream.phase = _Phase.SHAKE
 
     def _shake(self, stream: _Stream) -> None:
-        assert isinstance(stream.socket, ssl.SSLSocket)
+        assert isinstance(stream.connection, ssl.SSLSocket)
         try:
-            stream.socket.do_handshake()
+            stream.connection.do_handshake()
         except ssl.SSLWantReadError:
-            self._selector.modify(stream.socket, selectors.EVENT_READ, stream)
+            self._selector.modify(stream.connection, selectors.EVENT_READ, stream)
         except ssl.SSLWantWriteError:
-            self._selector.modify(stream.socket, selectors.EVENT_WRITE, stream)
+            self._selector.modify(stream.connection, selectors.EVENT_WRITE, stream)
         else:
             stream.phase = _Phase.WRITE
 
@@ -286,39 +299,42 @@ class _Client:
                 return
         try:
             while stream.unsent:
-                stream.unsent = stream.unsent[stream.socket.send(stream.unsent) :]
+                stream.unsent = stream.unsent[stream.connection.send(stream.unsent) :]
                 stream.progress_ns = time.monotonic_ns()
-        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+        except _WOULD_BLOCK:
             both = selectors.EVENT_READ | selectors.EVENT_WRITE
-            self._selector.modify(stream.socket, both, stream)
-            return
+            self._selector.modify(stream.connection, both, stream)
         except (BrokenPipeError, ConnectionResetError):
             self._read(stream)  # raises again, unless an answer such as 413 is there
-            return
-        stream.exchange.written_ns = stream.progress_ns = time.monotonic_ns()
-        stream.phase = _Phase.READ
-        self._selector.modify(stream.socket, selectors.EVENT_READ, stream)
+        else:
+            stream.phase = _Phase.READ
+            self._selector.modify(stream.connection, selectors.EVENT_READ, stream)
 
     def _read(self, stream: _Stream) -> None:
         """Keep what has arrived, with its stamp. The buffer holds more than a record of TLS."""
         exchange = stream.exchange
-        ancillary: list[tuple[int, int, bytes]] = []
+        ancillary: _Ancillary = []
         try:
             if self._stamped:
-                count, ancillary, _, _ = stream.socket.recvmsg_into([self._buffer], 64)
+                count, ancillary, _, _ = stream.connection.recvmsg_into([self._buffer], 64)
             else:
-                count = stream.socket.recv_into(self._buffer)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                count = stream.connection.recv_into(self._buffer)
+        except _WOULD_BLOCK:
             return
         read_ns = stream.progress_ns = time.monotonic_ns()
-        if not count:
-            exchange.closed = True
-            self._finish(stream)
-            return
         data = bytes(self._buffer[:count])
-        exchange.reads.append(self._stamped_read(read_ns, data, ancillary))
+        stamp_ns = _stamp_ns(ancillary)
+        if stamp_ns is None:
+            lag_ns = read_ns - self._returned_ns + self._base_lag_ns
+            read = Read(read_ns, False, read_ns, data, lag_ns)
+        else:
+            stamp_ns += self._offset_ns
+            read = Read(stamp_ns, True, read_ns, data, max(0, read_ns - stamp_ns))
+        exchange.closed = not count
         stream.size += count
-        if stream.end.reached(data):
+        if count:
+            exchange.reads.append(read)
+        if not count or stream.end.reached(data):
             self._finish(stream)
         elif stream.size > _MOST_BYTES:
             text = f"the response is longer than {_MOST_BYTES >> 20} MiB"
@@ -326,97 +342,96 @@ class _Client:
         elif self._watch is not None:
             self._watch(exchange)
 
-    def _stamped_read(
-        self, read_ns: int, data: bytes, ancillary: list[tuple[int, int, bytes]]
-    ) -> Read:
-        for level, kind, content in ancillary:
-            if (level, kind, len(content)) == _STAMP_MESSAGE:
-                seconds, ns = _TIMESPEC.unpack(content)
-                stamp_ns = seconds * _NS + ns + self._offset_ns
-                return Read(stamp_ns, True, read_ns, data, max(0, read_ns - stamp_ns))
-        return Read(read_ns, False, read_ns, data, read_ns - self._returned_ns + self._base_lag_ns)
-
-    def _give_up_on_the_slow(self, now_ns: int) -> None:
+    def _give_up_on_the_slow(self) -> None:
         for stream in list(self._streams):
-            if now_ns - stream.progress_ns > self._timeout_ns:
+            if self._returned_ns - stream.progress_ns > self._timeout_ns:
                 self._broken(stream, TimeoutError())
 
     def _broken(self, stream: _Stream, error: OSError) -> None:
         """Try the next address of a host that cannot be reached; else the request has failed."""
-        if stream.phase is _Phase.CONNECT and stream.route + 1 < len(self._routes):
+        routes = self._routes
+        assert not isinstance(routes, Failure)
+        if stream.phase is _Phase.CONNECT and stream.route + 1 < len(routes):
             self._disconnect(stream)
             stream.route += 1
             stream.progress_ns = time.monotonic_ns()
-            self._connect(stream)
+            self._connect(stream, routes)
         else:
             self._finish(stream, _failure_of(error, stream, self._address))
 
     def _disconnect(self, stream: _Stream) -> None:
         if stream in self._streams:
             with suppress(KeyError, ValueError):  # not registered, or closed already
-                self._selector.unregister(stream.socket)
-            stream.socket.close()
+                self._selector.unregister(stream.connection)
+            stream.connection.close()
             self._streams.remove(stream)
 
     def _finish(
         self, stream: _Stream, failure: Failure | None = None, *, tell: bool = True
     ) -> None:
-        stream.exchange.failure = failure
-        stream.exchange.ended_ns = self._freed_ns = time.monotonic_ns()
-        if not failure and stream.exchange.reads and not stream.exchange.closed:
-            self._freed_ns = stream.exchange.reads[-1].stamp_ns
+        exchange = stream.exchange
+        exchange.failure = failure
+        exchange.ended_ns = self._freed_ns = time.monotonic_ns()
+        if not failure and exchange.reads and not exchange.closed:
+            self._freed_ns = exchange.reads[-1].stamp_ns
         self._disconnect(stream)
         if tell and self._watch is not None:
-            self._watch(stream.exchange)
+            self._watch(exchange)
 
     def _correct_stamps(self) -> None:
         """Use the times of reading if somebody has set the system's clock meanwhile."""
-        step_ns = _clock_offset_ns() - self._offset_ns
-        if abs(step_ns) > _CLOCK_STEP_NS:
+        step_ns = abs(_clock_offset_ns() - self._offset_ns)
+        if step_ns > _CLOCK_STEP_NS:
             for exchange in self.exchanges:
                 exchange.reads = [
-                    Read(read.read_ns, False, read.read_ns, read.data, read.lag_ns + abs(step_ns))
+                    Read(read.read_ns, False, read.read_ns, read.data, read.lag_ns + step_ns)
                     for read in exchange.reads
                 ]
 
 
-class _Stamping:
-    """Keeps the kernel stamping: it begins some milliseconds after a socket first asks for it."""
+def _check(code: int, *fine: int) -> None:
+    """Raise the OSError of an error number other than 0 and these."""
+    if code not in (0, *fine):
+        raise OSError(code, os.strerror(code))
 
-    def __init__(self, *, wanted: bool) -> None:
-        self._pair: list[socket.socket] = []
-        if wanted:
-            with suppress(OSError):
-                self._begin()
 
-    def _begin(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            listener.settimeout(1)
-            self._pair = [socket.socket()]
-            self._pair[0].settimeout(1)
-            self._pair[0].connect(listener.getsockname())
-            self._pair.append(listener.accept()[0])
-        reader, writer = self._pair
-        reader.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-        for _ in range(100):
-            writer.send(b"?")
-            if reader.recvmsg(1, 64)[1]:
-                break
-            time.sleep(0.001)
+def _stamp_ns(ancillary: _Ancillary) -> int | None:
+    """Return the kernel's stamp in what came with some bytes."""
+    for level, kind, content in ancillary:
+        if (level, kind, len(content)) == _STAMP_MESSAGE:
+            seconds, ns = _TIMESPEC.unpack(content)
+            return int(seconds * _NS + ns)
+    return None
 
-    def close(self) -> None:
-        for one in self._pair:
-            one.close()
+
+def _keep_stamping(resources: ExitStack) -> None:
+    """Keep the kernel stamping: it begins some milliseconds after a socket first asks for it.
+
+    Until then a datagram has the time at which it is read.
+    """
+    own = resources.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    own.settimeout(1)
+    own.bind(("127.0.0.1", 0))
+    own.connect(own.getsockname())
+    own.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+    for _ in range(100):
+        own.send(b"?")
+        sent_ns = time.time_ns()
+        time.sleep(0.001)
+        stamp_ns = _stamp_ns(own.recvmsg(1, 64)[1])
+        if stamp_ns is not None and stamp_ns <= sent_ns:
+            break
 
 
 class _RunDelay:
     """Time for which this thread was ready to run and had no processor, as Linux counts it."""
 
-    def __init__(self, *, wanted: bool) -> None:
+    def __init__(self, resources: ExitStack, *, wanted: bool) -> None:
         self._file, self._last_ns = -1, 0
         if wanted:
             with suppress(OSError):
                 self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+                resources.callback(os.close, self._file)
         self.since_last_ns()
 
     def since_last_ns(self) -> int:
@@ -425,11 +440,6 @@ class _RunDelay:
             return 0
         last, self._last_ns = self._last_ns, int(os.pread(self._file, 64, 0).split()[1])
         return self._last_ns - last
-
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
 
 
 def _clock_offset_ns() -> int:
@@ -460,85 +470,66 @@ def _resolve(address: Address) -> list[_Route] | Failure:
     return list(dict.fromkeys((family, where) for family, _, _, _, where in found))
 
 
-_KINDS: Mapping[int, FailureKind] = {
-    errno.ECONNREFUSED: FailureKind.REFUSED,
-    **dict.fromkeys((errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED), FailureKind.RESET),
-    **dict.fromkeys(
-        (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL),
-        FailureKind.LOCAL,
-    ),
-}
+_NO_SOCKETS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)
 
 
 def _failure_of(error: OSError, stream: _Stream, address: Address) -> Failure:
     """Return the failure of a request, in a line that says what to do."""
-    connecting = stream.phase is _Phase.CONNECT
+    connecting, why = stream.phase is _Phase.CONNECT, error.strerror or os.strerror(0)
+    so_far = "before its response"
+    if stream.size:
+        so_far = f"after {stream.size:,} bytes of the response"
     if isinstance(error, TimeoutError) and error.errno is None:  # ours
         kind = FailureKind.UNREACHABLE if connecting else FailureKind.TIMEOUT
-        return Failure(kind, _timeout_text(stream, address))
-    if isinstance(error, ssl.SSLError) or stream.phase is _Phase.SHAKE:
-        return Failure(FailureKind.TLS, _tls_text(error, address))
-    unknown = FailureKind.UNREACHABLE if connecting else FailureKind.RESET
-    kind = _KINDS.get(error.errno or 0, unknown)
-    why = error.strerror if error.strerror != "connect" else None
-    texts = {
-        FailureKind.REFUSED: f"{address} refuses connections: is the server running, on this port?",
-        FailureKind.LOCAL: f"this machine has no socket left ({why}): raise ulimit -n, or have"
-        " fewer requests in flight",
-        FailureKind.RESET: f"{address} broke the connection {_so_far(stream)}",
-        FailureKind.UNREACHABLE: f"{address} cannot be reached"
-        f" ({why or os.strerror(error.errno or 0)})",
-    }
-    return Failure(kind, texts[kind])
+        said = f"nothing more {so_far}" if stream.size else stream.phase.value
+        text = f": {said} for {address.timeout_s:g} s (--timeout)"
+    elif isinstance(error, ssl.SSLCertVerificationError):
+        kind = FailureKind.TLS
+        text = f": the certificate is not trusted ({error.verify_message}); name its authority"
+        text += " with SSL_CERT_FILE, or accept it with --insecure"
+    elif isinstance(error, ssl.SSLError) or stream.phase is _Phase.SHAKE:
+        kind = FailureKind.TLS
+        reason = getattr(error, "reason", None) or "the connection ended"
+        plain = f"http://{address.authority}{address.path_prefix}"
+        text = f": the TLS handshake failed ({reason}); a server without TLS is {plain}"
+    elif isinstance(error, ConnectionRefusedError):
+        kind = FailureKind.REFUSED
+        text = " refuses connections: is the server running, on this port?"
+    elif error.errno in _NO_SOCKETS:
+        text = f"this machine has no socket left ({why}): raise ulimit -n, or have fewer requests"
+        return Failure(FailureKind.LOCAL, f"{text} in flight")
+    elif connecting and not isinstance(error, ConnectionError):
+        kind = FailureKind.UNREACHABLE
+        text = f" cannot be reached ({why})"
+    else:
+        kind = FailureKind.RESET
+        text = f" broke the connection {so_far}"
+    return Failure(kind, f"{address}{text}")
 
 
-def _tls_text(error: OSError, address: Address) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return (
-            f"{address}: the certificate is not trusted ({error.verify_message}); name its"
-            " authority with SSL_CERT_FILE, or accept it with --insecure"
-        )
-    reason = getattr(error, "reason", None) or "the connection ended"
-    plain = f"http://{address.authority}{address.path_prefix}"
-    return f"{address}: the TLS handshake failed ({reason}); a server without TLS is {plain}"
-
-
-def _timeout_text(stream: _Stream, address: Address) -> str:
-    said = f"nothing more {_so_far(stream)}" if stream.exchange.reads else stream.phase.value
-    return f"{address}: {said} for {address.timeout_s:g} s (--timeout)"
-
-
-def _so_far(stream: _Stream) -> str:
-    return f"after {stream.size:,} bytes of the response" if stream.size else "before its response"
-
-
-# One request that prepares the trials
+# Requests that prepare the trials
 
 
 class _Once:
     """A feed of one request."""
 
-    def __init__(self, path: str, body: bytes | None) -> None:
-        self._left = [Outgoing(0, time.monotonic_ns(), body, path)]
+    def __init__(self, outgoing: Outgoing) -> None:
+        self._left = [outgoing]
 
-    def next(self, now_ns: int, in_flight: int) -> Outgoing | Wait | None:
+    def next(self, now_ns: int, in_flight: int) -> Outgoing | None:
         return self._left.pop() if self._left else None
 
 
 def get(address: Address, path: str) -> Response:
     """Return the response to a GET, whatever its status; raise ServerError if there is none."""
-    return _ask(address, path, None)
+    return post(address, path, None)
 
 
-def post(address: Address, path: str, body: bytes) -> Response:
+def post(address: Address, path: str, body: bytes | None) -> Response:
     """Return the response to a POST of JSON; raise ServerError if there is none."""
-    return _ask(address, path, body)
-
-
-def _ask(address: Address, path: str, body: bytes | None) -> Response:
-    (only,) = exchange(address, _Once(path, body), kernel_stamps=False)
+    feed = _Once(Outgoing(0, time.monotonic_ns(), body, path))
+    (only,) = exchange(address, feed, kernel_stamps=False)
     response = response_of(only)
-    failure = failure_of_response(only, response)
-    if failure is not None:
-        raise ServerError(failure)
+    if response.failure is not None:
+        raise ServerError(response.failure)
     return response

@@ -11,12 +11,18 @@ import numpy as np
 
 from batchbench.batching.progress import Watch
 from batchbench.batching.remote import wire
-from batchbench.batching.remote.address import Address, Failure, FailureKind
 from batchbench.batching.remote.bench import served_model
 from batchbench.batching.remote.counters import ServerCounters, read_counters
 from batchbench.batching.remote.dialects import Dialect, body_for, discover
-from batchbench.batching.remote.events import Reply, client_lag, parse
-from batchbench.batching.remote.exchange import Exchange, Outgoing, Wait, response_of
+from batchbench.batching.remote.events import Reply, client_lag, parse, response_of
+from batchbench.batching.remote.exchange import (
+    Address,
+    Exchange,
+    Failure,
+    FailureKind,
+    Outgoing,
+    Wait,
+)
 from batchbench.batching.remote.spec import CHAT, TargetSpec
 from batchbench.errors import UsageError
 from batchbench.studies.probe.judge import Verdict, judge
@@ -113,7 +119,9 @@ class _Asker:
         """Send the requests of a round; return them with their tokens."""
         feed = _Feed(self, Player(script))
         exchanges = wire.exchange(self.address, feed, until_ns=self.until_ns)
-        replies = [parse(one, self.dialect, None) for one in exchanges]
+        replies = [
+            parse(one, None, ends_with_done=self.dialect.ends_with_done) for one in exchanges
+        ]
         self.lag_ns = client_lag(exchanges, replies).stamp_error_p99_ns
         streams = [self._stream(*each) for each in zip(feed.sent, exchanges, replies, strict=True)]
         return Round(tuple(streams))

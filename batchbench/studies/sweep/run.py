@@ -15,8 +15,8 @@ from batchbench.batching.dry_run import estimate
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
-from batchbench.batching.remote.address import ServerError
 from batchbench.batching.remote.dialects import Dialect, discover
+from batchbench.batching.remote.exchange import ServerError
 from batchbench.batching.remote.outcome import TrialFailed
 from batchbench.batching.session import Outcome, StopReason, conduct
 from batchbench.errors import Interrupted, UsageError
