@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--why", default="", help="print why it cannot tell, of such servers")
     chosen = parser.parse_args()
     wider = chosen.set == "held-out"
-    first = 5_000_000 if wider else 0
+    first = 7_000_000 if wider else 0
     numbers = range(chosen.servers) if chosen.show is None else [chosen.show]
     rows: dict[str, Counter[str]] = {}
     wrong, seconds, exact = [], [], Counter[str]()

@@ -390,5 +390,6 @@ def test_no_file_is_opened_in_the_encoding_of_the_locale(file: Path) -> None:
         modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
         if name in ("read_text", "write_text") and not ("encoding" in given or "utf-8" in modes):
             pytest.fail(f"{file.name}:{node.lineno}: {name} without encoding")
-        if "text" in given or "universal_newlines" in given:
+        starts = name in ("run", "Popen", "call", "check_call", "check_output")
+        if starts and given & {"text", "universal_newlines"}:
             assert "encoding" in given, f"{file.name}:{node.lineno}"

@@ -26,7 +26,7 @@ from batchbench.settings import setting
 PROBE_HELP = """Find out if a server batches continuously, and how many slots it has.
 
 The server may be any with OpenAI's completions or chat completions. The answer is continuous,
-static, serial or cannot tell, with what each test saw. A probe sends up to 300 short
+static, serial or cannot tell, with what each test saw. A probe sends up to some hundreds of short
 requests, so run it when nobody else uses the server. Exit code 0; 1 if a request failed; 2 if the
 server cannot be reached; 3 if it cannot tell, with --strict.
 

@@ -22,7 +22,7 @@ from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.torch import build
 from batchbench.batching.engines.torch.attention import SlotCache
 from batchbench.batching.engines.torch.build import make_engine
-from batchbench.batching.engines.torch.graphs import Capture, Upload
+from batchbench.batching.engines.torch.graphs import Capture
 from batchbench.batching.engines.torch.hardware import torch_environment
 from batchbench.batching.engines.torch.reference import TeacherForced, _copied
 from batchbench.batching.engines.torch.slots import SlotsEngine
@@ -330,16 +330,6 @@ def test_a_trial_that_runs_out_of_memory_says_what_to_lower(
 
 
 # Copies to the device
-
-
-def test_an_upload_waits_for_a_buffer_that_is_in_use() -> None:
-    """With more copies under way than buffers, none of them may change what is copied."""
-    with pytest.MonkeyPatch.context():
-        target = torch.zeros(4, dtype=torch.int64, device="cuda:0")
-        upload = Upload(target)
-        for i in range(3 * Upload.BUFFERS):
-            upload(np.full(4, i))
-            assert target.tolist() == [i] * 4
 
 
 def test_only_cuda_copies_without_a_wait(

@@ -180,7 +180,7 @@ def test_an_estimate_on_a_gpu_counts_launches(
 
     monkeypatch.setattr(build, "_time_kernel", kernel_s)
     monkeypatch.setattr(build, "_time_product", lambda *given: (0.0, False))
-    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    monkeypatch.setattr(build, "supports_triton", lambda device: False)
     found = estimate(experiment(checkpoint, engine=engine), Watch())
     of_layer, beside = build.LEAN if engine == "slots" else build.WITH_TRANSFORMERS
     assert found.launches == 2 * of_layer + beside

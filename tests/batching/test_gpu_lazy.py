@@ -17,6 +17,7 @@ from support.cuda_stand_in import StandIn, impossible
 from batchbench.batching import engines
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.torch.build import make_engine
+from batchbench.batching.engines.torch.graphs import Upload
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.verification import verify
@@ -84,6 +85,17 @@ def test_a_source_that_changes_too_early_would_be_noticed() -> None:
     other.copy_(pageable, non_blocking=True)
     pageable.fill_(7)
     assert (target.tolist(), other.tolist()) == ([7, 7], [1, 1])
+
+
+@pytest.mark.usefixtures("lazy")
+def test_an_upload_waits_for_a_buffer_that_is_in_use() -> None:
+    """With more copies under way than buffers, none of them may change what is copied."""
+    target = torch.zeros(4, dtype=torch.int64, device="cuda:0")
+    upload, seen = Upload(target), []
+    for i in range(3 * Upload.BUFFERS):
+        upload(np.full(4, i))
+        seen.append(target.clone())
+    assert [kept.tolist() for kept in seen] == [[i] * 4 for i in range(3 * Upload.BUFFERS)]
 
 
 def test_steps_take_the_devices_time(lazy: StandIn, make_model: MakeModel) -> None:

@@ -674,6 +674,7 @@ def test_a_device_that_is_not_here_is_a_usage_error(monkeypatch: pytest.MonkeyPa
 def test_a_gpu_beyond_the_last_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UsageError, match="it has cpu, cuda:0, cuda:1"):
         resolve_device("cuda:2")

@@ -241,10 +241,11 @@ def test_heads_that_do_not_lie_side_by_side_attend_alike() -> None:
     spread = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k, v)]
     at = torch.tensor([0, 1, 2], device=DEVICE)
     seen = []
-    for arguments in ((q, k, v), spread):
+    for arguments in ((q, k, v), spread, (q, k, v.contiguous())):
         block = made_up_cache(3, 1, 4, 8, {0: 0, 1: 1, 2: 2}, torch.float32)
         seen.append(SlotAttention(block.device, 2, 4, 3, 8).decode(*arguments, block, at, at))
-    assert torch.equal(*seen)
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
 
 
 # Norms and embeddings

@@ -36,6 +36,10 @@ from batchbench.batching.engines.torch.forward import make_forward
 from batchbench.batching.engines.torch.triton_choice import triton_attention
 from batchbench.batching.engines.torch.triton_forward import product_has_gelu
 
+pytestmark = pytest.mark.skipif(
+    not ops._INTERPRETED, reason="the stand-in needs Triton's interpreter, which is off on a GPU"
+)
+
 LENGTHS, OUTPUT_TOKENS = (5, 1, 9, 7), (4, 12, 1, 7)
 
 WORKLOAD = Workload.of(

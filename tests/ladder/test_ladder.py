@@ -492,6 +492,19 @@ def test_the_card_of_a_gpu_names_launching() -> None:
     assert (found["launching_ms"], found["arithmetic_ms"]) == (pytest.approx(0.17), 0.0025)
 
 
+EARLIER = Path(__file__).parents[2] / "benchmarks/results/ladder-classic-8/ladder.json"
+
+
+def test_a_ladder_of_an_earlier_version_is_shown_again() -> None:
+    """It knows of no launching, and of no servings."""
+    result = LadderResult(json.loads(EARLIER.read_text()), {})
+    assert card_lines(result.data["card"])[-1] == (
+        "    ceiling  703 tokens/s, limited by arithmetic"
+    )
+    assert "kernels" in shown(result, 80)
+    draw_ladder(result)
+
+
 def shown(result: LadderResult, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False)
     console.print(render(result))

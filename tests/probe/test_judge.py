@@ -300,6 +300,17 @@ def test_a_timer_is_seen_and_a_server_without_one_is_not_suspected() -> None:
         assert not sends_by_timer(seen, pace)
 
 
+def test_chunks_that_a_busy_client_reads_at_once_are_no_timer() -> None:
+    """They share the time of the later one; a timer sends larger chunks at the same pace."""
+    steps = [50.0 + 20 * i for i in range(24)]
+    merged = [steps[i + 1] if i % 5 == 2 else t for i, t in enumerate(steps[:-1])]
+    ticks = [50 + 26 * np.ceil((t - 50) / 26) for t in steps]
+    for times, timer in ((merged, False), (ticks, True)):
+        alone = [stream(Role.ALONE, 0, *times)] * 2
+        seen = Observations(tuple(Round([s]) for s in alone))
+        assert sends_by_timer(seen, PACE) is timer
+
+
 # Slots
 
 
@@ -332,13 +343,21 @@ def test_the_first_and_the_last_group_of_a_static_server_need_not_be_full() -> N
     assert (rest.groups, rest.most, rest.exact) == ((1, 3), 3, False)
 
 
-def test_a_request_of_one_token_belongs_to_its_group() -> None:
-    def group(first: float) -> list[Stream]:
-        lengths = [1, 8, 8, 9]
+def test_a_request_of_one_token_makes_a_count_inexact() -> None:
+    def group(first: float, *lengths: int) -> list[Stream]:
         return [steady(Role.BURST, 0, first + i / 10, n) for i, n in enumerate(lengths)]
 
-    found = burst_of(burst(*group(30), *group(300), *group(600)), PACE)
-    assert (found.groups, found.most, found.exact) == ((4, 4, 4), 4, True)
+    full = [*group(30, 8, 9), *group(300, 8, 8, 8, 9), *group(600, 8)]
+    assert burst_of(burst(*full), PACE).exact
+    early = [*group(30, 8, 9), *group(300, 1, 8, 8, 9), *group(600, 8)]
+    assert not burst_of(burst(*early), PACE).exact
+
+
+def test_a_prompt_in_a_pass_of_its_own_does_not_add_a_slot() -> None:
+    """Its token comes long before the step of many rows that the others take."""
+    ours = [steady(Role.BURST, 0, 30, 8 + i, gap=600) for i in range(4)]
+    after_end = [steady(Role.BURST, 0, o.last_ns / MS + 16, 8, gap=600) for o in ours]
+    assert burst_of(burst(*ours, *after_end), PACE).most == 4
 
 
 def test_a_failed_request_makes_a_count_inexact() -> None:

@@ -85,7 +85,7 @@ DOCUMENTED: dict[str, tuple[dict[str, tuple[int, str]], Dialect]] = {
         },
         Dialect("tgi", "3.3.6", ("m",), context=99),
     ),
-    "openvino": ({"/v3/models": models(owned_by="OVMS")}, Dialect("openvino", None, ("m",))),
+    "openvino": ({"/v1/models": models(owned_by="OVMS")}, Dialect("openvino", None, ("m",))),
     "vllm behind a router": (
         {"/v1/models": models(owned_by="vllm", max_model_len=64)},
         Dialect("vllm", None, ("m",), context=64),
@@ -135,6 +135,12 @@ def test_a_server_that_wants_a_key_is_a_usage_error(
 ) -> None:
     Answers({"/v1/models": (status, "{}")}).install(monkeypatch)
     with pytest.raises(UsageError, match=f"HTTP {status}.*--api-key"):
+        discover(ADDRESS)
+
+
+def test_a_server_with_its_api_under_v3_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    Answers({"/v3/models": models(owned_by="OVMS")}).install(monkeypatch)
+    with pytest.raises(UsageError, match=r"type --target http://127\.0\.0\.1:1/v3$"):
         discover(ADDRESS)
 
 

@@ -11,10 +11,10 @@ from support.faults import FAULTS, Fault, at_time, playing
 from support.program import Call, caller
 
 RUN = [
-    *("run", "--queue-size", "4", "--batch-size", "2", "--long-tokens", "5", "--short-tokens", "3"),
+    *("run", "--queue-size", "4", "--batch-size", "1", "--long-tokens", "5", "--short-tokens", "3"),
     *("--trials", "3", "--prompt-tokens", "6", "--quiet"),
 ]
-"""Two requests at once; the warm-up serves only the first two of four, which differ in prompt."""
+"""One request at a time, so that the server sees them in order; the warm-up serves the first."""
 
 SAME_FROM_THE_FIRST = [fault for fault in FAULTS if not fault.name.startswith("closes-")]
 """All but some that differ from ``closes-first`` in how far a response got."""

@@ -321,3 +321,44 @@ def test_a_changed_result_of_a_server_is_refused_or_shown(
         remake_result(result)
     except UsageError:
         return
+
+
+def test_one_trial_without_the_kernels_stamps_makes_them_the_clients() -> None:
+    trials = recordings_of(QUIET)
+    trials["static"][2] = served_trial("static", 2, client=replace(QUIET, kernel_share=0.5))
+    server = served_result(trials).data["server"]
+    assert server is not None
+    assert server["stamps"] == "user"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"passes": {"static": [400], "continuous": [130] * 4}},
+        {"cached_tokens": {"other": [0] * 4}},
+    ],
+)
+def test_counts_that_are_not_one_per_trial_are_refused(saved: Path, change: Any) -> None:
+    file = saved / "result.json"
+    good = file.read_bytes()
+    data = json.loads(good)
+    data["server"] |= change
+    file.write_text(json.dumps(data), encoding="utf-8")
+    try:
+        with pytest.raises(UsageError, match="counts are not one per trial of each strategy"):
+            load_result(saved)
+    finally:
+        file.write_bytes(good)
+
+
+def test_a_server_without_a_target_is_refused(saved: Path) -> None:
+    file = saved / "result.json"
+    good = file.read_bytes()
+    data = json.loads(good)
+    del data["config"]["target"]
+    file.write_text(json.dumps(data), encoding="utf-8")
+    try:
+        with pytest.raises(UsageError, match="it has a server, and its config has no target"):
+            load_result(saved)
+    finally:
+        file.write_bytes(good)

@@ -125,6 +125,14 @@ def test_waves_and_continuous_take_the_steps_of_our_two_policies(
     assert outcome.recordings["vllm"][0].header.about["engine"] == "vllm 9.9"
 
 
+def test_an_engine_is_shared_as_long_as_the_weights_are_the_same(
+    engines: list[Engine], checkpoint: Path
+) -> None:
+    for seed in (0, 1, 1):
+        run(checkpoint, load_format="dummy", seed=seed, verify="none", trials=1)
+    assert len(engines) == 2
+
+
 def test_timed_arrivals_are_not_begun_before_they_are_due(
     engines: list[Engine], checkpoint: Path
 ) -> None:

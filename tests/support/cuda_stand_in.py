@@ -58,6 +58,7 @@ from support.cuda_objects import CUDAGraph, CudaTensor, Memory, Stream, Work, ac
 
 aten = torch.ops.aten
 _PACKAGE = str(Path(batchbench.__file__).parent) + os.sep
+_OWN = str(Path(__file__).with_name("cuda_"))
 _SITE = Path(__file__).with_name("stand_in_site")
 VARIABLE = "BATCHBENCH_CUDA_STAND_IN"
 """The environment variable that installs the stand-in in child processes."""
@@ -152,7 +153,7 @@ def _place() -> str:
         name = frame.f_code.co_filename
         if name.startswith(_PACKAGE):
             return f"{name.removeprefix(_PACKAGE)}:{frame.f_lineno}"
-        if outside == "?" and name != __file__ and f"{os.sep}torch{os.sep}" not in name:
+        if outside == "?" and not name.startswith(_OWN) and f"{os.sep}torch{os.sep}" not in name:
             outside = f"{Path(name).name}:{frame.f_lineno}"
         frame = frame.f_back
     return outside

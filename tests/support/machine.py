@@ -30,6 +30,7 @@ KEPT = {
     *("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "PYTHONUTF8"),
     *("CUDA_VISIBLE_DEVICES", "CUDA_HOME"),
     *("BATCHBENCH_LLAMA_SERVER", "BATCHBENCH_VLLM_PYTHON", "BATCHBENCH_TRANSFORMERS"),
+    "BATCHBENCH_GGUF_PYTHON",
     *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "TEST_PROCESSOR", "TEST_ORDER"),
 }
 """Variables that a test still sees. None of them may decide how a test ends."""
@@ -42,7 +43,8 @@ GIVEN = {
     "PYTHONIOENCODING": "utf-8",
     "TZ": "UTC",
     "OMP_NUM_THREADS": "1",  # a tiny model gains nothing from a second thread
-    "TRITON_INTERPRET": "1",  # kernels of a GPU run on the CPU
+    # Kernels of a GPU run on the CPU, except where there is one.
+    "TRITON_INTERPRET": "0" if Path("/dev/nvidiactl").exists() else "1",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "GIT_CONFIG_NOSYSTEM": "1",

@@ -129,7 +129,7 @@ class LocalBench(Bench):
             spec=self.experiment.model,
             load=lambda: loaded,
         )
-        return {name: find(name).make(replace(context, name=name)) for name in serving.plug_ins}
+        return {name: _made(find(name), replace(context, name=name)) for name in serving.plug_ins}
 
     def strategy(self, name: str) -> Strategy:
         """Return a plug-in, or our scheduler under the policy of this name."""
@@ -147,12 +147,11 @@ class LocalBench(Bench):
             return WarmUp(0, True, None, None)
         self._watch.phase("warming up")
         batcher = self.batcher("continuous")
-        others = [self._guarded(strategy) for strategy in self._plug_ins.values()]
+        others = self._plug_ins.values()
         warm_up = trials.warm_up(batcher, others, self.workload, most=most, within=within)
         if self._loaded is None or self._loaded.device.type != "cuda":
             return warm_up
-        strategies = [self._guarded(strategy) for strategy in self.strategies()]
-        asked = self.experiment.trials
+        strategies, asked = self.strategies(), self.experiment.trials
         steps = int(self.workload.output_tokens.sum()) / self.experiment.serving.batch_size
         trial_s = trials.least_trial_s(self._energy, asked.max_time, asked.trials * len(strategies))
         warm_up, self._servings = trials.warm_up_whole(
@@ -169,10 +168,6 @@ class LocalBench(Bench):
         other = super().on(workload)
         other._servings = {}  # counted for the experiment's own workload
         return other
-
-    def _guarded(self, strategy: Strategy) -> Strategy:
-        plugs_in = strategy.name in self._plug_ins
-        return _Guarded(find(strategy.name), strategy) if plugs_in else strategy
 
     def check_time(self, warm_up: WarmUp) -> None:
         """Raise UsageError if one pair of trials takes longer than ``--max-time``."""
@@ -206,7 +201,7 @@ class LocalBench(Bench):
     def observe(self, strategy: Strategy, trial: int) -> Recording:
         """Serve one trial, with energy, load of other processes and speed of memory."""
         recording = trials.observe(
-            self._guarded(strategy),
+            strategy,
             self.workload,
             self._watch,
             trial,
@@ -246,9 +241,14 @@ class LocalBench(Bench):
         ]
 
 
+def _made(plug_in: PlugIn, context: Context) -> Strategy:
+    strategy = plug_in.make(context)
+    return strategy if plug_in.is_ours else _Guarded(plug_in, strategy)
+
+
 @dataclass(frozen=True)
 class _Guarded:
-    """A plug-in's strategy; errors that it raises name its package."""
+    """A strategy of another package; errors that it raises name that package."""
 
     plug_in: PlugIn
     strategy: Strategy
@@ -264,8 +264,6 @@ class _Guarded:
         except (BatchbenchError, KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:
-            if self.plug_in.is_ours:
-                raise
             raise self.plug_in.fault("failed while serving", error) from error
         if not isinstance(recording, Recording):
             what = f"returned a {type(recording).__name__}"

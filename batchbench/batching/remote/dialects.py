@@ -1,8 +1,8 @@
-"""The table of servers: what each accepts, what it says about itself, and where its tokens are.
+"""The table of servers: what each accepts, and what it says about itself.
 
 :func:`discover` finds the entry of a server with GET requests alone, so it generates nothing. The
-table and the functions on chunks are pure. `docs/servers.md` says which entries were measured on a
-running server, and which come from documentation and source code.
+table is data alone. `docs/servers.md` says which entries were measured on a running server, and
+which come from documentation and source code.
 """
 
 from __future__ import annotations
@@ -207,17 +207,19 @@ def discover(address: Address) -> Dialect:
 
 def _models(address: Address) -> list[Json]:
     """Return the entries of the server's list of models; empty if it has no such list."""
-    for path in ("/v1/models", "/v3/models"):  # OpenVINO's model server has the second alone
-        response = get(address, path)
-        if response.status in (401, 403):
-            raise UsageError(
-                f"--target: the server refuses the key (HTTP {response.status}); give the right "
-                "one with --api-key, or in the environment variable OPENAI_API_KEY"
-            )
-        data = _at(_parsed(response.body), "data") if response.status == 200 else None
-        if isinstance(data, list):
-            return [entry for entry in data if isinstance(entry, Mapping)]
-    return []
+    response = get(address, "/v1/models")
+    if response.status in (401, 403):
+        raise UsageError(
+            f"--target: the server refuses the key (HTTP {response.status}); give the right one "
+            "with --api-key, or in the environment variable OPENAI_API_KEY"
+        )
+    listed = _at(_parsed(response.body), "data") if response.status == 200 else None
+    if listed is None and _at(_object(address, "/v3/models"), "data"):
+        raise UsageError(  # OpenVINO's server, before it took /v1 as well
+            f"--target {address}: this server has its API under /v3; type --target {address}/v3"
+        )
+    entries = listed if isinstance(listed, list) else []
+    return [entry for entry in entries if isinstance(entry, Mapping)]
 
 
 def _object(address: Address, path: str) -> Json:

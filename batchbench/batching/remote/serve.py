@@ -80,7 +80,8 @@ class Served:
         finally:
             gc.enable()
         after = counters.read_counters(self.address, self.dialect)
-        if self.until_ns is not None and (len(exchanges) < len(workload) or _stopped(exchanges)):
+        cut_off = len(exchanges) < len(workload) and not feed.stopped
+        if self.until_ns is not None and (cut_off or _stopped(exchanges)):
             raise OutOfTimeError("the time is up during a trial")
         replies = [
             self._reply(workload, exchange)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchbench.batching.policies import POLICIES
-from batchbench.errors import BatchbenchError, UsageError, one_line, shown
+from batchbench.errors import BatchbenchError, UsageError, reason_in_short, shown
 
 if TYPE_CHECKING:
     from batchbench.batching.batcher import Strategy
@@ -25,14 +27,6 @@ if TYPE_CHECKING:
 
 GROUP = "batchbench.strategies"
 
-OURS: Mapping[str, str] = {
-    "generate_batch": "batchbench.batching.engines.generate_batch:make",
-    "vllm": "batchbench.batching.strategies.vllm:make",
-    "vllm-static": "batchbench.batching.strategies.vllm:make",
-}
-"""Our own plug-ins, which are found even if the installed metadata is of an older version."""
-
-
 _ABOUT: Mapping[str, str] = {
     "static": "batches of the waiting requests",
     "static-fixed": "static, and each batch waits until it is full",
@@ -41,7 +35,7 @@ _ABOUT: Mapping[str, str] = {
     "continuous": "a finished request is replaced at the next step",
     "generate_batch": "continuous batching of transformers",
     "vllm": "continuous batching of vLLM's engine, in this process",
-    "vllm-static": "the same engine, which gets a batch when the last one is done",
+    "vllm-static": "the same engine, one batch after another",
 }
 
 
@@ -96,7 +90,8 @@ class PlugIn:
 
     @property
     def is_ours(self) -> bool:
-        return self.name in OURS
+        """True if an error in it is a bug of batchbench."""
+        return self.package == _US
 
     def make(self, context: Context) -> Strategy:
         """Import the factory and call it.
@@ -136,8 +131,28 @@ class PlugIn:
         """Return the error to raise, which names the package."""
         if isinstance(error, str):
             return UsageError(f"{self._place} {what}: {error}")
-        why = one_line(str(error)) or "no reason given"
-        return UsageError(f"{self._place} {what}: {type(error).__name__}: {shown(why, 200)}")
+        why = reason_in_short(error) or "no reason given"
+        *_, last = traceback.extract_tb(error.__traceback__)
+        where = f" ({Path(last.filename).name}, line {last.lineno})"
+        return UsageError(
+            f"{self._place} {what}: {type(error).__name__}: {why}"
+            f"{'' if last.filename.startswith('<') else where}"
+        )
+
+
+_US = "batchbench"
+
+_VLLM = "batchbench.batching.strategies.vllm:make"
+
+OURS: Mapping[str, PlugIn] = {
+    plug_in.name: plug_in
+    for plug_in in (
+        PlugIn("generate_batch", "batchbench.batching.engines.generate_batch:make", _US),
+        PlugIn("vllm", _VLLM, "vllm"),
+        PlugIn("vllm-static", _VLLM, "vllm"),
+    )
+}
+"""Those that are found even if the installed metadata is of an older version."""
 
 
 def find(name: str) -> PlugIn:
@@ -147,7 +162,7 @@ def find(name: str) -> PlugIn:
         UsageError: there is none, or two packages have one of this name.
     """
     if name in OURS:
-        return PlugIn(name, OURS[name], "batchbench")
+        return OURS[name]
     found = [plug_in for plug_in in registered() if plug_in.name == name]
     if len(found) > 1:
         both = " and ".join(plug_in.package for plug_in in found)

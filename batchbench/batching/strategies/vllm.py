@@ -59,7 +59,7 @@ _ENGINES: dict[object, Any] = {}
 
 def _engine(context: Context, vllm: Any) -> Any:
     loaded = context.load()
-    key = (id(loaded), context.slots, context.max_len, context.max_batched_tokens)
+    key = (loaded.weights_digest, context.slots, context.max_len, context.max_batched_tokens)
     if key not in _ENGINES:
         _ENGINES.clear()
         from batchbench.batching.engines.torch.attention import kv_token_bytes

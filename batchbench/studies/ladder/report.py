@@ -239,7 +239,7 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
 
 def _causes(known: Mapping[str, Any]) -> list[str]:
     """Return the lines of a GPU on why its products take their time: arithmetic and launching."""
-    if known["launching_ms"] is None:
+    if known.get("launching_ms") is None:  # a CPU, or an earlier version's ladder
         return []
     return [
         f"    compute  {number(known['arithmetic_ms'])} ms for them at the rate of a large product",
@@ -258,7 +258,7 @@ def _ms(value: float | None) -> str:
 def table(result: LadderResult) -> Table:
     """Return a row for each rung."""
     rounds = result.data["config"]["ladder"]["rounds"]
-    several = any(rung["servings"] > 1 for rung in result.data["rungs"])
+    several = any(rung.get("servings", 1) > 1 for rung in result.data["rungs"])
     with_interval = ", with the 95 % interval" if rounds >= FEWEST_PAIRS else ""
     notes = (
         "÷ notebook, ÷ generate_batch: times as fast, median over "

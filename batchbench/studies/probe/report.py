@@ -78,7 +78,7 @@ def _failed(findings: Findings) -> int:
 
 
 def _ms(ns: float) -> str:
-    return f"{ns / _MS:.3g} ms"
+    return f"{ns / _MS:.3g} ms" if ns < 1e9 else f"{ns / 1e9:.3g} s"
 
 
 def _alone(verdict: Verdict) -> str:

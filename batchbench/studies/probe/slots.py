@@ -10,6 +10,9 @@ import numpy as np
 
 from batchbench.studies.probe.observations import Pace, Role, Round, Stream
 
+FEWEST_TOKENS = 3
+"""A request that ends earlier is over before it can be counted beside the others."""
+
 Span = tuple[float, float]
 """The beginning and the end of a request."""
 
@@ -47,16 +50,14 @@ def burst_of(round: Round, pace: Pace) -> Burst:
     gain = tokens * pace.gap_ns / max(round.duration_ns, 1)
     gap = _burst_gap(streams) or pace.gap_ns
     spans = sorted((_earliest_begin(s, pace), float(s.last_ns)) for s in streams)
-    # A request holds its slot in the step before its first token arrives, and an end may be late.
-    held = [(begin - 0.5 * gap, end - 0.3 * gap) for begin, end in spans]
-    most, groups = _most_at_once(held), _groups(held)
+    most, groups = _most_at_once(spans, 0.3 * gap), _groups(spans, 0.3 * gap)
     midway = 0 if pace.buffered else _midway(streams)
     equal = len({len(s.times_ns) for s in streams}) == 1 or not pace.buffered
     exact, gradual = _is_full(groups) and equal, False
-    overlap = _most_at_once([_longest_span(s, pace) for s in streams])
+    overlap = _most_at_once([_longest_span(s, pace) for s in streams], 0.0)
     if midway:
         exact, gradual = _saturated(streams, spans, most, gap, pace)
-    whole = all(s.answered for s in sent)
+    whole = all(s.answered and len(s.times_ns) >= FEWEST_TOKENS for s in sent)
     refused = sum(s.refused for s in sent)
     return Burst(
         *(len(sent), refused, most, exact and whole, midway, groups, gain, gradual),
@@ -86,22 +87,27 @@ def _burst_gap(streams: Sequence[Stream]) -> float:
     return float(np.median(np.concatenate(gaps))) if gaps else 0.0
 
 
-def _most_at_once(spans: Sequence[Span]) -> int:
-    """Return the largest number in progress."""
+def _most_at_once(spans: Sequence[Span], shorter_ns: float) -> int:
+    """Return the largest number in progress; each counts as a little shorter than it was.
+
+    A request that follows another one begins at least one step after its end, so an end that
+    arrives late does not count twice.
+    """
+    events = [(begin, 1) for begin, _ in spans]
+    events += [(max(end - shorter_ns, begin), -1) for begin, end in spans]
     level = most = 0
-    events = [(begin, 1) for begin, _ in spans] + [(end, -1) for _, end in spans]
     for _, change in sorted(events, key=lambda event: (event[0], -event[1])):
         level += change
         most = max(most, level)
     return most
 
 
-def _groups(spans: Sequence[Span]) -> tuple[int, ...]:
+def _groups(spans: Sequence[Span], shorter_ns: float) -> tuple[int, ...]:
     """Return the sizes of the groups between which nothing was in progress."""
     sizes: list[int] = []
     latest = -np.inf
     for begin, end in spans:
-        if begin > latest:
+        if begin > latest - shorter_ns:
             sizes.append(0)
         sizes[-1] += 1
         latest = max(latest, end)

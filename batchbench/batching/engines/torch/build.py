@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import psutil
@@ -73,6 +72,9 @@ they first compute."""
 
 REPORTING = 64 * 2**20
 """Memory of the libraries for tables and pictures, which are imported after the trials."""
+
+WORKSPACES = 64 * 2**20
+"""Memory of cuBLAS on a GPU: torch keeps 32 MiB on Hopper for the main stream and for graphs."""
 
 LARGEST_PRODUCT = 2**24
 """Maximum number of values in the timed product; times of more rows are extrapolated."""
@@ -262,7 +264,8 @@ def _check_forward(model: LoadedModel, forward: TransformersForward) -> None:
 
 def _check_room(model: LoadedModel, slots: int, served: Served) -> None:
     """Raise UsageError if serving ``slots`` requests together does not fit."""
-    room = int(free_bytes(model.device) * (1 - HEADROOM))
+    workspaces = WORKSPACES if model.device.type == "cuda" else 0
+    room = int(free_bytes(model.device) * (1 - HEADROOM)) - workspaces
     needed = served.bytes(slots)
     if needed <= room:
         return
@@ -326,7 +329,7 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     peak, fits = run.peak_bytes(slots), slots
     if peak > room:
         fits = largest_batch(lambda fewer: run.peak_bytes(fewer) <= room, slots)
-    launches = _launches(served) if device.type == "cuda" else 0
+    launches = _launches(served, device) if device.type == "cuda" else 0
     replayed = serving.engine == "slots" and serving.execution in ("auto", "graph")
     return Sizes(
         device=str(device),
@@ -346,9 +349,10 @@ WITH_TRITON, LEAN, WITH_TRANSFORMERS = (7, 6), (11, 13), (43, 24)
 passes: of GPT-2 with Triton's kernels and with torch's, and of a Llama in transformers' modules."""
 
 
-def _launches(served: Served) -> int:
-    pass_ = (WITH_TRITON if find_spec("triton") else LEAN) if served.lean else WITH_TRANSFORMERS
-    return int(pass_[0] * served.config.get_text_config().num_hidden_layers + pass_[1])
+def _launches(served: Served, device: torch.device) -> int:
+    lean = WITH_TRITON if supports_triton(device) else LEAN
+    of_layer, beside = lean if served.lean else WITH_TRANSFORMERS
+    return int(of_layer * served.config.get_text_config().num_hidden_layers + beside)
 
 
 _KERNELS = 100
@@ -420,7 +424,8 @@ class _Run:
         serving = max(self.served.bytes(slots) + paged, cached + buffer)
         verifying = cached + self._verification_bytes()
         if self.device.type != "cpu":
-            return resident + max(serving, verifying)
+            workspaces = WORKSPACES if self.device.type == "cuda" else 0
+            return resident + max(serving, verifying) + workspaces
         text = self.served.config.get_text_config()
         head = text.vocab_size * text.hidden_size * self.served.dtype.itemsize
         # Dummy weights are drawn in float32; a checkpoint's file is read into a second copy.
