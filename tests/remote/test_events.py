@@ -441,3 +441,17 @@ def test_the_clients_lag_is_told() -> None:
 
 def replace_read(read: Read, **values: Any) -> Read:
     return read._replace(**values)
+
+
+def test_a_line_without_end_is_split_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[int] = []
+
+    class Counting:
+        def split(self, data: bytes) -> list[bytes]:
+            searched.append(len(data))
+            return data.splitlines() if data.strip() else [b"", b"", b""]
+
+    monkeypatch.setattr("batchbench.batching.remote.events._LINE_END", Counting())
+    pieces = [(0, b"data: "), *((index, b"y" * 100) for index in range(1, 500))]
+    assert [len(found.data) for found in events_of(pieces)] == [49_900]
+    assert sum(searched) < 50_000

@@ -143,7 +143,8 @@ def events_of(pieces: Iterable[tuple[int, bytes]], *, whole: bool = True) -> Ite
     ``whole`` says that the body ends with the last piece; an event without the empty line after
     it then counts as well. A field ``error``, which some servers send, is an event of this kind.
     """
-    rest, after_cr, first = b"", False, True
+    begun: list[bytes] = []  # pieces of the line that has not ended
+    after_cr, first = False, True
     lines: list[str] = []
     kind, read = "", 0
     for index, data in chain(pieces, [(-1, b"\n\n")] if whole else []):
@@ -151,7 +152,11 @@ def events_of(pieces: Iterable[tuple[int, bytes]], *, whole: bool = True) -> Ite
         if after_cr:
             data = data.removeprefix(b"\n")
         after_cr = data.endswith(b"\r") or (after_cr and not data)
-        *ended, rest = _LINE_END.split(rest + data)
+        head, *others = _LINE_END.split(data)
+        begun.append(head)
+        if not others:
+            continue
+        ended, begun = [b"".join(begun), *others[:-1]], [others[-1]]
         for line in ended:
             if first:
                 line, first = line.removeprefix(codecs.BOM_UTF8), False
