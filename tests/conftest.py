@@ -188,7 +188,7 @@ def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cuda_stand_in(short_trials: None) -> Iterator[StandIn]:
+def cuda_stand_in(short_trials: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """Two CUDA devices that are none; skips the test where it cannot be."""
     from support.cuda_stand_in import StandIn, impossible
 
@@ -196,11 +196,12 @@ def cuda_stand_in(short_trials: None) -> Iterator[StandIn]:
         pytest.skip(why)
     with StandIn() as gpu:
         yield gpu
+        monkeypatch.undo()  # else a function of the stand-in that a test replaced would outlive it
         gc.collect()  # tensors of the stand-in must not outlive it
 
 
 @pytest.fixture
-def triton_stand_in(short_trials: None) -> Iterator[StandIn]:
+def triton_stand_in(short_trials: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """Two CUDA devices that are none, with Triton's kernels in Triton's interpreter."""
     from support.cuda_stand_in import StandIn, impossible
 
@@ -212,6 +213,7 @@ def triton_stand_in(short_trials: None) -> Iterator[StandIn]:
     with pytest.MonkeyPatch.context() as patch, StandIn(triton=True) as gpu:
         patch.setattr(graphs, "WARM_UPS", 1)  # the interpreter takes milliseconds a program
         yield gpu
+        monkeypatch.undo()  # else a function of the stand-in that a test replaced would outlive it
         gc.collect()  # tensors of the stand-in must not outlive it
 
 

@@ -192,7 +192,8 @@ def with_options(
         @functools.wraps(command)
         def call(context: typer.Context, help_all: bool = False, **values: Any) -> None:
             passed = {p.name: values.pop(p.name) for p in own}
-            typed = _typed(context, values, [*loose, *fields])
+            secrets = [pair for pair in axes if settings.about(pair[1]).variable]
+            typed = _typed(context, values, [*secrets, *loose, *fields])
             for name, read in named.items():
                 text = passed.pop(name)
                 typed |= read(text) if text is not None else {}

@@ -49,7 +49,7 @@ from batchbench.workloads.spec import WorkloadSpec
 
 COMMANDS = (
     *("run", "simulate", "predict", "breakeven", "ladder", "report", "reproduce", "watch"),
-    *("compare", "duet", "check", "trend"),
+    *("compare", "duet", "check", "trend", "probe"),
 )
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 
@@ -104,7 +104,7 @@ BAD_OPTIONS = [
     ("--slo ttft:-5", "--slo ttft:-5: must be"),
     ("--slo ttft:nan", "--slo ttft:nan: must be"),
     ("--slo ttft:5 --slo ttft:6", "--slo ttft:6: ttft has a limit already"),
-    ("--strategy nope", "--strategy nope: must be one of static, static-fixed, static-b"),
+    ("--strategy nope", "--strategy nope: no such strategy; --strategy help lists all"),
     ("--strategy static-oracle --stop-at-eos", "--strategy static-oracle: sorts by output length"),
     ("--max-wait 5 --strategy continuous", "--max-wait 5: none of --strategy continuous waits"),
     ("--max-wait -1", "--max-wait -1: must be at least 0"),

@@ -98,3 +98,16 @@ def test_a_refusal_that_would_come_again_is_a_usage_error(status: int) -> None:
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503])
 def test_a_server_that_is_busy_or_broken_is_not(status: int) -> None:
     assert not Failure(FailureKind.STATUS, "", status).is_usage
+
+
+def test_no_message_repeats_what_follows_the_path() -> None:
+    for url in ("http://h/v1?key=SECRET", "http://h#SECRET", "h?SECRET", "http://h:x?SECRET"):
+        with pytest.raises(UsageError) as error:
+            Address.parse(url)
+        assert "SECRET" not in str(error.value)
+
+
+@pytest.mark.parametrize("port", ["abc", "-1", "99999"])
+def test_a_wrong_port_is_told_in_our_words(port: str) -> None:
+    with pytest.raises(UsageError, match="a port is a number from 1 to 65535"):
+        Address.parse(f"http://h:{port}")

@@ -432,3 +432,8 @@ def test_the_clients_lag_is_told() -> None:
 
 def replace_read(read: Read, **values: Any) -> Read:
     return read._replace(**values)
+
+
+def test_a_line_in_many_pieces_is_one_event() -> None:
+    pieces = [(0, b"data: "), *((index, b"y" * 100) for index in range(1, 500))]
+    assert [(found.read, len(found.data)) for found in events_of(pieces)] == [(499, 49_900)]

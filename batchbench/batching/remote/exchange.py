@@ -114,16 +114,23 @@ class Address:
         """
         if "@" in url:
             raise UsageError(f"{option}: a URL with a password is not accepted; use --api-key")
-        says = f"{option} {shown(url)}"
+        bare = re.split("[?#]", url, maxsplit=1)[0]  # a query may hold a key
+        says = f"{option} {shown(bare)}"
         if "://" not in url:
-            raise UsageError(f"{says}: a URL needs its scheme; type {option} http://{shown(url)}")
+            raise UsageError(f"{says}: a URL needs its scheme; type {option} http://{shown(bare)}")
         if not _is_plain(url):
             raise UsageError(f"{says}: a URL has only printable ASCII characters and no spaces")
         try:
             parts = urlsplit(url)
-            port, host = parts.port, unquote(parts.hostname or "")
+            host = unquote(parts.hostname or "")
         except ValueError as error:
             raise UsageError(f"{says}: is not a URL ({error})") from error
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise UsageError(
+                f"{says}: is not a URL (a port is a number from 1 to 65535)"
+            ) from error
         if parts.scheme not in _PORTS:
             raise UsageError(f"{says}: begin the URL with http:// or https://")
         if not host or port == 0:
