@@ -10,10 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from batchbench.batching.policies import POLICIES
-from batchbench.reports.statistics import Ratio
-
-if TYPE_CHECKING:  # scipy takes 0.5 s to import, and spelling a number does not need it
-    from batchbench.reports.statistics import Ratio
 
 if TYPE_CHECKING:  # scipy takes 0.5 s to import, and spelling a number does not need it
     from batchbench.reports.statistics import Ratio
