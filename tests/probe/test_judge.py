@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -134,6 +135,19 @@ def test_a_timer_that_sends_the_tokens_of_replicas_does_not_deceive(
     assert found.kind is UNKNOWN
     assert found.joining is not None
     assert found.joining.joined
+
+
+def test_no_reason_states_as_a_fact_that_there_is_a_timer() -> None:
+    """A busy machine makes tokens late too, and from outside it looks the same."""
+    reasons = [
+        verdict_of(Kind(policy, step=40, tick=40 * share, replicas=replicas, chunk=chunk)).reason
+        for policy in ("continuous", "static")
+        for share in (0.3, 0.95, 1.2)
+        for replicas, chunk in ((1, 1), (2, 1), (2, 0))
+    ]
+    about = [reason for reason in reasons if "timer" in reason]
+    assert any("as if a timer" in reason for reason in about)
+    assert all("a busy machine can cause it" in reason for reason in about)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -312,6 +326,15 @@ def test_chunks_that_a_busy_client_reads_at_once_are_no_timer() -> None:
 
 
 # Slots
+
+
+def test_a_burst_grows_only_if_half_of_it_ran_together() -> None:
+    for seed in range(6):
+        seen, _ = observe(Kind(slots=4, early_end=0.1), seed)
+        pace = pace_of(seen.alone)
+        assert pace is not None
+        for before, after in pairwise([burst_of(round, pace) for round in seen.bursts]):
+            assert after.sent <= before.sent or 2 * before.most >= before.sent
 
 
 def burst(*streams: Stream) -> Round:

@@ -14,7 +14,7 @@ from support.program import here as here
 from support.program import program as program
 from support.schedules import FIVE, MS, Schedule
 from support.servers import Manner
-from support.streams import DialectName
+from support.streams import SSE_HEAD, DialectName, chunked, event
 from support.wired import URL, wired
 
 from batchbench.batching.progress import Watch
@@ -202,6 +202,75 @@ def test_a_request_that_fails_later_is_told_and_exit_code_1(
     said = program("probe", URL)
     assert said.code == 1
     assert "1 request; the first: it broke" in said.out
+
+
+def hide_tokens(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let a server show no text of requests of so few tokens, which its usage counts."""
+    answer = ask.wire.exchange
+    asked: list[int] = []
+    body_for = ask.body_for
+
+    def keeping(*given: Any, **more: Any) -> bytes:
+        asked.append(given[4])
+        return body_for(*given, **more)
+
+    def exchange(*given: Any, **more: Any) -> Any:
+        asked.clear()
+        done = answer(*given, **more)
+        for i, (tokens, one) in enumerate(zip(asked, done, strict=True)):
+            if tokens <= most:
+                end = {"choices": [{"text": "", "finish_reason": "length"}]}
+                end |= {"usage": {"completion_tokens": tokens}}
+                data = SSE_HEAD + b"".join(chunked(d) for d in (event(end), event("[DONE]"), b""))
+                done[i] = replace(one, reads=[one.reads[-1]._replace(data=data)])
+        return done
+
+    monkeypatch.setattr(ask, "body_for", keeping)
+    monkeypatch.setattr(ask.wire, "exchange", exchange)
+
+
+def test_a_request_that_shows_no_token_does_not_end_the_probe(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server holds back half a character: it counts a token and sends no text."""
+    wired(monkeypatch)
+    hide_tokens(monkeypatch, most=1)
+    said = program("probe", URL, "--json")
+    data = json.loads(said.out)
+    assert said.code == 0
+    assert (data["verdict"], data["slots"], data["slots_is_lower_bound"]) == (
+        *("continuous", 8, False),
+    )
+    assert "showed no token" in data["evidence"]["tests"]["Left out"]
+    assert any(s["failure"] == "no token shown" for r in data["evidence"]["rounds"] for s in r)
+
+
+@pytest.mark.parametrize("most", [6, 8, 10**6])
+def test_too_many_requests_without_a_token_are_why_it_cannot_tell(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    wired(monkeypatch)
+    hide_tokens(monkeypatch, most)
+    verdict = ask.probe(TargetSpec(target=URL), "auto", 60.0, Watch()).verdict
+    assert verdict.kind is Kind.UNKNOWN
+    assert "requests showed no token, though the server counts some" in verdict.reason
+    assert " time " not in verdict.reason
+
+
+def test_a_reason_names_a_failure_or_the_time_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = wired(monkeypatch)
+    for trial in range(1, 20):
+        network.trials, network.breaks = [], {trial: [0]}
+        verdict = ask.probe(TargetSpec(target=URL), "auto", 60.0, Watch()).verdict
+        if verdict.kind is Kind.UNKNOWN:
+            assert verdict.reason.endswith("; the probe ended when a request failed (it broke)")
+            assert " time " not in verdict.reason
+    assert network.trials
+    slow = findings_on(monkeypatch, Schedule(step_ns=5000 * MS)).verdict
+    assert slow.kind is Kind.UNKNOWN
+    assert slow.reason.endswith("; its time was over, so try --max-time 180")
+    turns = findings_on(monkeypatch, Schedule("sliced")).verdict
+    assert " time " not in turns.reason
 
 
 def test_a_refusal_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from dataclasses import dataclass, replace
@@ -34,6 +35,9 @@ NO_ROOM = (429, 503)
 
 OTHERS_TOKENS = 1.05
 """The server may count this multiple of the tokens that the probe received."""
+
+MOST_HIDDEN = 0.25
+"""Share of requests without a visible token, above which they are why the probe can't tell."""
 
 _PHASES = {
     Role.ALONE: "one request alone",
@@ -91,7 +95,8 @@ def probe(target: TargetSpec, model: str, max_time_s: float, watch: Watch) -> Fi
         if any(s.failure for s in round.streams):
             break
     after = read_counters(asker.address, asker.dialect)
-    seen = replace(seen, server=asker.server(before, after, seen))
+    server = asker.server(before, after, seen)
+    seen = replace(seen, server=server, ended=asker.ended(seen, max_time_s))
     return Findings(
         target=str(asker.address),
         model=asker.model,
@@ -134,12 +139,16 @@ class _Asker:
             failure = None if times else failure
         if failure is not None and failure.kind is FailureKind.NO_USAGE and times:
             failure = None
+        hidden = 0
+        if failure is not None and failure.kind is FailureKind.ZERO_TOKENS and not times:
+            hidden = reply.usage_output or 0
+            failure = None if hidden else failure
         self._first = self._first or failure
         refused = failure is not None and failure.status in NO_ROOM
         text = "" if failure is None or refused else failure.text
         if failure is not None and text and failure.kind is not FailureKind.STOPPED:
             self.failures.append(text)
-        return Stream(sent.role, sent.tokens, one.sent_ns, times, refused, text)
+        return Stream(sent.role, sent.tokens, one.sent_ns, times, refused, text, hidden)
 
     def body(self, send: Send) -> bytes:
         """Return a request for so many tokens; no two prompts are the same."""
@@ -175,6 +184,22 @@ class _Asker:
             )
         raise UsageError(f"{self.address}: {first.text}")
 
+    def ended(self, seen: Observations, max_time_s: float) -> str:
+        """Return why the probe ended before it had seen enough; empty if it did not."""
+        if self.failures:
+            return f"the probe ended when a request failed ({self.failures[0]})"
+        streams = seen.streams
+        hidden = sum(bool(s.hidden) for s in streams)
+        if MOST_HIDDEN * len(streams) < hidden:
+            return (
+                f"{hidden} of {len(streams)} requests showed no token, though the server counts "
+                "some"
+            )
+        stopped = any(s.failure for s in streams)
+        if stopped or next_script(seen, math.inf, np.random.default_rng(0)):
+            return f"its time was over, so try --max-time {3 * max_time_s:g}"
+        return ""
+
     def server(
         self,
         before: ServerCounters | None,
@@ -189,9 +214,8 @@ class _Asker:
         if after is None or seen is None:
             return replace(server, others=others)
         grown = after.since(before)
-        streams = [s for round in seen.rounds for s in round.streams]
-        tokens = sum(len(s.times_ns) for s in streams)
-        whole = all(s.answered or s.refused for s in streams)
+        tokens = sum(len(s.times_ns) + s.hidden for s in seen.streams)
+        whole = all(s.answered or s.refused or s.hidden for s in seen.streams)
         others += (after.running or 0) + (after.waiting or 0) if whole else 0
         foreign = whole and (grown.output_tokens or 0) > OTHERS_TOKENS * tokens + 20
         return replace(server, others=max(others, int(foreign)), passes=grown.passes, tokens=tokens)

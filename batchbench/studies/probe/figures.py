@@ -116,8 +116,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
         colour = short if stream.role is Role.SHORT else long
         sent = (stream.sent_ns - begin) / 1e9
         if not stream.times_ns:
-            text = "refused" if stream.refused else "failed"
-            axes.text(sent, row, text, va="center", size=8, color=INK)
+            axes.text(sent, row, stream.lack, va="center", size=8, color=INK)
             continue
         times = [(time - begin) / 1e9 for time in stream.times_ns]
         axes.plot([sent, times[0]], [row, row], color=colour, lw=1, ls=":")
@@ -128,4 +127,3 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.tick_params(axis="y", length=0, labelsize=8)
     axes.set_xlabel("seconds", size=8.5)
     strip_axes(axes, "bottom")
-    axes.set_yticks(range(len(panel.streams)), [panel.name(s) for s in panel.streams])

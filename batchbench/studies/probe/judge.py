@@ -72,7 +72,7 @@ def judge(observations: Observations) -> Verdict:
     """Return the verdict on everything that was observed."""
     pace = pace_of(observations.alone)
     if pace is None:
-        reason = "no request was answered"
+        reason = _because("no request was answered", observations)
         return Verdict(Kind.UNKNOWN, None, False, reason, None, None, None, (), ())
     joining = joining_of(observations, pace)
     shared = shared_steps(observations, pace)
@@ -80,18 +80,24 @@ def judge(observations: Observations) -> Verdict:
     busy = tuple(signs_of_others(observations, joining))
     kind, reason = _decide(observations, pace, joining, shared, bursts)
     slots, bound = None, False
-    if kind is not Kind.UNKNOWN:
+    if kind is Kind.UNKNOWN:
+        reason = _because(reason, observations)
+    else:
         slots, bound = _slots(kind, bursts, shared, observations, busy=bool(busy))
     return Verdict(kind, slots, bound, reason, pace, joining, shared, bursts, busy)
+
+
+def _because(reason: str, observations: Observations) -> str:
+    return f"{reason}; {observations.ended}" if observations.ended else reason
 
 
 def signs_of_others(observations: Observations, joining: Joining) -> list[str]:
     """Return the signs that other people's requests were served too."""
     signs = []
     if observations.server.others:
-        signs.append(f"the server counted {observations.server.others} requests of others")
+        signs.append("the server counted requests of others")
     if joining.loose:
-        signs.append(f"{joining.loose} requests waited for something that was not the probe's")
+        signs.append("some requests waited for longer than those of the probe explain")
     return signs
 
 
@@ -115,9 +121,14 @@ def _decide(
         if observations.lag_ns > WINDOW * pace.gap_ns:
             return Kind.UNKNOWN, "this machine was too busy to tell at which step a token arrived"
         if len(beginnings_of(observations)) < FEWEST_BEGINNINGS:
-            return Kind.UNKNOWN, "there was no time to exclude that a timer sends the tokens"
+            return Kind.UNKNOWN, (
+                "too few requests began on an idle server to exclude that a timer sends the tokens"
+            )
         if sends_by_timer(observations, pace):
-            return Kind.UNKNOWN, "tokens are sent at the ticks of a timer, which hide the steps"
+            return Kind.UNKNOWN, (
+                "tokens arrive as if a timer sent them, which would hide the steps; "
+                "a busy machine can cause it too"
+            )
         return Kind.CONTINUOUS, "requests join a running batch and share its steps"
     if joining.joined:
         return Kind.UNKNOWN, _unshared(joining, shared)
@@ -129,7 +140,7 @@ def _decide(
         return Kind.UNKNOWN, (
             "requests wait for a long one to end, but not for one another"
             if bursts
-            else "there was no time to count the slots"
+            else "requests wait for a long one to end, but the slots were not counted"
         )
     if max(b.most for b in bursts) > 1:
         return Kind.STATIC, "requests wait until all requests of the running batch have ended"
@@ -144,10 +155,10 @@ def _unshared(joining: Joining, shared: SharedSteps) -> str:
     if shared.compared < FEWEST_COMPARED:
         return f"only {shared.compared} requests that joined could be compared with a running one"
     if shared.in_turns:
-        return "requests overlap, but get their tokens in turns: they do not share steps"
+        return "requests overlap, but get their tokens as if in turns: they share no steps"
     return (
-        "requests overlap, but not enough of them share steps: replicas behind one address, or "
-        "tokens sent at the ticks of a timer"
+        "requests overlap, but too few of them seem to share steps; replicas behind one address, "
+        "a timer that sends the tokens, or a busy machine can cause it"
     )
 
 

@@ -44,6 +44,8 @@ class Stream:
         times_ns: arrival of each output token, ``[tokens]``; tokens of one chunk share a time.
         refused: the server said that it has no room (HTTP 429 or 503).
         failure: why the request failed otherwise; empty if it did not.
+        hidden: tokens that the server counted without showing any, as it does if it holds back
+            half a character.
     """
 
     role: Role
@@ -52,10 +54,18 @@ class Stream:
     times_ns: tuple[int, ...] = ()
     refused: bool = False
     failure: str = ""
+    hidden: int = 0
 
     @property
     def answered(self) -> bool:
         return bool(self.times_ns) and not self.refused and not self.failure
+
+    @property
+    def lack(self) -> str:
+        """Why it has no tokens to look at, in a few words; empty if it has some."""
+        if self.answered:
+            return ""
+        return "refused" if self.refused else "no token shown" if self.hidden else "failed"
 
     @property
     def first_ns(self) -> int:
@@ -140,19 +150,25 @@ class Observations:
     """Everything that a probe saw.
 
     Attributes:
-        lag_ns: how late the client itself woke up, as the 90th percentile; 0 where the system
+        lag_ns: how late the client itself woke up, as the 99th percentile; 0 where the system
             stamps arrivals.
+        ended: why the probe ended before it had seen enough; empty if it did not.
     """
 
     rounds: Sequence[Round]
     server: Server = Server()
     lag_ns: int = 0
+    ended: str = ""
 
     @cached_property
     def alone(self) -> list[Stream]:
         """The requests that were served alone, without the first, which warms the server up."""
         alone = [s for r in self.rounds for s in r.of(Role.ALONE)]
         return [stream for stream in alone[1:] or alone if stream.answered]
+
+    @property
+    def streams(self) -> list[Stream]:
+        return [stream for round in self.rounds for stream in round.streams]
 
     @property
     def joining(self) -> list[Round]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
-from batchbench.reports.text import joined, percent, plural, spell_time
+from batchbench.reports.text import percent, plural, spell_time
 from batchbench.studies.probe.ask import Findings
 from batchbench.studies.probe.figures import Panel, draw_streams, panels_of
 from batchbench.studies.probe.judge import Kind, Verdict
@@ -46,7 +46,7 @@ def headline(verdict: Verdict) -> str:
         case Kind.STATIC:
             return f"static batching with {count}"
         case Kind.SERIAL:
-            return "serial: one request at a time"
+            return "serial, one request at a time"
         case Kind.UNKNOWN:
             return "cannot tell"
 
@@ -66,15 +66,14 @@ def tests_of(findings: Findings) -> list[tuple[str, str]]:
     rows = [("One alone", _alone(verdict)), ("Joining", _joining(verdict))]
     rows += [("Shared steps", _shared(verdict)), ("Slots", _slots(verdict))]
     rows += [("Server says", _server(findings)), ("Others", _others(verdict))]
+    streams = findings.observations.streams
+    if hidden := sum(bool(s.hidden) for s in streams):
+        text = f"{plural(hidden, 'request')} showed no token, though the server counts some."
+        rows.append(("Left out", text))
     if findings.failures:
-        first = findings.failures[0]
-        rows.append(("Failed", f"{plural(_failed(findings), 'request')}; the first: {first}"))
+        failed = plural(sum(bool(s.failure) for s in streams), "request")
+        rows.append(("Failed", f"{failed}; the first: {findings.failures[0]}"))
     return [(name, text) for name, text in rows if text]
-
-
-def _failed(findings: Findings) -> int:
-    streams = [s for r in findings.observations.rounds for s in r.streams]
-    return sum(bool(s.failure) for s in streams)
 
 
 def _ms(ns: float) -> str:
@@ -96,24 +95,23 @@ def _alone(verdict: Verdict) -> str:
 
 
 def _joining(verdict: Verdict) -> str:
-    seen = verdict.joining
-    if seen is None:
+    seen, pace = verdict.joining, verdict.pace
+    if seen is None or pace is None:
         return ""
     clear = seen.joined + seen.waited
     if not clear and not seen.refused:
         return "No short request could be compared with a long one."
     parts = []
+    of_all = f"of {plural(clear, 'short request')}"
     if seen.joined:
-        share = float(np.median([wait for wait in seen.waits if wait < 1] or [0.0]))
+        share = percent(float(np.median([wait for wait in seen.waits if wait < 1] or [0.0])))
+        begun = "ended" if pace.buffered else "got the first token"
         parts.append(
-            f"{seen.joined} of {plural(clear, 'short request')} got the first token while a long "
-            f"request was running, after {percent(share)} of the time that it still took"
+            f"{seen.joined} {of_all} {begun} while a long one was running; they waited for about "
+            f"{share} of the time that it had left"
         )
     if seen.waited:
-        parts.append(
-            f"{seen.waited} of {plural(clear, 'short request')} waited until the long request had "
-            "ended"
-        )
+        parts.append(f"{seen.waited} {of_all} waited until the long one had ended")
     if seen.refused:
         parts.append(f"{plural(seen.refused, 'short request')} were refused meanwhile")
     return f"{'; '.join(parts)}."
@@ -124,18 +122,18 @@ def _shared(verdict: Verdict) -> str:
     if seen is None or pace is None or not seen.compared:
         return ""
     within = f"within {percent(seen.window)} of a step"
-    chance = f"About {2 * seen.window * seen.compared:.1f} would by chance"
+    chance = f"By chance about {2 * seen.window * seen.compared:.1f} would"
     if pace.buffered:
         return (
             f"{seen.together} of {plural(seen.compared, 'pair')} ended together {within}, although "
             f"the second request was sent later. {chance}."
         )
     text = (
-        f"{seen.together} of {plural(seen.compared, 'request')} got their tokens together with "
-        f"the long one's, {within}. {chance}."
+        f"{seen.together} of {plural(seen.compared, 'short request')} got their tokens together "
+        f"with the long one, {within} (the time of one token). {chance}."
     )
     if seen.shown and seen.apart:
-        text += f" {seen.apart} did not: there seem to be replicas behind this address."
+        text += f" {seen.apart} did not: replicas or a busy machine can cause it."
     return text
 
 
@@ -144,26 +142,24 @@ def _slots(verdict: Verdict) -> str:
         return ""
     last = verdict.bursts[-2:]
     seen = list(dict.fromkeys(_burst(burst) for burst in last))
-    twice = " Twice." if len(last) > len(seen) else ""
-    return f"{' '.join(seen)}{twice} {_gain(last)}"
-
-
-def _gain(bursts: Sequence[Burst]) -> str:
-    gain = float(np.median([burst.gain for burst in bursts]))
-    return f"Together they got {gain:.1f} times the tokens per second of one alone."
+    twice = " So it was a second time." if len(last) > len(seen) else ""
+    gain = float(np.median([burst.gain for burst in last]))
+    return (
+        f"{' '.join(seen)}{twice} Together they got {gain:.1f} times the tokens per second of one "
+        "alone."
+    )
 
 
 def _burst(burst: Burst) -> str:
     if burst.sequential:
-        return f"{burst.sent} at once: they ran one after another."
-    text = f"{burst.sent} at once: {burst.most} ran at the same time"
+        return f"{burst.sent} requests sent at once ran one after another."
+    text = f"Of {burst.sent} requests sent at once, {burst.most} ran at the same time"
     if burst.refused:
         text += f", {burst.refused} were refused"
     elif burst.exact and burst.midway:
         text += ", and each of the others began when one had ended"
     elif burst.exact:
-        groups = joined([str(size) for size in burst.groups[:8]])
-        text += f", in groups of {groups}, one after another"
+        text += f", in {len(burst.groups)} groups one after another"
     elif burst.most == burst.sent:
         text += ", so there may be more slots"
     return f"{text}."
@@ -172,7 +168,7 @@ def _burst(burst: Burst) -> str:
 def _server(findings: Findings) -> str:
     dialect, server = findings.dialect, findings.observations.server
     name = f"{dialect.name} {dialect.version or ''}".strip()
-    parts = [name if dialect.name != "openai" else "no name"]
+    parts = [name if dialect.name != "openai" else "nothing about itself"]
     if server.slots is not None:
         parts.append(plural(server.slots, "slot"))
     if server.passes and server.tokens:
@@ -192,7 +188,6 @@ def _others(verdict: Verdict) -> str:
 
 def render(findings: Findings, width: int) -> RenderableType:
     """Return the report for a terminal of so many columns."""
-    verdict = findings.verdict
     tests = [*tests_of(findings), ("Time", f"The probe took {spell_time(findings.took_s)}.")]
     left = max(len(name) for name, _ in tests) + 2
     lines = [
@@ -205,8 +200,6 @@ def render(findings: Findings, width: int) -> RenderableType:
     for panel in panels_of(findings.observations.rounds):
         parts += ["", Text(panel.title, "bold"), Text("\n".join(rows_of(panel, width)))]
     parts += ["", Text(f"· waiting   {TOKEN} token   ─ between tokens")]
-    if verdict.kind is Kind.UNKNOWN and verdict.shared and not verdict.shared.shown:
-        parts.append(Text("More time may help: --max-time 180."))
     return Group(*parts)
 
 
@@ -236,7 +229,7 @@ def _row(stream: Stream, begin: float, scale: float, columns: int) -> str:
 
     cells = [" "] * columns
     if not stream.times_ns:
-        return " " * max(0, column(stream.sent_ns)) + ("refused" if stream.refused else "failed")
+        return " " * max(0, column(stream.sent_ns)) + stream.lack
     first, last = column(stream.first_ns), column(stream.last_ns)
     for i in range(max(0, column(stream.sent_ns)), min(last + 1, columns)):
         cells[i] = "·" if i < first else "─"
@@ -329,7 +322,7 @@ def _round(round: Round, begin: int) -> list[Mapping[str, Any]]:
             "asked": s.asked,
             "sent_ms": (s.sent_ns - begin) / _MS,
             "token_ms": [(time - begin) / _MS for time in s.times_ns],
-            "failure": "refused" if s.refused else s.failure or None,
+            "failure": s.failure or s.lack or None,
         }
         for s in round.streams
     ]

@@ -16,9 +16,9 @@ from batchbench.studies.probe.joining import joining_of
 from batchbench.studies.probe.judge import WAITING_ROUNDS
 from batchbench.studies.probe.observations import Observations, Pace, Role, pace_of
 from batchbench.studies.probe.slots import Burst, burst_of
-from batchbench.studies.probe.steps import FEWEST_BEGINNINGS, shared_steps
+from batchbench.studies.probe.steps import FEWEST_BEGINNINGS, beginnings_of, shared_steps
 
-WARM_UP_TOKENS = 8
+WARM_UP_TOKENS, MOST_WARM_UPS = 8, 3
 LONE_TOKENS = 24
 
 SHORT_TOKENS = 6
@@ -35,6 +35,9 @@ ENOUGH_COMPARED = 12
 
 PAIR_TOKENS, PAIR_STEPS = 5, 2
 """Tokens of the second request of a pair, and by how many the first one is longer and earlier."""
+
+MOST_ROUNDS = 40
+"""Rounds after which no more requests are sent alone."""
 
 BURSTS = (4, 16, 64)
 """Requests of a burst; the first is for servers on which requests wait."""
@@ -129,7 +132,7 @@ def next_script(
 ) -> Script | None:
     """Return the next round that fits into the time left; None if there is nothing to learn."""
     alone = [s for r in observations.rounds for s in r.of(Role.ALONE)]
-    if not alone:
+    if not any(s.answered for s in alone) and len(alone) < MOST_WARM_UPS:
         return Script([(Role.ALONE, WARM_UP_TOKENS, 0)])
     pace = pace_of(observations.alone)
     if pace is None:
@@ -175,9 +178,13 @@ def _beginning(
     observations: Observations, pace: Pace, random: np.random.Generator
 ) -> Script | None:
     """Return one more token alone, if too few requests began on an idle server to see a timer."""
-    if len(observations.rounds) > FEWEST_BEGINNINGS:
+    enough = len(beginnings_of(observations)) >= FEWEST_BEGINNINGS
+    if enough or len(observations.rounds) > MOST_ROUNDS:
         return None
-    return _single(1, pace, random) if shared_steps(observations, pace).shown else None
+    # The text of one token may be held back, so ask for more of them after that.
+    hidden = sum(bool(s.hidden) for s in observations.streams)
+    tokens = min(1 << hidden, WARM_UP_TOKENS)
+    return _single(tokens, pace, random) if shared_steps(observations, pace).shown else None
 
 
 def _within_context(tokens: int, observations: Observations) -> int:
@@ -320,6 +327,7 @@ def _burst_size(bursts: Sequence[Burst], waits: bool) -> int | None:
     larger = [n for n in BURSTS if n > last.sent]
     if last.gradual and sum(b.gradual for b in bursts) < 3:
         return last.sent
-    if larger and last.most > last.sent // 8:
+    if larger and 2 * last.most >= last.sent:
         return larger[0]
-    return last.sent if sum(b.sent == last.sent for b in bursts) < 2 else None
+    most = 3 if any(b.exact for b in bursts) else 2
+    return last.sent if sum(b.sent == last.sent for b in bursts) < most else None
