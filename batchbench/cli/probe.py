@@ -21,6 +21,7 @@ from batchbench.cli.output import (
     print_ending,
 )
 from batchbench.errors import UsageError
+from batchbench.json_file import json_text
 from batchbench.settings import setting
 
 PROBE_HELP = """Find out if a server batches continuously, and how many slots it has.
@@ -122,7 +123,7 @@ def _probe(target: TargetSpec, spec: ProbeSpec) -> tuple[bool, bool]:
     data = report.data_of(findings, command)
     files = report.write_probe(spec.output, findings, data) if spec.output else []
     if spec.json:
-        echo_json(report.to_json(data))
+        echo_json(json_text(data))
     elif spec.quiet:
         echo(report.sentence(findings))
     else:

@@ -344,6 +344,13 @@ def test_a_refused_request_has_a_row() -> None:
     assert "refused" in rows[1]
 
 
+def test_the_row_of_a_late_request_without_a_token_fits_the_width() -> None:
+    late = Stream(Role.SHORT, 6, 550 * MS, hidden=6)
+    rows = report.rows_of(Panel("title", [steady(Role.LONG, 0, 30, 36), late]), 80)
+    assert rows[1].endswith("no token shown")
+    assert len(rows[1]) <= 80
+
+
 def test_pictures_of_nothing_and_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     assert panels_of([]) == []
     assert draw_streams([], "cannot tell", "title").axes == []

@@ -30,12 +30,8 @@ from batchbench.studies.probe.judge import Verdict, judge
 from batchbench.studies.probe.observations import Observations, Role, Round, Server, Stream
 from batchbench.studies.probe.script import Pause, Player, Script, Send, next_script
 
-NO_ROOM = (429, 503)
-"""Statuses of a server that has no room for a request."""
-
-OTHERS_TOKENS = 1.05
-"""The server may count this multiple of the tokens that the probe received."""
-
+NO_ROOM = (429, 503)  # statuses of a server that has no room for a request
+OTHERS_TOKENS = 1.05  # the server may count this multiple of the tokens that the probe received
 MOST_HIDDEN = 0.25
 """Share of requests without a visible token, above which they are why the probe can't tell."""
 
@@ -76,7 +72,7 @@ def probe(target: TargetSpec, model: str, max_time_s: float, watch: Watch) -> Fi
     began = time.monotonic_ns()
     asker = _Asker(target, model, began + int(max_time_s * 1e9))
     before = read_counters(asker.address, asker.dialect)
-    seen = Observations((), asker.server(before))
+    seen = Observations((), asker.server)
     random = np.random.default_rng(0)  # the server's clock is not known: any moment is random
     phase = None
     while True:
@@ -95,7 +91,7 @@ def probe(target: TargetSpec, model: str, max_time_s: float, watch: Watch) -> Fi
         if any(s.failure for s in round.streams):
             break
     after = read_counters(asker.address, asker.dialect)
-    server = asker.server(before, after, seen)
+    server = asker.counted(before, after, seen)
     seen = replace(seen, server=server, ended=asker.ended(seen, max_time_s))
     return Findings(
         target=str(asker.address),
@@ -117,7 +113,8 @@ class _Asker:
         self.model = served_model(model, self.dialect)
         self.until_ns, self.lag_ns = until_ns, 0
         self.failures: list[str] = []
-        self._target, self._number = target, 0
+        self.server = Server(slots=self.dialect.slots, context=self.dialect.context)
+        self.endpoint, self._extra, self._number = target.endpoint, target.extra, 0
         self._first: Failure | None = None
 
     def play(self, script: Script) -> Round:
@@ -162,16 +159,12 @@ class _Asker:
             prompt = [300 + self._number % 600, *(300 + secrets.randbelow(600) for _ in range(7))]
         return body_for(
             self.dialect,
-            self._target.endpoint,
+            self.endpoint,
             self.model,
             prompt,
             send.tokens,
-            extra_body=self._target.extra,
+            extra_body=self._extra,
         )
-
-    @property
-    def endpoint(self) -> str:
-        return self._target.endpoint
 
     def check_first(self, max_time_s: float) -> None:
         """Raise UsageError if the first request of all had no answer."""
@@ -200,25 +193,22 @@ class _Asker:
             return f"its time was over, so try --max-time {3 * max_time_s:g}"
         return ""
 
-    def server(
-        self,
-        before: ServerCounters | None,
-        after: ServerCounters | None = None,
-        seen: Observations | None = None,
+    def counted(
+        self, before: ServerCounters | None, after: ServerCounters | None, seen: Observations
     ) -> Server:
-        """Return the server's own statements; ``before`` and ``after`` are its counters."""
-        server = Server(slots=self.dialect.slots, context=self.dialect.context)
+        """Return the server's own statements, with what it counted from before to after."""
         if before is None:
-            return server
+            return self.server
         others = (before.running or 0) + (before.waiting or 0)
-        if after is None or seen is None:
-            return replace(server, others=others)
+        if after is None:
+            return replace(self.server, others=others)
         grown = after.since(before)
         tokens = sum(len(s.times_ns) + s.hidden for s in seen.streams)
         whole = all(s.answered or s.refused or s.hidden for s in seen.streams)
         others += (after.running or 0) + (after.waiting or 0) if whole else 0
         foreign = whole and (grown.output_tokens or 0) > OTHERS_TOKENS * tokens + 20
-        return replace(server, others=max(others, int(foreign)), passes=grown.passes, tokens=tokens)
+        others = max(others, int(foreign))
+        return replace(self.server, others=others, passes=grown.passes, tokens=tokens)
 
 
 class _Feed:

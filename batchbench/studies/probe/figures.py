@@ -22,8 +22,7 @@ from batchbench.reports.figures.card import (
 from batchbench.reports.text import clean_text
 from batchbench.studies.probe.observations import Role, Round, Stream
 
-MOST_STREAMS = 18
-"""Streams of one panel."""
+MOST_STREAMS = 18  # streams of one panel
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,14 @@ def fate_of(short: Stream, longs: Sequence[Stream], pace: Pace) -> Fate:
     if not short.answered or not running:
         return Fate.UNCLEAR
     end = max(s.last_ns for s in running)
-    begun = _begin(short, pace)
+    begun = pace.begin_ns(short)
     enough = end - short.sent_ns > 2 * pace.ttft_ns + 5 * pace.gap_ns
     if not enough:
         return Fate.UNCLEAR
     if pace.buffered:
         left = end - short.last_ns > LEFT_STEPS * pace.gap_ns
-        return Fate.JOINED if left else _waited_buffered(short, end, pace)
+        late = short.last_ns - end > 0.5 * pace.e2e_ns(len(short.times_ns))
+        return Fate.JOINED if left else Fate.WAITED if late else Fate.UNCLEAR
     long = max(running, key=lambda s: s.last_ns)
     if np.searchsorted(long.arrivals_ns, short.first_ns) <= len(long.arrivals_ns) - LEFT_STEPS:
         return Fate.JOINED
@@ -78,19 +79,6 @@ def _runs(long: Stream, now_ns: int, pace: Pace) -> bool:
     return bool(long.first_ns < now_ns < long.last_ns)
 
 
-def _waited_buffered(short: Stream, end: int, pace: Pace) -> Fate:
-    """Return the fate of a request that ended late, on a server that sends tokens at the end."""
-    own = pace.e2e_ns(len(short.times_ns))
-    return Fate.WAITED if short.last_ns - end > 0.5 * own else Fate.UNCLEAR
-
-
-def _begin(stream: Stream, pace: Pace) -> float:
-    """Return when a request's first token was there; an estimate for a buffered server."""
-    if pace.buffered:
-        return stream.last_ns - (len(stream.times_ns) - 1) * pace.gap_ns
-    return stream.first_ns
-
-
 def joining_of(observations: Observations, pace: Pace) -> Joining:
     """Return what became of the short requests of all rounds."""
     fates: list[Fate] = []
@@ -102,7 +90,7 @@ def joining_of(observations: Observations, pace: Pace) -> Joining:
         fates += of_round
         end = max((s.last_ns for s in longs if s.answered), default=0)
         waits += [
-            float((_begin(short, pace) - short.sent_ns) / (end - short.sent_ns))
+            float((pace.begin_ns(short) - short.sent_ns) / (end - short.sent_ns))
             for short, fate in zip(shorts, of_round, strict=True)
             if fate in (Fate.JOINED, Fate.WAITED)
         ]
@@ -123,7 +111,7 @@ def joining_of(observations: Observations, pace: Pace) -> Joining:
 
 def _follows(short: Stream, round: Round, pace: Pace) -> bool:
     """Tell whether a request that waited began right after another one of the probe had ended."""
-    begun = _begin(short, pace)
+    begun = pace.begin_ns(short)
     ends = [s.last_ns for s in round.streams if s.answered and s is not short]
     before = [end for end in ends if end <= begun + pace.gap_ns]
     return bool(before) and begun - max(before) <= 2 * pace.ttft_ns + 4 * pace.gap_ns

@@ -1,19 +1,6 @@
 """Judge observations: pure functions from the times of tokens to a verdict.
 
-Three tests decide.
-
-**Joining.** A short request is sent while a long one is running. On a server that batches
-continuously its first token arrives while the long one is still running; on a static or serial
-server it arrives after the long one has ended.
-
-**Shared steps.** Requests of one batch get their tokens from the same forward pass, so the tokens
-of the short request arrive together with tokens of the long one. Two replicas, or a server that
-computes its requests in turns, let a request join too, but their tokens do not arrive together.
-Short requests are sent at random moments, so without a shared batch an arrival falls into the
-window around a step only by chance.
-
-**Slots.** Many requests are sent at once. The number in progress at the same time is the number of
-slots, if others were waiting meanwhile.
+Three tests decide: ``joining``, ``steps`` and ``slots``; ``docs/probe.md`` explains them.
 """
 
 from __future__ import annotations
@@ -36,9 +23,7 @@ from batchbench.studies.probe.steps import (
     stretch_of,
 )
 
-WAITING_ROUNDS = 3
-"""Rounds in which short requests must wait for the end of the long one."""
-
+WAITING_ROUNDS = 3  # rounds in which short requests must wait for the end of the long one
 MOST_STRETCHED = 1.5
 """Between chunks of tokens, steps are assumed at equal distances. If a long request is slowed down
 by more than this factor, turns of a server could fall on them."""

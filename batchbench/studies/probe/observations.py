@@ -20,8 +20,7 @@ Floats = NDArray[np.float64]
 BUFFERED_SHARE = 0.02
 """Streams whose tokens all arrive within this share of the latency show no steps."""
 
-BUFFERED_GAP_NS = 1_000_000
-"""Gaps below 1 ms are shorter than what a client can separate."""
+BUFFERED_GAP_NS = 1_000_000  # gaps below 1 ms are shorter than what a client can separate
 
 
 class Role(StrEnum):
@@ -84,9 +83,14 @@ class Stream:
         return self.last_ns - self.sent_ns
 
     @cached_property
+    def chunks(self) -> tuple[Ints, Ints]:
+        """The time of each chunk and its number of tokens, ``[chunks]`` each."""
+        return np.unique(np.array(self.times_ns, np.int64), return_counts=True)
+
+    @property
     def arrivals_ns(self) -> Ints:
         """The times at which a chunk arrived, each once, ``[chunks]``."""
-        return np.unique(np.array(self.times_ns, np.int64))
+        return self.chunks[0]
 
     @cached_property
     def steps_ns(self) -> Floats:
@@ -95,7 +99,7 @@ class Stream:
         A server that sends every k-th step has sent nothing in between: those steps are put at
         equal distances.
         """
-        times, counts = np.unique(np.array(self.times_ns, np.int64), return_counts=True)
+        times, counts = self.chunks
         parts = [
             start + (stop - start) * np.arange(1, count + 1) / count
             for start, stop, count in zip(times[:-1], times[1:], counts[1:], strict=True)
@@ -206,6 +210,14 @@ class Pace:
         """Return the expected time of a request of so many tokens."""
         return self.ttft_ns + max(tokens - 1, 0) * self.gap_ns
 
+    def begin_ns(self, stream: Stream, share: float = 1.0) -> float:
+        """Return when a request had its first token.
+
+        A buffered server does not show it; it is estimated with a share of the time of its steps.
+        """
+        steps_ns = share * (len(stream.times_ns) - 1) * self.gap_ns
+        return stream.last_ns - steps_ns if self.buffered else float(stream.first_ns)
+
 
 def pace_of(alone: Sequence[Stream]) -> Pace | None:
     """Return the pace of requests that were served alone; None without an answer."""
@@ -214,14 +226,11 @@ def pace_of(alone: Sequence[Stream]) -> Pace | None:
         return None
     several = [s for s in answered if len(s.times_ns) > 1]
     buffered = bool(several) and all(map(_is_buffered, several))
-    gap, ttft = (_slope(answered) if buffered else _gap(several)), 0.0
-    if buffered:
-        ttft = float(np.median([s.e2e_ns - (len(s.times_ns) - 1) * gap for s in answered]))
-    else:
-        ttft = float(np.median([s.ttft_ns for s in answered]))
+    gap = _slope(answered) if buffered else median_gap(several)
+    waits = [s.e2e_ns - (len(s.times_ns) - 1) * gap if buffered else s.ttft_ns for s in answered]
     chunks = [_chunk(s) for s in several if len(s.arrivals_ns) > 1]
     return Pace(
-        ttft_ns=max(ttft, 0.0),
+        ttft_ns=max(float(np.median(waits)), 0.0),
         gap_ns=gap,
         chunk=max(1, round(float(np.median(chunks)))) if chunks else 1,
         buffered=buffered,
@@ -236,11 +245,11 @@ def _is_buffered(stream: Stream) -> bool:
 
 def _chunk(stream: Stream) -> float:
     """Return the median number of tokens of the chunks between the first and the last."""
-    _, counts = np.unique(np.array(stream.times_ns, np.int64), return_counts=True)
+    _, counts = stream.chunks
     return float(np.median(counts[1:-1] if len(counts) > 2 else counts[1:]))
 
 
-def _gap(streams: Sequence[Stream]) -> float:
+def median_gap(streams: Sequence[Stream]) -> float:
     """Return the median time of a token after the first chunk."""
     gaps = [np.diff(s.steps_ns) for s in streams if len(s.arrivals_ns) > 1]
     return float(np.median(np.concatenate(gaps))) if gaps else 0.0

@@ -23,32 +23,19 @@ from batchbench.studies.probe.slots import Burst
 
 SCHEMA_VERSION = 1
 
-TOKEN = "│"
-"""A token; those of one step make a vertical line."""
-
-COLUMNS_A_TOKEN = 2.5
-"""The fewest columns from one token to the next."""
-
+TOKEN = "│"  # a token; those of one step make a vertical line
+COLUMNS_A_TOKEN = 2.5  # the fewest columns from one token to the next
 _MS = 1e6
 
 
 def headline(verdict: Verdict) -> str:
     """Return the answer in a few words."""
-    slots = verdict.slots or 0
-    count = (
-        f"at least {plural(slots, 'slot')}"
-        if verdict.slots_is_lower_bound
-        else plural(slots, "slot")
-    )
-    match verdict.kind:
-        case Kind.CONTINUOUS:
-            return f"continuous batching with {count}"
-        case Kind.STATIC:
-            return f"static batching with {count}"
-        case Kind.SERIAL:
-            return "serial, one request at a time"
-        case Kind.UNKNOWN:
-            return "cannot tell"
+    if verdict.kind is Kind.SERIAL:
+        return "serial, one request at a time"
+    if verdict.kind is Kind.UNKNOWN:
+        return "cannot tell"
+    least = "at least " * verdict.slots_is_lower_bound
+    return f"{verdict.kind.value} batching with {least}{plural(verdict.slots or 0, 'slot')}"
 
 
 def sentence(findings: Findings) -> str:
@@ -142,7 +129,7 @@ def _slots(verdict: Verdict) -> str:
         return ""
     last = verdict.bursts[-2:]
     seen = list(dict.fromkeys(_burst(burst) for burst in last))
-    twice = " So it was a second time." if len(last) > len(seen) else ""
+    twice = " The same happened a second time." if len(last) > len(seen) else ""
     gain = float(np.median([burst.gain for burst in last]))
     return (
         f"{' '.join(seen)}{twice} Together they got {gain:.1f} times the tokens per second of one "
@@ -197,10 +184,11 @@ def render(findings: Findings, width: int) -> RenderableType:
     ]
     answer = "\n".join(textwrap.wrap(sentence(findings), width, break_on_hyphens=False))
     parts: list[RenderableType] = [Text(answer, "bold"), "", Text("\n".join(lines))]
-    for panel in panels_of(findings.observations.rounds):
+    panels = panels_of(findings.observations.rounds)
+    for panel in panels:
         parts += ["", Text(panel.title, "bold"), Text("\n".join(rows_of(panel, width)))]
-    parts += ["", Text(f"· waiting   {TOKEN} token   ─ between tokens")]
-    return Group(*parts)
+    legend = ["", Text(f"· waiting   {TOKEN} token   ─ between tokens")]
+    return Group(*parts, *(legend if panels else ()))
 
 
 def rows_of(panel: Panel, width: int) -> list[str]:
@@ -229,7 +217,7 @@ def _row(stream: Stream, begin: float, scale: float, columns: int) -> str:
 
     cells = [" "] * columns
     if not stream.times_ns:
-        return " " * max(0, column(stream.sent_ns)) + stream.lack
+        return " " * max(0, min(column(stream.sent_ns), columns - len(stream.lack))) + stream.lack
     first, last = column(stream.first_ns), column(stream.last_ns)
     for i in range(max(0, column(stream.sent_ns)), min(last + 1, columns)):
         cells[i] = "·" if i < first else "─"
@@ -264,8 +252,8 @@ def data_of(findings: Findings, command: str) -> dict[str, Any]:
 
 def _evidence(findings: Findings) -> dict[str, Any]:
     verdict = findings.verdict
-    pace, seen, shared = verdict.pace, verdict.joining, verdict.shared
-    begin = min((s.sent_ns for r in findings.observations.rounds for s in r.streams), default=0)
+    pace = verdict.pace
+    begin = min((s.sent_ns for s in findings.observations.streams), default=0)
     return {
         "reason": verdict.reason,
         "alone": pace
@@ -275,24 +263,25 @@ def _evidence(findings: Findings) -> dict[str, Any]:
             "tokens_per_chunk": pace.chunk,
             "buffered": pace.buffered,
         },
-        "joining": seen
-        and {
-            "joined": seen.joined,
-            "waited": seen.waited,
-            "refused": seen.refused,
-            "unclear": seen.unclear,
-            "wait_shares": list(seen.waits),
-        },
-        "shared_steps": shared
-        and {
-            "compared": shared.compared,
-            "together": shared.together,
-            "apart": shared.apart,
-            "window": shared.window,
-            "probability": shared.chance,
-            "offsets": list(shared.offsets),
-        },
-        "bursts": [_burst_data(burst) for burst in verdict.bursts],
+        "joining": _fields(
+            verdict.joining, "joined", "waited", "refused", "unclear", wait_shares="waits"
+        ),
+        "shared_steps": _fields(
+            verdict.shared,
+            *("compared", "together", "apart", "window", "offsets"),
+            probability="chance",
+        ),
+        "bursts": [
+            _fields(
+                burst,
+                *("sent", "refused", "groups"),
+                most_at_once="most",
+                full="exact",
+                began_midway="midway",
+                throughput_gain="gain",
+            )
+            for burst in verdict.bursts
+        ],
         "others": list(verdict.busy),
         "failures": list(findings.failures),
         "client_lag_ms": findings.observations.lag_ns / _MS,
@@ -302,16 +291,10 @@ def _evidence(findings: Findings) -> dict[str, Any]:
     }
 
 
-def _burst_data(burst: Burst) -> dict[str, Any]:
-    return {
-        "sent": burst.sent,
-        "refused": burst.refused,
-        "most_at_once": burst.most,
-        "full": burst.exact,
-        "began_midway": burst.midway,
-        "groups": list(burst.groups),
-        "throughput_gain": burst.gain,
-    }
+def _fields(value: object, *same: str, **renamed: str) -> dict[str, Any] | None:
+    """Return attributes under their names or other ones; None of None."""
+    names = {**{name: name for name in same}, **renamed}
+    return {key: getattr(value, name) for key, name in names.items()} if value else None
 
 
 def _round(round: Round, begin: int) -> list[Mapping[str, Any]]:
@@ -328,10 +311,6 @@ def _round(round: Round, begin: int) -> list[Mapping[str, Any]]:
     ]
 
 
-def to_json(data: Mapping[str, Any]) -> str:
-    return json_text(data)
-
-
 def write_probe(folder: Path, findings: Findings, data: Mapping[str, Any]) -> list[Path]:
     """Write ``probe.json`` and the picture; return their paths."""
     title = f"{findings.target} · {_server(findings).rstrip('.')}"
@@ -339,4 +318,4 @@ def write_probe(folder: Path, findings: Findings, data: Mapping[str, Any]) -> li
         panels_of(findings.observations.rounds), headline(findings.verdict), title
     )
     pictures = {f"probe.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
-    return write_whole(folder, {"probe.json": to_json(data), **pictures})
+    return write_whole(folder, {"probe.json": json_text(data), **pictures})

@@ -21,32 +21,19 @@ from batchbench.studies.probe.steps import FEWEST_BEGINNINGS, beginnings_of, sha
 WARM_UP_TOKENS, MOST_WARM_UPS = 8, 3
 LONE_TOKENS = 24
 
-SHORT_TOKENS = 6
-"""Tokens of a short request; the first one is not compared."""
-
-MOST_COMPARED = 48
-"""Joined requests after which more would not decide either."""
-
-FEWEST_JOINED = 6
-"""Short requests that must have joined on a buffered server."""
-
+SHORT_TOKENS = 6  # tokens of a short request; the first one is not compared
+MOST_COMPARED = 48  # joined requests after which more would not decide either
+FEWEST_JOINED = 6  # short requests that must have joined on a buffered server
 ENOUGH_COMPARED = 12
 """Joined requests that are compared even if fewer decide, so that a replica would be seen."""
 
 PAIR_TOKENS, PAIR_STEPS = 5, 2
 """Tokens of the second request of a pair, and by how many the first one is longer and earlier."""
 
-MOST_ROUNDS = 40
-"""Rounds after which no more requests are sent alone."""
-
-BURSTS = (4, 16, 64)
-"""Requests of a burst; the first is for servers on which requests wait."""
-
-SLOW_NS = 250_000_000
-"""Servers that take longer for a token get fewer of them to compute."""
-
-MOST_TOKENS = 1000
-"""Output tokens of the longest request."""
+MOST_ROUNDS = 40  # rounds after which no more requests are sent alone
+BURSTS = (4, 16, 64)  # requests of a burst; the first is for servers on which requests wait
+SLOW_NS = 250_000_000  # servers that take longer for a token get fewer of them to compute
+MOST_TOKENS = 1000  # output tokens of the longest request
 
 
 @dataclass(frozen=True)

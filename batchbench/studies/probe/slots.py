@@ -8,11 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from batchbench.studies.probe.observations import Pace, Role, Round, Stream
+from batchbench.studies.probe.observations import Pace, Role, Round, Stream, median_gap
 
-FEWEST_TOKENS = 3
-"""A request that ends earlier is over before it can be counted beside the others."""
-
+FEWEST_TOKENS = 3  # a request that ends earlier is over before it can be counted beside the others
 Span = tuple[float, float]
 """The beginning and the end of a request."""
 
@@ -48,13 +46,14 @@ def burst_of(round: Round, pace: Pace) -> Burst:
     streams = sorted((s for s in sent if s.times_ns), key=lambda s: s.last_ns)
     tokens = sum(len(s.times_ns) for s in streams)
     gain = tokens * pace.gap_ns / max(round.duration_ns, 1)
-    gap = _burst_gap(streams) or pace.gap_ns
-    spans = sorted((_earliest_begin(s, pace), float(s.last_ns)) for s in streams)
+    gap = median_gap(streams) or pace.gap_ns
+    # The first are spans in which a request certainly ran, the others those in which it may have.
+    spans = sorted((pace.begin_ns(s, 0.5), s.last_ns) for s in streams)
     most, groups = _most_at_once(spans, 0.3 * gap), _groups(spans, 0.3 * gap)
     midway = 0 if pace.buffered else _midway(streams)
     equal = len({len(s.times_ns) for s in streams}) == 1 or not pace.buffered
     exact, gradual = _is_full(groups) and equal, False
-    overlap = _most_at_once([_longest_span(s, pace) for s in streams], 0.0)
+    overlap = _most_at_once([(pace.begin_ns(s, 0.85), s.last_ns) for s in streams], 0.0)
     if midway:
         exact, gradual = _saturated(streams, spans, most, gap, pace)
     whole = all(s.answered and len(s.times_ns) >= FEWEST_TOKENS for s in sent)
@@ -63,28 +62,6 @@ def burst_of(round: Round, pace: Pace) -> Burst:
         *(len(sent), refused, most, exact and whole, midway, groups, gain, gradual),
         sequential=max(most, overlap) == 1 and whole and equal,
     )
-
-
-def _earliest_begin(stream: Stream, pace: Pace) -> float:
-    """Return a time at which a request was certainly in progress.
-
-    A buffered server shows no beginning, but a request takes at least as long as it does alone.
-    """
-    if pace.buffered:
-        return stream.last_ns - 0.5 * (len(stream.times_ns) - 1) * pace.gap_ns
-    return float(stream.first_ns)
-
-
-def _longest_span(stream: Stream, pace: Pace) -> Span:
-    """Return the longest time for which a request may have been in progress."""
-    if pace.buffered:
-        return stream.last_ns - 0.85 * (len(stream.times_ns) - 1) * pace.gap_ns, stream.last_ns
-    return float(stream.first_ns), float(stream.last_ns)
-
-
-def _burst_gap(streams: Sequence[Stream]) -> float:
-    gaps = [np.diff(s.steps_ns) for s in streams if len(s.arrivals_ns) > 1]
-    return float(np.median(np.concatenate(gaps))) if gaps else 0.0
 
 
 def _most_at_once(spans: Sequence[Span], shorter_ns: float) -> int:

@@ -15,9 +15,7 @@ import numpy as np
 from batchbench.studies.probe.joining import Fate, fate_of
 from batchbench.studies.probe.observations import Floats, Observations, Pace, Role, Stream
 
-WINDOW = 0.1
-"""A token arrives with a step if it is within this share of the time between two steps."""
-
+WINDOW = 0.1  # a token arrives with a step if it is within this share of the time between two steps
 WINDOWS = (0.1, 0.05, 0.02)
 """Windows that are tried: with narrower ones, the half of the requests that shares a replica with
 the long one is enough."""
@@ -26,18 +24,10 @@ CHANCE = 3.0
 """Probability per width that a request without a shared batch falls into the window: 2 for phases
 that are spread evenly, and a margin."""
 
-LEVEL = 1e-4
-"""The largest probability of a chance result that counts as a shared batch."""
-
-FEWEST_COMPARED = 6
-"""Requests that joined whose tokens are compared with those of the long one."""
-
-MOST_TICKS = 6
-"""Ticks of a timer between two tokens, up to which it is looked for."""
-
-TIMER_LEVEL = 1e-3
-"""The largest probability of a chance result that counts as a timer."""
-
+LEVEL = 1e-4  # the largest probability of a chance result that counts as a shared batch
+FEWEST_COMPARED = 6  # requests that joined whose tokens are compared with those of the long one
+MOST_TICKS = 6  # ticks of a timer between two tokens, up to which it is looked for
+TIMER_LEVEL = 1e-3  # the largest probability of a chance result that counts as a timer
 FEWEST_BEGINNINGS = 12
 """Rounds that begin on an idle server at a random moment, by which a timer would show."""
 
@@ -208,7 +198,7 @@ def _evenly_chunked(stream: Stream) -> bool:
 
     Larger chunks come no later than others. If a busy client read two chunks at once, they do.
     """
-    times, counts = np.unique(np.array(stream.times_ns, np.int64), return_counts=True)
+    times, counts = stream.chunks
     inner = counts[1:-1]
     if len(inner) < 5 or inner.min() == inner.max():
         return False
