@@ -400,20 +400,6 @@ def test_an_exception_of_the_watcher_leaves_no_socket_open(error: type[BaseExcep
         gc.collect()  # an open socket would be a ResourceWarning, and so an error
 
 
-def test_no_answer_grows_without_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "_MOST_BYTES", 1 << 20)
-
-    def flood(connection: Connection) -> None:
-        connection.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
-        while True:
-            connection.send(b": nothing\n" * 10_000)
-
-    with playing(does(flood)) as url:
-        _, reply = ask(url)
-    assert reply.failure is not None
-    assert "longer than 1 MiB" in reply.failure.text
-
-
 # Requests that prepare the trials
 
 

@@ -297,6 +297,14 @@ def _closed_body(connection: Connection) -> None:
     connection.send(head, event({"choices": [{"text": " a"}]}))
 
 
+def _flood(connection: Connection) -> None:
+    """Send tokens without end."""
+    connection.send(connection.events(3))
+    token = chunked(event({"choices": [{"index": 0, "text": " a"}]}) * 1000)
+    while not connection.stop.is_set():
+        connection.send(token)
+
+
 _LONG = {"error": {"message": "the request exceeds the context size", "code": 400}}
 _PAGE = b"<html><head><title>Welcome to nginx!</title></head><body>hi</body></html>"
 _WHOLE = {"object": "text_completion", "choices": [{"text": " a"}], "usage": {}}
@@ -322,6 +330,14 @@ FAULTS: tuple[Fault, ...] = (
         timeout_s=SHORT_S,
         where="silent",
     ),
+    Fault(
+        *("silent-tls", K.TIMEOUT, r"handshake for 0\.5 s; a server without TLS is http://127"),
+        exit_code=2,
+        timeout_s=SHORT_S,
+        where="silent",
+        scheme="https",
+    ),
+    Fault("floods", K.STOPPED, r"the response is longer than [\d,]+ bytes", _flood),
     Fault("hangs-first", K.TIMEOUT, "no response", Connection.hang, timeout_s=SHORT_S),
     Fault(
         *("hangs-later", K.TIMEOUT, r"nothing more after \d+ bytes of the response for"),

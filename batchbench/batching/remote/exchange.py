@@ -172,12 +172,16 @@ def _is_plain(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A request to be sent: a POST of ``body``, or a GET if it is None."""
+    """A request to be sent: a POST of ``body``, or a GET if it is None.
+
+    A response of more than ``most_bytes`` is a failure.
+    """
 
     index: int
     due_ns: int
     body: bytes | None
     path: str
+    most_bytes: int = 1 << 24
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ _HOPELESS = (FailureKind.TIMEOUT, FailureKind.REFUSED, FailureKind.UNREACHABLE)
 """Failures after which a trial sends no more requests, since each would take long to fail."""
 
 
+_SPARE_BYTES, _BYTES_PER_TOKEN = 1 << 20, 1 << 14
+"""Longest response: a token with the probabilities of twenty others has a tenth of it."""
+
+
 @dataclass(frozen=True)
 class Served:
     """A strategy on a server.
@@ -212,7 +216,8 @@ class Feed:
         self.sent += 1
         self.due_ns[request.index] = request.due_ns
         body, path = self._bodies[request.index], self._served.path
-        return Outgoing(request.index, self.zero_ns + request.due_ns, body, path)
+        most = _SPARE_BYTES + _BYTES_PER_TOKEN * (request.prompt_tokens + request.output_tokens)
+        return Outgoing(request.index, self.zero_ns + request.due_ns, body, path, most)
 
 
 class _Shown:

@@ -51,9 +51,6 @@ _AT_ONCE_NS = 100_000
 _CLOCK_STEP_NS = 200_000
 """Change of the offset between the two clocks beyond which kernel stamps are not used."""
 
-_MOST_BYTES = 1 << 28
-"""Longest response; one of 100,000 tokens with their probabilities has a tenth of it."""
-
 _SO_TIMESTAMPNS = 35
 """The same on all Linux systems but SPARC and PA-RISC; a message of another shape is not read."""
 
@@ -120,6 +117,7 @@ class _Stream:
 
     exchange: Exchange
     unsent: memoryview
+    most_bytes: int
     route: int
     progress_ns: int
     phase: _Phase = _Phase.CONNECT
@@ -237,7 +235,7 @@ class _Client:
         exchange = Exchange(outgoing.index, outgoing.due_ns, now_ns)
         exchange.late_ns = max(0, now_ns - free_ns)
         self.exchanges.append(exchange)
-        stream = _Stream(exchange, memoryview(request), self._route, now_ns)
+        stream = _Stream(exchange, memoryview(request), outgoing.most_bytes, self._route, now_ns)
         if self._routes:
             self._connect(stream)
         else:
@@ -344,8 +342,8 @@ class _Client:
             exchange.reads.append(read)
         if not count or stream.end.reached(data):
             self._finish(stream)
-        elif stream.size > _MOST_BYTES:
-            text = f"the response is longer than {_MOST_BYTES >> 20} MiB"
+        elif stream.size > stream.most_bytes:
+            text = f"the response is longer than {stream.most_bytes:,} bytes"
             self._finish(stream, Failure(FailureKind.STOPPED, text))
         elif self._watch is not None:
             self._watch(exchange)
@@ -461,12 +459,14 @@ def _failure_of(error: OSError, stream: _Stream, address: Address) -> Failure:
     """Return the failure of a request, in a line that says what to do."""
     kinds, connecting = FailureKind, stream.phase is _Phase.CONNECT
     why = error.strerror or os.strerror(0)
+    plain = f"; a server without TLS is http://{address.authority}{address.path_prefix}"
     so_far = "before its response"
     if stream.size:
         so_far = f"after {stream.size:,} bytes of the response"
     if isinstance(error, TimeoutError) and error.errno is None:  # ours
         said = f"nothing more {so_far}" if stream.size else stream.phase.value
-        text = f"{address}: {said} for {address.timeout_s:g} s (--timeout)"
+        hint = plain if stream.phase is _Phase.SHAKE else " (--timeout)"
+        text = f"{address}: {said} for {address.timeout_s:g} s{hint}"
         return Failure(kinds.UNREACHABLE if connecting else kinds.TIMEOUT, text)
     if isinstance(error, ssl.SSLCertVerificationError):
         text = f"{address}: the certificate is not trusted ({error.verify_message}); name its"
@@ -474,9 +474,7 @@ def _failure_of(error: OSError, stream: _Stream, address: Address) -> Failure:
         return Failure(kinds.TLS, text)
     if isinstance(error, ssl.SSLError) or stream.phase is _Phase.SHAKE:
         reason = getattr(error, "reason", None) or "the connection ended"
-        plain = f"http://{address.authority}{address.path_prefix}"
-        text = f"{address}: the TLS handshake failed ({reason}); a server without TLS is {plain}"
-        return Failure(kinds.TLS, text)
+        return Failure(kinds.TLS, f"{address}: the TLS handshake failed ({reason}){plain}")
     if isinstance(error, ConnectionRefusedError):
         text = f"{address} refuses connections: is the server running, on this port?"
         return Failure(kinds.REFUSED, text)
