@@ -278,10 +278,10 @@ def attend(
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != kv.shape[2]}
     n = layout.decoding
     if n and n == len(q):
-        return _decode(q, block, layout, options)
+        return _decode(q, block, layout, scale)
     out = torch.empty_like(q)
     if n:
-        out[:n] = _decode(q[:n], block, layout, options)
+        out[:n] = _decode(q[:n], block, layout, scale)
     _attend_prompts(q, kv, block, layout, options, out)
     return out
 
@@ -365,23 +365,24 @@ def attend_for_transformers(
 
 
 def _decode(
-    q: torch.Tensor, block: SlotLayer, layout: Layout, options: dict[str, Any]
+    q: torch.Tensor, block: SlotLayer, layout: Layout, scale: float | None
 ) -> torch.Tensor:
     """Attend for the decoding rows, ``[rows, heads, head_dim]`` in and out.
 
     Queries are spread over a range of slots and the cache is read in place: gathering slots would
-    copy the cache, which is far larger than the queries.
+    copy the cache, which is far larger than the queries. Heads that share keys and values stand
+    where the tokens of a query would, so that keys and values need not be repeated.
     """
     low, high, length = layout.low, layout.high, layout.length
     if layout.rows is not None:
         q = q.new_zeros(high - low, *q.shape[1:]).index_copy_(0, layout.rows, q)
     seen = scaled_dot_product_attention(
-        q.unsqueeze(2),
+        q.unflatten(1, (block.keys.shape[1], -1)),
         block.keys[low:high, :, :length],
         block.values[low:high, :, :length],
         attn_mask=layout.mask(block.keys.dtype),
-        **options,
-    ).squeeze(2)
+        scale=scale,
+    ).flatten(1, 2)
     return seen if layout.rows is None else seen[layout.rows]
 
 
