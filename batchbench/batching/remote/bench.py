@@ -69,7 +69,7 @@ class RemoteBench(Bench):
         self._until_ns: int | None = None
         self.workload = self.make(experiment.workload)
         self.model = {
-            "name": self._name or SERVED_MODEL,
+            "name": self._name or "unnamed model",
             "load_format": None,
             "note": "",
             "device": None,
@@ -140,7 +140,7 @@ class RemoteBench(Bench):
         return other
 
     def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
-        """Serve a short piece with as many requests as in a trial, until its speed settles.
+        """Serve a short piece with as many requests as in a trial, until its latency settles.
 
         Raises:
             TrialFailed: a request failed.
@@ -159,12 +159,13 @@ class RemoteBench(Bench):
                 recording = served.serve(piece, Watch())
             except TrialFailed as failed:
                 raise _of_warm_up(failed) from failed
-            medians.append(token_ns(recording))
+            # Not the time between tokens: a server may send several at once.
+            medians.append(float(np.median(recording.last_token_ns - recording.requests.due_ns)))
             if len(medians) > 1:
                 change = medians[-1] / medians[-2] - 1
                 settled = abs(change) < within
         duration_s = time.monotonic() - began
-        return WarmUp(len(medians), settled, change, round(medians[-1]), duration_s)
+        return WarmUp(len(medians), settled, change, round(token_ns(recording)), duration_s)
 
     def check_time(self, warm_up: WarmUp) -> None:
         """Raise UsageError if one pair of trials takes longer than ``--max-time``."""
