@@ -96,7 +96,7 @@ app = typer.Typer(
     name="batchbench",
     cls=_Group,
     help="Measure how much continuous batching gains over static batching on your hardware and "
-    "workload, and why.",
+    "workload, or on a server, and why.",
     epilog="Start with: batchbench run. Terms are explained in docs/glossary.md.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

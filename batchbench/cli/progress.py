@@ -28,7 +28,7 @@ REDRAW_S = 0.1
 
 PHASES = {
     "loading": "loading the model (a few seconds; a minute for billions of parameters)",
-    "warming up": "warming up until step times settle (2 to 10 short rounds)",
+    "warming up": "warming up until times settle (2 to 10 short rounds)",
     "loading torch and timing a matrix product": "loading torch and timing a matrix product "
     "(5 to 15 s)",
     "measuring memory": "measuring memory bandwidth (about a second)",

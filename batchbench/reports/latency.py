@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -287,18 +288,19 @@ def length_classes(output_tokens: Ints) -> list[Class]:
 def slowdown(recording: Recording) -> Floats:
     """Return E2E latency / unloaded latency, ``[requests]``.
 
-    The unloaded latency is one median step of the trial for each output token.
+    The unloaded latency is one median step of the trial for each output token. NaN if it is 0: the
+    output came whole, or the clock is too coarse.
     """
-    step_ms = max(median_step_ms(recording), 1e-6)  # a clock may show 0 for a step
+    step_ms = median_step_ms(recording) or math.nan
     ratio: Floats = e2el_ms(recording) / (recording.requests.output_tokens * step_ms)
     return ratio
 
 
 def median_step_ms(recording: Recording) -> float:
-    """Return the median duration of a step, or of the gaps if the strategy reports no steps."""
+    """Return the median duration of a step, or the median TPOT if the strategy reports no steps."""
     if not recording.has_steps:
-        gaps = gaps_ms(recording).percentile(50)
-        return float(np.median(ttft_ms(recording))) if gaps is None else gaps
+        tpot = tpot_ms(recording)  # a server may send several tokens at once: most gaps are 0
+        return float(np.nanmedian(ttft_ms(recording) if np.isnan(tpot).all() else tpot))
     median = step_distribution(recording).in_units_of(1e6).percentile(50)
     assert median is not None
     return median
@@ -318,7 +320,8 @@ def by_length(recordings: Sequence[Recording], classes: Sequence[Class]) -> list
             "requests": int(members.sum()),
         }
         for name in metrics:
-            pooled = Distribution.of(values[name][members])
+            found = values[name][members]
+            pooled = Distribution.of(found[~np.isnan(found)])
             row |= {f"mean_{name}": pooled.mean(), f"p99_{name}": pooled.percentile(99)}
         rows.append(cast("LengthClass", row))
     return rows

@@ -27,9 +27,11 @@ def write_folder(folder: Path, result: Result) -> list[Path]:
         for format in ("png", "svg"):
             files[f"{name}.{format}"] = figure_bytes(figure, format)
     files["requests.csv"] = requests_frame(result).to_csv(index=False)
-    files["steps.csv"] = steps_frame(result).to_csv(index=False)
+    if len(steps := steps_frame(result)):
+        files["steps.csv"] = steps.to_csv(index=False)
     files["report.html"] = html.render([Labelled("", result)])
-    return write_whole(folder, files | recording_files(result.recordings), stale=["recordings"])
+    files |= recording_files(result.recordings)
+    return write_whole(folder, files, stale=["recordings", "steps.csv"])
 
 
 # Tables

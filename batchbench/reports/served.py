@@ -176,8 +176,8 @@ def agreement_words(agreement: AgreementData) -> str:
     """Return the agreement of the strategies' outputs for a sentence."""
     total, first = agreement["requests"], next(iter(agreement["first"]), None)
     if first is None and not agreement["differ"]:
-        return f"outputs the same for {agreement['same']:,}/{total:,} requests"
-    text = f"outputs differ for {agreement['differ']:,}/{total:,} requests"
+        return f"both strategies gave the same output for {agreement['same']:,}/{total:,} requests"
+    text = f"the strategies' outputs differ for {agreement['differ']:,}/{total:,} requests"
     if first is not None:
         unit = "token" if agreement["by"] == "token ids" else "character"
         text += f" (first: request {first['request']:,} from {unit} {first['position']:,} on)"

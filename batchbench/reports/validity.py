@@ -34,7 +34,8 @@ class Reason(StrEnum):
 
     WRONG_TOKENS = "{requests} got wrong tokens"
     WARM_UP = (
-        "warm-up had not settled: the median step still changed by {change} after {rounds} rounds"
+        "warm-up had not settled: the median {watched} still changed by {change} after {rounds} "
+        "rounds"
     )
     NOT_SERVED = "the log is wrong: not every request was served exactly once"
     NOT_CONSERVED = "the log is wrong: tokens are not conserved"
@@ -81,7 +82,9 @@ def audit(
         reasons.append(wrong_tokens(verification.wrong))
     if not warm_up.settled and warm_up.last_change is not None:
         change = percent(warm_up.last_change, sign="+")
-        reasons.append(Reason.WARM_UP.text(change=change, rounds=warm_up.rounds))
+        watched = "E2E latency of its requests" if served else "step"
+        text = Reason.WARM_UP.text(watched=watched, change=change, rounds=warm_up.rounds)
+        reasons.append(text)
     for name, trials in recordings.items():
         doubts = list(_broken_laws(workload, trials)) or [
             *_doubts(workload, trials, requested_rate),

@@ -18,6 +18,7 @@ from support.wired import URL, wired
 
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.remote import dialects
+from batchbench.batching.remote.events import Response
 from batchbench.batching.remote.spec import CHAT, OWN_ENGINE, TargetSpec
 from batchbench.errors import UsageError
 from batchbench.reports.result_file import load_data
@@ -57,6 +58,11 @@ def data_in(folder: Path) -> Any:
         (["--extra-body", "{"], "--extra-body {: is not JSON"),
         (["--extra-body", "[1]"], "--extra-body [1]: must be a JSON object"),
         (["--extra-body", '{"stream": false}'], "stream is set by batchbench; remove it"),
+        (
+            ["--extra-body", '{"a": [{"api_key": "x"}], "stream": 1}'],
+            '--extra-body: "api_key" looks like a secret and would be saved in the result; use '
+            "--api-key",
+        ),
         (["--endpoint", "/v2"], "--endpoint /v2: must be one of /v1/completions, /v1/chat/"),
         (["--timeout", "0"], "--timeout 0: must be at least 0.001"),
     ],
@@ -127,6 +133,32 @@ def test_an_experiment_on_a_server_is_restored_from_its_config_and_its_command()
     assert f"--target {URL}" in asked.command()
     assert """--extra-body '{"top_k": 1}'""" in asked.command()
     assert "--model" not in asked.command()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"api_key": "x"},
+        {"a": {"b": [1, {"Authorization": ["Bearer x"]}]}},
+        {"HF_TOKEN": "x"},
+        {"client-secret": 7},
+        {"openaiKey": "x"},
+        {"password": 1234},
+        {"auth_tokens": ["x"]},
+    ],
+)
+def test_a_secret_in_the_body_is_refused_and_not_shown(body: dict[str, Any]) -> None:
+    for end in ("", ', "stream": true', ", oops"):  # further faults do not show it
+        text = json.dumps({**body, "of": "the user"})[:-1] + end + "}"
+        with pytest.raises(UsageError, match=r"^--extra-body: ") as refused:
+            TargetSpec(target=URL, extra_body=text)
+        assert "the user" not in str(refused.value)
+
+
+def test_fields_of_tokens_and_cache_keys_are_no_secrets() -> None:
+    fields = {"stop_token_ids": [1, 2], "min_tokens": 3, "skip_special_tokens": False}
+    more = {"prompt_cache_key": "x", "key": None, "monkey": True, "top_k": 1}
+    assert TargetSpec(target=URL, extra_body=json.dumps(fields | more)).extra == fields | more
 
 
 # Questions that cannot be asked
@@ -237,7 +269,7 @@ def test_a_run_has_400_passes_in_waves_and_130_in_continuous(
     out = " ".join(said.out.split())
     assert "as fast as static batching in waves" in out
     assert "by the server's own count of forward passes: 3.0" in out
-    assert "outputs the same for 32/32 requests; run valid." in out
+    assert "both strategies gave the same output for 32/32 requests; run valid." in out
     assert f"Again: batchbench run --target {URL}" in out
     page = (Path("out") / "report.html").read_text(encoding="utf-8")
     assert "static (waves)" in page
@@ -254,6 +286,46 @@ def test_a_served_result_is_reported_in_every_format(
     said = program("report", "out", "--json")
     assert json.loads(said.out)["server"]["slots"] == 8
     assert "static (waves)" in (Path("out") / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_model_without_a_name_is_called_so(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = wired(monkeypatch)
+
+    def get(address: Any, path: str) -> Response:
+        return Response(404, {}, [])
+
+    monkeypatch.setattr(dialects, "get", get)
+    said = program("run", "--target", URL, *CLASSIC, "--trials", "1", "--output", "out")
+    assert said.code == 0, said.err
+    assert "unnamed model · openai at 127.0.0.1:9 · 8 at once" in said.out
+    assert not any("model" in body for body in network.bodies)
+
+
+@pytest.mark.parametrize("per_chunk", [1, 2, 4])
+def test_tokens_sent_together_leave_latency_over_unloaded_sensible(
+    per_chunk: int, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wired(monkeypatch, manner=Manner(per_chunk=per_chunk))
+    said = program("run", "--target", URL, *CLASSIC, "--trials", "1", "--output", "out")
+    assert "E2E ÷ unloaded" in said.out
+    for strategy in data_in(Path("out"))["strategies"].values():
+        longest = strategy["by_output_length"][-1]
+        assert 0.9 < longest["mean_slowdown"] < 6
+
+
+def test_output_that_comes_at_once_has_no_latency_over_unloaded(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wired(monkeypatch, Schedule(buffered=True))
+    said = program("run", "--target", URL, *CLASSIC, "--trials", "1", "--output", "out")
+    assert said.code == 0, said.err
+    out = " ".join(said.out.split())
+    assert "each output came at once: ITL, TPOT and E2E ÷ unloaded are not known" in out
+    assert "E2E ÷ unloaded," not in out
+    warm_up = data_in(Path("out"))["warm_up"]
+    assert warm_up["step_ns"] < 30 * MS  # a pass takes 10 to 15
 
 
 def test_two_served_results_are_compared_and_put_side_by_side(

@@ -85,3 +85,11 @@ def test_what_grew_is_never_negative_and_requests_are_those_of_the_end(
         assert (growth is None) == (first is None or last is None or last < first)
         assert growth is None or first + growth == last
     assert (grown.running, grown.waiting) == (after.running, after.waiting)
+
+
+def test_counts_beyond_all_reason_are_left_out() -> None:
+    names = {"a": "passes"}
+    assert counters_in("a 1e308\na 1e308\na -1e308\na NaN\na Inf\n", names) is None
+    found = counters_in("a 1e308\na 7\n", names)
+    assert found is not None
+    assert found.passes == 7

@@ -437,3 +437,10 @@ def replace_read(read: Read, **values: Any) -> Read:
 def test_a_line_in_many_pieces_is_one_event() -> None:
     pieces = [(0, b"data: "), *((index, b"y" * 100) for index in range(1, 500))]
     assert [(found.read, len(found.data)) for found in events_of(pieces)] == [(499, 49_900)]
+
+
+def test_half_a_surrogate_pair_is_no_text_and_halves_in_two_chunks_are() -> None:
+    for texts, expected in ((["\ud83d", "\ude00"], "😀"), (["a\ud800", "b"], "a\ufffdb")):
+        stream = b"".join(chunked(event({"choices": [{"text": text}]})) for text in texts)
+        answer = SSE_HEAD + stream + chunked(event("[DONE]")) + chunked(b"")
+        assert parse(received([answer]), 2).text == expected

@@ -42,6 +42,7 @@ from support.results import (
     with_findings,
     with_texts,
 )
+from support.served import served
 
 from batchbench.batching.experiment import Experiment, ServingSpec
 from batchbench.batching.session import conduct
@@ -350,6 +351,15 @@ def test_write_folder_tells_the_files_that_it_wrote(tmp_path: Path) -> None:
     assert {str(f.relative_to(tmp_path / "new" / "folder")) for f in written} == set(
         files_in(tmp_path / "new" / "folder")
     )
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_result_without_steps_has_no_table_of_steps(tmp_path: Path) -> None:
+    write_folder(tmp_path, clean())
+    assert "steps.csv" in files_in(tmp_path)
+    written = write_folder(tmp_path, served())
+    assert "steps.csv" not in files_in(tmp_path)
+    assert {str(file.relative_to(tmp_path)) for file in written} == set(files_in(tmp_path))
 
 
 def test_the_five_pictures_are_written(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from support.classic import CLASSIC
 from support.mutations import Change, changes, spoil_json
-from support.results import clean, shown
+from support.results import PASSED, clean, shown
 from support.served import (
     DIFFERENT,
     QUIET,
@@ -117,15 +117,23 @@ def test_a_result_says_who_stamped_arrivals(share: float, stamps: str) -> None:
 def test_the_sentence_says_in_waves_and_whose_count_it_is() -> None:
     assert sentence(served()) == (
         "continuous batching was 3.08× as fast as static batching in waves (95 % CI 3.08–3.08); "
-        "by the server's own count of forward passes: 3.08×; outputs the same for 32/32 requests; "
-        "run valid."
+        "by the server's own count of forward passes: 3.08×; both strategies gave the same output "
+        "for 32/32 requests; run valid."
     )
+
+
+def test_the_sentence_says_with_what_outputs_were_compared() -> None:
+    checked = sentence(served_result(verification=PASSED))
+    assert (
+        "; outputs identical to the model's own, unbatched, for 32/32 requests; both strategies "
+        "gave the same output for 32/32 requests; run valid."
+    ) in checked
 
 
 def test_a_difference_is_told_with_its_place_and_the_noise_of_the_server() -> None:
     assert (
-        "outputs differ for 1/32 requests (first: request 5 from token 12 on), and 30/32 are the "
-        "same in all trials of the baseline"
+        "the strategies' outputs differ for 1/32 requests (first: request 5 from token 12 on), "
+        "and 30/32 are the same in all trials of the baseline"
     ) in sentence(served_result(agreement=DIFFERENT))
     by_text = served_result(agreement=replace(DIFFERENT, by="text", baseline_repeat=None))
     assert "(first: request 5 from character 12 on); run" in sentence(by_text)

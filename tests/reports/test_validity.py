@@ -57,6 +57,13 @@ def test_a_warm_up_that_had_not_settled_is_suspect() -> None:
     assert "10 rounds" in found
 
 
+def test_a_warm_up_says_what_it_watched() -> None:
+    changing = WarmUp(10, False, 57.79, 10_000_000)
+    for served, watched in ((False, "the median step"), (True, "the median E2E latency of its")):
+        (found,) = reasons(warm_up=changing, served=served)
+        assert watched in found
+
+
 # What spoils the trials of one strategy
 
 

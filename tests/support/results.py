@@ -84,13 +84,14 @@ def reasons(
     verification: Verification = PASSED,
     warm_up: WarmUp = SETTLED,
     stopped: str | None = None,
+    served: bool = False,
 ) -> list[str]:
     """Return the reasons of the audit for a run that is clean except for the arguments."""
     recordings = {
         "static": trials_of("static") if static is None else static,
         "continuous": trials_of("continuous"),
     }
-    return audit(workload, recordings, verification, warm_up, stopped)
+    return audit(workload, recordings, verification, warm_up, stopped, served=served)
 
 
 def result_of(

@@ -39,6 +39,8 @@ SAFE_VOCABULARY = 32_000
 
 WARM_UP_TOKENS = 12
 
+_LONGEST_NAME = 255
+
 _MOST_FAILED = 2
 """Failed rounds in a row after which no more are tried."""
 
@@ -67,7 +69,7 @@ class RemoteBench(Bench):
         self._until_ns: int | None = None
         self.workload = self.make(experiment.workload)
         self.model = {
-            "name": self._name or SERVED_MODEL,
+            "name": self._name or "unnamed model",
             "load_format": None,
             "note": "",
             "device": None,
@@ -138,7 +140,7 @@ class RemoteBench(Bench):
         return other
 
     def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
-        """Serve a short piece with as many requests as in a trial, until its speed settles.
+        """Serve a short piece with as many requests as in a trial, until its latency settles.
 
         Raises:
             TrialFailed: a request failed.
@@ -157,12 +159,13 @@ class RemoteBench(Bench):
                 recording = served.serve(piece, Watch())
             except TrialFailed as failed:
                 raise _of_warm_up(failed) from failed
-            medians.append(token_ns(recording))
+            # Not the time between tokens: a server may send several at once.
+            medians.append(float(np.median(recording.last_token_ns - recording.requests.due_ns)))
             if len(medians) > 1:
                 change = medians[-1] / medians[-2] - 1
                 settled = abs(change) < within
         duration_s = time.monotonic() - began
-        return WarmUp(len(medians), settled, change, round(medians[-1]), duration_s)
+        return WarmUp(len(medians), settled, change, round(token_ns(recording)), duration_s)
 
     def check_time(self, warm_up: WarmUp) -> None:
         """Raise UsageError if one pair of trials takes longer than ``--max-time``."""
@@ -291,28 +294,39 @@ def served_model(asked: str, dialect: Dialect) -> str | None:
     """Return the name of the model that requests name; None if the server has no names.
 
     Raises:
-        UsageError: the server has no model of the name asked for, or several and none was named.
+        UsageError: the server has no model of the name asked for, or several and none was named,
+            or the name cannot be shown as it is.
     """
-    names = dialect.served_models
-    if asked in names:
-        return asked
-    if not names:
-        return None if asked == SERVED_MODEL else asked
-    listed = ", ".join(shown(name) for name in names[:10])
-    if asked != SERVED_MODEL:
-        raise UsageError(f"--model {shown(asked)}: the server has no such model; it has {listed}")
-    if len(names) > 1:
-        raise UsageError(f"--model: the server has several; name one of {listed}")
-    return names[0]
+    names, found = dialect.served_models, asked
+    if asked == SERVED_MODEL and asked not in names:
+        if not names:
+            return None
+        if len(names) > 1:
+            raise UsageError(f"--model: the server has several; name one of {_listed(names)}")
+        found = names[0]
+    elif names and asked not in names:
+        raise UsageError(
+            f"--model {shown(asked)}: the server has no such model; it has {_listed(names)}"
+        )
+    if shown(found, _LONGEST_NAME) != found:
+        raise UsageError(
+            f"--model {shown(found)}: start the server with a name for its model of at most "
+            f"{_LONGEST_NAME} printable characters"
+        )
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(shown(name) for name in names[:10])
 
 
 def token_ns(recording: Recording) -> float:
-    """Return the median time per token after the first, or of the whole if they come together."""
-    several = recording.requests.output_tokens > 1
-    spent = (recording.last_token_ns - recording.first_token_ns)[several]
-    each = spent / (recording.requests.output_tokens[several] - 1)
+    """Return the median time per token after the first, or with it if they come together."""
+    r = recording.requests
+    last, several = recording.last_token_ns, r.output_tokens > 1
+    each = (last - recording.first_token_ns)[several] / (r.output_tokens[several] - 1)
     typical = float(np.median(each)) if len(each) else 0.0
-    return typical or float(recording.duration_ns)
+    return typical or float(np.median((last - r.due_ns) / r.output_tokens))
 
 
 def _folder_of(target: TargetSpec) -> Path | None:

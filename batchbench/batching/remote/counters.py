@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from batchbench.batching.remote.dialects import Dialect
 from batchbench.batching.remote.exchange import Address
 from batchbench.batching.remote.wire import get
 from batchbench.errors import UsageError
+from batchbench.json_file import LARGEST
 
 _SAMPLE = re.compile(r'([a-zA-Z_:][\w:]*)(?:\{(?:[^"}]|"(?:[^"\\]|\\.)*")*\})?[ \t]+(\S+)')
 """A line of Prometheus' text format: a name, labels, a value. Timestamps are left over."""
@@ -112,7 +112,7 @@ def counters_in(text: str, names: Mapping[str, str]) -> ServerCounters | None:
 
 
 def samples(text: str) -> Iterator[tuple[str, float]]:
-    """Yield the name and value of each finite sample in Prometheus' text format."""
+    """Yield the name and value of each sample below LARGEST in Prometheus' text format."""
     for line in text.splitlines():
         match = _SAMPLE.match(line)
         if match is None:
@@ -121,7 +121,7 @@ def samples(text: str) -> Iterator[tuple[str, float]]:
             value = float(match[2])
         except ValueError:
             continue
-        if math.isfinite(value):
+        if abs(value) < LARGEST:  # NaN is not
             yield match[1], value
 
 

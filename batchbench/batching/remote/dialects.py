@@ -244,7 +244,7 @@ def _count(value: object) -> int | None:
 
 
 def _name(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return shown(value) if isinstance(value, str) and value else None
 
 
 def _context(models: Sequence[Json]) -> int | None:

@@ -246,7 +246,7 @@ class _Stream:
         if not isinstance(choices, list) or not isinstance(choice := choices[0], dict):
             return False
         if choice.get("finish_reason") is not None:
-            self._finish = str(choice["finish_reason"])
+            self._finish = shown(choice["finish_reason"])
         delta = choice.get("delta") or {}  # at the endpoint of chats
         if not isinstance(delta, dict):
             return False
@@ -309,7 +309,10 @@ class _Stream:
             token_times_ns=np.repeat(times, repeats),
             shared=np.bincount(reads)[reads] > 1,
             token_ids=ids if whole else None,
-            text="".join(chunk.text for chunk in self._chunks),
+            # Surrogates may be split between chunks; half a pair is no text.
+            text="".join(chunk.text for chunk in self._chunks)
+            .encode("utf-16", "surrogatepass")
+            .decode("utf-16", "replace"),
             usage_output=_number(self._usage, "completion_tokens"),
             usage_input=_number(self._usage, "prompt_tokens"),
             cached_tokens=_number(details, "cached_tokens"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -31,6 +32,22 @@ _OWN_FIELDS = (
     *("max_tokens", "max_completion_tokens"),
 )
 """Fields of a request that batchbench sets, so that ``--extra-body`` cannot."""
+
+
+_SECRET = re.compile(r"(?<!cache_)key|token|secret|password|authorization", re.IGNORECASE)
+"""Names of fields that may hold a secret; OpenAI's ``prompt_cache_key`` is none."""
+
+
+def _secret(value: object, name: str = "") -> str | None:
+    """Return the name of the first field that may hold a secret, at any depth.
+
+    A number of tokens and token ids are none.
+    """
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else ((name, item) for item in value)
+        return next((found for at, item in pairs if (found := _secret(item, at))), None)
+    holds = isinstance(value, str) or (type(value) in (int, float) and "token" not in name.lower())
+    return name if holds and _SECRET.search(name) else None
 
 
 OWN_ENGINE = (
@@ -162,12 +179,19 @@ class TargetSpec:
         if self.extra_body is None:
             return {}
         place = f"--extra-body {shown(self.extra_body)}"
+        if _SECRET.search(self.extra_body):
+            place = "--extra-body"  # a message may be logged
         try:
             extra = parse_json(self.extra_body.encode())
         except ValueError as error:
             raise UsageError(f"{place}: is not JSON: {error}") from error
         if not isinstance(extra, dict):
             raise UsageError(f"{place}: must be a JSON object, such as '{{\"top_k\": 1}}'")
+        if (name := _secret(extra)) is not None:
+            raise UsageError(
+                f'{place}: "{shown(name)}" looks like a secret and would be saved in the result; '
+                f"use --api-key or {API_KEY}"
+            )
         for name in _OWN_FIELDS:
             if name in extra:
                 raise UsageError(f"{place}: {name} is set by batchbench; remove it")

@@ -48,7 +48,7 @@ def sentence(result: Result, *, reasons: bool = True) -> str:
     parts = [_answer(result)]
     agreement, verified = data.get("agreement"), data["verification"]["requests_checked"]
     if verified:
-        parts.append(_outputs(data["verification"]))
+        parts.append(_outputs(data["verification"], served=result.served))
     if agreement is not None:
         parts.append(agreement_words(agreement))
     if not (verified or agreement or data["simulated"]):
@@ -140,9 +140,9 @@ def _latency(result: Result) -> str:
     return f"{text}; {percent(good)} against {percent(base)} of requests within the SLOs"
 
 
-def _outputs(checked: Mapping[str, Any]) -> str:
-    total = checked["requests_checked"]
-    text = f"outputs identical for {checked['identical']}/{total} requests"
+def _outputs(checked: Mapping[str, Any], *, served: bool) -> str:
+    total, own = checked["requests_checked"], " to the model's own, unbatched," * served
+    text = f"outputs identical{own} for {checked['identical']}/{total} requests"
     if checked["numerical_ties"]:
         ties = plural(checked["numerical_ties"], "numerical tie")
         text += f", {ties} (logits {checked['max_logit_gap']:.2g} apart at most)"
@@ -330,6 +330,9 @@ def notes(result: Result) -> list[str]:
             interval = " (95 % CI)" * (trials >= FEWEST_PAIRS)
             lines.append(f"÷ is the median of paired trials{interval}")
     lines += _servings(result)
+    classes = result.data["strategies"][result.names[0]]["by_output_length"]
+    if result.served and all(length["mean_slowdown"] is None for length in classes):
+        lines.append("each output came at once: ITL, TPOT and E2E ÷ unloaded are not known")
     return lines + [row.note for row in _rows_of(result) if row.note]
 
 
