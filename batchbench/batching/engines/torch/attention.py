@@ -377,7 +377,7 @@ def _decode(
     if layout.rows is not None:
         q = q.new_zeros(high - low, *q.shape[1:]).index_copy_(0, layout.rows, q)
     seen = scaled_dot_product_attention(
-        q.unflatten(1, (block.keys.shape[1], -1)),
+        q.view(len(q), block.keys.shape[1], -1, q.shape[-1]),
         block.keys[low:high, :, :length],
         block.values[low:high, :, :length],
         attn_mask=layout.mask(block.keys.dtype),
