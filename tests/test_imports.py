@@ -111,6 +111,8 @@ HEAVY: Mapping[str, tuple[str, ...]] = {
         *("*report*", "reports.formats.*", "reports.replay.terminal", "cli.*"),
         *("api", "studies.reproduce", "studies.predict.batch_sizes"),
     ),
+    "ray": ("studies.executors.ray_cluster",),
+    "submitit": ("studies.executors.slurm",),
     "matplotlib": (
         *("reports.figures*", "reports.replay.gif", "*figures*", "*report*", "*facets*"),
         *("api", "studies.predict.batch_sizes"),
@@ -145,6 +147,7 @@ LATE: Mapping[str, str] = {
     "batching.strategies": "entry points are read only for a name that is not ours",
     "batching.strategies.vllm": "vLLM is optional, and the bytes of a cache are known to torch",
     "batching.trials": "measuring the machine imports torch",
+    "studies.executors.spec": "Ray and submitit are optional",
     "studies.executors.machines": "a GPU is looked at only where times are measured",
     "studies.gate.worker": "a worker says who it is before it imports torch",
     "studies.ladder.run": "a rung of the ladder imports torch",

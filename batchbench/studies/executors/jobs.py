@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.errors import BatchbenchError
-from batchbench.studies.executors.machines import here, unlike
+from batchbench.studies.executors.machines import here
 
 MOST_RERUNS = 2
 """Number of times that a job which was lost with its machine runs again."""
@@ -207,20 +207,21 @@ class Worker:
         self._models = ModelCache()
         self.facts: Mapping[str, Any] = here(timed=timed)
 
-    def run(self, job: Job, like: Mapping[str, Any] | None = None) -> Answer:
-        """Run a job, unless the machine differs from the one that ``like`` describes."""
+    def about(self) -> Mapping[str, Any]:
+        """Return the facts of the machine."""
+        return self.facts
+
+    def run(self, job: Job) -> Answer:
+        """Run a job."""
         node, began = str(self.facts["hostname"]), time.monotonic()
-        outcome: Done | Failed | Unlike | Raised
-        if like and (reason := unlike(like, self.facts)):
-            outcome = Unlike(reason)
-        else:
-            try:
-                outcome = job.work(Watch(), self._models)
-            except BatchbenchError as error:
-                outcome = Raised(error)
-            except Exception as error:  # its class need not be known where it is read
-                text = "".join(traceback.format_exception(error))
-                outcome = Raised(RuntimeError(f"{job.key} on {node}: {text}"))
+        outcome: Done | Failed | Raised
+        try:
+            outcome = job.work(Watch(), self._models)
+        except BatchbenchError as error:
+            outcome = Raised(error)
+        except Exception as error:  # its class need not be known where it is read
+            text = "".join(traceback.format_exception(error))
+            outcome = Raised(RuntimeError(f"{job.key} on {node}: {text}"))
         return Answer(outcome, node, time.monotonic() - began)
 
 

@@ -8,8 +8,11 @@ from typing import Any
 from batchbench.batching.machine import HARDWARE, SOFTWARE, differences, environment, facts_of
 from batchbench.version import __version__
 
-KIND = tuple(name for name in (*HARDWARE, *SOFTWARE) if name not in ("device", "threads"))
-"""Facts in which machines of one kind agree; the device and its threads are options of a cell."""
+_OF_A_CELL = ("device", "threads")
+"""Facts that are options of a cell."""
+
+KIND = ("batchbench", *(name for name in (*HARDWARE, *SOFTWARE) if name not in _OF_A_CELL))
+"""Facts in which machines of one kind agree."""
 
 
 def here(*, timed: bool) -> dict[str, Any]:

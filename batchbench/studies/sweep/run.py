@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
 from batchbench.batching.dry_run import estimate
 from batchbench.batching.experiment import Experiment
+from batchbench.batching.machine import facts_of
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.batching.remote.dialects import Dialect, discover
@@ -82,6 +83,17 @@ class Store:
             return load_result(self.place(cell))
         except UsageError as error:
             raise UsageError(f"{error}; remove {self.place(cell)} to run the cell again") from error
+
+    def unfinished(self, grid: CellsQuery) -> list[Experiment]:
+        """Return the experiments of the cells that are possible and not finished."""
+        return [c.experiment for c in grid.cells if c.experiment and not self.holds(c)]
+
+    def machine(self, grid: CellsQuery) -> dict[str, Any] | None:
+        """Return the facts of the machine of the first served cell; None if there is none."""
+        for cell in grid.cells:
+            if self.holds(cell) and self.failure(cell) is None:
+                return facts_of(read_json(self.place(cell) / "result.json")["environment"], {})
+        return None
 
     def keep(self, cell: Cell, result: Result) -> None:
         self.keep_files(cell, files_of(result))
@@ -257,6 +269,7 @@ def run_cells(
     done = len(possible) - len(pending)
     numbers = {digest: number for number, digest in enumerate(pending, done + 1)}
     watch.cells_begin(len(possible), done)
+    watch.cells_run([], executor.machines)
     pace = Pace({digest: work_of(_experiment(cell)) for digest, cell in pending.items()})
     jobs = [Job(digest, CellWork(_experiment(cell), serve)) for digest, cell in pending.items()]
 
@@ -280,9 +293,10 @@ def run_cells(
                 else:
                     lost.append((cell, reason))
             pace.done(cell.digest, ended.seconds)
+            waited()
             if ended.node:
                 watch.cell_ran(cell, ended.node, ended.seconds)
-            watch.cell_ends(cell, reason, pace.left_s(max(1, len(executor.running))))
+            watch.cell_ends(cell, reason, pace.left_s(len(executor.running) + 1))
             done += 1
     except KeyboardInterrupt as error:
         raise Interrupted(
