@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from support.program import Call, caller
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.errors import IncompleteError, UsageError
-from batchbench.studies.executors.jobs import Ended, Failed, Job, Raised, Worker, ended
+from batchbench.studies.executors.jobs import Ended, Failed, Job, Local, Worker, run_jobs
 from batchbench.studies.executors.machines import unlike
 from batchbench.studies.executors.spec import ExecutorSpec, make_executor
 from batchbench.studies.sweep.run import Store
@@ -69,16 +70,17 @@ def test_a_bug_in_a_job_elsewhere_is_raised_here_and_its_reason_is_kept() -> Non
     def breaks(watch: Watch, models: ModelCache) -> Any:
         raise ZeroDivisionError("made up")
 
-    job = Job("a", breaks)
-    answer = Worker("/no/such/folder", timed=False).run(job)
-    assert isinstance(answer.outcome, Raised)
+    class Elsewhere(Local):
+        def wait(self) -> Sequence[Ended]:
+            job, self._job = self._job, None
+            return [] if job is None else [Worker("/no/such/folder", timed=False).run(job)]
+
     with pytest.raises(RuntimeError, match="made up"):
-        ended(job, answer)
-    failing = Job("a", lambda watch, models: Failed("too large"))
-    answer = Worker("/no/such/folder", timed=False).run(failing)
-    assert ended(failing, answer) == Ended(
-        failing, Failed("too large"), answer.node, answer.seconds
-    )
+        list(run_jobs([Job("a", breaks)], Elsewhere()))
+    failing = Job("b", lambda watch, models: Failed("too large"))
+    (ended,) = run_jobs([failing], Elsewhere())
+    assert ended.outcome == Failed("too large")
+    assert ended.node
 
 
 def test_machines_are_of_one_kind_whatever_their_names() -> None:

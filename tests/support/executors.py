@@ -64,7 +64,7 @@ class Adversary:
         count = self._chance.randint(0, len(self._jobs))
         ended, self._jobs = self._jobs[:count], self._jobs[count:]
         self._chance.shuffle(self._jobs)
-        return [Ended(job, self._outcome(job), "somewhere") for job in ended]
+        return [Ended(job.key, self._outcome(job), "somewhere") for job in ended]
 
     def _outcome(self, job: Job) -> Done | Failed | Lost | Unlike:
         for kind, count in ((Lost, self.lost), (Unlike, self.refused)):

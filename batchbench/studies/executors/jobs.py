@@ -56,12 +56,12 @@ class Unlike:
 
 @dataclass(frozen=True)
 class Raised:
-    """An error of a job elsewhere, to be raised here."""
+    """An error that a job raised elsewhere, which :func:`run_jobs` raises here."""
 
     error: Exception
 
 
-Outcome = Done | Failed | Lost | Unlike
+Outcome = Done | Failed | Lost | Unlike | Raised
 
 Work = Callable[[Watch, ModelCache], Done | Failed]
 """The work of a job. It can be pickled, and gets the models of the process in which it runs."""
@@ -77,9 +77,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of a job, with the node on which it ran, which is empty for this process."""
+    """The end of the job ``key``, with its node, which is empty for this process."""
 
-    job: Job
+    key: str
     outcome: Outcome
     node: str = ""
     seconds: float = 0.0
@@ -107,7 +107,7 @@ class Executor(Protocol):
         """Wait about a second, or less if a job ends; return the jobs that have ended.
 
         Raises:
-            BatchbenchError: no job can run any more, or a job raised an error of its own.
+            BatchbenchError: no job can run any more.
         """
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class Local:
             return []
         began = time.monotonic()
         outcome = job.work(self._watch, self._models)
-        return [Ended(job, outcome, seconds=time.monotonic() - began)]
+        return [Ended(job.key, outcome, seconds=time.monotonic() - began)]
 
     def close(self) -> None:
         """Do nothing: nothing runs while nobody waits."""
@@ -157,40 +157,35 @@ def run_jobs(
     A job that is lost runs again at most :data:`MOST_RERUNS` times; after that it is yielded as
     :class:`Lost`. A job that a machine refuses waits for another machine.
 
+    Raises:
+        Exception: the error that a job raised.
+
     Args:
         begins: called with each job that is submitted, again if it runs again.
         waited: called after each wait.
     """
-    waiting, losses, submitted = deque(jobs), Counter[str](), 0
+    by_key = {job.key: job for job in jobs}
+    waiting, losses, submitted = deque(by_key), Counter[str](), 0
     while waiting or submitted:
         while waiting and executor.free > 0:
-            job = waiting.popleft()
+            job = by_key[waiting.popleft()]
             begins(job)
             executor.submit(job)
             submitted += 1
         for ended in executor.wait():
             submitted -= 1
-            key, outcome = ended.job.key, ended.outcome
-            losses[key] += isinstance(outcome, Lost)
-            if isinstance(outcome, Unlike) or (
-                isinstance(outcome, Lost) and losses[key] <= MOST_RERUNS
-            ):
-                waiting.appendleft(ended.job)
+            if isinstance(ended.outcome, Raised):
+                raise ended.outcome.error
+            losses[ended.key] += isinstance(ended.outcome, Lost)
+            lost = isinstance(ended.outcome, Lost) and losses[ended.key] <= MOST_RERUNS
+            if lost or isinstance(ended.outcome, Unlike):
+                waiting.appendleft(ended.key)
             else:
                 yield ended
         waited()
 
 
 # The process that does the work
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer of a worker to a job."""
-
-    outcome: Done | Failed | Unlike | Raised
-    node: str
-    seconds: float
 
 
 class Worker:
@@ -211,10 +206,10 @@ class Worker:
         """Return the facts of the machine."""
         return self.facts
 
-    def run(self, job: Job) -> Answer:
+    def run(self, job: Job) -> Ended:
         """Run a job."""
         node, began = str(self.facts["hostname"]), time.monotonic()
-        outcome: Done | Failed | Raised
+        outcome: Outcome
         try:
             outcome = job.work(Watch(), self._models)
         except BatchbenchError as error:
@@ -222,15 +217,4 @@ class Worker:
         except Exception as error:  # its class need not be known where it is read
             text = "".join(traceback.format_exception(error))
             outcome = Raised(RuntimeError(f"{job.key} on {node}: {text}"))
-        return Answer(outcome, node, time.monotonic() - began)
-
-
-def ended(job: Job, answer: Answer) -> Ended:
-    """Return the end of a job that a worker answered.
-
-    Raises:
-        Exception: the error that the job raised there.
-    """
-    if isinstance(answer.outcome, Raised):
-        raise answer.outcome.error
-    return Ended(job, answer.outcome, answer.node, answer.seconds)
+        return Ended(job.key, outcome, node, time.monotonic() - began)

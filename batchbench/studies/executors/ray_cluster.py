@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import batchbench
 from batchbench.batching.progress import Watch
 from batchbench.errors import IncompleteError, UsageError, reason_in_short
-from batchbench.studies.executors.jobs import Ended, Job, Lost, Worker, ended
+from batchbench.studies.executors.jobs import Ended, Job, Lost, Worker
 from batchbench.studies.executors.machines import unlike
 
 PATIENCE_S = 300.0
@@ -37,14 +37,14 @@ _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_Z
 
 @dataclass
 class _Device:
-    """An actor on a node. ``ref`` is its answer that is still to come."""
+    """An actor on a node: the key of its job, and its answer that is still to come."""
 
     node: str
     name: str
     options: Mapping[str, Any]
     actor: Any
     ref: Any
-    job: Job | None = None
+    job: str | None = None
     ready: bool = False
 
 
@@ -118,7 +118,7 @@ class RayCluster:
 
     @property
     def running(self) -> Mapping[str, str]:
-        return {device.job.key: device.name for device in self._devices if device.job}
+        return {device.job: device.name for device in self._devices if device.job}
 
     @property
     def machines(self) -> int:
@@ -126,7 +126,7 @@ class RayCluster:
 
     def submit(self, job: Job) -> None:
         device = next(d for d in self._devices if d.ready and d.job is None)
-        device.job, device.ref = job, device.actor.run.remote(job)
+        device.job, device.ref = job.key, device.actor.run.remote(job)
 
     def wait(self) -> Sequence[Ended]:
         if self._devices:
@@ -176,7 +176,7 @@ class RayCluster:
         job, device.job, device.ref = device.job, None, None
         if job is not None:
             self._served = True
-            yield ended(job, answer)
+            yield answer
         elif reason := unlike(self._like, answer):
             self._refuse(device, reason)
         else:

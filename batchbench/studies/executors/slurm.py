@@ -16,20 +16,19 @@ import submitit
 
 from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError, reason_in_short
-from batchbench.studies.executors.jobs import Answer, Ended, Job, Lost, Unlike, Worker, ended
+from batchbench.studies.executors.jobs import Ended, Job, Lost, Unlike, Worker
 from batchbench.studies.executors.machines import unlike
 
 _ASK_S = 30.0
 """Seconds between two questions to Slurm about all jobs; results are looked for all the time."""
 
 
-def serve(folder: str, timed: bool, first: Path, same: bool, job: Job) -> Answer:
+def serve(folder: str, timed: bool, first: Path, same: bool, job: Job) -> Ended:
     """Run a job on a node of Slurm, if its machine is like the first.
 
     The file ``first`` has the facts of that machine. If they must be the ``same``, the job that
     comes first adds those of its own.
     """
-    began = time.monotonic()
     worker = Worker(folder, timed=timed)
     like = json.loads(first.read_text("utf-8"))
     if same and "hostname" not in like and not unlike(like, worker.facts):
@@ -39,18 +38,18 @@ def serve(folder: str, timed: bool, first: Path, same: bool, job: Job) -> Answer
             os.link(own, first.with_name("agreed.json"))
         like = json.loads(first.with_name("agreed.json").read_text("utf-8"))
     if reason := unlike(like, worker.facts):
-        return Answer(Unlike(reason), str(worker.facts["hostname"]), time.monotonic() - began)
+        return Ended(job.key, Unlike(reason), str(worker.facts["hostname"]))
     return worker.run(job)
 
 
-def _answer(handle: Any, node: str) -> Answer:
+def _answer(handle: Any, node: str) -> Ended:
     """Return the answer of a job.
 
     Raises:
         UsageError: it could not begin, for example since its node has no batchbench.
     """
     try:
-        answer: Answer = handle.result()
+        answer: Ended = handle.result()
     except submitit.core.utils.FailedJobError as error:
         reasons = [line for line in str(error).splitlines() if "Error" in line]
         raise UsageError(f"--executor slurm: {node}: {reason_in_short(reasons[-1])}") from error
@@ -97,7 +96,7 @@ class Slurm:
             cluster == "slurm",
             grace_s,
         )
-        self._jobs: dict[Any, Job] = {}  # by the job of submitit
+        self._jobs: dict[Any, str] = {}  # keys by the jobs of submitit
         self._over: dict[Any, float] = {}  # jobs without a result, since when
         self._excluded: set[str] = set()
         self._asked_at = time.monotonic()
@@ -128,7 +127,7 @@ class Slurm:
 
     @property
     def running(self) -> Mapping[str, str]:
-        return {job.key: self._node(handle) for handle, job in self._jobs.items()}
+        return {key: self._node(handle) for handle, key in self._jobs.items()}
 
     def _node(self, handle: Any) -> str:
         known = handle.get_info(mode="cache")
@@ -146,7 +145,7 @@ class Slurm:
             )
         except submitit.core.utils.FailedJobError as error:
             raise UsageError(f"--executor slurm: {reason_in_short(error)}") from error
-        self._jobs[handle] = job
+        self._jobs[handle] = job.key
 
     def wait(self) -> Sequence[Ended]:
         if self._slurm and self._jobs and time.monotonic() - self._asked_at > _ASK_S:
@@ -166,22 +165,20 @@ class Slurm:
             answer = _answer(handle, node)
         elif time.monotonic() - self._over.setdefault(handle, time.monotonic()) < self._grace_s:
             return
-        job = self._jobs.pop(handle)
+        key = self._jobs.pop(handle)
         lines = (handle.stderr() or f"it is {handle.state.lower()}").strip().splitlines()
         for file in self._folder.glob(f"{handle.job_id}_*"):
             file.unlink(missing_ok=True)
         if answer is None:
             reason = reason_in_short(lines[-1])
             self._watch.note(f"{node} lost a job; what it ran runs again ({reason})")
-            yield Ended(job, Lost(reason), node)
+            yield Ended(key, Lost(reason), node)
             return
         if isinstance(answer.outcome, Unlike) and answer.node not in self._excluded:
             self._excluded.add(answer.node)
             self._watch.note(f"{answer.node} is not used: {answer.outcome.reason}")
-            self._executor.update_parameters(
-                slurm_additional_parameters={"exclude": ",".join(sorted(self._excluded))}
-            )
-        yield ended(job, answer)
+            self._executor.update_parameters(slurm_exclude=",".join(sorted(self._excluded)))
+        yield answer
 
     def close(self) -> None:
         for handle in self._jobs:

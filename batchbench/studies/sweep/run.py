@@ -282,16 +282,14 @@ def run_cells(
     lost = []
     try:
         for ended in run_jobs(jobs, executor, begins, waited):
-            cell, outcome = pending[ended.job.key], ended.outcome
-            reason = None
+            cell, outcome = pending[ended.key], ended.outcome
+            reason = getattr(outcome, "reason", None)
             if isinstance(outcome, Done):
                 store.keep_files(cell, outcome.files)
+            elif isinstance(outcome, Failed):
+                store.keep_failure(cell, outcome.reason)
             else:
-                reason = outcome.reason
-                if isinstance(outcome, Failed):
-                    store.keep_failure(cell, reason)
-                else:
-                    lost.append((cell, reason))
+                lost.append((cell, str(reason)))
             pace.done(cell.digest, ended.seconds)
             waited()
             if ended.node:
