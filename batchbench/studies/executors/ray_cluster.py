@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import batchbench
+from batchbench import version
 from batchbench.batching.progress import Watch
 from batchbench.errors import IncompleteError, UsageError, reason_in_short
 from batchbench.studies.executors.jobs import Ended, Job, Lost, Worker
@@ -91,7 +91,7 @@ class RayCluster:
     def _connect(self, address: str | None) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        package = str(Path(batchbench.__file__).parent)
+        package = str(Path(version.__file__).parent)
         own = {"include_dashboard": False} if address is None else {}
         handler = signal.getsignal(signal.SIGTERM)  # which Ray replaces
         self._closing.callback(ray.shutdown)

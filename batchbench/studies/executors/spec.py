@@ -29,7 +29,7 @@ MINUTES, PARALLEL = 60, 16
 
 @dataclass(frozen=True)
 class ExecutorSpec:
-    """Where the independent parts of a study run."""
+    """The place where the independent parts of a study run."""
 
     executor: str = setting(
         "local",
