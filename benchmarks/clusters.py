@@ -2,7 +2,7 @@
 
     python benchmarks/clusters.py killed-ray [--times 10] [--seed 0]
     python benchmarks/clusters.py killed-slurm [--times 10] [--seed 0]
-    python benchmarks/clusters.py speed
+    python benchmarks/clusters.py speed [--times 3]
     python benchmarks/clusters.py memory [--cells 1000]
 
 ``killed-ray`` sweeps 24 simulated cells on a Ray cluster of two nodes with one core each, and kills
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from support.executors import Logged, grid_of, swept
 
 from batchbench.batching.machine import environment
 from batchbench.batching.progress import Watch
+from batchbench.studies.sweep.run import Store, run_cells
 from batchbench.version import __version__
 
 RESULTS = ROOT / "benchmarks" / "results" / "clusters"
@@ -94,9 +96,9 @@ def judge(table: bytes, alone: bytes, logged: Logged) -> dict[str, Any]:
     }
 
 
-def killed_ray(times: int, chance: random.Random, place: Path) -> list[dict[str, Any]]:
-    """Kill one of two nodes at a random moment, again and again."""
-    alone, trials = swept(place / "alone", grid_of(CELLS)), []
+def killed_ray(times: int, chance: random.Random, place: Path) -> Iterator[dict[str, Any]]:
+    """Kill one of two nodes at a random moment, again and again; yield each outcome."""
+    alone = swept(place / "alone", grid_of(CELLS))
     for i in range(times):
         cluster, folder = cluster_of(2), place / f"ray-{i}"
         logged = Logged(place / f"log-{i}", folder, pause_s=0.2)
@@ -116,14 +118,12 @@ def killed_ray(times: int, chance: random.Random, place: Path) -> list[dict[str,
         seconds = time.monotonic() - began
         killer.join()
         cluster.shutdown()
-        trials.append({"killed_after_s": after, "seconds": seconds, **judge(table, alone, logged)})
-        print(trials[-1], flush=True)
-    return trials
+        yield {"killed_after_s": after, "seconds": seconds, **judge(table, alone, logged)}
 
 
-def killed_slurm(times: int, chance: random.Random, place: Path) -> list[dict[str, Any]]:
-    """Kill two of the jobs at their beginnings, again and again."""
-    alone, trials = swept(place / "alone", grid_of(CELLS)), []
+def killed_slurm(times: int, chance: random.Random, place: Path) -> Iterator[dict[str, Any]]:
+    """Kill two of the jobs at their beginnings, again and again; yield each outcome."""
+    alone = swept(place / "alone", grid_of(CELLS))
     for i in range(times):
         folder = place / f"slurm-{i}"
         kills = tuple(sorted(chance.sample(range(CELLS), 2)))
@@ -132,20 +132,18 @@ def killed_slurm(times: int, chance: random.Random, place: Path) -> list[dict[st
         with closing(slurm_executor(place / "jobs")) as executor:
             table = swept(folder, grid_of(CELLS), executor, logged)
         seconds = time.monotonic() - began
-        trials.append({"killed": kills, "seconds": seconds, **judge(table, alone, logged)})
-        print(trials[-1], flush=True)
-    return trials
+        yield {"killed": kills, "seconds": seconds, **judge(table, alone, logged)}
 
 
 def good(trials: list[dict[str, Any]]) -> bool:
     return all(t["same_table"] and not t["repeated"] and not t["missing"] for t in trials)
 
 
-def speed(place: Path) -> dict[str, Any]:
+def speed(turns: int, place: Path) -> dict[str, Any]:
     """Measure two nodes against one, and the time per cell beyond its work."""
-    large, small = grid_of(24, 3000), grid_of(200, 2)
+    large, small = grid_of(12, 60_000), grid_of(100, 2)
     seconds: dict[str, list[float]] = {}
-    for turn in range(3):
+    for turn in range(turns):
         for nodes in (1, 2):
             cluster = cluster_of(nodes)
             with closing(ray_executor()) as executor:
@@ -155,24 +153,21 @@ def speed(place: Path) -> dict[str, Any]:
                 swept(place / f"warm-{turn}-{nodes}", grid_of(4 * nodes, 1), executor)
                 for name, grid in (("large", large), ("small", small)):
                     began = time.monotonic()
-                    from batchbench.studies.sweep.run import Store, run_cells
-
                     store = Store(place / f"{name}-{turn}-{nodes}")
                     run_cells(grid, store, executor=executor)
                     seconds.setdefault(f"{name}_{nodes}", []).append(time.monotonic() - began)
             cluster.shutdown()
-    from batchbench.studies.sweep.run import Store, run_cells
-
-    for turn in range(3):
+    for turn in range(turns):
         began = time.monotonic()
         run_cells(small, Store(place / f"local-{turn}"))
         seconds.setdefault("small_local", []).append(time.monotonic() - began)
     best = {name: min(values) for name, values in seconds.items()}
     return {
         "seconds": seconds,
+        "load_average": os.getloadavg(),  # of whatever else runs on this machine
         "speedup": best["large_1"] / best["large_2"],
-        "overhead_ms_per_cell": 1000 * (best["small_1"] - best["small_local"]) / 200,
-        "whole_ms_per_small_cell": 1000 * best["small_1"] / 200,
+        "overhead_ms_per_cell": 1000 * (best["small_1"] - best["small_local"]) / 100,
+        "whole_ms_per_small_cell": 1000 * best["small_1"] / 100,
     }
 
 
@@ -204,13 +199,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="batchbench-clusters-") as folder:
         place = Path(folder)
         if options.what == "speed":
-            write("speed", speed(place))
+            write("speed", speed(options.times, place))
         elif options.what == "memory":
             write("memory", memory(options.cells, place))
         else:
             kill = killed_ray if options.what == "killed-ray" else killed_slurm
-            trials = kill(options.times, chance, place)
-            write(options.what, {"good": good(trials), "trials": trials})
+            trials: list[dict[str, Any]] = []
+            for trial in kill(options.times, chance, place):
+                trials.append(trial)
+                write(options.what, {"good": good(trials), "trials": trials})
             return 0 if good(trials) else 1
     return 0
 
