@@ -364,9 +364,7 @@ def attend_for_transformers(
     return seen.unsqueeze(0), None
 
 
-def _decode(
-    q: torch.Tensor, block: SlotLayer, layout: Layout, scale: float | None
-) -> torch.Tensor:
+def _decode(q: torch.Tensor, block: SlotLayer, layout: Layout, scale: float | None) -> torch.Tensor:
     """Attend for the decoding rows, ``[rows, heads, head_dim]`` in and out.
 
     Queries are spread over a range of slots and the cache is read in place: gathering slots would
