@@ -14,7 +14,7 @@ from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.session import Outcome
-from batchbench.reports.latency import gaps_ms, ttft_ms
+from batchbench.reports.latency import e2el_ms, gaps_ms, ttft_ms
 from batchbench.reports.result_file import Facts
 from batchbench.reports.server_data import AgreementData, FailureData, ServerData
 from batchbench.reports.statistics import Distribution, Ratio, paired_ratio
@@ -55,6 +55,10 @@ class Doubt(StrEnum):
     MERGED = (
         "{share} of the output was read late, together with later output, and has its time: give "
         "the client a processor of its own"
+    )
+    BUFFERED = (
+        "the server buffers: {share} of the output came together with later output, and was not "
+        "read late. TTFT and ITL show the buffer; turn it off in the server or its proxy"
     )
     LATE = (
         "requests were sent up to {value} ms late (p99), {share} of the median TTFT: give the "
@@ -262,11 +266,13 @@ def _shares(trials: Sequence[Recording]) -> Iterator[tuple[Doubt, float, float]]
     )
     lag, late = lag / 1e6, late / 1e6
     stamped = min(client["kernel_share"] for client in clients) >= KERNEL
-    reads_late = not itl or lag > LAG * itl
+    # Tokens that come together have no ITL; their share of the latency is the time of a step.
+    steps = [e2el_ms(r) / r.requests.output_tokens for r in trials]
+    reads_late = lag > LAG * (itl or float(np.median(np.concatenate(steps))))
     if itl and reads_late and not stamped:
         yield Doubt.LAG, lag / itl, lag
-    if reads_late and merged > MERGED:
-        yield Doubt.MERGED, merged, 0.0
+    if merged > MERGED and (reads_late or not itl):
+        yield Doubt.MERGED if reads_late else Doubt.BUFFERED, merged, 0.0
     # Requests of other workloads wait for a place among those in flight, as they should.
     timed = trials[0].header.strategy == "continuous" and trials[0].requests.due_ns.any()
     if timed and ttft and late > LATE * ttft:

@@ -21,6 +21,7 @@ from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Session
 from batchbench.batching.verification import Verification
+from batchbench.errors import UsageError
 from batchbench.reports.slo import GoalsSpec
 from batchbench.studies.capacity import probe as benches
 from batchbench.studies.capacity import report
@@ -30,6 +31,7 @@ from batchbench.studies.capacity.probe import (
     TrialFigures,
     Verdict,
     attained,
+    check_enough,
     figures_of,
     judge,
     mean_of,
@@ -184,6 +186,22 @@ def test_what_trials_cannot_tell_stays_between_the_ends(
         hit = bool(search.borderline)
         slack = (1 + precision) ** (2 if hit else 1) * (1 + 1e-9)
         assert search.high / search.low <= (end / begin if hit else 1) * slack
+
+
+def test_a_search_ends_where_hardly_any_requests_meet() -> None:
+    """Rates that the trials cannot decide, however low, do not let it go on for years."""
+    search = Search(1.0, 0.1, lowest=0.025)
+    searched(search, lambda rate: NO if rate > 1 else BORDER)
+    assert (search.low, min(search.borderline)) == (0, 2**-5)
+
+
+@pytest.mark.parametrize(("requests", "trials"), [(8, 8), (18, 4), (9, 8)])
+def test_fewer_requests_than_can_prove_anything_are_refused(requests: int, trials: int) -> None:
+    """Without a miss, 73 requests are the fewest that prove 95 %."""
+    query = asked_of(trials, attainment=0.95, ttft=500)
+    with pytest.raises(UsageError, match=f"^--queue-size {requests}: {trials} trials of so few "):
+        check_enough(requests, query)
+    check_enough(math.ceil(73 / trials), query)
 
 
 def test_a_rate_that_is_never_or_always_sustained_ends_the_search() -> None:

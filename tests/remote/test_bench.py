@@ -12,6 +12,7 @@ from support.schedules import Core, Job, Schedule
 from support.servers import Manner, serving
 from support.wired import experiment, wired
 
+from batchbench.batching.benches import check_pair_time
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import Tokenizer
 from batchbench.batching.progress import Watch
@@ -118,6 +119,22 @@ def test_requests_that_the_server_refuses_are_a_usage_error(
     with pytest.raises(UsageError, match=f"^--target: {place}the server answers 400: too long$"):
         conduct(experiment(**SMALL), Watch())
     assert len(network.trials) == trial + 1
+
+
+def test_a_server_that_ends_in_a_trial_is_no_wrong_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is down when the next round begins; the error is that of the round in which it ended."""
+    refused = Failure(FailureKind.REFUSED, "nobody answers")
+    network = wired(monkeypatch)
+    network.breaks = {WARM_UPS: [3], WARM_UPS + 1: [0]}
+    network.failures = {WARM_UPS + 1: refused}
+    with pytest.raises(TrialFailed, match=r"request 3 failed .*it broke"):
+        conduct(experiment(**SMALL), Watch())
+    network = wired(monkeypatch)
+    network.breaks, network.failure = {WARM_UPS + 1: [0]}, refused  # between two trials
+    with pytest.raises(TrialFailed, match=r"request 0 failed .*nobody answers"):
+        conduct(experiment(**SMALL), Watch())
 
 
 def test_a_failure_in_the_warm_up_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,8 +295,10 @@ def test_a_server_that_cannot_go_on_after_an_end_token_is_noted(
 
 def test_a_pair_that_takes_too_long_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     network = wired(monkeypatch)
-    with pytest.raises(UsageError, match="--max-time 1: one pair of trials takes about"):
+    with pytest.raises(UsageError, match=r"--max-time 1: one pair of trials takes about [1-9]"):
         conduct(experiment(max_time=1.0), Watch())
+    with pytest.raises(UsageError, match=r"one pair of trials takes about 0\.2[0-9] s here"):
+        check_pair_time(0.1, 0.204)
     assert len(network.trials) == WARM_UPS
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from support.classic import CLASSIC
@@ -205,6 +206,24 @@ def test_output_that_a_late_client_reads_together_is_doubted(
     client = replace(QUIET, merged_share=share, loop_p99_ns=lag_ns)
     found = reasons(served_result(recordings_of(client)))
     assert [("read late, together" in reason) for reason in found] == [True] * doubtful
+
+
+@pytest.mark.parametrize(("lag_ns", "said"), [(800_000, "buffers"), (12_000_000, "read late,")])
+def test_output_in_one_piece_is_the_servers_doing_unless_the_client_read_late(
+    lag_ns: int, said: str
+) -> None:
+    """A step takes 10 ms, and an output of ten tokens or more comes when its last is ready."""
+    client = replace(QUIET, merged_share=0.9, loop_p99_ns=lag_ns)
+    recordings = {
+        name: [
+            replace(r, token_ends_ns=np.repeat(r.last_token_ns, r.requests.output_tokens))
+            for r in trials
+        ]
+        for name, trials in recordings_of(client).items()
+    }
+    (found,) = reasons(served_result(recordings))
+    assert said in found
+    assert "90%" in found
 
 
 def test_requests_sent_late_are_doubted_if_they_had_a_time() -> None:

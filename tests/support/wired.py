@@ -38,6 +38,7 @@ class Wired:
     server: FakeServer
     breaks: dict[int, Sequence[int]] = field(default_factory=dict)
     failure: Failure = field(default_factory=lambda: Failure(FailureKind.RESET, "it broke"))
+    failures: dict[int, Failure] = field(default_factory=dict)  # of trials with another
     trials: list[list[Exchange]] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
 
@@ -53,7 +54,8 @@ class Wired:
         done = self.server.exchange(None, self._noted(feed), watch, kernel_stamps=kernel_stamps)
         for request in self.breaks.get(len(self.trials), ()):
             broken = next(exchange for exchange in done if exchange.index == request)
-            done[done.index(broken)] = replace(broken, failure=self.failure)
+            failure = self.failures.get(len(self.trials), self.failure)
+            done[done.index(broken)] = replace(broken, failure=failure)
         self.trials.append(done)
         return done
 

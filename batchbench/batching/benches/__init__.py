@@ -119,8 +119,9 @@ class Bench(ABC):
 def check_pair_time(limit: float, expected_s: float) -> None:
     """Raise UsageError if a pair of trials takes longer than ``--max-time``."""
     if expected_s > limit:
+        digits = 0 if expected_s >= 10 else 2
         raise UsageError(
-            f"--max-time {limit:g}: one pair of trials takes about {expected_s:.0f} s here; "
+            f"--max-time {limit:g}: one pair of trials takes about {expected_s:.{digits}f} s here; "
             "raise it, or lower --queue-size"
         )
 

@@ -20,6 +20,7 @@ from batchbench.batching.models.source import read_config
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.remote.dialects import Dialect, PromptCache, body_for, discover
+from batchbench.batching.remote.exchange import FailureKind
 from batchbench.batching.remote.outcome import (
     Agreement,
     Comparison,
@@ -188,6 +189,7 @@ class RemoteBench(Bench):
         """
         strategies, planned = self.strategies(), self.experiment.trials.trials
         finished = failed = 0
+        first: TrialFailed | None = None
         for number in range(planned):
             try:
                 attempts = {
@@ -195,11 +197,11 @@ class RemoteBench(Bench):
                     for strategy in in_turn(strategies, number)
                 }
             except TrialFailed as error:
-                failed += 1
+                failed, first = failed + 1, first or error
                 self.failures.append(error.failed)
                 last = number + 1 == planned or failed == _MOST_FAILED
                 if not finished and (last or error.is_usage):
-                    raise _as_usage(error) from error
+                    raise _as_usage(first) from error
                 if failed == _MOST_FAILED:
                     return
                 continue
@@ -367,9 +369,9 @@ def _of_warm_up(error: TrialFailed) -> BatchbenchError:
 
 def _as_usage(error: TrialFailed) -> BatchbenchError:
     first = error.failed.failed[0]
-    return (
-        UsageError(f"--target: request {first.request}: {first.text}") if error.is_usage else error
-    )
+    if not error.is_usage or first.kind == FailureKind.REFUSED:  # it has answered the warm-up
+        return error
+    return UsageError(f"--target: request {first.request}: {first.text}")
 
 
 # Checks against the model

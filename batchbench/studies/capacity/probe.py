@@ -198,6 +198,17 @@ class CapacityQuery:
     most_trials: int  # at one rate
 
 
+def check_enough(requests: int, query: CapacityQuery) -> None:
+    """Raise UsageError if not even trials without a miss would show that a rate is sustained."""
+    trials = [TrialFigures(requests, requests, 0.0, {})] * query.most_trials
+    if judge(trials, query.attainment, query.most_trials) is not Verdict.SUSTAINED:
+        raise UsageError(
+            f"--queue-size {requests}: {query.most_trials} trials of so few requests prove at most "
+            f"{100 * attained(trials).low:.4g} % within the limits, and --slo-attainment is "
+            f"{100 * query.attainment:g} %; raise --queue-size or --max-trials"
+        )
+
+
 class ProbeRunner:
     """Serve probes; keep each strategy's first trial at the highest rate that it sustained."""
 
@@ -210,6 +221,7 @@ class ProbeRunner:
                 planned.make(self._seeded(k)).max_total_tokens for k in range(query.most_trials)
             )
         self.session = open_bench(experiment, watch, max_len=longest)
+        check_enough(len(self.session.workload), query)
         self.warm_up = self.session.warm_up()
         self.strategies = self.session.strategies()
         self._best: dict[str, tuple[float, Workload, Recording]] = {}

@@ -37,6 +37,7 @@ class Search:
 
     first: float  # the rate to begin with, in requests/s
     precision: float  # how far high may be above low at the end, as a share of low
+    lowest: float = 0.0  # rate to stop at: below it, too few requests meet for load to matter
     low: float = 0.0  # highest rate that is sustained
     high: float = math.inf  # lowest rate that is not
     borderline: list[float] = field(default_factory=list)
@@ -58,7 +59,8 @@ class Search:
         if not known:
             return self.first
         rate = 2 * max(known) if self.high == math.inf else min(known) / 2
-        return rate if abs(math.log2(rate / self.first)) <= MOST_DOUBLINGS else None
+        far = abs(math.log2(rate / self.first)) > MOST_DOUBLINGS
+        return None if far or rate < self.lowest else rate
 
     def record(self, rate: float, verdict: Verdict) -> None:
         """Record a verdict. It overrules earlier ones, since more load is never easier."""
@@ -125,7 +127,9 @@ def find_capacity(
         raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")
     runner = ProbeRunner(experiment, query, watch or CapacityWatch())
     session, unloaded_ms = runner.session, runner.measure_unloaded()
-    searches = {s.name: Search(1e3 / unloaded_ms["e2el"], precision) for s in runner.strategies}
+    alone = 1e3 / unloaded_ms["e2el"]  # at a share of this rate, about that share meets another
+    lowest = alone * (1 - query.attainment) / 2
+    searches = {s.name: Search(alone, precision, lowest) for s in runner.strategies}
     probes: dict[str, list[Probe]] = {name: [] for name in searches}
     open_searches = list(runner.strategies)
     while open_searches:

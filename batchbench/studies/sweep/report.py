@@ -374,5 +374,6 @@ def _reasons(swept: SweepResult) -> list[str]:
         for kind in ranked[:MOST_REASONS]
     ]
     if len(ranked) > MOST_REASONS:
-        lines.append(f"suspect: {len(ranked) - MOST_REASONS} other reasons; sweep.json has all")
+        others = plural(len(ranked) - MOST_REASONS, "other reason")
+        lines.append(f"suspect: {others}; sweep.json has all")
     return lines
