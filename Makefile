@@ -2,6 +2,7 @@
 # make test   all tests
 # make older  the tests that depend on the machine, with its features hidden (.ci/anywhere.py: more)
 # make transformers-5.17  tests of engines and models with an older transformers beside the pinned one
+# make cluster  tests of sweeps on Ray and Slurm, whose packages it installs
 # make lint   ruff and mypy
 # make gate   counts of schedules, compared with the kept ones (.ci/gate --renew replaces them)
 # Each sets .venv up by itself and does so again only when pyproject.toml or constraints.txt change.
@@ -15,7 +16,7 @@ OLDER := transformers==5.17.0 huggingface_hub==1.33.0 httpx httpcore anyio certi
 OLDER_TESTS := $(addprefix tests/batching/test_, \
 	engines.py models.py graphs.py generate_batch.py gpu.py gpu_budgets.py gpu_lazy.py)
 
-.PHONY: run test older lint gate clean transformers-5.17
+.PHONY: run test older lint gate clean transformers-5.17 cluster
 
 run: .venv/ready
 	$(BIN)/batchbench run $(ARGS)
@@ -35,6 +36,10 @@ transformers-5.17: .venv/transformers-5.17/ready
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) $(OLDER)
 	touch $@
+
+cluster: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
+	$(BIN)/python -m pytest -m cluster tests/executors
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ from support.executors import FACTS, Adversary, grid_of, swept
 from support.laws import law
 from support.program import Call, caller
 
+from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.errors import IncompleteError, UsageError
@@ -131,6 +132,14 @@ def test_a_missing_extra_answers_with_the_command_to_type(
     assert str(found.value) == (
         f"--executor {executor}: needs {module}; type pip install 'batchbench[{executor}]'"
     )
+
+
+def test_two_clients_do_not_load_one_server_at_the_same_time(tmp_path: Path) -> None:
+    url = {"target": "http://127.0.0.1:9", "queue_size": 4}
+    both = [Experiment.of({**url, "batch_size": size}) for size in (1, 2)]
+    with pytest.raises(UsageError, match="several cells have the same --target"):
+        make_executor(ExecutorSpec(executor="ray"), both, tmp_path, Watch())
+    assert isinstance(make_executor(ExecutorSpec(), both, tmp_path, Watch()), Local)
 
 
 def test_progress_says_where_cells_ran_and_what_they_cost(

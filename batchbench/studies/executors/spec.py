@@ -119,6 +119,12 @@ def make_executor(
     """
     if spec.executor == "local" or not experiments:
         return Local(watch)
+    targets = [e.target.target for e in experiments if e.target is not None]
+    if len(set(targets)) < len(targets):
+        raise UsageError(
+            f"--executor {spec.executor}: several cells have the same --target, and would load it "
+            "at the same time; use --executor local"
+        )
     timed = not all(experiment.simulated for experiment in experiments)
     same = spec.same_hardware or (timed and not spec.any_hardware)
     like = {**((same and first) or {}), "batchbench": __version__}
