@@ -3,6 +3,7 @@
     BatchbenchError            70   a bug, as is any other exception
     ├── UsageError              2   a wrong option or file, or a batch too large for the memory
     │   └── OutputError         2   standard output cannot be written
+    ├── IncompleteError         1   machines were lost, so a part of the work is missing
     ├── ClosedPipe            141   the reader of standard output has gone
     ├── OutOfTimeError         70   --max-time is over; caught, and finished work is used
     └── Interrupted           130   Ctrl-C; 143 for SIGTERM, 129 for SIGHUP
@@ -70,6 +71,12 @@ class UsageError(BatchbenchError):
 
 class OutputError(UsageError):
     """Standard output is closed, or its disk is full."""
+
+
+class IncompleteError(BatchbenchError):
+    """Machines were lost, and a part of the work with them; the rest is kept."""
+
+    exit_code = 1
 
 
 class ClosedPipe(BatchbenchError):  # noqa: N818  # not an error

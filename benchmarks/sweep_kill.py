@@ -32,16 +32,18 @@ GRID = "sweep --simulated --batch-size 1,2,4,8,16,32 --long-every 2,4,8,16 --que
 SWEEPER = """
 import os, sys, time
 from batchbench.cli.main import main
-from batchbench.studies.sweep import run as sweep
+from batchbench.studies.executors.jobs import Local
 
 log = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-serve = sweep._serve
+cells = os.path.join(sys.argv[-1], "cells")
+submit = Local.submit
 
-def logged(cell, store, *rest):
-    os.write(log, f"{cell.digest} {store.holds(cell)} {time.monotonic()}\\n".encode())
-    return serve(cell, store, *rest)
+def logged(self, job):
+    held = os.path.isdir(os.path.join(cells, job.key))
+    os.write(log, f"{job.key} {held} {time.monotonic()}\\n".encode())
+    submit(self, job)
 
-sweep._serve = logged
+Local.submit = logged
 main()
 """
 

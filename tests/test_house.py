@@ -158,7 +158,11 @@ def test_every_package_that_is_imported_is_asked_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = [
         *project["dependencies"],
-        *(line for extra in ("gpu", "vllm") for line in project["optional-dependencies"][extra]),
+        *(
+            line
+            for extra in ("gpu", "ray", "slurm", "vllm")
+            for line in project["optional-dependencies"][extra]
+        ),
     ]
     names = {re.split(r"[^\w.-]", line)[0].lower().replace("-", "_") for line in asked}
     imported = {name.split(".")[0] for file in FILES for name in imports_of(file)}

@@ -68,6 +68,8 @@ RARE = (
     *("trace_format", "trace_block_size", "trace_time_unit", "on_bad_row"),
     *("load_format", "revision", "dtype", "threads", "verify", "price_per_hour", "trace_out"),
     *("endpoint", "tokenizer", "api_key", "extra_body", "timeout", "insecure", "verify_model"),
+    *("ray_address", "slurm_partition", "slurm_time", "slurm_gpus", "parallel"),
+    *("same_hardware", "any_hardware"),
     *("mean_tokens", "batches", "precision", "max_trials", "floor", "margin", "junit", "github"),
 )
 """Options that the short help leaves out."""

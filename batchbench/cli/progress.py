@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from statistics import mean
 from typing import Any
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.status import Status
 
 from batchbench.batching.progress import Progress
-from batchbench.reports.text import plural, spell_option, spell_time
+from batchbench.reports.text import number, plural, spell_option, spell_time
 from batchbench.studies.capacity.probe import CapacityWatch, Probe
 from batchbench.studies.gate.duet import TurnsWatch
 from batchbench.studies.sweep.grid import Cell
@@ -43,6 +45,7 @@ class PlainDisplay(SweepWatch, CapacityWatch):
     Args:
         serves: number of trials of all strategies together; 0 if it is not known.
         varying: options by which cells of a sweep differ.
+        price_per_hour: price of a machine that runs cells of a sweep.
         trial_lines: print a line for each trial.
     """
 
@@ -51,16 +54,21 @@ class PlainDisplay(SweepWatch, CapacityWatch):
         console: Console,
         serves: int = 0,
         varying: tuple[str, ...] = (),
+        price_per_hour: float | None = None,
         *,
         trial_lines: bool = True,
     ) -> None:
         self._console, self._varying, self._trial_lines = console, varying, trial_lines
+        self._price, self._machine_s, self._machines = price_per_hour, 0.0, 0
+        self._nodes: Sequence[str] = ()  # of the cells that run elsewhere
         self._left = serves
         self._trial, self._trials = 0, 1
         self._seconds: list[float] = []  # of each finished trial
         self._notes: set[str] = set()
-        self._cell, self._number, self._cells = "", 0, 0
-        self._began = self._cell_began = self._printed = time.monotonic()
+        self._cell, self._done, self._cells = "", 0, 0
+        self._names: dict[str, str] = {}  # of the cells that run, by their digests
+        self._ran = ""
+        self._began = self._cell_began = self._printed = self._counted = time.monotonic()
         self._waiting: threading.Timer | None = None
 
     def __enter__(self) -> PlainDisplay:
@@ -129,6 +137,7 @@ class PlainDisplay(SweepWatch, CapacityWatch):
             self._print(f"{name} {duration_ns / 1e9:.3g} s{left}")
 
     def cells_begin(self, cells: int, kept: int) -> None:
+        self._done, self._cells = kept, cells
         if kept:
             rest = f"{cells - kept} to do" if cells > kept else "nothing to run"
             self._print(f"{kept} of {cells} cells are finished already; {rest}")
@@ -136,14 +145,37 @@ class PlainDisplay(SweepWatch, CapacityWatch):
     def cell_begins(self, number: int, cells: int, cell: Cell) -> None:
         options = [spell_option(name, cell.chosen[name]) for name in self._varying]
         self._cell = f"cell {number}/{cells}  {', '.join(options) or 'the only one'}"
-        self._number, self._cells, self._cell_began = number, cells, time.monotonic()
+        self._names[cell.digest], self._cell_began = self._cell, time.monotonic()
+
+    def cells_run(self, nodes: Sequence[str], machines: int) -> None:
+        self._machine_s += self._machines * (time.monotonic() - self._counted)
+        self._nodes, self._machines, self._counted = nodes, machines, time.monotonic()
+        if nodes and self._counted - self._printed > SILENCE_S:
+            self._print(f"{self._done}/{self._cells} cells done{self._elsewhere()}")
+
+    def _elsewhere(self) -> str:
+        """Return where cells run now, and what the machines have cost so far."""
+        counts = Counter(self._nodes)
+        nodes = [f"{count} on {node}" for node, count in counts.items() if node != "queued"]
+        running = f", running {', '.join(nodes)}" if nodes else ""
+        queued = f", {counts['queued']} queued" if counts["queued"] else ""
+        if self._price is None:
+            return running + queued
+        seconds = self._machine_s + self._machines * (time.monotonic() - self._counted)
+        return f"{running}{queued}, cost {number(self._price * seconds / 3600)} so far"
+
+    def cell_ran(self, cell: Cell, node: str, seconds: float) -> None:
+        self._ran = f"{spell_time(seconds)} on {node}"
 
     def cell_ends(self, cell: Cell, reason: str | None, left_s: float | None) -> None:
         self._end_wait()
-        outcome = f"failed: {reason}" if reason else spell_time(time.monotonic() - self._cell_began)
+        self._done += 1
+        took = self._ran or spell_time(time.monotonic() - self._cell_began)
+        done = f", {self._done}/{self._cells} done" if self._ran else ""
         left = f", about {spell_time(left_s)} left" if left_s else ""
-        self._print(f"{self._cell}: {outcome}{left}")
-        self._cell = ""
+        outcome = f"failed: {reason}" if reason else took
+        self._print(f"{self._names.pop(cell.digest)}: {outcome}{done}{left}{self._elsewhere()}")
+        self._cell = self._ran = ""
 
     def probe_ends(self, probe: Probe) -> None:
         count = len(probe.trials)
@@ -161,8 +193,14 @@ class PlainDisplay(SweepWatch, CapacityWatch):
 class LiveDisplay(PlainDisplay):
     """Bars on a terminal: one for each strategy, one for the cells of a sweep."""
 
-    def __init__(self, console: Console, serves: int = 0, varying: tuple[str, ...] = ()) -> None:
-        super().__init__(console, serves, varying, trial_lines=False)
+    def __init__(
+        self,
+        console: Console,
+        serves: int = 0,
+        varying: tuple[str, ...] = (),
+        price_per_hour: float | None = None,
+    ) -> None:
+        super().__init__(console, serves, varying, price_per_hour, trial_lines=False)
         text = bars.TextColumn
         self._bars = bars.Progress(
             text("[bold]{task.description}"),
@@ -235,12 +273,12 @@ class LiveDisplay(PlainDisplay):
 
     def cell_begins(self, number: int, cells: int, cell: Cell) -> None:
         super().cell_begins(number, cells, cell)
-        self._set("cells", number - 1, cells, trial=f"{number}/{cells}")
+        self._set("cells", self._done, cells, trial=f"{number}/{cells}")
 
     def cell_ends(self, cell: Cell, reason: str | None, left_s: float | None) -> None:
         super().cell_ends(cell, reason, left_s)
         left = f"about {spell_time(left_s)} left" if left_s else ""
-        self._set("cells", self._number, self._cells, status=left)
+        self._set("cells", self._done, self._cells, status=left)
 
 
 def _slots(used: int, slots: int) -> str:
@@ -253,10 +291,12 @@ def make_console(*, quiet: bool) -> Console:
     return Console(stderr=True, quiet=quiet)
 
 
-def _make(serves: int, varying: tuple[str, ...], *, quiet: bool) -> PlainDisplay:
+def _make(
+    serves: int, varying: tuple[str, ...], price_per_hour: float | None = None, *, quiet: bool
+) -> PlainDisplay:
     console = make_console(quiet=quiet)
     live = sys.stderr.isatty() and not console.is_dumb_terminal and not quiet
-    return (LiveDisplay if live else PlainDisplay)(console, serves, varying)
+    return (LiveDisplay if live else PlainDisplay)(console, serves, varying, price_per_hour)
 
 
 def make_display(strategies: tuple[str, ...], trials: int, *, quiet: bool) -> PlainDisplay:
@@ -264,9 +304,11 @@ def make_display(strategies: tuple[str, ...], trials: int, *, quiet: bool) -> Pl
     return _make(len(strategies) * trials, (), quiet=quiet)
 
 
-def make_sweep_display(grid: CellsQuery, *, quiet: bool) -> PlainDisplay:
+def make_sweep_display(
+    grid: CellsQuery, *, quiet: bool, price_per_hour: float | None = None
+) -> PlainDisplay:
     """Return the display of a sweep, for the kind of standard error."""
-    return _make(0, tuple(grid.varying), quiet=quiet)
+    return _make(0, tuple(grid.varying), price_per_hour, quiet=quiet)
 
 
 class CapacityDisplay(PlainDisplay):

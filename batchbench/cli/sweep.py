@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from batchbench.cli.output import echo, output_folder, show
 from batchbench.errors import UsageError
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
+from batchbench.studies.executors.spec import ExecutorSpec, make_executor
 from batchbench.studies.sweep.grid import SWEPT, Grid
 
 SWEEP_HELP = (
@@ -54,8 +56,10 @@ class SweepSpec:
         settings.check(self)
 
 
-@with_options({"goals": GoalsSpec, "study": SweepSpec}, swept=SWEPT)
-def sweep(axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpec) -> None:
+@with_options({"goals": GoalsSpec, "study": SweepSpec, "machines": ExecutorSpec}, swept=SWEPT)
+def sweep(
+    axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpec, machines: ExecutorSpec
+) -> None:
     from batchbench.cli.progress import make_sweep_display
     from batchbench.studies.sweep.run import Store, ask_servers, lines_of, run_cells
 
@@ -71,8 +75,12 @@ def sweep(axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpe
         store = Store(folder)
         for cell in grid.cells if study.retry_failed else ():
             store.forget_failure(cell)
-        with make_sweep_display(grid, quiet=study.quiet) as display:
-            run_cells(grid, store, display)
+        price = goals.price_per_hour
+        with make_sweep_display(grid, quiet=study.quiet, price_per_hour=price) as display:
+            asked = store.unfinished(grid)
+            kept = store.machine(grid) if asked and machines.executor != "local" else None
+            with closing(make_executor(machines, asked, folder, display, kept)) as executor:
+                run_cells(grid, store, display, executor=executor)
         from batchbench.studies.sweep import report  # pandas and matplotlib, only now
 
         swept = report.read_sweep(grid, store, goals)

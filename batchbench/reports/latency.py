@@ -297,10 +297,15 @@ def slowdown(recording: Recording) -> Floats:
 
 
 def median_step_ms(recording: Recording) -> float:
-    """Return the median duration of a step, or the median TPOT if the strategy reports no steps."""
+    """Return the median duration of a step.
+
+    A strategy that reports no steps has gaps instead. A server may send several tokens at once, so
+    that most gaps are 0; then it is the median TPOT.
+    """
     if not recording.has_steps:
-        tpot = tpot_ms(recording)  # a server may send several tokens at once: most gaps are 0
-        return float(np.nanmedian(ttft_ms(recording) if np.isnan(tpot).all() else tpot))
+        tpot = tpot_ms(recording)
+        other = ttft_ms(recording) if np.isnan(tpot).all() else tpot
+        return gaps_ms(recording).percentile(50) or float(np.nanmedian(other))
     median = step_distribution(recording).in_units_of(1e6).percentile(50)
     assert median is not None
     return median

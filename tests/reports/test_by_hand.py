@@ -290,19 +290,31 @@ def test_without_steps_every_request_is_complete() -> None:
     assert stalls([recording]) == []
 
 
-def test_without_steps_a_typical_tpot_stands_for_a_step() -> None:
+@pytest.mark.parametrize(
+    ("ends", "step_ns"),
+    [
+        ([[10, 40, 140], [20, 60]], 40),  # gaps of 30, 100 and 40
+        ([[10, 10, 140], [20, 20]], 32.5),  # most gaps are 0: TPOTs of 65 and 0
+    ],
+)
+def test_without_steps_a_typical_gap_stands_for_a_step(
+    ends: list[list[int]], step_ns: float
+) -> None:
     header = Header("remote", 0, 2, False, {})
     workload = Workload.of("two", [[1], [2]], [3, 2])
-    ends = [[10, 10, 140], [20, 60]]  # TPOTs of 65 and 40 ns, though half the gaps may be 0
     trial = Recording.of_tokens(
         header, workload, [[5, 6, 7], [8, 9]], ends, [0, 0], np.array([0, 0])
     )
-    assert median_step_ms(trial) == close(52.5 * NS)
+    assert median_step_ms(trial) == close(step_ns * NS)
+
+
+def test_without_steps_and_gaps_a_typical_ttft_stands_for_a_step() -> None:
+    header = Header("remote", 0, 2, False, {})
     workload = Workload.of("three", [[1]] * 3, [1] * 3)
     trial = Recording.of_tokens(
         header, workload, [[5], [6], [7]], [[10], [20], [90]], [0] * 3, np.array([0] * 3)
     )
-    assert median_step_ms(trial) == close(20 * NS)  # no TPOT: a typical TTFT
+    assert median_step_ms(trial) == close(20 * NS)
 
 
 def stall(**changed: object) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench import settings
-from batchbench.batching.machine import environment
+from batchbench.batching.machine import environment, facts_of
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
@@ -29,6 +29,7 @@ from batchbench.reports.text import (
     times,
     times_within,
 )
+from batchbench.studies.executors.machines import unlike
 from batchbench.studies.sweep.figures import PICTURES, draw_sweep
 from batchbench.studies.sweep.grid import Cell, Grid
 from batchbench.studies.sweep.run import Store
@@ -95,17 +96,22 @@ class SweepResult:
 
     @property
     def machines(self) -> list[str]:
-        """Machines, with their version of torch, on which cells were measured."""
+        """Kinds of machines on which cells were measured, each with its nodes."""
         if self.grid.simulated:
             return []
-        names = ("hostname", "cpu", "gpu")
-        return list(
-            dict.fromkeys(
-                " ".join(str(e[name]) for name in names if e.get(name))
-                + (f", torch {torch}" if (torch := e.get("packages", {}).get("torch")) else "")
-                for e in (data["environment"] for data in self._data)
-            )
-        )
+        kinds: list[tuple[dict[str, Any], list[str]]] = []
+        for facts in (facts_of(data["environment"], {}) for data in self._data):
+            nodes = next((nodes for kind, nodes in kinds if not unlike(kind, facts)), None)
+            if nodes is None:
+                kinds.append((facts, nodes := []))
+            if facts["hostname"] not in nodes:
+                nodes.append(facts["hostname"])
+        return [
+            " ".join(str(kind[name]) for name in ("cpu", "gpu") if kind.get(name))
+            + (f", torch {kind['torch']}" if kind.get("torch") else "")
+            + f" ({', '.join(nodes)})"
+            for kind, nodes in kinds
+        ]
 
 
 def read_sweep(grid: Grid, store: Store, goals: GoalsSpec) -> SweepResult:
@@ -195,6 +201,7 @@ def to_json(swept: SweepResult, command: str, not_drawn: Mapping[str, str]) -> s
         "axes": {name: _plain(values) for name, values in swept.grid.axes.items()},
         "goals": settings.as_json(swept.goals),
         "environment": environment(),
+        "machines": swept.machines,
         "cells": [_cell(result) for result in swept.cells],
         "pictures_not_drawn": not_drawn,
     }
@@ -225,7 +232,7 @@ def _plain(value: Any) -> Any:
 
 def render(swept: SweepResult, cells: Cells | None, not_drawn: Mapping[str, str]) -> RenderableType:
     """Return the sentence, the table and the notes."""
-    doubtful = swept.failed or swept.suspect
+    doubtful = swept.failed or swept.suspect or len(swept.machines) > 1
     style = "bold red" if swept.wrong else "bold yellow" if doubtful else "bold"
     parts: list[RenderableType] = [Text(sentence(swept, cells), style=style), Text()]
     if cells is not None:
@@ -250,6 +257,8 @@ def sentence(swept: SweepResult, cells: Cells | None) -> str:
         parts.append(f"requests failed in {plural(swept.broken, 'trial')}, which are left out")
     if swept.suspect:
         parts.append(f"{swept.suspect} of {total} cells are suspect")
+    if len(swept.machines) > 1:
+        parts.append(f"cells ran on {len(swept.machines)} kinds of machines")
     return "; ".join(parts) + "."
 
 
@@ -344,8 +353,8 @@ def notes(swept: SweepResult, cells: Cells | None, not_drawn: Mapping[str, str])
         )
     if len(swept.machines) > 1:
         lines.append(
-            f"note: cells are from {len(swept.machines)} machines or versions of torch "
-            f"({'; '.join(swept.machines)}), so their times cannot be compared"
+            f"suspect: cells ran on {len(swept.machines)} kinds of machines "
+            f"({'; '.join(swept.machines)}), so compare strategies within a cell, not cells"
         )
     if swept.others:
         others = plural(swept.others, "cell")

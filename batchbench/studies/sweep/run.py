@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
 from batchbench.batching.dry_run import estimate
 from batchbench.batching.experiment import Experiment
+from batchbench.batching.machine import facts_of
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.batching.remote.dialects import Dialect, discover
 from batchbench.batching.remote.exchange import ServerError
 from batchbench.batching.remote.outcome import TrialFailed
 from batchbench.batching.session import Outcome, StopReason, conduct
-from batchbench.errors import Interrupted, UsageError
+from batchbench.errors import IncompleteError, Interrupted, UsageError
 from batchbench.files import STAGING, write_whole
 from batchbench.json_file import read_json
 from batchbench.reports.result import Result, load_result, make_result, recording_files, to_json
 from batchbench.reports.text import plural, spell_option
+from batchbench.studies.executors.jobs import (
+    MOST_RERUNS,
+    Done,
+    Executor,
+    Failed,
+    Job,
+    Local,
+    run_jobs,
+)
 from batchbench.studies.sweep.grid import Cell, Grid
 
 MOST_REQUESTS = 20_000
@@ -75,23 +84,39 @@ class Store:
         except UsageError as error:
             raise UsageError(f"{error}; remove {self.place(cell)} to run the cell again") from error
 
+    def unfinished(self, grid: CellsQuery) -> list[Experiment]:
+        """Return the experiments of the cells that are possible and not finished."""
+        return [c.experiment for c in grid.cells if c.experiment and not self.holds(c)]
+
+    def machine(self, grid: CellsQuery) -> dict[str, Any] | None:
+        """Return the facts of the machine of the first served cell; None if there is none."""
+        for cell in grid.cells:
+            if self.holds(cell) and self.failure(cell) is None:
+                return facts_of(read_json(self.place(cell) / "result.json")["environment"], {})
+        return None
+
     def keep(self, cell: Cell, result: Result) -> None:
-        self._keep(cell, {"result.json": to_json(result), **recording_files(result.recordings)})
+        self.keep_files(cell, files_of(result))
 
     def keep_failure(self, cell: Cell, reason: str) -> None:
         failure = {"reason": reason, "config": _experiment(cell).config()}
-        self._keep(cell, {"failed.json": json.dumps(failure, indent=2) + "\n"})
+        self.keep_files(cell, {"failed.json": json.dumps(failure, indent=2) + "\n"})
 
     def forget_failure(self, cell: Cell) -> None:
         """Remove a failure, so that the cell is tried again."""
         if self.holds(cell) and self.failure(cell) is not None:
             shutil.rmtree(self.place(cell))
 
-    def _keep(self, cell: Cell, contents: Mapping[str, bytes | str]) -> None:
+    def keep_files(self, cell: Cell, contents: Mapping[str, bytes | str]) -> None:
         try:
             write_whole(self.place(cell), contents, durable=True)
         except UsageError as error:
             raise UsageError(f"--output {self.folder}: {error}") from error
+
+
+def files_of(result: Result) -> dict[str, bytes | str]:
+    """Return the files of a served cell by name."""
+    return {"result.json": to_json(result), **recording_files(result.recordings)}
 
 
 def _experiment(cell: Cell) -> Experiment:
@@ -145,11 +170,14 @@ class Pace:
         if work := self.work.pop(digest, 0.0):
             self._seconds_per_work.append(seconds / work)
 
-    def left_s(self) -> float | None:
-        """Return the seconds until all is done; None before the first cell is."""
+    def left_s(self, at_once: int = 1) -> float | None:
+        """Return the seconds until all is done; None before the first cell is.
+
+        ``at_once`` is the number of cells that run at the same time.
+        """
         if not self._seconds_per_work:
             return None
-        return median(self._seconds_per_work) * sum(self.work.values())
+        return median(self._seconds_per_work) * sum(self.work.values()) / at_once
 
 
 Conduct = Callable[[Experiment, Watch, ModelCache], Outcome]
@@ -174,70 +202,119 @@ class SweepWatch(Watch):
         """Start a sweep of ``cells`` cells, of which ``kept`` are finished already."""
 
     def cell_begins(self, number: int, cells: int, cell: Cell) -> None:
-        """Start the ``number``-th cell."""
+        """Start the ``number``-th cell; again if it was lost."""
+
+    def cells_run(self, nodes: Sequence[str], machines: int) -> None:
+        """Receive the node of each cell that runs elsewhere now, and the machines that are held."""
+
+    def cell_ran(self, cell: Cell, node: str, seconds: float) -> None:
+        """Receive the node on which a cell ran that now ends; not called if it ran here."""
 
     def cell_ends(self, cell: Cell, reason: str | None, left_s: float | None) -> None:
         """Finish a cell, with the reason if it failed and the seconds left if known."""
 
 
-def run_cells(
-    grid: CellsQuery, store: Store, watch: SweepWatch | None = None, serve: Conduct = conduct
-) -> None:
-    """Serve all cells that are not finished, and keep each as soon as it is.
-
-    Cells with the same model are served one after the other, so that it is loaded once. The caller
-    has claimed the store's folder.
-
-    Raises:
-        Interrupted: by Ctrl-C; the cell that was being served is not kept.
-    """
-    watch = watch or SweepWatch()
-    store.tidy()
-    possible = list({c.digest: c for c in grid.cells if c.experiment is not None}.values())
-    pending = _by_model([cell for cell in possible if not store.holds(cell)])
-    done = len(possible) - len(pending)
-    watch.cells_begin(len(possible), done)
-    pace, models = Pace({c.digest: work_of(_experiment(c)) for c in pending}), ModelCache()
-    for number, cell in enumerate(pending, done + 1):
-        watch.cell_begins(number, len(possible), cell)
-        began = time.monotonic()
-        try:
-            reason = _serve(cell, store, watch, serve, models)
-        except KeyboardInterrupt as error:
-            raise Interrupted(
-                f"interrupted; {number - 1} of {len(possible)} cells are kept in {store.folder}: "
-                "the same command continues from there"
-            ) from error
-        pace.done(cell.digest, time.monotonic() - began)
-        watch.cell_ends(cell, reason, pace.left_s())
-
-
-def _serve(
-    cell: Cell, store: Store, watch: Watch, serve: Conduct, models: ModelCache
-) -> str | None:
-    """Serve one cell and keep its result; return the reason if it failed.
+@dataclass(frozen=True)
+class CellWork:
+    """The serving of one cell, wherever it runs.
 
     Raises:
         UsageError: its server has gone, which says nothing about the cell.
     """
-    try:
-        outcome = serve(_experiment(cell), watch, models)
-    except ServerError as error:
-        lost = "the same command continues from the cells that are kept"
-        raise UsageError(f"{error}; {lost}") from error
-    except (UsageError, TrialFailed) as error:
-        reason = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-            raise
-        reason = "it ran out of memory; lower --batch-size or the lengths of requests"
-    else:
+
+    experiment: Experiment
+    serve: Conduct = conduct
+
+    def __call__(self, watch: Watch, models: ModelCache) -> Done | Failed:
+        try:
+            outcome = self.serve(self.experiment, watch, models)
+        except ServerError as error:
+            raise UsageError(f"{error}; {_CONTINUES}") from error
+        except (UsageError, TrialFailed) as error:
+            return Failed(str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+                raise
+            return Failed("it ran out of memory; lower --batch-size or the lengths of requests")
         if outcome.stopped is not None and outcome.stopped.reason is StopReason.INTERRUPTED:
             raise KeyboardInterrupt  # an incomplete cell would look complete
-        store.keep(cell, make_result(outcome))
-        return None
-    store.keep_failure(cell, reason)
-    return reason
+        return Done(files_of(make_result(outcome)))
+
+
+_CONTINUES = "the same command continues from the cells that are kept"
+
+
+def run_cells(
+    grid: CellsQuery,
+    store: Store,
+    watch: SweepWatch | None = None,
+    serve: Conduct = conduct,
+    *,
+    executor: Executor | None = None,
+) -> None:
+    """Serve all cells that are not finished, and keep each as soon as it is.
+
+    Cells with the same model are served one after the other, so that it is loaded once. The caller
+    has claimed the store's folder. Without an executor, this process serves them.
+
+    Raises:
+        Interrupted: by Ctrl-C; the cells that were being served are not kept.
+        IncompleteError: cells were lost with their machines, each several times.
+    """
+    watch = watch or SweepWatch()
+    executor = executor or Local(watch)
+    store.tidy()
+    possible = list({c.digest: c for c in grid.cells if c.experiment is not None}.values())
+    pending = {cell.digest: cell for cell in _by_model([c for c in possible if not store.holds(c)])}
+    done = len(possible) - len(pending)
+    numbers = {digest: number for number, digest in enumerate(pending, done + 1)}
+    watch.cells_begin(len(possible), done)
+    watch.cells_run([], executor.machines)
+    pace = Pace({digest: work_of(_experiment(cell)) for digest, cell in pending.items()})
+    jobs = [Job(digest, CellWork(_experiment(cell), serve)) for digest, cell in pending.items()]
+
+    def begins(job: Job) -> None:
+        watch.cell_begins(numbers[job.key], len(possible), pending[job.key])
+
+    def waited() -> None:
+        watch.cells_run(list(executor.running.values()), executor.machines)
+
+    lost = []
+    try:
+        for ended in run_jobs(jobs, executor, begins, waited):
+            cell, outcome = pending[ended.key], ended.outcome
+            reason = getattr(outcome, "reason", None)
+            if isinstance(outcome, Done):
+                store.keep_files(cell, outcome.files)
+            elif isinstance(outcome, Failed):
+                store.keep_failure(cell, outcome.reason)
+            else:
+                lost.append((cell, str(reason)))
+            pace.done(cell.digest, ended.seconds)
+            waited()
+            if ended.node:
+                watch.cell_ran(cell, ended.node, ended.seconds)
+            watch.cell_ends(cell, reason, pace.left_s(len(executor.running) + 1))
+            done += 1
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"interrupted; {done - len(lost)} of {len(possible)} cells are kept in {store.folder}: "
+            "the same command continues from there"
+        ) from error
+    if lost:
+        raise IncompleteError(_missing(grid, lost))
+
+
+def _missing(grid: CellsQuery, lost: Sequence[tuple[Cell, str]]) -> str:
+    names = [_name(grid, cell) or cell.digest for cell, _ in lost]
+    return (
+        f"{plural(len(lost), 'cell')} missing, since each was lost {MOST_RERUNS + 1} times with "
+        f"its machine: {'; '.join(names)} ({lost[-1][1]}); {_CONTINUES}"
+    )
+
+
+def _name(grid: CellsQuery, cell: Cell) -> str:
+    return ", ".join(spell_option(name, cell.chosen[name]) for name in grid.varying)
 
 
 def _by_model(cells: Sequence[Cell]) -> list[Cell]:
@@ -260,8 +337,8 @@ def lines_of(grid: Grid) -> Iterator[str]:
         text, steps = _passes(cell)
         total += steps
         impossible += not steps and (cell.experiment is None or cell.experiment.target is None)
-        name = ", ".join(spell_option(name, cell.chosen[name]) for name in grid.varying)
-        yield f"{number:>{len(str(len(grid.cells)))}}  {name or 'the one cell'}: {text}"
+        name = _name(grid, cell) or "the one cell"
+        yield f"{number:>{len(str(len(grid.cells)))}}  {name}: {text}"
     failing = f", {impossible} of them cannot be served" if impossible else ""
     cells = plural(len(grid.cells), "cell")
     served = any(cell.experiment and cell.experiment.target for cell in grid.cells)

@@ -1,0 +1,1 @@
+"""Executors: where the independent parts of a study run."""

@@ -1,0 +1,220 @@
+"""Jobs, which are the independent parts of a study, and the interface of executors that run them.
+
+A job returns the files to keep as bytes, so that it can run on another machine: only the process
+that submits jobs writes results.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from batchbench.batching.models import ModelCache
+from batchbench.batching.progress import Watch
+from batchbench.errors import BatchbenchError
+from batchbench.studies.executors.machines import here
+
+MOST_RERUNS = 2
+"""Number of times that a job which was lost with its machine runs again."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """The files of a finished job by name, the most important first."""
+
+    files: Mapping[str, bytes | str]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The reason for which a job cannot be done on any machine, such as a batch that is too large.
+
+    A new attempt would end in the same way.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The loss of a job with its machine or process, which says nothing about the job."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """The refusal of a machine, with its difference from the machine of the first job."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Raised:
+    """An error that a job raised elsewhere, which :func:`run_jobs` raises here."""
+
+    error: Exception
+
+
+Outcome = Done | Failed | Lost | Unlike | Raised
+
+Work = Callable[[Watch, ModelCache], Done | Failed]
+"""The work of a job. It can be pickled, and gets the models of the process in which it runs."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An independent part of a study; no two jobs have the same ``key``."""
+
+    key: str
+    work: Work
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of the job ``key``, with its node, which is empty for this process."""
+
+    key: str
+    outcome: Outcome
+    node: str = ""
+    seconds: float = 0.0
+
+
+class Executor(Protocol):
+    """Runs jobs somewhere. Each job that is submitted comes out of :meth:`wait` once."""
+
+    @property
+    def free(self) -> int:
+        """Number of jobs that can be submitted now."""
+
+    @property
+    def running(self) -> Mapping[str, str]:
+        """Node of each submitted job by its key; ``queued`` where the job has not begun."""
+
+    @property
+    def machines(self) -> int:
+        """Number of machines that are held now and have a price."""
+
+    def submit(self, job: Job) -> None:
+        """Take a job; ``free`` is not 0."""
+
+    def wait(self) -> Sequence[Ended]:
+        """Wait about a second, or less if a job ends; return the jobs that have ended.
+
+        Raises:
+            BatchbenchError: no job can run any more.
+        """
+
+    def close(self) -> None:
+        """Stop what still runs, and give the machines back."""
+
+
+class Local:
+    """Runs one job at a time in this process, as soon as its end is waited for."""
+
+    machines = 1
+
+    def __init__(self, watch: Watch | None = None) -> None:
+        self._watch, self._models = watch or Watch(), ModelCache()
+        self._job: Job | None = None
+
+    @property
+    def free(self) -> int:
+        return 0 if self._job else 1
+
+    @property
+    def running(self) -> Mapping[str, str]:
+        return {}
+
+    def submit(self, job: Job) -> None:
+        self._job = job
+
+    def wait(self) -> Sequence[Ended]:
+        job, self._job = self._job, None
+        if job is None:
+            return []
+        began = time.monotonic()
+        outcome = job.work(self._watch, self._models)
+        return [Ended(job.key, outcome, seconds=time.monotonic() - began)]
+
+    def close(self) -> None:
+        """Do nothing: nothing runs while nobody waits."""
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    executor: Executor,
+    begins: Callable[[Job], None] = lambda job: None,
+    waited: Callable[[], None] = lambda: None,
+) -> Iterator[Ended]:
+    """Run jobs, and yield the end of each once, in the order in which they end.
+
+    A job that is lost runs again at most :data:`MOST_RERUNS` times; after that it is yielded as
+    :class:`Lost`. A job that a machine refuses waits for another machine.
+
+    Raises:
+        Exception: the error that a job raised.
+
+    Args:
+        begins: called with each job that is submitted, again if it runs again.
+        waited: called after each wait.
+    """
+    by_key = {job.key: job for job in jobs}
+    waiting, losses, submitted = deque(by_key), Counter[str](), 0
+    while waiting or submitted:
+        while waiting and executor.free > 0:
+            job = by_key[waiting.popleft()]
+            begins(job)
+            executor.submit(job)
+            submitted += 1
+        for ended in executor.wait():
+            submitted -= 1
+            if isinstance(ended.outcome, Raised):
+                raise ended.outcome.error
+            losses[ended.key] += isinstance(ended.outcome, Lost)
+            lost = isinstance(ended.outcome, Lost) and losses[ended.key] <= MOST_RERUNS
+            if lost or isinstance(ended.outcome, Unlike):
+                waiting.appendleft(ended.key)
+            else:
+                yield ended
+        waited()
+
+
+# The process that does the work
+
+
+class Worker:
+    """A process that runs jobs one after another; its jobs share the models.
+
+    Args:
+        folder: the working directory of the command, for files and policies that jobs name.
+        timed: jobs measure times, so that the machine's GPU is among its facts.
+    """
+
+    def __init__(self, folder: str, *, timed: bool) -> None:
+        if os.path.isdir(folder):
+            os.chdir(folder)
+        self._models = ModelCache()
+        self.facts: Mapping[str, Any] = here(timed=timed)
+
+    def about(self) -> Mapping[str, Any]:
+        """Return the facts of the machine."""
+        return self.facts
+
+    def run(self, job: Job) -> Ended:
+        """Run a job."""
+        node, began = str(self.facts["hostname"]), time.monotonic()
+        outcome: Outcome
+        try:
+            outcome = job.work(Watch(), self._models)
+        except BatchbenchError as error:
+            outcome = Raised(error)
+        except Exception as error:  # its class need not be known where it is read
+            text = "".join(traceback.format_exception(error))
+            outcome = Raised(RuntimeError(f"{job.key} on {node}: {text}"))
+        return Ended(job.key, outcome, node, time.monotonic() - began)

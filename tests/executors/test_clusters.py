@@ -1,0 +1,128 @@
+"""Sweeps on a Ray cluster of two nodes and through submitit, with a node and a job killed."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.executors import Logged, grid_of, swept
+
+from batchbench.batching.progress import Watch
+from batchbench.errors import UsageError
+from batchbench.studies.executors.jobs import Ended, Failed, Job, Unlike
+from batchbench.studies.sweep.run import Store
+from batchbench.version import __version__
+
+pytestmark = [
+    pytest.mark.cluster,
+    # Ray's own files and sockets, closed when Python ends.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+LIKE = {"batchbench": __version__}
+
+
+@pytest.fixture(autouse=True)
+def support_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes of an executor import ``support``."""
+    folders = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, folders)))
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster of two nodes with a core each; the second is ``worker``."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.worker = cluster.add_node(num_cpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_node_of_ray_that_dies_loses_no_cell_and_repeats_none(
+    two_nodes: Any, tmp_path: Path
+) -> None:
+    from batchbench.studies.executors.ray_cluster import RayCluster
+
+    logged = Logged(tmp_path / "log", tmp_path / "cluster", pause_s=0.2)
+
+    def kill() -> None:
+        while len(logged.begun()) < 6:
+            time.sleep(0.01)
+        two_nodes.remove_node(two_nodes.worker, allow_graceful=False)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    executor = RayCluster("auto", Watch(), timed=False, gpus=False, like=LIKE, same=False)
+    with closing(executor):
+        table = swept(tmp_path / "cluster", grid_of(10), executor, logged)
+    killer.join()
+    assert table == swept(tmp_path / "alone", grid_of(10))
+    assert not logged.repeated()
+    assert set(logged.begun()) == set(range(10))
+    assert len(logged.begun()) <= 12
+    # A machine of another kind is refused before it serves anything.
+    with (
+        closing(
+            RayCluster(
+                "auto",
+                Watch(),
+                timed=False,
+                gpus=False,
+                like={**LIKE, "cpu": "another"},
+                same=True,
+            )
+        ) as other,
+        pytest.raises(UsageError, match=r"no node can be used: its cpu is .*; --any-hardware uses"),
+    ):
+        swept(tmp_path / "other", grid_of(1), other)
+
+
+def test_a_job_of_submitit_that_is_killed_loses_no_cell_and_repeats_none(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    from batchbench.studies.executors.slurm import Slurm
+
+    def slurm(**like: str) -> Slurm:
+        return Slurm(
+            tmp_path / "jobs",
+            Watch(),
+            parallel=2,
+            partition=None,
+            minutes=5,
+            gpus=0,
+            timed=False,
+            like={**LIKE, **like},
+            same=True,
+            cluster="local",
+            grace_s=0.3,
+        )
+
+    logged = Logged(tmp_path / "log", tmp_path / "cluster", kills=(1,))
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "7_submitted.pkl").touch()  # of a sweep that was killed
+    with closing(slurm()) as executor:
+        table = swept(tmp_path / "cluster", grid_of(3), executor, logged)
+        files = sorted(file.name for file in (tmp_path / "jobs").glob("*_*"))
+    assert table == swept(tmp_path / "alone", grid_of(3))
+    assert not logged.repeated()
+    assert sorted(logged.begun()) == [0, 1, 1, 2]
+    assert not [name for name in files if name.endswith(".pkl")]
+    assert not (tmp_path / "jobs").exists()
+    with closing(slurm(cpu="another")) as executor:
+        executor.submit(Job("a", lambda watch, models: Failed("never")))
+        ended: list[Ended] = []
+        while not ended:
+            ended += executor.wait()
+    assert isinstance(ended[0].outcome, Unlike)
+    assert len(Store(tmp_path / "cluster")) == 3
