@@ -250,6 +250,8 @@ def _sweep_parts(folder: Path, data: dict[str, Any]) -> tuple[str, list[Renderab
         for name, values in data["axes"].items()
     }
     grid, goals = Grid(axes, data["simulated"]), settings.from_json(GoalsSpec, data["goals"])
+    for cell, saved in zip(grid.cells, data["cells"], strict=False):
+        vars(cell)["digest"] = saved["digest"]  # as it was: of that server, version and files
     swept = sweeps.read_sweep(grid, Store(folder), goals)
     cells = sweeps.cells_of(swept)
     parts = [sweeps.render(swept, cells, data["pictures_not_drawn"])]

@@ -447,6 +447,9 @@ def test_a_sweep_over_batch_sizes_continues_and_never_mixes_servers(
     network = wired(monkeypatch)
     assert program(*words).code == 0
     assert network.trials == []  # both cells are kept
+    shown = program("report", "out")  # asks no server
+    assert (shown.code, network.trials) == (0, []), shown.err
+    assert "over 2 cells" in " ".join(shown.out.split())
     network = wired(monkeypatch, Schedule(slots=4))  # the same address, another server
     said = program(*words)
     assert network.trials
