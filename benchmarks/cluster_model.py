@@ -7,8 +7,9 @@ out cells and keeps results, which takes it a fixed time a cell (``overhead_ms_p
 ``benchmarks/results/clusters/speed.json``). Durations of cells are log-normal, since a grid has
 small and large batches; devices fail at random, and a failure costs the cell that was being served.
 
-The clients are reckoned from the processor time that a request and an output token cost the client.
-Both are measured here, against a server process on this machine, without other work.
+The clients are reckoned from the processor time that a request and an output token cost a client. A
+request is measured here, against a server process on this machine; a token that arrives alone is
+that of ``benchmarks/results/stamps.json``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from typing import Any
 from batchbench.batching.remote.exchange import Address, Outgoing, Wait
 from batchbench.batching.remote.wire import exchange
 
-RESULTS = Path(__file__).parent / "results" / "clusters"
+ALL_RESULTS = Path(__file__).parent / "results"
+
+RESULTS = ALL_RESULTS / "clusters"
 
 SIGMA = 0.8
 """Spread of the durations: the longest of a thousand takes about twelve times the median."""
@@ -87,8 +90,8 @@ class Steady:
         return Outgoing(self._left, now_ns, b'{"prompt": [1], "stream": true}', "/v1/completions")
 
 
-def serve(listener: socket.socket, tokens: int) -> None:
-    """Answer each request with a stream of tokens, each in a write of its own."""
+def serve(listener: socket.socket) -> None:
+    """Answer each request with a stream of one token."""
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
     event = b'data: {"choices": [{"index": 0, "text": " a"}]}\n\n'
     while True:
@@ -96,16 +99,14 @@ def serve(listener: socket.socket, tokens: int) -> None:
         with connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.recv(65536)
-            connection.sendall(head)
-            for _ in range(tokens):
-                connection.sendall(event)
+            connection.sendall(head + event)
 
 
-def client_s(tokens: int, requests: int) -> float:
-    """Return the processor time of the client for a request with this many output tokens."""
+def client_s(requests: int) -> float:
+    """Return the processor time of the client for a request with one output token."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     if not (child := os.fork()):
-        serve(listener, tokens)
+        serve(listener)
     try:
         address = Address.parse(f"http://127.0.0.1:{listener.getsockname()[1]}")
         exchange(address, Steady(50, 4))
@@ -122,9 +123,10 @@ def client_s(tokens: int, requests: int) -> float:
 
 def clients(rate: float) -> dict[str, Any]:
     """Return how many processors of clients offer ``rate`` requests a second."""
-    one, many = (min(client_s(tokens, 1000) for _ in range(3)) for tokens in (1, 33))
-    token_s = (many - one) / 32
-    found: dict[str, Any] = {"request_us": (one - token_s) * 1e6, "token_us": token_s * 1e6}
+    one = min(client_s(1000) for _ in range(3))
+    stamps = json.loads((ALL_RESULTS / "stamps.json").read_text(encoding="utf-8"))
+    token_s = stamps["trials"][0]["client_us_per_event"] / 1e6
+    found: dict[str, Any] = {"request_us": one * 1e6, "token_us": token_s * 1e6}
     for tokens in (1, 21, 256):
         each = one + (tokens - 1) * token_s
         found[f"clients_for_{tokens}_tokens"] = math.ceil(rate * each / BUSY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -733,3 +734,12 @@ def test_a_long_table_is_cut_and_says_so(tmp_path: Path) -> None:
     text = console.export_text()
     assert "the first 40 of 41 cells; sweep.csv has all" in " ".join(text.split())
     assert text.count("│") < 41 * 8
+
+
+def test_a_cell_that_somebody_removed_is_named(tmp_path: Path) -> None:
+    grid = Grid({"batch_size": (2, 4)}, simulated=True)
+    swept(tmp_path, grid)
+    gone = grid.cells[1]
+    shutil.rmtree(Store(tmp_path).place(gone))
+    with pytest.raises(UsageError, match=f"cell {gone.digest} is not there; run the sweep again"):
+        read_sweep(grid, Store(tmp_path), GoalsSpec())

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from batchbench import settings
 from batchbench.batching.machine import environment, facts_of
+from batchbench.errors import UsageError
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
@@ -120,7 +121,10 @@ def read_sweep(grid: Grid, store: Store, goals: GoalsSpec) -> SweepResult:
     for cell in grid.cells:
         reason = cell.fault
         if reason is None and not store.holds(cell):
-            raise ValueError(f"{cell.digest} is not finished")
+            raise UsageError(
+                f"{store.folder}: cell {cell.digest} is not there; run the sweep again, which "
+                "serves only what is missing"
+            )
         if reason is None:
             reason = store.failure(cell)
         if reason is not None:
