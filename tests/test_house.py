@@ -126,7 +126,8 @@ def test_only_the_recording_derives_times_within_a_span(file: Path) -> None:
 def test_only_the_torch_engines_and_the_loading_of_models_need_torch() -> None:
     """Everything else, all of reports included, is imported where torch cannot be."""
     names = [module_of(file) for file in FILES]
-    free = [f"batchbench.{name}" for name in names if name and not name.startswith(NEEDS_TORCH)]
+    needy = (*NEEDS_TORCH, "studies.executors.ray_cluster", "studies.executors.slurm")  # extras
+    free = [f"batchbench.{name}" for name in names if name and not name.startswith(needy)]
     assert "batchbench.reports.formats.terminal" in free
     script = f"""
 import importlib, sys
