@@ -46,8 +46,9 @@ class PlainDisplay(SweepWatch, CapacityWatch):
         serves: number of trials of all strategies together; 0 if it is not known.
         varying: options by which cells of a sweep differ.
         price_per_hour: price of a machine that runs cells of a sweep.
-        trial_lines: print a line for each trial.
     """
+
+    TRIAL_LINES = True  # whether each trial has a line
 
     def __init__(
         self,
@@ -55,10 +56,8 @@ class PlainDisplay(SweepWatch, CapacityWatch):
         serves: int = 0,
         varying: tuple[str, ...] = (),
         price_per_hour: float | None = None,
-        *,
-        trial_lines: bool = True,
     ) -> None:
-        self._console, self._varying, self._trial_lines = console, varying, trial_lines
+        self._console, self._varying = console, varying
         self._price, self._machine_s, self._machines = price_per_hour, 0.0, 0
         self._nodes: Sequence[str] = ()  # of the cells that run elsewhere
         self._left = serves
@@ -130,7 +129,7 @@ class PlainDisplay(SweepWatch, CapacityWatch):
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
         self._seconds.append(time.monotonic() - self._began)
         self._left -= 1
-        if self._trial_lines and not self._cell:
+        if self.TRIAL_LINES and not self._cell:
             left_s = max(self._left, 0) * mean(self._seconds)
             left = f", about {spell_time(left_s)} left" if left_s > 2 else ""
             name = f"trial {trial + 1}/{self._trials}  {strategy:<12}"
@@ -193,14 +192,10 @@ class PlainDisplay(SweepWatch, CapacityWatch):
 class LiveDisplay(PlainDisplay):
     """Bars on a terminal: one for each strategy, one for the cells of a sweep."""
 
-    def __init__(
-        self,
-        console: Console,
-        serves: int = 0,
-        varying: tuple[str, ...] = (),
-        price_per_hour: float | None = None,
-    ) -> None:
-        super().__init__(console, serves, varying, price_per_hour, trial_lines=False)
+    TRIAL_LINES = False
+
+    def __init__(self, console: Console, *sweep: Any) -> None:
+        super().__init__(console, *sweep)
         text = bars.TextColumn
         self._bars = bars.Progress(
             text("[bold]{task.description}"),
@@ -314,8 +309,7 @@ def make_sweep_display(
 class CapacityDisplay(PlainDisplay):
     """A line for each verdict."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__(console, trial_lines=False)
+    TRIAL_LINES = False
 
 
 class TurnsDisplay(TurnsWatch):

@@ -152,7 +152,7 @@ OURS: Mapping[str, PlugIn] = {
         PlugIn("vllm-static", _VLLM, "vllm"),
     )
 }
-"""Those that are found even if the installed metadata is of an older version."""
+"""Plug-ins of this package, which are found without reading entry points."""
 
 
 def find(name: str) -> PlugIn:

@@ -122,7 +122,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.plot([times[0], times[-1]], [row, row], color=FAINT, lw=1, zorder=0)
         axes.plot(times, [row] * len(times), ls="", marker="|", ms=8, mew=1.1, color=colour)
     axes.set(ylim=(len(panel.streams) - 0.4, -0.6), xlim=(0, (end - begin) / 1e9 * 1.005 or 1))
+    strip_axes(axes, "bottom")  # which formats ticks, so before they get names
     axes.set_yticks(range(len(panel.streams)), [panel.name(s) for s in panel.streams])
     axes.tick_params(axis="y", length=0, labelsize=8)
     axes.set_xlabel("seconds", size=8.5)
-    strip_axes(axes, "bottom")
