@@ -249,9 +249,9 @@ def _sweep_parts(folder: Path, data: dict[str, Any]) -> tuple[str, list[Renderab
         name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
         for name, values in data["axes"].items()
     }
-    grid, goals = Grid(axes, data["simulated"]), settings.from_json(GoalsSpec, data["goals"])
-    for cell, saved in zip(grid.cells, data["cells"], strict=False):
-        vars(cell)["digest"] = saved["digest"]  # as it was: of that server, version and files
+    digests = [cell["digest"] for cell in data["cells"]]
+    grid = Grid(axes, data["simulated"], digests=digests)
+    goals = settings.from_json(GoalsSpec, data["goals"])
     swept = sweeps.read_sweep(grid, Store(folder), goals)
     cells = sweeps.cells_of(swept)
     parts = [sweeps.render(swept, cells, data["pictures_not_drawn"])]

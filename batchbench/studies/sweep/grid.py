@@ -9,8 +9,8 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -46,13 +46,14 @@ class Cell:
     experiment: Experiment | None
     fault: str | None = None
     server: str | None = None  # what the server of --target says it is
+    saved_digest: str | None = None
 
     @cached_property
     def digest(self) -> str:
         """Name of the cell's folder; equal digests give equal results."""
         if self.experiment is None:
             raise ValueError(f"no experiment: {self.fault}")
-        return digest_of(self.experiment, self.server)
+        return self.saved_digest or digest_of(self.experiment, self.server)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Grid:
         simulated: serve on a virtual clock, where every step costs one unit.
         servers: by ``--target``, what the server says it is, so that another server at the same
             address has other cells.
+        digests: digests of the cells of a saved sweep: of its server, version and files, which
+            may have changed since.
 
     Raises:
         UsageError: a value is invalid with any other options.
@@ -72,6 +75,7 @@ class Grid:
     axes: Mapping[str, tuple[Any, ...]]
     simulated: bool = False
     servers: Mapping[str, str] = field(default_factory=dict)
+    digests: Sequence[str | None] = ()
 
     def __post_init__(self) -> None:
         count = math.prod(map(len, self.axes.values()))
@@ -90,7 +94,9 @@ class Grid:
     def cells(self) -> tuple[Cell, ...]:
         """Every combination once; the last option varies fastest."""
         combinations = itertools.product(*self.axes.values())
-        return tuple(self._cell(dict(zip(self.axes, v, strict=True))) for v in combinations)
+        cells = [self._cell(dict(zip(self.axes, v, strict=True))) for v in combinations]
+        saved = itertools.zip_longest(cells, self.digests[: len(cells)])
+        return tuple(replace(cell, saved_digest=digest) for cell, digest in saved)
 
     def _cell(self, chosen: Values) -> Cell:
         try:
