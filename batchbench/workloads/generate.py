@@ -20,6 +20,7 @@ from batchbench.workloads.prompts import (
     random_prompts,
 )
 from batchbench.workloads.request import Ints, Ragged, Workload
+from batchbench.workloads.sampling import Sampling
 from batchbench.workloads.seeds import stream
 from batchbench.workloads.spec import WorkloadSpec
 from batchbench.workloads.traces import BadRow, Trace, read_trace
@@ -53,6 +54,7 @@ class Outline:
     arrivals: str = "all at once"  # in words
     stop_at_eos: bool = False
     max_concurrency: int | None = None
+    sampling: Sampling | None = None
 
     def __len__(self) -> int:
         return len(self.output_tokens)
@@ -80,6 +82,7 @@ class Outline:
             due_ns=self.due_ns,
             stop_at_eos=self.stop_at_eos,
             max_concurrency=self.max_concurrency,
+            sampling=self.sampling,
         )
 
     def beyond(self, context: int | None, model: str) -> list[str]:
@@ -230,6 +233,7 @@ def _draw(spec: WorkloadSpec, batch_size: int, encode: Encode | None) -> Outline
         shared=spec.shared_prefix_tokens,
         stop_at_eos=spec.stop_at_eos,
         max_concurrency=spec.max_concurrency,
+        sampling=spec.sampling,
     )
 
 
@@ -334,6 +338,7 @@ def _outline_of(spec: WorkloadSpec, trace: Trace, requests: str) -> Outline:
         shared=spec.shared_prefix_tokens,
         stop_at_eos=spec.stop_at_eos or trace.about.get("stop_at_eos", False),
         max_concurrency=trace.about.get("max_concurrency") if most is None else most,
+        sampling=trace.about.get("sampling") if spec.temperature is None else spec.sampling,
     )
 
 
@@ -351,6 +356,7 @@ def _check_digest(spec: WorkloadSpec, trace: Trace) -> None:
         due_ns=trace.due_ns,
         stop_at_eos=trace.about.get("stop_at_eos", False),
         max_concurrency=trace.about.get("max_concurrency"),
+        sampling=trace.about.get("sampling"),
     )
     if saved.digest != digest:
         raise UsageError(

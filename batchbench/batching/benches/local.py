@@ -99,6 +99,7 @@ class LocalBench(Bench):
             prompt=int(self.workload.prompt_tokens.max()),
             mixes=serving.mixes_prefill,
             budget=serving.max_batched_tokens,
+            sampling=self.workload.sampling,
         )
         self.model |= {
             "device": str(loaded.device),
