@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from batchbench.batching.engines.torch.attention import Layout, SlotCache, cache_argument
-from batchbench.batching.engines.torch.base import best_token
+from batchbench.batching.engines.torch.sampling import best_token
 from batchbench.batching.engines.torch.forward import Forward, GPT2Forward, TransformersForward
 from batchbench.batching.engines.torch.hardware import products
 from batchbench.batching.engines.torch.linear import Kernels, make_linear

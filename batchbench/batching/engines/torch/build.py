@@ -142,8 +142,9 @@ def make_engine(
     """Return the engine of that name, and its bytes of weights, packed weights and cache.
 
     ``forward`` is the slots engine's pass, None for the leanest correct one; ``prompt``, ``mixes``
-    and ``budget`` are as in :class:`Served`, ``sampling`` as in SlotsEngine. Raises UsageError if a batch of this size does not
-    fit, with the largest that does, or if the model cannot be computed as ``execution`` says.
+    and ``budget`` are as in :class:`Served`, ``sampling`` as in SlotsEngine. Raises UsageError if a
+    batch of this size does not fit, with the largest that does, or if the model cannot be computed
+    as ``execution`` says.
     """
     with current(model.device), _cache_fits(slots, model.device):
         own = False

@@ -333,7 +333,9 @@ def gumbel(tokens, one, two):
     x = (x ^ (x >> 11)) * 0xAC4C1B51
     x = (x ^ (x >> 15)) * 0x31848BAB
     x = (x ^ (x >> 14)) >> 1
-    uniform = tl.minimum(x.to(tl.float32) * 2**-31 + 2**-32, 1 - 2**-24)
+    # 2^-31, 2^-32 and 1 - 2^-24
+    uniform = x.to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
+    uniform = tl.minimum(uniform, 0.9999999403953552)
     # A GPU's logarithm is wrong near 1, so -log(1 - uniform) is atanh's series there.
     s = uniform / (2 - uniform)
     square = s * s
