@@ -144,6 +144,14 @@ def verify(
     )
 
 
+def draws_by_itself(recording: Recording) -> bool:
+    """Return True if an engine draws sampled tokens from random numbers of its own.
+
+    They are not those of the model and the workload's random streams.
+    """
+    return bool(recording.header.about.get("own_random"))
+
+
 def _servings(recording: Recording) -> list[Recording]:
     """Return the recording of a trial, and its servings with other tokens under the same name."""
     return [recording, *(replace(other, header=recording.header) for other in recording.others)]

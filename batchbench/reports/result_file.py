@@ -93,6 +93,15 @@ class WarmUpFacts(TypedDict):
     duration_s: NotRequired[float | None]
 
 
+class SamplingData(TypedDict):
+    """The way in which tokens are drawn; greedy results have none."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
 class WorkloadFacts(TypedDict):
     name: str
     seed: int
@@ -104,6 +113,7 @@ class WorkloadFacts(TypedDict):
     output_lengths: list[int] | None  # as requested, if texts may end early
     max_concurrency: int | None
     arrival_rate: float | None
+    sampling: NotRequired[SamplingData | None]
 
 
 class FindingFacts(TypedDict):

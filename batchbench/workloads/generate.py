@@ -258,7 +258,7 @@ def _arrivals_of(spec: WorkloadSpec) -> str:
     text = "" if spec.process.kind in ("at-once", "trace") else f"; {spec.process}"
     if spec.max_concurrency is not None:
         text += f"; at most {spec.max_concurrency} in the system"
-    return text
+    return text + (f"; {spec.sampling}" if spec.sampling else "")
 
 
 def _speed(spec: WorkloadSpec) -> str:

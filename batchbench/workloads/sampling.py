@@ -27,6 +27,12 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
 
+    def __str__(self) -> str:
+        cuts = [f"top-k {self.top_k}"] * bool(self.top_k) + [f"top-p {self.top_p:g}"] * (
+            self.top_p < 1
+        )
+        return ", ".join([f"sampled at temperature {self.temperature:g}", *cuts])
+
 
 class Stream(NamedTuple):
     """The random stream of one request; nothing but these two decides its numbers."""
@@ -39,3 +45,8 @@ class Stream(NamedTuple):
         """The two numbers, of 32 bits, that tell this stream from others."""
         sequence = seed_sequence(self.sampling.seed, "sampling", self.request)
         return sequence.generate_state(2).view(np.int32)
+
+    @property
+    def seed(self) -> int:
+        """A seed for this request alone, of 31 bits, for engines with random numbers of their own."""
+        return int(self.words[0]) & (2**31 - 1)

@@ -119,6 +119,7 @@ class WorkloadSpec:
         min=0.0,
         max=100.0,
         default_text="0, or that of the trace",
+        omit_default=True,
     )
     top_p: float = setting(
         1.0,
@@ -126,6 +127,7 @@ class WorkloadSpec:
         _PANEL,
         min=1e-6,
         max=1.0,
+        omit_default=True,
     )
     top_k: int = setting(
         0,
@@ -133,6 +135,7 @@ class WorkloadSpec:
         _PANEL,
         min=0,
         max=10**9,
+        omit_default=True,
     )
     seed: int = setting(
         0,

@@ -22,12 +22,12 @@ from torch._inductor.utils import run_and_get_code
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.engines.torch import build, sampling
-from batchbench.batching.engines.torch.sampling import best_token
 from batchbench.batching.engines.torch.build import make_engine
 from batchbench.batching.engines.torch.forward import make_forward
 from batchbench.batching.engines.torch.graphs import Pass, PreparedDecode, fitting, sizes
 from batchbench.batching.engines.torch.linear import Kernels
 from batchbench.batching.engines.torch.reference import TeacherForced
+from batchbench.batching.engines.torch.sampling import best_token
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.models.loading import LoadedModel

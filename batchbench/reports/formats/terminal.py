@@ -50,7 +50,7 @@ def sentence(result: Result, *, reasons: bool = True) -> str:
     if verified:
         parts.append(_outputs(data["verification"], served=result.served))
     if agreement is not None:
-        parts.append(agreement_words(agreement))
+        parts.append(agreement_words(data, agreement))
     if not (verified or agreement or data["simulated"]):
         parts.append("outputs not verified")
     validity = data["validity"]

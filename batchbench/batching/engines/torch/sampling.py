@@ -154,7 +154,8 @@ def smallest_kept(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | No
         above = likely.cumsum(-1).sub_(likely)
         fits = above < top_p * weights.sum(-1, keepdim=True)
         if window == most or not fits[:, -1].any():
-            return values.gather(1, fits.sum(-1, keepdim=True) - 1)
+            last = (fits.sum(-1, keepdim=True) - 1).clamp(min=0)  # NaN fits nowhere
+            return values.gather(1, last)
         window = most
 
 
