@@ -251,14 +251,18 @@ def _name(spec: WorkloadSpec, batch_size: int, count: int) -> str:
             f"classic: {count} requests, {spec.long_tokens or 100} tokens every {every}, "
             f"else {spec.short_tokens or 10}; {prompts}"
         )
-    return text + _arrivals_of(spec)
+    return text + _arrivals_of(spec) + _sampled(spec.sampling)
+
+
+def _sampled(sampling: Sampling | None) -> str:
+    return f"; {sampling}" if sampling else ""
 
 
 def _arrivals_of(spec: WorkloadSpec) -> str:
     text = "" if spec.process.kind in ("at-once", "trace") else f"; {spec.process}"
     if spec.max_concurrency is not None:
         text += f"; at most {spec.max_concurrency} in the system"
-    return text + (f"; {spec.sampling}" if spec.sampling else "")
+    return text
 
 
 def _speed(spec: WorkloadSpec) -> str:
@@ -325,9 +329,11 @@ def _outline_of(spec: WorkloadSpec, trace: Trace, requests: str) -> Outline:
     name = f"{trace.format} trace {spec.trace.name}: {requests.replace(',', '')}"
     if trace.blocks is not None and trace.block_tokens != BLOCK_TOKENS:
         name += f", blocks of {trace.block_tokens} tokens"
-    most = spec.max_concurrency
+    most, saved = spec.max_concurrency, trace.about.get("sampling")
+    sampling = saved if spec.temperature is None else spec.sampling
+    name = trace.about.get("name", name + _speed(spec)).removesuffix(_sampled(saved))
     return Outline(
-        name=trace.about.get("name", name + _speed(spec)) + _arrivals_of(spec),
+        name=name + _arrivals_of(spec) + _sampled(sampling),
         seed=spec.seed,
         prompt_tokens=trace.prompt_tokens,
         output_tokens=trace.output_tokens,
@@ -338,7 +344,7 @@ def _outline_of(spec: WorkloadSpec, trace: Trace, requests: str) -> Outline:
         shared=spec.shared_prefix_tokens,
         stop_at_eos=spec.stop_at_eos or trace.about.get("stop_at_eos", False),
         max_concurrency=trace.about.get("max_concurrency") if most is None else most,
-        sampling=trace.about.get("sampling") if spec.temperature is None else spec.sampling,
+        sampling=sampling,
     )
 
 
