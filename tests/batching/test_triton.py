@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
 
-from batchbench.batching.engines.torch import triton_ops as ops
 from batchbench.batching.engines.torch.mixed import lay_tiles, most_tiles, tile_size
-from batchbench.batching.engines.torch.triton_ops import Norm, SlotAttention
+from batchbench.batching.engines.torch.triton import ops
+from batchbench.batching.engines.torch.triton.ops import Norm, SlotAttention
 
 DEVICE = "cpu" if ops._INTERPRETED else "cuda"
 

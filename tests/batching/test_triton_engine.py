@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
 
-from batchbench.batching.engines.torch import triton_choice
-from batchbench.batching.engines.torch import triton_ops as ops
 from batchbench.batching.engines.torch.attention import Layout, SlotCache
 from batchbench.batching.engines.torch.forward import make_forward
-from batchbench.batching.engines.torch.triton_choice import triton_attention
-from batchbench.batching.engines.torch.triton_forward import product_has_gelu
+from batchbench.batching.engines.torch.triton import choice as triton_choice
+from batchbench.batching.engines.torch.triton import ops
+from batchbench.batching.engines.torch.triton.choice import triton_attention
+from batchbench.batching.engines.torch.triton.forward import product_has_gelu
 
 pytestmark = pytest.mark.skipif(
     not ops._INTERPRETED, reason="the stand-in needs Triton's interpreter, which is off on a GPU"

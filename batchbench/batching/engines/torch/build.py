@@ -37,7 +37,7 @@ from batchbench.batching.engines.torch.hardware import (
 from batchbench.batching.engines.torch.linear import Kernels, make_linear, padded_bytes
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
-from batchbench.batching.engines.torch.triton_choice import supports_triton, why_no_triton
+from batchbench.batching.engines.torch.triton.choice import supports_triton, why_no_triton
 from batchbench.batching.experiment import Experiment, budget_of
 from batchbench.batching.models.loading import (
     LoadedModel,

@@ -18,7 +18,7 @@ from batchbench.batching.engines.torch.attention import (
 from batchbench.batching.engines.torch.base import best_token
 from batchbench.batching.engines.torch.kernels import Native, native
 from batchbench.batching.engines.torch.linear import Kernels, Linear, make_linear
-from batchbench.batching.engines.torch.triton_choice import triton_forward, triton_ops
+from batchbench.batching.engines.torch.triton.choice import triton_forward, triton_ops
 from batchbench.batching.models.loading import LoadedModel
 
 

@@ -19,8 +19,8 @@ from batchbench.batching.engines.torch.attention import kv_shape
 from batchbench.batching.models.loading import LoadedModel
 
 if TYPE_CHECKING:
-    from batchbench.batching.engines.torch.triton_forward import TritonGPT2Forward
-    from batchbench.batching.engines.torch.triton_ops import SlotAttention
+    from batchbench.batching.engines.torch.triton.forward import TritonGPT2Forward
+    from batchbench.batching.engines.torch.triton.ops import SlotAttention
 
 _LEAST_CAPABILITY = (8, 0)
 """Ampere, the first with bfloat16."""
@@ -30,7 +30,7 @@ _KEYS = 300
 
 
 def triton_ops(model: LoadedModel) -> ModuleType | None:
-    """Return ``triton_ops`` if its kernels are right for this model; None if not."""
+    """Return ``triton.ops`` if its kernels are right for this model; None if not."""
     return _ops() if why_no_triton(model) is None else None
 
 
@@ -38,14 +38,14 @@ def triton_forward(model: LoadedModel) -> TritonGPT2Forward | None:
     """Return GPT-2's forward pass with Triton's kernels, if they compute this model."""
     if triton_ops(model) is None:
         return None
-    from batchbench.batching.engines.torch.triton_forward import TritonGPT2Forward
+    from batchbench.batching.engines.torch.triton.forward import TritonGPT2Forward
 
     return TritonGPT2Forward(model)
 
 
 def triton_attention(model: LoadedModel, slots: int, max_len: int) -> SlotAttention:
     """Return Triton's attention over the slot cache of a model that :func:`triton_ops` takes."""
-    from batchbench.batching.engines.torch.triton_ops import SlotAttention
+    from batchbench.batching.engines.torch.triton.ops import SlotAttention
 
     _, _, size = kv_shape(model.module.config)
     heads = model.module.config.get_text_config().num_attention_heads
@@ -70,7 +70,7 @@ def supports_triton(device: torch.device) -> bool:
 
 
 def _ops() -> ModuleType:
-    from batchbench.batching.engines.torch import triton_ops
+    from batchbench.batching.engines.torch.triton import ops as triton_ops
 
     return triton_ops
 

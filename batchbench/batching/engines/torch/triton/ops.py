@@ -1,6 +1,6 @@
 """The operations of a GPU's passes that batchbench computes with Triton, one launch each.
 
-Functions take and return tensors of one device. ``triton_kernels.py`` has the kernels.
+Functions take and return tensors of one device. ``kernels.py`` has the kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from triton import cdiv, language, next_power_of_2
 
-from batchbench.batching.engines.torch import triton_kernels as kernels
+from batchbench.batching.engines.torch.triton import kernels
 
 SPLIT = 256
 """Keys of one decoding row that one program reads. More are split over several programs."""

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import gelu
 
-from batchbench.batching.engines.torch import triton_ops as ops
 from batchbench.batching.engines.torch.attention import Layout, attend_on_device
 from batchbench.batching.engines.torch.linear import padded_bytes, padded_rows
-from batchbench.batching.engines.torch.triton_ops import Norm
+from batchbench.batching.engines.torch.triton import ops
+from batchbench.batching.engines.torch.triton.ops import Norm
 from batchbench.batching.models.loading import LoadedModel
 
 
