@@ -66,6 +66,12 @@ class Architecture:
         """The outputs of the product that computes queries, keys and values."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
+    @property
+    def activations(self) -> int:
+        """The most numbers of a token that a pass holds at once, in torch's own operators."""
+        seen, passed = self.heads * self.head_dim, 2 * self.width
+        return passed + self.qkv_width + seen + self.inner * (4 if self.gated else 2)
+
 
 _GPT2 = Names(
     tokens="transformer.wte",
@@ -246,12 +252,24 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 class Weights(NamedTuple):
     """All weights of a described model."""
 
+    of: Architecture
     tokens: torch.Tensor  # [vocabulary, width]
     positions: torch.Tensor | None  # [context, width]
     rotary: Rotary | None
     layers: Sequence[Layer]
     norm: Norm
     head: torch.Tensor  # [vocabulary, width]
+
+
+def weights_of(module: PreTrainedModel) -> Weights | str:
+    """Return the weights of a loaded module, or the reason why it has no description."""
+    architecture = describe(module.config)
+    if isinstance(architecture, str):
+        return architecture
+    try:
+        return gather(module, architecture)
+    except ValueError as error:
+        return str(error)
 
 
 def gather(module: PreTrainedModel, architecture: Architecture) -> Weights:
@@ -295,6 +313,7 @@ def gather(module: PreTrainedModel, architecture: Architecture) -> Weights:
     with torch.inference_mode(False), torch.no_grad():
         rotary = names.rotary and attrgetter(names.rotary)(module)
         weights = Weights(
+            architecture,
             _tensor(named(module, names.tokens).weight),
             _tensor(named(module, names.positions).weight) if names.positions else None,
             Rotary(rotary.inv_freq, float(rotary.attention_scaling)) if rotary else None,

@@ -13,13 +13,21 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention, silu
 
-from batchbench.batching.engines.torch.attention import kv_shape
+from batchbench.batching.engines.torch.architecture import (
+    Architecture,
+    Norm,
+    Rotary,
+    Weights,
+    describe,
+    rotate,
+)
+from batchbench.batching.engines.torch.attention import Rotation, kv_shape
 from batchbench.batching.models.loading import LoadedModel
 
 if TYPE_CHECKING:
-    from batchbench.batching.engines.torch.triton.forward import TritonGPT2Forward
+    from batchbench.batching.engines.torch.triton.forward import TritonForward
     from batchbench.batching.engines.torch.triton.ops import SlotAttention
 
 _LEAST_CAPABILITY = (8, 0)
@@ -34,13 +42,13 @@ def triton_ops(model: LoadedModel) -> ModuleType | None:
     return _ops() if why_no_triton(model) is None else None
 
 
-def triton_forward(model: LoadedModel) -> TritonGPT2Forward | None:
-    """Return GPT-2's forward pass with Triton's kernels, if they compute this model."""
+def triton_forward(model: LoadedModel, weights: Weights) -> TritonForward | None:
+    """Return a described model's forward pass with Triton's kernels, if they compute it."""
     if triton_ops(model) is None:
         return None
-    from batchbench.batching.engines.torch.triton.forward import TritonGPT2Forward
+    from batchbench.batching.engines.torch.triton.forward import TritonForward
 
-    return TritonGPT2Forward(model)
+    return TritonForward(weights)
 
 
 def triton_attention(model: LoadedModel, slots: int, max_len: int) -> SlotAttention:
@@ -58,8 +66,9 @@ def why_no_triton(model: LoadedModel) -> str | None:
         return "Triton is not installed or has no code for this device"
     config = model.module.config.get_text_config()
     _, kv_heads, size = kv_shape(config)
-    heads, width = config.num_attention_heads, config.hidden_size
-    return _fault(model.device, model.dtype, heads, kv_heads, size, width)
+    described = describe(model.module.config)
+    of = None if isinstance(described, str) else described
+    return _fault(model.device, model.dtype, config.num_attention_heads, kv_heads, size, of)
 
 
 def supports_triton(device: torch.device) -> bool:
@@ -77,73 +86,104 @@ def _ops() -> ModuleType:
 
 @cache
 def _fault(
-    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int, width: int
-) -> str | None:
-    """Compare each kernel with torch for a model's shape; return what is wrong, or None."""
-    try:
-        ops = _ops()
-        with warnings.catch_warnings(), torch.inference_mode(), torch.cuda.device(device):
-            warnings.simplefilter("ignore")  # Triton warns of its own defaults
-            seen, expected = _attend_twice(ops, device, dtype, heads, kv_heads, size)
-            within = 1e-4 if dtype is torch.float32 else 0.05
-            if not torch.allclose(seen, expected, atol=within, rtol=within):
-                return "Triton's attention differs from torch's"
-            logits = expected.flatten(1)
-            if not torch.equal(ops.best_token(logits), logits.max(-1).indices):
-                return "Triton chooses other tokens than torch"
-            seen, expected = _norm_twice(ops, device, dtype, width)
-            if not torch.allclose(seen, expected, atol=2 * within, rtol=2 * within):
-                return "Triton's norms differ from torch's"
-    except Exception as error:  # from Triton, its compiler or the driver
-        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
-    return None
-
-
-def _attend_twice(
-    ops: ModuleType,
     device: torch.device,
     dtype: torch.dtype,
     heads: int,
     kv_heads: int,
     size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the results of both kernels for one token, ``[2, heads × size]``, and torch's."""
-    numbers = torch.Generator().manual_seed(0)
+    of: Architecture | None,
+) -> str | None:
+    """Compare each kernel with torch for a model's shape; return what is wrong, or None.
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=numbers).to(device, dtype)
+    ``of`` is the model's architecture, None for transformers' modules with Triton's attention.
+    """
+    try:
+        ops = _ops()
+        check = _Check(ops, device, dtype)
+        with warnings.catch_warnings(), torch.inference_mode(), torch.cuda.device(device):
+            warnings.simplefilter("ignore")  # Triton warns of its own defaults
+            attention = check.attention(heads, kv_heads, size, of)
+            if not check.alike(attention):
+                return "Triton's attention differs from torch's"
+            logits = attention[1].flatten(1)
+            if not torch.equal(ops.best_token(logits), logits.max(-1).indices):
+                return "Triton chooses other tokens than torch"
+            if of is not None and not check.alike(check.norms(of), 2):
+                return "Triton's norms differ from torch's"
+            if of is not None and of.gated and not check.alike(check.swiglu(of.inner)):
+                return "Triton's SwiGLU differs from torch's"
+    except Exception as error:  # from Triton, its compiler or the driver
+        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return None
 
-    block, q = normal(2, 1, kv_heads, _KEYS, size), normal(1, heads, size)
-    k, v = normal(2, 1, kv_heads, size).unbind(0)
-    at = _KEYS - 1
-    slots = torch.zeros(1, dtype=torch.int64, device=device)
-    tiles = torch.tensor([[0, 1, 0, 0, at]], device=device)
-    attention = ops.SlotAttention(device, heads, _KEYS, 1, size)
-    seen = [
-        attention.decode(q, k, v, block, slots, slots + at),
-        attention.tiled(q, k, v, block, tiles, 16),
-    ]
-    keys, values = (
-        torch.cat([cached[0, :, :at], own.transpose(0, 1)], 1).float()
-        for cached, own in zip(block, (k, v), strict=True)
-    )
-    expected = scaled_dot_product_attention(
-        q.transpose(0, 1)[None].float(), keys[None], values[None], enable_gqa=heads != kv_heads
-    )
-    return torch.cat(seen).float().flatten(1), expected.reshape(1, -1).expand(2, -1)
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Results of Triton's kernels and torch's, in float32."""
 
 
-def _norm_twice(
-    ops: ModuleType, device: torch.device, dtype: torch.dtype, width: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the results of both kernels that end in a norm, ``[2, width]``, and torch's."""
-    numbers = torch.Generator().manual_seed(0)
-    made = torch.randn(5, 1, width, generator=numbers).to(device, dtype)
-    weight, bias, added = made[:3, 0]
-    norm = ops.Norm(weight, bias, 1e-5)
-    zero = torch.zeros(1, dtype=torch.int64, device=device)
-    x, first = ops.embed_norm(zero, zero, made[3], made[4], norm)
-    seen = torch.cat([first, ops.add_norm(x, made[4], added, norm)]).float()
-    tokens, places, more = made[3].float(), made[4].float(), added.float()
-    sums = torch.cat([tokens + places, tokens + 2 * places + more])
-    return seen, layer_norm(sums, (width,), weight.float(), bias.float(), 1e-5)
+class _Check:
+    """Small inputs for each kernel, with what Triton and torch compute from them."""
+
+    def __init__(self, ops: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
+        self._ops, self._device, self._dtype = ops, device, dtype
+        self._numbers = torch.Generator().manual_seed(0)
+
+    def _normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._numbers).to(self._device, self._dtype)
+
+    def alike(self, pair: Pair, times: int = 1) -> bool:
+        within = times * (1e-4 if self._dtype is torch.float32 else 0.05)
+        return torch.allclose(*pair, atol=within, rtol=within)
+
+    def attention(self, heads: int, kv_heads: int, size: int, of: Architecture | None) -> Pair:
+        """Attend for one token with both kernels, ``[2, heads × size]``."""
+        block, q = self._normal(2, 1, kv_heads, _KEYS, size), self._normal(1, heads, size)
+        k, v = self._normal(2, 1, kv_heads, size).unbind(0)
+        at = _KEYS - 1
+        slots = torch.zeros(1, dtype=torch.int64, device=self._device)
+        tiles = torch.tensor([[0, 1, 0, 0, at]], device=self._device)
+        attention = self._ops.SlotAttention(self._device, heads, _KEYS, 1, size)
+        rotation = self._rotation(of) if of is not None and of.rotary else None
+        seen = [
+            attention.decode(q, k, v, block, slots, slots + at, rotation=rotation),
+            attention.tiled(q, k, v, block, tiles, 16, rotation=rotation),
+        ]
+        turned = [q.float(), k.float()]
+        if rotation is not None:
+            for i, norm in enumerate(rotation.norms):
+                turned[i] = norm(turned[i])
+            angles = rotation.rotary.angles(slots + at, self._dtype).float()
+            turned = [rotate(x, angles) for x in turned]
+        keys, values = (
+            torch.cat([cached[0, :, :at].float(), own.float().transpose(0, 1)], 1)
+            for cached, own in zip(block, (turned[1], v), strict=True)
+        )
+        queries = turned[0].transpose(0, 1)
+        expected = scaled_dot_product_attention(
+            queries[None], keys[None], values[None], enable_gqa=heads != kv_heads
+        )
+        return torch.cat(seen).float().flatten(1), expected.reshape(1, -1).expand(2, -1)
+
+    def _rotation(self, of: Architecture) -> Rotation:
+        inverse = 10_000.0 ** -torch.linspace(0, 1, of.head_dim // 2, device=self._device)
+        norms = [Norm(self._normal(of.head_dim), None, 1e-5) for _ in range(2 * of.head_norms)]
+        return Rotation(Rotary(inverse, 1.0), norms)
+
+    def norms(self, of: Architecture) -> Pair:
+        """Compute each kernel that ends in a norm, ``[results, width]``."""
+        weight, bias, added = self._normal(3, of.width)
+        tokens, places, y = self._normal(3, 1, of.width)
+        norm = Norm(weight, None if of.rotary else bias, 1e-5)
+        exact = Norm(weight.float(), None if of.rotary else bias.float(), 1e-5)
+        zero = torch.zeros(1, dtype=torch.int64, device=self._device)
+        x, first = self._ops.embed_norm(zero, zero, tokens, None if of.rotary else places, norm)
+        seen, sums = [first], [tokens.float() + (0 if of.rotary else places.float())]
+        for plus, rows in [(added, None)] + [(None, None), (None, zero)] * of.rotary:
+            seen.append(self._ops.add_norm(x, y, plus, norm, rows))
+            sums.append(sums[-1] + y.float() + (0 if plus is None else plus.float()))
+        return torch.cat(seen).float(), exact(torch.cat(sums))
+
+    def swiglu(self, inner: int) -> Pair:
+        product = self._normal(1, 2 * inner)
+        gate, up = product.float().chunk(2, -1)
+        return self._ops.swiglu(product).float(), silu(gate) * up

@@ -1,104 +1,73 @@
-"""GPT-2's forward pass on a GPU with Triton: seven launches in a layer, four around the layers.
+"""The forward pass of described models on a GPU with Triton: seven or eight launches in a layer.
 
-A layer computes norm 1 and the products of queries, keys and values; attention; its product; sum,
-bias and norm 2; the first product of the MLP with its GELU; the second; and sum, bias and the norm
-that follows. Outside the layers are the embeddings, the product with the vocabulary, and two
-launches that choose a token.
+A layer computes the products of queries, keys and values; attention; its product; sum, bias and
+norm 2; the first product of the MLP; its activation, which for GPT-2 is part of the product; the
+second; and sum, bias and the norm that follows. Outside the layers are the embeddings with the
+first norm, the product with the vocabulary, and two launches that choose a token.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import gelu
 
-from batchbench.batching.engines.torch.attention import Layout, attend_on_device
+from batchbench.batching.engines.torch.architecture import Matrix, Weights
+from batchbench.batching.engines.torch.attention import Layout, Rotation, attend_on_device
 from batchbench.batching.engines.torch.linear import padded_bytes, padded_rows
 from batchbench.batching.engines.torch.triton import ops
-from batchbench.batching.engines.torch.triton.ops import Norm
-from batchbench.batching.models.loading import LoadedModel
 
 
-class _Conv1D(NamedTuple):
-    weight: torch.Tensor  # [inputs, outputs]
-    bias: torch.Tensor
-
-    @classmethod
-    def of(cls, module: torch.nn.Module) -> _Conv1D:
-        assert isinstance(module.weight, torch.Tensor)
-        assert isinstance(module.bias, torch.Tensor)
-        return cls(module.weight, module.bias)
-
-
-class _Block(NamedTuple):
-    qkv: _Conv1D
-    attention_out: _Conv1D
-    norm_2: Norm
-    mlp_in: _Conv1D
-    mlp_out: _Conv1D
-    norm_after: Norm  # the next layer's first norm, or the last of all
-
-
-class TritonGPT2Forward:
-    """GPT-2 with norms, attention and the choice of a token in Triton, products in cuBLAS."""
+class TritonForward:
+    """Norms, attention, SwiGLU and the choice of a token in Triton, products in cuBLAS."""
 
     triton = True
     choose = staticmethod(ops.best_token)
 
-    def __init__(self, model: LoadedModel) -> None:
-        config, body = model.module.config, model.module.transformer
-        self.cache_dtype = model.dtype
-        self._heads = config.n_head
-        self._tokens, self._positions = body.wte.weight, body.wpe.weight
-        norms = [_norm(layer.ln_1) for layer in body.h] + [_norm(body.ln_f)]
-        self._norm_1 = norms[0]
-        self._blocks = [
-            _Block(
-                _Conv1D.of(layer.attn.c_attn),
-                _Conv1D.of(layer.attn.c_proj),
-                _norm(layer.ln_2),
-                _Conv1D.of(layer.mlp.c_fc),
-                _Conv1D.of(layer.mlp.c_proj),
-                norm_after,
-            )
-            for layer, norm_after in zip(body.h, norms[1:], strict=True)
-        ]
-        self._fused_gelu = product_has_gelu(model.device, model.dtype)
-        head = model.module.lm_head.weight
-        self._vocabulary = len(head)
+    def __init__(self, weights: Weights) -> None:
+        self._weights, head = weights, weights.head
+        self.cache_dtype = head.dtype
+        self._norms = [layer.norm_1 for layer in weights.layers[1:]] + [weights.norm]
+        self._fused_gelu = product_has_gelu(head.device, head.dtype)
         self._head = head
         self.extra_bytes = padded_bytes(len(head), head.shape[1], head.dtype)
         if self.extra_bytes:
-            self._head = head.new_zeros(padded_rows(self._vocabulary), head.shape[1])
-            self._head[: self._vocabulary] = head
+            self._head = head.new_zeros(padded_rows(len(head)), head.shape[1])
+            self._head[: len(head)] = head
 
     def __call__(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
     ) -> torch.Tensor:
-        x, normed = ops.embed_norm(
-            ids, layout.positions, self._tokens, self._positions, self._norm_1
-        )
-        for cached, block in zip(layout.cache.blocks, self._blocks, strict=True):
-            qkv = torch.addmm(block.qkv.bias, normed, block.qkv.weight)
-            q, k, v = qkv.view(len(x), 3, self._heads, -1).unbind(1)
-            seen = attend_on_device(cached, q, k, v, layout)
-            out = torch.mm(seen.view(x.shape), block.attention_out.weight)
-            normed = ops.add_norm(x, out, block.attention_out.bias, block.norm_2)
-            out = torch.mm(self._activated(normed, block.mlp_in), block.mlp_out.weight)
-            rows = keep if block is self._blocks[-1] else None
-            normed = ops.add_norm(x, out, block.mlp_out.bias, block.norm_after, rows)
-        return torch.mm(normed, self._head.t())[:, : self._vocabulary]
+        weights, of = self._weights, self._weights.of
+        first, last = weights.layers[0], weights.layers[-1]
+        places = (layout.positions, weights.tokens, weights.positions)
+        x, normed = ops.embed_norm(ids, *places, first.norm_1)
+        parts = [of.heads, of.kv_heads, of.kv_heads]
+        layers = zip(layout.cache.blocks, weights.layers, self._norms, strict=True)
+        for cached, layer, norm_after in layers:
+            heads = _product(normed, layer.qkv).view(len(x), -1, of.head_dim)
+            q, k, v = torch.split(heads, parts, 1)
+            rotation = weights.rotary and Rotation(weights.rotary, layer.head_norms)
+            seen = attend_on_device(cached, q, k, v, layout, rotation=rotation)
+            out = torch.mm(seen.flatten(1), layer.attention_out.weight.t())
+            normed = ops.add_norm(x, out, layer.attention_out.bias, layer.norm_2)
+            out = torch.mm(self._activated(normed, layer.mlp_in), layer.mlp_out.weight.t())
+            rows = keep if layer is last else None
+            normed = ops.add_norm(x, out, layer.mlp_out.bias, norm_after, rows)
+        return torch.mm(normed, self._head.t())[:, : len(weights.head)]
 
-    def _activated(self, x: torch.Tensor, layer: _Conv1D) -> torch.Tensor:
-        if self._fused_gelu:
-            return torch._addmm_activation(layer.bias, x, layer.weight, use_gelu=True)
-        return gelu(torch.addmm(layer.bias, x, layer.weight), approximate="tanh")
+    def _activated(self, x: torch.Tensor, layer: Matrix) -> torch.Tensor:
+        if self._weights.of.gated:
+            return ops.swiglu(_product(x, layer))
+        if self._fused_gelu and layer.bias is not None:
+            return torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True)
+        return gelu(_product(x, layer), approximate="tanh")
 
 
-def _norm(module: torch.nn.LayerNorm) -> Norm:
-    return Norm(module.weight, module.bias, module.eps)
+def _product(x: torch.Tensor, layer: Matrix) -> torch.Tensor:
+    weight = layer.weight.t()
+    return torch.mm(x, weight) if layer.bias is None else torch.addmm(layer.bias, x, weight)
 
 
 @cache

@@ -361,7 +361,7 @@ def embed_norm(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the embeddings of a token and of its position, if it has one, and apply the first norm."""
+    """Add the embeddings of a token and, with ``PLACES``, its position; apply the first norm."""
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     real = at < WIDTH

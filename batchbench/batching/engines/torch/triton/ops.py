@@ -34,8 +34,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 class SlotAttention:
     """Attention over blocks of the slot cache, ``[2, slots, kv_heads, max_len, size]`` each.
 
-    It holds the parts of decoding rows whose keys are split, for one layer at a time, and the angles
-    of a model with rotary positions, once they are needed.
+    It holds the parts of decoding rows whose keys are split, for one layer at a time, and the
+    angles of a model with rotary positions.
     """
 
     def __init__(
