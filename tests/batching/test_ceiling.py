@@ -154,7 +154,7 @@ def test_all_products_of_a_step_are_made_once(make_model: MakeModel, config: dic
         [(192, 64), (64, 64)] if config else [(96, 32), (32, 32), (128, 32), (32, 128)]
     )  # of gpt2: attention in and out, MLP in and out
     if config:
-        block = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
+        block = [(128, 64), (64, 64), (192, 64), (64, 96)]
     assert sorted(seen) == sorted([*block * 2, (300, 64 if config else 32)])
 
 
