@@ -42,11 +42,11 @@ class Stream(NamedTuple):
 
     @property
     def words(self) -> np.ndarray:
-        """The two numbers, of 32 bits, that tell this stream from others."""
+        """Two numbers of 32 bits that identify this stream."""
         sequence = seed_sequence(self.sampling.seed, "sampling", self.request)
         return sequence.generate_state(2).view(np.int32)
 
     @property
     def seed(self) -> int:
-        """A seed for this request alone, of 31 bits, for engines with random numbers of their own."""
+        """A seed of 31 bits for this request, for engines with random numbers of their own."""
         return int(self.words[0]) & (2**31 - 1)
