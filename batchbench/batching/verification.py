@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from batchbench.batching.recording import Recording
 from batchbench.workloads import Workload
-from batchbench.workloads.sampling import Stream
+from batchbench.workloads.request import Stream
 
 
 class Deviation(NamedTuple):

@@ -20,7 +20,7 @@ from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
-from batchbench.reports.server_data import AgreementData, FailureData, ServerData
+from batchbench.reports.server_data import AgreementData, FailureData, SamplingData, ServerData
 from batchbench.version import SCHEMA_VERSION
 
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
@@ -91,15 +91,6 @@ class WarmUpFacts(TypedDict):
     last_change: float | None
     step_ns: int | None
     duration_s: NotRequired[float | None]
-
-
-class SamplingData(TypedDict):
-    """The way in which tokens are drawn; greedy results have none."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
 
 
 class WorkloadFacts(TypedDict):

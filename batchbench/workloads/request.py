@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.errors import UsageError
-from batchbench.workloads.sampling import Sampling, Stream
+from batchbench.workloads.seeds import seed_sequence
+from batchbench.workloads.spec import Sampling
 
 
 class Request(NamedTuple):
@@ -26,6 +27,24 @@ class Request(NamedTuple):
     prompt_tokens: int
     output_tokens: int
     due_ns: int
+
+
+class Stream(NamedTuple):
+    """The random stream of one request; nothing but these two decides its numbers."""
+
+    sampling: Sampling
+    request: int
+
+    @property
+    def words(self) -> np.ndarray:
+        """Two numbers of 32 bits that identify this stream."""
+        sequence = seed_sequence(self.sampling.seed, "sampling", self.request)
+        return sequence.generate_state(2).view(np.int32)
+
+    @property
+    def seed(self) -> int:
+        """A seed of 31 bits for this request, for engines with random numbers of their own."""
+        return int(self.words[0]) & (2**31 - 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ from support.answers import ADDRESS, Answers, answers_of, recorded, streamed
 from batchbench.batching.remote.dialects import DIALECTS, Dialect, PromptCache, body_for, discover
 from batchbench.batching.remote.events import parse
 from batchbench.errors import UsageError
-from batchbench.workloads.sampling import Sampling, Stream
+from batchbench.workloads.request import Stream
+from batchbench.workloads.spec import Sampling
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from batchbench.workloads.sampling import Sampling, Stream
+from batchbench.workloads.request import Stream
+from batchbench.workloads.spec import Sampling
 
 if TYPE_CHECKING:
     from batchbench.batching.models.loading import LoadedModel

@@ -17,7 +17,7 @@ from typing import Any
 from batchbench.batching.remote.exchange import Address
 from batchbench.batching.remote.wire import get
 from batchbench.errors import UsageError, shown
-from batchbench.workloads.sampling import Stream
+from batchbench.workloads.request import Stream
 
 Json = Mapping[str, Any]
 """A JSON object that a server sent: nothing is certain about its keys and values."""

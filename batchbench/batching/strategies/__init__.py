@@ -39,8 +39,8 @@ _ABOUT: Mapping[str, str] = {
 }
 
 GENERATE_BATCH_SAMPLES = (
-    "--strategy generate_batch: transformers draws the tokens of a batch from one random stream, so "
-    "they depend on the batch; remove it, or give --temperature 0"
+    "--strategy generate_batch: transformers draws all tokens of a batch from one random stream, "
+    "so they depend on the batch; remove it, or give --temperature 0"
 )
 
 

@@ -56,7 +56,7 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
-from batchbench.workloads.sampling import Sampling
+from batchbench.workloads.spec import Sampling
 
 HEADROOM = 0.1
 """Share of the free memory that stays unused."""

@@ -16,7 +16,8 @@ import torch
 
 from batchbench.batching.engines.torch.kernels import native
 from batchbench.batching.plan import Chunk
-from batchbench.workloads.sampling import Sampling, Stream
+from batchbench.workloads.request import Stream
+from batchbench.workloads.spec import Sampling
 
 
 class Choose(Protocol):
