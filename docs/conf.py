@@ -117,6 +117,29 @@ def _write_commands(app: Any) -> None:
             file.write_text(text, encoding="utf-8")
 
 
+def _mark(app: Any, doctree: Any) -> None:
+    """Mark words in code, which stay whole, and long cells, which are not too narrow on a phone."""
+    from docutils import nodes
+
+    for code in doctree.findall(nodes.literal):
+        if " " not in code.astext() and len(code.astext()) <= 24:
+            code["classes"].append("short")
+    for cell in doctree.findall(nodes.entry):
+        if len(cell.astext()) > 50:
+            cell["classes"].append("long")
+
+
+def _mark_examples(app: Any, kind: str, name: str, it: Any, options: Any, lines: list[str]) -> None:
+    """Mark indented lines of a docstring that follow a paragraph as an example."""
+    made: list[str] = []
+    for line in lines:
+        before = made[-2].strip() if len(made) > 1 and not made[-1].strip() else ""
+        if line.startswith("    ") and before and made[-2][:1] != " ":
+            made += ["::", ""]
+        made.append(line)
+    lines[:] = made
+
+
 def _copy_interactive(app: Any, exception: Exception | None) -> None:
     folder = HERE / "interactive"
     if exception is None and folder.exists():
@@ -127,4 +150,6 @@ def setup(app: Any) -> None:
     """Register what happens before pages are read and after they are written."""
     app.connect("builder-inited", _write_commands)
     app.connect("source-read", _fill)
+    app.connect("doctree-read", _mark)
+    app.connect("autodoc-process-docstring", _mark_examples, priority=400)  # before napoleon
     app.connect("build-finished", _copy_interactive)

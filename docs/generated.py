@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from html import escape
@@ -93,7 +94,7 @@ def _entry(words: str, param: Any, known: tuple[type, Any] | None) -> str:
     codes = ", ".join(f"<code>{escape(name)}</code>" for name in names)
     facts = " · ".join(_facts(param, known))
     small = f"<br><small>{facts}</small>" if facts else ""
-    return f'<dt id="{anchor}">{codes}</dt>\n<dd>{_html(param.help or "")}{small}</dd>'
+    return f'<dt id="{anchor}">{codes}</dt>\n<dd>{_meaning(param.help or "")}{small}</dd>'
 
 
 def _facts(param: Any, known: tuple[type, Any] | None) -> Iterator[str]:
@@ -141,6 +142,25 @@ def _limits(spec: type, field: dataclasses.Field[Any]) -> Iterator[str]:
         yield f"environment variable <code>{about.variable}</code>"
 
 
+_APART = re.compile(r"; (?![^(]*\))")
+"""A semicolon that is not in parentheses."""
+
+
+def _meaning(help: str) -> str:
+    """Return a help text; values that it explains one by one, as in ``a: …; b: …``, are a list."""
+    first, _, rest = help.rstrip(".").partition(". ")
+    values = [part.partition(": ") for part in _APART.split(rest)]
+    if sum(bool(colon) and " " not in name for name, colon, _ in values) < 2:
+        return _html(help)
+    items = (
+        f"<li><code>{escape(name)}</code>{': ' if text else ''}{_html(text)}</li>"
+        if " " not in name
+        else f"<li>{_html(name + colon + text)}</li>"
+        for name, colon, text in values
+    )
+    return f"{_html(first)}:<ul>{''.join(items)}</ul>"
+
+
 def _number(bound: float) -> str:
     return f"{bound:,.0f}" if bound == int(bound) else f"{bound:g}"
 
@@ -150,6 +170,11 @@ def _html(text: str) -> str:
     return re.sub(r"(?<![\w-])(--[a-z][a-z-]*[a-z])", r"<code>\1</code>", escape(text, quote=False))
 
 
+def _coded(text: str) -> str:
+    """Return a text for a cell, with the options in it as code."""
+    return re.sub(r"(?<![`\w-])(--[a-z][a-z-]*[a-z])", r"`\1`", _cell(text))
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
@@ -157,36 +182,55 @@ def _cell(text: str) -> str:
 # result.json
 
 
+MEANINGS: Mapping[str, str] = tomllib.loads(
+    Path(__file__).with_name("result-keys.toml").read_text(encoding="utf-8")
+)
+"""Meanings of keys that the schema does not describe, by path or by the last part of the path."""
+
+
 def result_keys() -> Iterator[str]:
-    """Yield the keys of ``result.json``, a section for each key at the top."""
+    """Yield the keys of ``result.json``, then a section for each key that has others below it."""
     schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
-    for name, part in schema["properties"].items():
-        part = _plain(part, schema)
-        about = part.get("description", "")
-        yield from ("", f"## `{name}`", "", f"*{_kind(part)}.* {_cell(about)}".strip())
-        rows = list(_rows("", part, schema))
-        if rows:
+    top = {name: _plain(part, schema) for name, part in schema["properties"].items()}
+    yield from ("| Key | Type | Meaning |", "|---|---|---|")
+    yield from (
+        f"| `{name}` | {_kind(part)} | {meaning(name, part)} |" for name, part in top.items()
+    )
+    for name, part in top.items():
+        if rows := list(_rows(name, part, schema)):
+            text = meaning(name, part).rstrip(".")
+            yield from ("", f"## `{name}`", "", f"{text}.")
             yield from ("", "| Key | Type | Meaning |", "|---|---|---|", *rows)
+
+
+def meaning(path: str, part: Mapping[str, Any]) -> str:
+    """Return the meaning of a key: the schema's, or else that of ``MEANINGS``."""
+    own = MEANINGS.get(path, MEANINGS.get(re.split(r"[.\]]", path)[-1], ""))
+    text = _cell(part.get("description", own))
+    return text[:1].upper() + (text[1:] if ". " in text else text[1:].rstrip("."))
 
 
 _STATISTIC = re.compile(r"(mean|median|std|p90|p99|p99\.9)_(ttft|tpot|itl|e2el|queue)_ms$")
 
 
 def _rows(path: str, part: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a row of a table for each key below a path."""
     seen: set[str] = set()
     for name, child in _children(part, schema):
         child = _plain(child, schema)
-        told = child.get("description", "")
+        own = path + name if name == "[]" else f"{path}.{name}"
+        shown = own.partition(".")[2] or own
+        told = meaning(own, child)
         if found := _STATISTIC.match(name):
             if found[2] in seen:
                 continue
             seen.add(found[2])
-            name, told = f"…_{found[2]}_ms", "`mean_`, `median_`, `std_`, `p90_`, `p99_`, `p99.9_`"
-        own = name if not path else path + name if name == "[]" else f"{path}.{name}"
-        if (name != "*" and name != "[]") or told:
-            yield f"| `{own}` | {_kind(child)} | {_cell(told)} |"
-        if own == "*.trials[]":
-            yield f"| `{own}` | object | the keys of `*.summary`, for one trial |"
+            shown = shown.replace(found[1], "…", 1)
+            told = "`mean`, `median`, `std`, `p90`, `p99` and `p99.9`"
+        if name not in ("*", "[]"):
+            yield f"| `{shown}` | {_kind(child)} | {told} |"
+        if own == "strategies.*.trials[]":
+            yield f"| `{shown}` | object | the keys of `*.summary`, for one trial |"
         else:
             yield from _rows(own, child, schema)
 
@@ -248,7 +292,7 @@ def settings_of(name: str) -> Iterator[str]:
     for field in dataclasses.fields(getattr(batchbench, name)):
         known = settings.about(field)
         default = known.default_text or f"`{field.default!r}`"
-        yield f"| `{field.name}` | {_cell(default)} | {_cell(known.help)} |"
+        yield f"| `{field.name}` | {_coded(default)} | {_coded(known.help)} |"
 
 
 def pictures() -> Iterator[str]:

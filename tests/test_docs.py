@@ -85,6 +85,20 @@ def test_every_generated_part_has_a_text(name: str) -> None:
     assert "<!-- generated:" not in ALL[name]
 
 
+def test_every_key_of_a_result_has_a_meaning() -> None:
+    rows = re.findall(r"^\| `(.+)` \| .+ \| (.*) \|$", ALL["result-file.md"], re.MULTILINE)
+    assert len(rows) > 200
+    untold = [key for key, told in rows if not told]
+    assert not untold, "describe them in result.schema.json or docs/result-keys.toml"
+
+
+def test_every_meaning_belongs_to_a_key() -> None:
+    page = ALL["result-file.md"]
+    for path in CONF.generated.MEANINGS:
+        last = re.split(r"[.\]]", path)[-1]
+        assert re.search(rf"^\| `[^`]*\b{last}` ", page, re.MULTILINE), path
+
+
 # Commands
 
 
