@@ -51,7 +51,7 @@ gate: .venv/ready
 	.ci/gate
 
 docs: .venv/docs-ready
-	$(BIN)/python -m sphinx -W --keep-going -q -d site/.doctrees docs site
+	$(BIN)/python -m sphinx -W --keep-going -q -E -d build/doctrees docs site
 
 .venv/docs-ready: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

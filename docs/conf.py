@@ -125,7 +125,7 @@ def _mark(app: Any, doctree: Any) -> None:
         if " " not in code.astext() and len(code.astext()) <= 24:
             code["classes"].append("short")
     for cell in doctree.findall(nodes.entry):
-        if len(cell.astext()) > 50:
+        if len(cell.astext()) > 40:
             cell["classes"].append("long")
 
 
