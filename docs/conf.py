@@ -118,10 +118,21 @@ def _write_commands(app: Any) -> None:
 
 
 def _mark(app: Any, doctree: Any) -> None:
-    """Mark words in code, which stay whole, and long cells, which are not too narrow on a phone."""
-    from docutils import nodes
+    """Mark words in code, which stay whole, and long cells, which are not too narrow on a phone.
 
-    for code in doctree.findall(nodes.literal):
+    The name of a command becomes a link to its page.
+    """
+    from docutils import nodes
+    from sphinx.addnodes import pending_xref
+
+    for code in list(doctree.findall(nodes.literal)):
+        program, _, command = code.astext().partition(" ")
+        free = not isinstance(code.parent, nodes.title | nodes.reference)
+        if free and program == "batchbench" and command in generated.COMMANDS:
+            page = {"reftype": "doc", "refdomain": "std", "reftarget": f"/commands/{command}"}
+            link = pending_xref("", refexplicit=True, refdoc=app.env.docname, **page)
+            code.replace_self(link)
+            link += code
         if " " not in code.astext() and len(code.astext()) <= 24:
             code["classes"].append("short")
     for cell in doctree.findall(nodes.entry):

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from support.documents import ROOT, fenced
+from support.documents import ROOT, comparable, fenced, matches
 
-from batchbench.cli.main import COMMANDS, GROUPS, load_command
+from batchbench.cli.main import COMMANDS, GROUPS, load_command, run_command
 from batchbench.cli.options import ALIASES
 
 DOCS = ROOT / "docs"
@@ -178,6 +178,33 @@ def test_an_option_has_its_bounds_default_and_other_names() -> None:
 
 
 # Code
+
+
+def simulated_examples() -> Iterator[tuple[str, list[str], str]]:
+    """Yield the commands with ``--simulated`` whose output a page shows; test_house has others."""
+    for name in PAGES:
+        for block in fenced(DOCS / name, "console"):
+            for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+                line, _, output = part.partition("\n")
+                if "--simulated" in line.split() and output.strip():
+                    yield name, line.split()[1:], output
+
+
+@pytest.mark.parametrize(
+    ("words", "output"),
+    [pytest.param(words, output, id=name) for name, words, output in simulated_examples()],
+)
+def test_simulated_outputs_are_the_programs_own(
+    words: list[str],
+    output: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(words) == 0
+    shown, said = comparable(output), comparable(capsys.readouterr().out)
+    assert shown == said or matches(shown, said)
 
 
 @pytest.mark.parametrize("name", ["tutorial.md"])
