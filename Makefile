@@ -4,6 +4,7 @@
 # make transformers-5.17  tests of engines and models with an older transformers beside the pinned one
 # make cluster  tests of sweeps on Ray and Slurm, whose packages it installs
 # make lint   ruff and mypy
+# make dist   the wheel and the source distribution in dist/, checked; the wheel is tried out
 # make gate   counts of schedules, compared with the kept ones (.ci/gate --renew replaces them)
 # Each sets .venv up by itself and does so again only when pyproject.toml or constraints.txt change.
 
@@ -16,7 +17,7 @@ OLDER := transformers==5.17.0 huggingface_hub==1.33.0 httpx httpcore anyio certi
 OLDER_TESTS := $(addprefix tests/batching/test_, \
 	engines.py models.py graphs.py generate_batch.py gpu.py gpu_budgets.py gpu_lazy.py)
 
-.PHONY: run test older lint gate clean transformers-5.17 cluster
+.PHONY: run test older lint gate dist clean transformers-5.17 cluster
 
 run: .venv/ready
 	$(BIN)/batchbench run $(ARGS)
@@ -48,6 +49,17 @@ lint: .venv/ready
 
 gate: .venv/ready
 	.ci/gate
+
+dist: .venv/dist/ready
+	rm -rf dist
+	.venv/dist/bin/python -m build
+	.venv/dist/bin/twine check --strict dist/*
+	$(BIN)/python .ci/wheel.py
+
+.venv/dist/ready: .venv/ready
+	$(BIN)/python -m venv .venv/dist
+	.venv/dist/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	touch $@
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("batchbench needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
