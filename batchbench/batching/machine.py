@@ -276,7 +276,8 @@ def git_commit() -> str | None:
     root = Path(version.__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    return _output("git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+")
+    describe = ("describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+")  # not its tag
+    return _output("git", "-C", str(root), *describe)
 
 
 # Comparing two machines
