@@ -3,7 +3,7 @@
 # make older  the tests that depend on the machine, with its features hidden (.ci/anywhere.py: more)
 # make transformers-5.17  tests of engines and models with an older transformers beside the pinned one
 # make cluster  tests of sweeps on Ray and Slurm, whose packages it installs
-# make lint   ruff and mypy
+# make lint   ruff, and mypy for Linux, Windows and macOS
 # make dist   the wheel and the source distribution in dist/; checks them, Dockerfile and workflows
 # make gate   counts of schedules, compared with the kept ones (.ci/gate --renew replaces them)
 # Each sets .venv up by itself and does so again only when pyproject.toml or constraints.txt change.
@@ -46,6 +46,8 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	for system in win32 darwin; do $(BIN)/mypy --platform $$system --no-warn-unreachable \
+		--cache-dir .mypy_cache/$$system || exit 1; done
 
 gate: .venv/ready
 	.ci/gate

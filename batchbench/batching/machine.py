@@ -57,7 +57,7 @@ def usable_cores(cpus: Path = CPUS, cgroup: Path = CGROUP) -> int:
 def allowed_cpus() -> Collection[int]:
     """Return the numbers of the logical processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
+        return set(os.sched_getaffinity(0))
     return range(psutil.cpu_count(logical=False) or os.cpu_count() or 1)
 
 
