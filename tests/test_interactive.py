@@ -152,7 +152,8 @@ def test_the_classic_workload_takes_400_and_130_steps() -> None:
       { count: 32, every: 8, long: 100, short: 10, prompt: 7 });
     const cost = { step: 1e6, row: 0, prompt: 0 };
     console.log(JSON.stringify(["static", "continuous"].map(policy =>
-      batching.summarise(requests, batching.serve(requests, { policy, slots: 8, prefill: "mixed", cost }), 8))));
+      batching.summarise(requests, batching.serve(
+        requests, { policy, slots: 8, prefill: "mixed", cost }), 8))));
     """
     static, continuous = in_node(program)
     assert (static["steps"], continuous["steps"]) == (400, 130)
