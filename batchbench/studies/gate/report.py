@@ -74,7 +74,9 @@ def tables(gate: Gate, *, verbose: bool = False) -> list[Rows]:
 
 
 def _rows(kind: Kind, evidence: Sequence[Evidence], *, verbose: bool) -> Rows:
-    few = kind is not Kind.WORK and len(evidence) == 1
+    # One sample per side has no verdict: its values are all there is to show.
+    single = all(item.samples == (1, 1) for item in evidence)
+    few = kind is not Kind.WORK and (len(evidence) == 1 or single)
     chosen = [item for item in evidence if verbose or few or _matters(item)]
     ranked = sorted(
         chosen, key=lambda item: (not item.fails, not item.is_undecided, not item.gated)

@@ -1,0 +1,1 @@
+"""Result files of other benchmark tools: readers, and the writer of llm-d's benchmark report."""
