@@ -75,7 +75,7 @@ def report(
         _show_study(study, output)
         return
     from batchbench.reports.formats.trace_events import check_trace_file, write_trace
-    from batchbench.reports.peers.reading import read_peer
+    from batchbench.reports.peers import read_peer
     from batchbench.reports.result import load_result, remake_result
 
     peers = [read_peer(folder) for folder in folders]

@@ -165,6 +165,7 @@ def write_llmd(file: PeerFile, run: PeerRun, config: Mapping[str, Any] | None = 
     """
     experiment = uuid.uuid5(uuid.NAMESPACE_URL, f"{file.title} {file.model} {file.created}")
     seconds = run.summary["duration"]
+    suspect = [f"suspect: {doubt}" for doubt in file.doubts]
     scenario: dict[str, Any] = {}
     if file.model is not None:
         native = {"tool": file.backend or "", "model": file.model}
@@ -189,7 +190,7 @@ def write_llmd(file: PeerFile, run: PeerRun, config: Mapping[str, Any] | None = 
             "uid": str(uuid.uuid5(experiment, run.name)),
             "eid": str(experiment),
             "time": _known(end=_time(file.created), duration=_spell_seconds(seconds)),
-            "description": f"{file.model or file.tool}, {run.name}",
+            "description": ", ".join([file.model or file.tool, run.name, *suspect]),
         },
         "scenario": scenario,
         "results": {"request_performance": {"aggregate": _aggregate(run)}},

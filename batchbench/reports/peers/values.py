@@ -63,6 +63,7 @@ class PeerFile:
         tool: the tool's name, such as ``vllm bench serve``.
         backend: the server or the kind of endpoint, as the tool calls it.
         created: the time that the file names, as it stands there.
+        doubts: reasons why our own result is stamped suspect.
     """
 
     tool: str
@@ -71,6 +72,7 @@ class PeerFile:
     backend: str | None
     created: str | None
     runs: Sequence[PeerRun]
+    doubts: Sequence[str] = ()
 
     @property
     def title(self) -> str:
@@ -140,7 +142,8 @@ def of_result(result: Result) -> PeerFile:
     engine = f"{data['config']['serving']['engine']} engine"
     backend = server_words(server) if server else "simulated" if data["simulated"] else engine
     model, version = data["model"]["name"], data["batchbench_version"]
-    return PeerFile("batchbench", version, model, backend, data["created_at"], runs)
+    doubts = data["validity"]["reasons"]
+    return PeerFile("batchbench", version, model, backend, data["created_at"], runs, doubts)
 
 
 # Values of a file

@@ -113,6 +113,10 @@ def load_runs(path: Path) -> Runs:
 
 
 def _files(path: Path) -> list[Path]:
+    if path.is_file() and path.suffix not in peers.ENDINGS:
+        raise UsageError(
+            f"{path}: is not a result.json; give that file, or the folder that holds it"
+        )
     if not path.is_dir() or (path / "result.json").exists():
         return [path]
     if folders := sorted(file.parent for file in path.glob("*/result.json")):

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from batchbench.errors import UsageError
-from batchbench.reports.peers.reading import read_peer
+from batchbench.reports.peers import read_peer
 from batchbench.reports.peers.values import PeerFile
 from batchbench.reports.result_file import load_data
 from batchbench.reports.statistics import FEWEST
 from batchbench.reports.text import plural
+
+ENDINGS = (".json", ".jsonl", ".yaml", ".yml")
 
 Side = tuple[str, Mapping[str, Any]]
 """A label, and data as :func:`load` returns it."""
@@ -19,8 +21,7 @@ Side = tuple[str, Mapping[str, Any]]
 
 def files_in(folder: Path) -> list[Path]:
     """Return the files of a folder that may be results of other tools."""
-    endings = (".json", ".jsonl", ".yaml", ".yml")
-    return sorted(file for file in folder.iterdir() if file.suffix in endings)
+    return sorted(file for file in folder.iterdir() if file.suffix in ENDINGS)
 
 
 def load(path: Path) -> Mapping[str, Any]:

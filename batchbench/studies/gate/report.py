@@ -69,14 +69,13 @@ class Rows:
 
 def tables(gate: Gate, *, verbose: bool = False) -> list[Rows]:
     """Return the rows for each kind of evidence; ``verbose`` includes unchanged metrics."""
+    verbose = verbose or not gate.of(Kind.WORK)  # another tool's files hold times only
     rows = [_rows(kind, gate.of(kind), verbose=verbose) for kind in Kind if gate.of(kind)]
     return [part for part in rows if part.evidence or part.below]
 
 
 def _rows(kind: Kind, evidence: Sequence[Evidence], *, verbose: bool) -> Rows:
-    # One sample per side has no verdict: its values are all there is to show.
-    single = all(item.samples == (1, 1) for item in evidence)
-    few = kind is not Kind.WORK and (len(evidence) == 1 or single)
+    few = kind is not Kind.WORK and len(evidence) == 1
     chosen = [item for item in evidence if verbose or few or _matters(item)]
     ranked = sorted(
         chosen, key=lambda item: (not item.fails, not item.is_undecided, not item.gated)
