@@ -5,18 +5,15 @@ https://github.com/llm-d/llm-d-benchmark, ``benchmark_report/schema_v0_2.py``.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import uuid
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from batchbench.json_file import json_text
 from batchbench.reports.peers.values import (
-    LATENCIES,
-    PERCENTILES,
+    STATISTICS,
     DamagedError,
     PeerFile,
     PeerRun,
@@ -26,12 +23,12 @@ from batchbench.reports.peers.values import (
     make_run,
     text,
 )
-from batchbench.reports.result_file import read_time
 
 VERSIONS = ("0.2", "0.2.1")
 """Schema versions that are read; the second only adds fields. The first is written."""
 
-_TOOL = "batchbench"
+_OURS = "metrics as batchbench defines them"
+"""Description of a load whose report was written here, whatever tool measured it."""
 
 _NAMES = {  # name of a latency, and the end of its unit
     "ttft": ("time_to_first_token", ""),
@@ -40,9 +37,12 @@ _NAMES = {  # name of a latency, and the end of its unit
     "e2el": ("request_latency", ""),
 }
 
-_STATISTICS = {"mean": "mean", "std": "stddev"} | dict(
-    zip(PERCENTILES, ("p50", "p90", "p99", "p99p9"), strict=True)
-)
+_OTHER_NAMES = {  # what these tools call so is a mean of each request; "" is not there
+    "aiperf": {"tpot": ("inter_token_latency", "/token"), "itl": ("", "")},
+    "guidellm": {"tpot": ("", ""), "itl": ("", "")},
+}
+
+_STATISTICS = dict(zip(STATISTICS, ("mean", "stddev", "p50", "p90", "p99", "p99p9"), strict=True))
 
 _MORE = {"min": 0, "p0p1": 0.1, "p1": 1, "p5": 5, "p10": 10, "p25": 25, "p75": 75, "p95": 95}
 """Percentiles that a result does not have, computed from single requests."""
@@ -97,6 +97,7 @@ def read_llmd(data: Any) -> PeerFile:
         raise DamagedError("results.request_performance.aggregate is missing")
     load = at(data, "scenario", "load", "standardized")
     tool, failed = text(load, "tool"), _failed(aggregate)
+    ours = at(data, "scenario", "load", "metadata", "description") == _OURS
     total = figure(aggregate, "requests", "total")
     completed = None if total is None else total - (failed or 0)
     given = {"duration": _seconds(text(data, "run", "time", "duration")), "completed": completed}
@@ -105,10 +106,11 @@ def read_llmd(data: Any) -> PeerFile:
     for length, name in _LENGTHS.items():
         mean = figure(aggregate, "requests", length, "mean")
         # Other tools divide by requests sent or completed, which differ where requests failed.
-        known = completed is not None and mean is not None and (tool == _TOOL or not failed)
-        given[name] = round(mean * completed) if known and mean and completed else None
-    for latency in LATENCIES:
-        given |= _latency(aggregate, latency)
+        known = completed is not None and mean is not None and (ours or not failed)
+        given[name] = round(mean * completed) if known and mean is not None and completed else None
+    names = _NAMES if ours else _NAMES | _OTHER_NAMES.get(tool or "", {})
+    for latency, (theirs, per) in names.items():
+        given |= _latency(aggregate, latency, theirs, per)
     concurrency = figure(load, "concurrency")
     run = make_run(given, concurrency=concurrency, rate=figure(load, "rate_qps"), failed=failed)
     stack = items(data, "scenario", "stack") or []
@@ -131,8 +133,7 @@ def _failed(aggregate: Any) -> float | None:
     return sum(known) if known else None
 
 
-def _latency(aggregate: Any, latency: str) -> dict[str, float | None]:
-    name, per = _NAMES[latency]
+def _latency(aggregate: Any, latency: str, name: str, per: str) -> dict[str, float | None]:
     statistics = at(aggregate, "latency", name)
     if statistics is None:
         return {}
@@ -157,21 +158,20 @@ def _seconds(duration: str | None) -> float | None:
 # Writing
 
 
-def write_llmd(file: PeerFile, run: PeerRun, config: Mapping[str, Any] | None = None) -> str:
-    """Return the report of one run; it leaves out what the run does not have.
-
-    Args:
-        config: the configuration of the load in the tool's own form.
-    """
+def write_llmd(file: PeerFile, run: PeerRun) -> str:
+    """Return the report of one run; it leaves out what the run does not have."""
     experiment = uuid.uuid5(uuid.NAMESPACE_URL, f"{file.title} {file.model} {file.created}")
     seconds = run.summary["duration"]
+    end = file.created if file.tool == "batchbench" else None  # others name no time zone
     suspect = [f"suspect: {doubt}" for doubt in file.doubts]
     scenario: dict[str, Any] = {}
     if file.model is not None:
-        native = {"tool": file.backend or "", "model": file.model}
         scenario["stack"] = [
             {
-                "metadata": {"label": "server", "cfg_id": _digest(native)},
+                "metadata": {
+                    "label": "server",
+                    "cfg_id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{file.backend} {file.model}")),
+                },
                 # The standard form of an engine asks for an accelerator, which is not known.
                 "standardized": {
                     "kind": "generic",
@@ -182,14 +182,14 @@ def write_llmd(file: PeerFile, run: PeerRun, config: Mapping[str, Any] | None = 
                 "native": {},
             }
         ]
-    if (load := _load(file, run, config)) is not None:
+    if (load := _load(file, run)) is not None:
         scenario["load"] = load
     report = {
         "version": VERSIONS[0],
         "run": {
             "uid": str(uuid.uuid5(experiment, run.name)),
             "eid": str(experiment),
-            "time": _known(end=_time(file.created), duration=_spell_seconds(seconds)),
+            "time": _known(end=end, duration=None if seconds is None else f"PT{seconds!r}S"),
             "description": ", ".join([file.model or file.tool, run.name, *suspect]),
         },
         "scenario": scenario,
@@ -198,33 +198,17 @@ def write_llmd(file: PeerFile, run: PeerRun, config: Mapping[str, Any] | None = 
     return json_text(report)
 
 
-def _spell_seconds(seconds: float | None) -> str | None:
-    return None if seconds is None else f"PT{seconds!r}S"
-
-
-def _time(created: str | None) -> str | None:
-    """Return a time in ISO format; None for another form."""
-    try:
-        return None if created is None else read_time(created).isoformat()
-    except ValueError:
-        return None
-
-
 def _known(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _digest(config: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json_text(config).encode()).hexdigest()
-
-
-def _load(file: PeerFile, run: PeerRun, config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _load(file: PeerFile, run: PeerRun) -> dict[str, Any] | None:
     """Return the load; the schema has none without a length of the prompts."""
     tokens, completed = run.summary["total_input_tokens"], run.summary["completed"]
     if tokens is None or not completed:
         return None
     return {
-        "metadata": _known(cfg_id=None if config is None else _digest(config)),
+        "metadata": {"description": _OURS},
         "standardized": {
             "tool": file.tool,
             "tool_version": file.version or "",
@@ -232,7 +216,7 @@ def _load(file: PeerFile, run: PeerRun, config: Mapping[str, Any] | None) -> dic
             "input_seq_len": {"distribution": "other", "value": tokens / completed},
             **_known(rate_qps=run.rate, concurrency=run.concurrency),
         },
-        "native": _known(config=config),
+        "native": {},
     }
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from batchbench.errors import shown
-from batchbench.reports.latency import e2el_ms, gaps_ms, tpot_ms, ttft_ms
+from batchbench.reports.latency import Latencies
+from batchbench.reports.metrics import statistics_of
 from batchbench.reports.result import Result
 from batchbench.reports.result_file import Summary
 from batchbench.reports.served import server_words
@@ -22,7 +23,7 @@ from batchbench.reports.statistics import Distribution, Floats
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
-PERCENTILES = {"median": 50, "p90": 90, "p99": 99, "p99.9": 99.9}
+STATISTICS = ("mean", "std", "median", "p90", "p99", "p99.9")
 
 Figures = Mapping[str, float | None]
 
@@ -110,8 +111,7 @@ def with_statistics(
     found: dict[str, float | None] = {**dict.fromkeys(Summary.__annotations__), **given}
     parts = {key: part for key, part in parts.items() if part.count}
     for key, part in parts.items():
-        found |= {f"mean_{key}_ms": part.mean(), f"std_{key}_ms": part.std()}
-        found |= {f"{p}_{key}_ms": part.percentile(q) for p, q in PERCENTILES.items()}
+        found |= statistics_of(key, part)
     whole = (None if value is None else int(value) for value in (concurrency, failed))
     return PeerRun(name, next(whole), rate, next(whole), found, parts)
 
@@ -122,18 +122,13 @@ def of_result(result: Result) -> PeerFile:
     workload, server = data["workload"], data.get("server")
     runs = []
     for name, trials in result.recordings.items():
-        parts = {
-            "ttft": [Distribution.of(ttft_ms(trial)) for trial in trials],
-            "tpot": [Distribution.of(v[np.isfinite(v)]) for v in map(tpot_ms, trials)],
-            "itl": [gaps_ms(trial) for trial in trials],
-            "e2el": [Distribution.of(e2el_ms(trial)) for trial in trials],
-        }
+        latencies = Latencies.of(*trials)
         summary: Any = data["strategies"][name]["summary"]
         runs.append(
             with_statistics(
                 result.label(name),
                 summary,
-                {key: Distribution.pooled(part) for key, part in parts.items()},
+                {key: getattr(latencies, key) for key in LATENCIES},
                 workload["max_concurrency"] or data["config"]["serving"]["batch_size"],
                 data["config"]["workload"].get("request_rate"),
                 workload["num_requests"] - summary["completed"],

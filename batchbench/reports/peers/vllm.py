@@ -8,7 +8,7 @@ import numpy as np
 
 from batchbench.reports.peers.values import (
     LATENCIES,
-    PERCENTILES,
+    STATISTICS,
     DamagedError,
     PeerFile,
     figure,
@@ -35,7 +35,7 @@ def read_vllm(data: Any) -> PeerFile:
     given = {name: figure(data, name) for name in _SAME}
     completed = int(needed(given["completed"], "completed"))
     for latency in LATENCIES:
-        for statistic in ("mean", "std", *PERCENTILES):
+        for statistic in STATISTICS:
             name = f"{statistic}_{latency}_ms"
             given[name] = figure(data, name) if completed else None
     sent, rate = figure(data, "num_prompts"), data.get("request_rate")
