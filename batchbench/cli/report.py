@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 REPORT_HELP = """Show results again: in the terminal, as a web page, as Markdown or as JSON.
 
 Tables, pictures and report.html of a single result are built again from its recordings. Several
-results are shown side by side, with the settings in which they differ. The result of a
-sweep, ladder, capacity search, prediction or break-even map is shown in short form.
+results are shown side by side, with the settings in which they differ. Results of vllm bench serve,
+guidellm, aiperf and llm-d are read, too. The result of a sweep, ladder, capacity search, prediction or break-even map is shown in short form.
 
 Example: batchbench report batchbench-results/my-run --format html"""
 
@@ -64,7 +64,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RESULT",
-            help="Folder of a result (or its result.json) or of a study.",
+            help="Folder of a result (or its result.json) or of a study, or a file of vllm bench "
+            "serve, guidellm, aiperf or llm-d.",
             show_default=False,
         ),
     ],
@@ -173,6 +174,8 @@ def _show_peers(folders: list[Path], peers: list[PeerFile | None], output: Repor
             f"{', '.join(formats[:-1])} or {formats[-1]}"
         )
     check_number(folders)
+    if output.file is not None and str(output.file) != "-":
+        check_file(output.file, "--file")
     files = [peer or of_result(load_result(folder)) for folder, peer in pairs]
     places = [folder if folder.is_dir() else folder.parent for folder in folders]
     if output.chosen == "llmd":
