@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 REPORT_HELP = """Show results again: in the terminal, as a web page, as Markdown or as JSON.
 
 Tables, pictures and report.html of a single result are built again from its recordings. Several
-results are shown side by side, with the settings in which they differ. Results of vllm bench serve,
-guidellm, aiperf and llm-d are read, too. The result of a sweep, ladder, capacity search, prediction or break-even map is shown in short form.
+results are shown side by side, with the settings in which they differ. Files of vllm bench serve,
+guidellm, aiperf and llm-d are read, too. The result of a sweep, ladder, capacity search, prediction
+or break-even map is shown in short form.
 
 Example: batchbench report batchbench-results/my-run --format html"""
 

@@ -93,6 +93,13 @@ def test_a_summary_of_vllm_is_taken_as_it_is() -> None:
         assert run.summary[f"p99.9_{latency}_ms"] is None
 
 
+def test_a_load_without_a_limit_has_a_name(tmp_path: Path) -> None:
+    unlimited = changed(tmp_path, "vllm-summary.json", lambda d: d.update(max_concurrency=None))
+    assert [run.name for run in read(unlimited).runs] == ["unlimited"]
+    rated = changed(tmp_path, "vllm-summary.json", lambda d: d.update(request_rate=2.5))
+    assert [run.name for run in read(rated).runs] == ["rate=2.5,concurrency=4"]
+
+
 def test_failed_requests_of_vllm_have_no_latencies(tmp_path: Path) -> None:
     def fail(data: Any) -> None:
         data["errors"][2], data["completed"] = "connection refused", 7

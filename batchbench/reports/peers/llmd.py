@@ -81,7 +81,7 @@ def parse_yaml(content: str) -> Any:
         ValueError: it is not YAML.
     """
     try:
-        return yaml.load(content, _Loader)  # a safe loader
+        return yaml.load(content, _Loader)
     except (yaml.YAMLError, RecursionError, OverflowError) as error:
         raise ValueError(str(error).partition("\n")[0]) from error
 
@@ -214,7 +214,7 @@ def _load(file: PeerFile, run: PeerRun) -> dict[str, Any] | None:
             "tool_version": file.version or "",
             "source": "unknown",
             "input_seq_len": {"distribution": "other", "value": tokens / completed},
-            **_known(rate_qps=run.rate, concurrency=run.concurrency),
+            **_known(rate_qps=run.rate or None, concurrency=run.concurrency or None),
         },
         "native": {},
     }

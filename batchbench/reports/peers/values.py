@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -82,8 +82,9 @@ class PeerFile:
 
 def make_run(
     given: Figures,
-    latencies: Mapping[str, Floats] | None = None,
+    latencies: Mapping[str, Floats | Distribution] | None = None,
     *,
+    name: str | None = None,
     concurrency: float | None = None,
     rate: float | None = None,
     failed: float | None = None,
@@ -92,53 +93,47 @@ def make_run(
 
     Args:
         given: metrics that the file holds.
-        latencies: in ms, by ``LATENCIES``; values that are not finite are left out.
+        latencies: in ms, by ``LATENCIES``; values of an array that are not finite are left out.
+        name: its load, if that is not rate and concurrency.
     """
-    named = {"rate": rate, "concurrency": concurrency}
-    name = ",".join(f"{key}={value:g}" for key, value in named.items() if value is not None)
-    parts = {key: Distribution.of(v[np.isfinite(v)]) for key, v in (latencies or {}).items()}
-    return with_statistics(name or "load-unknown", given, parts, concurrency, rate, failed)
-
-
-def with_statistics(
-    name: str,
-    given: Figures,
-    parts: Mapping[str, Distribution],
-    concurrency: float | None = None,
-    rate: float | None = None,
-    failed: float | None = None,
-) -> PeerRun:
     found: dict[str, float | None] = {**dict.fromkeys(Summary.__annotations__), **given}
+    parts = {
+        key: Distribution.of(v[np.isfinite(v)]) if isinstance(v, np.ndarray) else v
+        for key, v in (latencies or {}).items()
+    }
     parts = {key: part for key, part in parts.items() if part.count}
     for key, part in parts.items():
         found |= statistics_of(key, part)
+    named = {"rate": rate, "concurrency": concurrency}
+    load = ",".join(f"{key}={value:g}" for key, value in named.items() if value is not None)
     whole = (None if value is None else int(value) for value in (concurrency, failed))
-    return PeerRun(name, next(whole), rate, next(whole), found, parts)
+    return PeerRun(name or load or "load-unknown", next(whole), rate, next(whole), found, parts)
 
 
 def of_result(result: Result) -> PeerFile:
     """Return our own result as another tool's: a run per strategy, latencies pooled over trials."""
     data = result.data
     workload, server = data["workload"], data.get("server")
+    rate, slots = data["config"]["workload"].get("request_rate"), data["config"]["serving"]
+    # Slots of our own engine do not limit the requests that a timetable sends.
+    limit = slots["batch_size"] if server or rate is None else None
     runs = []
     for name, trials in result.recordings.items():
-        latencies = Latencies.of(*trials)
-        summary: Any = data["strategies"][name]["summary"]
-        runs.append(
-            with_statistics(
-                result.label(name),
-                summary,
-                {key: getattr(latencies, key) for key in LATENCIES},
-                workload["max_concurrency"] or data["config"]["serving"]["batch_size"],
-                data["config"]["workload"].get("request_rate"),
-                workload["num_requests"] - summary["completed"],
-            )
+        latencies, summary = Latencies.of(*trials), cast(Any, data["strategies"][name]["summary"])
+        run = make_run(
+            summary,
+            {key: getattr(latencies, key) for key in LATENCIES},
+            name=result.label(name),
+            concurrency=workload["max_concurrency"] or limit,
+            rate=rate,
+            failed=workload["num_requests"] - summary["completed"],
         )
-    engine = f"{data['config']['serving']['engine']} engine"
-    backend = server_words(server) if server else "simulated" if data["simulated"] else engine
-    model, version = data["model"]["name"], data["batchbench_version"]
-    doubts = data["validity"]["reasons"]
-    return PeerFile("batchbench", version, model, backend, data["created_at"], runs, doubts)
+        runs.append(run)
+    engine = "simulated" if data["simulated"] else f"{slots['engine']} engine"
+    backend = server_words(server) if server else engine
+    version, doubts = data["batchbench_version"], data["validity"]["reasons"]
+    model, created = data["model"]["name"], data["created_at"]
+    return PeerFile("batchbench", version, model, backend, created, runs, doubts)
 
 
 # Values of a file

@@ -39,10 +39,12 @@ def read_vllm(data: Any) -> PeerFile:
             name = f"{statistic}_{latency}_ms"
             given[name] = figure(data, name) if completed else None
     sent, rate = figure(data, "num_prompts"), data.get("request_rate")
+    concurrency = figure(data, "max_concurrency")
     run = make_run(
         given,
         _latencies(data, completed),
-        concurrency=figure(data, "max_concurrency"),
+        name="unlimited" if rate == "inf" and concurrency is None else None,
+        concurrency=concurrency,
         rate=None if rate == "inf" else figure(data, "request_rate"),
         failed=None if sent is None else sent - completed,
     )
