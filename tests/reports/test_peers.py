@@ -416,6 +416,7 @@ NEWER: dict[str, tuple[str, Callable[[Any], object], str]] = {
     ),
     "text": ("vllm-summary.json", lambda d: d.update(duration="long"), "duration is 'long'"),
     "negative": ("vllm-summary.json", lambda d: d.update(duration=-1), "at least 0"),
+    "true": ("vllm-summary.json", lambda d: d.update(duration=True), "duration is True"),
     "columns": ("vllm-detailed.json", lambda d: d["itls"].pop(), "itls has 7 entries"),
     "nothing": ("guidellm.json", lambda d: d["benchmarks"].clear(), "benchmarks is empty"),
 }
@@ -557,7 +558,7 @@ def test_different_loads_are_not_compared(program: Program) -> None:
     Path("eight.json").write_text(json.dumps(data), encoding="utf-8")
     said = program("compare", str(SAMPLES / "vllm-summary.json"), "eight.json")
     assert said.code == 2
-    assert "has the load concurrency=8" in said.error
+    assert "its load is concurrency=8" in said.error
 
 
 def test_our_result_is_not_compared_with_a_file_of_another_tool(program: Program) -> None:

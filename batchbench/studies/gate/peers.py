@@ -63,13 +63,13 @@ def check_same_load(base: Side, new: Side) -> None:
             f"{theirs}: is of another tool, and {ours} of batchbench; show them side by side with "
             f"batchbench report {then} {now}"
         )
-    named = {"model": [str(one["model"]["name"]) for one in (old, data)]}
+    named = {"model": [one["model"]["name"] or "not named" for one in (old, data)]}
     named["load"] = [", ".join(one["strategies"]) for one in (old, data)]
     for what, (ours, theirs) in named.items():
         if ours != theirs:
             raise UsageError(
-                f"{now}: has the {what} {theirs}, and {then} has {ours}; measure both with the "
-                f"same {what}"
+                f"{now}: its {what} is {theirs}, and that of {then} is {ours}; measure both with "
+                f"the same {what}"
             )
 
 
