@@ -119,10 +119,7 @@ def claimed(place: Path, named: str) -> Iterator[None]:
         remove_leftovers(place)
         yield
     finally:
-        with suppress(
-            OSError
-        ):  # Windows refuses it while the file is open; release removes it there
-            Path(lock.lock_file).unlink()
+        _remove(Path(lock.lock_file))  # Windows keeps an open file
         lock.release()
 
 

@@ -6,14 +6,13 @@ Run the program with it in a process of its own, with ``tests`` on the path::
 
 Only modules of batchbench see another system; libraries see the true one. There
 
-* ``sys.platform`` and ``os.name`` are those of the system, and modules, functions and constants that
-  it lacks are missing;
+* ``sys.platform`` and ``os.name`` are those of the system, and what it lacks is missing;
 * ``time.monotonic`` has the steps that it has on Windows before Python 3.13;
 * ``/proc`` and ``/sys`` do not exist.
 
 On Windows, moreover, an open file can be neither moved, removed nor replaced, and neither can a
-folder that contains one; no folder can be opened or replaced; and names with characters that Windows
-forbids cannot be made.
+folder that contains one; no folder can be opened or replaced; and no name can be made that Windows
+forbids.
 """
 
 from __future__ import annotations
