@@ -4,6 +4,7 @@
 # make transformers-5.17  tests of engines and models with an older transformers beside the pinned one
 # make cluster  tests of sweeps on Ray and Slurm, whose packages it installs
 # make lint   ruff, and mypy for Linux, Windows and macOS
+# make docs   the documentation, into site/
 # make dist   the wheel and the source distribution in dist/; checks them, Dockerfile and workflows
 # make gate   counts of schedules, compared with the kept ones (.ci/gate --renew replaces them)
 # Each sets .venv up by itself and does so again only when pyproject.toml or constraints.txt change.
@@ -17,7 +18,7 @@ OLDER := transformers==5.17.0 huggingface_hub==1.33.0 httpx httpcore anyio certi
 OLDER_TESTS := $(addprefix tests/batching/test_, \
 	engines.py models.py graphs.py generate_batch.py gpu.py gpu_budgets.py gpu_lazy.py)
 
-.PHONY: run test older lint gate dist clean transformers-5.17 cluster
+.PHONY: run test older lint gate docs dist clean transformers-5.17 cluster
 
 run: .venv/ready
 	$(BIN)/batchbench run $(ARGS)
@@ -52,6 +53,13 @@ lint: .venv/ready
 gate: .venv/ready
 	.ci/gate
 
+docs: .venv/docs-ready
+	$(BIN)/python -m sphinx -W --keep-going -q -E -d build/doctrees docs site
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 dist: .venv/dist/ready
 	rm -rf dist
 	.venv/dist/bin/python -m build
@@ -72,4 +80,4 @@ dist: .venv/dist/ready
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
