@@ -56,7 +56,7 @@ SYSTEMS = pytest.mark.parametrize("system", ["win32", "darwin"])
 
 
 def assert_clean(folder: Path, system: str) -> None:
-    """Assert that nothing half-written is left, nor a lock, which Windows keeps while it is open."""
+    """Assert that nothing half-written is left, nor a lock but of Windows, where filelock acts."""
     assert not [p for p in folder.rglob("*") if p.name.startswith(STAGING)]
     assert system == "win32" or not list(folder.glob("tmp/batchbench-locks-*/*"))
 
