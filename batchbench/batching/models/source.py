@@ -138,7 +138,7 @@ def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
         raise UsageError(f"--model {spec.model}: is neither a folder nor a hub id") from error
     if is_folder:
         return _from_folder(spec, folder, folder.resolve().name, weights)
-    if is_there or spec.model.startswith((".", "/", "~")):
+    if is_there or spec.model.startswith((".", "/", "~")) or set(spec.model) & set(":\\"):
         what = "is a file" if is_there else "no such folder"
         raise UsageError(f"--model {spec.model}: {what}; give a checkpoint's folder or a hub id")
     if spec.model not in MADE_UP:
