@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -229,8 +231,10 @@ def test_exit_codes_are_those_of_the_errors() -> None:
     assert {kind.exit_code for kind in known} <= told
 
 
-def test_the_workflow_builds_what_it_publishes() -> None:
+def test_the_workflow_is_valid_and_builds_what_it_publishes() -> None:
     file = ROOT / ".github" / "workflows" / "docs.yml"
+    words = ["check_jsonschema", "--builtin-schema", "vendor.github-workflows", str(file)]
+    subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
     steps = yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"]["build"]["steps"]
     assert any(step.get("run") == "make docs" for step in steps)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
