@@ -57,7 +57,7 @@ def usable_cores(cpus: Path = CPUS, cgroup: Path = CGROUP) -> int:
 def allowed_cpus() -> Collection[int]:
     """Return the numbers of the logical processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
+        return set(os.sched_getaffinity(0))
     return range(psutil.cpu_count(logical=False) or os.cpu_count() or 1)
 
 
@@ -276,7 +276,8 @@ def git_commit() -> str | None:
     root = Path(version.__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    return _output("git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+")
+    describe = ("describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+")  # not its tag
+    return _output("git", "-C", str(root), *describe)
 
 
 # Comparing two machines
