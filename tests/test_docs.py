@@ -66,7 +66,7 @@ def test_links_lead_to_a_page_and_a_heading(name: str) -> None:
         if target.endswith(".md") and not target.startswith(".."):
             assert target in ALL, f"{name}: {link}"
             assert not anchor or anchor in anchors(target), f"{name}: {link}"
-        elif not target.startswith("interactive/") or (DOCS / "interactive").exists():
+        else:
             assert (DOCS / target).exists(), f"{name}: {link}"
 
 
