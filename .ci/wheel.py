@@ -33,7 +33,9 @@ def package_files() -> dict[str, bytes]:
     """Return the content of each file of the package in the checkout, by its path in a wheel."""
     files = [p for p in (ROOT / "batchbench").rglob("*") if p.is_file()]
     files = [p for p in files if p.suffix != ".pyc"]
-    return {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in [*files, ROOT / LAUNCHER]}
+    found = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in [*files, ROOT / LAUNCHER]}
+    pages = (ROOT / "docs").glob("*.md")  # beside the package, where ``batchbench help`` reads them
+    return found | {f"batchbench/docs/{page.name}": page.read_bytes() for page in pages}
 
 
 def read_wheel(wheel: Path) -> dict[str, bytes]:
@@ -63,6 +65,7 @@ def check_contents(wheel: Path, source: Path) -> str:
         del files[VERSION]
     assert built.keys() == expected.keys(), sorted(built.keys() ^ expected.keys())
     assert built == expected, "the wheel was built from other files; type make dist"
+    packed |= {f"batchbench/{n}": text for n, text in packed.items() if n.startswith("docs/")}
     assert built.items() <= packed.items()
     return version
 
@@ -117,6 +120,8 @@ def check_program(program: Program, folder: Path, version: str) -> None:
     assert result["batchbench_version"] == version
     assert result["verification"]["passed"] is True
     assert "continuous" in program("report", "result")
+    assert "TTFT" in program("help", "metrics")
+    assert f"{version}, in " in program("doctor")
     program("report", "result", "--format", "html", "--output", "page.html", "--quiet")
     assert (folder / "page.html").stat().st_size > 10_000
     for shell in ("bash", "zsh"):

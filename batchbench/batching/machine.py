@@ -236,11 +236,11 @@ def _cpu_description(cpuinfo: Path | None = None) -> Mapping[str, str]:
 def cpu_name() -> str:
     name = _cpu_description().get("model name")
     if not name and sys.platform == "darwin":
-        name = _output("sysctl", "-n", "machdep.cpu.brand_string")
+        name = command_output("sysctl", "-n", "machdep.cpu.brand_string")
     return name or platform.processor() or platform.machine()
 
 
-def _output(*command: str) -> str | None:
+def command_output(*command: str) -> str | None:
     """Return what a command prints; None if it fails or prints nothing."""
     try:
         printed = subprocess.check_output(
@@ -277,7 +277,7 @@ def git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     describe = ("describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+")  # not its tag
-    return _output("git", "-C", str(root), *describe)
+    return command_output("git", "-C", str(root), *describe)
 
 
 # Comparing two machines
