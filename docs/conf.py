@@ -137,9 +137,10 @@ def _mark(app: Any, doctree: Any) -> None:
         most = 32 if isinstance(code.parent.parent, nodes.entry) else 0 if command else 24
         if len(code.astext()) <= most:
             code["classes"].append("short")
-    for cell in doctree.findall(nodes.entry):
-        if len(cell.astext()) > 40:
-            cell["classes"].append("long")
+    for group in doctree.findall(nodes.tgroup):
+        for cell in group.findall(nodes.entry):
+            if group["cols"] > 2 and len(cell.astext()) > 40:
+                cell["classes"].append("long")
 
 
 def _mark_examples(app: Any, kind: str, name: str, it: Any, options: Any, lines: list[str]) -> None:
