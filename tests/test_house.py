@@ -170,6 +170,7 @@ def test_every_package_that_is_imported_is_asked_for() -> None:
     imported -= {"batchbench", "compression", *sys.stdlib_module_names}  # compression: from 3.14 on
     # Packages of modules that are named otherwise.
     packages = {"pynvml": "nvidia_ml_py", "PIL": "pillow", "backports": "backports.zstd"}
+    packages |= {"yaml": "pyyaml"}
     assert {packages.get(name, name) for name in imported} <= names
 
 

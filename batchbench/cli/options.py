@@ -40,6 +40,7 @@ DOCUMENTS = {
     "github-smaller": "github-smaller.json",
     "bencher": "bencher.json",
     "pytest-benchmark": "pytest-benchmark.json",
+    "llmd": "llmd.json",
 }
 """Report formats that are written to a file, with the default name of the file."""
 
@@ -108,7 +109,8 @@ class ReportSpec:
         None,
         "terminal: tables on standard output; html: one self-contained page; markdown: for a pull "
         "request; json: result.json. JSON for dashboards: github-bigger and github-smaller for "
-        "github-action-benchmark, bencher for bencher.dev, pytest-benchmark.",
+        "github-action-benchmark, bencher for bencher.dev, pytest-benchmark. llmd: llm-d's "
+        "benchmark report, schema 0.2, one file per strategy.",
         "Output",
         choices=("terminal", "json", *DOCUMENTS),
         metavar="FORMAT",
