@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import logging
@@ -10,7 +11,8 @@ import os
 import zlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,17 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.initialization import no_init_weights
 
 from batchbench.batching.machine import free_host_bytes, usable_cores
-from batchbench.batching.models.source import ModelSpec, Source
+from batchbench.batching.models.gguf_file import GgufFile
+from batchbench.batching.models.source import ModelSpec, Source, fault_of
 from batchbench.errors import UsageError
 
 _EMBEDDING, _POSITION, _GAIN = 0.1, 0.2, 2.0
@@ -229,6 +237,8 @@ def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: tor
     parameters = count_parameters(source)
     # Dummy weights are drawn in float32 on the host.
     on_host = parameters * (4 if source.load_format == "dummy" else dtype.itemsize)
+    if source.gguf is not None:  # each tensor is dequantised to float32, and copied
+        on_host += 8 * source.gguf.largest
     for where, needed in ((torch.device("cpu"), on_host), (device, parameters * dtype.itemsize)):
         if needed > (room := free_bytes(where)):
             raise UsageError(
@@ -239,6 +249,8 @@ def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: tor
 
 def model_config(source: Source) -> Any:
     try:
+        if source.gguf is not None:
+            return copy.deepcopy(_gguf_config(source.gguf))
         if source.folder is not None:
             return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         return AutoConfig.for_model(**source.config)
@@ -246,7 +258,19 @@ def model_config(source: Source) -> Any:
         why = str(error)
         if "auto_map" in source.config:
             why = "it needs its own code (auto_map), which is never run; choose another model"
-        raise UsageError(f"--model {source.name}: its config.json is not usable: {why}") from error
+        raise UsageError(
+            f"--model {source.name}: its configuration is not usable: {why}"
+        ) from error
+
+
+@lru_cache(maxsize=2)
+def _gguf_config(file: GgufFile) -> Any:
+    """Return the configuration in a GGUF file, which transformers takes a second to read."""
+    folder, name = file.path.parent, file.path.name
+    config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    if fault := fault_of(config.to_dict()):
+        raise UsageError(fault)
+    return config
 
 
 def _dummy(source: Source, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -265,9 +289,18 @@ def _dummy(source: Source, dtype: torch.dtype, seed: int) -> PreTrainedModel:
 
 
 def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
+    folder: Path | None = source.folder
+    options: dict[str, Any] = {}
+    if source.gguf is not None:
+        modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items  # its bar has no switch
+        folder = source.gguf.path.parent
+        options = {"gguf_file": source.gguf.path.name, "config": model_config(source)}
+        if hasattr(transformers, "GgufConfig"):  # weights of some architectures could stay packed
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         module, report = AutoModelForCausalLM.from_pretrained(
-            source.folder,
+            folder,
+            **options,
             dtype=dtype,
             attn_implementation="sdpa",
             use_safetensors=True,
