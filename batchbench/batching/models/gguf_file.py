@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import struct
+import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -101,6 +103,21 @@ def read_gguf(path: Path) -> GgufFile:
             return _Reader(opened, path).file()
     except OSError as error:
         raise UsageError(f"cannot be read: {reason_of(error)}") from error
+
+
+@contextmanager
+def alone(file: Path) -> Iterator[Path]:
+    """Yield a folder with nothing but a link to this file.
+
+    In a folder that also has a tokenizer.json or an adapter, transformers would read these.
+    """
+    with tempfile.TemporaryDirectory(prefix="batchbench-gguf-") as name:
+        folder = Path(name)
+        try:
+            (folder / file.name).symlink_to(file.resolve())
+        except OSError:  # Windows allows links in its developer mode only
+            folder = file.parent
+        yield folder
 
 
 class _Reader:

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from batchbench.batching.machine import free_host_bytes, usable_cores
-from batchbench.batching.models.gguf_file import GgufFile
+from batchbench.batching.models.gguf_file import GgufFile, alone
 from batchbench.batching.models.source import ModelSpec, Source, fault_of
 from batchbench.errors import UsageError
 
@@ -266,8 +266,12 @@ def model_config(source: Source) -> Any:
 @lru_cache(maxsize=2)
 def _gguf_config(file: GgufFile) -> Any:
     """Return the configuration in a GGUF file, which transformers takes a second to read."""
-    folder, name = file.path.parent, file.path.name
-    config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    with alone(file.path) as folder:
+        config = AutoConfig.from_pretrained(
+            folder, gguf_file=file.path.name, trust_remote_code=False
+        )
+    # For GPT-2 transformers 5.24 reads no context and takes 1024.
+    config.max_position_embeddings = file.config()["max_position_embeddings"]
     if fault := fault_of(config.to_dict()):
         raise UsageError(fault)
     return config
@@ -289,26 +293,27 @@ def _dummy(source: Source, dtype: torch.dtype, seed: int) -> PreTrainedModel:
 
 
 def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
-    folder: Path | None = source.folder
+    folder: AbstractContextManager[Path | None] = nullcontext(source.folder)
     options: dict[str, Any] = {}
     if source.gguf is not None:
         modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items  # its bar has no switch
-        folder = source.gguf.path.parent
+        folder = alone(source.gguf.path)
         options = {"gguf_file": source.gguf.path.name, "config": model_config(source)}
         if hasattr(transformers, "GgufConfig"):  # weights of some architectures could stay packed
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        module, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            **options,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-        )
+        with folder as place:
+            module, report = AutoModelForCausalLM.from_pretrained(
+                place,
+                **options,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+            )
     except Exception as error:  # transformers raises many kinds for broken files
         raise UsageError(f"--model {spec.model}: cannot be loaded: {error}") from error
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape of")):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from batchbench import settings
-from batchbench.batching.models.gguf_file import GgufFile, read_gguf
+from batchbench.batching.models.gguf_file import GgufFile, alone, read_gguf
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
@@ -435,7 +435,8 @@ def _transformers_tokenizer(place: Path) -> Any:
 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if place.is_file():
-        return AutoTokenizer.from_pretrained(place.parent, gguf_file=place.name, **options)
+        with alone(place) as folder:
+            return AutoTokenizer.from_pretrained(folder, gguf_file=place.name, **options)
     return AutoTokenizer.from_pretrained(place, **options)
 
 
