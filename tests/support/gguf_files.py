@@ -76,6 +76,7 @@ def _write_shape(writer: Any, config: Any) -> None:
 
 
 def _write_tokenizer(writer: Any, tokenizer: Path | None, template: str | None) -> None:
+    writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     if template is not None:
         writer.add_chat_template(template)

@@ -221,16 +221,22 @@ def load_model(source: Source, spec: ModelSpec, seed: int) -> LoadedModel:
 
 def count_parameters(source: Source) -> int:
     """Return the number of parameters, tied ones once; allocates nothing."""
+    return sum(p.numel() for p in _without_weights(source).parameters())
+
+
+def _without_weights(source: Source) -> nn.Module:
     config = model_config(source)
     try:
         with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            shapes: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False
+            )
     except Exception as error:  # anything, for a configuration of another kind of model
         raise UsageError(
             f"--model {source.name}: is not a causal language model: {error}"
         ) from error
     shapes.tie_weights()
-    return sum(p.numel() for p in shapes.parameters())
+    return shapes
 
 
 def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
@@ -316,11 +322,16 @@ def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrain
             )
     except Exception as error:  # transformers raises many kinds for broken files
         raise UsageError(f"--model {spec.model}: cannot be loaded: {error}") from error
+    if source.gguf is not None:  # transformers 5.17 takes any shape in the file
+        shapes = {name: p.shape for name, p in _without_weights(source).named_parameters()}
+        report["mismatched_keys"] = [
+            name for name, p in module.named_parameters() if p.shape != shapes[name]
+        ]
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape of")):
         if report.get(kind):
             first = sorted(k if isinstance(k, str) else str(k[0]) for k in report[kind])[0]
             raise UsageError(
-                f"--model {spec.model}: the checkpoint {what} {first}, named by its config.json"
+                f"--model {spec.model}: the checkpoint {what} {first}, named by its configuration"
             )
     loaded: PreTrainedModel = module
     return loaded
