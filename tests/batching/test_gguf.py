@@ -220,7 +220,7 @@ def test_a_package_that_is_missing_is_named_with_the_command(
 def test_a_foreign_file_is_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(content)
-    assert "is not a GGUF file" in refusal(file)
+    assert "is a file, but no GGUF file" in refusal(file)
 
 
 @pytest.mark.parametrize("name", ["nowhere.gguf", "no/such.gguf"])
@@ -361,7 +361,7 @@ def test_an_architecture_that_transformers_does_not_read_is_refused(tmp_path: Pa
     file = tmp_path / "model.gguf"
     content = header(*entries, tensors=tensor(4))
     file.write_bytes(content.replace(b"llama", b"zebra"))
-    with pytest.raises(UsageError, match=r"configuration is not usable: .*zebra"):
+    with pytest.raises(UsageError, match=r"header is not usable: .*zebra"):
         load(file)
 
 

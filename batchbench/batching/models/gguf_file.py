@@ -129,7 +129,9 @@ class _Reader:
 
     def file(self) -> GgufFile:
         if self._size < 24 or self._take(4) != MAGIC:
-            raise UsageError("is not a GGUF file; give a checkpoint's folder or a *.gguf file")
+            raise UsageError(
+                "is a file, but no GGUF file; give a checkpoint's folder or a *.gguf file"
+            )
         version = self._number("I")
         if version not in (2, 3):
             raise UsageError(f"has GGUF version {version}; versions 2 and 3 are read")

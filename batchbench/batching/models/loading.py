@@ -228,15 +228,14 @@ def _without_weights(source: Source) -> nn.Module:
     config = model_config(source)
     try:
         with torch.device("meta"):
-            shapes: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False
-            )
+            shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # anything, for a configuration of another kind of model
         raise UsageError(
             f"--model {source.name}: is not a causal language model: {error}"
         ) from error
     shapes.tie_weights()
-    return shapes
+    without: nn.Module = shapes
+    return without
 
 
 def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
@@ -264,9 +263,8 @@ def model_config(source: Source) -> Any:
         why = str(error)
         if "auto_map" in source.config:
             why = "it needs its own code (auto_map), which is never run; choose another model"
-        raise UsageError(
-            f"--model {source.name}: its configuration is not usable: {why}"
-        ) from error
+        what = "config.json" if source.gguf is None else "header"
+        raise UsageError(f"--model {source.name}: its {what} is not usable: {why}") from error
 
 
 @lru_cache(maxsize=2)
@@ -324,9 +322,8 @@ def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrain
         raise UsageError(f"--model {spec.model}: cannot be loaded: {error}") from error
     if source.gguf is not None:  # transformers 5.17 takes any shape in the file
         shapes = {name: p.shape for name, p in _without_weights(source).named_parameters()}
-        report["mismatched_keys"] = [
-            name for name, p in module.named_parameters() if p.shape != shapes[name]
-        ]
+        other = [name for name, p in module.named_parameters() if p.shape != shapes[name]]
+        report["mismatched_keys"] = [*report.get("mismatched_keys", ()), *other]
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape of")):
         if report.get(kind):
             first = sorted(k if isinstance(k, str) else str(k[0]) for k in report[kind])[0]
