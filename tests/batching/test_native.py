@@ -131,7 +131,7 @@ def test_what_is_no_number_stays_none(own: Native) -> None:
         qkv[0, 1] = torch.nan
         block = torch.zeros(2, 1, 1, 4, 16, dtype=dtype)
         zero = torch.zeros(1, dtype=torch.int64)
-        assert own.attention(qkv, 1, block, zero, zero, 1).isnan().all()
+        assert own.attention(qkv, block, zero, zero, 1).isnan().all()
 
 
 @needs_kernels
@@ -203,7 +203,7 @@ def test_attention_is_attention_up_to_each_rows_own_position(
     expected = block.clone()
     q, k, v = torch.split(qkv.clone(), [heads, kv_heads, kv_heads], 1)
     expected[0][places, :, positions], expected[1][places, :, positions] = k, v
-    out = own.attention(qkv, heads, block, places, positions, rows)
+    out = own.attention(qkv, block, places, positions, rows)
     assert torch.equal(block.nan_to_num(7.0), expected.nan_to_num(7.0))
     for i, (slot, length) in enumerate(zip(slots.tolist(), lengths, strict=True)):
         keys, values = expected[:, slot, None, :, :length].double()
@@ -233,7 +233,7 @@ def test_queries_and_keys_are_normed_and_rotated_where_keys_are_written(
         q, k = (Norm(w, None, 1e-6)(x) for w, x in zip(weights, (q, k), strict=True))
     q, k = rotate(q, angles), rotate(k, angles)
     block = torch.zeros(2, 3, kv_heads, 10, size, dtype=dtype)
-    out = own.attention(qkv, heads, block, torch.arange(3), positions, 1, angles, weights, eps=1e-6)
+    out = own.attention(qkv, block, torch.arange(3), positions, 1, angles, weights, eps=1e-6)
     assert close(qkv, torch.cat([q, k, v], 1).double(), dtype)
     keys, values = block[:, torch.arange(3), :, positions].transpose(0, 1)
     assert torch.equal(keys, qkv[:, heads:-kv_heads])
@@ -251,8 +251,7 @@ def test_large_scores_do_not_overflow() -> None:
     block[1, 0, 0, 150] = 5.0
     position = torch.tensor([199])
     assert (
-        own.attention(qkv, 1, block, torch.tensor([0]), position, 1).flatten().tolist()
-        == [100.0] * 16
+        own.attention(qkv, block, torch.tensor([0]), position, 1).flatten().tolist() == [100.0] * 16
     )
 
 

@@ -116,7 +116,8 @@ _READ_OF_GPT2 = {
 _IRRELEVANT = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "initializer_range"),
     *("id2label", "label2id", "problem_type", "task_specific_params", "use_cache"),
-    *("is_llama_config", "rope_interleaved", "pretraining_tp", "transformers.js_config"),
+    *("is_llama_config", "rope_interleaved", "use_mrope", "n_ctx", "pretraining_tp"),
+    "transformers.js_config",
 }
 _IRRELEVANT_ENDS = ("_token_id", "_pdrop", "dropout")
 _IRRELEVANT_STARTS = ("_", "summary_", "output_", "unsloth_")

@@ -167,9 +167,7 @@ class LeanForward:
         of = self._weights.of
         if self._kernels is not None:
             plain = [norm.weight for norm in norms]
-            return attend_natively(
-                self._kernels, cached, qkv, of.heads, layout, angles, plain, of.eps
-            )
+            return attend_natively(self._kernels, cached, qkv, layout, angles, plain, of.eps)
         parts = list(torch.split(qkv, [of.heads, of.kv_heads, of.kv_heads], 1))
         for i, norm in enumerate(norms):
             parts[i] = norm(parts[i])

@@ -141,7 +141,6 @@ class Native:
     def attention(
         self,
         qkv: torch.Tensor,
-        heads: int,
         block: torch.Tensor,
         slots: torch.Tensor,
         positions: torch.Tensor,
@@ -158,12 +157,13 @@ class Native:
         the decoding rows only. Queries and keys are normed and rotated in place first, if there are
         ``norms`` of both, ``[head_dim]`` each, and ``angles``, ``[2, tokens, head_dim / 2]``.
         """
-        tokens, _, size = qkv.shape
+        tokens, both, size = qkv.shape
+        _, all_slots, kv_heads, max_len, _ = block.shape
+        heads = both - 2 * kv_heads
         out = qkv.new_empty(tokens, heads, size)
         optional = (angles, *(norms or (None, None)))
         tensors = (qkv, block, slots, positions, *optional, out)
         pointers = [t if t is None else t.data_ptr() for t in tensors]
-        _, all_slots, kv_heads, max_len, _ = block.shape
         counts = (tokens, decoding, heads, kv_heads, size, all_slots, max_len)
         self._attentions[qkv.dtype](*pointers, *counts, size**-0.5, eps)
         return out
