@@ -105,6 +105,8 @@ class LocalBench(Bench):
             "weights_digest": digest,
             **memory,
         }
+        if engine.execution_note:
+            self._watch.note(f"{self.source.name}: {engine.execution_note}")
         self.environment |= torch_environment(str(loaded.device), loaded.dtype)
         if engine.triton:
             self.environment["gpu_attention"] = "batchbench's, in Triton"

@@ -303,15 +303,26 @@ def attend_on_device(
 
 
 def attend_natively(
-    kernels: Native, block: SlotLayer, qkv: torch.Tensor, layout: Layout
+    kernels: Native,
+    block: SlotLayer,
+    qkv: torch.Tensor,
+    layout: Layout,
+    angles: torch.Tensor | None = None,
+    norms: Sequence[torch.Tensor] = (),
+    eps: float = 0.0,
 ) -> torch.Tensor:
-    """Attend as :func:`attend` does, with ``qkv``, ``[tokens, 3, heads, head_dim]``.
+    """Attend as :func:`attend` does, with ``qkv``, ``[tokens, heads + 2 × kv_heads, head_dim]``.
 
-    batchbench's kernel for decoding rows reads only the positions that a request has written.
+    batchbench's kernel for decoding rows reads only the positions that a request has written. It
+    norms and rotates queries and keys in place, as :meth:`Native.attention` says.
     """
-    out = kernels.attention(qkv, block.block, layout.slots, layout.positions, layout.decoding)
-    if layout.decoding < qkv.shape[0]:
-        _attend_prompts(qkv[:, 0], qkv[:, 1:], block, layout, {}, out)
+    cached, slots, positions, n = block.block, layout.slots, layout.positions, layout.decoding
+    out = kernels.attention(qkv, cached, slots, positions, n, angles, norms, eps)
+    if n < qkv.shape[0]:
+        heads, kv_heads = out.shape[1], cached.shape[2]
+        kv = qkv[:, heads:].view(len(qkv), 2, kv_heads, -1)
+        options = {"enable_gqa": heads != kv_heads}
+        _attend_prompts(qkv[:, :heads], kv, block, layout, options, out)
     return out
 
 

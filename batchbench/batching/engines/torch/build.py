@@ -15,16 +15,17 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedConfig
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.notebook import NotebookEngine
+from batchbench.batching.engines.torch.architecture import Architecture, describe
 from batchbench.batching.engines.torch.attention import aligned, kv_token_bytes
 from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.forward import (
     Forward,
     TransformersForward,
     cache_dtype,
-    is_plain_gpt2,
     make_forward,
 )
 from batchbench.batching.engines.torch.hardware import (
@@ -59,9 +60,9 @@ from batchbench.workloads import Workload
 HEADROOM = 0.1
 """Share of the free memory that stays unused."""
 
-LEAN_WIDTHS, EAGER_WIDTHS = 14, 37
-"""Peak activations of a token, in hidden sizes: in GPT-2's own pass, and in transformers' modules,
-whose GELU alone keeps four tensors of the inner size (4 hidden sizes)."""
+EAGER_WIDTHS = 37
+"""Peak activations of a token in transformers' modules, in hidden sizes: GPT-2's GELU alone keeps
+four tensors of the inner size (4 hidden sizes)."""
 
 REFERENCE_LOGITS = 3
 """Copies of a request's logits during verification."""
@@ -92,7 +93,7 @@ class Served:
     longest: int  # tokens of the longest request, prompt and output
     mixes: bool  # prompts are computed in passes with the running requests
     budget: int | None  # most tokens of such a pass; None to derive it from the number of slots
-    lean: bool  # the pass is GPT-2's own
+    lean: Architecture | None  # what batchbench's own pass computes; None for transformers'
 
     def cache_bytes(self, slots: int) -> int:
         return slots * self.longest * kv_token_bytes(self.config, self.cached)
@@ -108,8 +109,8 @@ class Served:
         """Return the bytes that serving this many slots takes in addition to weights."""
         text = self.config.get_text_config()
         tokens = self.pass_tokens(slots)
-        widths = LEAN_WIDTHS if self.lean else EAGER_WIDTHS
-        passes = tokens * widths * text.hidden_size * self.dtype.itemsize
+        values = self.lean.activations if self.lean else EAGER_WIDTHS * text.hidden_size
+        passes = tokens * values * self.dtype.itemsize
         logits = slots * text.vocab_size * (self.dtype.itemsize + 4)
         # While the batch changes, the notebook engine holds the old cache and the new one.
         caches = 2 if self.engine == "notebook" else 1
@@ -143,6 +144,7 @@ def make_engine(
     and ``budget`` are as in :class:`Served`. Raises UsageError if a batch of this size does not
     fit, with the largest that does, or if the model cannot be computed as ``execution`` says.
     """
+    config = model.module.config
     with current(model.device), _cache_fits(slots, model.device):
         own = False
         if name == "notebook":
@@ -153,7 +155,7 @@ def make_engine(
             own = forward is None and chosen != "compile"
             forward = forward or make_forward(model, Kernels.OWN if own else Kernels.PLAIN)
         served = Served(
-            config=model.module.config,
+            config=config,
             dtype=model.dtype,
             cached=forward.cache_dtype if forward else model.dtype,
             engine=name,
@@ -161,7 +163,7 @@ def make_engine(
             longest=aligned(max_len, model.device) if forward else max_len,
             mixes=mixes,
             budget=budget,
-            lean=forward is not None and not isinstance(forward, TransformersForward),
+            lean=None if isinstance(forward, TransformersForward | None) else lean_of(config),
         )
         _check_room(model, slots, served)
         memory = {
@@ -177,7 +179,16 @@ def make_engine(
         made = _slots_engine(model, slots, max_len, forward, chosen, falls_back, tokens)
         if own and model.device.type == "cuda" and not made.triton and not made.execution_note:
             made.execution_note = f"without Triton's kernels: {why_no_triton(model)}"
+        if isinstance(forward, TransformersForward) and forward.why:
+            notes = (f"transformers' forward pass: {forward.why}", made.execution_note)
+            made.execution_note = "; ".join(filter(None, notes))
         return made, memory
+
+
+def lean_of(config: PreTrainedConfig) -> Architecture | None:
+    """Return what batchbench's own pass computes for a configuration; None for transformers'."""
+    found = describe(config)
+    return None if isinstance(found, str) else found
 
 
 @contextmanager
@@ -309,11 +320,11 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     dtype = resolve_dtype(experiment.model.dtype, device)
     config, serving = model_config(source), experiment.serving
     slots, longest = serving.batch_size, workload.max_total_tokens
-    lean = serving.engine == "slots" and is_plain_gpt2(config)
+    lean = lean_of(config) if serving.engine == "slots" else None
     served = Served(
         config,
         dtype,
-        cache_dtype(config, device, dtype) if lean else dtype,
+        cache_dtype(lean, device, dtype) if lean else dtype,
         serving.engine,
         prompt=int(workload.prompt_tokens.max()),
         longest=aligned(longest, device) if serving.engine == "slots" else longest,
