@@ -140,6 +140,7 @@ LATE: Mapping[str, str] = {
     "batching.engines.torch.triton_choice": "Triton is there on a GPU only",
     "batching.engines.torch.build": "generate_batch imports transformers' own batching",
     "batching.models": "loading a model imports torch",
+    "batching.models.gguf_file": "gguf is optional",
     "batching.models.source": "the hub, safetensors and tokenizers",
     "batching.benches.local": "an engine imports torch",
     "batching.remote.bench": "the reference imports torch",

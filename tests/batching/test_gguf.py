@@ -213,7 +213,7 @@ def test_a_package_that_is_missing_is_named_with_the_command(
         gguf_file, "find_spec", lambda name: None if name == "accelerate" else real(name)
     )
     said = refusal(tiny_file)
-    assert said.endswith("needs accelerate: pip install 'batchbench-llm[gguf]'")
+    assert said.endswith("needs accelerate; type pip install 'batchbench-llm[gguf]'")
 
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04" * 99, b"GGUF", b"{}" * 50])

@@ -97,7 +97,7 @@ def read_gguf(path: Path) -> GgufFile:
     """
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
-        raise UsageError(f"needs {' and '.join(missing)}: pip install 'batchbench-llm[gguf]'")
+        raise UsageError(f"needs {' and '.join(missing)}; type pip install 'batchbench-llm[gguf]'")
     try:
         with path.open("rb") as opened:
             return _Reader(opened, path).file()
