@@ -17,7 +17,8 @@ ARGS ?= --batch-size 8 --queue-size 32
 # With what it needs that the pinned one does not, or needs in another version.
 OLDER := transformers==5.17.0 huggingface_hub==1.33.0 httpx httpcore anyio certifi idna sniffio
 OLDER_TESTS := $(addprefix tests/batching/test_, \
-	engines.py models.py graphs.py generate_batch.py gpu.py gpu_budgets.py gpu_lazy.py)
+	engines.py models.py graphs.py generate_batch.py gpu.py gpu_budgets.py gpu_lazy.py \
+	gguf.py chat_template.py)
 
 .PHONY: run test older lint gate docs dist clean transformers-5.17 trained cluster
 
