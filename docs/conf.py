@@ -48,6 +48,7 @@ NAVIGATION = {
     },
     "How to use results": {
         "Show a result to others": "reports",
+        "Compare with another tool's result": "other-tools",
         "Use it from Python": "python",
     },
     "Reference": {

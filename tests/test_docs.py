@@ -134,7 +134,7 @@ def options_of(words: list[str]) -> dict[str, Any]:
 
 
 def fault(words: list[str]) -> str | None:
-    """What is wrong with a command line: a command or an option that does not exist."""
+    """The error of a command line: a command or an option that does not exist."""
     if words[0].startswith("-"):
         return None if words[0] in ("--help", "--version", "--install-completion") else words[0]
     if words[0] not in COMMANDS:
