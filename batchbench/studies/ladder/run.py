@@ -312,7 +312,7 @@ def _lacking(
     """Return why this model on this device has no such rung; None if it has."""
     from batchbench.batching.engines.torch.kernels import native
     from batchbench.batching.engines.torch.linear import onednn
-    from batchbench.batching.engines.torch.triton_choice import supports_triton
+    from batchbench.batching.engines.torch.triton.choice import supports_triton
     from batchbench.batching.models.loading import resolve_dtype
 
     dtype_name = str(dtype).removeprefix("torch.")

@@ -38,7 +38,7 @@ from batchbench.batching.engines.torch.hardware import (
 from batchbench.batching.engines.torch.linear import Kernels, make_linear, padded_bytes
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
-from batchbench.batching.engines.torch.triton_choice import supports_triton, why_no_triton
+from batchbench.batching.engines.torch.triton.choice import supports_triton, why_no_triton
 from batchbench.batching.experiment import Experiment, budget_of
 from batchbench.batching.models.loading import (
     LoadedModel,
@@ -355,14 +355,18 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     )
 
 
-WITH_TRITON, LEAN, WITH_TRANSFORMERS = (7, 6), (11, 13), (43, 24)
+WITH_TRITON, LEAN = (7, 6), (12, 13)
+LLAMA_WITH_TRITON, LLAMA_LEAN, WITH_TRANSFORMERS = (8, 6), (41, 26), (45, 25)
 """Kernels that a decode step launches in each layer, and beside the layers, counted in captured
-passes: of GPT-2 with Triton's kernels and with torch's, and of a Llama in transformers' modules."""
+passes in bfloat16: of GPT-2 and of a Llama with Triton's kernels and with torch's, and of a Llama
+in transformers' modules."""
 
 
 def _launches(served: Served, device: torch.device) -> int:
-    lean = WITH_TRITON if supports_triton(device) else LEAN
-    of_layer, beside = lean if served.lean else WITH_TRANSFORMERS
+    of = served.lean
+    fused, lean = (LLAMA_WITH_TRITON, LLAMA_LEAN) if of and of.gated else (WITH_TRITON, LEAN)
+    own = fused if supports_triton(device) else lean
+    of_layer, beside = own if of else WITH_TRANSFORMERS
     return int(of_layer * served.config.get_text_config().num_hidden_layers + beside)
 
 
@@ -417,11 +421,15 @@ class _Run:
     @property
     def resident_bytes(self) -> int:
         """The bytes of weights, with the packed ones and the padded vocabulary."""
-        padded = 0
-        if self.served.lean and supports_triton(self.device):
-            text = self.served.config.get_text_config()
-            padded = padded_bytes(text.vocab_size, text.hidden_size, self.served.dtype)
-        return self.weight_bytes * (2 if self.packs else 1) + padded
+        lean, dtype = self.served.lean, self.served.dtype
+        if lean is None:
+            return self.weight_bytes
+        if self.packs:  # an embedding that is no product's weight is not packed
+            looked_up = 0 if lean.tied else lean.vocabulary * lean.width * dtype.itemsize
+            return 2 * self.weight_bytes - looked_up
+        triton = supports_triton(self.device)
+        padded = padded_bytes(lean.vocabulary, lean.width, dtype) if triton else 0
+        return self.weight_bytes + padded
 
     def peak_bytes(self, slots: int) -> int:
         """Return the largest of the stages: loading, packing, serving, verifying."""

@@ -26,7 +26,7 @@ from batchbench.batching.engines.torch.attention import (
 from batchbench.batching.engines.torch.base import best_token
 from batchbench.batching.engines.torch.kernels import Native, Table, Through, native
 from batchbench.batching.engines.torch.linear import Kernels, Linear, make_linear
-from batchbench.batching.engines.torch.triton_choice import triton_forward, triton_ops
+from batchbench.batching.engines.torch.triton.choice import triton_forward, triton_ops
 from batchbench.batching.models.loading import LoadedModel
 
 
@@ -226,7 +226,5 @@ def make_forward(model: LoadedModel, most: Kernels = Kernels.OWN) -> Forward:
     weights = weights_of(model.module)
     if isinstance(weights, str):
         return TransformersForward(model, most, weights)
-    if most >= Kernels.OWN and triton_ops(model) is not None:
-        fused = None if weights.of.rotary else triton_forward(model)
-        return fused or TransformersForward(model, most)
-    return LeanForward(model, weights, most)
+    fused = triton_forward(model, weights) if most >= Kernels.OWN else None
+    return fused or LeanForward(model, weights, most)

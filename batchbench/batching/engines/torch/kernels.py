@@ -43,7 +43,7 @@ _FLAGS = (
     *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
 )
-_COMPILING_S = 60.0
+_COMPILING_S = 120.0
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 

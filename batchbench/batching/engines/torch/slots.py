@@ -15,7 +15,7 @@ from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.forward import Forward, make_forward
 from batchbench.batching.engines.torch.graphs import Capture, Compile, PreparedDecode
 from batchbench.batching.engines.torch.mixed import PreparedMixed, tiles_of
-from batchbench.batching.engines.torch.triton_choice import triton_attention
+from batchbench.batching.engines.torch.triton.choice import triton_attention
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Chunk, Plan
 from batchbench.errors import UsageError
