@@ -38,6 +38,7 @@ NAVIGATION = {
     },
     "How to use your own": {
         "Workload, trace or prompts": "workloads",
+        "Trained model, chat prompts": "real-models",
         "Engine": "bring-your-own-engine",
         "Scheduling policy": "write-your-own-policy",
     },

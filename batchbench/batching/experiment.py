@@ -14,7 +14,13 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.policies import POLICIES, WAITING, make_policy
 from batchbench.batching.presets import NOTEBOOK, PRESETS, Basis, check_preset
 from batchbench.batching.queue import ORDERS
-from batchbench.batching.remote.spec import TargetSpec, refuse_own, with_served_model
+from batchbench.batching.remote.spec import (
+    CHAT,
+    COMPLETIONS,
+    TargetSpec,
+    refuse_own,
+    with_served_model,
+)
 from batchbench.batching.step_cost import KnownCost
 from batchbench.batching.strategies import find
 from batchbench.errors import UsageError, shown
@@ -373,6 +379,11 @@ def _check_served(experiment: Experiment, target: TargetSpec) -> None:
                 f"--strategy {shown(name)}: a server schedules by itself, so --target has static "
                 "(in waves) and continuous; drop it"
             )
+    if experiment.workload.chat_template and target.endpoint == CHAT:
+        raise UsageError(
+            f"--chat-template: the server applies its own at {CHAT}; drop it, or give --endpoint "
+            f"{COMPLETIONS}"
+        )
     verify = experiment.trials.verify
     if verify not in ("all", "none") and target.verify_model is None:
         raise UsageError(
@@ -393,7 +404,7 @@ def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
 
 
 def named_files(experiment: Experiment) -> dict[str, Any]:
-    """Return digests of the files that settings name, by field name, and of a model's folder."""
+    """Return digests of the files that settings name, by field name, and of a model's files."""
     files: dict[str, Any] = {}
     for _, spec in experiment._parts():
         for own in fields(spec):
@@ -401,11 +412,11 @@ def named_files(experiment: Experiment) -> dict[str, Any]:
             file = value if isinstance(value, Path) else _file_of_lengths(own.name, value)
             if file is not None and file.is_file():
                 files[own.name] = digest_of_file(file)
-    folder = Path(experiment.model.model)
-    if folder.is_dir():
+    place = Path(experiment.model.model)
+    if place.is_dir() or place.is_file():
         files["model"] = [
             (file.name, (status := file.stat()).st_size, status.st_mtime_ns)
-            for file in sorted(folder.iterdir())
+            for file in (sorted(place.iterdir()) if place.is_dir() else [place])
             if file.is_file()
         ]
     return files

@@ -81,7 +81,7 @@ class WorkloadSpec:
         metavar="LENGTHS",
         default_text="the same 7-token prompt for all requests",
         excludes=("trace",),
-        resets=_OF_TRACE,
+        resets=(*_OF_TRACE, "chat_template"),
     )
     prompts: Path | None = setting(
         None,
@@ -90,6 +90,12 @@ class WorkloadSpec:
         metavar="FILE",
         excludes=("prompt_tokens", "trace", "shared_prefix_tokens"),
         resets=_OF_TRACE,
+    )
+    chat_template: bool = setting(
+        False,
+        "Wrap each prompt of --prompts, as a user's message, in the chat template of the "
+        "model's tokenizer.",
+        _PANEL,
     )
     shared_prefix_tokens: int = setting(
         0,
@@ -155,6 +161,7 @@ class WorkloadSpec:
         _TRACE,
         metavar="FILE",
         excludes=_CLASSIC,
+        resets=("chat_template",),
     )
     trace_format: str | None = setting(
         None,
@@ -217,6 +224,9 @@ class WorkloadSpec:
                 f"--shared-prefix-tokens {self.shared_prefix_tokens}: needs random prompts; "
                 "give --prompt-tokens"
             )
+
+        if self.chat_template and self.prompts is None:
+            raise UsageError("--chat-template: needs prompts as text; give --prompts FILE")
 
     def _check_trace(self) -> None:
         if self.trace is None:

@@ -30,7 +30,8 @@ with ``tests`` on the path::
 
 Processes started by that one find the stand-in as well, since their environment names a folder with
 a ``sitecustomize`` module; it is :func:`environment_of_children`. The variable
-``BATCHBENCH_CUDA_STAND_IN`` sets the number of devices and their memory in MiB: ``2,512``.
+``BATCHBENCH_CUDA_STAND_IN`` sets the number of devices and their memory in MiB: ``2,512``. With
+``2,512,triton`` Triton's kernels run too, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -569,8 +570,10 @@ def install_for_good() -> StandIn:
     """Install the stand-in in this process and in those that it starts."""
     settings = os.environ.get(VARIABLE) or "2,512"
     os.environ |= environment_of_children(settings)
-    devices, mebibytes = (int(number) for number in settings.split(","))
-    return StandIn(devices, mebibytes * 2**20).__enter__()
+    devices, mebibytes, *more = settings.split(",")
+    if more == ["triton"]:
+        os.environ["TRITON_INTERPRET"] = "1"
+    return StandIn(int(devices), int(mebibytes) * 2**20, triton=bool(more)).__enter__()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batchbench.batching.engines.torch import triton_ops as ops
+from batchbench.batching.engines.torch.triton import ops
 
 _TYPES = {
     torch.float32: "*fp32",

@@ -15,7 +15,14 @@ from batchbench.batching.benches import GRACE, Bench, check_pair_time, in_turn
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import environment
-from batchbench.batching.models import ModelCache, ModelSpec, Tokenizer, find_model, find_tokenizer
+from batchbench.batching.models import (
+    ModelCache,
+    ModelSpec,
+    Tokenizer,
+    encoder,
+    find_model,
+    find_tokenizer,
+)
 from batchbench.batching.models.source import read_config
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
@@ -91,7 +98,7 @@ class RemoteBench(Bench):
             spec,
             batch_size=self.experiment.serving.batch_size,
             vocab_size=_vocabulary_of(self._folder),
-            encode=tokenizer.encode if tokenizer else None,
+            encode=encoder(tokenizer, chat=spec.chat_template),
             context=context,
             note=self._watch.note,
         )
@@ -332,13 +339,13 @@ def token_ns(recording: Recording) -> float:
 
 
 def _folder_of(target: TargetSpec) -> Path | None:
-    """Return the folder that has the tokenizer: of ``--tokenizer``, else of ``--verify-model``."""
+    """Return the place of the tokenizer: of ``--tokenizer``, else of ``--verify-model``."""
     if target.tokenizer is None:
         return target.verify_model
     folder = Path(target.tokenizer).expanduser()
     if not folder.is_dir():
         try:
-            found = find_model(ModelSpec(target.tokenizer), weights=False).folder
+            found = find_model(ModelSpec(target.tokenizer), weights=False).place
         except UsageError as error:
             raise UsageError(str(error).replace("--model", "--tokenizer")) from error
         if found is None:
@@ -350,6 +357,8 @@ def _folder_of(target: TargetSpec) -> Path | None:
 
 
 def _vocabulary_of(folder: Path | None) -> int:
+    if folder is not None and folder.is_file():
+        return find_model(ModelSpec(str(folder)), weights=False).vocab_size
     if folder is None or not (folder / "config.json").is_file():
         return SAFE_VOCABULARY
     config = read_config(str(folder), folder)

@@ -9,12 +9,13 @@ from itertools import groupby
 import numpy as np
 import torch
 
+from batchbench.batching.engines.torch.architecture import describe
 from batchbench.batching.engines.torch.attention import Layout, Prompts, SlotCache, aligned
 from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.forward import Forward, make_forward
 from batchbench.batching.engines.torch.graphs import Capture, Compile, PreparedDecode
 from batchbench.batching.engines.torch.mixed import PreparedMixed, tiles_of
-from batchbench.batching.engines.torch.triton_choice import triton_attention
+from batchbench.batching.engines.torch.triton.choice import triton_attention
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Chunk, Plan
 from batchbench.errors import UsageError
@@ -39,14 +40,9 @@ class SlotsEngine(TorchEngine):
         most_tokens: int | None = None,
     ) -> None:
         super().__init__(model, slots)
-        max_len = aligned(max_len, model.device)
+        _check_window(model, max_len)
+        max_len, config = aligned(max_len, model.device), model.module.config
         self.execution = execution
-        config = model.module.config
-        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-            raise UsageError(
-                f"--engine slots: {model.source.name} attends through a sliding window, which the "
-                "slot cache does not have; use --engine notebook"
-            )
         self._pass = forward or make_forward(model)
         self.triton = self._pass.triton
         self._passes = 0
@@ -186,3 +182,16 @@ class SlotsEngine(TorchEngine):
         """Return the mask of a later chunk of a prompt, which attends to all before it."""
         own = self._positions_of_cache[chunk.start : chunk.stop]
         return self._positions_of_cache[: chunk.stop] <= own[:, None]
+
+
+def _check_window(model: LoadedModel, max_len: int) -> None:
+    """Raise UsageError if a request may be longer than the model's sliding window."""
+    config = model.module.config
+    window = getattr(config, "sliding_window", None)
+    if not window or not getattr(config, "use_sliding_window", True):
+        return
+    if max_len > window or isinstance(describe(config), str):
+        raise UsageError(
+            f"--engine slots: {model.source.name} attends through a sliding window of {window} "
+            f"tokens, which the slot cache does not have; use --engine notebook"
+        )
