@@ -22,7 +22,7 @@ from batchbench.batching.remote.spec import (
     with_served_model,
 )
 from batchbench.batching.step_cost import KnownCost
-from batchbench.batching.strategies import find
+from batchbench.batching.strategies import GENERATE_BATCH_SAMPLES, find
 from batchbench.errors import UsageError, shown
 from batchbench.settings import parse_whole, setting
 from batchbench.workloads.lengths import parse_lengths
@@ -233,6 +233,8 @@ class Experiment:
                 "--strategy static-oracle: sorts by output length, which is not known with "
                 "--stop-at-eos; remove one of them"
             )
+        if self.workload.sampling is not None and "generate_batch" in self.serving.strategies:
+            raise UsageError(GENERATE_BATCH_SAMPLES)
         check_preset(self.preset)
 
     @classmethod

@@ -39,6 +39,31 @@ _MOST_DOTS = 100
 """Maximum number of dots in a line: parsing takes time quadratic in the parts of a dotted key."""
 
 
+LEAST_TEMPERATURE = 0.001
+"""Smallest temperature above 0; with less, rounding would decide about the token."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of sampled requests; names and meanings are vLLM's.
+
+    A token is drawn from softmax(logits / temperature). ``top_k`` keeps the most likely tokens, all
+    if it is 0; of these, ``top_p`` keeps the most likely ones that together have at least this
+    probability. Tokens of equal logits are kept or cut together.
+    """
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        cuts = [f"top-k {self.top_k}"] * bool(self.top_k) + [f"top-p {self.top_p:g}"] * (
+            self.top_p < 1
+        )
+        return ", ".join([f"sampled at temperature {self.temperature:g}", *cuts])
+
+
 @dataclass(frozen=True)
 class WorkloadSpec:
     """The options of a workload: the number of requests, their lengths, prompts and arrivals."""
@@ -117,9 +142,35 @@ class WorkloadSpec:
         "the model.",
         _PANEL,
     )
+    temperature: float | None = setting(
+        None,
+        "Draw each token from softmax(logits / temperature); 0 is greedy.",
+        _PANEL,
+        min=0.0,
+        max=100.0,
+        default_text="0, or that of the trace",
+        omit_default=True,
+    )
+    top_p: float = setting(
+        1.0,
+        "Draw from the most likely tokens that together have at least this probability.",
+        _PANEL,
+        min=1e-6,
+        max=1.0,
+        omit_default=True,
+    )
+    top_k: int = setting(
+        0,
+        "Draw from this many most likely tokens, before --top-p; 0 for all.",
+        _PANEL,
+        min=0,
+        max=10**9,
+        omit_default=True,
+    )
     seed: int = setting(
         0,
-        "Seed of lengths, prompts, arrivals (each has its own random stream) and dummy weights.",
+        "Seed of lengths, prompts, arrivals, sampled tokens (each has its own random stream) and "
+        "dummy weights.",
         _PANEL,
         min=0,
         max=2**63 - 1,
@@ -224,6 +275,14 @@ class WorkloadSpec:
                 f"--shared-prefix-tokens {self.shared_prefix_tokens}: needs random prompts; "
                 "give --prompt-tokens"
             )
+        if self.temperature is None and (self.top_p != 1.0 or self.top_k):
+            cut = f"--top-k {self.top_k}" if self.top_k else f"--top-p {self.top_p:g}"
+            raise UsageError(f"{cut}: greedy decoding has no use for it; give --temperature")
+        if self.temperature and self.temperature < LEAST_TEMPERATURE:
+            raise UsageError(
+                f"--temperature {self.temperature:g}: must be 0, which is greedy, or at least "
+                f"{LEAST_TEMPERATURE:g}"
+            )
 
         if self.chat_template and self.prompts is None:
             raise UsageError("--chat-template: needs prompts as text; give --prompts FILE")
@@ -245,6 +304,13 @@ class WorkloadSpec:
         return arrival_process(
             self.arrivals, self.request_rate, self.burstiness, trace=self.trace is not None
         )
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """The way to draw tokens; None for greedy decoding."""
+        if not self.temperature:
+            return None
+        return Sampling(self.temperature, self.top_p, self.top_k, self.seed)
 
     def output_lengths(self, batch_size: int) -> Lengths:
         """Return the distribution of output lengths; ``batch_size`` is the usual ``long_every``."""

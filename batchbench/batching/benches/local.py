@@ -18,7 +18,7 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.strategies import Context, PlugIn, find
 from batchbench.batching.trials import WarmUp
-from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
+from batchbench.batching.verification import NOT_VERIFIED, Verification, draws_by_itself, verify
 from batchbench.errors import BatchbenchError, UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
@@ -95,6 +95,7 @@ class LocalBench(Bench):
             prompt=int(self.workload.prompt_tokens.max()),
             mixes=serving.mixes_prefill,
             budget=serving.max_batched_tokens,
+            sampling=self.workload.sampling,
         )
         self.model |= {
             "device": str(loaded.device),
@@ -223,10 +224,17 @@ class LocalBench(Bench):
         self._watch.phase("verifying")
         from batchbench.batching.engines.torch.reference import TeacherForced
 
-        reference = TeacherForced(self._loaded)
-        return verify(
-            self.workload, recordings, reference, self.source.eos_token_ids, limit, chosen
-        )
+        reference, eos = TeacherForced(self._loaded), self.source.eos_token_ids
+        others = [r for r in recordings if self.workload.sampling and draws_by_itself(r)]
+        checked = [r for r in recordings if r not in others]
+        if not checked:
+            return NOT_VERIFIED
+        found = verify(self.workload, checked, reference, eos, limit, chosen)
+        names = ", ".join(dict.fromkeys(r.header.strategy for r in others))
+        if not names or not found.requests_checked:
+            return found
+        but = f"; not {names}, whose engine draws tokens from random numbers of its own"
+        return replace(found, reference=f"{found.reference}{but}")
 
     def texts(self, recording: Recording) -> list[tuple[str, str]] | None:
         """Return the prompt and the output of each request as text; None without a tokenizer."""

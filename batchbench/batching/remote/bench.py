@@ -26,7 +26,13 @@ from batchbench.batching.models import (
 from batchbench.batching.models.source import read_config
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.remote.dialects import Dialect, PromptCache, body_for, discover
+from batchbench.batching.remote.dialects import (
+    Dialect,
+    LengthField,
+    PromptCache,
+    body_for,
+    discover,
+)
 from batchbench.batching.remote.exchange import FailureKind
 from batchbench.batching.remote.outcome import (
     Agreement,
@@ -102,6 +108,7 @@ class RemoteBench(Bench):
             context=context,
             note=self._watch.note,
         )
+        self._check_sampling(workload)
         total = workload.prompt_tokens + workload.output_tokens
         longest = int(total.argmax())
         if context is not None and total[longest] > context:
@@ -112,6 +119,27 @@ class RemoteBench(Bench):
                 "--overlong clip, scale or skip, or start the server with a longer context"
             )
         return workload
+
+    def _check_sampling(self, workload: Workload) -> None:
+        """Raise UsageError if the server cannot draw tokens as the workload says."""
+        how, dialect = workload.sampling, self._dialect
+        if how is None:
+            return
+        if self._target.verify_model is not None:
+            raise UsageError(
+                "--verify-model: sampled outputs cannot be checked, since a server draws them from "
+                "random numbers of its own; drop it, or give --temperature 0"
+            )
+        if how.top_k and not dialect.top_k:
+            raise UsageError(
+                f"--top-k {how.top_k}: requests to this {dialect.name} server have no such field; "
+                "drop it, or give one of the server's own with --extra-body"
+            )
+        if workload.stop_at_eos and dialect.length_field is LengthField.GENERATION_CONFIG:
+            raise UsageError(
+                f"--temperature {how.temperature:g}: this {dialect.name} server samples only with "
+                "settings that replace the model's end-of-sequence token; drop --stop-at-eos"
+            )
 
     def strategy(self, name: str) -> Served:
         """Return the strategy of this name, *static* or *continuous*."""
@@ -137,6 +165,7 @@ class RemoteBench(Bench):
             request.output_tokens,
             ignore_eos=not workload.stop_at_eos,
             extra_body=self._target.extra,
+            drawn=workload.stream(request.index),
         )
 
     def within(self, limit: float | None) -> Self:
