@@ -268,6 +268,11 @@ class Experiment:
         return [(name, part) for name, part in parts if part is not None]
 
     @property
+    def server(self) -> str | None:
+        """The address of the server; None for our own engine."""
+        return None if self.target is None else self.target.target
+
+    @property
     def subject(self) -> str:
         """The model, or the server, for the name of a folder."""
         return self.model.model if self.target is None else self.target.place.replace(":", "-")

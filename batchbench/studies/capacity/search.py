@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batchbench.batching.experiment import Experiment
+from batchbench.batching.models import ModelCache
+from batchbench.batching.policies import WAITING
+from batchbench.batching.progress import Watch
 from batchbench.batching.remote.outcome import ServerFacts
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Verification
@@ -20,6 +24,8 @@ from batchbench.studies.capacity.probe import (
     ProbeRunner,
     Verdict,
 )
+from batchbench.studies.executors.jobs import Done, Executor, Job, run_parts
+from batchbench.studies.executors.machines import kinds_of
 
 MOST_DOUBLINGS = 24
 """Maximum number of doublings or halvings of the first rate: a factor of 16 million."""
@@ -100,6 +106,8 @@ class CapacityFindings:
     environment: Mapping[str, Any]
     workload: str
     server: ServerFacts | None = None
+    nodes: Mapping[str, str] | None = None  # where each strategy was searched, if elsewhere
+    machines: Sequence[str] = ()  # kinds of these machines
 
     @property
     def ratio(self) -> Interval | None:
@@ -166,3 +174,75 @@ def find_capacity(
         workload=session.workload.name.replace(f"; {experiment.workload.process}", ""),
         server=session.server(),
     )
+
+
+@dataclass(frozen=True)
+class SearchWork:
+    """The search for one strategy, on any machine."""
+
+    experiment: Experiment
+    query: CapacityQuery
+    precision: float
+
+    def __call__(self, watch: Watch, models: ModelCache) -> Done:
+        return Done({"": pickle.dumps(find_capacity(self.experiment, self.query, self.precision))})
+
+
+def find_capacity_on(
+    executor: Executor,
+    experiment: Experiment,
+    query: CapacityQuery,
+    precision: float,
+    watch: CapacityWatch,
+) -> CapacityFindings:
+    """Search the capacity of each strategy as a job of its own, and put the findings together.
+
+    A search is sequential, since each rate depends on the verdict on the one before. Strategies
+    do not alternate, because each may have another machine.
+    """
+    serving, jobs = experiment.serving, list[Job]()
+    for name in serving.strategies:
+        wait = serving.max_wait if name in WAITING else 0.0
+        own = replace(experiment, serving=replace(serving, strategy=name, max_wait=wait))
+        jobs.append(Job(name, SearchWork(own, query, precision), own.server))
+    ends = run_parts(jobs, executor, watch)
+    nodes = {job.key: ends[job.key][1] for job in jobs}
+    parts: list[CapacityFindings] = [pickle.loads(_bytes(ends[job.key][0][""])) for job in jobs]
+    machines = [] if experiment.simulated else kinds_of(part.environment for part in parts)
+    reasons = [reason for part in parts for reason in part.reasons]
+    if len(machines) > 1:
+        reasons.append(
+            f"strategies were searched on {len(machines)} kinds of machines "
+            f"({'; '.join(machines)}): drop --any-hardware"
+        )
+    return replace(
+        parts[0],
+        experiment=experiment,
+        capacities=[capacity for part in parts for capacity in part.capacities],
+        verification=_all(part.verification for part in parts),
+        reasons=list(dict.fromkeys(reasons)),
+        nodes=nodes,
+        machines=machines,
+    )
+
+
+def _bytes(content: bytes | str) -> bytes:
+    assert isinstance(content, bytes)
+    return content
+
+
+def _all(checks: Iterable[Verification]) -> Verification:
+    """Return the outcome of checks of different recordings of one workload."""
+    first, *others = checks
+    for other in others:
+        gaps = [c.max_logit_gap for c in (first, other) if c.max_logit_gap is not None]
+        first = Verification(
+            first.requests_checked + other.requests_checked,
+            first.identical + other.identical,
+            first.numerical_ties + other.numerical_ties,
+            first.wrong + other.wrong,
+            first.reference or other.reference,
+            max(gaps, default=None),
+            (*first.findings, *other.findings),
+        )
+    return first

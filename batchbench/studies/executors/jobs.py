@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
-from batchbench.errors import BatchbenchError
+from batchbench.errors import BatchbenchError, IncompleteError, UsageError
+from batchbench.reports.text import spell_time
 from batchbench.studies.executors.machines import here
 
 MOST_RERUNS = 2
@@ -69,10 +70,14 @@ Work = Callable[[Watch, ModelCache], Done | Failed]
 
 @dataclass(frozen=True)
 class Job:
-    """An independent part of a study; no two jobs have the same ``key``."""
+    """An independent part of a study; no two jobs have the same ``key``.
+
+    Jobs with the same ``server`` load it, so they run one after another.
+    """
 
     key: str
     work: Work
+    server: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,8 @@ def run_jobs(
     """Run jobs, and yield the end of each once, in the order in which they end.
 
     A job that is lost runs again at most :data:`MOST_RERUNS` times; after that it is yielded as
-    :class:`Lost`. A job that a machine refuses waits for another machine.
+    :class:`Lost`. A job that a machine refuses waits for another machine, and one whose server is
+    in use waits for its end.
 
     Raises:
         Exception: the error that a job raised.
@@ -165,15 +171,20 @@ def run_jobs(
         waited: called after each wait.
     """
     by_key = {job.key: job for job in jobs}
-    waiting, losses, submitted = deque(by_key), Counter[str](), 0
+    waiting, losses, submitted = deque(by_key), Counter[str](), set[str]()
+
+    def startable() -> str | None:
+        busy = {by_key[key].server for key in submitted} - {None}
+        return next((key for key in waiting if by_key[key].server not in busy), None)
+
     while waiting or submitted:
-        while waiting and executor.free > 0:
-            job = by_key[waiting.popleft()]
-            begins(job)
-            executor.submit(job)
-            submitted += 1
+        while executor.free > 0 and (key := startable()) is not None:
+            waiting.remove(key)
+            begins(by_key[key])
+            executor.submit(by_key[key])
+            submitted.add(key)
         for ended in executor.wait():
-            submitted -= 1
+            submitted.remove(ended.key)
             if isinstance(ended.outcome, Raised):
                 raise ended.outcome.error
             losses[ended.key] += isinstance(ended.outcome, Lost)
@@ -183,6 +194,38 @@ def run_jobs(
             else:
                 yield ended
         waited()
+
+
+def run_parts(
+    jobs: Sequence[Job], executor: Executor, watch: Watch
+) -> dict[str, tuple[Mapping[str, bytes | str], str]]:
+    """Run all parts of a study that keeps none of them; return the files and node of each by key.
+
+    Raises:
+        UsageError: a part cannot be done.
+        IncompleteError: a part was lost with its machine, several times.
+    """
+    ends = dict[str, tuple[Mapping[str, bytes | str], str]]()
+    shown = ""
+
+    def waited() -> None:
+        nonlocal shown
+        now = ", ".join(f"{key} on {node}" for key, node in executor.running.items())
+        if now != shown:
+            shown = now
+            watch.phase(f"running {now.replace('on queued', '(queued)')}" if now else "waiting")
+
+    for ended in run_jobs(jobs, executor, waited=waited):
+        if isinstance(ended.outcome, Failed):
+            raise UsageError(ended.outcome.reason)
+        if not isinstance(ended.outcome, Done):
+            raise IncompleteError(
+                f"{ended.key} was lost {MOST_RERUNS + 1} times with its machine "
+                f"({getattr(ended.outcome, 'reason', '')}); the same command starts again"
+            )
+        watch.note(f"{ended.key} ran {spell_time(ended.seconds)} on {ended.node or 'this machine'}")
+        ends[ended.key] = (ended.outcome.files, ended.node)
+    return ends
 
 
 # The process that does the work

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from batchbench.batching.machine import HARDWARE, SOFTWARE, differences, environment, facts_of
@@ -40,3 +40,20 @@ def unlike(base: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         if one is not None and other is not None:
             return f"its {name.replace('_', ' ')} is {other}, not {one}"
     return ""
+
+
+def kinds_of(environments: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the kinds of the machines with these environments in words, each with its nodes."""
+    kinds: list[tuple[dict[str, Any], list[str]]] = []
+    for facts in (facts_of(facts, {}) for facts in environments):
+        nodes = next((nodes for kind, nodes in kinds if not unlike(kind, facts)), None)
+        if nodes is None:
+            kinds.append((facts, nodes := []))
+        if facts["hostname"] not in nodes:
+            nodes.append(facts["hostname"])
+    return [
+        " ".join(str(kind[name]) for name in ("cpu", "gpu") if kind.get(name))
+        + (f", torch {kind['torch']}" if kind.get("torch") else "")
+        + f" ({', '.join(nodes)})"
+        for kind, nodes in kinds
+    ]

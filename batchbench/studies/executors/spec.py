@@ -33,8 +33,8 @@ class ExecutorSpec:
 
     executor: str = setting(
         "local",
-        "Where cells run. local: in this process, one after the other; ray: on a Ray cluster, one "
-        "on each GPU, or on each node without; slurm: each as a Slurm job.",
+        "Where independent parts run. local: on this machine, one after the other; ray: on a Ray "
+        "cluster, one on each GPU, or on each node without; slurm: each as a Slurm job.",
         "Machines",
         choices=EXECUTORS,
     )
@@ -119,12 +119,6 @@ def make_executor(
     """
     if spec.executor == "local" or not experiments:
         return Local(watch)
-    targets = [e.target.target for e in experiments if e.target is not None]
-    if len(set(targets)) < len(targets):
-        raise UsageError(
-            f"--executor {spec.executor}: several cells have the same --target, and would load it "
-            "at the same time; use --executor local"
-        )
     timed = not all(experiment.simulated for experiment in experiments)
     same = spec.same_hardware or (timed and not spec.any_hardware)
     like = {**((same and first) or {}), "batchbench": __version__}
@@ -132,7 +126,7 @@ def make_executor(
         if spec.executor == "ray":
             from batchbench.studies.executors.ray_cluster import RayCluster
 
-            gpus = any(experiment.model.device != "cpu" for experiment in experiments)
+            gpus = any(e.target is None and e.model.device != "cpu" for e in experiments)
             return RayCluster(spec.ray_address, watch, timed=timed, gpus=gpus, like=like, same=same)
         from batchbench.studies.executors.slurm import Slurm
     except ModuleNotFoundError as error:

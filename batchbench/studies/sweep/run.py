@@ -271,7 +271,10 @@ def run_cells(
     watch.cells_begin(len(possible), done)
     watch.cells_run([], executor.machines)
     pace = Pace({digest: work_of(_experiment(cell)) for digest, cell in pending.items()})
-    jobs = [Job(digest, CellWork(_experiment(cell), serve)) for digest, cell in pending.items()]
+    jobs = [
+        Job(digest, CellWork(_experiment(cell), serve), _experiment(cell).server)
+        for digest, cell in pending.items()
+    ]
 
     def begins(job: Job) -> None:
         watch.cell_begins(numbers[job.key], len(possible), pending[job.key])
