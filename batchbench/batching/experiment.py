@@ -378,6 +378,16 @@ def _check_served(experiment: Experiment, target: TargetSpec) -> None:
                 f"--strategy {shown(name)}: a server schedules by itself, so --target has static "
                 "(in waves) and continuous; drop it"
             )
+        if target.clients > 1 and name != "continuous":
+            raise UsageError(
+                f"--clients {target.clients}: only one client knows when a wave has ended; add "
+                "--strategy continuous"
+            )
+    if target.clients > 1 and experiment.workload.max_concurrency is not None:
+        raise UsageError(
+            f"--clients {target.clients}: no client knows how many requests of the others are in "
+            "flight; drop --max-concurrency"
+        )
     verify = experiment.trials.verify
     if verify not in ("all", "none") and target.verify_model is None:
         raise UsageError(

@@ -19,7 +19,7 @@ from batchbench.errors import UsageError, shown
 from batchbench.files import default_folders, undisturbed
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
-from batchbench.studies.executors.spec import ExecutorSpec, make_executor
+from batchbench.studies.executors.spec import ExecutorSpec, clients_of, make_executor
 from batchbench.studies.sweep.grid import SWEPT
 
 CAPACITY_HELP = (
@@ -131,8 +131,10 @@ def _search(
 
     query = CapacityQuery(goals, study.slo_attainment, study.max_trials)
     display = CapacityDisplay(make_error_console(quiet=study.quiet))
-    if machines.executor == "local":
-        findings = find_capacity(experiment, query, study.precision, display)
+    together = experiment.target is not None and experiment.target.clients > 1
+    if machines.executor == "local" or together:
+        with clients_of(machines, [experiment], folder, display) as start:
+            findings = find_capacity(experiment, query, study.precision, display, start)
     else:
         with display, closing(make_executor(machines, [experiment], folder, display)) as executor:
             findings = find_capacity_on(executor, experiment, query, study.precision, display)

@@ -153,6 +153,8 @@ def render(data: Data) -> RenderableType:
     suspect = "bold yellow" if data["validity"]["reasons"] else "bold"
     style = "bold red" if data["verification"]["wrong"] else suspect
     nodes = [f"{_label(data, name)} ran on {n}" for name, n in (data.get("nodes") or {}).items()]
+    if clients := (data.get("server") or {}).get("clients"):
+        nodes.append(f"{len(clients)} clients share the requests ({', '.join(clients)})")
     notes = [Text("; ".join(nodes), style="dim")] * bool(nodes)
     return Group(Text(sentence(data), style=style), Text(), table(data), *notes)
 
@@ -203,7 +205,7 @@ def data_of(findings: CapacityFindings, command: str) -> dict[str, Any]:
     }
 
 
-_OF_SERVER = ("name", "version", "slots")
+_OF_SERVER = ("name", "version", "slots", "clients")
 
 
 def _probe(probe: Probe) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import ModelCache
@@ -26,6 +27,9 @@ from batchbench.studies.capacity.probe import (
 )
 from batchbench.studies.executors.jobs import Done, Executor, Job, run_parts
 from batchbench.studies.executors.machines import kinds_of
+
+if TYPE_CHECKING:
+    from batchbench.batching.remote.clients import Start
 
 MOST_DOUBLINGS = 24
 """Maximum number of doublings or halvings of the first rate: a factor of 16 million."""
@@ -123,17 +127,26 @@ def find_capacity(
     query: CapacityQuery,
     precision: float,
     watch: CapacityWatch | None = None,
+    start: Start | None = None,
 ) -> CapacityFindings:
     """Search the capacity of each strategy of ``experiment``, whose own rate is ignored.
 
     Every trial of a rate draws arrivals and lengths from its own seed; the seeds are the same for
     every rate and strategy, and a higher rate has the same gaps, shortened. Strategies alternate,
     so that a drift of the machine's speed affects all of them. Raises UsageError if no limit is
-    given, requests miss them even without load, or no rate is too high.
+    given, requests miss them even without load, or no rate is too high. ``start`` starts the
+    clients of a server on other machines.
     """
     if not query.goals.slo:
         raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")
-    runner = ProbeRunner(experiment, query, watch or CapacityWatch())
+    runner = ProbeRunner(experiment, query, watch or CapacityWatch(), start)
+    with closing(runner.session):
+        return _search(runner, experiment, query, precision)
+
+
+def _search(
+    runner: ProbeRunner, experiment: Experiment, query: CapacityQuery, precision: float
+) -> CapacityFindings:
     session, unloaded_ms = runner.session, runner.measure_unloaded()
     alone = 1e3 / unloaded_ms["e2el"]  # at a share of this rate, about that share meets another
     lowest = alone * (1 - query.attainment) / 2

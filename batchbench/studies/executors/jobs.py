@@ -11,14 +11,18 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.errors import BatchbenchError, IncompleteError, UsageError
 from batchbench.reports.text import spell_time
 from batchbench.studies.executors.machines import here
+
+if TYPE_CHECKING:
+    from batchbench.batching.remote.clients import Start
 
 MOST_RERUNS = 2
 """Number of times that a job which was lost with its machine runs again."""
@@ -210,10 +214,11 @@ def run_parts(
 
     def waited() -> None:
         nonlocal shown
-        now = ", ".join(f"{key} on {node}" for key, node in executor.running.items())
+        now = ", ".join(f"{key} ({node})" for key, node in executor.running.items())
         if now != shown:
             shown = now
-            watch.phase(f"running {now.replace('on queued', '(queued)')}" if now else "waiting")
+            if now:
+                watch.phase(f"running {now}")
 
     for ended in run_jobs(jobs, executor, waited=waited):
         if isinstance(ended.outcome, Failed):
@@ -226,6 +231,63 @@ def run_parts(
         watch.note(f"{ended.key} ran {spell_time(ended.seconds)} on {ended.node or 'this machine'}")
         ends[ended.key] = (ended.outcome.files, ended.node)
     return ends
+
+
+# Clients of one server
+
+
+PLACES_S = 60.0
+"""Seconds without a free place after which not all clients can run at once."""
+
+
+@dataclass(frozen=True)
+class ClientWork:
+    """One of several clients of a server, until they are not needed any more."""
+
+    join: Callable[[], None]
+
+    def __call__(self, watch: Watch, models: ModelCache) -> Done:
+        self.join()
+        return Done({})
+
+
+def clients_on(executor: Executor) -> Start:
+    """Return what starts clients as jobs of an executor, all of which run at the same time."""
+
+    @contextmanager
+    def start(join: Callable[[], None], count: int) -> Iterator[Callable[[], None]]:
+        waiting = deque(Job(f"client {i + 1}", ClientWork(join)) for i in range(count))
+        jobs, since = {job.key: job for job in waiting}, time.monotonic()
+
+        def look() -> None:
+            nonlocal since
+            while waiting and executor.free:
+                executor.submit(waiting.popleft())
+                since = time.monotonic()
+            if waiting and time.monotonic() - since > PLACES_S:
+                raise IncompleteError(
+                    f"--clients {count}: only {count - len(waiting)} can run at once; lower it, or "
+                    "let the executor have more machines"
+                )
+            for ended in executor.wait():
+                if isinstance(ended.outcome, Raised):
+                    raise ended.outcome.error
+                if not isinstance(ended.outcome, Unlike):
+                    reason = getattr(ended.outcome, "reason", "it ended")
+                    raise IncompleteError(f"--clients: {ended.key} on {ended.node}: {reason}")
+                waiting.append(jobs[ended.key])
+
+        try:
+            yield look
+        finally:  # the driver has hung up
+            until = time.monotonic() + LEAVE_S
+            while executor.running and time.monotonic() < until:
+                executor.wait()
+
+    return start
+
+
+LEAVE_S = 10.0
 
 
 # The process that does the work

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchbench import settings
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError, shown
 from batchbench.settings import option_name, setting
-from batchbench.studies.executors.jobs import Executor, Local
+from batchbench.studies.executors.jobs import Executor, Local, clients_on
 from batchbench.version import __version__
+
+if TYPE_CHECKING:
+    from batchbench.batching.remote.clients import Start
 
 EXECUTORS = ("local", "ray", "slurm")
 
@@ -148,3 +152,15 @@ def make_executor(
         like=like,
         same=same,
     )
+
+
+@contextmanager
+def clients_of(
+    spec: ExecutorSpec, experiments: Sequence[Experiment], folder: Path, watch: Watch
+) -> Iterator[Start | None]:
+    """Yield what starts clients on an executor; None on this machine, which needs no help."""
+    if spec.executor == "local":
+        yield None
+        return
+    with closing(make_executor(spec, experiments, folder, watch)) as executor:
+        yield clients_on(executor)
