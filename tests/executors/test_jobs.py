@@ -18,8 +18,7 @@ from support.program import Call, caller
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.errors import IncompleteError, UsageError
-from batchbench.studies.executors.jobs import Ended, Failed, Job, Local, Worker, run_jobs
-from batchbench.studies.executors.machines import unlike
+from batchbench.studies.executors.jobs import Ended, Failed, Job, Local, Worker, run_jobs, unlike
 from batchbench.studies.executors.spec import ExecutorSpec, make_executor
 from batchbench.studies.sweep.run import Store
 

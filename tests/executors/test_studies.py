@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.executors import FACTS, Adversary
+from support.executors import FACTS, Adversary, Threads
 from support.program import Call, caller
+from support.schedules import MS, Schedule
+from support.servers import Manner, serving
 
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
+from batchbench.batching.session import conduct
 from batchbench.errors import IncompleteError, UsageError
 from batchbench.reports.slo import GoalsSpec
 from batchbench.studies.capacity import report
 from batchbench.studies.capacity.probe import CapacityQuery, CapacityWatch
 from batchbench.studies.capacity.search import find_capacity, find_capacity_on
-from batchbench.studies.executors.jobs import Done, Failed, Job, Lost, run_parts
-from batchbench.studies.executors.machines import kinds_of
+from batchbench.studies.executors.jobs import (
+    Done,
+    Failed,
+    Job,
+    Lost,
+    clients_on,
+    kinds_of,
+    run_parts,
+)
 from batchbench.studies.sweep.grid import Grid
 from batchbench.studies.sweep.report import (
     CellResult,
@@ -184,3 +194,91 @@ def test_a_sweep_on_unlike_machines_is_marked_as_suspect() -> None:
     assert json.loads(to_json(unlike, "", {}))["machines"] == machines
     styles = [str(render(s, None, {}).renderables[0].style) for s in (alike, unlike)]  # type: ignore[attr-defined]
     assert styles == ["bold", "bold yellow"]
+
+
+# Several clients of one server
+
+CLIENTS = ("--clients", "2", "--strategy", "continuous", "--executor", "ray")
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Threads:
+    """Clients are threads of this process."""
+    executor = Threads(2)
+    monkeypatch.setattr("batchbench.studies.executors.spec.make_executor", lambda *_: executor)
+    monkeypatch.setattr("batchbench.batching.remote.clients._own_hosts", lambda: ("127.0.0.1",))
+    return executor
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with serving(Schedule(slots=32, step_ns=2 * MS), Manner("vllm")) as server:
+        yield server.url
+
+
+def test_clients_of_an_executor_share_the_requests_of_a_run(
+    call: Call, threads: Threads, url: str
+) -> None:
+    words = ("run", "--target", url, "--request-rate", "100", "-n", "24", "--output-tokens", "4")
+    code, out, err = call(*words, *CLIENTS, "--trials", "2", "-o", "r")
+    assert code == 0
+    assert err.startswith("waiting for clients (0 of 2 are here) …\nwaiting for clients (1 of 2")
+    assert " 2 clients (2 on " in " ".join(out.split())
+    clients = json.loads(Path("r/result.json").read_text())["server"]["clients"]
+    assert [client["requests"] for client in clients["each"]] == [12, 12]
+    assert not threads.running
+
+
+def test_a_sweep_over_rates_loads_one_server_with_all_clients(
+    call: Call, threads: Threads, url: str
+) -> None:
+    words = ("sweep", "--target", url, "--request-rate", "50,100", "-n", "12", "--trials", "1")
+    code, _, _ = call(*words, "--output-tokens", "4", *CLIENTS, "-o", "s")
+    assert code == 0
+    cells = json.loads(Path("s/sweep.json").read_text())["cells"]
+    assert [len(cell["server"]["clients"]["each"]) for cell in cells] == [2, 2]
+
+
+def test_a_capacity_is_that_of_one_server_under_all_clients(
+    call: Call, threads: Threads, url: str
+) -> None:
+    words = ("capacity", "--target", url, "--slo", "e2el:200", "-n", "40", "--max-trials", "1")
+    words = (*words, "--precision", "1", "--slo-attainment", "0.5", "--output-tokens", "20")
+    code, out, _ = call(*words, *CLIENTS, "-o", "c")
+    assert code == 0
+    data = json.loads(Path("c/capacity.json").read_text())
+    assert len(data["clients"]) == 2
+    assert data["nodes"] is None
+    assert "2 clients share the requests (" in out
+
+
+def test_a_client_without_a_place_or_that_ends_is_an_error(
+    threads: Threads, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchbench.studies.executors.jobs.PLACES_S", 0.0)
+    options = {"target": url, "clients": 3, "strategy": "continuous", "request_rate": 100.0}
+    experiment = Experiment.of({**options, "queue_size": 12, "verify": "none"})
+    with pytest.raises(IncompleteError, match="--clients 3: only 2 can run at once; lower it"):
+        conduct(experiment, Watch(), start=clients_on(threads))
+    assert not threads.running
+    with (
+        clients_on(Threads(1))(lambda: None, 1) as look,
+        pytest.raises(IncompleteError, match="--clients: client 1 on a-thread: it ended"),
+    ):
+        list(iter(look, 1))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "--executor", "ray"), "--executor ray: a run has no independent parts; give"),
+        (
+            ("run", "--target", "http://a:1", "--target=http://b:1"),
+            "--target: there are several; give one, or compare them with batchbench sweep",
+        ),
+    ],
+)
+def test_a_run_has_one_server_and_no_parts(call: Call, words: tuple[str, ...], said: str) -> None:
+    code, out, err = call(*words)
+    assert (code, out) == (2, "")
+    assert said in err

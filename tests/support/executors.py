@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from batchbench.batching.experiment import Experiment
@@ -76,6 +78,38 @@ class Adversary:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+class Threads:
+    """Runs ``free`` jobs at once, each in a thread of this process."""
+
+    machines = 1
+
+    def __init__(self, slots: int) -> None:
+        self._slots, self._ended = slots, SimpleQueue[Ended]()
+        self.running: dict[str, str] = {}
+
+    @property
+    def free(self) -> int:
+        return self._slots - len(self.running)
+
+    def submit(self, job: Job) -> None:
+        def run() -> None:
+            self._ended.put(Ended(job.key, job.work(Watch(), ModelCache()), "a-thread"))
+
+        self.running[job.key] = "a-thread"
+        threading.Thread(target=run, daemon=True).start()
+
+    def wait(self) -> Sequence[Ended]:
+        try:
+            ended = self._ended.get(timeout=0.05)
+        except Empty:
+            return []
+        del self.running[ended.key]
+        return [ended]
+
+    def close(self) -> None:
+        assert not self.running
 
 
 @dataclass(frozen=True)

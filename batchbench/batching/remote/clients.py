@@ -193,6 +193,7 @@ class Clients:
             listener.settimeout(0.2)
             meeting = Meeting(hosts, listener.getsockname()[1], secrets.token_bytes(32))
             look = stack.enter_context((start or processes)(partial(join, meeting), count))
+            stack.callback(listener.close)  # so that those who wait at the door leave
             self._clients: list[_Client] = []
             while (here := len(self._clients)) < count:
                 watch.phase(f"waiting for clients ({here} of {count} are here)")

@@ -25,8 +25,7 @@ from batchbench.studies.capacity.probe import (
     ProbeRunner,
     Verdict,
 )
-from batchbench.studies.executors.jobs import Done, Executor, Job, run_parts
-from batchbench.studies.executors.machines import kinds_of
+from batchbench.studies.executors.jobs import Done, Executor, Job, kinds_of, run_parts
 
 if TYPE_CHECKING:
     from batchbench.batching.remote.clients import Start

@@ -17,8 +17,7 @@ from batchbench.batching.step_cost import StepCost
 from batchbench.reports.latency import within
 from batchbench.reports.result import Result
 from batchbench.reports.text import plural, spell_time
-from batchbench.studies.executors.jobs import Executor
-from batchbench.studies.executors.machines import kinds_of
+from batchbench.studies.executors.jobs import Executor, kinds_of
 from batchbench.studies.predict.fitted import FittedRun
 from batchbench.studies.sweep.grid import Cell
 from batchbench.studies.sweep.run import Store, SweepWatch, run_cells

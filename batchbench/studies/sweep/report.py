@@ -30,7 +30,7 @@ from batchbench.reports.text import (
     times,
     times_within,
 )
-from batchbench.studies.executors.machines import kinds_of
+from batchbench.studies.executors.jobs import kinds_of
 from batchbench.studies.sweep.figures import PICTURES, draw_sweep
 from batchbench.studies.sweep.grid import Cell, Grid
 from batchbench.studies.sweep.run import Store
