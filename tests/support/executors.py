@@ -19,7 +19,16 @@ from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, conduct
 from batchbench.reports.slo import GoalsSpec
-from batchbench.studies.executors.jobs import Done, Ended, Executor, Failed, Job, Lost, Unlike
+from batchbench.studies.executors.jobs import (
+    Done,
+    Ended,
+    Executor,
+    Failed,
+    Job,
+    Lost,
+    Unlike,
+    Worker,
+)
 from batchbench.studies.sweep.grid import Grid, digest_of
 from batchbench.studies.sweep.report import read_sweep
 from batchbench.studies.sweep.run import Conduct, Store, run_cells
@@ -95,7 +104,7 @@ class Threads:
 
     def submit(self, job: Job) -> None:
         def run() -> None:
-            self._ended.put(Ended(job.key, job.work(Watch(), ModelCache()), "a-thread"))
+            self._ended.put(Worker("", timed=False).run(job))
 
         self.running[job.key] = "a-thread"
         threading.Thread(target=run, daemon=True).start()
