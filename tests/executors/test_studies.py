@@ -263,7 +263,7 @@ def test_a_client_without_a_place_or_that_ends_is_an_error(
     assert not threads.running
     with (
         clients_on(Threads(1))(lambda: None, 1) as look,
-        pytest.raises(IncompleteError, match="--clients: client 1 on .*: it ended"),
+        pytest.raises(IncompleteError, match=r"--clients: client 1 on .*: it ended"),
     ):
         list(iter(look, 1))
 
