@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from batchbench.studies.executors.jobs import (
     kinds_of,
     run_parts,
 )
+from batchbench.studies.executors.spec import ExecutorSpec
 from batchbench.studies.sweep.grid import Grid
 from batchbench.studies.sweep.report import (
     CellResult,
@@ -282,3 +285,37 @@ def test_a_run_has_one_server_and_no_parts(call: Call, words: tuple[str, ...], s
     code, out, err = call(*words)
     assert (code, out) == (2, "")
     assert said in err
+
+
+def commands_of_the_page() -> list[str]:
+    """Return the commands in docs/clusters.md, continued lines joined."""
+    page = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text("utf-8")
+    lines = page.replace("\\\n", " ").splitlines()
+    return [line.split("$ ")[1] for line in lines if "$ batchbench " in line]
+
+
+@pytest.mark.parametrize("command", commands_of_the_page())
+def test_commands_of_the_page_get_as_far_as_their_executor(
+    command: str, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reached(spec: ExecutorSpec, experiments: Sequence[Experiment], *_: object) -> None:
+        assert experiments
+        raise UsageError(f"reached {spec.executor}")
+
+    for place in (
+        "cli.sweep",
+        "cli.capacity",
+        "cli.predict",
+        "cli.ladder",
+        "studies.executors.spec",
+    ):
+        monkeypatch.setattr(f"batchbench.{place}.make_executor", reached)
+    monkeypatch.setattr("batchbench.studies.sweep.run.ask_servers", lambda grid: {})
+    words = shlex.split(command.replace("/shared/", "shared-"))[1:]
+    executor = dict(itertools.pairwise(words)).get("--executor")
+    if executor is None:  # clients on this machine, of a server that is not there
+        words[words.index("http://server:8000")] = "http://127.0.0.1:9"
+    code, _, err = call(*words)
+    assert code == 2
+    said = f"reached {executor}" if executor else "http://127.0.0.1:9 refuses connections"
+    assert err.splitlines()[-1].startswith(f"batchbench: {said}")
