@@ -190,6 +190,13 @@ def test_trials_before_a_client_died_are_kept() -> None:
     assert {one.kind for one in outcome.failures[0].failed} == {"client_lost"}
 
 
+def test_a_client_that_hangs_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchbench.batching.remote.clients.SILENCE_S", 5.0)
+    with pytest.raises(TrialFailed, match=r"client . of 2 on .* was lost: ") as found:
+        together(2, "", f"{WIRE}wire.exchange = lambda *a, **k: time.sleep(99)\n", timeout=0.5)
+    assert len(found.value.failed.failed) == COUNT / 2
+
+
 def test_a_client_that_falls_behind_is_named() -> None:
     late = f"{WIRE}wire.exchange = lambda *a, **k: (time.sleep(1), _exchange(*a, **k))[1]\n"
     outcome, _ = together(2, "", late)

@@ -18,11 +18,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -45,7 +45,8 @@ LEAD_NS = 500_000_000
 _REPORT_NS = 500_000_000
 """Time between two reports of a client's progress."""
 
-_CONNECT_S = 5.0
+_CONNECT_S, SILENCE_S = 5.0, 60.0
+"""Longest waits for a connection, and for an answer that a client gives at once."""
 
 LOST = "client_lost"
 """The kind of failure of the requests of a client that was lost in a trial."""
@@ -162,13 +163,19 @@ class _Client:
     connection: Connection
     gone: bool = False
 
+    def hear(self, within_s: float = SILENCE_S) -> Any:
+        """Return the next message; raise an OSError or EOFError if none will come."""
+        if not self.connection.poll(within_s):
+            raise TimeoutError
+        return self.connection.recv()
+
     def clock(self) -> tuple[int, int]:
         """Return the offset of its clock from ours, and the largest error of it, in ns."""
         readings = []
         for _ in range(ROUND_TRIPS):
             before = time.monotonic_ns()
             self.connection.send(None)
-            theirs = self.connection.recv()
+            theirs = self.hear()
             after = time.monotonic_ns()
             readings.append((after - before, theirs - (before + after) // 2))
         trip, offset = min(readings)
@@ -204,13 +211,14 @@ class Clients:
             self._closing = stack.pop_all()
 
     def _welcome(self, connection: Connection, count: int) -> None:
-        theirs, node = connection.recv()
+        client = _Client("", "", connection)
+        theirs, client.node = client.hear()
         if theirs != version.__version__:
             raise UsageError(
-                f"--clients: {node} has batchbench {theirs}, not {version.__version__}"
+                f"--clients: {client.node} has batchbench {theirs}, not {version.__version__}"
             )
-        name = f"client {len(self._clients) + 1} of {count} on {node}"
-        self._clients.append(_Client(name, node, connection))
+        client.name = f"client {len(self._clients) + 1} of {count} on {client.node}"
+        self._clients.append(client)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -235,12 +243,16 @@ class Clients:
         for client, rows in zip(self._clients, shares, strict=True):
             own = replace(sendable, body=Bodies([bodies[i] for i in rows]))
             self._tell(client, Part(own, _taken(workload, rows), trial))
-        self._ask_all(lambda client: client.connection.recv())  # they are ready
+        self._ask_all(_Client.hear)  # they are ready
         before = self._ask_all(_Client.clock)
-        zero_ns = time.monotonic_ns() + LEAD_NS
-        for client, (offset_ns, _) in before.items():
-            self._tell(client, Go(zero_ns + offset_ns, until_ns and until_ns + offset_ns))
-        answers = self._answers(watch)
+        answers = dict[_Client, Played | Exception]()
+        if not any(client.gone for client in self._clients):
+            zero_ns = time.monotonic_ns() + LEAD_NS
+            for client, (offset_ns, _) in before.items():
+                self._tell(client, Go(zero_ns + offset_ns, until_ns and until_ns + offset_ns))
+            # Something arrives, or a request fails, before a client is silent for so long.
+            patience_s = SILENCE_S + served.address.timeout_s + int(workload.due_ns.max()) / 1e9
+            answers = self._answers(watch, patience_s)
         after = self._ask_all(_Client.clock)
         failed, is_usage = self._failed(answers, shares)
         if failed:
@@ -297,15 +309,15 @@ class Clients:
                 client.gone = True
         return answers
 
-    def _answers(self, watch: Watch) -> dict[_Client, Played | Exception]:
+    def _answers(self, watch: Watch, patience_s: float) -> dict[_Client, Played | Exception]:
         """Wait for the end of a trial at each client; report their progress together."""
         answers = dict[_Client, Played | Exception]()
         reports = dict[_Client, Progress]()
         while pending := [c for c in self._clients if not c.gone and c not in answers]:
-            ready = wait([client.connection for client in pending])
-            for client in (c for c in pending if c.connection in ready):
+            ready = wait([client.connection for client in pending], patience_s)
+            for client in (c for c in pending if c.connection in ready or not ready):
                 try:
-                    message = client.connection.recv()
+                    message = client.hear(0)
                 except (OSError, EOFError):
                     client.gone = True
                     continue
@@ -363,19 +375,13 @@ def _merged(played: Sequence[Played], shares: Sequence[Ints], workload: Workload
     """Return the parts of a trial as one; the client's own part is that of the worst client."""
     places = sorted((int(i), c, k) for c, rows in enumerate(shares) for k, i in enumerate(rows))
     lags = [part.lag for part in played]
+    worst = {f.name: max(getattr(lag, f.name) for lag in lags) for f in fields(ClientLag)}
     return Played(
         [replace(played[c].replies[k], index=i) for i, c, k in places],
         [played[c].times_ns[k] for _, c, k in places],
         [played[c].sent_ns[k] for _, c, k in places],
         workload.due_ns,
-        ClientLag(
-            reads=sum(lag.reads for lag in lags),
-            kernel_share=min(lag.kernel_share for lag in lags),
-            merged_share=max(lag.merged_share for lag in lags),
-            loop_p50_ns=max(lag.loop_p50_ns for lag in lags),
-            loop_p99_ns=max(lag.loop_p99_ns for lag in lags),
-            late_p99_ns=max(lag.late_p99_ns for lag in lags),
-        ),
+        ClientLag(**{**worst, "kernel_share": min(lag.kernel_share for lag in lags)}),
     )
 
 
