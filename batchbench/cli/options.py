@@ -40,10 +40,11 @@ DOCUMENTS = {
     "github-smaller": "github-smaller.json",
     "bencher": "bencher.json",
     "pytest-benchmark": "pytest-benchmark.json",
+    "llmd": "llmd.json",
 }
 """Report formats that are written to a file, with the default name of the file."""
 
-SHORT = {"batch_size": "-b", "queue_size": "-n", "output": "-o", "quiet": "-q"}
+SHORT = {"batch_size": "-b", "queue_size": "-n", "output": "-o", "quiet": "-q", "verbose": "-v"}
 """Options with a one-letter form, which is the same in every command."""
 
 ALIASES = {
@@ -93,6 +94,7 @@ class OutputSpec:
     trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
     json: bool = setting(False, "Print only result.json.", "Output")
     quiet: bool = setting(False, "Print only a one-line summary; no progress.", "Output")
+    verbose: bool = setting(False, "Print all metrics, where the time went, and more.", "Output")
     dry_run: bool = setting(False, "Estimate steps, memory and time; run nothing.", "Output")
 
     def __post_init__(self) -> None:
@@ -107,7 +109,8 @@ class ReportSpec:
         None,
         "terminal: tables on standard output; html: one self-contained page; markdown: for a pull "
         "request; json: result.json. JSON for dashboards: github-bigger and github-smaller for "
-        "github-action-benchmark, bencher for bencher.dev, pytest-benchmark.",
+        "github-action-benchmark, bencher for bencher.dev, pytest-benchmark. llmd: llm-d's "
+        "benchmark report, schema 0.2, one file per strategy.",
         "Output",
         choices=("terminal", "json", *DOCUMENTS),
         metavar="FORMAT",
@@ -124,6 +127,7 @@ class ReportSpec:
     trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
     json: bool = setting(False, "Print only result.json.", "Output")
     quiet: bool = setting(False, "Print only a one-line summary.", "Output")
+    verbose: bool = setting(False, "Print all metrics, where the time went, and more.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -384,7 +388,9 @@ _ALL = "batchbench.help_all"
 _TYPED: ContextVar[tuple[str, list[str], dict[str, Any]]] = ContextVar("typed")
 """The command, the words after it, and its parameters by the names of their options."""
 
-_NOT_SAVED = ("api_key", "output", "overwrite", "trace_out", "json", "quiet", "dry_run")
+_NOT_SAVED = (
+    *("api_key", "output", "overwrite", "trace_out", "json", "quiet", "verbose", "dry_run"),
+)
 
 
 class Command(TyperCommand):

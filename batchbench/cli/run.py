@@ -14,8 +14,8 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.batching.remote.spec import TargetSpec
 from batchbench.batching.step_cost import CostSpec
-from batchbench.cli.options import OutputSpec, typed_command, with_options
-from batchbench.cli.output import Shown, echo, output_folder, show
+from batchbench.cli.options import OutputSpec, ReportSpec, typed_command, with_options
+from batchbench.cli.output import echo, output_folder, show
 from batchbench.errors import Interrupted, UsageError
 from batchbench.files import check_folder, default_folders, undisturbed
 from batchbench.reports.slo import GoalsSpec
@@ -152,19 +152,19 @@ def _measure_and_write(
     return result.data["verification"]["passed"] is not False and not outcome.failures
 
 
-def show_result(result: Result, files: Iterable[Path], output: Shown) -> None:
-    """Print a result and the names of the files that were written."""
+def show_result(result: Result, files: Iterable[Path], output: OutputSpec | ReportSpec) -> None:
+    """Print a result and where its files are."""
     from batchbench.reports.formats.terminal import render, sentence
     from batchbench.reports.result import to_json
 
-    command = result.data["command"]
     show(
         output,
         lambda: to_json(result),
         lambda: sentence(result),
-        lambda: render(result),
-        command,
+        lambda: render(result, verbose=output.verbose),
+        result.data["command"],
         files,
+        more=None if output.verbose else "batchbench report --verbose",
     )
 
 

@@ -128,7 +128,7 @@ def test_a_missing_extra_answers_with_the_command_to_type(
     with pytest.raises(UsageError) as found:
         make_executor(ExecutorSpec(executor=executor), experiments, tmp_path, Watch())
     assert str(found.value) == (
-        f"--executor {executor}: needs {module}; type pip install 'batchbench[{executor}]'"
+        f"--executor {executor}: needs {module}; type pip install 'batchbench-llm[{executor}]'"
     )
 
 

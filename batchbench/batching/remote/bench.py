@@ -159,7 +159,7 @@ class RemoteBench(Bench):
         if limit is None:
             return self
         other = self.on(self.workload)
-        other._until_ns = time.monotonic_ns() + round(GRACE * limit * 1e9)
+        other._until_ns = time.perf_counter_ns() + round(GRACE * limit * 1e9)
         return other
 
     def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:

@@ -139,7 +139,7 @@ def make_executor(
             raise
         raise UsageError(
             f"--executor {spec.executor}: needs {name}; type pip install "
-            f"'batchbench[{spec.executor}]'"
+            f"'batchbench-llm[{spec.executor}]'"
         ) from error
     return Slurm(
         folder / "jobs",
