@@ -105,7 +105,7 @@ HEAVY: Mapping[str, tuple[str, ...]] = {
     "torch": (
         *("batching.engines.*", "batching.models.loading", "batching.machine"),
         "studies.ladder.run",  # types of what the engines return
-        "studies.executors.machines",
+        "studies.executors.jobs",
     ),
     "rich": (
         *("*report*", "reports.formats.*", "reports.replay.terminal", "cli.*"),
@@ -149,7 +149,7 @@ LATE: Mapping[str, str] = {
     "batching.strategies.vllm": "vLLM is optional, and the bytes of a cache are known to torch",
     "batching.trials": "measuring the machine imports torch",
     "studies.executors.spec": "Ray and submitit are optional",
-    "studies.executors.machines": "a GPU is looked at only where times are measured",
+    "studies.executors.jobs": "a GPU is looked at only where times are measured",
     "studies.gate.worker": "a worker says who it is before it imports torch",
     "studies.ladder.run": "a rung of the ladder imports torch",
     # Libraries that are optional or take long to import, so that --help and errors come at once.

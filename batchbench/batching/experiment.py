@@ -276,6 +276,11 @@ class Experiment:
         return [(name, part) for name, part in parts if part is not None]
 
     @property
+    def server(self) -> str | None:
+        """The address of the server; None for our own engine."""
+        return None if self.target is None else self.target.target
+
+    @property
     def subject(self) -> str:
         """The model, or the server, for the name of a folder."""
         return self.model.model if self.target is None else self.target.place.replace(":", "-")
@@ -381,6 +386,16 @@ def _check_served(experiment: Experiment, target: TargetSpec) -> None:
                 f"--strategy {shown(name)}: a server schedules by itself, so --target has static "
                 "(in waves) and continuous; drop it"
             )
+        if target.clients > 1 and name != "continuous":
+            raise UsageError(
+                f"--clients {target.clients}: only one client knows when a wave has ended; add "
+                "--strategy continuous"
+            )
+    if target.clients > 1 and experiment.workload.max_concurrency is not None:
+        raise UsageError(
+            f"--clients {target.clients}: no client knows how many requests of the others are in "
+            "flight; drop --max-concurrency"
+        )
     if experiment.workload.chat_template and target.endpoint == CHAT:
         raise UsageError(
             f"--chat-template: the server applies its own at {CHAT}; drop it, or give --endpoint "

@@ -70,7 +70,7 @@ RARE = (
     *("load_format", "revision", "dtype", "threads", "verify", "price_per_hour", "trace_out"),
     *("endpoint", "tokenizer", "api_key", "extra_body", "timeout", "insecure", "verify_model"),
     *("ray_address", "slurm_partition", "slurm_time", "slurm_gpus", "parallel"),
-    *("same_hardware", "any_hardware"),
+    *("same_hardware", "any_hardware", "clients"),
     *("mean_tokens", "batches", "precision", "max_trials", "floor", "margin", "junit", "github"),
 )
 """Options that the short help leaves out."""
@@ -411,6 +411,11 @@ class Command(TyperCommand):
                 for line in listing():
                     echo(line)
                 raise typer.Exit
+        target = own.get("--target")
+        if target and not target.multiple and sum(w.split("=")[0] == "--target" for w in words) > 1:
+            raise UsageError(
+                "--target: there are several; give one, or compare them with batchbench sweep"
+            )
         _TYPED.set((ctx.command_path, list(words), own))  # the parser empties its list
         return super().parse_args(ctx, words)
 

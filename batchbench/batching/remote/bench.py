@@ -26,6 +26,7 @@ from batchbench.batching.models import (
 from batchbench.batching.models.source import read_config
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
+from batchbench.batching.remote.clients import Clients, Start
 from batchbench.batching.remote.dialects import (
     Dialect,
     LengthField,
@@ -67,7 +68,11 @@ class RemoteBench(Bench):
     """
 
     def __init__(
-        self, experiment: Experiment, watch: Watch, models: ModelCache | None = None
+        self,
+        experiment: Experiment,
+        watch: Watch,
+        models: ModelCache | None = None,
+        start: Start | None = None,
     ) -> None:
         super().__init__(experiment, watch)
         assert experiment.target is not None
@@ -81,6 +86,8 @@ class RemoteBench(Bench):
         self._counts: dict[str, list[Attempt]] = {n: [] for n in experiment.serving.strategies}
         self._outputs: dict[int, Sequence[Output]] = {}  # by id of the recording
         self._until_ns: int | None = None
+        self._start_clients = start
+        self._clients: Clients | None = None  # from the warm-up on
         self.workload = self.make(experiment.workload)
         self.model = {
             "name": self._name or "unnamed model",
@@ -96,6 +103,20 @@ class RemoteBench(Bench):
                 f"a {self._dialect.name} server cannot be told to go on after an end token, and a "
                 "shorter output counts as failed; --stop-at-eos takes outputs as they come"
             )
+        self._check_clients(self._target.clients)
+
+    def _check_clients(self, count: int) -> None:
+        if count > 1 and not self.strategy("continuous").clients_share(self.workload):
+            raise UsageError(
+                f"--clients {count}: all requests are there at the start, so there is no rate to "
+                "share; give --request-rate, or drop --clients"
+            )
+        if len(self.workload) < count:
+            raise UsageError(f"--clients {count}: more than requests; raise --queue-size")
+
+    def close(self) -> None:
+        if self._clients is not None:
+            self._clients.close()
 
     def make(self, spec: WorkloadSpec) -> Workload:
         """Make a workload; a request that the server says it cannot take is a usage error."""
@@ -151,6 +172,7 @@ class RemoteBench(Bench):
             self._dialect,
             self._body,
             self._until_ns,
+            self._clients,
         )
 
     def _body(self, workload: Workload, request: Request) -> bytes:
@@ -177,12 +199,17 @@ class RemoteBench(Bench):
         return other
 
     def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
-        """Serve a short piece with as many requests as in a trial, until its latency settles.
+        """Start the clients, and serve a short piece until its latency settles.
+
+        It has as many requests at once as a trial; this process sends them.
 
         Raises:
             TrialFailed: a request failed.
             UsageError: the server refuses the requests.
         """
+        count = self._target.clients
+        if count > 1 or self._start_clients is not None:
+            self._clients = Clients(count, self._start_clients, self._watch)
         self._watch.phase("warming up")
         began = time.monotonic()
         piece = beginning(
@@ -321,6 +348,7 @@ class RemoteBench(Bench):
             },
             running_before=max(running, default=None),
             prompt_cache_off=self._dialect.prompt_cache is PromptCache.OFF or None,
+            clients=() if self._clients is None else self._clients.nodes,
         )
 
     def agreement(self) -> Agreement | None:

@@ -122,6 +122,14 @@ class TargetSpec:
         max=1e6,
         unit="seconds",
     )
+    clients: int = setting(
+        1,
+        "Number of client processes that share the requests, on this machine or on those of "
+        "--executor; for requests that arrive over time.",
+        _PANEL,
+        min=1,
+        max=1000,
+    )
     insecure: bool = setting(False, "Accept any TLS certificate of the server.", _PANEL)
     verify_model: Path | None = setting(
         None,
