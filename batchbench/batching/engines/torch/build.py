@@ -421,11 +421,15 @@ class _Run:
     @property
     def resident_bytes(self) -> int:
         """The bytes of weights, with the packed ones and the padded vocabulary."""
-        padded = 0
-        if self.served.lean and supports_triton(self.device):
-            text = self.served.config.get_text_config()
-            padded = padded_bytes(text.vocab_size, text.hidden_size, self.served.dtype)
-        return self.weight_bytes * (2 if self.packs else 1) + padded
+        lean, dtype = self.served.lean, self.served.dtype
+        if lean is None:
+            return self.weight_bytes
+        if self.packs:  # an embedding that is no product's weight is not packed
+            looked_up = 0 if lean.tied else lean.vocabulary * lean.width * dtype.itemsize
+            return 2 * self.weight_bytes - looked_up
+        triton = supports_triton(self.device)
+        padded = padded_bytes(lean.vocabulary, lean.width, dtype) if triton else 0
+        return self.weight_bytes + padded
 
     def peak_bytes(self, slots: int) -> int:
         """Return the largest of the stages: loading, packing, serving, verifying."""
