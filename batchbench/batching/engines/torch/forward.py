@@ -189,13 +189,15 @@ class LeanForward:
         if self._kernels is not None:
             plain = [norm.weight for norm in norms]
             return attend_natively(self._kernels, cached, qkv, layout, angles, plain, of.eps)
-        parts = list(torch.split(qkv, [of.heads, of.kv_heads, of.kv_heads], 1))
-        for i, norm in enumerate(norms):
-            parts[i] = norm(parts[i])
         if angles is not None:
-            parts[:2] = (rotate(part, angles) for part in parts[:2])
-        q, k, v = (part.to(self.cache_dtype) for part in parts)
-        return attend(cached, q, torch.stack([k, v], 1), layout)
+            qk = qkv[:, : of.heads + of.kv_heads]
+            if norms:
+                both = torch.split(qk, [of.heads, of.kv_heads], 1)
+                qk = torch.cat([norm(x) for norm, x in zip(norms, both, strict=True)], 1)
+            qkv = torch.cat([rotate(qk, angles), qkv[:, -of.kv_heads :]], 1)
+        qkv = qkv.to(self.cache_dtype)
+        kv = qkv[:, of.heads :].view(len(qkv), 2, of.kv_heads, -1)
+        return attend(cached, qkv[:, : of.heads], kv, layout)
 
 
 def _attention_kernels(
