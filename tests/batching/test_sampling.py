@@ -17,6 +17,8 @@ from support.models import LLAMA, TINY
 from support.sampling import drawn, drawn_alone, kept, noise_of
 
 from batchbench.batching.batcher import Batcher
+from batchbench.batching.engines.generate_batch import GenerateBatch
+from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.engines.torch import sampling as module
 from batchbench.batching.engines.torch.build import make_engine
 from batchbench.batching.engines.torch.reference import TeacherForced
@@ -29,10 +31,12 @@ from batchbench.batching.engines.torch.sampling import (
     perturbed,
     smallest_kept,
 )
+from batchbench.batching.experiment import Experiment
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import verify
+from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 from batchbench.workloads.request import Stream
 from batchbench.workloads.spec import Sampling
@@ -389,6 +393,23 @@ def test_the_compiler_takes_the_sampler_whole() -> None:
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(2)) * 3
     traced = torch.compile(choose, fullgraph=True, dynamic=False, backend="eager")
     assert traced(logits, CUTS[3], keys(3)).tolist() == choose(logits, CUTS[3], keys(3)).tolist()
+
+
+def test_transformers_batching_and_simulation(tiny: LoadedModel) -> None:
+    """The former has no stream of each request; the latter has the same steps for all tokens."""
+    with pytest.raises(UsageError, match="--strategy generate_batch: .* give --temperature 0"):
+        Experiment.of({"strategy": "static,generate_batch", "temperature": 0.7})
+    with pytest.raises(UsageError, match="--strategy generate_batch: "):
+        GenerateBatch(tiny, 2, 30).serve(WORKLOAD, Watch())
+    steps = [
+        serve_on(SimulatedEngine(), replace(WORKLOAD, sampling=sampling)).num_steps
+        for sampling in (None, PLAIN)
+    ]
+    assert steps[0] == steps[1]
+
+
+def serve_on(engine: SimulatedEngine, workload: Workload) -> Recording:
+    return Batcher("continuous", engine, 3).serve(workload, Watch())
 
 
 # Verification
