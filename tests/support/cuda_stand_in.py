@@ -82,6 +82,10 @@ class _Kind:
     writes: tuple[int | str, ...]  # arguments, by place or by name
 
 
+_NO_LAUNCH = (aten.empty_like, aten.new_empty, aten.new_empty_strided, aten._unsafe_view)
+"""Operators that launch nothing, though they are no views by their schema."""
+
+
 @cache
 def _kind(func: Any) -> _Kind:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -94,7 +98,7 @@ def _kind(func: Any) -> _Kind:
     return _Kind(
         composite=has(func.name(), "CompositeImplicitAutograd"),
         view=bool(aliased) and not writes and all(a is not None for a in aliased),
-        allocates=func.overloadpacket in (aten.empty_like, aten.new_empty, aten.new_empty_strided),
+        allocates=func.overloadpacket in _NO_LAUNCH,
         writes=tuple(writes),
     )
 
