@@ -20,8 +20,9 @@ from batchbench.workloads.prompts import (
     random_prompts,
 )
 from batchbench.workloads.request import Ints, Ragged, Workload
+from batchbench.workloads.sampling import Sampling
 from batchbench.workloads.seeds import stream
-from batchbench.workloads.spec import Sampling, WorkloadSpec
+from batchbench.workloads.spec import WorkloadSpec
 from batchbench.workloads.traces import BadRow, Trace, read_trace
 
 QUEUE_SIZE = 32

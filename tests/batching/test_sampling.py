@@ -39,7 +39,7 @@ from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 from batchbench.workloads.request import Stream
-from batchbench.workloads.spec import Sampling
+from batchbench.workloads.sampling import Sampling
 
 if TYPE_CHECKING:
     from support.cuda_stand_in import StandIn
@@ -397,7 +397,7 @@ def test_the_compiler_takes_the_sampler_whole() -> None:
 
 def test_transformers_batching_and_simulation(tiny: LoadedModel) -> None:
     """The former has no stream of each request; the latter has the same steps for all tokens."""
-    with pytest.raises(UsageError, match="--strategy generate_batch: .* give --temperature 0"):
+    with pytest.raises(UsageError, match=r"--strategy generate_batch: .* give --temperature 0"):
         Experiment.of({"strategy": "static,generate_batch", "temperature": 0.7})
     with pytest.raises(UsageError, match="--strategy generate_batch: "):
         GenerateBatch(tiny, 2, 30).serve(WORKLOAD, Watch())
