@@ -26,7 +26,7 @@ from batchbench.batching.engines.torch.sampling import Chooser
 from batchbench.batching.models import ModelSpec, find_model
 from batchbench.batching.models.loading import load_model
 from batchbench.workloads.request import Stream
-from batchbench.workloads.spec import Sampling
+from batchbench.workloads.sampling import Sampling
 
 LENGTH = 64
 

@@ -50,7 +50,7 @@ from batchbench.reports.time_budget import explain, rate_of
 from batchbench.reports.validity import audit
 from batchbench.version import SCHEMA_VERSION, __version__
 from batchbench.workloads import Workload
-from batchbench.workloads.spec import Sampling
+from batchbench.workloads.sampling import Sampling
 
 Recordings = Mapping[str, Sequence[Recording]]
 

@@ -76,6 +76,7 @@ class ModelFacts(TypedDict):
     device: str | None
     dtype: str | None
     parameters: int | None
+    quantization: NotRequired[str | None]  # formats of a GGUF file that were dequantised
     attention: NotRequired[str]
     execution: NotRequired[str]
     execution_note: NotRequired[str | None]

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
+
+
+class ClientData(TypedDict):
+    """One of several clients: medians over trials, and the worst delay and clock."""
+
+    node: str
+    requests: int
+    rate: float | None
+    late_p99_ms: float
+    clock_offset_ms: float
+    clock_within_ms: float
+
+
+class ClientsData(TypedDict):
+    """The clients that shared the requests, and the rate of all of them together."""
+
+    rate: float | None
+    each: list[ClientData]
 
 
 class ServerData(TypedDict):
@@ -16,6 +34,7 @@ class ServerData(TypedDict):
     running_before: int | None
     prompt_cache_off: bool | None
     stamps: Literal["kernel", "user"] | None
+    clients: NotRequired[ClientsData | None]
 
 
 class DifferenceData(TypedDict):

@@ -20,8 +20,9 @@ from batchbench.workloads.prompts import (
     random_prompts,
 )
 from batchbench.workloads.request import Ints, Ragged, Workload
+from batchbench.workloads.sampling import Sampling
 from batchbench.workloads.seeds import stream
-from batchbench.workloads.spec import Sampling, WorkloadSpec
+from batchbench.workloads.spec import WorkloadSpec
 from batchbench.workloads.traces import BadRow, Trace, read_trace
 
 QUEUE_SIZE = 32
@@ -239,7 +240,8 @@ def _draw(spec: WorkloadSpec, batch_size: int, encode: Encode | None) -> Outline
 def _name(spec: WorkloadSpec, batch_size: int, count: int) -> str:
     prompts = f"prompts of {spec.prompt_tokens} tokens" if spec.prompt_tokens else "one prompt"
     if spec.prompts is not None:
-        prompts = f"prompts from {spec.prompts.name}"
+        wrapped = " in the chat template" if spec.chat_template else ""
+        prompts = f"prompts from {spec.prompts.name}{wrapped}"
     if spec.shared_prefix_tokens:
         prompts += f", the first {spec.shared_prefix_tokens} shared"
     if spec.output_tokens is not None:

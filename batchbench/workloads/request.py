@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.errors import UsageError
+from batchbench.workloads.sampling import Sampling
 from batchbench.workloads.seeds import seed_sequence
-from batchbench.workloads.spec import Sampling
 
 
 class Request(NamedTuple):

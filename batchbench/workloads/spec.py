@@ -15,6 +15,7 @@ from batchbench.settings import setting
 from batchbench.workloads.arrivals import GRAMMAR as ARRIVALS_GRAMMAR
 from batchbench.workloads.arrivals import ArrivalProcess, arrival_process
 from batchbench.workloads.lengths import Cycle, Lengths, parse_lengths
+from batchbench.workloads.sampling import LEAST_TEMPERATURE, Sampling
 
 TRACE_FORMATS = ("sharegpt", "azure", "burstgpt", "mooncake", "batchbench")
 
@@ -37,31 +38,6 @@ _OF_TRACE = ("trace_format", "trace_block_size", "trace_time_unit", "on_bad_row"
 
 _MOST_DOTS = 100
 """Maximum number of dots in a line: parsing takes time quadratic in the parts of a dotted key."""
-
-
-LEAST_TEMPERATURE = 0.001
-"""Smallest temperature above 0; with less, rounding would decide about the token."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of sampled requests; names and meanings are vLLM's.
-
-    A token is drawn from softmax(logits / temperature). ``top_k`` keeps the most likely tokens, all
-    if it is 0; of these, ``top_p`` keeps the most likely ones that together have at least this
-    probability. Tokens of equal logits are kept or cut together.
-    """
-
-    temperature: float
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-
-    def __str__(self) -> str:
-        cuts = [f"top-k {self.top_k}"] * bool(self.top_k) + [f"top-p {self.top_p:g}"] * (
-            self.top_p < 1
-        )
-        return ", ".join([f"sampled at temperature {self.temperature:g}", *cuts])
 
 
 @dataclass(frozen=True)
@@ -106,7 +82,7 @@ class WorkloadSpec:
         metavar="LENGTHS",
         default_text="the same 7-token prompt for all requests",
         excludes=("trace",),
-        resets=_OF_TRACE,
+        resets=(*_OF_TRACE, "chat_template"),
     )
     prompts: Path | None = setting(
         None,
@@ -115,6 +91,12 @@ class WorkloadSpec:
         metavar="FILE",
         excludes=("prompt_tokens", "trace", "shared_prefix_tokens"),
         resets=_OF_TRACE,
+    )
+    chat_template: bool = setting(
+        False,
+        "Wrap each prompt of --prompts, as a user's message, in the chat template of the "
+        "model's tokenizer.",
+        _PANEL,
     )
     shared_prefix_tokens: int = setting(
         0,
@@ -206,6 +188,7 @@ class WorkloadSpec:
         _TRACE,
         metavar="FILE",
         excludes=_CLASSIC,
+        resets=("chat_template",),
     )
     trace_format: str | None = setting(
         None,
@@ -276,6 +259,9 @@ class WorkloadSpec:
                 f"--temperature {self.temperature:g}: must be 0, which is greedy, or at least "
                 f"{LEAST_TEMPERATURE:g}"
             )
+
+        if self.chat_template and self.prompts is None:
+            raise UsageError("--chat-template: needs prompts as text; give --prompts FILE")
 
     def _check_trace(self) -> None:
         if self.trace is None:

@@ -28,7 +28,8 @@ from batchbench.batching.session import conduct
 from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
-from batchbench.workloads.spec import Sampling, WorkloadSpec
+from batchbench.workloads.sampling import Sampling
+from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
     from support.models import MakeModel

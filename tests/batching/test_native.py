@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.machine import PROCESSORS
+from support.models import LLAMA, TINY, MakeModel
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
 
 from batchbench.batching import machine as environments
@@ -20,6 +22,8 @@ from batchbench.batching.engines.torch import hardware
 from batchbench.batching.engines.torch import kernels as compiling
 from batchbench.batching.engines.torch import linear as layers
 from batchbench.batching.engines.torch.architecture import Norm, Rotary, rotate
+from batchbench.batching.engines.torch.attention import Layout, SlotCache
+from batchbench.batching.engines.torch.forward import LeanForward, make_forward
 from batchbench.batching.engines.torch.hardware import torch_environment
 from batchbench.batching.engines.torch.kernels import Native, Through, native
 from batchbench.batching.engines.torch.linear import OneDNN
@@ -43,6 +47,7 @@ laws = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 SEEDS = st.integers(0, 2**31)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+QWEN = {**LLAMA, "model_type": "qwen3", "head_dim": 24}
 WAYS = (
     Processor("GenuineIntel", frozenset({"avx512_bf16"})),
     Processor("AuthenticAMD", frozenset({"avx512_bf16"})),
@@ -131,7 +136,7 @@ def test_what_is_no_number_stays_none(own: Native) -> None:
         qkv[0, 1] = torch.nan
         block = torch.zeros(2, 1, 1, 4, 16, dtype=dtype)
         zero = torch.zeros(1, dtype=torch.int64)
-        assert own.attention(qkv, 1, block, zero, zero, 1).isnan().all()
+        assert own.attention(qkv, block, zero, zero, 1).isnan().all()
 
 
 @needs_kernels
@@ -154,19 +159,33 @@ def test_swiglu_is_the_gate_times_the_other_half(
 
 
 @needs_kernels
-@laws
-@given(
-    rows=st.integers(1, 5), width=st.sampled_from([1, 16, 20, 64, 8193]), dtype=DTYPES, seed=SEEDS
-)
-def test_a_norm_divides_by_the_root_mean_square(
-    rows: int, width: int, dtype: torch.dtype, seed: int
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [TINY, QWEN], ids=["gpt2", "qwen3"])
+def test_layers_in_one_call_are_the_layers_in_turn(
+    own: Native, config: dict[str, Any], dtype: str, make_model: MakeModel
 ) -> None:
-    own = native()
-    assert own is not None
-    x, weight = drawn(seed, width, rows, dtype=dtype).t() * 3, drawn(seed + 1, width, dtype=dtype)
-    expected = Norm(weight, None, 1e-5)(x)  # rounded twice, as in transformers
-    assert close(own.rms_norm(x, weight, 1e-5), expected.double(), dtype)
-    assert torch.equal(own.rms_norm(x, weight, 1e-5), own.rms_norm(x.contiguous(), weight, 1e-5))
+    """Rows that decode go through one call; the same rows beside prompts go through many."""
+    model = make_model(config, dtype=dtype)
+    for name, weight in model.module.named_parameters():
+        if weight.ndim == 1:
+            weight.data.copy_(drawn(len(name), len(weight), dtype=weight.dtype) * 0.3)
+    forward = make_forward(model)
+    assert isinstance(forward, LeanForward)
+    slots, positions = torch.tensor([2, 0, 1]), torch.tensor([3, 0, 70])
+    filled = SlotCache(model.module.config, 3, 80, torch.empty(0, dtype=model.dtype))
+    for block in filled.blocks:
+        block.block.copy_(drawn(7, *block.block.shape, dtype=model.dtype))
+    ids, outcomes = torch.tensor([5, 250, 9]), []
+    with torch.inference_mode():
+        for decodes in (True, False):
+            cache = copy.deepcopy(filled)
+            layout = Layout(cache, slots, positions, decoding=3, low=0, high=3, length=71)
+            if not decodes:
+                forward._table = None
+            outcomes.append((forward(ids, layout, None), cache.blocks[1].block))
+    within = 0.1 if dtype == "bfloat16" else 1e-4
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.allclose(one.float(), other.float(), atol=within, rtol=within)
 
 
 @needs_kernels
@@ -203,7 +222,7 @@ def test_attention_is_attention_up_to_each_rows_own_position(
     expected = block.clone()
     q, k, v = torch.split(qkv.clone(), [heads, kv_heads, kv_heads], 1)
     expected[0][places, :, positions], expected[1][places, :, positions] = k, v
-    out = own.attention(qkv, heads, block, places, positions, rows)
+    out = own.attention(qkv, block, places, positions, rows)
     assert torch.equal(block.nan_to_num(7.0), expected.nan_to_num(7.0))
     for i, (slot, length) in enumerate(zip(slots.tolist(), lengths, strict=True)):
         keys, values = expected[:, slot, None, :, :length].double()
@@ -233,7 +252,7 @@ def test_queries_and_keys_are_normed_and_rotated_where_keys_are_written(
         q, k = (Norm(w, None, 1e-6)(x) for w, x in zip(weights, (q, k), strict=True))
     q, k = rotate(q, angles), rotate(k, angles)
     block = torch.zeros(2, 3, kv_heads, 10, size, dtype=dtype)
-    out = own.attention(qkv, heads, block, torch.arange(3), positions, 1, angles, weights, eps=1e-6)
+    out = own.attention(qkv, block, torch.arange(3), positions, 1, angles, weights, eps=1e-6)
     assert close(qkv, torch.cat([q, k, v], 1).double(), dtype)
     keys, values = block[:, torch.arange(3), :, positions].transpose(0, 1)
     assert torch.equal(keys, qkv[:, heads:-kv_heads])
@@ -251,8 +270,7 @@ def test_large_scores_do_not_overflow() -> None:
     block[1, 0, 0, 150] = 5.0
     position = torch.tensor([199])
     assert (
-        own.attention(qkv, 1, block, torch.tensor([0]), position, 1).flatten().tolist()
-        == [100.0] * 16
+        own.attention(qkv, block, torch.tensor([0]), position, 1).flatten().tolist() == [100.0] * 16
     )
 
 

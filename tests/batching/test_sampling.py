@@ -39,7 +39,7 @@ from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 from batchbench.workloads.request import Stream
-from batchbench.workloads.spec import Sampling
+from batchbench.workloads.sampling import Sampling
 
 if TYPE_CHECKING:
     from support.cuda_stand_in import StandIn

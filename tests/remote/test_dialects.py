@@ -15,7 +15,7 @@ from batchbench.batching.remote.dialects import DIALECTS, Dialect, PromptCache, 
 from batchbench.batching.remote.events import parse
 from batchbench.errors import UsageError
 from batchbench.workloads.request import Stream
-from batchbench.workloads.spec import Sampling
+from batchbench.workloads.sampling import Sampling
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 

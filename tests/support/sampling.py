@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.workloads.request import Stream
-from batchbench.workloads.spec import Sampling
+from batchbench.workloads.sampling import Sampling
 
 if TYPE_CHECKING:
     from batchbench.batching.models.loading import LoadedModel

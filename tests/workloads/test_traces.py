@@ -24,7 +24,8 @@ from batchbench.cli.main import run_command
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 from batchbench.workloads.prompts import byte_tokens
-from batchbench.workloads.spec import TRACE_FORMATS, Sampling
+from batchbench.workloads.sampling import Sampling
+from batchbench.workloads.spec import TRACE_FORMATS
 from batchbench.workloads.traces import BadRow, read_trace, write_workload
 
 

@@ -13,7 +13,7 @@ from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment, ServingSpec
 from batchbench.batching.machine import Counter, counters_for, environment
-from batchbench.batching.models import ModelCache, Source, Tokenizer, find_tokenizer
+from batchbench.batching.models import ModelCache, Source, Tokenizer, encoder, find_tokenizer
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.strategies import Context, PlugIn, find
@@ -47,18 +47,14 @@ class LocalBench(Bench):
         self._forward = forward
         self._models = models or ModelCache()
         self.source = self._models.find(experiment.model, weights=not experiment.simulated)
-        self.tokenizer: Tokenizer | None = find_tokenizer(self.source.folder)
+        self.tokenizer: Tokenizer | None = find_tokenizer(self.source.place)
         self.workload = self.make(experiment.workload)
         self._max_len = max(max_len, self.workload.max_total_tokens)
         self._loaded: LoadedModel | None = None
         self._energy: Sequence[Counter] = ()
         self._memory: Mapping[str, Any] = {}
         self._servings: Mapping[str, int] = {}  # per trial, by strategy; once if it is not there
-        self.model = {
-            "name": self.source.name,
-            "load_format": self.source.load_format,
-            "note": self.source.note,
-        }
+        self.model = self.source.facts
         self.environment = environment()
         self.engine = self._engine()
         self._plug_ins = self._plug_in_strategies()
@@ -68,7 +64,7 @@ class LocalBench(Bench):
             spec,
             batch_size=self.experiment.serving.batch_size,
             vocab_size=self.source.vocab_size,
-            encode=self.tokenizer.encode if self.tokenizer else None,
+            encode=encoder(self.tokenizer, chat=spec.chat_template),
             context=self.source.context,
             note=self._watch.note,
         )

@@ -15,10 +15,18 @@ from batchbench.batching.benches import GRACE, Bench, check_pair_time, in_turn
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import environment
-from batchbench.batching.models import ModelCache, ModelSpec, Tokenizer, find_model, find_tokenizer
+from batchbench.batching.models import (
+    ModelCache,
+    ModelSpec,
+    Tokenizer,
+    encoder,
+    find_model,
+    find_tokenizer,
+)
 from batchbench.batching.models.source import read_config
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
+from batchbench.batching.remote.clients import Clients, Start
 from batchbench.batching.remote.dialects import (
     Dialect,
     LengthField,
@@ -60,7 +68,11 @@ class RemoteBench(Bench):
     """
 
     def __init__(
-        self, experiment: Experiment, watch: Watch, models: ModelCache | None = None
+        self,
+        experiment: Experiment,
+        watch: Watch,
+        models: ModelCache | None = None,
+        start: Start | None = None,
     ) -> None:
         super().__init__(experiment, watch)
         assert experiment.target is not None
@@ -74,6 +86,8 @@ class RemoteBench(Bench):
         self._counts: dict[str, list[Attempt]] = {n: [] for n in experiment.serving.strategies}
         self._outputs: dict[int, Sequence[Output]] = {}  # by id of the recording
         self._until_ns: int | None = None
+        self._start_clients = start
+        self._clients: Clients | None = None  # from the warm-up on
         self.workload = self.make(experiment.workload)
         self.model = {
             "name": self._name or "unnamed model",
@@ -89,6 +103,20 @@ class RemoteBench(Bench):
                 f"a {self._dialect.name} server cannot be told to go on after an end token, and a "
                 "shorter output counts as failed; --stop-at-eos takes outputs as they come"
             )
+        self._check_clients(self._target.clients)
+
+    def _check_clients(self, count: int) -> None:
+        if count > 1 and not self.strategy("continuous").clients_share(self.workload):
+            raise UsageError(
+                f"--clients {count}: all requests are there at the start, so there is no rate to "
+                "share; give --request-rate, or drop --clients"
+            )
+        if len(self.workload) < count:
+            raise UsageError(f"--clients {count}: more than requests; raise --queue-size")
+
+    def close(self) -> None:
+        if self._clients is not None:
+            self._clients.close()
 
     def make(self, spec: WorkloadSpec) -> Workload:
         """Make a workload; a request that the server says it cannot take is a usage error."""
@@ -97,7 +125,7 @@ class RemoteBench(Bench):
             spec,
             batch_size=self.experiment.serving.batch_size,
             vocab_size=_vocabulary_of(self._folder),
-            encode=tokenizer.encode if tokenizer else None,
+            encode=encoder(tokenizer, chat=spec.chat_template),
             context=context,
             note=self._watch.note,
         )
@@ -144,6 +172,7 @@ class RemoteBench(Bench):
             self._dialect,
             self._body,
             self._until_ns,
+            self._clients,
         )
 
     def _body(self, workload: Workload, request: Request) -> bytes:
@@ -166,16 +195,21 @@ class RemoteBench(Bench):
         if limit is None:
             return self
         other = self.on(self.workload)
-        other._until_ns = time.monotonic_ns() + round(GRACE * limit * 1e9)
+        other._until_ns = time.perf_counter_ns() + round(GRACE * limit * 1e9)
         return other
 
     def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
-        """Serve a short piece with as many requests as in a trial, until its latency settles.
+        """Start the clients, and serve a short piece until its latency settles.
+
+        It has as many requests at once as a trial; this process sends them.
 
         Raises:
             TrialFailed: a request failed.
             UsageError: the server refuses the requests.
         """
+        count = self._target.clients
+        if count > 1 or self._start_clients is not None:
+            self._clients = Clients(count, self._start_clients, self._watch)
         self._watch.phase("warming up")
         began = time.monotonic()
         piece = beginning(
@@ -314,6 +348,7 @@ class RemoteBench(Bench):
             },
             running_before=max(running, default=None),
             prompt_cache_off=self._dialect.prompt_cache is PromptCache.OFF or None,
+            clients=() if self._clients is None else self._clients.nodes,
         )
 
     def agreement(self) -> Agreement | None:
@@ -361,13 +396,13 @@ def token_ns(recording: Recording) -> float:
 
 
 def _folder_of(target: TargetSpec) -> Path | None:
-    """Return the folder that has the tokenizer: of ``--tokenizer``, else of ``--verify-model``."""
+    """Return the place of the tokenizer: of ``--tokenizer``, else of ``--verify-model``."""
     if target.tokenizer is None:
         return target.verify_model
     folder = Path(target.tokenizer).expanduser()
     if not folder.is_dir():
         try:
-            found = find_model(ModelSpec(target.tokenizer), weights=False).folder
+            found = find_model(ModelSpec(target.tokenizer), weights=False).place
         except UsageError as error:
             raise UsageError(str(error).replace("--model", "--tokenizer")) from error
         if found is None:
@@ -379,6 +414,8 @@ def _folder_of(target: TargetSpec) -> Path | None:
 
 
 def _vocabulary_of(folder: Path | None) -> int:
+    if folder is not None and folder.is_file():
+        return find_model(ModelSpec(str(folder)), weights=False).vocab_size
     if folder is None or not (folder / "config.json").is_file():
         return SAFE_VOCABULARY
     config = read_config(str(folder), folder)

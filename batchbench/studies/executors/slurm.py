@@ -16,8 +16,7 @@ import submitit
 
 from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError, reason_in_short
-from batchbench.studies.executors.jobs import Ended, Job, Lost, Unlike, Worker
-from batchbench.studies.executors.machines import unlike
+from batchbench.studies.executors.jobs import Ended, Job, Lost, Unlike, Worker, unlike
 
 _ASK_S = 30.0
 """Seconds between two questions to Slurm about all jobs; results are looked for all the time."""

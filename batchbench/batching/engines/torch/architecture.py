@@ -116,7 +116,8 @@ _READ_OF_GPT2 = {
 _IRRELEVANT = {
     *("architectures", "dtype", "torch_dtype", "transformers_version", "initializer_range"),
     *("id2label", "label2id", "problem_type", "task_specific_params", "use_cache"),
-    *("is_llama_config", "rope_interleaved", "pretraining_tp", "transformers.js_config"),
+    *("is_llama_config", "rope_interleaved", "use_mrope", "n_ctx", "pretraining_tp"),
+    "transformers.js_config",
 }
 _IRRELEVANT_ENDS = ("_token_id", "_pdrop", "dropout")
 _IRRELEVANT_STARTS = ("_", "summary_", "output_", "unsloth_")
@@ -296,7 +297,7 @@ def gather(module: PreTrainedModel, architecture: Architecture) -> Weights:
         weight = _end_to_end([_tensor(m.weight) for m in found])
         # transformers' Conv1D has a weight of [inputs, outputs]
         turned = weight if isinstance(found[0], nn.Linear) else weight.t()
-        biased = found[0].bias is not None
+        biased = any(m.bias is not None for m in found)
         return Matrix(turned, _end_to_end([_tensor(m.bias) for m in found]) if biased else None)
 
     def layer(root: nn.Module) -> Layer:
@@ -328,7 +329,8 @@ def gather(module: PreTrainedModel, architecture: Architecture) -> Weights:
 
 
 def _tensor(weight: object) -> torch.Tensor:
-    assert isinstance(weight, torch.Tensor)
+    if not isinstance(weight, torch.Tensor):
+        raise ValueError(f"a weight is {weight}")
     return weight
 
 

@@ -318,7 +318,6 @@ def attend_natively(
     kernels: Native,
     block: SlotLayer,
     qkv: torch.Tensor,
-    heads: int,
     layout: Layout,
     angles: torch.Tensor | None = None,
     norms: Sequence[torch.Tensor] = (),
@@ -330,9 +329,9 @@ def attend_natively(
     norms and rotates queries and keys in place, as :meth:`Native.attention` says.
     """
     cached, slots, positions, n = block.block, layout.slots, layout.positions, layout.decoding
-    out = kernels.attention(qkv, heads, cached, slots, positions, n, angles, norms, eps)
+    out = kernels.attention(qkv, cached, slots, positions, n, angles, norms, eps)
     if n < qkv.shape[0]:
-        kv_heads = block.keys.shape[1]
+        heads, kv_heads = out.shape[1], cached.shape[2]
         kv = qkv[:, heads:].view(len(qkv), 2, kv_heads, -1)
         options = {"enable_gqa": heads != kv_heads}
         _attend_prompts(qkv[:, :heads], kv, block, layout, options, out)

@@ -56,7 +56,7 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
-from batchbench.workloads.spec import Sampling
+from batchbench.workloads.sampling import Sampling
 
 HEADROOM = 0.1
 """Share of the free memory that stays unused."""
@@ -359,8 +359,8 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     )
 
 
-WITH_TRITON, LEAN = (7, 6), (12, 13)
-LLAMA_WITH_TRITON, LLAMA_LEAN, WITH_TRANSFORMERS = (8, 6), (41, 26), (45, 25)
+WITH_TRITON, LEAN = (7, 6), (11, 13)
+LLAMA_WITH_TRITON, LLAMA_LEAN, WITH_TRANSFORMERS = (8, 6), (34, 26), (45, 25)
 """Kernels that a decode step launches in each layer, and beside the layers, counted in captured
 passes in bfloat16: of GPT-2 and of a Llama with Triton's kernels and with torch's, and of a Llama
 in transformers' modules."""
@@ -425,11 +425,15 @@ class _Run:
     @property
     def resident_bytes(self) -> int:
         """The bytes of weights, with the packed ones and the padded vocabulary."""
-        padded = 0
-        if self.served.lean and supports_triton(self.device):
-            text = self.served.config.get_text_config()
-            padded = padded_bytes(text.vocab_size, text.hidden_size, self.served.dtype)
-        return self.weight_bytes * (2 if self.packs else 1) + padded
+        lean, dtype = self.served.lean, self.served.dtype
+        if lean is None:
+            return self.weight_bytes
+        if self.packs:  # an embedding that is no product's weight is not packed
+            looked_up = 0 if lean.tied else lean.vocabulary * lean.width * dtype.itemsize
+            return 2 * self.weight_bytes - looked_up
+        triton = supports_triton(self.device)
+        padded = padded_bytes(lean.vocabulary, lean.width, dtype) if triton else 0
+        return self.weight_bytes + padded
 
     def peak_bytes(self, slots: int) -> int:
         """Return the largest of the stages: loading, packing, serving, verifying."""

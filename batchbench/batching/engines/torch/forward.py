@@ -23,7 +23,7 @@ from batchbench.batching.engines.torch.attention import (
     attend_natively,
     cache_argument,
 )
-from batchbench.batching.engines.torch.kernels import Native, native
+from batchbench.batching.engines.torch.kernels import Native, Table, Through, native
 from batchbench.batching.engines.torch.linear import Kernels, Linear, make_linear
 from batchbench.batching.engines.torch.sampling import Choose, choose
 from batchbench.batching.engines.torch.triton.choice import triton_forward, triton_ops
@@ -125,6 +125,7 @@ class LeanForward:
             )
             for layer in weights.layers
         ]
+        self._table = self._make_table()
         self._head = make_linear(weights.head, None, most)
         layers = [self._head]
         for b in self._blocks:
@@ -141,20 +142,39 @@ class LeanForward:
             x = x + embedding(layout.positions, weights.positions)
         if weights.rotary is not None:
             angles = weights.rotary.angles(layout.positions, x.dtype)
-        tokens = x.shape[0]
-        for cached, block in zip(layout.cache.blocks, self._blocks, strict=True):
-            qkv = block.qkv(self._normed(x, block.norm_1)).view(tokens, -1, weights.of.head_dim)
-            seen = self._attend(cached, qkv, block.head_norms, layout, angles)
-            x = block.attention_out.plus(seen.reshape(tokens, -1).to(x.dtype), x)
-            x = block.mlp_out.plus(block.mlp_in.activated(self._normed(x, block.norm_2)), x)
+        if self._table is not None and self._kernels is not None and layout.decoding == len(x):
+            blocks = [cached.block for cached in layout.cache.blocks]
+            self._kernels.decode(self._table, x, blocks, layout.slots, layout.positions, angles)
+        else:
+            x = self._compute_layers(x, layout, angles)
         if keep is not None:
             x = x[keep]
-        return self._head(self._normed(x, weights.norm))
+        return self._head(weights.norm(x))
 
-    def _normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        if self._kernels is None or norm.bias is not None:
-            return norm(x)
-        return self._kernels.rms_norm(x, norm.weight, norm.eps)
+    def _compute_layers(
+        self, x: torch.Tensor, layout: Layout, angles: torch.Tensor | None
+    ) -> torch.Tensor:
+        tokens, of = len(x), self._weights.of
+        for cached, block in zip(layout.cache.blocks, self._blocks, strict=True):
+            qkv = block.qkv(block.norm_1(x)).view(tokens, -1, of.head_dim)
+            seen = self._attend(cached, qkv, block.head_norms, layout, angles)
+            x = block.attention_out.plus(seen.reshape(tokens, -1).to(x.dtype), x)
+            x = block.mlp_out.plus(block.mlp_in.activated(block.norm_2(x)), x)
+        return x
+
+    def _make_table(self) -> Table | None:
+        """Return the weights of all layers for :meth:`Native.decode`, if they are packed for it."""
+        rows: list[list[torch.Tensor | None]] = []
+        for b in self._blocks:
+            packed = [m.packed for m in (b.qkv, b.attention_out, b.mlp_in, b.mlp_out)]
+            if self._kernels is None or () in packed:
+                return None
+            norms = (norm.weight for norm in b.head_norms) if b.head_norms else (None, None)
+            qkv, out, mlp_in, mlp_out = packed
+            rows.append([*b.norm_1[:2], *qkv, *norms, *out, *b.norm_2[:2], *mlp_in, *mlp_out])
+        of = self._weights.of
+        through = Through.SWIGLU if of.gated else Through.GELU
+        return Table(rows, heads=of.heads, inner=of.inner, through=through, eps=of.eps)
 
     def _attend(
         self,
@@ -168,16 +188,16 @@ class LeanForward:
         of = self._weights.of
         if self._kernels is not None:
             plain = [norm.weight for norm in norms]
-            return attend_natively(
-                self._kernels, cached, qkv, of.heads, layout, angles, plain, of.eps
-            )
-        parts = list(torch.split(qkv, [of.heads, of.kv_heads, of.kv_heads], 1))
-        for i, norm in enumerate(norms):
-            parts[i] = norm(parts[i])
+            return attend_natively(self._kernels, cached, qkv, layout, angles, plain, of.eps)
         if angles is not None:
-            parts[:2] = (rotate(part, angles) for part in parts[:2])
-        q, k, v = (part.to(self.cache_dtype) for part in parts)
-        return attend(cached, q, torch.stack([k, v], 1), layout)
+            qk = qkv[:, : of.heads + of.kv_heads]
+            if norms:
+                both = torch.split(qk, [of.heads, of.kv_heads], 1)
+                qk = torch.cat([norm(x) for norm, x in zip(norms, both, strict=True)], 1)
+            qkv = torch.cat([rotate(qk, angles), qkv[:, -of.kv_heads :]], 1)
+        qkv = qkv.to(self.cache_dtype)
+        kv = qkv[:, of.heads :].view(len(qkv), 2, of.kv_heads, -1)
+        return attend(cached, qkv[:, : of.heads], kv, layout)
 
 
 def _attention_kernels(

@@ -240,28 +240,56 @@ void multiply(const Product<typename Way::Weight>& p, const typename Way::Input*
     }
 }
 
+void product(const Product<float>& p, const float* x, float*) {
+#pragma omp parallel
+    multiply<Float32>(p, x);
+}
+
+// `widened`, [rows, inputs], is room for x in float32; null to use the processor's own bfloat16.
+void product(const Product<bfloat16>& p, const bfloat16* x, float* widened) {
+#pragma omp parallel
+    if (widened) {
+#pragma omp for schedule(static)
+        for (long i = 0; i < (p.rows * p.inputs + LANES - 1) / LANES; i++) {
+            __mmask16 lanes = first(p.rows * p.inputs - i * LANES);
+            store(widened + i * LANES, lanes, load(x + i * LANES, lanes));
+        }
+        multiply<Widened>(p, widened);
+    } else {
+        multiply<Dotted>(p, x);
+    }
+}
+
 // ---- norms and rotary positions
 
-// x / sqrt(mean(x^2) + eps) * weight; `out` may be `x`.
+// x / sqrt(mean(x^2) + eps) * weight; with a bias of (x - mean), and plus it. `out` may be `x`.
 template <class T>
-void rms_norm(const T* x, const T* weight, T* out, long size, float eps) {
-    __m512 squares = _mm512_setzero_ps();
+void norm(const T* x, const T* weight, const T* bias, T* out, long size, float eps) {
+    __m512 sums = _mm512_setzero_ps(), squares = sums, mean = sums;
+    for (long i = 0; bias && i < size; i += LANES)
+        sums = _mm512_add_ps(sums, load(x + i, first(size - i)));
+    if (bias) mean = _mm512_set1_ps(_mm512_reduce_add_ps(sums) / size);
     for (long i = 0; i < size; i += LANES) {
-        __m512 part = load(x + i, first(size - i));
+        __mmask16 lanes = first(size - i);
+        __m512 part = _mm512_maskz_sub_ps(lanes, load(x + i, lanes), mean);
         squares = _mm512_fmadd_ps(part, part, squares);
     }
     const __m512 factor = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(squares) / size + eps));
     for (long i = 0; i < size; i += LANES) {
         __mmask16 lanes = first(size - i);
-        __m512 y = rounded<T>(_mm512_mul_ps(load(x + i, lanes), factor));
-        store(out + i, lanes, _mm512_mul_ps(y, load(weight + i, lanes)));
+        __m512 y = _mm512_mul_ps(_mm512_sub_ps(load(x + i, lanes), mean), factor);
+        __m512 scale = load(weight + i, lanes);
+        y = bias ? _mm512_fmadd_ps(y, scale, load(bias + i, lanes))
+                 : _mm512_mul_ps(rounded<T>(y), scale);
+        store(out + i, lanes, y);
     }
 }
 
 template <class T>
-void rms_norms(const T* x, const T* weight, T* out, long rows, long size, float eps) {
+void norms(
+    const T* x, const T* weight, const T* bias, T* out, long rows, long size, float eps) {
 #pragma omp parallel for schedule(static) if (rows * size > SERIAL)
-    for (long r = 0; r < rows; r++) rms_norm(x + r * size, weight, out + r * size, size, eps);
+    for (long r = 0; r < rows; r++) norm(x + r * size, weight, bias, out + r * size, size, eps);
 }
 
 // Rotates each number of a head with the one half a head away.
@@ -388,7 +416,7 @@ void attention(const Attention<T>& a) {
         const T* cosines = a.angles + token * (size / 2);
         for (long h = 0; h <= group; h++) {
             T* x = h < group ? q + h * size : key;
-            if (a.q_norm) rms_norm(x, h < group ? a.q_norm : a.k_norm, x, size, a.eps);
+            if (a.q_norm) norm(x, h < group ? a.q_norm : a.k_norm, (const T*)nullptr, x, size, a.eps);
             if (a.angles) rotate(x, cosines, cosines + a.tokens * (size / 2), size / 2);
         }
         T* keys = a.block + (a.slots[token] * a.kv_heads + head) * a.max_len * size;
@@ -403,6 +431,41 @@ void attention(const Attention<T>& a) {
             T* out = a.out + (token * a.heads + head * group) * size;
             some(q, keys, keys + values, length, size, a.scale, out, group);
         }
+    }
+}
+
+// ---- all layers, for a pass that only decodes
+
+template <class T>
+struct Layer {
+    const T *norm_1, *norm_1_bias, *qkv, *qkv_bias, *q_norm, *k_norm, *attention_out, *out_bias;
+    const T *norm_2, *norm_2_bias, *mlp_in, *in_bias, *mlp_out, *mlp_bias;
+    T* block;
+};
+
+struct Sizes {
+    long layers, rows, width, inner, through, heads, kv_heads, size, all_slots, max_len;
+    float scale, eps;
+};
+
+// `x`, [rows, width], changes in place; `room` is for the results between products of a layer.
+template <class T>
+void decode(
+    const Layer<T>* layers, T* x, T* room, float* widened, const int64_t* slots,
+    const int64_t* positions, const T* angles, const Sizes& s) {
+    const long rows = s.rows, seen = s.heads * s.size, all = seen + 2 * s.kv_heads * s.size;
+    T *normed = room, *qkv = normed + rows * s.width, *out = qkv + rows * all;
+    T* inner = out + rows * seen;
+    for (const Layer<T>* l = layers; l < layers + s.layers; l++) {
+        norms(x, l->norm_1, l->norm_1_bias, normed, rows, s.width, s.eps);
+        product({l->qkv, l->qkv_bias, nullptr, qkv, rows, s.width, all, NOTHING}, normed, widened);
+        attention<T>({qkv, l->block, slots, positions, angles, l->q_norm, l->k_norm, out, rows, rows,
+                      s.heads, s.kv_heads, s.size, s.all_slots, s.max_len, s.scale, s.eps});
+        product({l->attention_out, l->out_bias, x, x, rows, seen, s.width, NOTHING}, out, widened);
+        norms(x, l->norm_2, l->norm_2_bias, normed, rows, s.width, s.eps);
+        product({l->mlp_in, l->in_bias, nullptr, inner, rows, s.width, s.inner, s.through}, normed,
+                widened);
+        product({l->mlp_out, l->mlp_bias, x, x, rows, s.inner, s.width, NOTHING}, inner, widened);
     }
 }
 
@@ -629,35 +692,11 @@ void sample(
 
 extern "C" {
 
-void product_float32(
-    const float* x, const float* weight, const float* bias, const float* add, float* out, float*,
-    long rows, long inputs, long outputs, long through) {
-    const Product<float> p{weight, bias, add, out, rows, inputs, outputs, through};
-#pragma omp parallel
-    multiply<Float32>(p, x);
-}
-
-// `widened`, [rows, inputs], is room for x in float32; null to use the processor's own bfloat16.
-void product_bfloat16(
-    const bfloat16* x, const bfloat16* weight, const bfloat16* bias, const bfloat16* add,
-    bfloat16* out, float* widened, long rows, long inputs, long outputs, long through) {
-    const Product<bfloat16> p{weight, bias, add, out, rows, inputs, outputs, through};
-#pragma omp parallel
-    if (widened) {
-#pragma omp for schedule(static)
-        for (long i = 0; i < (rows * inputs + LANES - 1) / LANES; i++) {
-            __mmask16 lanes = first(rows * inputs - i * LANES);
-            store(widened + i * LANES, lanes, load(x + i * LANES, lanes));
-        }
-        multiply<Widened>(p, widened);
-    } else {
-        multiply<Dotted>(p, x);
-    }
-}
-
 #define BOTH_FORMATS(T)                                                                            \
-    void norm_##T(const T* x, const T* weight, T* out, long rows, long size, float eps) {          \
-        rms_norms(x, weight, out, rows, size, eps);                                                \
+    void product_##T(                                                                              \
+        const T* x, const T* weight, const T* bias, const T* add, T* out, float* widened,          \
+        long rows, long inputs, long outputs, long through) {                                      \
+        product({weight, bias, add, out, rows, inputs, outputs, through}, x, widened);             \
     }                                                                                              \
     void attention_##T(                                                                            \
         T* qkv, T* block, const int64_t* slots, const int64_t* positions, const T* angles,         \
@@ -665,6 +704,15 @@ void product_bfloat16(
         long kv_heads, long size, long all_slots, long max_len, float scale, float eps) {          \
         attention<T>({qkv, block, slots, positions, angles, q_norm, k_norm, out, tokens, decoding, \
                       heads, kv_heads, size, all_slots, max_len, scale, eps});                     \
+    }                                                                                              \
+    void decode_##T(                                                                               \
+        const Layer<T>* layers, T* x, T* room, float* widened, const int64_t* slots,               \
+        const int64_t* positions, const T* angles, long count, long rows, long width, long inner,  \
+        long through, long heads, long kv_heads, long size, long all_slots, long max_len,          \
+        float scale, float eps) {                                                                  \
+        decode(layers, x, room, widened, slots, positions, angles,                                 \
+               {count, rows, width, inner, through, heads, kv_heads, size, all_slots, max_len,     \
+                scale, eps});                                                                      \
     }                                                                                              \
     void greedy_##T(const T* logits, int64_t* out, long rows, long vocabulary) {                   \
         greedy(logits, out, rows, vocabulary);                                                     \

@@ -43,7 +43,7 @@ _FLAGS = (
     *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
 )
-_COMPILING_S = 60.0
+_COMPILING_S = 120.0
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -63,8 +63,8 @@ class Native:
     def __init__(self, library: ctypes.CDLL, processor: Processor) -> None:
         self.processor = processor
         self._products = _functions(library, "product", pointers=6, integers=4)
-        self._norms = _functions(library, "norm", pointers=3, integers=2, numbers=1)
         self._attentions = _functions(library, "attention", pointers=8, integers=7, numbers=2)
+        self._decodes = _functions(library, "decode", pointers=7, integers=10, numbers=2)
         self._choices = _functions(library, "greedy", pointers=2, integers=2)
         self._draws = _functions(library, "sample", pointers=3, integers=3, numbers=2)
 
@@ -125,24 +125,44 @@ class Native:
         add = add if add is None else add.contiguous()
         rows, inputs = x.shape
         out = x.new_empty(rows, outputs)
-        widened = None
-        if x.dtype is torch.bfloat16 and not self.processor.multiplies_bfloat16:
-            widened = torch.empty(rows, inputs)
+        widened = self._room_to_widen(x.dtype, rows * inputs)
         pointers = [t if t is None else t.data_ptr() for t in (x, packed, bias, add, out, widened)]
         self._products[x.dtype](*pointers, rows, inputs, outputs, through)
         return out
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Return each row of ``x``, ``[rows, width]``, divided by its root mean square."""
-        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        pointers = [tensor.data_ptr() for tensor in (x, weight, out)]
-        self._norms[x.dtype](*pointers, *x.shape, eps)
-        return out
+    def _room_to_widen(self, dtype: torch.dtype, count: int) -> torch.Tensor | None:
+        """Return room for ``count`` inputs of products in float32, where they are widened."""
+        if dtype is not torch.bfloat16 or self.processor.multiplies_bfloat16:
+            return None
+        return torch.empty(count)
+
+    def decode(
+        self,
+        layers: Table,
+        x: torch.Tensor,
+        blocks: Sequence[torch.Tensor],
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        angles: torch.Tensor | None,
+    ) -> None:
+        """Compute all layers for rows that only decode; ``x``, ``[rows, width]``, is the residual.
+
+        ``slots``, ``positions`` and ``angles`` are as in :meth:`attention`, a block is a layer's.
+        """
+        rows, width = x.shape
+        _, all_slots, kv_heads, max_len, size = blocks[0].shape
+        between = width + (2 * layers.heads + 2 * kv_heads) * size + layers.inner
+        room = x.new_empty(rows * between)
+        widened = self._room_to_widen(x.dtype, rows * between)
+        tensors = (x, room, widened, slots, positions, angles)
+        pointers = [t if t is None else t.data_ptr() for t in tensors]
+        sizes = (len(blocks), rows, width, layers.inner, layers.through, layers.heads, kv_heads)
+        counts = (*sizes, size, all_slots, max_len)
+        self._decodes[x.dtype](layers.at(blocks), *pointers, *counts, size**-0.5, layers.eps)
 
     def attention(
         self,
         qkv: torch.Tensor,
-        heads: int,
         block: torch.Tensor,
         slots: torch.Tensor,
         positions: torch.Tensor,
@@ -159,12 +179,13 @@ class Native:
         the decoding rows only. Queries and keys are normed and rotated in place first, if there are
         ``norms`` of both, ``[head_dim]`` each, and ``angles``, ``[2, tokens, head_dim / 2]``.
         """
-        tokens, _, size = qkv.shape
+        tokens, both, size = qkv.shape
+        _, all_slots, kv_heads, max_len, _ = block.shape
+        heads = both - 2 * kv_heads
         out = qkv.new_empty(tokens, heads, size)
         optional = (angles, *(norms or (None, None)))
         tensors = (qkv, block, slots, positions, *optional, out)
         pointers = [t if t is None else t.data_ptr() for t in tensors]
-        _, all_slots, kv_heads, max_len, _ = block.shape
         counts = (tokens, decoding, heads, kv_heads, size, all_slots, max_len)
         self._attentions[qkv.dtype](*pointers, *counts, size**-0.5, eps)
         return out
@@ -187,6 +208,32 @@ class Native:
         pointers = (logits.data_ptr(), keys.data_ptr(), out.data_ptr())
         self._draws[logits.dtype](*pointers, rows, vocabulary, top_k, temperature, top_p)
         return out
+
+
+class Table:
+    """The weights of all layers for :meth:`Native.decode`, in the order of its ``struct Layer``."""
+
+    def __init__(
+        self,
+        weights: Sequence[Sequence[torch.Tensor | None]],
+        *,
+        heads: int,
+        inner: int,
+        through: Through,
+        eps: float,
+    ) -> None:
+        self.heads, self.inner, self.through, self.eps = heads, inner, through, eps
+        self._weights = weights  # kept, since the table has their places only
+        rows = [(*layer, None) for layer in weights]  # the last one is the cache's
+        places = [t if t is None else t.data_ptr() for row in rows for t in row]
+        self._row = len(rows[0])
+        self._table = (ctypes.c_void_p * len(places))(*places)
+
+    def at(self, blocks: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+        """Return the table with the layers' blocks of a cache."""
+        for i, block in enumerate(blocks, 1):
+            self._table[i * self._row - 1] = block.data_ptr()
+        return self._table
 
 
 def _functions(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache, partial
@@ -97,7 +97,7 @@ class Linear:
     ``product`` takes ``[rows, inputs]`` to ``[rows, outputs]``; ``activated`` applies GPT-2's GELU
     (its tanh form) to the product, or SwiGLU in a gated layer, which has no other function;
     ``plus`` adds its second argument, ``[rows, outputs]``. ``extra_bytes`` are held in addition to
-    the weight.
+    the weight; own kernels have it ``packed``, with the bias as they read it.
     """
 
     kernels: Kernels
@@ -105,6 +105,7 @@ class Linear:
     activated: Callable[[torch.Tensor], torch.Tensor]
     plus: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     extra_bytes: int = 0
+    packed: Sequence[torch.Tensor | None] = ()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x)
@@ -168,6 +169,7 @@ def _own_layer(
         partial(product, through=through),
         lambda x, y: product(x, add=y),
         packed.nbytes,
+        (packed, bias),
     )
 
 

@@ -14,7 +14,7 @@ from batchbench.batching.engines.torch.sampling import best_token, keys_at, nois
 from batchbench.batching.models.loading import LoadedModel, free_bytes
 from batchbench.batching.verification import Deviation
 from batchbench.workloads.request import Stream
-from batchbench.workloads.spec import Sampling
+from batchbench.workloads.sampling import Sampling
 
 TIE = 8.0
 """Two logits are a tie when they differ by less than this many times the error of a logit. The

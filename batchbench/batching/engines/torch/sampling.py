@@ -17,7 +17,7 @@ import torch
 from batchbench.batching.engines.torch.kernels import native
 from batchbench.batching.plan import Chunk
 from batchbench.workloads.request import Stream
-from batchbench.workloads.spec import Sampling
+from batchbench.workloads.sampling import Sampling
 
 
 class Choose(Protocol):

@@ -19,7 +19,7 @@ from batchbench.batching.engines.torch.triton.choice import triton_attention
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Chunk, Plan
 from batchbench.errors import UsageError
-from batchbench.workloads.spec import Sampling
+from batchbench.workloads.sampling import Sampling
 
 
 class SlotsEngine(TorchEngine):

@@ -16,7 +16,7 @@ from batchbench.batching.engines.torch.architecture import Norm
 from batchbench.batching.engines.torch.attention import Rotation
 from batchbench.batching.engines.torch.sampling import smallest_kept
 from batchbench.batching.engines.torch.triton import kernels
-from batchbench.workloads.spec import Sampling
+from batchbench.workloads.sampling import Sampling
 
 SPLIT = 256
 """Keys of one decoding row that one program reads. More are split over several programs."""
