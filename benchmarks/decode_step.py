@@ -1,9 +1,10 @@
 """One decode step against its matrix products alone, and against transformers' own.
 
-    .venv/bin/python benchmarks/decode_step.py [--rows 8] [--rounds 25]
+    .venv/bin/python benchmarks/decode_step.py [--model gpt2] [--rows 8] [--rounds 25]
 
-GPT-2 124M with dummy weights on the CPU, requests 64 tokens long. All ways take turns in one
-process, so that a machine whose speed drifts treats them alike: quote the ratios.
+On the CPU, requests 64 tokens long; gpt2 has dummy weights, a folder its own. All ways take turns
+in one process, so that a machine whose speed drifts treats them alike: quote the ratios, of medians
+and of the fastest turns. The latter leave out what other processes took.
 """
 
 import argparse
@@ -22,10 +23,10 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from batchbench.batching.engines.torch.attention import Layout, SlotCache, cache_argument
-from batchbench.batching.engines.torch.base import best_token
-from batchbench.batching.engines.torch.forward import Forward, GPT2Forward, TransformersForward
+from batchbench.batching.engines.torch.forward import Forward, TransformersForward, make_forward
 from batchbench.batching.engines.torch.hardware import products
 from batchbench.batching.engines.torch.linear import Kernels, make_linear
+from batchbench.batching.engines.torch.sampling import best_token
 from batchbench.batching.models import ModelSpec, find_model
 from batchbench.batching.models.loading import LoadedModel, load_model
 
@@ -45,7 +46,8 @@ def step(model: LoadedModel, rows: int, forward: Forward) -> Callable[[], object
         high=rows,
         length=LENGTH,
     )
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 50257, rows))
+    vocabulary = model.module.config.vocab_size
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, rows))
     return lambda: best_token(forward(ids, replace(layout), None)).tolist()  # masks made anew
 
 
@@ -66,9 +68,10 @@ def eager(model: LoadedModel, rows: int) -> Callable[[], object]:
 
 
 @torch.inference_mode()
-def measure(dtype: str, rows: int, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each way."""
-    spec = ModelSpec(model="gpt2", load_format="dummy", device="cpu", dtype=dtype)
+def measure(name: str, dtype: str, rows: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Median and least milliseconds of each way."""
+    kind = "dummy" if name == "gpt2" else "auto"
+    spec = ModelSpec(model=name, load_format=kind, device="cpu", dtype=dtype)
     model = load_model(find_model(spec), spec, seed=0)
 
     def through(most: Kernels) -> Callable[[], object]:
@@ -78,10 +81,8 @@ def measure(dtype: str, rows: int, rounds: int) -> dict[str, float]:
         "matrix products, own kernels": through(Kernels.OWN),
         "matrix products, oneDNN packed": through(Kernels.PACKED),
         "matrix products, F.linear": through(Kernels.PLAIN),
-        "step: GPT-2's own forward, own kernels": step(model, rows, GPT2Forward(model)),
-        "step: GPT-2's own forward, oneDNN packed": step(
-            model, rows, GPT2Forward(model, Kernels.PACKED)
-        ),
+        "step: lean forward, own kernels": step(model, rows, make_forward(model)),
+        "step: lean forward, oneDNN packed": step(model, rows, make_forward(model, Kernels.PACKED)),
         "step: slots engine, transformers' forward": step(model, rows, TransformersForward(model)),
         "step: transformers alone": eager(model, rows),
     }
@@ -92,25 +93,31 @@ def measure(dtype: str, rows: int, rounds: int) -> dict[str, float]:
             way()
             if turn >= 2:
                 times[name].append((time.perf_counter() - began) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: (statistics.median(values), min(values)) for name, values in times.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--model", default="gpt2")
     asked = parser.parse_args()
-    table = Table(title=f"GPT-2 124M, {asked.rows} rows, {torch.get_num_threads()} threads")
+    table = Table(title=f"{asked.model}, {asked.rows} rows, {torch.get_num_threads()} threads")
     table.add_column("one decode step")
     found = {}
     for dtype in ("float32", "bfloat16"):
-        found[dtype] = measure(dtype, asked.rows, asked.rounds)
+        found[dtype] = measure(asked.model, dtype, asked.rows, asked.rounds)
         table.add_column(f"{dtype} ms", justify="right")
         table.add_column("÷ first", justify="right")
+        table.add_column("least", justify="right")
+    alone = next(iter(found["float32"]))
     for name in found["float32"]:
         cells = []
         for times in found.values():
-            cells += [f"{times[name]:.1f}", f"{times[name] / next(iter(times.values())):.2f}"]
+            median, least = (
+                ours / first for ours, first in zip(times[name], times[alone], strict=True)
+            )
+            cells += [f"{times[name][0]:.1f}", f"{median:.2f}", f"{least:.2f}"]
         table.add_row(name, *cells)
     Console().print(table)
 

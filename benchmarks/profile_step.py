@@ -32,6 +32,7 @@ from batchbench.workloads import Workload
 
 PARTS = {
     "matrix products": ("linear", "addmm", "mm", "gemm", "cutlass", "nvjet"),
+    "all layers, in one call": ("own layers",),
     "attention": ("attention", "flash", "fmha"),
     "keys and values into the cache": ("index_copy", "index_put"),
     "layer norms": ("layer_norm",),
@@ -52,7 +53,7 @@ def own_kernels_shown() -> Iterator[None]:
 
         return call
 
-    names = {"product": "own linear", "attention": "own attention", "greedy": "greedy"}
+    names = {"product": "own linear", "decode": "own layers", "greedy": "greedy"}
     with ExitStack() as patches:
         for method, name in names.items():
             kernel = getattr(Native, method)

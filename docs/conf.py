@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ NAVIGATION = {
     },
     "How to use your own": {
         "Workload, trace or prompts": "workloads",
+        "Trained model, chat prompts": "real-models",
         "Engine": "bring-your-own-engine",
         "Scheduling policy": "write-your-own-policy",
     },
@@ -134,11 +136,13 @@ def _mark(app: Any, doctree: Any) -> None:
             link = pending_xref("", refexplicit=True, refdoc=app.env.docname, **page)
             code.replace_self(link)
             link += code
-        if " " not in code.astext() and len(code.astext()) <= 24:
+        most = 32 if isinstance(code.parent.parent, nodes.entry) else 0 if command else 24
+        if len(code.astext()) <= most:
             code["classes"].append("short")
-    for cell in doctree.findall(nodes.entry):
-        if len(cell.astext()) > 40:
-            cell["classes"].append("long")
+    for group in doctree.findall(nodes.tgroup):
+        for cell in group.findall(nodes.entry):
+            if group["cols"] > 2 and len(cell.astext()) > 40:
+                cell["classes"].append("long")
 
 
 def _mark_examples(app: Any, kind: str, name: str, it: Any, options: Any, lines: list[str]) -> None:
@@ -160,6 +164,15 @@ def _copy_interactive(app: Any, exception: Exception | None) -> None:
 
 def setup(app: Any) -> None:
     """Register what happens before pages are read and after they are written."""
+    from pygments.lexers import BashSessionLexer
+
+    class Console(BashSessionLexer):
+        """Commands follow a dollar sign; all other lines are outputs, also those with % or ()."""
+
+        _ps1rgx = re.compile(r"^(\w*\$ )(.*\n?)")
+        _venv = re.compile(r"(?!)()()")
+
+    app.add_lexer("console", Console)
     app.connect("builder-inited", _write_commands)
     app.connect("source-read", _fill)
     app.connect("doctree-read", _mark)

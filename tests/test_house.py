@@ -161,7 +161,7 @@ def test_every_package_that_is_imported_is_asked_for() -> None:
         *project["dependencies"],
         *(
             line
-            for extra in ("gpu", "ray", "slurm", "vllm")
+            for extra in ("gguf", "gpu", "ray", "slurm", "vllm")
             for line in project["optional-dependencies"][extra]
         ),
     ]

@@ -137,9 +137,10 @@ LATE: Mapping[str, str] = {
     # Factories: what they build imports torch.
     "api": "pictures and tables import pandas and matplotlib",
     "batching.dry_run": "an engine imports torch",
-    "batching.engines.torch.triton_choice": "Triton is there on a GPU only",
+    "batching.engines.torch.triton.choice": "Triton is there on a GPU only",
     "batching.engines.torch.build": "generate_batch imports transformers' own batching",
     "batching.models": "loading a model imports torch",
+    "batching.models.gguf_file": "gguf is optional",
     "batching.models.source": "the hub, safetensors and tokenizers",
     "batching.benches.local": "an engine imports torch",
     "batching.remote.bench": "the reference imports torch",

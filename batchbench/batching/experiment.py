@@ -14,9 +14,15 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.policies import POLICIES, WAITING, make_policy
 from batchbench.batching.presets import NOTEBOOK, PRESETS, Basis, check_preset
 from batchbench.batching.queue import ORDERS
-from batchbench.batching.remote.spec import TargetSpec, refuse_own, with_served_model
+from batchbench.batching.remote.spec import (
+    CHAT,
+    COMPLETIONS,
+    TargetSpec,
+    refuse_own,
+    with_served_model,
+)
 from batchbench.batching.step_cost import KnownCost
-from batchbench.batching.strategies import find
+from batchbench.batching.strategies import GENERATE_BATCH_SAMPLES, find
 from batchbench.errors import UsageError, shown
 from batchbench.settings import parse_whole, setting
 from batchbench.workloads.lengths import parse_lengths
@@ -227,6 +233,8 @@ class Experiment:
                 "--strategy static-oracle: sorts by output length, which is not known with "
                 "--stop-at-eos; remove one of them"
             )
+        if self.workload.sampling is not None and "generate_batch" in self.serving.strategies:
+            raise UsageError(GENERATE_BATCH_SAMPLES)
         check_preset(self.preset)
 
     @classmethod
@@ -388,6 +396,11 @@ def _check_served(experiment: Experiment, target: TargetSpec) -> None:
             f"--clients {target.clients}: no client knows how many requests of the others are in "
             "flight; drop --max-concurrency"
         )
+    if experiment.workload.chat_template and target.endpoint == CHAT:
+        raise UsageError(
+            f"--chat-template: the server applies its own at {CHAT}; drop it, or give --endpoint "
+            f"{COMPLETIONS}"
+        )
     verify = experiment.trials.verify
     if verify not in ("all", "none") and target.verify_model is None:
         raise UsageError(
@@ -408,7 +421,7 @@ def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
 
 
 def named_files(experiment: Experiment) -> dict[str, Any]:
-    """Return digests of the files that settings name, by field name, and of a model's folder."""
+    """Return digests of the files that settings name, by field name, and of a model's files."""
     files: dict[str, Any] = {}
     for _, spec in experiment._parts():
         for own in fields(spec):
@@ -416,11 +429,11 @@ def named_files(experiment: Experiment) -> dict[str, Any]:
             file = value if isinstance(value, Path) else _file_of_lengths(own.name, value)
             if file is not None and file.is_file():
                 files[own.name] = digest_of_file(file)
-    folder = Path(experiment.model.model)
-    if folder.is_dir():
+    place = Path(experiment.model.model)
+    if place.is_dir() or place.is_file():
         files["model"] = [
             (file.name, (status := file.stat()).st_size, status.st_mtime_ns)
-            for file in sorted(folder.iterdir())
+            for file in (sorted(place.iterdir()) if place.is_dir() else [place])
             if file.is_file()
         ]
     return files

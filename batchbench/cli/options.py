@@ -65,8 +65,8 @@ ALIASES = {
 RARE = (
     *("workload", "max_wait", "order", "engine", "prefill", "max_batched_tokens", "execution"),
     *("long_every", "long_tokens", "short_tokens", "shared_prefix_tokens", "overlong"),
-    *("stop_at_eos", "seed", "burstiness", "arrivals", "max_concurrency", "speed"),
-    *("trace_format", "trace_block_size", "trace_time_unit", "on_bad_row"),
+    *("stop_at_eos", "seed", "burstiness", "arrivals", "max_concurrency", "speed", "top_p"),
+    *("trace_format", "trace_block_size", "trace_time_unit", "on_bad_row", "top_k"),
     *("load_format", "revision", "dtype", "threads", "verify", "price_per_hour", "trace_out"),
     *("endpoint", "tokenizer", "api_key", "extra_body", "timeout", "insecure", "verify_model"),
     *("ray_address", "slurm_partition", "slurm_time", "slurm_gpus", "parallel"),

@@ -219,8 +219,8 @@ def place_of(data: Mapping[str, Any]) -> str:
     return f"{data['model']['device']} {data['model']['dtype']}"
 
 
-def agreement_words(agreement: AgreementData) -> str:
-    """Return the agreement of the strategies' outputs for a sentence."""
+def agreement_words(data: Mapping[str, Any], agreement: AgreementData) -> str:
+    """Return the agreement of the strategies' outputs for a sentence about a result's data."""
     total, first = agreement["requests"], next(iter(agreement["first"]), None)
     if first is None and not agreement["differ"]:
         return f"both strategies gave the same output for {agreement['same']:,}/{total:,} requests"
@@ -231,6 +231,8 @@ def agreement_words(agreement: AgreementData) -> str:
     repeat = agreement["baseline_repeat"]
     if repeat is not None:
         text += f", and {repeat:,}/{total:,} are the same in all trials of the baseline"
+    if data["workload"].get("sampling"):
+        text += ", as may be, since the server draws them from random numbers of its own"
     return text
 
 

@@ -15,6 +15,7 @@ from support.laws import law
 from transformers import GPT2Config
 
 from batchbench.batching.dry_run import Estimate, estimate
+from batchbench.batching.engines.torch.architecture import describe
 from batchbench.batching.engines.torch.build import Served, largest_batch
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import free_host_bytes
@@ -41,7 +42,7 @@ def served(**changes: Any) -> Served:
         "longest": 107,
         "mixes": True,
         "budget": None,
-        "lean": True,
+        "lean": describe(CONFIG),
     }
     return Served(**{**fields, **changes})
 
@@ -77,7 +78,8 @@ def test_the_largest_batch_is_the_last_that_fits(last: int, most: int) -> None:
 def test_more_slots_and_longer_requests_never_take_less(
     slots: int, prompt: int, output: int, mixes: bool, budget: int | None, lean: bool, engine: str
 ) -> None:
-    how = {"mixes": mixes, "budget": budget, "lean": lean, "engine": engine}
+    described = describe(CONFIG) if lean else None
+    how = {"mixes": mixes, "budget": budget, "lean": described, "engine": engine}
     one = served(prompt=prompt, longest=prompt + output, **how)
     longer = served(prompt=prompt + 1, longest=prompt + output + 1, **how)
     assert one.bytes(slots) >= one.cache_bytes(slots) > 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.cuda_stand_in import StandIn
-from support.models import MakeModel
+from support.models import LLAMA, TINY, MakeModel
 
 from batchbench.batching import trials
 from batchbench.batching.benches.local import LocalBench
@@ -202,16 +202,45 @@ def test_the_time_of_a_kernel_is_that_of_many_in_a_row(cuda_stand_in: StandIn) -
         assert [graph.launches.total() for graph in graphs] == [100] * replayed
 
 
+@pytest.mark.parametrize(
+    ("config", "depth", "counted"),
+    [(TINY, "n_layer", build.LEAN), (LLAMA, "num_hidden_layers", build.LLAMA_LEAN)],
+    ids=["gpt2", "llama"],
+)
 def test_launches_that_an_estimate_counts_are_those_of_captured_passes(
-    make_model: MakeModel, cuda_stand_in: StandIn
+    config: Any,
+    depth: str,
+    counted: tuple[int, int],
+    make_model: MakeModel,
+    cuda_stand_in: StandIn,
 ) -> None:
+    """With Triton's kernels, test_triton_engine.py counts them."""
     counts = []
     for layers in (2, 3):
-        model = make_model(device="cuda:0", dtype="float32", n_layer=layers)
+        model = make_model({**config, depth: layers}, device="cuda:0", dtype="bfloat16")
         build.make_engine("slots", model, 2, 64)
-        counts.append(cuda_stand_in.graphs[-1].launches.total())
-    of_layer, beside = build.LEAN
+        counts.append(cuda_stand_in.graphs[0].launches.total())  # the full batch
+        cuda_stand_in.graphs.clear()
+    of_layer, beside = counted
     assert counts == [2 * of_layer + beside, 3 * of_layer + beside]
+
+
+@pytest.mark.parametrize(
+    ("triton", "counted"), [(False, build.LLAMA_LEAN), (True, build.LLAMA_WITH_TRITON)]
+)
+def test_an_estimate_counts_the_launches_of_the_kernels_that_are_used(
+    triton: bool,
+    counted: tuple[int, int],
+    make_model: MakeModel,
+    tmp_path: Path,
+    cuda_stand_in: StandIn,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_model(LLAMA).module.save_pretrained(tmp_path)
+    monkeypatch.setattr(build, "_time_kernel", lambda device, *, replayed: 1e-6)
+    monkeypatch.setattr(build, "supports_triton", lambda device: triton)
+    of_layer, beside = counted
+    assert estimate(experiment(tmp_path), Watch()).launches == 2 * of_layer + beside
 
 
 def test_the_buffer_that_measures_memory_refuses_no_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +13,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.machine import PROCESSORS
-from torch.nn.functional import gelu, linear, scaled_dot_product_attention
+from support.models import LLAMA, TINY, MakeModel
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
 
 from batchbench.batching import machine as environments
 from batchbench.batching import machine as processor_file
 from batchbench.batching.engines.torch import hardware
 from batchbench.batching.engines.torch import kernels as compiling
 from batchbench.batching.engines.torch import linear as layers
+from batchbench.batching.engines.torch.architecture import Norm, Rotary, rotate
+from batchbench.batching.engines.torch.attention import Layout, SlotCache
+from batchbench.batching.engines.torch.forward import LeanForward, make_forward
 from batchbench.batching.engines.torch.hardware import torch_environment
-from batchbench.batching.engines.torch.kernels import Native, native
+from batchbench.batching.engines.torch.kernels import Native, Through, native
 from batchbench.batching.engines.torch.linear import OneDNN
 from batchbench.batching.machine import Processor
 
@@ -40,7 +45,9 @@ needs_compiler = pytest.mark.skipif(not compiles(), reason="no g++ here that kno
 needs_kernels = pytest.mark.skipif(native() is None, reason="no kernels of our own here")
 laws = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
+SEEDS = st.integers(0, 2**31)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+QWEN = {**LLAMA, "model_type": "qwen3", "head_dim": 24}
 WAYS = (
     Processor("GenuineIntel", frozenset({"avx512_bf16"})),
     Processor("AuthenticAMD", frozenset({"avx512_bf16"})),
@@ -86,7 +93,7 @@ def test_a_product_is_the_product(own: Native, rows: int, dtype: torch.dtype) ->
         assert own.multiplies(weight)
         assert close(own.product(x, packed, outputs, None), exact, dtype)
         assert close(own.product(x, packed, outputs, bias), biased, dtype)
-        bent = own.product(x, packed, outputs, bias, through_gelu=True)
+        bent = own.product(x, packed, outputs, bias, through=Through.GELU)
         assert close(bent, gelu(biased, approximate="tanh"), dtype)
         assert close(own.product(x, packed, outputs, bias, add=y), biased + y.double(), dtype)
 
@@ -109,7 +116,7 @@ def test_the_gelu_is_right_far_from_zero_too(own: Native, dtype: torch.dtype) ->
     x = x.to(dtype).t().contiguous()
     one = torch.ones(1, 2, dtype=dtype)
     pairs = torch.cat([x, torch.zeros_like(x)], 1)
-    bent = own.product(pairs, own.pack(one), 1, None, through_gelu=True)
+    bent = own.product(pairs, own.pack(one), 1, None, through=Through.GELU)
     assert close(bent[:-1], gelu(x[:-1].double(), approximate="tanh"), dtype)
     assert bent[-1] == torch.inf
 
@@ -121,11 +128,11 @@ def test_what_is_no_number_stays_none(own: Native) -> None:
         weight = own.pack(torch.eye(16).to(dtype))
         x = torch.zeros(3, 16, dtype=dtype)
         x[1, 5] = torch.nan
-        for bent in (False, True):
-            out = own.product(x, weight, 16, None, through_gelu=bent)
+        for through in (Through.NOTHING, Through.GELU):
+            out = own.product(x, weight, 16, None, through=through)
             assert out[1].isnan().all()
             assert not out[[0, 2]].isnan().any()
-        qkv = torch.zeros(1, 3, 1, 16, dtype=dtype)
+        qkv = torch.zeros(1, 3, 16, dtype=dtype)
         qkv[0, 1] = torch.nan
         block = torch.zeros(2, 1, 1, 4, 16, dtype=dtype)
         zero = torch.zeros(1, dtype=torch.int64)
@@ -133,45 +140,131 @@ def test_what_is_no_number_stays_none(own: Native) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 8, 11])
+def test_swiglu_is_the_gate_times_the_other_half(
+    own: Native, rows: int, dtype: torch.dtype
+) -> None:
+    for results, inputs in ((1, 2), (16, 8), (17, 64), (150, 32)):
+        weight = drawn(1, 2 * results, inputs, dtype=dtype) * inputs**-0.5
+        bias, x = drawn(2, 2 * results, dtype=dtype), drawn(3, rows, inputs, dtype=dtype)
+        packed = own.pack(own.side_by_side(weight))
+        for b in (None, bias):
+            gate, up = linear(x.double(), weight.double(), b if b is None else b.double()).chunk(
+                2, -1
+            )
+            sided = None if b is None else own.side_by_side(b)
+            got = own.product(x, packed, results, sided, through=Through.SWIGLU)
+            assert close(got, silu(gate) * up, dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [TINY, QWEN], ids=["gpt2", "qwen3"])
+def test_layers_in_one_call_are_the_layers_in_turn(
+    own: Native, config: dict[str, Any], dtype: str, make_model: MakeModel
+) -> None:
+    """Rows that decode go through one call; the same rows beside prompts go through many."""
+    model = make_model(config, dtype=dtype)
+    for name, weight in model.module.named_parameters():
+        if weight.ndim == 1:
+            weight.data.copy_(drawn(len(name), len(weight), dtype=weight.dtype) * 0.3)
+    forward = make_forward(model)
+    assert isinstance(forward, LeanForward)
+    slots, positions = torch.tensor([2, 0, 1]), torch.tensor([3, 0, 70])
+    filled = SlotCache(model.module.config, 3, 80, torch.empty(0, dtype=model.dtype))
+    for block in filled.blocks:
+        block.block.copy_(drawn(7, *block.block.shape, dtype=model.dtype))
+    ids, outcomes = torch.tensor([5, 250, 9]), []
+    with torch.inference_mode():
+        for decodes in (True, False):
+            cache = copy.deepcopy(filled)
+            layout = Layout(cache, slots, positions, decoding=3, low=0, high=3, length=71)
+            if not decodes:
+                forward._table = None
+            outcomes.append((forward(ids, layout, None), cache.blocks[1].block))
+    within = 0.1 if dtype == "bfloat16" else 1e-4
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.allclose(one.float(), other.float(), atol=within, rtol=within)
+
+
+@needs_kernels
 @laws
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=5),
     prompts=st.integers(0, 3),
-    heads=st.integers(1, 3),
-    size=st.sampled_from([1, 8, 16, 20, 64, 80, 256]),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 7]),
+    size=st.sampled_from([1, 8, 16, 20, 64, 80, 128, 256]),
     dtype=DTYPES,
-    seed=st.integers(0, 2**31),
+    seed=SEEDS,
 )
 def test_attention_is_attention_up_to_each_rows_own_position(
-    lengths: list[int], prompts: int, heads: int, size: int, dtype: torch.dtype, seed: int
+    lengths: list[int],
+    prompts: int,
+    kv_heads: int,
+    group: int,
+    size: int,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     """Other content of the cache, NaN included, has no effect; only new positions are written."""
     own = native()
     assert own is not None
-    rows, max_len = len(lengths), 301
-    block = drawn(seed, 2, rows + 2, heads, max_len, size, dtype=dtype)
+    rows, max_len, heads = len(lengths), 301, kv_heads * group
+    block = drawn(seed, 2, rows + 2, kv_heads, max_len, size, dtype=dtype)
     slots = torch.randperm(rows + 1, generator=torch.Generator().manual_seed(seed))[:rows]
     for slot, length in zip(slots.tolist(), lengths, strict=True):
         block[:, slot, :, length:] = torch.nan
-    qkv = drawn(seed + 1, rows + prompts, 3, heads, size, dtype=dtype)
+    qkv = drawn(seed + 1, rows + prompts, heads + 2 * kv_heads, size, dtype=dtype)
     places = torch.cat([slots, torch.full((prompts,), rows + 1)])
     positions = torch.tensor([n - 1 for n in lengths] + [*range(prompts)])
     expected = block.clone()
-    expected[0][places, :, positions], expected[1][places, :, positions] = qkv[:, 1:].unbind(1)
+    q, k, v = torch.split(qkv.clone(), [heads, kv_heads, kv_heads], 1)
+    expected[0][places, :, positions], expected[1][places, :, positions] = k, v
     out = own.attention(qkv, block, places, positions, rows)
     assert torch.equal(block.nan_to_num(7.0), expected.nan_to_num(7.0))
     for i, (slot, length) in enumerate(zip(slots.tolist(), lengths, strict=True)):
-        q = qkv[i, 0].double()[None, :, None]
         keys, values = expected[:, slot, None, :, :length].double()
-        exact = scaled_dot_product_attention(q, keys, values)[0, :, 0]
+        one = q[i].double()[None, :, None]
+        exact = scaled_dot_product_attention(one, keys, values, enable_gqa=True)[0, :, 0]
         assert close(out[i], exact, dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("size", [2, 24, 64, 128])
+def test_queries_and_keys_are_normed_and_rotated_where_keys_are_written(
+    size: int, normed: bool, dtype: torch.dtype
+) -> None:
+    """Prompts' tokens too, whose queries torch's attention reads afterwards."""
+    own = native()
+    assert own is not None
+    heads, kv_heads, tokens = 6, 2, 3
+    qkv = drawn(1, tokens, heads + 2 * kv_heads, size, dtype=dtype)
+    positions = torch.tensor([0, 5, 9])
+    rotary = Rotary(drawn(2, size // 2, dtype=torch.float32), 1.25)
+    angles = rotary.angles(positions, dtype)
+    weights = [drawn(3, size, dtype=dtype), drawn(4, size, dtype=dtype)] if normed else []
+    q, k, v = torch.split(qkv.clone(), [heads, kv_heads, kv_heads], 1)
+    if normed:
+        q, k = (Norm(w, None, 1e-6)(x) for w, x in zip(weights, (q, k), strict=True))
+    q, k = rotate(q, angles), rotate(k, angles)
+    block = torch.zeros(2, 3, kv_heads, 10, size, dtype=dtype)
+    out = own.attention(qkv, block, torch.arange(3), positions, 1, angles, weights, eps=1e-6)
+    assert close(qkv, torch.cat([q, k, v], 1).double(), dtype)
+    keys, values = block[:, torch.arange(3), :, positions].transpose(0, 1)
+    assert torch.equal(keys, qkv[:, heads:-kv_heads])
+    assert torch.equal(values, v)
+    assert torch.equal(out[0], v[0].repeat_interleave(3, 0))  # the only position that it sees
 
 
 @needs_kernels
 def test_large_scores_do_not_overflow() -> None:
     own = native()
     assert own is not None
-    qkv = torch.full((1, 3, 1, 16), 100.0)
+    qkv = torch.full((1, 3, 16), 100.0)
     block = torch.zeros(2, 1, 1, 200, 16)
     block[0, 0, 0, 150] = 90.0
     block[1, 0, 0, 150] = 5.0

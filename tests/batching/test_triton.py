@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
 
-from batchbench.batching.engines.torch import triton_ops as ops
+from batchbench.batching.engines.torch.architecture import Norm, Rotary
+from batchbench.batching.engines.torch.attention import Rotation
 from batchbench.batching.engines.torch.mixed import lay_tiles, most_tiles, tile_size
-from batchbench.batching.engines.torch.triton_ops import Norm, SlotAttention
+from batchbench.batching.engines.torch.triton import ops
+from batchbench.batching.engines.torch.triton.ops import SlotAttention
 
 DEVICE = "cpu" if ops._INTERPRETED else "cuda"
 
@@ -69,6 +71,44 @@ def states(
     return q, k, v
 
 
+def rotation_of(size: int, dtype: torch.dtype, *, normed: bool) -> Rotation:
+    """Return rotary positions that turn a quarter of each head by radians a position."""
+    inverse = torch.logspace(0.3, -4, size // 2, device=DEVICE)
+    norms = [Norm(numbers(size, dtype=dtype, seed=i) + 1, None, 1e-3) for i in (5, 6)]
+    return Rotation(Rotary(inverse, 1.25), norms if normed else ())
+
+
+def turned(
+    x: torch.Tensor, positions: object, rotation: Rotation | None, which: int
+) -> torch.Tensor:
+    """Return queries (0) or keys (1), ``[tokens, heads, size]``, as a rotation changes them."""
+    if rotation is None:
+        return x
+    at = torch.as_tensor(np.asarray(positions), device=DEVICE)
+    cos, sin = rotation.rotary.angles(at, x.dtype).double()[:, :, None]
+    x = x.double()
+    if rotation.norms:
+        norm = rotation.norms[which]
+        x = x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
+    pairs = torch.complex(*x.chunk(2, -1)) * torch.complex(cos, sin)
+    return torch.cat([pairs.real, pairs.imag], -1)
+
+
+def assert_written(
+    block: torch.Tensor, before: torch.Tensor, places: list[object], k: torch.Tensor, v: object
+) -> None:
+    """Assert that a pass wrote keys and values to slots and positions, and nothing else."""
+    slots, positions = places
+    expected = before.clone()
+    keys = block[0, slots, :, positions]
+    if k.dtype is block.dtype:
+        assert torch.equal(keys, k)
+    else:
+        assert_close(keys, k, block.dtype)
+    expected[0, slots, :, positions], expected[1, slots, :, positions] = keys, v
+    assert torch.equal(bits(block), bits(expected))
+
+
 def attended(q: torch.Tensor, block: torch.Tensor, slot: int, position: int) -> torch.Tensor:
     """Return the attention of one token in float64; its key is in the block. ``[heads, size]``."""
     k, v = block[:, slot, :, : position + 1].double()
@@ -79,7 +119,11 @@ def attended(q: torch.Tensor, block: torch.Tensor, slot: int, position: int) -> 
 
 
 def check_decode(
-    shape: tuple[int, int, int], dtype: torch.dtype, max_len: int, positions: list[int]
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    max_len: int,
+    positions: list[int],
+    rotation: Rotation | None = None,
 ) -> None:
     """Decode one row at each position, in shuffled slots, twice; compare all with float64."""
     heads, kv_heads, size = shape
@@ -89,13 +133,13 @@ def check_decode(
         rows + 2, kv_heads, max_len, size, dict(zip(slots, positions, strict=True)), dtype
     )
     q, k, v = states(rows, heads, kv_heads, size, dtype)
-    expected = block.clone()
-    expected[0, slots, :, positions], expected[1, slots, :, positions] = k, v
+    before = block.clone()
     attention = SlotAttention(block.device, heads, max_len, rows + 2, size)
     place = [torch.from_numpy(np.asarray(a, np.int64)).to(DEVICE) for a in (slots, positions)]
-    once = attention.decode(q, k, v, block, *place)
-    assert torch.equal(bits(block), bits(expected))
+    once = attention.decode(q, k, v, block, *place, rotation=rotation)
+    assert_written(block, before, [slots, positions], turned(k, positions, rotation, 1), v)
     assert not attention._arrived.any()
+    q = turned(q, positions, rotation, 0)
     wanted = torch.stack(
         [
             attended(q[i], block, *place_)
@@ -155,6 +199,7 @@ def check_tiles(
     dtype: torch.dtype,
     pieces: list[tuple[int, int]],
     tile: int,
+    rotation: Rotation | None = None,
     *,
     padding: int = 3,
 ) -> None:
@@ -170,13 +215,16 @@ def check_tiles(
     q[total:], k[total:], v[total:] = torch.nan, torch.nan, torch.nan
     slot_of, start_of = np.repeat(slots, counts), np.repeat(starts, counts)
     position_of = start_of + np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-    expected = block.clone()
-    expected[0, slot_of, :, position_of] = k[:total]
-    expected[1, slot_of, :, position_of] = v[:total]
+    before = block.clone()
     laid = lay_tiles(counts, slots, starts, tile)
     laid = np.concatenate([laid, np.zeros((2, 5), np.int64)])
-    seen = SlotAttention.tiled(q, k, v, block, torch.from_numpy(laid).to(DEVICE), tile)
-    assert torch.equal(bits(block), bits(expected))
+    attention = SlotAttention(block.device, heads, max_len, 1, size)
+    seen = attention.tiled(
+        q, k, v, block, torch.from_numpy(laid).to(DEVICE), tile, rotation=rotation
+    )
+    keys = turned(k[:total], position_of, rotation, 1)
+    assert_written(block, before, [slot_of, position_of], keys, v[:total])
+    q = turned(q[:total], position_of, rotation, 0)
     for i in range(total):
         wanted = attended(q[i], block, slot_of[i], position_of[i])
         assert_close(seen[i], wanted, dtype)
@@ -196,6 +244,26 @@ def test_rows_and_chunks_attend_in_one_launch(
 
 def test_long_prompts_attend_in_large_tiles() -> None:
     check_tiles((2, 1, 16), torch.float32, [(0, 150), (70, 65), (3, 1)], 64)
+
+
+TURNED = [(4, 2, 16), (3, 1, 6), (2, 1, 128)]
+"""Shapes of models with rotary positions; SmolLM2 has three heads of queries to one of keys."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True], ids=["rotary", "rotary and norms"])
+@pytest.mark.parametrize("shape", TURNED, ids=str)
+def test_queries_and_keys_are_normed_and_rotated(
+    shape: tuple[int, int, int], normed: bool, dtype: torch.dtype
+) -> None:
+    rotation = rotation_of(shape[2], dtype, normed=normed)
+    check_decode(shape, dtype, 300, [0, 270], rotation)
+    check_tiles(shape, dtype, [(40, 1), (0, 19), (16, 4)], 16, rotation)
+
+
+def test_rotated_keys_of_long_prompts_lie_in_several_tiles() -> None:
+    rotation = rotation_of(16, torch.float32, normed=True)
+    check_tiles((2, 1, 16), torch.float32, [(0, 150), (70, 65), (3, 1)], 64, rotation)
 
 
 @some
@@ -251,12 +319,15 @@ def test_heads_that_do_not_lie_side_by_side_attend_alike() -> None:
 # Norms and embeddings
 
 
-def norm_of(width: int, dtype: torch.dtype) -> Norm:
-    return Norm(numbers(width, dtype=dtype, seed=1), numbers(width, dtype=dtype, seed=2), 1e-5)
+def norm_of(width: int, dtype: torch.dtype, *, rms: bool) -> Norm:
+    bias = None if rms else numbers(width, dtype=dtype, seed=2)
+    return Norm(numbers(width, dtype=dtype, seed=1), bias, 1e-5)
 
 
 def normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     x = x.double()
+    if norm.bias is None:
+        return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
     x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
     return x * norm.weight.double() + norm.bias.double()
 
@@ -264,13 +335,19 @@ def normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
 WIDTHS = [5, 32, 768, 1024, 1600]
 
 
+KINDS = [False, True]
+"""Layer norms with biases of products, as in GPT-2; norms by the root mean square without."""
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_product_is_added_and_normed(width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rms", KINDS, ids=["layer norm", "rms"])
+def test_a_product_is_added_and_normed(rms: bool, width: int, dtype: torch.dtype) -> None:
     x = numbers(4, width, dtype=dtype, seed=3) * 3 + 1
-    y, added = numbers(4, width, dtype=dtype, seed=4), numbers(width, dtype=dtype, seed=5)
-    norm = norm_of(width, dtype)
-    total = x.double() + y.double() + added.double()
+    y = numbers(4, width, dtype=dtype, seed=4)
+    added = None if rms else numbers(width, dtype=dtype, seed=5)
+    norm = norm_of(width, dtype, rms=rms)
+    total = x.double() + y.double() + (0 if added is None else added.double())
     rows = torch.tensor([2, 0], device=DEVICE)
     before = x.clone()
     some_rows = ops.add_norm(x, y, added, norm, rows)
@@ -283,15 +360,28 @@ def test_a_product_is_added_and_normed(width: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_tokens_and_positions_are_embedded_and_normed(width: int, dtype: torch.dtype) -> None:
-    tokens, places = numbers(11, width, dtype=dtype), numbers(7, width, dtype=dtype, seed=8)
+@pytest.mark.parametrize("rms", KINDS, ids=["layer norm", "rms"])
+def test_tokens_and_positions_are_embedded_and_normed(
+    rms: bool, width: int, dtype: torch.dtype
+) -> None:
+    tokens = numbers(11, width, dtype=dtype)
+    places = None if rms else numbers(7, width, dtype=dtype, seed=8)
     ids = torch.tensor([10, 0, 3, 3], device=DEVICE)
     positions = torch.tensor([0, 6, 2, 5], device=DEVICE)
-    norm = norm_of(width, dtype)
+    norm = norm_of(width, dtype, rms=rms)
     x, first = ops.embed_norm(ids, positions, tokens, places, norm)
-    total = tokens[ids].double() + places[positions].double()
+    total = tokens[ids].double() + (0 if places is None else places[positions].double())
     assert_close(x, total, dtype)
     assert_close(first, normed(total, norm), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inner", [5, 96, 1024, 1536])
+def test_gates_are_applied(inner: int, dtype: torch.dtype) -> None:
+    product = numbers(3, 2 * inner, dtype=dtype) * 4
+    product[0, :5] = torch.tensor([200.0, -200.0, 0.0, 88.5, -88.5])
+    gate, up = product.double().chunk(2, -1)
+    assert_close(ops.swiglu(product), gate * gate.sigmoid() * up, dtype)
 
 
 # The choice of a token
@@ -319,10 +409,11 @@ def test_a_logit_that_is_no_number_is_chosen() -> None:
 # The compiler
 
 
-def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_for_a_gpu(capability: int, tmp_path: Path) -> None:
     """The interpreter runs what the compiler refuses."""
     done = subprocess.run(
-        [sys.executable, "-m", "support.triton_targets", "90", "bfloat16"],
+        [sys.executable, "-m", "support.triton_targets", str(capability), "bfloat16"],
         capture_output=True,
         encoding="utf-8",
         env={

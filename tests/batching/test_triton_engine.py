@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.cuda_stand_in import StandIn
-from support.models import LLAMA, TINY
+from support.models import LLAMA, QWEN2, QWEN3, TINY
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.torch.build import make_engine
@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 
 pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
 
-from batchbench.batching.engines.torch import triton_choice
-from batchbench.batching.engines.torch import triton_ops as ops
+from batchbench.batching.engines.torch import build
 from batchbench.batching.engines.torch.attention import Layout, SlotCache
-from batchbench.batching.engines.torch.forward import make_forward
-from batchbench.batching.engines.torch.triton_choice import triton_attention
-from batchbench.batching.engines.torch.triton_forward import product_has_gelu
+from batchbench.batching.engines.torch.build import LLAMA_WITH_TRITON
+from batchbench.batching.engines.torch.forward import TransformersForward, make_forward
+from batchbench.batching.engines.torch.linear import Kernels
+from batchbench.batching.engines.torch.triton import choice as triton_choice
+from batchbench.batching.engines.torch.triton import ops
+from batchbench.batching.engines.torch.triton.choice import triton_attention
+from batchbench.batching.engines.torch.triton.forward import TritonForward, product_has_gelu
 
 pytestmark = pytest.mark.skipif(
     not ops._INTERPRETED, reason="the stand-in needs Triton's interpreter, which is off on a GPU"
@@ -61,18 +64,36 @@ def engine_for(model: Any, *, slots: int = 3, prompt: int = 9, **options: Any) -
     return engine
 
 
-@pytest.mark.parametrize("prefill", ["separate", "mixed"])
-@pytest.mark.parametrize("config", [TINY, {**LLAMA, "num_hidden_layers": 1}], ids=["gpt2", "llama"])
+MODULES = {**LLAMA, "hidden_act": "gelu"}
+"""A model that only transformers' modules compute, with Triton's attention."""
+
+
+@pytest.mark.parametrize(
+    ("config", "prefill", "dtype"),
+    [
+        (TINY, "separate", "float32"),
+        (TINY, "mixed", "float32"),
+        (LLAMA, "separate", "float32"),
+        (LLAMA, "mixed", "bfloat16"),
+        (QWEN2, "mixed", "float32"),
+        (QWEN3, "mixed", "float32"),
+        (MODULES, "mixed", "float32"),
+    ],
+    ids=["gpt2-separate", "gpt2", "llama-separate", "llama-bfloat16", "qwen2", "qwen3", "modules"],
+)
 def test_outputs_are_verified(
-    config: Any, prefill: str, triton_stand_in: StandIn, make_model: MakeModel
+    config: Any, prefill: str, dtype: str, triton_stand_in: StandIn, make_model: MakeModel
 ) -> None:
-    model = make_model(config, device="cuda")
+    one = {} if config is TINY else {"num_hidden_layers": 1}
+    model = make_model({**config, **one}, dtype=dtype, device="cuda")
     engine = engine_for(model, slots=2, budget=8, mixes=prefill == "mixed")
+    assert isinstance(engine._pass, TransformersForward if config is MODULES else TritonForward)
     assert engine._pass.triton
     batcher = Batcher("continuous", engine, 2, prefill=prefill, max_batched_tokens=8)
     recording = batcher.serve(WORKLOAD, Watch())
     found = verify(WORKLOAD, [recording], TeacherForced(model))
-    assert found.identical == len(WORKLOAD), found.findings
+    assert found.wrong == 0, found.findings
+    assert found.identical == len(WORKLOAD) or dtype == "bfloat16", found.findings
     assert engine._mixed is not None
     assert engine._mixed.calls == np.count_nonzero(recording.spans.chunks)
     assert engine._passes == 0  # nothing but graphs ran
@@ -81,43 +102,71 @@ def test_outputs_are_verified(
 # Launches
 
 
-def test_a_decode_pass_launches_seven_kernels_a_layer_and_ten(
-    triton_stand_in: StandIn, make_model: MakeModel
+FAMILIES = [(TINY, "n_layer", build.WITH_TRITON), (QWEN2, "num_hidden_layers", LLAMA_WITH_TRITON)]
+
+
+@pytest.mark.parametrize(("config", "depth", "budget"), FAMILIES, ids=["gpt2", "qwen2"])
+def test_a_decode_pass_launches_seven_or_eight_kernels_a_layer_and_six(
+    config: Any,
+    depth: str,
+    budget: tuple[int, int],
+    triton_stand_in: StandIn,
+    make_model: MakeModel,
 ) -> None:
-    layers = 3
-    engine = engine_for(make_model(device="cuda", n_layer=layers), slots=4, budget=8)
+    layers, gpt2 = 3, config is TINY
+    model = make_model({**config, depth: layers}, device="cuda", dtype="bfloat16")
+    engine = engine_for(model, slots=4, budget=8)
     assert engine._prepared is not None
     assert list(engine._prepared._passes) == [(4, 16), (2, 16), (1, 16)]  # none for a length
     decode = triton_stand_in.graphs[-3:]
+    into_mlp = "aten._addmm_activation.default" if gpt2 else "triton.swiglu"  # GELU, SwiGLU
     expected = {
         "triton.embed_norm": 1,
-        "aten.addmm.default": layers,  # queries, keys and values
+        "aten.addmm.default": layers,  # queries, keys and values, which have biases
         "triton.decode_attention": layers,
-        "aten.mm.default": 2 * layers + 1,  # after attention, out of the MLP; the vocabulary
+        # After attention, out of the MLP, and into a gated one; the vocabulary.
+        "aten.mm.default": (2 if gpt2 else 3) * layers + 1,
         "triton.add_norm": 2 * layers,
-        "aten._addmm_activation.default": layers,  # into the MLP, with GELU
+        into_mlp: layers,
         "triton.best_of_parts": 1,
         "triton.best_of_all": 1,
         "aten.copy_.default": 1,
         "aten.add_.Tensor": 1,  # positions
     }
+    of_layer, beside = budget
+    assert (of_layer, beside) == (7 if gpt2 else 8, 6)
     for graph in decode:
         assert graph.launches == expected
-        assert sum(graph.launches.values()) <= 7 * layers + 10
+        assert graph.launches.total() == of_layer * layers + beside
 
 
+@pytest.mark.parametrize(("config", "depth", "budget"), FAMILIES, ids=["gpt2", "qwen2"])
 def test_a_pass_with_prompts_launches_as_few_in_a_layer(
-    triton_stand_in: StandIn, make_model: MakeModel
+    config: Any,
+    depth: str,
+    budget: tuple[int, int],
+    triton_stand_in: StandIn,
+    make_model: MakeModel,
 ) -> None:
     found = []
     for layers in (1, 2):
-        engine_for(make_model(device="cuda", n_layer=layers), slots=2, budget=8)
+        engine_for(make_model({**config, depth: layers}, device="cuda"), slots=2, budget=8)
         found.append(triton_stand_in.graphs[0].launches)
         triton_stand_in.graphs.clear()
     (one, two) = found
-    assert sum((two - one).values()) == 7
+    assert sum((two - one).values()) == budget[0]
     assert one["triton.tile_attention"] == 1
     assert not any("decode" in name for name in one)
+
+
+def test_the_modules_of_transformers_launch_what_an_estimate_counts(
+    triton_stand_in: StandIn, make_model: MakeModel
+) -> None:
+    of_layer, beside = build.WITH_TRANSFORMERS
+    for layers in (1, 2):
+        model = make_model(LLAMA, num_hidden_layers=layers, device="cuda", dtype="bfloat16")
+        engine_for(model, slots=1, budget=8, forward=TransformersForward(model, Kernels.OWN))
+        assert triton_stand_in.graphs[-1].launches.total() == layers * of_layer + beside
 
 
 # Texts that end by themselves
@@ -178,31 +227,51 @@ def launching(launch: Any) -> Iterator[None]:
         yield
 
 
+def skipping(*kernels: str) -> Any:
+    """Return what launches all kernels but these, whose results stay what they were."""
+    launch, skipped = ops.launch, [getattr(ops.kernels, kernel) for kernel in kernels]
+
+    def launch_others(kernel: Any, *args: Any, **options: Any) -> None:
+        if kernel not in skipped:
+            launch(kernel, *args, **options)
+
+    return launch_others
+
+
+SAID = {
+    "decode_attention": "attention differs",
+    "tile_attention": "attention differs",
+    "add_norm": "norms differ",
+    "embed_norm": "norms differ",
+    "best_of_all": "chooses other tokens",
+    "swiglu": "SwiGLU differs",
+}
+
+
 @pytest.mark.parametrize(
-    ("kernel", "said"),
-    [
-        ("decode_attention", "attention differs"),
-        ("tile_attention", "attention differs"),
-        ("add_norm", "norms differ"),
-        ("embed_norm", "norms differ"),
-        ("best_of_all", "chooses other tokens"),
-    ],
+    ("config", "kernel"),
+    [(TINY, kernel) for kernel in SAID if kernel != "swiglu"]
+    + [(QWEN3, kernel) for kernel in SAID],
+    ids=lambda value: value if isinstance(value, str) else value["model_type"],
 )
 def test_kernels_that_compute_something_else_are_not_used(
-    kernel: str, said: str, triton_stand_in: StandIn, make_model: MakeModel
+    config: Any, kernel: str, triton_stand_in: StandIn, make_model: MakeModel
 ) -> None:
     """A compiler may have a fault; the engine then serves with torch's operators, and says so."""
-    launch = ops.launch
-
-    def skipping(launched: Any, *args: Any, **options: Any) -> None:
-        if launched is not getattr(ops.kernels, kernel):
-            launch(launched, *args, **options)
-
-    with launching(skipping):
-        engine, _ = make_engine("slots", make_model(device="cuda"), 2, 16, "eager")
+    with launching(skipping(kernel)):
+        engine, _ = make_engine("slots", make_model(config, device="cuda"), 2, 16, "eager")
     assert not engine.triton
     assert engine.execution_note is not None
-    assert said in engine.execution_note
+    assert SAID[kernel] in engine.execution_note
+
+
+def test_kernels_that_a_model_does_not_use_are_not_compared(
+    triton_stand_in: StandIn, make_model: MakeModel
+) -> None:
+    """They are not compiled either, which takes seconds."""
+    for config, others in ((TINY, ["swiglu"]), (MODULES, ["swiglu", "add_norm", "embed_norm"])):
+        with launching(skipping(*others)):
+            assert triton_choice.why_no_triton(make_model(config, device="cuda")) is None
 
 
 def test_kernels_that_cannot_be_compiled_are_not_used(

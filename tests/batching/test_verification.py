@@ -285,9 +285,11 @@ def _kernel_reads_another_slot(attend: Attend) -> Attend:
 def _kernel_reads_too_far(attend: Attend) -> Attend:
     """Each row sees one position beyond its own."""
 
-    def changed(own: Native, qkv: Any, block: Any, slots: Any, positions: Any, n: int) -> Any:
-        attend(own, qkv, block, slots, positions, n)
-        return attend(own, qkv, block.clone(), slots, positions + 1, n)
+    def changed(
+        own: Native, qkv: Any, block: Any, slots: Any, positions: Any, *rest: Any
+    ) -> torch.Tensor:
+        attend(own, qkv, block, slots, positions, *rest)
+        return attend(own, qkv, block.clone(), slots, positions + 1, *rest)
 
     return changed
 
@@ -295,9 +297,11 @@ def _kernel_reads_too_far(attend: Attend) -> Attend:
 def _kernel_writes_too_far(attend: Attend) -> Attend:
     """A prompt's first position is still the earlier occupant's."""
 
-    def changed(own: Native, qkv: Any, block: Any, slots: Any, positions: Any, n: int) -> Any:
+    def changed(
+        own: Native, qkv: Any, block: Any, slots: Any, positions: Any, *rest: Any
+    ) -> torch.Tensor:
         later = positions + 1 if (positions == 0).any() else positions
-        return attend(own, qkv, block, slots, later, n)
+        return attend(own, qkv, block, slots, later, *rest)
 
     return changed
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from batchbench.batching.engines.torch import triton_choice
+from batchbench.batching.engines.torch.triton import choice as triton_choice
 from support.cuda_objects import CUDAGraph, CudaTensor, Event, Stream
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def replacements(gpu: StandIn) -> Iterator[tuple[Any, str, Any]]:
     yield torch._C, "_host_emptyCache", _own(nothing)
     yield triton_choice, "supports_triton", lambda device: gpu.triton and device.type == "cuda"
     if gpu.triton:
-        from batchbench.batching.engines.torch import triton_ops
+        from batchbench.batching.engines.torch.triton import ops as triton_ops
 
         yield triton_ops, "launch", gpu.launch_triton
     yield torch.version, "cuda", "13.0"

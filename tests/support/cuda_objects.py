@@ -84,6 +84,17 @@ class CudaTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.host.data_ptr()
 
+    def untyped_storage(self) -> Any:
+        return self.host.untyped_storage()
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, other: CudaTensor) -> None:
+        self.host, self.memory = other.host, other.memory
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             copied = self.detach().clone()

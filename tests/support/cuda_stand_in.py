@@ -30,7 +30,8 @@ with ``tests`` on the path::
 
 Processes started by that one find the stand-in as well, since their environment names a folder with
 a ``sitecustomize`` module; it is :func:`environment_of_children`. The variable
-``BATCHBENCH_CUDA_STAND_IN`` sets the number of devices and their memory in MiB: ``2,512``.
+``BATCHBENCH_CUDA_STAND_IN`` sets the number of devices and their memory in MiB: ``2,512``. With
+``2,512,triton`` and ``TRITON_INTERPRET=1`` Triton's kernels run too, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -81,6 +82,10 @@ class _Kind:
     writes: tuple[int | str, ...]  # arguments, by place or by name
 
 
+_NO_LAUNCH = (aten.empty_like, aten.new_empty, aten.new_empty_strided, aten._unsafe_view)
+"""Operators that launch nothing, though they are no views by their schema."""
+
+
 @cache
 def _kind(func: Any) -> _Kind:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -93,7 +98,7 @@ def _kind(func: Any) -> _Kind:
     return _Kind(
         composite=has(func.name(), "CompositeImplicitAutograd"),
         view=bool(aliased) and not writes and all(a is not None for a in aliased),
-        allocates=func.overloadpacket in (aten.empty_like, aten.new_empty, aten.new_empty_strided),
+        allocates=func.overloadpacket in _NO_LAUNCH,
         writes=tuple(writes),
     )
 
@@ -569,8 +574,10 @@ def install_for_good() -> StandIn:
     """Install the stand-in in this process and in those that it starts."""
     settings = os.environ.get(VARIABLE) or "2,512"
     os.environ |= environment_of_children(settings)
-    devices, mebibytes = (int(number) for number in settings.split(","))
-    return StandIn(devices, mebibytes * 2**20).__enter__()
+    devices, mebibytes, *more = settings.split(",")
+    if more and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("Triton's kernels need TRITON_INTERPRET=1 on the stand-in")
+    return StandIn(int(devices), int(mebibytes) * 2**20, triton=bool(more)).__enter__()
 
 
 if __name__ == "__main__":

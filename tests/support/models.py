@@ -32,6 +32,11 @@ LLAMA: Mapping[str, Any] = {
 }
 """Another family: rotary positions, and two heads of keys to four of queries."""
 
+QWEN2: Mapping[str, Any] = {**LLAMA, "model_type": "qwen2"}
+QWEN3: Mapping[str, Any] = {**LLAMA, "model_type": "qwen3", "head_dim": 12}
+"""The same family, with biases, and with norms of heads that are not as wide together as the
+model."""
+
 SENTENCES = (
     "The quick brown fox jumped over the lazy dog.",
     "A request is written into its slot and leaves by being forgotten.",

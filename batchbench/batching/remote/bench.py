@@ -15,12 +15,25 @@ from batchbench.batching.benches import GRACE, Bench, check_pair_time, in_turn
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import environment
-from batchbench.batching.models import ModelCache, ModelSpec, Tokenizer, find_model, find_tokenizer
+from batchbench.batching.models import (
+    ModelCache,
+    ModelSpec,
+    Tokenizer,
+    encoder,
+    find_model,
+    find_tokenizer,
+)
 from batchbench.batching.models.source import read_config
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.remote.clients import Clients, Start
-from batchbench.batching.remote.dialects import Dialect, PromptCache, body_for, discover
+from batchbench.batching.remote.dialects import (
+    Dialect,
+    LengthField,
+    PromptCache,
+    body_for,
+    discover,
+)
 from batchbench.batching.remote.exchange import FailureKind
 from batchbench.batching.remote.outcome import (
     Agreement,
@@ -112,10 +125,11 @@ class RemoteBench(Bench):
             spec,
             batch_size=self.experiment.serving.batch_size,
             vocab_size=_vocabulary_of(self._folder),
-            encode=tokenizer.encode if tokenizer else None,
+            encode=encoder(tokenizer, chat=spec.chat_template),
             context=context,
             note=self._watch.note,
         )
+        self._check_sampling(workload)
         total = workload.prompt_tokens + workload.output_tokens
         longest = int(total.argmax())
         if context is not None and total[longest] > context:
@@ -126,6 +140,27 @@ class RemoteBench(Bench):
                 "--overlong clip, scale or skip, or start the server with a longer context"
             )
         return workload
+
+    def _check_sampling(self, workload: Workload) -> None:
+        """Raise UsageError if the server cannot draw tokens as the workload says."""
+        how, dialect = workload.sampling, self._dialect
+        if how is None:
+            return
+        if self._target.verify_model is not None:
+            raise UsageError(
+                "--verify-model: sampled outputs cannot be checked, since a server draws them from "
+                "random numbers of its own; drop it, or give --temperature 0"
+            )
+        if how.top_k and not dialect.top_k:
+            raise UsageError(
+                f"--top-k {how.top_k}: requests to this {dialect.name} server have no such field; "
+                "drop it, or give one of the server's own with --extra-body"
+            )
+        if workload.stop_at_eos and dialect.length_field is LengthField.GENERATION_CONFIG:
+            raise UsageError(
+                f"--temperature {how.temperature:g}: this {dialect.name} server samples only with "
+                "settings that replace the model's end-of-sequence token; drop --stop-at-eos"
+            )
 
     def strategy(self, name: str) -> Served:
         """Return the strategy of this name, *static* or *continuous*."""
@@ -152,6 +187,7 @@ class RemoteBench(Bench):
             request.output_tokens,
             ignore_eos=not workload.stop_at_eos,
             extra_body=self._target.extra,
+            drawn=workload.stream(request.index),
         )
 
     def within(self, limit: float | None) -> Self:
@@ -361,13 +397,13 @@ def token_ns(recording: Recording) -> float:
 
 
 def _folder_of(target: TargetSpec) -> Path | None:
-    """Return the folder that has the tokenizer: of ``--tokenizer``, else of ``--verify-model``."""
+    """Return the place of the tokenizer: of ``--tokenizer``, else of ``--verify-model``."""
     if target.tokenizer is None:
         return target.verify_model
     folder = Path(target.tokenizer).expanduser()
     if not folder.is_dir():
         try:
-            found = find_model(ModelSpec(target.tokenizer), weights=False).folder
+            found = find_model(ModelSpec(target.tokenizer), weights=False).place
         except UsageError as error:
             raise UsageError(str(error).replace("--model", "--tokenizer")) from error
         if found is None:
@@ -379,6 +415,8 @@ def _folder_of(target: TargetSpec) -> Path | None:
 
 
 def _vocabulary_of(folder: Path | None) -> int:
+    if folder is not None and folder.is_file():
+        return find_model(ModelSpec(str(folder)), weights=False).vocab_size
     if folder is None or not (folder / "config.json").is_file():
         return SAFE_VOCABULARY
     config = read_config(str(folder), folder)

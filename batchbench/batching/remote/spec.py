@@ -97,10 +97,10 @@ class TargetSpec:
     )
     tokenizer: str | None = setting(
         None,
-        "Tokenizer of the server's model, to send prompts as text: a model id on the hub, or a "
-        "local folder.",
+        "Tokenizer of the server's model, to send prompts as text: a model id on the hub, a "
+        "local folder or a GGUF file.",
         _PANEL,
-        metavar="ID|FOLDER",
+        metavar="ID|FOLDER|FILE",
     )
     api_key: str | None = secret(
         f"Key sent as the bearer token. It is not saved or shown. {API_KEY} in the environment "

@@ -55,7 +55,7 @@ def _trust(result: Result, *, reasons: bool) -> list[str]:
     if verified:
         parts.append(_outputs(data["verification"], served=result.served))
     if agreement is not None:
-        parts.append(agreement_words(agreement))
+        parts.append(agreement_words(data, agreement))
     if not (verified or agreement or data["simulated"]):
         parts.append("outputs not verified")
     validity = data["validity"]

@@ -23,6 +23,7 @@ from batchbench.studies.ladder.rungs import ALL, LadderSpec, Rung, choose_rungs
 if TYPE_CHECKING:
     import torch
 
+    from batchbench.batching.engines.torch.architecture import Architecture
     from batchbench.batching.engines.torch.forward import Forward
     from batchbench.batching.engines.torch.hardware import ModelClock
     from batchbench.batching.models.loading import LoadedModel
@@ -120,13 +121,13 @@ class Ladder:
         self.source = self._models.find(experiment.model, weights=True)
         watch.note(self.source.note)
         watch.phase("loading")
-        from batchbench.batching.engines.torch.forward import is_plain_gpt2
+        from batchbench.batching.engines.torch.architecture import describe
         from batchbench.batching.models.loading import model_config, resolve_device, resolve_dtype
 
         device = resolve_device(experiment.model.device)
         dtype = resolve_dtype(experiment.model.dtype, device)
-        plain = is_plain_gpt2(model_config(self.source))
-        lacking = partial(_lacking, plain_gpt2=plain, device=device, dtype=dtype)
+        described = describe(model_config(self.source))
+        lacking = partial(_lacking, described=described, device=device, dtype=dtype)
         self.left_out: dict[str, str] = {}
         self.rungs: list[OpenRung] = []
         for rung in choose_rungs(spec.rungs):
@@ -188,7 +189,7 @@ class Ladder:
     def model(self) -> dict[str, Any]:
         """Facts about the model that hold for all rungs; ``dtype`` is that of the first."""
         facts = self.rungs[0].session.model
-        names = ("name", "load_format", "note", "device", "dtype", "parameters")
+        names = ("name", "load_format", "note", "quantization", "device", "dtype", "parameters")
         return {name: facts[name] for name in names}
 
     def measure(self) -> Mapping[str, Ceiling]:
@@ -301,12 +302,17 @@ def _reason(error: Exception) -> str:
 
 
 def _lacking(
-    rung: Rung, *, plain_gpt2: bool, device: torch.device, dtype: torch.dtype, named: bool
+    rung: Rung,
+    *,
+    described: Architecture | str,
+    device: torch.device,
+    dtype: torch.dtype,
+    named: bool,
 ) -> str | None:
     """Return why this model on this device has no such rung; None if it has."""
     from batchbench.batching.engines.torch.kernels import native
     from batchbench.batching.engines.torch.linear import onednn
-    from batchbench.batching.engines.torch.triton_choice import supports_triton
+    from batchbench.batching.engines.torch.triton.choice import supports_triton
     from batchbench.batching.models.loading import resolve_dtype
 
     dtype_name = str(dtype).removeprefix("torch.")
@@ -318,8 +324,8 @@ def _lacking(
         except UsageError as error:
             return str(error)
         return None
-    if rung.forward in _KERNELS and not plain_gpt2:
-        return "batchbench has its own forward pass only for the GPT-2 family"
+    if rung.forward in _KERNELS and isinstance(described, str):
+        return f"batchbench has no forward pass of its own for this model: {described}"
     if rung.execution == "graph" and device.type != "cuda":
         return "CUDA graphs need a CUDA device"
     if rung.execution == "compile" and device.type == "cpu" and not named:

@@ -16,9 +16,9 @@ ALL = "all"
 class Rung:
     """One way to serve.
 
-    ``forward`` is the forward pass of the slots engine: ``transformers``, or GPT-2's own on torch's
-    kernels (``lean``), on oneDNN's (``packed``) or on the best available (``own``). ``dtype`` is
-    None for the model's own.
+    ``forward`` is the forward pass of the slots engine: ``transformers``, or batchbench's own on
+    torch's kernels (``lean``), on oneDNN's (``packed``) or on the best available (``own``).
+    ``dtype`` is None for the model's own.
     """
 
     name: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from batchbench.batching.engines.torch.architecture import Norm, Rotary
 from batchbench.batching.engines.torch.kernels import Native
 from batchbench.batching.plan import Chunk
 
@@ -112,6 +113,13 @@ class SlotLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.2x
 
 
+class Rotation(NamedTuple):
+    """The change of queries and keys before they are multiplied: norms of heads, and rotation."""
+
+    rotary: Rotary
+    norms: Sequence[Norm] = ()  # of queries and of keys; empty if they have none
+
+
 class DeviceAttention(Protocol):
     """Attention in a GPU's own kernels, which read slots and positions on the device."""
 
@@ -124,6 +132,7 @@ class DeviceAttention(Protocol):
         slots: torch.Tensor,
         positions: torch.Tensor,
         scale: float | None = None,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         """Write keys and values of decoding rows to the cache, and attend."""
 
@@ -136,6 +145,7 @@ class DeviceAttention(Protocol):
         tiles: torch.Tensor,
         tokens: int,
         scale: float | None = None,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         """Write keys and values of rows and chunks, laid out in tiles, and attend."""
 
@@ -293,25 +303,38 @@ def attend_on_device(
     v: torch.Tensor,
     layout: Layout,
     scale: float | None = None,
+    rotation: Rotation | None = None,
 ) -> torch.Tensor:
     """Attend as :func:`attend` does, in one launch of a GPU's own kernels."""
     attention = layout.cache.attention
     assert attention is not None
+    states = (q, k, v, block.block)
     if layout.tiles is None:
-        return attention.decode(q, k, v, block.block, layout.slots, layout.positions, scale)
-    return attention.tiled(q, k, v, block.block, layout.tiles, layout.tile, scale)
+        return attention.decode(*states, layout.slots, layout.positions, scale, rotation)
+    return attention.tiled(*states, layout.tiles, layout.tile, scale, rotation)
 
 
 def attend_natively(
-    kernels: Native, block: SlotLayer, qkv: torch.Tensor, layout: Layout
+    kernels: Native,
+    block: SlotLayer,
+    qkv: torch.Tensor,
+    layout: Layout,
+    angles: torch.Tensor | None = None,
+    norms: Sequence[torch.Tensor] = (),
+    eps: float = 0.0,
 ) -> torch.Tensor:
-    """Attend as :func:`attend` does, with ``qkv``, ``[tokens, 3, heads, head_dim]``.
+    """Attend as :func:`attend` does, with ``qkv``, ``[tokens, heads + 2 × kv_heads, head_dim]``.
 
-    batchbench's kernel for decoding rows reads only the positions that a request has written.
+    batchbench's kernel for decoding rows reads only the positions that a request has written. It
+    norms and rotates queries and keys in place, as :meth:`Native.attention` says.
     """
-    out = kernels.attention(qkv, block.block, layout.slots, layout.positions, layout.decoding)
-    if layout.decoding < qkv.shape[0]:
-        _attend_prompts(qkv[:, 0], qkv[:, 1:], block, layout, {}, out)
+    cached, slots, positions, n = block.block, layout.slots, layout.positions, layout.decoding
+    out = kernels.attention(qkv, cached, slots, positions, n, angles, norms, eps)
+    if n < qkv.shape[0]:
+        heads, kv_heads = out.shape[1], cached.shape[2]
+        kv = qkv[:, heads:].view(len(qkv), 2, kv_heads, -1)
+        options = {"enable_gqa": heads != kv_heads}
+        _attend_prompts(qkv[:, :heads], kv, block, layout, options, out)
     return out
 
 

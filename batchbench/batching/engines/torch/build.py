@@ -15,16 +15,17 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedConfig
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.notebook import NotebookEngine
+from batchbench.batching.engines.torch.architecture import Architecture, describe
 from batchbench.batching.engines.torch.attention import aligned, kv_token_bytes
 from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.forward import (
     Forward,
     TransformersForward,
     cache_dtype,
-    is_plain_gpt2,
     make_forward,
 )
 from batchbench.batching.engines.torch.hardware import (
@@ -37,7 +38,7 @@ from batchbench.batching.engines.torch.hardware import (
 from batchbench.batching.engines.torch.linear import Kernels, make_linear, padded_bytes
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
-from batchbench.batching.engines.torch.triton_choice import supports_triton, why_no_triton
+from batchbench.batching.engines.torch.triton.choice import supports_triton, why_no_triton
 from batchbench.batching.experiment import Experiment, budget_of
 from batchbench.batching.models.loading import (
     LoadedModel,
@@ -55,13 +56,14 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
+from batchbench.workloads.sampling import Sampling
 
 HEADROOM = 0.1
 """Share of the free memory that stays unused."""
 
-LEAN_WIDTHS, EAGER_WIDTHS = 14, 37
-"""Peak activations of a token, in hidden sizes: in GPT-2's own pass, and in transformers' modules,
-whose GELU alone keeps four tensors of the inner size (4 hidden sizes)."""
+EAGER_WIDTHS = 37
+"""Peak activations of a token in transformers' modules, in hidden sizes: GPT-2's GELU alone keeps
+four tensors of the inner size (4 hidden sizes)."""
 
 REFERENCE_LOGITS = 3
 """Copies of a request's logits during verification."""
@@ -92,7 +94,7 @@ class Served:
     longest: int  # tokens of the longest request, prompt and output
     mixes: bool  # prompts are computed in passes with the running requests
     budget: int | None  # most tokens of such a pass; None to derive it from the number of slots
-    lean: bool  # the pass is GPT-2's own
+    lean: Architecture | None  # what batchbench's own pass computes; None for transformers'
 
     def cache_bytes(self, slots: int) -> int:
         return slots * self.longest * kv_token_bytes(self.config, self.cached)
@@ -108,8 +110,8 @@ class Served:
         """Return the bytes that serving this many slots takes in addition to weights."""
         text = self.config.get_text_config()
         tokens = self.pass_tokens(slots)
-        widths = LEAN_WIDTHS if self.lean else EAGER_WIDTHS
-        passes = tokens * widths * text.hidden_size * self.dtype.itemsize
+        values = self.lean.activations if self.lean else EAGER_WIDTHS * text.hidden_size
+        passes = tokens * values * self.dtype.itemsize
         logits = slots * text.vocab_size * (self.dtype.itemsize + 4)
         # While the batch changes, the notebook engine holds the old cache and the new one.
         caches = 2 if self.engine == "notebook" else 1
@@ -136,13 +138,16 @@ def make_engine(
     prompt: int = 0,
     mixes: bool = True,
     budget: int | None = None,
+    sampling: Sampling | None = None,
 ) -> tuple[TorchEngine, dict[str, int]]:
     """Return the engine of that name, and its bytes of weights, packed weights and cache.
 
     ``forward`` is the slots engine's pass, None for the leanest correct one; ``prompt``, ``mixes``
-    and ``budget`` are as in :class:`Served`. Raises UsageError if a batch of this size does not
-    fit, with the largest that does, or if the model cannot be computed as ``execution`` says.
+    and ``budget`` are as in :class:`Served`, ``sampling`` as in SlotsEngine. Raises UsageError if a
+    batch of this size does not fit, with the largest that does, or if the model cannot be computed
+    as ``execution`` says.
     """
+    config = model.module.config
     with current(model.device), _cache_fits(slots, model.device):
         own = False
         if name == "notebook":
@@ -153,7 +158,7 @@ def make_engine(
             own = forward is None and chosen != "compile"
             forward = forward or make_forward(model, Kernels.OWN if own else Kernels.PLAIN)
         served = Served(
-            config=model.module.config,
+            config=config,
             dtype=model.dtype,
             cached=forward.cache_dtype if forward else model.dtype,
             engine=name,
@@ -161,7 +166,7 @@ def make_engine(
             longest=aligned(max_len, model.device) if forward else max_len,
             mixes=mixes,
             budget=budget,
-            lean=forward is not None and not isinstance(forward, TransformersForward),
+            lean=None if isinstance(forward, TransformersForward | None) else lean_of(config),
         )
         _check_room(model, slots, served)
         memory = {
@@ -174,10 +179,19 @@ def make_engine(
         if isinstance(forward, TransformersForward):
             _check_forward(model, forward)
         falls_back, tokens = execution == "auto", served.pass_tokens(slots)
-        made = _slots_engine(model, slots, max_len, forward, chosen, falls_back, tokens)
+        made = _slots_engine(model, slots, max_len, forward, chosen, falls_back, tokens, sampling)
         if own and model.device.type == "cuda" and not made.triton and not made.execution_note:
             made.execution_note = f"without Triton's kernels: {why_no_triton(model)}"
+        if isinstance(forward, TransformersForward) and forward.why:
+            notes = (f"transformers' forward pass: {forward.why}", made.execution_note)
+            made.execution_note = "; ".join(filter(None, notes))
         return made, memory
+
+
+def lean_of(config: PreTrainedConfig) -> Architecture | None:
+    """Return what batchbench's own pass computes for a configuration; None for transformers'."""
+    found = describe(config)
+    return None if isinstance(found, str) else found
 
 
 @contextmanager
@@ -211,10 +225,11 @@ def _slots_engine(
     execution: str,
     falls_back: bool,
     most_tokens: int | None = None,
+    sampling: Sampling | None = None,
 ) -> SlotsEngine:
     """Return the slots engine; an eager one if preparing its passes fails and that is allowed."""
     try:
-        return SlotsEngine(model, slots, max_len, forward, execution, most_tokens)
+        return SlotsEngine(model, slots, max_len, forward, execution, most_tokens, sampling)
     except (MemoryError, torch.OutOfMemoryError, UsageError):
         raise
     except Exception as error:  # from a model's own code, or from a compiler
@@ -309,11 +324,11 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     dtype = resolve_dtype(experiment.model.dtype, device)
     config, serving = model_config(source), experiment.serving
     slots, longest = serving.batch_size, workload.max_total_tokens
-    lean = serving.engine == "slots" and is_plain_gpt2(config)
+    lean = lean_of(config) if serving.engine == "slots" else None
     served = Served(
         config,
         dtype,
-        cache_dtype(config, device, dtype) if lean else dtype,
+        cache_dtype(lean, device, dtype) if lean else dtype,
         serving.engine,
         prompt=int(workload.prompt_tokens.max()),
         longest=aligned(longest, device) if serving.engine == "slots" else longest,
@@ -344,14 +359,18 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     )
 
 
-WITH_TRITON, LEAN, WITH_TRANSFORMERS = (7, 6), (11, 13), (43, 24)
+WITH_TRITON, LEAN = (7, 6), (11, 13)
+LLAMA_WITH_TRITON, LLAMA_LEAN, WITH_TRANSFORMERS = (8, 6), (34, 26), (45, 25)
 """Kernels that a decode step launches in each layer, and beside the layers, counted in captured
-passes: of GPT-2 with Triton's kernels and with torch's, and of a Llama in transformers' modules."""
+passes in bfloat16: of GPT-2 and of a Llama with Triton's kernels and with torch's, and of a Llama
+in transformers' modules."""
 
 
 def _launches(served: Served, device: torch.device) -> int:
-    lean = WITH_TRITON if supports_triton(device) else LEAN
-    of_layer, beside = lean if served.lean else WITH_TRANSFORMERS
+    of = served.lean
+    fused, lean = (LLAMA_WITH_TRITON, LLAMA_LEAN) if of and of.gated else (WITH_TRITON, LEAN)
+    own = fused if supports_triton(device) else lean
+    of_layer, beside = own if of else WITH_TRANSFORMERS
     return int(of_layer * served.config.get_text_config().num_hidden_layers + beside)
 
 
@@ -406,11 +425,15 @@ class _Run:
     @property
     def resident_bytes(self) -> int:
         """The bytes of weights, with the packed ones and the padded vocabulary."""
-        padded = 0
-        if self.served.lean and supports_triton(self.device):
-            text = self.served.config.get_text_config()
-            padded = padded_bytes(text.vocab_size, text.hidden_size, self.served.dtype)
-        return self.weight_bytes * (2 if self.packs else 1) + padded
+        lean, dtype = self.served.lean, self.served.dtype
+        if lean is None:
+            return self.weight_bytes
+        if self.packs:  # an embedding that is no product's weight is not packed
+            looked_up = 0 if lean.tied else lean.vocabulary * lean.width * dtype.itemsize
+            return 2 * self.weight_bytes - looked_up
+        triton = supports_triton(self.device)
+        padded = padded_bytes(lean.vocabulary, lean.width, dtype) if triton else 0
+        return self.weight_bytes + padded
 
     def peak_bytes(self, slots: int) -> int:
         """Return the largest of the stages: loading, packing, serving, verifying."""

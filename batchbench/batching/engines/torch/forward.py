@@ -1,24 +1,32 @@
-"""Forward passes over the slot cache: GPT-2's own, lean, and one for any causal LM."""
+"""Forward passes over the slot cache: a lean one of described models, and one for any causal LM."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from torch.nn.functional import embedding, layer_norm
-from transformers import PretrainedConfig
+from torch.nn.functional import embedding
 
+from batchbench.batching.engines.torch.architecture import (
+    Architecture,
+    Norm,
+    Weights,
+    rotate,
+    weights_of,
+)
 from batchbench.batching.engines.torch.attention import (
     NAME,
     Layout,
+    SlotLayer,
     attend,
     attend_natively,
     cache_argument,
 )
-from batchbench.batching.engines.torch.base import best_token
-from batchbench.batching.engines.torch.kernels import Native, native
+from batchbench.batching.engines.torch.kernels import Native, Table, Through, native
 from batchbench.batching.engines.torch.linear import Kernels, Linear, make_linear
-from batchbench.batching.engines.torch.triton_choice import triton_forward, triton_ops
+from batchbench.batching.engines.torch.sampling import Choose, choose
+from batchbench.batching.engines.torch.triton.choice import triton_forward, triton_ops
 from batchbench.batching.models.loading import LoadedModel
 
 
@@ -42,19 +50,26 @@ class Forward(Protocol):
     ) -> torch.Tensor:
         """Return logits ``[kept, vocabulary]`` of ``ids``, ``[tokens]``; of all if None is kept."""
 
-    def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the greedy choice, ``[rows, vocabulary]`` to ``[rows]``; the first of equals."""
+    @property
+    def choose(self) -> Choose:
+        """The choice of the next tokens."""
 
 
 class TransformersForward:
-    """Any causal LM of transformers, through its cache and attention interfaces."""
+    """Any causal LM of transformers, through its cache and attention interfaces.
+
+    ``why`` is the reason why the model has no leaner pass; None if this one was asked for.
+    """
 
     extra_bytes = 0
 
-    def __init__(self, model: LoadedModel, most: Kernels = Kernels.PLAIN) -> None:
+    def __init__(
+        self, model: LoadedModel, most: Kernels = Kernels.PLAIN, why: str | None = None
+    ) -> None:
+        self.why = why
         ops = triton_ops(model) if most >= Kernels.OWN else None
         self.triton = ops is not None
-        self.choose = best_token if ops is None else ops.best_token
+        self.choose: Choose = choose if ops is None else ops.best_token
         self._module = model.module
         self._cache_argument = cache_argument(model.module)
         self.cache_dtype = model.dtype
@@ -75,126 +90,144 @@ class TransformersForward:
         return logits
 
 
-class _Norm(NamedTuple):
-    weight: torch.Tensor
-    bias: torch.Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, module: torch.nn.LayerNorm) -> _Norm:
-        return cls(module.weight, module.bias, module.eps)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
-
 class _Block(NamedTuple):
-    norm_1: _Norm
+    norm_1: Norm
     qkv: Linear
+    head_norms: Sequence[Norm]
     attention_out: Linear
-    norm_2: _Norm
+    norm_2: Norm
     mlp_in: Linear
     mlp_out: Linear
 
 
-class GPT2Forward:
-    """GPT-2 (Radford et al. 2019) with only the necessary operations between its products.
+class LeanForward:
+    """Any described model, with only the necessary operations between its products.
 
     On a CPU the weights are packed for the kernels, which takes as much memory again: the plain
     ones stay for the reference that verifies outputs.
     """
 
     triton = False
-    choose = staticmethod(best_token)
+    choose = staticmethod(choose)
 
-    def __init__(self, model: LoadedModel, most: Kernels = Kernels.OWN) -> None:
-        config, body = model.module.config, model.module.transformer
-        self._heads = config.n_head
-        self._tokens, self._positions = body.wte.weight, body.wpe.weight
+    def __init__(self, model: LoadedModel, weights: Weights, most: Kernels = Kernels.OWN) -> None:
+        self._weights, of = weights, weights.of
+        self._kernels = _attention_kernels(of, model.device, model.dtype, most)
         self._blocks = [
             _Block(
-                _Norm.of(block.ln_1),
-                _conv1d(block.attn.c_attn, most),
-                _conv1d(block.attn.c_proj, most),
-                _Norm.of(block.ln_2),
-                _conv1d(block.mlp.c_fc, most),
-                _conv1d(block.mlp.c_proj, most),
+                layer.norm_1,
+                make_linear(*layer.qkv, most),
+                layer.head_norms,
+                make_linear(*layer.attention_out, most),
+                layer.norm_2,
+                make_linear(*layer.mlp_in, most, gated=of.gated),
+                make_linear(*layer.mlp_out, most),
             )
-            for block in body.h
+            for layer in weights.layers
         ]
-        self._norm = _Norm.of(body.ln_f)
-        self._head = make_linear(model.module.lm_head.weight, None, most)
+        self._table = self._make_table()
+        self._head = make_linear(weights.head, None, most)
         layers = [self._head]
         for b in self._blocks:
             layers += [b.qkv, b.attention_out, b.mlp_in, b.mlp_out]
         self.extra_bytes = sum(layer.extra_bytes for layer in layers)
-        self._kernels = _attention_kernels(config, model.device, model.dtype, most)
-        self.cache_dtype = cache_dtype(config, model.device, model.dtype, most)
+        self.cache_dtype = cache_dtype(of, model.device, model.dtype, most)
 
     def __call__(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
     ) -> torch.Tensor:
-        x = embedding(ids, self._tokens) + embedding(layout.positions, self._positions)
-        tokens = x.shape[0]
-        for layer, block in zip(layout.cache.blocks, self._blocks, strict=True):
-            qkv = block.qkv(block.norm_1(x)).view(tokens, 3, self._heads, -1)
-            if self._kernels is not None:
-                seen = attend_natively(self._kernels, layer, qkv, layout)
-            else:
-                qkv = qkv.to(self.cache_dtype)
-                seen = attend(layer, qkv[:, 0], qkv[:, 1:], layout)
-            x = block.attention_out.plus(seen.reshape(x.shape).to(x.dtype), x)
-            x = block.mlp_out.plus(block.mlp_in.gelu(block.norm_2(x)), x)
+        weights, angles = self._weights, None
+        x = embedding(ids, weights.tokens)
+        if weights.positions is not None:
+            x = x + embedding(layout.positions, weights.positions)
+        if weights.rotary is not None:
+            angles = weights.rotary.angles(layout.positions, x.dtype)
+        if self._table is not None and self._kernels is not None and layout.decoding == len(x):
+            blocks = [cached.block for cached in layout.cache.blocks]
+            self._kernels.decode(self._table, x, blocks, layout.slots, layout.positions, angles)
+        else:
+            x = self._compute_layers(x, layout, angles)
         if keep is not None:
             x = x[keep]
-        return self._head(self._norm(x))
+        return self._head(weights.norm(x))
+
+    def _compute_layers(
+        self, x: torch.Tensor, layout: Layout, angles: torch.Tensor | None
+    ) -> torch.Tensor:
+        tokens, of = len(x), self._weights.of
+        for cached, block in zip(layout.cache.blocks, self._blocks, strict=True):
+            qkv = block.qkv(block.norm_1(x)).view(tokens, -1, of.head_dim)
+            seen = self._attend(cached, qkv, block.head_norms, layout, angles)
+            x = block.attention_out.plus(seen.reshape(tokens, -1).to(x.dtype), x)
+            x = block.mlp_out.plus(block.mlp_in.activated(block.norm_2(x)), x)
+        return x
+
+    def _make_table(self) -> Table | None:
+        """Return the weights of all layers for :meth:`Native.decode`, if they are packed for it."""
+        rows: list[list[torch.Tensor | None]] = []
+        for b in self._blocks:
+            packed = [m.packed for m in (b.qkv, b.attention_out, b.mlp_in, b.mlp_out)]
+            if self._kernels is None or () in packed:
+                return None
+            norms = (norm.weight for norm in b.head_norms) if b.head_norms else (None, None)
+            qkv, out, mlp_in, mlp_out = packed
+            rows.append([*b.norm_1[:2], *qkv, *norms, *out, *b.norm_2[:2], *mlp_in, *mlp_out])
+        of = self._weights.of
+        through = Through.SWIGLU if of.gated else Through.GELU
+        return Table(rows, heads=of.heads, inner=of.inner, through=through, eps=of.eps)
+
+    def _attend(
+        self,
+        cached: SlotLayer,
+        qkv: torch.Tensor,
+        norms: Sequence[Norm],
+        layout: Layout,
+        angles: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend in one layer with ``qkv``, ``[tokens, heads + 2 × kv_heads, head_dim]``."""
+        of = self._weights.of
+        if self._kernels is not None:
+            plain = [norm.weight for norm in norms]
+            return attend_natively(self._kernels, cached, qkv, layout, angles, plain, of.eps)
+        if angles is not None:
+            qk = qkv[:, : of.heads + of.kv_heads]
+            if norms:
+                both = torch.split(qk, [of.heads, of.kv_heads], 1)
+                qk = torch.cat([norm(x) for norm, x in zip(norms, both, strict=True)], 1)
+            qkv = torch.cat([rotate(qk, angles), qkv[:, -of.kv_heads :]], 1)
+        qkv = qkv.to(self.cache_dtype)
+        kv = qkv[:, of.heads :].view(len(qkv), 2, of.kv_heads, -1)
+        return attend(cached, qkv[:, : of.heads], kv, layout)
 
 
 def _attention_kernels(
-    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, most: Kernels
+    architecture: Architecture, device: torch.device, dtype: torch.dtype, most: Kernels
 ) -> Native | None:
-    """Return batchbench's attention kernels if they can compute what GPT-2 needs."""
+    """Return batchbench's attention kernels if they can compute what the model needs."""
     kernels = native() if most >= Kernels.OWN and device.type == "cpu" else None
-    size = config.hidden_size // config.num_attention_heads
-    return kernels if kernels is not None and kernels.attends(size, dtype) else None
+    return kernels if kernels and kernels.attends(architecture.head_dim, dtype) else None
 
 
 def cache_dtype(
-    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, most: Kernels = Kernels.OWN
+    architecture: Architecture,
+    device: torch.device,
+    dtype: torch.dtype,
+    most: Kernels = Kernels.OWN,
 ) -> torch.dtype:
-    """Return the number format in which :class:`GPT2Forward` caches keys and values.
+    """Return the number format in which :class:`LeanForward` caches keys and values.
 
     On a CPU torch's attention kernel is slower for single queries in bfloat16 than in float32, by
     more than the doubled cache costs (docs/log.md).
     """
-    if device.type != "cpu" or _attention_kernels(config, device, dtype, most) is not None:
+    if device.type != "cpu" or _attention_kernels(architecture, device, dtype, most) is not None:
         return dtype
     return torch.float32
 
 
-def _conv1d(module: torch.nn.Module, most: Kernels) -> Linear:
-    """Return the layer of a transformers Conv1D, whose weight is ``[inputs, outputs]``."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, torch.Tensor)
-    assert isinstance(bias, torch.Tensor)
-    return make_linear(weight.t(), bias, most)
-
-
-def is_plain_gpt2(config: PretrainedConfig) -> bool:
-    """Return True if :class:`GPT2Forward` computes this configuration."""
-    return bool(
-        config.model_type == "gpt2"
-        and config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
-        and config.scale_attn_weights
-        and not config.scale_attn_by_inverse_layer_idx
-        and not config.reorder_and_upcast_attn
-        and not config.add_cross_attention
-    )
-
-
 def make_forward(model: LoadedModel, most: Kernels = Kernels.OWN) -> Forward:
     """Return the leanest forward pass that is right for the model."""
-    if is_plain_gpt2(model.module.config):
-        fused = triton_forward(model) if most >= Kernels.OWN else None
-        return fused or GPT2Forward(model, most)
-    return TransformersForward(model, most)
+    weights = weights_of(model.module)
+    if isinstance(weights, str):
+        return TransformersForward(model, most, weights)
+    fused = triton_forward(model, weights) if most >= Kernels.OWN else None
+    return fused or LeanForward(model, weights, most)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 from transformers.pytorch_utils import Conv1D
 
+from batchbench.batching.engines.torch.architecture import weights_of
 from batchbench.batching.engines.torch.attention import Layout, kv_token_bytes
 from batchbench.batching.engines.torch.forward import Forward, TransformersForward
 from batchbench.batching.engines.torch.graphs import Capture
@@ -177,6 +178,12 @@ def measure_arithmetic(model: LoadedModel, rows: int, *, turns: int = 3) -> floa
 
 def _weights(model: LoadedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Yield weight, ``[outputs, inputs]``, and bias of each matrix product of a decode step."""
+    weights = weights_of(model.module)
+    if not isinstance(weights, str):
+        for layer in weights.layers:
+            yield from (layer.qkv, layer.attention_out, layer.mlp_in, layer.mlp_out)
+        yield weights.head, None
+        return
     for module in model.module.modules():
         if isinstance(module, Conv1D | nn.Linear):
             # transformers' Conv1D has a weight of [inputs, outputs]

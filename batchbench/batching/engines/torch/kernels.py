@@ -15,7 +15,8 @@ import hashlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
@@ -29,11 +30,20 @@ PANEL = 32
 """Outputs in a panel of packed weights."""
 MAX_HEAD_SIZE = 256
 
+
+class Through(IntEnum):
+    """The function that a product's results go through."""
+
+    NOTHING = 0
+    GELU = 1
+    SWIGLU = 2
+
+
 _FLAGS = (
     *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
 )
-_COMPILING_S = 60.0
+_COMPILING_S = 120.0
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -53,8 +63,10 @@ class Native:
     def __init__(self, library: ctypes.CDLL, processor: Processor) -> None:
         self.processor = processor
         self._products = _functions(library, "product", pointers=6, integers=4)
-        self._attentions = _functions(library, "attention", pointers=5, integers=6, numbers=1)
+        self._attentions = _functions(library, "attention", pointers=8, integers=7, numbers=2)
+        self._decodes = _functions(library, "decode", pointers=7, integers=10, numbers=2)
         self._choices = _functions(library, "greedy", pointers=2, integers=2)
+        self._draws = _functions(library, "sample", pointers=3, integers=3, numbers=2)
 
     def multiplies(self, weight: torch.Tensor) -> bool:
         """Return True if :meth:`product` suits ``weight``, ``[outputs, inputs]``."""
@@ -67,6 +79,18 @@ class Native:
 
     def chooses(self, logits: torch.Tensor) -> bool:
         return logits.dtype in _NAMES and logits.shape[1] > 0
+
+    @staticmethod
+    def side_by_side(weight: torch.Tensor) -> torch.Tensor:
+        """Return a gate's outputs and those it multiplies, ``[2 × n, …]``, 16 of each in turn.
+
+        So that a panel has both. Both are filled up with zeros to a multiple of 16.
+        """
+        n, half = len(weight) // 2, PANEL // 2
+        blocks, rest = -(-n // half), weight.shape[1:]
+        whole = weight.new_zeros(2, blocks * half, *rest)
+        whole[0, :n], whole[1, :n] = weight[:n], weight[n:]
+        return whole.view(2, blocks, half, *rest).transpose(0, 1).flatten(0, 2)
 
     @staticmethod
     def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -89,23 +113,52 @@ class Native:
         outputs: int,
         bias: torch.Tensor | None,
         *,
-        through_gelu: bool = False,
+        through: Through = Through.NOTHING,
         add: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return ``x @ weight.T + bias``, then GPT-2's GELU or ``+ add``: ``[rows, outputs]``.
+        """Return ``x @ weight.T + bias``, then an activation or ``+ add``: ``[rows, outputs]``.
 
-        ``x`` is ``[rows, inputs]``, ``packed`` the weight after :meth:`pack`.
+        ``x`` is ``[rows, inputs]``, ``packed`` the weight after :meth:`pack`; for SwiGLU, weight
+        and bias are first put :meth:`side_by_side`, and ``outputs`` is the number of results.
         """
         x = x.contiguous()
         add = add if add is None else add.contiguous()
         rows, inputs = x.shape
         out = x.new_empty(rows, outputs)
-        widened = None
-        if x.dtype is torch.bfloat16 and not self.processor.multiplies_bfloat16:
-            widened = torch.empty(rows, inputs)
+        widened = self._room_to_widen(x.dtype, rows * inputs)
         pointers = [t if t is None else t.data_ptr() for t in (x, packed, bias, add, out, widened)]
-        self._products[x.dtype](*pointers, rows, inputs, outputs, through_gelu)
+        self._products[x.dtype](*pointers, rows, inputs, outputs, through)
         return out
+
+    def _room_to_widen(self, dtype: torch.dtype, count: int) -> torch.Tensor | None:
+        """Return room for ``count`` inputs of products in float32, where they are widened."""
+        if dtype is not torch.bfloat16 or self.processor.multiplies_bfloat16:
+            return None
+        return torch.empty(count)
+
+    def decode(
+        self,
+        layers: Table,
+        x: torch.Tensor,
+        blocks: Sequence[torch.Tensor],
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        angles: torch.Tensor | None,
+    ) -> None:
+        """Compute all layers for rows that only decode; ``x``, ``[rows, width]``, is the residual.
+
+        ``slots``, ``positions`` and ``angles`` are as in :meth:`attention`, a block is a layer's.
+        """
+        rows, width = x.shape
+        _, all_slots, kv_heads, max_len, size = blocks[0].shape
+        between = width + (2 * layers.heads + 2 * kv_heads) * size + layers.inner
+        room = x.new_empty(rows * between)
+        widened = self._room_to_widen(x.dtype, rows * between)
+        tensors = (x, room, widened, slots, positions, angles)
+        pointers = [t if t is None else t.data_ptr() for t in tensors]
+        sizes = (len(blocks), rows, width, layers.inner, layers.through, layers.heads, kv_heads)
+        counts = (*sizes, size, all_slots, max_len)
+        self._decodes[x.dtype](layers.at(blocks), *pointers, *counts, size**-0.5, layers.eps)
 
     def attention(
         self,
@@ -114,19 +167,27 @@ class Native:
         slots: torch.Tensor,
         positions: torch.Tensor,
         decoding: int,
+        angles: torch.Tensor | None = None,
+        norms: Sequence[torch.Tensor] = (),
+        eps: float = 0.0,
     ) -> torch.Tensor:
         """Write a pass's keys and values into a layer's cache, and attend for its decoding rows.
 
-        Each row reads its slot up to its own position only. ``qkv`` is ``[tokens, 3, heads,
-        head_dim]``, ``decoding`` rows first; ``block`` is as in SlotLayer; ``slots`` and
+        Each row reads its slot up to its own position only. ``qkv`` is ``[tokens, heads + 2 ×
+        kv_heads, head_dim]``, ``decoding`` rows first; ``block`` is as in SlotLayer; ``slots`` and
         ``positions`` are ``[tokens]``, int64. The result, ``[tokens, heads, head_dim]``, is set for
-        the decoding rows only.
+        the decoding rows only. Queries and keys are normed and rotated in place first, if there are
+        ``norms`` of both, ``[head_dim]`` each, and ``angles``, ``[2, tokens, head_dim / 2]``.
         """
-        tokens, _, heads, size = qkv.shape
+        tokens, both, size = qkv.shape
+        _, all_slots, kv_heads, max_len, _ = block.shape
+        heads = both - 2 * kv_heads
         out = qkv.new_empty(tokens, heads, size)
-        pointers = [tensor.data_ptr() for tensor in (qkv, block, slots, positions, out)]
-        counts = (tokens, decoding, heads, size, block.shape[1], block.shape[3])
-        self._attentions[qkv.dtype](*pointers, *counts, size**-0.5)
+        optional = (angles, *(norms or (None, None)))
+        tensors = (qkv, block, slots, positions, *optional, out)
+        pointers = [t if t is None else t.data_ptr() for t in tensors]
+        counts = (tokens, decoding, heads, kv_heads, size, all_slots, max_len)
+        self._attentions[qkv.dtype](*pointers, *counts, size**-0.5, eps)
         return out
 
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
@@ -136,6 +197,43 @@ class Native:
         out = torch.empty(rows, dtype=torch.int64)
         self._choices[logits.dtype](logits.data_ptr(), out.data_ptr(), rows, vocabulary)
         return out
+
+    def sample(
+        self, logits: torch.Tensor, keys: torch.Tensor, temperature: float, top_k: int, top_p: float
+    ) -> torch.Tensor:
+        """Return the token that is drawn for each row, ``[rows]``; ``keys`` are of its noise."""
+        logits, keys = logits.contiguous(), keys.contiguous()
+        rows, vocabulary = logits.shape
+        out = torch.empty(rows, dtype=torch.int64)
+        pointers = (logits.data_ptr(), keys.data_ptr(), out.data_ptr())
+        self._draws[logits.dtype](*pointers, rows, vocabulary, top_k, temperature, top_p)
+        return out
+
+
+class Table:
+    """The weights of all layers for :meth:`Native.decode`, in the order of its ``struct Layer``."""
+
+    def __init__(
+        self,
+        weights: Sequence[Sequence[torch.Tensor | None]],
+        *,
+        heads: int,
+        inner: int,
+        through: Through,
+        eps: float,
+    ) -> None:
+        self.heads, self.inner, self.through, self.eps = heads, inner, through, eps
+        self._weights = weights  # kept, since the table has their places only
+        rows = [(*layer, None) for layer in weights]  # the last one is the cache's
+        places = [t if t is None else t.data_ptr() for row in rows for t in row]
+        self._row = len(rows[0])
+        self._table = (ctypes.c_void_p * len(places))(*places)
+
+    def at(self, blocks: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+        """Return the table with the layers' blocks of a cache."""
+        for i, block in enumerate(blocks, 1):
+            self._table[i * self._row - 1] = block.data_ptr()
+        return self._table
 
 
 def _functions(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache, partial
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu, linear, silu
 
-from batchbench.batching.engines.torch.kernels import native
+from batchbench.batching.engines.torch.kernels import Native, Through, native
 
 MULTIPLE = 128
 """On a GPU, the last product has a multiple of so many columns: rows of 50,257 are not aligned."""
@@ -92,56 +92,88 @@ class Kernels(IntEnum):
 
 @dataclass(frozen=True)
 class Linear:
-    """``x @ weight.T + bias``, fused with the next operation of GPT-2 where a kernel does that.
+    """``x @ weight.T + bias``, fused with the next operation where a kernel does that.
 
-    ``product`` takes ``[rows, inputs]`` to ``[rows, outputs]``; ``gelu`` applies GPT-2's GELU (its
-    tanh form) to the product; ``plus`` adds its second argument, ``[rows, outputs]``.
-    ``extra_bytes`` are held in addition to the weight.
+    ``product`` takes ``[rows, inputs]`` to ``[rows, outputs]``; ``activated`` applies GPT-2's GELU
+    (its tanh form) to the product, or SwiGLU in a gated layer, which has no other function;
+    ``plus`` adds its second argument, ``[rows, outputs]``. ``extra_bytes`` are held in addition to
+    the weight; own kernels have it ``packed``, with the bias as they read it.
     """
 
     kernels: Kernels
     product: Callable[[torch.Tensor], torch.Tensor]
-    gelu: Callable[[torch.Tensor], torch.Tensor]
+    activated: Callable[[torch.Tensor], torch.Tensor]
     plus: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     extra_bytes: int = 0
+    packed: Sequence[torch.Tensor | None] = ()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x)
 
 
 def make_linear(
-    weight: torch.Tensor, bias: torch.Tensor | None, most: Kernels = Kernels.OWN
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    most: Kernels = Kernels.OWN,
+    *,
+    gated: bool = False,
 ) -> Linear:
     """Return the fastest layer for this weight, ``[outputs, inputs]`` with any strides.
 
-    ``most`` are the best kernels that may be used.
+    ``most`` are the best kernels that may be used. The first half of a ``gated`` layer's outputs
+    is the gate's.
     """
     on_cpu = weight.device.type == "cpu"
     own = native() if on_cpu and most >= Kernels.OWN else None
     if own is not None and own.multiplies(weight):
-        packed = own.pack(weight)
-        product = partial(own.product, packed=packed, outputs=len(weight), bias=bias)
-        return Linear(
-            Kernels.OWN,
-            product,
-            partial(product, through_gelu=True),
-            lambda x, y: product(x, add=y),
-            packed.nbytes,
-        )
+        return _own_layer(own, weight, bias, gated=gated)
     ops = onednn(weight.dtype) if on_cpu and most >= Kernels.PACKED else None
     if ops is not None:
         # Packed without a number of rows: weights packed for one row are slow for eight.
         packed = ops.reorder(weight.contiguous(), None)
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            return ops.product(x, packed, bias, "none", [], "")
+
         return Linear(
             Kernels.PACKED,
-            lambda x: ops.product(x, packed, bias, "none", [], ""),
-            lambda x: ops.product(x, packed, bias, "gelu", [], "tanh"),
+            product,
+            (lambda x: swiglu(product(x)))
+            if gated
+            else lambda x: ops.product(x, packed, bias, "gelu", [], "tanh"),
             lambda x, y: ops.product_and_sum(x, y, packed, bias, "add"),
             weight.nbytes,
         )
+    activation = swiglu if gated else partial(gelu, approximate="tanh")
     return Linear(
         Kernels.PLAIN,
         lambda x: linear(x, weight, bias),
-        lambda x: gelu(linear(x, weight, bias), approximate="tanh"),
+        lambda x: activation(linear(x, weight, bias)),
         lambda x, y: y + linear(x, weight, bias),
     )
+
+
+def _own_layer(
+    own: Native, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool
+) -> Linear:
+    outputs, through = len(weight), Through.GELU
+    if gated:
+        outputs, through = outputs // 2, Through.SWIGLU
+        weight = own.side_by_side(weight)
+        bias = None if bias is None else own.side_by_side(bias)
+    packed = own.pack(weight)
+    product = partial(own.product, packed=packed, outputs=outputs, bias=bias)
+    return Linear(
+        Kernels.OWN,
+        product,
+        partial(product, through=through),
+        lambda x, y: product(x, add=y),
+        packed.nbytes,
+        (packed, bias),
+    )
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) × up of ``[rows, 2 × outputs]``, in which the gate's outputs come first."""
+    gate, up = x.chunk(2, -1)
+    return silu(gate) * up

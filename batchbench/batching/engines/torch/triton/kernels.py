@@ -1,7 +1,7 @@
 """The Triton kernels of a GPU's passes: attention over the slot cache, norms, and the next token.
 
 Every kernel is one launch. Lengths, slots and positions are read on the device, so a CUDA graph
-that holds these kernels is right for every length. ``fused.py`` has the functions that launch them.
+that holds these kernels is right for every length. ``ops.py`` has the functions that launch them.
 The kernels use the part of the language that Triton 3.4 to 3.9 share, and its interpreter
 (``TRITON_INTERPRET=1``) runs them on a CPU.
 
@@ -25,6 +25,10 @@ def decode_attention(
     out,  # [rows, heads, size]
     partial,  # [rows, heads, splits, size + 2] in float32
     arrived,  # [rows, heads]; zeros before and after
+    angles,  # [positions, size]: cosines, then sines, of a head's halves; if ROTARY
+    q_norm,  # [size], the weight of the norm of each head of queries; if NORMED
+    k_norm,
+    eps,
     q_row,
     kv_row,
     kv_heads,
@@ -38,6 +42,8 @@ def decode_attention(
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
+    ROTARY: tl.constexpr,
+    NORMED: tl.constexpr,
 ):
     """Write the key and value of each row to the cache, and attend to its slot up to there.
 
@@ -55,15 +61,16 @@ def decode_attention(
     dim = tl.arange(0, WIDTH)
     real = dim < SIZE
     begin = (tl.load(slots + row) * kv_heads + head // GROUP) * max_len * SIZE
-    query = tl.load(q + row * q_row + head * SIZE + dim, mask=real, other=0.0).to(tl.float32)
-    query = query * scale
+    own_query = q + row * q_row + head * SIZE
+    query = _turned(own_query, position, angles, q_norm, eps, dim, real, SIZE, ROTARY, NORMED)
+    query = query.to(tl.float32) * scale
     stop = tl.minimum(position, (split + 1) * SPLIT)
     keys = cache + begin
     highest, total, seen = _read(query, keys, values, split * SPLIT, stop, SIZE, WIDTH, KEYS)
     if split == used - 1:
-        own = row * kv_row + (head // GROUP) * SIZE + dim
-        key = tl.load(k + own, mask=real, other=0.0)
-        value = tl.load(v + own, mask=real, other=0.0)
+        own = row * kv_row + (head // GROUP) * SIZE
+        key = _turned(k + own, position, angles, k_norm, eps, dim, real, SIZE, ROTARY, NORMED)
+        value = tl.load(v + own + dim, mask=real, other=0.0)
         if head % GROUP == 0:
             tl.store(keys + position * SIZE + dim, key, mask=real)
             tl.store(keys + values + position * SIZE + dim, value, mask=real)
@@ -73,6 +80,40 @@ def decode_attention(
     parts = partial + nth * splits * (SIZE + 2)
     result = out + nth * SIZE
     _hand_in(highest, total, seen, result, parts, arrived + nth, split, used, SIZE, WIDTH)
+
+
+@triton.jit
+def _turned(
+    head,  # where a head of queries or keys begins, or several, [tokens, 1]
+    position,  # its position, or theirs, [tokens, 1]
+    angles,
+    weight,
+    eps,
+    dim,
+    inside,
+    SIZE: tl.constexpr,
+    ROTARY: tl.constexpr,
+    NORMED: tl.constexpr,
+):
+    """Load heads of queries or keys, apply their norm, and rotate them by their positions.
+
+    A number is rotated with the one that is half a head away.
+    """
+    states = tl.load(head + dim, mask=inside, other=0.0)
+    if ROTARY:
+        half = SIZE // 2
+        across = (dim + half) % SIZE
+        x = states.to(tl.float32)
+        y = tl.load(head + across, mask=inside, other=0.0).to(tl.float32)
+        if NORMED:
+            spread = tl.sqrt(tl.sum(x * x, axis=-1, keep_dims=True) / SIZE + eps)
+            x = x / spread * tl.load(weight + dim, mask=dim < SIZE, other=0.0).to(tl.float32)
+            y = y / spread * tl.load(weight + across, mask=dim < SIZE, other=0.0).to(tl.float32)
+        angle = angles + position * SIZE + dim % half
+        cos = tl.load(angle, mask=inside, other=0.0).to(tl.float32)
+        sin = tl.load(angle + half, mask=inside, other=0.0).to(tl.float32)
+        states = (x * cos + tl.where(dim < half, -y, y) * sin).to(states.dtype)
+    return states
 
 
 @triton.jit
@@ -164,6 +205,10 @@ def tile_attention(
     cache,  # [2, slots, kv_heads, max_len, size]
     tiles,  # [tiles, 5]: token, count, first token of its piece, slot, position of the piece
     out,  # [tokens, heads, size]
+    angles,  # as in decode_attention, with the next three
+    q_norm,
+    k_norm,
+    eps,
     q_row,
     kv_row,
     kv_heads,
@@ -177,6 +222,8 @@ def tile_attention(
     TOKENS: tl.constexpr,
     KEYS: tl.constexpr,
     DOT: tl.constexpr,  # the number format of products
+    ROTARY: tl.constexpr,
+    NORMED: tl.constexpr,
 ):
     """Write keys and values of a tile of tokens to the cache, and attend to all before each.
 
@@ -199,29 +246,63 @@ def tile_attention(
     cached = cache + (tl.load(base + 3) * kv_heads + head // GROUP) * max_len * SIZE
     own_keys = k + (head // GROUP) * SIZE
     own_values = v + (head // GROUP) * SIZE
+    before = start - piece  # from a token of the piece to its position
+    position = (before + at)[:, None]
     if head % GROUP == 0:
-        place = cached + (start + at - piece)[:, None] * SIZE + dim
-        _copy(own_keys + at[:, None] * kv_row + dim, place, mine)
-        _copy(own_values + at[:, None] * kv_row + dim, place + values, mine)
-    query = tl.load(q + at[:, None] * q_row + head * SIZE + dim, mask=mine, other=0.0).to(DOT)
+        place = cached + position * SIZE + dim
+        key = own_keys + at[:, None] * kv_row
+        key = _turned(key, position, angles, k_norm, eps, dim, mine, SIZE, ROTARY, NORMED)
+        tl.store(place, key, mask=mine)
+        value = tl.load(own_values + at[:, None] * kv_row + dim, mask=mine, other=0.0)
+        tl.store(place + values, value, mask=mine)
+    query = q + at[:, None] * q_row + head * SIZE
+    query = _turned(query, position, angles, q_norm, eps, dim, mine, SIZE, ROTARY, NORMED).to(DOT)
     highest = tl.full([TOKENS], -float("inf"), dtype=tl.float32)
     total = tl.zeros([TOKENS], dtype=tl.float32)
     seen = tl.zeros([TOKENS, WIDTH], dtype=tl.float32)
     # Positions before the piece, from the cache; then the piece itself, up to each token.
     last = tl.zeros([TOKENS], dtype=tl.int32) + start - 1
     for first in range(0, start, KEYS):
-        score, value = _score(query, cached, cached + values, SIZE, first, start, last, SIZE, KEYS)
+        score, value = _score(
+            query,
+            cached,
+            cached + values,
+            SIZE,
+            first,
+            start,
+            last,
+            0,
+            angles,
+            k_norm,
+            eps,
+            SIZE,
+            KEYS,
+            False,
+            False,
+        )
         highest, total, seen = _add_keys(score * scale, value, highest, total, seen, DOT)
-    for first in range(piece, end, KEYS):
-        score, value = _score(query, own_keys, own_values, kv_row, first, end, at, SIZE, KEYS)
+    # Loading four times as much ahead would take more shared memory than some GPUs have.
+    for first in tl.range(piece, end, KEYS, num_stages=1 if ROTARY else 3):
+        score, value = _score(
+            query,
+            own_keys,
+            own_values,
+            kv_row,
+            first,
+            end,
+            at,
+            before,
+            angles,
+            k_norm,
+            eps,
+            SIZE,
+            KEYS,
+            ROTARY,
+            NORMED,
+        )
         highest, total, seen = _add_keys(score * scale, value, highest, total, seen, DOT)
     result = out + (at[:, None] * HEADS + head) * SIZE + dim
     tl.store(result, (seen / total[:, None]).to(out.dtype.element_ty), mask=mine)
-
-
-@triton.jit
-def _copy(source, to, mask):
-    tl.store(to, tl.load(source, mask=mask, other=0.0), mask=mask)
 
 
 @triton.jit
@@ -233,18 +314,25 @@ def _score(
     first,
     stop,
     last,  # [tokens]: the last key that each token sees
+    before,  # from a key to its position, if ROTARY
+    angles,
+    k_norm,
+    eps,
     SIZE: tl.constexpr,
     KEYS: tl.constexpr,
+    ROTARY: tl.constexpr,
+    NORMED: tl.constexpr,
 ):
     """Return products, ``[tokens, keys]``, and values of the keys from ``first`` up to ``stop``."""
     dim = tl.arange(0, query.shape[1])[None, :]
     at = first + tl.arange(0, KEYS)
-    place = at[:, None] * row + dim
+    place = at[:, None] * row
     inside = (at < stop)[:, None] & (dim < SIZE)
-    key = tl.load(keys + place, mask=inside, other=0.0).to(query.dtype)
-    score = tl.dot(query, tl.trans(key), input_precision="ieee")
+    position = (before + at)[:, None]
+    key = _turned(keys + place, position, angles, k_norm, eps, dim, inside, SIZE, ROTARY, NORMED)
+    score = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
     score = tl.where(at[None, :] <= last[:, None], score, -float("inf"))
-    return score, tl.load(values + place, mask=inside, other=0.0)
+    return score, tl.load(values + place + dim, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -263,38 +351,43 @@ def embed_norm(
     ids,  # [rows]
     positions,  # [rows]
     tokens,  # [vocabulary, width]
-    places,  # [positions, width]
+    places,  # [positions, width], if PLACES
     weight,  # [width]
-    bias,
+    bias,  # [width], unless RMS
     x,  # [rows, width], out
     normed,  # [rows, width], out
     eps,
+    PLACES: tl.constexpr,
+    RMS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add the embeddings of a token and of its position, and apply the first layer's norm."""
+    """Add the embeddings of a token and, with ``PLACES``, its position; apply the first norm."""
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     real = at < WIDTH
     token = tl.load(ids + row).to(tl.int64)
-    place = tl.load(positions + row).to(tl.int64)
     value = tl.load(tokens + token * WIDTH + at, mask=real, other=0.0).to(tl.float32)
-    value += tl.load(places + place * WIDTH + at, mask=real, other=0.0).to(tl.float32)
+    if PLACES:
+        place = tl.load(positions + row).to(tl.int64)
+        value += tl.load(places + place * WIDTH + at, mask=real, other=0.0).to(tl.float32)
     tl.store(x + row * WIDTH + at, value.to(x.dtype.element_ty), mask=real)
-    _norm(value, weight, bias, normed + row * WIDTH, eps, WIDTH, BLOCK)
+    _norm(value, weight, bias, normed + row * WIDTH, eps, RMS, WIDTH, BLOCK)
 
 
 @triton.jit
 def add_norm(
     x,  # [tokens, width]; the sum is stored here unless GATHER
     y,  # [tokens, width]
-    added,  # [width], the bias of the product that made y
+    added,  # [width], the bias of the product that made y, if ADDED
     weight,  # [width]
-    bias,
+    bias,  # [width], unless RMS
     normed,  # [rows, width], out
     rows,  # [rows]: the tokens to compute, if GATHER
     eps,
+    ADDED: tl.constexpr,
     GATHER: tl.constexpr,
+    RMS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -307,22 +400,65 @@ def add_norm(
         token = tl.load(rows + row).to(tl.int64)
     value = tl.load(x + token * WIDTH + at, mask=real, other=0.0).to(tl.float32)
     value += tl.load(y + token * WIDTH + at, mask=real, other=0.0).to(tl.float32)
-    value += tl.load(added + at, mask=real, other=0.0).to(tl.float32)
+    if ADDED:
+        value += tl.load(added + at, mask=real, other=0.0).to(tl.float32)
     if not GATHER:
         tl.store(x + token * WIDTH + at, value.to(x.dtype.element_ty), mask=real)
-    _norm(value, weight, bias, normed + row.to(tl.int64) * WIDTH, eps, WIDTH, BLOCK)
+    _norm(value, weight, bias, normed + row.to(tl.int64) * WIDTH, eps, RMS, WIDTH, BLOCK)
 
 
 @triton.jit
-def _norm(value, weight, bias, normed, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(
+    value, weight, bias, normed, eps, RMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Store a layer norm, or with ``RMS`` one by the root mean square."""
     at = tl.arange(0, BLOCK)
     real = at < WIDTH
-    mean = tl.sum(value, 0) / WIDTH
-    centred = tl.where(real, value - mean, 0.0)
-    spread = tl.sqrt(tl.sum(centred * centred, 0) / WIDTH + eps)
-    w = tl.load(weight + at, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(bias + at, mask=real, other=0.0).to(tl.float32)
-    tl.store(normed + at, (centred / spread * w + b).to(normed.dtype.element_ty), mask=real)
+    if not RMS:
+        value = tl.where(real, value - tl.sum(value, 0) / WIDTH, 0.0)
+    spread = tl.sqrt(tl.sum(value * value, 0) / WIDTH + eps)
+    result = value / spread * tl.load(weight + at, mask=real, other=0.0).to(tl.float32)
+    if not RMS:
+        result += tl.load(bias + at, mask=real, other=0.0).to(tl.float32)
+    tl.store(normed + at, result.to(normed.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def swiglu(
+    product,  # [tokens, 2 × inner]: gates, then what they multiply
+    out,  # [tokens, inner]
+    INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Compute silu(gate) × up, the activation between the products of a gated MLP."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = at < INNER
+    place = product + token * 2 * INNER + at
+    gate = tl.load(place, mask=real, other=0.0).to(tl.float32)
+    up = tl.load(place + INNER, mask=real, other=0.0).to(tl.float32)
+    small = tl.exp(-tl.abs(gate))  # never an overflow
+    result = gate * tl.where(gate < 0, small, 1.0) / (1.0 + small) * up
+    tl.store(out + token * INNER + at, result.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def gumbel(tokens, one, two):
+    """Return the noise of tokens for the two keys of a row, as sampling.py has it."""
+    x = tokens.to(tl.uint32) ^ one.to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 17)) * 0xED5AD4BB + two.to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 11)) * 0xAC4C1B51
+    x = (x ^ (x >> 15)) * 0x31848BAB
+    x = (x ^ (x >> 14)) >> 1
+    # 2^-31, 2^-32 and 1 - 2^-24
+    uniform = x.to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
+    uniform = tl.minimum(uniform, 0.9999999403953552)
+    # A GPU's logarithm is wrong near 1, so -log(1 - uniform) is atanh's series there.
+    s = uniform / (2 - uniform)
+    square = s * s
+    series = 2 / 3 + square * (2 / 5 + square * (2 / 7 + square * (2 / 9)))
+    small = s * (2 + square * series)
+    return -tl.log(tl.where(uniform < 0.25, small, -tl.log(1 - uniform)))
 
 
 @triton.jit
@@ -330,18 +466,32 @@ def best_of_parts(
     logits,  # [rows, at least vocabulary]
     values,  # [rows, parts] in float32, out
     tokens,  # [rows, parts], out
+    keys,  # [rows, 2] in int32, read if DRAWS
+    least,  # [rows], the smallest logits that are kept, read if CUTS
+    temperature,
     stride,
     vocabulary,
     PART: tl.constexpr,
     PARTS: tl.constexpr,
+    DRAWS: tl.constexpr,
+    CUTS: tl.constexpr,
 ):
-    """Find the largest logit of each part of a row, the first of equals; NaN is the largest."""
+    """Find the largest logit of each part of a row, the first of equals; NaN is the largest.
+
+    With DRAWS, noise is added to the logits first.
+    """
     row = tl.program_id(0)
     part = tl.program_id(1)
     at = part * PART + tl.arange(0, PART)
     inside = at < vocabulary
     value = tl.load(logits + row * stride + at, mask=inside, other=-float("inf")).to(tl.float32)
     value = tl.where(value == value, value, float("inf"))
+    if CUTS:
+        value = tl.where(value >= tl.load(least + row), value, -float("inf"))
+    if DRAWS:
+        one, two = tl.load(keys + 2 * row), tl.load(keys + 2 * row + 1)
+        value += temperature * gumbel(at, one, two)
+        value = tl.where(inside, value, -float("inf"))
     largest = tl.max(value, 0)
     token = tl.min(tl.where((value == largest) & inside, at, vocabulary), 0)
     tl.store(values + row * PARTS + part, largest)

@@ -1,18 +1,22 @@
 """The operations of a GPU's passes that batchbench computes with Triton, one launch each.
 
-Functions take and return tensors of one device. ``triton_kernels.py`` has the kernels.
+Functions take and return tensors of one device. ``kernels.py`` has the kernels.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from triton import cdiv, language, next_power_of_2
 
-from batchbench.batching.engines.torch import triton_kernels as kernels
+from batchbench.batching.engines.torch.architecture import Norm
+from batchbench.batching.engines.torch.attention import Rotation
+from batchbench.batching.engines.torch.sampling import smallest_kept
+from batchbench.batching.engines.torch.triton import kernels
+from batchbench.workloads.sampling import Sampling
 
 SPLIT = 256
 """Keys of one decoding row that one program reads. More are split over several programs."""
@@ -20,15 +24,8 @@ SPLIT = 256
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _POWERS_OF_TWO = math.log2(math.e)
 _PART = 2048  # logits that one program compares
+_ACTIVATED = 1024  # numbers of an MLP that one program computes
 _TILE_BYTES = 8192  # of the keys that a tile multiplies at once: registers are few
-
-
-class Norm(NamedTuple):
-    """The weights of a layer norm, ``[width]`` each."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    eps: float
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -39,7 +36,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 class SlotAttention:
     """Attention over blocks of the slot cache, ``[2, slots, kv_heads, max_len, size]`` each.
 
-    It holds the parts of decoding rows whose keys are split, for one layer at a time.
+    It holds the parts of decoding rows whose keys are split, for one layer at a time, and the
+    angles of a model with rotary positions.
     """
 
     def __init__(
@@ -49,6 +47,8 @@ class SlotAttention:
         shape = (slots, heads, self._splits, size + 2) if self._splits > 1 else (0,)
         self._partial = torch.empty(shape, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(slots, heads, dtype=torch.int32, device=device)
+        self._positions = torch.arange(max_len, device=device)
+        self._angles: torch.Tensor | None = None
 
     def decode(
         self,
@@ -59,11 +59,13 @@ class SlotAttention:
         slots: torch.Tensor,
         positions: torch.Tensor,
         scale: float | None = None,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         """Write keys and values of decoding rows, and attend; ``[rows, heads, size]``.
 
         ``q`` is ``[rows, heads, size]``, ``k`` and ``v`` are ``[rows, kv_heads, size]``. Row i
-        is at ``positions[i]`` of slot ``slots[i]`` and attends to that slot up to there.
+        is at ``positions[i]`` of slot ``slots[i]`` and attends to that slot up to there. With a
+        ``rotation``, queries and keys are normed and rotated first.
         """
         q, k, v = _side_by_side(q, k, v)
         rows, heads, size = q.shape
@@ -73,6 +75,7 @@ class SlotAttention:
             kernels.decode_attention,
             (rows, heads, self._splits),
             *(q, k, v, block, slots, positions, out, self._partial, self._arrived),
+            *self._turning(q, rotation),
             *_places(q, k, v, block),
             *(_scale(scale, size), self._splits),
             HEADS=heads,
@@ -81,11 +84,12 @@ class SlotAttention:
             WIDTH=width,
             KEYS=min(128, max(16, 4096 // width)),
             SPLIT=SPLIT,
+            **_turns(rotation),
         )
         return out
 
-    @staticmethod
     def tiled(
+        self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -93,6 +97,7 @@ class SlotAttention:
         tiles: torch.Tensor,
         tokens: int,
         scale: float | None = None,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         """Write keys and values of rows and chunks, and attend; ``[tokens, heads, size]``.
 
@@ -107,6 +112,7 @@ class SlotAttention:
             kernels.tile_attention,
             (len(tiles), heads),
             *(q, k, v, block, tiles, out),
+            *self._turning(q, rotation),
             *_places(q, k, v, block),
             _scale(scale, size),
             HEADS=heads,
@@ -116,8 +122,30 @@ class SlotAttention:
             TOKENS=tokens,
             KEYS=min(64, max(16, _TILE_BYTES // (width * q.element_size()))),
             DOT=_dot_format(q.dtype),
+            **_turns(rotation),
         )
         return out
+
+    def _turning(
+        self, q: torch.Tensor, rotation: Rotation | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        """Return angles, ``[max_len, size]``, norms of heads and their epsilon, as far as used."""
+        if rotation is None:
+            return q, q, q, 0.0
+        if self._angles is None:
+            angles = rotation.rotary.angles(self._positions, q.dtype)
+            self._angles = angles.transpose(0, 1).flatten(1)
+        if not rotation.norms:
+            return self._angles, q, q, 0.0
+        q_norm, k_norm = rotation.norms
+        return self._angles, q_norm.weight, k_norm.weight, q_norm.eps
+
+
+def _turns(rotation: Rotation | None) -> dict[str, bool]:
+    return {
+        "ROTARY": rotation is not None,
+        "NORMED": rotation is not None and len(rotation.norms) > 0,
+    }
 
 
 def _places(
@@ -153,17 +181,23 @@ def embed_norm(
     ids: torch.Tensor,
     positions: torch.Tensor,
     tokens: torch.Tensor,
-    places: torch.Tensor,
+    places: torch.Tensor | None,
     norm: Norm,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum of both embeddings of each token, and its norm; ``[tokens, width]`` each."""
+    """Return each token's embedding, and its norm; ``[tokens, width]`` each.
+
+    ``places`` are embeddings of positions, which are added; None if there are none.
+    """
     width = tokens.shape[1]
     x = torch.empty(len(ids), width, dtype=tokens.dtype, device=tokens.device)
     normed = torch.empty_like(x)
     launch(
         kernels.embed_norm,
         (len(ids),),
-        *(ids, positions, tokens, places, norm.weight, norm.bias, x, normed, norm.eps),
+        *(ids, positions, tokens, tokens if places is None else places, *_weights(norm)),
+        *(x, normed, norm.eps),
+        PLACES=places is not None,
+        RMS=norm.bias is None,
         WIDTH=width,
         BLOCK=next_power_of_2(width),
     )
@@ -173,13 +207,14 @@ def embed_norm(
 def add_norm(
     x: torch.Tensor,
     y: torch.Tensor,
-    added: torch.Tensor,
+    added: torch.Tensor | None,
     norm: Norm,
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the norm of ``x + y + added``, and store that sum in ``x``; ``[tokens, width]``.
 
-    ``rows`` are the tokens to compute, None for all; with it, ``x`` stays as it is.
+    ``added`` is a bias, None for none. ``rows`` are the tokens to compute, None for all; with it,
+    ``x`` stays as it is.
     """
     width = x.shape[1]
     count = len(x) if rows is None else len(rows)
@@ -187,19 +222,38 @@ def add_norm(
     launch(
         kernels.add_norm,
         (count,),
-        *(x, y, added, norm.weight, norm.bias, normed, x if rows is None else rows, norm.eps),
+        *(x, y, x if added is None else added, *_weights(norm), normed),
+        *(x if rows is None else rows, norm.eps),
+        ADDED=added is not None,
         GATHER=rows is not None,
+        RMS=norm.bias is None,
         WIDTH=width,
         BLOCK=next_power_of_2(width),
     )
     return normed
 
 
-def best_token(logits: torch.Tensor) -> torch.Tensor:
-    """Return the greedy choice, ``[rows, vocabulary]`` to ``[rows]``; the first of equals.
+def _weights(norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+    return norm.weight, norm.weight if norm.bias is None else norm.bias
+
+
+def swiglu(product: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) × up, ``[tokens, inner]``; ``product`` has the gates, then the ups."""
+    tokens, inner = len(product), product.shape[1] // 2
+    out = torch.empty(tokens, inner, dtype=product.dtype, device=product.device)
+    block = min(_ACTIVATED, next_power_of_2(inner))
+    launch(kernels.swiglu, (tokens, cdiv(inner, block)), product, out, INNER=inner, BLOCK=block)
+    return out
+
+
+def best_token(
+    logits: torch.Tensor, sampling: Sampling | None = None, keys: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the next token of each row, as :class:`~.sampling.Choose` says.
 
     Rows may lie apart: ``logits`` may be the first columns of a wider product.
     """
+    least = None if sampling is None else smallest_kept(logits.float(), sampling)
     rows, vocabulary = logits.shape
     parts = cdiv(vocabulary, _PART)
     values = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
@@ -207,9 +261,15 @@ def best_token(logits: torch.Tensor) -> torch.Tensor:
     launch(
         kernels.best_of_parts,
         (rows, parts),
-        *(logits, values, tokens, logits.stride(0), vocabulary),
+        *(logits, values, tokens),
+        values if keys is None else keys,
+        values if least is None else least,
+        0.0 if sampling is None else sampling.temperature,
+        *(logits.stride(0), vocabulary),
         PART=_PART,
         PARTS=parts,
+        DRAWS=keys is not None,
+        CUTS=least is not None,
     )
     best = torch.empty(rows, dtype=torch.int64, device=logits.device)
     launch(
