@@ -122,6 +122,19 @@ def test_the_requests_of_all_clients_arrive_as_those_of_one() -> None:
     assert make_result(alone).data["server"]["clients"] is None  # type: ignore[index]
 
 
+def test_strategies_that_are_compared_have_the_same_client() -> None:
+    # A sweep starts clients for all of its cells, and one of them may have a single client.
+    def never(join: Join, count: int) -> AbstractContextManager[Join]:
+        raise AssertionError
+
+    with serving(FAST, Manner("vllm")) as server:
+        both = asked(server.url, 1, strategy="static,continuous")
+        outcome = conduct(both, Watch(), start=never)
+        alone = conduct(asked(server.url, 1), Watch(), start=starting(""))
+    assert all("clients" not in r[0].header.about for r in outcome.recordings.values())
+    assert len(about(alone)) == 1
+
+
 def test_a_rate_needs_a_time() -> None:
     assert rate_of([5]) is None
     assert rate_of([0, 500_000_000, 1_000_000_000]) == 2.0
@@ -129,7 +142,8 @@ def test_a_rate_needs_a_time() -> None:
 
 # Clocks
 
-SKEWED = "import time; _real = time.monotonic_ns; time.monotonic_ns = lambda: _real() + 7 * 10**9\n"
+SKEWED = "import time; _real = time.perf_counter_ns\n"
+SKEWED += "time.perf_counter_ns = lambda: _real() + 7 * 10**9\n"
 
 
 def test_a_clock_that_is_seconds_ahead_is_corrected() -> None:
@@ -140,17 +154,17 @@ def test_a_clock_that_is_seconds_ahead_is_corrected() -> None:
     assert abs(ahead["offset_ns"] - 7 * 10**9) <= ahead["within_ns"]
     late = recording.admitted_ns - recording.requests.due_ns
     assert late.min() >= 0
-    assert np.median(late) < 10**9  # not seven seconds early or late
+    assert late.max() < 5 * 10**9  # not seven seconds
     assert recording.duration_ns < 5 * 10**9
 
 
 def test_clocks_that_do_not_agree_make_a_trial_suspect() -> None:
     # Its clock runs on by half a second from one reading to the next.
     drifting = (
-        "import time; _real, _n = time.monotonic_ns, [0]\n"
+        "import time; _real, _n = time.perf_counter_ns, [0]\n"
         "from batchbench.batching.remote import wire; _exchange = wire.exchange\n"
         "def _late(*a, **k):\n    done = _exchange(*a, **k)\n"
-        "    time.monotonic_ns = lambda: _real() + 5 * 10**8\n    return done\n"
+        "    time.perf_counter_ns = lambda: _real() + 5 * 10**8\n    return done\n"
         "wire.exchange = _late\n"
     )
     outcome, _ = together(2, "", drifting)

@@ -207,8 +207,9 @@ class RemoteBench(Bench):
             TrialFailed: a request failed.
             UsageError: the server refuses the requests.
         """
-        count = self._target.clients
-        if count > 1 or self._start_clients is not None:
+        count, names = self._target.clients, self.experiment.serving.strategies
+        # In a sweep over clients, one client is elsewhere too, unless waves are compared with it.
+        if count > 1 or (self._start_clients is not None and names == ("continuous",)):
             self._clients = Clients(count, self._start_clients, self._watch)
         self._watch.phase("warming up")
         began = time.monotonic()

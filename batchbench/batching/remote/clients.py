@@ -108,7 +108,7 @@ def join(meeting: Meeting) -> None:
         while True:
             message = driver.recv()
             if message is None:
-                driver.send(time.monotonic_ns())
+                driver.send(time.perf_counter_ns())
             elif isinstance(message, Part):
                 part = message
                 driver.send(None)
@@ -173,10 +173,10 @@ class _Client:
         """Return the offset of its clock from ours, and the largest error of it, in ns."""
         readings = []
         for _ in range(ROUND_TRIPS):
-            before = time.monotonic_ns()
+            before = time.perf_counter_ns()
             self.connection.send(None)
             theirs = self.hear()
-            after = time.monotonic_ns()
+            after = time.perf_counter_ns()
             readings.append((after - before, theirs - (before + after) // 2))
         trip, offset = min(readings)
         return offset, (trip + 1) // 2
@@ -247,7 +247,7 @@ class Clients:
         before = self._ask_all(_Client.clock)
         answers = dict[_Client, Played | Exception]()
         if not any(client.gone for client in self._clients):
-            zero_ns = time.monotonic_ns() + LEAD_NS
+            zero_ns = time.perf_counter_ns() + LEAD_NS
             for client, (offset_ns, _) in before.items():
                 self._tell(client, Go(zero_ns + offset_ns, until_ns and until_ns + offset_ns))
             # Something arrives, or a request fails, before a client is silent for so long.

@@ -89,12 +89,8 @@ class Slurm:
         if cluster == "slurm" and shutil.which("sbatch") is None:
             raise UsageError("--executor slurm: there is no sbatch here; run it on a login node")
         self._folder, self._watch, self._parallel = folder.absolute(), watch, parallel
-        self._timed, self._same, self._slurm, self._grace_s = (
-            timed,
-            same,
-            cluster == "slurm",
-            grace_s,
-        )
+        self._timed, self._same, self._slurm = timed, same, cluster == "slurm"
+        self._grace_s = grace_s
         self._jobs: dict[Any, str] = {}  # keys by the jobs of submitit
         self._over: dict[Any, float] = {}  # jobs without a result, since when
         self._excluded: set[str] = set()
@@ -183,3 +179,5 @@ class Slurm:
         for handle in self._jobs:
             handle.cancel(check=False)
         shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # if it holds anything else
+            self._folder.parent.rmdir()
