@@ -65,6 +65,7 @@ class Setup:
     python: Sequence[str]
     gpt2: str
     xl: str
+    llama: str
     queue: int  # requests of the longest run
     length: int  # tokens of the longest request in "step gpt2"
     mixed: Sequence[str]  # options of the run of mixed lengths
@@ -73,11 +74,12 @@ class Setup:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def real(cls) -> Setup:
+    def real(cls, folder: Path) -> Setup:
         return cls(
             python=(sys.executable,),
             gpt2="gpt2",
             xl="gpt2-xl",
+            llama=write_config(folder / "llama-1b", LLAMA_1B),
             queue=256,
             length=512,
             mixed=(
@@ -93,8 +95,9 @@ class Setup:
         """Return a set-up of tiny models, whose processes believe that they have a GPU."""
         return cls(
             python=(sys.executable, "-m", "support.cuda_stand_in"),
-            gpt2=write_config(folder / "gpt2", layers=2),
-            xl=write_config(folder / "gpt2-xl", layers=3),
+            gpt2=write_config(folder / "gpt2", TINY_GPT2),
+            xl=write_config(folder / "gpt2-xl", TINY_GPT2 | {"n_layer": 3}),
+            llama=write_config(folder / "llama-1b", LLAMA_1B | TINY_LLAMA),
             queue=16,
             length=100,
             mixed=("--queue-size", "12", "--prompt-tokens", "4:16", "--output-tokens", "4:16"),
@@ -104,18 +107,53 @@ class Setup:
         )
 
 
-def write_config(folder: Path, layers: int) -> str:
-    """Write the configuration of a tiny GPT-2 and return its folder."""
+LLAMA_1B: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+"""The shape of Llama 3.2 with 1B parameters."""
+
+TINY_LLAMA = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+TINY_GPT2 = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 320,
+    "n_embd": 64,
+    "n_head": 1,
+    "n_layer": 2,
+    "n_positions": 256,
+}
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> str:
+    """Write the configuration of a model with dummy weights and return its folder."""
     folder.mkdir(parents=True)
-    config = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": 320,
-        "n_embd": 64,
-        "n_head": 1,
-        "n_layer": layers,
-        "n_positions": 256,
-    }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(folder)
 
@@ -137,14 +175,15 @@ def steps_of_part_1(setup: Setup) -> list[Step]:
         Step("kernels gpt2-xl", step("kernels", xl), 60),
         Step("step gpt2, 8 rows", step("anatomy", gpt2, 8, 64), 60),
         Step("step gpt2-xl, 8 rows", step("anatomy", xl, 8, 64), 90),
+        Step("step llama 1B, 8 rows", step("anatomy", setup.llama, 8, 64), 90),
         Step("step gpt2, 32 rows", step("anatomy", gpt2, 32, setup.length), 60),
     ]
     return steps + [Step("tests of compiled code", tests("compile"), 120)] * setup.compiles
 
 
 def steps_of_part_2(setup: Setup) -> list[Step]:
-    def run(name: str, *words: str, limit: float = 90) -> Step:
-        return command(setup, name, ("run", "--model", setup.gpt2, *words), limit)
+    def run(name: str, *words: str, limit: float = 90, model: str = setup.gpt2) -> Step:
+        return command(setup, name, ("run", "--model", model, *words), limit)
 
     many, some = str(setup.queue), str(max(16, setup.queue // 4))
     both = "continuous,generate_batch"
@@ -152,6 +191,7 @@ def steps_of_part_2(setup: Setup) -> list[Step]:
     return [
         run("run classic", limit=60),
         run("run of many", "--queue-size", many, "--trials", "4"),
+        run("run llama 1B", "--queue-size", some, "--verify", "16", model=setup.llama),
         run("run to eos", "--queue-size", some, "--stop-at-eos"),
         run("run at a rate", "--queue-size", some, "--request-rate", "50", "--prefill", "separate"),
         run("run of mixed lengths", *setup.mixed),
@@ -172,6 +212,9 @@ def steps_of_part_3(setup: Setup) -> list[Step]:
     steps = [
         ladder("ladder gpt2", gpt2, classic, *short, limit=200),
         ladder("ladder gpt2-xl", setup.xl, "notebook,lean,graph", *short, *queue, limit=160),
+        ladder(
+            "ladder llama 1B", setup.llama, "generate_batch,lean,graph", *short, *queue, limit=120
+        ),
         ladder("ladder gpt2 float32", gpt2, "all", "--dtype", "float32", limit=120),
     ]
     compiled = ladder("ladder gpt2 compiled", gpt2, "graph,compile", *short, limit=180)
@@ -291,7 +334,7 @@ def main() -> None:
     options = parser.parse_args()
     limit_s = options.limit or LIMITS_S[options.part]
     with tempfile.TemporaryDirectory() as folder:
-        setup = Setup.stand_in(Path(folder)) if options.stand_in else Setup.real()
+        setup = Setup.stand_in(Path(folder)) if options.stand_in else Setup.real(Path(folder))
         if not run_part(options.part, setup, options.output.resolve(), limit_s):
             sys.exit(1)
 

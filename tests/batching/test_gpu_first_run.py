@@ -59,7 +59,7 @@ def steps(setup: Setup) -> list[Step]:
 @pytest.fixture
 def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setitem(gpu_first_run.PARTS, 2, steps)
-    assert not gpu_first_run.run_part(2, Setup.real(), tmp_path, 300)
+    assert not gpu_first_run.run_part(2, Setup.real(tmp_path / "shapes"), tmp_path, 300)
     figures: dict[str, Any] = json.loads((tmp_path / "part-2.json").read_text(encoding="utf-8"))
     return figures
 
@@ -88,13 +88,14 @@ def test_no_step_begins_when_the_time_is_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(gpu_first_run.PARTS, 1, steps)
-    assert not gpu_first_run.run_part(1, Setup.real(), tmp_path, gpu_first_run.LEAST_S / 2)
-    assert capsys.readouterr().out.count("skipped: no time left") == len(steps(Setup.real()))
+    setup = Setup.real(tmp_path / "shapes")
+    assert not gpu_first_run.run_part(1, setup, tmp_path, gpu_first_run.LEAST_S / 2)
+    assert capsys.readouterr().out.count("skipped: no time left") == len(steps(setup))
 
 
 @pytest.mark.parametrize("part", gpu_first_run.PARTS)
 def test_the_steps_of_a_part_have_names_and_folders_of_their_own(part: int, tmp_path: Path) -> None:
-    for setup in (Setup.real(), Setup.stand_in(tmp_path)):
+    for setup in (Setup.real(tmp_path / "real"), Setup.stand_in(tmp_path)):
         made = gpu_first_run.PARTS[part](setup)
         assert len({step.name for step in made}) == len(made)
         folders = [step.folder for step in made if step.folder]

@@ -31,7 +31,7 @@ with ``tests`` on the path::
 Processes started by that one find the stand-in as well, since their environment names a folder with
 a ``sitecustomize`` module; it is :func:`environment_of_children`. The variable
 ``BATCHBENCH_CUDA_STAND_IN`` sets the number of devices and their memory in MiB: ``2,512``. With
-``2,512,triton`` Triton's kernels run too, in Triton's interpreter.
+``2,512,triton`` and ``TRITON_INTERPRET=1`` Triton's kernels run too, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -82,6 +82,10 @@ class _Kind:
     writes: tuple[int | str, ...]  # arguments, by place or by name
 
 
+_NO_LAUNCH = (aten.empty_like, aten.new_empty, aten.new_empty_strided, aten._unsafe_view)
+"""Operators that launch nothing, though they are no views by their schema."""
+
+
 @cache
 def _kind(func: Any) -> _Kind:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -94,7 +98,7 @@ def _kind(func: Any) -> _Kind:
     return _Kind(
         composite=has(func.name(), "CompositeImplicitAutograd"),
         view=bool(aliased) and not writes and all(a is not None for a in aliased),
-        allocates=func.overloadpacket in (aten.empty_like, aten.new_empty, aten.new_empty_strided),
+        allocates=func.overloadpacket in _NO_LAUNCH,
         writes=tuple(writes),
     )
 
@@ -571,8 +575,8 @@ def install_for_good() -> StandIn:
     settings = os.environ.get(VARIABLE) or "2,512"
     os.environ |= environment_of_children(settings)
     devices, mebibytes, *more = settings.split(",")
-    if more == ["triton"]:
-        os.environ["TRITON_INTERPRET"] = "1"
+    if more and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("Triton's kernels need TRITON_INTERPRET=1 on the stand-in")
     return StandIn(int(devices), int(mebibytes) * 2**20, triton=bool(more)).__enter__()
 
 

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for a GPU that is not there, as it is launched for GPT-2.
+"""Compile every Triton kernel for a GPU that is not there, as GPT-2 and Qwen3 launch it.
 
 ``python -m support.triton_targets 90 bfloat16 float16 float32`` compiles for compute capability
 9.0, down to the GPU's own code, and prints a line for each kernel. It needs no GPU and no driver.
@@ -14,6 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from batchbench.batching.engines.torch.architecture import Norm, Rotary
+from batchbench.batching.engines.torch.attention import Rotation
 from batchbench.batching.engines.torch.triton import ops
 
 _TYPES = {
@@ -34,6 +36,13 @@ def _type(value: object) -> str:
     return "i32" if value < 2**31 else "i64"
 
 
+def _is_aligned(value: object) -> bool:
+    """Return True if Triton would know that a pointer or a size is a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
+
+
 def compile_for(capability: int, *formats: str) -> None:
     """Compile each kernel where it would be launched."""
     target = GPUTarget("cuda", capability, 32)
@@ -43,19 +52,21 @@ def compile_for(capability: int, *formats: str) -> None:
         signature = {name: _type(arg) for name, arg in zip(kernel.arg_names, args, strict=False)}
         signature |= dict.fromkeys(options, "constexpr")
         assert list(signature) == kernel.arg_names
-        made = triton.compile(ASTSource(kernel, signature, options), target=target)
+        aligned = {
+            (i,): [["tt.divisibility", 16]] for i, arg in enumerate(args) if _is_aligned(arg)
+        }
+        made = triton.compile(ASTSource(kernel, signature, options, aligned), target=target)
         sizes = f"{len(made.asm['cubin'])} bytes, {made.metadata.shared} shared"
         sys.stdout.write(f"{kernel.__name__}: {sizes}\n")
         assert made.metadata.shared <= 99 * 1024  # what every GPU from Ampere on has
 
     ops.launch = launch
-    shapes = {"bfloat16": (12, 12, 64), "float16": (8, 2, 128), "float32": (2, 1, 128)}
     for name in formats:
-        heads, kv_heads, size = shapes[name]
-        _launch_all(getattr(torch, name), heads=heads, kv_heads=kv_heads, size=size)
+        _launch_all(getattr(torch, name), heads=12, kv_heads=12, size=64, llama=False)
+        _launch_all(getattr(torch, name), heads=16, kv_heads=8, size=128, llama=True)
 
 
-def _launch_all(dtype: torch.dtype, *, heads: int, kv_heads: int, size: int) -> None:
+def _launch_all(dtype: torch.dtype, *, heads: int, kv_heads: int, size: int, llama: bool) -> None:
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype)
 
@@ -64,14 +75,20 @@ def _launch_all(dtype: torch.dtype, *, heads: int, kv_heads: int, size: int) -> 
     block = zeros(2, 2, kv_heads, 600, size)
     states = zeros(2, heads, size), zeros(2, kv_heads, size), zeros(2, kv_heads, size)
     attention = ops.SlotAttention(block.device, heads, 600, 2, size)
-    attention.decode(*states, block, at, at)
+    head_norm = Norm(zeros(size), None, 1e-6)
+    rotary = Rotary(torch.ones(size // 2), 1.0)
+    rotation = Rotation(rotary, [head_norm, head_norm]) if llama else None
+    attention.decode(*states, block, at, at, rotation=rotation)
     tiles = torch.zeros(1, 5, dtype=torch.int64)
     for tokens in (16, 64):
-        attention.tiled(*states, block, tiles, tokens)
-    norm = ops.Norm(zeros(width), zeros(width), 1e-5)
-    x, _ = ops.embed_norm(at, at, zeros(3, width), zeros(3, width), norm)
-    ops.add_norm(x, x, zeros(width), norm)
-    ops.add_norm(x, x, zeros(width), norm, at)
+        attention.tiled(*states, block, tiles, tokens, rotation=rotation)
+    norm = Norm(zeros(width), None if llama else zeros(width), 1e-5)
+    x, _ = ops.embed_norm(at, at, zeros(3, width), None if llama else zeros(3, width), norm)
+    added = None if llama else zeros(width)
+    ops.add_norm(x, x, added, norm)
+    ops.add_norm(x, x, added, norm, at)
+    if llama:
+        ops.swiglu(zeros(2, 2 * 3072))
     ops.best_token(zeros(2, 50304)[:, :50257])
 
 

@@ -281,7 +281,8 @@ def tile_attention(
             False,
         )
         highest, total, seen = _add_keys(score * scale, value, highest, total, seen, DOT)
-    for first in range(piece, end, KEYS):
+    # Loading four times as much ahead would take more shared memory than some GPUs have.
+    for first in tl.range(piece, end, KEYS, num_stages=1 if ROTARY else 3):
         score, value = _score(
             query,
             own_keys,
