@@ -18,7 +18,6 @@ from batchbench.batching.engines.torch import architecture as descriptions
 from batchbench.batching.engines.torch.architecture import (
     Architecture,
     describe,
-    gather,
     weights_of,
 )
 from batchbench.batching.engines.torch.build import make_engine
@@ -212,7 +211,8 @@ def test_all_weights_are_gathered_and_none_is_held_twice(name: str, make_model: 
     assert sum(storage.nbytes() for storage in storages.values()) == before
     del model.__dict__["weights_digest"]
     assert model.weights_digest == digest
-    again = gather(model.module, weights.of)
+    again = weights_of(model.module)
+    assert not isinstance(again, str)
     for one, other in zip(weights.layers, again.layers, strict=True):
         assert one.qkv.weight.data_ptr() == other.qkv.weight.data_ptr()
         assert one.qkv.weight.data_ptr() in storages

@@ -263,25 +263,15 @@ class Weights(NamedTuple):
 
 
 def weights_of(module: PreTrainedModel) -> Weights | str:
-    """Return the weights of a loaded module, or the reason why it has no description."""
-    architecture = describe(module.config)
-    if isinstance(architecture, str):
-        return architecture
-    try:
-        return gather(module, architecture)
-    except ValueError as error:
-        return str(error)
-
-
-def gather(module: PreTrainedModel, architecture: Architecture) -> Weights:
-    """Return the weights of a loaded module by their names.
+    """Return the weights of a loaded module by their names, or the reason why it has none.
 
     Weights that multiply the same input are laid end to end, so that one product computes them. The
-    module's own parameters become views of them: nothing is held twice. Raises ValueError if the
-    module has a parameter that the description does not name.
+    module's own parameters become views of them: nothing is held twice.
     """
-    names = architecture.names
-    used: set[int] = set()
+    of = describe(module.config)
+    if isinstance(of, str):
+        return of
+    names, used = of.names, set[int]()
 
     def named(root: nn.Module, name: str) -> nn.Module:
         found: nn.Module = attrgetter(name)(root)
@@ -290,7 +280,7 @@ def gather(module: PreTrainedModel, architecture: Architecture) -> Weights:
 
     def norm(root: nn.Module, name: str) -> Norm:
         found = named(root, name)
-        return Norm(_tensor(found.weight), getattr(found, "bias", None), architecture.eps)
+        return Norm(_tensor(found.weight), getattr(found, "bias", None), of.eps)
 
     def matrix(root: nn.Module, *parts: str) -> Matrix:
         found = [named(root, name) for name in parts]
@@ -314,7 +304,7 @@ def gather(module: PreTrainedModel, architecture: Architecture) -> Weights:
     with torch.inference_mode(False), torch.no_grad():
         rotary = names.rotary and attrgetter(names.rotary)(module)
         weights = Weights(
-            architecture,
+            of,
             _tensor(named(module, names.tokens).weight),
             _tensor(named(module, names.positions).weight) if names.positions else None,
             Rotary(rotary.inv_freq, float(rotary.attention_scaling)) if rotary else None,
@@ -322,15 +312,12 @@ def gather(module: PreTrainedModel, architecture: Architecture) -> Weights:
             norm(module, names.norm),
             _tensor(named(module, "lm_head").weight),
         )
-    for name, parameter in module.named_parameters():
-        if id(parameter) not in used:
-            raise ValueError(f"{name} has no place in the description of its model")
-    return weights
+    unused = [name for name, weight in module.named_parameters() if id(weight) not in used]
+    return f"{unused[0]} has no place in the description of its model" if unused else weights
 
 
 def _tensor(weight: object) -> torch.Tensor:
-    if not isinstance(weight, torch.Tensor):
-        raise ValueError(f"a weight is {weight}")
+    assert isinstance(weight, torch.Tensor)
     return weight
 
 
@@ -342,8 +329,8 @@ def _end_to_end(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     counts = [len(part) for part in parts]
     ends = [part.data_ptr() + part.nbytes for part in parts]
     starts = [part.data_ptr() for part in parts[1:]]
-    owner = first.untyped_storage().data_ptr()
-    if starts != ends[:-1] or any(p.untyped_storage().data_ptr() != owner for p in parts):
+    owners = {part.untyped_storage().data_ptr() for part in parts}
+    if starts != ends[:-1] or len(owners) > 1:
         whole = torch.split(torch.cat(list(parts)), counts)
         for part, view in zip(parts, whole, strict=True):
             part.data = view
