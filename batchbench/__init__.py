@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from batchbench.workloads.request import Request, Workload
     from batchbench.workloads.spec import WorkloadSpec
 
+__distribution__ = "batchbench-llm"  # tells our package from another project's of the same name
+
 _HOMES = {
     "BatchbenchError": "errors",
     "Experiment": "batching.experiment",

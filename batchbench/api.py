@@ -134,7 +134,7 @@ class Result(results.Result):
 
     @property
     def plot(self) -> Plots:
-        """Pictures: ``result.plot.timeline()`` and so on return matplotlib figures."""
+        """Draw pictures; ``result.plot.timeline()`` and so on return matplotlib figures."""
         return Plots(self)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:

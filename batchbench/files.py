@@ -14,6 +14,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -118,7 +119,7 @@ def claimed(place: Path, named: str) -> Iterator[None]:
         remove_leftovers(place)
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        _remove(Path(lock.lock_file))  # Windows keeps an open file
         lock.release()
 
 
@@ -280,10 +281,11 @@ def default_folders(model: str, study: str = "") -> Iterator[Path]:
     """Yield ``batchbench-results/<time>-<model>``, then the same with 2, 3, … at the end.
 
     Args:
-        model: name of the model, shown with ``/`` as ``--``.
+        model: name of the model; what some system forbids in the name of a file becomes ``--``.
         study: the kind of study, which goes between the two; empty for a plain run.
     """
-    parts = (f"{datetime.now():%Y%m%d-%H%M%S}", study, model.replace("/", "--"))
+    model = re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "--", model).rstrip(". ")
+    parts = (f"{datetime.now():%Y%m%d-%H%M%S}", study, model)
     name = "-".join(part for part in parts if part)
     number = 1
     while True:

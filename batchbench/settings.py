@@ -49,6 +49,7 @@ class Setting:
     excludes: tuple[str, ...] = ()  # fields that state the same in another way
     resets: tuple[str, ...] = ()  # fields that lose their meaning when this one is set
     unit: str = ""  # a key of UNITS, for numbers
+    omit_default: bool = False  # not in JSON at its default, which earlier versions then read
     variable: str | None = None  # environment variable of a secret, which is never saved or shown
 
 
@@ -116,7 +117,11 @@ def make_spec(spec: Any, values: Mapping[str, Any]) -> Any:
 
 def as_json(spec: Any) -> dict[str, Any]:
     """Return the fields of a spec as JSON values, which :func:`from_json` reads."""
-    values = {field.name: getattr(spec, field.name) for field in kept(spec)}
+    values = {
+        field.name: getattr(spec, field.name)
+        for field in kept(spec)
+        if not (about(field).omit_default and getattr(spec, field.name) == field.default)
+    }
     for name, value in values.items():
         if isinstance(value, Path | tuple):
             values[name] = str(value) if isinstance(value, Path) else list(value)

@@ -23,10 +23,10 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from batchbench.batching.engines.torch.attention import Layout, SlotCache, cache_argument
-from batchbench.batching.engines.torch.base import best_token
 from batchbench.batching.engines.torch.forward import Forward, TransformersForward, make_forward
 from batchbench.batching.engines.torch.hardware import products
 from batchbench.batching.engines.torch.linear import Kernels, make_linear
+from batchbench.batching.engines.torch.sampling import best_token
 from batchbench.batching.models import ModelSpec, find_model
 from batchbench.batching.models.loading import LoadedModel, load_model
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
-from batchbench.batching.engines.torch.base import best_token
 from batchbench.batching.engines.torch.linear import make_linear
+from batchbench.batching.engines.torch.sampling import best_token
 
 SLOTS, HEADS, SIZE, WIDTH = 8, 12, 64, 768
 Way = Callable[[], object]

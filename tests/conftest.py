@@ -220,7 +220,7 @@ def triton_stand_in(short_trials: None, monkeypatch: pytest.MonkeyPatch) -> Iter
 @pytest.fixture
 def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which batchbench cannot have kernels of its own."""
-    from batchbench.batching.engines.torch import base, forward, linear
+    from batchbench.batching.engines.torch import forward, linear, sampling
 
-    for module in (base, forward, linear):
+    for module in (sampling, forward, linear):
         monkeypatch.setattr(module, "native", lambda: None)

@@ -105,7 +105,7 @@ HEAVY: Mapping[str, tuple[str, ...]] = {
     "torch": (
         *("batching.engines.*", "batching.models.loading", "batching.machine"),
         "studies.ladder.run",  # types of what the engines return
-        "studies.executors.machines",
+        "studies.executors.jobs",
     ),
     "rich": (
         *("*report*", "reports.formats.*", "reports.replay.terminal", "cli.*"),
@@ -140,6 +140,7 @@ LATE: Mapping[str, str] = {
     "batching.engines.torch.triton.choice": "Triton is there on a GPU only",
     "batching.engines.torch.build": "generate_batch imports transformers' own batching",
     "batching.models": "loading a model imports torch",
+    "batching.models.gguf_file": "gguf is optional",
     "batching.models.source": "the hub, safetensors and tokenizers",
     "batching.benches.local": "an engine imports torch",
     "batching.remote.bench": "the reference imports torch",
@@ -148,7 +149,7 @@ LATE: Mapping[str, str] = {
     "batching.strategies.vllm": "vLLM is optional, and the bytes of a cache are known to torch",
     "batching.trials": "measuring the machine imports torch",
     "studies.executors.spec": "Ray and submitit are optional",
-    "studies.executors.machines": "a GPU is looked at only where times are measured",
+    "studies.executors.jobs": "a GPU is looked at only where times are measured",
     "studies.gate.worker": "a worker says who it is before it imports torch",
     "studies.ladder.run": "a rung of the ladder imports torch",
     # Libraries that are optional or take long to import, so that --help and errors come at once.
@@ -175,8 +176,8 @@ def test_a_folder_has_at_most_17_files(folder: Path) -> None:
     assert len(list(folder.glob("*.py"))) <= 17
 
 
-def test_the_package_has_at_most_180_files() -> None:
-    assert len(FILES) <= 180
+def test_the_package_has_at_most_200_files() -> None:
+    assert len(FILES) <= 200
 
 
 def test_no_test_imports_a_test() -> None:

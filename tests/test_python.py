@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import re
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -214,12 +213,10 @@ assert not {"torch", "transformers", "pandas", "matplotlib"} & set(sys.modules)
 # The documents
 
 
-def test_the_api_page_is_up_to_date() -> None:
-    made = runpy.run_path(str(DOCS / "make_api.py"))
-    shown = (DOCS / "api.md").read_text(encoding="utf-8")
-    assert shown == made["page"](), "run: python docs/make_api.py"
-    told = {name for names in made["CHAPTERS"].values() for name in names}
-    assert told == set(batchbench.__all__) - {"__version__"}
+def test_the_api_page_documents_every_public_name_once() -> None:
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    told = re.findall(r"^<!-- generated: ([A-Z]?\w+) -->$", page, re.MULTILINE)
+    assert sorted(told) == sorted({*batchbench.__all__, "pictures"} - {"__version__"})
 
 
 def test_the_code_of_the_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

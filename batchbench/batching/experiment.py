@@ -14,9 +14,15 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.policies import POLICIES, WAITING, make_policy
 from batchbench.batching.presets import NOTEBOOK, PRESETS, Basis, check_preset
 from batchbench.batching.queue import ORDERS
-from batchbench.batching.remote.spec import TargetSpec, refuse_own, with_served_model
+from batchbench.batching.remote.spec import (
+    CHAT,
+    COMPLETIONS,
+    TargetSpec,
+    refuse_own,
+    with_served_model,
+)
 from batchbench.batching.step_cost import KnownCost
-from batchbench.batching.strategies import find
+from batchbench.batching.strategies import GENERATE_BATCH_SAMPLES, find
 from batchbench.errors import UsageError, shown
 from batchbench.settings import parse_whole, setting
 from batchbench.workloads.lengths import parse_lengths
@@ -227,6 +233,8 @@ class Experiment:
                 "--strategy static-oracle: sorts by output length, which is not known with "
                 "--stop-at-eos; remove one of them"
             )
+        if self.workload.sampling is not None and "generate_batch" in self.serving.strategies:
+            raise UsageError(GENERATE_BATCH_SAMPLES)
         check_preset(self.preset)
 
     @classmethod
@@ -266,6 +274,11 @@ class Experiment:
         """Return the names and specs of the parts that there are."""
         parts = [(name, getattr(self, name)) for name in PARTS]
         return [(name, part) for name, part in parts if part is not None]
+
+    @property
+    def server(self) -> str | None:
+        """The address of the server; None for our own engine."""
+        return None if self.target is None else self.target.target
 
     @property
     def subject(self) -> str:
@@ -373,6 +386,21 @@ def _check_served(experiment: Experiment, target: TargetSpec) -> None:
                 f"--strategy {shown(name)}: a server schedules by itself, so --target has static "
                 "(in waves) and continuous; drop it"
             )
+        if target.clients > 1 and name != "continuous":
+            raise UsageError(
+                f"--clients {target.clients}: only one client knows when a wave has ended; add "
+                "--strategy continuous"
+            )
+    if target.clients > 1 and experiment.workload.max_concurrency is not None:
+        raise UsageError(
+            f"--clients {target.clients}: no client knows how many requests of the others are in "
+            "flight; drop --max-concurrency"
+        )
+    if experiment.workload.chat_template and target.endpoint == CHAT:
+        raise UsageError(
+            f"--chat-template: the server applies its own at {CHAT}; drop it, or give --endpoint "
+            f"{COMPLETIONS}"
+        )
     verify = experiment.trials.verify
     if verify not in ("all", "none") and target.verify_model is None:
         raise UsageError(
@@ -393,7 +421,7 @@ def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
 
 
 def named_files(experiment: Experiment) -> dict[str, Any]:
-    """Return digests of the files that settings name, by field name, and of a model's folder."""
+    """Return digests of the files that settings name, by field name, and of a model's files."""
     files: dict[str, Any] = {}
     for _, spec in experiment._parts():
         for own in fields(spec):
@@ -401,11 +429,11 @@ def named_files(experiment: Experiment) -> dict[str, Any]:
             file = value if isinstance(value, Path) else _file_of_lengths(own.name, value)
             if file is not None and file.is_file():
                 files[own.name] = digest_of_file(file)
-    folder = Path(experiment.model.model)
-    if folder.is_dir():
+    place = Path(experiment.model.model)
+    if place.is_dir() or place.is_file():
         files["model"] = [
             (file.name, (status := file.stat()).st_size, status.st_mtime_ns)
-            for file in sorted(folder.iterdir())
+            for file in (sorted(place.iterdir()) if place.is_dir() else [place])
             if file.is_file()
         ]
     return files

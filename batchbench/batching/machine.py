@@ -57,7 +57,7 @@ def usable_cores(cpus: Path = CPUS, cgroup: Path = CGROUP) -> int:
 def allowed_cpus() -> Collection[int]:
     """Return the numbers of the logical processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
+        return set(os.sched_getaffinity(0))
     return range(psutil.cpu_count(logical=False) or os.cpu_count() or 1)
 
 
@@ -236,11 +236,11 @@ def _cpu_description(cpuinfo: Path | None = None) -> Mapping[str, str]:
 def cpu_name() -> str:
     name = _cpu_description().get("model name")
     if not name and sys.platform == "darwin":
-        name = _output("sysctl", "-n", "machdep.cpu.brand_string")
+        name = command_output("sysctl", "-n", "machdep.cpu.brand_string")
     return name or platform.processor() or platform.machine()
 
 
-def _output(*command: str) -> str | None:
+def command_output(*command: str) -> str | None:
     """Return what a command prints; None if it fails or prints nothing."""
     try:
         printed = subprocess.check_output(
@@ -276,7 +276,8 @@ def git_commit() -> str | None:
     root = Path(version.__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    return _output("git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+")
+    describe = ("describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+")  # not its tag
+    return command_output("git", "-C", str(root), *describe)
 
 
 # Comparing two machines

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchbench.batching.benches import Bench
 from batchbench.batching.benches.local import LocalBench
@@ -19,6 +20,9 @@ from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.workloads import Workload
+
+if TYPE_CHECKING:
+    from batchbench.batching.remote.clients import Start
 
 
 class StopReason(StrEnum):
@@ -60,12 +64,15 @@ class Outcome:
 
 
 def run_experiment(
-    experiment: Experiment, watch: Watch | None = None, models: ModelCache | None = None
+    experiment: Experiment,
+    watch: Watch | None = None,
+    models: ModelCache | None = None,
+    start: Start | None = None,
 ) -> Outcome:
     """Run an experiment: warm-up, trials in alternating order, verification.
 
     After Ctrl-C or ``--max-time``, the outcome has the rounds that are finished. Experiments that
-    share ``models`` load a model once.
+    share ``models`` load a model once. ``start`` starts the clients of a server on other machines.
 
     Raises:
         UsageError: the experiment cannot be run here.
@@ -76,7 +83,7 @@ def run_experiment(
             f"--strategy {experiment.serving.plug_ins[0]}: it schedules by itself, so its steps "
             "are known only in batchbench run; remove it"
         )
-    return run_on(open_bench(experiment, watch or Watch(), models))
+    return run_on(open_bench(experiment, watch or Watch(), models, start=start))
 
 
 conduct = run_experiment
@@ -84,13 +91,18 @@ conduct = run_experiment
 
 
 def open_bench(
-    experiment: Experiment, watch: Watch, models: ModelCache | None = None, max_len: int = 0
+    experiment: Experiment,
+    watch: Watch,
+    models: ModelCache | None = None,
+    max_len: int = 0,
+    start: Start | None = None,
 ) -> Bench:
     """Return the bench of an experiment: this machine, or the server that it names.
 
     Args:
         max_len: length in tokens of the longest request of any workload that the bench will
             serve, if that is more than the experiment's own.
+        start: starts the clients of a server on other machines.
 
     Raises:
         UsageError: the experiment cannot run.
@@ -98,7 +110,7 @@ def open_bench(
     if experiment.target is not None:
         from batchbench.batching.remote.bench import RemoteBench
 
-        return RemoteBench(experiment, watch, models)
+        return RemoteBench(experiment, watch, models, start)
     return LocalBench(experiment, watch, models, max_len)
 
 
@@ -106,7 +118,12 @@ Session = LocalBench
 
 
 def run_on(bench: Bench) -> Outcome:
-    """Run an experiment on its bench."""
+    """Run an experiment on its bench, and close it."""
+    with closing(bench):
+        return _run_on(bench)
+
+
+def _run_on(bench: Bench) -> Outcome:
     experiment = bench.experiment
     if experiment.simulated and bench.workload.stop_at_eos:
         raise UsageError("--stop-at-eos: a simulation runs no model, so no text ends; remove it")

@@ -87,6 +87,7 @@ def beginning(workload: Workload, count: int, output_tokens: int) -> Workload:
         prompt_offsets=offsets,
         output_tokens=np.minimum(workload.output_tokens[:count], output_tokens),
         due_ns=np.zeros(count, np.int64),
+        sampling=workload.sampling,
     )
 
 
@@ -115,7 +116,8 @@ def small_batches(workload: Workload, slots: int, max_len: int, steps: int) -> W
     steps, halves = max(1, min(steps, room // len(halves))), halves[:room]
     prompts = [workload.prompt(i % len(workload))[:longest].tolist() for i in range(halves[0])]
     outputs = [1 + steps * sum(i < rows for rows in halves) for i in range(halves[0])]
-    return replace(Workload.of("smaller batches", prompts, outputs), seed=workload.seed)
+    made = Workload.of("smaller batches", prompts, outputs, sampling=workload.sampling)
+    return replace(made, seed=workload.seed)
 
 
 TRIAL_S = 1.0

@@ -1,8 +1,9 @@
 """Verification that batching changed no output: every token is the model's own choice.
 
 A reference pass computes prompt + output of one request, alone and without a cache, and returns the
-token that the model prefers at each position. If that is the generated token at every position,
-then by induction the output equals greedy generation of this prompt alone.
+token that the model chooses at each position: the one that it prefers or, with sampling, the one
+that the request's random stream draws. If that is the generated token at every position, then by
+induction the output equals generation of this prompt alone.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from numpy.typing import NDArray
 
 from batchbench.batching.recording import Recording
 from batchbench.workloads import Workload
+from batchbench.workloads.request import Stream
 
 
 class Deviation(NamedTuple):
-    """A position at which the reference prefers another token than the generated one.
+    """A position at which the reference chooses another token than the generated one.
 
     ``gap`` is the difference between the reference's logits of its own choice and of the generated
-    token; ``tolerance`` is the largest difference that the precision may cause.
+    token; ``tolerance`` is the largest difference that the precision may cause. With sampling, the
+    logits are those with noise, and ``gap`` is the smallest change of logits for which the
+    generated token is drawn.
     """
 
     index: int  # type: ignore[assignment]  # overrides tuple.index
@@ -44,9 +48,12 @@ class Reference(Protocol):
         """The method, for the result."""
 
     def deviations(
-        self, prompt: NDArray[np.int32], output: NDArray[np.int32]
+        self, prompt: NDArray[np.int32], output: NDArray[np.int32], stream: Stream | None = None
     ) -> Sequence[Deviation]:
-        """Return the positions of ``output`` for which the model prefers another token."""
+        """Return the positions of ``output`` for which the model chooses another token.
+
+        ``stream`` draws the tokens of a sampled request; None for a greedy one.
+        """
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def verify(
     wanted = {(request, id(r)): r.tokens_of(request) for request in chosen for r in recordings}
     # Longest first, so that the beginning of a sequence is checked with it.
     for (request, _), tokens in sorted(wanted.items(), key=lambda item: -len(item[1])):
-        reference.deviations(workload.prompt(request), tokens)
+        reference.deviations(workload.prompt(request), tokens, workload.stream(request))
     findings: list[Finding] = []
     worst: dict[int, str] = dict.fromkeys(chosen, "identical")
     for request in chosen:
@@ -115,8 +122,9 @@ def verify(
             tokens = wanted[request, id(recording)]
             finding = _wrong_count(workload, request, tokens, frozenset(eos), recording)
             if finding is None:
-                deviations = reference.deviations(workload.prompt(request), tokens)
-                finding = _finding(request, recording.header.strategy, deviations)
+                stream = workload.stream(request)
+                deviations = reference.deviations(workload.prompt(request), tokens, stream)
+                finding = _finding(request, recording.header.strategy, deviations, stream)
             if finding is None:
                 continue
             if worst[request] != "wrong":
@@ -136,6 +144,14 @@ def verify(
     )
 
 
+def draws_by_itself(recording: Recording) -> bool:
+    """Return True if an engine draws sampled tokens from random numbers of its own.
+
+    They are not those of the model and the workload's random streams.
+    """
+    return bool(recording.header.about.get("own_random"))
+
+
 def _servings(recording: Recording) -> list[Recording]:
     """Return the recording of a trial, and its servings with other tokens under the same name."""
     return [recording, *(replace(other, header=recording.header) for other in recording.others)]
@@ -146,27 +162,31 @@ class Remembered:
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
-        self._known: dict[bytes, list[tuple[NDArray[np.int32], Sequence[Deviation]]]] = {}
+        self._known: dict[
+            tuple[bytes, Stream | None], list[tuple[NDArray[np.int32], Sequence[Deviation]]]
+        ] = {}
 
     @property
     def name(self) -> str:
         return self._reference.name
 
     def deviations(
-        self, prompt: NDArray[np.int32], output: NDArray[np.int32]
+        self, prompt: NDArray[np.int32], output: NDArray[np.int32], stream: Stream | None = None
     ) -> Sequence[Deviation]:
-        known = self._known.setdefault(prompt.tobytes(), [])
+        known = self._known.setdefault((prompt.tobytes(), stream), [])
         for longer, deviations in known:
             # An overflow at the end of a sequence may spoil all of it, through attention.
             reusable = len(longer) == len(output) or all(math.isfinite(d.gap) for d in deviations)
             if reusable and np.array_equal(longer[: len(output)], output):
                 return [d for d in deviations if d.index < len(output)]
-        deviations = self._reference.deviations(prompt, output)
+        deviations = self._reference.deviations(prompt, output, stream)
         known.append((output, deviations))
         return deviations
 
 
-def _finding(request: int, strategy: str, deviations: Sequence[Deviation]) -> Finding | None:
+def _finding(
+    request: int, strategy: str, deviations: Sequence[Deviation], stream: Stream | None
+) -> Finding | None:
     if not deviations:
         return None
     wrong = [d for d in deviations if not d.is_tie]
@@ -175,9 +195,14 @@ def _finding(request: int, strategy: str, deviations: Sequence[Deviation]) -> Fi
         reason = f"the model's logits at output token {index} are not finite numbers"
         return Finding(request, strategy, "wrong", index, None, None, reason)
     verdict, than = ("wrong", "more") if wrong else ("numerical tie", "less")
+    said = f"the model's own choice, whose logit is {gap:.3g} higher"
+    if stream is not None:
+        said = (
+            f"what the model and the random stream draw; logits would have to change by {gap:.3g}"
+        )
     reason = (
-        f"output token {index} is not the model's own choice, whose logit is {gap:.3g} higher: "
-        f"{than} than the {tolerance:.3g} that the precision may cause"
+        f"output token {index} is not {said}: {than} than the {tolerance:.3g} that the precision "
+        "may cause"
     )
     return Finding(request, strategy, verdict, index, gap, tolerance, reason)
 

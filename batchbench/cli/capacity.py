@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from batchbench.errors import UsageError, shown
 from batchbench.files import default_folders, undisturbed
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
+from batchbench.studies.executors.spec import ExecutorSpec, clients_of, make_executor
 from batchbench.studies.sweep.grid import SWEPT
 
 CAPACITY_HELP = (
@@ -79,11 +81,13 @@ class CapacitySpec:
 
 
 @with_options(
-    {"goals": GoalsSpec, "study": CapacitySpec},
+    {"goals": GoalsSpec, "study": CapacitySpec, "machines": ExecutorSpec},
     raw=SWEPT,
     omit=("request_rate", "max_concurrency", "speed", "trials", "max_time"),
 )
-def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) -> None:
+def capacity(
+    given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec, machines: ExecutorSpec
+) -> None:
     experiment = _experiment(given, study)
     if not goals.slo:
         raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")
@@ -93,7 +97,7 @@ def capacity(given: Mapping[str, Any], goals: GoalsSpec, study: CapacitySpec) ->
         overwrite=study.overwrite,
         marker="capacity.json",
     ) as folder:
-        if not _search(experiment, goals, study, folder):
+        if not _search(experiment, goals, study, machines, folder):
             raise typer.Exit(1)
 
 
@@ -112,16 +116,28 @@ def _experiment(given: Mapping[str, Any], study: CapacitySpec) -> Experiment:
     return replace(experiment, workload=replace(experiment.workload, max_concurrency=None))
 
 
-def _search(experiment: Experiment, goals: GoalsSpec, study: CapacitySpec, folder: Path) -> bool:
+def _search(
+    experiment: Experiment,
+    goals: GoalsSpec,
+    study: CapacitySpec,
+    machines: ExecutorSpec,
+    folder: Path,
+) -> bool:
     """Search, write and show; return True if outputs are right."""
     from batchbench.cli.progress import CapacityDisplay
     from batchbench.cli.progress import make_console as make_error_console
     from batchbench.studies.capacity.probe import CapacityQuery
-    from batchbench.studies.capacity.search import find_capacity
+    from batchbench.studies.capacity.search import find_capacity, find_capacity_on
 
     query = CapacityQuery(goals, study.slo_attainment, study.max_trials)
     display = CapacityDisplay(make_error_console(quiet=study.quiet))
-    findings = find_capacity(experiment, query, study.precision, display)
+    together = experiment.target is not None and experiment.target.clients > 1
+    if machines.executor == "local" or together:
+        with clients_of(machines, [experiment], folder, display) as start:
+            findings = find_capacity(experiment, query, study.precision, display, start)
+    else:
+        with display, closing(make_executor(machines, [experiment], folder, display)) as executor:
+            findings = find_capacity_on(executor, experiment, query, study.precision, display)
     from batchbench.studies.capacity import report
 
     command = typed_command()

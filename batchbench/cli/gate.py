@@ -439,7 +439,8 @@ def compare(
         Path,
         typer.Argument(
             metavar="BASE",
-            help="Folder of a result, its result.json, or a folder of several results.",
+            help="Folder of a result, its result.json, or a folder of several results; or files "
+            "of vllm bench serve, guidellm, aiperf or llm-d.",
             show_default=False,
         ),
     ],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -13,8 +16,14 @@ from batchbench.cli.options import OutputSpec, typed_command, with_options
 from batchbench.cli.output import echo, output_folder, show
 from batchbench.errors import Interrupted, UsageError
 from batchbench.files import undisturbed
+from batchbench.json_file import parse_json
+from batchbench.studies.executors.jobs import Job, run_parts
+from batchbench.studies.executors.spec import ExecutorSpec, make_executor
 from batchbench.studies.ladder.rungs import LadderSpec, choose_rungs
 from batchbench.workloads.spec import WorkloadSpec
+
+if TYPE_CHECKING:
+    from batchbench.studies.ladder.report import LadderResult
 
 LADDER_HELP = """Compare engines, from the notebook's loop to the limits of this hardware.
 
@@ -30,6 +39,7 @@ _SPECS = {
     "trials": TrialsSpec,
     "ladder": LadderSpec,
     "output": OutputSpec,
+    "machines": ExecutorSpec,
 }
 
 _DECIDED = (
@@ -48,6 +58,7 @@ def ladder(
     trials: TrialsSpec,
     ladder: LadderSpec,
     output: OutputSpec,
+    machines: ExecutorSpec,
 ) -> None:
     from batchbench.files import default_folders
 
@@ -58,7 +69,11 @@ def ladder(
         overwrite=output.overwrite,
         marker="ladder.json",
     ) as folder:
-        if not _run(experiment, ladder, output, folder):
+        if machines.executor == "local":
+            passed = _run(experiment, ladder, output, folder)
+        else:
+            passed = _run_elsewhere(experiment, ladder, output, machines, folder)
+        if not passed:
             raise typer.Exit(1)
 
 
@@ -80,6 +95,47 @@ def _run(experiment: Experiment, spec: LadderSpec, output: OutputSpec, folder: P
     with undisturbed():  # the measurement is complete: keep it
         result = report.make_ladder(outcome, command)
         files = report.write_ladder(folder, result)
+    _show(result, files, output, command)
+    if outcome.stopped:
+        raise Interrupted(f"{outcome.stopped}; the results are in {folder}")
+    if outcome.failed:
+        raise UsageError(f"{outcome.failed}; the results before it are in {folder}")
+    return result.passed
+
+
+def _run_elsewhere(
+    experiment: Experiment,
+    spec: LadderSpec,
+    output: OutputSpec,
+    machines: ExecutorSpec,
+    folder: Path,
+) -> bool:
+    """Run the ladder as one job of an executor, write and show; return True if outputs are right.
+
+    Its rungs are compared with each other, so they stay together and take turns.
+    """
+    from batchbench.cli.progress import make_display
+    from batchbench.studies.ladder import report
+
+    command = typed_command()
+    job = Job("the ladder", report.LadderWork(experiment, spec, command))
+    with (
+        make_display((), spec.rounds, quiet=output.quiet) as display,
+        closing(make_executor(machines, [experiment], folder, display)) as executor,
+    ):
+        contents = dict(run_parts([job], executor, display)[job.key][0])
+    failed = contents.pop("failed")
+    result = report.LadderResult(parse_json(str(contents["ladder.json"]).encode()), {})
+    files = report.write_ladder(folder, result, contents)
+    _show(result, files, output, command)
+    if failed:
+        raise UsageError(f"{failed!s}; the results before it are in {folder}")
+    return result.passed
+
+
+def _show(result: LadderResult, files: Sequence[Path], output: OutputSpec, command: str) -> None:
+    from batchbench.studies.ladder import report
+
     show(
         output,
         lambda: report.to_json(result),
@@ -88,8 +144,3 @@ def _run(experiment: Experiment, spec: LadderSpec, output: OutputSpec, folder: P
         command,
         files,
     )
-    if outcome.stopped:
-        raise Interrupted(f"{outcome.stopped}; the results are in {folder}")
-    if outcome.failed:
-        raise UsageError(f"{outcome.failed}; the results before it are in {folder}")
-    return result.passed

@@ -46,6 +46,8 @@ COMMANDS = {
     "trend": "Find the commits at which performance changed, from saved results.",
     "baseline": "Save counts and speed ratios of this version, for later checks.",
     "workload": "List presets, inspect a workload without running it, or save it.",
+    "doctor": "Show what this machine offers, what is missing, and the command that mends it.",
+    "help": "Read a page of the documentation, or the options of a command.",
 }
 """The purpose of each command, as in its help. A command is imported when it is used."""
 
@@ -54,6 +56,7 @@ MODULES = {
     "simulate": "run",
     "breakeven": "predict",
     **dict.fromkeys(("compare", "duet", "check", "baseline"), "gate"),
+    **dict.fromkeys(("doctor", "help"), "about"),
 }
 """Modules of commands that are not named after the command."""
 
@@ -97,7 +100,7 @@ app = typer.Typer(
     cls=_Group,
     help="Measure how much continuous batching gains over static batching on your hardware and "
     "workload, or on a server, and why.",
-    epilog="Start with: batchbench run. Terms are explained in docs/glossary.md.",
+    epilog="Start with: batchbench run. Terms are explained by: batchbench help glossary.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

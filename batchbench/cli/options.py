@@ -40,10 +40,11 @@ DOCUMENTS = {
     "github-smaller": "github-smaller.json",
     "bencher": "bencher.json",
     "pytest-benchmark": "pytest-benchmark.json",
+    "llmd": "llmd.json",
 }
 """Report formats that are written to a file, with the default name of the file."""
 
-SHORT = {"batch_size": "-b", "queue_size": "-n", "output": "-o", "quiet": "-q"}
+SHORT = {"batch_size": "-b", "queue_size": "-n", "output": "-o", "quiet": "-q", "verbose": "-v"}
 """Options with a one-letter form, which is the same in every command."""
 
 ALIASES = {
@@ -64,12 +65,12 @@ ALIASES = {
 RARE = (
     *("workload", "max_wait", "order", "engine", "prefill", "max_batched_tokens", "execution"),
     *("long_every", "long_tokens", "short_tokens", "shared_prefix_tokens", "overlong"),
-    *("stop_at_eos", "seed", "burstiness", "arrivals", "max_concurrency", "speed"),
-    *("trace_format", "trace_block_size", "trace_time_unit", "on_bad_row"),
+    *("stop_at_eos", "seed", "burstiness", "arrivals", "max_concurrency", "speed", "top_p"),
+    *("trace_format", "trace_block_size", "trace_time_unit", "on_bad_row", "top_k"),
     *("load_format", "revision", "dtype", "threads", "verify", "price_per_hour", "trace_out"),
     *("endpoint", "tokenizer", "api_key", "extra_body", "timeout", "insecure", "verify_model"),
     *("ray_address", "slurm_partition", "slurm_time", "slurm_gpus", "parallel"),
-    *("same_hardware", "any_hardware"),
+    *("same_hardware", "any_hardware", "clients"),
     *("mean_tokens", "batches", "precision", "max_trials", "floor", "margin", "junit", "github"),
 )
 """Options that the short help leaves out."""
@@ -93,6 +94,7 @@ class OutputSpec:
     trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
     json: bool = setting(False, "Print only result.json.", "Output")
     quiet: bool = setting(False, "Print only a one-line summary; no progress.", "Output")
+    verbose: bool = setting(False, "Print all metrics, where the time went, and more.", "Output")
     dry_run: bool = setting(False, "Estimate steps, memory and time; run nothing.", "Output")
 
     def __post_init__(self) -> None:
@@ -107,7 +109,8 @@ class ReportSpec:
         None,
         "terminal: tables on standard output; html: one self-contained page; markdown: for a pull "
         "request; json: result.json. JSON for dashboards: github-bigger and github-smaller for "
-        "github-action-benchmark, bencher for bencher.dev, pytest-benchmark.",
+        "github-action-benchmark, bencher for bencher.dev, pytest-benchmark. llmd: llm-d's "
+        "benchmark report, schema 0.2, one file per strategy.",
         "Output",
         choices=("terminal", "json", *DOCUMENTS),
         metavar="FORMAT",
@@ -124,6 +127,7 @@ class ReportSpec:
     trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
     json: bool = setting(False, "Print only result.json.", "Output")
     quiet: bool = setting(False, "Print only a one-line summary.", "Output")
+    verbose: bool = setting(False, "Print all metrics, where the time went, and more.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -384,7 +388,9 @@ _ALL = "batchbench.help_all"
 _TYPED: ContextVar[tuple[str, list[str], dict[str, Any]]] = ContextVar("typed")
 """The command, the words after it, and its parameters by the names of their options."""
 
-_NOT_SAVED = ("api_key", "output", "overwrite", "trace_out", "json", "quiet", "dry_run")
+_NOT_SAVED = (
+    *("api_key", "output", "overwrite", "trace_out", "json", "quiet", "verbose", "dry_run"),
+)
 
 
 class Command(TyperCommand):
@@ -405,6 +411,11 @@ class Command(TyperCommand):
                 for line in listing():
                     echo(line)
                 raise typer.Exit
+        target = own.get("--target")
+        if target and not target.multiple and sum(w.split("=")[0] == "--target" for w in words) > 1:
+            raise UsageError(
+                "--target: there are several; give one, or compare them with batchbench sweep"
+            )
         _TYPED.set((ctx.command_path, list(words), own))  # the parser empties its list
         return super().parse_args(ctx, words)
 

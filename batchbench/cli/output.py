@@ -221,8 +221,13 @@ def show(
     rendered: Callable[[], RenderableType],
     command: str,
     files: Iterable[Path],
+    *,
+    more: str | None = None,
 ) -> None:
-    """Print a result as its JSON text, as one sentence, or in full with how to repeat it."""
+    """Print a result as its JSON text, as one sentence, or with how to repeat it and its files.
+
+    ``more`` is the command that shows all of a result, given its folder.
+    """
     if options.json:
         echo_json(text())
     elif options.quiet:
@@ -230,14 +235,20 @@ def show(
     else:
         console = make_console()
         console.print(rendered())
-        print_ending(console, command, files)
+        print_ending(console, command, files, more=more)
 
 
-def print_ending(console: Console, command: str, files: Iterable[Path]) -> None:
+def print_ending(
+    console: Console, command: str, files: Iterable[Path], *, more: str | None = None
+) -> None:
     """Print how to repeat a command, if that is known, and which files it wrote."""
     console.print(f"\nAgain: {command}" if command else "", soft_wrap=True)
     written = list(files)
     folder = written[0].parent
+    if more is not None:
+        console.print(f"More:  {more} {shlex.quote(str(folder))}", soft_wrap=True)
+        console.print(f"Page:  {shlex.quote(str(folder / 'report.html'))}", soft_wrap=True)
+        return
     names = {f.name: None for f in written if f.parent == folder and f.suffix in _SHOWN_FILES}
     console.print(f"Files: {shlex.quote(str(folder))}/ with {', '.join(names)}")
 

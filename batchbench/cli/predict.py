@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,12 +11,16 @@ import typer
 
 from batchbench import settings
 from batchbench.batching.experiment import PREFILLS, Experiment
+from batchbench.batching.machine import facts_of
 from batchbench.batching.models import ModelSpec
+from batchbench.batching.progress import Watch
 from batchbench.cli.options import typed_command, with_options
 from batchbench.cli.output import output_folder, show
 from batchbench.errors import UsageError, shown
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
+from batchbench.studies.executors.jobs import Executor, Job, run_parts
+from batchbench.studies.executors.spec import ExecutorSpec, make_executor
 from batchbench.studies.sweep.grid import parse_numbers
 
 if TYPE_CHECKING:
@@ -204,8 +209,12 @@ class BreakevenSpec:
         return (*(f"{load:g}" for load in sorted(loads)), *["all"] * ("all" in parts))
 
 
-@with_options({"study": BreakevenSpec, "model": ModelSpec, "goals": GoalsSpec})
-def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
+@with_options(
+    {"study": BreakevenSpec, "model": ModelSpec, "goals": GoalsSpec, "machines": ExecutorSpec}
+)
+def breakeven(
+    study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec, machines: ExecutorSpec
+) -> None:
     from batchbench.cli.progress import make_sweep_display
     from batchbench.files import default_folders
     from batchbench.studies.predict import breakeven_report as report
@@ -214,6 +223,7 @@ def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
 
     if study.cost is not None and model != ModelSpec():
         raise UsageError("--cost: uses the model of the result; drop --model and its options")
+    elsewhere = machines.executor != "local"
     lost = "the same command with the same --output continues from the cells that are kept"
     with output_folder(
         study.output,
@@ -222,12 +232,22 @@ def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
         marker="breakeven.json",
         lost=lost,
     ) as folder:
-        fitted, store = _fitted(study, model, folder), Store(folder)
-        spec, price = _map_spec(study, fitted), goals.price_per_hour
-        limits = goals.limits_ms or usual_limits(fitted.known.cost, spec)
-        with make_sweep_display(CellList(), quiet=study.quiet) as display:
+        fitted, first = _known(study, folder), _first_run(study, model)
+        if fitted is None:
+            _context(study, model)
+            fitted = None if elsewhere else _measured_here(first, folder, quiet=study.quiet)
+        store, price = Store(folder), goals.price_per_hour
+        kept = None if fitted is None else facts_of(fitted.result.data["environment"], {})
+        needed = [first] if study.measure or fitted is None else []
+        with (
+            make_sweep_display(CellList(), quiet=study.quiet) as display,
+            closing(make_executor(machines, needed, folder, display, kept)) as executor,
+        ):
+            fitted = fitted or _measured_elsewhere(first, folder, executor, display)
+            spec = _map_spec(study, fitted)
+            limits = goals.limits_ms or usual_limits(fitted.known.cost, spec)
             result = make_map(spec, fitted, limits, store, display)
-            result = measure(result, study.measure, study.trials, store, display)
+            result = measure(result, study.measure, study.trials, store, display, executor)
         command = typed_command(keep=["output", "overwrite"])
         files, text = report.write_map(folder, result, command, price)
         show(
@@ -240,23 +260,8 @@ def breakeven(study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec) -> None:
         )
 
 
-def _fitted(study: BreakevenSpec, model: ModelSpec, folder: Path) -> FittedRun:
-    """Read the result of ``--cost``; without it make a run, or read the one that is kept."""
-    from batchbench.batching.dry_run import estimate
-    from batchbench.batching.progress import Watch
-    from batchbench.batching.session import conduct
-    from batchbench.cli.progress import make_display
-    from batchbench.reports.output import write_folder
-    from batchbench.reports.result import make_result
-    from batchbench.reports.text import spell_time
-    from batchbench.studies.predict.fitted import read_fitted
-
-    if study.cost is not None:
-        return read_fitted(study.cost, "--cost")
-    _context(study, model)
-    own = folder / "teacher"
-    if (own / "result.json").exists():
-        return read_fitted(own, "--output")
+def _first_run(study: BreakevenSpec, model: ModelSpec) -> Experiment:
+    """Return the run on which step costs are fitted if there is no ``--cost``."""
     largest = max(_batch_sizes(study.batch_size))
     experiment = Experiment.of(
         {
@@ -272,15 +277,52 @@ def _fitted(study: BreakevenSpec, model: ModelSpec, folder: Path) -> FittedRun:
             "verify": "none",
         }
     )
-    experiment = replace(experiment, model=model)
-    with make_display(("static", "continuous"), 3, quiet=study.quiet) as display:
-        display.note(
-            f"no --cost: a run at batch size {largest} is made first to measure step times"
-        )
-        if seconds := estimate(experiment, Watch()).seconds:
+    return replace(experiment, model=model)
+
+
+def _known(study: BreakevenSpec, folder: Path) -> FittedRun | None:
+    """Return the result of ``--cost``, or the first run if it is kept; else None."""
+    from batchbench.studies.predict.fitted import read_fitted
+
+    if study.cost is not None:
+        return read_fitted(study.cost, "--cost")
+    own = folder / "teacher"
+    return read_fitted(own, "--output") if (own / "result.json").exists() else None
+
+
+def _measured_here(first: Experiment, folder: Path, *, quiet: bool) -> FittedRun:
+    """Make the first run on this machine."""
+    from batchbench.batching.dry_run import estimate
+    from batchbench.batching.session import conduct
+    from batchbench.cli.progress import make_display
+    from batchbench.reports.output import write_folder
+    from batchbench.reports.result import make_result
+    from batchbench.reports.text import spell_time
+    from batchbench.studies.predict.fitted import read_fitted
+
+    with make_display(("static", "continuous"), 3, quiet=quiet) as display:
+        display.note(_FIRST.format(first.serving.batch_size))
+        if seconds := estimate(first, Watch()).seconds:
             display.note(f"this takes about {spell_time(1.5 * seconds)} plus the warm-up")
-        write_folder(own, make_result(conduct(experiment, display)))
-    return read_fitted(own, "--output")
+        write_folder(folder / "teacher", make_result(conduct(first, display)))
+    return read_fitted(folder / "teacher", "--output")
+
+
+_FIRST = "no --cost: a run at batch size {} is made first to measure step times"
+
+
+def _measured_elsewhere(
+    first: Experiment, folder: Path, executor: Executor, watch: Watch
+) -> FittedRun:
+    """Make the first run as a job of an executor, which measures the cells too."""
+    from batchbench.files import write_whole
+    from batchbench.studies.predict.fitted import read_fitted
+    from batchbench.studies.sweep.run import CellWork
+
+    watch.note(_FIRST.format(first.serving.batch_size))
+    job = Job("the first run", CellWork(first))
+    write_whole(folder / "teacher", run_parts([job], executor, watch)[job.key][0])
+    return read_fitted(folder / "teacher", "--output")
 
 
 def _map_spec(study: BreakevenSpec, fitted: FittedRun) -> MapSpec:

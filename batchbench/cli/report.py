@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -29,14 +30,16 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from batchbench.batching.engines import Clock
+    from batchbench.reports.peers.values import PeerFile
     from batchbench.reports.replay.frames import Replay
     from batchbench.reports.result import Result
 
 REPORT_HELP = """Show results again: in the terminal, as a web page, as Markdown or as JSON.
 
 Tables, pictures and report.html of a single result are built again from its recordings. Several
-results are shown side by side, with the settings in which they differ. The result of a
-sweep, ladder, capacity search, prediction or break-even map is shown in short form.
+results are shown side by side, with the settings in which they differ. Files of vllm bench serve,
+guidellm, aiperf and llm-d are read, too. The result of a sweep, ladder, capacity search, prediction
+or break-even map is shown in short form.
 
 Example: batchbench report batchbench-results/my-run --format html"""
 
@@ -62,7 +65,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RESULT",
-            help="Folder of a result (or its result.json) or of a study.",
+            help="Folder of a result (or its result.json) or of a study, or a file of vllm bench "
+            "serve, guidellm, aiperf or llm-d.",
             show_default=False,
         ),
     ],
@@ -73,8 +77,13 @@ def report(
         _show_study(study, output)
         return
     from batchbench.reports.formats.trace_events import check_trace_file, write_trace
+    from batchbench.reports.peers import read_peer
     from batchbench.reports.result import load_result, remake_result
 
+    peers = [read_peer(folder) for folder in folders]
+    if output.chosen == "llmd" or any(peers):
+        _show_peers(folders, peers, output)
+        return
     folders = [folder.parent if folder.name == "result.json" else folder for folder in folders]
     if len(folders) > 1:
         for option, given in (
@@ -127,7 +136,11 @@ def _write_document(
 ) -> None:
     from batchbench.reports.output import make_document
 
-    document = make_document(output.chosen, folders, results, file)
+    _deliver(make_document(output.chosen, folders, results, file), file, output)
+
+
+def _deliver(document: str, file: Path | None, output: ReportSpec) -> None:
+    """Write a document to its file, or print it on standard output."""
     if file is not None:
         with claimed(file, f"--file {file}"):
             write_file(file, document)
@@ -139,6 +152,65 @@ def _write_document(
         echo(document, end="")
     else:
         echo_json(document)
+
+
+# Other tools
+
+
+def _show_peers(folders: list[Path], peers: list[PeerFile | None], output: ReportSpec) -> None:
+    """Show or convert files of other tools, and our own results beside them or as theirs."""
+    from batchbench.reports.output import check_number
+    from batchbench.reports.peers import table
+    from batchbench.reports.peers.values import of_result
+    from batchbench.reports.result import load_result
+    from batchbench.reports.side_by_side import labels_of
+
+    formats, pairs = (
+        ("terminal", "json", "markdown", "llmd"),
+        list(zip(folders, peers, strict=True)),
+    )
+    if output.chosen not in formats or output.trace_out is not None:
+        raise UsageError(
+            f"{next(folder for folder, peer in pairs if peer)}: is of another tool; give --format "
+            f"{', '.join(formats[:-1])} or {formats[-1]}"
+        )
+    check_number(folders)
+    if output.file is not None and str(output.file) != "-":
+        check_file(output.file, "--file")
+    files = [peer or of_result(load_result(folder)) for folder, peer in pairs]
+    places = [folder if folder.is_dir() else folder.parent for folder in folders]
+    if output.chosen == "llmd":
+        _write_llmd(places, files, output)
+        return
+    named = list(zip(labels_of(folders), files, strict=True))
+    if output.chosen == "json":
+        echo_json(table.render_json(named))
+    elif output.chosen == "markdown":
+        _deliver(table.render_markdown(named), output.destination(places), output)
+    elif output.quiet:
+        echo(table.sentence(named))
+    else:
+        make_console().print(table.render(named))
+
+
+def _write_llmd(places: list[Path], files: list[PeerFile], output: ReportSpec) -> None:
+    """Write a report for each run, since the schema has one load per report."""
+    from batchbench.reports.peers.llmd import write_llmd
+
+    if len(files) > 1:
+        raise UsageError("--format llmd: works for one result; give one")
+    (source,), file = files, output.destination(places)
+    texts = {run.name: write_llmd(source, run) for run in source.runs}
+    if file is None and len(texts) > 1:
+        raise UsageError(
+            f"--file -: the result has {', '.join(texts)}, and each is a report of its own; give "
+            "--file NAME.json"
+        )
+    for name, text in texts.items():
+        own = file
+        if file is not None and len(texts) > 1:
+            own = file.with_stem(f"{file.stem}-{re.sub('[^A-Za-z0-9.=-]+', '-', name).strip('-')}")
+        _deliver(text, own, output)
 
 
 # Studies

@@ -14,11 +14,12 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.batching.remote.spec import TargetSpec
 from batchbench.batching.step_cost import CostSpec
-from batchbench.cli.options import OutputSpec, typed_command, with_options
-from batchbench.cli.output import Shown, echo, output_folder, show
+from batchbench.cli.options import OutputSpec, ReportSpec, typed_command, with_options
+from batchbench.cli.output import echo, output_folder, show
 from batchbench.errors import Interrupted, UsageError
 from batchbench.files import check_folder, default_folders, undisturbed
 from batchbench.reports.slo import GoalsSpec
+from batchbench.studies.executors.spec import ExecutorSpec, clients_of
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ measured in that run, so that durations and latencies are predictions.
 Example: batchbench simulate --batch-size 8 --queue-size 32"""
 
 
-@with_options({**_EXPERIMENT, "target": TargetSpec, **_REPORT})
+@with_options({**_EXPERIMENT, "target": TargetSpec, **_REPORT, "machines": ExecutorSpec})
 def run(
     basis: Basis,
     serving: ServingSpec,
@@ -56,13 +57,19 @@ def run(
     trials: TrialsSpec,
     goals: GoalsSpec,
     output: OutputSpec,
+    machines: ExecutorSpec,
 ) -> None:
     experiment = Experiment(workload, model, serving, trials, preset=basis.preset, target=target)
+    if machines.executor != "local" and target.clients == 1:
+        raise UsageError(
+            f"--executor {machines.executor}: a run has no independent parts; give --target URL "
+            "and --clients N, or use batchbench sweep"
+        )
     if experiment.target and output.dry_run:
         raise UsageError(
             "--dry-run: estimates our own engine, and --target measures a server; drop one of them"
         )
-    _conduct(experiment, goals, output)
+    _conduct(experiment, goals, output, machines)
 
 
 @with_options({"cost": CostSpec, **_EXPERIMENT, **_REPORT}, defaults={"trials": 1})
@@ -87,7 +94,12 @@ def simulate(
     _conduct(experiment, goals, output)
 
 
-def _conduct(experiment: Experiment, goals: GoalsSpec, output: OutputSpec) -> None:
+def _conduct(
+    experiment: Experiment,
+    goals: GoalsSpec,
+    output: OutputSpec,
+    machines: ExecutorSpec | None = None,
+) -> None:
     if output.dry_run:
         _dry_run(experiment, output)
         return
@@ -95,7 +107,7 @@ def _conduct(experiment: Experiment, goals: GoalsSpec, output: OutputSpec) -> No
     defaults = default_folders(experiment.subject)
     with output_folder(output.output, defaults, overwrite=output.overwrite) as folder:
         _check_trace(output, folder)
-        if not _measure_and_write(experiment, goals, output, folder):
+        if not _measure_and_write(experiment, goals, output, folder, machines or ExecutorSpec()):
             raise typer.Exit(1)
 
 
@@ -107,7 +119,11 @@ def _check_trace(output: OutputSpec, folder: Path | None) -> None:
 
 
 def _measure_and_write(
-    experiment: Experiment, goals: GoalsSpec, output: OutputSpec, folder: Path
+    experiment: Experiment,
+    goals: GoalsSpec,
+    output: OutputSpec,
+    folder: Path,
+    machines: ExecutorSpec,
 ) -> bool:
     """Measure, write and show the result; return False if outputs are wrong or requests failed."""
     from batchbench.batching.session import StopReason, conduct
@@ -116,8 +132,8 @@ def _measure_and_write(
     display = make_display(
         experiment.serving.strategies, experiment.trials.trials, quiet=output.quiet
     )
-    with display:
-        outcome = conduct(experiment, display)
+    with display, clients_of(machines, [experiment], folder, display) as start:
+        outcome = conduct(experiment, display, start=start)
     # Imported only now, so that errors about options do not wait for pandas and matplotlib.
     from batchbench.reports.output import write_folder
     from batchbench.reports.result import make_result
@@ -136,19 +152,19 @@ def _measure_and_write(
     return result.data["verification"]["passed"] is not False and not outcome.failures
 
 
-def show_result(result: Result, files: Iterable[Path], output: Shown) -> None:
-    """Print a result and the names of the files that were written."""
+def show_result(result: Result, files: Iterable[Path], output: OutputSpec | ReportSpec) -> None:
+    """Print a result and where its files are."""
     from batchbench.reports.formats.terminal import render, sentence
     from batchbench.reports.result import to_json
 
-    command = result.data["command"]
     show(
         output,
         lambda: to_json(result),
         lambda: sentence(result),
-        lambda: render(result),
-        command,
+        lambda: render(result, verbose=output.verbose),
+        result.data["command"],
         files,
+        more=None if output.verbose else "batchbench report --verbose",
     )
 
 

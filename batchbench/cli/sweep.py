@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from batchbench.cli.output import echo, output_folder, show
 from batchbench.errors import UsageError
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
-from batchbench.studies.executors.spec import ExecutorSpec, make_executor
+from batchbench.studies.executors.spec import ExecutorSpec, clients_of, make_executor
 from batchbench.studies.sweep.grid import SWEPT, Grid
 
 SWEEP_HELP = (
@@ -60,6 +61,7 @@ class SweepSpec:
 def sweep(
     axes: Mapping[str, tuple[Any, ...]], goals: GoalsSpec, study: SweepSpec, machines: ExecutorSpec
 ) -> None:
+    from batchbench.batching.session import conduct
     from batchbench.cli.progress import make_sweep_display
     from batchbench.studies.sweep.run import Store, ask_servers, lines_of, run_cells
 
@@ -79,8 +81,12 @@ def sweep(
         with make_sweep_display(grid, quiet=study.quiet, price_per_hour=price) as display:
             asked = store.unfinished(grid)
             kept = store.machine(grid) if asked and machines.executor != "local" else None
-            with closing(make_executor(machines, asked, folder, display, kept)) as executor:
-                run_cells(grid, store, display, executor=executor)
+            if any(e.target is not None and e.target.clients > 1 for e in asked):
+                with clients_of(machines, asked, folder, display) as start:
+                    run_cells(grid, store, display, partial(conduct, start=start))
+            else:
+                with closing(make_executor(machines, asked, folder, display, kept)) as executor:
+                    run_cells(grid, store, display, executor=executor)
         from batchbench.studies.sweep import report  # pandas and matplotlib, only now
 
         swept = report.read_sweep(grid, store, goals)

@@ -159,15 +159,14 @@ def save(
 
 def _outline(workload: WorkloadSpec, serving: ServingSpec, model: ModelSpec) -> tuple[Outline, int]:
     """Return the outline of the workload, and the size of the model's vocabulary."""
-    from batchbench.batching.models import find_model, find_tokenizer
+    from batchbench.batching.models import encoder, find_model, find_tokenizer
     from batchbench.workloads.generate import make_outline
 
     source = find_model(model, weights=False)
-    tokenizer = find_tokenizer(source.folder)
     outline = make_outline(
         workload,
         batch_size=serving.batch_size,
-        encode=tokenizer.encode if tokenizer else None,
+        encode=encoder(find_tokenizer(source.place), chat=workload.chat_template),
         context=source.context,
         note=lambda line: echo(line, err=True),
     )

@@ -185,16 +185,21 @@ def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO
     }
     latencies = Latencies.of(*recordings)
     for name in ("queue", "ttft", "tpot", "itl", "e2el"):
-        values: Distribution = getattr(latencies, name)
-        figures |= {
-            f"mean_{name}_ms": values.mean(),
-            f"median_{name}_ms": values.percentile(50),
-            f"std_{name}_ms": values.std(),
-        }
-        for q in PERCENTILES:
-            enough = q < 99.9 or values.count >= ENOUGH_FOR_P999
-            figures[f"p{q:g}_{name}_ms"] = values.percentile(q) if enough else None
+        figures |= statistics_of(name, getattr(latencies, name))
     return cast("Summary", figures | _arrivals(recordings))
+
+
+def statistics_of(name: str, values: Distribution) -> dict[str, float | None]:
+    """Return the statistics of a latency as a summary names them."""
+    figures = {
+        f"mean_{name}_ms": values.mean(),
+        f"median_{name}_ms": values.percentile(50),
+        f"std_{name}_ms": values.std(),
+    }
+    for q in PERCENTILES:
+        enough = q < 99.9 or values.count >= ENOUGH_FOR_P999
+        figures[f"p{q:g}_{name}_ms"] = values.percentile(q) if enough else None
+    return figures
 
 
 def energy_joules(recordings: Sequence[Recording]) -> float | None:

@@ -169,7 +169,14 @@ def _pictures(folder: Path, place: Path) -> dict[str, str]:
     """Return the pictures that exist in a result's folder, as paths relative to ``place``."""
     files = {name: folder / f"{name}.png" for name in PICTURES}
     return {
-        name: Path(os.path.relpath(file.absolute(), place)).as_posix()
+        name: _relative(file.absolute(), place).as_posix()
         for name, file in files.items()
         if file.exists()
     }
+
+
+def _relative(file: Path, place: Path) -> Path:
+    try:
+        return Path(os.path.relpath(file, place))
+    except ValueError:  # they are on two drives of Windows
+        return file

@@ -50,6 +50,7 @@ from batchbench.reports.time_budget import explain, rate_of
 from batchbench.reports.validity import audit
 from batchbench.version import SCHEMA_VERSION, __version__
 from batchbench.workloads import Workload
+from batchbench.workloads.sampling import Sampling
 
 Recordings = Mapping[str, Sequence[Recording]]
 
@@ -149,6 +150,7 @@ def remake_result(result: Result) -> Result:
         due_ns=first.due_ns,
         stop_at_eos=lengths is not None,
         max_concurrency=recorded["max_concurrency"],
+        sampling=Sampling(**sampled) if (sampled := recorded.get("sampling")) else None,
     )
     facts = {name: result.data.get(name) for name in Facts.__annotations__}
     return _derived(cast("Facts", facts), workload, result.recordings)
@@ -171,7 +173,7 @@ def _cost(outcome: Outcome) -> CostFacts | None:
 
 def workload_facts(workload: Workload) -> WorkloadFacts:
     """Return the totals, the digest and the arrivals of a workload."""
-    return {
+    facts: WorkloadFacts = {
         "name": workload.name,
         "seed": workload.seed,
         "closed": workload.closed,
@@ -184,6 +186,9 @@ def workload_facts(workload: Workload) -> WorkloadFacts:
         # A recording has the lengths produced, which differ only if texts may end early.
         "output_lengths": workload.output_tokens.tolist() if workload.stop_at_eos else None,
     }
+    if workload.sampling is not None:
+        facts["sampling"] = cast("Any", asdict(workload.sampling))
+    return facts
 
 
 def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result:

@@ -20,7 +20,7 @@ from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
-from batchbench.reports.server_data import AgreementData, FailureData, ServerData
+from batchbench.reports.server_data import AgreementData, FailureData, SamplingData, ServerData
 from batchbench.version import SCHEMA_VERSION
 
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
@@ -76,6 +76,7 @@ class ModelFacts(TypedDict):
     device: str | None
     dtype: str | None
     parameters: int | None
+    quantization: NotRequired[str | None]  # formats of a GGUF file that were dequantised
     attention: NotRequired[str]
     execution: NotRequired[str]
     execution_note: NotRequired[str | None]
@@ -104,6 +105,7 @@ class WorkloadFacts(TypedDict):
     output_lengths: list[int] | None  # as requested, if texts may end early
     max_concurrency: int | None
     arrival_rate: float | None
+    sampling: NotRequired[SamplingData | None]
 
 
 class FindingFacts(TypedDict):

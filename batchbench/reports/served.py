@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from enum import StrEnum
@@ -13,18 +14,25 @@ from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
+from batchbench.batching.remote.outcome import rate_of
 from batchbench.batching.session import Outcome
 from batchbench.reports.latency import e2el_ms, gaps_ms, ttft_ms
 from batchbench.reports.result_file import Facts
-from batchbench.reports.server_data import AgreementData, FailureData, ServerData
+from batchbench.reports.server_data import (
+    AgreementData,
+    ClientData,
+    ClientsData,
+    FailureData,
+    ServerData,
+)
 from batchbench.reports.statistics import Distribution, Ratio, paired_ratio
 from batchbench.reports.text import label_of, number, percent, plural, times
 from batchbench.workloads import Workload
 
 LAG, LATE, MERGED, NOISE = 0.10, 0.10, 0.005, 0.05
-"""Limits: the client's lag as a share of the median ITL, its delay in sending as a share of the
-median TTFT, the share of output that has the time of later output, and the distance from 1 at which
-two pairs contradict each other.
+"""Limits: the client's lag as a share of the median ITL; its delay in sending, or the error of
+several clients' clocks, as a share of the median TTFT; the share of output that has the time of
+later output; and the distance from 1 at which two pairs contradict each other.
 
 Output that a server sends together has its true time. If the client reads late, it has that of
 later output, so both the share and the lag count (``benchmarks/results/stamps.json``: with 1,000
@@ -64,6 +72,10 @@ class Doubt(StrEnum):
         "requests were sent up to {value} ms late (p99), {share} of the median TTFT: give the "
         "client a processor of its own"
     )
+    CLOCKS = (
+        "the clocks of the clients agree only within {value} ms, {share} of the median TTFT, so "
+        "their requests may come that much too early or late: use clients nearer to each other"
+    )
     BUSY = (
         "the server had {requests} of others when a trial began: run it when nobody else uses the "
         "server"
@@ -92,6 +104,7 @@ def served_facts(outcome: Outcome) -> dict[str, Any]:
             "passes": _listed(outcome.server.passes),
             "cached_tokens": _listed(outcome.server.cached_tokens),
             "stamps": stamps_of(outcome.recordings),
+            "clients": clients_of(outcome.recordings),
         },
         "agreement": None
         if agreement is None
@@ -114,6 +127,36 @@ def stamps_of(recordings: Recordings) -> Literal["kernel", "user"] | None:
     if not shares:
         return None
     return "kernel" if min(shares) >= KERNEL else "user"
+
+
+def clients_of(recordings: Recordings) -> ClientsData | None:
+    """Return the clients that shared the requests; None if there was one."""
+    trials = [r for of_strategy in recordings.values() for r in of_strategy if _clients(r)]
+    if not trials:
+        return None
+    rates = [rate_of(trial.admitted_ns.tolist()) for trial in trials]
+    return {"rate": _middle(rates), "each": list(map(_over_trials, *map(_clients, trials)))}
+
+
+def _clients(recording: Recording) -> Sequence[Mapping[str, Any]]:
+    return cast("Sequence[Mapping[str, Any]]", recording.header.about.get("clients") or ())
+
+
+def _over_trials(*parts: Mapping[str, Any]) -> ClientData:
+    """Return one client from its parts in all trials."""
+    return {
+        "node": parts[0]["node"],
+        "requests": parts[0]["requests"],
+        "rate": _middle([part["rate"] for part in parts]),
+        "late_p99_ms": max(part["late_p99_ns"] for part in parts) / 1e6,
+        "clock_offset_ms": float(np.median([part["offset_ns"] for part in parts])) / 1e6,
+        "clock_within_ms": max(part["within_ns"] for part in parts) / 1e6,
+    }
+
+
+def _middle(rates: Sequence[float | None]) -> float | None:
+    known = [rate for rate in rates if rate is not None]
+    return float(np.median(known)) if known else None
 
 
 def _client(recording: Recording) -> Mapping[str, Any]:
@@ -176,8 +219,8 @@ def place_of(data: Mapping[str, Any]) -> str:
     return f"{data['model']['device']} {data['model']['dtype']}"
 
 
-def agreement_words(agreement: AgreementData) -> str:
-    """Return the agreement of the strategies' outputs for a sentence."""
+def agreement_words(data: Mapping[str, Any], agreement: AgreementData) -> str:
+    """Return the agreement of the strategies' outputs for a sentence about a result's data."""
     total, first = agreement["requests"], next(iter(agreement["first"]), None)
     if first is None and not agreement["differ"]:
         return f"both strategies gave the same output for {agreement['same']:,}/{total:,} requests"
@@ -188,6 +231,8 @@ def agreement_words(agreement: AgreementData) -> str:
     repeat = agreement["baseline_repeat"]
     if repeat is not None:
         text += f", and {repeat:,}/{total:,} are the same in all trials of the baseline"
+    if data["workload"].get("sampling"):
+        text += ", as may be, since the server draws them from random numbers of its own"
     return text
 
 
@@ -217,8 +262,23 @@ def server_lines(facts: Facts) -> list[str]:
     if server["stamps"] is not None:
         by = {"kernel": "the kernel", "user": "the client"}[server["stamps"]]
         parts.append(f"arrivals stamped by {by}")
+    if clients := server.get("clients"):
+        parts.append(clients_words(clients))
     failed = [f"Failed: {failure_words(failure)}." for failure in facts.get("failures") or []]
     return [f"{'; '.join(parts)}.", *failed]
+
+
+def clients_words(clients: ClientsData) -> str:
+    """Return the machines of several clients, their rates and their clocks."""
+    each = clients["each"]
+    nodes = ", ".join(
+        f"{count} on {node}" for node, count in Counter(c["node"] for c in each).items()
+    )
+    rates = [client["rate"] for client in each if client["rate"] is not None]
+    span = f", {number(min(rates))} to {number(max(rates))} requests/s each" if rates else ""
+    total = "" if clients["rate"] is None else f" and {number(clients['rate'])} together"
+    within = number(max(client["clock_within_ms"] for client in each))
+    return f"{len(each)} clients ({nodes}){span}{total}, their clocks within {within} ms"
 
 
 # The audit
@@ -248,9 +308,19 @@ def doubts_of_client(recordings: Recordings) -> list[str]:
     for name, trials in recordings.items():
         for doubt, share, value in _shares(trials):
             text = f"{label_of(name, has_steps=False)}: "
+            text += _slowest(trials[-1]) if doubt is Doubt.LATE else ""
             text += doubt.text(value=number(value), share=percent(share))
             worst[doubt] = max(worst.get(doubt, (0.0, "")), (share, text))
     return [text for _, text in worst.values()]
+
+
+def _slowest(recording: Recording) -> str:
+    """Return the name of the client that sent its requests latest; empty if there is one."""
+    late = [client["late_p99_ns"] for client in _clients(recording)]
+    if not late:
+        return ""
+    worst = late.index(max(late))
+    return f"client {worst + 1} of {len(late)} on {_clients(recording)[worst]['node']}: "
 
 
 def _shares(trials: Sequence[Recording]) -> Iterator[tuple[Doubt, float, float]]:
@@ -277,6 +347,9 @@ def _shares(trials: Sequence[Recording]) -> Iterator[tuple[Doubt, float, float]]
     timed = trials[0].header.strategy == "continuous" and trials[0].requests.due_ns.any()
     if timed and ttft and late > LATE * ttft:
         yield Doubt.LATE, late / ttft, late
+    within = [max(c["within_ns"] for c in _clients(r)) / 1e6 for r in trials if _clients(r)]
+    if within and ttft and (clocks := float(np.median(within))) > LATE * ttft:
+        yield Doubt.CLOCKS, clocks / ttft, clocks
 
 
 def _contradiction(recordings: Recordings) -> Iterator[str]:

@@ -1,8 +1,26 @@
-"""The parts of ``result.json`` that only a run against a server has, as types."""
+"""The parts of ``result.json`` that only some runs have, as types: a server, and sampling."""
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
+
+
+class ClientData(TypedDict):
+    """One of several clients: medians over trials, and the worst delay and clock."""
+
+    node: str
+    requests: int
+    rate: float | None
+    late_p99_ms: float
+    clock_offset_ms: float
+    clock_within_ms: float
+
+
+class ClientsData(TypedDict):
+    """The clients that shared the requests, and the rate of all of them together."""
+
+    rate: float | None
+    each: list[ClientData]
 
 
 class ServerData(TypedDict):
@@ -16,6 +34,7 @@ class ServerData(TypedDict):
     running_before: int | None
     prompt_cache_off: bool | None
     stamps: Literal["kernel", "user"] | None
+    clients: NotRequired[ClientsData | None]
 
 
 class DifferenceData(TypedDict):
@@ -57,3 +76,12 @@ class FailureData(TypedDict):
     trial: int
     requests: int
     failed: list[FailedRequestData]
+
+
+class SamplingData(TypedDict):
+    """The way in which tokens are drawn; greedy results have none."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int

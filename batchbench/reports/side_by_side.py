@@ -48,14 +48,18 @@ class Labelled:
 
 
 def label_results(folders: Sequence[Path], results: Sequence[Result]) -> list[Labelled]:
-    """Name each result by the shortest end of its folder's path that no other has."""
+    return [Labelled(label, r) for label, r in zip(labels_of(folders), results, strict=True)]
+
+
+def labels_of(folders: Sequence[Path]) -> list[str]:
+    """Name each result by the shortest end of its path that no other has."""
     paths = [folder.resolve().parts for folder in folders]
     labels = [path[-1] if path else "/" for path in paths]
     depth = 1
     while len(set(labels)) < len(labels) and depth < max(map(len, paths)):
         depth += 1
         labels = ["/".join(path[-depth:]) for path in paths]
-    return [Labelled(shown(label, 255), r) for label, r in zip(labels, results, strict=True)]
+    return [shown(label, 255) for label in labels]
 
 
 @dataclass(frozen=True)

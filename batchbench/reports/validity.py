@@ -9,7 +9,7 @@ import numpy as np
 
 from batchbench.batching.recording import Recording
 from batchbench.batching.trials import WarmUp, requests_that_differ
-from batchbench.batching.verification import Verification
+from batchbench.batching.verification import Verification, draws_by_itself
 from batchbench.reports import metrics, time_budget
 from batchbench.reports.latency import gaps_ms, ttft_ms
 from batchbench.reports.result_file import metric
@@ -88,7 +88,7 @@ def audit(
     for name, trials in recordings.items():
         doubts = list(_broken_laws(workload, trials)) or [
             *_doubts(workload, trials, requested_rate),
-            *(() if served else _doubts_of_machine(trials, _ties(verification, name))),
+            *(() if served else _doubts_of_machine(workload, trials, _ties(verification, name))),
         ]
         label = label_of(name, has_steps=trials[0].has_steps)
         reasons += [f"{label}: {doubt}" for doubt in doubts]
@@ -141,11 +141,14 @@ def _doubts(
             yield Reason.DRIFT.text(change=percent(abs(change)), direction=direction)
 
 
-def _doubts_of_machine(trials: Sequence[Recording], ties: Collection[int]) -> Iterator[str]:
+def _doubts_of_machine(
+    workload: Workload, trials: Sequence[Recording], ties: Collection[int]
+) -> Iterator[str]:
     """Yield reasons; ``ties`` are requests whose output verification calls a numerical tie."""
     if trials[0].header.simulated:
         return
-    if not _differing(trials) <= set(ties):
+    own_random = workload.sampling is not None and draws_by_itself(trials[0])
+    if not (own_random or _differing(trials) <= set(ties)):
         yield Reason.OUTPUTS
     cores = max(r.header.about.get("foreign_cores") or 0.0 for r in trials)
     if cores > FOREIGN_CORES:

@@ -20,6 +20,7 @@ from batchbench.workloads.prompts import (
     random_prompts,
 )
 from batchbench.workloads.request import Ints, Ragged, Workload
+from batchbench.workloads.sampling import Sampling
 from batchbench.workloads.seeds import stream
 from batchbench.workloads.spec import WorkloadSpec
 from batchbench.workloads.traces import BadRow, Trace, read_trace
@@ -53,6 +54,7 @@ class Outline:
     arrivals: str = "all at once"  # in words
     stop_at_eos: bool = False
     max_concurrency: int | None = None
+    sampling: Sampling | None = None
 
     def __len__(self) -> int:
         return len(self.output_tokens)
@@ -80,6 +82,7 @@ class Outline:
             due_ns=self.due_ns,
             stop_at_eos=self.stop_at_eos,
             max_concurrency=self.max_concurrency,
+            sampling=self.sampling,
         )
 
     def beyond(self, context: int | None, model: str) -> list[str]:
@@ -230,13 +233,15 @@ def _draw(spec: WorkloadSpec, batch_size: int, encode: Encode | None) -> Outline
         shared=spec.shared_prefix_tokens,
         stop_at_eos=spec.stop_at_eos,
         max_concurrency=spec.max_concurrency,
+        sampling=spec.sampling,
     )
 
 
 def _name(spec: WorkloadSpec, batch_size: int, count: int) -> str:
     prompts = f"prompts of {spec.prompt_tokens} tokens" if spec.prompt_tokens else "one prompt"
     if spec.prompts is not None:
-        prompts = f"prompts from {spec.prompts.name}"
+        wrapped = " in the chat template" if spec.chat_template else ""
+        prompts = f"prompts from {spec.prompts.name}{wrapped}"
     if spec.shared_prefix_tokens:
         prompts += f", the first {spec.shared_prefix_tokens} shared"
     if spec.output_tokens is not None:
@@ -247,7 +252,11 @@ def _name(spec: WorkloadSpec, batch_size: int, count: int) -> str:
             f"classic: {count} requests, {spec.long_tokens or 100} tokens every {every}, "
             f"else {spec.short_tokens or 10}; {prompts}"
         )
-    return text + _arrivals_of(spec)
+    return text + _arrivals_of(spec) + _sampled(spec.sampling)
+
+
+def _sampled(sampling: Sampling | None) -> str:
+    return f"; {sampling}" if sampling else ""
 
 
 def _arrivals_of(spec: WorkloadSpec) -> str:
@@ -321,9 +330,11 @@ def _outline_of(spec: WorkloadSpec, trace: Trace, requests: str) -> Outline:
     name = f"{trace.format} trace {spec.trace.name}: {requests.replace(',', '')}"
     if trace.blocks is not None and trace.block_tokens != BLOCK_TOKENS:
         name += f", blocks of {trace.block_tokens} tokens"
-    most = spec.max_concurrency
+    most, saved = spec.max_concurrency, trace.about.get("sampling")
+    sampling = saved if spec.temperature is None else spec.sampling
+    name = trace.about.get("name", name + _speed(spec)).removesuffix(_sampled(saved))
     return Outline(
-        name=trace.about.get("name", name + _speed(spec)) + _arrivals_of(spec),
+        name=name + _arrivals_of(spec) + _sampled(sampling),
         seed=spec.seed,
         prompt_tokens=trace.prompt_tokens,
         output_tokens=trace.output_tokens,
@@ -334,6 +345,7 @@ def _outline_of(spec: WorkloadSpec, trace: Trace, requests: str) -> Outline:
         shared=spec.shared_prefix_tokens,
         stop_at_eos=spec.stop_at_eos or trace.about.get("stop_at_eos", False),
         max_concurrency=trace.about.get("max_concurrency") if most is None else most,
+        sampling=sampling,
     )
 
 
@@ -351,6 +363,7 @@ def _check_digest(spec: WorkloadSpec, trace: Trace) -> None:
         due_ns=trace.due_ns,
         stop_at_eos=trace.about.get("stop_at_eos", False),
         max_concurrency=trace.about.get("max_concurrency"),
+        sampling=trace.about.get("sampling"),
     )
     if saved.digest != digest:
         raise UsageError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.errors import UsageError
+from batchbench.workloads.sampling import Sampling
+from batchbench.workloads.seeds import seed_sequence
 
 
 class Request(NamedTuple):
@@ -27,6 +29,24 @@ class Request(NamedTuple):
     due_ns: int
 
 
+class Stream(NamedTuple):
+    """The random stream of one request; nothing but these two decides its numbers."""
+
+    sampling: Sampling
+    request: int
+
+    @property
+    def words(self) -> np.ndarray:
+        """Two numbers of 32 bits that identify this stream."""
+        sequence = seed_sequence(self.sampling.seed, "sampling", self.request)
+        return sequence.generate_state(2).view(np.int32)
+
+    @property
+    def seed(self) -> int:
+        """A seed of 31 bits for this request, for engines with random numbers of their own."""
+        return int(self.words[0]) & (2**31 - 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Workload:
     """Requests in the order of their arrival, held as columns.
@@ -35,7 +55,7 @@ class Workload:
     ``prompt_ids[prompt_offsets[i]:prompt_offsets[i + 1]]``. A workload is *closed* when all
     requests are there at the start and their output lengths are given; its steps and counters are
     the same on every machine. With ``max_concurrency``, a request arrives only when fewer than
-    that many of the earlier ones are unfinished.
+    that many of the earlier ones are unfinished. Without ``sampling``, decoding is greedy.
     """
 
     name: str
@@ -46,6 +66,7 @@ class Workload:
     due_ns: NDArray[np.int64]  # [requests], ascending
     stop_at_eos: bool = False
     max_concurrency: int | None = None
+    sampling: Sampling | None = None
 
     @classmethod
     def of(
@@ -58,6 +79,7 @@ class Workload:
         seed: int = 0,
         stop_at_eos: bool = False,
         max_concurrency: int | None = None,
+        sampling: Sampling | None = None,
     ) -> Workload:
         """Make a workload from lists: prompts as token ids, one output length per prompt.
 
@@ -78,6 +100,7 @@ class Workload:
             else np.asarray(due_ns, np.int64),
             stop_at_eos=stop_at_eos,
             max_concurrency=max_concurrency,
+            sampling=sampling,
         )
 
     def __len__(self) -> int:
@@ -107,6 +130,10 @@ class Workload:
         """Return the token ids of one request's prompt."""
         return self.prompt_ids[self.prompt_offsets[index] : self.prompt_offsets[index + 1]]
 
+    def stream(self, index: int) -> Stream | None:
+        """Return the random stream of a sampled request; None if decoding is greedy."""
+        return None if self.sampling is None else Stream(self.sampling, index)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all requests and their times; equal workloads have equal digests."""
@@ -116,6 +143,8 @@ class Workload:
         content.update(bytes([self.stop_at_eos]))
         if self.max_concurrency is not None:
             content.update(self.max_concurrency.to_bytes(8, "little"))
+        if self.sampling is not None:
+            content.update(repr(astuple(self.sampling)).encode())
         return content.hexdigest()
 
 

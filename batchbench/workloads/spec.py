@@ -15,6 +15,7 @@ from batchbench.settings import setting
 from batchbench.workloads.arrivals import GRAMMAR as ARRIVALS_GRAMMAR
 from batchbench.workloads.arrivals import ArrivalProcess, arrival_process
 from batchbench.workloads.lengths import Cycle, Lengths, parse_lengths
+from batchbench.workloads.sampling import LEAST_TEMPERATURE, Sampling
 
 TRACE_FORMATS = ("sharegpt", "azure", "burstgpt", "mooncake", "batchbench")
 
@@ -81,7 +82,7 @@ class WorkloadSpec:
         metavar="LENGTHS",
         default_text="the same 7-token prompt for all requests",
         excludes=("trace",),
-        resets=_OF_TRACE,
+        resets=(*_OF_TRACE, "chat_template"),
     )
     prompts: Path | None = setting(
         None,
@@ -90,6 +91,12 @@ class WorkloadSpec:
         metavar="FILE",
         excludes=("prompt_tokens", "trace", "shared_prefix_tokens"),
         resets=_OF_TRACE,
+    )
+    chat_template: bool = setting(
+        False,
+        "Wrap each prompt of --prompts, as a user's message, in the chat template of the "
+        "model's tokenizer.",
+        _PANEL,
     )
     shared_prefix_tokens: int = setting(
         0,
@@ -111,9 +118,35 @@ class WorkloadSpec:
         "the model.",
         _PANEL,
     )
+    temperature: float | None = setting(
+        None,
+        "Draw each token from softmax(logits / temperature); 0 is greedy.",
+        _PANEL,
+        min=0.0,
+        max=100.0,
+        default_text="0, or that of the trace",
+        omit_default=True,
+    )
+    top_p: float = setting(
+        1.0,
+        "Draw from the most likely tokens that together have at least this probability.",
+        _PANEL,
+        min=1e-6,
+        max=1.0,
+        omit_default=True,
+    )
+    top_k: int = setting(
+        0,
+        "Draw from this many most likely tokens, before --top-p; 0 for all.",
+        _PANEL,
+        min=0,
+        max=10**9,
+        omit_default=True,
+    )
     seed: int = setting(
         0,
-        "Seed of lengths, prompts, arrivals (each has its own random stream) and dummy weights.",
+        "Seed of lengths, prompts, arrivals, sampled tokens (each has its own random stream) and "
+        "dummy weights.",
         _PANEL,
         min=0,
         max=2**63 - 1,
@@ -155,6 +188,7 @@ class WorkloadSpec:
         _TRACE,
         metavar="FILE",
         excludes=_CLASSIC,
+        resets=("chat_template",),
     )
     trace_format: str | None = setting(
         None,
@@ -217,6 +251,17 @@ class WorkloadSpec:
                 f"--shared-prefix-tokens {self.shared_prefix_tokens}: needs random prompts; "
                 "give --prompt-tokens"
             )
+        if self.temperature is None and (self.top_p != 1.0 or self.top_k):
+            cut = f"--top-k {self.top_k}" if self.top_k else f"--top-p {self.top_p:g}"
+            raise UsageError(f"{cut}: greedy decoding has no use for it; give --temperature")
+        if self.temperature and self.temperature < LEAST_TEMPERATURE:
+            raise UsageError(
+                f"--temperature {self.temperature:g}: must be 0, which is greedy, or at least "
+                f"{LEAST_TEMPERATURE:g}"
+            )
+
+        if self.chat_template and self.prompts is None:
+            raise UsageError("--chat-template: needs prompts as text; give --prompts FILE")
 
     def _check_trace(self) -> None:
         if self.trace is None:
@@ -235,6 +280,13 @@ class WorkloadSpec:
         return arrival_process(
             self.arrivals, self.request_rate, self.burstiness, trace=self.trace is not None
         )
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """The way to draw tokens; None for greedy decoding."""
+        if not self.temperature:
+            return None
+        return Sampling(self.temperature, self.top_p, self.top_k, self.seed)
 
     def output_lengths(self, batch_size: int) -> Lengths:
         """Return the distribution of output lengths; ``batch_size`` is the usual ``long_every``."""

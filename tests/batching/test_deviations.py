@@ -51,7 +51,7 @@ class Told:
         self.asked: list[tuple[list[int], list[int]]] = []
 
     def deviations(
-        self, prompt: NDArray[np.int32], output: NDArray[np.int32]
+        self, prompt: NDArray[np.int32], output: NDArray[np.int32], stream: object = None
     ) -> Sequence[Deviation]:
         self.asked.append((prompt.tolist(), output.tolist()))
         return [d for d in self._deviations if d.index < len(output)]
@@ -97,7 +97,7 @@ def test_a_request_counts_once_with_its_worst_verdict() -> None:
 
     class ByOutput(Told):
         def deviations(
-            self, prompt: NDArray[np.int32], output: NDArray[np.int32]
+            self, prompt: NDArray[np.int32], output: NDArray[np.int32], stream: object = None
         ) -> Sequence[Deviation]:
             return [TIE] * int(output[1] == 8) + [FAULT] * int(output[2] == 9)
 
@@ -228,7 +228,7 @@ def test_an_output_that_overflows_is_computed_once_and_one_that_begins_it_alone(
 
     class Overflowing(Told):
         def deviations(
-            self, prompt: NDArray[np.int32], output: NDArray[np.int32]
+            self, prompt: NDArray[np.int32], output: NDArray[np.int32], stream: object = None
         ) -> Sequence[Deviation]:
             super().deviations(prompt, output)
             return [Deviation(0, math.nan, 0.5)] if len(output) > 4 else []

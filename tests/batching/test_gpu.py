@@ -28,6 +28,7 @@ from batchbench.batching.session import conduct
 from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
+from batchbench.workloads.sampling import Sampling
 from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
@@ -115,6 +116,20 @@ def test_outputs_are_verified(
     assert found.identical > 0
     if dtype == "float32":
         assert found.identical == len(WORKLOAD), found.findings
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, 0.9), Sampling(0.8, 0.9, 20)])
+@pytest.mark.parametrize(("gpu", "dtype"), FORMATS, indirect=["gpu"])
+def test_sampled_outputs_are_verified(
+    dtype: str, sampling: Sampling, make_model: MakeModel
+) -> None:
+    workload = replace(WORKLOAD, sampling=sampling)
+    model = make_model(device="cuda", dtype=dtype, **WIDE)
+    recording = batcher_for(model, "slots", "mixed", "continuous").serve(workload, Watch())
+    found = verify(workload, [recording], TeacherForced(model))
+    assert found.wrong == 0, found.findings
+    if dtype == "float32":
+        assert found.identical == len(workload), found.findings
 
 
 @pytest.mark.parametrize(("engine", "prefill", "policy"), SERVED)

@@ -21,13 +21,13 @@ from torch._inductor.utils import run_and_get_code
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
-from batchbench.batching.engines.torch import base, build
-from batchbench.batching.engines.torch.base import best_token
+from batchbench.batching.engines.torch import build, sampling
 from batchbench.batching.engines.torch.build import make_engine
 from batchbench.batching.engines.torch.forward import make_forward
 from batchbench.batching.engines.torch.graphs import Pass, PreparedDecode, fitting, sizes
 from batchbench.batching.engines.torch.linear import Kernels
 from batchbench.batching.engines.torch.reference import TeacherForced
+from batchbench.batching.engines.torch.sampling import best_token
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.models.loading import LoadedModel
@@ -63,7 +63,7 @@ def replaying(
 ) -> SlotsEngine:
     """A slots engine whose decode passes run on fixed buffers, on torch's attention as on a GPU."""
     engine = SlotsEngine(model, slots, max_len, make_forward(model, Kernels.PACKED))
-    args = (engine._pass, engine._cache, engine._last, max_len, lambda run: run)
+    args = (engine._pass, engine._cache, engine._last, engine._chooser, max_len, lambda run: run)
     engine._prepared = PreparedDecode(*args, every_batch=every_batch)
     return engine
 
@@ -219,7 +219,7 @@ def test_the_best_token_is_the_first_of_the_largest(
     logits = torch.randint(-3, 4, (rows, vocabulary), generator=numbers).to(dtype)
     assert best_token(logits).tolist() == logits.float().numpy().argmax(-1).tolist()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "native", lambda: None)
+        patch.setattr(sampling, "native", lambda: None)
         assert best_token(logits).tolist() == logits.float().numpy().argmax(-1).tolist()
 
 

@@ -140,7 +140,7 @@ def test_other_tokens_of_a_serving_are_kept_for_verification() -> None:
 
         name = "alone"
 
-        def deviations(self, prompt: Any, output: Any) -> Sequence[Deviation]:
+        def deviations(self, prompt: Any, output: Any, stream: Any = None) -> Sequence[Deviation]:
             return [Deviation(int(i), 1.0, 0.1) for i in np.flatnonzero(output == 999)]
 
     found = verify(CLASSIC, [trial], Alone())

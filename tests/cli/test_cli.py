@@ -540,13 +540,18 @@ def test_simulate_ends_with_sentence_table_command_and_files(program: Program, h
     places = [
         text.index(part)
         for part in (
-            "in simulation, where every step costs the same, continuous batching was 3.08× as fast",
+            "In simulation, where every step costs the same, continuous batching was 3.08× as fast",
             "Forward passes",
             "Again: batchbench simulate --batch-size 8 --queue-size 32",
-            "Files: mine/ with result.json",
+            "More:  batchbench report --verbose mine",
+            "Page:  mine/report.html",
         )
     ]
     assert places == sorted(places)
+    assert "KV cache peak" not in text
+    said = program("report", "mine", "-v")
+    assert "KV cache peak" in said.out
+    assert "Files: mine/ with result.json" in said.out
     recordings = {"recordings", "recordings/0-0.npz", "recordings/1-0.npz"}
     assert set(found_in(here / "mine")) == FILES | recordings
 
@@ -756,7 +761,7 @@ def test_ctrl_c_keeps_the_pairs_that_are_finished(
     said = program("simulate", "--trials", "3", "--output", "mine")
     reason = f"interrupted after {pairs} of 3 pairs"
     assert said.code == 130
-    assert f"run suspect ({reason})" in " ".join(said.out.split())
+    assert f"Run suspect ({reason})" in " ".join(said.out.split())
     data = json.loads((here / "mine" / "result.json").read_text(encoding="utf-8"))
     assert data["validity"] == {"status": "suspect", "reasons": [reason]}
     assert {len(s["trials"]) for s in data["strategies"].values()} == {pairs}
@@ -916,16 +921,16 @@ def test_a_run_ends_with_sentence_table_command_and_files(served: Served, checkp
     assert served.done.returncode == 0, served.done.stderr
     text = served.done.stdout
     sentence = " ".join(text.split())
-    said = r"continuous batching was \d+\.\d\d× as fast as static batching \(95 % CI "
+    said = r"Continuous batching was \d+\.\d\d× as fast as static batching \(95 % CI "
     assert re.match(said, sentence)
     ratio = served.data["comparison"]["step_ratio"]
-    said = f"counting steps only: {ratio:.2f}×; outputs identical for 10/10 requests; run "
+    said = f"counting steps only: {ratio:.2f}×. Outputs identical for 10/10 requests; run "
     assert said in sentence
-    for label in ("Duration", "TTFT p99", "Forward passes", "Slot utilisation", "KV cache peak"):
+    for label in ("Duration", "TTFT p99", "Forward passes", "Slot utilisation"):
         assert label in text
     assert f"Again: batchbench run {shlex.join(ASKED)[:30]}" in text
     assert f"--model {checkpoint}" in text
-    assert "Files: mine/ with result.json" in text
+    assert "Page:  mine/report.html" in text
     assert "\x1b" not in text
     assert re.findall(r"^trial", served.done.stderr, re.MULTILINE) == ["trial"] * 6
 

@@ -43,7 +43,7 @@ def printed_in(name: str, taught: Path, folder: Path, *few: str, **variables: st
 @pytest.mark.parametrize("name", ["ascii", "cp1252"])
 def test_every_command_prints_in_a_small_encoding(name: str, taught: Path, tmp_path: Path) -> None:
     text = printed_in(name, taught, tmp_path, PYTHONIOENCODING=f"{name}:strict")
-    assert "Where the time went" in text
+    assert "Why: continuous saved" in text
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_table_is_the_same_in_any_encoding(
     name: str, variables: dict[str, str], taught: Path, tmp_path: Path
 ) -> None:
     text = printed_in(name, taught, tmp_path, "few", **variables)
-    assert "Where the time went" in text
+    assert "Why: continuous saved" in text
     assert re.search(r"Duration +. s +. +0\.", text)
     if not name.startswith("utf"):
         assert "+-----" in text
@@ -156,7 +156,7 @@ def test_a_closed_pipe_is_quiet_and_its_exit_code_is_141(tmp_path: Path) -> None
 def test_a_closed_or_full_standard_error_stops_nothing(where: str, tmp_path: Path) -> None:
     code, out, err = told_by(f"batchbench {' '.join(SMALL[:-1])} {where}", tmp_path)
     assert (code, err) == (0, "")
-    assert "Files: mine/ with result.json" in out
+    assert "Page:  mine/report.html" in out
     assert told_by(f"batchbench simulate --queue-size x {where}", tmp_path)[0] == 2
 
 

@@ -269,7 +269,7 @@ def test_a_run_has_400_passes_in_waves_and_130_in_continuous(
     out = " ".join(said.out.split())
     assert "as fast as static batching in waves" in out
     assert "by the server's own count of forward passes: 3.0" in out
-    assert "both strategies gave the same output for 32/32 requests; run valid." in out
+    assert "Both strategies gave the same output for 32/32 requests; run valid." in out
     assert f"Again: batchbench run --target {URL}" in out
     page = (Path("out") / "report.html").read_text(encoding="utf-8")
     assert "static (waves)" in page
@@ -308,7 +308,7 @@ def test_tokens_sent_together_leave_latency_over_unloaded_sensible(
     per_chunk: int, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wired(monkeypatch, manner=Manner(per_chunk=per_chunk))
-    said = program("run", "--target", URL, *CLASSIC, "--trials", "1", "--output", "out")
+    said = program("run", "--target", URL, *CLASSIC, "--trials", "1", "--output", "out", "-v")
     assert "E2E ÷ unloaded" in said.out
     for strategy in data_in(Path("out"))["strategies"].values():
         longest = strategy["by_output_length"][-1]

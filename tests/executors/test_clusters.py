@@ -1,21 +1,28 @@
-"""Sweeps on a Ray cluster of two nodes and through submitit, with a node and a job killed."""
+"""Studies on a Ray cluster of two nodes and through submitit, with nodes and jobs killed."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.executors import Logged, grid_of, swept
+from support.schedules import Schedule
+from support.servers import Manner, serving
 
+from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
-from batchbench.errors import UsageError
-from batchbench.studies.executors.jobs import Ended, Failed, Job, Unlike
+from batchbench.batching.session import Outcome, conduct
+from batchbench.errors import IncompleteError, UsageError
+from batchbench.reports.slo import GoalsSpec
+from batchbench.studies.capacity.probe import CapacityQuery, CapacityWatch
+from batchbench.studies.capacity.search import find_capacity, find_capacity_on
+from batchbench.studies.executors.jobs import Ended, Failed, Job, Unlike, clients_on
 from batchbench.studies.sweep.run import Store
 from batchbench.version import __version__
 
@@ -126,3 +133,86 @@ def test_a_job_of_submitit_that_is_killed_loses_no_cell_and_repeats_none(tmp_pat
             ended += executor.wait()
     assert isinstance(ended[0].outcome, Unlike)
     assert len(Store(tmp_path / "cluster")) == 3
+
+
+def ray(**settings: Any) -> Any:
+    from batchbench.studies.executors.ray_cluster import RayCluster
+
+    return RayCluster("auto", Watch(), timed=False, gpus=False, like=LIKE, same=False, **settings)
+
+
+def submitit(folder: Path) -> Any:
+    from batchbench.studies.executors.slurm import Slurm
+
+    settings = {"partition": None, "minutes": 5, "gpus": 0, "timed": False, "like": LIKE}
+    return Slurm(folder, Watch(), parallel=2, same=False, cluster="local", grace_s=0.3, **settings)
+
+
+def asked(url: str, **options: object) -> Experiment:
+    own = {"target": url, "clients": 2, "strategy": "continuous", "request_rate": 100.0}
+    sizes = {"queue_size": 24, "output_tokens": "4", "trials": 1, "verify": "none"}
+    return Experiment.of({**own, **sizes, **options})
+
+
+def check_clients(outcome: Outcome) -> None:
+    """Check that two clients on this machine have served everything."""
+    (recording,) = outcome.recordings["continuous"]
+    assert recording.requests.due_ns.tolist() == outcome.workload.due_ns.tolist()
+    about = recording.header.about["clients"]
+    assert [client["requests"] for client in about] == [12, 12]
+    assert all(abs(client["offset_ns"]) <= client["within_ns"] for client in about)
+
+
+class Killing(Watch):
+    """Kills something when the second trial begins."""
+
+    def __init__(self, kill: Callable[[], None]) -> None:
+        self._kill = kill
+
+    def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
+        if trial == 1:
+            self._kill()
+
+
+def test_nodes_of_ray_are_clients_of_one_server_and_search_capacities(
+    two_nodes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchbench.studies.executors.jobs.PLACES_S", 5.0)
+    simulated = Experiment.of({"queue_size": 60, "request_rate": 1.0}, simulated=True)
+    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1)
+    with serving(Schedule(slots=32), Manner("vllm")) as server, closing(ray()) as executor:
+        found = find_capacity_on(executor, simulated, query, 0.5, CapacityWatch())
+        alone = find_capacity(simulated, query, 0.5)
+        assert [(c.low, c.high) for c in found.capacities] == [
+            (c.low, c.high) for c in alone.capacities
+        ]
+        start = clients_on(executor)
+        for _ in range(2):  # the second run finds the places free again
+            check_clients(conduct(asked(server.url), Watch(), start=start))
+        with pytest.raises(IncompleteError, match="--clients 3: only 2 can run at once; lower it"):
+            conduct(asked(server.url, clients=3), Watch(), start=start)
+
+        def kill() -> None:
+            two_nodes.remove_node(two_nodes.worker, allow_graceful=False)
+
+        killed = conduct(asked(server.url, trials=4), Killing(kill), start=start)
+    assert len(killed.recordings["continuous"]) == 1
+    assert killed.stopped is not None
+    assert [len(failure.failed) for failure in killed.failures] == [12, 12]
+    assert killed.failures[0].failed[0].kind == "client_lost"
+
+
+def test_jobs_of_submitit_are_clients_of_one_server_and_search_capacities(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    simulated = Experiment.of({"queue_size": 60, "request_rate": 1.0}, simulated=True)
+    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1)
+    with (
+        serving(Schedule(slots=32), Manner("vllm")) as server,
+        closing(submitit(tmp_path / "jobs")) as executor,
+    ):
+        found = find_capacity_on(executor, simulated, query, 0.5, CapacityWatch())
+        check_clients(conduct(asked(server.url), Watch(), start=clients_on(executor)))
+    assert [c.low for c in found.capacities] == [
+        c.low for c in find_capacity(simulated, query, 0.5).capacities
+    ]
+    assert not (tmp_path / "jobs").exists()

@@ -15,12 +15,10 @@ from support.executors import FACTS, Adversary, grid_of, swept
 from support.laws import law
 from support.program import Call, caller
 
-from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.errors import IncompleteError, UsageError
-from batchbench.studies.executors.jobs import Ended, Failed, Job, Local, Worker, run_jobs
-from batchbench.studies.executors.machines import unlike
+from batchbench.studies.executors.jobs import Ended, Failed, Job, Local, Worker, run_jobs, unlike
 from batchbench.studies.executors.spec import ExecutorSpec, make_executor
 from batchbench.studies.sweep.run import Store
 
@@ -130,16 +128,30 @@ def test_a_missing_extra_answers_with_the_command_to_type(
     with pytest.raises(UsageError) as found:
         make_executor(ExecutorSpec(executor=executor), experiments, tmp_path, Watch())
     assert str(found.value) == (
-        f"--executor {executor}: needs {module}; type pip install 'batchbench[{executor}]'"
+        f"--executor {executor}: needs {module}; type pip install 'batchbench-llm[{executor}]'"
     )
 
 
-def test_two_clients_do_not_load_one_server_at_the_same_time(tmp_path: Path) -> None:
-    url = {"target": "http://127.0.0.1:9", "queue_size": 4}
-    both = [Experiment.of({**url, "batch_size": size}) for size in (1, 2)]
-    with pytest.raises(UsageError, match="several cells have the same --target"):
-        make_executor(ExecutorSpec(executor="ray"), both, tmp_path, Watch())
-    assert isinstance(make_executor(ExecutorSpec(), both, tmp_path, Watch()), Local)
+@settings(law, max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 7))
+def test_two_clients_do_not_load_one_server_at_the_same_time(seed: int, slots: int) -> None:
+    servers = ["a", "b", None]
+    jobs = [Job(str(i), lambda watch, models: Failed("over"), servers[i % 3]) for i in range(12)]
+
+    class Watching(Adversary):
+        def wait(self) -> Sequence[Ended]:
+            busy = [job.server for job in self._jobs if job.server]
+            assert len(set(busy)) == len(busy)
+            # Nothing waits that could run: other servers, and jobs without one.
+            self.most = max(self.most, len(self._jobs))
+            return super().wait()
+
+        most = 0
+
+    executor = Watching(seed, slots)
+    assert len(list(run_jobs(jobs, executor))) == 12
+    assert set(executor.begun.values()) == {1}
+    assert executor.most == min(slots, 6)
 
 
 def test_progress_says_where_cells_ran_and_what_they_cost(

@@ -449,7 +449,7 @@ def test_a_reference_is_asked_once_for_all_rungs() -> None:
     class Counting:
         name, asked = "counting", 0
 
-        def deviations(self, prompt: Any, output: Any) -> Sequence[Any]:
+        def deviations(self, prompt: Any, output: Any, stream: Any = None) -> Sequence[Any]:
             self.asked += 1
             return []
 

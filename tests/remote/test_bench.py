@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ from batchbench.batching.remote.outcome import (
 )
 from batchbench.batching.session import StopReason, conduct
 from batchbench.errors import UsageError
+from batchbench.reports.formats.terminal import sentence
+from batchbench.reports.result import make_result
 from batchbench.workloads import Workload
 
 if TYPE_CHECKING:
@@ -440,3 +443,52 @@ def test_texts_are_checked_where_they_give_back_the_ids(
     assert found.verification.requests_checked == 0
     assert found.verification.passed is None
     assert "6 of 6 requests cannot be checked" in notes.lines[-1]
+
+
+# Sampling
+
+
+def test_sampled_requests_have_the_same_seeds_in_each_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = wired(monkeypatch)
+    outcome = conduct(experiment(temperature=0.7, top_p=0.9, **SMALL), Watch())
+    trials = [network.bodies[-12 * (i + 1) : len(network.bodies) - 12 * i] for i in range(4)]
+    seeds = {tuple(sorted(body["seed"] for body in trial)) for trial in trials}
+    assert [len(set(of_trial)) for of_trial in seeds] == [12]
+    assert {(body["temperature"], body["top_p"]) for body in network.bodies} == {(0.7, 0.9)}
+    data = make_result(outcome).data
+    assert data["workload"].get("sampling") == {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 0,
+        "seed": 0,
+    }
+    differing = Agreement("text", 12, same=7, differ=5, baseline_repeat=12)
+    said = sentence(make_result(replace(outcome, agreement=differing)))
+    assert "differ for 5/12 requests" in said
+    assert "since the server draws them from random numbers of its own" in said
+
+
+CANNOT = [
+    ("openai", {"top_k": 20}, "--top-k 20: requests to this openai server have no such field"),
+    ("llama.cpp", {"verify_model": Path()}, "--verify-model: sampled outputs cannot be checked"),
+    ("transformers", {"stop_at_eos": True}, "--temperature 0.7: this transformers .*--stop-at-eos"),
+]
+
+
+@pytest.mark.parametrize(("dialect", "options", "message"), CANNOT)
+def test_what_a_server_cannot_sample_is_refused(
+    dialect: str,
+    options: dict[str, object],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Path,
+) -> None:
+    wired(monkeypatch)
+    monkeypatch.setattr(remote, "discover", lambda _: DIALECTS[dialect])
+    given = {"temperature": 0.7, "tokenizer": str(checkpoint), **options}
+    if "verify_model" in given:
+        given["verify_model"] = checkpoint
+    with pytest.raises(UsageError, match=message):
+        conduct(experiment(**given, **SMALL), Watch())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from support.answers import ADDRESS, Answers, answers_of, recorded, streamed
 from batchbench.batching.remote.dialects import DIALECTS, Dialect, PromptCache, body_for, discover
 from batchbench.batching.remote.events import parse
 from batchbench.errors import UsageError
+from batchbench.workloads.request import Stream
+from batchbench.workloads.sampling import Sampling
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -210,6 +213,46 @@ def test_a_prompt_is_ids_where_the_server_takes_them_and_a_text_in_a_chat() -> N
     for name, endpoint in (("transformers", COMPLETIONS), ("tgi", COMPLETIONS), ("vllm", CHAT)):
         with pytest.raises(UsageError, match="--tokenizer"):
             body(DIALECTS[name], [3, 1, 2], endpoint)
+
+
+STREAM = Stream(Sampling(0.7, 0.9, 0, 3), 5)
+
+
+def sampled(name: str, stream: Stream = STREAM) -> dict[str, Any]:
+    return dict(body(DIALECTS[name], drawn=stream))
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_a_sampled_request_has_its_temperature_its_cut_and_a_seed_of_its_own(name: str) -> None:
+    sent, next_request = sampled(name), sampled(name, STREAM._replace(request=6))
+    assert (sent["temperature"], sent["top_p"]) == (0.7, 0.9)
+    assert sent["seed"] == sampled(name)["seed"] != next_request["seed"]
+    assert 0 <= sent["seed"] < 2**31
+    other = Stream(replace(STREAM.sampling, seed=4), 5)
+    assert sampled(name, other)["seed"] != sent["seed"]
+
+
+def test_servers_that_cut_by_themselves_are_told_to_keep_all_tokens() -> None:
+    """llama.cpp keeps 40 tokens and 0.95 unless told; others do as the model's files say."""
+    keeps = {
+        "llama.cpp": {"top_p": 1, "top_k": 0, "min_p": 0},
+        "vllm": {"top_p": 1, "top_k": -1, "min_p": 0},
+        "sglang": {"top_p": 1, "top_k": -1, "min_p": 0},
+        "tgi": {},  # refuses a top_p of 1
+        "transformers": {"top_p": 1},
+        "openvino": {"top_p": 1},
+        "openai": {"top_p": 1},
+    }
+    assert keeps.keys() == DIALECTS.keys()
+    for name, fields in keeps.items():
+        sent = sampled(name, Stream(Sampling(0.7), 5))
+        assert {key: sent[key] for key in ("top_p", "top_k", "min_p") if key in sent} == fields
+    for name in ("llama.cpp", "vllm", "sglang", "openvino"):
+        assert DIALECTS[name].top_k
+        assert sampled(name, Stream(Sampling(0.7, 1.0, 20), 5))["top_k"] == 20
+    config = json.loads(sampled("transformers")["generation_config"])
+    assert (config["do_sample"], config["top_k"]) == (True, 0)
+    assert [name for name, dialect in DIALECTS.items() if not dialect.top_k] == ["tgi", "openai"]
 
 
 def test_prompt_caches_are_off_where_a_request_can_turn_them_off() -> None:

@@ -125,6 +125,32 @@ def test_waves_and_continuous_take_the_steps_of_our_two_policies(
     assert outcome.recordings["vllm"][0].header.about["engine"] == "vllm 9.9"
 
 
+def test_sampled_requests_get_their_settings_and_are_not_verified(
+    engines: list[Engine], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[dict[str, Any]]] = {}
+    add = Engine.add_request
+
+    def noted(engine: Engine, name: str, prompt: Any, params: Any) -> None:
+        asked.setdefault(name, []).append(params)
+        add(engine, name, prompt, params)
+
+    monkeypatch.setattr(Engine, "add_request", noted)
+    sampled = {"temperature": 0.7, "top_p": 0.9, "strategy": "continuous,vllm"}
+    outcome = run(checkpoint, **sampled)
+    settings = [params for calls in asked.values() for params in calls]
+    assert {(p["temperature"], p["top_p"], p["top_k"]) for p in settings} == {(0.7, 0.9, -1)}
+    seeds = [{params["seed"] for params in calls} for calls in asked.values()]
+    assert [len(of_request) for of_request in seeds] == [1] * 16
+    assert len(set().union(*seeds)) == 16
+    checked = outcome.verification
+    assert (checked.identical, checked.wrong) == (16, 0)
+    assert str(checked.reference).endswith(
+        "; not vllm, whose engine draws tokens from random numbers of its own"
+    )
+    assert run(checkpoint, **sampled | {"strategy": "vllm"}).verification.requests_checked == 0
+
+
 def test_an_engine_is_shared_as_long_as_the_weights_are_the_same(
     engines: list[Engine], checkpoint: Path
 ) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from batchbench.batching.experiment import Experiment
@@ -17,7 +19,16 @@ from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, conduct
 from batchbench.reports.slo import GoalsSpec
-from batchbench.studies.executors.jobs import Done, Ended, Executor, Failed, Job, Lost, Unlike
+from batchbench.studies.executors.jobs import (
+    Done,
+    Ended,
+    Executor,
+    Failed,
+    Job,
+    Lost,
+    Unlike,
+    Worker,
+)
 from batchbench.studies.sweep.grid import Grid, digest_of
 from batchbench.studies.sweep.report import read_sweep
 from batchbench.studies.sweep.run import Conduct, Store, run_cells
@@ -76,6 +87,38 @@ class Adversary:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+class Threads:
+    """Runs ``free`` jobs at once, each in a thread of this process."""
+
+    machines = 1
+
+    def __init__(self, slots: int) -> None:
+        self._slots, self._ended = slots, SimpleQueue[Ended]()
+        self.running: dict[str, str] = {}
+
+    @property
+    def free(self) -> int:
+        return self._slots - len(self.running)
+
+    def submit(self, job: Job) -> None:
+        def run() -> None:
+            self._ended.put(Worker("", timed=False).run(job))
+
+        self.running[job.key] = "a-thread"
+        threading.Thread(target=run, daemon=True).start()
+
+    def wait(self) -> Sequence[Ended]:
+        try:
+            ended = self._ended.get(timeout=0.05)
+        except Empty:
+            return []
+        del self.running[ended.key]
+        return [ended]
+
+    def close(self) -> None:
+        assert not self.running
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ for name in main.COMMANDS:
 for words in ("baseline save", "baseline show", "workload list", "workload show", "workload save"):
     call(*words.split(), "--help")
 call("workload", "list")
+call("doctor")
+call("help")
+call("help", "metrics")
 call("simulate", *small, "--output", "one")
 call("report", taught)
 call("report", "one", "--format", "markdown")

@@ -24,6 +24,7 @@ from batchbench.cli.main import run_command
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 from batchbench.workloads.prompts import byte_tokens
+from batchbench.workloads.sampling import Sampling
 from batchbench.workloads.spec import TRACE_FORMATS
 from batchbench.workloads.traces import BadRow, read_trace, write_workload
 
@@ -178,6 +179,15 @@ def test_what_contradicts_a_trace_is_refused(
 # Our own format
 
 
+SAMPLINGS = st.builds(
+    Sampling,
+    st.floats(0.001, 100),
+    st.floats(1e-6, 1),
+    st.integers(0, 10**9),
+    st.integers(0, 2**63 - 1),
+)
+
+
 @st.composite
 def any_workload(draw: st.DrawFn) -> Workload:
     """A few requests with varied ids, lengths and times."""
@@ -191,6 +201,7 @@ def any_workload(draw: st.DrawFn) -> Workload:
         seed=draw(st.integers(0, 2**63 - 1)),
         stop_at_eos=draw(st.booleans()),
         max_concurrency=draw(st.none() | st.integers(1, 9)),
+        sampling=draw(st.none() | SAMPLINGS),
     )
 
 
@@ -208,6 +219,10 @@ def test_a_workload_that_is_saved_and_read_again_is_the_same(
         workload.stop_at_eos,
         workload.max_concurrency,
     )
+    assert again.sampling == workload.sampling
+    greedy = made(WorkloadSpec(trace=file, temperature=0.0))
+    assert (greedy.sampling, "sampled" in greedy.name) == (None, "sampled" in workload.name)
+    assert (greedy.digest == workload.digest) == (workload.sampling is None)
 
 
 @pytest.mark.parametrize("how", ["number", "cut", "order"])
@@ -363,6 +378,12 @@ def test_an_array_that_breaks_off_is_told_and_read_so_far_if_asked(file: Path) -
         (b'{"a": 1}', "sharegpt", "line 1: has no list of conversations"),
         (b'{"batchbench_workload": 9}', None, "line 1: is of version 9, this batchbench reads 1"),
         (b'{"batchbench_workload": 1, "max_concurrency": 0}', None, "line 1: stop_at_eos or max"),
+        (
+            b'{"batchbench_workload": 1, "sampling": {"temperature": -1}}',
+            None,
+            "line 1: sampling: --temperature -1.0: must be at least 0",
+        ),
+        (b'{"batchbench_workload": 1, "sampling": 7}', None, "line 1: sampling has a wrong"),
         (b'{"batchbench_workload": 1}', None, "contains no rows of the format batchbench"),
         (b'{"batchbench_workload": 1}\n{"output_tokens": 3}', None, "line 2: prompt_tokens"),
     ],

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.laws import law
 
 from batchbench.errors import UsageError
+from batchbench.settings import as_json, from_json
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 from batchbench.workloads.lengths import Drawn, parse_lengths
 from batchbench.workloads.prompts import byte_tokens
@@ -403,3 +404,53 @@ def test_a_spec_takes_its_bounds_and_nothing_beyond(
 
 def test_the_largest_seed_makes_prompts() -> None:
     made(WorkloadSpec(prompt_tokens="4", seed=2**63 - 1))
+
+
+# Sampling
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_p": 0.9}, "--top-p 0.9: greedy decoding has no use for it; give --temperature"),
+        ({"top_k": 5}, "--top-k 5: greedy decoding has no use for it; give --temperature"),
+        ({"temperature": 1e-4}, "--temperature 0.0001: must be 0, which is greedy, or at least"),
+        ({"temperature": 1.0, "top_p": 0.0}, "--top-p 0.0: must be at least 1e-06"),
+        ({"temperature": 1.0, "top_k": -1}, "--top-k -1: must be at least 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        WorkloadSpec(**options)
+    assert str(refused.value).startswith(message)
+
+
+def test_temperature_0_is_greedy_whatever_is_cut() -> None:
+    greedy = made(WorkloadSpec())
+    for spec in (WorkloadSpec(temperature=0.0), WorkloadSpec(temperature=0.0, top_p=0.5, top_k=3)):
+        assert spec.sampling is None
+        assert made(spec).digest == greedy.digest
+
+
+def test_each_setting_of_sampling_changes_the_digest_and_no_request() -> None:
+    specs = [
+        WorkloadSpec(),
+        WorkloadSpec(temperature=1.0),
+        WorkloadSpec(temperature=0.7),
+        WorkloadSpec(temperature=1.0, top_p=0.9),
+        WorkloadSpec(temperature=1.0, top_k=50),
+        WorkloadSpec(temperature=1.0, seed=1),
+    ]
+    workloads = [made(spec) for spec in specs]
+    assert len({workload.digest for workload in workloads}) == len(specs)
+    assert {content(workload) for workload in workloads} == {content(workloads[0])}
+    assert workloads[3].name == f"{workloads[0].name}; sampled at temperature 1, top-p 0.9"
+
+
+def test_a_greedy_workload_is_written_as_before_there_was_sampling() -> None:
+    """Earlier versions read it: the other side of a duet, and the cells of a saved sweep."""
+    assert not {"temperature", "top_p", "top_k"} & as_json(WorkloadSpec(seed=3)).keys()
+    spec = WorkloadSpec(temperature=0.7, top_p=0.9)
+    written = as_json(spec)
+    assert (written["temperature"], written["top_p"], "top_k" in written) == (0.7, 0.9, False)
+    assert from_json(WorkloadSpec, written) == spec

@@ -111,6 +111,10 @@ class Bench(ABC):
         """Return the facts about the server after the trials; None on this machine's engines."""
         return None
 
+    def close(self) -> None:
+        """End the processes of the bench; there are none on this machine's engines."""
+        return
+
     def agreement(self) -> Agreement | None:
         """Compare the outputs of the strategies; None on this machine's engines, which verify."""
         return None

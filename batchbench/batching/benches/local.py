@@ -13,12 +13,12 @@ from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment, ServingSpec
 from batchbench.batching.machine import Counter, counters_for, environment
-from batchbench.batching.models import ModelCache, Source, Tokenizer, find_tokenizer
+from batchbench.batching.models import ModelCache, Source, Tokenizer, encoder, find_tokenizer
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.strategies import Context, PlugIn, find
 from batchbench.batching.trials import WarmUp
-from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
+from batchbench.batching.verification import NOT_VERIFIED, Verification, draws_by_itself, verify
 from batchbench.errors import BatchbenchError, UsageError
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
 
@@ -47,18 +47,14 @@ class LocalBench(Bench):
         self._forward = forward
         self._models = models or ModelCache()
         self.source = self._models.find(experiment.model, weights=not experiment.simulated)
-        self.tokenizer: Tokenizer | None = find_tokenizer(self.source.folder)
+        self.tokenizer: Tokenizer | None = find_tokenizer(self.source.place)
         self.workload = self.make(experiment.workload)
         self._max_len = max(max_len, self.workload.max_total_tokens)
         self._loaded: LoadedModel | None = None
         self._energy: Sequence[Counter] = ()
         self._memory: Mapping[str, Any] = {}
         self._servings: Mapping[str, int] = {}  # per trial, by strategy; once if it is not there
-        self.model = {
-            "name": self.source.name,
-            "load_format": self.source.load_format,
-            "note": self.source.note,
-        }
+        self.model = self.source.facts
         self.environment = environment()
         self.engine = self._engine()
         self._plug_ins = self._plug_in_strategies()
@@ -68,7 +64,7 @@ class LocalBench(Bench):
             spec,
             batch_size=self.experiment.serving.batch_size,
             vocab_size=self.source.vocab_size,
-            encode=self.tokenizer.encode if self.tokenizer else None,
+            encode=encoder(self.tokenizer, chat=spec.chat_template),
             context=self.source.context,
             note=self._watch.note,
         )
@@ -99,6 +95,7 @@ class LocalBench(Bench):
             prompt=int(self.workload.prompt_tokens.max()),
             mixes=serving.mixes_prefill,
             budget=serving.max_batched_tokens,
+            sampling=self.workload.sampling,
         )
         self.model |= {
             "device": str(loaded.device),
@@ -227,10 +224,17 @@ class LocalBench(Bench):
         self._watch.phase("verifying")
         from batchbench.batching.engines.torch.reference import TeacherForced
 
-        reference = TeacherForced(self._loaded)
-        return verify(
-            self.workload, recordings, reference, self.source.eos_token_ids, limit, chosen
-        )
+        reference, eos = TeacherForced(self._loaded), self.source.eos_token_ids
+        others = [r for r in recordings if self.workload.sampling and draws_by_itself(r)]
+        checked = [r for r in recordings if r not in others]
+        if not checked:
+            return NOT_VERIFIED
+        found = verify(self.workload, checked, reference, eos, limit, chosen)
+        names = ", ".join(dict.fromkeys(r.header.strategy for r in others))
+        if not names or not found.requests_checked:
+            return found
+        but = f"; not {names}, whose engine draws tokens from random numbers of its own"
+        return replace(found, reference=f"{found.reference}{but}")
 
     def texts(self, recording: Recording) -> list[tuple[str, str]] | None:
         """Return the prompt and the output of each request as text; None without a tokenizer."""

@@ -26,7 +26,7 @@ from batchbench.batching.models.loading import LoadedModel, current
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Header, Recording
-from batchbench.batching.strategies import Context
+from batchbench.batching.strategies import GENERATE_BATCH_SAMPLES, Context
 from batchbench.errors import UsageError, reason_in_short
 from batchbench.workloads import Request, Workload, make_arrivals
 
@@ -86,6 +86,8 @@ class GenerateBatch:
 
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
         """Submit requests when they are due, and collect their tokens and times."""
+        if workload.sampling is not None:
+            raise UsageError(GENERATE_BATCH_SAMPLES)
         progress = Progress(self.name, trial, self._slots, len(workload))
         device = self._model.device
         with current(device), torch.inference_mode(), self._running(workload) as manager:

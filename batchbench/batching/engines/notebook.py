@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from batchbench.batching.engines.torch.attention import cache_argument
-from batchbench.batching.engines.torch.base import TorchEngine, best_token
+from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan
 from batchbench.errors import UsageError
@@ -69,7 +69,8 @@ class NotebookEngine(TorchEngine):
             mask[row, longest - len(prompt) :] = 1
         positions = np.maximum(mask.cumsum(1) - 1, 0)
         new_mask = self._tensor(mask)
-        best, past = self._compute(self._tensor(ids), new_mask, positions, [])
+        slots = [chunk.slot for chunk in plan.chunks]
+        best, past = self._compute(self._tensor(ids), new_mask, positions, [], slots)
         columns = max(longest, self._mask.shape[1])
 
         def joined(dim: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -80,7 +81,7 @@ class NotebookEngine(TorchEngine):
             pairs = zip(self._past, past, strict=True)
             past = [(joined(2, k, new_k), joined(2, v, new_v)) for (k, v), (new_k, new_v) in pairs]
         self._past = past
-        self._rows += [chunk.slot for chunk in plan.chunks]
+        self._rows += slots
         return best
 
     def _decode(self, plan: Plan, step: int) -> torch.Tensor:
@@ -91,11 +92,16 @@ class NotebookEngine(TorchEngine):
         grows[rows, 0], positions[rows, 0] = plan.growing, plan.advanced(step)
         self._mask = torch.cat([self._mask, self._tensor(grows)], 1)
         ids = self._last[self._tensor(self._rows)].unsqueeze(1)
-        best, self._past = self._compute(ids, self._mask, positions, self._past)
+        best, self._past = self._compute(ids, self._mask, positions, self._past, self._rows)
         return best[self._tensor(rows)]
 
     def _compute(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: np.ndarray, past: PastKeyValues
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: np.ndarray,
+        past: PastKeyValues,
+        slots: list[int],
     ) -> tuple[torch.Tensor, PastKeyValues]:
         """Return the next token of each row, and the past key-values with this pass in them."""
         cache = DynamicCache()
@@ -105,12 +111,13 @@ class NotebookEngine(TorchEngine):
         out = self._model.module(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=self._tensor(positions),
+            position_ids=(at := self._tensor(positions)),
             use_cache=True,
             logits_to_keep=1,
             **{self._cache_argument: cache},
         )
-        return best_token(out.logits[:, -1]), [(layer.keys, layer.values) for layer in cache.layers]
+        best = self._chooser(out.logits[:, -1], self._tensor(slots), at[:, -1])
+        return best, [(layer.keys, layer.values) for layer in cache.layers]
 
     def _filter(self, keep: list[bool]) -> None:
         """Drop the rows that left, and the columns on the left that only they used."""

@@ -10,6 +10,7 @@ from batchbench.batching.models.source import (
     ModelSpec,
     Source,
     Tokenizer,
+    encoder,
     find_model,
     find_tokenizer,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "ModelSpec",
     "Source",
     "Tokenizer",
+    "encoder",
     "find_model",
     "find_tokenizer",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import logging
@@ -10,7 +11,8 @@ import os
 import zlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,17 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.initialization import no_init_weights
 
 from batchbench.batching.machine import free_host_bytes, usable_cores
-from batchbench.batching.models.source import ModelSpec, Source
+from batchbench.batching.models.gguf_file import GgufFile, alone
+from batchbench.batching.models.source import ModelSpec, Source, fault_of
 from batchbench.errors import UsageError
 
 _EMBEDDING, _POSITION, _GAIN = 0.1, 0.2, 2.0
@@ -213,6 +221,10 @@ def load_model(source: Source, spec: ModelSpec, seed: int) -> LoadedModel:
 
 def count_parameters(source: Source) -> int:
     """Return the number of parameters, tied ones once; allocates nothing."""
+    return sum(p.numel() for p in _without_weights(source).parameters())
+
+
+def _without_weights(source: Source) -> nn.Module:
     config = model_config(source)
     try:
         with torch.device("meta"):
@@ -222,13 +234,16 @@ def count_parameters(source: Source) -> int:
             f"--model {source.name}: is not a causal language model: {error}"
         ) from error
     shapes.tie_weights()
-    return sum(p.numel() for p in shapes.parameters())
+    without: nn.Module = shapes
+    return without
 
 
 def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
     parameters = count_parameters(source)
     # Dummy weights are drawn in float32 on the host.
     on_host = parameters * (4 if source.load_format == "dummy" else dtype.itemsize)
+    if source.gguf is not None:  # each tensor is dequantised to float32, and copied
+        on_host += 8 * source.gguf.largest
     for where, needed in ((torch.device("cpu"), on_host), (device, parameters * dtype.itemsize)):
         if needed > (room := free_bytes(where)):
             raise UsageError(
@@ -239,6 +254,8 @@ def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: tor
 
 def model_config(source: Source) -> Any:
     try:
+        if source.gguf is not None:
+            return copy.deepcopy(_gguf_config(source.gguf))
         if source.folder is not None:
             return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         return AutoConfig.for_model(**source.config)
@@ -246,7 +263,22 @@ def model_config(source: Source) -> Any:
         why = str(error)
         if "auto_map" in source.config:
             why = "it needs its own code (auto_map), which is never run; choose another model"
-        raise UsageError(f"--model {source.name}: its config.json is not usable: {why}") from error
+        what = "config.json" if source.gguf is None else "header"
+        raise UsageError(f"--model {source.name}: its {what} is not usable: {why}") from error
+
+
+@lru_cache(maxsize=2)
+def _gguf_config(file: GgufFile) -> Any:
+    """Return the configuration in a GGUF file, which transformers takes a second to read."""
+    with alone(file.path) as folder:
+        config = AutoConfig.from_pretrained(
+            folder, gguf_file=file.path.name, trust_remote_code=False
+        )
+    # For GPT-2 transformers 5.24 reads no context and takes 1024.
+    config.max_position_embeddings = file.config()["max_position_embeddings"]
+    if fault := fault_of(config.to_dict()):
+        raise UsageError(fault)
+    return config
 
 
 def _dummy(source: Source, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -265,24 +297,38 @@ def _dummy(source: Source, dtype: torch.dtype, seed: int) -> PreTrainedModel:
 
 
 def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
+    folder: AbstractContextManager[Path | None] = nullcontext(source.folder)
+    options: dict[str, Any] = {}
+    if source.gguf is not None:
+        modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items  # its bar has no switch
+        folder = alone(source.gguf.path)
+        options = {"gguf_file": source.gguf.path.name, "config": model_config(source)}
+        if hasattr(transformers, "GgufConfig"):  # weights of some architectures could stay packed
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        module, report = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-        )
+        with folder as place:
+            module, report = AutoModelForCausalLM.from_pretrained(
+                place,
+                **options,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+            )
     except Exception as error:  # transformers raises many kinds for broken files
         raise UsageError(f"--model {spec.model}: cannot be loaded: {error}") from error
+    if source.gguf is not None:  # transformers 5.17 takes any shape in the file
+        shapes = {name: p.shape for name, p in _without_weights(source).named_parameters()}
+        other = [name for name, p in module.named_parameters() if p.shape != shapes[name]]
+        report["mismatched_keys"] = [*report.get("mismatched_keys", ()), *other]
     for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape of")):
         if report.get(kind):
             first = sorted(k if isinstance(k, str) else str(k[0]) for k in report[kind])[0]
             raise UsageError(
-                f"--model {spec.model}: the checkpoint {what} {first}, named by its config.json"
+                f"--model {spec.model}: the checkpoint {what} {first}, named by its configuration"
             )
     loaded: PreTrainedModel = module
     return loaded

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from batchbench import settings
+from batchbench.batching.models.gguf_file import GgufFile, alone, read_gguf
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
@@ -32,10 +33,11 @@ class ModelSpec:
 
     model: str = setting(
         "openai-community/gpt2",
-        "Model id on the hub, or a local folder; gpt2, distilgpt2, gpt2-medium, gpt2-large and "
-        "gpt2-xl need no network (see --load-format); toy-gpt2 is small, with random weights.",
+        "Model id on the hub, a local folder or a GGUF file; gpt2, distilgpt2, gpt2-medium, "
+        "gpt2-large and gpt2-xl need no network (see --load-format); toy-gpt2 is small, with "
+        "random weights.",
         _PANEL,
-        metavar="ID|FOLDER",
+        metavar="ID|FOLDER|FILE",
     )
     load_format: str = setting(
         "auto",
@@ -61,7 +63,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         settings.check(self)
         if not self.model.strip():
-            raise UsageError("--model: must be a hub id or a local folder, such as gpt2")
+            raise UsageError("--model: must be a hub id, a folder or a GGUF file, such as gpt2")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", self.device):
             raise UsageError(f"--device {shown(self.device)}: must be {DEVICES}")
 
@@ -106,8 +108,21 @@ class Source:
     name: str  # the short name, the hub id, or the folder's name
     load_format: str  # pretrained or dummy, no longer auto
     config: Mapping[str, Any]  # as in config.json
-    folder: Path | None  # checkpoint files; None for a built-in shape
+    folder: Path | None  # checkpoint files; None for a built-in shape and a GGUF file
     note: str  # one line on the decision
+    gguf: GgufFile | None = None
+
+    @property
+    def place(self) -> Path | None:
+        """The GGUF file or the folder that has the tokenizer."""
+        return self.gguf.path if self.gguf else self.folder
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The name, origin and formats of the weights, for a result."""
+        read = self.gguf if self.load_format == "pretrained" else None
+        about = {"name": self.name, "load_format": self.load_format, "note": self.note}
+        return {**about, "quantization": read and read.quantization}
 
     @property
     def context(self) -> int | None:
@@ -133,14 +148,19 @@ def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
     """
     try:
         folder = Path(spec.model).expanduser()
-        is_folder, is_there = folder.is_dir(), folder.exists()
+        is_folder, is_there, is_file = folder.is_dir(), folder.exists(), folder.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such user's home, a NUL
         raise UsageError(f"--model {spec.model}: is neither a folder nor a hub id") from error
     if is_folder:
         return _from_folder(spec, folder, folder.resolve().name, weights)
-    if is_there or spec.model.startswith((".", "/", "~")):
-        what = "is a file" if is_there else "no such folder"
-        raise UsageError(f"--model {spec.model}: {what}; give a checkpoint's folder or a hub id")
+    if is_file:
+        return _from_gguf(spec, folder, weights)
+    looks_local = spec.model.startswith((".", "/", "~")) or set(spec.model) & set(":\\")
+    if is_there or looks_local or folder.suffix == ".gguf":
+        what = "is no file or folder" if is_there else "no such file or folder"
+        raise UsageError(
+            f"--model {spec.model}: {what}; give a checkpoint's folder, a GGUF file or a hub id"
+        )
     if spec.model not in MADE_UP:
         return _from_hub(spec, weights)
     if spec.load_format == "pretrained":
@@ -163,6 +183,24 @@ def _from_folder(spec: ModelSpec, folder: Path, name: str, weights: bool) -> Sou
     for file in files:
         _check_safetensors(spec.model, file)
     return Source(name, "pretrained", config, folder, f"{name}: pretrained weights from {folder}")
+
+
+def _from_gguf(spec: ModelSpec, file: Path, weights: bool) -> Source:
+    try:
+        found = read_gguf(file)
+        config = found.config()
+        if fault := fault_of(config):
+            raise UsageError(f"its header says {fault}")
+    except UsageError as error:
+        raise UsageError(f"--model {spec.model}: {error}") from error
+    load_format = "pretrained" if weights and spec.load_format != "dummy" else "dummy"
+    note = f"{file.stem}: dummy weights, shape of {file}"
+    if load_format == "pretrained":
+        formats = f"{found.quantization} dequantised" if found.quantization else found.formats[0]
+        note = f"{file.stem}: pretrained weights from {file}, {formats}"
+        if found.ignored:
+            note += f"; transformers ignores {found.ignored}, so texts differ from the model's own"
+    return Source(file.stem, load_format, config, None, note, found)
 
 
 def _check_safetensors(model: str, file: Path) -> None:
@@ -286,12 +324,14 @@ def read_config(model: str, folder: Path) -> dict[str, Any]:
         raise UsageError(f"--model {model}: its config.json cannot be read: {why}") from error
     if not isinstance(config, dict) or not {"model_type", "vocab_size"} <= config.keys():
         raise UsageError(f"--model {model}: its config.json lacks model_type or vocab_size")
-    if fault := _fault(config):
+    if fault := fault_of(config):
         raise UsageError(f"--model {model}: its config.json says {fault}")
     return config
 
 
-def _fault(config: Mapping[str, Any]) -> str | None:
+def fault_of(config: Mapping[str, Any]) -> str | None:
+    """Return the first setting that no model has, with its value and what would be right."""
+
     def spell(value: object) -> str:
         return shown(json.dumps(value))
 
@@ -347,39 +387,91 @@ class Tokenizer:
 
     Encoding adds no special tokens. Decoding keeps those that the ids hold: without ``<|im_end|>``
     and ``<|im_start|>`` the role between two turns, ``assistant``, would look like text of the
-    model.
+    model. ``whole`` reads the tokenizer with transformers, which knows its chat template.
     """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
+    whole: Callable[[], Any]
 
 
-def find_tokenizer(folder: Path | None) -> Tokenizer | None:
-    """Return the tokenizer in a checkpoint's folder; raise UsageError if its file is damaged."""
-    if folder is None:
+def find_tokenizer(place: Path | None) -> Tokenizer | None:
+    """Return the tokenizer in a checkpoint's folder or a GGUF file.
+
+    Raises UsageError if its file is damaged.
+    """
+    if place is None:
         return None
+    if place.is_file() and "tokenizer.ggml.model" not in read_gguf(place).settings:
+        return None
+    files = ("vocab.json", "tokenizer_config.json")
     try:
-        if (folder / "tokenizer.json").exists():
+        if (place / "tokenizer.json").exists():
             from tokenizers import Tokenizer as Fast
 
-            fast = Fast.from_file(str(folder / "tokenizer.json"))
+            fast = Fast.from_file(str(place / "tokenizer.json"))
             return Tokenizer(
                 lambda text: list(fast.encode(text, add_special_tokens=False).ids),
                 lambda ids: str(fast.decode(list(ids), skip_special_tokens=False)),
+                lambda: _transformers_tokenizer(place),
             )
-        if (folder / "vocab.json").exists() or (folder / "tokenizer_config.json").exists():
-            from transformers import AutoTokenizer
-
-            options = {"local_files_only": True, "trust_remote_code": False}
-            slow = AutoTokenizer.from_pretrained(folder, **options)
+        if place.is_file() or any((place / file).exists() for file in files):
+            slow = _transformers_tokenizer(place)
             exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
             return Tokenizer(
                 lambda text: list(slow.encode(text, add_special_tokens=False)),
                 lambda ids: str(slow.decode(list(ids), **exact)),
+                lambda: slow,
             )
     except Exception as error:  # the libraries raise plain Exception for a damaged file
         raise UsageError(
-            f"{folder}: its tokenizer (tokenizer.json or vocab.json) cannot be read: {error}; "
+            f"{place}: its tokenizer (tokenizer.json or vocab.json) cannot be read: {error}; "
             "fetch it again"
         ) from error
     return None
+
+
+def _transformers_tokenizer(place: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if place.is_file():
+        with alone(place) as folder:
+            return AutoTokenizer.from_pretrained(folder, gguf_file=place.name, **options)
+    return AutoTokenizer.from_pretrained(place, **options)
+
+
+def encoder(tokenizer: Tokenizer | None, *, chat: bool) -> Callable[[str], list[int]] | None:
+    """Return the function that encodes the texts of a workload; None without a tokenizer.
+
+    With ``chat`` each text becomes a user's message in the tokenizer's own chat template, which
+    transformers renders in a sandbox of jinja. Raises UsageError if there is no template.
+    """
+    if not chat:
+        return tokenizer.encode if tokenizer else None
+    if tokenizer is None:
+        raise UsageError(
+            "--chat-template: no tokenizer is known; choose a model that has one, or with --target "
+            "give --tokenizer"
+        )
+    encode = tokenizer.encode
+    try:
+        whole = tokenizer.whole()
+    except Exception as error:
+        raise UsageError(f"--chat-template: the tokenizer cannot be read: {error}") from error
+    if not whole.chat_template:
+        raise UsageError("--chat-template: this model's tokenizer has no template; drop the option")
+
+    def encode_message(text: str) -> list[int]:
+        message = {"role": "user", "content": text}
+        try:
+            wrapped = whole.apply_chat_template(
+                [message], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template may raise anything
+            raise UsageError(
+                f"--chat-template: the tokenizer's template fails: {shown(error, 200)}"
+            ) from error
+        return encode(str(wrapped))
+
+    return encode_message

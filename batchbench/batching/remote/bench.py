@@ -15,11 +15,25 @@ from batchbench.batching.benches import GRACE, Bench, check_pair_time, in_turn
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import environment
-from batchbench.batching.models import ModelCache, ModelSpec, Tokenizer, find_model, find_tokenizer
+from batchbench.batching.models import (
+    ModelCache,
+    ModelSpec,
+    Tokenizer,
+    encoder,
+    find_model,
+    find_tokenizer,
+)
 from batchbench.batching.models.source import read_config
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.remote.dialects import Dialect, PromptCache, body_for, discover
+from batchbench.batching.remote.clients import Clients, Start
+from batchbench.batching.remote.dialects import (
+    Dialect,
+    LengthField,
+    PromptCache,
+    body_for,
+    discover,
+)
 from batchbench.batching.remote.exchange import FailureKind
 from batchbench.batching.remote.outcome import (
     Agreement,
@@ -54,7 +68,11 @@ class RemoteBench(Bench):
     """
 
     def __init__(
-        self, experiment: Experiment, watch: Watch, models: ModelCache | None = None
+        self,
+        experiment: Experiment,
+        watch: Watch,
+        models: ModelCache | None = None,
+        start: Start | None = None,
     ) -> None:
         super().__init__(experiment, watch)
         assert experiment.target is not None
@@ -68,6 +86,8 @@ class RemoteBench(Bench):
         self._counts: dict[str, list[Attempt]] = {n: [] for n in experiment.serving.strategies}
         self._outputs: dict[int, Sequence[Output]] = {}  # by id of the recording
         self._until_ns: int | None = None
+        self._start_clients = start
+        self._clients: Clients | None = None  # from the warm-up on
         self.workload = self.make(experiment.workload)
         self.model = {
             "name": self._name or "unnamed model",
@@ -83,6 +103,20 @@ class RemoteBench(Bench):
                 f"a {self._dialect.name} server cannot be told to go on after an end token, and a "
                 "shorter output counts as failed; --stop-at-eos takes outputs as they come"
             )
+        self._check_clients(self._target.clients)
+
+    def _check_clients(self, count: int) -> None:
+        if count > 1 and not self.strategy("continuous").clients_share(self.workload):
+            raise UsageError(
+                f"--clients {count}: all requests are there at the start, so there is no rate to "
+                "share; give --request-rate, or drop --clients"
+            )
+        if len(self.workload) < count:
+            raise UsageError(f"--clients {count}: more than requests; raise --queue-size")
+
+    def close(self) -> None:
+        if self._clients is not None:
+            self._clients.close()
 
     def make(self, spec: WorkloadSpec) -> Workload:
         """Make a workload; a request that the server says it cannot take is a usage error."""
@@ -91,10 +125,11 @@ class RemoteBench(Bench):
             spec,
             batch_size=self.experiment.serving.batch_size,
             vocab_size=_vocabulary_of(self._folder),
-            encode=tokenizer.encode if tokenizer else None,
+            encode=encoder(tokenizer, chat=spec.chat_template),
             context=context,
             note=self._watch.note,
         )
+        self._check_sampling(workload)
         total = workload.prompt_tokens + workload.output_tokens
         longest = int(total.argmax())
         if context is not None and total[longest] > context:
@@ -106,6 +141,27 @@ class RemoteBench(Bench):
             )
         return workload
 
+    def _check_sampling(self, workload: Workload) -> None:
+        """Raise UsageError if the server cannot draw tokens as the workload says."""
+        how, dialect = workload.sampling, self._dialect
+        if how is None:
+            return
+        if self._target.verify_model is not None:
+            raise UsageError(
+                "--verify-model: sampled outputs cannot be checked, since a server draws them from "
+                "random numbers of its own; drop it, or give --temperature 0"
+            )
+        if how.top_k and not dialect.top_k:
+            raise UsageError(
+                f"--top-k {how.top_k}: requests to this {dialect.name} server have no such field; "
+                "drop it, or give one of the server's own with --extra-body"
+            )
+        if workload.stop_at_eos and dialect.length_field is LengthField.GENERATION_CONFIG:
+            raise UsageError(
+                f"--temperature {how.temperature:g}: this {dialect.name} server samples only with "
+                "settings that replace the model's end-of-sequence token; drop --stop-at-eos"
+            )
+
     def strategy(self, name: str) -> Served:
         """Return the strategy of this name, *static* or *continuous*."""
         return Served(
@@ -116,6 +172,7 @@ class RemoteBench(Bench):
             self._dialect,
             self._body,
             self._until_ns,
+            self._clients,
         )
 
     def _body(self, workload: Workload, request: Request) -> bytes:
@@ -130,6 +187,7 @@ class RemoteBench(Bench):
             request.output_tokens,
             ignore_eos=not workload.stop_at_eos,
             extra_body=self._target.extra,
+            drawn=workload.stream(request.index),
         )
 
     def within(self, limit: float | None) -> Self:
@@ -137,16 +195,22 @@ class RemoteBench(Bench):
         if limit is None:
             return self
         other = self.on(self.workload)
-        other._until_ns = time.monotonic_ns() + round(GRACE * limit * 1e9)
+        other._until_ns = time.perf_counter_ns() + round(GRACE * limit * 1e9)
         return other
 
     def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
-        """Serve a short piece with as many requests as in a trial, until its latency settles.
+        """Start the clients, and serve a short piece until its latency settles.
+
+        It has as many requests at once as a trial; this process sends them.
 
         Raises:
             TrialFailed: a request failed.
             UsageError: the server refuses the requests.
         """
+        count, names = self._target.clients, self.experiment.serving.strategies
+        # In a sweep over clients, one client is elsewhere too, unless waves are compared with it.
+        if count > 1 or (self._start_clients is not None and names == ("continuous",)):
+            self._clients = Clients(count, self._start_clients, self._watch)
         self._watch.phase("warming up")
         began = time.monotonic()
         piece = beginning(
@@ -285,6 +349,7 @@ class RemoteBench(Bench):
             },
             running_before=max(running, default=None),
             prompt_cache_off=self._dialect.prompt_cache is PromptCache.OFF or None,
+            clients=() if self._clients is None else self._clients.nodes,
         )
 
     def agreement(self) -> Agreement | None:
@@ -332,13 +397,13 @@ def token_ns(recording: Recording) -> float:
 
 
 def _folder_of(target: TargetSpec) -> Path | None:
-    """Return the folder that has the tokenizer: of ``--tokenizer``, else of ``--verify-model``."""
+    """Return the place of the tokenizer: of ``--tokenizer``, else of ``--verify-model``."""
     if target.tokenizer is None:
         return target.verify_model
     folder = Path(target.tokenizer).expanduser()
     if not folder.is_dir():
         try:
-            found = find_model(ModelSpec(target.tokenizer), weights=False).folder
+            found = find_model(ModelSpec(target.tokenizer), weights=False).place
         except UsageError as error:
             raise UsageError(str(error).replace("--model", "--tokenizer")) from error
         if found is None:
@@ -350,6 +415,8 @@ def _folder_of(target: TargetSpec) -> Path | None:
 
 
 def _vocabulary_of(folder: Path | None) -> int:
+    if folder is not None and folder.is_file():
+        return find_model(ModelSpec(str(folder)), weights=False).vocab_size
     if folder is None or not (folder / "config.json").is_file():
         return SAFE_VOCABULARY
     config = read_config(str(folder), folder)

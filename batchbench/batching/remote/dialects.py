@@ -17,6 +17,7 @@ from typing import Any
 from batchbench.batching.remote.exchange import Address
 from batchbench.batching.remote.wire import get
 from batchbench.errors import UsageError, shown
+from batchbench.workloads.request import Stream
 
 Json = Mapping[str, Any]
 """A JSON object that a server sent: nothing is certain about its keys and values."""
@@ -55,6 +56,9 @@ class Dialect:
         salt_field: gets a random text in each request, so that no two share a cached prompt.
         ends_with_done: a complete stream ends with ``data: [DONE]``.
         usage_on_request: the usage comes only if ``stream_options`` asks for it.
+        top_k: a sampled request may have this field.
+        all_tokens: fields with which a sampled request keeps all tokens; without them, some servers
+            cut as their own or the model's defaults say.
     """
 
     name: str
@@ -69,12 +73,16 @@ class Dialect:
     salt_field: str | None = None
     ends_with_done: bool = True
     usage_on_request: bool = True
+    top_k: bool = True
+    all_tokens: Json = field(default_factory=lambda: {"top_p": 1})
 
 
 _STREAM_OPTIONS = "stream_options"
 
 _STREAM_COUNTS = {_STREAM_OPTIONS: {"include_usage": True, "continuous_usage_stats": True}}
 """vLLM's option for the usage in every chunk; SGLang has taken it over."""
+
+_ALL_TOKENS = {"top_p": 1, "top_k": -1, "min_p": 0}
 
 DIALECTS: Mapping[str, Dialect] = {
     dialect.name: dialect
@@ -85,6 +93,7 @@ DIALECTS: Mapping[str, Dialect] = {
             prompt_cache=PromptCache.OFF,
             # `verbose` adds the ids to a chunk; `logprobs` would too, and computes a softmax.
             fields={"cache_prompt": False, "timings_per_token": True, "verbose": True},
+            all_tokens={"top_p": 1, "top_k": 0, "min_p": 0},
         ),
         Dialect(
             "vllm",
@@ -92,6 +101,7 @@ DIALECTS: Mapping[str, Dialect] = {
             prompt_cache=PromptCache.OFF,
             fields={"return_token_ids": True, **_STREAM_COUNTS},
             salt_field="cache_salt",
+            all_tokens=_ALL_TOKENS,
         ),
         Dialect(
             "sglang",
@@ -99,8 +109,10 @@ DIALECTS: Mapping[str, Dialect] = {
             prompt_cache=PromptCache.OFF,
             fields={"return_token_ids": True, **_STREAM_COUNTS},
             salt_field="cache_salt",
+            all_tokens=_ALL_TOKENS,
         ),
-        Dialect("tgi", length_field=None),
+        # It refuses a top_p of 1.
+        Dialect("tgi", length_field=None, top_k=False, all_tokens={}),
         Dialect(
             "transformers",
             length_field=LengthField.GENERATION_CONFIG,
@@ -108,7 +120,7 @@ DIALECTS: Mapping[str, Dialect] = {
             usage_on_request=False,
         ),
         Dialect("openvino"),
-        Dialect("openai", prompt_ids=True),
+        Dialect("openai", prompt_ids=True, top_k=False),
     )
 }
 """The known servers; `openai` is any other that follows OpenAI's API."""
@@ -134,13 +146,15 @@ def body_for(
     ignore_eos: bool = True,
     extra_body: Json | None = None,
     stream: bool = True,
+    drawn: Stream | None = None,
 ) -> bytes:
-    """Return the body of a greedy request.
+    """Return the body of a request.
 
     Args:
         prompt: a text, or token ids where the server takes them.
         ignore_eos: generate exactly ``output_tokens``, where the server can.
         extra_body: the user's fields, which replace ours; null removes one.
+        drawn: the random stream of a sampled request, whose seed the server gets; None for greedy.
 
     Raises:
         UsageError: the prompt has token ids, and the server takes texts alone.
@@ -152,7 +166,7 @@ def body_for(
         body["prompt"] = [int(token) for token in prompt]
     else:
         body["prompt"] = _text(dialect, endpoint, prompt)
-    body |= {"max_tokens": output_tokens, "temperature": 0, "stream": stream}
+    body |= {"max_tokens": output_tokens, **_sampled_fields(dialect, drawn), "stream": stream}
     if stream and dialect.usage_on_request:
         body[_STREAM_OPTIONS] = {"include_usage": True}
     body |= {
@@ -161,7 +175,7 @@ def body_for(
     if dialect.salt_field is not None:
         body[dialect.salt_field] = secrets.token_hex(8)
     if ignore_eos:
-        body |= _length_fields(dialect, output_tokens)
+        body |= _length_fields(dialect, output_tokens, drawn)
     body |= extra_body or {}
     kept = {key: value for key, value in body.items() if value is not None}
     return json.dumps(kept, separators=(",", ":")).encode()
@@ -176,12 +190,26 @@ def _text(dialect: Dialect, endpoint: str, prompt: str | Sequence[int]) -> str:
     )
 
 
-def _length_fields(dialect: Dialect, output_tokens: int) -> Json:
+def _sampled_fields(dialect: Dialect, drawn: Stream | None) -> Json:
+    if drawn is None:
+        return {"temperature": 0}
+    how = drawn.sampling
+    cuts = {"top_p": how.top_p} if how.top_p < 1 else {}
+    cuts |= {"top_k": how.top_k} if how.top_k else {}
+    seed = {"seed": drawn.seed}
+    return {"temperature": how.temperature, **seed, **dialect.all_tokens, **cuts}
+
+
+def _length_fields(dialect: Dialect, output_tokens: int, drawn: Stream | None) -> Json:
     match dialect.length_field:
         case LengthField.IGNORE_EOS:
             return {"ignore_eos": True}
         case LengthField.GENERATION_CONFIG:
-            config = {"max_new_tokens": output_tokens, "eos_token_id": -1, "do_sample": False}
+            # Only here does it take top_k, whose default is 50.
+            sampled = drawn is not None
+            cut = {} if drawn is None else {"top_k": drawn.sampling.top_k}
+            config = {"max_new_tokens": output_tokens, "eos_token_id": -1, "do_sample": sampled}
+            config |= cut
             return {"generation_config": json.dumps(config)}
         case None:
             return {}

@@ -1,6 +1,6 @@
 """The address of a server, requests to it, and what came back: bytes with time stamps.
 
-All times are nanoseconds of ``time.monotonic_ns``, or of the virtual clock of a simulated server.
+All times are nanoseconds of ``time.perf_counter_ns``, or of a simulated server's virtual clock.
 """
 
 from __future__ import annotations

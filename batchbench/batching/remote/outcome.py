@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from batchbench.errors import BatchbenchError, shown
 
@@ -31,6 +32,13 @@ class ServerFacts:
     cached_tokens: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
     running_before: int | None = None
     prompt_cache_off: bool | None = None  # None: the server has no such option
+    clients: tuple[str, ...] = ()  # machines of the clients that shared the requests, if several
+
+
+def rate_of(sent_ns: Sequence[int]) -> float | None:
+    """Return the requests per second between the first and the last; None if there is no time."""
+    span_ns = max(sent_ns) - min(sent_ns)
+    return (len(sent_ns) - 1) / (span_ns / 1e9) if span_ns else None
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,9 @@ class TrialFailed(BatchbenchError):  # noqa: N818  # the name of what happened
     def __init__(self, failed: FailedTrial, *, is_usage: bool, text: str | None = None) -> None:
         super().__init__(text or str(failed))
         self.failed, self.is_usage = failed, is_usage
+
+    def __reduce__(self) -> tuple[Any, ...]:  # so that another process can raise it
+        return partial(TrialFailed, is_usage=self.is_usage, text=str(self)), (self.failed,)
 
 
 @dataclass(frozen=True)

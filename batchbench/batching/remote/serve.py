@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
 from batchbench.batching.progress import Progress, Watch
-from batchbench.batching.recording import Header, Recording
+from batchbench.batching.recording import Header, Ints, Recording
 from batchbench.batching.remote import counters, wire
 from batchbench.batching.remote.counters import ServerCounters
 from batchbench.batching.remote.dialects import Dialect
-from batchbench.batching.remote.events import Reply, client_lag, parse
+from batchbench.batching.remote.events import ClientLag, Reply, client_lag, parse
 from batchbench.batching.remote.exchange import (
     Address,
     Exchange,
@@ -48,7 +49,8 @@ class Served:
     one has ended. *continuous* has at most ``slots`` requests in flight; requests that arrive at
     times of their own are sent when they are due, however many there are.
 
-    ``body`` makes the body of a request of the workload that is served.
+    ``body`` makes the body of a request of the workload that is served. ``clients`` share the
+    requests that arrive over time; None: this process sends all.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Served:
     dialect: Dialect
     body: Callable[[Workload, Request], bytes]
     until_ns: int | None = None  # end of the time for trials, on the clock of ``wire``
+    clients: Players | None = None
 
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
         """Serve every request of the workload once.
@@ -74,28 +77,50 @@ class Served:
             TrialFailed: a request failed.
             OutOfTimeError: the time for trials is up.
         """
-        feed = Feed(workload, self)
-        progress = _Shown(Progress(self.name, trial, self.slots, len(workload)), feed, watch)
         before = counters.read_counters(self.address, self.dialect)
+        if self.clients is not None and self.clients_share(workload):
+            played = self.clients.play(self, workload, watch, trial)
+        else:
+            played = self.play(workload, watch, trial)
+        after = counters.read_counters(self.address, self.dialect)
+        growth = after.since(before) if before and after else ServerCounters()
+        recording, replies = self._recording(workload, played, trial), played.replies
+        return Attempt(recording, replies, before, _cached(growth, replies), growth.passes)
+
+    def clients_share(self, workload: Workload) -> bool:
+        """Return True if several clients can share the workload without knowing of each other."""
+        timed = bool(workload.due_ns.any()) and workload.max_concurrency is None
+        return timed and self.name == CONTINUOUS
+
+    def play(self, workload: Workload, watch: Watch, trial: int, zero_ns: int = -1) -> Played:
+        """Send every request of the workload once, from ``zero_ns`` on, or at once if it is -1.
+
+        Raises:
+            TrialFailed: a request failed.
+            OutOfTimeError: the time for trials is up.
+        """
+        feed = Feed(workload, self, zero_ns)
+        progress = _Shown(Progress(self.name, trial, self.slots, len(workload)), feed, watch)
         gc.collect()  # a collection takes 0.1 s
         gc.disable()
         try:
             exchanges = wire.exchange(self.address, feed, progress.changed, until_ns=self.until_ns)
         finally:
             gc.enable()
-        after = counters.read_counters(self.address, self.dialect)
         cut_off = len(exchanges) < len(workload) and not feed.stopped
         if self.until_ns is not None and (cut_off or _stopped(exchanges)):
             raise OutOfTimeError("the time is up during a trial")
-        replies = [
-            self._reply(workload, exchange)
-            for exchange in sorted(exchanges, key=lambda exchange: exchange.index)
-        ]
+        exchanges = sorted(exchanges, key=lambda exchange: exchange.index)
+        replies = [self._reply(workload, exchange) for exchange in exchanges]
         if failed := [reply for reply in replies if reply.failure is not None]:
             raise self._failed(failed, len(workload), trial)
-        growth = after.since(before) if before and after else ServerCounters()
-        recording = self._recording(workload, feed, exchanges, replies, trial)
-        return Attempt(recording, replies, before, _cached(growth, replies), growth.passes)
+        return Played(
+            replies,
+            [reply.token_times_ns - feed.zero_ns for reply in replies],
+            [exchange.sent_ns - feed.zero_ns for exchange in exchanges],
+            feed.due_ns,
+            client_lag(exchanges, replies),
+        )
 
     def _reply(self, workload: Workload, exchange: Exchange) -> Reply:
         asked = int(workload.output_tokens[exchange.index])
@@ -120,16 +145,8 @@ class Served:
             FailedTrial(self.name, trial, requests, tuple(failed)), is_usage=is_usage
         )
 
-    def _recording(
-        self,
-        workload: Workload,
-        feed: Feed,
-        exchanges: Sequence[Exchange],
-        replies: Sequence[Reply],
-        trial: int,
-    ) -> Recording:
-        name, version = self.dialect.name, self.dialect.version
-        sent = {exchange.index: exchange.sent_ns - feed.zero_ns for exchange in exchanges}
+    def _recording(self, workload: Workload, played: Played, trial: int) -> Recording:
+        name, version, replies = self.dialect.name, self.dialect.version, played.replies
         ids = [reply.token_ids for reply in replies if reply.token_ids is not None]
         header = Header(
             strategy=self.name,
@@ -139,19 +156,42 @@ class Served:
             workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
             about={
                 "engine": f"{name} {version}" if version else name,
-                "client": asdict(client_lag(exchanges, replies)),
+                "client": asdict(played.lag),
                 "assumed_times": sum(not reply.itl_known for reply in replies),
                 "prompt_tokens_by_server": _sum([reply.usage_input for reply in replies]),
+                **({"clients": played.clients} if played.clients else {}),
             },
         )
         return Recording.of_tokens(
             header,
             workload,
             ids if len(ids) == len(replies) else None,
-            [(reply.token_times_ns - feed.zero_ns).tolist() for reply in replies],
-            [sent[i] for i in range(len(workload))],
-            due_ns=feed.due_ns,
+            [times.tolist() for times in played.times_ns],
+            played.sent_ns,
+            due_ns=played.due_ns,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Played:
+    """The requests of a trial that have all been served; one value for each, in ns from the start.
+
+    ``clients`` are the clients that shared them, as JSON values.
+    """
+
+    replies: Sequence[Reply]
+    times_ns: Sequence[Ints]  # of the tokens of each
+    sent_ns: Sequence[int]
+    due_ns: Ints
+    lag: ClientLag
+    clients: Sequence[Mapping[str, Any]] = ()
+
+
+class Players(Protocol):
+    """Clients that share the requests of a trial."""
+
+    def play(self, served: Served, workload: Workload, watch: Watch, trial: int) -> Played:
+        """Serve a trial; see :meth:`Served.play`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,10 +208,11 @@ class Attempt:
 class Feed:
     """The requests of one trial, each sent when the strategy lets it.
 
-    ``due_ns`` is when each was due, since ``zero_ns``; it is filled in as the trial goes on.
+    ``due_ns`` is when each was due, since ``zero_ns``; it is filled in as the trial goes on. The
+    trial begins at ``zero_ns``, or with the first question if it is -1.
     """
 
-    def __init__(self, workload: Workload, served: Served) -> None:
+    def __init__(self, workload: Workload, served: Served, zero_ns: int = -1) -> None:
         self._served, self._arrivals = served, make_arrivals(workload)
         self._bodies = [served.body(workload, request) for request in workload]
         self._waiting: deque[Request] = deque()
@@ -180,13 +221,13 @@ class Feed:
         timed = bool(workload.due_ns.any()) and served.name == CONTINUOUS
         self._most = len(workload) if timed else served.slots
         self.sent = 0
-        self.zero_ns = -1
+        self.zero_ns = zero_ns
         self.due_ns = np.zeros(len(workload), np.int64)
         self.stopped = False
 
     def next(self, now_ns: int, in_flight: int) -> Outgoing | Wait | None:
         """Return the next request, if it may be sent now."""
-        if self.zero_ns < 0:
+        if self.zero_ns == -1:
             self.zero_ns = now_ns
         now_ns -= self.zero_ns
         while len(self._unfinished) > in_flight:  # which one finished does not matter to arrivals

@@ -97,10 +97,10 @@ class TargetSpec:
     )
     tokenizer: str | None = setting(
         None,
-        "Tokenizer of the server's model, to send prompts as text: a model id on the hub, or a "
-        "local folder.",
+        "Tokenizer of the server's model, to send prompts as text: a model id on the hub, a "
+        "local folder or a GGUF file.",
         _PANEL,
-        metavar="ID|FOLDER",
+        metavar="ID|FOLDER|FILE",
     )
     api_key: str | None = secret(
         f"Key sent as the bearer token. It is not saved or shown. {API_KEY} in the environment "
@@ -121,6 +121,14 @@ class TargetSpec:
         min=0.001,
         max=1e6,
         unit="seconds",
+    )
+    clients: int = setting(
+        1,
+        "Number of client processes that share the requests, on this machine or on those of "
+        "--executor; for requests that arrive over time.",
+        _PANEL,
+        min=1,
+        max=1000,
     )
     insecure: bool = setting(False, "Accept any TLS certificate of the server.", _PANEL)
     verify_model: Path | None = setting(

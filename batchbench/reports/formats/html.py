@@ -126,7 +126,7 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "names": result.names,
         "called": [result.label(name) for name in result.names],
         "served": result.served,
-        "agreement": agreement_words(agreed) if (agreed := data.get("agreement")) else "",
+        "agreement": agreement_words(data, agreed) if (agreed := data.get("agreement")) else "",
         "strategies": strategies,
         "head": head,
         "rows": rows,

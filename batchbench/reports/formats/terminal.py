@@ -1,4 +1,4 @@
-"""The result on a terminal: a sentence, its causes, and tables with notes that explain them."""
+"""The result on a terminal: the answer, its causes and a table; with ``verbose`` everything."""
 
 from __future__ import annotations
 
@@ -44,20 +44,25 @@ _COST = "cost_per_million_output_tokens"
 
 def sentence(result: Result, *, reasons: bool = True) -> str:
     """Return the answer in one sentence, with the ``reasons`` of a suspect run or without."""
+    return "; ".join([_answer(result), *_trust(result, reasons=reasons)]) + "."
+
+
+def _trust(result: Result, *, reasons: bool) -> list[str]:
+    """Return words on the outputs and on the validity of a run."""
     data = result.data
-    parts = [_answer(result)]
+    parts = []
     agreement, verified = data.get("agreement"), data["verification"]["requests_checked"]
     if verified:
         parts.append(_outputs(data["verification"], served=result.served))
     if agreement is not None:
-        parts.append(agreement_words(agreement))
+        parts.append(agreement_words(data, agreement))
     if not (verified or agreement or data["simulated"]):
         parts.append("outputs not verified")
     validity = data["validity"]
     parts.append(f"run {validity['status']}")
     if validity["reasons"] and reasons:
         parts[-1] += f" ({'; '.join(validity['reasons'])})"
-    return "; ".join(parts) + "."
+    return parts
 
 
 def as_fast(ratio: float, candidate: str, baseline: str, interval: str = "") -> str:
@@ -266,6 +271,21 @@ _COMPARED = (
 )
 
 
+_MOST_TELLING = (
+    *("output_throughput", "duration", "p99_ttft_ms", "slo_attainment", "request_goodput", _COST),
+    *("mean_ttft_ms", "mean_tpot_ms", "p99_e2el_ms", "forward_passes", "utilisation"),
+    "mean_e2el_ms",
+)
+MOST_ROWS = 10
+"""The rows of a short table: the first ten that are known."""
+
+
+def _short_rows(result: Result) -> list[_Row]:
+    rows = {row.metric: row for row in _rows_of(result)}
+    chosen = [metric for metric in _MOST_TELLING if metric in rows][:MOST_ROWS]
+    return [row for metric, row in rows.items() if metric in chosen]
+
+
 def _rows_of(result: Result) -> list[_Row]:
     strategies = result.data["strategies"]
     classes = strategies[result.names[0]]["by_output_length"]
@@ -294,17 +314,20 @@ def _value(strategy: Mapping[str, Any], row: _Row) -> float | None:
     return 100 * value if value is not None and row.unit == "%" else value
 
 
-def cells(result: Result) -> tuple[list[str], list[list[str]]]:
+def cells(
+    result: Result, *, rows: Sequence[_Row] | None = None
+) -> tuple[list[str], list[list[str]]]:
     """Return the main table as text: its head, and a row per metric; of two also their ratio."""
     strategies, names = result.data["strategies"], result.names
     two = len(names) == 2
     labels = [result.label(name) for name in names]
     head = ["Metric", "Unit", *labels, *([f"÷ {labels[0]}"] if two else [])]
-    rows = []
-    for row in _rows_of(result):
+    lines = []
+    for row in _rows_of(result) if rows is None else rows:
         values = [number(_value(strategies[name], row)) for name in names]
-        rows.append([row.label, row.unit, *values, *([_ratio(result, row, *names)] if two else [])])
-    return head, rows
+        ratio = [_ratio(result, row, *names)] if two else []
+        lines.append([row.label, row.unit, *values, *ratio])
+    return head, lines
 
 
 def _ratio(result: Result, row: _Row, baseline: str, name: str) -> str:
@@ -317,7 +340,7 @@ def _ratio(result: Result, row: _Row, baseline: str, name: str) -> str:
     return times(above / below if above and below else None)
 
 
-def notes(result: Result) -> list[str]:
+def notes(result: Result, *, rows: Sequence[_Row] | None = None) -> list[str]:
     """Return what a reader should know of the numbers and rows of the main table."""
     trials = len(result.recordings[result.names[0]])
     lines = []
@@ -333,7 +356,7 @@ def notes(result: Result) -> list[str]:
     classes = result.data["strategies"][result.names[0]]["by_output_length"]
     if result.served and all(length["mean_slowdown"] is None for length in classes):
         lines.append("each output came at once: ITL, TPOT and E2E ÷ unloaded are not known")
-    return lines + [row.note for row in _rows_of(result) if row.note]
+    return lines + [row.note for row in rows or _rows_of(result) if row.note]
 
 
 def _servings(result: Result) -> list[str]:
@@ -343,10 +366,11 @@ def _servings(result: Result) -> list[str]:
     return [] if note is None else [note]
 
 
-def table(result: Result) -> Table:
-    head, rows = cells(result)
-    few = len(result.names) < 3
-    return make_table(result.title, head, rows, left=2, notes=notes(result), framed=few)
+def table(result: Result, *, verbose: bool = True) -> Table:
+    chosen = _rows_of(result) if verbose else _short_rows(result)
+    head, rows = cells(result, rows=chosen)
+    few, below = len(result.names) < 3, notes(result, rows=chosen)
+    return make_table(result.title, head, rows, left=2, notes=below, framed=few)
 
 
 def comparisons(result: Result) -> Table:
@@ -486,14 +510,23 @@ def _extrapolation(reasons: list[str]) -> list[str]:
 # The whole
 
 
-def render(result: Result) -> RenderableType:
+def render(result: Result, *, verbose: bool = True) -> RenderableType:
+    """Return the answer, its causes and a table of at most ten rows; everything if ``verbose``."""
     status = result.data["validity"]["status"]
     wrong = result.data["verification"]["passed"] is False
-    style = "bold red" if wrong else "bold" if status == "valid" else "bold yellow"
-    parts: list[RenderableType] = [Text(sentence(result), style=style)]
-    parts += [*map(Text, causes(result)), Text(), table(result)]
+    style = "bold red" if wrong else "green" if status == "valid" else "bold yellow"
+    answer, trust = _answer(result), "; ".join(_trust(result, reasons=True))
+    parts: list[RenderableType] = [
+        Text(f"{answer[:1].upper()}{answer[1:]}.", style="bold"),
+        Text(f"{trust[:1].upper()}{trust[1:]}.", style=style),
+    ]
+    parts += [*(Text(f"Why: {line}") for line in causes(result)), Text()]
+    parts.append(table(result, verbose=verbose))
     if len(result.names) > 2:
         parts += [Text(), comparisons(result)]
+    if not verbose:
+        lines = server_lines(result.data)
+        return Group(*parts, *([Text(), *map(Text, lines)] if lines else []))
     parts += [] if result.served else [Text(), time_budget_table(result)]
     for lines in (
         server_lines(result.data),

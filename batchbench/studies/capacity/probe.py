@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import stats
@@ -23,6 +24,9 @@ from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.statistics import CONFIDENCE, Floats, mean_interval
 from batchbench.reports.validity import audit, wrong_tokens
 from batchbench.workloads import Workload, WorkloadSpec
+
+if TYPE_CHECKING:
+    from batchbench.batching.remote.clients import Start
 
 GROWTH = 0.1
 """The largest growth of a sustained queue: one in ten arriving requests stays in it."""
@@ -212,7 +216,13 @@ def check_enough(requests: int, query: CapacityQuery) -> None:
 class ProbeRunner:
     """Serve probes; keep each strategy's first trial at the highest rate that it sustained."""
 
-    def __init__(self, experiment: Experiment, query: CapacityQuery, watch: CapacityWatch) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        query: CapacityQuery,
+        watch: CapacityWatch,
+        start: Start | None = None,
+    ) -> None:
         self._spec, self._query, self._watch = experiment.workload, query, watch
         longest = 0
         if experiment.target is None:  # an engine is as large as its longest request
@@ -220,7 +230,7 @@ class ProbeRunner:
             longest = max(
                 planned.make(self._seeded(k)).max_total_tokens for k in range(query.most_trials)
             )
-        self.session = open_bench(experiment, watch, max_len=longest)
+        self.session = open_bench(experiment, watch, max_len=longest, start=start)
         check_enough(len(self.session.workload), query)
         self.warm_up = self.session.warm_up()
         self.strategies = self.session.strategies()

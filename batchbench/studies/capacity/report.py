@@ -152,7 +152,11 @@ def _cells(probe: Data, limits: Collection[str], attainment: float) -> list[str 
 def render(data: Data) -> RenderableType:
     suspect = "bold yellow" if data["validity"]["reasons"] else "bold"
     style = "bold red" if data["verification"]["wrong"] else suspect
-    return Group(Text(sentence(data), style=style), Text(), table(data))
+    nodes = [f"{_label(data, name)} ran on {n}" for name, n in (data.get("nodes") or {}).items()]
+    if clients := data.get("clients"):
+        nodes.append(f"{len(clients)} clients share the requests ({', '.join(clients)})")
+    notes = [Text("; ".join(nodes), style="dim")] * bool(nodes)
+    return Group(Text(sentence(data), style=style), Text(), table(data), *notes)
 
 
 def data_of(findings: CapacityFindings, command: str) -> dict[str, Any]:
@@ -178,6 +182,9 @@ def data_of(findings: CapacityFindings, command: str) -> dict[str, Any]:
         "model": dict(findings.model),
         "environment": dict(findings.environment),
         "server": findings.server and {n: getattr(findings.server, n) for n in _OF_SERVER},
+        "clients": (findings.server and list(findings.server.clients)) or None,
+        "nodes": findings.nodes and dict(findings.nodes),
+        "machines": list(findings.machines),
         "warm_up": asdict(findings.warm_up),
         "strategies": {
             capacity.strategy: {

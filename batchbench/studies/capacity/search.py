@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from batchbench.batching.experiment import Experiment
+from batchbench.batching.models import ModelCache
+from batchbench.batching.policies import WAITING
+from batchbench.batching.progress import Watch
 from batchbench.batching.remote.outcome import ServerFacts
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Verification
@@ -20,6 +25,10 @@ from batchbench.studies.capacity.probe import (
     ProbeRunner,
     Verdict,
 )
+from batchbench.studies.executors.jobs import Done, Executor, Job, kinds_of, run_parts
+
+if TYPE_CHECKING:
+    from batchbench.batching.remote.clients import Start
 
 MOST_DOUBLINGS = 24
 """Maximum number of doublings or halvings of the first rate: a factor of 16 million."""
@@ -100,6 +109,8 @@ class CapacityFindings:
     environment: Mapping[str, Any]
     workload: str
     server: ServerFacts | None = None
+    nodes: Mapping[str, str] | None = None  # where each strategy was searched, if elsewhere
+    machines: Sequence[str] = ()  # kinds of these machines
 
     @property
     def ratio(self) -> Interval | None:
@@ -115,17 +126,26 @@ def find_capacity(
     query: CapacityQuery,
     precision: float,
     watch: CapacityWatch | None = None,
+    start: Start | None = None,
 ) -> CapacityFindings:
     """Search the capacity of each strategy of ``experiment``, whose own rate is ignored.
 
     Every trial of a rate draws arrivals and lengths from its own seed; the seeds are the same for
     every rate and strategy, and a higher rate has the same gaps, shortened. Strategies alternate,
     so that a drift of the machine's speed affects all of them. Raises UsageError if no limit is
-    given, requests miss them even without load, or no rate is too high.
+    given, requests miss them even without load, or no rate is too high. ``start`` starts the
+    clients of a server on other machines.
     """
     if not query.goals.slo:
         raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")
-    runner = ProbeRunner(experiment, query, watch or CapacityWatch())
+    runner = ProbeRunner(experiment, query, watch or CapacityWatch(), start)
+    with closing(runner.session):
+        return _search(runner, experiment, query, precision)
+
+
+def _search(
+    runner: ProbeRunner, experiment: Experiment, query: CapacityQuery, precision: float
+) -> CapacityFindings:
     session, unloaded_ms = runner.session, runner.measure_unloaded()
     alone = 1e3 / unloaded_ms["e2el"]  # at a share of this rate, about that share meets another
     lowest = alone * (1 - query.attainment) / 2
@@ -166,3 +186,75 @@ def find_capacity(
         workload=session.workload.name.replace(f"; {experiment.workload.process}", ""),
         server=session.server(),
     )
+
+
+@dataclass(frozen=True)
+class SearchWork:
+    """The search for one strategy, on any machine."""
+
+    experiment: Experiment
+    query: CapacityQuery
+    precision: float
+
+    def __call__(self, watch: Watch, models: ModelCache) -> Done:
+        return Done({"": pickle.dumps(find_capacity(self.experiment, self.query, self.precision))})
+
+
+def find_capacity_on(
+    executor: Executor,
+    experiment: Experiment,
+    query: CapacityQuery,
+    precision: float,
+    watch: CapacityWatch,
+) -> CapacityFindings:
+    """Search the capacity of each strategy as a job of its own, and put the findings together.
+
+    A search is sequential, since each rate depends on the verdict on the one before. Strategies
+    do not alternate, because each may have another machine.
+    """
+    serving, jobs = experiment.serving, list[Job]()
+    for name in serving.strategies:
+        wait = serving.max_wait if name in WAITING else 0.0
+        own = replace(experiment, serving=replace(serving, strategy=name, max_wait=wait))
+        jobs.append(Job(name, SearchWork(own, query, precision), own.server))
+    ends = run_parts(jobs, executor, watch)
+    nodes = {job.key: ends[job.key][1] for job in jobs}
+    parts: list[CapacityFindings] = [pickle.loads(_bytes(ends[job.key][0][""])) for job in jobs]
+    machines = [] if experiment.simulated else kinds_of(part.environment for part in parts)
+    reasons = [reason for part in parts for reason in part.reasons]
+    if len(machines) > 1:
+        reasons.append(
+            f"strategies were searched on {len(machines)} kinds of machines "
+            f"({'; '.join(machines)}): drop --any-hardware"
+        )
+    return replace(
+        parts[0],
+        experiment=experiment,
+        capacities=[capacity for part in parts for capacity in part.capacities],
+        verification=_all(part.verification for part in parts),
+        reasons=list(dict.fromkeys(reasons)),
+        nodes=nodes,
+        machines=machines,
+    )
+
+
+def _bytes(content: bytes | str) -> bytes:
+    assert isinstance(content, bytes)
+    return content
+
+
+def _all(checks: Iterable[Verification]) -> Verification:
+    """Return the outcome of checks of different recordings of one workload."""
+    first, *others = checks
+    for other in others:
+        gaps = [c.max_logit_gap for c in (first, other) if c.max_logit_gap is not None]
+        first = Verification(
+            first.requests_checked + other.requests_checked,
+            first.identical + other.identical,
+            first.numerical_ties + other.numerical_ties,
+            first.wrong + other.wrong,
+            first.reference or other.reference,
+            max(gaps, default=None),
+            (*first.findings, *other.findings),
+        )
+    return first

@@ -10,14 +10,20 @@ import os
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from batchbench.batching.machine import HARDWARE, SOFTWARE, differences, environment, facts_of
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
-from batchbench.errors import BatchbenchError
-from batchbench.studies.executors.machines import here
+from batchbench.errors import BatchbenchError, IncompleteError, UsageError
+from batchbench.reports.text import spell_time
+from batchbench.version import __version__
+
+if TYPE_CHECKING:
+    from batchbench.batching.remote.clients import Start
 
 MOST_RERUNS = 2
 """Number of times that a job which was lost with its machine runs again."""
@@ -69,10 +75,14 @@ Work = Callable[[Watch, ModelCache], Done | Failed]
 
 @dataclass(frozen=True)
 class Job:
-    """An independent part of a study; no two jobs have the same ``key``."""
+    """An independent part of a study; no two jobs have the same ``key``.
+
+    Jobs with the same ``server`` load it, so they run one after another.
+    """
 
     key: str
     work: Work
+    server: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,8 @@ def run_jobs(
     """Run jobs, and yield the end of each once, in the order in which they end.
 
     A job that is lost runs again at most :data:`MOST_RERUNS` times; after that it is yielded as
-    :class:`Lost`. A job that a machine refuses waits for another machine.
+    :class:`Lost`. A job that a machine refuses waits for another machine, and one whose server is
+    in use waits for its end.
 
     Raises:
         Exception: the error that a job raised.
@@ -165,15 +176,20 @@ def run_jobs(
         waited: called after each wait.
     """
     by_key = {job.key: job for job in jobs}
-    waiting, losses, submitted = deque(by_key), Counter[str](), 0
+    waiting, losses, submitted = deque(by_key), Counter[str](), set[str]()
+
+    def startable() -> str | None:
+        busy = {by_key[key].server for key in submitted} - {None}
+        return next((key for key in waiting if by_key[key].server not in busy), None)
+
     while waiting or submitted:
-        while waiting and executor.free > 0:
-            job = by_key[waiting.popleft()]
-            begins(job)
-            executor.submit(job)
-            submitted += 1
+        while executor.free > 0 and (key := startable()) is not None:
+            waiting.remove(key)
+            begins(by_key[key])
+            executor.submit(by_key[key])
+            submitted.add(key)
         for ended in executor.wait():
-            submitted -= 1
+            submitted.remove(ended.key)
             if isinstance(ended.outcome, Raised):
                 raise ended.outcome.error
             losses[ended.key] += isinstance(ended.outcome, Lost)
@@ -183,6 +199,150 @@ def run_jobs(
             else:
                 yield ended
         waited()
+
+
+def run_parts(
+    jobs: Sequence[Job], executor: Executor, watch: Watch
+) -> dict[str, tuple[Mapping[str, bytes | str], str]]:
+    """Run all parts of a study that keeps none of them; return the files and node of each by key.
+
+    Raises:
+        UsageError: a part cannot be done.
+        IncompleteError: a part was lost with its machine, several times.
+    """
+    ends = dict[str, tuple[Mapping[str, bytes | str], str]]()
+    shown = ""
+
+    def waited() -> None:
+        nonlocal shown
+        now = ", ".join(f"{key} ({node})" for key, node in executor.running.items())
+        if now != shown:
+            shown = now
+            if now:
+                watch.phase(f"running {now}")
+
+    for ended in run_jobs(jobs, executor, waited=waited):
+        if isinstance(ended.outcome, Failed):
+            raise UsageError(ended.outcome.reason)
+        if not isinstance(ended.outcome, Done):
+            raise IncompleteError(
+                f"{ended.key} was lost {MOST_RERUNS + 1} times with its machine "
+                f"({getattr(ended.outcome, 'reason', '')}); the same command starts again"
+            )
+        watch.note(f"{ended.key} ran {spell_time(ended.seconds)} on {ended.node or 'this machine'}")
+        ends[ended.key] = (ended.outcome.files, ended.node)
+    return ends
+
+
+# Clients of one server
+
+
+PLACES_S = 60.0
+"""Seconds without a free place after which not all clients can run at once."""
+
+
+@dataclass(frozen=True)
+class ClientWork:
+    """One of several clients of a server, until they are not needed any more."""
+
+    join: Callable[[], None]
+
+    def __call__(self, watch: Watch, models: ModelCache) -> Done:
+        self.join()
+        return Done({})
+
+
+def clients_on(executor: Executor) -> Start:
+    """Return what starts clients as jobs of an executor, all of which run at the same time."""
+
+    @contextmanager
+    def start(join: Callable[[], None], count: int) -> Iterator[Callable[[], None]]:
+        waiting = deque(Job(f"client {i + 1}", ClientWork(join)) for i in range(count))
+        jobs, since = {job.key: job for job in waiting}, time.monotonic()
+
+        def look() -> None:
+            nonlocal since
+            while waiting and executor.free:
+                executor.submit(waiting.popleft())
+                since = time.monotonic()
+            if waiting and time.monotonic() - since > PLACES_S:
+                raise IncompleteError(
+                    f"--clients {count}: only {count - len(waiting)} can run at once; lower it, or "
+                    "let the executor have more machines"
+                )
+            for ended in executor.wait():
+                if isinstance(ended.outcome, Raised):
+                    raise ended.outcome.error
+                if not isinstance(ended.outcome, Unlike):
+                    reason = getattr(ended.outcome, "reason", "it ended")
+                    raise IncompleteError(f"--clients: {ended.key} on {ended.node}: {reason}")
+                waiting.append(jobs[ended.key])
+
+        try:
+            yield look
+        finally:  # the driver has hung up
+            until = time.monotonic() + LEAVE_S
+            while executor.running and time.monotonic() < until:
+                executor.wait()
+
+    return start
+
+
+LEAVE_S = 10.0
+
+
+# Kinds of machines: jobs that measure times compare only on machines of one kind
+
+
+_OF_A_CELL = ("device", "threads")
+"""Facts that are options of a cell."""
+
+KIND = ("batchbench", *(name for name in (*HARDWARE, *SOFTWARE) if name not in _OF_A_CELL))
+"""Facts in which machines of one kind agree."""
+
+
+def here(*, timed: bool) -> dict[str, Any]:
+    """Return the comparable facts of this machine.
+
+    With ``timed`` they include the first GPU that this process may use, or ``none``.
+    """
+    facts = facts_of(environment(), {}, batchbench=__version__)
+    if timed:
+        import torch
+
+        facts |= {"gpu": "none", "cuda": torch.version.cuda}
+        if torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(0)
+            facts |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
+    return facts
+
+
+def unlike(base: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return in words the first fact in which two machines are of different kinds; empty if none.
+
+    A fact that one of them lacks is not compared: a cell on the CPU does not name the GPU.
+    """
+    for name, one, other in differences(base, new, KIND):
+        if one is not None and other is not None:
+            return f"its {name.replace('_', ' ')} is {other}, not {one}"
+    return ""
+
+
+def kinds_of(environments: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the kinds of the machines with these environments in words, each with its nodes."""
+    kinds: list[tuple[dict[str, Any], list[str]]] = []
+    for facts in (facts_of(facts, {}) for facts in environments):
+        nodes = next((nodes for kind, nodes in kinds if not unlike(kind, facts)), None)
+        if nodes is None:
+            kinds.append((facts, nodes := []))
+        if facts["hostname"] not in nodes:
+            nodes.append(facts["hostname"])
+    return [
+        " ".join(str(kind[name]) for name in ("cpu", "gpu") if kind.get(name))
+        + (f", torch {kind['torch']}" if kind.get("torch") else "")
+        + f" ({', '.join(nodes)})"
+        for kind, nodes in kinds
+    ]
 
 
 # The process that does the work

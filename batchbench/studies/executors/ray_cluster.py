@@ -22,8 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from batchbench import version
 from batchbench.batching.progress import Watch
 from batchbench.errors import IncompleteError, UsageError, reason_in_short
-from batchbench.studies.executors.jobs import Ended, Job, Lost, Worker
-from batchbench.studies.executors.machines import unlike
+from batchbench.studies.executors.jobs import Ended, Job, Lost, Worker, unlike
 
 PATIENCE_S = 300.0
 """Seconds without any device after which a study gives up; a node may join until then."""

@@ -16,8 +16,7 @@ import submitit
 
 from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError, reason_in_short
-from batchbench.studies.executors.jobs import Ended, Job, Lost, Unlike, Worker
-from batchbench.studies.executors.machines import unlike
+from batchbench.studies.executors.jobs import Ended, Job, Lost, Unlike, Worker, unlike
 
 _ASK_S = 30.0
 """Seconds between two questions to Slurm about all jobs; results are looked for all the time."""
@@ -90,12 +89,8 @@ class Slurm:
         if cluster == "slurm" and shutil.which("sbatch") is None:
             raise UsageError("--executor slurm: there is no sbatch here; run it on a login node")
         self._folder, self._watch, self._parallel = folder.absolute(), watch, parallel
-        self._timed, self._same, self._slurm, self._grace_s = (
-            timed,
-            same,
-            cluster == "slurm",
-            grace_s,
-        )
+        self._timed, self._same, self._slurm = timed, same, cluster == "slurm"
+        self._grace_s = grace_s
         self._jobs: dict[Any, str] = {}  # keys by the jobs of submitit
         self._over: dict[Any, float] = {}  # jobs without a result, since when
         self._excluded: set[str] = set()
@@ -184,3 +179,5 @@ class Slurm:
         for handle in self._jobs:
             handle.cancel(check=False)
         shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # if it holds anything else
+            self._folder.parent.rmdir()

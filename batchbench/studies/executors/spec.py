@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchbench import settings
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError, shown
 from batchbench.settings import option_name, setting
-from batchbench.studies.executors.jobs import Executor, Local
+from batchbench.studies.executors.jobs import Executor, Local, clients_on
 from batchbench.version import __version__
+
+if TYPE_CHECKING:
+    from batchbench.batching.remote.clients import Start
 
 EXECUTORS = ("local", "ray", "slurm")
 
@@ -33,8 +37,8 @@ class ExecutorSpec:
 
     executor: str = setting(
         "local",
-        "Where cells run. local: in this process, one after the other; ray: on a Ray cluster, one "
-        "on each GPU, or on each node without; slurm: each as a Slurm job.",
+        "Where independent parts run. local: on this machine, one after the other; ray: on a Ray "
+        "cluster, one on each GPU, or on each node without; slurm: each as a Slurm job.",
         "Machines",
         choices=EXECUTORS,
     )
@@ -119,12 +123,6 @@ def make_executor(
     """
     if spec.executor == "local" or not experiments:
         return Local(watch)
-    targets = [e.target.target for e in experiments if e.target is not None]
-    if len(set(targets)) < len(targets):
-        raise UsageError(
-            f"--executor {spec.executor}: several cells have the same --target, and would load it "
-            "at the same time; use --executor local"
-        )
     timed = not all(experiment.simulated for experiment in experiments)
     same = spec.same_hardware or (timed and not spec.any_hardware)
     like = {**((same and first) or {}), "batchbench": __version__}
@@ -132,7 +130,7 @@ def make_executor(
         if spec.executor == "ray":
             from batchbench.studies.executors.ray_cluster import RayCluster
 
-            gpus = any(experiment.model.device != "cpu" for experiment in experiments)
+            gpus = any(e.target is None and e.model.device != "cpu" for e in experiments)
             return RayCluster(spec.ray_address, watch, timed=timed, gpus=gpus, like=like, same=same)
         from batchbench.studies.executors.slurm import Slurm
     except ModuleNotFoundError as error:
@@ -141,7 +139,7 @@ def make_executor(
             raise
         raise UsageError(
             f"--executor {spec.executor}: needs {name}; type pip install "
-            f"'batchbench[{spec.executor}]'"
+            f"'batchbench-llm[{spec.executor}]'"
         ) from error
     return Slurm(
         folder / "jobs",
@@ -154,3 +152,15 @@ def make_executor(
         like=like,
         same=same,
     )
+
+
+@contextmanager
+def clients_of(
+    spec: ExecutorSpec, experiments: Sequence[Experiment], folder: Path, watch: Watch
+) -> Iterator[Start | None]:
+    """Yield what starts clients on an executor; None on this machine, which needs no help."""
+    if spec.executor == "local":
+        yield None
+        return
+    with closing(make_executor(spec, experiments, folder, watch)) as executor:
+        yield clients_on(executor)

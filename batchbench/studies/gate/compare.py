@@ -16,10 +16,10 @@ from scipy import stats
 from batchbench.batching.machine import MUST_MATCH_FOR_TIMES, Difference, differences
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
-from batchbench.reports.result_file import load_data
 from batchbench.reports.statistics import FEWEST, POWER, Decision, Rule, Verdict, compare_means
 from batchbench.reports.text import joined, plural
 from batchbench.settings import option_name
+from batchbench.studies.gate import peers
 from batchbench.studies.gate.counts import (
     OUTPUTS,
     Counts,
@@ -58,6 +58,11 @@ class Run:
     @property
     def strategies(self) -> list[str]:
         return list(self.data["strategies"])
+
+    @property
+    def of_peer(self) -> bool:
+        """Return True for the file of another tool."""
+        return "peer" in self.data
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +106,14 @@ def load_runs(path: Path) -> Runs:
         raise UsageError(f"{path}: cannot be read: {reason_of(error)}") from error
     several = len(files) > 1
     runs = Runs(
-        str(path), [Run(str(file) if several else str(path), load_data(file)) for file in files]
+        str(path), [Run(str(file) if several else str(path), peers.load(file)) for file in files]
     )
     _check_runs(runs)
     return runs
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file() and path.suffix != ".json":
+    if path.is_file() and path.suffix not in peers.ENDINGS:
         raise UsageError(
             f"{path}: is not a result.json; give that file, or the folder that holds it"
         )
@@ -116,6 +121,8 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if folders := sorted(file.parent for file in path.glob("*/result.json")):
         return folders
+    if files := peers.files_in(path):
+        return files
     raise UsageError(
         f"{path}: holds no result.json, nor do the folders in it; give a folder that batchbench "
         "run wrote, or one that holds several such folders"
@@ -127,7 +134,9 @@ def _check_runs(side: Runs) -> None:
     first = side.runs[0]
     for run in side.runs[1:]:
         _check_same_question(first, run)
-        for difference in differing_settings(first.data["config"], run.data["config"]):
+        for difference in (
+            () if first.of_peer else differing_settings(first.data["config"], run.data["config"])
+        ):
             if difference.name not in _MAY_DIFFER:
                 raise UsageError(
                     f"{run.label}: is not of the same experiment as {first.label}: "
@@ -166,6 +175,9 @@ def check_comparable(base: Runs, new: Runs) -> None:
 
 def _check_same_question(base: Run, new: Run) -> None:
     then, now = base.data, new.data
+    if base.of_peer or new.of_peer:
+        peers.check_same_load((base.label, then), (new.label, now))
+        return
     if then["simulated"] != now["simulated"]:
         simulated, measured = (base, new) if then["simulated"] else (new, base)
         raise UsageError(
@@ -371,7 +383,9 @@ def _values(metric: Metric, strategy: str, data: Mapping[str, Any]) -> list[floa
     trials = data["strategies"][strategy]["trials"]
     if not metric.of_pair:
         return [trial.get(metric.name) for trial in trials]
-    (comparison,) = [c for c in data["comparisons"] if c["candidate"] == strategy]
+    comparison = next((c for c in data["comparisons"] if c["candidate"] == strategy), None)
+    if comparison is None:  # another tool compares no strategies
+        return []
     steps = comparison["step_ratio"] if metric.name == "efficiency" else 1.0
     before = data["strategies"][comparison["baseline"]]["trials"]
     pairs = zip([t["duration"] for t in before], [t["duration"] for t in trials], strict=False)
@@ -492,12 +506,16 @@ def compare_versions(base: Runs, new: Runs, spec: CompareSpec, typed: str) -> Ga
             *_warnings(speeds, simulated=base.first["simulated"]),
         ],
         settings=differing_settings(base.first["config"], new.first["config"]),
+        unsure=peers.doubt(len(base.runs), len(new.runs)) if base.runs[0].of_peer else None,
     )
 
 
 def _notes(
     base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Difference], work: Sequence[Evidence]
 ) -> Iterator[str]:
+    if base.runs[0].of_peer:
+        yield from peers.notes(base.first, new.first)
+        return
     if base.first["simulated"]:
         yield "Both are simulations, whose times are exact."
     elif not base.first["workload"]["closed"]:

@@ -282,7 +282,7 @@ class _Running:
         with contextlib.suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
         # Before it is waited for, no other process can have its number.
-        if hasattr(os, "killpg") and self._process.returncode is None:
+        if sys.platform != "win32" and self._process.returncode is None:
             with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()

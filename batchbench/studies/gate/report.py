@@ -69,6 +69,7 @@ class Rows:
 
 def tables(gate: Gate, *, verbose: bool = False) -> list[Rows]:
     """Return the rows for each kind of evidence; ``verbose`` includes unchanged metrics."""
+    verbose = verbose or not gate.of(Kind.WORK)  # another tool's files hold times only
     rows = [_rows(kind, gate.of(kind), verbose=verbose) for kind in Kind if gate.of(kind)]
     return [part for part in rows if part.evidence or part.below]
 

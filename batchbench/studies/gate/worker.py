@@ -60,7 +60,7 @@ def main() -> None:
     _import_all()
     gc.freeze()
     while sys.stdin.readline():  # the driver writes no further line before the answer
-        if not can_fork() or os.fork() == 0:
+        if sys.platform != "linux" or not can_fork() or os.fork() == 0:
             _serve(out)
             sys.stderr.flush()
             os._exit(0)  # without clean-up, which takes time

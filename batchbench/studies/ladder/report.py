@@ -17,6 +17,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from batchbench.batching.experiment import Experiment
+from batchbench.batching.models import ModelCache
+from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.step_cost import Ceiling, middle
 from batchbench.batching.trials import WarmUp
@@ -41,7 +44,9 @@ from batchbench.reports.text import (
 )
 from batchbench.reports.time_budget import host_share
 from batchbench.reports.validity import audit
-from batchbench.studies.ladder.run import LadderOutcome
+from batchbench.studies.executors.jobs import Done
+from batchbench.studies.ladder.run import Ladder, LadderOutcome
+from batchbench.studies.ladder.rungs import LadderSpec
 
 SCHEMA_VERSION = 1
 
@@ -194,13 +199,37 @@ def to_json(result: LadderResult) -> str:
     return json_text(result.data)
 
 
-def write_ladder(folder: Path, result: LadderResult) -> list[Path]:
+def write_ladder(
+    folder: Path, result: LadderResult, files: Mapping[str, bytes | str] | None = None
+) -> list[Path]:
     """Write ``ladder.json``, the picture and the recordings; return their paths in this order."""
+    return write_whole(folder, files or files_of(result), stale=["recordings"])
+
+
+def files_of(result: LadderResult) -> dict[str, bytes | str]:
+    """Return the files of a ladder by name."""
     contents: dict[str, bytes | str] = {"ladder.json": to_json(result)}
     figure = draw_ladder(result)
     contents |= {f"ladder.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
-    contents |= recording_files(result.recordings)
-    return write_whole(folder, contents, stale=["recordings"])
+    return contents | recording_files(result.recordings)
+
+
+@dataclass(frozen=True)
+class LadderWork:
+    """A whole ladder, run on one machine, where its rungs take turns.
+
+    The file ``failed`` has the error that ended it early, or nothing.
+    """
+
+    experiment: Experiment
+    spec: LadderSpec
+    command: str
+
+    def __call__(self, watch: Watch, models: ModelCache) -> Done:
+        ladder = Ladder(self.experiment, self.spec, watch)
+        outcome = ladder.run(ladder.measure())
+        result = make_ladder(outcome, self.command)
+        return Done({**files_of(result), "failed": str(outcome.failed or "")})
 
 
 # The terminal

@@ -189,7 +189,7 @@ class Ladder:
     def model(self) -> dict[str, Any]:
         """Facts about the model that hold for all rungs; ``dtype`` is that of the first."""
         facts = self.rungs[0].session.model
-        names = ("name", "load_format", "note", "device", "dtype", "parameters")
+        names = ("name", "load_format", "note", "quantization", "device", "dtype", "parameters")
         return {name: facts[name] for name in names}
 
     def measure(self) -> Mapping[str, Ceiling]:

@@ -17,6 +17,7 @@ from batchbench.batching.step_cost import StepCost
 from batchbench.reports.latency import within
 from batchbench.reports.result import Result
 from batchbench.reports.text import plural, spell_time
+from batchbench.studies.executors.jobs import Executor, kinds_of
 from batchbench.studies.predict.fitted import FittedRun
 from batchbench.studies.sweep.grid import Cell
 from batchbench.studies.sweep.run import Store, SweepWatch, run_cells
@@ -172,6 +173,7 @@ class BreakEven:
     fitted: FittedRun
     limits_ms: Mapping[str, float]  # of goodput, by latency
     cells: Sequence[MapCell]
+    machines: Sequence[str] = ()  # kinds of machines of the fit and of the measured cells
 
     @property
     def measured(self) -> list[MapCell]:
@@ -291,9 +293,14 @@ def _simulated_cell(
 
 
 def measure(
-    predicted: BreakEven, count: int, trials: int, store: Store, watch: SweepWatch
+    predicted: BreakEven,
+    count: int,
+    trials: int,
+    store: Store,
+    watch: SweepWatch,
+    executor: Executor | None = None,
 ) -> BreakEven:
-    """Return the map with ``count`` cells, drawn with its seed, measured."""
+    """Return the map with ``count`` cells, drawn with its seed, measured by an executor."""
     rng = np.random.Generator(np.random.Philox(predicted.spec.seed))
     cells = list(predicted.cells)
     drawn = sorted(rng.choice(len(cells), min(count, len(cells)), replace=False).tolist())
@@ -311,11 +318,13 @@ def measure(
         chosen |= {"trials": trials, "verify": "none"}
         label = {"batch_size": cell.batch_size, "spread": cell.spread, "load": cell.load}
         real[i] = Cell(label, make_experiment(chosen, simulated=False))
-    run_cells(CellList(tuple(real.values())), store, watch)
-    for i, cell_of_store in real.items():
-        contests, _ = contests_of(store.load(cell_of_store), predicted.limits_ms)
-        cells[i] = replace(cells[i], measured=contests)
-    return replace(predicted, cells=cells)
+    run_cells(CellList(tuple(real.values())), store, watch, executor=executor)
+    results = {i: store.load(cell) for i, cell in real.items()}
+    for i, result in results.items():
+        cells[i] = replace(cells[i], measured=contests_of(result, predicted.limits_ms)[0])
+    every = (predicted.fitted.result, *results.values())
+    machines = kinds_of(result.data["environment"] for result in every)
+    return replace(predicted, cells=cells, machines=machines)
 
 
 def contests_of(result: Result, limits_ms: Mapping[str, float]) -> tuple[dict[str, Contest], float]:

@@ -148,6 +148,11 @@ def notes(breakeven: BreakEven) -> list[str]:
     if far := breakeven.extrapolated:
         worst = max(far, key=lambda cell: (len(cell.beyond), cell.batch_size, cell.spread))
         lines.append(f"Furthest beyond the measured steps, {worst.place}: {_beyond(worst)}.")
+    if len(kinds := breakeven.machines) > 1:
+        lines.append(
+            f"Suspect: step costs and measured cells are of {len(kinds)} kinds of machines "
+            f"({'; '.join(kinds)}), so predictions may be wrong for that reason."
+        )
     return lines
 
 
@@ -269,6 +274,7 @@ def to_json(breakeven: BreakEven, command: str, price_per_hour: float | None) ->
         "even_within": EVEN,
         "cost": breakeven.fitted.known.as_dict(),
         "held_out": breakeven.fitted.quality,
+        "machines": list(breakeven.machines),
         "borders": [
             {
                 "metric": metric,

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench import settings
-from batchbench.batching.machine import environment, facts_of
+from batchbench.batching.machine import environment
 from batchbench.errors import UsageError
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
@@ -30,7 +30,7 @@ from batchbench.reports.text import (
     times,
     times_within,
 )
-from batchbench.studies.executors.machines import unlike
+from batchbench.studies.executors.jobs import kinds_of
 from batchbench.studies.sweep.figures import PICTURES, draw_sweep
 from batchbench.studies.sweep.grid import Cell, Grid
 from batchbench.studies.sweep.run import Store
@@ -98,21 +98,7 @@ class SweepResult:
     @property
     def machines(self) -> list[str]:
         """Kinds of machines on which cells were measured, each with its nodes."""
-        if self.grid.simulated:
-            return []
-        kinds: list[tuple[dict[str, Any], list[str]]] = []
-        for facts in (facts_of(data["environment"], {}) for data in self._data):
-            nodes = next((nodes for kind, nodes in kinds if not unlike(kind, facts)), None)
-            if nodes is None:
-                kinds.append((facts, nodes := []))
-            if facts["hostname"] not in nodes:
-                nodes.append(facts["hostname"])
-        return [
-            " ".join(str(kind[name]) for name in ("cpu", "gpu") if kind.get(name))
-            + (f", torch {kind['torch']}" if kind.get("torch") else "")
-            + f" ({', '.join(nodes)})"
-            for kind, nodes in kinds
-        ]
+        return [] if self.grid.simulated else kinds_of(data["environment"] for data in self._data)
 
 
 def read_sweep(grid: Grid, store: Store, goals: GoalsSpec) -> SweepResult:

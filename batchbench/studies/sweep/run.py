@@ -270,8 +270,9 @@ def run_cells(
     numbers = {digest: number for number, digest in enumerate(pending, done + 1)}
     watch.cells_begin(len(possible), done)
     watch.cells_run([], executor.machines)
-    pace = Pace({digest: work_of(_experiment(cell)) for digest, cell in pending.items()})
-    jobs = [Job(digest, CellWork(_experiment(cell), serve)) for digest, cell in pending.items()]
+    experiments = {digest: _experiment(cell) for digest, cell in pending.items()}
+    pace = Pace({digest: work_of(experiment) for digest, experiment in experiments.items()})
+    jobs = [Job(digest, CellWork(e, serve), e.server) for digest, e in experiments.items()]
 
     def begins(job: Job) -> None:
         watch.cell_begins(numbers[job.key], len(possible), pending[job.key])

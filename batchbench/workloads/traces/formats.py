@@ -8,7 +8,7 @@ import math
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -16,9 +16,10 @@ from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
 from batchbench.errors import UsageError
+from batchbench.settings import from_json
 from batchbench.workloads.prompts import BLOCK_TOKENS, Encode
 from batchbench.workloads.request import Workload
-from batchbench.workloads.spec import TIME_UNITS
+from batchbench.workloads.spec import TIME_UNITS, WorkloadSpec
 from batchbench.workloads.traces.rows import (
     BadRow,
     Dialect,
@@ -484,7 +485,7 @@ VERSION = 1
 
 def write_workload(workload: Workload) -> Iterator[str]:
     """Yield the lines of a workload, each with its end."""
-    about = {
+    about: dict[str, Any] = {
         "batchbench_workload": VERSION,
         "name": workload.name,
         "seed": workload.seed,
@@ -493,6 +494,8 @@ def write_workload(workload: Workload) -> Iterator[str]:
         "max_concurrency": workload.max_concurrency,
         "digest": workload.digest,
     }
+    if workload.sampling is not None:
+        about["sampling"] = asdict(workload.sampling)
     yield json.dumps(about, ensure_ascii=False) + "\n"
     for request in workload:
         row = {
@@ -532,6 +535,13 @@ def _check_about(data: dict[str, Any], where: str) -> None:
     most, stop = data.get("max_concurrency"), data.get("stop_at_eos", False)
     if type(stop) is not bool or not (most is None or (type(most) is int and 1 <= most <= 10**8)):
         raise UsageError(f"{where}: line 1: stop_at_eos or max_concurrency has a wrong value")
+    sampling = data.get("sampling", {})
+    if not isinstance(sampling, dict):
+        raise UsageError(f"{where}: line 1: sampling has a wrong value")
+    try:
+        data["sampling"] = from_json(WorkloadSpec, sampling).sampling
+    except UsageError as error:
+        raise UsageError(f"{where}: line 1: sampling: {error}") from error
     if not isinstance(data.get("name", ""), str):
         raise UsageError(f"{where}: line 1: name must be a text")
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from batchbench.batching.engines import WallClock
-from batchbench.batching.engines.torch.kernels import native
+from batchbench.batching.engines.torch.sampling import Chooser
 from batchbench.batching.models.loading import LoadedModel, current
 from batchbench.batching.plan import Plan
 from batchbench.batching.recording import Ints, Steps
@@ -197,6 +197,7 @@ class TorchEngine:
             CudaTimer(self.clock, model.device) if cuda else HostTimer(self.clock, model.device)
         )
         self._last = torch.zeros(slots, dtype=torch.int64, device=model.device)
+        self._chooser = Chooser(slots, model.device)
         self._log: list[torch.Tensor] = []  # the last tokens of all slots after each step
         self._eos = set(model.source.eos_token_ids)
         self._on_host = TokensOnHost(self._last) if cuda else None
@@ -213,6 +214,9 @@ class TorchEngine:
         self._workload = workload
         self._log = []
         self._last.zero_()
+        if workload.sampling != self._chooser.sampling:
+            self._chooser.sampling = workload.sampling
+            self._sampling_changed()
         self._forget()
         self._computed_before = self._computed
         self._timer.begin()
@@ -231,6 +235,7 @@ class TorchEngine:
 
     def _run(self, plan: Plan) -> int:
         self._timer.run_begins()
+        self._chooser.seat(plan.chunks)
         self._prepare(plan)
         for step in range(plan.repeat):
             self._advance(plan, step)
@@ -276,6 +281,9 @@ class TorchEngine:
     def _forget(self) -> None:
         """Empty the cache."""
 
+    def _sampling_changed(self) -> None:
+        """Prepare again what depends on the way in which tokens are chosen."""
+
     def _prepare(self, plan: Plan) -> None:
         """Set up what all passes of the plan share."""
         self._yielding = self._tensor(yielding_slots(plan))
@@ -298,28 +306,3 @@ def yielding_slots(plan: Plan) -> list[int]:
     """Return the slots that get a token: first those that decode, then those of last chunks."""
     decoding: list[int] = plan.slots.tolist()
     return decoding + [chunk.slot for chunk in plan.chunks if chunk.yields]
-
-
-_WINDOW = 256
-
-
-def best_token(logits: torch.Tensor) -> torch.Tensor:
-    """Return the greedy choice, ``[rows, vocabulary]`` to ``[rows]``; the first of equals.
-
-    ``argmax`` and ``max`` with indices are not vectorised on a CPU. Without a native kernel the
-    largest value is found first, then its place in the window that has it: several times as fast.
-    """
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        kernels = native()
-        if kernels is not None and kernels.chooses(logits):
-            return kernels.greedy(logits)
-    width = logits.shape[1]
-    if logits.device.type != "cpu" or width <= _WINDOW:
-        return logits.max(-1).indices
-    whole = width // _WINDOW * _WINDOW
-    largest = logits[:, :whole].view(len(logits), whole // _WINDOW, _WINDOW).amax(-1)
-    if whole < width:
-        largest = torch.cat([largest, logits[:, whole:].amax(-1, keepdim=True)], 1)
-    start = (largest.max(-1).indices * _WINDOW).clamp_(max=width - _WINDOW)[:, None]
-    within = logits.gather(1, start + torch.arange(_WINDOW))
-    return within.max(-1).indices + start[:, 0]

@@ -56,6 +56,7 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
+from batchbench.workloads.sampling import Sampling
 
 HEADROOM = 0.1
 """Share of the free memory that stays unused."""
@@ -137,12 +138,14 @@ def make_engine(
     prompt: int = 0,
     mixes: bool = True,
     budget: int | None = None,
+    sampling: Sampling | None = None,
 ) -> tuple[TorchEngine, dict[str, int]]:
     """Return the engine of that name, and its bytes of weights, packed weights and cache.
 
     ``forward`` is the slots engine's pass, None for the leanest correct one; ``prompt``, ``mixes``
-    and ``budget`` are as in :class:`Served`. Raises UsageError if a batch of this size does not
-    fit, with the largest that does, or if the model cannot be computed as ``execution`` says.
+    and ``budget`` are as in :class:`Served`, ``sampling`` as in SlotsEngine. Raises UsageError if a
+    batch of this size does not fit, with the largest that does, or if the model cannot be computed
+    as ``execution`` says.
     """
     config = model.module.config
     with current(model.device), _cache_fits(slots, model.device):
@@ -176,7 +179,7 @@ def make_engine(
         if isinstance(forward, TransformersForward):
             _check_forward(model, forward)
         falls_back, tokens = execution == "auto", served.pass_tokens(slots)
-        made = _slots_engine(model, slots, max_len, forward, chosen, falls_back, tokens)
+        made = _slots_engine(model, slots, max_len, forward, chosen, falls_back, tokens, sampling)
         if own and model.device.type == "cuda" and not made.triton and not made.execution_note:
             made.execution_note = f"without Triton's kernels: {why_no_triton(model)}"
         if isinstance(forward, TransformersForward) and forward.why:
@@ -222,10 +225,11 @@ def _slots_engine(
     execution: str,
     falls_back: bool,
     most_tokens: int | None = None,
+    sampling: Sampling | None = None,
 ) -> SlotsEngine:
     """Return the slots engine; an eager one if preparing its passes fails and that is allowed."""
     try:
-        return SlotsEngine(model, slots, max_len, forward, execution, most_tokens)
+        return SlotsEngine(model, slots, max_len, forward, execution, most_tokens, sampling)
     except (MemoryError, torch.OutOfMemoryError, UsageError):
         raise
     except Exception as error:  # from a model's own code, or from a compiler

@@ -23,9 +23,9 @@ from batchbench.batching.engines.torch.attention import (
     attend_natively,
     cache_argument,
 )
-from batchbench.batching.engines.torch.base import best_token
 from batchbench.batching.engines.torch.kernels import Native, Table, Through, native
 from batchbench.batching.engines.torch.linear import Kernels, Linear, make_linear
+from batchbench.batching.engines.torch.sampling import Choose, choose
 from batchbench.batching.engines.torch.triton.choice import triton_forward, triton_ops
 from batchbench.batching.models.loading import LoadedModel
 
@@ -50,8 +50,9 @@ class Forward(Protocol):
     ) -> torch.Tensor:
         """Return logits ``[kept, vocabulary]`` of ``ids``, ``[tokens]``; of all if None is kept."""
 
-    def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the greedy choice, ``[rows, vocabulary]`` to ``[rows]``; the first of equals."""
+    @property
+    def choose(self) -> Choose:
+        """The choice of the next tokens."""
 
 
 class TransformersForward:
@@ -68,7 +69,7 @@ class TransformersForward:
         self.why = why
         ops = triton_ops(model) if most >= Kernels.OWN else None
         self.triton = ops is not None
-        self.choose = best_token if ops is None else ops.best_token
+        self.choose: Choose = choose if ops is None else ops.best_token
         self._module = model.module
         self._cache_argument = cache_argument(model.module)
         self.cache_dtype = model.dtype
@@ -107,7 +108,7 @@ class LeanForward:
     """
 
     triton = False
-    choose = staticmethod(best_token)
+    choose = staticmethod(choose)
 
     def __init__(self, model: LoadedModel, weights: Weights, most: Kernels = Kernels.OWN) -> None:
         self._weights, of = weights, weights.of

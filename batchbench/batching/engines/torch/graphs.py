@@ -17,6 +17,7 @@ import torch
 
 from batchbench.batching.engines.torch.attention import Layout, SlotCache
 from batchbench.batching.engines.torch.forward import Forward
+from batchbench.batching.engines.torch.sampling import Chooser
 from batchbench.batching.plan import Plan
 
 Pass = Callable[[], None]
@@ -39,6 +40,7 @@ class PreparedDecode:
         forward: Forward,
         cache: SlotCache,
         last: torch.Tensor,
+        chooser: Chooser,
         max_len: int,
         prepare: Prepare,
         *,
@@ -46,6 +48,7 @@ class PreparedDecode:
     ) -> None:
         slots = len(last)
         self._forward, self._cache, self._last = forward, cache, last
+        self._chooser = chooser
         self.calls = 0  # passes that were replayed
         self._slots = torch.arange(slots, device=last.device)
         aims = torch.zeros(2, slots, dtype=torch.int64, device=last.device)
@@ -80,7 +83,7 @@ class PreparedDecode:
 
         def decode() -> None:
             layout = Layout(self._cache, slots, positions, rows, low=0, high=rows, length=length)
-            last.copy_(self._forward.choose(self._forward(last, layout, None)))
+            last.copy_(self._chooser(self._forward(last, layout, None), slots, positions))
             positions.add_(growing)
 
         return decode

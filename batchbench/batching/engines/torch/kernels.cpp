@@ -10,6 +10,9 @@
 #include <math.h>
 #include <stdint.h>
 
+#include <initializer_list>
+#include <vector>
+
 namespace {
 
 constexpr long LANES = 16;    // floats in a vector
@@ -494,6 +497,197 @@ void greedy(const T* logits, int64_t* out, long rows, long vocabulary) {
     for (long r = 0; r < rows; r++) out[r] = largest(logits + r * vocabulary, vocabulary);
 }
 
+// ---- sampling (sampling.py has the same noise in torch's operations, and says what is drawn)
+
+// Bits of floats as integers that have the order of the floats.
+inline int32_t ordered(float x) {
+    int32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+inline float unordered(int32_t key) {
+    float x;
+    key ^= (key >> 31) & 0x7fffffff;
+    __builtin_memcpy(&x, &key, sizeof x);
+    return x;
+}
+
+// The cuts of one row: `weights` counts tokens, or adds exp((x - top) / temperature).
+struct Cut {
+    float* x;  // the candidates
+    long n;
+    float top, per;  // the largest logit, and 1 / temperature
+
+    template <bool COUNTS>
+    float above(float bound) const {
+        __m512 sum = _mm512_setzero_ps();
+        const __m512 one = _mm512_set1_ps(1.f);
+        for (long i = 0; i < n; i += LANES) {
+            __m512 value = load(x + i, first(n - i));
+            __mmask16 larger = _mm512_mask_cmp_ps_mask(
+                first(n - i), value, _mm512_set1_ps(bound), _CMP_GT_OQ);
+            __m512 scaled = _mm512_mul_ps(_mm512_sub_ps(value, _mm512_set1_ps(top)),
+                                          _mm512_set1_ps(per));
+            if (larger) sum = _mm512_mask_add_ps(sum, larger, sum, COUNTS ? one : exponential(scaled));
+        }
+        return _mm512_reduce_add_ps(sum);
+    }
+
+    void keep(float low, float high) {  // those above low and up to high
+        long left = 0;
+        for (long i = 0; i < n; i += LANES) {
+            __m512 value = load(x + i, first(n - i));
+            __mmask16 in = _mm512_mask_cmp_ps_mask(
+                first(n - i), value, _mm512_set1_ps(low), _CMP_GT_OQ);
+            in = _mm512_mask_cmp_ps_mask(in, value, _mm512_set1_ps(high), _CMP_LE_OQ);
+            // Not mask_compressstoreu, which takes 100 cycles on Zen 4; what it writes too much was
+            // read already.
+            _mm512_storeu_ps(x + left, _mm512_maskz_compress_ps(in, value));
+            left += __builtin_popcount(in);
+        }
+        n = left;
+    }
+
+    // The smallest logit above which less than `target` lies. Bisects, and forgets what is decided.
+    template <bool COUNTS>
+    float smallest(float target) {
+        __m512 least = _mm512_set1_ps(top);
+        for (long i = 0; i < n; i += LANES)
+            least = _mm512_mask_min_ps(least, first(n - i), load(x + i, first(n - i)), least);
+        int64_t low = ordered(_mm512_reduce_min_ps(least)), high = ordered(top);
+        while (low < high) {
+            const int64_t middle = low + (high - low) / 2;
+            const float bound = unordered(middle), sum = above<COUNTS>(bound);
+            if (sum < target) {
+                target -= sum;
+                keep(-INFINITY, bound);
+                high = middle;
+            } else {
+                keep(bound, INFINITY);
+                low = middle + 1;
+            }
+        }
+        return unordered(high);
+    }
+};
+
+struct Sampling {
+    long top_k;
+    float temperature, top_p;
+};
+
+template <class T>
+float smallest_kept(const T* row, long n, float top, const Sampling& how) {
+    thread_local std::vector<float> room;
+    room.resize(n + LANES);
+    auto candidates = [&](float least) {
+        for (long i = 0; i < n; i += LANES)
+            store(room.data() + i, first(n - i), load(row + i, first(n - i)));
+        Cut cut{room.data(), n, top, 1 / how.temperature};
+        if (least > -INFINITY) cut.keep(unordered(ordered(least) - 1), INFINITY);
+        return cut;
+    };
+    float least = -INFINITY;
+    if (how.top_k > 0 && how.top_k < n) least = candidates(least).template smallest<true>(how.top_k);
+    if (how.top_p < 1) {
+        Cut cut = candidates(least);
+        least = cut.template smallest<false>(how.top_p * cut.template above<false>(-INFINITY));
+    }
+    return least;
+}
+
+inline __m512i mixed(__m512i x, int shift, uint32_t factor) {
+    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, shift));
+    return _mm512_mullo_epi32(x, _mm512_set1_epi32(factor));
+}
+
+// Natural logarithm of the whole part's power of two, and of 1 + f by atanh's series.
+inline __m512 logarithm(__m512 power, __m512 f) {
+    __m512 s = _mm512_div_ps(f, _mm512_add_ps(f, _mm512_set1_ps(2.f)));
+    __m512 square = _mm512_mul_ps(s, s), sum = _mm512_set1_ps(2.f / 11);
+    for (float c : {2.f / 9, 2.f / 7, 2.f / 5, 2.f / 3, 2.f})
+        sum = _mm512_fmadd_ps(sum, square, _mm512_set1_ps(c));
+    return _mm512_fmadd_ps(power, _mm512_set1_ps(0.69314718f), _mm512_mul_ps(s, sum));
+}
+
+struct Parts {
+    __m512 power, f;  // x = 2^power (1 + f), f from -1/4 to 1/2
+};
+
+inline Parts parts(__m512 x) {
+    __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+    __m512 power = _mm512_getexp_ps(x), one = _mm512_set1_ps(1.f);
+    __mmask16 halved = _mm512_cmp_ps_mask(m, one, _CMP_LT_OQ);
+    return {_mm512_mask_add_ps(power, halved, power, one), _mm512_sub_ps(m, one)};
+}
+
+inline __m512 gumbel(__m512 uniform) {
+    Parts rest = parts(_mm512_sub_ps(_mm512_set1_ps(1.f), uniform));
+    __mmask16 near = _mm512_cmp_ps_mask(rest.power, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    // Where 1 - uniform is near 1, it has lost what matters.
+    __m512 f = _mm512_mask_sub_ps(rest.f, near, _mm512_setzero_ps(), uniform);
+    Parts waiting = parts(_mm512_sub_ps(_mm512_setzero_ps(), logarithm(rest.power, f)));
+    return _mm512_sub_ps(_mm512_setzero_ps(), logarithm(waiting.power, waiting.f));
+}
+
+// Uniform numbers of the tokens from `token` on, for the keys of a row.
+inline __m512 uniforms(long token, const int32_t* keys) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i x = _mm512_add_epi32(lanes, _mm512_set1_epi32(token));
+    x = mixed(_mm512_xor_si512(x, _mm512_set1_epi32(keys[0])), 17, 0xed5ad4bb);
+    x = mixed(_mm512_add_epi32(x, _mm512_set1_epi32(keys[1])), 11, 0xac4c1b51);
+    x = mixed(x, 15, 0x31848bab);
+    x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 14));
+    __m512 half = _mm512_cvtepi32_ps(_mm512_srli_epi32(x, 1));
+    half = _mm512_fmadd_ps(half, _mm512_set1_ps(0x1p-31f), _mm512_set1_ps(0x1p-32f));
+    return _mm512_min_ps(half, _mm512_set1_ps(1 - 0x1p-24f));
+}
+
+constexpr float MOST_NOISE = 22.2f;
+
+template <class T>
+int64_t drawn(const T* row, const int32_t* keys, long n, const Sampling& how) {
+    int64_t best = largest(row, n);
+    const float top = _mm512_cvtss_f32(load(row + best, 1));
+    const float least = smallest_kept(row, n, top, how), per = 1 / how.temperature;
+    const __m512 temperature = _mm512_set1_ps(how.temperature);
+    float most = -INFINITY;
+    auto look = [&](long i, __mmask16 lanes) {
+        __m512 x = load(row + i, lanes);
+        lanes = _mm512_mask_cmp_ps_mask(lanes, x, _mm512_set1_ps(least), _CMP_GE_OQ);
+        // What cannot win needs no noise: neither with the most noise, nor with -log(uniform),
+        // which is more than its own.
+        __m512 most_now = _mm512_set1_ps(most - MOST_NOISE * how.temperature);
+        lanes = _mm512_mask_cmp_ps_mask(lanes, x, most_now, _CMP_GT_OQ);
+        if (!lanes) return;
+        __m512 uniform = uniforms(i, keys);
+        __m512 behind = _mm512_sub_ps(x, _mm512_set1_ps(most));
+        __m512 needed = exponential(_mm512_mul_ps(behind, _mm512_set1_ps(per * 0.999f)));
+        lanes = _mm512_mask_cmp_ps_mask(lanes, uniform, needed, _CMP_LE_OQ);
+        if (!lanes) return;
+        __m512 sum = _mm512_fmadd_ps(temperature, gumbel(uniform), x);
+        float high = _mm512_mask_reduce_max_ps(lanes, sum);
+        if (high <= most) return;
+        most = high;
+        best = i + __builtin_ctz(_mm512_mask_cmp_ps_mask(
+            lanes, sum, _mm512_set1_ps(high), _CMP_EQ_OQ));
+    };
+    look(best, 1);
+    for (long i = 0; i < n; i += LANES) look(i, first(n - i));
+    return best;
+}
+
+template <class T>
+void sample(
+    const T* logits, const int32_t* keys, int64_t* out, long rows, long vocabulary, long top_k,
+    float temperature, float top_p) {
+    const Sampling how{top_k, temperature, top_p};
+#pragma omp parallel for schedule(static)
+    for (long r = 0; r < rows; r++)
+        out[r] = drawn(logits + r * vocabulary, keys + 2 * r, vocabulary, how);
+}
+
 }  // namespace
 
 extern "C" {
@@ -527,5 +721,17 @@ extern "C" {
 using float32 = float;
 BOTH_FORMATS(float32)
 BOTH_FORMATS(bfloat16)
+
+void sample_float32(
+    const float* logits, const int32_t* keys, int64_t* out, long rows, long vocabulary, long top_k,
+    float temperature, float top_p) {
+    sample(logits, keys, out, rows, vocabulary, top_k, temperature, top_p);
+}
+
+void sample_bfloat16(
+    const bfloat16* logits, const int32_t* keys, int64_t* out, long rows, long vocabulary,
+    long top_k, float temperature, float top_p) {
+    sample(logits, keys, out, rows, vocabulary, top_k, temperature, top_p);
+}
 
 }  // extern "C"

@@ -66,6 +66,7 @@ class Native:
         self._attentions = _functions(library, "attention", pointers=8, integers=7, numbers=2)
         self._decodes = _functions(library, "decode", pointers=7, integers=10, numbers=2)
         self._choices = _functions(library, "greedy", pointers=2, integers=2)
+        self._draws = _functions(library, "sample", pointers=3, integers=3, numbers=2)
 
     def multiplies(self, weight: torch.Tensor) -> bool:
         """Return True if :meth:`product` suits ``weight``, ``[outputs, inputs]``."""
@@ -195,6 +196,17 @@ class Native:
         rows, vocabulary = logits.shape
         out = torch.empty(rows, dtype=torch.int64)
         self._choices[logits.dtype](logits.data_ptr(), out.data_ptr(), rows, vocabulary)
+        return out
+
+    def sample(
+        self, logits: torch.Tensor, keys: torch.Tensor, temperature: float, top_k: int, top_p: float
+    ) -> torch.Tensor:
+        """Return the token that is drawn for each row, ``[rows]``; ``keys`` are of its noise."""
+        logits, keys = logits.contiguous(), keys.contiguous()
+        rows, vocabulary = logits.shape
+        out = torch.empty(rows, dtype=torch.int64)
+        pointers = (logits.data_ptr(), keys.data_ptr(), out.data_ptr())
+        self._draws[logits.dtype](*pointers, rows, vocabulary, top_k, temperature, top_p)
         return out
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from batchbench.batching.engines.torch.attention import Layout, SlotCache
 from batchbench.batching.engines.torch.forward import Forward
 from batchbench.batching.engines.torch.graphs import Pass, Prepare, Upload, fitting
+from batchbench.batching.engines.torch.sampling import Chooser
 from batchbench.batching.plan import Plan
 
 Ints = NDArray[np.int64]
@@ -23,7 +24,7 @@ SHORTEST, LONGEST = 16, 512
 """Smallest and largest number of tokens of a graph."""
 
 _COLUMNS = 5
-_NONE = -1  # in the place of a slot that gets no token
+_NONE = -1
 
 
 def tile_size(tokens: int) -> int:
@@ -70,24 +71,25 @@ class _Inputs:
     """Everything that a pass of up to ``tokens`` tokens reads, in one tensor: one copy fills it.
 
     An id below 0 names a slot, whose last token is meant: -1 is slot 0. Unused tokens have id and
-    position 0; unused tiles have no token.
+    position 0; unused tiles have no token. ``keep`` has the token of the pass that yields the next
+    one of each slot, or _NONE.
     """
 
     def __init__(self, tokens: int, slots: int, device: torch.device) -> None:
         self.tokens = tokens
         tiles = most_tiles(tokens, slots) * _COLUMNS
-        self._parts = np.cumsum([tokens, tokens, tiles, slots]).tolist()
+        self._parts = np.cumsum([tokens, tokens, tiles]).tolist()
         length = self._parts[-1] + slots
         self._all = torch.zeros(length, dtype=torch.int64, device=device)
         self._upload = Upload(self._all)
         parts = self._all.tensor_split(self._parts)
-        self.ids, self.positions, flat, self.keep, self.places = parts
+        self.ids, self.positions, flat, self.keep = parts
         self.tiles = flat.view(-1, _COLUMNS)
-        self.places.fill_(_NONE)
+        self.keep.fill_(_NONE)
 
     def fill(self, plan: Plan, prompt_ids: Ints) -> None:
         array = np.zeros(len(self._all), np.int64)
-        ids, positions, flat, keep, places = np.split(array, self._parts)
+        ids, positions, flat, keep = np.split(array, self._parts)
         rows, chunks = len(plan.slots), plan.chunks
         total = tokens_of(plan)
         ids[:rows], ids[rows:total] = -1 - plan.slots, prompt_ids
@@ -96,12 +98,11 @@ class _Inputs:
         tiles, _ = tiles_of(plan)
         flat[: tiles.size] = tiles.flatten()
         ends = rows + np.cumsum([c.stop - c.start for c in chunks])
-        lasts = [(int(end) - 1, c.slot) for end, c in zip(ends, chunks, strict=True) if c.yields]
-        kept = [*range(rows), *(token for token, _ in lasts)]
-        yielding = [*plan.slots.tolist(), *(slot for _, slot in lasts)]
-        keep[: len(kept)] = kept
-        places[:] = _NONE
-        places[yielding] = np.arange(len(yielding))
+        keep[:] = _NONE
+        keep[plan.slots] = np.arange(rows)
+        for end, chunk in zip(ends, chunks, strict=True):
+            if chunk.yields:
+                keep[chunk.slot] = end - 1
         self._upload(array)
 
 
@@ -117,10 +118,12 @@ class PreparedMixed:
         forward: Forward,
         cache: SlotCache,
         last: torch.Tensor,
+        chooser: Chooser,
         prepare: Prepare,
         most_tokens: int,
     ) -> None:
         self._forward, self._cache, self._last = forward, cache, last
+        self._chooser, self._slots = chooser, torch.arange(len(last), device=last.device)
         self.calls = 0  # passes that were replayed
         self.sizes = [SHORTEST]
         while self.sizes[-1] < min(most_tokens, LONGEST):
@@ -152,8 +155,9 @@ class PreparedMixed:
             ids = torch.where(inputs.ids < 0, decoded, inputs.ids)
             layout = Layout(self._cache, self._nowhere, inputs.positions, 0)
             layout.tiles, layout.tile = inputs.tiles, tile_size(size)
-            logits = self._forward(ids, layout, inputs.keep)
-            chosen = self._forward.choose(logits)[inputs.places.clamp(min=0)]
-            last.copy_(torch.where(inputs.places >= 0, chosen, last))
+            keep = inputs.keep.clamp(min=0)
+            logits = self._forward(ids, layout, keep)
+            chosen = self._chooser(logits, self._slots, inputs.positions[keep])
+            last.copy_(torch.where(inputs.keep == _NONE, last, chosen))
 
         return compute

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from batchbench.batching.engines.torch.base import best_token
+from batchbench.batching.engines.torch.sampling import best_token, keys_at, noise, perturbed
 from batchbench.batching.models.loading import LoadedModel, free_bytes
 from batchbench.batching.verification import Deviation
+from batchbench.workloads.request import Stream
+from batchbench.workloads.sampling import Sampling
 
 TIE = 8.0
 """Two logits are a tie when they differ by less than this many times the error of a logit. The
@@ -32,23 +34,34 @@ class TeacherForced:
 
     @torch.inference_mode()
     def deviations(
-        self, prompt: NDArray[np.int32], output: NDArray[np.int32]
+        self, prompt: NDArray[np.int32], output: NDArray[np.int32], stream: Stream | None = None
     ) -> Sequence[Deviation]:
-        """Return the positions of ``output`` at which the model alone prefers another token."""
+        """Return the positions of ``output`` at which the model alone chooses another token."""
         sequence = torch.from_numpy(np.concatenate([prompt, output[:-1]]).astype(np.int64))[None]
         generated = torch.from_numpy(output.astype(np.int64))
         logits = self._logits(self._model.module, sequence, len(output))
         finite = torch.isfinite(logits).all(-1)
         if not finite.all():  # the model did not choose this token, whatever it is
             return [Deviation(int(torch.nonzero(~finite)[0]), math.inf, 0.0)]
-        differs = torch.flatten(torch.nonzero(best_token(logits) != generated))
+        if stream is None:
+            chosen = best_token(logits)
+        else:
+            at = torch.arange(len(output)) + (len(prompt) - 1)
+            keys = keys_at(torch.from_numpy(stream.words)[None], at)
+            chosen = best_token(perturbed(logits, stream.sampling, keys))
+        differs = torch.flatten(torch.nonzero(chosen != generated))
         if not len(differs):
             return []
         precise = self._logits(self._more_precise(), sequence, len(output))[differs].double()
         error = logits[differs].double() - precise
         tolerance = TIE * (error - error.mean(-1, keepdim=True)).square().mean(-1).sqrt()
-        chosen = precise.gather(-1, generated[differs, None])[:, 0]
-        gap = precise.max(-1).values - chosen
+        tokens = generated[differs, None]
+        if stream is None:
+            gap = precise.max(-1).values - precise.gather(-1, tokens)[:, 0]
+        else:
+            gap = _change_to_draw(tokens, precise, stream.sampling, keys[differs])
+            largest = precise.abs().amax(-1) + _MOST_NOISE * stream.sampling.temperature
+            tolerance += _ROUNDING * largest
         rows = zip(differs.tolist(), gap.tolist(), tolerance.tolist(), strict=True)
         return [Deviation(index, gap, bound) for index, gap, bound in rows]
 
@@ -88,3 +101,57 @@ def _copied(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -
         kind = dtype if buffer.is_floating_point() else buffer.dtype
         copies[id(buffer)] = buffer.to(device, kind, copy=True)
     return copy.deepcopy(module, copies)
+
+
+_MOST_NOISE = 32.0
+"""A bound of the noise."""
+
+_ROUNDING = 2.0**-22
+"""Error of a sum of logit and noise in float32, as a share of the largest such sum."""
+
+_MASS_ROUNDING = 1e-5
+"""Error of a sum of probabilities over the vocabulary in float32."""
+
+
+def _change_to_draw(
+    tokens: torch.Tensor, logits: torch.Tensor, sampling: Sampling, keys: torch.Tensor
+) -> torch.Tensor:
+    """Return the smallest change of logits for which ``tokens``, ``[rows, 1]``, are drawn.
+
+    Every token that is ahead with its noise must fall behind or be cut, and the drawn one must be
+    kept by top-k and top-p.
+    """
+    sums = logits + sampling.temperature * noise(keys, logits.shape[1], logits.dtype)
+    enter, leave = torch.zeros_like(logits), torch.full_like(logits, torch.inf)
+    probabilities = (logits / sampling.temperature).softmax(-1)
+    if 0 < sampling.top_k < logits.shape[1]:
+        edge = logits.topk(sampling.top_k).values[:, -1:]
+        enter, leave = _distances(logits, edge)
+        probabilities = probabilities.masked_fill(logits < edge, 0)
+    if sampling.top_p < 1:
+        probabilities /= probabilities.sum(-1, keepdim=True)
+        ordered, order = logits.sort(-1, descending=True)
+        likely = probabilities.gather(1, order)
+        above = likely.cumsum(-1) - likely
+        edge = ordered.gather(1, (above < sampling.top_p).sum(-1, keepdim=True) - 1)
+        to_enter, to_leave = _distances(logits, edge)
+        # The cut also moves if the tokens above gain or lose probability.
+        above = torch.empty_like(above).scatter_(1, order, above)
+        odds = math.log(sampling.top_p / (1 - sampling.top_p))
+        fall = (above - _MASS_ROUNDING).logit(1e-300) - odds
+        rise = odds - (above + _MASS_ROUNDING).logit(1e-300)
+        enter = torch.maximum(enter, torch.minimum(to_enter, sampling.temperature * fall.clamp(0)))
+        to_leave = torch.minimum(to_leave, sampling.temperature * rise.clamp(0))
+        leave = torch.minimum(leave, to_leave)
+    ahead = sums - sums.gather(1, tokens)
+    return torch.maximum(torch.minimum(ahead, leave).amax(-1), enter.gather(1, tokens)[:, 0])
+
+
+def _distances(logits: torch.Tensor, edge: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how far each token is below the kept ones, whose least is ``edge``, or above the rest.
+
+    The distance is 0 on the other side.
+    """
+    below = logits.masked_fill(logits >= edge, -torch.inf).amax(-1, keepdim=True)
+    above = torch.where(logits >= edge, logits - below, 0.0)
+    return (edge - logits).clamp(min=0), above

@@ -19,15 +19,16 @@ from batchbench.batching.engines.torch.triton.choice import triton_attention
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Chunk, Plan
 from batchbench.errors import UsageError
+from batchbench.workloads.sampling import Sampling
 
 
 class SlotsEngine(TorchEngine):
     """Any causal LM over a :class:`SlotCache`; a pass may hold decoding rows and prompt chunks.
 
     ``max_len`` is the longest prompt + output in tokens; ``forward`` is by default the leanest
-    correct pass; ``execution`` is eager, graph or compile, and is of passes that only decode; with
-    Triton's attention, graphs hold passes with up to ``most_tokens`` tokens of prompts too. Raises
-    RuntimeError if they cannot be prepared so.
+    correct pass; ``sampling`` is that of the first workload; ``execution`` is eager, graph or
+    compile, and is of passes that only decode; with Triton's attention, graphs hold passes with up
+    to ``most_tokens`` tokens of prompts too. Raises RuntimeError if they cannot be prepared so.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class SlotsEngine(TorchEngine):
         forward: Forward | None = None,
         execution: str = "eager",
         most_tokens: int | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         super().__init__(model, slots)
         _check_window(model, max_len)
         max_len, config = aligned(max_len, model.device), model.module.config
         self.execution = execution
         self._pass = forward or make_forward(model)
+        self._chooser.choose, self._chooser.sampling = self._pass.choose, sampling
         self.triton = self._pass.triton
         self._passes = 0
         like = torch.empty(0, dtype=self._pass.cache_dtype, device=model.device)
@@ -54,14 +57,18 @@ class SlotsEngine(TorchEngine):
         self._positions_of_cache = torch.arange(max_len, device=model.device)
         self._prepared: PreparedDecode | None = None
         self._mixed: PreparedMixed | None = None
-        if execution != "eager":
-            self._prepare_passes(max_len, most_tokens or slots * max_len)
+        self._most = max_len, most_tokens or slots * max_len
+        self._sampling_changed()
 
     @torch.inference_mode()
-    def _prepare_passes(self, max_len: int, most_tokens: int) -> None:
+    def _sampling_changed(self) -> None:
+        if self.execution == "eager":
+            return
+        self._prepared = self._mixed = None
+        max_len, most_tokens = self._most
         graphs = self.execution == "graph"
         prepare = Capture(self._device) if graphs else Compile(self._device)
-        args = (self._pass, self._cache, self._last)
+        args = (self._pass, self._cache, self._last, self._chooser)
         if graphs and self._cache.attention is not None:
             self._mixed = PreparedMixed(*args, prepare, most_tokens)
         # Compiling takes half a minute a size, so it is done for the full batch only.
@@ -156,7 +163,11 @@ class SlotsEngine(TorchEngine):
             layout = self._layout = replace(layout, positions=positions, length=length)
             decoded = self._last[layout.slots[: layout.decoding]]
             ids = torch.cat([decoded, ids]) if plan.chunks else decoded
-        return self._pass.choose(self._forward_pass(ids, layout, self._keep))
+        logits = self._forward_pass(ids, layout, self._keep)
+        slots, positions = layout.slots, layout.positions
+        if self._keep is not None and self._chooser.sampling is not None:
+            slots, positions = slots[self._keep], positions[self._keep]
+        return self._chooser(logits, slots, positions)
 
     def _forward_pass(
         self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None

@@ -443,22 +443,55 @@ def swiglu(
 
 
 @triton.jit
+def gumbel(tokens, one, two):
+    """Return the noise of tokens for the two keys of a row, as sampling.py has it."""
+    x = tokens.to(tl.uint32) ^ one.to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 17)) * 0xED5AD4BB + two.to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 11)) * 0xAC4C1B51
+    x = (x ^ (x >> 15)) * 0x31848BAB
+    x = (x ^ (x >> 14)) >> 1
+    # 2^-31, 2^-32 and 1 - 2^-24
+    uniform = x.to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
+    uniform = tl.minimum(uniform, 0.9999999403953552)
+    # A GPU's logarithm is wrong near 1, so -log(1 - uniform) is atanh's series there.
+    s = uniform / (2 - uniform)
+    square = s * s
+    series = 2 / 3 + square * (2 / 5 + square * (2 / 7 + square * (2 / 9)))
+    small = s * (2 + square * series)
+    return -tl.log(tl.where(uniform < 0.25, small, -tl.log(1 - uniform)))
+
+
+@triton.jit
 def best_of_parts(
     logits,  # [rows, at least vocabulary]
     values,  # [rows, parts] in float32, out
     tokens,  # [rows, parts], out
+    keys,  # [rows, 2] in int32, read if DRAWS
+    least,  # [rows], the smallest logits that are kept, read if CUTS
+    temperature,
     stride,
     vocabulary,
     PART: tl.constexpr,
     PARTS: tl.constexpr,
+    DRAWS: tl.constexpr,
+    CUTS: tl.constexpr,
 ):
-    """Find the largest logit of each part of a row, the first of equals; NaN is the largest."""
+    """Find the largest logit of each part of a row, the first of equals; NaN is the largest.
+
+    With DRAWS, noise is added to the logits first.
+    """
     row = tl.program_id(0)
     part = tl.program_id(1)
     at = part * PART + tl.arange(0, PART)
     inside = at < vocabulary
     value = tl.load(logits + row * stride + at, mask=inside, other=-float("inf")).to(tl.float32)
     value = tl.where(value == value, value, float("inf"))
+    if CUTS:
+        value = tl.where(value >= tl.load(least + row), value, -float("inf"))
+    if DRAWS:
+        one, two = tl.load(keys + 2 * row), tl.load(keys + 2 * row + 1)
+        value += temperature * gumbel(at, one, two)
+        value = tl.where(inside, value, -float("inf"))
     largest = tl.max(value, 0)
     token = tl.min(tl.where((value == largest) & inside, at, vocabulary), 0)
     tl.store(values + row * PARTS + part, largest)

@@ -14,7 +14,9 @@ from triton import cdiv, language, next_power_of_2
 
 from batchbench.batching.engines.torch.architecture import Norm
 from batchbench.batching.engines.torch.attention import Rotation
+from batchbench.batching.engines.torch.sampling import smallest_kept
 from batchbench.batching.engines.torch.triton import kernels
+from batchbench.workloads.sampling import Sampling
 
 SPLIT = 256
 """Keys of one decoding row that one program reads. More are split over several programs."""
@@ -244,11 +246,14 @@ def swiglu(product: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def best_token(logits: torch.Tensor) -> torch.Tensor:
-    """Return the greedy choice, ``[rows, vocabulary]`` to ``[rows]``; the first of equals.
+def best_token(
+    logits: torch.Tensor, sampling: Sampling | None = None, keys: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the next token of each row, as :class:`~.sampling.Choose` says.
 
     Rows may lie apart: ``logits`` may be the first columns of a wider product.
     """
+    least = None if sampling is None else smallest_kept(logits.float(), sampling)
     rows, vocabulary = logits.shape
     parts = cdiv(vocabulary, _PART)
     values = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
@@ -256,9 +261,15 @@ def best_token(logits: torch.Tensor) -> torch.Tensor:
     launch(
         kernels.best_of_parts,
         (rows, parts),
-        *(logits, values, tokens, logits.stride(0), vocabulary),
+        *(logits, values, tokens),
+        values if keys is None else keys,
+        values if least is None else least,
+        0.0 if sampling is None else sampling.temperature,
+        *(logits.stride(0), vocabulary),
         PART=_PART,
         PARTS=parts,
+        DRAWS=keys is not None,
+        CUTS=least is not None,
     )
     best = torch.empty(rows, dtype=torch.int64, device=logits.device)
     launch(

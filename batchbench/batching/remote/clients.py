@@ -1,0 +1,445 @@
+"""Several clients that load one server together, each with a part of the requests.
+
+This process, the driver, deals the requests of a trial out in turns, so that all together they
+arrive as from one client. Clients connect to the driver, start at a common time, and send back
+their replies. Each times its requests on its own clock, so latencies hold whatever it says. Its
+offset from the driver's clock is measured by round trips before and after a trial, as in NTP.
+"""
+
+from __future__ import annotations
+
+import pickle
+import platform
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+
+from batchbench import version
+from batchbench.batching.progress import Progress, Watch
+from batchbench.batching.remote.events import ClientLag
+from batchbench.batching.remote.outcome import FailedRequest, FailedTrial, TrialFailed, rate_of
+from batchbench.batching.remote.serve import Played, Served
+from batchbench.errors import BatchbenchError, IncompleteError, UsageError
+from batchbench.workloads import Request, Workload
+from batchbench.workloads.request import Ints, Ragged
+
+ROUND_TRIPS = 50
+"""Readings of a client's clock, of which the quickest counts."""
+
+LEAD_NS = 500_000_000
+"""Time between the word to start and the start, in which clients prepare their requests."""
+
+_REPORT_NS = 500_000_000
+"""Time between two reports of a client's progress."""
+
+_CONNECT_S, SILENCE_S = 5.0, 60.0
+"""Longest waits for a connection, and for an answer that a client gives at once."""
+
+LOST = "client_lost"
+"""The kind of failure of the requests of a client that was lost in a trial."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The place where clients find the driver, and the secret by which it knows them."""
+
+    hosts: tuple[str, ...]
+    port: int
+    secret: bytes
+
+
+Start = Callable[[Callable[[], None], int], AbstractContextManager[Callable[[], None]]]
+"""Calls a function, which can be pickled, in so many processes at once, and ends them in the end.
+
+It yields a function to call while the clients are waited for; it raises an error if one has ended.
+"""
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """The bodies of a client's requests."""
+
+    bodies: Sequence[bytes]
+
+    def __call__(self, workload: Workload, request: Request) -> bytes:
+        return self.bodies[request.index]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A client's part in a trial."""
+
+    served: Served
+    workload: Workload
+    trial: int
+
+
+@dataclass(frozen=True)
+class Go:
+    """The word to start at ``zero_ns``; times are on the client's clock."""
+
+    zero_ns: int
+    until_ns: int | None
+
+
+# The client
+
+
+def join(meeting: Meeting) -> None:
+    """Be a client until the driver hangs up."""
+    part: Part | None = None
+    with _connection(meeting) as driver, suppress(EOFError, OSError):
+        driver.send((version.__version__, platform.node()))
+        while True:
+            message = driver.recv()
+            if message is None:
+                driver.send(time.perf_counter_ns())
+            elif isinstance(message, Part):
+                part = message
+                driver.send(None)
+            else:
+                assert part is not None
+                driver.send(_answer(part, message, _Reports(driver)))
+
+
+def _connection(meeting: Meeting) -> Connection:
+    reason: OSError | None = None
+    for host in meeting.hosts:
+        try:
+            raw = socket.create_connection((host, meeting.port), _CONNECT_S)
+        except OSError as error:
+            reason = error
+            continue
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        raw.setblocking(True)
+        raw.sendall(meeting.secret)
+        return Connection(raw.detach())
+    places = ", ".join(f"{host}:{meeting.port}" for host in meeting.hosts)
+    raise UsageError(f"--clients: a client on {platform.node()} cannot reach {places} ({reason})")
+
+
+def _answer(part: Part, go: Go, watch: Watch) -> Played | Exception:
+    try:
+        served = replace(part.served, until_ns=go.until_ns)
+        return served.play(part.workload, watch, part.trial, go.zero_ns)
+    except BatchbenchError as error:
+        return error
+    except Exception as error:  # its class need not be known to the driver
+        return RuntimeError("".join(traceback.format_exception(error)))
+
+
+class _Reports(Watch):
+    def __init__(self, driver: Connection) -> None:
+        self._driver, self._next_ns = driver, 0
+
+    def progressed(self, progress: Progress) -> None:
+        if progress.now_ns >= self._next_ns:
+            self._next_ns = progress.now_ns + _REPORT_NS
+            self._driver.send(progress)
+
+
+# The driver
+
+
+@dataclass(eq=False)
+class _Client:
+    name: str
+    node: str
+    connection: Connection
+    gone: bool = False
+
+    def hear(self, within_s: float = SILENCE_S) -> Any:
+        """Return the next message; raise an OSError or EOFError if none will come."""
+        if not self.connection.poll(within_s):
+            raise TimeoutError
+        return self.connection.recv()
+
+    def clock(self) -> tuple[int, int]:
+        """Return the offset of its clock from ours, and the largest error of it, in ns."""
+        readings = []
+        for _ in range(ROUND_TRIPS):
+            before = time.perf_counter_ns()
+            self.connection.send(None)
+            theirs = self.hear()
+            after = time.perf_counter_ns()
+            readings.append((after - before, theirs - (before + after) // 2))
+        trip, offset = min(readings)
+        return offset, (trip + 1) // 2
+
+
+class Clients:
+    """Clients that have come, ready to share trials.
+
+    Args:
+        start: starts them on other machines; None starts processes on this one.
+
+    Raises:
+        BatchbenchError: a client ended before it came.
+    """
+
+    def __init__(self, count: int, start: Start | None, watch: Watch) -> None:
+        hosts = ("127.0.0.1",) if start is None else _own_hosts()
+        with ExitStack() as stack:
+            address = (hosts[0] if start is None else "", 0)
+            listener = stack.enter_context(socket.create_server(address, backlog=count))
+            listener.settimeout(0.2)
+            meeting = Meeting(hosts, listener.getsockname()[1], secrets.token_bytes(32))
+            look = stack.enter_context((start or processes)(partial(join, meeting), count))
+            stack.callback(listener.close)  # so that those who wait at the door leave
+            self._clients: list[_Client] = []
+            while (here := len(self._clients)) < count:
+                watch.phase(f"waiting for clients ({here} of {count} are here)")
+                while (connection := _accepted(listener, meeting.secret)) is None:
+                    look()
+                stack.enter_context(connection)
+                self._welcome(connection, count)
+            self._closing = stack.pop_all()
+
+    def _welcome(self, connection: Connection, count: int) -> None:
+        client = _Client("", "", connection)
+        theirs, client.node = client.hear()
+        if theirs != version.__version__:
+            raise UsageError(
+                f"--clients: {client.node} has batchbench {theirs}, not {version.__version__}"
+            )
+        client.name = f"client {len(self._clients) + 1} of {count} on {client.node}"
+        self._clients.append(client)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The machine of each client."""
+        return tuple(client.node for client in self._clients)
+
+    def close(self) -> None:
+        """Hang up, and end the clients."""
+        self._closing.close()
+
+    def play(self, served: Served, workload: Workload, watch: Watch, trial: int) -> Played:
+        """Let the clients serve a trial, each its part, and put together what came back.
+
+        Raises:
+            TrialFailed: a request failed, or a client was lost.
+            OutOfTimeError: the time for trials is up.
+        """
+        count, until_ns = len(self._clients), served.until_ns
+        shares = [np.arange(i, len(workload), count) for i in range(count)]
+        bodies = [served.body(workload, request) for request in workload]
+        sendable = replace(served, clients=None, until_ns=None)
+        for client, rows in zip(self._clients, shares, strict=True):
+            own = replace(sendable, body=Bodies([bodies[i] for i in rows]))
+            self._tell(client, Part(own, _taken(workload, rows), trial))
+        self._ask_all(_Client.hear)  # they are ready
+        before = self._ask_all(_Client.clock)
+        answers = dict[_Client, Played | Exception]()
+        if not any(client.gone for client in self._clients):
+            zero_ns = time.perf_counter_ns() + LEAD_NS
+            for client, (offset_ns, _) in before.items():
+                self._tell(client, Go(zero_ns + offset_ns, until_ns and until_ns + offset_ns))
+            # Something arrives, or a request fails, before a client is silent for so long.
+            patience_s = SILENCE_S + served.address.timeout_s + int(workload.due_ns.max()) / 1e9
+            answers = self._answers(watch, patience_s)
+        after = self._ask_all(_Client.clock)
+        failed, is_usage = self._failed(answers, shares)
+        if failed:
+            told = FailedTrial(served.name, trial, len(workload), tuple(failed))
+            raise TrialFailed(told, is_usage=is_usage)
+        played, parts = list[Played](), list[ClientPart]()
+        for client in self._clients:
+            answer = answers[client]
+            assert isinstance(answer, Played)
+            (offset_ns, error_ns), (end_ns, end_error_ns) = before[client], after[client]
+            within_ns = max(error_ns, end_error_ns) + abs(end_ns - offset_ns)
+            played.append(answer)
+            parts.append(ClientPart.of(client.node, answer, offset_ns, within_ns))
+        return replace(_merged(played, shares, workload), clients=[asdict(part) for part in parts])
+
+    def _failed(
+        self, answers: Mapping[_Client, Played | Exception], shares: Sequence[Ints]
+    ) -> tuple[list[FailedRequest], bool]:
+        """Return the requests that failed at any client; True if they would fail again.
+
+        Raises:
+            Exception: the error of a client that is not about its requests.
+        """
+        failed, is_usage = list[FailedRequest](), True
+        for client, rows in zip(self._clients, shares, strict=True):
+            answer = answers.get(client)
+            if client.gone:
+                text = f"{client.name} was lost: its process or its connection has ended"
+                failed += [FailedRequest(i, LOST, "with its client", text) for i in rows.tolist()]
+                is_usage = False
+            elif isinstance(answer, TrialFailed):
+                own = answer.failed.failed
+                failed += [replace(one, request=int(rows[one.request])) for one in own]
+                is_usage = is_usage and answer.is_usage
+            elif isinstance(answer, Exception):
+                raise answer
+        return failed, is_usage
+
+    def _tell(self, client: _Client, message: object) -> None:
+        try:
+            if not client.gone:
+                client.connection.send(message)
+        except OSError:
+            client.gone = True
+
+    def _ask_all(self, ask: Callable[[_Client], T]) -> dict[_Client, T]:
+        """Ask each client that is left."""
+        answers = dict[_Client, T]()
+        for client in self._clients:
+            try:
+                if not client.gone:
+                    answers[client] = ask(client)
+            except (OSError, EOFError):
+                client.gone = True
+        return answers
+
+    def _answers(self, watch: Watch, patience_s: float) -> dict[_Client, Played | Exception]:
+        """Wait for the end of a trial at each client; report their progress together."""
+        answers = dict[_Client, Played | Exception]()
+        reports = dict[_Client, Progress]()
+        while pending := [c for c in self._clients if not c.gone and c not in answers]:
+            ready = wait([client.connection for client in pending], patience_s)
+            for client in (c for c in pending if c.connection in ready or not ready):
+                try:
+                    message = client.hear(0)
+                except (OSError, EOFError):
+                    client.gone = True
+                    continue
+                if isinstance(message, Progress):
+                    reports[client] = message
+                    watch.progressed(_together([*reports.values()]))
+                else:
+                    answers[client] = message
+        return answers
+
+
+@dataclass(frozen=True)
+class ClientPart:
+    """A client's part in a trial, for the log.
+
+    ``rate`` is the rate at which it sent its requests, None for one request. ``offset_ns`` is that
+    of its clock from the driver's when the trial began, wrong by at most ``within_ns`` until its
+    end.
+    """
+
+    node: str
+    requests: int
+    rate: float | None
+    late_p99_ns: int
+    offset_ns: int
+    within_ns: int
+
+    @classmethod
+    def of(cls, node: str, played: Played, offset_ns: int, within_ns: int) -> ClientPart:
+        count, rate = len(played.replies), rate_of(played.sent_ns)
+        return cls(node, count, rate, played.lag.late_p99_ns, offset_ns, within_ns)
+
+
+def _together(reports: Sequence[Progress]) -> Progress:
+    sums = {
+        name: sum(getattr(report, name) for report in reports)
+        for name in ("requests", "done", "tokens", "slots_in_use")
+    }
+    return replace(reports[0], **sums, now_ns=max(report.now_ns for report in reports))
+
+
+def _taken(workload: Workload, rows: Ints) -> Workload:
+    """Return a workload of these requests."""
+    prompts = Ragged(workload.prompt_ids, workload.prompt_offsets).take(rows)
+    return replace(
+        workload,
+        prompt_ids=prompts.values,
+        prompt_offsets=prompts.offsets,
+        output_tokens=workload.output_tokens[rows],
+        due_ns=workload.due_ns[rows],
+    )
+
+
+def _merged(played: Sequence[Played], shares: Sequence[Ints], workload: Workload) -> Played:
+    """Return the parts of a trial as one; the client's own part is that of the worst client."""
+    places = sorted((int(i), c, k) for c, rows in enumerate(shares) for k, i in enumerate(rows))
+    lags = [part.lag for part in played]
+    worst = {f.name: max(getattr(lag, f.name) for lag in lags) for f in fields(ClientLag)}
+    return Played(
+        [replace(played[c].replies[k], index=i) for i, c, k in places],
+        [played[c].times_ns[k] for _, c, k in places],
+        [played[c].sent_ns[k] for _, c, k in places],
+        workload.due_ns,
+        ClientLag(**{**worst, "kernel_share": min(lag.kernel_share for lag in lags)}),
+    )
+
+
+def _accepted(listener: socket.socket, secret: bytes) -> Connection | None:
+    """Return the connection of a client that knows the secret, if one comes."""
+    try:
+        raw, _ = listener.accept()
+        raw.settimeout(_CONNECT_S)
+        known = secrets.compare_digest(raw.recv(len(secret)), secret)
+    except OSError:
+        return None
+    if not known:
+        raw.close()
+        return None
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):  # a machine that vanishes is noticed after 25 s
+            raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    raw.setblocking(True)
+    return Connection(raw.detach())
+
+
+def _own_hosts() -> tuple[str, ...]:
+    """Return the addresses at which other machines may find this one."""
+    found = [one for several in psutil.net_if_addrs().values() for one in several]
+    hosts = [one.address for one in found if one.family is socket.AF_INET]
+    outside = [host for host in hosts if not host.startswith("127.")]
+    return tuple(outside or hosts or ["127.0.0.1"])
+
+
+_CODE = "import pickle, sys; sys.path.insert(0, {!r}); pickle.load(sys.stdin.buffer)()"
+
+
+@contextmanager
+def processes(
+    join: Callable[[], None], count: int, before: str = ""
+) -> Iterator[Callable[[], None]]:
+    """Start clients as processes of this machine, which run the code ``before`` first."""
+    program = before + _CODE.format(str(Path(version.__file__).parents[1]))
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    children = list[subprocess.Popen[bytes]]()
+
+    def look() -> None:
+        for i, child in enumerate(children, 1):
+            if child.poll() is not None:
+                raise IncompleteError(f"--clients: process {i} ended with {child.returncode}")
+
+    try:
+        for _ in range(count):
+            words = [sys.executable, "-c", program]
+            children.append(subprocess.Popen(words, stdin=pipe, stdout=null, stderr=null))
+            stdin = children[-1].stdin
+            assert stdin is not None
+            with stdin:
+                stdin.write(pickle.dumps(join))
+        yield look
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()

@@ -1,0 +1,72 @@
+"""Result files of other tools, recognized by their content, and llm-d's report, also written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from batchbench.errors import UsageError, shown
+from batchbench.files import read_binary
+from batchbench.json_file import MOST_BYTES, parse_json
+from batchbench.reports.peers.aiperf import are_records, is_of_aiperf, read_aiperf, read_records
+from batchbench.reports.peers.guidellm import is_of_guidellm, read_guidellm
+from batchbench.reports.peers.llmd import is_of_llmd, parse_yaml, read_llmd
+from batchbench.reports.peers.values import DamagedError, PeerFile
+from batchbench.reports.peers.vllm import is_of_vllm, read_vllm
+
+READERS: Mapping[str, tuple[Callable[[Any], bool], Callable[[Any], PeerFile]]] = {
+    "vllm bench serve": (is_of_vllm, read_vllm),
+    "guidellm": (is_of_guidellm, read_guidellm),
+    "aiperf": (is_of_aiperf, read_aiperf),
+    "aiperf's records": (are_records, read_records),
+    "llm-d's benchmark report": (is_of_llmd, read_llmd),
+}
+"""By tool: a test of a file's content, and its reader."""
+
+EXPECTED = (
+    "give a result of batchbench, vllm bench serve (--save-result), guidellm (benchmarks.json) or "
+    "aiperf (profile_export), or llm-d's benchmark report 0.2"
+)
+
+_MOST_YAML = 2 * 2**20
+"""Largest YAML file; its parser takes 5 s per MiB."""
+
+
+def read_peer(file: Path) -> PeerFile | None:
+    """Read a file of another tool; None for a folder, a missing file and a result of ours.
+
+    Raises:
+        UsageError: it is of no tool that is known, damaged, too large, or of a newer version.
+    """
+    if not os.path.isfile(file):  # False too if the name is too long
+        return None
+    data = _parse(file, read_binary(file, str(file), MOST_BYTES))
+    if isinstance(data, dict) and ("batchbench_version" in data or "kind" in data):
+        return None
+    tool = next((name for name, (is_of, _) in READERS.items() if is_of(data)), None)
+    if tool is None:
+        raise UsageError(f"{file}: is not a result of batchbench or a tool it knows; {EXPECTED}")
+    try:
+        return READERS[tool][1](data)
+    except DamagedError as error:
+        raise UsageError(f"{file}: is not a complete result of {tool}: {error}") from error
+
+
+def _parse(file: Path, content: bytes) -> Any:
+    """Return the JSON or YAML of a file, or the list of its lines' JSON."""
+    try:
+        data = parse_json(content, constants=True)
+        return [data] if are_records([data]) else data
+    except ValueError as error:
+        fault = error
+    try:
+        if content.startswith(b'{"metadata"') and b"\n{" in content:
+            return [parse_json(line) for line in content.splitlines() if line.strip()]
+        if re.search(rb"(?m)^version:", content) and len(content) <= _MOST_YAML:
+            return parse_yaml(content.decode("utf-8"))
+    except ValueError as error:
+        fault = error
+    raise UsageError(f"{file}: is not readable JSON ({shown(fault, 200)}); {EXPECTED}")

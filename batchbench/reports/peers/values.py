@@ -1,0 +1,201 @@
+"""Measurements of another tool, under the names and in the units of ``result.json``.
+
+What a file does not hold is None. Readers take values from files with :func:`figure` and its
+siblings, which refuse a value of another type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from batchbench.errors import shown
+from batchbench.reports.latency import Latencies
+from batchbench.reports.metrics import statistics_of
+from batchbench.reports.result import Result
+from batchbench.reports.result_file import Summary
+from batchbench.reports.served import server_words
+from batchbench.reports.statistics import Distribution, Floats
+
+LATENCIES = ("ttft", "tpot", "itl", "e2el")
+
+STATISTICS = ("mean", "std", "median", "p90", "p99", "p99.9")
+
+Figures = Mapping[str, float | None]
+
+
+class DamagedError(ValueError):
+    """A value of a file is not what its tool writes."""
+
+
+@dataclass(frozen=True, eq=False)
+class PeerRun:
+    """One measurement: a load, and its metrics.
+
+    Attributes:
+        name: the load, such as ``concurrency=4``; of our own result the strategy.
+        rate: requests per second that were asked for; None if none was.
+        summary: every metric of a result's summary.
+        latencies: those of single requests or gaps in ms, by ``LATENCIES``, where there are any.
+    """
+
+    name: str
+    concurrency: int | None
+    rate: float | None
+    failed: int | None
+    summary: Figures
+    latencies: Mapping[str, Distribution]
+
+    @property
+    def requests(self) -> int | None:
+        completed = self.summary["completed"]
+        return None if completed is None else int(completed) + (self.failed or 0)
+
+
+@dataclass(frozen=True, eq=False)
+class PeerFile:
+    """Everything that is known of a result file; at least one run.
+
+    Attributes:
+        tool: the tool's name, such as ``vllm bench serve``.
+        backend: the server or the kind of endpoint, as the tool calls it.
+        created: the time that the file names, as it stands there.
+        doubts: reasons why our own result is stamped suspect.
+    """
+
+    tool: str
+    version: str | None
+    model: str | None
+    backend: str | None
+    created: str | None
+    runs: Sequence[PeerRun]
+    doubts: Sequence[str] = ()
+
+    @property
+    def title(self) -> str:
+        return " ".join(word for word in (self.tool, self.version) if word)
+
+
+def make_run(
+    given: Figures,
+    latencies: Mapping[str, Floats | Distribution] | None = None,
+    *,
+    name: str | None = None,
+    concurrency: float | None = None,
+    rate: float | None = None,
+    failed: float | None = None,
+) -> PeerRun:
+    """Return a run with the statistics of its latencies computed from them, if it has them.
+
+    Args:
+        given: metrics that the file holds.
+        latencies: in ms, by ``LATENCIES``; values of an array that are not finite are left out.
+        name: its load, if that is not rate and concurrency.
+    """
+    found: dict[str, float | None] = {**dict.fromkeys(Summary.__annotations__), **given}
+    parts = {
+        key: Distribution.of(v[np.isfinite(v)]) if isinstance(v, np.ndarray) else v
+        for key, v in (latencies or {}).items()
+    }
+    parts = {key: part for key, part in parts.items() if part.count}
+    for key, part in parts.items():
+        found |= statistics_of(key, part)
+    named = {"rate": rate, "concurrency": concurrency}
+    load = ",".join(f"{key}={value:g}" for key, value in named.items() if value is not None)
+    whole = (None if value is None else int(value) for value in (concurrency, failed))
+    return PeerRun(name or load or "load-unknown", next(whole), rate, next(whole), found, parts)
+
+
+def of_result(result: Result) -> PeerFile:
+    """Return our own result as another tool's: a run per strategy, latencies pooled over trials."""
+    data = result.data
+    workload, server = data["workload"], data.get("server")
+    rate, slots = data["config"]["workload"].get("request_rate"), data["config"]["serving"]
+    # Slots of our own engine do not limit the requests that a timetable sends.
+    limit = slots["batch_size"] if server or rate is None else None
+    runs = []
+    for name, trials in result.recordings.items():
+        latencies, summary = Latencies.of(*trials), cast(Any, data["strategies"][name]["summary"])
+        run = make_run(
+            summary,
+            {key: getattr(latencies, key) for key in LATENCIES},
+            name=result.label(name),
+            concurrency=workload["max_concurrency"] or limit,
+            rate=rate,
+            failed=workload["num_requests"] - summary["completed"],
+        )
+        runs.append(run)
+    engine = "simulated" if data["simulated"] else f"{slots['engine']} engine"
+    backend = server_words(server) if server else engine
+    version, doubts = data["batchbench_version"], data["validity"]["reasons"]
+    model, created = data["model"]["name"], data["created_at"]
+    return PeerFile("batchbench", version, model, backend, created, runs, doubts)
+
+
+# Values of a file
+
+
+def at(data: Any, *path: str | int) -> Any:
+    """Return the value at a path of keys and indices; None if there is none."""
+    for i, key in enumerate(path):
+        if data is None:
+            return None
+        if isinstance(key, int) and isinstance(data, list):
+            data = data[key] if key < len(data) else None
+        elif isinstance(key, str) and isinstance(data, dict):
+            data = data.get(key)
+        else:
+            kind = "a list" if isinstance(key, int) else "an object"
+            raise _wrong(path[:i], data, kind)
+    return data
+
+
+def figure(data: Any, *path: str | int) -> float | None:
+    """Return a number of at least 0; None if it is missing, null, NaN or infinite."""
+    value = at(data, *path)
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise _wrong(path, value, "a number of at least 0")
+    return value
+
+
+def text(data: Any, *path: str | int) -> str | None:
+    """Return a text; None if it is missing or empty."""
+    value = at(data, *path)
+    if value is not None and not isinstance(value, str):
+        raise _wrong(path, value, "a text")
+    return value or None
+
+
+def items(data: Any, *path: str | int) -> list[Any] | None:
+    value = at(data, *path)
+    if value is not None and not isinstance(value, list):
+        raise _wrong(path, value, "a list")
+    return value
+
+
+def series(values: Iterable[Any], name: str) -> Floats:
+    """Return numbers as an array, with NaN for null."""
+    numbers = (figure(value) for value in values)
+    try:
+        return np.array([math.nan if v is None else v for v in numbers], np.float64)
+    except DamagedError as error:
+        raise DamagedError(f"{name}: {error}") from error
+
+
+def needed(value: float | None, name: str) -> float:
+    if value is None:
+        raise DamagedError(f"{name} is missing")
+    return value
+
+
+def _wrong(path: Sequence[str | int], value: Any, rule: str) -> DamagedError:
+    place = ".".join(map(str, path)) or "a value"
+    kind = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else None
+    kind = kind or shown(repr(value), 40)
+    return DamagedError(f"{place} is {kind}; it must be {rule}")

@@ -1,0 +1,235 @@
+"""Facts of this machine that matter for a run: found without torch, in less than two seconds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+
+from batchbench.batching.machine import (
+    Processor,
+    allowed_cpus,
+    command_output,
+    cpu_name,
+    free_host_bytes,
+    last_level_cache_bytes,
+    rapl_packages,
+    usable_cores,
+)
+from batchbench.files import cache_folder
+from batchbench.version import __version__
+
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "gpu": ("pynvml", "triton"),
+    "gguf": ("gguf", "accelerate"),
+    "vllm": ("vllm",),
+    "ray": ("ray",),
+    "slurm": ("submitit",),
+}
+"""Modules of each extra of the distribution."""
+
+_BUSY = 0.25
+"""Share of the processors in use by others from which times are doubtful."""
+
+_REACH_S = 1.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fact. ``mend`` is what to type if something is missing; it is needed if ``fault``."""
+
+    name: str
+    text: str
+    mend: str | None = None
+    fault: bool = False
+
+
+def examine() -> list[Finding]:
+    """Return the facts of this machine, in the order in which people ask."""
+    hub = _Reach()
+    busy = _Busy()
+    found = [*_software(), *_processor(), *_memory(), *_gpus(), _energy(), *_folders()]
+    return [*found, hub.finding(), *_extras(), busy.finding()]
+
+
+def as_json(findings: list[Finding]) -> dict[str, Any]:
+    return {"batchbench_version": __version__, "findings": [asdict(f) for f in findings]}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _software() -> Iterator[Finding]:
+    here = Path(__file__).parents[1]
+    yield Finding("batchbench", f"{__version__}, in {here}")
+    yield Finding("Python", f"{platform.python_version()}, {sys.executable}")
+    for name in ("torch", "transformers"):
+        version = _version(name)
+        if version is None:
+            yield Finding(name, "is missing", f"pip install {name}", fault=True)
+        else:
+            built = f", built for {_built_for()}" if name == "torch" else ""
+            yield Finding(name, version + built)
+
+
+def _built_for() -> str:
+    """Return the platform that torch was built for, from its file ``version.py``."""
+    found = importlib.util.find_spec("torch")
+    file = Path(found.origin).with_name("version.py") if found and found.origin else Path()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError:
+        return "an unknown platform"
+    for name in ("cuda", "hip"):
+        if version := re.search(rf"^{name}\b[^=]*= '([^']+)'", text, re.MULTILINE):
+            return f"{'ROCm' if name == 'hip' else 'CUDA'} {version[1]}"
+    return "CPUs (and MPS on a Mac)" if sys.platform == "darwin" else "CPUs"
+
+
+def _processor() -> Iterator[Finding]:
+    cache = last_level_cache_bytes()
+    size = "" if cache is None else f", {cache / 2**20:.0f} MiB of last-level cache"
+    yield Finding("Processor", f"{cpu_name()}{size}")
+    usable, allowed = usable_cores(), len(allowed_cpus())
+    text = f"{usable} in use" + (f" of {allowed}" if usable != allowed else "")
+    if variable := os.environ.get("OMP_NUM_THREADS"):
+        text += f"; OMP_NUM_THREADS is {variable}"
+    yield Finding("Threads", text)
+    processor, compiler = Processor.here(), shutil.which("g++")
+    if not processor.runs_kernels:
+        yield Finding("CPU kernels", "torch's own: this processor has no AVX-512")
+    elif compiler is None:
+        mend = "apt-get install g++" if shutil.which("apt-get") else "install g++ (GCC)"
+        text = "torch's own, which are slower: g++ is missing"
+        yield Finding("CPU kernels", text, mend)
+    else:
+        bits = "AMX" if processor.has_amx else ""
+        bits = bits or ("AVX-512" if processor.multiplies_bfloat16 else "AVX-512 (widened)")
+        yield Finding("CPU kernels", f"batchbench's, compiled by {compiler}; bfloat16 by {bits}")
+
+
+def _memory() -> Iterator[Finding]:
+    total, free = psutil.virtual_memory().total / 2**30, free_host_bytes() / 2**30
+    yield Finding("Memory", f"{free:.1f} GiB free of {total:.1f} GiB")
+
+
+def _gpus() -> Iterator[Finding]:
+    query = "--query-gpu=name,driver_version,memory.total,memory.used"
+    listed = command_output("nvidia-smi", query, "--format=csv,noheader")
+    for line in (listed or "").splitlines():
+        name, driver, total, used = (part.strip() for part in [*line.split(","), "", "", ""][:4])
+        yield Finding("GPU", f"{name}, driver {driver}, {used} of {total} in use")
+    if listed and "CUDA" not in _built_for():
+        text = f"torch is built for {_built_for()}, so it cannot use the GPU"
+        yield Finding("CUDA", text, "see pytorch.org/get-started for its CUDA build", fault=True)
+    if not listed:
+        yield Finding("GPU", "Apple's (MPS)" if _is_apple() else "no NVIDIA GPU, or no driver")
+
+
+def _is_apple() -> bool:
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def _energy() -> Finding:
+    packages = rapl_packages()
+    if packages:
+        return Finding("Energy", f"{len(packages)} RAPL counter(s) of the processor can be read")
+    return Finding("Energy", "no counter of the processor can be read; energy is not reported")
+
+
+def _folders() -> Iterator[Finding]:
+    compiled = cache_folder()
+    yield _folder("Kernel cache", compiled, "set XDG_CACHE_HOME to a folder that can be written")
+    hub = os.environ.get("HF_HUB_CACHE") or os.path.join(
+        os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")), "hub"
+    )
+    try:
+        models = sorted(p.name[8:].replace("--", "/") for p in Path(hub).glob("models--*"))
+    except OSError:
+        models = []
+    names = ", ".join(models[:3]) + (f" and {len(models) - 3} more" if len(models) > 3 else "")
+    yield Finding("Model cache", f"{hub}: {names or 'no models'}")
+    free = shutil.disk_usage(os.getcwd()).free / 2**30
+    yield _folder("Current folder", Path.cwd(), "change to a folder that can be written", free)
+
+
+def _folder(name: str, folder: Path, mend: str, free_gib: float | None = None) -> Finding:
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    room = "" if free_gib is None else f", {free_gib:.1f} GiB free"
+    if os.access(there, os.W_OK):
+        return Finding(name, f"{folder}{room}")
+    return Finding(name, f"{folder} cannot be written", mend)
+
+
+class _Reach:
+    """A connection to the model hub, tried while the rest is found out."""
+
+    def __init__(self) -> None:
+        self._endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        self._answer: str | None = None
+        self._asking = threading.Thread(target=self._ask, daemon=True)
+        if not self._offline:
+            self._asking.start()
+
+    @property
+    def _offline(self) -> bool:
+        return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+    def _ask(self) -> None:
+        parts = urlsplit(self._endpoint)
+        port = parts.port or (80 if parts.scheme == "http" else 443)
+        try:
+            with socket.create_connection((parts.hostname or "", port), _REACH_S):
+                self._answer = "can be reached"
+        except OSError as error:
+            self._answer = f"cannot be reached ({type(error).__name__})"
+
+    def finding(self) -> Finding:
+        if self._offline:
+            text = "is switched off by HF_HUB_OFFLINE"
+            return Finding("Model hub", f"{self._endpoint} {text}", "unset HF_HUB_OFFLINE")
+        self._asking.join(_REACH_S)
+        text = f"{self._endpoint} {self._answer or 'does not answer'}"
+        works = self._answer == "can be reached"
+        mend = "give a local folder or a GGUF file as --model; gpt2 works with random weights"
+        return Finding("Model hub", text, None if works else mend)
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, modules in EXTRAS.items():
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        if not missing:
+            yield Finding(f"Extra {extra}", "is installed")
+        else:
+            mend = f"pip install 'batchbench-llm[{extra}]'"
+            yield Finding(f"Extra {extra}", f"lacks {', '.join(missing)}", mend)
+
+
+class _Busy:
+    """The load of other processes, since the making of this object."""
+
+    def __init__(self) -> None:
+        psutil.cpu_percent()
+
+    def finding(self, sleep: Callable[[float], None] | None = None) -> Finding:
+        share = psutil.cpu_percent(0.3) / 100
+        text = f"{share:.0%} of the processors are in use"
+        mend = "stop other programs: times on a busy machine are suspect"
+        return Finding("Load", text, mend if share > _BUSY else None)
