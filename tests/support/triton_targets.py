@@ -64,7 +64,7 @@ def compile_for(capability: int, *formats: str) -> None:
     ops.launch = launch
     for name in formats:
         _launch_all(getattr(torch, name), heads=12, kv_heads=12, size=64, llama=False)
-        _launch_all(getattr(torch, name), heads=16, kv_heads=8, size=128, llama=True)
+        _launch_all(getattr(torch, name), heads=9, kv_heads=3, size=64, llama=True)
 
 
 def _launch_all(dtype: torch.dtype, *, heads: int, kv_heads: int, size: int, llama: bool) -> None:
