@@ -437,7 +437,7 @@ def swiglu(
 
 
 @triton.jit
-def gumbel(tokens, one, two):
+def _gumbel(tokens, one, two):
     """Return the noise of tokens for the two keys of a row, as sampling.py has it."""
     x = tokens.to(tl.uint32) ^ one.to(tl.uint32, bitcast=True)
     x = (x ^ (x >> 17)) * 0xED5AD4BB + two.to(tl.uint32, bitcast=True)
@@ -484,7 +484,7 @@ def best_of_parts(
         value = tl.where(value >= tl.load(least + row), value, -float("inf"))
     if DRAWS:
         one, two = tl.load(keys + 2 * row), tl.load(keys + 2 * row + 1)
-        value += temperature * gumbel(at, one, two)
+        value += temperature * _gumbel(at, one, two)
         value = tl.where(inside, value, -float("inf"))
     largest = tl.max(value, 0)
     token = tl.min(tl.where((value == largest) & inside, at, vocabulary), 0)
