@@ -4,7 +4,8 @@
 
 On the CPU, requests 64 tokens long; gpt2 has dummy weights, a folder its own. All ways take turns
 in one process, so that a machine whose speed drifts treats them alike: quote the ratios, of medians
-and of the fastest turns. The latter leave out what other processes took.
+and of the fastest turns. The latter leave out what other processes took. On a busy machine, give
+`--cpu-time` and OMP_NUM_THREADS=1: the processor's time is that of this process alone.
 """
 
 import argparse
@@ -68,7 +69,9 @@ def eager(model: LoadedModel, rows: int) -> Callable[[], object]:
 
 
 @torch.inference_mode()
-def measure(name: str, dtype: str, rows: int, rounds: int) -> dict[str, tuple[float, float]]:
+def measure(
+    name: str, dtype: str, rows: int, rounds: int, clock: Callable[[], float]
+) -> dict[str, tuple[float, float]]:
     """Median and least milliseconds of each way."""
     kind = "dummy" if name == "gpt2" else "auto"
     spec = ModelSpec(model=name, load_format=kind, device="cpu", dtype=dtype)
@@ -89,10 +92,10 @@ def measure(name: str, dtype: str, rows: int, rounds: int) -> dict[str, tuple[fl
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 2):
         for name, way in ways.items():
-            began = time.perf_counter()
+            began = clock()
             way()
             if turn >= 2:
-                times[name].append((time.perf_counter() - began) * 1e3)
+                times[name].append((clock() - began) * 1e3)
     return {name: (statistics.median(values), min(values)) for name, values in times.items()}
 
 
@@ -101,12 +104,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--model", default="gpt2")
+    parser.add_argument("--cpu-time", action="store_true")
     asked = parser.parse_args()
     table = Table(title=f"{asked.model}, {asked.rows} rows, {torch.get_num_threads()} threads")
     table.add_column("one decode step")
-    found = {}
+    found, clock = {}, time.process_time if asked.cpu_time else time.perf_counter
     for dtype in ("float32", "bfloat16"):
-        found[dtype] = measure(asked.model, dtype, asked.rows, asked.rounds)
+        found[dtype] = measure(asked.model, dtype, asked.rows, asked.rounds, clock)
         table.add_column(f"{dtype} ms", justify="right")
         table.add_column("÷ first", justify="right")
         table.add_column("least", justify="right")

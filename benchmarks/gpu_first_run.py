@@ -213,7 +213,7 @@ def steps_of_part_3(setup: Setup) -> list[Step]:
         ladder("ladder gpt2", gpt2, classic, *short, limit=200),
         ladder("ladder gpt2-xl", setup.xl, "notebook,lean,graph", *short, *queue, limit=160),
         ladder(
-            "ladder llama 1B", setup.llama, "generate_batch,lean,graph", *short, *queue, limit=120
+            "ladder llama 1B", setup.llama, "generate_batch,lean,graph", *short, *queue, limit=160
         ),
         ladder("ladder gpt2 float32", gpt2, "all", "--dtype", "float32", limit=120),
     ]

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from batchbench.batching.engines.torch.architecture import Norm, Rotary
 from batchbench.batching.engines.torch.attention import Rotation
 from batchbench.batching.engines.torch.triton import ops
+from batchbench.workloads.sampling import Sampling
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -63,7 +64,7 @@ def compile_for(capability: int, *formats: str) -> None:
     ops.launch = launch
     for name in formats:
         _launch_all(getattr(torch, name), heads=12, kv_heads=12, size=64, llama=False)
-        _launch_all(getattr(torch, name), heads=16, kv_heads=8, size=128, llama=True)
+        _launch_all(getattr(torch, name), heads=9, kv_heads=3, size=64, llama=True)
 
 
 def _launch_all(dtype: torch.dtype, *, heads: int, kv_heads: int, size: int, llama: bool) -> None:
@@ -89,7 +90,9 @@ def _launch_all(dtype: torch.dtype, *, heads: int, kv_heads: int, size: int, lla
     ops.add_norm(x, x, added, norm, at)
     if llama:
         ops.swiglu(zeros(2, 2 * 3072))
-    ops.best_token(zeros(2, 50304)[:, :50257])
+    logits, keys = zeros(2, 50304)[:, :50257], torch.zeros(2, 2, dtype=torch.int32)
+    for sampling in (None, Sampling(0.7), Sampling(0.7, 0.9)):
+        ops.best_token(logits, sampling, None if sampling is None else keys)
 
 
 if __name__ == "__main__":

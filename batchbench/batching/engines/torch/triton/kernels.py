@@ -47,25 +47,21 @@ def decode_attention(
 ):
     """Write the key and value of each row to the cache, and attend to its slot up to there.
 
-    A program computes one head of one row over ``SPLIT`` keys. The last program of a head to end
-    combines the parts. A row's own key and value come from ``k`` and ``v``, so no program reads
-    from the cache what another one writes.
+    A program computes one head of a row over ``SPLIT`` keys; the last one of a head combines the
+    parts. A row's own key and value come from ``k`` and ``v``: programs read what no other writes.
     """
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    split = tl.program_id(2)
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     position = tl.load(positions + row).to(tl.int32)  # places within a slot need no more
     used = position // SPLIT + 1
     if split >= used:
         return
     dim = tl.arange(0, WIDTH)
     real = dim < SIZE
-    begin = (tl.load(slots + row) * kv_heads + head // GROUP) * max_len * SIZE
-    own_query = q + row * q_row + head * SIZE
-    query = _turned(own_query, position, angles, q_norm, eps, dim, real, SIZE, ROTARY, NORMED)
+    query = q + row * q_row + head * SIZE
+    query = _turned(query, position, angles, q_norm, eps, dim, real, SIZE, ROTARY, NORMED)
     query = query.to(tl.float32) * scale
     stop = tl.minimum(position, (split + 1) * SPLIT)
-    keys = cache + begin
+    keys = cache + (tl.load(slots + row) * kv_heads + head // GROUP) * max_len * SIZE
     highest, total, seen = _read(query, keys, values, split * SPLIT, stop, SIZE, WIDTH, KEYS)
     if split == used - 1:
         own = row * kv_row + (head // GROUP) * SIZE
@@ -77,8 +73,7 @@ def decode_attention(
         score = tl.sum(query * key.to(tl.float32), 0)
         highest, total, seen = _join(highest, total, seen, score, 1.0, value.to(tl.float32))
     nth = row * HEADS + head
-    parts = partial + nth * splits * (SIZE + 2)
-    result = out + nth * SIZE
+    result, parts = out + nth * SIZE, partial + nth * splits * (SIZE + 2)
     _hand_in(highest, total, seen, result, parts, arrived + nth, split, used, SIZE, WIDTH)
 
 
@@ -227,82 +222,81 @@ def tile_attention(
 ):
     """Write keys and values of a tile of tokens to the cache, and attend to all before each.
 
-    A piece is a decoding row (one token) or a chunk of a prompt; a tile is up to ``TOKENS`` of
-    its tokens. Keys of the piece come from ``k``, keys before it from the cache. A tile with a
-    count of 0 is unused.
+    A piece is a decoding row or a chunk of a prompt; a tile is up to ``TOKENS`` of its tokens, and
+    none if its count is 0. Keys of the piece come from ``k``, keys before it from the cache.
     """
     base = tiles + tl.program_id(0) * 5
     head = tl.program_id(1)
     count = tl.load(base + 1).to(tl.int32)
     if count == 0:
         return
-    token = tl.load(base).to(tl.int32)
-    end = token + count
-    piece = tl.load(base + 2).to(tl.int32)
+    token, piece = tl.load(base).to(tl.int32), tl.load(base + 2).to(tl.int32)
     start = tl.load(base + 4).to(tl.int32)
     dim = tl.arange(0, WIDTH)[None, :]
     at = token + tl.arange(0, TOKENS)
-    mine = (at < end)[:, None] & (dim < SIZE)
+    mine = (at < token + count)[:, None] & (dim < SIZE)
+    position = (start - piece + at)[:, None]
     cached = cache + (tl.load(base + 3) * kv_heads + head // GROUP) * max_len * SIZE
-    own_keys = k + (head // GROUP) * SIZE
-    own_values = v + (head // GROUP) * SIZE
-    before = start - piece  # from a token of the piece to its position
-    position = (before + at)[:, None]
+    k, v = k + (head // GROUP) * SIZE, v + (head // GROUP) * SIZE
     if head % GROUP == 0:
         place = cached + position * SIZE + dim
-        key = own_keys + at[:, None] * kv_row
+        key = k + at[:, None] * kv_row
         key = _turned(key, position, angles, k_norm, eps, dim, mine, SIZE, ROTARY, NORMED)
         tl.store(place, key, mask=mine)
-        value = tl.load(own_values + at[:, None] * kv_row + dim, mask=mine, other=0.0)
+        value = tl.load(v + at[:, None] * kv_row + dim, mask=mine, other=0.0)
         tl.store(place + values, value, mask=mine)
     query = q + at[:, None] * q_row + head * SIZE
     query = _turned(query, position, angles, q_norm, eps, dim, mine, SIZE, ROTARY, NORMED).to(DOT)
-    highest = tl.full([TOKENS], -float("inf"), dtype=tl.float32)
-    total = tl.zeros([TOKENS], dtype=tl.float32)
-    seen = tl.zeros([TOKENS, WIDTH], dtype=tl.float32)
-    # Positions before the piece, from the cache; then the piece itself, up to each token.
-    last = tl.zeros([TOKENS], dtype=tl.int32) + start - 1
+    seen = _attend(
+        query, cached, cached + values, k, v, kv_row, at, piece, token + count, start, scale,
+        angles, k_norm, eps, SIZE, KEYS, DOT, ROTARY, NORMED
+    )  # fmt: skip
+    result = out + (at[:, None] * HEADS + head) * SIZE + dim
+    tl.store(result, seen.to(out.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def _attend(
+    query,  # [tokens, width]
+    keys,  # of the slot, from the cache
+    values,
+    k,  # of the pass
+    v,
+    kv_row,
+    at,  # [tokens]: their places in the pass
+    piece,
+    end,
+    start,  # the position of the piece
+    scale,
+    angles,
+    k_norm,
+    eps,
+    SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    DOT: tl.constexpr,
+    ROTARY: tl.constexpr,
+    NORMED: tl.constexpr,
+):
+    """Attend to positions before the piece, then to the piece itself, up to each token."""
+    tokens: tl.constexpr = query.shape[0]
+    highest = tl.full([tokens], -float("inf"), dtype=tl.float32)
+    total = tl.zeros([tokens], dtype=tl.float32)
+    seen = tl.zeros(query.shape, dtype=tl.float32)
+    last = tl.zeros([tokens], dtype=tl.int32) + start - 1
     for first in range(0, start, KEYS):
         score, value = _score(
-            query,
-            cached,
-            cached + values,
-            SIZE,
-            first,
-            start,
-            last,
-            0,
-            angles,
-            k_norm,
-            eps,
-            SIZE,
-            KEYS,
-            False,
-            False,
-        )
+            query, keys, values, SIZE, first, start, last,
+            0, angles, k_norm, eps, SIZE, KEYS, False, False
+        )  # fmt: skip
         highest, total, seen = _add_keys(score * scale, value, highest, total, seen, DOT)
     # Loading four times as much ahead would take more shared memory than some GPUs have.
     for first in tl.range(piece, end, KEYS, num_stages=1 if ROTARY else 3):
         score, value = _score(
-            query,
-            own_keys,
-            own_values,
-            kv_row,
-            first,
-            end,
-            at,
-            before,
-            angles,
-            k_norm,
-            eps,
-            SIZE,
-            KEYS,
-            ROTARY,
-            NORMED,
-        )
+            query, k, v, kv_row, first, end, at,
+            start - piece, angles, k_norm, eps, SIZE, KEYS, ROTARY, NORMED
+        )  # fmt: skip
         highest, total, seen = _add_keys(score * scale, value, highest, total, seen, DOT)
-    result = out + (at[:, None] * HEADS + head) * SIZE + dim
-    tl.store(result, (seen / total[:, None]).to(out.dtype.element_ty), mask=mine)
+    return seen / total[:, None]
 
 
 @triton.jit
@@ -443,7 +437,7 @@ def swiglu(
 
 
 @triton.jit
-def gumbel(tokens, one, two):
+def _gumbel(tokens, one, two):
     """Return the noise of tokens for the two keys of a row, as sampling.py has it."""
     x = tokens.to(tl.uint32) ^ one.to(tl.uint32, bitcast=True)
     x = (x ^ (x >> 17)) * 0xED5AD4BB + two.to(tl.uint32, bitcast=True)
@@ -490,7 +484,7 @@ def best_of_parts(
         value = tl.where(value >= tl.load(least + row), value, -float("inf"))
     if DRAWS:
         one, two = tl.load(keys + 2 * row), tl.load(keys + 2 * row + 1)
-        value += temperature * gumbel(at, one, two)
+        value += temperature * _gumbel(at, one, two)
         value = tl.where(inside, value, -float("inf"))
     largest = tl.max(value, 0)
     token = tl.min(tl.where((value == largest) & inside, at, vocabulary), 0)
