@@ -103,8 +103,8 @@ class TargetSpec:
         metavar="ID|FOLDER|FILE",
     )
     api_key: str | None = secret(
-        f"Key sent as the bearer token. It is not saved or shown. The environment variable "
-        f"{API_KEY} does the same and does not appear in the list of processes.",
+        f"Key sent as the bearer token. It is not saved or shown. In the environment variable "
+        f"{API_KEY}, the key does not appear in the list of processes either.",
         _PANEL,
         API_KEY,
     )
