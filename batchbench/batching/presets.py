@@ -89,7 +89,7 @@ class Basis:
 
     preset: str = setting(
         NOTEBOOK,
-        "Preset to start from; options override it; batchbench workload list describes them.",
+        "Preset to start from; options override it, and batchbench workload list describes each.",
         "Start from",
         choices=tuple(PRESETS),
         metavar="NAME",

@@ -15,7 +15,7 @@ from batchbench.cli.output import echo, echo_json, make_console
 from batchbench.errors import UsageError, shown
 from batchbench.settings import setting
 
-DOCTOR_HELP = """Show what this machine offers, what is missing, and the command that mends it.
+DOCTOR_HELP = """Show what this machine offers, what is missing, and the command that fixes it.
 
 Example: batchbench doctor"""
 

@@ -415,14 +415,14 @@ def show(
     make_console().print(render_baseline(load_baseline(file)))
 
 
-COMPARE_HELP = """Compare two versions by their results, and say which differences are real.
+COMPARE_HELP = """Compare the results of two versions, and show which differences are real.
 
 Counts of closed workloads and output tokens are compared exactly, and any
 change fails. Speed-ups within a run are compared next; they do not depend on
 the machine's speed. Absolute times are compared only if the environments
-match, and fail only if --fail-if asks for it. To detect much smaller changes
-than one run can, give folders with four or more runs per side, each made by
-its own process.
+match, and they fail only with --fail-if. One run detects only large changes.
+To detect smaller ones, give folders with four or more runs per side, each made
+by its own process.
 
 Exit code 0: nothing is worse, or 'cannot tell' (3 with --strict); 1:
 something is worse, or counts or outputs changed; 2: the two cannot be

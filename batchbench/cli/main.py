@@ -31,7 +31,7 @@ COMMANDS = {
     "run": "Run a workload with static and continuous batching, and compare them.",
     "simulate": "Count the steps that run would take, without a model, in seconds.",
     "predict": "Predict other batch sizes from a result, and find where more slots stop helping.",
-    "breakeven": "Map where continuous batching wins and where static batching does.",
+    "breakeven": "Map where continuous batching wins and where static batching wins.",
     "sweep": "Run a grid of experiments: any option of run may have many values.",
     "ladder": "Compare engines, from the notebook's loop to the limits of this hardware.",
     "capacity": "Find the highest request rate that each strategy sustains within --slo.",
@@ -39,14 +39,14 @@ COMMANDS = {
     "report": "Show results again: in the terminal, as a web page, as Markdown or as JSON.",
     "reproduce": "Run the experiment of a result again and compare the two results.",
     "watch": "Replay a result: watch slots fill and empty, with the strategies side by side.",
-    "compare": "Compare two versions by their results, and say which differences are real.",
+    "compare": "Compare the results of two versions, and show which differences are real.",
     "duet": "Compare another installation of batchbench with this one, in alternating turns.",
     "check": "Check this version against a saved baseline: counts and outputs exactly, speed by "
     "ratios.",
     "trend": "Find the commits at which performance changed, from saved results.",
     "baseline": "Save counts and speed ratios of this version, for later checks.",
     "workload": "List presets, inspect a workload without running it, or save it.",
-    "doctor": "Show what this machine offers, what is missing, and the command that mends it.",
+    "doctor": "Show what this machine offers, what is missing, and the command that fixes it.",
     "help": "Read a page of the documentation, or the options of a command.",
 }
 """The purpose of each command, as in its help. A command is imported when it is used."""
@@ -99,8 +99,8 @@ app = typer.Typer(
     name="batchbench",
     cls=_Group,
     help="Measure how much continuous batching gains over static batching on your hardware and "
-    "workload, or on a server, and why.",
-    epilog="Start with: batchbench run. Terms are explained by: batchbench help glossary.",
+    "workload, or on a server, and show why.",
+    epilog="Start with: batchbench run. For the terms, run: batchbench help glossary.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

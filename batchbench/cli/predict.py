@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 PREDICT_HELP = """Predict other batch sizes from a result, and find where more slots stop helping.
 
-Step costs are fitted on the run. Its requests are then served with each number of slots by the
-same scheduler on a virtual clock.
+Step costs are fitted to the run. The same scheduler then serves its requests with each number of
+slots on a virtual clock.
 
 Example: batchbench predict batchbench-results/my-run --batch-size 1:64"""
 
-BREAKEVEN_HELP = """Map where continuous batching wins and where static batching does.
+BREAKEVEN_HELP = """Map where continuous batching wins and where static batching wins.
 
 The map covers batch size × spread of output lengths × load, for throughput, TTFT and goodput. It is
-simulated on the step costs of a run (--cost, or a run that is made first). --measure N also
-measures N cells.
+simulated with the step costs of a run, which --cost names; without --cost, the command makes such a
+run first. --measure N also measures N cells.
 
 Example: batchbench breakeven --model toy-gpt2 --batch-size 2,4,8"""
 
@@ -136,8 +136,8 @@ class BreakevenSpec:
     )
     load: str = setting(
         "0.5,0.9,all",
-        "Request rate, as a share of what continuous batching can serve; all: all requests are "
-        "there at the start.",
+        "Request rate, as a share of what continuous batching can serve; all: all requests "
+        "arrive at the start.",
         _PANEL,
         metavar="X,…|all",
     )

@@ -26,8 +26,8 @@ from batchbench.settings import setting
 
 PROBE_HELP = """Find out if a server batches continuously, and how many slots it has.
 
-The server may be any with OpenAI's completions or chat completions. The answer is continuous,
-static, serial or cannot tell, with what each test saw. A probe sends up to some hundreds of short
+The server needs OpenAI's API of completions or chat completions. The answer is continuous, static,
+serial or cannot tell, with the observations of each test. A probe sends up to several hundred short
 requests, so run it when nobody else uses the server. Exit code 0; 1 if a request failed; 2 if the
 server cannot be reached; 3 if it cannot tell, with --strict.
 
@@ -44,13 +44,13 @@ class ProbeSpec:
 
     model: str = setting(
         SERVED_MODEL,
-        "Name of the model at the server; auto: the only one that it has.",
+        "Name of the model on the server; auto: the only model of the server.",
         "Server",
         metavar="NAME",
     )
     max_time: float = setting(
         60.0,
-        "Seconds after which the probe stops and judges what it has seen.",
+        "Seconds after which the probe stops and uses the observations that it has.",
         _PANEL,
         min=1.0,
         max=86_400.0,

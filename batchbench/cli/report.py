@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 REPORT_HELP = """Show results again: in the terminal, as a web page, as Markdown or as JSON.
 
 Tables, pictures and report.html of a single result are built again from its recordings. Several
-results are shown side by side, with the settings in which they differ. Files of vllm bench serve,
-guidellm, aiperf and llm-d are read, too. The result of a sweep, ladder, capacity search, prediction
-or break-even map is shown in short form.
+results are shown side by side, with the settings in which they differ. The command also reads files
+of vllm bench serve, guidellm, aiperf and llm-d. The result of a sweep, ladder, capacity search,
+prediction or break-even map is shown in short form.
 
 Example: batchbench report batchbench-results/my-run --format html"""
 
 WATCH_HELP = """Replay a result: watch slots fill and empty, with the strategies side by side.
 
-It shows the trial of median duration of each strategy, at a speed at which the longest takes about
-12 s. The last frame stays on the screen. Ctrl-C stops the replay. For slides, --gif writes it to a
-file.
+It shows each strategy's trial with the median duration. By default, the longest trial takes about
+12 s. The last frame stays on the screen. Ctrl-C stops the replay. --gif writes the replay to a file
+for slides.
 
 Example: batchbench watch batchbench-results/my-run --speed 4"""
 
@@ -367,7 +367,7 @@ class WatchSpec:
         "Replay",
         min=1e-9,
         max=1e9,
-        default_text="such that it takes about 12 s",
+        default_text="a speed at which the replay takes about 12 s",
     )
     gif: Path | None = setting(
         None, "Write an animated GIF for slides instead.", "Output", metavar="FILE"

@@ -61,8 +61,8 @@ class Doubt(StrEnum):
         "time stamps of the kernel: give the client a processor of its own"
     )
     MERGED = (
-        "{share} of the output was read late, together with later output, and has its time: give "
-        "the client a processor of its own"
+        "{share} of the output was read late, together with later output, and has the later time: "
+        "give the client a processor of its own"
     )
     BUFFERED = (
         "the server buffers: {share} of the output came together with later output, and was not "
@@ -74,11 +74,11 @@ class Doubt(StrEnum):
     )
     CLOCKS = (
         "the clocks of the clients agree only within {value} ms, {share} of the median TTFT, so "
-        "their requests may come that much too early or late: use clients nearer to each other"
+        "their requests may be early or late by as much: use clients that are closer together"
     )
     BUSY = (
-        "the server had {requests} of others when a trial began: run it when nobody else uses the "
-        "server"
+        "the server had {requests} of other clients when a trial began: run again when nobody else "
+        "uses the server"
     )
     CONTRADICT = (
         "pairs of trials contradict each other ({low} to {high} as fast): raise --trials, or keep "
@@ -173,7 +173,7 @@ def passes_of(server: ServerData | None, name: str) -> list[int | None]:
 
 
 def typical_passes(server: ServerData | None, name: str) -> int | None:
-    """Return the median of the server's counts; None if it does not tell all of them."""
+    """Return the median of the server's counts; None if it does not report all of them."""
     known = [count for count in passes_of(server, name) if count is not None]
     complete = known and len(known) == len(passes_of(server, name))
     return round(float(np.median(known))) if complete else None
@@ -208,7 +208,7 @@ def _steps(name: str, slots: int, workload: Workload) -> int:
 
 
 def server_words(server: ServerData) -> str:
-    """Return the server's name, and its version if it tells it."""
+    """Return the server's name, and its version if it reports one."""
     return " ".join(part for part in (server["name"], server["version"]) if part)
 
 
@@ -232,7 +232,7 @@ def agreement_words(data: Mapping[str, Any], agreement: AgreementData) -> str:
     if repeat is not None:
         text += f", and {repeat:,}/{total:,} are the same in all trials of the baseline"
     if data["workload"].get("sampling"):
-        text += ", as may be, since the server draws them from random numbers of its own"
+        text += ", which is expected, because the server uses its own random numbers"
     return text
 
 
@@ -256,9 +256,9 @@ def server_lines(facts: Facts) -> list[str]:
     parts = [f"Server: {server_words(server)}"]
     if slots is not None:
         few = f", fewer than --batch-size {size:,}" if slots < size else ""
-        parts.append(f"{plural(slots, 'slot')} by its own word{few}")
+        parts.append(f"it reports {plural(slots, 'slot')}{few}")
     if any(typical_passes(server, name) is not None for name in server["passes"]):
-        parts.append("forward passes by its own count")
+        parts.append("it counts forward passes")
     if server["stamps"] is not None:
         by = {"kernel": "the kernel", "user": "the client"}[server["stamps"]]
         parts.append(f"arrivals stamped by {by}")

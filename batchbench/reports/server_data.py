@@ -24,7 +24,7 @@ class ClientsData(TypedDict):
 
 
 class ServerData(TypedDict):
-    """The server, by its own word, and its own counts of each trial by strategy."""
+    """The facts that the server reports, and its own counts of each trial by strategy."""
 
     name: str
     version: str | None

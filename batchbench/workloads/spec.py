@@ -124,7 +124,7 @@ class WorkloadSpec:
         _PANEL,
         min=0.0,
         max=100.0,
-        default_text="0, or that of the trace",
+        default_text="0, or the value in the trace",
         omit_default=True,
     )
     top_p: float = setting(
@@ -137,7 +137,7 @@ class WorkloadSpec:
     )
     top_k: int = setting(
         0,
-        "Draw from this many most likely tokens, before --top-p; 0 for all.",
+        "Draw from the N most likely tokens; applied before --top-p; 0 keeps all tokens.",
         _PANEL,
         min=0,
         max=10**9,

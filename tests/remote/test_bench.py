@@ -471,7 +471,7 @@ def test_sampled_requests_have_the_same_seeds_in_each_trial(
     differing = Agreement("text", 12, same=7, differ=5, baseline_repeat=12)
     said = sentence(make_result(replace(outcome, agreement=differing)))
     assert "differ for 5/12 requests" in said
-    assert "since the server draws them from random numbers of its own" in said
+    assert "because the server uses its own random numbers" in said
 
 
 CANNOT = [

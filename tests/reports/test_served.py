@@ -145,12 +145,12 @@ def test_the_title_has_the_server_and_the_table_says_waves() -> None:
     assert "SmolLM2-135M · llama.cpp b4242 at 127.0.0.1:8080 · 8 at once · 32 requests" in text
     assert "static (waves)" in text
     assert "Where the time went" not in text
-    assert "Server: llama.cpp b4242; 8 slots by its own word; forward passes by its own" in text
+    assert "Server: llama.cpp b4242; it reports 8 slots; it counts forward passes" in text
 
 
 def test_fewer_slots_than_the_batch_size_are_told() -> None:
     text = " ".join(shown(served_result(server=replace(SERVER, slots=4)), 200).split())
-    assert "4 slots by its own word, fewer than --batch-size 8" in text
+    assert "it reports 4 slots, fewer than --batch-size 8" in text
 
 
 # The audit
@@ -170,8 +170,8 @@ def test_cached_tokens_make_a_run_suspect() -> None:
 
 def test_a_server_that_is_busy_at_the_start_makes_a_run_suspect() -> None:
     assert reasons(served_result(server=replace(SERVER, running_before=2))) == [
-        "the server had 2 requests of others when a trial began: run it when nobody else uses the "
-        "server"
+        "the server had 2 requests of other clients when a trial began: run again when nobody else "
+        "uses the server"
     ]
 
 

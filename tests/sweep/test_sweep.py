@@ -741,5 +741,5 @@ def test_a_cell_that_somebody_removed_is_named(tmp_path: Path) -> None:
     swept(tmp_path, grid)
     gone = grid.cells[1]
     shutil.rmtree(Store(tmp_path).place(gone))
-    with pytest.raises(UsageError, match=f"cell {gone.digest} is not there; run the sweep again"):
+    with pytest.raises(UsageError, match=f"cell {gone.digest} is missing; run the sweep again"):
         read_sweep(grid, Store(tmp_path), GoalsSpec())

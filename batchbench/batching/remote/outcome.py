@@ -18,7 +18,7 @@ MOST = 10
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """The server, by its own word, and its own counts during the trials.
+    """The facts that the server reports, and its own counts during the trials.
 
     ``passes`` and ``cached_tokens`` have one value per finished trial of each strategy; a value is
     None if the server does not tell. ``running_before`` is the largest number of requests of

@@ -81,9 +81,9 @@ class TargetSpec:
 
     target: str | None = setting(
         None,
-        "Server to measure instead of our own engine, such as http://127.0.0.1:8000; any with "
-        "OpenAI's completions or chat completions. --model is then the server's name of its "
-        "model, found if it has one.",
+        "Server to measure instead of our own engine, such as http://127.0.0.1:8000; it needs "
+        "OpenAI's API of completions or chat completions. --model is then the server's name for "
+        "its model; a server with a single model does not need it.",
         _PANEL,
         metavar="URL",
         resets=("model",),
@@ -103,8 +103,8 @@ class TargetSpec:
         metavar="ID|FOLDER|FILE",
     )
     api_key: str | None = secret(
-        f"Key sent as the bearer token. It is not saved or shown. {API_KEY} in the environment "
-        "does the same and stays out of the list of processes.",
+        f"Key sent as the bearer token. It is not saved or shown. In the environment variable "
+        f"{API_KEY}, the key does not appear in the list of processes either.",
         _PANEL,
         API_KEY,
     )
@@ -116,7 +116,7 @@ class TargetSpec:
     )
     timeout: float = setting(
         120.0,
-        "Seconds without an answer after which a request has failed.",
+        "Seconds without an answer after which a request counts as failed.",
         _PANEL,
         min=0.001,
         max=1e6,
@@ -124,8 +124,8 @@ class TargetSpec:
     )
     clients: int = setting(
         1,
-        "Number of client processes that share the requests, on this machine or on those of "
-        "--executor; for requests that arrive over time.",
+        "Number of client processes that share the requests, on this machine or on the "
+        "machines of --executor; only for requests that arrive over time.",
         _PANEL,
         min=1,
         max=1000,
@@ -133,7 +133,8 @@ class TargetSpec:
     insecure: bool = setting(False, "Accept any TLS certificate of the server.", _PANEL)
     verify_model: Path | None = setting(
         None,
-        "Folder of the model that the server runs; outputs are checked against it, unbatched.",
+        "Folder of the model that the server runs; outputs are checked against unbatched "
+        "generation with it.",
         _PANEL,
         metavar="FOLDER",
     )

@@ -38,7 +38,7 @@ class ExecutorSpec:
     executor: str = setting(
         "local",
         "Where independent parts run. local: on this machine, one after the other; ray: on a Ray "
-        "cluster, one on each GPU, or on each node without; slurm: each as a Slurm job.",
+        "cluster, one on each GPU, or on each node without GPUs; slurm: each as a Slurm job.",
         "Machines",
         choices=EXECUTORS,
     )
@@ -47,7 +47,7 @@ class ExecutorSpec:
         "Ray cluster: auto for the one that this machine belongs to, or ray://HOST:10001.",
         "Machines",
         metavar="ADDRESS",
-        default_text="a Ray of its own on this machine",
+        default_text="a new Ray instance on this machine",
     )
     slurm_partition: str | None = setting(
         None, "Slurm partition.", "Machines", metavar="NAME", default_text="Slurm's default"

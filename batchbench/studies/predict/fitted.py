@@ -65,7 +65,7 @@ def read_fitted(folder: Path, option: str) -> FittedRun:
         result = load_result(folder)
         if result.served:
             raise UsageError(
-                "was measured on a server, which does not tell its steps; give a result of "
+                "was measured on a server, which does not report its steps; give a result of "
                 "batchbench run without --target"
             )
         recordings = (r for trials in result.recordings.values() for r in trials)

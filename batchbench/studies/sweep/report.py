@@ -108,8 +108,8 @@ def read_sweep(grid: Grid, store: Store, goals: GoalsSpec) -> SweepResult:
         reason = cell.fault
         if reason is None and not store.holds(cell):
             raise UsageError(
-                f"{store.folder}: cell {cell.digest} is not there; run the sweep again, which "
-                "serves only what is missing"
+                f"{store.folder}: cell {cell.digest} is missing; run the sweep again, which "
+                "serves only missing cells"
             )
         if reason is None:
             reason = store.failure(cell)

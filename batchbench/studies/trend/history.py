@@ -72,7 +72,7 @@ class TrendSpec:
     )
     floor: float = setting(
         2.0,
-        "Percent that a change must exceed, besides being significant.",
+        "Smallest change that counts, in percent; the change must also be significant.",
         "History",
         min=0.0,
         max=90.0,
