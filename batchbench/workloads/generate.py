@@ -155,7 +155,7 @@ def make_outline(
     if spec.trace is not None:
         outline, process = _read(spec, encode or byte_tokens, note)
     else:
-        outline, process = _draw(spec, batch_size, encode), spec.process
+        outline, process = _draw(spec, batch_size, encode, note), spec.process
         bound = _bound(spec, batch_size, outline)
     if encode is None and (spec.prompts is not None or outline.name.startswith("sharegpt")):
         note("no tokenizer is available: prompts are written in GPT-2's byte tokens")
@@ -209,7 +209,7 @@ def _fit(outline: Outline, context: int, overlong: str, bound: int | None, note:
     return replace(outline, name=f"{outline.name}; {change}")
 
 
-def _draw(spec: WorkloadSpec, batch_size: int, encode: Encode | None) -> Outline:
+def _draw(spec: WorkloadSpec, batch_size: int, encode: Encode | None, note: Note) -> Outline:
     count = spec.queue_size or QUEUE_SIZE
     outputs = spec.output_lengths(batch_size)
     output_tokens = outputs.draw(stream(spec.seed, "output lengths"), count)
@@ -219,7 +219,12 @@ def _draw(spec: WorkloadSpec, batch_size: int, encode: Encode | None) -> Outline
         prompt_tokens = lengths.draw(stream(spec.seed, "prompt lengths"), count)
     else:
         if spec.prompts is not None:
-            prompts = prompts_of_file(spec.prompts, count, encode)
+            prompts, distinct = prompts_of_file(spec.prompts, count, encode)
+            if distinct < count:
+                note(
+                    f"{spec.prompts}: {distinct:,} of its prompts are repeated to fill {count:,} "
+                    "requests (--queue-size)"
+                )
         else:
             prompts = classic_prompts(count, encode)
         prompt_tokens = prompts.lengths

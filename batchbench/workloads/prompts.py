@@ -35,8 +35,8 @@ def classic_prompts(count: int, encode: Encode | None) -> Ragged:
     return _repeated([ids], count)
 
 
-def prompts_of_file(file: Path, count: int, encode: Encode | None) -> Ragged:
-    """Return the prompts of a file with one per line, repeated to ``count``.
+def prompts_of_file(file: Path, count: int, encode: Encode | None) -> tuple[Ragged, int]:
+    """Return the prompts of a file with one per line, repeated to ``count``, and their number.
 
     Raises:
         UsageError: the file cannot be read as UTF-8 text, has no prompts, or one without tokens.
@@ -46,7 +46,7 @@ def prompts_of_file(file: Path, count: int, encode: Encode | None) -> Ragged:
     for text, ids in zip(texts, distinct, strict=True):
         if not len(ids):
             raise UsageError(f"--prompts {file}: '{shown(text)}' has no tokens")
-    return _repeated(distinct, count)
+    return _repeated(distinct, count), len(distinct)
 
 
 def _repeated(distinct: Sequence[Sequence[int]], count: int) -> Ragged:

@@ -68,7 +68,7 @@ class WorkloadSpec:
     )
     output_tokens: str | None = setting(
         None,
-        f"Output lengths: {_LENGTHS}.",
+        f"Output lengths, such as 10, 4:64 or lognormal:mean=,sigma=. All forms: {_LENGTHS}.",
         _PANEL,
         metavar="LENGTHS",
         default_text="the cycle of long and short requests",
@@ -97,6 +97,7 @@ class WorkloadSpec:
         "Wrap each prompt of --prompts, as a user's message, in the chat template of the "
         "model's tokenizer.",
         _PANEL,
+        omit_default=True,
     )
     shared_prefix_tokens: int = setting(
         0,

@@ -23,6 +23,7 @@ from batchbench.batching.engines.torch import hardware as bandwidth
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.progress import Limited, Progress, Watch
+from batchbench.batching.remote.spec import TargetSpec
 from batchbench.batching.session import Session, StopReason, conduct
 from batchbench.batching.step_cost import Bandwidth
 from batchbench.batching.trials import WarmUp, beginning
@@ -30,7 +31,7 @@ from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.reports.formats.terminal import floor_lines
 from batchbench.reports.result import make_result
 from batchbench.reports.result_file import SCHEMA_FILE
-from batchbench.settings import option_name
+from batchbench.settings import as_json, option_name
 from batchbench.workloads import Workload
 from batchbench.workloads.spec import WorkloadSpec
 
@@ -585,3 +586,25 @@ def test_a_buffer_that_found_no_room_tells_no_floor(
     monkeypatch.setattr(bandwidth, "measure_bandwidth", lambda device: small)
     (told,) = conduct(ask(strategy="continuous", trials=1)).recordings["continuous"]
     assert "memory" not in told.header.about
+
+
+FIRST_KEYS = {
+    "workload": (
+        "arrivals burstiness long_every long_tokens max_concurrency on_bad_row "
+        "output_tokens overlong prompt_tokens prompts queue_size request_rate seed "
+        "shared_prefix_tokens short_tokens speed stop_at_eos trace trace_block_size "
+        "trace_format trace_time_unit"
+    ),
+    "model": ("device dtype load_format model revision threads"),
+    "serving": ("batch_size engine execution max_batched_tokens max_wait order prefill strategy"),
+    "trials": ("max_time trials verify"),
+}
+"""Settings of an experiment in version 0.1: an earlier version refuses others."""
+
+
+def test_an_experiment_of_old_options_can_be_read_by_an_earlier_version() -> None:
+    """``duet --base-ref main`` sends the experiment to main's worker."""
+    experiment = Experiment()
+    for part, names in FIRST_KEYS.items():
+        assert sorted(as_json(getattr(experiment, part))) == names.split()
+    assert "clients" not in as_json(TargetSpec(target="http://127.0.0.1:9"))

@@ -7,6 +7,7 @@ has are refused before memory is taken for them.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import threading
@@ -234,9 +235,13 @@ def _from_hub(spec: ModelSpec, weights: bool) -> Source:
     if short and spec.load_format == "auto":
         line = f"{short}: {missing}, so dummy weights (right shapes, seeded random values)"
         return Source(short, "dummy", KNOWN[short][1], None, line)
+    known = [*KNOWN, *MADE_UP]
+    near = difflib.get_close_matches(spec.model.lower(), known, n=1, cutoff=0.8)
+    hint = f"did you mean {near[0]}? " if near else ""
+    hint += f"known without network: {', '.join(known)}"
     raise UsageError(
         f"--model {spec.model}: neither a folder nor in the local cache, and {missing}; "
-        + ("--load-format dummy" if short else f"known without network: {', '.join(KNOWN)}")
+        + ("--load-format dummy" if short else hint)
     )
 
 

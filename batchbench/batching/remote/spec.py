@@ -129,6 +129,7 @@ class TargetSpec:
         _PANEL,
         min=1,
         max=1000,
+        omit_default=True,
     )
     insecure: bool = setting(False, "Accept any TLS certificate of the server.", _PANEL)
     verify_model: Path | None = setting(

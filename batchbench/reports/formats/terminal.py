@@ -96,12 +96,8 @@ def _answer(result: Result) -> str:
     candidate, baseline = (
         called(result.label(comparison[side])) for side in ("candidate", "baseline")
     )
-    text = as_fast(speedup["median"], candidate, baseline, interval)
+    text = _simulation(result) + as_fast(speedup["median"], candidate, baseline, interval)
     cost = result.data.get("cost")
-    if cost:
-        text = f"in simulation, with the step costs of {cost['source']}, {text}"
-    elif simulated:
-        text = f"in simulation, where every step costs the same, {text}"
     text += _other_candidates(result)
     ratio = comparison["step_ratio"]
     if ratio is None or (simulated and not cost):
@@ -111,6 +107,16 @@ def _answer(result: Result) -> str:
     if comparison.get("step_ratio_source") == "server":
         return f"{text}; by the server's own count of forward passes: {times(ratio)}"
     return f"{text}; the schedules alone would give {times(ratio)}"
+
+
+def _simulation(result: Result) -> str:
+    """Return words that begin the answer of a simulation; none for a run."""
+    if cost := result.data.get("cost"):
+        return f"in simulation, with the step costs of {cost['source']}, "
+    if not result.data["simulated"]:
+        return ""
+    timed = result.data["workload"]["arrival_rate"] is not None
+    return f"in simulation, where every step {'takes 1 ms' if timed else 'costs the same'}, "
 
 
 def _other_candidates(result: Result) -> str:
@@ -138,7 +144,7 @@ def _latency(result: Result) -> str:
     words = [name if name in others else called(result.label(name)) for name in order]
     waits = [number(strategies[name]["summary"]["p99_ttft_ms"]) for name in order]
     under = (f"{wait} ms under {name}" for wait, name in zip(waits, words, strict=True))
-    text = f"at {number(rate)} req/s, p99 TTFT was {', '.join(under)}"
+    text = f"{_simulation(result)}at {number(rate)} req/s, p99 TTFT was {', '.join(under)}"
     good, base = (strategies[name]["summary"]["slo_attainment"] for name in order[:2])
     if good is None or base is None:
         return text
@@ -163,6 +169,10 @@ def _outputs(checked: Mapping[str, Any], *, served: bool) -> str:
 def causes(result: Result) -> list[str]:
     """Return a line per candidate on where it saved or lost time."""
     explain: Any = result.data["explain"]
+    comparison = result.data["comparison"]
+    interval = comparison["speedup"]["ci95"] if comparison else None
+    if interval and interval[0] <= 1 <= interval[1] and not result.data["simulated"]:
+        return []  # no difference was shown, so there is none to explain
     lines = []
     for fall in explain["waterfall"]:
         whole = fall["saved_s"]
@@ -177,6 +187,9 @@ def causes(result: Result) -> list[str]:
             saved, part = step["saved_s"], step["part"]
             words = f"saved {SAVED_BY[part]}" if saved > 0 else f"lost {LOST_TO[part]}"
             parts.append(f"{abs(saved):,.{decimals}f} s {words}")
+        rest = whole - sum(step["saved_s"] for step in steps)
+        if f"{abs(rest):.{decimals}f}" != f"{0:.{decimals}f}":
+            parts.append(f"{abs(rest):,.{decimals}f} s {'saved' if rest > 0 else 'lost'} elsewhere")
         text = f"{fall['candidate']} {verb} {abs(whole):,.{decimals}f} s against {fall['baseline']}"
         lines.append(f"{text}: {', '.join(parts)}.")
     return lines
