@@ -311,7 +311,7 @@ def test_unusual_names_work(name: str, tmp_path: Path) -> None:
     process = program(*words, cwd=tmp_path)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert b"Files: " in out
+    assert b"Page:  " in out
     process = program("report", f"./{name}", "--format", "html", cwd=tmp_path)
     assert (process.communicate()[1], process.returncode) == (b"", 0)
     assert os.path.exists(tmp_path / name / "report.html")

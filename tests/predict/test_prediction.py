@@ -112,7 +112,7 @@ def test_a_run_tells_predicted_beside_measured(taught: Path, say: Say) -> None:
     for each in told.values():
         assert each["error"] == pytest.approx(each["duration"] / each["measured_duration"] - 1)
     assert found["held_out"]["steps"] == 2 * load_result(taught).recordings["static"][0].num_steps
-    code, out, _ = say("report", taught)
+    code, out, _ = say("report", taught, "--verbose")
     text = " ".join(out.split())
     assert code == 0
     assert re.search(r"Predicted from the steps of static: continuous takes .* measured", text)
@@ -160,7 +160,7 @@ def test_what_a_prediction_cannot_know_is_said_everywhere(
     """Earlier results have no timed smaller batches."""
     monkeypatch.setattr(Session, "time_small_batches", lambda session: [])
     words = ["run", "--model", checkpoint, "--batch-size", 8, "--queue-size", 16, "--trials", 1]
-    code, out, _ = say(*words, "--long-tokens", 30, "--output", tmp_path / "run")
+    code, out, _ = say(*words, "--long-tokens", 30, "--output", tmp_path / "run", "-v")
     assert code == 0
     told = load_result(tmp_path / "run").data["prediction"]["strategies"][-1]["extrapolates"]
     assert told == ["1–3 rows decode together (the fit saw no step of 1–7 rows)"]
@@ -203,7 +203,7 @@ def test_a_simulation_on_costs_is_marked_and_its_times_are_real_ones(
     code, out, _ = say(*words, "--long-tokens", 30, "--output", folder)
     text = " ".join(out.split())
     assert code == 0
-    assert text.startswith(f"in simulation, with the step costs of {taught}, ")
+    assert text.startswith(f"In simulation, with the step costs of {taught}, ")
     assert "every step costs the same" not in text
     assert "step costs are fitted" in text
     assert "up to 8 rows decode together (the fit saw up to 4)" in text

@@ -352,7 +352,10 @@ def test_a_chat_without_a_tokenizer_says_what_it_needs(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("{}/nothing", "--tokenizer .*nothing: no such folder"), ("{}", "holds no tokenizer.json")],
+    [
+        ("{}/nothing", "--tokenizer .*nothing: no such file or folder"),
+        ("{}", "holds no tokenizer.json"),
+    ],
 )
 def test_a_tokenizer_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, says: str
@@ -367,6 +370,7 @@ def test_ids_come_from_text_only_if_they_give_it_back() -> None:
     words = Tokenizer(
         lambda text: [int(word) for word in text.split()],
         lambda ids: " ".join(map(str, ids)),
+        dict,
     )
     workload = Workload.of("three", [[1]] * 3, [2, 2, 3])
     recording = Recording.of_tokens(

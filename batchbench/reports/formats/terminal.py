@@ -525,7 +525,8 @@ def render(result: Result, *, verbose: bool = True) -> RenderableType:
     if len(result.names) > 2:
         parts += [Text(), comparisons(result)]
     if not verbose:
-        lines = server_lines(result.data)
+        cost = result.data.get("cost")
+        lines = server_lines(result.data) + _extrapolation(cost["extrapolates"] if cost else [])
         return Group(*parts, *([Text(), *map(Text, lines)] if lines else []))
     parts += [] if result.served else [Text(), time_budget_table(result)]
     for lines in (
