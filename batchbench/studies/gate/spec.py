@@ -238,7 +238,7 @@ class CompareSpec:
     )
     floor: float = _percent(
         5.0,
-        "A version is called slower if it is shown to lose more than this percentage of speed-up. "
+        "A version is called slower if its loss of speed-up is shown to exceed this percentage. "
         "Two builds of the same code, or two machines of one kind, can differ by a few percent.",
     )
     margin: float = _percent(
