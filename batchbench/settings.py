@@ -115,6 +115,11 @@ def make_spec(spec: Any, values: Mapping[str, Any]) -> Any:
     return spec(**{name: value for name, value in values.items() if name in names})
 
 
+def omitted(spec: type) -> dict[str, Any]:
+    """Return the defaults of the fields that :func:`as_json` leaves out at their defaults."""
+    return {f.name: f.default for f in dataclasses.fields(spec) if about(f).omit_default}
+
+
 def as_json(spec: Any) -> dict[str, Any]:
     """Return the fields of a spec as JSON values, which :func:`from_json` reads."""
     values = {

@@ -75,7 +75,7 @@ class ProbeSpec:
 @with_options(
     {"spec": ProbeSpec},
     raw={"target": TargetSpec},
-    omit=("target", "tokenizer", "verify_model"),
+    omit=("target", "tokenizer", "verify_model", "clients"),
 )
 def probe(
     url: Annotated[

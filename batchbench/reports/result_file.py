@@ -428,8 +428,10 @@ def read_data(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         absent = "is not a folder" if folder.exists() else "no such folder"
         problem = "holds no result.json" if folder.is_dir() else absent
+        below = max(folder.glob("*/result.json"), key=lambda f: f.stat().st_mtime, default=None)
+        hint = f"the newest in it is {below.parent}" if below else ""
         raise UsageError(
-            f"{folder}: {problem}; give the folder that batchbench run wrote"
+            f"{folder}: {problem}; {hint or 'give the folder that batchbench run wrote'}"
         ) from error
     except OSError as error:
         raise UsageError(

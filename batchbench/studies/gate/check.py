@@ -201,7 +201,7 @@ def _ratios(
         why = None if decision.is_sure else "is too uncertain in this time"
         if session.report.on_cpu and busy > BUSY:
             decision = replace(decision, verdict=Verdict.UNKNOWN)
-            why = f"was not compared: other processes used the core in {busy:.0%} of the turns"
+            why = f"is in doubt: other processes used the core in {busy:.0%} of the turns"
         base, new = (
             Sample([process.ratios[name] for process in processes])
             for processes in (baseline.processes, session.processes)

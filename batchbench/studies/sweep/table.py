@@ -10,6 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from batchbench import settings
+from batchbench.batching.experiment import PARTS
 from batchbench.reports import metrics
 from batchbench.reports.result import Result
 from batchbench.reports.served import passes_of
@@ -33,7 +35,9 @@ def rows_of(cell: Cell, result: Result) -> list[Row]:
     data: Any = result.data
     options: Row = {"cell": cell.digest, "preset": data["config"]["preset"]}
     for part in OPTIONS:
-        for name, value in data["config"].get(part, {}).items():
+        config = data["config"].get(part, {})
+        omitted = settings.omitted(PARTS[part]) if config and part in PARTS else {}
+        for name, value in {**omitted, **config}.items():
             plain = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
             options["strategies" if name == "strategy" else name] = plain
     options |= _defaults(cell, result)

@@ -149,8 +149,9 @@ def notes(trend: Trend) -> Sequence[str]:
     lines = [
         f"A change must be significant and exceed {spec.floor:g} %: at most "
         f"{100 * (1 - spec.confidence):.2g} % of histories without a change show any",
-        "none ≥ 2.0%: no change was found; one of 2.0 % in the middle would probably have been",
-        "Drift: newest quarter of the results against the oldest; ! if it counts",
+        "none ≥ 2.0%: no change was found, and one of 2.0 % in the middle of the history would "
+        "probably have been found",
+        "Drift: newest quarter of the results against the oldest; ! marks a drift that counts",
     ]
     if len(trend.lines) > 1:
         lines.append(
