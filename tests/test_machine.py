@@ -28,7 +28,7 @@ PLACES = {
     "cpu_count": "batching/machine.py",
     "/proc/cpuinfo": "batching/machine.py",
     "ATEN_CPU_CAPABILITY": "batching/machine.py",
-    "g++": "batching/engines/torch/kernels.py",
+    "g++": "batching/machine.py",
 }
 """Words with which code reads the machine, each with the only file that may."""
 

@@ -162,7 +162,7 @@ def test_a_default_folder_has_a_name_that_all_systems_allow(model: str, end: str
 
 @pytest.mark.parametrize("model", [r"models\gpt2", r"C:\gpt2", "C:/gpt2"])
 def test_a_path_of_windows_is_a_folder_and_no_id_of_the_hub(model: str) -> None:
-    with pytest.raises(UsageError, match="no such folder; give a checkpoint's folder"):
+    with pytest.raises(UsageError, match="no such file or folder; give a checkpoint's folder"):
         find_model(ModelSpec(model))
 
 

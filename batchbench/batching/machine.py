@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -227,6 +228,11 @@ class Processor:
         return "amx_bf16" in self.features
 
 
+def find_compiler() -> str | None:
+    """Return the path of ``g++``; None if it is missing or the system is not Linux."""
+    return shutil.which("g++") if sys.platform.startswith("linux") else None
+
+
 def _cpu_description(cpuinfo: Path | None = None) -> Mapping[str, str]:
     text = _read(cpuinfo or CPUINFO) or ""
     pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
@@ -256,6 +262,7 @@ def command_output(*command: str) -> str | None:
 
 def environment() -> dict[str, Any]:
     """Return the facts that are known without torch; the torch engines add their device."""
+    packages = ("torch", "transformers", "numpy", "safetensors")
     return {
         "hostname": platform.node(),
         "os": platform.platform(),
@@ -263,10 +270,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cpu_cores": len(allowed_cpus()),
         "memory_bytes": psutil.virtual_memory().total,
-        "packages": {
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "numpy", "safetensors")
-        },
+        "packages": {name: importlib.metadata.version(name) for name in packages},
         "git_commit": git_commit(),
     }
 

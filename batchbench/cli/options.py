@@ -70,7 +70,7 @@ RARE = (
     *("load_format", "revision", "dtype", "threads", "verify", "price_per_hour", "trace_out"),
     *("endpoint", "tokenizer", "api_key", "extra_body", "timeout", "insecure", "verify_model"),
     *("ray_address", "slurm_partition", "slurm_time", "slurm_gpus", "parallel"),
-    *("same_hardware", "any_hardware", "clients"),
+    *("same_hardware", "any_hardware", "clients", "executor", "chat_template", "temperature"),
     *("mean_tokens", "batches", "precision", "max_trials", "floor", "margin", "junit", "github"),
 )
 """Options that the short help leaves out."""
@@ -94,7 +94,7 @@ class OutputSpec:
     trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
     json: bool = setting(False, "Print only result.json.", "Output")
     quiet: bool = setting(False, "Print only a one-line summary; no progress.", "Output")
-    verbose: bool = setting(False, "Print all metrics, where the time went, and more.", "Output")
+    verbose: bool = setting(False, "Print all tables, not only the main one.", "Output")
     dry_run: bool = setting(False, "Estimate steps, memory and time; run nothing.", "Output")
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class ReportSpec:
     trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
     json: bool = setting(False, "Print only result.json.", "Output")
     quiet: bool = setting(False, "Print only a one-line summary.", "Output")
-    verbose: bool = setting(False, "Print all metrics, where the time went, and more.", "Output")
+    verbose: bool = setting(False, "Print all tables, not only the main one.", "Output")
 
     def __post_init__(self) -> None:
         settings.check(self)

@@ -429,10 +429,9 @@ def read_data(folder: Path) -> dict[str, Any]:
         absent = "is not a folder" if folder.exists() else "no such folder"
         problem = "holds no result.json" if folder.is_dir() else absent
         below = max(folder.glob("*/result.json"), key=lambda f: f.stat().st_mtime, default=None)
-        hint = f"the newest in it is {below.parent}" if below else ""
-        raise UsageError(
-            f"{folder}: {problem}; {hint or 'give the folder that batchbench run wrote'}"
-        ) from error
+        hint = "give the folder that batchbench run wrote"
+        hint = f"the newest in it is {below.parent}" if below else hint
+        raise UsageError(f"{folder}: {problem}; {hint}") from error
     except OSError as error:
         raise UsageError(
             f"{file}: cannot be read: {reason_of(error)}; give the folder that batchbench run wrote"

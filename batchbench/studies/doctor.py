@@ -24,6 +24,7 @@ from batchbench.batching.machine import (
     allowed_cpus,
     command_output,
     cpu_name,
+    find_compiler,
     free_host_bytes,
     last_level_cache_bytes,
     rapl_packages,
@@ -112,7 +113,7 @@ def _processor() -> Iterator[Finding]:
     if variable := os.environ.get("OMP_NUM_THREADS"):
         text += f"; OMP_NUM_THREADS is {variable}"
     yield Finding("Threads", text)
-    processor, compiler = Processor.here(), shutil.which("g++")
+    processor, compiler = Processor.here(), find_compiler()
     if not processor.runs_kernels:
         yield Finding("CPU kernels", "torch's own: this processor has no AVX-512")
     elif compiler is None:

@@ -406,9 +406,9 @@ def test_a_machine_without_kernels_does_without(
             Processor, "here", lambda: Processor("GenuineIntel", frozenset({"fma"}))
         )
     elif lacking == "compiler":
-        monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+        monkeypatch.setattr(processor_file.shutil, "which", lambda name: None)
     elif lacking == "system":
-        monkeypatch.setattr(compiling.sys, "platform", "darwin")
+        monkeypatch.setattr(processor_file.sys, "platform", "darwin")
     elif lacking == "compiles":
         monkeypatch.setattr(compiling, "_compile", _fails)
     elif lacking == "home":

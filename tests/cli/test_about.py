@@ -61,6 +61,7 @@ def test_a_missing_extra_is_named_with_the_command(monkeypatch: pytest.MonkeyPat
 def test_a_missing_compiler_is_named_where_it_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor, "find_compiler", lambda: None)
     monkeypatch.setattr(Processor, "here", lambda: Processor("GenuineIntel", needed))
     assert found("CPU kernels").mend == "install g++ (GCC)"
     monkeypatch.setattr(Processor, "here", lambda: Processor("", frozenset()))

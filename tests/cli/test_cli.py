@@ -49,7 +49,7 @@ from batchbench.workloads.spec import WorkloadSpec
 
 COMMANDS = (
     *("run", "simulate", "predict", "breakeven", "ladder", "report", "reproduce", "watch"),
-    *("compare", "duet", "check", "trend", "probe"),
+    *("compare", "duet", "check", "trend", "probe", "doctor", "help"),
 )
 HEAVY = ("torch", "transformers", "pandas", "matplotlib")
 
@@ -150,8 +150,11 @@ LATER = [
     ("--short-tokens 1018", "1018 output tokens exceed the 1024 that gpt2 takes"),
     ("--prompt-tokens 1000 --seed 3", "1000 prompt + 100 output tokens exceed the 1024"),
     ("--model nobody/nothing", "--model nobody/nothing: neither a folder nor in the local cache"),
-    ("--model ./nowhere", "--model ./nowhere: no such folder; give a checkpoint's folder"),
-    ("--model good.txt", "--model good.txt: is a file; give a checkpoint's folder"),
+    ("--model ./nowhere", "--model ./nowhere: no such file or folder; give a checkpoint's folder"),
+    (
+        "--model good.txt",
+        "--model good.txt: is a file, but no GGUF file; give a checkpoint's folder",
+    ),
     ("--model .", "--model .: is not a checkpoint: config.json is missing"),
     ("--model 'a b/c/d'", "--model a b/c/d: "),
     ("--output good.txt", "--output good.txt: cannot be written: "),
@@ -710,7 +713,7 @@ def test_the_command_that_is_printed_asks_for_the_same_again(words: str, program
 def test_a_fault_of_ours_ends_with_70_and_a_traceback_in_a_file(
     program: Program, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> NoReturn:
+    def fail(*_: object, **__: object) -> NoReturn:
         raise RuntimeError("boom\nand more")
 
     monkeypatch.setattr(conducting, "conduct", fail)

@@ -17,6 +17,7 @@ PIECES = ("a", "b", "\ufffd", "ab")
 LETTERS = Tokenizer(
     encode=lambda text: [PIECES.index(letter) for letter in text],
     decode=lambda ids: "".join(PIECES[i] for i in ids),
+    whole=dict,
 )
 
 

@@ -229,4 +229,4 @@ def test_report_writes_them(format: str, program: Program, here: Path) -> None:
 def test_every_format_has_a_file() -> None:
     choices = ReportSpec.__dataclass_fields__["format"].metadata["batchbench"].choices
     assert set(choices) == {"terminal", "json", *DOCUMENTS}
-    assert set(DOCUMENTS) == {"html", "markdown", *JSON_FORMATS}
+    assert set(DOCUMENTS) == {"html", "markdown", "llmd", *JSON_FORMATS}

@@ -38,7 +38,7 @@ class ModelSpec:
         "gpt2-large and gpt2-xl need no network (see --load-format); toy-gpt2 is small, with "
         "random weights.",
         _PANEL,
-        metavar="ID|FOLDER|FILE",
+        metavar="MODEL",
     )
     load_format: str = setting(
         "auto",

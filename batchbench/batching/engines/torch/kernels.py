@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import cache
@@ -22,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from batchbench.batching.machine import Processor
+from batchbench.batching.machine import Processor, find_compiler
 from batchbench.files import cache_folder, replacing
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -270,11 +268,6 @@ def _compiled() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(file))
     except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: no home folder
         return None
-
-
-def find_compiler() -> str | None:
-    """Return the path of ``g++``; None if it is missing or the system is not Linux."""
-    return shutil.which("g++") if sys.platform.startswith("linux") else None
 
 
 def _compile(compiler: str, file: Path) -> None:
