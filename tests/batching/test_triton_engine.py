@@ -165,11 +165,15 @@ def test_a_pass_with_prompts_launches_as_few_in_a_layer(
 def test_the_modules_of_transformers_launch_what_an_estimate_counts(
     triton_stand_in: StandIn, make_model: MakeModel
 ) -> None:
+    """A view of a product, ``aten._unsafe_view``, launches nothing."""
     of_layer, beside = build.WITH_TRANSFORMERS
     for layers in (1, 2):
         model = make_model(LLAMA, num_hidden_layers=layers, device="cuda", dtype="bfloat16")
-        engine_for(model, slots=1, budget=8, forward=TransformersForward(model, Kernels.OWN))
-        assert triton_stand_in.graphs[-1].launches.total() == layers * of_layer + beside
+        engine_for(model, slots=2, budget=8, forward=TransformersForward(model, Kernels.OWN))
+        for graph in triton_stand_in.graphs[-2:]:  # a decode step of two requests, and of one
+            assert graph.launches["triton.decode_attention"] == layers
+            assert graph.launches["aten.mm.default"] == 7 * layers + 1
+            assert graph.launches.total() == layers * of_layer + beside
 
 
 # Texts that end by themselves

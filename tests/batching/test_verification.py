@@ -18,6 +18,7 @@ from batchbench.batching.engines.notebook import NotebookEngine
 from batchbench.batching.engines.torch import attention
 from batchbench.batching.engines.torch.attention import SlotLayer
 from batchbench.batching.engines.torch.build import make_engine
+from batchbench.batching.engines.torch.forward import LeanForward
 from batchbench.batching.engines.torch.kernels import Native, native
 from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.models.loading import LoadedModel
@@ -137,7 +138,6 @@ def test_an_engine_works_on_after_verification(make_model: MakeModel) -> None:
 # Faults, each made on purpose
 
 Fault = Callable[[pytest.MonkeyPatch], None]
-Attend = Callable[..., torch.Tensor]
 
 
 def positions_off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -212,8 +212,10 @@ def padding_seen(patch: pytest.MonkeyPatch) -> None:
     """The padding on the left of the notebook's batch counts as text."""
     compute = NotebookEngine._compute
 
-    def unmasked(engine: NotebookEngine, ids: Any, mask: Any, positions: Any, past: Any) -> Any:
-        return compute(engine, ids, mask * 0 + 1, positions, past)
+    def unmasked(
+        engine: NotebookEngine, ids: Any, mask: Any, positions: Any, past: Any, slots: Any
+    ) -> Any:
+        return compute(engine, ids, torch.ones_like(mask), positions, past, slots)
 
     patch.setattr(NotebookEngine, "_compute", unmasked)
 
@@ -272,57 +274,114 @@ def test_a_broken_engine_is_caught(
     assert all(f.strategy == "continuous" and f.reason for f in found.findings)
 
 
-def _kernel_reads_another_slot(attend: Attend) -> Attend:
-    """Each row writes to its slot and sees the one before it."""
+# Decoding rows attend in Native.attention, layer by layer, or in Native.decode, in all layers. A
+# broken kernel writes to the cache what the right one writes, but reads another block or further.
 
-    def changed(own: Native, qkv: Any, block: Any, *rest: Any) -> torch.Tensor:
-        attend(own, qkv, block, *rest)
-        return attend(own, qkv, block.roll(1, 1), *rest)
-
-    return changed
+Blocks = list[torch.Tensor]
 
 
-def _kernel_reads_too_far(attend: Attend) -> Attend:
+def _another_slots_block(blocks: Blocks, positions: torch.Tensor) -> tuple[Blocks, torch.Tensor]:
+    """Each row sees the slot before its own."""
+    return [block.roll(1, 1) for block in blocks], positions
+
+
+def _one_position_more(blocks: Blocks, positions: torch.Tensor) -> tuple[Blocks, torch.Tensor]:
     """Each row sees one position beyond its own."""
+    return [block.clone() for block in blocks], positions + 1
 
-    def changed(
+
+def _kernels_read(
+    change: Callable[[Blocks, torch.Tensor], tuple[Blocks, torch.Tensor]],
+) -> Fault:
+    attend, decode = Native.attention, Native.decode
+
+    def attention(
         own: Native, qkv: Any, block: Any, slots: Any, positions: Any, *rest: Any
     ) -> torch.Tensor:
-        attend(own, qkv, block, slots, positions, *rest)
-        return attend(own, qkv, block.clone(), slots, positions + 1, *rest)
+        attend(own, qkv.clone(), block, slots, positions, *rest)
+        [seen], at = change([block], positions)
+        return attend(own, qkv, seen, slots, at, *rest)
 
-    return changed
+    def decoding(
+        own: Native, table: Any, x: Any, blocks: Blocks, slots: Any, positions: Any, angles: Any
+    ) -> None:
+        decode(own, table, x.clone(), blocks, slots, positions, angles)
+        seen, at = change(blocks, positions)
+        decode(own, table, x, seen, slots, at, angles)
+
+    def fault(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(Native, "attention", attention)
+        patch.setattr(Native, "decode", decoding)
+
+    return fault
 
 
-def _kernel_writes_too_far(attend: Attend) -> Attend:
+def _kernel_writes_too_far(patch: pytest.MonkeyPatch) -> None:
     """A prompt's first position is still the earlier occupant's."""
+    attend = Native.attention
 
-    def changed(
+    def attention(
         own: Native, qkv: Any, block: Any, slots: Any, positions: Any, *rest: Any
     ) -> torch.Tensor:
         later = positions + 1 if (positions == 0).any() else positions
         return attend(own, qkv, block, slots, later, *rest)
 
-    return changed
+    patch.setattr(Native, "attention", attention)
+
+
+def _kernels_that_decode(patch: pytest.MonkeyPatch) -> set[str]:
+    """Return the names of kernels that attend for decoding rows, which come as they are called."""
+    attend, decode, called = Native.attention, Native.decode, set()
+
+    def attention(
+        own: Native, qkv: Any, block: Any, slots: Any, positions: Any, rows: int, *rest: Any
+    ) -> torch.Tensor:
+        called.update(["attention"] if rows else [])
+        return attend(own, qkv, block, slots, positions, rows, *rest)
+
+    def decoding(own: Native, *given: Any) -> None:
+        called.add("decode")
+        decode(own, *given)
+
+    patch.setattr(Native, "attention", attention)
+    patch.setattr(Native, "decode", decoding)
+    return called
 
 
 @pytest.mark.skipif(native() is None, reason="no kernels of our own on this machine")
 @pytest.mark.parametrize(
-    "fault", [_kernel_reads_another_slot, _kernel_reads_too_far, _kernel_writes_too_far]
+    "fault",
+    [
+        _kernels_read(_another_slots_block),
+        _kernels_read(_one_position_more),
+        _kernel_writes_too_far,
+    ],
+    ids=["reads another slot", "reads too far", "writes too far"],
 )
+@pytest.mark.parametrize("kernel", ["decode", "attention"])
+@pytest.mark.parametrize("config", [None, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_broken_kernel_is_caught(
     dtype: str,
-    fault: Callable[[Attend], Attend],
+    config: Mapping[str, Any] | None,
+    kernel: str,
+    fault: Fault,
     make_model: MakeModel,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = make_model(dtype=dtype)
+    model = make_model(dtype=dtype) if config is None else make_model(config, dtype=dtype)
+    if kernel == "attention":  # as where weights are not packed
+        monkeypatch.setattr(LeanForward, "_make_table", lambda forward: None)
     batcher = batcher_for(model, engine="slots")
     with monkeypatch.context() as patch:
-        patch.setattr(Native, "attention", fault(Native.attention))
+        fault(patch)
+        called = _kernels_that_decode(patch)
         recording = batcher.serve(WORKLOAD, Watch())
+    made = native()
+    packed = made is not None and made.multiplies(torch.empty(2, 2, dtype=model.dtype))
+    assert called == {kernel if packed else "attention"}
     assert verify(WORKLOAD, [recording], TeacherForced(model)).wrong > 0
+    assert verify(WORKLOAD, [batcher.serve(WORKLOAD, Watch())], TeacherForced(model)).passed
 
 
 @pytest.mark.parametrize("request_", range(len(WORKLOAD)))

@@ -248,13 +248,13 @@ def test_rungs_take_turns_in_alternating_order(checkpoint: Path) -> None:
 def test_wrong_tokens_of_one_rung_are_told_of_that_one(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A notebook whose mask lets padding through gives wrong tokens; the slots engine does not."""
+    """A notebook whose positions are off by one gives wrong tokens; the slots engine does not."""
     right = NotebookEngine._compute
 
-    def leaking(self: Any, ids: Any, mask: Any, positions: Any, past: Any) -> Any:
-        return right(self, ids, mask, positions + 1, past)
+    def shifted(self: Any, ids: Any, mask: Any, positions: Any, past: Any, slots: Any) -> Any:
+        return right(self, ids, mask, positions + 1, past, slots)
 
-    monkeypatch.setattr(NotebookEngine, "_compute", leaking)
+    monkeypatch.setattr(NotebookEngine, "_compute", shifted)
     ladder = made(checkpoint, "notebook,lean")
     result = make_ladder(ladder.run(ladder.measure()), "")
     wrong = {rung["name"]: rung["verification"]["wrong"] for rung in result.data["rungs"]}
