@@ -89,10 +89,8 @@ def test_prompts_stay_as_they_are_without_the_option(
     assert [row["prompt"] for row in raw["outputs"]] == [*PROMPTS, *PROMPTS]
     wrapped = [f"<|endoftext|>user: {text}\nassistant: " for text in PROMPTS]
     assert [row["prompt"] for row in chat["outputs"]] == [*wrapped, *wrapped]
-    assert (raw["config"]["workload"]["chat_template"], raw["workload"]["name"][-11:]) == (
-        False,
-        "prompts.txt",
-    )
+    assert "chat_template" not in raw["config"]["workload"]  # earlier versions then read it
+    assert raw["workload"]["name"].endswith("prompts.txt")
     assert chat["config"]["workload"]["chat_template"] is True
     assert chat["workload"]["name"].endswith("prompts from prompts.txt in the chat template")
     assert "--chat-template" in chat["command"]

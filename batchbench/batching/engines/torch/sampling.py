@@ -76,10 +76,9 @@ class Chooser:
             return
         for chunk in chunks:
             self._seated[chunk.slot] = Stream(self.sampling, chunk.request.index).words
-        wait = (
-            self.streams.device.type != "cuda"
-        )  # MPS copies later, when the array may have changed
-        self.streams.copy_(torch.from_numpy(self._seated.copy()), non_blocking=not wait)
+        # Without a wait only on CUDA: MPS copies later, when the array may have changed.
+        on_cuda = self.streams.device.type == "cuda"
+        self.streams.copy_(torch.from_numpy(self._seated.copy()), non_blocking=on_cuda)
 
     def __call__(
         self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
