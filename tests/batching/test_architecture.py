@@ -264,6 +264,21 @@ def test_tokens_in_bfloat16_are_right_or_ties(
     assert verify(WORKLOAD, served, TeacherForced(model)).passed
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_the_notebooks_engine_gives_the_same_tokens(
+    name: str, dtype: str, make_model: MakeModel
+) -> None:
+    """The slots engine has joined the weights of the model, which both engines then share."""
+    model = stirred(make_model(DESCRIBED[name], dtype=dtype))
+    make_forward(model, Kernels.OWN)
+    engine, _ = make_engine("notebook", model, 3, 24)
+    served = [Batcher(p, engine, 3).serve(WORKLOAD, Watch()) for p in ("static", "continuous")]
+    found = verify(WORKLOAD, served, TeacherForced(model))
+    assert found.passed
+    assert dtype == "bfloat16" or found.identical == len(PROMPTS)
+
+
 @pytest.mark.parametrize("window", [23, 24])
 def test_a_request_must_fit_into_a_sliding_window(window: int, make_model: MakeModel) -> None:
     model = make_model({**DESCRIBED["mistral"], "sliding_window": window})

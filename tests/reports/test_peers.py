@@ -373,7 +373,7 @@ def test_files_of_other_tools_are_converted(file: Path) -> None:
     (back,) = again(found, run).runs
     for name in HELD:
         value = back.summary[name]
-        # Where there is no mean, the schema has no place for percentiles.
+        # The schema requires a mean beside percentiles, so these are lost without one.
         assert value == near(run.summary[name]), name
 
 

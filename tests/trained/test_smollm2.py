@@ -25,6 +25,7 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.verification import verify
 from batchbench.workloads import Workload, WorkloadSpec, make_workload
+from batchbench.workloads.sampling import Sampling
 
 pytestmark = pytest.mark.trained
 
@@ -120,7 +121,7 @@ def test_tokens_are_those_of_generate_alone(
         assert tie.gap is not None
         assert tie.tolerance is not None
         assert tie.gap <= tie.tolerance
-    # Where all are the reference's own choices, generate's may still differ from it, at a tie.
+    # generate may also choose the other token of a tie; then its tokens deviate from the reference.
     stray = [alone[request] for request in differs - ties.keys()]
     for request, tokens in zip(differs - ties.keys(), stray, strict=True):
         deviations = TeacherForced(trained).deviations(
@@ -128,6 +129,20 @@ def test_tokens_are_those_of_generate_alone(
         )
         assert deviations
         assert deviations[0].is_tie
+
+
+def test_sampled_tokens_are_those_of_the_sampler_alone(
+    trained: LoadedModel, answered: tuple[Workload, list[list[int]]]
+) -> None:
+    """The reference applies the same sampler to transformers' logits of each request alone."""
+    sampling = Sampling(0.8, top_p=0.95, top_k=50, seed=3)
+    workload = replace(answered[0], sampling=sampling)
+    recordings = served(trained, workload)
+    assert tokens_of(recordings[0], workload) != answered[1]
+    found = verify(workload, recordings, TeacherForced(trained))
+    assert (found.requests_checked, found.wrong) == (32, 0), found.findings
+    if trained.dtype is torch.float32:
+        assert found.identical == 32
 
 
 def test_no_request_is_wrong_at_any_batch_size() -> None:
