@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.laws import law, thorough
-from support.program import Call, caller
+from support.program import Call, call
 
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
@@ -390,16 +390,7 @@ def test_a_model_is_probed_verified_and_audited(checkpoint: Path) -> None:
 
 # The program
 
-
-@pytest.fixture
-def program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Call:
-    """Return a function that runs the program in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    return caller(monkeypatch, capsys)
+program = call  # the fixture
 
 
 QUICK = ("--queue-size", "60", "--max-trials", "1", "--precision", "0.5", "--slo-attainment", "0.9")

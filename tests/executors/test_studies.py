@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from support.executors import FACTS, Adversary, Threads
-from support.program import Call, caller
+from support.program import Call
+from support.program import call as call
 from support.schedules import MS, Schedule
 from support.servers import Manner, serving
 
@@ -48,15 +49,6 @@ SIMULATED = Experiment.of({"queue_size": 60, "batch_size": 4, "request_rate": 1.
 QUERY = CapacityQuery(GoalsSpec(slo=("ttft:60",)), 0.9, 1)
 
 Use = Callable[[str, Adversary], None]
-
-
-@pytest.fixture
-def call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Call:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-    return caller(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from support.laws import law
-from support.program import Call, caller
+from support.program import Call, call
 
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.models import ModelCache
@@ -562,16 +562,7 @@ def test_pictures_of_another_grid_do_not_stay(tmp_path: Path) -> None:
 
 # The program
 
-
-@pytest.fixture
-def program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Call:
-    """Return a function that runs the program in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    return caller(monkeypatch, capsys)
+program = call  # the fixture
 
 
 SMALL = ("sweep", "--simulated", "--queue-size", "12", "--batch-size", "2,4")
