@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from batchbench.errors import UsageError, shown
 from batchbench.files import MIB, read_binary
@@ -104,6 +104,7 @@ class Drawn:
             # scipy's zipf sums its terms one by one; zeta has their closed form.
             tails = special.zeta(p["alpha"], np.arange(2.0, top + 1.0)) / special.zeta(p["alpha"])
             return (np.searchsorted(1.0 - tails, uniform, side="right") + 1).astype(np.float64)
+        frozen: Any
         if self.family == "uniform":
             frozen = stats.uniform(self.min - 0.5, top - self.min + 1)
         elif self.family == "normal":

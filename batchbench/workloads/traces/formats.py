@@ -310,14 +310,14 @@ def read_mooncake(source: Source) -> Rows[Row]:
         return
     if named := [(number, row) for number, row in good if row.blocks]:
         size = source.block_tokens or _block_tokens(named, source)
-        usual = source.block_tokens or size == BLOCK_TOKENS
+        how = "" if source.block_tokens or size == BLOCK_TOKENS else " (inferred)"
         source.size_of_blocks = size
-        source.inferred.append(f"blocks of {size} tokens{'' if usual else ' (inferred)'}")
+        source.inferred.append(f"blocks of {size} tokens{how}")
     unit = None
     if good[0][1].time is not None:
         unit = source.time_unit or _time_unit([row for _, row in good], source.where)
-        usual = source.time_unit or unit == "ms"
-        source.inferred.append(f"times in {unit}{'' if usual else ' (inferred)'}")
+        how = "" if source.time_unit or unit == "ms" else " (inferred)"
+        source.inferred.append(f"times in {unit}{how}")
     elif source.time_unit:
         raise UsageError(
             f"--trace-time-unit {source.time_unit}: {source.where} has no times; drop it"
@@ -497,9 +497,9 @@ def _check_about(data: dict[str, Any], where: str) -> None:
     name, sampling = data.get("name", ""), data.get("sampling", {})
     if not isinstance(name, str) or not isinstance(sampling, dict):
         raise UsageError(f"{where}: name or sampling has a wrong value")
-    options = {key: data[key] for key in ("stop_at_eos", "max_concurrency") if key in data}
+    options = {key: data[key] for key in data.keys() & {"stop_at_eos", "max_concurrency"}}
     try:
-        data["sampling"] = from_json(WorkloadSpec, options | sampling).sampling
+        data["sampling"] = from_json(WorkloadSpec, {**options, **sampling}).sampling
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
 
