@@ -73,7 +73,6 @@ def report(
         _show_study(study, output)
         return
     from batchbench.reports.formats.trace_events import check_trace_file, write_trace
-    from batchbench.reports.output import check_number, make_document
     from batchbench.reports.peers import read_peer
     from batchbench.reports.result import load_result, remake_result
 
@@ -86,6 +85,8 @@ def report(
         for option, given in (("--json", output.json), ("--trace-out", output.trace_out)):
             if given:
                 raise UsageError(f"{option}: works for one result; give one folder")
+        from batchbench.reports.output import check_number  # imports pandas and matplotlib
+
         check_number(folders)
     shown = output.chosen in ("terminal", "json")
     file = None if shown else output.destination(folders)
@@ -99,6 +100,8 @@ def report(
         if output.trace_out is not None:
             write_trace(output.trace_out, results[0])
         if not shown:
+            from batchbench.reports.output import make_document
+
             _deliver(make_document(output.chosen, folders, results, file), file, output)
         elif len(folders) > 1:
             _show_together(folders, results, output)
