@@ -17,13 +17,22 @@ import jsonschema
 import numpy as np
 
 from batchbench.batching.recording import Recording
+from batchbench.batching.remote.outcome import Agreement, FailedTrial, ServerData
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
-from batchbench.reports.server_data import AgreementData, FailureData, SamplingData, ServerData
 from batchbench.version import SCHEMA_VERSION
 
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
+
+
+class SamplingData(TypedDict):
+    """The way in which tokens are drawn; greedy results have none."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
 
 
 class GoalsConfig(TypedDict):
@@ -390,8 +399,8 @@ class Facts(TypedDict):
     cost: NotRequired[CostFacts | None]
     prediction: NotRequired[Prediction | None]
     server: NotRequired[ServerData | None]
-    agreement: NotRequired[AgreementData | None]
-    failures: NotRequired[list[FailureData] | None]
+    agreement: NotRequired[Agreement | None]
+    failures: NotRequired[list[FailedTrial] | None]
 
 
 class ResultData(Facts):

@@ -14,14 +14,13 @@ from batchbench.batching.experiment import Experiment, named_files, pinned
 from batchbench.batching.machine import Difference, facts_of
 from batchbench.batching.machine import differences as differences_between
 from batchbench.batching.progress import Watch
-from batchbench.batching.remote.outcome import ServerFacts
+from batchbench.batching.remote.outcome import ServerData, ServerFacts
 from batchbench.batching.session import open_bench, run_on
 from batchbench.batching.step_cost import KnownCost
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
 from batchbench.reports.result import Result, make_result
 from batchbench.reports.served import typical_passes
-from batchbench.reports.server_data import ServerData
 from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.statistics import FEWEST_PAIRS, interval_of_ratio
 from batchbench.reports.text import joined, times, times_within
