@@ -14,14 +14,7 @@ from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Ints, Recording
-from batchbench.batching.remote.outcome import (
-    Agreement,
-    ClientData,
-    ClientsData,
-    FailedTrial,
-    ServerData,
-    failure_words,
-)
+from batchbench.batching.remote.outcome import Agreement, FailedTrial, failure_words
 from batchbench.batching.session import Outcome
 from batchbench.reports.latency import e2el_ms, gaps_ms, ttft_ms
 from batchbench.reports.result_file import Facts
@@ -48,6 +41,9 @@ MOST_COUNTED = 20_000
 """Requests up to which the steps of a schedule are counted; more take seconds."""
 
 Recordings = Mapping[str, Sequence[Recording]]
+
+Data = Mapping[str, Any]
+"""A part of ``result.json``."""
 
 
 class Doubt(StrEnum):
@@ -118,7 +114,7 @@ def stamps_of(recordings: Recordings) -> Literal["kernel", "user"] | None:
     return "kernel" if min(shares) >= KERNEL else "user"
 
 
-def clients_of(recordings: Recordings) -> ClientsData | None:
+def clients_of(recordings: Recordings) -> dict[str, Any] | None:
     """Return the clients that shared the requests; None if there was one.
 
     Of n clients, each sent every n-th request.
@@ -126,7 +122,7 @@ def clients_of(recordings: Recordings) -> ClientsData | None:
     trials = [r for of_strategy in recordings.values() for r in of_strategy if _clients(r)]
     if not trials:
         return None
-    each: list[ClientData] = []
+    each = []
     for i, parts in enumerate(zip(*map(_clients, trials), strict=True)):
         each.append(
             {
@@ -146,24 +142,24 @@ def _rate(trials_ns: Sequence[Ints]) -> float | None:
     return float(np.median(known)) if known else None
 
 
-def _clients(recording: Recording) -> Sequence[Mapping[str, Any]]:
-    return cast("Sequence[Mapping[str, Any]]", recording.header.about.get("clients") or ())
+def _clients(recording: Recording) -> Sequence[Data]:
+    return cast("Sequence[Data]", recording.header.about.get("clients") or ())
 
 
-def _client(recording: Recording) -> Mapping[str, Any]:
+def _client(recording: Recording) -> Data:
     """Return the client's own part in the times of a trial; empty if it is not known."""
-    return cast("Mapping[str, Any]", recording.header.about.get("client") or {})
+    return cast("Data", recording.header.about.get("client") or {})
 
 
 # Forward passes
 
 
-def passes_of(server: ServerData | None, name: str) -> list[int | None]:
+def passes_of(server: Data | None, name: str) -> list[int | None]:
     """Return the forward passes of each trial of a strategy, by the server's own count."""
     return [] if server is None else server["passes"].get(name, [])
 
 
-def typical_passes(server: ServerData | None, name: str) -> int | None:
+def typical_passes(server: Data | None, name: str) -> int | None:
     """Return the median of the server's counts; None if it does not report all of them."""
     known = [count for count in passes_of(server, name) if count is not None]
     complete = known and len(known) == len(passes_of(server, name))
@@ -171,7 +167,7 @@ def typical_passes(server: ServerData | None, name: str) -> int | None:
 
 
 def step_ratio(
-    baseline: str, candidate: str, server: ServerData, slots: int, workload: Workload
+    baseline: str, candidate: str, server: Data, slots: int, workload: Workload
 ) -> tuple[Ratio, Literal["server", "schedule"]] | None:
     """Return the ratio of forward passes, by the server's count or else of the schedules alone.
 
@@ -198,19 +194,19 @@ def _steps(name: str, slots: int, workload: Workload) -> int:
 # Words
 
 
-def server_words(server: ServerData) -> str:
+def server_words(server: Data) -> str:
     """Return the server's name, and its version if it reports one."""
     return " ".join(part for part in (server["name"], server["version"]) if part)
 
 
-def place_of(data: Mapping[str, Any]) -> str:
+def place_of(data: Data) -> str:
     """Return the place where a result's model ran: the server, or device and number format."""
     if (server := data.get("server")) is not None:
         return server_words(server)
     return f"{data['model']['device']} {data['model']['dtype']}"
 
 
-def agreement_words(data: Mapping[str, Any], agreement: Agreement) -> str:
+def agreement_words(data: Data, agreement: Agreement) -> str:
     """Return the agreement of the strategies' outputs for a sentence about a result's data."""
     total, first = agreement["requests"], next(iter(agreement["first"]), None)
     if first is None and not agreement["differ"]:
@@ -253,7 +249,7 @@ def server_lines(facts: Facts) -> list[str]:
     return [f"{'; '.join(parts)}.", *failed]
 
 
-def clients_words(clients: ClientsData) -> str:
+def clients_words(clients: Data) -> str:
     """Return the machines of several clients, their rates and their clocks."""
     each = clients["each"]
     nodes = ", ".join(

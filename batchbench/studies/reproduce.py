@@ -14,7 +14,7 @@ from batchbench.batching.experiment import Experiment, named_files, pinned
 from batchbench.batching.machine import Difference, facts_of
 from batchbench.batching.machine import differences as differences_between
 from batchbench.batching.progress import Watch
-from batchbench.batching.remote.outcome import ServerData, ServerFacts
+from batchbench.batching.remote.outcome import ServerFacts
 from batchbench.batching.session import open_bench, run_on
 from batchbench.batching.step_cost import KnownCost
 from batchbench.batching.verification import NOT_VERIFIED, Verification
@@ -275,7 +275,7 @@ def experiment_of(recorded: Result) -> Experiment:
     return pinned(replace(experiment, trials=trials), data["model"])
 
 
-def _server_facts(server: ServerData | ServerFacts | None) -> dict[str, Any]:
+def _server_facts(server: Mapping[str, Any] | ServerFacts | None) -> dict[str, Any]:
     """Return what a server told about itself, by the names that a comparison shows."""
     told: Mapping[str, Any] = asdict(server) if isinstance(server, ServerFacts) else server or {}
     return {f"server {name}": told.get(name) for name in ("name", "version", "slots") if told}

@@ -148,7 +148,7 @@ def framings(data: bytes) -> dict[str, bytes]:
 def same(one: Reply, other: Reply) -> bool:
     """Tell whether two replies agree in all but times."""
     nothing = np.zeros(0)
-    strip = {"token_times_ns": nothing, "shared": nothing, "chunks": []}
+    strip = {"token_times_ns": nothing, "chunks": []}
     texts = [[(c.text, c.tokens) for c in reply.chunks] for reply in (one, other)]
     left, right = (vars(replace(reply, **strip)) for reply in (one, other))
     for name in strip:

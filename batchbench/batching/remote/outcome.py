@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from batchbench.errors import BatchbenchError, shown
 
@@ -33,38 +33,6 @@ class ServerFacts:
     running_before: int | None = None
     prompt_cache_off: bool | None = None  # None: the server has no such option
     clients: tuple[str, ...] = ()  # machines of the clients that shared the requests, if several
-
-
-class ClientData(TypedDict):
-    """One of several clients: medians over trials, and the worst delay and clock."""
-
-    node: str
-    requests: int
-    rate: float | None
-    late_p99_ms: float
-    clock_offset_ms: float
-    clock_within_ms: float
-
-
-class ClientsData(TypedDict):
-    """The clients that shared the requests, and the rate of all of them together."""
-
-    rate: float | None
-    each: list[ClientData]
-
-
-class ServerData(TypedDict):
-    """The facts about the server, its counts and its clients, as they are saved."""
-
-    name: str
-    version: str | None
-    slots: int | None
-    passes: dict[str, list[int | None]]
-    cached_tokens: dict[str, list[int | None]]
-    running_before: int | None
-    prompt_cache_off: bool | None
-    stamps: Literal["kernel", "user"] | None
-    clients: NotRequired[ClientsData | None]
 
 
 # Failures
