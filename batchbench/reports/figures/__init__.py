@@ -14,11 +14,9 @@ from matplotlib.figure import Figure
 
 from batchbench.batching.recording import Recording
 from batchbench.reports.figures.card import DPI, Strategy, house_style, name_strategies
-from batchbench.reports.figures.latency import draw_latency
-from batchbench.reports.figures.occupancy import draw_occupancy
-from batchbench.reports.figures.throughput import draw_throughput
+from batchbench.reports.figures.slots import draw_occupancy, draw_timeline
+from batchbench.reports.figures.speed import draw_latency, draw_throughput
 from batchbench.reports.figures.time_budget import draw_time_budget
-from batchbench.reports.figures.timeline import draw_timeline
 from batchbench.reports.text import clean_text
 
 PICTURES: Mapping[str, Callable[[Sequence[Strategy], str], Figure]] = {
