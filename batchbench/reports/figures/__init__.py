@@ -72,3 +72,12 @@ def figure_bytes(figure: Figure, format: str) -> bytes:
     with house_style():
         figure.savefig(out, format=format, dpi=DPI, metadata=metadata)
     return out.getvalue()
+
+
+def picture_files(figures: Mapping[str, Figure]) -> dict[str, bytes | str]:
+    """Return each picture as a PNG and as an SVG file, by the name of the file."""
+    return {
+        f"{name}.{format}": figure_bytes(figure, format)
+        for name, figure in figures.items()
+        for format in ("png", "svg")
+    }
