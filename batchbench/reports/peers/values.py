@@ -209,6 +209,6 @@ def needed(value: float | None, name: str) -> float:
 
 def _wrong(path: Sequence[str | int], value: Any, rule: str) -> DamagedError:
     place = ".".join(map(str, path)) or "a value"
-    kinds = {list: "a list", dict: "an object"}
+    kinds: dict[type, str] = {list: "a list", dict: "an object"}
     kind = kinds.get(type(value)) or shown(repr(value), 40)
     return DamagedError(f"{place} is {kind}; it must be {rule}")

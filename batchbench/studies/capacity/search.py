@@ -243,10 +243,12 @@ def find_capacity_on(
 def _all(checks: Iterable[Verification]) -> Verification:
     """Return the outcome of checks of different recordings of one workload."""
     parts = list(checks)
-    counts = ("requests_checked", "identical", "numerical_ties", "wrong")
     gaps = [part.max_logit_gap for part in parts if part.max_logit_gap is not None]
     return Verification(
-        *(sum(getattr(part, name) for part in parts) for name in counts),
+        requests_checked=sum(part.requests_checked for part in parts),
+        identical=sum(part.identical for part in parts),
+        numerical_ties=sum(part.numerical_ties for part in parts),
+        wrong=sum(part.wrong for part in parts),
         reference=next((part.reference for part in parts if part.reference), None),
         max_logit_gap=max(gaps, default=None),
         findings=tuple(finding for part in parts for finding in part.findings),
