@@ -17,7 +17,7 @@ from batchbench.errors import shown
 from batchbench.reports.latency import Latencies
 from batchbench.reports.metrics import statistics_of
 from batchbench.reports.result import Result
-from batchbench.reports.result_file import Summary
+from batchbench.reports.result_file import METRICS
 from batchbench.reports.served import server_words
 from batchbench.reports.statistics import Distribution, Floats
 
@@ -97,7 +97,7 @@ def make_run(
         name: its load, if that is not rate and concurrency.
     """
     found: dict[str, float | None] = {
-        **dict.fromkeys(Summary.__annotations__),
+        **dict.fromkeys(METRICS),
         **{key: v for key, v in given.items() if v is not None and math.isfinite(v)},
     }
     parts = {

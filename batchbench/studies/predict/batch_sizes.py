@@ -34,7 +34,6 @@ from batchbench.reports.figures.card import (
     name_strategies,
 )
 from batchbench.reports.prediction import beyond, predict
-from batchbench.reports.result_file import metric
 from batchbench.reports.text import clean_text, joined, number, percent, plural
 from batchbench.studies.predict.fitted import FittedRun
 from batchbench.workloads import Workload
@@ -134,8 +133,8 @@ def predict_slots(fitted: FittedRun, sizes: Sequence[int], queue_size: int | Non
     points = []
     for size in sizes:
         for recording in predict(known, replace(serving, batch_size=size), workload):
-            summary, outside = metrics.trial_summary(recording), tuple(beyond(known, [recording]))
-            values: dict[str, Any] = {n: metric(summary, n) for n in (*names, "p99_e2el_ms")}
+            summary, outside = metrics.summary([recording]), tuple(beyond(known, [recording]))
+            values: dict[str, Any] = {n: summary[n] for n in (*names, "p99_e2el_ms")}
             values |= {"seen": not outside, "measured": size == serving.batch_size}
             points.append(Point(recording.header.strategy, size, beyond=outside, **values))
     return Curve(fitted, points, len(workload), serving.batch_size)
