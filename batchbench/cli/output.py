@@ -31,11 +31,9 @@ from batchbench.files import ClaimedError, check_folder, claimed, reason_of
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-STAND_INS = "batchbench"
-"""Name of the error handler that replaces characters by similar ones, in text for people."""
-
-JSON_ESCAPES = "batchbench-json"
-"""Name of the error handler that writes ``\\u00d7`` for ``×``, which JSON reads as the same."""
+STAND_INS, JSON_ESCAPES = "batchbench", "batchbench-json"
+"""Names of error handlers: one replaces characters by similar ones, in text for people; the other
+writes ``\\u00d7`` for ``×``, which JSON reads as the same."""
 
 _CHOSEN = ("ignore", "replace", "xmlcharrefreplace", "namereplace")
 """Error handlers of ``PYTHONIOENCODING`` that are kept, since they cannot fail."""

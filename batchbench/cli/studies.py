@@ -183,7 +183,7 @@ def capacity(
         with undisturbed():  # the search is complete: keep it
             data = report.data_of(findings, command)
             files = report.write_capacity(folder, data)
-        text, rendered = report.to_json(data), report.render(data)
+        text, rendered = json_text(data), report.render(data)
         show(study, text, report.sentence(data), rendered, command, files)
         if findings.verification.wrong:
             raise typer.Exit(1)
