@@ -202,7 +202,7 @@ def _check_served(recorded: Result, again: Result) -> Iterator[Check]:
         label = recorded.label(name)
         passes = [typical_passes(r.data.get("server"), name) for r in (recorded, again)]
         if None not in passes:
-            yield _check(f"forward passes, {label}", *passes, Verdict.OBSERVED)
+            yield _check(f"forward passes, {label}", passes[0], passes[1], Verdict.OBSERVED)
         then, now = _output_digests(recorded, again, name)
         check = _check(f"outputs, {label}", then, now, Verdict.OBSERVED)
         if then is not None and now is None:

@@ -220,7 +220,7 @@ _LACKS = "a turn lacks from or value, or they are not texts"
 def _text_of(turn: dict[str, Any]) -> str:
     text = turn.get("value", turn.get("content"))
     if isinstance(text, list):  # OpenAI's messages have parts
-        parts = [part.get("text") if isinstance(part, dict) else None for part in text]
+        parts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in text]
         text = "\n".join(parts) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(text, str):
         raise InvalidError(_LACKS)
