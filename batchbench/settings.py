@@ -315,7 +315,7 @@ def parse_number(text: str, place: str, must: str = f"must be {UNITS['']}") -> D
     try:
         number = Decimal(digits.replace("_", ""))
     except InvalidOperation:  # an exponent of 20 digits
-        number = Decimal("Infinity")
+        number = Decimal("1e300")
     if number and number.adjusted() >= 300:  # about the largest of a float
         raise UsageError(f"{place}: is too large a number")
     return number if number.adjusted() >= -400 else Decimal(0)  # as a float does
