@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from batchbench.batching.benches.local import LocalBench
+from batchbench.batching.bench import LocalBench
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from sortedcontainers import SortedKeyList
 
@@ -23,11 +22,11 @@ ORDERS: dict[str, Callable[[Request], tuple[int, int]]] = {
 """The sort key of each ``--order``; requests of equal length keep the order of arrival."""
 
 
-class WaitingQueue(Sequence["Request"]):
+class WaitingQueue(SortedKeyList):  # type: ignore[misc]  # it has no types
     """A sorted sequence in which every operation takes O(log n) time for each request."""
 
     def __init__(self, order: str) -> None:
-        self._items = SortedKeyList(key=ORDERS[order])
+        super().__init__(key=ORDERS[order])
         self._arrived: deque[Request] = deque()  # by age; requests that left go when they are met
 
     @property
@@ -37,13 +36,13 @@ class WaitingQueue(Sequence["Request"]):
         Raises:
             IndexError: no request waits.
         """
-        while self._arrived[0] not in self._items:
+        while self._arrived[0] not in self:
             self._arrived.popleft()
         return self._arrived[0]
 
     def push(self, requests: Sequence[Request]) -> None:
         """Add requests, which come in the order of their index."""
-        self._items.update(requests)
+        self.update(requests)
         self._arrived.extend(requests)
 
     def take(self, chosen: list[Request]) -> None:
@@ -52,41 +51,12 @@ class WaitingQueue(Sequence["Request"]):
         Raises:
             UsageError: a request is not waiting, or is chosen twice.
         """
-        items, count = self._items, len(chosen)
-        first = items[:count]  # policies mostly take the first, or else neighbours
-        if len(first) == count and all(map(operator.is_, first, chosen)):
-            del items[:count]
-            return
-        start = items.bisect_key_left(items.key(chosen[0]))
-        if items[start : start + count] == chosen:
-            del items[start : start + count]
-        elif len(set(chosen)) == count and all(request in items for request in chosen):
+        start = self.bisect_key_left(self.key(chosen[0]))
+        stop = start + len(chosen)
+        if self[start:stop] == chosen:  # policies mostly take neighbours
+            del self[start:stop]
+        elif len(set(chosen)) == len(chosen) and all(request in self for request in chosen):
             for request in chosen:
-                items.remove(request)
+                self.remove(request)
         else:
             raise UsageError("a policy admitted a request that is not waiting, or one twice")
-
-    def index(self, value: object, start: int = 0, stop: int | None = None) -> int:
-        """Return the position of a waiting request.
-
-        Raises:
-            ValueError: the request does not wait between these positions.
-        """
-        if not hasattr(value, "output_tokens"):
-            raise ValueError(f"{value!r} is not a request")
-        position: int = self._items.index(value, start, stop)
-        return position
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._items)
-
-    @overload
-    def __getitem__(self, index: int) -> Request: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Request]: ...
-    def __getitem__(self, index: int | slice) -> Request | list[Request]:
-        chosen: Request | list[Request] = self._items[index]
-        return chosen

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from batchbench.batching.benches import Bench
-from batchbench.batching.benches.local import LocalBench
+from batchbench.batching.bench import Bench, LocalBench
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
@@ -63,7 +62,7 @@ class Outcome:
     failures: Sequence[FailedTrial] = ()
 
 
-def run_experiment(
+def conduct(
     experiment: Experiment,
     watch: Watch | None = None,
     models: ModelCache | None = None,
@@ -84,10 +83,6 @@ def run_experiment(
             "are known only in batchbench run; remove it"
         )
     return run_on(open_bench(experiment, watch or Watch(), models, start=start))
-
-
-conduct = run_experiment
-"""The name of :func:`run_experiment` in the public API."""
 
 
 def open_bench(
@@ -112,9 +107,6 @@ def open_bench(
 
         return RemoteBench(experiment, watch, models, start)
     return LocalBench(experiment, watch, models, max_len)
-
-
-Session = LocalBench
 
 
 def run_on(bench: Bench) -> Outcome:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.results import result_of, shown, trials_of
 
-from batchbench.batching.benches import local as conducting
+from batchbench.batching import bench as conducting
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.machine import (
     Counter,

@@ -13,7 +13,7 @@ from support.cuda_stand_in import StandIn
 from support.models import LLAMA, TINY, MakeModel
 
 from batchbench.batching import trials
-from batchbench.batching.benches.local import LocalBench
+from batchbench.batching.bench import LocalBench
 from batchbench.batching.dry_run import estimate
 from batchbench.batching.engines.torch import build, hardware
 from batchbench.batching.engines.torch.hardware import (
