@@ -173,7 +173,7 @@ class LocalBench(Bench):
         self.model = self.source.facts
         self.environment = environment()
         self.engine = self._engine()
-        self._plug_ins = {} if self._loaded is None else self._plug_in_strategies(self._loaded)
+        self._plug_ins = self._plug_in_strategies()
 
     def make(self, spec: WorkloadSpec) -> Workload:
         workload = make_workload(
@@ -230,8 +230,10 @@ class LocalBench(Bench):
         self._energy = counters_for(str(loaded.device), self.environment["gpu_uuid"])
         return engine
 
-    def _plug_in_strategies(self, loaded: LoadedModel) -> dict[str, Strategy]:
-        serving = self.experiment.serving
+    def _plug_in_strategies(self) -> dict[str, Strategy]:
+        serving, loaded = self.experiment.serving, self._loaded
+        if loaded is None:
+            return {}
         context = Context(
             name="",
             slots=serving.batch_size,
@@ -242,7 +244,7 @@ class LocalBench(Bench):
             spec=self.experiment.model,
             load=lambda: loaded,
         )
-        strategies = {}
+        strategies: dict[str, Strategy] = {}
         for name in serving.plug_ins:
             plug_in = find(name)
             strategy = plug_in.make(replace(context, name=name))

@@ -153,11 +153,12 @@ def _peak_on_gpu(device: str) -> int:
 
     index, shared = torch.device(device).index or 0, (0, 0)  # the pool of everything else
     segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-    return int(torch.cuda.max_memory_allocated(device)) + sum(
+    pools = [
         segment["total_size"] - segment["allocated_size"]
         for segment in segments
         if segment["device"] == index and tuple(segment["segment_pool_id"]) != shared
-    )
+    ]
+    return int(torch.cuda.max_memory_allocated(device)) + int(sum(pools))
 
 
 # Processor

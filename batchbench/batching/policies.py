@@ -14,11 +14,19 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from batchbench.batching.queue import ORDERS
 from batchbench.errors import UsageError, reason_in_short, shown
 
 if TYPE_CHECKING:
     from batchbench.workloads import Request
+
+
+ORDERS: dict[str, Callable[[Request], tuple[int, int]]] = {
+    "fifo": lambda request: (0, request.index),
+    "longest-first": lambda request: (-request.output_tokens, request.index),
+    "shortest-first": lambda request: (request.output_tokens, request.index),
+    "longest-prompt-first": lambda request: (-request.prompt_tokens, request.index),
+}
+"""The sort key of each ``--order``; requests of equal length keep the order of arrival."""
 
 
 class View(Protocol):
@@ -60,7 +68,7 @@ class View(Protocol):
 class Policy(Protocol):
     """The two decisions.
 
-    A policy may have an attribute ``order``, a key of :data:`batchbench.batching.queue.ORDERS`,
+    A policy may have an attribute ``order``, a key of :data:`ORDERS`,
     which then replaces ``--order``.
     """
 

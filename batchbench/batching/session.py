@@ -110,7 +110,7 @@ def open_bench(
 
 
 def run_on(bench: Bench) -> Outcome:
-    """Run an experiment on its bench, and close it."""
+    """Run an experiment on its bench, and close that."""
     with closing(bench):
         return _run_on(bench)
 
@@ -176,10 +176,9 @@ def _finished_rounds(bench: Bench) -> tuple[list[list[Recording]], Stop | None]:
         if not rounds:
             raise
         return rounds, _interrupted(rounds, planned)
-    if len(rounds) < planned:
-        text = f"requests failed, so only {len(rounds)} of {planned} pairs were finished"
-        return rounds, Stop(StopReason.FAILED, text)
-    return rounds, None
+    done = f"{len(rounds)} of {planned} pairs"
+    failed = Stop(StopReason.FAILED, f"requests failed, so only {done} were finished")
+    return rounds, failed if len(rounds) < planned else None
 
 
 def _out_of_time(rounds: Sequence[object], limit: float) -> Stop:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.laws import ORDER_KEYS, law
 
-from batchbench.batching.queue import ORDERS, WaitingQueue
+from batchbench.batching.policies import ORDERS
+from batchbench.batching.scheduler import WaitingQueue
 from batchbench.errors import UsageError
 from batchbench.workloads import Request
 

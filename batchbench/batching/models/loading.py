@@ -217,7 +217,7 @@ def count_parameters(source: Source) -> int:
     return sum(p.numel() for p in _without_weights(source).parameters())
 
 
-def _without_weights(source: Source) -> nn.Module:
+def _without_weights(source: Source) -> PreTrainedModel:
     config = model_config(source)
     try:
         with torch.device("meta"):

@@ -62,7 +62,7 @@ class Context:
     name: str  # of the strategy
     slots: int  # requests computed together
     max_len: int
-    order: str  # of the queue, a key of batchbench.batching.queue.ORDERS
+    order: str  # of the queue, a key of batchbench.batching.policies.ORDERS
     max_batched_tokens: int  # of one pass
     source: Source
     spec: ModelSpec
