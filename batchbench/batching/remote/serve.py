@@ -26,7 +26,7 @@ from batchbench.batching.remote.exchange import (
 )
 from batchbench.batching.remote.outcome import FailedRequest, FailedTrial, TrialFailed
 from batchbench.errors import OutOfTimeError
-from batchbench.workloads import Request, Workload, make_arrivals
+from batchbench.workloads import Arrivals, Request, Workload
 
 STATIC, CONTINUOUS = "static", "continuous"
 
@@ -213,7 +213,7 @@ class Feed:
     """
 
     def __init__(self, workload: Workload, served: Served, zero_ns: int = -1) -> None:
-        self._served, self._arrivals = served, make_arrivals(workload)
+        self._served, self._arrivals = served, Arrivals(workload)
         self._bodies = [served.body(workload, request) for request in workload]
         self._waiting: deque[Request] = deque()
         self._wave = 0  # requests that the current wave still lacks
