@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from batchbench.batching import trials
 from batchbench.batching.batcher import Batcher, Strategy
@@ -28,6 +28,8 @@ from batchbench.workloads import Workload, WorkloadSpec, make_workload
 if TYPE_CHECKING:
     from batchbench.batching.engines.torch.forward import Forward
     from batchbench.batching.models.loading import LoadedModel
+
+S = TypeVar("S", bound=Strategy)
 
 GRACE = 1.1
 """Multiple of ``--max-time`` after which a trial is stopped; a slightly late pair counts."""
@@ -138,7 +140,7 @@ def check_pair_time(limit: float, expected_s: float) -> None:
         )
 
 
-def in_turn(strategies: Sequence[Strategy], round_number: int) -> Sequence[Strategy]:
+def in_turn(strategies: Sequence[S], round_number: int) -> Sequence[S]:
     """Return the strategies in the order of a round; it alternates."""
     return strategies if round_number % 2 == 0 else strategies[::-1]
 
