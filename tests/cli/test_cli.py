@@ -108,13 +108,13 @@ BAD_OPTIONS = [
     ("--strategy static-oracle --stop-at-eos", "--strategy static-oracle: sorts by output length"),
     ("--max-wait 5 --strategy continuous", "--max-wait 5: none of --strategy continuous waits"),
     ("--max-wait -1", "--max-wait -1: must be at least 0"),
-    ("--strategy os:getcwd", "--strategy os:getcwd: is not a class but a function"),
-    ("--strategy os:nope", "--strategy os:nope: "),
     (
-        "--strategy nowhere:Policy",
-        "--strategy nowhere:Policy: there is no module nowhere; give one",
+        "--strategy os:getcwd",
+        "--strategy os:getcwd: has no method admit(view)",
     ),
-    ("--strategy broken:Policy", "--strategy broken:Policy: cannot be imported: ZeroDivisionError"),
+    ("--strategy os:nope", "--strategy os:nope: "),
+    ("--strategy nowhere:Policy", "nowhere:Policy: cannot be made: ModuleNotFoundError: No module"),
+    ("--strategy broken:Policy", "--strategy broken:Policy: cannot be made: ZeroDivisionError"),
     ("--strategy :", "--strategy :"),
     ("--strategy ,", "--strategy: name at least one"),
     ("--strategy static,static", "--strategy static,static: has the same strategy twice"),
@@ -153,7 +153,7 @@ LATER = [
     ("--model ./nowhere", "--model ./nowhere: no such file or folder; give a checkpoint's folder"),
     (
         "--model good.txt",
-        "--model good.txt: is a file, but no GGUF file; give a checkpoint's folder",
+        "--model good.txt: is a file but not GGUF; give a checkpoint's folder",
     ),
     ("--model .", "--model .: is not a checkpoint: config.json is missing"),
     ("--model 'a b/c/d'", "--model a b/c/d: "),
@@ -777,7 +777,7 @@ def test_ctrl_c_while_verifying_keeps_all_pairs(
     def interrupted(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conducting.Session, "verify", interrupted)
+    monkeypatch.setattr(conducting.LocalBench, "verify", interrupted)
     said = program("simulate", "--trials", "2", "--output", "mine")
     assert said.code == 130
     data = json.loads((here / "mine" / "result.json").read_text(encoding="utf-8"))
@@ -791,7 +791,7 @@ def test_wrong_outputs_end_with_1_and_are_written_and_shown(
 ) -> None:
     bad = Finding(4, "continuous", "wrong", 9, 5.0, 0.2, "token 9 is another")
     found = Verification(32, 31, 0, 1, "teacher-forced", 5.0, (bad,))
-    monkeypatch.setattr(conducting.Session, "verify", lambda *_: found)
+    monkeypatch.setattr(conducting.LocalBench, "verify", lambda *_: found)
     said = program("simulate", "--output", "mine", *flags)
     assert said.code == 1
     data = json.loads((here / "mine" / "result.json").read_text(encoding="utf-8"))
