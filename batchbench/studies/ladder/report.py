@@ -179,7 +179,7 @@ def _speedup(baseline: Sequence[Recording] | None, trials: Sequence[Recording]) 
     if baseline is None or baseline is trials:
         return None
     ratio = paired_ratio(*([trial.duration_ns for trial in rung] for rung in (baseline, trials)))
-    return ratio and ratio.as_dict()
+    return None if ratio is None else ratio.as_dict()
 
 
 STALE = ("recordings",)
