@@ -6,8 +6,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -181,15 +181,9 @@ class RecordSpec:
         settings.check(self)
 
 
-@contextmanager
-def _recording(record: RecordSpec, name: str) -> Iterator[None]:
-    lost = "there is no answer"
-    if record.output is None:
-        with interruptible(lost):
-            yield
-    else:
-        with output_folder(record.output, overwrite=record.overwrite, marker=name, lost=lost):
-            yield
+def _recording(record: RecordSpec, name: str) -> AbstractContextManager[Path]:
+    lost, overwrite = "there is no answer", record.overwrite
+    return output_folder(record.output, overwrite=overwrite, marker=name, lost=lost)
 
 
 DUET_HELP = """Compare another installation of batchbench with this one, in alternating

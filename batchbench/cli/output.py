@@ -294,7 +294,8 @@ def output_folder(
     flushed before the folder is released.
 
     Args:
-        given: the folder of ``--output``; None to take the first of ``defaults`` that is free.
+        given: the folder of ``--output``; None to take the first of ``defaults`` that is free, or
+            to write nothing if there are no defaults.
         overwrite: replace a result that the folder holds.
         marker: the file that shows that a folder holds a result.
         lost: end of the line about Ctrl-C if no result was written.
@@ -304,6 +305,10 @@ def output_folder(
         Interrupted: by Ctrl-C, or by another signal that asks the program to stop.
         OutputError: standard output cannot be written; the message says where the result is.
     """
+    if given is None and not defaults:
+        with interruptible(lost):
+            yield Path()
+        return
     with ExitStack() as stack:
         folder = _claim_free(defaults, stack) if given is None else given
         if given is not None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from batchbench.batching.experiment import PREFILLS, Experiment
 from batchbench.batching.machine import facts_of
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.progress import Watch
-from batchbench.cli.options import Spec, folder_setting, typed_command, with_options
+from batchbench.cli.options import ResultFolder, Spec, folder_setting, typed_command, with_options
 from batchbench.cli.output import output_folder, show
 from batchbench.errors import UsageError, shown
 from batchbench.files import default_folders, write_whole
@@ -81,9 +79,7 @@ class PredictSpec(Spec):
 @with_options()
 def predict(
     study: PredictSpec,
-    folder: Annotated[
-        Path, typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False)
-    ],
+    folder: ResultFolder,
 ) -> None:
     sizes = _batch_sizes(study.batch_size)
     from batchbench.studies.predict import batch_sizes as report

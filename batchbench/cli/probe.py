@@ -13,12 +13,9 @@ from batchbench import settings
 from batchbench.batching.remote.spec import SERVED_MODEL, TargetSpec
 from batchbench.cli.options import typed_command, with_options
 from batchbench.cli.output import (
-    echo,
-    echo_json,
-    interruptible,
     make_console,
     output_folder,
-    print_ending,
+    show,
 )
 from batchbench.errors import UsageError
 from batchbench.json_file import json_text
@@ -89,12 +86,8 @@ def probe(
         target = TargetSpec(target=url, **given)
     except UsageError as error:
         raise UsageError(str(error).replace("--target", "URL")) from error
-    place = (
-        output_folder(spec.output, overwrite=spec.overwrite, marker="probe.json")
-        if spec.output
-        else interruptible("nothing was written")
-    )
-    with place:
+    lost, overwrite = "nothing was written", spec.overwrite
+    with output_folder(spec.output, overwrite=overwrite, marker="probe.json", lost=lost):
         told, failed = _probe(target, spec)
     if failed:
         raise typer.Exit(1)
@@ -118,13 +111,6 @@ def _probe(target: TargetSpec, spec: ProbeSpec) -> tuple[bool, bool]:
     command = typed_command()
     data = report.data_of(findings, command)
     files = report.write_probe(spec.output, findings, data) if spec.output else []
-    if spec.json:
-        echo_json(json_text(data))
-    elif spec.quiet:
-        echo(report.sentence(findings))
-    else:
-        console = make_console()
-        console.print(report.render(findings, console.width))
-        if files:
-            print_ending(console, command, files)
+    rendered = report.render(findings, make_console().width)
+    show(spec, json_text(data), report.sentence(findings), rendered, command, files)
     return findings.verdict.kind is not Kind.UNKNOWN, bool(findings.failures)

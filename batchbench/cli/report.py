@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchbench import settings
-from batchbench.cli.options import ReportSpec, Spec, with_options
+from batchbench.cli.options import ReportSpec, ResultFolder, Spec, with_options
 from batchbench.cli.output import (
     echo,
     echo_html,
@@ -356,13 +356,7 @@ class WatchSpec(Spec):
 
 
 @with_options()
-def watch(
-    folder: Annotated[
-        Path,
-        typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False),
-    ],
-    spec: WatchSpec,
-) -> None:
+def watch(folder: ResultFolder, spec: WatchSpec) -> None:
     file = spec.gif
     if file is None and not sys.stdout.isatty():
         raise UsageError("watch: the output is not a terminal; add --gif FILE to write a GIF")

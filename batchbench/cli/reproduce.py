@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Group, RenderableType
@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from batchbench import settings
-from batchbench.cli.options import with_options
-from batchbench.cli.output import echo, echo_json, interruptible, make_console, output_folder
+from batchbench.cli.options import ResultFolder, with_options
+from batchbench.cli.output import echo, echo_json, make_console, output_folder
 from batchbench.settings import setting
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ class ReproduceSpec:
 
 @with_options()
 def reproduce(
-    folder: Annotated[
-        Path, typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False)
-    ],
+    folder: ResultFolder,
     study: ReproduceSpec,
 ) -> None:
     from batchbench.cli.progress import make_display
@@ -63,11 +61,7 @@ def reproduce(
 
     output, lost = study.output, "nothing was compared"
     recorded = load_result(folder)
-    with (
-        output_folder(output, overwrite=study.overwrite, lost=lost)
-        if output
-        else interruptible(lost)
-    ):
+    with output_folder(output, overwrite=study.overwrite, lost=lost):
         with make_display(quiet=study.quiet, strategies=len(recorded.names)) as display:
             reproduction = reproducing.reproduce(recorded, display)
         if output and reproduction.again is not None:

@@ -54,13 +54,6 @@ class Unlike(_Reason):
     """The refusal of a machine, with its difference from the machine of the first job."""
 
 
-@dataclass(frozen=True)
-class Raised:
-    """An error that a job raised elsewhere, which :func:`run_jobs` raises here."""
-
-    error: Exception
-
-
 Work = Callable[[Watch, ModelCache], Done | Failed]
 """The work of a job. It can be pickled, and gets the models of the process in which it runs."""
 
@@ -79,10 +72,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of the job ``key``, with its node, which is empty for this process."""
+    """The end of the job ``key``, with its node, which is empty for this process.
+
+    An exception is the error that the job raised elsewhere.
+    """
 
     key: str
-    outcome: Done | Failed | Lost | Unlike | Raised
+    outcome: Done | Failed | Lost | Unlike | Exception
     node: str = ""
     seconds: float = 0.0
 
@@ -99,8 +95,7 @@ class Needs:
     Attributes:
         like: facts that a machine must have.
         same: all machines must be like the first.
-        timed: jobs measure times: a device is a whole GPU, or all cores of a node. Otherwise it
-            is a core.
+        timed: jobs measure times, so a device is a whole GPU or all cores of a node, not a core.
         gpus: jobs may use GPUs.
     """
 
@@ -186,8 +181,8 @@ def run_jobs(
             submitted[job.key] = job
         for ended in executor.wait():
             job = submitted.pop(ended.key)
-            if isinstance(ended.outcome, Raised):
-                raise ended.outcome.error
+            if isinstance(ended.outcome, Exception):
+                raise ended.outcome
             losses[ended.key] += isinstance(ended.outcome, Lost)
             lost = isinstance(ended.outcome, Lost) and losses[ended.key] <= MOST_RERUNS
             if lost or isinstance(ended.outcome, Unlike):
@@ -266,8 +261,8 @@ def clients_on(executor: Executor) -> Start:
                     "let the executor have more machines"
                 )
             for ended in executor.wait():
-                if isinstance(ended.outcome, Raised):
-                    raise ended.outcome.error
+                if isinstance(ended.outcome, Exception):
+                    raise ended.outcome
                 if not isinstance(ended.outcome, Unlike):
                     reason = ended.reason or "it ended"
                     raise IncompleteError(f"--clients: {ended.key} on {ended.node}: {reason}")
@@ -360,12 +355,12 @@ class Worker:
     def run(self, job: Job) -> Ended:
         """Run a job."""
         node, began = str(self.facts["hostname"]), time.monotonic()
-        outcome: Done | Failed | Raised
+        outcome: Done | Failed | Exception
         try:
             outcome = job.work(Watch(), self._models)
         except BatchbenchError as error:
-            outcome = Raised(error)
+            outcome = error
         except Exception as error:  # its class need not be known where it is read
             text = "".join(traceback.format_exception(error))
-            outcome = Raised(RuntimeError(f"{job.key} on {node}: {text}"))
+            outcome = RuntimeError(f"{job.key} on {node}: {text}")
         return Ended(job.key, outcome, node, time.monotonic() - began)

@@ -283,7 +283,7 @@ def run_cells(
     try:
         for ended in run_jobs(jobs, executor, begins, waited):
             cell, outcome = pending[ended.key], ended.outcome
-            reason = getattr(outcome, "reason", None)
+            reason = ended.reason
             if isinstance(outcome, Done):
                 store.keep_files(cell, outcome.files)
             elif isinstance(outcome, Failed):
