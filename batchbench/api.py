@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -26,7 +26,6 @@ from batchbench.reports.slo import GoalsSpec
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 _SPEC_OF: Mapping[str, type] = {
     field.name: spec
@@ -133,9 +132,15 @@ class Result(results.Result):
         return summary_frame(self)
 
     @property
-    def plot(self) -> Plots:
-        """Draw pictures; ``result.plot.timeline()`` and so on return matplotlib figures."""
-        return Plots(self)
+    def plot(self) -> SimpleNamespace:
+        """Functions that draw the pictures that a run writes, as matplotlib figures.
+
+        ``result.plot.timeline().savefig("timeline.svg")`` saves one.
+        """
+        from batchbench.reports.figures import PICTURES, draw_one
+
+        draw = partial(draw_one, recordings=self.recordings, title=self.title)
+        return SimpleNamespace(**{name: partial(draw, name) for name in PICTURES})
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the files that ``batchbench run --output`` writes, and return the folder.
@@ -170,31 +175,3 @@ class Result(results.Result):
 
 def _plain(cell: object) -> str:
     return cell.plain if isinstance(cell, Text) else str(cell)
-
-
-@dataclass(frozen=True, eq=False)
-class Plots:
-    """Pictures of a result, one method each: ``plots.timeline()`` returns a matplotlib figure.
-
-    ``dir(plots)`` lists them: throughput, latency, occupancy, timeline …, the same that a run
-    writes. ``figure.savefig("timeline.svg")`` saves one.
-    """
-
-    result: results.Result
-
-    def __getattr__(self, name: str) -> Callable[[], Figure]:
-        from batchbench.reports.figures import PICTURES, draw_one
-
-        if name not in PICTURES:
-            raise AttributeError(f"there is no picture {name}; there are {', '.join(PICTURES)}")
-
-        def picture() -> Figure:
-            return draw_one(name, self.result.recordings, self.result.title)
-
-        picture.__name__, picture.__doc__ = name, PICTURES[name].__doc__
-        return picture
-
-    def __dir__(self) -> list[str]:
-        from batchbench.reports.figures import PICTURES
-
-        return [*super().__dir__(), *PICTURES]

@@ -167,6 +167,11 @@ def _outline(given: Mapping[str, Any]) -> tuple[Outline, int]:
         context=source.context,
         note=lambda line: echo(line, err=True),
     )
-    for line in outline.beyond(source.context, source.name):
-        echo(line, err=True)
+    total = outline.prompt_tokens + outline.output_tokens
+    if source.context is not None and (long := int((total > source.context).sum())):
+        echo(
+            f"{long:,} of {len(total):,} requests exceed the context of {source.name}, "
+            f"{source.context:,} tokens; give --overlong clip, scale or skip",
+            err=True,
+        )
     return outline, source.vocab_size
