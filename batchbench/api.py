@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Mapping
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from batchbench.reports.slo import GoalsSpec
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 _SPEC_OF: Mapping[str, type] = {
     field.name: spec
@@ -132,15 +133,21 @@ class Result(results.Result):
         return summary_frame(self)
 
     @property
-    def plot(self) -> SimpleNamespace:
+    def plot(self) -> Plots:
         """Functions that draw the pictures that a run writes, as matplotlib figures.
 
         ``result.plot.timeline().savefig("timeline.svg")`` saves one.
         """
         from batchbench.reports.figures import PICTURES, draw_one
 
-        draw = partial(draw_one, recordings=self.recordings, title=self.title)
-        return SimpleNamespace(**{name: partial(draw, name) for name in PICTURES})
+        def picture(name: str) -> Callable[[], Figure]:
+            def draw() -> Figure:
+                return draw_one(name, self.recordings, self.title)
+
+            draw.__doc__ = PICTURES[name].__doc__
+            return draw
+
+        return Plots(**{name: picture(name) for name in PICTURES})
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the files that ``batchbench run --output`` writes, and return the folder.
@@ -175,3 +182,10 @@ class Result(results.Result):
 
 def _plain(cell: object) -> str:
     return cell.plain if isinstance(cell, Text) else str(cell)
+
+
+class Plots(SimpleNamespace):
+    """Pictures of a result, a function each."""
+
+    def __getattr__(self, name: str) -> Callable[[], Figure]:
+        raise AttributeError(f"there is no picture {name}; there are {', '.join(vars(self))}")

@@ -197,7 +197,7 @@ class _Parser:
         return value
 
     def value_at(self, text: str, at: int) -> tuple[object, int]:
-        """Return the value at a position and its end; JSONDecodeError if there is no whole value."""
+        """Return the value at a position and its end; JSONDecodeError if it is not whole."""
         _check_size(text, at)
         self._twice = None
         try:
