@@ -127,8 +127,7 @@ def _search(
     """Search, write and show; return True if outputs are right."""
     from batchbench.cli.progress import CapacityDisplay
     from batchbench.cli.progress import make_console as make_error_console
-    from batchbench.studies.capacity.probe import CapacityQuery
-    from batchbench.studies.capacity.search import find_capacity, find_capacity_on
+    from batchbench.studies.capacity.search import CapacityQuery, find_capacity, find_capacity_on
 
     query = CapacityQuery(goals, study.slo_attainment, study.max_trials)
     display = CapacityDisplay(make_error_console(quiet=study.quiet))

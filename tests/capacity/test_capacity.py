@@ -24,22 +24,25 @@ from batchbench.batching.verification import Verification
 from batchbench.errors import UsageError
 from batchbench.json_file import json_text
 from batchbench.reports.slo import GoalsSpec
-from batchbench.studies.capacity import probe as benches
 from batchbench.studies.capacity import report
-from batchbench.studies.capacity.probe import (
+from batchbench.studies.capacity import search as benches
+from batchbench.studies.capacity.report import draw_capacity
+from batchbench.studies.capacity.search import (
     GROWTH,
+    MOST_PROBES,
+    CapacityFindings,
     CapacityQuery,
+    Search,
     TrialFigures,
     Verdict,
     attained,
     check_enough,
     figures_of,
+    find_capacity,
     judge,
     mean_of,
     queue_growth,
 )
-from batchbench.studies.capacity.report import draw_capacity
-from batchbench.studies.capacity.search import MOST_PROBES, CapacityFindings, Search, find_capacity
 
 YES, NO, BORDER = Verdict.SUSTAINED, Verdict.NOT_SUSTAINED, Verdict.BORDERLINE
 

@@ -20,8 +20,12 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, conduct
 from batchbench.errors import IncompleteError, UsageError
 from batchbench.reports.slo import GoalsSpec
-from batchbench.studies.capacity.probe import CapacityQuery, CapacityWatch
-from batchbench.studies.capacity.search import find_capacity, find_capacity_on
+from batchbench.studies.capacity.search import (
+    CapacityQuery,
+    CapacityWatch,
+    find_capacity,
+    find_capacity_on,
+)
 from batchbench.studies.executors.jobs import Ended, Failed, Job, Unlike, clients_on
 from batchbench.studies.sweep.run import Store
 from batchbench.version import __version__

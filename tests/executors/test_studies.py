@@ -22,8 +22,12 @@ from batchbench.batching.session import conduct
 from batchbench.errors import IncompleteError, UsageError
 from batchbench.reports.slo import GoalsSpec
 from batchbench.studies.capacity import report
-from batchbench.studies.capacity.probe import CapacityQuery, CapacityWatch
-from batchbench.studies.capacity.search import find_capacity, find_capacity_on
+from batchbench.studies.capacity.search import (
+    CapacityQuery,
+    CapacityWatch,
+    find_capacity,
+    find_capacity_on,
+)
 from batchbench.studies.executors.jobs import (
     Done,
     Failed,

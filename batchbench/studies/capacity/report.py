@@ -18,17 +18,8 @@ from rich.text import Text
 from batchbench import settings
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
+from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import picture_files
-from batchbench.reports.figures.card import (
-    INK,
-    Strategy,
-    add_line_legend,
-    count_doublings,
-    finish_panel,
-    house_style,
-    make_card,
-    name_strategies,
-)
 from batchbench.reports.served import place_of
 from batchbench.reports.statistics import CONFIDENCE
 from batchbench.reports.text import (
@@ -41,8 +32,7 @@ from batchbench.reports.text import (
     spell_number,
     times_within,
 )
-from batchbench.studies.capacity.probe import GROWTH, Probe
-from batchbench.studies.capacity.search import CapacityFindings
+from batchbench.studies.capacity.search import GROWTH, CapacityFindings, Probe
 
 SCHEMA_VERSION = 1
 
@@ -255,11 +245,11 @@ def draw_capacity(data: Data) -> Figure:
     results = {_label(data, name): result for name, result in data["strategies"].items()}
     panels = ["attainment", *data["limits_ms"]]
     body = 0.8 + len(panels) * (_TALL + _BETWEEN)
-    with house_style():
-        strategies = name_strategies(dict.fromkeys(results, ()))
+    with cards.house_style():
+        strategies = cards.name_strategies(dict.fromkeys(results, ()))
         headline, title = f"Within these limits {_answer(data)}", clean_text(title_of(data))
-        card = make_card(headline, title, body, notes)
-        add_line_legend(card, strategies)
+        card = cards.make_card(headline, title, body, notes)
+        cards.add_line_legend(card, strategies)
         shape = (len(panels), 1)
         grid = card.grid(shape, 0.75, _TALL, between=_BETWEEN, share="col")
         for (axes,), panel in zip(grid, panels, strict=True):
@@ -274,7 +264,7 @@ def draw_capacity(data: Data) -> Figure:
     return card.figure
 
 
-def _draw_probes(axes: Axes, strategy: Strategy, probes: Sequence[Data], panel: str) -> None:
+def _draw_probes(axes: Axes, strategy: cards.Strategy, probes: Sequence[Data], panel: str) -> None:
     probes = sorted(probes, key=lambda probe: probe["rate"])
     values = [_value(probe, panel) for probe in probes]
     line = {**strategy.line, "lw": 1.2, "gid": f"{panel}-{strategy.index}"}
@@ -296,7 +286,7 @@ def _value(probe: Data, panel: str) -> float:
 def _finish(axes: Axes, data: Data, panel: str) -> None:
     """Draw the limit, and set the scales and the title."""
     share = 100 * data["slo_attainment"]
-    count_doublings(axes)
+    cards.count_doublings(axes)
     if panel == "attainment":
         limit, title = share, f"% of requests within all limits; needed: {share:g}"
         axes.set(ylim=(0, 104), yticks=[0, 25, 50, 75, 100])
@@ -304,11 +294,11 @@ def _finish(axes: Axes, data: Data, panel: str) -> None:
         limit = data["limits_ms"][panel]
         title = f"{_LABELS[panel]} p{share:g} in ms; limit: {limit:g}"
         axes.set_yscale("log")
-    axes.axhline(limit, color=INK, lw=1.2, ls=":")
-    finish_panel(axes, title, 9.5)
+    axes.axhline(limit, color=cards.INK, lw=1.2, ls=":")
+    cards.finish_panel(axes, title, 9.5)
 
 
-def _mark_capacity(panels: Sequence[Axes], strategy: Strategy, rate: float) -> None:
+def _mark_capacity(panels: Sequence[Axes], strategy: cards.Strategy, rate: float) -> None:
     """Draw a line through all panels, with the rate at its end."""
     for axes in panels:
         axes.axvline(rate, color=strategy.tint(0.2), lw=1.2, zorder=1)

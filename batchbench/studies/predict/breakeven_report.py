@@ -19,16 +19,8 @@ from rich.text import Text
 
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
+from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import picture_files
-from batchbench.reports.figures.card import (
-    INK,
-    QUIET,
-    add_line_legend,
-    house_style,
-    make_card,
-    name_strategies,
-    strip_axes,
-)
 from batchbench.reports.prediction import is_weak
 from batchbench.reports.text import clean_text, number, plural, times
 from batchbench.studies.predict.breakeven import (
@@ -290,19 +282,22 @@ def headline(breakeven: BreakEven) -> str:
 
 def draw_breakeven(breakeven: BreakEven) -> Figure:
     """Draw one row of panels per metric, one panel per load: batch size down, spread across."""
-    spec, static, continuous = breakeven.spec, *name_strategies({"static": (), "continuous": ()})
+    spec, static, continuous = (
+        breakeven.spec,
+        *cards.name_strategies({"static": (), "continuous": ()}),
+    )
     tall = min(0.26 * len(spec.batch_sizes), 2.2)
     body, lines = 0.8 + (tall + 0.42) * len(METRICS), " ".join(notes(breakeven))
-    with house_style():
-        card = make_card(headline(breakeven), clean_text(title(breakeven)), body, lines)
+    with cards.house_style():
+        card = cards.make_card(headline(breakeven), clean_text(title(breakeven)), body, lines)
         handles = [
             Patch(fc=continuous.tint(0.2), label="continuous wins"),
-            Patch(fc="#ffffff", ec=QUIET, lw=0.6, label="even"),
+            Patch(fc="#ffffff", ec=cards.QUIET, lw=0.6, label="even"),
             Patch(fc=static.tint(0.2), label="static wins"),
-            Line2D([], [], color=INK, lw=2.2, label="break-even line"),
-            *[Patch(fc="none", ec=INK, lw=1.8, label="measured")] * bool(breakeven.measured),
+            Line2D([], [], color=cards.INK, lw=2.2, label="break-even line"),
+            *[Patch(fc="none", ec=cards.INK, lw=1.8, label="measured")] * bool(breakeven.measured),
         ]
-        add_line_legend(card, [], *handles)
+        cards.add_line_legend(card, [], *handles)
         colours = LinearSegmentedColormap.from_list(
             "sides", [static.colour, "#ffffff", continuous.colour]
         )
@@ -337,18 +332,24 @@ def _draw_panel(axes: Axes, cells: list[list[MapCell]], metric: str, colours: Co
         "size": 6 if len(cells[0]) > 7 else 7.5,
     }
     for (y, x), height in np.ndenumerate(heights):
-        cell, colour = cells[y][x], "#ffffff" if abs(height) > 0.75 * _MOST else INK
+        cell, colour = cells[y][x], "#ffffff" if abs(height) > 0.75 * _MOST else cards.INK
         axes.text(x + 0.5, y + 0.5, spell(cell.contests[metric]), color=colour, **style)
         if cell.measured is not None:
             dashes: Any = "solid" if cell.agrees(metric) else (0, (2, 1.2))
-            look: dict[str, Any] = {"fc": "none", "ec": INK, "lw": 1.8, "ls": dashes, "zorder": 4}
+            look: dict[str, Any] = {
+                "fc": "none",
+                "ec": cards.INK,
+                "lw": 1.8,
+                "ls": dashes,
+                "zorder": 4,
+            }
             axes.add_patch(Rectangle((x + 0.06, y + 0.08), 0.88, 0.84, **look))
     won = heights > math.log1p(EVEN)
-    line: dict[str, Any] = {"color": INK, "lw": 2.2, "solid_capstyle": "round", "zorder": 3}
+    line: dict[str, Any] = {"color": cards.INK, "lw": 2.2, "solid_capstyle": "round", "zorder": 3}
     for y, x in np.argwhere(won[:, 1:] != won[:, :-1]):
         axes.plot([x + 1, x + 1], [y, y + 1], **line)
     for y, x in np.argwhere(won[1:] != won[:-1]):
         axes.plot([x, x + 1], [y + 1, y + 1], **line)
     axes.set(xlim=(0, heights.shape[1]), ylim=(heights.shape[0], 0))
-    strip_axes(axes)
+    cards.strip_axes(axes)
     axes.tick_params(length=0)

@@ -95,9 +95,6 @@ class Store:
                 return facts_of(read_json(self.place(cell) / "result.json")["environment"], {})
         return None
 
-    def keep(self, cell: Cell, result: Result) -> None:
-        self.keep_files(cell, files_of(result))
-
     def keep_failure(self, cell: Cell, reason: str) -> None:
         failure = {"reason": reason, "config": _experiment(cell).config()}
         self.keep_files(cell, {"failed.json": json.dumps(failure, indent=2) + "\n"})
@@ -307,14 +304,14 @@ def run_cells(
 
 
 def _missing(grid: CellsQuery, lost: Sequence[tuple[Cell, str]]) -> str:
-    names = [_name(grid, cell) or cell.digest for cell, _ in lost]
+    names = [name_of(grid, cell) or cell.digest for cell, _ in lost]
     return (
         f"{plural(len(lost), 'cell')} missing, since each was lost {MOST_RERUNS + 1} times with "
         f"its machine: {'; '.join(names)} ({lost[-1][1]}); {_CONTINUES}"
     )
 
 
-def _name(grid: CellsQuery, cell: Cell) -> str:
+def name_of(grid: CellsQuery, cell: Cell) -> str:
     return ", ".join(spell_option(name, cell.chosen[name]) for name in grid.varying)
 
 
@@ -338,7 +335,7 @@ def lines_of(grid: Grid) -> Iterator[str]:
         text, steps = _passes(cell)
         total += steps
         impossible += not steps and (cell.experiment is None or cell.experiment.target is None)
-        name = _name(grid, cell) or "the one cell"
+        name = name_of(grid, cell) or "the one cell"
         yield f"{number:>{len(str(len(grid.cells)))}}  {name}: {text}"
     failing = f", {impossible} of them cannot be served" if impossible else ""
     cells = plural(len(grid.cells), "cell")
