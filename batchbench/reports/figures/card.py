@@ -222,12 +222,10 @@ class Card:
         between: float = 0.0,
         share: bool | Literal["col"] = True,
     ) -> list[list[Axes]]:
-        """Return axes in rows and columns as wide as the card.
+        """Return axes of a height in inches, in rows and columns as wide as the card.
 
-        Args:
-            height: of each, with ``gap`` inches to the next column, ``between`` to the next row.
-            left: inches for the labels of the first column.
-            share: the axes have one x-axis and one y-axis; "col": only the x-axis of a column.
+        ``left`` is the room for labels, ``gap`` that to the next column, ``between`` that to the
+        next row. The axes share both scales; with "col", only the x-axis of each column.
         """
         rows, columns = shape
         width = (WIDE - left - (columns - 1) * gap) / columns

@@ -56,16 +56,12 @@ Budget = tuple[card.Strategy, TimeBudget]
 
 @dataclass(frozen=True)
 class WaterfallRow:
-    """A bar of a waterfall, in seconds.
-
-    Attributes:
-        saved_s: the time saved (negative: lost) in one part; None for a whole trial.
-    """
+    """A bar of a waterfall, in seconds."""
 
     label: str
     left_s: float
     width_s: float
-    saved_s: float | None = None
+    saved_s: float | None = None  # negative: lost; None for a whole trial
 
     @property
     def right_s(self) -> float:
@@ -153,10 +149,7 @@ def budgets_of(strategies: Sequence[card.Strategy]) -> list[Budget]:
 
 
 def draw_time_budget(strategies: Sequence[card.Strategy], title: str) -> Figure:
-    """Draw stacked bars of each strategy's wall time, and waterfalls from the first to the others.
-
-    A strategy that logs no steps has a row that says so.
-    """
+    """Draw stacked bars of each strategy's wall time, and waterfalls from the baseline's."""
     budgets = budgets_of(strategies)
     longest = max((times.wall_s for _, times in budgets), default=1.0)
     unit = card.Unit.of(strategies, longest * 1e9)

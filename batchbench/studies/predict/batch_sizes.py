@@ -23,6 +23,7 @@ from batchbench.json_file import envelope, json_text
 from batchbench.reports import metrics
 from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import picture_files
+from batchbench.reports.formats.terminal import make_table
 from batchbench.reports.prediction import beyond, predict
 from batchbench.reports.text import clean_text, joined, number, percent, plural
 from batchbench.studies.predict.fitted import FittedRun
@@ -197,26 +198,18 @@ _COLUMNS = {"output_throughput": "tok/s", "mean_ttft_ms": "TTFT ms", "mean_tpot_
 
 def _table(curve: Curve) -> Table:
     """Return batch sizes down, strategies side by side."""
-    grid = Table(
-        title=curve.title,
-        caption="> measured batch size; = 95 % of the best throughput; * beyond the measured steps",
-        title_style="bold",
-        caption_style="dim",
-        pad_edge=False,
-    )
-    grid.add_column("batch\nsize", justify="right")
-    for label in _COLUMNS.values():
-        for name in curve.strategies:
-            grid.add_column(f"{label}\n{name}", justify="right", overflow="fold")
-    sufficient = {curve.sufficient(name) for name in curve.strategies}
+    caption = "> measured batch size; = 95 % of the best throughput; * beyond the measured steps"
+    head = [f"{label}\n{name}" for label in _COLUMNS.values() for name in curve.strategies]
+    sufficient, rows = {curve.sufficient(name) for name in curve.strategies}, []
     sizes = list(dict.fromkeys(p.batch_size for p in curve.points))
     for size in shown_sizes(sizes, {curve.measured, *sufficient}):
-        row = [p for p in curve.points if p.batch_size == size]
+        points = [p for p in curve.points if p.batch_size == size]
         mark = ">" * (size == curve.measured) + "=" * (size in sufficient)
-        mark += "*" * (not all(p.seen for p in row))
-        values = [number(getattr(p, column)) for column in _COLUMNS for p in row]
-        grid.add_row(f"{mark} {size:,}".strip(), *values)
-    return grid
+        mark += "*" * (not all(p.seen for p in points))
+        values = [number(getattr(p, column)) for column in _COLUMNS for p in points]
+        rows.append([f"{mark} {size:,}".strip(), *values])
+    head = ["batch\nsize", *head]
+    return make_table(curve.title, head, rows, left=0, notes=[caption], framed=True)
 
 
 def shown_sizes(sizes: Sequence[int], always: set[int]) -> list[int]:

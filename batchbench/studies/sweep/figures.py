@@ -19,8 +19,8 @@ from matplotlib.ticker import LogLocator
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.reports.figures import card as cards
 from batchbench.reports.slo import parse_slos
-from batchbench.reports.text import spell_option, times
-from batchbench.studies.sweep.table import Cells, span_of
+from batchbench.reports.text import spell_option
+from batchbench.studies.sweep.table import Cells
 
 LOADS = {"request_rate": "load (requests/s)", "max_concurrency": "load (concurrent requests)"}
 """Options that set the load, with the label of an axis of each."""
@@ -123,10 +123,7 @@ def make_sheet(
 ) -> Sheet:
     """Make a figure with one panel per facet and a legend of the strategies.
 
-    Args:
-        tall: height of a single panel in inches; several are smaller.
-        columns: panels in a row; None to choose by their number.
-        strategies: those that have lines; None for all.
+    ``tall`` is the height of a single panel in inches; several are smaller.
     """
     drawn = facets[: MOST_PANELS - MOST_PANELS % (columns or 1)]
     columns = columns or {1: 1, 2: 2, 4: 2}.get(len(drawn), 3)
@@ -206,12 +203,9 @@ def draw_latency_by_load(cells: Cells) -> Figure:
 
 
 def draw_frontier(cells: Cells) -> Figure:
-    """Draw output throughput over latency, with a line through the cells that no other beats.
-
-    Latency is the p99 of E2E if the load varies, since queueing shows there, and in simulation,
-    where no other latency grows. Otherwise it is the mean time per output token, which a larger
-    batch trades for throughput.
-    """
+    """Draw output throughput over latency, with a line through the cells that no other beats."""
+    # A larger batch trades the time per output token for throughput. Queueing shows in the p99 of
+    # E2E; in simulation no other latency grows.
     metric, x_label = "mean_tpot_ms", "mean time per output token (ms)"
     if load_of(cells) or cells.simulated:
         metric, x_label = "p99_e2el_ms", "E2E latency p99 (ms)"
@@ -228,7 +222,7 @@ def draw_frontier(cells: Cells) -> Figure:
         "Up and to the left is better. Dark points: no other cell of the strategy has more "
         f"throughput at as little latency. Thin lines: along {along.replace('_', ' ')}."
     ]
-    sheet = make_sheet(cells, facets, _frontier_lead(cells, facets, metric), notes, tall=3.3)
+    sheet = make_sheet(cells, facets, cells.answer("speedup"), notes, tall=3.3)
     for facet, axes in sheet.panels:
         axes.set_title(facet.label, size=9, weight="bold", loc="left", pad=5)
         for strategy in sheet.strategies:
@@ -270,32 +264,11 @@ def _name_points(axes: Axes, path: pd.DataFrame, name: str, strategy: cards.Stra
 
 
 def beats_all(rows: pd.DataFrame, metric: str) -> pd.Series[bool]:
-    """Mark the rows that no other row beats.
-
-    A row is beaten by one with as much throughput at less latency, or more at as little.
-    """
+    """Mark rows; no other has as much throughput at less latency, or more at as little."""
     ranked = rows.sort_values([metric, "output_throughput"], ascending=[True, False])
     before = ranked["output_throughput"].cummax().shift(fill_value=-1.0)
     unbeaten: pd.Series[bool] = (ranked["output_throughput"] > before).reindex(rows.index)
     return unbeaten
-
-
-def _frontier_lead(cells: Cells, facets: Sequence[Facet], metric: str) -> str:
-    """Compare the last strategy with the baseline, at the latency of the baseline's best cell."""
-    strategies = strategies_of(cells)
-    baseline, candidate = strategies[0], strategies[-1]
-    leads = []
-    for facet in facets:
-        base, other = facet.of(baseline), facet.of(candidate)
-        if len(base):
-            best: Any = base.sort_values("output_throughput").iloc[-1]
-            within = other[other[metric] <= best[metric]]["output_throughput"]
-            leads += [within.max() / best["output_throughput"]] * bool(len(within))
-    if candidate is baseline or not leads:
-        return cells.answer("speedup")
-    span = span_of(times(min(leads)), times(max(leads)))
-    text = f"Where {baseline.called} yields most output tokens, {candidate.called}"
-    return f"{text} yields {span} as many within the same latency"
 
 
 # Throughput over the batch size

@@ -19,6 +19,7 @@ from batchbench.errors import UsageError
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import picture_files
+from batchbench.reports.formats.terminal import make_table
 from batchbench.reports.result import regoaled
 from batchbench.reports.served import place_of
 from batchbench.reports.slo import GoalsSpec
@@ -242,44 +243,39 @@ def table(cells: Cells) -> Table:
 
     Up to two strategies stand side by side; more have rows of their own.
     """
-    grid = Table(
-        title=cells.title,
-        caption=_caption(cells),
-        title_style="bold",
-        caption_style="dim",
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for name in cells.varying:
-        grid.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
-    if len(cells.strategies) <= 2 and "strategies" not in cells.varying:
-        _add_cells(cells, grid)
-    else:
-        _add_strategies(cells, grid)
-    return grid
+    together = len(cells.strategies) <= 2 and "strategies" not in cells.varying
+    head, rows = _by_cell(cells) if together else _by_strategy(cells)
+    varying = [name.replace("_", "\n") for name in cells.varying]
+    left, total = 0 if together else len(varying) + 1, cells.typical["cell"].nunique()
+    below = ["simulated: a step counts as 1 ms"] * cells.simulated
+    below += [f"medians of {cells.trials} trials"] * (cells.trials > 1)
+    if total > MOST_CELLS:
+        below.append(f"the first {MOST_CELLS} of {total} cells; sweep.csv has all")
+    return make_table(cells.title, varying + head, rows, left=left, notes=below, framed=True)
 
 
-def _add_cells(cells: Cells, grid: Table) -> None:
+def _by_cell(cells: Cells) -> tuple[list[str], list[list[str]]]:
     columns, names = [_THROUGHPUT, _WITHIN_SLO if cells.has_slo else _TTFT], cells.strategies
-    compared = [f"speed-up\nover {names[0]}"] * (len(names) > 1 and not cells.timed)
-    for label in [*(f"{label}\n{name}" for label, _ in columns for name in names), *compared]:
-        grid.add_column(label, justify="right")
-    for rows in cells.by_cell(MOST_CELLS):
-        varying = [spell_value(rows[0][name]) for name in cells.varying]
-        values = [_metric(row, metric) for _, metric in columns for row in rows]
-        grid.add_row(*varying, *values, *(_speedup(row) for row in rows[1:] if compared))
+    head = [f"{label}\n{name}" for label, _ in columns for name in names]
+    compared = len(names) > 1 and not cells.timed
+    rows = []
+    for cell in cells.by_cell(MOST_CELLS):
+        varying = [spell_value(cell[0][name]) for name in cells.varying]
+        values = [_metric(row, metric) for _, metric in columns for row in cell]
+        rows.append([*varying, *values, *(_speedup(row) for row in cell[1:] if compared)])
+    return head + [f"speed-up\nover {names[0]}"] * compared, rows
 
 
-def _add_strategies(cells: Cells, grid: Table) -> None:
+def _by_strategy(cells: Cells) -> tuple[list[str], list[list[str]]]:
     columns = [_THROUGHPUT, _TTFT, _WITHIN_SLO if cells.has_slo else _E2E]
-    grid.add_column("strategy", no_wrap=True)
-    for label in [*(label for label, _ in columns), "speed- up"]:
-        grid.add_column(label.replace(" ", "\n", 1), justify="right")
-    for rows in cells.by_cell(MOST_CELLS):
-        for row in rows:
-            varying = [spell_value(row[name]) if row is rows[0] else "" for name in cells.varying]
-            values = [row["strategy"], *(_metric(row, m) for _, m in columns), _speedup(row)]
-            grid.add_row(*varying, *values, end_section=row is rows[-1])
+    rows = []
+    for cell in cells.by_cell(MOST_CELLS):
+        for row in cell:
+            varying = [spell_value(row[name]) if row is cell[0] else "" for name in cells.varying]
+            values = [_metric(row, metric) for _, metric in columns]
+            rows.append([*varying, row["strategy"], *values, _speedup(row)])
+    labels = (label.replace(" ", "\n", 1) for label, _ in columns)
+    return ["strategy", *labels, "speed-up"], rows
 
 
 def _metric(row: Any, name: str) -> str:
@@ -292,16 +288,6 @@ def _speedup(row: Any) -> str:
         return "–"
     ends = (None if pd.isna(end) else end for end in (row["speedup_low"], row["speedup_high"]))
     return times_within(row["speedup"], *ends)
-
-
-def _caption(cells: Cells) -> str | None:
-    total = cells.typical["cell"].nunique()
-    lines = ["simulated: a step counts as 1 ms"] if cells.simulated else []
-    if cells.trials > 1:
-        lines.append(f"medians of {cells.trials} trials")
-    if total > MOST_CELLS:
-        lines.append(f"the first {MOST_CELLS} of {total} cells; sweep.csv has all")
-    return "; ".join(lines) or None
 
 
 def notes(swept: SweepResult, cells: Cells | None, not_drawn: Mapping[str, str]) -> list[str]:

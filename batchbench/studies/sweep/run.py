@@ -85,7 +85,6 @@ class Store:
             raise UsageError(f"{error}; remove {self.place(cell)} to run the cell again") from error
 
     def unfinished(self, grid: CellsQuery) -> list[Experiment]:
-        """Return the experiments of the cells that are possible and not finished."""
         return [c.experiment for c in grid.cells if c.experiment and not self.holds(c)]
 
     def machine(self, grid: CellsQuery) -> dict[str, Any] | None:
@@ -122,16 +121,10 @@ def _experiment(cell: Cell) -> Experiment:
 
 
 def ask_servers(grid: Grid) -> dict[str, str]:
-    """Return what the server of each ``--target`` says it is, by target.
-
-    Raises:
-        UsageError: one cannot be reached, or refuses to answer.
-    """
-    told = {}
-    for target in {c.experiment.target for c in grid.cells if c.experiment is not None}:
-        if target is not None and target.target is not None:
-            told[target.target] = identity_of(discover(target.setup_address))
-    return told
+    """Return what the server of each ``--target`` says it is, by target."""
+    targets = {cell.experiment.target for cell in grid.cells if cell.experiment is not None}
+    known = [target for target in targets if target is not None and target.target is not None]
+    return {str(t.target): identity_of(discover(t.setup_address)) for t in known}
 
 
 def identity_of(server: Dialect) -> str:
@@ -142,13 +135,9 @@ def identity_of(server: Dialect) -> str:
 
 def work_of(experiment: Experiment) -> float:
     """Return the forward passes of all trials, or the requests if a simulation would be slow."""
-    workload, trials = experiment.workload, experiment.trials.trials
-    if (
-        experiment.target is not None
-        or experiment.simulated
-        or (workload.queue_size or 0) > MOST_REQUESTS
-    ):
-        return float((workload.queue_size or 1) * trials * len(experiment.serving.strategies))
+    requests, trials = experiment.workload.queue_size or 1, experiment.trials.trials
+    if experiment.target is not None or experiment.simulated or requests > MOST_REQUESTS:
+        return float(requests * trials * len(experiment.serving.strategies))
     try:
         steps = estimate(replace(experiment, simulated=True), Watch()).steps
     except UsageError:  # it cannot be served, which the cell itself will say
@@ -168,10 +157,7 @@ class Pace:
             self._seconds_per_work.append(seconds / work)
 
     def left_s(self, at_once: int = 1) -> float | None:
-        """Return the seconds until all is done; None before the first cell is.
-
-        ``at_once`` is the number of cells that run at the same time.
-        """
+        """Return the seconds until all is done, several cells at once; None before the first."""
         if not self._seconds_per_work:
             return None
         return median(self._seconds_per_work) * sum(self.work.values()) / at_once
@@ -184,12 +170,10 @@ class CellsQuery(Protocol):
     """Cells to serve: a grid, or a list of cells."""
 
     @property
-    def cells(self) -> Sequence[Cell]:
-        """The experiments."""
+    def cells(self) -> Sequence[Cell]: ...
 
     @property
-    def varying(self) -> tuple[str, ...]:
-        """Options with more than one value, from which cells get their names."""
+    def varying(self) -> tuple[str, ...]: ...  # the options by which cells are named
 
 
 class SweepWatch(Watch):
@@ -213,11 +197,7 @@ class SweepWatch(Watch):
 
 @dataclass(frozen=True)
 class CellWork:
-    """The serving of one cell, wherever it runs.
-
-    Raises:
-        UsageError: its server has gone, which says nothing about the cell.
-    """
+    """The serving of one cell, wherever it runs."""
 
     experiment: Experiment
     serve: Conduct = conduct
@@ -225,7 +205,7 @@ class CellWork:
     def __call__(self, watch: Watch, models: ModelCache) -> Done | Failed:
         try:
             outcome = self.serve(self.experiment, watch, models)
-        except ServerError as error:
+        except ServerError as error:  # it has gone, which says nothing about the cell
             raise UsageError(f"{error}; {_CONTINUES}") from error
         except (UsageError, TrialFailed) as error:
             return Failed(str(error))
