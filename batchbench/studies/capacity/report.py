@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +20,6 @@ from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import picture_files
-from batchbench.reports.formats.terminal import make_table
 from batchbench.reports.served import place_of
 from batchbench.reports.statistics import CONFIDENCE
 from batchbench.reports.text import (
@@ -91,20 +91,31 @@ def title_of(data: Data) -> str:
 
 def table(data: Data) -> Table:
     """Return a row for each probe, strategy by strategy, the lowest rate first."""
-    share, limits, rows = 100 * data["slo_attainment"], data["limits_ms"], list[list[str | Text]]()
+    share, limits = 100 * data["slo_attainment"], data["limits_ms"]
+    step = " A step counts as 1 ms." if data["simulated"] else ""
+    grid = Table(
+        title=title_of(data),
+        caption=f"Intervals: 95 % over trials. Sustained: at least {share:g} % of requests within "
+        f"limits, and at most {100 * GROWTH:.0f} % of arrivals added to the queue.{step}",
+        title_style="bold",
+        caption_style="dim",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=0,  # three limits fit into 80 columns
+    )
+    grid.add_column("strategy", no_wrap=True)
+    names = [f"{_LABELS[name]}\np{share:g} ms" for name in limits]
+    for name in ("req/s", "trials", "% of requests\nwithin limits", "queue\ngrows", *names):
+        grid.add_column(name, justify="right", overflow="fold")
+    grid.add_column("sus-\ntained")
     for strategy, result in data["strategies"].items():
         name = _label(data, strategy)
         for probe in sorted(result["probes"], key=lambda probe: probe["rate"]):
-            rows.append([name, *_cells(probe, limits, data["slo_attainment"])])
+            grid.add_row(name, *_cells(probe, limits, data["slo_attainment"]))
             name = ""
-    below = [
-        f"intervals: 95 % over trials; sustained: at least {share:g} % of requests within limits, "
-        f"and at most {100 * GROWTH:.0f} % of arrivals added to the queue",
-        *["a step counts as 1 ms"] * data["simulated"],
-    ]
-    head = ["strategy", "req/s", "trials", "% of requests\nwithin limits", "queue\ngrows"]
-    head += [*(f"{_LABELS[limit]}\np{share:g} ms" for limit in limits), "sus-\ntained"]
-    return make_table(title_of(data), head, rows, notes=below)
+        grid.add_section()
+    return grid
 
 
 def _cells(probe: Data, limits: Collection[str], attainment: float) -> list[str | Text]:
