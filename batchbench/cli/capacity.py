@@ -129,15 +129,15 @@ def _search(
     from batchbench.cli.progress import make_console as make_error_console
     from batchbench.studies.capacity.search import CapacityQuery, find_capacity, find_capacity_on
 
-    query = CapacityQuery(goals, study.slo_attainment, study.max_trials)
+    query = CapacityQuery(goals, study.slo_attainment, study.max_trials, study.precision)
     display = CapacityDisplay(make_error_console(quiet=study.quiet))
     together = experiment.target is not None and experiment.target.clients > 1
     if machines.executor == "local" or together:
         with clients_of(machines, [experiment], folder, display) as start:
-            findings = find_capacity(experiment, query, study.precision, display, start)
+            findings = find_capacity(experiment, query, display, start)
     else:
         with display, closing(make_executor(machines, [experiment], folder, display)) as executor:
-            findings = find_capacity_on(executor, experiment, query, study.precision, display)
+            findings = find_capacity_on(executor, experiment, query, display)
     from batchbench.studies.capacity import report
 
     command = typed_command()

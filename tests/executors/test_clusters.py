@@ -183,10 +183,10 @@ def test_nodes_of_ray_are_clients_of_one_server_and_search_capacities(
 ) -> None:
     monkeypatch.setattr("batchbench.studies.executors.jobs.PLACES_S", 5.0)
     simulated = Experiment.of({"queue_size": 60, "request_rate": 1.0}, simulated=True)
-    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1)
+    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1, 0.5)
     with serving(Schedule(slots=32), Manner("vllm")) as server, closing(ray()) as executor:
-        found = find_capacity_on(executor, simulated, query, 0.5, CapacityWatch())
-        alone = find_capacity(simulated, query, 0.5)
+        found = find_capacity_on(executor, simulated, query, CapacityWatch())
+        alone = find_capacity(simulated, query)
         assert [(c.low, c.high) for c in found.capacities] == [
             (c.low, c.high) for c in alone.capacities
         ]
@@ -209,14 +209,14 @@ def test_nodes_of_ray_are_clients_of_one_server_and_search_capacities(
 def test_jobs_of_submitit_are_clients_of_one_server_and_search_capacities(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     simulated = Experiment.of({"queue_size": 60, "request_rate": 1.0}, simulated=True)
-    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1)
+    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1, 0.5)
     with (
         serving(Schedule(slots=32), Manner("vllm")) as server,
         closing(submitit(tmp_path / "jobs")) as executor,
     ):
-        found = find_capacity_on(executor, simulated, query, 0.5, CapacityWatch())
+        found = find_capacity_on(executor, simulated, query, CapacityWatch())
         check_clients(conduct(asked(server.url), Watch(), start=clients_on(executor)))
     assert [c.low for c in found.capacities] == [
-        c.low for c in find_capacity(simulated, query, 0.5).capacities
+        c.low for c in find_capacity(simulated, query).capacities
     ]
     assert not (tmp_path / "jobs").exists()

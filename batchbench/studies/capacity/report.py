@@ -159,7 +159,7 @@ def data_of(findings: CapacityFindings, command: str) -> dict[str, Any]:
         "config": {**findings.experiment.config(), "goals": settings.as_json(findings.query.goals)},
         "limits_ms": findings.query.goals.limits_ms,
         "slo_attainment": findings.query.attainment,
-        "precision": findings.precision,
+        "precision": findings.query.precision,
         "max_trials": findings.query.most_trials,
         "confidence": CONFIDENCE,
         "alone_ms": {name: _finite(value) for name, value in findings.unloaded_ms.items()},

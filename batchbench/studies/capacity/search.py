@@ -30,7 +30,7 @@ from batchbench.errors import UsageError
 from batchbench.reports import latency as latencies
 from batchbench.reports.served import doubts_of_client
 from batchbench.reports.slo import GoalsSpec
-from batchbench.reports.statistics import CONFIDENCE, Floats, mean_interval
+from batchbench.reports.statistics import CONFIDENCE, mean_interval
 from batchbench.reports.validity import audit, wrong_tokens
 from batchbench.studies.executors.jobs import Done, Executor, Job, kinds_of, run_parts
 from batchbench.workloads import Workload, WorkloadSpec
@@ -43,6 +43,13 @@ GROWTH = 0.1
 
 FEWEST_TRIALS = 2
 """Minimum number of trials for an interval: requests of one trial share its queue."""
+
+LATENCIES_MS = {
+    "ttft": latencies.ttft_ms,
+    "tpot": latencies.tpot_ms,
+    "e2el": latencies.e2el_ms,
+}
+"""The function of each latency, ``[requests]``, by its name in ``--slo``."""
 
 UNLOADED_REQUESTS = 16
 """Requests served one at a time, to measure latency without load; all in a simulation."""
@@ -95,16 +102,10 @@ def figures_of(
 ) -> TrialFigures:
     """Return a trial's results, with the percentiles that ``attainment`` sets limits to."""
     met = latencies.within(recording, limits_ms)
-    values = {name: latency_ms(recording, name) for name in limits_ms}
+    values = {name: LATENCIES_MS[name](recording) for name in limits_ms}
     known = {name: ms for name, ms in values.items() if not np.isnan(ms).all()}
     shown = {name: float(np.nanpercentile(ms, 100 * attainment)) for name, ms in known.items()}
     return TrialFigures(len(met), int(met.sum()), queue_growth(recording), shown)
-
-
-def latency_ms(recording: Recording, name: str) -> Floats:
-    """Return a latency of each request by its name in ``--slo``, ``[requests]``."""
-    of = {"ttft": latencies.ttft_ms, "tpot": latencies.tpot_ms, "e2el": latencies.e2el_ms}
-    return of[name](recording)
 
 
 def queue_growth(recording: Recording) -> float:
@@ -208,6 +209,7 @@ class CapacityQuery:
     goals: GoalsSpec
     attainment: float  # share of the requests that must be within all limits
     most_trials: int  # at one rate
+    precision: float = 0.1  # how far apart a sustained and an unsustained rate may be, as a share
 
 
 def check_enough(requests: int, query: CapacityQuery) -> None:
@@ -264,14 +266,13 @@ class ProbeRunner:
             shares = {n: latencies.within(recording, {n: ms}).mean() for n, ms in limits_ms.items()}
             name = min(shares, key=lambda n: shares[n])
             percentile = 100 * self._query.attainment
-            taken = np.nanpercentile(latency_ms(recording, name), percentile)
+            taken = np.nanpercentile(LATENCIES_MS[name](recording), percentile)
             raise UsageError(
                 f"--slo {name}:{limits_ms[name]:g}: no rate is low enough, since requests take "
                 f"{taken:.4g} ms even without load (p{percentile:g} of {name}, one at a time); "
                 "raise the limit above that, or lower --slo-attainment"
             )
-        names = ("ttft", "tpot", "e2el")
-        return {name: float(np.nanmedian(latency_ms(recording, name))) for name in names}
+        return {name: float(np.nanmedian(of(recording))) for name, of in LATENCIES_MS.items()}
 
     def probe(self, strategy: Strategy, rate: float) -> Probe:
         """Serve trials at a rate until they decide, or their largest number is reached."""
@@ -375,7 +376,6 @@ class CapacityFindings:
 
     experiment: Experiment
     query: CapacityQuery
-    precision: float
     unloaded_ms: Mapping[str, float]  # median latencies of requests one at a time
     capacities: Sequence[Capacity]
     verification: Verification
@@ -400,7 +400,6 @@ class CapacityFindings:
 def find_capacity(
     experiment: Experiment,
     query: CapacityQuery,
-    precision: float,
     watch: CapacityWatch | None = None,
     start: Start | None = None,
 ) -> CapacityFindings:
@@ -416,16 +415,14 @@ def find_capacity(
         raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")
     runner = ProbeRunner(experiment, query, watch or CapacityWatch(), start)
     with closing(runner.session):
-        return _search(runner, experiment, query, precision)
+        return _search(runner, experiment, query)
 
 
-def _search(
-    runner: ProbeRunner, experiment: Experiment, query: CapacityQuery, precision: float
-) -> CapacityFindings:
+def _search(runner: ProbeRunner, experiment: Experiment, query: CapacityQuery) -> CapacityFindings:
     session, unloaded_ms = runner.session, runner.measure_unloaded()
     alone = 1e3 / unloaded_ms["e2el"]  # at a share of this rate, about that share meets another
     lowest = alone * (1 - query.attainment) / 2
-    searches = {s.name: Search(alone, precision, lowest) for s in runner.strategies}
+    searches = {s.name: Search(alone, query.precision, lowest) for s in runner.strategies}
     probes: dict[str, list[Probe]] = {name: [] for name in searches}
     open_searches = list(runner.strategies)
     while open_searches:
@@ -451,7 +448,6 @@ def _search(
     return CapacityFindings(
         experiment=experiment,
         query=query,
-        precision=precision,
         unloaded_ms=unloaded_ms,
         capacities=[Capacity(n, s.low, s.high, probes[n]) for n, s in searches.items()],
         verification=verification,
@@ -470,17 +466,15 @@ class SearchWork:
 
     experiment: Experiment
     query: CapacityQuery
-    precision: float
 
     def __call__(self, watch: Watch, models: ModelCache) -> Done:
-        return Done({"": pickle.dumps(find_capacity(self.experiment, self.query, self.precision))})
+        return Done({"": pickle.dumps(find_capacity(self.experiment, self.query))})
 
 
 def find_capacity_on(
     executor: Executor,
     experiment: Experiment,
     query: CapacityQuery,
-    precision: float,
     watch: CapacityWatch,
 ) -> CapacityFindings:
     """Search the capacity of each strategy as a job of its own, and put the findings together.
@@ -492,7 +486,7 @@ def find_capacity_on(
     for name in serving.strategies:
         wait = serving.max_wait if name in WAITING else 0.0
         own = replace(experiment, serving=replace(serving, strategy=name, max_wait=wait))
-        jobs.append(Job(name, SearchWork(own, query, precision), own.server))
+        jobs.append(Job(name, SearchWork(own, query), own.server))
     ends = run_parts(jobs, executor, watch)
     nodes = {job.key: ends[job.key][1] for job in jobs}
     parts: list[CapacityFindings] = [
