@@ -13,8 +13,13 @@ import numpy as np
 from batchbench.batching.progress import Watch
 from batchbench.batching.remote import wire
 from batchbench.batching.remote.bench import served_model
-from batchbench.batching.remote.counters import ServerCounters, read_counters
-from batchbench.batching.remote.dialects import Dialect, body_for, discover
+from batchbench.batching.remote.dialects import (
+    Dialect,
+    ServerCounters,
+    body_for,
+    discover,
+    read_counters,
+)
 from batchbench.batching.remote.events import Reply, client_lag, parse, response_of
 from batchbench.batching.remote.exchange import (
     Address,
