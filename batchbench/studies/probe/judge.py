@@ -55,8 +55,8 @@ FEWEST_BEGINNINGS = 12
 
 FEWEST_TOKENS = 3  # a request that ends earlier is over before it can be counted beside the others
 
-Span = tuple[float, float]
-"""The beginning and the end of a request."""
+Spans = Sequence[tuple[float, float]]
+"""The beginning and the end of each request."""
 
 
 class Kind(StrEnum):
@@ -294,61 +294,55 @@ class SharedSteps:
             tokens and as a share of the time between two steps: from 0 to 0.5.
         window: the one of :data:`WINDOWS` whose number of offsets is the least likely.
         chance: probability that so many of them are in the window without a shared batch.
+        together: offsets within the window.
+        apart: offsets outside the widest window: these requests shared no step with the long one.
+        in_turns: tokens arrive in between, always at the same distance: the server takes turns.
     """
 
     offsets: tuple[float, ...]
     window: float
     chance: float
     buffered: bool
-
-    @property
-    def compared(self) -> int:
-        return len(self.offsets)
-
-    @property
-    def together(self) -> int:
-        """Offsets within the window."""
-        return sum(offset < self.window for offset in self.offsets)
-
-    @property
-    def apart(self) -> int:
-        """Offsets outside the widest window: these requests shared no step with the long one."""
-        return sum(offset >= WINDOW for offset in self.offsets)
-
-    @property
-    def shown(self) -> bool:
-        return self.compared >= FEWEST_COMPARED and self.chance < LEVEL
-
-    @property
-    def in_turns(self) -> bool:
-        """Tokens arrive in between, always at the same distance: the server takes turns."""
-        if self.compared < FEWEST_COMPARED or self.buffered or self.apart < self.compared:
-            return False
-        return float(np.std(self.offsets)) < WINDOW / 2
+    compared: int
+    together: int
+    apart: int
+    shown: bool
+    in_turns: bool
 
 
 def shared_steps(observations: Observations, pace: Pace) -> SharedSteps:
     """Compare the tokens of joined requests with the steps of the requests they joined."""
-    offsets, references = _pair_offsets(observations, pace), list[int]()
+    offsets, references = list[float](), list[int]()
     if pace.buffered:
+        offsets = _pair_offsets(observations, pace)
         references = [1] * len(offsets)
-    else:
-        offsets = []
-        for round in observations.of(Role.LONG):
-            longs = [long for long in round.of(Role.LONG) if long.answered]
-            for short in (short for short, fate in _fates(round, pace) if fate is Fate.JOINED):
-                each = [offset_of(short, long) for long in longs]
-                if known := [offset for offset in each if offset is not None]:
-                    offsets.append(min(known))
-                    references.append(len(known))
-    chance, window = min((_chance(offsets, references, width), width) for width in WINDOWS)
-    return SharedSteps(tuple(offsets), window, min(1.0, len(WINDOWS) * chance), pace.buffered)
-
-
-def _chance(offsets: Sequence[float], references: Sequence[int], window: float) -> float:
-    """Return the probability that so many offsets are within a window without a shared batch."""
-    count = sum(offset < window for offset in offsets)
-    return _at_least(count, [1 - (1 - CHANCE * window) ** n for n in references])
+    for round in [] if pace.buffered else observations.of(Role.LONG):
+        longs = [long for long in round.of(Role.LONG) if long.answered]
+        for short in (short for short, fate in _fates(round, pace) if fate is Fate.JOINED):
+            each = [offset_of(short, long) for long in longs]
+            if known := [offset for offset in each if offset is not None]:
+                offsets.append(min(known))
+                references.append(len(known))
+    # The probability that so many offsets are within a window without a shared batch.
+    within = {width: sum(offset < width for offset in offsets) for width in WINDOWS}
+    chance, window = min(
+        (_at_least(count, [1 - (1 - CHANCE * width) ** n for n in references]), width)
+        for width, count in within.items()
+    )
+    chance = min(1.0, len(WINDOWS) * chance)
+    enough, apart = len(offsets) >= FEWEST_COMPARED, len(offsets) - within[WINDOW]
+    evenly = enough and not pace.buffered and float(np.std(offsets)) < WINDOW / 2
+    return SharedSteps(
+        tuple(offsets),
+        window,
+        chance,
+        pace.buffered,
+        compared=len(offsets),
+        together=within[window],
+        apart=apart,
+        shown=enough and chance < LEVEL,
+        in_turns=evenly and apart == len(offsets),
+    )
 
 
 def _at_least(count: int, chances: Sequence[float]) -> float:
@@ -518,7 +512,7 @@ def burst_of(round: Round, pace: Pace) -> Burst:
     )
 
 
-def _most_at_once(spans: Sequence[Span], shorter_ns: float) -> int:
+def _most_at_once(spans: Spans, shorter_ns: float) -> int:
     """Return the largest number in progress; each counts as a little shorter than it was.
 
     A request that follows another one begins at least one step after its end, so an end that
@@ -529,7 +523,7 @@ def _most_at_once(spans: Sequence[Span], shorter_ns: float) -> int:
     return max(accumulate(-change for _, change in sorted(events)), default=0)
 
 
-def _groups(spans: Sequence[Span], shorter_ns: float) -> tuple[int, ...]:
+def _groups(spans: Spans, shorter_ns: float) -> tuple[int, ...]:
     """Return the sizes of the groups between which nothing was in progress."""
     sizes: list[int] = []
     latest = -np.inf
@@ -554,7 +548,7 @@ def _midway(streams: Sequence[Stream]) -> int:
 
 
 def _saturated(
-    streams: Sequence[Stream], spans: Sequence[Span], most: int, gap: float, pace: Pace
+    streams: Sequence[Stream], spans: Spans, most: int, gap: float, pace: Pace
 ) -> tuple[bool, bool]:
     """Tell whether the slots were full, and whether requests began only gradually.
 
