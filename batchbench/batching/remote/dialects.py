@@ -30,42 +30,31 @@ CHAT = "/chat/completions"
 
 @dataclass(frozen=True)
 class Dialect:
-    """One kind of server and, after :func:`discover`, what this one says about itself.
-
-    Attributes:
-        slots: requests that the server says it computes at once.
-        context: tokens of prompt and output that fit in one request.
-        prompt_ids: a prompt may be a list of token ids (at ``/v1/completions``).
-        length_field: the field that lets a request run to its full length, past the end-of-text
-            token; None if the server always stops there. ``generation_config`` is transformers'
-            own: a JSON text with an end-of-text token that no model has.
-        prompt_cache_off: each request turns the cache of prompts off, or asks for a part of it of
-            its own. Without such a field, the counts of cached tokens show whether it was used.
-        fields: fields of every request, such as those that ask for token ids and counts.
-        salt_field: gets a random text in each request, so that no two share a cached prompt.
-        ends_with_done: a complete stream ends with ``data: [DONE]``.
-        usage_on_request: the usage comes only if ``stream_options`` asks for it.
-        top_k: a sampled request may have this field.
-        all_tokens: fields with which a sampled request keeps all tokens; without them, some servers
-            cut as their own or the model's defaults say.
-        metrics: its names at ``/metrics`` for the fields of :class:`ServerCounters`.
-    """
+    """One kind of server and, after :func:`discover`, what this one says about itself."""
 
     name: str
     version: str | None = None
     served_models: tuple[str, ...] = ()
-    slots: int | None = None
-    context: int | None = None
-    prompt_ids: bool = False
+    slots: int | None = None  # requests that it says it computes at once
+    context: int | None = None  # tokens of prompt and output that fit in one request
+    prompt_ids: bool = False  # a prompt may be a list of token ids (at /v1/completions)
     length_field: Literal["ignore_eos", "generation_config"] | None = "ignore_eos"
+    """The field that lets a request run to its full length, past the end-of-text token; None if the
+    server always stops there. ``generation_config`` is transformers' own: a JSON text with an
+    end-of-text token that no model has."""
     prompt_cache_off: bool = False
-    fields: Json = field(default_factory=dict)
-    salt_field: str | None = None
-    ends_with_done: bool = True
-    usage_on_request: bool = True
-    top_k: bool = True
+    """Each request turns the cache of prompts off, or asks for a part of it of its own. Without
+    such a field, the counts of cached tokens show whether it was used."""
+    fields: Json = field(default_factory=dict)  # of every request
+    salt_field: str | None = None  # gets a random text, so that no two share a cached prompt
+    ends_with_done: bool = True  # a complete stream ends with `data: [DONE]`
+    usage_on_request: bool = True  # the usage comes only if `stream_options` asks for it
+    top_k: bool = True  # a sampled request may have this field
     all_tokens: Json = field(default_factory=lambda: {"top_p": 1})
+    """Fields with which a sampled request keeps all tokens; without them, some servers cut as their
+    own or the model's defaults say."""
     metrics: Mapping[str, str] = field(default_factory=dict)
+    """Its names at ``/metrics`` for the fields of :class:`ServerCounters`."""
 
 
 _STREAM_OPTIONS = "stream_options"

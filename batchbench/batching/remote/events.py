@@ -28,16 +28,12 @@ from batchbench.errors import shown
 
 @dataclass(frozen=True)
 class Response:
-    """A response, as far as it goes; ``status`` is 0 if there is none.
+    """A response, as far as it goes."""
 
-    ``pieces`` are the index of the read that completed a piece of the body, and its bytes.
-    ``failure`` says why the response is not whole.
-    """
-
-    status: int
+    status: int  # 0 if there is none
     headers: Mapping[str, str]
-    pieces: list[tuple[int, bytes]]
-    failure: Failure | None = None
+    pieces: list[tuple[int, bytes]]  # the read that completed each piece of the body; its bytes
+    failure: Failure | None = None  # why the response is not whole
 
     @property
     def body(self) -> bytes:
@@ -135,45 +131,31 @@ def events_of(pieces: Iterable[tuple[int, bytes]], *, whole: bool = True) -> Ite
 
 
 class Chunk(NamedTuple):
-    """The output of one event.
-
-    ``ids`` are its token ids and ``running`` the count of tokens up to it, if the server tells
-    them; ``tokens`` is its number of tokens, or None if that had to be assumed.
-    """
+    """The output of one event; None where the server does not tell."""
 
     read: int
     time_ns: int
     text: str
     ids: list[int] | None
-    running: int | None
-    tokens: int | None = None
+    running: int | None  # the count of tokens up to it
+    tokens: int | None = None  # its own; None if that had to be assumed
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The tokens of one request.
-
-    Attributes:
-        token_times_ns: time of each output token; tokens of one chunk share a time.
-        token_ids: all ids, or None if the server does not tell them.
-        usage_output: output tokens by the server's ``usage``; likewise ``usage_input`` and
-            ``cached_tokens``, prompt tokens that were not computed.
-        itl_known: False if the number of tokens of some chunk had to be assumed.
-        chunks: events with output.
-        failure: reason for which the reply does not count; the rest is then what had arrived.
-    """
+    """The tokens of one request; None where the server does not tell."""
 
     index: int
-    token_times_ns: NDArray[np.int64]
+    token_times_ns: NDArray[np.int64]  # tokens of one chunk share a time
     token_ids: list[int] | None
     text: str
-    usage_output: int | None
+    usage_output: int | None  # tokens by the server's usage
     usage_input: int | None
-    cached_tokens: int | None
+    cached_tokens: int | None  # prompt tokens that were not computed
     finish_reason: str | None
-    itl_known: bool
+    itl_known: bool  # False if the number of tokens of some chunk had to be assumed
     chunks: list[Chunk]
-    failure: Failure | None
+    failure: Failure | None  # the rest is then what had arrived
 
     @property
     def output_tokens(self) -> int:
@@ -437,22 +419,16 @@ _HINTS = {
 class ClientLag:
     """The client's own part in the times of a trial.
 
-    Attributes:
-        kernel_share: share of reads that the kernel stamped; their times hold however late they
-            were read.
-        merged_share: share of chunks of output that came in one read with a later chunk and so
-            have its time, by the client, the network or the server.
-        loop_p50_ns: median time for which bytes waited to be read: measured with kernel stamps,
-            otherwise an upper bound; likewise ``loop_p99_ns``.
-        late_p99_ns: how much later than it could the client sent a request; 99th percentile.
+    ``merged_share`` is the share of chunks of output that came in one read with a later chunk and
+    so have its time, by the client, the network or the server.
     """
 
     reads: int
-    kernel_share: float
+    kernel_share: float  # of reads that the kernel stamped; their times hold when read late
     merged_share: float
-    loop_p50_ns: int
+    loop_p50_ns: int  # bytes waited to be read: measured with kernel stamps, else an upper bound
     loop_p99_ns: int
-    late_p99_ns: int
+    late_p99_ns: int  # how much later than it could the client sent a request
 
     @property
     def stamp_error_p99_ns(self) -> int:

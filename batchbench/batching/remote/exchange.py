@@ -206,21 +206,18 @@ class Read(NamedTuple):
 class Exchange:
     """A request that was sent, and everything that came back.
 
-    ``sent_ns`` is when the client began to connect, ``ended_ns`` when the response was over or
-    failed. ``late_ns`` is how much later than it could the client sent it: after it was due, or
-    after the arrival of what ended the request in whose place it was sent. ``closed`` tells whether
-    the server closed the connection. ``failure`` is one of the connection; ``events.parse`` finds
-    those of the response.
+    ``late_ns`` is how much later than it could the client sent it: after it was due, or after the
+    arrival of what ended the request in whose place it was sent.
     """
 
     index: int
     due_ns: int
-    sent_ns: int
+    sent_ns: int  # when the client began to connect
     reads: list[Read] = field(default_factory=list)
-    ended_ns: int = 0
+    ended_ns: int = 0  # when the response was over or failed
     late_ns: int = 0
-    closed: bool = False
-    failure: Failure | None = None
+    closed: bool = False  # by the server
+    failure: Failure | None = None  # of the connection; `parse` finds those of the response
 
 
 class Feed(Protocol):

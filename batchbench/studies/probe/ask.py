@@ -48,21 +48,14 @@ _PHASES = {
 
 @dataclass(frozen=True)
 class Findings:
-    """A finished probe.
+    """A finished probe."""
 
-    Attributes:
-        target: the server's address, without its key.
-        dialect: the server's kind, and what it says about itself.
-        failures: why requests failed, apart from those that were refused or stopped.
-        took_s: seconds from the first request to the last token.
-    """
-
-    target: str
+    target: str  # the server's address, without its key
     model: str | None
     dialect: Dialect
     observations: Observations
     verdict: Verdict
-    failures: tuple[str, ...]
+    failures: tuple[str, ...]  # apart from requests that were refused or stopped
     took_s: float
 
 

@@ -70,7 +70,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer, and what each test saw; ``busy`` are the signs of other people's requests."""
+    """The answer, and what each test saw."""
 
     kind: Kind
     reason: str
@@ -80,7 +80,7 @@ class Verdict:
     joining: Joining | None = None
     shared: SharedSteps | None = None
     bursts: tuple[Burst, ...] = ()
-    busy: tuple[str, ...] = ()
+    busy: tuple[str, ...] = ()  # signs of other people's requests
 
 
 def judge(observations: Observations) -> Verdict:
@@ -196,22 +196,15 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True)
 class Joining:
-    """The short requests that were sent while a long one was running, by what became of them.
-
-    Attributes:
-        waits: for each that is clear, the time to its first token as a share of the time that the
-            long one still took.
-        rounds_waited: rounds in which all waited, each right behind one of the probe's requests.
-        loose: short requests that waited longer than for requests of the probe.
-    """
+    """The short requests that were sent while a long one was running, by what became of them."""
 
     joined: int
     waited: int
     refused: int
     unclear: int
-    waits: tuple[float, ...]
-    rounds_waited: int
-    loose: int
+    waits: tuple[float, ...]  # times to first tokens, as shares of what the long one still took
+    rounds_waited: int  # rounds in which all waited, each right behind one of the probe's requests
+    loose: int  # short requests that waited longer than for requests of the probe
 
 
 def fate_of(short: Stream, longs: Sequence[Stream], pace: Pace) -> Fate:
@@ -289,25 +282,19 @@ def _follows(short: Stream, round: Round, pace: Pace) -> bool:
 class SharedSteps:
     """The joined requests whose tokens were compared with the steps of a long request.
 
-    Attributes:
-        offsets: distance of each request's tokens from the nearest step, as the median over its
-            tokens and as a share of the time between two steps: from 0 to 0.5.
-        window: the one of :data:`WINDOWS` whose number of offsets is the least likely.
-        chance: probability that so many of them are in the window without a shared batch.
-        together: offsets within the window.
-        apart: offsets outside the widest window: these requests shared no step with the long one.
-        in_turns: tokens arrive in between, always at the same distance: the server takes turns.
+    ``offsets`` are the distance of each request's tokens from the nearest step, as the median over
+    its tokens and as a share of the time between two steps: from 0 to 0.5.
     """
 
     offsets: tuple[float, ...]
-    window: float
-    chance: float
+    window: float  # the one of WINDOWS whose number of offsets is the least likely
+    chance: float  # the probability that so many are in the window without a shared batch
     buffered: bool
     compared: int
-    together: int
-    apart: int
+    together: int  # offsets within the window
+    apart: int  # offsets outside the widest window: these requests shared no step
     shown: bool
-    in_turns: bool
+    in_turns: bool  # tokens arrive in between, always at the same distance
 
 
 def shared_steps(observations: Observations, pace: Pace) -> SharedSteps:
@@ -458,27 +445,17 @@ def _evenly_chunked(stream: Stream) -> bool:
 
 @dataclass(frozen=True)
 class Burst:
-    """Requests that were sent at once.
-
-    Attributes:
-        most: the largest number in progress at the same time.
-        exact: others were waiting meanwhile, and began when room was made.
-        midway: requests that began while others were in the middle of theirs.
-        groups: sizes of the groups that ran one after another.
-        gain: tokens per second as a multiple of those of one request alone.
-        gradual: requests began one after another, so that the first ended before the last began.
-        sequential: each certainly began after the one before it had ended.
-    """
+    """Requests that were sent at once."""
 
     sent: int
     refused: int
-    most: int
-    exact: bool
-    midway: int
-    groups: tuple[int, ...]
-    gain: float
-    gradual: bool
-    sequential: bool
+    most: int  # the largest number in progress at the same time
+    exact: bool  # others were waiting meanwhile, and began when room was made
+    midway: int  # requests that began while others were in the middle of theirs
+    groups: tuple[int, ...]  # sizes of the groups that ran one after another
+    gain: float  # tokens per second as a multiple of those of one request alone
+    gradual: bool  # the first requests did not begin together
+    sequential: bool  # each certainly began after the one before it had ended
 
 
 def burst_of(round: Round, pace: Pace) -> Burst:
