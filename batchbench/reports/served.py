@@ -230,12 +230,17 @@ def doubts(facts: Facts, recordings: Recordings) -> list[str]:
             f"the server had {plural(running, 'request')} of other clients when a trial began: run "
             "again when nobody else uses the server"
         )
-    for name in recordings:
-        if cached := sum(tokens or 0 for tokens in server["cached_tokens"].get(name, [])):
-            found.append(
-                f"{label_of(name, has_steps=False)}: the server took {cached:,} prompt tokens from "
-                "a cache and did not compute them: turn its prompt cache off"
-            )
+    cached = {
+        label_of(name, has_steps=False): sum(tokens or 0 for tokens in trials)
+        for name, trials in server["cached_tokens"].items()
+        if name in recordings
+    }
+    found += [
+        f"{label}: the server took {tokens:,} prompt tokens from a cache and did not compute them: "
+        "turn its prompt cache off"
+        for label, tokens in cached.items()
+        if tokens
+    ]
     found += doubts_of_client(recordings)
     baseline, *others = recordings.values()
     for trials in others[-1:]:

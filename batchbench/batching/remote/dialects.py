@@ -141,16 +141,6 @@ DIALECTS: Mapping[str, Dialect] = {
 """The known servers; `openai` is any other that follows OpenAI's API."""
 
 
-def _at(value: object, *path: str | int) -> object:
-    """Return the value at a place inside JSON; None if there is none."""
-    for key in path:
-        if isinstance(key, str):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        else:
-            value = value[key] if isinstance(value, list) and key < len(value) else None
-    return value
-
-
 def body_for(
     dialect: Dialect,
     endpoint: str,
