@@ -24,8 +24,7 @@ def write_folder(folder: Path, result: Result) -> list[Path]:
     """Write all files of a result and return their paths, ``result.json`` first."""
     files: dict[str, bytes | str] = {"result.json": to_json(result)}
     for name, figure in draw(result.recordings, result.title).items():
-        for format in ("png", "svg"):
-            files[f"{name}.{format}"] = figure_bytes(figure, format)
+        files |= {f"{name}.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
     files["requests.csv"] = requests_frame(result).to_csv(index=False)
     if len(steps := steps_frame(result)):
         files["steps.csv"] = steps.to_csv(index=False)

@@ -230,60 +230,19 @@ def _mismatches(data: ResultData, recordings: Mapping[str, Sequence[Recording]])
                 yield f"{where} has tokens and others have none, or the reverse"
 
 
-# The check against a schema
-
-_KINDS = {
-    "array": "a list",
-    "boolean": "true or false",
-    "integer": "a whole number",
-    "null": "null",
-    "number": "a number",
-    "object": "an object",
-    "string": "a text",
-}
-
 _MOST_FAULTS = 50
 """Number of faults among which the deepest is chosen."""
 
 
 def fault_of(data: Any, schema: Mapping[str, Any]) -> str | None:
-    """Return the fault of the data, as "name is value; it must be …"; None if it has none."""
+    """Return the place of a fault in the data, and the rule that it breaks; None without one."""
     faults = jsonschema.Draft202012Validator(schema).iter_errors(data)
     fault: Any = jsonschema.exceptions.best_match(islice(faults, _MOST_FAULTS))
     if fault is None:
         return None
-    place, rule = ".".join(map(str, fault.absolute_path)), fault.validator_value
-    at = place or "it"
-    if fault.validator == "required":
-        missing = next(name for name in rule if name not in fault.instance)
-        return f"{place}{'.' if place else ''}{missing} is missing"
-    if fault.validator == "additionalProperties" and isinstance(fault.instance, dict):
-        known = fault.schema.get("properties", {})
-        unknown = next((name for name in fault.instance if name not in known), "")
-        return f"{at} has {unknown[:40]!r}, which is not known"
-    return f"{at} is {_value(fault.instance)}; it must be {_rule(fault.validator, rule)}"
-
-
-def _rule(validator: str, rule: Any) -> str:
-    if validator == "type":
-        return " or ".join(_KINDS[name] for name in ([rule] if isinstance(rule, str) else rule))
-    if validator == "enum":
-        return f"one of {', '.join(map(str, rule))}"
-    return {
-        "minimum": f"at least {rule}",
-        "exclusiveMinimum": f"above {rule}",
-        "maximum": f"at most {rule}",
-        "const": json.dumps(rule),
-        "pattern": f"of the form {rule}",
-        "minItems": f"a list of at least {rule}",
-        "maxItems": f"a list of at most {rule}",
-        "minProperties": "an object that is not empty",
-    }.get(validator, "as the schema says")
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{…}" if value else "{}"
-    if isinstance(value, list):
-        return "[…]" if value else "[]"
-    return shown(json.dumps(value, ensure_ascii=False))
+    text = fault.message
+    if fault.validator not in ("required", "additionalProperties") and (
+        isinstance(fault.instance, dict | list)
+    ):  # the message would begin with all that it holds
+        text = f"its {fault.validator} must be {fault.validator_value}"
+    return f"{'.'.join(map(str, fault.absolute_path)) or 'it'}: {shown(text)}"

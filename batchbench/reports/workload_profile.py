@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.bar import Bar as Blocks
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -71,11 +72,8 @@ def bars(lengths: Ints, most: int = 10) -> list[Bar]:
     low, high = int(lengths.min()), int(lengths.max())
     width = -(-(high - low + 1) // most)
     counts = np.bincount((lengths - low) // width).tolist()
-    starts = range(low, high + 1, width)
-    return [
-        Bar(start, min(start + width - 1, high), count)
-        for start, count in zip(starts, counts, strict=True)
-    ]
+    starts = (low + width * i for i in range(len(counts)))
+    return [Bar(at, min(at + width - 1, high), n) for at, n in zip(starts, counts, strict=True)]
 
 
 def title(outline: Outline) -> str:
@@ -85,8 +83,6 @@ def title(outline: Outline) -> str:
 
 
 # In a terminal
-
-_BAR = 40  # characters of the longest
 
 
 def render(outline: Outline) -> RenderableType:
@@ -105,8 +101,7 @@ def render(outline: Outline) -> RenderableType:
 
 
 def _table(outline: Outline) -> Table:
-    grid = Table(pad_edge=False)
-    grid.add_column("Tokens")
+    grid = Table("Tokens", pad_edge=False)
     for name in ("mean", "min", "p50", "p90", "p99", "max", "total"):
         grid.add_column(name, justify="right")
     prompt, output = outline.prompt_tokens, outline.output_tokens
@@ -120,16 +115,11 @@ def arrivals(outline: Outline) -> str:
     arrived, text = pace(outline.due_ns), outline.arrivals
     if arrived.per_second is not None:
         text += f"; {number(arrived.per_second)} requests/s over {number(arrived.span_s)} s"
-    text += _variation(arrived)
+    if arrived.variation is not None:
+        text += f"; the gaps' coefficient of variation is {arrived.variation:.2f} (Poisson: 1)"
     if outline.max_concurrency is not None:
         text += f"; at most {outline.max_concurrency:,} in the system"
     return text
-
-
-def _variation(arrived: Pace) -> str:
-    if arrived.variation is None:
-        return ""
-    return f"; the gaps' coefficient of variation is {arrived.variation:.2f} (Poisson: 1)"
 
 
 def _histogram(name: str, lengths: Ints) -> Table:
@@ -137,18 +127,13 @@ def _histogram(name: str, lengths: Ints) -> Table:
     for justify in ("right", "left", "right"):
         grid.add_column(justify=justify, no_wrap=True)
     grid.add_row(Text(name, style="bold"), "", Text("requests", style="dim"))
-    histogram = bars(lengths)
+    histogram, width = bars(lengths), 40
     longest = max(bar.count for bar in histogram)
     for bar in histogram:
-        blocks = Text(_blocks(bar.count / longest), style="cyan")
+        shown = max(bar.count, longest / width / 8) if bar.count else 0  # at least an eighth
+        blocks = Blocks(longest, 0, shown, width=width, color="cyan")
         grid.add_row(span(bar.low, bar.high), blocks, f"{bar.count:,}")
     return grid
-
-
-def _blocks(share: float) -> str:
-    """Return a bar in eighths of a character; a share above 0 has at least one."""
-    eighths = max(round(share * _BAR * 8), share > 0)
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 # The picture
@@ -163,14 +148,20 @@ _PROMPT, _OUTPUT = "#009E73", "#E69F00"  # Okabe and Ito's; not those of the str
 def draw_portrait(outline: Outline) -> Figure:
     """Draw histograms of lengths and, if requests come over time, their number over time."""
     timed = bool(outline.due_ns.any())
-    half = (WIDE - 0.55) / 2
+    rate, half = pace(outline.due_ns).per_second, (WIDE - 0.55) / 2
+    prompt, output = (
+        spell_number(n.mean()) for n in (outline.prompt_tokens, outline.output_tokens)
+    )
+    headline = (
+        f"{prompt} prompt and {output} output tokens per request, "
+        f"{'all at once' if rate is None else f'{spell_number(rate)} requests/s'}"
+    )
+    notes = "Bars: number of requests. Dotted: the mean."
+    if timed:
+        notes += f" Below, dotted: an even rate. Arrivals: {arrivals(outline)}."
     with house_style():
-        card = make_card(
-            _headline(outline),
-            clean_text(outline.name),
-            0.1 + _PANEL + 0.45 + timed * (_PANEL + 0.55),
-            _notes(outline, timed),
-        )
+        tall = 0.1 + _PANEL + 0.45 + timed * (_PANEL + 0.55)
+        card = make_card(headline, clean_text(outline.name), tall, clean_text(notes))
         for left, lengths, colour, kind in (
             (0.0, outline.prompt_tokens, _PROMPT, "prompt"),
             (half + 0.55, outline.output_tokens, _OUTPUT, "output"),
@@ -220,20 +211,3 @@ def _draw_arrivals(axes: Axes, outline: Outline) -> None:
     axes.set_title("requests arrived", loc="left", size=8.5, color=QUIET)
     axes.locator_params(axis="y", nbins=4, integer=True)
     strip_axes(axes, "bottom")
-
-
-def _headline(outline: Outline) -> str:
-    prompt, output = outline.prompt_tokens.mean(), outline.output_tokens.mean()
-    rate = pace(outline.due_ns).per_second
-    return (
-        f"{spell_number(prompt)} prompt and {spell_number(output)} output tokens per request, "
-        f"{'all at once' if rate is None else f'{spell_number(rate)} requests/s'}"
-    )
-
-
-def _notes(outline: Outline, timed: bool) -> str:
-    text = "Bars: number of requests. Dotted: the mean."
-    if timed:
-        arrived = f"{outline.arrivals}{_variation(pace(outline.due_ns))}"
-        text += f" Below, dotted: an even rate. Arrivals: {arrived}."
-    return clean_text(text)

@@ -111,7 +111,7 @@ def test_bars_cover_the_slots_as_the_recording_says(small: Result) -> None:
         widths = {
             kind: sum(
                 int(width)
-                for shape in timeline.shapes
+                for shape in timeline["shapes"]
                 if shape.look.split()[0] in kind
                 for width in re.findall(r"h(\d+)", shape.path)
             )

@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
@@ -40,11 +42,8 @@ from batchbench.reports.statistics import Distribution, Floats
 from batchbench.reports.text import clean_text, number, percent, spell_setting
 from batchbench.reports.time_budget import NAMES
 
-MOST_BARS = 12_000
-"""Bars of all timelines of a page together: 2 MB at most."""
-
-FEWEST_BARS = 200
-"""Bars that each timeline may have, for any number of timelines."""
+MOST_BARS, FEWEST_BARS = 12_000, 200
+"""Bars of all timelines of a page together (2 MB), and of each timeline at least."""
 
 SCALE = 10_000
 """Width and height of a chart's box; a unit is smaller than a pixel of any screen."""
@@ -71,19 +70,14 @@ def render(shown: Sequence[Labelled]) -> str:
     timelines = sum(len(one.result.names) for one in shown)
     most_bars = max(FEWEST_BARS, MOST_BARS // timelines)
     together = SideBySide(shown) if len(shown) > 1 else None
-    most = max((line.throughput or 0.0 for line in together.lines), default=0) if together else 0
-    title = " · ".join(one.label for one in shown) if together else shown[0].result.title
-    return (
-        _environment()
-        .get_template("page.html.jinja")
-        .render(
-            title=clean_text(title),
-            together=together,
-            head=HEAD,
-            most_throughput=most or 1.0,
-            results=[_of_result(i, one, most_bars) for i, one in enumerate(shown)],
-            version=shown[0].result.data["batchbench_version"],
-        )
+    page = _environment().get_template("page.html.jinja")
+    title = " · ".join(together.labels) if together else shown[0].result.title
+    return page.render(
+        title=clean_text(title),
+        together=together,
+        head=HEAD,
+        results=[_of_result(i, one, most_bars) for i, one in enumerate(shown)],
+        version=shown[0].result.data["batchbench_version"],
     )
 
 
@@ -111,26 +105,20 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
     head, rows = terminal.cells(result)
     budgets = budgets_of(strategies) if data.get("explain") else []
     longest = max((budget.wall_s for _, budget in budgets), default=0.0) or 1.0
+    below = (server_lines(data), terminal.floor_lines(result), terminal.stall_lines(result))
     return {
         "id": f"r{index}",
         "label": one.label,
-        "title": result.title,
+        "result": result,
         "data": data,
         "sentence": capitalize(terminal.sentence(result, reasons=False)),
         "causes": terminal.causes(result) if budgets else [],
-        "names": result.names,
         "called": [result.label(name) for name in result.names],
-        "served": result.served,
         "agreement": agreement_words(data, agreed) if (agreed := data.get("agreement")) else "",
         "strategies": strategies,
         "head": head,
         "rows": rows,
-        "notes": terminal.notes(result),
-        "lines": [
-            *server_lines(data),
-            *terminal.floor_lines(result),
-            *terminal.stall_lines(result),
-        ],
+        "notes": [*terminal.notes(result), *chain.from_iterable(below)],
         "timelines": timelines,
         "left_out": _left_out(result, timelines, window),
         "axis": {"window": window / 1000, "unit": unit.ns / 1000, "name": unit.name},
@@ -152,7 +140,7 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
     }
 
 
-def _left_out(result: Result, timelines: Sequence[Timeline], window: float) -> str:
+def _left_out(result: Result, timelines: Sequence[Mapping[str, Any]], window: float) -> str:
     if result.served:
         return "A server does not tell which request is in which slot of its batch."
     sentences = [
@@ -160,15 +148,14 @@ def _left_out(result: Result, timelines: Sequence[Timeline], window: float) -> s
         for name, trials in result.recordings.items()
         if not trials[0].has_steps
     ]
-    slots = max((timeline.slots for timeline in timelines), default=0)
+    slots = max((timeline["slots"] for timeline in timelines), default=0)
     if slots > MOST_SLOTS:
         sentences.append(f"Only slots 0 to {MOST_SLOTS - 1} of {slots:,} are shown.")
-    if any(timeline.end_at is None for timeline in timelines):
-        longest = max(r.duration_ns for trials in result.recordings.values() for r in trials)
-        shown = window / longest
-        part = percent(shown) if shown >= 0.01 else "less than 1%"
+    if any(timeline["end_at"] is None for timeline in timelines):
+        shown = window / max(r.duration_ns for trials in result.recordings.values() for r in trials)
         sentences.append(
-            f"Only the beginning is shown, {part} of the time: "
+            f"Only the beginning is shown, "
+            f"{percent(shown) if shown >= 0.01 else 'less than 1%'} of the time: "
             f"all {result.data['workload']['num_requests']:,} requests are in requests.csv."
         )
     return " ".join(sentences)
@@ -206,50 +193,21 @@ class Shape(NamedTuple):
     path: str
 
 
-class Timeline(NamedTuple):
-    name: str
-    series: int
-    rows: int
-    slots: int
-    end: str
-    end_at: float | None  # share of the window; None where it ends beyond
-    shapes: tuple[Shape, ...]
-    columns: dict[str, Any]  # of the requests shown, for hovering; times in µs
-
-
-class Curves(NamedTuple):
-    title: str
-    about: str
-    shapes: tuple[Shape, ...]
-    ticks: tuple[Tick, ...]
-
-
-class SlotLevels(NamedTuple):
-    name: str
-    series: int
-    slots: int
-    most_waiting: int
-    slot_shapes: tuple[Shape, ...]
-    queue_shapes: tuple[Shape, ...]
-
-
 def nice_ticks(until: float, unit: str, most: int = 5) -> tuple[Tick, ...]:
     """Return round numbers from 0 to ``until``, at most ``most`` + 1; the last has the unit."""
     if not until > 0:
         return (Tick(0.0, f"0 {unit}"),)
-    rough = until / most
-    size: float = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough * (1 - 1e-9))
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    values = [i * step for i in range(int(until / step + 1e-9) + 1)]
+    values = np.asarray(MaxNLocator(most, steps=[1, 2, 5, 10]).tick_values(0, until))
+    values = values[values <= until * (1 + 1e-9)]
+    decimals = max(0, -math.floor(math.log10(values[1]) + 1e-9))
     texts = ["0", *(f"{value:,.{decimals}f}" for value in values[1:])]
     texts[-1] += f" {unit}"
-    return tuple(Tick(v / until, text) for v, text in zip(values, texts, strict=True))
+    return tuple(Tick(float(v) / until, text) for v, text in zip(values, texts, strict=True))
 
 
 def draw_timelines(
     strategies: Sequence[Strategy], most_bars: int
-) -> tuple[list[Timeline], float, tuple[Tick, ...], Unit]:
+) -> tuple[list[dict[str, Any]], float, tuple[Tick, ...], Unit]:
     """Return a timeline per strategy that logs steps, their window in ns, its ticks and unit."""
     strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
     if not strategies:
@@ -261,7 +219,7 @@ def draw_timelines(
     return timelines, window, nice_ticks(window / unit.ns, unit.name), unit
 
 
-def _timeline(strategy: Strategy, window: float, middle: float, unit: Unit) -> Timeline:
+def _timeline(strategy: Strategy, window: float, middle: float, unit: Unit) -> dict[str, Any]:
     recording, end = strategy.typical, strategy.typical.duration_ns
     rows = min(recording.header.slots, MOST_SLOTS)
     bars = Bars.of(recording, window, rows, middle)
@@ -276,19 +234,20 @@ def _timeline(strategy: Strategy, window: float, middle: float, unit: Unit) -> T
         shapes.append(boxes(f"{look} rim", held.admitted, held.done, chosen & wide))
         shapes.append(boxes(look, held.admitted, held.done, chosen & ~wide))
     shapes.append(boxes("prompt", held.admitted, held.first, held.first > held.admitted))
-    return Timeline(
-        name=strategy.name,
-        series=strategy.index,
-        rows=rows,
-        slots=recording.header.slots,
-        end=unit.text(end),
-        end_at=end / window if end <= window else None,
-        shapes=tuple(shape for shape in shapes if shape.path),
-        columns=_columns(recording, held),
-    )
+    return {
+        "name": strategy.name,
+        "series": strategy.index,
+        "rows": rows,
+        "slots": recording.header.slots,
+        "end": unit.text(end),
+        "end_at": end / window if end <= window else None,  # a share; None where it ends beyond
+        "shapes": [shape for shape in shapes if shape.path],
+        "columns": _columns(recording, held),  # for hovering
+    }
 
 
 def _columns(recording: Recording, held: Holdings) -> dict[str, Any]:
+    """Return the requests shown, with times in µs."""
     r = recording.requests
     times = {name: getattr(held, name) for name in ("admitted", "first", "done", "freed")}
     times["due"] = r.due_ns[held.request]
@@ -322,7 +281,7 @@ def _down(shares: Floats) -> Ints:
 
 def draw_curves(
     strategies: Sequence[Strategy], latencies: Sequence[Distribution], title: str, about: str
-) -> Curves:
+) -> dict[str, Any]:
     """Return the staircases of one latency in ms; a strategy without any has no curve."""
     longest = max((values.values[-1] for values in latencies if values.count), default=0.0)
     unit = Unit.of(strategies, longest * 1e6)
@@ -335,10 +294,11 @@ def draw_curves(
         steps = "".join(f"H{a}V{b}" for a, b in zip(columns, rows, strict=True))
         look = f"line s{strategy.index} d{strategy.index % 4}"
         shapes.append(Shape(look, f"M{columns[0]} {rows[0]}{steps}H{SCALE}"))
-    return Curves(title, about, tuple(shapes), nice_ticks(longest * 1e6 / unit.ns, unit.name, 4))
+    ticks = nice_ticks(longest * 1e6 / unit.ns, unit.name, 4)
+    return {"title": title, "about": about, "shapes": shapes, "ticks": ticks}
 
 
-def draw_levels(strategies: Sequence[Strategy]) -> tuple[list[SlotLevels], tuple[Tick, ...]]:
+def draw_levels(strategies: Sequence[Strategy]) -> tuple[list[dict[str, Any]], tuple[Tick, ...]]:
     """Return occupancy and queue of each strategy that logs steps, and the ticks of their axis."""
     strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
     if not strategies:
@@ -354,9 +314,15 @@ def draw_levels(strategies: Sequence[Strategy]) -> tuple[list[SlotLevels], tuple
         if levels.finished.any():
             occupied = (levels.running + levels.finished) / slots
             shapes.insert(0, Shape("held", _area(edges, occupied)))
-        queue = Shape("queue", _area(edges, levels.waiting / most))
         drawn.append(
-            SlotLevels(strategy.name, strategy.index, slots, most, tuple(shapes), (queue,))
+            {
+                "name": strategy.name,
+                "series": strategy.index,
+                "slots": slots,
+                "most_waiting": most,
+                "slot_shapes": shapes,
+                "queue_shapes": [Shape("queue", _area(edges, levels.waiting / most))],
+            }
         )
     return drawn, nice_ticks(until / unit.ns, unit.name)
 
