@@ -38,22 +38,11 @@ class Gaps:
     from_step: Ints  # step at which the row's first gap begins
     to_step: Ints
 
-    @classmethod
-    def of(cls, recording: Recording) -> Iterator[Gaps]:
-        """Yield all gaps of all requests in blocks, so that memory stays bounded.
-
-        All running requests get a token at every step that decodes, so they share the gap from one
-        such step to the next; only the gap after a first token may begin at another step.
-        """
-        decodes = _Decodes.of(recording)
-        yield _first_gaps(recording, decodes)
-        yield from _shared_gaps(recording, decodes)
-
 
 def gaps_ms(recording: Recording) -> Distribution:
     """Return ITL in ms; a recording without steps needs the times of its tokens."""
     if recording.token_ends_ns is None:
-        parts = [Distribution.of(g.ns, g.requests * g.times) for g in Gaps.of(recording)]
+        parts = [Distribution.of(g.ns, g.requests * g.times) for g in gaps_of(recording)]
         return Distribution.pooled(parts).in_units_of(1e6)
     # A first token ends no gap.
     later = np.delete(np.arange(len(recording.token_ends_ns)), recording.token_offsets[:-1])
@@ -89,21 +78,21 @@ class _Decodes:
         return self.first[span] + number - (self.upto - self.steps)[span]
 
 
-def _first_gaps(recording: Recording, decodes: _Decodes) -> Gaps:
-    r = recording.requests
-    several = r.last > r.first
-    first, shared = np.unique(r.first[several], return_counts=True)
-    second = decodes.step(decodes.numbered(first))
-    gaps = recording.ends_of(second) - recording.ends_of(first)
-    return Gaps(gaps, shared, np.ones_like(gaps), first, second)
+def gaps_of(recording: Recording) -> Iterator[Gaps]:
+    """Yield all gaps of all requests in blocks, so that memory stays bounded.
 
-
-def _shared_gaps(recording: Recording, decodes: _Decodes) -> Iterator[Gaps]:
-    """Yield gaps from a step that decodes to the next, for the requests with a token in both."""
-    r = recording.requests
+    All running requests get a token at every step that decodes, so they share the gap from one
+    such step to the next; only the gap after a first token may begin at another step.
+    """
+    r, decodes = recording.requests, _Decodes.of(recording)
     if not len(decodes.first):
         return
     several = r.last > r.first
+    # After a first token
+    first, shared = np.unique(r.first[several], return_counts=True)
+    second = decodes.step(decodes.numbered(first))
+    gaps = recording.ends_of(second) - recording.ends_of(first)
+    yield Gaps(gaps, shared, np.ones_like(gaps), first, second)
     # A request shares gaps from its second token to its last.
     begins = np.sort(decodes.numbered(r.first[several]) + 1)
     ends = np.sort(decodes.numbered(r.last[several]))
@@ -153,7 +142,7 @@ def _longest(recording: Recording) -> list[_Gap]:
     if median is None:
         return []
     gaps: dict[tuple[int, int], _Gap] = {}
-    for part in Gaps.of(recording):
+    for part in gaps_of(recording):
         long = np.flatnonzero((part.requests > 0) & (part.ns >= STALL * median * 1e6))
         order = np.lexsort((part.from_step[long], -part.ns[long]))[:MOST_STALLS]
         columns = (part.ns, part.requests, part.times, part.from_step, part.to_step)
@@ -235,8 +224,7 @@ def within(recording: Recording, limits_ms: Mapping[str, float]) -> NDArray[np.b
     good = np.ones(len(recording.requests.slot), np.bool_)
     latencies = {"ttft": ttft_ms, "tpot": tpot_ms, "e2el": e2el_ms}
     for name, limit in limits_ms.items():
-        values = latencies[name](recording)
-        good &= (values <= limit) | np.isnan(values)
+        good &= ~(latencies[name](recording) > limit)
     return good
 
 

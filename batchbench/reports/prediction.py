@@ -22,7 +22,7 @@ from batchbench.batching.session import Outcome
 from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.errors import UsageError
 from batchbench.reports.latency import ttft_ms
-from batchbench.reports.metrics import prompt_tokens_of_spans
+from batchbench.reports.occupancy import prompt_tokens_of_spans
 from batchbench.reports.statistics import Floats
 from batchbench.reports.text import percent, span
 from batchbench.workloads import Workload
@@ -138,7 +138,7 @@ def counts_of(recording: Recording) -> Ints:
         seen = np.minimum(decodes[held] - decodes[first] + prompt, most)
         np.maximum(longest[held], seen, out=longest[held])
     longest[rows == 0] = 0
-    prompts, pieces = np.repeat([prompt_tokens_of_spans(recording), s.chunks], s.steps, axis=1)
+    prompts, pieces = np.repeat([prompt_tokens_of_spans(recording)[0], s.chunks], s.steps, axis=1)
     return np.stack([np.ones_like(rows), rows, rows * longest, prompts, pieces], axis=1)
 
 
@@ -191,17 +191,18 @@ def fit_cost(work: StepSample) -> StepCost:
         matrix = np.concatenate([features / scale * root[:, None], firm])
         solution, _ = nnls(matrix, np.concatenate([spent * root, np.zeros(len(firm))]))
         error = np.abs(spent - features @ (solution / scale))
-        typical = _median(error, size) / 0.6745  # a standard deviation, if they are normal
+        order = np.argsort(error)
+        upto = np.cumsum(size[order])
+        middle = float(error[order][np.searchsorted(upto, upto[-1] / 2)])
+        typical = middle / 0.6745  # a standard deviation, if they are normal
         weight = np.minimum(1.0, _HUBER * typical / np.maximum(error, 1e-9)) if typical else weight
     step, cached, prompt, chunk, row, *rows = (solution / scale).tolist()
     bends = tuple(zip(work.bends, rows, strict=True))
     cost = StepCost(step, row, cached, prompt, chunk, work.host_ns, bends)
     predicted = spent_of(cost, work.counts)
-    level = [
-        work.spent_ns[work.trial == t].sum() / predicted[work.trial == t].sum()
-        for t in np.unique(work.trial[work.in_trials])
-    ]
-    return cost.scaled(float(np.median(level)))
+    trials = [work.trial == trial for trial in np.unique(work.trial[work.in_trials])]
+    levels = [work.spent_ns[trial].sum() / predicted[trial].sum() for trial in trials]
+    return cost.scaled(float(np.median(levels)))
 
 
 def _features(counts: Ints, bends: Sequence[int]) -> Floats:
@@ -210,12 +211,6 @@ def _features(counts: Ints, bends: Sequence[int]) -> Floats:
     edges = np.array([0, *bends])
     wide = np.diff(edges, append=np.iinfo(np.int64).max)
     return np.concatenate([counts[:, [0, 2, 3, 4]], np.clip(rows - edges, 0, wide)], axis=1) * 1.0
-
-
-def _median(values: Floats, size: Floats) -> float:
-    order = np.argsort(values)
-    cumulated = np.cumsum(size[order])
-    return float(values[order][np.searchsorted(cumulated, cumulated[-1] / 2)])
 
 
 def spent_of(cost: StepCost, counts: Ints) -> Floats:
@@ -282,7 +277,7 @@ def known_cost(
 def beyond(known: KnownCost, recordings: Sequence[Recording]) -> list[str]:
     """Return in words the parts of simulated trials that lie beyond the fitted steps."""
     parts = _unseen_rows(known, recordings)
-    prompt = max(int(prompt_tokens_of_spans(r).max()) for r in recordings)
+    prompt = max(int(prompt_tokens_of_spans(r)[0].max()) for r in recordings)
     longest = max(_longest_request(r) for r in recordings)
     if prompt > known.prompt_tokens:
         parts.append(
@@ -299,14 +294,11 @@ def _unseen_rows(known: KnownCost, recordings: Sequence[Recording]) -> list[str]
     A straight line holds between two fitted numbers, if the larger is at most about twice the
     smaller.
     """
-    seen = sorted({rows for rows in known.rows if rows})
     decoding = np.unique(np.concatenate([r.spans.decoding for r in recordings]))
-    parts = []
-    if decoding[-1] > max(known.rows):
-        parts.append(
-            f"up to {decoding[-1]:,} rows decode together (the fit saw up to {max(known.rows):,})"
-        )
-    for low, high in pairwise([0, *seen]):
+    parts, most = [], max(known.rows)
+    if decoding[-1] > most:
+        parts.append(f"up to {decoding[-1]:,} rows decode together (the fit saw up to {most:,})")
+    for low, high in pairwise(sorted({0, *known.rows})):
         within = decoding[(decoding > low) & (decoding < high)].tolist()
         if within and high > 2 * low + 1:
             rows, unseen = _rows(within[0], within[-1]), _rows(low + 1, high - 1)

@@ -19,6 +19,7 @@ from batchbench.batching.recording_file import load_recording, save_recording
 from batchbench.batching.session import Outcome
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Finding, Verification
+from batchbench.errors import UsageError
 from batchbench.json_file import json_text, now
 from batchbench.reports import metrics
 from batchbench.reports.latency import by_length, length_classes, stalls
@@ -28,9 +29,9 @@ from batchbench.reports.result_file import (
     Facts,
     ResultData,
     StrategyData,
-    check_recordings,
     file_of,
     load_data,
+    mismatches,
 )
 from batchbench.reports.served import doubts, served_facts, server_words, step_ratio, typical_passes
 from batchbench.reports.slo import NO_GOALS, GoalsSpec
@@ -94,7 +95,8 @@ class Result:
 
 def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
     """Return the result of an experiment that has just run, judged by ``goals``."""
-    experiment, texts = outcome.experiment, outcome.texts
+    experiment, texts, cost = outcome.experiment, outcome.texts, outcome.experiment.cost
+    trials = [trial for trials in outcome.recordings.values() for trial in trials]
     checked = asdict(outcome.verification)
     facts = {
         "created_at": now(),
@@ -118,7 +120,7 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
             {"request": i, "prompt": prompt, "output": output}
             for i, (prompt, output) in enumerate(texts)
         ],
-        "cost": _cost(outcome),
+        "cost": cost and {**cost.as_dict(), "extrapolates": beyond(cost, trials)},
         "prediction": None if outcome.server else predict_outcome(outcome),
         **served_facts(outcome),
     }
@@ -151,14 +153,6 @@ def regoaled(result: Result, goals: GoalsSpec) -> Result:
     data = result.data.copy()
     data["config"] = {**data["config"], "goals": settings.as_json(goals)}
     return remake_result(Result(data, result.recordings))
-
-
-def _cost(outcome: Outcome) -> dict[str, Any] | None:
-    cost = outcome.experiment.cost
-    if cost is None:
-        return None
-    trials = [trial for trials in outcome.recordings.values() for trial in trials]
-    return {**cost.as_dict(), "extrapolates": beyond(cost, trials)}
 
 
 def workload_facts(workload: Workload) -> dict[str, Any]:
@@ -307,7 +301,9 @@ def load_result(folder: Path) -> Result:
         ]
         for i, (name, strategy) in enumerate(data["strategies"].items())
     }
-    check_recordings(file, data, recordings)
+    fault = next(mismatches(data, recordings), None)
+    if fault is not None:
+        raise UsageError(f"{file}: its parts do not belong together: {fault}")
     return Result(data, recordings)
 
 

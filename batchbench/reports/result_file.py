@@ -113,19 +113,17 @@ def read_data(folder: Path) -> dict[str, Any]:
         UsageError: there is no result, or it is damaged or of another schema version.
     """
     file = file_of(folder)
+    hint = "give the folder that batchbench run wrote"
     try:
         data = read_json(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         absent = "is not a folder" if folder.exists() else "no such folder"
         problem = "holds no result.json" if folder.is_dir() else absent
         below = max(folder.glob("*/result.json"), key=lambda f: f.stat().st_mtime, default=None)
-        hint = "give the folder that batchbench run wrote"
         hint = f"the newest in it is {below.parent}" if below else hint
         raise UsageError(f"{folder}: {problem}; {hint}") from error
     except OSError as error:
-        raise UsageError(
-            f"{file}: cannot be read: {reason_of(error)}; give the folder that batchbench run wrote"
-        ) from error
+        raise UsageError(f"{file}: cannot be read: {reason_of(error)}; {hint}") from error
     if not isinstance(data, dict) or "schema_version" not in data:
         raise UsageError(f"{file}: is not a result of batchbench")
     if data.get("kind") == "baseline":
@@ -189,38 +187,25 @@ def _contradictions(data: ResultData) -> Iterator[str]:
 
 
 def _contradictions_of_server(data: ResultData) -> Iterator[str]:
-    server = data.get("server")
-    if server is None:
+    if (server := data.get("server")) is None:
         return
     if not isinstance(data["config"].get("target", {}).get("target"), str):
         yield "it has a server, and its config has no target"
+    trials = {name: len(strategy["trials"]) for name, strategy in data["strategies"].items()}
     for counts in (server["passes"], server["cached_tokens"]):
-        for name, trials in counts.items():
-            if name not in data["strategies"] or len(trials) != len(
-                data["strategies"][name]["trials"]
-            ):
-                yield "its server's counts are not one per trial of each strategy"
+        if any(len(count) != trials.get(name) for name, count in counts.items()):
+            yield "its server's counts are not one per trial of each strategy"
 
 
-def check_recordings(
-    file: Path, data: ResultData, recordings: Mapping[str, Sequence[Recording]]
-) -> None:
-    """Raise UsageError if the recordings beside a result are not its own."""
-    fault = next(_mismatches(data, recordings), None)
-    if fault is not None:
-        raise UsageError(f"{file}: its parts do not belong together: {fault}")
-
-
-def _mismatches(data: ResultData, recordings: Mapping[str, Sequence[Recording]]) -> Iterator[str]:
+def mismatches(data: ResultData, recordings: Mapping[str, Sequence[Recording]]) -> Iterator[str]:
+    """Yield the reasons why the recordings beside a result are not its own."""
     first = next(iter(recordings.values()))[0]
-    if len(first.requests.slot) != data["workload"]["num_requests"]:
-        yield "they have different numbers of requests"
     for name, trials in recordings.items():
         for trial, recording in enumerate(trials):
             header, where = recording.header, f"recording {trial} of {name[:40]}"
             if (header.strategy, header.trial) != (name, trial):
                 yield f"{where} is of {header.strategy[:40]}, trial {header.trial}"
-            if len(recording.requests.slot) != len(first.requests.slot):
+            if len(recording.requests.slot) != data["workload"]["num_requests"]:
                 yield "they have different numbers of requests"
             elif not np.array_equal(recording.requests.prompt_tokens, first.requests.prompt_tokens):
                 yield f"{where} has other prompts"

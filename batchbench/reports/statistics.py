@@ -124,8 +124,8 @@ class Ratio:
 
     def as_dict(self) -> Speedup:
         """Return JSON values; ``ci95`` is null if there are too few pairs."""
-        ends = (self.low, self.high)
-        return {"median": self.median, "ci95": [x for x in ends if x is not None] or None}
+        ends = [end for end in (self.low, self.high) if end is not None]
+        return {"median": self.median, "ci95": ends or None}
 
 
 def paired_ratio(
@@ -136,11 +136,10 @@ def paired_ratio(
     The interval is Student's t interval of the mean log ratio (ratios multiply, so their logs
     scatter evenly).
     """
-    both = zip(numerators, denominators, strict=True)
-    pairs = [(a, b) for a, b in both if a is not None and b is not None and a > 0 and b > 0]
-    if not pairs or len(pairs) < len(numerators):
+    above, below = (np.array(values, np.float64) for values in (numerators, denominators))
+    if not len(above) or not ((above > 0) & (below > 0)).all():  # a missing value is NaN
         return None
-    logs = np.log([a / b for a, b in pairs])
+    logs = np.log(above / below)
     median = float(np.exp(np.median(logs)))
     if len(logs) < FEWEST_PAIRS:
         return Ratio(median, None, None)
@@ -248,13 +247,18 @@ class Decision:
 
 def log_e(samples: Sequence[float], null: float) -> float:
     """Return the logarithm of the evidence that the mean is above ``null``; at most 0 if not."""
-    n = len(samples)
     mean, error = _mean_and_error(samples)
-    if n < 2 or mean <= null:
+    if len(samples) < 2 or mean <= null:
         return 0.0
-    t, nu, spread = (mean - null) / error, n - 1, 1 + PRIOR * n
-    gain = math.log1p(t * t / nu) - math.log1p(t * t / (nu * spread))
-    return -0.5 * math.log(spread) + n / 2 * gain
+    t = (mean - null) / error
+    return _evidence(t * t, len(samples))
+
+
+def _evidence(square: float, n: int) -> float:
+    """Return the logarithm of the evidence of n samples with this square of Student's t."""
+    nu, spread = n - 1, 1 + PRIOR * n
+    gain = math.log1p(square / nu) - math.log1p(square / (nu * spread))
+    return n / 2 * gain - 0.5 * math.log(spread)
 
 
 def decide(samples: Sequence[float], rule: Rule, *, last: bool) -> Decision:
@@ -306,12 +310,9 @@ def confidence_sequence(
     if n < 2 or (n - 1) / 2 * math.log1p(PRIOR * n) <= need:  # the limit of the evidence
         return None, None
     mean, error = _mean_and_error(samples)
-    nu, spread = n - 1, 1 + PRIOR * n
 
     def missing(log_t: float) -> float:
-        square = math.exp(2 * log_t)
-        gain = math.log1p(square / nu) - math.log1p(square / (nu * spread))
-        return n / 2 * gain - 0.5 * math.log(spread) - need
+        return _evidence(math.exp(2 * log_t), n) - need
 
     t = math.exp(float(optimize.brentq(missing, -20, 50)))
     return mean - t * error, mean + t * error
@@ -338,14 +339,10 @@ def compare_means(
     # The known part of the variance is not estimated, so it costs no degrees of freedom.
     lost = parts[0] ** 2 / (n - 1) + parts[1] ** 2 / (m - 1)
     nu = min(error**4 / lost, 1e6) if lost else 1e6
-    verdict = next(
-        (
-            verdict
-            for verdict in (Verdict.FASTER, Verdict.SLOWER, Verdict.SAME)
-            if _p_value(verdict, mean, error, nu, rule) < rule.alpha
-        ),
-        Verdict.UNKNOWN,
-    )
+    verdict = Verdict.UNKNOWN
+    for rejected in (Verdict.SAME, Verdict.SLOWER, Verdict.FASTER):  # the last has precedence
+        if _p_value(rejected, mean, error, nu, rule) < rule.alpha:
+            verdict = rejected
     half = _quantile((1 + CONFIDENCE) / 2, nu) * error
     detectable = (_quantile(1 - rule.alpha, nu) + _quantile(POWER, nu)) * error
     unknown = verdict is Verdict.UNKNOWN
@@ -403,14 +400,11 @@ def _distance(mean: float, rule: Rule) -> float:
 def _needed(mean: float, scatter: float, rule: Rule, most: int = 100_000) -> int | None:
     """Return the samples for a verdict if the mean and the scatter stay as they are."""
     distance = _distance(mean, rule)
-    if distance <= 0:
-        return None
-    enough = range(FEWEST, most)
-    return FEWEST + bisect_left(
-        enough,
-        True,
-        key=lambda n: _detectable(n, rule.alpha / 2) * scatter / n**0.5 <= distance,
-    )
+
+    def enough(n: int) -> bool:
+        return bool(_detectable(n, rule.alpha / 2) * scatter / n**0.5 <= distance)
+
+    return FEWEST + bisect_left(range(FEWEST, most), True, key=enough) if distance > 0 else None
 
 
 def _needed_of_two(mean: float, scatter: float, known: float, rule: Rule) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,18 +18,6 @@ from batchbench.workloads.generate import Outline
 from batchbench.workloads.request import Ints
 
 
-class Spread(NamedTuple):
-    """Lengths of all requests, in tokens; percentiles are linear between neighbours."""
-
-    mean: float
-    least: int
-    p50: float
-    p90: float
-    p99: float
-    most: int
-    total: int
-
-
 class Pace(NamedTuple):
     """The time from the first arrival to the last, arrivals per second, and their variation.
 
@@ -43,19 +30,9 @@ class Pace(NamedTuple):
     variation: float | None
 
 
-@dataclass(frozen=True)
-class Bar:
-    """Number of lengths from ``low`` to ``high``, both included."""
-
-    low: int
-    high: int
-    count: int
-
-
-def spread(lengths: Ints) -> Spread:
-    p50, p90, p99 = np.percentile(lengths, (50, 90, 99)).tolist()
-    low, high, total = int(lengths.min()), int(lengths.max()), int(lengths.sum())
-    return Spread(float(lengths.mean()), low, p50, p90, p99, high, total)
+def spread(lengths: Ints) -> list[float]:
+    """Return the mean, min, p50, p90, p99, max and total of all requests, in tokens."""
+    return [lengths.mean(), *np.percentile(lengths, (0, 50, 90, 99, 100)), lengths.sum()]
 
 
 def pace(due_ns: Ints) -> Pace:
@@ -67,13 +44,13 @@ def pace(due_ns: Ints) -> Pace:
     return Pace(span_s, len(gaps) / span_s, variation)
 
 
-def bars(lengths: Ints, most: int = 10) -> list[Bar]:
-    """Return a histogram of at most ``most`` bars of equal width, a whole number of tokens."""
+def bars(lengths: Ints, most: int = 10) -> list[tuple[int, int, int]]:
+    """Return a histogram: first and last length, and requests, of bars of equal width."""
     low, high = int(lengths.min()), int(lengths.max())
     width = -(-(high - low + 1) // most)
     counts = np.bincount((lengths - low) // width).tolist()
     starts = (low + width * i for i in range(len(counts)))
-    return [Bar(at, min(at + width - 1, high), n) for at, n in zip(starts, counts, strict=True)]
+    return [(at, min(at + width - 1, high), n) for at, n in zip(starts, counts, strict=True)]
 
 
 def title(outline: Outline) -> str:
@@ -128,19 +105,17 @@ def _histogram(name: str, lengths: Ints) -> Table:
         grid.add_column(justify=justify, no_wrap=True)
     grid.add_row(Text(name, style="bold"), "", Text("requests", style="dim"))
     histogram, width = bars(lengths), 40
-    longest = max(bar.count for bar in histogram)
-    for bar in histogram:
-        shown = max(bar.count, longest / width / 8) if bar.count else 0  # at least an eighth
+    longest = max(count for *_, count in histogram)
+    for low, high, count in histogram:
+        shown = max(count, longest / width / 8) if count else 0  # at least an eighth
         blocks = Blocks(longest, 0, shown, width=width, color="cyan")
-        grid.add_row(span(bar.low, bar.high), blocks, f"{bar.count:,}")
+        grid.add_row(span(low, high), blocks, f"{count:,}")
     return grid
 
 
 # The picture
 
 _PANEL = 1.5  # inches: height of a panel
-
-_BARS = 40
 
 _PROMPT, _OUTPUT = "#009E73", "#E69F00"  # Okabe and Ito's; not those of the strategies
 
@@ -174,23 +149,12 @@ def draw_portrait(outline: Outline) -> Figure:
 
 
 def _draw_lengths(axes: Axes, lengths: Ints, colour: str, kind: str) -> None:
-    histogram = bars(lengths, _BARS)
-    left = np.array([bar.low for bar in histogram]) - 0.5
-    width = histogram[0].high - histogram[0].low + 1
-    axes.bar(left, [bar.count for bar in histogram], width, align="edge", color=colour, gid=kind)
-    mean = float(lengths.mean())
-    axes.axvline(mean, color=INK, lw=1.2, ls=":")
-    right = mean > (left[0] + left[-1] + width) / 2
-    axes.annotate(
-        f"mean {spell_number(mean)}",
-        (mean, 1.0),
-        (-4 if right else 4, 2),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="right" if right else "left",
-        va="bottom",
-        size=8.5,
-    )
+    histogram = bars(lengths, 40)
+    low, high, counts = np.array(histogram).T
+    width = high[0] - low[0] + 1
+    axes.bar(low - 0.5, counts, width, align="edge", color=colour, gid=kind)
+    axes.axvline(lengths.mean(), color=INK, lw=1.2, ls=":")
+    axes.set_title(f"mean {spell_number(lengths.mean())}", loc="right", size=8.5)
     if len(histogram) == 1:  # a bar of all requests should not fill the panel
         axes.set_xlim(lengths[0] - 10 * width, lengths[0] + 10 * width)
     axes.set_xlabel(f"{kind} tokens per request")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,10 +101,9 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
     strategies = name_strategies(result.recordings)
     timelines, window, ticks, unit = draw_timelines(strategies, most_bars)
     levels, level_ticks = draw_levels(strategies)
-    head, rows = terminal.cells(result)
+    head, rows, notes = terminal.figures(result)
     budgets = budgets_of(strategies) if data.get("explain") else []
     longest = max((budget.wall_s for _, budget in budgets), default=0.0) or 1.0
-    below = (server_lines(data), terminal.floor_lines(result), terminal.stall_lines(result))
     return {
         "id": f"r{index}",
         "label": one.label,
@@ -118,7 +116,7 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "strategies": strategies,
         "head": head,
         "rows": rows,
-        "notes": [*terminal.notes(result), *chain.from_iterable(below)],
+        "notes": [*notes, *server_lines(data), *terminal.step_lines(result)],
         "timelines": timelines,
         "left_out": _left_out(result, timelines, window),
         "axis": {"window": window / 1000, "unit": unit.ns / 1000, "name": unit.name},
