@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
+from batchbench.reports.occupancy import prompt_tokens_of_spans
 from batchbench.reports.statistics import Distribution, Floats, step_distribution
 from batchbench.reports.text import plural
 
@@ -175,12 +176,10 @@ def _stall(trial: int, recording: Recording, gap: _Gap) -> dict[str, Any]:
 def describe_step(recording: Recording, step: int) -> str:
     """Return the work of a step in words: ``prefill of 3 requests, 512 tokens``."""
     span = int(recording.spans_of(np.array([step]))[0])
-    spans, log = recording.spans, recording.chunks
-    decoding, chunks = int(spans.decoding[span]), int(spans.chunks[span])
+    decoding, chunks = (int(n[span]) for n in (recording.spans.decoding, recording.spans.chunks))
     parts = []
     if chunks:
-        begin = int(spans.chunks[:span].sum())
-        tokens = int((log.stop - log.start)[begin : begin + chunks].sum())
+        tokens = int(prompt_tokens_of_spans(recording)[0][span])
         parts.append(f"prefill of {plural(chunks, 'request')}, {plural(tokens, 'token')}")
     if decoding:
         parts.append(f"decode of {plural(decoding, 'slot')}")

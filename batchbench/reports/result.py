@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -176,10 +176,9 @@ def workload_facts(workload: Workload) -> dict[str, Any]:
 def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result:
     goals = settings.from_json(GoalsSpec, facts["config"]["goals"])
     checked, server = facts["verification"], facts.get("server")
-    verification = Verification(
-        **{f.name: checked[f.name] for f in fields(Verification) if f.name != "findings"},
-        findings=tuple(Finding(**finding) for finding in checked["findings"]),
-    )
+    findings = tuple(Finding(**finding) for finding in checked["findings"])
+    counts = {name: value for name, value in checked.items() if name != "passed"}
+    verification = Verification(**{**counts, "findings": findings})
     reasons = audit(
         workload,
         recordings,
@@ -269,8 +268,8 @@ def _comparison(
     else:
         # Steps may vary from trial to trial if texts end early, so pairs count here too.
         # None if one of the two schedules by itself and reports no steps.
-        counts = [[r.num_steps for r in recordings[name]] for name in (baseline, candidate)]
-        steps = paired_ratio(*counts)
+        sides = (recordings[baseline], recordings[candidate])
+        steps = paired_ratio(*([trial.num_steps for trial in trials] for trials in sides))
         source = "schedule" if steps else None
     return {
         "baseline": baseline,

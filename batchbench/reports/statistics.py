@@ -136,10 +136,11 @@ def paired_ratio(
     The interval is Student's t interval of the mean log ratio (ratios multiply, so their logs
     scatter evenly).
     """
-    above, below = (np.array(values, np.float64) for values in (numerators, denominators))
-    if not len(above) or not ((above > 0) & (below > 0)).all():  # a missing value is NaN
+    pairs = list(zip(numerators, denominators, strict=True))
+    values = np.array(pairs, np.float64)  # a missing value is NaN
+    if not pairs or not (values > 0).all():
         return None
-    logs = np.log(above / below)
+    logs = np.log(values[:, 0] / values[:, 1])
     median = float(np.exp(np.median(logs)))
     if len(logs) < FEWEST_PAIRS:
         return Ratio(median, None, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -165,4 +165,6 @@ def spell_value(value: Any) -> str:
     """Return a number with thousands separated, a text as it is, a dash for a missing value."""
     if value is None or str(value) in ("nan", "<NA>"):  # pandas.NA, without pandas
         return "–"
-    return f"{value:,.10g}" if isinstance(value, Real) else str(value)
+    if isinstance(value, Real):
+        return f"{value:,}" if isinstance(value, Integral) else f"{value:,.10g}"
+    return str(value)

@@ -274,8 +274,12 @@ _ROWS_OF_ARRIVALS = (
 )
 """Rows of workloads whose requests arrive over time."""
 
-_TELLING = ("duration", "p99_ttft_ms", "p99_e2el_ms", "forward_passes")
-_COMPARED = [row for row in _ROWS if row.metric in _TELLING]
+_COMPARED = (
+    _Row("Duration", "", "duration"),
+    _Row("Passes", "", "forward_passes"),
+    _Row("TTFT p99", "", "p99_ttft_ms"),
+    _Row("E2E p99", "", "p99_e2el_ms"),
+)
 
 _MOST_TELLING = (
     *("output_throughput", "duration", "p99_ttft_ms", "slo_attainment", "request_goodput", _COST),
