@@ -86,14 +86,14 @@ def gaps_of(recording: Recording) -> Iterator[Gaps]:
     such step to the next; only the gap after a first token may begin at another step.
     """
     r, decodes = recording.requests, _Decodes.of(recording)
-    if not len(decodes.first):
-        return
     several = r.last > r.first
     # After a first token
     first, shared = np.unique(r.first[several], return_counts=True)
     second = decodes.step(decodes.numbered(first))
     gaps = recording.ends_of(second) - recording.ends_of(first)
     yield Gaps(gaps, shared, np.ones_like(gaps), first, second)
+    if not len(decodes.first):
+        return
     # A request shares gaps from its second token to its last.
     begins = np.sort(decodes.numbered(r.first[several]) + 1)
     ends = np.sort(decodes.numbered(r.last[several]))
@@ -191,28 +191,24 @@ def describe_step(recording: Recording, step: int) -> str:
 
 def queue_ms(recording: Recording) -> Floats:
     """Return the time from arrival to the first step that computes the request, ``[requests]``."""
-    queued: Floats = (recording.started_ns - recording.requests.due_ns) / 1e6
-    return queued
+    return (recording.started_ns - recording.requests.due_ns) / 1e6
 
 
 def ttft_ms(recording: Recording) -> Floats:
     """Return the time from arrival to the first output token, ``[requests]``."""
-    first: Floats = (recording.first_token_ns - recording.requests.due_ns) / 1e6
-    return first
+    return (recording.first_token_ns - recording.requests.due_ns) / 1e6
 
 
 def e2el_ms(recording: Recording) -> Floats:
     """Return the time from arrival to the last output token, ``[requests]``."""
-    last: Floats = (recording.last_token_ns - recording.requests.due_ns) / 1e6
-    return last
+    return (recording.last_token_ns - recording.requests.due_ns) / 1e6
 
 
 def tpot_ms(recording: Recording) -> Floats:
     """Return (E2E − TTFT) / (output tokens produced − 1); NaN for outputs of one token."""
     gaps = recording.requests.output_tokens - 1.0
     gaps[gaps == 0] = np.nan
-    per_token: Floats = (recording.last_token_ns - recording.first_token_ns) / (gaps * 1e6)
-    return per_token
+    return (recording.last_token_ns - recording.first_token_ns) / (gaps * 1e6)
 
 
 def within(recording: Recording, limits_ms: Mapping[str, float]) -> NDArray[np.bool_]:
@@ -274,8 +270,7 @@ def slowdown(recording: Recording) -> Floats:
     output came whole, or the clock is too coarse.
     """
     step_ms = median_step_ms(recording) or math.nan
-    ratio: Floats = e2el_ms(recording) / (recording.requests.output_tokens * step_ms)
-    return ratio
+    return e2el_ms(recording) / (recording.requests.output_tokens * step_ms)
 
 
 def median_step_ms(recording: Recording) -> float:

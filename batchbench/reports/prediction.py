@@ -25,6 +25,7 @@ from batchbench.reports.latency import ttft_ms
 from batchbench.reports.occupancy import prompt_tokens_of_spans
 from batchbench.reports.statistics import Floats
 from batchbench.reports.text import percent, span
+from batchbench.reports.time_budget import between_steps
 from batchbench.workloads import Workload
 
 BLOCKS, FOLDS = 10, 5
@@ -60,12 +61,12 @@ SmallBatches = Sequence[Sequence[int]]
 class StepSample:
     """The work of each step of measured trials, and its duration; ``[steps]`` each.
 
-    Steps of smaller batches belong to no trial and have -1 as their block and trial.
+    Steps of smaller batches belong to no trial and have -1 as their fold and trial.
     """
 
     counts: Ints  # [steps, 5]: 1, rows, cached tokens read, prompt tokens, pieces of prompts
     spent_ns: Floats
-    block: Ints  # tenth of its trial
+    fold: Ints  # of the cross-validation
     trial: Ints
     longest: int  # tokens of the longest request
     host_ns: float  # outside the steps, for each new decision
@@ -87,28 +88,29 @@ class StepSample:
         smaller = np.array(small, np.int64).reshape(-1, 5)
         none = np.full(len(smaller), -1)
         counts = [counts_of(r) for r in real]
-        block = [np.arange(len(c)) * BLOCKS // len(c) for c in counts]
+        fold = [np.arange(len(c)) * BLOCKS // len(c) % FOLDS for c in counts]
         trial = [np.full(len(c), i) for i, c in enumerate(counts)]
         spent = [r.step_ends_ns - r.step_starts_ns for r in real]
+        between = [between_steps(r, r.waits.end_ns)[1] for r in real]
+        host = [max(ns, 0) / max(changes_of(r), 1) for r, ns in zip(real, between, strict=True)]
         return cls(
             counts=np.concatenate([*counts, np.insert(smaller[:, :4], 0, 1, axis=1)]),
             spent_ns=np.concatenate([*spent, smaller[:, 4]]) * 1.0,
-            block=np.concatenate([*block, none]),
+            fold=np.concatenate([*fold, none]),
             trial=np.concatenate([*trial, none]),
             longest=max(_longest_request(r) for r in real),
-            host_ns=float(np.median([_host_ns(r) for r in real])),
+            host_ns=float(np.median(host)),
             bends=tuple(np.unique(smaller[smaller[:, 0] > 0, 0]).tolist()),
         )
 
     def where(self, chosen: NDArray[np.bool_]) -> StepSample:
-        columns = ("counts", "spent_ns", "block", "trial")
+        columns = ("counts", "spent_ns", "fold", "trial")
         return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
     @property
     def in_trials(self) -> NDArray[np.bool_]:
         """Mask of the steps that are not of smaller batches."""
-        chosen: NDArray[np.bool_] = self.trial >= 0
-        return chosen
+        return self.trial >= 0
 
     @cached_property
     def grouped(self) -> tuple[Ints, Floats, Floats]:
@@ -151,14 +153,6 @@ def small_batches_of(recordings: Iterable[Recording]) -> list[list[int]]:
 def _longest_request(recording: Recording) -> int:
     r = recording.requests
     return int((r.prompt_tokens + r.output_tokens).max())
-
-
-def _host_ns(recording: Recording) -> float:
-    """Return the mean time outside the steps and not waiting, per new decision."""
-    starts, ends = recording.step_starts_ns, recording.step_ends_ns
-    outside = np.maximum(starts - np.concatenate([[0], ends[:-1]]), 0).sum()
-    waited = (recording.waits.end_ns - recording.waits.start_ns).sum()
-    return float(max(outside - waited, 0) / max(changes_of(recording), 1))
 
 
 def changes_of(recording: Recording) -> int:
@@ -225,7 +219,7 @@ def quality_of(work: StepSample) -> dict[str, Any]:
     """Predict each fifth of the trials by a fit on the others and on the smaller batches."""
     predicted = np.empty(len(work.spent_ns))
     for fold in range(FOLDS):
-        left_out = work.in_trials & (work.block % FOLDS == fold)
+        left_out = work.fold == fold
         if left_out.any() and not left_out.all():
             cost = fit_cost(work.where(~left_out))
             predicted[left_out] = spent_of(cost, work.counts[left_out])

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -25,10 +25,8 @@ from batchbench.reports import metrics
 from batchbench.reports.latency import by_length, length_classes, stalls
 from batchbench.reports.prediction import beyond, predict_outcome, small_batches_of
 from batchbench.reports.result_file import (
-    Comparison,
     Facts,
     ResultData,
-    StrategyData,
     file_of,
     load_data,
     mismatches,
@@ -213,13 +211,14 @@ def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result
 
 def _strategy(
     trials: Sequence[Recording], goals: GoalsSpec, classes: Sequence[tuple[int, int]]
-) -> StrategyData:
+) -> dict[str, Any]:
     limits, price = goals.limits_ms, goals.price_per_hour
     summaries = [metrics.summary([trial], limits) for trial in trials]
     summary = summaries[0] if len(trials) == 1 else metrics.summary(trials, limits)
     cost = None if price is None else price / 3600 / summary["output_throughput"] * 1e6
     about = trials[0].header.about
-    data: StrategyData = {
+    servings = about.get("servings", 1)
+    return {
         "trials": summaries,
         "summary": {**summary, "cost_per_million_output_tokens": cost},
         "by_output_length": by_length(trials, classes),
@@ -228,10 +227,8 @@ def _strategy(
         "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
         "computed_passes": about.get("computed_passes"),
         "output_digest": output_digest(trials[0]),
+        **({"servings": servings} if servings > 1 else {}),
     }
-    if (servings := about.get("servings", 1)) > 1:
-        data["servings"] = servings
-    return data
 
 
 def output_digest(recording: Recording) -> str | None:
@@ -244,7 +241,7 @@ def output_digest(recording: Recording) -> str | None:
 
 
 def ratio_of(
-    strategies: Mapping[str, StrategyData], name: str, numerator: str, denominator: str
+    strategies: Mapping[str, dict[str, Any]], name: str, numerator: str, denominator: str
 ) -> Ratio | None:
     """Return a metric of one strategy divided by that of another, trial by trial."""
     sides = [strategies[strategy]["trials"] for strategy in (numerator, denominator)]
@@ -254,14 +251,13 @@ def ratio_of(
 def _comparison(
     baseline: str,
     candidate: str,
-    strategies: Mapping[str, StrategyData],
+    strategies: Mapping[str, dict[str, Any]],
     recordings: Recordings,
     facts: Facts,
     workload: Workload,
-) -> Comparison:
+) -> dict[str, Any]:
     speedup = ratio_of(strategies, "duration", baseline, candidate)
     assert speedup is not None
-    source: Literal["server", "schedule"] | None
     if (server := facts.get("server")) is not None:
         slots = facts["config"]["serving"]["batch_size"]
         steps, source = step_ratio(baseline, candidate, server, slots, workload) or (None, None)

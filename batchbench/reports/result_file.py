@@ -1,8 +1,7 @@
 """The file ``result.json``: its schema, its checks, and its bounded reader.
 
 ``result.schema.json`` is published with the package, because other tools read these names. It alone
-lists all of them; the types here are those of the parts that several modules share, and a test
-compares them with it.
+lists all of them; the types here are those of the file's parts, and a test compares them with it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import jsonschema
 import numpy as np
@@ -34,37 +33,6 @@ Summary = dict[str, Any]
 
 Counters = dict[str, int]
 """Exact counts of the work of a trial, from its plans alone."""
-
-
-class Speedup(TypedDict):
-    median: float
-    ci95: list[float] | None
-
-
-class StrategyData(TypedDict):
-    trials: list[Summary]
-    summary: Summary
-    counters: Counters | None
-    computed_passes: NotRequired[int | None]
-    servings: NotRequired[int]
-    output_digest: str | None
-    by_output_length: list[dict[str, Any]]
-    stalls: list[dict[str, Any]]
-    decode_step: NotRequired[dict[str, Any] | None]
-
-
-class Comparison(TypedDict):
-    baseline: str
-    candidate: str
-    speedup: Speedup
-    step_ratio: float | None
-    step_ratio_source: NotRequired[Literal["server", "schedule"] | None]
-    efficiency: float | None
-
-
-class Validity(TypedDict):
-    status: Literal["valid", "suspect"]
-    reasons: list[str]
 
 
 class Facts(TypedDict):
@@ -92,11 +60,11 @@ class Facts(TypedDict):
 class ResultData(Facts):
     schema_version: int
     batchbench_version: str
-    strategies: dict[str, StrategyData]
-    comparison: Comparison | None
-    comparisons: list[Comparison]
+    strategies: dict[str, dict[str, Any]]
+    comparison: dict[str, Any] | None
+    comparisons: list[dict[str, Any]]
     explain: dict[str, Any]
-    validity: Validity
+    validity: dict[str, Any]
 
 
 # Reading

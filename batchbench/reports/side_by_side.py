@@ -79,15 +79,15 @@ class SideBySide:
         """Settings that vary: the name, and each result's value as text."""
         results: list[Any] = [one.result.data for one in self.shown]
         flat = [
-            {name: value for part in _SETTINGS for name, value in _flat(part, data[part])}
+            {name: value for part in _SETTINGS for name, value in flat_settings(part, data[part])}
             for data in results
         ]
-        names = dict.fromkeys(name for facts in flat for name in facts if name not in _OBSERVED)
+        names = dict.fromkeys(name for facts in flat for name in facts)
         columns = {name: [facts.get(name) for facts in flat] for name in names}
         return [
-            [_spell(name), *map(_shorten, values)]
+            [spell_name(name), *map(_shorten, values)]
             for name, values in columns.items()
-            if any(value != values[0] for value in values)
+            if any(value != values[0] for value in values) and not name.startswith(_OBSERVED)
         ]
 
     @cached_property
@@ -118,15 +118,15 @@ class SideBySide:
         return f"{text}."
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flat_settings(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(value, Mapping):
         yield name, value
         return
     for key, inner in value.items():
-        yield from _flat(f"{name}.{key}", inner)
+        yield from flat_settings(f"{name}.{key}", inner)
 
 
-def _spell(name: str) -> str:
+def spell_name(name: str) -> str:
     """Return ``config.serving.batch_size`` in words, without its part."""
     *before, last = name.split(".")
     if last == "name" or (before and before[0] == "workload"):

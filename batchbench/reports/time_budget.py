@@ -26,7 +26,7 @@ def host_share(recording: Recording) -> float:
 
     Scheduling, logging and display count; waiting for a time, such as an arrival, does not.
     """
-    waited, host, _ = _between(recording, recording.waits.end_ns)
+    waited, host, _ = between_steps(recording, recording.waits.end_ns)
     return host / max(recording.duration_ns - waited, 1)
 
 
@@ -211,7 +211,7 @@ def time_budget(recording: Recording) -> TimeBudget:
     # A wait lasts until its target time; what it oversleeps is the host's.
     w = recording.waits
     over = np.maximum(np.minimum(w.end_ns, w.until_ns), w.start_ns)
-    waiting, host, overlap = _between(recording, over)
+    waiting, host, overlap = between_steps(recording, over)
     parts = (
         useful + share @ reading.useful,
         finished + share @ reading.finished,
@@ -256,7 +256,7 @@ def _decode_phase(recording: Recording, spent: Ints, reads: NDArray[np.bool_]) -
     return phase
 
 
-def _between(recording: Recording, over_ns: Ints) -> tuple[int, int, int]:
+def between_steps(recording: Recording, over_ns: Ints) -> tuple[int, int, int]:
     """Return the time between steps in ns: waited, used by the host, and (negative) overlap."""
     starts, before = recording.spans.start_ns, _previous_ends(recording)
     later = np.maximum(starts, before)

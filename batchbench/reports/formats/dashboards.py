@@ -60,7 +60,7 @@ def measures(result: Result) -> list[Measure]:
 
 
 def _of_strategy(result: Result, name: str) -> Iterator[Measure]:
-    strategy: Any = result.data["strategies"][name]
+    strategy = result.data["strategies"][name]
     for part, metric, unit, bigger in _METRICS:
         value = (strategy[part] or {}).get(metric)
         if value is None:

@@ -35,7 +35,7 @@ from batchbench.reports.formats import terminal
 from batchbench.reports.occupancy import Holdings, levels_of
 from batchbench.reports.result import Result
 from batchbench.reports.served import agreement_words, server_lines
-from batchbench.reports.side_by_side import HEAD, Labelled, SideBySide
+from batchbench.reports.side_by_side import HEAD, Labelled, SideBySide, flat_settings, spell_name
 from batchbench.reports.statistics import Distribution, Floats
 from batchbench.reports.text import clean_text, number, percent, spell_setting
 from batchbench.reports.time_budget import NAMES
@@ -51,6 +51,9 @@ MOST_SLOTS = 64
 
 MOST_STEPS = 400
 """Corners of a curve: more are narrower than a pixel."""
+
+_EMPTY = ("N/A", "no", "0", "")
+"""Values of settings that the page leaves out."""
 
 _RIM = 0.008
 """Bars wider than this share of the window get a rim, which would hide narrower ones."""
@@ -132,8 +135,8 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "longest_s": longest,
         "unit": Unit.of(strategies, longest * 1e9),
         "prediction": terminal.prediction_lines(result),
-        "settings": _settings(data["config"]),
-        "environment": _environment_rows(data),
+        "settings": [row for row in _settings(data, "config") if row[1] not in _EMPTY],
+        "environment": _settings(data, "environment", "model"),
     }
 
 
@@ -158,23 +161,15 @@ def _left_out(result: Result, timelines: Sequence[Mapping[str, Any]], window: fl
     return " ".join(sentences)
 
 
-def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the settings that are not at their empty default; of a server only those it has."""
-    unused = OWN_ENGINE if "target" in config else ()
+def _settings(data: Mapping[str, Any], *parts: str) -> list[tuple[str, str]]:
+    """Return settings in words, without those of an engine of ours if it is a server's result."""
+    unused = OWN_ENGINE if "target" in data["config"] else ()
     return [
-        (name.replace("_", " "), spell_setting(value))
-        for part in config.values()
-        for name, value in (part.items() if isinstance(part, Mapping) else ())
-        if value not in (None, [], False, "") and name not in unused
+        (spell_name(name), spell_setting(value))
+        for part in parts
+        for name, value in flat_settings(part, data[part])
+        if name.rpartition(".")[2] not in unused
     ]
-
-
-def _environment_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    environment = data["environment"]
-    rows = [(name, value) for name, value in environment.items() if not isinstance(value, Mapping)]
-    rows += list(environment.get("packages", {}).items())
-    rows += [(f"model {name}", value) for name, value in data["model"].items()]
-    return [(name.replace("_", " "), spell_setting(value)) for name, value in rows]
 
 
 # Charts

@@ -135,7 +135,7 @@ def _other_candidates(result: Result) -> str:
 
 
 def _latency(result: Result) -> str:
-    rate: Any = result.data["workload"]["arrival_rate"]
+    rate = result.data["workload"]["arrival_rate"]
     strategies = result.data["strategies"]
     baseline, *others, candidate = result.names
     order = (candidate, baseline, *others)
@@ -166,8 +166,7 @@ def _outputs(checked: Mapping[str, Any], *, served: bool) -> str:
 
 def causes(result: Result) -> list[str]:
     """Return a line per candidate on where it saved or lost time."""
-    explain: Any = result.data["explain"]
-    comparison = result.data["comparison"]
+    explain, comparison = result.data["explain"], result.data["comparison"]
     interval = comparison["speedup"]["ci95"] if comparison else None
     if interval and interval[0] <= 1 <= interval[1] and not result.data["simulated"]:
         return []  # no difference was shown, so there is none to explain
