@@ -148,7 +148,8 @@ def typical_trial(trials: Sequence[Recording]) -> Recording:
 def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO_LIMITS) -> Summary:
     """Return the median duration over all trials, and the pooled latencies of all requests.
 
-    The names are those of the serving benchmarks.
+    The names are those of the serving benchmarks. The energy is None if some trial's was not
+    measured, and the arrivals are None if all requests are there at the start.
     """
     duration = float(np.median([r.duration_ns for r in recordings])) / 1e9
     requests = recordings[0].requests
@@ -156,7 +157,12 @@ def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO
     stepped = recordings[0].has_steps
     completed = int((requests.last >= 0).sum()) if stepped else len(requests.last)
     good = np.concatenate([within(r, limits_ms) for r in recordings])
-    joules, floor = energy_joules(recordings), decode_floor(recordings)
+    measured: list[Any] = [r.header.about.get("energy_joules") for r in recordings]
+    joules = None if None in measured else float(np.median(measured))
+    floor = decode_floor(recordings)
+    rates = [rate for r in recordings if (rate := arrival_rate(r)) is not None]
+    lags = [lag for r in recordings if (lag := arrival_lag_ms(r)) is not None]
+    late = Distribution.of(np.concatenate([np.zeros(0), *lags]))
     figures: Summary = {
         "duration": duration,
         "completed": completed,
@@ -173,7 +179,12 @@ def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO
     }
     for name, values in vars(Latencies.of(*recordings)).items():
         figures |= statistics_of(name, values)
-    return figures | _arrivals(recordings)
+    return figures | {
+        "arrival_rate": float(np.median(rates)) if rates else None,
+        "mean_arrival_lag_ms": late.mean(),
+        "p99_arrival_lag_ms": late.percentile(99),
+        "max_arrival_lag_ms": late.max,
+    }
 
 
 def statistics_of(name: str, values: Distribution) -> dict[str, float | None]:
@@ -187,25 +198,6 @@ def statistics_of(name: str, values: Distribution) -> dict[str, float | None]:
         enough = q < 99.9 or values.count >= ENOUGH_FOR_P999
         figures[f"p{q:g}_{name}_ms"] = values.percentile(q) if enough else None
     return figures
-
-
-def energy_joules(recordings: Sequence[Recording]) -> float | None:
-    """Return a trial's energy, the median of several; None if some trial's was not measured."""
-    joules = [r.header.about.get("energy_joules") for r in recordings]
-    return None if None in joules else float(np.median(np.array(joules, np.float64)))
-
-
-def _arrivals(recordings: Sequence[Recording]) -> dict[str, float | None]:
-    """Return the arrival rate and lag; None if all requests are there at the start."""
-    lags = [lag for r in recordings if (lag := arrival_lag_ms(r)) is not None]
-    rates = [rate for r in recordings if (rate := arrival_rate(r)) is not None]
-    late = Distribution.of(np.concatenate([np.zeros(0), *lags]))
-    return {
-        "arrival_rate": float(np.median(rates)) if rates else None,
-        "mean_arrival_lag_ms": late.mean(),
-        "p99_arrival_lag_ms": late.percentile(99),
-        "max_arrival_lag_ms": late.max,
-    }
 
 
 # Counters

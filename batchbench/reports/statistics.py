@@ -296,17 +296,15 @@ def decide(samples: Sequence[float], rule: Rule, *, last: bool) -> Decision:
         mean,
         *confidence_sequence(samples),
         p_value=_p_value(verdict, mean, error, n - 1, rule),
-        smallest=rule.floor + _detectable(n, alpha) * error if n >= FEWEST else None,
+        smallest=rule.floor + _detectable(n - 1, alpha) * error if n >= FEWEST else None,
         needed=_needed(mean, error * n**0.5, rule) if verdict is Verdict.UNKNOWN else None,
     )
 
 
-def confidence_sequence(
-    samples: Sequence[float], confidence: float = CONFIDENCE
-) -> tuple[float | None, float | None]:
+def confidence_sequence(samples: Sequence[float]) -> tuple[float | None, float | None]:
     """Return bounds of the mean that hold after any number of looks; None for too few samples."""
     n = len(samples)
-    need = math.log(2 / (1 - confidence))
+    need = math.log(2 / (1 - CONFIDENCE))
     if n < 2 or (n - 1) / 2 * math.log1p(PRIOR * n) <= need:  # the limit of the evidence
         return None, None
     mean, error = _mean_and_error(samples)
@@ -344,7 +342,6 @@ def compare_means(
         if _p_value(rejected, mean, error, nu, rule) < rule.alpha:
             verdict = rejected
     half = _quantile((1 + CONFIDENCE) / 2, nu) * error
-    detectable = (_quantile(1 - rule.alpha, nu) + _quantile(POWER, nu)) * error
     unknown = verdict is Verdict.UNKNOWN
     return Decision(
         verdict,
@@ -353,7 +350,7 @@ def compare_means(
         mean - half,
         mean + half,
         p_value=_p_value(verdict, mean, error, nu, rule),
-        smallest=rule.floor + detectable,
+        smallest=rule.floor + _detectable(nu, rule.alpha) * error,
         needed=_needed_of_two(mean, sum(parts) * min(n, m), known, rule) if unknown else None,
     )
 
@@ -383,13 +380,13 @@ def _p_value(verdict: Verdict, mean: float, error: float, nu: float, rule: Rule)
     if verdict is Verdict.FASTER:
         return _tail((-mean - rule.floor) / error, nu)
     if verdict is Verdict.SAME:
-        return max(_tail((rule.margin - s * mean) / error, nu) for s in (1, -1))
+        return _tail((rule.margin - abs(mean)) / error, nu)
     return _tail((mean - rule.floor) / error, nu)
 
 
-def _detectable(n: int, alpha: float) -> float:
+def _detectable(nu: float, alpha: float) -> float:
     """Return the standard errors above the floor at which an effect is found."""
-    return _quantile(1 - alpha, n - 1) + _quantile(POWER, n - 1)
+    return _quantile(1 - alpha, nu) + _quantile(POWER, nu)
 
 
 def _distance(mean: float, rule: Rule) -> float:
@@ -397,14 +394,14 @@ def _distance(mean: float, rule: Rule) -> float:
     return max(abs(mean) - rule.floor, rule.margin - abs(mean))
 
 
-def _needed(mean: float, scatter: float, rule: Rule, most: int = 100_000) -> int | None:
+def _needed(mean: float, scatter: float, rule: Rule) -> int | None:
     """Return the samples for a verdict if the mean and the scatter stay as they are."""
     distance = _distance(mean, rule)
 
     def enough(n: int) -> bool:
-        return bool(_detectable(n, rule.alpha / 2) * scatter / n**0.5 <= distance)
+        return bool(_detectable(n - 1, rule.alpha / 2) * scatter / n**0.5 <= distance)
 
-    return FEWEST + bisect_left(range(FEWEST, most), True, key=enough) if distance > 0 else None
+    return FEWEST + bisect_left(range(FEWEST, 100_000), True, key=enough) if distance > 0 else None
 
 
 def _needed_of_two(mean: float, scatter: float, known: float, rule: Rule) -> int | None:

@@ -213,7 +213,7 @@ def test_only_what_varies_is_shown(pair: SideBySide) -> None:
 
 
 def test_figures_side_by_side_are_each_results_own(pair: SideBySide) -> None:
-    assert [tuple(line.cells[:3]) for line in pair.lines] == [
+    assert [tuple(row[:3]) for row in pair.rows] == [
         (one.label, name, ratio)
         for one in pair.shown
         for name, ratio in (

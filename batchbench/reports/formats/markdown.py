@@ -34,7 +34,7 @@ def _together(together: SideBySide) -> Iterator[str]:
     if together.settings:
         head = ["Differs", *together.labels]
         yield from table(head, together.settings, left=len(head))
-    yield from table(HEAD, [line.cells for line in together.lines], left=2)
+    yield from table(HEAD, together.rows, left=2)
 
 
 def _of_result(one: Labelled, pictures: Mapping[str, str], *, several: bool) -> Iterator[str]:

@@ -410,7 +410,8 @@ def time_budget_table(result: Result) -> Table:
     columns = [head for name in budgets for head in ([name, "%"] if shares else [name])]
     head, title = ["Part", *columns, *["saved"] * saved], "Where the time went, in seconds"
     table = make_table(title, head, rows, notes=_budget_notes(result))
-    table.rows[-2].end_section = True  # a line above the total
+    for row_above in table.rows[-2:-1]:
+        row_above.end_section = True  # a line above the total
     return table
 
 
@@ -513,8 +514,7 @@ def render_side_by_side(together: SideBySide) -> RenderableType:
     # Units stand in the second line of the head; a table of five figures fits into 80 columns.
     head = [name.replace(" (", "\n(") for name in HEAD[:6]]
     rows = []
-    for line in together.lines:
-        label, *cells, status = line.cells
+    for label, *cells, status in together.rows:
         mark = "" if status == "valid" else f" ({status})"
         rows.append([label + mark, *cells[:5]])
     return Group(*parts, make_table("Side by side", head, rows, left=2))
