@@ -52,7 +52,7 @@ def gaps_ms(recording: Recording) -> Distribution:
 
 
 @dataclass(frozen=True, eq=False)
-class _Decodes:
+class Decodes:
     """Numbering of the decode steps from 1, without a list of them; ``[spans that decode]``."""
 
     span: Ints
@@ -61,13 +61,15 @@ class _Decodes:
     upto: Ints  # decode steps up to the span's end
 
     @classmethod
-    def of(cls, recording: Recording) -> _Decodes:
+    def of(cls, recording: Recording) -> Decodes:
         decoding = np.flatnonzero(recording.spans.decoding > 0)
         steps = recording.spans.steps[decoding]
         return cls(decoding, recording.first_steps[decoding], steps, np.cumsum(steps))
 
     def numbered(self, step: Ints) -> Ints:
         """Return the number of decode steps up to each of these steps, itself included."""
+        if not len(self.first):
+            return np.zeros_like(step)
         span = np.searchsorted(self.first, step, side="right") - 1
         within = np.minimum(step - self.first[span] + 1, self.steps[span])
         numbers = (self.upto - self.steps)[span] + within
@@ -85,7 +87,7 @@ def gaps_of(recording: Recording) -> Iterator[Gaps]:
     All running requests get a token at every step that decodes, so they share the gap from one
     such step to the next; only the gap after a first token may begin at another step.
     """
-    r, decodes = recording.requests, _Decodes.of(recording)
+    r, decodes = recording.requests, Decodes.of(recording)
     several = r.last > r.first
     # After a first token
     first, shared = np.unique(r.first[several], return_counts=True)

@@ -202,7 +202,7 @@ def causes(result: Result) -> list[str]:
 def make_table(
     title: str,
     head: Sequence[str],
-    rows: Sequence[Sequence[str]],
+    rows: Sequence[Sequence[str | Text]],
     *,
     left: int = 1,
     notes: Sequence[str] = (),
@@ -232,7 +232,7 @@ def make_table(
         justify: Any = "left" if i < left else "right"
         table.add_column(text, justify=justify, style=style, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
