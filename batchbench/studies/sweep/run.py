@@ -170,10 +170,12 @@ class CellsQuery(Protocol):
     """Cells to serve: a grid, or a list of cells."""
 
     @property
-    def cells(self) -> Sequence[Cell]: ...
+    def cells(self) -> Sequence[Cell]:
+        """The experiments."""
 
     @property
-    def varying(self) -> tuple[str, ...]: ...  # the options by which cells are named
+    def varying(self) -> tuple[str, ...]:
+        """Options by which cells are named."""
 
 
 class SweepWatch(Watch):
