@@ -97,7 +97,6 @@ def notes(named: Named) -> Iterator[str]:
 
 
 def render(named: Named) -> RenderableType:
-    """Return the report for a terminal."""
     found = [Text(sentence(named), style="bold"), Text()]
     tables = [make_table(part.title, part.head, part.rows) for part in parts(named)]
     return Group(*found, *tables, *map(Text, notes(named)))

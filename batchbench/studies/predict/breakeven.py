@@ -63,7 +63,6 @@ class MapSpec:
         return f"lognormal:mean={self.mean_tokens},sigma={sigma:.6g},max={most}"
 
     def chosen(self, batch: int, spread: float, rate: float | None) -> dict[str, Any]:
-        """Return the options of a cell, by field name."""
         options = {
             "batch_size": batch,
             "output_tokens": self.lengths(spread),
@@ -81,8 +80,6 @@ class MapSpec:
 
 @dataclass(frozen=True)
 class CellList:
-    """Cells for :func:`run_cells`."""
-
     cells: tuple[Cell, ...] = ()
     varying: tuple[str, ...] = ("batch_size", "spread", "load")
 
@@ -121,8 +118,6 @@ class Contest:
 
 @dataclass(frozen=True, eq=False)
 class MapCell:
-    """One cell of the map."""
-
     batch_size: int
     spread: float
     load: str
@@ -154,8 +149,6 @@ def load_of(load: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class BreakEven:
-    """The map."""
-
     spec: MapSpec
     fitted: FittedRun
     limits_ms: Mapping[str, float]  # of goodput, by latency
@@ -168,12 +161,10 @@ class BreakEven:
 
     @property
     def extrapolated(self) -> list[MapCell]:
-        """Cells with steps beyond those of the fit."""
         return [cell for cell in self.cells if cell.beyond]
 
     @cached_property
     def by_axes(self) -> dict[tuple[int, float, str], MapCell]:
-        """Cells by batch size, spread and load."""
         return {(c.batch_size, c.spread, c.load): c for c in self.cells}
 
     def won_by(self, winner: str, metric: str) -> list[MapCell]:
@@ -324,7 +315,6 @@ def _goodput(trials: Sequence[Recording], limits_ms: Mapping[str, float]) -> flo
 
 
 def rows_of(breakeven: BreakEven) -> Iterator[dict[str, Any]]:
-    """Yield one row per cell and metric, for CSV and JSON."""
     for cell in breakeven.cells:
         for metric, contest in cell.contests.items():
             yield {

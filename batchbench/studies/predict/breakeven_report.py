@@ -103,7 +103,6 @@ def cost_sentence(breakeven: BreakEven, price_per_hour: float) -> str:
 
 
 def title(breakeven: BreakEven) -> str:
-    """Return model, device and what all cells share, in a line."""
     spec = breakeven.spec
     return (
         f"{breakeven.fitted.place} · outputs of {spec.mean_tokens:,} tokens on average, prompts of "
@@ -112,7 +111,6 @@ def title(breakeven: BreakEven) -> str:
 
 
 def notes(breakeven: BreakEven) -> list[str]:
-    """Explain the numbers."""
     limits = ", ".join(f"{name.upper()} {ms:g} ms" for name, ms in breakeven.limits_ms.items())
     lines = [
         "Above 1: continuous batching is better. Simulated on fitted step costs.",
@@ -133,7 +131,6 @@ def notes(breakeven: BreakEven) -> list[str]:
 
 
 def render(breakeven: BreakEven, price_per_hour: float | None) -> RenderableType:
-    """Return the sentence, one table per metric, the measured cells, notes and the advice."""
     parts: list[RenderableType] = [Text(sentence(breakeven), style="bold"), Text()]
     for metric in METRICS:
         parts += [_table(breakeven, metric), Text()]
@@ -172,7 +169,6 @@ def spell(contest: Contest) -> str:
 
 
 def _measured_table(breakeven: BreakEven) -> Table:
-    """Return the predicted beside the measured ratios of the measured cells."""
     rows = []
     for cell in breakeven.measured:
         axes = [cell.load, f"{cell.batch_size:,}", f"{cell.spread:g}"]
@@ -193,7 +189,6 @@ def _measured_table(breakeven: BreakEven) -> Table:
 def write_map(
     folder: Path, breakeven: BreakEven, command: str, price_per_hour: float | None
 ) -> tuple[list[Path], str]:
-    """Write ``breakeven.json``, ``breakeven.csv`` and the picture; return them and the JSON."""
     text = to_json(breakeven, command, price_per_hour)
     table = pd.DataFrame(list(rows_of(breakeven))).to_csv(index=False)
     pictures = picture_files({"breakeven": draw_breakeven(breakeven)})
@@ -202,7 +197,6 @@ def write_map(
 
 
 def to_json(breakeven: BreakEven, command: str, price_per_hour: float | None) -> str:
-    """Return ``breakeven.json``."""
     spec, borders = breakeven.spec, list[dict[str, Any]]()
     for metric, load, batch in itertools.product(METRICS, spec.loads, spec.batch_sizes):
         spread = breakeven.break_even_spread(metric, batch, load)
