@@ -41,7 +41,7 @@ from batchbench.batching.remote.serve import Attempt, Served
 from batchbench.batching.remote.spec import CHAT, SERVED_MODEL, TargetSpec
 from batchbench.batching.trials import WarmUp, beginning
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
-from batchbench.errors import BatchbenchError, UsageError, shown
+from batchbench.errors import UsageError, shown
 from batchbench.workloads import Request, Workload, WorkloadSpec, make_workload
 
 SAFE_VOCABULARY = 32_000
@@ -258,7 +258,12 @@ class RemoteBench(Bench):
                 self.failures.append({**error.failed, "trial": number})
                 last = number + 1 == planned or failed == _MOST_FAILED
                 if not finished and (last or error.is_usage):
-                    raise _as_usage(first) from error
+                    one = first.failed["failed"][0]
+                    # A server that refuses connections has answered the warm-up.
+                    if first.is_usage and one["kind"] != FailureKind.REFUSED:
+                        text = f"--target: request {one['request']}: {one['text']}"
+                        raise UsageError(text) from error
+                    raise first from error
                 if failed == _MOST_FAILED:
                     return
                 continue
@@ -404,13 +409,6 @@ def _vocabulary_of(folder: Path | None) -> int:
     config = read_config(str(folder), folder)
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     return size if type(size) is int and size > 0 else SAFE_VOCABULARY
-
-
-def _as_usage(error: TrialFailed) -> BatchbenchError:
-    first = error.failed["failed"][0]
-    if not error.is_usage or first["kind"] == FailureKind.REFUSED:  # it has answered the warm-up
-        return error
-    return UsageError(f"--target: request {first['request']}: {first['text']}")
 
 
 # Checks against the model
