@@ -347,8 +347,7 @@ app = typer.Typer(help=BASELINE_HELP, no_args_is_help=True)
 @with_options({"check_spec": CheckSpec, "record": RecordSpec, "output": GateOutputSpec})
 def check(check_spec: CheckSpec, record: RecordSpec, output: GateOutputSpec) -> None:
     from batchbench.cli.progress import make_turns_display
-    from batchbench.studies.gate.baseline import load_baseline
-    from batchbench.studies.gate.check import record_of, run_check
+    from batchbench.studies.gate.check import load_baseline, record_of, run_check
 
     file = check_spec.baseline
     assert file is not None
@@ -384,7 +383,7 @@ def save(
     ] = None,
 ) -> None:
     from batchbench.cli.progress import make_turns_display
-    from batchbench.studies.gate.baseline import make_baseline, to_json
+    from batchbench.studies.gate.check import make_baseline, to_json
     from batchbench.studies.gate.report import render_baseline
 
     if file is not None and saving.output is not None:
@@ -409,7 +408,7 @@ def show(
         Path, typer.Argument(metavar="FILE", help="A saved baseline.", show_default=False)
     ],
 ) -> None:
-    from batchbench.studies.gate.baseline import load_baseline
+    from batchbench.studies.gate.check import load_baseline
     from batchbench.studies.gate.report import render_baseline
 
     make_console().print(render_baseline(load_baseline(file)))

@@ -28,8 +28,7 @@ from batchbench.errors import UsageError
 from batchbench.reports.result import Result, output_digest
 from batchbench.reports.statistics import Verdict
 from batchbench.studies.gate.compare import Run, Runs, compare_versions, load_runs
-from batchbench.studies.gate.counts import Counts, compare_counts
-from batchbench.studies.gate.evidence import Answer, Evidence, Gate, Kind
+from batchbench.studies.gate.evidence import Answer, Evidence, Gate, Kind, compare_counts
 from batchbench.studies.gate.spec import METRICS, CompareSpec, parse_condition
 from batchbench.workloads import Request
 
@@ -193,10 +192,16 @@ def test_where_a_tie_may_fall_otherwise_tokens_fail_nothing(
     assert any("nearly tied" in note for note in gate.notes)
 
 
-def work(closed: bool = True, simulated: bool = False, **counts: int | None) -> Counts:
-    """Plain data, as a worker process hands it over."""
-    counters = {name: None if n is None else {"forward_passes": n} for name, n in counts.items()}
-    return Counts(counters, dict.fromkeys(counts, "abc"), closed, simulated, "float32")
+def work(closed: bool = True, simulated: bool = False, **counts: int | None) -> dict[str, Any]:
+    """The parts of a result that hold the work."""
+    strategies = {
+        name: {"counters": None if n is None else {"forward_passes": n}, "output_digest": "abc"}
+        for name, n in counts.items()
+    }
+    workload, model = {"closed": closed}, {"dtype": "float32"}
+    return {
+        "strategies": strategies, "workload": workload, "model": model, "simulated": simulated
+    }  # fmt: skip
 
 
 def test_work_is_compared_on_plain_data() -> None:
@@ -229,7 +234,8 @@ def test_a_strategy_without_steps_is_noted_and_one_that_lost_them_fails() -> Non
 
 
 def test_a_count_of_one_version_only_is_told_and_fails_nothing() -> None:
-    new = replace(work(static=4), counters={"static": {"forward_passes": 4, "novelties": 1}})
+    new = work(static=4)
+    new["strategies"]["static"]["counters"]["novelties"] = 1
     told = compare_counts(work(static=4), new, alike=True)
     assert [(e.metric, e.verdict, e.gated) for e in told[:2]] == [
         ("forward_passes", Verdict.SAME, True),

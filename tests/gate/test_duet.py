@@ -28,10 +28,13 @@ from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError
 from batchbench.reports.statistics import Verdict
 from batchbench.studies.gate import duet, processes, report, worker
 from batchbench.studies.gate.duet import (
+    Cut,
     DuetResult,
+    Pair,
     ProcessPairs,
     Series,
     TurnsWatch,
+    contamination,
     make_duet_gate,
     record_of,
     run_duet,
@@ -46,7 +49,7 @@ from batchbench.studies.gate.processes import (
     this_installation,
 )
 from batchbench.studies.gate.spec import DuetSpec, timed_strategies
-from batchbench.studies.gate.turns import Cut, Pair, Turn, contamination
+from batchbench.studies.gate.worker import Turn
 
 PACKAGE = Path(batchbench.__file__).parent
 WORK = {"forward_passes": 10, "slot_steps": 80, "output_digest": "a" * 64}
@@ -387,11 +390,15 @@ def test_a_burst_in_one_turn_bends_nothing() -> None:
     assert pair.value("continuous") == 0
 
 
-def test_a_pair_comes_back_from_its_record() -> None:
-    pair = made_up(0.03)
-    again = Pair.of(json.loads(json.dumps(pair.as_data())))
-    assert again.value("continuous") == pair.value("continuous")
-    assert again.as_data() == pair.as_data()
+def test_a_record_has_all_that_a_pair_measured() -> None:
+    found, gate, _ = found_of(scattered(0.0, 0.005))
+    (first, *_), pair = json.loads(record_of(found, gate))["first"]["pairs"], found.first.pairs[0]
+    turns = {
+        name: [(Turn(*base), Turn(*new)) for base, new in pairs]
+        for name, pairs in first["turns"].items()
+    }
+    assert Pair(**{**first, "turns": turns}).value("continuous") == pair.value("continuous")
+    assert turns == pair.turns
 
 
 # What is asked

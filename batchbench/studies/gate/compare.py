@@ -16,21 +16,31 @@ from scipy import stats
 from batchbench.batching.machine import MUST_MATCH_FOR_TIMES, Difference, differences
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
+from batchbench.reports.peers import read_peer
+from batchbench.reports.peers.values import PeerFile
+from batchbench.reports.result_file import load_data
 from batchbench.reports.statistics import FEWEST, POWER, Decision, Rule, Verdict, compare_means
 from batchbench.reports.text import joined, plural
 from batchbench.settings import option_name
-from batchbench.studies.gate import peers
-from batchbench.studies.gate.counts import (
+from batchbench.studies.gate.evidence import (
     OUTPUTS,
-    Counts,
+    Evidence,
+    Gate,
+    Kind,
+    MetricQuery,
+    Side,
     Version,
     compare_counts,
-    facts_of_result,
+    compare_work,
+    describe,
     make_gate,
     mismatches,
+    shown_facts,
 )
-from batchbench.studies.gate.evidence import Evidence, Gate, Kind, MetricQuery, Side, describe
 from batchbench.studies.gate.spec import METRICS, CompareSpec, Condition, Metric
+
+_ENDINGS = (".json", ".jsonl", ".yaml", ".yml")
+"""Endings of the files of other tools."""
 
 _PARTS = ("target", "workload", "serving", "model", "trials", "goals")
 _MAY_DIFFER = ("trials", "max_time", "verify")
@@ -56,10 +66,6 @@ class Run:
         return reasons
 
     @property
-    def strategies(self) -> list[str]:
-        return list(self.data["strategies"])
-
-    @property
     def of_peer(self) -> bool:
         """Return True for the file of another tool."""
         return "peer" in self.data
@@ -82,20 +88,9 @@ class Runs:
 
     @property
     def version(self) -> Version:
-        data = self.first
-        machine = data["environment"].get("gpu") or data["environment"].get("cpu")
-        facts = {
-            "version": data["batchbench_version"],
-            "commit": data["environment"].get("git_commit"),
-            "created": data["created_at"],
-            "machine": "simulated" if data["simulated"] else machine,
-            "runs": str(len(self.runs)),
-        }
-        return Version(
-            Side(self.label, facts),
-            [Counts.of_result(run.data) for run in self.runs],
-            [facts_of_result(run.data) for run in self.runs],
-        )
+        more = {"created": self.first["created_at"], "runs": str(len(self.runs))}
+        side = Side(self.label, {**shown_facts(self.first), **more})
+        return Version(side, [run.data for run in self.runs])
 
 
 def load_runs(path: Path) -> Runs:
@@ -104,16 +99,14 @@ def load_runs(path: Path) -> Runs:
         files = _files(path)
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UsageError(f"{path}: cannot be read: {reason_of(error)}") from error
-    several = len(files) > 1
-    runs = Runs(
-        str(path), [Run(str(file) if several else str(path), peers.load(file)) for file in files]
-    )
+    labels = map(str, files) if len(files) > 1 else [str(path)]
+    runs = Runs(str(path), [Run(*one) for one in zip(labels, map(_load, files), strict=True)])
     _check_runs(runs)
     return runs
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file() and path.suffix not in peers.ENDINGS:
+    if path.is_file() and path.suffix not in _ENDINGS:
         raise UsageError(
             f"{path}: is not a result.json; give that file, or the folder that holds it"
         )
@@ -121,7 +114,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if folders := sorted(file.parent for file in path.glob("*/result.json")):
         return folders
-    if files := peers.files_in(path):
+    if files := sorted(file for file in path.iterdir() if file.suffix in _ENDINGS):
         return files
     raise UsageError(
         f"{path}: holds no result.json, nor do the folders in it; give a folder that batchbench "
@@ -129,18 +122,46 @@ def _files(path: Path) -> list[Path]:
     )
 
 
+def _load(path: Path) -> Mapping[str, Any]:
+    """Return our result, or the parts of one that another tool's file holds."""
+    peer = read_peer(path)
+    return load_data(path) if peer is None else _as_result(peer)
+
+
+def _as_result(file: PeerFile) -> dict[str, Any]:
+    sizes = ("completed", "total_input_tokens", "total_output_tokens")
+    return {
+        "peer": file.tool,
+        "batchbench_version": None,
+        "created_at": file.created,
+        "simulated": False,
+        "environment": {},
+        "validity": {"reasons": []},
+        "model": {"name": file.model, "dtype": None},
+        "workload": {"closed": True},
+        "config": {
+            "target": {"tool": file.title, "server": file.backend},
+            "workload": {name: [run.summary[name] for run in file.runs] for name in sizes},
+            "serving": {"engine": None},
+        },
+        "strategies": {
+            run.name: {"trials": [run.summary], "counters": {}, "output_digest": None}
+            for run in file.runs
+        },
+        "comparisons": [],
+    }
+
+
 def _check_runs(side: Runs) -> None:
     """Raise UsageError if a side's runs are not of one experiment and one version."""
     first = side.runs[0]
     for run in side.runs[1:]:
         _check_same_question(first, run)
-        for difference in (
-            () if first.of_peer else differing_settings(first.data["config"], run.data["config"])
-        ):
-            if difference.name not in _MAY_DIFFER:
+        for setting in differing_settings(first.data["config"], run.data["config"]):
+            if setting.name not in _MAY_DIFFER and not first.of_peer:
                 raise UsageError(
                     f"{run.label}: is not of the same experiment as {first.label}: "
-                    f"{_spell_setting(difference)}; give runs of one experiment in {side.label}"
+                    f"{_spell_setting(setting)}; give runs of one experiment in {side.label}"
                 )
     for one, other in combinations(side.runs, 2):
         if not one.data["simulated"] and _trials(one) == _trials(other):
@@ -160,11 +181,8 @@ def check_comparable(base: Runs, new: Runs) -> None:
     Runs of the base must agree on their counts, or there is nothing to compare with.
     """
     _check_same_question(base.runs[0], new.runs[0])
-    first = Counts.of_result(base.first)
     for run in base.runs[1:]:
-        for evidence in compare_counts(
-            first, Counts.of_result(run.data), alike=base.first["simulated"]
-        ):
+        for evidence in compare_counts(base.first, run.data, alike=base.first["simulated"]):
             if evidence.fails:
                 raise UsageError(
                     f"{run.label}: its {evidence.name} is {evidence.new}, and {evidence.base} in "
@@ -173,23 +191,35 @@ def check_comparable(base: Runs, new: Runs) -> None:
                 )
 
 
+_KINDS = {
+    "peer": "is of another tool, and {other} of batchbench; show them side by side with "
+    "batchbench report {one} {other}",
+    "simulated": "is a simulation, and {other} was measured; compare two simulations or two "
+    "measurements",
+    "server": "was measured on a server, and {other} on our own engine; compare two results with "
+    "--target, or two without",
+}
+"""Keys of a result that only one of two lacks, with the reason why they cannot be compared."""
+
+
 def _check_same_question(base: Run, new: Run) -> None:
     then, now = base.data, new.data
-    if base.of_peer or new.of_peer:
-        peers.check_same_load((base.label, then), (new.label, now))
+    for key, reason in _KINDS.items():
+        if bool(then.get(key)) != bool(now.get(key)):
+            first, second = (base, new) if then.get(key) else (new, base)
+            reason = reason.format(one=first.label, other=second.label)
+            raise UsageError(f"{first.label}: {reason}")
+    one, other = (list(data["strategies"]) for data in (then, now))
+    if base.of_peer:
+        models = [data["model"]["name"] or "not named" for data in (then, now)]
+        named = {"model": models, "load": [", ".join(one), ", ".join(other)]}
+        for what, (theirs, ours) in named.items():
+            if theirs != ours:
+                raise UsageError(
+                    f"{new.label}: its {what} is {ours}, and that of {base.label} is {theirs}; "
+                    f"measure both with the same {what}"
+                )
         return
-    if then["simulated"] != now["simulated"]:
-        simulated, measured = (base, new) if then["simulated"] else (new, base)
-        raise UsageError(
-            f"{simulated.label}: is a simulation, and {measured.label} was measured; compare two "
-            "simulations or two measurements"
-        )
-    if bool(then.get("server")) != bool(now.get("server")):
-        served, own = (base, new) if then.get("server") else (new, base)
-        raise UsageError(
-            f"{served.label}: was measured on a server, and {own.label} on our own engine; compare "
-            "two results with --target, or two without"
-        )
     if then["workload"]["digest"] != now["workload"]["digest"]:
         raise UsageError(
             f"{new.label}: has a different workload from {base.label}: "
@@ -197,7 +227,6 @@ def _check_same_question(base: Run, new: Run) -> None:
             "options"
         )
     _check_model(base, new)
-    one, other = base.strategies, new.strategies
     if set(one) != set(other) or one[0] != other[0]:
         raise UsageError(
             f"{new.label}: has the strategies {', '.join(other)}, and {base.label} has "
@@ -274,17 +303,12 @@ def judge(
     query: MetricQuery,
     base: Sample,
     new: Sample,
-    decision: Decision | None,
+    decision: Decision,
     why: str | None = None,
     needed: str | None = None,
 ) -> Evidence:
-    return query.evidence(
-        (query.value(base.mean), query.value(new.mean)),
-        decision,
-        (len(base.logs), len(new.logs)),
-        needed,
-        why,
-    )
+    values = query.value(base.mean), query.value(new.mean)
+    return query.evidence(values, decision, (len(base.logs), len(new.logs)), needed, why)
 
 
 def compare_speeds(
@@ -297,13 +321,12 @@ def compare_speeds(
     and the others share the same amount.
     """
     queries = list(_queries(base, new, spec))
-    _check_alike(queries, spec, unlike)
     counts = {gated: sum(query.gated is gated for query in queries) for gated in (True, False)}
     margin = math.log1p(spec.margin / 100)
     evidence = []
     for query in queries:
         if unlike and not (spec.allow_environment_mismatch and query.metric.is_ratio):
-            evidence.append(_refused(query, base, new, unlike))
+            evidence.append(_refuse(query, base, new, spec, unlike))
             continue
         rule = Rule(query.log_floor, margin, 1 - spec.confidence).shared(counts[query.gated])
         evidence.append(_compare(query, base, new, rule))
@@ -311,8 +334,7 @@ def compare_speeds(
 
 
 def _queries(base: Runs, new: Runs, spec: CompareSpec) -> Iterator[MetricQuery]:
-    strategies, floor = base.runs[0].strategies, spec.floor / 100
-    conditions = spec.conditions
+    strategies, conditions = list(base.first["strategies"]), spec.conditions
     for condition in conditions:
         _check_condition(condition, strategies, base, new)
     for metric in METRICS.values():
@@ -322,7 +344,7 @@ def _queries(base: Runs, new: Runs, spec: CompareSpec) -> Iterator[MetricQuery]:
             own = [c for c in conditions if c.metric == metric and c.strategy in (None, name)]
             yield from (MetricQuery(metric, name, c.share, True, c) for c in own)
             if not own and metric.shown:
-                yield MetricQuery(metric, name, floor, metric.name == "speedup")
+                yield MetricQuery(metric, name, spec.floor / 100, metric.name == "speedup")
 
 
 def _check_condition(
@@ -353,31 +375,6 @@ def _has(side: Runs, metric: Metric, strategy: str) -> bool:
     return any(v is not None for run in side.runs for v in _values(metric, strategy, run.data))
 
 
-def _check_alike(
-    queries: Sequence[MetricQuery], spec: CompareSpec, unlike: Sequence[Difference]
-) -> None:
-    for query in queries if unlike else ():
-        is_ratio = query.metric.is_ratio
-        if query.condition is None or (is_ratio and spec.allow_environment_mismatch):
-            continue
-        way = "give --allow-environment-mismatch" if is_ratio else "compare ratios such as speedup"
-        raise UsageError(
-            f"--fail-if '{query.condition.text}': {spell_unlike(unlike)}; compare runs of "
-            f"matching environments, or {way}"
-        )
-
-
-def spell_unlike(unlike: Sequence[Difference]) -> str:
-    facts = ", ".join(f"{d.name} ({_spell(d.base)}, {_spell(d.new)})" for d in unlike)
-    return f"the environments differ in {facts}"
-
-
-def _spell(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_spell(inner)}" for name, inner in value.items())
-    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _values(metric: Metric, strategy: str, data: Mapping[str, Any]) -> list[float | None]:
     """Return a value for each trial; None if it has no meaning."""
     trials = data["strategies"][strategy]["trials"]
@@ -392,18 +389,50 @@ def _values(metric: Metric, strategy: str, data: Mapping[str, Any]) -> list[floa
     return [a / b / steps if b and steps else None for a, b in pairs]
 
 
-def _logs(query: MetricQuery, run: Run) -> list[float] | None:
-    """Return a logarithm for each trial; None if a trial has none."""
-    values = _values(query.metric, query.strategy, run.data)
-    sign = -1 if query.metric.higher_is_better else 1
-    logs = [sign * math.log(v) for v in values if v and v > 0 and math.isfinite(v)]
-    return logs if logs and len(logs) == len(values) else None
+def _refuse(
+    query: MetricQuery, base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Difference]
+) -> Evidence:
+    """Return values from environments that do not match; a change of times would mislead.
+
+    Raises:
+        UsageError: a condition needs a verdict.
+    """
+    is_ratio = query.metric.is_ratio
+    if query.condition is not None:
+        way = "give --allow-environment-mismatch" if is_ratio else "compare ratios such as speedup"
+        raise UsageError(
+            f"--fail-if '{query.condition.text}': {_spell_unlike(unlike)}; compare runs of "
+            f"matching environments, or {way}"
+        )
+    why = f"was not compared: the environments differ in {', '.join(d.name for d in unlike)}"
+    if is_ratio:
+        why += "; --allow-environment-mismatch compares it anyway"
+    samples = _sample(query, base.runs), _sample(query, new.runs)
+    evidence = _without_verdict(replace(query, gated=False), *samples, why)
+    return evidence if is_ratio else replace(evidence, change=None)
+
+
+def _spell_unlike(unlike: Sequence[Difference]) -> str:
+    facts = ", ".join(f"{d.name} ({_spell(d.base)}, {_spell(d.new)})" for d in unlike)
+    return f"the environments differ in {facts}"
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_spell(inner)}" for name, inner in value.items())
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _sample(query: MetricQuery, runs: Sequence[Run]) -> Sample | None:
-    of_runs = [logs for run in runs if (logs := _logs(query, run)) is not None]
-    if not of_runs or len(of_runs) < len(runs):
-        return None
+    """Return the logarithms of a side; None if a trial has none."""
+    sign = -1 if query.metric.higher_is_better else 1
+    of_runs = []
+    for run in runs:
+        values = _values(query.metric, query.strategy, run.data)
+        logs = [sign * math.log(v) for v in values if v and v > 0 and math.isfinite(v)]
+        if not logs or len(logs) < len(values):
+            return None
+        of_runs.append(logs)
     if len(of_runs) >= FEWEST:
         means = [float(np.mean(logs)) for logs in of_runs]
         return Sample(means, variance=float(np.var(means, ddof=1)))
@@ -430,14 +459,14 @@ def _compare(query: MetricQuery, base: Runs, new: Runs, rule: Rule) -> Evidence:
         return judge(query, then, now, same, "has the same values to the last digit")
     between = math.sqrt((then.known + now.known) / 2)
     decision = compare_means(then.logs, now.logs, rule, between=between)
+    why = needed = None
     if decision.is_sure:
         why = f"--fail-if '{query.condition.text}'" if query.condition else None
-        return judge(query, then, now, decision, why)
-    if not query.gated:
-        return judge(query, then, now, decision)
-    few = min(len(base.valid), len(new.valid))
-    uncertain = f"is too uncertain from {plural(few, 'run')} per side"
-    return judge(query, then, now, decision, uncertain, _needed(then, now, decision, rule))
+    elif query.gated:
+        few = min(len(base.valid), len(new.valid))
+        why = f"is too uncertain from {plural(few, 'run')} per side"
+        needed = _needed(then, now, decision, rule)
+    return judge(query, then, now, decision, why, needed)
 
 
 def _exact(base: Sample, new: Sample, rule: Rule) -> Decision:
@@ -470,21 +499,10 @@ def _needed(base: Sample, new: Sample, decision: Decision, rule: Rule) -> str | 
 def _without_verdict(
     query: MetricQuery, base: Sample | None, new: Sample | None, why: str
 ) -> Evidence:
-    values = tuple(None if sample is None else query.value(sample.mean) for sample in (base, new))
-    evidence = query.evidence((values[0], values[1]), None, why=why)
     if base is None or new is None:
-        return evidence
-    return replace(evidence, change=query.change(new.mean - base.mean))
-
-
-def _refused(query: MetricQuery, base: Runs, new: Runs, unlike: Sequence[Difference]) -> Evidence:
-    """Return values from environments that do not match; a change of times would mislead."""
-    why = f"was not compared: the environments differ in {', '.join(d.name for d in unlike)}"
-    if query.metric.is_ratio:
-        why += "; --allow-environment-mismatch compares it anyway"
-    samples = _sample(query, base.runs), _sample(query, new.runs)
-    evidence = _without_verdict(replace(query, gated=False), *samples, why)
-    return evidence if query.metric.is_ratio else replace(evidence, change=None)
+        values = tuple(None if one is None else query.value(one.mean) for one in (base, new))
+        return query.evidence((values[0], values[1]), Decision(Verdict.UNKNOWN, 0), why=why)
+    return judge(query, base, new, Decision(Verdict.UNKNOWN, 0, new.mean - base.mean), why)
 
 
 # The gate
@@ -495,18 +513,20 @@ def compare_versions(base: Runs, new: Runs, spec: CompareSpec, typed: str) -> Ga
     sides = base.version, new.version
     unlike = mismatches(*sides, MUST_MATCH_FOR_TIMES)
     speeds = compare_speeds(base, new, spec, unlike)
+    work = compare_work(*sides, allow_improvement=spec.allow_improvement)
+    of_peer, few = base.runs[0].of_peer, min(len(base.runs), len(new.runs))
+    doubt = (
+        f"{plural(few, 'file')} per side cannot show that a difference is not chance; give folders "
+        f"of {FEWEST} or more files per side, and --fail-if for a metric that matters"
+    )
     return make_gate(
         "compare",
         typed,
-        sides,
-        speeds,
-        allow_improvement=spec.allow_improvement,
-        notes=lambda work: [
-            *_notes(base, new, spec, unlike, work),
-            *_warnings(speeds, simulated=base.first["simulated"]),
-        ],
+        *sides,
+        [*work, *speeds],
+        notes=[*_notes(base, new, spec, unlike, work), *_warnings(speeds, base.first["simulated"])],
         settings=differing_settings(base.first["config"], new.first["config"]),
-        unsure=peers.doubt(len(base.runs), len(new.runs)) if base.runs[0].of_peer else None,
+        unsure=doubt if of_peer and few < FEWEST else None,
     )
 
 
@@ -514,7 +534,12 @@ def _notes(
     base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Difference], work: Sequence[Evidence]
 ) -> Iterator[str]:
     if base.runs[0].of_peer:
-        yield from peers.notes(base.first, new.first)
+        yield (
+            "Files of other tools name neither the machine nor the prompts: a difference may come "
+            "from either."
+        )
+        if base.first["peer"] != new.first["peer"]:
+            yield "The two tools define some metrics differently: docs/other-tools.md."
         return
     if base.first["simulated"]:
         yield "Both are simulations, whose times are exact."
@@ -538,13 +563,10 @@ def _notes(
                 "counts and outputs are compared."
             )
     if unlike:
-        ratios = (
-            "Speed-ups are gated anyway, as requested."
-            if spec.allow_environment_mismatch
-            else "Speed-ups are not gated either; --allow-environment-mismatch gates them."
-        )
-        text = spell_unlike(unlike)
-        yield f"{text[0].upper()}{text[1:]}: absolute times are not compared. {ratios}"
+        ratios = "Speed-ups are not gated either; --allow-environment-mismatch gates them."
+        if spec.allow_environment_mismatch:
+            ratios = "Speed-ups are gated anyway, as requested."
+        yield f"T{_spell_unlike(unlike)[1:]}: absolute times are not compared. {ratios}"
     for condition in spec.conditions:
         if not condition.is_loss:
             better = "rise" if condition.metric.higher_is_better else "fall"
@@ -554,20 +576,15 @@ def _notes(
             )
 
 
-def _warnings(speeds: Sequence[Evidence], *, simulated: bool) -> Iterator[str]:
+def _warnings(speeds: Sequence[Evidence], simulated: bool) -> Iterator[str]:
     """Warn of losses of times that no condition names."""
     lost = [
         e for e in speeds if e.kind is Kind.TIME and not e.gated and e.verdict is Verdict.SLOWER
     ]
-    if not lost:
-        return
-    more = f", and {len(lost) - 3} more" if len(lost) > 3 else ""
-    why = (
-        ""
-        if simulated
-        else "Times of two sessions also differ because of other load on the machine. "
-    )
-    yield (
-        f"Warning: {'; '.join(map(describe, lost[:3]))}{more}. {why}Times are gated only by "
-        "--fail-if."
-    )
+    if lost:
+        more = f", and {len(lost) - 3} more" if len(lost) > 3 else ""
+        why = "Times of two sessions also differ because of other load on the machine. "
+        yield (
+            f"Warning: {'; '.join(map(describe, lost[:3]))}{more}. {why * (not simulated)}Times "
+            "are gated only by --fail-if."
+        )

@@ -18,20 +18,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from batchbench import version
 from batchbench.batching.experiment import Experiment
-from batchbench.batching.machine import allowed_cpus, facts_of
+from batchbench.batching.machine import allowed_cpus
 from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError, shown
 from batchbench.files import cache_folder, reason_of, replacing, undisturbed
-from batchbench.studies.gate.counts import Counts, Version
-from batchbench.studies.gate.evidence import Side
-from batchbench.studies.gate.turns import Turn
-from batchbench.studies.gate.worker import PROTOCOL, Calibration
+from batchbench.studies.gate.evidence import Side, Version, as_result, shown_facts
+from batchbench.studies.gate.worker import PROTOCOL, Calibration, Turn
 
 PATIENCE_S = 600.0
 """Maximum wait for an answer."""
@@ -99,20 +97,13 @@ class ProcessReport:
         return str(self.opened["model"]["device"]) == "cpu"
 
     @property
-    def counts(self) -> Counts:
-        return Counts.of_work(self.work, self.opened)
+    def result(self) -> Mapping[str, Any]:
+        return as_result(self.opened, self.work, self.hello["version"])
 
-    def version(self, label: str, **more: str) -> Version:
-        """Return the installation as one side of a gate, with ``more`` facts to show."""
-        environment = self.opened["environment"]
-        facts = {
-            **more,
-            "batchbench": self.hello["version"],
-            "commit": environment.get("git_commit"),
-            "machine": environment.get("gpu") or environment.get("cpu"),
-        }
-        known = facts_of(environment, self.opened["model"])
-        return Version(Side(label, facts), [self.counts], [known])
+    def version(self, side: Side) -> Version:
+        """Return the installation as one side of a gate, with more facts to show."""
+        facts = {**side.facts, **shown_facts(self.result)}
+        return Version(Side(side.label, facts), [self.result])
 
 
 def varying_work(reports: Sequence[ProcessReport]) -> str | None:
@@ -202,8 +193,8 @@ class Workers:
         also: Sequence[str],
         core: int | None,
     ) -> None:
-        known = {name: astuple(calibrations[name]) if calibrations else None for name in strategies}
-        request = {"do": "open", "config": experiment.config(), "lanes": known}
+        lanes = {name: calibrations[name] if calibrations else None for name in strategies}
+        request = {"do": "open", "config": experiment.config(), "lanes": lanes}
         self.tell({**request, "also": list(also), "core": core})
 
     def answer(self) -> Mapping[str, Any]:
@@ -220,18 +211,16 @@ class Workers:
         try:
             line = self._running.lines.get(timeout=min(PATIENCE_S, left))
         except queue.Empty:
-            if left < PATIENCE_S:
-                waited = time.monotonic() - began
-                why = f"{label} had not answered for {waited:.0f} s"
-                raise OutOfTimeError(why, waited) from None
-            raise BatchbenchError(f"{label}: no answer in {PATIENCE_S:g} s") from None
+            if left >= PATIENCE_S:
+                raise BatchbenchError(f"{label}: no answer in {PATIENCE_S:g} s") from None
+            waited = time.monotonic() - began
+            why = f"{label} had not answered for {waited:.0f} s"
+            raise OutOfTimeError(why, waited) from None
         if not line:
-            why = self._running.last_words()
-            raise BatchbenchError(f"{label}: ended by itself: {why}")
-        try:
+            raise BatchbenchError(f"{label}: ended by itself: {self._running.last_words()}")
+        answer = None
+        with contextlib.suppress(ValueError):
             answer = json.loads(line)
-        except ValueError:
-            answer = None
         if not isinstance(answer, dict):
             raise BatchbenchError(f"{label}: the answer is not a JSON object: {line[:80]!r}")
         if "error" in answer:
@@ -331,10 +320,9 @@ def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, st
     Raises:
         UsageError: there is no repository, no such revision, or the cache cannot be written.
     """
-    root = repository()
-    commit = (
-        _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").decode().strip()
-    )
+    root = _repository()
+    found = _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    commit = found.decode().strip()
     if not commit:
         raise UsageError(
             f"--base-ref {shown(revision)}: {root} has no such commit; fetch it (in a "
@@ -347,13 +335,16 @@ def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, st
             "--base-ref: there is no home folder for the cache; set BATCHBENCH_CACHE to a folder"
         ) from error
     if not folder.exists():
-        _install(root, commit, folder)
+        archive = _git(root, "archive", "--format=tar", commit, "batchbench")
+        if not archive:
+            raise UsageError(f"--base-ref {commit[:12]}: has no package batchbench")
+        _extract(archive, folder)
     return folder, commit
 
 
-def repository() -> Path:
+def _repository() -> Path:
     """Return the checkout of batchbench that this runs from, or that the current folder is in."""
-    for root in (Path(version.__file__).parents[1], *(Path.cwd() / "x").parents):
+    for root in (Path(version.__file__).parents[1], Path.cwd(), *Path.cwd().parents):
         if (root / ".git").exists() and (root / "batchbench" / "__init__.py").exists():
             return root
     raise UsageError(
@@ -361,10 +352,7 @@ def repository() -> Path:
     )
 
 
-def _install(root: Path, commit: str, folder: Path) -> None:
-    archive = _git(root, "archive", "--format=tar", commit, "batchbench")
-    if not archive:
-        raise UsageError(f"--base-ref {commit[:12]}: has no package batchbench")
+def _extract(archive: bytes, folder: Path) -> None:
     try:
         with replacing(folder, folder=True) as staging:
             with tarfile.open(fileobj=io.BytesIO(archive)) as files:
@@ -380,10 +368,10 @@ def _install(root: Path, commit: str, folder: Path) -> None:
 
 
 def _git(root: Path, *words: str) -> bytes:
+    """Return what git prints; nothing if it fails."""
+    command = ["git", "-C", str(root), *words]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, check=False, timeout=60
-        )
+        done = subprocess.run(command, capture_output=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UsageError(f"--base-ref: git cannot be run ({error})") from error
     return done.stdout if done.returncode == 0 else b""
