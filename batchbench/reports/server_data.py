@@ -1,4 +1,4 @@
-"""The parts of ``result.json`` that only some runs have, as types: a server, and sampling."""
+"""The parts of ``result.json`` that only runs against a server have, as types."""
 
 from __future__ import annotations
 
@@ -76,12 +76,3 @@ class FailureData(TypedDict):
     trial: int
     requests: int
     failed: list[FailedRequestData]
-
-
-class SamplingData(TypedDict):
-    """The way in which tokens are drawn; greedy results have none."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int

@@ -208,7 +208,7 @@ def test_throughput_shows_the_summary_every_trial_and_the_paired_ratio(
         for what, metric in (("tokens", "output_throughput"), ("requests", "request_throughput")):
             bar = found(figure, f"{what}-{i}").get_width()
             dots = found(figure, f"{what}-trials-{i}").get_offsets()[:, 0]
-            each = [metrics.trial_summary(trial)[metric] for trial in several]
+            each = [metrics.summary([trial])[metric] for trial in several]
             assert bar == pytest.approx(metrics.summary(several)[metric])
             np.testing.assert_allclose(dots, each)
     static, continuous = ([t.duration_ns for t in several] for several in MEASURED.values())

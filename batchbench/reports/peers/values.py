@@ -17,7 +17,7 @@ from batchbench.errors import shown
 from batchbench.reports.latency import Latencies
 from batchbench.reports.metrics import statistics_of
 from batchbench.reports.result import Result
-from batchbench.reports.result_file import Summary
+from batchbench.reports.result_file import METRICS
 from batchbench.reports.served import server_words
 from batchbench.reports.statistics import Distribution, Floats
 
@@ -96,7 +96,7 @@ def make_run(
         latencies: in ms, by ``LATENCIES``; values of an array that are not finite are left out.
         name: its load, if that is not rate and concurrency.
     """
-    found: dict[str, float | None] = {**dict.fromkeys(Summary.__annotations__), **given}
+    found: dict[str, float | None] = {**dict.fromkeys(METRICS), **given}
     parts = {
         key: Distribution.of(v[np.isfinite(v)]) if isinstance(v, np.ndarray) else v
         for key, v in (latencies or {}).items()

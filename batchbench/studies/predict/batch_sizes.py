@@ -14,7 +14,6 @@ from batchbench.batching.recording import Recording
 from batchbench.errors import UsageError
 from batchbench.reports import metrics
 from batchbench.reports.prediction import beyond, predict
-from batchbench.reports.result_file import metric
 from batchbench.studies.predict.fitted import FittedRun
 from batchbench.workloads import Workload
 
@@ -122,10 +121,10 @@ def predict_slots(fitted: FittedRun, sizes: Sequence[int], queue_size: int | Non
 
 
 def _point(recording: Recording, size: int, fitted: FittedRun, measured: int) -> Point:
-    summary = metrics.trial_summary(recording)
+    summary = metrics.summary([recording])
     outside = tuple(beyond(fitted.known, [recording]))
     names = ("duration", "output_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms")
-    values: dict[str, Any] = {name: metric(summary, name) for name in (*names, "p99_e2el_ms")}
+    values: dict[str, Any] = {name: summary[name] for name in (*names, "p99_e2el_ms")}
     return Point(
         strategy=recording.header.strategy,
         batch_size=size,
