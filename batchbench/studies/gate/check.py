@@ -21,7 +21,7 @@ from typing import Any
 from batchbench.batching.experiment import Experiment, named_files, pinned
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.files import reason_of
-from batchbench.json_file import envelope, json_text, read_json
+from batchbench.json_file import envelope, read_json
 from batchbench.reports.result_file import fault_of, read_time
 from batchbench.reports.statistics import Decision, Rule, Verdict, compare_means
 from batchbench.reports.text import plural
@@ -365,10 +365,6 @@ def make_baseline(
             "processes": [asdict(process) for process in session.processes],
         }
     )
-
-
-def to_json(baseline: Baseline) -> str:
-    return json_text(baseline.data)
 
 
 # The check

@@ -35,7 +35,7 @@ _BATCH = 256
 _SLACK = 1e-9  # equal arrangements have equal statistics except for rounding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class ChangePoint:
     """A change of level before the value ``index``, and its p-value by permutation."""
 
@@ -55,30 +55,28 @@ def fewest_values(alpha: float) -> int:
     return n
 
 
-def find_changes(values: Sequence[float], alpha: float, seed: int = 0) -> list[ChangePoint]:
+def find_changes(values: Sequence[float], alpha: float) -> list[ChangePoint]:
     """Return the change points of a series, in its order.
 
     Args:
         alpha: probability of finding any if the values come in no order.
-        seed: seed of the permutations, so that the same series gives the same answer.
     """
     series = np.asarray(values, np.float64)
-    edges, p_values = [0, len(series)], dict[int, float]()
-    random = np.random.default_rng(seed)
+    found: list[ChangePoint] = []
+    random = np.random.default_rng(0)  # the same series gives the same answer
     while True:
+        edges = [0, *(point.index for point in found), len(series)]
         segments = [series[a:b] for a, b in itertools.pairwise(edges)]
         scored = [_best_split(segment[None, :]) for segment in segments]
         scores = [float(score[0]) for score, _ in scored]
         chosen = int(np.argmax(scores))
         if scores[chosen] <= 0:  # all values are equal, or the segments too short to be split
-            break
+            return found
         p_value = _p_value(segments, scores[chosen], alpha, random)
         if p_value > alpha:
-            break
-        place = edges[chosen] + int(scored[chosen][1][0])
-        p_values[place] = p_value
-        edges = sorted([*edges, place])
-    return [ChangePoint(place, p_values[place]) for place in sorted(p_values)]
+            return found
+        found.append(ChangePoint(edges[chosen] + int(scored[chosen][1][0]), p_value))
+        found.sort()
 
 
 def _p_value(
@@ -193,15 +191,21 @@ class SeriesResult:
     too_few: int | None
 
     @property
+    def counting(self) -> list[Change]:
+        return [change for change in self.changes if change.counts]
+
+    @property
     def newest(self) -> Change | None:
         """The newest change that counts."""
-        return next((change for change in reversed(self.changes) if change.counts), None)
+        return self.counting[-1] if self.counting else None
 
     @property
     def loss(self) -> Change | None:
         """The loss at its newest end, if it was not accepted."""
-        candidates = [c for c in (self.newest, self.drift) if c is not None and c.counts]
-        return next((c for c in candidates if c.is_loss and not c.accepted), None)
+        for change in (*self.counting[-1:], self.drift):
+            if change and change.counts and change.is_loss and not change.accepted:
+                return change
+        return None
 
     @property
     def name(self) -> str:
@@ -237,9 +241,14 @@ class Trend:
         return [series for result in self.current for series in result.series]
 
     @property
+    def _losses(self) -> list[str]:
+        losses = [describe_count(change) for r in self.current for change in r.more_work]
+        return losses + [f"{s.name} {s.loss.text}" for s in self._series if s.loss is not None]
+
+    @property
     def answer(self) -> Answer:
         """FAILED after a loss in a current line; PASSED only if all of them have enough results."""
-        if any(series.loss for series in self._series) or any(r.more_work for r in self.current):
+        if self._losses:
             return Answer.FAILED
         if not self._series or any(series.too_few for series in self._series):
             return Answer.UNKNOWN
@@ -248,14 +257,11 @@ class Trend:
     @property
     def sentence(self) -> str:
         """The answer in one sentence."""
-        if self.answer is Answer.FAILED:
-            losses = [describe_count(change) for r in self.current for change in r.more_work]
-            losses += [f"{s.name} {s.loss.text}" for s in self._series if s.loss is not None]
-            return f"LOSS: {_first(losses, 3)}."
+        if self._losses:
+            return f"LOSS: {_first(self._losses, 3)}."
         if not self._series:
             return "CANNOT TELL: no result of the newest commit has any of the metrics."
-        short = [series for series in self._series if series.too_few]
-        if short:
+        if short := [series for series in self._series if series.too_few]:
             least = min(short, key=lambda result: len(result.series.valid))
             valid = plural(len(least.series.valid), "valid result")
             return f"CANNOT TELL: {least.name} has {valid}, but needs {least.too_few}."
@@ -295,7 +301,12 @@ def judge(lines: Sequence[Line], spec: TrendSpec, unreadable: Sequence[str] = ()
     alpha = (1 - spec.confidence) / 2 / max(tests, 1)
     results = []
     for line, own in zip(lines, series, strict=True):
-        accepted = _accepted_until(line, spec.accept)
+        of_commit = (
+            e.created
+            for e in line.entries
+            if spec.accept and (e.commit or "").startswith(spec.accept)
+        )
+        accepted = max(of_commit, default=None)
         analysed = [judge_series(s, alpha, spec.floor / 100, accepted) for s in own]
         changes = line.count_changes(spec.strategy)
         results.append(LineResult(line, analysed, changes, _more_work(changes, accepted)))
@@ -347,16 +358,15 @@ def _change(
     """Return the change from one set of logarithms to another, with Welch's interval."""
     # Without floor and margin, the p-value is one-sided for "no change".
     decision = compare_means(old.tolist(), new.tolist(), Rule(floor=0.0, margin=0.0))
-    assert decision.estimate is not None
-    assert decision.low is not None
-    assert decision.high is not None
-    share = math.expm1(decision.estimate)
+    share, low, high = (
+        math.expm1(log or 0.0) for log in (decision.estimate, decision.low, decision.high)
+    )
     p_value = decision.p_value or 0.0
     return Change(
         *pair,
         share,
-        math.expm1(decision.low),
-        math.expm1(decision.high),
+        low,
+        high,
         p_value=2 * min(p_value, 1 - p_value),
         is_loss=(share < 0) is higher_is_better(metric),
         counts=abs(share) > floor,
@@ -393,14 +403,6 @@ def _segments(series: Series, logs: Floats, edges: Sequence[int]) -> list[Segmen
         bounds = (math.exp(value) for value in (mean, low, high))
         segments.append(Segment(series.valid[a], series.valid[b - 1], *bounds))
     return segments
-
-
-def _accepted_until(line: Line, accepted: str | None) -> datetime | None:
-    """Return the time of the newest result of the accepted commit."""
-    if accepted is None:
-        return None
-    times = [e.created for e in line.entries if (e.commit or "").startswith(accepted)]
-    return max(times, default=None)
 
 
 def _is_accepted(entry: Entry, accepted_until: datetime | None) -> bool:
@@ -461,19 +463,17 @@ def _line_data(result: LineResult) -> dict[str, Any]:
 
 def _series_data(result: SeriesResult) -> dict[str, Any]:
     series = result.series
+    points = zip(series.entries, series.values, strict=True)
     return {
         "metric": series.metric,
         "strategy": series.strategy,
         "higher_is_better": higher_is_better(series.metric),
         "too_few": result.too_few,
         "smallest": result.smallest,
-        "drift": None if result.drift is None else _change_data(result.drift),
+        "drift": result.drift and _change_data(result.drift),
         "changes": [_change_data(change) for change in result.changes],
         "segments": [vars(segment) for segment in result.segments],
-        "points": [
-            {**_entry_data(entry), **vars(value)}
-            for entry, value in zip(series.entries, series.values, strict=True)
-        ],
+        "points": [{**_entry_data(entry), **vars(value)} for entry, value in points],
     }
 
 

@@ -19,6 +19,7 @@ from batchbench.files import STAGING, reason_of
 from batchbench.reports.result_file import read_data, read_time
 from batchbench.reports.statistics import paired_ratio
 from batchbench.settings import setting
+from batchbench.studies.gate import spec as gate
 
 METRICS = ("output_throughput", "speedup", "median_e2el_ms", "p99_itl_ms")
 """Metrics that are analysed by default."""
@@ -26,9 +27,11 @@ METRICS = ("output_throughput", "speedup", "median_e2el_ms", "p99_itl_ms")
 COMPARED = ("speedup", "efficiency", "step_ratio")
 """Metrics that compare two strategies of one run, so they are in no strategy's summary."""
 
-_HIGHER = ("_throughput", "_goodput", "slo_attainment", "floor_share", *COMPARED)
-
-_LOWER = ("_ms", "duration", "energy_joules", "joules_per_output_token", "cost_per_million")
+_HIGHER_IS_BETTER = {
+    **{name: metric.higher_is_better for name, metric in gate.METRICS.items()},
+    "step_ratio": True,
+    "cost_per_million_output_tokens": False,
+}
 
 OUTPUTS = "outputs"
 """Name under which the digest of all output tokens stands among the counters."""
@@ -43,10 +46,8 @@ def higher_is_better(metric: str) -> bool:
     Raises:
         UsageError: it has none, because it counts the workload or is not a metric of a result.
     """
-    if any(part in metric for part in _HIGHER):
-        return True
-    if any(part in metric for part in _LOWER) and "arrival" not in metric:
-        return False
+    if metric in _HIGHER_IS_BETTER:
+        return _HIGHER_IS_BETTER[metric]
     raise UsageError(
         f"--metric {shown(metric)}: has no better and worse; give output_throughput, speedup, "
         "p99_ttft_ms or another rate, ratio or time of docs/metrics.md"
@@ -156,10 +157,6 @@ class Entry:
     work: Mapping[Key, int | str] = field(default_factory=dict)
 
     @property
-    def is_valid(self) -> bool:
-        return not self.reasons
-
-    @property
     def label(self) -> str:
         """The short commit, or the time if the commit is not known."""
         if self.commit is None:
@@ -185,7 +182,7 @@ class Series:
     @cached_property
     def valid(self) -> list[int]:
         """Indexes of the valid entries."""
-        return [i for i, entry in enumerate(self.entries) if entry.is_valid]
+        return [i for i, entry in enumerate(self.entries) if not entry.reasons]
 
 
 @dataclass(frozen=True)
@@ -218,8 +215,7 @@ class Line:
     @property
     def caption(self) -> str:
         words = {"None": "none", "True": "yes", "False": "no"}
-        facts = {name: str(value) for name, value in self.facts.items()}
-        parts = [f"{name} {words.get(value, value)}" for name, value in facts.items()]
+        parts = [f"{name} {words.get(str(fact), fact)}" for name, fact in self.facts.items()]
         text = " · ".join(parts) or "One workload, configuration and environment"
         return text if self.is_current else f"{text} · ended: no result of the newest commit"
 
@@ -284,42 +280,36 @@ def read_entry(file: Path, metrics: Sequence[str]) -> Entry:
     """
     data = read_data(file)
     try:
-        return _entry(file, data, metrics)
+        if not data["strategies"]:
+            raise ValueError("it has no strategy")
+        validity, commit = data["validity"], data["environment"].get("git_commit")
+        if validity["status"] not in ("valid", "suspect"):
+            raise ValueError(f"validity {validity['status']!r}")
+        suspect = ["suspect"] if validity["status"] == "suspect" else []
+        return Entry(
+            file=file,
+            created=read_time(data["created_at"]),
+            commit=None if commit is None else str(commit),
+            setup=_setup(data),
+            machine=_machine(data),
+            reasons=[str(reason) for reason in validity["reasons"]] or suspect,
+            values=dict(_values(data, metrics)),
+            work=dict(_work(data)),
+        )
     except KeyError as error:
         raise UsageError(f"{file}: is not a complete result: {error} is missing") from error
     except (TypeError, AttributeError, ValueError, IndexError) as error:
         raise UsageError(f"{file}: is not a complete result: {error}") from error
 
 
-def _entry(file: Path, data: Mapping[str, Any], metrics: Sequence[str]) -> Entry:
-    strategies, validity = data["strategies"], data["validity"]
-    if not strategies:
-        raise ValueError("it has no strategy")
-    if validity["status"] not in ("valid", "suspect"):
-        raise ValueError(f"validity {validity['status']!r}")
-    reasons = [str(reason) for reason in validity["reasons"]]
-    if validity["status"] == "suspect" and not reasons:
-        reasons = ["suspect"]
-    commit = data["environment"].get("git_commit")
-    return Entry(
-        file=file,
-        created=read_time(data["created_at"]),
-        commit=None if commit is None else str(commit),
-        setup=_setup(data),
-        machine=_machine(data),
-        reasons=reasons,
-        values=dict(_values(data, metrics)),
-        work=dict(_work(data)),
-    )
-
-
 def _setup(data: Mapping[str, Any]) -> dict[str, Any]:
     model, workload, serving = data["model"], data["workload"], data["config"]["serving"]
     server = data.get("server")
+    # Another version of a server is a change to find, not another series.
+    of_server = {"server": server["name"], "server slots": server["slots"]} if server else {}
     return {
         "model": model["name"],
-        # Another version of a server is a change to find, not another series.
-        **({"server": server["name"], "server slots": server["slots"]} if server else {}),
+        **of_server,
         "weights": model["load_format"],
         "simulated": bool(data["simulated"]),
         "workload": workload["name"],
@@ -342,27 +332,26 @@ def _machine(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _values(data: Mapping[str, Any], metrics: Sequence[str]) -> Iterator[tuple[Key, Value]]:
+    """Yield the metrics that have a value with a logarithm."""
     for metric in metrics:
         if metric in COMPARED:
             for comparison in data["comparisons"]:
-                value, ends = comparison[metric], None
+                value, bounds = comparison[metric], None
                 if metric == "speedup":
-                    value, ends = value["median"], value["ci95"]
+                    value, bounds = value["median"], value["ci95"]
                 if _is_positive(value):
-                    key = metric, comparison["candidate"]
-                    yield key, Value(float(value), *map(float, ends or ()))
+                    yield (metric, comparison["candidate"]), Value(value, *(bounds or ()))
             continue
         for name, strategy in data["strategies"].items():
             value = strategy["summary"].get(metric)
             if _is_positive(value):
                 trials = [trial.get(metric) for trial in strategy["trials"]]
                 ratio = paired_ratio(trials, [1.0] * len(trials))
-                bounds = (None, None) if ratio is None else (ratio.low, ratio.high)
-                yield (metric, name), Value(float(value), *bounds)
+                ends = () if ratio is None else (ratio.low, ratio.high)
+                yield (metric, name), Value(value, *ends)
 
 
 def _is_positive(value: Any) -> bool:
-    """Return True if there is a value and it has a logarithm."""
     if value is None:
         return False
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -402,17 +391,11 @@ def make_lines(entries: Sequence[Entry], last: int) -> list[Line]:
     if "workload" in varying:  # its digest then tells people nothing more
         varying = [name for name in varying if name != "workload digest"]
     newest = ordered[-1]
-    lines = [
-        Line(
-            entries=group[-last:],
-            facts={name: own[name] for name in varying if name in own},
-            is_current=any(
-                entry is newest or (entry.commit is not None and entry.commit == newest.commit)
-                for entry in group
-            ),
-            dropped=max(0, len(group) - last),
-        )
-        for group, own in zip(groups.values(), facts, strict=True)
-    ]
+    lines = []
+    for group, own in zip(groups.values(), facts, strict=True):
+        commits = {entry.commit for entry in group}
+        is_current = group[-1] is newest or (newest.commit is not None and newest.commit in commits)
+        named = {name: own[name] for name in varying if name in own}
+        lines.append(Line(group[-last:], named, is_current, max(0, len(group) - last)))
     lines.sort(key=lambda line: line.entries[-1].created, reverse=True)
     return sorted(lines, key=lambda line: not line.is_current)
