@@ -45,7 +45,6 @@ from batchbench.studies.gate.evidence import (
     Version,
     as_result,
     compare_work,
-    counts_fail,
     make_gate,
     mismatches,
     shown_facts,
@@ -412,9 +411,9 @@ def run_check(
             new = session.reports[0].version(Side(LABEL))
             other = bool(mismatches(base, new, MACHINE))
             rule = rule_of(spec, len(data["lanes"]) - 1, other=other)
-        if count == 2 and counts_fail(
-            base.runs[0], new.runs[0], allow_improvement=spec.allow_improvement
-        ):
+            work = compare_work(base, new, allow_improvement=spec.allow_improvement)
+            changed = any(evidence.fails for evidence in work)
+        if changed and count == 2:
             break  # ratios of different work cannot be compared
         last = time.monotonic() + 1.05 * session.longest_s > until
         progress = session.processes[-1].speedups
@@ -432,8 +431,6 @@ def run_check(
         return empty_gate("check", typed, (base.side, here), "process", late, seconds), session
     if late:
         decisions = decide_ratios(baseline.processes, session.processes, rule, looks + 1)
-    work = compare_work(base, new, allow_improvement=spec.allow_improvement)
-    changed = any(evidence.fails for evidence in work)
     times = [] if changed else list(_times(baseline, session, decisions, rule))
     gate = make_gate(
         "check",

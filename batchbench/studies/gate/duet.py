@@ -29,7 +29,6 @@ from batchbench.studies.gate.evidence import (
     MetricQuery,
     Side,
     compare_work,
-    counts_fail,
     describe,
     make_gate,
 )
@@ -376,9 +375,11 @@ def run_duet(
     first = Series(rule_of(spec).shared(len(strategies)), strategies)
     looked = False
     for count in _run_pairs(first, source, watch, clock, until):
-        results = (report.result for report in first.reports[-1])
-        if count == 2 and counts_fail(*results, allow_improvement=spec.allow_improvement):
-            break  # times of different work cannot be compared
+        if count == 2:
+            sides = (report.version(Side("")) for report in first.reports[-1])
+            work = compare_work(*sides, allow_improvement=spec.allow_improvement)
+            if any(evidence.fails for evidence in work):
+                break  # times of different work cannot be compared
         if not looked and clock() - began > FIRST_SHARE * spec.max_time:
             looked = True  # once only, because the error of this look is spent
             first.decide(last=True)

@@ -398,14 +398,6 @@ def compare_work(base: Version, new: Version, *, allow_improvement: bool) -> lis
     ]
 
 
-def counts_fail(
-    base: Mapping[str, Any], new: Mapping[str, Any], *, allow_improvement: bool
-) -> bool:
-    """Return True if a count fails; outputs may differ by a numerical tie."""
-    evidence = compare_counts(base, new, alike=False, allow_improvement=allow_improvement)
-    return any(one.fails for one in evidence)
-
-
 def compare_counts(
     base: Mapping[str, Any],
     new: Mapping[str, Any],
