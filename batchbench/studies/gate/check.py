@@ -96,9 +96,6 @@ FLOOR, FLOOR_ELSEWHERE, MARGIN = 10.0, 20.0, 1.5
 Between two sessions of one machine, half an hour apart, the ratio to the notebook engine moved by
 7 % (docs/regressions.md)."""
 
-LABEL = "this installation"
-
-
 # The file
 
 
@@ -139,8 +136,7 @@ class Baseline:
     @property
     def candidate(self) -> str:
         """Return the strategy that is gated; the others are its references."""
-        name: str = self.data["lanes"][0]
-        return name
+        return str(self.data["lanes"][0])
 
     @property
     def age_days(self) -> float:
@@ -160,16 +156,13 @@ class Baseline:
 
     @property
     def machine(self) -> str:
-        environment = self.data["environment"]
-        name: str = environment.get("gpu") or environment["cpu"]
-        return name
+        return str(self.data["environment"].get("gpu") or self.data["environment"]["cpu"])
 
     def version(self, label: str) -> Version:
         data = self.data
         result = as_result(data, data["work"], data["batchbench_version"])
-        return Version(
-            Side(label, {"created": data["created_at"], **shown_facts(result)}), [result]
-        )
+        facts = {"created": data["created_at"], **shown_facts(result)}
+        return Version(Side(label, facts), [result])
 
 
 def load_baseline(file: Path) -> Baseline:
@@ -193,22 +186,22 @@ def _fault(data: Any) -> str | None:
         found = data.get("schema_version")
         return f"has schema version {found}, and batchbench {__version__} reads {SCHEMA_VERSION}"
     schema = json.loads(_SCHEMA_FILE.read_text(encoding="utf-8"))
-    fault = fault_of(data, schema) or _contradiction(data)
+    fault = fault_of(data, schema) or next(_contradictions(data), None)
     return fault and f"is not a complete baseline: {fault}"
 
 
-def _contradiction(data: Mapping[str, Any]) -> str | None:
+def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:
     try:
         read_time(data["created_at"])
     except ValueError as error:
-        return f"created_at: {error}"
-    candidate, *references = data["lanes"]
-    needed = {"ratios": references, "step_ns": data["lanes"], "passes": data["lanes"]}
+        yield f"created_at: {error}"
+    candidate, *references = lanes = data["lanes"]
     for number, process in enumerate(data["processes"]):
-        for part, names in needed.items():
+        for part, names in (("ratios", references), ("step_ns", lanes), ("passes", lanes)):
             if not process[part].keys() >= set(names):
-                return f"processes.{number}.{part} lacks a strategy of lanes"
-    return None if candidate in data["work"] else f"work.{candidate[:40]} is missing"
+                yield f"processes.{number}.{part} lacks a strategy of lanes"
+    if candidate not in data["work"]:
+        yield f"work.{candidate[:40]} is missing"
 
 
 # Measuring
@@ -216,8 +209,9 @@ def _contradiction(data: Mapping[str, Any]) -> str | None:
 
 def make_cut(strategies: Mapping[str, Mapping[str, Any]]) -> Cut:
     """Cut trials into turns by the ``steps`` and ``step_ns`` of each strategy."""
+    steps = [known["steps"] for known in strategies.values()]
     trials = [known["steps"] * known["step_ns"] / 1e9 for known in strategies.values()]
-    cut = Cut.of(min(known["steps"] for known in strategies.values()), max(trials), TURN_S)
+    cut = Cut.of(min(steps), max(trials), TURN_S)
     cycles = max(1, round(PROCESS_S / (sum(trials) * cut.times)))
     return replace(cut, cycles=max(cycles, math.ceil(FEWEST_TURNS / cut.pieces)))
 
@@ -258,18 +252,15 @@ class Session:
     reports: list[ProcessReport] = field(default_factory=list)
     cut_off: OutOfTimeError | None = None
 
-    def measure(
-        self, count: int | None, watch: TurnsWatch, until: float = math.inf
-    ) -> Iterator[int]:
-        """Measure until there are ``count``, or until ``time.monotonic`` is ``until``.
+    def measure(self, watch: TurnsWatch, of: str = "", until: float = math.inf) -> Iterator[int]:
+        """Measure one process after another until ``time.monotonic`` is ``until``.
 
-        Yield the number of processes after each.
+        Yield the number of processes after each. ``of`` is what the watch shows after it.
         """
         chance = random.Random()
         with Workers(this_installation(), self.experiment.model.threads or 1, until) as workers:
-            while count is None or len(self.processes) < count:
-                total = "" if count is None else f" of {count}"
-                watch.begins(f"process {len(self.processes) + 1}{total}")
+            while True:
+                watch.begins(f"process {len(self.processes) + 1}{of}")
                 try:
                     process, report = measure_process(workers, self, chance)
                 except OutOfTimeError as late:
@@ -331,21 +322,20 @@ def _process(
         pairs = zip(counted[candidate], counted[reference], strict=True)
         of_steps = fmean(math.log(own.step_ns / other.step_ns) for own, other in pairs)
         ratios[reference] = of_steps + math.log(passes[candidate] / passes[reference])
-    return Process(
-        ratios,
-        step_ns={name: median(turn.step_ns for turn in taken) for name, taken in counted.items()},
-        passes=passes,
-        busy=fmean(turn.is_busy for taken in counted.values() for turn in taken),
-        seconds=seconds,
-    )
+    step_ns = {name: median(turn.step_ns for turn in taken) for name, taken in counted.items()}
+    busy = fmean(turn.is_busy for taken in counted.values() for turn in taken)
+    return Process(ratios, step_ns, passes, busy, seconds)
 
 
 def make_baseline(
     experiment: Experiment, processes: int, watch: TurnsWatch, command: str
 ) -> Baseline:
     session = Session(experiment)
-    for number in session.measure(processes, watch):
-        watch.measured(f"process {number} of {processes}", session.processes[-1].speedups)
+    of = f" of {processes}"
+    for number in session.measure(watch, of):
+        watch.measured(f"process {number}{of}", session.processes[-1].speedups)
+        if number == processes:
+            break
     if varied := varying_work(session.reports):
         raise UsageError(f"{varied}: a baseline needs the same work in every process")
     report, cut = session.reports[0], session.cut
@@ -402,13 +392,14 @@ def run_check(
             f"--preset {spec.preset}: {file} was made with --preset {experiment.preset}; make one "
             f"with batchbench baseline save --preset {spec.preset}"
         )
-    base, session = baseline.version(str(file)), Session(experiment, Cut(**data["cut"]))
+    base, here = baseline.version(str(file)), Side("this installation")
+    session = Session(experiment, Cut(**data["cut"]))
     decisions, looks = dict[str, Decision](), 0
     until = began + spec.max_time
-    for count in session.measure(None, watch, until):
+    for count in session.measure(watch, until=until):
         if count == 1:
             _check_same_question(file, data, session.reports[0].opened)
-            new = session.reports[0].version(Side(LABEL))
+            new = session.reports[0].version(here)
             other = bool(mismatches(base, new, MACHINE))
             rule = rule_of(spec, len(data["lanes"]) - 1, other=other)
             work = compare_work(base, new, allow_improvement=spec.allow_improvement)
@@ -427,7 +418,7 @@ def run_check(
             break
     seconds, late = time.monotonic() - began, session.cut_off
     if not session.processes:
-        here = Side(LABEL, {"batchbench": __version__})
+        here = replace(here, facts={"batchbench": __version__})
         return empty_gate("check", typed, (base.side, here), "process", late, seconds), session
     if late:
         decisions = decide_ratios(baseline.processes, session.processes, rule, looks + 1)
@@ -446,10 +437,9 @@ def run_check(
 
 
 def _check_same_question(file: Path, data: Mapping[str, Any], opened: Mapping[str, Any]) -> None:
-    for what, part, key in (
-        ("a different workload", "workload", "digest"),
-        ("different weights", "model", "weights_digest"),
-    ):
+    parts = {"a different workload": ("workload", "digest")}
+    parts["different weights"] = ("model", "weights_digest")
+    for what, (part, key) in parts.items():
         if data[part].get(key) != opened[part][key]:
             raise UsageError(
                 f"{file}: the same settings give {what} here, so nothing can be "

@@ -46,8 +46,7 @@ _PARTS = ("target", "workload", "serving", "model", "trials", "goals")
 _MAY_DIFFER = ("trials", "max_time", "verify")
 """Settings in which the runs of one experiment may differ."""
 
-_MOST_RUNS = 10_000
-"""Largest number of runs that is suggested."""
+_MOST_RUNS = 10_000  # that are suggested
 
 
 # Runs
@@ -61,9 +60,8 @@ class Run:
     data: Mapping[str, Any]
 
     @property
-    def reasons(self) -> Sequence[str]:
-        reasons: Sequence[str] = self.data["validity"]["reasons"]
-        return reasons
+    def reasons(self) -> list[str]:
+        return list(self.data["validity"]["reasons"])
 
     @property
     def of_peer(self) -> bool:
@@ -164,15 +162,12 @@ def _check_runs(side: Runs) -> None:
                     f"{_spell_setting(setting)}; give runs of one experiment in {side.label}"
                 )
     for one, other in combinations(side.runs, 2):
-        if not one.data["simulated"] and _trials(one) == _trials(other):
+        trials = [[s["trials"] for s in run.data["strategies"].values()] for run in (one, other)]
+        if not one.data["simulated"] and trials[0] == trials[1]:
             raise UsageError(
                 f"{other.label}: holds the same measurement as {one.label}, which would count "
                 "twice; remove one of them"
             )
-
-
-def _trials(run: Run) -> list[Any]:
-    return [strategy["trials"] for strategy in run.data["strategies"].values()]
 
 
 def check_comparable(base: Runs, new: Runs) -> None:
@@ -226,7 +221,20 @@ def _check_same_question(base: Run, new: Run) -> None:
             f"{_spell_workloads(then['config'], now['config'])}; run both with the same workload "
             "options"
         )
-    _check_model(base, new)
+    model, models = then["model"], now["model"]
+    if model["name"] != models["name"]:
+        raise UsageError(
+            f"{new.label}: has the model {models['name']}, and {base.label} has {model['name']}; "
+            "run both with the same --model"
+        )
+    weights = [of_side.get("weights_digest") for of_side in (model, models)]
+    # In another number format the same weights have another digest.
+    if model["dtype"] == models["dtype"] and all(weights) and weights[0] != weights[1]:
+        raise UsageError(
+            f"{new.label}: has different weights from {base.label} ({model['name']}, "
+            f"{weights[1][:12]} and {weights[0][:12]}); run both with the same --model, "
+            "--load-format and --seed"
+        )
     if set(one) != set(other) or one[0] != other[0]:
         raise UsageError(
             f"{new.label}: has the strategies {', '.join(other)}, and {base.label} has "
@@ -251,23 +259,6 @@ def _spell_setting(difference: Difference) -> str:
     return f"{option_name(difference.name)} differs: {' and '.join(values)}"
 
 
-def _check_model(base: Run, new: Run) -> None:
-    then, now = base.data["model"], new.data["model"]
-    if then["name"] != now["name"]:
-        raise UsageError(
-            f"{new.label}: has the model {now['name']}, and {base.label} has {then['name']}; run "
-            "both with the same --model"
-        )
-    digests = then.get("weights_digest"), now.get("weights_digest")
-    # In another number format the same weights have another digest.
-    if then["dtype"] == now["dtype"] and None not in digests and digests[0] != digests[1]:
-        raise UsageError(
-            f"{new.label}: has different weights from {base.label} ({now['name']}, "
-            f"{digests[1][:12]} and {digests[0][:12]}); run both with the same --model, "
-            "--load-format and --seed"
-        )
-
-
 def differing_settings(
     base: Mapping[str, Any], new: Mapping[str, Any], parts: Sequence[str] = _PARTS
 ) -> list[Difference]:
@@ -280,19 +271,12 @@ def differing_settings(
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One side of a metric: logarithms that grow as it gets slower.
-
-    Attributes:
-        logs: a value for each run, or for each trial.
-        known: variance of their mean beyond the one they show.
-        of_runs: they are values of runs.
-        variance: variance of the value of one run.
-    """
+    """One side of a metric: logarithms of runs or trials that grow as it gets slower."""
 
     logs: Sequence[float]
-    known: float = 0.0
+    known: float = 0.0  # variance of their mean beyond the one they show
     of_runs: bool = True
-    variance: float = 0.0
+    variance: float = 0.0  # of the value of one run
 
     @property
     def mean(self) -> float:
@@ -313,7 +297,7 @@ def judge(
 
 def compare_speeds(
     base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Difference]
-) -> list[Evidence]:
+) -> Iterator[Evidence]:
     """Compare ratios and times of two comparable versions.
 
     Speed-ups are gated if the environments match or ``spec`` accepts that they do not; times and
@@ -321,16 +305,13 @@ def compare_speeds(
     and the others share the same amount.
     """
     queries = list(_queries(base, new, spec))
-    counts = {gated: sum(query.gated is gated for query in queries) for gated in (True, False)}
-    margin = math.log1p(spec.margin / 100)
-    evidence = []
+    margin, alpha = math.log1p(spec.margin / 100), 1 - spec.confidence
     for query in queries:
         if unlike and not (spec.allow_environment_mismatch and query.metric.is_ratio):
-            evidence.append(_refuse(query, base, new, spec, unlike))
-            continue
-        rule = Rule(query.log_floor, margin, 1 - spec.confidence).shared(counts[query.gated])
-        evidence.append(_compare(query, base, new, rule))
-    return evidence
+            yield _refuse(query, base, new, unlike)
+        else:
+            sharing = sum(other.gated is query.gated for other in queries)
+            yield _compare(query, base, new, Rule(query.log_floor, margin, alpha).shared(sharing))
 
 
 def _queries(base: Runs, new: Runs, spec: CompareSpec) -> Iterator[MetricQuery]:
@@ -339,12 +320,11 @@ def _queries(base: Runs, new: Runs, spec: CompareSpec) -> Iterator[MetricQuery]:
         _check_condition(condition, strategies, base, new)
     for metric in METRICS.values():
         for name in strategies[1:] if metric.of_pair else strategies:
-            if not all(_has(side, metric, name) for side in (base, new)):
-                continue
-            own = [c for c in conditions if c.metric == metric and c.strategy in (None, name)]
-            yield from (MetricQuery(metric, name, c.share, True, c) for c in own)
-            if not own and metric.shown:
-                yield MetricQuery(metric, name, spec.floor / 100, metric.name == "speedup")
+            if _has(base, metric, name) and _has(new, metric, name):
+                own = [c for c in conditions if c.metric == metric and c.strategy in (None, name)]
+                yield from (MetricQuery(metric, name, c.share, True, c) for c in own)
+                if not own and metric.shown:
+                    yield MetricQuery(metric, name, spec.floor / 100, metric.name == "speedup")
 
 
 def _check_condition(
@@ -361,8 +341,9 @@ def _check_condition(
             f"{option}: {metric.name} compares a strategy with the baseline {strategies[0]}; "
             + (f"name {strategies[1]}" if strategies[1:] else "the results have no other strategy")
         )
-    candidates = strategies[1:] if metric.of_pair else strategies
-    names = candidates if condition.strategy is None else [condition.strategy]
+    names = strategies[1:] if metric.of_pair else strategies
+    if condition.strategy is not None:
+        names = [condition.strategy]
     for side in (base, new):
         if not any(_has(side, metric, name) for name in names):
             raise UsageError(
@@ -389,9 +370,7 @@ def _values(metric: Metric, strategy: str, data: Mapping[str, Any]) -> list[floa
     return [a / b / steps if b and steps else None for a, b in pairs]
 
 
-def _refuse(
-    query: MetricQuery, base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Difference]
-) -> Evidence:
+def _refuse(query: MetricQuery, base: Runs, new: Runs, unlike: Sequence[Difference]) -> Evidence:
     """Return values from environments that do not match; a change of times would mislead.
 
     Raises:
@@ -453,7 +432,10 @@ def _compare(query: MetricQuery, base: Runs, new: Runs, rule: Rule) -> Evidence:
         stamped = f"was not compared: {suspect.label} is stamped suspect: {reason}"
         return _without_verdict(query, then, now, stamped)
     if base.first["simulated"]:
-        return judge(query, then, now, _exact(then, now, rule))
+        change, verdict = now.mean - then.mean, Verdict.SAME
+        if abs(change) > rule.floor + 1e-12:  # rounding of sums of logarithms
+            verdict = Verdict.SLOWER if change > 0 else Verdict.FASTER
+        return judge(query, then, now, Decision(verdict, len(then.logs), change, change, change))
     if list(then.logs) == list(now.logs):  # the same measurement on both sides
         same = Decision(Verdict.SAME, len(then.logs), 0.0, 0.0, 0.0)
         return judge(query, then, now, same, "has the same values to the last digit")
@@ -467,13 +449,6 @@ def _compare(query: MetricQuery, base: Runs, new: Runs, rule: Rule) -> Evidence:
         why = f"is too uncertain from {plural(few, 'run')} per side"
         needed = _needed(then, now, decision, rule)
     return judge(query, then, now, decision, why, needed)
-
-
-def _exact(base: Sample, new: Sample, rule: Rule) -> Decision:
-    change = new.mean - base.mean
-    beyond = abs(change) > rule.floor + 1e-12  # rounding of sums of logarithms
-    verdict = Verdict.SAME if not beyond else Verdict.SLOWER if change > 0 else Verdict.FASTER
-    return Decision(verdict, min(len(base.logs), len(new.logs)), change, change, change)
 
 
 def _needed(base: Sample, new: Sample, decision: Decision, rule: Rule) -> str | None:
@@ -512,7 +487,7 @@ def compare_versions(base: Runs, new: Runs, spec: CompareSpec, typed: str) -> Ga
     check_comparable(base, new)
     sides = base.version, new.version
     unlike = mismatches(*sides, MUST_MATCH_FOR_TIMES)
-    speeds = compare_speeds(base, new, spec, unlike)
+    speeds = list(compare_speeds(base, new, spec, unlike))
     work = compare_work(*sides, allow_improvement=spec.allow_improvement)
     of_peer, few = base.runs[0].of_peer, min(len(base.runs), len(new.runs))
     doubt = (

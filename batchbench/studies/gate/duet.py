@@ -89,16 +89,11 @@ class Cut:
     """The division of a trial into turns.
 
     Two sides, and two sessions, need the same cut, since parts of a workload differ.
-
-    Attributes:
-        pieces: turns of a trial.
-        times: trials of a turn; above 1 only for short trials, which are one piece.
-        cycles: how often a process serves all pieces; 0 if the time limit decides.
     """
 
-    pieces: int
-    times: int
-    cycles: int = 0
+    pieces: int  # turns of a trial
+    times: int  # trials of a turn; above 1 only for short trials, which are one piece
+    cycles: int = 0  # how often a process serves all pieces; 0 if the time limit decides
 
     @classmethod
     def of(cls, steps: int, trial_s: float, turn_s: float) -> Cut:
@@ -120,21 +115,13 @@ class Cut:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two fresh processes, one of each installation, that took turns.
+    """Two fresh processes, one of each installation, that took turns; mappings are by strategy."""
 
-    Attributes:
-        turns: pairs of turns by strategy, in order.
-        passes: steps of a trial by strategy, of base and new.
-        pieces: turns of a trial, by strategy.
-        seconds: time from the start of the processes to their end.
-        new_first: the new installation took the first turn of each pair.
-    """
-
-    turns: Mapping[str, Sequence[TurnPair]]
-    passes: Mapping[str, tuple[int, int]]
-    pieces: Mapping[str, int]
-    seconds: float
-    new_first: bool
+    turns: Mapping[str, Sequence[TurnPair]]  # in order
+    passes: Mapping[str, tuple[int, int]]  # steps of a trial, of base and new
+    pieces: Mapping[str, int]  # turns of a trial
+    seconds: float  # from the start of the processes to their end
+    new_first: bool  # the new installation took the first turn of each pair of turns
 
     def value(self, strategy: str) -> float:
         """Return the log ratio of the time of a trial, new over base.
@@ -146,18 +133,12 @@ class Pair:
         """
         count = self.pieces[strategy]
         weight = total = 0.0
-        for piece in range(count):
-            pairs = [
-                pair for i, pair in enumerate(self.turns[strategy]) if i and i % count == piece
-            ]
-            if pairs:
+        for piece in range(1, count + 1):
+            if pairs := self.turns[strategy][piece::count]:
                 share = median(base.wall_ns for base, _ in pairs)
                 ratio = median(math.log(new.wall_ns / base.wall_ns) for base, new in pairs)
                 weight, total = weight + share, total + share * math.exp(ratio)
         return math.log(total / weight)
-
-    def covers(self, strategy: str) -> float:
-        return min(1.0, (len(self.turns[strategy]) - 1) / self.pieces[strategy])
 
     def kernel(self) -> float:
         """Return the log ratio of the calibration kernel, which is the same code on both sides."""
@@ -197,10 +178,8 @@ def contamination(pairs: Sequence[Pair], floor: float, *, on_cpu: bool) -> str |
     # The median: a burst in one pair is noise, which the scatter of the pairs accounts for.
     off = median(pair.kernel() for pair in pairs)
     if abs(off) > floor:
-        differs = f"{math.expm1(off):+.1%}"
-        return (
-            f"the time of the calibration kernel, the same code on both sides, differs by {differs}"
-        )
+        kernel = "the time of the calibration kernel, the same code on both sides,"
+        return f"{kernel} differs by {math.expm1(off):+.1%}"
     if on_cpu and (busy := fmean(pair.busy() for pair in pairs)) > 0.5:
         return f"other processes used the core in {busy:.0%} of the turns"
     return None
@@ -288,23 +267,16 @@ class ProcessPairs:
 
 @dataclass
 class Series:
-    """Pairs of processes under one rule, and the decisions on each strategy so far.
-
-    Attributes:
-        strategies: those whose time is compared.
-        confirming: it is the second series, which confirms the losses of the first.
-        reports: of base and new, for each pair.
-        cut_off: set if the time was up during a pair, which then does not count.
-    """
+    """Pairs of processes under one rule, and the decisions on each strategy so far."""
 
     rule: Rule
-    strategies: Sequence[str]
-    confirming: bool = False
+    strategies: Sequence[str]  # whose time is compared
+    confirming: bool = False  # it is the second series, which confirms the losses of the first
     calibrations: SideCalibrations = None
     pairs: list[Pair] = field(default_factory=list)
     reports: list[Reports] = field(default_factory=list)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
-    cut_off: OutOfTimeError | None = None
+    cut_off: OutOfTimeError | None = None  # the time was up in a pair, which does not count
 
     def add(self, pair: Pair, reports: Reports) -> None:
         self.pairs.append(pair)
@@ -410,7 +382,7 @@ def _run_pairs(
     A pair during which the time is up does not count.
     """
     while True:
-        what = f"{'confirming, ' if series.confirming else ''}pair {len(series.pairs) + 1}"
+        what = f"{'confirming, ' * series.confirming}pair {len(series.pairs) + 1}"
         watch.begins(what)
         known = series.calibrations
         try:
@@ -467,6 +439,14 @@ def make_duet_gate(
     work = compare_work(base, new, allow_improvement=allow_improvement)
     changed = any(evidence.fails for evidence in work)
     times = [] if changed else [_time(result, strategy) for strategy in first.strategies]
+    of_sides = zip(
+        *(reports for series in result.series for reports in series.reports), strict=True
+    )
+    varied = [
+        f"{label}: {varying}"
+        for label, reports in zip(("base", "new"), of_sides, strict=True)
+        if (varying := varying_work(reports))
+    ]
     late = next((series.cut_off for series in result.series if series.cut_off), None)
     longest = max(series.pair_s for series in result.series)
     return make_gate(
@@ -476,7 +456,7 @@ def make_duet_gate(
         new,
         [*work, *times],
         notes=list(_notes(result, changed=changed)),
-        unsure=_varied(result) or hung(late, longest, "pair of processes"),
+        unsure=next(iter(varied), None) or hung(late, longest, "pair of processes"),
         seconds=seconds,
     )
 
@@ -499,14 +479,6 @@ def hung(late: OutOfTimeError | None, longest_s: float, what: str) -> str | None
     if late is None or late.waited_s <= longest_s:
         return None
     return f"{late} when --max-time was up, longer than any {what} took"
-
-
-def _varied(result: DuetResult) -> str | None:
-    for side, label in enumerate(("base", "new")):
-        reports = [pair[side] for series in result.series for pair in series.reports]
-        if varying := varying_work(reports):
-            return f"{label}: {varying}"
-    return None
 
 
 def _time(result: DuetResult, strategy: str) -> Evidence:
@@ -556,7 +528,8 @@ def _notes(result: DuetResult, *, changed: bool) -> Iterator[str]:
     if any(part.cut_off for part in result.series):
         yield CUT_OFF_NOTE.format("pair")
     for name in series.strategies:
-        if (covered := min(pair.covers(name) for pair in series.pairs)) < 1:
+        covered = min((len(pair.turns[name]) - 1) / pair.pieces[name] for pair in series.pairs)
+        if covered < 1:
             yield f"a trial takes so long that only its first {covered:.0%} were timed"
     if not all(report.on_cpu for report in reports):
         yield "times are wall times; each turn waits for the device at its end"

@@ -107,18 +107,13 @@ def spell(value: float | str | None) -> str:
 
 @dataclass(frozen=True)
 class MetricQuery:
-    """A metric to compare, and the change of it that counts.
-
-    Attributes:
-        floor: share of loss beyond which it is slower.
-        condition: the condition of ``--fail-if`` for it, which then has the floor.
-    """
+    """A metric to compare, and the change of it that counts."""
 
     metric: Metric
     strategy: str
-    floor: float
+    floor: float  # share of loss beyond which it is slower
     gated: bool
-    condition: Condition | None = None
+    condition: Condition | None = None  # of --fail-if, which then has the floor
 
     @property
     def log_floor(self) -> float:
@@ -180,15 +175,10 @@ class MetricQuery:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two versions that were compared.
+    """One of the two versions that were compared."""
 
-    Attributes:
-        label: the user's name for it: a folder, an interpreter, a revision.
-        facts: version, commit, machine and so on, by name.
-    """
-
-    label: str
-    facts: Mapping[str, str | None] = field(default_factory=dict)
+    label: str  # the user's name for it: a folder, an interpreter, a revision
+    facts: Mapping[str, str | None] = field(default_factory=dict)  # version, commit, machine …
 
 
 class Answer(StrEnum):
@@ -205,28 +195,18 @@ CANNOT_TELL = 3
 
 @dataclass(frozen=True)
 class Gate:
-    """The findings of a comparison.
+    """The findings of a comparison."""
 
-    Attributes:
-        command: compare, duet or check.
-        typed: the command line that repeats it.
-        settings: settings that differ between the two experiments.
-        environment: facts that differ between the two machines or installations.
-        notes: lines that the reader should know, such as what was not compared and why.
-        unsure: the reason why the whole has no answer, even if there is evidence.
-        seconds: time that it took; None if nothing was run.
-    """
-
-    command: str
-    typed: str
+    command: str  # compare, duet or check
+    typed: str  # the command line that repeats it
     base: Side
     new: Side
     evidence: Sequence[Evidence]
-    settings: Sequence[Difference] = ()
-    environment: Sequence[Difference] = ()
-    notes: Sequence[str] = ()
-    unsure: str | None = None
-    seconds: float | None = None
+    settings: Sequence[Difference] = ()  # that differ between the two experiments
+    environment: Sequence[Difference] = ()  # facts that differ between the two machines
+    notes: Sequence[str] = ()  # such as what was not compared and why
+    unsure: str | None = None  # the reason why the whole has no answer, even if there is evidence
+    seconds: float | None = None  # that it took; None if nothing was run
 
     @property
     def failures(self) -> list[Evidence]:

@@ -41,25 +41,17 @@ FORKS_PER_PARENT = 8
 """Processes forked from one parent before everything is imported again, so that a bias that they
 share does not affect all samples."""
 
-Calibrations = Mapping[str, Calibration]
-"""Calibrations by strategy."""
+Calibrations = Mapping[str, Calibration]  # by strategy
 
 
 @dataclass(frozen=True)
 class Installation:
-    """A Python interpreter and its batchbench.
+    """A Python interpreter and its batchbench."""
 
-    Attributes:
-        label: its name in messages: base, new, here.
-        python: the interpreter; that of a virtual environment is in its ``bin``.
-        own: it is the interpreter of this program, and keeps its ``PYTHONPATH``.
-        folder: a folder whose batchbench comes before any other; None for the installed one.
-    """
-
-    label: str
+    label: str  # its name in messages: base, new, here
     python: Path
-    own: bool = False
-    folder: Path | None = None
+    own: bool = False  # it is the interpreter of this program, and keeps its PYTHONPATH
+    folder: Path | None = None  # whose batchbench comes before any other
 
     def environment(self, threads: int | None) -> dict[str, str]:
         """Return environment variables, equal on both sides except for the place of batchbench."""
@@ -96,14 +88,10 @@ class ProcessReport:
     def on_cpu(self) -> bool:
         return str(self.opened["model"]["device"]) == "cpu"
 
-    @property
-    def result(self) -> Mapping[str, Any]:
-        return as_result(self.opened, self.work, self.hello["version"])
-
     def version(self, side: Side) -> Version:
-        """Return the installation as one side of a gate, with more facts to show."""
-        facts = {**side.facts, **shown_facts(self.result)}
-        return Version(Side(side.label, facts), [self.result])
+        """Return the installation as a side of a gate that has more facts."""
+        result = as_result(self.opened, self.work, self.hello["version"])
+        return Version(Side(side.label, {**side.facts, **shown_facts(result)}), [result])
 
 
 def varying_work(reports: Sequence[ProcessReport]) -> str | None:

@@ -17,29 +17,16 @@ from batchbench.settings import parse_number, setting
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured quantity of one strategy.
+    """A measured quantity of one strategy."""
 
-    Attributes:
-        name: its name in ``result.json``.
-        is_ratio: a ratio of two times of one run, so that machine speed cancels out; otherwise an
-            absolute time or rate.
-        of_pair: a ratio of two strategies, which the baseline strategy does not have.
-        between: standard deviation of its logarithm between processes, beyond that of the trials.
-        shown: compared even if no option names it.
-    """
-
-    name: str
+    name: str  # in result.json
     unit: str | None
     higher_is_better: bool
-    is_ratio: bool = False
-    of_pair: bool = False
-    between: float = 0.20
-    shown: bool = False
+    is_ratio: bool = False  # of two times of one run, so that machine speed cancels out
+    of_pair: bool = False  # a ratio of two strategies, which the baseline strategy does not have
+    between: float = 0.20  # standard deviation of its logarithm, between processes
+    shown: bool = False  # compared even if no option names it
 
-
-_LATENCIES = ("queue", "ttft", "tpot", "itl", "e2el")
-
-_STATISTICS = ("mean", "median", "std", "p90", "p99", "p99.9")
 
 # ``between`` was measured on a shared machine. Ratios of strategies vary with memory layout and the
 # order of runs. Times also vary with the clock and with neighbours (one step took 4.7, 8.0 and
@@ -59,14 +46,10 @@ METRICS = {
         Metric("energy_joules", "J", False),
         Metric("joules_per_output_token", "J", False),
         *(
-            Metric(
-                f"{statistic}_{latency}_ms",
-                "ms",
-                False,
-                shown=statistic in ("median", "p99") and latency != "queue",
-            )
-            for latency in _LATENCIES
-            for statistic in _STATISTICS
+            Metric(f"{statistic}_{latency}_ms", "ms", False, shown=usual and latency != "queue")
+            for latency in ("queue", "ttft", "tpot", "itl", "e2el")
+            for statistic in ("mean", "median", "std", "p90", "p99", "p99.9")
+            for usual in [statistic in ("median", "p99")]
         ),
     )
 }
@@ -80,20 +63,13 @@ _FORM = re.compile(r"(?P<name>[^<>\s]+)\s*(?P<sign>[<>])=?\s*(?P<percent>[^<>=]+
 
 @dataclass(frozen=True)
 class Condition:
-    """A change that fails the comparison if it is shown.
+    """A change that fails the comparison if it is shown."""
 
-    Attributes:
-        text: the condition as typed.
-        strategy: the strategy whose metric counts; None for any.
-        falls: a fall fails; otherwise a rise fails.
-        share: size of the change beyond which it fails, above 0.
-    """
-
-    text: str
+    text: str  # as typed
     metric: Metric
-    strategy: str | None
-    falls: bool
-    share: float
+    strategy: str | None  # whose metric counts; None for any
+    falls: bool  # a fall fails; otherwise a rise fails
+    share: float  # size of the change beyond which it fails, above 0
 
     @property
     def is_loss(self) -> bool:
@@ -120,7 +96,11 @@ def parse_condition(text: str) -> Condition:
     )
     if match is None:
         raise UsageError(f"{option}: {must}")
-    strategy, metric = _split(match["name"])
+    # Both may hold dots: my.policies:Mine.p99.9_ttft_ms.
+    name = match["name"]
+    known = (metric for metric in METRICS if f".{name}".endswith(f".{metric}"))
+    metric = max(known, key=len, default=name.rpartition(".")[2])
+    strategy = name[: -len(metric) - 1] or None
     if metric not in METRICS:
         raise UsageError(f"{option}: {_unknown(metric)}")
     falls, share = match["sign"] == "<", float(parse_number(match["percent"], option, must)) / 100
@@ -131,18 +111,11 @@ def parse_condition(text: str) -> Condition:
         )
     if falls != (share < 0):
         rule = "fall is < and a negative" if falls else "rise is > and a positive"
-        right = f"{shown(match['name'])} {match['sign']} {-share * 100:g}%"
+        right = f"{shown(name)} {match['sign']} {-share * 100:g}%"
         raise UsageError(f"{option}: a {rule} percentage; write '{right}'")
     if falls and share <= -1:
         raise UsageError(f"{option}: nothing falls by 100 % or more; give less, such as -5%")
     return Condition(text.strip(), METRICS[metric], strategy, falls, abs(share))
-
-
-def _split(name: str) -> tuple[str | None, str]:
-    """Return strategy and metric; both may hold dots (``my.policies:Mine``, ``p99.9_ttft_ms``)."""
-    known = (metric for metric in METRICS if f".{name}".endswith(f".{metric}"))
-    metric = max(known, key=len, default=name.rpartition(".")[2])
-    return name[: -len(metric) - 1] or None, metric
 
 
 def _unknown(metric: str) -> str:

@@ -65,20 +65,16 @@ class Calibration(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Times of one turn, in ns.
+    """Times of one turn.
 
-    Attributes:
-        steps: timed steps. The first step after another process had the machine is left out,
-            unless it is the first of a trial.
-        wall_ns: wall time of these steps.
-        cpu_ns: processor time of the process within it.
-        kernel_ns: time of the calibration kernel before the turn.
+    The first step after another process had the machine is not timed, unless it is the first of a
+    trial.
     """
 
-    steps: int
-    wall_ns: int
-    cpu_ns: int
-    kernel_ns: int
+    steps: int  # timed steps
+    wall_ns: int  # of these steps
+    cpu_ns: int  # of the process within it
+    kernel_ns: int  # of the calibration kernel before the turn
 
     @property
     def step_ns(self) -> float:
@@ -233,7 +229,6 @@ class PausableRun:
     Attributes:
         work: counters and output digest of the first trial; None before it has ended.
         varied: the first counter that differed in a later trial, which is a fault of batchbench.
-        calibration: measured in a first trial if it is not given.
     """
 
     def __init__(
