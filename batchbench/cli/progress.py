@@ -25,6 +25,9 @@ from batchbench.studies.sweep.run import CellsQuery, SweepWatch
 SILENCE_S = 10.0
 """Maximum time without a line in a log."""
 
+TICK_S = 1.0
+"""Time between two updates of what goes on in a comparison in turns."""
+
 REDRAW_S = 0.1
 """Time between two drawings, which take host time from the measurement."""
 
@@ -313,38 +316,46 @@ class CapacityDisplay(PlainDisplay):
 
 
 class TurnsDisplay(TurnsWatch):
-    """A line for each pair of processes: what was measured, and the verdict so far.
+    """A line for each process or pair of processes: what was measured, and the verdict so far.
 
-    Below them, a terminal shows what is going on; a log gets that line every ten seconds.
+    A thread shows what is going on and for how long: every second on a terminal, in a log after
+    the first second and then every ten.
     """
 
     def __init__(self, console: Console, max_time: float) -> None:
-        self._console, self._max_time = console, max_time
-        self._began = self._printed = time.monotonic()
+        self._console, self._what = console, "starting"
+        self._most = f" of at most {spell_time(max_time)}" if max_time else ""
+        self._began, self._printed = time.monotonic(), -SILENCE_S
         spinner = "line" if console.options.ascii_only else "dots"
-        terminal = console.is_terminal
-        self._status = Status("", console=console, spinner=spinner) if terminal else None
+        self._status = Status("", console=console, spinner=spinner, refresh_per_second=4)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep_showing, daemon=True)
 
     def __enter__(self) -> TurnsDisplay:
-        if self._status:
+        if self._console.is_terminal:
             self._status.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._status:
-            self._status.stop()
+        self._ended.set()
+        self._thread.join()
+        self._status.stop()
 
     def begins(self, what: str) -> None:
-        now = time.monotonic()
-        most = f" of at most {spell_time(self._max_time)}" if self._max_time else ""
-        line = f"{what} · {spell_time(now - self._began)}{most}"
-        if self._status:
-            self._status.update(line)
-        elif now - self._printed > SILENCE_S or self._printed == self._began:
-            self._print(line)
+        self._what = what
 
     def measured(self, label: str, what: str) -> None:
         self._print(f"{label:<12} {what}".rstrip())
+
+    def _keep_showing(self) -> None:
+        while not self._ended.wait(TICK_S):
+            now = time.monotonic()
+            line = f"{self._what} · {spell_time(now - self._began)}{self._most}"
+            if self._console.is_terminal:
+                self._status.update(line)
+            elif now - self._printed >= SILENCE_S:
+                self._print(line)
 
     def _print(self, line: str) -> None:
         self._printed = time.monotonic()

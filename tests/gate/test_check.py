@@ -6,6 +6,7 @@ import io
 import json
 import random
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from support.baselines import (
 )
 
 from batchbench.batching.experiment import Experiment
+from batchbench.cli import progress
 from batchbench.cli.main import run_command
+from batchbench.cli.progress import TurnsDisplay
 from batchbench.errors import OutOfTimeError, UsageError
 from batchbench.studies.gate import check
 from batchbench.studies.gate.check import (
@@ -198,6 +201,23 @@ def test_equal_versions_raise_no_alarm_in_many_checks(monkeypatch: pytest.Monkey
             gate_of(monkeypatch, lambda _, now=now: measured(process(now, sd=0.04)), kept)[0].answer  # type: ignore[misc]
         )
     assert Answer.FAILED not in answers
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_every_wait_shows_what_goes_on(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    monkeypatch.setattr(progress, "TICK_S", 0.01)
+    monkeypatch.setattr(progress, "SILENCE_S", 0.05)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    with TurnsDisplay(console, 240.0) as display:
+        for what in ("process 1", "process 2"):
+            display.begins(what)
+            time.sleep(0.5)
+            display.measured(what, "2.00× as fast as static")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for what in ("process 1", "process 2"):
+        assert shown.count(f"{what} · ") >= 1 + (not terminal)
+        assert f"{what}    2.00× as fast as static" in shown
+    assert "of at most 4 min" in shown
 
 
 # The file

@@ -133,21 +133,16 @@ _WORK = ("forward_passes", "prefill_tokens", "padded_prefill_tokens", "slot_step
 
 @dataclass(frozen=True)
 class Change:
-    """A change of level between two results, or from one end of a series to the other.
-
-    Attributes:
-        share: new / old − 1 of the metric; low and high bound it with 95 % confidence.
-        counts: whether it also exceeds the floor.
-    """
+    """A change of level between two results, or from one end of a series to the other."""
 
     before: Entry
     after: Entry
-    share: float
+    share: float  # new / old − 1 of the metric; low and high bound it with 95 % confidence
     low: float
     high: float
     p_value: float
     is_loss: bool
-    counts: bool
+    counts: bool  # it also exceeds the floor
     accepted: bool = False
 
     @property
@@ -175,20 +170,14 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class SeriesResult:
-    """The analysis of a series.
-
-    Attributes:
-        drift: change from its oldest to its newest results; None if there are too few.
-        smallest: smallest change in the middle, as a share, that would probably have been found.
-        too_few: number of results needed, if there are fewer.
-    """
+    """The analysis of a series."""
 
     series: Series
     segments: Sequence[Segment]
-    changes: Sequence[Change]
-    drift: Change | None
-    smallest: float | None
-    too_few: int | None
+    changes: Sequence[Change] = ()
+    drift: Change | None = None  # from its oldest to its newest results; None if they are too few
+    smallest: float | None = None  # change in the middle that would probably have been found
+    too_few: int | None = None  # number of results needed, if there are fewer
 
     @property
     def counting(self) -> list[Change]:
@@ -224,7 +213,7 @@ class LineResult:
 
 @dataclass(frozen=True, eq=False)
 class Trend:
-    """The analysis of all results."""
+    """The analysis of all results; only lines with a result of the newest commit can fail."""
 
     lines: Sequence[LineResult]
     spec: TrendSpec
@@ -232,18 +221,14 @@ class Trend:
     alpha: float  # of one test
 
     @property
-    def current(self) -> list[LineResult]:
-        """Lines with a result of the newest commit; only these can fail."""
-        return [result for result in self.lines if result.line.is_current]
-
-    @property
     def _series(self) -> list[SeriesResult]:
-        return [series for result in self.current for series in result.series]
+        return [series for r in self.lines if r.line.is_current for series in r.series]
 
     @property
     def _losses(self) -> list[str]:
-        losses = [describe_count(change) for r in self.current for change in r.more_work]
-        return losses + [f"{s.name} {s.loss.text}" for s in self._series if s.loss is not None]
+        counts = [c for r in self.lines if r.line.is_current for c in r.more_work]
+        losses = [f"{s.name} {s.loss.text}" for s in self._series if s.loss is not None]
+        return [*map(describe_count, counts), *losses]
 
     @property
     def answer(self) -> Answer:
@@ -309,7 +294,15 @@ def judge(lines: Sequence[Line], spec: TrendSpec, unreadable: Sequence[str] = ()
         accepted = max(of_commit, default=None)
         analysed = [judge_series(s, alpha, spec.floor / 100, accepted) for s in own]
         changes = line.count_changes(spec.strategy)
-        results.append(LineResult(line, analysed, changes, _more_work(changes, accepted)))
+        newest = {(change.counter, change.strategy): change for change in changes}
+        more_work = [
+            change
+            for change in newest.values()
+            if change.counter in _WORK
+            and float(change.new) > float(change.old)
+            and not _is_accepted(change.after, accepted)
+        ]
+        results.append(LineResult(line, analysed, changes, more_work))
     return Trend(results, spec, unreadable, alpha)
 
 
@@ -325,10 +318,9 @@ def judge_series(
     """
     entries = [series.entries[i] for i in series.valid]
     logs = np.log([series.values[i].value for i in series.valid])
-    fewest = fewest_values(alpha)
-    if len(logs) < fewest:
+    if len(logs) < (fewest := fewest_values(alpha)):
         segments = _segments(series, logs, [0, len(logs)]) if len(logs) else []
-        return SeriesResult(series, segments, [], None, None, fewest)
+        return SeriesResult(series, segments, too_few=fewest)
     points = find_changes(logs.tolist(), alpha)
     edges = [0, *(point.index for point in points), len(logs)]
     changes = []
@@ -348,7 +340,6 @@ def judge_series(
         changes,
         _drift(series.metric, entries[start:], logs[start:], alpha, floor),
         _smallest(scatter, len(points), alpha, floor),
-        None,
     )
 
 
@@ -407,22 +398,6 @@ def _segments(series: Series, logs: Floats, edges: Sequence[int]) -> list[Segmen
 
 def _is_accepted(entry: Entry, accepted_until: datetime | None) -> bool:
     return accepted_until is not None and entry.created <= accepted_until
-
-
-def _more_work(
-    changes: Sequence[CountChange], accepted_until: datetime | None
-) -> list[CountChange]:
-    """Return the newest change of each counter of work, if it went up."""
-    newest = {(change.counter, change.strategy): change for change in changes}
-    return [
-        change
-        for change in newest.values()
-        if change.counter in _WORK
-        and isinstance(change.new, int)
-        and isinstance(change.old, int)
-        and change.new > change.old
-        and not _is_accepted(change.after, accepted_until)
-    ]
 
 
 # In words and as JSON

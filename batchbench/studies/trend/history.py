@@ -138,23 +138,16 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One result.
-
-    Attributes:
-        setup: workload, model and settings, by name; equal within a series.
-        machine: machine, number format and versions; equal too, and empty for a simulation.
-        reasons: why the result is suspect; none if it is valid.
-        work: exact counts and the digest of the outputs, for closed workloads.
-    """
+    """One result."""
 
     file: Path
     created: datetime
     commit: str | None
-    setup: Mapping[str, Any]
-    machine: Mapping[str, Any]
-    reasons: Sequence[str] = ()
+    setup: Mapping[str, Any]  # workload, model and settings, by name; equal within a series
+    machine: Mapping[str, Any]  # machine and versions; equal too, and empty for a simulation
+    reasons: Sequence[str] = ()  # why it is suspect; none if it is valid
     values: Mapping[Key, Value] = field(default_factory=dict)
-    work: Mapping[Key, int | str] = field(default_factory=dict)
+    work: Mapping[Key, int | str] = field(default_factory=dict)  # counts and digest, if closed
 
     @property
     def label(self) -> str:
@@ -199,18 +192,12 @@ class CountChange:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """Results with one workload, configuration and environment, oldest first.
-
-    Attributes:
-        facts: facts in which it differs from other lines.
-        is_current: whether it has a result of the newest commit.
-        dropped: older results that ``--last`` left out.
-    """
+    """Results with one workload, configuration and environment, oldest first."""
 
     entries: Sequence[Entry]
-    facts: Mapping[str, Any]
-    is_current: bool
-    dropped: int = 0
+    facts: Mapping[str, Any]  # in which it differs from other lines
+    is_current: bool  # it has a result of the newest commit
+    dropped: int = 0  # older results that --last left out
 
     @property
     def caption(self) -> str:
@@ -233,13 +220,11 @@ class Line:
         """Return every change of a count or of the outputs, in suspect results too."""
         changes = []
         for key in dict.fromkeys(key for entry in self.entries for key in entry.work):
-            if strategies and key[1] not in strategies:
-                continue
             having = [entry for entry in self.entries if key in entry.work]
             changes += [
                 CountChange(*key, a.work[key], b.work[key], a, b)
                 for a, b in itertools.pairwise(having)
-                if a.work[key] != b.work[key]
+                if a.work[key] != b.work[key] and (not strategies or key[1] in strategies)
             ]
         place = {id(entry): i for i, entry in enumerate(self.entries)}
         return sorted(changes, key=lambda change: place[id(change.after)])

@@ -191,7 +191,13 @@ def draw_trend(result: LineResult) -> Figure | None:
     place = {id(entry): i for i, entry in enumerate(entries)}
     with house_style():
         body = _TOP + len(drawn) * (_NAME_HEIGHT + _TALL) + _FOOT
-        notes = _picture_notes(result, len(result.series) - len(drawn))
+        notes = "Oldest result on the left. Level: mean between two changes."
+        if any(v.low is not None for s in drawn for v in s.series.values):
+            notes += " Thin line: 95 % interval of a result's trials."
+        if any(entry.reasons for entry in entries):
+            notes += " Suspect results do not count; those off the scale are not shown."
+        if left_out := len(result.series) - len(drawn):
+            notes += f" {left_out} more series are in the table."
         card = make_card(_headline(result), _title(result), body, notes)
         add_line_legend(card, [], *_legend(result))
         looks = looks_of(list(dict.fromkeys(s.series.strategy for s in drawn)))
@@ -201,7 +207,7 @@ def draw_trend(result: LineResult) -> Figure | None:
             axes.set_xlim(-0.8, len(entries) - 0.2)
             _draw_panel(axes, panel, place, looks[panel.series.strategy][0], i)
             axes.set_xticks([])
-        _set_ticks(axes, entries, drawn, place)
+        _set_ticks(axes, entries)
         return card.figure
 
 
@@ -271,23 +277,15 @@ def _mark_changes(axes: Axes, result: SeriesResult, place: dict[int, int]) -> No
         )
 
 
-def _set_ticks(
-    axes: Axes, entries: Sequence[Entry], drawn: Sequence[SeriesResult], place: dict[int, int]
-) -> None:
-    """Label the first, the last and the changed commits, then others, as far as there is room."""
-    last = len(entries) - 1
-    wanted = [0, last, *(place[id(c.after)] for s in drawn for c in s.counting)]
-    wanted += range(0, len(entries), max(1, len(entries) // 5))
-    per_entry = _POINTS / (len(entries) + 0.6)
-    chosen: list[int] = []
-    for x in wanted:
-        room = _LETTER * len(entries[x].label) + 10
-        if all(abs(x - other) * per_entry > room for other in chosen):
-            chosen.append(x)
+def _set_ticks(axes: Axes, entries: Sequence[Entry]) -> None:
+    """Label the first, the last and some other results, as far as there is room."""
+    longest = max(len(entry.label) for entry in entries)
+    most = max(2, min(len(entries), int(_POINTS / (_LETTER * longest + 10))))
+    chosen = sorted({round(x) for x in np.linspace(0, len(entries) - 1, most)})
     axes.set_xticks(chosen, [clean_text(entries[x].label) for x in chosen])
-    for label, x in zip(axes.get_xticklabels(), chosen, strict=True):
-        if last and x in (0, last):
-            label.set_horizontalalignment("left" if x == 0 else "right")
+    if len(chosen) > 1:
+        axes.get_xticklabels()[0].set_horizontalalignment("left")
+        axes.get_xticklabels()[-1].set_horizontalalignment("right")
 
 
 def _legend(result: LineResult) -> Iterator[Line2D]:
@@ -319,14 +317,3 @@ def _title(result: LineResult) -> str:
     place = "simulated" if setup["simulated"] else place
     parts = [setup["model"], place, f"{setup['batch size']} slots", f"{len(line.entries)} results"]
     return clean_text(" · ".join(map(str, [*parts, *([line.caption] if line.facts else [])])))
-
-
-def _picture_notes(result: LineResult, left_out: int) -> str:
-    lines = ["Oldest result on the left. Level: mean between two changes."]
-    if any(v.low is not None for series in result.series for v in series.series.values):
-        lines.append("Thin line: 95 % interval of a result's trials.")
-    if any(entry.reasons for entry in result.line.entries):
-        lines.append("Suspect results do not count; those off the scale are not shown.")
-    if left_out:
-        lines.append(f"{left_out} more series are in the table.")
-    return " ".join(lines)
