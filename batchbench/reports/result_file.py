@@ -18,10 +18,10 @@ import jsonschema
 import numpy as np
 
 from batchbench.batching.recording import Recording
+from batchbench.batching.remote.outcome import Agreement, FailedTrial
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
-from batchbench.reports.server_data import AgreementData, FailureData, ServerData
 from batchbench.version import SCHEMA_VERSION
 
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
@@ -84,9 +84,9 @@ class Facts(TypedDict):
     outputs: list[dict[str, Any]] | None
     cost: NotRequired[dict[str, Any] | None]
     prediction: NotRequired[dict[str, Any] | None]
-    server: NotRequired[ServerData | None]
-    agreement: NotRequired[AgreementData | None]
-    failures: NotRequired[list[FailureData] | None]
+    server: NotRequired[dict[str, Any] | None]
+    agreement: NotRequired[Agreement | None]
+    failures: NotRequired[list[FailedTrial] | None]
 
 
 class ResultData(Facts):

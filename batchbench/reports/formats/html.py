@@ -27,10 +27,9 @@ from numpy.typing import NDArray
 from batchbench.batching.recording import Ints, Recording
 from batchbench.batching.remote.spec import OWN_ENGINE
 from batchbench.reports.figures.card import Strategy, Unit, capitalize, name_strategies
-from batchbench.reports.figures.latency import staircase
-from batchbench.reports.figures.occupancy import which_trial
+from batchbench.reports.figures.slots import Bars, middle_length, which_trial, window_of
+from batchbench.reports.figures.speed import staircase
 from batchbench.reports.figures.time_budget import STACKED, budgets_of, waterfalls
-from batchbench.reports.figures.timeline import Bars, middle_length, window_of
 from batchbench.reports.formats import terminal
 from batchbench.reports.occupancy import Holdings, levels_of
 from batchbench.reports.result import Result
