@@ -755,7 +755,8 @@ def test_a_revision_is_installed_as_committed(
     (tmp_path / "beyond").mkdir()
     (tmp_path / "beyond" / "added_beyond.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "beyond"))
-    folder, commit = install_revision("HEAD~1", tmp_path / "cache")
+    monkeypatch.setenv("BATCHBENCH_CACHE", str(tmp_path / "cache"))
+    folder, commit = install_revision("HEAD~1")
     asked = "import batchbench, torch, added_beyond; print(batchbench.__version__)"
     done = subprocess.run(
         [sys.executable, "-P", "-c", asked],
@@ -767,5 +768,5 @@ def test_a_revision_is_installed_as_committed(
     assert done.stdout.strip() == "1"
     assert len(commit) == 40
     before = folder.stat().st_mtime_ns
-    assert install_revision("HEAD~1", tmp_path / "cache")[0] == folder
+    assert install_revision("HEAD~1")[0] == folder
     assert folder.stat().st_mtime_ns == before  # once a commit

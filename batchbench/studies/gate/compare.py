@@ -97,10 +97,14 @@ def load_runs(path: Path) -> Runs:
         files = _files(path)
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UsageError(f"{path}: cannot be read: {reason_of(error)}") from error
-    labels = map(str, files) if len(files) > 1 else [str(path)]
-    runs = Runs(str(path), [Run(*one) for one in zip(labels, map(_load, files), strict=True)])
-    _check_runs(runs)
-    return runs
+    runs = []
+    for file in files:
+        peer = read_peer(file)
+        data: Mapping[str, Any] = load_data(file) if peer is None else _as_result(peer)
+        runs.append(Run(str(file if len(files) > 1 else path), data))
+    side = Runs(str(path), runs)
+    _check_runs(side)
+    return side
 
 
 def _files(path: Path) -> list[Path]:
@@ -120,13 +124,8 @@ def _files(path: Path) -> list[Path]:
     )
 
 
-def _load(path: Path) -> Mapping[str, Any]:
-    """Return our result, or the parts of one that another tool's file holds."""
-    peer = read_peer(path)
-    return load_data(path) if peer is None else _as_result(peer)
-
-
 def _as_result(file: PeerFile) -> dict[str, Any]:
+    """Return the parts of a result that another tool's file holds."""
     sizes = ("completed", "total_input_tokens", "total_output_tokens")
     return {
         "peer": file.tool,

@@ -108,7 +108,7 @@ def varying_work(reports: Sequence[ProcessReport]) -> str | None:
     return None
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager["Workers"]):
     """Fresh processes of one installation, one after another; none outlives the ``with`` block.
 
     If the system can fork, :data:`FORKS_PER_PARENT` of them come from one process that has imported
@@ -124,9 +124,6 @@ class Workers:
         self.installation, self._threads, self._until = installation, threads, until
         self._running: _Running | None = None
         self._left = 0
-
-    def __enter__(self) -> Workers:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.end()
@@ -150,9 +147,8 @@ class Workers:
         self.ready()
         self._left -= 1
         python = self.installation.python
-        self.tell({"do": "begin"})
         try:
-            hello = self.answer()
+            hello = self.ask({"do": "begin"})
         except OutOfTimeError:
             raise
         except BatchbenchError as error:
@@ -184,6 +180,10 @@ class Workers:
         lanes = {name: calibrations[name] if calibrations else None for name in strategies}
         request = {"do": "open", "config": experiment.config(), "lanes": lanes}
         self.tell({**request, "also": list(also), "core": core})
+
+    def ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        self.tell(request)
+        return self.answer()
 
     def answer(self) -> Mapping[str, Any]:
         """Wait for the answer to the last request.
@@ -217,12 +217,10 @@ class Workers:
         return answer
 
     def turn(self, strategy: str, steps: int) -> Turn:
-        self.tell({"do": "turn", "lane": strategy, "steps": steps})
-        return Turn(*self.answer()["turn"])
+        return Turn(*self.ask({"do": "turn", "lane": strategy, "steps": steps})["turn"])
 
     def finish(self) -> Mapping[str, Any]:
-        self.tell({"do": "finish"})
-        return self.answer()
+        return self.ask({"do": "finish"})
 
 
 class _Running:
@@ -295,7 +293,7 @@ def draw_core(threads: int, chance: random.Random) -> int | None:
     return chance.choice(sorted(allowed_cpus()))
 
 
-def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, str]:
+def install_revision(revision: str) -> tuple[Path, str]:
     """Return a folder that holds the package batchbench as of ``revision``, and the commit.
 
     The folder is kept in a cache, by commit. Put in front of ``PYTHONPATH``, it makes this
@@ -303,7 +301,6 @@ def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, st
 
     Args:
         revision: anything that git resolves to a commit: a branch, a tag, ``HEAD~1``.
-        cache: folder of all revisions; None for the user's.
 
     Raises:
         UsageError: there is no repository, no such revision, or the cache cannot be written.
@@ -317,7 +314,7 @@ def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, st
             "shallow clone: git fetch --unshallow), or name one that git log shows"
         )
     try:
-        folder = (cache or cache_folder() / "revisions") / commit[:16]
+        folder = cache_folder() / "revisions" / commit[:16]
     except RuntimeError as error:
         raise UsageError(
             "--base-ref: there is no home folder for the cache; set BATCHBENCH_CACHE to a folder"

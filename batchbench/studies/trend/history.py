@@ -364,8 +364,6 @@ def make_lines(entries: Sequence[Entry], last: int) -> list[Line]:
         last: number of the newest results of each line to use.
     """
     ordered = sorted(entries, key=lambda e: (e.created, str(e.file.resolve())))
-    if not ordered:
-        return []
     groups: dict[str, list[Entry]] = {}
     for entry in ordered:
         key = json.dumps([entry.setup, entry.machine], sort_keys=True, default=str)
