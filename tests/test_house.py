@@ -97,7 +97,7 @@ NAMESAKES = {
     "reports/prediction.py": {"cost.step_ns"},
     "studies/predict/breakeven.py": {"cost.step_ns"},
     "batching/remote/bench.py": {"warm_up.step_ns"},
-    "batching/benches/local.py": {"warm_up.step_ns"},  # the median of the warm-up
+    "batching/bench.py": {"warm_up.step_ns"},  # the median of the warm-up
     # the mean of one strategy in duet and check
     "studies/gate/check.py": {
         "first.step_ns",

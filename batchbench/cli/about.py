@@ -33,7 +33,7 @@ class DoctorSpec:
     json: bool = setting(False, "Print the findings as JSON, for a bug report.", "Output")
 
 
-@with_options({"spec": DoctorSpec})
+@with_options()
 def doctor(spec: DoctorSpec) -> None:
     from batchbench.json_file import json_text
     from batchbench.studies.doctor import as_json, examine
@@ -59,7 +59,13 @@ def doctor(spec: DoctorSpec) -> None:
 
 def help(
     topic: Annotated[
-        str | None, typer.Argument(metavar="TOPIC", help="A page or a command.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="TOPIC",
+            help="A page or a command.",
+            show_default=False,
+            autocompletion=lambda incomplete: _topics(incomplete),
+        ),
     ] = None,
 ) -> None:
     from batchbench.cli.main import COMMANDS, run_command
@@ -83,6 +89,12 @@ def help(
 
     text = pages[topic].read_text(encoding="utf-8")
     make_console().print(Markdown(_plain(text), hyperlinks=False))
+
+
+def _topics(incomplete: str) -> list[str]:
+    from batchbench.cli.main import COMMANDS
+
+    return [name for name in (*find_pages(), *COMMANDS) if name.startswith(incomplete)]
 
 
 def find_pages() -> Mapping[str, Path]:

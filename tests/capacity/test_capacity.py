@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from support.laws import law, thorough
 from support.program import Call, call
 
+from batchbench.batching.bench import LocalBench
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
-from batchbench.batching.session import Session
 from batchbench.batching.verification import Verification
 from batchbench.errors import UsageError
 from batchbench.json_file import json_text
@@ -118,7 +118,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 def served(seed: int = 0, **given: Any) -> Any:
     """One simulated trial of continuous batching."""
     asked = Experiment.of({"strategy": "continuous", "seed": seed, **given}, simulated=True)
-    session = Session(asked, Watch())
+    session = LocalBench(asked, Watch())
     (batcher,) = session.strategies()
     return batcher.serve(session.workload, Watch())
 
@@ -226,7 +226,7 @@ def brute_force(
     experiment: Experiment, asked: CapacityQuery, strategy: str, rates: Sequence[float]
 ) -> list[bool]:
     """Return for each rate if it is sustained, from all trials together and without a search."""
-    session = Session(experiment, Watch())
+    session = LocalBench(experiment, Watch())
     (batcher,) = [b for b in session.strategies() if b.name == strategy]
     verdicts = []
     for rate in rates:
@@ -463,7 +463,7 @@ def test_ctrl_c_keeps_nothing(
 
 def test_wrong_outputs_end_with_1(program: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Verification(60, 59, 0, 1, "made up", None, ())
-    monkeypatch.setattr(Session, "verify", lambda self, recordings: wrong)
+    monkeypatch.setattr(LocalBench, "verify", lambda self, recordings: wrong)
     code, out, _ = program("capacity", "--simulated", "--slo", "ttft:80", *QUICK, "--quiet")
     assert code == 1
     assert "1 WRONG; suspect (1 request got wrong tokens)" in out

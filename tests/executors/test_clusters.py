@@ -22,7 +22,7 @@ from batchbench.errors import IncompleteError, UsageError
 from batchbench.reports.slo import GoalsSpec
 from batchbench.studies.capacity.probe import CapacityQuery, CapacityWatch
 from batchbench.studies.capacity.search import find_capacity, find_capacity_on
-from batchbench.studies.executors.jobs import Ended, Failed, Job, Unlike, clients_on
+from batchbench.studies.executors.jobs import Ended, Failed, Job, Needs, Unlike, clients_on
 from batchbench.studies.sweep.run import Store
 from batchbench.version import __version__
 
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-LIKE = {"batchbench": __version__}
+NEEDS = Needs({"batchbench": __version__})
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_a_node_of_ray_that_dies_loses_no_cell_and_repeats_none(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    executor = RayCluster("auto", Watch(), timed=False, gpus=False, like=LIKE, same=False)
+    executor = RayCluster("auto", Watch(), NEEDS)
     with closing(executor):
         table = swept(tmp_path / "cluster", grid_of(10), executor, logged)
     killer.join()
@@ -82,14 +82,7 @@ def test_a_node_of_ray_that_dies_loses_no_cell_and_repeats_none(
     # A machine of another kind is refused before it serves anything.
     with (
         closing(
-            RayCluster(
-                "auto",
-                Watch(),
-                timed=False,
-                gpus=False,
-                like={**LIKE, "cpu": "another"},
-                same=True,
-            )
+            RayCluster("auto", Watch(), Needs({**NEEDS.like, "cpu": "another"}, same=True))
         ) as other,
         pytest.raises(UsageError, match=r"no node can be used: its cpu is .*; --any-hardware uses"),
     ):
@@ -104,13 +97,8 @@ def test_a_job_of_submitit_that_is_killed_loses_no_cell_and_repeats_none(tmp_pat
         return Slurm(
             tmp_path / "jobs",
             Watch(),
+            Needs({**NEEDS.like, **like}, same=True),
             parallel=2,
-            partition=None,
-            minutes=5,
-            gpus=0,
-            timed=False,
-            like={**LIKE, **like},
-            same=True,
             cluster="local",
             grace_s=0.3,
         )
@@ -135,17 +123,16 @@ def test_a_job_of_submitit_that_is_killed_loses_no_cell_and_repeats_none(tmp_pat
     assert len(Store(tmp_path / "cluster")) == 3
 
 
-def ray(**settings: Any) -> Any:
+def ray() -> Any:
     from batchbench.studies.executors.ray_cluster import RayCluster
 
-    return RayCluster("auto", Watch(), timed=False, gpus=False, like=LIKE, same=False, **settings)
+    return RayCluster("auto", Watch(), NEEDS)
 
 
 def submitit(folder: Path) -> Any:
     from batchbench.studies.executors.slurm import Slurm
 
-    settings = {"partition": None, "minutes": 5, "gpus": 0, "timed": False, "like": LIKE}
-    return Slurm(folder, Watch(), parallel=2, same=False, cluster="local", grace_s=0.3, **settings)
+    return Slurm(folder, Watch(), NEEDS, parallel=2, cluster="local", grace_s=0.3)
 
 
 def asked(url: str, **options: object) -> Experiment:

@@ -114,7 +114,7 @@ def test_a_part_that_fails_or_is_lost_says_why() -> None:
 
 
 def test_capacity_says_where_each_strategy_ran(call: Call, use: Use) -> None:
-    use("capacity", Adversary(1, 2))
+    use("studies", Adversary(1, 2))
     words = ("capacity", "--simulated", "--slo", "ttft:80", "-n", "60", "--max-trials", "1")
     words = (*words, "--precision", "0.5", "--slo-attainment", "0.9", "--executor", "ray")
     code, out, err = call(*words, "--output", "c")
@@ -153,7 +153,7 @@ def test_a_ladder_is_one_job_whose_rungs_take_turns_on_one_machine(
     checkpoint: Path, call: Call, use: Use
 ) -> None:
     adversary = Adversary(3, 4)
-    use("ladder", adversary)
+    use("studies", adversary)
     words = ("ladder", "-b", "3", "-n", "5", "--long-tokens", "6", "--rounds", "1")
     words = (*words, "--device", "cpu", "--model", str(checkpoint), "--rungs", "notebook,lean")
     code, out, _ = call(*words, "--executor", "slurm", "--output", "l")
@@ -295,10 +295,8 @@ def test_commands_of_the_page_get_as_far_as_their_executor(
         raise UsageError(f"reached {spec.executor}")
 
     for place in (
-        "cli.sweep",
-        "cli.capacity",
+        "cli.studies",
         "cli.predict",
-        "cli.ladder",
         "studies.executors.spec",
     ):
         monkeypatch.setattr(f"batchbench.{place}.make_executor", reached)

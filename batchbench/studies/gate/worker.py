@@ -40,7 +40,7 @@ from typing import Any, NamedTuple, TextIO
 
 from batchbench import version
 from batchbench.batching.batcher import Batcher, Serving
-from batchbench.batching.benches.local import LocalBench
+from batchbench.batching.bench import LocalBench
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import environment
 from batchbench.batching.models import ModelCache
