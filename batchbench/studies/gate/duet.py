@@ -159,11 +159,10 @@ class Pair:
 
 
 def calibrate(pair: Pair) -> tuple[Calibrations, Calibrations]:
-    base, new = (
-        {name: Calibration(steps[i], pair.step_ns(name)[i]) for name, steps in pair.passes.items()}
-        for i in (0, 1)
-    )
-    return base, new
+    def of(i: int) -> Calibrations:
+        return {n: Calibration(steps[i], pair.step_ns(n)[i]) for n, steps in pair.passes.items()}
+
+    return of(0), of(1)
 
 
 def contamination(pairs: Sequence[Pair], floor: float, *, on_cpu: bool) -> str | None:

@@ -31,40 +31,29 @@ class Kind(StrEnum):
 class Evidence:
     """A quantity of the base and of the new version, and its verdict.
 
-    Attributes:
-        metric: its name in results, such as ``forward_passes`` or ``output_throughput``.
-        strategy: the strategy it belongs to; None if to none, or to several.
-        change: new / base − 1 as a share, in the metric's own direction: −0.05 of a throughput is
-            a loss, of a latency a gain. None if it has no meaning.
-        low, high: 95 % interval of ``change``.
-        fails: this alone fails the comparison.
-        gated: it can fail the comparison.
-        floor: share beyond which a change counts.
-        smallest: smallest loss, as a share, that this many samples would probably have shown.
-        needed: words for the samples or time that would probably be enough: "23 trials", "4 min".
-        samples: samples of each side.
-        why: the reason for having no verdict, or the rule that failed, in a few words.
+    Shares are new / base − 1 in the metric's own direction: −0.05 of a throughput is a loss, of a
+    latency a gain. They are None if they have no meaning.
     """
 
     kind: Kind
-    metric: str
-    strategy: str | None
+    metric: str  # its name in results, such as forward_passes or output_throughput
+    strategy: str | None  # that it belongs to; None if to none, or to several
     base: float | str | None
     new: float | str | None
     verdict: Verdict
-    fails: bool = False
-    gated: bool = False
+    fails: bool = False  # this alone fails the comparison
+    gated: bool = False  # it can fail the comparison
     unit: str | None = None
     higher_is_better: bool | None = None
-    change: float | None = None
+    change: float | None = None  # as a share, with its 95 % interval
     low: float | None = None
     high: float | None = None
     p_value: float | None = None
-    floor: float | None = None
-    smallest: float | None = None
-    needed: str | None = None
-    samples: tuple[int, int] | None = None
-    why: str | None = None
+    floor: float | None = None  # share beyond which a change counts
+    smallest: float | None = None  # loss that this many samples would probably have shown
+    needed: str | None = None  # samples or time that would probably be enough: "23 trials"
+    samples: tuple[int, int] | None = None  # of each side
+    why: str | None = None  # the reason for having no verdict, or the rule that failed
 
     @property
     def name(self) -> str:

@@ -41,11 +41,7 @@ Key = tuple[str, str]
 
 
 def higher_is_better(metric: str) -> bool:
-    """Return the direction of a metric.
-
-    Raises:
-        UsageError: it has none, because it counts the workload or is not a metric of a result.
-    """
+    """Return the direction of a metric; UsageError if it has none, or is none of a result."""
     if metric in _HIGHER_IS_BETTER:
         return _HIGHER_IS_BETTER[metric]
     raise UsageError(
