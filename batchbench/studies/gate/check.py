@@ -25,18 +25,8 @@ from batchbench.json_file import envelope, read_json
 from batchbench.reports.result_file import fault_of, read_time
 from batchbench.reports.statistics import Decision, Rule, Verdict, compare_means
 from batchbench.reports.text import plural
+from batchbench.studies.gate import duet
 from batchbench.studies.gate.compare import Sample, judge
-from batchbench.studies.gate.duet import (
-    CHANGED_NOTE,
-    CUT_OFF_NOTE,
-    Cut,
-    TurnsWatch,
-    describe_decisions,
-    empty_gate,
-    hung,
-    make_record,
-    make_rule,
-)
 from batchbench.studies.gate.evidence import (
     Evidence,
     Gate,
@@ -207,11 +197,11 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:
 # Measuring
 
 
-def make_cut(strategies: Mapping[str, Mapping[str, Any]]) -> Cut:
+def make_cut(strategies: Mapping[str, Mapping[str, Any]]) -> duet.Cut:
     """Cut trials into turns by the ``steps`` and ``step_ns`` of each strategy."""
     steps = [known["steps"] for known in strategies.values()]
     trials = [known["steps"] * known["step_ns"] / 1e9 for known in strategies.values()]
-    cut = Cut.of(min(steps), max(trials), TURN_S)
+    cut = duet.Cut.of(min(steps), max(trials), TURN_S)
     cycles = max(1, round(PROCESS_S / (sum(trials) * cut.times)))
     return replace(cut, cycles=max(cycles, math.ceil(FEWEST_TURNS / cut.pieces)))
 
@@ -247,12 +237,14 @@ class Session:
     """
 
     experiment: Experiment
-    cut: Cut | None = None
+    cut: duet.Cut | None = None
     processes: list[Process] = field(default_factory=list)
     reports: list[ProcessReport] = field(default_factory=list)
     cut_off: OutOfTimeError | None = None
 
-    def measure(self, watch: TurnsWatch, of: str = "", until: float = math.inf) -> Iterator[int]:
+    def measure(
+        self, watch: duet.TurnsWatch, of: str = "", until: float = math.inf
+    ) -> Iterator[int]:
         """Measure one process after another until ``time.monotonic`` is ``until``.
 
         Yield the number of processes after each. ``of`` is what the watch shows after it.
@@ -328,7 +320,7 @@ def _process(
 
 
 def make_baseline(
-    experiment: Experiment, processes: int, watch: TurnsWatch, command: str
+    experiment: Experiment, processes: int, watch: duet.TurnsWatch, command: str
 ) -> Baseline:
     session = Session(experiment)
     of = f" of {processes}"
@@ -362,7 +354,7 @@ def make_baseline(
 def rule_of(spec: CheckSpec, ratios: int, *, other: bool) -> Rule:
     floor = spec.floor if spec.floor is not None else FLOOR_ELSEWHERE if other else FLOOR
     margin = spec.margin if spec.margin is not None else MARGIN * floor
-    return make_rule(floor, margin, spec.confidence).shared(ratios)
+    return duet.make_rule(floor, margin, spec.confidence).shared(ratios)
 
 
 def decide_ratios(
@@ -381,7 +373,7 @@ def decide_ratios(
 
 
 def run_check(
-    baseline: Baseline, file: Path, spec: CheckSpec, watch: TurnsWatch, typed: str
+    baseline: Baseline, file: Path, spec: CheckSpec, watch: duet.TurnsWatch, typed: str
 ) -> tuple[Gate, Session]:
     """Run the baseline's experiment in fresh processes until all is decided or the time is up."""
     began = time.monotonic()
@@ -393,7 +385,7 @@ def run_check(
             f"with batchbench baseline save --preset {spec.preset}"
         )
     base, here = baseline.version(str(file)), Side("this installation")
-    session = Session(experiment, Cut(**data["cut"]))
+    session = Session(experiment, duet.Cut(**data["cut"]))
     decisions, looks = dict[str, Decision](), 0
     until = began + spec.max_time
     for count in session.measure(watch, until=until):
@@ -411,7 +403,7 @@ def run_check(
         if last or (count >= FIRST_LOOK and (count - FIRST_LOOK) % NEXT_LOOK == 0):
             looks += 1
             decisions = decide_ratios(baseline.processes, session.processes, rule, looks)
-            progress = describe_decisions(_queries(baseline, rule), decisions)
+            progress = duet.describe_decisions(_queries(baseline, rule), decisions)
             last = last or all(decision.is_sure for decision in decisions.values())
         watch.measured(f"process {count}", progress)
         if last:
@@ -419,7 +411,7 @@ def run_check(
     seconds, late = time.monotonic() - began, session.cut_off
     if not session.processes:
         here = replace(here, facts={"batchbench": __version__})
-        return empty_gate("check", typed, (base.side, here), "process", late, seconds), session
+        return duet.empty_gate("check", typed, (base.side, here), "process", late, seconds), session
     if late:
         decisions = decide_ratios(baseline.processes, session.processes, rule, looks + 1)
     times = [] if changed else list(_times(baseline, session, decisions, rule))
@@ -430,7 +422,7 @@ def run_check(
         new,
         [*work, *times],
         notes=list(_notes(baseline, session, changed=changed, wide=other and spec.floor is None)),
-        unsure=varying_work(session.reports) or hung(late, session.longest_s, "process"),
+        unsure=varying_work(session.reports) or duet.hung(late, session.longest_s, "process"),
         seconds=seconds,
     )
     return gate, session
@@ -484,13 +476,13 @@ def _times(
 def _notes(baseline: Baseline, session: Session, *, changed: bool, wide: bool) -> Iterator[str]:
     yield f"the baseline was saved {baseline.age} on {baseline.machine}"
     here, then = len(session.processes), len(baseline.data["processes"])
-    yield CHANGED_NOTE if changed else f"{here} fresh processes here, {then} in the baseline"
+    yield duet.CHANGED_NOTE if changed else f"{here} fresh processes here, {then} in the baseline"
     if session.cut_off:
-        yield CUT_OFF_NOTE.format("process")
+        yield duet.CUT_OFF_NOTE.format("process")
     if wide:
         yield f"the machine is not the baseline's, so the floor is {FLOOR_ELSEWHERE:g} %"
 
 
 def record_of(session: Session, gate: Gate) -> bytes:
     processes = [asdict(process) for process in session.processes]
-    return make_record(gate, SCHEMA_VERSION, processes=processes)
+    return duet.make_record(gate, SCHEMA_VERSION, processes=processes)

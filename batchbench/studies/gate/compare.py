@@ -33,6 +33,7 @@ from batchbench.studies.gate.evidence import (
     compare_counts,
     compare_work,
     describe,
+    in_short,
     make_gate,
     mismatches,
     shown_facts,
@@ -556,9 +557,8 @@ def _warnings(speeds: Sequence[Evidence], simulated: bool) -> Iterator[str]:
         e for e in speeds if e.kind is Kind.TIME and not e.gated and e.verdict is Verdict.SLOWER
     ]
     if lost:
-        more = f", and {len(lost) - 3} more" if len(lost) > 3 else ""
         why = "Times of two sessions also differ because of other load on the machine. "
         yield (
-            f"Warning: {'; '.join(map(describe, lost[:3]))}{more}. {why * (not simulated)}Times "
-            "are gated only by --fail-if."
+            f"Warning: {in_short([*map(describe, lost)])}. {why * (not simulated)}Times are gated "
+            "only by --fail-if."
         )

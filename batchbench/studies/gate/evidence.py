@@ -85,6 +85,12 @@ def describe(evidence: Evidence) -> str:
     return f"{text}: {percent(evidence.change, 1, '+')} ({evidence.interval})"
 
 
+def in_short(texts: Sequence[str]) -> str:
+    """Return the first three texts, and how many more there are."""
+    more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return "; ".join(texts[:3]) + more
+
+
 def spell(value: float | str | None) -> str:
     """Return a value in words; of a digest the beginning, which is enough to identify it."""
     if value is None:
@@ -225,9 +231,8 @@ class Gate:
     @property
     def sentence(self) -> str:
         """Return the answer and its reasons in one sentence."""
-        if failures := [describe(evidence) for evidence in self.failures]:
-            more = f", and {len(failures) - 3} more" if len(failures) > 3 else ""
-            return f"FAILED: {'; '.join(failures[:3])}{more}."
+        if self.failures:
+            return f"FAILED: {in_short([describe(evidence) for evidence in self.failures])}."
         gated = [evidence for evidence in self.evidence if evidence.gated]
         if self.answer is Answer.UNKNOWN:
             reasons = [

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy import stats
 
 from batchbench.reports.statistics import POWER, Floats, Rule, compare_means, mean_interval
 from batchbench.reports.text import interval_percent, percent, plural
-from batchbench.studies.gate.evidence import Answer
+from batchbench.studies.gate.evidence import Answer, in_short
 from batchbench.studies.trend.history import (
     CountChange,
     Entry,
@@ -126,6 +126,8 @@ def _best_split(rows: Floats) -> tuple[Floats, Floats]:
 
 _FEWEST_AT_AN_END, _MOST_AT_AN_END = 4, 20
 """Results at each end that a drift compares: a quarter of all, within these bounds."""
+
+_NEVER = datetime.min.replace(tzinfo=UTC)
 
 _WORK = ("forward_passes", "prefill_tokens", "padded_prefill_tokens", "slot_steps")
 """Counters of which more is worse; the others only show where the work went."""
@@ -243,7 +245,7 @@ class Trend:
     def sentence(self) -> str:
         """The answer in one sentence."""
         if self._losses:
-            return f"LOSS: {_first(self._losses, 3)}."
+            return f"LOSS: {in_short(self._losses)}."
         if not self._series:
             return "CANNOT TELL: no result of the newest commit has any of the metrics."
         if short := [series for series in self._series if series.too_few]:
@@ -253,7 +255,7 @@ class Trend:
         many = len(self._series)
         changes = [f"{s.name} {s.newest.text}" for s in self._series if s.newest is not None]
         if changes:
-            return f"no loss found in {many} series; {_first(changes, 3)}."
+            return f"no loss found in {many} series; {in_short(changes)}."
         worst = max(result.smallest or 0 for result in self._series)
         results = sum(len(result.line.entries) for result in self.lines)
         return (
@@ -291,7 +293,7 @@ def judge(lines: Sequence[Line], spec: TrendSpec, unreadable: Sequence[str] = ()
             for e in line.entries
             if spec.accept and (e.commit or "").startswith(spec.accept)
         )
-        accepted = max(of_commit, default=None)
+        accepted = max(of_commit, default=_NEVER)
         analysed = [judge_series(s, alpha, spec.floor / 100, accepted) for s in own]
         changes = line.count_changes(spec.strategy)
         newest = {(change.counter, change.strategy): change for change in changes}
@@ -300,14 +302,14 @@ def judge(lines: Sequence[Line], spec: TrendSpec, unreadable: Sequence[str] = ()
             for change in newest.values()
             if change.counter in _WORK
             and float(change.new) > float(change.old)
-            and not _is_accepted(change.after, accepted)
+            and change.after.created > accepted
         ]
         results.append(LineResult(line, analysed, changes, more_work))
     return Trend(results, spec, unreadable, alpha)
 
 
 def judge_series(
-    series: Series, alpha: float, floor: float, accepted_until: datetime | None = None
+    series: Series, alpha: float, floor: float, accepted_until: datetime = _NEVER
 ) -> SeriesResult:
     """Split a series where its level changed, and compare its ends.
 
@@ -328,9 +330,9 @@ def judge_series(
         middle = point.index
         pair = entries[middle - 1], entries[middle]
         change = _change(series.metric, pair, logs[start:middle], logs[middle:end], floor)
-        accepted = _is_accepted(pair[1], accepted_until)
+        accepted = pair[1].created <= accepted_until
         changes.append(replace(change, p_value=point.p_value, accepted=accepted))
-    known = sum(_is_accepted(entry, accepted_until) for entry in entries)
+    known = sum(entry.created <= accepted_until for entry in entries)
     start = max(known - 1, 0)  # the newest accepted result is of the accepted level
     parts = [logs[a:b] for a, b in itertools.pairwise(edges)]
     scatter = np.concatenate([part - part.mean() for part in parts])
@@ -396,16 +398,7 @@ def _segments(series: Series, logs: Floats, edges: Sequence[int]) -> list[Segmen
     return segments
 
 
-def _is_accepted(entry: Entry, accepted_until: datetime | None) -> bool:
-    return accepted_until is not None and entry.created <= accepted_until
-
-
 # In words and as JSON
-
-
-def _first(texts: Sequence[str], most: int) -> str:
-    more = len(texts) - most
-    return "; ".join([*texts[:most], *([f"and {more} more"] if more > 0 else [])])
 
 
 def between(change: Change | CountChange) -> str:
