@@ -204,42 +204,42 @@ def _check_same_question(base: Run, new: Run) -> None:
             first, second = (base, new) if then.get(key) else (new, base)
             reason = reason.format(one=first.label, other=second.label)
             raise UsageError(f"{first.label}: {reason}")
-    one, other = (list(data["strategies"]) for data in (then, now))
-    if base.of_peer:
-        models = [data["model"]["name"] or "not named" for data in (then, now)]
-        named = {"model": models, "load": [", ".join(one), ", ".join(other)]}
-        for what, (theirs, ours) in named.items():
-            if theirs != ours:
-                raise UsageError(
-                    f"{new.label}: its {what} is {ours}, and that of {base.label} is {theirs}; "
-                    f"measure both with the same {what}"
-                )
-        return
-    if then["workload"]["digest"] != now["workload"]["digest"]:
+    of_peer = base.of_peer
+    if not of_peer and then["workload"]["digest"] != now["workload"]["digest"]:
         raise UsageError(
             f"{new.label}: has a different workload from {base.label}: "
             f"{_spell_workloads(then['config'], now['config'])}; run both with the same workload "
             "options"
         )
-    model, models = then["model"], now["model"]
-    if model["name"] != models["name"]:
-        raise UsageError(
-            f"{new.label}: has the model {models['name']}, and {base.label} has {model['name']}; "
-            "run both with the same --model"
-        )
-    weights = [of_side.get("weights_digest") for of_side in (model, models)]
+    for what, (theirs, ours) in _named(then, now).items():
+        if theirs != ours:
+            way = (
+                f"measure both with the same {what}" if of_peer else f"run both with {_WAYS[what]}"
+            )
+            raise UsageError(
+                f"{new.label}: has the {what} {ours}, and {base.label} has {theirs}; {way}"
+            )
+
+
+_WAYS = {
+    "model": "the same --model",
+    "weights": "the same --model, --load-format and --seed",
+    "strategies": "the same --strategy",
+}
+
+
+def _named(*results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return what must be the same in results, by its name."""
+    models = [data["model"] for data in results]
+    named = {"model": [model["name"] or "not named" for model in models]}
+    if "peer" in results[0]:
+        return {**named, "load": [", ".join(data["strategies"]) for data in results]}
+    digests = [model.get("weights_digest") for model in models]
     # In another number format the same weights have another digest.
-    if model["dtype"] == models["dtype"] and all(weights) and weights[0] != weights[1]:
-        raise UsageError(
-            f"{new.label}: has different weights from {base.label} ({model['name']}, "
-            f"{weights[1][:12]} and {weights[0][:12]}); run both with the same --model, "
-            "--load-format and --seed"
-        )
-    if set(one) != set(other) or one[0] != other[0]:
-        raise UsageError(
-            f"{new.label}: has the strategies {', '.join(other)}, and {base.label} has "
-            f"{', '.join(one)}; run both with --strategy {','.join(one)}"
-        )
+    if all(digests) and len({model["dtype"] for model in models}) == 1:
+        named["weights"] = [digest[:12] for digest in digests]
+    orders = [list(data["strategies"]) for data in results]
+    return {**named, "strategies": [", ".join([o[0], *sorted(o[1:])]) for o in orders]}
 
 
 def _spell_workloads(base: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -331,19 +331,13 @@ def _check_condition(
     condition: Condition, strategies: Sequence[str], base: Runs, new: Runs
 ) -> None:
     option, metric = f"--fail-if '{shown(condition.text)}'", condition.metric
-    if condition.strategy is not None and condition.strategy not in strategies:
+    names = strategies[1:] if metric.of_pair else strategies  # the first is the baseline of pairs
+    if not names or condition.strategy not in (None, *names):
         raise UsageError(
-            f"{option}: there is no strategy {condition.strategy}; the results have "
-            f"{', '.join(strategies)}"
+            f"{option}: only {', '.join(names) or 'no strategy'} can have a {metric.name} in these "
+            "results"
         )
-    if metric.of_pair and (len(strategies) < 2 or condition.strategy == strategies[0]):
-        raise UsageError(
-            f"{option}: {metric.name} compares a strategy with the baseline {strategies[0]}; "
-            + (f"name {strategies[1]}" if strategies[1:] else "the results have no other strategy")
-        )
-    names = strategies[1:] if metric.of_pair else strategies
-    if condition.strategy is not None:
-        names = [condition.strategy]
+    names = [condition.strategy] if condition.strategy else names
     for side in (base, new):
         if not any(_has(side, metric, name) for name in names):
             raise UsageError(
