@@ -232,6 +232,7 @@ def duet(
 ) -> None:
     from batchbench.cli.progress import make_display
     from batchbench.studies.gate.duet import ProcessPairs, make_duet_gate, record_of, run_duet
+    from batchbench.studies.gate.evidence import Side
     from batchbench.studies.gate.processes import Workers, this_installation
 
     experiment = make_experiment(given, simulated=False)
@@ -239,22 +240,21 @@ def duet(
     check_outputs(output)
     with _recording(record, "duet.json"):
         label, installation = _base(base)
-        sides = (installation, this_installation("new"))
+        here = this_installation("new")
         threads, until = experiment.model.threads or 1, time.monotonic() + deciding.max_time
         with (
-            Workers(sides[0], threads, until) as base_workers,
-            Workers(sides[1], threads, until) as new_workers,
+            Workers(installation, threads, until) as base_workers,
+            Workers(here, threads, until) as new_workers,
             make_display(quiet=output.quiet, max_time=deciding.max_time) as display,
         ):
             source = ProcessPairs((base_workers, new_workers), experiment, others)
             result = run_duet(source, timed, deciding, display)
-        gate = make_duet_gate(
-            result,
-            (label, "this installation"),
-            (sides[0].python, sides[1].python),
-            typed_command(),
-            allow_improvement=deciding.allow_improvement,
+        sides = (
+            Side(label, {"python": str(installation.python)}),
+            Side("this installation", {"python": str(here.python)}),
         )
+        allowed = deciding.allow_improvement
+        gate = make_duet_gate(result, sides, typed_command(), allow_improvement=allowed)
         if record.output is not None:
             write_whole(record.output, {"duet.json": record_of(result, gate)})
         conclude(gate, output)

@@ -39,7 +39,7 @@ from batchbench.studies.gate.duet import (
     record_of,
     run_duet,
 )
-from batchbench.studies.gate.evidence import Answer, Gate, Kind
+from batchbench.studies.gate.evidence import Answer, Gate, Kind, Side
 from batchbench.studies.gate.processes import (
     Installation,
     ProcessReport,
@@ -110,13 +110,8 @@ class MadeUp:
 
 
 def gate_on(result: DuetResult, *, allow_improvement: bool = False) -> Gate:
-    return make_duet_gate(
-        result,
-        ("base", "new"),
-        (Path("a"), Path("b")),
-        "again",
-        allow_improvement=allow_improvement,
-    )
+    sides = (Side("base", {"python": "a"}), Side("new", {"python": "b"}))
+    return make_duet_gate(result, sides, "again", allow_improvement=allow_improvement)
 
 
 def found_of(
@@ -185,7 +180,7 @@ def test_a_kernel_that_differs_makes_the_times_say_nothing() -> None:
     assert "calibration kernel" in gate.sentence
 
 
-class Side:
+class Player:
     """One side's worker process, which logs what it is told and when it has answered."""
 
     def __init__(self, name: str, log: list[str], *, forks: bool) -> None:
@@ -216,7 +211,7 @@ class Side:
 def test_two_processes_that_may_share_a_gpu_open_one_after_the_other(forks: bool) -> None:
     """Both would find its memory free, and each would slow the other's calibration."""
     log: list[str] = []
-    sides: Any = (Side("base", log, forks=True), Side("new", log, forks=forks))
+    sides: Any = (Player("base", log, forks=True), Player("new", log, forks=forks))
     ProcessPairs(sides, Experiment(), []).pair(["continuous"], None, with_others=False)
     apart = ["base opens", "base is open", "new opens", "new is open"]
     together = ["base opens", "new opens", "base is open", "new is open"]

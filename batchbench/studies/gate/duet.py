@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -421,17 +420,9 @@ CHANGED_NOTE = "counts or outputs differ, so times are of different work and wer
 
 
 def make_duet_gate(
-    result: DuetResult,
-    labels: tuple[str, str],
-    pythons: tuple[Path, Path],
-    typed: str,
-    *,
-    allow_improvement: bool,
+    result: DuetResult, sides: tuple[Side, Side], typed: str, *, allow_improvement: bool
 ) -> Gate:
     first, seconds = result.first, result.seconds
-    sides = [
-        Side(label, {"python": str(python)}) for label, python in zip(labels, pythons, strict=True)
-    ]
     if not first.pairs:
         return empty_gate("duet", typed, sides, "pair of processes", first.cut_off, seconds)
     base, new = (report.version(side) for report, side in zip(first.reports[0], sides, strict=True))
