@@ -109,7 +109,7 @@ NAMESAKES = {
     "studies/gate/duet.py": {"base.step_ns", "new.step_ns", "pair.step_ns"},
     "studies/gate/report.py": {"process.step_ns"},
     # of a queue
-    "studies/capacity/probe.py": {"trial.growth", "t.growth", "trials[0].growth"},
+    "studies/capacity/search.py": {"trial.growth", "t.growth", "trials[0].growth"},
     "studies/capacity/report.py": {"probe.growth", "trial.growth"},
 }
 """Attributes of other classes that have such a name."""
