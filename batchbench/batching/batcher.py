@@ -97,7 +97,7 @@ class Serving:
         if plan is None:
             return self._collect()
         launched = self._engine.run(self._shortened(plan, most))
-        finished = self._look_back()
+        finished = self._looked_back()
         self._recorder.launched(plan, launched, self._scheduler.num_waiting)
         finished += self._applied(plan, launched)
         all_done = self._progress.done + len(finished) == len(self._workload)
@@ -110,7 +110,7 @@ class Serving:
         self._watch.progressed(self._progress)
         return None
 
-    def _look_back(self) -> list[tuple[int, Request]]:
+    def _looked_back(self) -> list[tuple[int, Request]]:
         """Finish the requests whose text ended in the pass before the one just launched.
 
         A GPU would wait for the host that looks at its tokens. So the host launches the next pass
@@ -118,10 +118,8 @@ class Serving:
         """
         if self._unseen is None:
             return []
-        finished = self._scheduler.stop(self._engine.stopped(self._unseen, late=True))
-        for _, request in finished:
-            self._recorder.finished(request)
-        return finished
+        stopped = self._engine.stopped(self._unseen, late=True)
+        return self._logged(self._scheduler.stop(stopped))
 
     def _applied(self, plan: Plan, launched: int) -> list[tuple[int, Request]]:
         """Apply a plan; return (slot, request) for each request that it is known to finish."""
@@ -134,7 +132,9 @@ class Serving:
                 self._unseen = plan
             else:
                 stopped = self._engine.stopped(plan)
-        finished = self._scheduler.apply(plan, launched, stopped)
+        return self._logged(self._scheduler.apply(plan, launched, stopped))
+
+    def _logged(self, finished: list[tuple[int, Request]]) -> list[tuple[int, Request]]:
         for _, request in finished:
             self._recorder.finished(request)
         return finished

@@ -510,8 +510,9 @@ class EnergyMeter:
                 self._joules += joules
             self._last = now
 
-    def about(self) -> Mapping[str, Any]:
-        """Return the joules and their counters for a recording's header, or None for both."""
-        joules = self._joules or None  # a counter that did not move is too coarse for the time
-        names = [counter.name for counter in self._counters] if joules else None
-        return {"energy_joules": joules, "energy_counters": names}
+    def about(self, servings: int = 1) -> Mapping[str, Any]:
+        """Return the joules of a serving and their counters for a header, or None for both."""
+        if not self._joules:  # a counter that did not move is too coarse for the time
+            return {"energy_joules": None, "energy_counters": None}
+        names = [counter.name for counter in self._counters]
+        return {"energy_joules": self._joules / servings, "energy_counters": names}

@@ -42,11 +42,7 @@ class View(Protocol):
 
     @property
     def oldest(self) -> Request:
-        """The request of ``waiting`` that has waited longest.
-
-        Raises:
-            IndexError: no request waits.
-        """
+        """The request of ``waiting`` that has waited longest; raises IndexError if none waits."""
 
     @property
     def free(self) -> int:
@@ -163,8 +159,7 @@ WAITING = ("static", "static-bucketed", "static-oracle")
 def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
     """Return a policy by its name, or by ``package.module:Class`` for one of yours.
 
-    Raises:
-        UsageError: there is no such policy, or it cannot be imported or made.
+    Raises UsageError if there is no such policy, or it cannot be imported or made.
     """
     if ":" in name:
         return _make_own(name)

@@ -13,8 +13,7 @@ from batchbench.files import check_there
 from batchbench.settings import setting
 from batchbench.workloads.spec import read_workload_file
 
-NOTEBOOK = "notebook"
-"""The default preset."""
+NOTEBOOK = "notebook"  # the default preset
 
 
 @dataclass(frozen=True)

@@ -247,9 +247,8 @@ class Recording:
     def step_times(self, spans: Ints | None = None, skip: int = 0) -> Iterator[StepTimes]:
         """Yield the durations of steps in blocks, so that memory stays bounded.
 
-        Args:
-            spans: numbers of the spans to read, ascending; None for all.
-            skip: number of steps to leave out at the beginning of each span.
+        ``spans`` are the numbers of the spans to read, ascending, or None for all; ``skip`` steps
+        are left out at the beginning of each.
         """
         chosen = np.arange(len(self.spans.steps)) if spans is None else spans
         chosen = chosen[self.spans.steps[chosen] > skip]
@@ -327,10 +326,6 @@ class Recording:
         if self.tokens is None:
             raise ValueError("no model ran: the recording holds no tokens")
         return self.tokens[self.token_offsets[request] : self.token_offsets[request + 1]]
-
-    def request_of(self, tokens: Ints) -> Ints:
-        """Return the request to which each of these tokens, by index in ``tokens``, belongs."""
-        return np.searchsorted(self.token_offsets, tokens, side="right") - 1
 
     @classmethod
     def of_tokens(

@@ -32,11 +32,7 @@ class WaitingQueue(SortedKeyList):  # type: ignore[misc]  # it has no types
 
     @property
     def oldest(self) -> Request:
-        """The request that has waited longest.
-
-        Raises:
-            IndexError: no request waits.
-        """
+        """The request that has waited longest; raises IndexError if none waits."""
         while self._arrived[0] not in self:
             self._arrived.popleft()
         return self._arrived[0]
@@ -47,11 +43,7 @@ class WaitingQueue(SortedKeyList):  # type: ignore[misc]  # it has no types
         self._arrived.extend(requests)
 
     def take(self, chosen: list[Request]) -> None:
-        """Remove the chosen requests.
-
-        Raises:
-            UsageError: a request is not waiting, or is chosen twice.
-        """
+        """Remove the chosen requests; raise UsageError for one not waiting, or chosen twice."""
         start = self.bisect_key_left(self.key(chosen[0]))
         stop = start + len(chosen)
         if self[start:stop] == chosen:  # policies mostly take neighbours
@@ -264,7 +256,10 @@ class Scheduler:
                 raise UsageError("a policy admitted something that is not a request")
             self.waiting.take(chosen)
             for request in chosen:
-                self._seat(request)
+                slot = heapq.heappop(self._free)
+                self._occupant[slot] = request
+                self._admitted.append((request, slot))
+                self._newcomers.append(_Newcomer(request, slot))
         if not isinstance(ask_again, int | np.integer | None):
             raise UsageError(f"admit returned {shown(ask_again)} as the next time: give ns")
         if ask_again is not None and ask_again <= self.now:
@@ -292,12 +287,6 @@ class Scheduler:
             if not budget:
                 break
         return tuple(chunks)
-
-    def _seat(self, request: Request) -> None:
-        slot = heapq.heappop(self._free)
-        self._occupant[slot] = request
-        self._admitted.append((request, slot))
-        self._newcomers.append(_Newcomer(request, slot))
 
     def _start(self, chunk: Chunk) -> None:
         """Let the slot decode, now that its prompt is computed and its first token is known."""
@@ -327,8 +316,6 @@ class Scheduler:
             return Wait(until)
         if self.waiting:
             fault = "admits no request" if self.free else "releases no slot"
-            raise UsageError(
-                f"{self._name} {fault} although nothing runs and no "
-                "more requests will come: it would wait forever"
-            )
+            why = "nothing runs and no more requests will come: it would wait forever"
+            raise UsageError(f"{self._name} {fault} although {why}")
         return None

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,7 +147,10 @@ def warm_up_whole(
     strategy must serve the workload to fill ``trial_s``.
     """
     began, servings = time.monotonic(), dict[str, int]()
-    piece = _affordable(workload, least_steps_s)
+    share, piece = WHOLE_S / max(least_steps_s, 1e-9), workload
+    if share < 1 or int(workload.due_ns.max()) > WHOLE_S * 1e9:
+        count = max(1, int(len(workload) * min(share, 1.0)))
+        piece = beginning(workload, count, int(workload.output_tokens.max()))
     for strategy in strategies:
         recording = strategy.serve(piece, Watch())
         if piece is workload and recording.duration_ns < 2e9 * trial_s:
@@ -166,15 +168,6 @@ def servings_note(servings: Mapping[str, int]) -> str | None:
     if not counts:
         return None
     return f"a trial serves the workload {counts}: the serving of median duration counts"
-
-
-def _affordable(workload: Workload, expected_s: float) -> Workload:
-    """Return the workload, or its first requests if it takes longer than :data:`WHOLE_S`."""
-    share = WHOLE_S / max(expected_s, 1e-9)
-    if share >= 1 and int(workload.due_ns.max()) <= WHOLE_S * 1e9:
-        return workload
-    count = max(1, int(len(workload) * min(share, 1.0)))
-    return beginning(workload, count, int(workload.output_tokens.max()))
 
 
 def servings_for(duration_s: float, trial_s: float) -> int:
@@ -217,7 +210,7 @@ def observe(
     energy: Sequence[Counter] = (),
     *,
     simulated: bool = False,
-    about: Mapping[str, Any] = MappingProxyType({}),
+    about: Mapping[str, Any] | None = None,
     servings: int = 1,
     gpu: str | None = None,
 ) -> Recording:
@@ -239,17 +232,10 @@ def observe(
     finally:
         gc.enable()
     recording, own = middle_of(served)
-    energy_about = dict(meter.about())
-    if energy_about["energy_joules"] is not None:
-        energy_about["energy_joules"] /= servings
-    about = {
-        **recording.header.about,
-        **about,
-        **own,
-        **({} if gpu is None else {"gpu_clock_mhz": clocks}),
-        "foreign_cores": foreign,
-        **energy_about,
-    }
+    about = {**recording.header.about, **(about or {}), **own}
+    if gpu is not None:
+        about["gpu_clock_mhz"] = clocks
+    about |= {"foreign_cores": foreign, **meter.about(servings)}
     return replace(recording, header=replace(recording.header, about=about))
 
 
@@ -282,12 +268,5 @@ def requests_that_differ(one: Recording, other: Recording) -> list[int]:
     """Return the requests to which two recordings gave different tokens."""
     if one.tokens is None or other.tokens is None:
         return []
-    lengths = one.requests.output_tokens != other.requests.output_tokens
-    if not lengths.any():
-        changed = np.flatnonzero(one.tokens != other.tokens)
-        return [int(i) for i in np.unique(one.request_of(changed))]
-    return [
-        i
-        for i in range(len(lengths))
-        if lengths[i] or not np.array_equal(one.tokens_of(i), other.tokens_of(i))
-    ]
+    count = len(one.requests.slot)
+    return [i for i in range(count) if not np.array_equal(one.tokens_of(i), other.tokens_of(i))]
