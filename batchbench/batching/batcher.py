@@ -31,10 +31,7 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True)
 class Batcher:
-    """Our scheduler under one policy, on one engine.
-
-    ``policy`` is used where it is given; otherwise ``name`` names the policy.
-    """
+    """Our scheduler on one engine, under ``policy`` or else the policy that ``name`` names."""
 
     name: str
     engine: Engine
@@ -85,11 +82,7 @@ class Serving:
         return self._recorder.steps
 
     def advance(self, most: int | None = None) -> Recording | None:
-        """Run the next plan; return the recording if there is nothing left to run.
-
-        Args:
-            most: most steps to run; None for as many as the plan has.
-        """
+        """Run the next plan, at most ``most`` steps of it; return the recording if none is left."""
         plan = self._scheduler.plan(self._clock.now())
         while isinstance(plan, Wait):
             self._wait(plan.until)
@@ -157,18 +150,15 @@ class Serving:
         return plan if repeat == plan.repeat else replace(plan, repeat=repeat)
 
     def _collect(self) -> Recording:
-        steps, workload = self._engine.collect(), self._workload
-        header = Header(
-            strategy=self._batcher.name,
-            trial=self._progress.trial,
-            slots=self._batcher.slots,
-            simulated=self._engine.simulated,
-            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
-            about={
-                **self._batcher.about,
-                "pads_prompts": self._engine.pads_prompts,
-                "wall_ns": self._progress.now_ns,
-                "computed_passes": steps.computed,
-            },
+        steps, batcher = self._engine.collect(), self._batcher
+        about = {
+            **batcher.about,
+            "pads_prompts": self._engine.pads_prompts,
+            "wall_ns": self._progress.now_ns,
+            "computed_passes": steps.computed,
+        }
+        trial, simulated = self._progress.trial, self._engine.simulated
+        header = Header.of(
+            batcher.name, trial, batcher.slots, self._workload, about, simulated=simulated
         )
         return self._recorder.recording(header, steps)

@@ -243,9 +243,7 @@ class Experiment:
 
         A layer maps names of fields, of any spec, to values:
         ``Experiment.of({"batch_size": 32}, preset="chat")``.
-
-        Raises:
-            UsageError: there is no such preset or setting, or settings contradict each other.
+        Raises UsageError for an unknown preset or setting, or settings that contradict each other.
         """
         check_preset(preset)
         defaults = {"trials": 1} if simulated else {}
@@ -283,9 +281,7 @@ class Experiment:
     def from_config(cls, config: Mapping[str, Any], *, simulated: bool = False) -> Experiment:
         """Return the experiment whose :meth:`config` is given; missing settings are defaults.
 
-        Raises:
-            UsageError: a setting is unknown to this version, or not possible here, such as a file
-                that no longer exists.
+        Raises UsageError for a setting that this version does not know, or a file that is gone.
         """
         parts: dict[str, Any] = {
             name: settings.from_json(spec, config[name])
@@ -347,8 +343,7 @@ def make_experiment(
 ) -> Experiment:
     """Return the experiment of these options; the preset, the file or defaults give all others.
 
-    Raises:
-        UsageError: the options exclude each other, or a value is wrong.
+    Raises UsageError if the options exclude each other, or a value is wrong.
     """
     basis: Basis = settings.make_spec(Basis, chosen)
     names = {field.name for field in fields(Basis)}

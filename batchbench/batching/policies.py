@@ -64,8 +64,7 @@ class View(Protocol):
 class Policy(Protocol):
     """The two decisions.
 
-    A policy may have an attribute ``order``, a key of :data:`ORDERS`,
-    which then replaces ``--order``.
+    A policy may have an attribute ``order``, a key of :data:`ORDERS`; it replaces ``--order``.
     """
 
     def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
@@ -107,10 +106,7 @@ class Static:
 
 
 class _Sorted(Static):
-    """Cuts the sorted queue into batches and serves the one with the oldest request.
-
-    The requests of a batch are thus similar, and no request waits forever.
-    """
+    """Serves batches of similar requests: that part of the sorted queue which has the oldest."""
 
     def _batch(self, view: View) -> Sequence[Request]:
         begin = view.waiting.index(view.oldest) // view.free * view.free
@@ -157,10 +153,7 @@ WAITING = ("static", "static-bucketed", "static-oracle")
 
 
 def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
-    """Return a policy by its name, or by ``package.module:Class`` for one of yours.
-
-    Raises UsageError if there is no such policy, or it cannot be imported or made.
-    """
+    """Return a policy by its name, or by ``package.module:Class``; raise UsageError if none is."""
     if ":" in name:
         return _make_own(name)
     if name not in POLICIES:

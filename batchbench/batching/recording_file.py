@@ -115,8 +115,7 @@ def _columns_of(recording: Recording) -> dict[str, NDArray[Any]]:
 def load_recording(file: Path) -> Recording:
     """Read a recording that :func:`save_recording` wrote.
 
-    Raises:
-        UsageError: the file is missing, damaged, of another format, or breaks a law of the log.
+    Raises UsageError if it is missing, damaged, of another format, or breaks a law of the log.
     """
     try:
         if file.exists() and not file.is_file():

@@ -72,10 +72,7 @@ def conduct(
 
     After Ctrl-C or ``--max-time``, the outcome has the rounds that are finished. Experiments that
     share ``models`` load a model once. ``start`` starts the clients of a server on other machines.
-
-    Raises:
-        UsageError: the experiment cannot be run here.
-        KeyboardInterrupt: before the first round was finished.
+    Raises UsageError if it cannot run here, and KeyboardInterrupt before one round is finished.
     """
     if experiment.simulated and experiment.serving.plug_ins:
         raise UsageError(

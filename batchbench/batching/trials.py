@@ -57,10 +57,7 @@ class WarmUp:
 
 
 def warm_up(batcher: Batcher, others: Iterable[Strategy], workload: Workload, most: int) -> WarmUp:
-    """Serve the beginning of a workload, at most ``most`` times, until the median step settles.
-
-    ``others`` serve it once before.
-    """
+    """Serve the beginning of a workload until the median step settles; ``others`` once before."""
     began = time.monotonic()
     piece = beginning(workload, batcher.slots, output_tokens=12)
     for strategy in others:
@@ -176,10 +173,9 @@ def servings_for(duration_s: float, trial_s: float) -> int:
 
 
 def least_trial_s(energy: Sequence[Counter], pairs_s: float | None, count: int) -> float:
-    """Return the shortest duration of a trial on a GPU.
+    """Return the shortest duration of a trial on a GPU, which is a second or so.
 
-    It is longer if an energy counter needs more, and shorter if ``count`` trials would not fit in
-    ``pairs_s``.
+    Energy counters may need more; ``count`` trials must fit in ``pairs_s``.
     """
     wanted = max(TRIAL_S, 1.1 * longest_resolution_s(energy))
     return wanted if pairs_s is None else min(wanted, pairs_s / count)
@@ -240,10 +236,7 @@ def observe(
 
 
 def middle_of(served: Sequence[Recording]) -> tuple[Recording, dict[str, Any]]:
-    """Return the recording of median duration, and facts about all servings for its header.
-
-    Recordings with other tokens go with it, to be verified.
-    """
+    """Return the recording of median duration, with those of other tokens, and facts about all."""
     middle = sorted(served, key=lambda r: r.duration_ns)[len(served) // 2]
     if len(served) == 1:
         return middle, {}

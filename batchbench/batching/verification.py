@@ -135,10 +135,7 @@ def verify(
 
 
 def draws_by_itself(recording: Recording) -> bool:
-    """Return True if an engine draws sampled tokens from random numbers of its own.
-
-    They are not those of the model and the workload's random streams.
-    """
+    """Return True if an engine draws tokens from random numbers of its own, not the workload's."""
     return bool(recording.header.about.get("own_random"))
 
 

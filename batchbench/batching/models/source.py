@@ -24,9 +24,7 @@ from batchbench.files import reason_of
 from batchbench.json_file import read_json
 from batchbench.settings import setting
 
-_PANEL = "Model"
-
-DEVICES = "auto, cuda, cuda:N, mps or cpu"
+_PANEL, DEVICES = "Model", "auto, cuda, cuda:N, mps or cpu"
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,8 @@ class Source:
 
     @property
     def context(self) -> int | None:
-        context = self.config.get("n_positions") or self.config.get("max_position_embeddings")
-        return None if context is None else int(context)
+        context: int | None = self.config.get("n_positions")
+        return context or self.config.get("max_position_embeddings")
 
     @property
     def vocab_size(self) -> int:
@@ -138,9 +136,8 @@ class Source:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         eos = self.config.get("eos_token_id")
-        if eos is None:
-            return ()
-        return tuple(eos) if isinstance(eos, list) else (int(eos),)
+        tokens = eos if isinstance(eos, list) else [eos]
+        return tuple(token for token in tokens if token is not None)
 
 
 @contextmanager
@@ -153,10 +150,7 @@ def _named(model: str) -> Iterator[None]:
 
 
 def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
-    """Decide where the model comes from; without ``weights`` only its configuration is needed.
-
-    Raises UsageError if there is no such model, or its folder is not a checkpoint.
-    """
+    """Decide where the model comes from; without ``weights`` only its configuration is needed."""
     with _named(spec.model):
         return _find(spec, weights and spec.load_format != "dummy")
 
@@ -252,10 +246,8 @@ def _snapshot(hub_id: str, revision: str | None, weights: bool, *, local: bool) 
 
     patterns = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     try:
-        folder = Path(
-            snapshot_download(
-                hub_id, revision=revision, local_files_only=local, allow_patterns=patterns
-            )
+        folder = snapshot_download(
+            hub_id, revision=revision, local_files_only=local, allow_patterns=patterns
         )
     except HFValidationError as error:
         raise UsageError("is neither a folder nor a hub id") from error
@@ -263,15 +255,13 @@ def _snapshot(hub_id: str, revision: str | None, weights: bool, *, local: bool) 
         return None
     except (HfHubHTTPError, OSError) as error:
         raise UsageError(f"the download failed ({error}); try again") from error
-    whole = not (local and weights) or any(folder.glob("*.safetensors"))
-    return folder if whole and (folder / "config.json").exists() else None
+    place = Path(folder)
+    whole = not (local and weights) or any(place.glob("*.safetensors"))
+    return place if whole and (place / "config.json").exists() else None
 
 
 def _ask_hub(hub_id: str, revision: str | None) -> str | None:
-    """Return the reason why the hub cannot give the model; None if it can.
-
-    The call takes at most :data:`REACH_S` seconds.
-    """
+    """Return the reason why the hub cannot give the model, if any, in at most ``REACH_S``."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -402,10 +392,7 @@ class Tokenizer:
 
 
 def find_tokenizer(place: Path | None) -> Tokenizer | None:
-    """Return the tokenizer in a checkpoint's folder or a GGUF file, if it has one.
-
-    Raises UsageError if its file is damaged.
-    """
+    """Return the tokenizer in a checkpoint's folder or a GGUF file, if there is one."""
     if place is None:
         return None
     if place.is_file():

@@ -73,14 +73,7 @@ class Context:
         """Return the header of a trial's recording; ``about`` has facts for the result."""
         from batchbench.batching.recording import Header
 
-        return Header(
-            strategy=self.name,
-            trial=trial,
-            slots=self.slots,
-            simulated=False,
-            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
-            about=about,
-        )
+        return Header.of(self.name, trial, self.slots, workload, about)
 
 
 @dataclass(frozen=True)
