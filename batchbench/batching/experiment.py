@@ -110,20 +110,13 @@ class ServingSpec:
         for name in self.plug_ins:
             find(name)
         if self.max_wait and not any(name in WAITING for name in self.strategies):
-            raise UsageError(
-                f"--max-wait {self.max_wait:g}: none of --strategy {shown(self.strategy)} waits "
-                f"for a batch to fill; add one of {', '.join(WAITING)}"
-            )
-        if self.engine == "notebook" and self.prefill == "mixed":
-            raise UsageError(
-                "--prefill mixed: the notebook engine computes prompts in separate passes; "
-                "give --prefill separate or --engine slots"
-            )
-        if self.engine == "notebook" and self.execution in ("graph", "compile"):
-            raise UsageError(
-                f"--execution {self.execution}: the notebook engine can only run eagerly; give "
-                "--execution auto or --engine slots"
-            )
+            names = f"none of --strategy {shown(self.strategy)} waits for a batch to fill"
+            raise UsageError(f"--max-wait {self.max_wait:g}: {names}; add {' or '.join(WAITING)}")
+        for name, able in (("prefill", "separate"), ("execution", "eager")):
+            value = getattr(self, name)
+            if self.engine == "notebook" and value not in ("auto", able):
+                why = f"the notebook engine is only {able}; give --{name} auto or --engine slots"
+                raise UsageError(f"--{name} {value}: {why}")
         if self.mixes_prefill and self.token_budget <= self.batch_size:
             raise UsageError(
                 f"--max-batched-tokens {self.token_budget}: must be above the batch size "
@@ -223,10 +216,8 @@ class Experiment:
             else:
                 _check_served(self, self.target)
         if self.workload.stop_at_eos and "static-oracle" in self.serving.strategies:
-            raise UsageError(
-                "--strategy static-oracle: sorts by output length, which is not known with "
-                "--stop-at-eos; remove one of them"
-            )
+            why = "sorts by output length, unknown with --stop-at-eos; remove one of them"
+            raise UsageError(f"--strategy static-oracle: {why}")
         if self.workload.sampling is not None and "generate_batch" in self.serving.strategies:
             raise UsageError(GENERATE_BATCH_SAMPLES)
         check_preset(self.preset)
@@ -366,25 +357,18 @@ def _check_served(experiment: Experiment, target: TargetSpec) -> None:
             "(in waves) and continuous; drop it"
         )
     if target.clients > 1 and "static" in strategies:
-        raise UsageError(
-            f"{clients}: only one client knows when a wave has ended; add --strategy continuous"
-        )
+        why = "only one client knows when a wave has ended; add --strategy continuous"
+        raise UsageError(f"{clients}: {why}")
     if target.clients > 1 and experiment.workload.max_concurrency is not None:
-        raise UsageError(
-            f"{clients}: no client knows how many requests of the others are in flight; drop "
-            "--max-concurrency"
-        )
+        why = "no client knows the requests in flight of the others; drop --max-concurrency"
+        raise UsageError(f"{clients}: {why}")
     if experiment.workload.chat_template and target.endpoint == CHAT:
-        raise UsageError(
-            f"--chat-template: the server applies its own at {CHAT}; drop it, or give --endpoint "
-            f"{COMPLETIONS}"
-        )
+        why = f"the server applies its own at {CHAT}; drop it, or give --endpoint {COMPLETIONS}"
+        raise UsageError(f"--chat-template: {why}")
     verify = experiment.trials.verify
     if verify not in ("all", "none") and target.verify_model is None:
-        raise UsageError(
-            f"--verify {shown(verify)}: --target checks outputs only with --verify-model FOLDER, "
-            "the model that the server runs; add it, or drop --verify"
-        )
+        why = "--target checks outputs only with --verify-model FOLDER; add it, or drop --verify"
+        raise UsageError(f"--verify {shown(verify)}: {why}")
 
 
 def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:

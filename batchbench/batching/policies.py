@@ -153,18 +153,9 @@ WAITING = ("static", "static-bucketed", "static-oracle")
 
 
 def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
-    """Return a policy by its name, or by ``package.module:Class``; raise UsageError if none is."""
-    if ":" in name:
-        return _make_own(name)
-    if name not in POLICIES:
-        raise UsageError(
-            f"--strategy {shown(name)}: must be one of {', '.join(POLICIES)}, generate_batch, "
-            "or a class of yours as package.module:Class"
-        )
-    return POLICIES[name](max_wait_ns)
-
-
-def _make_own(name: str) -> Policy:
+    """Return the policy of a name in POLICIES, or of ``package.module:Class``, if there is one."""
+    if ":" not in name:
+        return POLICIES[name](max_wait_ns)
     place = f"--strategy {shown(name)}"
     parts = re.split(r"[.:]", name)
     if name.count(":") != 1 or not all(map(str.isidentifier, parts)):
@@ -193,9 +184,8 @@ def own_order(policy: Policy, place: str) -> str | None:
     """Return the policy's own order of the queue, if any; ``place`` begins an error's message."""
     order: str | None = getattr(policy, "order", None)
     if order is not None and order not in ORDERS:
-        raise UsageError(
-            f"{place}: its order is '{shown(order)}'; it must be one of {', '.join(ORDERS)}"
-        )
+        must = f"must be one of {', '.join(ORDERS)}"
+        raise UsageError(f"{place}: its order is '{shown(order)}'; it {must}")
     return order
 
 

@@ -75,7 +75,8 @@ class Scheduler:
             the policy has its own.
         prefill: ``separate`` computes the prompts of new requests in a pass of their own, in which
             running requests stall; ``mixed`` computes them together with the running requests.
-        max_batched_tokens: most tokens that one mixed pass computes; running requests come first.
+        max_batched_tokens: most tokens that one mixed pass computes, above ``slots``; running
+            requests come first.
         lengths_known: True if each request ends exactly at its requested length. If not, each
             pass is planned alone.
     """
@@ -91,11 +92,6 @@ class Scheduler:
         max_batched_tokens: int = 2048,
         lengths_known: bool = True,
     ) -> None:
-        if prefill == "mixed" and max_batched_tokens <= slots:
-            raise UsageError(
-                f"--max-batched-tokens {max_batched_tokens}: must be above the batch size "
-                f"({slots}), or no prompt could ever join a full batch; raise it"
-            )
         self.now = 0
         self._name = f"the policy {type(policy).__name__}"
         self.waiting = WaitingQueue(own_order(policy, self._name) or order)
@@ -266,10 +262,8 @@ class Scheduler:
             raise UsageError("admit returned a next time that has passed")
         self._asks = 0 if chosen or self._running or ask_again is None else self._asks + 1
         if self._asks > MOST_ASKS:
-            raise UsageError(
-                f"{self._name} admitted no request {MOST_ASKS:,} times in a row although nothing "
-                "runs: it would wait forever"
-            )
+            times = f"admitted no request {MOST_ASKS:,} times in a row although nothing runs"
+            raise UsageError(f"{self._name} {times}: it would wait forever")
         return ask_again
 
     def _chunks(self) -> tuple[Chunk, ...]:

