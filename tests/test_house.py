@@ -105,7 +105,7 @@ NAMESAKES = {
     "studies/gate/duet.py": {"pair.step_ns"},
     "studies/gate/worker.py": {"run.calibration.step_ns"},
     # of a queue
-    "studies/capacity/probe.py": {"trial.growth", "t.growth", "trials[0].growth"},
+    "studies/capacity/search.py": {"trial.growth", "t.growth", "trials[0].growth"},
     "studies/capacity/report.py": {"probe.growth", "trial.growth"},
 }
 """Attributes of other classes that have such a name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +14,7 @@ from batchbench.cli.options import with_options
 from batchbench.cli.output import echo, echo_json, make_console
 from batchbench.errors import UsageError, shown
 from batchbench.settings import setting
+from batchbench.version import __version__
 
 DOCTOR_HELP = """Show what this machine offers, what is missing, and the command that fixes it.
 
@@ -36,11 +37,12 @@ class DoctorSpec:
 @with_options()
 def doctor(spec: DoctorSpec) -> None:
     from batchbench.json_file import json_text
-    from batchbench.studies.doctor import as_json, examine
+    from batchbench.studies.doctor import examine
 
     findings = examine()
     if spec.json:
-        echo_json(json_text(as_json(findings)))
+        found = [asdict(finding) for finding in findings]
+        echo_json(json_text({"batchbench_version": __version__, "findings": found}))
     else:
         from rich.table import Table
         from rich.text import Text

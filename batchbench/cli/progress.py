@@ -16,7 +16,7 @@ from rich.console import Console
 from batchbench.batching.progress import Progress
 from batchbench.cli import output
 from batchbench.reports.text import number, plural, spell_option, spell_time
-from batchbench.studies.capacity.probe import CapacityWatch, Probe
+from batchbench.studies.capacity.search import CapacityWatch, Probe
 from batchbench.studies.gate.duet import TurnsWatch
 from batchbench.studies.sweep.grid import Cell
 from batchbench.studies.sweep.run import SweepWatch

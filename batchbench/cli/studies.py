@@ -183,7 +183,7 @@ def capacity(
         with undisturbed():  # the search is complete: keep it
             data = report.data_of(findings, command)
             files = report.write_capacity(folder, data)
-        text, rendered = report.to_json(data), report.render(data)
+        text, rendered = json_text(data), report.render(data)
         show(study, text, report.sentence(data), rendered, command, files)
         if findings.verification.wrong:
             raise typer.Exit(1)
@@ -212,17 +212,16 @@ def _search(
     folder: Path,
 ) -> CapacityFindings:
     from batchbench.cli.progress import make_display
-    from batchbench.studies.capacity.probe import CapacityQuery
-    from batchbench.studies.capacity.search import find_capacity, find_capacity_on
+    from batchbench.studies.capacity.search import CapacityQuery, find_capacity, find_capacity_on
 
-    query = CapacityQuery(goals, study.slo_attainment, study.max_trials)
+    query = CapacityQuery(goals, study.slo_attainment, study.max_trials, study.precision)
     together = experiment.target is not None and experiment.target.clients > 1
     with make_display(quiet=study.quiet) as display:
         if machines.executor == "local" or together:
             with clients_of(machines, [experiment], folder, display) as start:
-                return find_capacity(experiment, query, study.precision, display, start)
+                return find_capacity(experiment, query, display, start)
         with closing(make_executor(machines, [experiment], folder, display)) as executor:
-            return find_capacity_on(executor, experiment, query, study.precision, display)
+            return find_capacity_on(executor, experiment, query, display)
 
 
 LADDER_HELP = """Compare engines, from the notebook's loop to the limits of this hardware.

@@ -33,7 +33,14 @@ app = typer.Typer(
 
 
 @dataclass(frozen=True)
-class PictureSpec:
+class SavingSpec:
+    """The option to replace existing files."""
+
+    overwrite: bool = setting(False, "Replace files that exist.", "Output")
+
+
+@dataclass(frozen=True)
+class PictureSpec(SavingSpec):
     """The folder of the picture."""
 
     output: Path | None = setting(
@@ -43,14 +50,6 @@ class PictureSpec:
         metavar="DIR",
         default_text="no picture",
     )
-    overwrite: bool = setting(False, "Replace these files.", "Output")
-
-
-@dataclass(frozen=True)
-class SavingSpec:
-    """The option to replace an existing file."""
-
-    overwrite: bool = setting(False, "Replace the file.", "Output")
 
 
 _SPECS = (Basis, WorkloadSpec, ServingSpec, ModelSpec)

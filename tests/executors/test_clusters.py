@@ -20,8 +20,12 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, conduct
 from batchbench.errors import IncompleteError, UsageError
 from batchbench.reports.slo import GoalsSpec
-from batchbench.studies.capacity.probe import CapacityQuery, CapacityWatch
-from batchbench.studies.capacity.search import find_capacity, find_capacity_on
+from batchbench.studies.capacity.search import (
+    CapacityQuery,
+    CapacityWatch,
+    find_capacity,
+    find_capacity_on,
+)
 from batchbench.studies.executors.jobs import Ended, Failed, Job, Needs, Unlike, clients_on
 from batchbench.studies.sweep.run import Store
 from batchbench.version import __version__
@@ -166,10 +170,10 @@ def test_nodes_of_ray_are_clients_of_one_server_and_search_capacities(
 ) -> None:
     monkeypatch.setattr("batchbench.studies.executors.jobs.PLACES_S", 5.0)
     simulated = Experiment.of({"queue_size": 60, "request_rate": 1.0}, simulated=True)
-    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1)
+    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1, 0.5)
     with serving(Schedule(slots=32), Manner("vllm")) as server, closing(ray()) as executor:
-        found = find_capacity_on(executor, simulated, query, 0.5, CapacityWatch())
-        alone = find_capacity(simulated, query, 0.5)
+        found = find_capacity_on(executor, simulated, query, CapacityWatch())
+        alone = find_capacity(simulated, query)
         assert [(c.low, c.high) for c in found.capacities] == [
             (c.low, c.high) for c in alone.capacities
         ]
@@ -192,14 +196,14 @@ def test_nodes_of_ray_are_clients_of_one_server_and_search_capacities(
 def test_jobs_of_submitit_are_clients_of_one_server_and_search_capacities(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     simulated = Experiment.of({"queue_size": 60, "request_rate": 1.0}, simulated=True)
-    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1)
+    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1, 0.5)
     with (
         serving(Schedule(slots=32), Manner("vllm")) as server,
         closing(submitit(tmp_path / "jobs")) as executor,
     ):
-        found = find_capacity_on(executor, simulated, query, 0.5, CapacityWatch())
+        found = find_capacity_on(executor, simulated, query, CapacityWatch())
         check_clients(conduct(asked(server.url), Watch(), start=clients_on(executor)))
     assert [c.low for c in found.capacities] == [
-        c.low for c in find_capacity(simulated, query, 0.5).capacities
+        c.low for c in find_capacity(simulated, query).capacities
     ]
     assert not (tmp_path / "jobs").exists()

@@ -22,8 +22,12 @@ from batchbench.batching.session import conduct
 from batchbench.errors import IncompleteError, UsageError
 from batchbench.reports.slo import GoalsSpec
 from batchbench.studies.capacity import report
-from batchbench.studies.capacity.probe import CapacityQuery, CapacityWatch
-from batchbench.studies.capacity.search import find_capacity, find_capacity_on
+from batchbench.studies.capacity.search import (
+    CapacityQuery,
+    CapacityWatch,
+    find_capacity,
+    find_capacity_on,
+)
 from batchbench.studies.executors.jobs import (
     Done,
     Failed,
@@ -46,7 +50,7 @@ from batchbench.studies.sweep.report import (
 
 SIMULATED = Experiment.of({"queue_size": 60, "batch_size": 4, "request_rate": 1.0}, simulated=True)
 
-QUERY = CapacityQuery(GoalsSpec(slo=("ttft:60",)), 0.9, 1)
+QUERY = CapacityQuery(GoalsSpec(slo=("ttft:60",)), 0.9, 1, 0.2)
 
 Use = Callable[[str, Adversary], None]
 
@@ -64,8 +68,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
 @pytest.mark.parametrize("seed", range(3))
 def test_searches_elsewhere_find_what_one_process_finds(seed: int) -> None:
     adversary = Adversary(seed, 2)
-    found = find_capacity_on(adversary, SIMULATED, QUERY, 0.2, CapacityWatch())
-    alone = report.data_of(find_capacity(SIMULATED, QUERY, 0.2), "")
+    found = find_capacity_on(adversary, SIMULATED, QUERY, CapacityWatch())
+    alone = report.data_of(find_capacity(SIMULATED, QUERY), "")
     data = report.data_of(found, "")
     same = ("strategies", "comparison", "config", "workload", "alone_ms", "verification")
     assert {name: data[name] for name in same} == {name: alone[name] for name in same}
@@ -83,9 +87,9 @@ def test_strategies_of_unlike_machines_are_a_suspect_comparison(
         lambda environments: [f"{next(cpus)} (a)" for _ in environments],
     )
     experiment = Experiment.of({"queue_size": 60, "batch_size": 4, "request_rate": 1.0})
-    alone = find_capacity(SIMULATED, QUERY, 0.5)
+    alone = find_capacity(SIMULATED, QUERY)
     monkeypatch.setattr("batchbench.studies.capacity.search.find_capacity", lambda *_: alone)
-    found = find_capacity_on(Adversary(0, 2), experiment, QUERY, 0.5, CapacityWatch())
+    found = find_capacity_on(Adversary(0, 2), experiment, QUERY, CapacityWatch())
     assert report.data_of(found, "")["validity"] == {
         "status": "suspect",
         "reasons": [

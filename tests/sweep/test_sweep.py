@@ -221,7 +221,7 @@ def test_a_cell_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     result = make_result(conduct(cell.experiment))
     store = Store(tmp_path)
     assert not store.holds(cell)
-    store.keep(cell, result)
+    store.keep_files(cell, sweeps.files_of(result))
     assert store.holds(cell)
     assert store.load(cell).data == json.loads(json.dumps(result.data))
     assert len(store) == 1

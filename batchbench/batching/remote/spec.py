@@ -13,7 +13,7 @@ from batchbench import settings
 from batchbench.batching.remote.exchange import Address
 from batchbench.errors import UsageError, shown
 from batchbench.json_file import parse_json
-from batchbench.settings import secret, setting
+from batchbench.settings import setting
 
 SERVED_MODEL = "auto"
 """Value of ``--model`` with a target: the model that the server has, if it has exactly one."""
@@ -32,7 +32,6 @@ _OWN_FIELDS = (
     *("max_tokens", "max_completion_tokens"),
 )
 """Fields of a request that batchbench sets, so that ``--extra-body`` cannot."""
-
 
 _SECRET = re.compile(r"(?<!cache_)key|token|secret|password|authorization", re.IGNORECASE)
 """Names of fields that may hold a secret; OpenAI's ``prompt_cache_key`` is none."""
@@ -60,13 +59,11 @@ OWN_ENGINE = (
 def refuse_own(*layers: Mapping[str, Any]) -> None:
     """Raise UsageError if settings by field name have both a target and our own engine's."""
     given = {name for layer in layers for name in layer}
-    if any(layer.get("target") for layer in layers):
-        for name in OWN_ENGINE:
-            if name in given:
-                raise UsageError(
-                    f"{settings.option_name(name)}: is of our own engine, and --target measures a "
-                    "server; drop one of them"
-                )
+    own = [settings.option_name(name) for name in OWN_ENGINE if name in given]
+    if own and any(layer.get("target") for layer in layers):
+        raise UsageError(
+            f"{own[0]}: is of our own engine, and --target measures a server; drop one of them"
+        )
 
 
 def with_served_model(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,17 +99,16 @@ class TargetSpec:
         _PANEL,
         metavar="ID|FOLDER|FILE",
     )
-    api_key: str | None = secret(
+    api_key: str | None = setting(
+        None,
         f"Key sent as the bearer token. It is not saved or shown. In the environment variable "
         f"{API_KEY}, the key does not appear in the list of processes either.",
         _PANEL,
-        API_KEY,
+        metavar="KEY",
+        variable=API_KEY,
     )
     extra_body: str | None = setting(
-        None,
-        "JSON object with more fields for every request.",
-        _PANEL,
-        metavar="JSON",
+        None, "JSON object with more fields for every request.", _PANEL, metavar="JSON"
     )
     timeout: float = setting(
         120.0,
@@ -149,12 +145,14 @@ class TargetSpec:
                     raise UsageError(f"{option}: is for a server; add --target URL, or drop it")
             return
         _ = self.address, self.extra
-        if self.endpoint == CHAT and self.verify_model is not None:
+        if self.verify_model is None:
+            return
+        if self.endpoint == CHAT:
             raise UsageError(
                 f"--verify-model: {CHAT} puts a template around each prompt, so outputs are not "
                 f"those of the bare prompt; give --endpoint {COMPLETIONS}"
             )
-        if self.verify_model is not None and not self.verify_model.is_dir():
+        if not self.verify_model.is_dir():
             raise UsageError(
                 f"--verify-model {shown(self.verify_model)}: no such folder; give the folder of "
                 "the model that the server runs"
@@ -202,7 +200,6 @@ class TargetSpec:
                 f'{place}: "{shown(name)}" looks like a secret and would be saved in the result; '
                 f"use --api-key or {API_KEY}"
             )
-        for name in _OWN_FIELDS:
-            if name in extra:
-                raise UsageError(f"{place}: {name} is set by batchbench; remove it")
+        if own := [name for name in _OWN_FIELDS if name in extra]:
+            raise UsageError(f"{place}: {own[0]} is set by batchbench; remove it")
         return cast("Mapping[str, Any]", extra)
