@@ -63,7 +63,7 @@ def replaying(
 ) -> SlotsEngine:
     """A slots engine whose decode passes run on fixed buffers, on torch's attention as on a GPU."""
     engine = SlotsEngine(model, slots, max_len, make_forward(model, Kernels.PACKED))
-    args = (engine._pass, engine._cache, engine._last, engine._chooser, max_len, lambda run: run)
+    args = (engine._pass, engine._cache, engine._last, engine._chooser, lambda run: run, max_len)
     engine._prepared = PreparedDecode(*args, every_batch=every_batch)
     return engine
 

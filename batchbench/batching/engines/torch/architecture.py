@@ -240,6 +240,13 @@ class Rotary(NamedTuple):
         return (torch.stack([angles.cos(), angles.sin()]) * self.scale).to(dtype)
 
 
+class Rotation(NamedTuple):
+    """The change of queries and keys before they are multiplied: norms of heads, and rotation."""
+
+    rotary: Rotary
+    norms: Sequence[Norm] = ()  # of queries and of keys; empty if they have none
+
+
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Return heads, ``[tokens, heads, head_dim]``, rotated by ``angles`` of :class:`Rotary`.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from batchbench.batching.engines.torch.architecture import Norm, Rotary
-from batchbench.batching.engines.torch.kernels import Native
+from batchbench.batching.engines.torch.architecture import Rotation
 from batchbench.batching.plan import Chunk
+
+if TYPE_CHECKING:
+    from batchbench.batching.engines.torch.triton.ops import SlotAttention  # Triton may be missing
 
 
 def cache_argument(module: PreTrainedModel) -> str:
@@ -74,23 +76,6 @@ class SlotLayer(CacheLayerMixin):
     def values(self) -> torch.Tensor:
         return self.block[1]
 
-    def write(
-        self,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        rows: torch.Tensor | None,
-        states: torch.Tensor,
-    ) -> None:
-        """Write keys and values, ``[tokens, 2, heads, head_dim]``, to their ``[tokens]`` places.
-
-        ``rows`` are the same places as :meth:`SlotCache.rows` returns them.
-        """
-        if rows is not None:
-            places = self.block.view(-1, self.block.shape[-1])
-            places.index_copy_(0, rows, states.reshape(-1, states.shape[-1]))
-            return
-        self.keys[slots, :, positions], self.values[slots, :, positions] = states.unbind(1)
-
     # The interface of transformers. The attention below reads the block itself.
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -113,43 +98,6 @@ class SlotLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.2x
 
 
-class Rotation(NamedTuple):
-    """The change of queries and keys before they are multiplied: norms of heads, and rotation."""
-
-    rotary: Rotary
-    norms: Sequence[Norm] = ()  # of queries and of keys; empty if they have none
-
-
-class DeviceAttention(Protocol):
-    """Attention in a GPU's own kernels, which read slots and positions on the device."""
-
-    def decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        block: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        scale: float | None = None,
-        rotation: Rotation | None = None,
-    ) -> torch.Tensor:
-        """Write keys and values of decoding rows to the cache, and attend."""
-
-    def tiled(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        block: torch.Tensor,
-        tiles: torch.Tensor,
-        tokens: int,
-        scale: float | None = None,
-        rotation: Rotation | None = None,
-    ) -> torch.Tensor:
-        """Write keys and values of rows and chunks, laid out in tiles, and attend."""
-
-
 class SlotCache(Cache):
     """The blocks of all layers, behind transformers' cache interface.
 
@@ -163,7 +111,7 @@ class SlotCache(Cache):
         slots: int,
         max_len: int,
         like: torch.Tensor,
-        attention: DeviceAttention | None = None,
+        attention: SlotAttention | None = None,
         *,
         together: bool = True,
     ) -> None:
@@ -178,8 +126,7 @@ class SlotCache(Cache):
         self.blocks = [SlotLayer(block) for part in self._parts for block in part]
         which, head = np.indices((2, heads)).reshape(2, -1)
         first_rows = torch.from_numpy((which * slots * heads + head) * max_len)
-        self._first_rows = first_rows.to(like.device)
-        self._slot_rows = heads * max_len
+        self.first_rows = first_rows.to(like.device)  # of slot 0, in a block of rows of numbers
         super().__init__(layers=self.blocks)
 
     def clear(self) -> None:
@@ -190,16 +137,6 @@ class SlotCache(Cache):
         """Zero these positions of a slot in all layers."""
         for part in self._parts:
             part[:, :, slot, :, start:stop] = 0
-
-    def rows(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """Return the rows of a block for tokens' keys and values, ``[tokens × 2 × heads]``.
-
-        None for more than :data:`FEW_TOKENS` tokens on a CPU.
-        """
-        if len(slots) > FEW_TOKENS and slots.device.type == "cpu":
-            return None
-        starts = torch.add(positions, slots, alpha=self._slot_rows)
-        return (starts[:, None] + self._first_rows).flatten()
 
 
 NAME = "batchbench_slots"
@@ -237,16 +174,19 @@ class Layout:
     continued: Sequence[tuple[int, Chunk, torch.Tensor]] = ()  # first token, chunk, mask
     tiles: torch.Tensor | None = None  # of a pass with chunks, if the cache has a GPU's attention
     tile: int = 0  # tokens of a tile
-    _rows_of_cache: torch.Tensor | None = field(default=None, init=False)
+    _places: torch.Tensor | None = field(default=None, init=False)
     _mask: torch.Tensor | None = field(default=None, init=False)
 
     # Not cached_property: up to Python 3.11 it takes a lock, which torch.compile cannot trace.
 
     @property
-    def rows_of_cache(self) -> torch.Tensor | None:
-        if self._rows_of_cache is None:
-            self._rows_of_cache = self.cache.rows(self.slots, self.positions)
-        return self._rows_of_cache
+    def places(self) -> torch.Tensor:
+        """Return the rows of a block for the tokens' keys and values, ``[tokens × 2 × heads]``."""
+        if self._places is None:
+            heads, max_len = self.cache.blocks[0].keys.shape[1:3]
+            starts = torch.add(self.positions, self.slots, alpha=heads * max_len)
+            self._places = (starts[:, None] + self.cache.first_rows).flatten()
+        return self._places
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the mask of the decoding rows, ``[high - low, 1, 1, length]``: 0 or −∞, to add.
@@ -258,18 +198,12 @@ class Layout:
             if self.rows is not None:
                 span = positions.new_zeros(self.high - self.low)
                 positions = span.index_copy_(0, self.rows, positions)
-            self._mask = causal_mask(positions, self.length, dtype)
+            at = torch.arange(self.length, device=positions.device)
+            # Numbers, since attention would convert a boolean mask again in each layer.
+            mask = torch.zeros(len(positions), self.length, dtype=dtype, device=positions.device)
+            mask.masked_fill_(at > positions[:, None], float("-inf"))
+            self._mask = mask[:, None, None, :]
         return self._mask
-
-
-def causal_mask(positions: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return a mask ``[rows, 1, 1, length]``: 0 up to a row's own position, −∞ beyond.
-
-    It holds numbers, since attention would convert a boolean mask again in each layer.
-    """
-    at = torch.arange(length, device=positions.device)
-    mask = torch.zeros(len(positions), length, dtype=dtype, device=positions.device)
-    return mask.masked_fill_(at > positions[:, None], float("-inf"))[:, None, None, :]
 
 
 def attend(
@@ -284,15 +218,19 @@ def attend(
 
     ``kv`` is ``[tokens, 2, heads, head_dim]``; ``scale`` is 1 / √head_dim if None.
     """
-    block.write(layout.slots, layout.positions, layout.rows_of_cache, kv)
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != kv.shape[2]}
+    if len(q) > FEW_TOKENS and q.device.type == "cpu":
+        slots, positions = layout.slots, layout.positions
+        block.keys[slots, :, positions], block.values[slots, :, positions] = kv.unbind(1)
+    else:
+        rows = block.block.view(-1, block.block.shape[-1])
+        rows.index_copy_(0, layout.places, kv.reshape(-1, kv.shape[-1]))
     n = layout.decoding
     if n and n == len(q):
         return _decode(q, block, layout, scale)
     out = torch.empty_like(q)
     if n:
         out[:n] = _decode(q[:n], block, layout, scale)
-    _attend_prompts(q, kv, block, layout, options, out)
+    attend_prompts(q, kv, block, layout, out, scale)
     return out
 
 
@@ -314,39 +252,16 @@ def attend_on_device(
     return attention.tiled(*states, layout.tiles, layout.tile, scale, rotation)
 
 
-def attend_natively(
-    kernels: Native,
-    block: SlotLayer,
-    qkv: torch.Tensor,
-    layout: Layout,
-    angles: torch.Tensor | None = None,
-    norms: Sequence[torch.Tensor] = (),
-    eps: float = 0.0,
-) -> torch.Tensor:
-    """Attend as :func:`attend` does, with ``qkv``, ``[tokens, heads + 2 × kv_heads, head_dim]``.
-
-    batchbench's kernel for decoding rows reads only the positions that a request has written. It
-    norms and rotates queries and keys in place, as :meth:`Native.attention` says.
-    """
-    cached, slots, positions, n = block.block, layout.slots, layout.positions, layout.decoding
-    out = kernels.attention(qkv, cached, slots, positions, n, angles, norms, eps)
-    if n < qkv.shape[0]:
-        heads, kv_heads = out.shape[1], cached.shape[2]
-        kv = qkv[:, heads:].view(len(qkv), 2, kv_heads, -1)
-        options = {"enable_gqa": heads != kv_heads}
-        _attend_prompts(qkv[:, :heads], kv, block, layout, options, out)
-    return out
-
-
-def _attend_prompts(
+def attend_prompts(
     q: torch.Tensor,
     kv: torch.Tensor,
     block: SlotLayer,
     layout: Layout,
-    options: dict[str, Any],
     out: torch.Tensor,
+    scale: float | None = None,
 ) -> None:
     """Attend for the chunks, whose keys and values are in the cache; write to ``out``."""
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != kv.shape[2]}
     k, v = kv.unbind(1)
     for prompts in layout.fresh:
         pq, pk, pv = (states[prompts.gather].transpose(1, 2) for states in (q, k, v))

@@ -20,7 +20,7 @@ from batchbench.batching.engines.torch.attention import (
     Layout,
     SlotLayer,
     attend,
-    attend_natively,
+    attend_prompts,
     cache_argument,
 )
 from batchbench.batching.engines.torch.kernels import Native, Table, Through, native
@@ -188,7 +188,11 @@ class LeanForward:
         of = self._weights.of
         if self._kernels is not None:
             plain = [norm.weight for norm in norms]
-            return attend_natively(self._kernels, cached, qkv, layout, angles, plain, of.eps)
+            places = (cached.block, layout.slots, layout.positions, layout.decoding)
+            out = self._kernels.attention(qkv, *places, angles, plain, of.eps)
+            kv = qkv[:, of.heads :].view(len(qkv), 2, of.kv_heads, -1)
+            attend_prompts(qkv[:, : of.heads], kv, cached, layout, out)
+            return out
         if angles is not None:
             qk = qkv[:, : of.heads + of.kv_heads]
             if norms:

@@ -1,16 +1,21 @@
-"""Decode passes of fixed shape, prepared before the first trial: CUDA graphs, or compiled code.
+"""Passes of fixed shape, prepared before the first trial: CUDA graphs, or compiled code.
 
 While the batch does not change, each pass runs the same kernels on the same memory, so they can be
 recorded once and replayed without launching each from the host. There are few shapes: a pass
 computes the first ``rows`` slots over the first ``length`` positions of the cache. A slot among
 them that does not decode is computed too: it writes to its first position, which the slot's next
 request overwrites, and its token is ignored.
+
+With a GPU's own attention, passes with chunks of prompts are prepared too. It computes tiles of
+tokens that belong to one request; a decoding row is a tile of one token. The number of tokens of a
+pass is rounded up to 16, 32, 64 … 512. Longer passes are launched one kernel after another, which
+takes less time than their computation.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +24,7 @@ from batchbench.batching.engines.torch.attention import Layout, SlotCache
 from batchbench.batching.engines.torch.forward import Forward
 from batchbench.batching.engines.torch.sampling import Chooser
 from batchbench.batching.plan import Plan
+from batchbench.batching.recording import Ints
 
 Pass = Callable[[], None]
 Prepare = Callable[[Pass], Pass]
@@ -41,14 +47,13 @@ class PreparedDecode:
         cache: SlotCache,
         last: torch.Tensor,
         chooser: Chooser,
-        max_len: int,
         prepare: Prepare,
+        max_len: int,
         *,
         every_batch: bool = True,
     ) -> None:
         slots = len(last)
-        self._forward, self._cache, self._last = forward, cache, last
-        self._chooser = chooser
+        self._forward, self._cache, self._last, self._chooser = forward, cache, last, chooser
         self.calls = 0  # passes that were replayed
         self._slots = torch.arange(slots, device=last.device)
         aims = torch.zeros(2, slots, dtype=torch.int64, device=last.device)
@@ -98,7 +103,7 @@ def sizes(smallest: int, largest: int) -> tuple[int, ...]:
     return (*doubles, largest)
 
 
-def fitting(sizes: tuple[int, ...], wanted: int) -> int:
+def fitting(sizes: Sequence[int], wanted: int) -> int:
     return next(size for size in sizes if size >= wanted)
 
 
@@ -183,3 +188,141 @@ class Compile:
             compiled = torch.compile(run, dynamic=False)
             compiled()
             return self._record(compiled)
+
+
+# Passes with chunks of prompts
+
+SMALLEST, LARGEST = 16, 512
+"""Numbers of tokens of the smallest and the largest prepared pass with chunks."""
+
+_COLUMNS = 5  # of a tile
+_NONE = -1
+
+
+def tile_size(tokens: int) -> int:
+    """Return the tokens of a tile for a pass of so many tokens."""
+    return 16 if tokens <= LARGEST else 64
+
+
+def most_tiles(tokens: int, pieces: int) -> int:
+    """Return the most tiles that a pass of ``tokens`` in at most so many pieces can have."""
+    return min(tokens, pieces + tokens // tile_size(tokens))
+
+
+def tiles_of(plan: Plan) -> tuple[Ints, int]:
+    """Return the tiles of a pass, ``[tiles, 5]``, and their size; decoding rows come first."""
+    chunks = plan.chunks
+    counts = np.array([1] * len(plan.slots) + [c.stop - c.start for c in chunks], np.int64)
+    slots = np.array([*plan.slots, *(c.slot for c in chunks)], np.int64)
+    starts = np.array([*plan.positions, *(c.start for c in chunks)], np.int64)
+    size = tile_size(int(counts.sum()))
+    return lay_tiles(counts, slots, starts, size), size
+
+
+def lay_tiles(counts: Ints, slots: Ints, starts: Ints, size: int) -> Ints:
+    """Cut pieces that lie end to end into tiles of up to ``size`` tokens, ``[tiles, 5]``.
+
+    Piece i has ``counts[i]`` tokens and begins at position ``starts[i]`` of ``slots[i]``. The
+    columns are a tile's first token and its count, and the piece's first token, slot and start.
+    """
+    first = np.cumsum(counts) - counts
+    tiles = -(-counts // size)
+    piece = np.repeat(np.arange(len(counts)), tiles)
+    nth = np.arange(len(piece)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    token = first[piece] + nth * size
+    count = np.minimum(size, first[piece] + counts[piece] - token)
+    return np.stack([token, count, first[piece], slots[piece], starts[piece]], 1)
+
+
+def places_of(plan: Plan) -> tuple[Ints, Ints]:
+    """Return the slot and the position of each token of a pass, decoding rows first."""
+    slots = [plan.slots, *(np.full(c.stop - c.start, c.slot) for c in plan.chunks)]
+    positions = [plan.positions, *(np.arange(c.start, c.stop) for c in plan.chunks)]
+    return np.concatenate(slots), np.concatenate(positions)
+
+
+class _Inputs:
+    """Everything that a pass of up to ``tokens`` tokens reads, in one tensor: one copy fills it.
+
+    An id below 0 names a slot, whose last token is meant: -1 is slot 0. Unused tokens have id and
+    position 0; unused tiles have no token. ``keep`` has the token of the pass that yields the next
+    one of each slot, or _NONE.
+    """
+
+    def __init__(self, tokens: int, slots: int, device: torch.device) -> None:
+        tiles = most_tiles(tokens, slots) * _COLUMNS
+        self._ends = np.cumsum([tokens, tokens, tiles]).tolist()
+        self._all = torch.zeros(self._ends[-1] + slots, dtype=torch.int64, device=device)
+        self._upload = Upload(self._all)
+        self.ids, self.positions, flat, self.keep = self._all.tensor_split(self._ends)
+        self.tiles = flat.view(-1, _COLUMNS)
+        self.keep.fill_(_NONE)
+
+    def fill(self, plan: Plan, prompt_ids: Ints) -> None:
+        array = np.zeros(len(self._all), np.int64)
+        ids, positions, flat, keep = np.split(array, self._ends)
+        rows, total = len(plan.slots), len(plan.slots) + len(prompt_ids)
+        ids[:rows], ids[rows:total] = -1 - plan.slots, prompt_ids
+        _, positions[:total] = places_of(plan)
+        tiles, _ = tiles_of(plan)
+        flat[: tiles.size] = tiles.flatten()
+        keep[:] = _NONE
+        keep[plan.slots] = np.arange(rows)
+        ends = rows + np.cumsum([c.stop - c.start for c in plan.chunks])
+        for end, chunk in zip(ends, plan.chunks, strict=True):
+            if chunk.yields:
+                keep[chunk.slot] = end - 1
+        self._upload(array)
+
+
+class PreparedMixed:
+    """One prepared pass with chunks for each number of tokens, up to ``most_tokens`` of a pass."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        cache: SlotCache,
+        last: torch.Tensor,
+        chooser: Chooser,
+        prepare: Prepare,
+        most_tokens: int,
+    ) -> None:
+        self._forward, self._cache, self._last, self._chooser = forward, cache, last, chooser
+        self._slots = torch.arange(len(last), device=last.device)
+        self.calls = 0  # passes that were replayed
+        self.sizes = [SMALLEST]
+        while self.sizes[-1] < min(most_tokens, LARGEST):
+            self.sizes.append(2 * self.sizes[-1])
+        self._inputs = {size: _Inputs(size, len(last), last.device) for size in self.sizes}
+        self._nowhere = last.new_zeros(0)
+        # The largest first: the others then fit into the memory that it leaves in their pool.
+        self._passes = {size: prepare(self._pass(size)) for size in reversed(self.sizes)}
+
+    def takes(self, tokens: int) -> bool:
+        """Return True if a pass was prepared for so many tokens."""
+        return tokens <= self.sizes[-1]
+
+    def aim(self, plan: Plan, prompt_ids: Ints) -> None:
+        """Set the inputs of the next pass; ``prompt_ids`` are the tokens of all chunks."""
+        self._size = fitting(self.sizes, len(plan.slots) + len(prompt_ids))
+        self._inputs[self._size].fill(plan, prompt_ids)
+
+    def run(self, plan: Plan, step: int) -> None:
+        """Compute the pass that was aimed, which is the only one of its plan; store its tokens."""
+        self._passes[self._size]()
+        self.calls += 1
+
+    def _pass(self, size: int) -> Pass:
+        inputs, last = self._inputs[size], self._last
+
+        def compute() -> None:
+            decoded = last[(-1 - inputs.ids).clamp_(min=0)]
+            ids = torch.where(inputs.ids < 0, decoded, inputs.ids)
+            layout = Layout(self._cache, self._nowhere, inputs.positions, 0)
+            layout.tiles, layout.tile = inputs.tiles, tile_size(size)
+            keep = inputs.keep.clamp(min=0)
+            logits = self._forward(ids, layout, keep)
+            chosen = self._chooser(logits, self._slots, inputs.positions[keep])
+            last.copy_(torch.where(inputs.keep == _NONE, last, chosen))
+
+        return compute

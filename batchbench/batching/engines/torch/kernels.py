@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 from batchbench.batching.machine import Processor, find_compiler
 from batchbench.files import cache_folder, replacing
+from batchbench.workloads.sampling import Sampling
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 PANEL = 32
@@ -42,7 +43,8 @@ _FLAGS = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
 )
 _COMPILING_S = 120.0
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""Number formats of the operations, with their names in C++."""
 
 
 @cache
@@ -59,12 +61,15 @@ class Native:
     """The operations; all tensors are on the CPU, contiguous, in float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL, processor: Processor) -> None:
-        self.processor = processor
-        self._products = _functions(library, "product", pointers=6, integers=4)
-        self._attentions = _functions(library, "attention", pointers=8, integers=7, numbers=2)
-        self._decodes = _functions(library, "decode", pointers=7, integers=10, numbers=2)
-        self._choices = _functions(library, "greedy", pointers=2, integers=2)
-        self._draws = _functions(library, "sample", pointers=3, integers=3, numbers=2)
+        self.processor, self._library = processor, library
+
+    def _call(self, name: str, dtype: torch.dtype, *args: torch.Tensor | float | None) -> None:
+        """Call an operation for a number format, with the arguments that it has in C++."""
+        function = getattr(self._library, f"{name}_{FORMATS[dtype]}")
+        if function.argtypes is None:
+            numbers = {int: ctypes.c_long, Through: ctypes.c_long, float: ctypes.c_float}
+            function.argtypes = [numbers.get(type(argument), ctypes.c_void_p) for argument in args]
+        function(*[a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args])
 
     def multiplies(self, weight: torch.Tensor) -> bool:
         """Return True if :meth:`product` suits ``weight``, ``[outputs, inputs]``."""
@@ -73,10 +78,7 @@ class Native:
         return weight.dtype is torch.float32
 
     def attends(self, head_size: int, dtype: torch.dtype) -> bool:
-        return head_size <= MAX_HEAD_SIZE and dtype in _NAMES
-
-    def chooses(self, logits: torch.Tensor) -> bool:
-        return logits.dtype in _NAMES and logits.shape[1] > 0
+        return head_size <= MAX_HEAD_SIZE and dtype in FORMATS
 
     @staticmethod
     def side_by_side(weight: torch.Tensor) -> torch.Tensor:
@@ -123,9 +125,8 @@ class Native:
         add = add if add is None else add.contiguous()
         rows, inputs = x.shape
         out = x.new_empty(rows, outputs)
-        widened = self._room_to_widen(x.dtype, rows * inputs)
-        pointers = [t if t is None else t.data_ptr() for t in (x, packed, bias, add, out, widened)]
-        self._products[x.dtype](*pointers, rows, inputs, outputs, through)
+        tensors = (x, packed, bias, add, out, self._room_to_widen(x.dtype, rows * inputs))
+        self._call("product", x.dtype, *tensors, rows, inputs, outputs, through)
         return out
 
     def _room_to_widen(self, dtype: torch.dtype, count: int) -> torch.Tensor | None:
@@ -152,11 +153,10 @@ class Native:
         between = width + (2 * layers.heads + 2 * kv_heads) * size + layers.inner
         room = x.new_empty(rows * between)
         widened = self._room_to_widen(x.dtype, rows * between)
-        tensors = (x, room, widened, slots, positions, angles)
-        pointers = [t if t is None else t.data_ptr() for t in tensors]
+        tensors = (layers.at(blocks), x, room, widened, slots, positions, angles)
         sizes = (len(blocks), rows, width, layers.inner, layers.through, layers.heads, kv_heads)
         counts = (*sizes, size, all_slots, max_len)
-        self._decodes[x.dtype](layers.at(blocks), *pointers, *counts, size**-0.5, layers.eps)
+        self._call("decode", x.dtype, *tensors, *counts, size**-0.5, layers.eps)
 
     def attention(
         self,
@@ -181,11 +181,9 @@ class Native:
         _, all_slots, kv_heads, max_len, _ = block.shape
         heads = both - 2 * kv_heads
         out = qkv.new_empty(tokens, heads, size)
-        optional = (angles, *(norms or (None, None)))
-        tensors = (qkv, block, slots, positions, *optional, out)
-        pointers = [t if t is None else t.data_ptr() for t in tensors]
+        tensors = (qkv, block, slots, positions, angles, *(norms or (None, None)), out)
         counts = (tokens, decoding, heads, kv_heads, size, all_slots, max_len)
-        self._attentions[qkv.dtype](*pointers, *counts, size**-0.5, eps)
+        self._call("attention", qkv.dtype, *tensors, *counts, size**-0.5, eps)
         return out
 
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
@@ -193,18 +191,17 @@ class Native:
         logits = logits.contiguous()
         rows, vocabulary = logits.shape
         out = torch.empty(rows, dtype=torch.int64)
-        self._choices[logits.dtype](logits.data_ptr(), out.data_ptr(), rows, vocabulary)
+        self._call("greedy", logits.dtype, logits, out, rows, vocabulary)
         return out
 
-    def sample(
-        self, logits: torch.Tensor, keys: torch.Tensor, temperature: float, top_k: int, top_p: float
-    ) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, keys: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         """Return the token that is drawn for each row, ``[rows]``; ``keys`` are of its noise."""
         logits, keys = logits.contiguous(), keys.contiguous()
         rows, vocabulary = logits.shape
         out = torch.empty(rows, dtype=torch.int64)
-        pointers = (logits.data_ptr(), keys.data_ptr(), out.data_ptr())
-        self._draws[logits.dtype](*pointers, rows, vocabulary, top_k, temperature, top_p)
+        numbers = (float(sampling.temperature), float(sampling.top_p))
+        sizes = (rows, vocabulary, sampling.top_k)
+        self._call("sample", logits.dtype, logits, keys, out, *sizes, *numbers)
         return out
 
 
@@ -221,34 +218,14 @@ class Table:
         eps: float,
     ) -> None:
         self.heads, self.inner, self.through, self.eps = heads, inner, through, eps
-        self._weights = weights  # kept, since the table has their places only
-        rows = [(*layer, None) for layer in weights]  # the last one is the cache's
-        places = [t if t is None else t.data_ptr() for row in rows for t in row]
-        self._row = len(rows[0])
-        self._table = (ctypes.c_void_p * len(places))(*places)
+        self._weights = weights  # kept, since the table has their addresses only
+        addresses = [[0 if t is None else t.data_ptr() for t in layer] for layer in weights]
+        self._table = torch.tensor([[*layer, 0] for layer in addresses])  # the last is the cache's
 
-    def at(self, blocks: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    def at(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the table with the layers' blocks of a cache."""
-        for i, block in enumerate(blocks, 1):
-            self._table[i * self._row - 1] = block.data_ptr()
+        self._table[:, -1] = torch.tensor([block.data_ptr() for block in blocks])
         return self._table
-
-
-def _functions(
-    library: ctypes.CDLL, name: str, *, pointers: int, integers: int, numbers: int = 0
-) -> dict[torch.dtype, Callable[..., None]]:
-    """Return an operation's functions by number format; arguments are in the order named here."""
-    functions: dict[torch.dtype, Callable[..., None]] = {}
-    for dtype, suffix in _NAMES.items():
-        function = library[f"{name}_{suffix}"]
-        function.argtypes = (
-            *[ctypes.c_void_p] * pointers,
-            *[ctypes.c_long] * integers,
-            *[ctypes.c_float] * numbers,
-        )
-        function.restype = None
-        functions[dtype] = function
-    return functions
 
 
 def _compiled() -> ctypes.CDLL | None:

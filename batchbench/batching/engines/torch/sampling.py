@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from batchbench.batching.engines.torch.kernels import native
+from batchbench.batching.engines.torch.kernels import FORMATS, Native, native
 from batchbench.batching.plan import Chunk
 from batchbench.workloads.request import Stream
 from batchbench.workloads.sampling import Sampling
@@ -41,12 +41,18 @@ def choose(
     """Return the next token of each row, as :class:`Choose` says."""
     if sampling is None or keys is None:
         return best_token(logits)
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        kernels = native()
-        if kernels is not None and kernels.chooses(logits):
-            cuts = sampling.top_k, sampling.top_p
-            return kernels.sample(logits, keys, sampling.temperature, *cuts)
+    if kernels := _kernels_for(logits):
+        return kernels.sample(logits, keys, sampling)
     return best_token(perturbed(logits, sampling, keys))
+
+
+def _is_eager_on_cpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _kernels_for(logits: torch.Tensor) -> Native | None:
+    kernels = native() if _is_eager_on_cpu(logits) else None
+    return kernels if kernels and logits.dtype in FORMATS else None
 
 
 def perturbed(logits: torch.Tensor, sampling: Sampling, keys: torch.Tensor) -> torch.Tensor:
@@ -76,8 +82,7 @@ class Chooser:
             return
         for chunk in chunks:
             self._seated[chunk.slot] = Stream(self.sampling, chunk.request.index).words
-        # Without a wait only on CUDA: MPS copies later, when the array may have changed.
-        on_cuda = self.streams.device.type == "cuda"
+        on_cuda = self.streams.device.type == "cuda"  # MPS copies later, when the array has changed
         self.streams.copy_(torch.from_numpy(self._seated.copy()), non_blocking=on_cuda)
 
     def __call__(
@@ -94,9 +99,6 @@ class Chooser:
 # Shifts and multipliers of 32-bit hashes that Chris Wellons found by searching for little bias.
 _SHORT = ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, None))
 _LONG = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB), (14, None))
-
-_LARGEST = 1 - 2**-24
-"""The largest number below 1 in float32."""
 
 
 def _hash(
@@ -122,7 +124,9 @@ def noise(keys: torch.Tensor, vocabulary: int, dtype: torch.dtype = torch.float3
     tokens = torch.arange(vocabulary, dtype=torch.int32, device=keys.device)
     x = _hash(tokens ^ keys[:, :1], _LONG, keys[:, 1:])
     # 31 bits as a number between 0 and 1: those near 0, which give the most noise, are the finest.
-    uniform = ((x >> 1) & (2**31 - 1)).float().mul_(2**-31).add_(2**-32).clamp_(max=_LARGEST)
+    uniform = (
+        ((x >> 1) & (2**31 - 1)).float().mul_(2**-31).add_(2**-32).clamp_(max=1 - 2**-24)
+    )  # below 1
     return uniform.to(dtype).neg_().log1p_().neg_().log_().neg_()
 
 
@@ -133,10 +137,7 @@ _LIKELY = 1024
 
 
 def smallest_kept(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
-    """Return the smallest logit of each row that top-k and top-p keep, ``[rows, 1]``.
-
-    The result is None if all are kept.
-    """
+    """Return the smallest logit that is kept in each row, ``[rows, 1]``; None if all are kept."""
     vocabulary, top_p = logits.shape[1], sampling.top_p
     most = min(sampling.top_k or vocabulary, vocabulary)
     if top_p == 1:
@@ -146,8 +147,8 @@ def smallest_kept(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | No
     if most < vocabulary:
         values = logits.topk(most).values
         weights.masked_fill_(logits < values[:, -1:], 0)
-    eager = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    window = min(_LIKELY, vocabulary) if eager and most == vocabulary else most
+    few = most == vocabulary and _is_eager_on_cpu(logits)
+    window = min(_LIKELY, vocabulary) if few else most
     while True:
         values = logits.topk(window).values  # the largest first
         likely = ((values - top) / sampling.temperature).exp_()
@@ -170,10 +171,8 @@ def best_token(logits: torch.Tensor) -> torch.Tensor:
     ``argmax`` and ``max`` with indices are not vectorised on a CPU. Without a native kernel the
     largest value is found first, then its place in the window that has it: several times as fast.
     """
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        kernels = native()
-        if kernels is not None and kernels.chooses(logits):
-            return kernels.greedy(logits)
+    if kernels := _kernels_for(logits):
+        return kernels.greedy(logits)
     width = logits.shape[1]
     if logits.device.type != "cpu" or width <= _WINDOW:
         return logits.max(-1).indices

@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch.nn.functional import gelu
 
-from batchbench.batching.engines.torch.architecture import Matrix, Weights
-from batchbench.batching.engines.torch.attention import Layout, Rotation, attend_on_device
+from batchbench.batching.engines.torch.architecture import Matrix, Rotation, Weights
+from batchbench.batching.engines.torch.attention import Layout, attend_on_device
 from batchbench.batching.engines.torch.linear import padded_bytes, padded_rows
 from batchbench.batching.engines.torch.triton import ops
 
