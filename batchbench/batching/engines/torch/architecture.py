@@ -162,6 +162,12 @@ def describe(config: PreTrainedConfig) -> Architecture | str:
     )
 
 
+def architecture_of(config: PreTrainedConfig) -> Architecture | None:
+    """Return the description of a configuration; None if it has none."""
+    found = describe(config)
+    return None if isinstance(found, str) else found
+
+
 def _unknown(config: PreTrainedConfig, read: set[str]) -> str | None:
     """Return the first setting that no description expresses; None if there is none."""
     usual = type(config)().to_dict()

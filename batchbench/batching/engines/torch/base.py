@@ -106,20 +106,12 @@ class CudaTimer:
         torch.cuda.synchronize(self._device)
         if self._settled is None or self._settled[0] < len(self._events):
             self._settled = len(self._events), self._clock.now()
-        ns, is_end = (
-            on_host_clock(self._device_ns(), self._settled[1]),
-            np.array(self._is_end, bool),
-        )
-        return ns[~is_end], ns[is_end]
-
-    def _device_ns(self) -> NDArray[np.float64]:
-        """Return the time of each event on the device's clock.
-
-        CUDA returns the time between two events as float32 milliseconds, which after ten minutes
-        are 62 µs apart. Between neighbours they are exact to the nanosecond.
-        """
+        # CUDA returns the time between two events as float32 milliseconds, which after ten minutes
+        # are 62 µs apart. Between neighbours they are exact to the nanosecond.
         steps = [a.elapsed_time(b) for a, b in pairwise([self._zero, *self._events])]
-        return np.cumsum(np.array(steps, np.float64)) * 1e6
+        device_ns = np.cumsum(np.array(steps, np.float64)) * 1e6
+        ns, is_end = on_host_clock(device_ns, self._settled[1]), np.array(self._is_end, bool)
+        return ns[~is_end], ns[is_end]
 
     def _note_run(self) -> None:
         """Note the end of the last run, if it is new."""
@@ -173,6 +165,7 @@ class TokensOnHost:
         self._events[self._turn].record(torch.cuda.current_stream(self._last.device))
 
     def read(self, *, late: bool) -> list[int]:
+        """Return the tokens of the last run, or if ``late`` of the one before."""
         turn = 1 - self._turn if late else self._turn
         self._events[turn].synchronize()
         tokens: list[int] = self._copies[turn].tolist()
@@ -190,12 +183,9 @@ class TorchEngine:
 
     def __init__(self, model: LoadedModel, slots: int) -> None:
         self.clock = WallClock()
-        self._model = model
-        self._device = model.device
+        self._model, self._device = model, model.device
         cuda = model.device.type == "cuda"
-        self._timer: HostTimer | CudaTimer = (
-            CudaTimer(self.clock, model.device) if cuda else HostTimer(self.clock, model.device)
-        )
+        self._timer = (CudaTimer if cuda else HostTimer)(self.clock, model.device)
         self._last = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self._chooser = Chooser(slots, model.device)
         self._log: list[torch.Tensor] = []  # the last tokens of all slots after each step
@@ -211,8 +201,7 @@ class TorchEngine:
             self._begin(workload)
 
     def _begin(self, workload: Workload) -> None:
-        self._workload = workload
-        self._log = []
+        self._workload, self._log = workload, []
         self._last.zero_()
         if workload.sampling != self._chooser.sampling:
             self._chooser.sampling = workload.sampling
@@ -246,13 +235,10 @@ class TorchEngine:
                 # not run ahead.
                 self._timer.settle()
                 if self.clock.now() >= plan.until:
-                    return self._launched(step + 1)
-        return self._launched(plan.repeat)
-
-    def _launched(self, steps: int) -> int:
+                    break
         if self._on_host is not None and self._workload.stop_at_eos:
             self._on_host.send()
-        return steps
+        return step + 1
 
     def stopped(self, plan: Plan, *, late: bool = False) -> Collection[int]:
         host = self._on_host

@@ -7,19 +7,17 @@ that would not fit is refused: both use :class:`Served`. Its coefficients were m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedConfig
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.notebook import NotebookEngine
-from batchbench.batching.engines.torch.architecture import Architecture, describe
+from batchbench.batching.engines.torch.architecture import Architecture, architecture_of
 from batchbench.batching.engines.torch.attention import aligned, kv_token_bytes
 from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.forward import (
@@ -109,9 +107,8 @@ class Served:
     def bytes(self, slots: int) -> int:
         """Return the bytes that serving this many slots takes in addition to weights."""
         text = self.config.get_text_config()
-        tokens = self.pass_tokens(slots)
         values = self.lean.activations if self.lean else EAGER_WIDTHS * text.hidden_size
-        passes = tokens * values * self.dtype.itemsize
+        passes = self.pass_tokens(slots) * values * self.dtype.itemsize
         logits = slots * text.vocab_size * (self.dtype.itemsize + 4)
         # While the batch changes, the notebook engine holds the old cache and the new one.
         caches = 2 if self.engine == "notebook" else 1
@@ -147,57 +144,49 @@ def make_engine(
     batch of this size does not fit, with the largest that does, or if the model cannot be computed
     as ``execution`` says.
     """
-    config = model.module.config
-    with current(model.device), _cache_fits(slots, model.device):
-        own = False
-        if name == "notebook":
-            forward, mixes = None, False
-        else:
-            chosen = _resolve_execution(execution, model.device)
-            # torch.compile traces torch's own operators only.
-            own = forward is None and chosen != "compile"
-            forward = forward or make_forward(model, Kernels.OWN if own else Kernels.PLAIN)
-        served = Served(
-            config=config,
-            dtype=model.dtype,
-            cached=forward.cache_dtype if forward else model.dtype,
-            engine=name,
-            prompt=prompt,
-            longest=aligned(max_len, model.device) if forward else max_len,
-            mixes=mixes,
-            budget=budget,
-            lean=None if isinstance(forward, TransformersForward | None) else lean_of(config),
-        )
-        _check_room(model, slots, served)
-        memory = {
-            "weight_bytes": model.weight_bytes,
-            "packed_weight_bytes": forward.extra_bytes if forward else 0,
-            "kv_cache_bytes": served.cache_bytes(slots),
-        }
-        if forward is None:
-            return NotebookEngine(model, slots), memory
-        if isinstance(forward, TransformersForward):
-            _check_forward(model, forward)
-        falls_back, tokens = execution == "auto", served.pass_tokens(slots)
-        made = _slots_engine(model, slots, max_len, forward, chosen, falls_back, tokens, sampling)
-        if own and model.device.type == "cuda" and not made.triton and not made.execution_note:
-            made.execution_note = f"without Triton's kernels: {why_no_triton(model)}"
-        if isinstance(forward, TransformersForward) and forward.why:
-            notes = (f"transformers' forward pass: {forward.why}", made.execution_note)
-            made.execution_note = "; ".join(filter(None, notes))
-        return made, memory
-
-
-def lean_of(config: PreTrainedConfig) -> Architecture | None:
-    """Return what batchbench's own pass computes for a configuration; None for transformers'."""
-    found = describe(config)
-    return None if isinstance(found, str) else found
-
-
-@contextmanager
-def _cache_fits(slots: int, device: torch.device) -> Iterator[None]:
+    device, config, own = model.device, model.module.config, False
     try:
-        yield
+        with current(device):
+            if name == "notebook":
+                forward = None
+            else:
+                chosen = _resolve_execution(execution, device)
+                # torch.compile traces torch's own operators only.
+                own = forward is None and chosen != "compile"
+                forward = forward or make_forward(model, Kernels.OWN if own else Kernels.PLAIN)
+            is_lean = not isinstance(forward, TransformersForward | None)
+            served = Served(
+                config=config,
+                dtype=model.dtype,
+                cached=forward.cache_dtype if forward else model.dtype,
+                engine=name,
+                prompt=prompt,
+                longest=aligned(max_len, device) if forward else max_len,
+                mixes=mixes and forward is not None,
+                budget=budget,
+                lean=architecture_of(config) if is_lean else None,
+            )
+            _check_room(model, slots, served)
+            memory = {
+                "weight_bytes": model.weight_bytes,
+                "packed_weight_bytes": forward.extra_bytes if forward else 0,
+                "kv_cache_bytes": served.cache_bytes(slots),
+            }
+            if forward is None:
+                return NotebookEngine(model, slots), memory
+            if isinstance(forward, TransformersForward):
+                _check_forward(model, forward)
+            options = (served.pass_tokens(slots), sampling)
+            made = _slots_engine(
+                model, slots, max_len, forward, chosen, *options, falls_back=execution == "auto"
+            )
+            notes = [made.execution_note]
+            if own and device.type == "cuda" and not made.triton and not made.execution_note:
+                notes = [f"without Triton's kernels: {why_no_triton(model)}"]
+            if isinstance(forward, TransformersForward) and forward.why:
+                notes = [f"transformers' forward pass: {forward.why}", *notes]
+            made.execution_note = "; ".join(filter(None, notes)) or None
+            return made, memory
     except (MemoryError, RuntimeError) as error:
         # On the host torch raises a plain RuntimeError.
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
@@ -223,9 +212,10 @@ def _slots_engine(
     max_len: int,
     forward: Forward,
     execution: str,
-    falls_back: bool,
     most_tokens: int | None = None,
     sampling: Sampling | None = None,
+    *,
+    falls_back: bool,
 ) -> SlotsEngine:
     """Return the slots engine; an eager one if preparing its passes fails and that is allowed."""
     try:
@@ -235,7 +225,9 @@ def _slots_engine(
     except Exception as error:  # from a model's own code, or from a compiler
         if execution == "eager":
             raise
-        why = _reason(error)
+        # The end of a failed capture says only that there was an error before.
+        first = error.__context__ or error
+        why = " ".join(f"{type(first).__name__}: {first}".split())[:160]
         if not falls_back:
             raise UsageError(
                 f"--execution {execution}: {model.source.name} cannot be run this way on "
@@ -246,12 +238,6 @@ def _slots_engine(
     engine = SlotsEngine(model, slots, max_len, forward)
     engine.execution_note = f"auto is eager: {execution} failed ({why})"
     return engine
-
-
-def _reason(error: Exception) -> str:
-    """Return the first error's text: the end of a failed capture says only that there was one."""
-    first = error.__context__ or error
-    return " ".join(f"{type(first).__name__}: {first}".split())[:160]
 
 
 def _check_forward(model: LoadedModel, forward: TransformersForward) -> None:
@@ -292,6 +278,9 @@ def _check_room(model: LoadedModel, slots: int, served: Served) -> None:
     )
 
 
+# The estimate of a run
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of weights and cache, peak and available bytes, and seconds of a step's products.
@@ -324,7 +313,7 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     dtype = resolve_dtype(experiment.model.dtype, device)
     config, serving = model_config(source), experiment.serving
     slots, longest = serving.batch_size, workload.max_total_tokens
-    lean = lean_of(config) if serving.engine == "slots" else None
+    lean = architecture_of(config) if serving.engine == "slots" else None
     served = Served(
         config,
         dtype,
@@ -338,8 +327,8 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     )
     base = psutil.Process().memory_info().rss  # before anything is timed
     byte_s, packs = _time_product(served, slots, device)
-    parameters = count_parameters(source)
     room = int(free_bytes(device) * (1 - HEADROOM)) + (base if device.type == "cpu" else 0)
+    parameters = count_parameters(source)
     run = _Run(experiment, source, workload, served, device, base, parameters, packs, room)
     peak, fits = run.peak_bytes(slots), slots
     if peak > room:
@@ -437,23 +426,28 @@ class _Run:
 
     def peak_bytes(self, slots: int) -> int:
         """Return the largest of the stages: loading, packing, serving, verifying."""
-        weights, resident = self.weight_bytes, self.resident_bytes
+        weights, resident, served = self.weight_bytes, self.resident_bytes, self.served
+        text, kind = served.config.get_text_config(), self.device.type
         paged = self._generate_batch_bytes(slots)
-        cached = self.served.cache_bytes(slots) + paged
+        cached = served.cache_bytes(slots) + paged
         buffer = 0
         if weights > (cache_bytes(self.device) or 0):  # read before each trial, beside the cache
-            left = max(0, self.room - resident - cached) if self.device.type == "cuda" else None
+            left = max(0, self.room - resident - cached) if kind == "cuda" else None
             buffer = buffer_bytes(self.device, left)
-        serving = max(self.served.bytes(slots) + paged, cached + buffer)
-        verifying = cached + self._verification_bytes()
-        if self.device.type != "cpu":
-            workspaces = WORKSPACES if self.device.type == "cuda" else 0
-            return resident + max(serving, verifying) + workspaces
-        text = self.served.config.get_text_config()
-        head = text.vocab_size * text.hidden_size * self.served.dtype.itemsize
+        serving = max(served.bytes(slots) + paged, cached + buffer)
+        verifying = cached
+        if self.experiment.trials.verify_limit:
+            logits = int(self.workload.output_tokens.max()) * text.vocab_size * 4
+            # A float32 copy of 16-bit weights; in float32 differences are so rare that a float64
+            # copy is not counted.
+            copied = 0 if served.dtype is torch.float32 else self.parameters * 4
+            verifying += logits * REFERENCE_LOGITS + copied
+        if kind != "cpu":
+            return resident + max(serving, verifying) + WORKSPACES * (kind == "cuda")
         # Dummy weights are drawn in float32; a checkpoint's file is read into a second copy.
         loading = self.parameters * 4 if self.source.load_format == "dummy" else 2 * weights
-        packing = resident + (head if self.packs else 0)
+        head = text.vocab_size * text.hidden_size * served.dtype.itemsize
+        packing = resident + head * self.packs
         stages = (loading, packing, resident + serving, resident + verifying + REPORTING)
         return self.base + LEFT_BEHIND + max(stages)
 
@@ -469,15 +463,3 @@ class _Run:
         tokens = max(slots, min(budget, slots * served.longest))
         logits = tokens * served.config.get_text_config().vocab_size * served.dtype.itemsize
         return int(cache + logits)
-
-    def _verification_bytes(self) -> int:
-        """Return the bytes of logits, and in 16-bit formats of a float32 copy of the weights.
-
-        In float32 differences are so rare that a float64 copy is not counted.
-        """
-        if self.experiment.trials.verify_limit == 0:
-            return 0
-        text = self.served.config.get_text_config()
-        logits = int(self.workload.output_tokens.max()) * text.vocab_size * 4 * REFERENCE_LOGITS
-        short = self.served.dtype is not torch.float32
-        return int(logits + (self.parameters * 4 if short else 0))

@@ -22,7 +22,7 @@ from batchbench.batching.engines.torch.architecture import (
     Rotary,
     Rotation,
     Weights,
-    describe,
+    architecture_of,
     rotate,
 )
 from batchbench.batching.engines.torch.attention import kv_shape
@@ -72,8 +72,7 @@ def why_no_triton(model: LoadedModel) -> str | None:
         return "Triton is not installed or has no code for this device"
     config = model.module.config.get_text_config()
     _, kv_heads, size = kv_shape(config)
-    described = describe(model.module.config)
-    of = None if isinstance(described, str) else described
+    of = architecture_of(model.module.config)
     return _fault(model.device, model.dtype, (config.num_attention_heads, kv_heads, size), of)
 
 
