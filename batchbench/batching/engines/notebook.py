@@ -64,9 +64,8 @@ class NotebookEngine(TorchEngine):
         prompts = [self._workload.prompt(chunk.request.index) for chunk in plan.chunks]
         longest = max(map(len, prompts))
         ids, mask = np.zeros((2, len(prompts), longest), np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = prompt
-            mask[row, longest - len(prompt) :] = 1
+        for prompt, own_ids, own_mask in zip(prompts, ids, mask, strict=True):
+            own_ids[-len(prompt) :], own_mask[-len(prompt) :] = prompt, 1
         positions = np.maximum(mask.cumsum(1) - 1, 0)
         new_mask = self._tensor(mask)
         slots = [chunk.slot for chunk in plan.chunks]
@@ -133,9 +132,6 @@ class NotebookEngine(TorchEngine):
 
 
 def _left_padded(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    missing = size - tensor.shape[dim]
-    if not missing:
-        return tensor
     shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor.new_zeros(shape), tensor], dim)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor.new_zeros(shape), tensor], dim) if shape[dim] else tensor

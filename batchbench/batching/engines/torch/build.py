@@ -449,7 +449,7 @@ class _Run:
         head = text.vocab_size * text.hidden_size * served.dtype.itemsize
         packing = resident + head * self.packs
         stages = (loading, packing, resident + serving, resident + verifying + REPORTING)
-        return self.base + LEFT_BEHIND + max(stages)
+        return int(self.base + LEFT_BEHIND + max(stages))
 
     def _generate_batch_bytes(self, slots: int) -> int:
         """Return the bytes of generate_batch's paged cache and logits; 0 if it does not run."""

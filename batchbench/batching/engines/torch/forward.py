@@ -56,10 +56,7 @@ class Forward(Protocol):
 
 
 class TransformersForward:
-    """Any causal LM of transformers, through its cache and attention interfaces.
-
-    ``why`` is the reason why the model has no leaner pass; None if this one was asked for.
-    """
+    """Any causal LM of transformers; ``why`` is the reason why it has no leaner pass, if known."""
 
     extra_bytes = 0
 
@@ -127,10 +124,8 @@ class LeanForward:
         ]
         self._table = self._make_table()
         self._head = make_linear(weights.head, None, most)
-        layers = [self._head]
-        for b in self._blocks:
-            layers += [b.qkv, b.attention_out, b.mlp_in, b.mlp_out]
-        self.extra_bytes = sum(layer.extra_bytes for layer in layers)
+        products = (part for b in [*self._blocks, (self._head,)] for part in b)
+        self.extra_bytes = sum(p.extra_bytes for p in products if isinstance(p, Linear))
         self.cache_dtype = cache_dtype(of, model.device, model.dtype, most)
 
     def __call__(
@@ -166,12 +161,11 @@ class LeanForward:
         """Return the weights of all layers for :meth:`Native.decode`, if they are packed for it."""
         rows: list[list[torch.Tensor | None]] = []
         for b in self._blocks:
-            packed = [m.packed for m in (b.qkv, b.attention_out, b.mlp_in, b.mlp_out)]
-            if self._kernels is None or () in packed:
+            qkv, out, *mlp = [m.packed for m in (b.qkv, b.attention_out, b.mlp_in, b.mlp_out)]
+            if self._kernels is None or () in (qkv, out, *mlp):
                 return None
             norms = (norm.weight for norm in b.head_norms) if b.head_norms else (None, None)
-            qkv, out, mlp_in, mlp_out = packed
-            rows.append([*b.norm_1[:2], *qkv, *norms, *out, *b.norm_2[:2], *mlp_in, *mlp_out])
+            rows.append([*b.norm_1[:2], *qkv, *norms, *out, *b.norm_2[:2], *mlp[0], *mlp[1]])
         of = self._weights.of
         through = Through.SWIGLU if of.gated else Through.GELU
         return Table(rows, heads=of.heads, inner=of.inner, through=through, eps=of.eps)
@@ -185,45 +179,42 @@ class LeanForward:
         angles: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attend in one layer with ``qkv``, ``[tokens, heads + 2 × kv_heads, head_dim]``."""
-        of = self._weights.of
+        heads, kv_heads = self._weights.of.heads, self._weights.of.kv_heads
+        out = None
         if self._kernels is not None:
             plain = [norm.weight for norm in norms]
             places = (cached.block, layout.slots, layout.positions, layout.decoding)
-            out = self._kernels.attention(qkv, *places, angles, plain, of.eps)
-            kv = qkv[:, of.heads :].view(len(qkv), 2, of.kv_heads, -1)
-            attend_prompts(qkv[:, : of.heads], kv, cached, layout, out)
-            return out
-        if angles is not None:
-            qk = qkv[:, : of.heads + of.kv_heads]
+            out = self._kernels.attention(qkv, *places, angles, plain, self._weights.of.eps)
+        elif angles is not None:
+            qk, v = qkv[:, :-kv_heads], qkv[:, -kv_heads:]
             if norms:
-                both = torch.split(qk, [of.heads, of.kv_heads], 1)
+                both = torch.split(qk, [heads, kv_heads], 1)
                 qk = torch.cat([norm(x) for norm, x in zip(norms, both, strict=True)], 1)
-            qkv = torch.cat([rotate(qk, angles), qkv[:, -of.kv_heads :]], 1)
+            qkv = torch.cat([rotate(qk, angles), v], 1)
         qkv = qkv.to(self.cache_dtype)
-        kv = qkv[:, of.heads :].view(len(qkv), 2, of.kv_heads, -1)
-        return attend(cached, qkv[:, : of.heads], kv, layout)
+        q, kv = qkv[:, :heads], qkv[:, heads:].view(len(qkv), 2, kv_heads, -1)
+        if out is None:
+            return attend(cached, q, kv, layout)
+        attend_prompts(q, kv, cached, layout, out)
+        return out
 
 
 def _attention_kernels(
-    architecture: Architecture, device: torch.device, dtype: torch.dtype, most: Kernels
+    of: Architecture, device: torch.device, dtype: torch.dtype, most: Kernels
 ) -> Native | None:
-    """Return batchbench's attention kernels if they can compute what the model needs."""
     kernels = native() if most >= Kernels.OWN and device.type == "cpu" else None
-    return kernels if kernels and kernels.attends(architecture.head_dim, dtype) else None
+    return kernels if kernels and kernels.attends(of.head_dim, dtype) else None
 
 
 def cache_dtype(
-    architecture: Architecture,
-    device: torch.device,
-    dtype: torch.dtype,
-    most: Kernels = Kernels.OWN,
+    of: Architecture, device: torch.device, dtype: torch.dtype, most: Kernels = Kernels.OWN
 ) -> torch.dtype:
     """Return the number format in which :class:`LeanForward` caches keys and values.
 
     On a CPU torch's attention kernel is slower for single queries in bfloat16 than in float32, by
     more than the doubled cache costs (docs/log.md).
     """
-    if device.type != "cpu" or _attention_kernels(architecture, device, dtype, most) is not None:
+    if device.type != "cpu" or _attention_kernels(of, device, dtype, most):
         return dtype
     return torch.float32
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 from transformers.pytorch_utils import Conv1D
 
-from batchbench.batching.engines.torch.architecture import weights_of
+from batchbench.batching.engines.torch.architecture import Matrix, weights_of
 from batchbench.batching.engines.torch.attention import Layout, kv_token_bytes
 from batchbench.batching.engines.torch.forward import Forward, TransformersForward
 from batchbench.batching.engines.torch.graphs import Capture
@@ -72,12 +73,8 @@ def device_median_s(
 
 
 _LEAST_BYTES = 2**28  # also for a cache that is small or of unknown size
-
 _LEAST_GPU_BYTES = 2**32  # 256 MiB take 0.09 ms on an H100, as long as a few launches
-
 _SHARE_OF_MEMORY = 0.5  # of the free memory, so that no measurement makes the machine swap
-
-_WIDTH = 1024
 
 
 @torch.inference_mode()
@@ -87,19 +84,19 @@ def measure_bandwidth(device: torch.device, *, turns: int = 7) -> Bandwidth:
     The result is the fastest way's median over its turns: a slower way is limited by its
     arithmetic, not by memory.
     """
-    cache = cache_bytes(device)
-    rows = max(1, -(-buffer_bytes(device) // (4 * _WIDTH)))
-    buffer = torch.ones(rows, _WIDTH, device=device)
-    vector, flat = torch.ones(_WIDTH, device=device), buffer.view(-1)
+    cached = cache_bytes(device)
+    rows = max(1, -(-buffer_bytes(device) // (4 * 1024)))
+    buffer = torch.ones(rows, 1024, device=device)
+    vector, flat = buffer[0].clone(), buffer.view(-1)
     ways: dict[str, Callable[[], object]] = {
         "sum": buffer.sum,
         "matrix × vector": lambda: buffer.mv(vector),
         "dot product with itself": lambda: flat.dot(flat),
     }
     speeds = {name: buffer.nbytes / median_s(way, device, turns) for name, way in ways.items()}
-    best = max(speeds, key=lambda name: speeds[name])
+    best = max(speeds, key=speeds.__getitem__)
     threads = torch.get_num_threads() if device.type == "cpu" else None
-    return Bandwidth(speeds[best], best, buffer.nbytes, cache, turns, threads)
+    return Bandwidth(speeds[best], best, buffer.nbytes, cached, turns, threads)
 
 
 def buffer_bytes(device: torch.device, free: int | None = None) -> int:
@@ -151,15 +148,8 @@ def measure_launching(model: LoadedModel, rows: int, *, turns: int = 15) -> floa
     """
     if model.device.type != "cuda":
         return None
-    count = sum(1 for _ in _weights(model))
-    weight = torch.zeros(SMALL, SMALL, device=model.device, dtype=model.dtype)
-    layer, x = make_linear(weight, None), torch.zeros_like(weight)[: min(rows, SMALL)]
-
-    def run() -> None:
-        for _ in range(count):
-            layer(x)
-
-    return device_median_s(run, model.device, turns)
+    product, count = _product(model, SMALL, rows), sum(1 for _ in _weights(model))
+    return device_median_s(lambda: [product() for _ in range(count)], model.device, turns)
 
 
 @torch.inference_mode()
@@ -170,10 +160,13 @@ def measure_arithmetic(model: LoadedModel, rows: int, *, turns: int = 3) -> floa
     """
     if model.device.type != "cuda":
         return None
-    weight = torch.zeros(_LARGE, _LARGE, device=model.device, dtype=model.dtype)
-    layer, x = make_linear(weight, None), torch.zeros_like(weight)
-    seconds = device_median_s(lambda: layer(x), model.device, turns, runs=4)
+    seconds = device_median_s(_product(model, _LARGE, _LARGE), model.device, turns, runs=4)
     return seconds * rows * sum(w.numel() for w, _ in _weights(model)) / _LARGE**3
+
+
+def _product(model: LoadedModel, width: int, rows: int) -> Callable[[], torch.Tensor]:
+    weight = torch.zeros(width, width, device=model.device, dtype=model.dtype)
+    return partial(make_linear(weight, None), torch.zeros_like(weight)[:rows])
 
 
 def _weights(model: LoadedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -181,7 +174,7 @@ def _weights(model: LoadedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor | 
     weights = weights_of(model.module)
     if not isinstance(weights, str):
         for layer in weights.layers:
-            yield from (layer.qkv, layer.attention_out, layer.mlp_in, layer.mlp_out)
+            yield from (part for part in layer if isinstance(part, Matrix))
         yield weights.head, None
         return
     for module in model.module.modules():
@@ -196,15 +189,13 @@ def products(
     make: Callable[[torch.Tensor, torch.Tensor | None], Linear] = make_linear,
 ) -> Callable[[], None]:
     """Return a function that computes all matrix products of one decode step."""
-    layers: list[tuple[Linear, torch.Tensor]] = []
-    inputs: dict[int, torch.Tensor] = {}
     numbers = torch.Generator().manual_seed(0)
-    for weight, bias in _weights(model):
-        width = weight.shape[1]
-        if width not in inputs:
-            drawn = torch.randn(rows, width, generator=numbers)
-            inputs[width] = drawn.to(device=model.device, dtype=model.dtype)
-        layers.append((make(weight, bias), inputs[width]))
+
+    @cache
+    def inputs(width: int) -> torch.Tensor:
+        return torch.randn(rows, width, generator=numbers).to(model.device, model.dtype)
+
+    layers = [(make(*matrix), inputs(matrix[0].shape[1])) for matrix in _weights(model)]
 
     def run() -> None:
         for layer, x in layers:
@@ -279,21 +270,19 @@ def torch_environment(device_name: str, dtype: torch.dtype = torch.bfloat16) -> 
     A trial reads the clocks at its end: those of an idle GPU say nothing.
     """
     gpu = ("gpu", "gpu_uuid", "gpu_memory_bytes", "gpu_driver", "gpu_clock_mhz")
-    facts: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
-        "cpu_kernels": None,
-        **dict.fromkeys(gpu),
-        "cuda": torch.version.cuda,
-    }
+    facts: dict[str, Any] = {"threads": torch.get_num_threads(), "cpu_kernels": None}
+    facts |= {**dict.fromkeys(gpu), "cuda": torch.version.cuda}
     if device_name.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device_name)
-        facts["gpu"] = properties.name
-        facts["gpu_uuid"] = str(properties.uuid)
-        facts["gpu_memory_bytes"] = properties.total_memory
-        facts["gpu_driver"] = gpu_driver(facts["gpu_uuid"])
-        facts["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-        facts["gpu_attention"] = _attention_kernels(torch.device(device_name), dtype)
-        facts["float32_products"] = torch.get_float32_matmul_precision()
+        facts |= {
+            "gpu": properties.name,
+            "gpu_uuid": str(properties.uuid),
+            "gpu_memory_bytes": properties.total_memory,
+            "gpu_driver": gpu_driver(str(properties.uuid)),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "gpu_attention": _attention_kernels(torch.device(device_name), dtype),
+            "float32_products": torch.get_float32_matmul_precision(),
+        }
     elif device_name == "cpu":
         facts["cpu_kernels"] = "torch's" if native() is None else "batchbench's"
     return facts

@@ -45,11 +45,8 @@ def onednn(dtype: torch.dtype) -> OneDNN | None:
         names = torch.ops.mkldnn
         if dtype is torch.bfloat16 and not names._is_mkldnn_bf16_supported():
             return None
-        ops = OneDNN(
-            names._reorder_linear_weight.default,
-            names._linear_pointwise.default,
-            names._linear_pointwise.binary,
-        )
+        product = names._linear_pointwise
+        ops = OneDNN(names._reorder_linear_weight.default, product.default, product.binary)
         return ops if _right(ops, dtype) else None
     except (AttributeError, RuntimeError, TypeError):
         return None
@@ -67,27 +64,23 @@ def _right(ops: OneDNN, dtype: torch.dtype) -> bool:
     w, b, x, y = (torch.randn(*shape, generator=numbers).to(dtype) for shape in shapes)
     packed = ops.reorder(w, None)
     plain = linear(x.float(), w.float(), b.float())
-    pairs = (
-        (ops.product(x, packed, b, "none", [], ""), plain),
-        (ops.product(x, packed, b, "gelu", [], "tanh"), gelu(plain, approximate="tanh")),
-        (ops.product_and_sum(x, y, packed, b, "add"), plain + y.float()),
-    )
     within = 1e-4 if dtype is torch.float32 else 0.15
     return all(
         got.dtype is dtype and torch.allclose(got.float(), want, atol=within, rtol=0)
-        for got, want in pairs
+        for got, want in (
+            (ops.product(x, packed, b, "none", [], ""), plain),
+            (ops.product(x, packed, b, "gelu", [], "tanh"), gelu(plain, approximate="tanh")),
+            (ops.product_and_sum(x, y, packed, b, "add"), plain + y.float()),
+        )
     )
 
 
 class Kernels(IntEnum):
     """The kernels that a forward pass may use; each may fall back on those before it."""
 
-    PLAIN = 0
-    """torch's, on the weights as they are."""
-    PACKED = 1
-    """oneDNN's, on weights packed for it."""
-    OWN = 2
-    """batchbench's, compiled on this machine, on weights packed for them."""
+    PLAIN = 0  # torch's, on the weights as they are
+    PACKED = 1  # oneDNN's, on weights packed for it
+    OWN = 2  # batchbench's, compiled on this machine, on weights packed for them
 
 
 @dataclass(frozen=True)
@@ -132,25 +125,19 @@ def make_linear(
         # Packed without a number of rows: weights packed for one row are slow for eight.
         packed = ops.reorder(weight.contiguous(), None)
 
-        def product(x: torch.Tensor) -> torch.Tensor:
-            return ops.product(x, packed, bias, "none", [], "")
+        def product(x: torch.Tensor, function: str = "none", form: str = "") -> torch.Tensor:
+            return ops.product(x, packed, bias, function, [], form)
 
         return Linear(
             Kernels.PACKED,
             product,
-            (lambda x: swiglu(product(x)))
-            if gated
-            else lambda x: ops.product(x, packed, bias, "gelu", [], "tanh"),
+            lambda x: swiglu(product(x)) if gated else product(x, "gelu", "tanh"),
             lambda x, y: ops.product_and_sum(x, y, packed, bias, "add"),
             weight.nbytes,
         )
+    plain = partial(linear, weight=weight, bias=bias)
     activation = swiglu if gated else partial(gelu, approximate="tanh")
-    return Linear(
-        Kernels.PLAIN,
-        lambda x: linear(x, weight, bias),
-        lambda x: activation(linear(x, weight, bias)),
-        lambda x, y: y + linear(x, weight, bias),
-    )
+    return Linear(Kernels.PLAIN, plain, lambda x: activation(plain(x)), lambda x, y: y + plain(x))
 
 
 def _own_layer(

@@ -313,76 +313,47 @@ def _add_keys(score, value, highest, total, seen, DOT: tl.constexpr):
 
 
 @triton.jit
-def embed_norm(
-    ids,  # [rows]
-    positions,  # [rows]
-    tokens,  # [vocabulary, width]
-    places,  # [positions, width], or None
-    x,  # [rows, width], out
-    weight,  # of the norm, as in _norm, with the next three
-    bias,
-    normed,
-    eps,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add the embeddings of a token and, with ``places``, its position; apply the first norm."""
-    row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
-    real = at < WIDTH
-    token = tl.load(ids + row).to(tl.int64)
-    value = tl.load(tokens + token * WIDTH + at, mask=real, other=0.0).to(tl.float32)
-    if places is not None:
-        place = tl.load(positions + row).to(tl.int64)
-        value += tl.load(places + place * WIDTH + at, mask=real, other=0.0).to(tl.float32)
-    tl.store(x + row * WIDTH + at, value.to(x.dtype.element_ty), mask=real)
-    _norm(value, weight, bias, normed, eps, WIDTH, BLOCK)
-
-
-@triton.jit
 def add_norm(
-    x,  # [tokens, width]; the sum is stored here unless only some rows are computed
-    y,  # [tokens, width]
-    added,  # [width], the bias of the product that made y, or None
-    rows,  # [rows]: the tokens to compute; None for all
-    weight,
-    bias,
-    normed,
+    x,  # [any, width]
+    x_rows,  # [rows]: the row of x for each program; None for its own, as are those of y
+    y,  # [any, width]; None to add none
+    y_rows,
+    added,  # [width], the bias of the product that made y; None to add none
+    total,  # [rows, width], out, may be x; None to store no sum
+    weight,  # [width], of the norm
+    bias,  # [width]; None for a norm by the root mean square
+    normed,  # [rows, width], out
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add a product and its bias to the residual stream, and apply the next norm."""
-    token = tl.program_id(0).to(tl.int64)
+    """Add a product and its bias to the residual stream, or embeddings; apply the next norm."""
+    row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     real = at < WIDTH
-    if rows is not None:
-        token = tl.load(rows + token).to(tl.int64)
-    value = tl.load(x + token * WIDTH + at, mask=real, other=0.0).to(tl.float32)
-    value += tl.load(y + token * WIDTH + at, mask=real, other=0.0).to(tl.float32)
+    value = tl.load(_row(x, x_rows, WIDTH) + at, mask=real, other=0.0).to(tl.float32)
+    if y is not None:
+        value += tl.load(_row(y, y_rows, WIDTH) + at, mask=real, other=0.0).to(tl.float32)
     if added is not None:
         value += tl.load(added + at, mask=real, other=0.0).to(tl.float32)
-    if rows is None:
-        tl.store(x + token * WIDTH + at, value.to(x.dtype.element_ty), mask=real)
-    _norm(value, weight, bias, normed, eps, WIDTH, BLOCK)
-
-
-@triton.jit
-def _norm(value, weight, bias, normed, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Store a layer norm in the program's row of ``normed``, ``[rows, width]``.
-
-    Without a bias it is one by the root mean square; ``weight`` and ``bias`` are ``[width]``.
-    """
-    at = tl.arange(0, BLOCK)
-    real = at < WIDTH
+    if total is not None:
+        tl.store(total + row * WIDTH + at, value.to(total.dtype.element_ty), mask=real)
     if bias is not None:
         value = tl.where(real, value - tl.sum(value, 0) / WIDTH, 0.0)
     spread = tl.sqrt(tl.sum(value * value, 0) / WIDTH + eps)
     result = value / spread * tl.load(weight + at, mask=real, other=0.0).to(tl.float32)
     if bias is not None:
         result += tl.load(bias + at, mask=real, other=0.0).to(tl.float32)
-    place = normed + tl.program_id(0).to(tl.int64) * WIDTH + at
-    tl.store(place, result.to(normed.dtype.element_ty), mask=real)
+    tl.store(normed + row * WIDTH + at, result.to(normed.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _row(x, rows, WIDTH: tl.constexpr):
+    """Return the place of the row of ``x`` that the program reads."""
+    row = tl.program_id(0).to(tl.int64)
+    if rows is not None:
+        row = tl.load(rows + row).to(tl.int64)
+    return x + row * WIDTH
 
 
 @triton.jit

@@ -169,7 +169,7 @@ def embed_norm(
     ``places`` are embeddings of positions, which are added; None if there are none.
     """
     x = tokens.new_empty(len(ids), tokens.shape[1])
-    return x, _normed(kernels.embed_norm, (ids, positions, tokens, places, x), x, norm, len(ids))
+    return x, _normed(tokens, ids, places, positions, None, x, norm, len(ids))
 
 
 def add_norm(
@@ -184,18 +184,29 @@ def add_norm(
     ``added`` is a bias, None for none. ``rows`` are the tokens to compute, None for all; with it,
     ``x`` stays as it is.
     """
-    count = len(x) if rows is None else len(rows)
-    return _normed(kernels.add_norm, (x, y, added, rows), x, norm, count)
+    total, count = (x, len(x)) if rows is None else (None, len(rows))
+    return _normed(x, rows, y, rows, added, total, norm, count)
 
 
 def _normed(
-    kernel: Any, args: tuple[torch.Tensor | None, ...], x: torch.Tensor, norm: Norm, count: int
+    x: torch.Tensor,
+    x_rows: torch.Tensor | None,
+    y: torch.Tensor | None,
+    y_rows: torch.Tensor | None,
+    added: torch.Tensor | None,
+    total: torch.Tensor | None,
+    norm: Norm,
+    rows: int,
 ) -> torch.Tensor:
-    """Launch a kernel that ends in a norm of ``count`` rows like those of ``x``; return them."""
     width = x.shape[1]
-    normed = x.new_empty(count, width)
-    sizes = {"WIDTH": width, "BLOCK": next_power_of_2(width)}
-    launch(kernel, (count,), *args, norm.weight, norm.bias, normed, norm.eps, **sizes)
+    normed = x.new_empty(rows, width)
+    launch(
+        kernels.add_norm,
+        (rows,),
+        *(x, x_rows, y, y_rows, added, total, norm.weight, norm.bias, normed, norm.eps),
+        WIDTH=width,
+        BLOCK=next_power_of_2(width),
+    )
     return normed
 
 
