@@ -63,13 +63,13 @@ class CudaTimer:
         self._clock, self._device = clock, device
 
     def begin(self) -> None:
-        self._events: list[torch.cuda.Event] = []  # in the order of the stream
+        self._events: list[torch.cuda.Event] = []  # the zero of time, then those of the trial
         self._is_end: list[bool] = []  # each event is the start of a run or the end of a step
         self._pending: deque[tuple[torch.cuda.Event, int]] = deque()  # ends of runs, steps by then
         self._steps = self._done = self._noted = 0
         self._settled: tuple[int, int] | None = None  # events, and the host's time after the last
         torch.cuda.synchronize(self._device)
-        self._zero = self._event()
+        self._record(is_end=False)
         torch.cuda.synchronize(self._device)
         self._clock.restart()
 
@@ -108,25 +108,21 @@ class CudaTimer:
             self._settled = len(self._events), self._clock.now()
         # CUDA returns the time between two events as float32 milliseconds, which after ten minutes
         # are 62 µs apart. Between neighbours they are exact to the nanosecond.
-        steps = [a.elapsed_time(b) for a, b in pairwise([self._zero, *self._events])]
+        steps = [a.elapsed_time(b) for a, b in pairwise(self._events)]
         device_ns = np.cumsum(np.array(steps, np.float64)) * 1e6
-        ns, is_end = on_host_clock(device_ns, self._settled[1]), np.array(self._is_end, bool)
+        ns, is_end = on_host_clock(device_ns, self._settled[1]), np.array(self._is_end[1:], bool)
         return ns[~is_end], ns[is_end]
 
     def _note_run(self) -> None:
-        """Note the end of the last run, if it is new."""
         if self._steps > self._noted:
             self._pending.append((self._events[-1], self._steps))
             self._noted = self._steps
 
     def _record(self, *, is_end: bool) -> None:
-        self._events.append(self._event())
-        self._is_end.append(is_end)
-
-    def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
-        return event
+        self._events.append(event)
+        self._is_end.append(is_end)
 
 
 DRIFT = 1e-4
@@ -191,10 +187,7 @@ class TorchEngine:
         self._log: list[torch.Tensor] = []  # the last tokens of all slots after each step
         self._eos = set(model.source.eos_token_ids)
         self._on_host = TokensOnHost(self._last) if cuda else None
-
-    @property
-    def looks_late(self) -> bool:
-        return self._on_host is not None
+        self.looks_late = cuda
 
     def begin(self, workload: Workload) -> None:
         with current(self._device):

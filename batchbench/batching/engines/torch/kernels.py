@@ -51,10 +51,8 @@ FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 def native() -> Native | None:
     """Return the compiled operations if this machine can run and compile them."""
     processor = Processor.here()
-    if not processor.runs_kernels:
-        return None
-    library = _compiled()
-    return None if library is None else Native(library, processor)
+    library = _compiled() if processor.runs_kernels else None
+    return Native(library, processor) if library is not None else None
 
 
 class Native:
@@ -121,8 +119,7 @@ class Native:
         ``x`` is ``[rows, inputs]``, ``packed`` the weight after :meth:`pack`; for SwiGLU, weight
         and bias are first put :meth:`side_by_side`, and ``outputs`` is the number of results.
         """
-        x = x.contiguous()
-        add = add if add is None else add.contiguous()
+        x, add = x.contiguous(), None if add is None else add.contiguous()
         rows, inputs = x.shape
         out = x.new_empty(rows, outputs)
         tensors = (x, packed, bias, add, out, self._room_to_widen(x.dtype, rows * inputs))
