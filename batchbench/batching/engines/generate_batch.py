@@ -114,12 +114,7 @@ class GenerateBatch:
         )
 
     def _served(
-        self,
-        manager: Any,
-        workload: Workload,
-        clock: WallClock,
-        progress: Progress,
-        watch: Watch,
+        self, manager: Any, workload: Workload, clock: WallClock, progress: Progress, watch: Watch
     ) -> Iterator[tuple[Request, Any]]:
         arrivals = make_arrivals(workload)
         running: dict[int, Request] = {}

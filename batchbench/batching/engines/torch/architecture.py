@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -186,11 +186,11 @@ def _unknown(config: PreTrainedConfig, read: set[str]) -> str | None:
 class Norm(NamedTuple):
     """A layer norm; without a bias, a norm by the root mean square. ``[width]`` each."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    weight: Tensor
+    bias: Tensor | None
     eps: float
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Return the norm of ``x`` over its last dimension, rounded where transformers rounds."""
         if self.bias is not None:
             return layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
@@ -202,8 +202,8 @@ class Norm(NamedTuple):
 class Matrix(NamedTuple):
     """The weight of a product, ``[outputs, inputs]`` with any strides, and its ``[outputs]``."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    weight: Tensor
+    bias: Tensor | None
 
 
 class Layer(NamedTuple):
@@ -225,10 +225,10 @@ class Layer(NamedTuple):
 class Rotary(NamedTuple):
     """Rotary positions (Su et al. 2021), as transformers computes them for a model."""
 
-    inverse: torch.Tensor  # [head_dim / 2]: radians a position
+    inverse: Tensor  # [head_dim / 2]: radians a position
     scale: float  # of cosines and sines
 
-    def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """Return cosines and sines of the angles, ``[2, tokens, head_dim / 2]``."""
         angles = positions[:, None].float() * self.inverse.float()
         return (torch.stack([angles.cos(), angles.sin()]) * self.scale).to(dtype)
@@ -241,7 +241,7 @@ class Rotation(NamedTuple):
     norms: Sequence[Norm] = ()  # of queries and of keys; empty if they have none
 
 
-def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Return heads, ``[tokens, heads, head_dim]``, rotated by ``angles`` of :class:`Rotary`.
 
     A number is rotated with the one that is half a head away, as transformers does.
@@ -255,12 +255,12 @@ class Weights(NamedTuple):
     """All weights of a described model."""
 
     of: Architecture
-    tokens: torch.Tensor  # [vocabulary, width]
-    positions: torch.Tensor | None  # [context, width]
+    tokens: Tensor  # [vocabulary, width]
+    positions: Tensor | None  # [context, width]
     rotary: Rotary | None
     layers: Sequence[Layer]
     norm: Norm
-    head: torch.Tensor  # [vocabulary, width]
+    head: Tensor  # [vocabulary, width]
 
 
 def weights_of(module: PreTrainedModel) -> Weights | str:
@@ -317,7 +317,7 @@ def weights_of(module: PreTrainedModel) -> Weights | str:
     return f"{unused[0]} has no place in the description of its model" if unused else weights
 
 
-def _end_to_end(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
     """Return one tensor of all parts, after which the parts are views of it."""
     first, counts = parts[0], [len(part) for part in parts]
     if len(parts) == 1:

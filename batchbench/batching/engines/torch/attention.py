@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -64,26 +65,26 @@ class SlotLayer(CacheLayerMixin):
     They are made when they are used: a compiled pass copies tensors that share memory.
     """
 
-    def __init__(self, block: torch.Tensor) -> None:
+    def __init__(self, block: Tensor) -> None:
         self.block = block  # super().__init__() would set keys and values
         self.is_initialized = True
 
     @property
-    def keys(self) -> torch.Tensor:
+    def keys(self) -> Tensor:
         return self.block[0]
 
     @property
-    def values(self) -> torch.Tensor:
+    def values(self) -> Tensor:
         return self.block[1]
 
     # The interface of transformers. The attention below reads the block itself.
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -110,7 +111,7 @@ class SlotCache(Cache):
         config: PretrainedConfig,
         slots: int,
         max_len: int,
-        like: torch.Tensor,
+        like: Tensor,
         attention: SlotAttention | None = None,
         *,
         together: bool = True,
@@ -147,9 +148,9 @@ NAME = "batchbench_slots"
 class Prompts:
     """First chunks of prompts, of similar length; each attends to itself only."""
 
-    gather: torch.Tensor  # [pieces, longest]: token of the pass; the last one again as padding
-    valid: torch.Tensor  # [tokens of these pieces]: their places in the flattened ``gather``
-    at: torch.Tensor  # [tokens of these pieces]: their places in the pass
+    gather: Tensor  # [pieces, longest]: token of the pass; the last one again as padding
+    valid: Tensor  # [tokens of these pieces]: their places in the flattened ``gather``
+    at: Tensor  # [tokens of these pieces]: their places in the pass
 
 
 @dataclass(eq=False)
@@ -163,24 +164,24 @@ class Layout:
     """
 
     cache: SlotCache
-    slots: torch.Tensor
-    positions: torch.Tensor
+    slots: Tensor
+    positions: Tensor
     decoding: int
     low: int = 0
     high: int = 0
     length: int = 0
-    rows: torch.Tensor | None = None
+    rows: Tensor | None = None
     fresh: Sequence[Prompts] = ()
-    continued: Sequence[tuple[int, Chunk, torch.Tensor]] = ()  # first token, chunk, mask
-    tiles: torch.Tensor | None = None  # of a pass with chunks, if the cache has a GPU's attention
+    continued: Sequence[tuple[int, Chunk, Tensor]] = ()  # first token, chunk, mask
+    tiles: Tensor | None = None  # of a pass with chunks, if the cache has a GPU's attention
     tile: int = 0  # tokens of a tile
-    _places: torch.Tensor | None = field(default=None, init=False)
-    _mask: torch.Tensor | None = field(default=None, init=False)
+    _places: Tensor | None = field(default=None, init=False)
+    _mask: Tensor | None = field(default=None, init=False)
 
     # Not cached_property: up to Python 3.11 it takes a lock, which torch.compile cannot trace.
 
     @property
-    def places(self) -> torch.Tensor:
+    def places(self) -> Tensor:
         """Return the rows of a block for the tokens' keys and values, ``[tokens × 2 × heads]``."""
         if self._places is None:
             heads, max_len = self.cache.blocks[0].keys.shape[1:3]
@@ -188,7 +189,7 @@ class Layout:
             self._places = (starts[:, None] + self.cache.first_rows).flatten()
         return self._places
 
-    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+    def mask(self, dtype: torch.dtype) -> Tensor:
         """Return the mask of the decoding rows, ``[high - low, 1, 1, length]``: 0 or −∞, to add.
 
         A slot between them that does not decode sees its first position.
@@ -207,13 +208,8 @@ class Layout:
 
 
 def attend(
-    block: SlotLayer,
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    layout: Layout,
-    *,
-    scale: float | None = None,
-) -> torch.Tensor:
+    block: SlotLayer, q: Tensor, kv: Tensor, layout: Layout, *, scale: float | None = None
+) -> Tensor:
     """Write keys and values, and attend in one layer; ``[tokens, heads, head_dim]`` in and out.
 
     ``kv`` is ``[tokens, 2, heads, head_dim]``; ``scale`` is 1 / √head_dim if None.
@@ -236,13 +232,13 @@ def attend(
 
 def attend_on_device(
     block: SlotLayer,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     layout: Layout,
     scale: float | None = None,
     rotation: Rotation | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Attend as :func:`attend` does, in one launch of a GPU's own kernels."""
     attention = layout.cache.attention
     assert attention is not None
@@ -253,12 +249,7 @@ def attend_on_device(
 
 
 def attend_prompts(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    block: SlotLayer,
-    layout: Layout,
-    out: torch.Tensor,
-    scale: float | None = None,
+    q: Tensor, kv: Tensor, block: SlotLayer, layout: Layout, out: Tensor, scale: float | None = None
 ) -> None:
     """Attend for the chunks, whose keys and values are in the cache; write to ``out``."""
     options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != kv.shape[2]}
@@ -281,15 +272,15 @@ def attend_prompts(
 
 def attend_for_transformers(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
     layout: Layout,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Adapt :func:`attend` to transformers, which passes ``[1, heads, tokens, head_dim]``."""
     index = module.layer_idx
     assert isinstance(index, int)
@@ -302,7 +293,7 @@ def attend_for_transformers(
     return seen.unsqueeze(0), None
 
 
-def _decode(q: torch.Tensor, block: SlotLayer, layout: Layout, scale: float | None) -> torch.Tensor:
+def _decode(q: Tensor, block: SlotLayer, layout: Layout, scale: float | None) -> Tensor:
     """Attend for the decoding rows, ``[rows, heads, head_dim]`` in and out.
 
     Queries are spread over a range of slots and the cache is read in place: gathering slots would

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from batchbench.batching.engines import WallClock
 from batchbench.batching.engines.torch.sampling import Chooser
@@ -149,7 +150,7 @@ class TokensOnHost:
     the last one.
     """
 
-    def __init__(self, last: torch.Tensor) -> None:
+    def __init__(self, last: Tensor) -> None:
         self._last = last
         self._copies = [torch.zeros(len(last), dtype=last.dtype).pin_memory() for _ in range(2)]
         self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
@@ -184,7 +185,7 @@ class TorchEngine:
         self._timer = (CudaTimer if cuda else HostTimer)(self.clock, model.device)
         self._last = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self._chooser = Chooser(slots, model.device)
-        self._log: list[torch.Tensor] = []  # the last tokens of all slots after each step
+        self._log: list[Tensor] = []  # the last tokens of all slots after each step
         self._eos = set(model.source.eos_token_ids)
         self._on_host = TokensOnHost(self._last) if cuda else None
         self.looks_late = cuda
@@ -271,11 +272,11 @@ class TorchEngine:
         """Compute one pass, and store the next tokens of the slots that yield."""
         self._last.index_copy_(0, self._yielding, self._forward(plan, step))
 
-    def _forward(self, plan: Plan, step: int) -> torch.Tensor:
+    def _forward(self, plan: Plan, step: int) -> Tensor:
         """Compute one pass; return the next token of each yielding slot, ``[yielding]``."""
         raise NotImplementedError
 
-    def _tensor(self, values: Collection[int] | np.ndarray) -> torch.Tensor:
+    def _tensor(self, values: Collection[int] | np.ndarray) -> Tensor:
         array = np.asarray(values, np.int64)
         # Without a wait only on CUDA: MPS copies later, when the array may be gone.
         return torch.from_numpy(array).to(self._device, non_blocking=self._device.type == "cuda")

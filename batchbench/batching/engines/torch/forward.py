@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn.functional import embedding
 
 from batchbench.batching.engines.torch.architecture import (
@@ -45,9 +46,7 @@ class Forward(Protocol):
     def triton(self) -> bool:
         """True if attention is computed with Triton, so the engine prepares no masks."""
 
-    def __call__(
-        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         """Return logits ``[kept, vocabulary]`` of ``ids``, ``[tokens]``; of all if None is kept."""
 
     @property
@@ -71,12 +70,10 @@ class TransformersForward:
         self._cache_argument = cache_argument(model.module)
         self.cache_dtype = model.dtype
 
-    def __call__(
-        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         if self._module.config._attn_implementation != NAME:
             self._module.set_attn_implementation(NAME)
-        logits: torch.Tensor = self._module(
+        logits: Tensor = self._module(
             input_ids=ids.unsqueeze(0),
             position_ids=layout.positions.unsqueeze(0),
             use_cache=True,
@@ -128,9 +125,7 @@ class LeanForward:
         self.extra_bytes = sum(p.extra_bytes for p in products if isinstance(p, Linear))
         self.cache_dtype = cache_dtype(of, model.device, model.dtype, most)
 
-    def __call__(
-        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         weights, angles = self._weights, None
         x = embedding(ids, weights.tokens)
         if weights.positions is not None:
@@ -146,9 +141,7 @@ class LeanForward:
             x = x[keep]
         return self._head(weights.norm(x))
 
-    def _compute_layers(
-        self, x: torch.Tensor, layout: Layout, angles: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _compute_layers(self, x: Tensor, layout: Layout, angles: Tensor | None) -> Tensor:
         tokens, of = len(x), self._weights.of
         for cached, block in zip(layout.cache.blocks, self._blocks, strict=True):
             qkv = block.qkv(block.norm_1(x)).view(tokens, -1, of.head_dim)
@@ -159,7 +152,7 @@ class LeanForward:
 
     def _make_table(self) -> Table | None:
         """Return the weights of all layers for :meth:`Native.decode`, if they are packed for it."""
-        rows: list[list[torch.Tensor | None]] = []
+        rows: list[list[Tensor | None]] = []
         for b in self._blocks:
             qkv, out, *mlp = [m.packed for m in (b.qkv, b.attention_out, b.mlp_in, b.mlp_out)]
             if self._kernels is None or () in (qkv, out, *mlp):
@@ -173,11 +166,11 @@ class LeanForward:
     def _attend(
         self,
         cached: SlotLayer,
-        qkv: torch.Tensor,
+        qkv: Tensor,
         norms: Sequence[Norm],
         layout: Layout,
-        angles: torch.Tensor | None,
-    ) -> torch.Tensor:
+        angles: Tensor | None,
+    ) -> Tensor:
         """Attend in one layer with ``qkv``, ``[tokens, heads + 2 × kv_heads, head_dim]``."""
         heads, kv_heads = self._weights.of.heads, self._weights.of.kv_heads
         out = None

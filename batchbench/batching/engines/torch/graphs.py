@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from batchbench.batching.engines.torch.attention import Layout, SlotCache
 from batchbench.batching.engines.torch.forward import Forward
@@ -45,7 +46,7 @@ class PreparedDecode:
         self,
         forward: Forward,
         cache: SlotCache,
-        last: torch.Tensor,
+        last: Tensor,
         chooser: Chooser,
         prepare: Prepare,
         max_len: int,
@@ -120,9 +121,9 @@ class Upload:
 
     BUFFERS = 4
 
-    def __init__(self, target: torch.Tensor) -> None:
+    def __init__(self, target: Tensor) -> None:
         self._target, self._turn = target, 0
-        self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self._buffers: list[tuple[Tensor, torch.cuda.Event]] = []
         if target.device.type == "cuda":
             for _ in range(self.BUFFERS):
                 buffer = torch.zeros(target.shape, dtype=target.dtype).pin_memory()
@@ -282,7 +283,7 @@ class PreparedMixed:
         self,
         forward: Forward,
         cache: SlotCache,
-        last: torch.Tensor,
+        last: Tensor,
         chooser: Chooser,
         prepare: Prepare,
         most_tokens: int,

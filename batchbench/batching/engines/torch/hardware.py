@@ -10,7 +10,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from transformers.pytorch_utils import Conv1D
 
@@ -164,12 +164,12 @@ def measure_arithmetic(model: LoadedModel, rows: int, *, turns: int = 3) -> floa
     return seconds * rows * sum(w.numel() for w, _ in _weights(model)) / _LARGE**3
 
 
-def _product(model: LoadedModel, width: int, rows: int) -> Callable[[], torch.Tensor]:
+def _product(model: LoadedModel, width: int, rows: int) -> Callable[[], Tensor]:
     weight = torch.zeros(width, width, device=model.device, dtype=model.dtype)
     return partial(make_linear(weight, None), torch.zeros_like(weight)[:rows])
 
 
-def _weights(model: LoadedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+def _weights(model: LoadedModel) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield weight, ``[outputs, inputs]``, and bias of each matrix product of a decode step."""
     weights = weights_of(model.module)
     if not isinstance(weights, str):
@@ -184,15 +184,13 @@ def _weights(model: LoadedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor | 
 
 
 def products(
-    model: LoadedModel,
-    rows: int,
-    make: Callable[[torch.Tensor, torch.Tensor | None], Linear] = make_linear,
+    model: LoadedModel, rows: int, make: Callable[[Tensor, Tensor | None], Linear] = make_linear
 ) -> Callable[[], None]:
     """Return a function that computes all matrix products of one decode step."""
     numbers = torch.Generator().manual_seed(0)
 
     @cache
-    def inputs(width: int) -> torch.Tensor:
+    def inputs(width: int) -> Tensor:
         return torch.randn(rows, width, generator=numbers).to(model.device, model.dtype)
 
     layers = [(make(*matrix), inputs(matrix[0].shape[1])) for matrix in _weights(model)]
@@ -245,9 +243,7 @@ class _Timed:
         self.cache_dtype, self.extra_bytes = forward.cache_dtype, forward.extra_bytes
         self.triton, self.choose = forward.triton, forward.choose
 
-    def __call__(
-        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         began = time.perf_counter_ns()
         logits = self._forward(ids, layout, keep)
         self._clock.ns += time.perf_counter_ns() - began

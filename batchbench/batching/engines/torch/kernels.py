@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from batchbench.batching.machine import Processor, find_compiler
 from batchbench.files import cache_folder, replacing
@@ -61,15 +62,15 @@ class Native:
     def __init__(self, library: ctypes.CDLL, processor: Processor) -> None:
         self.processor, self._library = processor, library
 
-    def _call(self, name: str, dtype: torch.dtype, *args: torch.Tensor | float | None) -> None:
+    def _call(self, name: str, dtype: torch.dtype, *args: Tensor | float | None) -> None:
         """Call an operation for a number format, with the arguments that it has in C++."""
         function = getattr(self._library, f"{name}_{FORMATS[dtype]}")
         if function.argtypes is None:
             numbers = {int: ctypes.c_long, Through: ctypes.c_long, float: ctypes.c_float}
             function.argtypes = [numbers.get(type(argument), ctypes.c_void_p) for argument in args]
-        function(*[a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args])
+        function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args])
 
-    def multiplies(self, weight: torch.Tensor) -> bool:
+    def multiplies(self, weight: Tensor) -> bool:
         """Return True if :meth:`product` suits ``weight``, ``[outputs, inputs]``."""
         if weight.dtype is torch.bfloat16:
             return weight.shape[1] % 2 == 0 and not self.processor.has_amx
@@ -79,7 +80,7 @@ class Native:
         return head_size <= MAX_HEAD_SIZE and dtype in FORMATS
 
     @staticmethod
-    def side_by_side(weight: torch.Tensor) -> torch.Tensor:
+    def side_by_side(weight: Tensor) -> Tensor:
         """Return a gate's outputs and those it multiplies, ``[2 × n, …]``, 16 of each in turn.
 
         So that a panel has both. Both are filled up with zeros to a multiple of 16.
@@ -91,7 +92,7 @@ class Native:
         return whole.view(2, blocks, half, *rest).transpose(0, 1).flatten(0, 2)
 
     @staticmethod
-    def pack(weight: torch.Tensor) -> torch.Tensor:
+    def pack(weight: Tensor) -> Tensor:
         """Return ``[outputs, inputs]`` in panels of 32 outputs, as :meth:`product` reads it.
 
         ``[panels, inputs, 32]`` in float32 and ``[panels, inputs / 2, 32, 2]`` in bfloat16, filled
@@ -106,14 +107,14 @@ class Native:
 
     def product(
         self,
-        x: torch.Tensor,
-        packed: torch.Tensor,
+        x: Tensor,
+        packed: Tensor,
         outputs: int,
-        bias: torch.Tensor | None,
+        bias: Tensor | None,
         *,
         through: Through = Through.NOTHING,
-        add: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        add: Tensor | None = None,
+    ) -> Tensor:
         """Return ``x @ weight.T + bias``, then an activation or ``+ add``: ``[rows, outputs]``.
 
         ``x`` is ``[rows, inputs]``, ``packed`` the weight after :meth:`pack`; for SwiGLU, weight
@@ -126,7 +127,7 @@ class Native:
         self._call("product", x.dtype, *tensors, rows, inputs, outputs, through)
         return out
 
-    def _room_to_widen(self, dtype: torch.dtype, count: int) -> torch.Tensor | None:
+    def _room_to_widen(self, dtype: torch.dtype, count: int) -> Tensor | None:
         """Return room for ``count`` inputs of products in float32, where they are widened."""
         if dtype is not torch.bfloat16 or self.processor.multiplies_bfloat16:
             return None
@@ -135,11 +136,11 @@ class Native:
     def decode(
         self,
         layers: Table,
-        x: torch.Tensor,
-        blocks: Sequence[torch.Tensor],
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        angles: torch.Tensor | None,
+        x: Tensor,
+        blocks: Sequence[Tensor],
+        slots: Tensor,
+        positions: Tensor,
+        angles: Tensor | None,
     ) -> None:
         """Compute all layers for rows that only decode; ``x``, ``[rows, width]``, is the residual.
 
@@ -157,15 +158,15 @@ class Native:
 
     def attention(
         self,
-        qkv: torch.Tensor,
-        block: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
+        qkv: Tensor,
+        block: Tensor,
+        slots: Tensor,
+        positions: Tensor,
         decoding: int,
-        angles: torch.Tensor | None = None,
-        norms: Sequence[torch.Tensor] = (),
+        angles: Tensor | None = None,
+        norms: Sequence[Tensor] = (),
         eps: float = 0.0,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Write a pass's keys and values into a layer's cache, and attend for its decoding rows.
 
         Each row reads its slot up to its own position only. ``qkv`` is ``[tokens, heads + 2 ×
@@ -183,7 +184,7 @@ class Native:
         self._call("attention", qkv.dtype, *tensors, *counts, size**-0.5, eps)
         return out
 
-    def greedy(self, logits: torch.Tensor) -> torch.Tensor:
+    def greedy(self, logits: Tensor) -> Tensor:
         """Return the index of the largest number of each row, ``[rows]``; the first of equals."""
         logits = logits.contiguous()
         rows, vocabulary = logits.shape
@@ -191,7 +192,7 @@ class Native:
         self._call("greedy", logits.dtype, logits, out, rows, vocabulary)
         return out
 
-    def sample(self, logits: torch.Tensor, keys: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    def sample(self, logits: Tensor, keys: Tensor, sampling: Sampling) -> Tensor:
         """Return the token that is drawn for each row, ``[rows]``; ``keys`` are of its noise."""
         logits, keys = logits.contiguous(), keys.contiguous()
         rows, vocabulary = logits.shape
@@ -207,7 +208,7 @@ class Table:
 
     def __init__(
         self,
-        weights: Sequence[Sequence[torch.Tensor | None]],
+        weights: Sequence[Sequence[Tensor | None]],
         *,
         heads: int,
         inner: int,
@@ -219,7 +220,7 @@ class Table:
         addresses = [[0 if t is None else t.data_ptr() for t in layer] for layer in weights]
         self._table = torch.tensor([[*layer, 0] for layer in addresses])  # the last is the cache's
 
-    def at(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    def at(self, blocks: Sequence[Tensor]) -> Tensor:
         """Return the table with the layers' blocks of a cache."""
         self._table[:, -1] = torch.tensor([block.data_ptr() for block in blocks])
         return self._table

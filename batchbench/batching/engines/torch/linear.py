@@ -9,6 +9,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 
 from batchbench.batching.engines.torch.kernels import Native, Through, native
@@ -31,9 +32,9 @@ def padded_bytes(vocabulary: int, width: int, dtype: torch.dtype) -> int:
 class OneDNN(NamedTuple):
     """oneDNN's operators in torch."""
 
-    reorder: Callable[..., torch.Tensor]
-    product: Callable[..., torch.Tensor]
-    product_and_sum: Callable[..., torch.Tensor]
+    reorder: Callable[..., Tensor]
+    product: Callable[..., Tensor]
+    product_and_sum: Callable[..., Tensor]
 
 
 @cache
@@ -94,22 +95,18 @@ class Linear:
     """
 
     kernels: Kernels
-    product: Callable[[torch.Tensor], torch.Tensor]
-    activated: Callable[[torch.Tensor], torch.Tensor]
-    plus: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    product: Callable[[Tensor], Tensor]
+    activated: Callable[[Tensor], Tensor]
+    plus: Callable[[Tensor, Tensor], Tensor]
     extra_bytes: int = 0
-    packed: Sequence[torch.Tensor | None] = ()
+    packed: Sequence[Tensor | None] = ()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return self.product(x)
 
 
 def make_linear(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    most: Kernels = Kernels.OWN,
-    *,
-    gated: bool = False,
+    weight: Tensor, bias: Tensor | None, most: Kernels = Kernels.OWN, *, gated: bool = False
 ) -> Linear:
     """Return the fastest layer for this weight, ``[outputs, inputs]`` with any strides.
 
@@ -125,7 +122,7 @@ def make_linear(
         # Packed without a number of rows: weights packed for one row are slow for eight.
         packed = ops.reorder(weight.contiguous(), None)
 
-        def product(x: torch.Tensor, function: str = "none", form: str = "") -> torch.Tensor:
+        def product(x: Tensor, function: str = "none", form: str = "") -> Tensor:
             return ops.product(x, packed, bias, function, [], form)
 
         return Linear(
@@ -140,9 +137,7 @@ def make_linear(
     return Linear(Kernels.PLAIN, plain, lambda x: activation(plain(x)), lambda x, y: y + plain(x))
 
 
-def _own_layer(
-    own: Native, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool
-) -> Linear:
+def _own_layer(own: Native, weight: Tensor, bias: Tensor | None, *, gated: bool) -> Linear:
     outputs, through = len(weight), Through.GELU
     if gated:
         outputs, through = outputs // 2, Through.SWIGLU
@@ -160,7 +155,7 @@ def _own_layer(
     )
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
+def swiglu(x: Tensor) -> Tensor:
     """Return silu(gate) × up of ``[rows, 2 × outputs]``, in which the gate's outputs come first."""
     gate, up = x.chunk(2, -1)
     return silu(gate) * up

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from batchbench.batching.engines.torch.sampling import best_token, keys_at, noise, perturbed
 from batchbench.batching.models.loading import LoadedModel, free_bytes
@@ -66,12 +67,12 @@ class TeacherForced:
         return [Deviation(index, gap, bound) for index, gap, bound in rows]
 
     @staticmethod
-    def _logits(model: torch.nn.Module, sequence: torch.Tensor, keep: int) -> torch.Tensor:
+    def _logits(model: torch.nn.Module, sequence: Tensor, keep: int) -> Tensor:
         device = next(model.parameters()).device
         positions = torch.arange(sequence.shape[1], device=device)[None]
         ids = sequence.to(device)
         out = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
-        logits: torch.Tensor = out.logits[0].cpu()
+        logits: Tensor = out.logits[0].cpu()
         return logits
 
     def _more_precise(self) -> torch.nn.Module:
@@ -113,9 +114,7 @@ _MASS_ROUNDING = 1e-5
 """Error of a sum of probabilities over the vocabulary in float32."""
 
 
-def _change_to_draw(
-    tokens: torch.Tensor, logits: torch.Tensor, sampling: Sampling, keys: torch.Tensor
-) -> torch.Tensor:
+def _change_to_draw(tokens: Tensor, logits: Tensor, sampling: Sampling, keys: Tensor) -> Tensor:
     """Return the smallest change of logits for which ``tokens``, ``[rows, 1]``, are drawn.
 
     Every token that is ahead with its noise must fall behind or be cut, and the drawn one must be
@@ -147,7 +146,7 @@ def _change_to_draw(
     return torch.maximum(torch.minimum(ahead, leave).amax(-1), enter.gather(1, tokens)[:, 0])
 
 
-def _distances(logits: torch.Tensor, edge: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _distances(logits: Tensor, edge: Tensor) -> tuple[Tensor, Tensor]:
     """Return how far each token is below the kept ones, whose least is ``edge``, or above the rest.
 
     The distance is 0 on the other side.

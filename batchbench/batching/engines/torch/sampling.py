@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from batchbench.batching.engines.torch.kernels import FORMATS, Native, native
 from batchbench.batching.plan import Chunk
@@ -28,16 +29,11 @@ class Choose(Protocol):
     """
 
     def __call__(
-        self,
-        logits: torch.Tensor,
-        sampling: Sampling | None = None,
-        keys: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
+        self, logits: Tensor, sampling: Sampling | None = None, keys: Tensor | None = None
+    ) -> Tensor: ...
 
 
-def choose(
-    logits: torch.Tensor, sampling: Sampling | None = None, keys: torch.Tensor | None = None
-) -> torch.Tensor:
+def choose(logits: Tensor, sampling: Sampling | None = None, keys: Tensor | None = None) -> Tensor:
     """Return the next token of each row, as :class:`Choose` says."""
     if sampling is None or keys is None:
         return best_token(logits)
@@ -46,16 +42,16 @@ def choose(
     return best_token(perturbed(logits, sampling, keys))
 
 
-def _is_eager_on_cpu(x: torch.Tensor) -> bool:
+def _is_eager_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _kernels_for(logits: torch.Tensor) -> Native | None:
+def _kernels_for(logits: Tensor) -> Native | None:
     kernels = native() if _is_eager_on_cpu(logits) else None
     return kernels if kernels and logits.dtype in FORMATS else None
 
 
-def perturbed(logits: torch.Tensor, sampling: Sampling, keys: torch.Tensor) -> torch.Tensor:
+def perturbed(logits: Tensor, sampling: Sampling, keys: Tensor) -> Tensor:
     """Return ``logit + temperature * noise``, and -inf for the tokens that are cut."""
     logits = logits.float()
     sums = noise(keys, logits.shape[1]).mul_(sampling.temperature).add_(logits)
@@ -85,9 +81,7 @@ class Chooser:
         on_cuda = self.streams.device.type == "cuda"  # MPS copies later, when the array has changed
         self.streams.copy_(torch.from_numpy(self._seated.copy()), non_blocking=on_cuda)
 
-    def __call__(
-        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """Return the next token of each row; each row's last token is at a position of a slot."""
         if self.sampling is None:
             return self.choose(logits)
@@ -101,9 +95,7 @@ _SHORT = ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, None))
 _LONG = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB), (14, None))
 
 
-def _hash(
-    x: torch.Tensor, rounds: Sequence[tuple[int, int | None]], key: torch.Tensor | None = None
-) -> torch.Tensor:
+def _hash(x: Tensor, rounds: Sequence[tuple[int, int | None]], key: Tensor | None = None) -> Tensor:
     """Return a hash of int32 numbers; ``key`` is added after the first multiplication."""
     for shift, factor in rounds:
         x = x ^ ((x >> shift) & (2 ** (32 - shift) - 1))  # >> is arithmetic
@@ -114,12 +106,12 @@ def _hash(
     return x
 
 
-def keys_at(streams: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def keys_at(streams: Tensor, positions: Tensor) -> Tensor:
     """Return the keys of the noise at positions, ``[rows]``, of streams, ``[rows, 2]``."""
     return _hash(streams ^ positions.to(torch.int32)[:, None], _SHORT)
 
 
-def noise(keys: torch.Tensor, vocabulary: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def noise(keys: Tensor, vocabulary: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return Gumbel noise, ``[rows, vocabulary]``, for the keys of rows, ``[rows, 2]``."""
     tokens = torch.arange(vocabulary, dtype=torch.int32, device=keys.device)
     x = _hash(tokens ^ keys[:, :1], _LONG, keys[:, 1:])
@@ -136,7 +128,7 @@ _LIKELY = 1024
 """Most likely tokens among which a CPU looks for the cut of top-p, before it sorts all."""
 
 
-def smallest_kept(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
+def smallest_kept(logits: Tensor, sampling: Sampling) -> Tensor | None:
     """Return the smallest logit that is kept in each row, ``[rows, 1]``; None if all are kept."""
     vocabulary, top_p = logits.shape[1], sampling.top_p
     most = min(sampling.top_k or vocabulary, vocabulary)
@@ -165,7 +157,7 @@ def smallest_kept(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | No
 _WINDOW = 256
 
 
-def best_token(logits: torch.Tensor) -> torch.Tensor:
+def best_token(logits: Tensor) -> Tensor:
     """Return the greedy choice, ``[rows, vocabulary]`` to ``[rows]``; the first of equals.
 
     ``argmax`` and ``max`` with indices are not vectorised on a CPU. Without a native kernel the

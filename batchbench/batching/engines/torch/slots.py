@@ -8,6 +8,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from batchbench.batching.engines.torch.architecture import describe
 from batchbench.batching.engines.torch.attention import Layout, Prompts, SlotCache, aligned
@@ -155,7 +156,7 @@ class SlotsEngine(TorchEngine):
         else:
             super()._advance(plan, step)
 
-    def _forward(self, plan: Plan, step: int) -> torch.Tensor:
+    def _forward(self, plan: Plan, step: int) -> Tensor:
         layout, ids, keep = self._layout, self._prompt_ids, self._keep
         if layout.decoding:
             positions = layout.positions + self._growing if step else layout.positions
@@ -183,7 +184,7 @@ class SlotsEngine(TorchEngine):
                 self._tensor(gather[valid]),
             )
 
-    def _mask_of(self, chunk: Chunk) -> torch.Tensor:
+    def _mask_of(self, chunk: Chunk) -> Tensor:
         """Return the mask of a later chunk of a prompt, which attends to all before it."""
         own = self._positions_of_cache[chunk.start : chunk.stop]
         return self._positions_of_cache[: chunk.stop] <= own[:, None]

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from batchbench.batching.engines.torch.architecture import (
@@ -105,14 +106,14 @@ def _fault(
 
 def _compared(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], of: Architecture | None
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float]]:
+) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     """Yield the name of a result, Triton's and torch's from small inputs, and their tolerance."""
     from batchbench.batching.engines.torch.triton import ops
 
     numbers = torch.Generator().manual_seed(0)
     within = 1e-4 if dtype is torch.float32 else 0.05
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=numbers).to(device, dtype)
 
     rotation = None
@@ -155,13 +156,8 @@ def _compared(
 
 
 def _attended(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block: torch.Tensor,
-    last: torch.Tensor,
-    rotation: Rotation | None,
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, block: Tensor, last: Tensor, rotation: Rotation | None
+) -> Tensor:
     """Return the attention of a token at the ``last`` position of a slot, in torch."""
     turned = [q.float(), k.float()]
     if rotation is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch import Tensor
 from torch.nn.functional import gelu
 
 from batchbench.batching.engines.torch.architecture import Matrix, Rotation, Weights
@@ -36,9 +37,7 @@ class TritonForward:
             self._head = head.new_zeros(padded_rows(len(head)), head.shape[1])
             self._head[: len(head)] = head
 
-    def __call__(
-        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         weights, of = self._weights, self._weights.of
         first, last = weights.layers[0], weights.layers[-1]
         places = (layout.positions, weights.tokens, weights.positions)
@@ -57,7 +56,7 @@ class TritonForward:
             normed = ops.add_norm(x, out, layer.mlp_out.bias, norm_after, rows)
         return torch.mm(normed, self._head.t())[:, : len(weights.head)]
 
-    def _activated(self, x: torch.Tensor, layer: Matrix) -> torch.Tensor:
+    def _activated(self, x: Tensor, layer: Matrix) -> Tensor:
         if self._weights.of.gated:
             return ops.swiglu(_product(x, layer))
         if self._fused_gelu and layer.bias is not None:
@@ -65,7 +64,7 @@ class TritonForward:
         return gelu(_product(x, layer), approximate="tanh")
 
 
-def _product(x: torch.Tensor, layer: Matrix) -> torch.Tensor:
+def _product(x: Tensor, layer: Matrix) -> Tensor:
     weight = layer.weight.t()
     return torch.mm(x, weight) if layer.bias is None else torch.addmm(layer.bias, x, weight)
 

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton import cdiv, language, next_power_of_2
 
 from batchbench.batching.engines.torch.architecture import Norm, Rotation
@@ -49,19 +50,19 @@ class SlotAttention:
         self._partial = torch.empty(shape, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(slots, heads, dtype=torch.int32, device=device)
         self._positions = torch.arange(max_len, device=device)
-        self._angles: torch.Tensor | None = None
+        self._angles: Tensor | None = None
 
     def decode(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        block: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block: Tensor,
+        slots: Tensor,
+        positions: Tensor,
         scale: float | None = None,
         rotation: Rotation | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Attend for decoding rows: row i to ``slots[i]``, up to its own ``positions[i]``."""
         width = next_power_of_2(q.shape[2])
         return self._attend(
@@ -77,15 +78,15 @@ class SlotAttention:
 
     def tiled(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        block: torch.Tensor,
-        tiles: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block: Tensor,
+        tiles: Tensor,
         tokens: int,
         scale: float | None = None,
         rotation: Rotation | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Attend for rows and chunks in tiles of up to ``tokens``, as ``lay_tiles`` returns them.
 
         The result of a token that is in no tile is undefined.
@@ -107,11 +108,11 @@ class SlotAttention:
         self,
         kernel: Any,
         grid: tuple[int, ...],
-        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        states: tuple[Tensor, Tensor, Tensor, Tensor],
         change: tuple[float | None, Rotation | None],
-        *args: torch.Tensor,
+        *args: Tensor,
         **constants: Any,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Launch a kernel with the arguments that both have, then ``args`` and ``constants``."""
         *states_of_pass, block = states
         scale, rotation = change
@@ -141,9 +142,7 @@ class SlotAttention:
         return out
 
 
-def _side_by_side(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _side_by_side(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same with the heads of a token side by side, and keys as far apart as values."""
     size = q.shape[2]
     if any(t.stride()[1:] != (size, 1) for t in (q, k, v)) or k.stride(0) != v.stride(0):
@@ -158,12 +157,8 @@ def _dot_format(dtype: torch.dtype) -> Any:
 
 
 def embed_norm(
-    ids: torch.Tensor,
-    positions: torch.Tensor,
-    tokens: torch.Tensor,
-    places: torch.Tensor | None,
-    norm: Norm,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    ids: Tensor, positions: Tensor, tokens: Tensor, places: Tensor | None, norm: Norm
+) -> tuple[Tensor, Tensor]:
     """Return each token's embedding, and its norm; ``[tokens, width]`` each.
 
     ``places`` are embeddings of positions, which are added; None if there are none.
@@ -173,12 +168,8 @@ def embed_norm(
 
 
 def add_norm(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    added: torch.Tensor | None,
-    norm: Norm,
-    rows: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, y: Tensor, added: Tensor | None, norm: Norm, rows: Tensor | None = None
+) -> Tensor:
     """Return the norm of ``x + y + added``, and store that sum in ``x``; ``[tokens, width]``.
 
     ``added`` is a bias, None for none. ``rows`` are the tokens to compute, None for all; with it,
@@ -189,15 +180,15 @@ def add_norm(
 
 
 def _normed(
-    x: torch.Tensor,
-    x_rows: torch.Tensor | None,
-    y: torch.Tensor | None,
-    y_rows: torch.Tensor | None,
-    added: torch.Tensor | None,
-    total: torch.Tensor | None,
+    x: Tensor,
+    x_rows: Tensor | None,
+    y: Tensor | None,
+    y_rows: Tensor | None,
+    added: Tensor | None,
+    total: Tensor | None,
     norm: Norm,
     rows: int,
-) -> torch.Tensor:
+) -> Tensor:
     width = x.shape[1]
     normed = x.new_empty(rows, width)
     launch(
@@ -210,7 +201,7 @@ def _normed(
     return normed
 
 
-def swiglu(product: torch.Tensor) -> torch.Tensor:
+def swiglu(product: Tensor) -> Tensor:
     """Return silu(gate) × up, ``[tokens, inner]``; ``product`` has the gates, then the ups."""
     tokens, inner = len(product), product.shape[1] // 2
     out = product.new_empty(tokens, inner)
@@ -220,8 +211,8 @@ def swiglu(product: torch.Tensor) -> torch.Tensor:
 
 
 def best_token(
-    logits: torch.Tensor, sampling: Sampling | None = None, keys: torch.Tensor | None = None
-) -> torch.Tensor:
+    logits: Tensor, sampling: Sampling | None = None, keys: Tensor | None = None
+) -> Tensor:
     """Return the next token of each row, as :class:`~.sampling.Choose` says.
 
     Rows may lie apart: ``logits`` may be the first columns of a wider product.
