@@ -117,7 +117,7 @@ def estimate(experiment: Experiment, watch: Watch) -> Estimate:
         device=sizes.device,
         peak_bytes=sizes.peak_bytes,
         room_bytes=sizes.room_bytes,
-        fitting=None if sizes.fits else sizes.fitting,
+        fitting=sizes.fitting,
         batch_size=experiment.serving.batch_size,
         seconds=sum(_trial_s(r, on_gpu=sizes.launches > 0) for r in served) * trials,
         launches=sizes.launches,

@@ -30,9 +30,7 @@ from batchbench.batching.strategies import GENERATE_BATCH_SAMPLES, Context
 from batchbench.errors import UsageError, reason_in_short
 from batchbench.workloads import Request, Workload, make_arrivals
 
-PAGE = 256
-"""Tokens in a page of the cache: the default of transformers."""
-
+PAGE = 256  # tokens in a page of the cache: the default of transformers
 _POLL_S = 0.5  # between two checks that its thread is alive
 
 
@@ -195,9 +193,7 @@ class GenerateBatch:
             vars(module).pop(_CACHED_MANAGER, None)
 
 
-_CACHED_MANAGER = "_cached_continuous_batching_manager"
-"""The attribute in which a model keeps the manager of the last session for the next."""
-
+_CACHED_MANAGER = "_cached_continuous_batching_manager"  # the attribute of a model that keeps it
 _HAS_FLASH_SWITCH = "auto_switch_to_flash" in {
     field.name for field in dataclasses.fields(ContinuousBatchingConfig)
 }

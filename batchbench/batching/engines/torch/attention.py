@@ -54,8 +54,8 @@ def aligned(length: int, device: torch.device) -> int:
 
 
 FEW_TOKENS = 64
-"""Largest number of tokens whose keys and values are written row by row in one operation, which is
-too small to wake other threads. Rows of more tokens are spread over the threads (docs/log.md)."""
+"""Most tokens whose keys and values are written in one operation, which is too small to wake other
+threads. Rows of more tokens are spread over the threads (docs/log.md)."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -140,8 +140,7 @@ class SlotCache(Cache):
             part[:, :, slot, :, start:stop] = 0
 
 
-NAME = "batchbench_slots"
-"""The attention implementation's name in transformers' registry."""
+NAME = "batchbench_slots"  # of the attention in transformers' registry
 
 
 @dataclass(frozen=True, eq=False)

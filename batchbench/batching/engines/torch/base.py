@@ -126,8 +126,7 @@ class CudaTimer:
         self._is_end.append(is_end)
 
 
-DRIFT = 1e-4
-"""Largest difference in speed between the clocks of a GPU and its host: both have quartzes."""
+DRIFT = 1e-4  # largest difference in speed between the quartzes of a GPU and its host
 
 
 def on_host_clock(device_ns: NDArray[np.float64], host_ns: int) -> Ints:

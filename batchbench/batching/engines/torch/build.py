@@ -17,6 +17,7 @@ import torch
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.notebook import NotebookEngine
+from batchbench.batching.engines.torch import hardware
 from batchbench.batching.engines.torch.architecture import Architecture, architecture_of
 from batchbench.batching.engines.torch.attention import aligned, kv_token_bytes
 from batchbench.batching.engines.torch.base import TorchEngine
@@ -25,13 +26,6 @@ from batchbench.batching.engines.torch.forward import (
     TransformersForward,
     cache_dtype,
     make_forward,
-)
-from batchbench.batching.engines.torch.hardware import (
-    SMALL,
-    buffer_bytes,
-    cache_bytes,
-    device_median_s,
-    median_s,
 )
 from batchbench.batching.engines.torch.linear import Kernels, make_linear, padded_bytes
 from batchbench.batching.engines.torch.reference import TeacherForced
@@ -56,28 +50,15 @@ from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 from batchbench.workloads.sampling import Sampling
 
-HEADROOM = 0.1
-"""Share of the free memory that stays unused."""
-
+HEADROOM = 0.1  # share of the free memory that stays unused
 EAGER_WIDTHS = 37
 """Peak activations of a token in transformers' modules, in hidden sizes: GPT-2's GELU alone keeps
 four tensors of the inner size (4 hidden sizes)."""
-
-REFERENCE_LOGITS = 3
-"""Copies of a request's logits during verification."""
-
-LEFT_BEHIND = 128 * 2**20
-"""Memory that the allocator keeps after loading and packing, and that torch's libraries take when
-they first compute."""
-
-REPORTING = 64 * 2**20
-"""Memory of the libraries for tables and pictures, which are imported after the trials."""
-
-WORKSPACES = 64 * 2**20
-"""Memory of cuBLAS on a GPU: torch keeps 32 MiB on Hopper for the main stream and for graphs."""
-
-LARGEST_PRODUCT = 2**24
-"""Maximum number of values in the timed product; times of more rows are extrapolated."""
+REFERENCE_LOGITS = 3  # copies of a request's logits during verification
+LEFT_BEHIND = 128 * 2**20  # kept by the allocator after loading, and taken by torch's libraries
+REPORTING = 64 * 2**20  # for tables and pictures, imported after the trials
+WORKSPACES = 64 * 2**20  # of cuBLAS: torch keeps 32 MiB on Hopper for the main stream and graphs
+LARGEST_PRODUCT = 2**24  # values in the timed product; times of more rows are extrapolated
 
 
 @dataclass(frozen=True)
@@ -140,9 +121,8 @@ def make_engine(
     """Return the engine of that name, and its bytes of weights, packed weights and cache.
 
     ``forward`` is the slots engine's pass, None for the leanest correct one; ``prompt``, ``mixes``
-    and ``budget`` are as in :class:`Served`, ``sampling`` as in SlotsEngine. Raises UsageError if a
-    batch of this size does not fit, with the largest that does, or if the model cannot be computed
-    as ``execution`` says.
+    and ``budget`` are as in :class:`Served`, ``sampling`` as in SlotsEngine. Raises UsageError if
+    the batch does not fit, or if the model cannot be computed as ``execution`` says.
     """
     device, config, own = model.device, model.module.config, False
     try:
@@ -286,8 +266,8 @@ class Sizes:
     """Bytes of weights and cache, peak and available bytes, and seconds of a step's products.
 
     ``peak_bytes`` and ``room_bytes`` are of the device that serves; on a CPU they count the whole
-    process. ``fitting`` is the largest batch size that fits, 0 if none does. On a GPU a step also
-    takes ``launching_s`` for its ``launches`` of kernels, which run one after another.
+    process. ``fitting`` is the largest batch size that fits, 0 if none does; None if this one fits. On
+    a GPU a step also takes ``launching_s`` for its ``launches`` of kernels, one after another.
     """
 
     device: str
@@ -295,15 +275,10 @@ class Sizes:
     kv_cache_bytes: int
     peak_bytes: int
     room_bytes: int
-    fitting: int
+    fitting: int | None
     step_s: float
     launches: int = 0
     launching_s: float = 0.0
-
-    @property
-    def fits(self) -> bool:
-        """Return True if the run fits in the free memory."""
-        return self.peak_bytes <= self.room_bytes
 
 
 def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes:
@@ -330,9 +305,9 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     room = int(free_bytes(device) * (1 - HEADROOM)) + (base if device.type == "cpu" else 0)
     parameters = count_parameters(source)
     run = _Run(experiment, source, workload, served, device, base, parameters, packs, room)
-    peak, fits = run.peak_bytes(slots), slots
+    peak, fitting = run.peak_bytes(slots), None
     if peak > room:
-        fits = largest_batch(lambda fewer: run.peak_bytes(fewer) <= room, slots)
+        fitting = largest_batch(lambda fewer: run.peak_bytes(fewer) <= room, slots)
     launches = _launches(served, device) if device.type == "cuda" else 0
     replayed = serving.engine == "slots" and serving.execution in ("auto", "graph")
     return Sizes(
@@ -341,7 +316,7 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
         kv_cache_bytes=served.cache_bytes(slots),
         peak_bytes=peak,
         room_bytes=room,
-        fitting=fits,
+        fitting=fitting,
         step_s=run.weight_bytes * byte_s,
         launches=launches,
         launching_s=launches * _time_kernel(device, replayed=replayed) if launches else 0.0,
@@ -363,22 +338,18 @@ def _launches(served: Served, device: torch.device) -> int:
     return int(of_layer * served.config.get_text_config().num_hidden_layers + beside)
 
 
-_KERNELS = 100
-"""Kernels that are timed together."""
+_KERNELS = 100  # that are timed together
 
 
 def _time_kernel(device: torch.device, *, replayed: bool) -> float:
-    """Return the seconds from one kernel with almost no work to the next.
-
-    In a replayed graph it is the device's time; otherwise the host launches each one.
-    """
-    small = torch.zeros(SMALL, device=device)
+    """Return the seconds from one kernel with almost no work to the next, in a graph or without."""
+    small = torch.zeros(hardware.SMALL, device=device)
 
     def run() -> None:
         for _ in range(_KERNELS):
             small.add_(1.0)
 
-    measure = partial(device_median_s, runs=1) if replayed else median_s
+    measure = partial(hardware.device_median_s, runs=1) if replayed else hardware.median_s
     return measure(run, device, 15) / _KERNELS
 
 
@@ -389,7 +360,7 @@ def _time_product(served: Served, slots: int, device: torch.device) -> tuple[flo
     product = make_linear(matrix, None, Kernels.OWN if served.lean else Kernels.PLAIN)
     rows = max(1, min(slots, LARGEST_PRODUCT // len(matrix)))
     x = torch.rand(rows, width, device=device).to(dtype)
-    seconds = device_median_s(lambda: product(x), device, 7) * slots / rows
+    seconds = hardware.device_median_s(lambda: product(x), device, 7) * slots / rows
     return seconds / matrix.nbytes, bool(product.extra_bytes)
 
 
@@ -431,9 +402,11 @@ class _Run:
         paged = self._generate_batch_bytes(slots)
         cached = served.cache_bytes(slots) + paged
         buffer = 0
-        if weights > (cache_bytes(self.device) or 0):  # read before each trial, beside the cache
+        if weights > (
+            hardware.cache_bytes(self.device) or 0
+        ):  # read before each trial, beside the cache
             left = max(0, self.room - resident - cached) if kind == "cuda" else None
-            buffer = buffer_bytes(self.device, left)
+            buffer = hardware.buffer_bytes(self.device, left)
         serving = max(served.bytes(slots) + paged, cached + buffer)
         verifying = cached
         if self.experiment.trials.verify_limit:

@@ -31,8 +31,7 @@ Pass = Callable[[], None]
 Prepare = Callable[[Pass], Pass]
 """Return a faster function that does the same as a pass: :class:`Capture` or :class:`Compile`."""
 
-_SHORTEST = 64
-"""Minimum number of cache positions of a prepared pass; with fewer, no time is saved."""
+_SHORTEST = 64  # fewest cache positions of a prepared pass; with fewer, no time is saved
 
 
 class PreparedDecode:
@@ -108,8 +107,7 @@ def fitting(sizes: Sequence[int], wanted: int) -> int:
     return next(size for size in sizes if size >= wanted)
 
 
-WARM_UPS = 3
-"""Runs of a pass before it is recorded."""
+WARM_UPS = 3  # runs of a pass before it is recorded
 
 
 class Upload:
@@ -193,9 +191,7 @@ class Compile:
 
 # Passes with chunks of prompts
 
-SMALLEST, LARGEST = 16, 512
-"""Numbers of tokens of the smallest and the largest prepared pass with chunks."""
-
+SMALLEST, LARGEST = 16, 512  # tokens of the smallest and the largest prepared pass with chunks
 _COLUMNS = 5  # of a tile
 _NONE = -1
 

@@ -24,8 +24,7 @@ from batchbench.batching.machine import gpu_driver, last_level_cache_bytes
 from batchbench.batching.models.loading import LoadedModel, free_bytes
 from batchbench.batching.step_cost import TIMES_THE_CACHE, Bandwidth, Reading
 
-_WARM_UPS = 2
-"""Turns that do not count: the first ones touch memory and prepare kernels."""
+_WARM_UPS = 2  # turns that do not count: they touch memory and prepare kernels
 
 
 def median_s(function: Callable[[], object], device: torch.device, turns: int) -> float:
@@ -50,8 +49,7 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-GRAPH_RUNS = 10
-"""Runs in one CUDA graph, whose own start is then a small part of its time."""
+GRAPH_RUNS = 10  # in one CUDA graph, whose own start is then a small part of its time
 
 
 def device_median_s(
@@ -81,8 +79,7 @@ _SHARE_OF_MEMORY = 0.5  # of the free memory, so that no measurement makes the m
 def measure_bandwidth(device: torch.device, *, turns: int = 7) -> Bandwidth:
     """Read a buffer that is larger than any cache, with all threads, in several ways.
 
-    The result is the fastest way's median over its turns: a slower way is limited by its
-    arithmetic, not by memory.
+    The fastest way's median counts: a slower way is limited by its arithmetic, not by memory.
     """
     cached = cache_bytes(device)
     rows = max(1, -(-buffer_bytes(device) // (4 * 1024)))
@@ -136,8 +133,7 @@ def measure_products(model: LoadedModel, rows: int, *, turns: int = 15) -> float
     return device_median_s(products(model, rows), model.device, turns)
 
 
-SMALL, _LARGE = 64, 2048
-"""Widths of a product with almost no work, and of one that keeps the whole device busy."""
+SMALL, _LARGE = 64, 2048  # widths of a product with almost no work, and of one that fills a GPU
 
 
 @torch.inference_mode()

@@ -26,8 +26,7 @@ from batchbench.files import cache_folder, replacing
 from batchbench.workloads.sampling import Sampling
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-PANEL = 32
-"""Outputs in a panel of packed weights."""
+PANEL = 32  # outputs in a panel of packed weights
 MAX_HEAD_SIZE = 256
 
 
@@ -44,8 +43,7 @@ _FLAGS = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
 )
 _COMPILING_S = 120.0
-FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-"""Number formats of the operations, with their names in C++."""
+FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # with their names in C++
 
 
 @cache

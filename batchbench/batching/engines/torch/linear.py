@@ -14,8 +14,7 @@ from torch.nn.functional import gelu, linear, silu
 
 from batchbench.batching.engines.torch.kernels import Native, Through, native
 
-MULTIPLE = 128
-"""On a GPU, the last product has a multiple of so many columns: rows of 50,257 are not aligned."""
+MULTIPLE = 128  # of columns of the last product on a GPU: rows of 50,257 are not aligned
 
 
 def padded_rows(vocabulary: int) -> int:

@@ -104,14 +104,9 @@ def _copied(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -
     return copy.deepcopy(module, copies)
 
 
-_MOST_NOISE = 32.0
-"""A bound of the noise."""
-
-_ROUNDING = 2.0**-22
-"""Error of a sum of logit and noise in float32, as a share of the largest such sum."""
-
-_MASS_ROUNDING = 1e-5
-"""Error of a sum of probabilities over the vocabulary in float32."""
+_MOST_NOISE = 32.0  # a bound
+_ROUNDING = 2.0**-22  # error of a sum of logit and noise in float32, as a share of the largest sum
+_MASS_ROUNDING = 1e-5  # error of a sum of probabilities over the vocabulary in float32
 
 
 def _change_to_draw(tokens: Tensor, logits: Tensor, sampling: Sampling, keys: Tensor) -> Tensor:
@@ -147,10 +142,7 @@ def _change_to_draw(tokens: Tensor, logits: Tensor, sampling: Sampling, keys: Te
 
 
 def _distances(logits: Tensor, edge: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how far each token is below the kept ones, whose least is ``edge``, or above the rest.
-
-    The distance is 0 on the other side.
-    """
+    """Return how far each token is below the least kept one, ``edge``, or above all cut ones."""
     below = logits.masked_fill(logits >= edge, -torch.inf).amax(-1, keepdim=True)
     above = torch.where(logits >= edge, logits - below, 0.0)
     return (edge - logits).clamp(min=0), above

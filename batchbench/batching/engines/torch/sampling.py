@@ -124,8 +124,7 @@ def noise(keys: Tensor, vocabulary: int, dtype: torch.dtype = torch.float32) -> 
 
 # The cuts
 
-_LIKELY = 1024
-"""Most likely tokens among which a CPU looks for the cut of top-p, before it sorts all."""
+_LIKELY = 1024  # tokens among which a CPU looks for the cut of top-p, before it sorts all
 
 
 def smallest_kept(logits: Tensor, sampling: Sampling) -> Tensor | None:

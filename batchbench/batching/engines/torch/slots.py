@@ -10,18 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batchbench.batching.engines.torch import graphs
 from batchbench.batching.engines.torch.architecture import describe
 from batchbench.batching.engines.torch.attention import Layout, Prompts, SlotCache, aligned
 from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.forward import Forward, make_forward
-from batchbench.batching.engines.torch.graphs import (
-    Capture,
-    Compile,
-    PreparedDecode,
-    PreparedMixed,
-    places_of,
-    tiles_of,
-)
 from batchbench.batching.engines.torch.triton.choice import triton_attention
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Chunk, Plan
@@ -62,9 +55,9 @@ class SlotsEngine(TorchEngine):
         self._cache = SlotCache(config, slots, max_len, like, own, together=together)
         self._written = np.zeros(slots, np.int64)  # positions of each slot that are not zero
         self._positions_of_cache = torch.arange(max_len, device=model.device)
-        self._prepared: PreparedDecode | None = None
-        self._mixed: PreparedMixed | None = None
-        self._replaying: PreparedDecode | PreparedMixed | None = None  # for the current plan
+        self._prepared: graphs.PreparedDecode | None = None
+        self._mixed: graphs.PreparedMixed | None = None
+        self._replaying: graphs.PreparedDecode | graphs.PreparedMixed | None = None
         self._most = max_len, most_tokens or slots * max_len
         self._sampling_changed()
 
@@ -74,13 +67,13 @@ class SlotsEngine(TorchEngine):
             return
         self._prepared = self._mixed = self._replaying = None
         max_len, most_tokens = self._most
-        graphs = self.execution == "graph"
-        prepare = Capture(self._device) if graphs else Compile(self._device)
+        records = self.execution == "graph"
+        prepare = (graphs.Capture if records else graphs.Compile)(self._device)
         args = (self._pass, self._cache, self._last, self._chooser, prepare)
-        if graphs and self._cache.attention is not None:
-            self._mixed = PreparedMixed(*args, most_tokens)
+        if records and self._cache.attention is not None:
+            self._mixed = graphs.PreparedMixed(*args, most_tokens)
         # Compiling takes half a minute a size, so it is done for the full batch only.
-        self._prepared = PreparedDecode(*args, max_len, every_batch=graphs)
+        self._prepared = graphs.PreparedDecode(*args, max_len, every_batch=records)
 
     @property
     def _computed(self) -> int:
@@ -100,11 +93,11 @@ class SlotsEngine(TorchEngine):
         if self._cache.attention is not None:
             return
         for chunk in plan.chunks:
-            if chunk.start == 0 and chunk.stop < self._written[chunk.slot]:
-                self._cache.erase(chunk.slot, chunk.stop, int(self._written[chunk.slot]))
-                self._written[chunk.slot] = chunk.stop
-        for chunk in plan.chunks:
-            self._written[chunk.slot] = max(self._written[chunk.slot], chunk.stop)
+            written = int(self._written[chunk.slot])
+            if chunk.start == 0 and chunk.stop < written:
+                self._cache.erase(chunk.slot, chunk.stop, written)
+                written = 0
+            self._written[chunk.slot] = max(written, chunk.stop)
         ends = plan.advanced(plan.repeat - 1) + 1
         self._written[plan.slots] = np.maximum(self._written[plan.slots], ends)
 
@@ -134,11 +127,11 @@ class SlotsEngine(TorchEngine):
     def _lay_out(self, plan: Plan, firsts: Sequence[int]) -> Layout:
         """Assign each token of the pass to its request; ``firsts`` is where each chunk begins."""
         chunks, decoding = plan.chunks, len(plan.slots)
-        slots, positions = map(self._tensor, places_of(plan))
+        slots, positions = map(self._tensor, graphs.places_of(plan))
         layout = Layout(self._cache, slots, positions, decoding)
         if self._cache.attention is not None:
             if chunks:
-                tiles, layout.tile = tiles_of(plan)
+                tiles, layout.tile = graphs.tiles_of(plan)
                 layout.tiles = self._tensor(tiles)
             return layout
         if decoding:

@@ -33,11 +33,8 @@ if TYPE_CHECKING:
     from batchbench.batching.engines.torch.triton.forward import TritonForward
     from batchbench.batching.engines.torch.triton.ops import SlotAttention
 
-_LEAST_CAPABILITY = (8, 0)
-"""Ampere, the first with bfloat16."""
-
-_KEYS = 300
-"""Positions of the cache that the check fills: more than one program reads."""
+_LEAST_CAPABILITY = (8, 0)  # Ampere, the first with bfloat16
+_KEYS = 300  # positions of the cache that the check fills: more than one program reads
 
 
 def triton_ops(model: LoadedModel) -> ModuleType | None:

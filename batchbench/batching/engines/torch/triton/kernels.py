@@ -74,7 +74,7 @@ def decode_attention(
 
 
 @triton.jit
-def _turned(head, position, angles, weight, eps, dim, inside, SIZE: tl.constexpr):
+def _turned(head, position, angles, weight, eps, dim, inside, SIZE):
     """Load a head of queries or keys, apply its norm, and rotate it by its position.
 
     A number is rotated with the one that is half a head away. ``head`` is the place of one head, or
@@ -98,9 +98,7 @@ def _turned(head, position, angles, weight, eps, dim, inside, SIZE: tl.constexpr
 
 
 @triton.jit
-def _read(
-    query, keys, values, first, stop, SIZE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr
-):
+def _read(query, keys, values, first, stop, SIZE, WIDTH, KEYS):
     """Attend to the cached positions ``first`` to ``stop``; return a running softmax.
 
     It is the highest score, the sum of weights and the weighted sum of values.
@@ -131,18 +129,7 @@ def _join(highest, total, seen, highest_2, total_2, seen_2):
 
 
 @triton.jit
-def _hand_in(
-    highest,
-    total,
-    seen,
-    result,
-    parts,
-    arrived,
-    split,
-    used,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+def _hand_in(highest, total, seen, result, parts, arrived, split, used, SIZE, WIDTH):
     """Store the result of a head, or one part of it; the last part to come combines them all."""
     dim = tl.arange(0, WIDTH)
     real = dim < SIZE
@@ -160,7 +147,7 @@ def _hand_in(
 
 
 @triton.jit
-def _combine(parts, result, used, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+def _combine(parts, result, used, SIZE, WIDTH):
     """Combine ``used`` parts of a head; ``.cg`` reads what other processors have just written."""
     dim = tl.arange(0, WIDTH)
     real = dim < SIZE
@@ -235,25 +222,14 @@ def tile_attention(
 
 @triton.jit
 def _attend(
-    query,  # [tokens, width]
-    keys,  # of the slot, from the cache
-    values,
-    k,  # of the pass
-    v,
-    kv_row,
-    at,  # [tokens]: their places in the pass
-    piece,
-    end,
-    start,  # the position of the piece
-    scale,
-    angles,
-    k_norm,
-    eps,
-    SIZE: tl.constexpr,
-    KEYS: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Attend to positions before the piece, then to the piece itself, up to each token."""
+    query, keys, values, k, v, kv_row, at, piece, end, start, scale, angles, k_norm, eps, SIZE,
+    KEYS, DOT
+):  # fmt: skip
+    """Attend to positions before the piece, then to the piece itself, up to each token.
+
+    ``query`` is ``[tokens, width]``, of the tokens ``at`` in the pass. ``keys`` are of the slot in
+    the cache; ``k`` and ``v`` are of the pass. The piece begins at position ``start``.
+    """
     tokens: tl.constexpr = query.shape[0]
     highest = tl.full([tokens], -float("inf"), dtype=tl.float32)
     total = tl.zeros([tokens], dtype=tl.float32)
@@ -275,22 +251,12 @@ def _attend(
 
 
 @triton.jit
-def _score(
-    query,  # [tokens, width]
-    keys,
-    values,
-    row,  # the distance of two keys
-    first,
-    stop,
-    last,  # [tokens]: the last key that each token sees
-    before,  # from a key to its position, if it is rotated
-    angles,
-    k_norm,
-    eps,
-    SIZE: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Return products, ``[tokens, keys]``, and values of the keys from ``first`` up to ``stop``."""
+def _score(query, keys, values, row, first, stop, last, before, angles, k_norm, eps, SIZE, KEYS):
+    """Return products, ``[tokens, keys]``, and values of the keys from ``first`` up to ``stop``.
+
+    Keys lie ``row`` apart, and ``before`` is added to their places to get positions. Each token
+    sees the keys up to ``last``, ``[tokens]``.
+    """
     dim = tl.arange(0, query.shape[1])[None, :]
     at = first + tl.arange(0, KEYS)
     place = at[:, None] * row
@@ -302,7 +268,7 @@ def _score(
 
 
 @triton.jit
-def _add_keys(score, value, highest, total, seen, DOT: tl.constexpr):
+def _add_keys(score, value, highest, total, seen, DOT):
     """Add keys to the running softmax of each token of a tile."""
     higher = tl.maximum(highest, tl.max(score, 1))
     weight = tl.exp2(score - higher[:, None])
@@ -348,7 +314,7 @@ def add_norm(
 
 
 @triton.jit
-def _row(x, rows, WIDTH: tl.constexpr):
+def _row(x, rows, WIDTH):
     """Return the place of the row of ``x`` that the program reads."""
     row = tl.program_id(0).to(tl.int64)
     if rows is not None:

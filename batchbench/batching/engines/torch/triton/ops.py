@@ -18,9 +18,7 @@ from batchbench.batching.engines.torch.sampling import smallest_kept
 from batchbench.batching.engines.torch.triton import kernels
 from batchbench.workloads.sampling import Sampling
 
-SPLIT = 256
-"""Keys of one decoding row that one program reads. More are split over several programs."""
-
+SPLIT = 256  # keys of a decoding row that one program reads; more are split over several
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _POWERS_OF_TWO = math.log2(math.e)
 _PART = 2048  # logits that one program compares
