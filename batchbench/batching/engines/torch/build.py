@@ -266,8 +266,8 @@ class Sizes:
     """Bytes of weights and cache, peak and available bytes, and seconds of a step's products.
 
     ``peak_bytes`` and ``room_bytes`` are of the device that serves; on a CPU they count the whole
-    process. ``fitting`` is the largest batch size that fits, 0 if none does; None if this one fits. On
-    a GPU a step also takes ``launching_s`` for its ``launches`` of kernels, one after another.
+    process. ``fitting`` is the largest batch size that fits, if this one does not; 0 if none does.
+    On a GPU a step also takes ``launching_s`` for its ``launches`` of kernels, one after another.
     """
 
     device: str
@@ -401,10 +401,8 @@ class _Run:
         text, kind = served.config.get_text_config(), self.device.type
         paged = self._generate_batch_bytes(slots)
         cached = served.cache_bytes(slots) + paged
-        buffer = 0
-        if weights > (
-            hardware.cache_bytes(self.device) or 0
-        ):  # read before each trial, beside the cache
+        buffer = 0  # which is read before each trial, beside the cache
+        if weights > (hardware.cache_bytes(self.device) or 0):
             left = max(0, self.room - resident - cached) if kind == "cuda" else None
             buffer = hardware.buffer_bytes(self.device, left)
         serving = max(served.bytes(slots) + paged, cached + buffer)
