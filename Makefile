@@ -20,13 +20,13 @@ OLDER_TESTS := $(addprefix tests/batching/test_, \
 	engines.py models.py graphs.py generate_batch.py gpu.py gpu_budgets.py gpu_lazy.py \
 	gguf.py chat_template.py)
 
-.PHONY: run test older lint gate docs dist clean transformers-5.17 trained cluster
+.PHONY: run test older lint types gate docs dist clean transformers-5.17 trained cluster
 
 run: .venv/ready
 	$(BIN)/batchbench run $(ARGS)
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 older: .venv/ready
 	$(BIN)/python .ci/anywhere.py --only older -- -n auto --dist loadfile \
@@ -59,12 +59,15 @@ cluster: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
 	$(BIN)/python -m pytest -m cluster tests/executors
 
-lint: .venv/ready
+lint: .venv/ready types types-win32 types-darwin
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: .venv/ready
 	$(BIN)/mypy
-	for system in win32 darwin; do $(BIN)/mypy --platform $$system --no-warn-unreachable \
-		--cache-dir .mypy_cache/$$system || exit 1; done
+
+types-%: .venv/ready
+	$(BIN)/mypy --platform $* --no-warn-unreachable --cache-dir .mypy_cache/$*
 
 gate: .venv/ready
 	.ci/gate

@@ -12,22 +12,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import stat
 import tempfile
 import threading
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 
 from batchbench.errors import UsageError
 
@@ -48,7 +47,7 @@ PATIENCE_S = 0.5
 
 MIB = 2**20
 
-_BUFFER = 2**16
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 
 
 class ClaimedError(UsageError):
@@ -193,12 +192,6 @@ def write_file(file: Path, content: Content) -> None:
             _write(staging, content)
     except OSError as error:
         raise UsageError(f"{file}: cannot be written: {reason_of(error)}") from error
-
-
-def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
-    """Write files by their names, each whole or not at all."""
-    for name, content in contents.items():
-        write_file(folder / name, content)
 
 
 def _write_within(
@@ -350,95 +343,50 @@ def check_file(file: Path, option: str) -> None:
 # Reading
 
 
-def open_binary(file: Path, where: str, limit: int | None = None) -> BinaryIO:
-    """Open a file or pipe for reading bytes; skip a byte-order mark at its beginning.
-
-    Reading raises UsageError too, for example beyond ``limit`` bytes.
-    """
+def open_binary(file: Path, where: str) -> BinaryIO:
+    """Open a file, or a pipe that a process writes to, for reading bytes."""
     try:
-        # Non-blocking, since opening a pipe would wait for its writer.
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        handle = os.open(file, flags)
+        content = open(file, "rb", opener=_open_at_once)  # noqa: SIM115
     except (OSError, ValueError) as error:
         raise UsageError(f"{where}: {reason_of(error)}") from error
-    source = _Source(handle, where, limit)
-    try:
-        source.begin()
-        content = io.BufferedReader(source, _BUFFER)
-        # Look ahead, since a pipe cannot go back.
-        if content.peek(3)[:3] == b"\xef\xbb\xbf":
-            content.read(3)
-    except BaseException:
-        source.close()
-        raise
-    return cast(BinaryIO, content)
+    handle = content.fileno()
+    is_pipe = stat.S_ISFIFO(os.fstat(handle).st_mode)
+    if is_pipe and not select.select([handle], [], [], PATIENCE_S)[0]:
+        with suppress(BlockingIOError):  # a process has it open, and has written nothing yet
+            os.read(handle, 1)
+            content.close()
+            raise UsageError(f"{where}: is a pipe that no process writes to; give a file")
+    if _AT_ONCE:
+        os.set_blocking(handle, True)
+    return content
+
+
+def _open_at_once(name: str, flags: int) -> int:
+    """Open a file without blocking, since opening a pipe would wait for its writer."""
+    return os.open(name, flags | _AT_ONCE)
 
 
 def read_binary(file: Path, where: str, limit: int) -> bytes:
     """Read a whole file or pipe of at most ``limit`` bytes; skip a byte-order mark."""
-    with open_binary(file, where, limit) as content:
-        return content.read()
+    try:
+        with open_binary(file, where) as content:
+            status, data = os.fstat(content.fileno()), b""
+            if status.st_size <= limit:
+                data = content.read(-1 if stat.S_ISREG(status.st_mode) else limit + 1)
+    except OSError as error:
+        raise UsageError(f"{where}: {reason_of(error)}") from error
+    if max(status.st_size, len(data)) > limit:
+        most = f"{limit / MIB:g} MiB" if limit >= MIB else f"{limit:,} bytes"
+        raise UsageError(f"{where}: is longer than {most}; give a smaller file")
+    return data.removeprefix(b"\xef\xbb\xbf")
 
 
-class _Source(io.RawIOBase):
-    """An open file, read up to a limit; errors of reading are :class:`UsageError`."""
-
-    def __init__(self, handle: int, where: str, limit: int | None) -> None:
-        self._handle, self._where, self._limit = handle, where, limit
-        self._first, self._count = b"", 0
-
-    def begin(self) -> None:
-        """Refuse folders and long files, and wait for the writer of a pipe."""
-        status = os.fstat(self._handle)
-        if stat.S_ISDIR(status.st_mode):
-            raise UsageError(f"{self._where}: is a directory; give a file")
-        if stat.S_ISREG(status.st_mode):
-            self._check_length(status.st_size)
-        if stat.S_ISFIFO(status.st_mode):
-            self._first = self._await_writer()
-        if hasattr(os, "set_blocking"):
-            os.set_blocking(self._handle, True)
-
-    def _await_writer(self) -> bytes:
-        """Return the content of the pipe; nothing if its writer has written nothing yet."""
-        until = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                first = os.read(self._handle, _BUFFER)
-            except BlockingIOError:
-                return b""
-            if first:
-                return first
-            if time.monotonic() >= until:
-                raise UsageError(f"{self._where}: is a pipe that no process writes to; give a file")
-            time.sleep(0.01)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        place = memoryview(buffer).cast("B")
-        if self._first:
-            part, self._first = self._first[: len(place)], self._first[len(place) :]
-        else:
-            try:
-                part = os.read(self._handle, len(place))
-            except OSError as error:
-                raise UsageError(f"{self._where}: {reason_of(error)}") from error
-        place[: len(part)] = part
-        self._count += len(part)
-        self._check_length(self._count)
-        return len(part)
-
-    def _check_length(self, length: int) -> None:
-        if self._limit is not None and length > self._limit:
-            most = f"{self._limit / MIB:g} MiB" if self._limit >= MIB else f"{self._limit:,} bytes"
-            raise UsageError(f"{self._where}: is longer than {most}; give a smaller file")
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._handle)
-        super().close()
+def read_utf8(file: Path, where: str, limit: int) -> str:
+    """Read a whole file or pipe of UTF-8 text, as :func:`read_binary` does."""
+    try:
+        return read_binary(file, where, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: is not UTF-8 text; save it as UTF-8") from error
 
 
 def check_there(file: Path, where: str) -> None:

@@ -18,7 +18,12 @@ from batchbench.files import MIB, open_binary, read_binary
 
 ENDLESS = Path("/dev/zero")
 
-NEEDS = {"--prompts": "16 MiB", "--workload": "65,536 bytes"}
+NEEDS = {
+    "--prompts ": "16 MiB",
+    "--workload ": "65,536 bytes",
+    "--prompt-tokens empirical:": "16 MiB",
+    "--output-tokens empirical:": "16 MiB",
+}
 """Options whose file is read whole, with their limits."""
 
 
@@ -41,20 +46,10 @@ def write_later(file: Path, content: bytes) -> threading.Thread:
 @pytest.mark.skipif(not ENDLESS.exists(), reason="there is no endless device")
 @pytest.mark.parametrize("option", NEEDS)
 def test_an_endless_file_is_refused_with_its_limit(option: str) -> None:
-    code, out, line = call(("workload", "show"), [option, str(ENDLESS), "--model", "toy-gpt2"])
-    assert (code, out) == (2, "")
-    assert line == f"{option} {ENDLESS}: is longer than {NEEDS[option]}; give a smaller file"
-
-
-@pytest.mark.skipif(not ENDLESS.exists(), reason="there is no endless device")
-@pytest.mark.parametrize("option", ["--output-tokens", "--prompt-tokens"])
-def test_an_endless_file_of_lengths_is_refused_at_its_first_line(option: str) -> None:
-    words = [f"{option}=empirical:{ENDLESS}", "--model=toy-gpt2"]
+    words = f"{option}{ENDLESS} --model toy-gpt2".split()
     code, out, line = call(("workload", "show"), words)
     assert (code, out) == (2, "")
-    assert line.startswith(f"{option} empirical:{ENDLESS}: line 1: ")
-    assert line.isprintable()
-    assert len(line) < 300
+    assert line == f"{option}{ENDLESS}: is longer than {NEEDS[option]}; give a smaller file"
 
 
 def test_a_file_of_lengths_without_end_is_refused_with_its_limit(tmp_path: Path) -> None:

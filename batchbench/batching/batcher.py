@@ -12,7 +12,7 @@ from batchbench.batching.policies import Policy, make_policy
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Header, Recorder, Recording
 from batchbench.batching.scheduler import Scheduler
-from batchbench.workloads import Request, Workload, make_arrivals
+from batchbench.workloads import Arrivals, Request, Workload
 
 _CALL_NS = 100_000_000
 """Maximum duration of an engine call on a real clock, so that the display and Ctrl-C respond."""
@@ -65,7 +65,7 @@ class Serving:
     ) -> None:
         self._batcher, self._engine, self._clock = batcher, batcher.engine, batcher.engine.clock
         self._workload, self._watch = workload, watch
-        self._arrivals = make_arrivals(workload)
+        self._arrivals = Arrivals(workload)
         self._scheduler = Scheduler(
             self._arrivals,
             batcher.policy or make_policy(batcher.name, max_wait_ns=batcher.max_wait_ns),

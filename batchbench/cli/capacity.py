@@ -17,6 +17,7 @@ from batchbench.cli.options import typed_command, with_options
 from batchbench.cli.output import output_folder, show
 from batchbench.errors import UsageError, shown
 from batchbench.files import default_folders, undisturbed
+from batchbench.json_file import json_text
 from batchbench.reports.slo import GoalsSpec
 from batchbench.settings import setting
 from batchbench.studies.executors.spec import ExecutorSpec, clients_of, make_executor
@@ -146,7 +147,7 @@ def _search(
         files = report.write_capacity(folder, data)
     show(
         study,
-        lambda: report.to_json(data),
+        lambda: json_text(data),
         lambda: report.sentence(data),
         lambda: report.render(data),
         command,

@@ -92,15 +92,14 @@ def predict(
     ],
 ) -> None:
     sizes = _batch_sizes(study.batch_size)
-    from batchbench.studies.predict import batch_sizes_report as report
-    from batchbench.studies.predict.batch_sizes import predict_slots
+    from batchbench.studies.predict import batch_sizes as report
     from batchbench.studies.predict.fitted import read_fitted
 
     fitted = read_fitted(folder, "predict")
     place = study.output or Path(fitted.known.source) / "predict"
     overwrite = study.overwrite or study.output is None
     with output_folder(place, overwrite=overwrite, marker="predict.json") as output:
-        curve = predict_slots(fitted, sizes, study.queue_size)
+        curve = report.predict_slots(fitted, sizes, study.queue_size)
         command = typed_command()
         files, text = report.write_prediction(output, curve, command)
         show(

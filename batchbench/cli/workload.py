@@ -18,7 +18,7 @@ from batchbench.batching.presets import PRESETS, Basis
 from batchbench.cli.options import with_options
 from batchbench.cli.output import echo, make_console
 from batchbench.errors import UsageError, shown
-from batchbench.files import check_files, claimed, write_file, write_files
+from batchbench.files import check_files, claimed, write_file
 from batchbench.settings import setting
 from batchbench.workloads.spec import WorkloadSpec
 
@@ -128,9 +128,9 @@ def show(
         from batchbench.reports.workload_profile import draw_portrait
 
         figure = draw_portrait(outline)
-        contents = {file: figure_bytes(figure, file.rpartition(".")[2]) for file in files}
         with claimed(picture.output, f"--output {picture.output}"):
-            write_files(picture.output, contents)
+            for file in files:
+                write_file(picture.output / file, figure_bytes(figure, file.rpartition(".")[2]))
         console.print(f"\nFiles: {shlex.quote(str(picture.output))}/ with {', '.join(files)}")
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.result_file import LengthClass, Stall
 from batchbench.reports.statistics import Distribution, Floats, step_distribution
 from batchbench.reports.text import plural
 
@@ -56,9 +55,8 @@ def gaps_ms(recording: Recording) -> Distribution:
     if recording.token_ends_ns is None:
         parts = [Distribution.of(g.ns, g.requests * g.times) for g in Gaps.of(recording)]
         return Distribution.pooled(parts).in_units_of(1e6)
-    within = np.ones(len(recording.token_ends_ns), bool)
-    within[recording.token_offsets[:-1]] = False  # a first token ends no gap
-    later = np.flatnonzero(within)
+    # A first token ends no gap.
+    later = np.delete(np.arange(len(recording.token_ends_ns)), recording.token_offsets[:-1])
     gaps = recording.token_ends_ns[later] - recording.token_ends_ns[later - 1]
     return Distribution.of(gaps / 1e6)
 
@@ -128,7 +126,7 @@ def _shared_gaps(recording: Recording, decodes: _Decodes) -> Iterator[Gaps]:
 # Stalls
 
 
-def stalls(recordings: Sequence[Recording]) -> list[Stall]:
+def stalls(recordings: Sequence[Recording]) -> list[dict[str, Any]]:
     """Return the longest gaps of at least 1.5 times the median gap, longest first.
 
     Each names the step that took most of it and the work of that step. A strategy without steps
@@ -169,22 +167,19 @@ def _longest(recording: Recording) -> list[_Gap]:
     return sorted(gaps.values(), key=lambda gap: (-gap.ns, gap.from_step))[:MOST_STALLS]
 
 
-def _stall(trial: int, recording: Recording, gap: _Gap) -> Stall:
+def _stall(trial: int, recording: Recording, gap: _Gap) -> dict[str, Any]:
     steps = np.arange(gap.from_step + 1, gap.to_step + 1)
     spent = recording.ends_of(steps) - recording.starts_of(steps)
-    outside = int(gap.ns - spent.sum())
     longest = int(spent.argmax())
-    step: int | None = int(steps[longest])
-    cause = describe_step(recording, int(steps[longest]))
-    if outside > spent[longest]:
-        step, cause = None, "time outside the steps"
+    inside = gap.ns - spent.sum() <= spent[longest]
+    step = int(steps[longest]) if inside else None
     return {
         "trial": trial,
         "gap_ms": gap.ns / 1e6,
         "requests": gap.requests,
         "start_ms": int(recording.ends_of(np.array([gap.from_step]))[0]) / 1e6,
         "step": step,
-        "cause": cause,
+        "cause": "time outside the steps" if step is None else describe_step(recording, step),
     }
 
 
@@ -257,24 +252,24 @@ class Latencies:
 
     @classmethod
     def of(cls, *recordings: Recording) -> Latencies:
-        def pooled(metric: Callable[[Recording], Floats]) -> Distribution:
-            values = np.concatenate([metric(r) for r in recordings])
-            return Distribution.of(values[~np.isnan(values)])
+        queue, ttft, tpot, e2el = (
+            _known(np.concatenate([metric(r) for r in recordings]))
+            for metric in (queue_ms, ttft_ms, tpot_ms, e2el_ms)
+        )
+        return cls(queue, ttft, tpot, Distribution.pooled([gaps_ms(r) for r in recordings]), e2el)
 
-        gaps = Distribution.pooled([gaps_ms(r) for r in recordings])
-        return cls(pooled(queue_ms), pooled(ttft_ms), pooled(tpot_ms), gaps, pooled(e2el_ms))
+
+def _known(values: Floats) -> Distribution:
+    return Distribution.of(values[~np.isnan(values)])
 
 
 # Latencies by output length
 
 MOST_CLASSES = 4
 
-Class = tuple[int, int]
-"""Smallest and largest output of a class, in tokens, both included."""
 
-
-def length_classes(output_tokens: Ints) -> list[Class]:
-    """Return classes of output lengths: each length its own if there are few, else quarters."""
+def length_classes(output_tokens: Ints) -> list[tuple[int, int]]:
+    """Return the shortest and longest output of classes: each length if few, else quarters."""
     lengths = np.unique(output_tokens)
     if len(lengths) <= MOST_CLASSES:
         return [(int(length), int(length)) for length in lengths]
@@ -311,7 +306,9 @@ def median_step_ms(recording: Recording) -> float:
     return median
 
 
-def by_length(recordings: Sequence[Recording], classes: Sequence[Class]) -> list[LengthClass]:
+def by_length(
+    recordings: Sequence[Recording], classes: Sequence[tuple[int, int]]
+) -> list[dict[str, Any]]:
     """Return the latencies of each class of requests, pooled over all trials."""
     lengths = np.concatenate([r.requests.output_tokens for r in recordings])
     metrics = {"queue_ms": queue_ms, "ttft_ms": ttft_ms, "e2el_ms": e2el_ms, "slowdown": slowdown}
@@ -319,14 +316,10 @@ def by_length(recordings: Sequence[Recording], classes: Sequence[Class]) -> list
     rows = []
     for low, high in classes:
         members = (low <= lengths) & (lengths <= high)
-        row: dict[str, float | int | None] = {
-            "min_output_tokens": low,
-            "max_output_tokens": high,
-            "requests": int(members.sum()),
-        }
+        row: dict[str, Any] = {"min_output_tokens": low, "max_output_tokens": high}
+        row["requests"] = int(members.sum())
         for name in metrics:
-            found = values[name][members]
-            pooled = Distribution.of(found[~np.isnan(found)])
+            pooled = _known(values[name][members])
             row |= {f"mean_{name}": pooled.mean(), f"p99_{name}": pooled.percentile(99)}
-        rows.append(cast("LengthClass", row))
+        rows.append(row)
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import numpy as np
 
@@ -89,40 +89,29 @@ def full_kv_tokens(recording: Recording) -> float | None:
     return float(np.median(kv_tokens_read(recording)[rows == rows.max()]))
 
 
-@dataclass(frozen=True)
-class DecodeFloor:
-    """A trial's decode steps with the most rows, beside the time that memory bandwidth allows.
+def decode_floor(recordings: Sequence[Recording]) -> dict[str, Any] | None:
+    """Return the decode steps with the most rows beside the time that memory bandwidth allows.
 
-    Attributes:
-        rows: requests for each of which one token is computed.
-        took_ms: median time of a step.
-        floor_ms: (weights + KV read) / bandwidth, as measured before the trial.
-        read_bytes: weights, keys and values that a step reads.
-        bytes_per_s: the bandwidth.
+    The floor is (weights + KV read) / bandwidth, as measured before the trial; its share of the
+    time is 1 if a step only reads. Medians over the trials whose bandwidth and steps are known;
+    None if there are none.
     """
-
-    rows: int
-    took_ms: float
-    floor_ms: float
-    read_bytes: float
-    bytes_per_s: float
-
-    @property
-    def floor_share(self) -> float:
-        """Share of the memory-bandwidth limit that is reached: 1 if a step only reads."""
-        return self.floor_ms / self.took_ms
-
-
-def decode_floor(recording: Recording) -> DecodeFloor | None:
-    """Return the medians of a trial; None if bandwidth was not measured or no step shows."""
-    memory = recording.header.about.get("memory")
-    if memory is None or not recording.has_steps:
+    found = []
+    for recording in recordings:
+        memory = recording.header.about.get("memory")
+        if memory is None or not recording.has_steps:
+            continue
+        cached, steps = full_kv_tokens(recording), decode_steps(recording)
+        if cached is not None and steps.full_ms:
+            read, speed = Reading(**memory["reading"]).step_bytes(cached), memory["bytes_per_s"]
+            floor_ms = read / speed * 1e3
+            share = floor_ms / steps.full_ms
+            found.append((steps.full_rows, steps.full_ms, floor_ms, share, read, speed))
+    if not found:
         return None
-    cached, steps = full_kv_tokens(recording), decode_steps(recording)
-    if cached is None or not steps.full_ms:
-        return None
-    read, speed = Reading(**memory["reading"]).step_bytes(cached), memory["bytes_per_s"]
-    return DecodeFloor(steps.full_rows, steps.full_ms, read / speed * 1e3, read, speed)
+    names = ("took_ms", "floor_ms", "floor_share", "read_bytes", "bytes_per_s")
+    _, *medians = np.median(found, axis=0).tolist()
+    return {"rows": found[0][0], **dict(zip(names, medians, strict=True))}
 
 
 def kv_tokens_read(recording: Recording) -> Ints:
@@ -157,20 +146,19 @@ def typical_trial(trials: Sequence[Recording]) -> Recording:
     return ranked[(len(ranked) - 1) // 2]
 
 
-def trial_summary(recording: Recording, limits_ms: Mapping[str, float] = NO_LIMITS) -> Summary:
-    """Return the summary of one trial, under the serving benchmarks' names."""
-    return summary([recording], limits_ms)
-
-
 def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO_LIMITS) -> Summary:
-    """Return the median duration over all trials, and the pooled latencies of all requests."""
+    """Return the median duration over all trials, and the pooled latencies of all requests.
+
+    The names are those of the serving benchmarks.
+    """
     duration = float(np.median([r.duration_ns for r in recordings])) / 1e9
     requests = recordings[0].requests
     inputs, outputs = int(requests.prompt_tokens.sum()), int(requests.output_tokens.sum())
     stepped = recordings[0].has_steps
     completed = int((requests.last >= 0).sum()) if stepped else len(requests.last)
-    joules = energy_joules(recordings)
-    figures = {
+    good = np.concatenate([within(r, limits_ms) for r in recordings])
+    joules, floor = energy_joules(recordings), decode_floor(recordings)
+    figures: Summary = {
         "duration": duration,
         "completed": completed,
         "total_input_tokens": inputs,
@@ -180,13 +168,13 @@ def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO
         "total_token_throughput": (inputs + outputs) / duration,
         "energy_joules": joules,
         "joules_per_output_token": None if joules is None else joules / outputs,
-        "floor_share": floor_share(recordings),
-        **_goodput(recordings, duration, limits_ms),
+        "floor_share": floor and floor["floor_share"],
+        "request_goodput": int(good.sum()) / len(recordings) / duration if limits_ms else None,
+        "slo_attainment": float(good.mean()) if limits_ms else None,
     }
-    latencies = Latencies.of(*recordings)
-    for name in ("queue", "ttft", "tpot", "itl", "e2el"):
-        figures |= statistics_of(name, getattr(latencies, name))
-    return cast("Summary", figures | _arrivals(recordings))
+    for name, values in vars(Latencies.of(*recordings)).items():
+        figures |= statistics_of(name, values)
+    return figures | _arrivals(recordings)
 
 
 def statistics_of(name: str, values: Distribution) -> dict[str, float | None]:
@@ -206,24 +194,6 @@ def energy_joules(recordings: Sequence[Recording]) -> float | None:
     """Return a trial's energy, the median of several; None if some trial's was not measured."""
     joules = [r.header.about.get("energy_joules") for r in recordings]
     return None if None in joules else float(np.median(np.array(joules, np.float64)))
-
-
-def floor_share(recordings: Sequence[Recording]) -> float | None:
-    """Return the share of the memory-bandwidth limit, the median over trials."""
-    shares = [floor.floor_share for r in recordings if (floor := decode_floor(r)) is not None]
-    return float(np.median(shares)) if shares else None
-
-
-def _goodput(
-    recordings: Sequence[Recording], duration_s: float, limits_ms: Mapping[str, float]
-) -> dict[str, float | None]:
-    if not limits_ms:
-        return {"request_goodput": None, "slo_attainment": None}
-    good = np.concatenate([within(r, limits_ms) for r in recordings])
-    return {
-        "request_goodput": int(good.sum()) / len(recordings) / duration_s,
-        "slo_attainment": float(good.mean()),
-    }
 
 
 def _arrivals(recordings: Sequence[Recording]) -> dict[str, float | None]:
@@ -283,13 +253,18 @@ def kv_tokens_peak(recording: Recording) -> int:
     A request holds its prompt as far as it is computed and all its output tokens but the last,
     until its slot is released.
     """
-    r, s, c = recording.requests, recording.spans, recording.chunks
+    r, s = recording.requests, recording.spans
     # Every decode of a running request adds one token; a finished one that is held adds none.
-    grown = SlotKinds.of(recording).useful * s.steps
-    span_of_chunk = np.repeat(np.arange(len(s.chunks)), s.chunks)
-    prompts = np.bincount(span_of_chunk, c.stop - c.start, minlength=len(s.steps))
+    grown = SlotKinds.of(recording).useful * s.steps + prompt_tokens_of_spans(recording)
     order = np.argsort(r.released)
     final = np.cumsum((r.prompt_tokens + r.output_tokens - 1)[order])
     gone = np.searchsorted(r.released[order], recording.first_steps + s.steps - 1, side="right")
     freed = np.concatenate([[0], final])[gone]
-    return int((np.cumsum(grown + prompts.astype(np.int64)) - freed).max())
+    return int((np.cumsum(grown) - freed).max())
+
+
+def prompt_tokens_of_spans(recording: Recording) -> Ints:
+    """Return the prompt tokens that are computed in each span, ``[spans]``."""
+    chunks, log = recording.spans.chunks, recording.chunks
+    span_of_chunk = np.repeat(np.arange(len(chunks)), chunks)
+    return np.bincount(span_of_chunk, log.stop - log.start, len(chunks)).astype(np.int64)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 from scipy.optimize import nnls
 
 from batchbench.batching.benches.local import make_batcher
@@ -21,9 +22,9 @@ from batchbench.batching.session import Outcome
 from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.errors import UsageError
 from batchbench.reports.latency import ttft_ms
-from batchbench.reports.result_file import FitQuality, FittedCost, PredictedStrategy, Prediction
+from batchbench.reports.metrics import prompt_tokens_of_spans
 from batchbench.reports.statistics import Floats
-from batchbench.reports.text import percent, plural, span
+from batchbench.reports.text import percent, span
 from batchbench.workloads import Workload
 
 BLOCKS, FOLDS = 10, 5
@@ -83,26 +84,20 @@ class StepSample:
                 f"has too few measured steps (below {FEWEST_STEPS}) to fit the cost of a step; "
                 "give the result of a batchbench run with more requests, not of a simulation"
             )
+        smaller = np.array(small, np.int64).reshape(-1, 5)
+        none = np.full(len(smaller), -1)
         counts = [counts_of(r) for r in real]
-        spent = [(r.step_ends_ns - r.step_starts_ns) for r in real]
         block = [np.arange(len(c)) * BLOCKS // len(c) for c in counts]
         trial = [np.full(len(c), i) for i, c in enumerate(counts)]
-        bends: list[int] = []
-        if len(small):
-            steps = np.array(small, np.int64)
-            counts.append(np.insert(steps[:, :4], 0, 1, axis=1))
-            spent.append(steps[:, 4])
-            block.append(np.full(len(steps), -1))
-            trial.append(np.full(len(steps), -1))
-            bends = np.unique(steps[steps[:, 0] > 0, 0]).tolist()
+        spent = [r.step_ends_ns - r.step_starts_ns for r in real]
         return cls(
-            counts=np.concatenate(counts),
-            spent_ns=np.concatenate(spent) * 1.0,
-            block=np.concatenate(block),
-            trial=np.concatenate(trial),
+            counts=np.concatenate([*counts, np.insert(smaller[:, :4], 0, 1, axis=1)]),
+            spent_ns=np.concatenate([*spent, smaller[:, 4]]) * 1.0,
+            block=np.concatenate([*block, none]),
+            trial=np.concatenate([*trial, none]),
             longest=max(_longest_request(r) for r in real),
             host_ns=float(np.median([_host_ns(r) for r in real])),
-            bends=tuple(bends),
+            bends=tuple(np.unique(smaller[smaller[:, 0] > 0, 0]).tolist()),
         )
 
     def where(self, chosen: NDArray[np.bool_]) -> StepSample:
@@ -122,9 +117,7 @@ class StepSample:
         small = max(1.0, SMALL_SHARE * ours.sum() / max(1, (~ours).sum()))
         rows, group = np.unique(self.counts, axis=0, return_inverse=True)
         group = group.reshape(-1)
-        size = np.bincount(group)
-        begin, spent = np.cumsum(size) - size, self.spent_ns[np.lexsort((self.spent_ns, group))]
-        medians = (spent[begin + (size - 1) // 2] + spent[begin + size // 2]) / 2
+        medians = ndimage.median(self.spent_ns, group, np.arange(len(rows)))
         return rows, medians, np.bincount(group, np.where(ours, 1.0, small)).astype(np.float64)
 
 
@@ -133,7 +126,7 @@ def counts_of(recording: Recording) -> Ints:
 
     They come from the log of plans alone and are those that ``StepCost.of_plan`` uses.
     """
-    r, s, c = recording.requests, recording.spans, recording.chunks
+    r, s = recording.requests, recording.spans
     rows = np.repeat(s.decoding, s.steps)
     decodes = np.cumsum(rows > 0)
     longest = np.zeros(len(rows), np.int64)
@@ -145,22 +138,14 @@ def counts_of(recording: Recording) -> Ints:
         seen = np.minimum(decodes[held] - decodes[first] + prompt, most)
         np.maximum(longest[held], seen, out=longest[held])
     longest[rows == 0] = 0
-    of_chunk = np.repeat(recording.first_steps, s.chunks)
-    prompt = np.bincount(of_chunk, c.stop - c.start, minlength=len(rows)).astype(np.int64)
-    return np.stack(
-        [np.ones_like(rows), rows, rows * longest, prompt, np.repeat(s.chunks, s.steps)], axis=1
-    )
+    prompts, pieces = np.repeat([prompt_tokens_of_spans(recording), s.chunks], s.steps, axis=1)
+    return np.stack([np.ones_like(rows), rows, rows * longest, prompts, pieces], axis=1)
 
 
 def small_batches_of(recordings: Iterable[Recording]) -> list[list[int]]:
     """Return the steps of smaller batches of a warm-up, for ``result.json``."""
-    return [
-        [*counted[1:], spent]
-        for r in recordings
-        for counted, spent in zip(
-            counts_of(r).tolist(), (r.step_ends_ns - r.step_starts_ns).tolist(), strict=True
-        )
-    ]
+    columns = ([counts_of(r)[:, 1:], r.step_ends_ns - r.step_starts_ns] for r in recordings)
+    return [step for of_trial in columns for step in np.column_stack(of_trial).tolist()]
 
 
 def _longest_request(recording: Recording) -> int:
@@ -241,7 +226,7 @@ def spent_of(cost: StepCost, counts: Ints) -> Floats:
     return spent
 
 
-def quality_of(work: StepSample) -> FitQuality:
+def quality_of(work: StepSample) -> dict[str, Any]:
     """Predict each fifth of the trials by a fit on the others and on the smaller batches."""
     predicted = np.empty(len(work.spent_ns))
     for fold in range(FOLDS):
@@ -262,18 +247,11 @@ def quality_of(work: StepSample) -> FitQuality:
     }
 
 
-def is_weak(fit: FitQuality) -> bool:
+def is_weak(fit: Mapping[str, Any]) -> bool:
     return fit["r2"] is not None and fit["r2"] < WEAK_R2 and fit["median_error"] > WEAK_ERROR
 
 
-def worth_showing(prediction: Prediction | None) -> list[PredictedStrategy]:
-    """Return the predicted strategies; none if the fit is too weak."""
-    if prediction is None or is_weak(prediction["held_out"]):
-        return []
-    return prediction["strategies"]
-
-
-def describe_fit(fit: FitQuality, source: str) -> str:
+def describe_fit(fit: Mapping[str, Any], source: str) -> str:
     """Return the quality of a fit in a sentence; ``source`` names the steps, such as ``static``."""
     head = f"Step-cost fit on {fit['steps']:,} {source} steps (cross-validated)"
     errors = f"median error {percent(fit['median_error'], 1)} per step"
@@ -286,7 +264,7 @@ def describe_fit(fit: FitQuality, source: str) -> str:
 
 def known_cost(
     source: str, recordings: Iterable[Recording], small: SmallBatches = ()
-) -> tuple[KnownCost, FitQuality]:
+) -> tuple[KnownCost, dict[str, Any]]:
     """Return the cost of a step in these trials, and the quality of the fit.
 
     Raises:
@@ -304,7 +282,7 @@ def known_cost(
 def beyond(known: KnownCost, recordings: Sequence[Recording]) -> list[str]:
     """Return in words the parts of simulated trials that lie beyond the fitted steps."""
     parts = _unseen_rows(known, recordings)
-    prompt = max(_most_prompt_tokens(r) for r in recordings)
+    prompt = max(int(prompt_tokens_of_spans(r).max()) for r in recordings)
     longest = max(_longest_request(r) for r in recordings)
     if prompt > known.prompt_tokens:
         parts.append(
@@ -337,19 +315,13 @@ def _unseen_rows(known: KnownCost, recordings: Sequence[Recording]) -> list[str]
 
 
 def _rows(low: int, high: int) -> str:
-    return plural(low, "row") if low == high else f"{span(low, high)} rows"
-
-
-def _most_prompt_tokens(recording: Recording) -> int:
-    s, c = recording.spans, recording.chunks
-    span_of_chunk = np.repeat(np.arange(len(s.chunks)), s.chunks)
-    return int(np.bincount(span_of_chunk, c.stop - c.start, minlength=1).max())
+    return f"{span(low, high)} row{'s' * (high > 1)}"
 
 
 # Predictions
 
 
-def predict_outcome(outcome: Outcome) -> Prediction | None:
+def predict_outcome(outcome: Outcome) -> dict[str, Any] | None:
     """Predict every strategy from the first strategy's trials, for ``result.json``.
 
     None for a simulation, for texts that end early, and for too few measured steps.
@@ -358,13 +330,12 @@ def predict_outcome(outcome: Outcome) -> Prediction | None:
         return None
     fitted_on, trials = next(iter(outcome.recordings.items()))
     try:
-        small = small_batches_of(outcome.small_batches)
-        known, quality = known_cost(fitted_on, trials, small)
+        known, quality = known_cost(fitted_on, trials, small_batches_of(outcome.small_batches))
     except UsageError:
         return None
     return {
         "fitted_on": fitted_on,
-        "cost": cast("FittedCost", known.as_dict()),
+        "cost": known.as_dict(),
         "held_out": quality,
         "strategies": [
             _beside(known, simulated, outcome.recordings[simulated.header.strategy])
@@ -387,9 +358,7 @@ def predict(known: KnownCost, serving: ServingSpec, workload: Workload) -> list[
     ]
 
 
-def _beside(
-    known: KnownCost, simulated: Recording, trials: Sequence[Recording]
-) -> PredictedStrategy:
+def _beside(known: KnownCost, simulated: Recording, trials: Sequence[Recording]) -> dict[str, Any]:
     duration = simulated.duration_ns / 1e9
     measured = float(np.median([trial.duration_ns for trial in trials])) / 1e9
     return {

@@ -21,28 +21,18 @@ from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Finding, Verification
 from batchbench.json_file import json_text, now
 from batchbench.reports import metrics
-from batchbench.reports.latency import Class, by_length, length_classes, stalls
+from batchbench.reports.latency import by_length, length_classes, stalls
 from batchbench.reports.prediction import beyond, predict_outcome, small_batches_of
 from batchbench.reports.result_file import (
     Comparison,
-    CostFacts,
-    DecodeStep,
     Facts,
     ResultData,
     StrategyData,
-    WorkloadFacts,
     check_recordings,
     file_of,
     load_data,
-    metric,
 )
-from batchbench.reports.served import (
-    doubts,
-    served_facts,
-    server_words,
-    step_ratio,
-    typical_passes,
-)
+from batchbench.reports.served import doubts, served_facts, server_words, step_ratio, typical_passes
 from batchbench.reports.slo import NO_GOALS, GoalsSpec
 from batchbench.reports.statistics import Ratio, paired_ratio
 from batchbench.reports.text import label_of, plural
@@ -79,20 +69,20 @@ class Result:
     @property
     def title(self) -> str:
         """Model, device or server, batch size and workload in one line."""
-        model, workload = self.data["model"], self.data["workload"]
-        serving, cost = self.data["config"]["serving"], self.data.get("cost")
-        server = self.data.get("server")
-        parts = [model["name"]]
+        data = self.data
+        model, workload, serving = data["model"], data["workload"], data["config"]["serving"]
+        server, size = data.get("server"), serving["batch_size"]
         if server is not None:
-            place = self.data["config"]["target"]["target"].partition("://")[2].rstrip("/")
-            parts.append(f"{server_words(server)} at {place}")
-        elif not self.data["simulated"]:
-            parts.append(f"{model['device']} {model['dtype']}")
+            place = data["config"]["target"]["target"].partition("://")[2].rstrip("/")
+            where = f"{server_words(server)} at {place}"
+        elif data["simulated"]:
+            cost = data.get("cost")
+            where = f"simulated on the costs of {cost['source']}" if cost else "simulated"
         else:
-            parts.append(f"simulated on the costs of {cost['source']}" if cost else "simulated")
-        if serving["engine"] != "slots" and not self.data["simulated"]:
+            where = f"{model['device']} {model['dtype']}"
+        parts = [model["name"], where]
+        if serving["engine"] != "slots" and not data["simulated"]:
             parts.append(f"{serving['engine']} engine")
-        size = serving["batch_size"]
         parts.append(plural(size, "slot") if server is None else f"{size:,} at once")
         parts.append(plural(workload["num_requests"], "request"))
         if workload["arrival_rate"] is not None:
@@ -104,13 +94,13 @@ class Result:
 
 def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
     """Return the result of an experiment that has just run, judged by ``goals``."""
-    words = settings.words_of(goals, NO_GOALS)
+    experiment, texts = outcome.experiment, outcome.texts
     checked = asdict(outcome.verification)
     facts = {
         "created_at": now(),
-        "command": " ".join([outcome.experiment.command(), *words]),
-        "simulated": outcome.experiment.simulated,
-        "config": {**outcome.experiment.config(), "goals": settings.as_json(goals)},
+        "command": " ".join([experiment.command(), *settings.words_of(goals, NO_GOALS)]),
+        "simulated": experiment.simulated,
+        "config": {**experiment.config(), "goals": settings.as_json(goals)},
         "environment": dict(outcome.environment),
         "model": dict(outcome.model),
         "warm_up": asdict(outcome.warm_up),
@@ -123,10 +113,10 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
         },
         "stopped": None if outcome.stopped is None else str(outcome.stopped),
         "outputs": None
-        if outcome.texts is None
+        if texts is None
         else [
             {"request": i, "prompt": prompt, "output": output}
-            for i, (prompt, output) in enumerate(outcome.texts)
+            for i, (prompt, output) in enumerate(texts)
         ],
         "cost": _cost(outcome),
         "prediction": None if outcome.server else predict_outcome(outcome),
@@ -159,21 +149,21 @@ def remake_result(result: Result) -> Result:
 def regoaled(result: Result, goals: GoalsSpec) -> Result:
     """Return the same result judged by other goals, with everything derived anew."""
     data = result.data.copy()
-    data["config"] = cast("Any", {**data["config"], "goals": settings.as_json(goals)})
+    data["config"] = {**data["config"], "goals": settings.as_json(goals)}
     return remake_result(Result(data, result.recordings))
 
 
-def _cost(outcome: Outcome) -> CostFacts | None:
+def _cost(outcome: Outcome) -> dict[str, Any] | None:
     cost = outcome.experiment.cost
     if cost is None:
         return None
     trials = [trial for trials in outcome.recordings.values() for trial in trials]
-    return cast("CostFacts", {**cost.as_dict(), "extrapolates": beyond(cost, trials)})
+    return {**cost.as_dict(), "extrapolates": beyond(cost, trials)}
 
 
-def workload_facts(workload: Workload) -> WorkloadFacts:
+def workload_facts(workload: Workload) -> dict[str, Any]:
     """Return the totals, the digest and the arrivals of a workload."""
-    facts: WorkloadFacts = {
+    return {
         "name": workload.name,
         "seed": workload.seed,
         "closed": workload.closed,
@@ -185,15 +175,13 @@ def workload_facts(workload: Workload) -> WorkloadFacts:
         "arrival_rate": rate_of(workload.due_ns),
         # A recording has the lengths produced, which differ only if texts may end early.
         "output_lengths": workload.output_tokens.tolist() if workload.stop_at_eos else None,
+        **({"sampling": asdict(workload.sampling)} if workload.sampling else {}),
     }
-    if workload.sampling is not None:
-        facts["sampling"] = cast("Any", asdict(workload.sampling))
-    return facts
 
 
 def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result:
-    goals = settings.from_json(GoalsSpec, cast("Any", facts["config"]["goals"]))
-    checked: Mapping[str, Any] = facts["verification"]
+    goals = settings.from_json(GoalsSpec, facts["config"]["goals"])
+    checked, server = facts["verification"], facts.get("server")
     verification = Verification(
         **{f.name: checked[f.name] for f in fields(Verification) if f.name != "findings"},
         findings=tuple(Finding(**finding) for finding in checked["findings"]),
@@ -202,22 +190,22 @@ def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result
         workload,
         recordings,
         verification,
-        WarmUp(**cast("Any", facts["warm_up"])),
+        WarmUp(**facts["warm_up"]),
         facts["stopped"],
         facts["config"]["workload"].get("request_rate"),
-        served=facts.get("server") is not None,
+        served=server is not None,
     )
     reasons += doubts(facts, recordings)
     baseline, *candidates = recordings
     classes = length_classes(recordings[baseline][0].requests.output_tokens)
     strategies = {name: _strategy(trials, goals, classes) for name, trials in recordings.items()}
-    if (server := facts.get("server")) is not None:
+    if server is not None:
         for name, strategy in strategies.items():
             strategy["computed_passes"] = typical_passes(server, name)
     comparisons = [
         _comparison(baseline, name, strategies, recordings, facts, workload) for name in candidates
     ]
-    data = {
+    data: ResultData = {
         "schema_version": SCHEMA_VERSION,
         "batchbench_version": __version__,
         **facts,
@@ -227,40 +215,30 @@ def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result
         "explain": explain(recordings, facts["warm_up"].get("duration_s")),
         "validity": {"status": "suspect" if reasons else "valid", "reasons": reasons},
     }
-    return Result(cast("ResultData", data), recordings)
+    return Result(data, recordings)
 
 
 def _strategy(
-    trials: Sequence[Recording], goals: GoalsSpec, classes: Sequence[Class]
+    trials: Sequence[Recording], goals: GoalsSpec, classes: Sequence[tuple[int, int]]
 ) -> StrategyData:
-    limits = goals.limits_ms
-    summaries = [metrics.trial_summary(trial, limits) for trial in trials]
+    limits, price = goals.limits_ms, goals.price_per_hour
+    summaries = [metrics.summary([trial], limits) for trial in trials]
     summary = summaries[0] if len(trials) == 1 else metrics.summary(trials, limits)
-    price, servings = goals.price_per_hour, trials[0].header.about.get("servings", 1)
     cost = None if price is None else price / 3600 / summary["output_throughput"] * 1e6
+    about = trials[0].header.about
     data: StrategyData = {
         "trials": summaries,
         "summary": {**summary, "cost_per_million_output_tokens": cost},
         "by_output_length": by_length(trials, classes),
         "stalls": stalls(trials),
-        "decode_step": _decode_step(trials),
+        "decode_step": metrics.decode_floor(trials),
         "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
-        "computed_passes": trials[0].header.about.get("computed_passes"),
+        "computed_passes": about.get("computed_passes"),
         "output_digest": output_digest(trials[0]),
     }
-    if servings > 1:
+    if (servings := about.get("servings", 1)) > 1:
         data["servings"] = servings
     return data
-
-
-def _decode_step(trials: Sequence[Recording]) -> DecodeStep | None:
-    """Return the medians over trials; None if no trial has a measured memory bandwidth."""
-    floors = [floor for trial in trials if (floor := metrics.decode_floor(trial)) is not None]
-    if not floors:
-        return None
-    names = ("took_ms", "floor_ms", "floor_share", "read_bytes", "bytes_per_s")
-    medians = {name: float(np.median([getattr(f, name) for f in floors])) for name in names}
-    return cast("DecodeStep", {"rows": floors[0].rows, **medians})
 
 
 def output_digest(recording: Recording) -> str | None:
@@ -276,11 +254,8 @@ def ratio_of(
     strategies: Mapping[str, StrategyData], name: str, numerator: str, denominator: str
 ) -> Ratio | None:
     """Return a metric of one strategy divided by that of another, trial by trial."""
-    above, below = (
-        [metric(trial, name) for trial in strategies[strategy]["trials"]]
-        for strategy in (numerator, denominator)
-    )
-    return paired_ratio(above, below)
+    sides = [strategies[strategy]["trials"] for strategy in (numerator, denominator)]
+    return paired_ratio(*([trial[name] for trial in trials] for trials in sides))
 
 
 def _comparison(
@@ -294,8 +269,7 @@ def _comparison(
     speedup = ratio_of(strategies, "duration", baseline, candidate)
     assert speedup is not None
     source: Literal["server", "schedule"] | None
-    server = facts.get("server")
-    if server is not None:
+    if (server := facts.get("server")) is not None:
         slots = facts["config"]["serving"]["batch_size"]
         steps, source = step_ratio(baseline, candidate, server, slots, workload) or (None, None)
     else:

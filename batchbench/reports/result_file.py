@@ -1,7 +1,8 @@
-"""The file ``result.json``: its parts as types, its checks, and its bounded reader.
+"""The file ``result.json``: its schema, its checks, and its bounded reader.
 
-``result.schema.json`` is published with the package, because other tools read these names; a test
-compares it with the types.
+``result.schema.json`` is published with the package, because other tools read these names. It alone
+lists all of them; the types here are those of the parts that several modules share, and a test
+compares them with it.
 """
 
 from __future__ import annotations
@@ -17,240 +18,27 @@ import jsonschema
 import numpy as np
 
 from batchbench.batching.recording import Recording
+from batchbench.batching.remote.outcome import Agreement, FailedTrial
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
-from batchbench.reports.server_data import AgreementData, FailureData, SamplingData, ServerData
 from batchbench.version import SCHEMA_VERSION
 
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
+SCHEMA: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+METRICS = tuple(SCHEMA["$defs"]["summary"]["properties"])
+"""Names of the metrics in a summary."""
+
+Summary = dict[str, Any]
+"""Metrics of one trial, or of all: the median duration and the pooled latencies."""
+
+Counters = dict[str, int]
+"""Exact counts of the work of a trial, from its plans alone."""
 
 
-class GoalsConfig(TypedDict):
-    slo: list[str]
-    price_per_hour: float | None
-
-
-class Config(TypedDict):
-    """Every option of the run, by spec; the options of each are in the spec's own class."""
-
-    preset: NotRequired[str]
-    workload: dict[str, Any]
-    model: dict[str, Any]
-    serving: dict[str, Any]
-    trials: dict[str, Any]
-    target: NotRequired[dict[str, Any]]
-    goals: GoalsConfig
-
-
-class Environment(TypedDict, total=False):
-    """Facts about the machine and its software; a simulation knows only some of them."""
-
-    hostname: str
-    os: str
-    python: str | None
-    cpu: str | None
-    cpu_cores: int
-    memory_bytes: int
-    packages: dict[str, str | None]
-    git_commit: str | None
-    threads: int
-    cpu_kernels: str | None
-    gpu: str | None
-    gpu_uuid: str | None
-    gpu_memory_bytes: int | None
-    gpu_driver: str | None
-    gpu_clock_mhz: dict[str, int] | None
-    cuda: str | None
-    cudnn: int | None
-    gpu_attention: str | None
-    float32_products: str | None
-
-
-class ModelFacts(TypedDict):
-    """The model that was served, with ``auto`` resolved; a simulation has no memory sizes."""
-
-    name: str
-    load_format: Literal["pretrained", "dummy"] | None  # None: a server's
-    note: str
-    device: str | None
-    dtype: str | None
-    parameters: int | None
-    quantization: NotRequired[str | None]  # formats of a GGUF file that were dequantised
-    attention: NotRequired[str]
-    execution: NotRequired[str]
-    execution_note: NotRequired[str | None]
-    weights_digest: NotRequired[str]
-    weight_bytes: NotRequired[int]
-    packed_weight_bytes: NotRequired[int]
-    kv_cache_bytes: NotRequired[int]
-
-
-class WarmUpFacts(TypedDict):
-    rounds: int
-    settled: bool
-    last_change: float | None
-    step_ns: int | None
-    duration_s: NotRequired[float | None]
-
-
-class WorkloadFacts(TypedDict):
-    name: str
-    seed: int
-    closed: bool
-    num_requests: int
-    total_input_tokens: int
-    total_output_tokens: int
-    digest: str
-    output_lengths: list[int] | None  # as requested, if texts may end early
-    max_concurrency: int | None
-    arrival_rate: float | None
-    sampling: NotRequired[SamplingData | None]
-
-
-class FindingFacts(TypedDict):
-    """A request whose tokens differ from those of its prompt generated alone."""
-
-    request: int
-    strategy: str
-    verdict: Literal["numerical tie", "wrong"]
-    index: int
-    gap: float | None
-    tolerance: float | None
-    reason: str
-
-
-class VerificationFacts(TypedDict):
-    passed: bool | None
-    requests_checked: int
-    identical: int
-    numerical_ties: int
-    wrong: int
-    reference: str | None
-    max_logit_gap: float | None
-    findings: list[FindingFacts]
-
-
-class OutputText(TypedDict):
-    request: int
-    prompt: str
-    output: str
-
-
-_Tails = TypedDict(
-    "_Tails",
-    {
-        "p99.9_queue_ms": float | None,
-        "p99.9_ttft_ms": float | None,
-        "p99.9_tpot_ms": float | None,
-        "p99.9_itl_ms": float | None,
-        "p99.9_e2el_ms": float | None,
-    },
-)
-
-
-class Summary(_Tails):
-    """Metrics of one trial, or of all: the median duration and the pooled latencies."""
-
-    duration: float
-    completed: int
-    total_input_tokens: int
-    total_output_tokens: int
-    request_throughput: float
-    output_throughput: float
-    total_token_throughput: float
-    energy_joules: NotRequired[float | None]
-    joules_per_output_token: NotRequired[float | None]
-    floor_share: NotRequired[float | None]
-    cost_per_million_output_tokens: NotRequired[float | None]
-    request_goodput: float | None
-    slo_attainment: float | None
-    mean_queue_ms: float | None
-    median_queue_ms: float | None
-    std_queue_ms: float | None
-    p90_queue_ms: float | None
-    p99_queue_ms: float | None
-    mean_ttft_ms: float | None
-    median_ttft_ms: float | None
-    std_ttft_ms: float | None
-    p90_ttft_ms: float | None
-    p99_ttft_ms: float | None
-    mean_tpot_ms: float | None
-    median_tpot_ms: float | None
-    std_tpot_ms: float | None
-    p90_tpot_ms: float | None
-    p99_tpot_ms: float | None
-    mean_itl_ms: float | None
-    median_itl_ms: float | None
-    std_itl_ms: float | None
-    p90_itl_ms: float | None
-    p99_itl_ms: float | None
-    mean_e2el_ms: float | None
-    median_e2el_ms: float | None
-    std_e2el_ms: float | None
-    p90_e2el_ms: float | None
-    p99_e2el_ms: float | None
-    arrival_rate: float | None
-    mean_arrival_lag_ms: float | None
-    p99_arrival_lag_ms: float | None
-    max_arrival_lag_ms: float | None
-
-
-class Counters(TypedDict):
-    """Exact counts of the work of a trial, from its plans alone."""
-
-    forward_passes: int
-    prefill_passes: int
-    mixed_passes: int
-    decode_passes: int
-    prefill_tokens: int
-    padded_prefill_tokens: int
-    slot_steps: int
-    useful_slot_steps: int
-    prompt_slot_steps: int
-    finished_slot_steps: int
-    empty_slot_steps: int
-    idle_slot_steps: int
-    stalled_slot_steps: int
-    kv_tokens_peak: int
-
-
-class LengthClass(TypedDict):
-    """Latencies of the requests whose outputs have a similar length."""
-
-    min_output_tokens: int
-    max_output_tokens: int
-    requests: int
-    mean_queue_ms: float | None
-    p99_queue_ms: float | None
-    mean_ttft_ms: float | None
-    p99_ttft_ms: float | None
-    mean_e2el_ms: float | None
-    p99_e2el_ms: float | None
-    mean_slowdown: float | None
-    p99_slowdown: float | None
-
-
-class Stall(TypedDict):
-    """A long gap between two tokens, with the step that took most of it."""
-
-    trial: int
-    gap_ms: float
-    requests: int
-    start_ms: float
-    step: int | None
-    cause: str
-
-
-class DecodeStep(TypedDict):
-    """A decode step with the most rows, beside the time that memory bandwidth allows."""
-
-    rows: int
-    took_ms: float
-    floor_ms: float
-    floor_share: float
-    read_bytes: float
-    bytes_per_s: float
+class Speedup(TypedDict):
+    median: float
+    ci95: list[float] | None
 
 
 class StrategyData(TypedDict):
@@ -260,14 +48,9 @@ class StrategyData(TypedDict):
     computed_passes: NotRequired[int | None]
     servings: NotRequired[int]
     output_digest: str | None
-    by_output_length: list[LengthClass]
-    stalls: list[Stall]
-    decode_step: NotRequired[DecodeStep | None]
-
-
-class Speedup(TypedDict):
-    median: float
-    ci95: list[float] | None
+    by_output_length: list[dict[str, Any]]
+    stalls: list[dict[str, Any]]
+    decode_step: NotRequired[dict[str, Any] | None]
 
 
 class Comparison(TypedDict):
@@ -277,94 +60,6 @@ class Comparison(TypedDict):
     step_ratio: float | None
     step_ratio_source: NotRequired[Literal["server", "schedule"] | None]
     efficiency: float | None
-
-
-class TimeParts(TypedDict):
-    """Parts of a trial's wall time, in seconds."""
-
-    useful_decode_s: float
-    finished_s: float
-    empty_s: float
-    prefill_useful_s: float
-    prefill_padding_s: float
-    stalled_s: float
-    waiting_s: float
-    host_s: float
-    residual_s: float
-
-
-class TimeBudgetData(TypedDict):
-    wall_s: float
-    parts: TimeParts
-    warm_up_s: float | None
-
-
-class SavedPart(TypedDict):
-    part: str
-    saved_s: float
-
-
-class Waterfall(TypedDict):
-    """Seconds that a candidate saved, in all and part by part."""
-
-    baseline: str
-    candidate: str
-    saved_s: float
-    steps: list[SavedPart]
-
-
-class Explain(TypedDict):
-    strategies: dict[str, TimeBudgetData | None]
-    waterfall: list[Waterfall]
-
-
-class FitQuality(TypedDict):
-    """Errors of a fit on steps that it did not see, as shares of a step's time."""
-
-    steps: int
-    r2: float | None
-    median_error: float
-    p90_error: float
-    worst_error: float
-    total_error: float
-
-
-class FittedCost(TypedDict):
-    """Costs of a step, and the steps on which they were fitted."""
-
-    source: str
-    step_ns: float
-    row_ns: float
-    cached_ns: float
-    prompt_ns: float
-    chunk_ns: float
-    host_ns: float
-    bends: NotRequired[list[tuple[int, float]]]
-    rows_seen: list[int]
-    most_prompt_tokens_seen: int
-    longest_seen: int
-
-
-class CostFacts(FittedCost):
-    extrapolates: list[str]
-
-
-class PredictedStrategy(TypedDict):
-    strategy: str
-    duration: float
-    measured_duration: float
-    error: float
-    output_throughput: float
-    mean_ttft_ms: float
-    measured_mean_ttft_ms: float
-    extrapolates: list[str]
-
-
-class Prediction(TypedDict):
-    fitted_on: str
-    cost: FittedCost
-    held_out: FitQuality
-    strategies: list[PredictedStrategy]
 
 
 class Validity(TypedDict):
@@ -378,20 +73,20 @@ class Facts(TypedDict):
     created_at: str
     command: str
     simulated: bool
-    config: Config
-    environment: Environment
-    model: ModelFacts
-    warm_up: WarmUpFacts
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    model: dict[str, Any]
+    warm_up: dict[str, Any]
     small_batches: NotRequired[list[list[int]] | None]
-    workload: WorkloadFacts
-    verification: VerificationFacts
+    workload: dict[str, Any]
+    verification: dict[str, Any]
     stopped: str | None
-    outputs: list[OutputText] | None
-    cost: NotRequired[CostFacts | None]
-    prediction: NotRequired[Prediction | None]
-    server: NotRequired[ServerData | None]
-    agreement: NotRequired[AgreementData | None]
-    failures: NotRequired[list[FailureData] | None]
+    outputs: list[dict[str, Any]] | None
+    cost: NotRequired[dict[str, Any] | None]
+    prediction: NotRequired[dict[str, Any] | None]
+    server: NotRequired[dict[str, Any] | None]
+    agreement: NotRequired[Agreement | None]
+    failures: NotRequired[list[FailedTrial] | None]
 
 
 class ResultData(Facts):
@@ -400,13 +95,8 @@ class ResultData(Facts):
     strategies: dict[str, StrategyData]
     comparison: Comparison | None
     comparisons: list[Comparison]
-    explain: Explain
+    explain: dict[str, Any]
     validity: Validity
-
-
-def metric(figures: Mapping[str, object], name: str) -> float | None:
-    """Return a metric or count whose name is known only at run time."""
-    return cast("float | None", figures[name])
 
 
 # Reading
@@ -456,8 +146,7 @@ def load_data(folder: Path) -> ResultData:
         UsageError: there is no result, or it is damaged or of another schema version.
     """
     data = cast("ResultData", read_data(folder))
-    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
-    fault = fault_of(data, schema) or next(_contradictions(data), None)
+    fault = fault_of(data, SCHEMA) or next(_contradictions(data), None)
     if fault is not None:
         raise UsageError(f"{file_of(folder)}: is not a complete result: {fault}")
     return data

@@ -13,20 +13,14 @@ import numpy as np
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.progress import Watch
-from batchbench.batching.recording import Recording
-from batchbench.batching.remote.outcome import rate_of
+from batchbench.batching.recording import Ints, Recording
+from batchbench.batching.remote.outcome import Agreement, FailedTrial, failure_words
 from batchbench.batching.session import Outcome
 from batchbench.reports.latency import e2el_ms, gaps_ms, ttft_ms
 from batchbench.reports.result_file import Facts
-from batchbench.reports.server_data import (
-    AgreementData,
-    ClientData,
-    ClientsData,
-    FailureData,
-    ServerData,
-)
 from batchbench.reports.statistics import Distribution, Ratio, paired_ratio
 from batchbench.reports.text import label_of, number, percent, plural, times
+from batchbench.reports.time_budget import rate_of
 from batchbench.workloads import Workload
 
 LAG, LATE, MERGED, NOISE = 0.10, 0.10, 0.005, 0.05
@@ -47,6 +41,9 @@ MOST_COUNTED = 20_000
 """Requests up to which the steps of a schedule are counted; more take seconds."""
 
 Recordings = Mapping[str, Sequence[Recording]]
+
+Data = Mapping[str, Any]
+"""A part of ``result.json``."""
 
 
 class Doubt(StrEnum):
@@ -97,27 +94,15 @@ def served_facts(outcome: Outcome) -> dict[str, Any]:
     """Return the parts of a result that only a run against a server has; else nulls."""
     if outcome.server is None:
         return {"server": None, "agreement": None, "failures": None}
-    agreement = outcome.agreement
-    return {
-        "server": {
-            **asdict(outcome.server),
-            "passes": _listed(outcome.server.passes),
-            "cached_tokens": _listed(outcome.server.cached_tokens),
-            "stamps": stamps_of(outcome.recordings),
-            "clients": clients_of(outcome.recordings),
-        },
-        "agreement": None
-        if agreement is None
-        else {**asdict(agreement), "first": [asdict(first) for first in agreement.first]},
-        "failures": [
-            {**asdict(trial), "failed": [asdict(request) for request in trial.failed]}
-            for trial in outcome.failures
-        ],
+    of_client = {
+        "stamps": stamps_of(outcome.recordings),
+        "clients": clients_of(outcome.recordings),
     }
-
-
-def _listed(counts: Mapping[str, Sequence[int | None]]) -> dict[str, list[int | None]]:
-    return {name: list(trials) for name, trials in counts.items()}
+    return {
+        "server": asdict(outcome.server) | of_client,
+        "agreement": outcome.agreement,
+        "failures": list(outcome.failures),
+    }
 
 
 def stamps_of(recordings: Recordings) -> Literal["kernel", "user"] | None:
@@ -129,50 +114,52 @@ def stamps_of(recordings: Recordings) -> Literal["kernel", "user"] | None:
     return "kernel" if min(shares) >= KERNEL else "user"
 
 
-def clients_of(recordings: Recordings) -> ClientsData | None:
-    """Return the clients that shared the requests; None if there was one."""
+def clients_of(recordings: Recordings) -> dict[str, Any] | None:
+    """Return the clients that shared the requests; None if there was one.
+
+    Of n clients, each sent every n-th request.
+    """
     trials = [r for of_strategy in recordings.values() for r in of_strategy if _clients(r)]
     if not trials:
         return None
-    rates = [rate_of(trial.admitted_ns.tolist()) for trial in trials]
-    return {"rate": _middle(rates), "each": list(map(_over_trials, *map(_clients, trials)))}
+    each = []
+    for i, parts in enumerate(zip(*map(_clients, trials), strict=True)):
+        each.append(
+            {
+                "node": parts[0]["node"],
+                "requests": parts[0]["requests"],
+                "rate": _rate([r.admitted_ns[i :: len(_clients(r))] for r in trials]),
+                "late_p99_ms": max(part["late_p99_ns"] for part in parts) / 1e6,
+                "clock_offset_ms": float(np.median([part["offset_ns"] for part in parts])) / 1e6,
+                "clock_within_ms": max(part["within_ns"] for part in parts) / 1e6,
+            }
+        )
+    return {"rate": _rate([trial.admitted_ns for trial in trials]), "each": each}
 
 
-def _clients(recording: Recording) -> Sequence[Mapping[str, Any]]:
-    return cast("Sequence[Mapping[str, Any]]", recording.header.about.get("clients") or ())
-
-
-def _over_trials(*parts: Mapping[str, Any]) -> ClientData:
-    """Return one client from its parts in all trials."""
-    return {
-        "node": parts[0]["node"],
-        "requests": parts[0]["requests"],
-        "rate": _middle([part["rate"] for part in parts]),
-        "late_p99_ms": max(part["late_p99_ns"] for part in parts) / 1e6,
-        "clock_offset_ms": float(np.median([part["offset_ns"] for part in parts])) / 1e6,
-        "clock_within_ms": max(part["within_ns"] for part in parts) / 1e6,
-    }
-
-
-def _middle(rates: Sequence[float | None]) -> float | None:
-    known = [rate for rate in rates if rate is not None]
+def _rate(trials_ns: Sequence[Ints]) -> float | None:
+    known = [rate for times_ns in trials_ns if (rate := rate_of(times_ns)) is not None]
     return float(np.median(known)) if known else None
 
 
-def _client(recording: Recording) -> Mapping[str, Any]:
+def _clients(recording: Recording) -> Sequence[Data]:
+    return cast("Sequence[Data]", recording.header.about.get("clients") or ())
+
+
+def _client(recording: Recording) -> Data:
     """Return the client's own part in the times of a trial; empty if it is not known."""
-    return cast("Mapping[str, Any]", recording.header.about.get("client") or {})
+    return cast("Data", recording.header.about.get("client") or {})
 
 
 # Forward passes
 
 
-def passes_of(server: ServerData | None, name: str) -> list[int | None]:
+def passes_of(server: Data | None, name: str) -> list[int | None]:
     """Return the forward passes of each trial of a strategy, by the server's own count."""
     return [] if server is None else server["passes"].get(name, [])
 
 
-def typical_passes(server: ServerData | None, name: str) -> int | None:
+def typical_passes(server: Data | None, name: str) -> int | None:
     """Return the median of the server's counts; None if it does not report all of them."""
     known = [count for count in passes_of(server, name) if count is not None]
     complete = known and len(known) == len(passes_of(server, name))
@@ -180,7 +167,7 @@ def typical_passes(server: ServerData | None, name: str) -> int | None:
 
 
 def step_ratio(
-    baseline: str, candidate: str, server: ServerData, slots: int, workload: Workload
+    baseline: str, candidate: str, server: Data, slots: int, workload: Workload
 ) -> tuple[Ratio, Literal["server", "schedule"]] | None:
     """Return the ratio of forward passes, by the server's count or else of the schedules alone.
 
@@ -207,19 +194,19 @@ def _steps(name: str, slots: int, workload: Workload) -> int:
 # Words
 
 
-def server_words(server: ServerData) -> str:
+def server_words(server: Data) -> str:
     """Return the server's name, and its version if it reports one."""
     return " ".join(part for part in (server["name"], server["version"]) if part)
 
 
-def place_of(data: Mapping[str, Any]) -> str:
+def place_of(data: Data) -> str:
     """Return the place where a result's model ran: the server, or device and number format."""
     if (server := data.get("server")) is not None:
         return server_words(server)
     return f"{data['model']['device']} {data['model']['dtype']}"
 
 
-def agreement_words(data: Mapping[str, Any], agreement: AgreementData) -> str:
+def agreement_words(data: Data, agreement: Agreement) -> str:
     """Return the agreement of the strategies' outputs for a sentence about a result's data."""
     total, first = agreement["requests"], next(iter(agreement["first"]), None)
     if first is None and not agreement["differ"]:
@@ -236,15 +223,9 @@ def agreement_words(data: Mapping[str, Any], agreement: AgreementData) -> str:
     return text
 
 
-def failure_words(failure: FailureData) -> str:
-    """Return a trial's failures: their number, and the first with its phase and reason."""
-    first = failure["failed"][0]
-    name = label_of(failure["strategy"], has_steps=False)
-    return (
-        f"{len(failure['failed']):,} of {failure['requests']:,} requests failed in trial "
-        f"{failure['trial'] + 1:,} of {name} (request {first['request']:,} {first['phase']}: "
-        f"{first['text']})"
-    )
+def _failure(trial: FailedTrial) -> str:
+    label = label_of(trial["strategy"], has_steps=False)
+    return failure_words(trial, f"trial {trial['trial'] + 1:,} of {label}")
 
 
 def server_lines(facts: Facts) -> list[str]:
@@ -264,11 +245,11 @@ def server_lines(facts: Facts) -> list[str]:
         parts.append(f"arrivals stamped by {by}")
     if clients := server.get("clients"):
         parts.append(clients_words(clients))
-    failed = [f"Failed: {failure_words(failure)}." for failure in facts.get("failures") or []]
+    failed = [f"Failed: {_failure(trial)}." for trial in facts.get("failures") or []]
     return [f"{'; '.join(parts)}.", *failed]
 
 
-def clients_words(clients: ClientsData) -> str:
+def clients_words(clients: Data) -> str:
     """Return the machines of several clients, their rates and their clocks."""
     each = clients["each"]
     nodes = ", ".join(
@@ -289,9 +270,8 @@ def doubts(facts: Facts, recordings: Recordings) -> list[str]:
     server = facts.get("server")
     if server is None:
         return []
-    found = [
-        Doubt.FAILED.text(failure=failure_words(failure)) for failure in facts.get("failures") or []
-    ]
+    failures = facts.get("failures") or []
+    found = [Doubt.FAILED.text(failure=_failure(trial)) for trial in failures]
     if running := server["running_before"]:
         found.append(Doubt.BUSY.text(requests=plural(running, "request")))
     for name in recordings:

@@ -11,24 +11,16 @@ from typing import Any
 
 from batchbench.errors import shown
 from batchbench.reports.result import Result, ratio_of
-from batchbench.reports.result_file import ResultData, metric
-from batchbench.reports.text import MISSING, number, spell_ratio, spell_value
+from batchbench.reports.text import number, spell_ratio, spell_setting
 
 _SETTINGS = ("batchbench_version", "simulated", "config", "environment", "model", "workload")
 """Parts of a result that hold its options and its machine."""
 
 _OBSERVED = (
-    "model.note",
-    "environment.gpu_clock_mhz",
-    "model.weight_bytes",
-    "model.packed_weight_bytes",
-    "model.kv_cache_bytes",
-    "workload.total_input_tokens",
-    "workload.total_output_tokens",
-    "workload.arrival_rate",
-    "workload.output_lengths",
-    "config.preset",
-    "workload.name",
+    *("model.note", "environment.gpu_clock_mhz", "model.weight_bytes"),
+    *("model.packed_weight_bytes", "model.kv_cache_bytes", "workload.total_input_tokens"),
+    *("workload.total_output_tokens", "workload.arrival_rate", "workload.output_lengths"),
+    *("config.preset", "workload.name"),
 )
 """Settings that vary by themselves, or repeat other settings in words."""
 
@@ -39,6 +31,8 @@ FIGURES = (
     ("ITL p99 (ms)", "p99_itl_ms"),
     ("E2E p99 (ms)", "p99_e2el_ms"),
 )
+
+HEAD = ("Result", "Strategy", "Speed-up", *(name for name, _ in FIGURES), "Run")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +58,12 @@ def labels_of(folders: Sequence[Path]) -> list[str]:
 
 @dataclass(frozen=True)
 class Line:
+    """One strategy of one result; its cells stand under ``HEAD``."""
+
     label: str
     strategy: str
-    figures: tuple[str, ...]  # as FIGURES
-    speedup: str  # against the result's own baseline
     throughput: float
-    status: str
+    cells: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +75,20 @@ class SideBySide:
         return [one.label for one in self.shown]
 
     @cached_property
-    def settings(self) -> list[tuple[str, list[str]]]:
+    def settings(self) -> list[list[str]]:
         """Settings that vary: the name, and each result's value as text."""
-        flat = [dict(_facts(one.result)) for one in self.shown]
-        names = dict.fromkeys(name for facts in flat for name in facts)
-        rows = []
-        for name in names:
-            values = [facts.get(name) for facts in flat]
-            if name not in _OBSERVED and any(value != values[0] for value in values):
-                rows.append((_spell(name), [_spell_setting(value) for value in values]))
-        return rows
+        results: list[Any] = [one.result.data for one in self.shown]
+        flat = [
+            {name: value for part in _SETTINGS for name, value in _flat(part, data[part])}
+            for data in results
+        ]
+        names = dict.fromkeys(name for facts in flat for name in facts if name not in _OBSERVED)
+        columns = {name: [facts.get(name) for facts in flat] for name in names}
+        return [
+            [_spell(name), *map(_shorten, values)]
+            for name, values in columns.items()
+            if any(value != values[0] for value in values)
+        ]
 
     @cached_property
     def lines(self) -> list[Line]:
@@ -108,23 +106,16 @@ class SideBySide:
         data = [one.result.data for one in self.shown]
         if len({result["workload"]["digest"] for result in data}) > 1:
             sizes = {result["config"]["serving"]["batch_size"] for result in data}
-            default = len(sizes) > 1 and all(map(_follows_batch_size, data))
+            default = len(sizes) > 1 and not any(
+                result["config"]["workload"].get(name) is not None
+                for result in data
+                for name in ("long_every", "output_tokens", "trace")
+            )
             why = " (--long-every is --batch-size unless it is given)" if default else ""
             text += f"; their workloads differ{why}, so compare speed-ups rather than times"
         if len({result["simulated"] for result in data}) > 1:
             text += "; some are simulated, so their times are not measurements"
         return f"{text}."
-
-
-def _follows_batch_size(data: ResultData) -> bool:
-    workload = data["config"]["workload"]
-    return all(workload.get(name) is None for name in ("long_every", "output_tokens", "trace"))
-
-
-def _facts(result: Result) -> Iterator[tuple[str, Any]]:
-    data: Any = result.data
-    for part in _SETTINGS:
-        yield from _flat(part, data[part])
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -145,12 +136,8 @@ def _spell(name: str) -> str:
     return last.replace("_", " ")
 
 
-def _spell_setting(value: Any) -> str:
-    if value is None:
-        return MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    text = ", ".join(map(str, value)) if isinstance(value, list) else spell_value(value)
+def _shorten(value: Any) -> str:
+    text = spell_setting(value)
     if re.fullmatch("[0-9a-f]{64}", text):
         return text[:12]  # the beginning of a digest is enough to tell it from others
     return text if len(text) <= 80 else f"{text[:79]}…"
@@ -159,14 +146,11 @@ def _spell_setting(value: Any) -> str:
 def _lines(one: Labelled) -> Iterator[Line]:
     strategies, names = one.result.data["strategies"], one.result.names
     for name in names:
-        summary = strategies[name]["summary"]
-        own = name == names[0]
-        ratio = None if own else ratio_of(strategies, "duration", names[0], name)
-        yield Line(
-            label=one.label,
-            strategy=one.result.label(name),
-            figures=tuple(number(metric(summary, key)) for _, key in FIGURES),
-            speedup="baseline" if own else spell_ratio(ratio),
-            throughput=summary["output_throughput"],
-            status=one.result.data["validity"]["status"],
-        )
+        summary, label = strategies[name]["summary"], one.result.label(name)
+        speedup = "baseline"
+        if name != names[0]:
+            speedup = spell_ratio(ratio_of(strategies, "duration", names[0], name))
+        figures = [number(summary[key]) for _, key in FIGURES]
+        status = one.result.data["validity"]["status"]
+        cells = [one.label, label, speedup, *figures, status]
+        yield Line(one.label, label, summary["output_throughput"], cells)

@@ -163,6 +163,15 @@ def spell_option(name: str, value: Any) -> str:
     return str(value) if name == "strategies" else f"{words} {spell_value(value)}"
 
 
+def spell_setting(value: Any) -> str:
+    """Return a setting's value in words, N/A for none, a list with commas."""
+    if value is None or value == "":
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(spell_setting, value)) if isinstance(value, list) else spell_value(value)
+
+
 def spell_value(value: Any) -> str:
     """Return a number with thousands separated, a text as it is, a dash for a missing value."""
     if value is None or str(value) in ("nan", "<NA>"):  # pandas.NA, without pandas

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
 from batchbench.reports.occupancy import SlotKinds
-from batchbench.reports.result_file import Explain, SavedPart, TimeBudgetData, TimeParts, Waterfall
 from batchbench.reports.statistics import Floats, step_distribution
 
 # Time outside the steps
@@ -152,7 +151,7 @@ class TimeBudget:
 
 PARTS = tuple(field.name for field in fields(TimeBudget))
 
-NAMES = {
+NAMES = {  # labels of the parts
     "useful_decode_s": "useful decode",
     "finished_s": "finished, slot held",
     "empty_s": "empty slots",
@@ -163,9 +162,8 @@ NAMES = {
     "host_s": "host work",
     "residual_s": "residual",
 }
-"""Labels of the parts."""
 
-SAVED_BY = {
+SAVED_BY = {  # words after "1.2 s saved" for each part
     "useful_decode_s": "by faster steps for the same tokens",
     "finished_s": "by freeing slots when requests finish",
     "empty_s": "by filling empty slots",
@@ -176,9 +174,8 @@ SAVED_BY = {
     "host_s": "by less host work",
     "residual_s": "in unaccounted time",
 }
-"""Words after "1.2 s saved" for each part."""
 
-LOST_TO = {
+LOST_TO = {  # words after "1.2 s lost" for each part
     "useful_decode_s": "to slower steps for the same tokens",
     "finished_s": "to slots held by finished requests",
     "empty_s": "to empty slots",
@@ -189,7 +186,6 @@ LOST_TO = {
     "host_s": "to host work",
     "residual_s": "to unaccounted time",
 }
-"""Words after "1.2 s lost" for each part."""
 
 
 def typical_budget(trials: Sequence[Recording]) -> TimeBudget | None:
@@ -295,35 +291,28 @@ def _between(recording: Recording) -> tuple[int, int, int]:
     return waited, gaps - waited, int(np.minimum(starts - before, 0).sum())
 
 
-def explain(recordings: Mapping[str, Sequence[Recording]], warm_up_s: float | None) -> Explain:
+def explain(
+    recordings: Mapping[str, Sequence[Recording]], warm_up_s: float | None
+) -> dict[str, Any]:
     """Return ``explain`` of the result: each strategy's budget, and the waterfalls."""
     budgets = {name: typical_budget(trials) for name, trials in recordings.items()}
-    baseline, *candidates = budgets
-    strategies: dict[str, TimeBudgetData | None] = {
-        name: None
-        if budget is None
-        else {
-            "wall_s": budget.wall_s,
-            "parts": cast("TimeParts", asdict(budget)),
-            "warm_up_s": warm_up_s,
-        }
+    strategies = {
+        name: budget and {"wall_s": budget.wall_s, "parts": asdict(budget), "warm_up_s": warm_up_s}
         for name, budget in budgets.items()
     }
-    waterfalls: list[Waterfall] = []
-    for name in candidates:
-        before, after = budgets[baseline], budgets[name]
+    (baseline, before), *candidates = budgets.items()
+    falls = []
+    for name, after in candidates:
         if before is not None and after is not None:
             saved, steps = waterfall(before, after)
-            waterfalls.append(
+            falls.append(
                 {"baseline": baseline, "candidate": name, "saved_s": saved, "steps": steps}
             )
-    return {"strategies": strategies, "waterfall": waterfalls}
+    return {"strategies": strategies, "waterfall": falls}
 
 
-def waterfall(baseline: TimeBudget, candidate: TimeBudget) -> tuple[float, list[SavedPart]]:
+def waterfall(baseline: TimeBudget, candidate: TimeBudget) -> tuple[float, list[dict[str, Any]]]:
     """Return the seconds saved in all and by each part; a negative part was lost."""
-    steps: list[SavedPart] = [
-        {"part": part, "saved_s": getattr(baseline, part) - getattr(candidate, part)}
-        for part in PARTS
-    ]
+    saved = {part: getattr(baseline, part) - getattr(candidate, part) for part in PARTS}
+    steps = [{"part": part, "saved_s": seconds} for part, seconds in saved.items()]
     return baseline.wall_s - candidate.wall_s, steps

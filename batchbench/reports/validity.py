@@ -1,9 +1,8 @@
-"""The self-audit: reasons to doubt a run, with their texts and limits."""
+"""The self-audit: reasons to doubt a run, with their limits."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from enum import StrEnum
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -12,7 +11,6 @@ from batchbench.batching.trials import WarmUp, requests_that_differ
 from batchbench.batching.verification import Verification, draws_by_itself
 from batchbench.reports import metrics, time_budget
 from batchbench.reports.latency import gaps_ms, ttft_ms
-from batchbench.reports.result_file import metric
 from batchbench.reports.statistics import Distribution
 from batchbench.reports.text import label_of, percent, plural
 from batchbench.workloads import Workload
@@ -29,34 +27,8 @@ LAG = 0.05
 """Limit of the arrival lag as a share of TTFT, and of the error of the arrival rate."""
 
 
-class Reason(StrEnum):
-    """A reason to doubt a run; its value is the text with places for numbers."""
-
-    WRONG_TOKENS = "{requests} got wrong tokens"
-    WARM_UP = (
-        "warm-up had not settled: the median {watched} still changed by {change} after {rounds} "
-        "rounds"
-    )
-    NOT_SERVED = "the log is wrong: not every request was served exactly once"
-    NOT_CONSERVED = "the log is wrong: tokens are not conserved"
-    NOT_ADDING_UP = "the log is wrong: slot-steps do not add up"
-    LITTLE = "Little's law is off by {error}"
-    PASSES = "the model computed {computed:,} passes for {steps:,} steps"
-    COUNTERS = "counters differ between trials of a closed workload"
-    OUTPUTS = "outputs differ between trials"
-    HOST = "{share} of the time passed outside the steps"
-    RESIDUAL = "{share} of the time is not accounted for"
-    LAG = "arrivals were noticed {lag:.3g} ms late {where}, {share} of TTFT"
-    RATE = "requests arrived at {achieved:.3g}/s instead of {target:.3g}/s"
-    DRIFT = "its trials became {change} {direction} from first to last"
-    FOREIGN_LOAD = "other processes kept {cores:.1f} cores busy"
-
-    def text(self, **numbers: object) -> str:
-        return self.value.format(**numbers)
-
-
 def wrong_tokens(requests: int) -> str:
-    return Reason.WRONG_TOKENS.text(requests=plural(requests, "request"))
+    return f"{plural(requests, 'request')} got wrong tokens"
 
 
 def audit(
@@ -81,93 +53,84 @@ def audit(
     if verification.wrong:
         reasons.append(wrong_tokens(verification.wrong))
     if not warm_up.settled and warm_up.last_change is not None:
-        change = percent(warm_up.last_change, sign="+")
         watched = "E2E latency of its requests" if served else "step"
-        text = Reason.WARM_UP.text(watched=watched, change=change, rounds=warm_up.rounds)
-        reasons.append(text)
+        reasons.append(
+            f"warm-up had not settled: the median {watched} still changed by "
+            f"{percent(warm_up.last_change, sign='+')} after {warm_up.rounds} rounds"
+        )
     for name, trials in recordings.items():
-        doubts = list(_broken_laws(workload, trials)) or [
-            *_doubts(workload, trials, requested_rate),
-            *(() if served else _doubts_of_machine(workload, trials, _ties(verification, name))),
-        ]
+        found = list(_broken_laws(workload, trials))
+        if not found:
+            found = list(_doubts(workload, trials))
+            if not trials[0].header.simulated:
+                found += _doubts_of_times(workload, trials, requested_rate)
+                found += [] if served else _doubts_of_machine(workload, trials, verification, name)
         label = label_of(name, has_steps=trials[0].has_steps)
-        reasons += [f"{label}: {doubt}" for doubt in doubts]
+        reasons += [f"{label}: {doubt}" for doubt in found]
     return reasons
 
 
 def _broken_laws(workload: Workload, trials: Sequence[Recording]) -> Iterator[str]:
     if not all(_complete(r) for r in trials):
-        yield Reason.NOT_SERVED
+        yield "the log is wrong: not every request was served exactly once"
     if not all(_conserved(workload, r) for r in trials):
-        yield Reason.NOT_CONSERVED
+        yield "the log is wrong: tokens are not conserved"
     if not all(_adds_up(r) for r in trials if r.has_steps):
-        yield Reason.NOT_ADDING_UP
+        yield "the log is wrong: slot-steps do not add up"
 
 
-def _doubts(
-    workload: Workload, trials: Sequence[Recording], requested_rate: float | None
-) -> Iterator[str]:
-    stepped = [
-        r for r in trials if r.has_steps
-    ]  # a strategy that schedules itself reports no steps
+def _doubts(workload: Workload, trials: Sequence[Recording]) -> Iterator[str]:
+    """Yield reasons to doubt the log of the steps; a strategy that logs none gives none."""
+    stepped = [r for r in trials if r.has_steps]
     worst = max((abs(time_budget.littles_law(r)) for r in stepped), default=0.0)
     if worst > LITTLE:
-        yield Reason.LITTLE.text(error=percent(worst, 1))
+        yield f"Little's law is off by {percent(worst, 1)}"
     for r in stepped:
         computed = r.header.about.get("computed_passes")
         if computed not in (None, r.num_steps):
-            yield Reason.PASSES.text(computed=computed, steps=r.num_steps)
+            yield f"the model computed {computed:,} passes for {r.num_steps:,} steps"
             break
     vary = any(r.header.about.get("steps_vary") for r in stepped)
-    if workload.closed and (
-        vary or len({tuple(metrics.counters(r).values()) for r in stepped}) > 1
-    ):
-        yield Reason.COUNTERS
-    if trials[0].header.simulated:
-        return
-    if stepped:
-        share = float(np.median([time_budget.host_share(r) for r in stepped]))
-        if share > HOST_SHARE:
-            yield Reason.HOST.text(share=percent(share, 1))
+    counts = [metrics.counters(r) for r in stepped]
+    if workload.closed and (vary or any(count != counts[0] for count in counts)):
+        yield "counters differ between trials of a closed workload"
+
+
+def _doubts_of_times(
+    workload: Workload, trials: Sequence[Recording], requested_rate: float | None
+) -> Iterator[str]:
+    stepped = [r for r in trials if r.has_steps]
+    share = float(np.median([time_budget.host_share(r) for r in stepped])) if stepped else 0.0
+    if share > HOST_SHARE:
+        yield f"{percent(share, 1)} of the time passed outside the steps"
     budget = time_budget.typical_budget(trials)
     if budget and abs(budget.residual_s) > max(RESIDUAL * budget.wall_s, SMALLEST_RESIDUAL_S):
-        yield Reason.RESIDUAL.text(share=percent(budget.residual_s / budget.wall_s, 1))
+        yield f"{percent(budget.residual_s / budget.wall_s, 1)} of the time is not accounted for"
     yield from _late(workload, trials, requested_rate)
     if len(trials) >= 2:
         durations, half = [r.duration_ns for r in trials], len(trials) // 2
         change = float(np.median(durations[-half:]) / np.median(durations[:half]) - 1)
         if abs(change) > DRIFT:
             direction = "slower" if change > 0 else "faster"
-            yield Reason.DRIFT.text(change=percent(abs(change)), direction=direction)
+            yield f"its trials became {percent(abs(change))} {direction} from first to last"
 
 
 def _doubts_of_machine(
-    workload: Workload, trials: Sequence[Recording], ties: Collection[int]
+    workload: Workload, trials: Sequence[Recording], verification: Verification, name: str
 ) -> Iterator[str]:
-    """Yield reasons; ``ties`` are requests whose output verification calls a numerical tie."""
-    if trials[0].header.simulated:
-        return
-    own_random = workload.sampling is not None and draws_by_itself(trials[0])
-    if not (own_random or _differing(trials) <= set(ties)):
-        yield Reason.OUTPUTS
-    cores = max(r.header.about.get("foreign_cores") or 0.0 for r in trials)
-    if cores > FOREIGN_CORES:
-        yield Reason.FOREIGN_LOAD.text(cores=cores)
-
-
-def _ties(verification: Verification, strategy: str) -> set[int]:
-    """Return the requests whose output under a strategy is a numerical tie."""
-    return {
+    differing = {i for r in trials[1:] for i in requests_that_differ(trials[0], r)}
+    differing.update(*(r.header.about.get("differing_requests", ()) for r in trials))
+    ties = {
         finding.request
         for finding in verification.findings
-        if (finding.strategy, finding.verdict) == (strategy, "numerical tie")
+        if (finding.strategy, finding.verdict) == (name, "numerical tie")
     }
-
-
-def _differing(trials: Sequence[Recording]) -> set[int]:
-    """Return the requests that did not get the same tokens each time that they were served."""
-    between = {i for r in trials[1:] for i in requests_that_differ(trials[0], r)}
-    return between.union(*(r.header.about.get("differing_requests", ()) for r in trials))
+    own_random = workload.sampling is not None and draws_by_itself(trials[0])
+    if not (own_random or differing <= ties):
+        yield "outputs differ between trials"
+    cores = max(r.header.about.get("foreign_cores") or 0.0 for r in trials)
+    if cores > FOREIGN_CORES:
+        yield f"other processes kept {cores:.1f} cores busy"
 
 
 def _late(
@@ -184,12 +147,13 @@ def _late(
         ("at p99", delay.percentile(99), ttft.percentile(99)),
     ):
         if late and whole and late > LAG * whole:
-            yield Reason.LAG.text(lag=late, where=where, share=percent(late / whole))
+            share = percent(late / whole)
+            yield f"arrivals were noticed {late:.3g} ms late {where}, {share} of TTFT"
     target = requested_rate or time_budget.rate_of(workload.due_ns)
     if workload.max_concurrency is None and target is not None:
         achieved = float(np.median([time_budget.arrival_rate(r) or 0.0 for r in trials]))
         if abs(achieved / target - 1) > LAG:
-            yield Reason.RATE.text(achieved=achieved, target=target)
+            yield f"requests arrived at {achieved:.3g}/s instead of {target:.3g}/s"
 
 
 def _complete(r: Recording) -> bool:
@@ -205,13 +169,12 @@ def _complete(r: Recording) -> bool:
 
 def _conserved(workload: Workload, r: Recording) -> bool:
     produced, requested = r.requests.output_tokens, workload.output_tokens
-    if workload.stop_at_eos:
-        return bool(((produced >= 1) & (produced <= requested)).all())
-    return bool((produced == requested).all())
+    fewest = 1 if workload.stop_at_eos else requested
+    return bool(((fewest <= produced) & (produced <= requested)).all())
 
 
 def _adds_up(r: Recording) -> bool:
-    c = metrics.counters(r)
+    counts = metrics.counters(r)
     kinds = ("useful", "prompt", "finished", "empty", "stalled")
-    parts = [metric(c, f"{kind}_slot_steps") or 0 for kind in kinds]
-    return min(parts) >= 0 and sum(parts) == c["slot_steps"]
+    parts = [counts[f"{kind}_slot_steps"] for kind in kinds]
+    return min(parts) >= 0 and sum(parts) == counts["slot_steps"]

@@ -21,7 +21,6 @@ from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
 from batchbench.reports.result import Result, make_result
 from batchbench.reports.served import typical_passes
-from batchbench.reports.server_data import ServerData
 from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.statistics import FEWEST_PAIRS, interval_of_ratio
 from batchbench.reports.text import joined, times, times_within
@@ -276,7 +275,7 @@ def experiment_of(recorded: Result) -> Experiment:
     return pinned(replace(experiment, trials=trials), data["model"])
 
 
-def _server_facts(server: ServerData | ServerFacts | None) -> dict[str, Any]:
+def _server_facts(server: Mapping[str, Any] | ServerFacts | None) -> dict[str, Any]:
     """Return what a server told about itself, by the names that a comparison shows."""
     told: Mapping[str, Any] = asdict(server) if isinstance(server, ServerFacts) else server or {}
     return {f"server {name}": told.get(name) for name in ("name", "version", "slots") if told}

@@ -4,30 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from batchbench.workloads.arrivals import Arrivals, ClosedLoop, Timetable, make_arrivals
+    from batchbench.workloads.arrivals import Arrivals
     from batchbench.workloads.generate import make_workload
     from batchbench.workloads.request import Request, Workload
     from batchbench.workloads.spec import WorkloadSpec
 
-__all__ = [
-    "Arrivals",
-    "ClosedLoop",
-    "Request",
-    "Timetable",
-    "Workload",
-    "WorkloadSpec",
-    "make_arrivals",
-    "make_workload",
-]
+__all__ = ["Arrivals", "Request", "Workload", "WorkloadSpec", "make_workload"]
 
 _HOMES = {
     "Arrivals": "arrivals",
-    "ClosedLoop": "arrivals",
     "Request": "request",
-    "Timetable": "arrivals",
     "Workload": "request",
     "WorkloadSpec": "spec",
-    "make_arrivals": "arrivals",
     "make_workload": "generate",
 }
 

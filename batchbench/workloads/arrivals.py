@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from batchbench.errors import UsageError, shown
 from batchbench.settings import parse_float
@@ -132,103 +132,50 @@ def _ramp(text: str) -> tuple[float, float]:
     return begin, end
 
 
-class Arrivals(Protocol):
-    """The requests that have not arrived yet; they arrive in the order of the workload."""
+class Arrivals:
+    """The requests that have not arrived yet; they arrive in the order of the workload.
 
-    @property
-    def closed_loop(self) -> bool:
-        """True if a request may arrive because another one finished.
+    Without ``max_concurrency`` they arrive at fixed times, whatever the server does (an open loop).
+    With it, a request arrives at its own time or when fewer than so many are unfinished, whichever
+    is later. Without own times this is the classic closed loop of N clients with no think time.
+    """
 
-        Only then does the time matter at which ``finished`` is called.
-        """
+    def __init__(self, workload: Workload) -> None:
+        self._requests = iter(workload)
+        self._next = next(self._requests, None)
+        self.closed_loop = workload.max_concurrency is not None
+        """True if a request may arrive because another one finished; only then does the time
+        matter at which :meth:`finished` is called."""
+        # The time at which room came, for each free place of a closed loop. Requests arrive in
+        # order, so the k-th request beyond the first N takes the place of the k-th that finished.
+        self._room = deque([0] * min(workload.max_concurrency or 0, len(workload)))
 
     @property
     def next_due(self) -> int | None:
         """Time in ns at which the next request is due if no other finishes before; None if none
         will be."""
+        if self._next is None or not self.closed_loop:
+            return self._next and self._next.due_ns
+        return max(self._next.due_ns, self._room[0]) if self._room else None
 
     @property
     def more(self) -> bool:
         """True if some requests have not arrived yet."""
+        return self._next is not None
 
     def due(self, now: int) -> list[Request]:
         """Return the requests that have become due by ``now`` since the last call, in order.
 
         Their ``due_ns`` is the time at which they became due.
         """
+        due: list[Request] = []
+        while self._next is not None and (at := self.next_due) is not None and at <= now:
+            due.append(self._next._replace(due_ns=at) if self.closed_loop else self._next)
+            if self.closed_loop:
+                self._room.popleft()
+            self._next = next(self._requests, None)
+        return due
 
     def finished(self, request: Request, now: int) -> None:
         """Report that a request finished at ``now``, the end of the step of its last token."""
-
-
-class Timetable:
-    """Requests that arrive at times fixed beforehand, whatever the server does (an open loop)."""
-
-    closed_loop = False
-
-    def __init__(self, workload: Workload) -> None:
-        self._requests = iter(workload)
-        self._next = next(self._requests, None)
-
-    @property
-    def next_due(self) -> int | None:
-        return None if self._next is None else self._next.due_ns
-
-    @property
-    def more(self) -> bool:
-        return self._next is not None
-
-    def due(self, now: int) -> list[Request]:
-        due: list[Request] = []
-        while self._next is not None and self._next.due_ns <= now:
-            due.append(self._next)
-            self._next = next(self._requests, None)
-        return due
-
-    def finished(self, request: Request, now: int) -> None:
-        """Do nothing: the times are fixed."""
-
-
-class ClosedLoop:
-    """Requests that arrive when fewer than ``workload.max_concurrency`` are unfinished.
-
-    A request is due at its own time or when room came for it, whichever is later. Without own
-    times this is the classic closed loop of N clients with no think time.
-    """
-
-    closed_loop = True
-
-    def __init__(self, workload: Workload) -> None:
-        if workload.max_concurrency is None:
-            raise ValueError("a closed loop needs the workload's max_concurrency")
-        self._requests = iter(workload)
-        self._next = next(self._requests, None)
-        # The time at which room came, for each free place. Requests arrive in order, so the k-th
-        # request beyond the first N takes the place of the k-th that finished.
-        self._room = deque([0] * min(workload.max_concurrency, len(workload)))
-
-    @property
-    def next_due(self) -> int | None:
-        if self._next is None or not self._room:
-            return None
-        return max(self._next.due_ns, self._room[0])
-
-    @property
-    def more(self) -> bool:
-        return self._next is not None
-
-    def due(self, now: int) -> list[Request]:
-        due: list[Request] = []
-        while self._next is not None and (at := self.next_due) is not None and at <= now:
-            due.append(self._next._replace(due_ns=at))
-            self._room.popleft()
-            self._next = next(self._requests, None)
-        return due
-
-    def finished(self, request: Request, now: int) -> None:
         self._room.append(now)
-
-
-def make_arrivals(workload: Workload) -> Arrivals:
-    """Return the arrivals of a workload: a closed loop if it has ``max_concurrency``."""
-    return Timetable(workload) if workload.max_concurrency is None else ClosedLoop(workload)

@@ -8,14 +8,16 @@ medians are those of the distribution before either step.
 
 from __future__ import annotations
 
+import io
 import math
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchbench.errors import UsageError, shown
-from batchbench.files import MIB, open_binary
+from batchbench.files import MIB, read_binary
 from batchbench.settings import parse_number, parse_whole
 
 if TYPE_CHECKING:
@@ -35,10 +37,20 @@ LONGEST = 10**9
 LIMIT = 16 * MIB
 """Largest size of a file of lengths."""
 
-_LONGEST_LINE = 100
-"""Largest length of a line, which has one number."""
+_FORMS: tuple[tuple[str, set[str]], ...] = (
+    ("cycle", {"every", "long", "short"}),
+    ("uniform", {"min", "max"}),
+    ("normal", {"mean", "std"}),
+    ("lognormal", {"mean", "sigma"}),
+    ("lognormal", {"median", "sigma"}),
+    ("exponential", {"mean"}),
+    ("zipf", {"alpha", "max"}),
+)
+"""Families with the keys that each must have."""
 
-_MUST = f"must be a whole number of tokens, from 1 to {LONGEST}"
+_NUMBERS = {"mean": (0, LONGEST), "median": (0, LONGEST), "std": (0, LONGEST)}
+_NUMBERS |= {"sigma": (0, 10), "alpha": (1, 100)}
+"""Bounds, the lower one excluded, of keys that are not whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +70,6 @@ class Cycle:
 
         return np.where(np.arange(size) % self.every == 0, self.long, self.short).astype(np.int64)
 
-    def __str__(self) -> str:
-        return f"cycle:every={self.every},long={self.long},short={self.short}"
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -72,7 +81,7 @@ class Drawn:
     """
 
     family: str
-    parameters: tuple[tuple[str, float], ...]
+    parameters: Mapping[str, float]
     min: int = 1
     max: int | None = None
 
@@ -88,50 +97,31 @@ class Drawn:
         NumPy keeps the stream of uniform numbers between versions, and may change others.
         """
         import numpy as np
-        from scipy.special import zeta
+        from scipy import special, stats
 
-        uniform = rng.random(size)
-        if self.family != "zipf":
-            return np.asarray(self._distribution().ppf(uniform), np.float64)
-        # scipy's zipf sums its terms one by one; zeta has their closed form.
-        assert self.max is not None
-        alpha = dict(self.parameters)["alpha"]
-        cumulative = 1.0 - zeta(alpha, np.arange(2.0, self.max + 1.0)) / zeta(alpha)
-        return (np.searchsorted(cumulative, uniform, side="right") + 1).astype(np.float64)
-
-    def _distribution(self) -> Any:
-        from scipy import stats
-
-        p = dict(self.parameters)
+        p, top, uniform = self.parameters, self.max or LONGEST, rng.random(size)
+        if self.family == "zipf":
+            # scipy's zipf sums its terms one by one; zeta has their closed form.
+            tails = special.zeta(p["alpha"], np.arange(2.0, top + 1.0)) / special.zeta(p["alpha"])
+            return (np.searchsorted(1.0 - tails, uniform, side="right") + 1).astype(np.float64)
+        frozen: Any
         if self.family == "uniform":
-            assert self.max is not None
-            return stats.uniform(self.min - 0.5, self.max - self.min + 1)
-        if self.family == "normal":
-            return stats.norm(p["mean"], p["std"])
-        if self.family == "exponential":
-            return stats.expon(scale=p["mean"])
-        sigma = p["sigma"]
-        median = p["median"] if "median" in p else p["mean"] * math.exp(-(sigma**2) / 2)
-        return stats.lognorm(sigma, scale=median)
+            frozen = stats.uniform(self.min - 0.5, top - self.min + 1)
+        elif self.family == "normal":
+            frozen = stats.norm(p["mean"], p["std"])
+        elif self.family == "exponential":
+            frozen = stats.expon(scale=p["mean"])
+        else:
+            median = p["median"] if "median" in p else p["mean"] * math.exp(-(p["sigma"] ** 2) / 2)
+            frozen = stats.lognorm(p["sigma"], scale=median)
+        return np.asarray(frozen.ppf(uniform), np.float64)
 
     def draw(self, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
         """Return ``size`` lengths in tokens; a larger size begins with the same ones."""
         import numpy as np
 
-        top = LONGEST if self.max is None else self.max
         rounded = np.floor(self.values(rng, size) + 0.5)
-        return np.clip(rounded, self.min, top).astype(np.int64)
-
-    def __str__(self) -> str:
-        if self.family == "uniform" and self.min == self.max:
-            return f"{self.min}"
-        keys = [
-            f"{key}={f'{value:.0f}' if value == int(value) else repr(value)}"
-            for key, value in self.parameters
-        ]
-        keys += [f"min={self.min}"] * (self.family == "uniform" or self.min > 1)
-        keys += [f"max={self.max}"] * (self.max is not None)
-        return f"{self.family}:{','.join(keys)}"
+        return np.clip(rounded, self.min, self.max or LONGEST).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -141,9 +131,7 @@ class Empirical:
     file: Path
     option: str
 
-    @property
-    def longest(self) -> None:
-        """Unknown before the file is read."""
+    longest = None  # unknown before the file is read
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the file's lengths in ascending order.
@@ -153,14 +141,16 @@ class Empirical:
         """
         import numpy as np
 
-        lengths = array("q")
-        where = f"{self.option} empirical:{self.file}"
-        with open_binary(self.file, where, LIMIT) as lines:
-            number = 0
-            while line := lines.readline(_LONGEST_LINE):
-                number += 1
-                if line.strip(b"\r\n"):
-                    lengths.append(_length(line, f"{where}: line {number}"))
+        lengths, where = array("q"), f"{self.option} empirical:{self.file}"
+        for number, line in enumerate(io.BytesIO(read_binary(self.file, where, LIMIT)), 1):
+            if not line.strip(b"\r\n"):
+                continue
+            word = line.strip()
+            length = int(word) if word.isdigit() and len(word) < 10 else 0  # nearly all lines
+            if not length:
+                text = word.decode("utf-8", "replace")
+                length = _whole(text, f"{where}: line {number}", f"'{shown(text, 40)}'")
+            lengths.append(length)
         if not lengths:
             raise UsageError(f"{where}: contains no lengths; write one per line")
         return np.sort(np.array(lengths, np.int64))
@@ -171,33 +161,8 @@ class Empirical:
         lengths = self.lengths()
         return lengths[np.floor(rng.random(size) * len(lengths)).astype(np.int64)]
 
-    def __str__(self) -> str:
-        return f"empirical:{self.file}"
-
 
 Lengths = Cycle | Drawn | Empirical
-
-
-def _length(line: bytes, where: str) -> int:
-    word = line.strip()
-    if word.isdigit() and len(word) < 10:  # ASCII digits, which nearly all lines are
-        length = int(word)
-    else:
-        text = word.decode("utf-8", "replace")
-        where = f"{where}: '{shown(text, 40)}' is not a length"
-        length = parse_whole(text, where, _MUST)
-    if not 1 <= length <= LONGEST:
-        raise UsageError(f"{where}: {length} is not a length: {_MUST}")
-    return length
-
-
-_FAMILIES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "normal": (("mean", "std"),),
-    "lognormal": (("mean", "sigma"), ("median", "sigma")),
-    "exponential": (("mean",),),
-    "zipf": (("alpha",),),
-}
-"""The sets of parameters that describe each family."""
 
 
 def parse_lengths(text: str, option: str) -> Lengths:
@@ -208,59 +173,46 @@ def parse_lengths(text: str, option: str) -> Lengths:
     """
     text = text.strip()
     place = f"{option} {shown(text)}"
-    wrong = UsageError(f"{place}: must be {GRAMMAR}")
     family, _, rest = text.partition(":")
     if family == "empirical" and rest:
         return Empirical(Path(rest), option)
-    if "=" not in text:  # 7 or 4:64
-        parts = text.split(":")
-        if len(parts) > 2 or not any(char.isdecimal() for char in text):
-            raise wrong
-        whole = [_whole(place, "a length", part) for part in parts]
-        return _uniform(place, whole[0], whole[-1])
-    values: dict[str, str] = {}
-    for part in rest.split(","):
-        key, equals, value = part.partition("=")
-        if not equals or key.strip() in values:
-            raise wrong
-        values[key.strip()] = value.strip()
-    if family in ("uniform", "cycle"):
-        keys = ("min", "max") if family == "uniform" else ("every", "long", "short")
-        if values.keys() != set(keys):
-            raise wrong
-        whole = [_whole(place, key, values[key]) for key in keys]
-        return _uniform(place, *whole) if family == "uniform" else Cycle(*whole)
-    bounds = {key: _whole(place, key, values.pop(key)) for key in ("min", "max") if key in values}
-    described = next((k for k in _FAMILIES.get(family, ()) if values.keys() == set(k)), ())
-    if not described or (family == "zipf" and "max" not in bounds):
-        raise wrong
-    numbers = tuple((key, _number(place, key, values[key])) for key in described)
-    _check_bounds(place, **bounds)
-    if family == "zipf" and bounds["max"] > 10**6:
+    parts = rest.split(",")
+    is_range = "=" not in text and text.count(":") < 2 and any(map(str.isdecimal, text))
+    if is_range:  # 7 or 4:64
+        ends = text.split(":")
+        family, parts = "uniform", [f"min={ends[0]}", f"max={ends[-1]}"]
+    pairs = [part.partition("=") for part in parts]
+    values = {key.strip(): value.strip() for key, _, value in pairs}
+    more = set() if family == "cycle" else {"min", "max"}
+    forms = [keys for name, keys in _FORMS if name == family]
+    if len(values) < len(pairs) or not any(k <= values.keys() <= k | more for k in forms):
+        raise UsageError(f"{place}: must be {GRAMMAR}")
+    numbers = {key: _number(place, key, values[key]) for key in values if key in _NUMBERS}
+    whole = {
+        key: _whole(value, place, "a length" if is_range else key)
+        for key, value in values.items()
+        if key not in _NUMBERS
+    }
+    if family == "cycle":
+        return Cycle(**whole)
+    drawn = Drawn(family, numbers, **whole)
+    if drawn.max is not None and drawn.max < drawn.min:
+        raise UsageError(f"{place}: the smaller bound comes first ({drawn.max}:{drawn.min})")
+    if family == "zipf" and whole["max"] > 10**6:
         raise UsageError(f"{place}: max of zipf must be at most 1000000")
-    return Drawn(family, numbers, **bounds)
+    return drawn
 
 
-def _whole(place: str, key: str, value: str) -> int:
-    number = parse_whole(value, place, f"{key} must be a whole number")
+def _whole(text: str, place: str, what: str) -> int:
+    number = parse_whole(text, place, f"{what} must be a whole number")
     if not 1 <= number <= LONGEST:
-        raise UsageError(f"{place}: {key} must be at least 1 and at most {LONGEST}")
+        raise UsageError(f"{place}: {what} must be at least 1 and at most {LONGEST}")
     return number
 
 
 def _number(place: str, key: str, value: str) -> float:
     number = float(parse_number(value, place, f"{key} must be a number"))
-    low, high = {"sigma": (0, 10), "alpha": (1, 100)}.get(key, (0, LONGEST))
+    low, high = _NUMBERS[key]
     if not low < number <= high:
         raise UsageError(f"{place}: {key} must be above {low} and at most {high}")
     return number
-
-
-def _uniform(place: str, low: int, high: int) -> Drawn:
-    _check_bounds(place, low, high)
-    return Drawn("uniform", (), low, high)
-
-
-def _check_bounds(place: str, min: int = 1, max: int | None = None) -> None:
-    if max is not None and max < min:
-        raise UsageError(f"{place}: the smaller bound comes first ({max}:{min})")

@@ -12,7 +12,7 @@ import psutil
 from numpy.typing import NDArray
 
 from batchbench.errors import UsageError, shown
-from batchbench.files import MIB, read_binary
+from batchbench.files import MIB, read_utf8
 from batchbench.workloads.request import Ints, Ragged
 from batchbench.workloads.seeds import stream
 
@@ -58,12 +58,8 @@ def _repeated(distinct: Sequence[Sequence[int]], count: int) -> Ragged:
 
 def read_prompts(file: Path, most: int) -> list[str]:
     where = f"--prompts {file}"
-    try:
-        text = read_binary(file, where, LIMIT).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{where}: is not UTF-8 text; save it as UTF-8") from error
     # Not splitlines(), which also cuts prompts at form feeds, U+2028 and the like.
-    lines = (line[0] for line in re.finditer(r"[^\r\n]+", text))
+    lines = (line[0] for line in re.finditer(r"[^\r\n]+", read_utf8(file, where, LIMIT)))
     prompts = list(itertools.islice((line for line in lines if line.strip()), most))
     if not prompts:
         raise UsageError(f"{where}: contains no prompts; write one per line")

@@ -10,7 +10,7 @@ from typing import Any
 
 from batchbench import settings
 from batchbench.errors import UsageError, shown
-from batchbench.files import check_there, read_binary
+from batchbench.files import check_there, read_utf8
 from batchbench.settings import setting
 from batchbench.workloads.arrivals import GRAMMAR as ARRIVALS_GRAMMAR
 from batchbench.workloads.arrivals import ArrivalProcess, arrival_process
@@ -307,14 +307,12 @@ def read_workload_file(file: Path) -> dict[str, Any]:
         UsageError: it is not TOML, or has an unknown key or a wrong value.
     """
     where = f"--workload {file}"
+    text = read_utf8(file, where, LIMIT)
     try:
-        text = read_binary(file, where, LIMIT).decode("utf-8")
         for number, line in enumerate(text.splitlines(), 1):
             if line.count(".") > _MOST_DOTS and not line.lstrip().startswith("#"):
                 raise UsageError(f"{where}: line {number}: has more than {_MOST_DOTS} dots")
         table = tomllib.loads(text)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{where}: is not UTF-8 text; save it as UTF-8") from error
     except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
         raise UsageError(f"{where}: is not TOML: {shown(error, 200)}") from error
     fields = {field.name: field for field in dataclasses.fields(WorkloadSpec)}

@@ -270,7 +270,7 @@ def test_a_result_has_joules_and_joules_a_useful_token() -> None:
     summary = metrics.summary(static)
     assert summary["energy_joules"] == 21
     assert summary["joules_per_output_token"] == 21 / 680
-    assert metrics.trial_summary(static[1])["joules_per_output_token"] == 30 / 680
+    assert metrics.summary([static[1]])["joules_per_output_token"] == 30 / 680
     result = result_of(
         {"static": static, "continuous": with_energy(trials_of("continuous"), 7, 7, 7, 7)}
     )

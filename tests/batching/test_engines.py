@@ -33,7 +33,7 @@ from batchbench.batching.recording import Recording
 from batchbench.batching.scheduler import Scheduler
 from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
-from batchbench.workloads import Timetable, Workload
+from batchbench.workloads import Arrivals, Workload
 
 if TYPE_CHECKING:
     from support.models import Alone, MakeModel
@@ -678,7 +678,7 @@ def test_the_cache_takes_the_memory_that_was_told(dtype: str, make_model: MakeMo
 def test_passes_are_repeated_until_a_decision_is_due(name: str, tiny: LoadedModel) -> None:
     workload = Workload.of("one", prompts(5), [9])
     engine = engine_for(name, tiny, workload, 2)
-    scheduler = Scheduler(Timetable(workload), make_policy("continuous"), 2)
+    scheduler = Scheduler(Arrivals(workload), make_policy("continuous"), 2)
     engine.begin(workload)
     prefill = scheduler.plan(0)
     assert isinstance(prefill, Plan)

@@ -287,7 +287,7 @@ def test_latencies_are_those_of_the_tokens() -> None:
     assert tpot_ms(recording)[0] == 2
     assert np.isnan(tpot_ms(recording)[1])
     assert gaps_ms(recording).values.tolist() == [1, 3]  # the gap between requests is none
-    assert metrics.trial_summary(recording)["completed"] == 2
+    assert metrics.summary([recording])["completed"] == 2
 
 
 def test_files_keep_it(tmp_path: Path) -> None:

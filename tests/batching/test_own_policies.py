@@ -15,7 +15,7 @@ from batchbench.batching.plan import Plan
 from batchbench.batching.policies import Continuous, make_policy
 from batchbench.batching.scheduler import Scheduler
 from batchbench.errors import UsageError
-from batchbench.workloads import make_arrivals
+from batchbench.workloads import Arrivals
 
 NUMBERS = count()
 """Each test has a module of its own, lest one find another's in Python's cache."""
@@ -150,7 +150,7 @@ def finish(scheduler: Scheduler) -> None:
 @pytest.mark.parametrize("method", ["admit", "release"])
 def test_an_error_in_a_policy_is_told_with_its_line(method: str) -> None:
     policy = type("Mine", (Continuous,), {method: fails})()
-    scheduler = Scheduler(make_arrivals(workload_of([(3, 1, 0), (3, 1, 0)])), policy, 1)
+    scheduler = Scheduler(Arrivals(workload_of([(3, 1, 0), (3, 1, 0)])), policy, 1)
     with pytest.raises(UsageError) as error:
         finish(scheduler)
     line = deeper.__code__.co_firstlineno + 1

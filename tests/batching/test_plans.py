@@ -13,7 +13,7 @@ from batchbench.batching.plan import Plan, Wait
 from batchbench.batching.policies import Continuous, View
 from batchbench.batching.scheduler import Scheduler
 from batchbench.errors import UsageError
-from batchbench.workloads import Request, make_arrivals
+from batchbench.workloads import Arrivals, Request
 
 
 def planned(scheduler: Scheduler, now: int = 0) -> Plan:
@@ -27,7 +27,7 @@ def decoding(
     *rows: tuple[int, int, int], slots: int = 2, policy: Continuous | None = None
 ) -> Scheduler:
     """A scheduler whose first requests have read their prompts, at time 0."""
-    scheduler = Scheduler(make_arrivals(workload_of(rows)), policy or Continuous(), slots)
+    scheduler = Scheduler(Arrivals(workload_of(rows)), policy or Continuous(), slots)
     scheduler.apply(planned(scheduler), 1)
     return scheduler
 
@@ -53,7 +53,7 @@ def test_a_plan_holds_whole_numbers_from_its_first_pass_on() -> None:
     scheduler = decoding((3, 4, 0), (2, 6, 0))
     for plan in (planned(decoding((3, 4, 0))), planned(scheduler)):
         assert {plan.slots.dtype, plan.positions.dtype, plan.growing.dtype} == {np.dtype(np.int64)}
-    prompts = planned(Scheduler(make_arrivals(workload_of([(3, 4, 0)])), Continuous(), 2))
+    prompts = planned(Scheduler(Arrivals(workload_of([(3, 4, 0)])), Continuous(), 2))
     assert {prompts.slots.dtype, prompts.positions.dtype, prompts.growing.dtype} == {
         np.dtype(np.int64)
     }
@@ -69,14 +69,14 @@ def test_unless_told_otherwise_requests_end_at_their_length_and_prompts_have_pas
 
 
 def test_unless_told_otherwise_a_mixed_pass_computes_2048_tokens() -> None:
-    arrivals = make_arrivals(workload_of([(3000, 4, 0)]))
+    arrivals = Arrivals(workload_of([(3000, 4, 0)]))
     scheduler = Scheduler(arrivals, Continuous(), 2, prefill="mixed")
     [chunk] = planned(scheduler).chunks
     assert (chunk.start, chunk.stop) == (0, 2048)
 
 
 def test_where_lengths_are_not_known_each_pass_is_planned_alone() -> None:
-    arrivals = make_arrivals(workload_of([(3, 4, 0)]))
+    arrivals = Arrivals(workload_of([(3, 4, 0)]))
     scheduler = Scheduler(arrivals, Continuous(), 2, lengths_known=False)
     scheduler.apply(planned(scheduler), 1)
     assert planned(scheduler).repeat == 1
@@ -98,7 +98,7 @@ def test_a_plan_ends_where_the_policy_or_the_next_request_wants_to_be_heard(
 @pytest.mark.parametrize("prefill", ["separate", "mixed"])
 def test_a_prefill_ends_before_the_next_request_is_looked_for(prefill: str) -> None:
     """A GPU's host would otherwise plan the next pass before it knows who came meanwhile."""
-    arrivals = make_arrivals(workload_of([(3, 4, 0), (1, 1, 20)]))
+    arrivals = Arrivals(workload_of([(3, 4, 0), (1, 1, 20)]))
     scheduler = Scheduler(arrivals, Continuous(), 2, prefill=prefill, max_batched_tokens=8)
     plan = planned(scheduler)
     assert (len(plan.chunks), plan.repeat, plan.until) == (1, 1, 20)
@@ -106,7 +106,7 @@ def test_a_prefill_ends_before_the_next_request_is_looked_for(prefill: str) -> N
 
 @pytest.mark.parametrize(("again", "refused"), [(4, True), (5, True), (6, False)])
 def test_a_policy_may_ask_to_be_asked_again_at_a_later_time_only(again: int, refused: bool) -> None:
-    scheduler = Scheduler(make_arrivals(workload_of([(3, 4, 0)])), Asks(again), 2)
+    scheduler = Scheduler(Arrivals(workload_of([(3, 4, 0)])), Asks(again), 2)
     if not refused:
         planned(scheduler, now=5)
         return
@@ -115,14 +115,14 @@ def test_a_policy_may_ask_to_be_asked_again_at_a_later_time_only(again: int, ref
 
 
 def test_the_policy_sees_the_time_of_the_plan() -> None:
-    scheduler = Scheduler(make_arrivals(workload_of([(3, 4, 9)])), Continuous(), 2)
+    scheduler = Scheduler(Arrivals(workload_of([(3, 4, 9)])), Continuous(), 2)
     assert scheduler.plan(4) == Wait(9)
     assert scheduler.now == 4
 
 
 @pytest.mark.parametrize(("slots", "most"), [(1, 1), (4, 3)])
 def test_a_mixed_pass_must_have_room_beyond_a_token_a_slot(slots: int, most: int) -> None:
-    arrivals = make_arrivals(workload_of([(3, 4, 0)]))
+    arrivals = Arrivals(workload_of([(3, 4, 0)]))
     with pytest.raises(UsageError, match=f"^--max-batched-tokens {most}: must be above .*{slots}"):
         Scheduler(arrivals, Continuous(), slots, prefill="mixed", max_batched_tokens=most)
     Scheduler(arrivals, Continuous(), slots, prefill="mixed", max_batched_tokens=slots + 1)
@@ -131,7 +131,7 @@ def test_a_mixed_pass_must_have_room_beyond_a_token_a_slot(slots: int, most: int
 
 def test_clients_that_wait_for_their_answers_bring_more_while_one_runs() -> None:
     workload = workload_of([(3, 2, 0), (3, 2, 0)], max_concurrency=1)
-    scheduler = Scheduler(make_arrivals(workload), Continuous(), 2)
+    scheduler = Scheduler(Arrivals(workload), Continuous(), 2)
     assert not scheduler.more_to_come or scheduler.arrivals.next_due is not None
     scheduler.apply(planned(scheduler), 1)
     assert scheduler.running == 1
@@ -157,7 +157,7 @@ def lingering(
 ) -> Scheduler:
     """A scheduler that lets a policy admit nobody three times in a row."""
     monkeypatch.setattr(module, "MOST_ASKS", 3)
-    return Scheduler(make_arrivals(workload_of(rows)), Lingers(script), 2)
+    return Scheduler(Arrivals(workload_of(rows)), Lingers(script), 2)
 
 
 def test_a_policy_that_lingers_for_ever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_a_policy_may_linger_again_once_it_has_waited_for_a_request(
 )
 def test_what_a_policy_may_not_answer(answer: object, message: str) -> None:
     policy = type("Mine", (Continuous,), {"admit": lambda self, view: answer})()
-    scheduler = Scheduler(make_arrivals(workload_of([(3, 1, 0)])), policy, 2)
+    scheduler = Scheduler(Arrivals(workload_of([(3, 1, 0)])), policy, 2)
     with pytest.raises(UsageError) as error:
         scheduler.plan(0)
     assert str(error.value) == message
@@ -221,7 +221,7 @@ def test_a_policy_that_releases_no_slot_is_told_so_when_it_would_wait_for_ever()
 
 def test_the_end_of_a_text_that_ended_early_is_forgotten_with_its_slot() -> None:
     """Two requests want 5 and 9 tokens; the first ends its text with its second token."""
-    arrivals = make_arrivals(workload_of([(3, 5, 0), (3, 9, 0)]))
+    arrivals = Arrivals(workload_of([(3, 5, 0), (3, 9, 0)]))
     scheduler = Scheduler(arrivals, Continuous(), 2, lengths_known=False)
     scheduler.apply(planned(scheduler), 1)
     [(slot, request)] = scheduler.apply(planned(scheduler), 1, stopped=[0])

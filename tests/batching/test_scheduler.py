@@ -33,7 +33,7 @@ from batchbench.batching.plan import Plan, Wait
 from batchbench.batching.policies import make_policy
 from batchbench.batching.scheduler import Scheduler
 from batchbench.errors import UsageError
-from batchbench.workloads import Request, Timetable, Workload, WorkloadSpec, make_workload
+from batchbench.workloads import Arrivals, Request, Workload, WorkloadSpec, make_workload
 
 TIGHT = (1, 2, 3, 5, 8, 12)
 """Tokens that a mixed pass may compute beyond one a slot: seldom enough for all newcomers."""
@@ -503,7 +503,7 @@ def test_a_text_that_ends_early_has_its_tokens_up_to_the_end(
 def test_mixed_prefill_needs_room_for_a_prompt_beside_a_full_batch(slots: int, most: int) -> None:
     def make() -> Scheduler:
         return Scheduler(
-            Timetable(classic()),
+            Arrivals(classic()),
             make_policy("continuous"),
             slots,
             prefill="mixed",

@@ -34,7 +34,7 @@ from batchbench.batching.plan import Plan
 from batchbench.batching.policies import POLICIES
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Recording, SpanLog
-from batchbench.workloads import ClosedLoop, Request, Timetable, Workload
+from batchbench.workloads import Arrivals, Request, Workload
 
 ALL_POLICIES = ("static", "continuous", "support.laws:Patient", *POLICIES)
 some_wait = functools.partial(configs, policies=ALL_POLICIES, waits=(0, 0, 7, STEP_NS, 95))
@@ -206,7 +206,7 @@ def test_a_run_ends_with_its_last_pass_or_the_first_that_ends_at_or_after_until(
 def test_a_timetable_gives_each_request_once_when_it_is_due(
     workload: Workload, waits: list[int]
 ) -> None:
-    timetable, given_out, now = Timetable(workload), list[Request](), 0
+    timetable, given_out, now = Arrivals(workload), list[Request](), 0
     for wait in [*waits, 10**9]:
         now += wait
         given_out += timetable.due(now)
@@ -237,11 +237,6 @@ def test_a_closed_loop_keeps_so_many_in_the_system_and_no_more() -> None:
     ends = recording.step_ends_ns[log.last]
     for t in range(0, recording.duration_ns - 3 * STEP_NS, STEP_NS):
         assert ((log.due_ns <= t) & (ends > t)).sum() == 4
-
-
-def test_a_closed_loop_needs_to_know_how_many() -> None:
-    with pytest.raises(ValueError, match="max_concurrency"):
-        ClosedLoop(workload_of([(1, 1, 0)]))
 
 
 # Watching

@@ -48,7 +48,7 @@ def test_gaps_grow_with_the_cache(
     """The mean step of eight rows with up to 405 tokens is 1 ms + 8 × 205 × 1 µs."""
     workload = workload_of([(5, 400, 0)] * 8)
     cost = StepCost(1e6, cached_ns=cached_ns)
-    found = metrics.trial_summary(run(workload, Config("static", 8), cost, max_repeat=max_repeat))
+    found = metrics.summary([run(workload, Config("static", 8), cost, max_repeat=max_repeat)])
     assert found["mean_itl_ms"] == pytest.approx(mean_ms, rel=1e-9)
     assert found["mean_tpot_ms"] == pytest.approx(mean_ms, rel=1e-9)
     assert found["p99_itl_ms"] == pytest.approx(p99_ms, rel=2e-3)
@@ -135,7 +135,7 @@ def everything(recording: Recording, limits_ms: Mapping[str, float]) -> dict[str
     end = recording.duration_ns
     steps = decode_steps(recording)
     return {
-        "summary": metrics.trial_summary(recording, limits_ms),
+        "summary": metrics.summary([recording], limits_ms),
         "counters": metrics.counters(recording),
         "fairness": by_length([recording], classes),
         "stalls": stalls([recording]),

@@ -22,6 +22,7 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.session import Session
 from batchbench.batching.verification import Verification
 from batchbench.errors import UsageError
+from batchbench.json_file import json_text
 from batchbench.reports.slo import GoalsSpec
 from batchbench.studies.capacity import probe as benches
 from batchbench.studies.capacity import report
@@ -356,7 +357,7 @@ def test_the_picture_shows_every_probe_and_both_capacities(findings: CapacityFin
 
 
 def test_json_holds_no_infinity(findings: CapacityFindings) -> None:
-    data = json.loads(report.to_json(report.data_of(findings, "x")))
+    data = json.loads(json_text(report.data_of(findings, "x")))
     assert data["strategies"]["static"]["rate"] == findings.capacities[0].low
     probe = data["strategies"]["continuous"]["probes"][0]
     assert {"rate", "verdict", "attainment", "queue_growth", "latency_ms", "trials"} == set(probe)

@@ -198,8 +198,8 @@ def test_nodes_of_ray_are_clients_of_one_server_and_search_capacities(
         killed = conduct(asked(server.url, trials=4), Killing(kill), start=start)
     assert len(killed.recordings["continuous"]) == 1
     assert killed.stopped is not None
-    assert [len(failure.failed) for failure in killed.failures] == [12, 12]
-    assert killed.failures[0].failed[0].kind == "client_lost"
+    assert [len(failure["failed"]) for failure in killed.failures] == [12, 12]
+    assert killed.failures[0]["failed"][0]["kind"] == "client_lost"
 
 
 def test_jobs_of_submitit_are_clients_of_one_server_and_search_capacities(tmp_path: Path) -> None:

@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 from support.probe_server import MS, Kind, observe
 
 from batchbench.studies.probe import judge as judging
-from batchbench.studies.probe.joining import Fate, fate_of
-from batchbench.studies.probe.judge import Verdict, judge
+from batchbench.studies.probe.judge import (
+    Fate,
+    Verdict,
+    burst_of,
+    fate_of,
+    judge,
+    offset_of,
+    sends_by_timer,
+    shared_steps,
+)
 from batchbench.studies.probe.observations import (
     Observations,
     Pace,
@@ -23,8 +31,6 @@ from batchbench.studies.probe.observations import (
     Stream,
     pace_of,
 )
-from batchbench.studies.probe.slots import burst_of
-from batchbench.studies.probe.steps import offset_of, sends_by_timer, shared_steps
 
 CONTINUOUS = judging.Kind.CONTINUOUS
 STATIC = judging.Kind.STATIC
@@ -333,7 +339,7 @@ def test_a_burst_grows_only_if_half_of_it_ran_together() -> None:
         seen, _ = observe(Kind(slots=4, early_end=0.1), seed)
         pace = pace_of(seen.alone)
         assert pace is not None
-        for before, after in pairwise([burst_of(round, pace) for round in seen.bursts]):
+        for before, after in pairwise([burst_of(round, pace) for round in seen.of(Role.BURST)]):
             assert after.sent <= before.sent or 2 * before.most >= before.sent
 
 

@@ -21,9 +21,9 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.remote.exchange import Failure, FailureKind
 from batchbench.batching.remote.spec import TargetSpec
 from batchbench.studies.probe import ask, report
-from batchbench.studies.probe.figures import MOST_STREAMS, Panel, draw_streams, panels_of
 from batchbench.studies.probe.judge import Kind
 from batchbench.studies.probe.observations import Role, Stream
+from batchbench.studies.probe.report import MOST_STREAMS, Panel, draw_streams, panels_of
 
 KEYS = {"target", "server", "verdict", "slots", "slots_is_lower_bound", "evidence"}
 
@@ -293,7 +293,7 @@ def test_a_refusal_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found.failures
     assert found.verdict.kind is Kind.CONTINUOUS
     assert found.verdict.slots_is_lower_bound
-    assert "were refused" in dict(report.tests_of(found))["Slots"]
+    assert "were refused" in report.tests_of(found)["Slots"]
 
 
 def test_the_time_is_over_before_the_first_answer(
@@ -359,6 +359,5 @@ def test_pictures_of_nothing_and_of_many(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [len(panel.streams) <= MOST_STREAMS for panel in panels] == [True, True]
     figure = draw_streams(panels, "headline", "title")
     for axes, panel in zip(figure.axes, panels, strict=True):
-        names = [panel.name(stream) for stream in panel.streams]
-        assert [label.get_text() for label in axes.get_yticklabels()] == names
+        assert [label.get_text() for label in axes.get_yticklabels()] == panel.names
     assert figure.axes[0].get_yticklabels()[0].get_text() == "long"

@@ -148,7 +148,7 @@ def framings(data: bytes) -> dict[str, bytes]:
 def same(one: Reply, other: Reply) -> bool:
     """Tell whether two replies agree in all but times."""
     nothing = np.zeros(0)
-    strip = {"token_times_ns": nothing, "shared": nothing, "chunks": []}
+    strip = {"token_times_ns": nothing, "chunks": []}
     texts = [[(c.text, c.tokens) for c in reply.chunks] for reply in (one, other)]
     left, right = (vars(replace(reply, **strip)) for reply in (one, other))
     for name in strip:
@@ -174,8 +174,6 @@ def test_a_response_cut_at_every_byte_has_the_same_tokens(dialect: DialectName, 
     single = parse(received([data[i : i + 1] for i in range(len(data))]), 3)
     assert same(single, whole)
     assert single.token_times_ns.tolist() == [10 * end for end in ends]
-    assert not single.shared.any()
-    assert whole.shared.all()  # one read brought all
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -274,8 +272,6 @@ def test_tokens_are_counted_by_ids_or_usage(
     assert reply.failure is None
     assert counts(reply) == expected
     assert reply.itl_known is known
-    of_chunk = [count for count in expected if count > 1]
-    assert int(reply.shared.sum()) == sum(of_chunk)
     assert all((chunk.tokens is not None) is known for chunk in reply.chunks)
 
 
@@ -322,7 +318,6 @@ def test_tokens_of_a_chunk_share_its_time_and_are_marked(
     assert times[0] == times[1]
     assert (times[1] == times[2]) is (per_chunk == 3)
     assert reply.itl_known
-    assert reply.shared.tolist() == [True, True, per_chunk == 3]
 
 
 def delta(**content: Any) -> dict[str, Any]:
@@ -344,7 +339,7 @@ def test_the_first_token_is_the_first_with_output_never_the_role(first: dict[str
     empty = delta(role="assistant", content="", reasoning_content=None, tool_calls=[])
     reply = parse(received(chunks(empty, first, delta(content="y"), usage=2)), 2)
     assert reply.failure is None
-    assert reply.first_token_ns == 20
+    assert reply.chunks[0].time_ns == 20
     assert reply.token_times_ns.tolist() == [20, 30]
 
 
@@ -384,7 +379,6 @@ json_values = st.recursive(
 def test_no_json_breaks_the_parser(values: list[Any]) -> None:
     data = [chunked(event(json.dumps(value))) for value in values]
     reply = parse(received([SSE_HEAD, *data, chunked(event("[DONE]")), chunked(b"")]), 3)
-    assert len(reply.token_times_ns) == len(reply.shared)
     assert reply.failure is not None or reply.output_tokens == 3
 
 

@@ -184,7 +184,7 @@ def test_occupancy() -> None:
 
 
 def test_a_summary() -> None:
-    found = metrics.trial_summary(trial("continuous", energy_joules=3.0), {"ttft": 15 * NS})
+    found = metrics.summary([trial("continuous", energy_joules=3.0)], {"ttft": 15 * NS})
     figures = [NAN if value is None else value for value in found.values()]
     assert figures[:12] == close(
         [40e-9, 3, 9, 6, 3 / 40e-9, 6 / 40e-9, 15 / 40e-9, 3.0, 0.5, NAN, 2 / 40e-9, 2 / 3],
@@ -236,7 +236,7 @@ def test_energy_is_told_where_each_trial_counted_it() -> None:
     assert metrics.energy_joules(counted) == 3.0
     assert metrics.energy_joules([*counted, STATIC]) is None
     assert metrics.energy_joules([trial("static", energy_joules=None)]) is None
-    assert metrics.trial_summary(STATIC)["joules_per_output_token"] is None
+    assert metrics.summary([STATIC])["joules_per_output_token"] is None
 
 
 def test_the_share_of_the_floor_is_the_median_of_the_trials_that_have_one() -> None:
@@ -245,10 +245,10 @@ def test_the_share_of_the_floor_is_the_median_of_the_trials_that_have_one() -> N
         trial("continuous", memory={"bytes_per_s": speed, "reading": reading})
         for speed in (1e9, 2e9)
     )
-    share = metrics.floor_share([slow])
+    share = metrics.summary([slow])["floor_share"]
     assert share == close((9 + 9) / 1e9 / 10e-9)  # of 3 + 1 and 4 + 1 cached tokens
-    assert metrics.floor_share([slow, CONTINUOUS, fast]) == close(share * 0.75)
-    assert metrics.floor_share([CONTINUOUS]) is None
+    assert metrics.summary([slow, CONTINUOUS, fast])["floor_share"] == close(share * 0.75)
+    assert metrics.summary([CONTINUOUS])["floor_share"] is None
 
 
 def test_the_typical_trial_is_the_median_one_or_the_shorter_of_the_middle_two() -> None:
@@ -265,15 +265,15 @@ def test_the_arrivals_of_trials_are_their_median_rate_and_all_of_their_lags() ->
     ]
     found = metrics.summary(trials)
     assert found["arrival_rate"] == close(3 / 60e-9)
-    rates = [metrics.trial_summary(each)["arrival_rate"] for each in trials]
+    rates = [metrics.summary([each])["arrival_rate"] for each in trials]
     assert rates == close([3 / 45e-9, 3 / 120e-9, 3 / 60e-9])
     assert found["max_arrival_lag_ms"] is not None
 
 
 def test_a_request_without_a_last_token_is_not_complete() -> None:
     requests = replace(STATIC.requests, last=np.array([2, 0, -1]))
-    assert metrics.trial_summary(replace(STATIC, requests=requests))["completed"] == 2
-    assert metrics.trial_summary(STATIC)["completed"] == 3
+    assert metrics.summary([replace(STATIC, requests=requests)])["completed"] == 2
+    assert metrics.summary([STATIC])["completed"] == 3
 
 
 def test_without_steps_every_request_is_complete() -> None:
@@ -282,7 +282,7 @@ def test_without_steps_every_request_is_complete() -> None:
     recording = Recording.of_tokens(
         header, workload, [[5, 6], [7]], [[10, 40], [20]], [0, 5], np.array([0, 4])
     )
-    found = metrics.trial_summary(recording)
+    found = metrics.summary([recording])
     assert (found["completed"], found["total_output_tokens"]) == (2, 3)
     assert found["duration"] == close(40e-9)
     assert gaps_ms(recording).count == 1

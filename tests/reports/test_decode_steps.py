@@ -103,18 +103,19 @@ MEMORY = {"memory": {"bytes_per_s": 2e9, "reading": READING}}
 def test_a_step_stands_beside_what_it_reads() -> None:
     # Of two requests, each of 3 prompt tokens, the n-th decode step reads 2 × (3 + n), n to 5.
     recording = serve(workload_of([(3, 6, 0), (3, 6, 0)]), Config("continuous", 2))
-    found = decode_floor(about(recording, MEMORY))
+    found = decode_floor([about(recording, MEMORY)])
     assert found is not None
-    assert (found.rows, found.read_bytes) == (2, 880 + 12 * 10)
-    assert found.floor_ms == pytest.approx(1000 / 2e9 * 1e3)
-    assert found.floor_share == pytest.approx(found.floor_ms / (STEP_NS / 1e6))
+    assert (found["rows"], found["read_bytes"]) == (2, 880 + 12 * 10)
+    assert found["floor_ms"] == pytest.approx(1000 / 2e9 * 1e3)
+    assert found["floor_share"] == pytest.approx(found["floor_ms"] / (STEP_NS / 1e6))
 
 
 def test_there_is_no_floor_without_memory_or_decode_steps() -> None:
     recording = serve(workload_of([(3, 6, 0)]), Config("continuous", 2))
-    assert decode_floor(recording) is None
+    assert decode_floor([recording]) is None
     single = serve(workload_of([(3, 1, 0), (2, 1, 0)]), Config("continuous", 2))
-    assert decode_floor(about(single, MEMORY)) is None
+    assert decode_floor([about(single, MEMORY)]) is None
     header = Header("theirs", 0, 1, False, MEMORY)
     workload = Workload.of("w", [[1]], [2])
-    assert decode_floor(Recording.of_tokens(header, workload, [[5, 5]], [[3, 4]], [0])) is None
+    told = Recording.of_tokens(header, workload, [[5, 5]], [[3, 4]], [0])
+    assert decode_floor([told]) is None

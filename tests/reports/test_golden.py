@@ -471,7 +471,7 @@ def test_every_metric_equals_the_golden_simulations_to_the_bit(case: Case) -> No
     golden, recording = Golden(case), case.served()
     assert recording.requests.due_ns.tolist() == [life.due for life in golden.lives]
     assert recording.requests.slot.tolist() == [life.slot for life in golden.lives]
-    assert metrics.trial_summary(recording, LIMITS) == golden.summary()
+    assert metrics.summary([recording], LIMITS) == golden.summary()
     assert metrics.counters(recording) == golden.counters()
     classes = length_classes(recording.requests.output_tokens)
     assert by_length([recording], classes) == golden.by_length()
@@ -494,7 +494,7 @@ def test_so_does_a_case_large_enough_for_p999(strategy: str) -> None:
         max_wait=STEP,
     )
     golden, recording = Golden(case), case.served()
-    found = metrics.trial_summary(recording, LIMITS)
+    found = metrics.summary([recording], LIMITS)
     assert found == golden.summary()
     assert found["p99.9_ttft_ms"] is not None
     assert metrics.counters(recording) == golden.counters()

@@ -205,7 +205,7 @@ def test_gaps_are_not_averaged_within_a_request_so_that_stalls_vanish() -> None:
     gaps = gaps_ms(recording)
     assert gaps.max == 10 * STEP_NS / 1e6
     assert tpot_ms(recording)[0] < 2 * STEP_NS / 1e6
-    assert metrics.trial_summary(recording)["p99_itl_ms"] > 5 * STEP_NS / 1e6  # type: ignore[operator]
+    assert metrics.summary([recording])["p99_itl_ms"] > 5 * STEP_NS / 1e6  # type: ignore[operator]
 
 
 def test_tpot_is_divided_by_the_tokens_that_were_produced() -> None:
@@ -220,7 +220,7 @@ def test_lengths_are_those_generated_and_not_those_of_text_tokenised_again() -> 
     """CentML/flexible-inference-bench#66"""
     recording = as_measured(serve(workload_of([(3, 5, 0), (2, 9, 0)]), Config("continuous", 2)))
     same_token = replace(recording, tokens=np.zeros(14, np.int32))  # any text of it is shorter
-    found = metrics.trial_summary(same_token)
+    found = metrics.summary([same_token])
     assert found["total_output_tokens"] == 14
     assert found["total_input_tokens"] == 5
 
@@ -262,7 +262,7 @@ def test_the_spread_of_throughput_is_that_of_trials_and_not_of_single_gaps() -> 
     found = metrics.summary(trials)
     assert not [name for name in found if "throughput" in name and name.split("_")[0] in ("std",)]
     # An interval needs trials: one, however many gaps it has, has none.
-    one, two = ([metrics.trial_summary(t)["output_throughput"] for t in trials[:n]] for n in (1, 2))
+    one, two = ([metrics.summary([t])["output_throughput"] for t in trials[:n]] for n in (1, 2))
     for rates in (one, two):
         ratio = paired_ratio(rates, rates)
         assert ratio is not None
@@ -288,7 +288,7 @@ def test_goodput_counts_the_requests_that_meet_all_limits(
     """Two at a time, a step a millisecond; of one token there is no TPOT to be too long."""
     workload = workload_of([(1, 3, 0), (1, 1, 0), (1, 4, 0), (1, 1, 0)])
     recording = Batcher("static", SimulatedEngine(UNIT_NS), 2).serve(workload, Watch())
-    found = metrics.trial_summary(recording, limits)
+    found = metrics.summary([recording], limits)
     assert found["slo_attainment"] == sum(good) / 4
     assert found["request_goodput"] == sum(good) / (recording.duration_ns / 1e9)
     pooled = metrics.summary([recording] * 3, limits)

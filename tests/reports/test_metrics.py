@@ -226,7 +226,7 @@ def test_statistics_are_numpys_of_the_expanded_values(
     workload: Workload, config: Config, uneven: bool
 ) -> None:
     _, recording = witnessed(workload, config, uneven)
-    found = metrics.trial_summary(recording)
+    found = metrics.summary([recording])
     latencies = Latencies.of(recording)
     for name in LATENCIES:
         values = expanded(getattr(latencies, name))
@@ -270,7 +270,7 @@ def test_pooling_counts_every_observation_of_every_trial() -> None:
 @pytest.mark.parametrize(("requests", "told"), [(999, False), (1000, True)])
 def test_p999_is_null_below_a_thousand_values(requests: int, told: bool) -> None:
     recording = serve(workload_of([(1, 2, 0)] * requests), Config("continuous", 16))
-    found = metrics.trial_summary(recording)
+    found = metrics.summary([recording])
     for name in LATENCIES:
         assert (found[f"p99.9_{name}_ms"] is not None) is told
         assert found[f"p99_{name}_ms"] is not None
@@ -288,7 +288,7 @@ def test_duration_and_throughputs_are_totals_by_the_last_token(
     workload: Workload, config: Config, uneven: bool
 ) -> None:
     engine, recording = witnessed(workload, config, uneven)
-    found = metrics.trial_summary(recording)
+    found = metrics.summary([recording])
     duration = max(times[-1] for times in engine.token_times.values()) / 1e9
     inputs = sum(r.prompt_tokens for r in workload)
     outputs = sum(len(times) for times in engine.token_times.values())
@@ -317,11 +317,11 @@ def test_a_summary_has_the_median_duration_and_pooled_latencies() -> None:
 @given(workloads(most=5), configs())
 def test_what_has_no_meaning_is_null_and_never_nan(workload: Workload, config: Config) -> None:
     _, recording = witnessed(workload, config)
-    json.dumps(metrics.trial_summary(recording), allow_nan=False)
+    json.dumps(metrics.summary([recording]), allow_nan=False)
 
 
 def test_requests_of_one_token_have_a_ttft_and_no_gaps() -> None:
-    found = metrics.trial_summary(serve(workload_of([(3, 1, 0)] * 5), Config("continuous", 2)))
+    found = metrics.summary([serve(workload_of([(3, 1, 0)] * 5), Config("continuous", 2))])
     for name in ("tpot", "itl"):
         assert {found[f"{what}_{name}_ms"] for what in ("mean", "median", "std", "p99")} == {None}
     assert found["mean_ttft_ms"] == found["mean_e2el_ms"] is not None
@@ -372,7 +372,7 @@ def test_texts_that_end_early_are_counted_as_far_as_they_go(
     stops = {r.index: random.randint(1, r.output_tokens) for r in workload}
     ending = replace(workload, stop_at_eos=True)
     engine, recording = witnessed(ending, config, stops=stops, late=late)
-    found = metrics.trial_summary(recording)
+    found = metrics.summary([recording])
     assert metrics.counters(recording) == naive_counters(engine)
     assert found["total_output_tokens"] == sum(stops.values())
     gaps = [(b - a) / 1e6 for times in engine.token_times.values() for a, b in pairwise(times)]

@@ -18,6 +18,7 @@ from support.served import (
     DIFFERENT,
     QUIET,
     SERVER,
+    failed_trial,
     served,
     served_result,
     served_trial,
@@ -27,7 +28,6 @@ from support.served import (
 from batchbench.batching.recording import Recording
 from batchbench.batching.recording_file import load_recording, save_recording
 from batchbench.batching.remote.events import ClientLag
-from batchbench.batching.remote.outcome import FailedRequest, FailedTrial
 from batchbench.errors import UsageError
 from batchbench.reports.formats import dashboards, html, markdown
 from batchbench.reports.formats.terminal import sentence
@@ -74,7 +74,7 @@ def test_our_own_engine_has_no_server() -> None:
 def test_a_served_result_is_derived_anew_to_the_byte() -> None:
     result = served_result(
         agreement=DIFFERENT,
-        failures=(FailedTrial("static", 2, 32, (FailedRequest(3, "reset", "x", "y"),)),),
+        failures=[failed_trial(3)],
     )
     assert to_json(remake_result(result)) == to_json(result)
 
@@ -90,7 +90,7 @@ def test_a_served_result_is_derived_anew_to_the_byte() -> None:
 def test_the_step_ratio_is_the_servers_or_else_the_schedules(
     passes: Mapping[str, Sequence[int | None]], ratio: float, source: str
 ) -> None:
-    server = replace(SERVER, passes={name: tuple(p) for name, p in passes.items()})
+    server = replace(SERVER, passes={name: list(p) for name, p in passes.items()})
     comparison = served_result(server=server).data["comparison"]
     assert comparison is not None
     assert comparison["step_ratio"] == pytest.approx(ratio)
@@ -136,7 +136,7 @@ def test_a_difference_is_told_with_its_place_and_the_noise_of_the_server() -> No
         "the strategies' outputs differ for 1/32 requests (first: request 5 from token 12 on), "
         "and 30/32 are the same in all trials of the baseline"
     ) in sentence(served_result(agreement=DIFFERENT))
-    by_text = served_result(agreement=replace(DIFFERENT, by="text", baseline_repeat=None))
+    by_text = served_result(agreement={**DIFFERENT, "by": "text", "baseline_repeat": None})
     assert "(first: request 5 from character 12 on); run" in sentence(by_text)
 
 
@@ -254,9 +254,7 @@ def test_pairs_that_contradict_each_other_are_doubted(
 
 
 def test_a_trial_that_failed_is_told_with_its_request_and_phase() -> None:
-    refused = FailedRequest(7, "refused", "before its first token", "it refuses connections")
-    failure = FailedTrial("static", 2, 32, (refused, replace(refused, request=8)))
-    result = served_result(failures=(failure,))
+    result = served_result(failures=[failed_trial(7, 8)])
     assert reasons(result) == [
         "2 of 32 requests failed in trial 3 of static (waves) (request 7 before its first token: "
         "it refuses connections): its times are left out"
@@ -308,10 +306,7 @@ def test_a_recording_with_impossible_times_of_its_client_is_refused(
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the result of a run against a server in which requests failed."""
     folder = tmp_path_factory.mktemp("served")
-    refused = FailedRequest(7, "refused", "before its first token", "it refuses connections")
-    result = served_result(
-        agreement=DIFFERENT, failures=(FailedTrial("static", 2, 32, (refused,)),)
-    )
+    result = served_result(agreement=DIFFERENT, failures=[failed_trial(7)])
     for name, content in recording_files(result.recordings).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)

@@ -18,7 +18,7 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Recording, Steps, token_steps
 from batchbench.batching.scheduler import Scheduler
-from batchbench.workloads import Request, Workload, make_arrivals
+from batchbench.workloads import Arrivals, Request, Workload
 
 STEP_NS = 10
 """Duration of a step in these tests; due times fall on and between its multiples."""
@@ -111,7 +111,7 @@ def scheduler_of(
 ) -> Scheduler:
     """A scheduler to be driven by hand."""
     return Scheduler(
-        make_arrivals(workload),
+        Arrivals(workload),
         policy,
         config.slots,
         order=config.order,

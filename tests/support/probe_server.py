@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from batchbench.batching.remote.exchange import Wait
 from batchbench.studies.probe.observations import Observations, Role, Round, Server, Stream
-from batchbench.studies.probe.script import Pause, Player, Script, next_script
+from batchbench.studies.probe.script import Player, Script, next_script
 
 MS = 1_000_000
 
@@ -196,7 +197,8 @@ class Client:
     """Plays a script against a world."""
 
     def __init__(self, world: World, script: Script, deadline: int) -> None:
-        self.world, self.player, self.deadline = world, Player(script), deadline
+        self.world, self.deadline = world, deadline
+        self.player = Player(script, lambda tokens: b"", "")
         self.streams: list[Stream] = []
         self.times: list[list[int]] = []
         self.whole: list[Stream] = []
@@ -223,12 +225,12 @@ class Client:
             move = self.player.next(self.world.now, self.in_flight)
             if move is None:
                 self.over = True
-            elif isinstance(move, Pause):
+            elif isinstance(move, Wait):
                 if move.until_ns is not None:
                     self.world.after(move.until_ns - self.world.now, self.turn)
                 return
             else:
-                self.send(move.role, move.tokens)
+                self.send(*self.player.sent[-1])
 
     def send(self, role: Role, tokens: int) -> None:
         world = self.world

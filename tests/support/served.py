@@ -13,7 +13,7 @@ from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.remote.events import ClientLag
-from batchbench.batching.remote.outcome import Agreement, Difference, FailedTrial, ServerFacts
+from batchbench.batching.remote.outcome import Agreement, FailedTrial, ServerFacts
 from batchbench.batching.session import Outcome
 from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.reports.result import Result, make_result
@@ -36,21 +36,52 @@ SERVER = ServerFacts(
     name="llama.cpp",
     version="b4242",
     slots=8,
-    passes={"static": (400,) * 4, "continuous": (130, 130, 131, 130)},
-    cached_tokens={"static": (0,) * 4, "continuous": (0,) * 4},
+    passes={"static": [400] * 4, "continuous": [130, 130, 131, 130]},
+    cached_tokens={"static": [0] * 4, "continuous": [0] * 4},
     running_before=0,
     prompt_cache_off=True,
 )
 
-SAME = Agreement(by="token ids", requests=32, same=32, differ=0, baseline_repeat=32)
+SAME = Agreement(by="token ids", requests=32, same=32, differ=0, baseline_repeat=32, first=[])
 
-DIFFERENT = replace(
-    SAME,
+DIFFERENT = Agreement(
+    by="token ids",
+    requests=32,
     same=31,
     differ=1,
     baseline_repeat=30,
-    first=(Difference(5, "static", 0, "continuous", 0, 12, "17", "99"),),
+    first=[
+        {
+            "request": 5,
+            "baseline": "static",
+            "baseline_trial": 0,
+            "strategy": "continuous",
+            "trial": 0,
+            "position": 12,
+            "expected": "17",
+            "found": "99",
+        }
+    ],
 )
+
+
+def failed_trial(*requests: int) -> FailedTrial:
+    """Return the third trial of static, in which these requests were refused."""
+    return {
+        "strategy": "static",
+        "trial": 2,
+        "requests": 32,
+        "failed": [
+            {
+                "request": request,
+                "kind": "refused",
+                "phase": "before its first token",
+                "text": "it refuses connections",
+                "status": None,
+            }
+            for request in requests
+        ],
+    }
 
 
 def served_trial(

@@ -362,7 +362,7 @@ def test_the_table_is_what_the_cells_give_alone(tmp_path: Path) -> None:
         assert cell.experiment is not None
         for name, (recording,) in conduct(cell.experiment).recordings.items():
             row = next(rows)
-            asked = {**metrics.trial_summary(recording), **metrics.counters(recording)}
+            asked = {**metrics.summary([recording]), **metrics.counters(recording)}
             assert {k: None if pd.isna(v) else v for k, v in row.items() if k in asked} == asked
             assert (row["strategy"], row["trial"]) == (name, 0)
             assert row["cell"] == cell.digest or int(row["cell"]) == int(cell.digest)

@@ -102,13 +102,6 @@ def test_the_grammar_of_lengths(text: str, low: int, high: int) -> None:
     assert (lengths.min, lengths.max) == (low, high)
 
 
-@given(st.integers(1, 10**6), st.integers(0, 10**6))
-@law
-def test_a_distribution_reads_its_own_name(low: int, more: int) -> None:
-    lengths = parse_lengths(f"{low}:{low + more}", "--prompt-tokens")
-    assert parse_lengths(str(lengths), "--prompt-tokens") == lengths
-
-
 def test_a_range_and_its_long_form_are_the_same_workload() -> None:
     short, long = (WorkloadSpec(prompt_tokens=t) for t in ("4:64", "uniform:min=4,max=64"))
     assert made(short).digest == made(long).digest

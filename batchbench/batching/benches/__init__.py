@@ -6,7 +6,7 @@ import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from batchbench.batching.batcher import Strategy
 from batchbench.batching.experiment import Experiment
@@ -17,6 +17,8 @@ from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Verification
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload, WorkloadSpec
+
+S = TypeVar("S", bound=Strategy)
 
 GRACE = 1.1
 """Multiple of ``--max-time`` after which a trial is stopped; a slightly late pair counts."""
@@ -130,6 +132,6 @@ def check_pair_time(limit: float, expected_s: float) -> None:
         )
 
 
-def in_turn(strategies: Sequence[Strategy], round_number: int) -> Sequence[Strategy]:
+def in_turn(strategies: Sequence[S], round_number: int) -> Sequence[S]:
     """Return the strategies in the order of a round; it alternates."""
     return strategies if round_number % 2 == 0 else strategies[::-1]

@@ -28,7 +28,7 @@ from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Header, Recording
 from batchbench.batching.strategies import GENERATE_BATCH_SAMPLES, Context
 from batchbench.errors import UsageError, reason_in_short
-from batchbench.workloads import Request, Workload, make_arrivals
+from batchbench.workloads import Arrivals, Request, Workload
 
 PAGE = 256  # tokens in a page of the cache: the default of transformers
 _POLL_S = 0.5  # between two checks that its thread is alive
@@ -114,7 +114,7 @@ class GenerateBatch:
     def _served(
         self, manager: Any, workload: Workload, clock: WallClock, progress: Progress, watch: Watch
     ) -> Iterator[tuple[Request, Any]]:
-        arrivals = make_arrivals(workload)
+        arrivals = Arrivals(workload)
         running: dict[int, Request] = {}
         while running or arrivals.more:
             for request in sorted(arrivals.due(clock.now()), key=ORDERS[self._order]):

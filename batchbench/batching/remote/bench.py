@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -55,6 +56,8 @@ SAFE_VOCABULARY = 32_000
 WARM_UP_TOKENS = 12
 
 _LONGEST_NAME = 255
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 _MOST_FAILED = 2
 """Failed rounds in a row after which no more are tried."""
@@ -172,7 +175,7 @@ class RemoteBench(Bench):
             self._dialect,
             self._body,
             self._until_ns,
-            self._clients,
+            None if self._clients is None else self._clients.play,
         )
 
     def _body(self, workload: Workload, request: Request) -> bytes:
@@ -222,8 +225,11 @@ class RemoteBench(Bench):
         while len(medians) < most and not settled:
             try:
                 recording = served.serve(piece, Watch())
-            except TrialFailed as failed:
-                raise _of_warm_up(failed) from failed
+            except TrialFailed as error:
+                if error.is_usage:
+                    text = error.failed["failed"][0]["text"]
+                    raise UsageError(f"--target: {text}") from error
+                raise TrialFailed(error.failed, is_usage=False, where="the warm-up") from error
             # Not the time between tokens: a server may send several at once.
             medians.append(float(np.median(recording.last_token_ns - recording.requests.due_ns)))
             if len(medians) > 1:
@@ -251,18 +257,20 @@ class RemoteBench(Bench):
             TrialFailed: no round was finished.
             UsageError: no round was finished, and the server would refuse the requests again.
         """
-        strategies, planned = self.strategies(), self.experiment.trials.trials
-        finished = failed = 0
+        strategies = [self.strategy(name) for name in self.experiment.serving.strategies]
+        planned, finished, failed = self.experiment.trials.trials, 0, 0
         first: TrialFailed | None = None
         for number in range(planned):
+            attempts = dict[str, Attempt]()
             try:
-                attempts = {
-                    strategy.name: self._attempt(strategy, number, finished)
-                    for strategy in in_turn(strategies, number)
-                }
+                for strategy in in_turn(strategies, number):
+                    self._watch.trial_begins(strategy.name, number, planned)
+                    attempt = strategy.attempt(self.workload, self._watch, finished)
+                    self._watch.trial_ends(strategy.name, number, attempt.recording.duration_ns)
+                    attempts[strategy.name] = attempt
             except TrialFailed as error:
                 failed, first = failed + 1, first or error
-                self.failures.append(error.failed)
+                self.failures.append({**error.failed, "trial": number})
                 last = number + 1 == planned or failed == _MOST_FAILED
                 if not finished and (last or error.is_usage):
                     raise _as_usage(first) from error
@@ -270,32 +278,18 @@ class RemoteBench(Bench):
                     return
                 continue
             failed, finished = 0, finished + 1
-            yield self._finished([attempts[strategy.name] for strategy in strategies])
+            self._keep(attempts)
+            yield [attempts[strategy.name].recording for strategy in strategies]
 
-    def _attempt(self, strategy: Strategy, number: int, trial: int) -> Attempt:
-        """Serve a trial of round ``number``, of which ``trial`` are finished."""
-        assert isinstance(strategy, Served)
-        planned = self.experiment.trials.trials
-        self._watch.trial_begins(strategy.name, number, planned)
-        try:
-            attempt = strategy.attempt(self.workload, self._watch, trial)
-        except TrialFailed as error:
-            of_round = replace(error.failed, trial=number)
-            raise TrialFailed(of_round, is_usage=error.is_usage) from error
-        self._watch.trial_ends(strategy.name, number, attempt.recording.duration_ns)
-        return attempt
-
-    def _finished(self, attempts: Sequence[Attempt]) -> list[Recording]:
+    def _keep(self, attempts: Mapping[str, Attempt]) -> None:
         """Keep what a round told beside its recordings."""
         outputs: dict[str, Sequence[Output]] = {}
-        for attempt in attempts:
-            name, trial = attempt.recording.header.strategy, attempt.recording.header.trial
+        for name, attempt in attempts.items():
             self._counts[name].append(replace(attempt, replies=()))
-            outputs[name] = [Output.of(reply) for reply in attempt.replies]
-            if self._target.verify_model is not None or not trial:
+            outputs[name] = [Output(r.token_ids, r.text) for r in attempt.replies]
+            if self._target.verify_model is not None or not attempt.recording.header.trial:
                 self._outputs[id(attempt.recording)] = outputs[name]
         self._comparison.add(outputs)
-        return [attempt.recording for attempt in attempts]
 
     def observe(self, strategy: Strategy, trial: int) -> Recording:
         """Serve one trial."""
@@ -309,12 +303,8 @@ class RemoteBench(Bench):
         if folder is None or (limit == 0 and chosen is None) or not recordings:
             return NOT_VERIFIED
         self._watch.phase("verifying")
-        unknown, readable = set[int](), list[Recording]()
-        for recording in recordings:
-            outputs = self._outputs.get(id(recording), ())
-            known, unread = with_ids(recording, outputs, self._tokenizer)
-            unknown |= unread
-            readable.append(known)
+        told = [with_ids(r, self._outputs.get(id(r), ()), self._tokenizer) for r in recordings]
+        unknown = set[int]().union(*(unread for _, unread in told))
         requests = range(len(self.workload)) if chosen is None else chosen
         checked = [request for request in requests if request not in unknown]
         if len(checked) < len(requests):
@@ -323,8 +313,21 @@ class RemoteBench(Bench):
                 "cannot be checked: the server tells no token ids, and their texts do not give "
                 "them back exactly"
             )
-        within = limit if chosen is None else None
-        return verify_against(folder, self._models, self.workload, readable, within, checked)
+        if chosen is None and limit is not None and limit < len(checked):
+            places = np.linspace(0, len(checked) - 1, limit).round().astype(int)
+            checked = [checked[i] for i in np.unique(places)]
+        if not checked:
+            return NOT_VERIFIED
+        from batchbench.batching.engines.torch.reference import TeacherForced
+
+        # The model has the number format of its files, as it does on most servers.
+        config = read_config(str(folder), folder)
+        dtype = config.get("dtype") or config.get("torch_dtype")
+        spec = ModelSpec(str(folder), "pretrained", dtype=dtype if dtype in _DTYPES else "auto")
+        source = self._models.find(spec, weights=True)
+        reference = TeacherForced(self._models.load(source, spec, self.workload.seed))
+        readable = [recording for recording, _ in told]
+        return verify(self.workload, readable, reference, source.eos_token_ids, None, checked)
 
     def texts(self, recording: Recording) -> list[tuple[str, str]] | None:
         """Return the prompt and the output of each request; None without a tokenizer."""
@@ -337,16 +340,15 @@ class RemoteBench(Bench):
 
     def server(self) -> ServerFacts:
         """Return the server's facts and its own counts of each finished trial."""
-        before = [a.before for attempts in self._counts.values() for a in attempts if a.before]
+        done = self._counts
+        before = [attempt.before for attempt in chain(*done.values()) if attempt.before]
         running = [b.running + (b.waiting or 0) for b in before if b.running is not None]
         return ServerFacts(
             name=self._dialect.name,
             version=self._dialect.version,
             slots=self._dialect.slots,
-            passes={n: tuple(a.passes for a in done) for n, done in self._counts.items()},
-            cached_tokens={
-                n: tuple(a.cached_tokens for a in done) for n, done in self._counts.items()
-            },
+            passes={name: [a.passes for a in of] for name, of in done.items()},
+            cached_tokens={name: [a.cached_tokens for a in of] for name, of in done.items()},
             running_before=max(running, default=None),
             prompt_cache_off=self._dialect.prompt_cache is PromptCache.OFF or None,
             clients=() if self._clients is None else self._clients.nodes,
@@ -424,27 +426,14 @@ def _vocabulary_of(folder: Path | None) -> int:
     return size if type(size) is int and size > 0 else SAFE_VOCABULARY
 
 
-def _of_warm_up(error: TrialFailed) -> BatchbenchError:
-    """Return the error of a failed warm-up: nothing has been measured yet."""
-    first = error.failed.failed[0]
-    if error.is_usage:
-        return UsageError(f"--target: {first.text}")
-    count, requests = len(error.failed.failed), error.failed.requests
-    text = f"{count} of {requests} requests failed in the warm-up; {first}"
-    return TrialFailed(error.failed, is_usage=False, text=text)
-
-
 def _as_usage(error: TrialFailed) -> BatchbenchError:
-    first = error.failed.failed[0]
-    if not error.is_usage or first.kind == FailureKind.REFUSED:  # it has answered the warm-up
+    first = error.failed["failed"][0]
+    if not error.is_usage or first["kind"] == FailureKind.REFUSED:  # it has answered the warm-up
         return error
-    return UsageError(f"--target: request {first.request}: {first.text}")
+    return UsageError(f"--target: request {first['request']}: {first['text']}")
 
 
 # Checks against the model
-
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def with_ids(
@@ -476,30 +465,3 @@ def _ids_of(output: Output, tokenizer: Tokenizer) -> Sequence[int] | None:
         return None
     found = tokenizer.encode(output.text)
     return found if tokenizer.decode(found) == output.text else None
-
-
-def verify_against(
-    folder: Path,
-    models: ModelCache,
-    workload: Workload,
-    recordings: Sequence[Recording],
-    limit: int | None,
-    chosen: Sequence[int],
-) -> Verification:
-    """Check the outputs of ``chosen`` requests, or of ``limit`` of them, by the model in a folder.
-
-    The model has the number format of its files, as it does on most servers.
-    """
-    if limit is not None and limit < len(chosen):
-        picked = np.unique(np.linspace(0, len(chosen) - 1, limit).round().astype(int)).tolist()
-        chosen = [chosen[i] for i in picked]
-    if not chosen:
-        return NOT_VERIFIED
-    from batchbench.batching.engines.torch.reference import TeacherForced
-
-    config = read_config(str(folder), folder)
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    spec = ModelSpec(str(folder), "pretrained", dtype=dtype if dtype in _DTYPES else "auto")
-    source = models.find(spec, weights=True)
-    reference = TeacherForced(models.load(source, spec, workload.seed))
-    return verify(workload, recordings, reference, source.eos_token_ids, None, chosen)

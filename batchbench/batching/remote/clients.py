@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,7 +30,7 @@ import psutil
 from batchbench import version
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.remote.events import ClientLag
-from batchbench.batching.remote.outcome import FailedRequest, FailedTrial, TrialFailed, rate_of
+from batchbench.batching.remote.outcome import FailedRequest, FailedTrial, TrialFailed
 from batchbench.batching.remote.serve import Played, Served
 from batchbench.errors import BatchbenchError, IncompleteError, UsageError
 from batchbench.workloads import Request, Workload
@@ -70,38 +70,28 @@ It yields a function to call while the clients are waited for; it raises an erro
 """
 
 
-@dataclass(frozen=True)
-class Bodies:
-    """The bodies of a client's requests."""
-
-    bodies: Sequence[bytes]
-
-    def __call__(self, workload: Workload, request: Request) -> bytes:
-        return self.bodies[request.index]
-
-
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A client's part in a trial."""
+    """A client's part in a trial; times are on its clock."""
 
     served: Served
     workload: Workload
     trial: int
 
 
-@dataclass(frozen=True)
-class Go:
-    """The word to start at ``zero_ns``; times are on the client's clock."""
-
-    zero_ns: int
-    until_ns: int | None
+def _body_of(bodies: Sequence[bytes], workload: Workload, request: Request) -> bytes:
+    return bodies[request.index]
 
 
 # The client
 
 
 def join(meeting: Meeting) -> None:
-    """Be a client until the driver hangs up."""
+    """Be a client until the driver hangs up.
+
+    It answers None with the time, a part when it is ready, and the time of the start with the
+    requests that it has served.
+    """
     part: Part | None = None
     with _connection(meeting) as driver, suppress(EOFError, OSError):
         driver.send((version.__version__, platform.node()))
@@ -133,10 +123,9 @@ def _connection(meeting: Meeting) -> Connection:
     raise UsageError(f"--clients: a client on {platform.node()} cannot reach {places} ({reason})")
 
 
-def _answer(part: Part, go: Go, watch: Watch) -> Played | Exception:
+def _answer(part: Part, zero_ns: int, watch: Watch) -> Played | Exception:
     try:
-        served = replace(part.served, until_ns=go.until_ns)
-        return served.play(part.workload, watch, part.trial, go.zero_ns)
+        return part.served.play(part.workload, watch, part.trial, zero_ns)
     except BatchbenchError as error:
         return error
     except Exception as error:  # its class need not be known to the driver
@@ -169,13 +158,16 @@ class _Client:
             raise TimeoutError
         return self.connection.recv()
 
+    def ask(self, message: object) -> Any:
+        self.connection.send(message)
+        return self.hear()
+
     def clock(self) -> tuple[int, int]:
         """Return the offset of its clock from ours, and the largest error of it, in ns."""
         readings = []
         for _ in range(ROUND_TRIPS):
             before = time.perf_counter_ns()
-            self.connection.send(None)
-            theirs = self.hear()
+            theirs = self.ask(None)
             after = time.perf_counter_ns()
             readings.append((after - before, theirs - (before + after) // 2))
         trip, offset = min(readings)
@@ -206,19 +198,16 @@ class Clients:
                 watch.phase(f"waiting for clients ({here} of {count} are here)")
                 while (connection := _accepted(listener, meeting.secret)) is None:
                     look()
-                stack.enter_context(connection)
-                self._welcome(connection, count)
+                client = _Client("", "", stack.enter_context(connection))
+                theirs, client.node = client.hear()
+                client.name = f"client {here + 1} of {count} on {client.node}"
+                if theirs != version.__version__:
+                    raise UsageError(
+                        f"--clients: {client.node} has batchbench {theirs}, not "
+                        f"{version.__version__}"
+                    )
+                self._clients.append(client)
             self._closing = stack.pop_all()
-
-    def _welcome(self, connection: Connection, count: int) -> None:
-        client = _Client("", "", connection)
-        theirs, client.node = client.hear()
-        if theirs != version.__version__:
-            raise UsageError(
-                f"--clients: {client.node} has batchbench {theirs}, not {version.__version__}"
-            )
-        client.name = f"client {len(self._clients) + 1} of {count} on {client.node}"
-        self._clients.append(client)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -232,71 +221,86 @@ class Clients:
     def play(self, served: Served, workload: Workload, watch: Watch, trial: int) -> Played:
         """Let the clients serve a trial, each its part, and put together what came back.
 
+        Of n clients, client c serves the requests c, c + n, c + 2n and so on.
+
         Raises:
             TrialFailed: a request failed, or a client was lost.
             OutOfTimeError: the time for trials is up.
         """
-        count, until_ns = len(self._clients), served.until_ns
-        shares = [np.arange(i, len(workload), count) for i in range(count)]
         bodies = [served.body(workload, request) for request in workload]
-        sendable = replace(served, clients=None, until_ns=None)
-        for client, rows in zip(self._clients, shares, strict=True):
-            own = replace(sendable, body=Bodies([bodies[i] for i in rows]))
-            self._tell(client, Part(own, _taken(workload, rows), trial))
-        self._ask_all(_Client.hear)  # they are ready
         before = self._ask_all(_Client.clock)
+
+        def part_of(client: _Client) -> Part:
+            rows, until_ns = self._rows(client, workload), served.until_ns
+            own = replace(
+                served,
+                share=None,
+                body=partial(_body_of, [bodies[i] for i in rows]),
+                until_ns=until_ns and until_ns + before[client][0],
+            )
+            return Part(own, _taken(workload, np.array(rows)), trial)
+
+        self._ask_all(lambda client: client.ask(part_of(client)))
         answers = dict[_Client, Played | Exception]()
         if not any(client.gone for client in self._clients):
             zero_ns = time.perf_counter_ns() + LEAD_NS
-            for client, (offset_ns, _) in before.items():
-                self._tell(client, Go(zero_ns + offset_ns, until_ns and until_ns + offset_ns))
+            self._ask_all(lambda client: client.connection.send(zero_ns + before[client][0]))
             # Something arrives, or a request fails, before a client is silent for so long.
             patience_s = SILENCE_S + served.address.timeout_s + int(workload.due_ns.max()) / 1e9
             answers = self._answers(watch, patience_s)
         after = self._ask_all(_Client.clock)
-        failed, is_usage = self._failed(answers, shares)
-        if failed:
-            told = FailedTrial(served.name, trial, len(workload), tuple(failed))
-            raise TrialFailed(told, is_usage=is_usage)
-        played, parts = list[Played](), list[ClientPart]()
-        for client in self._clients:
-            answer = answers[client]
-            assert isinstance(answer, Played)
+        self._check(answers, served, workload, trial)
+        played = [answer for answer in answers.values() if isinstance(answer, Played)]
+        parts = []
+        for client, one in zip(answers, played, strict=True):
             (offset_ns, error_ns), (end_ns, end_error_ns) = before[client], after[client]
-            within_ns = max(error_ns, end_error_ns) + abs(end_ns - offset_ns)
-            played.append(answer)
-            parts.append(ClientPart.of(client.node, answer, offset_ns, within_ns))
-        return replace(_merged(played, shares, workload), clients=[asdict(part) for part in parts])
+            parts.append(
+                {
+                    "node": client.node,
+                    "requests": len(one.replies),
+                    "late_p99_ns": one.lag.late_p99_ns,
+                    # Of its clock from ours when the trial began, and its error until the end.
+                    "offset_ns": offset_ns,
+                    "within_ns": max(error_ns, end_error_ns) + abs(end_ns - offset_ns),
+                }
+            )
+        return _merged(played, parts, workload)
 
-    def _failed(
-        self, answers: Mapping[_Client, Played | Exception], shares: Sequence[Ints]
-    ) -> tuple[list[FailedRequest], bool]:
-        """Return the requests that failed at any client; True if they would fail again.
+    def _rows(self, client: _Client, workload: Workload) -> range:
+        return range(self._clients.index(client), len(workload), len(self._clients))
 
-        Raises:
-            Exception: the error of a client that is not about its requests.
-        """
+    def _check(
+        self,
+        answers: Mapping[_Client, Played | Exception],
+        served: Served,
+        workload: Workload,
+        trial: int,
+    ) -> None:
+        """Raise TrialFailed if requests failed at any client, or a client's other error."""
         failed, is_usage = list[FailedRequest](), True
-        for client, rows in zip(self._clients, shares, strict=True):
-            answer = answers.get(client)
+        for client in self._clients:
+            answer, rows = answers.get(client), self._rows(client, workload)
             if client.gone:
                 text = f"{client.name} was lost: its process or its connection has ended"
-                failed += [FailedRequest(i, LOST, "with its client", text) for i in rows.tolist()]
+                failed += [
+                    FailedRequest(
+                        request=i, kind=LOST, phase="with its client", text=text, status=None
+                    )
+                    for i in rows
+                ]
                 is_usage = False
             elif isinstance(answer, TrialFailed):
-                own = answer.failed.failed
-                failed += [replace(one, request=int(rows[one.request])) for one in own]
+                failed += [
+                    {**one, "request": rows[one["request"]]} for one in answer.failed["failed"]
+                ]
                 is_usage = is_usage and answer.is_usage
             elif isinstance(answer, Exception):
                 raise answer
-        return failed, is_usage
-
-    def _tell(self, client: _Client, message: object) -> None:
-        try:
-            if not client.gone:
-                client.connection.send(message)
-        except OSError:
-            client.gone = True
+        if failed:
+            told = FailedTrial(
+                strategy=served.name, trial=trial, requests=len(workload), failed=failed
+            )
+            raise TrialFailed(told, is_usage=is_usage)
 
     def _ask_all(self, ask: Callable[[_Client], T]) -> dict[_Client, T]:
         """Ask each client that is left."""
@@ -326,29 +330,7 @@ class Clients:
                     watch.progressed(_together([*reports.values()]))
                 else:
                     answers[client] = message
-        return answers
-
-
-@dataclass(frozen=True)
-class ClientPart:
-    """A client's part in a trial, for the log.
-
-    ``rate`` is the rate at which it sent its requests, None for one request. ``offset_ns`` is that
-    of its clock from the driver's when the trial began, wrong by at most ``within_ns`` until its
-    end.
-    """
-
-    node: str
-    requests: int
-    rate: float | None
-    late_p99_ns: int
-    offset_ns: int
-    within_ns: int
-
-    @classmethod
-    def of(cls, node: str, played: Played, offset_ns: int, within_ns: int) -> ClientPart:
-        count, rate = len(played.replies), rate_of(played.sent_ns)
-        return cls(node, count, rate, played.lag.late_p99_ns, offset_ns, within_ns)
+        return {client: answers[client] for client in self._clients if client in answers}
 
 
 def _together(reports: Sequence[Progress]) -> Progress:
@@ -371,17 +353,20 @@ def _taken(workload: Workload, rows: Ints) -> Workload:
     )
 
 
-def _merged(played: Sequence[Played], shares: Sequence[Ints], workload: Workload) -> Played:
+def _merged(
+    played: Sequence[Played], parts: Sequence[Mapping[str, Any]], workload: Workload
+) -> Played:
     """Return the parts of a trial as one; the client's own part is that of the worst client."""
-    places = sorted((int(i), c, k) for c, rows in enumerate(shares) for k, i in enumerate(rows))
+    places = [divmod(i, len(played)) for i in range(len(workload))]
     lags = [part.lag for part in played]
     worst = {f.name: max(getattr(lag, f.name) for lag in lags) for f in fields(ClientLag)}
     return Played(
-        [replace(played[c].replies[k], index=i) for i, c, k in places],
-        [played[c].times_ns[k] for _, c, k in places],
-        [played[c].sent_ns[k] for _, c, k in places],
+        [replace(played[c].replies[k], index=i) for i, (k, c) in enumerate(places)],
+        [played[c].times_ns[k] for k, c in places],
+        [played[c].sent_ns[k] for k, c in places],
         workload.due_ns,
         ClientLag(**{**worst, "kernel_share": min(lag.kernel_share for lag in lags)}),
+        parts,
     )
 
 

@@ -69,7 +69,12 @@ def response_of(exchange: Exchange) -> Response:
         broken = str(error) if data else None  # else the connection ended early
     failure = _not_http(exchange, status, broken) or exchange.failure
     if failure is None and not complete:
-        failure = _closed_early(exchange, status)
+        size = sum(len(read.data) for read in exchange.reads)
+        where = "before the response did" if status else "inside the response's headers"
+        text = f"the connection ended after {size:,} bytes, {where}"
+        if not size:
+            text = "the server closed the connection without a response"
+        failure = Failure(FailureKind.CLOSED_EARLY, text, status or None)
     return Response(status, headers, pieces, failure)
 
 
@@ -83,15 +88,6 @@ def _not_http(exchange: Exchange, status: int, broken: str | None) -> Failure | 
     elif status:
         text = f"the response is broken ({shown(broken)})"
     return Failure(FailureKind.NOT_HTTP, text, status or None)
-
-
-def _closed_early(exchange: Exchange, status: int) -> Failure:
-    size = sum(len(read.data) for read in exchange.reads)
-    where = "before the response did" if status else "inside the response's headers"
-    text = f"the connection ended after {size:,} bytes, {where}"
-    if not size:
-        text = "the server closed the connection without a response"
-    return Failure(FailureKind.CLOSED_EARLY, text, status or None)
 
 
 # Events
@@ -159,8 +155,6 @@ class Reply:
 
     Attributes:
         token_times_ns: time of each output token; tokens of one chunk share a time.
-        shared: for each token, whether another has the same time for want of a finer one: it came
-            in the same chunk, or in the same read of the client.
         token_ids: all ids, or None if the server does not tell them.
         usage_output: output tokens by the server's ``usage``; likewise ``usage_input`` and
             ``cached_tokens``, prompt tokens that were not computed.
@@ -171,7 +165,6 @@ class Reply:
 
     index: int
     token_times_ns: NDArray[np.int64]
-    shared: NDArray[np.bool_]
     token_ids: list[int] | None
     text: str
     usage_output: int | None
@@ -186,17 +179,20 @@ class Reply:
     def output_tokens(self) -> int:
         return len(self.token_times_ns)
 
-    @property
-    def first_token_ns(self) -> int | None:
-        """Time of the first output, also if the tokens could not be counted."""
-        return self.chunks[0].time_ns if self.chunks else None
 
-
-def parse(exchange: Exchange, asked_tokens: int | None, *, ends_with_done: bool = True) -> Reply:
+def parse(
+    exchange: Exchange,
+    asked_tokens: int | None,
+    *,
+    fewer: bool = False,
+    ends_with_done: bool = True,
+) -> Reply:
     """Return the reply to a request of the API with ``"stream": true`` that has ended.
 
-    ``asked_tokens`` are the output tokens that it must have; None: any number but 0.
-    ``ends_with_done`` says that the server ends each stream with ``data: [DONE]``.
+    Args:
+        asked_tokens: the output tokens that it must have; None: any number but 0.
+        fewer: fewer of them will do.
+        ends_with_done: the server ends each stream with ``data: [DONE]``.
     """
     response = response_of(exchange)
     stream = _Stream(exchange)
@@ -205,8 +201,8 @@ def parse(exchange: Exchange, asked_tokens: int | None, *, ends_with_done: bool 
     if response.failure is None and not _is_sse(response):
         return stream.reply(_not_sse(response))
     failure = stream.take(events_of(response.pieces, whole=response.failure is None))
-    failure = failure or response.failure or stream.incomplete(asked_tokens, ends_with_done)
-    return stream.reply(failure)
+    failure = failure or response.failure or stream.incomplete(ends_with_done)
+    return stream.reply(failure or stream.miscounted(asked_tokens, fewer=fewer))
 
 
 class _Stream:
@@ -225,7 +221,7 @@ class _Stream:
             if event.data.strip() == "[DONE]":
                 self._done = True
                 continue
-            data = _json(event.data)
+            data = json_or_none(event.data)
             told = isinstance(data, dict) and (data.get("error") or data.get("object") == "error")
             if told or event.kind == "error":
                 said = shown(_message(data) or event.data)
@@ -254,19 +250,23 @@ class _Stream:
         texts = [t for t in (choice.get("text"), *map(delta.get, outputs)) if t is not None]
         if not all(isinstance(text, str) for text in texts):
             return False
+        # Tokens so far: vLLM's continuous usage, or llama.cpp's timings of each token.
+        running = _number(usage, "completion_tokens")
+        if running is None:
+            running = _number(data.get("timings"), "predicted_n")
         stamp_ns = self._exchange.reads[read].stamp_ns
-        chunk = Chunk(read, stamp_ns, "".join(texts), _ids(choice, data), _running_count(data))
+        chunk = Chunk(read, stamp_ns, "".join(texts), _ids(choice, data), running)
         before = self._chunks[-1].running if self._chunks else None
-        counted = chunk.running is not None and before is not None and chunk.running > before
+        counted = running is not None and before is not None and running > before
         # A chunk that is counted and has no text ends inside a character.
         calls = delta.get("tool_calls") or delta.get("function_call")
         if chunk.text or chunk.ids or calls or counted:
             self._chunks.append(chunk)
         return True
 
-    def incomplete(self, asked: int | None, ends_with_done: bool) -> Failure | None:
+    def incomplete(self, ends_with_done: bool) -> Failure | None:
         """Return the failure of a stream that ended without an error, if it lacks something."""
-        usage, tokens = _number(self._usage, "completion_tokens"), self._total()
+        usage = _number(self._usage, "completion_tokens")
         if self._finish in ("abort", "error"):
             text = f"the server gave up on the request (finish_reason {self._finish})"
             return Failure(FailureKind.STREAM_ERROR, text)
@@ -278,49 +278,47 @@ class _Stream:
         if usage is None and any(chunk.ids is None for chunk in self._chunks):
             text = "the stream has neither usage nor token ids, so its tokens cannot be counted"
             return Failure(FailureKind.NO_USAGE, text)
-        if tokens == 0:
+        if self._total() == 0:
             text = "the server's usage counts no output token, though the stream has some"
             return Failure(FailureKind.ZERO_TOKENS, text)
-        if asked is None or tokens == asked:
+        return None
+
+    def miscounted(self, asked: int | None, *, fewer: bool) -> Failure | None:
+        tokens = self._total()
+        if asked is None or tokens == asked or (fewer and tokens < asked):
             return None
+        text = f"the server produced {tokens:,} output tokens, and {asked:,} were asked for"
         if tokens < asked:
             text = f"the server produced {tokens:,} of {asked:,} output tokens: it stopped at an"
             text += " end token, or its context is full"
-        else:
-            text = f"the server produced {tokens:,} output tokens, and {asked:,} were asked for"
         return Failure(FailureKind.USAGE_DIFFERS, text)
 
     def _total(self) -> int:
         usage = _number(self._usage, "completion_tokens")
-        return sum(_least_tokens(chunk) for chunk in self._chunks) if usage is None else usage
+        return sum(map(_least_tokens, self._chunks)) if usage is None else usage
 
     def reply(self, failure: Failure | None) -> Reply:
         """Return the reply, of which a failure leaves what had arrived."""
-        total = self._total()
-        counts, known = _tokens_of_chunks(self._chunks, total)
-        repeats = np.array(counts, np.int64)
-        reads = np.repeat(np.array([chunk.read for chunk in self._chunks], np.int64), repeats)
-        times = np.array([chunk.time_ns for chunk in self._chunks], np.int64)
-        ids = [i for chunk in self._chunks for i in chunk.ids or ()]
-        whole = len(ids) == total and all(chunk.ids is not None for chunk in self._chunks)
-        details = self._usage.get("prompt_tokens_details")
+        total, chunks = self._total(), self._chunks
+        counts, known = _tokens_of_chunks(chunks, total)
+        times = np.array([chunk.time_ns for chunk in chunks], np.int64)
+        ids = [i for chunk in chunks for i in chunk.ids or ()]
+        whole = len(ids) == total and all(chunk.ids is not None for chunk in chunks)
+        # Surrogates may be split between chunks; half a pair is no text.
+        text = "".join(chunk.text for chunk in chunks).encode("utf-16", "surrogatepass")
         return Reply(
             index=self._exchange.index,
-            token_times_ns=np.repeat(times, repeats),
-            shared=np.bincount(reads)[reads] > 1,
+            token_times_ns=np.repeat(times, np.array(counts, np.int64)),
             token_ids=ids if whole else None,
-            # Surrogates may be split between chunks; half a pair is no text.
-            text="".join(chunk.text for chunk in self._chunks)
-            .encode("utf-16", "surrogatepass")
-            .decode("utf-16", "replace"),
+            text=text.decode("utf-16", "replace"),
             usage_output=_number(self._usage, "completion_tokens"),
             usage_input=_number(self._usage, "prompt_tokens"),
-            cached_tokens=_number(details, "cached_tokens"),
+            cached_tokens=_number(self._usage.get("prompt_tokens_details"), "cached_tokens"),
             finish_reason=self._finish,
             itl_known=known,
             chunks=[
                 chunk._replace(tokens=count if known else None)
-                for chunk, count in zip(self._chunks, counts, strict=True)
+                for chunk, count in zip(chunks, counts, strict=True)
             ],
             failure=failure,
         )
@@ -367,12 +365,6 @@ def _ids(choice: Mapping[str, Any], data: Mapping[str, Any]) -> list[int] | None
     return found
 
 
-def _running_count(data: Mapping[str, Any]) -> int | None:
-    """Return the tokens so far: vLLM's continuous usage, or llama.cpp's timings of each token."""
-    count = _number(data.get("usage"), "completion_tokens")
-    return _number(data.get("timings"), "predicted_n") if count is None else count
-
-
 def _number(data: object, name: str) -> int | None:
     value = data.get(name) if isinstance(data, dict) else None
     return value if type(value) is int and 0 <= value < 1 << 40 else None
@@ -388,7 +380,7 @@ def _is_sse(response: Response) -> bool:
     return response.body[:64].lstrip().startswith((b"data:", b"event:", b":", b"id:", b"retry:"))
 
 
-def _json(text: str) -> object:
+def json_or_none(text: str | bytes) -> object:
     """Return the value of a JSON text; None if it is none."""
     try:
         return json.loads(text)
@@ -412,7 +404,7 @@ def _message(data: object) -> str | None:
 def _said(response: Response) -> str:
     """Return the message in a response's body: of JSON, of a page, or the text itself."""
     text = response.body[:65536].decode(errors="replace").strip()
-    if message := _message(_json(text)):
+    if message := _message(json_or_none(text)):
         return shown(" ".join(message.split()), 300).rstrip(".")
     if title := re.search(r"<title[^>]*>([^<]*)</title>", text, re.IGNORECASE):
         return f"a page titled {shown(title[1].strip())!r}"

@@ -1,16 +1,16 @@
-"""Results of a served run beyond its recordings: the server, agreement of outputs, failures."""
+"""Results of a served run beyond its recordings: the server, agreement of outputs, failures.
+
+The typed dictionaries are parts of ``result.json`` as well.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, TypedDict
 
 from batchbench.errors import BatchbenchError, shown
-
-if TYPE_CHECKING:
-    from batchbench.batching.remote.events import Reply
 
 MOST = 10
 """Differences between outputs that are kept."""
@@ -28,21 +28,62 @@ class ServerFacts:
     name: str  # of the dialect: "llama.cpp", "vllm", …
     version: str | None
     slots: int | None
-    passes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
-    cached_tokens: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    passes: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
+    cached_tokens: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
     running_before: int | None = None
     prompt_cache_off: bool | None = None  # None: the server has no such option
     clients: tuple[str, ...] = ()  # machines of the clients that shared the requests, if several
 
 
-def rate_of(sent_ns: Sequence[int]) -> float | None:
-    """Return the requests per second between the first and the last; None if there is no time."""
-    span_ns = max(sent_ns) - min(sent_ns)
-    return (len(sent_ns) - 1) / (span_ns / 1e9) if span_ns else None
+# Failures
 
 
-@dataclass(frozen=True)
-class Difference:
+class FailedRequest(TypedDict):
+    """A request that failed in a trial."""
+
+    request: int
+    kind: str  # a FailureKind of the client
+    phase: str  # "before its first token" or "after N tokens"
+    text: str
+    status: int | None
+
+
+class FailedTrial(TypedDict):
+    """A trial in which requests failed; it is no trial, and its times are not used."""
+
+    strategy: str
+    trial: int
+    requests: int  # of the workload
+    failed: list[FailedRequest]
+
+
+def failure_words(trial: FailedTrial, where: str = "") -> str:
+    """Return a trial's failures: their number, and the first with its phase and reason."""
+    first = trial["failed"][0]
+    where = where or f"trial {trial['trial'] + 1:,} of {trial['strategy']}"
+    return (
+        f"{len(trial['failed']):,} of {trial['requests']:,} requests failed in {where} "
+        f"(request {first['request']:,} {first['phase']}: {first['text']})"
+    )
+
+
+class TrialFailed(BatchbenchError):  # noqa: N818  # the name of what happened
+    """Requests failed in a trial; ``is_usage`` if the same requests would fail again."""
+
+    exit_code = 1
+
+    def __init__(self, failed: FailedTrial, *, is_usage: bool, where: str = "") -> None:
+        super().__init__(failure_words(failed, where))
+        self.failed, self.is_usage, self.where = failed, is_usage, where
+
+    def __reduce__(self) -> tuple[Any, ...]:  # so that another process can raise it
+        return partial(TrialFailed, is_usage=self.is_usage, where=self.where), (self.failed,)
+
+
+# Agreement
+
+
+class Difference(TypedDict):
     """The first difference of one request between two trials."""
 
     request: int
@@ -55,8 +96,7 @@ class Difference:
     found: str
 
 
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(TypedDict):
     """Comparison of the outputs of the strategies, in requests.
 
     ``same`` and ``differ`` compare each strategy with the baseline of the same round, and count a
@@ -70,62 +110,14 @@ class Agreement:
     same: int
     differ: int
     baseline_repeat: int | None
-    first: tuple[Difference, ...] = ()
+    first: list[Difference]
 
 
-@dataclass(frozen=True)
-class FailedRequest:
-    """A request that failed in a trial."""
-
-    request: int
-    kind: str  # a FailureKind of the client
-    phase: str  # "before the first token" or "after N tokens"
-    text: str
-    status: int | None = None
-
-    def __str__(self) -> str:
-        return f"request {self.request} failed {self.phase}: {self.text}"
-
-
-@dataclass(frozen=True)
-class FailedTrial:
-    """A trial in which requests failed; it is no trial, and its times are not used."""
-
-    strategy: str
-    trial: int
-    requests: int  # of the workload
-    failed: tuple[FailedRequest, ...]
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.failed)} of {self.requests} requests failed in trial {self.trial + 1} of "
-            f"{self.strategy}; {self.failed[0]}"
-        )
-
-
-class TrialFailed(BatchbenchError):  # noqa: N818  # the name of what happened
-    """Requests failed in a trial; ``is_usage`` if the same requests would fail again."""
-
-    exit_code = 1
-
-    def __init__(self, failed: FailedTrial, *, is_usage: bool, text: str | None = None) -> None:
-        super().__init__(text or str(failed))
-        self.failed, self.is_usage = failed, is_usage
-
-    def __reduce__(self) -> tuple[Any, ...]:  # so that another process can raise it
-        return partial(TrialFailed, is_usage=self.is_usage, text=str(self)), (self.failed,)
-
-
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """The output of one request; ``ids`` is None if the server tells no token ids."""
 
-    ids: tuple[int, ...] | None
+    ids: Sequence[int] | None
     text: str
-
-    @classmethod
-    def of(cls, reply: Reply) -> Output:
-        return cls(None if reply.token_ids is None else tuple(reply.token_ids), reply.text)
 
 
 class Comparison:
@@ -143,15 +135,21 @@ class Comparison:
         """Compare one round: the outputs of each strategy, by request."""
         expected, trial = outputs[self._baseline], self._rounds
         for name in self._others:
-            for request, first in self._compared(expected, outputs[name]):
+            for request, (position, one, other) in self._differing(expected, outputs[name]):
                 self._differ.add(request)
-                if len(self._differences) < MOST:
-                    place = (request, self._baseline, trial, name, trial)
-                    self._differences.append(Difference(*place, *first))
-        if self._rounds:
-            self._restless |= {request for request, _ in self._compared(self._first, expected)}
-        else:
-            self._first = expected
+                difference = Difference(
+                    request=request,
+                    baseline=self._baseline,
+                    baseline_trial=trial,
+                    strategy=name,
+                    trial=trial,
+                    position=position,
+                    expected=one,
+                    found=other,
+                )
+                self._differences = [*self._differences, difference][:MOST]
+        self._first = self._first or expected
+        self._restless |= {request for request, _ in self._differing(self._first, expected)}
         self._rounds += 1
 
     def agreement(self) -> Agreement | None:
@@ -165,41 +163,34 @@ class Comparison:
             same=requests - differ,
             differ=differ,
             baseline_repeat=requests - len(self._restless) if self._rounds > 1 else None,
-            first=tuple(self._differences),
+            first=self._differences,
         )
 
-    def _compared(
+    def _differing(
         self, expected: Sequence[Output], found: Sequence[Output]
     ) -> Iterator[tuple[int, tuple[int, str, str]]]:
-        """Yield each request that differs, with its first difference."""
+        """Yield each request that differs; and where it does, and what both have there."""
         for request, (one, other) in enumerate(zip(expected, found, strict=True)):
             if one.ids is None or other.ids is None:
                 self._by_ids = False
-                difference = _text_difference(one.text, other.text)
+                difference = _first_difference(one.text, other.text)
             else:
-                difference = _id_difference(one.ids, other.ids)
+                difference = _first_difference(one.ids, other.ids)
             if difference is not None:
                 yield request, difference
 
 
-def _id_difference(one: Sequence[int], other: Sequence[int]) -> tuple[int, str, str] | None:
-    place = _first_difference(one, other)
-    if place is None:
-        return None
-    expected, found = (str(ids[place]) if place < len(ids) else "the end" for ids in (one, other))
-    return place, expected, found
-
-
-def _text_difference(one: str, other: str) -> tuple[int, str, str] | None:
-    place = _first_difference(one, other)
-    if place is None:
-        return None
-    expected, found = (shown(t[place:], 20) if place < len(t) else "the end" for t in (one, other))
-    return place, expected, found
-
-
-def _first_difference(one: Sequence[object], other: Sequence[object]) -> int | None:
+def _first_difference(
+    one: str | Sequence[int], other: str | Sequence[int]
+) -> tuple[int, str, str] | None:
     if one == other:
         return None
     pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return place, _from(one, place), _from(other, place)
+
+
+def _from(values: str | Sequence[int], place: int) -> str:
+    if place >= len(values):
+        return "the end"
+    return shown(values[place:], 20) if isinstance(values, str) else str(values[place])

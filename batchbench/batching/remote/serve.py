@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from batchbench.batching.remote.exchange import (
 )
 from batchbench.batching.remote.outcome import FailedRequest, FailedTrial, TrialFailed
 from batchbench.errors import OutOfTimeError
-from batchbench.workloads import Request, Workload, make_arrivals
+from batchbench.workloads import Arrivals, Request, Workload
 
 STATIC, CONTINUOUS = "static", "continuous"
 
@@ -35,7 +35,6 @@ _SHOWN_NS = 50_000_000
 
 _HOPELESS = (FailureKind.TIMEOUT, FailureKind.REFUSED, FailureKind.UNREACHABLE)
 """Failures after which a trial sends no more requests, since each would take long to fail."""
-
 
 _SPARE_BYTES, _BYTES_PER_TOKEN = 1 << 20, 1 << 14
 """Longest response: a token with the probabilities of twenty others has a tenth of it."""
@@ -49,8 +48,8 @@ class Served:
     one has ended. *continuous* has at most ``slots`` requests in flight; requests that arrive at
     times of their own are sent when they are due, however many there are.
 
-    ``body`` makes the body of a request of the workload that is served. ``clients`` share the
-    requests that arrive over time; None: this process sends all.
+    ``body`` makes the body of a request of the workload that is served. ``share`` lets several
+    clients play a trial whose requests arrive over time; None: this process sends all.
     """
 
     name: str
@@ -60,7 +59,7 @@ class Served:
     dialect: Dialect
     body: Callable[[Workload, Request], bytes]
     until_ns: int | None = None  # end of the time for trials, on the clock of ``wire``
-    clients: Players | None = None
+    share: Callable[[Served, Workload, Watch, int], Played] | None = None
 
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
         """Serve every request of the workload once.
@@ -78,14 +77,20 @@ class Served:
             OutOfTimeError: the time for trials is up.
         """
         before = counters.read_counters(self.address, self.dialect)
-        if self.clients is not None and self.clients_share(workload):
-            played = self.clients.play(self, workload, watch, trial)
+        if self.share is not None and self.clients_share(workload):
+            played = self.share(self, workload, watch, trial)
         else:
             played = self.play(workload, watch, trial)
         after = counters.read_counters(self.address, self.dialect)
         growth = after.since(before) if before and after else ServerCounters()
-        recording, replies = self._recording(workload, played, trial), played.replies
-        return Attempt(recording, replies, before, _cached(growth, replies), growth.passes)
+        cached = _sum([reply.cached_tokens for reply in played.replies])
+        return Attempt(
+            self._recording(workload, played, trial),
+            played.replies,
+            before,
+            growth.cached_tokens if cached is None else cached,
+            growth.passes,
+        )
 
     def clients_share(self, workload: Workload) -> bool:
         """Return True if several clients can share the workload without knowing of each other."""
@@ -99,50 +104,41 @@ class Served:
             TrialFailed: a request failed.
             OutOfTimeError: the time for trials is up.
         """
-        feed = Feed(workload, self, zero_ns)
-        progress = _Shown(Progress(self.name, trial, self.slots, len(workload)), feed, watch)
+        feed = _Feed(workload, self, zero_ns, trial, watch)
         gc.collect()  # a collection takes 0.1 s
         gc.disable()
         try:
-            exchanges = wire.exchange(self.address, feed, progress.changed, until_ns=self.until_ns)
+            exchanges = wire.exchange(self.address, feed, feed.changed, until_ns=self.until_ns)
         finally:
             gc.enable()
+        kinds = {exchange.failure.kind for exchange in exchanges if exchange.failure is not None}
         cut_off = len(exchanges) < len(workload) and not feed.stopped
-        if self.until_ns is not None and (cut_off or _stopped(exchanges)):
+        if self.until_ns is not None and (cut_off or FailureKind.STOPPED in kinds):
             raise OutOfTimeError("the time is up during a trial")
         exchanges = sorted(exchanges, key=lambda exchange: exchange.index)
-        replies = [self._reply(workload, exchange) for exchange in exchanges]
-        if failed := [reply for reply in replies if reply.failure is not None]:
-            raise self._failed(failed, len(workload), trial)
+        replies = [
+            parse(
+                exchange,
+                int(workload.output_tokens[exchange.index]),
+                fewer=workload.stop_at_eos,
+                ends_with_done=self.dialect.ends_with_done,
+            )
+            for exchange in exchanges
+        ]
+        if failed := [(reply, reply.failure) for reply in replies if reply.failure is not None]:
+            told = FailedTrial(
+                strategy=self.name,
+                trial=trial,
+                requests=len(workload),
+                failed=[_failed(*each) for each in failed],
+            )
+            raise TrialFailed(told, is_usage=all(failure.is_usage for _, failure in failed))
         return Played(
             replies,
             [reply.token_times_ns - feed.zero_ns for reply in replies],
             [exchange.sent_ns - feed.zero_ns for exchange in exchanges],
             feed.due_ns,
             client_lag(exchanges, replies),
-        )
-
-    def _reply(self, workload: Workload, exchange: Exchange) -> Reply:
-        asked = int(workload.output_tokens[exchange.index])
-        reply = parse(
-            exchange,
-            None if workload.stop_at_eos else asked,
-            ends_with_done=self.dialect.ends_with_done,
-        )
-        if reply.failure is None and reply.output_tokens > asked:
-            text = f"the server produced {reply.output_tokens:,} tokens, more than {asked:,}"
-            reply = replace(reply, failure=Failure(FailureKind.USAGE_DIFFERS, text))
-        return reply
-
-    def _failed(self, replies: Sequence[Reply], requests: int, trial: int) -> TrialFailed:
-        failed, is_usage = list[FailedRequest](), True
-        for reply in replies:
-            assert reply.failure is not None
-            kind, text, status = reply.failure.kind, reply.failure.text, reply.failure.status
-            failed.append(FailedRequest(reply.index, kind.value, _phase(reply), text, status))
-            is_usage = is_usage and reply.failure.is_usage
-        return TrialFailed(
-            FailedTrial(self.name, trial, requests, tuple(failed)), is_usage=is_usage
         )
 
     def _recording(self, workload: Workload, played: Played, trial: int) -> Recording:
@@ -187,13 +183,6 @@ class Played:
     clients: Sequence[Mapping[str, Any]] = ()
 
 
-class Players(Protocol):
-    """Clients that share the requests of a trial."""
-
-    def play(self, served: Served, workload: Workload, watch: Watch, trial: int) -> Played:
-        """Serve a trial; see :meth:`Served.play`."""
-
-
 @dataclass(frozen=True, eq=False)
 class Attempt:
     """A trial whose requests have all been served, and the server's own counts of it."""
@@ -201,26 +190,30 @@ class Attempt:
     recording: Recording
     replies: Sequence[Reply]
     before: ServerCounters | None  # when the trial began
-    cached_tokens: int | None
+    cached_tokens: int | None  # prompt tokens, by the usage of each request, else by a counter
     passes: int | None
 
 
-class Feed:
-    """The requests of one trial, each sent when the strategy lets it.
+class _Feed:
+    """The requests of one trial, each sent when the strategy lets it, and their progress.
 
     ``due_ns`` is when each was due, since ``zero_ns``; it is filled in as the trial goes on. The
-    trial begins at ``zero_ns``, or with the first question if it is -1.
+    trial begins at ``zero_ns``, or with the first question if it is -1. After a hopeless failure it
+    is ``stopped``, and sends no more.
     """
 
-    def __init__(self, workload: Workload, served: Served, zero_ns: int = -1) -> None:
-        self._served, self._arrivals = served, make_arrivals(workload)
+    def __init__(
+        self, workload: Workload, served: Served, zero_ns: int, trial: int, watch: Watch
+    ) -> None:
+        self._served, self._arrivals, self._watch = served, Arrivals(workload), watch
         self._bodies = [served.body(workload, request) for request in workload]
         self._waiting: deque[Request] = deque()
         self._wave = 0  # requests that the current wave still lacks
         self._unfinished: list[Request] = []
         timed = bool(workload.due_ns.any()) and served.name == CONTINUOUS
         self._most = len(workload) if timed else served.slots
-        self.sent = 0
+        self._progress = Progress(served.name, trial, served.slots, len(workload))
+        self._sent = self._show_ns = 0
         self.zero_ns = zero_ns
         self.due_ns = np.zeros(len(workload), np.int64)
         self.stopped = False
@@ -240,10 +233,6 @@ class Feed:
         due_ns = self._arrivals.next_due
         return Wait(None if due_ns is None else self.zero_ns + due_ns)
 
-    def stop(self) -> None:
-        """Send no more requests."""
-        self.stopped = True
-
     def _may_send(self, in_flight: int) -> bool:
         if self._served.name != STATIC:
             return in_flight < self._most
@@ -254,52 +243,38 @@ class Feed:
     def _send(self, request: Request) -> Outgoing:
         self._wave -= self._wave > 0
         self._unfinished.append(request)
-        self.sent += 1
+        self._sent += 1
         self.due_ns[request.index] = request.due_ns
         body, path = self._bodies[request.index], self._served.path
         most = _SPARE_BYTES + _BYTES_PER_TOKEN * (request.prompt_tokens + request.output_tokens)
         return Outgoing(request.index, self.zero_ns + request.due_ns, body, path, most)
 
-
-class _Shown:
-    """Reports a trial to its watch, and ends one that is hopeless."""
-
-    def __init__(self, progress: Progress, feed: Feed, watch: Watch) -> None:
-        self._progress, self._feed, self._watch = progress, feed, watch
-        self._next_ns = 0
-
     def changed(self, exchange: Exchange) -> None:
-        """Count a read or the end of a request."""
+        """Count and show a read or the end of a request."""
         progress, now_ns = self._progress, exchange.ended_ns
         if now_ns:
             progress.done += 1
-            if exchange.failure is not None and exchange.failure.kind in _HOPELESS:
-                self._feed.stop()
+            failure = exchange.failure
+            self.stopped |= failure is not None and failure.kind in _HOPELESS
         else:
             now_ns = exchange.reads[-1].read_ns
             progress.tokens += 1  # nearly so: the bytes are parsed after the trial
-        if now_ns >= self._next_ns:
-            self._next_ns = now_ns + _SHOWN_NS
-            progress.now_ns = now_ns - self._feed.zero_ns
-            progress.slots_in_use = min(self._feed.sent - progress.done, progress.slots)
+        if now_ns >= self._show_ns:
+            self._show_ns = now_ns + _SHOWN_NS
+            progress.now_ns = now_ns - self.zero_ns
+            progress.slots_in_use = min(self._sent - progress.done, progress.slots)
             self._watch.progressed(progress)
 
 
-def _stopped(exchanges: Sequence[Exchange]) -> bool:
-    """Return True if the time was up before the end of some requests."""
-    kinds = [exchange.failure.kind for exchange in exchanges if exchange.failure is not None]
-    return FailureKind.STOPPED in kinds
-
-
-def _phase(reply: Reply) -> str:
+def _failed(reply: Reply, failure: Failure) -> FailedRequest:
     count = reply.output_tokens or sum(chunk.tokens or 1 for chunk in reply.chunks)
-    return f"after {count:,} tokens" if count else "before its first token"
-
-
-def _cached(growth: ServerCounters, replies: Sequence[Reply]) -> int | None:
-    """Return prompt tokens from the server's cache: by each usage, else by its counter."""
-    told = _sum([reply.cached_tokens for reply in replies])
-    return growth.cached_tokens if told is None else told
+    return FailedRequest(
+        request=reply.index,
+        kind=failure.kind.value,
+        phase=f"after {count:,} tokens" if count else "before its first token",
+        text=failure.text,
+        status=failure.status,
+    )
 
 
 def _sum(values: Sequence[int | None]) -> int | None:

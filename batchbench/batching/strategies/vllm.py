@@ -22,7 +22,7 @@ from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Ints, Recording
 from batchbench.batching.strategies import Context
 from batchbench.errors import UsageError
-from batchbench.workloads import Request, Workload, make_arrivals
+from batchbench.workloads import Arrivals, Request, Workload
 
 _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a step then computes in this process, and returns
@@ -154,7 +154,7 @@ class Vllm:
         self, log: _Log, running: dict[str, Request], progress: Progress, watch: Watch
     ) -> int:
         """Serve all requests; return the number of steps that computed something."""
-        clock, arrivals = WallClock(), make_arrivals(log.workload)
+        clock, arrivals = WallClock(), Arrivals(log.workload)
         waiting: deque[Request] = deque()
         steps = 0
         while running or waiting or arrivals.more:

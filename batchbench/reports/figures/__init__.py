@@ -14,11 +14,9 @@ from matplotlib.figure import Figure
 
 from batchbench.batching.recording import Recording
 from batchbench.reports.figures.card import DPI, Strategy, house_style, name_strategies
-from batchbench.reports.figures.latency import draw_latency
-from batchbench.reports.figures.occupancy import draw_occupancy
-from batchbench.reports.figures.throughput import draw_throughput
+from batchbench.reports.figures.slots import draw_occupancy, draw_timeline
+from batchbench.reports.figures.speed import draw_latency, draw_throughput
 from batchbench.reports.figures.time_budget import draw_time_budget
-from batchbench.reports.figures.timeline import draw_timeline
 from batchbench.reports.text import clean_text
 
 PICTURES: Mapping[str, Callable[[Sequence[Strategy], str], Figure]] = {
@@ -74,3 +72,12 @@ def figure_bytes(figure: Figure, format: str) -> bytes:
     with house_style():
         figure.savefig(out, format=format, dpi=DPI, metadata=metadata)
     return out.getvalue()
+
+
+def picture_files(figures: Mapping[str, Figure]) -> dict[str, bytes | str]:
+    """Return each picture as a PNG and as an SVG file, by the name of the file."""
+    return {
+        f"{name}.{format}": figure_bytes(figure, format)
+        for name, figure in figures.items()
+        for format in ("png", "svg")
+    }

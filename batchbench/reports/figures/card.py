@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.style
-import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
-from numpy.typing import NDArray
+from matplotlib.ticker import LogLocator
 
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Recording
@@ -50,12 +51,9 @@ _MORE_LOOKS: tuple[tuple[str, Any], ...] = (
 def looks_of(names: Collection[str]) -> dict[str, tuple[str, Any]]:
     """Return the look of each strategy; other people's strategies get the unused ones in order."""
     ours = LOOKS | {WAVES: LOOKS["static"]}
-    free = [look for name, look in LOOKS.items() if name not in names] + list(_MORE_LOOKS)
-    others = [name for name in names if name not in ours]
-    return ours | {name: free[i % len(free)] for i, name in enumerate(others)}
+    free = cycle([*(look for name, look in LOOKS.items() if name not in names), *_MORE_LOOKS])
+    return ours | {name: next(free) for name in names if name not in ours}
 
-
-Floats = NDArray[np.float64]
 
 DPI = 160
 
@@ -125,15 +123,13 @@ class Strategy:
 
 
 def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strategy]:
+    """Return the strategies with their looks; they may have no trials."""
     looks = looks_of(recordings)
-    return [
-        Strategy(i, _label(clean_text(name), trials), trials, *looks[name])
-        for i, (name, trials) in enumerate(recordings.items())
-    ]
-
-
-def _label(name: str, trials: Sequence[Recording]) -> str:
-    return label_of(name, has_steps=trials[0].has_steps) if trials else name
+    strategies = []
+    for i, (name, trials) in enumerate(recordings.items()):
+        label = label_of(clean_text(name), has_steps=not trials or trials[0].has_steps)
+        strategies.append(Strategy(i, label, trials, *looks[name]))
+    return strategies
 
 
 @dataclass(frozen=True)
@@ -180,14 +176,15 @@ def fit_text(text: str, width: float, size: float, weight: str = "normal") -> st
     return "…"
 
 
-def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
+def _wrap(text: str, size: float, weight: str) -> list[str]:
+    """Break a text into lines as wide as the card."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()
-        if text_extent(longer, size, weight) <= width:
+        if text_extent(longer, size, weight) <= WIDE * 72:
             lines[-1] = longer
         else:
-            lines.append(fit_text(word, width, size, weight))
+            lines.append(fit_text(word, WIDE * 72, size, weight))
     return [line for line in lines if line] or [""]
 
 
@@ -212,40 +209,72 @@ class Card:
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
         x, y = self.at(left, top + height)
-        return self.figure.add_axes(
-            (x, y, width / _WIDTH, height / self.figure.get_figheight()),
+        return self.figure.add_axes((x, y, width / _WIDTH, height / self.figure.get_figheight()))
+
+    def grid(
+        self,
+        shape: tuple[int, int],
+        top: float,
+        height: float,
+        *,
+        left: float = 0.62,
+        gap: float = 0.2,
+        between: float = 0.0,
+        share: bool | Literal["col"] = True,
+    ) -> list[list[Axes]]:
+        """Return axes in rows and columns as wide as the card.
+
+        Args:
+            height: of each, with ``gap`` inches to the next column, ``between`` to the next row.
+            left: inches for the labels of the first column.
+            share: the axes have one x-axis and one y-axis; "col": only the x-axis of a column.
+        """
+        rows, columns = shape
+        width = (WIDE - left - (columns - 1) * gap) / columns
+        (x0, y1), (x1, y0) = (
+            self.at(left, top),
+            self.at(WIDE, top + rows * height + (rows - 1) * between),
         )
+        spec = self.figure.add_gridspec(
+            *shape,
+            left=x0,
+            top=y1,
+            right=x1,
+            bottom=y0,
+            wspace=gap / width,
+            hspace=between / height,
+        )
+        grid: list[list[Axes]] = spec.subplots(
+            sharex="col" if share == "col" else share, sharey=share is True, squeeze=False
+        ).tolist()
+        return grid
 
     def write(self, left: float, top: float, text: str, **style: Any) -> Text:
         """Write a text whose upper left corner (or as ``ha`` and ``va`` say) is here."""
         return self.figure.text(*self.at(left, top), text, **{"va": "top", **style})
 
-    def heading(
-        self, top: float, text: str, detail: str, *, color: Any = INK, dark: bool = False
-    ) -> Text:
+    def heading(self, top: float, text: str, detail: str, ink: Any = INK, **look: Any) -> Text:
         """Write a bold text with its baseline at ``top`` and a detail behind it; return that."""
-        weight = "bold" if dark else "normal"
-        room = WIDE * 72 - text_extent(detail, 9.5, weight) - 10
-        text = fit_text(text, room, 10.5, "bold")
-        self.write(0, top, text, color=color, va="baseline", size=10.5, weight="bold")
+        text = fit_text(text, WIDE * 72 - text_extent(detail, 9.5, "bold") - 10, 10.5, "bold")
+        self.write(0, top, text, color=ink, va="baseline", size=10.5, weight="bold")
         behind = (text_extent(text, 10.5, "bold") + 10) / 72
-        look: dict[str, Any] = {"color": INK if dark else QUIET, "size": 9.5, "weight": weight}
-        return self.write(behind, top, detail, va="baseline", **look)
+        look = {"color": QUIET, "size": 9.5, "va": "baseline", **look}
+        return self.write(behind, top, detail, **look)
 
-    def label(self, top: float, strategy: Strategy, detail: str, *, dark: bool = False) -> Text:
+    def label(self, top: float, strategy: Strategy, detail: str, **look: Any) -> Text:
         """Write a strategy's name in its colour and a detail behind it; return the detail."""
-        return self.heading(top, strategy.name, detail, color=strategy.tint(-0.15), dark=dark)
+        return self.heading(top, strategy.name, detail, strategy.tint(-0.15), **look)
 
 
 def make_card(headline: str, title: str, body: float, notes: str) -> Card:
     """Return a card with headline, title and notes around a body of ``body`` inches."""
-    styles: tuple[tuple[str, float, str, str], ...] = (
+    styles: list[tuple[str, float, str, str]] = [
         (capitalize(headline), 13.0, "bold", INK),
         (title, 9.5, "normal", QUIET),
         (notes, 8.5, "normal", QUIET),
-    )
-    lines = [_wrap(text, WIDE * 72, size, weight) for text, size, weight, _ in styles]
-    tall = [style[1] * 1.3 * len(text) / 72 for style, text in zip(styles, lines, strict=True)]
+    ]
+    lines = [_wrap(text, size, weight) for text, size, weight, _ in styles]
+    tall = [size * 1.3 * len(text) / 72 for text, (_, size, *_) in zip(lines, styles, strict=True)]
     head = 0.27 + tall[0] + 0.06 + tall[1] + 0.2
     figure = Picture(
         (_WIDTH, head + body + 0.14 + tall[2] + 0.24),
@@ -254,7 +283,7 @@ def make_card(headline: str, title: str, body: float, notes: str) -> Card:
         linewidth=1.5,
     )
     card = Card(figure, head)
-    places = (0.27 - head, 0.27 - head + tall[0] + 0.06, body + 0.14)
+    places = (0.27 - head, 0.33 - head + tall[0], body + 0.14)
     for top, text, (_, size, weight, colour) in zip(places, lines, styles, strict=True):
         look: dict[str, Any] = {"size": size, "weight": weight, "color": colour}
         card.write(0, top, "\n".join(text), linespacing=1.15, **look)
@@ -269,7 +298,8 @@ def strip_axes(axes: Axes, *sides: str) -> None:
         spine.set_visible(side in sides)
 
 
-Entry = tuple[str, tuple[Patch, ...]]
+Entry = tuple[str, Any]
+"""A label of a legend, and its handle or handles."""
 
 
 def make_entry(label: str, strategies: Sequence[Strategy], tint: float) -> Entry:
@@ -280,43 +310,45 @@ def legend_height(entries: Sequence[Entry]) -> float:
     return 0.24 * -(-len(entries) // 3) + 0.08
 
 
-_LEGEND: dict[str, Any] = {
-    "loc": "upper left",
-    "frameon": False,
-    "borderpad": 0,
-    "borderaxespad": 0,
-}
-
-
-def add_legend(card: Card, entries: Sequence[Entry]) -> None:
-    rows = -(-len(entries) // 3)
+def add_legend(card: Card, entries: Sequence[Entry], columns: int = 3, **look: Any) -> None:
+    """Write a legend above the body, row by row."""
+    rows = -(-len(entries) // columns)
     columns = -(-len(entries) // rows)
-    # matplotlib fills column after column; rows read better.
+    # matplotlib fills column after column.
     order = [i for column in range(columns) for i in range(column, len(entries), columns)]
-    handles: list[Any] = [entries[i][1] for i in order]
     card.figure.legend(
-        handles,
+        [entries[i][1] for i in order],
         [entries[i][0] for i in order],
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0.15)},
         ncols=columns,
         bbox_to_anchor=card.at(0, 0),
-        handlelength=2.2,
-        columnspacing=2.0,
-        **_LEGEND,
+        loc="upper left",
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        **{"handlelength": 2.2, "columnspacing": 2.0, **look},
     )
 
 
-def add_line_legend(card: Card, strategies: Sequence[Strategy], *more: Line2D) -> None:
-    handles = [
-        Line2D([], [], marker="o", ms=4, label=fit_text(s.name, 150, 9.5), **s.line)
-        for s in strategies
+def add_line_legend(card: Card, strategies: Sequence[Strategy], *more: Artist) -> None:
+    """Write a legend of the strategies' lines, and of more artists by their labels."""
+    entries: list[Entry] = [
+        (fit_text(s.name, 150, 9.5), Line2D([], [], marker="o", ms=4, **s.line)) for s in strategies
     ]
-    card.figure.legend(
-        handles=[*handles, *more],
-        ncols=len(handles) + len(more),
-        bbox_to_anchor=card.at(0, 0),
-        handlelength=3,
-        columnspacing=1.8,
-        fontsize=9.5,
-        **_LEGEND,
-    )
+    entries += [(str(artist.get_label()), artist) for artist in more]
+    add_legend(card, entries, len(entries), handlelength=3, columnspacing=1.8, fontsize=9.5)
+
+
+def finish_panel(axes: Axes, title: str, size: float = 9.0) -> None:
+    """Give a panel a title, and horizontal rules instead of a frame."""
+    axes.set_title(title, size=size, weight="bold", loc="left", pad=5)
+    axes.grid(axis="y", color=FAINT, lw=0.7)
+    axes.tick_params(axis="y", length=0)
+    axes.minorticks_off()
+    strip_axes(axes, "bottom")
+
+
+def count_doublings(axes: Axes) -> None:
+    """Make the x-axis logarithmic, with ticks at powers of two."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))

@@ -22,6 +22,8 @@ from batchbench.reports.time_budget import (
     waterfall,
 )
 
+MINUS = "\N{MINUS SIGN}"
+
 _ROW, _BAR = 0.62, 0.3  # inches: a strategy's row, and the bar at its lower end
 
 _STEP = 0.25  # inches: a row of a waterfall
@@ -43,6 +45,8 @@ _LOOKS: dict[str, dict[str, Any]] = {
 """The looks of parts that are the same under each strategy; useful parts have its colour."""
 
 _TINTS = {"useful_decode_s": 0.25, "prefill_useful_s": -0.55}
+
+_DARK = ("prefill_useful_s", "residual_s")
 
 STACKED = sorted(PARTS, key=lambda part: part not in _TINTS)
 """Parts in the order in which they are drawn: useful ones first."""
@@ -68,10 +72,10 @@ class WaterfallRow:
         return self.left_s + self.width_s
 
     def text(self, unit: card.Unit) -> str:
+        text = unit.text(round(self.width_s * 1e9))
         if self.saved_s is None:
-            return unit.text(round(self.width_s * 1e9))
-        sign = "\N{MINUS SIGN}" if self.saved_s >= 0 else "+"
-        return sign + unit.text(round(abs(self.saved_s) * 1e9))
+            return text
+        return f"{'+' if self.saved_s < 0 else MINUS}{text}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,43 +103,33 @@ class Waterfall:
         return cls(first, last, [*rows, WaterfallRow(last.name, 0.0, after.wall_s)])
 
     @property
-    def saved_s(self) -> float:
-        return self.rows[0].width_s - self.rows[-1].width_s
-
-    @property
     def height(self) -> float:
         """Inches of the rows and of the heading above them."""
         return 0.5 + len(self.rows) * _STEP
 
     def draw(self, picture: card.Card, top: float, unit: card.Unit) -> None:
-        difference = unit.text(round(abs(self.saved_s) * 1e9))
-        detail = f"{difference} {'saved' if self.saved_s > 0 else 'lost'}"
-        text = card.fit_text(
-            f"From {self.baseline.name} to {self.candidate.name}", 300, 10.5, "bold"
+        saved_s = self.rows[0].width_s - self.rows[-1].width_s
+        difference = unit.text(round(abs(saved_s) * 1e9))
+        detail = (
+            f"{difference} {'saved' if saved_s > 0 else 'lost'}" if saved_s else "no difference"
         )
-        picture.heading(top + 0.4, text, detail if self.saved_s else "no difference")
-        tall = len(self.rows) * _STEP
-        axes = picture.axes(_LABELS, top + 0.5, card.WIDE - _LABELS - 0.95, tall)
-        scale = 1e9 / unit.ns
-        at = 0.0  # the end of the row above
+        title = f"From {self.baseline.name} to {self.candidate.name}"
+        picture.heading(top + 0.4, card.fit_text(title, 300, 10.5, "bold"), detail)
+        width, tall = card.WIDE - _LABELS - 0.95, len(self.rows) * _STEP
+        axes, scale = picture.axes(_LABELS, top + 0.5, width, tall), 1e9 / unit.ns
         for i, row in enumerate(self.rows):
-            left, right = row.left_s * scale, row.right_s * scale
             whose = self.baseline if i == 0 else self.candidate
             look: dict[str, Any] = {"facecolor": whose.tint(0.25)}
-            start, end = left, right
             if row.saved_s is not None:
                 look |= {"edgecolor": look["facecolor"], "linewidth": 1.2}
                 look["gid"] = f"effect-{whose.index}-{i}"
-                if row.saved_s < 0:
-                    start, end, look["facecolor"] = right, left, "#ffffff"
-            axes.barh(i, end - start, left=start, height=0.66, **look)
-            if i:
-                below = 0.33 if row.saved_s is not None else -0.67
-                axes.plot([at] * 2, [i - 1.33, i + below], color=card.QUIET, lw=0.7)
+            start, width = row.left_s * scale, row.width_s * scale
+            if row.saved_s is not None and row.saved_s < 0:
+                start, width, look["facecolor"] = start + width, -width, "#ffffff"
+            axes.barh(i, width, left=start, height=0.66, **look)
             style: dict[str, Any] = {"size": 9, "va": "center", "weight": "bold"}
-            place = (right, i)
+            place = (row.right_s * scale, i)
             axes.annotate(row.text(unit), place, (5, 0), textcoords="offset points", **style)
-            at = end if row.saved_s is None else start
         names = [card.fit_text(row.label, _LABELS * 72 - 12, 9) for row in self.rows]
         axes.set(ylim=(len(names) - 0.5, -0.5), xticks=[])
         axes.margins(x=0)
@@ -167,8 +161,7 @@ def draw_time_budget(strategies: Sequence[card.Strategy], title: str) -> Figure:
     longest = max((times.wall_s for _, times in budgets), default=1.0)
     unit = card.Unit.of(strategies, longest * 1e9)
     entries, falls = _entries(budgets), waterfalls(budgets)
-    top = card.legend_height(entries)
-    tall = len(strategies) * _ROW
+    top, tall = card.legend_height(entries), len(strategies) * _ROW
     body = top + tall + 0.42 + sum(fall.height for fall in falls)
     picture = card.make_card(_headline(budgets), title, body, _notes(strategies, falls))
     card.add_legend(picture, entries)
@@ -205,12 +198,10 @@ def _stack(axes: Axes, budget: Budget, unit: card.Unit, longest: float) -> None:
         text = spell_percent(seconds / times.wall_s)
         if card.text_extent(text, 8.5) + 6 <= seconds / longest * card.WIDE * 72:
             style: dict[str, Any] = {"ha": "center", "va": "center", "size": 8.5}
+            style["color"] = "#ffffff" if part in _DARK else card.INK
             if look.get("hatch"):
                 style["bbox"] = {"fc": "#ffffff", "ec": "none", "pad": 1.2, "alpha": 0.9}
-            dark = part in ("prefill_useful_s", "residual_s")
-            axes.text(
-                left + seconds * scale / 2, y, text, color="#ffffff" if dark else card.INK, **style
-            )
+            axes.text(left + seconds * scale / 2, y, text, **style)
         left += seconds * scale
 
 
@@ -220,7 +211,7 @@ def _entries(budgets: Sequence[Budget]) -> list[card.Entry]:
     return [
         card.make_entry(NAMES[part], strategies, _TINTS[part])
         if part in _TINTS
-        else (NAMES[part], (Patch(**_LOOKS[part]),))
+        else (NAMES[part], Patch(**_LOOKS[part]))
         for part in seen
     ]
 
@@ -245,15 +236,17 @@ def _headline(budgets: Sequence[Budget]) -> str:
     if abs(saved) < _SHOWN * before.wall_s:
         return f"{candidate.called} takes as long as {baseline.called}"
     unit = card.Unit.of([baseline], before.wall_s * 1e9)
-    steps = sorted(waterfall(before, after)[1], key=lambda step: step["saved_s"])
-    most = steps[-1 if saved > 0 else 0]["part"]
+    parts = {step["part"]: step["saved_s"] for step in waterfall(before, after)[1]}
     difference = unit.text(round(abs(saved) * 1e9))
-    if saved > 0:
-        whole = unit.text(round(before.wall_s * 1e9))
-        text = f"{candidate.called} saves {difference} of {baseline.called}'s {whole}"
-        return f"{text}, mostly {SAVED_BY[most]}"
-    text = f"{candidate.called} takes {difference} longer than {baseline.called}"
-    return f"{text}, mostly due {LOST_TO[most]}"
+    if saved < 0:
+        most = LOST_TO[min(parts, key=lambda part: parts[part])]
+        text = f"{candidate.called} takes {difference} longer than {baseline.called}"
+        return f"{text}, mostly due {most}"
+    whole, most = (
+        unit.text(round(before.wall_s * 1e9)),
+        SAVED_BY[max(parts, key=lambda p: parts[p])],
+    )
+    return f"{candidate.called} saves {difference} of {baseline.called}'s {whole}, mostly {most}"
 
 
 def _notes(strategies: Sequence[card.Strategy], falls: Sequence[Waterfall]) -> str:
@@ -263,5 +256,5 @@ def _notes(strategies: Sequence[card.Strategy], falls: Sequence[Waterfall]) -> s
         which = "trial of median duration" if trials % 2 else "mean of the middle trials"
         notes += f" Shown: the {which} of each strategy."
     if falls:
-        notes += " Filled (\N{MINUS SIGN}): time saved in a part; outlined (+): time lost."
+        notes += f" Filled ({MINUS}): time saved in a part; outlined (+): time lost."
     return notes

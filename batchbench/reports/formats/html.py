@@ -27,17 +27,16 @@ from numpy.typing import NDArray
 from batchbench.batching.recording import Ints, Recording
 from batchbench.batching.remote.spec import OWN_ENGINE
 from batchbench.reports.figures.card import Strategy, Unit, capitalize, name_strategies
-from batchbench.reports.figures.latency import staircase
-from batchbench.reports.figures.occupancy import which_trial
+from batchbench.reports.figures.slots import Bars, middle_length, which_trial, window_of
+from batchbench.reports.figures.speed import staircase
 from batchbench.reports.figures.time_budget import STACKED, budgets_of, waterfalls
-from batchbench.reports.figures.timeline import Bars, middle_length, window_of
 from batchbench.reports.formats import terminal
 from batchbench.reports.occupancy import Holdings, levels_of
 from batchbench.reports.result import Result
 from batchbench.reports.served import agreement_words, server_lines
-from batchbench.reports.side_by_side import Labelled, SideBySide
+from batchbench.reports.side_by_side import HEAD, Labelled, SideBySide
 from batchbench.reports.statistics import Distribution, Floats
-from batchbench.reports.text import clean_text, number, percent
+from batchbench.reports.text import clean_text, number, percent, spell_setting
 from batchbench.reports.time_budget import NAMES
 
 MOST_BARS = 12_000
@@ -73,18 +72,13 @@ def render(shown: Sequence[Labelled]) -> str:
     together = SideBySide(shown) if len(shown) > 1 else None
     most = max((line.throughput or 0.0 for line in together.lines), default=0) if together else 0
     title = " · ".join(one.label for one in shown) if together else shown[0].result.title
-    head, rows = terminal.side_by_side_cells(together) if together else ([], [])
     return (
         _environment()
         .get_template("page.html.jinja")
         .render(
             title=clean_text(title),
             together=together,
-            setting_rows=[[name, *values] for name, values in together.settings]
-            if together
-            else [],
-            figure_head=head,
-            figure_rows=rows,
+            head=HEAD,
             most_throughput=most or 1.0,
             results=[_of_result(i, one, most_bars) for i, one in enumerate(shown)],
             version=shown[0].result.data["batchbench_version"],
@@ -151,8 +145,7 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "waterfalls": waterfalls(budgets),
         "longest_s": longest,
         "unit": Unit.of(strategies, longest * 1e9),
-        "prediction": terminal.prediction_rows(result),
-        "fit": terminal.fit_lines(result),
+        "prediction": terminal.prediction_lines(result),
         "settings": _settings(data["config"]),
         "environment": _environment_rows(data),
     }
@@ -184,7 +177,7 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the settings that are not at their empty default; of a server only those it has."""
     unused = OWN_ENGINE if "target" in config else ()
     return [
-        (name.replace("_", " "), _spell(value))
+        (name.replace("_", " "), spell_setting(value))
         for part in config.values()
         for name, value in (part.items() if isinstance(part, Mapping) else ())
         if value not in (None, [], False, "") and name not in unused
@@ -196,17 +189,7 @@ def _environment_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [(name, value) for name, value in environment.items() if not isinstance(value, Mapping)]
     rows += list(environment.get("packages", {}).items())
     rows += [(f"model {name}", value) for name, value in data["model"].items()]
-    return [(name.replace("_", " "), _spell(value)) for name, value in rows]
-
-
-def _spell(value: Any) -> str:
-    if value is None or value == "":
-        return "N/A"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int | float):
-        return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
-    return ", ".join(map(_spell, value)) if isinstance(value, list) else str(value)
+    return [(name.replace("_", " "), spell_setting(value)) for name, value in rows]
 
 
 # Charts

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from batchbench.reports.formats import terminal
 from batchbench.reports.result import Result
 from batchbench.reports.served import server_lines
-from batchbench.reports.side_by_side import Labelled, SideBySide
+from batchbench.reports.side_by_side import HEAD, Labelled, SideBySide
 
 _TITLES = {
     "timeline": "Requests in their slots, over time",
@@ -35,9 +35,9 @@ def render(shown: Sequence[Labelled], pictures: Sequence[Mapping[str, str]]) -> 
 def _together(together: SideBySide) -> Iterator[str]:
     yield from (f"**{escape(together.sentence)}**", "")
     if together.settings:
-        rows = [[name, *values] for name, values in together.settings]
-        yield from table(["Differs", *together.labels], rows, left=len(together.labels) + 1)
-    yield from table(*terminal.side_by_side_cells(together), left=2)
+        head = ["Differs", *together.labels]
+        yield from table(head, together.settings, left=len(head))
+    yield from table(HEAD, [line.cells for line in together.lines], left=2)
 
 
 def _of_result(one: Labelled, pictures: Mapping[str, str], *, several: bool) -> Iterator[str]:

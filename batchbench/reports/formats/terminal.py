@@ -12,12 +12,13 @@ from rich.text import Text
 
 from batchbench.batching.policies import POLICIES
 from batchbench.batching.trials import servings_note
-from batchbench.reports.prediction import describe_fit, worth_showing
+from batchbench.reports.prediction import describe_fit, is_weak
 from batchbench.reports.result import Result, ratio_of
 from batchbench.reports.served import agreement_words, server_lines
-from batchbench.reports.side_by_side import FIGURES, SideBySide
+from batchbench.reports.side_by_side import HEAD, SideBySide
 from batchbench.reports.statistics import FEWEST_PAIRS
 from batchbench.reports.text import (
+    MISSING,
     called,
     decimals_of,
     fixed,
@@ -44,25 +45,22 @@ _COST = "cost_per_million_output_tokens"
 
 def sentence(result: Result, *, reasons: bool = True) -> str:
     """Return the answer in one sentence, with the ``reasons`` of a suspect run or without."""
-    return "; ".join([_answer(result), *_trust(result, reasons=reasons)]) + "."
+    return f"{_answer(result)}; {_trust(result, reasons=reasons)}."
 
 
-def _trust(result: Result, *, reasons: bool) -> list[str]:
+def _trust(result: Result, *, reasons: bool) -> str:
     """Return words on the outputs and on the validity of a run."""
     data = result.data
+    agreement, checked, validity = data.get("agreement"), data["verification"], data["validity"]
     parts = []
-    agreement, verified = data.get("agreement"), data["verification"]["requests_checked"]
-    if verified:
-        parts.append(_outputs(data["verification"], served=result.served))
+    if checked["requests_checked"]:
+        parts.append(_outputs(checked, served=result.served))
     if agreement is not None:
         parts.append(agreement_words(data, agreement))
-    if not (verified or agreement or data["simulated"]):
+    if not (parts or data["simulated"]):
         parts.append("outputs not verified")
-    validity = data["validity"]
-    parts.append(f"run {validity['status']}")
-    if validity["reasons"] and reasons:
-        parts[-1] += f" ({'; '.join(validity['reasons'])})"
-    return parts
+    why = f" ({'; '.join(validity['reasons'])})" if validity["reasons"] and reasons else ""
+    return "; ".join([*parts, f"run {validity['status']}{why}"])
 
 
 def as_fast(ratio: float, candidate: str, baseline: str, interval: str = "") -> str:
@@ -75,38 +73,38 @@ def as_fast(ratio: float, candidate: str, baseline: str, interval: str = "") -> 
 
 
 def _answer(result: Result) -> str:
-    comparison = result.data["comparison"]
+    data = result.data
+    comparison, simulated, cost = data["comparison"], data["simulated"], data.get("cost")
     if comparison is None:
         name = result.names[0]
-        summary = result.data["strategies"][name]["summary"]
+        summary = data["strategies"][name]["summary"]
         return (
             f"{called(result.label(name))} served {number(summary['completed'])} requests in "
             f"{number(summary['duration'])} s, {number(summary['output_throughput'])} output "
             "tokens/s"
         )
-    if result.data["workload"]["arrival_rate"] is not None:
+    if data["workload"]["arrival_rate"] is not None:
         return _latency(result)
-    speedup, simulated = comparison["speedup"], result.data["simulated"]
-    interval = ""
-    if not simulated and speedup["ci95"] is None:
+    interval, ci95 = "", comparison["speedup"]["ci95"]
+    if not simulated and ci95:
+        interval = "95 % CI {:.2f}–{:.2f}".format(*ci95)
+    elif not simulated:
         pairs = len(result.recordings[comparison["candidate"]])
         interval = f"{plural(pairs, 'pair')} of trials: too few for an interval"
-    elif not simulated and speedup["ci95"]:
-        interval = "95 % CI {:.2f}–{:.2f}".format(*speedup["ci95"])
     candidate, baseline = (
         called(result.label(comparison[side])) for side in ("candidate", "baseline")
     )
-    text = _simulation(result) + as_fast(speedup["median"], candidate, baseline, interval)
-    cost = result.data.get("cost")
-    text += _other_candidates(result)
+    fast = as_fast(comparison["speedup"]["median"], candidate, baseline, interval)
+    text = _simulation(result) + fast + _other_candidates(result)
     ratio = comparison["step_ratio"]
     if ratio is None or (simulated and not cost):
         return text
+    how = "the schedules alone would give"
     if not result.served:
-        return f"{text}; counting steps only: {times(ratio)}"
-    if comparison.get("step_ratio_source") == "server":
-        return f"{text}; by the server's own count of forward passes: {times(ratio)}"
-    return f"{text}; the schedules alone would give {times(ratio)}"
+        how = "counting steps only:"
+    elif comparison.get("step_ratio_source") == "server":
+        how = "by the server's own count of forward passes:"
+    return f"{text}; {how} {times(ratio)}"
 
 
 def _simulation(result: Result) -> str:
@@ -178,20 +176,24 @@ def causes(result: Result) -> list[str]:
         whole = fall["saved_s"]
         if abs(whole) < EQUAL * explain["strategies"][fall["baseline"]]["wall_s"]:
             continue
-        decimals = decimals_of(max(abs(whole), *(abs(step["saved_s"]) for step in fall["steps"])))
-        steps = [step for step in fall["steps"] if abs(step["saved_s"]) >= MENTIONED * abs(whole)]
+        saved = {step["part"]: step["saved_s"] for step in fall["steps"]}
+        decimals = decimals_of(max(map(abs, [whole, *saved.values()])))
+        told = {part: s for part, s in saved.items() if abs(s) >= MENTIONED * abs(whole)}
         # The largest cause comes first: savings of a faster candidate, losses of a slower one.
-        steps.sort(key=lambda step: step["saved_s"] * (-1 if whole > 0 else 1))
-        verb, parts = "saved" if whole > 0 else "lost", []
-        for step in steps:
-            saved, part = step["saved_s"], step["part"]
-            words = f"saved {SAVED_BY[part]}" if saved > 0 else f"lost {LOST_TO[part]}"
-            parts.append(f"{abs(saved):,.{decimals}f} s {words}")
-        rest = whole - sum(step["saved_s"] for step in steps)
-        if f"{abs(rest):.{decimals}f}" != f"{0:.{decimals}f}":
-            parts.append(f"{abs(rest):,.{decimals}f} s {'saved' if rest > 0 else 'lost'} elsewhere")
-        text = f"{fall['candidate']} {verb} {abs(whole):,.{decimals}f} s against {fall['baseline']}"
-        lines.append(f"{text}: {', '.join(parts)}.")
+        effects = [
+            (told[part], SAVED_BY[part] if told[part] > 0 else LOST_TO[part])
+            for part in sorted(told, key=told.__getitem__, reverse=whole > 0)
+        ]
+        rest = whole - sum(told.values())
+        if fixed(abs(rest), decimals) != fixed(0, decimals):
+            effects.append((rest, "elsewhere"))
+        verb, total = "saved" if whole > 0 else "lost", fixed(abs(whole), decimals)
+        parts = (
+            f"{fixed(abs(part), decimals)} s {'saved' if part > 0 else 'lost'} {words}"
+            for part, words in effects
+        )
+        head = f"{fall['candidate']} {verb} {total} s against {fall['baseline']}"
+        lines.append(f"{head}: {', '.join(parts)}.")
     return lines
 
 
@@ -318,8 +320,7 @@ def _value(strategy: Mapping[str, Any], row: _Row) -> float | None:
     if isinstance(metric, int):
         value = strategy["by_output_length"][metric]["mean_slowdown"]
     elif metric == "utilisation":
-        useful = counters.get("useful_slot_steps")
-        value = None if useful is None else useful / counters["slot_steps"]
+        value = counters["useful_slot_steps"] / counters["slot_steps"] if counters else None
     elif metric == "forward_passes" and not counters:
         value = strategy.get("computed_passes")
     else:
@@ -332,15 +333,13 @@ def cells(
 ) -> tuple[list[str], list[list[str]]]:
     """Return the main table as text: its head, and a row per metric; of two also their ratio."""
     strategies, names = result.data["strategies"], result.names
-    two = len(names) == 2
-    labels = [result.label(name) for name in names]
-    head = ["Metric", "Unit", *labels, *([f"÷ {labels[0]}"] if two else [])]
+    labels, two = [result.label(name) for name in names], len(names) == 2
     lines = []
     for row in _rows_of(result) if rows is None else rows:
         values = [number(_value(strategies[name], row)) for name in names]
         ratio = [_ratio(result, row, *names)] if two else []
         lines.append([row.label, row.unit, *values, *ratio])
-    return head, lines
+    return ["Metric", "Unit", *labels, *([f"÷ {labels[0]}"] if two else [])], lines
 
 
 def _ratio(result: Result, row: _Row, baseline: str, name: str) -> str:
@@ -355,7 +354,7 @@ def _ratio(result: Result, row: _Row, baseline: str, name: str) -> str:
 
 def notes(result: Result, *, rows: Sequence[_Row] | None = None) -> list[str]:
     """Return what a reader should know of the numbers and rows of the main table."""
-    trials = len(result.recordings[result.names[0]])
+    strategies, trials = result.data["strategies"], len(result.recordings[result.names[0]])
     lines = []
     if result.data["simulated"]:
         fitted = result.data.get("cost") is not None
@@ -365,18 +364,12 @@ def notes(result: Result, *, rows: Sequence[_Row] | None = None) -> list[str]:
         if len(result.names) == 2:
             interval = " (95 % CI)" * (trials >= FEWEST_PAIRS)
             lines.append(f"÷ is the median of paired trials{interval}")
-    lines += _servings(result)
-    classes = result.data["strategies"][result.names[0]]["by_output_length"]
+    note = servings_note({name: data.get("servings", 1) for name, data in strategies.items()})
+    lines += [] if note is None else [note]
+    classes = strategies[result.names[0]]["by_output_length"]
     if result.served and all(length["mean_slowdown"] is None for length in classes):
         lines.append("each output came at once: ITL, TPOT and E2E ÷ unloaded are not known")
     return lines + [row.note for row in rows or _rows_of(result) if row.note]
-
-
-def _servings(result: Result) -> list[str]:
-    """Return words for trials that served the workload more than once."""
-    counts = {name: data.get("servings", 1) for name, data in result.data["strategies"].items()}
-    note = servings_note(counts)
-    return [] if note is None else [note]
 
 
 def table(result: Result, *, verbose: bool = True) -> Table:
@@ -400,30 +393,30 @@ def comparisons(result: Result) -> Table:
 def time_budget_table(result: Result) -> Table:
     """Return part × strategies in seconds, with shares where there is room; of two also saved."""
     explain = result.data["explain"]
-    budgets: Mapping[str, Any] = explain["strategies"]
+    budgets: dict[str, Any] = {
+        name: budget and {**budget["parts"], "wall_s": budget["wall_s"]}
+        for name, budget in explain["strategies"].items()
+    }
     shares, saved = len(budgets) < 3, len(explain["waterfall"]) == len(budgets) - 1 == 1
-    head = ["Part"]
-    for name in budgets:
-        head += [name, "%"] if shares else [name]
-    decimals = max(2, decimals_of(min((b["wall_s"] for b in budgets.values() if b), default=1.0)))
+    walls = [budget["wall_s"] for budget in budgets.values() if budget]
+    decimals = max(2, decimals_of(min(walls, default=1.0)))
     rows = []
     for part, label in {**NAMES, "wall_s": "wall time"}.items():
-        whole = part == "wall_s"
-        seconds = [b and (b["wall_s"] if whole else b["parts"][part]) for b in budgets.values()]
+        seconds = [budget and budget[part] for budget in budgets.values()]
         if part != "residual_s" and not any(seconds):
             continue
         row = [label.capitalize()]
         for value, budget in zip(seconds, budgets.values(), strict=True):
-            row.append("N/A" if value is None else fixed(value, decimals))
+            row.append(MISSING if value is None else fixed(value, decimals))
             if shares:
-                known = budget and budget["wall_s"]
-                row.append(f"{100 * value / known:.1f}" if known else "")
+                row.append(f"{100 * value / budget['wall_s']:.1f}" if budget else "")
         if saved:
             row.append(fixed(seconds[0] - seconds[1], decimals, sign="+"))
         rows.append(row)
+    columns = [head for name in budgets for head in ([name, "%"] if shares else [name])]
     return make_table(
         "Where the time went, in seconds",
-        [*head, "saved"] if saved else head,
+        ["Part", *columns, *(["saved"] if saved else [])],
         rows,
         notes=_budget_notes(result),
         total=True,
@@ -436,7 +429,7 @@ def _budget_notes(result: Result) -> list[str]:
     lines = []
     if trials > 1:
         lines.append("the trial of median duration" if trials % 2 else "mean of the middle trials")
-    warm_up = next((b["warm_up_s"] for b in budgets.values() if b), None)
+    warm_up = next((budget["warm_up_s"] for budget in budgets.values() if budget), None)
     if warm_up is not None:
         lines.append(f"before all trials a warm-up of {warm_up:.{decimals_of(warm_up)}f} s")
     hidden = [name for name, budget in budgets.items() if budget is None]
@@ -475,48 +468,27 @@ def floor_lines(result: Result) -> list[str]:
     return lines
 
 
-def prediction_rows(result: Result) -> list[list[str]]:
-    """Return strategy, predicted and measured seconds and the error; none if the fit is weak."""
-    return [
-        [
-            predicted["strategy"],
-            number(predicted["duration"]),
-            number(predicted["measured_duration"]),
-            percent(predicted["error"], 1, "+"),
-        ]
-        for predicted in worth_showing(result.data.get("prediction"))
-    ]
-
-
 def prediction_lines(result: Result) -> list[str]:
     """Return predicted beside measured durations, and the quality of the fit."""
-    prediction = result.data.get("prediction")
-    fitted_on = prediction["fitted_on"] if prediction else ""
-    lines, rows = [], prediction_rows(result)
-    for name, predicted, measured, error in rows:
-        if name != fitted_on or len(rows) == 1:
-            side = "below" if error.startswith("-") else "above"
-            lines.append(
-                f"Predicted from the steps of {fitted_on}: {name} takes {predicted} s, "
-                f"{error.lstrip('+-')} {side} the measured {measured} s."
-            )
-    return lines + fit_lines(result)
-
-
-def fit_lines(result: Result) -> list[str]:
-    """Return where a prediction extrapolates, and the cross-validated errors of the fit."""
     prediction, cost = result.data.get("prediction"), result.data.get("cost")
-    lines = _extrapolation(cost["extrapolates"] if cost else [])
+    lines = _extrapolation(cost)
     if prediction is None:
         return lines
-    fit, fitted_on = prediction["held_out"], prediction["fitted_on"]
-    strategies = worth_showing(prediction)
-    for predicted in [s for s in strategies if s["strategy"] != fitted_on] or strategies:
-        lines += _extrapolation(predicted["extrapolates"])
-    return [*lines, describe_fit(fit, fitted_on)]
+    fit, source = prediction["held_out"], prediction["fitted_on"]
+    strategies = [] if is_weak(fit) else prediction["strategies"]
+    for predicted in [one for one in strategies if one["strategy"] != source] or strategies:
+        side = "below" if predicted["error"] < 0 else "above"
+        lines.append(
+            f"Predicted from the steps of {source}: {predicted['strategy']} takes "
+            f"{number(predicted['duration'])} s, {percent(abs(predicted['error']), 1)} {side} the "
+            f"measured {number(predicted['measured_duration'])} s."
+        )
+        lines += _extrapolation(predicted)
+    return [*lines, describe_fit(fit, source)]
 
 
-def _extrapolation(reasons: list[str]) -> list[str]:
+def _extrapolation(fitted: Mapping[str, Any] | None) -> list[str]:
+    reasons = fitted["extrapolates"] if fitted else []
     return [f"Beyond the fitted range: {'; '.join(reasons)}."] if reasons else []
 
 
@@ -528,47 +500,38 @@ def render(result: Result, *, verbose: bool = True) -> RenderableType:
     status = result.data["validity"]["status"]
     wrong = result.data["verification"]["passed"] is False
     style = "bold red" if wrong else "green" if status == "valid" else "bold yellow"
-    answer, trust = _answer(result), "; ".join(_trust(result, reasons=True))
+    answer, trust = _answer(result), _trust(result, reasons=True)
     parts: list[RenderableType] = [
         Text(f"{answer[:1].upper()}{answer[1:]}.", style="bold"),
         Text(f"{trust[:1].upper()}{trust[1:]}.", style=style),
+        *(Text(f"Why: {line}") for line in causes(result)),
+        Text(),
+        table(result, verbose=verbose),
     ]
-    parts += [*(Text(f"Why: {line}") for line in causes(result)), Text()]
-    parts.append(table(result, verbose=verbose))
     if len(result.names) > 2:
         parts += [Text(), comparisons(result)]
-    if not verbose:
-        cost = result.data.get("cost")
-        lines = server_lines(result.data) + _extrapolation(cost["extrapolates"] if cost else [])
-        return Group(*parts, *([Text(), *map(Text, lines)] if lines else []))
-    parts += [] if result.served else [Text(), time_budget_table(result)]
-    for lines in (
-        server_lines(result.data),
-        floor_lines(result),
-        stall_lines(result),
-        prediction_lines(result),
-    ):
+    below = [server_lines(result.data) + _extrapolation(result.data.get("cost"))]
+    if verbose:
+        parts += [] if result.served else [Text(), time_budget_table(result)]
+        below = [
+            *(server_lines(result.data), floor_lines(result)),
+            *(stall_lines(result), prediction_lines(result)),
+        ]
+    for lines in below:
         parts += [Text(), *map(Text, lines)] if lines else []
     return Group(*parts)
-
-
-def side_by_side_cells(together: SideBySide) -> tuple[list[str], list[list[str]]]:
-    head = ["Result", "Strategy", "Speed-up", *(name for name, _ in FIGURES), "Run"]
-    rows = [
-        [line.label, line.strategy, line.speedup, *line.figures, line.status]
-        for line in together.lines
-    ]
-    return head, rows
 
 
 def render_side_by_side(together: SideBySide) -> RenderableType:
     parts: list[RenderableType] = [Text(together.sentence, style="bold"), Text()]
     if together.settings:
-        rows = [[name, *values] for name, values in together.settings]
-        parts += [make_table("What differs", ["Setting", *together.labels], rows, left=99), Text()]
-    head, rows = side_by_side_cells(together)
+        head = ["Setting", *together.labels]
+        parts += [make_table("What differs", head, together.settings, left=99), Text()]
     # Units stand in the second line of the head; a table of five figures fits into 80 columns.
-    head = [name.replace(" (", "\n(") for name in head[:6]]
-    marks = ("" if row[-1] == "valid" else f" ({row[-1]})" for row in rows)
-    rows = [[row[0] + mark, *row[1:6]] for row, mark in zip(rows, marks, strict=True)]
+    head = [name.replace(" (", "\n(") for name in HEAD[:6]]
+    rows = []
+    for line in together.lines:
+        label, *cells, status = line.cells
+        mark = "" if status == "valid" else f" ({status})"
+        rows.append([label + mark, *cells[:5]])
     return Group(*parts, make_table("Side by side", head, rows, left=2))

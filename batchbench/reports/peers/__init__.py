@@ -11,18 +11,15 @@ from typing import Any
 from batchbench.errors import UsageError, shown
 from batchbench.files import read_binary
 from batchbench.json_file import MOST_BYTES, parse_json
-from batchbench.reports.peers.aiperf import are_records, is_of_aiperf, read_aiperf, read_records
-from batchbench.reports.peers.guidellm import is_of_guidellm, read_guidellm
-from batchbench.reports.peers.llmd import is_of_llmd, parse_yaml, read_llmd
+from batchbench.reports.peers import llmd, readers
 from batchbench.reports.peers.values import DamagedError, PeerFile
-from batchbench.reports.peers.vllm import is_of_vllm, read_vllm
 
 READERS: Mapping[str, tuple[Callable[[Any], bool], Callable[[Any], PeerFile]]] = {
-    "vllm bench serve": (is_of_vllm, read_vllm),
-    "guidellm": (is_of_guidellm, read_guidellm),
-    "aiperf": (is_of_aiperf, read_aiperf),
-    "aiperf's records": (are_records, read_records),
-    "llm-d's benchmark report": (is_of_llmd, read_llmd),
+    "vllm bench serve": (readers.is_of_vllm, readers.read_vllm),
+    "guidellm": (readers.is_of_guidellm, readers.read_guidellm),
+    "aiperf": (readers.is_of_aiperf, readers.read_aiperf),
+    "aiperf's records": (readers.are_records, readers.read_records),
+    "llm-d's benchmark report": (llmd.is_of_llmd, llmd.read_llmd),
 }
 """By tool: a test of a file's content, and its reader."""
 
@@ -59,14 +56,14 @@ def _parse(file: Path, content: bytes) -> Any:
     """Return the JSON or YAML of a file, or the list of its lines' JSON."""
     try:
         data = parse_json(content, constants=True)
-        return [data] if are_records([data]) else data
+        return [data] if readers.are_records([data]) else data
     except ValueError as error:
         fault = error
     try:
         if content.startswith(b'{"metadata"') and b"\n{" in content:
             return [parse_json(line) for line in content.splitlines() if line.strip()]
         if re.search(rb"(?m)^version:", content) and len(content) <= _MOST_YAML:
-            return parse_yaml(content.decode("utf-8"))
+            return llmd.parse_yaml(content.decode("utf-8"))
     except ValueError as error:
         fault = error
     raise UsageError(f"{file}: is not readable JSON ({shown(fault, 200)}); {EXPECTED}")

@@ -15,12 +15,14 @@ from batchbench.json_file import json_text
 from batchbench.reports.peers.values import (
     STATISTICS,
     DamagedError,
+    Figures,
     PeerFile,
     PeerRun,
     at,
     figure,
     items,
     make_run,
+    statistics,
     text,
 )
 
@@ -75,11 +77,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
 
 
 def parse_yaml(content: str) -> Any:
-    """Parse a report in YAML.
-
-    Raises:
-        ValueError: it is not YAML.
-    """
+    """Parse a report in YAML; raise ValueError if it is none."""
     try:
         return yaml.load(content, _Loader)
     except (yaml.YAMLError, RecursionError, OverflowError) as error:
@@ -96,8 +94,10 @@ def read_llmd(data: Any) -> PeerFile:
     if aggregate is None:
         raise DamagedError("results.request_performance.aggregate is missing")
     load = at(data, "scenario", "load", "standardized")
-    tool, failed = text(load, "tool"), _failed(aggregate)
+    tool = text(load, "tool")
     ours = at(data, "scenario", "load", "metadata", "description") == _OURS
+    lost = [figure(aggregate, "requests", name) for name in ("failures", "incomplete")]
+    failed = None if lost == [None, None] else sum(count or 0 for count in lost)
     total = figure(aggregate, "requests", "total")
     completed = None if total is None else total - (failed or 0)
     given = {"duration": _seconds(text(data, "run", "time", "duration")), "completed": completed}
@@ -106,15 +106,14 @@ def read_llmd(data: Any) -> PeerFile:
     for length, name in _LENGTHS.items():
         mean = figure(aggregate, "requests", length, "mean")
         # Other tools divide by requests sent or completed, which differ where requests failed.
-        known = completed is not None and mean is not None and (ours or not failed)
-        given[name] = round(mean * completed) if known and mean is not None and completed else None
+        if completed is not None and mean is not None and (ours or not failed):
+            given[name] = round(mean * completed)
     names = _NAMES if ours else _NAMES | _OTHER_NAMES.get(tool or "", {})
     for latency, (theirs, per) in names.items():
         given |= _latency(aggregate, latency, theirs, per)
     concurrency = figure(load, "concurrency")
     run = make_run(given, concurrency=concurrency, rate=figure(load, "rate_qps"), failed=failed)
-    stack = items(data, "scenario", "stack") or []
-    engines = [at(one, "standardized") for one in stack]
+    engines = [at(one, "standardized") for one in items(data, "scenario", "stack") or []]
     engine = next((one for one in engines if at(one, "model") is not None), None)
     end = at(data, "run", "time", "end")
     return PeerFile(
@@ -127,29 +126,21 @@ def read_llmd(data: Any) -> PeerFile:
     )
 
 
-def _failed(aggregate: Any) -> float | None:
-    counts = [figure(aggregate, "requests", name) for name in ("failures", "incomplete")]
-    known = [count for count in counts if count is not None]
-    return sum(known) if known else None
-
-
-def _latency(aggregate: Any, latency: str, name: str, per: str) -> dict[str, float | None]:
-    statistics = at(aggregate, "latency", name)
-    if statistics is None:
+def _latency(aggregate: Any, latency: str, name: str, per: str) -> Figures:
+    stated = at(aggregate, "latency", name)
+    if stated is None:
         return {}
     scales = {f"ms{per}": 1.0, f"s{per}": 1e3}
-    if (unit := text(statistics, "units")) not in scales:
-        raise DamagedError(f"{name}.units is {str(unit)[:20]}; it must be {' or '.join(scales)}")
-    values = {key: figure(statistics, theirs) for key, theirs in _STATISTICS.items()}
-    return {
-        f"{key}_{latency}_ms": None if value is None else value * scales[str(unit)]
-        for key, value in values.items()
-    }
+    unit = text(stated, "units") or "none"
+    if unit not in scales:
+        raise DamagedError(f"{name}.units is {unit[:20]}; it must be {' or '.join(scales)}")
+    paths = {key: (theirs,) for key, theirs in _STATISTICS.items()}
+    return statistics(stated, latency, paths, scales[unit])
 
 
 def _seconds(duration: str | None) -> float | None:
-    match = None if duration is None else _DURATION.fullmatch(duration)
-    if duration is None or match is None or not any(match.groups()):
+    match = _DURATION.fullmatch(duration or "")
+    if match is None or not any(match.groups()):
         return None
     hours, minutes, seconds = (float(part or 0) for part in match.groups())
     return 3600 * hours + 60 * minutes + seconds
@@ -164,26 +155,18 @@ def write_llmd(file: PeerFile, run: PeerRun) -> str:
     seconds = run.summary["duration"]
     end = file.created if file.tool == "batchbench" else None  # others name no time zone
     suspect = [f"suspect: {doubt}" for doubt in file.doubts]
-    scenario: dict[str, Any] = {}
-    if file.model is not None:
-        scenario["stack"] = [
-            {
-                "metadata": {
-                    "label": "server",
-                    "cfg_id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{file.backend} {file.model}")),
-                },
-                # The standard form of an engine asks for an accelerator, which is not known.
-                "standardized": {
-                    "kind": "generic",
-                    "tool": file.backend or "",
-                    "tool_version": "",
-                    "model": {"name": file.model},
-                },
-                "native": {},
-            }
-        ]
-    if (load := _load(file, run)) is not None:
-        scenario["load"] = load
+    server = uuid.uuid5(uuid.NAMESPACE_URL, f"{file.backend} {file.model}")
+    stack = {
+        "metadata": {"label": "server", "cfg_id": str(server)},
+        # The standard form of an engine asks for an accelerator, which is not known.
+        "standardized": {
+            "kind": "generic",
+            "tool": file.backend or "",
+            "tool_version": "",
+            "model": {"name": file.model},
+        },
+        "native": {},
+    }
     report = {
         "version": VERSIONS[0],
         "run": {
@@ -192,7 +175,7 @@ def write_llmd(file: PeerFile, run: PeerRun) -> str:
             "time": _known(end=end, duration=None if seconds is None else f"PT{seconds!r}S"),
             "description": ", ".join([file.model or file.tool, run.name, *suspect]),
         },
-        "scenario": scenario,
+        "scenario": _known(stack=[stack] if file.model else None, load=_load(file, run)),
         "results": {"request_performance": {"aggregate": _aggregate(run)}},
     }
     return json_text(report)
@@ -221,11 +204,10 @@ def _load(file: PeerFile, run: PeerRun) -> dict[str, Any] | None:
 
 
 def _aggregate(run: PeerRun) -> dict[str, Any]:
-    summary, requests = run.summary, run.requests
+    summary, completed = run.summary, run.summary["completed"]
     counts: dict[str, Any] = {}
-    if requests is not None:
-        counts = {"total": requests, **_known(failures=run.failed)}
-        completed = summary["completed"]
+    if completed is not None:
+        counts = {"total": run.requests, **_known(failures=run.failed)}
         for length, name in _LENGTHS.items():
             if (tokens := summary[name]) is not None and completed:
                 counts[length] = {"units": "count", "mean": tokens / completed}

@@ -113,15 +113,10 @@ def render_markdown(named: Named) -> str:
 
 def render_json(named: Named) -> str:
     """Return all values under our names; null where a file does not hold one."""
-    files = [
-        {
-            "file": label,
-            **{key: value for key, value in vars(file).items() if key != "runs"},
-            "runs": [
-                {key: value for key, value in vars(run).items() if key != "latencies"}
-                for run in file.runs
-            ],
-        }
-        for label, file in named
-    ]
+    files = []
+    for label, file in named:
+        runs = [
+            {k: value for k, value in vars(run).items() if k != "latencies"} for run in file.runs
+        ]
+        files.append({"file": label, **vars(file), "runs": runs})
     return json_text({"files": files})

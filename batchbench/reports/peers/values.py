@@ -17,7 +17,7 @@ from batchbench.errors import shown
 from batchbench.reports.latency import Latencies
 from batchbench.reports.metrics import statistics_of
 from batchbench.reports.result import Result
-from batchbench.reports.result_file import Summary
+from batchbench.reports.result_file import METRICS
 from batchbench.reports.served import server_words
 from batchbench.reports.statistics import Distribution, Floats
 
@@ -92,11 +92,14 @@ def make_run(
     """Return a run with the statistics of its latencies computed from them, if it has them.
 
     Args:
-        given: metrics that the file holds.
+        given: metrics that the file holds; NaN counts as missing.
         latencies: in ms, by ``LATENCIES``; values of an array that are not finite are left out.
         name: its load, if that is not rate and concurrency.
     """
-    found: dict[str, float | None] = {**dict.fromkeys(Summary.__annotations__), **given}
+    found: dict[str, float | None] = {
+        **dict.fromkeys(METRICS),
+        **{key: v for key, v in given.items() if v is not None and math.isfinite(v)},
+    }
     parts = {
         key: Distribution.of(v[np.isfinite(v)]) if isinstance(v, np.ndarray) else v
         for key, v in (latencies or {}).items()
@@ -106,17 +109,17 @@ def make_run(
         found |= statistics_of(key, part)
     named = {"rate": rate, "concurrency": concurrency}
     load = ",".join(f"{key}={value:g}" for key, value in named.items() if value is not None)
-    whole = (None if value is None else int(value) for value in (concurrency, failed))
-    return PeerRun(name or load or "load-unknown", next(whole), rate, next(whole), found, parts)
+    whole = [None if value is None else int(value) for value in (concurrency, failed)]
+    return PeerRun(name or load or "load-unknown", whole[0], rate, whole[1], found, parts)
 
 
 def of_result(result: Result) -> PeerFile:
     """Return our own result as another tool's: a run per strategy, latencies pooled over trials."""
     data = result.data
-    workload, server = data["workload"], data.get("server")
-    rate, slots = data["config"]["workload"].get("request_rate"), data["config"]["serving"]
+    workload, server, serving = data["workload"], data.get("server"), data["config"]["serving"]
+    rate = data["config"]["workload"].get("request_rate")
     # Slots of our own engine do not limit the requests that a timetable sends.
-    limit = slots["batch_size"] if server or rate is None else None
+    limit = serving["batch_size"] if server or rate is None else None
     runs = []
     for name, trials in result.recordings.items():
         latencies, summary = Latencies.of(*trials), cast(Any, data["strategies"][name]["summary"])
@@ -129,7 +132,7 @@ def of_result(result: Result) -> PeerFile:
             failed=workload["num_requests"] - summary["completed"],
         )
         runs.append(run)
-    engine = "simulated" if data["simulated"] else f"{slots['engine']} engine"
+    engine = "simulated" if data["simulated"] else f"{serving['engine']} engine"
     backend = server_words(server) if server else engine
     version, doubts = data["batchbench_version"], data["validity"]["reasons"]
     model, created = data["model"]["name"], data["created_at"]
@@ -149,8 +152,7 @@ def at(data: Any, *path: str | int) -> Any:
         elif isinstance(key, str) and isinstance(data, dict):
             data = data.get(key)
         else:
-            kind = "a list" if isinstance(key, int) else "an object"
-            raise _wrong(path[:i], data, kind)
+            raise _wrong(path[:i], data, "a list" if isinstance(key, int) else "an object")
     return data
 
 
@@ -179,13 +181,24 @@ def items(data: Any, *path: str | int) -> list[Any] | None:
     return value
 
 
+def statistics(
+    data: Any, latency: str, paths: Mapping[str, tuple[str, ...]], scale: float = 1.0
+) -> Figures:
+    """Return the statistics of a latency under our names; ``scale`` gives milliseconds."""
+    values = {key: figure(data, *path) for key, path in paths.items()}
+    return {
+        f"{key}_{latency}_ms": None if value is None else value * scale
+        for key, value in values.items()
+    }
+
+
 def series(values: Iterable[Any], name: str) -> Floats:
     """Return numbers as an array, with NaN for null."""
-    numbers = (figure(value) for value in values)
     try:
-        return np.array([math.nan if v is None else v for v in numbers], np.float64)
+        numbers = [figure(value) for value in values]
     except DamagedError as error:
         raise DamagedError(f"{name}: {error}") from error
+    return np.array([math.nan if v is None else v for v in numbers], np.float64)
 
 
 def needed(value: float | None, name: str) -> float:
@@ -196,6 +209,6 @@ def needed(value: float | None, name: str) -> float:
 
 def _wrong(path: Sequence[str | int], value: Any, rule: str) -> DamagedError:
     place = ".".join(map(str, path)) or "a value"
-    kind = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else None
-    kind = kind or shown(repr(value), 40)
+    kinds: dict[type, str] = {list: "a list", dict: "an object"}
+    kind = kinds.get(type(value)) or shown(repr(value), 40)
     return DamagedError(f"{place} is {kind}; it must be {rule}")

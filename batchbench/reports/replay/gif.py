@@ -16,7 +16,7 @@ from PIL import Image
 
 from batchbench.errors import UsageError
 from batchbench.reports.figures.card import INK, QUIET, Card, house_style, name_strategies
-from batchbench.reports.figures.timeline import Panel, Scale, draw_end, lay_out
+from batchbench.reports.figures.slots import Panel, Scale, draw_end, lay_out
 from batchbench.reports.replay.frames import Frame, Replay, SlotState
 from batchbench.reports.result import Result
 from batchbench.reports.text import clean_text, spell_number

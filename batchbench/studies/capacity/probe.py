@@ -78,16 +78,9 @@ def figures_of(
     """Return a trial's results, with the percentiles that ``attainment`` sets limits to."""
     met = latencies.within(recording, limits_ms)
     values = {name: latency_ms(recording, name) for name in limits_ms}
-    return TrialFigures(
-        requests=len(met),
-        met=int(met.sum()),
-        growth=queue_growth(recording),
-        latency_ms={
-            name: float(np.nanpercentile(ms, 100 * attainment))
-            for name, ms in values.items()
-            if not np.isnan(ms).all()
-        },
-    )
+    known = {name: ms for name, ms in values.items() if not np.isnan(ms).all()}
+    shown = {name: float(np.nanpercentile(ms, 100 * attainment)) for name, ms in known.items()}
+    return TrialFigures(len(met), int(met.sum()), queue_growth(recording), shown)
 
 
 def latency_ms(recording: Recording, name: str) -> Floats:
@@ -177,10 +170,7 @@ class Probe:
     def latency_ms(self) -> dict[str, float]:
         """The percentile of each limited latency, as the median over trials."""
         names = self.trials[0].latency_ms
-        return {
-            name: float(np.median([trial.latency_ms[name] for trial in self.trials]))
-            for name in names
-        }
+        return {n: float(np.median([trial.latency_ms[n] for trial in self.trials])) for n in names}
 
 
 class CapacityWatch(Watch):
@@ -252,22 +242,18 @@ class ProbeRunner:
         first = beginning(session.workload, count, output_tokens=session.workload.max_total_tokens)
         single = session.on(replace(first, max_concurrency=1))
         recording = single.serve(session.strategy("continuous"), 0, 1)
-        share = float(latencies.within(recording, limits_ms).mean())
-        if share < self._query.attainment:
-            raise UsageError(self._missed_limit(recording, limits_ms))
+        if latencies.within(recording, limits_ms).mean() < self._query.attainment:
+            shares = {n: latencies.within(recording, {n: ms}).mean() for n, ms in limits_ms.items()}
+            name = min(shares, key=lambda n: shares[n])
+            percentile = 100 * self._query.attainment
+            taken = np.nanpercentile(latency_ms(recording, name), percentile)
+            raise UsageError(
+                f"--slo {name}:{limits_ms[name]:g}: no rate is low enough, since requests take "
+                f"{taken:.4g} ms even without load (p{percentile:g} of {name}, one at a time); "
+                "raise the limit above that, or lower --slo-attainment"
+            )
         names = ("ttft", "tpot", "e2el")
         return {name: float(np.nanmedian(latency_ms(recording, name))) for name in names}
-
-    def _missed_limit(self, recording: Recording, limits_ms: Mapping[str, float]) -> str:
-        shares = {n: latencies.within(recording, {n: ms}).mean() for n, ms in limits_ms.items()}
-        name = min(shares, key=lambda n: shares[n])
-        percentile = 100 * self._query.attainment
-        taken = np.nanpercentile(latency_ms(recording, name), percentile)
-        return (
-            f"--slo {name}:{limits_ms[name]:g}: no rate is low enough, since requests take "
-            f"{taken:.4g} ms even without load (p{percentile:g} of {name}, one at a time); "
-            "raise the limit above that, or lower --slo-attainment"
-        )
 
     def probe(self, strategy: Strategy, rate: float) -> Probe:
         """Serve trials at a rate until they decide, or their largest number is reached."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -19,17 +18,16 @@ from rich.text import Text
 from batchbench import settings
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
-from batchbench.reports.figures import figure_bytes
+from batchbench.reports.figures import picture_files
 from batchbench.reports.figures.card import (
-    FAINT,
     INK,
-    WIDE,
     Strategy,
     add_line_legend,
+    count_doublings,
+    finish_panel,
     house_style,
     make_card,
     name_strategies,
-    strip_axes,
 )
 from batchbench.reports.served import place_of
 from batchbench.reports.statistics import CONFIDENCE
@@ -57,17 +55,15 @@ _LABELS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E"}
 def sentence(data: Data) -> str:
     """Return the answer in one sentence."""
     limits = " and ".join(f"{_LABELS[n]} ≤ {limit:g} ms" for n, limit in data["limits_ms"].items())
-    text = f"with {limits} for {100 * data['slo_attainment']:g} % of the requests, {_answer(data)}"
-    if data["simulated"]:
-        text = f"in simulation, {text}"
+    text = "in simulation, " if data["simulated"] else ""
+    text += f"with {limits} for {100 * data['slo_attainment']:g} % of the requests, {_answer(data)}"
     checked, reasons = data["verification"], data["validity"]["reasons"]
     if checked["requests_checked"]:
-        identical = f"{checked['identical']}/{checked['requests_checked']}"
-        text += f"; outputs identical for {identical} requests"
-        if checked["numerical_ties"]:
-            text += f", {checked['numerical_ties']} numerical ties"
-        if checked["wrong"]:
-            text += f", {checked['wrong']} WRONG"
+        text += (
+            f"; outputs identical for {checked['identical']}/{checked['requests_checked']} requests"
+        )
+        for name, words in (("numerical_ties", "numerical ties"), ("wrong", "WRONG")):
+            text += f", {checked[name]} {words}" if checked[name] else ""
     return f"{text}; suspect ({'; '.join(reasons)})." if reasons else f"{text}."
 
 
@@ -233,16 +229,13 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def to_json(data: Data) -> str:
-    return json_text(data)
-
-
 def write_capacity(folder: Path, data: Data) -> list[Path]:
     """Write ``capacity.json`` and the picture; return their paths."""
-    figure = draw_capacity(data)
-    pictures = {f"capacity.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
-    return write_whole(folder, {"capacity.json": to_json(data), **pictures})
+    pictures = picture_files({"capacity": draw_capacity(data)})
+    return write_whole(folder, {"capacity.json": json_text(data), **pictures})
 
+
+# The picture
 
 _MARKS: Mapping[str, dict[str, Any]] = {
     "sustained": {"marker": "o", "ms": 6.5},
@@ -250,61 +243,48 @@ _MARKS: Mapping[str, dict[str, Any]] = {
     "not sustained": {"marker": "o", "ms": 6, "mfc": "#ffffff", "mew": 1.4},
 }
 
-_LEFT, _TOP, _BETWEEN = 0.62, 0.72, 0.75  # inches: around the panels, and between columns
-
-_HEIGHT, _STEP = 2.1, 3.05  # inches: of a panel, and from one row to the next
-
-_MOST_TICKS = 7
+_TALL, _BETWEEN = 1.7, 0.55  # inches: a panel, and from one panel to the next
 
 
 def draw_capacity(data: Data) -> Figure:
     """Draw attainment over the rate, and each limited latency with its limit."""
-    headline, title = f"Within these limits {_answer(data)}", title_of(data)
-    data = {**data, "strategies": {_label(data, n): of for n, of in data["strategies"].items()}}
+    notes = (
+        "Filled: sustained; hollow: not; diamond: borderline, the trials do not decide. "
+        "Whisker: 95 % interval. Dotted: the limit. Vertical line: the highest sustained rate."
+    )
+    results = {_label(data, name): result for name, result in data["strategies"].items()}
+    panels = ["attainment", *data["limits_ms"]]
+    body = 0.8 + len(panels) * (_TALL + _BETWEEN)
     with house_style():
-        strategies = name_strategies(dict.fromkeys(data["strategies"], ()))
-        panels: Sequence[str] = ["attainment", *data["limits_ms"]]
-        wide_first = len(panels) % 2  # an odd number: the first panel is as wide as two
-        rows = (len(panels) + wide_first) // 2
-        notes = (
-            "Filled: sustained; hollow: not; diamond: borderline, the trials do not decide. "
-            "Whisker: 95 % interval. Dotted: the limit. Vertical line: the highest sustained rate."
-        )
-        card = make_card(headline, clean_text(title), _TOP + rows * _STEP - 0.45, notes)
+        strategies = name_strategies(dict.fromkeys(results, ()))
+        headline, title = f"Within these limits {_answer(data)}", clean_text(title_of(data))
+        card = make_card(headline, title, body, notes)
         add_line_legend(card, strategies)
-        half = (WIDE - _LEFT - _BETWEEN) / 2
-        for k, panel in enumerate(panels):
-            row, column = divmod(k + wide_first if k else 0, 2)
-            width = WIDE - _LEFT if wide_first and not k else half
-            left = _LEFT + column * (half + _BETWEEN)
-            axes = card.axes(left, _TOP + row * _STEP, width, _HEIGHT)
-            _draw_panel(axes, data, strategies, panel)
-            _finish_axes(axes, data, strategies)
+        shape = (len(panels), 1)
+        grid = card.grid(shape, 0.75, _TALL, between=_BETWEEN, share="col")
+        for (axes,), panel in zip(grid, panels, strict=True):
+            for strategy in strategies:
+                _draw_probes(axes, strategy, results[strategy.name]["probes"], panel)
+            _finish(axes, data, panel)
+        rates = [probe["rate"] for result in results.values() for probe in result["probes"]]
+        axes.set(xlim=(min(rates) / 1.15, max(rates) * 1.15), xlabel="requests/s")
+        for strategy in strategies:
+            if rate := results[strategy.name]["rate"]:
+                _mark_capacity([axes for (axes,) in grid], strategy, rate)
     return card.figure
 
 
-def _draw_panel(axes: Axes, data: Data, strategies: Sequence[Strategy], panel: str) -> None:
-    share = 100 * data["slo_attainment"]
-    limit = share if panel == "attainment" else data["limits_ms"][panel]
-    axes.axhline(limit, color=INK, lw=1.2, ls=":")
-    for strategy in strategies:
-        probes = sorted(data["strategies"][strategy.name]["probes"], key=lambda p: p["rate"])
-        values = [_value(probe, panel) for probe in probes]
-        line = {**strategy.line, "lw": 1.2}
-        axes.plot([p["rate"] for p in probes], values, **line, gid=f"{panel}-{strategy.index}")
-        for probe, value in zip(probes, values, strict=True):
-            look = {"mfc": strategy.colour, "mec": strategy.colour, **_MARKS[probe["verdict"]]}
-            if panel == "attainment":
-                ends = [100 * end for end in probe["attainment"]["ci95"]]
-                axes.vlines(probe["rate"], *ends, color=strategy.tint(0.3), lw=1.2)
-            axes.plot(probe["rate"], value, ls="", **look)
-    if panel == "attainment":
-        axes.set(ylim=(0, 104), yticks=[0, 25, 50, 75, 100])
-        title = f"% of requests within all limits; needed: {share:g}"
-    else:
-        axes.set_yscale("log")
-        title = f"{_LABELS[panel]} p{share:g} in ms; limit: {limit:g}"
-    axes.set_title(title, size=9.5, weight="bold", loc="left", pad=19)
+def _draw_probes(axes: Axes, strategy: Strategy, probes: Sequence[Data], panel: str) -> None:
+    probes = sorted(probes, key=lambda probe: probe["rate"])
+    values = [_value(probe, panel) for probe in probes]
+    line = {**strategy.line, "lw": 1.2, "gid": f"{panel}-{strategy.index}"}
+    axes.plot([probe["rate"] for probe in probes], values, **line)
+    for probe, value in zip(probes, values, strict=True):
+        if panel == "attainment":
+            ends = [100 * end for end in probe["attainment"]["ci95"]]
+            axes.vlines(probe["rate"], *ends, color=strategy.tint(0.3), lw=1.2)
+        look = {"mfc": strategy.colour, "mec": strategy.colour, **_MARKS[probe["verdict"]]}
+        axes.plot(probe["rate"], value, ls="", **look)
 
 
 def _value(probe: Data, panel: str) -> float:
@@ -313,32 +293,26 @@ def _value(probe: Data, panel: str) -> float:
     return float(probe["latency_ms"].get(panel, math.nan))
 
 
-def _finish_axes(axes: Axes, data: Data, strategies: Sequence[Strategy]) -> None:
-    """Make the rates logarithmic, and mark each capacity with a line and its rate."""
-    rates = [p["rate"] for result in data["strategies"].values() for p in result["probes"]]
-    low, high = min(rates) / 1.15, max(rates) * 1.15
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(low, high)
-    axes.grid(axis="y", color=FAINT, lw=0.7)
-    strip_axes(axes, "bottom")
-    powers = [2.0**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
-    ticks = powers[:: -(-len(powers) // _MOST_TICKS) or 1] or [min(rates)]
-    axes.set_xticks(ticks, [_rate(tick) for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("requests/s")
-    for strategy in strategies:
-        if rate := data["strategies"][strategy.name]["rate"]:
-            axes.axvline(rate, color=strategy.tint(0.2), lw=1.2, zorder=1)
-            axes.annotate(
-                spell_number(rate),
-                (rate, 1),
-                (0, 3),
-                xycoords=axes.get_xaxis_transform(),
-                textcoords="offset points",
-                ha="center",
-                size=9,
-                weight="bold",
-                color=strategy.tint(-0.15),
-            )
+def _finish(axes: Axes, data: Data, panel: str) -> None:
+    """Draw the limit, and set the scales and the title."""
+    share = 100 * data["slo_attainment"]
+    count_doublings(axes)
+    if panel == "attainment":
+        limit, title = share, f"% of requests within all limits; needed: {share:g}"
+        axes.set(ylim=(0, 104), yticks=[0, 25, 50, 75, 100])
+    else:
+        limit = data["limits_ms"][panel]
+        title = f"{_LABELS[panel]} p{share:g} in ms; limit: {limit:g}"
+        axes.set_yscale("log")
+    axes.axhline(limit, color=INK, lw=1.2, ls=":")
+    finish_panel(axes, title, 9.5)
+
+
+def _mark_capacity(panels: Sequence[Axes], strategy: Strategy, rate: float) -> None:
+    """Draw a line through all panels, with the rate at its end."""
+    for axes in panels:
+        axes.axvline(rate, color=strategy.tint(0.2), lw=1.2, zorder=1)
+    look: dict[str, Any] = {"ha": "center", "va": "top", "size": 9, "weight": "bold"}
+    look |= {"textcoords": "offset points", "color": strategy.tint(-0.15)}
+    across = panels[0].get_xaxis_transform()
+    panels[0].annotate(spell_number(rate), (rate, 1), (0, 30), xycoords=across, **look)

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import ModelCache
@@ -219,7 +219,9 @@ def find_capacity_on(
         jobs.append(Job(name, SearchWork(own, query, precision), own.server))
     ends = run_parts(jobs, executor, watch)
     nodes = {job.key: ends[job.key][1] for job in jobs}
-    parts: list[CapacityFindings] = [pickle.loads(_bytes(ends[job.key][0][""])) for job in jobs]
+    parts: list[CapacityFindings] = [
+        pickle.loads(cast("bytes", ends[job.key][0][""])) for job in jobs
+    ]
     machines = [] if experiment.simulated else kinds_of(part.environment for part in parts)
     reasons = [reason for part in parts for reason in part.reasons]
     if len(machines) > 1:
@@ -238,23 +240,16 @@ def find_capacity_on(
     )
 
 
-def _bytes(content: bytes | str) -> bytes:
-    assert isinstance(content, bytes)
-    return content
-
-
 def _all(checks: Iterable[Verification]) -> Verification:
     """Return the outcome of checks of different recordings of one workload."""
-    first, *others = checks
-    for other in others:
-        gaps = [c.max_logit_gap for c in (first, other) if c.max_logit_gap is not None]
-        first = Verification(
-            first.requests_checked + other.requests_checked,
-            first.identical + other.identical,
-            first.numerical_ties + other.numerical_ties,
-            first.wrong + other.wrong,
-            first.reference or other.reference,
-            max(gaps, default=None),
-            (*first.findings, *other.findings),
-        )
-    return first
+    parts = list(checks)
+    gaps = [part.max_logit_gap for part in parts if part.max_logit_gap is not None]
+    return Verification(
+        requests_checked=sum(part.requests_checked for part in parts),
+        identical=sum(part.identical for part in parts),
+        numerical_ties=sum(part.numerical_ties for part in parts),
+        wrong=sum(part.wrong for part in parts),
+        reference=next((part.reference for part in parts if part.reference), None),
+        max_logit_gap=max(gaps, default=None),
+        findings=tuple(finding for part in parts for finding in part.findings),
+    )

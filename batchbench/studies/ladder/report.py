@@ -154,7 +154,7 @@ def _figures(
     pairs = list(zip(step_ms, ceilings, strict=True))
     growths = [trial.header.about.get("peak_growth_bytes") for trial in trials]
     return {
-        "trials": [metrics.trial_summary(trial) for trial in trials],
+        "trials": [metrics.summary([trial]) for trial in trials],
         "summary": metrics.summary(trials),
         "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
         "servings": trials[0].header.about.get("servings", 1),

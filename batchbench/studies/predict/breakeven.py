@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -67,12 +68,7 @@ class MapSpec:
 
     def chosen(self, batch: int, spread: float, rate: float | None) -> dict[str, Any]:
         """Return the options of a cell, by field name."""
-        optional = {
-            "revision": self.model.revision,
-            "threads": self.model.threads,
-            "request_rate": rate,
-        }
-        return {
+        options = {
             "batch_size": batch,
             "output_tokens": self.lengths(spread),
             "prompt_tokens": str(self.prompt_tokens),
@@ -81,12 +77,10 @@ class MapSpec:
             "engine": self.engine,
             "prefill": self.prefill,
             "seed": self.seed,
-            "model": self.model.model,
-            "load_format": self.model.load_format,
-            "dtype": self.model.dtype,
-            "device": self.model.device,
-            **{name: value for name, value in optional.items() if value is not None},
+            "request_rate": rate,
+            **vars(self.model),
         }
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -256,40 +250,34 @@ def make_map(
     watch: SweepWatch,
 ) -> BreakEven:
     """Simulate every cell; those that the store holds are not simulated again."""
+
+    def simulated(batch: int, spread: float, load: str, rate: float | None) -> Cell:
+        chosen = spec.chosen(batch, spread, rate)
+        experiment = make_experiment(chosen, simulated=True, cost=fitted.known)
+        return Cell({"batch_size": batch, "spread": spread, "load": load}, experiment)
+
     watch = SimulationWatch(watch)
-    closed = {
-        (batch, spread): _simulated_cell(spec, fitted, batch, spread, ALL, None)
-        for batch in spec.batch_sizes
-        for spread in spec.spreads
-    }
-    total = len(closed) * len(spec.loads)
-    watch.note(f"simulating {plural(total, 'cell')} on fitted step costs")
+    pairs = list(itertools.product(spec.batch_sizes, spec.spreads))
+    watch.note(f"simulating {plural(len(pairs) * len(spec.loads), 'cell')} on fitted step costs")
+    closed = {pair: simulated(*pair, ALL, None) for pair in pairs}
     run_cells(CellList(tuple(closed.values())), store, watch)
     rates: dict[tuple[int, float, str], float | None] = {}
-    for (batch, spread), cell in closed.items():
+    for pair, cell in closed.items():
         summary = store.load(cell).data["strategies"]["continuous"]["summary"]
         for load in spec.loads:
             # Five digits, so that people can type the command that repeats a cell.
             rate = None if load == ALL else float(load) * summary["request_throughput"]
-            rates[batch, spread, load] = None if rate is None else float(f"{rate:.5g}")
-    simulated = {key: _simulated_cell(spec, fitted, *key, rate) for key, rate in rates.items()}
-    run_cells(CellList(tuple(simulated.values())), store, watch)
+            rates[*pair, load] = None if rate is None else float(f"{rate:.5g}")
+    every = {key: simulated(*key, rate) for key, rate in rates.items()}
+    run_cells(CellList(tuple(every.values())), store, watch)
     cells = []
-    for key, cell in simulated.items():
+    for key, cell in every.items():
         result = store.load(cell)
         contests, seconds = contests_of(result, limits_ms)
         cost = result.data.get("cost")
         outside = tuple(cost["extrapolates"] if cost else ())
         cells.append(MapCell(*key, rates[key], contests, seconds, outside))
     return BreakEven(spec, fitted, limits_ms, cells)
-
-
-def _simulated_cell(
-    spec: MapSpec, fitted: FittedRun, batch: int, spread: float, load: str, rate: float | None
-) -> Cell:
-    chosen = spec.chosen(batch, spread, rate)
-    experiment = make_experiment(chosen, simulated=True, cost=fitted.known)
-    return Cell({"batch_size": batch, "spread": spread, "load": load}, experiment)
 
 
 def measure(
@@ -329,15 +317,14 @@ def measure(
 
 def contests_of(result: Result, limits_ms: Mapping[str, float]) -> tuple[dict[str, Contest], float]:
     """Compare all metrics of one cell; also return the seconds of both strategies together."""
-    strategies: Any = result.data["strategies"]
-    static, continuous = (strategies[name]["summary"] for name in STRATEGIES.split(","))
-    good = [goodput(result, name, limits_ms) for name in STRATEGIES.split(",")]
+    strategies, names = cast(Any, result.data["strategies"]), STRATEGIES.split(",")
+    summaries = [strategies[name]["summary"] for name in names]
     contests = {
-        "throughput": Contest.of(static["output_throughput"], continuous["output_throughput"]),
-        "ttft": Contest.of(static["mean_ttft_ms"], continuous["mean_ttft_ms"], less_is_better=True),
-        "goodput": Contest.of(*good),
+        "throughput": Contest.of(*(s["output_throughput"] for s in summaries)),
+        "ttft": Contest.of(*(s["mean_ttft_ms"] for s in summaries), less_is_better=True),
+        "goodput": Contest.of(*(goodput(result, name, limits_ms) for name in names)),
     }
-    return contests, static["duration"] + continuous["duration"]
+    return contests, sum(s["duration"] for s in summaries)
 
 
 def goodput(result: Result, strategy: str, limits_ms: Mapping[str, float]) -> float:
@@ -353,22 +340,21 @@ def rows_of(breakeven: BreakEven) -> Iterator[dict[str, Any]]:
     """Yield one row per cell and metric, for CSV and JSON."""
     for cell in breakeven.cells:
         for metric, contest in cell.contests.items():
-            real = None if cell.measured is None else cell.measured[metric]
             yield {
                 "batch_size": cell.batch_size,
                 "spread": cell.spread,
                 "load": cell.load,
                 "request_rate": cell.request_rate,
                 "metric": metric,
-                "static": contest.static,
-                "continuous": contest.continuous,
-                "advantage": contest.ratio,
-                "winner": contest.winner,
+                **_columns(contest, ""),
                 "extrapolates": bool(cell.beyond),
-                "measured_static": None if real is None else real.static,
-                "measured_continuous": None if real is None else real.continuous,
-                "measured_advantage": None if real is None else real.ratio,
-                "measured_winner": None if real is None else real.winner,
+                **_columns((cell.measured or {}).get(metric), "measured_"),
                 "same_side": cell.agrees(metric),
                 "error": cell.error(metric),
             }
+
+
+def _columns(contest: Contest | None, prefix: str) -> dict[str, Any]:
+    names = ("static", "continuous", "ratio", "winner")
+    columns = {f"{prefix}{name}": contest and getattr(contest, name) for name in names}
+    return {name.replace("ratio", "advantage"): value for name, value in columns.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.colors import Colormap, LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -19,11 +19,10 @@ from rich.text import Text
 
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
-from batchbench.reports.figures import figure_bytes
+from batchbench.reports.figures import picture_files
 from batchbench.reports.figures.card import (
     INK,
     QUIET,
-    WIDE,
     add_line_legend,
     house_style,
     make_card,
@@ -46,13 +45,6 @@ from batchbench.studies.predict.fitted import error_in_words
 SCHEMA_VERSION = 1
 
 _NAMES = {"throughput": "throughput", "ttft": "TTFT", "goodput": "goodput"}
-
-_RATIOS = {
-    "throughput": "continuous ÷ static",
-    "ttft": "static ÷ continuous",
-    "goodput": "continuous ÷ static",
-}
-"""Ratios that are above 1 if continuous is better."""
 
 _STYLES = {"continuous": "blue", "static": "red", "even": "dim"}
 
@@ -94,18 +86,14 @@ def _won(breakeven: BreakEven) -> tuple[int, int, int]:
 def advice(breakeven: BreakEven) -> str:
     """Return one sentence that says what to do."""
     continuous, static, total = _won(breakeven)
-    if not continuous and not static:
+    best, other = ("continuous", "static") if continuous > static else ("static", "continuous")
+    most, least = max(continuous, static), min(continuous, static)
+    if not most:
         text = f"Use either: nowhere on this map do they differ by more than {EVEN:.0%}"
-    elif not static:
-        text = f"Use continuous batching: it wins {continuous} of {total} comparisons, loses none"
-    elif not continuous:
-        text = f"Use static batching: it wins {static} of {total} comparisons, loses none"
-    elif continuous > static:
-        text = f"Use continuous batching, except where static wins: in {static} of {total} "
-        text += "comparisons"
+    elif not least:
+        text = f"Use {best} batching: it wins {most} of {total} comparisons, loses none"
     else:
-        text = f"Use static batching, except where continuous wins: in {continuous} of {total} "
-        text += "comparisons"
+        text = f"Use {best} batching, except where {other} wins: in {least} of {total} comparisons"
     if breakeven.measured:
         return f"{text}."
     weak = "The step-cost fit is weak: check" if is_weak(breakeven.fitted.quality) else "Check"
@@ -115,13 +103,13 @@ def advice(breakeven: BreakEven) -> str:
 def cost_sentence(breakeven: BreakEven, price_per_hour: float) -> str:
     """Return a sentence on the cost of a million output tokens, in the median over all cells."""
     contests = [cell.contests["throughput"] for cell in breakeven.cells]
-    static, continuous = (
+    costs = [
         number(float(np.median([price_per_hour / 3600 / rate * 1e6 for rate in rates if rate])))
-        for rates in ([c.static for c in contests], [c.continuous for c in contests])
-    )
+        for rates in ([c.continuous for c in contests], [c.static for c in contests])
+    ]
     return (
-        f"At {price_per_hour:g} an hour, a million output tokens cost {continuous} with continuous "
-        f"and {static} with static batching (median over all cells)."
+        f"At {price_per_hour:g} an hour, a million output tokens cost {costs[0]} with continuous "
+        f"and {costs[1]} with static batching (median over all cells)."
     )
 
 
@@ -136,9 +124,7 @@ def title(breakeven: BreakEven) -> str:
 
 def notes(breakeven: BreakEven) -> list[str]:
     """Explain the numbers."""
-    limits = ", ".join(
-        f"{name.upper()} {limit:g} ms" for name, limit in breakeven.limits_ms.items()
-    )
+    limits = ", ".join(f"{name.upper()} {ms:g} ms" for name, ms in breakeven.limits_ms.items())
     lines = [
         "Above 1: continuous batching is better. Simulated on fitted step costs.",
         f"Even: within {EVEN:.0%}. Spread: standard deviation ÷ mean of output lengths. Load: "
@@ -147,17 +133,14 @@ def notes(breakeven: BreakEven) -> list[str]:
     ]
     if far := breakeven.extrapolated:
         worst = max(far, key=lambda cell: (len(cell.beyond), cell.batch_size, cell.spread))
-        lines.append(f"Furthest beyond the measured steps, {worst.place}: {_beyond(worst)}.")
+        beyond = "; ".join(worst.beyond)
+        lines.append(f"Furthest beyond the measured steps, {worst.place}: {beyond}.")
     if len(kinds := breakeven.machines) > 1:
         lines.append(
             f"Suspect: step costs and measured cells are of {len(kinds)} kinds of machines "
             f"({'; '.join(kinds)}), so predictions may be wrong for that reason."
         )
     return lines
-
-
-def _beyond(cell: MapCell) -> str:
-    return "; ".join(cell.beyond)
 
 
 def render(breakeven: BreakEven, price_per_hour: float | None) -> RenderableType:
@@ -177,9 +160,10 @@ def render(breakeven: BreakEven, price_per_hour: float | None) -> RenderableType
 def _table(breakeven: BreakEven, metric: str) -> Table:
     """Return loads and batch sizes down, spreads to the right, then the break-even spread."""
     spec = breakeven.spec
-    grid = Table(
-        title=f"{_NAMES[metric]}: {_RATIOS[metric]}, by spread", title_style="bold", pad_edge=False
-    )
+    # Above 1 if continuous is better.
+    ratio = "static ÷ continuous" if metric == "ttft" else "continuous ÷ static"
+    name = f"{_NAMES[metric]}: {ratio}, by spread"
+    grid = Table(title=name, title_style="bold", pad_edge=False)
     grid.add_column("load", no_wrap=True)
     grid.add_column("slots", justify="right")
     for spread in spec.spreads:
@@ -217,17 +201,11 @@ def _measured_table(breakeven: BreakEven) -> Table:
         title_style="bold",
         pad_edge=False,
     )
-    for name in (
-        "load",
-        "slots",
-        "spread",
-        "metric",
-        "predicted",
-        "measured",
-        "prediction",
-        "same",
-    ):
-        grid.add_column(name, justify="left" if name == "metric" else "right")
+    for name in ("load", "slots", "spread"):
+        grid.add_column(name, justify="right")
+    grid.add_column("metric")
+    for name in ("predicted", "measured", "prediction", "same"):
+        grid.add_column(name, justify="right")
     for cell in breakeven.measured:
         assert cell.measured is not None
         for metric in METRICS:
@@ -252,10 +230,10 @@ def write_map(
     folder: Path, breakeven: BreakEven, command: str, price_per_hour: float | None
 ) -> tuple[list[Path], str]:
     """Write ``breakeven.json``, ``breakeven.csv`` and the picture; return them and the JSON."""
-    text, figure = to_json(breakeven, command, price_per_hour), draw_breakeven(breakeven)
-    contents: dict[str, bytes | str] = {"breakeven.json": text}
-    contents["breakeven.csv"] = pd.DataFrame(list(rows_of(breakeven))).to_csv(index=False)
-    contents |= {f"breakeven.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
+    text = to_json(breakeven, command, price_per_hour)
+    table = pd.DataFrame(list(rows_of(breakeven))).to_csv(index=False)
+    pictures = picture_files({"breakeven": draw_breakeven(breakeven)})
+    contents = {"breakeven.json": text, "breakeven.csv": table, **pictures}
     return write_whole(folder, contents), text
 
 
@@ -296,7 +274,7 @@ def to_json(breakeven: BreakEven, command: str, price_per_hour: float | None) ->
 _MOST = math.log(4)
 """Logarithm of the advantage that has the deepest colour."""
 
-_LEFT, _GAP = 0.62, 0.16  # inches
+_TITLES = {"throughput": "Throughput", "ttft": "TTFT mean", "goodput": "Goodput"}
 
 
 def headline(breakeven: BreakEven) -> str:
@@ -312,62 +290,55 @@ def headline(breakeven: BreakEven) -> str:
 
 def draw_breakeven(breakeven: BreakEven) -> Figure:
     """Draw one row of panels per metric, one panel per load: batch size down, spread across."""
-    spec = breakeven.spec
-    loads, columns, rows = spec.loads, len(spec.spreads), len(spec.batch_sizes)
-    width = (WIDE - _LEFT - (len(loads) - 1) * _GAP) / len(loads)
-    tall = min(0.26 * rows, 2.2)
+    spec, static, continuous = breakeven.spec, *name_strategies({"static": (), "continuous": ()})
+    tall = min(0.26 * len(spec.batch_sizes), 2.2)
+    body, lines = 0.8 + (tall + 0.42) * len(METRICS), " ".join(notes(breakeven))
     with house_style():
-        body = 0.8 + (tall + 0.42) * len(METRICS)
-        card = make_card(
-            headline(breakeven), clean_text(title(breakeven)), body, " ".join(notes(breakeven))
-        )
-        static, continuous = name_strategies({"static": (), "continuous": ()})
-        handles: list[Any] = [
+        card = make_card(headline(breakeven), clean_text(title(breakeven)), body, lines)
+        handles = [
             Patch(fc=continuous.tint(0.2), label="continuous wins"),
             Patch(fc="#ffffff", ec=QUIET, lw=0.6, label="even"),
             Patch(fc=static.tint(0.2), label="static wins"),
             Line2D([], [], color=INK, lw=2.2, label="break-even line"),
-            Patch(fc="none", ec=INK, lw=1.8, label="measured"),
+            *[Patch(fc="none", ec=INK, lw=1.8, label="measured")] * bool(breakeven.measured),
         ]
-        add_line_legend(card, [], *handles[: 5 if breakeven.measured else 4])
-        for i, metric in enumerate(METRICS):
-            for j, load in enumerate(loads):
-                top = 0.64 + (tall + 0.42) * i
-                axes = card.axes(_LEFT + j * (width + _GAP), top, width, tall)
+        add_line_legend(card, [], *handles)
+        colours = LinearSegmentedColormap.from_list(
+            "sides", [static.colour, "#ffffff", continuous.colour]
+        )
+        shape = (len(METRICS), len(spec.loads))
+        grid = card.grid(shape, 0.64, tall, gap=0.16, between=0.42)
+        for metric, panels in zip(METRICS, grid, strict=True):
+            for load, axes in zip(spec.loads, panels, strict=True):
                 cells = [
                     [breakeven.by_axes[b, s, load] for s in spec.spreads] for b in spec.batch_sizes
                 ]
-                _draw_panel(axes, cells, metric, size=6 if width / columns < 0.3 else 7.5)
-                axes.set_xticks(np.arange(columns) + 0.5, [f"{s:g}" for s in spec.spreads])
-                axes.set_yticks(np.arange(rows) + 0.5, [f"{b:,}" for b in spec.batch_sizes])
+                _draw_panel(axes, cells, metric, colours)
                 label = f"{_TITLES[metric]} · {load_of(load)}"
                 axes.set_title(label, size=8.5, weight="bold", loc="left", pad=4)
-                is_lowest = i == len(METRICS) - 1
-                axes.tick_params(length=0, labelleft=j == 0, labelbottom=is_lowest)
-                axes.set_ylabel("" if j else "batch size")
-                axes.set_xlabel("spread of output lengths" if is_lowest else "")
+            panels[0].set_ylabel("batch size")
+        for axes in grid[-1]:
+            axes.set_xlabel("spread of output lengths")
+        axes.set_xticks(np.arange(len(spec.spreads)) + 0.5, [f"{s:g}" for s in spec.spreads])
+        axes.set_yticks(
+            np.arange(len(spec.batch_sizes)) + 0.5, [f"{b:,}" for b in spec.batch_sizes]
+        )
     return card.figure
 
 
-def _draw_panel(axes: Axes, cells: list[list[MapCell]], metric: str, size: float) -> None:
+def _draw_panel(axes: Axes, cells: list[list[MapCell]], metric: str, colours: Colormap) -> None:
     """Draw colours, ratios, the break-even line and frames of measured cells."""
-    static, continuous = name_strategies({"static": (), "continuous": ()})
-    colours = LinearSegmentedColormap.from_list(
-        "sides", [static.colour, "#ffffff", continuous.colour]
-    )
     heights = np.array([[cell.contests[metric].height for cell in row] for row in cells])
-    axes.pcolormesh(
-        np.clip(heights, -_MOST, _MOST),
-        cmap=colours,
-        norm=TwoSlopeNorm(0, -_MOST, _MOST),
-        edgecolors="#ffffff",
-        lw=0.6,
-    )
+    shown, norm = np.clip(heights, -_MOST, _MOST), TwoSlopeNorm(0, -_MOST, _MOST)
+    axes.pcolormesh(shown, cmap=colours, norm=norm, edgecolors="#ffffff", lw=0.6)
+    style: dict[str, Any] = {
+        "ha": "center",
+        "va": "center",
+        "size": 6 if len(cells[0]) > 7 else 7.5,
+    }
     for (y, x), height in np.ndenumerate(heights):
-        cell = cells[y][x]
-        colour = "#ffffff" if abs(height) > 0.75 * _MOST else INK
-        style: dict[str, Any] = {"ha": "center", "va": "center", "size": size, "color": colour}
-        axes.text(x + 0.5, y + 0.5, spell(cell.contests[metric]), **style)
+        cell, colour = cells[y][x], "#ffffff" if abs(height) > 0.75 * _MOST else INK
+        axes.text(x + 0.5, y + 0.5, spell(cell.contests[metric]), color=colour, **style)
         if cell.measured is not None:
             dashes: Any = "solid" if cell.agrees(metric) else (0, (2, 1.2))
             look: dict[str, Any] = {"fc": "none", "ec": INK, "lw": 1.8, "ls": dashes, "zorder": 4}
@@ -380,3 +351,4 @@ def _draw_panel(axes: Axes, cells: list[list[MapCell]], metric: str, size: float
         axes.plot([x, x + 1], [y + 1, y + 1], **line)
     axes.set(xlim=(0, heights.shape[1]), ylim=(heights.shape[0], 0))
     strip_axes(axes)
+    axes.tick_params(length=0)

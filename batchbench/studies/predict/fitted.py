@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from batchbench import settings
 from batchbench.batching.experiment import ServingSpec
@@ -12,7 +13,6 @@ from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError
 from batchbench.reports.prediction import describe_fit, known_cost
 from batchbench.reports.result import Result, load_result
-from batchbench.reports.result_file import FitQuality
 from batchbench.reports.text import percent
 
 
@@ -22,7 +22,7 @@ class FittedRun:
 
     result: Result
     known: KnownCost
-    quality: FitQuality
+    quality: dict[str, Any]
 
     @property
     def model(self) -> ModelSpec:

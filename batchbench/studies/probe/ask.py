@@ -21,14 +21,12 @@ from batchbench.batching.remote.exchange import (
     Exchange,
     Failure,
     FailureKind,
-    Outgoing,
-    Wait,
 )
 from batchbench.batching.remote.spec import CHAT, TargetSpec
 from batchbench.errors import UsageError
 from batchbench.studies.probe.judge import Verdict, judge
 from batchbench.studies.probe.observations import Observations, Role, Round, Server, Stream
-from batchbench.studies.probe.script import Pause, Player, Script, Send, next_script
+from batchbench.studies.probe.script import Player, Script, next_script
 
 NO_ROOM = (429, 503)  # statuses of a server that has no room for a request
 OTHERS_TOKENS = 1.05  # the server may count this multiple of the tokens that the probe received
@@ -87,7 +85,7 @@ def probe(target: TargetSpec, model: str, max_time_s: float, watch: Watch) -> Fi
         round = asker.play(script)
         if not seen.rounds:
             asker.check_first(max_time_s)
-        seen = Observations((*seen.rounds, round), seen.server, max(seen.lag_ns, asker.lag_ns))
+        seen = Observations((*seen.rounds, round), seen.server, asker.lag_ns)
         if any(s.failure for s in round.streams):
             break
     after = read_counters(asker.address, asker.dialect)
@@ -114,68 +112,60 @@ class _Asker:
         self.until_ns, self.lag_ns = until_ns, 0
         self.failures: list[str] = []
         self.server = Server(slots=self.dialect.slots, context=self.dialect.context)
-        self.endpoint, self._extra, self._number = target.endpoint, target.extra, 0
+        self._endpoint, self._extra, self._number = target.endpoint, target.extra, 0
         self._first: Failure | None = None
 
     def play(self, script: Script) -> Round:
         """Send the requests of a round; return them with their tokens."""
-        feed = _Feed(self, Player(script))
-        exchanges = wire.exchange(self.address, feed, until_ns=self.until_ns)
-        replies = [
-            parse(one, None, ends_with_done=self.dialect.ends_with_done) for one in exchanges
-        ]
-        self.lag_ns = client_lag(exchanges, replies).stamp_error_p99_ns
-        streams = [self._stream(*each) for each in zip(feed.sent, exchanges, replies, strict=True)]
-        return Round(tuple(streams))
+        player = Player(script, self._body, self._endpoint)
+        exchanges = wire.exchange(self.address, player, until_ns=self.until_ns)
+        done = self.dialect.ends_with_done
+        replies = [parse(one, None, ends_with_done=done) for one in exchanges]
+        self.lag_ns = max(self.lag_ns, client_lag(exchanges, replies).stamp_error_p99_ns)
+        each = zip(player.sent, exchanges, replies, strict=True)
+        return Round([self._stream(*sent, one, reply) for sent, one, reply in each])
 
-    def _stream(self, sent: Send, one: Exchange, reply: Reply) -> Stream:
+    def _stream(self, role: Role, tokens: int, one: Exchange, reply: Reply) -> Stream:
         """Return one request; a failure that leaves its tokens known is none."""
-        failure, times = reply.failure, tuple(reply.token_times_ns.tolist())
-        if failure is not None and failure.kind is FailureKind.NOT_SSE:
-            times = _whole_answer(one, sent.tokens)
-            failure = None if times else failure
-        if failure is not None and failure.kind is FailureKind.NO_USAGE and times:
-            failure = None
-        hidden = 0
-        if failure is not None and failure.kind is FailureKind.ZERO_TOKENS and not times:
+        failure, times, hidden = reply.failure, tuple(reply.token_times_ns.tolist()), 0
+        kind = None if failure is None else failure.kind
+        if kind is FailureKind.NOT_SSE:
+            times = _whole_answer(one, tokens)
+        elif kind is FailureKind.ZERO_TOKENS and not times:
             hidden = reply.usage_output or 0
-            failure = None if hidden else failure
+        forgiven = (FailureKind.NOT_SSE, FailureKind.NO_USAGE, FailureKind.ZERO_TOKENS)
+        if kind in forgiven and (times or hidden):
+            failure = None
         self._first = self._first or failure
         refused = failure is not None and failure.status in NO_ROOM
         text = "" if failure is None or refused else failure.text
-        if failure is not None and text and failure.kind is not FailureKind.STOPPED:
+        if text and kind is not FailureKind.STOPPED:
             self.failures.append(text)
-        return Stream(sent.role, sent.tokens, one.sent_ns, times, refused, text, hidden)
+        return Stream(role, tokens, one.sent_ns, times, refused, text, hidden)
 
-    def body(self, send: Send) -> bytes:
+    def _body(self, tokens: int) -> bytes:
         """Return a request for so many tokens; no two prompts are the same."""
         self._number += 1
         prompt: str | list[int] = (
             f"{secrets.randbelow(10**6)} {self._number}: count on from this number, one number "
             "per line, and do not stop."
         )
-        if self.dialect.prompt_ids and self.dialect.name != "openai" and self.endpoint != CHAT:
+        if self.dialect.prompt_ids and self.dialect.name != "openai" and self._endpoint != CHAT:
             # Ids work without a tokenizer, and nearly every model has these.
             prompt = [300 + self._number % 600, *(300 + secrets.randbelow(600) for _ in range(7))]
         return body_for(
-            self.dialect,
-            self.endpoint,
-            self.model,
-            prompt,
-            send.tokens,
-            extra_body=self._extra,
+            self.dialect, self._endpoint, self.model, prompt, tokens, extra_body=self._extra
         )
 
     def check_first(self, max_time_s: float) -> None:
         """Raise UsageError if the first request of all had no answer."""
-        first = self._first
-        if first is None:
+        if self._first is None:
             return
-        if first.kind is FailureKind.STOPPED:
+        if self._first.kind is FailureKind.STOPPED:
             raise UsageError(
                 f"--max-time {max_time_s:g}: is over before the first answer; give more time"
             )
-        raise UsageError(f"{self.address}: {first.text}")
+        raise UsageError(f"{self.address}: {self._first.text}")
 
     def ended(self, seen: Observations, max_time_s: float) -> str:
         """Return why the probe ended before it had seen enough; empty if it did not."""
@@ -204,30 +194,11 @@ class _Asker:
             return replace(self.server, others=others)
         grown = after.since(before)
         tokens = sum(len(s.times_ns) + s.hidden for s in seen.streams)
-        whole = all(s.answered or s.refused or s.hidden for s in seen.streams)
-        others += (after.running or 0) + (after.waiting or 0) if whole else 0
-        foreign = whole and (grown.output_tokens or 0) > OTHERS_TOKENS * tokens + 20
-        others = max(others, int(foreign))
+        if all(s.answered or s.refused or s.hidden for s in seen.streams):
+            others += (after.running or 0) + (after.waiting or 0)
+            foreign = (grown.output_tokens or 0) > OTHERS_TOKENS * tokens + 20
+            others = max(others, int(foreign))
         return replace(self.server, others=others, passes=grown.passes, tokens=tokens)
-
-
-class _Feed:
-    """The requests of a script, as the client asks for them."""
-
-    def __init__(self, asker: _Asker, player: Player) -> None:
-        self._asker, self._player = asker, player
-        self.sent: list[Send] = []
-
-    def next(self, now_ns: int, in_flight: int) -> Outgoing | Wait | None:
-        """Return the next request, a wait, or None at the end of the script."""
-        move = self._player.next(now_ns, in_flight)
-        if move is None:
-            return None
-        if isinstance(move, Pause):
-            return Wait(move.until_ns)
-        self.sent.append(move)
-        body = self._asker.body(move)
-        return Outgoing(len(self.sent) - 1, now_ns, body, self._asker.endpoint)
 
 
 def _whole_answer(one: Exchange, asked: int) -> tuple[int, ...]:

@@ -75,10 +75,6 @@ class Stream:
         return self.times_ns[-1]
 
     @property
-    def ttft_ns(self) -> int:
-        return self.first_ns - self.sent_ns
-
-    @property
     def e2e_ns(self) -> int:
         return self.last_ns - self.sent_ns
 
@@ -116,19 +112,6 @@ class Round:
     def of(self, role: Role) -> list[Stream]:
         return [stream for stream in self.streams if stream.role is role]
 
-    @property
-    def is_burst(self) -> bool:
-        return bool(self.of(Role.BURST))
-
-    @property
-    def is_joining(self) -> bool:
-        return bool(self.of(Role.LONG))
-
-    @property
-    def duration_ns(self) -> int:
-        ends = [s.last_ns for s in self.streams if s.times_ns]
-        return max(ends, default=0) - min((s.sent_ns for s in self.streams), default=0)
-
 
 @dataclass(frozen=True)
 class Server:
@@ -164,29 +147,19 @@ class Observations:
     lag_ns: int = 0
     ended: str = ""
 
-    @cached_property
-    def alone(self) -> list[Stream]:
-        """The requests that were served alone, without the first, which warms the server up."""
-        alone = [s for r in self.rounds for s in r.of(Role.ALONE)]
-        return [stream for stream in alone[1:] or alone if stream.answered]
-
     @property
     def streams(self) -> list[Stream]:
         return [stream for round in self.rounds for stream in round.streams]
 
-    @property
-    def joining(self) -> list[Round]:
-        return [r for r in self.rounds if r.is_joining]
+    def of(self, role: Role) -> list[Round]:
+        """Return the rounds that have requests of a role."""
+        return [round for round in self.rounds if round.of(role)]
 
-    @property
-    def pairs(self) -> list[tuple[Stream, Stream]]:
-        """Two requests of which the first is longer by as many steps as it was sent earlier."""
-        pairs = [r.of(Role.PAIR) for r in self.rounds]
-        return [(p[0], p[1]) for p in pairs if len(p) == 2 and p[0].answered and p[1].answered]
-
-    @property
-    def bursts(self) -> list[Round]:
-        return [r for r in self.rounds if r.is_burst]
+    @cached_property
+    def alone(self) -> list[Stream]:
+        """The requests that were served alone, without the first, which warms the server up."""
+        alone = [stream for stream in self.streams if stream.role is Role.ALONE]
+        return [stream for stream in alone[1:] or alone if stream.answered]
 
 
 @dataclass(frozen=True)
@@ -219,34 +192,28 @@ class Pace:
         return stream.last_ns - steps_ns if self.buffered else float(stream.first_ns)
 
 
-def pace_of(alone: Sequence[Stream]) -> Pace | None:
-    """Return the pace of requests that were served alone; None without an answer."""
-    answered = [s for s in alone if s.answered]
+def pace_of(answered: Sequence[Stream]) -> Pace | None:
+    """Return the pace of requests that were served alone and answered; None if there are none."""
     if not answered:
         return None
     several = [s for s in answered if len(s.times_ns) > 1]
     buffered = bool(several) and all(map(_is_buffered, several))
     gap = _slope(answered) if buffered else median_gap(several)
-    waits = [s.e2e_ns - (len(s.times_ns) - 1) * gap if buffered else s.ttft_ns for s in answered]
-    chunks = [_chunk(s) for s in several if len(s.arrivals_ns) > 1]
-    return Pace(
-        ttft_ns=max(float(np.median(waits)), 0.0),
-        gap_ns=gap,
-        chunk=max(1, round(float(np.median(chunks)))) if chunks else 1,
-        buffered=buffered,
-    )
+    waits = [
+        s.e2e_ns - (len(s.times_ns) - 1) * gap if buffered else s.first_ns - s.sent_ns
+        for s in answered
+    ]
+    # Of the chunks between the first and the last, if there are any.
+    sizes = [s.chunks[1] for s in several if len(s.arrivals_ns) > 1]
+    sizes = [counts[1:-1] if len(counts) > 2 else counts[1:] for counts in sizes]
+    chunk = np.median([np.median(size) for size in sizes]) if sizes else 1
+    return Pace(max(float(np.median(waits)), 0.0), gap, max(1, round(float(chunk))), buffered)
 
 
 def _is_buffered(stream: Stream) -> bool:
     span = stream.last_ns - stream.first_ns
     count = len(stream.times_ns) - 1
     return span / count < BUFFERED_GAP_NS and span < BUFFERED_SHARE * stream.e2e_ns
-
-
-def _chunk(stream: Stream) -> float:
-    """Return the median number of tokens of the chunks between the first and the last."""
-    _, counts = stream.chunks
-    return float(np.median(counts[1:-1] if len(counts) > 2 else counts[1:]))
 
 
 def median_gap(streams: Sequence[Stream]) -> float:
@@ -257,10 +224,11 @@ def median_gap(streams: Sequence[Stream]) -> float:
 
 def _slope(streams: Sequence[Stream]) -> float:
     """Return the time of a token from requests of different lengths."""
-    by_length: dict[int, list[int]] = {}
+    fastest: dict[int, int] = {}
     for stream in streams:
-        by_length.setdefault(len(stream.times_ns), []).append(stream.e2e_ns)
-    low, high = min(by_length), max(by_length)
+        tokens = len(stream.times_ns)
+        fastest[tokens] = min(stream.e2e_ns, fastest.get(tokens, stream.e2e_ns))
+    low, high = min(fastest), max(fastest)
     if low == high:
-        return min(by_length[low]) / low
-    return max(0.0, (min(by_length[high]) - min(by_length[low])) / (high - low))
+        return fastest[low] / low
+    return max(0.0, (fastest[high] - fastest[low]) / (high - low))

@@ -1,30 +1,41 @@
-"""The report of a probe: a sentence, what each test saw, rows of characters, and the JSON."""
+"""The report of a probe: a sentence, what each test saw, the streams, and the JSON."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
 from batchbench.reports.figures import figure_bytes
-from batchbench.reports.text import percent, plural, spell_time
+from batchbench.reports.figures.card import (
+    FAINT,
+    INK,
+    LOOKS,
+    WIDE,
+    house_style,
+    make_card,
+    strip_axes,
+)
+from batchbench.reports.text import clean_text, percent, plural, spell_time
 from batchbench.studies.probe.ask import Findings
-from batchbench.studies.probe.figures import Panel, draw_streams, panels_of
-from batchbench.studies.probe.judge import Kind, Verdict
-from batchbench.studies.probe.observations import Round, Stream
-from batchbench.studies.probe.slots import Burst
+from batchbench.studies.probe.judge import Burst, Joining, Kind, SharedSteps, Verdict
+from batchbench.studies.probe.observations import Pace, Role, Round, Stream
 
 SCHEMA_VERSION = 1
 
 TOKEN = "│"  # a token; those of one step make a vertical line
 COLUMNS_A_TOKEN = 2.5  # the fewest columns from one token to the next
+MOST_STREAMS = 18  # streams of one panel
 _MS = 1e6
 
 
@@ -32,10 +43,10 @@ def headline(verdict: Verdict) -> str:
     """Return the answer in a few words."""
     if verdict.kind is Kind.SERIAL:
         return "serial, one request at a time"
-    if verdict.kind is Kind.UNKNOWN:
-        return "cannot tell"
+    if verdict.slots is None:
+        return verdict.kind.value
     least = "at least " * verdict.slots_is_lower_bound
-    return f"{verdict.kind.value} batching with {least}{plural(verdict.slots or 0, 'slot')}"
+    return f"{verdict.kind.value} batching with {least}{plural(verdict.slots, 'slot')}"
 
 
 def sentence(findings: Findings) -> str:
@@ -47,30 +58,34 @@ def sentence(findings: Findings) -> str:
 # Tests
 
 
-def tests_of(findings: Findings) -> list[tuple[str, str]]:
-    """Return the name of each test and what it saw, in plain English."""
-    verdict = findings.verdict
-    rows = [("One alone", _alone(verdict)), ("Joining", _joining(verdict))]
-    rows += [("Shared steps", _shared(verdict)), ("Slots", _slots(verdict))]
-    rows += [("Server says", _server(findings)), ("Others", _others(verdict))]
+def tests_of(findings: Findings) -> dict[str, str]:
+    """Return what each test saw, by its name and in plain English."""
+    verdict, rows = findings.verdict, dict[str, str]()
+    if verdict.pace and verdict.joining and verdict.shared:
+        rows["One alone"] = _alone(verdict.pace)
+        rows["Joining"] = _joining(verdict.joining, verdict.pace)
+        if verdict.shared.compared:
+            rows["Shared steps"] = _shared(verdict.shared)
+    if verdict.bursts:
+        rows["Slots"] = _slots(verdict.bursts[-2:])
+    rows["Server says"] = _server(findings)
+    if verdict.busy:
+        rows["Others"] = f"{'; '.join(verdict.busy)}."
     streams = findings.observations.streams
     if hidden := sum(bool(s.hidden) for s in streams):
         text = f"{plural(hidden, 'request')} showed no token, though the server counts some."
-        rows.append(("Left out", text))
+        rows["Left out"] = text
     if findings.failures:
         failed = plural(sum(bool(s.failure) for s in streams), "request")
-        rows.append(("Failed", f"{failed}; the first: {findings.failures[0]}"))
-    return [(name, text) for name, text in rows if text]
+        rows["Failed"] = f"{failed}; the first: {findings.failures[0]}"
+    return rows
 
 
 def _ms(ns: float) -> str:
     return f"{ns / _MS:.3g} ms" if ns < 1e9 else f"{ns / 1e9:.3g} s"
 
 
-def _alone(verdict: Verdict) -> str:
-    pace = verdict.pace
-    if pace is None:
-        return ""
+def _alone(pace: Pace) -> str:
     if pace.buffered:
         return (
             f"A request takes {_ms(pace.e2e_ns(10))} for 10 tokens, about {_ms(pace.gap_ns)} a "
@@ -81,15 +96,9 @@ def _alone(verdict: Verdict) -> str:
     return f"{first}, then one every {_ms(pace.gap_ns)}{chunks}."
 
 
-def _joining(verdict: Verdict) -> str:
-    seen, pace = verdict.joining, verdict.pace
-    if seen is None or pace is None:
-        return ""
-    clear = seen.joined + seen.waited
-    if not clear and not seen.refused:
-        return "No short request could be compared with a long one."
+def _joining(seen: Joining, pace: Pace) -> str:
     parts = []
-    of_all = f"of {plural(clear, 'short request')}"
+    of_all = f"of {plural(seen.joined + seen.waited, 'short request')}"
     if seen.joined:
         share = percent(float(np.median([wait for wait in seen.waits if wait < 1] or [0.0])))
         begun = "ended" if pace.buffered else "got the first token"
@@ -101,16 +110,13 @@ def _joining(verdict: Verdict) -> str:
         parts.append(f"{seen.waited} {of_all} waited until the long one had ended")
     if seen.refused:
         parts.append(f"{plural(seen.refused, 'short request')} were refused meanwhile")
-    return f"{'; '.join(parts)}."
+    return f"{'; '.join(parts) or 'No short request could be compared with a long one'}."
 
 
-def _shared(verdict: Verdict) -> str:
-    seen, pace = verdict.shared, verdict.pace
-    if seen is None or pace is None or not seen.compared:
-        return ""
+def _shared(seen: SharedSteps) -> str:
     within = f"within {percent(seen.window)} of a step"
     chance = f"By chance about {2 * seen.window * seen.compared:.1f} would"
-    if pace.buffered:
+    if seen.buffered:
         return (
             f"{seen.together} of {plural(seen.compared, 'pair')} ended together {within}, although "
             f"the second request was sent later. {chance}."
@@ -124,11 +130,8 @@ def _shared(verdict: Verdict) -> str:
     return text
 
 
-def _slots(verdict: Verdict) -> str:
-    if not verdict.bursts:
-        return ""
-    last = verdict.bursts[-2:]
-    seen = list(dict.fromkeys(_burst(burst) for burst in last))
+def _slots(last: Sequence[Burst]) -> str:
+    seen = list(dict.fromkeys(map(_burst, last)))
     twice = " The same happened a second time." if len(last) > len(seen) else ""
     gain = float(np.median([burst.gain for burst in last]))
     return (
@@ -159,15 +162,67 @@ def _server(findings: Findings) -> str:
     if server.slots is not None:
         parts.append(plural(server.slots, "slot"))
     if server.passes and server.tokens:
-        parts.append(
-            f"{plural(server.passes, 'forward pass', 'forward passes')} for "
-            f"{plural(server.tokens, 'token')}"
-        )
+        passes = plural(server.passes, "forward pass", "forward passes")
+        parts.append(f"{passes} for {plural(server.tokens, 'token')}")
     return f"{', '.join(parts)}."
 
 
-def _others(verdict: Verdict) -> str:
-    return f"{'; '.join(verdict.busy)}." if verdict.busy else ""
+# Streams
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Streams on one time axis."""
+
+    title: str
+    streams: Sequence[Stream]
+
+    @property
+    def span_ns(self) -> tuple[int, int]:
+        begin = min(s.sent_ns for s in self.streams)
+        return begin, max((s.last_ns for s in self.streams if s.times_ns), default=begin)
+
+    def part_ns(self, tokens: float) -> tuple[float, float]:
+        """Return the beginning and the end of a part with about so many tokens in a row.
+
+        It is the beginning, or the end of a long request if the others wait for it.
+        """
+        begin, end = self.span_ns
+        gaps = [np.diff(s.arrivals_ns) for s in self.streams if len(s.arrivals_ns) > 1]
+        longest = tokens * float(np.median(np.concatenate(gaps))) if gaps else np.inf
+        if end - begin <= longest:
+            return begin, end
+        long = self.streams[0]
+        if long.role is Role.LONG and all(s.times_ns > (long.last_ns,) for s in self.streams[1:]):
+            begin = int(min(end - longest, max(begin, long.last_ns - 0.6 * longest)))
+        return begin, begin + longest
+
+    @property
+    def names(self) -> list[str]:
+        """The label of each stream's row."""
+        return [
+            str(number) if stream.role is Role.BURST else stream.role.value
+            for number, stream in enumerate(self.streams, 1)
+        ]
+
+
+def panels_of(rounds: Sequence[Round]) -> list[Panel]:
+    """Return the panels of the rounds that show most."""
+    seen, panels = [r for r in rounds if any(s.times_ns for s in r.streams)], []
+    if joins := [r for r in seen if r.of(Role.LONG)]:
+        best = max(joins, key=lambda r: sum(s.answered for s in r.of(Role.SHORT)))
+        panels.append(_panel("Short requests while a long one is running", best.streams))
+    if bursts := [r for r in seen if r.of(Role.BURST)]:
+        last = max(bursts, key=lambda r: (not any(s.failure for s in r.streams), len(r.streams)))
+        ordered = sorted(last.streams, key=lambda s: s.times_ns or (1 << 62,))
+        panels.append(_panel(f"{len(ordered)} requests at once", ordered))
+    return panels
+
+
+def _panel(title: str, streams: Sequence[Stream]) -> Panel:
+    if len(streams) > MOST_STREAMS:
+        title += f" (the first {MOST_STREAMS})"
+    return Panel(title, streams[:MOST_STREAMS])
 
 
 # The terminal
@@ -175,56 +230,100 @@ def _others(verdict: Verdict) -> str:
 
 def render(findings: Findings, width: int) -> RenderableType:
     """Return the report for a terminal of so many columns."""
-    tests = [*tests_of(findings), ("Time", f"The probe took {spell_time(findings.took_s)}.")]
-    left = max(len(name) for name, _ in tests) + 2
+    tests = {**tests_of(findings), "Time": f"The probe took {spell_time(findings.took_s)}."}
+    left = max(map(len, tests)) + 2
     lines = [
-        f"{name if not number else '':<{left}}{line}"
-        for name, text in tests
-        for number, line in enumerate(textwrap.wrap(text, max(20, width - left - 1)))
+        textwrap.fill(
+            text,
+            max(20 + left, width - 1),
+            initial_indent=f"{name:<{left}}",
+            subsequent_indent=" " * left,
+        )
+        for name, text in tests.items()
     ]
-    answer = "\n".join(textwrap.wrap(sentence(findings), width, break_on_hyphens=False))
+    answer = textwrap.fill(sentence(findings), width, break_on_hyphens=False)
     parts: list[RenderableType] = [Text(answer, "bold"), "", Text("\n".join(lines))]
     panels = panels_of(findings.observations.rounds)
     for panel in panels:
         parts += ["", Text(panel.title, "bold"), Text("\n".join(rows_of(panel, width)))]
-    legend = ["", Text(f"· waiting   {TOKEN} token   ─ between tokens")]
-    return Group(*parts, *(legend if panels else ()))
+    if panels:
+        parts += ["", Text(f"· waiting   {TOKEN} token   ─ between tokens")]
+    return Group(*parts)
 
 
 def rows_of(panel: Panel, width: int) -> list[str]:
     """Return a row of characters for each stream, all on one time axis, and the axis.
 
-    If tokens would not have columns of their own, it shows a part: the beginning, or the end of
-    the long request if the others wait for it.
+    It shows a part if tokens would not have columns of their own.
     """
-    left = max(len(panel.name(stream)) for stream in panel.streams) + 1
+    left = max(map(len, panel.names)) + 1
     columns = max(10, width - left - 1)
     begin, end = panel.part_ns(columns / COLUMNS_A_TOKEN)
     scale = (columns - 1) / max(end - begin, 1)
     rows = [
-        f"{panel.name(stream):<{left}}{_row(stream, begin, scale, columns)}".rstrip()
-        for stream in panel.streams
+        f"{name:<{left}}{_row(stream, begin, scale, columns)}".rstrip()
+        for name, stream in zip(panel.names, panel.streams, strict=True)
         if stream.sent_ns < end
     ]
-    start, stop = ((time - panel.span_ns[0]) / 1e9 for time in (begin, end))
-    first, last = f"{start:.3g} s", f"{stop:.3g} s"
+    first, last = (f"{(time - panel.span_ns[0]) / 1e9:.3g} s" for time in (begin, end))
     return [*rows, " " * left + first + last.rjust(columns - len(first))]
 
 
 def _row(stream: Stream, begin: float, scale: float, columns: int) -> str:
-    def column(time: int) -> int:
-        return round((time - begin) * scale)
-
+    sent, *tokens = (round((time - begin) * scale) for time in (stream.sent_ns, *stream.times_ns))
+    if not tokens:
+        return " " * max(0, min(sent, columns - len(stream.lack))) + stream.lack
     cells = [" "] * columns
-    if not stream.times_ns:
-        return " " * max(0, min(column(stream.sent_ns), columns - len(stream.lack))) + stream.lack
-    first, last = column(stream.first_ns), column(stream.last_ns)
-    for i in range(max(0, column(stream.sent_ns)), min(last + 1, columns)):
-        cells[i] = "·" if i < first else "─"
-    for i in map(column, stream.times_ns):
+    for i in range(max(0, sent), min(tokens[-1] + 1, columns)):
+        cells[i] = "·" if i < tokens[0] else "─"
+    for i in tokens:
         if 0 <= i < columns:
             cells[i] = TOKEN
     return "".join(cells)
+
+
+# The picture
+
+_LEFT, _ROW, _BETWEEN = 0.55, 0.17, 0.8  # inches
+
+_NOTES = (
+    "A row is one request: dotted while it waits for its first token, then a mark for each token. "
+    "Marks in one column are tokens of one step."
+)
+
+
+def draw_streams(panels: Sequence[Panel], headline: str, title: str) -> Figure:
+    """Draw each panel with its own time axis."""
+    with house_style():
+        heights = [max(0.5, _ROW * len(panel.streams)) for panel in panels]
+        body = sum(heights) + _BETWEEN * len(panels) - 0.1
+        answer = headline[:1].upper() + headline[1:]
+        card = make_card(answer, clean_text(title), body, _NOTES if panels else "")
+        top = 0.28
+        for panel, height in zip(panels, heights, strict=True):
+            card.write(0, top - 0.26, panel.title, size=10.5, weight="bold")
+            _draw(card.axes(_LEFT, top, WIDE - _LEFT, height), panel)
+            top += height + _BETWEEN
+    return card.figure
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    begin, end = panel.span_ns
+    long, short = LOOKS["continuous"][0], LOOKS["static"][0]
+    for row, stream in enumerate(panel.streams):
+        colour = short if stream.role is Role.SHORT else long
+        sent, *times = ((time - begin) / 1e9 for time in (stream.sent_ns, *stream.times_ns))
+        if not times:
+            axes.text(sent, row, stream.lack, va="center", size=8, color=INK)
+            continue
+        axes.plot([sent, times[0]], [row, row], color=colour, lw=1, ls=":")
+        axes.plot([times[0], times[-1]], [row, row], color=FAINT, lw=1, zorder=0)
+        axes.plot(times, [row] * len(times), ls="", marker="|", ms=8, mew=1.1, color=colour)
+    axes.set(ylim=(len(panel.streams) - 0.4, -0.6), xlim=(0, (end - begin) / 1e9 * 1.005 or 1))
+    strip_axes(axes, "bottom")  # which formats ticks, so before they get names
+    axes.set_yticks(range(len(panel.streams)), panel.names)
+    axes.tick_params(axis="y", length=0, labelsize=8)
+    axes.set_xlabel("seconds", size=8.5)
 
 
 # Files
@@ -232,7 +331,9 @@ def _row(stream: Stream, begin: float, scale: float, columns: int) -> str:
 
 def data_of(findings: Findings, command: str) -> dict[str, Any]:
     """Return the data of ``probe.json``; a value without meaning is null."""
-    verdict = findings.verdict
+    verdict, seen = findings.verdict, findings.observations
+    pace, shared = verdict.pace, verdict.shared
+    begin = min((s.sent_ns for s in seen.streams), default=0)
     return {
         **envelope(SCHEMA_VERSION, command),
         "target": findings.target,
@@ -240,75 +341,60 @@ def data_of(findings: Findings, command: str) -> dict[str, Any]:
             "name": findings.dialect.name,
             "version": findings.dialect.version,
             "model": findings.model,
-            "slots": findings.observations.server.slots,
-            "passes": findings.observations.server.passes,
+            "slots": seen.server.slots,
+            "passes": seen.server.passes,
         },
         "verdict": verdict.kind.value,
         "slots": verdict.slots,
         "slots_is_lower_bound": verdict.slots_is_lower_bound,
-        "evidence": _evidence(findings),
-    }
-
-
-def _evidence(findings: Findings) -> dict[str, Any]:
-    verdict = findings.verdict
-    pace = verdict.pace
-    begin = min((s.sent_ns for s in findings.observations.streams), default=0)
-    return {
-        "reason": verdict.reason,
-        "alone": pace
-        and {
-            "ttft_ms": pace.ttft_ns / _MS,
-            "gap_ms": pace.gap_ns / _MS,
-            "tokens_per_chunk": pace.chunk,
-            "buffered": pace.buffered,
+        "evidence": {
+            "reason": verdict.reason,
+            "alone": pace
+            and {
+                "ttft_ms": pace.ttft_ns / _MS,
+                "gap_ms": pace.gap_ns / _MS,
+                "tokens_per_chunk": pace.chunk,
+                "buffered": pace.buffered,
+            },
+            "joining": _fields(verdict.joining, *_JOINING, wait_shares="waits"),
+            "shared_steps": _fields(shared, *_SHARED, probability="chance"),
+            "bursts": [_fields(burst, *_BURST, **_RENAMED) for burst in verdict.bursts],
+            "others": list(verdict.busy),
+            "failures": list(findings.failures),
+            "client_lag_ms": seen.lag_ns / _MS,
+            "duration": findings.took_s,
+            "tests": tests_of(findings),
+            # Times in ms since the first request was sent.
+            "rounds": [[_stream(s, begin) for s in round.streams] for round in seen.rounds],
         },
-        "joining": _fields(
-            verdict.joining, "joined", "waited", "refused", "unclear", wait_shares="waits"
-        ),
-        "shared_steps": _fields(
-            verdict.shared,
-            *("compared", "together", "apart", "window", "offsets"),
-            probability="chance",
-        ),
-        "bursts": [
-            _fields(
-                burst,
-                *("sent", "refused", "groups"),
-                most_at_once="most",
-                full="exact",
-                began_midway="midway",
-                throughput_gain="gain",
-            )
-            for burst in verdict.bursts
-        ],
-        "others": list(verdict.busy),
-        "failures": list(findings.failures),
-        "client_lag_ms": findings.observations.lag_ns / _MS,
-        "duration": findings.took_s,
-        "tests": dict(tests_of(findings)),
-        "rounds": [_round(round, begin) for round in findings.observations.rounds],
     }
+
+
+_JOINING = ("joined", "waited", "refused", "unclear")
+_SHARED = ("compared", "together", "apart", "window", "offsets")
+_BURST = ("sent", "refused", "groups")
+_RENAMED = {
+    "most_at_once": "most",
+    "full": "exact",
+    "began_midway": "midway",
+    "throughput_gain": "gain",
+}
 
 
 def _fields(value: object, *same: str, **renamed: str) -> dict[str, Any] | None:
     """Return attributes under their names or other ones; None of None."""
-    names = {**{name: name for name in same}, **renamed}
+    names = {**dict(zip(same, same, strict=True)), **renamed}
     return {key: getattr(value, name) for key, name in names.items()} if value else None
 
 
-def _round(round: Round, begin: int) -> list[Mapping[str, Any]]:
-    """Return the requests of a round with their times in ms since the first one was sent."""
-    return [
-        {
-            "role": s.role.value,
-            "asked": s.asked,
-            "sent_ms": (s.sent_ns - begin) / _MS,
-            "token_ms": [(time - begin) / _MS for time in s.times_ns],
-            "failure": s.failure or s.lack or None,
-        }
-        for s in round.streams
-    ]
+def _stream(stream: Stream, begin: int) -> Mapping[str, Any]:
+    return {
+        "role": stream.role.value,
+        "asked": stream.asked,
+        "sent_ms": (stream.sent_ns - begin) / _MS,
+        "token_ms": [(time - begin) / _MS for time in stream.times_ns],
+        "failure": stream.failure or stream.lack or None,
+    }
 
 
 def write_probe(folder: Path, findings: Findings, data: Mapping[str, Any]) -> list[Path]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
 from itertools import chain
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from batchbench.errors import UsageError
 from batchbench.settings import from_json
@@ -21,35 +21,18 @@ from batchbench.workloads.prompts import BLOCK_TOKENS, Encode
 from batchbench.workloads.request import Workload
 from batchbench.workloads.spec import TIME_UNITS, WorkloadSpec
 from batchbench.workloads.traces.rows import (
-    BadRow,
-    Dialect,
     InvalidError,
-    Place,
     Row,
-    first_element,
-    is_document,
+    Rows,
+    Source,
+    lines,
     nanoseconds_of,
-    read_lines,
-    read_rows,
+    objects,
+    parsed,
     shown,
     tokens_of,
     whole_of,
 )
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """The beginning of messages about a trace, and options that some formats need."""
-
-    where: str
-    encode: Encode
-    block_tokens: int | None
-    time_unit: str | None
-
-
-Rows = Iterator[Row | BadRow]
-Reader = Callable[[BinaryIO, bytes, ReadOptions, Dialect], Rows]
-"""A function of the content of a file, its beginning and the options; it fills the dialect."""
 
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 """https://github.com/Azure/AzurePublicDataset, traces of 2023 and 2024."""
@@ -71,19 +54,17 @@ _KEYS = (
 """JSON keys of the formats, in the order in which they are looked for."""
 
 
-def format_of(head: bytes) -> str | None:
+def format_of(head: str) -> str | None:
     """Return the format of a trace with this beginning; None if it has none."""
     begin = head.lstrip()
-    if begin[:1] in (b"[", b"{"):
+    if begin.startswith(("[", "{")):
         for format, keys in _KEYS:
-            if re.search(rb'"(?:%s)"\s*:' % "|".join(keys).encode(), begin):
+            if re.search(rf'"(?:{"|".join(keys)})"\s*:', begin):
                 return format
-        first = first_element(begin)
-        return "sharegpt" if is_document(begin) and not isinstance(first, dict) else None
-    line = begin.partition(b"\n")[0].decode("utf-8", "replace")
+        return None
     try:
-        _, names = _columns_of(line)
-    except (csv.Error, ValueError):
+        _, names = _columns_of(begin.partition("\n")[0])
+    except InvalidError:
         return None
     for format, columns in (("azure", AZURE), ("burstgpt", BURSTGPT)):
         if all(_plain(column) in names for column in columns[-2:]):
@@ -113,53 +94,51 @@ def _burstgpt_row(time: str, request: str, response: str) -> Row:
 
 
 def _read_table(
-    columns: tuple[str, str, str],
-    parse: Callable[[str, str, str], Row],
-    content: BinaryIO,
-    _: bytes,
-    options: ReadOptions,
-    __: Dialect,
-) -> Rows:
-    names: list[str] | None = None
-    delimiter, one, two, three = ",", 0, 0, 0
-    for number, line in read_lines(content):
-        if isinstance(line, BadRow):
-            yield line
-            continue
-        cells: list[str] = []
-        try:
-            text = line.decode("utf-8")
-            if names is None:
-                delimiter, names = _columns_of(text)
-                one, two, three = _places(names, columns, f"{options.where}: line {number}")
-                continue
-            # One line at a time, so that a stray quote does not swallow the next lines.
-            (cells,) = csv.reader([text], delimiter=delimiter, strict=True)
-            if len(cells) != len(names):
-                raise InvalidError(f"has {len(cells)} columns, the first line {len(names)}")
-            yield parse(cells[one], cells[two], cells[three])
-        except UnicodeDecodeError:
-            yield BadRow(number, "is not UTF-8 text")
-        except csv.Error as error:
-            inside = "new-line character" in str(error)
-            yield BadRow(number, "has a carriage return in a row" if inside else str(error))
-        except InvalidError as error:
-            if [_plain(cell) for cell in cells] == names:  # files joined with cat
-                repeated = "repeated headers skipped"
-                yield BadRow(number, "repeats the header", kind=repeated, harmless=True)
-            else:
-                yield error.at(Place(number))
+    columns: tuple[str, str, str], parse: Callable[[str, str, str], Row], source: Source
+) -> Rows[Row]:
+    rows = lines(source)
+    for number, header in rows:
+        if not isinstance(header, InvalidError):
+            break
+        yield number, header
+    else:
+        return
+    try:
+        delimiter, names = _columns_of(header)
+    except InvalidError as error:
+        raise UsageError(f"{source.where}: line {number}: {error}") from error
+    one, two, three = _places(names, columns, f"{source.where}: line {number}")
+
+    def row_of(line: str) -> Row:
+        if line.strip() == header.strip():  # files joined with cat
+            raise InvalidError("repeats the header", "repeated headers skipped", harmless=True)
+        cells = _cells(line, delimiter)
+        if len(cells) != len(names):
+            raise InvalidError(f"has {len(cells)} columns, the first line {len(names)}")
+        return parse(cells[one], cells[two], cells[three])
+
+    yield from parsed(rows, row_of)
 
 
-def _columns_of(line: str) -> tuple[str, list[str]]:
-    delimiter = max(",;\t", key=line.count)  # the comma if there is none
-    (cells,) = csv.reader([line], delimiter=delimiter, strict=True)
-    return delimiter, [_plain(cell) for cell in cells]
+def _cells(line: str, delimiter: str) -> list[str]:
+    """Return the cells of one line, so that a stray quote does not swallow the next lines."""
+    try:
+        (cells,) = csv.reader([line], delimiter=delimiter, strict=True)
+    except csv.Error as error:
+        inside = "new-line character" in str(error)
+        raise InvalidError("has a carriage return in a row" if inside else str(error)) from error
+    return cells
+
+
+def _columns_of(header: str) -> tuple[str, list[str]]:
+    """Return the delimiter of a table and the plain names of its columns."""
+    delimiter = max(",;\t", key=header.count)  # the comma if there is none
+    return delimiter, [_plain(cell) for cell in _cells(header, delimiter)]
 
 
 def _plain(column: str) -> str:
     """Return the name of a column without case, spaces and underscores."""
-    return re.sub(r"[\s_\ufeff]+", "", column).lower()
+    return re.sub(r"[\s_]+", "", column).lower()
 
 
 def _places(names: Sequence[str], columns: Sequence[str], where: str) -> list[int]:
@@ -198,7 +177,7 @@ def _moment(what: str, text: str) -> int:
             f"{what} is {shown(text)}: must be a time such as 2023-11-16 18:15:46.6805900"
         ) from error
     fraction = (parts[3] or "0")[:9].ljust(9, "0")
-    return nanoseconds_of(what, seconds * 10**9 + int(fraction), 1)
+    return nanoseconds_of(what, seconds * 10**9 + int(fraction))
 
 
 def _seconds(what: str, text: str) -> int:
@@ -206,7 +185,7 @@ def _seconds(what: str, text: str) -> int:
     number = text.strip(" \t")
     if not _SECONDS.fullmatch(number):
         raise InvalidError(f"{what} is {shown(text)}: must be seconds, such as 45 or 45.5")
-    return nanoseconds_of(what, int(min(Decimal(number), Decimal(10**11)) * 10**9), 1)
+    return nanoseconds_of(what, int(min(Decimal(number), Decimal(10**11)) * 10**9))
 
 
 # Conversations as JSON, in the dialects of ShareGPT
@@ -218,13 +197,12 @@ _LONGEST_TEXT = 2**22
 """Maximum number of characters of a question or an answer."""
 
 
-def read_sharegpt(content: BinaryIO, head: bytes, options: ReadOptions, dialect: Dialect) -> Rows:
+def read_sharegpt(source: Source) -> Rows[Row]:
     """Yield the first question of each conversation, and the length of the first answer to it."""
-    encode = options.encode
-    return read_rows(content, head, lambda _, data: _conversation(data, encode, dialect))
+    return parsed(objects(source), partial(_conversation, source))
 
 
-def _conversation(data: dict[str, Any], encode: Encode, dialect: Dialect) -> Row:
+def _conversation(source: Source, data: dict[str, Any]) -> Row:
     turns = next((data[key] for key in TURNS if key in data), None)
     if not isinstance(turns, list):
         raise InvalidError("has no list of conversations")
@@ -241,13 +219,10 @@ def _conversation(data: dict[str, Any], encode: Encode, dialect: Dialect) -> Row
             others += 1
     if answer is None:
         raise InvalidError("has no turn of a human that is followed by an answer of gpt")
-    ids, output_ids = _ids_of("the question", "\n".join(questions), encode), None
-    if ids:
-        output_ids = _ids_of("the answer", answer, encode)
-    if not ids or not output_ids:
-        raise InvalidError(f"the {'answer' if ids else 'question'} is empty", "empty texts")
+    ids = _ids_of("the question", "\n".join(questions), source.encode)
+    output_ids = _ids_of("the answer", answer, source.encode)
     if others:
-        dialect.counts["prompts without their system and other turns"] += 1
+        source.counts["prompts without their system and other turns"] += 1
     return Row(len(ids), len(output_ids), ids=ids)
 
 
@@ -282,7 +257,10 @@ def _ids_of(what: str, text: object, encode: Encode) -> Sequence[int]:
     if not text.isascii():
         # Half of a surrogate pair, as in "\ud83d", is not a character that a tokenizer takes.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return encode(text)
+    ids = encode(text)
+    if not ids:
+        raise InvalidError(f"{what} is empty", "empty texts")
+    return ids
 
 
 # Mooncake: JSON objects with lengths, times and the names of blocks. Such a file does not state the
@@ -297,11 +275,13 @@ _FIRST_ROWS = 1000
 _FIRST_NUMBERS = 2**20
 """Maximum number of token ids and block names in these rows."""
 
+_ANY = 2**62
+"""Largest block size that fits a prompt of one block."""
+
 
 class _Request(NamedTuple):
     """A row as it is in the file."""
 
-    place: Place
     prompt_tokens: int
     output_tokens: int
     time: float | None
@@ -309,51 +289,44 @@ class _Request(NamedTuple):
     blocks: Sequence[int]
     of_bailian: bool
 
-    def fits(self, block_tokens: int) -> bool:
-        """Return True if the prompt has as many blocks of this size as it has names."""
-        return not self.blocks or len(self.blocks) == -(-self.prompt_tokens // block_tokens)
 
-
-def read_mooncake(content: BinaryIO, head: bytes, options: ReadOptions, dialect: Dialect) -> Rows:
+def read_mooncake(source: Source) -> Rows[Row]:
     """Yield the rows; infer the block size and the unit of times."""
-    where, time_unit = options.where, options.time_unit
-    rows = read_rows(content, head, lambda place, data: _request(place, data, options.encode))
-    first: list[_Request | BadRow] = []
+    rows = parsed(objects(source), partial(_request, source.encode))
+    first: list[tuple[int, _Request | InvalidError]] = []
+    good: list[tuple[int, _Request]] = []
     numbers = 0
-    for row in rows:
-        if isinstance(row, BadRow) and not first:
-            yield row
-            continue
-        first.append(row)
+    for number, row in rows:
         if isinstance(row, _Request):
+            good.append((number, row))
             numbers += len(row.blocks) + len(row.ids or ())
+        elif not good:
+            yield number, row
+            continue
+        first.append((number, row))
         if len(first) == _FIRST_ROWS or numbers > _FIRST_NUMBERS:
             break
-    good = [row for row in first if isinstance(row, _Request)]
-    dialect.block_tokens = options.block_tokens or _block_tokens(good, where)
-    if any(row.blocks for row in good):
-        usual = options.block_tokens or dialect.block_tokens == BLOCK_TOKENS
-        how = "" if usual else " (inferred)"
-        dialect.inferred.append(f"blocks of {dialect.block_tokens} tokens{how}")
+    if not good:
+        return
+    if named := [(number, row) for number, row in good if row.blocks]:
+        size = source.block_tokens or _block_tokens(named, source)
+        how = "" if source.block_tokens or size == BLOCK_TOKENS else " (inferred)"
+        source.size_of_blocks = size
+        source.inferred.append(f"blocks of {size} tokens{how}")
     unit = None
-    if good and good[0].time is not None:
-        unit = time_unit or _time_unit(good, where)
-        how = "" if time_unit or unit == "ms" else " (inferred)"
-        dialect.inferred.append(f"times in {unit}{how}")
-    elif good and time_unit:
-        raise UsageError(f"--trace-time-unit {time_unit}: {where} has no times; drop it")
-    with_text = bool(good) and good[0].ids is not None
-    for row in chain(first, rows):
-        if isinstance(row, BadRow):
-            yield row
-            continue
-        try:
-            yield _row(row, dialect.block_tokens, unit, with_text=with_text)
-        except InvalidError as error:
-            yield error.at(row.place)
+    if good[0][1].time is not None:
+        unit = source.time_unit or _time_unit([row for _, row in good], source.where)
+        how = "" if source.time_unit or unit == "ms" else " (inferred)"
+        source.inferred.append(f"times in {unit}{how}")
+    elif source.time_unit:
+        raise UsageError(
+            f"--trace-time-unit {source.time_unit}: {source.where} has no times; drop it"
+        )
+    row_of = partial(_row, source.size_of_blocks, unit, good[0][1].ids is not None)
+    yield from parsed(chain(first, rows), row_of)
 
 
-def _request(place: Place, data: dict[str, Any], encode: Encode) -> _Request:
+def _request(encode: Encode, data: dict[str, Any]) -> _Request:
     blocks = data.get("hash_ids") or ()
     if blocks and not (
         isinstance(blocks, list)
@@ -363,16 +336,12 @@ def _request(place: Place, data: dict[str, Any], encode: Encode) -> _Request:
         raise InvalidError(
             f"hash_ids is {shown(blocks)}: must be a list of whole numbers below 2**63"
         )
-    text, ids = data.get("text_input"), None
-    if text is not None:
+    ids = None
+    if (text := data.get("text_input")) is not None:
         ids, blocks = _ids_of("text_input", text, encode), ()  # the text is what the blocks hold
-        if not ids:
-            raise InvalidError("text_input is empty")
-    time = data.get("timestamp")
-    if time is not None:
-        nanoseconds_of("timestamp", time, 1)
+    if (time := data.get("timestamp")) is not None:
+        nanoseconds_of("timestamp", time)
     return _Request(
-        place,
         len(ids) if ids is not None else tokens_of("input_length", data.get("input_length")),
         tokens_of("output_length", data.get("output_length")),
         time,
@@ -382,16 +351,16 @@ def _request(place: Place, data: dict[str, Any], encode: Encode) -> _Request:
     )
 
 
-def _row(row: _Request, block_tokens: int, unit: str | None, *, with_text: bool) -> Row:
+def _row(block_tokens: int, unit: str | None, with_text: bool, row: _Request) -> Row:
     """Return the row as a request of the trace; refuse one that is unlike the others."""
     if (row.ids is not None) != with_text:
         verb = "lacks" if with_text else "has"
         raise InvalidError(f"{verb} text_input, unlike the first row")
-    if not row.fits(block_tokens):
+    blocks = -(-row.prompt_tokens // block_tokens)
+    if row.blocks and len(row.blocks) != blocks:
         raise InvalidError(
             f"hash_ids names {len(row.blocks):,} blocks, but {row.prompt_tokens:,} tokens are "
-            f"{-(-row.prompt_tokens // block_tokens):,} blocks of {block_tokens} "
-            "(--trace-block-size)"
+            f"{blocks:,} blocks of {block_tokens} (--trace-block-size)"
         )
     if unit is None and row.time is not None:
         raise InvalidError("has a timestamp, unlike the first row")
@@ -399,44 +368,37 @@ def _row(row: _Request, block_tokens: int, unit: str | None, *, with_text: bool)
     return Row(row.prompt_tokens, row.output_tokens, due_ns, row.ids, row.blocks)
 
 
-def _block_tokens(rows: Sequence[_Request], where: str) -> int:
+def _block_tokens(named: Sequence[tuple[int, _Request]], source: Source) -> int:
     """Return the tokens of a block: 512 if that fits, or the one size that fits most rows."""
-    named = [row for row in rows if row.blocks]
-    if not named:
-        return BLOCK_TOKENS
-    # A prompt of n blocks has sizes from ⌈tokens / n⌉ to ⌈tokens / (n - 1)⌉ - 1.
-    lows = [-(-row.prompt_tokens // len(row.blocks)) for row in named]
-    highs = [
-        -(-row.prompt_tokens // (len(row.blocks) - 1)) - 1 if len(row.blocks) > 1 else math.inf
-        for row in named
-    ]
-    lows_sorted, highs_sorted = sorted(lows), sorted(highs)
+    tokens = np.array([row.prompt_tokens for _, row in named])
+    blocks = np.array([len(row.blocks) for _, row in named])
+    # A prompt of n blocks has sizes from ⌈tokens / n⌉ to ⌈tokens / (n - 1)⌉ - 1; of one, any above.
+    lows = -(-tokens // blocks)
+    highs = np.where(blocks > 1, -(-tokens // np.maximum(blocks - 1, 1)) - 1, _ANY)
 
     def fitting(size: int) -> int:
-        return bisect_right(lows_sorted, size) - bisect_left(highs_sorted, size)
+        return int(((lows <= size) & (size <= highs)).sum())
 
-    best = max({BLOCK_TOKENS, *lows}, key=lambda size: (fitting(size), size == BLOCK_TOKENS))
+    sizes = {BLOCK_TOKENS, *lows.tolist()}
+    best = max(sizes, key=lambda size: (fitting(size), size == BLOCK_TOKENS))
     if fitting(best) * 2 <= len(named):
-        row = next(row for row in named if not row.fits(BLOCK_TOKENS))
+        odd = int(np.flatnonzero((lows > BLOCK_TOKENS) | (highs < BLOCK_TOKENS))[0])
         raise UsageError(
-            f"{where}: {row.place.unit} {row.place.number}: hash_ids names {len(row.blocks):,} "
-            f"blocks for {row.prompt_tokens:,} tokens, and no block size fits most rows; give "
-            "--trace-block-size"
+            f"{source.where}: {source.unit} {named[odd][0]}: hash_ids names {blocks[odd]:,} blocks "
+            f"for {tokens[odd]:,} tokens, and no block size fits most rows; give --trace-block-size"
         )
-    within = [pair for pair in zip(lows, highs, strict=True) if pair[0] <= best <= pair[1]]
-    low, high = max(low for low, _ in within), min(high for _, high in within)
+    within = (lows <= best) & (best <= highs)
+    low, high = int(lows[within].max()), int(highs[within].min())
+    powers = [2**i for i in range(31) if low <= 2**i <= high]
     if low <= BLOCK_TOKENS <= high:
         return BLOCK_TOKENS
-    powers = [2**i for i in range(31) if low <= 2**i <= high]
-    sizes = [low] if low == high else powers
-    if len(sizes) != 1:
-        # Prompts of one block fit any larger size.
-        fitting_sizes = f"at least {low}" if math.isinf(high) else f"{low} to {high}"
+    if low != high and len(powers) != 1:
+        fitting_sizes = f"at least {low}" if high == _ANY else f"{low} to {high}"
         raise UsageError(
-            f"{where}: hash_ids fit blocks of {fitting_sizes} tokens; give their size with "
+            f"{source.where}: hash_ids fit blocks of {fitting_sizes} tokens; give their size with "
             "--trace-block-size"
         )
-    return sizes[0]
+    return low if low == high else powers[0]
 
 
 def _time_unit(rows: Sequence[_Request], where: str) -> str:
@@ -506,15 +468,15 @@ def write_workload(workload: Workload) -> Iterator[str]:
         yield json.dumps(row, separators=(",", ":")) + "\n"
 
 
-def read_own(content: BinaryIO, head: bytes, options: ReadOptions, dialect: Dialect) -> Rows:
-    """Yield the requests; the content of the first line goes to ``dialect``."""
+def read_own(source: Source) -> Rows[Row]:
+    """Yield the requests; the content of the first line goes to ``source``."""
     with_ids: bool | None = None
 
-    def parse(place: Place, data: dict[str, Any]) -> Row | None:
+    def row_of(data: dict[str, Any]) -> Row | None:
         nonlocal with_ids
-        if place.number == 1 and "batchbench_workload" in data:
-            _check_about(data, options.where)
-            dialect.about = data
+        if "batchbench_workload" in data and not source.about and with_ids is None:
+            _check_about(data, f"{source.where}: line 1")
+            source.about = data
             return None
         row = _own_row(data)
         if with_ids is not None and with_ids != (row.ids is not None):
@@ -522,28 +484,24 @@ def read_own(content: BinaryIO, head: bytes, options: ReadOptions, dialect: Dial
         with_ids = row.ids is not None
         return row
 
-    return read_rows(content, head, parse)
+    return parsed(objects(source), row_of)
 
 
 def _check_about(data: dict[str, Any], where: str) -> None:
     version = data["batchbench_workload"]
     if version != VERSION:
         raise UsageError(
-            f"{where}: line 1: is of version {shown(version)}, this batchbench reads {VERSION}; "
+            f"{where}: is of version {shown(version)}, this batchbench reads {VERSION}; "
             "save it again"
         )
-    most, stop = data.get("max_concurrency"), data.get("stop_at_eos", False)
-    if type(stop) is not bool or not (most is None or (type(most) is int and 1 <= most <= 10**8)):
-        raise UsageError(f"{where}: line 1: stop_at_eos or max_concurrency has a wrong value")
-    sampling = data.get("sampling", {})
-    if not isinstance(sampling, dict):
-        raise UsageError(f"{where}: line 1: sampling has a wrong value")
+    name, sampling = data.get("name", ""), data.get("sampling", {})
+    if not isinstance(name, str) or not isinstance(sampling, dict):
+        raise UsageError(f"{where}: name or sampling has a wrong value")
+    options = {key: data[key] for key in data.keys() & {"stop_at_eos", "max_concurrency"}}
     try:
-        data["sampling"] = from_json(WorkloadSpec, sampling).sampling
+        data["sampling"] = from_json(WorkloadSpec, {**options, **sampling}).sampling
     except UsageError as error:
-        raise UsageError(f"{where}: line 1: sampling: {error}") from error
-    if not isinstance(data.get("name", ""), str):
-        raise UsageError(f"{where}: line 1: name must be a text")
+        raise UsageError(f"{where}: {error}") from error
 
 
 def _own_row(data: dict[str, Any]) -> Row:
@@ -556,12 +514,12 @@ def _own_row(data: dict[str, Any]) -> Row:
     return Row(
         prompt_tokens=tokens_of("prompt_tokens", prompt_tokens),
         output_tokens=tokens_of("output_tokens", data.get("output_tokens")),
-        due_ns=nanoseconds_of("due_ns", data.get("due_ns", 0), 1),
+        due_ns=nanoseconds_of("due_ns", data.get("due_ns", 0)),
         ids=ids,
     )
 
 
-READERS: dict[str, Reader] = {
+READERS: dict[str, Callable[[Source], Rows[Row]]] = {
     "sharegpt": read_sharegpt,
     "azure": partial(_read_table, AZURE, _azure_row),
     "burstgpt": partial(_read_table, BURSTGPT, _burstgpt_row),

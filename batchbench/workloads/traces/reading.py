@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -14,15 +14,28 @@ import psutil
 from batchbench.errors import UsageError
 from batchbench.workloads.prompts import Encode
 from batchbench.workloads.request import Ints, Ragged
-from batchbench.workloads.traces.formats import READERS, ReadOptions, format_of
+from batchbench.workloads.traces.formats import READERS, format_of
 from batchbench.workloads.traces.opening import open_trace, other_kind, unknown_text
-from batchbench.workloads.traces.rows import BadRow, Dialect, Row, UnreadableError
+from batchbench.workloads.traces.rows import Row, Source
 
 MEMORY_STEP = 2**26
 """Growth of columns, in bytes, between two checks of the memory that is left."""
 
 _MOST_INVALID_ROWS = 50_000
 """Number of invalid rows at the beginning after which reading ends."""
+
+
+class BadRow(NamedTuple):
+    """A row that is skipped: its place, such as ``line 7``, the reason, and the kind of reason."""
+
+    number: int
+    reason: str
+    unit: str
+    kind: str
+    harmless: bool
+
+    def __str__(self) -> str:
+        return f"{self.unit} {self.number}: {self.reason}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +86,9 @@ def read_trace(
         UsageError: it cannot be read, has no known format, an invalid row, or no rows.
     """
     where = f"--trace {file}"
-    dialect = Dialect()
-    with open_trace(file, where) as (content, head, archive):
-        fault = other_kind(head)
+    with open_trace(file, where) as (text, first, archive):
+        head = first.decode("utf-8", "surrogateescape")
+        fault = other_kind(first)
         if fault or not (format := format or format_of(head)):
             of_archive = archive and f"{archive} of "
             raise UsageError(f"{where}: is {of_archive}{fault or unknown_text(head)}")
@@ -88,54 +101,47 @@ def read_trace(
                     f"{option} {value}: is for Mooncake traces, and {where} is of the format "
                     f"{format}; drop it"
                 )
-        options = ReadOptions(where, encode, block_tokens, time_unit)
-        rows = READERS[format](content, head, options, dialect)
-        try:
-            columns, whole = _columns_of(rows, where, limit, on_bad_row, dialect)
-        except UnreadableError as error:
-            raise UsageError(f"{where}: {error}") from error
+        source = Source(where, text, head, encode, block_tokens, time_unit)
+        columns, whole = _columns_of(source, format, limit, on_bad_row)
     if not len(columns):
         valid = "" if whole else "valid "
         raise UsageError(
             f"{where}: contains no {valid}rows of the format {format}; give a file with requests"
         )
-    return columns.trace(format, dialect, whole=whole)
+    return columns.trace(source, format, whole=whole)
 
 
 def _columns_of(
-    rows: Iterator[Row | BadRow],
-    where: str,
-    limit: int | None,
-    on_bad_row: Callable[[BadRow], None] | None,
-    dialect: Dialect,
+    source: Source, format: str, limit: int | None, on_bad_row: Callable[[BadRow], None] | None
 ) -> tuple[_Columns, bool]:
     """Return the columns of the valid rows, and True if they are all rows of the file."""
     columns, invalid = _Columns(), 0
-    for row in rows:
+    for number, row in READERS[format](source):
         if limit is not None and len(columns) == limit:
             return columns, False
         if isinstance(row, Row):
             columns.append(row)
             if not columns.fit_memory():
                 raise UsageError(
-                    f"{where}: its first {len(columns):,} requests fill the memory; take fewer "
-                    "with --queue-size"
+                    f"{source.where}: its first {len(columns):,} requests fill the memory; take "
+                    "fewer with --queue-size"
                 )
             continue
-        if row.harmless:
-            dialect.counts[row.kind] += 1
+        bad = BadRow(number, str(row), source.unit, row.kind, row.harmless)
+        if bad.harmless:
+            source.counts[bad.kind] += 1
         else:
             invalid += 1
             if on_bad_row is None:
                 raise UsageError(
-                    f"{where}: {row}; correct it, or skip such rows with --on-bad-row skip"
+                    f"{source.where}: {bad}; correct it, or skip such rows with --on-bad-row skip"
                 )
             if invalid == _MOST_INVALID_ROWS and not len(columns):
                 raise UsageError(
-                    f"{where}: its first {invalid:,} rows are all invalid, such as {row}"
+                    f"{source.where}: its first {invalid:,} rows are all invalid, such as {bad}"
                 )
         if on_bad_row is not None:
-            on_bad_row(row)
+            on_bad_row(bad)
     return columns, not invalid
 
 
@@ -144,8 +150,8 @@ class _Columns:
 
     def __init__(self) -> None:
         self.prompt_tokens, self.output_tokens, self.due_ns = array("q"), array("q"), array("q")
-        self.ids, self.with_ids = array("i"), False
         self.blocks, self.block_counts = array("q"), array("q")
+        self.ids, self.with_ids = array("i"), False
         self.next_check = MEMORY_STEP
 
     def __len__(self) -> int:
@@ -157,28 +163,19 @@ class _Columns:
         self.output_tokens.append(row.output_tokens)
         if row.due_ns is not None:
             self.due_ns.append(row.due_ns)
-        if row.ids is not None:
-            self.ids.extend(row.ids)
-        if row.blocks:
-            self._fill_block_counts(len(self) - 1)
-            self.blocks.extend(row.blocks)
-            self.block_counts.append(len(row.blocks))
+        self.ids.extend(row.ids or ())
+        self.blocks.extend(row.blocks)
+        self.block_counts.append(len(row.blocks))
 
     def fit_memory(self) -> bool:
         """Return False if the columns are larger than the memory that is left."""
-        size = 24 * len(self) + 4 * len(self.ids) + 8 * len(self.blocks)
+        size = 32 * len(self) + 4 * len(self.ids) + 8 * len(self.blocks)
         if size < self.next_check:
             return True
         self.next_check = size + MEMORY_STEP
         return size < psutil.virtual_memory().available
 
-    def _fill_block_counts(self, rows: int) -> None:
-        """Add a count of 0 for earlier rows; traces without blocks have no such column."""
-        self.block_counts.extend(bytes(rows - len(self.block_counts)))
-
-    def trace(self, format: str, dialect: Dialect, *, whole: bool) -> Trace:
-        if self.blocks:
-            self._fill_block_counts(len(self))
+    def trace(self, source: Source, format: str, *, whole: bool) -> Trace:
         prompt, output, due, counts = (
             np.frombuffer(column, np.int64)
             for column in (self.prompt_tokens, self.output_tokens, self.due_ns, self.block_counts)
@@ -191,6 +188,7 @@ class _Columns:
             order = np.argsort(due, kind="stable")
             due, prompt, output = due[order], prompt[order], output[order]
             prompts, blocks = (r and r.take(order) for r in (prompts, blocks))
+        skipped = (f"{what}: {count:,}" for what, count in source.counts.items())
         return Trace(
             format=format,
             prompt_tokens=prompt,
@@ -198,8 +196,8 @@ class _Columns:
             due_ns=due if len(due) else None,
             prompts=prompts,
             blocks=blocks,
-            about=dialect.about,
+            about=source.about,
             whole=whole,
-            block_tokens=dialect.block_tokens,
-            remarks=dialect.remarks,
+            block_tokens=source.size_of_blocks,
+            remarks=(*source.inferred, *skipped),
         )

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from functools import cached_property
+from typing import Any, NamedTuple, TextIO, TypeVar
 
+from batchbench.errors import UsageError
 from batchbench.workloads.lengths import LONGEST
-from batchbench.workloads.prompts import BLOCK_TOKENS
+from batchbench.workloads.prompts import BLOCK_TOKENS, Encode
 
 T = TypeVar("T")
+U = TypeVar("U")
 
-LONGEST_LINE = 2**24
-"""Maximum number of bytes in a line; a longer one is invalid and is not held in memory."""
+LONGEST_LINE = 2**23
+"""Maximum number of characters, which may take 4 bytes each, in a line or an array's element; a
+longer one is invalid and is not held in memory."""
 
 MOST_BLANK_LINES = 10**6
 """Number of successive blank lines after which reading ends."""
-
-_LONGEST_ELEMENT = LONGEST_LINE // 2
-"""Maximum number of characters in an element of a JSON array; each may take 4 bytes."""
 
 _MOST_BYTES = 2**26
 """Maximum memory of the values of one line or element, as :func:`_check_size` estimates it."""
@@ -48,148 +48,124 @@ class Row(NamedTuple):
     blocks: Sequence[int] = ()
 
 
-class Place(NamedTuple):
-    """A place in a file: a line, or a row of a JSON array; both count from 1."""
-
-    number: int
-    unit: str = "line"
-
-
-class BadRow(NamedTuple):
-    """A row that is skipped: its place, such as ``line 7``, the reason, and the kind of reason.
+class InvalidError(ValueError):
+    """A fault of a row; ``kind`` is the group that a summary counts it in.
 
     ``harmless`` ones, such as blank lines, never end the reading.
     """
 
-    number: int
-    reason: str
-    unit: str = "line"
-    kind: str = "invalid rows"
-    harmless: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.unit} {self.number}: {self.reason}"
-
-
-class InvalidError(ValueError):
-    """A fault of a row; ``kind`` is the group that a summary counts it in."""
-
-    def __init__(self, reason: str, kind: str = "invalid rows") -> None:
+    def __init__(self, reason: str, kind: str = "invalid rows", *, harmless: bool = False) -> None:
         super().__init__(reason)
-        self.kind = kind
-
-    def at(self, place: Place) -> BadRow:
-        return BadRow(place.number, str(self), place.unit, self.kind)
+        self.kind, self.harmless = kind, harmless
 
 
-class UnreadableError(ValueError):
-    """A fault that ends the reading of a file even if invalid rows are skipped."""
+Rows = Iterator[tuple[int, T | InvalidError]]
+"""Rows or their faults, with their numbers: lines, or elements of a JSON array, from 1."""
 
 
 @dataclass
-class Dialect:
-    """Properties of a trace that its reader assumed or inferred."""
+class Source:
+    """A trace that is being read: its text, the options, and what its reader assumed or found."""
 
-    block_tokens: int = BLOCK_TOKENS
+    where: str  # the beginning of messages
+    text: TextIO
+    head: str  # its beginning, which has not been read yet
+    encode: Encode
+    block_tokens: int | None
+    time_unit: str | None
+    size_of_blocks: int = BLOCK_TOKENS
     inferred: list[str] = field(default_factory=list)  # sentences for the user
     counts: Counter[str] = field(default_factory=Counter)  # skipped parts, by their names
     about: dict[str, Any] = field(default_factory=dict)  # the first line of our own format
 
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """Sentences for the user: assumptions, and parts of the file that were skipped."""
-        return (*self.inferred, *(f"{what}: {count:,}" for what, count in self.counts.items()))
+    @cached_property
+    def unit(self) -> str:
+        """Name of what the numbers of rows count."""
+        return "row" if array_begin(self.head) else "line"
+
+
+def parsed(rows: Rows[T], parse: Callable[[T], U | None]) -> Rows[U]:
+    """Yield what a function makes of each row: another row, None if it is none, or its fault."""
+    for number, row in rows:
+        if isinstance(row, InvalidError):
+            yield number, row
+            continue
+        try:
+            made = parse(row)
+        except InvalidError as error:
+            yield number, error
+        else:
+            if made is not None:
+                yield number, made
 
 
 # Lines
 
 
-def read_lines(content: BinaryIO) -> Iterator[tuple[int, bytes | BadRow]]:
-    """Yield lines and their numbers, from 1; skip blank ones at the end of the file."""
-    number, blank = 0, 0
-    while line := content.readline(LONGEST_LINE + 1):
+def lines(source: Source) -> Rows[str]:
+    """Yield the lines; skip blank ones at the end of the file."""
+    number = blank = 0
+    while line := source.text.readline(LONGEST_LINE + 1):
         number += 1
-        if len(line) > LONGEST_LINE and not line.endswith(b"\n"):
-            yield number, BadRow(number, f"is longer than {LONGEST_LINE:,} bytes")
-            _skip_line(content, number)
+        if len(line) > LONGEST_LINE and not line.endswith("\n"):
+            yield number, InvalidError(f"is longer than {LONGEST_LINE:,} characters")
+            _skip_line(source, number)
             continue
         if not line.strip():
             blank += 1
             if blank > MOST_BLANK_LINES:
-                raise UnreadableError(f"line {number}: follows {MOST_BLANK_LINES:,} blank lines")
+                raise UsageError(
+                    f"{source.where}: line {number}: follows {MOST_BLANK_LINES:,} blank lines"
+                )
             continue
         for before in range(number - blank, number):
-            yield before, BadRow(before, "is blank", kind="blank lines skipped", harmless=True)
+            yield before, InvalidError("is blank", "blank lines skipped", harmless=True)
         blank = 0
-        yield number, line
+        yield number, _fault_of(line) or line
 
 
-def _skip_line(content: BinaryIO, number: int) -> None:
+def _skip_line(source: Source, number: int) -> None:
     for _ in range(4):
-        rest = content.readline(LONGEST_LINE)
-        if not rest or rest.endswith(b"\n"):
+        rest = source.text.readline(LONGEST_LINE)
+        if not rest or rest.endswith("\n"):
             return
-    raise UnreadableError(f"line {number}: is longer than {5 * LONGEST_LINE:,} bytes")
+    raise UsageError(
+        f"{source.where}: line {number}: is longer than {5 * LONGEST_LINE:,} characters"
+    )
+
+
+_UNDECODED = re.compile("[\udc80-\udcff]")
+
+
+def _fault_of(text: str) -> InvalidError | None:
+    undecoded = not text.isascii() and _UNDECODED.search(text)
+    return InvalidError("is not UTF-8 text") if undecoded else None
 
 
 # JSON objects: one per line, or the elements of one array
 
 _ARRAY = re.compile(
-    rb'\s*+(?:\[|\{(?:\s*+"[^"\\]*+"\s*+:\s*+(?:"(?:[^"\\]|\\.)*+"|[^\s",\[\]{}]++)\s*+,)*+'
-    rb'\s*+"data"\s*+:\s*+\[)'
+    r'\s*+(?:\[|\{(?:\s*+"[^"\\]*+"\s*+:\s*+(?:"(?:[^"\\]|\\.)*+"|[^\s",\[\]{}]++)\s*+,)*+'
+    r'\s*+"data"\s*+:\s*+\[)'
 )
 
 _SPACE = re.compile(r"[ \t\r\n]*+")
 
 
-def is_document(head: bytes) -> bool:
-    """Return True for a file that is an array, or an object with an array ``data``."""
-    return _ARRAY.match(head) is not None
+def array_begin(head: str) -> str:
+    """Return the text before the elements of an array, or of an object's array ``data``.
 
-
-def first_element(head: bytes) -> object:
-    """Return the first element of an array that begins so; None if it is not whole."""
-    if not (begin := _ARRAY.match(head)):
-        return None
-    text = head[begin.end() :].decode("utf-8", "ignore").lstrip()
-    try:
-        return cast(object, json.JSONDecoder().raw_decode(text)[0])
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_rows(
-    content: BinaryIO, head: bytes, parse: Callable[[Place, dict[str, Any]], T | None]
-) -> Iterator[T | BadRow]:
-    """Yield the rows that a function makes of a file's objects, and the bad rows.
-
-    Args:
-        head: the beginning of ``content``, which has not been read yet.
-        parse: takes the place of an object and the object; returns None for one that is not a
-            row, and raises InvalidError for a bad one.
+    It is empty if the text is neither.
     """
-    parser = _Parser()
-    is_array = is_document(head)
-    for place, data in _read_document(content, parser) if is_array else _lines(content, parser):
-        if isinstance(data, BadRow):
-            yield data
-            continue
-        try:
-            row = parse(place, data)
-        except InvalidError as error:
-            yield error.at(place)
-        else:
-            if row is not None:
-                yield row
+    begin = _ARRAY.match(head)
+    return begin[0] if begin else ""
 
 
-def _lines(content: BinaryIO, parser: _Parser) -> Iterator[tuple[Place, dict[str, Any] | BadRow]]:
-    for number, line in read_lines(content):
-        place = Place(number)
-        try:
-            yield place, line if isinstance(line, BadRow) else parser.object_of(line)
-        except InvalidError as error:
-            yield place, error.at(place)
+def objects(source: Source) -> Rows[dict[str, Any]]:
+    """Yield the objects of a file: one per line, or the elements of its array."""
+    if source.unit == "row":
+        return _elements(source)
+    return parsed(lines(source), _Parser().object_of)
 
 
 class _Parser:
@@ -206,16 +182,12 @@ class _Parser:
             self._twice = next(key for key in keys if keys.count(key) > 1)
         return content
 
-    def object_of(self, line: bytes) -> dict[str, Any]:
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise InvalidError("is not UTF-8 text") from error
+    def object_of(self, line: str) -> dict[str, Any]:
+        text = line.strip()
         try:
             value, end = self.value_at(text, 0)
         except json.JSONDecodeError as error:
-            where = f"at character {error.pos + 1}"
-            raise InvalidError(f"is not JSON ({error.msg} {where})") from error
+            raise InvalidError(f"is not JSON ({error.msg} at character {error.pos + 1})") from error
         if end != len(text):
             raise InvalidError(f"is not JSON (more text after its end at character {end + 1})")
         return self.checked(value)
@@ -255,111 +227,80 @@ def _check_size(text: str, at: int) -> None:
         raise InvalidError("is too large: it has too many values")
 
 
-class _Text:
-    """The rest of a file's text, read in pieces."""
+class _Document:
+    """The rest of a JSON document, read in pieces: ``text`` from ``at`` on is still to parse."""
 
-    def __init__(self, content: BinaryIO) -> None:
-        self._content = content
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._ended = False
-        self.text = ""
-        self.at = 0
+    def __init__(self, content: TextIO) -> None:
+        self._content, self.parser = content, _Parser()
+        self.text, self.at = "", 0
 
-    def more(self) -> bool:
+    def _more(self) -> bool:
         """Read more, so that the text doubles; return False at the end of the file."""
-        if self._ended:
-            return False
-        if len(self.text) - self.at > _LONGEST_ELEMENT:
-            raise InvalidError(f"is longer than {_LONGEST_ELEMENT:,} characters")
-        size = max(_CHUNK, len(self.text) - self.at)
-        content = self._content.read(size)
-        self._ended = len(content) < size
-        try:
-            self.text = self.text[self.at :] + self._decoder.decode(content, self._ended)
-        except UnicodeDecodeError as error:
-            raise InvalidError("is not UTF-8 text") from error
-        self.at = 0
-        return True
+        kept = self.text[self.at :]
+        if len(kept) > LONGEST_LINE:
+            raise InvalidError(f"is longer than {LONGEST_LINE:,} characters")
+        piece = self._content.read(max(_CHUNK, len(kept)))
+        if fault := _fault_of(piece):
+            raise fault
+        self.text, self.at = kept + piece, 0
+        return bool(piece)
 
-    def next_sign(self) -> str:
+    def sign(self) -> str:
         """Return the next character that is not a space, or "" at the end of the file."""
-        passed = 0
-        while passed <= _LONGEST_ELEMENT:
+        while True:
             space = _SPACE.match(self.text, self.at)
             assert space is not None
-            passed += space.end() - self.at
-            self.at = space.end()
-            if self.at < len(self.text):
+            if space.end() < len(self.text):
+                self.at = space.end()
                 return self.text[self.at]
-            if not self.more():
+            if not self._more():
                 return ""
-        raise InvalidError(f"follows {_LONGEST_ELEMENT:,} spaces")
 
-    def take(self, signs: str) -> str:
-        """Return the next character, which must be one of ``signs``, and skip it."""
-        sign = self.next_sign()
-        if not sign or sign not in signs:
-            what = shown(sign) if sign else "the end of the file"
-            raise InvalidError(f"is not JSON ({what} instead of {' or '.join(signs)})")
-        self.at += 1
-        return sign
-
-    def value(self, parser: _Parser) -> object:
+    def value(self) -> object:
         """Return the next value; read on until it is whole."""
-        self.next_sign()
+        self.sign()
         while True:
             try:
-                value, end = parser.value_at(self.text, self.at)
+                value, end = self.parser.value_at(self.text, self.at)
             except json.JSONDecodeError as error:
                 # An error far from the end of the text is not due to a missing piece.
                 cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
-                if not cut or not self.more():
+                if not cut or not self._more():
                     raise InvalidError(f"is not JSON ({error.msg})") from error
                 continue
-            if end == len(self.text) and self.more():  # 12 may be the beginning of 123
+            if end == len(self.text) and self._more():  # 12 may be the beginning of 123
                 continue
             self.at = end
             return value
 
 
-def _read_document(
-    content: BinaryIO, parser: _Parser
-) -> Iterator[tuple[Place, dict[str, Any] | BadRow]]:
+def _elements(source: Source) -> Rows[dict[str, Any]]:
     """Yield the elements of a file's array, or of the array under its key ``data``."""
-    text = _Text(content)
-    place = Place(1, "row")
+    begin = source.text.read(len(array_begin(source.head)))
+    document, number = _Document(source.text), 1
     try:
-        is_object = text.take("[{") == "{"
-        if is_object:
-            while text.value(parser) != "data":
-                text.take(":")
-                text.value(parser)
-                text.take(",")
-            text.take(":")
-            text.take("[")
-        ended = text.next_sign() == "]" and bool(text.take("]"))
+        ended = document.sign() == "]"
         while not ended:
-            value = text.value(parser)
+            value = document.value()
             try:
-                yield place, parser.checked(value)
+                yield number, document.parser.checked(value)
             except InvalidError as error:
-                yield place, error.at(place)
-            place = Place(place.number + 1, "row")
-            ended = text.take(",]") == "]"
-        if is_object:
-            _skip_other_keys(text, parser)
-        if text.next_sign():
+                yield number, error
+            number += 1
+            sign = document.sign()
+            if sign not in (",", "]"):
+                what = shown(sign) if sign else "the end of the file"
+                raise InvalidError(f"is not JSON ({what} instead of , or ])")
+            document.at += sign == ","
+            ended = sign == "]"
+        document.at += 1
+        if "{" in begin:  # other keys may follow
+            document.text, document.at = '{"data": 0' + document.text[document.at :], 0
+            document.parser.checked(document.value())
+        if document.sign():
             raise InvalidError("follows the end of the array")
     except InvalidError as error:
-        yield place, InvalidError(f"{error}; nothing after it can be read").at(place)
-
-
-def _skip_other_keys(text: _Text, parser: _Parser) -> None:
-    while text.take(",}") == ",":
-        if text.value(parser) == "data":
-            raise InvalidError("follows a second key data")
-        text.take(":")
-        text.value(parser)
+        yield number, InvalidError(f"{error}; nothing after it can be read")
 
 
 # Values; those that are not valid raise InvalidError
@@ -378,7 +319,7 @@ def tokens_of(what: str, value: object) -> int:
     return number
 
 
-_WHOLE = re.compile(r"\d++(?:\.0*+)?", re.ASCII)
+_WHOLE = re.compile(r"[ \t]*0*+(\d++)?(?<=\d)(?:\.0*+)?[ \t]*", re.ASCII)
 
 
 def whole_of(value: object) -> int | None:
@@ -390,26 +331,19 @@ def whole_of(value: object) -> int | None:
         return value
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not (match := _WHOLE.fullmatch(value)):
         return None
-    text = value.strip(" \t")
-    if len(text) <= 20 and text.isascii() and text.isdecimal():
-        return int(text)
-    if not _WHOLE.fullmatch(text):
-        return None
-    digits = text.partition(".")[0].lstrip("0") or "0"
+    digits = match[1] or "0"
     return int(digits) if len(digits) <= 20 else 10**20
 
 
-def nanoseconds_of(what: str, value: object, unit_ns: int) -> int:
+def nanoseconds_of(what: str, value: object, unit_ns: int = 1) -> int:
     if value is None:
         raise InvalidError(f"{what} is missing: must be a number")
     if type(value) is bool or not isinstance(value, int | float):
         raise InvalidError(f"{what} is {shown(value)}: must be a number")
-    if not value >= 0:  # also refuses NaN
-        raise InvalidError(f"{what} is {shown(value)}: must be a time of at least 0")
-    if not value * unit_ns < _LAST_NS:
-        raise InvalidError(f"{what} is {shown(value)}: must be a time within 146 years")
+    if not 0 <= value * unit_ns < _LAST_NS:  # also refuses NaN
+        raise InvalidError(f"{what} is {shown(value)}: must be a time from 0 to 146 years")
     return value * unit_ns if isinstance(value, int) else round(value * unit_ns)
 
 
