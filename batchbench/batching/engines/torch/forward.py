@@ -24,7 +24,7 @@ from batchbench.batching.engines.torch.attention import (
     attend_prompts,
     cache_argument,
 )
-from batchbench.batching.engines.torch.kernels import Native, Table, Through, native
+from batchbench.batching.engines.torch.kernels import Native, native
 from batchbench.batching.engines.torch.linear import Kernels, Linear, make_linear
 from batchbench.batching.engines.torch.sampling import Choose, choose
 from batchbench.batching.engines.torch.triton.choice import triton_forward, triton_ops
@@ -34,24 +34,13 @@ from batchbench.batching.models.loading import LoadedModel
 class Forward(Protocol):
     """The model's forward pass over tokens that lie end to end."""
 
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """The number format of cached keys and values."""
-
-    @property
-    def extra_bytes(self) -> int:
-        """Bytes held in addition to the model's own weights."""
-
-    @property
-    def triton(self) -> bool:
-        """True if attention is computed with Triton, so the engine prepares no masks."""
+    cache_dtype: torch.dtype  # of cached keys and values
+    extra_bytes: int  # held in addition to the model's own weights
+    triton: bool  # attention is computed with Triton, so the engine prepares no masks
+    choose: Choose  # the choice of the next tokens
 
     def __call__(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         """Return logits ``[kept, vocabulary]`` of ``ids``, ``[tokens]``; of all if None is kept."""
-
-    @property
-    def choose(self) -> Choose:
-        """The choice of the next tokens."""
 
 
 class TransformersForward:
@@ -102,7 +91,7 @@ class LeanForward:
     """
 
     triton = False
-    choose = staticmethod(choose)
+    choose: Choose = staticmethod(choose)
 
     def __init__(self, model: LoadedModel, weights: Weights, most: Kernels = Kernels.OWN) -> None:
         self._weights, of = weights, weights.of
@@ -134,7 +123,8 @@ class LeanForward:
             angles = weights.rotary.angles(layout.positions, x.dtype)
         if self._table is not None and self._kernels is not None and layout.decoding == len(x):
             blocks = [cached.block for cached in layout.cache.blocks]
-            self._kernels.decode(self._table, x, blocks, layout.slots, layout.positions, angles)
+            places = (layout.slots, layout.positions)
+            self._kernels.decode(self._table, weights.of, x, blocks, *places, angles)
         else:
             x = self._compute_layers(x, layout, angles)
         if keep is not None:
@@ -150,18 +140,17 @@ class LeanForward:
             x = block.mlp_out.plus(block.mlp_in.activated(block.norm_2(x)), x)
         return x
 
-    def _make_table(self) -> Table | None:
-        """Return the weights of all layers for :meth:`Native.decode`, if they are packed for it."""
-        rows: list[list[Tensor | None]] = []
+    def _make_table(self) -> Tensor | None:
+        """Return the addresses for :meth:`Native.decode`, if all weights are packed for it."""
+        rows = []
         for b in self._blocks:
             qkv, out, *mlp = [m.packed for m in (b.qkv, b.attention_out, b.mlp_in, b.mlp_out)]
             if self._kernels is None or () in (qkv, out, *mlp):
                 return None
             norms = (norm.weight for norm in b.head_norms) if b.head_norms else (None, None)
-            rows.append([*b.norm_1[:2], *qkv, *norms, *out, *b.norm_2[:2], *mlp[0], *mlp[1]])
-        of = self._weights.of
-        through = Through.SWIGLU if of.gated else Through.GELU
-        return Table(rows, heads=of.heads, inner=of.inner, through=through, eps=of.eps)
+            tensors = [*b.norm_1[:2], *qkv, *norms, *out, *b.norm_2[:2], *mlp[0], *mlp[1], None]
+            rows.append([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+        return torch.tensor(rows)
 
     def _attend(
         self,

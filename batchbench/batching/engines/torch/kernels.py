@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from batchbench.batching.engines.torch.architecture import Architecture
 from batchbench.batching.machine import Processor, find_compiler
 from batchbench.files import cache_folder, replacing
 from batchbench.workloads.sampling import Sampling
@@ -133,7 +134,8 @@ class Native:
 
     def decode(
         self,
-        layers: Table,
+        table: Tensor,
+        of: Architecture,
         x: Tensor,
         blocks: Sequence[Tensor],
         slots: Tensor,
@@ -142,17 +144,18 @@ class Native:
     ) -> None:
         """Compute all layers for rows that only decode; ``x``, ``[rows, width]``, is the residual.
 
-        ``slots``, ``positions`` and ``angles`` are as in :meth:`attention`, a block is a layer's.
+        ``table`` has the addresses of ``struct Layer`` for each layer; the last, that of its block
+        of the cache, is set here. ``slots``, ``positions`` and ``angles`` are as in
+        :meth:`attention`.
         """
-        rows, width = x.shape
-        _, all_slots, kv_heads, max_len, size = blocks[0].shape
-        between = width + (2 * layers.heads + 2 * kv_heads) * size + layers.inner
-        room = x.new_empty(rows * between)
-        widened = self._room_to_widen(x.dtype, rows * between)
-        tensors = (layers.at(blocks), x, room, widened, slots, positions, angles)
-        sizes = (len(blocks), rows, width, layers.inner, layers.through, layers.heads, kv_heads)
-        counts = (*sizes, size, all_slots, max_len)
-        self._call("decode", x.dtype, *tensors, *counts, size**-0.5, layers.eps)
+        table[:, -1] = torch.tensor([block.data_ptr() for block in blocks])
+        rows, (_, all_slots, _, max_len, size) = len(x), blocks[0].shape
+        between = rows * (of.width + 2 * (of.heads + of.kv_heads) * size + of.inner)
+        room, widened = x.new_empty(between), self._room_to_widen(x.dtype, between)
+        through = Through.SWIGLU if of.gated else Through.GELU
+        counts = (of.layers, rows, of.width, of.inner, through, of.heads, of.kv_heads, size)
+        tensors = (table, x, room, widened, slots, positions, angles)
+        self._call("decode", x.dtype, *tensors, *counts, all_slots, max_len, size**-0.5, of.eps)
 
     def attention(
         self,
@@ -199,29 +202,6 @@ class Native:
         sizes = (rows, vocabulary, sampling.top_k)
         self._call("sample", logits.dtype, logits, keys, out, *sizes, *numbers)
         return out
-
-
-class Table:
-    """The weights of all layers for :meth:`Native.decode`, in the order of its ``struct Layer``."""
-
-    def __init__(
-        self,
-        weights: Sequence[Sequence[Tensor | None]],
-        *,
-        heads: int,
-        inner: int,
-        through: Through,
-        eps: float,
-    ) -> None:
-        self.heads, self.inner, self.through, self.eps = heads, inner, through, eps
-        self._weights = weights  # kept, since the table has their addresses only
-        addresses = [[0 if t is None else t.data_ptr() for t in layer] for layer in weights]
-        self._table = torch.tensor([[*layer, 0] for layer in addresses])  # the last is the cache's
-
-    def at(self, blocks: Sequence[Tensor]) -> Tensor:
-        """Return the table with the layers' blocks of a cache."""
-        self._table[:, -1] = torch.tensor([block.data_ptr() for block in blocks])
-        return self._table
 
 
 def _compiled() -> ctypes.CDLL | None:

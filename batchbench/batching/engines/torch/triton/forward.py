@@ -17,6 +17,7 @@ from torch.nn.functional import gelu
 from batchbench.batching.engines.torch.architecture import Matrix, Rotation, Weights
 from batchbench.batching.engines.torch.attention import Layout, attend_on_device
 from batchbench.batching.engines.torch.linear import padded_bytes, padded_rows
+from batchbench.batching.engines.torch.sampling import Choose
 from batchbench.batching.engines.torch.triton import ops
 
 
@@ -24,7 +25,7 @@ class TritonForward:
     """Norms, attention, SwiGLU and the choice of a token in Triton, products in cuBLAS."""
 
     triton = True
-    choose = staticmethod(ops.best_token)
+    choose: Choose = staticmethod(ops.best_token)
 
     def __init__(self, weights: Weights) -> None:
         self._weights, head = weights, weights.head
