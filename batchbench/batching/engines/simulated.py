@@ -57,8 +57,7 @@ class SimulatedEngine:
     def _batch_changes(self, plan: Plan) -> bool:
         """Return True if requests join or finish, so that the host decides something.
 
-        Several calls for one unchanged batch cost no host time: the result does not depend on how
-        many passes are planned at once.
+        Several calls for one unchanged batch cost no host time, however many they are.
         """
         chunks, self._chunks = self._chunks, len(plan.chunks)
         if plan.chunks:

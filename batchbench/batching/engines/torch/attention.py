@@ -46,10 +46,7 @@ def kv_token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
 
 
 def aligned(length: int, device: torch.device) -> int:
-    """Return the number of cache positions for so many tokens: on CUDA the next multiple of 16.
-
-    Attention on a GPU copies a mask whose rows are not aligned, in each layer.
-    """
+    """Return the cache positions for so many tokens: CUDA would copy masks that are not aligned."""
     return -(-length // 16) * 16 if device.type == "cuda" else length
 
 
@@ -189,10 +186,7 @@ class Layout:
         return self._places
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """Return the mask of the decoding rows, ``[high - low, 1, 1, length]``: 0 or −∞, to add.
-
-        A slot between them that does not decode sees its first position.
-        """
+        """Return the mask of the decoding rows, ``[high - low, 1, 1, length]``: 0 or −∞, to add."""
         if self._mask is None:
             positions = self.positions[: self.decoding]
             if self.rows is not None:
@@ -295,9 +289,8 @@ def attend_for_transformers(
 def _decode(q: Tensor, block: SlotLayer, layout: Layout, scale: float | None) -> Tensor:
     """Attend for the decoding rows, ``[rows, heads, head_dim]`` in and out.
 
-    Queries are spread over a range of slots and the cache is read in place: gathering slots would
-    copy the cache, which is far larger than the queries. Heads that share keys and values stand
-    where the tokens of a query would, so that keys and values need not be repeated.
+    Queries are spread over a range of slots, since gathering slots would copy the cache. Heads that
+    share keys and values stand where the tokens of a query would, so that none is repeated.
     """
     low, high, length = layout.low, layout.high, layout.length
     if layout.rows is not None:

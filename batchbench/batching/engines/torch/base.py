@@ -52,13 +52,9 @@ class HostTimer:
 
 
 class CudaTimer:
-    """Step times of a GPU: events in the stream, so launching does not wait for the device.
+    """Step times of a GPU: events in the stream, so launching does not wait for the device."""
 
-    The host runs at most :data:`AHEAD` runs of steps ahead, so that progress and Ctrl-C stay
-    close to the device.
-    """
-
-    AHEAD = 2
+    AHEAD = 2  # runs of steps, so that progress and Ctrl-C stay close to the device
 
     def __init__(self, clock: WallClock, device: torch.device) -> None:
         self._clock, self._device = clock, device
@@ -145,8 +141,7 @@ def on_host_clock(device_ns: NDArray[np.float64], host_ns: int) -> Ints:
 class TokensOnHost:
     """The tokens of the last two runs on a GPU, copied to pinned memory behind the passes.
 
-    Reading the tokens of the run before the last waits for that run only, while the device computes
-    the last one.
+    Reading those of the run before the last waits for that run only.
     """
 
     def __init__(self, last: Tensor) -> None:

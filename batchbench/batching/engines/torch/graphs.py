@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from batchbench.batching.engines.torch.attention import Layout, SlotCache
@@ -143,8 +144,7 @@ class Upload:
 class Capture:
     """Record passes as CUDA graphs that share one pool of memory, since only one runs at a time.
 
-    They share one stream too: torch keeps a workspace of cuBLAS for each stream, 32 MiB on Hopper.
-    It is the device's; without one, torch would record on a stream of the current device.
+    They share a stream of the device too: torch keeps 32 MiB of cuBLAS for each, on Hopper.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -206,12 +206,27 @@ def most_tiles(tokens: int, pieces: int) -> int:
     return min(tokens, pieces + tokens // tile_size(tokens))
 
 
+def pieces_of(plan: Plan) -> tuple[Ints, Ints, Ints, NDArray[np.bool_]]:
+    """Return tokens, slot and position of each decoding row and chunk, and if it yields a token."""
+    rows = np.ones((len(plan.slots), 4), np.int64)
+    rows[:, 1], rows[:, 2] = plan.slots, plan.positions
+    chunks = [(c.stop - c.start, c.slot, c.start, c.yields) for c in plan.chunks]
+    pieces = np.concatenate([rows, np.array(chunks, np.int64).reshape(-1, 4)])
+    counts, slots, starts, yields = pieces.T
+    return counts, slots, starts, yields.astype(bool)
+
+
+def places_of(plan: Plan) -> tuple[Ints, Ints]:
+    """Return the slot and the position of each token of a pass, decoding rows first."""
+    counts, slots, starts, _ = pieces_of(plan)
+    firsts = np.cumsum(counts) - counts
+    positions = np.arange(counts.sum()) + np.repeat(starts - firsts, counts)
+    return np.repeat(slots, counts), positions
+
+
 def tiles_of(plan: Plan) -> tuple[Ints, int]:
-    """Return the tiles of a pass, ``[tiles, 5]``, and their size; decoding rows come first."""
-    chunks = plan.chunks
-    counts = np.array([1] * len(plan.slots) + [c.stop - c.start for c in chunks], np.int64)
-    slots = np.array([*plan.slots, *(c.slot for c in chunks)], np.int64)
-    starts = np.array([*plan.positions, *(c.start for c in chunks)], np.int64)
+    """Return the tiles of a pass, ``[tiles, 5]``, and their size."""
+    counts, slots, starts, _ = pieces_of(plan)
     size = tile_size(int(counts.sum()))
     return lay_tiles(counts, slots, starts, size), size
 
@@ -229,13 +244,6 @@ def lay_tiles(counts: Ints, slots: Ints, starts: Ints, size: int) -> Ints:
     token = first[piece] + nth * size
     count = np.minimum(size, first[piece] + counts[piece] - token)
     return np.stack([token, count, first[piece], slots[piece], starts[piece]], 1)
-
-
-def places_of(plan: Plan) -> tuple[Ints, Ints]:
-    """Return the slot and the position of each token of a pass, decoding rows first."""
-    slots = [plan.slots, *(np.full(c.stop - c.start, c.slot) for c in plan.chunks)]
-    positions = [plan.positions, *(np.arange(c.start, c.stop) for c in plan.chunks)]
-    return np.concatenate(slots), np.concatenate(positions)
 
 
 class _Inputs:
@@ -263,12 +271,9 @@ class _Inputs:
         _, positions[:total] = places_of(plan)
         tiles, _ = tiles_of(plan)
         flat[: tiles.size] = tiles.flatten()
+        counts, slots, _, yields = pieces_of(plan)
         keep[:] = _NONE
-        keep[plan.slots] = np.arange(rows)
-        ends = rows + np.cumsum([c.stop - c.start for c in plan.chunks])
-        for end, chunk in zip(ends, plan.chunks, strict=True):
-            if chunk.yields:
-                keep[chunk.slot] = end - 1
+        keep[slots[yields]] = np.cumsum(counts)[yields] - 1
         self._upload(array)
 
 

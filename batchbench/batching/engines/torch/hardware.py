@@ -55,10 +55,9 @@ GRAPH_RUNS = 10  # in one CUDA graph, whose own start is then a small part of it
 def device_median_s(
     function: Callable[[], object], device: torch.device, turns: int, runs: int = GRAPH_RUNS
 ) -> float:
-    """Return the median seconds of one run of ``function``, without the host's time on CUDA.
+    """Return the median seconds of one run of ``function``; on CUDA of its replay in a graph.
 
-    There, kernels of microseconds end faster than the host launches them. They are replayed in a
-    CUDA graph, as in a decode pass.
+    There, kernels of microseconds end faster than the host launches them.
     """
     if device.type != "cuda":
         return median_s(function, device, turns)
@@ -111,13 +110,11 @@ def cache_bytes(device: torch.device) -> int | None:
 
 
 def reading_of(model: LoadedModel) -> Reading:
-    """Return the bytes that a decode step reads.
-
-    An embedding that is not tied to a product is left out: a step reads one row a request.
-    """
+    """Return the bytes that a decode step reads."""
     modules = list(model.module.modules())
     multiplied = {id(m.weight) for m in modules if isinstance(m, nn.Linear)}
     tables = {id(m.weight): m.weight.nbytes for m in modules if isinstance(m, nn.Embedding)}
+    # Of an embedding that is not tied to a product, a step reads one row a request.
     looked_up = sum(size for key, size in tables.items() if key not in multiplied)
     return Reading(
         dtype=model.dtype_name,
@@ -138,10 +135,7 @@ SMALL, _LARGE = 64, 2048  # widths of a product with almost no work, and of one 
 
 @torch.inference_mode()
 def measure_launching(model: LoadedModel, rows: int, *, turns: int = 15) -> float | None:
-    """Return the seconds in which a GPU runs as many products as a step has, with almost no work.
-
-    None on a CPU, where a call costs little beside a product.
-    """
+    """Return the seconds of as many products as a step has, with almost no work; None on a CPU."""
     if model.device.type != "cuda":
         return None
     product, count = _product(model, SMALL, rows), sum(1 for _ in _weights(model))
@@ -150,10 +144,7 @@ def measure_launching(model: LoadedModel, rows: int, *, turns: int = 15) -> floa
 
 @torch.inference_mode()
 def measure_arithmetic(model: LoadedModel, rows: int, *, turns: int = 3) -> float | None:
-    """Return the seconds of a step's products at the rate of a large product, which is arithmetic.
-
-    None on a CPU, where the products themselves show it.
-    """
+    """Return the seconds of a step's products at the rate of a large product; None on a CPU."""
     if model.device.type != "cuda":
         return None
     seconds = device_median_s(_product(model, _LARGE, _LARGE), model.device, turns, runs=4)
@@ -199,10 +190,7 @@ def products(
 
 
 class ModelClock:
-    """The time within a model's forward pass, from token ids to logits, on the host's clock.
-
-    On a GPU that is only the time to launch the pass, and of no use.
-    """
+    """The time within a model's forward pass, on the host's clock; on a GPU it is of no use."""
 
     def __init__(self) -> None:
         self.ns = 0
@@ -257,10 +245,7 @@ def _attention_kernels(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def torch_environment(device_name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """Return the facts about torch's device: threads, kernels, GPU and driver.
-
-    A trial reads the clocks at its end: those of an idle GPU say nothing.
-    """
+    """Return the facts about torch's device; a trial reads the clocks, which an idle GPU lowers."""
     gpu = ("gpu", "gpu_uuid", "gpu_memory_bytes", "gpu_driver", "gpu_clock_mhz")
     facts: dict[str, Any] = {"threads": torch.get_num_threads(), "cpu_kernels": None}
     facts |= {**dict.fromkeys(gpu), "cuda": torch.version.cuda}

@@ -80,9 +80,9 @@ class Native:
 
     @staticmethod
     def side_by_side(weight: Tensor) -> Tensor:
-        """Return a gate's outputs and those it multiplies, ``[2 × n, …]``, 16 of each in turn.
+        """Return a gate's outputs and those it multiplies, ``[2 × n, …]``, in turn 16 of each.
 
-        So that a panel has both. Both are filled up with zeros to a multiple of 16.
+        So a panel has both, filled up with zeros.
         """
         n, half = len(weight) // 2, PANEL // 2
         blocks, rest = -(-n // half), weight.shape[1:]
@@ -94,8 +94,7 @@ class Native:
     def pack(weight: Tensor) -> Tensor:
         """Return ``[outputs, inputs]`` in panels of 32 outputs, as :meth:`product` reads it.
 
-        ``[panels, inputs, 32]`` in float32 and ``[panels, inputs / 2, 32, 2]`` in bfloat16, filled
-        up with zeros.
+        It is ``[panels, inputs, 32]`` or, in bfloat16, ``[panels, inputs / 2, 32, 2]``.
         """
         outputs, inputs = weight.shape
         panels = -(-outputs // PANEL)
@@ -144,9 +143,8 @@ class Native:
     ) -> None:
         """Compute all layers for rows that only decode; ``x``, ``[rows, width]``, is the residual.
 
-        ``table`` has the addresses of ``struct Layer`` for each layer; the last, that of its block
-        of the cache, is set here. ``slots``, ``positions`` and ``angles`` are as in
-        :meth:`attention`.
+        ``table`` has the addresses of ``struct Layer`` for each layer; the last, of its block of
+        the cache, is set here. Slots, positions and angles are as in :meth:`attention`.
         """
         table[:, -1] = torch.tensor([block.data_ptr() for block in blocks])
         rows, (_, all_slots, _, max_len, size) = len(x), blocks[0].shape

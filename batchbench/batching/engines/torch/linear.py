@@ -109,8 +109,7 @@ def make_linear(
 ) -> Linear:
     """Return the fastest layer for this weight, ``[outputs, inputs]`` with any strides.
 
-    ``most`` are the best kernels that may be used. The first half of a ``gated`` layer's outputs
-    is the gate's.
+    ``most`` are the best kernels that may be used. In a ``gated`` layer the gate's outputs lead.
     """
     on_cpu = weight.device.type == "cpu"
     own = native() if on_cpu and most >= Kernels.OWN else None

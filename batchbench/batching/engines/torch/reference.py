@@ -76,10 +76,7 @@ class TeacherForced:
         return logits
 
     def _more_precise(self) -> torch.nn.Module:
-        """Return the same weights in float32, or in float64 if they are float32.
-
-        The copy is made for the first difference, on the host if the device has no room.
-        """
+        """Return the weights in float32, or float64 if they are; on the host for lack of room."""
         if self._precise is None:
             dtype = torch.float64 if self._model.dtype is torch.float32 else torch.float32
             device = self._model.device

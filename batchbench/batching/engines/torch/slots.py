@@ -117,12 +117,11 @@ class SlotsEngine(TorchEngine):
         self._replaying = None
         super()._prepare(plan)
         self._prompt_ids = self._tensor(prompt_ids)
-        lengths = np.array([len(piece) for piece in pieces], np.int64)
-        stops = decoding + np.cumsum(lengths)  # where each chunk ends in the pass
-        lasts = [stop - 1 for chunk, stop in zip(chunks, stops, strict=True) if chunk.yields]
-        self._keep = self._tensor([*range(decoding), *lasts]) if chunks else None
+        counts, _, _, yields = graphs.pieces_of(plan)
+        ends = np.cumsum(counts)  # of the pieces in the pass
+        self._keep = self._tensor(ends[yields] - 1) if chunks else None
         self._growing = self._tensor(plan.growing)
-        self._layout = self._lay_out(plan, (stops - lengths).tolist())
+        self._layout = self._lay_out(plan, (ends - counts)[decoding:].tolist())
 
     def _lay_out(self, plan: Plan, firsts: Sequence[int]) -> Layout:
         """Assign each token of the pass to its request; ``firsts`` is where each chunk begins."""

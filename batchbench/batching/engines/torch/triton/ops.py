@@ -85,10 +85,7 @@ class SlotAttention:
         scale: float | None = None,
         rotation: Rotation | None = None,
     ) -> Tensor:
-        """Attend for rows and chunks in tiles of up to ``tokens``, as ``lay_tiles`` returns them.
-
-        The result of a token that is in no tile is undefined.
-        """
+        """Attend for rows and chunks in tiles of up to ``tokens``, which ``lay_tiles`` returns."""
         width = max(16, next_power_of_2(q.shape[2]))
         return self._attend(
             kernels.tile_attention,
@@ -157,10 +154,7 @@ def _dot_format(dtype: torch.dtype) -> Any:
 def embed_norm(
     ids: Tensor, positions: Tensor, tokens: Tensor, places: Tensor | None, norm: Norm
 ) -> tuple[Tensor, Tensor]:
-    """Return each token's embedding, and its norm; ``[tokens, width]`` each.
-
-    ``places`` are embeddings of positions, which are added; None if there are none.
-    """
+    """Return the sum of each token's embeddings, and its norm; ``[tokens, width]`` each."""
     x = tokens.new_empty(len(ids), tokens.shape[1])
     return x, _normed(tokens, ids, places, positions, None, x, norm, len(ids))
 
@@ -170,8 +164,7 @@ def add_norm(
 ) -> Tensor:
     """Return the norm of ``x + y + added``, and store that sum in ``x``; ``[tokens, width]``.
 
-    ``added`` is a bias, None for none. ``rows`` are the tokens to compute, None for all; with it,
-    ``x`` stays as it is.
+    With ``rows`` only those tokens are computed, and ``x`` stays as it is.
     """
     total, count = (x, len(x)) if rows is None else (None, len(rows))
     return _normed(x, rows, y, rows, added, total, norm, count)
