@@ -606,10 +606,10 @@ def test_an_installation_does_the_work_of_its_like(experiment: Experiment, tmp_p
         ),
         (  # the engine computes each prefill twice, which no plan tells
             "batching/engines/torch/slots.py",
-            "        self._passes += 1\n",
-            "        self._passes += 2 if plan.chunks else 1\n"
+            "        logits = self._forward_pass(ids, layout, keep)\n",
             "        if plan.chunks:\n"
-            "            self._pass(ids, layout, keep)\n",
+            "            self._forward_pass(ids, layout, keep)\n"
+            "        logits = self._forward_pass(ids, layout, keep)\n",
             "continuous.computed_passes",
         ),
         (  # other tokens

@@ -7,7 +7,8 @@ that would not fit is refused: both use :class:`Served`. Its coefficients were m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -125,48 +126,54 @@ def make_engine(
     the batch does not fit, or if the model cannot be computed as ``execution`` says.
     """
     device, config, own = model.device, model.module.config, False
+    with current(device), _cache_fits(slots, device):
+        if name == "notebook":
+            forward = None
+        else:
+            chosen = _resolve_execution(execution, device)
+            # torch.compile traces torch's own operators only.
+            own = forward is None and chosen != "compile"
+            forward = forward or make_forward(model, Kernels.OWN if own else Kernels.PLAIN)
+        served = Served(
+            config=config,
+            dtype=model.dtype,
+            cached=forward.cache_dtype if forward else model.dtype,
+            engine=name,
+            prompt=prompt,
+            longest=aligned(max_len, device) if forward else max_len,
+            mixes=mixes and forward is not None,
+            budget=budget,
+            lean=None
+            if isinstance(forward, TransformersForward | None)
+            else architecture_of(config),
+        )
+        _check_room(model, slots, served)
+        memory = {
+            "weight_bytes": model.weight_bytes,
+            "packed_weight_bytes": forward.extra_bytes if forward else 0,
+            "kv_cache_bytes": served.cache_bytes(slots),
+        }
+        if forward is None:
+            return NotebookEngine(model, slots), memory
+        if isinstance(forward, TransformersForward):
+            _check_forward(model, forward)
+        options = (served.pass_tokens(slots), sampling)
+        made = _slots_engine(
+            model, slots, max_len, forward, chosen, *options, falls_back=execution == "auto"
+        )
+        notes = [made.execution_note]
+        if own and device.type == "cuda" and not made.triton and not made.execution_note:
+            notes = [f"without Triton's kernels: {why_no_triton(model)}"]
+        if isinstance(forward, TransformersForward) and forward.why:
+            notes = [f"transformers' forward pass: {forward.why}", *notes]
+        made.execution_note = "; ".join(filter(None, notes)) or None
+        return made, memory
+
+
+@contextmanager
+def _cache_fits(slots: int, device: torch.device) -> Iterator[None]:
     try:
-        with current(device):
-            if name == "notebook":
-                forward = None
-            else:
-                chosen = _resolve_execution(execution, device)
-                # torch.compile traces torch's own operators only.
-                own = forward is None and chosen != "compile"
-                forward = forward or make_forward(model, Kernels.OWN if own else Kernels.PLAIN)
-            is_lean = not isinstance(forward, TransformersForward | None)
-            served = Served(
-                config=config,
-                dtype=model.dtype,
-                cached=forward.cache_dtype if forward else model.dtype,
-                engine=name,
-                prompt=prompt,
-                longest=aligned(max_len, device) if forward else max_len,
-                mixes=mixes and forward is not None,
-                budget=budget,
-                lean=architecture_of(config) if is_lean else None,
-            )
-            _check_room(model, slots, served)
-            memory = {
-                "weight_bytes": model.weight_bytes,
-                "packed_weight_bytes": forward.extra_bytes if forward else 0,
-                "kv_cache_bytes": served.cache_bytes(slots),
-            }
-            if forward is None:
-                return NotebookEngine(model, slots), memory
-            if isinstance(forward, TransformersForward):
-                _check_forward(model, forward)
-            options = (served.pass_tokens(slots), sampling)
-            made = _slots_engine(
-                model, slots, max_len, forward, chosen, *options, falls_back=execution == "auto"
-            )
-            notes = [made.execution_note]
-            if own and device.type == "cuda" and not made.triton and not made.execution_note:
-                notes = [f"without Triton's kernels: {why_no_triton(model)}"]
-            if isinstance(forward, TransformersForward) and forward.why:
-                notes = [f"transformers' forward pass: {forward.why}", *notes]
-            made.execution_note = "; ".join(filter(None, notes)) or None
-            return made, memory
+        yield
     except (MemoryError, RuntimeError) as error:
         # On the host torch raises a plain RuntimeError.
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
@@ -205,9 +212,7 @@ def _slots_engine(
     except Exception as error:  # from a model's own code, or from a compiler
         if execution == "eager":
             raise
-        # The end of a failed capture says only that there was an error before.
-        first = error.__context__ or error
-        why = " ".join(f"{type(first).__name__}: {first}".split())[:160]
+        why = _reason(error)
         if not falls_back:
             raise UsageError(
                 f"--execution {execution}: {model.source.name} cannot be run this way on "
@@ -218,6 +223,12 @@ def _slots_engine(
     engine = SlotsEngine(model, slots, max_len, forward)
     engine.execution_note = f"auto is eager: {execution} failed ({why})"
     return engine
+
+
+def _reason(error: Exception) -> str:
+    """Return the first error's text: the end of a failed capture says only that there was one."""
+    first = error.__context__ or error
+    return " ".join(f"{type(first).__name__}: {first}".split())[:160]
 
 
 def _check_forward(model: LoadedModel, forward: TransformersForward) -> None:

@@ -159,8 +159,12 @@ class SlotsEngine(TorchEngine):
         slots, positions = layout.slots, layout.positions
         if keep is not None and self._chooser.sampling is not None:
             slots, positions = slots[keep], positions[keep]
+        logits = self._forward_pass(ids, layout, keep)
+        return self._chooser(logits, slots, positions)
+
+    def _forward_pass(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         self._passes += 1
-        return self._chooser(self._pass(ids, layout, keep), slots, positions)
+        return self._pass(ids, layout, keep)
 
     def _padded(self, placed: Sequence[tuple[int, Chunk]]) -> Iterator[Prompts]:
         """Group first chunks by length, within a factor of two, and pad them on the right."""
