@@ -154,20 +154,18 @@ class Result(results.Result):
         return f"<batchbench result: {self.title}: {sentence(self)}>"
 
     def _repr_html_(self) -> str:
+        import pandas as pd
+
         grid = table(self)
         columns = [[_plain(column.header), *map(_plain, column.cells)] for column in grid.columns]
         head, *rows = zip(*columns, strict=True)
-        lines = [
-            f"<p><b>{escape(sentence(self))}</b></p>",
-            f"<table><caption>{escape(self.title)}</caption>",
-            f"<thead><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr></thead>",
-            "<tbody>",
-            *(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows),
-            "</tbody></table>",
-        ]
-        if grid.caption is not None:
-            lines.append(f"<p><small>{escape(_plain(grid.caption))}</small></p>")
-        return "\n".join(lines)
+        html = pd.DataFrame(rows, columns=head).to_html(index=False, border=0)
+        note = (
+            "" if grid.caption is None else f"<p><small>{escape(_plain(grid.caption))}</small></p>"
+        )
+        return (
+            f"<p><b>{escape(sentence(self))}</b></p>\n<p>{escape(self.title)}</p>\n{html}\n{note}"
+        )
 
 
 def _plain(cell: object) -> str:

@@ -24,8 +24,8 @@ import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO
 
 from batchbench.errors import UsageError
@@ -55,10 +55,7 @@ class ClaimedError(UsageError):
 
 
 def reason_of(error: OSError | ValueError) -> str:
-    """Return the system's reason, such as ``no space left on device``.
-
-    A name that holds a null character is a ValueError.
-    """
+    """Return the system's reason; a name that holds a null character is a ValueError."""
     return (getattr(error, "strerror", None) or str(error)).lower()
 
 
@@ -72,19 +69,16 @@ def undisturbed() -> Iterator[None]:
         yield
         return
     pending: list[int] = []
-
-    def hold(number: int, _: FrameType | None) -> None:
-        pending.append(number)
-
     handlers = {number: signal.getsignal(number) for number in STOPPING}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
-    for number in handlers:
-        signal.signal(number, hold)
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, lambda number, _: pending.append(number))
     try:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if callable(handler):
+                signal.signal(number, handler)
         if pending:
             signal.raise_signal(pending[0])
 
@@ -115,7 +109,9 @@ def claimed(place: Path, named: str) -> Iterator[None]:
         yield
         return
     try:
-        remove_leftovers(place)
+        pattern = f"{_staging_prefix(place)}*"  # half-written files of killed processes
+        for leftover in [*_topmost_missing(place).parent.glob(pattern), *place.glob(pattern)]:
+            _remove(leftover)
         yield
     finally:
         _remove(Path(lock.lock_file))  # Windows keeps an open file
@@ -215,9 +211,8 @@ def _fill(staging: Path, contents: Mapping[str, bytes | str], *, durable: bool) 
     for name, content in contents.items():
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         _write(staging / name, content)
-    if durable:
-        for path in [*staging.rglob("*"), staging]:
-            _sync(path)
+    for path in [*staging.rglob("*"), staging] if durable else ():
+        _sync(path)
 
 
 def _write(file: Path, content: Content) -> None:
@@ -240,10 +235,9 @@ def _sync(path: Path) -> None:
 
 def _topmost_missing(target: Path) -> Path:
     """Return the target, or the topmost missing folder above it."""
-    top = target
-    while not os.path.lexists(top.parent):
-        top = top.parent
-    return top
+    while not os.path.lexists(target.parent):
+        target = target.parent
+    return target
 
 
 def _staging_prefix(target: Path) -> str:
@@ -252,14 +246,6 @@ def _staging_prefix(target: Path) -> str:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
-
-
-def remove_leftovers(place: Path) -> None:
-    """Remove half-written files that killed processes left at a claimed place."""
-    above = _topmost_missing(place).parent
-    prefix = _staging_prefix(place)
-    for leftover in [*above.glob(f"{prefix}*"), *place.glob(f"{prefix}*")]:
-        _remove(leftover)
 
 
 def _remove(path: Path) -> None:
@@ -273,17 +259,13 @@ def _remove(path: Path) -> None:
 def default_folders(model: str, study: str = "") -> Iterator[Path]:
     """Yield ``batchbench-results/<time>-<model>``, then the same with 2, 3, … at the end.
 
-    Args:
-        model: name of the model; what some system forbids in the name of a file becomes ``--``.
-        study: the kind of study, which goes between the two; empty for a plain run.
+    What some system forbids in the name of a file becomes ``--``. A study that is not a plain run
+    stands before the model.
     """
     model = re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "--", model).rstrip(". ")
-    parts = (f"{datetime.now():%Y%m%d-%H%M%S}", study, model)
-    name = "-".join(part for part in parts if part)
-    number = 1
-    while True:
-        yield Path("batchbench-results") / (name if number == 1 else f"{name}-{number}")
-        number += 1
+    name = "-".join(filter(None, (f"{datetime.now():%Y%m%d-%H%M%S}", study, model)))
+    yield Path("batchbench-results") / name
+    yield from (Path("batchbench-results") / f"{name}-{number}" for number in count(2))
 
 
 def cache_folder() -> Path:
@@ -392,9 +374,8 @@ def read_utf8(file: Path, where: str, limit: int) -> str:
 def check_there(file: Path, where: str) -> None:
     """Check that a file exists; do not open it."""
     try:
-        if file.is_dir():
-            raise UsageError(f"{where}: is a directory; give a file")
-        if not file.exists():
-            raise UsageError(f"{where}: no such file or directory")
+        is_folder = stat.S_ISDIR(file.stat().st_mode)
     except (OSError, ValueError) as error:
         raise UsageError(f"{where}: {reason_of(error)}") from error
+    if is_folder:
+        raise UsageError(f"{where}: is a directory; give a file")

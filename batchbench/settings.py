@@ -50,21 +50,17 @@ class Setting:
     resets: tuple[str, ...] = ()  # fields that lose their meaning when this one is set
     unit: str = ""  # a key of UNITS, for numbers
     omit_default: bool = False  # not in JSON at its default, which earlier versions then read
-    variable: str | None = None  # environment variable of a secret, which is never saved or shown
+    variable: str | None = None  # environment variable of a secret
 
 
 def setting(default: Any, help: str, panel: str, **known: Any) -> Any:
-    """Return a dataclass field that is an option; ``known`` are fields of :class:`Setting`."""
-    return dataclasses.field(default=default, metadata={_KEY: Setting(help, panel, **known)})
+    """Return a dataclass field that is an option; ``known`` are fields of :class:`Setting`.
 
-
-def secret(help: str, panel: str, variable: str) -> Any:
-    """Return a field for a secret: it is not in the spec's text, JSON, words or comparisons.
-
-    The command line moves the value into the environment variable, so that no spec holds it.
+    A secret, which has a ``variable``, is not in the spec's text, JSON, words or comparisons. The
+    command line moves its value into that environment variable, so that no spec holds it.
     """
-    metadata = {_KEY: Setting(help, panel, variable=variable, metavar="KEY")}
-    return dataclasses.field(default=None, metadata=metadata, repr=False, compare=False)
+    shown, metadata = "variable" not in known, {_KEY: Setting(help, panel, **known)}
+    return dataclasses.field(default=default, metadata=metadata, repr=shown, compare=shown)
 
 
 def kept(spec: Any) -> list[dataclasses.Field[Any]]:
@@ -122,14 +118,12 @@ def omitted(spec: type) -> dict[str, Any]:
 
 def as_json(spec: Any) -> dict[str, Any]:
     """Return the fields of a spec as JSON values, which :func:`from_json` reads."""
-    values = {
-        field.name: getattr(spec, field.name)
-        for field in kept(spec)
-        if not (about(field).omit_default and getattr(spec, field.name) == field.default)
-    }
-    for name, value in values.items():
-        if isinstance(value, Path | tuple):
-            values[name] = str(value) if isinstance(value, Path) else list(value)
+    values: dict[str, Any] = {}
+    for field in kept(spec):
+        value = getattr(spec, field.name)
+        if not (about(field).omit_default and value == field.default):
+            value = list(value) if isinstance(value, tuple) else value
+            values[field.name] = str(value) if isinstance(value, Path) else value
     return values
 
 
@@ -221,18 +215,15 @@ def _converted(hint: Any, value: Any, place: str) -> Any:
 
 def parse(spec: type, field: dataclasses.Field[Any], text: str) -> Any:
     """Return the value that a text on a command line gives to a field."""
-    known, kind = about(field), kind_of(hints_of(spec)[field.name])
-    option = option_name(field.name)
+    kind, option = kind_of(hints_of(spec)[field.name]), option_name(field.name)
     place = f"{option} {shown(text)}"
-    value: Any = text
     if not text.strip():
         raise UsageError(f"{option} '{shown(text)}': is empty; give a value, or drop {option}")
+    value: Any = Path(text) if kind is Path else text
     if kind is int:
         value = parse_whole(text, place)
     elif kind is float:
-        value = parse_float(text, place, known.unit)
-    elif kind is Path:
-        value = Path(text)
+        value = parse_float(text, place, about(field).unit)
     if kind is not tuple:
         check_value(field, value, place)
     return value
@@ -272,12 +263,12 @@ def _without_zero(bound: float) -> str:
     return str(int(bound)) if bound == int(bound) else str(bound)
 
 
-def words_of(spec: Any, usual: Any, always: Collection[str] = ()) -> list[str]:
-    """Return the words to type for a spec: options that differ from ``usual``, and ``always``."""
+def words_of(spec: Any, usual: Any) -> list[str]:
+    """Return the words to type for a spec: options that differ from ``usual``."""
     words: list[str] = []
     for field in kept(spec):
         value, option = getattr(spec, field.name), option_name(field.name)
-        if value == getattr(usual, field.name) and field.name not in always:
+        if value == getattr(usual, field.name):
             continue
         if about(field).unit == "percent":
             words += [option, f"{value}%"]
@@ -315,9 +306,6 @@ def python_names(names: Collection[str] = ("overwrite",)) -> Iterator[None]:
 _DIGITS = r"[0-9]+(?:_[0-9]+)*"
 _NUMBER = re.compile(rf"[+-]?(?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:[eE][+-]?[0-9]+)?")
 
-_LARGEST = 300
-"""Decimal exponent at which numbers are refused, about the largest of a float."""
-
 
 def parse_number(text: str, place: str, must: str = f"must be {UNITS['']}") -> Decimal:
     """Return the number that a text writes, exactly; refuse one too large for a float."""
@@ -326,9 +314,9 @@ def parse_number(text: str, place: str, must: str = f"must be {UNITS['']}") -> D
         raise UsageError(f"{place}: {must}")
     try:
         number = Decimal(digits.replace("_", ""))
-    except InvalidOperation as error:  # an exponent of 20 digits
-        raise UsageError(f"{place}: is too large a number") from error
-    if number and number.adjusted() >= _LARGEST:
+    except InvalidOperation:  # an exponent of 20 digits
+        number = Decimal("1e300")
+    if number and number.adjusted() >= 300:  # about the largest of a float
         raise UsageError(f"{place}: is too large a number")
     return number if number.adjusted() >= -400 else Decimal(0)  # as a float does
 

@@ -41,12 +41,13 @@ from support.executors import Logged, grid_of, swept
 
 from batchbench.batching.machine import environment
 from batchbench.batching.progress import Watch
+from batchbench.studies.executors.jobs import Needs
 from batchbench.studies.sweep.run import Store, run_cells
 from batchbench.version import __version__
 
 RESULTS = ROOT / "benchmarks" / "results" / "clusters"
 
-LIKE = {"batchbench": __version__}
+NEEDS = Needs({"batchbench": __version__})
 
 CELLS = 24
 
@@ -74,15 +75,14 @@ def ray_executor() -> Any:
     """Return the executor on the cluster that runs here."""
     from batchbench.studies.executors.ray_cluster import RayCluster
 
-    return RayCluster("auto", Watch(), timed=False, gpus=False, like=LIKE, same=False)
+    return RayCluster("auto", Watch(), NEEDS)
 
 
 def slurm_executor(folder: Path) -> Any:
     """Return an executor of two jobs at once on this machine."""
     from batchbench.studies.executors.slurm import Slurm
 
-    usual = {"partition": None, "minutes": 5, "gpus": 0, "timed": False, "like": LIKE}
-    return Slurm(folder, Watch(), parallel=2, same=False, cluster="local", grace_s=0.5, **usual)
+    return Slurm(folder, Watch(), NEEDS, parallel=2, cluster="local", grace_s=0.5)
 
 
 def judge(table: bytes, alone: bytes, logged: Logged) -> dict[str, Any]:

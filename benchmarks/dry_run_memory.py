@@ -43,7 +43,7 @@ import sys
 from batchbench.batching.dry_run import estimate
 from batchbench.batching.progress import Watch
 from batchbench.cli import run
-run._dry_run = lambda experiment: print(estimate(experiment, Watch()).peak_bytes)
+run._dry_run = lambda experiment, output: print(estimate(experiment, Watch()).peak_bytes)
 from batchbench.cli.main import main
 main()
 """

@@ -1,8 +1,8 @@
 """Mutation testing: change the code in many small ways, and see that a test fails each time.
 
     python benchmarks/mutation.py                       all files
-    python benchmarks/mutation.py queue policies        these files
-    python benchmarks/mutation.py queue --survivors     only what no test killed last time
+    python benchmarks/mutation.py latency policies      these files
+    python benchmarks/mutation.py latency --survivors   only what no test killed last time
 
 The mutants are those of mutmut's operators: a number plus one, ``<`` as ``<=``, an argument left
 out, a value replaced by None, and so on. mutmut's own runner leaves out all that stands outside of
@@ -74,9 +74,8 @@ PRELOADED = (
 
 BATCHING, REPORTS = "batchbench/batching", "batchbench/reports"
 SUBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "queue": (BATCHING, ("queue",)),
     "policies": (BATCHING, ("policy_decisions", "own_policies", "policies")),
-    "scheduler": (BATCHING, ("plans", "own_policies", "scheduler", "policies")),
+    "scheduler": (BATCHING, ("queue", "plans", "own_policies", "scheduler", "policies")),
     "recording": (BATCHING, ("span_times", "recorder", "by_hand", "recording")),
     "recording_file": (BATCHING, ("recording",)),
     "verification": (BATCHING, ("deviations",)),

@@ -29,12 +29,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from batchbench.batching.bench import LocalBench
 from batchbench.batching.engines import WallClock
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
-from batchbench.batching.session import Session
 from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.reports.prediction import counts_of, known_cost, predict
 
@@ -95,7 +95,7 @@ class ProcessorClock(WallClock):
 UNIT = KnownCost("none", StepCost(1e6), (), 0, 0)
 
 
-def measure(sessions: list[Session], rounds: int) -> list[list[list]]:
+def measure(sessions: list[LocalBench], rounds: int) -> list[list[list]]:
     """Recordings by workload, strategy and round."""
     found = [[[] for _ in session.strategies()] for session in sessions]
     for turn in range(rounds):
@@ -124,7 +124,7 @@ def main() -> None:
         Path(folder, "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
         models = ModelCache()
         asked_for = experiments(asked.model or folder, asked.requests)
-        sessions = [Session(experiment, Watch(), models) for experiment in asked_for]
+        sessions = [LocalBench(experiment, Watch(), models) for experiment in asked_for]
     for session in sessions[:3]:
         session.warm_up()
     found = measure(sessions, asked.rounds)
@@ -140,7 +140,7 @@ def main() -> None:
     report(console, "quiet", sessions, quiet)
 
 
-def predicted(session: Session, known: KnownCost) -> list[Recording]:
+def predicted(session: LocalBench, known: KnownCost) -> list[Recording]:
     """Return predicted recordings of a session's workload, one per strategy."""
     return predict(known, session.experiment.serving, session.workload)
 
@@ -161,7 +161,7 @@ def undisturbed(trials: list[Recording]) -> Recording:
 
 
 def report(
-    console: Console, name: str, sessions: list[Session], found: list[list[list[Recording]]]
+    console: Console, name: str, sessions: list[LocalBench], found: list[list[list[Recording]]]
 ) -> None:
     """Fit on the even workloads, predict all, and print predicted beside measured."""
     taught = [r for each in found[::2] for trials in each for r in trials]

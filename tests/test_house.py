@@ -97,7 +97,7 @@ NAMESAKES = {
     "reports/prediction.py": {"cost.step_ns"},
     "studies/predict/breakeven.py": {"cost.step_ns"},
     "batching/remote/bench.py": {"warm_up.step_ns"},
-    "batching/benches/local.py": {"warm_up.step_ns"},  # the median of the warm-up
+    "batching/bench.py": {"warm_up.step_ns"},  # the median of the warm-up
     # the mean of one strategy in duet and check
     "studies/gate/baseline.py": {"process.step_ns", "other.step_ns", "own.step_ns", "turn.step_ns"},
     "studies/gate/turns.py": {"base.step_ns", "new.step_ns"},
@@ -105,7 +105,7 @@ NAMESAKES = {
     "studies/gate/duet.py": {"pair.step_ns"},
     "studies/gate/worker.py": {"run.calibration.step_ns"},
     # of a queue
-    "studies/capacity/probe.py": {"trial.growth", "t.growth", "trials[0].growth"},
+    "studies/capacity/search.py": {"trial.growth", "t.growth", "trials[0].growth"},
     "studies/capacity/report.py": {"probe.growth", "trial.growth"},
 }
 """Attributes of other classes that have such a name."""

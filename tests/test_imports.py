@@ -142,7 +142,7 @@ LATE: Mapping[str, str] = {
     "batching.models": "loading a model imports torch",
     "batching.models.gguf_file": "gguf is optional",
     "batching.models.source": "the hub, safetensors and tokenizers",
-    "batching.benches.local": "an engine imports torch",
+    "batching.bench": "an engine imports torch",
     "batching.remote.bench": "the reference imports torch",
     "batching.session": "a server needs ssl and h11",
     "batching.strategies": "entry points are read only for a name that is not ours",

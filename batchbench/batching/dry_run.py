@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from batchbench.batching.benches.local import LocalBench
+from batchbench.batching.bench import LocalBench
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.trials import TRIAL_S, servings_for
+
+if TYPE_CHECKING:
+    from batchbench.batching.engines.torch.build import Sizes
 
 _BESIDE_PRODUCTS = 1.5
 """Ratio of the time of a step to that of its matrix products (docs/log.md)."""
@@ -25,67 +29,56 @@ class Estimate:
 
     steps: Mapping[str, int]  # by strategy
     trials: int
-    weight_bytes: int | None = None
-    kv_cache_bytes: int | None = None
-    device: str | None = None
-    peak_bytes: int | None = None
-    room_bytes: int | None = None  # free memory
-    fitting: int | None = None  # largest batch size that fits; None if this one fits
-    batch_size: int | None = None
-    seconds: float | None = None  # all trials; matrix products alone unless ``timed``
-    launches: int = 0  # kernels of a decode step on a GPU, whose time is in ``seconds``
-    exact: bool = True
+    batch_size: int
+    exact: bool
     timed: bool = False
     uncounted: tuple[str, ...] = ()  # strategies that schedule by themselves
+    sizes: Sizes | None = None  # None for a simulation, as are the seconds
+    seconds: float | None = None  # all trials; matrix products alone on a CPU unless ``timed``
 
     def lines(self) -> list[str]:
         """Return the estimate in words."""
         about = "about " if self.timed else "" if self.exact else "at most "
-        counts = ", ".join(f"{name} {about}{n:,}" for name, n in self.steps.items())
-        lines = [f"steps   {counts or 'no'} forward passes per trial; {self.trials} trials each"]
+        counts = ", ".join(f"{name} {about}{n:,}" for name, n in self.steps.items()) or "no"
+        lines = [f"steps   {counts} forward passes per trial; {self.trials} trials each"]
         if self.uncounted:
-            lines[0] += (
-                f"; {', '.join(self.uncounted)} schedules by itself, so its steps are not counted"
-            )
-        if self.weight_bytes is not None and self.kv_cache_bytes is not None:
-            lines.append(
-                f"memory  {_mib(self.weight_bytes)} of weights and {_mib(self.kv_cache_bytes)} of "
-                f"KV cache on {self.device}; at its peak {_mib(self.peak_bytes or 0)} with "
-                "activations, copies and libraries"
-            )
-        if self.fitting is not None and self.peak_bytes and self.room_bytes:
-            largest = f"the largest --batch-size that fits is {self.fitting}"
-            lines.append(
-                f"warning {self.device} has {_mib(self.room_bytes)} free, so --batch-size "
-                f"{self.batch_size} does not fit; "
-                + (largest if self.fitting else "not even one slot fits: choose a smaller model")
-            )
-        if self.seconds is not None and self.launches:
-            lines.append(self._time_on_gpu())
-        elif self.seconds is not None and self.timed:
-            lines.append(
-                f"time    about {self.seconds:,.3g} s for all trials, with waits for requests; "
-                "this assumes that a step takes 1.5 times as long as its matrix products, which "
-                "were timed just now"
-            )
-        elif self.seconds is not None:
-            lines.append(
+            names = ", ".join(self.uncounted)
+            lines[0] += f"; {names} schedules by itself, so its steps are not counted"
+        if self.sizes is not None:
+            lines += [*_memory(self.sizes, self.batch_size), self._time(self.sizes.launches)]
+        return lines
+
+    def _time(self, launches: int) -> str:
+        if not launches and not self.timed:
+            return (
                 f"time    {self.seconds:,.3g} s for the matrix products of all trials, timed just "
                 "now; with attention and overhead about 1.5 times as long"
             )
-        return lines
-
-    def _time_on_gpu(self) -> str:
         waits = ", with waits for requests" if self.timed else ""
-        return (
-            f"time    about {self.seconds:,.3g} s for all trials{waits}; a step takes the time of "
-            f"its matrix products and of launching {self.launches:,} kernels, both timed just now, "
-            "and a trial at least a second"
-        )
+        how = "1.5 times as long as its matrix products, which were timed just now"
+        if launches:
+            how = (
+                f"the time of its matrix products and of launching {launches:,} kernels, both "
+                "timed just now, and a trial at least a second"
+            )
+        return f"time    about {self.seconds:,.3g} s for all trials{waits}; a step takes {how}"
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
+def _memory(sizes: Sizes, batch_size: int) -> Iterator[str]:
+    weights, cache, peak, room = (
+        f"{size / 2**20:,.0f} MiB"
+        for size in (sizes.weight_bytes, sizes.kv_cache_bytes, sizes.peak_bytes, sizes.room_bytes)
+    )
+    yield (
+        f"memory  {weights} of weights and {cache} of KV cache on {sizes.device}; at its peak "
+        f"{peak} with activations, copies and libraries"
+    )
+    if sizes.fitting is not None:
+        hint = "not even one slot fits: choose a smaller model"
+        if sizes.fitting:
+            hint = f"the largest --batch-size that fits is {sizes.fitting}"
+        place = f"{sizes.device} has {room} free"
+        yield f"warning {place}, so --batch-size {batch_size} does not fit; {hint}"
 
 
 _LARGE = 20_000
@@ -95,46 +88,33 @@ _LARGE = 20_000
 def estimate(experiment: Experiment, watch: Watch) -> Estimate:
     """Simulate the strategies and time one matrix product; load no model."""
     session = LocalBench(replace(experiment, simulated=True), watch)
-    workload, trials = session.workload, experiment.trials.trials
+    workload, trials, serving = session.workload, experiment.trials.trials, experiment.serving
     exact, timed = not workload.stop_at_eos, not replace(workload, stop_at_eos=False).closed
     if len(workload) > _LARGE:
         watch.phase(f"simulating {len(workload):,} requests under each strategy")
     if experiment.simulated:
         steps = {r.header.strategy: r.num_steps for r in _served(session, UNIT_NS)}
-        return Estimate(steps, trials, exact=exact)
+        return Estimate(steps, trials, serving.batch_size, exact)
     watch.phase("loading torch and timing a matrix product")
     from batchbench.batching.engines.torch.build import size_up
 
     sizes = size_up(experiment, session.source, workload)
     beside = _BESIDE_PRODUCTS if timed and not sizes.launches else 1.0
-    step_ns = round((sizes.step_s * beside + sizes.launching_s) * 1e9)
-    served = _served(session, step_ns)
+    served = _served(session, round((sizes.step_s * beside + sizes.launching_s) * 1e9))
+    seconds = 0.0
+    for recording in served:
+        once_s = recording.duration_ns / 1e9  # on a GPU a short workload is served several times
+        seconds += once_s * (servings_for(once_s, TRIAL_S) if sizes.launches else 1)
     return Estimate(
         {r.header.strategy: r.num_steps for r in served},
         trials,
-        weight_bytes=sizes.weight_bytes,
-        kv_cache_bytes=sizes.kv_cache_bytes,
-        device=sizes.device,
-        peak_bytes=sizes.peak_bytes,
-        room_bytes=sizes.room_bytes,
-        fitting=sizes.fitting,
-        batch_size=experiment.serving.batch_size,
-        seconds=sum(_trial_s(r, on_gpu=sizes.launches > 0) for r in served) * trials,
-        launches=sizes.launches,
-        exact=exact,
-        timed=timed,
-        uncounted=tuple(
-            name
-            for name in experiment.serving.strategies
-            if name not in experiment.serving.policies
-        ),
+        serving.batch_size,
+        exact,
+        timed,
+        serving.plug_ins,
+        sizes,
+        seconds * trials,
     )
-
-
-def _trial_s(recording: Recording, *, on_gpu: bool) -> float:
-    """Return the duration of a trial, which serves the workload several times if it is short."""
-    once_s = recording.duration_ns / 1e9
-    return once_s * servings_for(once_s, TRIAL_S) if on_gpu else once_s
 
 
 def _served(session: LocalBench, step_ns: int) -> list[Recording]:

@@ -11,9 +11,8 @@ from typing import Any
 
 from batchbench import settings
 from batchbench.batching.models import ModelSpec
-from batchbench.batching.policies import POLICIES, WAITING, make_policy
+from batchbench.batching.policies import ORDERS, POLICIES, WAITING, make_policy
 from batchbench.batching.presets import NOTEBOOK, PRESETS, Basis, check_preset
-from batchbench.batching.queue import ORDERS
 from batchbench.batching.remote.spec import (
     CHAT,
     COMPLETIONS,

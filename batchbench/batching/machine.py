@@ -4,7 +4,6 @@ and meters of load and energy."""
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import os
 import platform
 import re
@@ -14,9 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeVar
 
 import psutil
 
@@ -31,11 +32,12 @@ POWERCAP = Path("/sys/class/powercap")
 """Energy counters (Linux documentation, power/powercap)."""
 
 
-def _read(file: Path) -> str | None:
+def _read(file: Path) -> str:
+    """Return the text of a file; empty if it cannot be read."""
     try:
         return file.read_text("utf-8", "replace").strip()
     except OSError:
-        return None
+        return ""
 
 
 # Cores and memory
@@ -50,9 +52,10 @@ def usable_cores(cpus: Path = CPUS, cgroup: Path = CGROUP) -> int:
     for cpu in allowed_cpus():
         names = ("physical_package_id", "core_id")
         place = tuple(_read(cpus / f"cpu{cpu}/topology/{name}") for name in names)
-        cores.add((cpu,) if None in place else place)  # hyperthreads of a core have one place
-    quota = _quota(cgroup)
-    return max(1, len(cores) if quota is None else min(len(cores), math.floor(quota)))
+        cores.add(place if all(place) else (cpu,))  # hyperthreads of a core have one place
+    v1 = (_read(cgroup / f"cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
+    limit = re.fullmatch(r"(\d+) (\d+)", _read(cgroup / "cpu.max") or " ".join(v1))
+    return max(1, min(len(cores), int(limit[1]) // int(limit[2])) if limit else len(cores))
 
 
 def allowed_cpus() -> Collection[int]:
@@ -60,18 +63,6 @@ def allowed_cpus() -> Collection[int]:
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     return range(psutil.cpu_count(logical=False) or os.cpu_count() or 1)
-
-
-def _quota(cgroup: Path) -> float | None:
-    values = (_read(cgroup / "cpu.max") or "").split()  # version 2
-    if not values:
-        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        values = [_read(cgroup / "cpu" / name) or "" for name in names]
-    try:
-        quota, period = map(int, values)
-    except ValueError:  # "max", or there is no such file
-        return None
-    return quota / period if quota > 0 and period > 0 else None
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -82,17 +73,15 @@ def last_level_cache_bytes(tree: Path = CPUS) -> int | None:
 
     Virtual machines report the caches of the whole host, which is more than they get.
     """
-    sizes: dict[tuple[int, str], int] = {}  # by level and sharing processors: each cache once
-    for index in sorted(tree.glob("cpu[0-9]*/cache/index[0-9]*")):
-        kind, level, shared, size = (
+    sizes: dict[tuple[str, str], int] = {}  # by level and sharing processors: each cache once
+    for index in tree.glob("cpu[0-9]*/cache/index[0-9]*"):
+        kind, *place, size = (
             _read(index / name) for name in ("type", "level", "shared_cpu_list", "size")
         )
-        if kind is None or level is None or shared is None or size is None:
-            continue  # a processor that is switched off
-        amount = re.fullmatch(r"(\d+)([KMG]?)", size)
-        if kind != "Instruction" and amount and level.isdecimal():
-            sizes[int(level), shared] = int(amount[1]) * _UNITS[amount[2]]
-    last = max((level for level, _ in sizes), default=None)
+        amount = re.fullmatch(r"(\d+)([KMG]?)", size)  # nothing for a processor that is off
+        if kind and kind != "Instruction" and all(place) and amount:
+            sizes[place[0], place[1]] = int(amount[1]) * _UNITS[amount[2]]
+    last = max((level for level, _ in sizes), default=None)  # one digit
     return sum(size for (level, _), size in sizes.items() if level == last) or None
 
 
@@ -112,12 +101,11 @@ def free_host_bytes(cgroup: Path = CGROUP) -> int:
     """Return the free memory of the host, within the limit of a container."""
     free = int(psutil.virtual_memory().available)
     for limit, used, stat, cached in _MEMORY_FILES:
-        try:
-            left = int(_read(cgroup / limit) or "") - int(_read(cgroup / used) or "")
-        except ValueError:  # there is no limit, or it is "max"
-            continue
-        dropped = re.search(rf"^{cached} (\d+)$", _read(cgroup / stat) or "", re.MULTILINE)
-        free = min(free, max(0, left + (int(dropped[1]) if dropped else 0)))
+        numbers = _read(cgroup / limit), _read(cgroup / used)
+        if all(map(str.isdecimal, numbers)):  # else there is no limit, or it is "max"
+            dropped = re.search(rf"^{cached} (\d+)$", _read(cgroup / stat), re.MULTILINE)
+            left = int(numbers[0]) - int(numbers[1]) + (int(dropped[1]) if dropped else 0)
+            free = min(free, max(0, left))
     return free
 
 
@@ -131,63 +119,49 @@ class PeakMemory:
 
     def __init__(self, device: str, process: Path = PROCESS) -> None:
         self._device, self._process = device, process
+        self._on_gpu = device.startswith("cuda")
         self.growth_bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        self._before = self._reset()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        peak = self._peak()
-        if peak is not None and self._before is not None:
-            self.growth_bytes = max(0, peak - self._before)
-
-    def _reset(self) -> int | None:
-        if self._device.startswith("cuda"):
+        self._before: int | None = None
+        if self._on_gpu:
             import torch
 
             torch.cuda.reset_peak_memory_stats(self._device)
-            return int(torch.cuda.memory_allocated(self._device))
-        if self._device != "cpu":
-            return None
-        try:
-            (self._process / "clear_refs").write_text("5", "utf-8")  # proc(5): resets the mark
-        except OSError:  # not Linux, or not allowed
-            return None
-        return self._status("VmRSS")
+            self._before = int(torch.cuda.memory_allocated(self._device))
+        elif self._device == "cpu":
+            with suppress(OSError):  # not Linux, or not allowed
+                (self._process / "clear_refs").write_text("5", "utf-8")  # proc(5): resets the mark
+                self._before = self._status("VmRSS")
+        return self
 
-    def _peak(self) -> int | None:
-        if self._device.startswith("cuda"):
-            import torch
-
-            return int(torch.cuda.max_memory_allocated(self._device)) + _graph_pools(self._device)
-        return self._status("VmHWM")
+    def __exit__(self, *_: object) -> None:
+        peak = _peak_on_gpu(self._device) if self._on_gpu else self._status("VmHWM")
+        if peak is not None and self._before is not None:
+            self.growth_bytes = max(0, peak - self._before)
 
     def _status(self, name: str) -> int | None:
-        status = _read(self._process / "status") or ""
+        status = _read(self._process / "status")
         value = re.search(rf"^{name}:\s+(\d+) kB$", status, re.MULTILINE)
         return int(value[1]) * 1024 if value else None
 
 
-def _graph_pools(device: str) -> int:
-    """Return the bytes in which CUDA graphs keep intermediate results, which torch calls free."""
+def _peak_on_gpu(device: str) -> int:
+    """Return the peak of torch's memory, and the bytes in which CUDA graphs keep intermediate
+    results, which torch calls free."""
     import torch
 
     index, shared = torch.device(device).index or 0, (0, 0)  # the pool of everything else
     segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-    return sum(
+    pools = [
         segment["total_size"] - segment["allocated_size"]
         for segment in segments
         if segment["device"] == index and tuple(segment["segment_pool_id"]) != shared
-    )
+    ]
+    return int(torch.cuda.max_memory_allocated(device)) + int(sum(pools))
 
 
 # Processor
-
-_KERNELS_NEED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"})
-
-_WITHOUT_AVX512 = ("default", "avx2")
-"""Values of ``ATEN_CPU_CAPABILITY``, a variable of torch, that rule AVX-512 out."""
 
 
 @dataclass(frozen=True)
@@ -205,14 +179,14 @@ class Processor:
         """
         description = _cpu_description(cpuinfo)
         features = frozenset(description.get("flags", "").split())
-        if os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in _WITHOUT_AVX512:
+        if os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
             features = frozenset(f for f in features if not f.startswith(("avx512", "amx")))
         return cls(description.get("vendor_id", ""), features)
 
     @property
     def runs_kernels(self) -> bool:
         """True if it has the instructions that batchbench's own kernels always use."""
-        return self.features >= _KERNELS_NEED
+        return self.features >= {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"}
 
     @property
     def multiplies_bfloat16(self) -> bool:
@@ -234,8 +208,8 @@ def find_compiler() -> str | None:
 
 
 def _cpu_description(cpuinfo: Path | None = None) -> Mapping[str, str]:
-    text = _read(cpuinfo or CPUINFO) or ""
-    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    first = _read(cpuinfo or CPUINFO).partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -292,20 +266,17 @@ SOFTWARE = ("gpu_driver", "cuda", "torch", "transformers", "numpy", "python")
 
 EXECUTION = ("dtype", "engine", "execution", "cpu_kernels")
 
-MUST_MATCH_FOR_OUTPUTS = (
-    *("device", "cpu", "threads", "gpu", "gpu_driver", "cuda", "torch", "transformers", "numpy"),
-    *(*EXECUTION, "weights_digest"),
-)
-"""Facts on which the last bit of a logit depends, and with it a token that is nearly tied."""
-
-MUST_MATCH_FOR_TIMES = (
-    *(name for name in MUST_MATCH_FOR_OUTPUTS if name != "weights_digest"),
-    *("cpu_cores", "gpu_memory_bytes", "python"),
-)
-"""Facts on which times depend: ``HARDWARE``, ``SOFTWARE`` and ``EXECUTION`` together.
+MUST_MATCH_FOR_TIMES = (*HARDWARE, *SOFTWARE, *EXECUTION)
+"""Facts on which times depend.
 
 The host's name and kernel are left out, because a CI pool has many hosts of one kind.
 """
+
+MUST_MATCH_FOR_OUTPUTS = (
+    *(n for n in MUST_MATCH_FOR_TIMES if n not in ("cpu_cores", "gpu_memory_bytes", "python")),
+    "weights_digest",
+)
+"""Facts on which the last bit of a logit depends, and with it a token that is nearly tied."""
 
 
 class Difference(NamedTuple):
@@ -333,11 +304,7 @@ def facts_of(
 def differences(
     base: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str] | None = None
 ) -> list[Difference]:
-    """Return the facts in which two environments differ, of ``names`` or of all.
-
-    ``base`` and ``new`` are as :func:`facts_of` returns them, ``names`` as
-    :data:`MUST_MATCH_FOR_TIMES`.
-    """
+    """Return the facts, as of :func:`facts_of`, that differ; of ``names`` or of all."""
     return [
         Difference(name, base.get(name), new.get(name))
         for name in ({**base, **new} if names is None else names)
@@ -373,68 +340,18 @@ class LoadMeter:
         return max(0.0, ((all1 - all0) - (own1 - own0)) / (t1 - t0))
 
 
-class Counter(Protocol):
+@dataclass(frozen=True)
+class Counter:
     """A counter of energy that goes up only, or wraps."""
 
-    @property
-    def name(self) -> str:
-        """The name in results."""
-
-    @property
-    def range_j(self) -> float | None:
-        """Joules after which it starts at 0 again; None if it never does."""
-
-    @property
-    def least_s(self) -> float:
-        """Shortest time in seconds over which it says something."""
-
-    def read_j(self) -> float:
-        """Return the joules so far; raise OSError if the counter cannot be read any more."""
+    name: str  # in results
+    read_j: Callable[[], float]  # joules so far; raises OSError if they cannot be read any more
+    range_j: float | None = None  # joules after which it starts at 0 again; None for never
+    least_s: float = 0.0  # shortest time in seconds over which it says something
 
 
-@dataclass(frozen=True)
-class RaplPackage:
-    """The counter of one processor package (RAPL)."""
-
-    name: str
-    folder: Path
-    range_j: float
-    least_s: float = 0.0  # it counts each millisecond
-
-    def read_j(self) -> float:
-        return _microjoules(self.folder / "energy_uj")
-
-
-def _microjoules(file: Path) -> float:
-    try:
-        return int(file.read_text("utf-8", "replace")) / 1e6
-    except ValueError as error:
-        raise OSError(f"{file}: is not a number") from error
-
-
-@dataclass(frozen=True)
-class NvmlGpu:
-    """The counter of one NVIDIA GPU since its driver was loaded (Volta and later).
-
-    The sensor of an H100 looks at 25 ms of each 100 ms (arXiv 2312.02741), so the energy of
-    a short time is chance.
-    """
-
-    name: str
-    nvml: Any
-    handle: Any
-    range_j: float | None = None
-    least_s: float = 2.0
-
-    def read_j(self) -> float:
-        try:
-            return float(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1e3
-        except self.nvml.NVMLError as error:
-            raise OSError(str(error)) from error
-
-
-def rapl_packages(tree: Path = POWERCAP) -> list[RaplPackage]:
-    """Return all processor packages; none if one of them cannot be read.
+def rapl_packages(tree: Path = POWERCAP) -> list[Counter]:
+    """Return a counter for each processor package (RAPL); none if one of them cannot be read.
 
     Their cores and memory controllers are parts of them, ``psys`` counts them again with all else,
     and ``intel-rapl-mmio`` shows the same packages in another way.
@@ -446,67 +363,76 @@ def rapl_packages(tree: Path = POWERCAP) -> list[RaplPackage]:
                 continue
             name = (folder / "name").read_text("utf-8", "replace").strip()
             if name.startswith("package"):
-                range_j = _microjoules(folder / "max_energy_range_uj")
-                packages.append(RaplPackage(f"rapl {name}", folder, range_j))
-                packages[-1].read_j()
+                read_j = partial(_joules, folder / "energy_uj")
+                read_j()
+                range_j = _joules(folder / "max_energy_range_uj")
+                packages.append(Counter(f"rapl {name}", read_j, range_j))
     except OSError:  # there is no such tree, or only root may read it
         return []
     return packages
 
 
-def _nvml_of(uuid: str) -> tuple[Any, str, Any] | None:
-    """Return NVML, and its name and handle of the GPU with torch's id; None if it has none.
+def _joules(file: Path) -> float:
+    try:
+        return int(file.read_text("utf-8", "replace")) / 1e6
+    except ValueError as error:
+        raise OSError(f"{file}: is not a number") from error
 
-    NVML's indices are no help: torch counts only the devices of ``CUDA_VISIBLE_DEVICES``.
+
+_Answer = TypeVar("_Answer")
+
+
+def _ask_nvml(uuid: str, question: Callable[[Any, Any], _Answer]) -> _Answer | None:
+    """Return the answer of NVML about the GPU with torch's id.
+
+    None without nvidia-ml-py, a driver or an answer. NVML's indices are no help: torch counts only
+    the devices of ``CUDA_VISIBLE_DEVICES``.
     """
     try:
         import pynvml
     except ImportError:
         return None
-    name = f"GPU-{uuid.removeprefix('GPU-')}"
     try:
         pynvml.nvmlInit()
-        return pynvml, name, pynvml.nvmlDeviceGetHandleByUUID(name)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
+        return question(pynvml, handle)
     except pynvml.NVMLError:
         return None
 
 
-def nvml_gpu(uuid: str) -> NvmlGpu | None:
-    """Return the GPU with torch's id; None without nvidia-ml-py, a driver or a counter."""
-    found = _nvml_of(uuid)
-    if found is None:
-        return None
-    nvml, name, handle = found
-    gpu = NvmlGpu(f"nvml {name}", nvml, handle)
+def nvml_gpu(uuid: str) -> Counter | None:
+    """Return the counter of a GPU (Volta and later); None if it has none.
+
+    The sensor of an H100 looks at 25 ms of each 100 ms (arXiv 2312.02741), so the energy of
+    a short time is chance.
+    """
+
+    def read_j() -> float:
+        read = _ask_nvml(uuid, lambda nvml, gpu: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu))
+        if read is None:
+            raise OSError("the counter of the GPU cannot be read")
+        return float(read) / 1e3
+
     try:
-        gpu.read_j()
+        read_j()
     except OSError:
         return None
-    return gpu
+    return Counter(f"nvml GPU-{uuid.removeprefix('GPU-')}", read_j, least_s=2.0)
 
 
 def gpu_driver(uuid: str) -> str | None:
     """Return the version of a GPU's driver; None without nvidia-ml-py."""
-    found = _nvml_of(uuid)
-    if found is None:
-        return None
-    try:
-        return str(found[0].nvmlSystemGetDriverVersion())
-    except found[0].NVMLError:
-        return None
+    return _ask_nvml(uuid, lambda nvml, gpu: str(nvml.nvmlSystemGetDriverVersion()))
 
 
 def gpu_clock_mhz(uuid: str) -> dict[str, int] | None:
     """Return the present clocks of a GPU, ``sm`` and ``memory``; None if they cannot be read."""
-    found = _nvml_of(uuid)
-    if found is None:
-        return None
-    nvml, _, handle = found
-    kinds = {"sm": nvml.NVML_CLOCK_SM, "memory": nvml.NVML_CLOCK_MEM}
-    try:
-        return {name: int(nvml.nvmlDeviceGetClockInfo(handle, k)) for name, k in kinds.items()}
-    except nvml.NVMLError:
-        return None
+
+    def clocks(nvml: Any, gpu: Any) -> dict[str, int]:
+        kinds = {"sm": nvml.NVML_CLOCK_SM, "memory": nvml.NVML_CLOCK_MEM}
+        return {name: int(nvml.nvmlDeviceGetClockInfo(gpu, kind)) for name, kind in kinds.items()}
+
+    return _ask_nvml(uuid, clocks)
 
 
 def counters_for(
@@ -528,10 +454,6 @@ def longest_resolution_s(counters: Sequence[Counter]) -> float:
     return max((counter.least_s for counter in counters), default=0.0)
 
 
-_MOST_WATTS = 1000.0
-"""Highest sustained power of a package; it limits the time between two readings."""
-
-
 class EnergyMeter:
     """Joules between entering and leaving; None if a counter fails, since none is estimated.
 
@@ -543,32 +465,34 @@ class EnergyMeter:
         self, counters: Sequence[Counter], clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._counters, self._clock = counters, clock
-        self._least_s = longest_resolution_s(counters)
-        self._joules: float | None = None
+        self._joules: float | None = 0.0 if counters else None
+        self._last: list[float] = []
         ranges = [counter.range_j for counter in counters if counter.range_j is not None]
-        self._every_s = min(ranges) / _MOST_WATTS / 2 if ranges else None
-        self._lock = threading.Lock()
+        # Twice in the time of a wrap at 1 kW, above the sustained power of a package.
+        self._every_s = min(ranges) / 1000.0 / 2 if ranges else None
+        self._lock, self._done = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._keep_looking, daemon=True)
 
     def __enter__(self) -> EnergyMeter:
-        self._done = threading.Event()
-        self._joules = 0.0 if self._counters else None
-        self._last: list[float] = []
         self._began = self._clock()
-        self.look()
-        self._thread = threading.Thread(target=self._keep_looking, daemon=True)
-        if self._every_s is not None and self._joules is not None:
+        self._look()
+        if self._every_s is not None:
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self.look()
-        if self._clock() - self._began < self._least_s:
+        self._look()
+        if self._clock() - self._began < longest_resolution_s(self._counters):
             self._joules = None
-        if self._thread.is_alive():
+        if self._every_s is not None:
             self._thread.join()
 
-    def look(self) -> None:
+    def _keep_looking(self) -> None:
+        while not self._done.wait(self._every_s):
+            self._look()
+
+    def _look(self) -> None:
         """Read all counters, and add what they counted since the last reading."""
         with self._lock:
             if self._joules is None:
@@ -579,18 +503,12 @@ class EnergyMeter:
                 self._joules = None
                 return
             for counter, before, after in zip(self._counters, self._last, now, strict=False):
-                joules = after - before
-                if joules < 0 and counter.range_j is not None:
-                    joules += counter.range_j
+                joules = after - before + (counter.range_j or 0.0 if after < before else 0.0)
                 if joules < 0:  # it started again, as after a driver is loaded again
                     self._joules = None
                     return
                 self._joules += joules
             self._last = now
-
-    def _keep_looking(self) -> None:
-        while not self._done.wait(self._every_s):
-            self.look()
 
     def about(self) -> Mapping[str, Any]:
         """Return the joules and their counters for a recording's header, or None for both."""

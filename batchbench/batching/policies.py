@@ -6,20 +6,27 @@ queue: it decides from the view that it gets.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
+import pkgutil
+import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from batchbench.batching.queue import ORDERS
-from batchbench.errors import UsageError, shown
+from batchbench.errors import UsageError, reason_in_short, shown
 
 if TYPE_CHECKING:
     from batchbench.workloads import Request
+
+
+ORDERS: dict[str, Callable[[Request], tuple[int, int]]] = {
+    "fifo": lambda request: (0, request.index),
+    "longest-first": lambda request: (-request.output_tokens, request.index),
+    "shortest-first": lambda request: (request.output_tokens, request.index),
+    "longest-prompt-first": lambda request: (-request.prompt_tokens, request.index),
+}
+"""The sort key of each ``--order``; requests of equal length keep the order of arrival."""
 
 
 class View(Protocol):
@@ -61,7 +68,7 @@ class View(Protocol):
 class Policy(Protocol):
     """The two decisions.
 
-    A policy may have an attribute ``order``, a key of :data:`batchbench.batching.queue.ORDERS`,
+    A policy may have an attribute ``order``, a key of :data:`ORDERS`,
     which then replaces ``--order``.
     """
 
@@ -171,22 +178,27 @@ def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
 
 def _make_own(name: str) -> Policy:
     place = f"--strategy {shown(name)}"
-    kind = _class_of(name, place)
-    for method in ("admit", "release"):
-        if not callable(getattr(kind, method, None)):
-            raise UsageError(f"{place}: has no method {method}(view); a policy has {_METHODS}")
-    if inspect.isabstract(kind) or getattr(kind, "_is_protocol", False):
-        raise UsageError(f"{place}: is abstract; give a class that can be made")
-    if not _takes(kind):
-        raise UsageError(f"{place}: is made without arguments; give its constructor defaults")
+    parts = re.split(r"[.:]", name)
+    if name.count(":") != 1 or not all(map(str.isidentifier, parts)):
+        raise UsageError(f"{place}: must be package.module:Class, such as my_policies:Mine")
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` does, so that a file of this folder can be named
+        sys.path.insert(0, here)
     try:
-        policy: Policy = kind()
+        policy: Policy = pkgutil.resolve_name(name)()
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise UsageError(f"{place}: cannot be made: {_spell(error)}") from error
-    if not (_takes(policy.admit, "view") and _takes(policy.release, "view")):
-        raise UsageError(f"{place}: its methods must be admit(view) and release(view)")
+        raise UsageError(f"{place}: cannot be made: {spell_error(error)}; {_POLICY}") from error
+    for method in ("admit", "release"):
+        if not callable(getattr(policy, method, None)):
+            raise UsageError(f"{place}: has no method {method}(view); {_POLICY}")
     own_order(policy, place)
     return policy
+
+
+_POLICY = (
+    "a policy is a class with admit(view) and release(view), made without arguments, of an "
+    "installed module or of a file in this folder"
+)
 
 
 def own_order(policy: Policy, place: str) -> str | None:
@@ -199,63 +211,14 @@ def own_order(policy: Policy, place: str) -> str | None:
     return order
 
 
-def _class_of(name: str, place: str) -> type:
-    module_name, _, class_name = name.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
-        raise UsageError(f"{place}: must be package.module:Class, such as my_policies:Mine")
-    here = str(Path.cwd())
-    if here not in sys.path:  # as `python -m` does, so that a file of this folder can be named
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
-            raise UsageError(
-                f"{place}: there is no module {shown(missing)}; give one that is installed, or "
-                "run this in the folder of its file"
-            ) from error
-        raise UsageError(f"{place}: cannot be imported: {_spell(error)}") from error
-    try:
-        policy_class = getattr(module, class_name)
-    except Exception as error:  # a module may define __getattr__
-        classes = [name for name, value in vars(module).items() if isinstance(value, type)]
-        near = difflib.get_close_matches(class_name, classes, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(
-            f"{place}: the module {module_name} has no class {class_name}{hint}"
-        ) from error
-    if not isinstance(policy_class, type):
-        is_function = inspect.isroutine(policy_class)
-        kind = "a function" if is_function else f"of type {type(policy_class).__name__}"
-        raise UsageError(f"{place}: is not a class but {kind}; a policy is a class with {_METHODS}")
-    return policy_class
-
-
-_METHODS = "admit(view) and release(view)"
-
-
-def _takes(function: Callable[..., object], *arguments: str) -> bool:
-    try:
-        signature = inspect.signature(function)
-    except (ValueError, TypeError):  # a function in C without a signature
-        return True
-    try:
-        signature.bind(*arguments)
-    except TypeError:
-        return False
-    return True
-
-
 def fault_of(policy: Policy, method: str, error: BaseException) -> UsageError:
     """Return the error to raise after a policy's method failed; it names the line of code."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(place.filename).name}, line {place.lineno}"
-    return UsageError(
-        f"the policy {type(policy).__name__} fails in {method}: {_spell(error)} ({where})"
-    )
+    return UsageError(f"the policy {type(policy).__name__} fails in {method}: {spell_error(error)}")
 
 
-def _spell(error: BaseException) -> str:
-    text = shown(" ".join(str(error).split()), 200)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def spell_error(error: BaseException) -> str:
+    """Return an error of code that is not ours: its type, its message, and its line of code."""
+    text = f"{type(error).__name__}: {reason_in_short(error) or 'no reason given'}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = last.filename.startswith("<") or Path(last.filename).parent == Path(__file__).parent
+    return text if ours else f"{text} ({Path(last.filename).name}, line {last.lineno})"

@@ -78,15 +78,8 @@ class Limited(Watch):
         self, watch: Watch, until: float, clock: Callable[[], float], *, real: bool
     ) -> None:
         self._watch, self._until, self._clock, self._real = watch, until, clock, real
-
-    def note(self, line: str) -> None:
-        self._watch.note(line)
-
-    def phase(self, name: str) -> None:
-        self._watch.phase(name)
-
-    def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
-        self._watch.trial_begins(strategy, trial, trials)
+        for name in ("note", "phase", "trial_begins", "trial_ends"):
+            setattr(self, name, getattr(watch, name))
 
     def progressed(self, progress: Progress) -> None:
         self._watch.progressed(progress)
@@ -96,9 +89,6 @@ class Limited(Watch):
         self._watch.idles(progress)
         until_ns = progress.idle_until_ns if self._real else None
         self._check(0.0 if until_ns is None else (until_ns - progress.now_ns) / 1e9)
-
-    def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
-        self._watch.trial_ends(strategy, trial, duration_ns)
 
     def _check(self, ahead_s: float) -> None:
         if self._clock() + ahead_s > self._until:

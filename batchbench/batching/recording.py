@@ -187,20 +187,18 @@ class Recording:
     @cached_property
     def step_ends_ns(self) -> Ints:
         """End of each step, ``[steps]``."""
-        return self.ends_of(np.arange(self.num_steps)) if self.ends_ns is None else self.ends_ns
+        return self.ends_of(np.arange(self.num_steps))
 
     @cached_property
     def step_starts_ns(self) -> Ints:
         """Start of each step, ``[steps]``: the end of the step before, or the span's start."""
         return self.starts_of(np.arange(self.num_steps))
 
-    def ends_of(self, steps: Ints) -> Ints:
-        """Return the end of each of these steps, without listing all steps."""
-        return self._ends_in(self.spans_of(steps) if self.ends_ns is None else steps, steps)
-
-    def _ends_in(self, span: Ints, steps: Ints) -> Ints:
+    def ends_of(self, steps: Ints, span: Ints | None = None) -> Ints:
+        """Return the end of each of these steps, without listing all; ``span`` may be known."""
         if self.ends_ns is not None:
             return self.ends_ns[steps]
+        span = self.spans_of(steps) if span is None else span
         return self._after(span, steps - self.first_steps[span] + 1)
 
     def starts_of(self, steps: Ints) -> Ints:
@@ -255,18 +253,14 @@ class Recording:
         """
         chosen = np.arange(len(self.spans.steps)) if spans is None else spans
         chosen = chosen[self.spans.steps[chosen] > skip]
-        equal = self._are_equal(chosen)
+        equal = self.spans.steps[chosen] == 1
+        if self.ends_ns is None:
+            equal |= True if self.growth is None else self.growth.of(chosen).is_none
         alike = chosen[equal]
         first = self.first_steps[alike] + skip
-        ns = self._ends_in(alike, first) - self.starts_of(first)
+        ns = self.ends_of(first, alike) - self.starts_of(first)
         yield StepTimes(alike, first, self.spans.steps[alike] - skip, ns)
         yield from self._each_step(chosen[~equal], skip)
-
-    def _are_equal(self, spans: Ints) -> NDArray[np.bool_]:
-        equal: NDArray[np.bool_] = self.spans.steps[spans] == 1
-        if self.ends_ns is None:
-            equal |= True if self.growth is None else self.growth.of(spans).is_none
-        return equal
 
     def _each_step(self, spans: Ints, skip: int) -> Iterator[StepTimes]:
         """Yield a row for each step of these spans, without the first ``skip`` of each span."""
@@ -283,7 +277,7 @@ class Recording:
             first = self.first_steps[spans[part]] + skip + before - (upto - steps)[part]
             heads = before - begin
             step = np.repeat(first - heads, count) + np.arange(stop - begin)
-            ends = self._ends_in(span, step)
+            ends = self.ends_of(step, span)
             starts = np.concatenate([ends[:1], ends[:-1]])  # within a span no time lies between
             starts[heads] = self.starts_of(first)
             yield StepTimes(span, step, np.ones_like(step), ends - starts)

@@ -7,20 +7,60 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from sortedcontainers import SortedKeyList
 
 from batchbench.batching.plan import Chunk, Plan, Wait
-from batchbench.batching.policies import Policy, fault_of, own_order
-from batchbench.batching.queue import WaitingQueue
+from batchbench.batching.policies import ORDERS, Policy, fault_of, own_order
 from batchbench.errors import UsageError, shown
 from batchbench.workloads import Arrivals, Request
 
 MOST_ASKS = 100_000
 """Largest number of times in a row that a policy may admit no request while nothing runs."""
+
+
+class WaitingQueue(SortedKeyList):  # type: ignore[misc]  # it has no types
+    """A sorted sequence in which every operation takes O(log n) time for each request."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__(key=ORDERS[order])
+        self._arrived: deque[Request] = deque()  # by age; requests that left go when they are met
+
+    @property
+    def oldest(self) -> Request:
+        """The request that has waited longest.
+
+        Raises:
+            IndexError: no request waits.
+        """
+        while self._arrived[0] not in self:
+            self._arrived.popleft()
+        return self._arrived[0]
+
+    def push(self, requests: Sequence[Request]) -> None:
+        """Add requests, which come in the order of their index."""
+        self.update(requests)
+        self._arrived.extend(requests)
+
+    def take(self, chosen: list[Request]) -> None:
+        """Remove the chosen requests.
+
+        Raises:
+            UsageError: a request is not waiting, or is chosen twice.
+        """
+        start = self.bisect_key_left(self.key(chosen[0]))
+        stop = start + len(chosen)
+        if self[start:stop] == chosen:  # policies mostly take neighbours
+            del self[start:stop]
+        elif len(set(chosen)) == len(chosen) and all(request in self for request in chosen):
+            for request in chosen:
+                self.remove(request)
+        else:
+            raise UsageError("a policy admitted a request that is not waiting, or one twice")
 
 
 @dataclass(slots=True)
@@ -39,7 +79,7 @@ class Scheduler:
         arrivals: the source of requests.
         policy: decides which requests join, and when a slot becomes free.
         slots: the batch size.
-        order: the order of the queue, a key of :data:`batchbench.batching.queue.ORDERS`, unless
+        order: the order of the queue, a key of :data:`batchbench.batching.policies.ORDERS`, unless
             the policy has its own.
         prefill: ``separate`` computes the prompts of new requests in a pass of their own, in which
             running requests stall; ``mixed`` computes them together with the running requests.

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from batchbench.batching.benches import Bench
-from batchbench.batching.benches.local import LocalBench
+from batchbench.batching.bench import Bench, LocalBench
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
@@ -63,7 +62,7 @@ class Outcome:
     failures: Sequence[FailedTrial] = ()
 
 
-def run_experiment(
+def conduct(
     experiment: Experiment,
     watch: Watch | None = None,
     models: ModelCache | None = None,
@@ -84,10 +83,6 @@ def run_experiment(
             "are known only in batchbench run; remove it"
         )
     return run_on(open_bench(experiment, watch or Watch(), models, start=start))
-
-
-conduct = run_experiment
-"""The name of :func:`run_experiment` in the public API."""
 
 
 def open_bench(
@@ -114,11 +109,8 @@ def open_bench(
     return LocalBench(experiment, watch, models, max_len)
 
 
-Session = LocalBench
-
-
 def run_on(bench: Bench) -> Outcome:
-    """Run an experiment on its bench, and close it."""
+    """Run an experiment on its bench, and close that."""
     with closing(bench):
         return _run_on(bench)
 
@@ -184,10 +176,9 @@ def _finished_rounds(bench: Bench) -> tuple[list[list[Recording]], Stop | None]:
         if not rounds:
             raise
         return rounds, _interrupted(rounds, planned)
-    if len(rounds) < planned:
-        text = f"requests failed, so only {len(rounds)} of {planned} pairs were finished"
-        return rounds, Stop(StopReason.FAILED, text)
-    return rounds, None
+    done = f"{len(rounds)} of {planned} pairs"
+    failed = Stop(StopReason.FAILED, f"requests failed, so only {done} were finished")
+    return rounds, failed if len(rounds) < planned else None
 
 
 def _out_of_time(rounds: Sequence[object], limit: float) -> Stop:

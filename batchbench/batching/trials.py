@@ -39,6 +39,10 @@ SMALL_STEPS, SMALL_PROMPT = 6, 16
 """Decode steps to time for each smaller number of rows, and most tokens of their prompts."""
 
 
+SETTLED = 0.05
+"""Change of the median step, as a share, below which the warm-up ends."""
+
+
 @dataclass(frozen=True)
 class WarmUp:
     """The outcome of the warm-up; durations are None if there was none.
@@ -53,10 +57,8 @@ class WarmUp:
     duration_s: float | None = None
 
 
-def warm_up(
-    batcher: Batcher, others: Iterable[Strategy], workload: Workload, *, most: int, within: float
-) -> WarmUp:
-    """Serve the beginning of a workload until the median step changes by less than ``within``.
+def warm_up(batcher: Batcher, others: Iterable[Strategy], workload: Workload, most: int) -> WarmUp:
+    """Serve the beginning of a workload, at most ``most`` times, until the median step settles.
 
     ``others`` serve it once before.
     """
@@ -72,7 +74,7 @@ def warm_up(
         medians.append(float(np.median(durations[1:] if len(durations) > 1 else durations)))
         if len(medians) > 1:
             change = medians[-1] / medians[-2] - 1
-            settled = abs(change) < within
+            settled = abs(change) < SETTLED
     return WarmUp(len(medians), settled, change, round(medians[-1]), time.monotonic() - began)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +14,7 @@ from batchbench.cli.options import with_options
 from batchbench.cli.output import echo, echo_json, make_console
 from batchbench.errors import UsageError, shown
 from batchbench.settings import setting
+from batchbench.version import __version__
 
 DOCTOR_HELP = """Show what this machine offers, what is missing, and the command that fixes it.
 
@@ -33,14 +34,15 @@ class DoctorSpec:
     json: bool = setting(False, "Print the findings as JSON, for a bug report.", "Output")
 
 
-@with_options({"spec": DoctorSpec})
+@with_options()
 def doctor(spec: DoctorSpec) -> None:
     from batchbench.json_file import json_text
-    from batchbench.studies.doctor import as_json, examine
+    from batchbench.studies.doctor import examine
 
     findings = examine()
     if spec.json:
-        echo_json(json_text(as_json(findings)))
+        found = [asdict(finding) for finding in findings]
+        echo_json(json_text({"batchbench_version": __version__, "findings": found}))
     else:
         from rich.table import Table
         from rich.text import Text
@@ -59,7 +61,13 @@ def doctor(spec: DoctorSpec) -> None:
 
 def help(
     topic: Annotated[
-        str | None, typer.Argument(metavar="TOPIC", help="A page or a command.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="TOPIC",
+            help="A page or a command.",
+            show_default=False,
+            autocompletion=lambda incomplete: _topics(incomplete),
+        ),
     ] = None,
 ) -> None:
     from batchbench.cli.main import COMMANDS, run_command
@@ -83,6 +91,12 @@ def help(
 
     text = pages[topic].read_text(encoding="utf-8")
     make_console().print(Markdown(_plain(text), hyperlinks=False))
+
+
+def _topics(incomplete: str) -> list[str]:
+    from batchbench.cli.main import COMMANDS
+
+    return [name for name in (*find_pages(), *COMMANDS) if name.startswith(incomplete)]
 
 
 def find_pages() -> Mapping[str, Path]:

@@ -6,19 +6,17 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from batchbench import settings
-from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
-from batchbench.batching.models import ModelSpec
-from batchbench.batching.presets import Basis
-from batchbench.cli.options import typed_command, with_options
+from batchbench.batching.experiment import Experiment, make_experiment
+from batchbench.cli.options import EXPERIMENT, typed_command, with_options
 from batchbench.cli.output import echo, echo_json, interruptible, make_console, output_folder
 from batchbench.errors import UsageError, shown
 from batchbench.files import (
@@ -32,7 +30,6 @@ from batchbench.files import (
 )
 from batchbench.settings import setting
 from batchbench.studies.gate.spec import BaselineSpec, CheckSpec, CompareSpec, DuetSpec
-from batchbench.workloads.spec import WorkloadSpec
 
 if TYPE_CHECKING:
     from batchbench.studies.gate.evidence import Gate
@@ -234,31 +231,17 @@ class BaseSpec:
             )
 
 
-@with_options(
-    {
-        "base": BaseSpec,
-        "deciding": DuetSpec,
-        "basis": Basis,
-        "serving": ServingSpec,
-        "workload": WorkloadSpec,
-        "model": ModelSpec,
-        "record": RecordSpec,
-        "output": GateOutputSpec,
-    }
-)
+@with_options(EXPERIMENT)
 def duet(
     base: BaseSpec,
     deciding: DuetSpec,
-    basis: Basis,
-    serving: ServingSpec,
-    workload: WorkloadSpec,
-    model: ModelSpec,
+    given: Mapping[str, Any],
     record: RecordSpec,
     output: GateOutputSpec,
 ) -> None:
     from batchbench.studies.gate.spec import timed_strategies
 
-    experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
+    experiment = make_experiment(given, simulated=False)
     timed_strategies(experiment, deciding.timed)
     check_outputs(output)
     with _recording(record, "duet.json"):
@@ -272,7 +255,7 @@ def _duet(
     record: RecordSpec,
     output: GateOutputSpec,
 ) -> Gate:
-    from batchbench.cli.progress import make_turns_display
+    from batchbench.cli.progress import make_display
     from batchbench.studies.gate.duet import ProcessPairs, make_duet_gate, record_of, run_duet
     from batchbench.studies.gate.processes import Workers, this_installation
     from batchbench.studies.gate.spec import timed_strategies
@@ -285,7 +268,7 @@ def _duet(
     with (
         Workers(sides[0], threads, until) as base_workers,
         Workers(sides[1], threads, until) as new_workers,
-        make_turns_display(deciding.max_time, quiet=output.quiet) as display,
+        make_display(quiet=output.quiet, max_time=deciding.max_time) as display,
     ):
         source = ProcessPairs((base_workers, new_workers), experiment, others)
         result = run_duet(source, strategies, deciding, display)
@@ -344,9 +327,9 @@ Example: batchbench baseline show baseline.json"""
 app = typer.Typer(help=BASELINE_HELP, no_args_is_help=True)
 
 
-@with_options({"check_spec": CheckSpec, "record": RecordSpec, "output": GateOutputSpec})
+@with_options()
 def check(check_spec: CheckSpec, record: RecordSpec, output: GateOutputSpec) -> None:
-    from batchbench.cli.progress import make_turns_display
+    from batchbench.cli.progress import make_display
     from batchbench.studies.gate.baseline import load_baseline
     from batchbench.studies.gate.check import record_of, run_check
 
@@ -355,7 +338,7 @@ def check(check_spec: CheckSpec, record: RecordSpec, output: GateOutputSpec) -> 
     baseline = load_baseline(file)
     check_outputs(output)
     with _recording(record, "check.json"):
-        with make_turns_display(check_spec.max_time, quiet=output.quiet) as display:
+        with make_display(quiet=output.quiet, max_time=check_spec.max_time) as display:
             gate, session = run_check(baseline, file, check_spec, display, typed_command())
         if record.output is not None:
             write_whole(record.output, {"check.json": record_of(session, gate)})
@@ -363,27 +346,16 @@ def check(check_spec: CheckSpec, record: RecordSpec, output: GateOutputSpec) -> 
 
 
 @app.command("save", help=SAVE_HELP)
-@with_options(
-    {
-        "saving": BaselineSpec,
-        "basis": Basis,
-        "serving": ServingSpec,
-        "workload": WorkloadSpec,
-        "model": ModelSpec,
-    }
-)
+@with_options(EXPERIMENT)
 def save(
     saving: BaselineSpec,
-    basis: Basis,
-    serving: ServingSpec,
-    workload: WorkloadSpec,
-    model: ModelSpec,
+    given: Mapping[str, Any],
     file: Annotated[
         Path | None,
         typer.Argument(metavar="FILE", help="File for the baseline.", show_default="baseline.json"),
     ] = None,
 ) -> None:
-    from batchbench.cli.progress import make_turns_display
+    from batchbench.cli.progress import make_display
     from batchbench.studies.gate.baseline import make_baseline, to_json
     from batchbench.studies.gate.report import render_baseline
 
@@ -392,10 +364,10 @@ def save(
     target = saving.output or file or Path("baseline.json")
     named = f"--output {target}" if saving.output else shown(target)
     check_place(target, named)
-    experiment = Experiment(workload, model, serving, TrialsSpec(), preset=basis.preset)
+    experiment = make_experiment(given, simulated=False)
     with interruptible("no baseline was saved"), claimed(target, named):
         check_files(target.parent, [target.name], overwrite=saving.overwrite)
-        with make_turns_display(0, quiet=saving.quiet) as display:
+        with make_display(quiet=saving.quiet) as display:
             baseline = make_baseline(experiment, saving.processes, display, typed_command())
         write_file(target, to_json(baseline))
     if not saving.quiet:
@@ -433,7 +405,7 @@ Example: batchbench compare batchbench-results/my-run batchbench-results/my-run 
 'output_throughput < -5%'"""
 
 
-@with_options({"question": CompareSpec, "output": GateOutputSpec})
+@with_options()
 def compare(
     base: Annotated[
         Path,

@@ -52,6 +52,7 @@ COMMANDS = {
 """The purpose of each command, as in its help. A command is imported when it is used."""
 
 MODULES = {
+    **dict.fromkeys(("sweep", "capacity", "ladder"), "studies"),
     "watch": "report",
     "simulate": "run",
     "breakeven": "predict",
@@ -64,25 +65,22 @@ GROUPS = ("baseline", "workload")
 """Commands with subcommands: the ``app`` of their module."""
 
 
-@functools.cache
-def load_command(name: str) -> Any:
-    """Import a command and return it with its options."""
-    module = importlib.import_module(f"batchbench.cli.{MODULES.get(name, name)}")
-    kind = importlib.import_module("batchbench.cli.options").Command
-    if name in GROUPS:
-        for info in module.app.registered_commands:
-            info.cls = kind
-        group = typer.main.get_group(module.app)
-        group.name = name
-        return group
-    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    # Lines of a paragraph are joined: the terminal wraps them at its own width.
-    help = re.sub(r"(?<!\n)\n(?!\n|Example: )", " ", getattr(module, f"{name.upper()}_HELP"))
-    alone.command(name, help=help, cls=kind)(getattr(module, name))
-    return typer.main.get_command(alone)
+class _Plain:
+    """A command whose help does not state the type of a flag."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = " "
+        return params
 
 
-class _Group(TyperGroup):
+class _Subcommands(_Plain, TyperGroup):
+    """A command with commands of its own."""
+
+
+class _Group(_Subcommands):
     """The program: it lists its commands by name and purpose, and imports the one that is used."""
 
     def __init__(self, **attributes: Any) -> None:
@@ -93,6 +91,29 @@ class _Group(TyperGroup):
         if args[0] in COMMANDS:
             return args[0], load_command(args[0]), args[1:]
         return super().resolve_command(ctx, args)
+
+
+@functools.cache
+def load_command(name: str) -> Any:
+    """Import a command and return it with its options."""
+    from batchbench.cli.options import Command
+
+    class Kind(_Plain, Command):
+        """A command with options."""
+
+    module = importlib.import_module(f"batchbench.cli.{MODULES.get(name, name)}")
+    if name in GROUPS:
+        for info in module.app.registered_commands:
+            info.cls = Kind
+        module.app.info.cls = _Subcommands
+        group = typer.main.get_group(module.app)
+        group.name = name
+        return group
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    # Lines of a paragraph are joined: the terminal wraps them at its own width.
+    help = re.sub(r"(?<!\n)\n(?!\n|Example: )", " ", getattr(module, f"{name.upper()}_HELP"))
+    alone.command(name, help=help, cls=Kind)(getattr(module, name))
+    return typer.main.get_command(alone)
 
 
 app = typer.Typer(
@@ -118,9 +139,7 @@ def _version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_version, is_eager=True, metavar=" ", help="Print the version."
-        ),
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Take the options that stand before a command."""

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,17 @@ import typer
 from typer.core import TyperCommand
 
 from batchbench import settings
+from batchbench.batching.experiment import ServingSpec
+from batchbench.batching.models.source import KNOWN, MADE_UP, ModelSpec
 from batchbench.batching.presets import Basis
-from batchbench.batching.remote.spec import refuse_own, with_served_model
 from batchbench.batching.strategies import listing
 from batchbench.cli.output import echo
 from batchbench.errors import UsageError
 from batchbench.settings import setting
+from batchbench.studies.ladder.rungs import ALL as ALL_RUNGS
+from batchbench.studies.ladder.rungs import RUNGS
 from batchbench.studies.sweep.grid import parse_numbers
+from batchbench.workloads.spec import WorkloadSpec
 
 TRACE_HELP = (
     "Write a timeline of requests and slots for ui.perfetto.dev or chrome://tracing; a name that "
@@ -80,15 +84,26 @@ LONG_HELP = 20
 
 
 @dataclass(frozen=True)
-class OutputSpec:
+class Spec:
+    """A spec whose bounds and choices are checked."""
+
+    def __post_init__(self) -> None:
+        settings.check(self)
+
+
+def folder_setting(content: str, default_text: str) -> Any:
+    """Return the field of ``--output``, the folder for some content."""
+    help = f"Folder for {content}."
+    return setting(None, help, "Output", metavar="DIR", default_text=default_text)
+
+
+@dataclass(frozen=True)
+class OutputSpec(Spec):
     """The output of a run."""
 
-    output: Path | None = setting(
-        None,
-        "Folder for the result: result.json, report.html, recordings, tables and pictures.",
-        "Output",
-        metavar="DIR",
-        default_text="batchbench-results/<time>-<model>",
+    output: Path | None = folder_setting(
+        "the result: result.json, report.html, recordings, tables and pictures",
+        "batchbench-results/<time>-<model>",
     )
     overwrite: bool = setting(False, "Replace the result in the output folder.", "Output")
     trace_out: Path | None = setting(None, TRACE_HELP, "Output", metavar="FILE")
@@ -97,12 +112,9 @@ class OutputSpec:
     verbose: bool = setting(False, "Print all tables, not only the main one.", "Output")
     dry_run: bool = setting(False, "Estimate steps, memory and time; run nothing.", "Output")
 
-    def __post_init__(self) -> None:
-        settings.check(self)
-
 
 @dataclass(frozen=True)
-class ReportSpec:
+class ReportSpec(Spec):
     """The format of a report and where it goes."""
 
     format: str | None = setting(
@@ -130,7 +142,7 @@ class ReportSpec:
     verbose: bool = setting(False, "Print all tables, not only the main one.", "Output")
 
     def __post_init__(self) -> None:
-        settings.check(self)
+        super().__post_init__()
         if self.chosen in ("terminal", "json") and self.file is not None:
             raise UsageError(
                 f"--file {self.file}: needs a format; use the ending .html or .md, or --format html"
@@ -154,6 +166,9 @@ class ReportSpec:
         return folders[0] / name if len(folders) == 1 else Path(name)
 
 
+EXPERIMENT = (Basis, ServingSpec, WorkloadSpec, ModelSpec)
+"""Specs of the options that all commands with an experiment have."""
+
 Field = tuple[type, dataclasses.Field[Any]]
 """A spec and one of its fields."""
 
@@ -161,76 +176,70 @@ Function = Callable[..., None]
 
 
 def with_options(
-    specs: Mapping[str, type],
-    defaults: Mapping[str, Any] | None = None,
-    omit: Collection[str] = (),
+    raw: Iterable[type] = (),
     *,
-    swept: Mapping[str, type] | None = None,
-    raw: Mapping[str, type] | None = None,
-    named: Mapping[str, Callable[[str], Mapping[str, Any]]] | None = None,
+    swept: Iterable[type] = (),
+    omit: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> Callable[[Function], Function]:
-    """Give a command the options of several specs, and call it with the parsed specs.
+    """Derive the options of a command from its parameters, and call it with parsed values.
 
-    If :class:`Basis` is among the specs, a setting comes from the command line, else from the file
-    of ``--workload``, else from ``--preset``, else from the defaults. Other parameters of the
-    command, such as arguments, stay as they are.
+    A parameter that is a spec, a dataclass whose fields are made with ``setting``, gives the
+    options of its fields. Two names are special, and all other parameters stay as they are.
 
     Args:
-        specs: parameter of the command: dataclass whose fields are made with ``setting``.
-        defaults: by field name, where the default of the command differs from that of the spec.
+        raw: specs of the parameter ``given``, which gets the settings that were typed, by field
+            name; :func:`~batchbench.batching.experiment.make_experiment` takes them.
+        swept: specs of the parameter ``axes``, whose options may have many values: it gets the
+            values by field name of each option given. Numbers are lists and ranges, a flag is
+            ``--flag --no-flag``, other options are repeated. An option that ``run`` takes several
+            times is one value.
         omit: fields that do not become options.
-        swept: specs whose options may have many values, passed as ``axes``: values by field name
-            of each option given. Numbers are lists and ranges, a flag is ``--flag --no-flag``,
-            other options are repeated. An option that ``run`` takes several times is one value.
-        raw: specs whose options are passed as ``given``: by field name, only those given.
-        named: parameter of the command: function from its text to settings by field name.
+        defaults: by field name, where the default of the command differs from that of the spec.
     """
-    usual, swept, raw, named = defaults or {}, swept or {}, raw or {}, named or {}
 
     def decorate(command: Function) -> Function:
-        taken = {*specs, "axes", "given"}
-        own = [p for n, p in inspect.signature(command).parameters.items() if n not in taken]
-        axes, loose, fields = (
-            [pair for pair in _fields(part) if pair[1].name not in omit]
-            for part in (swept, raw, specs)
-        )
+        hints = typing.get_type_hints(command, include_extras=True)
+        homes = _homes(hints, {"given": raw, "axes": swept}, omit)
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(command).parameters.items():
+            if name not in homes:
+                parameters.append(parameter.replace(annotation=hints[name], kind=_KEYWORD))
+            for spec, field in homes.get(name, ()):
+                if name == "axes":
+                    parameters += _swept_parameters(spec, field)
+                else:
+                    default = (defaults or {}).get(field.name, field.default)
+                    parameters.append(_parameter(spec, field, default))
 
         @functools.wraps(command)
         def call(context: typer.Context, help_all: bool = False, **values: Any) -> None:
-            passed = {p.name: values.pop(p.name) for p in own}
-            secrets = [pair for pair in axes if settings.about(pair[1]).variable]
-            typed = _typed(context, values, [*secrets, *loose, *fields])
-            for name, read in named.items():
-                text = passed.pop(name)
-                typed |= read(text) if text is not None else {}
-            if swept:
-                passed["axes"] = _axes(axes, typed)
-            if raw:
-                passed["given"] = {f.name: typed.pop(f.name) for _, f in loose if f.name in typed}
-            command(**passed, **_make_specs(specs, usual, typed))
+            typed = _typed(context, values, homes)
+            passed = {name: value for name, value in values.items() if name in hints}
+            for name, fields in homes.items():
+                own = {f.name: typed[f.name] for _, f in fields if f.name in typed}
+                if name == "axes":
+                    passed[name] = _axes(fields, typed)
+                else:
+                    passed[name] = own if name == "given" else hints[name](**own)
+            command(**passed)
 
-        parameters = [
-            *(_evaluated(command, parameter) for parameter in own),
-            *(p for spec, field in axes for p in _swept_parameters(spec, field)),
-            *(_parameter(*pair, pair[1].default) for pair in loose),
-            *(_parameter(*pair, usual.get(pair[1].name, pair[1].default)) for pair in fields),
-        ]
-        return _signed(call, parameters, [*axes, *loose, *fields])
+        return _signed(call, parameters, [pair for fields in homes.values() for pair in fields])
 
     return decorate
 
 
-def _make_specs(
-    specs: Mapping[str, type], defaults: Mapping[str, Any], typed: Mapping[str, Any]
-) -> dict[str, Any]:
-    layers = settings.make_spec(Basis, typed).layers() if Basis in specs.values() else []
-    refuse_own(typed)
-    values = with_served_model(settings.layered(specs.values(), defaults, *layers, typed))
-    return {name: settings.make_spec(spec, values) for name, spec in specs.items()}
-
-
-def _fields(specs: Mapping[str, type]) -> list[Field]:
-    return [(spec, field) for spec in specs.values() for field in dataclasses.fields(spec)]
+def _homes(
+    hints: Mapping[str, Any], special: Mapping[str, Iterable[type]], omit: Collection[str]
+) -> dict[str, list[Field]]:
+    """Return the fields that become options, by the parameter that gets their values."""
+    homes: dict[str, list[Field]] = {}
+    for name, hint in hints.items():
+        specs = special.get(name, [hint])
+        if all(map(dataclasses.is_dataclass, specs)):
+            pairs = ((spec, field) for spec in specs for field in dataclasses.fields(spec))
+            homes[name] = [(spec, field) for spec, field in pairs if field.name not in omit]
+    return homes
 
 
 def _signed(
@@ -240,17 +249,13 @@ def _signed(
 
     The attribute ``fields`` holds the fields from which the options were derived.
     """
-    context = inspect.Parameter(
-        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
-    )
-    every = [context, *parameters]
+    every = [inspect.Parameter("context", _KEYWORD, annotation=typer.Context), *parameters]
     if len(fields) > LONG_HELP:
         option = typer.Option(
             False,
             "--help-all",
             is_eager=True,
             callback=_show_all,
-            metavar=" ",
             show_default=False,
             help=f"Show all {len(fields)} options and exit.",
         )
@@ -261,60 +266,55 @@ def _signed(
     return call
 
 
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
 def _keyword(name: str, hint: Any, option: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint)
-
-
-def _evaluated(command: Function, parameter: inspect.Parameter) -> inspect.Parameter:
-    """Return a parameter with its annotation evaluated."""
-    hint = typing.get_type_hints(command, include_extras=True)[parameter.name]
-    return parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY)
+    return inspect.Parameter(name, _KEYWORD, default=option, annotation=hint)
 
 
 def _typed(
-    context: typer.Context, values: Mapping[str, Any], fields: Sequence[Field]
+    context: typer.Context, values: Mapping[str, Any], homes: Mapping[str, Sequence[Field]]
 ) -> dict[str, Any]:
     """Return the options that were given, even if a value equals the default.
 
-    Typer passes texts, which are parsed here, so that errors have batchbench's own texts.
+    Typer passes texts, which are parsed here, so that errors have batchbench's own texts. Those of
+    swept options are parsed later.
     """
-    homes = {field.name: (spec, field) for spec, field in fields}
+    known = {f.name: (home, spec, f) for home, fields in homes.items() for spec, f in fields}
     typed: dict[str, Any] = {}
     for name, value in values.items():
         source = context.get_parameter_source(name)
         if source is None or source.name.startswith("DEFAULT"):
             continue
-        if name in homes and (variable := settings.about(homes[name][1]).variable):
-            # No spec, file or message gets it.
-            os.environ[variable] = settings.parse(*homes[name], value)
-        elif isinstance(value, list):  # an option that may be repeated
-            texts = (
-                [settings.parse(*homes[name], text) for text in value] if name in homes else value
-            )
-            typed[name] = tuple(texts)
-        elif isinstance(value, str) and name in homes:
-            typed[name] = settings.parse(*homes[name], value)
-        else:
-            typed[name] = value
+        typed[name] = value
+        if name not in known or isinstance(value, bool):
+            continue
+        home, spec, field = known[name]
+        if variable := settings.about(field).variable:  # no spec, file or message gets it
+            os.environ[variable] = settings.parse(spec, field, typed.pop(name))
+        elif home != "axes":
+            several = isinstance(value, list)  # an option that may be repeated
+            parsed = [settings.parse(spec, field, text) for text in (value if several else [value])]
+            typed[name] = tuple(parsed) if several else parsed[0]
     return typed
 
 
-def _axes(fields: Sequence[Field], typed: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Take the swept options out of ``typed``; return the values of each, without repetitions."""
+def _axes(fields: Sequence[Field], typed: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Return the values of each swept option, without repetitions."""
     axes: dict[str, tuple[Any, ...]] = {}
     for spec, field in fields:
         hint = settings.hints_of(spec)[field.name]
-        given = {
-            name: typed.pop(name) for name in (field.name, f"no_{field.name}") if name in typed
-        }
+        given = [name for name in (field.name, f"no_{field.name}") if name in typed]
         if not given:
             continue
         if hint is bool:
             axes[field.name] = tuple(name == field.name for name in given)
             continue
-        texts, kind = given[field.name], settings.kind_of(hint)
-        if hint == tuple[str, ...]:
-            values = [texts]
+        texts, kind = typed[field.name], settings.kind_of(hint)
+        values: list[Any]
+        if kind is tuple:
+            values = [tuple(texts)]
         elif kind in (int, float):
             option = settings.option_name(field.name)
             values = [number for text in texts for number in parse_numbers(text, kind, option)]
@@ -330,19 +330,14 @@ def _swept_parameters(spec: type, field: dataclasses.Field[Any]) -> Iterator[ins
     """Yield the option for many values of a setting; for a flag also its opposite."""
     yield _parameter(spec, field, field.default, swept=True)
     if settings.hints_of(spec)[field.name] is bool:
-        name = f"no_{field.name}"
         option = typer.Option(
             False,
-            settings.option_name(name),
+            settings.option_name(f"no_{field.name}"),
             help=f"Run without {settings.option_name(field.name)}; give both to run both ways.",
             rich_help_panel=settings.about(field).panel,
-            metavar=" ",
             show_default=False,
         )
-        yield _keyword(name, bool, option)
-
-
-_METAVARS: Mapping[type, str] = {bool: " ", int: "N", float: "X"}
+        yield _keyword(f"no_{field.name}", bool, option)
 
 
 def _parameter(
@@ -351,7 +346,7 @@ def _parameter(
     """Return the parameter of an option. A swept option has no default, to tell what was given."""
     known = settings.about(field)
     kind = settings.kind_of(settings.hints_of(spec)[field.name])
-    metavar = known.metavar or _METAVARS.get(kind)
+    metavar = known.metavar or {int: "N", float: "X"}.get(kind, field.name.upper())
     hint: Any = bool if kind is bool else str | None  # _typed parses the text
     if kind is tuple:  # repeated once per value
         hint, default = list[str], list(default)
@@ -374,10 +369,35 @@ def _parameter(
         *names,
         help=help,
         rich_help_panel=known.panel,
-        metavar=metavar or field.name.upper(),
+        metavar=metavar if kind is not bool else None,
         show_default=shown,
+        autocompletion=_completion(field),
     )
     return _keyword(field.name, hint, option)
+
+
+def _completion(field: dataclasses.Field[Any]) -> Callable[[str], list[str]]:
+    """Return what completes a value of an option in a shell, also within a list with commas."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        values = settings.about(field).choices or _values().get(field.name, ())
+        return [f"{before}{comma}{value}" for value in values if value.startswith(last)]
+
+    return complete
+
+
+def _values() -> Mapping[str, Iterable[str]]:
+    """Return usual values of options that have no choices, by field name."""
+    names = [line.split()[0] for line in listing()]
+    return {
+        "strategy": [name for name in names if ":" not in name] + ["help"],
+        "model": [*KNOWN, *MADE_UP],
+        "device": ("auto", "cpu", "cuda", "mps"),
+        "rungs": [ALL_RUNGS, *(rung.name for rung in RUNGS)],
+        "slo": ("ttft:", "tpot:", "e2el:"),
+        "verify": ("all", "none"),
+    }
 
 
 # Help and the command line as it was typed
@@ -407,12 +427,12 @@ class Command(TyperCommand):
             ours = ALIASES.get(name)
             words.append(f"{ours}{equals}{value}" if ours in own and name not in own else word)
             asks = words[-2:] == ["--strategy", "help"] or words[-1] == "--strategy=help"
-            if asks and "--strategy" in own:
+            if asks and "--strategy" in own and not ctx.resilient_parsing:
                 for line in listing():
                     echo(line)
                 raise typer.Exit
-        target = own.get("--target")
-        if target and not target.multiple and sum(w.split("=")[0] == "--target" for w in words) > 1:
+        target, count = own.get("--target"), sum(w.split("=")[0] == "--target" for w in words)
+        if target and not target.multiple and count > 1:
             raise UsageError(
                 "--target: there are several; give one, or compare them with batchbench sweep"
             )

@@ -14,15 +14,18 @@ import shlex
 import shutil
 import sys
 import textwrap
+import threading
+import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.cells import cell_len
 
-from batchbench.errors import BatchbenchError, ClosedPipe, Interrupted, OutputError
+from batchbench.errors import ClosedPipe, Interrupted, OutputError
 from batchbench.files import ClaimedError, check_folder, claimed, reason_of
 
 if TYPE_CHECKING:
@@ -94,41 +97,32 @@ class _Output(io.TextIOWrapper):
     """
 
     def write(self, text: str) -> int:
-        try:
-            return super().write(text)
-        except OSError as error:
-            raise self._failure(error) from error
+        return int(self._attempt(super().write, text))
 
     def flush(self) -> None:
+        self._attempt(super().flush)
+
+    def _attempt(self, action: Callable[..., Any], *given: str) -> Any:
         try:
-            super().flush()
+            return action(*given)
         except OSError as error:
-            raise self._failure(error) from error
+            _silence(self.fileno())
+            self._fail(error)
+            return 0
 
-    def _failure(self, error: OSError) -> BatchbenchError:
-        _silence(self.fileno())
+    def _fail(self, error: OSError) -> None:
         if isinstance(error, BrokenPipeError):
-            return ClosedPipe("the reader of standard output has gone")
+            raise ClosedPipe("the reader of standard output has gone") from error
         if error.errno == errno.EBADF:
-            return OutputError("standard output is closed")
-        return OutputError(f"standard output cannot be written: {reason_of(error)}")
+            raise OutputError("standard output is closed") from error
+        raise OutputError(f"standard output cannot be written: {reason_of(error)}") from error
 
 
-class _Messages(io.TextIOWrapper):
+class _Messages(_Output):
     """Standard error; its errors are ignored, so that they never end a run of hours."""
 
-    def write(self, text: str) -> int:
-        try:
-            return super().write(text)
-        except OSError:
-            _silence(self.fileno())
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            super().flush()
-        except OSError:
-            _silence(self.fileno())
+    def _fail(self, error: OSError) -> None:
+        pass
 
 
 def _silence(descriptor: int) -> None:
@@ -150,9 +144,7 @@ def _fill_closed() -> None:
             os.open(os.devnull, flags)  # takes the lowest free number
 
 
-def _wrapped(
-    kind: type[_Output] | type[_Messages], stream: TextIO | None, descriptor: int
-) -> _Output | _Messages:
+def _wrapped(kind: type[_Output], stream: TextIO | None, descriptor: int) -> _Output:
     """Return a stream like another one; None stands for a stream that was closed."""
     if stream is None:
         raw = open(descriptor, "wb", closefd=False)  # noqa: SIM115  # open until the program ends
@@ -202,58 +194,78 @@ def make_console() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
-class Shown(Protocol):
-    """Options that choose what a command prints."""
-
-    @property
-    def json(self) -> bool:
-        """Print only the JSON file."""
-
-    @property
-    def quiet(self) -> bool:
-        """Print only one sentence."""
-
-
 def show(
-    options: Shown,
-    text: Callable[[], str],
-    sentence: Callable[[], str],
-    rendered: Callable[[], RenderableType],
+    options: Any,
+    text: str,
+    sentence: str,
+    rendered: RenderableType,
     command: str,
-    files: Iterable[Path],
+    files: Sequence[Path],
     *,
     more: str | None = None,
 ) -> None:
     """Print a result as its JSON text, as one sentence, or with how to repeat it and its files.
 
-    ``more`` is the command that shows all of a result, given its folder.
+    ``options`` has the flags ``json`` and ``quiet``; ``more`` is the command that shows all of a
+    result, given its folder.
     """
     if options.json:
-        echo_json(text())
+        echo_json(text)
     elif options.quiet:
-        echo(sentence())
+        echo(sentence)
     else:
         console = make_console()
-        console.print(rendered())
-        print_ending(console, command, files, more=more)
+        console.print(rendered)
+        if files:
+            print_ending(console, command, files, more=more)
 
 
 def print_ending(
-    console: Console, command: str, files: Iterable[Path], *, more: str | None = None
+    console: Console, command: str, files: Sequence[Path], *, more: str | None = None
 ) -> None:
     """Print how to repeat a command, if that is known, and which files it wrote."""
     console.print(f"\nAgain: {command}" if command else "", soft_wrap=True)
-    written = list(files)
-    folder = written[0].parent
+    folder = files[0].parent
     if more is not None:
         console.print(f"More:  {more} {shlex.quote(str(folder))}", soft_wrap=True)
         console.print(f"Page:  {shlex.quote(str(folder / 'report.html'))}", soft_wrap=True)
         return
-    names = {f.name: None for f in written if f.parent == folder and f.suffix in _SHOWN_FILES}
+    names = {f.name: None for f in files if f.parent == folder and f.suffix in _SHOWN_FILES}
     console.print(f"Files: {shlex.quote(str(folder))}/ with {', '.join(names)}")
 
 
 _SHOWN_FILES = (".json", ".html", ".csv", ".png")
+
+
+SILENCE_S = 10.0
+"""Maximum time without a line in a log."""
+
+
+@contextmanager
+def reminding(what: str, say: Callable[[str], object]) -> Iterator[None]:
+    """Say every ten seconds that ``what`` still goes on, until the block ends."""
+    over, began = threading.Event(), time.monotonic()
+
+    def remind() -> None:
+        while not over.wait(SILENCE_S):
+            say(f"still {what}, {time.monotonic() - began:.0f} s so far")
+
+    threading.Thread(target=remind, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+@contextmanager
+def patience(what: str, about: str, *, quiet: bool = False) -> Iterator[None]:
+    """Say on standard error what takes ``about`` so long, and again every ten seconds."""
+    if quiet:
+        yield
+        return
+    echo(f"{what} ({about}) …", err=True)
+    with reminding(what, partial(echo, err=True)):
+        yield
 
 
 @contextmanager
@@ -318,22 +330,17 @@ def output_folder(
 def _claim_free(defaults: Iterable[Path], stack: ExitStack) -> Path:
     """Claim the first folder that does not exist and that no other process has claimed."""
     for folder in defaults:
-        claim = ExitStack()
-        try:
+        with ExitStack() as claim, suppress(ClaimedError):
             claim.enter_context(claimed(folder, f"--output {folder}"))
-        except ClaimedError:
-            continue
-        if not folder.exists():
-            stack.enter_context(claim)
-            return folder
-        claim.close()
+            if not folder.exists():
+                stack.push(claim.pop_all())
+                return folder
     raise AssertionError("the defaults never end")
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:
     """Return a value that changes when a file is rewritten; None if there is no file."""
-    try:
+    with suppress(OSError):
         facts = file.stat()
-    except OSError:
-        return None
-    return facts.st_ino, facts.st_mtime_ns
+        return facts.st_ino, facts.st_mtime_ns
+    return None

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from batchbench import settings
 from batchbench.batching.experiment import PREFILLS, Experiment
 from batchbench.batching.machine import facts_of
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.progress import Watch
-from batchbench.cli.options import typed_command, with_options
+from batchbench.cli.options import Spec, folder_setting, typed_command, with_options
 from batchbench.cli.output import output_folder, show
 from batchbench.errors import UsageError, shown
+from batchbench.files import default_folders, write_whole
 from batchbench.reports.slo import GoalsSpec
+from batchbench.reports.text import spell_time
 from batchbench.settings import setting
-from batchbench.studies.executors.jobs import Executor, Job, run_parts
+from batchbench.studies.executors.jobs import Executor, Job, Local, run_parts
 from batchbench.studies.executors.spec import ExecutorSpec, make_executor
 from batchbench.studies.sweep.grid import parse_numbers
 
@@ -52,7 +53,7 @@ def _batch_sizes(text: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class PredictSpec:
+class PredictSpec(Spec):
     """Options of ``predict``."""
 
     batch_size: str = setting(
@@ -69,22 +70,16 @@ class PredictSpec:
         max=10**8,
         default_text="those of the result; at least 8 for each slot of the largest batch",
     )
-    output: Path | None = setting(
-        None,
-        "Folder for predict.json, predict.csv and the picture.",
-        "Output",
-        metavar="DIR",
-        default_text="predict in the result's folder, which is replaced",
+    output: Path | None = folder_setting(
+        "predict.json, predict.csv and the picture",
+        "predict in the result's folder, which is replaced",
     )
     overwrite: bool = setting(False, "Replace the prediction in the output folder.", "Output")
     json: bool = setting(False, "Print only predict.json.", "Output")
     quiet: bool = setting(False, "Print only a one-line summary.", "Output")
 
-    def __post_init__(self) -> None:
-        settings.check(self)
 
-
-@with_options({"study": PredictSpec})
+@with_options()
 def predict(
     study: PredictSpec,
     folder: Annotated[
@@ -102,21 +97,14 @@ def predict(
         curve = report.predict_slots(fitted, sizes, study.queue_size)
         command = typed_command()
         files, text = report.write_prediction(output, curve, command)
-        show(
-            study,
-            lambda: text,
-            lambda: report.sentence(curve),
-            lambda: report.render(curve),
-            command,
-            files,
-        )
+        show(study, text, report.sentence(curve), report.render(curve), command, files)
 
 
 _PANEL = "Map"
 
 
 @dataclass(frozen=True)
-class BreakevenSpec:
+class BreakevenSpec(Spec):
     """Options of ``breakeven``."""
 
     cost: Path | None = setting(
@@ -170,12 +158,9 @@ class BreakevenSpec:
         max=10_000,
     )
     trials: int = setting(2, "Trials of each measured cell.", "Measuring", min=1, max=10_000)
-    output: Path | None = setting(
-        None,
-        "Folder for breakeven.json, breakeven.csv, the picture and the finished cells.",
-        "Output",
-        metavar="DIR",
-        default_text="batchbench-results/<time>-breakeven",
+    output: Path | None = folder_setting(
+        "breakeven.json, breakeven.csv, the picture and the finished cells",
+        "batchbench-results/<time>-breakeven",
     )
     overwrite: bool = setting(
         False, "Replace the map in the output folder; its finished cells are reused.", "Output"
@@ -184,7 +169,7 @@ class BreakevenSpec:
     quiet: bool = setting(False, "Print only a one-line summary; no progress.", "Output")
 
     def __post_init__(self) -> None:
-        settings.check(self)
+        super().__post_init__()
         _batch_sizes(self.batch_size)
         if not all(0 <= spread <= 10 for spread in self.spreads):
             raise UsageError(f"--spread {shown(self.spread)}: must be at least 0 and at most 10")
@@ -208,21 +193,17 @@ class BreakevenSpec:
         return (*(f"{load:g}" for load in sorted(loads)), *["all"] * ("all" in parts))
 
 
-@with_options(
-    {"study": BreakevenSpec, "model": ModelSpec, "goals": GoalsSpec, "machines": ExecutorSpec}
-)
+@with_options()
 def breakeven(
     study: BreakevenSpec, model: ModelSpec, goals: GoalsSpec, machines: ExecutorSpec
 ) -> None:
-    from batchbench.cli.progress import make_sweep_display
-    from batchbench.files import default_folders
+    from batchbench.cli.progress import make_display
     from batchbench.studies.predict import breakeven_report as report
     from batchbench.studies.predict.breakeven import CellList, make_map, measure, usual_limits
     from batchbench.studies.sweep.run import Store
 
     if study.cost is not None and model != ModelSpec():
         raise UsageError("--cost: uses the model of the result; drop --model and its options")
-    elsewhere = machines.executor != "local"
     lost = "the same command with the same --output continues from the cells that are kept"
     with output_folder(
         study.output,
@@ -232,31 +213,23 @@ def breakeven(
         lost=lost,
     ) as folder:
         fitted, first = _known(study, folder), _first_run(study, model)
-        if fitted is None:
-            _context(study, model)
-            fitted = None if elsewhere else _measured_here(first, folder, quiet=study.quiet)
         store, price = Store(folder), goals.price_per_hour
         kept = None if fitted is None else facts_of(fitted.result.data["environment"], {})
         needed = [first] if study.measure or fitted is None else []
         with (
-            make_sweep_display(CellList(), quiet=study.quiet) as display,
+            make_display(quiet=study.quiet, varying=CellList().varying) as display,
             closing(make_executor(machines, needed, folder, display, kept)) as executor,
         ):
-            fitted = fitted or _measured_elsewhere(first, folder, executor, display)
+            if fitted is None:
+                _context(study, model)
+                fitted = _measured(first, folder, executor, display)
             spec = _map_spec(study, fitted)
             limits = goals.limits_ms or usual_limits(fitted.known.cost, spec)
             result = make_map(spec, fitted, limits, store, display)
             result = measure(result, study.measure, study.trials, store, display, executor)
         command = typed_command(keep=["output", "overwrite"])
         files, text = report.write_map(folder, result, command, price)
-        show(
-            study,
-            lambda: text,
-            lambda: report.sentence(result),
-            lambda: report.render(result, price),
-            command,
-            files,
-        )
+        show(study, text, report.sentence(result), report.render(result, price), command, files)
 
 
 def _first_run(study: BreakevenSpec, model: ModelSpec) -> Experiment:
@@ -289,36 +262,18 @@ def _known(study: BreakevenSpec, folder: Path) -> FittedRun | None:
     return read_fitted(own, "--output") if (own / "result.json").exists() else None
 
 
-def _measured_here(first: Experiment, folder: Path, *, quiet: bool) -> FittedRun:
-    """Make the first run on this machine."""
+def _measured(first: Experiment, folder: Path, executor: Executor, watch: Watch) -> FittedRun:
+    """Make the first run as a job of the executor, which measures the cells too."""
     from batchbench.batching.dry_run import estimate
-    from batchbench.batching.session import conduct
-    from batchbench.cli.progress import make_display
-    from batchbench.reports.output import write_folder
-    from batchbench.reports.result import make_result
-    from batchbench.reports.text import spell_time
-    from batchbench.studies.predict.fitted import read_fitted
-
-    with make_display(("static", "continuous"), 3, quiet=quiet) as display:
-        display.note(_FIRST.format(first.serving.batch_size))
-        if seconds := estimate(first, Watch()).seconds:
-            display.note(f"this takes about {spell_time(1.5 * seconds)} plus the warm-up")
-        write_folder(folder / "teacher", make_result(conduct(first, display)))
-    return read_fitted(folder / "teacher", "--output")
-
-
-_FIRST = "no --cost: a run at batch size {} is made first to measure step times"
-
-
-def _measured_elsewhere(
-    first: Experiment, folder: Path, executor: Executor, watch: Watch
-) -> FittedRun:
-    """Make the first run as a job of an executor, which measures the cells too."""
-    from batchbench.files import write_whole
     from batchbench.studies.predict.fitted import read_fitted
     from batchbench.studies.sweep.run import CellWork
 
-    watch.note(_FIRST.format(first.serving.batch_size))
+    watch.note(
+        f"no --cost: a run at batch size {first.serving.batch_size} is made first to measure step "
+        "times"
+    )
+    if isinstance(executor, Local) and (seconds := estimate(first, Watch()).seconds):
+        watch.note(f"this takes about {spell_time(1.5 * seconds)} plus the warm-up")
     job = Job("the first run", CellWork(first))
     write_whole(folder / "teacher", run_parts([job], executor, watch)[job.key][0])
     return read_fitted(folder / "teacher", "--output")

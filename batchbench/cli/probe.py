@@ -72,11 +72,7 @@ class ProbeSpec:
         settings.check(self)
 
 
-@with_options(
-    {"spec": ProbeSpec},
-    raw={"target": TargetSpec},
-    omit=("target", "tokenizer", "verify_model", "clients"),
-)
+@with_options([TargetSpec], omit=("target", "tokenizer", "verify_model", "clients"))
 def probe(
     url: Annotated[
         str,
@@ -111,7 +107,7 @@ def _probe(target: TargetSpec, spec: ProbeSpec) -> tuple[bool, bool]:
     from batchbench.cli.progress import make_display
     from batchbench.studies.probe import ask
 
-    with make_display((), 0, quiet=spec.quiet) as display:
+    with make_display(quiet=spec.quiet) as display:
         try:
             findings = ask.probe(target, spec.model, spec.max_time, display)
         except UsageError as error:

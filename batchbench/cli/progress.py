@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from statistics import mean
 from typing import Any
 
 from rich import progress as bars
 from rich.console import Console
-from rich.status import Status
 
 from batchbench.batching.progress import Progress
+from batchbench.cli import output
 from batchbench.reports.text import number, plural, spell_option, spell_time
-from batchbench.studies.capacity.probe import CapacityWatch, Probe
+from batchbench.studies.capacity.search import CapacityWatch, Probe
 from batchbench.studies.gate.duet import TurnsWatch
 from batchbench.studies.sweep.grid import Cell
-from batchbench.studies.sweep.run import CellsQuery, SweepWatch
-
-SILENCE_S = 10.0
-"""Maximum time without a line in a log."""
+from batchbench.studies.sweep.run import SweepWatch
 
 REDRAW_S = 0.1
 """Time between two drawings, which take host time from the measurement."""
@@ -39,36 +35,37 @@ PHASES = {
 """Phases of a run, each with what it does and about how long it takes."""
 
 
-class PlainDisplay(SweepWatch, CapacityWatch):
+class PlainDisplay(SweepWatch, CapacityWatch, TurnsWatch):
     """Lines for a log: the start and end of each activity, and progress during long waits.
 
     Args:
-        serves: number of trials of all strategies together; 0 if it is not known.
+        strategies: number of strategies; 0 to print no line about each trial.
         varying: options by which cells of a sweep differ.
         price_per_hour: price of a machine that runs cells of a sweep.
+        max_time: seconds that a comparison in turns may take; 0 if there is no limit.
     """
-
-    TRIAL_LINES = True  # whether each trial has a line
 
     def __init__(
         self,
         console: Console,
-        serves: int = 0,
-        varying: tuple[str, ...] = (),
+        strategies: int = 0,
+        varying: Sequence[str] = (),
         price_per_hour: float | None = None,
+        max_time: float = 0.0,
     ) -> None:
-        self._console, self._varying = console, varying
+        self._console, self._varying, self._max_time = console, varying, max_time
         self._price, self._machine_s, self._machines = price_per_hour, 0.0, 0
         self._nodes: Sequence[str] = ()  # of the cells that run elsewhere
-        self._left = serves
+        self._strategies = strategies
         self._trial, self._trials = 0, 1
         self._seconds: list[float] = []  # of each finished trial
         self._notes: set[str] = set()
         self._cell, self._done, self._cells = "", 0, 0
         self._names: dict[str, str] = {}  # of the cells that run, by their digests
         self._ran = ""
-        self._began = self._cell_began = self._printed = self._counted = time.monotonic()
-        self._waiting: threading.Timer | None = None
+        now = time.monotonic()
+        self._made = self._began = self._cell_began = self._printed = self._counted = now
+        self._waiting = ExitStack()
 
     def __enter__(self) -> PlainDisplay:
         return self
@@ -84,25 +81,12 @@ class PlainDisplay(SweepWatch, CapacityWatch):
     def phase(self, name: str) -> None:
         if not self._cell:
             self._print(f"{PHASES.get(name, name)} …")
-        self._wait_for(name, time.monotonic())
-
-    def _wait_for(self, name: str, began: float) -> None:
-        """Print a line every ten seconds until something else happens."""
         self._end_wait()
-        if self._console.quiet:
-            return
-
-        def still() -> None:
-            self._console.print(f"still {name}, {spell_time(time.monotonic() - began)} so far")
-            self._wait_for(name, began)
-
-        self._waiting = threading.Timer(SILENCE_S, still)
-        self._waiting.daemon = True
-        self._waiting.start()
+        if not self._console.quiet:
+            self._waiting.enter_context(output.reminding(name, self._console.print))
 
     def _end_wait(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
+        self._waiting.close()
 
     def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
         self._end_wait()
@@ -110,7 +94,7 @@ class PlainDisplay(SweepWatch, CapacityWatch):
 
     def progressed(self, progress: Progress) -> None:
         now = time.monotonic()
-        if now - max(self._printed, self._began) < SILENCE_S:
+        if now - max(self._printed, self._began) < output.SILENCE_S:
             return
         left = (now - self._began) * (progress.requests / max(progress.done, 1) - 1)
         about = f", about {spell_time(left)} left" if progress.done else ""
@@ -128,12 +112,12 @@ class PlainDisplay(SweepWatch, CapacityWatch):
 
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
         self._seconds.append(time.monotonic() - self._began)
-        self._left -= 1
-        if self.TRIAL_LINES and not self._cell:
-            left_s = max(self._left, 0) * mean(self._seconds)
-            left = f", about {spell_time(left_s)} left" if left_s > 2 else ""
+        if self._strategies and not self._cell:
+            left = self._strategies * self._trials - len(self._seconds)
+            left_s = max(left, 0) * mean(self._seconds)
+            about = f", about {spell_time(left_s)} left" if left_s > 2 else ""
             name = f"trial {trial + 1}/{self._trials}  {strategy:<12}"
-            self._print(f"{name} {duration_ns / 1e9:.3g} s{left}")
+            self._print(f"{name} {duration_ns / 1e9:.3g} s{about}")
 
     def cells_begin(self, cells: int, kept: int) -> None:
         self._done, self._cells = kept, cells
@@ -149,7 +133,7 @@ class PlainDisplay(SweepWatch, CapacityWatch):
     def cells_run(self, nodes: Sequence[str], machines: int) -> None:
         self._machine_s += self._machines * (time.monotonic() - self._counted)
         self._nodes, self._machines, self._counted = nodes, machines, time.monotonic()
-        if nodes and self._counted - self._printed > SILENCE_S:
+        if nodes and self._counted - self._printed > output.SILENCE_S:
             self._print(f"{self._done}/{self._cells} cells done{self._elsewhere()}")
 
     def _elsewhere(self) -> str:
@@ -183,6 +167,17 @@ class PlainDisplay(SweepWatch, CapacityWatch):
             f"within, {plural(count, 'trial')}: {probe.verdict}"
         )
 
+    def begins(self, what: str) -> None:
+        most = f" of at most {spell_time(self._max_time)}" if self._max_time else ""
+        self._activity(f"{what} · {spell_time(time.monotonic() - self._made)}{most}")
+
+    def _activity(self, line: str) -> None:
+        if time.monotonic() - self._printed > output.SILENCE_S or self._printed == self._made:
+            self._print(line)
+
+    def measured(self, label: str, what: str) -> None:
+        self._print(f"{label:<12} {what}".rstrip())
+
     def _print(self, line: str) -> None:
         self._end_wait()
         self._printed = time.monotonic()
@@ -192,10 +187,8 @@ class PlainDisplay(SweepWatch, CapacityWatch):
 class LiveDisplay(PlainDisplay):
     """Bars on a terminal: one for each strategy, one for the cells of a sweep."""
 
-    TRIAL_LINES = False
-
-    def __init__(self, console: Console, *sweep: Any) -> None:
-        super().__init__(console, *sweep)
+    def __init__(self, console: Console, strategies: int = 0, **known: Any) -> None:
+        super().__init__(console, **known)
         text = bars.TextColumn
         self._bars = bars.Progress(
             text("[bold]{task.description}"),
@@ -235,6 +228,9 @@ class LiveDisplay(PlainDisplay):
         self._phase = f"{name} …"
         self._set(self._phase, 0, None)
 
+    def _activity(self, line: str) -> None:
+        self.phase(line)
+
     def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
         super().trial_begins(strategy, trial, trials)
         self._remove(self._phase)
@@ -242,19 +238,16 @@ class LiveDisplay(PlainDisplay):
     def progressed(self, progress: Progress) -> None:
         if time.monotonic() - self._drawn < REDRAW_S:
             return
-        rate = progress.tokens / max(progress.now_ns / 1e9, 1e-9)
-        idle = progress.idle_until_ns
-        self._show(
-            progress, f"{rate:,.0f} tok/s" if idle is None else f"idle to {idle / 1e9:,.1f} s"
-        )
-
-    def _show(self, progress: Progress, status: str) -> None:
+        status = f"{progress.tokens / max(progress.now_ns / 1e9, 1e-9):,.0f} tok/s"
+        used, slots = progress.slots_in_use, progress.slots
+        if progress.idle_until_ns is not None:
+            status = f"idle to {progress.idle_until_ns / 1e9:,.1f} s"
         self._set(
             progress.strategy,
             progress.done,
             progress.requests,
             trial=f"trial {self._trial}/{self._trials}",
-            slots=_slots(progress.slots_in_use, progress.slots),
+            slots=f"{used:>4}/{slots} slots" if slots > 16 else "■" * used + "□" * (slots - used),
             status=f"{progress.done}/{progress.requests} {status}",
         )
 
@@ -276,81 +269,11 @@ class LiveDisplay(PlainDisplay):
         self._set("cells", self._done, self._cells, status=left)
 
 
-def _slots(used: int, slots: int) -> str:
-    """Return the slots as squares, or as numbers if there are many."""
-    return f"{used:>4}/{slots} slots" if slots > 16 else "■" * used + "□" * (slots - used)
+def make_display(*, quiet: bool, **known: Any) -> PlainDisplay:
+    """Return the display for the kind of standard error, silent if ``quiet``.
 
-
-def make_console(*, quiet: bool) -> Console:
-    """Return a console on standard error, silent if ``quiet``."""
-    return Console(stderr=True, quiet=quiet)
-
-
-def _make(
-    serves: int, varying: tuple[str, ...], price_per_hour: float | None = None, *, quiet: bool
-) -> PlainDisplay:
-    console = make_console(quiet=quiet)
-    live = sys.stderr.isatty() and not console.is_dumb_terminal and not quiet
-    return (LiveDisplay if live else PlainDisplay)(console, serves, varying, price_per_hour)
-
-
-def make_display(strategies: tuple[str, ...], trials: int, *, quiet: bool) -> PlainDisplay:
-    """Return the display of a run, for the kind of standard error."""
-    return _make(len(strategies) * trials, (), quiet=quiet)
-
-
-def make_sweep_display(
-    grid: CellsQuery, *, quiet: bool, price_per_hour: float | None = None
-) -> PlainDisplay:
-    """Return the display of a sweep, for the kind of standard error."""
-    return _make(0, tuple(grid.varying), price_per_hour, quiet=quiet)
-
-
-class CapacityDisplay(PlainDisplay):
-    """A line for each verdict."""
-
-    TRIAL_LINES = False
-
-
-class TurnsDisplay(TurnsWatch):
-    """A line for each pair of processes: what was measured, and the verdict so far.
-
-    Below them, a terminal shows what is going on; a log gets that line every ten seconds.
+    ``known`` are arguments of :class:`PlainDisplay`.
     """
-
-    def __init__(self, console: Console, max_time: float) -> None:
-        self._console, self._max_time = console, max_time
-        self._began = self._printed = time.monotonic()
-        spinner = "line" if console.options.ascii_only else "dots"
-        terminal = console.is_terminal
-        self._status = Status("", console=console, spinner=spinner) if terminal else None
-
-    def __enter__(self) -> TurnsDisplay:
-        if self._status:
-            self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._status:
-            self._status.stop()
-
-    def begins(self, what: str) -> None:
-        now = time.monotonic()
-        most = f" of at most {spell_time(self._max_time)}" if self._max_time else ""
-        line = f"{what} · {spell_time(now - self._began)}{most}"
-        if self._status:
-            self._status.update(line)
-        elif now - self._printed > SILENCE_S or self._printed == self._began:
-            self._print(line)
-
-    def measured(self, label: str, what: str) -> None:
-        self._print(f"{label:<12} {what}".rstrip())
-
-    def _print(self, line: str) -> None:
-        self._printed = time.monotonic()
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def make_turns_display(max_time: float, *, quiet: bool) -> TurnsDisplay:
-    """Return the display of a comparison in turns; ``max_time`` is 0 if there is no limit."""
-    return TurnsDisplay(make_console(quiet=quiet), max_time)
+    console = Console(stderr=True, quiet=quiet)
+    live = sys.stderr.isatty() and not console.is_dumb_terminal and not quiet
+    return (LiveDisplay if live else PlainDisplay)(console, **known)

@@ -6,21 +6,24 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from batchbench import settings
-from batchbench.cli.options import ReportSpec, with_options
+from batchbench.cli.options import ReportSpec, Spec, with_options
 from batchbench.cli.output import (
     echo,
     echo_html,
     echo_json,
     make_console,
     output_folder,
-    print_ending,
+    patience,
+    show,
 )
 from batchbench.errors import Interrupted, UsageError
 from batchbench.files import check_file, check_files, claimed, reason_of, write_file
@@ -52,14 +55,7 @@ for slides.
 Example: batchbench watch batchbench-results/my-run --speed 4"""
 
 
-STUDIES = (
-    *("sweep.json", "ladder.json", "capacity.json", "predict.json", "breakeven.json"),
-    *("trend.json", "duet.json", "check.json"),
-)
-"""Files that hold the result of a study."""
-
-
-@with_options({"output": ReportSpec})
+@with_options()
 def report(
     folders: Annotated[
         list[Path],
@@ -86,29 +82,31 @@ def report(
         return
     folders = [folder.parent if folder.name == "result.json" else folder for folder in folders]
     if len(folders) > 1:
-        for option, given in (
-            ("--json", output.json),
-            ("--trace-out", output.trace_out),
-        ):
+        for option, given in (("--json", output.json), ("--trace-out", output.trace_out)):
             if given:
                 raise UsageError(f"{option}: works for one result; give one folder")
         from batchbench.reports.output import check_number  # imports pandas and matplotlib
 
         check_number(folders)
-    file = None if output.chosen in ("terminal", "json") else output.destination(folders)
+    shown = output.chosen in ("terminal", "json")
+    file = None if shown else output.destination(folders)
     if file is not None:
         check_file(file, "--file")
     if output.trace_out is not None:
         check_trace_file(output.trace_out)
-    results = [remake_result(load_result(folder)) for folder in folders]
-    if output.trace_out is not None:
-        write_trace(output.trace_out, results[0])
-    if output.chosen not in ("terminal", "json"):
-        _write_document(folders, results, file, output)
-    elif len(folders) > 1:
-        _show_together(folders, results, output)
-    else:
-        _show_again(folders[0], results[0], output)
+    loaded = [load_result(folder) for folder in folders]
+    with patience("making the report", "a few seconds", quiet=output.quiet):
+        results = [remake_result(result) for result in loaded]
+        if output.trace_out is not None:
+            write_trace(output.trace_out, results[0])
+        if not shown:
+            from batchbench.reports.output import make_document
+
+            _deliver(make_document(output.chosen, folders, results, file), file, output)
+        elif len(folders) > 1:
+            _show_together(folders, results, output)
+        else:
+            _show_again(folders[0], results[0], output)
 
 
 def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
@@ -116,8 +114,7 @@ def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
     from batchbench.reports.output import write_folder
 
     with output_folder(folder, overwrite=True):
-        files = write_folder(folder, result)
-        show_result(result, files, output)
+        show_result(result, write_folder(folder, result), output)
 
 
 def _show_together(folders: list[Path], results: list[Result], output: ReportSpec) -> None:
@@ -125,18 +122,7 @@ def _show_together(folders: list[Path], results: list[Result], output: ReportSpe
     from batchbench.reports.side_by_side import SideBySide, label_results
 
     together = SideBySide(label_results(folders, results))
-    if output.quiet:
-        echo(together.sentence)
-    else:
-        make_console().print(render_side_by_side(together))
-
-
-def _write_document(
-    folders: list[Path], results: list[Result], file: Path | None, output: ReportSpec
-) -> None:
-    from batchbench.reports.output import make_document
-
-    _deliver(make_document(output.chosen, folders, results, file), file, output)
+    show(output, "", together.sentence, render_side_by_side(together), "", [])
 
 
 def _deliver(document: str, file: Path | None, output: ReportSpec) -> None:
@@ -179,18 +165,14 @@ def _show_peers(folders: list[Path], peers: list[PeerFile | None], output: Repor
         check_file(output.file, "--file")
     files = [peer or of_result(load_result(folder)) for folder, peer in pairs]
     places = [folder if folder.is_dir() else folder.parent for folder in folders]
+    named = list(zip(labels_of(folders), files, strict=True))
     if output.chosen == "llmd":
         _write_llmd(places, files, output)
-        return
-    named = list(zip(labels_of(folders), files, strict=True))
-    if output.chosen == "json":
-        echo_json(table.render_json(named))
     elif output.chosen == "markdown":
         _deliver(table.render_markdown(named), output.destination(places), output)
-    elif output.quiet:
-        echo(table.sentence(named))
     else:
-        make_console().print(table.render(named))
+        text, sentence = table.render_json(named), table.sentence(named)
+        show(output, text, sentence, table.render(named), "", [])
 
 
 def _write_llmd(places: list[Path], files: list[PeerFile], output: ReportSpec) -> None:
@@ -214,6 +196,10 @@ def _write_llmd(places: list[Path], files: list[PeerFile], output: ReportSpec) -
 
 
 # Studies
+
+Data = Mapping[str, Any]
+Answer = tuple[str, "RenderableType"]
+"""A sentence about a study, and what a terminal shows of it."""
 
 
 def _study_file(folder: Path) -> Path | None:
@@ -244,50 +230,50 @@ def _show_study(file: Path, output: ReportSpec) -> None:
         echo_json(text)
         return
     try:
-        sentence, parts = _study_parts(file, data)
+        with patience("reading the study", "a few seconds", quiet=output.quiet):
+            sentence, rendered = STUDIES[file.name](file.parent, data)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UsageError(f"{file}: is damaged: {type(error).__name__} {error}") from error
-    if output.quiet:
-        echo(sentence)
-        return
-    console = make_console()
-    for part in parts:
-        console.print(part)
     command = str(data.get("command", ""))
     again = command if command.startswith("batchbench ") else ""
-    print_ending(console, again, [file, *sorted(file.parent.glob("*.*"))])
+    show(output, text, sentence, rendered, again, [file, *sorted(file.parent.glob("*.*"))])
 
 
-def _study_parts(file: Path, data: dict[str, Any]) -> tuple[str, list[RenderableType]]:
-    """Return a sentence about a study, and what a terminal shows of it."""
-    if file.name == "ladder.json":
-        from batchbench.studies.ladder.report import LadderResult, render, sentence
+def _sweep(folder: Path, data: Data) -> Answer:
+    from batchbench.reports.slo import GoalsSpec
+    from batchbench.studies.sweep import report as sweeps
+    from batchbench.studies.sweep.grid import Grid
+    from batchbench.studies.sweep.run import Store
 
-        ladder = LadderResult(data, {})
-        return sentence(ladder), [render(ladder)]
-    if file.name == "sweep.json":
-        return _sweep_parts(file.parent, data)
-    if file.name == "capacity.json":
-        from batchbench.studies.capacity import report as capacities
-
-        return capacities.sentence(data), [capacities.render(data)]
-    if file.name == "predict.json":
-        best = ", ".join(f"{name} {size} slots" for name, size in data["enough"].items())
-        summary = f"95 % of the best throughput: {best}."
-        return summary, [summary, _table(data["points"])]
-    if file.name == "trend.json":
-        rows = _rows_of_trend(data)
-        return data["sentence"], [data["sentence"], *([_table(rows)] if rows else [])]
-    if file.name in ("duet.json", "check.json"):
-        gate = data["gate"]
-        rows = [_row_of_evidence(evidence) for evidence in gate["evidence"]]
-        return gate["sentence"], [gate["sentence"], *([_table(rows)] if rows else [])]
-    rows, summary = data.get("cells", []), str(data.get("sentence", file.stem))
-    return summary, [summary, *([_table(rows)] if rows else [])]
+    axes = {
+        name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
+        for name, values in data["axes"].items()
+    }
+    grid = Grid(axes, data["simulated"], digests=[cell["digest"] for cell in data["cells"]])
+    swept = sweeps.read_sweep(grid, Store(folder), settings.from_json(GoalsSpec, data["goals"]))
+    cells = sweeps.cells_of(swept)
+    return sweeps.sentence(swept, cells), sweeps.render(swept, cells, data["pictures_not_drawn"])
 
 
-def _rows_of_trend(data: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
+def _ladder(folder: Path, data: Data) -> Answer:
+    from batchbench.studies.ladder.report import render, sentence
+
+    return sentence(data), render(data)
+
+
+def _capacity(folder: Path, data: Data) -> Answer:
+    from batchbench.studies.capacity.report import render, sentence
+
+    return sentence(data), render(data)
+
+
+def _prediction(data: Data) -> tuple[str, Any]:
+    best = ", ".join(f"{name} {size} slots" for name, size in data["enough"].items())
+    return f"95 % of the best throughput: {best}.", data["points"]
+
+
+def _trend(data: Data) -> tuple[str, Any]:
+    return data["sentence"], [
         {
             "series": f"{series['strategy']}.{series['metric']}",
             "results": len(series["points"]),
@@ -299,66 +285,70 @@ def _rows_of_trend(data: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _row_of_evidence(evidence: dict[str, Any]) -> dict[str, Any]:
+def _gate(data: Data) -> tuple[str, Any]:
     from batchbench.reports.text import number, percent
 
-    base, new = (
-        number(v) if isinstance(v, int | float) else str(v)[:12]
-        for v in (evidence["base"], evidence["new"])
-    )
-    change = percent(evidence["change"], 1, "+")
-    values = {"base": base, "new": new, "change": change, "verdict": evidence["verdict"]}
-    return {"metric": evidence["name"], **values}
+    def spell(value: object) -> str:
+        return number(value) if isinstance(value, int | float) else str(value)[:12]
+
+    return data["gate"]["sentence"], [
+        {
+            "metric": evidence["name"],
+            "base": spell(evidence["base"]),
+            "new": spell(evidence["new"]),
+            "change": percent(evidence["change"], 1, "+"),
+            "verdict": evidence["verdict"],
+        }
+        for evidence in data["gate"]["evidence"]
+    ]
 
 
-def _sweep_parts(folder: Path, data: dict[str, Any]) -> tuple[str, list[RenderableType]]:
-    from batchbench.reports.slo import GoalsSpec
-    from batchbench.studies.sweep import report as sweeps
-    from batchbench.studies.sweep.grid import Grid
-    from batchbench.studies.sweep.run import Store
-
-    axes = {
-        name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
-        for name, values in data["axes"].items()
-    }
-    digests = [cell["digest"] for cell in data["cells"]]
-    grid = Grid(axes, data["simulated"], digests=digests)
-    goals = settings.from_json(GoalsSpec, data["goals"])
-    swept = sweeps.read_sweep(grid, Store(folder), goals)
-    cells = sweeps.cells_of(swept)
-    parts = [sweeps.render(swept, cells, data["pictures_not_drawn"])]
-    return sweeps.sentence(swept, cells), parts
-
-
-MOST_COLUMNS, MOST_ROWS = 7, 40
-
-
-def _table(rows: list[dict[str, Any]]) -> RenderableType:
-    """Return the numbers and texts of rows as a table, without columns of one value."""
+def _tabular(
+    rows_of: Callable[[Data], tuple[str, Sequence[Mapping[str, Any]]]], folder: Path, data: Data
+) -> Answer:
+    """Return a study as its sentence and a table of rows, without columns of one value."""
+    from rich.console import Group
     from rich.table import Table
 
     from batchbench.reports.text import number
 
-    plain = (str, int, float)
-    names = [name for name, value in rows[0].items() if isinstance(value, plain)]
+    sentence, rows = rows_of(data)
+    if not rows:
+        return sentence, sentence
+    names = [name for name, value in rows[0].items() if isinstance(value, str | int | float)]
     names = [n for n in names if len(rows) == 1 or len({str(row[n]) for row in rows}) > 1]
     grid = Table(pad_edge=False)
     for name in names[:MOST_COLUMNS]:
         left = isinstance(rows[0][name], str)
         grid.add_column(name.replace("_", " "), justify="left" if left else "right", no_wrap=left)
     for row in rows[:MOST_ROWS]:
-        values = [row[name] for name in names[:MOST_COLUMNS]]
+        values: Iterable[Any] = (row[name] for name in names[:MOST_COLUMNS])
         grid.add_row(*(number(v) if isinstance(v, float) else str(v) for v in values))
     if len(rows) > MOST_ROWS:
         grid.caption = f"{len(rows) - MOST_ROWS} more rows in the files"
-    return grid
+    return sentence, Group(sentence, grid)
+
+
+MOST_COLUMNS, MOST_ROWS = 7, 40
+
+STUDIES: Mapping[str, Callable[[Path, Data], Answer]] = {
+    "sweep.json": _sweep,
+    "ladder.json": _ladder,
+    "capacity.json": _capacity,
+    "predict.json": partial(_tabular, _prediction),
+    "breakeven.json": partial(_tabular, lambda data: (data["sentence"], data["cells"])),
+    "trend.json": partial(_tabular, _trend),
+    "duet.json": partial(_tabular, _gate),
+    "check.json": partial(_tabular, _gate),
+}
+"""Files that hold the result of a study, each with its reader."""
 
 
 # Replays
 
 
 @dataclass(frozen=True)
-class WatchSpec:
+class WatchSpec(Spec):
     """The speed of the replay and its destination."""
 
     speed: float | None = setting(
@@ -374,11 +364,8 @@ class WatchSpec:
     )
     overwrite: bool = setting(False, "Replace the file if it exists.", "Output")
 
-    def __post_init__(self) -> None:
-        settings.check(self)
 
-
-@with_options({"spec": WatchSpec})
+@with_options()
 def watch(
     folder: Annotated[
         Path,
@@ -393,6 +380,7 @@ def watch(
     from batchbench.reports.result import load_result
 
     result = load_result(folder)
+    replay = Replay.of(result)
     if file is None:
         from batchbench.batching.engines import WallClock
 
@@ -401,16 +389,16 @@ def watch(
             raise UsageError(
                 "watch: this terminal cannot move its cursor; add --gif FILE to write a GIF"
             )
-        replay = Replay.of(result)
         play(replay, spec.speed or usual_speed(replay), console, WallClock())
         return
     if file.suffix != ".gif":
         raise UsageError(f"--gif {file}: must end in .gif, such as --gif replay.gif")
-    from batchbench.reports.replay.gif import draw_gif
-
     with claimed(file, f"--gif {file}"):
         check_files(file.parent, [file.name], overwrite=spec.overwrite)
-        content = draw_gif(result, spec.speed)
+        with patience("drawing the frames", "a few seconds; a minute for long trials"):
+            from batchbench.reports.replay.gif import draw_gif
+
+            content = draw_gif(result, spec.speed)
         write_file(file, content)
     echo(f"{file}: {len(content) / 1e6:.1f} MB")
 

@@ -49,7 +49,7 @@ class ReproduceSpec:
         settings.check(self)
 
 
-@with_options({"study": ReproduceSpec})
+@with_options()
 def reproduce(
     folder: Annotated[
         Path, typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False)
@@ -63,13 +63,12 @@ def reproduce(
 
     output, lost = study.output, "nothing was compared"
     recorded = load_result(folder)
-    trials = len(recorded.recordings[recorded.names[0]])
     with (
         output_folder(output, overwrite=study.overwrite, lost=lost)
         if output
         else interruptible(lost)
     ):
-        with make_display(tuple(recorded.names), trials, quiet=study.quiet) as display:
+        with make_display(quiet=study.quiet, strategies=len(recorded.names)) as display:
             reproduction = reproducing.reproduce(recorded, display)
         if output and reproduction.again is not None:
             write_folder(output, reproduction.again)

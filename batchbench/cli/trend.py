@@ -27,7 +27,7 @@ results.
 Example: batchbench trend batchbench-results"""
 
 
-@with_options({"spec": TrendSpec})
+@with_options()
 def trend(
     folders: Annotated[
         list[Path],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchbench import settings
-from batchbench.batching.experiment import ServingSpec
+from batchbench.batching.experiment import ServingSpec, make_experiment
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import PRESETS, Basis
 from batchbench.cli.options import with_options
@@ -33,7 +33,14 @@ app = typer.Typer(
 
 
 @dataclass(frozen=True)
-class PictureSpec:
+class SavingSpec:
+    """The option to replace existing files."""
+
+    overwrite: bool = setting(False, "Replace files that exist.", "Output")
+
+
+@dataclass(frozen=True)
+class PictureSpec(SavingSpec):
     """The folder of the picture."""
 
     output: Path | None = setting(
@@ -43,17 +50,9 @@ class PictureSpec:
         metavar="DIR",
         default_text="no picture",
     )
-    overwrite: bool = setting(False, "Replace these files.", "Output")
 
 
-@dataclass(frozen=True)
-class SavingSpec:
-    """The option to replace an existing file."""
-
-    overwrite: bool = setting(False, "Replace the file.", "Output")
-
-
-_SPECS = {"basis": Basis, "workload": WorkloadSpec, "serving": ServingSpec, "model": ModelSpec}
+_SPECS = (Basis, WorkloadSpec, ServingSpec, ModelSpec)
 
 _OMIT = (
     *(name for name in ServingSpec.__dataclass_fields__ if name != "batch_size"),
@@ -101,24 +100,24 @@ def list_presets() -> None:
 
 
 @app.command("show", help=SHOW_HELP)
-@with_options({**_SPECS, "picture": PictureSpec}, omit=_OMIT, named={"name": _settings_of})
+@with_options(_SPECS, omit=_OMIT)
 def show(
-    basis: Basis,
-    workload: WorkloadSpec,
-    serving: ServingSpec,
-    model: ModelSpec,
+    given: Mapping[str, Any],
     picture: PictureSpec,
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="NAME", help="Preset, workload file (TOML) or trace file.", show_default=False
+            metavar="NAME",
+            help="Preset, workload file (TOML) or trace file.",
+            show_default=False,
+            autocompletion=lambda incomplete: [n for n in PRESETS if n.startswith(incomplete)],
         ),
     ] = None,
 ) -> None:
     files = ("workload.png", "workload.svg")
     if picture.output is not None:
         check_files(picture.output, files, overwrite=picture.overwrite)
-    outline, _ = _outline(workload, serving, model)
+    outline, _ = _outline({**given, **(_settings_of(name) if name is not None else {})})
     from batchbench.reports.workload_profile import render  # imports NumPy and scipy
 
     console = make_console()
@@ -135,20 +134,17 @@ def show(
 
 
 @app.command("save", help=SAVE_HELP)
-@with_options({**_SPECS, "saving": SavingSpec}, omit=_OMIT)
+@with_options(_SPECS, omit=_OMIT)
 def save(
     file: Annotated[
         Path, typer.Argument(metavar="FILE.jsonl", help="File to write.", show_default=False)
     ],
-    basis: Basis,
-    workload: WorkloadSpec,
-    serving: ServingSpec,
-    model: ModelSpec,
+    given: Mapping[str, Any],
     saving: SavingSpec,
 ) -> None:
     with claimed(file, str(file)):
         check_files(file.parent, [file.name], overwrite=saving.overwrite)
-        outline, vocab_size = _outline(workload, serving, model)
+        outline, vocab_size = _outline(given)
         from batchbench.workloads.traces import write_workload
 
         made = outline.workload(vocab_size)
@@ -157,16 +153,17 @@ def save(
     echo(f"Run it: batchbench run --trace {shlex.quote(str(file))}")
 
 
-def _outline(workload: WorkloadSpec, serving: ServingSpec, model: ModelSpec) -> tuple[Outline, int]:
+def _outline(given: Mapping[str, Any]) -> tuple[Outline, int]:
     """Return the outline of the workload, and the size of the model's vocabulary."""
+    experiment = make_experiment(given, simulated=False)
     from batchbench.batching.models import encoder, find_model, find_tokenizer
     from batchbench.workloads.generate import make_outline
 
-    source = find_model(model, weights=False)
+    source = find_model(experiment.model, weights=False)
     outline = make_outline(
-        workload,
-        batch_size=serving.batch_size,
-        encode=encoder(find_tokenizer(source.place), chat=workload.chat_template),
+        experiment.workload,
+        batch_size=experiment.serving.batch_size,
+        encode=encoder(find_tokenizer(source.place), chat=experiment.workload.chat_template),
         context=source.context,
         note=lambda line: echo(line, err=True),
     )

@@ -45,7 +45,7 @@ class Gaps:
         All running requests get a token at every step that decodes, so they share the gap from one
         such step to the next; only the gap after a first token may begin at another step.
         """
-        decodes = _Decodes.of(recording)
+        decodes = Decodes.of(recording)
         yield _first_gaps(recording, decodes)
         yield from _shared_gaps(recording, decodes)
 
@@ -62,7 +62,7 @@ def gaps_ms(recording: Recording) -> Distribution:
 
 
 @dataclass(frozen=True, eq=False)
-class _Decodes:
+class Decodes:
     """Numbering of the decode steps from 1, without a list of them; ``[spans that decode]``."""
 
     span: Ints
@@ -71,13 +71,15 @@ class _Decodes:
     upto: Ints  # decode steps up to the span's end
 
     @classmethod
-    def of(cls, recording: Recording) -> _Decodes:
+    def of(cls, recording: Recording) -> Decodes:
         decoding = np.flatnonzero(recording.spans.decoding > 0)
         steps = recording.spans.steps[decoding]
         return cls(decoding, recording.first_steps[decoding], steps, np.cumsum(steps))
 
     def numbered(self, step: Ints) -> Ints:
         """Return the number of decode steps up to each of these steps, itself included."""
+        if not len(self.first):
+            return np.zeros_like(step)
         span = np.searchsorted(self.first, step, side="right") - 1
         within = np.minimum(step - self.first[span] + 1, self.steps[span])
         numbers = (self.upto - self.steps)[span] + within
@@ -89,7 +91,7 @@ class _Decodes:
         return self.first[span] + number - (self.upto - self.steps)[span]
 
 
-def _first_gaps(recording: Recording, decodes: _Decodes) -> Gaps:
+def _first_gaps(recording: Recording, decodes: Decodes) -> Gaps:
     r = recording.requests
     several = r.last > r.first
     first, shared = np.unique(r.first[several], return_counts=True)
@@ -98,7 +100,7 @@ def _first_gaps(recording: Recording, decodes: _Decodes) -> Gaps:
     return Gaps(gaps, shared, np.ones_like(gaps), first, second)
 
 
-def _shared_gaps(recording: Recording, decodes: _Decodes) -> Iterator[Gaps]:
+def _shared_gaps(recording: Recording, decodes: Decodes) -> Iterator[Gaps]:
     """Yield gaps from a step that decodes to the next, for the requests with a token in both."""
     r = recording.requests
     if not len(decodes.first):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.optimize import nnls
 
-from batchbench.batching.benches.local import make_batcher
+from batchbench.batching.bench import make_batcher
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import ServingSpec
 from batchbench.batching.progress import Watch

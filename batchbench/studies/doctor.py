@@ -12,9 +12,9 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -60,14 +60,10 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Return the facts of this machine, in the order in which people ask."""
-    hub = _Reach()
-    busy = _Busy()
+    psutil.cpu_percent()  # the next call returns the load since this one
+    hub = _ask_hub()
     found = [*_software(), *_processor(), *_memory(), *_gpus(), _energy(), *_folders()]
-    return [*found, hub.finding(), *_extras(), busy.finding()]
-
-
-def as_json(findings: list[Finding]) -> dict[str, Any]:
-    return {"batchbench_version": __version__, "findings": [asdict(f) for f in findings]}
+    return [*found, hub(), *_extras(), _load()]
 
 
 def _version(name: str) -> str | None:
@@ -133,19 +129,16 @@ def _memory() -> Iterator[Finding]:
 
 def _gpus() -> Iterator[Finding]:
     query = "--query-gpu=name,driver_version,memory.total,memory.used"
-    listed = command_output("nvidia-smi", query, "--format=csv,noheader")
-    for line in (listed or "").splitlines():
+    listed = command_output("nvidia-smi", query, "--format=csv,noheader") or ""
+    for line in listed.splitlines():
         name, driver, total, used = (part.strip() for part in [*line.split(","), "", "", ""][:4])
         yield Finding("GPU", f"{name}, driver {driver}, {used} of {total} in use")
     if listed and "CUDA" not in _built_for():
         text = f"torch is built for {_built_for()}, so it cannot use the GPU"
         yield Finding("CUDA", text, "see pytorch.org/get-started for its CUDA build", fault=True)
     if not listed:
-        yield Finding("GPU", "Apple's (MPS)" if _is_apple() else "no NVIDIA GPU, or no driver")
-
-
-def _is_apple() -> bool:
-    return sys.platform == "darwin" and platform.machine() == "arm64"
+        is_apple = sys.platform == "darwin" and platform.machine() == "arm64"
+        yield Finding("GPU", "Apple's (MPS)" if is_apple else "no NVIDIA GPU, or no driver")
 
 
 def _energy() -> Finding:
@@ -156,61 +149,49 @@ def _energy() -> Finding:
 
 
 def _folders() -> Iterator[Finding]:
-    compiled = cache_folder()
-    yield _folder("Kernel cache", compiled, "set XDG_CACHE_HOME to a folder that can be written")
-    hub = os.environ.get("HF_HUB_CACHE") or os.path.join(
-        os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")), "hub"
-    )
-    try:
-        models = sorted(p.name[8:].replace("--", "/") for p in Path(hub).glob("models--*"))
-    except OSError:
-        models = []
+    yield _folder("Kernel cache", cache_folder(), "set XDG_CACHE_HOME to a folder you can write to")
+    home = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
+    models = sorted(p.name[8:].replace("--", "/") for p in hub.glob("models--*"))
     names = ", ".join(models[:3]) + (f" and {len(models) - 3} more" if len(models) > 3 else "")
     yield Finding("Model cache", f"{hub}: {names or 'no models'}")
-    free = shutil.disk_usage(os.getcwd()).free / 2**30
+    free = f", {shutil.disk_usage(os.getcwd()).free / 2**30:.1f} GiB free"
     yield _folder("Current folder", Path.cwd(), "change to a folder that can be written", free)
 
 
-def _folder(name: str, folder: Path, mend: str, free_gib: float | None = None) -> Finding:
+def _folder(name: str, folder: Path, mend: str, room: str = "") -> Finding:
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    room = "" if free_gib is None else f", {free_gib:.1f} GiB free"
     if os.access(there, os.W_OK):
         return Finding(name, f"{folder}{room}")
     return Finding(name, f"{folder} cannot be written", mend)
 
 
-class _Reach:
-    """A connection to the model hub, tried while the rest is found out."""
+def _ask_hub() -> Callable[[], Finding]:
+    """Connect to the model hub in a thread; return a function that waits for the answer."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        text = f"{endpoint} is switched off by HF_HUB_OFFLINE"
+        return partial(Finding, "Model hub", text, "unset HF_HUB_OFFLINE")
+    answers = ["does not answer"]
 
-    def __init__(self) -> None:
-        self._endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        self._answer: str | None = None
-        self._asking = threading.Thread(target=self._ask, daemon=True)
-        if not self._offline:
-            self._asking.start()
-
-    @property
-    def _offline(self) -> bool:
-        return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-    def _ask(self) -> None:
-        parts = urlsplit(self._endpoint)
+    def ask() -> None:
+        parts = urlsplit(endpoint)
         port = parts.port or (80 if parts.scheme == "http" else 443)
         try:
             with socket.create_connection((parts.hostname or "", port), _REACH_S):
-                self._answer = "can be reached"
+                answers.append("can be reached")
         except OSError as error:
-            self._answer = f"cannot be reached ({type(error).__name__})"
+            answers.append(f"cannot be reached ({type(error).__name__})")
 
-    def finding(self) -> Finding:
-        if self._offline:
-            text = "is switched off by HF_HUB_OFFLINE"
-            return Finding("Model hub", f"{self._endpoint} {text}", "unset HF_HUB_OFFLINE")
-        self._asking.join(_REACH_S)
-        text = f"{self._endpoint} {self._answer or 'does not answer'}"
-        works = self._answer == "can be reached"
+    def finding() -> Finding:
+        asking.join(_REACH_S)
         mend = "give a local folder or a GGUF file as --model; gpt2 works with random weights"
-        return Finding("Model hub", text, None if works else mend)
+        works = answers[-1] == "can be reached"
+        return Finding("Model hub", f"{endpoint} {answers[-1]}", None if works else mend)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    return finding
 
 
 def _extras() -> Iterator[Finding]:
@@ -223,14 +204,8 @@ def _extras() -> Iterator[Finding]:
             yield Finding(f"Extra {extra}", f"lacks {', '.join(missing)}", mend)
 
 
-class _Busy:
-    """The load of other processes, since the making of this object."""
-
-    def __init__(self) -> None:
-        psutil.cpu_percent()
-
-    def finding(self, sleep: Callable[[float], None] | None = None) -> Finding:
-        share = psutil.cpu_percent(0.3) / 100
-        text = f"{share:.0%} of the processors are in use"
-        mend = "stop other programs: times on a busy machine are suspect"
-        return Finding("Load", text, mend if share > _BUSY else None)
+def _load() -> Finding:
+    share = psutil.cpu_percent(0.3) / 100
+    mend = "stop other programs: times on a busy machine are suspect"
+    text = f"{share:.0%} of the processors are in use"
+    return Finding("Load", text, mend if share > _BUSY else None)

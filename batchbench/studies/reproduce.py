@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -67,28 +68,30 @@ class Reproduction:
     again: Result | None  # None if the workload or the weights differ, so that nothing was run
 
     @property
+    def wrong(self) -> list[str]:
+        """Names of the exact checks that differ; ties do not count."""
+        return [c.name for c in self.checks if c.exact and c.verdict == Verdict.DIFFERS]
+
+    @property
     def agrees(self) -> bool:
         """True if all exact checks agree, up to ties if the environment differs."""
-        return not any(check.exact and check.verdict == Verdict.DIFFERS for check in self.checks)
+        return not self.wrong
 
     @property
     def sentence(self) -> str:
         """The answer in one sentence."""
-        wrong = [c.name for c in self.checks if c.exact and c.verdict == Verdict.DIFFERS]
-        if wrong:
-            text = (
-                f"NOT reproduced: {', '.join(wrong)} {'differs' if len(wrong) == 1 else 'differ'}"
-            )
+        if wrong := self.wrong:
+            text = f"NOT reproduced: {joined(wrong)} {'differs' if len(wrong) == 1 else 'differ'}"
             return f"{text}." if self.again else f"{text}, so nothing was run."
-        exact = sum(c.exact and c.verdict == Verdict.AGREES for c in self.checks)
+        counts = Counter((check.exact, check.verdict) for check in self.checks)
+        exact, ties = counts[True, Verdict.AGREES], counts[True, Verdict.TIES]
         text = f"reproduced: {exact} of {exact} exact checks agree"
-        if ties := sum(c.verdict == Verdict.TIES for c in self.checks):
+        if ties:
             text = f"reproduced: {exact} exact checks agree, {ties} up to numerical ties"
         measured = [c for c in self.checks if not c.exact]
-        changes = [c.change for c in measured if c.change]
-        if changes:
+        if changes := [c.change for c in measured if c.change]:
             return f"{text}, but times are not reproduced: {joined(changes)}."
-        if agree := sum(c.verdict == Verdict.AGREES for c in measured):
+        if agree := counts[False, Verdict.AGREES]:
             text += f"; {agree} of {len(measured)} times agree within their intervals"
         elif measured:
             text += "; too few trials to compare times"
@@ -112,19 +115,17 @@ class Reproduction:
 
 
 def differences_of(
-    recorded: Mapping[str, Any], version: str, environment: Mapping[str, Any], model: Any
+    recorded: Mapping[str, Any], environment: Mapping[str, Any], model: Mapping[str, Any]
 ) -> list[Difference]:
-    """Return the differences between a result's environment and this one.
+    """Return the differences between a result's environment and that of this session.
 
     Args:
         recorded: data of the result.
-        version: version of this batchbench.
-        environment: environment of this session.
         model: the model as resolved here.
     """
     then = {"batchbench": recorded["batchbench_version"]}
     then["execution"] = recorded["model"].get("execution")
-    now = {"batchbench": version, "execution": model.get("execution")}
+    now = {"batchbench": __version__, "execution": model.get("execution")}
     return differences_between(
         facts_of(recorded["environment"], {}) | then, facts_of(environment, {}) | now
     )
@@ -139,16 +140,21 @@ def _exact(is_equal: bool) -> Verdict:
     return Verdict.AGREES if is_equal else Verdict.DIFFERS
 
 
-def check_workload(recorded: Result, digest: str) -> Check:
-    then = recorded.data["workload"]["digest"]
-    return Check("workload", then[:12], digest[:12], _exact(digest == then))
+def _check(name: str, then: Any, now: Any, otherwise: Verdict = Verdict.DIFFERS) -> Check:
+    """Compare two numbers or digests; None is one that was not recorded."""
+    verdict = Verdict.AGREES if then == now else otherwise
+    return Check(name, _shown(then), _shown(now), Verdict.NOT_COMPARED if then is None else verdict)
+
+
+def _shown(value: int | str | None) -> str:
+    if value is None:
+        return "not recorded"
+    return value[:12] if isinstance(value, str) else f"{value:,}"
 
 
 def check_weights(recorded: Result, model: Mapping[str, Any]) -> Check:
     then, now = (m.get("weights_digest") for m in (recorded.data["model"], model))
-    verdict = Verdict.NOT_COMPARED if then is None else _exact(now == then)
-    shown = ["not recorded" if digest is None else digest[:12] for digest in (then, now)]
-    return Check("weights", shown[0], shown[1], verdict)
+    return _check("weights", then, now)
 
 
 def check_counters(recorded: Result, again: Result) -> Iterator[Check]:
@@ -162,13 +168,12 @@ def check_counters(recorded: Result, again: Result) -> Iterator[Check]:
         other = [key for key, value in then.items() if now[key] != value]
         shown = other[0] if other else "forward_passes"
         more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
-        label = shown.replace("_", " ")
+        texts = [f"{counters[shown]:,} {shown.replace('_', ' ')}" for counters in (then, now)]
         verdict = _exact(not other) if exact or not other else Verdict.OBSERVED
-        here = f"{now[shown]:,} {label}{more}"
-        yield Check(f"counters, {name}", f"{then[shown]:,} {label}", here, verdict, exact)
+        yield Check(f"counters, {name}", texts[0], texts[1] + more, verdict, exact)
 
 
-def differing_requests(recorded: Result, again: Result, name: str) -> list[int]:
+def _differing_requests(recorded: Result, again: Result, name: str) -> list[int]:
     """Return the requests with other tokens in a strategy's first trial."""
     then, now = recorded.recordings[name][0], again.recordings[name][0]
     count = len(then.requests.slot)
@@ -179,10 +184,7 @@ def check_outputs(
     recorded: Result, again: Result, name: str, judged: Verification, *, alike: bool
 ) -> Check:
     """Compare a strategy's tokens; ``judged`` verifies the old and new ones that differ."""
-    then, now = (
-        result.data["strategies"][name]["output_digest"] or "no model ran"
-        for result in (recorded, again)
-    )
+    then, now = (digest or "no model ran" for digest in _output_digests(recorded, again, name))
     verdict, here = Verdict.AGREES, now[:12]
     if then != now:
         count = recorded.data["workload"]["num_requests"]
@@ -194,24 +196,26 @@ def check_outputs(
     return Check(f"outputs, {name}", then[:12], here, verdict)
 
 
-def check_served(recorded: Result, again: Result) -> Iterator[Check]:
+def _check_served(recorded: Result, again: Result) -> Iterator[Check]:
     """Compare a server's passes and outputs, which a server need not repeat exactly."""
     for name in recorded.names:
         label = recorded.label(name)
         passes = [typical_passes(r.data.get("server"), name) for r in (recorded, again)]
         if None not in passes:
-            verdict = Verdict.AGREES if passes[0] == passes[1] else Verdict.OBSERVED
-            yield Check(f"forward passes, {label}", f"{passes[0]:,}", f"{passes[1]:,}", verdict)
-        digests = [r.data["strategies"][name]["output_digest"] for r in (recorded, again)]
-        if None in digests:
-            then, now = ("not recorded" if digest is None else digest[:12] for digest in digests)
-            yield Check(f"outputs, {label}", then, now, Verdict.NOT_COMPARED)
-            continue
-        count, here = recorded.data["workload"]["num_requests"], str(digests[1])[:12]
-        if differing := len(differing_requests(recorded, again, name)):
-            here = f"{differing:,} of {count:,} requests differ"
-        verdict = Verdict.OBSERVED if differing else Verdict.AGREES
-        yield Check(f"outputs, {label}", str(digests[0])[:12], here, verdict)
+            yield _check(f"forward passes, {label}", passes[0], passes[1], Verdict.OBSERVED)
+        then, now = _output_digests(recorded, again, name)
+        check = _check(f"outputs, {label}", then, now, Verdict.OBSERVED)
+        if then is not None and now is None:
+            check = replace(check, verdict=Verdict.NOT_COMPARED)
+        elif check.verdict == Verdict.OBSERVED:
+            differing = len(_differing_requests(recorded, again, name))
+            here = f"{differing:,} of {recorded.data['workload']['num_requests']:,} requests differ"
+            check = replace(check, here=here)
+        yield check
+
+
+def _output_digests(recorded: Result, again: Result, name: str) -> list[str | None]:
+    return [r.data["strategies"][name]["output_digest"] for r in (recorded, again)]
 
 
 def check_times(recorded: Result, again: Result) -> Iterator[Check]:
@@ -220,20 +224,15 @@ def check_times(recorded: Result, again: Result) -> Iterator[Check]:
     Simulated ones must be equal. Measured ones agree if the 95 % interval of their ratio (Welch's
     t interval of the difference of mean logarithms) includes 1.
     """
-    simulated = recorded.data["simulated"]
-    durations = {
-        name: [_durations(result, name) for result in (recorded, again)] for name in recorded.names
-    }
-    for name, (then, now) in durations.items():
+    simulated, base = recorded.data["simulated"], None
+    for name in recorded.names:
+        trials = (r.data["strategies"][name]["trials"] for r in (recorded, again))
+        then, now = (np.array([trial["duration"] for trial in each]) for each in trials)
         yield _check_ratio(f"duration, {recorded.label(name)}", then, now, "s", exact=simulated)
-    base = durations[recorded.names[0]]
-    for name in recorded.names[1:]:
-        then, now = (a / b for a, b in zip(base, durations[name], strict=True))
-        yield _check_ratio(f"speed-up, {name}", then, now, "×", exact=simulated)
-
-
-def _durations(result: Result, name: str) -> Any:
-    return np.array([trial["duration"] for trial in result.data["strategies"][name]["trials"]])
+        base = base or (then, now)
+        if name != recorded.names[0]:
+            pair = (base[0] / then, base[1] / now)
+            yield _check_ratio(f"speed-up, {name}", *pair, "×", exact=simulated)
 
 
 def _check_ratio(name: str, then: Any, now: Any, unit: str, *, exact: bool) -> Check:
@@ -241,16 +240,16 @@ def _check_ratio(name: str, then: Any, now: Any, unit: str, *, exact: bool) -> C
     if exact:
         return Check(name, recorded, here, _exact(np.array_equal(then, now)))
     ratio = float(np.exp(np.log(now).mean() - np.log(then).mean()))
-    change = f"{name.replace(',', ' of')} is {times(ratio)} the recorded one"
     if min(len(then), len(now)) < FEWEST_PAIRS:
-        text = f"{here}, too few trials to compare"
-        change = "" if 1 / LARGE < ratio < LARGE else change
-        return Check(name, recorded, text, Verdict.OBSERVED, exact=False, change=change)
-    low, high = interval_of_ratio(then, now)
-    text = f"{here}, {times_within(ratio, low, high)}"
-    if low <= 1 <= high:
-        return Check(name, recorded, text, Verdict.AGREES, exact=False)
-    return Check(name, recorded, text, Verdict.DIFFERS, exact=False, change=change)
+        here += ", too few trials to compare"
+        verdict, is_other = Verdict.OBSERVED, not 1 / LARGE < ratio < LARGE
+    else:
+        low, high = interval_of_ratio(then, now)
+        here += f", {times_within(ratio, low, high)}"
+        is_other = not low <= 1 <= high
+        verdict = _exact(not is_other)
+    change = f"{name.replace(',', ' of')} is {times(ratio)} the recorded one" if is_other else ""
+    return Check(name, recorded, here, verdict, exact=False, change=change)
 
 
 # The second run
@@ -294,11 +293,11 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Reproduction:
     except UsageError as error:
         raise UsageError(f"the result cannot be run here: {error}") from error
     data = recorded.data
-    differences = differences_of(data, __version__, session.environment, session.model)
+    differences = differences_of(data, session.environment, session.model)
     differences += differences_between(
         _server_facts(data.get("server")), _server_facts(session.server())
     )
-    checks = [check_workload(recorded, session.workload.digest)]
+    checks = [_check("workload", data["workload"]["digest"], session.workload.digest)]
     if not (data["simulated"] or recorded.served):
         checks.append(check_weights(recorded, session.model))
     if checks[0].verdict == Verdict.DIFFERS and (files := named_files(session.experiment)):
@@ -313,12 +312,13 @@ def reproduce(recorded: Result, watch: Watch | None = None) -> Reproduction:
     again = make_result(run_on(session), goals)
     checks += check_counters(recorded, again)
     if recorded.served:
-        checks += check_served(recorded, again)
-    for name in () if data["simulated"] or recorded.served else recorded.names:
-        differing = differing_requests(recorded, again, name)
-        both = [recorded.recordings[name][0], again.recordings[name][0]]
-        judged = session.verify(both, differing) if differing else NOT_VERIFIED
-        alike = is_alike(differences)
-        checks.append(check_outputs(recorded, again, name, judged, alike=alike))
+        checks += _check_served(recorded, again)
+    elif not data["simulated"]:
+        for name in recorded.names:
+            differing = _differing_requests(recorded, again, name)
+            both = [recorded.recordings[name][0], again.recordings[name][0]]
+            judged = session.verify(both, differing) if differing else NOT_VERIFIED
+            alike = is_alike(differences)
+            checks.append(check_outputs(recorded, again, name, judged, alike=alike))
     checks += check_times(recorded, again)
     return Reproduction(data["command"], differences, checks, again)

@@ -95,41 +95,39 @@ def arrival_process(
     Raises:
         UsageError: they contradict each other, or one lacks another.
     """
-    text = "" if arrivals is None else arrivals.strip()
-    kind = text.partition(":")[0]
-    if not kind:
-        if request_rate is not None:
-            kind = "gamma" if burstiness != 1.0 else "poisson"
-        else:
-            kind = "trace" if trace else "at-once"
-    if kind not in PROCESSES or (":" in text and kind != "ramp"):
-        raise UsageError(f"--arrivals {shown(text)}: must be {GRAMMAR}")
-    if kind == "trace" and not trace:
-        raise UsageError(f"--arrivals {kind}: there is no trace; give --trace FILE")
-    if kind in ("poisson", "gamma", "constant") and request_rate is None:
-        raise UsageError(f"--arrivals {kind}: needs a rate; give --request-rate")
-    if kind in ("at-once", "trace", "ramp") and request_rate is not None:
-        raise UsageError(f"--arrivals {shown(text)}: takes no separate rate; drop --request-rate")
-    if burstiness != 1.0 and kind == "poisson":
-        raise UsageError(
-            f"--burstiness {burstiness:g}: is 1 for poisson; take --arrivals gamma instead"
-        )
-    if burstiness != 1.0 and kind in ("at-once", "trace", "constant"):
-        raise UsageError(f"--burstiness {burstiness:g}: needs random arrivals; give --request-rate")
-    if kind == "ramp":
-        return ArrivalProcess(kind, *_ramp(text), burstiness)
-    return ArrivalProcess(kind, request_rate, None, burstiness)
-
-
-def _ramp(text: str) -> tuple[float, float]:
+    text = (arrivals or "").strip()
     place = f"--arrivals {shown(text)}"
-    pairs = [part.partition("=") for part in text.partition(":")[2].split(",")]
+    kind, colon, rest = text.partition(":")
+    wrong = UsageError(f"{place}: must be {GRAMMAR}")
+    if not text:
+        timed, untimed = (
+            "poisson" if burstiness == 1.0 else "gamma",
+            "trace" if trace else "at-once",
+        )
+        kind = untimed if request_rate is None else timed
+    if kind not in PROCESSES or (colon and kind != "ramp"):
+        raise wrong
+    if kind == "trace" and not trace:
+        raise UsageError(f"{place}: there is no trace; give --trace FILE")
+    needs_rate = kind in ("poisson", "gamma", "constant")
+    if needs_rate and request_rate is None:
+        raise UsageError(f"{place}: needs a rate; give --request-rate")
+    if not needs_rate and request_rate is not None:
+        raise UsageError(f"{place}: takes no separate rate; drop --request-rate")
+    if burstiness != 1.0 and kind not in ("gamma", "ramp"):
+        raise UsageError(
+            f"--burstiness {burstiness:g}: needs random arrivals; give --request-rate and "
+            "--arrivals gamma"
+        )
+    if kind != "ramp":
+        return ArrivalProcess(kind, request_rate, None, burstiness)
+    pairs = [part.partition("=") for part in rest.split(",")]
     if [name.strip() for name, _, _ in pairs] != ["from", "to"]:
-        raise UsageError(f"{place}: must be {GRAMMAR}")
+        raise wrong
     begin, end = (parse_float(number, place) for _, _, number in pairs)
     if not (0 < begin <= FASTEST and 0 < end <= FASTEST):
         raise UsageError(f"{place}: both rates must be above 0 and at most {FASTEST:g} requests/s")
-    return begin, end
+    return ArrivalProcess(kind, begin, end, burstiness)
 
 
 class Arrivals:

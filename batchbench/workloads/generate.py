@@ -211,28 +211,24 @@ def _fit(outline: Outline, context: int, overlong: str, bound: int | None, note:
 
 def _draw(spec: WorkloadSpec, batch_size: int, encode: Encode | None, note: Note) -> Outline:
     count = spec.queue_size or QUEUE_SIZE
-    outputs = spec.output_lengths(batch_size)
-    output_tokens = outputs.draw(stream(spec.seed, "output lengths"), count)
-    prompts = None
+    outputs, prompts = spec.output_lengths(batch_size), None
     if spec.prompt_tokens is not None:
         lengths = parse_lengths(spec.prompt_tokens, "--prompt-tokens")
         prompt_tokens = lengths.draw(stream(spec.seed, "prompt lengths"), count)
+    elif spec.prompts is None:
+        prompts = classic_prompts(count, encode)
     else:
-        if spec.prompts is not None:
-            prompts, distinct = prompts_of_file(spec.prompts, count, encode)
-            if distinct < count:
-                note(
-                    f"{spec.prompts}: {distinct:,} of its prompts are repeated to fill {count:,} "
-                    "requests (--queue-size)"
-                )
-        else:
-            prompts = classic_prompts(count, encode)
-        prompt_tokens = prompts.lengths
+        prompts, distinct = prompts_of_file(spec.prompts, count, encode)
+        if distinct < count:
+            note(
+                f"{spec.prompts}: {distinct:,} of its prompts are repeated to fill {count:,} "
+                "requests (--queue-size)"
+            )
     return Outline(
         name=_name(spec, batch_size, count),
         seed=spec.seed,
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
+        prompt_tokens=prompt_tokens if prompts is None else prompts.lengths,
+        output_tokens=outputs.draw(stream(spec.seed, "output lengths"), count),
         due_ns=np.zeros(count, np.int64),
         prompts=prompts,
         shared=spec.shared_prefix_tokens,
@@ -257,18 +253,15 @@ def _name(spec: WorkloadSpec, batch_size: int, count: int) -> str:
             f"classic: {count} requests, {spec.long_tokens or 100} tokens every {every}, "
             f"else {spec.short_tokens or 10}; {prompts}"
         )
-    return text + _arrivals_of(spec) + _sampled(spec.sampling)
+    return text + _conditions(spec, spec.sampling)
 
 
-def _sampled(sampling: Sampling | None) -> str:
-    return f"; {sampling}" if sampling else ""
-
-
-def _arrivals_of(spec: WorkloadSpec) -> str:
+def _conditions(spec: WorkloadSpec, sampling: Sampling | None) -> str:
+    """Return words for the arrivals and the sampling, to follow a name."""
     text = "" if spec.process.kind in ("at-once", "trace") else f"; {spec.process}"
     if spec.max_concurrency is not None:
         text += f"; at most {spec.max_concurrency} in the system"
-    return text
+    return f"{text}; {sampling}" if sampling else text
 
 
 def _speed(spec: WorkloadSpec) -> str:
@@ -315,7 +308,7 @@ def _read(spec: WorkloadSpec, encode: Encode, note: Note) -> tuple[Outline, Arri
         others = f"; and {more:,} more" if more else ""
         skipped.append(f"{kind} skipped: {counts[kind]:,}, {'; '.join(map(str, rows))}{others}")
     note(f"{spec.trace}: {'; '.join([f'{trace.format}, {requests}', *trace.remarks, *skipped])}")
-    if spec.queue_size is not None and size < spec.queue_size:
+    if size < (spec.queue_size or 0):
         note(f"{spec.trace}: has {size:,} requests, fewer than --queue-size {spec.queue_size}")
     _check_digest(spec, trace)
     process = spec.process
@@ -337,9 +330,9 @@ def _outline_of(spec: WorkloadSpec, trace: Trace, requests: str) -> Outline:
         name += f", blocks of {trace.block_tokens} tokens"
     most, saved = spec.max_concurrency, trace.about.get("sampling")
     sampling = saved if spec.temperature is None else spec.sampling
-    name = trace.about.get("name", name + _speed(spec)).removesuffix(_sampled(saved))
+    name = trace.about.get("name", name + _speed(spec)).removesuffix(f"; {saved}")
     return Outline(
-        name=name + _arrivals_of(spec) + _sampled(sampling),
+        name=name + _conditions(spec, sampling),
         seed=spec.seed,
         prompt_tokens=trace.prompt_tokens,
         output_tokens=trace.output_tokens,

@@ -41,19 +41,18 @@ def prompts_of_file(file: Path, count: int, encode: Encode | None) -> tuple[Ragg
     Raises:
         UsageError: the file cannot be read as UTF-8 text, has no prompts, or one without tokens.
     """
-    texts = read_prompts(file, count)
-    distinct = [(encode or byte_tokens)(text) for text in texts]
-    for text, ids in zip(texts, distinct, strict=True):
-        if not len(ids):
+    distinct: list[Sequence[int]] = []
+    for text in read_prompts(file, count):
+        distinct.append((encode or byte_tokens)(text))
+        if not len(distinct[-1]):
             raise UsageError(f"--prompts {file}: '{shown(text)}' has no tokens")
     return _repeated(distinct, count), len(distinct)
 
 
 def _repeated(distinct: Sequence[Sequence[int]], count: int) -> Ragged:
     ids = np.concatenate([np.asarray(ids, np.int32) for ids in distinct])
-    return Ragged.of(ids, np.array([len(ids) for ids in distinct])).take(
-        np.arange(count) % len(distinct)
-    )
+    lengths = np.array([len(ids) for ids in distinct])
+    return Ragged.of(ids, lengths).take(np.arange(count) % len(distinct))
 
 
 def read_prompts(file: Path, most: int) -> list[str]:

@@ -88,16 +88,31 @@ class Workload:
                 or more, or the lists differ in length.
         """
         lengths = [len(prompt) for prompt in prompts]
-        _check(lengths, output_tokens, due_ns, max_concurrency)
+        due = [0] * len(prompts) if due_ns is None else due_ns
+        if not len(prompts) == len(output_tokens) == len(due):
+            raise UsageError(
+                f"a workload needs as many lengths and times as prompts, not {len(prompts)} "
+                f"prompts, {len(output_tokens)} output_tokens and {len(due)} due_ns"
+            )
+        rows = zip(lengths, output_tokens, due, [0, *due], strict=False)
+        for i, (prompt, output, at, before) in enumerate(rows):
+            if prompt < 1:
+                raise UsageError(f"request {i}: its prompt is empty; give it at least 1 token")
+            if output < 1:
+                raise UsageError(f"request {i}: output_tokens is {output}; must be at least 1")
+            if at < before:
+                raise UsageError(
+                    f"request {i}: due_ns is {at}, before {before}; sort requests by their times"
+                )
+        if max_concurrency is not None and max_concurrency < 1:
+            raise UsageError(f"max_concurrency is {max_concurrency}; must be at least 1")
         return cls(
             name=name,
             seed=seed,
             prompt_ids=np.fromiter((i for p in prompts for i in p), np.int32, sum(lengths)),
             prompt_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             output_tokens=np.asarray(output_tokens, np.int64),
-            due_ns=np.zeros(len(prompts), np.int64)
-            if due_ns is None
-            else np.asarray(due_ns, np.int64),
+            due_ns=np.asarray(due, np.int64),
             stop_at_eos=stop_at_eos,
             max_concurrency=max_concurrency,
             sampling=sampling,
@@ -146,33 +161,6 @@ class Workload:
         if self.sampling is not None:
             content.update(repr(astuple(self.sampling)).encode())
         return content.hexdigest()
-
-
-def _check(
-    prompt_tokens: Sequence[int],
-    output_tokens: Sequence[int],
-    due_ns: Sequence[int] | None,
-    max_concurrency: int | None,
-) -> None:
-    due = [0] * len(prompt_tokens) if due_ns is None else due_ns
-    if not len(prompt_tokens) == len(output_tokens) == len(due):
-        raise UsageError(
-            f"a workload needs as many lengths and times as prompts, not {len(prompt_tokens)} "
-            f"prompts, {len(output_tokens)} output_tokens and {len(due)} due_ns"
-        )
-    before = 0
-    for i, (prompt, output, at) in enumerate(zip(prompt_tokens, output_tokens, due, strict=True)):
-        if prompt < 1:
-            raise UsageError(f"request {i}: its prompt is empty; give it at least 1 token")
-        if output < 1:
-            raise UsageError(f"request {i}: output_tokens is {output}; ask for at least 1 token")
-        if at < before:
-            raise UsageError(
-                f"request {i}: due_ns is {at}, before {before}; sort requests by their times"
-            )
-        before = at
-    if max_concurrency is not None and max_concurrency < 1:
-        raise UsageError(f"max_concurrency is {max_concurrency}; must be at least 1")
 
 
 Ints = NDArray[np.int64]

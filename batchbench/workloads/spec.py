@@ -236,17 +236,15 @@ class WorkloadSpec:
         settings.check(self)
         self._check_trace()
         _ = self.process
-        for option, text in (
-            ("--prompt-tokens", self.prompt_tokens),
-            ("--output-tokens", self.output_tokens),
-        ):
-            if text is not None:
+        files = {"--prompts ": self.prompts, "--trace ": self.trace}
+        for name in ("prompt_tokens", "output_tokens"):
+            if (text := getattr(self, name)) is not None:
+                option = settings.option_name(name)
                 lengths = parse_lengths(text, option)
-                if file := getattr(lengths, "file", None):
-                    check_there(file, f"{option} {text}")
-        for option, file in (("--prompts", self.prompts), ("--trace", self.trace)):
+                files[f"{option} empirical:"] = getattr(lengths, "file", None)
+        for place, file in files.items():
             if file is not None:
-                check_there(file, f"{option} {file}")
+                check_there(file, f"{place}{file}")
         if self.shared_prefix_tokens and self.prompt_tokens is None and self.trace is None:
             raise UsageError(
                 f"--shared-prefix-tokens {self.shared_prefix_tokens}: needs random prompts; "
@@ -260,7 +258,6 @@ class WorkloadSpec:
                 f"--temperature {self.temperature:g}: must be 0, which is greedy, or at least "
                 f"{LEAST_TEMPERATURE:g}"
             )
-
         if self.chat_template and self.prompts is None:
             raise UsageError("--chat-template: needs prompts as text; give --prompts FILE")
 

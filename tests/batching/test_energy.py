@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from support.results import result_of, shown, trials_of
 
-from batchbench.batching.benches import local as conducting
+from batchbench.batching import bench as conducting
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.machine import (
     Counter,
@@ -286,21 +287,8 @@ def test_one_trial_that_was_not_counted_and_there_is_none() -> None:
     assert "Energy" not in shown(result, 120)
 
 
-class Rising:
-    """Half a joule more at each reading."""
-
-    name, range_j, least_s = "made up", None, 0.0
-
-    def __init__(self) -> None:
-        self.joules = 0.0
-
-    def read_j(self) -> float:
-        self.joules += 0.5
-        return self.joules
-
-
 def test_each_trial_of_a_run_is_counted(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counter: Counter = Rising()
+    counter = Counter("made up", itertools.count(step=0.5).__next__)
     monkeypatch.setattr(conducting, "counters_for", lambda *device: [counter])
     outcome = conduct(
         Experiment(

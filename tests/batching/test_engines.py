@@ -26,9 +26,8 @@ from batchbench.batching.engines.torch.reference import TeacherForced
 from batchbench.batching.engines.torch.slots import SlotsEngine
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Plan
-from batchbench.batching.policies import make_policy
+from batchbench.batching.policies import ORDERS, make_policy
 from batchbench.batching.progress import Watch
-from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Recording
 from batchbench.batching.scheduler import Scheduler
 from batchbench.batching.verification import verify

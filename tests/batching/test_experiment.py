@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
-from batchbench.batching import benches
+from batchbench.batching import bench as benches
 from batchbench.batching import session as conducting
 from batchbench.batching.batcher import Batcher
-from batchbench.batching.benches.local import check_context
+from batchbench.batching.bench import LocalBench, check_context
 from batchbench.batching.engines.torch import hardware as bandwidth
 from batchbench.batching.experiment import Experiment, ServingSpec, TrialsSpec
 from batchbench.batching.models import ModelSpec, Source
 from batchbench.batching.progress import Limited, Progress, Watch
 from batchbench.batching.remote.spec import TargetSpec
-from batchbench.batching.session import Session, StopReason, conduct
+from batchbench.batching.session import StopReason, conduct
 from batchbench.batching.step_cost import Bandwidth
 from batchbench.batching.trials import WarmUp, beginning
 from batchbench.errors import OutOfTimeError, UsageError
@@ -37,7 +37,7 @@ from batchbench.workloads.spec import WorkloadSpec
 
 Ask = Callable[..., Experiment]
 
-WARM_UP = Session.warm_up
+WARM_UP = LocalBench.warm_up
 
 BOTH = ("static", "continuous")
 
@@ -54,7 +54,7 @@ def cheap_garbage() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of a tiny model vary by more than 5 % for ever."""
-    monkeypatch.setattr(Session, "warm_up", lambda session: WARM_UP(session, most=2))
+    monkeypatch.setattr(LocalBench, "warm_up", lambda session: WARM_UP(session, most=2))
 
 
 class Listener(Watch):
@@ -465,7 +465,7 @@ def test_warm_up_ends_when_steps_change_no_more(
     monkeypatch.setattr(Batcher, "serve", serve)
     before, last = step_ns[rounds - 2 : rounds]
     change = pytest.approx(last / before - 1)
-    found = WARM_UP(Session(ask(), Watch()))
+    found = WARM_UP(LocalBench(ask(), Watch()))
     assert found.duration_s is not None
     assert replace(found, duration_s=None) == WarmUp(rounds, settled, change, last)
 

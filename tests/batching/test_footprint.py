@@ -96,28 +96,33 @@ def test_the_cache_is_counted_to_the_byte() -> None:
 def test_a_run_that_fits_is_not_warned_of(checkpoint: Path, free: Any) -> None:
     free(2**40)
     found = foretell(checkpoint)
-    assert found.fitting is None
-    assert found.peak_bytes is not None
-    assert found.peak_bytes > psutil.Process().memory_info().rss / 2
+    assert found.sizes is not None
+    assert found.sizes.fitting is None
+    assert found.sizes.peak_bytes > psutil.Process().memory_info().rss / 2
     assert not any(line.startswith("warning") for line in found.lines())
 
 
 def test_the_batch_that_a_warning_names_fits_and_no_larger_one(checkpoint: Path, free: Any) -> None:
     free(500 * MIB)
     found = foretell(checkpoint, batch_size=10**5, queue_size=8)
-    assert found.fitting
+    assert found.sizes is not None
+    largest = found.sizes.fitting
+    assert 0 < largest < 10**5
     (said,) = [line for line in found.lines() if line.startswith("warning")]
     assert "--batch-size 100000 does not fit" in said
-    assert said.endswith(f"the largest --batch-size that fits is {found.fitting}")
+    assert said.endswith(f"the largest --batch-size that fits is {largest}")
     # The process grows a little from one estimate to the next, as the room does.
-    assert foretell(checkpoint, batch_size=found.fitting * 9 // 10, queue_size=8).fitting is None
-    assert foretell(checkpoint, batch_size=found.fitting * 11 // 10, queue_size=8).fitting
+    for tenths, fits in ((9, True), (11, False)):
+        sizes = foretell(checkpoint, batch_size=largest * tenths // 10, queue_size=8).sizes
+        assert sizes is not None
+        assert (sizes.fitting is None) is fits
 
 
 def test_where_nothing_fits_a_smaller_model_is_named(checkpoint: Path, free: Any) -> None:
     free(MIB)
     found = foretell(checkpoint, batch_size=4)
-    assert found.fitting == 0
+    assert found.sizes is not None
+    assert found.sizes.fitting == 0
     assert any("not even one slot fits: choose a smaller model" in line for line in found.lines())
 
 
@@ -126,9 +131,9 @@ def test_each_part_of_a_run_is_counted(checkpoint: Path, free: Any) -> None:
 
     def peak(**settings: Any) -> int:
         asked = {"batch_size": 2000, "queue_size": 2000, "prompt_tokens": "20", **settings}
-        found = foretell(checkpoint, **asked).peak_bytes
-        assert found is not None
-        return found
+        sizes = foretell(checkpoint, **asked).sizes
+        assert sizes is not None
+        return sizes.peak_bytes
 
     slots = peak()
     cache = 2000 * 120 * 2 * 2 * 4 * 8 * 4

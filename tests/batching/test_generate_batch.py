@@ -14,6 +14,7 @@ import pytest
 from support.models import Alone
 from support.results import SETTLED
 
+from batchbench.batching.bench import LocalBench
 from batchbench.batching.dry_run import estimate
 from batchbench.batching.engines.generate_batch import GenerateBatch
 from batchbench.batching.engines.torch.reference import TeacherForced
@@ -22,7 +23,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Header, Recording
 from batchbench.batching.recording_file import load_recording, save_recording
-from batchbench.batching.session import Outcome, Session, conduct
+from batchbench.batching.session import Outcome, conduct
 from batchbench.batching.verification import verify
 from batchbench.errors import UsageError
 from batchbench.reports import metrics
@@ -265,7 +266,7 @@ def test_what_needs_its_steps_beforehand_is_refused_or_says_so(checkpoint: Path)
 
 
 def test_a_session_makes_it_once(checkpoint: Path) -> None:
-    session = Session(experiment(checkpoint, "generate_batch,continuous"), Watch())
+    session = LocalBench(experiment(checkpoint, "generate_batch,continuous"), Watch())
     assert session.strategies()[0] is session.strategies()[0]
 
 

@@ -220,7 +220,7 @@ def test_a_package_that_is_missing_is_named_with_the_command(
 def test_a_foreign_file_is_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(content)
-    assert "is a file, but no GGUF file" in refusal(file)
+    assert "is a file but not GGUF" in refusal(file)
 
 
 @pytest.mark.parametrize("name", ["nowhere.gguf", "no/such.gguf"])

@@ -13,7 +13,7 @@ from support.cuda_stand_in import StandIn
 from support.models import LLAMA, TINY, MakeModel
 
 from batchbench.batching import trials
-from batchbench.batching.benches.local import LocalBench
+from batchbench.batching.bench import LocalBench
 from batchbench.batching.dry_run import estimate
 from batchbench.batching.engines.torch import build, hardware
 from batchbench.batching.engines.torch.hardware import (
@@ -183,14 +183,15 @@ def test_an_estimate_on_a_gpu_counts_launches(
     monkeypatch.setattr(build, "supports_triton", lambda device: False)
     found = estimate(experiment(checkpoint, engine=engine), Watch())
     of_layer, beside = build.LEAN if engine == "slots" else build.WITH_TRANSFORMERS
-    assert found.launches == 2 * of_layer + beside
+    assert found.sizes is not None
+    assert found.sizes.launches == 2 * of_layer + beside
     assert kinds == [engine == "slots"]
     assert found.seconds is not None
-    lengths = [count * found.launches * 1e-3 for count in found.steps.values()]
+    lengths = [count * found.sizes.launches * 1e-3 for count in found.steps.values()]
     expected = sum(length * trials.servings_for(length, 1.0) for length in lengths) * 2
     assert found.seconds == pytest.approx(expected, rel=1e-3)
     (line,) = [line for line in found.lines() if line.startswith("time")]
-    assert f"launching {found.launches} kernels" in line
+    assert f"launching {found.sizes.launches} kernels" in line
 
 
 def test_the_time_of_a_kernel_is_that_of_many_in_a_row(cuda_stand_in: StandIn) -> None:
@@ -240,7 +241,9 @@ def test_an_estimate_counts_the_launches_of_the_kernels_that_are_used(
     monkeypatch.setattr(build, "_time_kernel", lambda device, *, replayed: 1e-6)
     monkeypatch.setattr(build, "supports_triton", lambda device: triton)
     of_layer, beside = counted
-    assert estimate(experiment(tmp_path), Watch()).launches == 2 * of_layer + beside
+    sizes = estimate(experiment(tmp_path), Watch()).sizes
+    assert sizes is not None
+    assert sizes.launches == 2 * of_layer + beside
 
 
 def test_the_buffer_that_measures_memory_refuses_no_batch(
@@ -250,8 +253,6 @@ def test_the_buffer_that_measures_memory_refuses_no_batch(
     monkeypatch.setattr(hardware, "_LEAST_GPU_BYTES", 2**42)
     monkeypatch.setattr(hardware, "cache_bytes", lambda device: 2**16)
     monkeypatch.setattr(build, "_time_kernel", lambda device, *, replayed: 1e-6)
-    found = estimate(experiment(checkpoint), Watch())
-    assert found.fitting is None
-    assert found.peak_bytes is not None
-    assert found.room_bytes is not None
-    assert found.room_bytes / 3 < found.peak_bytes <= found.room_bytes
+    sizes = estimate(experiment(checkpoint), Watch()).sizes
+    assert sizes is not None
+    assert sizes.room_bytes / 3 < sizes.peak_bytes <= sizes.room_bytes

@@ -443,26 +443,3 @@ def test_a_name_that_is_no_policy_is_refused_by_the_name_of_the_option(name: str
     with pytest.raises(UsageError) as refused:
         make_policy(name)
     assert str(refused.value).startswith(" ".join(f"--strategy {name}:".split()))
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("", "the module spoiled_policy has no class Policy"),
-        ("Policy = 7", "is not a class but of type int"),
-        ("def broken(:", "SyntaxError"),
-        ("import no_such_module_here", "ModuleNotFoundError"),
-        ("raise RuntimeError('no')", "RuntimeError: no"),
-        ("import sys; sys.exit(0)", "SystemExit"),
-        ("class Policy:\n    def __init__(self, size): ...", r"has no method admit\(view\)"),
-        ("class Policy:\n    def admit(self, view): ...", r"has no method release\(view\)"),
-        ("class Policy:\n    def release(self, view): ...", r"has no method admit\(view\)"),
-        ("class Policy:\n    admit = release = 3", r"has no method admit\(view\)"),
-    ],
-)
-def test_a_policy_of_yours_that_cannot_be_made_is_refused_with_the_reason(
-    here: Path, content: str, reason: str
-) -> None:
-    (here / "spoiled_policy.py").write_text(content)
-    with pytest.raises(UsageError, match=rf"^--strategy spoiled_policy:Policy: .*{reason}"):
-        make_policy("spoiled_policy:Policy")

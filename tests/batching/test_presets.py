@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from support.laws import law
 from support.program import Program, Said, caller
 
+from batchbench.batching.bench import LocalBench
 from batchbench.batching.experiment import PARTS, Experiment
 from batchbench.batching.models import MADE_UP, ModelSpec, find_model
 from batchbench.batching.presets import NOTEBOOK, PRESETS, Basis
 from batchbench.batching.progress import Watch
-from batchbench.batching.session import Session, conduct
+from batchbench.batching.session import conduct
 from batchbench.cli import run as running
 from batchbench.cli.main import load_command, run_command
 from batchbench.errors import UsageError
@@ -70,7 +71,7 @@ def asked_by(words: Sequence[str]) -> Experiment:
 
 def digest_of(experiment: Experiment) -> str:
     """The digest of the workload that an experiment serves."""
-    return Session(replace(experiment, simulated=True), Watch()).workload.digest
+    return LocalBench(replace(experiment, simulated=True), Watch()).workload.digest
 
 
 # Presets
@@ -89,7 +90,7 @@ def test_presets_set_what_there_is_to_set() -> None:
 @pytest.mark.parametrize("model", ["gpt2", "gpt2-xl", None])
 def test_every_preset_fits_the_models_context(name: str, model: str | None) -> None:
     given = {} if model is None else {"model": model}
-    workload = Session(Experiment.of(given, preset=name, simulated=True), Watch()).workload
+    workload = LocalBench(Experiment.of(given, preset=name, simulated=True), Watch()).workload
     assert workload.max_total_tokens <= 1024
     assert len(workload) in (32, 64)
 
@@ -100,7 +101,7 @@ def test_a_preset_fits_a_small_context_too(name: str, seed: int, tmp_path: Path)
     shape = {**MADE_UP["toy-gpt2"], "n_positions": 128}
     (tmp_path / "config.json").write_text(json.dumps(shape))
     asked = Experiment.of({"model": str(tmp_path), "seed": seed}, preset=name, simulated=True)
-    workload = Session(asked, Watch()).workload
+    workload = LocalBench(asked, Watch()).workload
     assert workload.max_total_tokens <= 128
 
 
@@ -282,8 +283,8 @@ def test_from_python_a_setting_that_is_none_is_named() -> None:
 
 
 def test_the_ci_preset_runs_on_its_made_up_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    warm_up = Session.warm_up
-    monkeypatch.setattr(Session, "warm_up", lambda session: warm_up(session, most=1))
+    warm_up = LocalBench.warm_up
+    monkeypatch.setattr(LocalBench, "warm_up", lambda session: warm_up(session, most=1))
     given_settings = {"trials": 1, "device": "cpu", "queue_size": 9, "long_tokens": 20}
     outcome = conduct(Experiment.of(given_settings, preset="ci"))
     assert outcome.workload.closed

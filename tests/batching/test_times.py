@@ -29,7 +29,7 @@ from batchbench.reports.time_budget import (
     littles_law,
     time_budget,
 )
-from batchbench.studies.capacity.probe import queue_growth
+from batchbench.studies.capacity.search import queue_growth
 from batchbench.workloads import Workload
 
 POLICIES = ("static", "static-fixed", "static-bucketed", "static-oracle", "continuous")

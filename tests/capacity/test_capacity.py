@@ -17,29 +17,32 @@ from hypothesis import strategies as st
 from support.laws import law, thorough
 from support.program import Call, call
 
+from batchbench.batching.bench import LocalBench
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
-from batchbench.batching.session import Session
 from batchbench.batching.verification import Verification
 from batchbench.errors import UsageError
 from batchbench.json_file import json_text
 from batchbench.reports.slo import GoalsSpec
-from batchbench.studies.capacity import probe as benches
 from batchbench.studies.capacity import report
-from batchbench.studies.capacity.probe import (
+from batchbench.studies.capacity import search as benches
+from batchbench.studies.capacity.report import draw_capacity
+from batchbench.studies.capacity.search import (
     GROWTH,
+    MOST_PROBES,
+    CapacityFindings,
     CapacityQuery,
+    Search,
     TrialFigures,
     Verdict,
     attained,
     check_enough,
     figures_of,
+    find_capacity,
     judge,
     mean_of,
     queue_growth,
 )
-from batchbench.studies.capacity.report import draw_capacity
-from batchbench.studies.capacity.search import MOST_PROBES, CapacityFindings, Search, find_capacity
 
 YES, NO, BORDER = Verdict.SUSTAINED, Verdict.NOT_SUSTAINED, Verdict.BORDERLINE
 
@@ -118,7 +121,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 def served(seed: int = 0, **given: Any) -> Any:
     """One simulated trial of continuous batching."""
     asked = Experiment.of({"strategy": "continuous", "seed": seed, **given}, simulated=True)
-    session = Session(asked, Watch())
+    session = LocalBench(asked, Watch())
     (batcher,) = session.strategies()
     return batcher.serve(session.workload, Watch())
 
@@ -216,17 +219,19 @@ def test_a_rate_that_is_never_or_always_sustained_ends_the_search() -> None:
 # Against brute force
 
 
-def asked_of(most_trials: int, attainment: float = 0.9, **limits: float) -> CapacityQuery:
+def asked_of(
+    most_trials: int, attainment: float = 0.9, precision: float = 0.1, **limits: float
+) -> CapacityQuery:
     """Limits in ms."""
     slo = tuple(f"{name}:{limit:g}" for name, limit in limits.items())
-    return CapacityQuery(GoalsSpec(slo=slo), attainment, most_trials)
+    return CapacityQuery(GoalsSpec(slo=slo), attainment, most_trials, precision)
 
 
 def brute_force(
     experiment: Experiment, asked: CapacityQuery, strategy: str, rates: Sequence[float]
 ) -> list[bool]:
     """Return for each rate if it is sustained, from all trials together and without a search."""
-    session = Session(experiment, Watch())
+    session = LocalBench(experiment, Watch())
     (batcher,) = [b for b in session.strategies() if b.name == strategy]
     verdicts = []
     for rate in rates:
@@ -256,7 +261,7 @@ def test_without_noise_the_capacity_is_the_one_of_a_fine_grid(
         {"queue_size": 120, "batch_size": 4, "request_rate": 1.0, "seed": seed}, simulated=True
     )
     asked = asked_of(1, **limits)
-    found = find_capacity(experiment, asked, precision=0.02)
+    found = find_capacity(experiment, replace(asked, precision=0.02))
     for capacity in found.capacities:
         assert capacity.high / capacity.low <= 1.02 * (1 + 1e-9)
         low, high = capacity.low, capacity.high
@@ -277,7 +282,7 @@ def test_with_noise_the_interval_holds_the_capacity_of_all_trials_together() -> 
         {"queue_size": 150, "batch_size": 4, "request_rate": 1.0}, simulated=True
     )
     asked = asked_of(6, ttft=60.0)
-    found = find_capacity(experiment, asked, precision=0.1)
+    found = find_capacity(experiment, asked)
     for capacity in found.capacities:
         low, high = capacity.low, capacity.high
         rates = np.geomspace(low / 1.3, high * 1.3, 24).tolist()
@@ -288,7 +293,7 @@ def test_with_noise_the_interval_holds_the_capacity_of_all_trials_together() -> 
 
 def test_continuous_carries_more_and_trials_are_the_same_for_both() -> None:
     experiment = Experiment.of({"queue_size": 150, "request_rate": 1.0}, simulated=True)
-    found = find_capacity(experiment, asked_of(4, ttft=80.0), precision=0.1)
+    found = find_capacity(experiment, asked_of(4, ttft=80.0))
     static, continuous = found.capacities
     assert continuous.low > static.high
     assert found.ratio is not None
@@ -305,7 +310,7 @@ def test_continuous_carries_more_and_trials_are_the_same_for_both() -> None:
 def findings() -> CapacityFindings:
     """A search with both strategies."""
     experiment = Experiment.of({"queue_size": 60, "request_rate": 1.0}, simulated=True)
-    return find_capacity(experiment, asked_of(3, ttft=80.0), precision=0.2)
+    return find_capacity(experiment, asked_of(3, precision=0.2, ttft=80.0))
 
 
 def test_the_sentence_says_how_much_more(findings: CapacityFindings) -> None:
@@ -382,7 +387,7 @@ def test_a_model_is_probed_verified_and_audited(checkpoint: Path) -> None:
             "request_rate": 1.0,
         }
     )
-    found = find_capacity(experiment, asked_of(1, attainment=0.5, e2el=10_000.0), precision=1.0)
+    found = find_capacity(experiment, asked_of(1, 0.5, 1.0, e2el=10_000.0))
     assert [capacity.strategy for capacity in found.capacities] == ["static", "continuous"]
     assert all(0 < c.low < c.high for c in found.capacities)
     assert found.verification.requests_checked == 24
@@ -463,7 +468,7 @@ def test_ctrl_c_keeps_nothing(
 
 def test_wrong_outputs_end_with_1(program: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Verification(60, 59, 0, 1, "made up", None, ())
-    monkeypatch.setattr(Session, "verify", lambda self, recordings: wrong)
+    monkeypatch.setattr(LocalBench, "verify", lambda self, recordings: wrong)
     code, out, _ = program("capacity", "--simulated", "--slo", "ttft:80", *QUICK, "--quiet")
     assert code == 1
     assert "1 WRONG; suspect (1 request got wrong tokens)" in out

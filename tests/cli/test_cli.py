@@ -37,7 +37,7 @@ from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import Basis
 from batchbench.batching.progress import Progress
 from batchbench.batching.verification import Finding, Verification
-from batchbench.cli import progress as progresses
+from batchbench.cli import output as streams
 from batchbench.cli import run as running
 from batchbench.cli.main import COMMANDS as PURPOSES
 from batchbench.cli.main import app, load_command, run_command
@@ -108,13 +108,13 @@ BAD_OPTIONS = [
     ("--strategy static-oracle --stop-at-eos", "--strategy static-oracle: sorts by output length"),
     ("--max-wait 5 --strategy continuous", "--max-wait 5: none of --strategy continuous waits"),
     ("--max-wait -1", "--max-wait -1: must be at least 0"),
-    ("--strategy os:getcwd", "--strategy os:getcwd: is not a class but a function"),
-    ("--strategy os:nope", "--strategy os:nope: "),
     (
-        "--strategy nowhere:Policy",
-        "--strategy nowhere:Policy: there is no module nowhere; give one",
+        "--strategy os:getcwd",
+        "--strategy os:getcwd: has no method admit(view)",
     ),
-    ("--strategy broken:Policy", "--strategy broken:Policy: cannot be imported: ZeroDivisionError"),
+    ("--strategy os:nope", "--strategy os:nope: "),
+    ("--strategy nowhere:Policy", "nowhere:Policy: cannot be made: ModuleNotFoundError: No module"),
+    ("--strategy broken:Policy", "--strategy broken:Policy: cannot be made: ZeroDivisionError"),
     ("--strategy :", "--strategy :"),
     ("--strategy ,", "--strategy: name at least one"),
     ("--strategy static,static", "--strategy static,static: has the same strategy twice"),
@@ -153,7 +153,7 @@ LATER = [
     ("--model ./nowhere", "--model ./nowhere: no such file or folder; give a checkpoint's folder"),
     (
         "--model good.txt",
-        "--model good.txt: is a file, but no GGUF file; give a checkpoint's folder",
+        "--model good.txt: is a file but not GGUF; give a checkpoint's folder",
     ),
     ("--model .", "--model .: is not a checkpoint: config.json is missing"),
     ("--model 'a b/c/d'", "--model a b/c/d: "),
@@ -524,7 +524,7 @@ def test_listing_commands_imports_none_of_them(tmp_path: Path) -> None:
     )
     loaded = in_a_process(cwd=tmp_path, code=code).stderr
     assert "cli.output" in loaded
-    assert not re.search(r"cli\.(run|gate|sweep|workload)", loaded)
+    assert not re.search(r"cli\.(run|gate|studies|workload)", loaded)
 
 
 def test_version(program: Program) -> None:
@@ -777,7 +777,7 @@ def test_ctrl_c_while_verifying_keeps_all_pairs(
     def interrupted(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conducting.Session, "verify", interrupted)
+    monkeypatch.setattr(conducting.LocalBench, "verify", interrupted)
     said = program("simulate", "--trials", "2", "--output", "mine")
     assert said.code == 130
     data = json.loads((here / "mine" / "result.json").read_text(encoding="utf-8"))
@@ -791,7 +791,7 @@ def test_wrong_outputs_end_with_1_and_are_written_and_shown(
 ) -> None:
     bad = Finding(4, "continuous", "wrong", 9, 5.0, 0.2, "token 9 is another")
     found = Verification(32, 31, 0, 1, "teacher-forced", 5.0, (bad,))
-    monkeypatch.setattr(conducting.Session, "verify", lambda *_: found)
+    monkeypatch.setattr(conducting.LocalBench, "verify", lambda *_: found)
     said = program("simulate", "--output", "mine", *flags)
     assert said.code == 1
     data = json.loads((here / "mine" / "result.json").read_text(encoding="utf-8"))
@@ -854,7 +854,7 @@ def test_many_slots_are_told_as_a_number() -> None:
 
 def test_plain_lines_have_no_escapes_and_need_no_markup() -> None:
     terminal = Console(file=io.StringIO(), width=20, soft_wrap=True)
-    display = PlainDisplay(terminal)
+    display = PlainDisplay(terminal, 1)
     display.note("a [bold]name[/bold] that is longer than the terminal is wide")
     display.trial_begins("static", 0, 4)
     display.trial_ends("static", 0, 1_500_000_000)
@@ -866,7 +866,7 @@ def test_plain_lines_have_no_escapes_and_need_no_markup() -> None:
 
 
 def test_a_log_gets_a_line_in_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progresses, "SILENCE_S", 0.02)
+    monkeypatch.setattr(streams, "SILENCE_S", 0.02)
     log = Console(file=io.StringIO(), width=80)
     with PlainDisplay(log, 2) as display:
         display.phase("loading")
@@ -986,6 +986,8 @@ def test_the_notebook_engine_takes_the_same_steps_and_gives_the_same_tokens(
         assert strategy["output_digest"] == served.data["strategies"][name]["output_digest"]
 
 
+REMAKING = "making the report (a few seconds) …\n"
+
 WITHOUT_TORCH = """
 import sys
 class Absent:
@@ -1005,7 +1007,7 @@ def test_report_draws_everything_again_without_torch(served: Served, tmp_path: P
         if file.suffix in (".png", ".svg", ".csv"):
             file.unlink()
     done = in_a_process("report", "mine", cwd=tmp_path, code=WITHOUT_TORCH)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, REMAKING)
     assert done.stdout == served.done.stdout
     assert found_in(folder) == found_in(served.folder)
     for name in found_in(folder):
@@ -1018,12 +1020,13 @@ def test_report_writes_a_page_or_markdown_where_it_is_told(
 ) -> None:
     shutil.copytree(served.folder, here / "mine")
     (here / "mine" / "report.html").unlink()
-    assert program("report", "mine", "--format", "html") == Said(0, "File: mine/report.html\n", "")
+    said = program("report", "mine", "--format", "html")
+    assert said == Said(0, "File: mine/report.html\n", REMAKING)
     assert "<h1>" in (here / "mine" / "report.html").read_text(encoding="utf-8")
     assert program("report", "mine", "--output", "a page.html", "--quiet") == Said(0, "", "")
     assert (here / "a page.html").read_bytes() == (here / "mine" / "report.html").read_bytes()
     said = program("report", "mine", "--format", "markdown", "--output", "-")
-    assert (said.code, said.err) == (0, "")
+    assert (said.code, said.err) == (0, REMAKING)
     assert said.out.startswith("**continuous batching")
     assert "](mine/timeline.png)" in said.out
     assert program("report", "mine", "--format", "markdown").out == "File: mine/report.md\n"
@@ -1036,7 +1039,7 @@ def test_report_sets_several_results_side_by_side(program: Program, here: Path) 
         assert program("simulate", *words, "--output", name).code == 0
     before = found_in(here)
     said = program("report", "four", "eight")
-    assert (said.code, said.err) == (0, "")
+    assert (said.code, said.err) == (0, REMAKING)
     assert re.search(r"^ batch size +4 +8 *$", said.out, re.MULTILINE)
     assert said.out.startswith("2 results side by side: ")
     assert found_in(here) == before
@@ -1102,7 +1105,7 @@ def test_report_shows_a_study_again(program: Program, here: Path) -> None:
     for folder, part in (("swept", "over 2 cells"), ("carried", "req/s")):
         before = found_in(here)
         said = program("report", folder)
-        assert (said.code, said.err) == (0, "")
+        assert (said.code, said.err) == (0, "reading the study (a few seconds) …\n")
         assert part in said.out
         assert f"Files: {folder}/ with" in said.out
         assert program("report", folder, "--quiet").out.count("\n") == 1
@@ -1120,7 +1123,7 @@ def test_report_shows_a_trend_and_the_record_of_a_gate_again(program: Program, h
     assert program("simulate", "-n", "8", "-o", "mine", "-q").code == 0
     first = program("trend", "mine", "--output", "history", "--quiet").out
     again = program("report", "history")
-    assert (again.code, again.err) == (0, "")
+    assert (again.code, again.err) == (0, "reading the study (a few seconds) …\n")
     assert program("report", "history", "--quiet").out == first
     assert "static.output_throughput" in again.out
     assert "Again:" not in again.out  # trend.json does not hold the command
@@ -1128,7 +1131,7 @@ def test_report_shows_a_trend_and_the_record_of_a_gate_again(program: Program, h
     (here / "duel").mkdir()
     (here / "duel" / "duet.json").write_bytes(make_record(FAILED, 1))
     again = program("report", "duel")
-    assert (again.code, again.err) == (0, "")
+    assert (again.code, again.err) == (0, "reading the study (a few seconds) …\n")
     assert program("report", "duel", "--quiet").out == f"{FAILED.sentence}\n"
     for evidence in FAILED.evidence:
         assert evidence.name in again.out
@@ -1144,8 +1147,8 @@ def test_report_prints_json_by_either_name(program: Program, here: Path) -> None
 def test_report_has_json_and_quiet_too(served: Served, program: Program, here: Path) -> None:
     shutil.copytree(served.folder, here / "mine")
     text = (here / "mine" / "result.json").read_text(encoding="utf-8")
-    assert program("report", "mine", "--json") == Said(0, text, "")
-    assert program("report", "mine/result.json", "--json") == Said(0, text, "")
+    assert program("report", "mine", "--json") == Said(0, text, REMAKING)
+    assert program("report", "mine/result.json", "--json") == Said(0, text, REMAKING)
     quiet = program("report", "mine", "--quiet")
     assert (quiet.code, quiet.err, quiet.out.count("\n")) == (0, "", 1)
 

@@ -284,11 +284,11 @@ def test_what_differs_in_the_environment_is_named() -> None:
     data = {**clean().data, "batchbench_version": "0.0.9"}
     then = {"hostname": "a", "cpu": "x", "packages": {"torch": "1"}, "gpu_clock_mhz": {"sm": 1}}
     now = {"hostname": "b", "cpu": "x", "packages": {"torch": "2"}, "gpu_clock_mhz": {"sm": 2}}
-    found = reproducing.differences_of({**data, "environment": then}, "0.1.0", now, data["model"])
+    found = reproducing.differences_of({**data, "environment": then}, now, data["model"])
     assert [(d.name, d.base, d.new) for d in found] == [
         ("hostname", "a", "b"),
         ("torch", "1", "2"),
-        ("batchbench", "0.0.9", "0.1.0"),
+        ("batchbench", "0.0.9", batchbench.__version__),
     ]
     assert not reproducing.is_alike(found)
     assert reproducing.is_alike(found[:1])

@@ -20,9 +20,13 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, conduct
 from batchbench.errors import IncompleteError, UsageError
 from batchbench.reports.slo import GoalsSpec
-from batchbench.studies.capacity.probe import CapacityQuery, CapacityWatch
-from batchbench.studies.capacity.search import find_capacity, find_capacity_on
-from batchbench.studies.executors.jobs import Ended, Failed, Job, Unlike, clients_on
+from batchbench.studies.capacity.search import (
+    CapacityQuery,
+    CapacityWatch,
+    find_capacity,
+    find_capacity_on,
+)
+from batchbench.studies.executors.jobs import Ended, Failed, Job, Needs, Unlike, clients_on
 from batchbench.studies.sweep.run import Store
 from batchbench.version import __version__
 
@@ -33,7 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-LIKE = {"batchbench": __version__}
+NEEDS = Needs({"batchbench": __version__})
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +75,7 @@ def test_a_node_of_ray_that_dies_loses_no_cell_and_repeats_none(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    executor = RayCluster("auto", Watch(), timed=False, gpus=False, like=LIKE, same=False)
+    executor = RayCluster("auto", Watch(), NEEDS)
     with closing(executor):
         table = swept(tmp_path / "cluster", grid_of(10), executor, logged)
     killer.join()
@@ -82,14 +86,7 @@ def test_a_node_of_ray_that_dies_loses_no_cell_and_repeats_none(
     # A machine of another kind is refused before it serves anything.
     with (
         closing(
-            RayCluster(
-                "auto",
-                Watch(),
-                timed=False,
-                gpus=False,
-                like={**LIKE, "cpu": "another"},
-                same=True,
-            )
+            RayCluster("auto", Watch(), Needs({**NEEDS.like, "cpu": "another"}, same=True))
         ) as other,
         pytest.raises(UsageError, match=r"no node can be used: its cpu is .*; --any-hardware uses"),
     ):
@@ -104,13 +101,8 @@ def test_a_job_of_submitit_that_is_killed_loses_no_cell_and_repeats_none(tmp_pat
         return Slurm(
             tmp_path / "jobs",
             Watch(),
+            Needs({**NEEDS.like, **like}, same=True),
             parallel=2,
-            partition=None,
-            minutes=5,
-            gpus=0,
-            timed=False,
-            like={**LIKE, **like},
-            same=True,
             cluster="local",
             grace_s=0.3,
         )
@@ -135,17 +127,16 @@ def test_a_job_of_submitit_that_is_killed_loses_no_cell_and_repeats_none(tmp_pat
     assert len(Store(tmp_path / "cluster")) == 3
 
 
-def ray(**settings: Any) -> Any:
+def ray() -> Any:
     from batchbench.studies.executors.ray_cluster import RayCluster
 
-    return RayCluster("auto", Watch(), timed=False, gpus=False, like=LIKE, same=False, **settings)
+    return RayCluster("auto", Watch(), NEEDS)
 
 
 def submitit(folder: Path) -> Any:
     from batchbench.studies.executors.slurm import Slurm
 
-    settings = {"partition": None, "minutes": 5, "gpus": 0, "timed": False, "like": LIKE}
-    return Slurm(folder, Watch(), parallel=2, same=False, cluster="local", grace_s=0.3, **settings)
+    return Slurm(folder, Watch(), NEEDS, parallel=2, cluster="local", grace_s=0.3)
 
 
 def asked(url: str, **options: object) -> Experiment:
@@ -179,10 +170,10 @@ def test_nodes_of_ray_are_clients_of_one_server_and_search_capacities(
 ) -> None:
     monkeypatch.setattr("batchbench.studies.executors.jobs.PLACES_S", 5.0)
     simulated = Experiment.of({"queue_size": 60, "request_rate": 1.0}, simulated=True)
-    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1)
+    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1, 0.5)
     with serving(Schedule(slots=32), Manner("vllm")) as server, closing(ray()) as executor:
-        found = find_capacity_on(executor, simulated, query, 0.5, CapacityWatch())
-        alone = find_capacity(simulated, query, 0.5)
+        found = find_capacity_on(executor, simulated, query, CapacityWatch())
+        alone = find_capacity(simulated, query)
         assert [(c.low, c.high) for c in found.capacities] == [
             (c.low, c.high) for c in alone.capacities
         ]
@@ -205,14 +196,14 @@ def test_nodes_of_ray_are_clients_of_one_server_and_search_capacities(
 def test_jobs_of_submitit_are_clients_of_one_server_and_search_capacities(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     simulated = Experiment.of({"queue_size": 60, "request_rate": 1.0}, simulated=True)
-    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1)
+    query = CapacityQuery(GoalsSpec(slo=("ttft:80",)), 0.9, 1, 0.5)
     with (
         serving(Schedule(slots=32), Manner("vllm")) as server,
         closing(submitit(tmp_path / "jobs")) as executor,
     ):
-        found = find_capacity_on(executor, simulated, query, 0.5, CapacityWatch())
+        found = find_capacity_on(executor, simulated, query, CapacityWatch())
         check_clients(conduct(asked(server.url), Watch(), start=clients_on(executor)))
     assert [c.low for c in found.capacities] == [
-        c.low for c in find_capacity(simulated, query, 0.5).capacities
+        c.low for c in find_capacity(simulated, query).capacities
     ]
     assert not (tmp_path / "jobs").exists()

@@ -158,7 +158,7 @@ def test_progress_says_where_cells_ran_and_what_they_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("batchbench.cli.sweep.make_executor", lambda *_: Adversary(4, 3))
+    monkeypatch.setattr("batchbench.cli.studies.make_executor", lambda *_: Adversary(4, 3))
     call: Call = caller(monkeypatch, capsys)
     words = ("sweep", "--simulated", "--queue-size", "5", "--seed", "0:5", "--price-per-hour", "9")
     code, _, err = call(*words, "--output", "s")

@@ -22,8 +22,12 @@ from batchbench.batching.session import conduct
 from batchbench.errors import IncompleteError, UsageError
 from batchbench.reports.slo import GoalsSpec
 from batchbench.studies.capacity import report
-from batchbench.studies.capacity.probe import CapacityQuery, CapacityWatch
-from batchbench.studies.capacity.search import find_capacity, find_capacity_on
+from batchbench.studies.capacity.search import (
+    CapacityQuery,
+    CapacityWatch,
+    find_capacity,
+    find_capacity_on,
+)
 from batchbench.studies.executors.jobs import (
     Done,
     Failed,
@@ -46,7 +50,7 @@ from batchbench.studies.sweep.report import (
 
 SIMULATED = Experiment.of({"queue_size": 60, "batch_size": 4, "request_rate": 1.0}, simulated=True)
 
-QUERY = CapacityQuery(GoalsSpec(slo=("ttft:60",)), 0.9, 1)
+QUERY = CapacityQuery(GoalsSpec(slo=("ttft:60",)), 0.9, 1, 0.2)
 
 Use = Callable[[str, Adversary], None]
 
@@ -64,8 +68,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
 @pytest.mark.parametrize("seed", range(3))
 def test_searches_elsewhere_find_what_one_process_finds(seed: int) -> None:
     adversary = Adversary(seed, 2)
-    found = find_capacity_on(adversary, SIMULATED, QUERY, 0.2, CapacityWatch())
-    alone = report.data_of(find_capacity(SIMULATED, QUERY, 0.2), "")
+    found = find_capacity_on(adversary, SIMULATED, QUERY, CapacityWatch())
+    alone = report.data_of(find_capacity(SIMULATED, QUERY), "")
     data = report.data_of(found, "")
     same = ("strategies", "comparison", "config", "workload", "alone_ms", "verification")
     assert {name: data[name] for name in same} == {name: alone[name] for name in same}
@@ -83,9 +87,9 @@ def test_strategies_of_unlike_machines_are_a_suspect_comparison(
         lambda environments: [f"{next(cpus)} (a)" for _ in environments],
     )
     experiment = Experiment.of({"queue_size": 60, "batch_size": 4, "request_rate": 1.0})
-    alone = find_capacity(SIMULATED, QUERY, 0.5)
+    alone = find_capacity(SIMULATED, QUERY)
     monkeypatch.setattr("batchbench.studies.capacity.search.find_capacity", lambda *_: alone)
-    found = find_capacity_on(Adversary(0, 2), experiment, QUERY, 0.5, CapacityWatch())
+    found = find_capacity_on(Adversary(0, 2), experiment, QUERY, CapacityWatch())
     assert report.data_of(found, "")["validity"] == {
         "status": "suspect",
         "reasons": [
@@ -114,7 +118,7 @@ def test_a_part_that_fails_or_is_lost_says_why() -> None:
 
 
 def test_capacity_says_where_each_strategy_ran(call: Call, use: Use) -> None:
-    use("capacity", Adversary(1, 2))
+    use("studies", Adversary(1, 2))
     words = ("capacity", "--simulated", "--slo", "ttft:80", "-n", "60", "--max-trials", "1")
     words = (*words, "--precision", "0.5", "--slo-attainment", "0.9", "--executor", "ray")
     code, out, err = call(*words, "--output", "c")
@@ -153,7 +157,7 @@ def test_a_ladder_is_one_job_whose_rungs_take_turns_on_one_machine(
     checkpoint: Path, call: Call, use: Use
 ) -> None:
     adversary = Adversary(3, 4)
-    use("ladder", adversary)
+    use("studies", adversary)
     words = ("ladder", "-b", "3", "-n", "5", "--long-tokens", "6", "--rounds", "1")
     words = (*words, "--device", "cpu", "--model", str(checkpoint), "--rungs", "notebook,lean")
     code, out, _ = call(*words, "--executor", "slurm", "--output", "l")
@@ -295,10 +299,8 @@ def test_commands_of_the_page_get_as_far_as_their_executor(
         raise UsageError(f"reached {spec.executor}")
 
     for place in (
-        "cli.sweep",
-        "cli.capacity",
+        "cli.studies",
         "cli.predict",
-        "cli.ladder",
         "studies.executors.spec",
     ):
         monkeypatch.setattr(f"batchbench.{place}.make_executor", reached)

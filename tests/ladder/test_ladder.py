@@ -27,18 +27,20 @@ from batchbench.batching.step_cost import Bandwidth, Ceiling, Reading
 from batchbench.batching.verification import Remembered, Verification
 from batchbench.cli.main import run_command
 from batchbench.errors import UsageError
+from batchbench.files import write_whole
 from batchbench.reports.metrics import decode_steps
 from batchbench.studies.ladder import report, run
 from batchbench.studies.ladder.report import (
-    LadderResult,
+    STALE,
+    Data,
     card_lines,
     draw_ladder,
+    files_of,
     make_card,
     make_ladder,
+    passed,
     render,
     sentence,
-    to_json,
-    write_ladder,
 )
 from batchbench.studies.ladder.run import Ladder, LadderOutcome
 from batchbench.studies.ladder.rungs import RUNGS, LadderSpec, choose_rungs
@@ -73,7 +75,7 @@ def made(checkpoint: Path | str, rungs: str = "all", rounds: int = 1, **settings
     return Ladder(experiment(checkpoint, **settings), LadderSpec(rungs, rounds), Watch())
 
 
-Run = tuple[Ladder, LadderOutcome, LadderResult]
+Run = tuple[Ladder, LadderOutcome, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -178,12 +180,12 @@ def test_every_rung_serves_the_same_with_the_models_own_tokens(complete: Run) ->
         assert (verified.requests_checked, verified.wrong) == (6, 0)
         outputs.setdefault(rung.dtype, set()).add(trials[0].tokens.tobytes())
     assert len(outputs["float32"]) == 1
-    assert result.passed
+    assert passed(result)
 
 
 def test_each_rung_changes_one_thing(complete: Run) -> None:
     """The steps tell policy and prefill apart; the tensors the rest."""
-    rungs = {rung["name"]: rung for rung in complete[2].data["rungs"]}
+    rungs = {rung["name"]: rung for rung in complete[2]["rungs"]}
     passes = {n: r["counters"]["forward_passes"] for n, r in rungs.items() if r["counters"]}
     assert passes["notebook-static"] > passes["notebook"] == passes["slots"] > passes["mixed"]
     assert passes["lean"] == passes["mixed"] == passes["bfloat16"]
@@ -200,14 +202,14 @@ def test_figures_of_a_rung_are_those_of_its_recordings(
 ) -> None:
     _, found, result = complete
     assert len(found.ceilings) == 3  # before, between and after two rounds
-    for rung in result.data["rungs"]:
+    for rung in result["rungs"]:
         steps = [decode_steps(trial).full_ms or 0 for trial in found.recordings[rung["name"]]]
         assert rung["decode_step_ms"] == pytest.approx(sum(steps) / 2)
         assert rung["decode_step_rows"] == 3
         alone = [measured[rung["dtype"]].products_s * 1e3 for measured in found.ceilings]
         times = [steps[i] / ((alone[i] + alone[i + 1]) / 2) for i in range(2)]
         assert rung["times_products"] == pytest.approx(sum(times) / 2)
-        known = result.data["card"]["formats"][rung["dtype"]]
+        known = result["card"]["formats"][rung["dtype"]]
         assert rung["floor_share"] == pytest.approx(
             known["floor_ms"] / rung["decode_step_ms"], rel=2
         )
@@ -257,12 +259,12 @@ def test_wrong_tokens_of_one_rung_are_told_of_that_one(
     monkeypatch.setattr(NotebookEngine, "_compute", shifted)
     ladder = made(checkpoint, "notebook,lean")
     result = make_ladder(ladder.run(ladder.measure()), "")
-    wrong = {rung["name"]: rung["verification"]["wrong"] for rung in result.data["rungs"]}
+    wrong = {rung["name"]: rung["verification"]["wrong"] for rung in result["rungs"]}
     assert wrong["lean"] == 0
     assert wrong["notebook"] > 0
-    assert not result.passed
+    assert not passed(result)
     assert "WRONG tokens on notebook: request" in sentence(result)
-    assert result.data["validity"]["status"] == "suspect"
+    assert result["validity"]["status"] == "suspect"
 
 
 def test_ctrl_c_keeps_whole_rounds(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,12 +351,12 @@ def test_a_rung_that_fails_is_left_out_and_the_others_go_on(
     outcome = ladder.run(ladder.measure())
     assert (outcome.stopped, outcome.failed) == (None, None)
     result = make_ladder(outcome, "")
-    assert [rung["name"] for rung in result.data["rungs"]] == ["lean"]
-    assert list(result.data["left_out"]) == ["notebook"]
-    said = result.data["left_out"]["notebook"]
+    assert [rung["name"] for rung in result["rungs"]] == ["lean"]
+    assert list(result["left_out"]) == ["notebook"]
+    said = result["left_out"]["notebook"]
     assert said.startswith(why)
     assert len(said) <= 200
-    assert len(result.recordings["lean"]) == 2
+    assert len(outcome.recordings["lean"]) == 2
 
 
 @pytest.mark.parametrize("stage", ["opening", "warming up"])
@@ -396,9 +398,9 @@ def test_a_named_rung_that_fails_takes_nothing_finished_with_it(
     finished = {name: len(trials) for name, trials in outcome.recordings.items()}
     assert finished == dict.fromkeys(kept, 1)
     result = make_ladder(outcome, "")
-    assert result.data["validity"]["reasons"][0] == "--rungs notebook: device lost; remove it"
-    assert {rung["name"] for rung in result.data["rungs"]} == kept
-    assert not any(rung["verification"]["requests_checked"] for rung in result.data["rungs"])
+    assert result["validity"]["reasons"][0] == "--rungs notebook: device lost; remove it"
+    assert {rung["name"] for rung in result["rungs"]} == kept
+    assert not any(rung["verification"]["requests_checked"] for rung in result["rungs"])
 
 
 def test_a_device_that_is_lost_takes_nothing_finished_with_it(
@@ -507,15 +509,13 @@ EARLIER = Path(__file__).parents[2] / "benchmarks/results/ladder-classic-8/ladde
 
 def test_a_ladder_of_an_earlier_version_is_shown_again() -> None:
     """It knows of no launching, and of no servings."""
-    result = LadderResult(json.loads(EARLIER.read_text()), {})
-    assert card_lines(result.data["card"])[-1] == (
-        "    ceiling  703 tokens/s, limited by arithmetic"
-    )
+    result = json.loads(EARLIER.read_text())
+    assert card_lines(result["card"])[-1] == ("    ceiling  703 tokens/s, limited by arithmetic")
     assert "kernels" in shown(result, 80)
     draw_ladder(result)
 
 
-def shown(result: LadderResult, width: int) -> str:
+def shown(result: Data, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False)
     console.print(render(result))
     assert isinstance(console.file, io.StringIO)
@@ -527,14 +527,14 @@ def test_the_table_fits_and_cuts_nothing_off(complete: Run, width: int) -> None:
     text = shown(complete[2], width)
     assert max(len(line) for line in text.splitlines()) <= width
     assert "…" not in text
-    for rung in complete[2].data["rungs"]:
+    for rung in complete[2]["rungs"]:
         assert rung["name"][: width // 12] in text
     assert "Left out: graph: CUDA graphs need a CUDA device" in text.replace("\n", " ")
 
 
-def altered(result: LadderResult, name: str, **figures: Any) -> LadderResult:
-    rungs = [{**r, **figures} if r["name"] == name else r for r in result.data["rungs"]]
-    return LadderResult({**result.data, "rungs": rungs}, result.recordings)
+def altered(result: Data, name: str, **figures: Any) -> Data:
+    rungs = [{**r, **figures} if r["name"] == name else r for r in result["rungs"]]
+    return {**result, "rungs": rungs}
 
 
 def test_what_is_not_known_is_not_made_up(complete: Run) -> None:
@@ -554,7 +554,7 @@ def test_what_is_not_known_is_not_made_up(complete: Run) -> None:
 def test_ties_and_faults_stand_beside_their_rung(
     complete: Run,
 ) -> None:
-    verdict = {**complete[2].data["rungs"][0]["verification"]}
+    verdict = {**complete[2]["rungs"][0]["verification"]}
     tied = altered(
         complete[2], "slots", verification={**verdict, "identical": 5, "numerical_ties": 1}
     )
@@ -571,31 +571,31 @@ def test_the_picture_shows_every_rung_and_both_limits(
 ) -> None:
     figure = draw_ladder(complete[2])
     rates, steps = figure.axes
-    rungs = complete[2].data["rungs"]
+    rungs = complete[2]["rungs"]
     assert [bar.get_gid() for bar in rates.patches] == [f"rate-{i}" for i in range(len(rungs))]
     for bar, rung in zip(rates.patches, rungs, strict=True):
         assert bar.get_width() == pytest.approx(rung["summary"]["output_throughput"])
     for bar, rung in zip(steps.patches, rungs, strict=True):
         assert bar.get_width() == pytest.approx(rung["decode_step_ms"])
     limits = [line.get_xdata()[0] for line in steps.lines]
-    known = [complete[2].data["card"]["formats"][rung["dtype"]] for rung in rungs]
+    known = [complete[2]["card"]["formats"][rung["dtype"]] for rung in rungs]
     assert limits == [k[name] for k in known for name in ("floor_ms", "products_ms")]
     assert all(bar.get_width() < steps.get_xlim()[1] for bar in steps.patches)
 
 
 def test_files_are_written_whole_and_recordings_with_them(complete: Run, tmp_path: Path) -> None:
-    files = write_ladder(tmp_path, complete[2])
+    files = write_whole(tmp_path, files_of(complete[1], complete[2]), STALE)
     assert files[0] == tmp_path / "ladder.json"
     assert {f.name for f in files[:3]} == {"ladder.json", "ladder.png", "ladder.svg"}
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
     data = json.loads((tmp_path / "ladder.json").read_text())
-    assert data == json.loads(to_json(complete[2]))
+    assert data == json.loads(json.dumps(complete[2]))
     again = load_recording(tmp_path / "recordings" / "2-1.npz")
     assert again.header.strategy == "generate_batch"
     assert again.header.trial == 1
 
 
-def measured(result: LadderResult, status: str = "valid", **rates: list[float]) -> LadderResult:
+def measured(result: Data, status: str = "valid", **rates: list[float]) -> Data:
     """The result with other rates of its first rungs, in tokens/s by round."""
     rungs = [
         {
@@ -604,10 +604,10 @@ def measured(result: LadderResult, status: str = "valid", **rates: list[float]) 
             "summary": {**rung["summary"], "output_throughput": sorted(values)[len(values) // 2]},
             "trials": [{"output_throughput": value} for value in values],
         }
-        for rung, (name, values) in zip(result.data["rungs"], rates.items(), strict=False)
+        for rung, (name, values) in zip(result["rungs"], rates.items(), strict=False)
     ]
     validity = {"status": status, "reasons": [] if status == "valid" else ["a busy machine"]}
-    return LadderResult({**result.data, "rungs": rungs, "validity": validity}, {})
+    return {**result, "rungs": rungs, "validity": validity}
 
 
 def test_only_a_valid_ladder_with_a_clear_lead_names_the_fastest(complete: Run) -> None:

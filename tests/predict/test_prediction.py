@@ -18,10 +18,11 @@ import pytest
 from support.laws import workload_of
 
 from batchbench.batching.batcher import Batcher
+from batchbench.batching.bench import LocalBench
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
-from batchbench.batching.session import Session, conduct
+from batchbench.batching.session import conduct
 from batchbench.batching.step_cost import StepCost
 from batchbench.cli.main import run_command
 from batchbench.reports.metrics import counters
@@ -140,7 +141,7 @@ def test_smaller_batches_leave_no_trace_in_the_trials(
     )  # fmt: skip
     timed = conduct(asked)
     assert timed.small_batches
-    monkeypatch.setattr(Session, "time_small_batches", lambda session: [])
+    monkeypatch.setattr(LocalBench, "time_small_batches", lambda session: [])
     untimed = conduct(asked)
     assert timed.verification.passed
     for name in ("static", "continuous"):
@@ -158,7 +159,7 @@ def test_what_a_prediction_cannot_know_is_said_everywhere(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say
 ) -> None:
     """Earlier results have no timed smaller batches."""
-    monkeypatch.setattr(Session, "time_small_batches", lambda session: [])
+    monkeypatch.setattr(LocalBench, "time_small_batches", lambda session: [])
     words = ["run", "--model", checkpoint, "--batch-size", 8, "--queue-size", 16, "--trials", 1]
     code, out, _ = say(*words, "--long-tokens", 30, "--output", tmp_path / "run", "-v")
     assert code == 0

@@ -13,7 +13,7 @@ from support.schedules import Core, Job, Schedule
 from support.servers import Manner, serving
 from support.wired import experiment, wired
 
-from batchbench.batching.benches import check_pair_time
+from batchbench.batching.bench import check_pair_time
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import Tokenizer
 from batchbench.batching.progress import Watch

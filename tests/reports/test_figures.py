@@ -258,7 +258,7 @@ def test_latency_names_p50_and_p99(seconds: dict[str, Figure]) -> None:
         summary = metrics.summary(several)
         for value in (summary["median_e2el_ms"], summary["p99_e2el_ms"], summary["p99_ttft_ms"]):
             assert value is not None
-            assert f"{value / 1e3:#.3g} s" in texts(seconds["latency"])
+            assert f" {value / 1e3:#.3g} s" in " ".join(texts(seconds["latency"]))
 
 
 def test_simulated_time_is_in_steps_and_measured_time_in_a_unit_that_suits(

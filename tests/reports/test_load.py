@@ -13,9 +13,9 @@ from support.laws import STEP_NS, Config, Ledger, ending_early, serve, workload_
 from support.replay import replay
 from support.results import PASSED, SETTLED
 
+from batchbench.batching import bench as local
 from batchbench.batching import session as conducting
 from batchbench.batching.batcher import Batcher
-from batchbench.batching.benches import local
 from batchbench.batching.dry_run import estimate
 from batchbench.batching.engines import VirtualClock
 from batchbench.batching.engines.simulated import UNIT_NS, SimulatedEngine

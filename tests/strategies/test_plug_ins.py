@@ -110,7 +110,7 @@ class S:
         ("raise SystemExit(3)", "cannot be made: SystemExit: 3"),
         ("1 +", "cannot be made: SyntaxError: invalid syntax"),
         ("", "cannot be made: AttributeError: module 'plugged_"),
-        ("make = 3", "cannot be made: TypeError: plugged_"),
+        ("make = 3", "cannot be made: TypeError: 'int' object is not callable"),
         (f"{MAKES}raise ValueError('no\\nGPU')", "cannot be made: ValueError: no GPU"),
         (f"{MAKES}assert not context", "cannot be made: AssertionError: no reason given"),
         (f"{MAKES}return 3", "made a int: a strategy has a method serve(workload, watch)"),

@@ -13,9 +13,8 @@ from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines import VirtualClock
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.plan import Plan, Wait
-from batchbench.batching.policies import Policy, View
+from batchbench.batching.policies import ORDERS, Policy, View
 from batchbench.batching.progress import Watch
-from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Recording, Steps, token_steps
 from batchbench.batching.scheduler import Scheduler
 from batchbench.workloads import Arrivals, Request, Workload

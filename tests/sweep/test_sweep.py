@@ -30,7 +30,7 @@ from batchbench.batching.presets import Basis
 from batchbench.batching.progress import Watch
 from batchbench.batching.session import Outcome, Stop, StopReason, conduct
 from batchbench.batching.verification import Verification
-from batchbench.cli import sweep as sweeping
+from batchbench.cli.studies import SweepSpec
 from batchbench.errors import Interrupted, UsageError
 from batchbench.reports import metrics
 from batchbench.reports.result import make_result
@@ -221,7 +221,7 @@ def test_a_cell_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     result = make_result(conduct(cell.experiment))
     store = Store(tmp_path)
     assert not store.holds(cell)
-    store.keep(cell, result)
+    store.keep_files(cell, sweeps.files_of(result))
     assert store.holds(cell)
     assert store.load(cell).data == json.loads(json.dumps(result.data))
     assert len(store) == 1
@@ -703,7 +703,7 @@ def test_the_command_that_is_told_asks_for_the_same_grid(
 
 def test_help_tells_every_option_of_run_once(program: Call) -> None:
     text = program("sweep", "--help-all")[1]
-    for spec in (Basis, *PARTS.values(), GoalsSpec, sweeping.SweepSpec):
+    for spec in (Basis, *PARTS.values(), GoalsSpec, SweepSpec):
         for name in spec.__dataclass_fields__:
             option = "--" + name.replace("_", "-")
             assert f"│ {option} " in text, option

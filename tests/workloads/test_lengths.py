@@ -342,7 +342,7 @@ def test_times_ascend_from_zero_at_the_rate_asked_and_seeds_reproduce(
         ),
         (
             {"arrivals": "poisson", "request_rate": 2.0, "burstiness": 2.0},
-            "--burstiness 2: is 1 for poisson; take --arrivals gamma",
+            "--burstiness 2: needs random arrivals; give --request-rate and --arrivals gamma",
         ),
         (
             {"arrivals": "constant", "request_rate": 2.0, "burstiness": 2.0},

@@ -23,8 +23,8 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from batchbench.batching.engines import WallClock
 from batchbench.batching.engines.torch.attention import kv_token_bytes
 from batchbench.batching.models.loading import LoadedModel, current
+from batchbench.batching.policies import ORDERS
 from batchbench.batching.progress import Progress, Watch
-from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Header, Recording
 from batchbench.batching.strategies import GENERATE_BATCH_SAMPLES, Context
 from batchbench.errors import UsageError, reason_in_short

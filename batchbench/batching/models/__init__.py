@@ -41,10 +41,9 @@ class ModelCache:
 
     def find(self, spec: ModelSpec, *, weights: bool) -> Source:
         """Find a model as :func:`find_model` does; try an unreachable hub only once."""
-        key = (spec, weights)
-        if key not in self._sources:
-            self._sources[key] = find_model(spec, weights=weights)
-        return self._sources[key]
+        if (spec, weights) not in self._sources:
+            self._sources[spec, weights] = find_model(spec, weights=weights)
+        return self._sources[spec, weights]
 
     def load(self, source: Source, spec: ModelSpec, seed: int) -> LoadedModel:
         """Load a model as ``load_model`` does, with the CPU threads of ``spec``.

@@ -22,8 +22,6 @@ from typing import Any, BinaryIO
 from batchbench.errors import UsageError, shown
 from batchbench.files import MIB, reason_of
 
-MAGIC = b"GGUF"
-
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _PLAIN = ("F64", "F32", "F16", "BF16")
@@ -128,10 +126,8 @@ class _Reader:
         self._read = self._elements = 0
 
     def file(self) -> GgufFile:
-        if self._size < 24 or self._take(4) != MAGIC:
-            raise UsageError(
-                "is a file, but no GGUF file; give a checkpoint's folder or a *.gguf file"
-            )
+        if self._size < 24 or self._take(4) != b"GGUF":
+            raise UsageError("is a file but not GGUF; give a checkpoint's folder or a *.gguf file")
         version = self._number("I")
         if version not in (2, 3):
             raise UsageError(f"has GGUF version {version}; versions 2 and 3 are read")

@@ -20,6 +20,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,8 +74,7 @@ def uniform(name: str, seed: int, count: int, spread: float) -> NDArray[np.float
     """
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
     raw = np.random.Philox(key=key).random_raw((count + 3) // 4)
-    integers = raw.astype("<u8").view("<i2")[:count]
-    values = integers.astype(np.float32)
+    values = raw.astype("<u8").view("<i2")[:count].astype(np.float32)
     values += np.float32(0.5)
     values *= np.float32(spread * math.sqrt(3.0) / 32768.0)
     return values
@@ -144,16 +144,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
-    if device.type == "cuda" and dtype is torch.bfloat16:
-        major, _ = torch.cuda.get_device_capability(device)
-        if major < 8:  # older ones emulate it, many times slower
-            return False
+    on_cuda = device.type == "cuda" and dtype is torch.bfloat16
+    if on_cuda and torch.cuda.get_device_capability(device)[0] < 8:  # emulated, much slower
+        return False
     try:
         x = torch.ones(2, 8, dtype=dtype, device=device)
-        h = torch.nn.functional.layer_norm(
-            torch.nn.functional.gelu(x @ x.T, approximate="tanh"), [2]
-        )
-        torch.nn.functional.scaled_dot_product_attention(h[None], h[None], h[None]).float().cpu()
+        h = functional.layer_norm(functional.gelu(x @ x.T, approximate="tanh"), [2])[None]
+        functional.scaled_dot_product_attention(h, h, h).float().cpu()
     except (RuntimeError, TypeError):
         return False
     return True
@@ -178,9 +175,7 @@ def free_bytes(device: torch.device) -> int:
 
 def current(device: torch.device) -> AbstractContextManager[None]:
     """Make a CUDA device the current one, whose streams and kernels torch and Triton take."""
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    return nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def give_back_memory() -> None:
@@ -208,10 +203,8 @@ def load_model(source: Source, spec: ModelSpec, seed: int) -> LoadedModel:
         torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = resolve_dtype(spec.dtype, device)
     _check_room(source, spec, dtype, device)
-    if source.load_format == "dummy":
-        module = _dummy(source, dtype, seed)
-    else:
-        module = _pretrained(source, spec, dtype)
+    is_dummy = source.load_format == "dummy"
+    module = _dummy(source, dtype, seed) if is_dummy else _pretrained(source, spec, dtype)
     try:
         module = module.to(device).eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
@@ -224,18 +217,18 @@ def count_parameters(source: Source) -> int:
     return sum(p.numel() for p in _without_weights(source).parameters())
 
 
-def _without_weights(source: Source) -> nn.Module:
+def _without_weights(source: Source) -> PreTrainedModel:
     config = model_config(source)
     try:
         with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            shapes: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False
+            )
     except Exception as error:  # anything, for a configuration of another kind of model
-        raise UsageError(
-            f"--model {source.name}: is not a causal language model: {error}"
-        ) from error
+        why = f"is not a causal language model: {error}"
+        raise UsageError(f"--model {source.name}: {why}") from error
     shapes.tie_weights()
-    without: nn.Module = shapes
-    return without
+    return shapes
 
 
 def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
@@ -285,18 +278,18 @@ def _dummy(source: Source, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     config = model_config(source)
     try:
         with no_init_weights():
-            module = AutoModelForCausalLM.from_config(
+            module: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
             )
     except ValueError as error:  # its attention implementation cannot be chosen
         raise UsageError(f"--model {source.name}: cannot be served: {error}") from error
     module.tie_weights()
     fill_with_dummy_weights(module, seed)
-    converted: PreTrainedModel = module.to(dtype)
-    return converted
+    return module.to(dtype)
 
 
 def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
+    module: PreTrainedModel
     folder: AbstractContextManager[Path | None] = nullcontext(source.folder)
     options: dict[str, Any] = {}
     if source.gguf is not None:
@@ -320,15 +313,16 @@ def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrain
             )
     except Exception as error:  # transformers raises many kinds for broken files
         raise UsageError(f"--model {spec.model}: cannot be loaded: {error}") from error
+    missing, mismatched = (
+        list(report.get(f"{kind}_keys", ())) for kind in ("missing", "mismatched")
+    )
     if source.gguf is not None:  # transformers 5.17 takes any shape in the file
         shapes = {name: p.shape for name, p in _without_weights(source).named_parameters()}
-        other = [name for name, p in module.named_parameters() if p.shape != shapes[name]]
-        report["mismatched_keys"] = [*report.get("mismatched_keys", ()), *other]
-    for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has the wrong shape of")):
-        if report.get(kind):
-            first = sorted(k if isinstance(k, str) else str(k[0]) for k in report[kind])[0]
+        mismatched += [name for name, p in module.named_parameters() if p.shape != shapes[name]]
+    for keys, what in ((missing, "lacks"), (mismatched, "has the wrong shape of")):
+        if keys:
+            first = min(key if isinstance(key, str) else str(key[0]) for key in keys)
             raise UsageError(
                 f"--model {spec.model}: the checkpoint {what} {first}, named by its configuration"
             )
-    loaded: PreTrainedModel = module
-    return loaded
+    return module

@@ -11,7 +11,8 @@ import difflib
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,107 +143,106 @@ class Source:
         return tuple(eos) if isinstance(eos, list) else (int(eos),)
 
 
+@contextmanager
+def _named(model: str) -> Iterator[None]:
+    """Let the errors of a model begin with its option."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"--model {model}: {error}") from error
+
+
 def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
     """Decide where the model comes from; without ``weights`` only its configuration is needed.
 
     Raises UsageError if there is no such model, or its folder is not a checkpoint.
     """
+    with _named(spec.model):
+        return _find(spec, weights and spec.load_format != "dummy")
+
+
+def _find(spec: ModelSpec, trained: bool) -> Source:
     try:
-        folder = Path(spec.model).expanduser()
-        is_folder, is_there, is_file = folder.is_dir(), folder.exists(), folder.is_file()
+        place = Path(spec.model).expanduser()
+        is_folder, is_there, is_file = place.is_dir(), place.exists(), place.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such user's home, a NUL
-        raise UsageError(f"--model {spec.model}: is neither a folder nor a hub id") from error
+        raise UsageError("is neither a folder nor a hub id") from error
     if is_folder:
-        return _from_folder(spec, folder, folder.resolve().name, weights)
+        return _from_folder(place, place.resolve().name, trained)
     if is_file:
-        return _from_gguf(spec, folder, weights)
+        return _from_gguf(place, trained)
     looks_local = spec.model.startswith((".", "/", "~")) or set(spec.model) & set(":\\")
-    if is_there or looks_local or folder.suffix == ".gguf":
+    if is_there or looks_local or place.suffix == ".gguf":
         what = "is no file or folder" if is_there else "no such file or folder"
-        raise UsageError(
-            f"--model {spec.model}: {what}; give a checkpoint's folder, a GGUF file or a hub id"
-        )
+        raise UsageError(f"{what}; give a checkpoint's folder, a GGUF file or a hub id")
     if spec.model not in MADE_UP:
-        return _from_hub(spec, weights)
+        return _from_hub(spec, trained)
     if spec.load_format == "pretrained":
-        raise UsageError(f"--model {spec.model}: has no trained weights; use --load-format dummy")
+        raise UsageError("has no trained weights; use --load-format dummy")
     line = f"{spec.model}: a small shape like GPT-2's, dummy weights (seeded random values)"
     return Source(spec.model, "dummy", MADE_UP[spec.model], None, line)
 
 
-def _from_folder(spec: ModelSpec, folder: Path, name: str, weights: bool) -> Source:
-    config = read_config(spec.model, folder)
-    if spec.load_format == "dummy" or not weights:
+def _from_folder(folder: Path, name: str, trained: bool) -> Source:
+    from safetensors import SafetensorError, safe_open
+
+    config = _config_of(folder)
+    if not trained:
         return Source(name, "dummy", config, folder, f"{name}: dummy weights, shape of {folder}")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UsageError(
-            f"--model {spec.model}: holds no *.safetensors file (other formats are not loaded); "
-            "add --load-format dummy for random weights of its shape"
+            "holds no *.safetensors file (other formats are not loaded); add --load-format dummy "
+            "for random weights of its shape"
         )
-    check_index(spec.model, folder)
+    _check_index(folder)
     for file in files:
-        _check_safetensors(spec.model, file)
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UsageError(
+                f"{file.name} is cut off or not a safetensors file ({error}); fetch it again"
+            ) from error
     return Source(name, "pretrained", config, folder, f"{name}: pretrained weights from {folder}")
 
 
-def _from_gguf(spec: ModelSpec, file: Path, weights: bool) -> Source:
-    try:
-        found = read_gguf(file)
-        config = found.config()
-        if fault := fault_of(config):
-            raise UsageError(f"its header says {fault}")
-    except UsageError as error:
-        raise UsageError(f"--model {spec.model}: {error}") from error
-    load_format = "pretrained" if weights and spec.load_format != "dummy" else "dummy"
-    note = f"{file.stem}: dummy weights, shape of {file}"
-    if load_format == "pretrained":
-        formats = f"{found.quantization} dequantised" if found.quantization else found.formats[0]
-        note = f"{file.stem}: pretrained weights from {file}, {formats}"
-        if found.ignored:
-            note += f"; transformers ignores {found.ignored}, so texts differ from the model's own"
-    return Source(file.stem, load_format, config, None, note, found)
+def _from_gguf(file: Path, trained: bool) -> Source:
+    found = read_gguf(file)
+    config = found.config()
+    if fault := fault_of(config):
+        raise UsageError(f"its header says {fault}")
+    if not trained:
+        note = f"{file.stem}: dummy weights, shape of {file}"
+        return Source(file.stem, "dummy", config, None, note, found)
+    formats = f"{found.quantization} dequantised" if found.quantization else found.formats[0]
+    note = f"{file.stem}: pretrained weights from {file}, {formats}"
+    if found.ignored:
+        note += f"; transformers ignores {found.ignored}, so texts differ from the model's own"
+    return Source(file.stem, "pretrained", config, None, note, found)
 
 
-def _check_safetensors(model: str, file: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="np"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UsageError(
-            f"--model {model}: {file.name} is cut off or not a safetensors file ({error}); fetch "
-            "it again"
-        ) from error
-
-
-def _from_hub(spec: ModelSpec, weights: bool) -> Source:
+def _from_hub(spec: ModelSpec, trained: bool) -> Source:
     short = next((s for s, (hub_id, _) in KNOWN.items() if spec.model in (s, hub_id)), None)
-    hub_id = KNOWN[short][0] if short else spec.model
-    if short and (spec.load_format == "dummy" or not weights):
-        return Source(
-            short, "dummy", KNOWN[short][1], None, f"{short}: dummy weights, as requested"
-        )
-    cached = _snapshot(hub_id, spec.revision, weights, local=True)
+    hub_id, shape = KNOWN[short] if short else (spec.model, {})
+    if short and not trained:
+        return Source(short, "dummy", shape, None, f"{short}: dummy weights, as requested")
+    cached = _snapshot(hub_id, spec.revision, trained, local=True)
     if cached is None:
         missing = _ask_hub(hub_id, spec.revision)
         if missing is None:
-            cached = _snapshot(hub_id, spec.revision, weights, local=False)
+            cached = _snapshot(hub_id, spec.revision, trained, local=False)
             missing = "the download from the hub was interrupted"
     if cached is not None:
-        return _from_folder(spec, cached, short or spec.model, weights)
+        return _from_folder(cached, short or spec.model, trained)
     if short and spec.load_format == "auto":
         line = f"{short}: {missing}, so dummy weights (right shapes, seeded random values)"
-        return Source(short, "dummy", KNOWN[short][1], None, line)
+        return Source(short, "dummy", shape, None, line)
     known = [*KNOWN, *MADE_UP]
     near = difflib.get_close_matches(spec.model.lower(), known, n=1, cutoff=0.8)
     hint = f"did you mean {near[0]}? " if near else ""
-    hint += f"known without network: {', '.join(known)}"
-    raise UsageError(
-        f"--model {spec.model}: neither a folder nor in the local cache, and {missing}; "
-        + ("--load-format dummy" if short else hint)
-    )
+    hint = "--load-format dummy" if short else f"{hint}known without network: {', '.join(known)}"
+    raise UsageError(f"neither a folder nor in the local cache, and {missing}; {hint}")
 
 
 def _snapshot(hub_id: str, revision: str | None, weights: bool, *, local: bool) -> Path | None:
@@ -258,15 +258,13 @@ def _snapshot(hub_id: str, revision: str | None, weights: bool, *, local: bool) 
             )
         )
     except HFValidationError as error:
-        raise UsageError(f"--model {hub_id}: is neither a folder nor a hub id") from error
+        raise UsageError("is neither a folder nor a hub id") from error
     except LocalEntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError) as error:
-        raise UsageError(f"--model {hub_id}: the download failed ({error}); try again") from error
-    whole = (folder / "config.json").exists() and (
-        not weights or any(folder.glob("*.safetensors")) or not local
-    )
-    return folder if whole else None
+        raise UsageError(f"the download failed ({error}); try again") from error
+    whole = not (local and weights) or any(folder.glob("*.safetensors"))
+    return folder if whole and (folder / "config.json").exists() else None
 
 
 def _ask_hub(hub_id: str, revision: str | None) -> str | None:
@@ -299,6 +297,8 @@ def _ask_hub(hub_id: str, revision: str | None) -> str | None:
     return answer[0] or None
 
 
+# Checks of files that may come from anyone
+
 _NEEDED = (
     *("vocab_size", "n_positions", "max_position_embeddings", "n_embd", "hidden_size"),
     *("n_layer", "num_hidden_layers", "n_head", "num_attention_heads"),
@@ -320,39 +320,41 @@ positions."""
 
 def read_config(model: str, folder: Path) -> dict[str, Any]:
     """Read a checkpoint's ``config.json``; raise UsageError if it cannot describe a model."""
+    with _named(model):
+        return _config_of(folder)
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
     try:
         config = read_json(folder / "config.json", constants=True)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"--model {model}: is not a checkpoint: config.json is missing") from error
+        raise UsageError("is not a checkpoint: config.json is missing") from error
     except (OSError, UsageError) as error:
         why = reason_of(error) if isinstance(error, OSError) else error
-        raise UsageError(f"--model {model}: its config.json cannot be read: {why}") from error
+        raise UsageError(f"its config.json cannot be read: {why}") from error
     if not isinstance(config, dict) or not {"model_type", "vocab_size"} <= config.keys():
-        raise UsageError(f"--model {model}: its config.json lacks model_type or vocab_size")
+        raise UsageError("its config.json lacks model_type or vocab_size")
     if fault := fault_of(config):
-        raise UsageError(f"--model {model}: its config.json says {fault}")
+        raise UsageError(f"its config.json says {fault}")
     return config
 
 
 def fault_of(config: Mapping[str, Any]) -> str | None:
     """Return the first setting that no model has, with its value and what would be right."""
-
-    def spell(value: object) -> str:
-        return shown(json.dumps(value))
-
-    if not isinstance(config["model_type"], str):
-        return f"model_type = {spell(config['model_type'])}; it must be a text"
-    for name in _NEEDED:
-        if name in config and not (_is_whole(config[name]) and config[name] > 0):
-            return f"{name} = {spell(config[name])}; it must be a number above 0"
     for name, value in config.items():
-        most = MOST_COUNT if _COUNTS.fullmatch(name) else MOST_SIZE
-        if _is_whole(value) and _SIZES.fullmatch(name) and not -1 <= value <= most:
-            return f"{name} = {value}; it must be 0 to {most}"
-    eos = config.get("eos_token_id")
-    tokens = eos if isinstance(eos, list) else [eos] if eos is not None else []
-    if not all(_is_whole(token) and -1 <= token <= MOST_SIZE for token in tokens):
-        return f"eos_token_id = {spell(eos)}; it must be a token's number or a list of them"
+        most, must = MOST_COUNT if _COUNTS.fullmatch(name) else MOST_SIZE, None
+        if name == "model_type" and not isinstance(value, str):
+            must = "a text"
+        elif name in _NEEDED and not (_is_whole(value) and value > 0):
+            must = "a number above 0"
+        elif _SIZES.fullmatch(name) and _is_whole(value) and not -1 <= value <= most:
+            must = f"0 to {most}"
+        elif name == "eos_token_id" and value is not None:
+            tokens = value if isinstance(value, list) else [value]
+            if not all(_is_whole(token) and -1 <= token <= MOST_SIZE for token in tokens):
+                must = "a token's number or a list of them"
+        if must:
+            return f"{name} = {shown(json.dumps(value))}; it must be {must}"
     return None
 
 
@@ -360,30 +362,29 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_index(model: str, folder: Path) -> None:
-    """Check the index of a checkpoint in several files; raise UsageError if it is damaged.
-
-    It may name files of its folder only.
-    """
+def _check_index(folder: Path) -> None:
+    """Check the index of a checkpoint in several files, which may name files of its folder only."""
     file = folder / "model.safetensors.index.json"
     if not file.exists() or (folder / "model.safetensors").exists():
         return
-    place = f"--model {model}: its {file.name}"
     try:
         index = read_json(file)
     except (OSError, UsageError) as error:
-        raise UsageError(f"{place} cannot be read; fetch it again") from error
+        raise UsageError(f"its {file.name} cannot be read; fetch it again") from error
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-        raise UsageError(f"{place} has no weight_map; fetch it again")
+        raise UsageError(f"its {file.name} has no weight_map; fetch it again")
     for name in sorted(set(names.values())):
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise UsageError(
-                f"{place} names {name[:80]}, which is not a safetensors file in its folder; "
-                "nothing outside the folder is read"
+                f"its {file.name} names {name[:80]}, which is not a safetensors file in its "
+                "folder; nothing outside the folder is read"
             )
         if not (folder / name).is_file():
-            raise UsageError(f"--model {model}: lacks {name}, named by its {file.name}")
+            raise UsageError(f"lacks {name}, named by its {file.name}")
+
+
+# Tokenizers
 
 
 @dataclass(frozen=True)
@@ -401,15 +402,19 @@ class Tokenizer:
 
 
 def find_tokenizer(place: Path | None) -> Tokenizer | None:
-    """Return the tokenizer in a checkpoint's folder or a GGUF file.
+    """Return the tokenizer in a checkpoint's folder or a GGUF file, if it has one.
 
     Raises UsageError if its file is damaged.
     """
     if place is None:
         return None
-    if place.is_file() and "tokenizer.ggml.model" not in read_gguf(place).settings:
+    if place.is_file():
+        there = "tokenizer.ggml.model" in read_gguf(place).settings
+    else:
+        names = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+        there = any((place / name).exists() for name in names)
+    if not there:
         return None
-    files = ("vocab.json", "tokenizer_config.json")
     try:
         if (place / "tokenizer.json").exists():
             from tokenizers import Tokenizer as Fast
@@ -420,20 +425,18 @@ def find_tokenizer(place: Path | None) -> Tokenizer | None:
                 lambda ids: str(fast.decode(list(ids), skip_special_tokens=False)),
                 lambda: _transformers_tokenizer(place),
             )
-        if place.is_file() or any((place / file).exists() for file in files):
-            slow = _transformers_tokenizer(place)
-            exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-            return Tokenizer(
-                lambda text: list(slow.encode(text, add_special_tokens=False)),
-                lambda ids: str(slow.decode(list(ids), **exact)),
-                lambda: slow,
-            )
+        slow = _transformers_tokenizer(place)
+        exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return Tokenizer(
+            lambda text: list(slow.encode(text, add_special_tokens=False)),
+            lambda ids: str(slow.decode(list(ids), **exact)),
+            lambda: slow,
+        )
     except Exception as error:  # the libraries raise plain Exception for a damaged file
         raise UsageError(
             f"{place}: its tokenizer (tokenizer.json or vocab.json) cannot be read: {error}; "
             "fetch it again"
         ) from error
-    return None
 
 
 def _transformers_tokenizer(place: Path) -> Any:
@@ -468,15 +471,12 @@ def encoder(tokenizer: Tokenizer | None, *, chat: bool) -> Callable[[str], list[
         raise UsageError("--chat-template: this model's tokenizer has no template; drop the option")
 
     def encode_message(text: str) -> list[int]:
-        message = {"role": "user", "content": text}
+        turns = [{"role": "user", "content": text}]
         try:
-            wrapped = whole.apply_chat_template(
-                [message], tokenize=False, add_generation_prompt=True
-            )
+            asked = whole.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template may raise anything
-            raise UsageError(
-                f"--chat-template: the tokenizer's template fails: {shown(error, 200)}"
-            ) from error
-        return encode(str(wrapped))
+            why = shown(error, 200)
+            raise UsageError(f"--chat-template: the tokenizer's template fails: {why}") from error
+        return encode(str(asked))
 
     return encode_message

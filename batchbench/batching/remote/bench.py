@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 from batchbench.batching.batcher import Batcher, Strategy
-from batchbench.batching.benches import GRACE, Bench, check_pair_time, in_turn
+from batchbench.batching.bench import GRACE, Bench, check_pair_time, in_turn
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import environment

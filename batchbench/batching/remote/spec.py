@@ -13,7 +13,7 @@ from batchbench import settings
 from batchbench.batching.remote.exchange import Address
 from batchbench.errors import UsageError, shown
 from batchbench.json_file import parse_json
-from batchbench.settings import secret, setting
+from batchbench.settings import setting
 
 SERVED_MODEL = "auto"
 """Value of ``--model`` with a target: the model that the server has, if it has exactly one."""
@@ -102,11 +102,13 @@ class TargetSpec:
         _PANEL,
         metavar="ID|FOLDER|FILE",
     )
-    api_key: str | None = secret(
+    api_key: str | None = setting(
+        None,
         f"Key sent as the bearer token. It is not saved or shown. In the environment variable "
         f"{API_KEY}, the key does not appear in the list of processes either.",
         _PANEL,
-        API_KEY,
+        metavar="KEY",
+        variable=API_KEY,
     )
     extra_body: str | None = setting(
         None,

@@ -8,15 +8,13 @@ when ``--strategy`` names it. docs/bring-your-own-engine.md shows a complete one
 from __future__ import annotations
 
 import difflib
-import importlib
-import traceback
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batchbench.batching.policies import POLICIES
-from batchbench.errors import BatchbenchError, UsageError, reason_in_short, shown
+from batchbench.batching.policies import POLICIES, spell_error
+from batchbench.errors import BatchbenchError, UsageError, shown
 
 if TYPE_CHECKING:
     from batchbench.batching.batcher import Strategy
@@ -64,7 +62,7 @@ class Context:
     name: str  # of the strategy
     slots: int  # requests computed together
     max_len: int
-    order: str  # of the queue, a key of batchbench.batching.queue.ORDERS
+    order: str  # of the queue, a key of batchbench.batching.policies.ORDERS
     max_batched_tokens: int  # of one pass
     source: Source
     spec: ModelSpec
@@ -105,7 +103,7 @@ class PlugIn:
             UsageError: it cannot be imported, or it does not return a strategy.
         """
         try:
-            strategy: Any = self._factory()(context)
+            strategy: Any = pkgutil.resolve_name(self.target)(context)
         except (BatchbenchError, KeyboardInterrupt, MemoryError):
             raise
         except BaseException as error:  # the code of others may raise anything
@@ -118,31 +116,11 @@ class PlugIn:
         made: Strategy = strategy
         return made
 
-    def _factory(self) -> Callable[[Context], object]:
-        module, _, attribute = self.target.partition(":")
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-        if not callable(found):
-            raise TypeError(f"{self.target} is not callable")
-        factory: Callable[[Context], object] = found
-        return factory
-
-    @property
-    def _place(self) -> str:
-        return f"--strategy {shown(self.name)}: the package {shown(self.package)}"
-
     def fault(self, what: str, error: BaseException | str) -> UsageError:
         """Return the error to raise, which names the package."""
-        if isinstance(error, str):
-            return UsageError(f"{self._place} {what}: {error}")
-        why = reason_in_short(error) or "no reason given"
-        *_, last = traceback.extract_tb(error.__traceback__)
-        where = f" ({Path(last.filename).name}, line {last.lineno})"
-        return UsageError(
-            f"{self._place} {what}: {type(error).__name__}: {why}"
-            f"{'' if last.filename.startswith('<') else where}"
-        )
+        why = error if isinstance(error, str) else spell_error(error)
+        place = f"--strategy {shown(self.name)}: the package {shown(self.package)}"
+        return UsageError(f"{place} {what}: {why}")
 
 
 _US = "batchbench"

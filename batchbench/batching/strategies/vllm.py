@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batchbench.batching.engines import WallClock
+from batchbench.batching.policies import ORDERS
 from batchbench.batching.progress import Progress, Watch
-from batchbench.batching.queue import ORDERS
 from batchbench.batching.recording import Ints, Recording
 from batchbench.batching.strategies import Context
 from batchbench.errors import UsageError

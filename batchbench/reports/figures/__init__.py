@@ -35,10 +35,8 @@ _OF_STEPS = (*_OF_SLOTS, "account")
 def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str, Figure]:
     """Draw all pictures, by name; those of steps only if a strategy logs steps.
 
-    Args:
-        recordings: the trials of each strategy, at least one each; the first is the baseline, and
-            trials of equal index are pairs.
-        title: model, device and workload in a line, for every picture.
+    ``recordings`` has the trials of each strategy, at least one each. The first strategy is the
+    baseline, and trials of equal index are pairs.
     """
     stepped = any(trials[0].has_steps for trials in recordings.values())
     names = [name for name in PICTURES if stepped or name not in _OF_STEPS]
@@ -48,8 +46,7 @@ def draw(recordings: Mapping[str, Sequence[Recording]], title: str) -> dict[str,
 def draw_one(name: str, recordings: Mapping[str, Sequence[Recording]], title: str) -> Figure:
     """Draw one picture; occupancy and timeline leave out strategies that log no steps.
 
-    Raises:
-        ValueError: the picture shows steps, and no strategy logs any.
+    Raises ValueError if the picture shows steps, and no strategy logs any.
     """
     strategies, title = name_strategies(recordings), clean_text(title)
     stepped = [strategy for strategy in strategies if strategy.typical.has_steps]

@@ -42,10 +42,7 @@ LOOKS: dict[str, tuple[str, Any]] = {
 """Colour and dashes of the built-in strategies: Okabe and Ito's colours, which colour-blind people
 can distinguish."""
 
-_MORE_LOOKS: tuple[tuple[str, Any], ...] = (
-    ("#56B4E9", (0, (3, 1, 1, 1, 1, 1))),
-    ("#6b6b6b", (0, (2.5, 2.5))),
-)
+_MORE_LOOKS = (("#56B4E9", (0, (3, 1, 1, 1, 1, 1))), ("#6b6b6b", (0, (2.5, 2.5))))
 
 
 def looks_of(names: Collection[str]) -> dict[str, tuple[str, Any]]:
@@ -61,12 +58,7 @@ _WIDTH, _EDGE, WIDE = 8.0, 0.35, 7.3  # inches: the card, its margin, the width 
 
 INK, QUIET, FAINT = "#1a1a1a", "#5c5c5c", "#d9d9d9"
 
-HELD: dict[str, Any] = {
-    "facecolor": "#ececec",
-    "edgecolor": "#8c8c8c",
-    "hatch": "/////",
-    "linewidth": 0.0,
-}
+HELD: dict[str, Any] = {"facecolor": "#ececec", "edgecolor": "#8c8c8c", "hatch": "/////", "lw": 0}
 """A slot that a finished request still holds."""
 
 _STYLE = Path(__file__).with_name("pictures.mplstyle")
@@ -124,11 +116,10 @@ class Strategy:
 
 def name_strategies(recordings: Mapping[str, Sequence[Recording]]) -> list[Strategy]:
     """Return the strategies with their looks; they may have no trials."""
-    looks = looks_of(recordings)
-    strategies = []
-    for i, (name, trials) in enumerate(recordings.items()):
+    looks, strategies = looks_of(recordings), list[Strategy]()
+    for name, trials in recordings.items():
         label = label_of(clean_text(name), has_steps=not trials or trials[0].has_steps)
-        strategies.append(Strategy(i, label, trials, *looks[name]))
+        strategies.append(Strategy(len(strategies), label, trials, *looks[name]))
     return strategies
 
 
@@ -222,19 +213,15 @@ class Card:
         between: float = 0.0,
         share: bool | Literal["col"] = True,
     ) -> list[list[Axes]]:
-        """Return axes in rows and columns as wide as the card.
+        """Return axes of a height in inches, in rows and columns as wide as the card.
 
-        Args:
-            height: of each, with ``gap`` inches to the next column, ``between`` to the next row.
-            left: inches for the labels of the first column.
-            share: the axes have one x-axis and one y-axis; "col": only the x-axis of a column.
+        ``left`` is the room for labels, ``gap`` that to the next column, ``between`` that to the
+        next row. The axes share both scales; with "col", only the x-axis of each column.
         """
         rows, columns = shape
         width = (WIDE - left - (columns - 1) * gap) / columns
-        (x0, y1), (x1, y0) = (
-            self.at(left, top),
-            self.at(WIDE, top + rows * height + (rows - 1) * between),
-        )
+        x0, y1 = self.at(left, top)
+        x1, y0 = self.at(WIDE, top + rows * height + (rows - 1) * between)
         spec = self.figure.add_gridspec(
             *shape,
             left=x0,

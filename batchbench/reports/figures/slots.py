@@ -281,17 +281,15 @@ def _boxes(scale: Scale, start: Ints, stop: Ints, slot: Ints) -> list[Floats]:
 
 def _number(axes: Axes, scale: Scale, bars: Bars) -> None:
     """Write the numbers of requests into bars that are large enough."""
-    held, most = bars.held, min(8.0, scale.row * 72 * 0.72)
+    held, size = bars.held, min(8.0, scale.row * 52)
     stop = np.minimum(held.done, scale.window_ns)
     width = (stop - held.first) * scale.points_per_ns - 1
     middle = (held.first + stop) / 2 / scale.unit.ns
-    for i in np.flatnonzero(width > card.text_extent("0", _SMALLEST)).tolist():
-        number = str(held.request[i])
-        size = min(most, width[i] / card.text_extent(number, 1))
-        if size >= _SMALLEST:
+    for i, request in enumerate(held.request):
+        if size >= _SMALLEST and card.text_extent(str(request), size) < width[i]:
             style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "size": size}
             style["color"] = "#ffffff" if bars.long[i] else card.INK
-            axes.text(middle[i], held.slot[i], number, **style)
+            axes.text(middle[i], held.slot[i], str(request), **style)
 
 
 def draw_end(panel: Panel, scale: Scale) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.reports.figures import card
@@ -120,35 +119,31 @@ def _fastest(strategies: Sequence[card.Strategy]) -> str:
 
 _MARKS = ((50, "o", "●"), (99, "D", "◆"))  # percentile, its marker in the plot and in text
 
-Panel = tuple[str, Sequence[Distribution], card.Unit]  # TTFT or E2E, of each strategy
-
 
 def draw_latency(strategies: Sequence[card.Strategy], title: str) -> Figure:
     """Draw CDFs of TTFT and E2E latency over the requests of all trials, and their p50 and p99."""
-    panels: list[Panel] = []
-    for name, values in (
-        ("TTFT", [s.latencies.ttft for s in strategies]),
-        ("E2E", [s.latencies.e2el for s in strategies]),
-    ):
-        longest = max(d.values[-1] for d in values)
-        panels.append((name, values, card.Unit.of(strategies, longest * 1e6)))
     trials, requests = len(strategies[0].trials), len(strategies[0].trials[0].requests.slot)
     pooled = f" × {trials} trials, pooled" if trials > 1 else ""
     notes = f"{plural(requests, 'request')}{pooled}. Arrival is when a request was due."
-    body = 2.95 + 0.62 + 0.27 * len(strategies)
-    picture = card.make_card(_soonest(strategies, panels[0]), title, body, notes)
-    titles = ("TTFT: time to first token", "E2E latency: time to last token")
-    for left, text, panel in zip((0.55, 4.3), titles, panels, strict=True):
+    panels = {
+        "TTFT: time to first token": [s.latencies.ttft for s in strategies],
+        "E2E latency: time to last token": [s.latencies.e2el for s in strategies],
+    }
+    body = 3.25 + 0.22 * len(strategies)
+    picture = card.make_card(_soonest(strategies), title, body, notes)
+    for left, (label, values) in zip((0.55, 4.3), panels.items(), strict=True):
         axes = picture.axes(left, 0.3, 2.75, 2.3)
-        axes.set_title(text, size=10, weight="bold", loc="left", pad=7)
-        _draw_distributions(axes, strategies, panel)
+        axes.set_title(label, size=10, weight="bold", loc="left", pad=7)
+        _draw_distributions(axes, strategies, values)
     picture.figure.axes[0].set_ylabel("requests (%)")
-    _write_percentiles(picture, strategies, panels, 3.3)
     return picture.figure
 
 
-def _draw_distributions(axes: Axes, strategies: Sequence[card.Strategy], panel: Panel) -> None:
-    _, distributions, unit = panel
+def _draw_distributions(
+    axes: Axes, strategies: Sequence[card.Strategy], distributions: Sequence[Distribution]
+) -> None:
+    """Draw the staircases of one latency, and a legend with percentiles below them."""
+    unit = card.Unit.of(strategies, max(d.values[-1] for d in distributions) * 1e6)
     place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "va": "center"}
     for q, _, sign in _MARKS:
         axes.axhline(q, color=card.FAINT, lw=0.8, zorder=0)
@@ -157,14 +152,20 @@ def _draw_distributions(axes: Axes, strategies: Sequence[card.Strategy], panel: 
         )
     for strategy, values in zip(strategies, distributions, strict=True):
         x, y = staircase(values)
+        percentiles = [(values.percentile(q) or 0) * 1e6 for q, *_ in _MARKS]
+        texts = (
+            f"{sign} {unit.text(at)}" for at, (*_, sign) in zip(percentiles, _MARKS, strict=True)
+        )
+        label = f"{card.fit_text(strategy.name, 75, 9)}  {'  '.join(texts)}"
         look: dict[str, Any] = {"drawstyle": "steps-post", "gid": f"cdf-{strategy.index}"}
-        axes.plot(x * 1e6 / unit.ns, y * 100, **look, **strategy.line)
-        for q, marker, _ in _MARKS:
-            at = (values.percentile(q) or 0) * 1e6 / unit.ns
-            axes.plot(at, q, marker, color=strategy.tint(-0.2), ms=6.5, mec="#ffffff", mew=1)
+        axes.plot(x * 1e6 / unit.ns, y * 100, label=label, **look, **strategy.line)
+        for at, (q, marker, _) in zip(percentiles, _MARKS, strict=True):
+            look = {"color": strategy.tint(-0.2), "ms": 6.5, "mec": "#ffffff", "mew": 1}
+            axes.plot(at / unit.ns, q, marker, **look)
     axes.set(xlim=(0, None), ylim=(0, 104), yticks=[0, 25, 50, 75, 100])
     axes.set_xlabel(f"time since arrival ({unit.name})")
     axes.locator_params(axis="x", nbins=5)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), frameon=False, handlelength=3)
     card.strip_axes(axes, "left", "bottom")
 
 
@@ -178,26 +179,11 @@ def staircase(values: Distribution, most: int = MOST_LEVELS) -> tuple[Floats, Fl
     return np.concatenate([x[:1], x]), np.concatenate([[0.0], y])
 
 
-def _write_percentiles(
-    picture: card.Card, strategies: Sequence[card.Strategy], panels: Sequence[Panel], top: float
-) -> None:
-    columns = [(*panel, q, sign) for panel in panels for q, _, sign in _MARKS]
-    for right, (name, values, unit, q, sign) in zip((4.0, 5.1, 6.2, 7.3), columns, strict=True):
-        picture.write(right, top, f"{name} {sign} p{q}", ha="right", size=9, color=card.QUIET)
-        for i, own in enumerate(values, 1):
-            text = unit.text((own.percentile(q) or 0) * 1e6)
-            picture.write(right, top + 0.27 * i, text, ha="right", size=10)
-    for i, strategy in enumerate(strategies, 1):
-        y = top + 0.27 * i
-        ends = zip(picture.at(0, y + 0.07), picture.at(0.42, y + 0.07), strict=True)
-        picture.figure.add_artist(Line2D(*ends, **strategy.line))
-        look: dict[str, Any] = {"size": 10, "weight": "bold", "color": strategy.tint(-0.15)}
-        picture.write(0.5, y, card.fit_text(strategy.name, 175, 10, "bold"), **look)
-
-
-def _soonest(strategies: Sequence[card.Strategy], panel: Panel) -> str:
-    _, values, unit = panel
-    medians = [unit.text((ttft.percentile(50) or 0) * 1e6) for ttft in values]
-    text = f"Half of the requests have their first token after {medians[-1]}"
+def _soonest(strategies: Sequence[card.Strategy]) -> str:
+    medians = [(s.latencies.ttft.percentile(50) or 0) * 1e6 for s in strategies]
+    unit = card.Unit.of(strategies, max(medians))
+    text = f"Half of the requests have their first token after {unit.text(medians[-1])}"
     text += f" under {strategies[-1].called}"
-    return f"{text}, after {medians[0]} under {strategies[0].called}" if medians[1:] else text
+    if len(strategies) == 1:
+        return text
+    return f"{text}, after {unit.text(medians[0])} under {strategies[0].called}"

@@ -35,12 +35,12 @@ _SHOWN = 0.005
 
 _LOOKS: dict[str, dict[str, Any]] = {
     "finished_s": card.HELD,
-    "empty_s": {"facecolor": "#ffffff", "edgecolor": "#b0b0b0", "linewidth": 0.8},
+    "empty_s": {"facecolor": "#ffffff", "edgecolor": "#b0b0b0", "lw": 0.8},
     "prefill_padding_s": {**card.HELD, "hatch": "xxxx"},
     "stalled_s": {**card.HELD, "hatch": "|||||"},
     "waiting_s": {**card.HELD, "hatch": "...", "facecolor": "#ffffff"},
-    "host_s": {"facecolor": "#8c8c8c", "linewidth": 0.0},
-    "residual_s": {"facecolor": card.INK, "linewidth": 0.0},
+    "host_s": {"facecolor": "#8c8c8c", "lw": 0},
+    "residual_s": {"facecolor": card.INK, "lw": 0},
 }
 """The looks of parts that are the same under each strategy; useful parts have its colour."""
 
@@ -56,16 +56,12 @@ Budget = tuple[card.Strategy, TimeBudget]
 
 @dataclass(frozen=True)
 class WaterfallRow:
-    """A bar of a waterfall, in seconds.
-
-    Attributes:
-        saved_s: the time saved (negative: lost) in one part; None for a whole trial.
-    """
+    """A bar of a waterfall, in seconds."""
 
     label: str
     left_s: float
     width_s: float
-    saved_s: float | None = None
+    saved_s: float | None = None  # negative: lost; None for a whole trial
 
     @property
     def right_s(self) -> float:
@@ -153,10 +149,7 @@ def budgets_of(strategies: Sequence[card.Strategy]) -> list[Budget]:
 
 
 def draw_time_budget(strategies: Sequence[card.Strategy], title: str) -> Figure:
-    """Draw stacked bars of each strategy's wall time, and waterfalls from the first to the others.
-
-    A strategy that logs no steps has a row that says so.
-    """
+    """Draw stacked bars of each strategy's wall time, and waterfalls from the baseline's."""
     budgets = budgets_of(strategies)
     longest = max((times.wall_s for _, times in budgets), default=1.0)
     unit = card.Unit.of(strategies, longest * 1e9)
@@ -191,7 +184,7 @@ def _stack(axes: Axes, budget: Budget, unit: card.Unit, longest: float) -> None:
     y, left, scale = (strategy.index + 1) * _ROW - _BAR / 2, 0.0, 1e9 / unit.ns
     for part in STACKED:
         seconds = max(getattr(times, part), 0.0)
-        look = _LOOKS.get(part, {"linewidth": 0.0})
+        look = _LOOKS.get(part, {"lw": 0})
         if part in _TINTS:
             look = look | {"facecolor": strategy.tint(_TINTS[part])}
         axes.barh(y, seconds * scale, _BAR, left=left, gid=f"{part}-{strategy.index}", **look)

@@ -203,7 +203,7 @@ def causes(result: Result) -> list[str]:
 def make_table(
     title: str,
     head: Sequence[str],
-    rows: Sequence[Sequence[str]],
+    rows: Sequence[Sequence[str | Text]],
     *,
     left: int = 1,
     notes: Sequence[str] = (),
@@ -237,7 +237,7 @@ def make_table(
     for i, row in enumerate(rows):
         if total and i == len(rows) - 1:
             table.add_section()
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 

@@ -34,21 +34,14 @@ class DamagedError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class PeerRun:
-    """One measurement: a load, and its metrics.
+    """One measurement: a load, and its metrics."""
 
-    Attributes:
-        name: the load, such as ``concurrency=4``; of our own result the strategy.
-        rate: requests per second that were asked for; None if none was.
-        summary: every metric of a result's summary.
-        latencies: those of single requests or gaps in ms, by ``LATENCIES``, where there are any.
-    """
-
-    name: str
+    name: str  # the load, such as ``concurrency=4``; of our own result the strategy
     concurrency: int | None
-    rate: float | None
+    rate: float | None  # requests per second that were asked for
     failed: int | None
-    summary: Figures
-    latencies: Mapping[str, Distribution]
+    summary: Figures  # every metric of a result's summary
+    latencies: Mapping[str, Distribution]  # in ms, of single requests or gaps, where there are any
 
     @property
     def requests(self) -> int | None:
@@ -58,22 +51,15 @@ class PeerRun:
 
 @dataclass(frozen=True, eq=False)
 class PeerFile:
-    """Everything that is known of a result file; at least one run.
+    """Everything that is known of a result file; at least one run."""
 
-    Attributes:
-        tool: the tool's name, such as ``vllm bench serve``.
-        backend: the server or the kind of endpoint, as the tool calls it.
-        created: the time that the file names, as it stands there.
-        doubts: reasons why our own result is stamped suspect.
-    """
-
-    tool: str
+    tool: str  # such as ``vllm bench serve``
     version: str | None
     model: str | None
-    backend: str | None
-    created: str | None
+    backend: str | None  # the server or the kind of endpoint, as the tool calls it
+    created: str | None  # the time that the file names, as it stands there
     runs: Sequence[PeerRun]
-    doubts: Sequence[str] = ()
+    doubts: Sequence[str] = ()  # reasons why our own result is stamped suspect
 
     @property
     def title(self) -> str:

@@ -13,6 +13,7 @@ from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Ints, Recording
 from batchbench.errors import UsageError
 from batchbench.reports.formats.terminal import as_fast
+from batchbench.reports.latency import Decodes
 from batchbench.reports.metrics import typical_trial
 from batchbench.reports.occupancy import Holdings, Levels, levels_of
 from batchbench.reports.result import Result
@@ -75,37 +76,19 @@ class TrialReplay:
         return self.recording.duration_ns
 
     @cached_property
-    def _holdings(self) -> Holdings:
-        return Holdings.of(self.recording)
-
-    @cached_property
-    def _levels(self) -> Levels:
-        return levels_of(self.recording)
-
-    @cached_property
-    def _decodes_before(self) -> Ints:
-        """Decode steps before each span, ``[spans]``."""
-        spans = self.recording.spans
-        decodes = np.where(spans.decoding > 0, spans.steps, 0)
-        return np.cumsum(decodes) - decodes
-
-    def _decodes_to(self, steps: Ints) -> Ints:
-        """Count the decode steps up to and including each of these."""
-        span = self.recording.spans_of(steps)
-        within = steps - self.recording.first_steps[span] + 1
-        return self._decodes_before[span] + within * (self.recording.spans.decoding[span] > 0)
+    def _parts(self) -> tuple[Holdings, Levels, Decodes]:
+        recording = self.recording
+        return Holdings.of(recording), levels_of(recording), Decodes.of(recording)
 
     def _progress(self, t_ns: int) -> tuple[Ints, Ints]:
         """Return tokens at a time, and decode steps since the request was done, ``[requests]``."""
-        r = self.recording.requests
-        step = int(self.recording.step_at(np.array([t_ns]))[0]) - 1  # the last that has ended
-        if step < 0:
-            return np.zeros_like(r.last), np.zeros_like(r.last)
-        last = np.minimum(r.last, step)
-        decodes = self._decodes_to(last)
-        tokens = 1 + decodes - self._decodes_to(np.minimum(r.first, last))
+        r, decodes = self.recording.requests, self._parts[2]
+        step = self.recording.step_at(np.array([t_ns])) - 1  # the last that has ended
+        last = np.maximum(np.minimum(r.last, step), 0)
+        done = decodes.numbered(last)
+        tokens = 1 + done - decodes.numbered(np.minimum(r.first, last))
         tokens = np.where(r.first <= step, np.minimum(tokens, r.output_tokens), 0)
-        return tokens, self._decodes_to(np.array([step])) - decodes
+        return tokens, decodes.numbered(step) - done
 
     def tokens_at(self, t_ns: int) -> int:
         return int(self._progress(t_ns)[0].sum())
@@ -113,7 +96,7 @@ class TrialReplay:
     def at(self, t_ns: int, window_ns: int) -> SlotState:
         """Return the state at a moment; tokens per second are those of the last ``window_ns``."""
         over, now = t_ns >= self.end_ns, min(t_ns, self.end_ns)
-        held, r = self._holdings, self.recording.requests
+        held, r = self._parts[0], self.recording.requests
         inside = (held.admitted <= now) & (now < held.freed) & (not over)
 
         def by_slot(values: Ints, empty: int = 0) -> Ints:
@@ -147,7 +130,7 @@ class TrialReplay:
         Means over each of the ``columns`` parts of ``end_ns``; NaN in parts after ``until_ns`` or
         the trial's end.
         """
-        edges, levels = np.linspace(0, end_ns, columns + 1), self._levels
+        edges, levels = np.linspace(0, end_ns, columns + 1), self._parts[1]
         later = edges[:-1] >= min(until_ns, self.end_ns)
 
         def shares(level: Floats) -> Floats:
@@ -167,18 +150,14 @@ class Replay:
 
     @classmethod
     def of(cls, result: Result) -> Replay:
-        """Return the replay of a result, without strategies that log no steps.
-
-        Raises:
-            UsageError: no strategy logs any.
-        """
+        """Return the replay of a result; raise UsageError if no strategy logs steps."""
         typical = {name: typical_trial(trials) for name, trials in result.recordings.items()}
         trials = tuple(TrialReplay(name, r) for name, r in typical.items() if r.has_steps)
         if not trials:
             alone = "schedule by themselves" if len(typical) > 1 else "schedules by itself"
+            names = joined(list(typical))
             raise UsageError(
-                f"{joined(list(typical))} {alone}, so no slots are known; give a run of our own "
-                "engine"
+                f"{names} {alone}, so no slots are known; give a run of our own engine"
             )
         return cls(result.title, trials)
 
@@ -217,19 +196,13 @@ class Replay:
 
 
 def usual_speed(replay: Replay) -> float:
-    """Return the seconds of a trial per second at which a replay takes about 12 s.
-
-    True speed if that takes 10 to 15 s.
-    """
+    """Return the speed at which a replay takes about 12 s; true speed if that takes 10 to 15 s."""
     end_s = replay.end_ns / 1e9
     return 1.0 if 10 <= end_s <= 15 else float(f"{end_s / _LASTS_S:.2g}")
 
 
 def moments(replay: Replay, speed: float, clock: Clock) -> Iterator[int]:
-    """Yield the times to show, from 0 to the end, each when ``clock`` reaches it.
-
-    Where drawing is too slow for all of them, some are left out.
-    """
+    """Yield the times to show, each when ``clock`` reaches it; slow drawing leaves some out."""
     clock.restart()
     period = 10**9 // FRAMES_PER_SECOND
     while (t_ns := int(clock.now() * speed)) < replay.end_ns:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -17,7 +18,7 @@ from PIL import Image
 from batchbench.errors import UsageError
 from batchbench.reports.figures.card import INK, QUIET, Card, house_style, name_strategies
 from batchbench.reports.figures.slots import Panel, Scale, draw_end, lay_out
-from batchbench.reports.replay.frames import Frame, Replay, SlotState
+from batchbench.reports.replay.frames import Frame, Replay
 from batchbench.reports.result import Result
 from batchbench.reports.text import clean_text, spell_number
 
@@ -86,20 +87,19 @@ def _headline_and_ends(card: Card, scale: Scale, panels: list[Panel]) -> Update:
     """Return a function that shows the headline, and the ends in the last picture."""
     headline = card.figure.texts[0]
     answer = headline.get_text()
-    ends = []
+    ends: list[Artist] = []
     for panel in panels:
-        before = set(panel.axes.get_children())
+        before = panel.axes.get_children()
         draw_end(panel, scale)
         ends += [artist for artist in panel.axes.get_children() if artist not in before]
-    for artist in (headline, *ends):
-        artist.set_animated(True)
     count = len(panels[0].strategy.typical.requests.slot)
     names = " and ".join(panel.strategy.called for panel in panels)
-    question = f"The same {count:,} requests under {names}"
+    for artist in (headline, *ends):
+        artist.set_animated(True)
 
     def update(frame: Frame) -> None:
         over = frame.t_ns >= int(scale.window_ns)
-        headline.set_text(answer if over else question)
+        headline.set_text(answer if over else f"The same {count:,} requests under {names}")
         for artist in ends:
             artist.set_visible(over)
 
@@ -121,14 +121,10 @@ def _panel(panel: Panel, scale: Scale, index: int) -> Update:
         curtain.set_bounds(at, -0.05, end - at, 1.1)
         now.set_xdata([at, at])
         now.set_visible(not state.over and frame.t_ns < int(scale.window_ns))
-        panel.detail.set_text(_detail(state, scale))
+        text = f"{state.finished:,} of {state.requests:,} done, {state.waiting:,} waiting"
+        if state.over:
+            text = f"done after {scale.unit_of_ends.text(state.now_ns)}"
+        panel.detail.set_text(f"{text}, {spell_number(round(state.tokens_per_s))} tokens/s")
         panel.detail.set_color(INK if state.over else QUIET)
 
     return update
-
-
-def _detail(state: SlotState, scale: Scale) -> str:
-    rate = f"{spell_number(round(state.tokens_per_s))} tokens/s"
-    if state.over:
-        return f"done after {scale.unit_of_ends.text(state.now_ns)}, {rate}"
-    return f"{state.finished:,} of {state.requests:,} done, {state.waiting:,} waiting, {rate}"

@@ -18,17 +18,8 @@ from rich.text import Text
 from batchbench import settings
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
+from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import picture_files
-from batchbench.reports.figures.card import (
-    INK,
-    Strategy,
-    add_line_legend,
-    count_doublings,
-    finish_panel,
-    house_style,
-    make_card,
-    name_strategies,
-)
 from batchbench.reports.served import place_of
 from batchbench.reports.statistics import CONFIDENCE
 from batchbench.reports.text import (
@@ -41,8 +32,7 @@ from batchbench.reports.text import (
     spell_number,
     times_within,
 )
-from batchbench.studies.capacity.probe import GROWTH, Probe
-from batchbench.studies.capacity.search import CapacityFindings
+from batchbench.studies.capacity.search import GROWTH, CapacityFindings, Probe
 
 SCHEMA_VERSION = 1
 
@@ -112,7 +102,7 @@ def table(data: Data) -> Table:
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        padding=0,
+        padding=0,  # three limits fit into 80 columns
     )
     grid.add_column("strategy", no_wrap=True)
     names = [f"{_LABELS[name]}\np{share:g} ms" for name in limits]
@@ -120,12 +110,11 @@ def table(data: Data) -> Table:
         grid.add_column(name, justify="right", overflow="fold")
     grid.add_column("sus-\ntained")
     for strategy, result in data["strategies"].items():
-        probes = sorted(result["probes"], key=lambda probe: probe["rate"])
-        for i, probe in enumerate(probes):
-            cells = _cells(probe, limits, data["slo_attainment"])
-            grid.add_row(
-                "" if i else _label(data, strategy), *cells, end_section=i == len(probes) - 1
-            )
+        name = _label(data, strategy)
+        for probe in sorted(result["probes"], key=lambda probe: probe["rate"]):
+            grid.add_row(name, *_cells(probe, limits, data["slo_attainment"]))
+            name = ""
+        grid.add_section()
     return grid
 
 
@@ -170,7 +159,7 @@ def data_of(findings: CapacityFindings, command: str) -> dict[str, Any]:
         "config": {**findings.experiment.config(), "goals": settings.as_json(findings.query.goals)},
         "limits_ms": findings.query.goals.limits_ms,
         "slo_attainment": findings.query.attainment,
-        "precision": findings.precision,
+        "precision": findings.query.precision,
         "max_trials": findings.query.most_trials,
         "confidence": CONFIDENCE,
         "alone_ms": {name: _finite(value) for name, value in findings.unloaded_ms.items()},
@@ -255,11 +244,11 @@ def draw_capacity(data: Data) -> Figure:
     results = {_label(data, name): result for name, result in data["strategies"].items()}
     panels = ["attainment", *data["limits_ms"]]
     body = 0.8 + len(panels) * (_TALL + _BETWEEN)
-    with house_style():
-        strategies = name_strategies(dict.fromkeys(results, ()))
+    with cards.house_style():
+        strategies = cards.name_strategies(dict.fromkeys(results, ()))
         headline, title = f"Within these limits {_answer(data)}", clean_text(title_of(data))
-        card = make_card(headline, title, body, notes)
-        add_line_legend(card, strategies)
+        card = cards.make_card(headline, title, body, notes)
+        cards.add_line_legend(card, strategies)
         shape = (len(panels), 1)
         grid = card.grid(shape, 0.75, _TALL, between=_BETWEEN, share="col")
         for (axes,), panel in zip(grid, panels, strict=True):
@@ -274,7 +263,7 @@ def draw_capacity(data: Data) -> Figure:
     return card.figure
 
 
-def _draw_probes(axes: Axes, strategy: Strategy, probes: Sequence[Data], panel: str) -> None:
+def _draw_probes(axes: Axes, strategy: cards.Strategy, probes: Sequence[Data], panel: str) -> None:
     probes = sorted(probes, key=lambda probe: probe["rate"])
     values = [_value(probe, panel) for probe in probes]
     line = {**strategy.line, "lw": 1.2, "gid": f"{panel}-{strategy.index}"}
@@ -296,7 +285,7 @@ def _value(probe: Data, panel: str) -> float:
 def _finish(axes: Axes, data: Data, panel: str) -> None:
     """Draw the limit, and set the scales and the title."""
     share = 100 * data["slo_attainment"]
-    count_doublings(axes)
+    cards.count_doublings(axes)
     if panel == "attainment":
         limit, title = share, f"% of requests within all limits; needed: {share:g}"
         axes.set(ylim=(0, 104), yticks=[0, 25, 50, 75, 100])
@@ -304,11 +293,11 @@ def _finish(axes: Axes, data: Data, panel: str) -> None:
         limit = data["limits_ms"][panel]
         title = f"{_LABELS[panel]} p{share:g} in ms; limit: {limit:g}"
         axes.set_yscale("log")
-    axes.axhline(limit, color=INK, lw=1.2, ls=":")
-    finish_panel(axes, title, 9.5)
+    axes.axhline(limit, color=cards.INK, lw=1.2, ls=":")
+    cards.finish_panel(axes, title, 9.5)
 
 
-def _mark_capacity(panels: Sequence[Axes], strategy: Strategy, rate: float) -> None:
+def _mark_capacity(panels: Sequence[Axes], strategy: cards.Strategy, rate: float) -> None:
     """Draw a line through all panels, with the rate at its end."""
     for axes in panels:
         axes.axvline(rate, color=strategy.tint(0.2), lw=1.2, zorder=1)

@@ -1,4 +1,7 @@
-"""Search the highest request rate that each strategy sustains within the limits."""
+"""Search the highest request rate that each strategy sustains within the limits.
+
+A probe serves trials at one rate, and judges whether they show that it is sustained.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,307 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+from scipy import stats
+
+from batchbench.batching.batcher import Strategy
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.models import ModelCache
 from batchbench.batching.policies import WAITING
 from batchbench.batching.progress import Watch
+from batchbench.batching.recording import Recording
 from batchbench.batching.remote.outcome import ServerFacts
-from batchbench.batching.trials import WarmUp
-from batchbench.batching.verification import Verification
+from batchbench.batching.session import open_bench
+from batchbench.batching.trials import WarmUp, beginning
+from batchbench.batching.verification import NOT_VERIFIED, Verification
 from batchbench.errors import UsageError
-from batchbench.studies.capacity.probe import (
-    CapacityQuery,
-    CapacityWatch,
-    Interval,
-    Probe,
-    ProbeRunner,
-    Verdict,
-)
+from batchbench.reports import latency as latencies
+from batchbench.reports.served import doubts_of_client
+from batchbench.reports.slo import GoalsSpec
+from batchbench.reports.statistics import CONFIDENCE, mean_interval
+from batchbench.reports.validity import audit, wrong_tokens
 from batchbench.studies.executors.jobs import Done, Executor, Job, kinds_of, run_parts
+from batchbench.workloads import Workload, WorkloadSpec
 
 if TYPE_CHECKING:
     from batchbench.batching.remote.clients import Start
+
+GROWTH = 0.1
+"""The largest growth of a sustained queue: one in ten arriving requests stays in it."""
+
+FEWEST_TRIALS = 2
+"""Minimum number of trials for an interval: requests of one trial share its queue."""
+
+LATENCIES_MS = {
+    "ttft": latencies.ttft_ms,
+    "tpot": latencies.tpot_ms,
+    "e2el": latencies.e2el_ms,
+}
+"""The function of each latency, ``[requests]``, by its name in ``--slo``."""
+
+UNLOADED_REQUESTS = 16
+"""Requests served one at a time, to measure latency without load; all in a simulation."""
 
 MOST_DOUBLINGS = 24
 """Maximum number of doublings or halvings of the first rate: a factor of 16 million."""
 
 MOST_PROBES = 40
+
+
+# Probes of one rate
+
+
+class Verdict(Enum):
+    """The verdict on one rate under one strategy; the value is as in ``capacity.json``."""
+
+    SUSTAINED = "sustained"
+    NOT_SUSTAINED = "not sustained"
+    BORDERLINE = "border"  # the largest number of trials does not decide
+
+    def __str__(self) -> str:
+        return "borderline" if self is Verdict.BORDERLINE else self.value
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TrialFigures:
+    """The results of one trial at a rate."""
+
+    requests: int
+    met: int  # requests within all limits
+    growth: float  # of the queue, as a share of arrivals
+    latency_ms: Mapping[str, float]  # a percentile of each limited latency
+
+    @property
+    def attainment(self) -> float:
+        return self.met / self.requests
+
+
+def figures_of(
+    recording: Recording, limits_ms: Mapping[str, float], attainment: float
+) -> TrialFigures:
+    """Return a trial's results, with the percentiles that ``attainment`` sets limits to."""
+    met = latencies.within(recording, limits_ms)
+    values = {name: LATENCIES_MS[name](recording) for name in limits_ms}
+    known = {name: ms for name, ms in values.items() if not np.isnan(ms).all()}
+    shown = {name: float(np.nanpercentile(ms, 100 * attainment)) for name, ms in known.items()}
+    return TrialFigures(len(met), int(met.sum()), queue_growth(recording), shown)
+
+
+def queue_growth(recording: Recording) -> float:
+    """Return how much longer the queue is in the last third of arrivals than in the middle third.
+
+    It is a share of the arrivals in between: with arrivals at the rate λ that are served at the
+    rate μ < λ it tends to 1 - μ/λ; if all are served it stays near 0. The first third is left out,
+    since an empty server fills up in it.
+    """
+    r = recording.requests
+    due = np.sort(r.due_ns)
+    # A strategy without steps shows no admissions; there a request waits until its first token.
+    begun = recording.admitted_ns if recording.has_steps else recording.first_token_ns
+    waiting = np.arange(1, len(due) + 1) - np.searchsorted(np.sort(begun), due, side="right")
+    third = len(due) // 3
+    if not third:
+        return 0.0
+    return float((waiting[-third:].mean() - waiting[-2 * third : -third].mean()) / third)
+
+
+def attained(trials: Sequence[TrialFigures]) -> Interval:
+    """Return the share of requests within all limits, over all trials.
+
+    The interval covers both Wilson's for independent requests, which is right if all trials give
+    the same share, and Student's t for trials, which is right if requests of a trial depend on one
+    another.
+    """
+    met, requests = sum(t.met for t in trials), sum(t.requests for t in trials)
+    wilson = stats.binomtest(met, requests).proportion_ci(CONFIDENCE, method="wilson")
+    low, high = mean_interval([t.attainment for t in trials])
+    return Interval(
+        met / requests,
+        max(0.0, min(float(wilson.low), low)),
+        min(1.0, max(float(wilson.high), high)),
+    )
+
+
+def mean_of(values: Sequence[float]) -> Interval:
+    """Return the mean with Student's t interval; it is unbounded for one value."""
+    return Interval(float(np.mean(values)), *mean_interval(values))
+
+
+def judge(trials: Sequence[TrialFigures], attainment: float, most_trials: int) -> Verdict | None:
+    """Return the verdict on a rate; None if it needs another trial.
+
+    A rate is sustained if the interval of the share of requests within all limits lies at or above
+    ``attainment``, and that of the queue's growth at or below :data:`GROWTH`. It is not sustained
+    if one of them lies on the other side. A single allowed trial decides by itself.
+    """
+    if most_trials == 1:
+        good = trials[0].attainment >= attainment and trials[0].growth <= GROWTH
+        return Verdict.SUSTAINED if good else Verdict.NOT_SUSTAINED
+    if len(trials) < FEWEST_TRIALS:
+        return None
+    share, growth = attained(trials), mean_of([t.growth for t in trials])
+    if share.high < attainment or growth.low > GROWTH:
+        return Verdict.NOT_SUSTAINED
+    if share.low >= attainment and growth.high <= GROWTH:
+        return Verdict.SUSTAINED
+    return Verdict.BORDERLINE if len(trials) >= most_trials else None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The trials at one rate under one strategy, and their verdict."""
+
+    strategy: str
+    rate: float
+    trials: Sequence[TrialFigures]
+    verdict: Verdict
+
+    @property
+    def attainment(self) -> Interval:
+        return attained(self.trials)
+
+    @property
+    def growth(self) -> Interval:
+        return mean_of([trial.growth for trial in self.trials])
+
+    @property
+    def latency_ms(self) -> dict[str, float]:
+        """The percentile of each limited latency, as the median over trials."""
+        names = self.trials[0].latency_ms
+        return {n: float(np.median([trial.latency_ms[n] for trial in self.trials])) for n in names}
+
+
+class CapacityWatch(Watch):
+    """A watch that also receives the progress of a search; this base class ignores it."""
+
+    def probe_begins(self, strategy: str, rate: float) -> None:
+        pass
+
+    def probe_ends(self, probe: Probe) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class CapacityQuery:
+    """The limits, and how surely they must be met."""
+
+    goals: GoalsSpec
+    attainment: float  # share of the requests that must be within all limits
+    most_trials: int  # at one rate
+    precision: float = 0.1  # how far apart a sustained and an unsustained rate may be, as a share
+
+
+def check_enough(requests: int, query: CapacityQuery) -> None:
+    """Raise UsageError if not even trials without a miss would show that a rate is sustained."""
+    trials = [TrialFigures(requests, requests, 0.0, {})] * query.most_trials
+    if judge(trials, query.attainment, query.most_trials) is not Verdict.SUSTAINED:
+        raise UsageError(
+            f"--queue-size {requests}: {query.most_trials} trials of so few requests prove at most "
+            f"{100 * attained(trials).low:.4g} % within the limits, and --slo-attainment is "
+            f"{100 * query.attainment:g} %; raise --queue-size or --max-trials"
+        )
+
+
+class ProbeRunner:
+    """Serve probes; keep each strategy's first trial at the highest rate that it sustained."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        query: CapacityQuery,
+        watch: CapacityWatch,
+        start: Start | None = None,
+    ) -> None:
+        self._spec, self._query, self._watch = experiment.workload, query, watch
+        longest = 0
+        if experiment.target is None:  # an engine is as large as its longest request
+            planned = open_bench(replace(experiment, simulated=True), Watch())
+            longest = max(
+                planned.make(self._seeded(k)).max_total_tokens for k in range(query.most_trials)
+            )
+        self.session = open_bench(experiment, watch, max_len=longest, start=start)
+        check_enough(len(self.session.workload), query)
+        self.warm_up = self.session.warm_up()
+        self.strategies = self.session.strategies()
+        self._best: dict[str, tuple[float, Workload, Recording]] = {}
+
+    def _seeded(self, trial: int, rate: float | None = None) -> WorkloadSpec:
+        """Return a trial's workload; its seed, and so its gaps, are the same at every rate."""
+        rate = self._spec.request_rate if rate is None else rate
+        return replace(self._spec, seed=self._spec.seed + trial, request_rate=rate)
+
+    def measure_unloaded(self) -> dict[str, float]:
+        """Return median latencies in ms of requests served one at a time.
+
+        Raises UsageError if even these miss a limit.
+        """
+        self._watch.phase("serving requests one at a time")
+        session, limits_ms = self.session, self._query.goals.limits_ms
+        count = len(session.workload) if session.simulated else UNLOADED_REQUESTS
+        first = beginning(session.workload, count, output_tokens=session.workload.max_total_tokens)
+        single = session.on(replace(first, max_concurrency=1))
+        recording = single.serve(session.strategy("continuous"), 0, 1)
+        if latencies.within(recording, limits_ms).mean() < self._query.attainment:
+            shares = {n: latencies.within(recording, {n: ms}).mean() for n, ms in limits_ms.items()}
+            name = min(shares, key=lambda n: shares[n])
+            percentile = 100 * self._query.attainment
+            taken = np.nanpercentile(LATENCIES_MS[name](recording), percentile)
+            raise UsageError(
+                f"--slo {name}:{limits_ms[name]:g}: no rate is low enough, since requests take "
+                f"{taken:.4g} ms even without load (p{percentile:g} of {name}, one at a time); "
+                "raise the limit above that, or lower --slo-attainment"
+            )
+        return {name: float(np.nanmedian(of(recording))) for name, of in LATENCIES_MS.items()}
+
+    def probe(self, strategy: Strategy, rate: float) -> Probe:
+        """Serve trials at a rate until they decide, or their largest number is reached."""
+        self._watch.probe_begins(strategy.name, rate)
+        query, served = self._query, list[tuple[Workload, Recording]]()
+        trials, verdict = list[TrialFigures](), None
+        while verdict is None:
+            workload = self.session.make(self._seeded(len(trials), rate))
+            recording = self.session.on(workload).serve(strategy, len(trials), query.most_trials)
+            served = served or [(workload, recording)]
+            trials.append(figures_of(recording, query.goals.limits_ms, query.attainment))
+            verdict = judge(trials, query.attainment, query.most_trials)
+        best = self._best.get(strategy.name)
+        if verdict is Verdict.SUSTAINED and (best is None or rate > best[0]):
+            self._best[strategy.name] = (rate, *served[0])
+        probe = Probe(strategy.name, rate, trials, verdict)
+        self._watch.probe_ends(probe)
+        return probe
+
+    def check_outputs(self) -> tuple[Verification, list[str]]:
+        """Verify each strategy's tokens at its capacity; return also reasons to suspect the trials.
+
+        The prompts and lengths of a trial are the same at every rate.
+        """
+        trials = list(self._best.values())
+        session = self.session.on(trials[0][1]) if trials else self.session
+        verification = session.verify([recording for _, _, recording in trials])
+        reasons = [wrong_tokens(verification.wrong)] * bool(verification.wrong)
+        for name, (rate, workload, recording) in self._best.items():
+            served, trials_of = session.server() is not None, {name: [recording]}
+            reasons += audit(
+                workload, trials_of, NOT_VERIFIED, self.warm_up, None, rate, served=served
+            )
+            reasons += doubts_of_client(trials_of)
+        return verification, list(dict.fromkeys(reasons))
+
+
+# The search
 
 
 @dataclass
@@ -99,7 +376,6 @@ class CapacityFindings:
 
     experiment: Experiment
     query: CapacityQuery
-    precision: float
     unloaded_ms: Mapping[str, float]  # median latencies of requests one at a time
     capacities: Sequence[Capacity]
     verification: Verification
@@ -124,7 +400,6 @@ class CapacityFindings:
 def find_capacity(
     experiment: Experiment,
     query: CapacityQuery,
-    precision: float,
     watch: CapacityWatch | None = None,
     start: Start | None = None,
 ) -> CapacityFindings:
@@ -140,16 +415,14 @@ def find_capacity(
         raise UsageError("--slo: give one or more latency limits, such as --slo ttft:500")
     runner = ProbeRunner(experiment, query, watch or CapacityWatch(), start)
     with closing(runner.session):
-        return _search(runner, experiment, query, precision)
+        return _search(runner, experiment, query)
 
 
-def _search(
-    runner: ProbeRunner, experiment: Experiment, query: CapacityQuery, precision: float
-) -> CapacityFindings:
+def _search(runner: ProbeRunner, experiment: Experiment, query: CapacityQuery) -> CapacityFindings:
     session, unloaded_ms = runner.session, runner.measure_unloaded()
     alone = 1e3 / unloaded_ms["e2el"]  # at a share of this rate, about that share meets another
     lowest = alone * (1 - query.attainment) / 2
-    searches = {s.name: Search(alone, precision, lowest) for s in runner.strategies}
+    searches = {s.name: Search(alone, query.precision, lowest) for s in runner.strategies}
     probes: dict[str, list[Probe]] = {name: [] for name in searches}
     open_searches = list(runner.strategies)
     while open_searches:
@@ -175,7 +448,6 @@ def _search(
     return CapacityFindings(
         experiment=experiment,
         query=query,
-        precision=precision,
         unloaded_ms=unloaded_ms,
         capacities=[Capacity(n, s.low, s.high, probes[n]) for n, s in searches.items()],
         verification=verification,
@@ -194,17 +466,15 @@ class SearchWork:
 
     experiment: Experiment
     query: CapacityQuery
-    precision: float
 
     def __call__(self, watch: Watch, models: ModelCache) -> Done:
-        return Done({"": pickle.dumps(find_capacity(self.experiment, self.query, self.precision))})
+        return Done({"": pickle.dumps(find_capacity(self.experiment, self.query))})
 
 
 def find_capacity_on(
     executor: Executor,
     experiment: Experiment,
     query: CapacityQuery,
-    precision: float,
     watch: CapacityWatch,
 ) -> CapacityFindings:
     """Search the capacity of each strategy as a job of its own, and put the findings together.
@@ -216,7 +486,7 @@ def find_capacity_on(
     for name in serving.strategies:
         wait = serving.max_wait if name in WAITING else 0.0
         own = replace(experiment, serving=replace(serving, strategy=name, max_wait=wait))
-        jobs.append(Job(name, SearchWork(own, query, precision), own.server))
+        jobs.append(Job(name, SearchWork(own, query), own.server))
     ends = run_parts(jobs, executor, watch)
     nodes = {job.key: ends[job.key][1] for job in jobs}
     parts: list[CapacityFindings] = [

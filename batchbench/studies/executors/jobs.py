@@ -38,10 +38,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The reason for which a job cannot be done on any machine, such as a batch that is too large.
-
-    A new attempt would end in the same way.
-    """
+    """The reason for which a job cannot be done on any machine; it would fail again."""
 
     reason: str
 
@@ -67,8 +64,6 @@ class Raised:
     error: Exception
 
 
-Outcome = Done | Failed | Lost | Unlike | Raised
-
 Work = Callable[[Watch, ModelCache], Done | Failed]
 """The work of a job. It can be pickled, and gets the models of the process in which it runs."""
 
@@ -90,9 +85,32 @@ class Ended:
     """The end of the job ``key``, with its node, which is empty for this process."""
 
     key: str
-    outcome: Outcome
+    outcome: Done | Failed | Lost | Unlike | Raised
     node: str = ""
     seconds: float = 0.0
+
+    @property
+    def reason(self) -> str | None:
+        """Why the job has no files."""
+        return getattr(self.outcome, "reason", None)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The machines that jobs may use.
+
+    Attributes:
+        like: facts that a machine must have.
+        same: all machines must be like the first.
+        timed: jobs measure times: a device is a whole GPU, or all cores of a node. Otherwise it
+            is a core.
+        gpus: jobs may use GPUs.
+    """
+
+    like: Mapping[str, Any]
+    same: bool = False
+    timed: bool = False
+    gpus: bool = False
 
 
 class Executor(Protocol):
@@ -166,36 +184,32 @@ def run_jobs(
 
     A job that is lost runs again at most :data:`MOST_RERUNS` times; after that it is yielded as
     :class:`Lost`. A job that a machine refuses waits for another machine, and one whose server is
-    in use waits for its end.
+    in use waits for its end. ``begins`` is called with each job that is submitted, again if it
+    runs again, and ``waited`` after each wait.
 
     Raises:
         Exception: the error that a job raised.
-
-    Args:
-        begins: called with each job that is submitted, again if it runs again.
-        waited: called after each wait.
     """
-    by_key = {job.key: job for job in jobs}
-    waiting, losses, submitted = deque(by_key), Counter[str](), set[str]()
+    waiting, submitted, losses = deque(jobs), dict[str, Job](), Counter[str]()
 
-    def startable() -> str | None:
-        busy = {by_key[key].server for key in submitted} - {None}
-        return next((key for key in waiting if by_key[key].server not in busy), None)
+    def startable() -> Job | None:
+        busy = {job.server for job in submitted.values()} - {None}
+        return next((job for job in waiting if job.server not in busy), None)
 
     while waiting or submitted:
-        while executor.free > 0 and (key := startable()) is not None:
-            waiting.remove(key)
-            begins(by_key[key])
-            executor.submit(by_key[key])
-            submitted.add(key)
+        while executor.free > 0 and (job := startable()) is not None:
+            waiting.remove(job)
+            begins(job)
+            executor.submit(job)
+            submitted[job.key] = job
         for ended in executor.wait():
-            submitted.remove(ended.key)
+            job = submitted.pop(ended.key)
             if isinstance(ended.outcome, Raised):
                 raise ended.outcome.error
             losses[ended.key] += isinstance(ended.outcome, Lost)
             lost = isinstance(ended.outcome, Lost) and losses[ended.key] <= MOST_RERUNS
             if lost or isinstance(ended.outcome, Unlike):
-                waiting.appendleft(ended.key)
+                waiting.appendleft(job)
             else:
                 yield ended
         waited()
@@ -210,26 +224,25 @@ def run_parts(
         UsageError: a part cannot be done.
         IncompleteError: a part was lost with its machine, several times.
     """
-    ends = dict[str, tuple[Mapping[str, bytes | str], str]]()
-    shown = ""
+    ends, shown = dict[str, tuple[Mapping[str, bytes | str], str]](), ""
 
     def waited() -> None:
         nonlocal shown
         now = ", ".join(f"{key} ({node})" for key, node in executor.running.items())
-        if now != shown:
-            shown = now
-            if now:
-                watch.phase(f"running {now}")
+        if now and now != shown:
+            watch.phase(f"running {now}")
+        shown = now
 
     for ended in run_jobs(jobs, executor, waited=waited):
         if isinstance(ended.outcome, Failed):
             raise UsageError(ended.outcome.reason)
         if not isinstance(ended.outcome, Done):
             raise IncompleteError(
-                f"{ended.key} was lost {MOST_RERUNS + 1} times with its machine "
-                f"({getattr(ended.outcome, 'reason', '')}); the same command starts again"
+                f"{ended.key} was lost {MOST_RERUNS + 1} times with its machine ({ended.reason}); "
+                "the same command starts again"
             )
-        watch.note(f"{ended.key} ran {spell_time(ended.seconds)} on {ended.node or 'this machine'}")
+        if ended.node:
+            watch.note(f"{ended.key} ran {spell_time(ended.seconds)} on {ended.node}")
         ends[ended.key] = (ended.outcome.files, ended.node)
     return ends
 
@@ -239,6 +252,9 @@ def run_parts(
 
 PLACES_S = 60.0
 """Seconds without a free place after which not all clients can run at once."""
+
+LEAVE_S = 10.0
+"""Seconds in which clients leave after the end."""
 
 
 @dataclass(frozen=True)
@@ -257,13 +273,13 @@ def clients_on(executor: Executor) -> Start:
 
     @contextmanager
     def start(join: Callable[[], None], count: int) -> Iterator[Callable[[], None]]:
-        waiting = deque(Job(f"client {i + 1}", ClientWork(join)) for i in range(count))
-        jobs, since = {job.key: job for job in waiting}, time.monotonic()
+        jobs = {f"client {i + 1}": Job(f"client {i + 1}", ClientWork(join)) for i in range(count)}
+        waiting, since = deque(jobs), time.monotonic()
 
         def look() -> None:
             nonlocal since
             while waiting and executor.free:
-                executor.submit(waiting.popleft())
+                executor.submit(jobs[waiting.popleft()])
                 since = time.monotonic()
             if waiting and time.monotonic() - since > PLACES_S:
                 raise IncompleteError(
@@ -274,9 +290,9 @@ def clients_on(executor: Executor) -> Start:
                 if isinstance(ended.outcome, Raised):
                     raise ended.outcome.error
                 if not isinstance(ended.outcome, Unlike):
-                    reason = getattr(ended.outcome, "reason", "it ended")
+                    reason = ended.reason or "it ended"
                     raise IncompleteError(f"--clients: {ended.key} on {ended.node}: {reason}")
-                waiting.append(jobs[ended.key])
+                waiting.append(ended.key)
 
         try:
             yield look
@@ -286,9 +302,6 @@ def clients_on(executor: Executor) -> Start:
                 executor.wait()
 
     return start
-
-
-LEAVE_S = 10.0
 
 
 # Kinds of machines: jobs that measure times compare only on machines of one kind
@@ -337,12 +350,12 @@ def kinds_of(environments: Iterable[Mapping[str, Any]]) -> list[str]:
             kinds.append((facts, nodes := []))
         if facts["hostname"] not in nodes:
             nodes.append(facts["hostname"])
-    return [
-        " ".join(str(kind[name]) for name in ("cpu", "gpu") if kind.get(name))
-        + (f", torch {kind['torch']}" if kind.get("torch") else "")
-        + f" ({', '.join(nodes)})"
-        for kind, nodes in kinds
-    ]
+    words = []
+    for kind, nodes in kinds:
+        name = " ".join(str(kind[part]) for part in ("cpu", "gpu") if kind.get(part))
+        torch = f", torch {kind['torch']}" if kind.get("torch") else ""
+        words.append(f"{name}{torch} ({', '.join(nodes)})")
+    return words
 
 
 # The process that does the work
@@ -369,7 +382,7 @@ class Worker:
     def run(self, job: Job) -> Ended:
         """Run a job."""
         node, began = str(self.facts["hostname"]), time.monotonic()
-        outcome: Outcome
+        outcome: Done | Failed | Raised
         try:
             outcome = job.work(Watch(), self._models)
         except BatchbenchError as error:

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from batchbench import version
 from batchbench.batching.progress import Watch
 from batchbench.errors import IncompleteError, UsageError, reason_in_short
-from batchbench.studies.executors.jobs import Ended, Job, Lost, Worker, unlike
+from batchbench.studies.executors.jobs import Ended, Job, Lost, Needs, Worker, unlike
 
 PATIENCE_S = 300.0
 """Seconds without any device after which a study gives up; a node may join until then."""
@@ -50,30 +50,14 @@ class _Device:
 class RayCluster:
     """Runs jobs on all devices of a Ray cluster, those of nodes that join later included.
 
-    Args:
-        address: ``auto`` or ``ray://HOST:PORT``; None starts Ray on this machine.
-        timed: jobs measure times: a device is a whole GPU, or all cores of a node. Otherwise it
-            is a core.
-        gpus: jobs may use GPUs.
-        like: facts that a machine must have.
-        same: all machines must be like the first.
+    ``address`` is ``auto`` or ``ray://HOST:PORT``; None starts Ray on this machine.
 
     Raises:
         UsageError: there is no such cluster.
     """
 
-    def __init__(
-        self,
-        address: str | None,
-        watch: Watch,
-        *,
-        timed: bool,
-        gpus: bool,
-        like: Mapping[str, Any],
-        same: bool,
-    ) -> None:
-        self._watch, self._timed, self._gpus = watch, timed, gpus
-        self._like, self._same = like, same
+    def __init__(self, address: str | None, watch: Watch, needs: Needs) -> None:
+        self._watch, self._needs, self._like = watch, needs, needs.like
         self._devices: list[_Device] = []
         self._known: set[str] = set()  # nodes that are alive, by their ids
         self._refused: dict[str, str] = {}  # the reasons, by the ids of nodes
@@ -152,15 +136,15 @@ class RayCluster:
     def _devices_of(self, resources: Mapping[str, float]) -> Iterator[dict[str, Any]]:
         """Yield the resources of each actor of a node."""
         cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-        if self._timed and self._gpus and gpus:
+        if self._needs.timed and self._needs.gpus and gpus:
             yield from ({"num_gpus": 1, "num_cpus": cores // gpus} for _ in range(gpus))
         elif cores:
-            yield from [{"num_cpus": cores}] if self._timed else [{"num_cpus": 1}] * cores
+            yield from [{"num_cpus": cores}] if self._needs.timed else [{"num_cpus": 1}] * cores
 
     def _start(self, node: str, name: str, options: Mapping[str, Any]) -> None:
         place = NodeAffinitySchedulingStrategy(node, soft=False)
         kind = ray.remote(max_restarts=0, max_task_retries=0, **options)(Worker)
-        actor = kind.options(scheduling_strategy=place).remote(os.getcwd(), timed=self._timed)
+        actor = kind.options(scheduling_strategy=place).remote(os.getcwd(), timed=self._needs.timed)
         self._devices.append(_Device(node, name, options, actor, actor.about.remote()))
 
     def _end(self, device: _Device) -> Iterator[Ended]:
@@ -180,7 +164,7 @@ class RayCluster:
             self._refuse(device, reason)
         else:
             device.ready = True
-            self._like = answer if self._same else self._like
+            self._like = answer if self._needs.same else self._like
 
     def _lose(self, device: _Device, reason: str) -> Iterator[Ended]:
         """Drop a device that died, and start another if its node is alive; yield its job."""

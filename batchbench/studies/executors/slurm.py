@@ -16,21 +16,21 @@ import submitit
 
 from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError, reason_in_short
-from batchbench.studies.executors.jobs import Ended, Job, Lost, Unlike, Worker, unlike
+from batchbench.studies.executors.jobs import Ended, Job, Lost, Needs, Unlike, Worker, unlike
 
 _ASK_S = 30.0
 """Seconds between two questions to Slurm about all jobs; results are looked for all the time."""
 
 
-def serve(folder: str, timed: bool, first: Path, same: bool, job: Job) -> Ended:
+def serve(folder: str, needs: Needs, first: Path, job: Job) -> Ended:
     """Run a job on a node of Slurm, if its machine is like the first.
 
-    The file ``first`` has the facts of that machine. If they must be the ``same``, the job that
-    comes first adds those of its own.
+    The file ``first`` has the facts of that machine. If all must be the same, the job that comes
+    first adds those of its own.
     """
-    worker = Worker(folder, timed=timed)
+    worker = Worker(folder, timed=needs.timed)
     like = json.loads(first.read_text("utf-8"))
-    if same and "hostname" not in like and not unlike(like, worker.facts):
+    if needs.same and "hostname" not in like and not unlike(like, worker.facts):
         own = first.with_name(f"{first.name}.{os.getpid()}-{worker.facts['hostname']}")
         own.write_text(json.dumps(worker.facts), "utf-8")
         with suppress(FileExistsError):  # another job was faster
@@ -41,20 +41,6 @@ def serve(folder: str, timed: bool, first: Path, same: bool, job: Job) -> Ended:
     return worker.run(job)
 
 
-def _answer(handle: Any, node: str) -> Ended:
-    """Return the answer of a job.
-
-    Raises:
-        UsageError: it could not begin, for example since its node has no batchbench.
-    """
-    try:
-        answer: Ended = handle.result()
-    except submitit.core.utils.FailedJobError as error:
-        reasons = [line for line in str(error).splitlines() if "Error" in line]
-        raise UsageError(f"--executor slurm: {node}: {reason_in_short(reasons[-1])}") from error
-    return answer
-
-
 class Slurm:
     """Runs at most ``parallel`` Slurm jobs at once, each with one job of a study.
 
@@ -62,8 +48,6 @@ class Slurm:
         folder: folder that all nodes share; it exists only while there are jobs.
         minutes: time limit of a job.
         gpus: number of GPUs of a job that measures times; 0 takes a whole node without.
-        like: facts that a machine must have.
-        same: all machines must be like the first.
         cluster: ``local`` runs jobs on this machine, for tests.
         grace_s: seconds that a file takes at most to appear on this machine.
 
@@ -75,22 +59,19 @@ class Slurm:
         self,
         folder: Path,
         watch: Watch,
+        needs: Needs,
         *,
         parallel: int,
-        partition: str | None,
-        minutes: int,
-        gpus: int,
-        timed: bool,
-        like: Mapping[str, Any],
-        same: bool,
+        partition: str | None = None,
+        minutes: int = 5,
+        gpus: int = 0,
         cluster: str = "slurm",
         grace_s: float = 15.0,
     ) -> None:
         if cluster == "slurm" and shutil.which("sbatch") is None:
             raise UsageError("--executor slurm: there is no sbatch here; run it on a login node")
         self._folder, self._watch, self._parallel = folder.absolute(), watch, parallel
-        self._timed, self._same, self._slurm = timed, same, cluster == "slurm"
-        self._grace_s = grace_s
+        self._needs, self._slurm, self._grace_s = needs, cluster == "slurm", grace_s
         self._jobs: dict[Any, str] = {}  # keys by the jobs of submitit
         self._over: dict[Any, float] = {}  # jobs without a result, since when
         self._excluded: set[str] = set()
@@ -98,15 +79,15 @@ class Slurm:
         self._remove_leftovers()
         self._folder.mkdir(parents=True)
         self._first = self._folder / "first.json"
-        self._first.write_text(json.dumps(like), "utf-8")
+        self._first.write_text(json.dumps(needs.like), "utf-8")
         self._executor = submitit.AutoExecutor(folder=self._folder, cluster=cluster)
         self._executor.update_parameters(
             name="batchbench",
             timeout_min=minutes,
             gpus_per_node=gpus,
-            cpus_per_task=None if timed else 1,
+            cpus_per_task=None if needs.timed else 1,
             slurm_partition=partition,
-            slurm_exclusive=True if timed and not gpus else None,
+            slurm_exclusive=True if needs.timed and not gpus else None,
         )
 
     def _remove_leftovers(self) -> None:
@@ -135,9 +116,7 @@ class Slurm:
 
     def submit(self, job: Job) -> None:
         try:
-            handle = self._executor.submit(
-                serve, os.getcwd(), self._timed, self._first, self._same, job
-            )
+            handle = self._executor.submit(serve, os.getcwd(), self._needs, self._first, job)
         except submitit.core.utils.FailedJobError as error:
             raise UsageError(f"--executor slurm: {reason_in_short(error)}") from error
         self._jobs[handle] = job.key
@@ -157,7 +136,12 @@ class Slurm:
             return
         node, answer = self._node(handle), None
         if handle.paths.result_pickle.exists():
-            answer = _answer(handle, node)
+            try:
+                answer = handle.result()
+            except submitit.core.utils.FailedJobError as error:  # its node has no batchbench
+                reasons = [line for line in str(error).splitlines() if "Error" in line]
+                reason = reason_in_short(reasons[-1])
+                raise UsageError(f"--executor slurm: {node}: {reason}") from error
         elif time.monotonic() - self._over.setdefault(handle, time.monotonic()) < self._grace_s:
             return
         key = self._jobs.pop(handle)

@@ -13,7 +13,7 @@ from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError, shown
 from batchbench.settings import option_name, setting
-from batchbench.studies.executors.jobs import Executor, Local, clients_on
+from batchbench.studies.executors.jobs import Executor, Local, Needs, clients_on
 from batchbench.version import __version__
 
 if TYPE_CHECKING:
@@ -125,13 +125,13 @@ def make_executor(
         return Local(watch)
     timed = not all(experiment.simulated for experiment in experiments)
     same = spec.same_hardware or (timed and not spec.any_hardware)
-    like = {**((same and first) or {}), "batchbench": __version__}
+    gpus = any(e.target is None and e.model.device != "cpu" for e in experiments)
+    needs = Needs({**((same and first) or {}), "batchbench": __version__}, same, timed, gpus)
     try:
         if spec.executor == "ray":
             from batchbench.studies.executors.ray_cluster import RayCluster
 
-            gpus = any(e.target is None and e.model.device != "cpu" for e in experiments)
-            return RayCluster(spec.ray_address, watch, timed=timed, gpus=gpus, like=like, same=same)
+            return RayCluster(spec.ray_address, watch, needs)
         from batchbench.studies.executors.slurm import Slurm
     except ModuleNotFoundError as error:
         name = {"ray": "ray", "slurm": "submitit"}[spec.executor]
@@ -144,13 +144,11 @@ def make_executor(
     return Slurm(
         folder / "jobs",
         watch,
+        needs,
         parallel=spec.parallel or PARALLEL,
         partition=spec.slurm_partition,
         minutes=spec.slurm_time or MINUTES,
         gpus=spec.slurm_gpus or 0,
-        timed=timed,
-        like=like,
-        same=same,
     )
 
 

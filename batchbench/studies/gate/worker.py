@@ -154,7 +154,7 @@ class Worker:
         strategies: Mapping[str, Sequence[float] | None],
         also: Sequence[str],
     ) -> dict[str, Any]:
-        from batchbench.batching.benches.local import LocalBench
+        from batchbench.batching.bench import LocalBench
         from batchbench.batching.experiment import Experiment
         from batchbench.batching.models import ModelCache
         from batchbench.reports.result import workload_facts

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.step_cost import Ceiling, middle
 from batchbench.batching.trials import WarmUp
-from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
 from batchbench.reports import metrics
 from batchbench.reports.figures import card as cards
@@ -55,37 +53,29 @@ BASELINES = ("notebook", "generate_batch")
 
 _WARM = WarmUp(0, True, None, None)  # all rungs are warmed up before the first round
 
-Rung = Mapping[str, Any]
-"""A rung in ``ladder.json``."""
+Data = Mapping[str, Any]
+"""The data of ``ladder.json``, and of a rung in it."""
 
 
 # The data
 
 
-@dataclass(frozen=True, eq=False)
-class LadderResult:
-    """The data of ``ladder.json``, and the recordings from which it was made."""
-
-    data: Mapping[str, Any]
-    recordings: Mapping[str, Sequence[Recording]]
-
-    @property
-    def title(self) -> str:
-        """Model, device, batch size and workload in a line."""
-        model, slots = self.data["model"], self.data["config"]["serving"]["batch_size"]
-        parts = [model["name"], model["device"], plural(slots, "slot")]
-        if model["device"] == "cpu":
-            parts[1] += f", {plural(self.data['environment']['threads'], 'thread')}"
-        return " · ".join([*parts, plural(self.data["workload"]["num_requests"], "request")])
-
-    @property
-    def passed(self) -> bool:
-        """True if no rung gave a wrong token."""
-        return not any(rung["verification"]["wrong"] for rung in self.data["rungs"])
+def title_of(data: Data) -> str:
+    """Return model, device, batch size and workload in a line."""
+    model, slots = data["model"], data["config"]["serving"]["batch_size"]
+    parts = [model["name"], model["device"], plural(slots, "slot")]
+    if model["device"] == "cpu":
+        parts[1] += f", {plural(data['environment']['threads'], 'thread')}"
+    return " · ".join([*parts, plural(data["workload"]["num_requests"], "request")])
 
 
-def make_ladder(outcome: LadderOutcome, command: str) -> LadderResult:
-    """Return the result of a ladder that just ran."""
+def passed(data: Data) -> bool:
+    """Return True if no rung gave a wrong token."""
+    return not any(rung["verification"]["wrong"] for rung in data["rungs"])
+
+
+def make_ladder(outcome: LadderOutcome, command: str) -> dict[str, Any]:
+    """Return the data of ``ladder.json`` of a ladder that just ran."""
     ladder, recordings, ceilings = outcome.ladder, outcome.recordings, outcome.ceilings
     rounds = len(next(iter(recordings.values())))
     during = {
@@ -108,7 +98,7 @@ def make_ladder(outcome: LadderOutcome, command: str) -> LadderResult:
                 "verification": {"passed": verification.passed, **asdict(verification)},
             }
         )
-    data = {
+    return {
         **envelope(SCHEMA_VERSION, command),
         "config": {**ladder.experiment.config(), "ladder": asdict(ladder.spec)},
         "environment": dict(ladder.rungs[0].session.environment),
@@ -120,7 +110,6 @@ def make_ladder(outcome: LadderOutcome, command: str) -> LadderResult:
         "left_out": dict(ladder.left_out),
         "validity": {"status": "suspect" if reasons else "valid", "reasons": reasons},
     }
-    return LadderResult(data, recordings)
 
 
 def make_card(ceilings: Mapping[str, Ceiling]) -> dict[str, Any]:
@@ -161,9 +150,9 @@ def _figures(
         "output_digest": output_digest(trials[0]),
         "decode_step_ms": _median(step_ms),
         "decode_step_rows": steps[0].full_rows,
-        "floor_share": _median([ms and limit.floor_s * 1e3 / ms for ms, limit in pairs]),
-        "times_products": _median([ms and ms / (limit.products_s * 1e3) for ms, limit in pairs]),
-        "outside_model": _median([outside_model(trial, on_cpu) for trial in trials]),
+        "floor_share": _median(ms and limit.floor_s * 1e3 / ms for ms, limit in pairs),
+        "times_products": _median(ms and ms / (limit.products_s * 1e3) for ms, limit in pairs),
+        "outside_model": _median(outside_model(trial, on_cpu) for trial in trials),
         # Only the first trial grows the process: later ones use the same memory again.
         "peak_growth_bytes": max((size for size in growths if size is not None), default=None),
     }
@@ -180,7 +169,7 @@ def outside_model(recording: Recording, on_cpu: bool) -> float | None:
     return host_share(recording) if recording.has_steps and not on_cpu else None
 
 
-def _median(values: Sequence[float | None]) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.median(known)) if known else None
 
@@ -194,24 +183,15 @@ def _speedup(baseline: Sequence[Recording] | None, trials: Sequence[Recording]) 
     return None if ratio is None else ratio.as_dict()
 
 
-def to_json(result: LadderResult) -> str:
-    """Return ``ladder.json``; a value without meaning is null, never NaN."""
-    return json_text(result.data)
+STALE = ("recordings",)
+"""What is removed of an earlier ladder in the same folder."""
 
 
-def write_ladder(
-    folder: Path, result: LadderResult, files: Mapping[str, bytes | str] | None = None
-) -> list[Path]:
-    """Write ``ladder.json``, the picture and the recordings; return their paths in this order."""
-    return write_whole(folder, files or files_of(result), stale=["recordings"])
-
-
-def files_of(result: LadderResult) -> dict[str, bytes | str]:
+def files_of(outcome: LadderOutcome, data: Data) -> dict[str, bytes | str]:
     """Return the files of a ladder by name."""
-    contents: dict[str, bytes | str] = {"ladder.json": to_json(result)}
-    figure = draw_ladder(result)
-    contents |= {f"ladder.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
-    return contents | recording_files(result.recordings)
+    figure = draw_ladder(data)
+    pictures = {f"ladder.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
+    return {"ladder.json": json_text(data), **pictures, **recording_files(outcome.recordings)}
 
 
 @dataclass(frozen=True)
@@ -228,8 +208,8 @@ class LadderWork:
     def __call__(self, watch: Watch, models: ModelCache) -> Done:
         ladder = Ladder(self.experiment, self.spec, watch)
         outcome = ladder.run(ladder.measure())
-        result = make_ladder(outcome, self.command)
-        return Done({**files_of(result), "failed": str(outcome.failed or "")})
+        files = files_of(outcome, make_ladder(outcome, self.command))
+        return Done({**files, "failed": str(outcome.failed or "")})
 
 
 # The terminal
@@ -249,31 +229,40 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
         f"             {cache}: {speed['method']}, median of {speed['passes']}",
     ]
     for dtype, known in card["formats"].items():
-        cached = card["kv_tokens"] * known["kv_token_bytes"]
-        lines += [
-            f"  {dtype}",
-            f"    weights  {_mib(known['weight_bytes'])}, {_mib(known['step_weight_bytes'])} of "
-            "them read in each step",
-            f"    KV       {number(known['kv_token_bytes'] / 1024)} KiB per token, {_mib(cached)} "
-            f"for the {number(card['kv_tokens'])} tokens of {plural(card['rows'], 'request')}",
-            f"    limit    {_ms(known['floor_ms'])} ms per decode step by memory: "
-            "(weights + KV) / bandwidth",
-            f"    products {_ms(known['products_ms'])} ms for the step's matrix products alone",
-            *_causes(known),
-            f"    ceiling  {known['ceiling_tokens_per_s']:,.0f} tokens/s, limited by "
-            f"{known['bound']}",
+        cached = _mib(card["kv_tokens"] * known["kv_token_bytes"])
+        rows = [
+            (
+                "weights",
+                f"{_mib(known['weight_bytes'])}, {_mib(known['step_weight_bytes'])} of "
+                "them read in each step",
+            ),
+            (
+                "KV",
+                f"{number(known['kv_token_bytes'] / 1024)} KiB per token, {cached} for the "
+                f"{number(card['kv_tokens'])} tokens of {plural(card['rows'], 'request')}",
+            ),
+            (
+                "limit",
+                f"{_ms(known['floor_ms'])} ms per decode step by memory: (weights + KV) / "
+                "bandwidth",
+            ),
+            ("products", f"{_ms(known['products_ms'])} ms for the step's matrix products alone"),
         ]
+        if known.get("launching_ms") is not None:  # not on a CPU, nor in an earlier version's file
+            rows += [
+                (
+                    "compute",
+                    f"{number(known['arithmetic_ms'])} ms for them at the rate of a large product",
+                ),
+                (
+                    "launch",
+                    f"{_ms(known['launching_ms'])} ms for as many products with almost no work",
+                ),
+            ]
+        rate = f"{known['ceiling_tokens_per_s']:,.0f} tokens/s"
+        rows.append(("ceiling", f"{rate}, limited by {known['bound']}"))
+        lines += [f"  {dtype}", *(f"    {name:<8} {text}" for name, text in rows)]
     return lines
-
-
-def _causes(known: Mapping[str, Any]) -> list[str]:
-    """Return the lines of a GPU on why its products take their time: arithmetic and launching."""
-    if known.get("launching_ms") is None:  # a CPU, or an earlier version's ladder
-        return []
-    return [
-        f"    compute  {number(known['arithmetic_ms'])} ms for them at the rate of a large product",
-        f"    launch   {_ms(known['launching_ms'])} ms for as many products with almost no work",
-    ]
 
 
 def _mib(size: float) -> str:
@@ -284,26 +273,25 @@ def _ms(value: float | None) -> str:
     return "N/A" if value is None else f"{value:.2f}" if value < 10 else f"{value:,.1f}"
 
 
-def table(result: LadderResult) -> Table:
+def table(data: Data) -> Table:
     """Return a row for each rung."""
-    rounds = result.data["config"]["ladder"]["rounds"]
-    several = any(rung.get("servings", 1) > 1 for rung in result.data["rungs"])
+    rounds, rungs = data["config"]["ladder"]["rounds"], data["rungs"]
     with_interval = ", with the 95 % interval" if rounds >= FEWEST_PAIRS else ""
-    notes = (
+    notes = [
         "÷ notebook, ÷ generate_batch: times as fast, median over "
         f"{plural(rounds, 'round')}{with_interval}",
-        f"step: a decode step of {result.data['card']['rows']} rows",
+        f"step: a decode step of {data['card']['rows']} rows",
         "÷ products: its time over that of its matrix products alone",
         "memory limit: 100 % reads weights and KV at full memory bandwidth",
         "outside model: share of the time that is not the model's forward pass",
-        *[
+    ]
+    if any(rung.get("servings", 1) > 1 for rung in rungs):
+        notes.append(
             "a round of a fast rung serves the workload several times, and the serving of median "
             "duration counts"
-        ]
-        * several,
-    )
+        )
     grid = Table(
-        title=result.title,
+        title=title_of(data),
         caption="; ".join(notes),
         title_style="bold",
         caption_style="dim",
@@ -313,29 +301,22 @@ def table(result: LadderResult) -> Table:
         padding=0,  # the box has a space between columns, and all must fit in 80
     )
     grid.add_column("Rung,\nchange", overflow="fold")
-    for name in (
-        "Output\ntok/s",
-        "÷ note-\nbook",
-        "÷ gener-\nate_batch",
-        "Step\nms",
-        "÷ pro-\nducts",
-        "Memory\nlimit",
-        "Outside\nmodel",
-        "Tokens\nchecked",
-    ):
+    columns = ("Output\ntok/s", "÷ note-\nbook", "÷ gener-\nate_batch", "Step\nms")
+    for name in (*columns, "÷ pro-\nducts", "Memory\nlimit", "Outside\nmodel", "Tokens\nchecked"):
         grid.add_column(name, justify="right", overflow="fold")
-    for rung in result.data["rungs"]:
+    for rung in rungs:
         label = Text(rung["name"], style="bold")
         label.append(f"\n{rung['change']}", style="not bold dim")
-        cells = [
+        grid.add_row(
+            label,
             number(rung["summary"]["output_throughput"]),
             *(_ratio(rung["speedup"][baseline]) for baseline in BASELINES),
             _ms(rung["decode_step_ms"]),
             times(rung["times_products"]),
             percent(rung["floor_share"]),
             percent(rung["outside_model"], 1),
-        ]
-        grid.add_row(label, *cells, _checked(rung["verification"]))
+            _checked(rung["verification"]),
+        )
     return grid
 
 
@@ -359,12 +340,12 @@ def _checked(verification: Mapping[str, Any]) -> Text:
     return text
 
 
-def _fastest(result: LadderResult) -> tuple[Rung | None, str]:
+def _fastest(data: Data) -> tuple[Data | None, str]:
     """Return the fastest rung, or None with the reason why it is not known."""
-    first, *others = sorted(result.data["rungs"], key=_throughput, reverse=True)
+    first, *others = sorted(data["rungs"], key=_throughput, reverse=True)
     if not others:
         return first, ""
-    if result.data["validity"]["status"] != "valid":
+    if data["validity"]["status"] != "valid":
         return None, "the run is suspect"
     if len(first["trials"]) < FEWEST_PAIRS:
         return None, f"intervals need {FEWEST_PAIRS} rounds"
@@ -378,14 +359,14 @@ def _fastest(result: LadderResult) -> tuple[Rung | None, str]:
     return first, ""
 
 
-def _throughput(rung: Rung) -> float:
+def _throughput(rung: Data) -> float:
     return float(rung["summary"]["output_throughput"])
 
 
-def headline(result: LadderResult) -> str:
+def headline(data: Data) -> str:
     """Return the answer: the fastest rung, if it is known."""
-    rungs = result.data["rungs"]
-    best, why = _fastest(result)
+    rungs = data["rungs"]
+    best, why = _fastest(data)
     if best is None:
         return f"No rung is named the fastest, because {why}"
     ratios = " and ".join(
@@ -399,10 +380,10 @@ def headline(result: LadderResult) -> str:
     return f"{text}, {ratios}" if ratios else text
 
 
-def sentence(result: LadderResult) -> str:
+def sentence(data: Data) -> str:
     """Return the answer in one sentence."""
-    parts, rungs = [headline(result)], result.data["rungs"]
-    best, _ = _fastest(result)
+    parts, rungs = [headline(data)], data["rungs"]
+    best, _ = _fastest(data)
     if best is not None and best["decode_step_ms"] is not None:
         parts.append(
             f"its decode step takes {_ms(best['decode_step_ms'])} ms: "
@@ -411,30 +392,30 @@ def sentence(result: LadderResult) -> str:
         )
     wrong = [rung["name"] for rung in rungs if rung["verification"]["wrong"]]
     if wrong:
-        parts.append(f"WRONG tokens on {', '.join(wrong)}: {_first_fault(result)}")
+        parts.append(f"WRONG tokens on {', '.join(wrong)}: {_first_fault(data)}")
     elif all(rung["verification"]["requests_checked"] for rung in rungs):
         parts.append("no wrong tokens on any rung")
     else:
         parts.append("tokens not verified")
-    validity = result.data["validity"]
+    validity = data["validity"]
     first, *others = validity["reasons"] or [""]
     more = f"; {len(others)} more in ladder.json" if others else ""
     reasons = f" ({first}{more})" if first else ""
     return "; ".join([*parts, f"run {validity['status']}{reasons}"]) + "."
 
 
-def _first_fault(result: LadderResult) -> str:
-    findings = [f for rung in result.data["rungs"] for f in rung["verification"]["findings"]]
+def _first_fault(data: Data) -> str:
+    findings = (f for rung in data["rungs"] for f in rung["verification"]["findings"])
     first = next(finding for finding in findings if finding["verdict"] == "wrong")
     return f"request {first['request']}, {first['reason']}"
 
 
-def render(result: LadderResult) -> RenderableType:
+def render(data: Data) -> RenderableType:
     """Return the sentence, the table, and the rungs that were left out."""
-    status = result.data["validity"]["status"]
-    style = "bold" if status == "valid" else "bold yellow" if result.passed else "bold red"
-    parts: list[RenderableType] = [Text(sentence(result), style=style), Text(), table(result)]
-    for name, why in result.data["left_out"].items():
+    status = data["validity"]["status"]
+    style = "bold" if status == "valid" else "bold yellow" if passed(data) else "bold red"
+    parts: list[RenderableType] = [Text(sentence(data), style=style), Text(), table(data)]
+    for name, why in data["left_out"].items():
         parts.append(Text(f"Left out: {name}: {why}", style="dim"))
     return Group(*parts)
 
@@ -445,6 +426,9 @@ _ROW, _BAR = 0.46, 0.3  # inches: a rung's row, and its bar
 
 _NAMES, _RATES, _STEPS, _GAP = 1.55, 2.4, 2.7, 0.35  # inches: the columns, and between the last two
 
+_LIMITS = {"memory limit": "-", "matrix products": ":"}
+"""Limits of a step, with the styles of their lines."""
+
 _COLOURS = {
     "notebook": ("notebook engine", "#D55E00"),
     "generate_batch": ("generate_batch", "#CC79A7"),
@@ -452,17 +436,17 @@ _COLOURS = {
 }
 
 
-def draw_ladder(result: LadderResult) -> Figure:
+def draw_ladder(data: Data) -> Figure:
     """Draw a row for each rung: output tokens/s on the left, ms per decode step on the right."""
-    rungs, formats = result.data["rungs"], result.data["card"]["formats"]
+    rungs, formats = data["rungs"], data["card"]["formats"]
     entries, height = _entries(rungs), _ROW * len(rungs)
     head = cards.legend_height(entries)
     with cards.house_style():
         page = cards.make_card(
-            clean_text(headline(result)),
-            clean_text(result.title),
+            clean_text(headline(data)),
+            clean_text(title_of(data)),
             head + height + 0.42,
-            _notes(result),
+            _notes(data),
         )
         cards.add_legend(page, entries)
         rates = page.axes(_NAMES, head, _RATES, height)
@@ -471,9 +455,17 @@ def draw_ladder(result: LadderResult) -> Figure:
             y, colour = head + _ROW * i, _COLOURS[rung["engine"]][1]
             page.write(0, y + 0.09, clean_text(rung["name"]), size=10, weight="bold", color=colour)
             page.write(0, y + 0.25, clean_text(rung["change"]), size=8, color=QUIET)
-            _draw_rate(rates, i, rung, colour)
-            if rung["decode_step_ms"] is not None:
-                _draw_step(steps, i, rung, colour, formats[rung["dtype"]])
+            rounds = [trial["output_throughput"] for trial in rung["trials"]]
+            value, step_ms, limits = _throughput(rung), rung["decode_step_ms"], []
+            _draw_bar(rates, i, value, colour, f"rate-{i}", spell_number(value), max(rounds))
+            rates.scatter(rounds, [i] * len(rounds), s=9, c="#ffffff", ec=INK, lw=0.7, zorder=3)
+            if step_ms is not None:
+                limits = [formats[rung["dtype"]][name] for name in ("floor_ms", "products_ms")]
+                text = f"{spell_number(step_ms)} ms, {spell_percent(rung['floor_share'])}"
+                _draw_bar(steps, i, step_ms, colour, f"step-{i}", text, max(limits))
+            for limit, style in zip(limits, _LIMITS.values(), strict=False):
+                ends = [i - 0.42, i + 0.42]
+                steps.plot([limit] * 2, ends, color=INK, lw=1.6, ls=style, zorder=3)
         # Room for the numbers behind the bars.
         for axes, room, label in (
             (rates, 1.4, "output tokens/s"),
@@ -486,57 +478,32 @@ def draw_ladder(result: LadderResult) -> Figure:
     return page.figure
 
 
-def _draw_rate(axes: Axes, row: int, rung: Rung, colour: str) -> None:
-    """Draw the throughput as a bar, and each round as a dot."""
-    value, rates = _throughput(rung), [trial["output_throughput"] for trial in rung["trials"]]
-    axes.barh(row, value, _BAR / _ROW, color=colour, alpha=0.75, lw=0, gid=f"rate-{row}")
-    axes.scatter(rates, [row] * len(rates), s=9, c="#ffffff", ec=INK, lw=0.7, zorder=3)
-    _write(axes, row, max(value, *rates), spell_number(value))
-
-
-def _draw_step(axes: Axes, row: int, rung: Rung, colour: str, limits: Mapping[str, float]) -> None:
-    """Draw the time of a decode step as a bar, and its two limits as lines."""
-    step_ms, floor_ms, products_ms = (
-        rung["decode_step_ms"],
-        limits["floor_ms"],
-        limits["products_ms"],
-    )
-    axes.barh(row, step_ms, _BAR / _ROW, color=colour, alpha=0.75, lw=0, gid=f"step-{row}")
-    for value, style in ((floor_ms, "-"), (products_ms, ":")):
-        axes.plot([value] * 2, [row - 0.42, row + 0.42], color=INK, lw=1.6, ls=style, zorder=3)
-    text = f"{spell_number(step_ms)} ms, {spell_percent(rung['floor_share'])}"
-    _write(axes, row, max(step_ms, floor_ms, products_ms), text)
-
-
-def _write(axes: Axes, row: int, x: float, text: str) -> None:
+def _draw_bar(
+    axes: Axes, row: int, value: float, colour: str, gid: str, text: str, beyond: float
+) -> None:
+    """Draw a value as a bar, and a text behind it and behind marks that reach ``beyond``."""
+    axes.barh(row, value, _BAR / _ROW, color=colour, alpha=0.75, lw=0, gid=gid)
     place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(text, (x, row), size=9, weight="bold", **place)
+    axes.annotate(text, (max(value, beyond), row), size=9, weight="bold", **place)
 
 
-def _entries(rungs: Sequence[Rung]) -> list[Any]:
+def _entries(rungs: Sequence[Data]) -> list[Any]:
     """Return the legend: the engines' colours, and the two limits of a step."""
     engines = dict.fromkeys(_COLOURS[rung["engine"]] for rung in rungs)
-    lines = (("memory limit", "-"), ("matrix products", ":"))
     return [
         *((name, (Patch(fc=colour, alpha=0.75, lw=0),)) for name, colour in engines),
-        *((name, (Line2D([0], [0], color=INK, lw=1.6, ls=style),)) for name, style in lines),
+        *((name, (Line2D([0], [0], color=INK, lw=1.6, ls=ls),)) for name, ls in _LIMITS.items()),
     ]
 
 
-def _notes(result: LadderResult) -> str:
-    card, rounds = result.data["card"], result.data["config"]["ladder"]["rounds"]
+def _notes(data: Data) -> str:
+    card, rounds = data["card"], data["config"]["ladder"]["rounds"]
     speed = card["bandwidth"]["bytes_per_s"] / 1e9
     bars = f"Bars: median of {rounds} rounds; dots: the rounds." if rounds > 1 else "One round."
+    causes = {known["bound"] for known in card["formats"].values()}
+    limits = ", ".join(f"{dtype} by {known['bound']}" for dtype, known in card["formats"].items())
+    limits = f"by {causes.pop()}" if len(causes) == 1 else limits
     return (
         f"Memory limit: (weights + KV) / {speed:.3g} GB/s, the bandwidth measured in the same run. "
-        f"Decode steps of {card['rows']} rows, medians. {bars} {_limited_by(card['formats'])}"
+        f"Decode steps of {card['rows']} rows, medians. {bars} Steps are limited {limits}."
     )
-
-
-def _limited_by(formats: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the cause that limits a step, of each number format if they differ."""
-    causes = {dtype: known["bound"] for dtype, known in formats.items()}
-    if len(set(causes.values())) == 1:
-        return f"Steps are limited by {next(iter(causes.values()))}."
-    each = ", ".join(f"{dtype} by {cause}" for dtype, cause in causes.items())
-    return f"Steps are limited: {each}."

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from batchbench.batching.benches.local import LocalBench
+from batchbench.batching.bench import LocalBench
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import PeakMemory
 from batchbench.batching.models import ModelCache
@@ -54,14 +53,13 @@ class OpenRung:
         device = self.model.device
         with PeakMemory(str(device)) as peak, self.clock.on(self.model.module) as clock:
             recording = self.session.serve(strategy, trial, trials)
-        name = self.rung.name
         about = {
             **recording.header.about,
-            "rung": name,
+            "rung": self.rung.name,
             "model_ns": clock.ns if device.type == "cpu" and clock.ns else None,
             "peak_growth_bytes": peak.growth_bytes,
         }
-        header = replace(recording.header, strategy=name, about=about)
+        header = replace(recording.header, strategy=self.rung.name, about=about)
         return replace(recording, header=header)
 
 
@@ -127,12 +125,10 @@ class Ladder:
         device = resolve_device(experiment.model.device)
         dtype = resolve_dtype(experiment.model.dtype, device)
         described = describe(model_config(self.source))
-        lacking = partial(_lacking, described=described, device=device, dtype=dtype)
         self.left_out: dict[str, str] = {}
         self.rungs: list[OpenRung] = []
         for rung in choose_rungs(spec.rungs):
-            why = lacking(rung, named=self._named)
-            if why is not None:
+            if why := _lacking(rung, described, device, dtype, named=self._named):
                 self._leave_out(rung, why)
                 continue
             watch.phase(f"preparing {rung.name}")
@@ -156,12 +152,17 @@ class Ladder:
         return UsageError(f"--rungs {self.spec.rungs}: no rung is left; {name}: {why}")
 
     def _open(self, rung: Rung) -> OpenRung:
+        from batchbench.batching.engines.torch.forward import TransformersForward, make_forward
         from batchbench.batching.engines.torch.hardware import ModelClock
+        from batchbench.batching.engines.torch.linear import Kernels
 
         base, clock = self.experiment, ModelClock()
 
         def make_pass(model: LoadedModel) -> Forward:
-            forward = _forward(rung, model)
+            if rung.forward in _KERNELS:
+                forward = make_forward(model, Kernels[_KERNELS[rung.forward]])
+            else:
+                forward = TransformersForward(model)
             # torch.compile traces the whole pass, which must not read a clock.
             return forward if rung.execution == "compile" else clock.timed(forward)
 
@@ -197,19 +198,16 @@ class Ladder:
         from batchbench.batching.engines.torch import hardware
 
         self._watch.phase("measuring what this machine allows")
-        batcher = self._planned.batcher("continuous")
-        plan = batcher.serve(self.workload, Watch())
+        plan = self._planned.batcher("continuous").serve(self.workload, Watch())
         rows, cached = decode_steps(plan).full_rows, full_kv_tokens(plan)
         if cached is None:
             raise UsageError(
                 "this workload has no decode step to measure: every request asks for one token; "
                 "raise --long-tokens"
             )
-        models = {opened.model.dtype_name: opened.model for opened in self.rungs}
         bandwidth = hardware.measure_bandwidth(self.rungs[0].model.device)
-        ceilings = {}
-        for dtype, model in models.items():
-            ceilings[dtype] = Ceiling(
+        return {
+            dtype: Ceiling(
                 bandwidth,
                 hardware.reading_of(model),
                 hardware.measure_products(model, rows),
@@ -218,7 +216,11 @@ class Ladder:
                 hardware.measure_arithmetic(model, rows),
                 hardware.measure_launching(model, rows),
             )
-        return ceilings
+            for dtype, model in self._by_dtype().items()
+        }
+
+    def _by_dtype(self) -> dict[str, LoadedModel]:
+        return {opened.model.dtype_name: opened.model for opened in self.rungs}
 
     def run(self, before: Mapping[str, Ceiling]) -> LadderOutcome:
         """Warm up, serve in alternating order, verify.
@@ -280,9 +282,10 @@ class Ladder:
         if limit == 0:
             return dict.fromkeys(recordings, NOT_VERIFIED)
         self._watch.phase("verifying")
-        models = {opened.model.dtype_name: opened.model for opened in self.rungs}
         # Rungs of one number format mostly give the same tokens, which are checked once.
-        references = {dtype: Remembered(TeacherForced(model)) for dtype, model in models.items()}
+        references = {
+            dtype: Remembered(TeacherForced(model)) for dtype, model in self._by_dtype().items()
+        }
         return {
             opened.rung.name: verify(
                 self.workload,
@@ -303,10 +306,10 @@ def _reason(error: Exception) -> str:
 
 def _lacking(
     rung: Rung,
-    *,
     described: Architecture | str,
     device: torch.device,
     dtype: torch.dtype,
+    *,
     named: bool,
 ) -> str | None:
     """Return why this model on this device has no such rung; None if it has."""
@@ -330,11 +333,9 @@ def _lacking(
         return "CUDA graphs need a CUDA device"
     if rung.execution == "compile" and device.type == "cpu" and not named:
         return "compiling takes half a minute per size; name it in --rungs to include it"
-    if rung.forward not in ("packed", "own"):
-        return None
     if rung.forward == "own" and device.type == "cuda":
         return None if supports_triton(device) else "batchbench's own kernels need Triton on a GPU"
-    if device.type != "cpu":
+    if rung.forward in ("packed", "own") and device.type != "cpu":
         return "weights are packed on a CPU only"
     if rung.forward == "packed" and onednn(dtype) is None:
         return f"this build of torch cannot pack {dtype_name} weights"
@@ -345,12 +346,3 @@ def _lacking(
 
 _KERNELS = {"lean": "PLAIN", "packed": "PACKED", "own": "OWN"}
 """Kernels of a rung's forward pass, by the names of ``Kernels``."""
-
-
-def _forward(rung: Rung, model: LoadedModel) -> Forward:
-    from batchbench.batching.engines.torch.forward import TransformersForward, make_forward
-    from batchbench.batching.engines.torch.linear import Kernels
-
-    if rung.forward in _KERNELS:
-        return make_forward(model, Kernels[_KERNELS[rung.forward]])
-    return TransformersForward(model)

@@ -21,18 +21,9 @@ from batchbench.errors import UsageError
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
 from batchbench.reports import metrics
+from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import picture_files
-from batchbench.reports.figures.card import (
-    INK,
-    QUIET,
-    Strategy,
-    add_line_legend,
-    count_doublings,
-    finish_panel,
-    house_style,
-    make_card,
-    name_strategies,
-)
+from batchbench.reports.formats.terminal import make_table
 from batchbench.reports.prediction import beyond, predict
 from batchbench.reports.text import clean_text, joined, number, percent, plural
 from batchbench.studies.predict.fitted import FittedRun
@@ -207,26 +198,18 @@ _COLUMNS = {"output_throughput": "tok/s", "mean_ttft_ms": "TTFT ms", "mean_tpot_
 
 def _table(curve: Curve) -> Table:
     """Return batch sizes down, strategies side by side."""
-    grid = Table(
-        title=curve.title,
-        caption="> measured batch size; = 95 % of the best throughput; * beyond the measured steps",
-        title_style="bold",
-        caption_style="dim",
-        pad_edge=False,
-    )
-    grid.add_column("batch\nsize", justify="right")
-    for label in _COLUMNS.values():
-        for name in curve.strategies:
-            grid.add_column(f"{label}\n{name}", justify="right", overflow="fold")
-    sufficient = {curve.sufficient(name) for name in curve.strategies}
+    caption = "> measured batch size; = 95 % of the best throughput; * beyond the measured steps"
+    head = [f"{label}\n{name}" for label in _COLUMNS.values() for name in curve.strategies]
+    sufficient, rows = {curve.sufficient(name) for name in curve.strategies}, []
     sizes = list(dict.fromkeys(p.batch_size for p in curve.points))
     for size in shown_sizes(sizes, {curve.measured, *sufficient}):
-        row = [p for p in curve.points if p.batch_size == size]
+        points = [p for p in curve.points if p.batch_size == size]
         mark = ">" * (size == curve.measured) + "=" * (size in sufficient)
-        mark += "*" * (not all(p.seen for p in row))
-        values = [number(getattr(p, column)) for column in _COLUMNS for p in row]
-        grid.add_row(f"{mark} {size:,}".strip(), *values)
-    return grid
+        mark += "*" * (not all(p.seen for p in points))
+        values = [number(getattr(p, column)) for column in _COLUMNS for p in points]
+        rows.append([f"{mark} {size:,}".strip(), *values])
+    head = ["batch\nsize", *head]
+    return make_table(curve.title, head, rows, left=0, notes=[caption], framed=True)
 
 
 def shown_sizes(sizes: Sequence[int], always: set[int]) -> list[int]:
@@ -273,23 +256,25 @@ def draw_slots(curve: Curve) -> Figure:
         "the best throughput."
     )
     first, last = curve.points[0].batch_size, curve.points[-1].batch_size
-    with house_style():
-        strategies = name_strategies(dict.fromkeys(curve.strategies, ()))
-        card = make_card(_reached(curve, curve.strategies[-1]), clean_text(curve.title), 3.3, notes)
-        add_line_legend(card, strategies)
+    with cards.house_style():
+        strategies = cards.name_strategies(dict.fromkeys(curve.strategies, ()))
+        card = cards.make_card(
+            _reached(curve, curve.strategies[-1]), clean_text(curve.title), 3.3, notes
+        )
+        cards.add_line_legend(card, strategies)
         (panels,) = card.grid((1, 3), 0.42, 2.4, gap=0.62, share="col")
         for axes, (name, label) in zip(panels, _PANELS.items(), strict=True):
             for strategy in strategies:
                 _draw_line(axes, curve, name, strategy)
-            axes.axvline(curve.measured, color=QUIET, lw=1, zorder=0.5)
-            count_doublings(axes)
+            axes.axvline(curve.measured, color=cards.QUIET, lw=1, zorder=0.5)
+            cards.count_doublings(axes)
             axes.set(xlim=(first / 1.15, last * 1.15), xlabel="batch size (slots)")
             axes.set_ylim(bottom=0)
-            finish_panel(axes, label)
+            cards.finish_panel(axes, label)
     return card.figure
 
 
-def _draw_line(axes: Axes, curve: Curve, name: str, strategy: Strategy) -> None:
+def _draw_line(axes: Axes, curve: Curve, name: str, strategy: cards.Strategy) -> None:
     points = [p for p in curve.of(strategy.name) if getattr(p, name) is not None]
     values = {p.batch_size: getattr(p, name) for p in points}
     look: dict[str, Any] = {**strategy.line, "lw": 1.6, "gid": f"{name}-{strategy.index}"}
@@ -304,4 +289,4 @@ def _draw_line(axes: Axes, curve: Curve, name: str, strategy: Strategy) -> None:
         axes.plot(some, [values[size] for size in some], mfc=fill, **look)
     if name == "output_throughput":
         ring = curve.sufficient(strategy.name)
-        axes.plot([ring], [values[ring]], marker="o", ms=11, mfc="none", mec=INK)
+        axes.plot([ring], [values[ring]], marker="o", ms=11, mfc="none", mec=cards.INK)

@@ -138,14 +138,11 @@ class MapCell:
 
     @property
     def place(self) -> str:
-        """The cell's place in words."""
         return f"batch size {self.batch_size:,}, spread {self.spread:g}, {load_of(self.load)}"
 
     def agrees(self, metric: str) -> bool | None:
         """Return True if the measured winner is the predicted one; None if it was not measured."""
-        if self.measured is None:
-            return None
-        return self.contests[metric].agrees(self.measured[metric])
+        return self.contests[metric].agrees(self.measured[metric]) if self.measured else None
 
     def error(self, metric: str) -> float | None:
         """Return predicted over measured advantage, less 1."""
@@ -211,8 +208,7 @@ class BreakEven:
 def usual_limits(cost: StepCost, spec: MapSpec) -> dict[str, float]:
     """Return the limits in ms for goodput if none are given, with three digits.
 
-    The limit of the first token is the time that a request of mean length takes alone. That of a
-    token is twice the time of a step of the largest batch.
+    TTFT: the time of a request of mean length alone; TPOT: two steps of the largest batch.
     """
     alone = spec.mean_tokens * (cost.step_ns + cost.rows_ns(1))
     rows = max(spec.batch_sizes)

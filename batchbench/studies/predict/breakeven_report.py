@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,9 @@ from rich.text import Text
 
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
+from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import picture_files
-from batchbench.reports.figures.card import (
-    INK,
-    QUIET,
-    add_line_legend,
-    house_style,
-    make_card,
-    name_strategies,
-    strip_axes,
-)
+from batchbench.reports.formats.terminal import make_table
 from batchbench.reports.prediction import is_weak
 from batchbench.reports.text import clean_text, number, plural, times
 from batchbench.studies.predict.breakeven import (
@@ -159,32 +153,20 @@ def render(breakeven: BreakEven, price_per_hour: float | None) -> RenderableType
 
 def _table(breakeven: BreakEven, metric: str) -> Table:
     """Return loads and batch sizes down, spreads to the right, then the break-even spread."""
-    spec = breakeven.spec
+    spec, rows = breakeven.spec, list[list[str | Text]]()
+    for load, batch in itertools.product(spec.loads, spec.batch_sizes):
+        row: list[str | Text] = [load if batch == spec.batch_sizes[0] else "", f"{batch:,}"]
+        for spread in spec.spreads:
+            cell = breakeven.by_axes[batch, spread, load]
+            text = spell(cell.contests[metric]) + "*" * (cell.measured is not None)
+            row.append(Text(text, _STYLES[cell.contests[metric].winner]))
+        spread_at = breakeven.break_even_spread(metric, batch, load)
+        wins = "none" if spread_at is None else f"from {spread_at:.2f}"
+        rows.append([*row, "all" if spread_at == spec.spreads[0] else wins])
     # Above 1 if continuous is better.
     ratio = "static ÷ continuous" if metric == "ttft" else "continuous ÷ static"
-    name = f"{_NAMES[metric]}: {ratio}, by spread"
-    grid = Table(title=name, title_style="bold", pad_edge=False)
-    grid.add_column("load", no_wrap=True)
-    grid.add_column("slots", justify="right")
-    for spread in spec.spreads:
-        grid.add_column(f"{spread:g}", justify="right", no_wrap=True)
-    grid.add_column("continuous\nwins", justify="right", no_wrap=True)
-    for load in spec.loads:
-        for batch in spec.batch_sizes:
-            row = [breakeven.by_axes[batch, spread, load] for spread in spec.spreads]
-            texts = [
-                Text(
-                    spell(cell.contests[metric]) + "*" * (cell.measured is not None),
-                    style=_STYLES[cell.contests[metric].winner],
-                )
-                for cell in row
-            ]
-            spread_at = breakeven.break_even_spread(metric, batch, load)
-            wins = "none" if spread_at is None else f"from {spread_at:.2f}"
-            wins = "all" if spread_at == spec.spreads[0] else wins
-            first, last = batch == spec.batch_sizes[0], batch == spec.batch_sizes[-1]
-            grid.add_row(load if first else "", f"{batch:,}", *texts, wins, end_section=last)
-    return grid
+    head = ["load", "slots", *(f"{spread:g}" for spread in spec.spreads), "continuous\nwins"]
+    return make_table(f"{_NAMES[metric]}: {ratio}, by spread", head, rows, framed=True)
 
 
 def spell(contest: Contest) -> str:
@@ -196,31 +178,18 @@ def spell(contest: Contest) -> str:
 
 def _measured_table(breakeven: BreakEven) -> Table:
     """Return the predicted beside the measured ratios of the measured cells."""
-    grid = Table(
-        title="* also measured: how many times better continuous is",
-        title_style="bold",
-        pad_edge=False,
-    )
-    for name in ("load", "slots", "spread"):
-        grid.add_column(name, justify="right")
-    grid.add_column("metric")
-    for name in ("predicted", "measured", "prediction", "same"):
-        grid.add_column(name, justify="right")
+    rows = []
     for cell in breakeven.measured:
-        assert cell.measured is not None
-        for metric in METRICS:
-            error = cell.error(metric)
-            axes = [cell.load, f"{cell.batch_size:,}", f"{cell.spread:g}"]
-            grid.add_row(
-                *(axes if metric == METRICS[0] else ["", "", ""]),
-                _NAMES[metric],
-                spell(cell.contests[metric]),
-                spell(cell.measured[metric]),
-                "N/A" if error is None else error_in_words(error).replace("too ", ""),
-                "yes" if cell.agrees(metric) else "NO",
-                end_section=metric == METRICS[-1],
-            )
-    return grid
+        axes = [cell.load, f"{cell.batch_size:,}", f"{cell.spread:g}"]
+        for metric, real in (cell.measured or {}).items():
+            error, predicted = cell.error(metric), cell.contests[metric]
+            words = "N/A" if error is None else error_in_words(error).replace("too ", "")
+            same = "yes" if predicted.agrees(real) else "NO"
+            rows.append([*axes, _NAMES[metric], spell(predicted), spell(real), words, same])
+            axes = ["", "", ""]
+    head = ["load", "slots", "spread", "metric", "predicted", "measured", "prediction", "same"]
+    name = "* also measured: how many times better continuous is"
+    return make_table(name, head, rows, left=4, framed=True)
 
 
 # Files
@@ -290,19 +259,22 @@ def headline(breakeven: BreakEven) -> str:
 
 def draw_breakeven(breakeven: BreakEven) -> Figure:
     """Draw one row of panels per metric, one panel per load: batch size down, spread across."""
-    spec, static, continuous = breakeven.spec, *name_strategies({"static": (), "continuous": ()})
+    spec, static, continuous = (
+        breakeven.spec,
+        *cards.name_strategies({"static": (), "continuous": ()}),
+    )
     tall = min(0.26 * len(spec.batch_sizes), 2.2)
     body, lines = 0.8 + (tall + 0.42) * len(METRICS), " ".join(notes(breakeven))
-    with house_style():
-        card = make_card(headline(breakeven), clean_text(title(breakeven)), body, lines)
+    with cards.house_style():
+        card = cards.make_card(headline(breakeven), clean_text(title(breakeven)), body, lines)
         handles = [
             Patch(fc=continuous.tint(0.2), label="continuous wins"),
-            Patch(fc="#ffffff", ec=QUIET, lw=0.6, label="even"),
+            Patch(fc="#ffffff", ec=cards.QUIET, lw=0.6, label="even"),
             Patch(fc=static.tint(0.2), label="static wins"),
-            Line2D([], [], color=INK, lw=2.2, label="break-even line"),
-            *[Patch(fc="none", ec=INK, lw=1.8, label="measured")] * bool(breakeven.measured),
+            Line2D([], [], color=cards.INK, lw=2.2, label="break-even line"),
+            *[Patch(fc="none", ec=cards.INK, lw=1.8, label="measured")] * bool(breakeven.measured),
         ]
-        add_line_legend(card, [], *handles)
+        cards.add_line_legend(card, [], *handles)
         colours = LinearSegmentedColormap.from_list(
             "sides", [static.colour, "#ffffff", continuous.colour]
         )
@@ -337,18 +309,24 @@ def _draw_panel(axes: Axes, cells: list[list[MapCell]], metric: str, colours: Co
         "size": 6 if len(cells[0]) > 7 else 7.5,
     }
     for (y, x), height in np.ndenumerate(heights):
-        cell, colour = cells[y][x], "#ffffff" if abs(height) > 0.75 * _MOST else INK
+        cell, colour = cells[y][x], "#ffffff" if abs(height) > 0.75 * _MOST else cards.INK
         axes.text(x + 0.5, y + 0.5, spell(cell.contests[metric]), color=colour, **style)
         if cell.measured is not None:
             dashes: Any = "solid" if cell.agrees(metric) else (0, (2, 1.2))
-            look: dict[str, Any] = {"fc": "none", "ec": INK, "lw": 1.8, "ls": dashes, "zorder": 4}
+            look: dict[str, Any] = {
+                "fc": "none",
+                "ec": cards.INK,
+                "lw": 1.8,
+                "ls": dashes,
+                "zorder": 4,
+            }
             axes.add_patch(Rectangle((x + 0.06, y + 0.08), 0.88, 0.84, **look))
     won = heights > math.log1p(EVEN)
-    line: dict[str, Any] = {"color": INK, "lw": 2.2, "solid_capstyle": "round", "zorder": 3}
+    line: dict[str, Any] = {"color": cards.INK, "lw": 2.2, "solid_capstyle": "round", "zorder": 3}
     for y, x in np.argwhere(won[:, 1:] != won[:, :-1]):
         axes.plot([x + 1, x + 1], [y, y + 1], **line)
     for y, x in np.argwhere(won[1:] != won[:-1]):
         axes.plot([x, x + 1], [y + 1, y + 1], **line)
     axes.set(xlim=(0, heights.shape[1]), ylim=(heights.shape[0], 0))
-    strip_axes(axes)
+    cards.strip_axes(axes)
     axes.tick_params(length=0)

@@ -26,12 +26,10 @@ class FittedRun:
 
     @property
     def model(self) -> ModelSpec:
-        """The model as the run was configured."""
         return settings.from_json(ModelSpec, self.result.data["config"]["model"], drop_unknown=True)
 
     @property
     def engine(self) -> str:
-        """The engine whose steps were timed."""
         return str(self.result.data["config"]["serving"]["engine"])
 
     @property
@@ -42,7 +40,6 @@ class FittedRun:
 
     @property
     def fit(self) -> str:
-        """The quality of the fit in a sentence."""
         return describe_fit(self.quality, "measured")
 
 
@@ -55,11 +52,7 @@ def error_in_words(error: float) -> str:
 
 
 def read_fitted(folder: Path, option: str) -> FittedRun:
-    """Read a result and fit the cost of a step on all its trials.
-
-    Raises:
-        UsageError: there is no result, or its steps are too few to fit; names ``option``.
-    """
+    """Read a result and fit the cost of a step on all its trials; errors name ``option``."""
     folder = folder.parent if folder.name == "result.json" else folder
     try:
         result = load_result(folder)

@@ -17,22 +17,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from batchbench.batching.engines.simulated import UNIT_NS
-from batchbench.reports.figures.card import (
-    FAINT,
-    INK,
-    QUIET,
-    Strategy,
-    add_line_legend,
-    finish_panel,
-    fit_text,
-    house_style,
-    make_card,
-    name_strategies,
-    strip_axes,
-)
+from batchbench.reports.figures import card as cards
 from batchbench.reports.slo import parse_slos
-from batchbench.reports.text import spell_option, times
-from batchbench.studies.sweep.table import Cells, span_of
+from batchbench.reports.text import spell_option
+from batchbench.studies.sweep.table import Cells
 
 LOADS = {"request_rate": "load (requests/s)", "max_concurrency": "load (concurrent requests)"}
 """Options that set the load, with the label of an axis of each."""
@@ -55,7 +43,7 @@ class Facet:
     rows: pd.DataFrame
     metric: str = ""  # if panels differ in their metric
 
-    def of(self, strategy: Strategy) -> pd.DataFrame:
+    def of(self, strategy: cards.Strategy) -> pd.DataFrame:
         return self.rows[self.rows["strategy"] == strategy.name]
 
 
@@ -65,7 +53,7 @@ class Sheet:
 
     figure: Figure
     panels: list[tuple[Facet, Axes]]
-    strategies: list[Strategy]
+    strategies: list[cards.Strategy]
     columns: int
 
     def label(self, x_label: str, y_label: str) -> None:
@@ -87,7 +75,7 @@ class Sheet:
         else:
             shared.set_ylim(bottom=0)
         for facet, axes in self.panels:
-            finish_panel(axes, fit_text(facet.label, 500 / self.columns, 9, "bold"))
+            cards.finish_panel(axes, cards.fit_text(facet.label, 500 / self.columns, 9, "bold"))
         ticks = _apart(values, 12 // self.columns, log=log_x)
         shared.set_xticks(ticks, [f"{v:,.0f}" if v >= 1e3 else f"{v:.3g}" for v in ticks])
         self.label(x_label, y_label)
@@ -108,9 +96,9 @@ def load_of(cells: Cells) -> str | None:
     return next((name for name in LOADS if name in cells.varying), None)
 
 
-def strategies_of(cells: Cells) -> list[Strategy]:
+def strategies_of(cells: Cells) -> list[cards.Strategy]:
     """Return the strategies with the colours and dashes that they have in every picture."""
-    return name_strategies(dict.fromkeys(cells.strategies, ()))
+    return cards.name_strategies(dict.fromkeys(cells.strategies, ()))
 
 
 def facets_of(cells: Cells, axes: Sequence[str]) -> list[Facet]:
@@ -130,15 +118,12 @@ def make_sheet(
     *,
     tall: float = 2.7,
     columns: int | None = None,
-    strategies: Sequence[Strategy] | None = None,
+    strategies: Sequence[cards.Strategy] | None = None,
     percentiles: Sequence[Line2D] = (),
 ) -> Sheet:
     """Make a figure with one panel per facet and a legend of the strategies.
 
-    Args:
-        tall: height of a single panel in inches; several are smaller.
-        columns: panels in a row; None to choose by their number.
-        strategies: those that have lines; None for all.
+    ``tall`` is the height of a single panel in inches; several are smaller.
     """
     drawn = facets[: MOST_PANELS - MOST_PANELS % (columns or 1)]
     columns = columns or {1: 1, 2: 2, 4: 2}.get(len(drawn), 3)
@@ -148,9 +133,9 @@ def make_sheet(
     if len(facets) > len(drawn):
         notes = [*notes, f"{len(drawn)} of {len(facets)} panels are drawn; the table has all."]
     body = top + rows * (height + 0.52) - 0.02
-    card = make_card(headline, cells.title, body, " ".join(notes))
+    card = cards.make_card(headline, cells.title, body, " ".join(notes))
     strategies = list(strategies or strategies_of(cells))
-    add_line_legend(card, strategies, *percentiles)
+    cards.add_line_legend(card, strategies, *percentiles)
     grid = [axes for row in card.grid((rows, columns), top, height, between=0.52) for axes in row]
     for spare in grid[len(drawn) :]:
         spare.remove()
@@ -158,7 +143,7 @@ def make_sheet(
 
 
 def draw_lines(
-    axes: Axes, facet: Facet, strategies: Sequence[Strategy], x: str, y: str, **look: Any
+    axes: Axes, facet: Facet, strategies: Sequence[cards.Strategy], x: str, y: str, **look: Any
 ) -> None:
     """Draw one line per strategy over the cells of a panel."""
     for strategy in strategies:
@@ -178,8 +163,8 @@ def _rate(cells: Cells) -> tuple[float, str]:
 _LATENCIES = {"ttft": "TTFT: time to first token", "e2el": "E2E latency: time to last token"}
 
 _PERCENTILES = {  # by the beginning of the metric's name
-    "median": Line2D([], [], marker="o", ms=4.5, lw=1, color=QUIET, label="p50"),
-    "p99": Line2D([], [], marker="D", ms=5.5, lw=2, color=QUIET, label="p99"),
+    "median": Line2D([], [], marker="o", ms=4.5, lw=1, color=cards.QUIET, label="p50"),
+    "p99": Line2D([], [], marker="D", ms=5.5, lw=2, color=cards.QUIET, label="p99"),
 }
 
 
@@ -209,7 +194,7 @@ def draw_latency_by_load(cells: Cells) -> Figure:
             look["lw"], metric = line.get_linewidth(), f"{name}_{facet.metric}_ms"
             draw_lines(axes, facet, sheet.strategies, load, metric, **look)
         if facet.metric in limits:
-            axes.axhline(limits[facet.metric], color=QUIET, lw=1.4, zorder=1)
+            axes.axhline(limits[facet.metric], color=cards.QUIET, lw=1.4, zorder=1)
     sheet.finish(cells.typical[load], LOADS[load], "milliseconds", log_y=True)
     return sheet.figure
 
@@ -218,12 +203,9 @@ def draw_latency_by_load(cells: Cells) -> Figure:
 
 
 def draw_frontier(cells: Cells) -> Figure:
-    """Draw output throughput over latency, with a line through the cells that no other beats.
-
-    Latency is the p99 of E2E if the load varies, since queueing shows there, and in simulation,
-    where no other latency grows. Otherwise it is the mean time per output token, which a larger
-    batch trades for throughput.
-    """
+    """Draw output throughput over latency, with a line through the cells that no other beats."""
+    # A larger batch trades the time per output token for throughput. Queueing shows in the p99 of
+    # E2E; in simulation no other latency grows.
     metric, x_label = "mean_tpot_ms", "mean time per output token (ms)"
     if load_of(cells) or cells.simulated:
         metric, x_label = "p99_e2el_ms", "E2E latency p99 (ms)"
@@ -240,7 +222,7 @@ def draw_frontier(cells: Cells) -> Figure:
         "Up and to the left is better. Dark points: no other cell of the strategy has more "
         f"throughput at as little latency. Thin lines: along {along.replace('_', ' ')}."
     ]
-    sheet = make_sheet(cells, facets, _frontier_lead(cells, facets, metric), notes, tall=3.3)
+    sheet = make_sheet(cells, facets, cells.answer("speedup"), notes, tall=3.3)
     for facet, axes in sheet.panels:
         axes.set_title(facet.label, size=9, weight="bold", loc="left", pad=5)
         for strategy in sheet.strategies:
@@ -255,8 +237,8 @@ def draw_frontier(cells: Cells) -> Figure:
             best = own[beats_all(own, metric)].sort_values(metric)
             look = {**strategy.line, "marker": "o", "ms": 6.5, "mec": "#ffffff", "mew": 0.7}
             axes.plot(best[metric], best["y"], gid=f"frontier-{strategy.index}", **look)
-        axes.grid(color=FAINT, lw=0.7)
-        strip_axes(axes, "left", "bottom")
+        axes.grid(color=cards.FAINT, lw=0.7)
+        cards.strip_axes(axes, "left", "bottom")
     x, shared = cells.typical[metric].dropna(), sheet.panels[0][1]
     if x.min() > 0 and x.max() / x.min() > 10:
         shared.set_xscale("log")
@@ -271,7 +253,7 @@ def draw_frontier(cells: Cells) -> Figure:
     return sheet.figure
 
 
-def _name_points(axes: Axes, path: pd.DataFrame, name: str, strategy: Strategy) -> None:
+def _name_points(axes: Axes, path: pd.DataFrame, name: str, strategy: cards.Strategy) -> None:
     """Write a name at the end of a path; without one, the option's values at its points."""
     few = range(len(path)) if len(path) <= MOST_NAMES else (0, -1)
     look: dict[str, Any] = {"size": 8, "color": strategy.tint(-0.2), "annotation_clip": False}
@@ -282,32 +264,11 @@ def _name_points(axes: Axes, path: pd.DataFrame, name: str, strategy: Strategy) 
 
 
 def beats_all(rows: pd.DataFrame, metric: str) -> pd.Series[bool]:
-    """Mark the rows that no other row beats.
-
-    A row is beaten by one with as much throughput at less latency, or more at as little.
-    """
+    """Mark rows; no other has as much throughput at less latency, or more at as little."""
     ranked = rows.sort_values([metric, "output_throughput"], ascending=[True, False])
     before = ranked["output_throughput"].cummax().shift(fill_value=-1.0)
     unbeaten: pd.Series[bool] = (ranked["output_throughput"] > before).reindex(rows.index)
     return unbeaten
-
-
-def _frontier_lead(cells: Cells, facets: Sequence[Facet], metric: str) -> str:
-    """Compare the last strategy with the baseline, at the latency of the baseline's best cell."""
-    strategies = strategies_of(cells)
-    baseline, candidate = strategies[0], strategies[-1]
-    leads = []
-    for facet in facets:
-        base, other = facet.of(baseline), facet.of(candidate)
-        if len(base):
-            best: Any = base.sort_values("output_throughput").iloc[-1]
-            within = other[other[metric] <= best[metric]]["output_throughput"]
-            leads += [within.max() / best["output_throughput"]] * bool(len(within))
-    if candidate is baseline or not leads:
-        return cells.answer("speedup")
-    span = span_of(times(min(leads)), times(max(leads)))
-    text = f"Where {baseline.called} yields most output tokens, {candidate.called}"
-    return f"{text} yields {span} as many within the same latency"
 
 
 # Throughput over the batch size
@@ -359,13 +320,13 @@ def draw_speedup_by_share(cells: Cells) -> Figure:
     compared = strategies_of(cells)[1:]
     sheet = make_sheet(cells, facets, cells.answer("speedup"), notes, strategies=compared)
     for facet, axes in sheet.panels:
-        axes.axhline(1, color=INK, lw=1.1, ls=":")
+        axes.axhline(1, color=cards.INK, lw=1.1, ls=":")
         for strategy in compared:
             own = facet.of(strategy)
             low, high = (own[name].astype(float) for name in ("speedup_low", "speedup_high"))
             axes.vlines(own["long_share"], low, high, color=strategy.colour, lw=1.4)
         if not cells.simulated:
-            look: dict[str, Any] = {"lw": 1, "ls": ":", "color": QUIET, "marker": ""}
+            look: dict[str, Any] = {"lw": 1, "ls": ":", "color": cards.QUIET, "marker": ""}
             draw_lines(axes, facet, compared, "long_share", "step_ratio", **look)
         draw_lines(axes, facet, compared, "long_share", "speedup")
     sheet.finish(
@@ -401,6 +362,6 @@ def draw_sweep(cells: Cells) -> tuple[dict[str, Figure], dict[str, str]]:
         missing["speedup"] = "needs two strategies in a cell, such as --strategy static,continuous"
     if not any(name in KNOBS for name in cells.varying):
         missing["frontier"] = "needs several batch sizes or loads"
-    with house_style():
+    with cards.house_style():
         figures = {name: draw(cells) for name, draw in PICTURES.items() if name not in missing}
     return figures, missing

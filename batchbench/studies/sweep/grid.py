@@ -51,8 +51,7 @@ class Cell:
     @cached_property
     def digest(self) -> str:
         """Name of the cell's folder; equal digests give equal results."""
-        if self.experiment is None:
-            raise ValueError(f"no experiment: {self.fault}")
+        assert self.experiment is not None, self.fault
         return self.saved_digest or digest_of(self.experiment, self.server)
 
 
@@ -60,21 +59,14 @@ class Cell:
 class Grid:
     """All combinations of the values given to options.
 
-    Args:
-        axes: values by field name; other options keep their defaults.
-        simulated: serve on a virtual clock, where every step costs one unit.
-        servers: by ``--target``, what the server says it is, so that another server at the same
-            address has other cells.
-        digests: digests of the cells of a saved sweep: of its server, version and files, which
-            may have changed since.
-
-    Raises:
-        UsageError: a value is invalid with any other options.
+    Raises UsageError if a value is invalid with any other options.
     """
 
-    axes: Mapping[str, tuple[Any, ...]]
-    simulated: bool = False
+    axes: Mapping[str, tuple[Any, ...]]  # by field name; other options keep their defaults
+    simulated: bool = False  # on a virtual clock, where every step costs one unit
+    # What the server of each --target says it is: another one at the address has other cells.
     servers: Mapping[str, str] = field(default_factory=dict)
+    # Of a saved sweep: its server, version and files may have changed since.
     digests: Sequence[str | None] = ()
 
     def __post_init__(self) -> None:
@@ -94,9 +86,9 @@ class Grid:
     def cells(self) -> tuple[Cell, ...]:
         """Every combination once; the last option varies fastest."""
         combinations = itertools.product(*self.axes.values())
-        cells = [self._cell(dict(zip(self.axes, v, strict=True))) for v in combinations]
-        saved = itertools.zip_longest(cells, self.digests[: len(cells)])
-        return tuple(replace(cell, saved_digest=digest) for cell, digest in saved)
+        cells = (self._cell(dict(zip(self.axes, v, strict=True))) for v in combinations)
+        saved = itertools.chain(self.digests, itertools.repeat(None))
+        return tuple(replace(cell, saved_digest=d) for cell, d in zip(cells, saved, strict=False))
 
     def _cell(self, chosen: Values) -> Cell:
         try:
@@ -162,11 +154,7 @@ MOST = 10_000
 
 
 def parse_numbers(text: str, kind: type[int] | type[float], option: str) -> list[int | float]:
-    """Return the numbers that ``text`` names, in its order; a range includes its stop.
-
-    Raises:
-        UsageError: the text is not a list or range, or names too many numbers.
-    """
+    """Return the numbers that a text names, in its order; a range includes its stop."""
     numbers: list[int | float] = []
     place = f"{option} {shown(text)}"
     for part in text.split(","):

@@ -18,22 +18,23 @@ from batchbench.batching.machine import environment
 from batchbench.errors import UsageError
 from batchbench.files import write_whole
 from batchbench.json_file import envelope, json_text
-from batchbench.reports.figures import figure_bytes
+from batchbench.reports.figures import picture_files
+from batchbench.reports.formats.terminal import make_table
 from batchbench.reports.result import regoaled
 from batchbench.reports.served import place_of
 from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.text import (
     number,
+    percent,
     plural,
     spell_option,
     spell_value,
-    times,
     times_within,
 )
 from batchbench.studies.executors.jobs import kinds_of
 from batchbench.studies.sweep.figures import PICTURES, draw_sweep
 from batchbench.studies.sweep.grid import Cell, Grid
-from batchbench.studies.sweep.run import Store
+from batchbench.studies.sweep.run import Store, name_of
 from batchbench.studies.sweep.table import Cells, Row, rows_of, table_of, to_csv
 
 SCHEMA_VERSION = 1
@@ -51,10 +52,10 @@ _OF_SERVER = ("server", "agreement", "failures")
 
 @dataclass(frozen=True)
 class CellResult:
-    """Parts of one cell's result, or the reason why it failed."""
+    """Parts of one cell's result, which are empty if it failed, or the reason."""
 
     cell: Cell
-    data: Mapping[str, Any] | None
+    data: Mapping[str, Any]
     reason: str | None = None
 
 
@@ -69,52 +70,46 @@ class SweepResult:
     others: int  # cells of other grids in the same folder
 
     @property
-    def _data(self) -> list[Mapping[str, Any]]:
-        return [cell.data for cell in self.cells if cell.data is not None]
-
-    @property
     def served(self) -> list[CellResult]:
-        return [cell for cell in self.cells if cell.data is not None]
+        return [cell for cell in self.cells if cell.data]
 
     @property
     def failed(self) -> list[CellResult]:
-        return [cell for cell in self.cells if cell.data is None]
+        return [cell for cell in self.cells if not cell.data]
 
     @property
     def wrong(self) -> int:
         """Requests with wrong tokens, in all cells."""
-        return sum(data["verification"]["wrong"] for data in self._data)
+        return sum(cell.data["verification"]["wrong"] for cell in self.served)
 
     @property
     def broken(self) -> int:
         """Trials that were left out, since requests failed in them, in all cells."""
-        return sum(len(data.get("failures") or []) for data in self._data)
+        return sum(len(cell.data.get("failures", ())) for cell in self.served)
 
     @property
     def suspect(self) -> int:
         """Cells whose run is suspect."""
-        return sum(data["validity"]["status"] == "suspect" for data in self._data)
+        return sum(cell.data["validity"]["status"] == "suspect" for cell in self.served)
 
     @property
     def machines(self) -> list[str]:
         """Kinds of machines on which cells were measured, each with its nodes."""
-        return [] if self.grid.simulated else kinds_of(data["environment"] for data in self._data)
+        simulated = self.grid.simulated
+        return [] if simulated else kinds_of(cell.data["environment"] for cell in self.served)
 
 
 def read_sweep(grid: Grid, store: Store, goals: GoalsSpec) -> SweepResult:
     """Read the grid's finished cells and evaluate them against ``goals``."""
     cells, rows = [], []
     for cell in grid.cells:
-        reason = cell.fault
-        if reason is None and not store.holds(cell):
+        if cell.fault is None and not store.holds(cell):
             raise UsageError(
                 f"{store.folder}: cell {cell.digest} is missing; run the sweep again, which "
                 "serves only missing cells"
             )
-        if reason is None:
-            reason = store.failure(cell)
-        if reason is not None:
-            cells.append(CellResult(cell, None, reason))
+        if (reason := cell.fault or store.failure(cell)) is not None:
+            cells.append(CellResult(cell, {}, reason))
             continue
         result = regoaled(store.load(cell), goals)
         rows += rows_of(cell, result)
@@ -130,8 +125,7 @@ def cells_of(swept: SweepResult) -> Cells | None:
     if not swept.rows:
         return None
     frame = table_of(swept.rows)
-    columns = {"strategy": "strategies"}
-    names = (columns.get(name, name) for name in swept.grid.varying)
+    names = ["strategies" if name == "strategy" else name for name in swept.grid.varying]
     # An option has no axis if all but one of its values failed.
     varying = tuple(n for n in names if n in frame and frame[n].nunique(dropna=False) > 1)
     return Cells(frame, varying, swept.grid.simulated, _title(swept))
@@ -139,12 +133,13 @@ def cells_of(swept: SweepResult) -> Cells | None:
 
 def _title(swept: SweepResult) -> str:
     """Return model, device, and the options that were given and do not vary."""
-    cells = [cell.data for cell in swept.served if cell.data is not None]
-    names = {data["model"]["name"] for data in cells}
+    cells = [cell.data for cell in swept.served]
+    models = {data["model"]["name"] for data in cells}
     places = {"simulated" if swept.grid.simulated else place_of(data) for data in cells}
+    kind = "servers" if all(data.get("server") for data in cells) else "devices or number formats"
     parts = [
-        names.pop() if len(names) == 1 else f"{len(names)} models",
-        places.pop() if len(places) == 1 else f"{len(places)} {_KINDS[_served(cells)]}",
+        models.pop() if len(models) == 1 else f"{len(models)} models",
+        places.pop() if len(places) == 1 else f"{len(places)} {kind}",
     ]
     parts += [
         spell_option(name, values[0])
@@ -152,13 +147,6 @@ def _title(swept: SweepResult) -> str:
         if len(values) == 1 and name not in ("model", "dtype", "device", "strategy", "trials")
     ]
     return " · ".join(parts)
-
-
-def _served(cells: Sequence[Mapping[str, Any]]) -> bool:
-    return all(data.get("server") for data in cells)
-
-
-_KINDS = {False: "devices or number formats", True: "servers"}
 
 
 # Files
@@ -174,47 +162,41 @@ def write_sweep(
     """
     cells = cells_of(swept)
     figures, not_drawn = draw_sweep(cells) if cells is not None else ({}, {})
-    text = to_json(swept, command, not_drawn)
-    contents: dict[str, bytes | str] = {"sweep.json": text}
-    contents["sweep.csv"] = to_csv(table_of(swept.rows))
-    for name, figure in figures.items():
-        contents |= {f"{name}.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
+    text, table = to_json(swept, command, not_drawn), to_csv(table_of(swept.rows))
     stale = [f"{name}.{format}" for name in PICTURES for format in ("png", "svg")]
+    contents = {"sweep.json": text, "sweep.csv": table, **picture_files(figures)}
     return write_whole(folder, contents, stale), text, not_drawn
 
 
 def to_json(swept: SweepResult, command: str, not_drawn: Mapping[str, str]) -> str:
     """Return ``sweep.json``."""
+    cells = [
+        {
+            "digest": None if result.cell.fault else result.cell.digest,
+            "options": {name: _plain(value) for name, value in result.cell.chosen.items()},
+            "status": "done" if result.data else "failed",
+            "reason": result.reason,
+            "config": result.cell.experiment and result.cell.experiment.config(),
+            **result.data,
+        }
+        for result in swept.cells
+    ]
+    axes = {name: list(map(_plain, values)) for name, values in swept.grid.axes.items()}
     data = {
         **envelope(SCHEMA_VERSION, command),
         "simulated": swept.grid.simulated,
-        "axes": {name: _plain(values) for name, values in swept.grid.axes.items()},
+        "axes": axes,
         "goals": settings.as_json(swept.goals),
         "environment": environment(),
         "machines": swept.machines,
-        "cells": [_cell(result) for result in swept.cells],
+        "cells": cells,
         "pictures_not_drawn": not_drawn,
     }
     return json_text(data)
 
 
-def _cell(result: CellResult) -> dict[str, Any]:
-    cell = result.cell
-    return {
-        "digest": None if cell.experiment is None else cell.digest,
-        "options": {name: _plain(value) for name, value in cell.chosen.items()},
-        "status": "failed" if result.data is None else "done",
-        "reason": result.reason,
-        "config": None if cell.experiment is None else cell.experiment.config(),
-        **(result.data or {}),
-    }
-
-
 def _plain(value: Any) -> Any:
-    """Convert a path to text and a tuple to a list, for JSON."""
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 # Terminal
@@ -261,80 +243,59 @@ def table(cells: Cells) -> Table:
 
     Up to two strategies stand side by side; more have rows of their own.
     """
-    grid = Table(
-        title=cells.title,
-        caption=_caption(cells),
-        title_style="bold",
-        caption_style="dim",
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for name in cells.varying:
-        grid.add_column(name.replace("_", "\n"), justify="right", overflow="fold")
-    columns = [_THROUGHPUT, _WITHIN_SLO if cells.has_slo else _TTFT]
-    if len(cells.strategies) <= 2 and "strategies" not in cells.varying:
-        _add_cells(cells, grid, columns)
-    else:
-        _add_strategies(cells, grid, [_THROUGHPUT, _TTFT, _WITHIN_SLO if cells.has_slo else _E2E])
-    return grid
+    together = len(cells.strategies) <= 2 and "strategies" not in cells.varying
+    head, rows = _by_cell(cells) if together else _by_strategy(cells)
+    varying = [name.replace("_", "\n") for name in cells.varying]
+    left, total = 0 if together else len(varying) + 1, cells.typical["cell"].nunique()
+    below = ["simulated: a step counts as 1 ms"] * cells.simulated
+    below += [f"medians of {cells.trials} trials"] * (cells.trials > 1)
+    if total > MOST_CELLS:
+        below.append(f"the first {MOST_CELLS} of {total} cells; sweep.csv has all")
+    return make_table(cells.title, varying + head, rows, left=left, notes=below, framed=True)
 
 
-def _add_cells(cells: Cells, grid: Table, columns: Sequence[tuple[str, str]]) -> None:
-    for label, _ in columns:
-        for name in cells.strategies:
-            grid.add_column(f"{label}\n{name}", justify="right")
-    compared = len(cells.strategies) > 1 and not cells.timed
-    if compared:
-        grid.add_column(f"speed-up\nover {cells.strategies[0]}", justify="right")
-    for rows in cells.by_cell(MOST_CELLS):
-        varying = [spell_value(rows[0][name]) for name in cells.varying]
-        values = [_metric(row, metric) for _, metric in columns for row in rows]
-        grid.add_row(*varying, *values, *(_speedup(row) for row in rows[1:] if compared))
+def _by_cell(cells: Cells) -> tuple[list[str], list[list[str]]]:
+    columns, names = [_THROUGHPUT, _WITHIN_SLO if cells.has_slo else _TTFT], cells.strategies
+    head = [f"{label}\n{name}" for label, _ in columns for name in names]
+    compared = len(names) > 1 and not cells.timed
+    rows = []
+    for cell in cells.by_cell(MOST_CELLS):
+        varying = [spell_value(cell[0][name]) for name in cells.varying]
+        values = [_metric(row, metric) for _, metric in columns for row in cell]
+        rows.append([*varying, *values, *(_speedup(row) for row in cell[1:] if compared)])
+    return head + [f"speed-up\nover {names[0]}"] * compared, rows
 
 
-def _add_strategies(cells: Cells, grid: Table, columns: Sequence[tuple[str, str]]) -> None:
-    grid.add_column("strategy", no_wrap=True)
-    for label in [*(label for label, _ in columns), "speed- up"]:
-        grid.add_column(label.replace(" ", "\n", 1), justify="right")
-    for rows in cells.by_cell(MOST_CELLS):
-        for row in rows:
-            varying = [spell_value(row[name]) if row is rows[0] else "" for name in cells.varying]
-            values = [row["strategy"], *(_metric(row, m) for _, m in columns), _speedup(row)]
-            grid.add_row(*varying, *values, end_section=row is rows[-1])
+def _by_strategy(cells: Cells) -> tuple[list[str], list[list[str]]]:
+    columns = [_THROUGHPUT, _TTFT, _WITHIN_SLO if cells.has_slo else _E2E]
+    rows = []
+    for cell in cells.by_cell(MOST_CELLS):
+        for row in cell:
+            varying = [spell_value(row[name]) if row is cell[0] else "" for name in cells.varying]
+            values = [_metric(row, metric) for _, metric in columns]
+            rows.append([*varying, row["strategy"], *values, _speedup(row)])
+    labels = (label.replace(" ", "\n", 1) for label, _ in columns)
+    return ["strategy", *labels, "speed-up"], rows
 
 
 def _metric(row: Any, name: str) -> str:
-    value = row[name]
-    if value is None or pd.isna(value):
-        return "N/A"
-    return f"{100 * value:.1f}" if name == "slo_attainment" else number(value)
+    value = None if pd.isna(row[name]) else row[name]
+    return percent(value, 1).rstrip("%") if name == "slo_attainment" else number(value)
 
 
 def _speedup(row: Any) -> str:
     if pd.isna(row["speedup"]):  # the baseline's own
         return "–"
-    if pd.isna(row["speedup_low"]):
-        return times(row["speedup"])
-    return times_within(row["speedup"], row["speedup_low"], row["speedup_high"])
-
-
-def _caption(cells: Cells) -> str | None:
-    total = cells.typical["cell"].nunique()
-    lines = ["simulated: a step counts as 1 ms"] if cells.simulated else []
-    if cells.trials > 1:
-        lines.append(f"medians of {cells.trials} trials")
-    if total > MOST_CELLS:
-        lines.append(f"the first {MOST_CELLS} of {total} cells; sweep.csv has all")
-    return "; ".join(lines) or None
+    ends = (None if pd.isna(end) else end for end in (row["speedup_low"], row["speedup_high"]))
+    return times_within(row["speedup"], *ends)
 
 
 def notes(swept: SweepResult, cells: Cells | None, not_drawn: Mapping[str, str]) -> list[str]:
     """Return failures, reasons for suspicion, warnings and missing pictures, one per line."""
     lines = []
     for result in swept.failed:
-        names = swept.grid.varying
-        name = ", ".join(spell_option(name, result.cell.chosen[name]) for name in names)
-        lines.append(f"failed: {name or 'the cell'}: {result.reason}")
+        name = name_of(swept.grid, result.cell) or "the cell"
+        lines.append(f"failed: {name}: {result.reason}")
     lines += _reasons(swept)
     if cells is not None and cells.share_follows:
         lines.append(
@@ -356,7 +317,7 @@ def _reasons(swept: SweepResult) -> list[str]:
     """Return the reasons why cells are suspect; those that differ in numbers only appear once."""
     kinds: dict[str, list[str]] = {}
     for result in swept.served:
-        for reason in (result.data or {})["validity"]["reasons"]:
+        for reason in result.data["validity"]["reasons"]:
             kinds.setdefault(re.sub(r"[\d.,]+", "#", reason), []).append(reason)
     ranked = sorted(kinds.values(), key=len, reverse=True)
     lines = [

@@ -85,7 +85,6 @@ class Store:
             raise UsageError(f"{error}; remove {self.place(cell)} to run the cell again") from error
 
     def unfinished(self, grid: CellsQuery) -> list[Experiment]:
-        """Return the experiments of the cells that are possible and not finished."""
         return [c.experiment for c in grid.cells if c.experiment and not self.holds(c)]
 
     def machine(self, grid: CellsQuery) -> dict[str, Any] | None:
@@ -94,9 +93,6 @@ class Store:
             if self.holds(cell) and self.failure(cell) is None:
                 return facts_of(read_json(self.place(cell) / "result.json")["environment"], {})
         return None
-
-    def keep(self, cell: Cell, result: Result) -> None:
-        self.keep_files(cell, files_of(result))
 
     def keep_failure(self, cell: Cell, reason: str) -> None:
         failure = {"reason": reason, "config": _experiment(cell).config()}
@@ -125,16 +121,10 @@ def _experiment(cell: Cell) -> Experiment:
 
 
 def ask_servers(grid: Grid) -> dict[str, str]:
-    """Return what the server of each ``--target`` says it is, by target.
-
-    Raises:
-        UsageError: one cannot be reached, or refuses to answer.
-    """
-    told = {}
-    for target in {c.experiment.target for c in grid.cells if c.experiment is not None}:
-        if target is not None and target.target is not None:
-            told[target.target] = identity_of(discover(target.setup_address))
-    return told
+    """Return what the server of each ``--target`` says it is, by target."""
+    targets = {cell.experiment.target for cell in grid.cells if cell.experiment is not None}
+    known = [target for target in targets if target is not None and target.target is not None]
+    return {str(t.target): identity_of(discover(t.setup_address)) for t in known}
 
 
 def identity_of(server: Dialect) -> str:
@@ -145,13 +135,9 @@ def identity_of(server: Dialect) -> str:
 
 def work_of(experiment: Experiment) -> float:
     """Return the forward passes of all trials, or the requests if a simulation would be slow."""
-    workload, trials = experiment.workload, experiment.trials.trials
-    if (
-        experiment.target is not None
-        or experiment.simulated
-        or (workload.queue_size or 0) > MOST_REQUESTS
-    ):
-        return float((workload.queue_size or 1) * trials * len(experiment.serving.strategies))
+    requests, trials = experiment.workload.queue_size or 1, experiment.trials.trials
+    if experiment.target is not None or experiment.simulated or requests > MOST_REQUESTS:
+        return float(requests * trials * len(experiment.serving.strategies))
     try:
         steps = estimate(replace(experiment, simulated=True), Watch()).steps
     except UsageError:  # it cannot be served, which the cell itself will say
@@ -171,10 +157,7 @@ class Pace:
             self._seconds_per_work.append(seconds / work)
 
     def left_s(self, at_once: int = 1) -> float | None:
-        """Return the seconds until all is done; None before the first cell is.
-
-        ``at_once`` is the number of cells that run at the same time.
-        """
+        """Return the seconds until all is done, several cells at once; None before the first."""
         if not self._seconds_per_work:
             return None
         return median(self._seconds_per_work) * sum(self.work.values()) / at_once
@@ -187,12 +170,10 @@ class CellsQuery(Protocol):
     """Cells to serve: a grid, or a list of cells."""
 
     @property
-    def cells(self) -> Sequence[Cell]:
-        """The experiments."""
+    def cells(self) -> Sequence[Cell]: ...
 
     @property
-    def varying(self) -> tuple[str, ...]:
-        """Options with more than one value, from which cells get their names."""
+    def varying(self) -> tuple[str, ...]: ...  # the options by which cells are named
 
 
 class SweepWatch(Watch):
@@ -216,11 +197,7 @@ class SweepWatch(Watch):
 
 @dataclass(frozen=True)
 class CellWork:
-    """The serving of one cell, wherever it runs.
-
-    Raises:
-        UsageError: its server has gone, which says nothing about the cell.
-    """
+    """The serving of one cell, wherever it runs."""
 
     experiment: Experiment
     serve: Conduct = conduct
@@ -228,7 +205,7 @@ class CellWork:
     def __call__(self, watch: Watch, models: ModelCache) -> Done | Failed:
         try:
             outcome = self.serve(self.experiment, watch, models)
-        except ServerError as error:
+        except ServerError as error:  # it has gone, which says nothing about the cell
             raise UsageError(f"{error}; {_CONTINUES}") from error
         except (UsageError, TrialFailed) as error:
             return Failed(str(error))
@@ -307,14 +284,14 @@ def run_cells(
 
 
 def _missing(grid: CellsQuery, lost: Sequence[tuple[Cell, str]]) -> str:
-    names = [_name(grid, cell) or cell.digest for cell, _ in lost]
+    names = [name_of(grid, cell) or cell.digest for cell, _ in lost]
     return (
         f"{plural(len(lost), 'cell')} missing, since each was lost {MOST_RERUNS + 1} times with "
         f"its machine: {'; '.join(names)} ({lost[-1][1]}); {_CONTINUES}"
     )
 
 
-def _name(grid: CellsQuery, cell: Cell) -> str:
+def name_of(grid: CellsQuery, cell: Cell) -> str:
     return ", ".join(spell_option(name, cell.chosen[name]) for name in grid.varying)
 
 
@@ -338,7 +315,7 @@ def lines_of(grid: Grid) -> Iterator[str]:
         text, steps = _passes(cell)
         total += steps
         impossible += not steps and (cell.experiment is None or cell.experiment.target is None)
-        name = _name(grid, cell) or "the one cell"
+        name = name_of(grid, cell) or "the one cell"
         yield f"{number:>{len(str(len(grid.cells)))}}  {name}: {text}"
     failing = f", {impossible} of them cannot be served" if impossible else ""
     cells = plural(len(grid.cells), "cell")

@@ -29,8 +29,7 @@ OPTIONS = ("target", "serving", "workload", "model", "trials", "goals")
 def rows_of(cell: Cell, result: Result) -> list[Row]:
     """Return the rows of one cell: options, strategy, trial, metrics and counters.
 
-    ``--strategy`` is the column ``strategies``: the names that ran side by side. ``strategy`` is
-    the one of the row.
+    ``--strategy`` is the column ``strategies``; ``strategy`` is the one of the row.
     """
     data: Any = result.data
     options: Row = {"cell": cell.digest, "preset": data["config"]["preset"]}
@@ -41,12 +40,8 @@ def rows_of(cell: Cell, result: Result) -> list[Row]:
             plain = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
             options["strategies" if name == "strategy" else name] = plain
     options |= _defaults(cell, result)
-    verification = data["verification"]
-    judgement = {
-        "validity": data["validity"]["status"],
-        "requests_checked": verification["requests_checked"],
-        "wrong": verification["wrong"],
-    }
+    judgement = {"validity": data["validity"]["status"]}
+    judgement |= {name: data["verification"][name] for name in ("requests_checked", "wrong")}
     return [
         {
             **options,
@@ -76,11 +71,8 @@ def _defaults(cell: Cell, result: Result) -> Row:
     spec, slots = cell.experiment.workload, cell.experiment.serving.batch_size
     defaults: Row = {"queue_size": result.data["workload"]["num_requests"]}
     if spec.trace is None and isinstance(cycle := spec.output_lengths(slots), Cycle):
-        defaults |= {
-            "long_every": cycle.every,
-            "long_tokens": cycle.long,
-            "short_tokens": cycle.short,
-        }
+        defaults |= {"long_every": cycle.every}
+        defaults |= {"long_tokens": cycle.long, "short_tokens": cycle.short}
     return defaults
 
 
@@ -103,19 +95,12 @@ def to_csv(frame: pd.DataFrame) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """A sweep's table, with what its pictures and reports need.
+    """A sweep's table, with what its pictures and reports need."""
 
-    Args:
-        frame: columns named as the options, then ``strategy``, ``trial``, metrics and counters.
-        varying: columns of options that have more than one value.
-        simulated: whether a step counts as a millisecond.
-        title: model, device and what all cells share, in a line.
-    """
-
-    frame: pd.DataFrame
-    varying: tuple[str, ...]
-    simulated: bool
-    title: str
+    frame: pd.DataFrame  # options, then ``strategy``, ``trial``, metrics and counters
+    varying: tuple[str, ...]  # columns of options that have more than one value
+    simulated: bool  # a step counts as a millisecond
+    title: str  # model, device and what all cells share
 
     @cached_property
     def strategies(self) -> list[str]:
@@ -175,10 +160,7 @@ class Cells:
         return [[row for _, row in rows.iterrows()] for _, rows in groups]
 
     def answer(self, metric: str, over: str = "") -> str:
-        """Compare the last strategy with the baseline in a metric, over all cells.
-
-        Without a baseline it is the throughput of the one strategy. ``over`` follows the range.
-        """
+        """Compare the last strategy with the baseline in a metric; ``over`` follows the range."""
         baseline, candidate = called(self.strategies[0]), called(self.strategies[-1])
         text, at = self.span(metric)
         if not text:
@@ -191,8 +173,7 @@ class Cells:
     def span(self, metric: str) -> tuple[str, str]:
         """Return a metric's range under the last strategy, and the cell of its largest value.
 
-        Both are texts, such as ``1.36× to 3.08×`` and ``, most at batch size 32``; both are empty
-        if no cell has the metric.
+        As ``1.36× to 3.08×`` and ``, most at batch size 32``; empty if no cell has the metric.
         """
         is_last = self.typical["strategy"] == self.strategies[-1]
         values = self.typical.loc[is_last, metric].dropna()

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -75,26 +75,8 @@ def format_of(head: str) -> str | None:
 # CSV: Azure's traces of LLM inference, and BurstGPT
 
 
-def _azure_row(time: str, context: str, generated: str) -> Row:
-    return Row(
-        prompt_tokens=tokens_of("ContextTokens", context),
-        output_tokens=tokens_of("GeneratedTokens", generated),
-        due_ns=_moment("TIMESTAMP", time),
-    )
-
-
-def _burstgpt_row(time: str, request: str, response: str) -> Row:
-    if whole_of(response) == 0:
-        raise InvalidError("Response tokens is 0: the request failed", "failed requests")
-    return Row(
-        prompt_tokens=tokens_of("Request tokens", request),
-        output_tokens=tokens_of("Response tokens", response),
-        due_ns=_seconds("Timestamp", time),
-    )
-
-
 def _read_table(
-    columns: tuple[str, str, str], parse: Callable[[str, str, str], Row], source: Source
+    columns: tuple[str, str, str], time_of: Callable[[str, str], int], source: Source
 ) -> Rows[Row]:
     rows = lines(source)
     for number, header in rows:
@@ -103,11 +85,20 @@ def _read_table(
         yield number, header
     else:
         return
+    where = f"{source.where}: line {number}"
     try:
         delimiter, names = _columns_of(header)
     except InvalidError as error:
-        raise UsageError(f"{source.where}: line {number}: {error}") from error
-    one, two, three = _places(names, columns, f"{source.where}: line {number}")
+        raise UsageError(f"{where}: {error}") from error
+    for column in columns:
+        count = names.count(_plain(column))
+        if count > 1:
+            raise UsageError(f"{where}: has the column {column} {count} times; keep one of them")
+        if not count:
+            raise UsageError(
+                f"{where}: lacks the column {column}; the format has {', '.join(columns)}"
+            )
+    places = [names.index(_plain(column)) for column in columns]
 
     def row_of(line: str) -> Row:
         if line.strip() == header.strip():  # files joined with cat
@@ -115,7 +106,14 @@ def _read_table(
         cells = _cells(line, delimiter)
         if len(cells) != len(names):
             raise InvalidError(f"has {len(cells)} columns, the first line {len(names)}")
-        return parse(cells[one], cells[two], cells[three])
+        time, prompt, output = (cells[place] for place in places)
+        if columns is BURSTGPT and whole_of(output) == 0:
+            raise InvalidError("Response tokens is 0: the request failed", "failed requests")
+        return Row(
+            prompt_tokens=tokens_of(columns[1], prompt),
+            output_tokens=tokens_of(columns[2], output),
+            due_ns=time_of(columns[0], time.strip(" \t")),
+        )
 
     yield from parsed(rows, row_of)
 
@@ -141,19 +139,6 @@ def _plain(column: str) -> str:
     return re.sub(r"[\s_]+", "", column).lower()
 
 
-def _places(names: Sequence[str], columns: Sequence[str], where: str) -> list[int]:
-    """Return the places of the columns in a row; refuse one that is missing or occurs twice."""
-    for column in columns:
-        count = names.count(_plain(column))
-        if count > 1:
-            raise UsageError(f"{where}: has the column {column} {count} times; keep one of them")
-        if not count:
-            raise UsageError(
-                f"{where}: lacks the column {column}; the format has {', '.join(columns)}"
-            )
-    return [names.index(_plain(column)) for column in columns]
-
-
 _TIME = re.compile(
     r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:\.(\d++))?"
     r"(?: ?(?:(?:Z|UTC|GMT)|([+-]\d\d(?::?\d\d)?)))?",
@@ -165,7 +150,7 @@ _SECONDS = re.compile(r"\d++(?:\.\d*+)?(?:[eE][+-]?\d{1,3})?", re.ASCII)
 
 def _moment(what: str, text: str) -> int:
     """Return a date and time, taken as UTC without an offset, as ns since 1970."""
-    parts = _TIME.fullmatch(text.strip(" \t"))
+    parts = _TIME.fullmatch(text)
     try:
         if parts is None:
             raise ValueError
@@ -182,10 +167,9 @@ def _moment(what: str, text: str) -> int:
 
 def _seconds(what: str, text: str) -> int:
     """Return seconds, such as 45, 45.5 or 1e-05, as ns."""
-    number = text.strip(" \t")
-    if not _SECONDS.fullmatch(number):
+    if not _SECONDS.fullmatch(text):
         raise InvalidError(f"{what} is {shown(text)}: must be seconds, such as 45 or 45.5")
-    return nanoseconds_of(what, int(min(Decimal(number), Decimal(10**11)) * 10**9))
+    return nanoseconds_of(what, int(min(Decimal(text), Decimal(10**11)) * 10**9))
 
 
 # Conversations as JSON, in the dialects of ShareGPT
@@ -209,11 +193,15 @@ def _conversation(source: Source, data: dict[str, Any]) -> Row:
     questions: list[str] = []
     answer, others = None, 0
     for turn in turns:
-        speaker, text = _parts_of(turn)
-        if speaker in _ASKS:
-            questions.append(_text_of(text))
-        elif speaker in _ANSWERS and questions:
-            answer = _text_of(text)
+        if not isinstance(turn, dict):
+            raise InvalidError(f"a turn is {shown(turn)}: must be an object with from and value")
+        speaker = turn.get("from", turn.get("role"))
+        if not isinstance(speaker, str):
+            raise InvalidError(_LACKS)
+        if speaker.lower() in _ASKS:
+            questions.append(_text_of(turn))
+        elif speaker.lower() in _ANSWERS and questions:
+            answer = _text_of(turn)
             break
         else:
             others += 1
@@ -229,21 +217,11 @@ def _conversation(source: Source, data: dict[str, Any]) -> Row:
 _LACKS = "a turn lacks from or value, or they are not texts"
 
 
-def _parts_of(turn: object) -> tuple[str, object]:
-    """Return the speaker of a turn in lower case, and its text."""
-    if not isinstance(turn, dict):
-        raise InvalidError(f"a turn is {shown(turn)}: must be an object with from and value")
-    speaker = turn.get("from", turn.get("role"))
-    if not isinstance(speaker, str):
-        raise InvalidError(_LACKS)
-    return speaker.lower(), turn.get("value", turn.get("content"))
-
-
-def _text_of(text: object) -> str:
+def _text_of(turn: dict[str, Any]) -> str:
+    text = turn.get("value", turn.get("content"))
     if isinstance(text, list):  # OpenAI's messages have parts
-        parts = [part.get("text") if isinstance(part, dict) else None for part in text]
-        texts = [part for part in parts if isinstance(part, str)]
-        text = "\n".join(texts) if len(texts) == len(parts) else None
+        parts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in text]
+        text = "\n".join(parts) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(text, str):
         raise InvalidError(_LACKS)
     return text
@@ -279,25 +257,24 @@ _ANY = 2**62
 """Largest block size that fits a prompt of one block."""
 
 
-class _Request(NamedTuple):
-    """A row as it is in the file."""
-
-    prompt_tokens: int
-    output_tokens: int
-    time: float | None
-    ids: Sequence[int] | None
-    blocks: Sequence[int]
-    of_bailian: bool
-
-
 def read_mooncake(source: Source) -> Rows[Row]:
-    """Yield the rows; infer the block size and the unit of times."""
-    rows = parsed(objects(source), partial(_request, source.encode))
-    first: list[tuple[int, _Request | InvalidError]] = []
-    good: list[tuple[int, _Request]] = []
+    """Yield the rows; infer the block size and the unit of times.
+
+    Until the unit is known, ``due_ns`` of a row is its time as it is in the file.
+    """
+    of_bailian = False
+
+    def raw_row_of(data: dict[str, Any]) -> Row:
+        nonlocal of_bailian
+        of_bailian |= "chat_id" in data
+        return _raw_row(source.encode, data)
+
+    rows = parsed(objects(source), raw_row_of)
+    first: list[tuple[int, Row | InvalidError]] = []
+    good: list[tuple[int, Row]] = []
     numbers = 0
     for number, row in rows:
-        if isinstance(row, _Request):
+        if isinstance(row, Row):
             good.append((number, row))
             numbers += len(row.blocks) + len(row.ids or ())
         elif not good:
@@ -314,8 +291,10 @@ def read_mooncake(source: Source) -> Rows[Row]:
         source.size_of_blocks = size
         source.inferred.append(f"blocks of {size} tokens{how}")
     unit = None
-    if good[0][1].time is not None:
-        unit = source.time_unit or _time_unit([row for _, row in good], source.where)
+    if good[0][1].due_ns is not None:
+        times = [row.due_ns for _, row in good if row.due_ns is not None]
+        usual = "s" if of_bailian else None
+        unit = source.time_unit or usual or _time_unit(times, source.where)
         how = "" if source.time_unit or unit == "ms" else " (inferred)"
         source.inferred.append(f"times in {unit}{how}")
     elif source.time_unit:
@@ -326,7 +305,7 @@ def read_mooncake(source: Source) -> Rows[Row]:
     yield from parsed(chain(first, rows), row_of)
 
 
-def _request(encode: Encode, data: dict[str, Any]) -> _Request:
+def _raw_row(encode: Encode, data: dict[str, Any]) -> Row:
     blocks = data.get("hash_ids") or ()
     if blocks and not (
         isinstance(blocks, list)
@@ -341,17 +320,17 @@ def _request(encode: Encode, data: dict[str, Any]) -> _Request:
         ids, blocks = _ids_of("text_input", text, encode), ()  # the text is what the blocks hold
     if (time := data.get("timestamp")) is not None:
         nanoseconds_of("timestamp", time)
-    return _Request(
-        len(ids) if ids is not None else tokens_of("input_length", data.get("input_length")),
-        tokens_of("output_length", data.get("output_length")),
-        time,
-        ids,
-        blocks,
-        "chat_id" in data,
+    prompt_tokens = len(ids) if ids is not None else data.get("input_length")
+    return Row(
+        prompt_tokens=tokens_of("input_length", prompt_tokens),
+        output_tokens=tokens_of("output_length", data.get("output_length")),
+        due_ns=time,
+        ids=ids,
+        blocks=blocks,
     )
 
 
-def _row(block_tokens: int, unit: str | None, with_text: bool, row: _Request) -> Row:
+def _row(block_tokens: int, unit: str | None, with_text: bool, row: Row) -> Row:
     """Return the row as a request of the trace; refuse one that is unlike the others."""
     if (row.ids is not None) != with_text:
         verb = "lacks" if with_text else "has"
@@ -362,13 +341,14 @@ def _row(block_tokens: int, unit: str | None, with_text: bool, row: _Request) ->
             f"hash_ids names {len(row.blocks):,} blocks, but {row.prompt_tokens:,} tokens are "
             f"{blocks:,} blocks of {block_tokens} (--trace-block-size)"
         )
-    if unit is None and row.time is not None:
+    if unit is not None:
+        return row._replace(due_ns=nanoseconds_of("timestamp", row.due_ns, TIME_UNITS[unit]))
+    if row.due_ns is not None:
         raise InvalidError("has a timestamp, unlike the first row")
-    due_ns = None if unit is None else nanoseconds_of("timestamp", row.time, TIME_UNITS[unit])
-    return Row(row.prompt_tokens, row.output_tokens, due_ns, row.ids, row.blocks)
+    return row
 
 
-def _block_tokens(named: Sequence[tuple[int, _Request]], source: Source) -> int:
+def _block_tokens(named: Sequence[tuple[int, Row]], source: Source) -> int:
     """Return the tokens of a block: 512 if that fits, or the one size that fits most rows."""
     tokens = np.array([row.prompt_tokens for _, row in named])
     blocks = np.array([len(row.blocks) for _, row in named])
@@ -401,7 +381,7 @@ def _block_tokens(named: Sequence[tuple[int, _Request]], source: Source) -> int:
     return low if low == high else powers[0]
 
 
-def _time_unit(rows: Sequence[_Request], where: str) -> str:
+def _time_unit(times: Sequence[float], where: str) -> str:
     """Return the unit of the times: ms unless that is implausible.
 
     Present times, counted from 1970, have 10 digits in s, 13 in ms, and so on. Others are in ms
@@ -409,9 +389,6 @@ def _time_unit(rows: Sequence[_Request], where: str) -> str:
     where ms makes an implausible rate: over 100 requests/s (over 10 with fractions), or fewer than
     one in 100 s.
     """
-    if any(row.of_bailian for row in rows):
-        return "s"
-    times = [row.time for row in rows if row.time is not None]
     begin, span = min(times), max(times) - min(times)
     for unit, ns in TIME_UNITS.items():
         if 10**18 <= begin * ns < 10**19:
@@ -521,8 +498,8 @@ def _own_row(data: dict[str, Any]) -> Row:
 
 READERS: dict[str, Callable[[Source], Rows[Row]]] = {
     "sharegpt": read_sharegpt,
-    "azure": partial(_read_table, AZURE, _azure_row),
-    "burstgpt": partial(_read_table, BURSTGPT, _burstgpt_row),
+    "azure": partial(_read_table, AZURE, _moment),
+    "burstgpt": partial(_read_table, BURSTGPT, _seconds),
     "mooncake": read_mooncake,
     "batchbench": read_own,
 }

@@ -1,21 +1,24 @@
-"""The bench on this machine: our engines, plug-in engines, and the simulation."""
+"""A bench serves the workload of one experiment: this machine's engines, or a remote server."""
 
 from __future__ import annotations
 
+import copy
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from batchbench.batching import trials
 from batchbench.batching.batcher import Batcher, Strategy
-from batchbench.batching.benches import Bench, check_pair_time, in_turn
 from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment, ServingSpec
 from batchbench.batching.machine import Counter, counters_for, environment
 from batchbench.batching.models import ModelCache, Source, Tokenizer, encoder, find_tokenizer
-from batchbench.batching.progress import Watch
+from batchbench.batching.progress import Limited, Watch
 from batchbench.batching.recording import Recording
+from batchbench.batching.remote.outcome import Agreement, FailedTrial, ServerFacts
 from batchbench.batching.strategies import Context, PlugIn, find
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import NOT_VERIFIED, Verification, draws_by_itself, verify
@@ -25,6 +28,121 @@ from batchbench.workloads import Workload, WorkloadSpec, make_workload
 if TYPE_CHECKING:
     from batchbench.batching.engines.torch.forward import Forward
     from batchbench.batching.models.loading import LoadedModel
+
+S = TypeVar("S", bound=Strategy)
+
+GRACE = 1.1
+"""Multiple of ``--max-time`` after which a trial is stopped; a slightly late pair counts."""
+
+
+class Bench(ABC):
+    """The place where an experiment runs, with its workload made and its engine or server ready.
+
+    ``model`` and ``environment`` are facts for the result. ``simulated`` is True if time is
+    virtual and no model runs. ``failures`` lists the trials in which a request failed.
+    """
+
+    def __init__(self, experiment: Experiment, watch: Watch) -> None:
+        self.experiment, self.simulated, self._watch = experiment, experiment.simulated, watch
+        self.workload: Workload
+        self.model: dict[str, Any] = {}
+        self.environment: dict[str, Any] = {}
+        self.failures: list[FailedTrial] = []
+
+    @abstractmethod
+    def make(self, spec: WorkloadSpec) -> Workload:
+        """Make a workload; raise UsageError if it cannot be made, or the model cannot take it."""
+
+    @abstractmethod
+    def strategy(self, name: str) -> Strategy:
+        """Return the strategy of this name."""
+
+    @abstractmethod
+    def warm_up(self, *, most: int = 10) -> WarmUp:
+        """Serve a short piece of the workload, at most ``most`` times, until its speed settles."""
+
+    @abstractmethod
+    def check_time(self, warm_up: WarmUp) -> None:
+        """Raise UsageError if one pair of trials is known to take longer than ``--max-time``."""
+
+    @abstractmethod
+    def rounds(self) -> Iterator[list[Recording]]:
+        """Serve the workload once under every strategy in each round; yield finished rounds.
+
+        The order of strategies alternates (AB BA AB BA …), because the second trial of a round is
+        often faster, and so that each strategy is second equally often.
+        """
+
+    @abstractmethod
+    def verify(
+        self, recordings: Sequence[Recording], chosen: Sequence[int] | None = None
+    ) -> Verification:
+        """Check the outputs of ``chosen`` requests, or of those that ``--verify`` asks for."""
+
+    @abstractmethod
+    def observe(self, strategy: Strategy, trial: int) -> Recording:
+        """Serve one trial; the header of its recording gets what was observed beside it."""
+
+    def strategies(self) -> list[Strategy]:
+        """Return the strategies that the experiment compares, the baseline first."""
+        return [self.strategy(name) for name in self.experiment.serving.strategies]
+
+    def on(self, workload: Workload) -> Self:
+        """Return the same bench for another workload with no longer requests."""
+        other = copy.copy(self)
+        other.workload = workload
+        return other
+
+    def within(self, limit: float | None) -> Self:
+        """Return the same bench, whose trials raise OutOfTimeError when the time is up."""
+        if limit is None:
+            return self
+        other, until = copy.copy(self), time.monotonic() + GRACE * limit
+        other._watch = Limited(self._watch, until, time.monotonic, real=not self.simulated)
+        return other
+
+    def serve(self, strategy: Strategy, trial: int, planned: int) -> Recording:
+        """Serve one of ``planned`` trials, reported to the watch."""
+        self._watch.trial_begins(strategy.name, trial, planned)
+        recording = self.observe(strategy, trial)
+        self._watch.trial_ends(strategy.name, trial, recording.duration_ns)
+        return recording
+
+    # What only one kind of bench has
+
+    def time_small_batches(self) -> list[Recording]:
+        """Time steps of fewer rows than slots, for predictions; none where steps are unknown."""
+        return []
+
+    def texts(self, recording: Recording) -> list[tuple[str, str]] | None:
+        """Return the prompt and the output of each request as text; None if they are unknown."""
+        return None
+
+    def server(self) -> ServerFacts | None:
+        """Return the facts about the server after the trials."""
+        return None
+
+    def agreement(self) -> Agreement | None:
+        """Compare the outputs of a server's strategies; this machine's engines verify instead."""
+        return None
+
+    def close(self) -> None:  # noqa: B027  # this machine's engines have nothing to close
+        """End the processes of the bench."""
+
+
+def check_pair_time(limit: float, expected_s: float) -> None:
+    """Raise UsageError if a pair of trials takes longer than ``--max-time``."""
+    if expected_s > limit:
+        digits = 0 if expected_s >= 10 else 2
+        raise UsageError(
+            f"--max-time {limit:g}: one pair of trials takes about {expected_s:.{digits}f} s here; "
+            "raise it, or lower --queue-size"
+        )
+
+
+def in_turn(strategies: Sequence[S], round_number: int) -> Sequence[S]:
+    """Return the strategies in the order of a round; it alternates."""
+    return strategies if round_number % 2 == 0 else strategies[::-1]
 
 
 class LocalBench(Bench):
@@ -128,7 +246,12 @@ class LocalBench(Bench):
             spec=self.experiment.model,
             load=lambda: loaded,
         )
-        return {name: _made(find(name), replace(context, name=name)) for name in serving.plug_ins}
+        strategies: dict[str, Strategy] = {}
+        for name in serving.plug_ins:
+            plug_in = find(name)
+            strategy = plug_in.make(replace(context, name=name))
+            strategies[name] = strategy if plug_in.is_ours else _Guarded(plug_in, strategy)
+        return strategies
 
     def strategy(self, name: str) -> Strategy:
         """Return a plug-in, or our scheduler under the policy of this name."""
@@ -140,14 +263,12 @@ class LocalBench(Bench):
         about = {"cost": cost.as_dict()} if cost and self.engine.simulated else {}
         return make_batcher(policy, self.experiment.serving, self.engine, about)
 
-    def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
-        """Serve a short piece of the workload until the median step stays within 5 %."""
+    def warm_up(self, *, most: int = 10) -> WarmUp:
         if self.engine.simulated:
             return WarmUp(0, True, None, None)
         self._watch.phase("warming up")
-        batcher = self.batcher("continuous")
         others = self._plug_ins.values()
-        warm_up = trials.warm_up(batcher, others, self.workload, most=most, within=within)
+        warm_up = trials.warm_up(self.batcher("continuous"), others, self.workload, most)
         if self._loaded is None or self._loaded.device.type != "cuda":
             return warm_up
         strategies, asked = self.strategies(), self.experiment.trials
@@ -169,7 +290,6 @@ class LocalBench(Bench):
         return other
 
     def check_time(self, warm_up: WarmUp) -> None:
-        """Raise UsageError if one pair of trials takes longer than ``--max-time``."""
         limit = self.experiment.trials.max_time
         if limit is None or warm_up.step_ns is None or self.workload.stop_at_eos:
             return
@@ -182,14 +302,12 @@ class LocalBench(Bench):
         check_pair_time(limit, expected)
 
     def time_small_batches(self) -> list[Recording]:
-        """Time steps of fewer rows than slots, for predictions; a simulation skips this."""
         if self.engine.simulated or not self.experiment.serving.policies:
             return []
         batcher = self.batcher("continuous")
         return trials.time_small_batches(batcher, self.workload, self._max_len)
 
     def rounds(self) -> Iterator[list[Recording]]:
-        """Serve the workload once under every strategy in each round, in alternating order."""
         strategies, planned = self.strategies(), self.experiment.trials.trials
         for trial in range(planned):
             if self._loaded is not None:
@@ -198,7 +316,6 @@ class LocalBench(Bench):
             yield [served[s.name] for s in strategies]
 
     def observe(self, strategy: Strategy, trial: int) -> Recording:
-        """Serve one trial, with energy, load of other processes and speed of memory."""
         recording = trials.observe(
             strategy,
             self.workload,
@@ -217,7 +334,6 @@ class LocalBench(Bench):
     def verify(
         self, recordings: Sequence[Recording], chosen: Sequence[int] | None = None
     ) -> Verification:
-        """Check the outputs of ``chosen`` requests, or of those that ``--verify`` asks for."""
         limit = self.experiment.trials.verify_limit
         if self._loaded is None or (limit == 0 and chosen is None):
             return NOT_VERIFIED
@@ -230,14 +346,13 @@ class LocalBench(Bench):
         if not checked:
             return NOT_VERIFIED
         found = verify(self.workload, checked, reference, eos, limit, chosen)
-        names = ", ".join(dict.fromkeys(r.header.strategy for r in others))
-        if not names or not found.requests_checked:
+        if not others or not found.requests_checked:
             return found
+        names = ", ".join(dict.fromkeys(r.header.strategy for r in others))
         but = f"; not {names}, whose engine draws tokens from random numbers of its own"
         return replace(found, reference=f"{found.reference}{but}")
 
     def texts(self, recording: Recording) -> list[tuple[str, str]] | None:
-        """Return the prompt and the output of each request as text; None without a tokenizer."""
         if self.tokenizer is None or recording.tokens is None:
             return None
         decode, workload = self.tokenizer.decode, self.workload
@@ -245,11 +360,6 @@ class LocalBench(Bench):
             (decode(workload.prompt(i).tolist()), decode(recording.tokens_of(i).tolist()))
             for i in range(len(workload))
         ]
-
-
-def _made(plug_in: PlugIn, context: Context) -> Strategy:
-    strategy = plug_in.make(context)
-    return strategy if plug_in.is_ours else _Guarded(plug_in, strategy)
 
 
 @dataclass(frozen=True)
@@ -264,7 +374,6 @@ class _Guarded:
         return self.plug_in.name
 
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
-        """Serve the workload, and check that the recording is of all its requests."""
         try:
             recording: object = self.strategy.serve(workload, watch, trial=trial)
         except (BatchbenchError, KeyboardInterrupt, MemoryError):
@@ -274,8 +383,7 @@ class _Guarded:
         if not isinstance(recording, Recording):
             what = f"returned a {type(recording).__name__}"
             raise self.plug_in.fault(what, "serve must return Recording.of_tokens(…)")
-        served = len(recording.requests.output_tokens)
-        if served != len(workload):
+        if (served := len(recording.requests.slot)) != len(workload):
             why = f"the workload has {len(workload)}"
             raise self.plug_in.fault(f"returned a recording of {served} requests", why)
         return recording
