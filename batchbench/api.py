@@ -6,10 +6,10 @@ import dataclasses
 import difflib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -134,8 +134,20 @@ class Result(results.Result):
 
     @property
     def plot(self) -> Plots:
-        """Draw pictures; ``result.plot.timeline()`` and so on return matplotlib figures."""
-        return Plots(self)
+        """Functions that draw the pictures that a run writes, as matplotlib figures.
+
+        ``result.plot.timeline().savefig("timeline.svg")`` saves one.
+        """
+        from batchbench.reports.figures import PICTURES, draw_one
+
+        def picture(name: str) -> Callable[[], Figure]:
+            def draw() -> Figure:
+                return draw_one(name, self.recordings, self.title)
+
+            draw.__doc__ = PICTURES[name].__doc__
+            return draw
+
+        return Plots(**{name: picture(name) for name in PICTURES})
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the files that ``batchbench run --output`` writes, and return the folder.
@@ -172,29 +184,8 @@ def _plain(cell: object) -> str:
     return cell.plain if isinstance(cell, Text) else str(cell)
 
 
-@dataclass(frozen=True, eq=False)
-class Plots:
-    """Pictures of a result, one method each: ``plots.timeline()`` returns a matplotlib figure.
-
-    ``dir(plots)`` lists them: throughput, latency, occupancy, timeline …, the same that a run
-    writes. ``figure.savefig("timeline.svg")`` saves one.
-    """
-
-    result: results.Result
+class Plots(SimpleNamespace):
+    """Pictures of a result, a function each."""
 
     def __getattr__(self, name: str) -> Callable[[], Figure]:
-        from batchbench.reports.figures import PICTURES, draw_one
-
-        if name not in PICTURES:
-            raise AttributeError(f"there is no picture {name}; there are {', '.join(PICTURES)}")
-
-        def picture() -> Figure:
-            return draw_one(name, self.result.recordings, self.result.title)
-
-        picture.__name__, picture.__doc__ = name, PICTURES[name].__doc__
-        return picture
-
-    def __dir__(self) -> list[str]:
-        from batchbench.reports.figures import PICTURES
-
-        return [*super().__dir__(), *PICTURES]
+        raise AttributeError(f"there is no picture {name}; there are {', '.join(vars(self))}")

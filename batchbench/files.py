@@ -89,9 +89,6 @@ def claimed(place: Path, named: str) -> Iterator[None]:
 
     The claim is a lock on a file in the folder for temporary files. The system releases it however
     the process ends, so a killed run never blocks another.
-
-    Raises:
-        ClaimedError: another process writes there.
     """
     from filelock import FileLock, Timeout  # its import takes 60 ms
 
@@ -122,13 +119,8 @@ def claimed(place: Path, named: str) -> Iterator[None]:
 def replacing(target: Path, *, folder: bool = False) -> Iterator[Path]:
     """Yield a hidden path to write to, and move it to ``target`` if the block succeeds.
 
-    Folders that are missing above the target appear in the same move.
-
-    Args:
-        folder: the target is a folder; the hidden path is then a folder that exists.
-
-    Raises:
-        OSError: it cannot be written, or a folder with content stands there.
+    Folders that are missing above the target appear in the same move. With ``folder``, the hidden
+    path is a folder that exists, and no folder with content is replaced. Raises OSError.
     """
     top = _topmost_missing(target)
     staging = top.parent / f"{_staging_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}"
@@ -269,13 +261,7 @@ def default_folders(model: str, study: str = "") -> Iterator[Path]:
 
 
 def cache_folder() -> Path:
-    """Return the folder for files that can be made again.
-
-    That is ``$BATCHBENCH_CACHE``, or ``batchbench`` in the user's folder for caches.
-
-    Raises:
-        RuntimeError: the user has no home folder.
-    """
+    """Return the folder for files that can be made again; RuntimeError if there is no home."""
     if folder := os.environ.get("BATCHBENCH_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "batchbench"

@@ -63,12 +63,8 @@ def json_text(data: Mapping[str, Any] | Sequence[Any]) -> str:
 def read_json(file: Path, *, constants: bool = False) -> Any:
     """Read a JSON file, or a pipe such as ``<(git show main:baseline.json)``.
 
-    Args:
-        constants: accept ``Infinity`` and ``NaN``, which configurations of models hold.
-
-    Raises:
-        OSError: the file is missing or is a folder.
-        UsageError: it cannot be read, is not JSON, or goes beyond the limits of this module.
+    ``constants`` are ``Infinity`` and ``NaN``, which configurations of models hold. A missing file
+    is an OSError, any other fault a UsageError.
     """
     if stat.S_ISDIR(file.stat().st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
@@ -79,14 +75,7 @@ def read_json(file: Path, *, constants: bool = False) -> Any:
 
 
 def parse_json(content: bytes, *, constants: bool = False) -> Any:
-    """Parse JSON in UTF-8; skip a byte-order mark at its beginning.
-
-    Args:
-        constants: accept ``Infinity`` and ``NaN``.
-
-    Raises:
-        ValueError: it is not JSON, or goes beyond the limits of this module.
-    """
+    """Parse JSON in UTF-8; ValueError if it is not, or is beyond the limits of this module."""
     # Checked before the values take memory; commas in texts do not count.
     if _most_values(content) > MOST_VALUES < _most_values(_STRING.sub(b"", content)):
         raise ValueError(f"it has more than {MOST_VALUES:,} values")

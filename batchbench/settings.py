@@ -283,11 +283,7 @@ def words_of(spec: Any, usual: Any) -> list[str]:
 
 @contextlib.contextmanager
 def python_names(names: Collection[str] = ("overwrite",)) -> Iterator[None]:
-    """Let errors of a Python call name arguments, as in ``overwrite=True``, instead of options.
-
-    Args:
-        names: arguments of the call.
-    """
+    """Let errors of a Python call name its arguments, such as ``overwrite=True``, not options."""
     try:
         yield
     except UsageError as error:

@@ -194,14 +194,13 @@ def _answers(url: str) -> bool:
 
 def record(url: str, file: Path) -> None:
     """Write a server's answers to the questions of batchbench, for tests without the server."""
-    from batchbench.batching.remote.counters import METRICS
     from batchbench.batching.remote.dialects import body_for, discover
     from batchbench.batching.remote.exchange import Address
 
     address = Address.parse(url)
     dialect = discover(address)
     gets = {path: _ask(url, path) for path in ASKED}
-    names = tuple(METRICS.get(dialect.name, ()))
+    names = tuple(dialect.metrics)
     gets["/metrics"]["body"] = "".join(
         line + "\n" for line in gets["/metrics"]["body"].splitlines() if line.startswith(names)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,9 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from batchbench import settings
-from batchbench.cli.options import with_options
-from batchbench.cli.output import echo, echo_json, interruptible, make_console, output_folder
+from batchbench.cli.options import Spec, folder_setting, with_options
+from batchbench.cli.output import interruptible, output_folder, show
+from batchbench.json_file import json_text
 from batchbench.settings import setting
 
 if TYPE_CHECKING:
@@ -31,22 +30,13 @@ Example: batchbench reproduce batchbench-results/my-run"""
 
 
 @dataclass(frozen=True)
-class ReproduceSpec:
+class ReproduceSpec(Spec):
     """Output of ``reproduce``."""
 
-    output: Path | None = setting(
-        None,
-        "Folder for the result of the second run.",
-        "Output",
-        metavar="DIR",
-        default_text="it is not kept",
-    )
+    output: Path | None = folder_setting("the result of the second run", "it is not kept")
     overwrite: bool = setting(False, "Replace a result in the folder.", "Output")
     json: bool = setting(False, "Print only the comparison, as JSON.", "Output")
     quiet: bool = setting(False, "Print only a one-line summary; no progress.", "Output")
-
-    def __post_init__(self) -> None:
-        settings.check(self)
 
 
 @with_options()
@@ -61,24 +51,15 @@ def reproduce(
     from batchbench.reports.result import load_result
     from batchbench.studies import reproduce as reproducing
 
-    output, lost = study.output, "nothing was compared"
-    recorded = load_result(folder)
-    with (
-        output_folder(output, overwrite=study.overwrite, lost=lost)
-        if output
-        else interruptible(lost)
-    ):
+    recorded, lost = load_result(folder), "nothing was compared"
+    keeping = output_folder(study.output, overwrite=study.overwrite, lost=lost)
+    with keeping if study.output else interruptible(lost):
         with make_display(quiet=study.quiet, strategies=len(recorded.names)) as display:
-            reproduction = reproducing.reproduce(recorded, display)
-        if output and reproduction.again is not None:
-            write_folder(output, reproduction.again)
-        if study.json:
-            echo_json(json.dumps(reproduction.as_data(), indent=2, ensure_ascii=False) + "\n")
-        elif study.quiet:
-            echo(reproduction.sentence)
-        else:
-            make_console().print(render(reproduction))
-    if not reproduction.agrees:
+            again = reproducing.reproduce(recorded, display)
+        if study.output and again.again is not None:
+            write_folder(study.output, again.again)
+        show(study, json_text(again.as_data()), again.sentence, render(again), "", [])
+    if not again.agrees:
         raise typer.Exit(1)
 
 
@@ -96,21 +77,23 @@ def render(reproduction: Reproduction) -> RenderableType:
         if not check.exact and check.verdict != "agrees":
             style = "yellow"
         grid.add_row(check.name, check.recorded, check.here, Text(check.verdict, style))
+    parts: list[RenderableType] = ["Environment differences: none."]
+    if reproduction.differences:
+        changes = Table(
+            title="Environment differences", title_style="bold", pad_edge=False, box=None
+        )
+        for title in ("", "recorded", "here"):
+            changes.add_column(title, overflow="fold", header_style="dim")
+        for name, *values in reproduction.differences:
+            changes.add_row(name, *map(_spelled, values))
+        parts = [changes]
     style = "bold" if reproduction.agrees else "bold red"
-    parts = [_environment(reproduction), Text(), Text(reproduction.sentence, style), Text(), grid]
+    parts += [Text(), Text(reproduction.sentence, style), Text(), grid]
     again = reproduction.again
     if again is not None and (reasons := again.data["validity"]["reasons"]):
         parts.append(Text(f"The second run is suspect: {'; '.join(reasons)}.", "yellow"))
     return Group(*parts)
 
 
-def _environment(reproduction: Reproduction) -> RenderableType:
-    if not reproduction.differences:
-        return "Environment differences: none."
-    grid = Table(title="Environment differences", pad_edge=False, title_style="bold", box=None)
-    for title in ("", "recorded", "here"):
-        grid.add_column(title, overflow="fold", header_style="dim")
-    for name, *values in reproduction.differences:
-        spelled = [f"{v:,}" if type(v) is int else str("–" if v is None else v) for v in values]
-        grid.add_row(name, *spelled)
-    return grid
+def _spelled(value: object) -> str:
+    return f"{value:,}" if type(value) is int else str("–" if value is None else value)

@@ -15,7 +15,7 @@ from batchbench import settings
 from batchbench.batching.experiment import ServingSpec, make_experiment
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.presets import PRESETS, Basis
-from batchbench.cli.options import with_options
+from batchbench.cli.options import folder_setting, with_options
 from batchbench.cli.output import echo, make_console
 from batchbench.errors import UsageError, shown
 from batchbench.files import check_files, claimed, write_file
@@ -43,13 +43,7 @@ class SavingSpec:
 class PictureSpec(SavingSpec):
     """The folder of the picture."""
 
-    output: Path | None = setting(
-        None,
-        "Folder for workload.png and workload.svg.",
-        "Output",
-        metavar="DIR",
-        default_text="no picture",
-    )
+    output: Path | None = folder_setting("workload.png and workload.svg", "no picture")
 
 
 _SPECS = (Basis, WorkloadSpec, ServingSpec, ModelSpec)
@@ -167,6 +161,11 @@ def _outline(given: Mapping[str, Any]) -> tuple[Outline, int]:
         context=source.context,
         note=lambda line: echo(line, err=True),
     )
-    for line in outline.beyond(source.context, source.name):
-        echo(line, err=True)
+    total = outline.prompt_tokens + outline.output_tokens
+    if source.context is not None and (long := int((total > source.context).sum())):
+        echo(
+            f"{long:,} of {len(total):,} requests exceed the context of {source.name}, "
+            f"{source.context:,} tokens; give --overlong clip, scale or skip",
+            err=True,
+        )
     return outline, source.vocab_size

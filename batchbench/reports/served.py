@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from enum import StrEnum
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -46,47 +45,6 @@ Data = Mapping[str, Any]
 """A part of ``result.json``."""
 
 
-class Doubt(StrEnum):
-    """A reason to doubt a run against a server, and what to do about it."""
-
-    CACHED = (
-        "the server took {tokens:,} prompt tokens from a cache and did not compute them: turn its "
-        "prompt cache off"
-    )
-    LAG = (
-        "output waited up to {value} ms for the client (p99), {share} of the median ITL, without "
-        "time stamps of the kernel: give the client a processor of its own"
-    )
-    MERGED = (
-        "{share} of the output was read late, together with later output, and has the later time: "
-        "give the client a processor of its own"
-    )
-    BUFFERED = (
-        "the server buffers: {share} of the output came together with later output, and was not "
-        "read late. TTFT and ITL show the buffer; turn it off in the server or its proxy"
-    )
-    LATE = (
-        "requests were sent up to {value} ms late (p99), {share} of the median TTFT: give the "
-        "client a processor of its own"
-    )
-    CLOCKS = (
-        "the clocks of the clients agree only within {value} ms, {share} of the median TTFT, so "
-        "their requests may be early or late by as much: use clients that are closer together"
-    )
-    BUSY = (
-        "the server had {requests} of other clients when a trial began: run again when nobody else "
-        "uses the server"
-    )
-    CONTRADICT = (
-        "pairs of trials contradict each other ({low} to {high} as fast): raise --trials, or keep "
-        "the machines quiet"
-    )
-    FAILED = "{failure}: its times are left out"
-
-    def text(self, **values: object) -> str:
-        return self.value.format(**values)
-
-
 # Data of a result
 
 
@@ -94,12 +52,9 @@ def served_facts(outcome: Outcome) -> dict[str, Any]:
     """Return the parts of a result that only a run against a server has; else nulls."""
     if outcome.server is None:
         return {"server": None, "agreement": None, "failures": None}
-    of_client = {
-        "stamps": stamps_of(outcome.recordings),
-        "clients": clients_of(outcome.recordings),
-    }
+    stamps, clients = stamps_of(outcome.recordings), clients_of(outcome.recordings)
     return {
-        "server": asdict(outcome.server) | of_client,
+        "server": asdict(outcome.server) | {"stamps": stamps, "clients": clients},
         "agreement": outcome.agreement,
         "failures": list(outcome.failures),
     }
@@ -179,16 +134,14 @@ def step_ratio(
         return counted, "server"
     if not workload.closed or len(workload) > MOST_COUNTED or (server["slots"] or slots) < slots:
         return None
-    steps = [_steps(name, slots, workload) for name in (baseline, candidate)]
+    engine, budget = SimulatedEngine(), max(2048, 2 * slots)
+    batchers = [
+        Batcher(name, engine, slots, prefill="mixed", max_batched_tokens=budget)
+        for name in (baseline, candidate)
+    ]
+    steps = [batcher.serve(workload, Watch()).num_steps for batcher in batchers]
     planned = paired_ratio(steps[:1], steps[1:])
     return None if planned is None else (planned, "schedule")
-
-
-def _steps(name: str, slots: int, workload: Workload) -> int:
-    engine = SimulatedEngine()
-    budget = max(2048, 2 * slots)
-    batcher = Batcher(name, engine, slots, prefill="mixed", max_batched_tokens=budget)
-    return batcher.serve(workload, Watch()).num_steps
 
 
 # Words
@@ -244,17 +197,15 @@ def server_lines(facts: Facts) -> list[str]:
         by = {"kernel": "the kernel", "user": "the client"}[server["stamps"]]
         parts.append(f"arrivals stamped by {by}")
     if clients := server.get("clients"):
-        parts.append(clients_words(clients))
+        parts.append(_clients_words(clients))
     failed = [f"Failed: {_failure(trial)}." for trial in facts.get("failures") or []]
     return [f"{'; '.join(parts)}.", *failed]
 
 
-def clients_words(clients: Data) -> str:
-    """Return the machines of several clients, their rates and their clocks."""
+def _clients_words(clients: Data) -> str:
     each = clients["each"]
-    nodes = ", ".join(
-        f"{count} on {node}" for node, count in Counter(c["node"] for c in each).items()
-    )
+    counts = Counter(client["node"] for client in each)
+    nodes = ", ".join(f"{count} on {node}" for node, count in counts.items())
     rates = [client["rate"] for client in each if client["rate"] is not None]
     span = f", {number(min(rates))} to {number(max(rates))} requests/s each" if rates else ""
     total = "" if clients["rate"] is None else f" and {number(clients['rate'])} together"
@@ -264,6 +215,8 @@ def clients_words(clients: Data) -> str:
 
 # The audit
 
+_OWN_PROCESSOR = "give the client a processor of its own"
+
 
 def doubts(facts: Facts, recordings: Recordings) -> list[str]:
     """Return the reasons to doubt the times of a run against a server; none for our own engine."""
@@ -271,26 +224,43 @@ def doubts(facts: Facts, recordings: Recordings) -> list[str]:
     if server is None:
         return []
     failures = facts.get("failures") or []
-    found = [Doubt.FAILED.text(failure=_failure(trial)) for trial in failures]
+    found = [f"{_failure(trial)}: its times are left out" for trial in failures]
     if running := server["running_before"]:
-        found.append(Doubt.BUSY.text(requests=plural(running, "request")))
-    for name in recordings:
-        cached = sum(tokens or 0 for tokens in server["cached_tokens"].get(name, []))
-        if cached:
-            label = label_of(name, has_steps=False)
-            found.append(f"{label}: {Doubt.CACHED.text(tokens=cached)}")
-    return [*found, *doubts_of_client(recordings), *_contradiction(recordings)]
+        found.append(
+            f"the server had {plural(running, 'request')} of other clients when a trial began: run "
+            "again when nobody else uses the server"
+        )
+    cached = {
+        label_of(name, has_steps=False): sum(tokens or 0 for tokens in trials)
+        for name, trials in server["cached_tokens"].items()
+        if name in recordings
+    }
+    found += [
+        f"{label}: the server took {tokens:,} prompt tokens from a cache and did not compute them: "
+        "turn its prompt cache off"
+        for label, tokens in cached.items()
+        if tokens
+    ]
+    found += doubts_of_client(recordings)
+    baseline, *others = recordings.values()
+    for trials in others[-1:]:
+        ratios = [b.duration_ns / c.duration_ns for b, c in zip(baseline, trials, strict=True)]
+        low, high = min(ratios), max(ratios)
+        if low < 1 / (1 + NOISE) and high > 1 + NOISE:
+            found.append(
+                f"pairs of trials contradict each other ({times(low)} to {times(high)} as fast): "
+                "raise --trials, or keep the machines quiet"
+            )
+    return found
 
 
 def doubts_of_client(recordings: Recordings) -> list[str]:
     """Return the doubts in the client's times, each for the strategy in which it is worst."""
-    worst: dict[Doubt, tuple[float, str]] = {}
+    worst: dict[str, tuple[float, str]] = {}
     for name, trials in recordings.items():
-        for doubt, share, value in _shares(trials):
-            text = f"{label_of(name, has_steps=False)}: "
-            text += _slowest(trials[-1]) if doubt is Doubt.LATE else ""
-            text += doubt.text(value=number(value), share=percent(share))
-            worst[doubt] = max(worst.get(doubt, (0.0, "")), (share, text))
+        for kind, (share, text) in _doubts_of_client(trials).items():
+            text = f"{label_of(name, has_steps=False)}: {text}"
+            worst[kind] = max(worst.get(kind, (0.0, "")), (share, text))
     return [text for _, text in worst.values()]
 
 
@@ -303,11 +273,12 @@ def _slowest(recording: Recording) -> str:
     return f"client {worst + 1} of {len(late)} on {_clients(recording)[worst]['node']}: "
 
 
-def _shares(trials: Sequence[Recording]) -> Iterator[tuple[Doubt, float, float]]:
-    """Yield the doubts in the client's times: the share that is too large, and a value in ms."""
+def _doubts_of_client(trials: Sequence[Recording]) -> dict[str, tuple[float, str]]:
+    """Return each doubt by its kind: the share that is too large, and the text."""
+    found: dict[str, tuple[float, str]] = {}
     clients = [client for r in trials if (client := _client(r))]
     if not clients:
-        return
+        return found
     itl = Distribution.pooled([gaps_ms(r) for r in trials]).percentile(50)
     ttft = Distribution.of(np.concatenate([ttft_ms(r) for r in trials])).percentile(50)
     lag, late, merged = (
@@ -320,22 +291,26 @@ def _shares(trials: Sequence[Recording]) -> Iterator[tuple[Doubt, float, float]]
     steps = [e2el_ms(r) / r.requests.output_tokens for r in trials]
     reads_late = lag > LAG * (itl or float(np.median(np.concatenate(steps))))
     if itl and reads_late and not stamped:
-        yield Doubt.LAG, lag / itl, lag
-    if merged > MERGED and (reads_late or not itl):
-        yield Doubt.MERGED if reads_late else Doubt.BUFFERED, merged, 0.0
+        text = f"output waited up to {number(lag)} ms for the client (p99), {percent(lag / itl)} of"
+        text += f" the median ITL, without time stamps of the kernel: {_OWN_PROCESSOR}"
+        found["lag"] = lag / itl, text
+    if merged > MERGED and reads_late:
+        text = f"{percent(merged)} of the output was read late, together with later output, and has"
+        found["merged"] = merged, f"{text} the later time: {_OWN_PROCESSOR}"
+    elif merged > MERGED and not itl:
+        text = f"the server buffers: {percent(merged)} of the output came together with later"
+        text += " output, and was not read late. TTFT and ITL show the buffer; turn it off in the"
+        found["buffered"] = merged, f"{text} server or its proxy"
     # Requests of other workloads wait for a place among those in flight, as they should.
     timed = trials[0].header.strategy == "continuous" and trials[0].requests.due_ns.any()
     if timed and ttft and late > LATE * ttft:
-        yield Doubt.LATE, late / ttft, late
+        text = f"{_slowest(trials[-1])}requests were sent up to {number(late)} ms late (p99), "
+        text += f"{percent(late / ttft)} of the median TTFT: {_OWN_PROCESSOR}"
+        found["late"] = late / ttft, text
     within = [max(c["within_ns"] for c in _clients(r)) / 1e6 for r in trials if _clients(r)]
     if within and ttft and (clocks := float(np.median(within))) > LATE * ttft:
-        yield Doubt.CLOCKS, clocks / ttft, clocks
-
-
-def _contradiction(recordings: Recordings) -> Iterator[str]:
-    baseline, *others = recordings.values()
-    for trials in others[-1:]:
-        ratios = [b.duration_ns / c.duration_ns for b, c in zip(baseline, trials, strict=True)]
-        low, high = min(ratios), max(ratios)
-        if low < 1 / (1 + NOISE) and high > 1 + NOISE:
-            yield Doubt.CONTRADICT.text(low=times(low), high=times(high))
+        text = f"the clocks of the clients agree only within {number(clocks)} ms, "
+        text += f"{percent(clocks / ttft)} of the median TTFT, so their requests may be early or"
+        text += " late by as much: use clients that are closer together"
+        found["clocks"] = clocks / ttft, text
+    return found

@@ -117,12 +117,7 @@ class Reproduction:
 def differences_of(
     recorded: Mapping[str, Any], environment: Mapping[str, Any], model: Mapping[str, Any]
 ) -> list[Difference]:
-    """Return the differences between a result's environment and that of this session.
-
-    Args:
-        recorded: data of the result.
-        model: the model as resolved here.
-    """
+    """Return the differences between a result's environment and model, and those here."""
     then = {"batchbench": recorded["batchbench_version"]}
     then["execution"] = recorded["model"].get("execution")
     now = {"batchbench": __version__, "execution": model.get("execution")}
@@ -260,9 +255,6 @@ def experiment_of(recorded: Result) -> Experiment:
 
     Device, number format, kind of weights and execution are those of the record, and as many
     trials as were finished.
-
-    Raises:
-        UsageError: a file that it names is gone, or it is of a newer version.
     """
     data = recorded.data
     experiment = Experiment.from_config(data["config"], simulated=data["simulated"])
@@ -283,10 +275,7 @@ def _server_facts(server: Mapping[str, Any] | ServerFacts | None) -> dict[str, A
 def reproduce(recorded: Result, watch: Watch | None = None) -> Reproduction:
     """Run the experiment of a result again: the same specs, seed and order of trials.
 
-    Nothing is run if the workload or the weights differ.
-
-    Raises:
-        UsageError: it cannot be run here.
+    Nothing is run if the workload or the weights differ; UsageError if it cannot be run here.
     """
     try:
         session = open_bench(experiment_of(recorded), watch or Watch())

@@ -90,11 +90,7 @@ class ArrivalProcess:
 def arrival_process(
     arrivals: str | None, request_rate: float | None, burstiness: float, *, trace: bool
 ) -> ArrivalProcess:
-    """Return the process of ``--arrivals``, ``--request-rate`` and ``--burstiness`` together.
-
-    Raises:
-        UsageError: they contradict each other, or one lacks another.
-    """
+    """Return the process of ``--arrivals``, ``--request-rate`` and ``--burstiness`` together."""
     text = (arrivals or "").strip()
     place = f"--arrivals {shown(text)}"
     kind, colon, rest = text.partition(":")
@@ -162,10 +158,7 @@ class Arrivals:
         return self._next is not None
 
     def due(self, now: int) -> list[Request]:
-        """Return the requests that have become due by ``now`` since the last call, in order.
-
-        Their ``due_ns`` is the time at which they became due.
-        """
+        """Return the requests that became due by ``now`` since the last call, with that time."""
         due: list[Request] = []
         while self._next is not None and (at := self.next_due) is not None and at <= now:
             due.append(self._next._replace(due_ns=at) if self.closed_loop else self._next)

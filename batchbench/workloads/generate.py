@@ -85,16 +85,6 @@ class Outline:
             sampling=self.sampling,
         )
 
-    def beyond(self, context: int | None, model: str) -> list[str]:
-        """Return a line if some requests are longer than a model's context, else none."""
-        total = self.prompt_tokens + self.output_tokens
-        if context is None or not (long := int((total > context).sum())):
-            return []
-        return [
-            f"{long:,} of {len(self):,} requests exceed the context of {model}, {context:,} "
-            "tokens; give --overlong clip, scale or skip"
-        ]
-
     def with_lengths(self, prompt_tokens: Ints, output_tokens: Ints) -> Outline:
         """Return the requests with shorter lengths; known prompts are cut at their ends."""
         rows = np.arange(len(self))
@@ -132,10 +122,6 @@ def make_workload(
             vocabulary), and texts of files are written in GPT-2's byte tokens.
         context: tokens that the model takes; ``spec.overlong`` decides about longer requests.
         note: called with each line that a user should read.
-
-    Raises:
-        UsageError: a file that the spec names cannot be read or is wrong, or the prompts do not
-            fit in memory.
     """
     outline = make_outline(spec, batch_size=batch_size, encode=encode, context=context, note=note)
     return outline.workload(vocab_size)
@@ -310,7 +296,6 @@ def _read(spec: WorkloadSpec, encode: Encode, note: Note) -> tuple[Outline, Arri
     note(f"{spec.trace}: {'; '.join([f'{trace.format}, {requests}', *trace.remarks, *skipped])}")
     if size < (spec.queue_size or 0):
         note(f"{spec.trace}: has {size:,} requests, fewer than --queue-size {spec.queue_size}")
-    _check_digest(spec, trace)
     process = spec.process
     if process.kind == "trace" and trace.due_ns is None:
         if spec.arrivals is not None or spec.speed != 1.0:
@@ -328,43 +313,35 @@ def _outline_of(spec: WorkloadSpec, trace: Trace, requests: str) -> Outline:
     name = f"{trace.format} trace {spec.trace.name}: {requests.replace(',', '')}"
     if trace.blocks is not None and trace.block_tokens != BLOCK_TOKENS:
         name += f", blocks of {trace.block_tokens} tokens"
-    most, saved = spec.max_concurrency, trace.about.get("sampling")
-    sampling = saved if spec.temperature is None else spec.sampling
-    name = trace.about.get("name", name + _speed(spec)).removesuffix(f"; {saved}")
-    return Outline(
-        name=name + _conditions(spec, sampling),
+    about, sampling = trace.about, trace.about.get("sampling")
+    name = about.get("name", name + _speed(spec)).removesuffix(f"; {sampling}")
+    saved = Outline(
+        name=name,
         seed=spec.seed,
         prompt_tokens=trace.prompt_tokens,
         output_tokens=trace.output_tokens,
-        due_ns=due if spec.speed == 1.0 else np.rint(due / spec.speed).astype(np.int64),
+        due_ns=due,
         prompts=trace.prompts,
         blocks=trace.blocks,
         block_tokens=trace.block_tokens,
         shared=spec.shared_prefix_tokens,
-        stop_at_eos=spec.stop_at_eos or trace.about.get("stop_at_eos", False),
-        max_concurrency=trace.about.get("max_concurrency") if most is None else most,
+        stop_at_eos=about.get("stop_at_eos", False),
+        max_concurrency=about.get("max_concurrency"),
         sampling=sampling,
     )
-
-
-def _check_digest(spec: WorkloadSpec, trace: Trace) -> None:
-    """Raise UsageError if a workload was changed after it was saved."""
-    digest = trace.about.get("digest")
-    if digest is None or not trace.whole or trace.prompts is None or trace.due_ns is None:
-        return
-    saved = Workload(
-        name="",
-        seed=0,
-        prompt_ids=trace.prompts.values,
-        prompt_offsets=trace.prompts.offsets,
-        output_tokens=trace.output_tokens,
-        due_ns=trace.due_ns,
-        stop_at_eos=trace.about.get("stop_at_eos", False),
-        max_concurrency=trace.about.get("max_concurrency"),
-        sampling=trace.about.get("sampling"),
-    )
-    if saved.digest != digest:
+    digest = about.get("digest")
+    is_whole = trace.whole and trace.prompts is not None and trace.due_ns is not None
+    if digest is not None and is_whole and saved.workload(2**31).digest != digest:
         raise UsageError(
             f"--trace {spec.trace}: was changed or cut off after it was saved, since its digest "
             "differs; delete the digest in its first line to use it as it is"
         )
+    sampling = sampling if spec.temperature is None else spec.sampling
+    return replace(
+        saved,
+        name=name + _conditions(spec, sampling),
+        due_ns=due if spec.speed == 1.0 else np.rint(due / spec.speed).astype(np.int64),
+        stop_at_eos=spec.stop_at_eos or saved.stop_at_eos,
+        max_concurrency=spec.max_concurrency or saved.max_concurrency,
+        sampling=sampling,
+    )

@@ -134,11 +134,7 @@ class Empirical:
     longest = None  # unknown before the file is read
 
     def lengths(self) -> NDArray[np.int64]:
-        """Return the file's lengths in ascending order.
-
-        Raises:
-            UsageError: it cannot be read, or a line is not a length.
-        """
+        """Return the file's lengths in ascending order."""
         import numpy as np
 
         lengths, where = array("q"), f"{self.option} empirical:{self.file}"
@@ -166,11 +162,7 @@ Lengths = Cycle | Drawn | Empirical
 
 
 def parse_lengths(text: str, option: str) -> Lengths:
-    """Return the distribution that ``text`` describes.
-
-    Raises:
-        UsageError: the text does not follow the grammar; the message names ``option``.
-    """
+    """Return the distribution that the text of an option describes."""
     text = text.strip()
     place = f"{option} {shown(text)}"
     family, _, rest = text.partition(":")

@@ -36,11 +36,7 @@ def classic_prompts(count: int, encode: Encode | None) -> Ragged:
 
 
 def prompts_of_file(file: Path, count: int, encode: Encode | None) -> tuple[Ragged, int]:
-    """Return the prompts of a file with one per line, repeated to ``count``, and their number.
-
-    Raises:
-        UsageError: the file cannot be read as UTF-8 text, has no prompts, or one without tokens.
-    """
+    """Return the prompts of a file with one per line, repeated to ``count``, and their number."""
     distinct: list[Sequence[int]] = []
     for text in read_prompts(file, count):
         distinct.append((encode or byte_tokens)(text))
@@ -81,9 +77,6 @@ def random_prompts(
         shared: number of tokens at the beginning that are the same in all prompts.
         blocks: names of each prompt's blocks of ``block_tokens`` tokens; blocks with equal names
             have equal tokens.
-
-    Raises:
-        UsageError: they do not fit in memory.
     """
     total = int(lengths.sum())
     if total * 8 > (room := psutil.virtual_memory().available):

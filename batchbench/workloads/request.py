@@ -81,12 +81,7 @@ class Workload:
         max_concurrency: int | None = None,
         sampling: Sampling | None = None,
     ) -> Workload:
-        """Make a workload from lists: prompts as token ids, one output length per prompt.
-
-        Raises:
-            UsageError: a prompt is empty, a request asks for no tokens, times do not ascend from 0
-                or more, or the lists differ in length.
-        """
+        """Make a workload from lists: prompts as token ids, one output length per prompt."""
         lengths = [len(prompt) for prompt in prompts]
         due = [0] * len(prompts) if due_ns is None else due_ns
         if not len(prompts) == len(output_tokens) == len(due):

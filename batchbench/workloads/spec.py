@@ -296,13 +296,7 @@ class WorkloadSpec:
 
 
 def read_workload_file(file: Path) -> dict[str, Any]:
-    """Return the settings in a TOML file, by field of :class:`WorkloadSpec`.
-
-    The file may name other files by their paths relative to it.
-
-    Raises:
-        UsageError: it is not TOML, or has an unknown key or a wrong value.
-    """
+    """Return the settings in a TOML file by field; its paths are relative to the file."""
     where = f"--workload {file}"
     text = read_utf8(file, where, LIMIT)
     try:

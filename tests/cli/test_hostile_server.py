@@ -16,7 +16,7 @@ from support.servers import MODEL, Manner
 from support.streams import SSE_HEAD, chunked, event, response
 from support.wired import URL, Wired, wired
 
-from batchbench.batching.remote import counters, dialects
+from batchbench.batching.remote import dialects
 from batchbench.batching.remote.events import Response, parse, response_of
 from batchbench.batching.remote.exchange import Exchange, Read
 
@@ -46,8 +46,7 @@ def patched(
         body = change(path, found.body.decode()).encode()
         return Response(found.status, found.headers, [(0, body)])
 
-    for module in (dialects, counters):
-        patch.setattr(module, "get", get)
+    patch.setattr(dialects, "get", get)
     return network
 
 

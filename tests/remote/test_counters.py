@@ -7,17 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.answers import ADDRESS, Answers, answers_of
 
-from batchbench.batching.remote.counters import (
-    METRICS,
+from batchbench.batching.remote.dialects import (
+    DIALECTS,
     MOST_EXACT,
     ServerCounters,
     counters_in,
     read_counters,
     samples,
 )
-from batchbench.batching.remote.dialects import DIALECTS
 
-LLAMA, VLLM = METRICS["llama.cpp"], METRICS["vllm"]
+LLAMA, VLLM = DIALECTS["llama.cpp"].metrics, DIALECTS["vllm"].metrics
 
 
 @pytest.mark.parametrize("name", ["llama.cpp", "vllm"])

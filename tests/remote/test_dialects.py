@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.answers import ADDRESS, Answers, answers_of, recorded, streamed
 
-from batchbench.batching.remote.dialects import DIALECTS, Dialect, PromptCache, body_for, discover
+from batchbench.batching.remote.dialects import DIALECTS, Dialect, body_for, discover
 from batchbench.batching.remote.events import parse
 from batchbench.errors import UsageError
 from batchbench.workloads.request import Stream
@@ -260,7 +260,7 @@ def test_prompt_caches_are_off_where_a_request_can_turn_them_off() -> None:
         once, again = body(dialect), body(dialect)
         isolated = once != again  # a salt of its own
         off = once.get("cache_prompt") is False
-        assert (isolated or off) == (dialect.prompt_cache is PromptCache.OFF), name
+        assert (isolated or off) == (dialect.prompt_cache_off), name
 
 
 def test_the_users_fields_replace_ours_and_null_removes_one() -> None:

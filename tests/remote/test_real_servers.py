@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 from support.real_servers import call, needs, running
 
-from batchbench.batching.remote.counters import read_counters
-from batchbench.batching.remote.dialects import body_for, discover
+from batchbench.batching.remote.dialects import body_for, discover, read_counters
 from batchbench.batching.remote.exchange import Address
 from batchbench.batching.remote.wire import post
 

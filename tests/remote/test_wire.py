@@ -242,8 +242,8 @@ def test_an_answer_before_the_request_was_read_is_seen() -> None:
 
 def connections_of_three_requests(patch: pytest.MonkeyPatch) -> int:
     """Return the connections that three requests, one after another, try to make."""
-    calls, connect = [], wire._Client._connect
-    patch.setattr(wire._Client, "_connect", lambda *args: calls.append(1) or connect(*args))
+    calls, connect = [], socket.socket.connect_ex
+    patch.setattr(socket.socket, "connect_ex", lambda *args: calls.append(1) or connect(*args))
     exchange(Address.parse("http://some.host:1"), Fixed([body(4)] * 3, at_once=1))
     return len(calls)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batchbench.batching.remote import counters, dialects
+from batchbench.batching.remote import dialects
 from batchbench.batching.remote.events import Response
 from batchbench.batching.remote.exchange import (
     Address,
@@ -45,7 +45,6 @@ class Answers:
     def install(self, patch: pytest.MonkeyPatch) -> Answers:
         """Let discovery and counters ask this server."""
         patch.setattr(dialects, "get", self.get)
-        patch.setattr(counters, "get", self.get)
         return self
 
 

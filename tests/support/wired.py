@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from batchbench.batching.experiment import Experiment
-from batchbench.batching.remote import counters, dialects, wire
+from batchbench.batching.remote import dialects, wire
 from batchbench.batching.remote.exchange import (
     Exchange,
     Failure,
@@ -96,8 +96,7 @@ def wired(
     """Put a fake server in place of the network until the test ends."""
     network = Wired(FakeServer(schedule, manner))
     patch.setattr(wire, "exchange", network.exchange)
-    for module in (dialects, counters):
-        patch.setattr(module, "get", network.server.get)
+    patch.setattr(dialects, "get", network.server.get)
     return network
 
 

@@ -28,13 +28,7 @@ from batchbench.batching.models.source import read_config
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.remote.clients import Clients, Start
-from batchbench.batching.remote.dialects import (
-    Dialect,
-    LengthField,
-    PromptCache,
-    body_for,
-    discover,
-)
+from batchbench.batching.remote.dialects import Dialect, body_for, discover
 from batchbench.batching.remote.exchange import FailureKind
 from batchbench.batching.remote.outcome import (
     Agreement,
@@ -159,7 +153,7 @@ class RemoteBench(Bench):
                 f"--top-k {how.top_k}: requests to this {dialect.name} server have no such field; "
                 "drop it, or give one of the server's own with --extra-body"
             )
-        if workload.stop_at_eos and dialect.length_field is LengthField.GENERATION_CONFIG:
+        if workload.stop_at_eos and dialect.length_field == "generation_config":
             raise UsageError(
                 f"--temperature {how.temperature:g}: this {dialect.name} server samples only with "
                 "settings that replace the model's end-of-sequence token; drop --stop-at-eos"
@@ -350,7 +344,7 @@ class RemoteBench(Bench):
             passes={name: [a.passes for a in of] for name, of in done.items()},
             cached_tokens={name: [a.cached_tokens for a in of] for name, of in done.items()},
             running_before=max(running, default=None),
-            prompt_cache_off=self._dialect.prompt_cache is PromptCache.OFF or None,
+            prompt_cache_off=self._dialect.prompt_cache_off or None,
             clients=() if self._clients is None else self._clients.nodes,
         )
 

@@ -1,4 +1,4 @@
-"""The table of servers: what each accepts, and what it says about itself.
+"""The table of servers: what each accepts, and what it says about itself and its work.
 
 :func:`discover` finds the entry of a server with GET requests alone, so it generates nothing. The
 table is data alone. `docs/servers.md` says which entries were measured on a running server, and
@@ -8,15 +8,17 @@ which come from documentation and source code.
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
+from batchbench.batching.remote.events import json_or_none
 from batchbench.batching.remote.exchange import Address
 from batchbench.batching.remote.wire import get
 from batchbench.errors import UsageError, shown
+from batchbench.json_file import LARGEST
 from batchbench.workloads.request import Stream
 
 Json = Mapping[str, Any]
@@ -26,63 +28,49 @@ CHAT = "/chat/completions"
 """The end of the endpoints that take messages and not a prompt."""
 
 
-class LengthField(StrEnum):
-    """The request field that lets a request run to its full length, past the end-of-text token."""
-
-    IGNORE_EOS = "ignore_eos"
-    GENERATION_CONFIG = "generation_config"
-    """transformers' own: a JSON text with an end-of-text token that no model has."""
-
-
-class PromptCache(StrEnum):
-    """A server's cache of prompts that it has seen, and the use of it in our requests."""
-
-    OFF = "off"
-    """Each request turns it off, or asks for a part of the cache of its own."""
-    UNKNOWN = "unknown"
-    """No request field turns it off; the counts of cached tokens show whether it was used."""
-
-
 @dataclass(frozen=True)
 class Dialect:
-    """One kind of server and, after :func:`discover`, what this one says about itself.
-
-    Attributes:
-        slots: requests that the server says it computes at once.
-        context: tokens of prompt and output that fit in one request.
-        prompt_ids: a prompt may be a list of token ids (at ``/v1/completions``).
-        length_field: None if the server always stops at the end-of-text token.
-        fields: fields of every request, such as those that ask for token ids and counts.
-        salt_field: gets a random text in each request, so that no two share a cached prompt.
-        ends_with_done: a complete stream ends with ``data: [DONE]``.
-        usage_on_request: the usage comes only if ``stream_options`` asks for it.
-        top_k: a sampled request may have this field.
-        all_tokens: fields with which a sampled request keeps all tokens; without them, some servers
-            cut as their own or the model's defaults say.
-    """
+    """One kind of server and, after :func:`discover`, what this one says about itself."""
 
     name: str
     version: str | None = None
     served_models: tuple[str, ...] = ()
-    slots: int | None = None
-    context: int | None = None
-    prompt_ids: bool = False
-    length_field: LengthField | None = LengthField.IGNORE_EOS
-    prompt_cache: PromptCache = PromptCache.UNKNOWN
-    fields: Json = field(default_factory=dict)
-    salt_field: str | None = None
-    ends_with_done: bool = True
-    usage_on_request: bool = True
-    top_k: bool = True
+    slots: int | None = None  # requests that it says it computes at once
+    context: int | None = None  # tokens of prompt and output that fit in one request
+    prompt_ids: bool = False  # a prompt may be a list of token ids (at /v1/completions)
+    length_field: Literal["ignore_eos", "generation_config"] | None = "ignore_eos"
+    """The field that lets a request run to its full length, past the end-of-text token; None if the
+    server always stops there. ``generation_config`` is transformers' own: a JSON text with an
+    end-of-text token that no model has."""
+    prompt_cache_off: bool = False
+    """Each request turns the cache of prompts off, or asks for a part of it of its own. Without
+    such a field, the counts of cached tokens show whether it was used."""
+    fields: Json = field(default_factory=dict)  # of every request
+    salt_field: str | None = None  # gets a random text, so that no two share a cached prompt
+    ends_with_done: bool = True  # a complete stream ends with `data: [DONE]`
+    usage_on_request: bool = True  # the usage comes only if `stream_options` asks for it
+    top_k: bool = True  # a sampled request may have this field
     all_tokens: Json = field(default_factory=lambda: {"top_p": 1})
+    """Fields with which a sampled request keeps all tokens; without them, some servers cut as their
+    own or the model's defaults say."""
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """Its names at ``/metrics`` for the fields of :class:`ServerCounters`."""
 
 
 _STREAM_OPTIONS = "stream_options"
 
-_STREAM_COUNTS = {_STREAM_OPTIONS: {"include_usage": True, "continuous_usage_stats": True}}
-"""vLLM's option for the usage in every chunk; SGLang has taken it over."""
-
-_ALL_TOKENS = {"top_p": 1, "top_k": -1, "min_p": 0}
+_OF_VLLM: dict[str, Any] = {
+    "prompt_ids": True,
+    "prompt_cache_off": True,
+    "fields": {
+        "return_token_ids": True,
+        # The usage in every chunk.
+        _STREAM_OPTIONS: {"include_usage": True, "continuous_usage_stats": True},
+    },
+    "salt_field": "cache_salt",
+    "all_tokens": {"top_p": 1, "top_k": -1, "min_p": 0},
+}
+"""Options of vLLM that SGLang has taken over."""
 
 DIALECTS: Mapping[str, Dialect] = {
     dialect.name: dialect
@@ -90,50 +78,67 @@ DIALECTS: Mapping[str, Dialect] = {
         Dialect(
             "llama.cpp",
             prompt_ids=True,
-            prompt_cache=PromptCache.OFF,
+            prompt_cache_off=True,
             # `verbose` adds the ids to a chunk; `logprobs` would too, and computes a softmax.
             fields={"cache_prompt": False, "timings_per_token": True, "verbose": True},
             all_tokens={"top_p": 1, "top_k": 0, "min_p": 0},
+            metrics={
+                "llamacpp:n_decode_total": "passes",
+                "llamacpp:prompt_tokens_total": "prompt_tokens",
+                "llamacpp:tokens_predicted_total": "output_tokens",
+                "llamacpp:prompt_tokens_cached_total": "cached_tokens",
+                "llamacpp:requests_processing": "running",
+                "llamacpp:requests_deferred": "waiting",
+            },
         ),
         Dialect(
             "vllm",
-            prompt_ids=True,
-            prompt_cache=PromptCache.OFF,
-            fields={"return_token_ids": True, **_STREAM_COUNTS},
-            salt_field="cache_salt",
-            all_tokens=_ALL_TOKENS,
+            **_OF_VLLM,
+            metrics={
+                "vllm:iteration_tokens_total_count": "passes",
+                "vllm:prompt_tokens_total": "prompt_tokens",
+                "vllm:generation_tokens_total": "output_tokens",
+                "vllm:prefix_cache_hits_total": "cached_tokens",
+                "vllm:num_requests_running": "running",
+                "vllm:num_requests_waiting": "waiting",
+            },
         ),
         Dialect(
             "sglang",
-            prompt_ids=True,
-            prompt_cache=PromptCache.OFF,
-            fields={"return_token_ids": True, **_STREAM_COUNTS},
-            salt_field="cache_salt",
-            all_tokens=_ALL_TOKENS,
+            **_OF_VLLM,
+            metrics={
+                "sglang:cuda_graph_passes_total": "passes",  # those without CUDA graphs as well
+                "sglang:prompt_tokens_total": "prompt_tokens",
+                "sglang:generation_tokens_total": "output_tokens",
+                "sglang:cached_tokens_total": "cached_tokens",
+                "sglang:num_running_reqs": "running",
+                "sglang:num_queue_reqs": "waiting",
+            },
         ),
-        # It refuses a top_p of 1.
-        Dialect("tgi", length_field=None, top_k=False, all_tokens={}),
+        Dialect(
+            "tgi",
+            length_field=None,
+            top_k=False,
+            all_tokens={},  # it refuses a top_p of 1
+            metrics={
+                "tgi_batch_inference_count": "passes",  # prefill and decode
+                "tgi_request_input_length_sum": "prompt_tokens",
+                "tgi_request_generated_tokens_sum": "output_tokens",
+                "tgi_batch_current_size": "running",
+                "tgi_queue_size": "waiting",
+            },
+        ),
         Dialect(
             "transformers",
-            length_field=LengthField.GENERATION_CONFIG,
+            length_field="generation_config",
             ends_with_done=False,
             usage_on_request=False,
         ),
-        Dialect("openvino"),
+        Dialect("openvino", metrics={"ovms_current_graphs": "running"}),
         Dialect("openai", prompt_ids=True, top_k=False),
     )
 }
 """The known servers; `openai` is any other that follows OpenAI's API."""
-
-
-def _at(value: object, *path: str | int) -> object:
-    """Return the value at a place inside JSON; None if there is none."""
-    for key in path:
-        if isinstance(key, str):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        else:
-            value = value[key] if isinstance(value, list) and key < len(value) else None
-    return value
 
 
 def body_for(
@@ -160,34 +165,38 @@ def body_for(
         UsageError: the prompt has token ids, and the server takes texts alone.
     """
     body: dict[str, object] = {} if model is None else {"model": model}
-    if endpoint.endswith(CHAT):
-        body["messages"] = [{"role": "user", "content": _text(dialect, endpoint, prompt)}]
-    elif dialect.prompt_ids and not isinstance(prompt, str):
-        body["prompt"] = [int(token) for token in prompt]
+    chat = endpoint.endswith(CHAT)
+    if not isinstance(prompt, str) and (chat or not dialect.prompt_ids):
+        raise UsageError(
+            f"--endpoint {shown(endpoint)}: this {dialect.name} server takes texts, not token ids; "
+            "name the folder of its tokenizer with --tokenizer"
+        )
+    if chat:
+        body["messages"] = [{"role": "user", "content": prompt}]
     else:
-        body["prompt"] = _text(dialect, endpoint, prompt)
+        body["prompt"] = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
     body |= {"max_tokens": output_tokens, **_sampled_fields(dialect, drawn), "stream": stream}
     if stream and dialect.usage_on_request:
         body[_STREAM_OPTIONS] = {"include_usage": True}
-    body |= {
-        key: value for key, value in dialect.fields.items() if stream or key != _STREAM_OPTIONS
-    }
+    body |= dialect.fields
+    if not stream:
+        body.pop(_STREAM_OPTIONS, None)
     if dialect.salt_field is not None:
         body[dialect.salt_field] = secrets.token_hex(8)
-    if ignore_eos:
-        body |= _length_fields(dialect, output_tokens, drawn)
+    if ignore_eos and dialect.length_field == "ignore_eos":
+        body["ignore_eos"] = True
+    elif ignore_eos and dialect.length_field == "generation_config":
+        config = {
+            "max_new_tokens": output_tokens,
+            "eos_token_id": -1,
+            "do_sample": drawn is not None,
+        }
+        # Only here does it take top_k, whose default is 50.
+        config |= {} if drawn is None else {"top_k": drawn.sampling.top_k}
+        body["generation_config"] = json.dumps(config)
     body |= extra_body or {}
     kept = {key: value for key, value in body.items() if value is not None}
     return json.dumps(kept, separators=(",", ":")).encode()
-
-
-def _text(dialect: Dialect, endpoint: str, prompt: str | Sequence[int]) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    raise UsageError(
-        f"--endpoint {shown(endpoint)}: this {dialect.name} server takes texts, not token ids; "
-        "name the folder of its tokenizer with --tokenizer"
-    )
 
 
 def _sampled_fields(dialect: Dialect, drawn: Stream | None) -> Json:
@@ -200,19 +209,7 @@ def _sampled_fields(dialect: Dialect, drawn: Stream | None) -> Json:
     return {"temperature": how.temperature, **seed, **dialect.all_tokens, **cuts}
 
 
-def _length_fields(dialect: Dialect, output_tokens: int, drawn: Stream | None) -> Json:
-    match dialect.length_field:
-        case LengthField.IGNORE_EOS:
-            return {"ignore_eos": True}
-        case LengthField.GENERATION_CONFIG:
-            # Only here does it take top_k, whose default is 50.
-            sampled = drawn is not None
-            cut = {} if drawn is None else {"top_k": drawn.sampling.top_k}
-            config = {"max_new_tokens": output_tokens, "eos_token_id": -1, "do_sample": sampled}
-            config |= cut
-            return {"generation_config": json.dumps(config)}
-        case None:
-            return {}
+# What a server says about itself
 
 
 def discover(address: Address) -> Dialect:
@@ -223,13 +220,11 @@ def discover(address: Address) -> Dialect:
     """
     models = _models(address)
     names = tuple(name for m in models if isinstance(name := m.get("id"), str))
-    owners = {owner for m in models if isinstance(owner := m.get("owned_by"), str)}
-    for owner, describe in _DESCRIBE.items():
-        if owner in owners and (found := describe(address, models)) is not None:
-            return replace(found, served_models=names)
-    for describe in (_llama_cpp, _sglang, _tgi, _transformers):
-        if (found := describe(address, models)) is not None:
-            return replace(found, served_models=names)
+    owners = [m.get("owned_by") for m in models]
+    first = [name for owner, name in _OWNERS.items() if owner in owners]
+    for name in (*first, "llama.cpp", "sglang", "tgi", "transformers"):
+        if (told := _DESCRIBE[name](address, models)) is not None:
+            return replace(DIALECTS[name], served_models=names, **told)
     return replace(DIALECTS["openai"], served_models=names, context=_context(models))
 
 
@@ -241,7 +236,7 @@ def _models(address: Address) -> list[Json]:
             f"--target: the server refuses the key (HTTP {response.status}); give the right one "
             "with --api-key, or in the environment variable OPENAI_API_KEY"
         )
-    listed = _at(_parsed(response.body), "data") if response.status == 200 else None
+    listed = _at(json_or_none(response.body), "data") if response.status == 200 else None
     if listed is None and _at(_object(address, "/v3/models"), "data"):
         raise UsageError(  # OpenVINO's server, before it took /v1 as well
             f"--target {address}: this server has its API under /v3; type --target {address}/v3"
@@ -256,15 +251,18 @@ def _object(address: Address, path: str) -> Json:
         response = get(address, path)
     except UsageError:  # a server may close the connection at a path that it does not know
         return {}
-    parsed = _parsed(response.body) if response.status == 200 else None
+    parsed = json_or_none(response.body) if response.status == 200 else None
     return parsed if isinstance(parsed, Mapping) else {}
 
 
-def _parsed(content: bytes) -> object:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
+def _at(value: object, *path: str | int) -> object:
+    """Return the value at a place inside JSON; None if there is none."""
+    for key in path:
+        if isinstance(key, str):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        else:
+            value = value[key] if isinstance(value, list) and key < len(value) else None
+    return value
 
 
 def _count(value: object) -> int | None:
@@ -281,59 +279,124 @@ def _context(models: Sequence[Json]) -> int | None:
     return min(found, default=None)
 
 
-def _llama_cpp(address: Address, models: Sequence[Json]) -> Dialect | None:
+def _llama_cpp(address: Address, models: Sequence[Json]) -> Json | None:
     props = _object(address, "/props")
     slots = _count(props.get("total_slots"))
-    if slots is None:
-        return None
     context = _count(_at(props, "default_generation_settings", "n_ctx"))
-    version = _name(props.get("build_info"))
-    return replace(DIALECTS["llama.cpp"], version=version, slots=slots, context=context)
+    told = {"version": _name(props.get("build_info")), "slots": slots, "context": context}
+    return told if slots else None
 
 
-def _vllm(address: Address, models: Sequence[Json]) -> Dialect | None:
+def _vllm(address: Address, models: Sequence[Json]) -> Json | None:
     version = _name(_object(address, "/version").get("version"))
-    return replace(DIALECTS["vllm"], version=version, context=_context(models))
+    return {"version": version, "context": _context(models)}
 
 
-def _sglang(address: Address, models: Sequence[Json]) -> Dialect | None:
+def _sglang(address: Address, models: Sequence[Json]) -> Json | None:
     info = _object(address, "/get_server_info") or _object(address, "/server_info")
     if "model_path" not in info:
         return None
-    told = _at(info, "internal_states", 0, "effective_max_running_requests_per_dp")
-    return replace(
-        DIALECTS["sglang"],
-        version=_name(info.get("version")),
-        slots=_count(told) or _count(info.get("max_running_requests")),
-        context=_context(models) or _count(info.get("context_length")),
-    )
+    slots = _at(info, "internal_states", 0, "effective_max_running_requests_per_dp")
+    return {
+        "version": _name(info.get("version")),
+        "slots": _count(slots) or _count(info.get("max_running_requests")),
+        "context": _context(models) or _count(info.get("context_length")),
+    }
 
 
-def _tgi(address: Address, models: Sequence[Json]) -> Dialect | None:
+def _tgi(address: Address, models: Sequence[Json]) -> Json | None:
     info = _object(address, "/info")
-    if info.get("router") != "text-generation-router":
-        return None
-    return replace(
-        DIALECTS["tgi"],
-        version=_name(info.get("version")),
-        context=_count(info.get("max_total_tokens")),
-    )
+    version, context = _name(info.get("version")), _count(info.get("max_total_tokens"))
+    is_tgi = info.get("router") == "text-generation-router"
+    return {"version": version, "context": context} if is_tgi else None
 
 
-def _openvino(address: Address, models: Sequence[Json]) -> Dialect | None:
-    return DIALECTS["openvino"]
-
-
-def _transformers(address: Address, models: Sequence[Json]) -> Dialect | None:
+def _transformers(address: Address, models: Sequence[Json]) -> Json | None:
     paths = _object(address, "/openapi.json").get("paths")
     is_ours = isinstance(paths, Mapping) and {"/load_model", "/v1/responses"} <= paths.keys()
-    return DIALECTS["transformers"] if is_ours else None
+    return {} if is_ours else None
 
 
-_DESCRIBE: Mapping[str, Callable[[Address, Sequence[Json]], Dialect | None]] = {
-    "llamacpp": _llama_cpp,
+_DESCRIBE: Mapping[str, Callable[[Address, Sequence[Json]], Json | None]] = {
+    "llama.cpp": _llama_cpp,
     "vllm": _vllm,
     "sglang": _sglang,
-    "OVMS": _openvino,
+    "tgi": _tgi,
+    "transformers": _transformers,
+    "openvino": lambda address, models: {},
 }
+"""Functions that ask a server for fields of its dialect; they return None if it is another."""
+
+_OWNERS = {"llamacpp": "llama.cpp", "vllm": "vllm", "sglang": "sglang", "OVMS": "openvino"}
 """Servers that name themselves as the owner of their models."""
+
+
+# What a server counts
+
+_SAMPLE = re.compile(r'([a-zA-Z_:][\w:]*)(?:\{(?:[^"}]|"(?:[^"\\]|\\.)*")*\})?[ \t]+(\S+)')
+"""A line of Prometheus' text format: a name, labels, a value. Timestamps are left over."""
+
+MOST_EXACT = 10**6
+"""Smallest count of llama.cpp that is left out: it writes six digits, so that after a million
+passes the difference of two readings is off by up to ten."""
+
+
+@dataclass(frozen=True)
+class ServerCounters:
+    """Counts that a server keeps; one that it does not have is None.
+
+    ``passes``, ``prompt_tokens``, ``output_tokens`` and ``cached_tokens`` grow from the server's
+    start; ``running`` and ``waiting`` are the requests that it has at the moment.
+    """
+
+    passes: int | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    running: int | None = None
+    waiting: int | None = None
+
+    def since(self, before: ServerCounters) -> ServerCounters:
+        """Return the counts that grew since an earlier reading, and this one's requests.
+
+        A counter that is smaller than before started again with its server, and is None.
+        """
+        grown = dict[str, int | None]()
+        for name in ("passes", "prompt_tokens", "output_tokens", "cached_tokens"):
+            earlier, now = getattr(before, name), getattr(self, name)
+            known = earlier is not None and now is not None and now >= earlier
+            grown[name] = now - earlier if known else None
+        return replace(self, **grown)
+
+
+def read_counters(address: Address, dialect: Dialect) -> ServerCounters | None:
+    """Return the server's counts now; None if it shows none."""
+    if not dialect.metrics:
+        return None
+    try:
+        response = get(address, "/metrics")
+    except UsageError:
+        return None
+    if response.status != 200:
+        return None
+    return counters_in(response.body.decode(errors="replace"), dialect.metrics)
+
+
+def counters_in(text: str, names: Mapping[str, str]) -> ServerCounters | None:
+    """Return the counts in a Prometheus text, summed over labels; None if it has none of them."""
+    found: dict[str, float] = {}
+    for name, value in samples(text):
+        if name in names and not (name.startswith("llamacpp:") and value >= MOST_EXACT):
+            found[names[name]] = found.get(names[name], 0.0) + value
+    return ServerCounters(**{k: round(value) for k, value in found.items()}) if found else None
+
+
+def samples(text: str) -> Iterator[tuple[str, float]]:
+    """Yield the name and value of each sample below LARGEST in Prometheus' text format."""
+    for match in filter(None, map(_SAMPLE.match, text.splitlines())):
+        try:
+            value = float(match[2])
+        except ValueError:
+            continue
+        if abs(value) < LARGEST:  # NaN is not
+            yield match[1], value

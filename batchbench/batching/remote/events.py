@@ -28,16 +28,12 @@ from batchbench.errors import shown
 
 @dataclass(frozen=True)
 class Response:
-    """A response, as far as it goes; ``status`` is 0 if there is none.
+    """A response, as far as it goes."""
 
-    ``pieces`` are the index of the read that completed a piece of the body, and its bytes.
-    ``failure`` says why the response is not whole.
-    """
-
-    status: int
+    status: int  # 0 if there is none
     headers: Mapping[str, str]
-    pieces: list[tuple[int, bytes]]
-    failure: Failure | None = None
+    pieces: list[tuple[int, bytes]]  # the read that completed each piece of the body; its bytes
+    failure: Failure | None = None  # why the response is not whole
 
     @property
     def body(self) -> bytes:
@@ -135,45 +131,31 @@ def events_of(pieces: Iterable[tuple[int, bytes]], *, whole: bool = True) -> Ite
 
 
 class Chunk(NamedTuple):
-    """The output of one event.
-
-    ``ids`` are its token ids and ``running`` the count of tokens up to it, if the server tells
-    them; ``tokens`` is its number of tokens, or None if that had to be assumed.
-    """
+    """The output of one event; None where the server does not tell."""
 
     read: int
     time_ns: int
     text: str
     ids: list[int] | None
-    running: int | None
-    tokens: int | None = None
+    running: int | None  # the count of tokens up to it
+    tokens: int | None = None  # its own; None if that had to be assumed
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The tokens of one request.
-
-    Attributes:
-        token_times_ns: time of each output token; tokens of one chunk share a time.
-        token_ids: all ids, or None if the server does not tell them.
-        usage_output: output tokens by the server's ``usage``; likewise ``usage_input`` and
-            ``cached_tokens``, prompt tokens that were not computed.
-        itl_known: False if the number of tokens of some chunk had to be assumed.
-        chunks: events with output.
-        failure: reason for which the reply does not count; the rest is then what had arrived.
-    """
+    """The tokens of one request; None where the server does not tell."""
 
     index: int
-    token_times_ns: NDArray[np.int64]
+    token_times_ns: NDArray[np.int64]  # tokens of one chunk share a time
     token_ids: list[int] | None
     text: str
-    usage_output: int | None
+    usage_output: int | None  # tokens by the server's usage
     usage_input: int | None
-    cached_tokens: int | None
+    cached_tokens: int | None  # prompt tokens that were not computed
     finish_reason: str | None
-    itl_known: bool
+    itl_known: bool  # False if the number of tokens of some chunk had to be assumed
     chunks: list[Chunk]
-    failure: Failure | None
+    failure: Failure | None  # the rest is then what had arrived
 
     @property
     def output_tokens(self) -> int:
@@ -196,12 +178,10 @@ def parse(
     """
     response = response_of(exchange)
     stream = _Stream(exchange)
-    if response.status not in (0, 200):
-        return stream.reply(_status_failure(response))
-    if response.failure is None and not _is_sse(response):
-        return stream.reply(_not_sse(response))
-    failure = stream.take(events_of(response.pieces, whole=response.failure is None))
-    failure = failure or response.failure or stream.incomplete(ends_with_done)
+    failure = _no_stream(response)
+    if failure is None:
+        failure = stream.take(events_of(response.pieces, whole=response.failure is None))
+        failure = failure or response.failure or stream.incomplete(ends_with_done)
     return stream.reply(failure or stream.miscounted(asked_tokens, fewer=fewer))
 
 
@@ -227,42 +207,38 @@ class _Stream:
                 said = shown(_message(data) or event.data)
                 text = f"the server reports an error in the stream: {said}"
                 return Failure(FailureKind.STREAM_ERROR, text)
-            if not isinstance(data, dict) or not self._takes(event.read, data):
+            try:
+                self._add(event.read, data)
+            except (AttributeError, KeyError, TypeError):
                 text = f"an event of the stream is not one of the API: {shown(event.data)}"
                 return Failure(FailureKind.MALFORMED, text)
         return None
 
-    def _takes(self, read: int, data: Mapping[str, Any]) -> bool:
-        """Add one event; False if it has not the API's shape."""
+    def _add(self, read: int, data: Any) -> None:
+        """Add one event; it raises an error if a part is missing or has another type."""
         if isinstance(usage := data.get("usage"), dict):
             self._usage = usage
         choices = data.get("choices")
         if not choices:
-            return True
-        if not isinstance(choices, list) or not isinstance(choice := choices[0], dict):
-            return False
+            return
+        choice = choices[0]
         if choice.get("finish_reason") is not None:
             self._finish = shown(choice["finish_reason"])
         delta = choice.get("delta") or {}  # at the endpoint of chats
-        if not isinstance(delta, dict):
-            return False
         outputs = ("content", "reasoning_content", "reasoning", "refusal")
-        texts = [t for t in (choice.get("text"), *map(delta.get, outputs)) if t is not None]
-        if not all(isinstance(text, str) for text in texts):
-            return False
+        texts = (choice.get("text"), *map(delta.get, outputs))
+        text = "".join(text for text in texts if text is not None)
         # Tokens so far: vLLM's continuous usage, or llama.cpp's timings of each token.
         running = _number(usage, "completion_tokens")
         if running is None:
             running = _number(data.get("timings"), "predicted_n")
-        stamp_ns = self._exchange.reads[read].stamp_ns
-        chunk = Chunk(read, stamp_ns, "".join(texts), _ids(choice, data), running)
         before = self._chunks[-1].running if self._chunks else None
         counted = running is not None and before is not None and running > before
         # A chunk that is counted and has no text ends inside a character.
-        calls = delta.get("tool_calls") or delta.get("function_call")
-        if chunk.text or chunk.ids or calls or counted:
-            self._chunks.append(chunk)
-        return True
+        calls, ids = delta.get("tool_calls") or delta.get("function_call"), _ids(choice, data)
+        if text or ids or calls or counted:
+            stamp_ns = self._exchange.reads[read].stamp_ns
+            self._chunks.append(Chunk(read, stamp_ns, text, ids, running))
 
     def incomplete(self, ends_with_done: bool) -> Failure | None:
         """Return the failure of a stream that ended without an error, if it lacks something."""
@@ -373,11 +349,28 @@ def _number(data: object, name: str) -> int | None:
 # Responses that are no stream
 
 
-def _is_sse(response: Response) -> bool:
-    """Tell whether a response is a stream of events, by its type or how it begins."""
-    if "text/event-stream" in response.headers.get("content-type", "").lower():
-        return True
-    return response.body[:64].lstrip().startswith((b"data:", b"event:", b":", b"id:", b"retry:"))
+def _no_stream(response: Response) -> Failure | None:
+    """Return the failure of a response that is no stream of events; None if it is one."""
+    status, body, kind = response.status, response.body[:65536].lstrip(), FailureKind.NOT_SSE
+    content_type = response.headers.get("content-type", "no content type")
+    if status not in (0, 200):
+        said = f"{_said(response)}{_HINTS.get(status, '')}"
+        if 300 <= status < 400 and "location" in response.headers:
+            said = f"a redirect to {shown(response.headers['location'])}; give that address"
+        return Failure(FailureKind.STATUS, f"the server answers {status}: {said}", status)
+    begins = body.startswith((b"data:", b"event:", b":", b"id:", b"retry:"))
+    if response.failure is not None or begins or "text/event-stream" in content_type.lower():
+        return None
+    said = f"the server answers 200 with {_said(response)}"
+    if body.startswith(b"<"):
+        said += " instead of a stream; check the address and --endpoint"
+    elif body.startswith(b"{") and b'"choices"' in body:
+        said = 'the server answers with plain JSON instead of a stream; it ignores "stream": true'
+    elif body.startswith(b"{") and b'"error"' in body:
+        kind = FailureKind.STREAM_ERROR
+    else:
+        said += f" ({shown(content_type)}) instead of a stream"
+    return Failure(kind, said, 200)
 
 
 def json_or_none(text: str | bytes) -> object:
@@ -419,30 +412,6 @@ _HINTS = {
 }
 
 
-def _status_failure(response: Response) -> Failure:
-    status = response.status
-    if 300 <= status < 400 and "location" in response.headers:
-        said = f"a redirect to {shown(response.headers['location'])}; give that address"
-    else:
-        said = f"{_said(response)}{_HINTS.get(status, '')}"
-    return Failure(FailureKind.STATUS, f"the server answers {status}: {said}", status)
-
-
-def _not_sse(response: Response) -> Failure:
-    body = response.body[:65536].lstrip()
-    said = f"the server answers 200 with {_said(response)}"
-    if body.startswith(b"<"):
-        said += " instead of a stream; check the address and --endpoint"
-    elif body.startswith(b"{") and b'"choices"' in body:
-        said = 'the server answers with plain JSON instead of a stream; it ignores "stream": true'
-    elif body.startswith(b"{") and b'"error"' in body:
-        return Failure(FailureKind.STREAM_ERROR, said, 200)
-    else:
-        kind = response.headers.get("content-type", "no content type")
-        said += f" ({shown(kind)}) instead of a stream"
-    return Failure(FailureKind.NOT_SSE, said, 200)
-
-
 # The client's own part in the times
 
 
@@ -450,22 +419,16 @@ def _not_sse(response: Response) -> Failure:
 class ClientLag:
     """The client's own part in the times of a trial.
 
-    Attributes:
-        kernel_share: share of reads that the kernel stamped; their times hold however late they
-            were read.
-        merged_share: share of chunks of output that came in one read with a later chunk and so
-            have its time, by the client, the network or the server.
-        loop_p50_ns: median time for which bytes waited to be read: measured with kernel stamps,
-            otherwise an upper bound; likewise ``loop_p99_ns``.
-        late_p99_ns: how much later than it could the client sent a request; 99th percentile.
+    ``merged_share`` is the share of chunks of output that came in one read with a later chunk and
+    so have its time, by the client, the network or the server.
     """
 
     reads: int
-    kernel_share: float
+    kernel_share: float  # of reads that the kernel stamped; their times hold when read late
     merged_share: float
-    loop_p50_ns: int
+    loop_p50_ns: int  # bytes waited to be read: measured with kernel stamps, else an upper bound
     loop_p99_ns: int
-    late_p99_ns: int
+    late_p99_ns: int  # how much later than it could the client sent a request
 
     @property
     def stamp_error_p99_ns(self) -> int:

@@ -50,13 +50,12 @@ class Failure:
     @property
     def is_usage(self) -> bool:
         """Tell whether the same request would fail again: before a trial, a usage error."""
-        kinds, status = FailureKind, self.status or 0
-        if self.kind is kinds.STATUS:
+        status = self.status or 0
+        if self.kind is FailureKind.STATUS:
             return status < 500 and status not in (408, 425, 429)
-        if self.kind is kinds.NOT_HTTP:
+        if self.kind is FailureKind.NOT_HTTP:
             return not status
-        setup = (kinds.REFUSED, kinds.UNREACHABLE, kinds.DNS, kinds.TLS, kinds.LOCAL, kinds.NOT_SSE)
-        return self.kind in setup
+        return self.kind in ("refused", "unreachable", "dns", "tls", "local", "not_sse")
 
 
 class ServerError(UsageError):
@@ -105,7 +104,6 @@ class Address:
         api_key: str | None = None,
         timeout_s: float = 60.0,
         insecure: bool = False,
-        option: str = "--target",
     ) -> Address:
         """Return the address in a URL such as ``http://127.0.0.1:8000``, or raise UsageError.
 
@@ -113,35 +111,33 @@ class Address:
         paths of the API begin with it.
         """
         if "@" in url:
-            raise UsageError(f"{option}: a URL with a password is not accepted; use --api-key")
-        bare = re.split("[?#]", url, maxsplit=1)[0]  # a query may hold a key
-        says = f"{option} {shown(bare)}"
+            raise UsageError("--target: a URL with a password is not accepted; use --api-key")
+        bare = shown(re.split("[?#]", url, maxsplit=1)[0])  # a query may hold a key
+        says = f"--target {bare}"
         if "://" not in url:
-            raise UsageError(f"{says}: a URL needs its scheme; type {option} http://{shown(bare)}")
+            raise UsageError(f"{says}: a URL needs its scheme; type --target http://{bare}")
         if not _is_plain(url):
             raise UsageError(f"{says}: a URL has only printable ASCII characters and no spaces")
         try:
             parts = urlsplit(url)
-            host = unquote(parts.hostname or "")
-        except ValueError as error:
-            raise UsageError(f"{says}: is not a URL ({error})") from error
-        try:
-            port = parts.port
+            host, port, path = unquote(parts.hostname or ""), parts.port, parts.path.rstrip("/")
         except ValueError as error:
             raise UsageError(
-                f"{says}: is not a URL (a port is a number from 1 to 65535)"
+                f"{says}: is not a URL: an IPv6 address stands in brackets, and a port is a number "
+                "from 1 to 65535"
             ) from error
-        if parts.scheme not in _PORTS:
-            raise UsageError(f"{says}: begin the URL with http:// or https://")
-        if not host or port == 0:
-            raise UsageError(f"{says}: needs a host and a port, such as http://127.0.0.1:8000")
-        if not _HOST.fullmatch(host):
-            raise UsageError(f"{says}: {shown(host)} is not the name of a host")
-        if parts.query or parts.fragment:
-            raise UsageError(f"{says}: leave out everything from ? or # on")
-        path = parts.path.rstrip("/")
-        if path.endswith(("/completions", "/chat")):
-            raise UsageError(f"{says}: give the server's address alone, the path with --endpoint")
+        faults = {
+            "begin the URL with http:// or https://": parts.scheme not in _PORTS,
+            "needs a host and a port, such as http://127.0.0.1:8000": not host or port == 0,
+            f"{shown(host)} is not the name of a host": not _HOST.fullmatch(host),
+            "leave out everything from ? or # on": parts.query or parts.fragment,
+            "give the server's address alone, the path with --endpoint": (
+                path.endswith(("/completions", "/chat"))
+            ),
+        }
+        for fault, found in faults.items():
+            if found:
+                raise UsageError(f"{says}: {fault}")
         if api_key and not _is_plain(api_key):
             raise UsageError("--api-key: a key has only printable ASCII characters and no spaces")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -210,21 +206,18 @@ class Read(NamedTuple):
 class Exchange:
     """A request that was sent, and everything that came back.
 
-    ``sent_ns`` is when the client began to connect, ``ended_ns`` when the response was over or
-    failed. ``late_ns`` is how much later than it could the client sent it: after it was due, or
-    after the arrival of what ended the request in whose place it was sent. ``closed`` tells whether
-    the server closed the connection. ``failure`` is one of the connection; ``events.parse`` finds
-    those of the response.
+    ``late_ns`` is how much later than it could the client sent it: after it was due, or after the
+    arrival of what ended the request in whose place it was sent.
     """
 
     index: int
     due_ns: int
-    sent_ns: int
+    sent_ns: int  # when the client began to connect
     reads: list[Read] = field(default_factory=list)
-    ended_ns: int = 0
+    ended_ns: int = 0  # when the response was over or failed
     late_ns: int = 0
-    closed: bool = False
-    failure: Failure | None = None
+    closed: bool = False  # by the server
+    failure: Failure | None = None  # of the connection; `parse` finds those of the response
 
 
 class Feed(Protocol):

@@ -12,9 +12,8 @@ import numpy as np
 
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Header, Ints, Recording
-from batchbench.batching.remote import counters, wire
-from batchbench.batching.remote.counters import ServerCounters
-from batchbench.batching.remote.dialects import Dialect
+from batchbench.batching.remote import wire
+from batchbench.batching.remote.dialects import Dialect, ServerCounters, read_counters
 from batchbench.batching.remote.events import ClientLag, Reply, client_lag, parse
 from batchbench.batching.remote.exchange import (
     Address,
@@ -76,12 +75,12 @@ class Served:
             TrialFailed: a request failed.
             OutOfTimeError: the time for trials is up.
         """
-        before = counters.read_counters(self.address, self.dialect)
+        before = read_counters(self.address, self.dialect)
         if self.share is not None and self.clients_share(workload):
             played = self.share(self, workload, watch, trial)
         else:
             played = self.play(workload, watch, trial)
-        after = counters.read_counters(self.address, self.dialect)
+        after = read_counters(self.address, self.dialect)
         growth = after.since(before) if before and after else ServerCounters()
         cached = _sum([reply.cached_tokens for reply in played.replies])
         return Attempt(

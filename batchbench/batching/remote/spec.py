@@ -33,7 +33,6 @@ _OWN_FIELDS = (
 )
 """Fields of a request that batchbench sets, so that ``--extra-body`` cannot."""
 
-
 _SECRET = re.compile(r"(?<!cache_)key|token|secret|password|authorization", re.IGNORECASE)
 """Names of fields that may hold a secret; OpenAI's ``prompt_cache_key`` is none."""
 
@@ -60,13 +59,11 @@ OWN_ENGINE = (
 def refuse_own(*layers: Mapping[str, Any]) -> None:
     """Raise UsageError if settings by field name have both a target and our own engine's."""
     given = {name for layer in layers for name in layer}
-    if any(layer.get("target") for layer in layers):
-        for name in OWN_ENGINE:
-            if name in given:
-                raise UsageError(
-                    f"{settings.option_name(name)}: is of our own engine, and --target measures a "
-                    "server; drop one of them"
-                )
+    own = [settings.option_name(name) for name in OWN_ENGINE if name in given]
+    if own and any(layer.get("target") for layer in layers):
+        raise UsageError(
+            f"{own[0]}: is of our own engine, and --target measures a server; drop one of them"
+        )
 
 
 def with_served_model(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,10 +108,7 @@ class TargetSpec:
         variable=API_KEY,
     )
     extra_body: str | None = setting(
-        None,
-        "JSON object with more fields for every request.",
-        _PANEL,
-        metavar="JSON",
+        None, "JSON object with more fields for every request.", _PANEL, metavar="JSON"
     )
     timeout: float = setting(
         120.0,
@@ -151,12 +145,14 @@ class TargetSpec:
                     raise UsageError(f"{option}: is for a server; add --target URL, or drop it")
             return
         _ = self.address, self.extra
-        if self.endpoint == CHAT and self.verify_model is not None:
+        if self.verify_model is None:
+            return
+        if self.endpoint == CHAT:
             raise UsageError(
                 f"--verify-model: {CHAT} puts a template around each prompt, so outputs are not "
                 f"those of the bare prompt; give --endpoint {COMPLETIONS}"
             )
-        if self.verify_model is not None and not self.verify_model.is_dir():
+        if not self.verify_model.is_dir():
             raise UsageError(
                 f"--verify-model {shown(self.verify_model)}: no such folder; give the folder of "
                 "the model that the server runs"
@@ -204,7 +200,6 @@ class TargetSpec:
                 f'{place}: "{shown(name)}" looks like a secret and would be saved in the result; '
                 f"use --api-key or {API_KEY}"
             )
-        for name in _OWN_FIELDS:
-            if name in extra:
-                raise UsageError(f"{place}: {name} is set by batchbench; remove it")
+        if own := [name for name in _OWN_FIELDS if name in extra]:
+            raise UsageError(f"{place}: {own[0]} is set by batchbench; remove it")
         return cast("Mapping[str, Any]", extra)

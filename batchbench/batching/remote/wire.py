@@ -22,9 +22,11 @@ import ssl
 import struct
 import sys
 import time
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 from batchbench.batching.remote.events import Response, response_of
 from batchbench.batching.remote.exchange import (
@@ -62,7 +64,9 @@ _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 _Ancillary = list[tuple[int, int, bytes]]
 
-_Route = tuple[int, tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]]
+_Where = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class ResponseEnd:
@@ -113,17 +117,20 @@ class _Phase(Enum):
 
 @dataclass(eq=False)
 class _Stream:
-    """The connection of one request."""
+    """The connection of one request.
+
+    ``talk`` does a step and yields the events to wait for; it is sent those that came.
+    """
 
     exchange: Exchange
-    unsent: memoryview
     most_bytes: int
-    route: int
     progress_ns: int
+    talk: Generator[int, int, None] = field(init=False)
     phase: _Phase = _Phase.CONNECT
     end: ResponseEnd = field(default_factory=ResponseEnd)
     size: int = 0  # bytes received
-    connection: socket.socket = field(init=False)  # while the client has it among its streams
+    connection: socket.socket | None = None
+    waits_for: int = 0  # events for which the selector has the connection
 
 
 def exchange(
@@ -139,6 +146,7 @@ def exchange(
     At ``until_ns`` the trial ends, and requests in flight fail as stopped. ``kernel_stamps`` says
     to use the kernel's stamps where there are any.
     """
+    until_ns = sys.maxsize if until_ns is None else until_ns
     client = _Client(address, feed, watch, until_ns, kernel_stamps)
     with client.resources:
         client.run()
@@ -149,22 +157,15 @@ class _Client:
     """The loop of one trial."""
 
     def __init__(
-        self,
-        address: Address,
-        feed: Feed,
-        watch: Watcher | None,
-        until_ns: int | None,
-        kernel_stamps: bool,
+        self, address: Address, feed: Feed, watch: Watcher | None, until_ns: int, stamped: bool
     ) -> None:
-        self._address, self._feed, self._watch = address, feed, watch
-        self._until_ns = sys.maxsize if until_ns is None else until_ns
+        self._address, self._feed, self._watch, self._until_ns = address, feed, watch, until_ns
         self._timeout_ns = int(address.timeout_s * _NS)
         self._tls = _tls_context(address) if address.scheme == "https" else None
         self._routes = _resolve(address)
-        self._route = 0  # the first that may work
         self._streams: set[_Stream] = set()
         self._buffer = memoryview(bytearray(1 << 18))
-        self._stamped = kernel_stamps and self._tls is None and sys.platform == "linux"
+        self._stamped = stamped and self._tls is None and sys.platform == "linux"
         self._offset_ns = _clock_offset_ns()
         self._asked_ns = self._freed_ns = -1  # when the feed last had none; when a request ended
         self._returned_ns, self._base_lag_ns = time.perf_counter_ns(), 0
@@ -198,7 +199,9 @@ class _Client:
                 break
             self._select(now, now + _HEARTBEAT_NS if wake_ns is None else wake_ns)
             if self._returned_ns >= next_scan_ns:
-                self._give_up_on_the_slow()
+                for stream in list(self._streams):
+                    if self._returned_ns - stream.progress_ns > self._timeout_ns:
+                        self._advance(stream, partial(stream.talk.throw, TimeoutError()))
                 next_scan_ns = self._returned_ns + min(self._timeout_ns // 10, 2 * _HEARTBEAT_NS)
         self._correct_stamps()
 
@@ -227,7 +230,7 @@ class _Client:
             self._base_lag_ns = returned_ns - self._returned_ns
         self._returned_ns, self._run_delay_ns = returned_ns, run_delay_ns
         for key, events in ready:
-            self._advance(key.data, events)
+            self._advance(key.data, partial(key.data.talk.send, events))
 
     def _start(self, outgoing: Outgoing) -> None:
         request = self._address.request(outgoing.path, outgoing.body)
@@ -237,98 +240,103 @@ class _Client:
         exchange = Exchange(outgoing.index, outgoing.due_ns, now_ns)
         exchange.late_ns = max(0, now_ns - free_ns)
         self.exchanges.append(exchange)
-        stream = _Stream(exchange, memoryview(request), outgoing.most_bytes, self._route, now_ns)
-        if self._routes:
-            self._connect(stream)
-        else:
-            text = f"{self._address}: the host {self._address.host} is not known; check its name"
-            self._finish(stream, Failure(FailureKind.DNS, text))
+        stream = _Stream(exchange, outgoing.most_bytes, now_ns)
+        stream.talk = self._talk(stream, memoryview(request))
+        self._streams.add(stream)
+        self._advance(stream, partial(next, stream.talk))
 
-    def _connect(self, stream: _Stream) -> None:
-        """Begin to connect by the stream's route, or by the next if that fails at once."""
-        family, where = self._routes[stream.route]
+    def _advance(self, stream: _Stream, step: Callable[[], int]) -> None:
+        """Let a request go on until it must wait for its socket."""
         try:
-            stream.connection = raw = socket.socket(family, socket.SOCK_STREAM)
-            self._streams.add(stream)
-            raw.setblocking(False)
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._stamped:
-                raw.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-            _check(raw.connect_ex(where), errno.EINPROGRESS, errno.EWOULDBLOCK)
-            self._selector.register(raw, selectors.EVENT_WRITE, stream)
-        except OSError as error:  # no IPv6, say
-            self._broken(stream, error)
-
-    def _advance(self, stream: _Stream, events: int) -> None:
-        """Do what a ready socket allows."""
-        try:
-            if stream.phase is _Phase.CONNECT:
-                self._connected(stream)
-            if stream.phase is _Phase.SHAKE:
-                self._shake(stream)
-            if stream.phase is _Phase.WRITE:
-                self._write(stream, events)
-            elif stream.phase is _Phase.READ:
-                self._read(stream)
+            events = step()
+        except StopIteration:
+            self._finish(stream)
         except OSError as error:  # also those of ssl
-            self._broken(stream, error)
+            self._finish(stream, _failure_of(error, stream, self._address))
+        else:
+            if events != stream.waits_for:
+                assert stream.connection is not None
+                change = self._selector.modify if stream.waits_for else self._selector.register
+                change(stream.connection, events, stream)
+                stream.waits_for = events
 
-    def _connected(self, stream: _Stream) -> None:
-        _check(stream.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-        stream.progress_ns = time.perf_counter_ns()
-        self._route = stream.route
-        stream.phase = _Phase.WRITE
+    def _talk(self, stream: _Stream, unsent: memoryview) -> Generator[int, int, None]:
+        """Connect, send the request and read the response."""
+        connection = yield from self._connect(stream)
         if self._tls is not None:
-            self._selector.unregister(stream.connection)
-            stream.connection = self._tls.wrap_socket(
-                stream.connection,
-                do_handshake_on_connect=False,
-                server_hostname=self._address.host,
-            )
-            self._selector.register(stream.connection, selectors.EVENT_WRITE, stream)
-            stream.phase = _Phase.SHAKE
-
-    def _shake(self, stream: _Stream) -> None:
-        assert isinstance(stream.connection, ssl.SSLSocket)
-        try:
-            stream.connection.do_handshake()
-        except ssl.SSLWantReadError:
-            self._selector.modify(stream.connection, selectors.EVENT_READ, stream)
-        except ssl.SSLWantWriteError:
-            self._selector.modify(stream.connection, selectors.EVENT_WRITE, stream)
-        else:
-            stream.phase = _Phase.WRITE
-
-    def _write(self, stream: _Stream, events: int) -> None:
-        """Send as much as the kernel takes. A server may answer before it has read everything."""
-        if events & selectors.EVENT_READ:
-            self._read(stream)
-            if stream not in self._streams:
-                return
-        try:
-            while stream.unsent:
-                stream.unsent = stream.unsent[stream.connection.send(stream.unsent) :]
+            connection = yield from self._shake(stream, connection, self._tls)
+        stream.phase = _Phase.WRITE
+        while unsent:
+            try:
+                unsent = unsent[connection.send(unsent) :]
                 stream.progress_ns = time.perf_counter_ns()
-        except _WOULD_BLOCK:
-            both = selectors.EVENT_READ | selectors.EVENT_WRITE
-            self._selector.modify(stream.connection, both, stream)
-        except (BrokenPipeError, ConnectionResetError):
-            self._read(stream)  # raises again, unless an answer such as 413 is there
-        else:
-            stream.phase = _Phase.READ
-            self._selector.modify(stream.connection, selectors.EVENT_READ, stream)
+            except _WOULD_BLOCK:
+                events = yield _READ | _WRITE
+                if events & _READ and self._read(stream, connection):  # an answer such as 413
+                    return
+            except (BrokenPipeError, ConnectionResetError):
+                break  # the answer may be there, or else reading raises again
+        stream.phase = _Phase.READ
+        yield _READ
+        while not self._read(stream, connection):
+            yield _READ
 
-    def _read(self, stream: _Stream) -> None:
-        """Keep what has arrived, with its stamp. The buffer holds more than a record of TLS."""
+    def _connect(self, stream: _Stream) -> Generator[int, int, socket.socket]:
+        """Connect by the first route that works; later requests begin with it."""
+        reason: OSError = socket.gaierror("the host is not known")
+        routes = self._routes
+        for i, (family, where) in enumerate(routes):
+            try:
+                stream.connection = raw = socket.socket(family, socket.SOCK_STREAM)
+                stream.progress_ns = time.perf_counter_ns()
+                raw.setblocking(False)
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self._stamped:
+                    raw.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+                _check(raw.connect_ex(where), errno.EINPROGRESS, errno.EWOULDBLOCK)
+                yield _WRITE
+                _check(raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+            except OSError as error:  # of an address family that the system lacks, say
+                reason = error
+                self._disconnect(stream)
+            else:
+                stream.progress_ns = time.perf_counter_ns()
+                self._routes = routes[i:]
+                return raw
+        raise reason
+
+    def _shake(
+        self, stream: _Stream, raw: socket.socket, tls: ssl.SSLContext
+    ) -> Generator[int, int, socket.socket]:
+        """Put TLS around a connection."""
+        self._selector.unregister(raw)
+        stream.phase, stream.waits_for = _Phase.SHAKE, 0
+        stream.connection = wrapped = tls.wrap_socket(
+            raw, do_handshake_on_connect=False, server_hostname=self._address.host
+        )
+        while True:
+            try:
+                wrapped.do_handshake()
+                return wrapped
+            except ssl.SSLWantReadError:
+                yield _READ
+            except ssl.SSLWantWriteError:
+                yield _WRITE
+
+    def _read(self, stream: _Stream, connection: socket.socket) -> bool:
+        """Keep what has arrived, with its stamp; tell whether the response is over.
+
+        The buffer holds more than a record of TLS.
+        """
         exchange = stream.exchange
         ancillary: _Ancillary = []
         try:
             if self._stamped and sys.platform != "win32":
-                count, ancillary, _, _ = stream.connection.recvmsg_into([self._buffer], 64)
+                count, ancillary, _, _ = connection.recvmsg_into([self._buffer], 64)
             else:
-                count = stream.connection.recv_into(self._buffer)
+                count = connection.recv_into(self._buffer)
         except _WOULD_BLOCK:
-            return
+            return False
         read_ns = stream.progress_ns = time.perf_counter_ns()
         data = bytes(self._buffer[:count])
         stamp_ns = _stamp_ns(ancillary)
@@ -343,42 +351,30 @@ class _Client:
         if count:
             exchange.reads.append(read)
         if not count or stream.end.reached(data):
-            self._finish(stream)
-        elif stream.size > stream.most_bytes:
+            return True
+        if stream.size > stream.most_bytes:
             text = f"the response is longer than {stream.most_bytes:,} bytes"
-            self._finish(stream, Failure(FailureKind.STOPPED, text))
-        elif self._watch is not None:
+            exchange.failure = Failure(FailureKind.STOPPED, text)
+            return True
+        if self._watch is not None:
             self._watch(exchange)
-
-    def _give_up_on_the_slow(self) -> None:
-        for stream in list(self._streams):
-            if self._returned_ns - stream.progress_ns > self._timeout_ns:
-                self._broken(stream, TimeoutError())
-
-    def _broken(self, stream: _Stream, error: OSError) -> None:
-        """Try the next address of a host that cannot be reached; else the request has failed."""
-        if stream.phase is _Phase.CONNECT and stream.route + 1 < len(self._routes):
-            self._disconnect(stream)
-            stream.route += 1
-            stream.progress_ns = time.perf_counter_ns()
-            self._connect(stream)
-        else:
-            self._finish(stream, _failure_of(error, stream, self._address))
+        return False
 
     def _disconnect(self, stream: _Stream) -> None:
-        if stream in self._streams:
-            with suppress(KeyError, ValueError):  # not registered, or closed already
+        if stream.connection is not None:
+            if stream.waits_for:
                 self._selector.unregister(stream.connection)
             stream.connection.close()
-            self._streams.remove(stream)
+        stream.connection, stream.waits_for = None, 0
 
     def _finish(self, stream: _Stream, failure: Failure | None = None) -> None:
         exchange = stream.exchange
-        exchange.failure = failure
+        exchange.failure = failure or exchange.failure
         exchange.ended_ns = self._freed_ns = time.perf_counter_ns()
-        if not failure and exchange.reads and not exchange.closed:
+        if not exchange.failure and exchange.reads and not exchange.closed:
             self._freed_ns = exchange.reads[-1].stamp_ns
         self._disconnect(stream)
+        self._streams.remove(stream)
         if self._watch is not None:
             self._watch(exchange)
 
@@ -447,7 +443,7 @@ def _tls_context(address: Address) -> ssl.SSLContext:
     return context
 
 
-def _resolve(address: Address) -> list[_Route]:
+def _resolve(address: Address) -> list[tuple[int, _Where]]:
     """Return the ways to connect to a host, in the system's order; none if it is not known."""
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
@@ -467,6 +463,9 @@ def _failure_of(error: OSError, stream: _Stream, address: Address) -> Failure:
     so_far = "before its response"
     if stream.size:
         so_far = f"after {stream.size:,} bytes of the response"
+    if isinstance(error, socket.gaierror):
+        text = f"{address}: the host {address.host} is not known; check its name"
+        return Failure(kinds.DNS, text)
     if isinstance(error, TimeoutError) and error.errno is None:  # ours
         said = f"nothing more {so_far}" if stream.size else stream.phase.value
         hint = plain if stream.phase is _Phase.SHAKE else " (--timeout)"

@@ -13,8 +13,13 @@ import numpy as np
 from batchbench.batching.progress import Watch
 from batchbench.batching.remote import wire
 from batchbench.batching.remote.bench import served_model
-from batchbench.batching.remote.counters import ServerCounters, read_counters
-from batchbench.batching.remote.dialects import Dialect, body_for, discover
+from batchbench.batching.remote.dialects import (
+    Dialect,
+    ServerCounters,
+    body_for,
+    discover,
+    read_counters,
+)
 from batchbench.batching.remote.events import Reply, client_lag, parse, response_of
 from batchbench.batching.remote.exchange import (
     Address,
@@ -43,21 +48,14 @@ _PHASES = {
 
 @dataclass(frozen=True)
 class Findings:
-    """A finished probe.
+    """A finished probe."""
 
-    Attributes:
-        target: the server's address, without its key.
-        dialect: the server's kind, and what it says about itself.
-        failures: why requests failed, apart from those that were refused or stopped.
-        took_s: seconds from the first request to the last token.
-    """
-
-    target: str
+    target: str  # the server's address, without its key
     model: str | None
     dialect: Dialect
     observations: Observations
     verdict: Verdict
-    failures: tuple[str, ...]
+    failures: tuple[str, ...]  # apart from requests that were refused or stopped
     took_s: float
 
 

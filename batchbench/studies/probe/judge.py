@@ -55,8 +55,8 @@ FEWEST_BEGINNINGS = 12
 
 FEWEST_TOKENS = 3  # a request that ends earlier is over before it can be counted beside the others
 
-Span = tuple[float, float]
-"""The beginning and the end of a request."""
+Spans = Sequence[tuple[float, float]]
+"""The beginning and the end of each request."""
 
 
 class Kind(StrEnum):
@@ -70,7 +70,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer, and what each test saw; ``busy`` are the signs of other people's requests."""
+    """The answer, and what each test saw."""
 
     kind: Kind
     reason: str
@@ -80,7 +80,7 @@ class Verdict:
     joining: Joining | None = None
     shared: SharedSteps | None = None
     bursts: tuple[Burst, ...] = ()
-    busy: tuple[str, ...] = ()
+    busy: tuple[str, ...] = ()  # signs of other people's requests
 
 
 def judge(observations: Observations) -> Verdict:
@@ -196,22 +196,15 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True)
 class Joining:
-    """The short requests that were sent while a long one was running, by what became of them.
-
-    Attributes:
-        waits: for each that is clear, the time to its first token as a share of the time that the
-            long one still took.
-        rounds_waited: rounds in which all waited, each right behind one of the probe's requests.
-        loose: short requests that waited longer than for requests of the probe.
-    """
+    """The short requests that were sent while a long one was running, by what became of them."""
 
     joined: int
     waited: int
     refused: int
     unclear: int
-    waits: tuple[float, ...]
-    rounds_waited: int
-    loose: int
+    waits: tuple[float, ...]  # times to first tokens, as shares of what the long one still took
+    rounds_waited: int  # rounds in which all waited, each right behind one of the probe's requests
+    loose: int  # short requests that waited longer than for requests of the probe
 
 
 def fate_of(short: Stream, longs: Sequence[Stream], pace: Pace) -> Fate:
@@ -289,66 +282,54 @@ def _follows(short: Stream, round: Round, pace: Pace) -> bool:
 class SharedSteps:
     """The joined requests whose tokens were compared with the steps of a long request.
 
-    Attributes:
-        offsets: distance of each request's tokens from the nearest step, as the median over its
-            tokens and as a share of the time between two steps: from 0 to 0.5.
-        window: the one of :data:`WINDOWS` whose number of offsets is the least likely.
-        chance: probability that so many of them are in the window without a shared batch.
+    ``offsets`` are the distance of each request's tokens from the nearest step, as the median over
+    its tokens and as a share of the time between two steps: from 0 to 0.5.
     """
 
     offsets: tuple[float, ...]
-    window: float
-    chance: float
+    window: float  # the one of WINDOWS whose number of offsets is the least likely
+    chance: float  # the probability that so many are in the window without a shared batch
     buffered: bool
-
-    @property
-    def compared(self) -> int:
-        return len(self.offsets)
-
-    @property
-    def together(self) -> int:
-        """Offsets within the window."""
-        return sum(offset < self.window for offset in self.offsets)
-
-    @property
-    def apart(self) -> int:
-        """Offsets outside the widest window: these requests shared no step with the long one."""
-        return sum(offset >= WINDOW for offset in self.offsets)
-
-    @property
-    def shown(self) -> bool:
-        return self.compared >= FEWEST_COMPARED and self.chance < LEVEL
-
-    @property
-    def in_turns(self) -> bool:
-        """Tokens arrive in between, always at the same distance: the server takes turns."""
-        if self.compared < FEWEST_COMPARED or self.buffered or self.apart < self.compared:
-            return False
-        return float(np.std(self.offsets)) < WINDOW / 2
+    compared: int
+    together: int  # offsets within the window
+    apart: int  # offsets outside the widest window: these requests shared no step
+    shown: bool
+    in_turns: bool  # tokens arrive in between, always at the same distance
 
 
 def shared_steps(observations: Observations, pace: Pace) -> SharedSteps:
     """Compare the tokens of joined requests with the steps of the requests they joined."""
-    offsets, references = _pair_offsets(observations, pace), list[int]()
+    offsets, references = list[float](), list[int]()
     if pace.buffered:
+        offsets = _pair_offsets(observations, pace)
         references = [1] * len(offsets)
-    else:
-        offsets = []
-        for round in observations.of(Role.LONG):
-            longs = [long for long in round.of(Role.LONG) if long.answered]
-            for short in (short for short, fate in _fates(round, pace) if fate is Fate.JOINED):
-                each = [offset_of(short, long) for long in longs]
-                if known := [offset for offset in each if offset is not None]:
-                    offsets.append(min(known))
-                    references.append(len(known))
-    chance, window = min((_chance(offsets, references, width), width) for width in WINDOWS)
-    return SharedSteps(tuple(offsets), window, min(1.0, len(WINDOWS) * chance), pace.buffered)
-
-
-def _chance(offsets: Sequence[float], references: Sequence[int], window: float) -> float:
-    """Return the probability that so many offsets are within a window without a shared batch."""
-    count = sum(offset < window for offset in offsets)
-    return _at_least(count, [1 - (1 - CHANCE * window) ** n for n in references])
+    for round in [] if pace.buffered else observations.of(Role.LONG):
+        longs = [long for long in round.of(Role.LONG) if long.answered]
+        for short in (short for short, fate in _fates(round, pace) if fate is Fate.JOINED):
+            each = [offset_of(short, long) for long in longs]
+            if known := [offset for offset in each if offset is not None]:
+                offsets.append(min(known))
+                references.append(len(known))
+    # The probability that so many offsets are within a window without a shared batch.
+    within = {width: sum(offset < width for offset in offsets) for width in WINDOWS}
+    chance, window = min(
+        (_at_least(count, [1 - (1 - CHANCE * width) ** n for n in references]), width)
+        for width, count in within.items()
+    )
+    chance = min(1.0, len(WINDOWS) * chance)
+    enough, apart = len(offsets) >= FEWEST_COMPARED, len(offsets) - within[WINDOW]
+    evenly = enough and not pace.buffered and float(np.std(offsets)) < WINDOW / 2
+    return SharedSteps(
+        tuple(offsets),
+        window,
+        chance,
+        pace.buffered,
+        compared=len(offsets),
+        together=within[window],
+        apart=apart,
+        shown=enough and chance < LEVEL,
+        in_turns=evenly and apart == len(offsets),
+    )
 
 
 def _at_least(count: int, chances: Sequence[float]) -> float:
@@ -464,27 +445,17 @@ def _evenly_chunked(stream: Stream) -> bool:
 
 @dataclass(frozen=True)
 class Burst:
-    """Requests that were sent at once.
-
-    Attributes:
-        most: the largest number in progress at the same time.
-        exact: others were waiting meanwhile, and began when room was made.
-        midway: requests that began while others were in the middle of theirs.
-        groups: sizes of the groups that ran one after another.
-        gain: tokens per second as a multiple of those of one request alone.
-        gradual: requests began one after another, so that the first ended before the last began.
-        sequential: each certainly began after the one before it had ended.
-    """
+    """Requests that were sent at once."""
 
     sent: int
     refused: int
-    most: int
-    exact: bool
-    midway: int
-    groups: tuple[int, ...]
-    gain: float
-    gradual: bool
-    sequential: bool
+    most: int  # the largest number in progress at the same time
+    exact: bool  # others were waiting meanwhile, and began when room was made
+    midway: int  # requests that began while others were in the middle of theirs
+    groups: tuple[int, ...]  # sizes of the groups that ran one after another
+    gain: float  # tokens per second as a multiple of those of one request alone
+    gradual: bool  # the first requests did not begin together
+    sequential: bool  # each certainly began after the one before it had ended
 
 
 def burst_of(round: Round, pace: Pace) -> Burst:
@@ -518,7 +489,7 @@ def burst_of(round: Round, pace: Pace) -> Burst:
     )
 
 
-def _most_at_once(spans: Sequence[Span], shorter_ns: float) -> int:
+def _most_at_once(spans: Spans, shorter_ns: float) -> int:
     """Return the largest number in progress; each counts as a little shorter than it was.
 
     A request that follows another one begins at least one step after its end, so an end that
@@ -529,7 +500,7 @@ def _most_at_once(spans: Sequence[Span], shorter_ns: float) -> int:
     return max(accumulate(-change for _, change in sorted(events)), default=0)
 
 
-def _groups(spans: Sequence[Span], shorter_ns: float) -> tuple[int, ...]:
+def _groups(spans: Spans, shorter_ns: float) -> tuple[int, ...]:
     """Return the sizes of the groups between which nothing was in progress."""
     sizes: list[int] = []
     latest = -np.inf
@@ -554,7 +525,7 @@ def _midway(streams: Sequence[Stream]) -> int:
 
 
 def _saturated(
-    streams: Sequence[Stream], spans: Sequence[Span], most: int, gap: float, pace: Pace
+    streams: Sequence[Stream], spans: Spans, most: int, gap: float, pace: Pace
 ) -> tuple[bool, bool]:
     """Tell whether the slots were full, and whether requests began only gradually.
 

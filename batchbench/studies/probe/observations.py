@@ -35,25 +35,15 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Stream:
-    """A request and its tokens.
-
-    Attributes:
-        asked: output tokens that were asked for.
-        sent_ns: when the request was sent.
-        times_ns: arrival of each output token, ``[tokens]``; tokens of one chunk share a time.
-        refused: the server said that it has no room (HTTP 429 or 503).
-        failure: why the request failed otherwise; empty if it did not.
-        hidden: tokens that the server counted without showing any, as it does if it holds back
-            half a character.
-    """
+    """A request and its tokens."""
 
     role: Role
-    asked: int
+    asked: int  # output tokens
     sent_ns: int
-    times_ns: tuple[int, ...] = ()
-    refused: bool = False
-    failure: str = ""
-    hidden: int = 0
+    times_ns: tuple[int, ...] = ()  # arrival of each token; those of one chunk share a time
+    refused: bool = False  # the server said that it has no room (HTTP 429 or 503)
+    failure: str = ""  # why it failed otherwise
+    hidden: int = 0  # tokens that the server counted and did not show, such as half a character
 
     @property
     def answered(self) -> bool:
@@ -115,37 +105,23 @@ class Round:
 
 @dataclass(frozen=True)
 class Server:
-    """The server's own statements about itself; None where it makes none.
+    """The server's own statements about itself; None where it makes none."""
 
-    Attributes:
-        slots: how many requests it says that it serves at once.
-        others: requests of others that it was serving when the probe began, or during it.
-        passes: forward passes that it counted during the probe.
-        tokens: output tokens that the probe received meanwhile.
-        context: the largest number of tokens of one request.
-    """
-
-    slots: int | None = None
-    others: int | None = None
-    passes: int | None = None
-    tokens: int | None = None
-    context: int | None = None
+    slots: int | None = None  # requests that it serves at once
+    others: int | None = None  # requests of others that it had before the probe, or during it
+    passes: int | None = None  # forward passes that it counted during the probe
+    tokens: int | None = None  # output tokens that the probe received meanwhile
+    context: int | None = None  # the largest number of tokens of one request
 
 
 @dataclass(frozen=True)
 class Observations:
-    """Everything that a probe saw.
-
-    Attributes:
-        lag_ns: how late the client itself woke up, as the 99th percentile; 0 where the system
-            stamps arrivals.
-        ended: why the probe ended before it had seen enough; empty if it did not.
-    """
+    """Everything that a probe saw."""
 
     rounds: Sequence[Round]
     server: Server = Server()
-    lag_ns: int = 0
-    ended: str = ""
+    lag_ns: int = 0  # of the client itself (p99); 0 where the system stamps arrivals
+    ended: str = ""  # why the probe ended before it had seen enough
 
     @property
     def streams(self) -> list[Stream]:
@@ -164,20 +140,12 @@ class Observations:
 
 @dataclass(frozen=True)
 class Pace:
-    """A request that is served alone.
+    """A request that is served alone, by medians."""
 
-    Attributes:
-        ttft_ns: the median time to its first token; of a buffered server, what a request takes
-            beyond its steps.
-        gap_ns: the median time of a token.
-        chunk: output tokens that arrive together, as the median.
-        buffered: all tokens of a request arrive together at its end.
-    """
-
-    ttft_ns: float
-    gap_ns: float
-    chunk: int
-    buffered: bool
+    ttft_ns: float  # of a buffered server, what a request takes beyond its steps
+    gap_ns: float  # time of a token
+    chunk: int  # output tokens that arrive together
+    buffered: bool  # all tokens of a request arrive together at its end
 
     def e2e_ns(self, tokens: int) -> float:
         """Return the expected time of a request of so many tokens."""

@@ -115,17 +115,16 @@ def _joining(seen: Joining, pace: Pace) -> str:
 
 def _shared(seen: SharedSteps) -> str:
     within = f"within {percent(seen.window)} of a step"
-    chance = f"By chance about {2 * seen.window * seen.compared:.1f} would"
-    if seen.buffered:
-        return (
-            f"{seen.together} of {plural(seen.compared, 'pair')} ended together {within}, although "
-            f"the second request was sent later. {chance}."
-        )
     text = (
         f"{seen.together} of {plural(seen.compared, 'short request')} got their tokens together "
-        f"with the long one, {within} (the time of one token). {chance}."
+        f"with the long one, {within} (the time of one token)"
     )
-    if seen.shown and seen.apart:
+    if seen.buffered:
+        pairs = plural(seen.compared, "pair")
+        text = f"{seen.together} of {pairs} ended together {within}, although the second request "
+        text += "was sent later"
+    text += f". By chance about {2 * seen.window * seen.compared:.1f} would."
+    if seen.shown and seen.apart and not seen.buffered:
         text += f" {seen.apart} did not: replicas or a busy machine can cause it."
     return text
 
@@ -208,21 +207,20 @@ class Panel:
 
 def panels_of(rounds: Sequence[Round]) -> list[Panel]:
     """Return the panels of the rounds that show most."""
-    seen, panels = [r for r in rounds if any(s.times_ns for s in r.streams)], []
+    seen = [r for r in rounds if any(s.times_ns for s in r.streams)]
+    panels: dict[str, Sequence[Stream]] = {}
     if joins := [r for r in seen if r.of(Role.LONG)]:
         best = max(joins, key=lambda r: sum(s.answered for s in r.of(Role.SHORT)))
-        panels.append(_panel("Short requests while a long one is running", best.streams))
+        panels["Short requests while a long one is running"] = best.streams
     if bursts := [r for r in seen if r.of(Role.BURST)]:
         last = max(bursts, key=lambda r: (not any(s.failure for s in r.streams), len(r.streams)))
         ordered = sorted(last.streams, key=lambda s: s.times_ns or (1 << 62,))
-        panels.append(_panel(f"{len(ordered)} requests at once", ordered))
-    return panels
-
-
-def _panel(title: str, streams: Sequence[Stream]) -> Panel:
-    if len(streams) > MOST_STREAMS:
-        title += f" (the first {MOST_STREAMS})"
-    return Panel(title, streams[:MOST_STREAMS])
+        panels[f"{len(ordered)} requests at once"] = ordered
+    part = f" (the first {MOST_STREAMS})"
+    return [
+        Panel(title + part * (len(streams) > MOST_STREAMS), streams[:MOST_STREAMS])
+        for title, streams in panels.items()
+    ]
 
 
 # The terminal
@@ -332,7 +330,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
 def data_of(findings: Findings, command: str) -> dict[str, Any]:
     """Return the data of ``probe.json``; a value without meaning is null."""
     verdict, seen = findings.verdict, findings.observations
-    pace, shared = verdict.pace, verdict.shared
+    pace, joining, shared = verdict.pace, verdict.joining, verdict.shared
     begin = min((s.sent_ns for s in seen.streams), default=0)
     return {
         **envelope(SCHEMA_VERSION, command),
@@ -356,9 +354,9 @@ def data_of(findings: Findings, command: str) -> dict[str, Any]:
                 "tokens_per_chunk": pace.chunk,
                 "buffered": pace.buffered,
             },
-            "joining": _fields(verdict.joining, *_JOINING, wait_shares="waits"),
-            "shared_steps": _fields(shared, *_SHARED, probability="chance"),
-            "bursts": [_fields(burst, *_BURST, **_RENAMED) for burst in verdict.bursts],
+            "joining": joining and _fields(joining, **_JOINING),
+            "shared_steps": shared and _fields(shared, **_SHARED),
+            "bursts": [_fields(burst, **_BURST) for burst in verdict.bursts],
             "others": list(verdict.busy),
             "failures": list(findings.failures),
             "client_lag_ms": seen.lag_ns / _MS,
@@ -370,21 +368,16 @@ def data_of(findings: Findings, command: str) -> dict[str, Any]:
     }
 
 
-_JOINING = ("joined", "waited", "refused", "unclear")
-_SHARED = ("compared", "together", "apart", "window", "offsets")
-_BURST = ("sent", "refused", "groups")
-_RENAMED = {
-    "most_at_once": "most",
-    "full": "exact",
-    "began_midway": "midway",
-    "throughput_gain": "gain",
-}
+def _fields(value: object, **names: str) -> dict[str, Any]:
+    """Return attributes under other names; an empty one is the same."""
+    return {key: getattr(value, name or key) for key, name in names.items()}
 
 
-def _fields(value: object, *same: str, **renamed: str) -> dict[str, Any] | None:
-    """Return attributes under their names or other ones; None of None."""
-    names = {**dict(zip(same, same, strict=True)), **renamed}
-    return {key: getattr(value, name) for key, name in names.items()} if value else None
+_JOINING = {"joined": "", "waited": "", "refused": "", "unclear": "", "wait_shares": "waits"}
+_SHARED = {"compared": "", "together": "", "apart": "", "window": "", "offsets": ""}
+_SHARED |= {"probability": "chance"}
+_BURST = {"sent": "", "refused": "", "groups": "", "most_at_once": "most", "full": "exact"}
+_BURST |= {"began_midway": "midway", "throughput_gain": "gain"}
 
 
 def _stream(stream: Stream, begin: int) -> Mapping[str, Any]:

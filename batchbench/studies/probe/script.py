@@ -42,27 +42,16 @@ SLOW_NS = 250_000_000  # servers that take longer for a token get fewer of them 
 MOST_TOKENS = 1000  # output tokens of the longest request
 
 
-Opening = tuple[Role, int, int]
-"""The role, tokens and delay of a request that does not depend on any other."""
-
-
 @dataclass(frozen=True)
 class Script:
-    """The requests of a round.
+    """The requests of a round: an opening, then short requests one after another."""
 
-    Attributes:
-        shorts: number of short requests, sent one after another.
-        first_ns: delay of the first short request.
-        pauses_ns: random pause before each short request.
-        patience_ns: the next short request is sent after this time, even if one is unanswered.
-    """
-
-    opening: Sequence[Opening]
+    opening: Sequence[tuple[Role, int, int]]  # role, tokens, and delay of each
     shorts: int = 0
     short_tokens: int = SHORT_TOKENS
-    first_ns: int = 0
-    pauses_ns: Sequence[int] = ()
-    patience_ns: int = 0
+    first_ns: int = 0  # delay of the first short request
+    pauses_ns: Sequence[int] = ()  # a random pause before each
+    patience_ns: int = 0  # after which the next is sent, even if one is unanswered
     estimate_ns: float = 0.0
 
 

@@ -42,14 +42,10 @@ _MARKED = (
 
 @contextmanager
 def open_trace(file: Path, where: str) -> Iterator[tuple[TextIO, bytes, str]]:
-    """Open a trace for reading text; bytes that are not UTF-8 become unpaired surrogates.
+    """Open a trace; yield its text, its first 64 KiB in UTF-8, and ``a gzip archive`` or the like.
 
-    Yields:
-        The stream, its first bytes in UTF-8 (of 64 KiB, or all there are), and the kind of
-        archive, such as ``a gzip archive``, or "".
-
-    Raises:
-        UsageError: it cannot be opened or read, also in the body of the with statement.
+    Bytes that are not UTF-8 become unpaired surrogates. Errors of reading in the body of the with
+    statement are UsageErrors too.
     """
     archive = ""
     try:

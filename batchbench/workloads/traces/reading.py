@@ -79,11 +79,7 @@ def read_trace(
         limit: number of valid rows after which reading ends.
         on_bad_row: called with each row that is skipped. Without it, the first invalid row ends
             the reading; harmless ones, such as blank lines, do not.
-        block_tokens: tokens per block of a Mooncake trace; None infers it.
-        time_unit: one of ``TIME_UNITS``, for a Mooncake trace; None infers it.
-
-    Raises:
-        UsageError: it cannot be read, has no known format, an invalid row, or no rows.
+        block_tokens, time_unit: those of a Mooncake trace; None infers them.
     """
     where = f"--trace {file}"
     with open_trace(file, where) as (text, first, archive):

@@ -34,11 +34,10 @@ _LAST_NS = 2**62
 
 
 class Row(NamedTuple):
-    """A request of a trace.
+    """A request of a trace; ``due_ns`` counts from any moment, and is None without times.
 
-    ``due_ns`` counts from any moment; it is None if the trace has no times. ``ids`` are the
-    prompt's tokens if they are known; ``blocks`` name its blocks of tokens, and equal names mean
-    equal content.
+    ``ids`` are the prompt's tokens if known; ``blocks`` name its blocks of tokens, and equal names
+    mean equal content.
     """
 
     prompt_tokens: int
@@ -153,10 +152,7 @@ _SPACE = re.compile(r"[ \t\r\n]*+")
 
 
 def array_begin(head: str) -> str:
-    """Return the text before the elements of an array, or of an object's array ``data``.
-
-    It is empty if the text is neither.
-    """
+    """Return the text before the elements of a JSON array, or of an object's ``data``, else ""."""
     begin = _ARRAY.match(head)
     return begin[0] if begin else ""
 
@@ -201,11 +197,7 @@ class _Parser:
         return value
 
     def value_at(self, text: str, at: int) -> tuple[object, int]:
-        """Return the value at a position of a text, and the position after it.
-
-        Raises:
-            JSONDecodeError: there is no whole value.
-        """
+        """Return the value at a position and its end; JSONDecodeError if it is not whole."""
         _check_size(text, at)
         self._twice = None
         try:
@@ -323,10 +315,7 @@ _WHOLE = re.compile(r"[ \t]*0*+(\d++)?(?<=\d)(?:\.0*+)?[ \t]*", re.ASCII)
 
 
 def whole_of(value: object) -> int | None:
-    """Return a JSON value or a cell, such as 472, "472" or "472.0", as a whole number.
-
-    Numbers of more than 20 digits become a number above all bounds.
-    """
+    """Return 472, "472" or "472.0" as a whole number; more than 20 digits are above all bounds."""
     if type(value) is int:
         return value
     if isinstance(value, float) and value.is_integer():
