@@ -134,6 +134,7 @@ def make_engine(
             # torch.compile traces torch's own operators only.
             own = forward is None and chosen != "compile"
             forward = forward or make_forward(model, Kernels.OWN if own else Kernels.PLAIN)
+        theirs = isinstance(forward, TransformersForward | None)
         served = Served(
             config=config,
             dtype=model.dtype,
@@ -143,9 +144,7 @@ def make_engine(
             longest=aligned(max_len, device) if forward else max_len,
             mixes=mixes and forward is not None,
             budget=budget,
-            lean=None
-            if isinstance(forward, TransformersForward | None)
-            else architecture_of(config),
+            lean=None if theirs else architecture_of(config),
         )
         _check_room(model, slots, served)
         memory = {
@@ -157,10 +156,8 @@ def make_engine(
             return NotebookEngine(model, slots), memory
         if isinstance(forward, TransformersForward):
             _check_forward(model, forward)
-        options = (served.pass_tokens(slots), sampling)
-        made = _slots_engine(
-            model, slots, max_len, forward, chosen, *options, falls_back=execution == "auto"
-        )
+        args = (model, slots, max_len, forward, chosen, served.pass_tokens(slots), sampling)
+        made = _slots_engine(*args, falls_back=execution == "auto")
         notes = [made.execution_note]
         if own and device.type == "cuda" and not made.triton and not made.execution_note:
             notes = [f"without Triton's kernels: {why_no_triton(model)}"]
