@@ -246,7 +246,10 @@ def test_mooncake_may_hold_the_texts_of_its_prompts(file: Path) -> None:
     assert trace.prompt_tokens.tolist() == [16, 16]
     for row, fault in (
         ({"timestamp": 100, "input_length": 20}, "output_length is missing"),
-        ({"timestamp": 100, "input_length": 20, "output_length": 7}, "lacks text_input, unlike"),
+        (
+            {"timestamp": 100, "input_length": 20, "output_length": 7},
+            "lacks the content of its prompt, unlike",
+        ),
         ({**text, "text_input": ""}, "text_input is empty"),
         ({**text, "text_input": 7}, "text_input is 7: must be a text"),
     ):

@@ -181,12 +181,8 @@ _LONGEST_TEXT = 2**22
 """Maximum number of characters of a question or an answer."""
 
 
-def read_sharegpt(source: Source) -> Rows[Row]:
-    """Yield the first question of each conversation, and the length of the first answer to it."""
-    return parsed(objects(source), partial(_conversation, source))
-
-
 def _conversation(source: Source, data: dict[str, Any]) -> Row:
+    """Return the first question of a conversation, and the length of the first answer to it."""
     turns = next((data[key] for key in TURNS if key in data), None)
     if not isinstance(turns, list):
         raise InvalidError("has no list of conversations")
@@ -299,8 +295,7 @@ def read_mooncake(source: Source) -> Rows[Row]:
         source.inferred.append(f"times in {unit}{how}")
     elif source.time_unit:
         raise TraceError("has no times; drop --trace-time-unit")
-    row_of = partial(_row, source.size_of_blocks, unit, good[0][1].ids is not None)
-    yield from parsed(chain(first, rows), row_of)
+    yield from parsed(chain(first, rows), partial(_row, source.size_of_blocks, unit))
 
 
 def _raw_row(encode: Encode, data: dict[str, Any]) -> Row:
@@ -328,11 +323,8 @@ def _raw_row(encode: Encode, data: dict[str, Any]) -> Row:
     )
 
 
-def _row(block_tokens: int, unit: str | None, with_text: bool, row: Row) -> Row:
-    """Return the row as a request of the trace; refuse one that is unlike the others."""
-    if (row.ids is not None) != with_text:
-        verb = "lacks" if with_text else "has"
-        raise InvalidError(f"{verb} text_input, unlike the first row")
+def _row(block_tokens: int, unit: str | None, row: Row) -> Row:
+    """Return the row with its time in ns; refuse one that is unlike the others."""
     blocks = -(-row.prompt_tokens // block_tokens)
     if row.blocks and len(row.blocks) != blocks:
         raise InvalidError(
@@ -442,25 +434,6 @@ def write_workload(workload: Workload) -> Iterator[str]:
         yield json.dumps(row, separators=(",", ":")) + "\n"
 
 
-def read_own(source: Source) -> Rows[Row]:
-    """Yield the requests; the content of the first line goes to ``source``."""
-    with_ids: bool | None = None
-
-    def row_of(data: dict[str, Any]) -> Row | None:
-        nonlocal with_ids
-        if "batchbench_workload" in data and not source.about and with_ids is None:
-            _check_about(data)
-            source.about = data
-            return None
-        row = _own_row(data)
-        if with_ids is not None and with_ids != (row.ids is not None):
-            raise InvalidError("has prompt_ids, or lacks them, unlike the requests before it")
-        with_ids = row.ids is not None
-        return row
-
-    return parsed(objects(source), row_of)
-
-
 def _check_about(data: dict[str, Any]) -> None:
     version, where = data["batchbench_workload"], "line 1"
     if version != VERSION:
@@ -476,7 +449,12 @@ def _check_about(data: dict[str, Any]) -> None:
         raise TraceError(f"{where}: {error}") from error
 
 
-def _own_row(data: dict[str, Any]) -> Row:
+def _own_row(source: Source, data: dict[str, Any]) -> Row | None:
+    """Return a request; the content of the first line goes to ``source``."""
+    if "batchbench_workload" in data and not source.about:
+        _check_about(data)
+        source.about = data
+        return None
     ids = data.get("prompt_ids")
     if ids is not None and not (
         isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)
@@ -492,9 +470,9 @@ def _own_row(data: dict[str, Any]) -> Row:
 
 
 READERS: dict[str, Callable[[Source], Rows[Row]]] = {
-    "sharegpt": read_sharegpt,
+    "sharegpt": lambda source: parsed(objects(source), partial(_conversation, source)),
     "azure": partial(_read_table, AZURE, _moment),
     "burstgpt": partial(_read_table, BURSTGPT, _seconds),
     "mooncake": read_mooncake,
-    "batchbench": read_own,
+    "batchbench": lambda source: parsed(objects(source), partial(_own_row, source)),
 }

@@ -26,7 +26,7 @@ from batchbench.workloads.prompts import Encode
 from batchbench.workloads.request import Ints, Ragged
 from batchbench.workloads.spec import TRACE_FORMATS
 from batchbench.workloads.traces.formats import READERS, format_of
-from batchbench.workloads.traces.rows import Row, Source, TraceError, shown
+from batchbench.workloads.traces.rows import InvalidError, Row, Source, TraceError, shown
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -128,6 +128,9 @@ def _columns_of(
     for number, row in READERS[format](source):
         if limit is not None and len(columns) == limit:
             return columns, False
+        if isinstance(row, Row) and len(columns) and (row.ids is None) == columns.with_ids:
+            verb = "lacks" if columns.with_ids else "has"
+            row = InvalidError(f"{verb} the content of its prompt, unlike the requests before it")
         if isinstance(row, Row):
             columns.append(row)
             if not columns.fit_memory():
