@@ -319,10 +319,8 @@ def table(state: Path) -> str:
 
 def resampled(gates: Sequence[dict], verdicts: int = 2000, shift: float = 0.0) -> str:
     """Shares of verdicts on pairs drawn from all of a case; N/A where the work itself differs."""
-    from batchbench.studies.gate.turns import Pair
-
     pairs = [
-        Pair.of(pair)
+        pair_of(pair)
         for gate in gates
         for run in ("first", "confirmation")
         if gate[run]
@@ -340,9 +338,22 @@ def resampled(gates: Sequence[dict], verdicts: int = 2000, shift: float = 0.0) -
     return f"{' | '.join(shares)} | {median(s for _, s in found):.0f}"
 
 
+def pair_of(data: dict) -> object:
+    """Return a pair from its record."""
+    from batchbench.studies.gate.duet import Pair
+    from batchbench.studies.gate.worker import Turn
+
+    turns = {
+        name: [(Turn(*base), Turn(*new)) for base, new in pairs]
+        for name, pairs in data["turns"].items()
+    }
+    passes = {name: tuple(steps) for name, steps in data["passes"].items()}
+    return Pair(**{**data, "turns": turns, "passes": passes})
+
+
 def table_of_checks(state: Path, verdicts: int = 2000) -> str:
     """Verdicts of ``check`` on processes drawn from sessions that were saved at other times."""
-    from batchbench.studies.gate.baseline import load_baseline
+    from batchbench.studies.gate.check import load_baseline
 
     rows = [
         "| baseline of | checked | verdicts | failed | passed | cannot tell | median processes |",
@@ -414,8 +425,8 @@ class Drawn:
         pair = self._chance.choice(self._pairs)
         self.seconds += pair.seconds
         model, workload = {"device": "cpu", "dtype": "float32"}, {"closed": True}
-        opened = {"model": model, "workload": workload, "also": {}}
-        report = ProcessReport({}, opened, {"work": {}})
+        opened = {"model": model, "workload": workload, "environment": {}, "also": {}}
+        report = ProcessReport({"version": "1"}, opened, {"work": {}})
         return pair, (report, report)
 
     def restart(self) -> None:

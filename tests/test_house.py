@@ -99,11 +99,15 @@ NAMESAKES = {
     "batching/remote/bench.py": {"warm_up.step_ns"},
     "batching/bench.py": {"warm_up.step_ns"},  # the median of the warm-up
     # the mean of one strategy in duet and check
-    "studies/gate/baseline.py": {"process.step_ns", "other.step_ns", "own.step_ns", "turn.step_ns"},
-    "studies/gate/turns.py": {"base.step_ns", "new.step_ns"},
-    "studies/gate/check.py": {"p.step_ns"},
-    "studies/gate/duet.py": {"pair.step_ns"},
-    "studies/gate/worker.py": {"run.calibration.step_ns"},
+    "studies/gate/check.py": {
+        "first.step_ns",
+        "other.step_ns",
+        "own.step_ns",
+        "p.step_ns",
+        "turn.step_ns",
+    },
+    "studies/gate/duet.py": {"base.step_ns", "new.step_ns", "pair.step_ns"},
+    "studies/gate/report.py": {"process.step_ns"},
     # of a queue
     "studies/capacity/search.py": {"trial.growth", "t.growth", "trials[0].growth"},
     "studies/capacity/report.py": {"probe.growth", "trial.growth"},

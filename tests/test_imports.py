@@ -150,7 +150,7 @@ LATE: Mapping[str, str] = {
     "batching.trials": "measuring the machine imports torch",
     "studies.executors.spec": "Ray and submitit are optional",
     "studies.executors.jobs": "a GPU is looked at only where times are measured",
-    "studies.gate.worker": "a worker says who it is before it imports torch",
+    "studies.gate.worker": "a worker imports torch, and its driver does not",
     "studies.ladder.run": "a rung of the ladder imports torch",
     # Libraries that are optional or take long to import, so that --help and errors come at once.
     "batching.machine": "torch and NVML, where they are there",

@@ -6,8 +6,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchbench import settings
-from batchbench.batching.experiment import Experiment, make_experiment
+from batchbench.batching.experiment import make_experiment
 from batchbench.cli.options import EXPERIMENT, typed_command, with_options
 from batchbench.cli.output import echo, echo_json, interruptible, make_console, output_folder
 from batchbench.errors import UsageError, shown
@@ -29,7 +29,13 @@ from batchbench.files import (
     write_whole,
 )
 from batchbench.settings import setting
-from batchbench.studies.gate.spec import BaselineSpec, CheckSpec, CompareSpec, DuetSpec
+from batchbench.studies.gate.spec import (
+    BaselineSpec,
+    CheckSpec,
+    CompareSpec,
+    DuetSpec,
+    timed_strategies,
+)
 
 if TYPE_CHECKING:
     from batchbench.studies.gate.evidence import Gate
@@ -90,17 +96,12 @@ class GateOutputSpec:
     @property
     def files(self) -> dict[str, Path]:
         named = {"--markdown": self.markdown, "--junit": self.junit}
-        return {
-            option: file
-            for option, file in named.items()
-            if file is not None and file != STANDARD_OUTPUT
-        }
+        return {o: file for o, file in named.items() if file and file != STANDARD_OUTPUT}
 
     @property
     def on_github(self) -> bool:
-        if self.github == "auto":
-            return os.environ.get("GITHUB_ACTIONS") == "true"
-        return self.github == "on"
+        is_there = os.environ.get("GITHUB_ACTIONS") == "true"
+        return self.github == "on" or (self.github == "auto" and is_there)
 
     def github_file(self, variable: str) -> Path | None:
         """Return the file that an environment variable names, if GitHub output is on."""
@@ -110,11 +111,10 @@ class GateOutputSpec:
 
 def check_outputs(output: GateOutputSpec) -> None:
     """Check, before anything is measured, that all files can be written; leave nothing behind."""
-    for option, file in output.files.items():
-        check_file(file, option)
-    for variable in (STEP_SUMMARY, STEP_OUTPUT):
-        if named := output.github_file(variable):
-            check_file(named, variable)
+    appended = {variable: output.github_file(variable) for variable in (STEP_SUMMARY, STEP_OUTPUT)}
+    for option, file in {**output.files, **appended}.items():
+        if file is not None:
+            check_file(file, option)
 
 
 def conclude(gate: Gate, output: GateOutputSpec) -> None:
@@ -149,23 +149,18 @@ def conclude(gate: Gate, output: GateOutputSpec) -> None:
             write_file(file, contents[option])
     # GitHub reads annotations on both streams; a document has standard output to itself.
     is_document = output.json or output.markdown == STANDARD_OUTPUT
-    print(marks, end="", file=sys.stderr if is_document else sys.stdout)
-    _append(output, STEP_SUMMARY, markdown)
-    _append(output, STEP_OUTPUT, f"answer={gate.answer}\nexit-code={code}\n")
+    echo(marks, end="", err=is_document)
+    outputs = f"answer={gate.answer}\nexit-code={code}\n"
+    for variable, text in ((STEP_SUMMARY, markdown), (STEP_OUTPUT, outputs)):
+        if target := output.github_file(variable):
+            try:
+                with target.open("a", encoding="utf-8", errors="replace") as out:
+                    out.write(text)
+            except OSError as error:
+                raise UsageError(
+                    f"{variable} {target}: cannot be written: {reason_of(error)}; give --github off"
+                ) from error
     raise typer.Exit(code)
-
-
-def _append(output: GateOutputSpec, variable: str, text: str) -> None:
-    file = output.github_file(variable)
-    if file is None:
-        return
-    try:
-        with file.open("a", encoding="utf-8", errors="replace") as out:
-            out.write(text)
-    except OSError as error:
-        raise UsageError(
-            f"{variable} {file}: cannot be written: {reason_of(error)}; give --github off"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -181,15 +176,11 @@ class RecordSpec:
         settings.check(self)
 
 
-@contextmanager
-def _recording(record: RecordSpec, name: str) -> Iterator[None]:
+def _recording(record: RecordSpec, name: str) -> AbstractContextManager[object]:
     lost = "there is no answer"
     if record.output is None:
-        with interruptible(lost):
-            yield
-    else:
-        with output_folder(record.output, overwrite=record.overwrite, marker=name, lost=lost):
-            yield
+        return interruptible(lost)
+    return output_folder(record.output, overwrite=record.overwrite, marker=name, lost=lost)
 
 
 DUET_HELP = """Compare another installation of batchbench with this one, in alternating
@@ -239,49 +230,34 @@ def duet(
     record: RecordSpec,
     output: GateOutputSpec,
 ) -> None:
-    from batchbench.studies.gate.spec import timed_strategies
-
-    experiment = make_experiment(given, simulated=False)
-    timed_strategies(experiment, deciding.timed)
-    check_outputs(output)
-    with _recording(record, "duet.json"):
-        conclude(_duet(base, deciding, experiment, record, output), output)
-
-
-def _duet(
-    base: BaseSpec,
-    deciding: DuetSpec,
-    experiment: Experiment,
-    record: RecordSpec,
-    output: GateOutputSpec,
-) -> Gate:
     from batchbench.cli.progress import make_display
     from batchbench.studies.gate.duet import ProcessPairs, make_duet_gate, record_of, run_duet
+    from batchbench.studies.gate.evidence import Side
     from batchbench.studies.gate.processes import Workers, this_installation
-    from batchbench.studies.gate.spec import timed_strategies
 
-    label, installation = _base(base)
-    sides = (installation, this_installation("new"))
-    strategies, others = timed_strategies(experiment, deciding.timed)
-    threads = experiment.model.threads or 1
-    until = time.monotonic() + deciding.max_time
-    with (
-        Workers(sides[0], threads, until) as base_workers,
-        Workers(sides[1], threads, until) as new_workers,
-        make_display(quiet=output.quiet, max_time=deciding.max_time) as display,
-    ):
-        source = ProcessPairs((base_workers, new_workers), experiment, others)
-        result = run_duet(source, strategies, deciding, display)
-    gate = make_duet_gate(
-        result,
-        (label, "this installation"),
-        (sides[0].python, sides[1].python),
-        typed_command(),
-        allow_improvement=deciding.allow_improvement,
-    )
-    if record.output is not None:
-        write_whole(record.output, {"duet.json": record_of(result, gate)})
-    return gate
+    experiment = make_experiment(given, simulated=False)
+    timed, others = timed_strategies(experiment, deciding.timed)
+    check_outputs(output)
+    with _recording(record, "duet.json"):
+        label, installation = _base(base)
+        here = this_installation("new")
+        threads, until = experiment.model.threads or 1, time.monotonic() + deciding.max_time
+        with (
+            Workers(installation, threads, until) as base_workers,
+            Workers(here, threads, until) as new_workers,
+            make_display(quiet=output.quiet, max_time=deciding.max_time) as display,
+        ):
+            source = ProcessPairs((base_workers, new_workers), experiment, others)
+            result = run_duet(source, timed, deciding, display)
+        sides = (
+            Side(label, {"python": str(installation.python)}),
+            Side("this installation", {"python": str(here.python)}),
+        )
+        allowed = deciding.allow_improvement
+        gate = make_duet_gate(result, sides, typed_command(), allow_improvement=allowed)
+        if record.output is not None:
+            write_whole(record.output, {"duet.json": record_of(result, gate)})
+        conclude(gate, output)
 
 
 def _base(base: BaseSpec) -> tuple[str, Installation]:
@@ -289,10 +265,9 @@ def _base(base: BaseSpec) -> tuple[str, Installation]:
 
     if base.base_ref is not None:
         folder, commit = install_revision(base.base_ref)
-        label = base.base_ref
-        if not commit.startswith(label):
-            label = f"{label} ({commit[:12]})"
-        return label, Installation("base", Path(sys.executable), own=True, folder=folder)
+        more = "" if commit.startswith(base.base_ref) else f" ({commit[:12]})"
+        own = Installation("base", Path(sys.executable), own=True, folder=folder)
+        return f"{base.base_ref}{more}", own
     assert base.base_python is not None
     if not base.base_python.is_file():
         what = "is a folder" if base.base_python.is_dir() else "no such file"
@@ -330,8 +305,7 @@ app = typer.Typer(help=BASELINE_HELP, no_args_is_help=True)
 @with_options()
 def check(check_spec: CheckSpec, record: RecordSpec, output: GateOutputSpec) -> None:
     from batchbench.cli.progress import make_display
-    from batchbench.studies.gate.baseline import load_baseline
-    from batchbench.studies.gate.check import record_of, run_check
+    from batchbench.studies.gate.check import load_baseline, record_of, run_check
 
     file = check_spec.baseline
     assert file is not None
@@ -356,7 +330,8 @@ def save(
     ] = None,
 ) -> None:
     from batchbench.cli.progress import make_display
-    from batchbench.studies.gate.baseline import make_baseline, to_json
+    from batchbench.json_file import json_text
+    from batchbench.studies.gate.check import make_baseline
     from batchbench.studies.gate.report import render_baseline
 
     if file is not None and saving.output is not None:
@@ -369,7 +344,7 @@ def save(
         check_files(target.parent, [target.name], overwrite=saving.overwrite)
         with make_display(quiet=saving.quiet) as display:
             baseline = make_baseline(experiment, saving.processes, display, typed_command())
-        write_file(target, to_json(baseline))
+        write_file(target, json_text(baseline.data))
     if not saving.quiet:
         make_console().print(render_baseline(baseline))
         echo(f"File: {target}")
@@ -381,7 +356,7 @@ def show(
         Path, typer.Argument(metavar="FILE", help="A saved baseline.", show_default=False)
     ],
 ) -> None:
-    from batchbench.studies.gate.baseline import load_baseline
+    from batchbench.studies.gate.check import load_baseline
     from batchbench.studies.gate.report import render_baseline
 
     make_console().print(render_baseline(load_baseline(file)))

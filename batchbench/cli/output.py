@@ -242,12 +242,14 @@ SILENCE_S = 10.0
 
 
 @contextmanager
-def reminding(what: str, say: Callable[[str], object]) -> Iterator[None]:
+def reminding(
+    what: str, say: Callable[[str], object], every_s: float | None = None
+) -> Iterator[None]:
     """Say every ten seconds that ``what`` still goes on, until the block ends."""
     over, began = threading.Event(), time.monotonic()
 
     def remind() -> None:
-        while not over.wait(SILENCE_S):
+        while not over.wait(every_s or SILENCE_S):
             say(f"still {what}, {time.monotonic() - began:.0f} s so far")
 
     threading.Thread(target=remind, daemon=True).start()

@@ -21,6 +21,9 @@ from batchbench.studies.gate.duet import TurnsWatch
 from batchbench.studies.sweep.grid import Cell
 from batchbench.studies.sweep.run import SweepWatch
 
+TICK_S = 1.0
+"""Time between two updates of a wait on a terminal."""
+
 REDRAW_S = 0.1
 """Time between two drawings, which take host time from the measurement."""
 
@@ -81,6 +84,9 @@ class PlainDisplay(SweepWatch, CapacityWatch, TurnsWatch):
     def phase(self, name: str) -> None:
         if not self._cell:
             self._print(f"{PHASES.get(name, name)} …")
+        self._wait_for(name)
+
+    def _wait_for(self, name: str) -> None:
         self._end_wait()
         if not self._console.quiet:
             self._waiting.enter_context(output.reminding(name, self._console.print))
@@ -168,12 +174,10 @@ class PlainDisplay(SweepWatch, CapacityWatch, TurnsWatch):
         )
 
     def begins(self, what: str) -> None:
-        most = f" of at most {spell_time(self._max_time)}" if self._max_time else ""
-        self._activity(f"{what} · {spell_time(time.monotonic() - self._made)}{most}")
-
-    def _activity(self, line: str) -> None:
-        if time.monotonic() - self._printed > output.SILENCE_S or self._printed == self._made:
-            self._print(line)
+        if self._printed == self._made:
+            most = f", at most {spell_time(self._max_time)} in all" if self._max_time else ""
+            self._print(f"{what}{most} …")
+        self._wait_for(what)
 
     def measured(self, label: str, what: str) -> None:
         self._print(f"{label:<12} {what}".rstrip())
@@ -227,9 +231,15 @@ class LiveDisplay(PlainDisplay):
         self._remove(self._phase)
         self._phase = f"{name} …"
         self._set(self._phase, 0, None)
+        self._end_wait()
+        self._waiting.enter_context(output.reminding(name, self._tick, TICK_S))
 
-    def _activity(self, line: str) -> None:
-        self.phase(line)
+    def _tick(self, line: str) -> None:
+        if self._phase in self._tasks:
+            self._set(self._phase, 0, None, status=line.rpartition(", ")[2])
+
+    def begins(self, what: str) -> None:
+        self.phase(what)
 
     def trial_begins(self, strategy: str, trial: int, trials: int) -> None:
         super().trial_begins(strategy, trial, trials)

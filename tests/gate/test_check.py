@@ -6,6 +6,7 @@ import io
 import json
 import random
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,25 +25,29 @@ from support.baselines import (
 )
 
 from batchbench.batching.experiment import Experiment
+from batchbench.cli import output, progress
 from batchbench.cli.main import run_command
+from batchbench.cli.progress import LiveDisplay, PlainDisplay
 from batchbench.errors import OutOfTimeError, UsageError
-from batchbench.studies.gate import baseline
-from batchbench.studies.gate.baseline import (
+from batchbench.studies.gate import check
+from batchbench.studies.gate.check import (
+    FIRST_LOOK,
     Baseline,
-    Measured,
+    Process,
     load_baseline,
     make_baseline,
     make_cut,
     reference_strategies,
+    run_check,
 )
-from batchbench.studies.gate.check import FIRST_LOOK, run_check
-from batchbench.studies.gate.duet import TurnsWatch
+from batchbench.studies.gate.duet import Cut, TurnsWatch
 from batchbench.studies.gate.evidence import Answer, Gate
+from batchbench.studies.gate.processes import ProcessReport
 from batchbench.studies.gate.report import render_baseline
 from batchbench.studies.gate.spec import CheckSpec
-from batchbench.studies.gate.turns import Cut
 
 FILE = Path("baseline.json")
+Measured = tuple[Process, ProcessReport]
 
 
 def gate_of(
@@ -58,7 +63,7 @@ def gate_of(
         count[0] += 1
         return now(chance)
 
-    monkeypatch.setattr(baseline, "measure_process", observe)
+    monkeypatch.setattr(check, "measure_process", observe)
     spec = CheckSpec(baseline=FILE, **asked)
     gate, _ = run_check(Baseline(kept or baseline_data()), FILE, spec, TurnsWatch(), "again")
     return gate, count[0]
@@ -198,6 +203,24 @@ def test_equal_versions_raise_no_alarm_in_many_checks(monkeypatch: pytest.Monkey
     assert Answer.FAILED not in answers
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_every_wait_shows_what_goes_on(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    monkeypatch.setattr(progress, "TICK_S", 0.01)
+    monkeypatch.setattr(output, "SILENCE_S", 0.05)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    kind = LiveDisplay if terminal else PlainDisplay
+    with kind(console, max_time=240.0) as display:
+        for what in ("process 1", "process 2"):
+            display.begins(what)
+            time.sleep(0.5)
+            display.measured(what, "2.00× as fast as static")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for what in ("process 1", "process 2"):
+        assert f"{what}    2.00× as fast as static" in shown
+        assert f"{what} …" in shown if terminal else f"still {what}, " in shown
+    assert " s so far" in shown
+
+
 # The file
 
 
@@ -245,7 +268,7 @@ def test_spoiled_baselines_are_named(
     [
         (["check"], "--baseline: name the file"),
         (["check", "--baseline", "/nowhere.json"], "no such file"),
-        (["check", "--baseline", "/"], "is a folder"),
+        (["check", "--baseline", "/"], "is a directory"),
         (["baseline", "show", "/nowhere.json"], "no such file"),
         (["baseline", "save", "--processes", "3"], "must be at least 8"),
         (["baseline", "save", "--output", "/nowhere/at/all/b.json"], "cannot be written"),
@@ -307,8 +330,8 @@ def test_a_process_goes_through_whole_trials(step_ms: float) -> None:
 def test_a_baseline_is_made_of_real_processes(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(baseline, "PROCESS_S", 0.01)
-    monkeypatch.setattr(baseline, "TURN_S", 0.02)
+    monkeypatch.setattr(check, "PROCESS_S", 0.01)
+    monkeypatch.setattr(check, "TURN_S", 0.02)
     experiment = Experiment.of(
         {
             "model": str(checkpoint),
@@ -337,7 +360,7 @@ def test_a_check_keeps_what_each_process_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chance = random.Random(3)
-    monkeypatch.setattr(baseline, "measure_process", lambda *_: measured(process(chance)))
+    monkeypatch.setattr(check, "measure_process", lambda *_: measured(process(chance)))
     file, folder = write_baseline(tmp_path / "baseline.json"), tmp_path / "kept"
     words = ["batchbench", "check", "--baseline", str(file), "--output", str(folder), "--quiet"]
     for more, code in (([], 0), ([], 2), (["--overwrite"], 0)):

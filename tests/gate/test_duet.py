@@ -28,15 +28,18 @@ from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError
 from batchbench.reports.statistics import Verdict
 from batchbench.studies.gate import duet, processes, report, worker
 from batchbench.studies.gate.duet import (
+    Cut,
     DuetResult,
+    Pair,
     ProcessPairs,
     Series,
     TurnsWatch,
+    contamination,
     make_duet_gate,
     record_of,
     run_duet,
 )
-from batchbench.studies.gate.evidence import Answer, Gate, Kind
+from batchbench.studies.gate.evidence import Answer, Gate, Kind, Side
 from batchbench.studies.gate.processes import (
     Installation,
     ProcessReport,
@@ -46,7 +49,7 @@ from batchbench.studies.gate.processes import (
     this_installation,
 )
 from batchbench.studies.gate.spec import DuetSpec, timed_strategies
-from batchbench.studies.gate.turns import Cut, Pair, Turn, contamination
+from batchbench.studies.gate.worker import Turn
 
 PACKAGE = Path(batchbench.__file__).parent
 WORK = {"forward_passes": 10, "slot_steps": 80, "output_digest": "a" * 64}
@@ -107,13 +110,8 @@ class MadeUp:
 
 
 def gate_on(result: DuetResult, *, allow_improvement: bool = False) -> Gate:
-    return make_duet_gate(
-        result,
-        ("base", "new"),
-        (Path("a"), Path("b")),
-        "again",
-        allow_improvement=allow_improvement,
-    )
+    sides = (Side("base", {"python": "a"}), Side("new", {"python": "b"}))
+    return make_duet_gate(result, sides, "again", allow_improvement=allow_improvement)
 
 
 def found_of(
@@ -182,7 +180,7 @@ def test_a_kernel_that_differs_makes_the_times_say_nothing() -> None:
     assert "calibration kernel" in gate.sentence
 
 
-class Side:
+class Player:
     """One side's worker process, which logs what it is told and when it has answered."""
 
     def __init__(self, name: str, log: list[str], *, forks: bool) -> None:
@@ -213,7 +211,7 @@ class Side:
 def test_two_processes_that_may_share_a_gpu_open_one_after_the_other(forks: bool) -> None:
     """Both would find its memory free, and each would slow the other's calibration."""
     log: list[str] = []
-    sides: Any = (Side("base", log, forks=True), Side("new", log, forks=forks))
+    sides: Any = (Player("base", log, forks=True), Player("new", log, forks=forks))
     ProcessPairs(sides, Experiment(), []).pair(["continuous"], None, with_others=False)
     apart = ["base opens", "base is open", "new opens", "new is open"]
     together = ["base opens", "new opens", "base is open", "new is open"]
@@ -387,11 +385,15 @@ def test_a_burst_in_one_turn_bends_nothing() -> None:
     assert pair.value("continuous") == 0
 
 
-def test_a_pair_comes_back_from_its_record() -> None:
-    pair = made_up(0.03)
-    again = Pair.of(json.loads(json.dumps(pair.as_data())))
-    assert again.value("continuous") == pair.value("continuous")
-    assert again.as_data() == pair.as_data()
+def test_a_record_has_all_that_a_pair_measured() -> None:
+    found, gate, _ = found_of(scattered(0.0, 0.005))
+    (first, *_), pair = json.loads(record_of(found, gate))["first"]["pairs"], found.first.pairs[0]
+    turns = {
+        name: [(Turn(*base), Turn(*new)) for base, new in pairs]
+        for name, pairs in first["turns"].items()
+    }
+    assert Pair(**{**first, "turns": turns}).value("continuous") == pair.value("continuous")
+    assert turns == pair.turns
 
 
 # What is asked
@@ -748,7 +750,8 @@ def test_a_revision_is_installed_as_committed(
     (tmp_path / "beyond").mkdir()
     (tmp_path / "beyond" / "added_beyond.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "beyond"))
-    folder, commit = install_revision("HEAD~1", tmp_path / "cache")
+    monkeypatch.setenv("BATCHBENCH_CACHE", str(tmp_path / "cache"))
+    folder, commit = install_revision("HEAD~1")
     asked = "import batchbench, torch, added_beyond; print(batchbench.__version__)"
     done = subprocess.run(
         [sys.executable, "-P", "-c", asked],
@@ -760,5 +763,5 @@ def test_a_revision_is_installed_as_committed(
     assert done.stdout.strip() == "1"
     assert len(commit) == 40
     before = folder.stat().st_mtime_ns
-    assert install_revision("HEAD~1", tmp_path / "cache")[0] == folder
+    assert install_revision("HEAD~1")[0] == folder
     assert folder.stat().st_mtime_ns == before  # once a commit

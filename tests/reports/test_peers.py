@@ -558,7 +558,7 @@ def test_different_loads_are_not_compared(program: Program) -> None:
     Path("eight.json").write_text(json.dumps(data), encoding="utf-8")
     said = program("compare", str(SAMPLES / "vllm-summary.json"), "eight.json")
     assert said.code == 2
-    assert "its load is concurrency=8" in said.error
+    assert "has the load concurrency=8" in said.error
 
 
 def test_our_result_is_not_compared_with_a_file_of_another_tool(program: Program) -> None:

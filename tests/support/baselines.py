@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from batchbench.batching.experiment import Experiment
-from batchbench.studies.gate.baseline import Measured, Process
+from batchbench.studies.gate.check import Process
+from batchbench.studies.gate.duet import Cut
 from batchbench.studies.gate.processes import ProcessReport
-from batchbench.studies.gate.turns import Cut
 
 COUNTS = {
     "forward_passes": 130,
@@ -59,8 +59,8 @@ def process(
     )
 
 
-def measured(made: Process, work: Any = WORK, **changes: Any) -> Measured:
-    """The measurements of a fresh process."""
+def measured(made: Process, work: Any = WORK, **changes: Any) -> tuple[Process, ProcessReport]:
+    """The measurements of a fresh process, and its report."""
     told = {
         "workload": {"digest": "d" * 64, "closed": True, "total_output_tokens": 680},
         "environment": ENVIRONMENT,
@@ -69,8 +69,7 @@ def measured(made: Process, work: Any = WORK, **changes: Any) -> Measured:
         **changes,
     }
     hello = {"version": "1", "file": "here"}
-    report = ProcessReport(hello, told, {"work": work, "varied": {}})
-    return Measured(made, CUT, report)
+    return made, ProcessReport(hello, told, {"work": work, "varied": {}})
 
 
 def baseline_data(days: float = 1.0, **changes: Any) -> dict[str, Any]:

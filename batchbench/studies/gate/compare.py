@@ -16,28 +16,38 @@ from scipy import stats
 from batchbench.batching.machine import MUST_MATCH_FOR_TIMES, Difference, differences
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
+from batchbench.reports.peers import read_peer
+from batchbench.reports.peers.values import PeerFile
+from batchbench.reports.result_file import load_data
 from batchbench.reports.statistics import FEWEST, POWER, Decision, Rule, Verdict, compare_means
 from batchbench.reports.text import joined, plural
 from batchbench.settings import option_name
-from batchbench.studies.gate import peers
-from batchbench.studies.gate.counts import (
+from batchbench.studies.gate.evidence import (
     OUTPUTS,
-    Counts,
+    Evidence,
+    Gate,
+    Kind,
+    MetricQuery,
+    Side,
     Version,
     compare_counts,
-    facts_of_result,
+    compare_work,
+    describe,
+    in_short,
     make_gate,
     mismatches,
+    shown_facts,
 )
-from batchbench.studies.gate.evidence import Evidence, Gate, Kind, MetricQuery, Side, describe
 from batchbench.studies.gate.spec import METRICS, CompareSpec, Condition, Metric
+
+_ENDINGS = (".json", ".jsonl", ".yaml", ".yml")
+"""Endings of the files of other tools."""
 
 _PARTS = ("target", "workload", "serving", "model", "trials", "goals")
 _MAY_DIFFER = ("trials", "max_time", "verify")
 """Settings in which the runs of one experiment may differ."""
 
-_MOST_RUNS = 10_000
-"""Largest number of runs that is suggested."""
+_MOST_RUNS = 10_000  # that are suggested
 
 
 # Runs
@@ -51,13 +61,8 @@ class Run:
     data: Mapping[str, Any]
 
     @property
-    def reasons(self) -> Sequence[str]:
-        reasons: Sequence[str] = self.data["validity"]["reasons"]
-        return reasons
-
-    @property
-    def strategies(self) -> list[str]:
-        return list(self.data["strategies"])
+    def reasons(self) -> list[str]:
+        return list(self.data["validity"]["reasons"])
 
     @property
     def of_peer(self) -> bool:
@@ -82,20 +87,9 @@ class Runs:
 
     @property
     def version(self) -> Version:
-        data = self.first
-        machine = data["environment"].get("gpu") or data["environment"].get("cpu")
-        facts = {
-            "version": data["batchbench_version"],
-            "commit": data["environment"].get("git_commit"),
-            "created": data["created_at"],
-            "machine": "simulated" if data["simulated"] else machine,
-            "runs": str(len(self.runs)),
-        }
-        return Version(
-            Side(self.label, facts),
-            [Counts.of_result(run.data) for run in self.runs],
-            [facts_of_result(run.data) for run in self.runs],
-        )
+        more = {"created": self.first["created_at"], "runs": str(len(self.runs))}
+        side = Side(self.label, {**shown_facts(self.first), **more})
+        return Version(side, [run.data for run in self.runs])
 
 
 def load_runs(path: Path) -> Runs:
@@ -104,16 +98,18 @@ def load_runs(path: Path) -> Runs:
         files = _files(path)
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UsageError(f"{path}: cannot be read: {reason_of(error)}") from error
-    several = len(files) > 1
-    runs = Runs(
-        str(path), [Run(str(file) if several else str(path), peers.load(file)) for file in files]
-    )
-    _check_runs(runs)
-    return runs
+    runs = []
+    for file in files:
+        peer = read_peer(file)
+        data: Mapping[str, Any] = load_data(file) if peer is None else _as_result(peer)
+        runs.append(Run(str(file if len(files) > 1 else path), data))
+    side = Runs(str(path), runs)
+    _check_runs(side)
+    return side
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file() and path.suffix not in peers.ENDINGS:
+    if path.is_file() and path.suffix not in _ENDINGS:
         raise UsageError(
             f"{path}: is not a result.json; give that file, or the folder that holds it"
         )
@@ -121,7 +117,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if folders := sorted(file.parent for file in path.glob("*/result.json")):
         return folders
-    if files := peers.files_in(path):
+    if files := sorted(file for file in path.iterdir() if file.suffix in _ENDINGS):
         return files
     raise UsageError(
         f"{path}: holds no result.json, nor do the folders in it; give a folder that batchbench "
@@ -129,29 +125,49 @@ def _files(path: Path) -> list[Path]:
     )
 
 
+def _as_result(file: PeerFile) -> dict[str, Any]:
+    """Return the parts of a result that another tool's file holds."""
+    sizes = ("completed", "total_input_tokens", "total_output_tokens")
+    return {
+        "peer": file.tool,
+        "batchbench_version": None,
+        "created_at": file.created,
+        "simulated": False,
+        "environment": {},
+        "validity": {"reasons": []},
+        "model": {"name": file.model, "dtype": None},
+        "workload": {"closed": True},
+        "config": {
+            "target": {"tool": file.title, "server": file.backend},
+            "workload": {name: [run.summary[name] for run in file.runs] for name in sizes},
+            "serving": {"engine": None},
+        },
+        "strategies": {
+            run.name: {"trials": [run.summary], "counters": {}, "output_digest": None}
+            for run in file.runs
+        },
+        "comparisons": [],
+    }
+
+
 def _check_runs(side: Runs) -> None:
     """Raise UsageError if a side's runs are not of one experiment and one version."""
     first = side.runs[0]
     for run in side.runs[1:]:
         _check_same_question(first, run)
-        for difference in (
-            () if first.of_peer else differing_settings(first.data["config"], run.data["config"])
-        ):
-            if difference.name not in _MAY_DIFFER:
+        for setting in differing_settings(first.data["config"], run.data["config"]):
+            if setting.name not in _MAY_DIFFER and not first.of_peer:
                 raise UsageError(
                     f"{run.label}: is not of the same experiment as {first.label}: "
-                    f"{_spell_setting(difference)}; give runs of one experiment in {side.label}"
+                    f"{_spell_setting(setting)}; give runs of one experiment in {side.label}"
                 )
     for one, other in combinations(side.runs, 2):
-        if not one.data["simulated"] and _trials(one) == _trials(other):
+        trials = [[s["trials"] for s in run.data["strategies"].values()] for run in (one, other)]
+        if not one.data["simulated"] and trials[0] == trials[1]:
             raise UsageError(
                 f"{other.label}: holds the same measurement as {one.label}, which would count "
                 "twice; remove one of them"
             )
-
-
-def _trials(run: Run) -> list[Any]:
-    return [strategy["trials"] for strategy in run.data["strategies"].values()]
 
 
 def check_comparable(base: Runs, new: Runs) -> None:
@@ -160,11 +176,8 @@ def check_comparable(base: Runs, new: Runs) -> None:
     Runs of the base must agree on their counts, or there is nothing to compare with.
     """
     _check_same_question(base.runs[0], new.runs[0])
-    first = Counts.of_result(base.first)
     for run in base.runs[1:]:
-        for evidence in compare_counts(
-            first, Counts.of_result(run.data), alike=base.first["simulated"]
-        ):
+        for evidence in compare_counts(base.first, run.data, alike=base.first["simulated"]):
             if evidence.fails:
                 raise UsageError(
                     f"{run.label}: its {evidence.name} is {evidence.new}, and {evidence.base} in "
@@ -173,36 +186,60 @@ def check_comparable(base: Runs, new: Runs) -> None:
                 )
 
 
+_KINDS = {
+    "peer": "is of another tool, and {other} of batchbench; show them side by side with "
+    "batchbench report {one} {other}",
+    "simulated": "is a simulation, and {other} was measured; compare two simulations or two "
+    "measurements",
+    "server": "was measured on a server, and {other} on our own engine; compare two results with "
+    "--target, or two without",
+}
+"""Keys of a result that only one of two lacks, with the reason why they cannot be compared."""
+
+
 def _check_same_question(base: Run, new: Run) -> None:
     then, now = base.data, new.data
-    if base.of_peer or new.of_peer:
-        peers.check_same_load((base.label, then), (new.label, now))
-        return
-    if then["simulated"] != now["simulated"]:
-        simulated, measured = (base, new) if then["simulated"] else (new, base)
-        raise UsageError(
-            f"{simulated.label}: is a simulation, and {measured.label} was measured; compare two "
-            "simulations or two measurements"
-        )
-    if bool(then.get("server")) != bool(now.get("server")):
-        served, own = (base, new) if then.get("server") else (new, base)
-        raise UsageError(
-            f"{served.label}: was measured on a server, and {own.label} on our own engine; compare "
-            "two results with --target, or two without"
-        )
-    if then["workload"]["digest"] != now["workload"]["digest"]:
+    for key, reason in _KINDS.items():
+        if bool(then.get(key)) != bool(now.get(key)):
+            first, second = (base, new) if then.get(key) else (new, base)
+            reason = reason.format(one=first.label, other=second.label)
+            raise UsageError(f"{first.label}: {reason}")
+    of_peer = base.of_peer
+    if not of_peer and then["workload"]["digest"] != now["workload"]["digest"]:
         raise UsageError(
             f"{new.label}: has a different workload from {base.label}: "
             f"{_spell_workloads(then['config'], now['config'])}; run both with the same workload "
             "options"
         )
-    _check_model(base, new)
-    one, other = base.strategies, new.strategies
-    if set(one) != set(other) or one[0] != other[0]:
-        raise UsageError(
-            f"{new.label}: has the strategies {', '.join(other)}, and {base.label} has "
-            f"{', '.join(one)}; run both with --strategy {','.join(one)}"
-        )
+    for what, (theirs, ours) in _named(then, now).items():
+        if theirs != ours:
+            way = (
+                f"measure both with the same {what}" if of_peer else f"run both with {_WAYS[what]}"
+            )
+            raise UsageError(
+                f"{new.label}: has the {what} {ours}, and {base.label} has {theirs}; {way}"
+            )
+
+
+_WAYS = {
+    "model": "the same --model",
+    "weights": "the same --model, --load-format and --seed",
+    "strategies": "the same --strategy",
+}
+
+
+def _named(*results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return what must be the same in results, by its name."""
+    models = [data["model"] for data in results]
+    named = {"model": [model["name"] or "not named" for model in models]}
+    if "peer" in results[0]:
+        return {**named, "load": [", ".join(data["strategies"]) for data in results]}
+    digests = [model.get("weights_digest") for model in models]
+    # In another number format the same weights have another digest.
+    if all(digests) and len({model["dtype"] for model in models}) == 1:
+        named["weights"] = [digest[:12] for digest in digests]
+    orders = [list(data["strategies"]) for data in results]
+    return {**named, "strategies": [", ".join([o[0], *sorted(o[1:])]) for o in orders]}
 
 
 def _spell_workloads(base: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -222,23 +259,6 @@ def _spell_setting(difference: Difference) -> str:
     return f"{option_name(difference.name)} differs: {' and '.join(values)}"
 
 
-def _check_model(base: Run, new: Run) -> None:
-    then, now = base.data["model"], new.data["model"]
-    if then["name"] != now["name"]:
-        raise UsageError(
-            f"{new.label}: has the model {now['name']}, and {base.label} has {then['name']}; run "
-            "both with the same --model"
-        )
-    digests = then.get("weights_digest"), now.get("weights_digest")
-    # In another number format the same weights have another digest.
-    if then["dtype"] == now["dtype"] and None not in digests and digests[0] != digests[1]:
-        raise UsageError(
-            f"{new.label}: has different weights from {base.label} ({now['name']}, "
-            f"{digests[1][:12]} and {digests[0][:12]}); run both with the same --model, "
-            "--load-format and --seed"
-        )
-
-
 def differing_settings(
     base: Mapping[str, Any], new: Mapping[str, Any], parts: Sequence[str] = _PARTS
 ) -> list[Difference]:
@@ -251,19 +271,12 @@ def differing_settings(
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One side of a metric: logarithms that grow as it gets slower.
-
-    Attributes:
-        logs: a value for each run, or for each trial.
-        known: variance of their mean beyond the one they show.
-        of_runs: they are values of runs.
-        variance: variance of the value of one run.
-    """
+    """One side of a metric: logarithms of runs or trials that grow as it gets slower."""
 
     logs: Sequence[float]
-    known: float = 0.0
+    known: float = 0.0  # variance of their mean beyond the one they show
     of_runs: bool = True
-    variance: float = 0.0
+    variance: float = 0.0  # of the value of one run
 
     @property
     def mean(self) -> float:
@@ -274,22 +287,17 @@ def judge(
     query: MetricQuery,
     base: Sample,
     new: Sample,
-    decision: Decision | None,
+    decision: Decision,
     why: str | None = None,
     needed: str | None = None,
 ) -> Evidence:
-    return query.evidence(
-        (query.value(base.mean), query.value(new.mean)),
-        decision,
-        (len(base.logs), len(new.logs)),
-        needed,
-        why,
-    )
+    values = query.value(base.mean), query.value(new.mean)
+    return query.evidence(values, decision, (len(base.logs), len(new.logs)), needed, why)
 
 
 def compare_speeds(
     base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Difference]
-) -> list[Evidence]:
+) -> Iterator[Evidence]:
     """Compare ratios and times of two comparable versions.
 
     Speed-ups are gated if the environments match or ``spec`` accepts that they do not; times and
@@ -297,50 +305,39 @@ def compare_speeds(
     and the others share the same amount.
     """
     queries = list(_queries(base, new, spec))
-    _check_alike(queries, spec, unlike)
-    counts = {gated: sum(query.gated is gated for query in queries) for gated in (True, False)}
-    margin = math.log1p(spec.margin / 100)
-    evidence = []
+    margin, alpha = math.log1p(spec.margin / 100), 1 - spec.confidence
     for query in queries:
         if unlike and not (spec.allow_environment_mismatch and query.metric.is_ratio):
-            evidence.append(_refused(query, base, new, unlike))
-            continue
-        rule = Rule(query.log_floor, margin, 1 - spec.confidence).shared(counts[query.gated])
-        evidence.append(_compare(query, base, new, rule))
-    return evidence
+            yield _refuse(query, base, new, unlike)
+        else:
+            sharing = sum(other.gated is query.gated for other in queries)
+            yield _compare(query, base, new, Rule(query.log_floor, margin, alpha).shared(sharing))
 
 
 def _queries(base: Runs, new: Runs, spec: CompareSpec) -> Iterator[MetricQuery]:
-    strategies, floor = base.runs[0].strategies, spec.floor / 100
-    conditions = spec.conditions
+    strategies, conditions = list(base.first["strategies"]), spec.conditions
     for condition in conditions:
         _check_condition(condition, strategies, base, new)
     for metric in METRICS.values():
         for name in strategies[1:] if metric.of_pair else strategies:
-            if not all(_has(side, metric, name) for side in (base, new)):
-                continue
-            own = [c for c in conditions if c.metric == metric and c.strategy in (None, name)]
-            yield from (MetricQuery(metric, name, c.share, True, c) for c in own)
-            if not own and metric.shown:
-                yield MetricQuery(metric, name, floor, metric.name == "speedup")
+            if _has(base, metric, name) and _has(new, metric, name):
+                own = [c for c in conditions if c.metric == metric and c.strategy in (None, name)]
+                yield from (MetricQuery(metric, name, c.share, True, c) for c in own)
+                if not own and metric.shown:
+                    yield MetricQuery(metric, name, spec.floor / 100, metric.name == "speedup")
 
 
 def _check_condition(
     condition: Condition, strategies: Sequence[str], base: Runs, new: Runs
 ) -> None:
     option, metric = f"--fail-if '{shown(condition.text)}'", condition.metric
-    if condition.strategy is not None and condition.strategy not in strategies:
+    names = strategies[1:] if metric.of_pair else strategies  # the first is the baseline of pairs
+    if not names or condition.strategy not in (None, *names):
         raise UsageError(
-            f"{option}: there is no strategy {condition.strategy}; the results have "
-            f"{', '.join(strategies)}"
+            f"{option}: only {', '.join(names) or 'no strategy'} can have a {metric.name} in these "
+            "results"
         )
-    if metric.of_pair and (len(strategies) < 2 or condition.strategy == strategies[0]):
-        raise UsageError(
-            f"{option}: {metric.name} compares a strategy with the baseline {strategies[0]}; "
-            + (f"name {strategies[1]}" if strategies[1:] else "the results have no other strategy")
-        )
-    candidates = strategies[1:] if metric.of_pair else strategies
-    names = candidates if condition.strategy is None else [condition.strategy]
+    names = [condition.strategy] if condition.strategy else names
     for side in (base, new):
         if not any(_has(side, metric, name) for name in names):
             raise UsageError(
@@ -351,31 +348,6 @@ def _check_condition(
 
 def _has(side: Runs, metric: Metric, strategy: str) -> bool:
     return any(v is not None for run in side.runs for v in _values(metric, strategy, run.data))
-
-
-def _check_alike(
-    queries: Sequence[MetricQuery], spec: CompareSpec, unlike: Sequence[Difference]
-) -> None:
-    for query in queries if unlike else ():
-        is_ratio = query.metric.is_ratio
-        if query.condition is None or (is_ratio and spec.allow_environment_mismatch):
-            continue
-        way = "give --allow-environment-mismatch" if is_ratio else "compare ratios such as speedup"
-        raise UsageError(
-            f"--fail-if '{query.condition.text}': {spell_unlike(unlike)}; compare runs of "
-            f"matching environments, or {way}"
-        )
-
-
-def spell_unlike(unlike: Sequence[Difference]) -> str:
-    facts = ", ".join(f"{d.name} ({_spell(d.base)}, {_spell(d.new)})" for d in unlike)
-    return f"the environments differ in {facts}"
-
-
-def _spell(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_spell(inner)}" for name, inner in value.items())
-    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _values(metric: Metric, strategy: str, data: Mapping[str, Any]) -> list[float | None]:
@@ -392,18 +364,48 @@ def _values(metric: Metric, strategy: str, data: Mapping[str, Any]) -> list[floa
     return [a / b / steps if b and steps else None for a, b in pairs]
 
 
-def _logs(query: MetricQuery, run: Run) -> list[float] | None:
-    """Return a logarithm for each trial; None if a trial has none."""
-    values = _values(query.metric, query.strategy, run.data)
-    sign = -1 if query.metric.higher_is_better else 1
-    logs = [sign * math.log(v) for v in values if v and v > 0 and math.isfinite(v)]
-    return logs if logs and len(logs) == len(values) else None
+def _refuse(query: MetricQuery, base: Runs, new: Runs, unlike: Sequence[Difference]) -> Evidence:
+    """Return values from environments that do not match; a change of times would mislead.
+
+    Raises:
+        UsageError: a condition needs a verdict.
+    """
+    is_ratio = query.metric.is_ratio
+    if query.condition is not None:
+        way = "give --allow-environment-mismatch" if is_ratio else "compare ratios such as speedup"
+        raise UsageError(
+            f"--fail-if '{query.condition.text}': {_spell_unlike(unlike)}; compare runs of "
+            f"matching environments, or {way}"
+        )
+    why = f"was not compared: the environments differ in {', '.join(d.name for d in unlike)}"
+    if is_ratio:
+        why += "; --allow-environment-mismatch compares it anyway"
+    samples = _sample(query, base.runs), _sample(query, new.runs)
+    evidence = _without_verdict(replace(query, gated=False), *samples, why)
+    return evidence if is_ratio else replace(evidence, change=None)
+
+
+def _spell_unlike(unlike: Sequence[Difference]) -> str:
+    facts = ", ".join(f"{d.name} ({_spell(d.base)}, {_spell(d.new)})" for d in unlike)
+    return f"the environments differ in {facts}"
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_spell(inner)}" for name, inner in value.items())
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _sample(query: MetricQuery, runs: Sequence[Run]) -> Sample | None:
-    of_runs = [logs for run in runs if (logs := _logs(query, run)) is not None]
-    if not of_runs or len(of_runs) < len(runs):
-        return None
+    """Return the logarithms of a side; None if a trial has none."""
+    sign = -1 if query.metric.higher_is_better else 1
+    of_runs = []
+    for run in runs:
+        values = _values(query.metric, query.strategy, run.data)
+        logs = [sign * math.log(v) for v in values if v and v > 0 and math.isfinite(v)]
+        if not logs or len(logs) < len(values):
+            return None
+        of_runs.append(logs)
     if len(of_runs) >= FEWEST:
         means = [float(np.mean(logs)) for logs in of_runs]
         return Sample(means, variance=float(np.var(means, ddof=1)))
@@ -424,27 +426,23 @@ def _compare(query: MetricQuery, base: Runs, new: Runs, rule: Rule) -> Evidence:
         stamped = f"was not compared: {suspect.label} is stamped suspect: {reason}"
         return _without_verdict(query, then, now, stamped)
     if base.first["simulated"]:
-        return judge(query, then, now, _exact(then, now, rule))
+        change, verdict = now.mean - then.mean, Verdict.SAME
+        if abs(change) > rule.floor + 1e-12:  # rounding of sums of logarithms
+            verdict = Verdict.SLOWER if change > 0 else Verdict.FASTER
+        return judge(query, then, now, Decision(verdict, len(then.logs), change, change, change))
     if list(then.logs) == list(now.logs):  # the same measurement on both sides
         same = Decision(Verdict.SAME, len(then.logs), 0.0, 0.0, 0.0)
         return judge(query, then, now, same, "has the same values to the last digit")
     between = math.sqrt((then.known + now.known) / 2)
     decision = compare_means(then.logs, now.logs, rule, between=between)
+    why = needed = None
     if decision.is_sure:
         why = f"--fail-if '{query.condition.text}'" if query.condition else None
-        return judge(query, then, now, decision, why)
-    if not query.gated:
-        return judge(query, then, now, decision)
-    few = min(len(base.valid), len(new.valid))
-    uncertain = f"is too uncertain from {plural(few, 'run')} per side"
-    return judge(query, then, now, decision, uncertain, _needed(then, now, decision, rule))
-
-
-def _exact(base: Sample, new: Sample, rule: Rule) -> Decision:
-    change = new.mean - base.mean
-    beyond = abs(change) > rule.floor + 1e-12  # rounding of sums of logarithms
-    verdict = Verdict.SAME if not beyond else Verdict.SLOWER if change > 0 else Verdict.FASTER
-    return Decision(verdict, min(len(base.logs), len(new.logs)), change, change, change)
+    elif query.gated:
+        few = min(len(base.valid), len(new.valid))
+        why = f"is too uncertain from {plural(few, 'run')} per side"
+        needed = _needed(then, now, decision, rule)
+    return judge(query, then, now, decision, why, needed)
 
 
 def _needed(base: Sample, new: Sample, decision: Decision, rule: Rule) -> str | None:
@@ -470,21 +468,10 @@ def _needed(base: Sample, new: Sample, decision: Decision, rule: Rule) -> str | 
 def _without_verdict(
     query: MetricQuery, base: Sample | None, new: Sample | None, why: str
 ) -> Evidence:
-    values = tuple(None if sample is None else query.value(sample.mean) for sample in (base, new))
-    evidence = query.evidence((values[0], values[1]), None, why=why)
     if base is None or new is None:
-        return evidence
-    return replace(evidence, change=query.change(new.mean - base.mean))
-
-
-def _refused(query: MetricQuery, base: Runs, new: Runs, unlike: Sequence[Difference]) -> Evidence:
-    """Return values from environments that do not match; a change of times would mislead."""
-    why = f"was not compared: the environments differ in {', '.join(d.name for d in unlike)}"
-    if query.metric.is_ratio:
-        why += "; --allow-environment-mismatch compares it anyway"
-    samples = _sample(query, base.runs), _sample(query, new.runs)
-    evidence = _without_verdict(replace(query, gated=False), *samples, why)
-    return evidence if query.metric.is_ratio else replace(evidence, change=None)
+        values = tuple(None if one is None else query.value(one.mean) for one in (base, new))
+        return query.evidence((values[0], values[1]), Decision(Verdict.UNKNOWN, 0), why=why)
+    return judge(query, base, new, Decision(Verdict.UNKNOWN, 0, new.mean - base.mean), why)
 
 
 # The gate
@@ -494,19 +481,21 @@ def compare_versions(base: Runs, new: Runs, spec: CompareSpec, typed: str) -> Ga
     check_comparable(base, new)
     sides = base.version, new.version
     unlike = mismatches(*sides, MUST_MATCH_FOR_TIMES)
-    speeds = compare_speeds(base, new, spec, unlike)
+    speeds = list(compare_speeds(base, new, spec, unlike))
+    work = compare_work(*sides, allow_improvement=spec.allow_improvement)
+    of_peer, few = base.runs[0].of_peer, min(len(base.runs), len(new.runs))
+    doubt = (
+        f"{plural(few, 'file')} per side cannot show that a difference is not chance; give folders "
+        f"of {FEWEST} or more files per side, and --fail-if for a metric that matters"
+    )
     return make_gate(
         "compare",
         typed,
-        sides,
-        speeds,
-        allow_improvement=spec.allow_improvement,
-        notes=lambda work: [
-            *_notes(base, new, spec, unlike, work),
-            *_warnings(speeds, simulated=base.first["simulated"]),
-        ],
+        *sides,
+        [*work, *speeds],
+        notes=[*_notes(base, new, spec, unlike, work), *_warnings(speeds, base.first["simulated"])],
         settings=differing_settings(base.first["config"], new.first["config"]),
-        unsure=peers.doubt(len(base.runs), len(new.runs)) if base.runs[0].of_peer else None,
+        unsure=doubt if of_peer and few < FEWEST else None,
     )
 
 
@@ -514,7 +503,12 @@ def _notes(
     base: Runs, new: Runs, spec: CompareSpec, unlike: Sequence[Difference], work: Sequence[Evidence]
 ) -> Iterator[str]:
     if base.runs[0].of_peer:
-        yield from peers.notes(base.first, new.first)
+        yield (
+            "Files of other tools name neither the machine nor the prompts: a difference may come "
+            "from either."
+        )
+        if base.first["peer"] != new.first["peer"]:
+            yield "The two tools define some metrics differently: docs/other-tools.md."
         return
     if base.first["simulated"]:
         yield "Both are simulations, whose times are exact."
@@ -538,13 +532,10 @@ def _notes(
                 "counts and outputs are compared."
             )
     if unlike:
-        ratios = (
-            "Speed-ups are gated anyway, as requested."
-            if spec.allow_environment_mismatch
-            else "Speed-ups are not gated either; --allow-environment-mismatch gates them."
-        )
-        text = spell_unlike(unlike)
-        yield f"{text[0].upper()}{text[1:]}: absolute times are not compared. {ratios}"
+        ratios = "Speed-ups are not gated either; --allow-environment-mismatch gates them."
+        if spec.allow_environment_mismatch:
+            ratios = "Speed-ups are gated anyway, as requested."
+        yield f"T{_spell_unlike(unlike)[1:]}: absolute times are not compared. {ratios}"
     for condition in spec.conditions:
         if not condition.is_loss:
             better = "rise" if condition.metric.higher_is_better else "fall"
@@ -554,20 +545,14 @@ def _notes(
             )
 
 
-def _warnings(speeds: Sequence[Evidence], *, simulated: bool) -> Iterator[str]:
+def _warnings(speeds: Sequence[Evidence], simulated: bool) -> Iterator[str]:
     """Warn of losses of times that no condition names."""
     lost = [
         e for e in speeds if e.kind is Kind.TIME and not e.gated and e.verdict is Verdict.SLOWER
     ]
-    if not lost:
-        return
-    more = f", and {len(lost) - 3} more" if len(lost) > 3 else ""
-    why = (
-        ""
-        if simulated
-        else "Times of two sessions also differ because of other load on the machine. "
-    )
-    yield (
-        f"Warning: {'; '.join(map(describe, lost[:3]))}{more}. {why}Times are gated only by "
-        "--fail-if."
-    )
+    if lost:
+        why = "Times of two sessions also differ because of other load on the machine. "
+        yield (
+            f"Warning: {in_short([*map(describe, lost)])}. {why * (not simulated)}Times are gated "
+            "only by --fail-if."
+        )

@@ -18,20 +18,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from batchbench import version
 from batchbench.batching.experiment import Experiment
-from batchbench.batching.machine import allowed_cpus, facts_of
+from batchbench.batching.machine import allowed_cpus
 from batchbench.errors import BatchbenchError, OutOfTimeError, UsageError, shown
 from batchbench.files import cache_folder, reason_of, replacing, undisturbed
-from batchbench.studies.gate.counts import Counts, Version
-from batchbench.studies.gate.evidence import Side
-from batchbench.studies.gate.turns import Turn
-from batchbench.studies.gate.worker import PROTOCOL, Calibration
+from batchbench.studies.gate.evidence import Side, Version, as_result, shown_facts
+from batchbench.studies.gate.worker import PROTOCOL, Calibration, Turn
 
 PATIENCE_S = 600.0
 """Maximum wait for an answer."""
@@ -43,25 +41,17 @@ FORKS_PER_PARENT = 8
 """Processes forked from one parent before everything is imported again, so that a bias that they
 share does not affect all samples."""
 
-Calibrations = Mapping[str, Calibration]
-"""Calibrations by strategy."""
+Calibrations = Mapping[str, Calibration]  # by strategy
 
 
 @dataclass(frozen=True)
 class Installation:
-    """A Python interpreter and its batchbench.
+    """A Python interpreter and its batchbench."""
 
-    Attributes:
-        label: its name in messages: base, new, here.
-        python: the interpreter; that of a virtual environment is in its ``bin``.
-        own: it is the interpreter of this program, and keeps its ``PYTHONPATH``.
-        folder: a folder whose batchbench comes before any other; None for the installed one.
-    """
-
-    label: str
+    label: str  # its name in messages: base, new, here
     python: Path
-    own: bool = False
-    folder: Path | None = None
+    own: bool = False  # it is the interpreter of this program, and keeps its PYTHONPATH
+    folder: Path | None = None  # whose batchbench comes before any other
 
     def environment(self, threads: int | None) -> dict[str, str]:
         """Return environment variables, equal on both sides except for the place of batchbench."""
@@ -98,21 +88,10 @@ class ProcessReport:
     def on_cpu(self) -> bool:
         return str(self.opened["model"]["device"]) == "cpu"
 
-    @property
-    def counts(self) -> Counts:
-        return Counts.of_work(self.work, self.opened)
-
-    def version(self, label: str, **more: str) -> Version:
-        """Return the installation as one side of a gate, with ``more`` facts to show."""
-        environment = self.opened["environment"]
-        facts = {
-            **more,
-            "batchbench": self.hello["version"],
-            "commit": environment.get("git_commit"),
-            "machine": environment.get("gpu") or environment.get("cpu"),
-        }
-        known = facts_of(environment, self.opened["model"])
-        return Version(Side(label, facts), [self.counts], [known])
+    def version(self, side: Side) -> Version:
+        """Return the installation as a side of a gate that has more facts."""
+        result = as_result(self.opened, self.work, self.hello["version"])
+        return Version(Side(side.label, {**side.facts, **shown_facts(result)}), [result])
 
 
 def varying_work(reports: Sequence[ProcessReport]) -> str | None:
@@ -129,7 +108,7 @@ def varying_work(reports: Sequence[ProcessReport]) -> str | None:
     return None
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager["Workers"]):
     """Fresh processes of one installation, one after another; none outlives the ``with`` block.
 
     If the system can fork, :data:`FORKS_PER_PARENT` of them come from one process that has imported
@@ -145,9 +124,6 @@ class Workers:
         self.installation, self._threads, self._until = installation, threads, until
         self._running: _Running | None = None
         self._left = 0
-
-    def __enter__(self) -> Workers:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.end()
@@ -171,9 +147,8 @@ class Workers:
         self.ready()
         self._left -= 1
         python = self.installation.python
-        self.tell({"do": "begin"})
         try:
-            hello = self.answer()
+            hello = self.ask({"do": "begin"})
         except OutOfTimeError:
             raise
         except BatchbenchError as error:
@@ -202,9 +177,13 @@ class Workers:
         also: Sequence[str],
         core: int | None,
     ) -> None:
-        known = {name: astuple(calibrations[name]) if calibrations else None for name in strategies}
-        request = {"do": "open", "config": experiment.config(), "lanes": known}
+        lanes = {name: calibrations[name] if calibrations else None for name in strategies}
+        request = {"do": "open", "config": experiment.config(), "lanes": lanes}
         self.tell({**request, "also": list(also), "core": core})
+
+    def ask(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        self.tell(request)
+        return self.answer()
 
     def answer(self) -> Mapping[str, Any]:
         """Wait for the answer to the last request.
@@ -220,18 +199,16 @@ class Workers:
         try:
             line = self._running.lines.get(timeout=min(PATIENCE_S, left))
         except queue.Empty:
-            if left < PATIENCE_S:
-                waited = time.monotonic() - began
-                why = f"{label} had not answered for {waited:.0f} s"
-                raise OutOfTimeError(why, waited) from None
-            raise BatchbenchError(f"{label}: no answer in {PATIENCE_S:g} s") from None
+            if left >= PATIENCE_S:
+                raise BatchbenchError(f"{label}: no answer in {PATIENCE_S:g} s") from None
+            waited = time.monotonic() - began
+            why = f"{label} had not answered for {waited:.0f} s"
+            raise OutOfTimeError(why, waited) from None
         if not line:
-            why = self._running.last_words()
-            raise BatchbenchError(f"{label}: ended by itself: {why}")
-        try:
+            raise BatchbenchError(f"{label}: ended by itself: {self._running.last_words()}")
+        answer = None
+        with contextlib.suppress(ValueError):
             answer = json.loads(line)
-        except ValueError:
-            answer = None
         if not isinstance(answer, dict):
             raise BatchbenchError(f"{label}: the answer is not a JSON object: {line[:80]!r}")
         if "error" in answer:
@@ -240,12 +217,10 @@ class Workers:
         return answer
 
     def turn(self, strategy: str, steps: int) -> Turn:
-        self.tell({"do": "turn", "lane": strategy, "steps": steps})
-        return Turn(*self.answer()["turn"])
+        return Turn(*self.ask({"do": "turn", "lane": strategy, "steps": steps})["turn"])
 
     def finish(self) -> Mapping[str, Any]:
-        self.tell({"do": "finish"})
-        return self.answer()
+        return self.ask({"do": "finish"})
 
 
 class _Running:
@@ -318,7 +293,7 @@ def draw_core(threads: int, chance: random.Random) -> int | None:
     return chance.choice(sorted(allowed_cpus()))
 
 
-def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, str]:
+def install_revision(revision: str) -> tuple[Path, str]:
     """Return a folder that holds the package batchbench as of ``revision``, and the commit.
 
     The folder is kept in a cache, by commit. Put in front of ``PYTHONPATH``, it makes this
@@ -326,34 +301,35 @@ def install_revision(revision: str, cache: Path | None = None) -> tuple[Path, st
 
     Args:
         revision: anything that git resolves to a commit: a branch, a tag, ``HEAD~1``.
-        cache: folder of all revisions; None for the user's.
 
     Raises:
         UsageError: there is no repository, no such revision, or the cache cannot be written.
     """
-    root = repository()
-    commit = (
-        _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").decode().strip()
-    )
+    root = _repository()
+    found = _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    commit = found.decode().strip()
     if not commit:
         raise UsageError(
             f"--base-ref {shown(revision)}: {root} has no such commit; fetch it (in a "
             "shallow clone: git fetch --unshallow), or name one that git log shows"
         )
     try:
-        folder = (cache or cache_folder() / "revisions") / commit[:16]
+        folder = cache_folder() / "revisions" / commit[:16]
     except RuntimeError as error:
         raise UsageError(
             "--base-ref: there is no home folder for the cache; set BATCHBENCH_CACHE to a folder"
         ) from error
     if not folder.exists():
-        _install(root, commit, folder)
+        archive = _git(root, "archive", "--format=tar", commit, "batchbench")
+        if not archive:
+            raise UsageError(f"--base-ref {commit[:12]}: has no package batchbench")
+        _extract(archive, folder)
     return folder, commit
 
 
-def repository() -> Path:
+def _repository() -> Path:
     """Return the checkout of batchbench that this runs from, or that the current folder is in."""
-    for root in (Path(version.__file__).parents[1], *(Path.cwd() / "x").parents):
+    for root in (Path(version.__file__).parents[1], Path.cwd(), *Path.cwd().parents):
         if (root / ".git").exists() and (root / "batchbench" / "__init__.py").exists():
             return root
     raise UsageError(
@@ -361,10 +337,7 @@ def repository() -> Path:
     )
 
 
-def _install(root: Path, commit: str, folder: Path) -> None:
-    archive = _git(root, "archive", "--format=tar", commit, "batchbench")
-    if not archive:
-        raise UsageError(f"--base-ref {commit[:12]}: has no package batchbench")
+def _extract(archive: bytes, folder: Path) -> None:
     try:
         with replacing(folder, folder=True) as staging:
             with tarfile.open(fileobj=io.BytesIO(archive)) as files:
@@ -380,10 +353,10 @@ def _install(root: Path, commit: str, folder: Path) -> None:
 
 
 def _git(root: Path, *words: str) -> bytes:
+    """Return what git prints; nothing if it fails."""
+    command = ["git", "-C", str(root), *words]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, check=False, timeout=60
-        )
+        done = subprocess.run(command, capture_output=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UsageError(f"--base-ref: git cannot be run ({error})") from error
     return done.stdout if done.returncode == 0 else b""

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
-import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 from rich import box
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from batchbench.batching.machine import Difference
 from batchbench.json_file import json_text
 from batchbench.reports.formats.markdown import escape, fenced, table
+from batchbench.reports.formats.terminal import make_table
 from batchbench.reports.statistics import Verdict
 from batchbench.reports.text import interval_percent, percent, plural
-from batchbench.studies.gate.baseline import OLD_DAYS, Baseline
+from batchbench.studies.gate.check import OLD_DAYS, Baseline
 from batchbench.studies.gate.evidence import (
     CANNOT_TELL,
     Answer,
@@ -46,6 +46,8 @@ _MEASURED = (
     *("Smallest detectable loss", "Samples needed"),
 )
 
+_DIFFERING = ("Name", "Base", "New")
+
 _DETECTABLE = "Detectable: the smallest loss that this many samples would probably have shown."
 
 MOST_ROWS = 30
@@ -62,15 +64,11 @@ class Rows:
     evidence: Sequence[Evidence]
     below: Sequence[str]
 
-    @property
-    def head(self) -> tuple[str, ...]:
-        return _COUNTED if self.kind is Kind.WORK else _MEASURED
-
 
 def tables(gate: Gate, *, verbose: bool = False) -> list[Rows]:
     """Return the rows for each kind of evidence; ``verbose`` includes unchanged metrics."""
     verbose = verbose or not gate.of(Kind.WORK)  # another tool's files hold times only
-    rows = [_rows(kind, gate.of(kind), verbose=verbose) for kind in Kind if gate.of(kind)]
+    rows = [_rows(kind, gate.of(kind), verbose=verbose) for kind in Kind]
     return [part for part in rows if part.evidence or part.below]
 
 
@@ -143,8 +141,12 @@ def cells(evidence: Evidence) -> tuple[str, ...]:
     )
 
 
-def _differing(difference: Difference) -> tuple[str, str, str]:
-    return difference.name, _spell_setting(difference.base), _spell_setting(difference.new)
+def _differing(gate: Gate) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield a title and rows for the settings and facts that differ."""
+    for part, found in (("settings", gate.settings), ("environment", gate.environment)):
+        if found:
+            rows = [[d.name, _spell_setting(d.base), _spell_setting(d.new)] for d in found]
+            yield f"Differing {part}", rows
 
 
 def _spell_setting(value: Any) -> str:
@@ -157,20 +159,18 @@ def _spell_setting(value: Any) -> str:
 
 
 def _sides(gate: Gate) -> list[tuple[str, str]]:
-    facts = [side.facts for side in (gate.base, gate.new)]
-    names = dict.fromkeys(name for of_side in facts for name in of_side)
-    shared = [name for name in names if facts[0].get(name) == facts[1].get(name)]
+    """Return each side with its own facts, and a row of those that both share."""
+    base, new = gate.base.facts, gate.new.facts
+    shared = {name: fact for name, fact in base.items() if new.get(name) == fact}
 
-    def spelled(of_side: Mapping[str, str | None], chosen: Sequence[str]) -> list[str]:
-        return [f"{name} {of_side[name]}" for name in chosen if of_side.get(name) is not None]
+    def spelled(facts: Mapping[str, str | None]) -> list[str]:
+        return [f"{name} {fact}" for name, fact in facts.items() if fact is not None]
 
-    own = [name for name in names if name not in shared]
-    rows = [
-        (role, " · ".join([side.label, *spelled(side.facts, own)]))
-        for role, side in (("Base", gate.base), ("New", gate.new))
-    ]
-    both = spelled(facts[0], shared)
-    return [*rows, ("Both", " · ".join(both))] if both else rows
+    rows = []
+    for role, side in (("Base", gate.base), ("New", gate.new)):
+        own = {name: fact for name, fact in side.facts.items() if name not in shared}
+        rows.append((role, " · ".join([side.label, *spelled(own)])))
+    return [*rows, ("Both", " · ".join(spelled(shared)))] if spelled(shared) else rows
 
 
 def _last_lines(gate: Gate) -> list[str]:
@@ -188,20 +188,15 @@ def render_terminal(gate: Gate, *, strict: bool = False, verbose: bool = False) 
     for role, text in _sides(gate):
         identity.add_row(Text(role, style="bold"), Text(text, overflow="fold"))
     parts += [identity, Text()]
-    for title, rows in (("settings", gate.settings), ("environment", gate.environment)):
-        if rows:
-            grid = _grid(f"Differing {title}", ("Name", "Base", "New"), left=3)
-            for difference in rows:
-                grid.add_row(*map(Text, _differing(difference)))
-            parts += [grid, Text()]
+    for title, rows in _differing(gate):
+        parts += [make_table(title, _DIFFERING, rows, left=3), Text()]
     for part in tables(gate, verbose=verbose):
         title = TITLES[part.kind]
         parts.append(_table(title, part) if part.evidence else Text(title, style="bold"))
         parts += [*map(Text, part.below), Text()]
     if not gate.evidence:
         parts += [Text("Nothing was compared."), Text()]
-    parts += [Text(line, style="dim") for line in _last_lines(gate)]
-    return Group(*parts)
+    return Group(*parts, *(Text(line, style="dim") for line in _last_lines(gate)))
 
 
 def _answer(gate: Gate, *, strict: bool) -> RenderableType:
@@ -216,52 +211,33 @@ def _answer(gate: Gate, *, strict: bool) -> RenderableType:
 
 
 def _table(title: str, rows: Rows) -> Table:
-    work = rows.kind is Kind.WORK
+    """Return a table in which two cells share a column, so that it fits into 60 characters."""
     limits = any(one.smallest is not None or one.needed for one in rows.evidence)
     head = ["Count\nor output", "Base", "New", "Change", "Verdict"]
-    if not work:
+    if rows.kind is not Kind.WORK:
         head = ["Metric", "Base\nnew", "Change\n95 % CI", "Verdict"]
         head += ["Detectable\nneeded"] * limits
-    grid = _grid(title, head, left=1)
+    grid = make_table(title, head, [])
     for evidence in rows.evidence:
-        if work:
+        style = ""
+        if evidence.fails:
+            style = "bold red"
+        elif evidence.verdict is Verdict.UNKNOWN:
+            style = "bold yellow" if evidence.gated else "yellow"
+        elif evidence.verdict is Verdict.FASTER:
+            style = "green"
+        if rows.kind is Kind.WORK:
             *row, verdict, gate = cells(evidence)
-            grid.add_row(*map(Text, row), _verdict(evidence, verdict, gate))
+            grid.add_row(*map(Text, row), Text(f"{verdict}\n{gate}", style=style))
             continue
-        name, base, new, change, interval, verdict, gate, smallest, needed = cells(evidence)
+        name, base, new, change, interval, verdict, gate, *more = cells(evidence)
         grid.add_row(
             Text(name.replace(".", ".\n", 1)),
             Text(f"{base}\n{new}"),
             Text(f"{change}\n{interval}"),
-            _verdict(evidence, verdict, gate),
-            *[Text(f"{smallest}\n{needed}".rstrip())] * limits,
+            Text(f"{verdict}\n{gate}", style=style),
+            *[Text("\n".join(more).rstrip())] * limits,
         )
-    return grid
-
-
-def _verdict(evidence: Evidence, verdict: str, gate: str) -> Text:
-    style = ""
-    if evidence.fails:
-        style = "bold red"
-    elif evidence.verdict is Verdict.UNKNOWN:
-        style = "bold yellow" if evidence.gated else "yellow"
-    elif evidence.verdict is Verdict.FASTER:
-        style = "green"
-    return Text(f"{verdict}\n{gate}", style=style)
-
-
-def _grid(title: str, head: Sequence[str], *, left: int) -> Table:
-    grid = Table(
-        title=title,
-        title_style="bold",
-        title_justify="left",
-        pad_edge=False,
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        collapse_padding=True,
-    )
-    for i, name in enumerate(head):
-        grid.add_column(Text(name), justify="left" if i < left else "right", overflow="fold")
     return grid
 
 
@@ -284,51 +260,29 @@ def _lines(gate: Gate, *, strict: bool, verbose: bool) -> Iterator[str]:
         yield from (">", f"> {_NO_PASS} {code}")
     yield ""
     yield from table(["Side", "Version"], _sides(gate), left=2)
-    for title, rows in (("settings", gate.settings), ("environment", gate.environment)):
-        if rows:
-            yield from (f"**Differing {title}**", "")
-            yield from table(
-                ["Name", "Base", "New"], [list(_differing(row)) for row in rows], left=3
-            )
+    for title, rows in _differing(gate):
+        yield from (f"**{title}**", "")
+        yield from table(_DIFFERING, rows, left=3)
     for part in tables(gate, verbose=verbose):
         yield from (f"**{TITLES[part.kind]}**", "")
         if part.evidence:
-            columns = list(zip(part.head, *map(cells, part.evidence), strict=True))
+            heads = _COUNTED if part.kind is Kind.WORK else _MEASURED
+            columns = list(zip(heads, *map(cells, part.evidence), strict=True))
             head, *body = zip(*(column for column in columns if any(column[1:])), strict=True)
-            yield from table(list(head), body, left=1)
+            yield from table(head, body, left=1)
         for line in part.below:
             yield from (escape(line), "")
     if not gate.evidence:
         yield from ("Nothing was compared.", "")
     yield from (f"- {escape(line)}" for line in _last_lines(gate))
-    yield from (
-        "",
-        "<details><summary>Command</summary>",
-        "",
-        *fenced(gate.typed),
-        "",
-        "</details>",
-    )
+    yield from ("", "<details><summary>Command</summary>", "")
+    yield from (*fenced(gate.typed), "", "</details>")
 
 
 def render_json(gate: Gate, *, strict: bool = False) -> str:
     """Return JSON; a number without meaning is null, and values unknown to JSON are text."""
-    data = {**gate.as_data(), "exit_code": gate.exit_code(strict=strict)}
-    return json_text(_plain(data))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    return str(value)
+    text = json.dumps({**gate.as_data(), "exit_code": gate.exit_code(strict=strict)}, default=str)
+    return json_text(json.loads(text, parse_constant=lambda _: None))
 
 
 # JUnit XML, with the elements and attributes of Jenkins' xUnit plugin (its junit-10.xsd)
@@ -356,20 +310,19 @@ def render_junit(gate: Gate, *, strict: bool = False) -> bytes:
     for name, cases in suites.items():
         if cases:
             suite = ElementTree.SubElement(root, "testsuite", name=f"batchbench.{name}")
-            _count(suite, cases)
             suite.extend(cases)
-    _count(root, [case for cases in suites.values() for case in cases])
+            _count(suite)
+    _count(root)
     del root.attrib["skipped"]  # testsuites has no such attribute
     ElementTree.indent(root)
     document: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return document + b"\n"
 
 
-def _count(element: ElementTree.Element, cases: Sequence[ElementTree.Element]) -> None:
-    element.set("tests", str(len(cases)))
-    element.set("failures", str(sum(case.find("failure") is not None for case in cases)))
+def _count(element: ElementTree.Element) -> None:
+    for name, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
+        element.set(name, str(sum(1 for _ in element.iter(tag))))
     element.set("errors", "0")
-    element.set("skipped", str(sum(case.find("skipped") is not None for case in cases)))
 
 
 def _case(evidence: Evidence, *, strict: bool) -> ElementTree.Element:
@@ -452,35 +405,32 @@ def workflow_command(level: str, title: str, text: str) -> str:
 
 
 def render_baseline(baseline: Baseline) -> RenderableType:
-    data, processes = baseline.data, baseline.processes
+    data, processes, candidate = baseline.data, baseline.processes, baseline.candidate
     environment, model = data["environment"], data["model"]
     packages = ", ".join(f"{n} {v}" for n, v in environment["packages"].items())
+    commit = environment.get("git_commit") or "N/A"
     age = Text(f"Baseline, saved {baseline.age} ({data['created_at']})", "bold")
     if baseline.age_days > OLD_DAYS:
         age.stylize("bold yellow")
-    commit = environment.get("git_commit") or "N/A"
+    step_s = fmean(process.step_ns[candidate] for process in processes) / 1e9
+    rate = data["workload"]["total_output_tokens"] / (processes[0].passes[candidate] * step_s)
     lines = (
         f"{model['name']} · {model['device']} {model['dtype']} · {baseline.machine}",
         f"batchbench {data['batchbench_version']} · commit {commit} · {packages}",
-        f"{len(processes)} fresh processes · {baseline.throughput(baseline.candidate):,.0f} "
-        f"tok/s with {baseline.candidate}",
+        f"{len(processes)} fresh processes · {rate:,.0f} tok/s with {candidate}",
     )
-    ratios = Table(pad_edge=False)
-    ratios.add_column(f"{baseline.candidate} compared with", overflow="fold")
-    for title in ("Speed-up", "Std. deviation", "Processes"):
-        ratios.add_column(title, justify="right")
+    ratios = []
     for name in data["lanes"][1:]:
-        scatter = float(np.std([p.ratios[name] for p in processes], ddof=1))
-        ratios.add_row(
-            name, f"{baseline.speedup(name):.3f}×", f"{scatter:.1%}", str(len(processes))
-        )
-    work = Table(pad_edge=False)
-    work.add_column("Strategy", overflow="fold")
-    for title in ("Forward passes", "Useful slot-steps", "Idle", "Outputs"):
-        work.add_column(title, justify="right")
+        logs = [process.ratios[name] for process in processes]
+        ratios.append([name, f"{math.exp(-fmean(logs)):.3f}×", f"{stdev(logs):.1%}"])
+    work = []
     for name, counts in data["work"].items():
         names = ("forward_passes", "useful_slot_steps", "idle_slot_steps")
         shown = [f"{counts[f]:,}" if f in counts else "N/A" for f in names]
-        work.add_row(name, *shown, (counts["output_digest"] or "N/A")[:8])
-    again = Text(f"Again: {data['command']}")
-    return Group(age, *map(Text, lines), Text(), ratios, Text(), work, again)
+        work.append([name, *shown, (counts["output_digest"] or "N/A")[:8]])
+    head = ["Strategy", "Forward passes", "Useful slot-steps", "Idle", "Outputs"]
+    return Group(
+        *(age, *map(Text, lines), Text()),
+        make_table("", [f"{candidate} compared with", "Speed-up", "Std. deviation"], ratios),
+        *(Text(), make_table("", head, work), Text(f"Again: {data['command']}")),
+    )

@@ -7,7 +7,6 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from batchbench import settings
 from batchbench.batching.experiment import Experiment
@@ -18,29 +17,16 @@ from batchbench.settings import parse_number, setting
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured quantity of one strategy.
+    """A measured quantity of one strategy."""
 
-    Attributes:
-        name: its name in ``result.json``.
-        is_ratio: a ratio of two times of one run, so that machine speed cancels out; otherwise an
-            absolute time or rate.
-        of_pair: a ratio of two strategies, which the baseline strategy does not have.
-        between: standard deviation of its logarithm between processes, beyond that of the trials.
-        shown: compared even if no option names it.
-    """
-
-    name: str
+    name: str  # in result.json
     unit: str | None
     higher_is_better: bool
-    is_ratio: bool = False
-    of_pair: bool = False
-    between: float = 0.20
-    shown: bool = False
+    is_ratio: bool = False  # of two times of one run, so that machine speed cancels out
+    of_pair: bool = False  # a ratio of two strategies, which the baseline strategy does not have
+    between: float = 0.20  # standard deviation of its logarithm, between processes
+    shown: bool = False  # compared even if no option names it
 
-
-_LATENCIES = ("queue", "ttft", "tpot", "itl", "e2el")
-
-_STATISTICS = ("mean", "median", "std", "p90", "p99", "p99.9")
 
 # ``between`` was measured on a shared machine. Ratios of strategies vary with memory layout and the
 # order of runs. Times also vary with the clock and with neighbours (one step took 4.7, 8.0 and
@@ -60,14 +46,10 @@ METRICS = {
         Metric("energy_joules", "J", False),
         Metric("joules_per_output_token", "J", False),
         *(
-            Metric(
-                f"{statistic}_{latency}_ms",
-                "ms",
-                False,
-                shown=statistic in ("median", "p99") and latency != "queue",
-            )
-            for latency in _LATENCIES
-            for statistic in _STATISTICS
+            Metric(f"{statistic}_{latency}_ms", "ms", False, shown=usual and latency != "queue")
+            for latency in ("queue", "ttft", "tpot", "itl", "e2el")
+            for statistic in ("mean", "median", "std", "p90", "p99", "p99.9")
+            for usual in [statistic in ("median", "p99")]
         ),
     )
 }
@@ -81,20 +63,13 @@ _FORM = re.compile(r"(?P<name>[^<>\s]+)\s*(?P<sign>[<>])=?\s*(?P<percent>[^<>=]+
 
 @dataclass(frozen=True)
 class Condition:
-    """A change that fails the comparison if it is shown.
+    """A change that fails the comparison if it is shown."""
 
-    Attributes:
-        text: the condition as typed.
-        strategy: the strategy whose metric counts; None for any.
-        falls: a fall fails; otherwise a rise fails.
-        share: size of the change beyond which it fails, above 0.
-    """
-
-    text: str
+    text: str  # as typed
     metric: Metric
-    strategy: str | None
-    falls: bool
-    share: float
+    strategy: str | None  # whose metric counts; None for any
+    falls: bool  # a fall fails; otherwise a rise fails
+    share: float  # size of the change beyond which it fails, above 0
 
     @property
     def is_loss(self) -> bool:
@@ -121,40 +96,26 @@ def parse_condition(text: str) -> Condition:
     )
     if match is None:
         raise UsageError(f"{option}: {must}")
-    strategy, metric = _split(match["name"])
+    # Both may hold dots: my.policies:Mine.p99.9_ttft_ms.
+    name = match["name"]
+    known = (metric for metric in METRICS if f".{name}".endswith(f".{metric}"))
+    metric = max(known, key=len, default=name.rpartition(".")[2])
+    strategy = name[: -len(metric) - 1] or None
     if metric not in METRICS:
         raise UsageError(f"{option}: {_unknown(metric)}")
     falls, share = match["sign"] == "<", float(parse_number(match["percent"], option, must)) / 100
-    if share == 0:
+    if abs(share) < 1e-6:
         raise UsageError(
             f"{option}: any noise is a change of more than 0 %; give the smallest change that "
             "matters, such as 3%"
         )
     if falls != (share < 0):
-        sign = "-" if falls else ""
-        raise UsageError(
-            f"{option}: a {'fall is < and a negative' if falls else 'rise is > and a positive'} "
-            f"percentage; write '{shown(match['name'])} {match['sign']} "
-            f"{sign}{abs(share) * 100:g}%'"
-        )
-    if abs(share) < 1e-6:
-        raise UsageError(
-            f"{option}: must be larger; give the smallest change that matters, such as 3%"
-        )
+        rule = "fall is < and a negative" if falls else "rise is > and a positive"
+        right = f"{shown(name)} {match['sign']} {-share * 100:g}%"
+        raise UsageError(f"{option}: a {rule} percentage; write '{right}'")
     if falls and share <= -1:
         raise UsageError(f"{option}: nothing falls by 100 % or more; give less, such as -5%")
     return Condition(text.strip(), METRICS[metric], strategy, falls, abs(share))
-
-
-def _split(name: str) -> tuple[str | None, str]:
-    """Return strategy and metric; both may hold dots (``my.policies:Mine``, ``p99.9_ttft_ms``)."""
-    for metric in sorted(METRICS, key=len, reverse=True):
-        if name.endswith(f".{metric}"):
-            return name.removesuffix(f".{metric}"), metric
-    if name in METRICS:
-        return None, name
-    strategy, _, metric = name.rpartition(".")
-    return strategy or None, metric
 
 
 def _unknown(metric: str) -> str:
@@ -181,47 +142,16 @@ def check_margin(floor: float, margin: float) -> None:
 _PANEL = "Gate"
 
 
-def _percent(
-    default: float | None, help: str, default_text: str | None = None, *, least: float = 0.0
-) -> Any:
-    return setting(
-        default,
-        help,
-        _PANEL,
-        min=least,
-        max=90.0,
-        metavar="PERCENT",
-        unit="percent",
-        default_text=default_text,
-    )
-
+_PERCENT = {"min": 0.0, "max": 90.0, "metavar": "PERCENT", "unit": "percent"}
+_MARGIN = {**_PERCENT, "min": 0.1}
+_SHARE = {"min": 0.5, "max": 0.999999, "unit": "share"}
+_SECONDS = {"min": 20, "max": 1e9, "unit": "seconds"}
 
 _FLOOR_HELP = "A version is called slower if its loss is shown to exceed this percentage."
 _MARGIN_HELP = "Two versions are called the same if a loss above this percentage is ruled out."
-
-
-def _confidence(help: str) -> Any:
-    return setting(0.999, help, _PANEL, min=0.5, max=0.999999, unit="share")
-
-
-_SEQUENTIAL_HELP = "Probability that equal versions are not called slower, over the whole command."
-
-
-def _max_time(default: float) -> Any:
-    return setting(
-        default,
-        "Time limit in seconds, including the start of processes; at least 20.",
-        _PANEL,
-        min=20,
-        max=1e9,
-        unit="seconds",
-    )
-
-
-def _allow_improvement() -> Any:
-    return setting(
-        False, "Pass if all counts that changed, per strategy, are better (fewer passes).", _PANEL
-    )
+_CONFIDENCE_HELP = "Probability that equal versions are not called slower, over the whole command."
+_TIME_HELP = "Time limit in seconds, including the start of processes; at least 20."
+_ALLOW_HELP = "Pass if all counts that changed, per strategy, are better (fewer passes)."
 
 
 @dataclass(frozen=True)
@@ -236,20 +166,26 @@ class CompareSpec:
         _PANEL,
         metavar="CONDITION",
     )
-    floor: float = _percent(
+    floor: float = setting(
         5.0,
         "A version is called slower if its loss of speed-up is shown to exceed this percentage. "
         "Two builds of the same code, or two machines of one kind, can differ by a few percent.",
+        _PANEL,
+        **_PERCENT,
     )
-    margin: float = _percent(
+    margin: float = setting(
         10.0,
         "Two versions are called the same if the change is shown to stay within this percentage.",
-        least=0.1,
+        _PANEL,
+        **_MARGIN,
     )
-    confidence: float = _confidence(
-        "Confidence level required to report a change, over all gated metrics together."
+    confidence: float = setting(
+        0.999,
+        "Confidence level required to report a change, over all gated metrics together.",
+        _PANEL,
+        **_SHARE,
     )
-    allow_improvement: bool = _allow_improvement()
+    allow_improvement: bool = setting(False, _ALLOW_HELP, _PANEL)
     allow_environment_mismatch: bool = setting(
         False,
         "Gate speed-ups even if machine, software versions or execution differ. Absolute times are "
@@ -278,10 +214,10 @@ class CompareSpec:
 class DuetSpec:
     """Time limit and thresholds of a duet."""
 
-    max_time: float = _max_time(300.0)
-    floor: float = _percent(1.0, _FLOOR_HELP)
-    margin: float = _percent(5.0, _MARGIN_HELP, least=0.1)
-    confidence: float = _confidence(_SEQUENTIAL_HELP)
+    max_time: float = setting(300.0, _TIME_HELP, _PANEL, **_SECONDS)
+    floor: float = setting(1.0, _FLOOR_HELP, _PANEL, **_PERCENT)
+    margin: float = setting(5.0, _MARGIN_HELP, _PANEL, **_MARGIN)
+    confidence: float = setting(0.999, _CONFIDENCE_HELP, _PANEL, **_SHARE)
     timed: str | None = setting(
         None,
         "Strategies whose time is compared and gated, separated by commas. For the others only "
@@ -290,7 +226,7 @@ class DuetSpec:
         metavar="NAMES",
         default_text="the last of --strategy",
     )
-    allow_improvement: bool = _allow_improvement()
+    allow_improvement: bool = setting(False, _ALLOW_HELP, _PANEL)
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -311,13 +247,19 @@ class CheckSpec:
         metavar="NAME",
         choices=tuple(PRESETS),
     )
-    max_time: float = _max_time(240.0)
-    floor: float | None = _percent(
-        None, _FLOOR_HELP, "10, or 20 on another machine than the baseline's"
+    max_time: float = setting(240.0, _TIME_HELP, _PANEL, **_SECONDS)
+    floor: float | None = setting(
+        None,
+        _FLOOR_HELP,
+        _PANEL,
+        default_text="10, or 20 on another machine than the baseline's",
+        **_PERCENT,
     )
-    margin: float | None = _percent(None, _MARGIN_HELP, "1.5 times the floor", least=0.1)
-    confidence: float = _confidence(_SEQUENTIAL_HELP)
-    allow_improvement: bool = _allow_improvement()
+    margin: float | None = setting(
+        None, _MARGIN_HELP, _PANEL, default_text="1.5 times the floor", **_MARGIN
+    )
+    confidence: float = setting(0.999, _CONFIDENCE_HELP, _PANEL, **_SHARE)
+    allow_improvement: bool = setting(False, _ALLOW_HELP, _PANEL)
 
     def __post_init__(self) -> None:
         settings.check(self)
@@ -354,6 +296,20 @@ class BaselineSpec:
         settings.check(self)
 
 
+def taking_turns(experiment: Experiment) -> list[str]:
+    """Return the strategies that can take turns.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if ours := list(experiment.serving.policies):
+        return ours
+    raise UsageError(
+        f"--strategy {experiment.serving.strategy}: schedules by itself and cannot take turns; add "
+        "another strategy, such as continuous"
+    )
+
+
 def timed_strategies(experiment: Experiment, timed: str | None) -> tuple[list[str], list[str]]:
     """Return the strategies whose time is compared, and the others.
 
@@ -363,12 +319,7 @@ def timed_strategies(experiment: Experiment, timed: str | None) -> tuple[list[st
     Raises:
         UsageError: a name is not among the strategies, or none of them can take turns.
     """
-    ours = list(experiment.serving.policies)
-    if not ours:
-        raise UsageError(
-            f"--strategy {experiment.serving.strategy}: schedules by itself and cannot take "
-            "turns; add another strategy, such as continuous"
-        )
+    ours = taking_turns(experiment)
     names = [name.strip() for name in timed.split(",") if name.strip()] if timed else ours[-1:]
     for name in names:
         if name not in ours:

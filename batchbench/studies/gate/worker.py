@@ -34,21 +34,55 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from batchbench import version
 from batchbench.batching.batcher import Batcher, Serving
+from batchbench.batching.bench import LocalBench
+from batchbench.batching.experiment import Experiment
+from batchbench.batching.machine import environment
+from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.errors import BatchbenchError, UsageError
 from batchbench.reports.metrics import counters
-from batchbench.reports.result import output_digest
-from batchbench.studies.gate.turns import Turn
+from batchbench.reports.result import output_digest, workload_facts
 from batchbench.workloads import Workload
 
 PROTOCOL = 2
+
+BUSY = 1.2
+"""Ratio of wall time to processor time of a turn above which another process had the core."""
+
+
+class Calibration(NamedTuple):
+    """Steps of a trial and time of a step, measured in an earlier process or in a first trial."""
+
+    steps: int
+    step_ns: float
+
+
+class Turn(NamedTuple):
+    """Times of one turn.
+
+    The first step after another process had the machine is not timed, unless it is the first of a
+    trial.
+    """
+
+    steps: int  # timed steps
+    wall_ns: int  # of these steps
+    cpu_ns: int  # of the process within it
+    kernel_ns: int  # of the calibration kernel before the turn
+
+    @property
+    def step_ns(self) -> float:
+        return self.wall_ns / self.steps
+
+    @property
+    def is_busy(self) -> bool:
+        return self.wall_ns > BUSY * self.cpu_ns
 
 
 def main() -> None:
@@ -57,7 +91,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    _import_all()
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+
+    import batchbench.batching.engines.torch.build
+    import batchbench.batching.session  # noqa: F401
+
     gc.freeze()
     while sys.stdin.readline():  # the driver writes no further line before the answer
         if sys.platform != "linux" or not can_fork() or os.fork() == 0:
@@ -75,16 +113,9 @@ def can_fork() -> bool:
     return sys.platform == "linux" and not any(map(os.path.exists, drivers))
 
 
-def _import_all() -> None:
-    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
-
-    import batchbench.batching.engines.torch.build
-    import batchbench.batching.session  # noqa: F401
-
-
 def _serve(out: TextIO) -> None:
     worker = Worker()
-    _write(out, worker.hello())
+    print(json.dumps(worker.hello()), file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -93,7 +124,7 @@ def _serve(out: TextIO) -> None:
             answer = {"error": str(error), "usage": isinstance(error, UsageError)}
         except Exception:
             answer = {"error": traceback.format_exc(), "usage": False}
-        _write(out, answer)
+        print(json.dumps(answer), file=out, flush=True)
         if request["do"] == "finish" or "error" in answer:
             break
 
@@ -111,11 +142,6 @@ def randomize_memory_layout() -> list[object]:
     ]
 
 
-def _write(out: TextIO, answer: Mapping[str, Any]) -> None:
-    out.write(json.dumps(answer) + "\n")
-    out.flush()
-
-
 class Worker:
     """The server of one experiment's workload under one or several strategies."""
 
@@ -124,8 +150,6 @@ class Worker:
         self._memory = randomize_memory_layout()
 
     def hello(self) -> dict[str, Any]:
-        from batchbench.batching.machine import environment
-
         return {
             "protocol": PROTOCOL,
             "forks": can_fork(),
@@ -138,33 +162,37 @@ class Worker:
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if request["do"] == "open":
-            opened = self.open(request["config"], request["lanes"], request["also"])
-            stay_on(request["core"])
+            opened = self._open(request["config"], request["lanes"], request["also"])
+            if request["core"] is not None and hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, {request["core"]})
             return opened
         if request["do"] == "turn":
-            return {"turn": astuple(self._runs[request["lane"]].turn(request["steps"]))}
+            return {"turn": self._runs[request["lane"]].turn(request["steps"])}
         return {
             "varied": {name: run.varied for name, run in self._runs.items()},
             "work": {name: run.work for name, run in self._runs.items()},
         }
 
-    def open(
+    def _open(
         self,
         config: Mapping[str, Any],
         strategies: Mapping[str, Sequence[float] | None],
         also: Sequence[str],
     ) -> dict[str, Any]:
-        from batchbench.batching.bench import LocalBench
-        from batchbench.batching.experiment import Experiment
-        from batchbench.batching.models import ModelCache
-        from batchbench.reports.result import workload_facts
-
         experiment, models = Experiment.from_config(config), ModelCache()
         sessions = {}
         for name in strategies:
+            engine, _, strategy = name.rpartition("/")
+            serving = replace(experiment.serving, strategy=strategy)
+            if engine:
+                serving = replace(serving, engine=engine, prefill="auto", execution="auto")
             # Each has its own engine, whose cache holds the half-served batch between turns.
-            sessions[name] = LocalBench(_varied(experiment, name), Watch(), models)
-            _check_closed(sessions[name].workload)
+            sessions[name] = LocalBench(replace(experiment, serving=serving), Watch(), models)
+            if not sessions[name].workload.closed:
+                raise UsageError(
+                    "alternating turns need all requests at the start and fixed output lengths, so "
+                    "that both sides take the same steps; drop arrivals and --stop-at-eos"
+                )
             sessions[name].warm_up()
         first = next(iter(sessions.values()))
         others = {
@@ -188,44 +216,11 @@ class Worker:
             "model": first.model,
             "environment": first.environment,
             "lanes": {
-                name: {
-                    "steps": run.calibration.steps,
-                    "step_ns": run.calibration.step_ns,
-                    "work": run.work,
-                }
+                name: {**run.calibration._asdict(), "work": run.work}
                 for name, run in self._runs.items()
             },
             "also": others,
         }
-
-
-def _check_closed(workload: Workload) -> None:
-    if not workload.closed:
-        raise UsageError(
-            "alternating turns need all requests at the start and fixed output lengths, so that "
-            "both sides take the same steps; drop arrivals and --stop-at-eos"
-        )
-
-
-def stay_on(core: int | None) -> None:
-    if core is not None and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {core})
-
-
-def _varied(experiment: Any, name: str) -> Any:
-    engine, _, strategy = name.rpartition("/")
-    serving = replace(experiment.serving, strategy=strategy)
-    if engine:
-        serving = replace(serving, engine=engine, prefill="auto", execution="auto")
-    return replace(experiment, serving=serving)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Steps of a trial and time of a step, measured in an earlier process or in a first trial."""
-
-    steps: int
-    step_ns: float
 
 
 class PausableRun:
@@ -234,7 +229,6 @@ class PausableRun:
     Attributes:
         work: counters and output digest of the first trial; None before it has ended.
         varied: the first counter that differed in a later trial, which is a fault of batchbench.
-        calibration: measured in a first trial if it is not given.
     """
 
     def __init__(
@@ -244,7 +238,11 @@ class PausableRun:
         self._trial = 0
         self.work: Mapping[str, Any] | None = None
         self.varied: str | None = None
-        self.calibration = calibration or self._calibrate()
+        if calibration is None:
+            first = batcher.serve(workload, Watch(), trial=0)
+            self.work = work_of(first)
+            calibration = Calibration(first.num_steps, first.duration_ns / max(first.num_steps, 1))
+        self.calibration = calibration
         self._begin()
 
     def turn(self, steps: int) -> Turn:
@@ -267,16 +265,14 @@ class PausableRun:
             timed, todo = timed + now, todo - now
         return Turn(timed, wall, cpu, kernel_ns)
 
-    def _calibrate(self) -> Calibration:
-        first = self._batcher.serve(self._workload, Watch(), trial=self._trial)
-        self.work = work_of(first)
-        return Calibration(first.num_steps, first.duration_ns / max(first.num_steps, 1))
-
     def _begin(self) -> None:
         gc.collect()
         self._serving = Serving(self._batcher, self._workload, Watch(), trial=self._trial)
         self._done = 0
-        self._left = self.calibration.steps
+
+    @property
+    def _left(self) -> int:
+        return self.calibration.steps - self._done
 
     def _advance(self, steps: int) -> None:
         """Serve so many steps of the trial, and wait until they are computed."""
@@ -285,7 +281,6 @@ class PausableRun:
             self._serving.advance(goal - self._done)
             self._done = self._serving.steps
         self._batcher.engine.wait()
-        self._left = self.calibration.steps - self._done
 
     def _end(self) -> None:
         recording = self._serving.advance()

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy import stats
 
 from batchbench.reports.statistics import POWER, Floats, Rule, compare_means, mean_interval
 from batchbench.reports.text import interval_percent, percent, plural
-from batchbench.studies.gate.evidence import Answer
+from batchbench.studies.gate.evidence import Answer, in_short
 from batchbench.studies.trend.history import (
     CountChange,
     Entry,
@@ -35,7 +35,7 @@ _BATCH = 256
 _SLACK = 1e-9  # equal arrangements have equal statistics except for rounding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class ChangePoint:
     """A change of level before the value ``index``, and its p-value by permutation."""
 
@@ -55,30 +55,28 @@ def fewest_values(alpha: float) -> int:
     return n
 
 
-def find_changes(values: Sequence[float], alpha: float, seed: int = 0) -> list[ChangePoint]:
+def find_changes(values: Sequence[float], alpha: float) -> list[ChangePoint]:
     """Return the change points of a series, in its order.
 
     Args:
         alpha: probability of finding any if the values come in no order.
-        seed: seed of the permutations, so that the same series gives the same answer.
     """
     series = np.asarray(values, np.float64)
-    edges, p_values = [0, len(series)], dict[int, float]()
-    random = np.random.default_rng(seed)
+    found: list[ChangePoint] = []
+    random = np.random.default_rng(0)  # the same series gives the same answer
     while True:
+        edges = [0, *(point.index for point in found), len(series)]
         segments = [series[a:b] for a, b in itertools.pairwise(edges)]
         scored = [_best_split(segment[None, :]) for segment in segments]
         scores = [float(score[0]) for score, _ in scored]
         chosen = int(np.argmax(scores))
         if scores[chosen] <= 0:  # all values are equal, or the segments too short to be split
-            break
+            return found
         p_value = _p_value(segments, scores[chosen], alpha, random)
         if p_value > alpha:
-            break
-        place = edges[chosen] + int(scored[chosen][1][0])
-        p_values[place] = p_value
-        edges = sorted([*edges, place])
-    return [ChangePoint(place, p_values[place]) for place in sorted(p_values)]
+            return found
+        found.append(ChangePoint(edges[chosen] + int(scored[chosen][1][0]), p_value))
+        found.sort()
 
 
 def _p_value(
@@ -129,27 +127,24 @@ def _best_split(rows: Floats) -> tuple[Floats, Floats]:
 _FEWEST_AT_AN_END, _MOST_AT_AN_END = 4, 20
 """Results at each end that a drift compares: a quarter of all, within these bounds."""
 
+_NEVER = datetime.min.replace(tzinfo=UTC)
+
 _WORK = ("forward_passes", "prefill_tokens", "padded_prefill_tokens", "slot_steps")
 """Counters of which more is worse; the others only show where the work went."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of level between two results, or from one end of a series to the other.
-
-    Attributes:
-        share: new / old − 1 of the metric; low and high bound it with 95 % confidence.
-        counts: whether it also exceeds the floor.
-    """
+    """A change of level between two results, or from one end of a series to the other."""
 
     before: Entry
     after: Entry
-    share: float
+    share: float  # new / old − 1 of the metric; low and high bound it with 95 % confidence
     low: float
     high: float
     p_value: float
     is_loss: bool
-    counts: bool
+    counts: bool  # it also exceeds the floor
     accepted: bool = False
 
     @property
@@ -177,31 +172,31 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class SeriesResult:
-    """The analysis of a series.
-
-    Attributes:
-        drift: change from its oldest to its newest results; None if there are too few.
-        smallest: smallest change in the middle, as a share, that would probably have been found.
-        too_few: number of results needed, if there are fewer.
-    """
+    """The analysis of a series."""
 
     series: Series
     segments: Sequence[Segment]
-    changes: Sequence[Change]
-    drift: Change | None
-    smallest: float | None
-    too_few: int | None
+    changes: Sequence[Change] = ()
+    drift: Change | None = None  # from its oldest to its newest results; None if they are too few
+    smallest: float | None = None  # change in the middle that would probably have been found
+    too_few: int | None = None  # number of results needed, if there are fewer
+
+    @property
+    def counting(self) -> list[Change]:
+        return [change for change in self.changes if change.counts]
 
     @property
     def newest(self) -> Change | None:
         """The newest change that counts."""
-        return next((change for change in reversed(self.changes) if change.counts), None)
+        return self.counting[-1] if self.counting else None
 
     @property
     def loss(self) -> Change | None:
         """The loss at its newest end, if it was not accepted."""
-        candidates = [c for c in (self.newest, self.drift) if c is not None and c.counts]
-        return next((c for c in candidates if c.is_loss and not c.accepted), None)
+        for change in (*self.counting[-1:], self.drift):
+            if change and change.counts and change.is_loss and not change.accepted:
+                return change
+        return None
 
     @property
     def name(self) -> str:
@@ -220,7 +215,7 @@ class LineResult:
 
 @dataclass(frozen=True, eq=False)
 class Trend:
-    """The analysis of all results."""
+    """The analysis of all results; only lines with a result of the newest commit can fail."""
 
     lines: Sequence[LineResult]
     spec: TrendSpec
@@ -228,18 +223,19 @@ class Trend:
     alpha: float  # of one test
 
     @property
-    def current(self) -> list[LineResult]:
-        """Lines with a result of the newest commit; only these can fail."""
-        return [result for result in self.lines if result.line.is_current]
+    def _series(self) -> list[SeriesResult]:
+        return [series for r in self.lines if r.line.is_current for series in r.series]
 
     @property
-    def _series(self) -> list[SeriesResult]:
-        return [series for result in self.current for series in result.series]
+    def _losses(self) -> list[str]:
+        counts = [c for r in self.lines if r.line.is_current for c in r.more_work]
+        losses = [f"{s.name} {s.loss.text}" for s in self._series if s.loss is not None]
+        return [*map(describe_count, counts), *losses]
 
     @property
     def answer(self) -> Answer:
         """FAILED after a loss in a current line; PASSED only if all of them have enough results."""
-        if any(series.loss for series in self._series) or any(r.more_work for r in self.current):
+        if self._losses:
             return Answer.FAILED
         if not self._series or any(series.too_few for series in self._series):
             return Answer.UNKNOWN
@@ -248,21 +244,18 @@ class Trend:
     @property
     def sentence(self) -> str:
         """The answer in one sentence."""
-        if self.answer is Answer.FAILED:
-            losses = [describe_count(change) for r in self.current for change in r.more_work]
-            losses += [f"{s.name} {s.loss.text}" for s in self._series if s.loss is not None]
-            return f"LOSS: {_first(losses, 3)}."
+        if self._losses:
+            return f"LOSS: {in_short(self._losses)}."
         if not self._series:
             return "CANNOT TELL: no result of the newest commit has any of the metrics."
-        short = [series for series in self._series if series.too_few]
-        if short:
+        if short := [series for series in self._series if series.too_few]:
             least = min(short, key=lambda result: len(result.series.valid))
             valid = plural(len(least.series.valid), "valid result")
             return f"CANNOT TELL: {least.name} has {valid}, but needs {least.too_few}."
         many = len(self._series)
         changes = [f"{s.name} {s.newest.text}" for s in self._series if s.newest is not None]
         if changes:
-            return f"no loss found in {many} series; {_first(changes, 3)}."
+            return f"no loss found in {many} series; {in_short(changes)}."
         worst = max(result.smallest or 0 for result in self._series)
         results = sum(len(result.line.entries) for result in self.lines)
         return (
@@ -295,15 +288,28 @@ def judge(lines: Sequence[Line], spec: TrendSpec, unreadable: Sequence[str] = ()
     alpha = (1 - spec.confidence) / 2 / max(tests, 1)
     results = []
     for line, own in zip(lines, series, strict=True):
-        accepted = _accepted_until(line, spec.accept)
+        of_commit = (
+            e.created
+            for e in line.entries
+            if spec.accept and (e.commit or "").startswith(spec.accept)
+        )
+        accepted = max(of_commit, default=_NEVER)
         analysed = [judge_series(s, alpha, spec.floor / 100, accepted) for s in own]
         changes = line.count_changes(spec.strategy)
-        results.append(LineResult(line, analysed, changes, _more_work(changes, accepted)))
+        newest = {(change.counter, change.strategy): change for change in changes}
+        more_work = [
+            change
+            for change in newest.values()
+            if change.counter in _WORK
+            and float(change.new) > float(change.old)
+            and change.after.created > accepted
+        ]
+        results.append(LineResult(line, analysed, changes, more_work))
     return Trend(results, spec, unreadable, alpha)
 
 
 def judge_series(
-    series: Series, alpha: float, floor: float, accepted_until: datetime | None = None
+    series: Series, alpha: float, floor: float, accepted_until: datetime = _NEVER
 ) -> SeriesResult:
     """Split a series where its level changed, and compare its ends.
 
@@ -314,10 +320,9 @@ def judge_series(
     """
     entries = [series.entries[i] for i in series.valid]
     logs = np.log([series.values[i].value for i in series.valid])
-    fewest = fewest_values(alpha)
-    if len(logs) < fewest:
+    if len(logs) < (fewest := fewest_values(alpha)):
         segments = _segments(series, logs, [0, len(logs)]) if len(logs) else []
-        return SeriesResult(series, segments, [], None, None, fewest)
+        return SeriesResult(series, segments, too_few=fewest)
     points = find_changes(logs.tolist(), alpha)
     edges = [0, *(point.index for point in points), len(logs)]
     changes = []
@@ -325,9 +330,9 @@ def judge_series(
         middle = point.index
         pair = entries[middle - 1], entries[middle]
         change = _change(series.metric, pair, logs[start:middle], logs[middle:end], floor)
-        accepted = _is_accepted(pair[1], accepted_until)
+        accepted = pair[1].created <= accepted_until
         changes.append(replace(change, p_value=point.p_value, accepted=accepted))
-    known = sum(_is_accepted(entry, accepted_until) for entry in entries)
+    known = sum(entry.created <= accepted_until for entry in entries)
     start = max(known - 1, 0)  # the newest accepted result is of the accepted level
     parts = [logs[a:b] for a, b in itertools.pairwise(edges)]
     scatter = np.concatenate([part - part.mean() for part in parts])
@@ -337,7 +342,6 @@ def judge_series(
         changes,
         _drift(series.metric, entries[start:], logs[start:], alpha, floor),
         _smallest(scatter, len(points), alpha, floor),
-        None,
     )
 
 
@@ -347,16 +351,15 @@ def _change(
     """Return the change from one set of logarithms to another, with Welch's interval."""
     # Without floor and margin, the p-value is one-sided for "no change".
     decision = compare_means(old.tolist(), new.tolist(), Rule(floor=0.0, margin=0.0))
-    assert decision.estimate is not None
-    assert decision.low is not None
-    assert decision.high is not None
-    share = math.expm1(decision.estimate)
+    share, low, high = (
+        math.expm1(log or 0.0) for log in (decision.estimate, decision.low, decision.high)
+    )
     p_value = decision.p_value or 0.0
     return Change(
         *pair,
         share,
-        math.expm1(decision.low),
-        math.expm1(decision.high),
+        low,
+        high,
         p_value=2 * min(p_value, 1 - p_value),
         is_loss=(share < 0) is higher_is_better(metric),
         counts=abs(share) > floor,
@@ -395,40 +398,7 @@ def _segments(series: Series, logs: Floats, edges: Sequence[int]) -> list[Segmen
     return segments
 
 
-def _accepted_until(line: Line, accepted: str | None) -> datetime | None:
-    """Return the time of the newest result of the accepted commit."""
-    if accepted is None:
-        return None
-    times = [e.created for e in line.entries if (e.commit or "").startswith(accepted)]
-    return max(times, default=None)
-
-
-def _is_accepted(entry: Entry, accepted_until: datetime | None) -> bool:
-    return accepted_until is not None and entry.created <= accepted_until
-
-
-def _more_work(
-    changes: Sequence[CountChange], accepted_until: datetime | None
-) -> list[CountChange]:
-    """Return the newest change of each counter of work, if it went up."""
-    newest = {(change.counter, change.strategy): change for change in changes}
-    return [
-        change
-        for change in newest.values()
-        if change.counter in _WORK
-        and isinstance(change.new, int)
-        and isinstance(change.old, int)
-        and change.new > change.old
-        and not _is_accepted(change.after, accepted_until)
-    ]
-
-
 # In words and as JSON
-
-
-def _first(texts: Sequence[str], most: int) -> str:
-    more = len(texts) - most
-    return "; ".join([*texts[:most], *([f"and {more} more"] if more > 0 else [])])
 
 
 def between(change: Change | CountChange) -> str:
@@ -461,19 +431,17 @@ def _line_data(result: LineResult) -> dict[str, Any]:
 
 def _series_data(result: SeriesResult) -> dict[str, Any]:
     series = result.series
+    points = zip(series.entries, series.values, strict=True)
     return {
         "metric": series.metric,
         "strategy": series.strategy,
         "higher_is_better": higher_is_better(series.metric),
         "too_few": result.too_few,
         "smallest": result.smallest,
-        "drift": None if result.drift is None else _change_data(result.drift),
+        "drift": result.drift and _change_data(result.drift),
         "changes": [_change_data(change) for change in result.changes],
         "segments": [vars(segment) for segment in result.segments],
-        "points": [
-            {**_entry_data(entry), **vars(value)}
-            for entry, value in zip(series.entries, series.values, strict=True)
-        ],
+        "points": [{**_entry_data(entry), **vars(value)} for entry, value in points],
     }
 
 

@@ -19,6 +19,7 @@ from batchbench.files import STAGING, reason_of
 from batchbench.reports.result_file import read_data, read_time
 from batchbench.reports.statistics import paired_ratio
 from batchbench.settings import setting
+from batchbench.studies.gate import spec as gate
 
 METRICS = ("output_throughput", "speedup", "median_e2el_ms", "p99_itl_ms")
 """Metrics that are analysed by default."""
@@ -26,9 +27,11 @@ METRICS = ("output_throughput", "speedup", "median_e2el_ms", "p99_itl_ms")
 COMPARED = ("speedup", "efficiency", "step_ratio")
 """Metrics that compare two strategies of one run, so they are in no strategy's summary."""
 
-_HIGHER = ("_throughput", "_goodput", "slo_attainment", "floor_share", *COMPARED)
-
-_LOWER = ("_ms", "duration", "energy_joules", "joules_per_output_token", "cost_per_million")
+_HIGHER_IS_BETTER = {
+    **{name: metric.higher_is_better for name, metric in gate.METRICS.items()},
+    "step_ratio": True,
+    "cost_per_million_output_tokens": False,
+}
 
 OUTPUTS = "outputs"
 """Name under which the digest of all output tokens stands among the counters."""
@@ -38,15 +41,9 @@ Key = tuple[str, str]
 
 
 def higher_is_better(metric: str) -> bool:
-    """Return the direction of a metric.
-
-    Raises:
-        UsageError: it has none, because it counts the workload or is not a metric of a result.
-    """
-    if any(part in metric for part in _HIGHER):
-        return True
-    if any(part in metric for part in _LOWER) and "arrival" not in metric:
-        return False
+    """Return the direction of a metric; UsageError if it has none, or is none of a result."""
+    if metric in _HIGHER_IS_BETTER:
+        return _HIGHER_IS_BETTER[metric]
     raise UsageError(
         f"--metric {shown(metric)}: has no better and worse; give output_throughput, speedup, "
         "p99_ttft_ms or another rate, ratio or time of docs/metrics.md"
@@ -137,27 +134,16 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One result.
-
-    Attributes:
-        setup: workload, model and settings, by name; equal within a series.
-        machine: machine, number format and versions; equal too, and empty for a simulation.
-        reasons: why the result is suspect; none if it is valid.
-        work: exact counts and the digest of the outputs, for closed workloads.
-    """
+    """One result."""
 
     file: Path
     created: datetime
     commit: str | None
-    setup: Mapping[str, Any]
-    machine: Mapping[str, Any]
-    reasons: Sequence[str] = ()
+    setup: Mapping[str, Any]  # workload, model and settings, by name; equal within a series
+    machine: Mapping[str, Any]  # machine and versions; equal too, and empty for a simulation
+    reasons: Sequence[str] = ()  # why it is suspect; none if it is valid
     values: Mapping[Key, Value] = field(default_factory=dict)
-    work: Mapping[Key, int | str] = field(default_factory=dict)
-
-    @property
-    def is_valid(self) -> bool:
-        return not self.reasons
+    work: Mapping[Key, int | str] = field(default_factory=dict)  # counts and digest, if closed
 
     @property
     def label(self) -> str:
@@ -185,7 +171,7 @@ class Series:
     @cached_property
     def valid(self) -> list[int]:
         """Indexes of the valid entries."""
-        return [i for i, entry in enumerate(self.entries) if entry.is_valid]
+        return [i for i, entry in enumerate(self.entries) if not entry.reasons]
 
 
 @dataclass(frozen=True)
@@ -202,24 +188,17 @@ class CountChange:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """Results with one workload, configuration and environment, oldest first.
-
-    Attributes:
-        facts: facts in which it differs from other lines.
-        is_current: whether it has a result of the newest commit.
-        dropped: older results that ``--last`` left out.
-    """
+    """Results with one workload, configuration and environment, oldest first."""
 
     entries: Sequence[Entry]
-    facts: Mapping[str, Any]
-    is_current: bool
-    dropped: int = 0
+    facts: Mapping[str, Any]  # in which it differs from other lines
+    is_current: bool  # it has a result of the newest commit
+    dropped: int = 0  # older results that --last left out
 
     @property
     def caption(self) -> str:
         words = {"None": "none", "True": "yes", "False": "no"}
-        facts = {name: str(value) for name, value in self.facts.items()}
-        parts = [f"{name} {words.get(value, value)}" for name, value in facts.items()]
+        parts = [f"{name} {words.get(str(fact), fact)}" for name, fact in self.facts.items()]
         text = " · ".join(parts) or "One workload, configuration and environment"
         return text if self.is_current else f"{text} · ended: no result of the newest commit"
 
@@ -237,13 +216,11 @@ class Line:
         """Return every change of a count or of the outputs, in suspect results too."""
         changes = []
         for key in dict.fromkeys(key for entry in self.entries for key in entry.work):
-            if strategies and key[1] not in strategies:
-                continue
             having = [entry for entry in self.entries if key in entry.work]
             changes += [
                 CountChange(*key, a.work[key], b.work[key], a, b)
                 for a, b in itertools.pairwise(having)
-                if a.work[key] != b.work[key]
+                if a.work[key] != b.work[key] and (not strategies or key[1] in strategies)
             ]
         place = {id(entry): i for i, entry in enumerate(self.entries)}
         return sorted(changes, key=lambda change: place[id(change.after)])
@@ -284,42 +261,36 @@ def read_entry(file: Path, metrics: Sequence[str]) -> Entry:
     """
     data = read_data(file)
     try:
-        return _entry(file, data, metrics)
+        if not data["strategies"]:
+            raise ValueError("it has no strategy")
+        validity, commit = data["validity"], data["environment"].get("git_commit")
+        if validity["status"] not in ("valid", "suspect"):
+            raise ValueError(f"validity {validity['status']!r}")
+        suspect = ["suspect"] if validity["status"] == "suspect" else []
+        return Entry(
+            file=file,
+            created=read_time(data["created_at"]),
+            commit=None if commit is None else str(commit),
+            setup=_setup(data),
+            machine=_machine(data),
+            reasons=[str(reason) for reason in validity["reasons"]] or suspect,
+            values=dict(_values(data, metrics)),
+            work=dict(_work(data)),
+        )
     except KeyError as error:
         raise UsageError(f"{file}: is not a complete result: {error} is missing") from error
     except (TypeError, AttributeError, ValueError, IndexError) as error:
         raise UsageError(f"{file}: is not a complete result: {error}") from error
 
 
-def _entry(file: Path, data: Mapping[str, Any], metrics: Sequence[str]) -> Entry:
-    strategies, validity = data["strategies"], data["validity"]
-    if not strategies:
-        raise ValueError("it has no strategy")
-    if validity["status"] not in ("valid", "suspect"):
-        raise ValueError(f"validity {validity['status']!r}")
-    reasons = [str(reason) for reason in validity["reasons"]]
-    if validity["status"] == "suspect" and not reasons:
-        reasons = ["suspect"]
-    commit = data["environment"].get("git_commit")
-    return Entry(
-        file=file,
-        created=read_time(data["created_at"]),
-        commit=None if commit is None else str(commit),
-        setup=_setup(data),
-        machine=_machine(data),
-        reasons=reasons,
-        values=dict(_values(data, metrics)),
-        work=dict(_work(data)),
-    )
-
-
 def _setup(data: Mapping[str, Any]) -> dict[str, Any]:
     model, workload, serving = data["model"], data["workload"], data["config"]["serving"]
     server = data.get("server")
+    # Another version of a server is a change to find, not another series.
+    of_server = {"server": server["name"], "server slots": server["slots"]} if server else {}
     return {
         "model": model["name"],
-        # Another version of a server is a change to find, not another series.
-        **({"server": server["name"], "server slots": server["slots"]} if server else {}),
+        **of_server,
         "weights": model["load_format"],
         "simulated": bool(data["simulated"]),
         "workload": workload["name"],
@@ -342,27 +313,26 @@ def _machine(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _values(data: Mapping[str, Any], metrics: Sequence[str]) -> Iterator[tuple[Key, Value]]:
+    """Yield the metrics that have a value with a logarithm."""
     for metric in metrics:
         if metric in COMPARED:
             for comparison in data["comparisons"]:
-                value, ends = comparison[metric], None
+                value, bounds = comparison[metric], None
                 if metric == "speedup":
-                    value, ends = value["median"], value["ci95"]
+                    value, bounds = value["median"], value["ci95"]
                 if _is_positive(value):
-                    key = metric, comparison["candidate"]
-                    yield key, Value(float(value), *map(float, ends or ()))
+                    yield (metric, comparison["candidate"]), Value(value, *(bounds or ()))
             continue
         for name, strategy in data["strategies"].items():
             value = strategy["summary"].get(metric)
             if _is_positive(value):
                 trials = [trial.get(metric) for trial in strategy["trials"]]
                 ratio = paired_ratio(trials, [1.0] * len(trials))
-                bounds = (None, None) if ratio is None else (ratio.low, ratio.high)
-                yield (metric, name), Value(float(value), *bounds)
+                ends = () if ratio is None else (ratio.low, ratio.high)
+                yield (metric, name), Value(value, *ends)
 
 
 def _is_positive(value: Any) -> bool:
-    """Return True if there is a value and it has a logarithm."""
     if value is None:
         return False
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -390,8 +360,6 @@ def make_lines(entries: Sequence[Entry], last: int) -> list[Line]:
         last: number of the newest results of each line to use.
     """
     ordered = sorted(entries, key=lambda e: (e.created, str(e.file.resolve())))
-    if not ordered:
-        return []
     groups: dict[str, list[Entry]] = {}
     for entry in ordered:
         key = json.dumps([entry.setup, entry.machine], sort_keys=True, default=str)
@@ -402,17 +370,11 @@ def make_lines(entries: Sequence[Entry], last: int) -> list[Line]:
     if "workload" in varying:  # its digest then tells people nothing more
         varying = [name for name in varying if name != "workload digest"]
     newest = ordered[-1]
-    lines = [
-        Line(
-            entries=group[-last:],
-            facts={name: own[name] for name in varying if name in own},
-            is_current=any(
-                entry is newest or (entry.commit is not None and entry.commit == newest.commit)
-                for entry in group
-            ),
-            dropped=max(0, len(group) - last),
-        )
-        for group, own in zip(groups.values(), facts, strict=True)
-    ]
+    lines = []
+    for group, own in zip(groups.values(), facts, strict=True):
+        commits = {entry.commit for entry in group}
+        is_current = group[-1] is newest or (newest.commit is not None and newest.commit in commits)
+        named = {name: own[name] for name in varying if name in own}
+        lines.append(Line(group[-last:], named, is_current, max(0, len(group) - last)))
     lines.sort(key=lambda line: line.entries[-1].created, reverse=True)
     return sorted(lines, key=lambda line: not line.is_current)

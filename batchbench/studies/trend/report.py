@@ -30,7 +30,7 @@ from batchbench.reports.figures.card import (
     make_card,
     strip_axes,
 )
-from batchbench.reports.formats.markdown import escape
+from batchbench.reports.formats.markdown import escape, table
 from batchbench.reports.text import clean_text, number, percent, plural
 from batchbench.studies.gate.evidence import Answer
 from batchbench.studies.trend.changes import LineResult, SeriesResult, Trend, describe_count
@@ -42,7 +42,8 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 _SPARK = 12  # characters
 
-_HEAD = ("strategy", "metric", "over time", "level", "newest change", "at", "drift")
+_HEAD = ("strategy", "metric", "over time", "newest change", "at", "level", "drift")
+_TEXTS = 5  # columns; the others are numbers
 
 _MOST_COUNTS = 12
 
@@ -58,15 +59,13 @@ def render(trend: Trend) -> RenderableType:
         parts += [Text(result.line.caption), Text(_span(result.line), style="dim")]
         if result.series:
             grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
-            for name in _HEAD:
-                right = name in ("level", "drift")
-                justify: Any = "right" if right else "left"
+            for i, name in enumerate(_HEAD):
+                justify: Any = "left" if i < _TEXTS else "right"
                 grid.add_column(name, justify=justify, no_wrap=name == "over time")
             for series in result.series:
                 grid.add_row(*map(Text, _row(series)))
             parts.append(grid)
-        parts += [Text(f"  {line}") for line in changes(result)]
-        parts.append(Text())
+        parts += [*(Text(f"  {line}") for line in changes(result)), Text()]
     return Group(*parts, *(Text(line, style="dim") for line in notes(trend)))
 
 
@@ -76,44 +75,34 @@ def render_markdown(trend: Trend) -> str:
     for result in trend.lines:
         lines += [f"{escape(result.line.caption)} ({escape(_span(result.line))})", ""]
         if result.series:
-            lines.append(f"| {' | '.join(name.capitalize() for name in _HEAD)} |")
-            lines.append("| --- | --- | --- | ---: | --- | --- | ---: |")
-            lines += [f"| {' | '.join(map(escape, _row(series)))} |" for series in result.series]
-            lines.append("")
-        lines += [f"- {escape(line)}" for line in changes(result)]
-        lines.append("")
+            lines += table(_HEAD, [_row(series) for series in result.series], left=_TEXTS)
+        lines += [*(f"- {escape(line)}" for line in changes(result)), ""]
     lines.append(escape(" ".join(f"{line}." for line in notes(trend))))
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _span(line: Line) -> str:
-    entries = line.entries
-    suspect = sum(not entry.is_valid for entry in entries)
-    parts = [
-        f"{plural(len(entries), 'result')}, "
-        f"{entries[0].label} ({entries[0].created:%Y-%m-%d}) to "
-        f"{entries[-1].label} ({entries[-1].created:%Y-%m-%d})"
-    ]
+    first, last = (f"{e.label} ({e.created:%Y-%m-%d})" for e in (line.entries[0], line.entries[-1]))
+    parts = [f"{plural(len(line.entries), 'result')}, {first} to {last}"]
     if line.dropped:
         parts.append(f"{line.dropped} older left out by --last")
-    if suspect:
+    if suspect := sum(bool(entry.reasons) for entry in line.entries):
         parts.append(f"{suspect} suspect, whose times do not count")
     return "; ".join(parts)
 
 
 def _row(result: SeriesResult) -> tuple[str, ...]:
-    series, newest = result.series, result.newest
-    level = number(result.segments[-1].mean) if result.segments else "N/A"
-    at, drift = "", "N/A"
+    series, newest, drift = result.series, result.newest, result.drift
+    at = ""
     if result.too_few:
         change = f"{len(series.valid)} of {result.too_few} results"
     elif newest is None:
         change = f"none ≥ {percent(result.smallest, 1)}"
     else:
         change, at = f"{percent(newest.share, 1, '+')} {newest.word}", newest.after.label
-    if result.drift is not None:
-        drift = percent(result.drift.share, 1, "+") + "!" * result.drift.counts
-    return series.strategy, series.metric, sparkline(result), level, change, at, drift
+    level = number(result.segments[-1].mean) if result.segments else "N/A"
+    drifted = "N/A" if drift is None else percent(drift.share, 1, "+") + "!" * drift.counts
+    return series.strategy, series.metric, sparkline(result), change, at, level, drifted
 
 
 def sparkline(result: SeriesResult) -> str:
@@ -131,7 +120,7 @@ def sparkline(result: SeriesResult) -> str:
 
 def changes(result: LineResult) -> Iterator[str]:
     """Yield each change that counts, the newest first, then drifts and counts."""
-    counting = [(s, change) for s in result.series for change in s.changes if change.counts]
+    counting = [(series, change) for series in result.series for change in series.counting]
     for series, change in sorted(counting, key=lambda pair: pair[1].after.created, reverse=True):
         yield f"{series.name} {change.text}"
     for series in result.series:
@@ -190,56 +179,61 @@ _TOP, _FOOT = 0.08, 0.38
 
 _LETTER = 5.9  # points of a letter of a change's label
 
+_POINTS = (WIDE - _LEFT) * 72  # width of a panel
+
 
 def draw_trend(result: LineResult) -> Figure | None:
     """Draw one panel per series over the results of a line; None if it has no series."""
-    series = sorted(result.series, key=lambda s: not any(c.counts for c in s.changes))
-    drawn = series[:MOST_PANELS]
+    drawn = sorted(result.series, key=lambda series: not series.counting)[:MOST_PANELS]
     if not drawn:
         return None
     entries = result.line.entries
+    place = {id(entry): i for i, entry in enumerate(entries)}
     with house_style():
         body = _TOP + len(drawn) * (_NAME_HEIGHT + _TALL) + _FOOT
-        notes = _picture_notes(result, len(series) - len(drawn))
+        notes = "Oldest result on the left. Level: mean between two changes."
+        if any(v.low is not None for s in drawn for v in s.series.values):
+            notes += " Thin line: 95 % interval of a result's trials."
+        if any(entry.reasons for entry in entries):
+            notes += " Suspect results do not count; those off the scale are not shown."
+        if left_out := len(result.series) - len(drawn):
+            notes += f" {left_out} more series are in the table."
         card = make_card(_headline(result), _title(result), body, notes)
         add_line_legend(card, [], *_legend(result))
         looks = looks_of(list(dict.fromkeys(s.series.strategy for s in drawn)))
         for i, panel in enumerate(drawn):
             top = _TOP + i * (_NAME_HEIGHT + _TALL) + _NAME_HEIGHT
             axes = card.axes(_LEFT, top, WIDE - _LEFT, _TALL)
-            _draw_panel(axes, panel, entries, looks[panel.series.strategy][0], i)
+            axes.set_xlim(-0.8, len(entries) - 0.2)
+            _draw_panel(axes, panel, place, looks[panel.series.strategy][0], i)
             axes.set_xticks([])
-        _set_ticks(axes, entries, drawn)
+        _set_ticks(axes, entries)
         return card.figure
 
 
 def _draw_panel(
-    axes: Axes, result: SeriesResult, entries: Sequence[Entry], colour: str, index: int
+    axes: Axes, result: SeriesResult, place: dict[int, int], colour: str, index: int
 ) -> None:
     series = result.series
-    place = {id(entry): i for i, entry in enumerate(entries)}
     at = [place[id(entry)] for entry in series.entries]
     better = "higher" if higher_is_better(series.metric) else "lower"
     name = fit_text(f"{clean_text(series.strategy)}  {series.metric}", 350, 10.5, "bold")
     axes.set_title(name, loc="left", size=10.5, weight="bold", color=colour)
     axes.set_title(f"{better} is better", loc="right", size=8.5, color=QUIET)
-    for x, value, entry in zip(at, series.values, series.entries, strict=True):
-        if entry.is_valid and value.low is not None and value.high is not None:
-            axes.plot([x, x], [value.low, value.high], color=colour, lw=0.8, alpha=0.45)
-    for valid in (True, False):
-        chosen = [i for i, entry in enumerate(series.entries) if entry.is_valid is valid]
-        look: dict[str, Any] = {"s": 16, "c": colour, "lw": 0, "alpha": 0.7}
-        if not valid:
-            look = {"s": 22, "c": "#ffffff", "lw": 1.1}
+    for i in series.valid:
+        value = series.values[i]
+        if value.low is not None and value.high is not None:
+            axes.plot([at[i], at[i]], [value.low, value.high], color=colour, lw=0.8, alpha=0.45)
+    suspect = [i for i in range(len(at)) if i not in series.valid]
+    valid_look: dict[str, Any] = {"s": 16, "c": colour, "lw": 0, "alpha": 0.7}
+    suspect_look: dict[str, Any] = {"s": 22, "c": "#ffffff", "lw": 1.1}
+    for kind, chosen, look in (
+        ("valid", series.valid, valid_look),
+        ("suspect", suspect, suspect_look),
+    ):
         if chosen:
-            axes.scatter(
-                [at[i] for i in chosen],
-                [series.values[i].value for i in chosen],
-                ec=colour,
-                zorder=3,
-                gid=f"points-{index}-{'valid' if valid else 'suspect'}",
-                **look,
-            )
+            x, y = [at[i] for i in chosen], [series.values[i].value for i in chosen]
+            axes.scatter(x, y, ec=colour, zorder=3, gid=f"points-{index}-{kind}", **look)
     for segment in result.segments:
         ends = [at[segment.first] - 0.4, at[segment.last] + 0.4]
         axes.plot(ends, [segment.mean] * 2, color=INK, lw=2, zorder=4, solid_capstyle="butt")
@@ -248,7 +242,6 @@ def _draw_panel(
     low, high = min(values), max(values)
     room, middle = max(high - low, 0.04 * high), (low + high) / 2
     axes.set_ylim(middle - 0.62 * room, middle + 0.95 * room)  # labels of changes are at the top
-    axes.set_xlim(-0.8, len(entries) - 0.2)
     _mark_changes(axes, result, place)
     axes.locator_params(axis="y", nbins=4)
     axes.grid(axis="y", color=FAINT, lw=0.7)
@@ -259,18 +252,17 @@ def _draw_panel(
 def _mark_changes(axes: Axes, result: SeriesResult, place: dict[int, int]) -> None:
     """Draw a line at each change that counts, and label those that have room, newest first."""
     (first, last), top = axes.get_xlim(), axes.get_ylim()[1]
-    width = (WIDE - _LEFT) * 72
-    taken: list[tuple[float, float]] = []
-    for change in reversed([change for change in result.changes if change.counts]):
+    free_until = float("inf")
+    for change in reversed(result.counting):
         x = place[id(change.after)] - 0.5
         axes.axvline(x, color=INK, lw=1.2, ls="-" if change.is_loss else ":")
         text = f"{change.word} {percent(change.share, 1, '+')}  {change.after.label}"
-        at, long = (x - first) / (last - first) * width, _LETTER * len(text) + 6
-        is_left = at + long > width + 4
+        at, long = (x - first) / (last - first) * _POINTS, _LETTER * len(text) + 6
+        is_left = at + long > min(_POINTS + 4, free_until)
         start, end = (at - long, at) if is_left else (at, at + long)
-        if any(start < other_end and other < end for other, other_end in taken):
+        if end > free_until:
             continue  # the table has this one
-        taken.append((start, end))
+        free_until = start
         axes.annotate(
             text,
             (x, top),
@@ -285,37 +277,27 @@ def _mark_changes(axes: Axes, result: SeriesResult, place: dict[int, int]) -> No
         )
 
 
-def _set_ticks(axes: Axes, entries: Sequence[Entry], drawn: Sequence[SeriesResult]) -> None:
-    """Label the first, the last and the changed commits, then others, as far as there is room."""
-    place, last = {id(entry): i for i, entry in enumerate(entries)}, len(entries) - 1
-    wanted = [0, last]
-    wanted += [place[id(c.after)] for s in drawn for c in s.changes if c.counts]
-    wanted += list(range(0, len(entries), max(1, len(entries) // 5)))
-    per_entry = (WIDE - _LEFT) * 72 / (len(entries) + 0.6)
-    chosen: list[int] = []
-    for x in wanted:
-        room = _LETTER * len(entries[x].label) + 10
-        if all(abs(x - other) * per_entry > room for other in chosen):
-            chosen.append(x)
+def _set_ticks(axes: Axes, entries: Sequence[Entry]) -> None:
+    """Label the first, the last and some other results, as far as there is room."""
+    longest = max(len(entry.label) for entry in entries)
+    most = max(2, min(len(entries), int(_POINTS / (_LETTER * longest + 10))))
+    chosen = sorted({round(x) for x in np.linspace(0, len(entries) - 1, most)})
     axes.set_xticks(chosen, [clean_text(entries[x].label) for x in chosen])
-    for label, x in zip(axes.get_xticklabels(), chosen, strict=True):
-        if last and x in (0, last):
-            label.set_horizontalalignment("left" if x == 0 else "right")
+    if len(chosen) > 1:
+        axes.get_xticklabels()[0].set_horizontalalignment("left")
+        axes.get_xticklabels()[-1].set_horizontalalignment("right")
 
 
-def _legend(result: LineResult) -> list[Line2D]:
-    handles = [Line2D([], [], ls="", marker="o", ms=4.5, color=QUIET, label="a result")]
-    if any(not entry.is_valid for entry in result.line.entries):
-        look: dict[str, Any] = {"marker": "o", "ms": 5, "mfc": "#ffffff", "mec": QUIET}
-        handles.append(Line2D([], [], ls="", label="suspect", **look))
-    handles.append(Line2D([], [], color=INK, lw=2, label="level"))
-    words = {c.word for series in result.series for c in series.changes if c.counts}
+def _legend(result: LineResult) -> Iterator[Line2D]:
+    yield Line2D([], [], ls="", marker="o", ms=4.5, color=QUIET, label="a result")
+    if any(entry.reasons for entry in result.line.entries):
+        yield Line2D([], [], ls="", marker="o", ms=5, mfc="#ffffff", mec=QUIET, label="suspect")
+    yield Line2D([], [], color=INK, lw=2, label="level")
+    words = {change.word for series in result.series for change in series.counting}
     if "worse" in words:
-        look = {"marker": "|", "ms": 11, "mew": 1.3}
-        handles.append(Line2D([], [], ls="", color=INK, label="worse", **look))
+        yield Line2D([], [], ls="", marker="|", ms=11, mew=1.3, color=INK, label="worse")
     if "better" in words:
-        handles.append(Line2D([], [], color=INK, lw=1.3, ls=":", label="better"))
-    return handles
+        yield Line2D([], [], color=INK, lw=1.3, ls=":", label="better")
 
 
 def _headline(result: LineResult) -> str:
@@ -334,17 +316,4 @@ def _title(result: LineResult) -> str:
     place = setup.get("server") or f"{machine.get('device')} {machine.get('dtype')}"
     place = "simulated" if setup["simulated"] else place
     parts = [setup["model"], place, f"{setup['batch size']} slots", f"{len(line.entries)} results"]
-    if line.facts:
-        parts.append(line.caption)
-    return clean_text(" · ".join(map(str, parts)))
-
-
-def _picture_notes(result: LineResult, left_out: int) -> str:
-    lines = ["Oldest result on the left. Level: mean between two changes."]
-    if any(v.low is not None for series in result.series for v in series.series.values):
-        lines.append("Thin line: 95 % interval of a result's trials.")
-    if any(not entry.is_valid for entry in result.line.entries):
-        lines.append("Suspect results do not count; those off the scale are not shown.")
-    if left_out:
-        lines.append(f"{left_out} more series are in the table.")
-    return " ".join(lines)
+    return clean_text(" · ".join(map(str, [*parts, *([line.caption] if line.facts else [])])))
