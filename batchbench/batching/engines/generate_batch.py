@@ -93,14 +93,7 @@ class GenerateBatch:
                 "attention": self._model.module.config._attn_implementation,
                 "cuda_graphs": any(graphs) if isinstance(graphs, Sequence) else bool(graphs),
             }
-        header = Header(
-            strategy=self.name,
-            trial=trial,
-            slots=self._slots,
-            simulated=False,
-            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
-            about=about,
-        )
+        header = Header.of(self.name, trial, self._slots, workload, about)
         requests, results = zip(*(served[i] for i in range(len(workload))), strict=True)
         return Recording.of_tokens(
             header,

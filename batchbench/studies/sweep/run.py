@@ -30,7 +30,6 @@ from batchbench.studies.executors.jobs import (
     Executor,
     Failed,
     Job,
-    Local,
     run_jobs,
 )
 from batchbench.studies.sweep.grid import Cell, Grid
@@ -111,7 +110,6 @@ class Store:
 
 
 def files_of(result: Result) -> dict[str, bytes | str]:
-    """Return the files of a served cell by name."""
     return {"result.json": to_json(result), **recording_files(result.recordings)}
 
 
@@ -170,10 +168,12 @@ class CellsQuery(Protocol):
     """Cells to serve: a grid, or a list of cells."""
 
     @property
-    def cells(self) -> Sequence[Cell]: ...
+    def cells(self) -> Sequence[Cell]:
+        """The experiments."""
 
     @property
-    def varying(self) -> tuple[str, ...]: ...  # the options by which cells are named
+    def varying(self) -> tuple[str, ...]:
+        """Options by which cells are named."""
 
 
 class SweepWatch(Watch):
@@ -239,7 +239,7 @@ def run_cells(
         IncompleteError: cells were lost with their machines, each several times.
     """
     watch = watch or SweepWatch()
-    executor = executor or Local(watch)
+    executor = executor or Executor(watch)
     store.tidy()
     possible = list({c.digest: c for c in grid.cells if c.experiment is not None}.values())
     pending = {cell.digest: cell for cell in _by_model([c for c in possible if not store.holds(c)])}
@@ -261,7 +261,7 @@ def run_cells(
     try:
         for ended in run_jobs(jobs, executor, begins, waited):
             cell, outcome = pending[ended.key], ended.outcome
-            reason = getattr(outcome, "reason", None)
+            reason = ended.reason
             if isinstance(outcome, Done):
                 store.keep_files(cell, outcome.files)
             elif isinstance(outcome, Failed):
@@ -296,8 +296,6 @@ def name_of(grid: CellsQuery, cell: Cell) -> str:
 
 
 def _by_model(cells: Sequence[Cell]) -> list[Cell]:
-    """Group cells by model, in the order in which the models appear."""
-
     def key(cell: Cell) -> object:
         return _experiment(cell).model, _experiment(cell).workload.seed
 
