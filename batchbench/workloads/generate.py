@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -267,14 +267,14 @@ def _bound(spec: WorkloadSpec, batch_size: int, outline: Outline) -> int | None:
 
 def _read(spec: WorkloadSpec, encode: Encode, note: Note) -> tuple[Outline, ArrivalProcess]:
     assert spec.trace is not None
-    invalid: dict[str, list[BadRow]] = {}  # the first of each kind
     counts: Counter[str] = Counter()
+    first: defaultdict[str, list[str]] = defaultdict(list)
 
     def skip(row: BadRow) -> None:
         if not row.harmless:  # the trace has remarks about harmless ones
             counts[row.kind] += 1
             if counts[row.kind] <= _NAMED:
-                invalid.setdefault(row.kind, []).append(row)
+                first[row.kind].append(str(row))
 
     trace = read_trace(
         spec.trace,
@@ -287,12 +287,11 @@ def _read(spec: WorkloadSpec, encode: Encode, note: Note) -> tuple[Outline, Arri
     )
     size = len(trace.output_tokens)
     requests = "1 request" if size == 1 else f"{size:,} requests"
-    skipped = []
-    for kind, rows in invalid.items():
-        more = counts[kind] - len(rows)
-        others = f"; and {more:,} more" if more else ""
-        skipped.append(f"{kind} skipped: {counts[kind]:,}, {'; '.join(map(str, rows))}{others}")
-    note(f"{spec.trace}: {'; '.join([f'{trace.format}, {requests}', *trace.remarks, *skipped])}")
+    told = [f"{trace.format}, {requests}", *trace.remarks]
+    for kind, count in counts.items():
+        told += [f"{kind} skipped: {count:,}, {'; '.join(first[kind])}"]
+        told += [f"and {count - _NAMED:,} more"] * (count > _NAMED)
+    note(f"{spec.trace}: {'; '.join(told)}")
     if size < (spec.queue_size or 0):
         note(f"{spec.trace}: has {size:,} requests, fewer than --queue-size {spec.queue_size}")
     process = spec.process
