@@ -7,18 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import psutil
+from numpy.typing import NDArray
 
 from batchbench.errors import UsageError
 from batchbench.workloads.arrivals import ArrivalProcess
 from batchbench.workloads.lengths import parse_lengths
-from batchbench.workloads.prompts import (
-    BLOCK_TOKENS,
-    Encode,
-    byte_tokens,
-    classic_prompts,
-    prompts_of_file,
-    random_prompts,
-)
+from batchbench.workloads.prompts import BLOCK_TOKENS, Encode, byte_tokens, known_prompts
 from batchbench.workloads.request import Ints, Ragged, Workload, stream
 from batchbench.workloads.sampling import Sampling
 from batchbench.workloads.spec import WorkloadSpec
@@ -60,18 +55,9 @@ class Outline:
 
     def workload(self, vocab_size: int) -> Workload:
         """Return the workload; draw random ids, and take known ones modulo the vocabulary."""
-        if self.prompts is not None:
-            ids = self.prompts.values.astype(np.int32, copy=False)
-            ids = ids % vocab_size if ids.max() >= vocab_size else ids
-        else:
-            ids = random_prompts(
-                self.prompt_tokens,
-                seed=self.seed,
-                vocab_size=vocab_size,
-                shared=self.shared,
-                blocks=self.blocks,
-                block_tokens=self.block_tokens,
-            )
+        ids = self._random_ids(vocab_size) if self.prompts is None else self.prompts.values
+        ids = ids.astype(np.int32, copy=False)
+        ids = ids % vocab_size if ids.max() >= vocab_size else ids
         return Workload(
             name=self.name,
             seed=self.seed,
@@ -83,6 +69,33 @@ class Outline:
             max_concurrency=self.max_concurrency,
             sampling=self.sampling,
         )
+
+    def _random_ids(self, vocab_size: int) -> NDArray[np.int32]:
+        """Return the ids of random prompts, end to end."""
+        lengths, total = self.prompt_tokens, int(self.prompt_tokens.sum())
+        if total * 8 > (room := psutil.virtual_memory().available):
+            raise UsageError(
+                f"--queue-size {len(lengths)}: the prompts have {total:,} tokens, too many for "
+                f"{room / 2**30:.1f} GiB of memory; lower it"
+            )
+        ids = stream(self.seed, "ids").integers(0, vocab_size, total, np.int32)
+        if self.blocks is None and not self.shared:
+            return ids
+        prompts = np.split(ids, np.cumsum(lengths)[:-1])  # views of the ids
+        if self.blocks is not None:
+            size = self.block_tokens
+            for i in np.flatnonzero(self.blocks.lengths).tolist():
+                for nth, name in enumerate(self.blocks.row(i).tolist()):
+                    place = prompts[i][nth * size : (nth + 1) * size]
+                    if len(place):  # a shortened prompt has fewer blocks than names
+                        drawn = stream(self.seed, "blocks", name).integers
+                        place[:] = drawn(0, vocab_size, size, np.int32)[: len(place)]
+        if self.shared:
+            most = min(self.shared, int(lengths.max()))
+            beginning = stream(self.seed, "prefix").integers(0, vocab_size, most, np.int32)
+            for prompt in prompts:
+                prompt[:most] = beginning[: len(prompt)]
+        return ids
 
     def with_lengths(self, prompt_tokens: Ints, output_tokens: Ints) -> Outline:
         """Return the requests with shorter lengths; known prompts are cut at their ends."""
@@ -200,11 +213,9 @@ def _draw(spec: WorkloadSpec, batch_size: int, encode: Encode | None, note: Note
     if spec.prompt_tokens is not None:
         lengths = parse_lengths(spec.prompt_tokens, "--prompt-tokens")
         prompt_tokens = lengths.draw(stream(spec.seed, "prompt lengths"), count)
-    elif spec.prompts is None:
-        prompts = classic_prompts(count, encode)
     else:
-        prompts, distinct = prompts_of_file(spec.prompts, count, encode)
-        if distinct < count:
+        prompts, distinct = known_prompts(spec.prompts, count, encode)
+        if spec.prompts is not None and distinct < count:
             note(
                 f"{spec.prompts}: {distinct:,} of its prompts are repeated to fill {count:,} "
                 "requests (--queue-size)"
