@@ -54,7 +54,7 @@ class Dialect:
     """Fields with which a sampled request keeps all tokens; without them, some servers cut as their
     own or the model's defaults say."""
     metrics: Mapping[str, str] = field(default_factory=dict)
-    """Its names at ``/metrics`` for the fields of :class:`ServerCounters`."""
+    """Its names at ``/metrics`` for our :data:`Counts`."""
 
 
 _STREAM_OPTIONS = "stream_options"
@@ -336,54 +336,38 @@ MOST_EXACT = 10**6
 passes the difference of two readings is off by up to ten."""
 
 
-@dataclass(frozen=True)
-class ServerCounters:
-    """Counts that a server keeps; one that it does not have is None.
+Counts = Mapping[str, int]
+"""The counts that a server keeps, by our names for them.
 
-    ``passes``, ``prompt_tokens``, ``output_tokens`` and ``cached_tokens`` grow from the server's
-    start; ``running`` and ``waiting`` are the requests that it has at the moment.
-    """
-
-    passes: int | None = None
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    cached_tokens: int | None = None
-    running: int | None = None
-    waiting: int | None = None
-
-    def since(self, before: ServerCounters) -> ServerCounters:
-        """Return the counts that grew since an earlier reading, and this one's requests.
-
-        A counter that is smaller than before started again with its server, and is None.
-        """
-        grown = dict[str, int | None]()
-        for name in ("passes", "prompt_tokens", "output_tokens", "cached_tokens"):
-            earlier, now = getattr(before, name), getattr(self, name)
-            known = earlier is not None and now is not None and now >= earlier
-            grown[name] = now - earlier if known else None
-        return replace(self, **grown)
+``passes``, ``prompt_tokens``, ``output_tokens`` and ``cached_tokens`` grow from the server's start;
+``running`` and ``waiting`` are the requests that it has at the moment.
+"""
 
 
-def read_counters(address: Address, dialect: Dialect) -> ServerCounters | None:
-    """Return the server's counts now; None if it shows none."""
-    if not dialect.metrics:
-        return None
+def read_counts(address: Address, dialect: Dialect) -> Counts:
+    """Return the server's counts now; empty if it shows none."""
     try:
-        response = get(address, "/metrics")
+        response = get(address, "/metrics") if dialect.metrics else None
     except UsageError:
-        return None
-    if response.status != 200:
-        return None
-    return counters_in(response.body.decode(errors="replace"), dialect.metrics)
+        return {}
+    if response is None or response.status != 200:
+        return {}
+    return counts_in(response.body.decode(errors="replace"), dialect.metrics)
 
 
-def counters_in(text: str, names: Mapping[str, str]) -> ServerCounters | None:
-    """Return the counts in a Prometheus text, summed over labels; None if it has none of them."""
+def counts_in(text: str, names: Mapping[str, str]) -> Counts:
+    """Return the counts in a Prometheus text, summed over labels."""
     found: dict[str, float] = {}
     for name, value in samples(text):
         if name in names and not (name.startswith("llamacpp:") and value >= MOST_EXACT):
             found[names[name]] = found.get(names[name], 0.0) + value
-    return ServerCounters(**{k: round(value) for k, value in found.items()}) if found else None
+    return {name: round(value) for name, value in found.items()}
+
+
+def growth_of(before: Counts, after: Counts) -> Counts:
+    """Return what grew; a count that is smaller than before started again with its server."""
+    grown = {name: count - before[name] for name, count in after.items() if name in before}
+    return {name: count for name, count in grown.items() if count >= 0}
 
 
 def samples(text: str) -> Iterator[tuple[str, float]]:
