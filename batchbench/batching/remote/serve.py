@@ -93,8 +93,11 @@ class Served:
 
     def clients_share(self, workload: Workload) -> bool:
         """Return True if several clients can share the workload without knowing of each other."""
-        timed = bool(workload.due_ns.any()) and workload.max_concurrency is None
-        return timed and self.name == CONTINUOUS
+        return self.is_timed(workload) and workload.max_concurrency is None
+
+    def is_timed(self, workload: Workload) -> bool:
+        """Return True if each request is sent when it is due, however many are in flight."""
+        return bool(workload.due_ns.any()) and self.name == CONTINUOUS
 
     def play(self, workload: Workload, watch: Watch, trial: int, zero_ns: int = -1) -> Played:
         """Send every request of the workload once, from ``zero_ns`` on, or at once if it is -1.
@@ -202,8 +205,7 @@ class _Feed:
         self._waiting: deque[Request] = deque()
         self._wave = 0  # requests that the current wave still lacks
         self._unfinished: list[Request] = []
-        timed = bool(workload.due_ns.any()) and served.name == CONTINUOUS
-        self._most = len(workload) if timed else served.slots
+        self._most = len(workload) if served.is_timed(workload) else served.slots
         self._progress = Progress(served.name, trial, served.slots, len(workload))
         self._sent = self._show_ns = 0
         self.zero_ns = zero_ns
