@@ -913,6 +913,22 @@ def test_a_log_gets_a_line_in_long_waits(monkeypatch: pytest.MonkeyPatch) -> Non
     assert log.file.getvalue() == before
 
 
+def test_turns_are_lines_in_a_log_and_a_bar_on_a_terminal() -> None:
+    for screen, kind in (
+        (Console(file=io.StringIO(), width=80), PlainDisplay),
+        (console(), LiveDisplay),
+    ):
+        with kind(screen, max_time=60.0) as display:
+            for turn in range(3):
+                display.begins(f"turn {turn}")
+            display.measured("pair 1", "1.01 times as fast")
+        assert isinstance(screen.file, io.StringIO)
+        text = screen.file.getvalue()
+        assert "turn 0" in text
+        assert ("turn 2" in text) is (kind is LiveDisplay)
+        assert "pair 1       1.01 times as fast" in text
+
+
 def test_a_cell_and_a_silent_console_print_no_line_for_a_phase() -> None:
     log = Console(file=io.StringIO(), width=80, quiet=True)
     PlainDisplay(log).phase("loading")
