@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +13,7 @@ import typer
 from batchbench import settings
 from batchbench.batching.remote.spec import SERVED_MODEL, TargetSpec
 from batchbench.cli.options import typed_command, with_options
-from batchbench.cli.output import (
-    echo,
-    echo_json,
-    interruptible,
-    make_console,
-    output_folder,
-    print_ending,
-)
+from batchbench.cli.output import interruptible, make_console, output_folder, show
 from batchbench.errors import UsageError
 from batchbench.json_file import json_text
 from batchbench.settings import setting
@@ -85,46 +79,27 @@ def probe(
     given: Mapping[str, Any],
     spec: ProbeSpec,
 ) -> None:
-    try:
-        target = TargetSpec(target=url, **given)
-    except UsageError as error:
-        raise UsageError(str(error).replace("--target", "URL")) from error
-    place = (
-        output_folder(spec.output, overwrite=spec.overwrite, marker="probe.json")
-        if spec.output
-        else interruptible("nothing was written")
-    )
-    with place:
-        told, failed = _probe(target, spec)
-    if failed:
-        raise typer.Exit(1)
-    if spec.strict and not told:
-        raise typer.Exit(CANNOT_TELL)
-
-
-def _probe(target: TargetSpec, spec: ProbeSpec) -> tuple[bool, bool]:
-    """Probe, write and show; tell whether there is a verdict, and whether requests failed."""
     from batchbench.cli.progress import make_display
     from batchbench.studies.probe import ask
 
-    with make_display(quiet=spec.quiet) as display:
-        try:
-            findings = ask.probe(target, spec.model, spec.max_time, display)
-        except UsageError as error:
-            raise UsageError(str(error).replace("--target", "URL")) from error
-    from batchbench.studies.probe import report
-    from batchbench.studies.probe.judge import Kind
+    place: AbstractContextManager[Any] = interruptible("nothing was written")
+    if spec.output:
+        place = output_folder(spec.output, overwrite=spec.overwrite, marker="probe.json")
+    try:
+        target = TargetSpec(target=url, **given)
+        with place:
+            with make_display(quiet=spec.quiet) as display:
+                findings = ask.probe(target, spec.model, spec.max_time, display)
+            from batchbench.studies.probe import report
 
-    command = typed_command()
-    data = report.data_of(findings, command)
-    files = report.write_probe(spec.output, findings, data) if spec.output else []
-    if spec.json:
-        echo_json(json_text(data))
-    elif spec.quiet:
-        echo(report.sentence(findings))
-    else:
-        console = make_console()
-        console.print(report.render(findings, console.width))
-        if files:
-            print_ending(console, command, files)
-    return findings.verdict.kind is not Kind.UNKNOWN, bool(findings.failures)
+            command = typed_command()
+            data = report.data_of(findings, command)
+            files = report.write_probe(spec.output, findings, data) if spec.output else []
+            rendered = report.render(findings, make_console().width)
+            show(spec, json_text(data), report.sentence(findings), rendered, command, files)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--target", "URL")) from error
+    if findings.failures:
+        raise typer.Exit(1)
+    if spec.strict and findings.verdict.slots is None:
+        raise typer.Exit(CANNOT_TELL)

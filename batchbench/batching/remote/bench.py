@@ -41,7 +41,7 @@ from batchbench.batching.remote.serve import Attempt, Served
 from batchbench.batching.remote.spec import CHAT, SERVED_MODEL, TargetSpec
 from batchbench.batching.trials import WarmUp, beginning
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
-from batchbench.errors import BatchbenchError, UsageError, shown
+from batchbench.errors import UsageError, shown
 from batchbench.workloads import Request, Workload, WorkloadSpec, make_workload
 
 SAFE_VOCABULARY = 32_000
@@ -86,23 +86,15 @@ class RemoteBench(Bench):
         self._start_clients = start
         self._clients: Clients | None = None  # from the warm-up on
         self.workload = self.make(experiment.workload)
-        self.model = {
-            "name": self._name or "unnamed model",
-            "load_format": None,
-            "note": "",
-            "device": None,
-            "dtype": None,
-            "parameters": None,
-        }
+        self.model = {"name": self._name or "unnamed model", "load_format": None, "note": ""}
+        self.model |= dict.fromkeys(("device", "dtype", "parameters"))
         self.environment = environment()
         if self._dialect.length_field is None and not self.workload.stop_at_eos:
             watch.note(
                 f"a {self._dialect.name} server cannot be told to go on after an end token, and a "
                 "shorter output counts as failed; --stop-at-eos takes outputs as they come"
             )
-        self._check_clients(self._target.clients)
-
-    def _check_clients(self, count: int) -> None:
+        count = self._target.clients
         if count > 1 and not self.strategy("continuous").clients_share(self.workload):
             raise UsageError(
                 f"--clients {count}: all requests are there at the start, so there is no rate to "
@@ -204,15 +196,14 @@ class RemoteBench(Bench):
             TrialFailed: a request failed.
             UsageError: the server refuses the requests.
         """
-        count, names = self._target.clients, self.experiment.serving.strategies
+        count, serving = self._target.clients, self.experiment.serving
         # In a sweep over clients, one client is elsewhere too, unless waves are compared with it.
-        if count > 1 or (self._start_clients is not None and names == ("continuous",)):
+        elsewhere = self._start_clients is not None and serving.strategies == ("continuous",)
+        if count > 1 or elsewhere:
             self._clients = Clients(count, self._start_clients, self._watch)
         self._watch.phase("warming up")
         began = time.monotonic()
-        piece = beginning(
-            self.workload, self.experiment.serving.batch_size, output_tokens=WARM_UP_TOKENS
-        )
+        piece = beginning(self.workload, serving.batch_size, output_tokens=WARM_UP_TOKENS)
         served = self.strategy("continuous")
         medians: list[float] = []
         change, settled = None, False
@@ -237,9 +228,9 @@ class RemoteBench(Bench):
         limit, step_ns = self.experiment.trials.max_time, warm_up.step_ns
         if limit is None or step_ns is None or self.workload.stop_at_eos:
             return
-        slots, engine = self.experiment.serving.batch_size, SimulatedEngine(step_ns)
-        names = self.experiment.serving.strategies
-        served = [Batcher(name, engine, slots).serve(self.workload, Watch()) for name in names]
+        serving, engine = self.experiment.serving, SimulatedEngine(step_ns)
+        batchers = [Batcher(name, engine, serving.batch_size) for name in serving.strategies]
+        served = [batcher.serve(self.workload, Watch()) for batcher in batchers]
         check_pair_time(limit, sum(recording.duration_ns for recording in served) / 1e9)
 
     def rounds(self) -> Iterator[list[Recording]]:
@@ -267,7 +258,12 @@ class RemoteBench(Bench):
                 self.failures.append({**error.failed, "trial": number})
                 last = number + 1 == planned or failed == _MOST_FAILED
                 if not finished and (last or error.is_usage):
-                    raise _as_usage(first) from error
+                    one = first.failed["failed"][0]
+                    # A server that refuses connections has answered the warm-up.
+                    if first.is_usage and one["kind"] != FailureKind.REFUSED:
+                        text = f"--target: request {one['request']}: {one['text']}"
+                        raise UsageError(text) from error
+                    raise first from error
                 if failed == _MOST_FAILED:
                     return
                 continue
@@ -361,26 +357,21 @@ def served_model(asked: str, dialect: Dialect) -> str | None:
             or the name cannot be shown as it is.
     """
     names, found = dialect.served_models, asked
+    listed = ", ".join(shown(name) for name in names[:10])
     if asked == SERVED_MODEL and asked not in names:
         if not names:
             return None
         if len(names) > 1:
-            raise UsageError(f"--model: the server has several; name one of {_listed(names)}")
+            raise UsageError(f"--model: the server has several; name one of {listed}")
         found = names[0]
     elif names and asked not in names:
-        raise UsageError(
-            f"--model {shown(asked)}: the server has no such model; it has {_listed(names)}"
-        )
+        raise UsageError(f"--model {shown(asked)}: the server has no such model; it has {listed}")
     if shown(found, _LONGEST_NAME) != found:
         raise UsageError(
             f"--model {shown(found)}: start the server with a name for its model of at most "
             f"{_LONGEST_NAME} printable characters"
         )
     return found
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(shown(name) for name in names[:10])
 
 
 def token_ns(recording: Recording) -> float:
@@ -418,13 +409,6 @@ def _vocabulary_of(folder: Path | None) -> int:
     config = read_config(str(folder), folder)
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     return size if type(size) is int and size > 0 else SAFE_VOCABULARY
-
-
-def _as_usage(error: TrialFailed) -> BatchbenchError:
-    first = error.failed["failed"][0]
-    if not error.is_usage or first["kind"] == FailureKind.REFUSED:  # it has answered the warm-up
-        return error
-    return UsageError(f"--target: request {first['request']}: {first['text']}")
 
 
 # Checks against the model

@@ -70,13 +70,8 @@ It yields a function to call while the clients are waited for; it raises an erro
 """
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A client's part in a trial; times are on its clock."""
-
-    served: Served
-    workload: Workload
-    trial: int
+Part = Callable[..., Played]
+"""Serves a client's part of a trial, given the watch and the time of the start on its clock."""
 
 
 def _body_of(bodies: Sequence[bytes], workload: Workload, request: Request) -> bytes:
@@ -92,18 +87,16 @@ def join(meeting: Meeting) -> None:
     It answers None with the time, a part when it is ready, and the time of the start with the
     requests that it has served.
     """
-    part: Part | None = None
     with _connection(meeting) as driver, suppress(EOFError, OSError):
         driver.send((version.__version__, platform.node()))
         while True:
             message = driver.recv()
             if message is None:
                 driver.send(time.perf_counter_ns())
-            elif isinstance(message, Part):
+            elif callable(message):
                 part = message
                 driver.send(None)
             else:
-                assert part is not None
                 driver.send(_answer(part, message, _Reports(driver)))
 
 
@@ -125,7 +118,7 @@ def _connection(meeting: Meeting) -> Connection:
 
 def _answer(part: Part, zero_ns: int, watch: Watch) -> Played | Exception:
     try:
-        return part.served.play(part.workload, watch, part.trial, zero_ns)
+        return part(watch, zero_ns=zero_ns)
     except BatchbenchError as error:
         return error
     except Exception as error:  # its class need not be known to the driver
@@ -238,7 +231,7 @@ class Clients:
                 body=partial(_body_of, [bodies[i] for i in rows]),
                 until_ns=until_ns and until_ns + before[client][0],
             )
-            return Part(own, _taken(workload, np.array(rows)), trial)
+            return partial(own.play, _taken(workload, np.array(rows)), trial=trial)
 
         self._ask_all(lambda client: client.ask(part_of(client)))
         answers = dict[_Client, Played | Exception]()
@@ -325,20 +318,17 @@ class Clients:
                 except (OSError, EOFError):
                     client.gone = True
                     continue
-                if isinstance(message, Progress):
-                    reports[client] = message
-                    watch.progressed(_together([*reports.values()]))
-                else:
+                if not isinstance(message, Progress):
                     answers[client] = message
+                    continue
+                reports[client] = message
+                sums = {
+                    name: sum(getattr(report, name) for report in reports.values())
+                    for name in ("requests", "done", "tokens", "slots_in_use")
+                }
+                now_ns = max(report.now_ns for report in reports.values())
+                watch.progressed(replace(message, **sums, now_ns=now_ns))
         return {client: answers[client] for client in self._clients if client in answers}
-
-
-def _together(reports: Sequence[Progress]) -> Progress:
-    sums = {
-        name: sum(getattr(report, name) for report in reports)
-        for name in ("requests", "done", "tokens", "slots_in_use")
-    }
-    return replace(reports[0], **sums, now_ns=max(report.now_ns for report in reports))
 
 
 def _taken(workload: Workload, rows: Ints) -> Workload:

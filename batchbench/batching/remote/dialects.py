@@ -175,7 +175,12 @@ def body_for(
         body["messages"] = [{"role": "user", "content": prompt}]
     else:
         body["prompt"] = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
-    body |= {"max_tokens": output_tokens, **_sampled_fields(dialect, drawn), "stream": stream}
+    body |= {"max_tokens": output_tokens, "temperature": 0, "stream": stream}
+    if drawn is not None:
+        how = drawn.sampling
+        body |= {"temperature": how.temperature, "seed": drawn.seed, **dialect.all_tokens}
+        body |= {"top_p": how.top_p} if how.top_p < 1 else {}
+        body |= {"top_k": how.top_k} if how.top_k else {}
     if stream and dialect.usage_on_request:
         body[_STREAM_OPTIONS] = {"include_usage": True}
     body |= dialect.fields
@@ -197,16 +202,6 @@ def body_for(
     body |= extra_body or {}
     kept = {key: value for key, value in body.items() if value is not None}
     return json.dumps(kept, separators=(",", ":")).encode()
-
-
-def _sampled_fields(dialect: Dialect, drawn: Stream | None) -> Json:
-    if drawn is None:
-        return {"temperature": 0}
-    how = drawn.sampling
-    cuts = {"top_p": how.top_p} if how.top_p < 1 else {}
-    cuts |= {"top_k": how.top_k} if how.top_k else {}
-    seed = {"seed": drawn.seed}
-    return {"temperature": how.temperature, **seed, **dialect.all_tokens, **cuts}
 
 
 # What a server says about itself

@@ -168,7 +168,6 @@ def fit_text(text: str, width: float, size: float, weight: str = "normal") -> st
 
 
 def _wrap(text: str, size: float, weight: str) -> list[str]:
-    """Break a text into lines as wide as the card."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()
@@ -298,7 +297,6 @@ def legend_height(entries: Sequence[Entry]) -> float:
 
 
 def add_legend(card: Card, entries: Sequence[Entry], columns: int = 3, **look: Any) -> None:
-    """Write a legend above the body, row by row."""
     rows = -(-len(entries) // columns)
     columns = -(-len(entries) // rows)
     # matplotlib fills column after column.

@@ -280,7 +280,6 @@ def _boxes(scale: Scale, start: Ints, stop: Ints, slot: Ints) -> list[Floats]:
 
 
 def _number(axes: Axes, scale: Scale, bars: Bars) -> None:
-    """Write the numbers of requests into bars that are large enough."""
     held, size = bars.held, min(8.0, scale.row * 52)
     stop = np.minimum(held.done, scale.window_ns)
     width = (stop - held.first) * scale.points_per_ns - 1

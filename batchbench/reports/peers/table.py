@@ -24,6 +24,8 @@ Named = Sequence[tuple[str, PeerFile]]
 _MOST_COLUMNS = 4
 """Runs in one table, so that it fits into 80 columns."""
 
+_FACTS = ("Tool", "Model", "Server", "Load", "At once", "Requests", "Failed")
+
 _ROWS = (
     *(*FIGURES[:2], ("Requests/s", "request_throughput"), FIGURES[2]),
     *(("TPOT p99 (ms)", "p99_tpot_ms"), *FIGURES[3:]),
@@ -53,16 +55,14 @@ def sentence(named: Named) -> str:
 def parts(named: Named) -> Iterator[Part]:
     runs = [(label, file, run) for label, file in named for run in file.runs]
     for chunk in (runs[i : i + _MOST_COLUMNS] for i in range(0, len(runs), _MOST_COLUMNS)):
-        rows = [
-            ["Tool", *(file.title for _, file, _ in chunk)],
-            ["Model", *(file.model or MISSING for _, file, _ in chunk)],
-            ["Server", *(file.backend or MISSING for _, file, _ in chunk)],
-            ["Load", *(run.name for *_, run in chunk)],
-            ["At once", *(number(run.concurrency) for *_, run in chunk)],
-            ["Requests", *(number(run.requests) for *_, run in chunk)],
-            ["Failed", *(number(run.failed) for *_, run in chunk)],
+        columns = [
+            [file.title, file.model or MISSING, file.backend or MISSING, run.name]
+            + [number(value) for value in (run.concurrency, run.requests, run.failed)]
+            + [number(run.summary[key]) for _, key in _ROWS]
+            for _, file, run in chunk
         ]
-        rows += [[name, *(number(run.summary[key]) for *_, run in chunk)] for name, key in _ROWS]
+        names = [*_FACTS, *(name for name, _ in _ROWS)]
+        rows = [list(row) for row in zip(names, *columns, strict=True)]
         yield Part("Measurements", ["", *(label for label, *_ in chunk)], rows)
     if len(runs) == 1:
         head = ["ms", "Mean", "95% CI of mean", "Median", "p90", "p99", "Std"]
@@ -97,7 +97,6 @@ def notes(named: Named) -> Iterator[str]:
 
 
 def render(named: Named) -> RenderableType:
-    """Return the report for a terminal."""
     found = [Text(sentence(named), style="bold"), Text()]
     tables = [make_table(part.title, part.head, part.rows) for part in parts(named)]
     return Group(*found, *tables, *map(Text, notes(named)))

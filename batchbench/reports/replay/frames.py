@@ -62,8 +62,6 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class TrialReplay:
-    """One trial, prepared to be shown at any moment."""
-
     name: str
     recording: Recording
 

@@ -43,7 +43,6 @@ _LABELS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2E"}
 
 
 def sentence(data: Data) -> str:
-    """Return the answer in one sentence."""
     limits = " and ".join(f"{_LABELS[n]} ≤ {limit:g} ms" for n, limit in data["limits_ms"].items())
     text = "in simulation, " if data["simulated"] else ""
     text += f"with {limits} for {100 * data['slo_attainment']:g} % of the requests, {_answer(data)}"
@@ -219,7 +218,6 @@ def _finite(value: float) -> float | None:
 
 
 def write_capacity(folder: Path, data: Data) -> list[Path]:
-    """Write ``capacity.json`` and the picture; return their paths."""
     pictures = picture_files({"capacity": draw_capacity(data)})
     return write_whole(folder, {"capacity.json": json_text(data), **pictures})
 
@@ -283,7 +281,6 @@ def _value(probe: Data, panel: str) -> float:
 
 
 def _finish(axes: Axes, data: Data, panel: str) -> None:
-    """Draw the limit, and set the scales and the title."""
     share = 100 * data["slo_attainment"]
     cards.count_doublings(axes)
     if panel == "attainment":

@@ -76,8 +76,6 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95 % confidence interval."""
-
     value: float
     low: float
     high: float
@@ -85,8 +83,6 @@ class Interval:
 
 @dataclass(frozen=True)
 class TrialFigures:
-    """The results of one trial at a rate."""
-
     requests: int
     met: int  # requests within all limits
     growth: float  # of the queue, as a share of arrivals
@@ -372,8 +368,6 @@ class Capacity:
 
 @dataclass(frozen=True)
 class CapacityFindings:
-    """The results of a search, from which every report is derived."""
-
     experiment: Experiment
     query: CapacityQuery
     unloaded_ms: Mapping[str, float]  # median latencies of requests one at a time
@@ -462,8 +456,6 @@ def _search(runner: ProbeRunner, experiment: Experiment, query: CapacityQuery) -
 
 @dataclass(frozen=True)
 class SearchWork:
-    """The search for one strategy, on any machine."""
-
     experiment: Experiment
     query: CapacityQuery
 

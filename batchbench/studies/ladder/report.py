@@ -28,7 +28,6 @@ from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import INK, QUIET
 from batchbench.reports.result import output_digest, recording_files, workload_facts
-from batchbench.reports.result_file import Speedup
 from batchbench.reports.statistics import FEWEST_PAIRS, paired_ratio
 from batchbench.reports.text import (
     clean_text,
@@ -174,7 +173,9 @@ def _median(values: Iterable[float | None]) -> float | None:
     return float(np.median(known)) if known else None
 
 
-def _speedup(baseline: Sequence[Recording] | None, trials: Sequence[Recording]) -> Speedup | None:
+def _speedup(
+    baseline: Sequence[Recording] | None, trials: Sequence[Recording]
+) -> dict[str, Any] | None:
     """Return how many times as fast the trials are, round by round; None for the baseline."""
     if baseline is None or baseline is trials:
         return None

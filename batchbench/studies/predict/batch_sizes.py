@@ -49,8 +49,6 @@ MOST_ROWS = 14
 
 @dataclass(frozen=True)
 class Point:
-    """Prediction of one strategy with one number of slots."""
-
     strategy: str
     batch_size: int
     duration: float
@@ -75,7 +73,6 @@ class Curve:
 
     @property
     def strategies(self) -> list[str]:
-        """Names, the baseline first."""
         return list(dict.fromkeys(p.strategy for p in self.points))
 
     @property
@@ -187,7 +184,6 @@ def _reached(curve: Curve, name: str) -> str:
 
 
 def render(curve: Curve) -> RenderableType:
-    """Return the sentence, the table and the quality of the fit."""
     return Group(
         Text(sentence(curve), style="bold"), Text(), _table(curve), Text(), Text(curve.fitted.fit)
     )
@@ -225,7 +221,6 @@ def shown_sizes(sizes: Sequence[int], always: set[int]) -> list[int]:
 
 
 def write_prediction(folder: Path, curve: Curve, command: str) -> tuple[list[Path], str]:
-    """Write ``predict.json``, ``predict.csv`` and the picture; return them and the JSON text."""
     data = {
         **envelope(SCHEMA_VERSION, command),
         "requests": curve.requests,
@@ -249,7 +244,6 @@ _PANELS = {
 
 
 def draw_slots(curve: Curve) -> Figure:
-    """Draw throughput, TTFT and TPOT over the batch size."""
     notes = (
         "Filled points: every step is like the measured ones; hollow points go beyond them. Grey "
         f"line: the measured batch size, {curve.measured:,}. Ring: the fewest slots with 95 % of "

@@ -14,6 +14,7 @@ import numpy as np
 
 from batchbench.batching.experiment import make_experiment
 from batchbench.batching.models import ModelSpec
+from batchbench.batching.recording import Recording
 from batchbench.batching.step_cost import StepCost
 from batchbench.reports.latency import within
 from batchbench.reports.result import Result
@@ -31,10 +32,8 @@ ALL = "all"
 EVEN = 0.02
 """Difference, as a share, up to which the two count as even."""
 
-METRICS = ("throughput", "ttft", "goodput")
-
-_NOTE_S = 5.0
-"""Seconds between two notes about the progress of simulations."""
+METRICS = {"throughput": "throughput", "ttft": "TTFT", "goodput": "goodput"}
+"""Metrics by name, with their names in words."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,7 @@ class MapSpec:
     context: int | None  # of the model
 
     def lengths(self, spread: float) -> str:
-        """Return output lengths as ``--output-tokens`` takes them: lognormal with this spread.
-
-        They are cut at ten times the mean and at the model's context.
-        """
+        """Return lognormal output lengths for ``--output-tokens``, cut at ten times the mean."""
         sigma = math.sqrt(math.log1p(spread**2))
         if not sigma:  # a tiny spread has a square of 0
             return str(self.mean_tokens)
@@ -67,7 +63,6 @@ class MapSpec:
         return f"lognormal:mean={self.mean_tokens},sigma={sigma:.6g},max={most}"
 
     def chosen(self, batch: int, spread: float, rate: float | None) -> dict[str, Any]:
-        """Return the options of a cell, by field name."""
         options = {
             "batch_size": batch,
             "output_tokens": self.lengths(spread),
@@ -85,8 +80,6 @@ class MapSpec:
 
 @dataclass(frozen=True)
 class CellList:
-    """Cells for :func:`run_cells`."""
-
     cells: tuple[Cell, ...] = ()
     varying: tuple[str, ...] = ("batch_size", "spread", "load")
 
@@ -125,8 +118,6 @@ class Contest:
 
 @dataclass(frozen=True, eq=False)
 class MapCell:
-    """One cell of the map."""
-
     batch_size: int
     spread: float
     load: str
@@ -158,8 +149,6 @@ def load_of(load: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class BreakEven:
-    """The map."""
-
     spec: MapSpec
     fitted: FittedRun
     limits_ms: Mapping[str, float]  # of goodput, by latency
@@ -172,12 +161,10 @@ class BreakEven:
 
     @property
     def extrapolated(self) -> list[MapCell]:
-        """Cells with steps beyond those of the fit."""
         return [cell for cell in self.cells if cell.beyond]
 
     @cached_property
     def by_axes(self) -> dict[tuple[int, float, str], MapCell]:
-        """Cells by batch size, spread and load."""
         return {(c.batch_size, c.spread, c.load): c for c in self.cells}
 
     def won_by(self, winner: str, metric: str) -> list[MapCell]:
@@ -189,16 +176,14 @@ class BreakEven:
         Between two spreads of the map, the logarithm of the ratio is taken as a straight line.
         """
         spreads = self.spec.spreads
-        heights = [
-            self.by_axes[batch, spread, load].contests[metric].height - math.log1p(EVEN)
-            for spread in spreads
-        ]
-        if heights[-1] <= 0:
-            return None
+        contests = [self.by_axes[batch, spread, load].contests[metric] for spread in spreads]
+        heights = [contest.height - math.log1p(EVEN) for contest in contests]
         lost = [i for i, height in enumerate(heights) if height <= 0]
         if not lost:
             return spreads[0]
         low, high = lost[-1], lost[-1] + 1
+        if high == len(spreads):
+            return None
         if math.isinf(heights[low]) or math.isinf(heights[high]):
             return spreads[high]
         share = -heights[low] / (heights[high] - heights[low])
@@ -218,7 +203,7 @@ def usual_limits(cost: StepCost, spec: MapSpec) -> dict[str, float]:
 
 
 class SimulationWatch(SweepWatch):
-    """Reports the progress of simulated cells with a note every few seconds."""
+    """Reports the progress of simulated cells with a note every 5 seconds."""
 
     def __init__(self, watch: SweepWatch) -> None:
         self._watch, self._done, self._cells = watch, 0, 0
@@ -232,7 +217,7 @@ class SimulationWatch(SweepWatch):
 
     def cell_ends(self, cell: Cell, reason: str | None, left_s: float | None) -> None:
         self._done += 1
-        if time.monotonic() - self._noted_at > _NOTE_S:
+        if time.monotonic() - self._noted_at > 5:
             self._noted_at = time.monotonic()
             left = "" if not left_s else f", about {spell_time(left_s)} left"
             self.note(f"simulated {self._done:,} of {self._cells:,} cells{left}")
@@ -318,22 +303,18 @@ def contests_of(result: Result, limits_ms: Mapping[str, float]) -> tuple[dict[st
     contests = {
         "throughput": Contest.of(*(s["output_throughput"] for s in summaries)),
         "ttft": Contest.of(*(s["mean_ttft_ms"] for s in summaries), less_is_better=True),
-        "goodput": Contest.of(*(goodput(result, name, limits_ms) for name in names)),
+        "goodput": Contest.of(*(_goodput(result.recordings[n], limits_ms) for n in names)),
     }
     return contests, sum(s["duration"] for s in summaries)
 
 
-def goodput(result: Result, strategy: str, limits_ms: Mapping[str, float]) -> float:
+def _goodput(trials: Sequence[Recording], limits_ms: Mapping[str, float]) -> float:
     """Return requests per second within all limits, the median over trials."""
-    rates = [
-        float(within(recording, limits_ms).sum()) / (recording.duration_ns / 1e9)
-        for recording in result.recordings[strategy]
-    ]
+    rates = [within(trial, limits_ms).sum() / (trial.duration_ns / 1e9) for trial in trials]
     return float(np.median(rates))
 
 
 def rows_of(breakeven: BreakEven) -> Iterator[dict[str, Any]]:
-    """Yield one row per cell and metric, for CSV and JSON."""
     for cell in breakeven.cells:
         for metric, contest in cell.contests.items():
             yield {

@@ -38,11 +38,7 @@ from batchbench.studies.predict.fitted import error_in_words
 
 SCHEMA_VERSION = 1
 
-_NAMES = {"throughput": "throughput", "ttft": "TTFT", "goodput": "goodput"}
-
 _STYLES = {"continuous": "blue", "static": "red", "even": "dim"}
-
-_TITLES = {"throughput": "Throughput", "ttft": "TTFT mean", "goodput": "Goodput"}
 
 
 def sentence(breakeven: BreakEven) -> str:
@@ -55,10 +51,8 @@ def sentence(breakeven: BreakEven) -> str:
         static = breakeven.won_by("static", metric)
         leads = {1 / (c.contests[metric].ratio or math.inf): c.place for c in static}
         lead = f" (by up to {times(max(leads))}, at {leads[max(leads)]})" if any(leads) else ""
-        parts.append(
-            f"on {_NAMES[metric]} continuous wins {len(breakeven.won_by('continuous', metric))} of "
-            f"{total} cells, static {len(static)}{lead}"
-        )
+        won = f"{len(breakeven.won_by('continuous', metric))} of {total} cells"
+        parts.append(f"on {METRICS[metric]} continuous wins {won}, static {len(static)}{lead}")
     if breakeven.measured:
         agreed = [cell.agrees(metric) for cell in breakeven.measured for metric in METRICS]
         parts.append(
@@ -97,18 +91,18 @@ def advice(breakeven: BreakEven) -> str:
 def cost_sentence(breakeven: BreakEven, price_per_hour: float) -> str:
     """Return a sentence on the cost of a million output tokens, in the median over all cells."""
     contests = [cell.contests["throughput"] for cell in breakeven.cells]
-    costs = [
-        number(float(np.median([price_per_hour / 3600 / rate * 1e6 for rate in rates if rate])))
-        for rates in ([c.continuous for c in contests], [c.static for c in contests])
-    ]
+    costs = {}
+    for name in ("continuous", "static"):
+        rates = [getattr(contest, name) for contest in contests]
+        each = [price_per_hour / 3600 / rate * 1e6 for rate in rates if rate]
+        costs[name] = number(float(np.median(each)))
     return (
-        f"At {price_per_hour:g} an hour, a million output tokens cost {costs[0]} with continuous "
-        f"and {costs[1]} with static batching (median over all cells)."
+        f"At {price_per_hour:g} an hour, a million output tokens cost {costs['continuous']} with "
+        f"continuous and {costs['static']} with static batching (median over all cells)."
     )
 
 
 def title(breakeven: BreakEven) -> str:
-    """Return model, device and what all cells share, in a line."""
     spec = breakeven.spec
     return (
         f"{breakeven.fitted.place} · outputs of {spec.mean_tokens:,} tokens on average, prompts of "
@@ -117,7 +111,6 @@ def title(breakeven: BreakEven) -> str:
 
 
 def notes(breakeven: BreakEven) -> list[str]:
-    """Explain the numbers."""
     limits = ", ".join(f"{name.upper()} {ms:g} ms" for name, ms in breakeven.limits_ms.items())
     lines = [
         "Above 1: continuous batching is better. Simulated on fitted step costs.",
@@ -138,7 +131,6 @@ def notes(breakeven: BreakEven) -> list[str]:
 
 
 def render(breakeven: BreakEven, price_per_hour: float | None) -> RenderableType:
-    """Return the sentence, one table per metric, the measured cells, notes and the advice."""
     parts: list[RenderableType] = [Text(sentence(breakeven), style="bold"), Text()]
     for metric in METRICS:
         parts += [_table(breakeven, metric), Text()]
@@ -166,7 +158,7 @@ def _table(breakeven: BreakEven, metric: str) -> Table:
     # Above 1 if continuous is better.
     ratio = "static ÷ continuous" if metric == "ttft" else "continuous ÷ static"
     head = ["load", "slots", *(f"{spread:g}" for spread in spec.spreads), "continuous\nwins"]
-    return make_table(f"{_NAMES[metric]}: {ratio}, by spread", head, rows, framed=True)
+    return make_table(f"{METRICS[metric]}: {ratio}, by spread", head, rows, framed=True)
 
 
 def spell(contest: Contest) -> str:
@@ -177,7 +169,6 @@ def spell(contest: Contest) -> str:
 
 
 def _measured_table(breakeven: BreakEven) -> Table:
-    """Return the predicted beside the measured ratios of the measured cells."""
     rows = []
     for cell in breakeven.measured:
         axes = [cell.load, f"{cell.batch_size:,}", f"{cell.spread:g}"]
@@ -185,7 +176,7 @@ def _measured_table(breakeven: BreakEven) -> Table:
             error, predicted = cell.error(metric), cell.contests[metric]
             words = "N/A" if error is None else error_in_words(error).replace("too ", "")
             same = "yes" if predicted.agrees(real) else "NO"
-            rows.append([*axes, _NAMES[metric], spell(predicted), spell(real), words, same])
+            rows.append([*axes, METRICS[metric], spell(predicted), spell(real), words, same])
             axes = ["", "", ""]
     head = ["load", "slots", "spread", "metric", "predicted", "measured", "prediction", "same"]
     name = "* also measured: how many times better continuous is"
@@ -198,7 +189,6 @@ def _measured_table(breakeven: BreakEven) -> Table:
 def write_map(
     folder: Path, breakeven: BreakEven, command: str, price_per_hour: float | None
 ) -> tuple[list[Path], str]:
-    """Write ``breakeven.json``, ``breakeven.csv`` and the picture; return them and the JSON."""
     text = to_json(breakeven, command, price_per_hour)
     table = pd.DataFrame(list(rows_of(breakeven))).to_csv(index=False)
     pictures = picture_files({"breakeven": draw_breakeven(breakeven)})
@@ -207,8 +197,10 @@ def write_map(
 
 
 def to_json(breakeven: BreakEven, command: str, price_per_hour: float | None) -> str:
-    """Return ``breakeven.json``."""
-    spec = breakeven.spec
+    spec, borders = breakeven.spec, list[dict[str, Any]]()
+    for metric, load, batch in itertools.product(METRICS, spec.loads, spec.batch_sizes):
+        spread = breakeven.break_even_spread(metric, batch, load)
+        borders.append({"metric": metric, "batch_size": batch, "load": load, "spread": spread})
     data: dict[str, Any] = {
         **envelope(SCHEMA_VERSION, command),
         "sentence": sentence(breakeven),
@@ -222,17 +214,7 @@ def to_json(breakeven: BreakEven, command: str, price_per_hour: float | None) ->
         "cost": breakeven.fitted.known.as_dict(),
         "held_out": breakeven.fitted.quality,
         "machines": list(breakeven.machines),
-        "borders": [
-            {
-                "metric": metric,
-                "batch_size": batch,
-                "load": load,
-                "spread": breakeven.break_even_spread(metric, batch, load),
-            }
-            for metric in METRICS
-            for load in spec.loads
-            for batch in spec.batch_sizes
-        ],
+        "borders": borders,
         "cells": list(rows_of(breakeven)),
     }
     return json_text(data)
@@ -242,8 +224,6 @@ def to_json(breakeven: BreakEven, command: str, price_per_hour: float | None) ->
 
 _MOST = math.log(4)
 """Logarithm of the advantage that has the deepest colour."""
-
-_TITLES = {"throughput": "Throughput", "ttft": "TTFT mean", "goodput": "Goodput"}
 
 
 def headline(breakeven: BreakEven) -> str:
@@ -286,7 +266,7 @@ def draw_breakeven(breakeven: BreakEven) -> Figure:
                     [breakeven.by_axes[b, s, load] for s in spec.spreads] for b in spec.batch_sizes
                 ]
                 _draw_panel(axes, cells, metric, colours)
-                label = f"{_TITLES[metric]} · {load_of(load)}"
+                label = f"{METRICS[metric]} · {load_of(load)}"
                 axes.set_title(label, size=8.5, weight="bold", loc="left", pad=4)
             panels[0].set_ylabel("batch size")
         for axes in grid[-1]:

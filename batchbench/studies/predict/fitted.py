@@ -18,8 +18,6 @@ from batchbench.reports.text import percent
 
 @dataclass(frozen=True, eq=False)
 class FittedRun:
-    """A result and the cost of its steps."""
-
     result: Result
     known: KnownCost
     quality: dict[str, Any]
@@ -34,7 +32,6 @@ class FittedRun:
 
     @property
     def place(self) -> str:
-        """Model and device in a line."""
         model = self.result.data["model"]
         return f"{model['name']} · {model['device']} {model['dtype']}"
 
@@ -71,7 +68,6 @@ def read_fitted(folder: Path, option: str) -> FittedRun:
 
 
 def check_engine(fitted: FittedRun, serving: ServingSpec, option: str) -> None:
-    """Raise UsageError if the steps are of another engine."""
     if serving.engine != fitted.engine:
         raise UsageError(
             f"{option} {fitted.known.source}: its steps are of the {fitted.engine} engine; add "

@@ -81,8 +81,12 @@ def probe(target: TargetSpec, model: str, max_time_s: float, watch: Watch) -> Fi
             watch.phase(_PHASES[role])
             phase = role
         round = asker.play(script)
-        if not seen.rounds:
-            asker.check_first(max_time_s)
+        if not seen.rounds and asker.first is not None:  # the first request of all had no answer
+            if asker.first.kind is FailureKind.STOPPED:
+                raise UsageError(
+                    f"--max-time {max_time_s:g}: is over before the first answer; give more time"
+                )
+            raise UsageError(f"{asker.address}: {asker.first.text}")
         seen = Observations((*seen.rounds, round), seen.server, asker.lag_ns)
         if any(s.failure for s in round.streams):
             break
@@ -111,7 +115,7 @@ class _Asker:
         self.failures: list[str] = []
         self.server = Server(slots=self.dialect.slots, context=self.dialect.context)
         self._endpoint, self._extra, self._number = target.endpoint, target.extra, 0
-        self._first: Failure | None = None
+        self.first: Failure | None = None
 
     def play(self, script: Script) -> Round:
         """Send the requests of a round; return them with their tokens."""
@@ -134,7 +138,7 @@ class _Asker:
         forgiven = (FailureKind.NOT_SSE, FailureKind.NO_USAGE, FailureKind.ZERO_TOKENS)
         if kind in forgiven and (times or hidden):
             failure = None
-        self._first = self._first or failure
+        self.first = self.first or failure
         refused = failure is not None and failure.status in NO_ROOM
         text = "" if failure is None or refused else failure.text
         if text and kind is not FailureKind.STOPPED:
@@ -154,16 +158,6 @@ class _Asker:
         return body_for(
             self.dialect, self._endpoint, self.model, prompt, tokens, extra_body=self._extra
         )
-
-    def check_first(self, max_time_s: float) -> None:
-        """Raise UsageError if the first request of all had no answer."""
-        if self._first is None:
-            return
-        if self._first.kind is FailureKind.STOPPED:
-            raise UsageError(
-                f"--max-time {max_time_s:g}: is over before the first answer; give more time"
-            )
-        raise UsageError(f"{self.address}: {self._first.text}")
 
     def ended(self, seen: Observations, max_time_s: float) -> str:
         """Return why the probe ended before it had seen enough; empty if it did not."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import numpy as np
 
@@ -113,7 +113,9 @@ def _decide(
     if joining.joined:
         told = Kind.CONTINUOUS, "requests join a running batch and share its steps"
         groups = [b for b in bursts if len(b.groups) > 1 and not pace.buffered]
-        stretched = pace.chunk > 1 and stretch_of(seen, pace) > MOST_STRETCHED
+        longs = [s for s in seen.streams if s.role is Role.LONG and len(s.times_ns) > 1]
+        each = [(s.last_ns - s.first_ns) / (len(s.times_ns) - 1) for s in longs if s.answered]
+        stretched = pace.chunk > 1 and np.median(each) > MOST_STRETCHED * max(pace.gap_ns, 1)
         doubts = {
             f"only {shared.compared} requests that joined could be compared with a running one": (
                 shared.compared < FEWEST_COMPARED
@@ -300,9 +302,14 @@ class SharedSteps:
 def shared_steps(observations: Observations, pace: Pace) -> SharedSteps:
     """Compare the tokens of joined requests with the steps of the requests they joined."""
     offsets, references = list[float](), list[int]()
-    if pace.buffered:
-        offsets = _pair_offsets(observations, pace)
-        references = [1] * len(offsets)
+    # The second request of a pair is sent some steps later and is shorter by as many. It ends in
+    # the same step as the first only if it joined it; those of a static batch begin together.
+    pairs = [round.of(Role.PAIR) for round in observations.of(Role.PAIR) if pace.buffered]
+    for pair in pairs:
+        if len(pair) == 2 and all(s.answered and len(s.times_ns) == s.asked for s in pair):
+            apart_ns = abs(pair[1].last_ns - pair[0].last_ns)
+            offsets.append(min(float(apart_ns / max(pace.gap_ns, 1)), 0.5))
+            references.append(1)
     for round in [] if pace.buffered else observations.of(Role.LONG):
         longs = [long for long in round.of(Role.LONG) if long.answered]
         for short in (short for short, fate in _fates(round, pace) if fate is Fate.JOINED):
@@ -354,28 +361,6 @@ def offset_of(short: Stream, long: Stream) -> float | None:
     after = np.clip(np.searchsorted(steps, events), 1, len(steps) - 1)
     before, behind = events - steps[after - 1], steps[after] - events
     return float(np.median(np.minimum(before, behind) / np.maximum(before + behind, 1)))
-
-
-def _pair_offsets(observations: Observations, pace: Pace) -> list[float]:
-    """Return the distance between the ends of each pair, as a share of a step, at most 0.5.
-
-    The second request is sent some steps later and is shorter by as many. It ends in the same step
-    as the first one only if it joined it; requests of a static batch begin together, so that their
-    ends are apart.
-    """
-    pairs = [round.of(Role.PAIR) for round in observations.of(Role.PAIR)]
-    return [
-        min(float(abs(pair[-1].last_ns - pair[0].last_ns) / max(pace.gap_ns, 1)), 0.5)
-        for pair in pairs
-        if len(pair) == 2 and all(s.answered and len(s.times_ns) == s.asked for s in pair)
-    ]
-
-
-def stretch_of(observations: Observations, pace: Pace) -> float:
-    """Return the time of a token of the long requests as a multiple of that of a request alone."""
-    longs = [s for s in observations.streams if s.role is Role.LONG and s.answered]
-    each = [(s.last_ns - s.first_ns) / (len(s.times_ns) - 1) for s in longs if len(s.times_ns) > 1]
-    return float(np.median(each) / max(pace.gap_ns, 1)) if each else 1.0
 
 
 def sends_by_timer(observations: Observations, pace: Pace) -> bool:
@@ -465,8 +450,8 @@ def burst_of(round: Round, pace: Pace) -> Burst:
     gap = median_gap(streams) or pace.gap_ns
     # The first are spans in which a request certainly ran, the others those in which it may have.
     spans = sorted((pace.begin_ns(s, 0.5), s.last_ns) for s in streams)
-    overlap = _most_at_once([(pace.begin_ns(s, 0.85), s.last_ns) for s in streams], 0.0)
-    most, groups = _most_at_once(spans, 0.3 * gap), _groups(spans, 0.3 * gap)
+    overlap, _ = _at_once([(pace.begin_ns(s, 0.85), s.last_ns) for s in streams], 0.0)
+    most, groups = _at_once(spans, 0.3 * gap)
     whole = all(s.answered and len(s.times_ns) >= FEWEST_TOKENS for s in sent)
     equal = len({len(s.times_ns) for s in streams}) == 1 or not pace.buffered
     # The first group has only those requests that had arrived, and the last one the rest.
@@ -489,27 +474,22 @@ def burst_of(round: Round, pace: Pace) -> Burst:
     )
 
 
-def _most_at_once(spans: Spans, shorter_ns: float) -> int:
-    """Return the largest number in progress; each counts as a little shorter than it was.
+def _at_once(spans: Spans, shorter_ns: float) -> tuple[int, tuple[int, ...]]:
+    """Return the largest number in progress, and the sizes of groups with nothing in between.
 
-    A request that follows another one begins at least one step after its end, so an end that
-    arrives late does not count twice.
+    Each counts as a little shorter than it was. A request that follows another one begins at least
+    one step after its end, so an end that arrives late does not count twice.
     """
     events = [(begin, -1) for begin, _ in spans]  # which come before the ends of that time
     events += [(max(end - shorter_ns, begin), 1) for begin, end in spans]
-    return max(accumulate(-change for _, change in sorted(events)), default=0)
-
-
-def _groups(spans: Spans, shorter_ns: float) -> tuple[int, ...]:
-    """Return the sizes of the groups between which nothing was in progress."""
-    sizes: list[int] = []
-    latest = -np.inf
-    for begin, end in spans:
-        if begin > latest - shorter_ns:
-            sizes.append(0)
-        sizes[-1] += 1
-        latest = max(latest, end)
-    return tuple(sizes)
+    level, most, sizes = 0, 0, list[int]()
+    for _, change in sorted(events):
+        if change < 0:
+            sizes += [0] * (not level)
+            sizes[-1] += 1
+        level -= change
+        most = max(most, level)
+    return most, tuple(sizes)
 
 
 def _midway(streams: Sequence[Stream]) -> int:

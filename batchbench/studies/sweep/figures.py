@@ -92,7 +92,6 @@ def _apart(values: Sequence[float], most: int, *, log: bool) -> list[float]:
 
 
 def load_of(cells: Cells) -> str | None:
-    """Return the option that varies the load, if there is one."""
     return next((name for name in LOADS if name in cells.varying), None)
 
 
@@ -145,7 +144,6 @@ def make_sheet(
 def draw_lines(
     axes: Axes, facet: Facet, strategies: Sequence[cards.Strategy], x: str, y: str, **look: Any
 ) -> None:
-    """Draw one line per strategy over the cells of a panel."""
     for strategy in strategies:
         own = facet.of(strategy).dropna(subset=[y]).sort_values(x)
         line = {**strategy.line, "marker": "o", "ms": 4.5, "mec": "#ffffff", "mew": 0.6, **look}

@@ -79,7 +79,6 @@ class Grid:
 
     @property
     def varying(self) -> tuple[str, ...]:
-        """Options with more than one value."""
         return tuple(name for name, values in self.axes.items() if len(values) > 1)
 
     @cached_property

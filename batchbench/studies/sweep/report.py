@@ -61,8 +61,6 @@ class CellResult:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Results of all cells of a grid."""
-
     grid: Grid
     goals: GoalsSpec
     cells: Sequence[CellResult]
@@ -89,7 +87,6 @@ class SweepResult:
 
     @property
     def suspect(self) -> int:
-        """Cells whose run is suspect."""
         return sum(cell.data["validity"]["status"] == "suspect" for cell in self.served)
 
     @property
@@ -169,7 +166,6 @@ def write_sweep(
 
 
 def to_json(swept: SweepResult, command: str, not_drawn: Mapping[str, str]) -> str:
-    """Return ``sweep.json``."""
     cells = [
         {
             "digest": None if result.cell.fault else result.cell.digest,
@@ -203,7 +199,6 @@ def _plain(value: Any) -> Any:
 
 
 def render(swept: SweepResult, cells: Cells | None, not_drawn: Mapping[str, str]) -> RenderableType:
-    """Return the sentence, the table and the notes."""
     doubtful = swept.failed or swept.suspect or len(swept.machines) > 1
     style = "bold red" if swept.wrong else "bold yellow" if doubtful else "bold"
     parts: list[RenderableType] = [Text(sentence(swept, cells), style=style), Text()]
@@ -213,7 +208,6 @@ def render(swept: SweepResult, cells: Cells | None, not_drawn: Mapping[str, str]
 
 
 def sentence(swept: SweepResult, cells: Cells | None) -> str:
-    """Return the answer in one sentence."""
     parts = []
     if cells is not None:
         count = cells.typical["cell"].nunique()

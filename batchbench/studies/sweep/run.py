@@ -111,7 +111,6 @@ class Store:
 
 
 def files_of(result: Result) -> dict[str, bytes | str]:
-    """Return the files of a served cell by name."""
     return {"result.json": to_json(result), **recording_files(result.recordings)}
 
 
@@ -170,10 +169,12 @@ class CellsQuery(Protocol):
     """Cells to serve: a grid, or a list of cells."""
 
     @property
-    def cells(self) -> Sequence[Cell]: ...
+    def cells(self) -> Sequence[Cell]:
+        """The experiments."""
 
     @property
-    def varying(self) -> tuple[str, ...]: ...  # the options by which cells are named
+    def varying(self) -> tuple[str, ...]:
+        """Options by which cells are named."""
 
 
 class SweepWatch(Watch):
@@ -296,8 +297,6 @@ def name_of(grid: CellsQuery, cell: Cell) -> str:
 
 
 def _by_model(cells: Sequence[Cell]) -> list[Cell]:
-    """Group cells by model, in the order in which the models appear."""
-
     def key(cell: Cell) -> object:
         return _experiment(cell).model, _experiment(cell).workload.seed
 

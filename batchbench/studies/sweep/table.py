@@ -88,7 +88,6 @@ def table_of(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def to_csv(frame: pd.DataFrame) -> bytes:
-    """Return the table as CSV; the same rows give the same bytes."""
     text: str = frame.to_csv(index=False, lineterminator="\n")
     return text.encode()
 
