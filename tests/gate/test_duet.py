@@ -758,7 +758,7 @@ def test_a_revision_is_installed_as_committed(
         capture_output=True,
         encoding="utf-8",
         check=True,
-        env=Installation("base", Path(sys.executable), own=True, folder=folder).environment(None),
+        env=Installation("base", Path(sys.executable), own=True, folder=folder).environment(1),
     )
     assert done.stdout.strip() == "1"
     assert len(commit) == 40
